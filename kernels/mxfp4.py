@@ -1,0 +1,126 @@
+"""MXFP4, the format of the expert weights: 32 values of 4 bits share one power-of-two scale.
+
+A group of 32 values along a matrix's *input* dimension is 16 bytes (consecutive pairs, low nibble first)
+and one scale byte: value = e2m1(nibble) · 2^(scale − 127). Scale 255 is NaN.
+
+Reference: OCP Microscaling Formats (MX) Specification v1.0, section 5 and table 6.
+Cost of a dequantised matrix: 17 bytes read and 64 bytes (bfloat16) written per group.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor
+
+GROUP = 32
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_EMAX = 2  # the largest e2m1 value is 1.5 · 2^2
+
+
+class Mxfp4(NamedTuple):
+    """A packed matrix or a stack of them, `out` rows by `group · 32` columns; index it to pick one of the stack."""
+
+    blocks: Shaped[Tensor, "*stack out group 16"]
+    scales: Shaped[Tensor, "*stack out group"]
+
+    def at(self, index: int) -> "Mxfp4":
+        """One matrix of the stack, without a copy."""
+        return Mxfp4(self.blocks[index], self.scales[index])
+
+
+def _pair_table() -> Tensor:
+    """Byte → its two bfloat16 values as one int32, so that a lookup moves both at once."""
+    values = torch.tensor(E2M1 + tuple(-v for v in E2M1), dtype=torch.bfloat16)
+    byte = torch.arange(256)
+    return torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int32).squeeze(-1)
+
+
+def _scale_table() -> Tensor:
+    """Scale byte → 2^(byte − 127) in bfloat16, the subnormal 2^-127 and the NaN of 255 included."""
+    byte = torch.arange(256)
+    return torch.ldexp(torch.ones(256), byte - 127).where(byte < 255, torch.nan).to(torch.bfloat16)
+
+
+_PAIRS, _SCALES = _pair_table(), _scale_table()
+
+
+def dequantise(
+    blocks: UInt8[Tensor, "*stack group 16"], scales: UInt8[Tensor, "*stack group"], dtype: torch.dtype = torch.bfloat16
+) -> Float[Tensor, "*stack columns"]:
+    """The packed values, exact in bfloat16 and wider (above 2^127 they overflow to infinity, as in bfloat16)."""
+    pairs, table = _PAIRS.to(blocks.device), _SCALES.to(blocks.device)
+    values = pairs.index_select(0, blocks.flatten().int()).view(torch.bfloat16).view(*scales.shape, GROUP)
+    scale = table.index_select(0, scales.flatten().int()).view(*scales.shape, 1)
+    return (values * scale).flatten(-2).to(dtype)
+
+
+def quantise(
+    weight: Float[Tensor, "*stack columns"],
+) -> tuple[UInt8[Tensor, "*stack group 16"], UInt8[Tensor, "*stack group"]]:
+    """Nearest packed values (ties to the even code), blocks and scales.
+
+    Of the two scales that can hold a group's largest magnitude, the specification's floor, which saturates
+    above 6, and the next power of two, the one with the smaller squared error is taken.
+    """
+    if weight.shape[-1] % GROUP:
+        raise ValueError(f"MXFP4 packs groups of {GROUP} columns, got {weight.shape[-1]} columns")
+    groups = weight.detach().float().unflatten(-1, (-1, GROUP))
+    largest = groups.abs().amax(-1)
+    if not torch.isfinite(largest).all():
+        raise ValueError("MXFP4 cannot hold NaN or infinity: the weight to quantise has some")
+    floor = torch.frexp(largest).exponent - 1 - _EMAX
+    low = floor.where(largest > 0, 0).clamp(-127, 126)
+    codes, errors = zip(*(_encode(groups, exponent) for exponent in (low, low + 1)), strict=True)
+    widen = errors[1] < errors[0]
+    code = torch.where(widen[..., None], codes[1], codes[0])
+    blocks = code[..., 0::2] | (code[..., 1::2] << 4)
+    return blocks, (low + widen.int() + 127).to(torch.uint8)
+
+
+def _encode(groups: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
+    """The 4-bit codes of `groups` at a scale of 2^exponent, and the squared error they leave."""
+    scaled = torch.ldexp(groups, -exponent[..., None])
+    # Midpoints between the e2m1 values; those that must round up to the even code are one ulp lower.
+    edges = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=groups.device)
+    edges[1::2] = torch.nextafter(edges[1::2], torch.zeros_like(edges[1::2]))
+    code = torch.bucketize(scaled.abs(), edges)
+    rounded = torch.tensor(E2M1, device=groups.device)[code].copysign(scaled)
+    error = torch.ldexp((rounded - scaled).square().sum(-1), 2 * exponent)
+    return (code | (torch.signbit(scaled) << 3)).to(torch.uint8), error
+
+
+class _PackedLinear(torch.autograd.Function):
+    """x · Wᵀ from packed W, with a gradient for x that unpacks again instead of keeping W."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(blocks, scales)
+        out = x.new_empty(x.shape[0], blocks.shape[0])
+        for start, rows in _row_chunks(blocks, scales, x.dtype):
+            out[:, start : start + len(rows)] = x @ rows.mT
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+        blocks, scales = ctx.saved_tensors
+        total = grad.new_zeros(grad.shape[0], blocks.shape[1] * GROUP)
+        for start, rows in _row_chunks(blocks, scales, grad.dtype):
+            total += grad[:, start : start + len(rows)] @ rows
+        return total, None, None
+
+
+def _row_chunks(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """The matrix dequantised 512 rows at a time: what the matmul reads is still in cache."""
+    for start in range(0, blocks.shape[0], 512):
+        yield start, dequantise(blocks[start : start + 512], scales[start : start + 512], dtype)
+
+
+def linear(
+    x: Float[Tensor, "rows columns"], weight: Mxfp4 | Float[Tensor, "columns out"]
+) -> Float[Tensor, "rows out"]:
+    """x times a weight matrix, packed (stored by rows of outputs) or dense (stored inputs by outputs)."""
+    if isinstance(weight, Mxfp4):
+        return _PackedLinear.apply(x, weight.blocks, weight.scales)  # type: ignore[no-any-return, no-untyped-call]
+    return x @ weight

@@ -1,0 +1,29 @@
+"""Top-k routing: from router logits to experts, gates, and the order in which experts read their tokens.
+
+gpt-oss takes the k largest logits and softmaxes over *those k only*; the usual softmax over all experts
+before the selection is another model.
+
+Reference: openai/gpt-oss, gpt_oss/torch/model.py, MLPBlock.forward.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def top_k(logits: Float[Tensor, "tokens expert"], k: int) -> Int[Tensor, "tokens slot"]:
+    """Ids of the k largest logits, descending; equal logits go to the smaller id."""
+    return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def gate(logits: Float[Tensor, "tokens expert"], experts: Int[Tensor, "tokens slot"]) -> Float[Tensor, "tokens slot"]:
+    """Weights of the selected experts: softmax over their logits alone; rows sum to 1."""
+    return logits.gather(-1, experts).softmax(-1)
+
+
+def group(
+    experts: Int[Tensor, "tokens slot"], num_experts: int
+) -> tuple[Int[Tensor, "tokens*slot"], Int[Tensor, "expert"]]:
+    """Slots (token · k + slot) ordered by the expert they go to, and how many each expert receives."""
+    flat = experts.flatten()
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts)

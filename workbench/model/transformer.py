@@ -1,0 +1,306 @@
+"""gpt-oss with every step open: a TransformerLens HookedRootModule that computes what the checkpoint means.
+
+You pay for what you hook. A point that the fast path has no tensor for (scores, patterns, per-head results, the
+inside of the experts) is materialised only while it is hooked, in that layer; the numbers are the same either way.
+
+Reference: openai/gpt-oss, gpt_oss/torch/model.py (commit 7b58334); the OpenAI gpt-oss model card, arXiv 2508.10925.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.HookedRootModule import HookedRootModule
+
+from workbench.hooks.points import hooked
+from workbench.kernels import attention as attend
+from workbench.kernels import routing
+from workbench.kernels.moe import Experts, Taps, moe
+from workbench.kernels.mxfp4 import GROUP, Mxfp4
+from workbench.model.cache import KVCache
+from workbench.model.config import Config
+from workbench.model.generate import generate
+from workbench.model.rope import cos_sin, rotate
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight; in at least float32 until after the weight, only then in x's dtype."""
+
+    def __init__(self, d: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = self.hook_scale((wide.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        return (self.hook_normalized(wide / scale) * self.weight.to(wide.dtype)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-head causal attention with a learned sink per head, windowed where the config says so."""
+
+    def __init__(self, cfg: Config, layer: int) -> None:
+        super().__init__()
+        self.d_head, self.window = cfg.d_head, cfg.windows[layer]
+        self.q = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head)
+        self.k = nn.Linear(cfg.d_model, cfg.n_key_value_heads * cfg.d_head)
+        self.v = nn.Linear(cfg.d_model, cfg.n_key_value_heads * cfg.d_head)
+        self.o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model)
+        self.sinks = nn.Parameter(torch.zeros(cfg.n_heads))
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_sink, self.hook_pattern = HookPoint(), HookPoint(), HookPoint()
+        self.hook_z, self.hook_result = HookPoint(), HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], where: "Where", layer: int) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (-1, self.d_head)) for part in (self.q, self.k, self.v))
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+        q = self.hook_rot_q(rotate(q, where.cos, where.sin))
+        k = self.hook_rot_k(rotate(k, where.cos, where.sin))
+        if where.cache is not None:
+            k, v = where.cache.extend(layer, k, v)
+        attention = self._open if hooked(self.hook_attn_scores, self.hook_pattern) else self._fast
+        z = self.hook_z(attention(q, k, v, where).to(x.dtype))
+        if not hooked(self.hook_result):
+            return self.o(z.flatten(-2))
+        by_head = self.o.weight.unflatten(1, (-1, self.d_head))
+        return self.hook_result(torch.einsum("bphd,mhd->bphm", z, by_head)).sum(2) + self.o.bias
+
+    def _sink(self, lse: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos head"]:
+        return self.hook_sink(torch.sigmoid(self.sinks.to(lse.dtype) - lse))
+
+    def _fast(self, q: Tensor, k: Tensor, v: Tensor, where: "Where") -> Float[Tensor, "batch pos head d_head"]:
+        parts = [
+            attend.attention(q[:, rows], k[:, keys], v[:, keys], where.positions[:, rows], self.window)
+            for rows, keys in where.segments(q.shape[1], k.shape[1])
+        ]
+        z, lse = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        return z * (1 - self._sink(lse))[..., None]
+
+    def _open(self, q: Tensor, k: Tensor, v: Tensor, where: "Where") -> Float[Tensor, "batch pos head d_head"]:
+        """The same, with scores and pattern in the open."""
+        scores = self.hook_attn_scores(attend.scores(q, k, where.visible(q.shape[1], k.shape[1], self.window)))
+        pattern, lse = attend.softmax(scores)
+        return attend.combine(self.hook_pattern(pattern * (1 - self._sink(lse)).mT[..., None]), v)
+
+
+class Router(nn.Module):
+    """A score for every expert, in at least float32: rounding to bfloat16 would tie scores and flip choices."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(cfg.num_experts, cfg.d_model))
+        self.bias = nn.Parameter(torch.zeros(cfg.num_experts))
+        self.hook_out = HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert"]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return self.hook_out(nn.functional.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide)))
+
+
+class ExpertMatrix(nn.Module):
+    """One matrix of every expert and its bias: packed `blocks` and `scales`, or a dense, trainable `weight`."""
+
+    def __init__(self, num_experts: int, inputs: int, outputs: int, packed: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(num_experts, outputs))
+        if packed:
+            self.register_buffer("blocks", torch.zeros(num_experts, outputs, inputs // GROUP, 16, dtype=torch.uint8))
+            self.register_buffer("scales", torch.zeros(num_experts, outputs, inputs // GROUP, dtype=torch.uint8))
+        else:
+            self.weight = nn.Parameter(torch.empty(num_experts, inputs, outputs))
+        self.packed = packed
+
+    @property
+    def matrix(self) -> Mxfp4 | Tensor:
+        return Mxfp4(self.blocks, self.scales) if self.packed else self.weight
+
+
+class ExpertLayer(nn.Module):
+    """All experts of a layer, run on the slots that chose them."""
+
+    def __init__(self, cfg: Config, packed: bool) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.gate_up = ExpertMatrix(cfg.num_experts, cfg.d_model, 2 * cfg.d_mlp, packed)
+        self.down = ExpertMatrix(cfg.num_experts, cfg.d_mlp, cfg.d_model, packed)
+        self.hook_gate, self.hook_pre, self.hook_post, self.hook_out = (HookPoint() for _ in range(4))
+
+    def forward(self, x: Tensor, experts: Int[Tensor, "batch pos slot"], gates: Tensor) -> Tensor:
+        weights = Experts(
+            self.gate_up.matrix,
+            self.gate_up.bias,
+            self.down.matrix,
+            self.down.bias,
+            self.cfg.swiglu_limit,
+            self.cfg.swiglu_alpha,
+        )
+        points = (self.hook_gate, self.hook_pre, self.hook_post, self.hook_out)
+        taps = Taps(*(self._tap(point, x.shape[:2]) for point in points)) if hooked(*points) else None
+        out = moe(x.flatten(0, 1), experts.flatten(0, 1), gates.flatten(0, 1), weights, taps)
+        return out.unflatten(0, x.shape[:2])
+
+    @staticmethod
+    def _tap(point: HookPoint, batch_pos: torch.Size) -> Any:
+        return lambda slots: point(slots.unflatten(0, batch_pos)).flatten(0, 1)
+
+
+class MoE(nn.Module):
+    """Router, choice, gates, experts. An edit of the scores re-routes; an edit of the choice changes who computes."""
+
+    def __init__(self, cfg: Config, packed: bool) -> None:
+        super().__init__()
+        self.k = cfg.experts_per_token
+        self.router = Router(cfg)
+        self.experts = ExpertLayer(cfg, packed)
+        self.hook_expert_indices, self.hook_expert_weights = HookPoint(), HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        logits = self.router(x).flatten(0, 1)
+        experts = self.hook_expert_indices(routing.top_k(logits, self.k).unflatten(0, x.shape[:2]))
+        gates = self.hook_expert_weights(routing.gate(logits, experts.flatten(0, 1)).unflatten(0, x.shape[:2]))
+        return self.experts(x, experts, gates)
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)), then x += moe(norm(x))."""
+
+    def __init__(self, cfg: Config, layer: int, packed: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.ln1, self.ln2 = RMSNorm(cfg.d_model, cfg.eps), RMSNorm(cfg.d_model, cfg.eps)
+        self.attn, self.mlp = Attention(cfg, layer), MoE(cfg, packed)
+        self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], where: "Where") -> Float[Tensor, "batch pos d_model"]:
+        x = self.hook_resid_pre(x)
+        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(x), where, self.layer)))
+        return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
+
+
+class Unembed(nn.Module):
+    """Logits, without a bias."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+        self.hook_out = HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.hook_out(nn.functional.linear(x, self.weight))
+
+
+class Where:
+    """Where the tokens of one forward pass stand: positions, their rotations, what lies before them and beside them."""
+
+    def __init__(self, cfg: Config, tokens: Int[Tensor, "batch pos"], cache: KVCache | None, packed: Sequence[int] | None):
+        self.cache = cache
+        self.lengths = list(packed) if packed is not None else None
+        self.positions: Int[Tensor, "batch pos"] = self._positions(tokens)
+        longest = int(self.positions.max()) + 1
+        if longest > cfg.n_ctx:
+            raise ValueError(f"{longest} tokens are more than the model's context of {cfg.n_ctx}")
+        self.cos, self.sin = cos_sin(cfg.rope, cfg.d_head, self.positions)
+
+    def _positions(self, tokens: Tensor) -> Tensor:
+        batch, pos = tokens.shape
+        if self.lengths is None:
+            start = 0 if self.cache is None else self.cache.lengths[:, None]
+            return torch.arange(pos, device=tokens.device).expand(batch, pos) + start
+        if self.cache is not None or batch != 1 or sum(self.lengths) != pos:
+            raise ValueError(
+                f"packed sequences lie in one row without a cache and fill it: got {batch} rows of {pos} tokens, "
+                f"lengths that sum to {sum(self.lengths)}, {'a' if self.cache is not None else 'no'} cache"
+            )
+        return torch.cat([torch.arange(n, device=tokens.device) for n in self.lengths])[None]
+
+    def segments(self, n_query: int, n_key: int) -> list[tuple[slice, slice]]:
+        """Rows and the keys they may see: all of both, or sequence by sequence when packed."""
+        if self.lengths is None:
+            return [(slice(0, n_query), slice(0, n_key))]
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        return [(slice(end - n, end), slice(end - n, end)) for end, n in zip(ends, self.lengths, strict=True) if n]
+
+    def visible(self, n_query: int, n_key: int, window: int | None) -> Tensor:
+        """The mask over all keys [batch query key], block-diagonal when packed."""
+        mask = torch.zeros(len(self.positions), n_query, n_key, dtype=torch.bool, device=self.positions.device)
+        for rows, keys in self.segments(n_query, n_key):
+            key_pos = torch.arange(keys.stop - keys.start, device=mask.device)
+            mask[:, rows, keys] = attend.visible(self.positions[:, rows], key_pos, window)
+        return mask
+
+
+class GptOss(HookedRootModule):
+    """The model. `GptOss(cfg)` has dense, trainable float32 experts; `load` gives one on a checkpoint's weights."""
+
+    def __init__(self, cfg: Config, *, packed: bool = False, tokenizer: Any = None, checkpoint: Any = None) -> None:
+        super().__init__()
+        self.cfg, self.tokenizer, self.checkpoint = cfg, tokenizer, checkpoint
+        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.hook_embed = HookPoint()
+        self.blocks = nn.ModuleList(Block(cfg, layer, packed) for layer in range(cfg.n_layers))
+        self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
+        self.unembed = Unembed(cfg)
+        self.setup()
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int = 0) -> "GptOss":
+        """Random weights to train from: matrices ~ N(0, 1/inputs), embedding N(0, 0.5), vectors as constructed."""
+        rng = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() > 1 and not name.endswith("bias"):
+                inputs = p.shape[1]
+                p.normal_(0, 0.5 if name == "embed.weight" else inputs**-0.5, generator=rng)
+            elif name.endswith("bias"):
+                p.zero_()
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream."""
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.embed.weight.device
+
+    def residual(
+        self, tokens: Int[Tensor, "batch pos"], *, cache: KVCache | None = None, packed: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after the last block, before the final norm."""
+        where = Where(self.cfg, tokens, cache, packed)
+        x = self.hook_embed(self.embed(tokens))
+        for block in self.blocks:
+            x = block(x, where)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return x
+
+    def forward(
+        self, tokens: Int[Tensor, "batch pos"], *, cache: KVCache | None = None, packed: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of every position.
+
+        Right padding is harmless. With `cache` the tokens continue what it holds, and are added to it. With
+        `packed` the single row holds several sequences end to end, of these lengths, which do not see each other.
+        """
+        return self.unembed(self.ln_final(self.residual(tokens, cache=cache, packed=packed)))
+
+    def to_tokens(self, text: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
+        """Ordinary text as token ids, one row a text; texts of unequal length are refused."""
+        rows = [self.tokenizer.encode(t) for t in ([text] if isinstance(text, str) else text)]
+        if len({len(row) for row in rows}) > 1:
+            raise ValueError(f"texts of {sorted({len(r) for r in rows})} tokens do not fit one tensor: pass them singly")
+        return torch.tensor(rows, device=self.device)
+
+    def generate(self, tokens: Any, **options: Any) -> Any:
+        """Continue prompts; see `workbench.model.generate.generate`."""
+        return generate(self, tokens, **options)
