@@ -27,7 +27,9 @@ def visible(
 
 
 def scores(
-    q: Float[Tensor, "batch query head d_head"], k: Float[Tensor, "batch key kv d_head"], mask: Bool[Tensor, "batch query key"]
+    q: Float[Tensor, "batch query head d_head"],
+    k: Float[Tensor, "batch key kv d_head"],
+    mask: Bool[Tensor, "batch query key"],
 ) -> Float[Tensor, "batch head query key"]:
     """Scaled dot products in at least float32, −inf where masked; query head h reads kv head h // (heads / kv)."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -47,10 +49,12 @@ def combine(
 def softmax(
     scores: Float[Tensor, "batch head query key"],
 ) -> tuple[Float[Tensor, "batch head query key"], Float[Tensor, "batch query head"]]:
-    """Softmax over the keys and its log-sum-exp; a row that sees no key is zero, with a log-sum-exp of −inf."""
-    lse = scores.logsumexp(-1)
-    pattern = (scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).exp()
-    return pattern, lse.mT
+    """Softmax over the keys and its log-sum-exp; a row that sees no key is zero, its log-sum-exp the least float."""
+    limits = torch.finfo(scores.dtype)
+    top = scores.amax(-1, keepdim=True).clamp(min=limits.min)
+    weight = (scores - top).exp()
+    total = weight.sum(-1, keepdim=True).clamp(min=limits.tiny)
+    return weight / total, (top + total.log()).squeeze(-1).mT
 
 
 def attention(

@@ -117,9 +117,7 @@ def _row_chunks(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Iterator[
         yield start, dequantise(blocks[start : start + 512], scales[start : start + 512], dtype)
 
 
-def linear(
-    x: Float[Tensor, "rows columns"], weight: Mxfp4 | Float[Tensor, "columns out"]
-) -> Float[Tensor, "rows out"]:
+def linear(x: Float[Tensor, "rows columns"], weight: Mxfp4 | Float[Tensor, "columns out"]) -> Float[Tensor, "rows out"]:
     """x times a weight matrix, packed (stored by rows of outputs) or dense (stored inputs by outputs)."""
     if isinstance(weight, Mxfp4):
         return _PackedLinear.apply(x, weight.blocks, weight.scales)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,93 @@
+"""Cached equals recomputed, batched equals alone, seeds fix samples, stops stop."""
+
+import pytest
+import torch
+
+from tests.model.conftest import BASE, random_model
+from workbench.model.cache import KVCache
+from workbench.model.transformer import GptOss
+
+PROMPTS = [[5, 9, 2], list(range(40)), [7], [3] * 21]
+
+
+@pytest.fixture(scope="module")
+def base() -> GptOss:
+    return random_model(BASE)
+
+
+def new_cache(batch: int, capacity: int = 128) -> KVCache:
+    return KVCache(BASE, batch, capacity, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@torch.no_grad()
+def test_a_prefix_in_the_cache_gives_the_same_logits(base: GptOss) -> None:
+    x = torch.randint(BASE.d_vocab, (2, 60), generator=torch.Generator().manual_seed(3))
+    whole = base(x)
+    cache = new_cache(2)
+    parts = [base(part, cache=cache) for part in x.split([23, 1, 1, 35], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+    assert cache.lengths.tolist() == [60, 60]
+
+
+@torch.no_grad()
+def test_a_truncated_cache_forgets_what_was_cut(base: GptOss) -> None:
+    x = torch.randint(BASE.d_vocab, (1, 30), generator=torch.Generator().manual_seed(4))
+    cache = new_cache(1)
+    base(torch.cat([x[:, :20], x[:, :7]], 1), cache=cache)
+    cache.truncate(torch.tensor([20]))
+    torch.testing.assert_close(base(x[:, 20:], cache=cache), base(x)[:, 20:], rtol=1e-4, atol=1e-5)
+
+
+def greedy_by_recomputing(model: GptOss, prompt: list[int], n: int) -> list[int]:
+    row = list(prompt)
+    for _ in range(n):
+        row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
+    return row[len(prompt) :]
+
+
+@torch.no_grad()
+def test_greedy_generation_equals_recomputing_every_token(base: GptOss) -> None:
+    assert base.generate([PROMPTS[1]], max_new_tokens=12, stop=()) == [greedy_by_recomputing(base, PROMPTS[1], 12)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_batch_of_unequal_prompts_equals_one_by_one(base: GptOss, temperature: float) -> None:
+    seeds = [11, 12, 13, 14]
+    together = base.generate(PROMPTS, max_new_tokens=20, temperature=temperature, seed=seeds, stop=range(0, 20))
+    alone = [
+        base.generate([p], max_new_tokens=20, temperature=temperature, seed=[s], stop=range(0, 20))[0]
+        for p, s in zip(PROMPTS, seeds, strict=True)
+    ]
+    assert together == alone
+    assert len({len(out) for out in together}) > 1, "the rows should stop at different times, or nothing is tested"
+
+
+def test_the_stop_token_ends_a_row_and_is_included(base: GptOss) -> None:
+    first = base.generate([PROMPTS[0]], max_new_tokens=8, stop=())[0]
+    assert base.generate([PROMPTS[0]], max_new_tokens=8, stop={first[2]})[0] == first[: first.index(first[2]) + 1]
+
+
+def test_a_seed_fixes_the_samples_and_another_changes_them(base: GptOss) -> None:
+    a, b, c = (base.generate(PROMPTS, max_new_tokens=10, temperature=1.0, seed=s, stop=()) for s in (0, 0, 1))
+    assert a == b != c
+
+
+def test_generation_ends_at_the_context(base: GptOss) -> None:
+    assert [len(out) for out in base.generate([[1] * 508, [1] * 512], max_new_tokens=50, stop=())] == [4, 0]
+
+
+def test_samples_follow_the_model_s_distribution(base: GptOss) -> None:
+    with torch.no_grad():
+        want = base(torch.tensor([PROMPTS[0]]))[0, -1].softmax(-1)
+    drawn = base.generate([PROMPTS[0]] * 3000, max_new_tokens=1, temperature=1.0, stop=())
+    got = torch.bincount(torch.tensor(drawn).flatten(), minlength=BASE.d_vocab) / 3000
+    assert (got - want).abs().sum() / 2 < 0.1
+    colder = base.generate([PROMPTS[0]] * 300, max_new_tokens=1, temperature=0.05, stop=())
+    assert (torch.tensor(colder) == want.argmax()).float().mean() > (
+        torch.tensor(drawn) == want.argmax()
+    ).float().mean()
+
+
+def test_an_empty_prompt_is_refused(base: GptOss) -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        base.generate([[1], []])
