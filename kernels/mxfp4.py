@@ -95,7 +95,7 @@ class _PackedLinear(torch.autograd.Function):
     """x · Wᵀ from packed W, with a gradient for x that unpacks again instead of keeping W."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(blocks, scales)
         out = x.new_empty(x.shape[0], blocks.shape[0])
         for start, rows in _row_chunks(blocks, scales, x.dtype):
@@ -103,7 +103,7 @@ class _PackedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         blocks, scales = ctx.saved_tensors
         total = grad.new_zeros(grad.shape[0], blocks.shape[1] * GROUP)
         for start, rows in _row_chunks(blocks, scales, grad.dtype):
@@ -120,5 +120,5 @@ def _row_chunks(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Iterator[
 def linear(x: Float[Tensor, "rows columns"], weight: Mxfp4 | Float[Tensor, "columns out"]) -> Float[Tensor, "rows out"]:
     """x times a weight matrix, packed (stored by rows of outputs) or dense (stored inputs by outputs)."""
     if isinstance(weight, Mxfp4):
-        return _PackedLinear.apply(x, weight.blocks, weight.scales)  # type: ignore[no-any-return, no-untyped-call]
+        return _PackedLinear.apply(x, weight.blocks, weight.scales)
     return x @ weight

@@ -50,7 +50,9 @@ def cos_sin(
 
 
 def rotate(
-    x: Float[Tensor, "batch pos head d_head"], cos: Float[Tensor, "batch pos half"], sin: Float[Tensor, "batch pos half"]
+    x: Float[Tensor, "batch pos head d_head"],
+    cos: Float[Tensor, "batch pos half"],
+    sin: Float[Tensor, "batch pos half"],
 ) -> Float[Tensor, "batch pos head d_head"]:
     """Turn the pairs (i, i + d_head / 2) by their position's angle; computed in at least float32."""
     wide = torch.promote_types(x.dtype, torch.float32)

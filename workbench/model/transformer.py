@@ -107,6 +107,9 @@ class Router(nn.Module):
 class ExpertMatrix(nn.Module):
     """One matrix of every expert and its bias: packed `blocks` and `scales`, or a dense, trainable `weight`."""
 
+    blocks: Tensor
+    scales: Tensor
+
     def __init__(self, num_experts: int, inputs: int, outputs: int, packed: bool) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(num_experts, outputs))
@@ -200,7 +203,9 @@ class Unembed(nn.Module):
 class Where:
     """Where the tokens of one forward pass stand: positions, their rotations, what lies before them and beside them."""
 
-    def __init__(self, cfg: Config, tokens: Int[Tensor, "batch pos"], cache: KVCache | None, packed: Sequence[int] | None):
+    def __init__(
+        self, cfg: Config, tokens: Int[Tensor, "batch pos"], cache: KVCache | None, packed: Sequence[int] | None
+    ):
         self.cache = cache
         self.lengths = list(packed) if packed is not None else None
         self.positions: Int[Tensor, "batch pos"] = self._positions(tokens)
@@ -298,7 +303,9 @@ class GptOss(HookedRootModule):
         """Ordinary text as token ids, one row a text; texts of unequal length are refused."""
         rows = [self.tokenizer.encode(t) for t in ([text] if isinstance(text, str) else text)]
         if len({len(row) for row in rows}) > 1:
-            raise ValueError(f"texts of {sorted({len(r) for r in rows})} tokens do not fit one tensor: pass them singly")
+            raise ValueError(
+                f"texts of {sorted({len(r) for r in rows})} tokens do not fit one tensor: pass them singly"
+            )
         return torch.tensor(rows, device=self.device)
 
     def generate(self, tokens: Any, **options: Any) -> Any:

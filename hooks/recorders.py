@@ -1,0 +1,43 @@
+"""Recorders: hooks that keep what passes, one tensor a hook point, tokens first, on the CPU.
+
+A recorder sees the model as any other hook does, so recording costs what hooking costs and nothing else.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+HookFunction = Callable[..., None]
+
+
+class Recorder:
+    """Keeps the activations of named hook points, in the dtype asked for, until `take`.
+
+    Several forward passes in a row are concatenated along the tokens.
+    """
+
+    def __init__(self, wanted: Mapping[str, torch.dtype]) -> None:
+        self.wanted = dict(wanted)
+        self._kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
+
+    @property
+    def fwd_hooks(self) -> list[tuple[str, HookFunction]]:
+        """For `model.hooks(fwd_hooks=…)` or `run_with_hooks`."""
+        return [(name, partial(self._keep, dtype=dtype)) for name, dtype in self.wanted.items()]
+
+    def _keep(self, activation: Shaped[Tensor, "batch pos *feature"], hook: HookPoint, dtype: torch.dtype) -> None:
+        assert hook.name is not None
+        self._kept[hook.name].append(activation.detach().flatten(0, 1).to("cpu", dtype, copy=True))
+
+    def take(self) -> dict[str, Shaped[Tensor, "tokens *feature"]]:
+        """What was recorded since the last call; a point that never fired is an error."""
+        silent = [name for name, parts in self._kept.items() if not parts]
+        if silent:
+            raise RuntimeError(f"these hook points never fired: {silent}")
+        taken = {name: torch.cat(parts) for name, parts in self._kept.items()}
+        self._kept = {name: [] for name in self.wanted}
+        return taken

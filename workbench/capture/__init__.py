@@ -1,0 +1,17 @@
+"""Capture jobs: plan units, run the model over them, write a run. `workbench.capture(...)` is the whole job."""
+
+import sys
+import types
+from typing import Any
+
+
+class _CallablePackage(types.ModuleType):
+    """A package that is also its main function, so that `wb.capture(model, …)` and `wb.capture.plan` both work."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        from workbench.capture.job import capture  # late: torch
+
+        return capture(*args, **options)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

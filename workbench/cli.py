@@ -1,0 +1,162 @@
+"""The command line. Every command imports what it needs when it runs, so that `--help` is quick.
+
+Exit codes: 0 done, 1 the job failed, 2 wrong usage or refused input.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from workbench.errors import InputError
+
+app = typer.Typer(
+    help="Look inside gpt-oss: generate, capture, study, see.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, 'nano', or a hub id such as openai/gpt-oss-20b.")]
+RunPath = Annotated[Path, typer.Argument(help="A run written by `workbench capture`.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, mps.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmetic in float32.")]
+
+
+def _load(model: str, device: str, dtype: str) -> Any:
+    import torch
+
+    from workbench.model import load
+
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in dtypes:
+        raise InputError(f"--dtype {dtype!r}: choose one of {', '.join(dtypes)}")
+    return load(model, device=device, dtype=dtypes[dtype])
+
+
+@app.command()
+def info(model: Model) -> None:
+    """Sizes, memory and hook points of a model, without loading it."""
+    from workbench.model.info import describe
+
+    describe(model)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, answer?, meta?")],
+    out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write.")],
+    effort: Annotated[list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Transcripts a prompt and effort.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    seed: int = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 64,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Answer prompts at one or several reasoning efforts."""
+    from workbench.capture.generation import generate_transcripts
+
+    loaded = _load(model, device, dtype)
+    generate_transcripts(
+        loaded, prompts, out, efforts=effort or ["low", "medium", "high"], samples=samples, temperature=temperature,
+        seed=seed, max_new_tokens=max_new_tokens, batch=batch, overwrite=overwrite,
+    )  # fmt: skip
+
+
+@app.command()
+def capture(
+    model: Model,
+    transcripts: Annotated[Path, typer.Argument(help="JSONL of transcripts.")],
+    run: Annotated[Path, typer.Argument(help="The run to write, or to go on with.")],
+    record: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="routing, router_logits, sinks, logprobs, or a hook point and its layers, as in resid_post:3,7. "
+            "[default: routing, sinks, logprobs]"
+        ),
+    ] = None,
+    unit_tokens: Annotated[int, typer.Option(help="Tokens of one unit of work and commit.")] = 16_384,
+    strict: Annotated[bool, typer.Option(help="Refuse the file if any row is unusable.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Record a model over transcripts into a run. The same command again goes on where it stopped."""
+    from workbench.capture import recording
+    from workbench.capture.job import capture as job
+
+    written = job(
+        _load(model, device, dtype), transcripts, run, record=record or recording.DEFAULT, unit_tokens=unit_tokens,
+        strict=strict,
+    )  # fmt: skip
+    rejects = written.provenance["rejects"]
+    print(f"{run}: {len(written.sequences):,} sequences" + (f", {len(rejects)} rows skipped" if rejects else ""))
+
+
+@app.command()
+def verify(run: RunPath) -> None:
+    """Check every promise of a run; says what is damaged and exits with 1 if anything is."""
+    from workbench.runs.verify import verify as check
+
+    problems = check(run)
+    for problem in problems:
+        print(f"{problem.where}: {problem.what}")
+    print(f"{run}: {len(problems)} problems" if problems else f"{run}: whole")
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="routing")],
+    run: RunPath,
+    out: Annotated[Path | None, typer.Option(help="Folder for the tables (CSV, JSON) and the summary.")] = None,
+) -> None:
+    """Run a study: prints its summary in plain words, writes its tables."""
+    from workbench.runs import open_run
+    from workbench.studies import run_study, save, summary
+
+    results = run_study(name, open_run(run))
+    if out is not None:
+        save(results, out)
+    print(summary(results))
+
+
+@app.command()
+def figures(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    format: Annotated[list[str] | None, typer.Option(help="svg, pdf, png, html; repeat. [default: all]")] = None,
+) -> None:
+    """Every figure of a run, with the CSV behind each."""
+    from workbench.figures.export import write_all
+    from workbench.runs import open_run
+
+    for path in write_all(open_run(run), out, formats=tuple(format or ("svg", "pdf", "png", "html"))):
+        print(path)
+
+
+@app.command()
+def dashboard(
+    runs: Annotated[list[Path], typer.Argument(help="Runs to show.")],
+    port: int = 5006,
+    address: Annotated[str, typer.Option(help="Where to listen; anything but localhost is open to others.")] = "localhost",
+    show: Annotated[bool, typer.Option(help="Open a browser.")] = False,
+) -> None:
+    """Serve the dashboard of one or several runs."""
+    from workbench.dashboards.app import serve
+
+    serve(runs, port=port, address=address, show=show)
+
+
+def main() -> None:
+    """Entry point: one line for what the user can mend, a traceback for what we must."""
+    try:
+        app()
+    except InputError as error:
+        print(f"workbench: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `workbench … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

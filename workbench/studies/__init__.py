@@ -1,0 +1,41 @@
+"""Studies: pure functions from a run to labelled datasets, with intervals, nulls and definitions attached.
+
+Nothing here draws and nothing here needs torch; figures take the datasets, dashboards and notebooks show the figures.
+Every study module has `study(run, …) -> dict[str, xarray.Dataset]`; the table below is the list of them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from workbench.studies import result as result
+    from workbench.studies import routing as routing
+    from workbench.studies import statistics as statistics
+    from workbench.studies.design import Run
+
+STUDIES = ("routing",)
+_MODULES = ("design", "resampling", "result", "statistics", *STUDIES)
+
+__all__ = ["STUDIES", "result", "routing", "run_study", "statistics"]
+
+
+def run_study(name: str, run: "Run", **options: Any) -> "dict[str, xr.Dataset]":
+    """The datasets of one study by its name; options go to that study (`n_boot`, `n_permutations`, `seed`, …)."""
+    if name not in STUDIES:
+        raise InputError(f"no study is called {name!r}; the studies are {', '.join(STUDIES)}")
+    datasets: dict[str, xr.Dataset] = importlib.import_module(f"workbench.studies.{name}").study(run, **options)
+    return datasets
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"workbench.studies.{name}")
+    raise AttributeError(f"module 'workbench.studies' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
