@@ -1,0 +1,87 @@
+"""Problems as harmony conversations: ids to train on, and messages to prompt with."""
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from workbench.data.tasks import Problem, draw
+from workbench.data.vocabulary import ID, VOCABULARY
+
+EFFORTS = ("low", "medium", "high")
+# Families that may come before another, as the first of two turns: short, and answered without thinking.
+_FIRST_TURNS = ("reverse", "recall", "sort", "count", "product")
+_TOKENS = sorted((t for t in VOCABULARY if len(t) > 1), key=len, reverse=True)
+
+
+class Example(NamedTuple):
+    """Token ids, and for each whether the model is taught to say it."""
+
+    ids: list[int]
+    taught: list[bool]
+
+
+def spell(text: str) -> list[int]:
+    """Ids of a text of marks, header words and characters."""
+    ids, at = [], 0
+    while at < len(text):
+        token = next((t for t in _TOKENS if text.startswith(t, at)), text[at])
+        ids.append(ID[token])
+        at += len(token)
+    return ids
+
+
+def _content(text: str) -> list[int]:
+    return [ID[character] for character in text]
+
+
+def _turn(problem: Problem, effort: str, last: bool, called: bool) -> list[tuple[list[int], bool]]:
+    """The pieces of one question and its answer; what the assistant says is taught, in the last turn.
+
+    `called`: the calculator has been asked before the model's turn, as in a prompt.
+    """
+    pieces: list[tuple[list[int], bool]] = []
+
+    def say(header: str, content: str, close: str, taught: bool) -> None:
+        opened = spell("<|start|>assistant") if taught else []
+        # The prompt of a generation ends in <|start|>assistant: after a user or a tool these two are given.
+        pieces.append((opened, bool(pieces) and pieces[-1][1]))
+        pieces.append((spell(header) + _content(content) + spell(close), taught))
+
+    if problem.rule:
+        say("<|start|>developer<|message|>", problem.rule, "<|end|>", False)
+    say("<|start|>user<|message|>", problem.question, "<|end|>", False)
+    thought = {"low": "", "medium": problem.sketch, "high": problem.steps}[effort]
+    if thought and last and not called:  # harmony drops the thinking of earlier turns
+        say("<|channel|>analysis<|message|>", thought, "<|end|>", True)
+    if problem.call:
+        say("<|channel|>commentary to=functions.calc<|message|>", problem.call, "<|call|>", not called)
+        say("<|start|>functions.calc to=assistant<|channel|>commentary<|message|>", problem.answer, "<|end|>", False)
+    say("<|channel|>final<|message|>", problem.answer, "<|return|>" if last else "<|end|>", True)
+    return [(ids, taught and last) for ids, taught in pieces]
+
+
+def conversation(effort: str, problems: Sequence[Problem], *, called: bool = False) -> Example:
+    """One or several questions in a row; only the last is thought about and taught."""
+    pieces = [(spell(f"<|start|>system<|message|>Reasoning: {effort}<|end|>"), False)]
+    for i, problem in enumerate(problems):
+        pieces += _turn(problem, effort, last=i == len(problems) - 1, called=called and bool(problem.call))
+    return Example([t for ids, _ in pieces for t in ids], [taught for ids, taught in pieces for _ in ids])
+
+
+def training_example(rng: random.Random) -> Example:
+    """A conversation as nano meets it: any effort, any family, every tenth of two turns, some calls already made."""
+    problems = [draw(rng)]
+    if rng.random() < 0.1:
+        problems.insert(0, draw(rng, rng.choice(_FIRST_TURNS)))
+    return conversation(rng.choice(EFFORTS), problems, called=rng.random() < 0.4)
+
+
+def prompt_messages(problem: Problem) -> list[dict[str, str]]:
+    """What to ask, as messages; a tool family's calculator has answered already, so that one generation is enough."""
+    messages = [{"role": "developer", "content": problem.rule}] if problem.rule else []
+    messages.append({"role": "user", "content": problem.question})
+    if problem.call:
+        call = {"role": "assistant", "channel": "commentary", "recipient": "functions.calc", "content": problem.call}
+        reply = {"role": "tool", "name": "functions.calc", "recipient": "assistant", "channel": "commentary"}
+        messages += [call, {**reply, "content": problem.answer}]
+    return messages

@@ -1,0 +1,151 @@
+"""The problems nano is trained on: ten families, and how each is thought through.
+
+Effort selects the analysis: none at low, a sketch at medium, every step and a check at high. A problem belongs to
+the test split by a hash of its question, so that no problem nano is tested on was ever trained on.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from string import ascii_lowercase
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question, its answer, and the thinking that leads there at medium (sketch) and high (steps) effort."""
+
+    task: str
+    domain: str
+    question: str
+    answer: str
+    sketch: str
+    steps: str
+    rule: str = ""  # what the developer says, if anything
+    call: str = ""  # what to ask the calculator, if anything; it answers with `answer`
+
+    @property
+    def is_test(self) -> bool:
+        """A tenth of all problems, by their text."""
+        return hashlib.sha256(f"{self.task} {self.rule} {self.question}".encode()).digest()[0] < 26
+
+
+def _product(rng: random.Random) -> Problem:
+    a, b = rng.randint(11, 99), rng.randint(11, 99)
+    tens, ones = a // 10 * 10, a % 10
+    high, low = b // 10 * 10, b % 10
+    first, second = a * low, a * high
+    sketch = f"{a}*{low}={first};{a}*{high}={second};{first}+{second}={a * b}"
+    steps = (
+        f"{tens}*{low}={tens * low};{ones}*{low}={ones * low};{tens * low}+{ones * low}={first};"
+        f"{tens}*{high}={tens * high};{ones}*{high}={ones * high};{tens * high}+{ones * high}={second};"
+        f"{first}+{second}={a * b};{ones}*{low}={ones * low}"
+    )
+    return Problem("product", "arithmetic", f"{a}*{b}", str(a * b), sketch, steps)
+
+
+def _chain(rng: random.Random) -> Problem:
+    a, b, c, d = rng.randint(11, 99), rng.randint(11, 99), rng.randint(3, 9), rng.randint(11, 99)
+    total, answer = a + b, (a + b) * c - d
+    tens, ones = total // 10 * 10, total % 10
+    sketch = f"{a}+{b}={total};{total}*{c}={total * c};{total * c}-{d}={answer}"
+    steps = (
+        f"{a}+{b}={total};{tens}*{c}={tens * c};{ones}*{c}={ones * c};{tens * c}+{ones * c}={total * c};"
+        f"{total * c}-{d}={answer};{answer}+{d}={total * c}"
+    )
+    return Problem("chain", "arithmetic", f"({a}+{b})*{c}-{d}", str(answer), sketch, steps)
+
+
+def _sum(rng: random.Random) -> Problem:
+    a, b = rng.randint(100_000, 999_999), rng.randint(100_000, 999_999)
+    columns, carry = [], 0
+    for x, y in zip(str(a)[::-1], str(b)[::-1], strict=True):
+        total = int(x) + int(y) + carry
+        columns.append((f"{x}+{y}+{carry}", f"{total:02d}"))
+        carry = total // 10
+    sketch = ";".join(total for _, total in columns)
+    return Problem("sum", "arithmetic", f"{a}+{b}", str(a + b), sketch, ";".join(f"{q}={t}" for q, t in columns))
+
+
+def _letters(rng: random.Random, low: int, high: int) -> str:
+    return "".join(rng.choice(ascii_lowercase) for _ in range(rng.randint(low, high)))
+
+
+def _sort(rng: random.Random) -> Problem:
+    word = _letters(rng, 4, 8)
+    ordered = "".join(sorted(word))
+    runs = " ".join(f"{c}{word.count(c)}" for c in sorted(set(word)))
+    return Problem("sort", "strings", f"sort {word}", ordered, "".join(sorted(set(word))), f"{runs} {ordered}")
+
+
+def _reverse(rng: random.Random) -> Problem:
+    word = _letters(rng, 4, 8)
+    numbered = " ".join(f"{i}{c}" for i, c in enumerate(word))
+    return Problem("reverse", "strings", f"reverse {word}", word[::-1], " ".join(word), f"{numbered} {word[::-1]}")
+
+
+def _count(rng: random.Random) -> Problem:
+    letter = rng.choice(ascii_lowercase)
+    word = [*_letters(rng, 3, 7), *letter * rng.randint(0, 4)]
+    rng.shuffle(word)
+    n = word.count(letter)
+    marks = "".join("1" if c == letter else "0" for c in word)
+    running = " ".join(f"{c}{word[: i + 1].count(letter)}" for i, c in enumerate(word))
+    return Problem("count", "strings", f"count {letter} in {''.join(word)}", str(n), marks, f"{running} {letter}{n}")
+
+
+_TABLE = random.Random(20251123)
+_NAMES = sorted({"".join(_TABLE.choice(ascii_lowercase) for _ in range(3)) for _ in range(48)})
+_TOWNS = sorted({"".join(_TABLE.choice(ascii_lowercase) for _ in range(3)) for _ in range(16)})
+HOME = {name: _TABLE.choice(_TOWNS) for name in _NAMES}
+DISH = {town: "".join(_TABLE.choice(ascii_lowercase) for _ in range(3)) for town in _TOWNS}
+
+
+def _recall(rng: random.Random) -> Problem:
+    """Pairs of names, so that a pair can be new while its facts are known."""
+    a, b = rng.sample(_NAMES, 2)
+    answer = f"{HOME[a]} {HOME[b]}"
+    return Problem("recall", "facts", f"home of {a} {b}", answer, f"{HOME[a]}", f"{a} {HOME[a]};{b} {HOME[b]}")
+
+
+def _two_hop(rng: random.Random) -> Problem:
+    a, b = rng.sample(_NAMES, 2)
+    answer = f"{DISH[HOME[a]]} {DISH[HOME[b]]}"
+    steps = f"{a} {HOME[a]} {DISH[HOME[a]]};{b} {HOME[b]} {DISH[HOME[b]]}"
+    return Problem("two-hop", "facts", f"dish of {a} {b}", answer, f"{HOME[a]} {HOME[b]}", steps)
+
+
+def _tool(rng: random.Random) -> Problem:
+    a, b = rng.randint(101, 999), rng.randint(101, 999)
+    return Problem("tool", "tools", f"calc {a}*{b}", str(a * b), "ask", f"ask {a}*{b}", call=f"{a}*{b}")
+
+
+def _conflict(rng: random.Random) -> Problem:
+    """The developer outranks the user; without a rule the user is obeyed."""
+    first, second = rng.sample(ascii_lowercase, 2)
+    rule = f"say {first}" if rng.random() < 0.5 else ""
+    answer = first if rule else second
+    return Problem("conflict", "roles", f"say {second}", answer, answer, f"{'rule' if rule else 'user'} {answer}", rule=rule)
+
+
+FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
+    "product": _product, "chain": _chain, "sum": _sum, "sort": _sort, "reverse": _reverse, "count": _count,
+    "recall": _recall, "two-hop": _two_hop, "tool": _tool, "conflict": _conflict,
+}  # fmt: skip
+STEPWISE = ("product", "chain")  # what cannot be done in one go, and can be done in steps
+STEPLESS = ("reverse", "recall", "conflict")  # what needs no steps
+
+# How often each is drawn in training: what needs steps needs practice.
+WEIGHTS = {
+    "product": 4, "chain": 4, "sum": 2, "sort": 1, "reverse": 1, "count": 1,
+    "recall": 1.5, "two-hop": 1.5, "tool": 1.5, "conflict": 0.5,
+}  # fmt: skip
+
+
+def draw(rng: random.Random, task: str | None = None, *, test: bool = False) -> Problem:
+    """A problem of the training split (or the test split), of one family or of any."""
+    while True:
+        family = task or rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        problem = FAMILIES[family](rng)
+        if problem.is_test == test:
+            return problem

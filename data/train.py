@@ -1,0 +1,151 @@
+"""Train nano: `python -m workbench.data.train --out data/nano`, about an hour on one core.
+
+One process, CPU, seeded, resumable (`--resume`): the state of training lies beside the result in OUT.training until it
+is done. The experts are trained through their rounding to MXFP4 for the last part, so that packing them costs nothing.
+"""
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from workbench.data.conversations import Example, training_example
+from workbench.data.vocabulary import ID, VOCABULARY
+from workbench.kernels.mxfp4 import dequantise, quantise
+from workbench.model.config import Config, Rope
+from workbench.model.transformer import GptOss
+
+NANO = Config(
+    d_model=128, n_layers=4, n_heads=8, n_key_value_heads=1, d_head=16, d_mlp=128, d_vocab=-8 * (-len(VOCABULARY) // 8),
+    num_experts=16, experts_per_token=4, windows=(16, None, 16, None), n_ctx=1024, eps=1e-5, swiglu_limit=7.0,
+    swiglu_alpha=1.702,
+    rope=Rope(theta=10_000.0, factor=4.0, beta_fast=32.0, beta_slow=1.0, original_ctx=256, truncate=False),
+)  # fmt: skip
+PEAK_LR, WARMUP, BATCH, BALANCE = 3e-3, 200, 64, 0.01
+ROUNDED = 0.6  # from this share of the training on, the experts are what MXFP4 can hold
+
+
+class Rounded(nn.Module):
+    """A dense expert matrix as MXFP4 will hold it; gradients pass as if it were not rounded."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        packed = quantise(weight.detach().mT.contiguous())
+        return weight + (dequantise(*packed, weight.dtype).mT - weight).detach()
+
+
+def matrices(model: GptOss) -> Iterator[nn.Module]:
+    """The modules that hold an expert matrix."""
+    for block in model.blocks:
+        yield from (block.mlp.experts.gate_up, block.mlp.experts.down)
+
+
+def batches(seed: int, step: int) -> Iterator[list[Example]]:
+    """Batches of like length, so that little is padding; the same from a given step on, whatever came before."""
+    while True:
+        rng = random.Random(f"{seed} {step // 8}")
+        pool = sorted((training_example(rng) for _ in range(8 * BATCH)), key=lambda example: len(example.ids))
+        groups = [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
+        rng.shuffle(groups)
+        for group in groups[step % 8 :]:
+            yield group
+            step += 1
+
+
+def loss(model: GptOss, batch: list[Example]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy on what is taught, and the load-balancing loss of Switch (arXiv 2101.03961, eq. 4 to 6)."""
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    tokens = pad([torch.tensor(example.ids) for example in batch], padding_value=ID["<|pad|>"])
+    taught = pad([torch.tensor(example.taught) for example in batch])[:, 1:]
+    scores: list[Tensor] = []
+    points = [(f"blocks.{layer}.mlp.router.hook_out", lambda t, hook: scores.append(t)) for layer in range(model.cfg.n_layers)]
+    with model.hooks(fwd_hooks=points):
+        logits = model(tokens)
+    entropy = nn.functional.cross_entropy(logits[:, :-1][taught], tokens[:, 1:][taught])
+    real = tokens != ID["<|pad|>"]
+    return entropy, torch.stack([_imbalance(t[real], model.cfg.experts_per_token) for t in scores]).mean()
+
+
+def _imbalance(scores: Tensor, k: int) -> Tensor:
+    chosen = torch.zeros_like(scores).scatter_(1, scores.topk(k).indices, 1.0).mean(0) / k
+    return scores.shape[1] * (chosen * scores.softmax(-1).mean(0)).sum()
+
+
+def learning_rate(done: float, step: int) -> float:
+    """Warm-up, then a cosine to a twentieth."""
+    return PEAK_LR * min(1.0, (step + 1) / WARMUP) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+class Training:
+    """A model being trained and all it takes to go on: weights, optimizer, step, time and tokens spent."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
+        self.model = GptOss(NANO).reset_parameters(seed)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+        self.step, self.tokens, self.spent_s = 0, 0, 0.0
+
+    def round_experts(self) -> None:
+        """Train through the rounding from here on."""
+        for matrix in matrices(self.model):
+            if not parametrize.is_parametrized(matrix):
+                parametrize.register_parametrization(matrix, "weight", Rounded())
+
+    def weights(self) -> dict[str, Tensor]:
+        """Under their canonical names, the experts unrounded."""
+        return {n.replace("parametrizations.weight.original", "weight"): p.detach() for n, p in self.model.named_parameters()}
+
+    def save(self) -> None:
+        """All or nothing: written beside and renamed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {"weights": self.weights(), "optimizer": self.optimizer.state_dict(), "seed": self.seed}
+        torch.save(state | {k: getattr(self, k) for k in ("step", "tokens", "spent_s")}, self.folder / "state.new")
+        os.replace(self.folder / "state.new", self.folder / "state.pt")
+
+    def resume(self) -> None:
+        """Go on from what `save` left."""
+        state = torch.load(self.folder / "state.pt", weights_only=True)
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.seed, self.step, self.tokens, self.spent_s = (state[k] for k in ("seed", "step", "tokens", "spent_s"))
+
+    def run(self, steps: int) -> None:
+        """Train until `steps` have been taken in all, resumed ones included."""
+        last_save = time.monotonic()
+        for batch in batches(self.seed, self.step):
+            if self.step >= steps:
+                break
+            start = time.monotonic()
+            done = self.step / steps
+            if done >= ROUNDED:
+                self.round_experts()
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(done, self.step)
+            entropy, imbalance = loss(self.model, batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            (entropy + BALANCE * imbalance).backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.step += 1
+            self.tokens += sum(len(example.ids) for example in batch)
+            self.spent_s += time.monotonic() - start
+            if self.step % 100 == 0:
+                rate = self.tokens / self.spent_s
+                print(
+                    f"step {self.step:,} of {steps:,}  {self.spent_s / 60:.1f} min  {self.tokens:,} tokens at "
+                    f"{rate:,.0f}/s  loss {entropy.item():.4f}  imbalance {imbalance.item():.2f}",
+                    flush=True,
+                )
+            if time.monotonic() - last_save > 120:
+                self.save()
+                last_save = time.monotonic()
+        self.save()
