@@ -1,0 +1,229 @@
+"""A checkpoint on disk, in either published layout, as canonical tensors: checked, memory-mapped, packed.
+
+Everything that can be known without reading the weights is checked before the first of them is used: which files
+there are, that each is whole, and that every tensor of the config is there once with its shape and dtype.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workbench.errors import InputError
+from workbench.model.config import Config, read_config
+from workbench.model.names import LAYOUTS, name_in, shapes
+from workbench.model.safetensors_file import Entry, SafetensorsFile
+
+BUNDLED = {"nano": Path(__file__).parents[1] / "data" / "nano"}
+_FLOATS = ("BF16", "F32")
+_INDEX = "model.safetensors.index.json"
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Canonical name → tensor, made when asked for: opening a checkpoint reads no weight."""
+
+    def __init__(self, places: Mapping[str, "Place"]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self._places[name]
+        tensor = place.file.tensor(place.stored)
+        return tensor if place.rows is None else tensor[place.rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a canonical tensor is: a file, its name there, and the rows of it (None: all)."""
+
+    file: SafetensorsFile
+    stored: str
+    rows: slice | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that holds what its config promises."""
+
+    path: Path
+    cfg: Config
+    layout: str
+    experts: str
+    tensors: Tensors
+    digest: str
+
+    def check_values(self) -> None:
+        """Refuse NaN and infinity, the scale byte 255 among them. Reads every weight once, a tensor at a time."""
+        for name, tensor in self.tensors.items():
+            if name.endswith(".scales"):
+                bad = tensor == 255
+            elif tensor.is_floating_point():
+                bad = ~torch.isfinite(tensor)
+            else:
+                continue
+            if bad.any():
+                place = tuple(bad.nonzero()[0].tolist())
+                raise InputError(f"{self.path}: {name} is not finite at {place}, and in {int(bad.sum()):,} places in all")
+
+
+def open_checkpoint(folder: str | Path, *, ignore_fields: Collection[str] = ()) -> Checkpoint:
+    """Open and check a checkpoint folder; the weights stay on disk until they are used."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{root} is {'a file' if root.exists() else 'not there'}: name a checkpoint folder")
+    if not (root / "config.json").exists() and (root / "original" / "config.json").exists():
+        root = root / "original"
+    cfg = read_config(root, ignore_fields)
+    files = [SafetensorsFile.open(path) for path in _weight_files(root)]
+    found: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.entries:
+            if name in found:
+                raise InputError(f"tensor {name!r} is both in {found[name].path.name} and in {file.path.name} of {root}")
+            found[name] = file
+    _check_index(root, found)
+    layout = next((n for n in LAYOUTS if name_in(n, "embed.weight") in found), None)
+    if layout is None:
+        raise InputError(f"{root}: no embedding called {' or '.join(name_in(n, 'embed.weight') for n in LAYOUTS)} in its files")
+    dense = layout == "huggingface" and name_in(layout, "blocks.0.mlp.experts.down.weight") in found
+    experts = "dense" if dense else "mxfp4"
+    places = _places(root, cfg, layout, experts, found)
+    return Checkpoint(root, cfg, layout, experts, Tensors(places), _digest(root, files))
+
+
+def _weight_files(root: Path) -> list[Path]:
+    paths = sorted(root.glob("*.safetensors"))
+    if not paths:
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in root.glob(pattern))
+        if pickles:
+            raise InputError(f"{root}: {pickles[0]} is a pickle, which can run code when it is read; convert it to safetensors")
+        raise InputError(f"{root} has a config.json but no *.safetensors: the weights are missing")
+    for path in paths:
+        _check_link(root, path)
+    return paths
+
+
+def _check_link(root: Path, path: Path) -> None:
+    """A link may stay inside the folder, or lead to the blobs of the hub cache that the folder is a snapshot of."""
+    target = Path(os.path.realpath(path))
+    real_root = Path(os.path.realpath(root))
+    snapshots = [p for p in real_root.parents if p.name == "snapshots"]
+    allowed = [real_root, *(p.parent / "blobs" for p in snapshots)]
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise InputError(f"{path} is a link out of the checkpoint folder; copy the file there if you trust it")
+
+
+def _check_index(root: Path, found: Mapping[str, SafetensorsFile]) -> None:
+    path = root / _INDEX
+    if not path.exists():
+        if len({file.path for file in found.values()}) > 1 and any("-of-" in f.path.name for f in found.values()):
+            _check_shards(root, {file.path.name for file in found.values()})
+        return
+    try:
+        listed = json.loads(path.read_text("utf-8"))["weight_map"].items()
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} is not an index of tensors: {error!r}") from error
+    for name, file in listed:
+        if name not in found:
+            state = "lacks it" if (root / Path(str(file)).name).exists() else "is missing: download it again"
+            raise InputError(f"{path} says tensor {name!r} is in {file!r}, which {state}")
+
+
+def _check_shards(root: Path, names: set[str]) -> None:
+    """Without an index, `…-00002-of-00007…` in a name still tells how many files there should be."""
+    for name in sorted(names):
+        if match := re.search(r"-of-(\d+)", name):
+            wanted = int(match.group(1))
+            if len(names) < wanted:
+                raise InputError(f"{root} holds {len(names)} of {wanted} shards: download the missing ones")
+
+
+def _places(
+    root: Path, cfg: Config, layout: str, experts: str, found: Mapping[str, SafetensorsFile]
+) -> dict[str, Place]:
+    """Where every tensor of the config is; what is missing, left over or of another shape or dtype is refused."""
+    places: dict[str, Place] = {}
+    fused: dict[str, list[tuple[str, int]]] = {}
+    wanted = shapes(cfg, experts)
+    for name, shape in wanted.items():
+        fused.setdefault(name_in(layout, name), []).append((name, shape[0]))
+    for stored, parts in fused.items():
+        shape = (sum(rows for _, rows in parts), *wanted[parts[0][0]][1:])
+        if stored not in found:
+            raise InputError(f"{root}: tensor {stored!r} {shape} is missing")
+        file = found[stored]
+        _check_entry(file.path, stored, file.entries[stored], shape)
+        ends = accumulate(rows for _, rows in parts)
+        for (name, rows), end in zip(parts, ends, strict=True):
+            places[name] = Place(file, stored, None if len(parts) == 1 else slice(end - rows, end))
+    if left := sorted(set(found) - set(fused)):
+        raise InputError(
+            f"{found[left[0]].path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} left over)"
+        )
+    return {name: places[name] for name in wanted}
+
+
+def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...]) -> None:
+    packed = name.endswith(("blocks", "scales"))
+    dtypes = ("U8",) if packed else _FLOATS
+    if entry.shape != shape:
+        raise InputError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, the config wants {list(shape)}")
+    if entry.dtype not in dtypes:
+        raise InputError(f"{path}: tensor {name!r} has dtype {entry.dtype}, wanted {' or '.join(dtypes)}")
+
+
+def _digest(root: Path, files: Collection[SafetensorsFile]) -> str:
+    """Fingerprint of config and weights: every header and size, and of each file 64 evenly spaced blocks of 64 KiB.
+
+    Complete for files up to 4 MiB, a sample beyond: enough to tell checkpoints apart, not to prove them untouched.
+    """
+    total = hashlib.sha256((root / "config.json").read_bytes())
+    parts = []
+    for file in files:
+        part = hashlib.sha256(file.header + str(file.path.stat().st_size).encode())
+        for block in file.samples():
+            part.update(block)
+        parts.append(part.digest())
+    for digest in sorted(parts):  # whatever the files are called
+        total.update(digest)
+    return total.hexdigest()
+
+
+def resolve(source: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a path, the bundled model's name, or a hub id, downloaded if it is not cached."""
+    if source in BUNDLED:
+        return BUNDLED[str(source)]
+    path = Path(source)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)) or ".." in str(source):
+        raise InputError(f"{source} is neither a folder, nor {' or '.join(BUNDLED)}, nor a hub id such as openai/gpt-oss-20b")
+    from huggingface_hub import snapshot_download  # late: half a second
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                str(source), revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja"], ignore_patterns=["*/*"]
+            )
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise InputError(f"the hub has no {source}{at}, or it needs a login (hf auth login)") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"{source} is not in the local cache and the hub cannot be reached; download it elsewhere and name the folder, "
+            "or point HF_HOME at a cache that has it"
+        ) from error

@@ -1,0 +1,116 @@
+"""One safetensors file, distrusted: its header is read and checked before any tensor of it is used.
+
+Format: 8 bytes of header length, a JSON header, then the data. https://huggingface.co/docs/safetensors
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from workbench.errors import InputError
+
+_LARGEST_HEADER = 100_000_000
+_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I64": 8, "I32": 4, "I16": 2, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as the header describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A file whose header holds what it promises; tensors are memory-mapped, read when they are used."""
+
+    path: Path
+    entries: dict[str, Entry]
+    header: bytes = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> "SafetensorsFile":
+        """Read and check the header; every doubt is an InputError that names the file and the tensor."""
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > _LARGEST_HEADER or 8 + length > size:
+                    raise InputError(
+                        f"{path}: a header of {length:,} bytes in a file of {size:,} bytes: truncated, or no safetensors file"
+                    )
+                header = file.read(length)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            described = json.loads(header, object_pairs_hook=_no_duplicates)
+            described.pop("__metadata__", None)
+            entries = {name: _entry(value) for name, value in described.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: the header is not a safetensors header: {error}") from error
+        _check_ranges(path, entries, size - 8 - length)
+        return cls(path, entries, header)
+
+    @cached_property
+    def _open(self) -> Any:
+        return safe_open(self.path, framework="pt")
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, memory-mapped."""
+        found: Tensor = self._open.get_tensor(name)
+        return found
+
+    def samples(self, blocks: int = 64, block_bytes: int = 65_536) -> Iterator[bytes]:
+        """Evenly spaced blocks of the file; all of it if it is no larger than they are together."""
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            if size <= blocks * block_bytes:
+                yield file.read()
+                return
+            for i in range(blocks):
+                file.seek(i * (size - block_bytes) // (blocks - 1))
+                yield file.read(block_bytes)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set():
+        raise ValueError(f"tensor {min(twice)!r} is there twice")
+    return dict(pairs)
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    start, end = value["data_offsets"]
+    shape = tuple(value["shape"])
+    if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
+        raise ValueError(f"shape {shape} or offsets {start}, {end} are no counts")
+    return Entry(value["dtype"], shape, start, end)
+
+
+def _check_ranges(path: Path, entries: dict[str, Entry], data_bytes: int) -> None:
+    position, previous = 0, ""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        wanted = math.prod(entry.shape) * _BYTES.get(entry.dtype, 0)
+        if entry.dtype not in _BYTES:
+            raise InputError(f"{path}: tensor {name!r} has dtype {entry.dtype}, which is not read here")
+        if entry.end - entry.start != wanted:
+            raise InputError(f"{path}: tensor {name!r} of shape {entry.shape} needs {wanted:,} bytes, has {entry.end - entry.start:,}")
+        if entry.end > data_bytes:
+            raise InputError(f"{path}: tensor {name!r} ends {entry.end - data_bytes:,} bytes beyond the file: truncated download?")
+        if entry.start != position:
+            raise InputError(f"{path}: tensor {name!r} overlaps or leaves a gap after {previous or 'the header'!r}")
+        position, previous = entry.end, name
+
+
+TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8}
