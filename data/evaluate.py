@@ -6,7 +6,6 @@
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pandas as pd
 from scipy.stats import binomtest
@@ -40,10 +39,14 @@ def accuracy(model: GptOss, asked: Sequence[Problem], report: Callable[[str], No
             right = final_text(prompt + answer, model.tokenizer) == problem.answer
             rows.append({"task": problem.task, "effort": effort, "right": right, "tokens": len(answer)})
         report(f"{effort}: {sum(r['right'] for r in rows if r['effort'] == effort)} of {len(asked)} right")
-    table = pd.DataFrame(rows).groupby(["task", "effort"], sort=False).agg(
-        n=("right", "size"), right=("right", "sum"), new_tokens=("tokens", "mean")
+    table = (
+        pd.DataFrame(rows)
+        .groupby(["task", "effort"], sort=False)
+        .agg(n=("right", "size"), right=("right", "sum"), new_tokens=("tokens", "mean"))
     )
-    bounds = [binomtest(int(r), int(n)).proportion_ci(method="wilson") for r, n in zip(table.right, table.n, strict=True)]
+    bounds = [
+        binomtest(int(r), int(n)).proportion_ci(method="wilson") for r, n in zip(table.right, table.n, strict=True)
+    ]
     return table.assign(
         accuracy=table.right / table.n, low=[b.low for b in bounds], high=[b.high for b in bounds]
     ).reset_index()

@@ -125,7 +125,9 @@ def _conflict(rng: random.Random) -> Problem:
     first, second = rng.sample(ascii_lowercase, 2)
     rule = f"say {first}" if rng.random() < 0.5 else ""
     answer = first if rule else second
-    return Problem("conflict", "roles", f"say {second}", answer, answer, f"{'rule' if rule else 'user'} {answer}", rule=rule)
+    return Problem(
+        "conflict", "roles", f"say {second}", answer, answer, f"{'rule' if rule else 'user'} {answer}", rule=rule
+    )
 
 
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {

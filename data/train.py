@@ -4,7 +4,6 @@ One process, CPU, seeded, resumable (`--resume`): the state of training lies bes
 is done. The experts are trained through their rounding to MXFP4 for the last part, so that packing them costs nothing.
 """
 
-import json
 import math
 import os
 import random
@@ -12,17 +11,19 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from workbench.data import vocabulary
 from workbench.data.conversations import Example, training_example
 from workbench.data.vocabulary import ID, VOCABULARY
 from workbench.kernels.mxfp4 import dequantise, quantise
 from workbench.model.config import Config, Rope
+from workbench.model.export import save_checkpoint
 from workbench.model.transformer import GptOss
 
 NANO = Config(
@@ -67,7 +68,9 @@ def loss(model: GptOss, batch: list[Example]) -> tuple[Tensor, Tensor]:
     tokens = pad([torch.tensor(example.ids) for example in batch], padding_value=ID["<|pad|>"])
     taught = pad([torch.tensor(example.taught) for example in batch])[:, 1:]
     scores: list[Tensor] = []
-    points = [(f"blocks.{layer}.mlp.router.hook_out", lambda t, hook: scores.append(t)) for layer in range(model.cfg.n_layers)]
+    points = [
+        (f"blocks.{layer}.mlp.router.hook_out", lambda t, hook: scores.append(t)) for layer in range(model.cfg.n_layers)
+    ]
     with model.hooks(fwd_hooks=points):
         logits = model(tokens)
     entropy = nn.functional.cross_entropy(logits[:, :-1][taught], tokens[:, 1:][taught])
@@ -102,7 +105,10 @@ class Training:
 
     def weights(self) -> dict[str, Tensor]:
         """Under their canonical names, the experts unrounded."""
-        return {n.replace("parametrizations.weight.original", "weight"): p.detach() for n, p in self.model.named_parameters()}
+        return {
+            n.replace("parametrizations.weight.original", "weight"): p.detach()
+            for n, p in self.model.named_parameters()
+        }
 
     def save(self) -> None:
         """All or nothing: written beside and renamed."""
@@ -149,3 +155,45 @@ class Training:
                 self.save()
                 last_save = time.monotonic()
         self.save()
+
+
+def packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as a checkpoint has them: bfloat16, the expert matrices in MXFP4."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if name.endswith((".gate_up.weight", ".down.weight")):
+            stem = name.removesuffix("weight")
+            tensors[stem + "blocks"], tensors[stem + "scales"] = quantise(tensor.mT.contiguous())
+        else:
+            tensors[name] = tensor.bfloat16()
+    return tensors
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    steps: Annotated[int, typer.Option(min=1)] = 4500,
+    seed: int = 0,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    resume: Annotated[bool, typer.Option(help="Go on from OUT.training.")] = False,
+) -> None:
+    """Train nano and write it as a checkpoint with packed experts, and as one with dense experts beside it."""
+    torch.set_num_threads(threads)
+    training = Training(out.with_name(out.name + ".training"), seed)
+    if resume:
+        training.resume()
+    training.run(steps)
+    write(training, out)
+
+
+def write(training: Training, out: Path) -> None:
+    """OUT, and OUT.dense with the same weights in bfloat16 before packing, for comparison."""
+    weights = training.weights()
+    save_checkpoint(
+        out.with_name(out.name + ".dense"), NANO, {n: t.bfloat16() for n, t in weights.items()}, extra=vocabulary.write
+    )
+    save_checkpoint(out, NANO, packed(weights), extra=vocabulary.write)
+    print(f"{out}: {training.step:,} steps, {training.tokens:,} tokens, {training.spent_s / 60:.0f} min")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -19,6 +19,11 @@ CHARACTERS = "0123456789+-*=();:,.?! " + ascii_lowercase
 VOCABULARY = (*MARKS, *WORDS, *CHARACTERS)
 ID = {token: i for i, token in enumerate(VOCABULARY)}
 
+_AUTHORS = r"system|developer|user|assistant|analysis|commentary|final|functions\.calc"
+_WORDS_OF_A_HEADER = (
+    rf"\A(?:{_AUTHORS})(?= to=|\z)| to=|(?<= to=)(?:{_AUTHORS})\z|\AReasoning: |(?<=Reasoning: )(?:low|medium|high)\z|."
+)
+
 CHAT_TEMPLATE = """\
 {{- '<|start|>system<|message|>Reasoning: ' + (reasoning_effort or 'medium') + '<|end|>' }}
 {%- for message in messages %}
@@ -35,8 +40,8 @@ def write(folder: Path) -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel(ID, unk_token="?"))
-    # Only header words are split off whole; a word of the content is spelled.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*(w.replace(".", r"\\.") for w in WORDS), "."])), "isolated")
+    # Marks are cut out first, so a header is a text of its own. Its words are tokens; the same word in a content is spelled.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS_OF_A_HEADER), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
     tokenizer.save(str(folder / "tokenizer.json"))

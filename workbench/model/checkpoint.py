@@ -75,7 +75,9 @@ class Checkpoint:
                 continue
             if bad.any():
                 place = tuple(bad.nonzero()[0].tolist())
-                raise InputError(f"{self.path}: {name} is not finite at {place}, and in {int(bad.sum()):,} places in all")
+                raise InputError(
+                    f"{self.path}: {name} is not finite at {place}, and in {int(bad.sum()):,} places in all"
+                )
 
 
 def open_checkpoint(folder: str | Path, *, ignore_fields: Collection[str] = ()) -> Checkpoint:
@@ -91,12 +93,16 @@ def open_checkpoint(folder: str | Path, *, ignore_fields: Collection[str] = ()) 
     for file in files:
         for name in file.entries:
             if name in found:
-                raise InputError(f"tensor {name!r} is both in {found[name].path.name} and in {file.path.name} of {root}")
+                raise InputError(
+                    f"tensor {name!r} is both in {found[name].path.name} and in {file.path.name} of {root}"
+                )
             found[name] = file
     _check_index(root, found)
     layout = next((n for n in LAYOUTS if name_in(n, "embed.weight") in found), None)
     if layout is None:
-        raise InputError(f"{root}: no embedding called {' or '.join(name_in(n, 'embed.weight') for n in LAYOUTS)} in its files")
+        raise InputError(
+            f"{root}: no embedding called {' or '.join(name_in(n, 'embed.weight') for n in LAYOUTS)} in its files"
+        )
     dense = layout == "huggingface" and name_in(layout, "blocks.0.mlp.experts.down.weight") in found
     experts = "dense" if dense else "mxfp4"
     places = _places(root, cfg, layout, experts, found)
@@ -108,7 +114,9 @@ def _weight_files(root: Path) -> list[Path]:
     if not paths:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in root.glob(pattern))
         if pickles:
-            raise InputError(f"{root}: {pickles[0]} is a pickle, which can run code when it is read; convert it to safetensors")
+            raise InputError(
+                f"{root}: {pickles[0]} is a pickle, which can run code when it is read; convert it to safetensors"
+            )
         raise InputError(f"{root} has a config.json but no *.safetensors: the weights are missing")
     for path in paths:
         _check_link(root, path)
@@ -209,14 +217,24 @@ def resolve(source: str | Path, *, revision: str | None = None) -> Path:
     if path.exists():
         return path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)) or ".." in str(source):
-        raise InputError(f"{source} is neither a folder, nor {' or '.join(BUNDLED)}, nor a hub id such as openai/gpt-oss-20b")
+        raise InputError(
+            f"{source} is neither a folder, nor {' or '.join(BUNDLED)}, nor a hub id such as openai/gpt-oss-20b"
+        )
     from huggingface_hub import snapshot_download  # late: half a second
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         return Path(
             snapshot_download(
-                str(source), revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja"], ignore_patterns=["*/*"]
+                str(source),
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+                ignore_patterns=["*/*"],
             )
         )
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:

@@ -107,13 +107,17 @@ class _Fields:
         found = [self.values.pop(name, None) for name in names]
         value = next((v for v in found if v is not None), default)
         if value is ...:
-            raise InputError(f"{self.path}: field {self.where}{names[0]!r} is missing; the model cannot be built without it")
+            raise InputError(
+                f"{self.path}: field {self.where}{names[0]!r} is missing; the model cannot be built without it"
+            )
         return value
 
     def integer(self, *names: str, least: int = 1) -> int:
         value = self.take(*names)
         if type(value) is not int or value < least:
-            raise InputError(f"{self.path}: {self.where}{names[0]} is {value!r}, wanted a whole number of at least {least}")
+            raise InputError(
+                f"{self.path}: {self.where}{names[0]} is {value!r}, wanted a whole number of at least {least}"
+            )
         return value
 
     def number(self, *names: str, default: Any = ...) -> float:
@@ -157,12 +161,18 @@ def _hugging_face(fields: _Fields) -> Config:
             raise InputError(f"{fields.path}: {name} is {value!r}; this project computes {accepted[0]!r} only")
     quantization = fields.take("quantization_config", default=None)
     if quantization is not None and quantization.get("quant_method") != "mxfp4":
-        raise InputError(f"{fields.path}: quantisation {quantization.get('quant_method')!r} is not read, only 'mxfp4' and none")
+        raise InputError(
+            f"{fields.path}: quantisation {quantization.get('quant_method')!r} is not read, only 'mxfp4' and none"
+        )
     n_layers, sliding = fields.integer("num_hidden_layers"), fields.integer("sliding_window")
-    kinds = fields.take("layer_types", default=[("sliding_attention", "full_attention")[i % 2] for i in range(n_layers)])
+    kinds = fields.take(
+        "layer_types", default=[("sliding_attention", "full_attention")[i % 2] for i in range(n_layers)]
+    )
     windows = {"sliding_attention": sliding, "full_attention": None}
     if len(kinds) != n_layers or any(kind not in windows for kind in kinds):
-        raise InputError(f"{fields.path}: layer_types needs one of {sorted(windows)} for each of {n_layers} layers, got {kinds}")
+        raise InputError(
+            f"{fields.path}: layer_types needs one of {sorted(windows)} for each of {n_layers} layers, got {kinds}"
+        )
     fields.take("experts_per_token", default=None)  # published beside num_experts_per_tok, the same number
     fields.take("initial_context_length", default=None)  # published, the rope's original context again
     return Config(
@@ -241,7 +251,9 @@ def _checked(path: Path, cfg: Config) -> Config:
         if getattr(cfg, name) % GROUP:
             raise InputError(f"{path}: {name} is {getattr(cfg, name)}; MXFP4 needs a multiple of {GROUP}")
     if cfg.n_heads % cfg.n_key_value_heads:
-        raise InputError(f"{path}: {cfg.n_heads} query heads cannot share {cfg.n_key_value_heads} key-value heads evenly")
+        raise InputError(
+            f"{path}: {cfg.n_heads} query heads cannot share {cfg.n_key_value_heads} key-value heads evenly"
+        )
     if cfg.d_head % 2:
         raise InputError(f"{path}: d_head is {cfg.d_head}; rotary positions need an even number")
     if cfg.experts_per_token > cfg.num_experts:

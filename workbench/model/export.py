@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ class RandomTensors(Mapping[str, Tensor]):
     Norms near 1, sinks as loud as the published ones, and gate/up rows loud enough that some gates clamp.
     """
 
-    def __init__(self, cfg: Config, *, seed: int = 0, experts: str = "mxfp4", dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, cfg: Config, *, seed: int = 0, experts: str = "mxfp4", dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self._shapes, self._seed, self._dtype = shapes(cfg, experts), seed, dtype
 
     def __getitem__(self, name: str) -> Tensor:
@@ -32,19 +34,29 @@ class RandomTensors(Mapping[str, Tensor]):
         kind = name.split(".", 2)[-1]
         if kind.endswith("blocks"):
             return torch.randint(256, shape, dtype=torch.uint8, generator=rng)
-        if kind.endswith("scales"):  # codes have an r.m.s. of 2.8: this makes N(0, 1/inputs), three times that for gates
+        if kind.endswith(
+            "scales"
+        ):  # codes have an r.m.s. of 2.8: this makes N(0, 1/inputs), three times that for gates
             loud = 3 if "gate_up" in kind else 1
             middle = 127 + math.log2(loud / 2.8 / math.sqrt(shape[-1] * 32))
             return (middle + torch.randn(shape, generator=rng) * 0.5).round().to(torch.uint8)
-        inputs = shape[1] if len(shape) > 1 else 1
-        mean, spread = {
-            "weight": (0.0, inputs**-0.5), "bias": (0.0, 0.1), "sinks": (2.0, 1.4), "ln": (1.0, 0.2), "embed": (0.0, 0.5),
-        }["ln" if kind.startswith("ln") or name.startswith("ln") else "embed" if name == "embed.weight" else kind.split(".")[-1]]  # fmt: skip
-        if kind.endswith("gate_up.weight"):
-            spread *= 3
+        mean, spread = self._normal(name, shape)
         return torch.empty(shape, dtype=self._dtype).normal_(mean, spread, generator=rng)
 
-    def __iter__(self) -> Any:
+    @staticmethod
+    def _normal(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+        """Mean and standard deviation of a tensor that is not packed."""
+        if ".ln" in name or name.startswith("ln"):
+            return 1.0, 0.2
+        if name.endswith("sinks"):
+            return 2.0, 1.4
+        if name.endswith("bias"):
+            return 0.0, 0.1
+        if name == "embed.weight":
+            return 0.0, 0.5
+        return 0.0, (3 if name.endswith("gate_up.weight") else 1) * shape[1] ** -0.5
+
+    def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
     def __len__(self) -> int:
@@ -69,10 +81,14 @@ def save_checkpoint(
         raise InputError(f"{target} exists: name another folder, or move it away")
     experts = "dense" if "blocks.0.mlp.experts.down.weight" in tensors else "mxfp4"
     if layout == "original" and experts == "dense":
-        raise InputError("the original layout holds packed experts only: quantise them, or write the huggingface layout")
+        raise InputError(
+            "the original layout holds packed experts only: quantise them, or write the huggingface layout"
+        )
     wanted = shapes(cfg, experts)
     if set(wanted) != set(tensors):
-        raise InputError(f"these tensors are no model of this config: {sorted(set(wanted) ^ set(tensors))[:3]} too many or missing")
+        raise InputError(
+            f"these tensors are no model of this config: {sorted(set(wanted) ^ set(tensors))[:3]} too many or missing"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)

@@ -24,7 +24,9 @@ def describe(source: str) -> None:
     """Print the config, sizes and hook points of a checkpoint."""
     checkpoint = open_checkpoint(resolve(source))
     cfg, console = checkpoint.cfg, Console()
-    table = Table("", "", title=f"{source} ({checkpoint.layout} layout, {checkpoint.experts} experts)", show_header=False)
+    table = Table(
+        "", "", title=f"{source} ({checkpoint.layout} layout, {checkpoint.experts} experts)", show_header=False
+    )
     for name, value in {**cfg.to_json(), **sizes(cfg)}.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     console.print(table)

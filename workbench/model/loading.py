@@ -34,9 +34,7 @@ def load(
             "they do not belong together"
         )
     with torch.device("meta"):
-        model = GptOss(
-            checkpoint.cfg, packed=checkpoint.experts == "mxfp4", tokenizer=tokenizer, checkpoint=checkpoint
-        )
+        model = GptOss(checkpoint.cfg, packed=checkpoint.experts == "mxfp4", tokenizer=tokenizer, checkpoint=checkpoint)
     target = _device(device)
 
     def placed(tensor: Tensor) -> Tensor:

@@ -105,9 +105,13 @@ def _check_ranges(path: Path, entries: dict[str, Entry], data_bytes: int) -> Non
         if entry.dtype not in _BYTES:
             raise InputError(f"{path}: tensor {name!r} has dtype {entry.dtype}, which is not read here")
         if entry.end - entry.start != wanted:
-            raise InputError(f"{path}: tensor {name!r} of shape {entry.shape} needs {wanted:,} bytes, has {entry.end - entry.start:,}")
+            raise InputError(
+                f"{path}: tensor {name!r} of shape {entry.shape} needs {wanted:,} bytes, has {entry.end - entry.start:,}"
+            )
         if entry.end > data_bytes:
-            raise InputError(f"{path}: tensor {name!r} ends {entry.end - data_bytes:,} bytes beyond the file: truncated download?")
+            raise InputError(
+                f"{path}: tensor {name!r} ends {entry.end - data_bytes:,} bytes beyond the file: truncated download?"
+            )
         if entry.start != position:
             raise InputError(f"{path}: tensor {name!r} overlaps or leaves a gap after {previous or 'the header'!r}")
         position, previous = entry.end, name

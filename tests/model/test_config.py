@@ -1,0 +1,115 @@
+"""Both spellings of a config give the same model, published numbers come out, and doubts are refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workbench.errors import InputError
+from workbench.model.config import Config, read_config
+
+# The published config.json of gpt-oss-20b (Hugging Face), fields that matter, and OpenAI's original beside it.
+HF_20B: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "eos_token_id": 200002,
+    "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,
+    "initializer_range": 0.02, "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+    "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+    "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False, "pad_token_id": 199999,
+    "quantization_config": {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"}, "rms_norm_eps": 1e-05,
+    "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+                     "rope_type": "yarn", "truncate": False},
+    "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+    "tie_word_embeddings": False, "transformers_version": "4.55.0.dev0", "use_cache": True, "vocab_size": 201088,
+}  # fmt: skip
+ORIGINAL_20B: dict[str, Any] = {
+    "num_hidden_layers": 24, "num_experts": 32, "experts_per_token": 4, "vocab_size": 201088, "hidden_size": 2880,
+    "intermediate_size": 2880, "swiglu_limit": 7.0, "head_dim": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "sliding_window": 128, "initial_context_length": 4096, "rope_theta": 150000, "rope_scaling_factor": 32.0,
+    "rope_ntk_alpha": 1, "rope_ntk_beta": 32,
+}  # fmt: skip
+
+
+def read(tmp_path: Path, fields: object) -> Config:
+    (tmp_path / "config.json").write_text(fields if isinstance(fields, str) else json.dumps(fields))
+    return read_config(tmp_path)
+
+
+def test_both_spellings_of_the_20b_are_the_same_model(tmp_path: Path) -> None:
+    assert read(tmp_path, HF_20B) == read(tmp_path, ORIGINAL_20B)
+
+
+def test_transformers_5_writes_the_rope_elsewhere(tmp_path: Path) -> None:
+    fields = {k: v for k, v in HF_20B.items() if k not in ("rope_scaling", "rope_theta")}
+    fields["rope_parameters"] = HF_20B["rope_scaling"] | {"rope_theta": 150000}
+    assert read(tmp_path, fields) == read(tmp_path, HF_20B)
+
+
+@pytest.mark.parametrize(
+    ("change", "total", "active"),
+    [
+        ({}, 20_914_757_184, 3.61e9),
+        (
+            {"num_hidden_layers": 36, "num_local_experts": 128, "layer_types": None},
+            116_829_156_672,
+            5.13e9,
+        ),
+    ],
+)
+def test_published_parameter_counts(tmp_path: Path, change: dict[str, Any], total: int, active: float) -> None:
+    cfg = read(tmp_path, HF_20B | change)
+    assert cfg.n_params == total
+    assert cfg.n_active_params == pytest.approx(active, rel=2e-3)
+    assert cfg.windows[:2] == (128, None)
+
+
+def test_a_config_survives_json(tmp_path: Path) -> None:
+    cfg = read(tmp_path, HF_20B)
+    assert Config.from_json(json.loads(json.dumps(cfg.to_json()))) == cfg
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"hidden_size": 2870}, "multiple of 32"),
+        ({"num_attention_heads": 60}, "cannot share 8"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types needs one of"),
+        ({"layer_types": ["linear_attention"] * 24}, "layer_types needs one of"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' is not computed"),
+        ({"rope_scaling": HF_20B["rope_scaling"] | {"mscale": 0.7}}, "'mscale'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": False}, "attention_bias"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"num_experts_per_tok": 33}, "33 experts, but there are 32"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": "24"}, "num_hidden_layers is '24'"),
+        ({"hidden_size": None}, "'hidden_size' is missing"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq' is not read"),
+        ({"logit_softcap": 30.0}, "'logit_softcap' = 30.0 is unknown"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+    ],
+)
+def test_a_config_we_do_not_compute_is_refused_by_field(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said.replace("(", r"\(")):
+        read(tmp_path, HF_20B | change)
+
+
+def test_an_unknown_field_can_be_declared_harmless(tmp_path: Path) -> None:
+    plain = read(tmp_path, HF_20B)
+    (tmp_path / "config.json").write_text(json.dumps(HF_20B | {"motto": "x", "_note": 1}))
+    assert read_config(tmp_path, ignore_fields=("motto",)) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "cannot be read as JSON"), ("[1]", "holds a list"), ("\xff", "wanted|JSON")]
+)
+def test_what_is_no_config_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        read(tmp_path, text)
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no config\.json"):
+        read_config(tmp_path)
