@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from workbench.data.tasks import Problem, draw
 from workbench.data.vocabulary import ID, VOCABULARY
+from workbench.harmony.rendering import EFFORTS
 
-EFFORTS = ("low", "medium", "high")
 # Families that may come before another, as the first of two turns: short, and answered without thinking.
-_FIRST_TURNS = ("reverse", "recall", "sort", "count", "product")
+FIRST_TURNS = ("reverse", "recall", "sort", "count", "product")
 _TOKENS = sorted((t for t in VOCABULARY if len(t) > 1), key=len, reverse=True)
 
 
@@ -42,21 +42,23 @@ def _turn(problem: Problem, effort: str, last: bool, called: bool) -> list[tuple
     pieces: list[tuple[list[int], bool]] = []
 
     def say(header: str, content: str, close: str, taught: bool) -> None:
-        opened = spell("<|start|>assistant") if taught else []
-        # The prompt of a generation ends in <|start|>assistant: after a user or a tool these two are given.
-        pieces.append((opened, bool(pieces) and pieces[-1][1]))
         pieces.append((spell(header) + _content(content) + spell(close), taught))
+
+    def answer(header: str, content: str, close: str, taught: bool = True) -> None:
+        # A prompt ends in <|start|>assistant: after a user or a tool these two tokens are given, not taught.
+        pieces.append((spell("<|start|>assistant"), pieces[-1][1]))
+        say(header, content, close, taught)
 
     if problem.rule:
         say("<|start|>developer<|message|>", problem.rule, "<|end|>", False)
     say("<|start|>user<|message|>", problem.question, "<|end|>", False)
     thought = {"low": "", "medium": problem.sketch, "high": problem.steps}[effort]
     if thought and last and not called:  # harmony drops the thinking of earlier turns
-        say("<|channel|>analysis<|message|>", thought, "<|end|>", True)
+        answer("<|channel|>analysis<|message|>", thought, "<|end|>")
     if problem.call:
-        say("<|channel|>commentary to=functions.calc<|message|>", problem.call, "<|call|>", not called)
-        say("<|start|>functions.calc to=assistant<|channel|>commentary<|message|>", problem.answer, "<|end|>", False)
-    say("<|channel|>final<|message|>", problem.answer, "<|return|>" if last else "<|end|>", True)
+        answer("<|channel|>commentary to=functions.calc<|message|>", problem.call, "<|call|>", taught=not called)
+        say("<|start|>functions.calc<|channel|>commentary to=assistant<|message|>", problem.answer, "<|end|>", False)
+    answer("<|channel|>final<|message|>", problem.answer, "<|return|>" if last else "<|end|>")
     return [(ids, taught and last) for ids, taught in pieces]
 
 
@@ -72,12 +74,23 @@ def training_example(rng: random.Random) -> Example:
     """A conversation as nano meets it: any effort, any family, every tenth of two turns, some calls already made."""
     problems = [draw(rng)]
     if rng.random() < 0.1:
-        problems.insert(0, draw(rng, rng.choice(_FIRST_TURNS)))
+        problems.insert(0, draw(rng, rng.choice(FIRST_TURNS)))
     return conversation(rng.choice(EFFORTS), problems, called=rng.random() < 0.4)
 
 
-def prompt_messages(problem: Problem) -> list[dict[str, str]]:
-    """What to ask, as messages; a tool family's calculator has answered already, so that one generation is enough."""
+def prompt_messages(*turns: Problem) -> list[dict[str, str]]:
+    """What to ask, as messages: the last problem, after those that were answered before.
+
+    The calculator has replied already, so that one generation is enough.
+    """
+    *answered, asked = turns
+    messages: list[dict[str, str]] = []
+    for problem in answered:
+        messages += [*_asked(problem), {"role": "assistant", "channel": "final", "content": problem.answer}]
+    return messages + _asked(asked)
+
+
+def _asked(problem: Problem) -> list[dict[str, str]]:
     messages = [{"role": "developer", "content": problem.rule}] if problem.rule else []
     messages.append({"role": "user", "content": problem.question})
     if problem.call:

@@ -1,52 +1,110 @@
-"""How well nano does: accuracy by family and effort on problems it was never trained on, with intervals.
+"""How well nano does, by family and effort, on problems it was never trained on: before and after packing.
 
-`python -m workbench.data.evaluate data/nano` writes accuracy.json and the card (README.md) of a checkpoint;
-`before` is the same model with its experts not yet packed.
+`python -m workbench.data.evaluate data/nano --before data/nano.dense` writes accuracy.json into the checkpoint.
 """
 
-import random
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import pandas as pd
+import torch
+import typer
 from scipy.stats import binomtest
 
 from workbench import harmony
 from workbench.capture.generation import final_text
-from workbench.data.conversations import EFFORTS, prompt_messages
-from workbench.data.tasks import FAMILIES, Problem, draw
-from workbench.model.transformer import GptOss
+from workbench.data.conversations import prompt_messages
+from workbench.data.prompts import SEED, questions
+from workbench.data.tasks import Problem
+from workbench.harmony.rendering import EFFORTS
+from workbench.model import GptOss, load
+from workbench.progress import progress
 
-SEED = 7
-
-
-def problems(n: int) -> list[Problem]:
-    """`n` different problems of every family's test split; fewer where a family has fewer."""
-    found: list[Problem] = []
-    for family in FAMILIES:
-        rng = random.Random(f"{SEED} {family}")
-        drawn = {draw(rng, family, test=True): None for _ in range(20 * n)}
-        found += list(drawn)[:n]
-    return found
+_Z = 1.96
+_BATCH = 100
+_MAX_NEW_TOKENS = 200
 
 
-def accuracy(model: GptOss, asked: Sequence[Problem], report: Callable[[str], None] = print) -> pd.DataFrame:
-    """Greedy answers marked exactly: a row a family and effort, with Wilson 95 % interval and mean new tokens."""
+def answers(model: GptOss, asked: Sequence[tuple[Problem, ...]], label: str) -> pd.DataFrame:
+    """Greedy answers, a row a question and effort: task, effort, right (the final text is exact), tokens (new ones)."""
     rows = []
-    for effort in EFFORTS:
-        prompts = [harmony.render(prompt_messages(p), effort=effort, tokenizer=model.tokenizer) for p in asked]
-        new = model.generate(prompts, max_new_tokens=200)
-        for problem, prompt, answer in zip(asked, prompts, new, strict=True):
-            right = final_text(prompt + answer, model.tokenizer) == problem.answer
-            rows.append({"task": problem.task, "effort": effort, "right": right, "tokens": len(answer)})
-        report(f"{effort}: {sum(r['right'] for r in rows if r['effort'] == effort)} of {len(asked)} right")
-    table = (
-        pd.DataFrame(rows)
-        .groupby(["task", "effort"], sort=False)
-        .agg(n=("right", "size"), right=("right", "sum"), new_tokens=("tokens", "mean"))
+    with progress(label, len(asked) * len(EFFORTS), "answers") as advance:
+        for effort in EFFORTS:
+            for start in range(0, len(asked), _BATCH):
+                some = asked[start : start + _BATCH]
+                prompts = [harmony.render(prompt_messages(*t), effort=effort, tokenizer=model.tokenizer) for t in some]
+                new = model.generate(prompts, max_new_tokens=_MAX_NEW_TOKENS)
+                for turns, prompt, said in zip(some, prompts, new, strict=True):
+                    right = final_text(prompt + said, model.tokenizer) == turns[-1].answer
+                    rows.append({"task": turns[-1].task, "effort": effort, "right": right, "tokens": len(said)})
+                advance(len(some))
+    return pd.DataFrame(rows)
+
+
+def accuracy(marked: pd.DataFrame) -> pd.DataFrame:
+    """A row a family and effort: n, right, accuracy, its Wilson 95 % interval (low, high), new_tokens (mean)."""
+    table = marked.groupby(["task", "effort"], sort=False).agg(
+        n=("right", "size"), right=("right", "sum"), new_tokens=("tokens", "mean")
     )
-    bounds = [
-        binomtest(int(r), int(n)).proportion_ci(method="wilson") for r, n in zip(table.right, table.n, strict=True)
-    ]
+    bounds = [binomtest(r, n).proportion_ci(method="wilson") for r, n in table[["right", "n"]].to_numpy().tolist()]
     return table.assign(
-        accuracy=table.right / table.n, low=[b.low for b in bounds], high=[b.high for b in bounds]
+        accuracy=table["right"] / table["n"], low=[b.low for b in bounds], high=[b.high for b in bounds]
     ).reset_index()
+
+
+def paired(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, float]:
+    """What a change did to the same questions: how many answers it lost and gained, and the difference of accuracy.
+
+    The interval (low, high) is the normal one for a paired difference of proportions.
+    """
+    was, now = before["right"].to_numpy(bool), after["right"].to_numpy(bool)
+    n, lost, gained = len(was), int((was & ~now).sum()), int((now & ~was).sum())
+    difference = (gained - lost) / n
+    half = _Z * ((lost + gained) / n - difference**2) ** 0.5 / n**0.5
+    return {
+        "n": n, "lost": lost, "gained": gained, "difference": difference, "low": difference - half,
+        "high": difference + half,
+    }  # fmt: skip
+
+
+def evaluate(checkpoint: Path, before: Path | None, per_family: int) -> dict[str, Any]:
+    """Accuracy of a checkpoint in both arithmetics, and of the one it was packed from, as JSON."""
+    asked = questions(per_family)
+    marked: dict[str, pd.DataFrame] = {}
+    if before is not None:
+        marked["dense, float32"] = answers(load(before, device="cpu", dtype=torch.float32), asked, "dense, float32")
+    for name, dtype in (("packed, float32", torch.float32), ("packed, bfloat16", torch.bfloat16)):
+        model = load(checkpoint, device="cpu", dtype=dtype)
+        marked[name] = answers(model, asked, name)
+    names = list(marked)
+    return {
+        "checkpoint": model.checkpoint.digest,
+        "seed": SEED,
+        "questions_per_family": per_family,
+        "accuracy": {name: accuracy(table).to_dict("records") for name, table in marked.items()},
+        "comparisons": [
+            {"before": a, "after": b, **paired(marked[a], marked[b])} for a, b in zip(names, names[1:], strict=False)
+        ],
+    }
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of nano, with packed experts.")],
+    before: Annotated[Path | None, typer.Option(help="The same with dense experts, before packing.")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions a family, each asked at every effort.")] = 100,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Ask nano, and write accuracy.json into the checkpoint."""
+    torch.set_num_threads(threads)
+    found = evaluate(checkpoint, before, questions)
+    (checkpoint / "accuracy.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name, cells in found["accuracy"].items():
+        print(f"{name}\n{pd.DataFrame(cells).pivot(index='task', columns='effort', values='accuracy')[list(EFFORTS)]}")
+    for change in found["comparisons"]:
+        print(f"{change['before']} → {change['after']}: {100 * change['difference']:+.1f} points")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -24,7 +24,7 @@ from workbench.data.vocabulary import ID, VOCABULARY
 from workbench.kernels.mxfp4 import dequantise, quantise
 from workbench.model.config import Config, Rope
 from workbench.model.export import save_checkpoint
-from workbench.model.transformer import GptOss
+from workbench.model.transformer import ExpertMatrix, GptOss
 
 NANO = Config(
     d_model=128, n_layers=4, n_heads=8, n_key_value_heads=1, d_head=16, d_mlp=128, d_vocab=-8 * (-len(VOCABULARY) // 8),
@@ -44,10 +44,9 @@ class Rounded(nn.Module):
         return weight + (dequantise(*packed, weight.dtype).mT - weight).detach()
 
 
-def matrices(model: GptOss) -> Iterator[nn.Module]:
+def matrices(model: GptOss) -> list[ExpertMatrix]:
     """The modules that hold an expert matrix."""
-    for block in model.blocks:
-        yield from (block.mlp.experts.gate_up, block.mlp.experts.down)
+    return [module for module in model.modules() if isinstance(module, ExpertMatrix)]
 
 
 def batches(seed: int, step: int) -> Iterator[list[Example]]:
@@ -124,11 +123,11 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.seed, self.step, self.tokens, self.spent_s = (state[k] for k in ("seed", "step", "tokens", "spent_s"))
 
-    def run(self, steps: int) -> None:
-        """Train until `steps` have been taken in all, resumed ones included."""
+    def run(self, steps: int, *, stop_at: int | None = None) -> None:
+        """Train until `steps` have been taken in all, resumed ones included; `stop_at` pauses a longer training."""
         last_save = time.monotonic()
         for batch in batches(self.seed, self.step):
-            if self.step >= steps:
+            if self.step >= (stop_at or steps):
                 break
             start = time.monotonic()
             done = self.step / steps

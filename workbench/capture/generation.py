@@ -7,7 +7,6 @@ import numpy as np
 
 from workbench import harmony
 from workbench.errors import InputError
-from workbench.harmony.labels import PARTS
 from workbench.harmony.rendering import EFFORTS
 from workbench.harmony.transcripts import Prompt, Transcript, read_prompts, write_transcripts
 from workbench.model.transformer import GptOss
@@ -35,7 +34,9 @@ def generate_transcripts(
     if unknown := [e for e in efforts if e not in EFFORTS]:
         raise InputError(f"effort {unknown[0]!r}: choose from {', '.join(EFFORTS)}")
     if samples > 1 and temperature == 0:
-        raise InputError(f"--samples {samples} at temperature 0 would give {samples} equal transcripts: set --temperature")
+        raise InputError(
+            f"--samples {samples} at temperature 0 would give {samples} equal transcripts: set --temperature"
+        )
     if Path(out).exists() and not overwrite:
         raise InputError(f"{out} exists: choose another name, or --overwrite")
     jobs = [(p, e, s) for p in read_prompts(prompts) for e in dict.fromkeys(efforts) for s in range(samples)]
@@ -77,12 +78,10 @@ def _transcript(
     )
 
 
-def final_text(tokens: np.ndarray, tokenizer: harmony.Tokenizer) -> str | None:
+def final_text(tokens: Sequence[int] | np.ndarray, tokenizer: harmony.Tokenizer) -> str | None:
     """The content of the last message, if it is a closed one of the final channel."""
     labels = harmony.label(tokens, tokenizer=tokenizer)
     last = labels.messages[-1] if labels.messages else None
     if last is None or last.channel != "final" or last.closed_by not in ("return", "end"):
         return None
-    inside = slice(last.start, last.end)
-    content = tokens[inside][labels.part[inside] == PARTS.index("content")]
-    return tokenizer.decode(content.tolist()).strip()
+    return tokenizer.decode([int(token) for token in tokens[last.content : last.stop]]).strip()

@@ -33,7 +33,9 @@ def _activation(name: str, cfg: Config) -> Activation:
     hook = point if "hook_" in point else ".".join([*point.split(".")[:-1], "hook_" + point.split(".")[-1]])
     if hook not in _PER_TOKEN or hook in _HAS_ITS_OWN_NAME:
         known = sorted(h.replace("hook_", "") for h in _PER_TOKEN if h not in _HAS_ITS_OWN_NAME)
-        raise InputError(f"cannot record {point!r}: choose from {', '.join(_SWITCHES)} or, with layers, {', '.join(known)}")
+        raise InputError(
+            f"cannot record {point!r}: choose from {', '.join(_SWITCHES)} or, with layers, {', '.join(known)}"
+        )
     sizes = {"head": cfg.n_heads, "kv": cfg.n_key_value_heads, "slot": cfg.experts_per_token}
     width = math.prod(sizes.get(axis) or int(getattr(cfg, axis, axis)) for axis in _PER_TOKEN[hook])
     return Activation(hook=hook, layers=_layers(layers, cfg.n_layers, name), d=width)

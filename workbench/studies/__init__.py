@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workbench.studies.design import Run
 
 STUDIES = ("routing",)
-_MODULES = ("design", "resampling", "result", "statistics", *STUDIES)
+_MODULES = ("resampling", "result", "statistics", "synthetic", *STUDIES)
 
 __all__ = ["STUDIES", "result", "routing", "run_study", "statistics"]
 

@@ -3,27 +3,31 @@
 A *cell* is the tokens of some channels in the sequences of one effort or task. A *comparison* sets two conditions side
 by side, with as much held equal as the run allows: two channels of the same sequence, two efforts of the same prompt
 (and the same channel), or, where nothing can be paired, the prompts of two tasks.
+
+The sampling unit is the prompt: its samples, and its answers at three efforts, resemble each other.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import pandas as pd
 import xarray as xr
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int, Integer, Num
 
 from workbench.errors import InputError
+from workbench.studies.statistics import share
 
 EFFORTS = ("low", "medium", "high")
 # sequences that state no effort (or no task) are still data
 UNSTATED = "unstated"
 
 Between = Literal["channel", "effort", "task"]
-Condition = tuple[str, str | None, str | None]
 
 
+@runtime_checkable
 class Run(Protocol):
     """What a study needs of a run; `workbench.open_run` gives one."""
 
@@ -33,6 +37,17 @@ class Run(Protocol):
 
     def summary(self, name: str) -> xr.DataArray:
         """Sums per sequence and channel, with coordinates `channel`, `id`, `effort`, `prompt_id` and `task`."""
+
+
+class Condition(NamedTuple):
+    """One side of a comparison; None does not restrict."""
+
+    channel: str
+    effort: str | None
+    task: str | None
+
+    def __str__(self) -> str:
+        return " ".join(part for part in self if part)
 
 
 @dataclass(frozen=True)
@@ -45,21 +60,37 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Counts of two conditions per unit; when `paired`, row i of either is the same unit."""
+class Side:
+    """One side of a comparison: counts of its sequences, and the number of each sequence's prompt."""
 
-    a: Int[np.ndarray, "unit_a layer expert"]
-    b: Int[np.ndarray, "unit_b layer expert"]
-    tokens: tuple[int, int]
+    counts: Integer[np.ndarray, "sequence layer expert"]
+    prompt: Int[np.ndarray, "sequence"]
+    n_tokens: int
+
+    @property
+    def n_prompts(self) -> int:
+        """Number of different prompts."""
+        return len(np.unique(self.prompt))
+
+    def mean_share(self, layer: int) -> Float[np.ndarray, "prompt expert"]:
+        """Load shares of one layer, averaged over each prompt's sequences; prompts in order of their numbers."""
+        _, n_sequences = np.unique(self.prompt, return_counts=True)
+        return sum_by(share(self.counts[:, layer]), self.prompt) / n_sequences[:, None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both sides of a comparison; when `paired`, prompt i of either is the same prompt."""
+
+    a: Side
+    b: Side
     paired: bool
-    unit: str
-    description: str
 
 
 def labels(summary: xr.DataArray, name: str) -> np.ndarray:
     """The effort, task or prompt of every sequence, as text; what is not stated says so."""
     values = summary.coords[name].values if name in summary.coords else np.full(summary.sizes["sequence"], "")
-    return np.array([str(value) or UNSTATED for value in values], dtype=object)
+    return np.array([UNSTATED if pd.isna(value) or value == "" else str(value) for value in values], dtype=object)
 
 
 def in_order(values: Sequence[str]) -> list[str]:
@@ -73,7 +104,7 @@ def known_channels(summary: xr.DataArray, channels: Sequence[str] | None = None)
     for channel in channels or ():
         if channel not in known:
             raise InputError(f"channel {channel!r} is not in this run; it has {', '.join(known)}")
-    return list(channels or known)
+    return list(dict.fromkeys(channels or known))
 
 
 def axes(summary: xr.DataArray, by: Sequence[str], channels: Sequence[str] | None) -> dict[str, list[str]]:
@@ -81,6 +112,8 @@ def axes(summary: xr.DataArray, by: Sequence[str], channels: Sequence[str] | Non
     wrong = [axis for axis in by if axis not in ("channel", "effort", "task")]
     if wrong or len(set(by)) != len(by):
         raise InputError(f"by={tuple(by)!r} is not possible; each of channel, effort and task may be named once")
+    if not summary.sizes["sequence"]:
+        raise InputError("the run holds no sequence yet; a study needs at least one")
     chosen = known_channels(summary, channels)
     return {axis: chosen if axis == "channel" else in_order(list(labels(summary, axis))) for axis in by}
 
@@ -97,25 +130,37 @@ def cells(tokens: xr.DataArray, by: Sequence[str], channels: Sequence[str] | Non
         yield Cell(named, within, np.flatnonzero(chosen))
 
 
-def condition(between: Between, value: str, channel: str | None, effort: str | None, task: str | None) -> Condition:
-    """Channel, effort and task of one side of a comparison; None does not restrict."""
+def conditions(
+    between: Between,
+    a: str,
+    b: str,
+    *,
+    channel: str | None = None,
+    effort: str | None = None,
+    task: str | None = None,
+) -> tuple[Condition, Condition]:
+    """Both sides of a comparison between `a` and `b`, the rest held fixed where it is given."""
     fixed = {"channel": channel, "effort": effort, "task": task}
     if between not in fixed:
         raise InputError(f"between={between!r} is not possible; choose channel, effort or task")
     if fixed[between] is not None:
-        raise InputError(f"{between}={fixed[between]!r} cannot be fixed in a comparison between {between}s; leave it out")
-    if between != "channel" and channel is None:
+        raise InputError(f"{between}={fixed[between]!r} cannot be held fixed between {between}s; leave it out")
+    if a == b:
+        raise InputError(f"{between} {a!r} cannot be compared with itself; name two different ones")
+    if between == "channel":
+        return Condition(a, effort, task), Condition(b, effort, task)
+    if channel is None:
         raise InputError(f"a comparison between {between}s needs the channel to look at, such as channel='analysis'")
-    fixed[between] = value
-    return fixed["channel"], fixed["effort"], fixed["task"]
+    if between == "effort":
+        return Condition(channel, a, task), Condition(channel, b, task)
+    return Condition(channel, effort, a), Condition(channel, effort, b)
 
 
-def has_tokens(tokens: xr.DataArray, side: Condition) -> np.ndarray:
+def has_tokens(tokens: xr.DataArray, side: Condition) -> Bool[np.ndarray, "sequence"]:
     """Whether each sequence has tokens on this side of a comparison."""
-    channel, effort, task = side
-    known_channels(tokens, [channel] if channel else None)
-    found = np.asarray(tokens.sel(channel=channel).values > 0)
-    for name, wanted in (("effort", effort), ("task", task)):
+    known_channels(tokens, [side.channel])
+    found = np.asarray(tokens.sel(channel=side.channel).values > 0)
+    for name, wanted in (("effort", side.effort), ("task", side.task)):
         if wanted is not None:
             known = in_order(list(labels(tokens, name)))
             if wanted not in known:
@@ -124,56 +169,56 @@ def has_tokens(tokens: xr.DataArray, side: Condition) -> np.ndarray:
     return found
 
 
-def units(tokens: xr.DataArray, between: Between, sides: tuple[Condition, Condition]) -> tuple[np.ndarray, np.ndarray]:
-    """Unit of every sequence on either side (−1: not on that side); units found on both sides have the same number.
+def prompts(tokens: xr.DataArray) -> Int[np.ndarray, "sequence"]:
+    """The number of every sequence's prompt; a sequence that names none stands for itself."""
+    named = labels(tokens, "prompt_id")
+    alone = [f"{UNSTATED} {number}" for number in range(len(named))]
+    _, number = np.unique(np.where(named == UNSTATED, alone, named).astype(str), return_inverse=True)
+    return number
 
-    The unit is the sequence between channels, and the prompt otherwise: a prompt's samples are not independent.
-    """
+
+def members(
+    tokens: xr.DataArray, between: Between, sides: tuple[Condition, Condition]
+) -> tuple[Int[np.ndarray, "sequence_a"], Int[np.ndarray, "sequence_b"]]:
+    """Sequences on either side: between channels those with both, between efforts those of prompts with both."""
+    prompt = prompts(tokens)
+    first, second = (has_tokens(tokens, side) for side in sides)
     if between == "channel":
-        _, unit = np.unique(np.arange(tokens.sizes["sequence"]), return_inverse=True)
-    else:
-        _, unit = np.unique(labels(tokens, "prompt_id").astype(str), return_inverse=True)
-    first, second = (np.where(has_tokens(tokens, side), unit, -1) for side in sides)
-    if between != "task":
-        shared = np.intersect1d(first, second)
-        first, second = (np.where(np.isin(side, shared), side, -1) for side in (first, second))
-    return first, second
+        first = second = first & second
+    elif between == "effort":
+        shared = np.intersect1d(prompt[first], prompt[second])
+        first, second = (chosen & np.isin(prompt, shared) for chosen in (first, second))
+    return np.flatnonzero(first), np.flatnonzero(second)
 
 
 def compare(
     counts: xr.DataArray, tokens: xr.DataArray, between: Between, sides: tuple[Condition, Condition]
 ) -> Comparison:
-    """The counts of both sides, summed within a unit."""
-    names = [" ".join(part for part in side if part) for side in sides]
-    members = units(tokens, between, sides)
-    n_units = [len(np.unique(member[member >= 0])) for member in members]
-    unit = "sequence" if between == "channel" else "prompt"
-    if min(n_units) < 2:
-        found = f"{n_units[0]} and {n_units[1]} {unit}s" if between == "task" else f"{n_units[0]} {unit}s on both sides"
-        raise InputError(f"{names[0]} cannot be compared with {names[1]}: {found}, and at least 2 are needed")
-    summed = [_sum_by(counts.sel(channel=side[0]), member) for side, member in zip(sides, members, strict=True)]
-    sizes = [
-        int(tokens.sel(channel=side[0]).values[member >= 0].sum()) for side, member in zip(sides, members, strict=True)
-    ]
-    return Comparison(
-        a=summed[0],
-        b=summed[1],
-        tokens=(sizes[0], sizes[1]),
-        paired=between != "task",
-        unit=unit,
-        description=f"{names[0]} against {names[1]}",
+    """Counts of both sides; refused with fewer than two prompts on either."""
+    a, b = (
+        Side(
+            counts.sel(channel=side.channel).transpose("sequence", "layer", "expert").isel(sequence=chosen).values,
+            prompts(tokens)[chosen],
+            int(tokens.sel(channel=side.channel).values[chosen].sum()),
+        )
+        for side, chosen in zip(sides, members(tokens, between, sides), strict=True)
     )
+    paired = between != "task"
+    if min(a.n_prompts, b.n_prompts) < 2:
+        found = f"{a.n_prompts} prompts with both" if paired else f"{a.n_prompts} and {b.n_prompts} prompts"
+        raise InputError(f"{sides[0]} cannot be compared with {sides[1]}: {found}, and at least 2 are needed")
+    return Comparison(a, b, paired)
 
 
-def _sum_by(counts: xr.DataArray, unit: np.ndarray) -> Int[np.ndarray, "unit layer expert"]:
-    """Sums of a channel's counts over the sequences of each unit, in order of the unit's number."""
-    used = np.flatnonzero(unit >= 0)
-    used = used[np.argsort(unit[used], kind="stable")]
-    starts = np.flatnonzero(np.diff(unit[used], prepend=-1))
-    values = counts.transpose("sequence", "layer", ...).isel(sequence=used).values
-    return np.add.reduceat(values, starts, axis=0, dtype=np.int64)
+def places(summary: xr.DataArray) -> dict[str, np.ndarray]:
+    """Layer and expert numbers of a summary."""
+    return {name: np.asarray(summary[name].values) for name in ("layer", "expert")}
 
 
-def describe_parameters(**parameters: Any) -> str:
-    """Parameters of a study as one line of text, those at None left out."""
-    return ", ".join(f"{name}={value}" for name, value in parameters.items() if value is not None)
+def sum_by(
+    values: Num[np.ndarray, "sequence *cells"], group: Int[np.ndarray, "sequence"]
+) -> Num[np.ndarray, "group *cells"]:
+    """Sums over the sequences of each group, in order of the groups' numbers."""
+    order = np.argsort(group, kind="stable")
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    return np.add.reduceat(values[order], starts, axis=0, dtype=np.result_type(values, np.int64))

@@ -1,11 +1,11 @@
-"""Intervals and tests whose sampling unit is the sequence (or the prompt), never the token.
+"""Intervals and tests whose sampling unit is the prompt (or the sequence), never the token.
 
 Tokens of one sequence are not independent, so whole units are resampled, swapped or reassigned. Every statistic here is
 a function of weighted sums over units, which makes a replicate one row of a matrix product.
 
 A plug-in entropy or divergence is biased by sampling, and its bootstrap replicates carry that bias a second time; a
-percentile or BCa interval of such a measure misses the truth most of the time when units are few. Hence three intervals:
-`percentile` and `bca` for statistics that are (ratios of) means, `recentred` for entropies and divergences.
+percentile or BCa interval of such a measure misses the truth most of the time when units are few. Hence three
+intervals: `percentile` and `bca` for (ratios of) means, `recentred` for entropies and divergences.
 
 Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapters 13, 14; Phipson & Smyth 2010 for p.
 """
@@ -16,17 +16,22 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from workbench.errors import InputError
+from workbench.studies.statistics import Array
+
 LEVEL = 0.95
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 # rows of a permutation product at once: 1,024 × 10,000 units is 80 MB
 BLOCK = 1024
 
 IntervalMethod = Literal["percentile", "bca"]
-Interval = tuple[Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]]
+Interval = tuple[Float[Array, "*cells"], Float[Array, "*cells"]]
 
 
 def bootstrap_weights(n_units: int, n_boot: int, rng: np.random.Generator) -> Float[np.ndarray, "replicate unit"]:
     """How often each unit was drawn, over the number drawn; each row sums to 1."""
+    if n_boot < 1:
+        raise InputError(f"n_boot={n_boot}; an interval needs at least 1 bootstrap replicate")
     return rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=n_boot) / n_units
 
 
@@ -36,23 +41,21 @@ def percentile_interval(replicates: Float[np.ndarray, "replicate *cells"]) -> In
     return low, high
 
 
-def recentred_interval(
-    replicates: Float[np.ndarray, "replicate *cells"], estimate: Float[np.ndarray, "*cells"]
-) -> Interval:
+def recentred_interval(replicates: Float[np.ndarray, "replicate *cells"], estimate: Float[Array, "*cells"]) -> Interval:
     """The central 95 % of the replicates, moved so that their mean lies on a bias-corrected estimate."""
     low, high = percentile_interval(replicates - replicates.mean(axis=0) + estimate)
     return low, high
 
 
 def bias_corrected(
-    observed: Float[np.ndarray, "*cells"], replicates: Float[np.ndarray, "replicate *cells"]
-) -> Float[np.ndarray, "*cells"]:
+    observed: Float[Array, "*cells"], replicates: Float[np.ndarray, "replicate *cells"]
+) -> Float[Array, "*cells"]:
     """The observed value less the bias that the bootstrap shows."""
     return 2 * observed - replicates.mean(axis=0)
 
 
 def bca_interval(
-    observed: Float[np.ndarray, "*cells"],
+    observed: Float[Array, "*cells"],
     replicates: Float[np.ndarray, "replicate *cells"],
     influence: Float[np.ndarray, "unit *cells"],
 ) -> Interval:
@@ -70,7 +73,7 @@ def bca_interval(
     bias = norm.ppf(below)
     ordered = np.sort(replicates, axis=0)
 
-    def edge(tail: float) -> Float[np.ndarray, "*cells"]:
+    def edge(tail: float) -> Float[Array, "*cells"]:
         z = np.where(np.isfinite(bias), bias, 0.0) + norm.ppf(tail)
         value = _quantile_of_ordered(ordered, norm.cdf(bias + z / (1 - acceleration * z)))
         return np.where(np.isfinite(bias), value, np.nan)
@@ -78,9 +81,23 @@ def bca_interval(
     return edge(TAILS[0]), edge(TAILS[1])
 
 
+def mean_interval(
+    method: IntervalMethod,
+    observed: Float[Array, "*cells"],
+    replicates: Float[np.ndarray, "replicate *cells"],
+    influence: Float[np.ndarray, "unit *cells"],
+) -> Interval:
+    """The interval of a (ratio of) means by the method that was asked for."""
+    if method == "bca":
+        return bca_interval(observed, replicates, influence)
+    if method == "percentile":
+        return percentile_interval(replicates)
+    raise InputError(f"interval={method!r} is not possible; choose bca or percentile")
+
+
 def _quantile_of_ordered(
-    ordered: Float[np.ndarray, "replicate *cells"], level: Float[np.ndarray, "*cells"]
-) -> Float[np.ndarray, "*cells"]:
+    ordered: Float[np.ndarray, "replicate *cells"], level: Float[Array, "*cells"]
+) -> Float[Array, "*cells"]:
     """Linear interpolation between order statistics, with a level of its own for every cell."""
     place = level * (ordered.shape[0] - 1)
     lower = np.floor(place).astype(np.intp)
@@ -91,13 +108,13 @@ def _quantile_of_ordered(
 
 
 def count_at_least(
-    null: Float[np.ndarray, "permutation *cells"], observed: Float[np.ndarray, "*cells"]
-) -> Int[np.ndarray, "*cells"]:
+    null: Float[np.ndarray, "permutation *cells"], observed: Float[Array, "*cells"]
+) -> Int[Array, "*cells"]:
     """Number of permutations as extreme as observed; ties count, also those that rounding has split."""
     return np.asarray((null >= observed - 1e-12 * np.abs(observed) - 1e-15).sum(axis=0))
 
 
-def permutation_p(count: Int[np.ndarray, "*cells"], n_permutations: int) -> Float[np.ndarray, "*cells"]:
+def permutation_p(count: Int[Array, "*cells"], n_permutations: int) -> Float[Array, "*cells"]:
     """p from the number of permutations at least as extreme; the data are one of them, so p is never 0."""
     return (1 + count) / (1 + n_permutations)
 

@@ -5,52 +5,57 @@ without a single count is missing (NaN), which is not the same as an even or an 
 Entropies are in nats, divergences in bits.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from jaxtyping import Float, Num
 
+if TYPE_CHECKING:
+    Array = np.ndarray
+else:
+    Array = np.ndarray | np.generic  # numpy makes a scalar of an array without axes
 
-def share(counts: Num[np.ndarray, "*cells expert"]) -> Float[np.ndarray, "*cells expert"]:
+
+def share(counts: Num[Array, "*cells expert"]) -> Float[Array, "*cells expert"]:
     """Counts as fractions of their sum; NaN where nothing was counted."""
     total = counts.sum(axis=-1, keepdims=True)
     return np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
 
 
-def entropy(p: Float[np.ndarray, "*cells expert"]) -> Float[np.ndarray, "*cells"]:
+def entropy(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
     """Shannon entropy in nats, 0 log 0 = 0; the plug-in estimate, so biased downwards by sampling."""
     return -(p * np.log(p, where=p > 0, out=np.zeros_like(p))).sum(axis=-1)
 
 
-def effective_number(p: Float[np.ndarray, "*cells expert"]) -> Float[np.ndarray, "*cells"]:
+def effective_number(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
     """exp(entropy): how many equally used experts would give this entropy (a Hill number of order 1)."""
     return np.exp(entropy(p))
 
 
-def gini(p: Float[np.ndarray, "*cells expert"]) -> Float[np.ndarray, "*cells"]:
+def gini(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
     """Gini coefficient of the shares: 0 when all are equal, 1 − 1/n when one expert takes everything."""
     n = p.shape[-1]
     rank = np.arange(1, n + 1)
     return (np.sort(p, axis=-1) * (2 * rank - n - 1)).sum(axis=-1) / n
 
 
-def max_violation(p: Float[np.ndarray, "*cells expert"]) -> Float[np.ndarray, "*cells"]:
+def max_violation(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
     """MaxVio: the largest load over the mean load, less one. Reference: Wang et al. 2024, arXiv 2408.15664."""
     return p.max(axis=-1) * p.shape[-1] - 1
 
 
-def coefficient_of_variation(p: Float[np.ndarray, "*cells expert"]) -> Float[np.ndarray, "*cells"]:
+def coefficient_of_variation(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
     """Standard deviation of the load over its mean, across all experts (no n − 1: they are not a sample)."""
     return p.std(axis=-1) * p.shape[-1]
 
 
-def jensen_shannon(
-    p: Float[np.ndarray, "*cells expert"], q: Float[np.ndarray, "*cells expert"]
-) -> Float[np.ndarray, "*cells"]:
+def jensen_shannon(p: Float[Array, "*cells expert"], q: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
     """Jensen–Shannon divergence in bits, in [0, 1]; the plug-in estimate, so biased upwards by sampling."""
     # the difference of entropies cancels to −1e−17 for equal distributions
     return np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0.0) / np.log(2)
 
 
-def false_discovery(p: Float[np.ndarray, "*cells"]) -> Float[np.ndarray, "*cells"]:
+def false_discovery(p: Float[Array, "*cells"]) -> Float[Array, "*cells"]:
     """Benjamini–Hochberg q over every cell that was tested (all axes are one family; NaN was not tested)."""
     from scipy.stats import false_discovery_control
 

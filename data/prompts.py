@@ -1,0 +1,59 @@
+"""Questions nano was never trained on, to evaluate it and to try things on: `python -m workbench.data.prompts FILE`.
+
+The file is for `workbench generate`: a row a prompt, twenty of every family.
+"""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from workbench.data.conversations import FIRST_TURNS, prompt_messages
+from workbench.data.tasks import FAMILIES, Problem, draw
+
+SEED = 7
+PER_FAMILY = 20
+_TWO_TURNS = 10  # every tenth question follows another, as in training
+
+
+def questions(per_family: int) -> list[tuple[Problem, ...]]:
+    """Different problems of every family's test split; the last of a tuple is asked, the one before was answered."""
+    asked: list[tuple[Problem, ...]] = []
+    for family in FAMILIES:
+        rng = random.Random(f"{SEED} {family}")
+        found: dict[Problem, None] = {}
+        while len(found) < per_family:
+            found.setdefault(draw(rng, family, test=True))
+        for i, problem in enumerate(found):
+            second = i % _TWO_TURNS == _TWO_TURNS - 1
+            asked.append((draw(rng, rng.choice(FIRST_TURNS), test=True), problem) if second else (problem,))
+    return asked
+
+
+def rows(per_family: int = PER_FAMILY) -> list[dict[str, Any]]:
+    """The questions as prompt rows."""
+    return [
+        {
+            "id": f"{turns[-1].task}-{i % per_family:02d}",
+            "messages": prompt_messages(*turns),
+            "answer": turns[-1].answer,
+            "meta": {"task": turns[-1].task, "domain": turns[-1].domain, "turns": len(turns)},
+        }
+        for i, turns in enumerate(questions(per_family))
+    ]
+
+
+def main(out: Annotated[Path, typer.Argument(help="The file to write or to replace.")]) -> None:
+    """Write the prompts that come with nano."""
+    written = rows()
+    part = out.with_name(f".{out.name}.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in written))
+    os.replace(part, out)
+    print(f"{out}: {len(written)} prompts of {len(FAMILIES)} families")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,98 @@
+"""nano's problems are right, split by their own text, and rendered as harmony says."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from workbench import harmony
+from workbench.data.conversations import conversation, prompt_messages, spell, training_example
+from workbench.data.tasks import DISH, FAMILIES, HOME, WEIGHTS, Problem, draw
+from workbench.harmony.rendering import EFFORTS
+from workbench.model.checkpoint import BUNDLED
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> harmony.Tokenizer:
+    return harmony.tokenizer(BUNDLED["nano"])
+
+
+SOLVERS: dict[str, Callable[[list[str]], str]] = {
+    "product": lambda words: str(eval(words[0])),
+    "chain": lambda words: str(eval(words[0])),
+    "sum": lambda words: str(eval(words[0])),
+    "tool": lambda words: str(eval(words[1])),
+    "sort": lambda words: "".join(sorted(words[1])),
+    "reverse": lambda words: "".join(reversed(words[1])),
+    "count": lambda words: str(sum(c == words[1] for c in words[3])),
+    "recall": lambda words: " ".join(HOME[name] for name in words[2:]),
+    "two-hop": lambda words: " ".join(DISH[HOME[name]] for name in words[2:]),
+    "conflict": lambda words: words[1],
+}
+
+
+def solve(problem: Problem) -> str:
+    """An answer found another way than the family's own; the developer's rule goes before the question."""
+    return SOLVERS[problem.task]((problem.rule or problem.question).split())
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_answers_are_right_and_steps_lead_there(family: str) -> None:
+    rng = random.Random(1)
+    for _ in range(200):
+        problem = draw(rng, family)
+        assert problem.answer == solve(problem)
+        assert problem.task == family
+        for part in (problem.steps, problem.sketch):
+            for equation in part.replace(" ", ";").split(";"):
+                left, equals, right = equation.partition("=")
+                if equals:
+                    assert eval("+".join(str(int(n)) for n in left.split("+")) if "+" in left else left) == int(right)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_splits_share_no_question(family: str) -> None:
+    rng = random.Random(2)
+    train = {draw(rng, family) for _ in range(300)}
+    test = {draw(rng, family, test=True) for _ in range(60)}
+    assert test
+    assert not {(p.rule, p.question) for p in train} & {(p.rule, p.question) for p in test}
+
+
+def test_effort_selects_how_much_is_thought() -> None:
+    rng = random.Random(3)
+    for family in WEIGHTS:
+        problem = draw(rng, family)
+        lengths = [len(conversation(effort, [problem]).ids) for effort in EFFORTS]
+        assert lengths[0] < lengths[1] <= lengths[2], family
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_training_and_prompting_render_alike(family: str, effort: str, tokenizer: harmony.Tokenizer) -> None:
+    """What a prompt gives is the start of what training shows, id by id."""
+    problem = draw(random.Random(4), family)
+    prompt = harmony.render(prompt_messages(problem), effort=effort, tokenizer=tokenizer)
+    example = conversation(effort, [problem], called=True)
+    assert example.ids[: len(prompt)] == prompt
+    assert not any(example.taught[: len(prompt)])
+    assert all(example.taught[len(prompt) :])
+
+
+def test_every_example_is_whole_harmony(tokenizer: harmony.Tokenizer) -> None:
+    rng = random.Random(5)
+    for _ in range(300):
+        ids, taught = training_example(rng)
+        labels = harmony.label(ids, tokenizer=tokenizer)
+        assert not any(m.flags for m in labels.messages)
+        assert labels.messages[-1].closed_by == "return"
+        assert labels.messages[-1].channel == "final"
+        assert taught[-1]
+        assert len(ids) == len(taught) < 256
+
+
+def test_spelling_is_the_tokenizer_s(tokenizer: harmony.Tokenizer) -> None:
+    assert spell("functions.calc") == tokenizer.encode("functions.calc")
+    for text in ("sort lowly", "(12+3)*4-5", "a user"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert len(tokenizer.encode(text)) == len(text), "a header word inside a content must be spelled"

@@ -1,0 +1,192 @@
+"""Load by cell: the definitions, missing cells, intervals that hold the truth, and the study as a whole."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from workbench import studies
+from workbench.errors import InputError
+from workbench.studies import result, statistics
+from workbench.studies.routing import load, study
+from workbench.studies.synthetic import planted_run
+
+FAST = {"n_boot": 200, "n_permutations": 300}
+
+
+@pytest.fixture(scope="module")
+def run():
+    return planted_run(n_prompts=12, channel_shift={"final": {2: 0.4}}, effort_shift={"high": {1: 0.4}})
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return load(run, n_boot=200)
+
+
+def test_load_is_the_share_of_slots_of_a_cells_tokens(run, loaded):
+    counts = run.summary("expert_count").values
+    high = run.sequences.effort == "high"
+    analysis = list(run.summary("tokens").channel.values).index("analysis")
+    expected = counts[high, analysis].sum(axis=0)
+    cell = loaded.sel(channel="analysis", effort="high")
+    np.testing.assert_allclose(cell.share, expected / expected.sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(cell.gate_share, cell.share, atol=1e-6)
+    np.testing.assert_allclose(cell.effective_experts, np.exp(cell.entropy))
+    np.testing.assert_allclose(cell.entropy_normalised, cell.entropy / np.log(16))
+    assert cell.tokens == run.summary("tokens").values[high, analysis].sum()
+    assert cell.prompts == cell.sequences == 12
+
+
+def test_efforts_are_in_order_of_effort(loaded):
+    assert list(loaded.effort.values) == ["low", "medium", "high"]
+
+
+def test_a_cell_without_tokens_is_missing_and_an_unused_expert_is_zero():
+    run = planted_run(n_prompts=12, lengths={"analysis": 3, "final": 200}, n_experts=32)
+    loaded = load(run, n_boot=50)
+    empty = loaded.sel(channel="commentary")
+    for name, values in empty.data_vars.items():
+        if name in ("tokens", "sequences", "prompts"):
+            assert (values == 0).all()
+        else:
+            assert np.isnan(values).all(), name
+    few = loaded.sel(channel="analysis", effort="low")
+    assert few.never_selected.sum() == (few.share == 0).sum() > 0
+    unused = few.share.values == 0
+    assert (few.share_high.values[unused] == 0).all()
+
+
+def test_one_prompt_gives_a_load_without_an_interval():
+    loaded = load(planted_run(n_prompts=1), n_boot=50)
+    cell = loaded.sel(channel="final", effort="low")
+    assert np.isfinite(cell.share).all()
+    assert np.isnan(cell.share_low).all()
+    assert np.isnan(cell.entropy_high).all()
+
+
+def test_samples_of_one_prompt_are_one_unit():
+    run = planted_run(n_prompts=6)
+    pooled = load(run, by=("channel",), n_boot=50)
+    assert (pooled.prompts.sel(channel="final"), pooled.sequences.sel(channel="final")) == (6, 18)
+
+
+def test_what_by_does_not_name_is_pooled(run):
+    everything = load(run, by=(), channels=("analysis", "final"), n_boot=50)
+    counts = run.summary("expert_count").sel(channel=["analysis", "final"]).sum(("sequence", "channel"))
+    np.testing.assert_allclose(everything.share, statistics.share(counts.values))
+    by_task = load(run, by=("task", "effort"), channels=("final",), n_boot=50)
+    assert by_task.share.dims == ("task", "effort", "layer", "expert")
+    assert int(by_task.tokens.sum()) == int(run.summary("tokens").sel(channel="final").sum())
+
+
+def test_a_cell_keeps_its_interval_whatever_else_is_asked_for(loaded, run):
+    alone = load(run, channels=("final",), n_boot=200)
+    xr.testing.assert_equal(alone.sel(channel="final"), loaded.sel(channel="final"))
+
+
+@pytest.mark.parametrize("interval", ["bca", "percentile"])
+def test_intervals_of_share_and_entropy_hold_the_truth_95_percent_of_the_time(interval):
+    run = planted_run(seed=9, n_prompts=300, n_layers=250, n_experts=8, efforts=("low",), lengths={"final": 60})
+    found = load(run, channels=("final",), n_boot=800, interval=interval).sel(channel="final", effort="low")
+    truth = run.truth.sel(channel="final", effort="low").values
+    covered = (found.share_low.values <= truth) & (truth <= found.share_high.values)
+    assert covered.mean() == pytest.approx(0.95, abs=0.025)
+    entropy = statistics.entropy(truth)
+    covered = (found.entropy_low.values <= entropy) & (entropy <= found.entropy_high.values)
+    assert covered.mean() == pytest.approx(0.95, abs=0.025)
+    assert abs((found.entropy_corrected.values - entropy).mean()) < abs((found.entropy.values - entropy).mean())
+
+
+def test_limits_of_effective_experts_stay_between_one_and_all():
+    found = load(planted_run(n_prompts=3, n_experts=4), n_boot=100)
+    known = np.isfinite(found.effective_experts_high.values)
+    assert known.any()
+    assert (found.effective_experts_low.values[known] >= 1).all()
+    assert (found.effective_experts_high.values[known] <= 4 + 1e-12).all()
+
+
+def test_every_variable_says_what_it_is(loaded):
+    for name, variable in loaded.data_vars.items():
+        assert {"long_name", "units", "definition"} <= set(variable.attrs), name
+    assert loaded.share_low.attrs["ci"].startswith("95 %")
+    assert {"run_digest", "workbench_version", "seed", "parameters", "method"} <= set(loaded.attrs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"by": ("layer",)}, "each of channel, effort and task may be named once"),
+        ({"by": ("effort", "effort")}, "may be named once"),
+        ({"channels": ("thought",)}, "channel 'thought' is not in this run"),
+    ],
+)
+def test_cells_that_do_not_exist_are_refused(run, arguments, message):
+    with pytest.raises(InputError, match=message):
+        load(run, **arguments)
+
+
+def test_a_run_without_sequences_is_refused(run):
+    empty = {name: array.isel(sequence=slice(0)) for name, array in run.summaries.items()}
+    with pytest.raises(InputError, match="no sequence yet"):
+        load(dataclasses.replace(run, summaries=empty))
+
+
+def test_the_study_finds_what_was_planted_and_calls_nothing_else_different(run):
+    found = studies.run_study("routing", run, **FAST)
+    assert list(found) == [
+        "load",
+        "analysis_vs_final",
+        "low_vs_high_in_prompt",
+        "low_vs_high_in_analysis",
+        "low_vs_high_in_final",
+    ]
+    different = {name: np.flatnonzero(found[name].different).tolist() for name in list(found)[1:]}
+    assert different == {
+        "analysis_vs_final": [2],
+        "low_vs_high_in_prompt": [],
+        "low_vs_high_in_analysis": [1],
+        "low_vs_high_in_final": [1],
+    }
+
+
+def test_the_study_takes_the_widest_efforts_that_have_pairs_and_says_what_it_left_out():
+    run = planted_run(n_prompts=6)
+    summaries = {name: array.copy(deep=True) for name, array in run.summaries.items()}
+    low = np.flatnonzero(run.sequences.effort == "low")
+    for array in summaries.values():
+        array.loc[{"channel": "analysis", "sequence": low}] = 0
+        array.loc[{"channel": "final"}] = 0
+    found = study(dataclasses.replace(run, summaries=summaries), **FAST)
+    assert "medium_vs_high_in_analysis" in found
+    assert "analysis_vs_final" not in found
+    assert "Left out: channels, as fewer than two prompts have tokens of both." in found["load"].summary
+
+
+def test_a_run_of_one_effort_is_studied_without_efforts():
+    found = study(planted_run(n_prompts=6, efforts=("medium",)), **FAST)
+    assert list(found) == ["load", "analysis_vs_final"]
+
+
+def test_an_unknown_study_is_refused():
+    with pytest.raises(InputError, match="no study is called 'sinkz'; the studies are routing"):
+        studies.run_study("sinkz", None)
+
+
+def test_studies_are_imported_without_torch_and_without_weight():
+    code = (
+        "import sys; import workbench as wb; wb.studies; light = {'xarray', 'pandas', 'scipy'} & set(sys.modules); "
+        "wb.studies.routing.load; print(light, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["set()", "False"]
+
+
+def test_the_summary_names_what_is_not_controlled(run):
+    text = result.summary(study(run, **FAST))
+    assert "analysis comes before final" in text.lower()
+    assert "prompt channel is the control" in text.lower().replace("\n", " ")
+    assert run.digest in text

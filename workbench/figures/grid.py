@@ -1,0 +1,90 @@
+"""A grid of layers by experts (or heads) in which missing, zero and clipped cells cannot be taken for values."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Bool, Float
+
+from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, WIDTH, Theme
+
+# of a figure of standard width, less the axis and the colour bar
+PLOT_WIDTH = WIDTH - 200
+PLOT_HEIGHT = 420
+# in pixels: neither slivers nor bars, and never so few that the colour bar cannot be read
+CELL_HEIGHT = (11, 48)
+LEAST_PLOT_HEIGHT = 190
+SIGN_SIZE = 0.5
+
+
+class Grid:
+    """A figure under construction: coloured cells first, then what lies on top of them."""
+
+    def __init__(self, layers: np.ndarray, columns: np.ndarray, theme: Theme) -> None:
+        self.layers, self.columns, self.theme = layers, columns, theme
+        tallest = max(CELL_HEIGHT[1], LEAST_PLOT_HEIGHT / len(layers))
+        cell_height = float(np.clip(PLOT_HEIGHT / len(layers), CELL_HEIGHT[0], tallest))
+        self.height = round(cell_height * len(layers)) + MARGIN_ABOVE + MARGIN_BELOW
+        self.shorter_side = min(cell_height, PLOT_WIDTH / len(columns))
+        self.figure = go.Figure()
+
+    def colour(self, values: Float[np.ndarray, "layer column"], detail: np.ndarray, hover: str, **style: Any) -> None:
+        """Cells in the colours of the shared scale; NaN is left empty."""
+        self._heatmap(values, coloraxis="coloraxis", customdata=detail, hovertemplate=hover, **style)
+
+    def fill(self, where: Bool[np.ndarray, "layer column"], colour: str, name: str) -> None:
+        """Cells of one colour that is not on the scale, named in the legend."""
+        if where.any():
+            scale = [[0, colour], [1, colour]]
+            hover = f"layer %{{y}}, %{{x}}: {name}<extra></extra>"
+            self._heatmap(np.where(where, 1.0, np.nan), colorscale=scale, showscale=False, hovertemplate=hover)
+            self._key({"symbol": "square", "size": 11, "color": colour}, name)
+
+    def missing(self, where: Bool[np.ndarray, "layer column"]) -> None:
+        """Crossed-out cells where nothing was measured."""
+        self.fill(where, self.theme.missing, "missing")
+        self.sign(where, "x-thin", self.theme.muted)
+
+    def sign(self, where: Bool[np.ndarray, "layer column"], symbol: str, colour: str, name: str = "") -> None:
+        """A small sign in each of these cells, named in the legend."""
+        if not where.any():
+            return
+        layer, column = np.nonzero(where)
+        line_width = 1 if symbol in ("line-ne", "x-thin") else 0
+
+        def marker(size: float, colour: str) -> dict[str, Any]:
+            return {"symbol": symbol, "size": size, "color": colour, "line": {"color": colour, "width": line_width}}
+
+        self.figure.add_trace(
+            go.Scatter(
+                x=self.columns[column],
+                y=self.layers[layer],
+                mode="markers",
+                marker=marker(SIGN_SIZE * self.shorter_side, colour),
+                hoverinfo="skip",
+                showlegend=False,
+            )
+        )
+        if name:
+            self._key(marker(9, self.theme.muted), name)
+
+    def finish(self, column_name: str, scale: Mapping[str, Any]) -> go.Figure:
+        """The figure, with its axes and its colour scale."""
+        every = max(1, len(self.columns) // 16)
+        columns = [self.columns[0] - 0.5, self.columns[-1] + 0.5]
+        self.figure.update_xaxes(title=column_name, showgrid=False, dtick=every, range=columns)
+        every = max(1, len(self.layers) // 12)
+        layers = [self.layers[-1] + 0.5, self.layers[0] - 0.5]
+        self.figure.update_yaxes(title="layer", showgrid=False, dtick=every, range=layers)
+        self.figure.update_layout(coloraxis=dict(scale))
+        return self.figure
+
+    def _heatmap(self, values: np.ndarray, **style: Any) -> None:
+        gap = 1 if self.shorter_side > 8 else 0
+        self.figure.add_trace(
+            go.Heatmap(z=values, x=self.columns, y=self.layers, xgap=gap, ygap=gap, hoverongaps=False, **style)
+        )
+
+    def _key(self, marker: dict[str, Any], name: str) -> None:
+        self.figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=name))

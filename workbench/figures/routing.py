@@ -1,0 +1,265 @@
+"""Figures of the routing study: load and its differences by layer and expert, entropy and divergence by layer.
+
+Each takes a dataset of `workbench.studies.routing` and returns a plotly figure. Missing, zero and clipped cells never
+look like a small or a large value; every interval the study computed is drawn, or on hover where there is no room.
+"""
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import xarray as xr
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+
+from workbench.errors import InputError
+from workbench.figures.grid import Grid
+from workbench.figures.template import MARKERS, THEMES, Theme, ThemeName, band, dress, translucent
+from workbench.studies.result import tables
+
+# the load colours end at this multiple of an even share unless told otherwise
+CLIP = 4.0
+
+
+def load_heatmap(
+    ds: xr.Dataset, channel: str, effort: str, *, clip: float = CLIP, theme: ThemeName = "light"
+) -> go.Figure:
+    """How often each expert of each layer is chosen in one cell, against an even share 1/E."""
+    colours = THEMES[theme]
+    cell = _select(ds, channel=channel, effort=effort)
+    share, n_experts = cell["share"].values, cell.sizes["expert"]
+    relative = share * n_experts
+    grid = Grid(cell["layer"].values, cell["expert"].values, colours)
+    grid.colour(
+        np.where(share > 0, np.minimum(relative, clip), np.nan),
+        np.stack([relative, *(100 * cell[f"share{end}"].values for end in ("", "_low", "_high"))], axis=-1),
+        "layer %{y}, expert %{x}<br>%{customdata[0]:.2f} times an even share<br>"
+        "%{customdata[1]:.2f} % of slots [%{customdata[2]:.2f}, %{customdata[3]:.2f}]<extra></extra>",
+    )
+    grid.fill(share == 0, colours.zero, "never selected")
+    grid.missing(np.isnan(share))
+    grid.sign(relative > clip, "triangle-up", colours.on_scale, f"clipped: more than {clip:g} times")
+    bar = {"title": {"text": f"times an even share (1/{n_experts})"}}
+    figure = grid.finish("expert", {"cmin": 0, "cmax": clip, "colorscale": colours.sequential, "colorbar": bar})
+    subtitle = (
+        f"Share of routed slots over 1/{n_experts}; {int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts; "
+        "95 % intervals on hover"
+    )
+    title = f"How often each expert is chosen: {channel}, {effort} effort"
+    return dress(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
+
+
+def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme: ThemeName = "light") -> go.Figure:
+    """Which experts two conditions use differently, in points of load; pale, hatched cells are not shown to differ."""
+    colours = THEMES[theme]
+    a, b = div.attrs["a"], div.attrs["b"]
+    points, different = 100 * div["difference"].values, div["expert_different"].values
+    limit = _limit(points[different]) if clip is None else clip
+    bounds = [100 * div[name].values for name in ("difference_low", "difference_high", "share_a", "share_b")]
+    detail = np.stack([points, *bounds, div["difference_q"].values], axis=-1)
+    hover = (
+        "layer %{y}, expert %{x}<br>%{customdata[0]:+.2f} points [%{customdata[1]:+.2f}, %{customdata[2]:+.2f}], "
+        f"q = %{{customdata[5]:.3g}}<br>{a} %{{customdata[3]:.2f}} %, {b} %{{customdata[4]:.2f}} %<extra></extra>"
+    )
+    grid = Grid(div["layer"].values, div["expert"].values, colours)
+    for shown, opacity in ((different, 1.0), (~different, 0.35)):
+        grid.colour(np.where(shown, np.clip(points, -limit, limit), np.nan), detail, hover, opacity=opacity)
+    grid.missing(np.isnan(points))
+    grid.sign(~different & ~np.isnan(points), "line-ne", colours.band, "pale, hatched: not shown to differ")
+    grid.sign(points > limit, "triangle-up", colours.on_scale, f"clipped: above +{limit:g}")
+    grid.sign(points < -limit, "triangle-down", colours.on_scale, f"clipped: below −{limit:g}")
+    ticks = np.linspace(-limit, limit, 5)
+    bar = {
+        "title": {"text": f"percentage points, {a} − {b}"},
+        "tickvals": ticks,
+        "ticktext": [f"{tick:+.3g}".replace("-", "−") if tick else "0" for tick in ticks],
+    }
+    figure = grid.finish("expert", {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": bar})
+    tested = int(np.isfinite(points).sum())
+    subtitle = (
+        f"{div.attrs['rests_on']}; difference of the share of routed slots; {different.sum()} of {tested} experts "
+        "differ (q < 0.05, interval excludes 0)"
+    )
+    title = f"Experts used differently: {_compared(div)}"
+    return dress(figure, colours, div, title=title, subtitle=subtitle, height=grid.height)
+
+
+def entropy_by_layer(
+    ds: xr.Dataset, *, panels: Literal["channel", "effort"] = "channel", theme: ThemeName = "light"
+) -> go.Figure:
+    """Entropy of the load by layer, a panel a channel and a line an effort (or the reverse), with 95 % bands."""
+    colours = THEMES[theme]
+    if panels not in ("channel", "effort"):
+        raise InputError(f"panels={panels!r} is not possible; choose channel or effort")
+    lines = "effort" if panels == "channel" else "channel"
+    present = [str(label) for label in ds[panels].values if ds["tokens"].sel({panels: label}).any()]
+    if not present:
+        raise InputError("no cell of this dataset has a token; there is no entropy to draw")
+    figure = make_subplots(cols=len(present), shared_yaxes=True, subplot_titles=present, horizontal_spacing=0.02)
+    figure.update_annotations(font={"size": 13})
+    named: set[str] = set()
+    for column, label in enumerate(present, start=1):
+        for line in map(str, ds[lines].values):
+            cell = ds.sel({panels: label, lines: line})
+            if cell["tokens"]:
+                style = {"name": line, "legendgroup": line, "showlegend": line not in named}
+                for trace in _line_with_band(cell, colours.colour(lines, line), MARKERS.get(line, "circle"), style):
+                    figure.add_trace(trace, row=1, col=column)
+                named.add(line)
+        even = np.log(ds.sizes["expert"])
+        figure.add_hline(y=even, line={"dash": "dot", "width": 1.5, "color": colours.muted}, row=1, col=column)
+    figure.update_xaxes(title="layer", dtick=_tick(ds))
+    figure.update_yaxes(title="entropy of expert load (nat)", col=1)
+    figure.update_layout(legend={"title": {"text": lines}})
+    subtitle = (
+        f"Bias-corrected entropy with 95 % intervals, bootstrap over prompts; dotted: all {ds.sizes['expert']} experts "
+        "equally used"
+    )
+    title = "How evenly experts are used, by layer, channel and effort"
+    return dress(figure, colours, ds, title=title, subtitle=subtitle, height=430)
+
+
+def divergence_by_layer(div: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
+    """Divergence of two conditions by layer against its null, and below it the excess with its interval."""
+    colours = THEMES[theme]
+    layers, different = div["layer"].values, div["different"].values
+    figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.07)
+    for trace in _null_band(div, colours):
+        figure.add_trace(trace, row=1, col=1)
+    for row, trace in enumerate(_observed_and_excess(div, colours), start=1):
+        figure.add_trace(trace, row=row, col=1)
+    blue = colours.colour("channel", "analysis")
+    for name, fill in (("differs (q < 0.05, interval above 0)", blue), ("not shown to differ", colours.paper)):
+        key = {"symbol": "circle", "size": 8, "color": fill, "line": {"color": blue, "width": 1.5}}
+        figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=name, marker=key), row=2, col=1)
+    figure.add_hline(y=0, line={"color": colours.muted, "width": 1}, row=2, col=1)
+    top = float(np.nanmax([div["jsd"], div["null_high"]]))
+    figure.update_yaxes(title="divergence (bit)", range=[-0.05 * top, 1.08 * top], row=1, col=1)
+    figure.update_yaxes(title="excess over chance (bit)", row=2, col=1)
+    figure.update_xaxes(range=[layers[0] - 0.5, layers[-1] + 0.5], dtick=_tick(div))
+    figure.update_xaxes(title="layer", row=2, col=1)
+    subtitle = (
+        f"{div.attrs['rests_on']}; Jensen–Shannon divergence of expert load with its permutation null, and the excess "
+        f"with 95 % intervals; {different.sum()} of {int(div['jsd'].count())} layers differ"
+    )
+    title = f"Divergence of routing by layer: {_compared(div)}"
+    return dress(figure, colours, div, title=title, subtitle=subtitle, height=580)
+
+
+def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
+    """Every figure of the study and the numbers behind each, under the names of their files."""
+    load = datasets["load"]
+    figures = {"entropy_by_layer": entropy_by_layer(load)}
+    data = {"entropy_by_layer": tables(load)["channel_effort_layer"]}
+    for channel, effort in product(map(str, load["channel"].values), map(str, load["effort"].values)):
+        cell = load.sel(channel=channel, effort=effort)
+        if cell["tokens"]:
+            figures[f"load_{channel}_{effort}"] = load_heatmap(load, channel, effort)
+            data[f"load_{channel}_{effort}"] = tables(cell)["layer_expert"]
+    for name, div in datasets.items():
+        if name != "load":
+            figures[f"divergence_{name}"], data[f"divergence_{name}"] = divergence_by_layer(div), tables(div)["layer"]
+            figures[f"difference_{name}"] = load_difference_heatmap(div)
+            data[f"difference_{name}"] = tables(div)["layer_expert"]
+    return figures, data
+
+
+def _select(ds: xr.Dataset, **labels: str) -> xr.Dataset:
+    """One cell; a label that the dataset lacks is refused with those it has."""
+    for axis, label in labels.items():
+        known = [str(value) for value in ds[axis].values]
+        if label not in known:
+            raise InputError(f"{axis} {label!r} is not in this dataset; it has {', '.join(known)}")
+    return ds.sel(labels)
+
+
+def _compared(div: xr.Dataset) -> str:
+    """The two sides of a comparison, and what was held fixed."""
+    kind = {"channel": "", "effort": " effort", "task": " (tasks)"}[div.attrs["between"]]
+    fixed = f", {div.attrs['within']}" if div.attrs["within"] else ""
+    return f"{div.attrs['a']} against {div.attrs['b']}{kind}{fixed}"
+
+
+def _tick(ds: xr.Dataset) -> int:
+    """Whole layers between ticks."""
+    return max(1, ds.sizes["layer"] // 6)
+
+
+def _limit(points: Float[np.ndarray, "cell"]) -> float:
+    """End of a symmetric scale: the largest difference shown, rounded up to one digit."""
+    largest = float(np.abs(points).max(initial=0.1))
+    unit = 10.0 ** np.floor(np.log10(largest))
+    return float(np.ceil(largest / unit) * unit)
+
+
+def _line_with_band(cell: xr.Dataset, colour: str, symbol: str, style: dict[str, Any]) -> list[go.Scatter]:
+    """Entropy by layer over its interval."""
+    layers, hidden = cell["layer"].values, style | {"showlegend": False}
+    names = ("entropy_low", "entropy_high", "effective_experts", "entropy_normalised")
+    return [
+        band(
+            layers,
+            cell["entropy_low"].values,
+            cell["entropy_high"].values,
+            fillcolor=translucent(colour, 0.22),
+            **hidden,
+        ),
+        go.Scatter(
+            x=layers,
+            y=cell["entropy_corrected"].values,
+            mode="lines+markers",
+            line={"color": colour, "width": 1.6},
+            marker={"symbol": symbol, "size": 5},
+            customdata=np.stack([cell[name].values for name in names], axis=-1),
+            hovertemplate="layer %{x}: %{y:.3f} nat [%{customdata[0]:.3f}, %{customdata[1]:.3f}]<br>plug-in: "
+            "%{customdata[2]:.1f} effective experts, %{customdata[3]:.0%} of the maximum<extra>%{fullData.name}</extra>",
+            **style,
+        ),
+    ]
+
+
+def _null_band(div: xr.Dataset, colours: Theme) -> list[go.Scatter]:
+    """What the divergence is when labels mean nothing."""
+    layers = div["layer"].values
+    return [
+        band(
+            layers, div["null_low"].values, div["null_high"].values, fillcolor=colours.band, name="95 % of permutations"
+        ),
+        go.Scatter(
+            x=layers,
+            y=div["null_mean"].values,
+            mode="lines",
+            name="mean of permutations",
+            line={"color": colours.muted, "dash": "dash", "width": 1.5},
+            hovertemplate="layer %{x}: %{y:.4f} bit by chance<extra></extra>",
+        ),
+    ]
+
+
+def _observed_and_excess(div: xr.Dataset, colours: Theme) -> tuple[go.Scatter, go.Scatter]:
+    """The divergence of every layer, and what of it is not chance; filled where a difference is shown."""
+    blue, excess = colours.colour("channel", "analysis"), div["excess"].values
+    fill = np.where(div["different"].values, blue, colours.paper)
+    names = ("excess", "excess_low", "excess_high", "p", "q")
+    shared = {
+        "x": div["layer"].values,
+        "marker": {"size": 8, "color": fill, "line": {"color": blue, "width": 1.5}},
+        "customdata": np.stack([div[name].values for name in names], axis=-1),
+        "hovertemplate": "layer %{x}: %{y:.4f} bit<br>excess %{customdata[0]:.4f} [%{customdata[1]:.4f}, "
+        "%{customdata[2]:.4f}]<br>p = %{customdata[3]:.3g}, q = %{customdata[4]:.3g}<extra></extra>",
+        "showlegend": False,
+    }
+    bars = {
+        "array": div["excess_high"].values - excess,
+        "arrayminus": excess - div["excess_low"].values,
+        "color": blue,
+        "thickness": 1.5,
+        "width": 3,
+    }
+    return (
+        go.Scatter(y=div["jsd"].values, mode="lines+markers", line={"color": blue, "width": 1.6}, **shared),
+        go.Scatter(y=excess, mode="markers", error_y=bars, **shared),
+    )

@@ -1,0 +1,219 @@
+"""Tokenizers: text to ids and back, and the ids of harmony's marks.
+
+Ids come from the checkpoint's own tokenizer, by name, never from constants. Text is always ordinary: the
+characters `<|end|>` in a message are characters, and only `Tokenizer.mark` gives the mark of that name.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from workbench.errors import InputError
+
+Mark = Literal["start", "end", "message", "channel", "constrain", "return", "call"]
+MARKS: tuple[Mark, ...] = get_args(Mark)
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_RUN = re.compile(r"[^\W\d_]+|\s+|(?:[^\w\s]|_)+")
+_LONGEST_RUN = 20_000
+
+
+class Tokenizer(ABC):
+    """A vocabulary with harmony's marks.
+
+    special: ids of the tokens that no text encodes to, by name (`"<|start|>"`). chat_template: the checkpoint's
+    own, a jinja text, or None.
+    """
+
+    def __init__(self, name: str, d_vocab: int, special: dict[str, int], chat_template: str | None = None) -> None:
+        self.name = name
+        self.d_vocab = d_vocab
+        self.special = special
+        self.chat_template = chat_template
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer {self.name}: {self.d_vocab:,} ids>"
+
+    def mark(self, name: Mark) -> int:
+        """Id of a harmony mark, as in `mark("start")`."""
+        return self.special[f"<|{name}|>"]
+
+    @functools.cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a generation: return, call, and the end of text where there is one."""
+        names = ("<|return|>", "<|call|>", "<|endoftext|>")
+        return frozenset(self.special[name] for name in names if name in self.special)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, all of it ordinary: never a special token."""
+        if lone := _SURROGATE.search(text):
+            raise InputError(f"the text has half a surrogate pair, {lone[0]!r}, at character {lone.start()}: remove it")
+        return self._encode(text)
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of these ids, special tokens by name; bytes that are no UTF-8 become U+FFFD."""
+
+    def token(self, id: int) -> str:
+        """Text of one id, for display: part of a character shows as U+FFFD, an id without a token as `<|id|>`."""
+        return self.decode([id]) or f"<|{id}|>"
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256 of the vocabulary."""
+
+
+class _O200kHarmony(Tokenizer):
+    """The published gpt-oss vocabulary, from the harmony library's own wheel."""
+
+    def __init__(self) -> None:
+        self._encoding = harmony_encoding()
+        d_vocab = 201_088  # rows of the published embedding; the library reserves one id more
+        names = self._encoding.special_tokens_set
+        ids = {name: self._encoding.encode(name, allowed_special="all")[0] for name in names}
+        special = dict(sorted(((n, i) for n, i in ids.items() if i < d_vocab), key=lambda item: item[1]))
+        super().__init__("o200k_harmony", d_vocab, special)
+
+    def _encode(self, text: str) -> list[int]:
+        # The library's time is quadratic in a run of letters, spaces or signs (300,000: half a minute), and a
+        # million of them overflow its stack.
+        if len(text) > _LONGEST_RUN:
+            for run in _RUN.finditer(text):
+                if run.end() - run.start() > _LONGEST_RUN:
+                    raise InputError(
+                        f"the text has {run.end() - run.start():,} letters, spaces or signs in a row, from character "
+                        f"{run.start():,}; wanted at most {_LONGEST_RUN:,}: is this text?"
+                    )
+        return self._encoding.encode(text, disallowed_special=())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._encoding.decode(ids)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        sha = hashlib.sha256()
+        for id in range(self.d_vocab):
+            sha.update(bytes(self._encoding._inner.decode_bytes([id])) + b"\0")
+        return sha.hexdigest()
+
+
+class _FromFile(Tokenizer):
+    """The vocabulary of a checkpoint's tokenizer.json."""
+
+    def __init__(self, path: Path, chat_template: str | None) -> None:
+        import tokenizers
+
+        content = _read(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the library raises no narrower class
+            raise InputError(f"{path} is no tokenizer: {error}") from error
+        for mark in MARKS:
+            pieces = self._tokenizer.encode(f"<|{mark}|>", add_special_tokens=False).ids
+            if pieces != [self._tokenizer.token_to_id(f"<|{mark}|>")]:
+                found = f"splits in {len(pieces)}" if len(pieces) > 1 else "is missing"
+                raise InputError(
+                    f"{path}: <|{mark}|> {found}; harmony needs it as one token: is this a gpt-oss tokenizer?"
+                )
+        added = self._tokenizer.get_added_tokens_decoder()
+        names = {f"<|{mark}|>" for mark in MARKS} | {token.content for token in added.values() if token.special}
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        special = {name: ids[name] for name in sorted(names)}
+        self._special_ids = frozenset(special.values())
+        self._tokenizer.encode_special_tokens = True  # read the characters of special tokens as text
+        self._digest = hashlib.sha256(content.encode()).hexdigest()
+        super().__init__(path.parent.name, max(ids.values()) + 1, special, chat_template)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self.decode(ids) != text:  # a small vocabulary drops or replaces what it lacks
+            lacking = next(
+                (c for c in text if self.decode(self._tokenizer.encode(c, add_special_tokens=False).ids) != c), None
+            )
+            what = repr(text[:60]) if lacking is None else f"the character {lacking!r} (U+{ord(lacking):04X})"
+            raise InputError(
+                f"the vocabulary of {self.name} cannot express {what}: rewrite the text or use another model"
+            )
+        if not self._special_ids.isdisjoint(ids):
+            name = next(name for name, id in self.special.items() if id in ids)
+            raise InputError(f"the vocabulary of {self.name} cannot express {name} as ordinary text: rewrite the text")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    @property
+    def digest(self) -> str:
+        return self._digest
+
+
+def tokenizer(source: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint folder; without one, o200k_harmony, which needs no network.
+
+    A folder in OpenAI's original layout has no tokenizer.json: its vocabulary is o200k_harmony.
+    """
+    if source is None:
+        return _o200k_harmony()
+    folder = Path(source)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: give a checkpoint's folder, or nothing for o200k_harmony")
+    path = folder / "tokenizer.json"
+    return _FromFile(path, _chat_template(folder)) if path.exists() else _o200k_harmony()
+
+
+@functools.cache
+def _o200k_harmony() -> Tokenizer:
+    return _O200kHarmony()
+
+
+@functools.cache  # a quarter of a second
+def harmony_encoding() -> Any:
+    """The harmony library's own encoding, an `openai_harmony.HarmonyEncoding`."""
+    from openai_harmony import HarmonyEncodingName, load_harmony_encoding
+
+    return load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The folder's chat_template.jinja, or the (default) template in its tokenizer_config.json."""
+    if (path := folder / "chat_template.jinja").exists():
+        return _read(path)
+    if not (path := folder / "tokenizer_config.json").exists():
+        return None
+    try:
+        template: Any = json.loads(_read(path)).get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}["default"]
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise InputError(f"{path} does not hold a chat template as it should: {error!r}") from error
+    if not isinstance(template, str | None):
+        raise InputError(f"{path}: the chat template is {type(template).__name__}; wanted text")
+    return template
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def distribution() -> dict[str, str]:
+    """Name and version of the installed harmony library: two distributions share its import name."""
+    installed: dict[str, str] = {}
+    for name in ("oss-harmony", "openai-harmony"):
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {"name": " and ".join(installed), "version": " and ".join(installed.values())}

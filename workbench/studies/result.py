@@ -1,0 +1,108 @@
+"""What a study hands back: a dataset that explains itself, and the files that hold it.
+
+Every variable carries `long_name`, `units` and `definition`, and where they apply `ci` and `null`; every dataset
+carries its provenance, its `method`, what is `not_controlled` and, in plain words, its `summary`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+import workbench
+from workbench.studies.files import write_files
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a variable is, so that nobody has to guess the unit, the averaging order or the base of a logarithm."""
+
+    long_name: str
+    units: str
+    definition: str
+    ci: str = ""
+    null: str = ""
+
+    def attrs(self) -> dict[str, str]:
+        """The non-empty parts, as attributes."""
+        return {name: text for name, text in vars(self).items() if text}
+
+
+def dataset(
+    variables: Mapping[str, tuple[tuple[str, ...], np.ndarray]],
+    coords: Mapping[str, Any],
+    definitions: Mapping[str, Definition],
+    attrs: Mapping[str, Any],
+) -> xr.Dataset:
+    """Variables with their definitions attached; each must have one."""
+    data = {name: (dims, values, definitions[name].attrs()) for name, (dims, values) in variables.items()}
+    return xr.Dataset(data, coords=dict(coords), attrs=dict(attrs))
+
+
+def provenance(study: str, title: str, digest: str, seed: int, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes from which a dataset can be made again."""
+    return {
+        "study": study,
+        "title": title,
+        "run_digest": digest,
+        "workbench_version": workbench.__version__,
+        "seed": seed,
+        "parameters": json.dumps(dict(parameters)),
+    }
+
+
+def tables(result: xr.Dataset) -> dict[str, pd.DataFrame]:
+    """One table for each set of dimensions (`layer`, `layer_expert`, …), a row a cell, missing cells kept as NaN."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, variable in result.data_vars.items():
+        groups.setdefault(tuple(map(str, variable.dims)), []).append(str(name))
+    return {
+        "_".join(dims): result[names].to_dataframe(dim_order=list(dims)).reset_index()
+        for dims, names in groups.items()
+        if dims
+    }
+
+
+def summary(datasets: Mapping[str, xr.Dataset]) -> str:
+    """The studies' results in plain words, what they rest on, and what they do not control."""
+    parts = [f"{name}: {result.attrs['title']}\n{result.attrs['summary']}" for name, result in datasets.items()]
+    for heading, attribute in (("Method", "method"), ("Not controlled", "not_controlled")):
+        texts = dict.fromkeys(result.attrs[attribute] for result in datasets.values())
+        parts.append("\n".join(f"{heading}. {text}" for text in texts))
+    first = next(iter(datasets.values())).attrs
+    parts.append(f"From run {first['run_digest']}, workbench {first['workbench_version']}, seed {first['seed']}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def save(datasets: Mapping[str, xr.Dataset], out_dir: str | os.PathLike[str]) -> list[Path]:
+    """Write `STUDY_NAME.json` and a CSV for each table, and `STUDY.txt`; each file is replaced whole or not at all.
+
+    The JSON has everything, with NaN as null, in the form that `xarray.Dataset.from_dict` reads.
+    """
+    files: dict[str, str] = {}
+    for name, result in datasets.items():
+        stem = f"{result.attrs['study']}_{name}"
+        files[f"{stem}.json"] = json.dumps(_plain(result.to_dict()), indent=1, allow_nan=False) + "\n"
+        for dims, table in tables(result).items():
+            files[f"{stem}_{dims}.csv"] = table.to_csv(index=False, lineterminator="\n")
+    for study in dict.fromkeys(result.attrs["study"] for result in datasets.values()):
+        files[f"{study}.txt"] = summary({name: ds for name, ds in datasets.items() if ds.attrs["study"] == study})
+    return write_files(files, out_dir)
+
+
+def _plain(value: Any) -> Any:
+    """Nested dicts and lists that JSON can hold; NaN becomes null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,124 @@
+"""Runs whose truth is known: planted differences of routing, to prove a study and to plan one.
+
+A run is made of sums per sequence, so no model is needed. Every prompt has habits of its own (a Dirichlet draw around
+the layer's load), shared by all its efforts and channels: the dependence that a token-level test overlooks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float
+
+from workbench.harmony.labels import CHANNELS
+from workbench.studies.design import EFFORTS
+
+LENGTHS = {"frame": 12, "prompt": 40, "analysis": 200, "final": 30}
+
+
+@dataclass(frozen=True)
+class SyntheticRun:
+    """What studies read of a run, and `truth`: the expected load share [channel, effort, layer, expert]."""
+
+    digest: str
+    sequences: pd.DataFrame
+    truth: xr.DataArray
+    summaries: Mapping[str, xr.DataArray]
+    attrs: Mapping[str, Any] = field(default_factory=lambda: {"synthetic": True})
+
+    def summary(self, name: str) -> xr.DataArray:
+        """`expert_count`, `gate_sum` or `tokens`."""
+        return self.summaries[name]
+
+
+def planted_run(
+    *,
+    seed: int = 0,
+    n_prompts: int = 30,
+    efforts: Sequence[str] = EFFORTS,
+    tasks: Sequence[str] = ("sums", "recall"),
+    n_layers: int = 4,
+    n_experts: int = 16,
+    experts_per_token: int = 4,
+    lengths: Mapping[str, int] | None = None,
+    channel_shift: Mapping[str, Mapping[int, float]] | None = None,
+    effort_shift: Mapping[str, Mapping[int, float]] | None = None,
+    concentration: float = 30.0,
+) -> SyntheticRun:
+    """Draw a run; `channel_shift={"final": {2: 0.4}}` moves 0.4 of layer 2's load in final to another distribution.
+
+    `effort_shift` does so for the generated channels of one effort; `lengths` are mean tokens a channel (Poisson), and
+    analysis grows with effort. Lower `concentration`: prompts differ more.
+    """
+    rng = np.random.default_rng(seed)
+    base, to_channel, to_effort = rng.dirichlet(np.ones(n_experts), size=(3, n_layers))
+    lengths = LENGTHS if lengths is None else lengths
+    weight = _weights(efforts, n_layers, channel_shift or {}, effort_shift or {})
+    moved = weight[..., 0, None] * to_channel + weight[..., 1, None] * to_effort
+    stay = 1 - weight.sum(axis=-1)[..., None]
+    sequences = _sequences(n_prompts, efforts, tasks)
+    habits = np.stack([rng.dirichlet(concentration * layer, size=n_prompts) for layer in base], axis=1)
+    mean_length = np.array([[lengths.get(channel, 0) for channel in CHANNELS]] * len(efforts))
+    mean_length[:, CHANNELS.index("analysis")] *= np.arange(1, len(efforts) + 1)
+    tokens = rng.poisson(np.tile(mean_length, (n_prompts, 1)))
+    shares = stay.transpose(1, 0, 2, 3) * habits[:, None, None] + moved.transpose(1, 0, 2, 3)
+    shares = shares.reshape(len(sequences), len(CHANNELS), n_layers, n_experts)
+    counts = rng.multinomial(tokens[..., None] * experts_per_token, shares).astype(np.uint32)
+    return SyntheticRun(
+        digest=f"synthetic-{seed}",
+        sequences=sequences.assign(length=tokens.sum(axis=1), n_prompt=tokens[:, :2].sum(axis=1), correct=-1),
+        truth=xr.DataArray(
+            stay * base + moved,
+            dims=("channel", "effort", "layer", "expert"),
+            coords={"channel": list(CHANNELS), "effort": list(efforts)},
+        ),
+        summaries=_summaries(sequences, counts, tokens, experts_per_token),
+    )
+
+
+def _weights(
+    efforts: Sequence[str],
+    n_layers: int,
+    channel_shift: Mapping[str, Mapping[int, float]],
+    effort_shift: Mapping[str, Mapping[int, float]],
+) -> Float[np.ndarray, "channel effort layer 2"]:
+    """How much of the load is moved for the channel's and for the effort's sake."""
+    weight = np.zeros((len(CHANNELS), len(efforts), n_layers, 2))
+    for channel, by_layer in channel_shift.items():
+        for layer, size in by_layer.items():
+            weight[CHANNELS.index(channel), :, layer, 0] = size
+    for effort, by_layer in effort_shift.items():
+        for layer, size in by_layer.items():
+            weight[CHANNELS.index("analysis") :, efforts.index(effort), layer, 1] = size
+    return weight
+
+
+def _sequences(n_prompts: int, efforts: Sequence[str], tasks: Sequence[str]) -> pd.DataFrame:
+    """One sequence for each prompt and effort."""
+    rows = [
+        {"id": f"p{prompt}-{effort}", "prompt_id": f"p{prompt}", "effort": effort, "task": tasks[prompt % len(tasks)]}
+        for prompt in range(n_prompts)
+        for effort in efforts
+    ]
+    return pd.DataFrame(rows).assign(domain="synthetic")
+
+
+def _summaries(
+    sequences: pd.DataFrame, counts: np.ndarray, tokens: np.ndarray, experts_per_token: int
+) -> dict[str, xr.DataArray]:
+    names = ("id", "effort", "prompt_id", "task")
+    coords: dict[str, Any] = {name: ("sequence", sequences[name].to_numpy(dtype=object)) for name in names}
+    coords |= {"channel": list(CHANNELS), "layer": np.arange(counts.shape[2]), "expert": np.arange(counts.shape[3])}
+    dims = ("sequence", "channel", "layer", "expert")
+    summaries = xr.Dataset(
+        {
+            "expert_count": (dims, counts),
+            "gate_sum": (dims, counts / np.float32(experts_per_token)),
+            "tokens": (dims[:2], tokens),
+        },
+        coords,
+    )
+    return {str(name): summaries[name] for name in summaries.data_vars}
