@@ -1,0 +1,190 @@
+"""Reading a run: a lazy xarray view, the tables as pandas frames, and the summaries that studies resample.
+
+Only committed units are visible, gaps never are, and opening costs the same whatever the run holds. A run that is
+still being written is read like any other; open it again to see more.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pandas as pd
+import xarray as xr
+import zarr
+
+from workbench.errors import InputError
+from workbench.harmony.labels import CHANNELS
+from workbench.runs.schema import Spec, Unit
+from workbench.runs.summaries import float32_of
+from workbench.runs.writer import local_path, open_group
+
+_PER_UNIT = ("coactivation", "transition")
+
+
+def open_run(path: str | Path) -> "Run":
+    """The run at `path`; what is no run, or one of a newer schema, is refused."""
+    target = local_path(path)
+    return Run(target, open_group(target))
+
+
+class Run:
+    """What is committed of a run at the moment it was opened."""
+
+    def __init__(self, path: Path, group: zarr.Group) -> None:
+        self.path = path
+        self._group = group
+        self.attrs: dict[str, Any] = dict(group.attrs)
+        self.status: str = self.attrs["status"]
+        self.spec = Spec.from_json(self.attrs["spec"])
+        self.model: Mapping[str, Any] = self.attrs["model"]
+        self.checkpoint: Mapping[str, Any] = self.attrs["checkpoint"]
+        self.provenance: Mapping[str, Any] = self.attrs["provenance"]
+
+    def __repr__(self) -> str:
+        done, total = self.progress
+        return f"<Run {self.path}: {self.status}, {done} of {total} units, records {', '.join(self.recorded)}>"
+
+    @property
+    def recorded(self) -> list[str]:
+        """What the run holds of every token, by the names that a capture is asked with."""
+        switches = [n for n in ("routing", "router_logits", "sinks", "logprobs") if getattr(self.spec, n)]
+        return switches + [a.hook for a in self.spec.activations]
+
+    @cached_property
+    def _units(self) -> list[Unit]:
+        """All units, committed or not."""
+        attrs = self._group["units/committed"].attrs
+        units, first = [], 0
+        for index, (start, capacity, n) in enumerate(
+            zip(attrs["starts"], attrs["capacities"], attrs["sequences"], strict=True)
+        ):
+            units.append(Unit(index, start, capacity, tuple(range(first, first + n))))
+            first += n
+        return units
+
+    @cached_property
+    def committed(self) -> np.ndarray:
+        """Whether each unit is committed."""
+        return np.asarray(self._group["units/committed"][:])
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Units committed, and in all."""
+        return int(self.committed.sum()), len(self.committed)
+
+    @cached_property
+    def digest(self) -> str:
+        """Names what is visible: what the run is, and which of its units are committed."""
+        identity = json.dumps(self.attrs["identity"], sort_keys=True).encode()
+        return hashlib.sha256(identity + np.packbits(self.committed).tobytes()).hexdigest()[:16]
+
+    @cached_property
+    def _visible(self) -> np.ndarray:
+        """Numbers of the sequences whose unit is committed."""
+        chosen = [s for unit, done in zip(self._units, self.committed, strict=True) if done for s in unit.sequences]
+        return np.array(chosen, dtype=np.int64)
+
+    @cached_property
+    def sequences(self) -> pd.DataFrame:
+        """A row a sequence, indexed by its number; `task` and `domain` come from its metadata."""
+        table = self._table("sequences").iloc[self._visible]
+        meta = table["meta"].map(json.loads)
+        return table.assign(**{k: meta.map(lambda m, k=k: str(m.get(k, ""))) for k in ("task", "domain")})
+
+    @cached_property
+    def messages(self) -> pd.DataFrame:
+        """A row a message; positions count from the start of its sequence."""
+        table = self._table("messages")
+        return table[table["sequence"].isin(self._visible)]
+
+    def _table(self, name: str) -> pd.DataFrame:
+        columns = {column: array[:] for column, array in self._group[name].arrays()}
+        table = pd.DataFrame({c: v.astype(object) if v.dtype.kind == "T" else v for c, v in columns.items()})
+        return table.rename_axis(name.removesuffix("s"))
+
+    @cached_property
+    def _spans(self) -> list[slice]:
+        """Token rows in use of every committed unit."""
+        lengths = self._group["sequences/length"][:]
+        return [
+            slice(unit.start, unit.start + int(lengths[list(unit.sequences)].sum()))
+            for unit, done in zip(self._units, self.committed, strict=True)
+            if done
+        ]
+
+    @cached_property
+    def dataset(self) -> xr.Dataset:
+        """Every token of every visible sequence, lazily: nothing is read before it is computed.
+
+        Dimensions layer, token, slot, expert, head; the token's columns (sequence, position, channel, …) beside.
+        """
+        return self._dataset(self._spans)
+
+    def sequence(self, which: int | str) -> xr.Dataset:
+        """The tokens of one sequence, by number or id; reads its own chunks only."""
+        table = self.sequences
+        found = table.index[table["id"] == which] if isinstance(which, str) else table.index[table.index == which]
+        if not len(found):
+            raise InputError(f"sequence {which!r} is not in {self.path}; it holds {len(table)}, the first {list(table['id'][:3])}")
+        row = table.loc[found[0]]
+        offset = int(row["offset"])
+        return self._dataset([slice(offset, offset + int(row["length"]))])
+
+    def _dataset(self, spans: list[slice]) -> xr.Dataset:
+        variables: dict[str, Any] = {}
+        names = {f"tokens/{n}": n for n, _ in self._group["tokens"].arrays()}
+        names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
+        names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}
+        names |= {"attention/sink": "sink"} if self.spec.sinks else {}
+        names |= {f"activations/{a.hook}": a.hook for a in self.spec.activations}
+        for stored, name in names.items():
+            array = self._group[stored]
+            dims = tuple(array.metadata.dimension_names)
+            lazy = _rows(array, dims.index("token"), spans)
+            attrs = {}
+            if stored.startswith("activations/"):
+                lazy, attrs = lazy.map_blocks(float32_of, dtype=np.float32), {"stored_dtype": "bfloat16"}
+            variables[name] = (dims, lazy, attrs)
+        coords: dict[str, Any] = {"layer": np.arange(self.model["n_layers"])}
+        coords |= {f"{a.hook}_layer": np.array(a.layers) for a in self.spec.activations}
+        attrs = {"run": str(self.path), "digest": self.digest, "channels": list(CHANNELS)}
+        return xr.Dataset(variables, coords=coords, attrs=attrs)
+
+    def summary(self, name: str) -> xr.DataArray:
+        """A sum per sequence and channel (`tokens`, `expert_count`, `sink_sum`, …) with what is known of each sequence.
+
+        `coactivation` and `transition` are summed over the visible run, per channel.
+        """
+        group = self._group["summaries"]
+        known = sorted(n for n, _ in group.arrays() if n != "sequence")
+        if name not in known:
+            raise InputError(f"summary {name!r} is not in {self.path}; it holds {', '.join(known)}")
+        array = group[name]
+        dims = tuple(array.metadata.dimension_names)[1:]
+        coords: dict[str, Any] = {"channel": list(CHANNELS)} | {
+            f"{a.hook}_layer": np.array(a.layers) for a in self.spec.activations if f"{a.hook}_layer" in dims
+        }
+        coords |= {"layer": np.arange(self.model["n_layers"])} if "layer" in dims else {}
+        if name in _PER_UNIT:
+            total = np.zeros(array.shape[1:], dtype=np.int64)
+            for unit in np.flatnonzero(self.committed):
+                total += array[int(unit)]
+            return xr.DataArray(total, dims=dims, coords=coords, name=name)
+        rows = np.flatnonzero(np.isin(group["sequence"][:], self._visible))
+        table = self.sequences
+        coords |= {"sequence": table.index.to_numpy()}
+        coords |= {c: ("sequence", table[c].to_numpy(dtype=object)) for c in ("id", "prompt_id", "effort", "task")}
+        return xr.DataArray(array[:][rows], dims=("sequence", *dims), coords=coords, name=name)
+
+
+def _rows(array: zarr.Array, axis: int, spans: list[slice]) -> da.Array:
+    """The rows of these spans as one lazy array, a span a block along `axis`."""
+    whole = da.from_zarr(array, chunks=array.shards or array.chunks)
+    place = [slice(None)] * array.ndim
+    parts = [whole[(*place[:axis], span)] for span in spans]
+    return da.concatenate(parts, axis) if parts else whole[(*place[:axis], slice(0))]

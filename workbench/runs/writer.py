@@ -1,0 +1,269 @@
+"""Writing a run: all of it laid out first, then unit by unit, each committed by its flag.
+
+What is written of a unit before its flag is invisible; a job killed at any moment leaves a run that the same call
+goes on with, and that then equals an uninterrupted one, element by element.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import zarr
+from zarr.codecs import ZstdCodec
+
+from workbench.errors import InputError
+from workbench.runs.lock import Lock
+from workbench.runs.schema import SCHEMA, ArraySpec, Layout, Spec, Unit, arrays
+
+LOCK = ".lock"
+_CODEC = ZstdCodec(level=1, checksum=True)  # the checksum finds a flipped byte that still decompresses
+_STORED_AS = {
+    "experts": "routing/experts", "gates": "routing/gates", "router_logits": "routing/logits", "sink": "attention/sink",
+    "logprob": "tokens/logprob", "entropy": "tokens/entropy",
+}  # fmt: skip
+_MAY_BE_NAN = ("logprob", "entropy")  # where a sequence begins: nothing predicted its first token
+
+
+def open_writer(
+    path: str | Path,
+    *,
+    layout: Layout,
+    sequences: pd.DataFrame,
+    messages: pd.DataFrame,
+    model: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
+    spec: Spec,
+    provenance: Mapping[str, Any],
+) -> "RunWriter":
+    """A writer for the run at `path`, created or resumed; use it as a context manager.
+
+    sequences: a row a sequence, in the order of the layout. messages: positions relative to their sequence. A run of
+    another checkpoint, spec, transcripts or layout is refused by the field that differs.
+    """
+    target = local_path(path)
+    identity = {
+        "checkpoint digest": checkpoint["digest"],
+        "transcripts digest": provenance["transcripts"]["digest"],
+        "dtype": provenance.get("dtype", ""),
+        "spec": spec.to_json(),
+        "unit_tokens": layout.unit_tokens,
+        "sequences": len(layout.lengths),
+    }
+    if not (target.exists() and any(target.iterdir() if target.is_dir() else [target])):
+        attributes = {
+            "schema": SCHEMA,
+            "status": "writing",
+            "model": dict(model),
+            "checkpoint": dict(checkpoint),
+            "spec": spec.to_json(),
+            "provenance": dict(provenance),
+            "unit_tokens": layout.unit_tokens,
+            "identity": identity,
+        }
+        _create(target, attributes, layout, sequences, messages, spec)
+    group = open_group(target, "r+")
+    for name, wanted in identity.items():
+        got = group.attrs["identity"].get(name)
+        if got != json.loads(json.dumps(wanted)):
+            raise InputError(f"{target} was begun with {name} {_short(got)}, this job has {_short(wanted)}: name another run")
+    return RunWriter(target, group, layout, sequences)
+
+
+def local_path(path: str | Path) -> Path:
+    """A path on this machine; URLs are refused by their scheme."""
+    scheme, separator, rest = str(path).partition("://")
+    if not separator:
+        return Path(path)
+    if scheme == "file":
+        return Path(rest)
+    raise InputError(f"{path}: runs are read and written as local folders; {scheme!r} is not supported")
+
+
+def open_group(path: Path, mode: str = "r") -> zarr.Group:
+    """The group of a run of this schema; anything else is refused."""
+    if not path.is_dir():
+        raise InputError(f"{path} is {'a file' if path.exists() else 'not there'}: name the folder of a run")
+    try:
+        group = zarr.open_group(str(path), mode=mode, zarr_format=3, use_consolidated=False)
+        schema = group.attrs["schema"]
+        known = {"status", "model", "checkpoint", "spec", "identity"} <= set(group.attrs)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is not a run: no Zarr group with a run's attributes is in it") from error
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be opened: {error.strerror}") from error
+    if not isinstance(schema, int) or not known:
+        raise InputError(f"{path} is a Zarr group, but not a run: it lacks a run's attributes")
+    if schema > SCHEMA:
+        raise InputError(f"{path} has schema {schema}, newer than this workbench's {SCHEMA}: update the workbench")
+    return group
+
+
+def _create(
+    target: Path, attributes: dict[str, Any], layout: Layout, sequences: pd.DataFrame, messages: pd.DataFrame, spec: Spec
+) -> None:
+    """The whole store, empty of tokens, made beside its place and moved there: it exists whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.creating")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        group = zarr.create_group(str(staging), attributes=attributes)
+        offsets = {"offset": layout.offsets, "length": layout.lengths}
+        _write_table(group, "sequences", sequences.assign(**offsets), "sequence")
+        _write_table(group, "messages", messages, "message")
+        for name, array in arrays(attributes["model"], spec, layout).items():
+            _create_array(group, name, array, layout)
+        committed = group.create_group("units").create_array(
+            "committed", shape=(len(layout.units),), chunks=(1,), dtype="bool", fill_value=False, dimension_names=("unit",)
+        )
+        committed.attrs["sequences"] = [len(unit.sequences) for unit in layout.units]
+        committed.attrs["starts"] = [unit.start for unit in layout.units]
+        committed.attrs["capacities"] = [unit.capacity for unit in layout.units]
+        os.replace(staging, target)
+    except OSError as error:
+        raise _disk_error(target, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_table(group: zarr.Group, name: str, table: pd.DataFrame, dim: str) -> None:
+    columns = group.create_group(name)
+    for column in table.columns:
+        values = table[column].to_numpy()
+        text = not (np.issubdtype(values.dtype, np.number) or values.dtype == bool)
+        if text:
+            values = np.array(["" if v is None or v is pd.NA or v != v else str(v) for v in values], dtype=object)
+        array = columns.create_array(
+            str(column), shape=values.shape, dtype="string" if text else values.dtype, chunks=(max(1, min(len(values), 65_536)),),
+            compressors=_CODEC, dimension_names=(dim,), config={"write_empty_chunks": True},
+        )  # fmt: skip
+        if len(values):
+            array[:] = values
+
+
+def _create_array(group: zarr.Group, name: str, array: ArraySpec, layout: Layout) -> None:
+    chunks = list(array.shape)
+    shards = list(array.shape)
+    chunks[array.axis], shards[array.axis] = array.chunk, array.per_unit
+    if array.dims[0].endswith("layer"):  # a layer is what is read: [layer, token, …] is chunked by it
+        chunks[0] = shards[0] = 1
+    group.create_array(
+        name, shape=array.shape, dtype=array.dtype, chunks=tuple(chunks),
+        shards=tuple(shards) if chunks != shards else None, compressors=_CODEC, fill_value=array.fill,
+        dimension_names=array.dims, config={"write_empty_chunks": True},
+        attributes={"dtype": "bfloat16"} if name.startswith("activations/") else {},
+    )  # fmt: skip
+
+
+class RunWriter:
+    """Writes units of one run; several threads may write different units."""
+
+    def __init__(self, path: Path, group: zarr.Group, layout: Layout, sequences: pd.DataFrame) -> None:
+        self.path, self.group, self.layout = path, group, layout
+        self._ids = list(sequences["id"])
+        self._spec = Spec.from_json(group.attrs["spec"])
+        self._arrays = arrays(group.attrs["model"], self._spec, layout)
+        self._lock = Lock(path / LOCK)
+
+    def __enter__(self) -> "RunWriter":
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def pending(self) -> list[int]:
+        """Units not committed yet."""
+        return np.flatnonzero(~self.group["units/committed"][:]).tolist()
+
+    def write_unit(
+        self,
+        index: int,
+        tokens: Mapping[str, np.ndarray],
+        records: Mapping[str, np.ndarray],
+        summaries: Mapping[str, np.ndarray],
+    ) -> None:
+        """Write all of a unit, then its flag; anything that is not a finite number is refused before."""
+        unit = self.layout.units[index]
+        self._check(unit, records)
+        stored = {f"tokens/{name}": values for name, values in tokens.items()}
+        stored |= {_STORED_AS.get(name, name): values for name, values in records.items()}
+        stored |= {f"summaries/{name}": values for name, values in summaries.items()}
+        stored["summaries/sequence"] = np.array(unit.sequences, dtype=np.int32)
+        optional = {f"tokens/{name}" for name in _MAY_BE_NAN}
+        assert set(stored) | optional == set(self._arrays) | optional, set(stored) ^ set(self._arrays)
+        try:
+            for name, array in self._arrays.items():
+                self._write(unit, name, array, stored.get(name))
+            self.group["units/committed"][index] = True
+        except OSError as error:
+            raise _disk_error(self.path, error) from error
+
+    def _write(self, unit: Unit, name: str, array: ArraySpec, values: np.ndarray | None) -> None:
+        """A unit's rows of an array, padded with the fill value to whole shards."""
+        if array.dims[0] == "unit":
+            assert values is not None
+            self.group[name][unit.index] = values
+            return
+        by_token = "token" in array.dims
+        start = unit.start if by_token else unit.index * array.per_unit
+        rows = unit.capacity if by_token else array.per_unit
+        shape = list(array.shape)
+        shape[array.axis] = rows
+        padded = np.full(shape, array.fill, dtype=array.dtype)
+        if values is not None:
+            used = [slice(None)] * len(shape)
+            used[array.axis] = slice(values.shape[array.axis])
+            padded[tuple(used)] = values
+        place = [slice(None)] * len(shape)
+        place[array.axis] = slice(start, start + rows)
+        self.group[name][tuple(place)] = padded
+
+    def _check(self, unit: Unit, records: Mapping[str, np.ndarray]) -> None:
+        lengths = [self.layout.lengths[s] for s in unit.sequences]
+        starts = np.cumsum([0, *lengths[:-1]])
+        for name, values in records.items():
+            if name.startswith("activations/"):
+                finite = (values & 0x7F80) != 0x7F80  # an exponent of ones, in bfloat16's bits
+            elif np.issubdtype(values.dtype, np.floating):
+                finite = np.isfinite(values)
+                if name in _MAY_BE_NAN:
+                    finite[starts] = True
+            else:
+                continue
+            if not finite.all():
+                self._refuse(unit, name, np.argwhere(~finite)[0], starts)
+
+    def _refuse(self, unit: Unit, name: str, where: np.ndarray, starts: np.ndarray) -> None:
+        row = where[0] if name in _MAY_BE_NAN else where[1]
+        sequence = int(np.searchsorted(starts, row, side="right")) - 1
+        layer = ""
+        if name not in _MAY_BE_NAN:
+            chosen = next((a.layers for a in self._spec.activations if name == f"activations/{a.hook}"), None)
+            layer = f" in layer {chosen[where[0]] if chosen else where[0]}"
+        raise ValueError(
+            f"{name} is not finite{layer}, sequence {self._ids[unit.sequences[sequence]]!r} at position "
+            f"{int(row - starts[sequence])}: unit {unit.index} was not written; check the checkpoint's values"
+        )
+
+    def finish(self) -> None:
+        """Mark the run complete; every unit must be committed."""
+        if pending := self.pending():
+            raise RuntimeError(f"{self.path}: {len(pending)} units are not committed, the run is not complete")
+        self.group.attrs["status"] = "complete"
+
+
+def _disk_error(path: Path, error: OSError) -> OSError:
+    if error.errno == errno.ENOSPC:
+        return OSError(errno.ENOSPC, f"the disk of {path} is full; free some space and start the same job again to go on")
+    return error
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "…"
