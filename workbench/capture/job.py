@@ -75,9 +75,7 @@ def capture(
             for unit in pending:
                 tokens = _token_table(unit, rows, labels)
                 records = _forward(model, [rows[s] for s in unit.sequences], spec)
-                summaries = summarise(
-                    records, tokens["sequence"], tokens["channel"], num_experts=model.cfg.num_experts
-                )
+                summaries = summarise(records, tokens["sequence"], tokens["channel"], num_experts=model.cfg.num_experts)
                 writer.write_unit(unit.index, tokens, records, summaries)
                 advance(len(tokens["id"]))
         writer.finish()

@@ -13,7 +13,9 @@ def plan_units(lengths: Sequence[int], unit_tokens: int = 16_384) -> Layout:
     that a unit's sequences, and what is stored for them, are neighbours; what that wastes compresses to nothing.
     """
     if unit_tokens < CHUNK or unit_tokens % CHUNK:
-        raise InputError(f"--unit-tokens {unit_tokens}: a unit is whole chunks of {CHUNK:,} tokens, so a multiple of that")
+        raise InputError(
+            f"--unit-tokens {unit_tokens}: a unit is whole chunks of {CHUNK:,} tokens, so a multiple of that"
+        )
     if not lengths or min(lengths) < 1:
         raise InputError("there is nothing to capture: every sequence needs at least one token")
     groups: list[list[int]] = []

@@ -19,7 +19,7 @@ import zarr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
-from workbench.runs.schema import Spec, Unit
+from workbench.runs.schema import Layout, Spec, Unit
 from workbench.runs.summaries import float32_of
 from workbench.runs.writer import local_path, open_group
 
@@ -37,7 +37,7 @@ class Run:
 
     def __init__(self, path: Path, group: zarr.Group) -> None:
         self.path = path
-        self._group = group
+        self.group = group
         self.attrs: dict[str, Any] = dict(group.attrs)
         self.status: str = self.attrs["status"]
         self.spec = Spec.from_json(self.attrs["spec"])
@@ -56,21 +56,22 @@ class Run:
         return switches + [a.hook for a in self.spec.activations]
 
     @cached_property
-    def _units(self) -> list[Unit]:
-        """All units, committed or not."""
-        attrs = self._group["units/committed"].attrs
+    def layout(self) -> Layout:
+        """Where every sequence's tokens are, committed or not."""
+        attrs = self.group["units/committed"].attrs
         units, first = [], 0
         for index, (start, capacity, n) in enumerate(
             zip(attrs["starts"], attrs["capacities"], attrs["sequences"], strict=True)
         ):
             units.append(Unit(index, start, capacity, tuple(range(first, first + n))))
             first += n
-        return units
+        offsets, lengths = (tuple(self.group[f"sequences/{c}"][:].tolist()) for c in ("offset", "length"))
+        return Layout(self.attrs["unit_tokens"], tuple(units), offsets, lengths)
 
     @cached_property
     def committed(self) -> np.ndarray:
         """Whether each unit is committed."""
-        return np.asarray(self._group["units/committed"][:])
+        return np.asarray(self.group["units/committed"][:])
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -86,7 +87,9 @@ class Run:
     @cached_property
     def _visible(self) -> np.ndarray:
         """Numbers of the sequences whose unit is committed."""
-        chosen = [s for unit, done in zip(self._units, self.committed, strict=True) if done for s in unit.sequences]
+        chosen = [
+            s for unit, done in zip(self.layout.units, self.committed, strict=True) if done for s in unit.sequences
+        ]
         return np.array(chosen, dtype=np.int64)
 
     @cached_property
@@ -103,17 +106,17 @@ class Run:
         return table[table["sequence"].isin(self._visible)]
 
     def _table(self, name: str) -> pd.DataFrame:
-        columns = {column: array[:] for column, array in self._group[name].arrays()}
+        columns = {column: array[:] for column, array in self.group[name].arrays()}
         table = pd.DataFrame({c: v.astype(object) if v.dtype.kind == "T" else v for c, v in columns.items()})
         return table.rename_axis(name.removesuffix("s"))
 
     @cached_property
     def _spans(self) -> list[slice]:
         """Token rows in use of every committed unit."""
-        lengths = self._group["sequences/length"][:]
+        lengths = self.layout.lengths
         return [
-            slice(unit.start, unit.start + int(lengths[list(unit.sequences)].sum()))
-            for unit, done in zip(self._units, self.committed, strict=True)
+            slice(unit.start, unit.start + sum(lengths[s] for s in unit.sequences))
+            for unit, done in zip(self.layout.units, self.committed, strict=True)
             if done
         ]
 
@@ -130,20 +133,22 @@ class Run:
         table = self.sequences
         found = table.index[table["id"] == which] if isinstance(which, str) else table.index[table.index == which]
         if not len(found):
-            raise InputError(f"sequence {which!r} is not in {self.path}; it holds {len(table)}, the first {list(table['id'][:3])}")
+            raise InputError(
+                f"sequence {which!r} is not in {self.path}; it holds {len(table)}, the first {list(table['id'][:3])}"
+            )
         row = table.loc[found[0]]
         offset = int(row["offset"])
         return self._dataset([slice(offset, offset + int(row["length"]))])
 
     def _dataset(self, spans: list[slice]) -> xr.Dataset:
         variables: dict[str, Any] = {}
-        names = {f"tokens/{n}": n for n, _ in self._group["tokens"].arrays()}
+        names = {f"tokens/{n}": n for n, _ in self.group["tokens"].arrays()}
         names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
         names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}
         names |= {"attention/sink": "sink"} if self.spec.sinks else {}
         names |= {f"activations/{a.hook}": a.hook for a in self.spec.activations}
         for stored, name in names.items():
-            array = self._group[stored]
+            array = self.group[stored]
             dims = tuple(array.metadata.dimension_names)
             lazy = _rows(array, dims.index("token"), spans)
             attrs = {}
@@ -152,15 +157,15 @@ class Run:
             variables[name] = (dims, lazy, attrs)
         coords: dict[str, Any] = {"layer": np.arange(self.model["n_layers"])}
         coords |= {f"{a.hook}_layer": np.array(a.layers) for a in self.spec.activations}
-        attrs = {"run": str(self.path), "digest": self.digest, "channels": list(CHANNELS)}
-        return xr.Dataset(variables, coords=coords, attrs=attrs)
+        origin: dict[str, Any] = {"run": str(self.path), "digest": self.digest, "channels": list(CHANNELS)}
+        return xr.Dataset(variables, coords=coords, attrs=origin)
 
     def summary(self, name: str) -> xr.DataArray:
         """A sum per sequence and channel (`tokens`, `expert_count`, `sink_sum`, …) with what is known of each sequence.
 
         `coactivation` and `transition` are summed over the visible run, per channel.
         """
-        group = self._group["summaries"]
+        group = self.group["summaries"]
         known = sorted(n for n, _ in group.arrays() if n != "sequence")
         if name not in known:
             raise InputError(f"summary {name!r} is not in {self.path}; it holds {', '.join(known)}")

@@ -109,9 +109,8 @@ def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout) -> dict[str, Ar
     for column in ("logprob", "entropy"):
         found[f"tokens/{column}"] = per_token(("token",), (n,), "float32", np.nan)
     if spec.routing:
-        dims = ("layer", "token", "slot")
-        found["routing/experts"] = per_token(dims, (layers, n, slots), expert_dtype)
-        found["routing/gates"] = per_token(dims, (layers, n, slots), "float16")
+        found["routing/experts"] = per_token(("layer", "token", "slot"), (layers, n, slots), expert_dtype)
+        found["routing/gates"] = per_token(("layer", "token", "slot"), (layers, n, slots), "float16")
     if spec.router_logits:
         found["routing/logits"] = per_token(("layer", "token", "expert"), (layers, n, experts), "float16")
     if spec.sinks:
@@ -139,12 +138,16 @@ def _summaries(model: Mapping[str, Any], spec: Spec, layout: Layout) -> dict[str
         found["summaries/gate_sum"] = per_sequence(("channel", "layer", "expert"), shape, "float32")
         pairs = ("expert", "expert_2")
         for name, n in (("coactivation", layers), ("transition", layers - 1)):
-            dims = ("unit", "channel", "layer" if n == layers else "layer_pair", *pairs)
-            found[f"summaries/{name}"] = ArraySpec(dims, (units, channels, n, experts, experts), "uint32", 0, 0, 1, 1)
+            between = "layer" if n == layers else "layer_pair"
+            found[f"summaries/{name}"] = ArraySpec(
+                ("unit", "channel", between, *pairs), (units, channels, n, experts, experts), "uint32", 0, 0, 1, 1
+            )
     if spec.sinks:
         for name in ("sink_sum", "sink_sumsq"):
-            found[f"summaries/{name}"] = per_sequence(("channel", "layer", "head"), (channels, layers, heads), "float32")
+            found[f"summaries/{name}"] = per_sequence(
+                ("channel", "layer", "head"), (channels, layers, heads), "float32"
+            )
     for a in spec.activations:
-        dims, shape = ("channel", f"{a.hook}_layer", f"{a.hook}_d"), (channels, len(a.layers), a.d)
-        found[f"summaries/{a.hook}_sum"] = per_sequence(dims, shape, "float32")
+        axes, shape = ("channel", f"{a.hook}_layer", f"{a.hook}_d"), (channels, len(a.layers), a.d)
+        found[f"summaries/{a.hook}_sum"] = per_sequence(axes, shape, "float32")
     return found

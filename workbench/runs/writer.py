@@ -71,7 +71,9 @@ def open_writer(
     for name, wanted in identity.items():
         got = group.attrs["identity"].get(name)
         if got != json.loads(json.dumps(wanted)):
-            raise InputError(f"{target} was begun with {name} {_short(got)}, this job has {_short(wanted)}: name another run")
+            raise InputError(
+                f"{target} was begun with {name} {_short(got)}, this job has {_short(wanted)}: name another run"
+            )
     return RunWriter(target, group, layout, sequences)
 
 
@@ -105,7 +107,12 @@ def open_group(path: Path, mode: str = "r") -> zarr.Group:
 
 
 def _create(
-    target: Path, attributes: dict[str, Any], layout: Layout, sequences: pd.DataFrame, messages: pd.DataFrame, spec: Spec
+    target: Path,
+    attributes: dict[str, Any],
+    layout: Layout,
+    sequences: pd.DataFrame,
+    messages: pd.DataFrame,
+    spec: Spec,
 ) -> None:
     """The whole store, empty of tokens, made beside its place and moved there: it exists whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +126,12 @@ def _create(
         for name, array in arrays(attributes["model"], spec, layout).items():
             _create_array(group, name, array, layout)
         committed = group.create_group("units").create_array(
-            "committed", shape=(len(layout.units),), chunks=(1,), dtype="bool", fill_value=False, dimension_names=("unit",)
+            "committed",
+            shape=(len(layout.units),),
+            chunks=(1,),
+            dtype="bool",
+            fill_value=False,
+            dimension_names=("unit",),
         )
         committed.attrs["sequences"] = [len(unit.sequences) for unit in layout.units]
         committed.attrs["starts"] = [unit.start for unit in layout.units]
@@ -208,7 +220,7 @@ class RunWriter:
         """A unit's rows of an array, padded with the fill value to whole shards."""
         if array.dims[0] == "unit":
             assert values is not None
-            self.group[name][unit.index] = values
+            self.group[name].with_config({"write_empty_chunks": True})[unit.index] = values
             return
         by_token = "token" in array.dims
         start = unit.start if by_token else unit.index * array.per_unit
@@ -222,7 +234,8 @@ class RunWriter:
             padded[tuple(used)] = values
         place = [slice(None)] * len(shape)
         place[array.axis] = slice(start, start + rows)
-        self.group[name][tuple(place)] = padded
+        # A chunk of nothing but fill values is written too: a file that is not there is then damage.
+        self.group[name].with_config({"write_empty_chunks": True})[tuple(place)] = padded
 
     def _check(self, unit: Unit, records: Mapping[str, np.ndarray]) -> None:
         lengths = [self.layout.lengths[s] for s in unit.sequences]
@@ -260,7 +273,9 @@ class RunWriter:
 
 def _disk_error(path: Path, error: OSError) -> OSError:
     if error.errno == errno.ENOSPC:
-        return OSError(errno.ENOSPC, f"the disk of {path} is full; free some space and start the same job again to go on")
+        return OSError(
+            errno.ENOSPC, f"the disk of {path} is full; free some space and start the same job again to go on"
+        )
     return error
 
 

@@ -1,0 +1,138 @@
+"""What is read is what was written; gaps and uncommitted units are never seen; reading is lazy."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from zarr.storage import LocalStore
+
+from tests.runs.conftest import LENGTHS, unit_data, write_run
+from workbench.errors import InputError
+from workbench.runs.reader import open_run
+from workbench.runs.summaries import float32_of
+
+
+def test_every_token_comes_back_where_it_was(run_path: Path) -> None:
+    layout = write_run(run_path)  # nothing left to do
+    run = open_run(run_path)
+    data = run.dataset.compute()
+    parts = [unit_data(layout, unit) for unit in layout.units]
+    for name in ("id", "sequence", "position", "channel"):
+        assert np.array_equal(data[name], np.concatenate([tokens[name] for tokens, _ in parts]))
+    for name in ("experts", "gates", "sink", "router_logits"):
+        assert np.array_equal(data[name], np.concatenate([records[name] for _, records in parts], 1))
+    bits = np.concatenate([records["activations/hook_resid_post"] for _, records in parts], 1)
+    assert np.array_equal(data["hook_resid_post"], float32_of(bits))
+    assert data["hook_resid_post_layer"].values.tolist() == [0, 2]
+    assert data.sizes["token"] == sum(LENGTHS)
+
+
+def test_uncommitted_units_and_gaps_are_invisible(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "r", units=[0, 2])
+    run = open_run(tmp_path / "r")
+    seen = [s for i in (0, 2) for s in layout.units[i].sequences]
+    assert run.status == "writing"
+    assert run.progress == (2, len(layout.units))
+    assert list(run.sequences.index) == seen
+    assert set(run.messages["sequence"]) == set(seen)
+    assert np.unique(run.dataset["sequence"]).tolist() == seen
+    assert run.dataset.sizes["token"] == sum(LENGTHS[s] for s in seen)
+    assert run.summary("expert_count")["sequence"].values.tolist() == seen
+    more = open_run(tmp_path / "r")
+    assert more.digest == run.digest
+    write_run(tmp_path / "r", units=[1])
+    assert open_run(tmp_path / "r").digest != run.digest
+
+
+def test_a_run_without_a_committed_unit_is_empty_not_an_error(tmp_path: Path) -> None:
+    write_run(tmp_path / "r", units=[])
+    run = open_run(tmp_path / "r")
+    assert run.dataset.sizes["token"] == 0
+    assert len(run.sequences) == 0
+    assert run.summary("tokens").sizes["sequence"] == 0
+
+
+def test_summaries_add_up_to_the_tokens(run_path: Path) -> None:
+    run = open_run(run_path)
+    data = run.dataset.compute()
+    counts = run.summary("expert_count")
+    for sequence, channel, layer, expert in [(0, 0, 0, 0), (3, 2, 1, 7), (5, 5, 2, 3)]:
+        here = (data["sequence"].values == sequence) & (data["channel"].values == channel)
+        assert int(counts[sequence, channel, layer, expert]) == (data["experts"].values[layer, here] == expert).sum()
+    assert int(counts.sum()) == sum(LENGTHS) * 3 * 2
+    assert run.summary("tokens").sum("channel").values.tolist() == list(LENGTHS)
+    sums = run.summary("sink_sum").sum(["sequence", "channel"])
+    np.testing.assert_allclose(sums, data["sink"].values.astype(float).sum(1), rtol=1e-5)
+    pairs = run.summary("coactivation").sum("channel").values
+    assert np.array_equal(np.diagonal(pairs, axis1=1, axis2=2), counts.sum(["sequence", "channel"]))
+    assert run.summary("transition").dims == ("channel", "layer_pair", "expert", "expert_2")
+
+
+def test_summaries_name_channels_efforts_and_tasks(run_path: Path) -> None:
+    counts = open_run(run_path).summary("expert_count")
+    assert counts.sel(channel="analysis").dims == ("sequence", "layer", "expert")
+    assert counts["effort"].values.tolist() == ["low", "high"] * 4
+    assert counts["task"].values.tolist() == ["t"] * 8
+    with pytest.raises(InputError, match="it holds"):
+        open_run(run_path).summary("nonsense")
+
+
+def test_one_sequence_by_number_or_id(run_path: Path) -> None:
+    run = open_run(run_path)
+    for which in (3, "s3"):
+        one = run.sequence(which)
+        assert one.sizes["token"] == LENGTHS[3]
+        assert (one["sequence"].values == 3).all()
+    with pytest.raises(InputError, match="'s99' is not in"):
+        run.sequence("s99")
+
+
+class Counting(LocalStore):
+    """Counts what is read from a store."""
+
+    reads: list[str] = []
+
+    async def get(self, key: str, *rest: Any, **options: Any) -> Any:
+        self.reads.append(key)
+        return await super().get(key, *rest, **options)
+
+
+def test_opening_is_the_same_work_for_a_long_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for name, lengths in (("short", LENGTHS), ("long", LENGTHS * 8)):
+        write_run(tmp_path / name, lengths=lengths)
+        Counting.reads = []
+        monkeypatch.setattr("zarr.storage._common.LocalStore", Counting)
+        open_run(tmp_path / name)
+        counts.append(len(Counting.reads))
+        monkeypatch.undo()
+    assert 0 < counts[0] == counts[1] <= 4
+
+
+def test_one_sequence_reads_only_its_own_shards(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zarr.storage._common.LocalStore", Counting)
+    run = open_run(run_path)
+    one = run.sequence(3)
+    Counting.reads = []
+    one["experts"].compute()
+    shards = {key for key in Counting.reads if key.startswith("routing/experts/c/")}
+    unit = next(u for u in run.layout.units if 3 in u.sequences)
+    own = {unit.start // 1024, unit.start // 1024 + unit.capacity // 1024 - 1}
+    assert {int(key.split("/")[-2]) for key in shards} == own
+
+
+def test_plain_zarr_and_plain_xarray_open_it(run_path: Path) -> None:
+    group = zarr.open_group(str(run_path), mode="r")
+    assert group["sequences/id"][:].tolist() == [f"s{i}" for i in range(8)]
+    for name in ("sequences", "tokens", "routing", "attention", "activations", "summaries"):
+        opened = xr.open_zarr(run_path / name, consolidated=False)
+        assert len(opened.data_vars) > 0
+    assert xr.open_zarr(run_path / "routing", consolidated=False)["experts"].dims == ("layer", "token", "slot")
+
+
+def test_the_repr_says_what_it_is(run_path: Path) -> None:
+    assert "complete, " in repr(open_run(run_path))
+    assert "routing, router_logits, sinks, logprobs, hook_resid_post" in repr(open_run(run_path))

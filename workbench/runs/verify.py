@@ -1,0 +1,184 @@
+"""Checking a run against every promise that the store makes, byte by byte where bytes can lie.
+
+Inner chunks carry a checksum, so that a flipped byte is found when its chunk is read; a chunk of a committed unit
+that is not there would read as the fill value, so files are looked for as well.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from workbench.harmony.labels import CHANNELS, PARTS
+from workbench.runs.reader import Run, open_run
+from workbench.runs.schema import ArraySpec, Layout, Unit, arrays
+from workbench.runs.summaries import summarise
+
+_GATE_ROUNDING = 4e-3  # four float16 gates
+_STATUSES = ("writing", "complete")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and where."""
+
+    where: str
+    what: str
+
+
+def verify(path: str | Path) -> list[Problem]:
+    """Everything that is damaged or does not agree; an empty list is a whole run."""
+    try:
+        run = open_run(path)
+        layout = run.layout
+        specs = arrays(run.model, run.spec, layout)
+    except Exception as error:  # whatever damaged metadata or a damaged table makes zarr raise
+        return [Problem(str(path), f"cannot be opened as a run: {_first_line(error)}")]
+    problems = list(_structure(run, specs))
+    if problems:
+        return problems
+    problems += _tables(run, layout)
+    for unit, done in zip(layout.units, run.committed, strict=True):
+        where = f"unit {unit.index}"
+        missing = [str(p.relative_to(run.path)) for p in _files(run, specs, unit, layout) if not p.exists()]
+        if not done:
+            if not missing:
+                problems.append(Problem(where, "is not committed though all its files are there: the flag was cleared"))
+            continue
+        problems += [Problem(where, f"{name} is missing") for name in missing]
+        if not missing:
+            problems += [Problem(where, what) for what in _unit(run, specs, unit, layout)]
+    problems += _status(run)
+    return problems
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _status(run: Run) -> Iterator[Problem]:
+    done, total = run.progress
+    if run.status not in _STATUSES:
+        yield Problem("attributes", f"status is {run.status!r}, wanted one of {_STATUSES}")
+    if run.status == "complete" and done < total:
+        yield Problem("attributes", f"status is complete, but {total - done} of {total} units are not committed")
+
+
+def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
+    for name, spec in specs.items():
+        try:
+            array = run.group[name]
+        except KeyError:
+            yield Problem(name, "the array is missing")
+            continue
+        got = (array.shape, str(array.dtype), tuple(array.metadata.dimension_names or ()))
+        if got != (spec.shape, spec.dtype, spec.dims):
+            yield Problem(name, f"has shape, dtype and dimensions {got}, wanted {(spec.shape, spec.dtype, spec.dims)}")
+
+
+def _tables(run: Run, layout: Layout) -> Iterator[Problem]:
+    for name in ("sequences", "messages"):
+        try:
+            lengths = {column: len(array[:]) for column, array in run.group[name].arrays()}
+        except Exception as error:  # whatever a damaged chunk makes a codec raise
+            yield Problem(name, f"cannot be read: {_first_line(error)}")
+            return
+        if len(set(lengths.values())) > 1:
+            yield Problem(name, f"columns of unequal length: {lengths}")
+            return
+    if len(layout.lengths) != sum(len(unit.sequences) for unit in layout.units):
+        yield Problem("sequences", f"{len(layout.lengths)} rows, the units hold another number")
+        return
+    messages = run.group["messages"]
+    sequence, start, end = (messages[c][:] for c in ("sequence", "start", "end"))
+    inside = (sequence >= 0) & (sequence < len(layout.lengths))
+    inside[inside] &= (start[inside] >= 0) & (end[inside] <= np.array(layout.lengths)[sequence[inside]])
+    if not inside.all():
+        yield Problem("messages", f"message {int(np.argmin(inside))} is not inside its sequence")
+
+
+def _files(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> Iterator[Path]:
+    """Every shard that a unit owns."""
+    for name, spec in specs.items():
+        array = run.group[name]
+        grain = array.shards or array.chunks
+        rows = _place(spec, unit)
+        counts = [-(-n // g) for n, g in zip(array.shape, grain, strict=True)]
+        ranges = [range(c) for c in counts]
+        ranges[spec.axis] = range(rows.start // grain[spec.axis], -(-rows.stop // grain[spec.axis]))
+        for index in np.ndindex(*map(len, ranges)):
+            yield run.path / name / "c" / "/".join(str(r[i]) for r, i in zip(ranges, index, strict=True))
+
+
+def _place(spec: ArraySpec, unit: Unit) -> slice:
+    """A unit's rows along the axis that units divide."""
+    if "token" in spec.dims:
+        return slice(unit.start, unit.start + unit.capacity)
+    return slice(unit.index * spec.per_unit, (unit.index + 1) * spec.per_unit)
+
+
+def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> Iterator[str]:
+    """What is wrong inside a committed unit."""
+    values: dict[str, np.ndarray] = {}
+    for name, spec in specs.items():
+        place = [slice(None)] * len(spec.shape)
+        place[spec.axis] = _place(spec, unit)
+        try:
+            values[name] = np.asarray(run.group[name][tuple(place)])
+        except Exception as error:  # whatever a damaged chunk makes a codec raise
+            yield f"{name} cannot be read: {_first_line(error)}"
+    if len(values) < len(specs):
+        return
+    lengths = [layout.lengths[s] for s in unit.sequences]
+    used = sum(lengths)
+    yield from _tokens(values, unit, lengths, used)
+    records = {stored: values[name].take(range(used), specs[name].axis) for stored, name in _RECORDS if name in values}
+    records |= {n: v[:, :used] for n, v in values.items() if n.startswith("activations/")}
+    yield from _ranges(records)
+    sequence, channel = values["tokens/sequence"][:used], values["tokens/channel"][:used]
+    if channel.size and channel.max() >= len(CHANNELS):
+        return
+    again = summarise(records, sequence, channel, num_experts=run.model["num_experts"])
+    for name, wanted in again.items():
+        got = values[f"summaries/{name}"]
+        got = got[0] if name in ("coactivation", "transition") else got[: len(unit.sequences)]
+        if got.shape != wanted.shape or not np.allclose(got, wanted, rtol=1e-5, atol=1e-5):
+            yield f"summaries/{name} is not the sum of the tokens"
+    rows = values["summaries/sequence"]
+    if rows[: len(unit.sequences)].tolist() != list(unit.sequences) or (rows[len(unit.sequences) :] != -1).any():
+        yield "summaries/sequence does not name the unit's sequences"
+
+
+_RECORDS = (
+    ("experts", "routing/experts"), ("gates", "routing/gates"), ("router_logits", "routing/logits"),
+    ("sink", "attention/sink"),
+)  # fmt: skip
+
+
+def _tokens(values: dict[str, np.ndarray], unit: Unit, lengths: list[int], used: int) -> Iterator[str]:
+    sequence, position = values["tokens/sequence"], values["tokens/position"]
+    if not np.array_equal(sequence[:used], np.repeat(unit.sequences, lengths)):
+        yield "tokens/sequence does not follow the sequence table"
+    if not np.array_equal(position[:used], np.concatenate([np.arange(n) for n in lengths])):
+        yield "tokens/position does not count each sequence from 0"
+    if (sequence[used:] != -1).any():
+        yield "a gap row is not marked as one"
+    if values["tokens/part"].max(initial=0) >= len(PARTS) or values["tokens/channel"].max(initial=0) >= len(CHANNELS):
+        yield "a part or channel code is unknown"
+    if (values["tokens/id"][:used] < 0).any():
+        yield "a token id is negative"
+
+
+def _ranges(records: dict[str, Any]) -> Iterator[str]:
+    if "experts" in records:
+        experts, gates = np.sort(records["experts"], -1), records["gates"].astype(np.float64)
+        if (experts[..., 1:] == experts[..., :-1]).any():
+            yield "routing/experts: a token went twice to the same expert"
+        if (np.abs(gates.sum(-1) - 1) > _GATE_ROUNDING).any():
+            yield "routing/gates: gates that do not sum to 1"
+        if (np.diff(gates, axis=-1) > 0).any():
+            yield "routing/gates: gates that do not descend"
+    if "sink" in records and not ((records["sink"] >= 0) & (records["sink"] <= 1)).all():
+        yield "attention/sink: a value that is no probability"
