@@ -14,48 +14,82 @@ from workbench.dashboards import views
 from workbench.dashboards.state import Shelf, choose
 from workbench.errors import InputError
 
-_CSS = """
-.bk-root, body { font-family: "DejaVu Sans", system-ui, sans-serif; }
-:host(.about) { font-size: 14px; }
-"""
+_CSS = "body { font-family: system-ui, 'DejaVu Sans', sans-serif; }"
 
 
-def routing_page(shelf: Shelf) -> pn.viewable.Viewable:
-    """Expert routing by channel and effort; the selection lives in the address bar."""
+def routing_page(shelf: Shelf) -> pn.template.BootstrapTemplate:
+    """Expert routing by channel and effort; the selection lives in the address bar, so that a link reopens it."""
     query = {name: values[0].decode() for name, values in (pn.state.session_args or {}).items() if values}
-    name = choose(query, {"run": shelf.names, "channel": [], "effort": []}).run
-    study = shelf.study("routing", name)
-    load = study["load"]
-    filled = load["tokens"].values > 0
-    channels = [str(c) for c, any_tokens in zip(load["channel"].values, filled.any(1), strict=True) if any_tokens]
-    efforts = [str(e) for e in load["effort"].values]
-    preferred = sorted(channels, key=lambda c: c not in ("analysis", "final"))
-    chosen = choose(query, {"run": shelf.names, "channel": preferred, "effort": efforts[::-1]})
+    name = query["run"] if query.get("run") in shelf.names else shelf.names[0]
+    run, study = shelf.run(name), shelf.study("routing", name)
+    options = {"run": shelf.names, **views.filled_cells(study["load"])}
+    chosen = choose(query, options)
 
-    run = pn.widgets.Select(name="Run", options=shelf.names, value=chosen.run)
-    channel = pn.widgets.Select(name="Channel", options=channels, value=chosen.channel)
-    effort = pn.widgets.RadioButtonGroup(name="Effort", options=efforts, value=chosen.effort)
-    if pn.state.location:
-        pn.state.location.sync(channel, {"value": "channel"})
-        pn.state.location.sync(effort, {"value": "effort"})
-        pn.state.location.sync(run, {"value": "run"})
-        run.param.watch(lambda event: setattr(pn.state.location, "reload", True), "value")
+    pick_run = pn.widgets.Select(name="Run", options=options["run"], value=chosen.run)
+    pick_channel = pn.widgets.Select(name="Channel", options=options["channel"], value=chosen.channel)
+    pick_effort = pn.widgets.RadioButtonGroup(name="Effort", options=options["effort"], value=chosen.effort)
+    for field, widget in (("run", pick_run), ("channel", pick_channel), ("effort", pick_effort)):
+        if pn.state.location:
+            pn.state.location.sync(widget, {"value": field})
+    pick_run.jscallback(value="setTimeout(() => window.location.reload(), 100)")  # another run is another page
 
-    figures = views.routing_figures(study, chosen.channel, chosen.effort)
-    heat = pn.pane.Plotly(
-        pn.bind(lambda c, e: views.routing_figures(study, c, e)["load"], channel, effort), sizing_mode="stretch_width"
-    )
-    rest = [pn.pane.Plotly(f, sizing_mode="stretch_width") for n, f in figures.items() if n != "load"]
-    opened = shelf.run(name)
-    return _template(
-        title=f"gpt-oss workbench · {name} · expert routing",
-        sidebar=[run, channel, pn.pane.HTML("<label>Effort</label>"), effort],
+    heat = pn.bind(lambda channel, effort: views.load(study, channel, effort), pick_channel, pick_effort)
+    return _page(
+        title=f"{name}: expert routing",
+        sidebar=[pick_run, pick_channel, pn.pane.HTML("<label>Effort</label>"), pick_effort],
         main=[
-            pn.pane.HTML(views.about(opened), css_classes=["about"], sizing_mode="stretch_width"),
-            _titled("Accuracy by effort", pn.widgets.Tabulator(views.accuracy_by_effort(opened), disabled=True, show_index=False)),
-            heat,
-            *rest,
-            pn.Card(pn.pane.Markdown(views.findings(study)), title="What was found", collapsed=True),
-            pn.Card(pn.pane.Markdown(views.method(study)), title="How is this computed", collapsed=True),
+            pn.pane.HTML(views.about(run), sizing_mode="stretch_width"),
+            pn.pane.Plotly(heat, sizing_mode="stretch_width"),
+            *(pn.pane.Plotly(figure, sizing_mode="stretch_width") for figure in views.fixed_figures(study)),
+            _card("Accuracy and tokens by effort", pn.pane.DataFrame(views.accuracy_by_effort(run), index=False)),
+            _card("What was found", pn.pane.HTML(views.findings(study), sizing_mode="stretch_width")),
+            _card("How is this computed", pn.pane.HTML(views.method(study), sizing_mode="stretch_width")),
         ],
     )
+
+
+def _card(title: str, content: pn.viewable.Viewable) -> pn.Card:
+    return pn.Card(content, title=title, sizing_mode="stretch_width", collapsed=title.startswith("How"))
+
+
+def _page(title: str, sidebar: list[Any], main: list[Any]) -> pn.template.BootstrapTemplate:
+    return pn.template.BootstrapTemplate(
+        site="gpt-oss workbench", title=title, sidebar=sidebar, main=main, sidebar_width=230, raw_css=[_CSS]
+    )
+
+
+def _or_reason(page: Callable[[Shelf], pn.template.BootstrapTemplate], shelf: Shelf) -> pn.template.BootstrapTemplate:
+    """The page, or what is the matter with the run: never a blank page."""
+    try:
+        return page(shelf)
+    except InputError as error:
+        return _page("cannot show this run", [], [pn.pane.Alert(str(error), alert_type="danger")])
+
+
+def serve(runs: Sequence[str | Path], *, port: int = 5006, address: str = "localhost", show: bool = False) -> None:
+    """Serve the dashboard until interrupted. Only pages from `address` may connect."""
+    shelf = Shelf(runs)
+    _check_free(address, port)
+    pn.extension("plotly", notifications=False)
+    print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
+    pn.serve(
+        {"/": lambda: _or_reason(routing_page, shelf)},
+        address=address, port=port, show=show, title="gpt-oss workbench", websocket_origin=_origins(address, port),
+        num_threads=4,
+    )  # fmt: skip
+
+
+def _origins(address: str, port: int) -> list[str]:
+    names = {address, "localhost", "127.0.0.1"} if address in ("localhost", "127.0.0.1") else {address}
+    return [f"{name}:{port}" for name in sorted(names)]
+
+
+def _check_free(address: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise InputError(
+                f"port {port} of {address} cannot be used ({error.strerror}): choose another with --port"
+            ) from error

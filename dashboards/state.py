@@ -30,7 +30,9 @@ class Selection:
 
 def choose(query: Mapping[str, str], options: Mapping[str, Sequence[str]]) -> Selection:
     """A selection from a query string; what it names that does not exist becomes the first option."""
-    return Selection(**{n: query[n] if query.get(n) in known else next(iter(known), "") for n, known in options.items()})
+    return Selection(
+        **{n: query[n] if query.get(n) in known else next(iter(known), "") for n, known in options.items()}
+    )
 
 
 class Shelf:

@@ -1,5 +1,6 @@
 """What a page says, as pure functions of a run and a study's datasets: figures, tables and text, no widget."""
 
+from collections.abc import Mapping
 from html import escape
 
 import pandas as pd
@@ -37,34 +38,39 @@ def accuracy_by_effort(run: Run) -> pd.DataFrame:
     return pd.concat([by_task, overall.to_frame().T, spent.to_frame().T]).round(2).rename_axis("task").reset_index()
 
 
-def routing_figures(study: dict[str, xr.Dataset], channel: str, effort: str) -> dict[str, go.Figure]:
-    """The routing page's figures by a short name, in reading order."""
-    figures = {
-        "load": draw.load_heatmap(study["load"], channel, effort),
-        "entropy": draw.entropy_by_layer(study["load"]),
-    }
-    for name in comparisons(study):
-        figures[f"divergence {name}"] = draw.divergence_by_layer(study[name])
-        figures[f"difference {name}"] = draw.load_difference_heatmap(study[name])
-    return figures
+def filled_cells(load: xr.Dataset) -> dict[str, list[str]]:
+    """Channels and efforts with any token: what the model says first, the hardest effort first."""
+    tokens = load["tokens"]
+    first = ("analysis", "final", "commentary")
+    channels = [str(c) for c in tokens["channel"].values[tokens.sum("effort").values > 0]]
+    efforts = [str(e) for e in tokens["effort"].values[tokens.sum("channel").values > 0]]
+    return {"channel": sorted(channels, key=lambda c: first.index(c) if c in first else 3), "effort": efforts[::-1]}
 
 
-def comparisons(study: dict[str, xr.Dataset]) -> list[str]:
-    """The comparisons a study holds: analysis against final first."""
-    return [name for name in study if name != "load"]
+def load(study: Mapping[str, xr.Dataset], channel: str, effort: str) -> go.Figure:
+    """Which experts the tokens of a channel and effort go to."""
+    return draw.load_heatmap(study["load"], channel, effort)
 
 
-def method(study: dict[str, xr.Dataset]) -> str:
-    """How the page's numbers were computed and what they do not control, as Markdown."""
-    paragraphs = []
-    for name, result in study.items():
-        attrs = result.attrs
-        paragraphs.append(f"**{name.replace('_', ' ')}.** {attrs['method']} *Not controlled:* {attrs['not_controlled']}")
+def fixed_figures(study: Mapping[str, xr.Dataset]) -> list[go.Figure]:
+    """What does not depend on the selection, in reading order: evenness, then each comparison."""
+    compared = [draw_one(study[name]) for name in study if name != "load" for draw_one in _COMPARISON]
+    return [draw.entropy_by_layer(study["load"]), *compared]
+
+
+_COMPARISON = (draw.divergence_by_layer, draw.load_difference_heatmap)
+
+
+def method(study: Mapping[str, xr.Dataset]) -> str:
+    """How the page's numbers were computed and what they do not control."""
+    said = dict.fromkeys((r.attrs["method"], r.attrs["not_controlled"]) for r in study.values())
     first = next(iter(study.values())).attrs
     origin = f"Run {first['run_digest']}, workbench {first['workbench_version']}, seed {first['seed']}."
-    return "\n\n".join([*paragraphs, origin])
+    paragraphs = [f"{escape(how)} <i>Not controlled:</i> {escape(limits)}" for how, limits in said]
+    return "".join(f"<p>{text}</p>" for text in [*paragraphs, escape(origin)])
 
 
-def findings(study: dict[str, xr.Dataset]) -> str:
-    """The study's own summaries, as Markdown that cannot carry markup from outside."""
-    return "\n\n".join(f"**{escape(r.attrs['title'])}**\n\n{escape(r.attrs['summary'])}" for r in study.values())
+def findings(study: Mapping[str, xr.Dataset]) -> str:
+    """The study's own summaries in plain words."""
+    lines = ((r.attrs["title"], r.attrs["summary"].splitlines()) for r in study.values())
+    return "".join(f"<h4>{escape(title)}</h4><p>{'<br>'.join(map(escape, text))}</p>" for title, text in lines)

@@ -3,6 +3,7 @@
 `python -m workbench.data.evaluate data/nano --before data/nano.dense` writes accuracy.json into the checkpoint.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from scipy.stats import binomtest
 
 from workbench import harmony
 from workbench.capture.generation import final_text
+from workbench.data.command import run
 from workbench.data.conversations import prompt_messages
 from workbench.data.prompts import SEED, questions
 from workbench.data.tasks import Problem
@@ -85,7 +87,7 @@ def evaluate(checkpoint: Path, before: Path | None, per_family: int) -> dict[str
         "questions_per_family": per_family,
         "accuracy": {name: accuracy(table).to_dict("records") for name, table in marked.items()},
         "comparisons": [
-            {"before": a, "after": b, **paired(marked[a], marked[b])} for a, b in zip(names, names[1:], strict=False)
+            {"before": a, "after": b, **paired(marked[a], marked[b])} for a, b in itertools.pairwise(names)
         ],
     }
 
@@ -107,4 +109,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

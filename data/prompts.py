@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from workbench.data.command import run
 from workbench.data.conversations import FIRST_TURNS, prompt_messages
 from workbench.data.tasks import FAMILIES, Problem, draw
 
@@ -56,4 +57,4 @@ def main(out: Annotated[Path, typer.Argument(help="The file to write or to repla
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -137,10 +137,10 @@ FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
 STEPWISE = ("product", "chain")  # what cannot be done in one go, and can be done in steps
 STEPLESS = ("reverse", "recall", "conflict")  # what needs no steps
 
-# How often each is drawn in training: what needs steps needs practice.
+# How often each is drawn in training: facts, calls and rules are learned early, what needs steps needs practice.
 WEIGHTS = {
-    "product": 4, "chain": 4, "sum": 2, "sort": 1, "reverse": 1, "count": 1,
-    "recall": 1.5, "two-hop": 1.5, "tool": 1.5, "conflict": 0.5,
+    "product": 3.5, "chain": 4, "sum": 1.5, "sort": 2, "reverse": 0.75, "count": 2,
+    "recall": 0.5, "two-hop": 0.75, "tool": 0.5, "conflict": 0.25,
 }  # fmt: skip
 
 

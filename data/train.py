@@ -1,12 +1,15 @@
 """Train nano: `python -m workbench.data.train --out data/nano`, about an hour on one core.
 
 One process, CPU, seeded, resumable (`--resume`): the state of training lies beside the result in OUT.training until it
-is done. The experts are trained through their rounding to MXFP4 for the last part, so that packing them costs nothing.
+is done. The experts are trained through their rounding to MXFP4 for the last part, so that packing them costs nothing;
+OUT.dense holds the same weights before packing.
 """
 
+import json
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -19,12 +22,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from workbench.data import vocabulary
+from workbench.data.command import run
 from workbench.data.conversations import Example, training_example
 from workbench.data.vocabulary import ID, VOCABULARY
+from workbench.errors import InputError
 from workbench.kernels.mxfp4 import dequantise, quantise
 from workbench.model.config import Config, Rope
 from workbench.model.export import save_checkpoint
 from workbench.model.transformer import ExpertMatrix, GptOss
+from workbench.progress import progress
 
 NANO = Config(
     d_model=128, n_layers=4, n_heads=8, n_key_value_heads=1, d_head=16, d_mlp=128, d_vocab=-8 * (-len(VOCABULARY) // 8),
@@ -118,6 +124,8 @@ class Training:
 
     def resume(self) -> None:
         """Go on from what `save` left."""
+        if not (self.folder / "state.pt").exists():
+            raise InputError(f"{self.folder} holds no training to go on with: leave out --resume")
         state = torch.load(self.folder / "state.pt", weights_only=True)
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -126,34 +134,39 @@ class Training:
     def run(self, steps: int, *, stop_at: int | None = None) -> None:
         """Train until `steps` have been taken in all, resumed ones included; `stop_at` pauses a longer training."""
         last_save = time.monotonic()
-        for batch in batches(self.seed, self.step):
-            if self.step >= (stop_at or steps):
-                break
-            start = time.monotonic()
-            done = self.step / steps
-            if done >= ROUNDED:
-                self.round_experts()
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(done, self.step)
-            entropy, imbalance = loss(self.model, batch)
-            self.optimizer.zero_grad(set_to_none=True)
-            (entropy + BALANCE * imbalance).backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.step += 1
-            self.tokens += sum(len(example.ids) for example in batch)
-            self.spent_s += time.monotonic() - start
-            if self.step % 100 == 0:
-                rate = self.tokens / self.spent_s
-                print(
-                    f"step {self.step:,} of {steps:,}  {self.spent_s / 60:.1f} min  {self.tokens:,} tokens at "
-                    f"{rate:,.0f}/s  loss {entropy.item():.4f}  imbalance {imbalance.item():.2f}",
-                    flush=True,
-                )
-            if time.monotonic() - last_save > 120:
-                self.save()
-                last_save = time.monotonic()
+        with progress("train", steps - self.step, "steps") as advance:
+            for batch in batches(self.seed, self.step):
+                if self.step >= (stop_at or steps):
+                    break
+                entropy, imbalance = self._take(batch, self.step / steps)
+                advance(1)
+                if self.step % 100 == 0:
+                    print(
+                        f"step {self.step:,} of {steps:,}  {self.spent_s / 60:.1f} min  {self.tokens:,} tokens at "
+                        f"{self.tokens / self.spent_s:,.0f}/s  loss {entropy:.4f}  imbalance {imbalance:.2f}",
+                        flush=True,
+                    )
+                if time.monotonic() - last_save > 120:
+                    self.save()
+                    last_save = time.monotonic()
         self.save()
+
+    def _take(self, batch: list[Example], done: float) -> tuple[float, float]:
+        """One step, `done` being the share of all that are taken; its cross-entropy and imbalance."""
+        start = time.monotonic()
+        if done >= ROUNDED:
+            self.round_experts()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(done, self.step)
+        entropy, imbalance = loss(self.model, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        (entropy + BALANCE * imbalance).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self.tokens += sum(len(example.ids) for example in batch)
+        self.spent_s += time.monotonic() - start
+        return entropy.item(), imbalance.item()
 
 
 def packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,31 +181,47 @@ def packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def write(training: Training, out: Path) -> None:
+    """OUT, and OUT.dense with the same weights in bfloat16 before packing, for comparison."""
+    weights = training.weights()
+
+    def describe(folder: Path) -> None:
+        vocabulary.write(folder)
+        facts = {
+            "seed": training.seed, "steps": training.step, "sequences": training.step * BATCH,
+            "tokens": training.tokens, "minutes": round(training.spent_s / 60),
+        }  # fmt: skip
+        (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    save_checkpoint(_beside(out, "dense"), NANO, {n: t.bfloat16() for n, t in weights.items()}, extra=describe)
+    save_checkpoint(out, NANO, packed(weights), extra=describe)
+    print(f"{out}: {training.step:,} steps, {training.tokens:,} tokens, {training.spent_s / 60:.0f} min")
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.with_name(f"{out.name}.{what}")
+
+
 def main(
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
-    steps: Annotated[int, typer.Option(min=1)] = 4500,
+    steps: Annotated[int, typer.Option(min=1)] = 4000,
     seed: int = 0,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     resume: Annotated[bool, typer.Option(help="Go on from OUT.training.")] = False,
 ) -> None:
     """Train nano and write it as a checkpoint with packed experts, and as one with dense experts beside it."""
+    if taken := [folder for folder in (out, _beside(out, "dense")) if folder.exists()]:
+        raise InputError(f"{taken[0]} exists: name another folder, or move it away")
     torch.set_num_threads(threads)
-    training = Training(out.with_name(out.name + ".training"), seed)
+    training = Training(_beside(out, "training"), seed)
     if resume:
         training.resume()
+    elif training.folder.exists():
+        raise InputError(f"{training.folder} holds an unfinished training: --resume it, or move it away")
     training.run(steps)
     write(training, out)
-
-
-def write(training: Training, out: Path) -> None:
-    """OUT, and OUT.dense with the same weights in bfloat16 before packing, for comparison."""
-    weights = training.weights()
-    save_checkpoint(
-        out.with_name(out.name + ".dense"), NANO, {n: t.bfloat16() for n, t in weights.items()}, extra=vocabulary.write
-    )
-    save_checkpoint(out, NANO, packed(weights), extra=vocabulary.write)
-    print(f"{out}: {training.step:,} steps, {training.tokens:,} tokens, {training.spent_s / 60:.0f} min")
+    shutil.rmtree(training.folder)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

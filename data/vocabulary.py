@@ -27,9 +27,12 @@ _WORDS_OF_A_HEADER = (
 CHAT_TEMPLATE = """\
 {{- '<|start|>system<|message|>Reasoning: ' + (reasoning_effort or 'medium') + '<|end|>' }}
 {%- for message in messages %}
-{{- '<|start|>' + message.role }}
-{%- if message.role == 'assistant' %}{{- '<|channel|>final' }}{% endif %}
-{{- '<|message|>' + message.content + '<|end|>' }}
+{%- set channel = message.channel or ('final' if message.role == 'assistant' else '') %}
+{{- '<|start|>' + (message.name if message.role == 'tool' else message.role) }}
+{%- if channel %}{{- '<|channel|>' + channel }}{% endif %}
+{%- if message.recipient %}{{- ' to=' + message.recipient }}{% endif %}
+{%- set called = message.role == 'assistant' and message.recipient %}
+{{- '<|message|>' + message.content + ('<|call|>' if called else '<|end|>') }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{% endif %}
 """

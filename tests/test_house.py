@@ -108,7 +108,8 @@ def test_help_takes_less_than_a_second() -> None:
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "workbench.cli", "--help"], capture_output=True, check=False)
+        done = subprocess.run([Path(sys.executable).with_name("workbench"), "--help"], capture_output=True, check=False)
         times.append(time.perf_counter() - start)
-    assert b"capture" in done.stdout or done.returncode == 0
+    assert done.returncode == 0
+    assert b"capture" in done.stdout
     assert min(times) < 1.0, times

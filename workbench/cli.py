@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from workbench.errors import InputError
+from workbench.errors import InputError, JobError
 
 app = typer.Typer(
     help="Look inside gpt-oss: generate, capture, study, see.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -46,7 +46,9 @@ def generate(
     model: Model,
     prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, answer?, meta?")],
     out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write.")],
-    effort: Annotated[list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")] = None,
+    effort: Annotated[
+        list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Transcripts a prompt and effort.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: int = 0,
@@ -141,7 +143,9 @@ def figures(
 def dashboard(
     runs: Annotated[list[Path], typer.Argument(help="Runs to show.")],
     port: int = 5006,
-    address: Annotated[str, typer.Option(help="Where to listen; anything but localhost is open to others.")] = "localhost",
+    address: Annotated[
+        str, typer.Option(help="Where to listen; anything but localhost is open to others.")
+    ] = "localhost",
     show: Annotated[bool, typer.Option(help="Open a browser.")] = False,
 ) -> None:
     """Serve the dashboard of one or several runs."""
@@ -157,6 +161,16 @@ def main() -> None:
     except InputError as error:
         print(f"workbench: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `workbench … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except (JobError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # `workbench … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        print(f"workbench: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("workbench: interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

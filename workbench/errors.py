@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Refused input or wrong usage; the command line prints it as one line and exits with 2."""
+
+
+class JobError(RuntimeError):
+    """A job that began and could not go on; the command line prints it as one line and exits with 1."""

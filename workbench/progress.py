@@ -23,7 +23,13 @@ def progress(label: str, total: int, unit: str) -> Iterator[Advance]:
 def _bar(console: object, label: str, total: int, unit: str) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:  # type: ignore[arg-type]
         task = bar.add_task(label, total=total)
         yield lambda n: bar.advance(task, n)

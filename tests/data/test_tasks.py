@@ -1,5 +1,6 @@
 """nano's problems are right, split by their own text, and rendered as harmony says."""
 
+import hashlib
 import random
 from collections.abc import Callable
 
@@ -50,6 +51,24 @@ def test_answers_are_right_and_steps_lead_there(family: str) -> None:
                     assert eval("+".join(str(int(n)) for n in left.split("+")) if "+" in left else left) == int(right)
 
 
+def test_steps_with_letters_keep_count() -> None:
+    rng = random.Random(8)
+    for _ in range(50):
+        count = draw(rng, "count")
+        _, letter, _, word = count.question.split()
+        *running, last = count.steps.split()
+        assert "".join(step[0] for step in running) == word
+        assert [int(step[1:]) for step in running if step[0] == letter] == list(range(1, word.count(letter) + 1))
+        assert last == letter + count.answer
+        ordered = draw(rng, "sort")
+        *runs, again = ordered.steps.split()
+        assert "".join(run[0] * int(run[1:]) for run in runs) == again == ordered.answer
+        backwards = draw(rng, "reverse")
+        *numbered, again = backwards.steps.split()
+        assert "".join(step[1] for step in numbered) == backwards.question.split()[1]
+        assert again == backwards.answer
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_the_splits_share_no_question(family: str) -> None:
     rng = random.Random(2)
@@ -57,6 +76,15 @@ def test_the_splits_share_no_question(family: str) -> None:
     test = {draw(rng, family, test=True) for _ in range(60)}
     assert test
     assert not {(p.rule, p.question) for p in train} & {(p.rule, p.question) for p in test}
+
+
+def test_the_split_is_the_same_in_every_process() -> None:
+    """Chosen by SHA-256 of family and question, here recomputed; Python's own hash differs from run to run."""
+    rng = random.Random(7)
+    found = [FAMILIES["product"](rng) for _ in range(2000)]
+    test = [p for p in found if hashlib.sha256(f"product  {p.question}".encode()).digest()[0] < 26]
+    assert [p for p in found if p.is_test] == test
+    assert len(test) / len(found) == pytest.approx(0.1, abs=0.03)
 
 
 def test_effort_selects_how_much_is_thought() -> None:

@@ -220,7 +220,7 @@ FAILING = {
     "climbs out": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     "calls what it should not": ("{{ messages.append(1) }}", "SecurityError"),
     "is no jinja": ("{% if %}", "TemplateSyntaxError"),
-    "raises": ("{{ raise_exception('alternate, please') }}", "alternate, please"),
+    "raises": ("{{ raise_exception('alternate,\\n\x1b[2J please') }}", "alternate,\\n\\x1b[2J please"),
     "divides by zero": ("{{ 1 / 0 }}", "ZeroDivisionError"),
     "recurses": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
     "writes no messages": ("nothing", "writes no user message after <|start|>"),
@@ -244,7 +244,7 @@ def test_a_template_that_never_ends_is_given_up(
 def test_a_failing_template_is_named(template: str, reason: str, small: Tokenizer) -> None:
     with pytest.raises(InputError, match=f"the chat template of small .*{re.escape(reason)}") as caught:
         harmony.render([{"role": "user", "content": "a"}], tokenizer=with_template(small, template))
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def test_a_leading_message_that_the_template_drops_is_an_error(o200k: Tokenizer) -> None:
@@ -312,3 +312,23 @@ def test_a_transcripts_prompt_is_what_a_generation_starts_from(o200k: Tokenizer,
         assert (ids[-1] == o200k.mark("return")) == final
         assert o200k.mark("return") not in ids[:-1]
     assert answered > 50
+
+
+def test_a_template_runs_once_for_prompts_alike(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    run = templates.subprocess.run
+    monkeypatch.setattr(templates.subprocess, "run", lambda *args, **kwargs: runs.append(args) or run(*args, **kwargs))
+    for template, fails in (
+        (f"{{# {id(runs)} #}}{small.chat_template}", False),
+        (f"{{# {id(runs)} #}}{{% if %}}", True),
+    ):
+        runs.clear()
+        for content in ("a", "b", "c"):
+            messages: Messages = [{"role": "system", "content": content}, {"role": "user", "content": content}]
+            if fails:
+                with pytest.raises(InputError, match="TemplateSyntaxError"):
+                    harmony.render(messages, tokenizer=with_template(small, template))
+            else:
+                text = small.decode(harmony.render(messages, tokenizer=with_template(small, template)))
+                assert f"system<|message|>{content}<|end|>" in text
+        assert len(runs) == 1

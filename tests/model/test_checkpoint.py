@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -128,11 +130,15 @@ def shard_with(folder: Path, name: str) -> Path:
     return folder / index["weight_map"][name]
 
 
-def edit(name: str, change: Callable[[torch.Tensor], torch.Tensor | None], new_name: str | None = None) -> Damage:
+def edit(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor | None], new_name: str | None = None, keep: bool = False
+) -> Damage:
     def damage(folder: Path) -> None:
         shard = shard_with(folder, name)
         tensors = load_file(shard)
-        value = change(tensors.pop(name).clone())
+        value = change(tensors[name].clone())
+        if not keep:
+            del tensors[name]
         if value is not None:
             tensors[new_name or name] = value.contiguous()
         save_file(tensors, shard)
@@ -201,6 +207,46 @@ def escaping_link(folder: Path) -> None:
     shard.symlink_to(outside)
 
 
+def escaping_config(folder: Path) -> None:
+    (folder / "config.json").rename(folder.parent / "elsewhere.json")
+    (folder / "config.json").symlink_to(folder.parent / "elsewhere.json")
+
+
+def dangling_link(folder: Path) -> None:
+    (folder / "more.safetensors").symlink_to("gone")
+
+
+def pipe(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.safetensors")
+
+
+def trailing(folder: Path) -> None:
+    with sorted(folder.glob("*.safetensors"))[0].open("ab") as file:
+        file.write(bytes(7))
+
+
+def short_file(folder: Path) -> None:
+    (folder / "more.safetensors").write_bytes(b"1234")
+
+
+def index_of(change: Callable[[dict[str, Any]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        text = change(index)
+        path.write_text(text if isinstance(text, str) else json.dumps(index))
+
+    return damage
+
+
+def without_index(damage: Damage) -> Damage:
+    def both(folder: Path) -> None:
+        damage(folder)
+        (folder / "model.safetensors.index.json").unlink()
+
+    return both
+
+
 def emptied(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
@@ -211,6 +257,7 @@ def copied_shard(folder: Path) -> None:
     shutil.copy(shard, folder / "copy.safetensors")
 
 
+NORM = "model.norm.weight"
 EMBED, SCALES = "model.embed_tokens.weight", "model.layers.1.mlp.experts.down_proj_scales"
 BLOCKS, DOWN = "model.layers.1.mlp.experts.down_proj_blocks", "model.layers.1.mlp.experts.down_proj"
 DAMAGES: dict[str, tuple[Damage, str]] = {
@@ -219,7 +266,20 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "shard missing, no index": (drop_index_and_shard, r"holds \d of \d shards"),
     "truncated": (truncate, "beyond the file: truncated"),
     "huge header": (huge_header, "header of 1,099,511,627,776 bytes"),
+    "file of four bytes": (short_file, "in a file of 4 bytes"),
+    "pipe": (pipe, "is not a file"),
+    "dangling link": (dangling_link, "cannot be read: No such file"),
     "header is no JSON": (edit_header(lambda h: "{nope"), "not a safetensors header"),
+    "header is a list": (edit_header(lambda h: "[]"), "not a safetensors header"),
+    "header is deep": (edit_header(lambda h: "[" * 100_000), "not a safetensors header"),
+    "metadata is no object": (edit_header(lambda h: h.update(__metadata__=3)), "not a safetensors header"),
+    "dtype is a list": (edit_header(lambda h: first_tensor(h).update(dtype=["U8"])), "which is not read here"),
+    "shape is a text": (edit_header(lambda h: first_tensor(h).update(shape="64")), "are no counts"),
+    "trailing bytes": (trailing, "7 bytes after the last tensor"),
+    "index is no JSON": (index_of(lambda i: "{"), "is not an index"),
+    "index without a map": (index_of(lambda i: i.clear()), "is not an index"),
+    "index names another shard": (index_of(lambda i: i["weight_map"].update({EMBED: "gone.safetensors"})), "but it is in"),
+    "index names another tensor": (index_of(lambda i: i["weight_map"].update(x="../../x")), "is in '../../x', which is missing"),
     "overlap": (edit_header(all_at_the_same_place), "overlaps"),
     "wrong size": (edit_header(lambda h: first_tensor(h)["shape"].append(2)), "bytes, has"),
     "negative offset": (edit_header(lambda h: first_tensor(h).update(data_offsets=[-4, 4])), "are no counts"),
@@ -231,9 +291,17 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "wrong shape": (edit(EMBED, lambda t: t[:-1]), r"shape \[103, 64\], the config wants \[104, 64\]"),
     "wrong dtype": (edit(EMBED, lambda t: t.half()), "dtype F16, wanted BF16 or F32"),
     "int8 scales": (edit(SCALES, lambda t: t.view(torch.int8)), "dtype I8, wanted U8"),
+    "tensor missing, no index": (without_index(edit(NORM, lambda t: None)), r"'model.norm.weight' \(64,\) is missing$"),
+    "tensor left over, no index": (without_index(edit(EMBED, lambda t: t, keep=True, new_name="x")), "'x' is not part of"),
+    "embedding missing, no index": (without_index(edit(EMBED, lambda t: None)), "no embedding called"),
     "one layer dense": (edit(BLOCKS, lambda t: torch.zeros(8, 96, 64, dtype=torch.bfloat16), DOWN), "lacks it"),
+    "one layer dense, no index": (
+        without_index(edit(BLOCKS, lambda t: torch.zeros(8, 96, 64, dtype=torch.bfloat16), DOWN)),
+        r"but '[\w.]+\.1\.mlp\.experts\.down_proj' is there: all experts must be packed, or all dense",
+    ),
     "pickle": (pickles, "is a pickle"),
     "link out of the folder": (escaping_link, "link out of the checkpoint"),
+    "config is a link out of the folder": (escaping_config, "link out of the checkpoint"),
 }  # fmt: skip
 
 
@@ -244,6 +312,7 @@ def test_damage_is_refused_in_one_line_that_names_it(folder: Path, damage: str) 
     with pytest.raises(InputError, match=said) as refusal:
         open_checkpoint(folder)
     assert "\n" not in str(refusal.value)
+    assert "Traceback" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -251,15 +320,57 @@ def test_damage_is_refused_in_one_line_that_names_it(folder: Path, damage: str) 
 )
 def test_values_that_are_no_numbers_are_found_with_their_place(folder: Path, name: str, value: float) -> None:
     open_checkpoint(folder).check_values()
-    edit(name, lambda t: t.flatten().index_fill(0, torch.tensor([3]), value).view_as(t))(folder)
-    with pytest.raises(InputError, match="not finite at"):
-        open_checkpoint(folder).check_values()
+    shape = torch.Size(())
+
+    def spoil(t: torch.Tensor) -> torch.Tensor:
+        nonlocal shape
+        shape = t.shape
+        return t.flatten().index_fill(0, torch.tensor([t.numel() - 2, t.numel() - 1]), value).view_as(t)
+
+    edit(name, spoil)(folder)
+    place = [n - 1 for n in shape[:-1]] + [shape[-1] - 2]
+    for chunk in (7, 1 << 24):
+        with pytest.raises(InputError, match=rf"not finite at {re.escape(str(place))}"):
+            open_checkpoint(folder).check_values(chunk)
 
 
 def test_the_digest_sees_any_change_of_a_small_file(folder: Path) -> None:
     before = open_checkpoint(folder).digest
     edit(EMBED, lambda t: t.index_fill(0, torch.tensor([50]), 0.5))(folder)
     assert open_checkpoint(folder).digest != before
+
+
+def test_the_digest_does_not_depend_on_file_names_but_on_the_config(folder: Path, pristine: Path) -> None:
+    before = open_checkpoint(pristine).digest
+    assert open_checkpoint(folder).digest == before
+    (folder / "model.safetensors.index.json").unlink()
+    for i, path in enumerate(sorted(folder.glob("*.safetensors"))):
+        path.rename(folder / f"{9 - i}.safetensors")
+    assert open_checkpoint(folder).digest == before
+    with (folder / "config.json").open("a") as file:
+        file.write(" ")
+    assert open_checkpoint(folder).digest != before
+
+
+def test_without_permission_the_folder_and_the_file_are_named(folder: Path) -> None:
+    """As another user, since root may read everything."""
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    before = os.geteuid()
+    with tempfile.TemporaryDirectory() as open_to_all:
+        os.chmod(open_to_all, 0o755)
+        copy = Path(shutil.copytree(folder, Path(open_to_all) / "copy"))
+        for path, said in (
+            (copy / shard.name, "cannot be read: Permission denied"),
+            (copy, "cannot be read: Permission"),
+        ):
+            path.chmod(0o000)
+            try:
+                os.seteuid(before or 65534)
+                with pytest.raises(InputError, match=said):
+                    open_checkpoint(copy)
+            finally:
+                os.seteuid(before)
+                path.chmod(0o755)
 
 
 def test_a_file_instead_of_a_folder_and_nothing_at_all_are_refused(tmp_path: Path) -> None:
@@ -280,10 +391,93 @@ def test_a_hub_cache_of_links_to_blobs_is_read(folder: Path, tmp_path: Path) -> 
     assert open_checkpoint(snapshot).cfg == CFG
 
 
-@pytest.mark.parametrize("source", ["../../nowhere", "openai/..", "/no/such/folder", "a b/c", "one", "a/b/c"])
+def test_a_folder_with_both_layouts_is_read_in_its_own(folder: Path) -> None:
+    write(folder / "original", replace(CFG, num_experts=9), layout="original")
+    assert open_checkpoint(folder).layout == "huggingface"
+    for path in folder.glob("*.*"):
+        path.unlink()
+    opened = open_checkpoint(folder)
+    assert (opened.layout, opened.cfg.num_experts, opened.path) == ("original", 9, folder / "original")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["../../nowhere", "openai/..", "/no/such/folder", "a b/c", "one", "a/b/c", "", "a/b\0", "x" * 9999, "ä/b", "a/b\n"],
+)
 def test_what_is_neither_folder_nor_hub_id_is_refused(source: str) -> None:
-    with pytest.raises(InputError, match="neither a folder"):
+    with pytest.raises(InputError, match=r"neither a folder|cannot be read") as refusal:
         resolve(source)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("source", "revision"), [(".", "main"), ("nano", "main"), ("a/b", "../../x"), ("a/b", "/etc")])
+def test_a_revision_is_one_of_a_hub_id(source: str, revision: str) -> None:
+    with pytest.raises(InputError, match="revision"):
+        resolve(source, revision=revision)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty hub cache, and no network."""
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_a_cached_revision_is_found_without_a_network(folder: Path, offline: Path) -> None:
+    cached = offline / "models--a--b"
+    (cached / "snapshots").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    shutil.move(folder, cached / "snapshots" / "abc")
+    assert resolve("a/b") == cached / "snapshots" / "abc"
+    assert open_checkpoint(resolve("a/b", revision="main")).cfg == CFG
+    with pytest.raises(InputError, match=r"a/b is not whole in the local cache .* HF_HOME"):
+        resolve("a/b", revision="v2")
+
+
+def test_the_original_layout_is_downloaded_only_where_there_is_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from fnmatch import fnmatch
+
+    import huggingface_hub
+
+    def download(
+        repo: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None
+    ) -> str:
+        for name in hub:
+            if any(fnmatch(name, p) for p in allow_patterns) and not any(
+                fnmatch(name, p) for p in ignore_patterns or ()
+            ):
+                (tmp_path / repo / name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / repo / name).touch()
+        (tmp_path / repo).mkdir(parents=True, exist_ok=True)
+        return str(tmp_path / repo)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    hub = ["config.json", "a.safetensors", "a.bin", "original/config.json", "original/a.safetensors", "metal/model.bin"]
+    both = resolve("a/both")
+    hub = ["README.md", "original/config.json", "original/a.safetensors", "original/a.pt"]
+    original = resolve("a/original")
+    files = [{p.relative_to(f).as_posix() for p in f.rglob("*.*")} for f in (both, original)]
+    assert files == [{"config.json", "a.safetensors"}, {"original/config.json", "original/a.safetensors"}]
+
+
+def test_a_failing_network_of_any_kind_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    class ProxyError(Exception):
+        pass
+
+    def fail(*args: Any, **options: Any) -> str:
+        raise ProxyError("no proxy\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match=r"cannot be downloaded \(no proxy\); download it elsewhere"):
+        resolve("a/b")
 
 
 def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,26 +486,13 @@ def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPa
 
     asked: dict[str, Any] = {}
 
-    def offline(repo: str, **options: Any) -> str:
+    def unreachable(repo: str, **options: Any) -> str:
         asked.update(options, repo=repo)
         raise LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(InputError, match="HF_HOME"):
         resolve("openai/gpt-oss-20b", revision="main")
     assert asked["repo"] == "openai/gpt-oss-20b"
     assert asked["revision"] == "main"
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
-
-
-def test_a_folder_that_exists_is_not_overwritten_and_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    write(tmp_path / "a")
-    with pytest.raises(InputError, match="exists"):
-        write(tmp_path / "a")
-
-    def fail(folder: Path) -> None:
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write(tmp_path / "b", extra=fail)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]

@@ -1,7 +1,7 @@
 """What is read is what was written; gaps and uncommitted units are never seen; reading is lazy."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -93,7 +93,7 @@ def test_one_sequence_by_number_or_id(run_path: Path) -> None:
 class Counting(LocalStore):
     """Counts what is read from a store."""
 
-    reads: list[str] = []
+    reads: ClassVar[list[str]] = []
 
     async def get(self, key: str, *rest: Any, **options: Any) -> Any:
         self.reads.append(key)

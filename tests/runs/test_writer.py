@@ -16,7 +16,7 @@ import zarr
 
 from tests.runs.conftest import LENGTHS, MODEL, SPEC, job, unit_data, write_run, write_unit
 from workbench.capture.plan import plan_units
-from workbench.errors import InputError
+from workbench.errors import InputError, JobError
 from workbench.runs.reader import open_run
 from workbench.runs.schema import SCHEMA, Activation, Spec
 from workbench.runs.summaries import summarise
@@ -141,7 +141,7 @@ def test_what_is_not_finite_is_refused_with_layer_and_sequence(tmp_path: Path, n
         at = (7,) if name == "logprob" else (2, 7, 1)
         records[name][at] = value
         where = rf"{name} is not finite{'' if name == 'logprob' else ' in layer 2'}, sequence 's1' at position 7"
-        with pytest.raises(ValueError, match=where):
+        with pytest.raises(JobError, match=where):
             writer.write_unit(1, tokens, records, {})
         assert 1 in writer.pending()
 
@@ -150,7 +150,7 @@ def test_a_bfloat16_nan_is_found_in_its_bits(tmp_path: Path) -> None:
     with open_writer(tmp_path / "r", **job(LAYOUT)) as writer:
         tokens, records = unit_data(LAYOUT, LAYOUT.units[0])
         records["activations/hook_resid_post"][1, 3, 0] = 0x7FC0
-        with pytest.raises(ValueError, match=r"hook_resid_post is not finite in layer 2, sequence 's0' at position 3"):
+        with pytest.raises(JobError, match=r"hook_resid_post is not finite in layer 2, sequence 's0' at position 3"):
             writer.write_unit(0, tokens, records, {})
 
 
@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_the_unit_uncommitted_and_says_so(tmp_path: Path, mon
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(type(writer), "_write", full)
-        with pytest.raises(OSError, match="is full; free some space and start the same job again"):
+        with pytest.raises(JobError, match="is full; free some space and start the same job again"):
             write_unit(writer, 0)
         monkeypatch.undo()
         assert 0 in writer.pending()
@@ -172,9 +172,9 @@ def test_a_full_disk_leaves_the_unit_uncommitted_and_says_so(tmp_path: Path, mon
 
 def test_a_second_job_is_refused_with_the_first_s_host_process_and_time(tmp_path: Path) -> None:
     path = tmp_path / "r"
-    with open_writer(path, **job(LAYOUT)):
-        with pytest.raises(InputError, match=rf"written by process {os.getpid()} on .* since 20"):
-            open_writer(path, **job(LAYOUT)).__enter__()
+    refusal = rf"written by process {os.getpid()} on .* since 20"
+    with open_writer(path, **job(LAYOUT)), pytest.raises(InputError, match=refusal):
+        open_writer(path, **job(LAYOUT)).__enter__()
     with open_writer(path, **job(LAYOUT)):
         pass  # released
 

@@ -8,10 +8,11 @@ import scipy.stats
 import xarray as xr
 
 from workbench.errors import InputError
+from workbench.studies import divergence as module
 from workbench.studies.design import compare, conditions
 from workbench.studies.resampling import Paired, count_at_least, permutation_p
 from workbench.studies.routing import divergence
-from workbench.studies.statistics import jensen_shannon, share
+from workbench.studies.statistics import false_discovery, jensen_shannon, share
 from workbench.studies.synthetic import planted_run
 
 FAST = {"n_boot": 300, "n_permutations": 500}
@@ -43,7 +44,18 @@ def test_nothing_is_called_different_where_nothing_differs(null_run, between):
     found = divergence(null_run, between, **COMPARISONS[between], **FAST)
     assert not found.different.any()
     assert found.expert_different.mean() < 0.01
+    np.testing.assert_allclose(found.q, false_discovery(found.p.values))
+    np.testing.assert_allclose(found.difference_q, false_discovery(found.difference_p.values))
+    assert (found.difference_p_family >= found.difference_p).all()
     assert "No difference shown in any layer" in found.summary
+
+
+def test_p_stays_calibrated_with_few_tokens_on_one_side_where_the_divergence_itself_is_not():
+    run = planted_run(n_layers=400, n_experts=32, n_prompts=12, efforts=("low",), lengths={"analysis": 300, "final": 5})
+    found = divergence(run, n_boot=10, n_permutations=400)
+    assert float((found.p < 0.05).mean()) < 0.075
+    # the broken twin: read the p-value off the null of the divergence
+    assert float((found.jsd > found.null_high).mean()) > 3 * 0.025
 
 
 def test_token_sums_swapped_within_pairs_are_not_calibrated(null_run):
@@ -124,6 +136,16 @@ def test_two_changed_experts_among_many_cells_are_found_alone():
     assert f"layer 7 expert {busy}: " in found.summary
 
 
+def test_nothing_whose_interval_includes_zero_is_called_different(monkeypatch):
+    run = planted_run(channel_shift={"final": {1: 0.5}})
+    assert divergence(run, **FAST).expert_different.any()
+    monkeypatch.setattr(module, "mean_interval", lambda *_: (np.full(16, -1.0), np.full(16, 1.0)))
+    found = divergence(run, **FAST)
+    assert (found.difference_q < 0.05).any()
+    assert not found.expert_different.any()
+    assert "Used differently: 0 of 64" in found.summary
+
+
 def test_effort_is_compared_within_prompts_and_in_the_prompt_channel_it_changes_nothing():
     run = planted_run(n_prompts=40, effort_shift={"high": {1: 0.4}})
     options = {"between": "effort", "a": "low", "b": "high", **FAST}
@@ -141,6 +163,17 @@ def test_every_sample_of_a_prompt_is_the_same_unit():
         for name, array in run.summaries.items()
     }
     assert divergence(dataclasses.replace(run, summaries=unnamed), **FAST).rests_on == "20 prompts"
+
+
+def test_prompts_without_one_of_the_efforts_are_left_out():
+    run = planted_run(n_prompts=20, efforts=("low", "high"))
+    kept = (run.sequences.effort != "low") | (run.sequences.index < 20)
+    fewer = {name: array.isel(sequence=np.flatnonzero(kept)) for name, array in run.summaries.items()}
+    whole = {name: array.isel(sequence=slice(20)) for name, array in run.summaries.items()}
+    options = {"between": "effort", "a": "low", "b": "high", "channel": "final", **FAST}
+    found, expected = (divergence(dataclasses.replace(run, summaries=s), **options) for s in (fewer, whole))
+    assert found.rests_on == "10 prompts"
+    xr.testing.assert_equal(found, expected)
 
 
 def test_sequences_without_one_of_the_channels_are_left_out():

@@ -101,9 +101,25 @@ def test_influence_is_the_change_of_the_difference_when_a_unit_weighs_more(paire
     design = Paired(12, 1, 1, rng) if paired else Independent(12, 12, 1, 1, rng)
     weights = np.full(12, 1 / 12)
     heavier = weights * (1 - 1e-6) + 1e-6 * np.eye(12)[4]
-    moved_b = heavier @ b if paired else weights @ b
-    change = ((heavier @ a - moved_b) - (weights @ a - weights @ b)) / 1e-6
-    np.testing.assert_allclose(design.influence(a, b)[4], change / 12, rtol=1e-4)
+    change_a, change_b = (((heavier - weights) @ side) / 1e-6 / 12 for side in (a, b))
+    if paired:
+        np.testing.assert_allclose(design.influence(a, b)[4], change_a - change_b, rtol=1e-4)
+    else:
+        np.testing.assert_allclose(design.influence(a, b)[[4, 16]], [change_a, -change_b], rtol=1e-4)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_replicates_vary_as_means_of_whole_units_do(paired, rng):
+    a, b = rng.random((2, 40, 3))
+    b += a * paired
+    design = Paired(40, 1, 20_000, rng) if paired else Independent(40, 40, 1, 20_000, rng)
+    mean_a, mean_b = design.resampled(a, b)
+    variance = (a - b).var(axis=0) if paired else a.var(axis=0) + b.var(axis=0)
+    np.testing.assert_allclose((mean_a - mean_b).std(axis=0), np.sqrt(variance / 40), rtol=0.05)
+
+
+def test_p_is_never_zero():
+    assert resampling.permutation_p(np.array(0), 99) == 0.01
 
 
 def clustered_counts(rng, n_simulations=1000, n_units=60, n_experts=6):

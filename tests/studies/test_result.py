@@ -67,8 +67,8 @@ def test_a_failure_while_writing_leaves_the_old_files_whole(tmp_path, monkeypatc
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
-        patched.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
         files.write_files({"a.txt": "new", "b.txt": "new"}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"

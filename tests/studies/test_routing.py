@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 import xarray as xr
 
 from workbench import studies
@@ -69,9 +70,20 @@ def test_one_prompt_gives_a_load_without_an_interval():
 
 
 def test_samples_of_one_prompt_are_one_unit():
-    run = planted_run(n_prompts=6)
-    pooled = load(run, by=("channel",), n_boot=50)
-    assert (pooled.prompts.sel(channel="final"), pooled.sequences.sel(channel="final")) == (6, 18)
+    run = planted_run(n_prompts=40, concentration=8.0)
+    pooled = load(run, by=("channel",), channels=("analysis",), n_boot=300)
+    assert (pooled.prompts.item(), pooled.sequences.item()) == (40, 120)
+    alone = {name: array.assign_coords(prompt_id=array.coords["id"].variable) for name, array in run.summaries.items()}
+    unrelated = load(dataclasses.replace(run, summaries=alone), by=("channel",), channels=("analysis",), n_boot=300)
+    assert unrelated.prompts.item() == 120
+    # the broken twin, in which the samples of a prompt count as unrelated, is too sure of itself
+    width, too_narrow = (float((ds.share_high - ds.share_low).mean()) for ds in (pooled, unrelated))
+    assert width > 1.3 * too_narrow
+
+
+def test_a_channel_named_twice_counts_once(run):
+    once, twice = (load(run, by=(), channels=names, n_boot=50) for names in (("final",), ("final", "final")))
+    assert once.tokens == twice.tokens
 
 
 def test_what_by_does_not_name_is_pooled(run):
@@ -101,12 +113,29 @@ def test_intervals_of_share_and_entropy_hold_the_truth_95_percent_of_the_time(in
     assert abs((found.entropy_corrected.values - entropy).mean()) < abs((found.entropy.values - entropy).mean())
 
 
+def test_bca_of_a_share_is_scipys_where_every_prompt_has_as_many_tokens():
+    run = planted_run(seed=5, n_prompts=25, n_layers=1, efforts=("low",), concentration=6.0)
+    counts = run.summary("expert_count").copy(deep=True)
+    slots = np.random.default_rng(0).multinomial(400, np.random.default_rng(1).dirichlet(np.full(16, 0.4), size=25))
+    counts.loc[{"channel": "final"}] = slots[:, None]
+    found = load(
+        dataclasses.replace(run, summaries={**run.summaries, "expert_count": counts}),
+        channels=("final",),
+        n_boot=20_000,
+    ).sel(channel="final", effort="low", layer=0)
+    for expert in range(4):
+        share = slots[:, expert] / 400
+        reference = scipy.stats.bootstrap((share,), np.mean, n_resamples=20_000, rng=3).confidence_interval
+        np.testing.assert_allclose([found.share_low[expert], found.share_high[expert]], reference, rtol=0.03)
+
+
 def test_limits_of_effective_experts_stay_between_one_and_all():
-    found = load(planted_run(n_prompts=3, n_experts=4), n_boot=100)
+    found = load(planted_run(n_prompts=3, n_layers=40, n_experts=4), n_boot=100)
     known = np.isfinite(found.effective_experts_high.values)
-    assert known.any()
     assert (found.effective_experts_low.values[known] >= 1).all()
+    # near evenness the correction of the bias alone would go beyond
     assert (found.effective_experts_high.values[known] <= 4 + 1e-12).all()
+    assert np.isclose(found.effective_experts_high.values[known], 4).any()
 
 
 def test_every_variable_says_what_it_is(loaded):
@@ -171,6 +200,12 @@ def test_a_run_of_one_effort_is_studied_without_efforts():
     assert list(found) == ["load", "analysis_vs_final"]
 
 
+def test_a_run_of_one_prompt_is_described_and_nothing_is_compared():
+    found = study(planted_run(n_prompts=1), **FAST)
+    assert list(found) == ["load"]
+    assert found["load"].summary.count("Left out: ") == 4
+
+
 def test_an_unknown_study_is_refused():
     with pytest.raises(InputError, match="no study is called 'sinkz'; the studies are routing"):
         studies.run_study("sinkz", None)
@@ -188,5 +223,5 @@ def test_studies_are_imported_without_torch_and_without_weight():
 def test_the_summary_names_what_is_not_controlled(run):
     text = result.summary(study(run, **FAST))
     assert "analysis comes before final" in text.lower()
-    assert "prompt channel is the control" in text.lower().replace("\n", " ")
+    assert "prompt channel is the matched comparison" in text.lower().replace("\n", " ")
     assert run.digest in text

@@ -1,5 +1,6 @@
 """Figures as files for a paper: SVG, PDF, PNG and self-contained HTML, each with the numbers behind it as CSV."""
 
+import importlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,27 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.errors import InputError
-from workbench.studies.files import write_files
+from workbench.studies import STUDIES, run_study
+from workbench.studies.design import Run
+from workbench.studies.files import refuse_paths, write_files
 
 FORMATS = ("svg", "pdf", "png", "html")
 # 920 points wide at 3 pixels a point: 300 dots an inch at 23 cm
 PNG_SCALE = 3
+# plotly's own pages offer to upload the chart, and routing is nearly as private as the text
+PAGE_CONFIG = {"showSendToCloud": False, "displaylogo": False}
+
+
+def write_all(run: Run, out: str | os.PathLike[str], formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Every figure of every study of a run, `STUDY_NAME`."""
+    _check(formats)
+    figures: dict[str, go.Figure] = {}
+    data: dict[str, pd.DataFrame] = {}
+    for study in STUDIES:
+        drawn, tables = importlib.import_module(f"workbench.figures.{study}").gallery(run_study(study, run))
+        figures |= {f"{study}_{name}": figure for name, figure in drawn.items()}
+        data |= {f"{study}_{name}": table for name, table in tables.items()}
+    return write(figures, data, out, formats)
 
 
 def write(
@@ -23,12 +40,11 @@ def write(
     formats: Sequence[str] = FORMATS,
 ) -> list[Path]:
     """Write `NAME.FORMAT` for every figure and format, and `NAME.csv`; nothing is written unless everything was made."""
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown or not formats:
-        raise InputError(f"format {', '.join(unknown) or 'missing'}; choose from {', '.join(FORMATS)}")
+    _check(formats)
     if figures.keys() != data.keys():
         unpaired = sorted(figures.keys() ^ data.keys())
         raise InputError(f"every figure goes with its data; without a partner: {', '.join(unpaired)}")
+    refuse_paths(figures)
     files: dict[str, str | bytes] = {
         f"{name}.csv": table.to_csv(index=False, lineterminator="\n") for name, table in data.items()
     }
@@ -37,9 +53,14 @@ def write(
         files |= _images(figures, images)
     if "html" in formats:
         for name, figure in figures.items():
-            page = figure.to_html(include_plotlyjs=True, full_html=True, div_id=name)
-            files[f"{name}.html"] = page
+            files[f"{name}.html"] = figure.to_html(include_plotlyjs=True, div_id=name, config=PAGE_CONFIG)
     return write_files(files, out)
+
+
+def _check(formats: Sequence[str]) -> None:
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise InputError(f"no format {', '.join(unknown) or 'given'}; choose from {', '.join(FORMATS)}")
 
 
 def _images(figures: Mapping[str, go.Figure], formats: Sequence[str]) -> dict[str, str | bytes]:

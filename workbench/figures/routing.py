@@ -111,7 +111,7 @@ def entropy_by_layer(
                 named.add(line)
         even = np.log(ds.sizes["expert"])
         figure.add_hline(y=even, line={"dash": "dot", "width": 1.5, "color": colours.muted}, row=1, col=column)
-    figure.update_xaxes(title="layer", dtick=_tick(ds))
+    figure.update_xaxes(title="layer", **_layer_axis(ds))
     figure.update_yaxes(title="entropy of expert load (nat)", col=1)
     figure.update_layout(legend={"title": {"text": lines}})
     subtitle = (
@@ -125,7 +125,7 @@ def entropy_by_layer(
 def divergence_by_layer(div: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     """Divergence of two conditions by layer against its null, and below it the excess with its interval."""
     colours = THEMES[theme]
-    layers, different = div["layer"].values, div["different"].values
+    different = div["different"].values
     figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.07)
     for trace in _null_band(div, colours):
         figure.add_trace(trace, row=1, col=1)
@@ -139,7 +139,7 @@ def divergence_by_layer(div: xr.Dataset, *, theme: ThemeName = "light") -> go.Fi
     top = float(np.nanmax([div["jsd"], div["null_high"]]))
     figure.update_yaxes(title="divergence (bit)", range=[-0.05 * top, 1.08 * top], row=1, col=1)
     figure.update_yaxes(title="excess over chance (bit)", row=2, col=1)
-    figure.update_xaxes(range=[layers[0] - 0.5, layers[-1] + 0.5], dtick=_tick(div))
+    figure.update_xaxes(**_layer_axis(div))
     figure.update_xaxes(title="layer", row=2, col=1)
     subtitle = (
         f"{div.attrs['rests_on']}; Jensen–Shannon divergence of expert load with its permutation null, and the excess "
@@ -183,16 +183,17 @@ def _compared(div: xr.Dataset) -> str:
     return f"{div.attrs['a']} against {div.attrs['b']}{kind}{fixed}"
 
 
-def _tick(ds: xr.Dataset) -> int:
-    """Whole layers between ticks."""
-    return max(1, ds.sizes["layer"] // 6)
+def _layer_axis(ds: xr.Dataset) -> dict[str, Any]:
+    """Ticks at whole layers, and room for the first and the last."""
+    layers = ds["layer"].values
+    return {"range": [layers[0] - 0.5, layers[-1] + 0.5], "dtick": max(1, len(layers) // 6)}
 
 
 def _limit(points: Float[np.ndarray, "cell"]) -> float:
-    """End of a symmetric scale: the largest difference shown, rounded up to one digit."""
+    """End of a symmetric scale: the largest difference shown, rounded up."""
     largest = float(np.abs(points).max(initial=0.1))
     unit = 10.0 ** np.floor(np.log10(largest))
-    return float(np.ceil(largest / unit) * unit)
+    return next(float(step * unit) for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * unit >= largest)
 
 
 def _line_with_band(cell: xr.Dataset, colour: str, symbol: str, style: dict[str, Any]) -> list[go.Scatter]:

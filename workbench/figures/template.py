@@ -1,7 +1,7 @@
-"""How every figure looks: two themes with the same hues, safe for colour-blind readers, and one layout for both.
+"""How every figure looks: two themes with the same hues, and one layout for both.
 
-Channels have the hues of Paul Tol's *bright* scheme, which stay apart under all common colour deficiencies; efforts run
-in one order of hue and lightness. Each has a marker of its own as well, so that a grey print can still be read.
+Channels start from the hues of Paul Tol's *bright* scheme, efforts run in one order of hue and lightness; the tests
+simulate colour deficiencies. Each has a marker of its own as well, so that a grey print can still be read.
 """
 
 from collections.abc import Mapping
@@ -67,14 +67,14 @@ LIGHT = Theme(
     sequential=("#edf3f9", "#a9cbe4", "#5a9bcb", "#1f659f", "#08274f"),
     diverging=("#a3301b", "#e08a6a", "#f4f4f2", "#6fa6cf", "#14508c"),
     channel={
-        "frame": "#9a9a9a",
-        "prompt": "#b5a327",
+        "frame": "#888d94",
+        "prompt": "#a4921a",
         "analysis": "#4477aa",
-        "commentary": "#228833",
-        "final": "#ee6677",
-        "other": "#aa3377",
+        "commentary": "#13682e",
+        "final": "#d94f5c",
+        "other": "#882255",
     },
-    effort={"low": "#e69f00", "medium": "#cc4778", "high": "#5b3cc4"},
+    effort={"low": "#c98300", "medium": "#cc4778", "high": "#5b3cc4"},
 )
 DARK = Theme(
     paper="#14171c",
@@ -88,8 +88,8 @@ DARK = Theme(
     sequential=("#17212d", "#1f4a73", "#3a82b8", "#86bbdf", "#eaf4fc"),
     diverging=("#ff8f70", "#a84a32", "#24272d", "#2f6fa8", "#8cc4f2"),
     channel={
-        "frame": "#b4b4b4",
-        "prompt": "#d9c84e",
+        "frame": "#c9ccd1",
+        "prompt": "#e6d35a",
         "analysis": "#6fa3d8",
         "commentary": "#4db563",
         "final": "#f58a97",

@@ -128,9 +128,8 @@ class _Labeller:
         self._tokenizer = tokenizer
         kinds = np.zeros(tokenizer.d_vocab + 1, dtype=np.uint8)  # the last one: ids that are in no vocabulary
         kinds[list(tokenizer.special.values())] = _SPECIAL
-        kinds[[tokenizer.special[n] for n in ("<|endoftext|>", "<|startoftext|>") if n in tokenizer.special]] = (
-            _TEXT_END
-        )
+        text_ends = {"<|endoftext|>", "<|startoftext|>"} & tokenizer.special.keys()
+        kinds[[tokenizer.special[name] for name in text_ends]] = _TEXT_END
         kinds[tokenizer.mark("start")] = _START
         kinds[tokenizer.mark("message")] = _MESSAGE_MARK
         kinds[tokenizer.mark("channel")] = _CHANNEL_MARK
@@ -185,7 +184,7 @@ class _Labeller:
 
     def _close(self, message: Message, ids: Int[np.ndarray, " tokens"], end: int, why: str) -> None:
         if message.content < 0:
-            self._read_header(message, ids, end)
+            self._read_header(message, ids, end if message.stop < 0 else message.stop)
         message.end, message.closed_by = end, why
 
     def _read_header(self, message: Message, ids: Int[np.ndarray, " tokens"], end: int) -> None:

@@ -112,12 +112,12 @@ def _pieces(
     check_messages(messages)
     if effort not in EFFORTS:
         raise InputError(f"unknown effort {shown(effort)}: choose from {', '.join(EFFORTS)}")
-    leading = _leading(messages)
-    preamble = _from_library if tokenizer.chat_template is None else _from_template
-    return [
-        preamble(messages[:leading], effort, tokenizer, date),
-        *(_written(message, tokenizer) for message in messages[leading:]),
-    ]
+    leading, others = messages[: _leading(messages)], messages[_leading(messages) :]
+    if tokenizer.chat_template is None:
+        preamble = _from_library(leading, effort, tokenizer, date)
+    else:
+        preamble = _from_template(tokenizer.chat_template, leading, effort, tokenizer, date)
+    return [preamble, *(_written(message, tokenizer) for message in others)]
 
 
 def _leading(messages: Sequence[Mapping[str, Any]]) -> int:
@@ -170,7 +170,7 @@ def _from_library(
 
 
 def _from_template(
-    leading: Sequence[Mapping[str, Any]], effort: str, tokenizer: Tokenizer, date: datetime.date | None
+    template: str, leading: Sequence[Mapping[str, Any]], effort: str, tokenizer: Tokenizer, date: datetime.date | None
 ) -> list[int]:
     """What the chat template writes before a first user message.
 
@@ -178,35 +178,25 @@ def _from_template(
     contents take their places: marks in them stay characters, and words join as they do in the full text.
     """
     contents = {f"CONTENT{i}PLACEHOLDER": message["content"] for i, message in enumerate(leading)}
-    roles = [message["role"] for message in leading]
-    shown = [
-        {"role": r, "content": key if text else ""} for r, (key, text) in zip(roles, contents.items(), strict=True)
+    messages = [
+        {"role": message["role"], "content": placeholder if message["content"] else ""}
+        for message, placeholder in zip(leading, contents, strict=True)
     ]
     variables = {
-        "messages": [*shown, {"role": "user", "content": "USERPLACEHOLDER"}],
+        "messages": [*messages, {"role": "user", "content": "USERPLACEHOLDER"}],
         "reasoning_effort": effort,
         "add_generation_prompt": False,
         "tools": None,
     }
     try:
-        assert tokenizer.chat_template is not None
-        text = render_template(tokenizer.chat_template, json.dumps(variables), date or datetime.date.today())
+        text = render_template(template, json.dumps(variables), date or datetime.date.today())
     except TemplateError as error:
         raise InputError(f"the chat template of {tokenizer.name} failed: {error}") from error
-
-    marks = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
-    pieces = re.split(f"({marks})", text)
-    user = next((i for i, piece in enumerate(pieces) if "USERPLACEHOLDER" in piece), 0)
-    start = max((i for i, piece in enumerate(pieces[:user]) if piece == "<|start|>"), default=-1)
-    if start < 0:
-        raise InputError(
-            f"the chat template of {tokenizer.name} writes no user message after <|start|>: is it gpt-oss's?"
-        )
-    pieces = pieces[:start]
-    for i, (key, content) in enumerate(contents.items(), 1):
-        if content and not any(key in piece for piece in pieces):
+    pieces = _before_the_user(text, tokenizer)
+    for i, (placeholder, content) in enumerate(contents.items(), 1):
+        if content and not any(placeholder in piece for piece in pieces):
             raise InputError(
-                f"message {i}: the chat template of {tokenizer.name} leaves this {roles[i - 1]} message out: "
+                f"message {i}: the chat template of {tokenizer.name} leaves this {leading[i - 1]['role']} message out: "
                 "join it with the one before"
             )
     ids: list[int] = []
@@ -216,6 +206,19 @@ def _from_template(
         elif piece:
             ids += tokenizer.encode(re.sub(r"CONTENT\d+PLACEHOLDER", lambda key: contents.get(key[0], key[0]), piece))
     return ids
+
+
+def _before_the_user(text: str, tokenizer: Tokenizer) -> list[str]:
+    """A template's text up to its user message: what stands between marks, and every second one a mark."""
+    marks = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
+    pieces = re.split(f"({marks})", text)
+    user = next((i for i, piece in enumerate(pieces) if "USERPLACEHOLDER" in piece), 0)
+    start = max((i for i, piece in enumerate(pieces[:user]) if piece == "<|start|>"), default=-1)
+    if start < 0:
+        raise InputError(
+            f"the chat template of {tokenizer.name} writes no user message after <|start|>: is it gpt-oss's?"
+        )
+    return pieces[:start]
 
 
 def shown(value: Any) -> str:

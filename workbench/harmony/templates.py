@@ -21,21 +21,25 @@ class TemplateError(ValueError):
     """What a template did wrong, in one line."""
 
 
-@functools.lru_cache(maxsize=256)  # a file of prompts has a handful of shapes, a process costs a tenth of a second
 def render_template(source: str, variables: str, date: datetime.date) -> str:
     """The text of a jinja template with these variables (a JSON object); `strftime_now` tells the date."""
-    request = json.dumps([source, variables, date.isoformat()])
-    command = [sys.executable, "-I", __file__]
-    try:
-        done = subprocess.run(command, input=request.encode(), capture_output=True, timeout=_LIMIT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise TemplateError(f"it was not done after {_LIMIT_S} s") from error
-    if done.returncode:
-        raise TemplateError(f"its process died ({done.returncode}): {done.stderr.decode(errors='replace')[-200:]!r}")
-    answer = json.loads(done.stdout)
+    answer = _answer(source, variables, date)
     if "error" in answer:
         raise TemplateError(answer["error"])
     return answer["text"]
+
+
+@functools.lru_cache(maxsize=256)  # a file of prompts has a handful of shapes, a process costs a tenth of a second
+def _answer(source: str, variables: str, date: datetime.date) -> dict[str, str]:
+    request = json.dumps([source, variables, date.isoformat()])
+    command = [sys.executable, "-P", __file__]  # -P: this folder holds no top-level modules
+    try:
+        done = subprocess.run(command, input=request.encode(), capture_output=True, timeout=_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"it was not done after {_LIMIT_S} s"}
+    if done.returncode:
+        return {"error": f"its process died ({done.returncode}): {done.stderr.decode(errors='replace')[-200:]!r}"}
+    return json.loads(done.stdout)
 
 
 def _render(source: str, variables: dict[str, Any], date: datetime.date) -> str:
@@ -73,7 +77,8 @@ def _main() -> None:
     try:
         answer = {"text": _render(source, json.loads(variables), datetime.date.fromisoformat(date))}
     except Exception as error:  # whatever a template can raise is its answer
-        answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+        reason = f"{type(error).__name__}: {error}"[:500]
+        answer = {"error": reason.encode("unicode_escape").decode()}  # one line, no control characters
     print(json.dumps(answer))
 
 

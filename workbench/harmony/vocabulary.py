@@ -132,7 +132,7 @@ class _FromFile(Tokenizer):
         self._special_ids = frozenset(special.values())
         self._tokenizer.encode_special_tokens = True  # read the characters of special tokens as text
         self._digest = hashlib.sha256(content.encode()).hexdigest()
-        super().__init__(path.parent.name, max(ids.values()) + 1, special, chat_template)
+        super().__init__(path.parent.resolve().name, max(ids.values()) + 1, special, chat_template)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

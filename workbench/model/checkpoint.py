@@ -10,8 +10,9 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from workbench.model.safetensors_file import Entry, SafetensorsFile
 BUNDLED = {"nano": Path(__file__).parents[1] / "data" / "nano"}
 _FLOATS = ("BF16", "F32")
 _INDEX = "model.safetensors.index.json"
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -64,29 +66,23 @@ class Checkpoint:
     tensors: Tensors
     digest: str
 
-    def check_values(self) -> None:
-        """Refuse NaN and infinity, the scale byte 255 among them. Reads every weight once, a tensor at a time."""
+    def check_values(self, chunk: int = 1 << 24) -> None:
+        """Refuse NaN and infinity, the scale byte 255 among them. Reads every weight once, `chunk` values at a time."""
         for name, tensor in self.tensors.items():
-            if name.endswith(".scales"):
-                bad = tensor == 255
-            elif tensor.is_floating_point():
-                bad = ~torch.isfinite(tensor)
-            else:
+            if name.endswith(".blocks"):  # every nibble is a number
                 continue
-            if bad.any():
-                place = tuple(bad.nonzero()[0].tolist())
-                raise InputError(
-                    f"{self.path}: {name} is not finite at {place}, and in {int(bad.sum()):,} places in all"
-                )
+            for start, values in zip(count(0, chunk), tensor.flatten().split(chunk), strict=False):
+                bad = values == 255 if name.endswith(".scales") else ~torch.isfinite(values)
+                if bad.any():
+                    first = torch.unravel_index(start + bad.nonzero()[0, 0], tensor.shape)
+                    raise InputError(f"{self.path}: {name} is not finite at {[int(i) for i in first]}")
 
 
 def open_checkpoint(folder: str | Path, *, ignore_fields: Collection[str] = ()) -> Checkpoint:
     """Open and check a checkpoint folder; the weights stay on disk until they are used."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"{root} is {'a file' if root.exists() else 'not there'}: name a checkpoint folder")
-    if not (root / "config.json").exists() and (root / "original" / "config.json").exists():
-        root = root / "original"
+    root = _root(Path(folder))
+    for name in ("config.json", _INDEX):
+        _check_link(root, root / name)
     cfg = read_config(root, ignore_fields)
     files = [SafetensorsFile.open(path) for path in _weight_files(root)]
     found: dict[str, SafetensorsFile] = {}
@@ -107,6 +103,17 @@ def open_checkpoint(folder: str | Path, *, ignore_fields: Collection[str] = ()) 
     experts = "dense" if dense else "mxfp4"
     places = _places(root, cfg, layout, experts, found)
     return Checkpoint(root, cfg, layout, experts, Tensors(places), _digest(root, files))
+
+
+def _root(folder: Path) -> Path:
+    """The folder with the weights: this one, or else the `original` in it."""
+    try:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is {'a file' if folder.exists() else 'not there'}: name a checkpoint folder")
+        original = folder / "original"
+        return original if (original / "config.json").exists() and not any(folder.glob("*.safetensors")) else folder
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from error
 
 
 def _weight_files(root: Path) -> list[Path]:
@@ -136,17 +143,18 @@ def _check_link(root: Path, path: Path) -> None:
 def _check_index(root: Path, found: Mapping[str, SafetensorsFile]) -> None:
     path = root / _INDEX
     if not path.exists():
-        if len({file.path for file in found.values()}) > 1 and any("-of-" in f.path.name for f in found.values()):
-            _check_shards(root, {file.path.name for file in found.values()})
+        _check_shards(root, {file.path.name for file in found.values()})
         return
     try:
         listed = json.loads(path.read_text("utf-8"))["weight_map"].items()
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not an index of tensors: {error!r}") from error
     for name, file in listed:
         if name not in found:
             state = "lacks it" if (root / Path(str(file)).name).exists() else "is missing: download it again"
             raise InputError(f"{path} says tensor {name!r} is in {file!r}, which {state}")
+        if file != found[name].path.name:
+            raise InputError(f"{path} says tensor {name!r} is in {file!r}, but it is in {found[name].path.name!r}")
 
 
 def _check_shards(root: Path, names: set[str]) -> None:
@@ -170,7 +178,7 @@ def _places(
     for stored, parts in fused.items():
         shape = (sum(rows for _, rows in parts), *wanted[parts[0][0]][1:])
         if stored not in found:
-            raise InputError(f"{root}: tensor {stored!r} {shape} is missing")
+            raise InputError(f"{root}: tensor {stored!r} {shape} is missing{_other_form(stored, found)}")
         file = found[stored]
         _check_entry(file.path, stored, file.entries[stored], shape)
         ends = accumulate(rows for _, rows in parts)
@@ -181,6 +189,13 @@ def _places(
             f"{found[left[0]].path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} left over)"
         )
     return {name: places[name] for name in wanted}
+
+
+def _other_form(stored: str, found: Collection[str]) -> str:
+    """For the error: the same weight packed instead of dense, or the other way round."""
+    stem = re.sub(r"_(blocks|scales)$", "", stored)
+    other = next((name for name in (f"{stem}_blocks", stem) if name != stored and name in found), None)
+    return f", but {other!r} is there: all experts must be packed, or all dense" if other else ""
 
 
 def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...]) -> None:
@@ -211,37 +226,40 @@ def _digest(root: Path, files: Collection[SafetensorsFile]) -> str:
 
 def resolve(source: str | Path, *, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a path, the bundled model's name, or a hub id, downloaded if it is not cached."""
-    if source in BUNDLED:
-        return BUNDLED[str(source)]
-    path = Path(source)
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)) or ".." in str(source):
-        raise InputError(
-            f"{source} is neither a folder, nor {' or '.join(BUNDLED)}, nor a hub id such as openai/gpt-oss-20b"
-        )
+    name = str(source)
+    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII) is not None and ".." not in name
+    try:
+        there = name != "" and Path(source).exists()
+    except OSError as error:
+        raise InputError(f"{short(name)} cannot be read: {error.strerror}") from error
+    if name in BUNDLED or there or not hub_id:
+        if revision is not None:
+            raise InputError(f"revision {revision!r}: only a hub id has revisions, and {short(name)} is none")
+        if not (name in BUNDLED or there):
+            raise InputError(
+                f"{short(name)} is neither a folder, nor {' or '.join(BUNDLED)}, nor a hub id such as openai/gpt-oss-20b"
+            )
+        return BUNDLED.get(name) or Path(source)
+    if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision):
+        raise InputError(f"revision {short(revision)} is no branch, tag or commit")
+    folder = _download(name, revision, allow=_HUB_FILES, ignore=["*/*"])
+    if not any(folder.glob("*.safetensors")):
+        folder = _download(name, revision, allow=[f"original/{pattern}" for pattern in _HUB_FILES], ignore=None)
+    return folder
+
+
+def _download(source: str, revision: str | None, *, allow: list[str], ignore: list[str] | None) -> Path:
     from huggingface_hub import snapshot_download  # late: half a second
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                str(source),
-                revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja"],
-                ignore_patterns=["*/*"],
-            )
-        )
+        return Path(snapshot_download(source, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise InputError(f"the hub has no {source}{at}, or it needs a login (hf auth login)") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # a network error is one of the HTTP library's own, and that library changes
+        said = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise InputError(
-            f"{source} is not in the local cache and the hub cannot be reached; download it elsewhere and name the folder, "
-            "or point HF_HOME at a cache that has it"
+            f"{source} is not whole in the local cache and cannot be downloaded ({said}); download it elsewhere and "
+            "name the folder, or point HF_HOME at a cache that has it"
         ) from error

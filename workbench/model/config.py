@@ -5,9 +5,12 @@ writes it) and OpenAI's original one. Both become the same `Config`, in Transfor
 """
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from workbench.errors import InputError
@@ -25,6 +28,11 @@ class Rope:
     beta_slow: float
     original_ctx: int
     truncate: bool
+
+    @classmethod
+    def plain(cls, theta: float) -> "Rope":
+        """Without YaRN; the numbers after `factor` are not used then."""
+        return cls(theta, None, 32.0, 1.0, 4096, False)
 
 
 @dataclass(frozen=True)
@@ -87,52 +95,65 @@ _INERT = {
     "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type", "return_dict",
     "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
-# What each of these must be for our forward pass to be the model's: field → accepted values.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (True,),
-    "tie_word_embeddings": (False,),
-    "mlp_bias": (True,),
-}
+# What these must be for our forward pass to be the model's; absent means the same, as in transformers.
+_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": True, "tie_word_embeddings": False}
+_MOST_LAYERS = 10_000  # a guard against a config that names a billion
 
 
 class _Fields:
-    """A config's fields, each read once; what is left over at the end is unknown."""
+    """A config's fields, each read once; what is left over at the end is unknown. Null is the same as absent."""
 
     def __init__(self, path: Path, values: Mapping[str, Any], where: str = "") -> None:
-        self.path, self.values, self.where = path, dict(values), where
+        self.path, self.where = path, where
+        self.values = {name: value for name, value in values.items() if value is not None}
 
     def take(self, *names: str, default: Any = ...) -> Any:
-        """The first of `names` that is there and not null."""
-        found = [self.values.pop(name, None) for name in names]
-        value = next((v for v in found if v is not None), default)
-        if value is ...:
+        """The value that goes by any of `names`; under several of them it must be the same."""
+        found = {name: self.values.pop(name) for name in names if name in self.values}
+        if not found and default is ...:
             raise InputError(
                 f"{self.path}: field {self.where}{names[0]!r} is missing; the model cannot be built without it"
             )
-        return value
+        if any(value != first for first, value in pairwise(found.values())):
+            said = " and ".join(f"{self.where}{name} {short(value)}" for name, value in found.items())
+            raise InputError(f"{self.path}: {said} contradict each other; correct one of them")
+        return next(iter(found.values()), default)
 
-    def integer(self, *names: str, least: int = 1) -> int:
+    def integer(self, *names: str, most: int = 1_000_000_000) -> int:
         value = self.take(*names)
-        if type(value) is not int or value < least:
-            raise InputError(
-                f"{self.path}: {self.where}{names[0]} is {value!r}, wanted a whole number of at least {least}"
-            )
+        if type(value) is not int or not 1 <= value <= most:
+            raise self._refusal(names[0], value, f"a whole number from 1 to {most:,}")
         return value
 
     def number(self, *names: str, default: Any = ...) -> float:
         value = self.take(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise InputError(f"{self.path}: {self.where}{names[0]} is {value!r}, wanted a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self._refusal(names[0], value, "a number above 0")
         return float(value)
+
+    def boolean(self, name: str, *, default: bool) -> bool:
+        value = self.take(name, default=default)
+        if not isinstance(value, bool):
+            raise self._refusal(name, value, "true or false")
+        return value
+
+    def fields(self, *names: str, where: str) -> "_Fields":
+        """The fields of a nested object."""
+        value = self.take(*names)
+        if not isinstance(value, dict):
+            raise self._refusal(names[0], value, "an object of fields")
+        return _Fields(self.path, value, where)
 
     def finish(self, ignore: Collection[str]) -> None:
         unknown = [n for n in self.values if n not in _INERT and n not in ignore and not n.startswith("_")]
         if unknown:
             raise InputError(
-                f"{self.path}: field {self.where}{unknown[0]!r} = {self.values[unknown[0]]!r} is unknown and could change the "
-                f"mathematics; if it does not, load with ignore_fields=({unknown[0]!r},)"
+                f"{self.path}: field {self.where}{unknown[0]!r} = {short(self.values[unknown[0]])} is unknown and could "
+                f"change the mathematics; if it does not, load with ignore_fields=({unknown[0]!r},)"
             )
+
+    def _refusal(self, name: str, value: object, wanted: str) -> InputError:
+        return InputError(f"{self.path}: {self.where}{name} is {short(value)}, wanted {wanted}")
 
 
 def read_config(folder: Path, ignore_fields: Collection[str] = ()) -> Config:
@@ -142,39 +163,29 @@ def read_config(folder: Path, ignore_fields: Collection[str] = ()) -> Config:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{folder} has no config.json: it is not a checkpoint folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}, wanted an object of fields")
     fields = _Fields(path, values)
-    cfg = _original(fields) if "num_experts" in values and "model_type" not in values else _hugging_face(fields)
+    original = "num_experts" in values and "model_type" not in values
+    cfg = _original(fields) if original else _hugging_face(fields, ignore_fields)
     fields.finish(ignore_fields)
     return _checked(path, cfg)
 
 
-def _hugging_face(fields: _Fields) -> Config:
+def _hugging_face(fields: _Fields, ignore: Collection[str]) -> Config:
     kind = fields.values.get("model_type")
     if kind != "gpt_oss":
-        raise InputError(f"{fields.path}: model_type is {kind!r}, wanted 'gpt_oss'")
-    for name, accepted in _FIXED.items():
-        if (value := fields.take(name, default=accepted[0])) not in accepted:
-            raise InputError(f"{fields.path}: {name} is {value!r}; this project computes {accepted[0]!r} only")
-    quantization = fields.take("quantization_config", default=None)
-    if quantization is not None and quantization.get("quant_method") != "mxfp4":
-        raise InputError(
-            f"{fields.path}: quantisation {quantization.get('quant_method')!r} is not read, only 'mxfp4' and none"
-        )
-    n_layers, sliding = fields.integer("num_hidden_layers"), fields.integer("sliding_window")
-    kinds = fields.take(
-        "layer_types", default=[("sliding_attention", "full_attention")[i % 2] for i in range(n_layers)]
-    )
-    windows = {"sliding_attention": sliding, "full_attention": None}
-    if len(kinds) != n_layers or any(kind not in windows for kind in kinds):
-        raise InputError(
-            f"{fields.path}: layer_types needs one of {sorted(windows)} for each of {n_layers} layers, got {kinds}"
-        )
-    fields.take("experts_per_token", default=None)  # published beside num_experts_per_tok, the same number
-    fields.take("initial_context_length", default=None)  # published, the rope's original context again
+        raise InputError(f"{fields.path}: model_type is {short(kind)}, wanted 'gpt_oss'")
+    for name, computed in _FIXED.items():
+        if (value := fields.take(name, default=computed)) != computed:
+            raise InputError(f"{fields.path}: {name} is {short(value)}; this project computes {computed!r} only")
+    if "quantization_config" in fields.values:
+        method = fields.fields("quantization_config", where="quantization_config.").values.get("quant_method")
+        if method != "mxfp4":
+            raise InputError(f"{fields.path}: quantisation {short(method)} is not read, only 'mxfp4' and none")
+    n_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
     return Config(
         d_model=fields.integer("hidden_size"),
         n_layers=n_layers,
@@ -184,41 +195,64 @@ def _hugging_face(fields: _Fields) -> Config:
         d_mlp=fields.integer("intermediate_size"),
         d_vocab=fields.integer("vocab_size"),
         num_experts=fields.integer("num_local_experts", "num_experts"),
-        experts_per_token=fields.integer("num_experts_per_tok"),
-        windows=tuple(windows[kind] for kind in kinds),
+        experts_per_token=fields.integer("num_experts_per_tok", "experts_per_token"),
+        windows=_windows(fields, n_layers),
         n_ctx=fields.integer("max_position_embeddings"),
         eps=fields.number("rms_norm_eps"),
         swiglu_limit=fields.number("swiglu_limit"),
         swiglu_alpha=fields.number("swiglu_alpha", default=1.702),
-        rope=_hugging_face_rope(fields),
+        rope=_hugging_face_rope(fields, ignore),
     )
 
 
-def _hugging_face_rope(fields: _Fields) -> Rope:
-    theta = fields.take("rope_theta", default=None)
-    given = fields.take("rope_parameters", "rope_scaling", default={})
-    rope = _Fields(fields.path, {"rope_theta": theta, **given}, "rope_parameters.")
-    theta = rope.number("rope_theta")
-    kind = rope.take("rope_type", "type", default="default")
+def _windows(fields: _Fields, n_layers: int) -> tuple[int | None, ...]:
+    sliding, full = "sliding_attention", "full_attention"
+    kinds = fields.take("layer_types", default=[full if layer % 2 else sliding for layer in range(n_layers)])
+    if not isinstance(kinds, list) or len(kinds) != n_layers or any(kind not in (sliding, full) for kind in kinds):
+        raise InputError(
+            f"{fields.path}: layer_types needs one of {[full, sliding]} for each of {n_layers} layers, got {short(kinds)}"
+        )
+    window = fields.integer("sliding_window") if sliding in kinds else fields.take("sliding_window", default=None)
+    return tuple(window if kind == sliding else None for kind in kinds)
+
+
+def _hugging_face_rope(fields: _Fields, ignore: Collection[str]) -> Rope:
+    rope = fields.fields("rope_parameters", "rope_scaling", where="rope_parameters.")
+    # Published configs say these beside the rope's own fields, transformers 5 among them.
+    rope.values |= {
+        f"../{n}": fields.values.pop(n) for n in ("rope_theta", "initial_context_length") if n in fields.values
+    }
+    theta = rope.number("rope_theta", "../rope_theta")
+    kind = rope.take("rope_type", "type")
     if kind == "default":
-        return Rope(theta, None, 32.0, 1.0, 4096, False)
-    if kind != "yarn":
-        raise InputError(f"{fields.path}: rope_type {kind!r} is not computed here, only 'yarn' and 'default'")
-    read = Rope(
-        theta=theta,
-        factor=rope.number("factor"),
-        beta_fast=rope.number("beta_fast", default=32.0),
-        beta_slow=rope.number("beta_slow", default=1.0),
-        original_ctx=rope.integer("original_max_position_embeddings"),
-        truncate=bool(rope.take("truncate", default=True)),
-    )
-    rope.finish(())
+        rope.take("../initial_context_length", default=None)
+        read = Rope.plain(theta)
+    elif kind == "yarn":
+        read = Rope(
+            theta=theta,
+            factor=rope.number("factor"),
+            beta_fast=rope.number("beta_fast", default=32.0),
+            beta_slow=rope.number("beta_slow", default=1.0),
+            original_ctx=rope.integer("original_max_position_embeddings", "../initial_context_length"),
+            truncate=rope.boolean("truncate", default=True),
+        )
+    else:
+        raise InputError(f"{fields.path}: rope_type {short(kind)} is not computed here, only 'yarn' and 'default'")
+    rope.finish(ignore)
     return read
 
 
 def _original(fields: _Fields) -> Config:
-    n_layers, sliding = fields.integer("num_hidden_layers"), fields.integer("sliding_window")
+    n_layers, sliding = fields.integer("num_hidden_layers", most=_MOST_LAYERS), fields.integer("sliding_window")
     original_ctx, factor = fields.integer("initial_context_length"), fields.number("rope_scaling_factor")
+    yarn = Rope(
+        theta=fields.number("rope_theta"),
+        factor=factor,
+        beta_fast=fields.number("rope_ntk_beta"),
+        beta_slow=fields.number("rope_ntk_alpha"),
+        original_ctx=original_ctx,
+        truncate=False,
+    )
     return Config(
         d_model=fields.integer("hidden_size"),
         n_layers=n_layers,
@@ -230,18 +264,11 @@ def _original(fields: _Fields) -> Config:
         num_experts=fields.integer("num_experts"),
         experts_per_token=fields.integer("experts_per_token"),
         windows=tuple(sliding if layer % 2 == 0 else None for layer in range(n_layers)),
-        n_ctx=round(original_ctx * factor),
-        eps=1e-5,  # the reference implementation's own constant; its config has no such field
+        n_ctx=round(original_ctx * max(factor, 1.0)),
+        eps=1e-5,  # this and alpha are constants of the reference implementation; its config has no such fields
         swiglu_limit=fields.number("swiglu_limit"),
-        swiglu_alpha=fields.number("swiglu_alpha", default=1.702),
-        rope=Rope(
-            theta=fields.number("rope_theta"),
-            factor=factor if factor > 1 else None,
-            beta_fast=fields.number("rope_ntk_beta"),
-            beta_slow=fields.number("rope_ntk_alpha"),
-            original_ctx=original_ctx,
-            truncate=False,
-        ),
+        swiglu_alpha=1.702,
+        rope=yarn if factor > 1 else Rope.plain(yarn.theta),
     )
 
 
@@ -256,6 +283,10 @@ def _checked(path: Path, cfg: Config) -> Config:
         )
     if cfg.d_head % 2:
         raise InputError(f"{path}: d_head is {cfg.d_head}; rotary positions need an even number")
+    if cfg.rope.theta <= 1 or (cfg.rope.factor or 1) < 1 or cfg.rope.beta_fast <= cfg.rope.beta_slow:
+        raise InputError(
+            f"{path}: {cfg.rope} wants theta above 1, a factor of at least 1, and beta_fast above beta_slow"
+        )
     if cfg.experts_per_token > cfg.num_experts:
         raise InputError(f"{path}: a token goes to {cfg.experts_per_token} experts, but there are {cfg.num_experts}")
     return cfg

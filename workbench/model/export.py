@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.model.config import Config
-from workbench.model.names import name_in, shapes
+from workbench.model.config import GROUP, Config, Rope, read_config
+from workbench.model.names import LAYOUTS, name_in, shapes
 
 
 class RandomTensors(Mapping[str, Tensor]):
@@ -34,11 +35,9 @@ class RandomTensors(Mapping[str, Tensor]):
         kind = name.split(".", 2)[-1]
         if kind.endswith("blocks"):
             return torch.randint(256, shape, dtype=torch.uint8, generator=rng)
-        if kind.endswith(
-            "scales"
-        ):  # codes have an r.m.s. of 2.8: this makes N(0, 1/inputs), three times that for gates
+        if kind.endswith("scales"):  # random codes have an r.m.s. of 2.9: about as loud as the dense weights below
             loud = 3 if "gate_up" in kind else 1
-            middle = 127 + math.log2(loud / 2.8 / math.sqrt(shape[-1] * 32))
+            middle = 127 + math.log2(loud / 2.9 / math.sqrt(shape[-1] * GROUP))
             return (middle + torch.randn(shape, generator=rng) * 0.5).round().to(torch.uint8)
         mean, spread = self._normal(name, shape)
         return torch.empty(shape, dtype=self._dtype).normal_(mean, spread, generator=rng)
@@ -69,33 +68,33 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     *,
     layout: str = "huggingface",
-    shard_bytes: int = 4_000_000_000,
+    shard_bytes: int = 1_000_000_000,
     extra: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write canonical tensors as a checkpoint, packed or dense as they are; the folder appears whole or not at all.
 
-    `extra` may add files (a tokenizer, a card) before that. An existing folder is refused.
+    Tensors are asked for one at a time; memory holds a shard or the largest of them. `extra` may add files (a
+    tokenizer, a card) before the folder appears. An existing folder is refused.
     """
     target = Path(folder)
     if target.exists():
         raise InputError(f"{target} exists: name another folder, or move it away")
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r} is unknown: name one of {', '.join(LAYOUTS)}")
     experts = "dense" if "blocks.0.mlp.experts.down.weight" in tensors else "mxfp4"
     if layout == "original" and experts == "dense":
         raise InputError(
             "the original layout holds packed experts only: quantise them, or write the huggingface layout"
         )
     wanted = shapes(cfg, experts)
-    if set(wanted) != set(tensors):
-        raise InputError(
-            f"these tensors are no model of this config: {sorted(set(wanted) ^ set(tensors))[:3]} too many or missing"
-        )
+    if wrong := sorted(set(wanted) ^ set(tensors)):
+        raise InputError(f"tensor {wrong[0]!r} is {'left over' if wrong[0] in tensors else 'missing'} for this config")
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(staging, ignore_errors=True)
+    staging = target.with_name(f".{target.name}.{os.getpid()}.writing")
     staging.mkdir()
     try:
-        _write_shards(staging, tensors, layout, shard_bytes)
-        (staging / "config.json").write_text(json.dumps(_config(cfg, layout, experts, tensors), indent=2) + "\n")
+        _write_config(staging, cfg, layout, experts, tensors)
+        _write_shards(staging, tensors, wanted, layout, shard_bytes)
         if extra is not None:
             extra(staging)
         os.replace(staging, target)
@@ -104,42 +103,68 @@ def save_checkpoint(
     return target
 
 
-def _write_shards(folder: Path, tensors: Mapping[str, Tensor], layout: str, shard_bytes: int) -> None:
-    stored: dict[str, list[str]] = {}
-    for name in tensors:
-        stored.setdefault(name_in(layout, name), []).append(name)
+def _write_shards(
+    folder: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], layout: str, shard_bytes: int
+) -> None:
+    fused: dict[str, list[str]] = {}
+    for name in wanted:  # in this order: q, k, v are one matrix in the original layout
+        fused.setdefault(name_in(layout, name), []).append(name)
     shards: list[Path] = []
-    index: dict[str, str] = {}
+    index: dict[str, int] = {}
     shard: dict[str, Tensor] = {}
 
     def flush() -> None:
-        path = folder / f"part-{len(shards) + 1:05d}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
-        shards.append(path)
-        index.update(dict.fromkeys(shard, path.name))
+        shards.append(folder / f"part-{len(shards)}.safetensors")
+        save_file(shard, shards[-1], metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, len(shards) - 1))
         shard.clear()
 
-    for name, parts in stored.items():
-        tensor = torch.cat([tensors[part] for part in parts]) if len(parts) > 1 else tensors[parts[0]].contiguous()
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
+    for stored, parts in fused.items():
+        # before the next tensor is made; 4 bytes a value is the most that a file holds
+        most = sum(math.prod(wanted[part]) * (1 if stored.endswith(("blocks", "scales")) else 4) for part in parts)
+        if shard and sum(t.nbytes for t in shard.values()) + most > shard_bytes:
             flush()
-        shard[name] = tensor
+        pieces = [_checked(part, tensors[part], wanted[part]) for part in parts]
+        shard[stored] = torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
+        del pieces
     flush()
-    names = {p.name: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, p in enumerate(shards, 1)}
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        names = {shards[0].name: "model.safetensors"}
-    for path in shards:
-        path.rename(folder / names[path.name])
+        names = ["model.safetensors"]
+    total = sum(path.stat().st_size for path in shards)
+    for path, name in zip(shards, names, strict=True):
+        path.rename(folder / name)
     if len(shards) > 1 and layout == "huggingface":
-        size = sum((folder / name).stat().st_size for name in names.values())
-        listing = {"metadata": {"total_size": size}, "weight_map": {t: names[p] for t, p in index.items()}}
+        listing = {"metadata": {"total_size": total}, "weight_map": {t: names[i] for t, i in index.items()}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(listing, indent=1) + "\n")
 
 
-def _config(cfg: Config, layout: str, experts: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    rope = cfg.rope
-    windows = {w for w in cfg.windows if w is not None}
-    shared = {
+def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    dtypes = (torch.uint8,) if name.endswith((".blocks", ".scales")) else (torch.bfloat16, torch.float32)
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        raise InputError(
+            f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, the config wants {list(shape)} of "
+            f"{' or '.join(map(str, dtypes))}"
+        )
+    return tensor
+
+
+def _write_config(folder: Path, cfg: Config, layout: str, experts: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write the config, and refuse one that would be read as another model."""
+    written = _original(cfg) if layout == "original" else _hugging_face(cfg, experts, tensors)
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    back = read_config(folder)
+    meant = cfg if cfg.rope.factor is not None else replace(cfg, rope=Rope.plain(cfg.rope.theta))
+    if lost := [field.name for field in fields(Config) if getattr(back, field.name) != getattr(meant, field.name)]:
+        name = lost[0]
+        raise InputError(
+            f"the {layout} layout cannot say {name} {getattr(cfg, name)}: it would be read as {getattr(back, name)}"
+        )
+
+
+def _sizes(cfg: Config) -> dict[str, Any]:
+    """What both layouts call the same."""
+    return {
         "num_hidden_layers": cfg.n_layers,
         "vocab_size": cfg.d_vocab,
         "hidden_size": cfg.d_model,
@@ -147,19 +172,26 @@ def _config(cfg: Config, layout: str, experts: str, tensors: Mapping[str, Tensor
         "head_dim": cfg.d_head,
         "num_attention_heads": cfg.n_heads,
         "num_key_value_heads": cfg.n_key_value_heads,
-        "sliding_window": min(windows, default=128),
+        "sliding_window": next((window for window in cfg.windows if window is not None), 128),
         "swiglu_limit": cfg.swiglu_limit,
     }
-    if layout == "original":
-        return shared | {
-            "num_experts": cfg.num_experts,
-            "experts_per_token": cfg.experts_per_token,
-            "initial_context_length": rope.original_ctx,
-            "rope_theta": rope.theta,
-            "rope_scaling_factor": rope.factor or 1.0,
-            "rope_ntk_alpha": rope.beta_slow,
-            "rope_ntk_beta": rope.beta_fast,
-        }
+
+
+def _original(cfg: Config) -> dict[str, Any]:
+    rope = cfg.rope
+    return _sizes(cfg) | {
+        "num_experts": cfg.num_experts,
+        "experts_per_token": cfg.experts_per_token,
+        "initial_context_length": cfg.n_ctx if rope.factor is None else rope.original_ctx,
+        "rope_theta": rope.theta,
+        "rope_scaling_factor": rope.factor or 1.0,
+        "rope_ntk_alpha": rope.beta_slow,
+        "rope_ntk_beta": rope.beta_fast,
+    }
+
+
+def _hugging_face(cfg: Config, experts: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    rope = cfg.rope
     yarn = {
         "rope_type": "yarn",
         "factor": rope.factor,
@@ -168,10 +200,10 @@ def _config(cfg: Config, layout: str, experts: str, tensors: Mapping[str, Tensor
         "original_max_position_embeddings": rope.original_ctx,
         "truncate": rope.truncate,
     }
-    written: dict[str, Any] = {
+    written = {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
-        **shared,
+        **_sizes(cfg),
         "num_local_experts": cfg.num_experts,
         "num_experts_per_tok": cfg.experts_per_token,
         "layer_types": ["full_attention" if w is None else "sliding_attention" for w in cfg.windows],
@@ -183,7 +215,7 @@ def _config(cfg: Config, layout: str, experts: str, tensors: Mapping[str, Tensor
         "tie_word_embeddings": False,
         "rope_theta": rope.theta,
         "rope_scaling": {"rope_type": "default"} if rope.factor is None else yarn,
-        "torch_dtype": str(tensors["embed.weight"].dtype).removeprefix("torch."),
+        "torch_dtype": str(tensors["blocks.0.attn.q.weight"].dtype).removeprefix("torch."),
     }
     if experts == "mxfp4":
         kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]

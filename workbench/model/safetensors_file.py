@@ -5,14 +5,13 @@ Format: 8 bytes of header length, a JSON header, then the data. https://huggingf
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from workbench.errors import InputError
@@ -38,10 +37,13 @@ class SafetensorsFile:
     path: Path
     entries: dict[str, Entry]
     header: bytes = field(repr=False)
+    _mapped: Any = field(repr=False)
 
     @classmethod
     def open(cls, path: Path) -> "SafetensorsFile":
         """Read and check the header; every doubt is an InputError that names the file and the tensor."""
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise InputError(f"{path} is not a file")
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
@@ -57,18 +59,18 @@ class SafetensorsFile:
             described = json.loads(header, object_pairs_hook=_no_duplicates)
             described.pop("__metadata__", None)
             entries = {name: _entry(value) for name, value in described.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: the header is not a safetensors header: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{path}: the header is not a safetensors header: {error!r}") from error
         _check_ranges(path, entries, size - 8 - length)
-        return cls(path, entries, header)
-
-    @cached_property
-    def _open(self) -> Any:
-        return safe_open(self.path, framework="pt")
+        try:
+            mapped = safe_open(path, framework="pt")
+        except SafetensorError as error:  # what the library asks beyond this: of metadata, of unicode
+            raise InputError(f"{path}: the header is not a safetensors header: {error}") from error
+        return cls(path, entries, header, mapped)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, memory-mapped."""
-        found: Tensor = self._open.get_tensor(name)
+        found: Tensor = self._mapped.get_tensor(name)
         return found
 
     def samples(self, blocks: int = 64, block_bytes: int = 65_536) -> Iterator[bytes]:
@@ -84,9 +86,9 @@ class SafetensorsFile:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set():
-        raise ValueError(f"tensor {min(twice)!r} is there twice")
+    (name, times), *_ = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
+    if times > 1:
+        raise ValueError(f"tensor {name!r} is there twice")
     return dict(pairs)
 
 
@@ -95,7 +97,7 @@ def _entry(value: dict[str, Any]) -> Entry:
     shape = tuple(value["shape"])
     if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
         raise ValueError(f"shape {shape} or offsets {start}, {end} are no counts")
-    return Entry(value["dtype"], shape, start, end)
+    return Entry(str(value["dtype"]), shape, start, end)
 
 
 def _check_ranges(path: Path, entries: dict[str, Entry], data_bytes: int) -> None:
@@ -115,6 +117,5 @@ def _check_ranges(path: Path, entries: dict[str, Entry], data_bytes: int) -> Non
         if entry.start != position:
             raise InputError(f"{path}: tensor {name!r} overlaps or leaves a gap after {previous or 'the header'!r}")
         position, previous = entry.end, name
-
-
-TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8}
+    if position != data_bytes:
+        raise InputError(f"{path}: {data_bytes - position:,} bytes after the last tensor belong to none")

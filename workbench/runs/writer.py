@@ -17,7 +17,7 @@ import pandas as pd
 import zarr
 from zarr.codecs import ZstdCodec
 
-from workbench.errors import InputError
+from workbench.errors import InputError, JobError
 from workbench.runs.lock import Lock
 from workbench.runs.schema import SCHEMA, ArraySpec, Layout, Spec, Unit, arrays
 
@@ -149,7 +149,7 @@ def _write_table(group: zarr.Group, name: str, table: pd.DataFrame, dim: str) ->
         values = table[column].to_numpy()
         text = not (np.issubdtype(values.dtype, np.number) or values.dtype == bool)
         if text:
-            values = np.array(["" if v is None or v is pd.NA or v != v else str(v) for v in values], dtype=object)
+            values = table[column].fillna("").astype(str).to_numpy(dtype=object)
         array = columns.create_array(
             str(column), shape=values.shape, dtype="string" if text else values.dtype, chunks=(max(1, min(len(values), 65_536)),),
             compressors=_CODEC, dimension_names=(dim,), config={"write_empty_chunks": True},
@@ -259,7 +259,7 @@ class RunWriter:
         if name not in _MAY_BE_NAN:
             chosen = next((a.layers for a in self._spec.activations if name == f"activations/{a.hook}"), None)
             layer = f" in layer {chosen[where[0]] if chosen else where[0]}"
-        raise ValueError(
+        raise JobError(
             f"{name} is not finite{layer}, sequence {self._ids[unit.sequences[sequence]]!r} at position "
             f"{int(row - starts[sequence])}: unit {unit.index} was not written; check the checkpoint's values"
         )

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from workbench.studies import routing as routing
     from workbench.studies import statistics as statistics
     from workbench.studies.design import Run
+    from workbench.studies.result import save as save
+    from workbench.studies.result import summary as summary
 
 STUDIES = ("routing",)
 _MODULES = ("resampling", "result", "statistics", "synthetic", *STUDIES)
 
-__all__ = ["STUDIES", "result", "routing", "run_study", "statistics"]
+__all__ = ["STUDIES", "result", "routing", "run_study", "save", "statistics", "summary"]
 
 
 def run_study(name: str, run: "Run", **options: Any) -> "dict[str, xr.Dataset]":
@@ -34,8 +36,10 @@ def run_study(name: str, run: "Run", **options: Any) -> "dict[str, xr.Dataset]":
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"workbench.studies.{name}")
+    if name in ("save", "summary"):
+        return getattr(importlib.import_module("workbench.studies.result"), name)
     raise AttributeError(f"module 'workbench.studies' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *_MODULES, *__all__})

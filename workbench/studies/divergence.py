@@ -76,8 +76,8 @@ METHOD = (
 NOT_CONTROLLED: dict[Between, str] = {
     "channel": "Analysis comes before final: position, visible keys and words differ with it. Sums per channel "
     "can neither match tokens nor equalise token budgets; a task can be held fixed (task=…).",
-    "effort": "In analysis and final, texts differ in words and length with effort, hence in position. The prompt "
-    "channel is the control: both efforts read the same text there, save the effort's own word.",
+    "effort": "What the model writes differs in words and length with effort, hence in position. The prompt channel "
+    "is the matched comparison: both efforts read the same text at the same positions, save the effort's own word.",
     "task": "Tasks differ in words, length and position, and their prompts are not paired.",
 }
 
@@ -226,11 +226,11 @@ def _words(result: xr.Dataset) -> str:
             f"{layers[most]}: {top.excess:.3f} bits over chance [{top.excess_low:.3f}, {top.excess_high:.3f}]."
         )
         if not (different | missing).all():
-            lines.append(f"No difference shown in layers {', '.join(map(str, layers[~different & ~missing]))}.")
+            lines.append(f"No difference shown in {_named(layers[~different & ~missing])}.")
     else:
         lines.append("No difference shown in any layer.")
     if missing.any():
-        lines.append(f"Missing (nothing counted): layers {', '.join(map(str, layers[missing]))}.")
+        lines.append(f"Missing, as nothing was counted: {_named(layers[missing])}.")
     cells = result["expert_different"].values
     lines.append(f"Used differently: {cells.sum()} of {cells.size} experts (layer × expert).")
     size = np.where(cells, np.abs(result["difference"].values), -np.inf)
@@ -243,3 +243,7 @@ def _words(result: xr.Dataset) -> str:
             f"[{100 * cell.difference_low:+.1f}, {100 * cell.difference_high:+.1f}]"
         )
     return "\n".join(lines)
+
+
+def _named(layers: np.ndarray) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"

@@ -2,17 +2,22 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from workbench.errors import InputError
 
 
+def refuse_paths(names: Iterable[str]) -> None:
+    """File names that come from labels of a run must not lead out of the directory they are written to."""
+    for name in names:
+        if name != Path(name).name or name == "..":
+            raise InputError(f"{name!r} cannot be the name of a file; it needs one without folders")
+
+
 def write_files(files: Mapping[str, str | bytes], out_dir: str | os.PathLike[str]) -> list[Path]:
     """Write all files beside their place first, then move them there one by one: none is ever half-written."""
-    for name in files:
-        if name != Path(name).name:
-            raise InputError(f"{name!r} cannot be the name of a file in {out_dir}; it needs one without a folder")
+    refuse_paths(files)
     out = Path(out_dir)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; --out needs a directory to write {len(files)} files into")

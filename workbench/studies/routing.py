@@ -172,7 +172,7 @@ def _intervals(
     """Bootstrap intervals of one layer's shares and entropy."""
     total = counts.sum(axis=0)
     share, replicates = statistics.share(total), statistics.share(weights @ counts)
-    influence = (counts - counts.sum(axis=1, keepdims=True) * share) / max(total.sum(), 1)
+    influence = counts - counts.sum(axis=1, keepdims=True) * share  # up to a factor, which BCa does not see
     share_low, share_high = mean_interval(interval, share, replicates, influence)
     entropies = statistics.entropy(replicates)
     corrected = bias_corrected(statistics.entropy(share), entropies)

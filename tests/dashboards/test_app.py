@@ -1,0 +1,200 @@
+"""The dashboard in a real browser: what is drawn, what a link reopens, that nothing is fetched from elsewhere."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
+).split()
+SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.fail("no Chromium: apt-get install chromium")
+    with sync_playwright() as p:
+        yield p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serve(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """`workbench dashboard` as a user starts it; returns when it answers."""
+    port = free_port()
+    command = [sys.executable, "-m", "workbench.cli", "dashboard", *arguments, "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(240):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return server, f"http://localhost:{port}"
+        if server.poll() is not None:
+            assert server.stdout is not None
+            pytest.fail(f"the dashboard did not start: {server.stdout.read()}")
+        time.sleep(0.25)
+    server.kill()
+    pytest.fail("the dashboard does not answer")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory, demo_run: Path) -> Iterator[str]:
+    server, url = serve(str(demo_run))
+    yield url
+    server.send_signal(signal.SIGINT)
+    server.wait(20)
+
+
+class Visit:
+    """A page that remembers what it asked for and complained of."""
+
+    def __init__(self, browser: Browser, url: str, width: int = 1280) -> None:
+        self.page: Page = browser.new_page(viewport={"width": width, "height": 900})
+        self.foreign: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", self._request)
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.goto(url, timeout=90_000)
+
+    def _request(self, request: object) -> None:
+        url = request.url  # type: ignore[attr-defined]
+        if not re.match(r"(http://localhost:|http://127\.0\.0\.1:|ws://localhost:|data:|blob:)", url):
+            self.foreign.append(url)
+
+    def drawn(self, count: int = 1) -> "Visit":
+        """Wait until that many figures are there."""
+        self.page.wait_for_function(
+            """count => { const all = []; const walk = root => { for (const e of root.querySelectorAll('*')) {
+                 if (e.classList.contains('js-plotly-plot') && e.querySelector('.main-svg')) all.push(e);
+                 if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return all.length >= count }""",
+            arg=count,
+            timeout=90_000,
+        )
+        return self
+
+
+def heat(page: Page) -> list[list[float]]:
+    """The numbers of the first heat map, as the browser holds them."""
+    values = page.evaluate(
+        """() => { let found = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
+             if (!found && e.classList.contains('js-plotly-plot')) { const t = (e.data || []).find(t => t.type === 'heatmap');
+               if (t) found = Array.from(t.customdata || t.z).length + '|' + JSON.stringify((t.z._inputArray || t.z)); }
+             if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
+    )
+    assert values, "no heat map"
+    return json.loads(values.split("|", 1)[1])  # type: ignore[no-any-return]
+
+
+def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, browser: Browser) -> None:
+    visit = Visit(browser, demo).drawn(5)
+    expect(visit.page.get_by_text("expert routing").first).to_be_visible()
+    expect(visit.page.get_by_text("16 experts").first).to_be_visible()
+    for words in ("Accuracy and tokens by effort", "What was found", "How is this computed"):
+        expect(visit.page.get_by_text(words).first).to_be_attached()
+    SCREENSHOTS.mkdir(exist_ok=True)
+    visit.page.wait_for_timeout(1000)
+    visit.page.screenshot(path=SCREENSHOTS / "routing-1280.png")
+    assert visit.foreign == []
+    assert visit.errors == []
+
+
+def test_it_is_readable_on_a_wide_screen(demo: str, browser: Browser) -> None:
+    visit = Visit(browser, demo, width=1920).drawn(3)
+    visit.page.wait_for_timeout(500)
+    visit.page.screenshot(path=SCREENSHOTS / "routing-1920.png")
+    assert visit.errors == []
+
+
+def test_choosing_an_effort_changes_the_heat_map_and_the_link_reopens_it(demo: str, browser: Browser) -> None:
+    visit = Visit(browser, f"{demo}/?channel=final&effort=high").drawn()
+    before = heat(visit.page)
+    visit.page.get_by_role("button", name="low", exact=True).click()
+    visit.page.wait_for_url(re.compile("effort=low"), timeout=30_000)
+    visit.page.wait_for_timeout(1500)
+    after = heat(visit.page)
+    assert after != before
+    again = Visit(browser, visit.page.url).drawn()
+    again.page.wait_for_timeout(500)
+    assert heat(again.page) == after
+    assert visit.errors == again.errors == []
+
+
+def test_a_link_that_names_what_does_not_exist_opens_all_the_same(demo: str, browser: Browser) -> None:
+    visit = Visit(browser, f"{demo}/?run=../../etc/passwd&channel=<script>alert(1)</script>&effort=extreme").drawn()
+    assert "passwd" not in visit.page.content()
+    assert visit.errors == []
+
+
+def test_text_from_a_run_is_text(demo_run: Path, tmp_path: Path, browser: Browser) -> None:
+    """A checkpoint that calls itself <script> must not run."""
+    evil = shutil.copytree(demo_run, tmp_path / "evil.zarr")
+    attributes = json.loads((evil / "zarr.json").read_text())
+    attributes["attributes"]["checkpoint"]["name"] = (
+        "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
+    )
+    (evil / "zarr.json").write_text(json.dumps(attributes))
+    server, url = serve(str(evil))
+    try:
+        visit = Visit(browser, url).drawn()
+        assert visit.page.evaluate("window.evil") is None
+        assert visit.foreign == []
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(20)
+
+
+def test_a_run_that_vanishes_is_said_to_be_gone(demo_run: Path, tmp_path: Path, browser: Browser) -> None:
+    copy = shutil.copytree(demo_run, tmp_path / "gone.zarr")
+    server, url = serve(str(copy))
+    try:
+        shutil.rmtree(copy)
+        visit = Visit(browser, url)
+        expect(visit.page.get_by_text("is not there").first).to_be_visible(timeout=30_000)
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["/no/such.zarr"], "is not there"), ([os.devnull], "a file"), ([str(Path(__file__).parent)], "is not a run")],
+)
+def test_a_path_that_is_no_run_is_refused_before_serving(arguments: list[str], said: str) -> None:
+    command = [sys.executable, "-m", "workbench.cli", "dashboard", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_port_in_use_is_refused_in_one_line(demo_run: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "workbench.cli", "dashboard", str(demo_run), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert f"port {port}" in done.stderr
+    assert "--port" in done.stderr

@@ -1,0 +1,101 @@
+"""The command line as it is typed: the whole way, and one line with the right exit code for each mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DATA
+from workbench import cli
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of `workbench …`, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["workbench", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    out = capsys.readouterr()
+    return int(left.value.code or 0), out.out, out.err
+
+
+@pytest.mark.slow
+def test_the_whole_way_from_prompts_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join((DATA / "prompts.jsonl").read_text().splitlines()[::8]) + "\n")
+    transcripts, store, out = tmp_path / "t.jsonl", tmp_path / "run.zarr", tmp_path / "out"
+    generate = ["generate", "nano", str(prompts), str(transcripts), "--effort", "low", "--effort", "high"]
+    assert run(capsys, *generate)[0] == 0
+    assert len(transcripts.read_text().splitlines()) == 50
+    code, _, err = run(capsys, *generate)
+    assert code == 2
+    assert "exists" in err
+    assert run(capsys, "capture", "nano", str(transcripts), str(store))[0] == 0
+    assert run(capsys, "verify", str(store))[:2] == (0, f"{store}: whole\n")
+    code, text, _ = run(capsys, "study", "routing", str(store), "--out", str(out))
+    assert code == 0
+    assert "analysis against final" in text
+    assert (out / "routing.txt").read_text().strip() == text.strip()
+    assert list(out.glob("*.csv"))
+    assert run(capsys, "figures", str(store), "--out", str(out), "--format", "html")[0] == 0
+    assert list(out.glob("*.html"))
+    shard = next((store / "routing" / "gates").rglob("c/0/*/*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    code, text, _ = run(capsys, "verify", str(store))
+    assert code == 1
+    assert "routing/gates cannot be read" in text
+
+
+def test_info_names_sizes_and_hook_points(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, "info", "nano")
+    assert code == 0
+    for word in ("attn.hook_sink", "batch pos slot d_mlp", "parameters", "experts_per_token"):
+        assert word in text
+
+
+MISTAKES = {
+    "no such model": (["capture", "/no/model", "t.jsonl", "r.zarr"], "neither a folder"),
+    "no such transcripts": (["capture", "nano", "/no/t.jsonl", "r.zarr"], "/no/t.jsonl"),
+    "no such prompts": (["generate", "nano", "/no/p.jsonl", "t.jsonl"], "/no/p.jsonl"),
+    "unknown effort": (["generate", "nano", str(DATA / "prompts.jsonl"), "t.jsonl", "--effort", "max"], "'max'"),
+    "unknown record": (["capture", "nano", "TRANSCRIPTS", "r.zarr", "--record", "everything"], "cannot record"),
+    "unknown dtype": (["capture", "nano", "TRANSCRIPTS", "r.zarr", "--dtype", "int8"], "choose one of"),
+    "unknown device": (["capture", "nano", "TRANSCRIPTS", "r.zarr", "--device", "toaster"], "toaster"),
+    "small unit": (["capture", "nano", "TRANSCRIPTS", "r.zarr", "--unit-tokens", "100"], "multiple"),
+    "no such run": (["study", "routing", "/no/run.zarr"], "is not there"),
+    "unknown study": (["study", "alchemy", str(DATA / "demo.zarr")], "alchemy"),
+    "unknown format": (["figures", str(DATA / "demo.zarr"), "--out", "f", "--format", "bmp"], "bmp"),
+    "folder of another program": (["study", "routing", str(DATA)], "not a run"),
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_a_mistake_is_one_line_exit_2_and_nothing_left_behind(
+    mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, said = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    row = {"id": "a", "prompt_id": "a", "effort": "low", "tokens": [6, 11], "n_prompt": 1}
+    transcripts = tmp_path / "rows.jsonl"
+    transcripts.write_text(json.dumps(row) + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run(capsys, *[str(transcripts) if a == "TRANSCRIPTS" else a for a in arguments])
+    assert code == 2, err
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "capture")[0] == 2
+    assert run(capsys, "generate", "nano", "a", "b", "--samples", "0")[0] == 2
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{Path(sys.executable).with_name('workbench')} info nano | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
