@@ -18,9 +18,10 @@ playwright = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
-).split()
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run",
+]  # fmt: skip
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
 
 pytestmark = pytest.mark.browser
@@ -40,18 +41,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+def serve(*arguments: str) -> tuple[subprocess.Popen[bytes], str]:
     """`workbench dashboard` as a user starts it; returns when it answers."""
     port = free_port()
     command = [sys.executable, "-m", "workbench.cli", "dashboard", *arguments, "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(240):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return server, f"http://localhost:{port}"
         if server.poll() is not None:
-            assert server.stdout is not None
-            pytest.fail(f"the dashboard did not start: {server.stdout.read()}")
+            pytest.fail(f"the dashboard did not start: {' '.join(command)}")
         time.sleep(0.25)
     server.kill()
     pytest.fail("the dashboard does not answer")
@@ -61,8 +61,13 @@ def serve(*arguments: str) -> tuple[subprocess.Popen[str], str]:
 def demo(tmp_path_factory: pytest.TempPathFactory, demo_run: Path) -> Iterator[str]:
     server, url = serve(str(demo_run))
     yield url
+    stop(server)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C does."""
     server.send_signal(signal.SIGINT)
-    server.wait(20)
+    assert server.wait(30) in (0, 130)
 
 
 class Visit:
@@ -74,8 +79,13 @@ class Visit:
         self.errors: list[str] = []
         self.page.on("request", self._request)
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
-        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.on("pageerror", self._page_error)
         self.page.goto(url, timeout=90_000)
+
+    def _page_error(self, error: object) -> None:
+        # Panel 1.9 now and then tells the wrong element to resize while a figure is drawn; it is drawn all the same.
+        if "_guiEditing" not in str(error):
+            self.errors.append(str(error))
 
     def _request(self, request: object) -> None:
         url = request.url  # type: ignore[attr-defined]
@@ -160,8 +170,7 @@ def test_text_from_a_run_is_text(demo_run: Path, tmp_path: Path, browser: Browse
         assert visit.page.evaluate("window.evil") is None
         assert visit.foreign == []
     finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(20)
+        stop(server)
 
 
 def test_a_run_that_vanishes_is_said_to_be_gone(demo_run: Path, tmp_path: Path, browser: Browser) -> None:
@@ -172,8 +181,7 @@ def test_a_run_that_vanishes_is_said_to_be_gone(demo_run: Path, tmp_path: Path, 
         visit = Visit(browser, url)
         expect(visit.page.get_by_text("is not there").first).to_be_visible(timeout=30_000)
     finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(20)
+        stop(server)
 
 
 @pytest.mark.parametrize(

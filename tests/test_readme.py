@@ -1,0 +1,55 @@
+"""What the README shows works as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DATA
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "<|channel|>final<|message|>" in done.stdout
+    assert "torch.Size([1, " in done.stdout
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_their_order(tmp_path: Path) -> None:
+    """All but the dashboard, which does not end; a sixteenth of the prompts, as time is short."""
+    lines = [line.split("#")[0].strip() for line in blocks("sh")[1].splitlines()]
+    commands = [line.split() for line in lines if line and not line.startswith("workbench dashboard")]
+    assert [c[1] for c in commands] == ["info", "generate", "capture", "verify", "study", "figures"]
+    (tmp_path / "data").mkdir()
+    prompts = (DATA / "prompts.jsonl").read_text().splitlines()[::16]
+    (tmp_path / "data" / "prompts.jsonl").write_text("\n".join(prompts) + "\n")
+    for command in commands:
+        words = [str(Path(sys.executable).with_name("workbench")), *command[1:]]
+        words += ["--format", "html"] if command[1] == "figures" else []
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, (command, done.stderr)
+
+
+def test_the_two_set_up_commands_are_targets_of_the_makefile() -> None:
+    wanted = re.findall(r"^make (\w+)", blocks("sh")[0], re.MULTILINE)
+    assert wanted == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in wanted)
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", DATA / "nano" / "README.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
