@@ -1,7 +1,6 @@
 """nano is a checkpoint like any other: transformers and TransformerLens' bridge load it, and say the same."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,10 +20,10 @@ def nano() -> GptOss:
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Iterator[Any]:
+def theirs() -> Any:
     from transformers import AutoModelForCausalLM
 
-    yield AutoModelForCausalLM.from_pretrained(DATA / "nano", dtype=torch.float32, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(DATA / "nano", dtype=torch.float32, attn_implementation="eager")
 
 
 @torch.no_grad()

@@ -187,13 +187,8 @@ def _hugging_face(fields: _Fields, ignore: Collection[str]) -> Config:
             raise InputError(f"{fields.path}: quantisation {short(method)} is not read, only 'mxfp4' and none")
     n_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
     return Config(
-        d_model=fields.integer("hidden_size"),
+        **_sizes(fields),
         n_layers=n_layers,
-        n_heads=fields.integer("num_attention_heads"),
-        n_key_value_heads=fields.integer("num_key_value_heads"),
-        d_head=fields.integer("head_dim"),
-        d_mlp=fields.integer("intermediate_size"),
-        d_vocab=fields.integer("vocab_size"),
         num_experts=fields.integer("num_local_experts", "num_experts"),
         experts_per_token=fields.integer("num_experts_per_tok", "experts_per_token"),
         windows=_windows(fields, n_layers),
@@ -203,6 +198,15 @@ def _hugging_face(fields: _Fields, ignore: Collection[str]) -> Config:
         swiglu_alpha=fields.number("swiglu_alpha", default=1.702),
         rope=_hugging_face_rope(fields, ignore),
     )
+
+
+def _sizes(fields: _Fields) -> dict[str, int]:
+    """What both spellings call alike."""
+    names = {
+        "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_key_value_heads": "num_key_value_heads",
+        "d_head": "head_dim", "d_mlp": "intermediate_size", "d_vocab": "vocab_size",
+    }  # fmt: skip
+    return {ours: fields.integer(theirs) for ours, theirs in names.items()}
 
 
 def _windows(fields: _Fields, n_layers: int) -> tuple[int | None, ...]:
@@ -254,13 +258,8 @@ def _original(fields: _Fields) -> Config:
         truncate=False,
     )
     return Config(
-        d_model=fields.integer("hidden_size"),
+        **_sizes(fields),
         n_layers=n_layers,
-        n_heads=fields.integer("num_attention_heads"),
-        n_key_value_heads=fields.integer("num_key_value_heads"),
-        d_head=fields.integer("head_dim"),
-        d_mlp=fields.integer("intermediate_size"),
-        d_vocab=fields.integer("vocab_size"),
         num_experts=fields.integer("num_experts"),
         experts_per_token=fields.integer("experts_per_token"),
         windows=tuple(sliding if layer % 2 == 0 else None for layer in range(n_layers)),
