@@ -95,7 +95,7 @@ def evaluate(checkpoint: Path, before: Path | None, per_family: int) -> dict[str
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of nano, with packed experts.")],
     before: Annotated[Path | None, typer.Option(help="The same with dense experts, before packing.")] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions a family, each asked at every effort.")] = 100,
+    questions: Annotated[int, typer.Option(min=1, help="Questions a family, each asked at every effort.")] = 60,
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Ask nano, and write accuracy.json into the checkpoint."""

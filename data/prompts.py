@@ -14,9 +14,11 @@ import typer
 from workbench.data.command import run
 from workbench.data.conversations import FIRST_TURNS, prompt_messages
 from workbench.data.tasks import FAMILIES, Problem, draw
+from workbench.errors import InputError
 
 SEED = 7
 PER_FAMILY = 20
+_DRAWS = 20  # for each question wanted: small families repeat themselves
 _TWO_TURNS = 10  # every tenth question follows another, as in training
 
 
@@ -25,9 +27,9 @@ def questions(per_family: int) -> list[tuple[Problem, ...]]:
     asked: list[tuple[Problem, ...]] = []
     for family in FAMILIES:
         rng = random.Random(f"{SEED} {family}")
-        found: dict[Problem, None] = {}
-        while len(found) < per_family:
-            found.setdefault(draw(rng, family, test=True))
+        found = list(dict.fromkeys(draw(rng, family, test=True) for _ in range(_DRAWS * per_family)))[:per_family]
+        if len(found) < per_family:
+            raise InputError(f"{family} has {len(found)} test questions, {per_family} were asked for: ask for fewer")
         for i, problem in enumerate(found):
             second = i % _TWO_TURNS == _TWO_TURNS - 1
             asked.append((draw(rng, rng.choice(FIRST_TURNS), test=True), problem) if second else (problem,))

@@ -10,6 +10,8 @@ from workbench import harmony
 from workbench.data.conversations import conversation, prompt_messages, spell, training_example
 from workbench.data.tasks import DISH, FAMILIES, HOME, WEIGHTS, Problem, draw
 from workbench.harmony.rendering import EFFORTS
+from workbench.data.prompts import questions
+from workbench.errors import InputError
 from workbench.model.checkpoint import BUNDLED
 
 
@@ -124,3 +126,8 @@ def test_spelling_is_the_tokenizer_s(tokenizer: harmony.Tokenizer) -> None:
     for text in ("sort lowly", "(12+3)*4-5", "a user"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert len(tokenizer.encode(text)) == len(text), "a header word inside a content must be spelled"
+
+
+def test_more_questions_than_a_family_has_are_refused() -> None:
+    with pytest.raises(InputError, match="conflict has .* test questions, 500 were asked for"):
+        questions(500)

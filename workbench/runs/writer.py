@@ -271,11 +271,9 @@ class RunWriter:
         self.group.attrs["status"] = "complete"
 
 
-def _disk_error(path: Path, error: OSError) -> OSError:
+def _disk_error(path: Path, error: OSError) -> Exception:
     if error.errno == errno.ENOSPC:
-        return OSError(
-            errno.ENOSPC, f"the disk of {path} is full; free some space and start the same job again to go on"
-        )
+        return JobError(f"the disk of {path} is full; free some space and start the same job again to go on")
     return error
 
 
