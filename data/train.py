@@ -204,7 +204,7 @@ def _beside(out: Path, what: str) -> Path:
 
 def main(
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
-    steps: Annotated[int, typer.Option(min=1)] = 4000,
+    steps: Annotated[int, typer.Option(min=1)] = 4700,
     seed: int = 0,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     resume: Annotated[bool, typer.Option(help="Go on from OUT.training.")] = False,
