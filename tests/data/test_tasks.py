@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from collections.abc import Callable
 
 import pytest
@@ -46,11 +47,13 @@ def test_answers_are_right_and_steps_lead_there(family: str) -> None:
         problem = draw(rng, family)
         assert problem.answer == solve(problem)
         assert problem.task == family
-        for part in (problem.steps, problem.sketch):
-            for equation in part.replace(" ", ";").split(";"):
-                left, equals, right = equation.partition("=")
-                if equals:
-                    assert eval("+".join(str(int(n)) for n in left.split("+")) if "+" in left else left) == int(right)
+        for equation in f"{problem.sketch};{problem.steps}".replace(" ", ";").split(";"):
+            left, equals, right = equation.partition("=")
+            if equals:  # in a sum's columns numbers are as always, elsewhere low digit first
+                turn = slice(None) if family == "sum" else slice(None, None, -1)
+                assert eval(re.sub(r"\d+", lambda n: str(int(n[0][turn])), left)) == int(right[turn]), equation
+        if family in ("product", "chain"):
+            assert problem.answer[::-1] in problem.steps
 
 
 def test_steps_with_letters_keep_count() -> None:
@@ -63,8 +66,12 @@ def test_steps_with_letters_keep_count() -> None:
         assert [int(step[1:]) for step in running if step[0] == letter] == list(range(1, word.count(letter) + 1))
         assert last == letter + count.answer
         ordered = draw(rng, "sort")
-        *runs, again = ordered.steps.split()
-        assert "".join(run[0] * int(run[1:]) for run in runs) == again == ordered.answer
+        pairs, fours, again = (part.split() for part in ordered.steps.split(";"))
+        assert again == [ordered.answer]
+        assert " ".join(fours) == ordered.sketch
+        for runs, size in ((pairs, 2), (fours, 4)):
+            word = ordered.question.split()[1]
+            assert runs == ["".join(sorted(word[i : i + size])) for i in range(0, len(word), size)]
         backwards = draw(rng, "reverse")
         *numbered, again = backwards.steps.split()
         assert "".join(step[1] for step in numbered) == backwards.question.split()[1]
