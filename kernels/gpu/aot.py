@@ -10,17 +10,16 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from workbench.kernels.gpu.tiles import Tile
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 changes the default: say it
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Target(NamedTuple):
@@ -101,8 +100,8 @@ def resources(specimen: Specimen, target: Target) -> Resources:
     shared = int(compiled.metadata.shared)
     threads = specimen.tile.num_warps * target.warp
     if target.backend == "cuda":
-        registers, spilled = _ptxas(compiled.asm["ptx"])
-        found = re.findall(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\S*?\.(m\d+n\d+k\d+)?", compiled.asm["ptx"])
+        registers, spilled = _ptxas(compiled.asm["ptx"], int(target.arch))
+        found = re.findall(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)(?:\S*?\.(m\d+n\d+k\d+))?", compiled.asm["ptx"])
         instructions = {f"{kind} {shape}".strip() for kind, shape in found}
         by_registers = target.registers // (-(-registers // 8) * 8 * threads) if registers else 32
     else:
@@ -117,15 +116,14 @@ def resources(specimen: Specimen, target: Target) -> Resources:
     )
 
 
-def _ptxas(ptx: str) -> tuple[int, int]:
-    """Registers and spilled bytes a thread, as the assembler reports them."""
-    arch = re.search(r"\.target (sm_\w+)", ptx)
-    assert arch
-    tool = "ptxas-blackwell" if int(re.sub(r"\D", "", arch[1])) >= 100 else "ptxas"
+def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers and spilled bytes a thread, as the assembler that Triton uses for this target reports them."""
+    named = re.search(r"\.target (sm_\w+)", ptx)
+    assert named
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [str(_TOOLS / tool), "-v", f"--gpu-name={arch[1]}", "-o", "/dev/null", file.name]
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={named[1]}", "-o", "/dev/null", file.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
     assert registers
