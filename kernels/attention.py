@@ -2,19 +2,28 @@
 
 A sink is one learned logit per head that takes part in the softmax and is then dropped. Attention over the keys
 alone, with its log-sum-exp, is enough to have it: the sink's probability is p = sigmoid(sink − lse), and every
-weight on a key shrinks by 1 − p. So the kernel knows nothing of sinks, and editing p needs no pattern.
+weight on a key shrinks by 1 − p. So whoever edits p needs neither sinks nor a pattern in here.
 
 Keys sit at their own positions: query at position t sees keys max(0, t − window + 1) … t. Hence right padding
 and unequal prefixes need no mask.
+
+Two ways through it on a CPU. Without gradients, whole sequences take torch's flash attention, window layers in
+blocks that see only their own keys. Continued sequences and gradients take blocks of plain torch.
+Measured, one thread (Zen 4), 64 heads of 64, 2,048 tokens in bfloat16: causal 0.50 s, a window of 128 0.12 s.
 
 Reference: openai/gpt-oss, gpt_oss/torch/model.py, sdpa; FlashAttention-2 (arXiv 2307.08691) for the row statistics.
 Cost for T queries on S visible keys: 4 · T · S · n_heads · d_head flops; memory linear in T.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_WINDOW_BLOCK = 64  # queries that share the keys of a window; 128: 1.2 × the time, 256: 1.4 ×
 _QUERY_BLOCK = 256  # scores of one block of 64 heads on 4,096 keys: 268 MB in float32
 
 
@@ -63,11 +72,69 @@ def attention(
     v: Float[Tensor, "batch key kv d_head"],
     query_pos: Int[Tensor, "batch query"],
     window: int | None,
-) -> tuple[Float[Tensor, "batch query head d_head"], Float[Tensor, "batch query head"]]:
-    """Attention over the keys alone and its log-sum-exp, in at least float32.
+    *,
+    lengths: Sequence[int] | None = None,
+    sinks: Float[Tensor, " head"] | None = None,
+) -> tuple[Float[Tensor, "batch query head d_head"], Float[Tensor, "batch query head"], Tensor | None]:
+    """Attention, the log-sum-exp of each row's scores, and the sink's probability [batch query head].
 
-    One block of queries at a time, on the keys that some query of the block can see.
+    Without sinks all is over the keys alone, and the third is None. The positions of a row are consecutive. With
+    `lengths` the single row holds several sequences end to end, which do not see each other.
     """
+    if lengths is None:
+        z, lse = _over_keys(q, k, v, query_pos, window)
+    else:
+        parts = [_over_keys(q[:, s], k[:, s], v[:, s], query_pos[:, s], window) for s in spans(lengths)]
+        z, lse = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    if sinks is None:
+        return z, lse, None
+    p = torch.sigmoid(sinks.to(lse.dtype) - lse)
+    return shrink(z, p), torch.logaddexp(lse, sinks.to(lse.dtype)), p
+
+
+def shrink(z: Float[Tensor, "batch query head d_head"], sink: Float[Tensor, "batch query head"]) -> Tensor:
+    """What attention over the keys becomes beside a sink of this probability; in z's dtype."""
+    return (z * (1 - sink)[..., None]).to(z.dtype)
+
+
+def spans(lengths: Sequence[int]) -> list[slice]:
+    """Where each of several sequences lies that were put end to end; those of no length are left out."""
+    ends = list(itertools.accumulate(lengths))
+    return [slice(end - n, end) for end, n in zip(ends, lengths, strict=True) if n]
+
+
+def _over_keys(q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """One batch of sequences, over the keys alone."""
+    whole = q.shape[1] == k.shape[1] and not bool(query_pos[:, 0].any())
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if not whole or graph or q.device.type != "cpu":
+        return _blocks(q, k, v, query_pos, window)
+    if window is None or window >= q.shape[1]:
+        z, lse = _flash(*(t.transpose(1, 2) for t in (q, k, v)), 0.0, True)
+        return z.transpose(1, 2), lse.mT
+    return _banded(q, k, v, window)
+
+
+def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Whole sequences in blocks of queries, each beside the keys it can see: [batch · block, head, row, d_head]."""
+    n, size, reach = q.shape[1], min(_WINDOW_BLOCK, q.shape[1]), window - 1
+    fill = -n % size
+    rows = nn.functional.pad(q, (0, 0, 0, 0, 0, fill)).unflatten(1, (-1, size)).transpose(2, 3)
+    # Views, not copies: a key is in every block that can see it.
+    seen = [nn.functional.pad(t, (0, 0, 0, 0, reach, fill)).unfold(1, size + reach, size).mT for t in (k, v)]
+    distance = torch.arange(size)[:, None] + reach - torch.arange(size + reach)
+    real = torch.arange(size + reach) >= reach - size * torch.arange(rows.shape[1])[:, None]
+    mask = torch.zeros(rows.shape[1], 1, size, size + reach, dtype=q.dtype)
+    mask.masked_fill_(~((distance >= 0) & (distance < window) & real[:, None])[:, None], -torch.inf)
+    z, lse = _flash(
+        rows.flatten(0, 1), *(t.flatten(0, 1) for t in seen), 0.0, False, attn_mask=mask.repeat(q.shape[0], 1, 1, 1)
+    )
+    z, lse = (t.unflatten(0, rows.shape[:2]) for t in (z.transpose(1, 2), lse.mT))
+    return z.flatten(1, 2)[:, :n], lse.flatten(1, 2)[:, :n]
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """One block of queries at a time, on the keys that some query of the block can see."""
     outs, lses = [], []
     for start in range(0, q.shape[1], _QUERY_BLOCK):
         rows = slice(start, start + _QUERY_BLOCK)
@@ -76,6 +143,6 @@ def attention(
         keys = slice(first, int(pos.max()) + 1)
         mask = visible(pos, torch.arange(keys.start, keys.stop, device=q.device), window)
         pattern, lse = softmax(scores(q[:, rows], k[:, keys], mask))
-        outs.append(combine(pattern, v[:, keys]))
+        outs.append(combine(pattern, v[:, keys]).to(q.dtype))
         lses.append(lse)
     return torch.cat(outs, 1), torch.cat(lses, 1)

@@ -23,16 +23,73 @@ def slow(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: int | None) -> tu
     return z, lse
 
 
+def tensors(n: int, keys: int, *, heads: int = 6, kv: int = 3, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, n, heads, 8, generator=rng, dtype=torch.float64)
+    k, v = torch.randn(2, batch, keys, kv, 8, generator=rng, dtype=torch.float64)
+    return q, k, v
+
+
 @pytest.mark.parametrize("window", [None, 1, 16, 500])
 @pytest.mark.parametrize("block", [7, 256])
 def test_blocks_equal_the_whole(window: int | None, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend, "_QUERY_BLOCK", block)
-    rng = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 30, 6, 8, generator=rng, dtype=torch.float64)
-    k, v = torch.randn(2, 2, 41, 3, 8, generator=rng, dtype=torch.float64)
+    q, k, v = tensors(30, 41)
     pos = torch.arange(30) + torch.tensor([[11], [4]])  # rows that continue prefixes of unequal length
-    for got, want in zip(attend.attention(q, k, v, pos, window), slow(q, k, v, pos, window), strict=True):
+    for got, want in zip(attend.attention(q, k, v, pos, window)[:2], slow(q, k, v, pos, window), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("n", [1, 5, 63, 64, 65, 130])
+@pytest.mark.parametrize("window", [None, 1, 16, 64, 100])
+def test_whole_sequences_take_flash_attention_and_bands(n: int, window: int | None) -> None:
+    q, k, v = tensors(n, n)
+    pos = torch.arange(n).expand(2, n)
+    for got, want in zip(attend.attention(q, k, v, pos, window)[:2], slow(q, k, v, pos, window), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_the_comparison_notices_a_window_that_is_off_by_one(change: int) -> None:
+    q, k, v = tensors(70, 70)
+    pos = torch.arange(70).expand(2, 70)
+    assert not torch.allclose(attend.attention(q, k, v, pos, 16 + change)[0], slow(q, k, v, pos, 16)[0])
+
+
+def test_gradients_are_those_of_the_slow_sum() -> None:
+    """Asked for a gradient, the path changes; what it computes does not."""
+    q, k, v = (t.requires_grad_() for t in tensors(20, 20, batch=1))
+    pos = torch.arange(20)[None]
+    weight = torch.randn(20, 6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def gradients(z: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((z * weight).sum() + (lse * weight[..., 0]).sum(), (q, k, v))
+
+    got, want = attend.attention(q, k, v, pos, 7)[:2], slow(q, k, v, pos, 7)
+    for one, other in zip(gradients(*got), gradients(*want), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    q, k, v = tensors(40, 40, batch=1)
+    lengths = [1, 0, 22, 17]
+    pos = torch.cat([torch.arange(n) for n in lengths])[None]
+    z, lse, _ = attend.attention(q, k, v, pos, 16, lengths=lengths)
+    for s in attend.spans(lengths):
+        want = slow(q[:, s], k[:, s], v[:, s], pos[:, s], 16)
+        torch.testing.assert_close((z[:, s], lse[:, s]), want)
+
+
+def test_a_sink_is_one_more_score_that_leads_nowhere() -> None:
+    q, k, v = tensors(30, 30)
+    sinks = torch.randn(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
+    pos = torch.arange(30).expand(2, 30)
+    z, lse, p = attend.attention(q, k, v, pos, 16, sinks=sinks)
+    scores = attend.scores(q, k, attend.visible(pos, pos[0], 16))
+    whole = torch.cat([scores, sinks[None, :, None, None].expand(2, 6, 30, 1)], -1)
+    torch.testing.assert_close(lse, whole.logsumexp(-1).mT)
+    torch.testing.assert_close(p, whole.softmax(-1)[..., -1].mT)
+    torch.testing.assert_close(z, attend.combine(whole.softmax(-1)[..., :-1], v))
 
 
 def test_a_masked_row_is_zero_and_its_sink_takes_all_with_finite_gradients() -> None:
@@ -47,6 +104,6 @@ def test_a_masked_row_is_zero_and_its_sink_takes_all_with_finite_gradients() -> 
 
 def test_huge_scores_do_not_overflow() -> None:
     q = torch.full((1, 3, 1, 2), 300.0)
-    z, lse = attend.attention(q, q, torch.ones_like(q), torch.arange(3)[None], None)
+    z, lse, _ = attend.attention(q, q, torch.ones_like(q), torch.arange(3)[None], None)
     assert torch.isfinite(lse).all()
     torch.testing.assert_close(z, torch.ones_like(z))

@@ -66,28 +66,25 @@ class Attention(nn.Module):
         if where.cache is not None:
             k, v = where.cache.extend(layer, k, v)
         attention = self._open if hooked(self.hook_attn_scores, self.hook_pattern) else self._fast
-        z = self.hook_z(attention(q, k, v, where).to(x.dtype))
+        z = self.hook_z(attention(q, k, v, where))
         if not hooked(self.hook_result):
             return self.o(z.flatten(-2))
         by_head = self.o.weight.unflatten(1, (-1, self.d_head))
         return self.hook_result(torch.einsum("bphd,mhd->bphm", z, by_head)).sum(2) + self.o.bias
 
-    def _sink(self, lse: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos head"]:
-        return self.hook_sink(torch.sigmoid(self.sinks.to(lse.dtype) - lse))
-
     def _fast(self, q: Tensor, k: Tensor, v: Tensor, where: "Where") -> Float[Tensor, "batch pos head d_head"]:
-        parts = [
-            attend.attention(q[:, rows], k[:, keys], v[:, keys], where.positions[:, rows], self.window)
-            for rows, keys in where.segments(q.shape[1], k.shape[1])
-        ]
-        z, lse = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-        return z * (1 - self._sink(lse))[..., None]
+        sinks = None if hooked(self.hook_sink) else self.sinks
+        z, lse, _ = attend.attention(q, k, v, where.positions, self.window, lengths=where.lengths, sinks=sinks)
+        return z if sinks is not None else attend.shrink(z, self._sink(lse))
 
     def _open(self, q: Tensor, k: Tensor, v: Tensor, where: "Where") -> Float[Tensor, "batch pos head d_head"]:
         """The same, with scores and pattern in the open."""
         scores = self.hook_attn_scores(attend.scores(q, k, where.visible(q.shape[1], k.shape[1], self.window)))
         pattern, lse = attend.softmax(scores)
-        return attend.combine(self.hook_pattern(pattern * (1 - self._sink(lse)).mT[..., None]), v)
+        return attend.combine(self.hook_pattern(pattern * (1 - self._sink(lse)).mT[..., None]), v).to(q.dtype)
+
+    def _sink(self, lse: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos head"]:
+        return self.hook_sink(torch.sigmoid(self.sinks.to(lse.dtype) - lse))
 
 
 class Router(nn.Module):
@@ -226,19 +223,13 @@ class Where:
             )
         return torch.cat([torch.arange(n, device=tokens.device) for n in self.lengths])[None]
 
-    def segments(self, n_query: int, n_key: int) -> list[tuple[slice, slice]]:
-        """Rows and the keys they may see: all of both, or sequence by sequence when packed."""
-        if self.lengths is None:
-            return [(slice(0, n_query), slice(0, n_key))]
-        ends = torch.tensor(self.lengths).cumsum(0).tolist()
-        return [(slice(end - n, end), slice(end - n, end)) for end, n in zip(ends, self.lengths, strict=True) if n]
-
     def visible(self, n_query: int, n_key: int, window: int | None) -> Tensor:
         """The mask over all keys [batch query key], block-diagonal when packed."""
-        mask = torch.zeros(len(self.positions), n_query, n_key, dtype=torch.bool, device=self.positions.device)
-        for rows, keys in self.segments(n_query, n_key):
-            key_pos = torch.arange(keys.stop - keys.start, device=mask.device)
-            mask[:, rows, keys] = attend.visible(self.positions[:, rows], key_pos, window)
+        if self.lengths is None:
+            return attend.visible(self.positions, torch.arange(n_key, device=self.positions.device), window)
+        mask = torch.zeros(1, n_query, n_key, dtype=torch.bool, device=self.positions.device)
+        for s in attend.spans(self.lengths):
+            mask[:, s, s] = attend.visible(self.positions[:, s], self.positions[0, s], window)
         return mask
 
 
