@@ -16,7 +16,10 @@ from torch import Tensor
 
 from workbench.kernels.mxfp4 import Mxfp4, linear
 from workbench.kernels.routing import group
+from workbench.kernels.threads import side_by_side
 
+_TOKENS = 8192  # at a time: bounds the memory of a long prompt, and unpacking every expert again costs 3 % of its work
+_LIGHT = 2**20  # values of an expert's matrix below which handing it to a thread costs more than it saves
 Tap = Callable[[Tensor], Tensor]
 
 
@@ -34,10 +37,10 @@ class Experts(NamedTuple):
 class Taps(NamedTuple):
     """What to do with the inside of the layer, each tensor as [tokens, slot, …]; what is returned is used."""
 
-    gate: Tap
-    up: Tap
-    post: Tap
-    out: Tap
+    gate: Tap | None = None
+    up: Tap | None = None
+    post: Tap | None = None
+    out: Tap | None = None
 
 
 def swiglu(gate: Float[Tensor, "*rows d_mlp"], up: Float[Tensor, "*rows d_mlp"], limit: float, alpha: float) -> Tensor:
@@ -55,15 +58,23 @@ def moe(
 ) -> Float[Tensor, "tokens d_model"]:
     """Sum over slots of gate · expert(x), accumulated in at least float32.
 
-    Without taps an expert's gate, up and activation live only while it runs; with them every stage is materialised.
-    The numbers are the same either way: every stage is rounded to x's dtype.
+    An expert's gate, up and activation live only while it runs, unless they are tapped. The numbers are the same
+    either way: every stage is rounded to x's dtype.
     """
+    taps = taps or Taps()
+    if not any(taps) and len(x) > _TOKENS:
+        parts = zip(x.split(_TOKENS), experts.split(_TOKENS), gates.split(_TOKENS), strict=True)
+        return torch.cat([moe(*part, weights) for part in parts])
     k = experts.shape[1]
     order, counts = group(experts, weights.gate_up_bias.shape[0])
     hit = [(e, rows) for e, rows in enumerate(order.split(counts.tolist())) if len(rows)]
 
+    heavy = x.device.type == "cpu" and weights.gate_up_bias.shape[1] * x.shape[1] > _LIGHT
+    apart = heavy and not torch.is_grad_enabled() and torch.get_num_threads() > 1
+
     def per_expert(stage: Callable[[int, Tensor], Tensor]) -> Tensor:
-        return torch.cat([stage(e, rows) for e, rows in hit])[order.argsort()].unflatten(0, (-1, k))
+        parts = side_by_side(lambda item: stage(*item), hit) if apart else [stage(e, rows) for e, rows in hit]
+        return torch.cat(parts)[order.argsort()].unflatten(0, (-1, k))
 
     def inward(e: int, rows: Tensor) -> Tensor:
         return linear(x[rows // k], _at(weights.gate_up, e)) + weights.gate_up_bias[e]
@@ -74,17 +85,25 @@ def moe(
     def activation(gate: Tensor, up: Tensor) -> Tensor:
         return swiglu(gate.to(wide), up.to(wide), weights.limit, weights.alpha).to(x.dtype)
 
-    def whole(e: int, rows: Tensor) -> Tensor:
+    def activated(e: int, rows: Tensor) -> Tensor:
         h = inward(e, rows)
-        return outward(e, activation(h[:, 0::2], h[:, 1::2]))
+        return activation(h[:, 0::2], h[:, 1::2])
+
+    def through(tap: Tap | None, slots: Tensor) -> Tensor:
+        return slots if tap is None else tap(slots)
 
     wide = torch.promote_types(x.dtype, torch.float32)
-    if taps is None:
-        out = per_expert(whole)
-    else:
+    if taps.gate or taps.up:
         h = per_expert(inward)
-        post = taps.post(activation(taps.gate(h[..., 0::2]), taps.up(h[..., 1::2]))).flatten(0, 1)
-        out = taps.out(per_expert(lambda e, rows: outward(e, post[rows])))
+        post = activation(through(taps.gate, h[..., 0::2]), through(taps.up, h[..., 1::2]))
+    elif taps.post:
+        post = per_expert(activated)
+    if taps.gate or taps.up or taps.post:
+        post = through(taps.post, post).flatten(0, 1)
+        out = per_expert(lambda e, rows: outward(e, post[rows]))
+    else:
+        out = per_expert(lambda e, rows: outward(e, activated(e, rows)))
+    out = through(taps.out, out)
     return torch.einsum("tsd,ts->td", out.to(wide), gates.to(wide)).to(x.dtype)
 
 

@@ -42,6 +42,28 @@ def info(model: Model) -> None:
 
 
 @app.command()
+def random(
+    out: Annotated[Path, typer.Argument(help="The checkpoint folder to write.")],
+    size: Annotated[str, typer.Option(help="Whose shape: 20b or 120b.")] = "20b",
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer or more layers. [default: as published]")] = None,
+    vocab: Annotated[int | None, typer.Option(min=72, help="A smaller vocabulary. [default: as published]")] = None,
+    seed: int = 0,
+) -> None:
+    """Write a checkpoint of random weights in a published shape, for tests and timings."""
+    from dataclasses import replace
+
+    from workbench.model.config import PUBLISHED
+    from workbench.model.export import save_random
+
+    if size not in PUBLISHED:
+        raise InputError(f"--size {size!r}: choose one of {', '.join(PUBLISHED)}")
+    cfg = PUBLISHED[size]
+    n_layers = layers or cfg.n_layers
+    windows = tuple(cfg.windows[layer % 2] for layer in range(n_layers))
+    save_random(out, replace(cfg, n_layers=n_layers, windows=windows, d_vocab=vocab or cfg.d_vocab), seed=seed)
+
+
+@app.command()
 def generate(
     model: Model,
     prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, answer?, meta?")],

@@ -68,8 +68,11 @@ def test_taps_see_and_change_every_stage_in_slot_order() -> None:
     torch.testing.assert_close(seen["gate"][4, 1], h[0::2])
     torch.testing.assert_close(seen["up"][4, 1], h[1::2])
     torch.testing.assert_close((seen["out"] * gates[..., None]).sum(1), same)
-    silent = moe(x, experts, gates, w, Taps(lambda t: t, lambda t: t, torch.zeros_like, lambda t: t))
+    silent = moe(x, experts, gates, w, Taps(post=torch.zeros_like))
     torch.testing.assert_close(silent, (w.down_bias[experts] * gates[..., None]).sum(1))
+    for name in Taps._fields:
+        assert torch.equal(moe(x, experts, gates, w, Taps(**{name: lambda t: t})), same), f"{name} alone"
+        assert not torch.equal(moe(x, experts, gates, w, Taps(**{name: lambda t: t + 1})), same), f"{name} alone"
 
 
 def test_gates_are_a_softmax_over_the_chosen_only_and_ties_go_to_the_smaller_id() -> None:
@@ -98,3 +101,29 @@ def test_rounding_error_is_within_twice_that_of_dense_torch(dtype: torch.dtype) 
     truth = slow(x, experts, gates, w)
     error, baseline = ((moe(x, experts, gates, m).double() - truth).norm() / truth.norm() for m in (w, dense))
     assert error <= 2 * baseline + 1e-7
+
+
+def test_experts_side_by_side_are_the_experts_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    w = weights()
+    x = torch.randn(40, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = torch.randn(40, E, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    experts = top_k(logits, 3)
+    with torch.no_grad():
+        torch.set_num_threads(1)
+        alone = moe(x, experts, gate(logits, experts), w)
+        torch.set_num_threads(3)
+        monkeypatch.setattr("workbench.kernels.moe._LIGHT", 0)
+        assert torch.equal(moe(x, experts, gate(logits, experts), w), alone)
+        assert torch.get_num_threads() == 3, "the pool must leave the caller's threads as they are"
+    torch.set_num_threads(threads)
+
+
+def test_a_long_prompt_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = weights()
+    x = torch.randn(21, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = torch.randn(21, E, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    experts = top_k(logits, 3)
+    whole = moe(x, experts, gate(logits, experts), w)
+    monkeypatch.setattr("workbench.kernels.moe._TOKENS", 8)
+    torch.testing.assert_close(moe(x, experts, gate(logits, experts), w), whole)

@@ -85,7 +85,7 @@ def capture(
 @torch.no_grad()
 def _forward(model: GptOss, rows: Sequence[Transcript], spec: Spec) -> dict[str, np.ndarray]:
     """Everything the spec asks of these sequences, end to end in their order, as the store's arrays."""
-    recorder = Recorder(_wanted(model, spec))
+    recorder = Recorder(recording.wanted(spec, model.cfg))
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
     with model.hooks(fwd_hooks=recorder.fwd_hooks):
@@ -117,21 +117,6 @@ def _forward(model: GptOss, rows: Sequence[Transcript], spec: Spec) -> dict[str,
     for point in spec.activations:
         records[f"activations/{point.hook}"] = layers(point.hook, point.layers)
     return records
-
-
-def _wanted(model: GptOss, spec: Spec) -> dict[str, torch.dtype]:
-    """Hook points of the spec and the dtype each is stored in."""
-    names: dict[str, torch.dtype] = {}
-    if spec.routing:
-        names["mlp.hook_expert_indices"] = torch.uint8 if model.cfg.num_experts <= 256 else torch.uint16
-        names["mlp.hook_expert_weights"] = torch.float16
-    if spec.router_logits:
-        names["mlp.router.hook_out"] = torch.float16
-    if spec.sinks:
-        names["attn.hook_sink"] = torch.float16
-    everywhere = {f"blocks.{layer}.{n}": dtype for layer in range(model.cfg.n_layers) for n, dtype in names.items()}
-    chosen = {f"blocks.{layer}.{p.hook}": torch.bfloat16 for p in spec.activations for layer in p.layers}
-    return everywhere | chosen
 
 
 def _batches(rows: Sequence[Transcript]) -> Iterator[list[Transcript]]:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import torch
+
 from workbench.errors import InputError
 from workbench.hooks.names import BLOCK
 from workbench.model.config import Config
@@ -26,6 +28,21 @@ def parse(record: Sequence[str], cfg: Config) -> Spec:
     if twice := sorted({p.hook for p in points if [q.hook for q in points].count(p.hook) > 1}):
         raise InputError(f"--record names {', '.join(twice)} twice: list its layers once, as in resid_post:3,7")
     return Spec(activations=points, **switches)
+
+
+def wanted(spec: Spec, cfg: Config) -> dict[str, torch.dtype]:
+    """Hook points of the spec and the dtype each is stored in."""
+    names: dict[str, torch.dtype] = {}
+    if spec.routing:
+        names["mlp.hook_expert_indices"] = torch.uint8 if cfg.num_experts <= 256 else torch.uint16
+        names["mlp.hook_expert_weights"] = torch.float16
+    if spec.router_logits:
+        names["mlp.router.hook_out"] = torch.float16
+    if spec.sinks:
+        names["attn.hook_sink"] = torch.float16
+    everywhere = {f"blocks.{layer}.{n}": dtype for layer in range(cfg.n_layers) for n, dtype in names.items()}
+    chosen = {f"blocks.{layer}.{p.hook}": torch.bfloat16 for p in spec.activations for layer in p.layers}
+    return everywhere | chosen
 
 
 def _activation(name: str, cfg: Config) -> Activation:

@@ -88,6 +88,18 @@ class Config:
         return cls(**{**values, "windows": tuple(values["windows"]), "rope": Rope(**values["rope"])})
 
 
+def _published(n_layers: int, num_experts: int) -> Config:
+    return Config(
+        d_model=2880, n_layers=n_layers, n_heads=64, n_key_value_heads=8, d_head=64, d_mlp=2880, d_vocab=201_088,
+        num_experts=num_experts, experts_per_token=4, windows=(128, None) * (n_layers // 2), n_ctx=131_072, eps=1e-5,
+        swiglu_limit=7.0, swiglu_alpha=1.702,
+        rope=Rope(theta=150_000.0, factor=32.0, beta_fast=32.0, beta_slow=1.0, original_ctx=4096, truncate=False),
+    )  # fmt: skip
+
+
+# The config.json of openai/gpt-oss-20b and -120b; for random models, plans and timings. Real ones are read.
+PUBLISHED = {"20b": _published(24, 32), "120b": _published(36, 128)}
+
 # Fields that change nothing we compute: names, training settings, and what generation reads elsewhere.
 _INERT = {
     "architectures", "attention_dropout", "auto_map", "bos_token_id", "cache_dir", "chunk_size_feed_forward", "dtype",

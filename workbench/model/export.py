@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.model.config import GROUP, Config, Rope, read_config
+from workbench.model.checkpoint import BUNDLED
+from workbench.model.config import GROUP, PUBLISHED, Config, Rope, read_config
 from workbench.model.names import LAYOUTS, name_in, shapes
 
 
@@ -60,6 +61,17 @@ class RandomTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+
+def save_random(folder: str | Path, cfg: Config, *, seed: int = 0, experts: str = "mxfp4") -> Path:
+    """A checkpoint of random weights in the Hugging Face layout; one whose vocabulary is small speaks nano's."""
+
+    def tokenizer(staging: Path) -> None:
+        if cfg.d_vocab < PUBLISHED["20b"].d_vocab:
+            for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+                shutil.copy(BUNDLED["nano"] / name, staging)
+
+    return save_checkpoint(folder, cfg, RandomTensors(cfg, seed=seed, experts=experts), extra=tokenizer)
 
 
 def save_checkpoint(

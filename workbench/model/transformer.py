@@ -38,7 +38,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = self.hook_scale((wide.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
+        scale = self.hook_scale((square / x.shape[-1] + self.eps).sqrt())
         return (self.hook_normalized(wide / scale) * self.weight.to(wide.dtype)).to(x.dtype)
 
 
@@ -142,13 +143,13 @@ class ExpertLayer(nn.Module):
             self.cfg.swiglu_alpha,
         )
         points = (self.hook_gate, self.hook_pre, self.hook_post, self.hook_out)
-        taps = Taps(*(self._tap(point, x.shape[:2]) for point in points)) if hooked(*points) else None
+        taps = Taps(*(self._tap(point, x.shape[:2]) for point in points))
         out = moe(x.flatten(0, 1), experts.flatten(0, 1), gates.flatten(0, 1), weights, taps)
         return out.unflatten(0, x.shape[:2])
 
     @staticmethod
     def _tap(point: HookPoint, batch_pos: torch.Size) -> Any:
-        return lambda slots: point(slots.unflatten(0, batch_pos)).flatten(0, 1)
+        return (lambda slots: point(slots.unflatten(0, batch_pos)).flatten(0, 1)) if hooked(point) else None
 
 
 class MoE(nn.Module):

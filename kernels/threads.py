@@ -1,0 +1,39 @@
+"""Experts side by side: a thread computes one expert alone, instead of all threads sharing its small matmuls.
+
+Unpacking and a matmul of a few dozen rows do not spread over cores by themselves. Measured, two threads (Zen 4),
+a layer of gpt-oss-20b's width: 64 tokens 1.45 × as fast, 512 tokens 1.3 ×, 2,048 tokens 1.15 ×.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def side_by_side(run: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`run` on every item, in order, on as many threads as torch may use; without gradients."""
+
+    def alone(item: Item) -> Result:
+        with torch.no_grad():  # a thread has its own mode
+            return run(item)
+
+    return list(_pool(torch.get_num_threads()).map(alone, items))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    pool = ThreadPoolExecutor(threads, "experts", _one_thread)
+    for future in [pool.submit(_one_thread) for _ in range(threads)]:
+        future.result()
+    torch.set_num_threads(threads)  # what a thread sets for itself is also the default of threads to come
+    return pool
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # torch asks for the default once in every thread, here

@@ -1,0 +1,204 @@
+"""The CPU path beside transformers: the same checkpoint and tokens, turn by turn in one run.
+
+Each model lives in its own process, so that its memory is its own, and waits while another computes. The checkpoint
+is random, in gpt-oss-20b's width: two layers, one with a window and one without, and a small vocabulary.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workbench.errors import JobError
+from workbench.model.config import PUBLISHED
+from workbench.model.export import save_random
+from workbench.progress import progress
+
+CFG = replace(PUBLISHED["20b"], n_layers=2, windows=(128, None), d_vocab=8192)
+Forward = Callable[[torch.Tensor], object]
+
+
+class Worker:
+    """A process that holds one model and runs it when told to."""
+
+    def __init__(self, name: str, checkpoint: Path, threads: int) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "workbench.bench.cpu", name, str(checkpoint)]
+        # A waiting process must not spin: it would take the core from the one that is measured.
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "TQDM_DISABLE": "1"}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
+        self.load_s: float = self._answer()["load_s"]
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def run(self, path: str, tokens: int) -> dict[str, float]:
+        """Seconds of one forward pass, and the most memory this process has ever had, in bytes."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps([path, tokens]) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise JobError(f"the {self.name} process ended; what it said is above")
+        return json.loads(line)
+
+
+def measure(tokens: Sequence[int], rounds: int, threads: int, checkpoint: Path, peers: Sequence[str]) -> dict[str, Any]:
+    """Every model at every length in turn, `rounds` times after one unmeasured pass; medians and ratios."""
+    names = ["workbench", *peers]
+    passes = [(name, path) for name in names for path in (("plain", "recorded") if name == "workbench" else ("plain",))]
+    seconds: dict[tuple[str, str, int], list[float]] = {}
+    memory: dict[tuple[str, int], float] = {}
+    workers = {name: Worker(name, checkpoint, threads) for name in names}
+    try:
+        with progress("bench cpu", len(tokens) * (rounds + 1) * len(passes), "passes") as advance:
+            for n in sorted(tokens):
+                for turn in range(rounds + 1):
+                    for name, path in passes if turn % 2 else passes[::-1]:
+                        answer = workers[name].run(path, n)
+                        memory[name, n] = answer["peak_bytes"]
+                        if turn:
+                            seconds.setdefault((name, path, n), []).append(answer["seconds"])
+                        advance(1)
+    finally:
+        for worker in workers.values():
+            worker.__exit__()
+    return {
+        "threads": threads, "rounds": rounds, "processor": _processor(), "torch": torch.__version__,
+        "load_s": {name: worker.load_s for name, worker in workers.items()},
+        "lengths": [_compare(n, seconds, memory, peers) for n in sorted(tokens)],
+    }  # fmt: skip
+
+
+def _compare(
+    n: int, seconds: dict[tuple[str, str, int], list[float]], memory: dict[tuple[str, int], float], peers: Sequence[str]
+) -> dict[str, Any]:
+    ours = seconds["workbench", "plain", n]
+    row: dict[str, Any] = {
+        "tokens": n,
+        "workbench_s": statistics.median(ours),
+        "workbench_bytes": memory["workbench", n],
+    }
+    row["recording"] = statistics.median(_ratios(seconds["workbench", "recorded", n], ours)) - 1
+    for peer in peers:
+        theirs = seconds[peer, "plain", n]
+        row |= {f"{peer}_s": statistics.median(theirs), f"{peer}_bytes": memory[peer, n]}
+        row[f"speed_beside_{peer}"] = statistics.median(_ratios(theirs, ours))
+    return row
+
+
+def _ratios(some: Iterable[float], others: Iterable[float]) -> list[float]:
+    """Of passes that ran one after the other, so that a slow minute touches both."""
+    return [a / b for a, b in zip(some, others, strict=True)]
+
+
+def _processor() -> str:
+    found = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{len(os.sched_getaffinity(0))} cores of {found[0]}" if found else f"{os.cpu_count()} cores"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def run(
+    tokens: Sequence[int] = (512, 2048, 4096),
+    rounds: int = 5,
+    threads: int | None = None,
+    checkpoint: Path | None = None,
+) -> dict[str, Any]:
+    """Measure and print; `checkpoint` is made in a temporary folder unless given."""
+    peers = [name for name in ("transformers",) if find_spec(name)]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint or save_random(Path(scratch) / "two-layers", CFG)
+        result = measure(tokens, rounds, threads or len(os.sched_getaffinity(0)), folder, peers)
+    _print(result, peers)
+    return result
+
+
+def _print(result: dict[str, Any], peers: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    loads = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result["load_s"].items())
+    table = Table(title=f"{result['processor']}, {result['threads']} threads; loading: {loads}")
+    for column in ("tokens", "workbench s", "GB", "recorded", *(c for p in peers for c in (f"{p} s", "GB", "speed"))):
+        table.add_column(column, justify="right")
+    for row in result["lengths"]:
+        cells = [
+            f"{row['tokens']:,}",
+            f"{row['workbench_s']:.2f}",
+            f"{row['workbench_bytes'] / 1e9:.1f}",
+            f"{row['recording']:+.1%}",
+        ]
+        for peer in peers:
+            cells += [
+                f"{row[f'{peer}_s']:.2f}",
+                f"{row[f'{peer}_bytes'] / 1e9:.1f}",
+                f"{row[f'speed_beside_{peer}']:.2f} ×",
+            ]
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def _workbench(checkpoint: str) -> dict[str, Forward]:
+    from workbench.capture.recording import parse, wanted
+    from workbench.hooks.recorders import Recorder
+    from workbench.model import load
+
+    model = load(checkpoint, device="cpu")
+    recorder = Recorder(wanted(parse(["routing", "sinks"], model.cfg), model.cfg))
+
+    def recorded(tokens: torch.Tensor) -> None:
+        model.run_with_hooks(tokens, fwd_hooks=recorder.fwd_hooks)
+        recorder.take()
+
+    return {"plain": model, "recorded": recorded, "residual": model.residual}
+
+
+def _transformers(checkpoint: str) -> dict[str, Forward]:
+    from transformers import AutoModelForCausalLM
+
+    return {"plain": AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)}
+
+
+_MODELS = {"workbench": _workbench, "transformers": _transformers}
+
+
+def _work(name: str, checkpoint: str) -> None:
+    """A worker's life: load, then a pass for every line of standard input."""
+    start = time.perf_counter()
+    forwards = _MODELS[name](checkpoint)
+    print(json.dumps({"load_s": time.perf_counter() - start}), flush=True)
+    for line in sys.stdin:
+        path, n = json.loads(line)
+        tokens = torch.randint(CFG.d_vocab, (1, n), generator=torch.Generator().manual_seed(n))
+        start = time.perf_counter()
+        with torch.no_grad():
+            forwards[path](tokens)
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    _work(*sys.argv[1:])
