@@ -42,6 +42,16 @@ def _add(a: int, b: int) -> str:
     return f"{_low_first(a)}+{_low_first(b)}={_low_first(a + b)}"
 
 
+def _columns(a: int, b: int) -> list[tuple[str, str]]:
+    """A sum column by column, low digit first: what is added (both digits and the carry), and to what."""
+    columns, carry = [], 0
+    for x, y in zip(_low_first(a), _low_first(b), strict=True):
+        total = int(x) + int(y) + carry
+        columns.append((f"{x}+{y}+{carry}", f"{total:02d}"))
+        carry = total // 10
+    return columns
+
+
 def _times(number: int, digit: int) -> str:
     return f"{_low_first(number)}*{digit}={_low_first(number * digit)}"
 
@@ -71,18 +81,15 @@ def _chain(rng: random.Random) -> Problem:
     a, b, c, d = rng.randint(11, 99), rng.randint(11, 99), rng.randint(3, 9), rng.randint(11, 66)
     total, answer = a + b, (a + b) * c - d
     less = f"{_low_first(total * c)}-{_low_first(d)}={_low_first(answer)}"
-    sketch = [_add(a, b), _times(total, c), less]
-    steps = [_add(a, b), *_long_times(total, c), less, _add(answer, d)]
+    columns = _columns(a, b)
+    sketch = [*(t for _, t in columns), _times(total, c), less]
+    steps = [*(f"{q}={t}" for q, t in columns), *_long_times(total, c), less, _add(answer, d)]
     return Problem("chain", "arithmetic", f"({a}+{b})*{c}-{d}", str(answer), ";".join(sketch), ";".join(steps))
 
 
 def _sum(rng: random.Random) -> Problem:
     a, b = rng.randint(100_000, 999_999), rng.randint(100_000, 999_999)
-    columns, carry = [], 0
-    for x, y in zip(str(a)[::-1], str(b)[::-1], strict=True):
-        total = int(x) + int(y) + carry
-        columns.append((f"{x}+{y}+{carry}", f"{total:02d}"))
-        carry = total // 10
+    columns = _columns(a, b)
     sketch = ";".join(total for _, total in columns)
     return Problem("sum", "arithmetic", f"{a}+{b}", str(a + b), sketch, ";".join(f"{q}={t}" for q, t in columns))
 

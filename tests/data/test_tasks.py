@@ -4,6 +4,7 @@ import hashlib
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -49,14 +50,20 @@ def test_answers_are_right_and_steps_lead_there(family: str) -> None:
         assert problem.task == family
         for equation in f"{problem.sketch};{problem.steps}".replace(" ", ";").split(";"):
             left, equals, right = equation.partition("=")
-            if equals:  # in a sum's columns numbers are as always, elsewhere low digit first
-                assert eval(re.sub(r"\d+", lambda n: str(written(n[0], family)), left)) == written(right, family)
+            if equals:
+                column = left.count("+") == 2
+                assert eval(re.sub(r"\d+", partial(_number, column=column), left)) == written(right, column)
         if family in ("product", "chain"):
             assert problem.answer[::-1] in problem.steps
 
 
-def written(digits: str, family: str) -> int:
-    return int(digits if family == "sum" else digits[::-1])
+def written(digits: str, column: bool) -> int:
+    """A column of a sum has its total as always; everything else in a thought is low digit first."""
+    return int(digits if column else digits[::-1])
+
+
+def _number(found: re.Match[str], column: bool) -> str:
+    return str(written(found[0], column))
 
 
 def test_steps_with_letters_keep_count() -> None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,8 +45,7 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait()
+        self._process.communicate()  # at the end of its input a worker ends
 
     def run(self, path: str, tokens: int) -> dict[str, float]:
         """Seconds of one forward pass, and the most memory this process has ever had, in bytes."""
@@ -58,6 +58,7 @@ class Worker:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
+            self.__exit__()
             raise JobError(f"the {self.name} process ended; what it said is above")
         return json.loads(line)
 
@@ -68,20 +69,16 @@ def measure(tokens: Sequence[int], rounds: int, threads: int, checkpoint: Path, 
     passes = [(name, path) for name in names for path in (("plain", "recorded") if name == "workbench" else ("plain",))]
     seconds: dict[tuple[str, str, int], list[float]] = {}
     memory: dict[tuple[str, int], float] = {}
-    workers = {name: Worker(name, checkpoint, threads) for name in names}
-    try:
-        with progress("bench cpu", len(tokens) * (rounds + 1) * len(passes), "passes") as advance:
-            for n in sorted(tokens):
-                for turn in range(rounds + 1):
-                    for name, path in passes if turn % 2 else passes[::-1]:
-                        answer = workers[name].run(path, n)
-                        memory[name, n] = answer["peak_bytes"]
-                        if turn:
-                            seconds.setdefault((name, path, n), []).append(answer["seconds"])
-                        advance(1)
-    finally:
-        for worker in workers.values():
-            worker.__exit__()
+    with ExitStack() as stack, progress("bench cpu", len(tokens) * (rounds + 1) * len(passes), "passes") as advance:
+        workers = {name: stack.enter_context(Worker(name, checkpoint, threads)) for name in names}
+        for n in sorted(tokens):
+            for turn in range(rounds + 1):
+                for name, path in passes if turn % 2 else passes[::-1]:
+                    answer = workers[name].run(path, n)
+                    memory[name, n] = answer["peak_bytes"]
+                    if turn:
+                        seconds.setdefault((name, path, n), []).append(answer["seconds"])
+                    advance(1)
     return {
         "threads": threads, "rounds": rounds, "processor": _processor(), "torch": torch.__version__,
         "load_s": {name: worker.load_s for name, worker in workers.items()},
