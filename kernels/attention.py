@@ -22,6 +22,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from workbench.kernels import dispatch
+from workbench.kernels.parts import in_parts
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _WINDOW_BLOCK = 64  # queries that share the keys of a window; 128: 1.2 × the time, 256: 1.4 ×
 _QUERY_BLOCK = 256  # scores of one block of 64 heads on 4,096 keys: 268 MB in float32
@@ -81,6 +84,8 @@ def attention(
     Without sinks all is over the keys alone, and the third is None. The positions of a row are consecutive. With
     `lengths` the single row holds several sequences end to end, which do not see each other.
     """
+    if gpu := dispatch.triton("attention", q):
+        return gpu.attention(q, k, v, query_pos, window, lengths=lengths, sinks=sinks)
     if lengths is None:
         z, lse = _over_keys(q, k, v, query_pos, window)
     else:
@@ -94,7 +99,7 @@ def attention(
 
 def shrink(z: Float[Tensor, "batch query head d_head"], sink: Float[Tensor, "batch query head"]) -> Tensor:
     """What attention over the keys becomes beside a sink of this probability; in z's dtype."""
-    return (z * (1 - sink)[..., None]).to(z.dtype)
+    return in_parts(lambda z, sink: (z * (1 - sink)[..., None]).to(z.dtype), z, sink, dim=1)
 
 
 def spans(lengths: Sequence[int]) -> list[slice]:

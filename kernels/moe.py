@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.kernels import dispatch
 from workbench.kernels.mxfp4 import Mxfp4, linear
+from workbench.kernels.parts import in_parts
 from workbench.kernels.routing import group
 from workbench.kernels.threads import side_by_side
 
@@ -23,12 +25,20 @@ _LIGHT = 2**20  # values of an expert's matrix below which handing it to a threa
 Tap = Callable[[Tensor], Tensor]
 
 
+class Adapted(NamedTuple):
+    """The matrices of all experts and beside each a low-rank update: x · base + x · a · b."""
+
+    base: Mxfp4 | Float[Tensor, "expert inputs outputs"]
+    a: Float[Tensor, "expert inputs rank"]
+    b: Float[Tensor, "expert rank outputs"]
+
+
 class Experts(NamedTuple):
     """The weights of one layer's experts, stacked; the matrices packed, or dense as [expert, inputs, outputs]."""
 
-    gate_up: Mxfp4 | Float[Tensor, "expert d_model 2*d_mlp"]
+    gate_up: Mxfp4 | Adapted | Float[Tensor, "expert d_model 2*d_mlp"]
     gate_up_bias: Float[Tensor, "expert 2*d_mlp"]
-    down: Mxfp4 | Float[Tensor, "expert d_mlp d_model"]
+    down: Mxfp4 | Adapted | Float[Tensor, "expert d_mlp d_model"]
     down_bias: Float[Tensor, "expert d_model"]
     limit: float
     alpha: float
@@ -59,8 +69,11 @@ def moe(
     """Sum over slots of gate · expert(x), accumulated in at least float32.
 
     An expert's gate, up and activation live only while it runs, unless they are tapped. The numbers are the same
-    either way: every stage is rounded to x's dtype.
+    either way: every stage is rounded to x's dtype. Dense and adapted experts are torch's business on every device.
     """
+    packed = isinstance(weights.gate_up, Mxfp4) and isinstance(weights.down, Mxfp4)
+    if packed and (gpu := dispatch.triton("moe", x)):
+        return gpu.moe(x, experts, gates, weights, taps)
     taps = taps or Taps()
     if not any(taps) and len(x) > _TOKENS:
         parts = zip(x.split(_TOKENS), experts.split(_TOKENS), gates.split(_TOKENS), strict=True)
@@ -77,10 +90,10 @@ def moe(
         return torch.cat(parts)[order.argsort()].unflatten(0, (-1, k))
 
     def inward(e: int, rows: Tensor) -> Tensor:
-        return linear(x[rows // k], _at(weights.gate_up, e)) + weights.gate_up_bias[e]
+        return _linear(x[rows // k], weights.gate_up, e) + weights.gate_up_bias[e]
 
     def outward(e: int, post: Tensor) -> Tensor:
-        return linear(post, _at(weights.down, e)) + weights.down_bias[e]
+        return _linear(post, weights.down, e) + weights.down_bias[e]
 
     def activation(gate: Tensor, up: Tensor) -> Tensor:
         return swiglu(gate.to(wide), up.to(wide), weights.limit, weights.alpha).to(x.dtype)
@@ -104,8 +117,13 @@ def moe(
     else:
         out = per_expert(lambda e, rows: outward(e, activated(e, rows)))
     out = through(taps.out, out)
-    return torch.einsum("tsd,ts->td", out.to(wide), gates.to(wide)).to(x.dtype)
+    return in_parts(
+        lambda y, g: torch.einsum("tsd,ts->td", y.to(wide), g.to(wide)).to(x.dtype), out, gates, dim=0
+    )
 
 
-def _at(matrix: Mxfp4 | Tensor, e: int) -> Mxfp4 | Tensor:
-    return matrix.at(e) if isinstance(matrix, Mxfp4) else matrix[e]
+def _linear(x: Float[Tensor, "rows inputs"], matrix: Mxfp4 | Adapted | Tensor, e: int) -> Float[Tensor, "rows outputs"]:
+    """x times expert e's matrix."""
+    if isinstance(matrix, Adapted):
+        return _linear(x, matrix.base, e) + x @ matrix.a[e] @ matrix.b[e]
+    return linear(x, matrix.at(e) if isinstance(matrix, Mxfp4) else matrix[e])

@@ -12,24 +12,27 @@ import torch
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
+from workbench.kernels import dispatch
+
 
 class Moments(NamedTuple):
     """Tokens a label, the sum of their activations, and the sum of the squares."""
 
-    count: Int64[Tensor, "label"]
-    sum: Float32[Tensor, "label d"]
+    counts: Int64[Tensor, "label"]
+    sums: Float32[Tensor, "label d"]
     squares: Float32[Tensor, "label d"]
 
 
 def moments(x: Float[Tensor, "tokens d"], labels: Int[Tensor, "tokens"], n_labels: int) -> Moments:
     """Moments of the rows of each label 0 … n_labels − 1; rows of a negative label are left out."""
+    if gpu := dispatch.triton("moments", x):
+        return gpu.moments(x, labels, n_labels)
     keep = labels >= 0
-    count = torch.bincount(labels[keep], minlength=n_labels)
-    if len(count) > n_labels:
-        raise ValueError(f"labels go up to {len(count) - 1}, but n_labels is {n_labels}: they must be smaller")
+    counts = torch.bincount(labels[keep], minlength=n_labels)
+    if len(counts) > n_labels:
+        raise ValueError(f"labels go up to {len(counts) - 1}, but n_labels is {n_labels}: they must be smaller")
     total, squares = x.new_zeros(2, n_labels, x.shape[1], dtype=torch.float64)
-    for rows, chosen in zip(x.split(65536), labels.split(65536), strict=True):
-        wide, chosen = rows[chosen >= 0].double(), chosen[chosen >= 0]
-        total.index_add_(0, chosen, wide)
-        squares.index_add_(0, chosen, wide.square())
-    return Moments(count, total.float(), squares.float())
+    for rows, chosen in zip(x[keep].split(65536), labels[keep].split(65536), strict=True):
+        total.index_add_(0, chosen, rows.double())
+        squares.index_add_(0, chosen, rows.double().square())
+    return Moments(counts, total.float(), squares.float())

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
+from workbench.kernels import dispatch
+
 GROUP = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _CHUNK = 256 * 2880  # values
@@ -51,6 +53,8 @@ def dequantise(
     blocks: UInt8[Tensor, "*stack group 16"], scales: UInt8[Tensor, "*stack group"], dtype: torch.dtype = torch.bfloat16
 ) -> Float[Tensor, "*stack columns"]:
     """The packed values, exact in bfloat16 and wider (above 2^127 they overflow to infinity, as in bfloat16)."""
+    if gpu := dispatch.triton("mxfp4", blocks):
+        return gpu.dequantise(blocks, scales, dtype)
     entry = torch.empty(blocks.shape, dtype=torch.int32, device=blocks.device)
     return _unpack(blocks, scales, entry, torch.empty_like(entry)).to(dtype)
 
@@ -72,6 +76,8 @@ def quantise(
     """
     if weight.shape[-1] % GROUP:
         raise ValueError(f"MXFP4 packs groups of {GROUP} columns, got {weight.shape[-1]} columns")
+    if gpu := dispatch.triton("mxfp4", weight):
+        return gpu.quantise(weight)
     groups = weight.detach().float().unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1)
     if not torch.isfinite(largest).all():

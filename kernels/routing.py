@@ -10,14 +10,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.kernels import dispatch
+
 
 def top_k(logits: Float[Tensor, "tokens expert"], k: int) -> Int[Tensor, "tokens slot"]:
     """Ids of the k largest logits, descending; equal logits go to the smaller id."""
+    if gpu := dispatch.triton("routing", logits):
+        return gpu.top_k(logits, k)
     return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def gate(logits: Float[Tensor, "tokens expert"], experts: Int[Tensor, "tokens slot"]) -> Float[Tensor, "tokens slot"]:
     """Weights of the selected experts: softmax over their logits alone; rows sum to 1."""
+    if gpu := dispatch.triton("routing", logits):
+        return gpu.gate(logits, experts)
     return logits.gather(-1, experts).softmax(-1)
 
 

@@ -1,17 +1,24 @@
-"""Shapes in signatures are checked while the tests run; one thread a process, as two cores share them."""
+"""Shapes in signatures are checked while the tests run; one thread a process, as two cores share them.
+
+Triton interprets its kernels, so that their real launchers run on CPU tensors. It has to know before the first kernel
+is defined; tests that compile kernels do so in a process of their own.
+"""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TRITON_INTERPRET"] = "1"
 
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook(["workbench.kernels", "workbench.hooks", "workbench.model"], "beartype.beartype")
-
-DATA = Path(__file__).parents[1] / "data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "data"
+# Not kernels/gpu: a kernel that is wrapped in a check is no longer one that Triton can read.
+KERNELS = [f"workbench.kernels.{path.stem}" for path in (ROOT / "kernels").glob("*.py")]
+install_import_hook([*KERNELS, "workbench.hooks", "workbench.model"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

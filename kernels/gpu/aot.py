@@ -1,20 +1,20 @@
 """Compiling a kernel for a GPU that is not there, and reading what it would take.
 
-Triton compiles for every target without a driver. The assembler and the disassembler in its wheel tell registers,
-spills and shared memory; the assembly tells which matrix instruction was used. What this cannot tell is time.
+Triton compiles for every target without a driver. The disassembler in its wheel tells registers and spills of the
+machine code itself, its metadata the shared memory; the assembly tells which matrix instruction was used, and what the
+main loop issues beside it. What this cannot tell is time.
 """
 
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from workbench.kernels.gpu.tiles import Tile
@@ -32,6 +32,8 @@ class Target(NamedTuple):
     registers: int
     threads: int  # resident on one multiprocessor
     matrix: str  # how the matrix instruction is called in its assembly
+    blocks: int = 32  # resident on one multiprocessor
+    reserved: int = 1024  # bytes of shared memory the system takes beside each block's own
 
     @property
     def triton(self) -> GPUTarget:
@@ -41,12 +43,12 @@ class Target(NamedTuple):
 # Sizes: CUDA C++ Programming Guide, table of compute capabilities; AMD CDNA 3 and CDNA 4 instruction set manuals.
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 166_912, 65_536, 2048, "mma.sync"),
-    "sm_89": Target("cuda", 89, 32, 101_376, 65_536, 1536, "mma.sync"),
+    "sm_89": Target("cuda", 89, 32, 101_376, 65_536, 1536, "mma.sync", blocks=24),
     "sm_90": Target("cuda", 90, 32, 232_448, 65_536, 2048, "wgmma.mma_async"),
     "sm_100": Target("cuda", 100, 32, 232_448, 65_536, 2048, "tcgen05.mma"),
-    "sm_120": Target("cuda", 120, 32, 101_376, 65_536, 1536, "mma.sync"),
-    "gfx942": Target("hip", "gfx942", 64, 65_536, 131_072, 2048, "v_mfma"),
-    "gfx950": Target("hip", "gfx950", 64, 163_840, 131_072, 2048, "v_mfma"),
+    "sm_120": Target("cuda", 120, 32, 101_376, 65_536, 1536, "mma.sync", blocks=24),
+    "gfx942": Target("hip", "gfx942", 64, 65_536, 131_072, 2048, "v_mfma", reserved=0),
+    "gfx950": Target("hip", "gfx950", 64, 163_840, 131_072, 2048, "v_mfma", reserved=0),
 }
 
 
@@ -72,6 +74,16 @@ class Specimen:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Loop(NamedTuple):
+    """One trip of one warp through the loop that multiplies most an instruction.
+
+    instructions: all that NVIDIA's scheduler issues, on AMD those of the vector unit; the products are not among them.
+    """
+
+    instructions: int
+    flops: int  # of the matrix instructions
+
+
 class Resources(NamedTuple):
     """What a compiled kernel takes; registers and spill bytes a thread, shared bytes a block."""
 
@@ -80,6 +92,7 @@ class Resources(NamedTuple):
     shared: int
     blocks_per_sm: int
     instructions: tuple[str, ...]  # the distinct matrix instructions
+    loop: Loop | None = None  # none without a matrix instruction whose size its name tells
 
 
 def build(specimen: Specimen, target: Target) -> Any:
@@ -90,41 +103,100 @@ def build(specimen: Specimen, target: Target) -> Any:
     source = ASTSource(
         fn=specimen.kernel, signature={n: types[n] for n in names}, constexprs=dict(specimen.constants), attrs=attrs
     )
-    options = {"num_warps": specimen.tile.num_warps, "num_stages": specimen.tile.num_stages, **specimen.options}
+    options = {**specimen.tile.options, **specimen.options}
     return triton.compile(source, target=target.triton, options=options)
 
 
 def resources(specimen: Specimen, target: Target) -> Resources:
     """Compiles for a target and reads what it takes there."""
     compiled = build(specimen, target)
-    shared = int(compiled.metadata.shared)
-    threads = specimen.tile.num_warps * target.warp
-    if target.backend == "cuda":
-        registers, spilled = _ptxas(compiled.asm["ptx"], int(target.arch))
-        found = re.findall(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)(?:\S*?\.(m\d+n\d+k\d+))?", compiled.asm["ptx"])
-        instructions = {f"{kind} {shape}".strip() for kind, shape in found}
-        by_registers = target.registers // (-(-registers // 8) * 8 * threads) if registers else 32
-    else:
-        text = compiled.asm["amdgcn"]
-        facts = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|agpr_count|vgpr_spill_count):\s*(\d+)", text)}
-        registers, spilled = facts["vgpr_count"] + facts.get("agpr_count", 0), 4 * facts["vgpr_spill_count"]
-        instructions = set(re.findall(r"v_mfma\w+", text))
-        by_registers = target.registers // (-(-registers // 8) * 8 * threads) if registers else 32
-    by_shared = target.shared // shared if shared else 32
-    return Resources(
-        registers, spilled, shared, min(by_registers, by_shared, target.threads // threads), tuple(sorted(instructions))
+    read = _nvidia if target.backend == "cuda" else _amd
+    facts = compiled.metadata
+    registers, spilled, instructions, loop = read(compiled.asm, facts.num_warps)
+    blocks = _blocks(target, facts.num_warps, registers, facts.shared, getattr(facts, "tmem_size", 0) or 0)
+    return Resources(registers, spilled, facts.shared, blocks, tuple(sorted(set(instructions))), loop)
+
+
+def _blocks(target: Target, warps: int, registers: int, shared: int, tensor_columns: int) -> int:
+    """Blocks that fit a multiprocessor, of whose registers and threads each of four partitions has a quarter."""
+    lanes = -(-max(registers, 1) // 8) * 8 * target.warp
+    resident = 4 * min(target.registers // 4 // lanes, target.threads // 4 // target.warp)
+    limits = [target.blocks, resident // warps]
+    if shared:
+        limits.append((target.shared + target.reserved) // (shared + target.reserved))
+    if tensor_columns:  # tensor memory: 512 columns a multiprocessor
+        limits.append(512 // tensor_columns)
+    return min(limits)
+
+
+def _nvidia(asm: Mapping[str, Any], warps: int) -> tuple[int, int, list[str], Loop | None]:
+    """Registers, spilled bytes (stored and loaded), matrix instructions and the main loop, from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = re.search(r"REG:(\d+)", text)
+    assert registers, text
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", text)
+    lines = [line for _, line in code]
+    spills = [re.search(r"\b(?:STL|LDL)(?:\.[A-Z]\w*)*(?:\.(\d+))? ", line) for line in lines]
+    products = re.findall(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)(?:\S*?\.(m\d+n\d+k\d+))?", asm["ptx"])
+    place = {int(address, 16): i for i, (address, _) in enumerate(code)}
+    jumps = [re.search(r"\bBRA\S* (?:\S+, )?0x([0-9a-f]+)", line) for line in lines]
+    spans = [(place[int(jump[1], 16)], i) for i, jump in enumerate(jumps) if jump]
+    return (
+        int(registers[1]),
+        sum(int(spill[1] or 32) // 8 for spill in spills if spill),
+        [f"{kind} {shape}".strip() for kind, shape in products],
+        _main_loop(lines, spans, _tcgen05_flops(asm["ptx"]) // warps),
     )
 
 
-def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers and spilled bytes a thread, as the assembler that Triton uses for this target reports them."""
-    named = re.search(r"\.target (sm_\w+)", ptx)
-    assert named
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={named[1]}", "-o", "/dev/null", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
-    assert registers
-    return int(registers[1]), sum(map(int, spills))
+def _tcgen05_flops(ptx: str) -> int:
+    """Of one UTCHMMA, whose size only its descriptor tells (bits 17 … 22: columns / 8; 24 … 28: rows / 16).
+
+    Reference: PTX ISA, tcgen05, instruction descriptor of .kind::f16, whose depth is 16.
+    """
+    names = set(re.findall(r"tcgen05\.mma\S* .*?, .*?, .*?, (%r\d+)", ptx))
+    sizes = {bits for name in names for bits in re.findall(rf"mov\.b32\s+{name}, (\d+);", ptx)}
+    if len(sizes) != 1:  # none, or products of two sizes that the machine code does not tell apart
+        return 0
+    bits = int(sizes.pop())
+    return 2 * (bits >> 24 & 31) * 16 * (bits >> 17 & 63) * 8 * 16
+
+
+def _amd(asm: Mapping[str, Any], warps: int) -> tuple[int, int, list[str], Loop | None]:
+    """The same from the assembly; registers are those of both files, vector and accumulation."""
+    text = asm["amdgcn"]
+    facts = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", text)}
+    lines = [line.strip() for line in text.splitlines()]
+    place = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".LBB")}
+    jumps = [re.match(r"s_c?branch\w* (\.LBB\w+)", line) for line in lines]
+    spans = [(place[jump[1]], i) for i, jump in enumerate(jumps) if jump]
+    return facts["vgpr_count"], 4 * facts["vgpr_spill_count"], re.findall(r"v_mfma\w+", text), _main_loop(lines, spans)
+
+
+_PRODUCTS = ((r"HGMMA\.(\d+)x(\d+)x(\d+)", 4), (r"\bHMMA\.(16)(8)(16|8)", 1), (r"v_mfma_\w+?_(\d+)x(\d+)x(\d+)", 1))
+
+
+def _flops(line: str, tensor: int) -> int:
+    """Of one warp's part in a matrix instruction (four warps share an HGMMA), 0 of any other."""
+    if "UTCHMMA" in line:
+        return tensor
+    for pattern, warps in _PRODUCTS:
+        if found := re.search(pattern, line):
+            m, n, k = map(int, found.groups())
+            return 2 * m * n * k // warps
+    return 0
+
+
+def _main_loop(lines: Sequence[str], spans: Sequence[tuple[int, int]], tensor: int = 0) -> Loop | None:
+    """The loop with the most flops an instruction, among spans from a jump's goal to the jump."""
+    loops = []
+    for start, end in spans:
+        flops = [_flops(line, tensor) for line in lines[start : end + 1]]
+        if any(flops):
+            others = [line for line, f in zip(lines[start : end + 1], flops, strict=True) if not f]
+            loops.append(Loop(len([line for line in others if line.startswith("v_")] or others), sum(flops)))
+    return max(loops, key=lambda loop: loop.flops / loop.instructions, default=None)

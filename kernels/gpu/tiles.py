@@ -4,12 +4,100 @@ A tile is the constants a kernel is compiled with. The resources each takes on e
 `workbench bench kernels`; `workbench bench gpu --autotune` measures the alternatives on a card.
 """
 
+from functools import cache
 from typing import NamedTuple
+
+import torch
 
 
 class Tile(NamedTuple):
-    """Block sizes by name (the kernel's constexprs), warps and software pipeline stages."""
+    """Block sizes by name (the kernel's constexprs), warps, software pipeline stages, and a cap on registers.
+
+    The cap (NVIDIA only) is the assembler's: set where it buys another block on the multiprocessor without a spill.
+    """
 
     blocks: dict[str, int]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch and the compiler are told beside the blocks."""
+        cap = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **cap}
+
+
+@cache
+def _arch(device: torch.device) -> str:
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def target(x: torch.Tensor) -> str:
+    """The name in `aot.TARGETS` of the GPU that holds x, or "interpreter" for a CPU tensor."""
+    return _arch(x.device) if x.is_cuda else "interpreter"
+
+
+def codec_tile() -> Tile:
+    """MXFP4 groups a program: 128 of them are 4,096 values, 32 a thread."""
+    return Tile({"BLOCK": 128}, num_warps=4, num_stages=1)
+
+
+def top_k_tile(width: int) -> Tile:
+    """Rows of `width` (experts, or slots) a program: about 2,048 values, at least one row a warp."""
+    return Tile({"BLOCK": max(4, min(128, 2048 // width))}, num_warps=4, num_stages=1)
+
+
+def group_tile(num_experts: int) -> Tile:
+    """Slots a program, slots a step of it, and partial counts a step: a step's one-hot matrix stays in registers."""
+    step = max(16, min(128, 2048 // num_experts))
+    return Tile({"BLOCK": 1024, "STEP": step, "CHUNK": 16}, num_warps=4, num_stages=1)
+
+
+def moe_tile(slots: int, num_experts: int, dtype: torch.dtype, target: str) -> Tile:
+    """Expert matmul: slots × outputs × inputs. A step of 64 inputs divides 2880; 128 would leave half of the last."""
+    amd = target.startswith("gfx")  # its pipeline is two deep: more stages cost shared memory and blocks
+    if target == "interpreter":  # several tiles each way, also in small problems
+        return Tile({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 1)
+    if dtype == torch.float32:  # no tensor cores: bounded by the registers of the unpacked weight
+        return Tile({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2)
+    if slots <= 32 * num_experts:  # decode, bounded by the weights' bytes: five small blocks an SM keep them coming
+        return Tile({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}, 4, 2 if amd else 5)
+    if amd:
+        return Tile({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 2)
+    if target in ("sm_90", "sm_100"):  # two blocks an SM: one unpacks while the other multiplies
+        return Tile({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 4, max_registers=128)
+    return Tile({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 4)  # mma.sync: 128 slots spill with two blocks
+
+
+def moe_transposed_tile(slots: int, num_experts: int, dtype: torch.dtype, target: str) -> Tile:
+    """The same product backwards: BLOCK_N is what it sums over, BLOCK_K what it writes."""
+    amd = target.startswith("gfx")
+    if target == "interpreter":
+        return Tile({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 1)
+    if dtype == torch.float32:
+        return Tile({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64}, 4, 2)
+    if slots <= 32 * num_experts:
+        return Tile({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}, 4, 2 if amd else 3)
+    if amd:
+        return Tile({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 128}, 8, 2)
+    if target in ("sm_90", "sm_100"):  # 32 outputs a step: with 64 it takes 147 registers, one block an SM
+        return Tile({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 128}, 8, 4)
+    return Tile({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 64}, 8, 4)
+
+
+def combine_tile() -> Tile:
+    """Columns a program of the sum over slots: 8 a thread."""
+    return Tile({"BLOCK": 1024}, num_warps=4, num_stages=1)
+
+
+def swiglu_tile() -> Tile:
+    """Columns a step of the activation's gradient, one slot a program: 4 gates and 4 ups a thread."""
+    return Tile({"BLOCK": 512}, num_warps=4, num_stages=1)
+
+
+def moments_tile() -> Tile:
+    """Tokens a program adds up before partial sums are combined, tokens and columns a step of it."""
+    return Tile({"SPLIT": 512, "BLOCK_M": 32, "BLOCK_D": 128}, num_warps=4, num_stages=2)

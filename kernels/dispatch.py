@@ -1,0 +1,19 @@
+"""Who computes: Triton for tensors on a CUDA or ROCm device, torch for all others. Nothing falls back.
+
+Triton exists on Linux only and is imported when the first such tensor arrives.
+"""
+
+import importlib
+from types import ModuleType
+
+from torch import Tensor
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether x lies where Triton's kernels run; ROCm devices call themselves CUDA."""
+    return x.is_cuda
+
+
+def triton(name: str, x: Tensor) -> ModuleType | None:
+    """`workbench.kernels.gpu.<name>` if x is on a GPU, else nothing."""
+    return importlib.import_module(f"workbench.kernels.gpu.{name}") if on_gpu(x) else None
