@@ -9,6 +9,7 @@ from torch import Tensor
 from workbench import harmony
 from workbench.errors import InputError
 from workbench.model.checkpoint import open_checkpoint, resolve
+from workbench.model.lora import load_adapter
 from workbench.model.transformer import GptOss
 
 
@@ -19,11 +20,12 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     revision: str | None = None,
     ignore_fields: Collection[str] = (),
+    adapter: str | Path | None = None,
 ) -> GptOss:
     """The model in a folder of either published layout, the bundled one ("nano"), or a hub id.
 
     Weights stay memory-mapped and the experts packed: what is read is what is used. dtype float32 does all
-    arithmetic in float32. device "auto" is a GPU where there is one.
+    arithmetic in float32. device "auto" is a GPU where there is one. `adapter` is a PEFT folder with a LoRA for it.
     """
     folder = resolve(source, revision=revision)
     checkpoint = open_checkpoint(folder, ignore_fields=ignore_fields)
@@ -41,7 +43,10 @@ def load(
         return tensor.to(target, dtype if tensor.is_floating_point() else tensor.dtype)
 
     model.load_state_dict({name: placed(tensor) for name, tensor in checkpoint.tensors.items()}, assign=True)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model
 
 
 def _device(name: str) -> torch.device:

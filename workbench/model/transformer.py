@@ -18,11 +18,13 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from workbench.hooks.points import hooked
 from workbench.kernels import attention as attend
 from workbench.kernels import routing
-from workbench.kernels.moe import Experts, Taps, moe
+from workbench.kernels.moe import Adapted, Experts, Taps, moe
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
+from workbench.kernels.parts import in_parts
 from workbench.model.cache import KVCache
 from workbench.model.config import Config
 from workbench.model.generate import generate
+from workbench.model.low_rank import Linear, LowRank
 from workbench.model.rope import cos_sin, rotate
 
 
@@ -37,6 +39,10 @@ class RMSNorm(nn.Module):
         self.hook_normalized = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        whole = hooked(self.hook_scale, self.hook_normalized)
+        return self._norm(x) if whole else in_parts(self._norm, x, dim=1)
+
+    def _norm(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
         scale = self.hook_scale((square / x.shape[-1] + self.eps).sqrt())
@@ -49,10 +55,10 @@ class Attention(nn.Module):
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()
         self.d_head, self.window = cfg.d_head, cfg.windows[layer]
-        self.q = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head)
-        self.k = nn.Linear(cfg.d_model, cfg.n_key_value_heads * cfg.d_head)
-        self.v = nn.Linear(cfg.d_model, cfg.n_key_value_heads * cfg.d_head)
-        self.o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model)
+        self.q = Linear(cfg.d_model, cfg.n_heads * cfg.d_head)
+        self.k = Linear(cfg.d_model, cfg.n_key_value_heads * cfg.d_head)
+        self.v = Linear(cfg.d_model, cfg.n_key_value_heads * cfg.d_head)
+        self.o = Linear(cfg.n_heads * cfg.d_head, cfg.d_model)
         self.sinks = nn.Parameter(torch.zeros(cfg.n_heads))
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
         self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
@@ -70,7 +76,7 @@ class Attention(nn.Module):
         z = self.hook_z(attention(q, k, v, where))
         if not hooked(self.hook_result):
             return self.o(z.flatten(-2))
-        by_head = self.o.weight.unflatten(1, (-1, self.d_head))
+        by_head = self.o.matrix.unflatten(1, (-1, self.d_head))
         return self.hook_result(torch.einsum("bphd,mhd->bphm", z, by_head)).sum(2) + self.o.bias
 
     def _fast(self, q: Tensor, k: Tensor, v: Tensor, where: "Where") -> Float[Tensor, "batch pos head d_head"]:
@@ -95,11 +101,17 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(cfg.num_experts, cfg.d_model))
         self.bias = nn.Parameter(torch.zeros(cfg.num_experts))
+        self.lora: LowRank | None
+        self.register_module("lora", None)
         self.hook_out = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert"]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return self.hook_out(nn.functional.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide)))
+        return self.hook_out(in_parts(self._scores, x, dim=1))
+
+    def _scores(self, x: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        out = nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return out if self.lora is None else out + self.lora(x)
 
 
 class ExpertMatrix(nn.Module):
@@ -117,10 +129,13 @@ class ExpertMatrix(nn.Module):
         else:
             self.weight = nn.Parameter(torch.empty(num_experts, inputs, outputs))
         self.packed = packed
+        self.lora: LowRank | None
+        self.register_module("lora", None)
 
     @property
-    def matrix(self) -> Mxfp4 | Tensor:
-        return Mxfp4(self.blocks, self.scales) if self.packed else self.weight
+    def matrix(self) -> Mxfp4 | Adapted | Tensor:
+        base = Mxfp4(self.blocks, self.scales) if self.packed else self.weight
+        return base if self.lora is None else Adapted(base, self.lora.a, self.lora.b)
 
 
 class ExpertLayer(nn.Module):
@@ -240,6 +255,7 @@ class GptOss(HookedRootModule):
     def __init__(self, cfg: Config, *, packed: bool = False, tokenizer: Any = None, checkpoint: Any = None) -> None:
         super().__init__()
         self.cfg, self.tokenizer, self.checkpoint = cfg, tokenizer, checkpoint
+        self.adapter: Any = None  # see workbench.model.lora
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(Block(cfg, layer, packed) for layer in range(cfg.n_layers))

@@ -1,0 +1,287 @@
+"""Sparse autoencoders in SAELens' folder format, and their features spliced into a model as hook points.
+
+A folder holds cfg.json and sae_weights.safetensors; sparsity.safetensors may lie beside them. Read are the
+architectures standard, topk, jumprelu (which BatchTopK and Matryoshka autoencoders are saved as) and gated.
+
+Reference: SAELens 6.54, saes/*.py; JumpReLU, arXiv 2407.14435; gated, arXiv 2404.16014; topk, arXiv 2406.04093.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.HookedRootModule import HookedRootModule
+
+_CONFIG, _WEIGHTS, _SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_VECTORS = {
+    "standard": ("b_enc",),
+    "topk": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "b_mag", "r_mag"),
+}
+_READ: dict[str, tuple[Any, ...]] = {
+    "architecture": tuple(_VECTORS),
+    "normalize_activations": ("none", "constant_norm_rescale", "layer_norm"),
+    "reshape_activations": ("none", "hook_z"),
+    "apply_b_dec_to_input": (True, False),
+    "rescale_acts_by_decoder_norm": (True, False),
+    "activation_fn": ("relu", "topk"),
+    "hook_head_index": (None,),
+    "dtype": tuple(_DTYPES),
+}
+_DEFAULTS: dict[str, Any] = {
+    "architecture": "standard",
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+    "apply_b_dec_to_input": True,
+    "rescale_acts_by_decoder_norm": False,
+    "activation_fn": "relu",
+    "hook_head_index": None,
+    "hook_name": None,
+    "k": 0,
+}
+_REFUSED = {
+    "expected_average_only_in": "its factor is not in the folder: fold it in (fold_activation_norm_scaling_factor) "
+    "and save again",
+    "batchtopk": "it is in training; SAELens' save_inference_model makes a jumprelu of it",
+    "matryoshka_batchtopk": "it is in training; SAELens' save_inference_model makes a jumprelu of it",
+}
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What an autoencoder computes, and the hook point that it was trained on, if its folder says so."""
+
+    architecture: str
+    d_in: int
+    d_sae: int
+    dtype: torch.dtype
+    apply_b_dec_to_input: bool
+    normalize_activations: str
+    reshape_activations: str
+    k: int
+    rescale_acts_by_decoder_norm: bool
+    hook_name: str | None
+
+
+class SAE(nn.Module):
+    """x ≈ features · W_dec + b_dec, the features few and not negative."""
+
+    W_enc: Float[Tensor, "d_in d_sae"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_dec: Float[Tensor, "d_in"]
+    b_enc: Float[Tensor, "d_sae"]
+    threshold: Float[Tensor, "d_sae"]  # jumprelu
+    b_gate: Float[Tensor, "d_sae"]  # gated, as the next two; instead of b_enc
+    b_mag: Float[Tensor, "d_sae"]
+    r_mag: Float[Tensor, "d_sae"]
+    sparsity: Float[Tensor, "d_sae"] | None  # log10 of the fraction of tokens that a feature is active on
+
+    def __init__(
+        self, cfg: SAEConfig, weights: Mapping[str, Tensor], sparsity: Float[Tensor, "d_sae"] | None = None
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        for name, tensor in weights.items():
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        self.register_buffer("sparsity", sparsity)
+
+    def encode(self, x: Float[Tensor, "*activation"]) -> Float[Tensor, "*rows d_sae"]:
+        """The features of an activation [*rows d_in], or [*rows head d_head] where the SAE is of hook_z."""
+        x, _, _ = self._normalise(x)
+        if self.cfg.apply_b_dec_to_input:
+            x = x - self.b_dec
+        if self.cfg.architecture == "gated":
+            open_ = x @ self.W_enc + self.b_gate > 0
+            return open_ * torch.relu(x @ (self.W_enc * self.r_mag.exp()) + self.b_mag)
+        pre = x @ self.W_enc + self.b_enc
+        if self.cfg.architecture == "jumprelu":
+            return torch.relu(pre) * (pre > self.threshold)
+        if self.cfg.architecture == "standard":
+            return torch.relu(pre)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            pre = pre * self.W_dec.norm(dim=-1)
+        values, features = pre.topk(self.cfg.k, dim=-1)
+        return torch.zeros_like(pre).scatter(-1, features, values.relu())
+
+    def decode(
+        self, features: Float[Tensor, "*rows d_sae"], like: Float[Tensor, "*activation"] | None = None
+    ) -> Float[Tensor, "*activation"]:
+        """The activation that the features stand for.
+
+        Where the SAE normalises its input or flattens heads, `like` is the activation that the features came from:
+        its scale, centre and shape are given back.
+        """
+        if self.cfg.rescale_acts_by_decoder_norm:
+            features = features / self.W_dec.norm(dim=-1)
+        out = features @ self.W_dec + self.b_dec
+        if like is None:
+            if (self.cfg.normalize_activations, self.cfg.reshape_activations) != ("none", "none"):
+                raise ValueError("this SAE normalises or flattens its input: pass decode the activation as `like`")
+            return out
+        _, scale, centre = self._normalise(like)
+        out = out * scale + centre
+        return out.unflatten(-1, like.shape[-2:]) if self.cfg.reshape_activations == "hook_z" else out
+
+    def error(self, x: Float[Tensor, "*activation"]) -> Float[Tensor, "*activation"]:
+        """What the reconstruction lacks: x − decode(encode(x))."""
+        return x - self.decode(self.encode(x), x)
+
+    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """x flat and normalised, and the scale and centre that undo it."""
+        if self.cfg.reshape_activations == "hook_z":
+            x = x.flatten(-2)
+        if x.shape[-1] != self.cfg.d_in:
+            raise ValueError(f"this SAE reads activations of width {self.cfg.d_in}, got {x.shape[-1]}")
+        x = x.to(self.W_enc.dtype)
+        if self.cfg.normalize_activations == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True) / self.cfg.d_in**0.5
+            return x / scale, scale, 0.0
+        if self.cfg.normalize_activations == "layer_norm":
+            centre, scale = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+            return (x - centre) / (scale + 1e-5), scale, centre
+        return x, 1.0, 0.0
+
+
+@contextmanager
+def splice(model: HookedRootModule, sae: SAE, at: str | None = None, *, use_error_term: bool = True) -> Iterator[str]:
+    """Within the context, the activation at a hook point is what the SAE makes of it, plus what that lacks.
+
+    Yields the name of a new hook point of the model, `<at>.hook_sae_acts_post`: the features [batch pos d_sae], to be
+    recorded and edited like any other. With the error term there is `<at>.hook_sae_error` too; the error is that of
+    the features before any edit, and no gradient flows through it. Hooks added at `at` inside see the result.
+    """
+    at = at or sae.cfg.hook_name
+    if at is None:
+        raise ValueError("the SAE's folder does not say where it belongs: name a hook point with `at`")
+    if at not in model.hook_dict:
+        near = ", ".join(get_close_matches(at, model.hook_dict)) or "none of a similar name"
+        raise ValueError(f"hook point {at!r} does not exist; there is {near}")
+    kinds = ("hook_sae_acts_post", "hook_sae_error") if use_error_term else ("hook_sae_acts_post",)
+    points = {f"{at}.{kind}": HookPoint() for kind in kinds}
+    if taken := model.hook_dict.keys() & points.keys():
+        raise ValueError(f"an SAE is spliced in at {at!r} already: {min(taken)!r} exists")
+    acts, *error = points.values()
+
+    def reconstruct(x: Tensor, hook: HookPoint) -> Tensor:
+        features = sae.encode(x)
+        out = sae.decode(acts(features), x)
+        for point in error:
+            out = out + point((x - sae.decode(features, x)).detach())
+        return out.to(x.dtype)
+
+    place = model.hook_dict[at]
+    handle = place.add_hook(reconstruct, is_permanent=True)
+    for name, point in points.items():
+        point.name = name
+        model.hook_dict[name] = model.mod_dict[name] = point
+    try:
+        yield next(iter(points))
+    finally:
+        handle.hook.remove()
+        place.fwd_hooks = [kept for kept in place.fwd_hooks if kept is not handle]
+        for name in points:
+            del model.hook_dict[name], model.mod_dict[name]
+
+
+def load_sae(folder: str | Path, *, device: str | torch.device = "cpu") -> SAE:
+    """The autoencoder in a folder that SAELens wrote, in the dtype that it says."""
+    root = Path(folder)
+    cfg = _read_config(root / _CONFIG)
+    shapes = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
+    shapes |= dict.fromkeys(_VECTORS[cfg.architecture], (cfg.d_sae,))
+    weights = _read_tensors(root / _WEIGHTS)
+    if "log_threshold" in weights:  # of a JumpReLU saved before SAELens 6
+        weights["threshold"] = weights.pop("log_threshold").exp()
+    if "scaling_factor" in weights and (weights["scaling_factor"] == 1).all():  # written for a while, of no effect
+        del weights["scaling_factor"]
+    _check_tensors(root / _WEIGHTS, weights, shapes)
+    sparsity = None
+    if (root / _SPARSITY).exists():
+        found = _read_tensors(root / _SPARSITY)
+        _check_tensors(root / _SPARSITY, found, {"sparsity": (cfg.d_sae,)}, finite=False)
+        sparsity = found["sparsity"].float()
+    return SAE(cfg, {name: weights[name].to(cfg.dtype) for name in shapes}, sparsity).to(device)
+
+
+def _read_config(path: Path) -> SAEConfig:
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} has no {_CONFIG}: name a folder that SAELens wrote") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON that can be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: wanted an object of options, got {type(raw).__name__}")
+    options = _DEFAULTS | {name: value for name, value in _modern(raw).items() if value is not None}
+    _check_options(path, options)
+    options["dtype"] = _DTYPES[options["dtype"]]
+    return SAEConfig(**{field.name: options[field.name] for field in fields(SAEConfig)})
+
+
+def _modern(raw: dict[str, Any]) -> dict[str, Any]:
+    """The options as SAELens 6 calls them; before, they had other names and no metadata apart."""
+    metadata = raw.get("metadata")
+    options = (metadata if isinstance(metadata, dict) else {}) | raw
+    options["dtype"] = str(options.get("dtype", "float32")).removeprefix("torch.")
+    options.setdefault("hook_name", options.get("hook_point"))
+    options.setdefault("hook_head_index", options.get("hook_point_head_index"))
+    options.setdefault("activation_fn", options.get("activation_fn_str"))
+    if "reshape_activations" not in options and "hook_z" in str(options["hook_name"]):
+        options["reshape_activations"] = "hook_z"
+    if isinstance(options.get("normalize_activations"), bool):
+        options["normalize_activations"] = ("none", "expected_average_only_in")[options["normalize_activations"]]
+    if options["activation_fn"] == "topk":
+        kwargs = options.get("activation_fn_kwargs")
+        options |= {"architecture": "topk", "k": kwargs.get("k") if isinstance(kwargs, dict) else None}
+    return options
+
+
+def _check_options(path: Path, options: Mapping[str, Any]) -> None:
+    """Refuse by name what would be computed differently."""
+    for name, read in _READ.items():
+        if (value := options[name]) not in read:
+            why = _REFUSED.get(str(value), f"wanted {' or '.join(map(str, read))}")
+            raise ValueError(f"{path}: {name} {value!r} is not read here: {why}")
+    topk = options["architecture"] == "topk"
+    for name in ("d_in", "d_sae", "k") if topk else ("d_in", "d_sae"):
+        if type(value := options.get(name)) is not int or value < 1:
+            raise ValueError(f"{path}: {name} is {value!r}, wanted a positive whole number")
+    if topk and options["k"] > options["d_sae"]:
+        raise ValueError(f"{path}: k {options['k']} is above d_sae {options['d_sae']}")
+    if not isinstance(options["hook_name"], str | None):
+        raise ValueError(f"{path}: hook_name is {options['hook_name']!r}, wanted the name of a hook point")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: the folder is not whole") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+
+
+def _check_tensors(
+    path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, finite: bool = True
+) -> None:
+    if wrong := sorted(found.keys() ^ shapes.keys()):
+        raise ValueError(f"{path}: tensor {wrong[0]!r} is {'left over' if wrong[0] in found else 'missing'}")
+    for name, shape in shapes.items():
+        if tuple(found[name].shape) != shape:
+            raise ValueError(
+                f"{path}: tensor {name!r} has shape {list(found[name].shape)}, cfg.json wants {list(shape)}"
+            )
+        if not found[name].is_floating_point() or (finite and not found[name].isfinite().all()):
+            raise ValueError(f"{path}: tensor {name!r} is not of finite floating-point numbers")
