@@ -4,7 +4,12 @@ A tile is the constants a kernel is compiled with. The resources each takes on e
 `workbench bench kernels`; `workbench bench gpu --autotune` measures the alternatives on a card.
 """
 
-from functools import cache
+import inspect
+import json
+import os
+from collections.abc import Callable
+from functools import cache, wraps
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -40,22 +45,50 @@ def target(x: torch.Tensor) -> str:
     return _arch(x.device) if x.is_cuda else "interpreter"
 
 
+def measured(family: Callable[..., Tile]) -> Callable[..., Tile]:
+    """Lets the winners of `workbench bench gpu --autotune` take the place of a family's own tiles.
+
+    They are read once, from the file that WORKBENCH_TILES names or tiles.json beside this one: target → family →
+    pairs of its own tile and the one to take. A tile that has changed since it was measured stands.
+    """
+    path = Path(os.environ.get("WORKBENCH_TILES") or Path(__file__).with_name("tiles.json"))
+    found = json.loads(path.read_text()) if path.exists() else {}
+    winners = {
+        (target, str(Tile(*own))): Tile(*taken)
+        for target, families in found.items()
+        for own, taken in families.get(family.__name__, [])
+    }
+    signature = inspect.signature(family)
+
+    @wraps(family)
+    def choose(*args: object) -> Tile:
+        own = family(*args)
+        here = _arch(torch.device("cuda")) if torch.cuda.is_available() else "interpreter"
+        return winners.get((signature.bind(*args).arguments.get("target", here), str(own)), own)
+
+    return choose if winners else family
+
+
+@measured
 def codec_tile() -> Tile:
     """MXFP4 groups a program: 128 of them are 4,096 values, 32 a thread."""
     return Tile({"BLOCK": 128}, num_warps=4, num_stages=1)
 
 
+@measured
 def top_k_tile(width: int) -> Tile:
     """Rows of `width` (experts, or slots) a program: about 2,048 values, at least one row a warp."""
     return Tile({"BLOCK": max(4, min(128, 2048 // width))}, num_warps=4, num_stages=1)
 
 
+@measured
 def group_tile(num_experts: int) -> Tile:
     """Slots a program, slots a step of it, and partial counts a step: a step's one-hot matrix stays in registers."""
     step = max(16, min(128, 2048 // num_experts))
     return Tile({"BLOCK": 1024, "STEP": step, "CHUNK": 16}, num_warps=4, num_stages=1)
 
 
+@measured
 def moe_tile(slots: int, num_experts: int, dtype: torch.dtype, target: str) -> Tile:
     """Expert matmul: slots × outputs × inputs. A step of 64 inputs divides 2880; 128 would leave half of the last."""
     amd = target.startswith("gfx")  # its pipeline is two deep: more stages cost shared memory and blocks
@@ -72,6 +105,7 @@ def moe_tile(slots: int, num_experts: int, dtype: torch.dtype, target: str) -> T
     return Tile({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 4)  # mma.sync: 128 slots spill with two blocks
 
 
+@measured
 def moe_transposed_tile(slots: int, num_experts: int, dtype: torch.dtype, target: str) -> Tile:
     """The same product backwards: BLOCK_N is what it sums over, BLOCK_K what it writes."""
     amd = target.startswith("gfx")
@@ -88,16 +122,86 @@ def moe_transposed_tile(slots: int, num_experts: int, dtype: torch.dtype, target
     return Tile({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 64}, 8, 4)
 
 
+@measured
 def combine_tile() -> Tile:
     """Columns a program of the sum over slots: 8 a thread."""
     return Tile({"BLOCK": 1024}, num_warps=4, num_stages=1)
 
 
+@measured
 def swiglu_tile() -> Tile:
     """Columns a step of the activation's gradient, one slot a program: 4 gates and 4 ups a thread."""
     return Tile({"BLOCK": 512}, num_warps=4, num_stages=1)
 
 
+@measured
 def moments_tile() -> Tile:
     """Tokens a program adds up before partial sums are combined, tokens and columns a step of it."""
     return Tile({"SPLIT": 512, "BLOCK_M": 32, "BLOCK_D": 128}, num_warps=4, num_stages=2)
+
+
+@measured
+def attention_tile(width: int, dtype: torch.dtype, target: str) -> Tile:
+    """Queries × keys of prefill: as many queries for each key that is read as two blocks an SM have registers for."""
+    if target == "interpreter":  # several tiles each way, also in small problems
+        return Tile({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
+    if dtype == torch.float32 or width > 64:  # no tensor cores, or wide heads: bounded by registers
+        return Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2)
+    if target.startswith("gfx"):
+        return Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 4, 2)
+    if target == "sm_90":
+        return Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3)
+    return Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3)  # 128 queries spill, or leave one block
+
+
+def most_rows_to_split(target: str) -> int:
+    """Up to so many rows (queries × heads of a key-value head) the keys are split: one query, or two, of 8 heads."""
+    return 16
+
+
+@measured
+def decode_tile(rows: int, dtype: torch.dtype, target: str) -> Tile:
+    """Rows × keys of decoding, bounded by reading the keys: small tiles, deep pipeline."""
+    if target == "interpreter":
+        return Tile({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
+    return Tile({"BLOCK_M": 16, "BLOCK_N": 64}, 4, 2 if target.startswith("gfx") or dtype == torch.float32 else 4)
+
+
+@cache
+def splits(programs: int, device: torch.device) -> int:
+    """Parts of the keys, so that `programs` times as many programs fill the card twice: a power of two up to 64."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    wanted = max(1, 2 * processors // max(1, programs))
+    return min(64, 1 << (wanted.bit_length() - 1))
+
+
+@measured
+def queries_gradient_tile(dtype: torch.dtype, target: str) -> Tile:
+    """Queries × keys: scores and their gradients live beside the accumulator, so half the forward's queries."""
+    if target == "interpreter":
+        return Tile({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
+    if dtype == torch.float32:
+        return Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1)
+    if target in ("sm_90", "sm_100"):
+        return Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)
+    return Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2)  # three blocks; 64 keys take 255 registers
+
+
+@measured
+def keys_gradient_tile(dtype: torch.dtype, target: str) -> Tile:
+    """Queries × keys: two accumulators of the keys' rows, and two operands made in registers."""
+    if target == "interpreter":
+        return Tile({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
+    if dtype == torch.float32:
+        return Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1)
+    if target == "sm_90":
+        return Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)
+    return Tile({"BLOCK_M": 32, "BLOCK_N": 64}, 8 if target == "sm_100" else 4, 2)  # 64 queries spill
+
+
+@measured
+def pattern_tile(dtype: torch.dtype, target: str) -> Tile:
+    """Queries × keys of a pattern, bounded by writing it."""
+    if target == "interpreter":
+        return Tile({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
+    return Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 8 if dtype == torch.float32 else 4, 1)

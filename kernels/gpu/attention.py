@@ -1,0 +1,582 @@
+"""Causal attention on the GPU over sequences end to end or in rows, with a window, grouped heads, a prefix and sinks.
+
+A row's running maximum starts at its sink and its sum at one, so that the log-sum-exp includes the sink and the sink's
+probability costs one exp2 and one store. Blocks of keys outside the window are never read, and only blocks on its two
+edges are masked. A few queries on many keys (decoding) share a tile between the heads of a key-value head and split
+the keys over programs; a second kernel puts the parts together. The gradient recomputes the pattern from the
+log-sum-exp, in linear memory; every sum has a fixed order.
+
+Reference: `workbench.kernels.attention`; FlashAttention-2 (arXiv 2307.08691); Flash-Decoding (crfm.stanford.edu, 2023).
+Cost for T queries on S visible keys: 4 · T · S · n_heads · d_head flops, 2.5 times that backward.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from workbench.kernels.gpu import tiles
+from workbench.kernels.gpu.aot import Specimen
+from workbench.kernels.gpu.common import LOG2E, dot, narrow
+from workbench.kernels.gpu.tiles import Tile
+
+
+@triton.jit
+def _sequence(s, starts, query_pos, queries, PACKED: tl.constexpr):
+    """Row of the batch, first token within it, number of queries, and position of the first one."""
+    s = s.to(tl.int64)
+    if PACKED:
+        start = tl.load(starts + s)
+        return s * 0, start, (tl.load(starts + s + 1) - start).to(tl.int32), tl.program_id(0) * 0
+    return s, s * 0, queries, tl.load(query_pos + s * queries).to(tl.int32)
+
+
+@triton.jit
+def _rows(x, batch, start, stride_batch, stride_token, index, bound, d, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows [start + index, d] of one head; zeros from `bound` on, and beyond D where d is wider."""
+    at = batch * stride_batch + (start + index)[:, None] * stride_token + d[None, :]
+    if MASKED:
+        return tl.load(x + at, mask=(index < bound)[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(x + at)
+
+
+@triton.jit
+def _visible(position, key, WINDOW: tl.constexpr):
+    if WINDOW:
+        return (key <= position) & (key > position - WINDOW)
+    return key <= position
+
+
+@triton.jit
+def _reach(first, last, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys that queries at positions first … last read: from, unmasked from, unmasked to (multiples of BLOCK_N), to."""
+    low, inner = 0, 0
+    if WINDOW:
+        low = tl.maximum(0, first - WINDOW + 1) // BLOCK_N * BLOCK_N
+        inner = (tl.maximum(0, last - WINDOW + 1) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    return low, inner, tl.maximum(inner, (first + 1) // BLOCK_N * BLOCK_N), last + 1
+
+
+@triton.jit
+def _step(
+    acc, top, total, q, k, v, batch, start, k_batch, k_token, v_batch, v_token, n0, bound, position, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys into the running maximum, sum and weighted values, in units of log2."""
+    key = n0 + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, WIDTH)
+    kt = _rows(k, batch, start, k_batch, k_token, key, bound, d, D, MASKED or WIDTH != D)
+    score = dot(q, kt.T, tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * scale
+    if MASKED:
+        seen = _visible(position[:, None], key[None, :], WINDOW) & (key < bound)[None, :]
+        score = tl.where(seen, score, float("-inf"))
+    new = tl.maximum(top, tl.max(score, 1))
+    # A row that has met no key yet has no maximum: 0 stands in, and its weights are exp2(−inf) = 0.
+    safe = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
+    weight = tl.math.exp2(score - safe[:, None])
+    shrink = tl.math.exp2(top - safe)
+    vt = _rows(v, batch, start, v_batch, v_token, key, bound, d, D, MASKED or WIDTH != D)
+    return dot(narrow(weight, v.dtype.element_ty), vt, acc * shrink[:, None]), new, total * shrink + tl.sum(weight, 1)
+
+
+@triton.jit
+def _forward(
+    q, k, v, sinks, z, lse, sink, starts, query_pos, queries, scale,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
+    PACKED: tl.constexpr, SINKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tile, h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # long rows first: they take longest
+    batch, start, n, prefix = _sequence(tl.program_id(2), starts, query_pos, queries, PACKED)
+    if tile * BLOCK_M >= n:
+        return
+    d = tl.arange(0, WIDTH)
+    index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = _rows(q + h * q_head, batch, start, q_batch, q_token, index, n, d, D, True)
+    k, v = k + h // RATIO * k_head, v + h // RATIO * v_head
+    position = prefix + index
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:
+        logit = tl.load(sinks + h).to(tl.float32) * LOG2E
+        top, total = tl.zeros([BLOCK_M], tl.float32) + logit, total + 1
+    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    first = prefix + tile * BLOCK_M
+    low, inner, outer, high = _reach(first, tl.minimum(first + BLOCK_M, prefix + n) - 1, WINDOW, BLOCK_N)
+    for n0 in range(low, inner, BLOCK_N):
+        acc, top, total = _step(
+            acc, top, total, rows, k, v, batch, start, k_batch, k_token, v_batch, v_token, n0, high, position, scale,
+            D, WIDTH, WINDOW, BLOCK_N, True,
+        )  # fmt: skip
+    for n0 in range(inner, outer, BLOCK_N):
+        acc, top, total = _step(
+            acc, top, total, rows, k, v, batch, start, k_batch, k_token, v_batch, v_token, n0, high, position, scale,
+            D, WIDTH, WINDOW, BLOCK_N, False,
+        )  # fmt: skip
+    for n0 in range(outer, high, BLOCK_N):
+        acc, top, total = _step(
+            acc, top, total, rows, k, v, batch, start, k_batch, k_token, v_batch, v_token, n0, high, position, scale,
+            D, WIDTH, WINDOW, BLOCK_N, True,
+        )  # fmt: skip
+    total = tl.where(index < n, total, 1.0)  # rows beyond the last query may have met no key
+    whole = top + tl.math.log2(total)
+    at = ((batch * queries + start + index).to(tl.int64)) * HEADS + h
+    inside = index < n
+    out = narrow(acc / total[:, None], z.dtype.element_ty)
+    tl.store(z + at[:, None] * D + d[None, :], out, mask=inside[:, None] & (d < D)[None, :])
+    tl.store(lse + at, whole / LOG2E, mask=inside)
+    if SINKS:
+        tl.store(sink + at, tl.math.exp2(logit - whole), mask=inside)
+
+
+@triton.jit
+def _split(
+    q, k, v, parts, tops, totals, query_pos, queries, chunk, scale,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    RATIO: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """All queries of all heads of one key-value head on one chunk of its keys; the sink is added by `_merge`."""
+    split, kv = tl.program_id(0), tl.program_id(1)
+    batch, start, n, prefix = _sequence(tl.program_id(2), query_pos, query_pos, queries, False)
+    d = tl.arange(0, WIDTH)
+    row = tl.arange(0, BLOCK_M)  # query · RATIO + head
+    index, h = row // RATIO, kv * RATIO + row % RATIO
+    at = batch * q_batch + (index * q_token + h * q_head).to(tl.int64)
+    mask = (index < n)[:, None] & (d < D)[None, :]
+    rows = tl.load(q + at[:, None] + d[None, :], mask=mask, other=0.0)
+    k, v = k + kv * k_head, v + kv * v_head
+    low, _, _, high = _reach(prefix, prefix + n - 1, WINDOW, BLOCK_N)
+    low += split * chunk
+    high = tl.minimum(high, low + chunk)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    # Transposed: 16 rows are too few for the left operand of a wide matrix instruction, the keys are not.
+    acc = tl.zeros([WIDTH, BLOCK_M], tl.float32)
+    for n0 in range(low, high, BLOCK_N):
+        key = n0 + tl.arange(0, BLOCK_N)
+        kt = _rows(k, batch, start, k_batch, k_token, key, high, d, D, True)
+        score = dot(kt, rows.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * scale
+        seen = _visible((prefix + index)[None, :], key[:, None], WINDOW) & (key < high)[:, None]
+        score = tl.where(seen, score, float("-inf"))
+        new = tl.maximum(top, tl.max(score, 0))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        weight = tl.math.exp2(score - safe[None, :])
+        shrink = tl.math.exp2(top - safe)
+        vt = _rows(v, batch, start, v_batch, v_token, key, high, d, D, True)
+        acc = dot(vt.T, narrow(weight, v.dtype.element_ty), acc * shrink[None, :])
+        top, total = new, total * shrink + tl.sum(weight, 0)
+    to = ((tl.program_id(2) * tl.num_programs(1) + kv) * tl.num_programs(0) + split).to(tl.int64) * BLOCK_M + row
+    tl.store(parts + to[None, :] * WIDTH + d[:, None], acc)
+    tl.store(tops + to, top)
+    tl.store(totals + to, total)
+
+
+@triton.jit
+def _merge(
+    parts, tops, totals, sinks, z, lse, sink, queries, splits,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One query of one head from its parts."""
+    i, h, s = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, WIDTH)
+    part = tl.arange(0, SPLITS)
+    at = ((s * (HEADS // RATIO) + h // RATIO) * splits + part) * BLOCK_M + i * RATIO + h % RATIO
+    top = tl.load(tops + at, mask=part < splits, other=float("-inf"))
+    total = tl.load(totals + at, mask=part < splits, other=0.0)
+    rows = tl.load(parts + at[:, None] * WIDTH + d[None, :], mask=(part < splits)[:, None], other=0.0)
+    highest = tl.max(top, 0)
+    if SINKS:
+        logit = tl.load(sinks + h).to(tl.float32) * LOG2E
+        highest = tl.maximum(highest, logit)
+    weight = tl.math.exp2(top - highest)
+    whole = tl.sum(weight * total, 0)
+    if SINKS:
+        whole += tl.math.exp2(logit - highest)
+    to = (s * queries + i) * HEADS + h
+    out = tl.sum(rows * weight[:, None], 0) / whole
+    tl.store(z + to * D + d, narrow(out, z.dtype.element_ty), mask=d < D)
+    whole = highest + tl.math.log2(whole)
+    tl.store(lse + to, whole / LOG2E)
+    if SINKS:
+        tl.store(sink + to, tl.math.exp2(logit - whole))
+
+
+@triton.jit
+def _pattern(
+    q, k, lse, heads, out, starts, query_pos, queries, keys, scale,
+    q_batch, q_token, q_head, k_batch, k_token, k_head,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
+    PACKED: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Weights of one tile of queries on one tile of keys, for one chosen head; those of no sequence stay as they are."""
+    chosen, s = tl.program_id(2) // SEQUENCES, tl.program_id(2) % SEQUENCES
+    batch, start, n, prefix = _sequence(s, starts, query_pos, queries, PACKED)
+    h = tl.load(heads + chosen).to(tl.int64)
+    index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    key = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, WIDTH)
+    bound = tl.minimum(prefix + n, keys)
+    rows = _rows(q + h * q_head, batch, start, q_batch, q_token, index, n, d, D, True)
+    kt = _rows(k + h // RATIO * k_head, batch, start, k_batch, k_token, key, bound, d, D, True)
+    score = dot(rows, kt.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale
+    whole = tl.load(lse + (batch * queries + start + index).to(tl.int64) * HEADS + h, mask=index < n, other=0.0)
+    seen = _visible((prefix + index)[:, None], key[None, :], WINDOW)
+    weight = tl.where(seen, tl.math.exp2(score - (whole * LOG2E)[:, None]), 0.0)
+    row = (batch * (tl.num_programs(2) // SEQUENCES) + chosen) * queries + start + index
+    inside = (index < n)[:, None] & (key < bound)[None, :]
+    tl.store(out + row[:, None] * keys + start + key[None, :], weight, mask=inside)
+
+
+@triton.jit
+def _queries_gradient(
+    q, k, v, dz, lse, delta, dq, starts, query_pos, queries, scale,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tile, h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    batch, start, n, prefix = _sequence(tl.program_id(2), starts, query_pos, queries, PACKED)
+    if tile * BLOCK_M >= n:
+        return
+    d = tl.arange(0, WIDTH)
+    index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = index < n
+    at = (batch * queries + start + index).to(tl.int64) * HEADS + h
+    rows = _rows(q + h * q_head, batch, start, q_batch, q_token, index, n, d, D, True)
+    grad = tl.load(dz + at[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    whole = tl.load(lse + at, mask=inside, other=0.0) * LOG2E
+    less = tl.load(delta + at, mask=inside, other=0.0)
+    k, v = k + h // RATIO * k_head, v + h // RATIO * v_head
+    first = prefix + tile * BLOCK_M
+    low, _, _, high = _reach(first, tl.minimum(first + BLOCK_M, prefix + n) - 1, WINDOW, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    for n0 in range(low, high, BLOCK_N):
+        key = n0 + tl.arange(0, BLOCK_N)
+        kt = _rows(k, batch, start, k_batch, k_token, key, high, d, D, True)
+        vt = _rows(v, batch, start, v_batch, v_token, key, high, d, D, True)
+        score = dot(rows, kt.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale
+        seen = _visible((prefix + index)[:, None], key[None, :], WINDOW)
+        weight = tl.where(seen, tl.math.exp2(score - whole[:, None]), 0.0)
+        dweight = dot(grad, vt.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        acc = dot(narrow(weight * (dweight - less[:, None]), k.dtype.element_ty), kt, acc)
+    acc *= scale / LOG2E
+    tl.store(
+        dq + at[:, None] * D + d[None, :], narrow(acc, dq.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :]
+    )
+
+
+@triton.jit
+def _keys_gradient(
+    q, k, v, dz, lse, delta, dk, dv, starts, query_pos, queries, keys, scale,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys under all queries of all its heads, one after the other: no two programs add to one place."""
+    tile, kv = tl.program_id(0), tl.program_id(1)
+    batch, start, n, prefix = _sequence(tl.program_id(2), starts, query_pos, queries, PACKED)
+    if tile * BLOCK_N >= prefix + n:
+        return
+    d = tl.arange(0, WIDTH)
+    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    bound = prefix + n
+    kt = _rows(k + kv * k_head, batch, start, k_batch, k_token, key, bound, d, D, True)
+    vt = _rows(v + kv * v_head, batch, start, v_batch, v_token, key, bound, d, D, True)
+    key_grad = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    value_grad = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    low = tl.maximum(0, tile * BLOCK_N - prefix) // BLOCK_M * BLOCK_M
+    high = n
+    if WINDOW:
+        high = tl.minimum(n, tile * BLOCK_N + BLOCK_N - 1 + WINDOW - prefix)
+    for head in range(RATIO):
+        h = kv * RATIO + head
+        for m0 in range(low, high, BLOCK_M):
+            index = m0 + tl.arange(0, BLOCK_M)
+            inside = index < n
+            at = (batch * queries + start + index).to(tl.int64) * HEADS + h
+            rows = _rows(q + h * q_head, batch, start, q_batch, q_token, index, n, d, D, True)
+            grad = tl.load(dz + at[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+            whole = tl.load(lse + at, mask=inside, other=0.0) * LOG2E
+            less = tl.load(delta + at, mask=inside, other=0.0)
+            # Transposed, so that what is computed here is the left operand and can stay in registers.
+            score = dot(kt, rows.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * scale
+            seen = _visible((prefix + index)[None, :], key[:, None], WINDOW) & inside[None, :]
+            weight = tl.where(seen, tl.math.exp2(score - whole[None, :]), 0.0)
+            value_grad = dot(narrow(weight, v.dtype.element_ty), grad, value_grad)
+            dweight = dot(vt, grad.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+            key_grad = dot(narrow(weight * (dweight - less[None, :]), q.dtype.element_ty), rows, key_grad)
+    to = ((batch * keys + start + key).to(tl.int64)) * (HEADS // RATIO) + kv
+    mask = (key < bound)[:, None] & (d < D)[None, :]
+    tl.store(dk + to[:, None] * D + d[None, :], narrow(key_grad * (scale / LOG2E), dk.dtype.element_ty), mask=mask)
+    tl.store(dv + to[:, None] * D + d[None, :], narrow(value_grad, dv.dtype.element_ty), mask=mask)
+
+
+class _Shape(NamedTuple):
+    """What every launch of one call shares. Sequences are the rows of the batch, or lie end to end in its only row."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_pos: Tensor
+    starts: Tensor  # of the packed sequences, and the end
+    sequences: int
+    longest: int  # queries of one sequence
+    packed: bool
+    window: int | None
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | None, lengths: Sequence[int] | None
+    ) -> "_Shape":
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        starts = torch.tensor([0, *accumulate(lengths or ())], device=q.device)
+        count, longest = (len(q), q.shape[1]) if lengths is None else (len(lengths), max(lengths, default=0))
+        return cls(q, k, v, query_pos.contiguous(), starts, count, longest, lengths is not None, window)
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def kv(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def scale(self) -> float:
+        """Of a dot product, in units of log2."""
+        return float(self.q.shape[-1] ** -0.5 * LOG2E.value)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(s for t in (self.q, self.k, self.v) for s in t.stride()[:3])
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The constexprs that every kernel has."""
+        d = self.q.shape[-1]
+        width = max(16, triton.next_power_of_2(d))
+        return {"RATIO": self.heads // self.kv, "D": d, "WIDTH": width, "WINDOW": self.window or 0}
+
+
+def _run(shape: _Shape, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    q = shape.q
+    z = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse, sink = torch.empty(2, *q.shape[:3], dtype=torch.float32, device=q.device)
+    target = tiles.target(q)
+    together = shape.longest * shape.heads // shape.kv  # rows of a tile that all heads of a kv head share
+    if not shape.packed and together <= tiles.most_rows_to_split(target):
+        _decode(shape, sinks, z, lse, sink, together)
+        return z, lse, sink
+    tile = tiles.attention_tile(shape.sizes["WIDTH"], q.dtype, target)
+    grid = (triton.cdiv(shape.longest, tile.blocks["BLOCK_M"]), shape.heads, shape.sequences)
+    if all(grid):
+        _forward[grid](
+            q, shape.k, shape.v, q if sinks is None else sinks, z, lse, sink, shape.starts, shape.query_pos,
+            q.shape[1], shape.scale, *shape.strides,
+            HEADS=shape.heads, **shape.sizes, PACKED=shape.packed, SINKS=sinks is not None,
+            **tile.blocks, **tile.options,
+        )  # fmt: skip
+    return z, lse, sink
+
+
+def _decode(shape: _Shape, sinks: Tensor | None, z: Tensor, lse: Tensor, sink: Tensor, together: int) -> None:
+    q, n = shape.q, shape.q.shape[1]
+    tile = tiles.decode_tile(together, q.dtype, tiles.target(q))
+    visible = shape.k.shape[1] if shape.window is None else min(shape.k.shape[1], shape.window + n)
+    blocks = triton.cdiv(visible, tile.blocks["BLOCK_N"]) + 1  # the first key need not begin a block
+    splits = min(blocks, tiles.splits(shape.sequences * shape.kv, q.device))
+    chunk = triton.cdiv(blocks, splits) * tile.blocks["BLOCK_N"]
+    rows = shape.sequences * shape.kv * splits * tile.blocks["BLOCK_M"]
+    parts = torch.empty(rows, shape.sizes["WIDTH"], dtype=torch.float32, device=q.device)
+    tops, totals = torch.empty(2, rows, dtype=torch.float32, device=q.device)
+    _split[splits, shape.kv, shape.sequences](
+        q, shape.k, shape.v, parts, tops, totals, shape.query_pos, n, chunk, shape.scale, *shape.strides,
+        **shape.sizes, **tile.blocks, **tile.options,
+    )  # fmt: skip
+    merge = {name: shape.sizes[name] for name in ("RATIO", "D", "WIDTH")}
+    _merge[n, shape.heads, shape.sequences](
+        parts, tops, totals, q if sinks is None else sinks, z, lse, sink, n, splits,
+        HEADS=shape.heads, **merge, SINKS=sinks is not None, BLOCK_M=tile.blocks["BLOCK_M"],
+        SPLITS=triton.next_power_of_2(splits), num_warps=1,
+    )  # fmt: skip
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps q, k, v, the result and its row statistics; the pattern is made again, block by block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, query_pos: Tensor, window: int | None,
+        lengths: Sequence[int] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        shape = _Shape.of(q, k, v, query_pos, window, lengths)
+        z, lse, sink = _run(shape, sinks)
+        ctx.save_for_backward(q, k, v, query_pos, z, lse, sink)
+        ctx.window, ctx.lengths, ctx.sinks = window, lengths, None if sinks is None else sinks.dtype
+        return z, lse, sink
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor, dlse: Tensor, dsink: Tensor) -> Any:
+        q, k, v, query_pos, z, lse, sink = ctx.saved_tensors
+        shape = _Shape.of(q, k, v, query_pos, ctx.window, ctx.lengths)
+        # ds = p · (dp − delta) for a key; for the sink p · (dsink − delta), as its value is zero.
+        delta = (dz.float() * z.float()).sum(-1) - dlse
+        if ctx.sinks is not None:
+            delta += sink * dsink
+        dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        common = (shape.starts, shape.query_pos, q.shape[1])
+        constants = {"HEADS": shape.heads, **shape.sizes, "PACKED": shape.packed}
+        rows = tiles.queries_gradient_tile(q.dtype, tiles.target(q))
+        columns = tiles.keys_gradient_tile(q.dtype, tiles.target(q))
+        dz = dz.contiguous()
+        grid = (triton.cdiv(shape.longest, rows.blocks["BLOCK_M"]), shape.heads, shape.sequences)
+        if all(grid):
+            _queries_gradient[grid](
+                shape.q, shape.k, shape.v, dz, lse, delta, dq, *common, shape.scale, *shape.strides, **constants, **rows.blocks, **rows.options
+            )  # fmt: skip
+            longest = shape.longest if shape.packed else k.shape[1]
+            grid = (triton.cdiv(longest, columns.blocks["BLOCK_N"]), shape.kv, shape.sequences)
+            _keys_gradient[grid](
+                shape.q, shape.k, shape.v, dz, lse, delta, dk, dv, *common, k.shape[1], shape.scale, *shape.strides,
+                **constants, **columns.blocks, **columns.options,
+            )  # fmt: skip
+        dsinks = None if ctx.sinks is None else (sink * (dsink - delta)).sum((0, 1)).to(ctx.sinks)
+        return dq, dk, dv, dsinks, None, None, None
+
+
+def attention(
+    q: Float[Tensor, "batch query head d_head"],
+    k: Float[Tensor, "batch key kv d_head"],
+    v: Float[Tensor, "batch key kv d_head"],
+    query_pos: Int[Tensor, "batch query"],
+    window: int | None,
+    *,
+    lengths: Sequence[int] | None = None,
+    sinks: Float[Tensor, " head"] | None = None,
+) -> tuple[Float[Tensor, "batch query head d_head"], Float[Tensor, "batch query head"], Tensor | None]:
+    """Attention in q's dtype, the log-sum-exp of each row's scores, and the sink's probability [batch query head].
+
+    Without sinks all is over the keys alone, and the third is None. The positions of a row are consecutive; keys may
+    be a strided part of a longer cache, and what lies beyond a row's last position is not used. With `lengths` the
+    single row holds several sequences end to end, which do not see each other.
+    """
+    z, lse, sink = _Attention.apply(q, k, v, sinks, query_pos, window, lengths)
+    return z, lse, None if sinks is None else sink
+
+
+@torch.no_grad()
+def pattern(
+    q: Float[Tensor, "batch query head d_head"],
+    k: Float[Tensor, "batch key kv d_head"],
+    lse: Float[Tensor, "batch query head"],
+    query_pos: Int[Tensor, "batch query"],
+    window: int | None,
+    heads: Sequence[int],
+    *,
+    lengths: Sequence[int] | None = None,
+) -> Float[Tensor, "batch chosen query key"]:
+    """Weights of the chosen heads only, in float32; a sink has its share if `lse` includes it."""
+    shape = _Shape.of(q, k, k, query_pos, window, lengths)
+    out = torch.zeros(len(q), len(heads), q.shape[1], k.shape[1], dtype=torch.float32, device=q.device)
+    tile = tiles.pattern_tile(q.dtype, tiles.target(q))
+    chosen = torch.tensor(heads, device=q.device)
+    keys = shape.longest if shape.packed else k.shape[1]
+    grid = (
+        triton.cdiv(shape.longest, tile.blocks["BLOCK_M"]), triton.cdiv(keys, tile.blocks["BLOCK_N"]),
+        len(heads) * shape.sequences,
+    )  # fmt: skip
+    if all(grid):
+        _pattern[grid](
+            shape.q, shape.k, lse.contiguous(), chosen, out, shape.starts, shape.query_pos, q.shape[1], k.shape[1],
+            shape.scale, *shape.strides[:6],
+            HEADS=shape.heads, **shape.sizes, PACKED=shape.packed, SEQUENCES=shape.sequences,
+            **tile.blocks, **tile.options,
+        )  # fmt: skip
+    return out
+
+
+def specimens(target: str = "sm_90") -> list[Specimen]:
+    """Every kernel with the tiles that `target` gets; both models have the same heads."""
+    return [s for window in (128, None) for s in _specimens(window, target)]
+
+
+def _specimens(window: int | None, target: str, heads: int = 64, kv: int = 8, d: int = 64) -> list[Specimen]:
+    """Prefill of one sequence of 8,192 tokens and its gradient; decoding of 64 sequences on 4,096 keys each."""
+    n, rows, past = 8192, 64, 4096
+    which = "full" if window is None else f"window {window}"
+    pairs = n * (n + 1) / 2 if window is None else n * window - window * (window - 1) / 2
+    seen = past if window is None else window
+    shape = {"RATIO": heads // kv, "D": d, "WIDTH": d, "WINDOW": window or 0}
+    strides = dict.fromkeys((f"{t}_{axis}" for t in "qkv" for axis in ("batch", "token", "head")), "i32")
+    number, wide, index = "*bf16", "*fp32", "*i64"
+    places = {"starts": index, "query_pos": index, "queries": "i32", "scale": "fp32", **strides}
+    rowwise = {name: kind for name, kind in places.items() if name != "starts"}
+    statistics = {"lse": wide, "sink": wide}
+    qkv = {"q": number, "k": number, "v": number}
+    activations = 2.0 * n * d * (2 * heads + 2 * kv)  # q, k, v and z
+
+    def specimen(
+        name: str, kernel: Any, problem: str, tile: Tile, types: dict[str, str], constants: dict[str, Any],
+        flops: float, read: float, products: bool = True,
+    ) -> Specimen:  # fmt: skip
+        aligned = frozenset(a for a, kind in types.items() if kind.startswith("*") or a in strides or a == "chunk")
+        return Specimen(
+            kernel, f"attention.{name}", problem, tile, types, {**constants, **tile.blocks}, aligned,
+            products, flops, read,
+        )  # fmt: skip
+
+    forward = tiles.attention_tile(d, torch.bfloat16, target)
+    rows_back = tiles.queries_gradient_tile(torch.bfloat16, target)
+    keys_back = tiles.keys_gradient_tile(torch.bfloat16, target)
+    decode = tiles.decode_tile(heads // kv, torch.bfloat16, target)
+    parts = {"parts": wide, "tops": wide, "totals": wide}
+    splits = 4
+    partial = rows * kv * splits * decode.blocks["BLOCK_M"] * (d + 2) * 4.0
+    every = {"HEADS": heads, **shape, "PACKED": True}
+    merged = {"HEADS": heads, "SINKS": True, "SPLITS": splits, "BLOCK_M": decode.blocks["BLOCK_M"]}
+    merged |= {name: shape[name] for name in ("RATIO", "D", "WIDTH")}
+    prefill, step = f"prefill of 8,192 tokens, {which}", f"decode of 64 tokens on 4,096 keys, {which}"
+    gradient = {**qkv, "dz": number, "lse": wide, "delta": wide}
+    found = [
+        specimen("forward", _forward, prefill, forward, {**qkv, "sinks": number, "z": number, **statistics, **places},
+                 {**every, "SINKS": True}, 4.0 * d * heads * pairs, activations + 8.0 * n * heads),
+        specimen("queries' gradient", _queries_gradient, prefill, rows_back, {**gradient, "dq": number, **places},
+                 every, 6.0 * d * heads * pairs, activations + 2.0 * n * d * heads),
+        specimen("keys' gradient", _keys_gradient, prefill, keys_back,
+                 {**gradient, "dk": number, "dv": number, **places, "keys": "i32"},
+                 every, 8.0 * d * heads * pairs, activations + 4.0 * n * d * kv),
+        specimen("split", _split, step, decode, {**qkv, **parts, **rowwise, "chunk": "i32"}, shape,
+                 4.0 * d * heads * rows * seen, rows * seen * kv * d * 4.0 + partial),
+    ]  # fmt: skip
+    if window is None:  # the same for every window, or only made for chosen heads of short texts
+        few = {name: kind for name, kind in strides.items() if name[0] != "v"}
+        merge = Tile({}, num_warps=1, num_stages=1)
+        types = {**parts, "sinks": number, "z": number, **statistics, "queries": "i32", "splits": "i32"}
+        found.append(
+            specimen("merge", _merge, step, merge, types, merged, 2.0 * rows * heads * d * splits, partial, False)
+        )
+        types = {
+            "q": number,
+            "k": number,
+            "lse": wide,
+            "heads": index,
+            "out": wide,
+            "starts": index,
+            "query_pos": index,
+        }
+        types |= {"queries": "i32", "keys": "i32", "scale": "fp32", **few}
+        n = 1024
+        found.append(specimen(
+            "pattern", _pattern, "8 heads of a prefill of 1,024 tokens, full", tiles.pattern_tile(torch.bfloat16, target),
+            types, {**every, "SEQUENCES": 1}, 2.0 * d * 8 * n * n, 4.0 * 8 * n * n,
+        ))  # fmt: skip
+    return found
