@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_POSITIONS = 1024
+POSITIONS = 1024
 
 
 def in_parts(step: Callable[..., Tensor], *tensors: Tensor, dim: int) -> Tensor:
     """`step(*tensors)`, position by position independent along `dim`, which all the tensors have."""
-    if tensors[0].shape[dim] <= _POSITIONS:
+    if tensors[0].shape[dim] <= POSITIONS:
         return step(*tensors)
-    return torch.cat([step(*part) for part in zip(*(t.split(_POSITIONS, dim) for t in tensors), strict=True)], dim)
+    return torch.cat([step(*part) for part in zip(*(t.split(POSITIONS, dim) for t in tensors), strict=True)], dim)

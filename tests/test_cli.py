@@ -57,6 +57,29 @@ def test_info_names_sizes_and_hook_points(capsys: pytest.CaptureFixture[str]) ->
         assert word in text
 
 
+def test_info_plans_a_published_shape_without_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, "info", "120b", "--tokens", "1024", "--batch", "2")
+    assert code == 0
+    assert "65,248,815,744" in text  # 60.8 GiB, as published
+    assert "This plan needs 1 such device: 65.400 GB of weights and cache" in text
+    code, text, _ = run(capsys, "info", "120b", "--memory", "24GB")
+    assert "One device of 24.000 GB does not hold it: the weights alone are 65.249 GB." in text
+    assert "This plan needs 3 such devices" in text
+    code, text, _ = run(capsys, "info", "120b", "--memory", "2GB")
+    assert "No number of devices of 2.000 GB does this plan" in text
+
+
+def test_info_plans_what_is_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    def records(*options: str) -> int:
+        text = run(capsys, "info", "20b", *options)[1]
+        return int(
+            next(line for line in text.splitlines() if "records of a unit" in line).split("│")[2].replace(",", "")
+        )
+
+    assert records("--record", "sinks") == 2 * 16_384 * 24 * 64 * 2
+    assert records("--record", "resid_post:3,7", "--unit-tokens", "1024") == 2 * 1024 * 2 * 2880 * 2
+
+
 MISTAKES = {
     "no such model": (["capture", "/no/model", "t.jsonl", "r.zarr"], "neither a folder"),
     "no such transcripts": (["capture", "nano", "/no/t.jsonl", "r.zarr"], "/no/t.jsonl"),
@@ -66,6 +89,11 @@ MISTAKES = {
     "unknown dtype": (["capture", "nano", "TRANSCRIPTS", "r.zarr", "--dtype", "int8"], "choose one of"),
     "unknown device": (["capture", "nano", "TRANSCRIPTS", "r.zarr", "--device", "toaster"], "toaster"),
     "small unit": (["capture", "nano", "TRANSCRIPTS", "r.zarr", "--unit-tokens", "100"], "multiple"),
+    "unknown memory": (["info", "20b", "--memory", "plenty"], "80GB or 24GiB"),
+    "several devices, one unknown": (
+        ["capture", "nano", "TRANSCRIPTS", "r.zarr", "--device", "cpu,toaster"],
+        "toaster",
+    ),
     "no such run": (["study", "routing", "/no/run.zarr"], "is not there"),
     "unknown study": (["study", "alchemy", str(DATA / "demo.zarr")], "alchemy"),
     "unknown format": (["figures", str(DATA / "demo.zarr"), "--out", "f", "--format", "bmp"], "bmp"),

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "dashboards": {"figures", "studies", "runs", "harmony", "errors"},
     "capture": {"model", "hooks", "runs", "harmony", "errors", "progress"},
     "data": {"model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
-    "cli": {"model", "capture", "runs", "studies", "figures", "dashboards", "harmony", "errors"},
+    "bench": {"kernels", "hooks", "model", "harmony", "capture", "errors", "progress"},
+    "cli": {"bench", "model", "capture", "runs", "studies", "figures", "dashboards", "harmony", "errors"},
 }
 TORCH_FREE = ("runs", "studies", "figures", "dashboards", "harmony")
 

@@ -10,35 +10,70 @@ from typing import Annotated, Any
 
 import typer
 
+from workbench.bench.command import app as bench
 from workbench.errors import InputError, JobError
 
 app = typer.Typer(
     help="Look inside gpt-oss: generate, capture, study, see.", no_args_is_help=True, pretty_exceptions_enable=False
 )
+app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, 'nano', or a hub id such as openai/gpt-oss-20b.")]
 RunPath = Annotated[Path, typer.Argument(help="A run written by `workbench capture`.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, mps.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, cuda:0, or several as in cuda:0,cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmetic in float32.")]
 
 
-def _load(model: str, device: str, dtype: str) -> Any:
+Record = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="routing, router_logits, sinks, logprobs, or a hook point and its layers, as in resid_post:3,7. "
+        "[default: routing, sinks, logprobs]"
+    ),
+]
+UnitTokens = Annotated[int, typer.Option(help="Tokens of one unit of work and commit.")]
+
+
+def _dtype(name: str) -> Any:
     import torch
 
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in dtypes:
+        raise InputError(f"--dtype {name!r}: choose one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def _load(model: str, device: str, dtype: str) -> Any:
     from workbench.model import load
 
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if dtype not in dtypes:
-        raise InputError(f"--dtype {dtype!r}: choose one of {', '.join(dtypes)}")
-    return load(model, device=device, dtype=dtypes[dtype])
+    return load(model, device=device, dtype=_dtype(dtype))
 
 
 @app.command()
-def info(model: Model) -> None:
-    """Sizes, memory and hook points of a model, without loading it."""
-    from workbench.model.info import describe
+def info(
+    model: Annotated[str, typer.Argument(help="As everywhere; or 20b, 120b: the published shapes without weights.")],
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a forward pass, and of a row. [default: 4096, or the context]")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows generated together.")] = 1,
+    memory: Annotated[str, typer.Option(help="Of one GPU, as in 80GB or 24GiB.")] = "80GB",
+    record: Record = None,
+    unit_tokens: UnitTokens = 16_384,
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Sizes, a plan of the memory and what fits, and the hook points of a model, without loading it."""
+    from workbench.capture import recording
+    from workbench.capture.job import FORWARD_TOKENS, LOGIT_ROWS
+    from workbench.model.info import Plan, describe, subject
+    from workbench.model.memory import parse
 
-    describe(model)
+    about = subject(model)
+    spec = recording.parse(record or recording.DEFAULT, about.cfg)
+    plan = Plan(
+        tokens=tokens or min(FORWARD_TOKENS, about.cfg.n_ctx), batch=batch, room=parse(memory), recorded=recording.wanted(spec, about.cfg),
+        predictions=LOGIT_ROWS if spec.logprobs else 0, unit_tokens=unit_tokens, dtype=_dtype(dtype),
+    )  # fmt: skip
+    describe(about, plan)
 
 
 @app.command()
@@ -95,14 +130,8 @@ def capture(
     model: Model,
     transcripts: Annotated[Path, typer.Argument(help="JSONL of transcripts.")],
     run: Annotated[Path, typer.Argument(help="The run to write, or to go on with.")],
-    record: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="routing, router_logits, sinks, logprobs, or a hook point and its layers, as in resid_post:3,7. "
-            "[default: routing, sinks, logprobs]"
-        ),
-    ] = None,
-    unit_tokens: Annotated[int, typer.Option(help="Tokens of one unit of work and commit.")] = 16_384,
+    record: Record = None,
+    unit_tokens: UnitTokens = 16_384,
     strict: Annotated[bool, typer.Option(help="Refuse the file if any row is unusable.")] = False,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",

@@ -192,11 +192,13 @@ def _flops(line: str, tensor: int) -> int:
 
 
 def _main_loop(lines: Sequence[str], spans: Sequence[tuple[int, int]], tensor: int = 0) -> Loop | None:
-    """The loop with the most flops an instruction, among spans from a jump's goal to the jump."""
-    loops = []
-    for start, end in spans:
-        flops = [_flops(line, tensor) for line in lines[start : end + 1]]
-        if any(flops):
-            others = [line for line, f in zip(lines[start : end + 1], flops, strict=True) if not f]
-            loops.append(Loop(len([line for line in others if line.startswith("v_")] or others), sum(flops)))
-    return max(loops, key=lambda loop: loop.flops / loop.instructions, default=None)
+    """The innermost loop with the most flops an instruction, among spans from a jump's goal to the jump."""
+    flops = [_flops(line, tensor) for line in lines]
+    loops = {span for span in spans if any(flops[span[0] : span[1] + 1])}
+    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+    found = []
+    for start, end in inner:
+        others = [line for line, f in zip(lines[start : end + 1], flops[start : end + 1], strict=True) if not f]
+        vector = [line for line in others if line.startswith("v_")]
+        found.append(Loop(len(vector or others), sum(flops[start : end + 1])))
+    return max(found, key=lambda loop: loop.flops / loop.instructions, default=None)

@@ -51,8 +51,9 @@ def measured(family: Callable[..., Tile]) -> Callable[..., Tile]:
     They are read once, from the file that WORKBENCH_TILES names or tiles.json beside this one: target → family →
     pairs of its own tile and the one to take. A tile that has changed since it was measured stands.
     """
-    path = Path(os.environ.get("WORKBENCH_TILES") or Path(__file__).with_name("tiles.json"))
-    found = json.loads(path.read_text()) if path.exists() else {}
+    named = os.environ.get("WORKBENCH_TILES")
+    path = Path(named or Path(__file__).with_name("tiles.json"))
+    found = json.loads(path.read_text()) if named or path.exists() else {}
     winners = {
         (target, str(Tile(*own))): Tile(*taken)
         for target, families in found.items()

@@ -17,7 +17,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_model_is_timed_at_every_length(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = cpu.run([200, 50], rounds=2, threads=1, checkpoint=checkpoint)
+    result = cpu.run([200, 50], rounds=2, threads=1, checkpoint=checkpoint, long=300)
     assert [row["tokens"] for row in result["lengths"]] == [50, 200]
     assert set(result["load_s"]) == {"workbench", "transformers"}
     for row in result["lengths"]:
@@ -28,6 +28,8 @@ def test_every_model_is_timed_at_every_length(checkpoint: Path, capsys: pytest.C
     table = capsys.readouterr().out
     assert "50" in table
     assert "1 threads" in table
+    assert result["long"]["tokens"] == 300
+    assert "300 tokens, recorded" in table
 
 
 def test_a_worker_that_cannot_load_is_one_clear_error(tmp_path: Path) -> None:

@@ -122,13 +122,25 @@ def run(
     rounds: int = 5,
     threads: int | None = None,
     checkpoint: Path | None = None,
+    long: int | None = None,
 ) -> dict[str, Any]:
-    """Measure and print; `checkpoint` is made in a temporary folder unless given."""
+    """Measure and print; `checkpoint` is made in a temporary folder unless given.
+
+    `long`: also one pass of so many tokens without logits, recording routing and sinks, in a process of its own.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
     peers = [name for name in ("transformers",) if find_spec(name)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint or save_random(Path(scratch) / "two-layers", CFG)
-        result = measure(tokens, rounds, threads or len(os.sched_getaffinity(0)), folder, peers)
-    _print(result, peers)
+        result = measure(tokens, rounds, threads, folder, peers) if tokens else {}
+        if long:
+            with Worker("workbench", folder, threads) as worker:
+                result["long"] = {"tokens": long, **worker.run("long", long)}
+    if tokens:
+        _print(result, peers)
+    if long:
+        took = result["long"]
+        print(f"{long:,} tokens, recorded: {took['seconds']:.0f} s, at most {took['peak_bytes'] / 1e9:.1f} GB")
     return result
 
 
@@ -157,25 +169,35 @@ def _print(result: dict[str, Any], peers: Sequence[str]) -> None:
     Console().print(table)
 
 
-def _workbench(checkpoint: str) -> dict[str, Forward]:
+def _workbench(checkpoint: str) -> tuple[float, dict[str, Forward]]:
     from workbench.capture.recording import parse, wanted
     from workbench.hooks.recorders import Recorder
     from workbench.model import load
 
+    start = time.perf_counter()
     model = load(checkpoint, device="cpu")
+    load_s = time.perf_counter() - start
     recorder = Recorder(wanted(parse(["routing", "sinks"], model.cfg), model.cfg))
 
     def recorded(tokens: torch.Tensor) -> None:
         model.run_with_hooks(tokens, fwd_hooks=recorder.fwd_hooks)
         recorder.take()
 
-    return {"plain": model, "recorded": recorded, "residual": model.residual}
+    def long(tokens: torch.Tensor) -> None:
+        """Without the logits, of which so many would be another model's worth of memory."""
+        with model.hooks(fwd_hooks=recorder.fwd_hooks):
+            model.residual(tokens)
+        recorder.take()
+
+    return load_s, {"plain": model, "recorded": recorded, "long": long}
 
 
-def _transformers(checkpoint: str) -> dict[str, Forward]:
+def _transformers(checkpoint: str) -> tuple[float, dict[str, Forward]]:
     from transformers import AutoModelForCausalLM
 
-    return {"plain": AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)}
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    return time.perf_counter() - start, {"plain": model}
 
 
 _MODELS = {"workbench": _workbench, "transformers": _transformers}
@@ -183,9 +205,8 @@ _MODELS = {"workbench": _workbench, "transformers": _transformers}
 
 def _work(name: str, checkpoint: str) -> None:
     """A worker's life: load, then a pass for every line of standard input."""
-    start = time.perf_counter()
-    forwards = _MODELS[name](checkpoint)
-    print(json.dumps({"load_s": time.perf_counter() - start}), flush=True)
+    load_s, forwards = _MODELS[name](checkpoint)
+    print(json.dumps({"load_s": load_s}), flush=True)
     for line in sys.stdin:
         path, n = json.loads(line)
         tokens = torch.randint(CFG.d_vocab, (1, n), generator=torch.Generator().manual_seed(n))

@@ -34,8 +34,8 @@ from workbench.runs.schema import Layout, Spec, Unit
 from workbench.runs.summaries import summarise
 from workbench.runs.writer import open_writer
 
-_FORWARD_TOKENS = 4096  # tokens of one packed forward pass: large enough for full expert tiles, small enough for 24 GB
-_LOGIT_ROWS = 512  # rows of logits at a time: 201,088 float32 logits each are 0.8 MB
+FORWARD_TOKENS = 4096  # tokens of one packed forward pass: large enough for full expert tiles, small enough for 24 GB
+LOGIT_ROWS = 512  # rows of logits at a time: 201,088 float32 logits each are 0.8 MB
 
 
 def capture(
@@ -120,10 +120,10 @@ def _forward(model: GptOss, rows: Sequence[Transcript], spec: Spec) -> dict[str,
 
 
 def _batches(rows: Sequence[Transcript]) -> Iterator[list[Transcript]]:
-    """Consecutive sequences of together at most _FORWARD_TOKENS, a longer one alone: fixed by the plan."""
+    """Consecutive sequences of together at most FORWARD_TOKENS, a longer one alone: fixed by the plan."""
     batch: list[Transcript] = []
     for row in rows:
-        if batch and sum(len(r.tokens) for r in batch) + len(row.tokens) > _FORWARD_TOKENS:
+        if batch and sum(len(r.tokens) for r in batch) + len(row.tokens) > FORWARD_TOKENS:
             yield batch
             batch = []
         batch.append(row)
@@ -139,10 +139,10 @@ def _predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Seque
     logprob, entropy = torch.full((2, len(tokens)), torch.nan)
     first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     predicted = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
-    for rows in predicted.split(_LOGIT_ROWS):
+    for rows in predicted.split(LOGIT_ROWS):
         logits = model.unembed(model.ln_final(residual[:, rows - 1]))[0]
         logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        logprob[rows] = logp.gather(-1, tokens[rows, None])[:, 0].float().cpu()
+        logprob[rows] = logp.gather(-1, tokens[rows, None].to(logp.device))[:, 0].float().cpu()
         entropy[rows] = -(logp.exp() * logp).nansum(-1).float().cpu()
     return logprob, entropy
 
@@ -205,7 +205,7 @@ def _provenance(transcripts: str | Path, rejects: Sequence[Reject], model: GptOs
         "harmony": harmony.distribution(),
         "tokenizer": {"name": model.tokenizer.name, "digest": model.tokenizer.digest},
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
+        "device": ",".join(dict.fromkeys(map(str, model.devices))),
         "transcripts": {
             "name": Path(transcripts).name,
             "digest": hashlib.sha256(Path(transcripts).read_bytes()).hexdigest(),

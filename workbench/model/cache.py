@@ -4,6 +4,8 @@ A key lives at the index of its position. So rows of unequal length need no mask
 length is later than any of its queries, and is overwritten when the row gets there.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,25 +14,35 @@ from workbench.model.config import Config
 
 
 class KVCache:
-    """Keys and values of `batch` rows, up to `capacity` positions each."""
+    """Keys and values of `batch` rows, up to `capacity` positions each; layers on one device, or on one each."""
 
-    def __init__(self, cfg: Config, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (cfg.n_layers, batch, capacity, cfg.n_key_value_heads, cfg.d_head)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths: Int[Tensor, " batch"] = torch.zeros(batch, dtype=torch.long, device=device)
+    def __init__(
+        self,
+        cfg: Config,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | Sequence[torch.device],
+    ) -> None:
+        devices = [device] * cfg.n_layers if isinstance(device, torch.device) else device
+        shape = (batch, capacity, cfg.n_key_value_heads, cfg.d_head)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=d) for d in devices]
+        self.values = [torch.zeros(shape, dtype=dtype, device=d) for d in devices]
+        self.lengths: Int[Tensor, " batch"] = torch.zeros(batch, dtype=torch.long, device=devices[0])
 
     def extend(
         self, layer: int, k: Float[Tensor, "batch new kv d_head"], v: Float[Tensor, "batch new kv d_head"]
     ) -> tuple[Float[Tensor, "batch key kv d_head"], Float[Tensor, "batch key kv d_head"]]:
         """Write behind each row's length (which `advance` moves, after the last layer) and return all keys so far."""
-        end = int(self.lengths.max()) + k.shape[1]
-        if end > self.keys.shape[2]:
-            raise ValueError(f"the cache holds {self.keys.shape[2]} positions, {end} are needed: make it larger")
-        rows = torch.arange(len(self.lengths), device=k.device)[:, None]
-        cols = self.lengths[:, None] + torch.arange(k.shape[1], device=k.device)
-        self.keys[layer, rows, cols], self.values[layer, rows, cols] = k, v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+        keys, values, lengths = self.keys[layer], self.values[layer], self.lengths.to(k.device)
+        end = int(lengths.max()) + k.shape[1]
+        if end > keys.shape[1]:
+            raise ValueError(f"the cache holds {keys.shape[1]} positions, {end} are needed: make it larger")
+        rows = torch.arange(len(lengths), device=k.device)[:, None]
+        cols = lengths[:, None] + torch.arange(k.shape[1], device=k.device)
+        keys[rows, cols], values[rows, cols] = k, v
+        return keys[:, :end], values[:, :end]
 
     def advance(self, n: int) -> None:
         """Count `n` more positions in every row."""
@@ -38,8 +50,11 @@ class KVCache:
 
     def truncate(self, lengths: Int[Tensor, " batch"]) -> None:
         """Forget what lies beyond these lengths (padding, or a continuation to be tried again)."""
-        self.lengths = lengths.clone()
+        self.lengths = lengths.to(self.lengths.device, copy=True)
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keep these rows only."""
-        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+        """Keep these rows only; a layer at a time, so that no two caches are held."""
+        for held in (self.keys, self.values):
+            for layer, tensor in enumerate(held):
+                held[layer] = tensor[rows.to(tensor.device)]
+        self.lengths = self.lengths[rows.to(self.lengths.device)]

@@ -40,11 +40,11 @@ def generate(
     stops = frozenset(model.tokenizer.stop_ids if stop is None and model.tokenizer is not None else stop or ())
     seeds = [seed * 1_000_003 + i for i in range(len(rows))] if isinstance(seed, int) else list(seed)
     rngs = [torch.Generator().manual_seed(s) for s in seeds]
-    lengths = torch.tensor([len(row) for row in rows], device=model.device)
+    lengths = torch.tensor([len(row) for row in rows])
     room = [min(max_new_tokens, model.cfg.n_ctx - len(row)) for row in rows]
 
     capacity = max(len(row) + n for row, n in zip(rows, room, strict=True))
-    cache = KVCache(model.cfg, len(rows), capacity, dtype=model.dtype, device=model.device)
+    cache = KVCache(model.cfg, len(rows), capacity, dtype=model.dtype, device=model.devices)
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)
     last = model.residual(padded, cache=cache)[torch.arange(len(rows)), lengths - 1]
     cache.truncate(lengths)
@@ -63,7 +63,7 @@ def generate(
         if not going:
             break
         if len(going) < len(live):
-            cache.select(torch.tensor(going, device=model.device))
+            cache.select(torch.tensor(going))
             live, tokens = [live[j] for j in going], [tokens[j] for j in going]
         last = model.residual(torch.tensor(tokens, device=model.device)[:, None], cache=cache)[:, 0]
     return out

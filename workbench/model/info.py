@@ -1,47 +1,132 @@
 """What a model is and what it costs, read from its config alone."""
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from workbench.hooks.names import BLOCK, FIRST, LAST
+from workbench.model import memory
 from workbench.model.checkpoint import open_checkpoint, resolve
-from workbench.model.config import Config
+from workbench.model.config import PUBLISHED, Config
+from workbench.model.memory import human
 
 
-def sizes(cfg: Config) -> dict[str, int]:
-    """Parameters, and bytes of weights as stored (bfloat16, experts in MXFP4) and of the cache per token."""
-    matrix = cfg.d_model * cfg.d_mlp * 3 * cfg.num_experts * cfg.n_layers
-    return {
-        "parameters": cfg.n_params,
-        "parameters active per token": cfg.n_active_params,
-        "bytes of expert matrices (MXFP4)": matrix * 17 // 32,
-        "bytes of all other weights (bfloat16)": 2 * (cfg.n_params - matrix),
-        "bytes of key-value cache per token": 2 * 2 * cfg.n_layers * cfg.n_key_value_heads * cfg.d_head,
-    }
+@dataclass(frozen=True)
+class Subject:
+    """What is described: a checkpoint, or one of the published shapes without its weights."""
+
+    name: str
+    cfg: Config
+    experts: str
 
 
-def describe(source: str) -> None:
-    """Print the config, sizes and hook points of a checkpoint."""
+@dataclass(frozen=True)
+class Plan:
+    """What is to be planned for. recorded: hook point → the dtype it is stored in; others are the capture job's."""
+
+    tokens: int
+    batch: int
+    room: int
+    recorded: Mapping[str, torch.dtype] = field(default_factory=dict)
+    predictions: int = 0
+    unit_tokens: int = 0
+    dtype: torch.dtype = torch.bfloat16
+
+
+def subject(source: str) -> Subject:
+    """A checkpoint as `load` finds it, or "20b" and "120b" where no such folder is."""
+    if source in PUBLISHED and not Path(source).exists():
+        return Subject(f"the shape of gpt-oss-{source}", PUBLISHED[source], "mxfp4")
     checkpoint = open_checkpoint(resolve(source))
-    cfg, console = checkpoint.cfg, Console()
-    table = Table(
-        "", "", title=f"{source} ({checkpoint.layout} layout, {checkpoint.experts} experts)", show_header=False
-    )
-    for name, value in {**cfg.to_json(), **sizes(cfg)}.items():
+    return Subject(f"{source} ({checkpoint.layout} layout)", checkpoint.cfg, checkpoint.experts)
+
+
+def describe(about: Subject, plan: Plan) -> None:
+    """Print the config, the plan of its memory, and its hook points."""
+    cfg, console = about.cfg, Console()
+    table = Table("", "", title=f"{about.name}, {about.experts} experts", show_header=False)
+    sizes = {"parameters": cfg.n_params, "parameters active per token": cfg.n_active_params}
+    for name, value in {**cfg.to_json(), **sizes}.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     console.print(table)
+    title = f"Memory of a GPU, {str(plan.dtype).removeprefix('torch.')}: {plan.tokens:,} tokens, batch {plan.batch:,}"
+    costs = Table("", "bytes", "", title=title)
+    costs.columns[1].justify = "right"
+    for name, size, note in costs_of(about, plan):
+        costs.add_row(name, f"{size:,}", note)
+    console.print(costs)
+    for line in fitting(about, plan):
+        console.print(line, highlight=False, soft_wrap=True)
     points = Table("hook point", "axes", "values per token", title="Hook points (block points once for each layer)")
     for name, axes in FIRST.items() | {f"blocks.{{l}}.{n}": a for n, a in BLOCK.items()}.items() | LAST.items():
-        points.add_row(name, axes, _width(axes, cfg))
+        points.add_row(name, axes, f"{memory.width(cfg, axes):,}" + (" × keys" if "key_pos" in axes else ""))
     console.print(points)
 
 
-def _width(axes: str, cfg: Config) -> str:
-    size = {
-        "head": cfg.n_heads, "kv": cfg.n_key_value_heads, "slot": cfg.experts_per_token, "expert": cfg.num_experts,
-        "d_head": cfg.d_head, "d_model": cfg.d_model, "d_mlp": cfg.d_mlp, "d_vocab": cfg.d_vocab, "1": 1,
-    }  # fmt: skip
-    total = 1
-    for axis in axes.split():
-        total *= size.get(axis, 1)
-    return f"{total:,}" + (" × keys" if "key_pos" in axes else "")
+def costs_of(about: Subject, plan: Plan) -> Iterator[tuple[str, int, str]]:
+    """What takes memory, its bytes, and a note."""
+    cfg, parts = about.cfg, memory.weights(about.cfg, about.experts, plan.dtype)
+    yield "weights", sum(parts.values()), ""
+    yield "  embedding", parts["embed"], ""
+    yield "  each layer", parts["blocks.0"], f"{cfg.n_layers} of them"
+    yield "  unembedding and final norm", parts["unembed"], ""
+    yield (
+        "cache",
+        plan.batch * plan.tokens * memory.cache(cfg, plan.dtype),
+        f"{memory.cache(cfg, plan.dtype):,} a token",
+    )
+    passed = capturing(cfg, plan, plan.tokens)
+    yield "forward pass of a capture", max(passed.values()), ""
+    for stage, size in passed.items():
+        yield f"  {stage}", size, "the peak" if size == max(passed.values()) else ""
+    prefill = generating(cfg, plan, plan.batch)
+    yield "forward pass of a generation", max(prefill.values()), f"{plan.batch:,} prompts of {plan.tokens:,} tokens"
+    each = memory.records(cfg, plan.recorded)
+    yield "records of a unit, on the host", 2 * plan.unit_tokens * each, f"{each:,} a token, held twice when stacked"
+
+
+def capturing(cfg: Config, plan: Plan, tokens: int) -> dict[str, int]:
+    """Stages of a capture's forward pass over `tokens`."""
+    return memory.activations(
+        cfg, tokens, dtype=plan.dtype, recorded=plan.recorded, predictions=min(tokens, plan.predictions)
+    )
+
+
+def generating(cfg: Config, plan: Plan, batch: int) -> dict[str, int]:
+    """Stages of a generation's longest forward pass, the prompts of a batch at once."""
+    return memory.activations(cfg, batch * plan.tokens, dtype=plan.dtype, logits=batch)
+
+
+def fitting(about: Subject, plan: Plan) -> Iterator[str]:
+    """What fits the memory at hand, in sentences."""
+    cfg, parts = about.cfg, memory.weights(about.cfg, about.experts, plan.dtype)
+    whole = sum(parts.values())
+
+    def captures(tokens: int) -> bool:
+        return whole + max(capturing(cfg, plan, tokens).values()) <= plan.room
+
+    def generates(batch: int) -> bool:
+        cache = batch * plan.tokens * memory.cache(cfg, plan.dtype)
+        return whole + cache + max(generating(cfg, plan, batch).values()) <= plan.room
+
+    if whole > plan.room:
+        yield f"One device of {human(plan.room)} does not hold it: the weights alone are {human(whole)}."
+    else:
+        longest = memory.largest(captures)
+        context = f"; the context is {cfg.n_ctx:,}" if longest > cfg.n_ctx else ""
+        yield f"One device of {human(plan.room)} holds the weights and {human(plan.room - whole)} more:"
+        yield f"  a capture with forward passes of up to {longest:,} tokens{context};"
+        yield f"  a generation of up to {memory.largest(generates):,} rows of {plan.tokens:,} tokens, all prompt."
+    passed = max(*capturing(cfg, plan, plan.tokens).values(), *generating(cfg, plan, plan.batch).values())
+    layer = plan.batch * plan.tokens * memory.cache(cfg, plan.dtype) // cfg.n_layers
+    cached = {part: size + layer * part.startswith("blocks.") for part, size in parts.items()}
+    enough = memory.devices_for(cached, plan.room - passed)
+    if enough is None:
+        yield f"No number of devices of {human(plan.room)} does this plan: a layer and a forward pass are too much."
+    else:
+        held = ", ".join(human(size) for size in memory.stages(cached, enough))
+        yield f"This plan needs {enough} such device{'s' * (enough > 1)}: {held} of weights and cache, {human(passed)} of activations."

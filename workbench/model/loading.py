@@ -1,6 +1,6 @@
 """From a checkpoint to a model that can be hooked: `load`."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -8,9 +8,13 @@ from torch import Tensor
 
 from workbench import harmony
 from workbench.errors import InputError
+from workbench.model import memory
 from workbench.model.checkpoint import open_checkpoint, resolve
+from workbench.model.config import Config
 from workbench.model.lora import load_adapter
 from workbench.model.transformer import GptOss
+
+_PASS_TOKENS = 4096  # "auto" leaves a GPU the room for a forward pass of so many
 
 
 def load(
@@ -24,8 +28,10 @@ def load(
 ) -> GptOss:
     """The model in a folder of either published layout, the bundled one ("nano"), or a hub id.
 
-    Weights stay memory-mapped and the experts packed: what is read is what is used. dtype float32 does all
-    arithmetic in float32. device "auto" is a GPU where there is one. `adapter` is a PEFT folder with a LoRA for it.
+    Weights stay memory-mapped and the experts packed: what is read is what is used; a GPU gets them tensor by tensor,
+    and none of them before all are known to fit. dtype float32 does all arithmetic in float32. device "auto" is a GPU
+    where there is one, or all of them where one is too small. Several devices, as in "cuda:0,cuda:1", take contiguous
+    layers in turn. `adapter` is a PEFT folder with a LoRA for it.
     """
     folder = resolve(source, revision=revision)
     checkpoint = open_checkpoint(folder, ignore_fields=ignore_fields)
@@ -37,25 +43,60 @@ def load(
         )
     with torch.device("meta"):
         model = GptOss(checkpoint.cfg, packed=checkpoint.experts == "mxfp4", tokenizer=tokenizer, checkpoint=checkpoint)
-    target = _device(device)
+    parts = memory.weights(checkpoint.cfg, checkpoint.experts, dtype)
+    places = _places(device, checkpoint.cfg, parts, dtype)
+    _check_room(folder, parts, places)
 
-    def placed(tensor: Tensor) -> Tensor:
-        return tensor.to(target, dtype if tensor.is_floating_point() else tensor.dtype)
+    def placed(name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(places[memory.part_of(name)], dtype if tensor.is_floating_point() else tensor.dtype)
 
-    model.load_state_dict({name: placed(tensor) for name, tensor in checkpoint.tensors.items()}, assign=True)
+    model.load_state_dict({name: placed(name, tensor) for name, tensor in checkpoint.tensors.items()}, assign=True)
     model.requires_grad_(False).eval()
     if adapter is not None:
         load_adapter(model, adapter)
     return model
 
 
+def _places(name: str, cfg: Config, parts: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.device]:
+    """The device of every part."""
+    devices = _auto(cfg, parts, dtype) if name == "auto" else [_device(one.strip()) for one in name.split(",")]
+    if len(set(devices)) < len(devices):
+        raise InputError(f"device {name!r} names one twice: once is enough")
+    return {part: devices[place] for part, place in memory.spread(parts, len(devices)).items()}
+
+
+def _auto(cfg: Config, parts: Mapping[str, int], dtype: torch.dtype) -> list[torch.device]:
+    if not torch.cuda.is_available():
+        return [torch.device("cpu")]
+    one = torch.device("cuda")
+    working = max(memory.activations(cfg, _PASS_TOKENS, dtype=dtype).values())
+    fits = sum(parts.values()) + working <= memory.free(one)
+    return [one] if fits else [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"device {name!r} is unknown: use auto, cpu, cuda, cuda:0 or mps") from error
+        raise InputError(
+            f"device {name!r} is unknown: use auto, cpu, cuda, mps, cuda:0, or several as in cuda:0,cuda:1"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name!r}: this torch sees no GPU; use device='cpu' or install a CUDA build of torch")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name!r}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device
+
+
+def _check_room(folder: Path, parts: Mapping[str, int], places: Mapping[str, torch.device]) -> None:
+    """Refuse weights that a device cannot hold, with the number of its like that could."""
+    for device in dict.fromkeys(places.values()):
+        needed = sum(size for part, size in parts.items() if places[part] == device)
+        if needed <= (room := memory.free(device)):
+            continue
+        enough = memory.devices_for(parts, room)
+        remedy = "a device with more memory" if enough is None else f"{enough} devices of this size"
+        raise InputError(
+            f"{folder}: {memory.human(needed)} of weights do not fit in the {memory.human(room)} of {device}; they need "
+            f"{remedy}, see `workbench info`"
+        )

@@ -82,7 +82,8 @@ def load_adapter(model: GptOss, folder: str | Path) -> Adapter:
     pairs = _pairs(file, _targets(model.cfg))
     updates = {target.part: _update(file, pair, target, config) for target, pair in pairs.items()}
     for part, update in updates.items():
-        model.get_submodule(part).lora = update.to(model.device, model.dtype)
+        module = model.get_submodule(part)
+        module.lora = update.to(next(module.parameters()).device, model.dtype)
     model.adapter = Adapter(path, tuple(updates), model.checkpoint)
     if model.checkpoint is not None:
         model.checkpoint = replace(model.checkpoint, digest=_digest(model.checkpoint, path))

@@ -7,6 +7,7 @@ Reference: openai/gpt-oss, gpt_oss/torch/model.py (commit 7b58334); the OpenAI g
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -227,10 +228,18 @@ class Where:
             raise ValueError(f"{longest} tokens are more than the model's context of {cfg.n_ctx}")
         self.cos, self.sin = cos_sin(cfg.rope, cfg.d_head, self.positions)
 
+    def to(self, device: torch.device) -> "Where":
+        """The same on another device; a cache stays where it is, for its layers lie apart."""
+        if self.positions.device == device:
+            return self
+        there = copy(self)
+        there.positions, there.cos, there.sin = (t.to(device) for t in (self.positions, self.cos, self.sin))
+        return there
+
     def _positions(self, tokens: Tensor) -> Tensor:
         batch, pos = tokens.shape
         if self.lengths is None:
-            start = 0 if self.cache is None else self.cache.lengths[:, None]
+            start = 0 if self.cache is None else self.cache.lengths[:, None].to(tokens.device)
             return torch.arange(pos, device=tokens.device).expand(batch, pos) + start
         if self.cache is not None or batch != 1 or sum(self.lengths) != pos:
             raise ValueError(
@@ -282,8 +291,13 @@ class GptOss(HookedRootModule):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Where tokens go in; the whole model is there, unless it is spread over several `devices`."""
         return self.embed.weight.device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where each layer computes, what it caches stays and its hooks see tensors; logits come out on the last."""
+        return [block.get_parameter("ln1.weight").device for block in self.blocks]
 
     def residual(
         self, tokens: Int[Tensor, "batch pos"], *, cache: KVCache | None = None, packed: Sequence[int] | None = None
@@ -291,11 +305,13 @@ class GptOss(HookedRootModule):
         """The residual stream after the last block, before the final norm."""
         where = Where(self.cfg, tokens, cache, packed)
         x = self.hook_embed(self.embed(tokens))
-        for block in self.blocks:
-            x = block(x, where)
+        for block, device in zip(self.blocks, self.devices, strict=True):
+            x, where = x.to(device), where.to(device)
+            with torch.cuda.device_of(x):  # Triton launches on the current device; nothing off GPUs
+                x = block(x, where)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return x
+        return x.to(self.unembed.weight.device)
 
     def forward(
         self, tokens: Int[Tensor, "batch pos"], *, cache: KVCache | None = None, packed: Sequence[int] | None = None

@@ -1,0 +1,188 @@
+"""The GPU benchmark runs whole on the interpreter, on a small model: it checks first, stops when a kernel is wrong,
+and says what it measured. How fast a card is, no test can say.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from workbench.bench import gpu
+from workbench.cli import app
+from workbench.errors import InputError, JobError
+
+SMALL = """
+import json
+from dataclasses import replace
+from workbench.bench import gpu
+from workbench.model.config import PUBLISHED
+cfg = replace(
+    PUBLISHED["20b"], d_model=32, d_mlp=32, n_heads=4, n_key_value_heads=2, d_head=16, num_experts=3,
+    experts_per_token=2, n_layers=2, windows=(8, None), d_vocab=256,
+)
+sizes = gpu.Sizes(prefills=(17,), batches=(1, 3), past=11, model_past=11, checked=19, checked_past=11)
+"""
+
+
+def interpreted(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """What a fresh process with Triton's interpreter makes of the code, with a small model at hand."""
+    return subprocess.run(
+        [sys.executable, "-c", SMALL + code],
+        env=os.environ | {"TRITON_INTERPRET": "1", **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run() -> dict[str, object]:
+    done = interpreted("print(); print(json.dumps(gpu.run('cpu', {'small': cfg}, sizes, repeats=1)))")
+    assert done.returncode == 0, done.stderr
+    table, result = done.stdout.rsplit("\n", 2)[:2]
+    assert "kernels agree with torch" in table
+    return json.loads(result)
+
+
+KERNELS = {
+    "mxfp4.dequantise", "routing.top_k", "routing.gate", "routing.group", "moe", "moe, with gradient", "attention",
+    "attention, with gradient", "moments",
+}  # fmt: skip
+
+
+def test_every_kernel_is_checked_and_timed(run: dict) -> None:
+    assert {row["kernel"] for row in run["correct"]} == KERNELS == {row["kernel"] for row in run["kernels"]}
+    assert all(row["error"] <= row["allowed"] for row in run["correct"])
+    assert all(row["seconds"] > 0 and 0 < row["fraction"] < 1 for row in run["kernels"])
+
+
+def test_windows_and_batches_are_problems_of_their_own(run: dict) -> None:
+    attention = [row["problem"] for row in run["kernels"] if row["kernel"] == "attention"]
+    assert attention == [
+        f"{what}, {seen}"
+        for seen in ("window 8", "full")
+        for what in ("prefill of 17", "decode of 1 after 11", "decode of 3 after 11")
+    ]
+
+
+def test_the_whole_model_prefills_decodes_and_is_recorded(run: dict) -> None:
+    assert [row["problem"] for row in run["models"]] == [
+        "prefill of 17, no logits", "decode of 1 after 11", "decode of 3 after 11",
+    ]  # fmt: skip
+    assert run["models"][0]["recording"] > -1
+    assert all(row["tokens_per_s"] > 0 and 0 < row["fraction"] < 1 for row in run["models"])
+
+
+def test_peers_are_measured_or_said_to_be_missing(run: dict) -> None:
+    upstream, *transformers = run["peers"]
+    assert upstream["peer"] == "gpt_oss.triton (triton_kernels)"
+    assert "gpt_oss" in upstream["missing"]
+    assert [row["tokens"] for row in transformers] == [1, 3, 17]
+    assert all(row["theirs_s"] > 0 and row["difference"] < 0.1 for row in transformers)
+
+
+def test_the_result_says_where_it_was_measured(run: dict) -> None:
+    assert run["card"] == "none: interpreted on the CPU"
+    assert run["versions"]["torch"] == torch.__version__
+    assert min(run["limits"].values()) > 0
+
+
+BROKEN = """
+from workbench.kernels.gpu import {module} as kernels
+right = kernels.{function}
+kernels.{function} = lambda *args, **options: {wrong}
+gpu.check({{"small": cfg}}, gpu._device("cpu"), sizes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "wrong"),
+    [
+        ("moments", "moments", "right(args[0], args[1].roll(1), args[2])"),
+        ("attention", "attention", "right(*args[:4], args[4] and args[4] + 1, **options)"),
+        ("routing", "top_k", "right(-args[0], args[1])"),
+        ("mxfp4", "dequantise", "right(args[0], args[1]) * 1.01"),
+    ],
+)
+def test_a_wrong_kernel_stops_it(module: str, function: str, wrong: str) -> None:
+    done = interpreted(BROKEN.format(module=module, function=function, wrong=wrong))
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "JobError: nothing was timed" in last
+    assert module in last
+
+
+def test_a_row_is_judged_by_itself() -> None:
+    code = """
+import math, torch
+from workbench.bench.cases import row_error
+want = torch.ones(100, 8)
+assert row_error(want, want) == 0
+assert math.isclose(row_error(want + torch.eye(100, 8), want), 8**-0.5, rel_tol=1e-6)
+assert row_error(want * math.nan, want) == math.inf
+assert row_error(torch.tensor([1, 2]), torch.tensor([1, 3])) == math.inf
+"""
+    done = interpreted(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_autotuning_finds_the_faster_tile_and_tiles_takes_it(tmp_path: Path) -> None:
+    """On the interpreter fewer, larger programs win; a candidate that computes something else must not."""
+    code = f"""
+from pathlib import Path
+from workbench.bench import autotune
+from workbench.bench.cases import Layer, cases
+from workbench.bench.clock import Clock
+from workbench.kernels.gpu import tiles
+clock = Clock(gpu._device("cpu"), 3)
+own = tiles.codec_tile()
+if not Path({str(tmp_path / "tiles.json")!r}).exists():
+    cfg = replace(cfg, d_model=128, d_mlp=128)
+    found = autotune.autotune(clock, [next(cases(Layer(cfg, clock.device), 3, (), 3))])
+    assert tiles.codec_tile() == own, "the search leaves the tiles as they were"
+    Path({str(tmp_path / "tiles.json")!r}).write_text(json.dumps(found))
+print(own.blocks["BLOCK"])
+"""
+    before = interpreted(code)
+    assert before.returncode == 0, before.stderr
+    after = interpreted(code, WORKBENCH_TILES=str(tmp_path / "tiles.json"))
+    assert after.returncode == 0, after.stderr
+    assert int(after.stdout.split()[-1]) > int(before.stdout.split()[-1]) == 128
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    done = CliRunner().invoke(app, ["bench", "gpu"])
+    assert isinstance(done.exception, InputError)
+    assert "sees no GPU" in str(done.exception)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_an_assembler_is_measured_by_a_process_of_its_own() -> None:
+    with pytest.raises(JobError, match=r"with /bin/true ended with exit code 2"):
+        gpu.with_assembler(Path("/bin/true"), repeats=1)
+
+
+def test_wrong_usage_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'kernel' is unknown: choose from kernels, models, peers"):
+        gpu.run(stages=["kernel"])
+    with pytest.raises(InputError, match="cannot be run: name a ptxas"):
+        gpu.run(assemblers=[tmp_path / "ptxas"])
+
+
+def test_limits_of_a_model_are_those_of_the_design() -> None:
+    """903 and 670 tokens/s: the least a token must read on 3.35 TB/s."""
+    code = """
+from workbench.bench.models import layers
+for name in PUBLISHED:
+    cfg = PUBLISHED[name]
+    read = layers(cfg, 1, 1, 0, cfg.experts_per_token).bytes + 2 * cfg.d_vocab * cfg.d_model
+    print(round(3.35e12 / read))
+"""
+    done = interpreted(code)
+    assert [int(line) for line in done.stdout.split()] == pytest.approx([903, 670], abs=5)

@@ -1,0 +1,163 @@
+"""The report of compiled kernels: the committed one is what Triton makes today, and its checks can fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from workbench.bench import kernels
+from workbench.cli import app
+from workbench.errors import InputError
+from workbench.kernels.gpu.aot import TARGETS, _blocks, _flops, _main_loop
+
+COMMITTED = kernels.REPORT.read_text()
+SAME_TRITON = kernels.heading() in COMMITTED
+
+
+def compiled(code: str) -> str:
+    """What a fresh process prints that compiles rather than interprets."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+
+
+def line(row: kernels.Row) -> str:
+    return f"| {' | '.join(kernels.cells(row))} |"
+
+
+@pytest.mark.slow
+def test_the_report_of_the_h100_is_what_triton_makes() -> None:
+    rows = kernels.report(["sm_90"], processes=1)
+    assert [problem for row in rows for problem in kernels.problems(row)] == []
+    assert not SAME_TRITON or kernels.section("sm_90", rows) in COMMITTED
+
+
+@pytest.mark.slow
+def test_the_expert_matmul_keeps_its_promises_on_every_other_target() -> None:
+    others = [target for target in TARGETS if target != "sm_90"]
+    rows = kernels.report(others, ["moe.gate_up"], processes=1)
+    assert {row.target for row in rows} == set(others)
+    for row in rows:
+        assert kernels.problems(row) == [], line(row)
+        section = COMMITTED.split(f"## {row.target}:")[1].split("\n## ")[0]
+        assert not SAME_TRITON or line(row) in section
+
+
+def test_the_report_covers_every_target_and_kernel() -> None:
+    for target in TARGETS:
+        section = COMMITTED.split(f"## {kernels.title(target)}\n")[1].split("\n## ")[0]
+        assert [module for module in kernels.MODULES if f"| {module}" not in section] == []
+
+
+def test_no_kernel_of_the_report_spills() -> None:
+    rows = [row.split(" | ") for row in COMMITTED.splitlines() if row.startswith("| ") and "spilled" not in row]
+    assert len(rows) > 7 * len(kernels.MODULES)
+    assert {row[kernels.HEADERS.index("spilled")] for row in rows} == {"0"}
+
+
+SPOILED = """
+from dataclasses import replace
+from workbench.bench import kernels
+from workbench.kernels.gpu.tiles import Tile
+(good,) = [
+    s for s in kernels.specimens("moe", "sm_90")
+    if s.name == "moe.gate_up" and s.problem.startswith("gpt-oss-20b, prefill")
+]
+def spoiled(m, n, k, warps, stages):
+    tile = Tile({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
+    return replace(good, tile=tile, constants={**good.constants, **tile.blocks})
+wide = {name: "*fp32" if kind == "*bf16" else kind for name, kind in good.types.items()}
+plain = spoiled(32, 64, 32, 4, 2)
+for specimen in (good, spoiled(128, 256, 128, 8, 2), spoiled(128, 128, 64, 8, 16), replace(plain, types=wide)):
+    print(*kernels.problems(kernels.measure(specimen, "sm_90")), sep="; ")
+"""
+
+
+def test_a_spill_a_missing_product_and_a_block_too_large_are_noticed() -> None:
+    good, spilling, large, scalar = compiled(SPOILED).splitlines()
+    assert good == ""
+    assert "spills" in spilling
+    assert "of shared memory of 232,448" in large
+    assert "has no wgmma.mma_async" in scalar
+
+
+@pytest.mark.parametrize(
+    ("target", "warps", "registers", "shared", "columns", "blocks"),
+    [
+        ("sm_90", 8, 128, 0, 0, 2),  # 65,536 registers
+        ("sm_90", 8, 129, 0, 0, 1),
+        ("sm_90", 4, 32, 116_000, 0, 1),  # 1,024 bytes a block are the system's
+        ("sm_90", 4, 32, 115_000, 0, 2),
+        ("sm_90", 1, 16, 0, 0, 32),
+        ("sm_89", 1, 16, 0, 0, 24),
+        ("sm_100", 4, 64, 0, 256, 2),  # tensor memory
+        ("gfx942", 4, 128, 0, 0, 4),  # 512 registers a lane of each of four units
+        ("gfx942", 1, 300, 0, 0, 4),
+        ("gfx942", 4, 64, 32_768, 0, 2),
+    ],
+)
+def test_blocks_that_fit(target: str, warps: int, registers: int, shared: int, columns: int, blocks: int) -> None:
+    assert _blocks(TARGETS[target], warps, registers, shared, columns) == blocks
+
+
+def test_flops_of_one_warp() -> None:
+    assert _flops("HGMMA.64x128x16.F32.BF16 R24, R92, gdesc[UR16], R24", 0) == 2 * 64 * 128 * 16 // 4
+    assert _flops("HMMA.16816.F32.BF16 R96, R136, R178, R96", 0) == 2 * 16 * 8 * 16
+    assert _flops("v_mfma_f32_32x32x8_bf16 a[0:15], v[2:3], v[4:5], a[0:15]", 0) == 2 * 32 * 32 * 8
+    assert _flops("UTCHMMA tmem[UR24], gdesc[UR16]", 1024) == 1024
+    assert _flops("IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28]", 1024) == 0
+
+
+def test_the_main_loop_is_the_one_that_multiplies_most_an_instruction() -> None:
+    product = "HMMA.16816.F32.BF16 R96, R136, R178, R96"
+    lines = ["MOV"] * 4 + [product] * 2 + ["BRA"] + ["MOV"] + [product] * 2 + ["BRA"]
+    loop = _main_loop(lines, [(0, 6), (7, 10), (3, 10), (4, 3)])  # the third holds the second, the last goes forward
+    assert loop == (2, 2 * 2 * 16 * 8 * 16)
+    assert _main_loop(["MOV", "BRA"], [(0, 1)]) is None
+
+
+def test_the_estimate_counts_half_empty_tiles() -> None:
+    """256 slots on 32 experts are 8 an expert: half of a tile of 16 rows."""
+    code = """
+from workbench.bench import kernels
+for s in kernels.specimens("moe", "sm_90"):
+    if s.name == "moe.gate_up" and s.products:
+        print(round(kernels._filled(s), 3), s.problem)
+"""
+    filled = {problem: float(part) for part, problem in (row.split(" ", 1) for row in compiled(code).splitlines())}
+    assert filled["gpt-oss-20b, decode of 64 tokens"] == pytest.approx(0.5, abs=0.01)
+    assert filled["gpt-oss-20b, prefill of 8,192 tokens"] == 1
+
+
+def test_the_command_compiles_prints_and_writes_json(tmp_path: Path) -> None:
+    options = ["--target", "sm_90", "--kernel", "routing.gate", "--json", str(tmp_path / "rows.json")]
+    done = CliRunner().invoke(app, ["bench", "kernels", *options])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["kernel"] for row in rows] == ["routing.gate"] * 2
+    for row in rows:
+        assert 0 < row["registers"] < 256
+        assert row["problem"] in done.output
+
+
+def test_a_problem_is_printed_and_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = kernels.Row(
+        "moe.gate_up", "prefill", "sm_90", "128×128×64", 255, 16, 78_080, 1, "mma.sync m16n8k16", True, 1e6, 1e9, 1e-6,
+        1e-6, 2e-6, 60.0,
+    )  # fmt: skip
+    assert row.fraction == 0.5
+    monkeypatch.setattr(kernels, "report", lambda *args: [row])
+    done = CliRunner().invoke(app, ["bench", "kernels"])
+    assert done.exit_code == 1
+    assert "sm_90: moe.gate_up (prefill, 128×128×64) spills 16 bytes a thread" in done.output
+    assert "has no wgmma.mma_async, but mma.sync m16n8k16" in done.output
+
+
+def test_wrong_usage_is_refused() -> None:
+    with pytest.raises(InputError, match="'sm_75' is unknown: choose from sm_80"):
+        kernels.run(["sm_75"])
+    with pytest.raises(InputError, match="leave --target and --kernel out"):
+        kernels.run(["sm_90"], write=True)

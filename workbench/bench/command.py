@@ -1,0 +1,80 @@
+"""`workbench bench`: the CPU beside transformers, the kernels compiled without a card, the kernels on a card."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Measure: the CPU path, the compiled kernels, a GPU.", no_args_is_help=True)
+
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
+
+
+def _write(path: Path | None, result: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@app.command()
+def cpu(
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Lengths; repeat. [default: 512, 2048, 4096]")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    long: Annotated[int | None, typer.Option(min=1, help="Also one recorded pass of so many tokens.")] = None,
+    out: Json = None,
+) -> None:
+    """Two layers of gpt-oss-20b on the CPU beside transformers, in turn."""
+    from workbench.bench.cpu import run
+
+    _write(out, run(tokens or (512, 2048, 4096), rounds, long=long))
+
+
+@app.command()
+def full(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A folder to use instead of a random 20b, 13 GB of disk.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the captured sequence.")] = 1024,
+    device: Annotated[str, typer.Option(help="As for capture.")] = "cpu",
+    limit: Annotated[str, typer.Option(help="Exit with 1 if the peak is not below.")] = "18GB",
+    out: Json = None,
+) -> None:
+    """gpt-oss-20b's shape whole, on this machine: load, generate, capture, and the most memory that took."""
+    from workbench.bench.full import run
+    from workbench.model.memory import parse
+
+    _write(out, run(checkpoint, tokens=tokens, device=device, limit=parse(limit)))
+
+
+@app.command()
+def kernels(
+    target: Annotated[list[str] | None, typer.Option(help="sm_90, gfx942 …; repeat. [default: all]")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="moe.gate_up …; repeat. [default: all]")] = None,
+    write: Annotated[bool, typer.Option(help="Write kernels/gpu/REPORT.md.")] = False,
+    out: Json = None,
+) -> None:
+    """Compile every kernel for every GPU, no card needed; exits with 1 if one spills or misses the tensor cores."""
+    from workbench.bench.kernels import run
+
+    rows, wrong = run(target or (), kernel or (), write=write)
+    _write(out, rows)
+    raise typer.Exit(1 if wrong else 0)
+
+
+@app.command()
+def gpu(
+    stage: Annotated[list[str] | None, typer.Option(help="kernels, models, peers; repeat. [default: all]")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured launches of each.")] = 20,
+    assembler: Annotated[
+        list[Path] | None, typer.Option(help="Also measure the kernels as this ptxas assembles them; repeat.")
+    ] = None,
+    autotune: Annotated[
+        Path | None, typer.Option(help="Search for better tiles and write them here, as WORKBENCH_TILES reads them.")
+    ] = None,
+    out: Json = None,
+) -> None:
+    """The kernels and both models on this machine's GPU, as fractions of its limits; wrong results stop it first."""
+    from workbench.bench.gpu import STAGES, run
+
+    result = run(stages=stage or STAGES, repeats=repeats, assemblers=assembler or (), tiles=autotune)
+    _write(out, result)

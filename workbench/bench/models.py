@@ -1,0 +1,153 @@
+"""The whole model on a card: decoding, prefill and capture, beside the limits of that card.
+
+Weights are random and in their published shape; of a model that does not fit, as many layers as do. The time of its
+layers is then scaled to all of them, and the row says so.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from workbench.bench.clock import Clock, Limits
+from workbench.capture.recording import parse, wanted
+from workbench.hooks.recorders import Recorder
+from workbench.model.cache import KVCache
+from workbench.model.config import GROUP, Config
+from workbench.model.export import RandomTensors
+from workbench.model.names import shapes
+from workbench.model.transformer import GptOss
+
+_MARGIN = 0.9  # of the free memory: activations need the rest
+
+
+class Work(NamedTuple):
+    """Bytes moved and flops multiplied."""
+
+    bytes: float
+    flops: float
+
+
+def measure(
+    clock: Clock, limits: Limits, name: str, cfg: Config, prefills: tuple[int, ...], batches: tuple[int, ...], past: int
+) -> list[dict[str, Any]]:
+    """A row for each prefill, plain and recorded, and each batch that decodes after `past` tokens."""
+    n = fitting(cfg, clock.device, max(batches) * (past + 1))
+    model = random_model(replace(cfg, n_layers=n, windows=cfg.windows[:n]), clock.device)
+    rows = []
+    with torch.no_grad():
+        for tokens in prefills:
+            plain, recorded, distinct = _prefill(clock, model, tokens)
+            row = _row(name, cfg, n, f"prefill of {tokens:,}, no logits", tokens, plain, 0.0)
+            least = limits.seconds(*layers(cfg, 1, tokens, 0, distinct))
+            rows.append(row | {"fraction": least / row["seconds"], "recording": recorded / plain - 1})
+        for batch in batches:
+            layer_s, unembed_s, distinct = _decode(clock, model, batch, past)
+            row = _row(name, cfg, n, f"decode of {batch} after {past:,}", batch, layer_s, unembed_s)
+            vocabulary = Work(2.0 * cfg.d_vocab * cfg.d_model, 2.0 * batch * cfg.d_vocab * cfg.d_model)
+            least = limits.seconds(*map(sum, zip(layers(cfg, batch, 1, past, distinct), vocabulary, strict=True)))
+            rows.append(row | {"fraction": least / row["seconds"]})
+    return rows
+
+
+def _row(name: str, cfg: Config, n: int, problem: str, tokens: int, layer_s: float, unembed_s: float) -> dict[str, Any]:
+    seconds = layer_s * cfg.n_layers / n + unembed_s
+    scaled = {"scaled_from_layers": n} if n < cfg.n_layers else {}
+    return {"model": name, "problem": problem, "seconds": seconds, "tokens_per_s": tokens / seconds, **scaled}
+
+
+def layers(cfg: Config, batch: int, new: int, past: int, distinct: float) -> Work:
+    """All layers' work on `new` tokens a row after `past`, when `distinct` experts a layer are hit."""
+    kv = 2 * cfg.n_key_value_heads * cfg.d_head
+    matrices = cfg.d_model * (2 * cfg.n_heads * cfg.d_head + kv) + cfg.d_model * cfg.num_experts
+    expert, tokens, keys = 3 * cfg.d_model * cfg.d_mlp, batch * new, past + new
+    bytes = flops = 0.0
+    for window in cfg.windows:
+        reach = keys if window is None else window
+        pairs = batch * sum(min(t + 1, reach) for t in range(past, keys))
+        bytes += 2 * matrices + distinct * expert * (16 + 1) / GROUP + 2 * batch * min(keys, new + reach - 1) * kv
+        flops += 2 * tokens * (matrices + cfg.experts_per_token * expert) + 4 * pairs * cfg.n_heads * cfg.d_head
+    return Work(bytes, flops)
+
+
+def fitting(cfg: Config, device: torch.device, cached: int) -> int:
+    """How many layers fit a GPU's free memory beside `cached` tokens, an even number; elsewhere all of them."""
+    if device.type != "cuda":
+        return cfg.n_layers
+    gc.collect()  # a hooked model is a circle of references
+    torch.cuda.empty_cache()
+    free = _MARGIN * torch.cuda.mem_get_info(device)[0] - 4 * cfg.d_vocab * cfg.d_model
+    kv = 2 * cfg.n_key_value_heads * cfg.d_head
+    layer = 3 * cfg.num_experts * cfg.d_model * cfg.d_mlp * (16 + 1) / GROUP
+    layer += 2 * cfg.d_model * (2 * cfg.n_heads * cfg.d_head + kv) + 2 * cached * kv
+    return max(2, min(cfg.n_layers, int(free / layer) // 2 * 2))
+
+
+def random_model(cfg: Config, device: torch.device) -> GptOss:
+    """A model of random weights: two layers are drawn, the others are copies of them in memory of their own."""
+    drawn = RandomTensors(replace(cfg, n_layers=2, windows=cfg.windows[:2]))
+    first: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name in shapes(cfg, "mxfp4"):
+        source = name
+        if name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            source = f"blocks.{int(layer) % 2}.{rest}"
+        if source in first:
+            state[name] = first[source].clone()
+        else:
+            state[name] = first[source] = drawn[source].to(device)
+    with torch.device("meta"):
+        model = GptOss(cfg, packed=True)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _tokens(model: GptOss, batch: int, new: int) -> Tensor:
+    rng = torch.Generator().manual_seed(new)
+    return torch.randint(model.cfg.d_vocab, (batch, new), generator=rng).to(model.device)
+
+
+def _distinct(model: GptOss, forward: Callable[[], object]) -> float:
+    """Experts hit in one layer by one pass, on average."""
+    counts: list[int] = []
+    hooks = [
+        (f"blocks.{layer}.mlp.hook_expert_indices", lambda ids, hook: counts.append(len(ids.unique())))
+        for layer in range(model.cfg.n_layers)
+    ]
+    with model.hooks(fwd_hooks=hooks):
+        forward()
+    return sum(counts) / len(counts)
+
+
+def _prefill(clock: Clock, model: GptOss, tokens: int) -> tuple[float, float, float]:
+    """Seconds plain and with routing and sinks recorded, and the experts hit in a layer."""
+    row = _tokens(model, 1, tokens)
+    recorder = Recorder(wanted(parse(["routing", "sinks"], model.cfg), model.cfg))
+
+    def recorded() -> None:
+        with model.hooks(fwd_hooks=recorder.fwd_hooks):
+            model.residual(row)
+        recorder.take()
+
+    def plain() -> None:
+        model.residual(row)
+
+    return clock(plain), clock(recorded), _distinct(model, plain)
+
+
+def _decode(clock: Clock, model: GptOss, batch: int, past: int) -> tuple[float, float, float]:
+    """Seconds of the layers and of the logits, and the experts hit in a layer."""
+    new = _tokens(model, batch, 1)
+    cache = KVCache(model.cfg, batch, past + 1, dtype=model.dtype, device=model.device)
+    lengths = torch.full((batch,), past, device=model.device)
+
+    def step() -> Tensor:
+        cache.truncate(lengths)
+        return model.residual(new, cache=cache)
+
+    x = step()
+    return clock(step), clock(lambda: model.unembed(model.ln_final(x))), _distinct(model, step)

@@ -1,0 +1,174 @@
+"""Memory before it is taken: bytes of a model's weights, cache and records, and of a forward pass on a GPU.
+
+Weights, cache and records are arithmetic on the config. Activations follow the lifetimes of the tensors in
+`workbench.model.transformer` and `workbench.kernels.gpu`, stage by stage: the largest is the peak. A test counts the
+bytes alive while these very launchers run, and holds the formulas to it. Not in any of them: the driver's context, and
+what an allocator rounds up. GB is 10^9 bytes, GiB 2^30.
+"""
+
+import os
+import re
+from bisect import bisect
+from collections.abc import Callable, Collection, Mapping
+from itertools import accumulate, combinations
+from math import prod
+
+import torch
+
+from workbench.errors import InputError
+from workbench.hooks.names import hook_points
+from workbench.kernels.parts import POSITIONS
+from workbench.model.config import Config
+from workbench.model.names import shapes
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_MOST = 2**40  # more tokens or rows than any memory holds
+
+
+def part_of(name: str) -> str:
+    """The part that a tensor is loaded with: embed, blocks.{l} or unembed, which the final norm goes with."""
+    head, *rest = name.split(".")
+    return f"{head}.{rest[0]}" if head == "blocks" else head.replace("ln_final", "unembed")
+
+
+def weights(cfg: Config, experts: str = "mxfp4", dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """Bytes of each part as loaded, in the order in which a forward pass meets them."""
+    parts: dict[str, int] = {}
+    for name, shape in shapes(cfg, experts).items():
+        each = 1 if name.endswith((".blocks", ".scales")) else dtype.itemsize
+        parts[part_of(name)] = parts.get(part_of(name), 0) + prod(shape) * each
+    order = ["embed", *(f"blocks.{layer}" for layer in range(cfg.n_layers)), "unembed"]
+    return {part: parts[part] for part in order}
+
+
+def cache(cfg: Config, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of keys and values that one position of one row takes in all layers."""
+    return 2 * cfg.n_layers * cfg.n_key_value_heads * cfg.d_head * dtype.itemsize
+
+
+def records(cfg: Config, points: Mapping[str, torch.dtype]) -> int:
+    """Bytes a recorder keeps of one token, on the host, for these hook points and the dtypes they are stored in."""
+    axes = hook_points(cfg.n_layers)
+    return sum(width(cfg, axes[name]) * dtype.itemsize for name, dtype in points.items())
+
+
+def width(cfg: Config, axes: str) -> int:
+    """Values a token has at a hook point of these axes, for each key where they name the keys."""
+    sizes = {
+        "head": cfg.n_heads, "kv": cfg.n_key_value_heads, "slot": cfg.experts_per_token, "expert": cfg.num_experts,
+        "d_head": cfg.d_head, "d_model": cfg.d_model, "d_mlp": cfg.d_mlp, "d_vocab": cfg.d_vocab,
+    }  # fmt: skip
+    return prod(sizes.get(axis, 1) for axis in axes.split())
+
+
+def activations(
+    cfg: Config,
+    tokens: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    recorded: Collection[str] = (),
+    logits: int = 0,
+    predictions: int = 0,
+) -> dict[str, int]:
+    """Stage → the most bytes alive during it, in a forward pass over `tokens` on the Triton path, without gradients.
+
+    recorded: the hook points that are hooked. logits: rows of them that are made at the end; predictions: rows of
+    which a capture takes log-probabilities and entropies at a time.
+    """
+    n, k, size, wide = tokens, cfg.experts_per_token, dtype.itemsize, max(dtype.itemsize, 4)
+    widened = wide if size < wide else 0  # a copy in float32, where the tensor is not that already
+    steps = 2 * wide + widened  # the norms' and the rotation's temporaries, a value
+    q, kv = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
+    stream, per_head, values = n * cfg.d_model * size, n * cfg.n_heads * wide, n * (q + 2 * kv) * size
+    hooked = {name.split(".", 2)[-1] for name in recorded}
+
+    z = n * q * size
+    attention = max(2 * per_head, stream)  # the log-sum-exp and the sink, then the output
+    if "attn.hook_sink" in hooked:
+        shrink = q * (wide + (size if widened else 0)) + cfg.n_heads * wide
+        attention = 3 * per_head + _in_parts(n, q * size, shrink)
+    if "attn.hook_result" in hooked:
+        attention = max(attention, 2 * n * cfg.n_heads * stream // n)  # itself, and in order for the recorder
+    post, out = n * k * cfg.d_mlp * size, n * k * cfg.d_model * size
+    experts = max(post + out, out + stream)
+    if hooked & {"mlp.experts.hook_gate", "mlp.experts.hook_pre"}:
+        experts = 5 * post + out + stream  # gate and up as computed, and as the taps returned them
+    elif hooked & {"mlp.experts.hook_post", "mlp.experts.hook_out"}:
+        experts = post + out + stream
+    routed = n * (cfg.num_experts * wide + k * (wide + 8 + 4))  # scores, gates, ids, order
+    scores = _in_parts(n, cfg.num_experts * wide, cfg.d_model * widened + cfg.num_experts * wide)
+
+    # Under each stage lie the block's input and, from the second norm on, its sum with the attention.
+    stages = {
+        "norm": 2 * stream + _in_parts(n, cfg.d_model * size, cfg.d_model * steps),
+        "rotation": 2 * stream + values + _in_parts(n, q * size, q * steps),
+        "attention": 2 * stream + values + z + attention,
+        "router": 3 * stream + scores + cfg.num_experts * cfg.d_model * widened,
+        "experts": 3 * stream + routed + experts,
+    }
+    where = n * (8 + 8 + 4 * cfg.d_head)  # ids, positions, their cosines and sines
+    stages = {name: size + where for name, size in stages.items()}
+    if logits:
+        stages["logits"] = logits * (cfg.d_model + cfg.d_vocab) * size
+    if predictions:
+        stages["log-probabilities"] = stream + 8 * n + min(n, predictions) * cfg.d_vocab * (size + 3 * wide)
+    return stages
+
+
+def _in_parts(n: int, out: int, way: int) -> int:
+    """Most bytes of `kernels.parts.in_parts`, whose step keeps `out` bytes a position and has `way` at its widest."""
+    if n <= POSITIONS:
+        return n * way
+    return max(2 * n * out, (n // POSITIONS - 1) * POSITIONS * out + POSITIONS * way)
+
+
+def spread(parts: Mapping[str, int], devices: int) -> dict[str, int]:
+    """Part → its device: contiguous stages in the parts' order, the fullest device as empty as can be."""
+
+    def fill(limit: int) -> dict[str, int]:
+        places, device, used = {}, 0, 0
+        for part, size in parts.items():
+            if used + size > limit:
+                device, used = device + 1, 0
+            places[part], used = device, used + size
+        return places
+
+    ends = [0, *accumulate(parts.values())]
+    runs = sorted(b - a for a, b in combinations(ends, 2) if b - a >= max(parts.values()))
+    return fill(runs[bisect(runs, False, key=lambda run: fill(run)["unembed"] < devices)])
+
+
+def stages(parts: Mapping[str, int], devices: int) -> list[int]:
+    """Bytes on each device of a `spread`; devices that get nothing are left out."""
+    places = spread(parts, devices)
+    return [sum(parts[p] for p, d in places.items() if d == device) for device in range(places["unembed"] + 1)]
+
+
+def devices_for(parts: Mapping[str, int], room: int) -> int | None:
+    """The fewest devices of `room` bytes that hold the weights; None where one layer is already too much."""
+    return next((n for n in range(1, len(parts) + 1) if max(stages(parts, n)) <= room), None)
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, where every smaller one does; 0 if none."""
+    return bisect(range(1, _MOST), False, key=lambda n: not fits(n))
+
+
+def free(device: torch.device) -> int:
+    """Bytes that could hold weights: what a GPU has free, elsewhere all physical memory, as files can leave it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def parse(text: str) -> int:
+    """Bytes, from "80GB", "24 GiB" or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise InputError(f"memory {text!r}: wanted a number and its unit, as in 80GB or 24GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def human(n: int) -> str:
+    """Bytes in gigabytes, or below one in megabytes, to three digits after the point."""
+    return f"{n / 1e9:,.3f} GB" if n >= 10**9 else f"{n / 1e6:,.3f} MB"
