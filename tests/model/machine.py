@@ -32,6 +32,8 @@ class Machine(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             if func == _DEVICE:
                 return self.of(args[0])
+            if func is torch._has_compatible_shallow_copy_type:
+                return False  # Module.to shall make new parameters, not put new memory into the old
             if func in (Tensor.to, Tensor.cpu):
                 return self._to(func, *args, **kwargs)
             target = torch.device(kwargs.get("device") or _CPU)

@@ -72,10 +72,7 @@ def test_weights_that_do_not_fit_are_refused_before_one_is_moved(
 ) -> None:
     size = sum(memory.weights(CFG).values())
     room(monkeypatch, size - 1)
-    with pytest.raises(InputError, match="MB of cpu; they need 2 devices of this size"):
-        load(checkpoint, device="cpu")
-    room(monkeypatch, 1000)
-    with pytest.raises(InputError, match="a device with more memory"):
+    with pytest.raises(InputError, match="MB of cpu; they need a device with more memory"):
         load(checkpoint, device="cpu")
     room(monkeypatch, size)
     with pytest.raises(AssertionError, match="was moved"):
@@ -136,8 +133,8 @@ def test_the_numbers_are_the_same_and_one_tensor_of_the_stream_crosses(
     got = spread(tokens.to(spread.device))
     assert machine.of(got) == torch.device("cuda", 1)
     half = CFG.d_head // 2
-    # the positions and their rotations, then the residual stream
-    assert machine.crossings == [(2, 37), (2, 37, half), (2, 37, half), (2, 37, CFG.d_model)]
+    # the residual stream, then the positions and their rotations
+    assert machine.crossings == [(2, 37, CFG.d_model), (2, 37), (2, 37, half), (2, 37, half)]
     assert torch.equal(got.cpu(), whole(tokens.to(whole.device)).cpu())
 
 

@@ -88,7 +88,7 @@ def activations(
         shrink = q * (wide + (size if widened else 0)) + cfg.n_heads * wide
         attention = 3 * per_head + _in_parts(n, q * size, shrink)
     if "attn.hook_result" in hooked:
-        attention = max(attention, 2 * n * cfg.n_heads * stream // n)  # itself, and in order for the recorder
+        attention = max(attention, 2 * cfg.n_heads * stream)  # itself, and in order for the recorder
     post, out = n * k * cfg.d_mlp * size, n * k * cfg.d_model * size
     experts = max(post + out, out + stream)
     if hooked & {"mlp.experts.hook_gate", "mlp.experts.hook_pre"}:
@@ -100,10 +100,10 @@ def activations(
 
     # Under each stage lie the block's input and, from the second norm on, its sum with the attention.
     stages = {
-        "norm": 2 * stream + _in_parts(n, cfg.d_model * size, cfg.d_model * steps),
+        "norm": 2 * stream + _in_parts(n, cfg.d_model * size, cfg.d_model * steps) + cfg.d_model * widened,
         "rotation": 2 * stream + values + _in_parts(n, q * size, q * steps),
         "attention": 2 * stream + values + z + attention,
-        "router": 3 * stream + scores + cfg.num_experts * cfg.d_model * widened,
+        "router": 3 * stream + scores + cfg.num_experts * (cfg.d_model + 1) * widened,
         "experts": 3 * stream + routed + experts,
     }
     where = n * (8 + 8 + 4 * cfg.d_head)  # ids, positions, their cosines and sines
