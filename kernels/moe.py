@@ -117,9 +117,7 @@ def moe(
     else:
         out = per_expert(lambda e, rows: outward(e, activated(e, rows)))
     out = through(taps.out, out)
-    return in_parts(
-        lambda y, g: torch.einsum("tsd,ts->td", y.to(wide), g.to(wide)).to(x.dtype), out, gates, dim=0
-    )
+    return in_parts(lambda y, g: torch.einsum("tsd,ts->td", y.to(wide), g.to(wide)).to(x.dtype), out, gates, dim=0)
 
 
 def _linear(x: Float[Tensor, "rows inputs"], matrix: Mxfp4 | Adapted | Tensor, e: int) -> Float[Tensor, "rows outputs"]:

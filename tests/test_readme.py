@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import json
 import re
 import subprocess
 import sys
@@ -40,6 +41,28 @@ def test_the_commands_run_in_their_order(tmp_path: Path) -> None:
         words += ["--format", "html"] if command[1] == "figures" else []
         done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == 0, (command, done.stderr)
+
+
+def test_the_speeds_are_those_that_the_benchmark_wrote() -> None:
+    result = json.loads((ROOT / "docs" / "bench_cpu.json").read_text())
+    loads = result["load_s"]
+    assert f"{result['threads']} threads on {result['processor']}" in README
+    assert f"loads in {loads['workbench']:.1f} s, transformers in {loads['transformers']:.0f} s" in README
+    for row in result["lengths"]:
+        cells = [
+            f"{row['tokens']:,}",
+            f"{row['workbench_s']:.2f} s",
+            f"{row['transformers_s']:.2f} s",
+            f"{row['speed_beside_transformers']:.2f} ×",
+            f"{row['workbench_bytes'] / 1e9:.1f} and {row['transformers_bytes'] / 1e9:.1f} GB",
+            f"{row['recording']:+.1%}",
+        ]
+        assert "| " + " | ".join(cells) + " |" in README
+    long = result["long"]
+    assert (
+        f"{long['tokens']:,} tokens through both layers, recorded, in at most {long['peak_bytes'] / 1e9:.1f} GB"
+        in README
+    )
 
 
 def test_the_two_set_up_commands_are_targets_of_the_makefile() -> None:

@@ -140,7 +140,7 @@ def _predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Seque
     first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     predicted = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
     for rows in predicted.split(LOGIT_ROWS):
-        logits = model.unembed(model.ln_final(residual[:, rows - 1]))[0]
+        logits = model.logits(residual, rows[None] - 1)[0]
         logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         logprob[rows] = logp.gather(-1, tokens[rows, None].to(logp.device))[:, 0].float().cpu()
         entropy[rows] = -(logp.exp() * logp).nansum(-1).float().cpu()

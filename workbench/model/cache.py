@@ -30,6 +30,17 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=d) for d in devices]
         self.values = [torch.zeros(shape, dtype=dtype, device=d) for d in devices]
         self.lengths: Int[Tensor, " batch"] = torch.zeros(batch, dtype=torch.long, device=devices[0])
+        self.tokens: Int[Tensor, "batch capacity"] = torch.zeros(shape[:2], dtype=torch.long)
+        self.rows: Int[Tensor, " batch"] = torch.arange(batch)  # which row of the first batch each is
+
+    def note(self, tokens: Int[Tensor, "batch new"]) -> None:
+        """Write down which tokens are about to come, behind each row's length: token sets are read off them."""
+        lengths = self.lengths.cpu()
+        end = int(lengths.max()) + tokens.shape[1]
+        if end > self.tokens.shape[1]:
+            raise ValueError(f"the cache holds {self.tokens.shape[1]} positions, {end} are needed: make it larger")
+        cols = lengths[:, None] + torch.arange(tokens.shape[1])
+        self.tokens[torch.arange(len(lengths))[:, None], cols] = tokens.cpu()
 
     def extend(
         self, layer: int, k: Float[Tensor, "batch new kv d_head"], v: Float[Tensor, "batch new kv d_head"]
@@ -37,8 +48,6 @@ class KVCache:
         """Write behind each row's length (which `advance` moves, after the last layer) and return all keys so far."""
         keys, values, lengths = self.keys[layer], self.values[layer], self.lengths.to(k.device)
         end = int(lengths.max()) + k.shape[1]
-        if end > keys.shape[1]:
-            raise ValueError(f"the cache holds {keys.shape[1]} positions, {end} are needed: make it larger")
         rows = torch.arange(len(lengths), device=k.device)[:, None]
         cols = lengths[:, None] + torch.arange(k.shape[1], device=k.device)
         keys[rows, cols], values[rows, cols] = k, v
@@ -58,3 +67,4 @@ class KVCache:
             for layer, tensor in enumerate(held):
                 held[layer] = tensor[rows.to(tensor.device)]
         self.lengths = self.lengths[rows.to(self.lengths.device)]
+        self.tokens, self.rows = self.tokens[rows.cpu()], self.rows[rows.cpu()]

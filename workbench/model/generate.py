@@ -40,33 +40,30 @@ def generate(
     stops = frozenset(model.tokenizer.stop_ids if stop is None and model.tokenizer is not None else stop or ())
     seeds = [seed * 1_000_003 + i for i in range(len(rows))] if isinstance(seed, int) else list(seed)
     rngs = [torch.Generator().manual_seed(s) for s in seeds]
-    lengths = torch.tensor([len(row) for row in rows])
     room = [min(max_new_tokens, model.cfg.n_ctx - len(row)) for row in rows]
-
-    capacity = max(len(row) + n for row, n in zip(rows, room, strict=True))
-    cache = KVCache(model.cfg, len(rows), capacity, dtype=model.dtype, device=model.devices)
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)
-    last = model.residual(padded, cache=cache)[torch.arange(len(rows)), lengths - 1]
-    cache.truncate(lengths)
 
     out: list[list[int]] = [[] for _ in rows]
     live = [i for i, n in enumerate(room) if n > 0]
-    if len(live) < len(rows):
-        cache.select(torch.tensor(live, dtype=torch.long))
-        last = last[live]
-    while live:
-        logits = model.unembed(model.ln_final(last[:, None]))[:, 0]
+    if not live:
+        return out
+    lengths = torch.tensor([len(rows[i]) for i in live])
+    capacity = max(len(rows[i]) + room[i] for i in live)
+    cache = KVCache(model.cfg, len(live), capacity, dtype=model.dtype, device=model.devices)
+    cache.rows = torch.tensor(live)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in live], batch_first=True).to(model.device)
+    logits = model.logits(model.residual(padded, cache=cache, n_real=lengths.tolist()), lengths[:, None] - 1)[:, 0]
+    cache.truncate(lengths)
+    while True:
         tokens = [_choose(row, temperature, rngs[i]) for row, i in zip(logits, live, strict=True)]
         for i, token in zip(live, tokens, strict=True):
             out[i].append(token)
         going = [j for j, i in enumerate(live) if tokens[j] not in stops and len(out[i]) < room[i]]
         if not going:
-            break
+            return out
         if len(going) < len(live):
             cache.select(torch.tensor(going))
             live, tokens = [live[j] for j in going], [tokens[j] for j in going]
-        last = model.residual(torch.tensor(tokens, device=model.device)[:, None], cache=cache)[:, 0]
-    return out
+        logits = model(torch.tensor(tokens, device=model.device)[:, None], cache=cache)[:, 0]
 
 
 def _choose(logits: Float[Tensor, " d_vocab"], temperature: float, rng: torch.Generator) -> int:

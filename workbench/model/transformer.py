@@ -7,7 +7,6 @@ Reference: openai/gpt-oss, gpt_oss/torch/model.py (commit 7b58334); the OpenAI g
 """
 
 from collections.abc import Sequence
-from copy import copy
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from workbench.model.cache import KVCache
 from workbench.model.config import Config
 from workbench.model.generate import generate
 from workbench.model.low_rank import Linear, LowRank
-from workbench.model.rope import cos_sin, rotate
+from workbench.model.rope import rotate
+from workbench.model.where import Where
 
 
 class RMSNorm(nn.Module):
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self.hook_attn_scores, self.hook_sink, self.hook_pattern = HookPoint(), HookPoint(), HookPoint()
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"], where: "Where", layer: int) -> Tensor:
+    def forward(self, x: Float[Tensor, "batch pos d_model"], where: Where, layer: int) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (-1, self.d_head)) for part in (self.q, self.k, self.v))
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         q = self.hook_rot_q(rotate(q, where.cos, where.sin))
@@ -80,12 +80,12 @@ class Attention(nn.Module):
         by_head = self.o.matrix.unflatten(1, (-1, self.d_head))
         return self.hook_result(torch.einsum("bphd,mhd->bphm", z, by_head)).sum(2) + self.o.bias
 
-    def _fast(self, q: Tensor, k: Tensor, v: Tensor, where: "Where") -> Float[Tensor, "batch pos head d_head"]:
+    def _fast(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Float[Tensor, "batch pos head d_head"]:
         sinks = None if hooked(self.hook_sink) else self.sinks
         z, lse, _ = attend.attention(q, k, v, where.positions, self.window, lengths=where.lengths, sinks=sinks)
         return z if sinks is not None else attend.shrink(z, self._sink(lse))
 
-    def _open(self, q: Tensor, k: Tensor, v: Tensor, where: "Where") -> Float[Tensor, "batch pos head d_head"]:
+    def _open(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Float[Tensor, "batch pos head d_head"]:
         """The same, with scores and pattern in the open."""
         scores = self.hook_attn_scores(attend.scores(q, k, where.visible(q.shape[1], k.shape[1], self.window)))
         pattern, lse = attend.softmax(scores)
@@ -196,7 +196,7 @@ class Block(nn.Module):
         self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
         self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"], where: "Where") -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "batch pos d_model"], where: Where) -> Float[Tensor, "batch pos d_model"]:
         x = self.hook_resid_pre(x)
         x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(x), where, self.layer)))
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
@@ -214,50 +214,6 @@ class Unembed(nn.Module):
         return self.hook_out(nn.functional.linear(x, self.weight))
 
 
-class Where:
-    """Where the tokens of one forward pass stand: positions, their rotations, what lies before them and beside them."""
-
-    def __init__(
-        self, cfg: Config, tokens: Int[Tensor, "batch pos"], cache: KVCache | None, packed: Sequence[int] | None
-    ):
-        self.cache = cache
-        self.lengths = list(packed) if packed is not None else None
-        self.positions: Int[Tensor, "batch pos"] = self._positions(tokens)
-        longest = int(self.positions.max()) + 1
-        if longest > cfg.n_ctx:
-            raise ValueError(f"{longest} tokens are more than the model's context of {cfg.n_ctx}")
-        self.cos, self.sin = cos_sin(cfg.rope, cfg.d_head, self.positions)
-
-    def to(self, device: torch.device) -> "Where":
-        """The same on another device; a cache stays where it is, for its layers lie apart."""
-        if self.positions.device == device:
-            return self
-        there = copy(self)
-        there.positions, there.cos, there.sin = (t.to(device) for t in (self.positions, self.cos, self.sin))
-        return there
-
-    def _positions(self, tokens: Tensor) -> Tensor:
-        batch, pos = tokens.shape
-        if self.lengths is None:
-            start = 0 if self.cache is None else self.cache.lengths[:, None].to(tokens.device)
-            return torch.arange(pos, device=tokens.device).expand(batch, pos) + start
-        if self.cache is not None or batch != 1 or sum(self.lengths) != pos:
-            raise ValueError(
-                f"packed sequences lie in one row without a cache and fill it: got {batch} rows of {pos} tokens, "
-                f"lengths that sum to {sum(self.lengths)}, {'a' if self.cache is not None else 'no'} cache"
-            )
-        return torch.cat([torch.arange(n, device=tokens.device) for n in self.lengths])[None]
-
-    def visible(self, n_query: int, n_key: int, window: int | None) -> Tensor:
-        """The mask over all keys [batch query key], block-diagonal when packed."""
-        if self.lengths is None:
-            return attend.visible(self.positions, torch.arange(n_key, device=self.positions.device), window)
-        mask = torch.zeros(1, n_query, n_key, dtype=torch.bool, device=self.positions.device)
-        for s in attend.spans(self.lengths):
-            mask[:, s, s] = attend.visible(self.positions[:, s], self.positions[0, s], window)
-        return mask
-
-
 class GptOss(HookedRootModule):
     """The model. `GptOss(cfg)` has dense, trainable float32 experts; `load` gives one on a checkpoint's weights."""
 
@@ -265,6 +221,7 @@ class GptOss(HookedRootModule):
         super().__init__()
         self.cfg, self.tokenizer, self.checkpoint = cfg, tokenizer, checkpoint
         self.adapter: Any = None  # see workbench.model.lora
+        self.where: Where | None = None  # of the last pass; hooks read it
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(Block(cfg, layer, packed) for layer in range(cfg.n_layers))
@@ -300,10 +257,15 @@ class GptOss(HookedRootModule):
         return [block.get_parameter("ln1.weight").device for block in self.blocks]
 
     def residual(
-        self, tokens: Int[Tensor, "batch pos"], *, cache: KVCache | None = None, packed: Sequence[int] | None = None
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        cache: KVCache | None = None,
+        packed: Sequence[int] | None = None,
+        n_real: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after the last block, before the final norm."""
-        where = Where(self.cfg, tokens, cache, packed)
+        """The residual stream after the last block, before the final norm; arguments as `forward` has them."""
+        self.where = where = Where(self.cfg, tokens, cache, packed, n_real)
         x = self.hook_embed(self.embed(tokens))
         for block, device in zip(self.blocks, self.devices, strict=True):
             x, where = x.to(device), where.to(device)
@@ -313,15 +275,34 @@ class GptOss(HookedRootModule):
             cache.advance(tokens.shape[1])
         return x.to(self.unembed.weight.device)
 
+    def logits(
+        self, residual: Float[Tensor, "batch pos d_model"], columns: Int[Tensor, "batch kept"] | None = None
+    ) -> Float[Tensor, "batch kept d_vocab"]:
+        """Logits from what `residual` returned, of these columns of every row only, or of all."""
+        if columns is None:
+            return self.unembed(self.ln_final(residual))
+        assert self.where is not None, "logits come after residual"
+        whole, self.where = self.where, self.where.at(columns)
+        kept = residual.gather(1, columns[..., None].to(residual.device).expand(-1, -1, residual.shape[-1]))
+        out = self.unembed(self.ln_final(kept))
+        self.where = whole
+        return out
+
     def forward(
-        self, tokens: Int[Tensor, "batch pos"], *, cache: KVCache | None = None, packed: Sequence[int] | None = None
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        cache: KVCache | None = None,
+        packed: Sequence[int] | None = None,
+        n_real: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of every position.
 
-        Right padding is harmless. With `cache` the tokens continue what it holds, and are added to it. With
-        `packed` the single row holds several sequences end to end, of these lengths, which do not see each other.
+        Right padding is harmless; `n_real` tells hooks how many tokens of each row are none of it. With `cache` the
+        tokens continue what it holds, and are added to it. With `packed` the single row holds several sequences
+        end to end, of these lengths, which do not see each other.
         """
-        return self.unembed(self.ln_final(self.residual(tokens, cache=cache, packed=packed)))
+        return self.logits(self.residual(tokens, cache=cache, packed=packed, n_real=n_real))
 
     def to_tokens(self, text: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
         """Ordinary text as token ids, one row a text; texts of unequal length are refused."""

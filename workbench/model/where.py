@@ -1,0 +1,128 @@
+"""Where the tokens of one forward pass stand: sequence, position, rotation, what lies before them and beside them.
+
+A pass sees sequences in one of three ways: a padded batch, sequences packed end to end in one row, or the next tokens
+of sequences whose beginnings a cache holds. Hooks need not care: `sequence` and `positions` say what every token is,
+`mask` which tokens of the pass are in a token set, `key_mask` which keys.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import copy
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from workbench.kernels import attention as attend
+from workbench.model.cache import KVCache
+from workbench.model.config import Config
+from workbench.model.rope import cos_sin
+
+TokenSet = Callable[[Int[np.ndarray, " pos"]], Bool[np.ndarray, " pos"]]  # of a sequence's ids, which are in the set
+
+
+class Where:
+    """What `model.where` is during a pass. `sequence` is −1 for padding, else which of the call's sequences."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        tokens: Int[Tensor, "batch pos"],
+        cache: KVCache | None = None,
+        packed: Sequence[int] | None = None,
+        n_real: Sequence[int] | None = None,
+    ) -> None:
+        self.cache, self.lengths = cache, list(packed) if packed is not None else None
+        self.positions: Int[Tensor, "batch pos"] = self._positions(tokens)
+        longest = int(self.positions.max()) + 1
+        if longest > cfg.n_ctx:
+            raise ValueError(f"{longest} tokens are more than the model's context of {cfg.n_ctx}")
+        self.cos, self.sin = cos_sin(cfg.rope, cfg.d_head, self.positions)
+        self.sequence: Int[Tensor, "batch pos"] = self._sequence(tokens, n_real)
+        if cache is not None:
+            cache.note(tokens)
+        self._past = [] if cache is None else cache.lengths.tolist()
+        self._width, self._tokens, self._inside = longest, tokens, dict[TokenSet, dict[int, np.ndarray]]()
+
+    def to(self, device: torch.device) -> "Where":
+        """The same on another device; a cache stays where it is, for its layers lie apart."""
+        if self.positions.device == device:
+            return self
+        there = copy(self)
+        there.positions, there.cos, there.sin = (t.to(device) for t in (self.positions, self.cos, self.sin))
+        return there
+
+    def at(self, columns: Int[Tensor, "batch kept"]) -> "Where":
+        """The same for some of the tokens; it places hooks behind the last block, where not every token goes."""
+        there = copy(self)
+        there.positions = self.positions.gather(1, columns.to(self.positions.device))
+        there.sequence = self.sequence.gather(1, columns.cpu())
+        return there
+
+    def mask(self, members: TokenSet) -> Bool[Tensor, "batch pos"]:
+        """Which tokens of this pass are in the set; padding never is."""
+        inside = self._members(members)
+        begins, end = torch.zeros(max(inside, default=0) + 1, dtype=torch.long), 0
+        for sequence, part in inside.items():
+            begins[sequence], end = end, end + len(part)
+        flat = torch.from_numpy(np.concatenate([*inside.values(), np.zeros(1, dtype=bool)]))
+        real = self.sequence >= 0
+        index = torch.where(real, begins[self.sequence.clamp(min=0)] + self.positions.cpu(), end)
+        return flat[index].to(self.positions.device)
+
+    def key_mask(self, members: TokenSet) -> Bool[Tensor, "batch key"]:
+        """Which keys of this pass are in the set: its tokens, and with a cache all that came before them."""
+        if self.cache is None:
+            return self.mask(members)
+        inside = self._members(members)
+        out = torch.zeros(len(inside), self._width, dtype=torch.bool)
+        for row, part in enumerate(inside.values()):
+            out[row, : len(part)] = torch.from_numpy(part)
+        return out.to(self.positions.device)
+
+    def visible(self, n_query: int, n_key: int, window: int | None) -> Bool[Tensor, "batch query key"]:
+        """The mask over all keys, block-diagonal when packed."""
+        if self.lengths is None:
+            return attend.visible(self.positions, torch.arange(n_key, device=self.positions.device), window)
+        mask = torch.zeros(1, n_query, n_key, dtype=torch.bool, device=self.positions.device)
+        for s in attend.spans(self.lengths):
+            mask[:, s, s] = attend.visible(self.positions[:, s], self.positions[0, s], window)
+        return mask
+
+    def _positions(self, tokens: Tensor) -> Tensor:
+        batch, pos = tokens.shape
+        if self.lengths is None:
+            start = 0 if self.cache is None else self.cache.lengths[:, None].to(tokens.device)
+            return torch.arange(pos, device=tokens.device).expand(batch, pos) + start
+        if self.cache is not None or batch != 1 or sum(self.lengths) != pos:
+            raise ValueError(
+                f"packed sequences lie in one row without a cache and fill it: got {batch} rows of {pos} tokens, "
+                f"lengths that sum to {sum(self.lengths)}, {'a' if self.cache is not None else 'no'} cache"
+            )
+        return torch.cat([torch.arange(n, device=tokens.device) for n in self.lengths])[None]
+
+    def _sequence(self, tokens: Tensor, n_real: Sequence[int] | None) -> Tensor:
+        batch, pos = tokens.shape
+        if self.lengths is not None:
+            return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))[None]
+        numbers = torch.arange(batch) if self.cache is None else self.cache.rows
+        real = torch.arange(pos) < torch.tensor([pos] * batch if n_real is None else list(n_real))[:, None]
+        return torch.where(real, numbers[:, None], -1)
+
+    def _members(self, members: TokenSet) -> dict[int, np.ndarray]:
+        """Of every sequence so far, in the order of the rows, which tokens are in the set; a set is asked once."""
+        if members not in self._inside:
+            self._inside[members] = {s: np.asarray(members(ids), dtype=bool) for s, ids in self._streams().items()}
+        return self._inside[members]
+
+    def _streams(self) -> dict[int, np.ndarray]:
+        """The ids of every sequence from its beginning to the end of this pass."""
+        now = self._tokens.cpu().numpy()
+        if self.lengths is not None:
+            return {i: part for i, part in enumerate(np.split(now[0], np.cumsum(self.lengths)[:-1]))}
+        ends = (self.sequence >= 0).sum(1).tolist()
+        if self.cache is None:
+            return {row: now[row, :end] for row, end in enumerate(ends)}
+        past = self.cache.tokens.numpy()
+        rows = zip(self.cache.rows.tolist(), self._past, ends, strict=True)
+        return {sequence: past[row, : before + end] for row, (sequence, before, end) in enumerate(rows)}
