@@ -68,8 +68,6 @@ python -m workbench.data.train --out data/nano
 python -m workbench.data.evaluate data/nano --before data/nano.dense
 python -m workbench.data.card data/nano
 ```
-
-{note}
 """
 
 
@@ -80,7 +78,7 @@ def card(config: Mapping[str, Any], training: Mapping[str, Any], evaluation: Map
     kinds = [window if kind == "sliding_attention" else "all" for kind in config["layer_types"]]
     return _CARD.format(
         **config,
-        **{"note": "", **training},
+        **training,
         attention=", ".join(kinds),
         questions=evaluation["questions_per_family"],
         accuracy=_table(
