@@ -5,6 +5,7 @@ A recorder sees the model as any other hook does, so recording costs what hookin
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Shaped
@@ -41,3 +42,33 @@ class Recorder:
         taken = {name: torch.cat(parts) for name, parts in self._kept.items()}
         self._kept = {name: [] for name in self.wanted}
         return taken
+
+
+class SequenceRecorder:
+    """The same for every sequence by itself, whatever the passes are: a padded batch, a packed row, a generation.
+
+    A model that generates runs every token but the last: what is recorded ends one before the transcript.
+    """
+
+    def __init__(self, model: Any, wanted: Mapping[str, torch.dtype]) -> None:
+        self._model = model
+        self._recorder = Recorder(wanted)
+        self._sequences: dict[str, list[Tensor]] = {name: [] for name in wanted}
+
+    @property
+    def fwd_hooks(self) -> list[tuple[str, HookFunction]]:
+        """For `model.hooks(fwd_hooks=…)` or `run_with_hooks`."""
+        return [(name, partial(self._keep, keep=keep)) for name, keep in self._recorder.fwd_hooks]
+
+    def _keep(self, activation: Shaped[Tensor, "batch pos *feature"], hook: HookPoint, keep: HookFunction) -> None:
+        assert hook.name is not None
+        self._sequences[hook.name].append(self._model.where.sequence.flatten())
+        keep(activation, hook)
+
+    def take(self) -> list[dict[str, Shaped[Tensor, "pos *feature"]]]:
+        """What was recorded since the last call, of every sequence in its order."""
+        taken = self._recorder.take()
+        owners = {name: torch.cat(parts) for name, parts in self._sequences.items()}
+        self._sequences = {name: [] for name in owners}
+        n = max((int(owner.max()) + 1 for owner in owners.values()), default=0)
+        return [{name: taken[name][owners[name] == i] for name in taken} for i in range(n)]

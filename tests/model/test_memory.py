@@ -90,7 +90,7 @@ WIDE = replace(FEW, d_model=512)
 CASES = {
     "experts": Case(replace(ONE, d_mlp=256)),
     "experts, float32": Case(replace(ONE, d_mlp=256), dtype=torch.float32),
-    "experts, wider than they are deep": Case(replace(WIDE, experts_per_token=4), 90, torch.float32),
+    "experts, wider than they are deep": Case(replace(WIDE, experts_per_token=4, num_experts=5), 90, torch.float32),
     "experts, gate tapped": Case(ONE, hook="mlp.experts.hook_gate"),
     "experts, out tapped": Case(ONE, hook="mlp.experts.hook_out"),
     "norm": Case(WIDE),

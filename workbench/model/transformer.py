@@ -276,11 +276,9 @@ class GptOss(HookedRootModule):
         return x.to(self.unembed.weight.device)
 
     def logits(
-        self, residual: Float[Tensor, "batch pos d_model"], columns: Int[Tensor, "batch kept"] | None = None
+        self, residual: Float[Tensor, "batch pos d_model"], columns: Int[Tensor, "batch kept"]
     ) -> Float[Tensor, "batch kept d_vocab"]:
-        """Logits from what `residual` returned, of these columns of every row only, or of all."""
-        if columns is None:
-            return self.unembed(self.ln_final(residual))
+        """Logits from what `residual` returned, of these columns of every row only."""
         assert self.where is not None, "logits come after residual"
         whole, self.where = self.where, self.where.at(columns)
         kept = residual.gather(1, columns[..., None].to(residual.device).expand(-1, -1, residual.shape[-1]))
@@ -302,7 +300,7 @@ class GptOss(HookedRootModule):
         tokens continue what it holds, and are added to it. With `packed` the single row holds several sequences
         end to end, of these lengths, which do not see each other.
         """
-        return self.logits(self.residual(tokens, cache=cache, packed=packed, n_real=n_real))
+        return self.unembed(self.ln_final(self.residual(tokens, cache=cache, packed=packed, n_real=n_real)))
 
     def to_tokens(self, text: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
         """Ordinary text as token ids, one row a text; texts of unequal length are refused."""

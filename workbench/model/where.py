@@ -2,7 +2,7 @@
 
 A pass sees sequences in one of three ways: a padded batch, sequences packed end to end in one row, or the next tokens
 of sequences whose beginnings a cache holds. Hooks need not care: `sequence` and `positions` say what every token is,
-`mask` which tokens of the pass are in a token set, `key_mask` which keys.
+`mask` which tokens of the pass are in a token set, `key_mask` which keys. These and `sequence` lie on the CPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ TokenSet = Callable[[Int[np.ndarray, " pos"]], Bool[np.ndarray, " pos"]]  # of a
 
 
 class Where:
-    """What `model.where` is during a pass. `sequence` is −1 for padding, else which of the call's sequences."""
+    """What `model.where` is during a pass. `sequence` is −1 for padding."""
 
     def __init__(
         self,
@@ -38,11 +38,13 @@ class Where:
         if longest > cfg.n_ctx:
             raise ValueError(f"{longest} tokens are more than the model's context of {cfg.n_ctx}")
         self.cos, self.sin = cos_sin(cfg.rope, cfg.d_head, self.positions)
-        self.sequence: Int[Tensor, "batch pos"] = self._sequence(tokens, n_real)
+        self._past: list[int] = [] if cache is None else cache.lengths.tolist()
+        self._rows = None if cache is None else cache.rows
+        self._tokens, self._n_real, self._width = tokens, list(n_real or [tokens.shape[1]] * len(tokens)), longest
+        self._columns: Tensor | None = None
+        self._inside: dict[TokenSet, dict[int, np.ndarray]] = {}
         if cache is not None:
             cache.note(tokens)
-        self._past = [] if cache is None else cache.lengths.tolist()
-        self._width, self._tokens, self._inside = longest, tokens, dict[TokenSet, dict[int, np.ndarray]]()
 
     def to(self, device: torch.device) -> "Where":
         """The same on another device; a cache stays where it is, for its layers lie apart."""
@@ -56,8 +58,19 @@ class Where:
         """The same for some of the tokens; it places hooks behind the last block, where not every token goes."""
         there = copy(self)
         there.positions = self.positions.gather(1, columns.to(self.positions.device))
-        there.sequence = self.sequence.gather(1, columns.cpu())
+        there._columns = columns.cpu()
         return there
+
+    @property
+    def sequence(self) -> Int[Tensor, "batch pos"]:
+        """Which of the call's sequences every token belongs to; made when a hook asks."""
+        if self.lengths is not None:
+            every = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))[None]
+        else:
+            batch, pos = self._tokens.shape
+            numbers = torch.arange(batch) if self._rows is None else self._rows
+            every = torch.where(torch.arange(pos) < torch.tensor(self._n_real)[:, None], numbers[:, None], -1)
+        return every if self._columns is None else every.gather(1, self._columns)
 
     def mask(self, members: TokenSet) -> Bool[Tensor, "batch pos"]:
         """Which tokens of this pass are in the set; padding never is."""
@@ -66,9 +79,9 @@ class Where:
         for sequence, part in inside.items():
             begins[sequence], end = end, end + len(part)
         flat = torch.from_numpy(np.concatenate([*inside.values(), np.zeros(1, dtype=bool)]))
-        real = self.sequence >= 0
-        index = torch.where(real, begins[self.sequence.clamp(min=0)] + self.positions.cpu(), end)
-        return flat[index].to(self.positions.device)
+        owner = self.sequence
+        index = torch.where(owner >= 0, begins[owner.clamp(min=0)] + self.positions.cpu(), end)
+        return flat[index]
 
     def key_mask(self, members: TokenSet) -> Bool[Tensor, "batch key"]:
         """Which keys of this pass are in the set: its tokens, and with a cache all that came before them."""
@@ -78,7 +91,7 @@ class Where:
         out = torch.zeros(len(inside), self._width, dtype=torch.bool)
         for row, part in enumerate(inside.values()):
             out[row, : len(part)] = torch.from_numpy(part)
-        return out.to(self.positions.device)
+        return out
 
     def visible(self, n_query: int, n_key: int, window: int | None) -> Bool[Tensor, "batch query key"]:
         """The mask over all keys, block-diagonal when packed."""
@@ -101,14 +114,6 @@ class Where:
             )
         return torch.cat([torch.arange(n, device=tokens.device) for n in self.lengths])[None]
 
-    def _sequence(self, tokens: Tensor, n_real: Sequence[int] | None) -> Tensor:
-        batch, pos = tokens.shape
-        if self.lengths is not None:
-            return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))[None]
-        numbers = torch.arange(batch) if self.cache is None else self.cache.rows
-        real = torch.arange(pos) < torch.tensor([pos] * batch if n_real is None else list(n_real))[:, None]
-        return torch.where(real, numbers[:, None], -1)
-
     def _members(self, members: TokenSet) -> dict[int, np.ndarray]:
         """Of every sequence so far, in the order of the rows, which tokens are in the set; a set is asked once."""
         if members not in self._inside:
@@ -120,9 +125,8 @@ class Where:
         now = self._tokens.cpu().numpy()
         if self.lengths is not None:
             return {i: part for i, part in enumerate(np.split(now[0], np.cumsum(self.lengths)[:-1]))}
-        ends = (self.sequence >= 0).sum(1).tolist()
-        if self.cache is None:
-            return {row: now[row, :end] for row, end in enumerate(ends)}
+        if self.cache is None or self._rows is None:
+            return {row: now[row, :end] for row, end in enumerate(self._n_real)}
         past = self.cache.tokens.numpy()
-        rows = zip(self.cache.rows.tolist(), self._past, ends, strict=True)
+        rows = zip(self._rows.tolist(), self._past, self._n_real, strict=True)
         return {sequence: past[row, : before + end] for row, (sequence, before, end) in enumerate(rows)}

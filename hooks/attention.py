@@ -1,0 +1,79 @@
+"""Edits of attention: the sink's share, and who sees whom; see `workbench.hooks.interventions`.
+
+Reference: Geva et al. (arXiv 2304.14767) for knockout.
+"""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from workbench.hooks.edits import At, Edit, Tokens, as_set
+from workbench.hooks.places import Layers, along, among, at_layers, said
+
+
+def remove_sinks(layers: Layers, heads: Collection[int] | None = None, tokens: Tokens = None) -> Edit:
+    """No probability rests on the sink: each row of the pattern sums to one."""
+    return _sinks(f"remove sinks of {said(layers)}", layers, heads, tokens, lambda p, s: torch.zeros_like(p))
+
+
+def scale_sinks(layers: Layers, factor: float, heads: Collection[int] | None = None, tokens: Tokens = None) -> Edit:
+    """The sink's probability times `factor`, at most one; the pattern takes or gives the difference."""
+    says = f"sinks of {said(layers)} × {factor:g}"
+    return _sinks(says, layers, heads, tokens, lambda p, s: (p * factor).clamp(max=1))
+
+
+def set_sinks(
+    layers: Layers,
+    heads: Collection[int] | None = None,
+    tokens: Tokens = None,
+    *,
+    probability: float | None = None,
+    logit: float | None = None,
+) -> Edit:
+    """The sink's probability, or its logit in place of the learned one."""
+    if (probability is None) == (logit is None) or not 0 <= (probability or 0) <= 1:
+        raise ValueError("give either a probability from 0 to 1, or a logit")
+    if probability is not None:
+        says = f"sinks of {said(layers)} at probability {probability:g}"
+        return _sinks(says, layers, heads, tokens, lambda p, s: torch.full_like(p, probability))
+    assert logit is not None
+    says = f"sinks of {said(layers)} at logit {logit:g}"
+    # p = sigmoid(s − lse): another logit moves the log-odds by what it differs.
+    return _sinks(says, layers, heads, tokens, lambda p, s: torch.sigmoid(p.logit() + (logit - s)))
+
+
+def knockout(layers: Layers, queries: Tokens, keys: Tokens, heads: Collection[int] | None = None) -> Edit:
+    """The queries do not see the keys. What they gave them goes to the other keys and the sink.
+
+    It opens the scores: 4 bytes × heads × queries × keys, one layer at a time.
+    """
+    from_, to = as_set(queries), as_set(keys)
+    heads = None if heads is None else sorted(set(heads))
+
+    def act(scores: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
+        rows, cols = at.meant(from_), at.where.key_mask(to)
+        pairs = (rows[:, :, None] & cols[:, None]).to(scores.device)[:, None]
+        if heads is not None:
+            pairs = pairs & among(heads, scores[0, :, 0, 0])[:, None, None]
+        gone = pairs & (scores > -torch.inf)
+        tokens = int(gone.any(1).any(-1).sum())
+        return scores.masked_fill(gone, -torch.inf), tokens, gone.sum()
+
+    return Edit(f"knockout in {said(layers)}", at_layers(layers, "attn.hook_attn_scores", act, heads=heads))
+
+
+def _sinks(
+    says: str, layers: Layers, heads: Collection[int] | None, tokens: Tokens, new: Callable[[Tensor, Tensor], Tensor]
+) -> Edit:
+    """new(probability [batch pos head], learned logit [head]) is the probability that counts."""
+    members = as_set(tokens)
+    heads = None if heads is None else sorted(set(heads))
+
+    def act(p: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
+        meant = at.meant(members)
+        mask = meant.to(p.device)[..., None] & along(heads, p)
+        out = torch.where(mask, new(p, at.model.blocks[at.layer].attn.sinks.to(p)), p)
+        return out, int(meant.sum()), mask.sum()
+
+    return Edit(says, at_layers(layers, "attn.hook_sink", act, heads=heads))

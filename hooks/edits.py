@@ -1,0 +1,152 @@
+"""Edits: what an intervention does at a hook point, put on a model for a while and taken off again.
+
+`with applied(model, edit, …) as report:` holds for whatever runs inside: a forward pass, packed or padded, a capture,
+every step of a generation. Edits at one point act in the order given; hooks added inside see what is left of them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+TokenSet = Callable[[Int[np.ndarray, " pos"]], Bool[np.ndarray, " pos"]]
+Tokens = TokenSet | Sequence[int] | slice | None  # a set (see harmony.token_set), positions, or every token
+
+
+class Where(Protocol):
+    """What a pass says about its tokens; the model's `where`."""
+
+    positions: Int[Tensor, "batch pos"]
+    sequence: Int[Tensor, "batch pos"]
+
+    def mask(self, members: TokenSet) -> Bool[Tensor, "batch pos"]: ...
+    def key_mask(self, members: TokenSet) -> Bool[Tensor, "batch key"]: ...
+
+
+class At(NamedTuple):
+    """Where an edit stands: the model and layer, the tokens of the pass, and what this layer's router has done.
+
+    seen: the "input" of this layer's router before the norm's weight, its "logits" after all edits, the "unedited"
+    choice of experts, and "experts", the choice after all edits. Only what is watched, as far as the pass has come.
+    """
+
+    model: Any
+    layer: int
+    where: Where
+    seen: dict[str, Tensor]
+
+    def meant(self, tokens: TokenSet) -> Bool[Tensor, "batch pos"]:
+        """Which tokens of the pass are in the set, on the CPU; padding never is."""
+        return self.where.mask(tokens)
+
+
+Act = Callable[[Tensor, At], tuple[Tensor, int, Tensor | int]]  # edited, tokens meant, entries changed
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Acts at hook points, and in words what they do. `points` looks at a model and refuses what it lacks.
+
+    watches: what the acts read of `At.seen`.
+    """
+
+    says: str
+    points: Callable[[Any], list[tuple[str, Act]]]
+    watches: tuple[str, ...] = ()
+
+
+@dataclass
+class Matched:
+    """What an edit has met: tokens it was meant for, and entries it changed (slots, sinks, pairs, vectors)."""
+
+    says: str
+    tokens: int = 0
+    _changed: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def count(self, tokens: int, changed: Tensor | int) -> None:
+        self.tokens += tokens
+        here = torch.as_tensor(changed)
+        self._changed[here.device] = self._changed.get(here.device, 0) + here  # summed there: no wait for a GPU
+
+    @property
+    def changed(self) -> int:
+        return sum(int(n) for n in self._changed.values())
+
+    def __repr__(self) -> str:
+        return f"{self.says}: {self.tokens:,} tokens, {self.changed:,} entries changed"
+
+
+_SEEN_AT = {
+    "input": "ln2.hook_normalized",
+    "logits": "mlp.router.hook_out",
+    "unedited": "mlp.hook_expert_indices",
+    "experts": "mlp.hook_expert_indices",
+}
+
+
+@contextmanager
+def applied(model: Any, *edits: Edit) -> Iterator[list[Matched]]:
+    """The model with these edits in it. Yields what each has matched so far; one that matched no token is an error."""
+    report = [Matched(edit.says) for edit in edits]
+    seen: dict[int, dict[str, Tensor]] = {}
+    acts = [
+        (name, act, matched) for edit, matched in zip(edits, report, strict=True) for name, act in edit.points(model)
+    ]
+    watched = {(_layer(name), what) for edit in edits for name, _ in edit.points(model) for what in edit.watches}
+
+    def hook(act: Act, matched: Matched, layer: int) -> Callable[..., Tensor]:
+        def run(tensor: Tensor, hook: Any) -> Tensor:
+            out, tokens, changed = act(tensor, At(model, layer, model.where, seen.setdefault(layer, {})))
+            assert out.shape == tensor.shape, f"{matched.says}: {tuple(tensor.shape)} became {tuple(out.shape)}"
+            matched.count(tokens, changed)
+            return out.to(tensor.dtype)
+
+        return run
+
+    def look(layer: int, what: str) -> Callable[..., None]:
+        def keep(tensor: Tensor, hook: Any) -> None:
+            seen.setdefault(layer, {})[what] = tensor
+
+        return keep
+
+    looks = [(f"blocks.{layer}.{_SEEN_AT[what]}", look(layer, what), what) for layer, what in sorted(watched)]
+    before = [(name, keep) for name, keep, what in looks if what == "unedited"]
+    after = [(name, keep) for name, keep, what in looks if what != "unedited"]
+    between = [(name, hook(act, matched, _layer(name))) for name, act, matched in acts]
+    with model.hooks(fwd_hooks=[*before, *between, *after]):
+        yield report
+    if unmatched := [matched.says for matched in report if not matched.tokens]:
+        raise ValueError(
+            f"no token was met by: {'; '.join(unmatched)}. Nothing was run inside, or the token set is empty there: "
+            "check it with token_set(ids)"
+        )
+
+
+def _layer(name: str) -> int:
+    """The layer of a hook point; −1 for those outside the blocks."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
+
+
+class Positions:
+    """Positions as a token set; negative ones count from a sequence's end."""
+
+    def __init__(self, which: Sequence[int] | slice) -> None:
+        self._which = which if isinstance(which, slice) else list(which)
+
+    def __call__(self, ids: Int[np.ndarray, " pos"]) -> Bool[np.ndarray, " pos"]:
+        n = len(ids)
+        if isinstance(self._which, slice):
+            return np.isin(np.arange(n), np.arange(n)[self._which])
+        return np.isin(np.arange(n), [i % n for i in self._which if -n <= i < n])
+
+
+def as_set(tokens: Tokens) -> TokenSet:
+    """What a user may give for tokens, as a token set."""
+    if tokens is None or isinstance(tokens, slice | Sequence):
+        return Positions(slice(None) if tokens is None else tokens)
+    return tokens

@@ -1,0 +1,104 @@
+"""Where edits act: layers, heads, experts and hook points by number or name, checked against the model they meet."""
+
+import difflib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from workbench.hooks.edits import Act
+
+Layers = int | Collection[int]
+Points = Callable[[Any], list[tuple[str, Act]]]
+
+
+def numbers(layers: Layers) -> list[int]:
+    """The layers, each once, in order."""
+    return [layers] if isinstance(layers, int) else sorted(set(layers))
+
+
+def said(layers: Layers) -> str:
+    """The layers in words."""
+    which = numbers(layers)
+    return f"layer {which[0]}" if len(which) == 1 else f"layers {', '.join(map(str, which))}"
+
+
+def at_layers(layers: Layers, point: str, act: Act, heads: Sequence[int] | None = None) -> Points:
+    """The point in each of the layers, once the model is known to have them."""
+
+    def points(model: Any) -> list[tuple[str, Act]]:
+        _check("layer", numbers(layers), model.cfg.n_layers)
+        _check("head", heads if heads is not None else [0], model.cfg.n_heads)
+        return [(f"blocks.{layer}.{point}", act) for layer in numbers(layers)]
+
+    return points
+
+
+def at_routers(layers: Layers, experts: Sequence[int], point: str, act: Act, *, at_most_k: bool = False) -> Points:
+    """The point in each of the layers, once the model is known to have these experts."""
+
+    def points(model: Any) -> list[tuple[str, Act]]:
+        _check("expert", experts, model.cfg.num_experts)
+        if at_most_k and len(experts) > model.cfg.experts_per_token:
+            raise ValueError(f"a token goes to {model.cfg.experts_per_token} experts, not to {len(experts)}")
+        return at_layers(layers, point, act)(model)
+
+    return points
+
+
+def _check(what: str, numbers: Sequence[int], n: int) -> None:
+    wrong = [i for i in numbers if not 0 <= i < n]
+    if wrong or not numbers:
+        raise ValueError(f"{what}s {wrong or 'none'}: the model has {what}s 0 to {n - 1}")
+
+
+def at_points(points: str | Collection[str], act: Act) -> Points:
+    """These points by name, which must have the axes batch, pos and so on."""
+
+    def checked(model: Any) -> list[tuple[str, Act]]:
+        square = [name for name in points_of(model, points) if name.endswith(("hook_attn_scores", "hook_pattern"))]
+        if square:
+            raise ValueError(f"{square[0]} is query by key: use knockout, or patch")
+        return [(name, act) for name in points_of(model, points)]
+
+    return checked
+
+
+def points_of(model: Any, points: str | Collection[str]) -> list[str]:
+    """The points by name, all of them the model's."""
+    names = [points] if isinstance(points, str) else list(points)
+    for name in names:
+        if name not in model.hook_dict:
+            near = difflib.get_close_matches(name, model.hook_dict, 3, 0.4)
+            raise ValueError(f"the model has no hook point {name!r}; near it: {', '.join(near) or 'none'}")
+    if not names:
+        raise ValueError("no hook point is named")
+    return names
+
+
+def listed(points: str | Collection[str]) -> str:
+    """The names of points in words, not too many."""
+    names = [points] if isinstance(points, str) else list(points)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def among(which: Sequence[int], like: Shaped[Tensor, "*any n"]) -> Bool[Tensor, " n"]:
+    """Marks these of the last axis."""
+    return torch.isin(torch.arange(like.shape[-1], device=like.device), torch.tensor(which, device=like.device))
+
+
+def along(index: int | Collection[int] | None, x: Shaped[Tensor, "batch pos *feature"]) -> Bool[Tensor, "*any"]:
+    """Marks these along the axis behind pos, or all; broadcasts to x."""
+    if index is None:
+        return torch.ones((), dtype=torch.bool, device=x.device)
+    which = [index] if isinstance(index, int) else list(index)
+    if x.dim() < 3 or not all(0 <= i < x.shape[2] for i in which):
+        raise ValueError(f"index {which} does not fit the axis behind pos of activations of {tuple(x.shape)}")
+    return among(which, x[0, 0].movedim(0, -1)).view(-1, *[1] * (x.dim() - 3))
+
+
+def over_axes(mask: Bool[Tensor, "batch pos"], x: Shaped[Tensor, "batch pos *feature"]) -> Bool[Tensor, "..."]:
+    """The mask of tokens, so that it broadcasts to x."""
+    return mask.to(x.device).view(*mask.shape, *[1] * (x.dim() - 2))
