@@ -7,13 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from workbench.figures import effects as effects
     from workbench.figures import export as export
     from workbench.figures import routing as routing
     from workbench.figures import template as template
 
-_MODULES = ("export", "routing", "template")
+_MODULES = ("effects", "export", "routing", "template")
 
-__all__ = ["export", "routing", "template"]
+__all__ = ["effects", "export", "routing", "template"]
 
 
 def __getattr__(name: str) -> Any:

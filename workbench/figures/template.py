@@ -162,8 +162,9 @@ def dress(figure: go.Figure, theme: Theme, source: xr.Dataset, *, title: str, su
         height=height,
         legend={"y": 24 / height},
     )
+    origin = next(name for name in ("run", "checkpoint") if f"{name}_digest" in source.attrs)
     figure.add_annotation(
-        text=f"run {source.attrs['run_digest'][:16]} · workbench {source.attrs['workbench_version']}",
+        text=f"{origin} {source.attrs[f'{origin}_digest'][:16]} · workbench {source.attrs['workbench_version']}",
         font={"size": 10, "color": theme.muted},
         showarrow=False,
         xref="paper",
