@@ -27,7 +27,7 @@ Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmeti
 Record = Annotated[
     list[str] | None,
     typer.Option(
-        help="routing, router_logits, sinks, logprobs, or a hook point and its layers, as in resid_post:3,7. "
+        help="routing, router_logits, sinks, logprobs, or a hook point, as in resid_post:3,7; see `workbench capture`. "
         "[default: routing, sinks, logprobs]"
     ),
 ]
@@ -63,7 +63,7 @@ def info(
 ) -> None:
     """Sizes, a plan of the memory and what fits, and the hook points of a model, without loading it."""
     from workbench.capture import recording
-    from workbench.capture.job import FORWARD_TOKENS, LOGIT_ROWS
+    from workbench.capture.units import FORWARD_TOKENS, LOGIT_ROWS
     from workbench.model.info import Plan, describe, subject
     from workbench.model.memory import parse
 
@@ -133,16 +133,35 @@ def capture(
     record: Record = None,
     unit_tokens: UnitTokens = 16_384,
     strict: Annotated[bool, typer.Option(help="Refuse the file if any row is unusable.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes of this machine that share the units.")] = 1,
+    dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers share them.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and write nothing.")] = False,
+    log: Annotated[Path | None, typer.Option(help="Log file. [default: RUN.log]")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT folder with a LoRA for the model.")] = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
 ) -> None:
-    """Record a model over transcripts into a run. The same command again goes on where it stopped."""
-    from workbench.capture import recording
-    from workbench.capture.job import capture as job
+    """Record a model over transcripts into a run. The same command again goes on where it stopped.
 
-    written = job(
-        _load(model, device, dtype), transcripts, run, record=record or recording.DEFAULT, unit_tokens=unit_tokens,
-        strict=strict,
+    --record takes routing, router_logits, sinks, logprobs, or a hook point: "resid_post:3,7", with which heads
+    ("attn.z:5 index=0,12"), which tokens ("resid_post channel=analysis every=4"; role, channel, part, message,
+    position, every, last) and reduced how ("resid_post reduce=message", "mlp_out reduce=moments sketch=64").
+    """
+    from workbench.capture import estimate, job, recording
+    from workbench.model import load
+
+    if workers < 1:
+        raise InputError(f"--workers {workers}: at least one has to work")
+    loaded = load(model, device=device, dtype=_dtype(dtype), adapter=adapter)
+    records = record or list(recording.DEFAULT)
+    if dry_run:
+        plan = job.dry_run(loaded, transcripts, run, record=records, unit_tokens=unit_tokens, strict=strict)
+        estimate.show(plan, run)
+        estimate.refuse_what_cannot_fit(plan, run)
+        return
+    written = job.capture(
+        loaded, transcripts, run, record=records, unit_tokens=unit_tokens, strict=strict, workers=workers, dask=dask,
+        log_file=log,
     )  # fmt: skip
     rejects = written.provenance["rejects"]
     print(f"{run}: {len(written.sequences):,} sequences" + (f", {len(rejects)} rows skipped" if rejects else ""))

@@ -1,16 +1,22 @@
 """Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
 
+import datetime
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-Advance = Callable[[int], None]
+
+class Advance(Protocol):
+    """Called with how many more units are done, and the bytes they came to where these are of interest."""
+
+    def __call__(self, n: int, size: int = 0, /) -> None: ...
 
 
 @contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Advance]:
-    """Yields a function to call with how many more `unit`s are done."""
+    """Yields a function to call with how many more `unit`s are done; several threads may not call it at once."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -28,25 +34,55 @@ def _bar(console: object, label: str, total: int, unit: str) -> Iterator[Advance
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
+        TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:  # type: ignore[arg-type]
-        task = bar.add_task(label, total=total)
-        yield lambda n: bar.advance(task, n)
+        task = bar.add_task(label, total=total, speed="")
+        speed = _Speed(total, unit)
+
+        def advance(n: int, size: int = 0, /) -> None:
+            speed.add(n, size)
+            bar.update(task, advance=n, speed=str(speed))
+
+        yield advance
 
 
 def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
-    """A line at the start of work worth waiting for, then every ten seconds, and one at the end."""
-    start = last = time.monotonic()
-    done = 0
+    """A line when ten seconds have passed, and one at the end."""
+    speed, last = _Speed(total, unit), time.monotonic()
 
-    def advance(n: int) -> None:
-        nonlocal done, last
-        done += n
+    def advance(n: int, size: int = 0, /) -> None:
+        nonlocal last
+        speed.add(n, size)
         now = time.monotonic()
-        if now - last > 10 or done == total:
+        if now - last > 10 or speed.done == total:
             last = now
-            rate = done / max(now - start, 1e-9)
-            print(f"{label}: {done:,} of {total:,} {unit}, {rate:,.0f} {unit}/s", file=sys.stderr, flush=True)
+            print(f"{label}: {speed.done:,} of {total:,} {unit}, {speed}{speed.left}", file=sys.stderr, flush=True)
 
     yield advance
+
+
+class _Speed:
+    """Units and bytes a second since the start, and the time that is left at that."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        self._total, self._unit, self._begun = total, unit, time.monotonic()
+        self.done = self._bytes = 0
+
+    def add(self, n: int, size: int) -> None:
+        self.done += n
+        self._bytes += size
+
+    @property
+    def _seconds(self) -> float:
+        return max(time.monotonic() - self._begun, 1e-9)
+
+    def __str__(self) -> str:
+        written = f", {self._bytes / self._seconds / 1e6:,.1f} MB/s" if self._bytes else ""
+        return f"{self.done / self._seconds:,.0f} {self._unit}/s{written}"
+
+    @property
+    def left(self) -> str:
+        seconds = (self._total - self.done) * self._seconds / max(self.done, 1)
+        return f", {datetime.timedelta(seconds=round(seconds))} left" if self.done < self._total else ""

@@ -15,7 +15,7 @@ import torch
 
 import workbench as wb
 from tests.conftest import DATA
-from workbench.capture import job, recording
+from workbench.capture import pipeline, recording
 from workbench.errors import InputError, JobError
 from workbench.harmony.transcripts import read_transcripts
 from workbench.model.transformer import GptOss
@@ -122,16 +122,16 @@ def test_an_interrupted_job_goes_on_and_ends_up_the_same(
     nano: GptOss, transcripts: Path, run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    forward = job._forward
+    compute = pipeline.compute
 
     def interrupted(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
-        return forward(*arguments)
+        return compute(*arguments)
 
-    monkeypatch.setattr(job, "_forward", interrupted)
+    monkeypatch.setattr(pipeline, "compute", interrupted)
     with pytest.raises(KeyboardInterrupt):
         wb.capture(nano, transcripts, tmp_path / "r", record=EVERYTHING, unit_tokens=1024)
     assert wb.open_run(tmp_path / "r").progress[0] == 1

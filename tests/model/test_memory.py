@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.model.conftest import BASE, random_model
 from tests.model.live import LiveBytes
-from workbench.capture import job, recording
+from workbench.capture import recording, units
 from workbench.errors import InputError
 from workbench.hooks.recorders import Recorder
 from workbench.kernels import dispatch, parts
@@ -129,7 +129,7 @@ def measured(case: Case) -> int:
         else:
             residual = model.residual(tokens[None], packed=lengths)
             if case.ends == "predictions":
-                job._predictions(model, residual, tokens, lengths)
+                units.predictions(model, residual, tokens, lengths)
     return counted.peak
 
 
@@ -137,7 +137,7 @@ def measured(case: Case) -> int:
 def test_each_stage_takes_what_the_plan_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
-    monkeypatch.setattr(job, "LOGIT_ROWS", ROWS)
+    monkeypatch.setattr(units, "LOGIT_ROWS", ROWS)
     for module in (parts, memory):
         monkeypatch.setattr(module, "POSITIONS", POSITIONS)
     planned = memory.activations(

@@ -1,41 +1,54 @@
 """The capture job: transcripts through the model, unit by unit, into a run.
 
 Every sequence's length is known before the first forward pass, so the whole run is laid out first; then each
-unit is computed, written and committed. Starting the same job again goes on where the last one stopped.
+unit is computed, written and committed, here or by workers. Starting the same job again goes on where the last one
+stopped, whoever computed what: a unit's content depends on the unit alone.
 """
 
 import hashlib
+import json
+import logging
 import os
 import platform
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 import workbench
 from workbench import harmony
-from workbench.capture import recording
+from workbench.capture import estimate, pipeline, recording
+from workbench.capture.interrupt import Interrupt
 from workbench.capture.plan import plan_units
+from workbench.capture.units import Computed
 from workbench.errors import InputError
-from workbench.harmony.labels import Labels, channel_codes, role_codes
+from workbench.harmony.labels import Labels
 from workbench.harmony.transcripts import Reject, Transcript, read_transcripts
-from workbench.hooks.recorders import Recorder
 from workbench.model.transformer import GptOss
 from workbench.progress import progress
 from workbench.runs import Run, open_run
-from workbench.runs.schema import Layout, Spec, Unit
-from workbench.runs.summaries import summarise
-from workbench.runs.writer import open_writer
+from workbench.runs.schema import Layout, Spec
+from workbench.runs.writer import RunWriter, open_writer
 
-FORWARD_TOKENS = 4096  # tokens of one packed forward pass: large enough for full expert tiles, small enough for 24 GB
-LOGIT_ROWS = 512  # rows of logits at a time: 201,088 float32 logits each are 0.8 MB
+log = logging.getLogger("workbench.capture")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that is laid out: what is read, recorded and written where."""
+
+    spec: Spec
+    rows: list[Transcript]
+    rejects: list[Reject]
+    layout: Layout
 
 
 def capture(
@@ -46,127 +59,152 @@ def capture(
     record: Sequence[str] = recording.DEFAULT,
     unit_tokens: int = 16_384,
     strict: bool = False,
+    workers: int = 1,
+    dask: str | None = None,
+    log_file: str | Path | None = None,
 ) -> Run:
     """Run `transcripts` through `model` and record into the run at `path`, made or resumed.
 
-    record: see `workbench.capture.recording.parse`. Transcript rows that cannot be used are skipped and listed
-    in the run's rejects; with `strict` they are refused before anything is written.
+    record: see `workbench.capture.recording`. Transcript rows that cannot be used are skipped and listed in the run's
+    rejects; with `strict` they are refused before anything is written. workers, or the address of a Dask scheduler:
+    see `workbench.capture.cluster`. What happens is logged to `log_file`, beside a local run if None.
     """
+    job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict)
+    with _logged(path, log_file), writer_of(job, model, transcripts, path) as writer, Interrupt(str(path)) as interrupt:
+        pending = writer.pending()
+        _refuse_full_disk(model, job, pending, path)
+        n = sum(len(job.rows[s].tokens) for u in pending for s in job.layout.units[u].sequences)
+        sizes = recording.bytes_per_token(job.spec, model.cfg)
+        each = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        begins = f"{len(pending):,} of {len(job.layout.units):,} units to go, {n:,} tokens, each {sum(sizes.values()):,} bytes"
+        log.info("%s: %s before compression: %s", path, begins, each)
+        print(f"capture: {begins} before compression ({each})", file=sys.stderr, flush=True)
+        with progress("capture", n, "tokens") as advance:
+            done = _Done(advance, len(job.layout.units))
+            try:
+                if workers > 1 or dask is not None:
+                    from workbench.capture import cluster  # late: dask is an extra
+
+                    task = cluster.Task.of(model, transcripts, path, record, unit_tokens)
+                    cluster.run(
+                        task, job.layout, pending, workers=workers, address=dask, check=interrupt.check, done=done
+                    )
+                else:
+                    pipeline.run(model, job.rows, job.spec, writer, pending, check=interrupt.check, done=done.unit)
+            except BaseException as error:
+                log.error("%s: %s after %d of %d units", path, _one_line(error), done.units, len(pending))
+                raise
+        writer.finish()
+        log.info("%s: complete", path)
+    return open_run(path)
+
+
+def plan(
+    model: GptOss, transcripts: str | Path, *, record: Sequence[str], unit_tokens: int, strict: bool = False
+) -> Plan:
+    """Read the transcripts and lay out the run; nothing is written."""
     spec = recording.parse(record, model.cfg)
     rows, rejects = read_transcripts(transcripts, tokenizer=model.tokenizer, n_ctx=model.cfg.n_ctx)
     if not rows:
         raise InputError(f"{transcripts}: none of the {len(rejects)} rows can be used; the first: {_why(rejects[0])}")
     if strict and rejects:
         raise InputError(f"{transcripts}: {len(rejects)} rows cannot be used; the first: {_why(rejects[0])}")
-    layout = plan_units([len(row.tokens) for row in rows], unit_tokens)
-    labels = [harmony.label(row.tokens, tokenizer=model.tokenizer) for row in rows]
-    with open_writer(
+    return Plan(spec, rows, rejects, plan_units([len(row.tokens) for row in rows], unit_tokens))
+
+
+def writer_of(job: Plan, model: GptOss, transcripts: str | Path, path: str | Path) -> RunWriter:
+    """The writer of a job's run, made or resumed."""
+    return open_writer(
         path,
-        layout=layout,
-        sequences=_sequences(rows, layout),
-        messages=_messages(labels),
+        layout=job.layout,
+        sequences=_sequences(job.rows, job.layout),
+        messages=_messages(harmony.label(row.tokens, tokenizer=model.tokenizer) for row in job.rows),
         model=model.cfg.to_json(),
         checkpoint={"digest": model.checkpoint.digest, "name": model.checkpoint.path.name},
-        spec=spec,
-        provenance=_provenance(transcripts, rejects, model),
-    ) as writer:
-        pending = [layout.units[index] for index in writer.pending()]
-        with progress("capture", sum(len(rows[s].tokens) for u in pending for s in u.sequences), "tokens") as advance:
-            for unit in pending:
-                tokens = _token_table(unit, rows, labels)
-                records = _forward(model, [rows[s] for s in unit.sequences], spec)
-                summaries = summarise(records, tokens["sequence"], tokens["channel"], num_experts=model.cfg.num_experts)
-                writer.write_unit(unit.index, tokens, records, summaries)
-                advance(len(tokens["id"]))
-        writer.finish()
-    return open_run(path)
+        spec=job.spec,
+        provenance=_provenance(transcripts, job.rejects, model),
+    )
 
 
-@torch.no_grad()
-def _forward(model: GptOss, rows: Sequence[Transcript], spec: Spec) -> dict[str, np.ndarray]:
-    """Everything the spec asks of these sequences, end to end in their order, as the store's arrays."""
-    recorder = Recorder(recording.wanted(spec, model.cfg))
-    logprobs: list[Tensor] = []
-    entropies: list[Tensor] = []
-    with model.hooks(fwd_hooks=recorder.fwd_hooks):
-        for batch in _batches(rows):
-            lengths = [len(row.tokens) for row in batch]
-            tokens = torch.from_numpy(np.concatenate([row.tokens for row in batch])).long().to(model.device)
-            residual = model.residual(tokens[None], packed=lengths)
-            if spec.logprobs:
-                logprob, entropy = _predictions(model, residual, tokens, lengths)
-                logprobs.append(logprob)
-                entropies.append(entropy)
-    kept = recorder.take() if recorder.wanted else {}
-
-    def layers(name: str, which: Sequence[int] = range(model.cfg.n_layers)) -> np.ndarray:
-        stacked = torch.stack([kept[f"blocks.{layer}.{name}"].flatten(1) for layer in which])
-        return stacked.view(torch.uint16).numpy() if stacked.dtype == torch.bfloat16 else stacked.numpy()
-
-    records: dict[str, np.ndarray] = {}
-    if spec.routing:
-        records["experts"] = layers("mlp.hook_expert_indices")
-        records["gates"] = layers("mlp.hook_expert_weights")
-    if spec.router_logits:
-        records["router_logits"] = layers("mlp.router.hook_out")
-    if spec.sinks:
-        records["sink"] = layers("attn.hook_sink")
-    if spec.logprobs:
-        records["logprob"] = torch.cat(logprobs).numpy()
-        records["entropy"] = torch.cat(entropies).numpy()
-    for point in spec.activations:
-        records[f"activations/{point.hook}"] = layers(point.hook, point.layers)
-    return records
+def dry_run(
+    model: GptOss,
+    transcripts: str | Path,
+    path: str | Path,
+    *,
+    record: Sequence[str],
+    unit_tokens: int,
+    strict: bool = False,
+) -> estimate.Estimate:
+    """What `capture` with these arguments would take; nothing is written."""
+    job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict)
+    try:
+        pending = [int(u) for u in np.flatnonzero(~open_run(path).committed)]
+    except InputError:  # there is no run yet
+        pending = list(range(len(job.layout.units)))
+    return estimate.estimate(model, job.rows, job.spec, job.layout, pending, path)
 
 
-def _batches(rows: Sequence[Transcript]) -> Iterator[list[Transcript]]:
-    """Consecutive sequences of together at most FORWARD_TOKENS, a longer one alone: fixed by the plan."""
-    batch: list[Transcript] = []
-    for row in rows:
-        if batch and sum(len(r.tokens) for r in batch) + len(row.tokens) > FORWARD_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def _refuse_full_disk(model: GptOss, job: Plan, pending: Sequence[int], path: str | Path) -> None:
+    """Measure only where the disk would not even hold everything uncompressed."""
+    free = estimate.free_bytes(path)
+    if pending and free is not None and estimate.raw_bytes(model, job.spec, job.layout, pending) > free:
+        found = estimate.estimate(model, job.rows, job.spec, job.layout, pending, path)
+        estimate.refuse_what_cannot_fit(found, path)
 
 
-def _predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Log-probability of every token given those before it, and the entropy it was drawn from, in nats.
+class _Done:
+    """Counts what is committed; units come from several threads."""
 
-    The first token of a sequence was predicted by nothing: NaN.
-    """
-    logprob, entropy = torch.full((2, len(tokens)), torch.nan)
-    first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    predicted = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
-    for rows in predicted.split(LOGIT_ROWS):
-        logits = model.logits(residual, rows[None] - 1)[0]
-        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        logprob[rows] = logp.gather(-1, tokens[rows, None].to(logp.device))[:, 0].float().cpu()
-        entropy[rows] = -(logp.exp() * logp).nansum(-1).float().cpu()
-    return logprob, entropy
+    def __init__(self, advance: Any, of: int) -> None:
+        self._advance, self._of, self._lock = advance, of, threading.Lock()
+        self.units = 0
+
+    def unit(self, computed: Computed, seconds: float) -> None:
+        size = sum(v.nbytes for v in (*computed.tokens.values(), *computed.records.values()))
+        self.committed(computed.unit.index, len(computed.tokens["id"]), size, seconds)
+
+    def committed(self, index: int, tokens: int, size: int, seconds: float) -> None:
+        with self._lock:
+            self.units += 1
+            self._advance(tokens, size)
+        rate, speed = tokens / seconds, size / seconds / 1e6
+        log.info(
+            "unit %d of %d: %d tokens in %.1f s, %.0f tokens/s, %.1f MB/s",
+            index,
+            self._of,
+            tokens,
+            seconds,
+            rate,
+            speed,
+        )
 
 
-def _token_table(unit: Unit, rows: Sequence[Transcript], labels: Sequence[Labels]) -> dict[str, np.ndarray]:
-    """The columns of the tokens a unit owns."""
-    own = unit.sequences
-    lengths = [len(rows[s].tokens) for s in own]
-    position = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-    return {
-        "id": np.concatenate([rows[s].tokens for s in own]).astype(np.int32),
-        "sequence": np.repeat(np.array(own, dtype=np.int32), lengths),
-        "position": position,
-        "message": np.concatenate([labels[s].message for s in own]).astype(np.int32),
-        "part": np.concatenate([labels[s].part for s in own]),
-        "role": np.concatenate([role_codes(labels[s]) for s in own]),
-        "channel": np.concatenate([channel_codes(labels[s]) for s in own]),
-        "is_prompt": position < np.repeat([rows[s].n_prompt for s in own], lengths),
-    }
+@contextmanager
+def _logged(path: str | Path, file: str | Path | None) -> Iterator[None]:
+    """What happens goes to the log file too, a line each, behind what is there."""
+    if file is None and "://" in str(path):
+        yield
+        return
+    target = Path(file) if file is not None else Path(f"{str(path).rstrip('/')}.log")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(target, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        handler.close()
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _sequences(rows: Sequence[Transcript], layout: Layout) -> pd.DataFrame:
-    import json
-
     return pd.DataFrame(
         {
             "id": [row.id for row in rows],
@@ -182,7 +220,7 @@ def _sequences(rows: Sequence[Transcript], layout: Layout) -> pd.DataFrame:
     )
 
 
-def _messages(labels: Sequence[Labels]) -> pd.DataFrame:
+def _messages(labels: Iterable[Labels]) -> pd.DataFrame:
     columns = ("role", "author", "channel", "recipient", "content_type", "start", "content", "stop", "end", "closed_by")
     return pd.DataFrame(
         [

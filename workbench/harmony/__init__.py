@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from workbench.harmony.rendering import EFFORTS as EFFORTS
     from workbench.harmony.rendering import render as render
     from workbench.harmony.token_sets import TokenSet as TokenSet
+    from workbench.harmony.token_sets import check_token_set as check_token_set
     from workbench.harmony.token_sets import token_set as token_set
     from workbench.harmony.transcripts import Prompt as Prompt
     from workbench.harmony.transcripts import Reject as Reject
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "labels": ("CHANNELS", "PARTS", "ROLES", "Labels", "Message", "channel_codes", "label", "role_codes"),
     "rendering": ("EFFORTS", "render"),
-    "token_sets": ("TokenSet", "token_set"),
+    "token_sets": ("TokenSet", "check_token_set", "token_set"),
     "transcripts": ("Prompt", "Reject", "Transcript", "read_prompts", "read_transcripts", "write_transcripts"),
     "vocabulary": ("Tokenizer", "distribution", "tokenizer"),
 }

@@ -56,13 +56,12 @@ def token_set(
     of ROLES and PARTS. message, position: numbers from 0; −1 is the last. Of what is left `every` keeps the first and
     every n-th after it, then `last` the last n. What is counted from the end changes as a sequence grows.
     """
+    check_token_set(role=role, channel=channel, part=part, every=every, last=last)
     wanted = [
         (role_codes, _codes("role", role, ROLES)),
         (channel_codes, _codes("channel", channel, CHANNELS)),
         (lambda labels: labels.part, _codes("part", part, PARTS)),
     ]
-    if every < 1 or (last is not None and last < 1):
-        raise InputError(f"every={every} and last={last}: both count tokens, from 1 on")
 
     def test(ids: Int[np.ndarray, " tokens"]) -> Mask:
         labels = label(ids, tokenizer=tokenizer)
@@ -83,6 +82,14 @@ def token_set(
         {"every": every} if every > 1 else {}
     )
     return TokenSet(" ".join(f"{name}={value}" for name, value in given.items()) or "all", test)
+
+
+def check_token_set(*, every: int = 1, last: int | None = None, **which: Any) -> None:
+    """Refuse what `token_set` could not mean, before there is a tokenizer."""
+    for name, known in (("role", ROLES), ("channel", CHANNELS), ("part", PARTS)):
+        _codes(name, which.get(name), known)
+    if every < 1 or (last is not None and last < 1):
+        raise InputError(f"every={every} and last={last}: both count tokens, from 1 on")
 
 
 def _numbers(which: int | Iterable[int] | slice, n: int) -> list[int]:

@@ -146,7 +146,8 @@ class Run:
         names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
         names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}
         names |= {"attention/sink": "sink"} if self.spec.sinks else {}
-        names |= {f"activations/{a.hook}": a.hook for a in self.spec.activations}
+        names |= {f"activations/{a.hook}": a.hook for a in self.spec.activations if a.reduce != "moments"}
+        sparse = {a.hook: _rows(self.group[f"selected/{a.hook}"], 0, spans) for a in self.spec.activations if a.sparse}
         for stored, name in names.items():
             array = self.group[stored]
             dims = tuple(array.metadata.dimension_names)
@@ -154,6 +155,8 @@ class Run:
             attrs = {}
             if stored.startswith("activations/"):
                 lazy, attrs = lazy.map_blocks(float32_of, dtype=np.float32), {"stored_dtype": "bfloat16"}
+                if name in sparse:  # a token that was not recorded has no value
+                    lazy = da.where(sparse[name][None, :, None], lazy, np.float32(np.nan))
             variables[name] = (dims, lazy, attrs)
         coords: dict[str, Any] = {"layer": np.arange(self.model["n_layers"])}
         coords |= {f"{a.hook}_layer": np.array(a.layers) for a in self.spec.activations}
@@ -175,8 +178,8 @@ class Run:
             f"{a.hook}_layer": np.array(a.layers) for a in self.spec.activations if f"{a.hook}_layer" in dims
         }
         coords |= {"layer": np.arange(self.model["n_layers"])} if "layer" in dims else {}
-        if name in _PER_UNIT:
-            total = np.zeros(array.shape[1:], dtype=np.int64)
+        if name in _PER_UNIT or name.endswith("_sketch"):
+            total = np.zeros(array.shape[1:], dtype=np.float64 if array.dtype.kind == "f" else np.int64)
             for unit in np.flatnonzero(self.committed):
                 total += array[int(unit)]
             return xr.DataArray(total, dims=dims, coords=coords, name=name)

@@ -1,18 +1,18 @@
-"""Schema 1 of a run: what is in it, in which shapes, and the grain in which it is written.
+"""Schema 2 of a run: what is in it, in which shapes, and the grain in which it is written.
 
 A run is a Zarr v3 group. Token rows are laid out in *units*: a unit is whole shards that nobody else writes, so
 units can be written in any order by anybody, and each is committed by one flag after everything else of it.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from workbench.harmony.labels import CHANNELS
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had every token of an activation; its runs are read as they are
 CHUNK = 1024  # token rows of an inner chunk
 
 
@@ -48,11 +48,25 @@ class Layout:
 
 @dataclass(frozen=True)
 class Activation:
-    """A hook point inside the blocks, the layers it is recorded in, and the values a token has there."""
+    """A hook point inside the blocks, the layers it is recorded in, and the values a token has there.
+
+    index: which of the axis behind pos (heads, experts), all if empty. tokens: arguments of `harmony.token_set`, every
+    token if empty. reduce: "raw"; "message", the mean of each message's tokens at its last one; or "moments", only
+    sums and squares by sequence and channel, with a sketch of so many directions of their second moments.
+    """
 
     hook: str
     layers: tuple[int, ...]
     d: int
+    index: tuple[int, ...] = ()
+    tokens: Mapping[str, Any] = field(default_factory=dict)
+    reduce: str = "raw"
+    sketch: int = 0
+
+    @property
+    def sparse(self) -> bool:
+        """Whether some tokens have no row of their own."""
+        return bool(self.tokens) or self.reduce != "raw"
 
 
 @dataclass(frozen=True)
@@ -67,12 +81,17 @@ class Spec:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {"activations": [asdict(a) | {"layers": list(a.layers)} for a in self.activations]}
+        lists = [{"layers": list(a.layers), "index": list(a.index)} for a in self.activations]
+        points = [asdict(a) | plain for a, plain in zip(self.activations, lists, strict=True)]
+        return asdict(self) | {"activations": points}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Spec":
         """The inverse of `to_json`."""
-        points = tuple(Activation(a["hook"], tuple(a["layers"]), a["d"]) for a in values["activations"])
+        points = tuple(
+            Activation(**{**a, "layers": tuple(a["layers"]), "index": tuple(a.get("index", ()))})
+            for a in values["activations"]
+        )
         return cls(**{**values, "activations": points})
 
 
@@ -116,8 +135,11 @@ def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout) -> dict[str, Ar
     if spec.sinks:
         found["attention/sink"] = per_token(("layer", "token", "head"), (layers, n, heads), "float16")
     for a in spec.activations:
-        dims = (f"{a.hook}_layer", "token", f"{a.hook}_d")
-        found[f"activations/{a.hook}"] = per_token(dims, (len(a.layers), n, a.d), "uint16")
+        if a.reduce != "moments":
+            dims = (f"{a.hook}_layer", "token", f"{a.hook}_d")
+            found[f"activations/{a.hook}"] = per_token(dims, (len(a.layers), n, a.d), "uint16")
+        if a.sparse:
+            found[f"selected/{a.hook}"] = per_token(("token",), (n,), "bool")
     return found | _summaries(model, spec, layout)
 
 
@@ -150,4 +172,12 @@ def _summaries(model: Mapping[str, Any], spec: Spec, layout: Layout) -> dict[str
     for a in spec.activations:
         axes, shape = ("channel", f"{a.hook}_layer", f"{a.hook}_d"), (channels, len(a.layers), a.d)
         found[f"summaries/{a.hook}_sum"] = per_sequence(axes, shape, "float32")
+        if a.sparse:
+            found[f"summaries/{a.hook}_tokens"] = per_sequence(("channel",), (channels,), "uint32")
+        if a.reduce == "moments":
+            found[f"summaries/{a.hook}_sumsq"] = per_sequence(axes, shape, "float32")
+        if a.sketch:
+            dims = ("unit", "channel", f"{a.hook}_layer", f"{a.hook}_d", f"{a.hook}_sketch")
+            size = (units, channels, len(a.layers), a.d, a.sketch)
+            found[f"summaries/{a.hook}_sketch"] = ArraySpec(dims, size, "float32", 0, 0, 1, 1)
     return found

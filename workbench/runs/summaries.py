@@ -41,6 +41,9 @@ def summarise(
         found["sink_sum"] = shaped(_sum(sink, cell, n_cells).astype(np.float32))
         found["sink_sumsq"] = shaped(_sum(sink**2, cell, n_cells).astype(np.float32))
     for name, values in records.items():
+        if name.startswith("selected/"):
+            counts = np.bincount(cell[values], minlength=n_cells).astype(np.uint32)
+            found[name.removeprefix("selected/") + "_tokens"] = shaped(counts)
         if name.startswith("activations/"):
             wide = float32_of(values).astype(np.float64)
             found[name.removeprefix("activations/") + "_sum"] = shaped(_sum(wide, cell, n_cells).astype(np.float32))

@@ -136,6 +136,7 @@ def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> 
     yield from _tokens(values, unit, lengths, used)
     records = {stored: values[name].take(range(used), specs[name].axis) for stored, name in _RECORDS if name in values}
     records |= {n: v[:, :used] for n, v in values.items() if n.startswith("activations/")}
+    records |= {n: v[:used] for n, v in values.items() if n.startswith("selected/")}
     yield from _ranges(records)
     sequence, channel = values["tokens/sequence"][:used], values["tokens/channel"][:used]
     if channel.size and channel.max() >= len(CHANNELS):

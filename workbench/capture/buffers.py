@@ -1,0 +1,179 @@
+"""The arrays of one unit, filled by hooks while the model runs, pass after pass.
+
+They are made once and used again, so that the memory of a job does not depend on its length. On a GPU they are pinned,
+and records leave on a stream of their own beside the next layers' arithmetic. Reductions happen where the activation
+is, as one product with a matrix of weights: a sum of products gives the same bits every time, an atomic sum does not.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from workbench.harmony.labels import CHANNELS
+from workbench.model.config import Config
+from workbench.runs.schema import Activation, Spec
+
+_OWN = {
+    "experts": "mlp.hook_expert_indices",
+    "gates": "mlp.hook_expert_weights",
+    "router_logits": "mlp.router.hook_out",
+    "sink": "attn.hook_sink",
+}
+
+
+class Buffers:
+    """Of a unit of up to `capacity` tokens. `begin` says which tokens the next pass has; `take` hands the arrays out."""
+
+    def __init__(self, spec: Spec, cfg: Config, capacity: int, *, pinned: bool) -> None:
+        self._points: dict[str, tuple[str, int, Activation | None]] = {}
+        self._arrays: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._stream = torch.cuda.Stream() if pinned else None
+        wide = torch.uint8 if cfg.num_experts <= 256 else torch.uint16
+        shapes = {
+            "experts": (cfg.experts_per_token, wide), "gates": (cfg.experts_per_token, torch.float16),
+            "router_logits": (cfg.num_experts, torch.float16), "sink": (cfg.n_heads, torch.float16),
+        }  # fmt: skip
+        on = {"experts": spec.routing, "gates": spec.routing, "router_logits": spec.router_logits, "sink": spec.sinks}
+        for name, (d, dtype) in shapes.items():
+            if on[name]:
+                self._arrays[name] = torch.zeros((cfg.n_layers, capacity, d), dtype=dtype, pin_memory=pinned)
+                for layer in range(cfg.n_layers):
+                    self._points[f"blocks.{layer}.{_OWN[name]}"] = (name, layer, None)
+        for a in spec.activations:
+            name = f"activations/{a.hook}"
+            if a.reduce != "moments":
+                shape = (len(a.layers), capacity, a.d)
+                self._arrays[name] = torch.zeros(shape, dtype=torch.bfloat16, pin_memory=pinned)
+            for place, layer in enumerate(a.layers):
+                self._points[f"blocks.{layer}.{a.hook}"] = (name, place, a)
+        self._spec, self._used, self._at = spec, 0, slice(0, 0)
+        self._members: Mapping[str, Bool[np.ndarray, " token"]] = {}
+        self._weights: dict[tuple[str, torch.device], Tensor] = {}
+
+    @property
+    def fwd_hooks(self) -> list[tuple[str, Any]]:
+        """For `model.hooks(fwd_hooks=…)`."""
+        return [(name, self._keep) for name in self._points]
+
+    def start(
+        self,
+        sequence: Int[np.ndarray, " token"],
+        channel: Int[np.ndarray, " token"],
+        message: Int[np.ndarray, " token"],
+        members: Mapping[str, Bool[np.ndarray, " token"]],
+    ) -> None:
+        """A unit of these tokens begins; members: of sparse activations, which tokens are meant."""
+        self._used, self._at, self._members = len(sequence), slice(0, 0), members
+        _, self._row = np.unique(sequence, return_inverse=True)
+        self._cell = self._row * len(CHANNELS) + channel
+        self._message = np.where(message < 0, -1, self._row * (int(message.max(initial=0)) + 2) + message)
+        self._sums = {}
+
+    def begin(self, n: int) -> None:
+        """The next pass runs the next n tokens."""
+        self._at, self._weights = slice(self._at.stop, self._at.stop + n), {}
+
+    def take(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Every record of the unit's tokens, and what was summed of them; the former are good until the next `start`."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        assert self._at.stop == self._used, f"{self._at.stop} of {self._used} tokens were run"
+        records = {}
+        for name, array in self._arrays.items():
+            used = array[:, : self._used]
+            records[name] = (used.view(torch.uint16) if used.dtype == torch.bfloat16 else used).numpy()
+        sums: dict[str, np.ndarray] = {}
+        for a in self._spec.activations:
+            if a.sparse:
+                records[f"selected/{a.hook}"] = self._rows_of(a, slice(0, self._used))
+            if a.reduce == "moments":
+                sums |= self._moments(a)
+        return records, sums
+
+    def _moments(self, a: Activation) -> dict[str, np.ndarray]:
+        n_cells = len(CHANNELS) * (int(self._row.max()) + 1)
+        tokens = np.bincount(self._cell[self._members[a.hook]], minlength=n_cells).astype(np.uint32)
+        found = {f"{a.hook}_tokens": tokens.reshape(-1, len(CHANNELS))}
+        for what in ("sum", "sumsq", *(("sketch",) if a.sketch else ())):
+            total = self._sums[f"{a.hook}_{what}"].float().numpy()
+            found[f"{a.hook}_{what}"] = (
+                total if what == "sketch" else total.reshape(-1, len(CHANNELS), *total.shape[1:])
+            )
+        return found
+
+    def _keep(self, activation: Tensor, hook: HookPoint) -> None:
+        assert hook.name is not None
+        name, place, a = self._points[hook.name]
+        x = activation.detach().flatten(0, 1)
+        if a is not None and a.index:
+            x = x[:, list(a.index)]
+        x = x.flatten(1)
+        if a is not None and a.reduce == "moments":
+            self._add(a, place, x.float())
+            return
+        if a is not None and a.reduce == "message":
+            means = self._weight(a, x.device) @ x.float()
+            x = torch.zeros((len(x), a.d), dtype=means.dtype, device=x.device)
+            x[torch.from_numpy(self._rows_of(a, self._at)).to(x.device)] = means
+        elif a is not None and a.sparse:
+            x = x * torch.from_numpy(self._rows_of(a, self._at)).to(x.device)[:, None]
+        target = self._arrays[name][place, self._at]
+        if self._stream is None:
+            target.copy_(x)
+            return
+        x = x.to(target.dtype)
+        self._stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(x, non_blocking=True)
+            x.record_stream(self._stream)
+
+    def _rows_of(self, a: Activation, at: slice) -> Bool[np.ndarray, " token"]:
+        """Tokens with a row of their own: those meant, or of each message that has any the last."""
+        members = self._members[a.hook][at]
+        if a.reduce != "message":
+            return members
+        message = np.where(members, self._message[at], -1)
+        kept = np.flatnonzero(message >= 0)
+        last = np.zeros(len(members), dtype=bool)
+        if len(kept):  # the tokens of a message are neighbours, and a pass has whole sequences
+            last[kept[np.append(message[kept][1:] != message[kept][:-1], True)]] = True
+        return last
+
+    def _weight(self, a: Activation, device: torch.device) -> Float[Tensor, "group token"]:
+        """Of this pass: a row a message with the weights of its mean, or a row a cell with ones."""
+        if (a.hook, device) not in self._weights:
+            members = self._members[a.hook][self._at]
+            if a.reduce == "message":
+                message = np.where(members, self._message[self._at], -1)
+                weight = message[self._rows_of(a, self._at), None] == message
+                weight = weight / weight.sum(1, keepdims=True)
+            else:
+                cells = np.arange(len(CHANNELS) * (int(self._row.max()) + 1))
+                weight = (self._cell[self._at] == cells[:, None]) & members
+            self._weights[a.hook, device] = torch.from_numpy(weight.astype(np.float32)).to(device)
+        return self._weights[a.hook, device]
+
+    def _add(self, a: Activation, place: int, x: Float[Tensor, "token d"]) -> None:
+        """Sums and squares by cell, and the sketch by channel, in float64 over passes."""
+        weight = self._weight(a, x.device)
+        parts = {"sum": weight @ x, "sumsq": weight @ x.square()}
+        if a.sketch:
+            by_channel = weight.unflatten(0, (-1, len(CHANNELS))).sum(0)  # channel, token
+            parts["sketch"] = torch.einsum("ct,td,tr->cdr", by_channel, x, x @ sketch_matrix(a).to(x.device))
+        for what, part in parts.items():
+            name = f"{a.hook}_{what}"
+            if name not in self._sums:
+                self._sums[name] = torch.zeros((part.shape[0], len(a.layers), *part.shape[1:]), dtype=torch.float64)
+            self._sums[name][:, place] += part.double().cpu()
+
+
+def sketch_matrix(a: Activation) -> Float[Tensor, "d sketch"]:
+    """Ω of a sketch: normal, the same for every run, from the sizes alone."""
+    rng = np.random.default_rng([a.d, a.sketch])
+    return torch.from_numpy(rng.normal(0, a.sketch**-0.5, (a.d, a.sketch)).astype(np.float32))

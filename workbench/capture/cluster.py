@@ -1,0 +1,178 @@
+"""The same units as Dask tasks: workers here (`--workers`), or a scheduler anywhere (`--dask ADDRESS`).
+
+A task is a unit's number. A worker loads the model once, computes the unit and writes it whole; units share no file,
+so workers need no word of each other, and one that dies costs the unit it was at: the scheduler gives that to another.
+The job that began the run holds its lock and is the only one to finish it.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workbench.errors import InputError, JobError
+from workbench.model.transformer import GptOss
+from workbench.runs.schema import Layout
+
+RETRIES = 3  # of a unit that fails
+_LOST_WORKERS = 20  # that one unit may take with it before it is given up
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker needs to compute any unit of a job; plain values, which travel as they are."""
+
+    checkpoint: str
+    adapter: str | None
+    dtype: str
+    device: str
+    threads: int
+    transcripts: str
+    run: str
+    record: tuple[str, ...]
+    unit_tokens: int
+
+    @classmethod
+    def of(
+        cls, model: GptOss, transcripts: str | Path, run: str | Path, record: Sequence[str], unit_tokens: int
+    ) -> "Task":
+        """The job's own model, as workers load it: its folder must be theirs too, and its threads count."""
+        return cls(
+            checkpoint=str(Path(model.checkpoint.path).absolute()),
+            adapter=None if model.adapter is None else str(Path(model.adapter.path).absolute()),
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=model.device.type,
+            threads=torch.get_num_threads(),
+            transcripts=str(Path(transcripts).absolute()),
+            run=str(run) if "://" in str(run) else str(Path(run).absolute()),
+            record=tuple(record),
+            unit_tokens=unit_tokens,
+        )
+
+
+def run(
+    task: Task,
+    layout: Layout,
+    units: Sequence[int],
+    *,
+    workers: int,
+    address: str | None,
+    check: Callable[[], None],
+    done: Any,
+) -> None:
+    """Compute these units with `workers` processes of this machine, or by the scheduler at `address`."""
+    if workers < 1:
+        raise InputError(f"--workers {workers}: at least one has to work")
+    try:
+        import distributed
+    except ImportError as error:
+        raise InputError("several workers need dask's scheduler: pip install 'gpt-oss-workbench[cluster]'") from error
+
+    with _client(task, workers, address) as client:
+        known = client.scheduler_info()["workers"].values()
+        gpus = {"GPU": 1} if any("GPU" in worker["resources"] for worker in known) else None
+        futures = client.map(
+            functools.partial(compute_unit, task),
+            list(units),
+            retries=RETRIES,
+            resources=gpus,
+            pure=False,
+            batch_size=256,
+        )
+        left = set(futures)
+        try:
+            while left:
+                check()
+                finished = {future for future in left if future.done()}
+                left -= finished
+                for future in finished:
+                    index, tokens, size, seconds = future.result()
+                    done.committed(index, tokens, size, seconds)
+                if not finished:
+                    if client.status != "running":
+                        raise JobError(
+                            f"the scheduler at {address} is gone; what was written is kept, start the job again"
+                        )
+                    time.sleep(_POLL_S)
+        except (distributed.CancelledError, distributed.comm.CommClosedError) as error:
+            raise JobError(
+                f"the scheduler at {address} is gone; what was written is kept, start the job again"
+            ) from error
+        except distributed.KilledWorker as error:
+            raise JobError(
+                f"{_LOST_WORKERS} workers died at one unit ({error.last_worker.address} the last): see their logs; what "
+                "was written is kept, start the job again"
+            ) from error
+        finally:
+            client.cancel([future for future in left if not future.done()])
+
+
+@contextmanager
+def _client(task: Task, workers: int, address: str | None) -> Iterator[Any]:
+    """Connected to the scheduler at `address`, or to one of our own with so many workers on this machine."""
+    import dask
+    from distributed import Client, LocalCluster
+
+    settings = {"distributed.scheduler.allowed-failures": _LOST_WORKERS, "distributed.worker.daemon": False}
+    with dask.config.set(settings):
+        if address is not None:
+            try:
+                client = Client(address, timeout=10)
+            except (OSError, TimeoutError, ValueError) as error:
+                raise InputError(f"--dask {address}: no scheduler answers there ({type(error).__name__})") from error
+            with client:
+                yield client
+            return
+        gpu = {"GPU": 1} if task.device == "cuda" else {}
+        with LocalCluster(
+            n_workers=workers, threads_per_worker=1, processes=True, resources=gpu, dashboard_address=None,
+            memory_limit=None, silence_logs=40,
+        ) as cluster, Client(cluster) as client:  # fmt: skip
+            yield client
+
+
+def compute_unit(task: Task, index: int) -> tuple[int, int, int, float]:
+    """Compute and write one unit: its number, tokens, bytes before compression, and seconds."""
+    begun = time.monotonic()
+    tokens = size = 0
+
+    def done(computed: Any, seconds: float) -> None:
+        nonlocal tokens, size
+        tokens = len(computed.tokens["id"])
+        size = sum(v.nbytes for v in (*computed.tokens.values(), *computed.records.values()))
+
+    from workbench.capture import pipeline
+
+    model, job, writer = _loaded(task)
+    pipeline.run(model, job.rows, job.spec, writer, [index], check=lambda: None, done=done, in_flight=1)
+    return index, tokens, size, time.monotonic() - begun
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(task: Task) -> tuple[GptOss, Any, Any]:
+    """Model, plan and writer of a job, once a worker."""
+    from workbench.capture import job
+    from workbench.model import load
+
+    torch.set_num_threads(task.threads)
+    model = load(task.checkpoint, device=_device(task), dtype=getattr(torch, task.dtype), adapter=task.adapter)
+    plan = job.plan(model, task.transcripts, record=task.record, unit_tokens=task.unit_tokens)
+    return model, plan, job.writer_of(plan, model, task.transcripts, task.run)
+
+
+def _device(task: Task) -> str:
+    """Workers of one machine take its GPUs in turn, by the number that their nanny gave them."""
+    if task.device != "cuda" or torch.cuda.device_count() < 2:
+        return task.device
+    from distributed import get_worker
+
+    name = str(get_worker().name)
+    number = int(name) if name.isdigit() else os.getpid()
+    return f"cuda:{number % torch.cuda.device_count()}"

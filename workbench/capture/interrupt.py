@@ -1,0 +1,42 @@
+"""SIGINT and SIGTERM while a job runs: what is being written is finished, what is being computed is dropped."""
+
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from workbench.errors import JobError
+
+
+class Interrupt:
+    """Between `with` and its end the first signal asks the job to stop; a second one stops it at once."""
+
+    def __init__(self, job: str) -> None:
+        self._job, self._asked = job, ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals are not ours
+            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._give_back()
+
+    def check(self) -> None:
+        """Stop here if somebody asked for it."""
+        if self._asked:
+            raise JobError(
+                f"{self._job} was stopped by {self._asked}; what was written is kept, start it again to go on"
+            )
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = signal.Signals(number).name
+        self._give_back()
+        print(f"{self._asked}: finishing what is being written; once more stops at once", file=sys.stderr, flush=True)
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

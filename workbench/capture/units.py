@@ -1,0 +1,122 @@
+"""One unit of a capture: its transcripts through the model, and everything that is stored of it.
+
+What comes out depends on the unit alone, not on which job, worker or attempt computes it: passes are cut the same way
+every time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workbench import harmony
+from workbench.capture.buffers import Buffers
+from workbench.errors import JobError
+from workbench.harmony.labels import Labels, channel_codes, role_codes
+from workbench.harmony.transcripts import Transcript
+from workbench.model.transformer import GptOss
+from workbench.runs.schema import Spec, Unit
+from workbench.runs.summaries import summarise
+
+FORWARD_TOKENS = 4096  # tokens of one packed forward pass: large enough for full expert tiles, small enough for 24 GB
+LOGIT_ROWS = 512  # rows of logits at a time: 201,088 float32 logits each are 0.8 MB
+
+
+class Computed(NamedTuple):
+    """What the writer takes. summaries are made behind the model: `summarised` has them."""
+
+    unit: Unit
+    tokens: dict[str, np.ndarray]
+    records: dict[str, np.ndarray]
+    sums: dict[str, np.ndarray]
+
+    def summarised(self, num_experts: int) -> dict[str, np.ndarray]:
+        """Sums by sequence and channel, those made on the device included."""
+        found = summarise(self.records, self.tokens["sequence"], self.tokens["channel"], num_experts=num_experts)
+        if wrong := [name for name, values in self.sums.items() if not np.isfinite(values).all()]:
+            raise JobError(f"{wrong[0]} of unit {self.unit.index} is not finite: it was not written; check the weights")
+        return found | self.sums
+
+
+@torch.no_grad()
+def compute(
+    model: GptOss,
+    unit: Unit,
+    rows: Sequence[Transcript],
+    spec: Spec,
+    buffers: Buffers,
+    check: Callable[[], None] = lambda: None,
+) -> Computed:
+    """The unit's sequences, end to end in their order. `check` is called before every pass, and may raise."""
+    own = [rows[s] for s in unit.sequences]
+    labels = [harmony.label(row.tokens, tokenizer=model.tokenizer) for row in own]
+    tokens = token_table(unit, own, labels)
+    members = {
+        a.hook: np.concatenate([harmony.token_set(tokenizer=model.tokenizer, **a.tokens)(row.tokens) for row in own])
+        for a in spec.activations
+        if a.sparse
+    }
+    logprobs: list[Tensor] = []
+    entropies: list[Tensor] = []
+    buffers.start(tokens["sequence"], tokens["channel"], tokens["message"], members)
+    with model.hooks(fwd_hooks=buffers.fwd_hooks):
+        for batch in passes(own):
+            check()
+            lengths = [len(row.tokens) for row in batch]
+            ids = torch.from_numpy(np.concatenate([row.tokens for row in batch])).long().to(model.device)
+            buffers.begin(len(ids))
+            residual = model.residual(ids[None], packed=lengths)
+            if spec.logprobs:
+                logprob, entropy = predictions(model, residual, ids, lengths)
+                logprobs.append(logprob)
+                entropies.append(entropy)
+    records, sums = buffers.take()
+    if spec.logprobs:
+        records |= {"logprob": torch.cat(logprobs).numpy(), "entropy": torch.cat(entropies).numpy()}
+    return Computed(unit, tokens, records, sums)
+
+
+def passes(rows: Sequence[Transcript]) -> Iterator[list[Transcript]]:
+    """Consecutive sequences of together at most FORWARD_TOKENS, a longer one alone: fixed by the plan."""
+    batch: list[Transcript] = []
+    for row in rows:
+        if batch and sum(len(r.tokens) for r in batch) + len(row.tokens) > FORWARD_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Log-probability of every token given those before it, and the entropy it was drawn from, in nats.
+
+    The first token of a sequence was predicted by nothing: NaN.
+    """
+    logprob, entropy = torch.full((2, len(tokens)), torch.nan)
+    first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    predicted = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
+    for rows in predicted.split(LOGIT_ROWS):
+        logits = model.logits(residual, rows[None] - 1)[0]
+        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        logprob[rows] = logp.gather(-1, tokens[rows, None].to(logp.device))[:, 0].float().cpu()
+        entropy[rows] = -(logp.exp() * logp).nansum(-1).float().cpu()
+    return logprob, entropy
+
+
+def token_table(unit: Unit, own: Sequence[Transcript], labels: Sequence[Labels]) -> dict[str, np.ndarray]:
+    """The columns of the tokens a unit owns."""
+    lengths = [len(row.tokens) for row in own]
+    position = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
+    return {
+        "id": np.concatenate([row.tokens for row in own]).astype(np.int32),
+        "sequence": np.repeat(np.array(unit.sequences, dtype=np.int32), lengths),
+        "position": position,
+        "message": np.concatenate([each.message for each in labels]).astype(np.int32),
+        "part": np.concatenate([each.part for each in labels]),
+        "role": np.concatenate([role_codes(each) for each in labels]),
+        "channel": np.concatenate([channel_codes(each) for each in labels]),
+        "is_prompt": position < np.repeat([row.n_prompt for row in own], lengths),
+    }
