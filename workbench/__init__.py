@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from workbench import experiments as experiments
     from workbench import figures as figures
     from workbench import harmony as harmony
     from workbench import studies as studies
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {"load": "workbench.model", "open_run": "workbench.runs"}
-_ROOMS = ("capture", "harmony", "studies", "figures", "runs", "model")  # `capture` is a callable package
+_ROOMS = ("capture", "harmony", "studies", "figures", "runs", "model", "experiments")  # `capture` is a callable package
 
-__all__ = ["__version__", "capture", "figures", "harmony", "load", "open_run", "studies"]
+__all__ = ["__version__", "capture", "experiments", "figures", "harmony", "load", "open_run", "studies"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,7 @@
 """What a capture writes is what the model does; killed and resumed it writes the same."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +10,13 @@ import pytest
 import torch
 
 import workbench as wb
-from tests.conftest import DATA
 from workbench.capture import pipeline, recording
 from workbench.errors import InputError, JobError
 from workbench.harmony.transcripts import read_transcripts
 from workbench.model.transformer import GptOss
 from workbench.runs.verify import verify
 
-
-@pytest.fixture(scope="module")
-def nano() -> GptOss:
-    model: GptOss = wb.load("nano", dtype=torch.float32)
-    return model
-
-
-@pytest.fixture(scope="module")
-def rows(nano: GptOss) -> list[dict[str, Any]]:
-    """Forty transcripts of unequal length, written without generating: prompts with answers as their last message."""
-    prompts = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
-    return [
-        {
-            "id": f"{p['id']}/{effort}",
-            "prompt_id": p["id"],
-            "effort": effort,
-            "messages": [*p["messages"], {"role": "assistant", "channel": "final", "content": p["answer"]}],
-            "answer": p["answer"],
-            "correct": True,
-            "meta": p["meta"],
-        }
-        for p in prompts[::10]
-        for effort in ("low", "high")
-    ]
-
-
-@pytest.fixture(scope="module")
-def transcripts(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("t") / "transcripts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
+Stored = Callable[[Path], dict[str, bytes]]
 EVERYTHING = ["routing", "router_logits", "sinks", "logprobs", "resid_post:1,3", "attn.z:0", "mlp_out:2"]
 
 
@@ -110,16 +73,8 @@ def test_a_captured_run_is_whole(run_path: Path) -> None:
     assert set(final["role"]) == {"assistant"}
 
 
-def stored(path: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(path)): p.read_bytes()
-        for p in sorted(path.rglob("*"))
-        if p.is_file() and p != path / "zarr.json"  # the root's attributes tell when and by which process
-    }
-
-
 def test_an_interrupted_job_goes_on_and_ends_up_the_same(
-    nano: GptOss, transcripts: Path, run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nano: GptOss, transcripts: Path, run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
 ) -> None:
     calls = 0
     compute = pipeline.compute
@@ -138,27 +93,6 @@ def test_an_interrupted_job_goes_on_and_ends_up_the_same(
     wb.capture(nano, transcripts, tmp_path / "r", record=EVERYTHING, unit_tokens=1024)
     assert calls == 1 + wb.open_run(run_path).progress[1], "the committed unit was computed again"
     assert stored(tmp_path / "r") == stored(run_path)
-
-
-@pytest.mark.slow
-def test_a_job_killed_with_sigkill_goes_on_and_ends_up_the_same(
-    transcripts: Path, run_path: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "killed"
-    command = [
-        sys.executable, "-m", "workbench.cli", "capture", "nano", str(transcripts), str(path), "--dtype", "float32",
-        "--unit-tokens", "1024", *(f"--record={name}" for name in EVERYTHING),
-    ]  # fmt: skip
-    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(path.glob("units/committed/c/*")) and time.monotonic() < deadline and child.poll() is None:
-        time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    subprocess.run(command, check=True, capture_output=True)
-    assert verify(path) == []
-    assert stored(path) == stored(run_path)
-    assert os.path.exists(path / ".lock") is False
 
 
 def test_rows_that_cannot_be_used_are_skipped_and_listed(

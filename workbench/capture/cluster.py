@@ -41,15 +41,21 @@ class Task:
 
     @classmethod
     def of(
-        cls, model: GptOss, transcripts: str | Path, run: str | Path, record: Sequence[str], unit_tokens: int
+        cls,
+        model: GptOss,
+        transcripts: str | Path,
+        run: str | Path,
+        record: Sequence[str],
+        unit_tokens: int,
+        threads: int,
     ) -> "Task":
-        """The job's own model, as workers load it: its folder must be theirs too, and its threads count."""
+        """The job's own model, as workers load it: its folder must be theirs too. threads: of a worker."""
         return cls(
             checkpoint=str(Path(model.checkpoint.path).absolute()),
             adapter=None if model.adapter is None else str(Path(model.adapter.path).absolute()),
             dtype=str(model.dtype).removeprefix("torch."),
             device=model.device.type,
-            threads=torch.get_num_threads(),
+            threads=threads,
             transcripts=str(Path(transcripts).absolute()),
             run=str(run) if "://" in str(run) else str(Path(run).absolute()),
             record=tuple(record),

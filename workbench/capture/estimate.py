@@ -25,6 +25,7 @@ from workbench.model.memory import human
 from workbench.model.transformer import GptOss
 from workbench.runs.schema import Layout, Spec, Unit, arrays
 
+_REPEAT_S = 20
 _SPARE = 1.1  # a plan is refused unless the disk has this many times what is expected
 
 
@@ -113,9 +114,13 @@ def _measured(model: GptOss, rows: Sequence[Transcript], spec: Spec, left: Seque
     first = next(iter(passes(own)))
     unit = Unit(0, 0, 0, tuple(range(len(first))))
     buffers = Buffers(spec, model.cfg, sum(len(row.tokens) for row in first), pinned=False)
-    begun = time.perf_counter()
-    computed = compute(model, unit, first, spec, buffers)
-    rate = len(computed.tokens["id"]) / (time.perf_counter() - begun)
+    for _ in range(2):  # the first pass of a process pays for what the others find ready; a long one is not repeated
+        begun = time.perf_counter()
+        computed = compute(model, unit, first, spec, buffers)
+        seconds = time.perf_counter() - begun
+        if seconds > _REPEAT_S:
+            break
+    rate = len(computed.tokens["id"]) / seconds
     packer = Zstd(level=1)
     raw = packed = 0
     for values in (*computed.tokens.values(), *computed.records.values()):

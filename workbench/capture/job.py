@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 import workbench
 from workbench import harmony
@@ -85,7 +86,9 @@ def capture(
                 if workers > 1 or dask is not None:
                     from workbench.capture import cluster  # late: dask is an extra
 
-                    task = cluster.Task.of(model, transcripts, path, record, unit_tokens)
+                    task = cluster.Task.of(
+                        model, transcripts, path, record, unit_tokens, max(1, torch.get_num_threads() // workers)
+                    )
                     cluster.run(
                         task, job.layout, pending, workers=workers, address=dask, check=interrupt.check, done=done
                     )

@@ -1,0 +1,294 @@
+"""Whatever happens to a job, nothing is lost, and what it ends with is what an undisturbed one ends with."""
+
+import errno
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import workbench as wb
+from tests.capture.killing import RECORD
+from workbench.capture import buffers, pipeline
+from workbench.capture.interrupt import Interrupt
+from workbench.errors import InputError, JobError
+from workbench.model.transformer import GptOss
+from workbench.runs.verify import verify
+from workbench.runs.writer import RunWriter
+
+Stored = Callable[[Path], dict[str, bytes]]
+OPTIONS: dict[str, Any] = dict(record=RECORD, unit_tokens=1024)
+
+
+@pytest.fixture(scope="module")
+def whole(nano: GptOss, transcripts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "run"
+    wb.capture(nano, transcripts, path, **OPTIONS)
+    assert verify(path) == []
+    assert wb.open_run(path).progress[1] >= 3, "the tests need several units"
+    return path
+
+
+def command(transcripts: Path, path: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "workbench.cli", "capture", "nano", str(transcripts), str(path), "--dtype", "float32",
+        "--unit-tokens", "1024", *(f"--record={name}" for name in RECORD), *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments_lose_nothing(
+    nano: GptOss, transcripts: Path, whole: Path, tmp_path: Path, stored: Stored
+) -> None:
+    script = [sys.executable, "-m", "tests.capture.killing", str(transcripts), str(tmp_path), "50", "0"]
+    done = subprocess.run(
+        script, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
+    )
+    kills, runs = map(int, re.findall(r"\d+", done.stdout))
+    assert kills >= 50
+    assert runs >= 3, "the kills fell too early: no run came to its end"
+    last = tmp_path / f"run-{runs}"
+    wb.capture(nano, transcripts, last, **OPTIONS)
+    want = stored(whole)
+    for path in (tmp_path / f"run-{i}" for i in range(runs + 1)):
+        assert stored(path) == want, path
+    leftovers = {p.name for p in tmp_path.iterdir()} - {
+        f"run-{i}{end}" for i in range(runs + 1) for end in ("", ".log")
+    }
+    assert not leftovers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_a_job_cleanly_and_says_how_to_go_on(
+    nano: GptOss, transcripts: Path, whole: Path, tmp_path: Path, stored: Stored, number: signal.Signals
+) -> None:
+    path = tmp_path / "run"
+    slow = "import time, workbench.capture.pipeline as p; c = p.compute; p.compute = lambda *a: (time.sleep(0.5), c(*a))[1]"
+    code = f"{slow}; import sys; sys.argv = ['workbench', *sys.argv[1:]]; from workbench.cli import main; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *command(transcripts, path)[3:]], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(path.glob("units/committed/c/*")) and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 1, err
+    assert f"was stopped by {number.name}; what was written is kept, start it again to go on" in err.splitlines()[-1]
+    assert not (path / ".lock").exists()
+    run = wb.open_run(path)
+    assert 0 < run.progress[0] < run.progress[1]
+    assert verify(path) == []
+    wb.capture(nano, transcripts, path, **OPTIONS)
+    assert stored(path) == stored(whole)
+    said = Path(f"{path}.log").read_text()
+    assert f"stopped by {number.name}" in said
+    assert said.rstrip().endswith("complete")
+
+
+def test_a_second_signal_is_not_caught() -> None:
+    with Interrupt("the job") as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(JobError, match="the job was stopped by SIGINT"):
+            interrupt.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_full_disk_leaves_its_unit_out_and_the_job_goes_on_later(
+    nano: GptOss, transcripts: Path, whole: Path, tmp_path: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, write, written = tmp_path / "run", RunWriter._write, []
+
+    def full(self: RunWriter, unit: Any, name: str, *rest: Any) -> None:
+        written.append(unit.index)
+        if unit.index == 1 and name == "routing/gates":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, unit, name, *rest)
+
+    monkeypatch.setattr(RunWriter, "_write", full)
+    with pytest.raises(JobError, match=r"disk of .* is full; free some space and start the same job again"):
+        wb.capture(nano, transcripts, path, **OPTIONS)
+    assert wb.open_run(path).committed.tolist()[:2] == [True, False]
+    monkeypatch.undo()
+    wb.capture(nano, transcripts, path, **OPTIONS)
+    assert stored(path) == stored(whole)
+
+
+def test_a_slow_disk_holds_the_model_back_and_memory_stays(
+    nano: GptOss, transcripts: Path, whole: Path, tmp_path: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, made, waiting, most = RunWriter.write_unit, [], set(), 0
+    init = buffers.Buffers.__init__
+    compute = pipeline.compute
+
+    def counted(self: Any, *args: Any, **options: Any) -> None:
+        made.append(self)
+        init(self, *args, **options)
+
+    def slow(self: RunWriter, index: int, *rest: Any) -> None:
+        time.sleep(0.3)
+        write(self, index, *rest)
+        waiting.discard(index)
+
+    def noted(model: GptOss, unit: Any, *rest: Any) -> Any:
+        nonlocal most
+        waiting.add(unit.index)
+        most = max(most, len(waiting))
+        return compute(model, unit, *rest)
+
+    monkeypatch.setattr(buffers.Buffers, "__init__", counted)
+    monkeypatch.setattr(RunWriter, "write_unit", slow)
+    monkeypatch.setattr(pipeline, "compute", noted)
+    wb.capture(nano, transcripts, tmp_path / "run", **OPTIONS)
+    assert len(made) == pipeline.IN_FLIGHT
+    assert most <= pipeline.IN_FLIGHT
+    assert stored(tmp_path / "run") == stored(whole)
+
+
+def test_two_jobs_at_once_are_one_too_many(
+    nano: GptOss, transcripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    compute = pipeline.compute
+
+    def held(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return compute(*args)
+
+    monkeypatch.setattr(pipeline, "compute", held)
+    first = threading.Thread(target=lambda: wb.capture(nano, transcripts, tmp_path / "run", **OPTIONS))
+    first.start()
+    assert begun.wait(60)
+    with pytest.raises(InputError, match=rf"being written by process {os.getpid()} on .* since 20\d\d-"):
+        wb.capture(nano, transcripts, tmp_path / "run", **OPTIONS)
+    go_on.set()
+    first.join()
+    assert wb.open_run(tmp_path / "run").status == "complete"
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_its_unit_only(
+    nano: GptOss, transcripts: Path, whole: Path, tmp_path: Path, stored: Stored
+) -> None:
+    path = tmp_path / "run"
+    job = subprocess.Popen(command(transcripts, path, "--workers", "2"), stderr=subprocess.PIPE, text=True)
+    workers: list[psutil.Process] = []
+    deadline = time.monotonic() + 240
+    while not list(path.glob("tokens/id/c/*")) and time.monotonic() < deadline and job.poll() is None:
+        time.sleep(0.005)
+    for child in psutil.Process(job.pid).children(recursive=True):
+        if "spawn_main" in " ".join(child.cmdline()):
+            workers.append(child)
+    assert workers, "no worker was found"
+    workers[0].send_signal(signal.SIGKILL)
+    _, err = job.communicate(timeout=300)
+    assert job.returncode == 0, err
+    assert stored(path) == stored(whole)
+    assert verify(path) == []
+
+
+@pytest.fixture
+def cluster() -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
+    """A scheduler and a worker of their own, as on other machines."""
+    begin = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_scheduler",
+        "--port",
+        "0",
+        "--no-dashboard",
+        "--host",
+        "127.0.0.1",
+    ]
+    scheduler = subprocess.Popen(begin, stderr=subprocess.PIPE, text=True)
+    address = ""
+    assert scheduler.stderr is not None
+    while not address:
+        line = scheduler.stderr.readline()
+        assert line, "the scheduler ended"
+        address = (re.findall(r"Scheduler at:\s+(tcp://\S+)", line) or [""])[0]
+    rest = threading.Thread(target=scheduler.stderr.read, daemon=True)
+    rest.start()
+    begin = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
+    worker = subprocess.Popen(begin, stderr=subprocess.DEVNULL, text=True)
+    yield address, [scheduler, worker]
+    for process in (worker, scheduler):
+        process.terminate()
+        process.wait(30)
+    rest.join(30)
+    scheduler.stderr.close()
+
+
+@pytest.mark.slow
+def test_a_lost_scheduler_ends_the_job_and_the_next_goes_on(
+    nano: GptOss, transcripts: Path, whole: Path, tmp_path: Path, stored: Stored,
+    cluster: tuple[str, list[subprocess.Popen[str]]],
+) -> None:  # fmt: skip
+    address, (scheduler, _) = cluster
+    path = tmp_path / "run"
+    job = subprocess.Popen(command(transcripts, path, "--dask", address), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not list(path.glob("units/committed/c/*")) and time.monotonic() < deadline and job.poll() is None:
+        time.sleep(0.005)
+    scheduler.kill()
+    _, err = job.communicate(timeout=120)
+    if job.returncode != 0:  # it may have been done by then
+        assert job.returncode == 1, err
+        assert "scheduler" in err.splitlines()[-1]
+        assert "start the job again" in err.splitlines()[-1]
+    wb.capture(nano, transcripts, path, **OPTIONS)
+    assert stored(path) == stored(whole)
+
+
+def test_an_address_where_nobody_answers_is_refused(nano: GptOss, transcripts: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--dask tcp://127.0.0.1:1: no scheduler answers there"):
+        wb.capture(nano, transcripts, tmp_path / "run", dask="tcp://127.0.0.1:1")
+
+
+def test_one_row_in_twenty_may_be_bad(nano: GptOss, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Unicode, empty, too long, not JSON: the good rows are captured, the bad ones are listed with their lines."""
+    good = [{**rows[i % len(rows)], "id": f"row {i} ✓"} for i in range(95)]
+    long = [5] * (nano.cfg.n_ctx + 1)
+    bad = [
+        "{", json.dumps({**rows[0], "id": "empty", "messages": []}), json.dumps({**rows[0], "id": "\ud800"}),
+        json.dumps({"id": "long", "prompt_id": "x", "effort": "low", "tokens": long, "n_prompt": 1}),
+        json.dumps({"id": "none", "prompt_id": "x", "effort": "low", "tokens": [], "n_prompt": 0}),
+    ]  # fmt: skip
+    lines = [json.dumps(row, ensure_ascii=False) for row in good]
+    for place, line in zip((3, 20, 41, 62, 99), bad, strict=True):
+        lines.insert(place, line)
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    run = wb.capture(nano, path, tmp_path / "run", unit_tokens=1024)
+    assert len(run.sequences) == 95
+    assert [reject["line"] for reject in run.provenance["rejects"]] == [4, 21, 42, 63, 100]
+    assert verify(tmp_path / "run") == []
+
+
+def test_a_sequence_longer_than_a_unit_gets_one_of_its_own(tmp_path: Path) -> None:
+    model = wb.load("nano", dtype=torch.float32)
+    model.cfg = replace(model.cfg, n_ctx=4096)
+    rng, path = random.Random(0), tmp_path / "t.jsonl"
+    rows = [
+        {"id": str(i), "prompt_id": str(i), "effort": "", "tokens": rng.choices(range(5, 70), k=n), "n_prompt": 1}
+        for i, n in enumerate([30, 1100, 1, 500])
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    run = wb.capture(model, path, tmp_path / "run", unit_tokens=1024, record=["routing", "resid_post:0"])
+    assert [unit.capacity for unit in run.layout.units] == [1024, 2048]
+    assert verify(tmp_path / "run") == []

@@ -1,0 +1,244 @@
+"""Lenses: what the model would say if it stopped after each step, and what each expert writes, read as logits.
+
+A lens puts the residual stream of every depth through the final norm and the unembedding: depth 0 is the embedding,
+then every attention and every expert layer has one, and the last is the model's own answer. A tuned lens puts an
+affine map before, a map for each depth, that has learned to speak the last depth's language.
+
+Logits are made for a few tokens and one depth at a time; what is kept is a number a token and depth.
+
+Reference: nostalgebraist 2020, interpreting GPT: the logit lens; Belrose et al. 2023, the tuned lens, arXiv 2303.08112.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from workbench.errors import InputError
+from workbench.experiments.points import ROWS, Points, Token, points, read_out, residual
+from workbench.hooks.edits import Tokens
+from workbench.model.transformer import GptOss
+
+_UNITS = {"logit": "logit", "logprob": "nat", "rank": "1", "top": "id", "entropy": "nat", "kl": "nat"}
+_MEANS = {
+    "logit": "logit of the token",
+    "logprob": "log-probability of the token",
+    "rank": "tokens that are likelier",
+    "top": "the likeliest token",
+    "entropy": "entropy of the distribution",
+    "kl": "KL divergence of the distribution from the model's own",
+}
+
+
+@dataclass
+class TunedLens:
+    """x → x + A x + b before the final norm, for every depth but the last; in float32.
+
+    Saved as safetensors with the two tensors A and b.
+    """
+
+    A: Float[Tensor, "depth d_model d_model"]
+    b: Float[Tensor, "depth d_model"]
+
+    @classmethod
+    def identity(cls, model: GptOss) -> "TunedLens":
+        """The logit lens."""
+        depths, d = 2 * model.cfg.n_layers, model.cfg.d_model
+        return cls(torch.zeros(depths, d, d), torch.zeros(depths, d))
+
+    def __call__(self, depth: int, x: Float[Tensor, "point d_model"]) -> Float[Tensor, "point d_model"]:
+        if depth == len(self.b):
+            return x
+        a, b = (t[depth].to(x.device) for t in (self.A, self.b))
+        return (x.to(a.dtype) + x.to(a.dtype) @ a.mT + b).to(x.dtype)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all."""
+        part = Path(path).with_name(f".{Path(path).name}.part")
+        save_file({"A": self.A.contiguous(), "b": self.b.contiguous()}, part)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: GptOss) -> "TunedLens":
+        """Read a file that `save` wrote for a model of these sizes."""
+        try:
+            found = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is missing or no safetensors file: {error}") from error
+        wanted = cls.identity(model)
+        shapes = {"A": tuple(wanted.A.shape), "b": tuple(wanted.b.shape)}
+        if (got := {name: tuple(t.shape) for name, t in found.items()}) != shapes:
+            raise InputError(f"{path} holds {got}, this model needs {shapes}: it is another model's lens")
+        return cls(found["A"].float(), found["b"].float())
+
+
+@torch.no_grad()
+def logit_lens(
+    model: GptOss,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    at: Tokens = None,
+    of: Token | Sequence[int],
+    tuned: TunedLens | None = None,
+    n_real: Sequence[int] | None = None,
+) -> xr.Dataset:
+    """What the model would say after every depth at the tokens `at`, by (point, depth).
+
+    of: whose logit, log-probability and rank are given: a token id, ids [batch pos], "next" for the token that
+    follows, or several ids, which add the dimension `choice`.
+    """
+    chosen = points(model, tokens, at, n_real)
+    several = not isinstance(of, int | str | Tensor)
+    each = [chosen.ids(one) for one in of] if several else [chosen.ids(of)]  # type: ignore[union-attr, arg-type]
+    ids = torch.stack(each, 1)
+    stream = streams(model, chosen)
+    found: dict[str, list[Tensor]] = {name: [] for name in _MEANS}
+    for rows in torch.arange(len(ids)).split(ROWS):
+        column = chosen.column[rows]
+        final = read_out(model, stream[-1][rows], column).log_softmax(-1)
+        heard = (x[rows] if tuned is None else tuned(depth, x[rows]) for depth, x in enumerate(stream))
+        depths = [_stats(read_out(model, x, column), final, ids[rows]) for x in heard]
+        for name, values in found.items():
+            values.append(torch.stack([stats[name] for stats in depths], 1))
+    data = {}
+    for name, parts in found.items():
+        whole = torch.cat(parts).numpy()
+        dims = ("point", "depth", "choice")[: whole.ndim]
+        data[name] = (dims, whole, {"long_name": _MEANS[name], "units": _UNITS[name]})
+    layers = [-1, *(layer for layer in range(model.cfg.n_layers) for _ in range(2))]
+    after = ["embed", *["attn", "mlp"] * model.cfg.n_layers]
+    coords = chosen.coords() | {"layer": ("depth", layers), "after": ("depth", after), "of": (("point", "choice"), ids)}
+    out = xr.Dataset(data, coords, {"lens": "logit" if tuned is None else "tuned", "dtype": str(model.dtype)})
+    return out if several else out.isel(choice=0)
+
+
+def fit_tuned_lens(
+    model: GptOss,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    at: Tokens = None,
+    n_real: Sequence[int] | None = None,
+    steps: int = 300,
+    rows: int = 256,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> TunedLens:
+    """A tuned lens that says what the model says: KL from its distribution, by `steps` of Adam on `rows` tokens each.
+
+    It holds the streams of all tokens in the model's dtype, and four matrices of d_model² a depth in float32.
+    """
+    with torch.no_grad():
+        chosen = points(model, tokens, at, n_real)
+        stream = streams(model, chosen)
+    lens, rng = TunedLens.identity(model), torch.Generator().manual_seed(seed)
+    # Apart, so that a depth's gradient is of its own size and not of all depths'.
+    maps = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in zip(lens.A, lens.b, strict=True)]
+    adam = torch.optim.Adam([p for pair in maps for p in pair], lr=lr)
+    decay = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.01, steps)
+    for _ in range(steps):
+        some = torch.randint(len(chosen.column), (rows,), generator=rng)
+        with torch.no_grad():
+            final = read_out(model, stream[-1][some], chosen.column[some]).log_softmax(-1)
+        for (a, b), x in zip(maps, stream, strict=False):
+            here = TunedLens(a[None], b[None])(0, x[some])
+            loss = _kl(read_out(model, here, chosen.column[some]).log_softmax(-1), final).mean()
+            a.grad, b.grad = torch.autograd.grad(loss, (a, b))
+        adam.step()
+        decay.step()
+    return TunedLens(*(torch.stack([pair[i].detach() for pair in maps]) for i in range(2)))
+
+
+@torch.no_grad()
+def expert_writes(
+    model: GptOss,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    at: Tokens = None,
+    n_real: Sequence[int] | None = None,
+    k: int = 10,
+) -> xr.Dataset:
+    """What every expert writes, read as logits: the k tokens it raises most, over the tokens that went to it.
+
+    By (layer, expert, rank): `token`, and `logit`, the mean of its gated output through the final norm, with the scale
+    that the run had, and the unembedding, less the mean over the vocabulary. `n` is how many tokens went to it; of an
+    expert that none did, the tokens are −1 and the logits NaN.
+    """
+    chosen = points(model, tokens, at, n_real)
+    scale = (residual(model, chosen).float().square().mean(-1, keepdim=True) + model.cfg.eps).sqrt()
+    n_experts, seen, sums, counts = model.cfg.num_experts, dict[str, Tensor](), list[Tensor](), list[Tensor]()
+
+    def see(x: Tensor, hook: Any) -> None:
+        name, there = hook.name.split(".", 2)[2], x[0, chosen.column.to(x.device)]
+        seen[name] = there
+        if name == "mlp.experts.hook_out":
+            gated = there.float() * (seen["mlp.hook_expert_weights"].float() / scale.to(x.device))[..., None]
+            slots = seen["mlp.hook_expert_indices"].flatten()
+            zeros = torch.zeros(n_experts, x.shape[-1], device=x.device)
+            sums.append(zeros.index_add_(0, slots, gated.flatten(0, 1)))
+            counts.append(torch.bincount(slots, minlength=n_experts))
+
+    inside = ("mlp.hook_expert_indices", "mlp.hook_expert_weights", "mlp.experts.hook_out")
+    with model.hooks(fwd_hooks=[(f"blocks.{i}.{n}", see) for i in range(model.cfg.n_layers) for n in inside]):
+        residual(model, chosen)
+    found = [_top(model, total / n[:, None], k) for total, n in zip(sums, counts, strict=True)]
+    logit, token = (torch.stack(list(parts)).numpy() for parts in zip(*found, strict=True))
+    data = {
+        "token": (("layer", "expert", "rank"), np.where(np.isnan(logit), -1, token), {"units": "id"}),
+        "logit": (("layer", "expert", "rank"), logit, {"units": "logit"}),
+        "n": (("layer", "expert"), torch.stack([n.cpu() for n in counts]).numpy(), {"units": "token"}),
+    }
+    return xr.Dataset(data, {"layer": range(len(sums)), "expert": range(n_experts)}, {"dtype": str(model.dtype)})
+
+
+def streams(model: GptOss, chosen: Points) -> list[Float[Tensor, "point d_model"]]:
+    """The residual stream of the points at every depth, in the model's dtype."""
+    found: list[Tensor] = []
+
+    def keep(x: Tensor, hook: object) -> None:
+        found.append(x[0, chosen.column.to(x.device)])
+
+    ends = [
+        f"blocks.{layer}.{name}"
+        for layer in range(model.cfg.n_layers)
+        for name in ("hook_resid_mid", "hook_resid_post")
+    ]
+    hooks: list[tuple[str, Callable[..., None]]] = [(name, keep) for name in ["hook_embed", *ends]]
+    with model.hooks(fwd_hooks=hooks):
+        residual(model, chosen)
+    return found
+
+
+def _stats(logits: Tensor, final: Tensor, ids: Int[Tensor, "point choice"]) -> dict[str, Tensor]:
+    logp, ids = logits.log_softmax(-1), ids.to(logits.device)
+    own = logits.gather(-1, ids)
+    rank = [(logits > own[:, i, None]).sum(-1) for i in range(ids.shape[1])]
+    out = {
+        "logit": own,
+        "logprob": logp.gather(-1, ids),
+        "rank": torch.stack(rank, 1),
+        "top": logits.argmax(-1),
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "kl": _kl(logp, final),
+    }
+    return {name: t.cpu() for name, t in out.items()}
+
+
+def _kl(logp: Float[Tensor, "point d_vocab"], final: Float[Tensor, "point d_vocab"]) -> Float[Tensor, " point"]:
+    return (final.exp() * (final - logp)).sum(-1)
+
+
+def _top(model: GptOss, mean: Float[Tensor, "expert d_model"], k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits, less their mean, and their tokens; a few experts at a time."""
+    weight, found = model.unembed.weight, []
+    for part in mean.split(ROWS):
+        logits = (part.to(weight.device) * model.ln_final.weight.float()).to(weight.dtype) @ weight.mT
+        found.append((logits.float() - logits.float().mean(-1, keepdim=True)).topk(min(k, len(weight)), -1))
+    return torch.cat([f.values for f in found]).cpu(), torch.cat([f.indices for f in found]).cpu()

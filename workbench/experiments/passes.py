@@ -1,0 +1,147 @@
+"""Passes that bring activations and gradients at hook points, and what the axes of a hook point mean.
+
+Gradients are those of a zero added at the point, so that several points are had from one pass, and weights take none.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from workbench.errors import InputError
+from workbench.hooks.names import BLOCK, hook_points
+from workbench.hooks.places import points_of
+from workbench.model.transformer import GptOss
+
+Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, " batch"]]
+Hook = Callable[..., Tensor | None]
+_SUMMED = ("d_model", "d_head", "d_mlp", "d_vocab", "key_pos", "1")
+_DIMS = {"batch": "sequence", "pos": "position", "query_pos": "position"}
+
+
+@torch.no_grad()
+def activations(
+    model: GptOss, tokens: Int[Tensor, "batch pos"], names: Collection[str], n_real: Sequence[int] | None = None
+) -> dict[str, Shaped[Tensor, "batch *feature"]]:
+    """What passes at these hook points, all edits done."""
+    found: dict[str, Tensor] = {}
+    with model.hooks(fwd_hooks=[(name, keep(found)) for name in dict.fromkeys(names)]):
+        model(tokens.to(model.device), n_real=n_real)
+    return found
+
+
+def slopes(
+    model: GptOss, tokens: Tensor, metric: Metric, names: Sequence[str], n_real: Sequence[int] | None = None
+) -> tuple[Float[Tensor, " batch"], dict[str, Tensor], dict[str, Tensor]]:
+    """The metric, the activations at these hook points, and its gradients there."""
+    here: dict[str, Tensor] = {}
+    deltas: dict[str, Tensor] = {}
+
+    def add(x: Tensor, hook: Any) -> Tensor:
+        here[hook.name] = x.detach()
+        deltas[hook.name] = torch.zeros_like(here[hook.name], requires_grad=True)
+        return x + deltas[hook.name]
+
+    with torch.enable_grad(), model.hooks(fwd_hooks=[(name, add) for name in names]):
+        values = scalar(metric, model(tokens.to(model.device), n_real=n_real))
+        grads = torch.autograd.grad(values.sum(), [deltas[name] for name in names], materialize_grads=True)
+    return values.detach(), here, dict(zip(names, grads, strict=True))
+
+
+@torch.no_grad()
+def said(
+    model: GptOss, tokens: Int[Tensor, "batch pos"], metric: Metric, n_real: Sequence[int] | None = None
+) -> Float[Tensor, " batch"]:
+    """The metric of a pass."""
+    return scalar(metric, model(tokens.to(model.device), n_real=n_real))
+
+
+def scalar(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
+    """The metric, which must give one number a sequence."""
+    values = metric(logits)
+    if values.shape != logits.shape[:1]:
+        raise InputError(f"the metric gives {tuple(values.shape)} of {len(logits)} sequences: wanted a number for each")
+    return values
+
+
+def keep(found: dict[str, Tensor]) -> Hook:
+    """A hook that looks."""
+
+    def look(x: Tensor, hook: Any) -> None:
+        found[hook.name] = x.detach()
+
+    return look
+
+
+def instead(value: Tensor) -> Hook:
+    """A hook that replaces."""
+    return lambda x, hook: value
+
+
+def choices(model: GptOss) -> list[str]:
+    """The points of the choice of experts, a layer each."""
+    return [f"blocks.{layer}.mlp.hook_expert_indices" for layer in range(model.cfg.n_layers)]
+
+
+def flipped(
+    mine: Int[Tensor, "batch pos slot"], other: Int[Tensor, "batch pos slot"]
+) -> Float[np.ndarray, "batch pos"]:
+    """The share of my slots whose expert the other did not choose."""
+    lost = ~(mine[..., :, None] == other.to(mine.device)[..., None, :]).any(-1)
+    return lost.double().mean(-1).cpu().numpy()
+
+
+def named(model: GptOss, point: str) -> list[str]:
+    """The full names of a point of the blocks in every layer, or of one point."""
+    names = [f"blocks.{layer}.{point}" for layer in range(model.cfg.n_layers)] if point in BLOCK else [point]
+    if any(name.endswith("hook_expert_indices") for name in names):
+        raise InputError(f"{point}: a choice of experts has no gradient; patch it and measure")
+    return points_of(model, names)
+
+
+def axes(model: GptOss, name: str) -> list[str]:
+    """The axes of a hook point; of an SAE's features each is one's own."""
+    other = "batch pos feature" if name.endswith("hook_sae_acts_post") else "batch pos d_model"
+    return hook_points(model.cfg.n_layers).get(name, other).split()
+
+
+def dims(model: GptOss, name: str) -> tuple[str, ...]:
+    """What is left of the axes when the entries of a vector are summed, as dimensions of a dataset."""
+    return tuple(_DIMS.get(axis, axis) for axis in axes(model, name) if axis not in _SUMMED)
+
+
+def dot(model: GptOss, name: str, end: Tensor, begin: Tensor, slope: Tensor) -> Float[np.ndarray, "batch *kept"]:
+    """(end − begin) · slope over the axes that are summed; entries that are alike count 0, infinite ones too."""
+    wide = torch.promote_types(slope.dtype, torch.float32)
+    end = end.to(begin.device)
+    share = torch.where(end == begin, 0, end.to(wide) - begin.to(wide)) * slope.to(wide)
+    summed = axes(model, name)[-1] in _SUMMED
+    return (share.sum(-1) if summed else share).double().cpu().numpy()
+
+
+def real(tokens: Int[Tensor, "batch pos"], n_real: Sequence[int] | None) -> Bool[np.ndarray, "batch pos"]:
+    """Which tokens are no padding."""
+    lengths = np.array([tokens.shape[1]] * len(tokens) if n_real is None else n_real)
+    return np.arange(tokens.shape[1]) < lengths[:, None]
+
+
+def source(
+    model: GptOss,
+    like: Tensor,
+    given: Tensor | Mapping[str, Tensor],
+    names: Sequence[str],
+    n_real: Sequence[int] | None,
+) -> Mapping[str, Tensor]:
+    """Activations to patch with, from tokens of the same shape or as given."""
+    if isinstance(given, Tensor):
+        if given.shape != like.shape:
+            raise InputError(
+                f"clean tokens of {tuple(given.shape)} and corrupt ones of {tuple(like.shape)}: pad them alike"
+            )
+        return activations(model, given, [*names, *choices(model)], n_real)
+    if missing := [name for name in names if name not in given]:
+        raise InputError(f"the clean activations lack {missing[0]!r}: record it, or give tokens")
+    return given
