@@ -7,11 +7,11 @@ writes it) and OpenAI's original one. Both become the same `Config`, in Transfor
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, ClassVar
 
 from workbench.errors import InputError
 
@@ -54,6 +54,35 @@ class Config:
     swiglu_limit: float
     swiglu_alpha: float
     rope: Rope
+
+    # What TransformerLens' tools ask a config beside sizes.
+    attn_only: ClassVar[bool] = False
+    use_attn_result: ClassVar[bool] = False  # attn.hook_result is there when it is hooked
+    normalization_type: ClassVar[str] = "RMS"
+    positional_embedding_type: ClassVar[str] = "rotary"
+    act_fn: ClassVar[str] = "swiglu"
+
+    def of(self, model: Any) -> "Config":
+        """The same, of a model: it says where that is."""
+        own = replace(self)
+        object.__setattr__(own, "_model", model)  # no field: two configs are equal wherever their models are
+        return own
+
+    @property
+    def device(self) -> Any:
+        """Where the model's tokens go in; a config alone is nowhere."""
+        return self._its_model.device
+
+    @property
+    def dtype(self) -> Any:
+        """Of the model's residual stream."""
+        return self._its_model.dtype
+
+    @property
+    def _its_model(self) -> Any:
+        if "_model" not in self.__dict__:
+            raise AttributeError("a config alone has no device and no dtype: ask a model's, model.cfg")
+        return self.__dict__["_model"]
 
     @property
     def n_params(self) -> int:

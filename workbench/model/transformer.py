@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
@@ -26,6 +27,7 @@ from workbench.model.config import Config
 from workbench.model.generate import generate
 from workbench.model.low_rank import Linear, LowRank
 from workbench.model.rope import rotate
+from workbench.model.weights import AttentionWeights, ExpertWeights, ModelWeights
 from workbench.model.where import Where
 
 
@@ -50,7 +52,7 @@ class RMSNorm(nn.Module):
         return (self.hook_normalized(wide / scale) * self.weight.to(wide.dtype)).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention(AttentionWeights, nn.Module):
     """Grouped-head causal attention with a learned sink per head, windowed where the config says so."""
 
     def __init__(self, cfg: Config, layer: int) -> None:
@@ -139,7 +141,7 @@ class ExpertMatrix(nn.Module):
         return base if self.lora is None else Adapted(base, self.lora.a, self.lora.b)
 
 
-class ExpertLayer(nn.Module):
+class ExpertLayer(ExpertWeights, nn.Module):
     """All experts of a layer, run on the slots that chose them."""
 
     def __init__(self, cfg: Config, packed: bool) -> None:
@@ -214,12 +216,12 @@ class Unembed(nn.Module):
         return self.hook_out(nn.functional.linear(x, self.weight))
 
 
-class GptOss(HookedRootModule):
+class GptOss(ModelWeights, HookedRootModule):
     """The model. `GptOss(cfg)` has dense, trainable float32 experts; `load` gives one on a checkpoint's weights."""
 
     def __init__(self, cfg: Config, *, packed: bool = False, tokenizer: Any = None, checkpoint: Any = None) -> None:
         super().__init__()
-        self.cfg, self.tokenizer, self.checkpoint = cfg, tokenizer, checkpoint
+        self.cfg, self.tokenizer, self.checkpoint = cfg.of(self), tokenizer, checkpoint
         self.adapter: Any = None  # see workbench.model.lora
         self.where: Where | None = None  # of the last pass; hooks read it
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
@@ -310,6 +312,11 @@ class GptOss(HookedRootModule):
                 f"texts of {sorted({len(r) for r in rows})} tokens do not fit one tensor: pass them singly"
             )
         return torch.tensor(rows, device=self.device)
+
+    def run_with_cache(self, *args: Any, remove_batch_dim: bool = False, **options: Any) -> tuple[Any, ActivationCache]:
+        """TransformerLens' own, with its ActivationCache."""
+        out, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **options)
+        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
 
     def generate(self, tokens: Any, **options: Any) -> Any:
         """Continue prompts; see `workbench.model.generate.generate`."""

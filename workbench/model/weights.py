@@ -1,0 +1,174 @@
+"""The weights and words of a model by TransformerLens' names and shapes, for its tools and for people who know them.
+
+Nothing is copied before it is asked for, and experts are unpacked one at a time. W_K and W_V are given to every query
+head that reads them. An adapter's update is in them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from transformer_lens import FactoredMatrix
+
+from workbench.kernels.moe import Adapted
+from workbench.kernels.mxfp4 import Mxfp4, dequantise
+from workbench.model.low_rank import Linear
+
+
+class AttentionWeights:
+    """W_Q, W_K, W_V [head d_model d_head], W_O [head d_head d_model], b_Q, b_K, b_V [head d_head], b_O [d_model]."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    sinks: Any
+    d_head: int
+
+    W_Q = property(lambda self: self._by_head(self.q.matrix).mT)
+    W_K = property(lambda self: self._by_head(self.k.matrix).mT)
+    W_V = property(lambda self: self._by_head(self.v.matrix).mT)
+    W_O = property(lambda self: self.o.matrix.mT.unflatten(0, (-1, self.d_head)))
+    b_Q = property(lambda self: self._by_head(self.q.bias))
+    b_K = property(lambda self: self._by_head(self.k.bias))
+    b_V = property(lambda self: self._by_head(self.v.bias))
+    b_O = property(lambda self: self.o.bias)
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """W_Q · W_Kᵀ of every head, before rotation and scale."""
+        return FactoredMatrix(self.W_Q, self.W_K.mT)
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """W_V · W_O of every head."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    def _by_head(self, rows: Shaped[Tensor, "own *rest"]) -> Shaped[Tensor, "head d_head *rest"]:
+        own = rows.unflatten(0, (-1, self.d_head))
+        return own.repeat_interleave(len(self.sinks) // len(own), 0)
+
+
+class ExpertWeights:
+    """One expert's matrices, dense: W_gate, W_in (up) [d_model d_mlp], W_out [d_mlp d_model], and their biases."""
+
+    gate_up: Any
+    down: Any
+
+    def W_gate(self, expert: int) -> Float[Tensor, "d_model d_mlp"]:
+        """Gates the activation."""
+        return dense(self.gate_up.matrix, expert)[:, 0::2]
+
+    def W_in(self, expert: int) -> Float[Tensor, "d_model d_mlp"]:
+        """What is gated; it enters as this plus one."""
+        return dense(self.gate_up.matrix, expert)[:, 1::2]
+
+    def W_out(self, expert: int) -> Float[Tensor, "d_mlp d_model"]:
+        """What the activation writes."""
+        return dense(self.down.matrix, expert)
+
+    def b_gate(self, expert: int) -> Float[Tensor, " d_mlp"]:
+        """Of the gate."""
+        return self.gate_up.bias[expert, 0::2]
+
+    def b_in(self, expert: int) -> Float[Tensor, " d_mlp"]:
+        """Of what is gated."""
+        return self.gate_up.bias[expert, 1::2]
+
+    def b_out(self, expert: int) -> Float[Tensor, " d_model"]:
+        """Written whenever the expert is chosen, with its gate."""
+        return self.down.bias[expert]
+
+
+def dense(matrix: Mxfp4 | Adapted | Tensor, expert: int) -> Float[Tensor, "inputs outputs"]:
+    """One expert's matrix, unpacked, an adapter's update in it."""
+    if isinstance(matrix, Adapted):
+        base = dense(matrix.base, expert)
+        return base + (matrix.a[expert] @ matrix.b[expert]).to(base.dtype)
+    return dequantise(*matrix.at(expert)).mT if isinstance(matrix, Mxfp4) else matrix[expert]
+
+
+class ModelWeights:
+    """Of all layers, stacked on the first one's device; and tokens as TransformerLens' tools ask for them."""
+
+    blocks: Any
+    embed: Any
+    unembed: Any
+    ln_final: Any
+    cfg: Any
+    tokenizer: Any
+
+    W_E = property(lambda self: self.embed.weight)
+    W_U = property(lambda self: self.unembed.weight.mT)
+    b_U = property(lambda self: torch.zeros(self.cfg.d_vocab, device=self.unembed.weight.device))
+    W_Q = property(lambda self: self._stacked("W_Q"))
+    W_K = property(lambda self: self._stacked("W_K"))
+    W_V = property(lambda self: self._stacked("W_V"))
+    W_O = property(lambda self: self._stacked("W_O"))
+    b_Q = property(lambda self: self._stacked("b_Q"))
+    b_K = property(lambda self: self._stacked("b_K"))
+    b_V = property(lambda self: self._stacked("b_V"))
+    b_O = property(lambda self: self._stacked("b_O"))
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """[layer head d_model d_model], in its two factors."""
+        return FactoredMatrix(self.W_Q, self.W_K.mT)
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """[layer head d_model d_model], in its two factors."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    def all_head_labels(self) -> list[str]:
+        """L0H0 and so on."""
+        return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """The attention biases in the stream before `layer`. Experts' biases depend on the routing: refused."""
+        if include_mlp_biases:
+            raise ValueError(
+                "experts' biases are added by the tokens that go to them, there is no sum of them: expand_neurons=False, "
+                "include_mlp_biases=False, or workbench.experiments.attribution for every expert and its bias"
+            )
+        return sum(
+            (block.attn.b_O for block in self.blocks[: layer + int(mlp_input)]), torch.zeros_like(self.ln_final.weight)
+        )
+
+    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, "*any"]) -> Float[Tensor, "*any d_model"]:
+        """What a normalised stream is multiplied with to give these tokens' logits: the final norm's weight is in it."""
+        ids = torch.as_tensor(self.to_single_token(tokens) if isinstance(tokens, str) else tokens)
+        return self.unembed.weight[ids.to(self.unembed.weight.device)] * self.ln_final.weight
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is one token."""
+        ids = [self.tokenizer.special[text]] if text in self.tokenizer.special else self.tokenizer.encode(text)
+        if len(ids) != 1:
+            raise ValueError(f"{text!r} is {len(ids)} tokens: {self.to_str_tokens(text)}")
+        return int(ids[0])
+
+    def to_single_str_token(self, token: int) -> str:
+        """The text of an id."""
+        return str(self.tokenizer.token(int(token)))
+
+    def to_string(self, tokens: Sequence[int] | Int[Tensor, "*batch pos"]) -> str | list[str]:
+        """The text of a row of ids, or a list of the texts of rows."""
+        ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        return (
+            [self.tokenizer.decode(row) for row in ids]
+            if ids and isinstance(ids[0], list)
+            else self.tokenizer.decode(ids)
+        )
+
+    def to_str_tokens(self, text: str | Sequence[int] | Int[Tensor, "..."]) -> list[str]:
+        """Each token's text, of an ordinary text or of a row of ids."""
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else torch.as_tensor(text).flatten().tolist()
+        return [self.to_single_str_token(id) for id in ids]
+
+    def _stacked(self, name: str) -> Tensor:
+        parts = [getattr(block.attn, name) for block in self.blocks]
+        return torch.stack([part.to(parts[0].device) for part in parts])
