@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from workbench.hooks.points import recomputing
+
 TokenSet = Callable[[Int[np.ndarray, " pos"]], Bool[np.ndarray, " pos"]]
 Tokens = TokenSet | Sequence[int] | slice | None  # a set (see harmony.token_set), positions, or every token
 
@@ -103,7 +105,8 @@ def applied(model: Any, *edits: Edit) -> Iterator[list[Matched]]:
         def run(tensor: Tensor, hook: Any) -> Tensor:
             out, tokens, changed = act(tensor, At(model, layer, model.where, seen.setdefault(layer, {})))
             assert out.shape == tensor.shape, f"{matched.says}: {tuple(tensor.shape)} became {tuple(out.shape)}"
-            matched.count(tokens, changed)
+            if not recomputing():
+                matched.count(tokens, changed)
             return out.to(tensor.dtype)
 
         return run

@@ -12,6 +12,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from workbench.hooks.points import recomputing
+
 HookFunction = Callable[..., None]
 
 
@@ -31,6 +33,8 @@ class Recorder:
         return [(name, partial(self._keep, dtype=dtype)) for name, dtype in self.wanted.items()]
 
     def _keep(self, activation: Shaped[Tensor, "batch pos *feature"], hook: HookPoint, dtype: torch.dtype) -> None:
+        if recomputing():
+            return
         assert hook.name is not None
         self._kept[hook.name].append(activation.detach().flatten(0, 1).to("cpu", dtype, copy=True))
 
@@ -61,6 +65,8 @@ class SequenceRecorder:
         return [(name, partial(self._keep, keep=keep)) for name, keep in self._recorder.fwd_hooks]
 
     def _keep(self, activation: Shaped[Tensor, "batch pos *feature"], hook: HookPoint, keep: HookFunction) -> None:
+        if recomputing():
+            return
         assert hook.name is not None
         self._sequences[hook.name].append(self._model.where.sequence.flatten())
         keep(activation, hook)

@@ -6,17 +6,19 @@ inside of the experts) is materialised only while it is hooked, in that layer; t
 Reference: openai/gpt-oss, gpt_oss/torch/model.py (commit 7b58334); the OpenAI gpt-oss model card, arXiv 2508.10925.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
-from workbench.hooks.points import hooked
+from workbench.hooks.points import hooked, remembered
 from workbench.kernels import attention as attend
 from workbench.kernels import routing
 from workbench.kernels.moe import Adapted, Experts, Taps, moe
@@ -224,6 +226,7 @@ class GptOss(ModelWeights, HookedRootModule):
         self.cfg, self.tokenizer, self.checkpoint = cfg.of(self), tokenizer, checkpoint
         self.adapter: Any = None  # see workbench.model.lora
         self.where: Where | None = None  # of the last pass; hooks read it
+        self.checkpointing = False  # keep one stream a block for the backward pass and compute the rest again
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(Block(cfg, layer, packed) for layer in range(cfg.n_layers))
@@ -272,10 +275,28 @@ class GptOss(ModelWeights, HookedRootModule):
         for block, device in zip(self.blocks, self.devices, strict=True):
             x, where = x.to(device), where.to(device)
             with torch.cuda.device_of(x):  # Triton launches on the current device; nothing off GPUs
-                x = block(x, where)
+                if self.checkpointing and cache is None and torch.is_grad_enabled():
+                    x = self._checkpointed(block, x, where)
+                else:
+                    x = block(x, where)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return x.to(self.unembed.weight.device)
+
+    def _checkpointed(self, block: nn.Module, x: Tensor, where: Where) -> Tensor:
+        """The block, whose inside the backward pass computes again: with the hooks and the tokens of this pass."""
+        hooks = remembered(block)
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            now, self.where = self.where, where
+            try:
+                with hooks():
+                    yield
+            finally:
+                self.where = now
+
+        return checkpoint(block, x, where, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 
     def logits(
         self, residual: Float[Tensor, "batch pos d_model"], columns: Int[Tensor, "batch kept"]
