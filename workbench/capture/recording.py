@@ -58,7 +58,7 @@ def wanted(spec: Spec, cfg: Config) -> dict[str, torch.dtype]:
 
 def bytes_per_token(spec: Spec, cfg: Config) -> dict[str, int]:
     """What a token takes of each array before compression; tokens and their labels first."""
-    sizes = {"tokens": 27}
+    sizes = {"tokens": 28}
     if spec.routing:
         wide = 1 if cfg.num_experts <= 256 else 2
         sizes["routing"] = cfg.n_layers * cfg.experts_per_token * (wide + 2)
