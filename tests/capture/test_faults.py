@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -25,6 +26,7 @@ from workbench.capture import buffers, pipeline
 from workbench.capture.interrupt import Interrupt
 from workbench.errors import InputError, JobError
 from workbench.model.transformer import GptOss
+from workbench.runs import shards
 from workbench.runs.verify import verify
 from workbench.runs.writer import RunWriter
 
@@ -111,15 +113,14 @@ def test_a_second_signal_is_not_caught() -> None:
 def test_a_full_disk_leaves_its_unit_out_and_the_job_goes_on_later(
     nano: GptOss, transcripts: Path, whole: Path, tmp_path: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, write, written = tmp_path / "run", RunWriter._write, []
+    path, put = tmp_path / "run", shards._put
 
-    def full(self: RunWriter, unit: Any, name: str, *rest: Any) -> None:
-        written.append(unit.index)
-        if unit.index == 1 and name == "routing/gates":
+    def full(array: Any, target: Path, values: np.ndarray) -> None:
+        if str(target).endswith("routing/gates/c/0/1/0"):  # the second unit's
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, unit, name, *rest)
+        put(array, target, values)
 
-    monkeypatch.setattr(RunWriter, "_write", full)
+    monkeypatch.setattr(shards, "_put", full)
     with pytest.raises(JobError, match=r"disk of .* is full; free some space and start the same job again"):
         wb.capture(nano, transcripts, path, **OPTIONS)
     assert wb.open_run(path).committed.tolist()[:2] == [True, False]

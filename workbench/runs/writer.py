@@ -8,7 +8,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from workbench.errors import InputError, JobError
+from workbench.runs import shards
 from workbench.runs.lock import Lock
 from workbench.runs.schema import SCHEMA, ArraySpec, Layout, Spec, Unit, arrays
 
 LOCK = ".lock"
-_CODEC = ZstdCodec(level=1, checksum=True)  # the checksum finds a flipped byte that still decompresses
+_CODEC = ZstdCodec(level=shards.LEVEL, checksum=True)  # the checksum finds a flipped byte that still decompresses
 _STORED_AS = {
     "experts": "routing/experts", "gates": "routing/gates", "router_logits": "routing/logits", "sink": "attention/sink",
     "logprob": "tokens/logprob", "entropy": "tokens/entropy",
@@ -210,32 +212,31 @@ class RunWriter:
         optional = {f"tokens/{name}" for name in _MAY_BE_NAN}
         assert set(stored) | optional == set(self._arrays) | optional, set(stored) ^ set(self._arrays)
         try:
-            for name, array in self._arrays.items():
-                self._write(unit, name, array, stored.get(name))
+            with ThreadPoolExecutor(shards.threads(), thread_name_prefix="compress") as pool:
+                calls = [
+                    c for name, array in self._arrays.items() for c in self._writes(unit, name, array, stored.get(name))
+                ]
+                for written in [pool.submit(call) for call in calls]:
+                    written.result()
             self.group["units/committed"][index] = True
         except OSError as error:
             raise _disk_error(self.path, error) from error
 
-    def _write(self, unit: Unit, name: str, array: ArraySpec, values: np.ndarray | None) -> None:
-        """A unit's rows of an array, padded with the fill value to whole shards."""
-        if array.dims[0] == "unit":
-            assert values is not None
-            self.group[name].with_config({"write_empty_chunks": True})[unit.index] = values
-            return
-        by_token = "token" in array.dims
-        start = unit.start if by_token else unit.index * array.per_unit
-        rows = unit.capacity if by_token else array.per_unit
-        shape = list(array.shape)
-        shape[array.axis] = rows
-        padded = np.full(shape, array.fill, dtype=array.dtype)
-        if values is not None:
-            used = [slice(None)] * len(shape)
-            used[array.axis] = slice(values.shape[array.axis])
-            padded[tuple(used)] = values
-        place = [slice(None)] * len(shape)
-        place[array.axis] = slice(start, start + rows)
-        # A chunk of nothing but fill values is written too: a file that is not there is then damage.
-        self.group[name].with_config({"write_empty_chunks": True})[tuple(place)] = padded
+    def _writes(
+        self, unit: Unit, name: str, array: ArraySpec, values: np.ndarray | None
+    ) -> Iterator[Callable[[], None]]:
+        """Whole shards of an array, a unit's rows in them and the fill value behind; chunks of nothing else too.
+
+        A file that is not there is then damage.
+        """
+        start = unit.index if array.dims[0] == "unit" else unit.index * array.per_unit
+        if values is None:
+            assert "token" in array.dims
+            values = np.full(unit.capacity, array.fill)
+        values = values[None] if array.dims[0] == "unit" else values
+        if "token" in array.dims:
+            start = unit.start
+        return shards.writes(self.group[name], self.path / name, start, array.axis, values)
 
     def _check(self, unit: Unit, records: Mapping[str, np.ndarray]) -> None:
         lengths = [self.layout.lengths[s] for s in unit.sequences]

@@ -1,0 +1,85 @@
+"""Whole shards of a Zarr array, compressed side by side and put in their place: what a writer of units needs, faster.
+
+The layout is Zarr v3's own: chunks compressed by zstd, in a shard one after the other in C order and behind them the
+index, offset and length of each as little-endian uint64, closed by its crc32c. Any Zarr reader opens it. Writing whole
+shards ourselves saves the general writer's reading, merging and bookkeeping of chunks, and compression releases the
+interpreter.
+Measured, 2 cores beside other work, bfloat16 bits of [4, 16384, 2880]: see `workbench bench store`.
+
+Reference: Zarr v3 core specification; sharding_indexed codec, version 1.0.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import zarr
+from numcodecs import Zstd
+
+LEVEL = 1
+
+
+def writes(array: zarr.Array, folder: Path, start: int, axis: int, values: np.ndarray) -> Iterator[Callable[[], None]]:
+    """What is to be done to put `values` at `start` of `axis`, of all else all: a call a shard, in any order.
+
+    A shard that is there is written again as a whole; one at the end of the values is filled up.
+    """
+    grain = array.shards or array.chunks
+    assert start % grain[axis] == 0, f"{start=} is inside a shard of {grain[axis]}"
+    for key, part in _shards(values.shape, grain, start // grain[axis], axis):
+        yield partial(_put, array, folder / "c" / "/".join(map(str, key)), values[part])
+
+
+def _put(array: zarr.Array, target: Path, values: np.ndarray) -> None:
+    block = _filled(values, array.shards or array.chunks, array.fill_value, array.dtype)
+    parts = shard(block, array.chunks) if array.shards else [_encode(block)]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "wb") as file:
+        file.writelines(parts)
+
+
+def shard(block: np.ndarray, chunks: tuple[int, ...]) -> list[bytes]:
+    """A shard of whole chunks, in pieces to be written one after the other."""
+    parts: list[bytes] = []
+    index: list[int] = []
+    at = 0
+    for origin in product(*(range(0, n, c) for n, c in zip(block.shape, chunks, strict=True))):
+        data = _encode(block[tuple(slice(o, o + c) for o, c in zip(origin, chunks, strict=True))])
+        parts.append(data)
+        index += [at, len(data)]
+        at += len(data)
+    table = np.array(index, dtype="<u8").tobytes()
+    return [*parts, table, google_crc32c.value(table).to_bytes(4, "little")]
+
+
+def _encode(block: np.ndarray) -> bytes:
+    packed: bytes = Zstd(level=LEVEL, checksum=True).encode(np.ascontiguousarray(block))
+    return packed
+
+
+def _shards(
+    shape: tuple[int, ...], grain: tuple[int, ...], first: int, axis: int
+) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+    """Key and place of every shard that values of this shape fill."""
+    counts = [-(-n // g) for n, g in zip(shape, grain, strict=True)]
+    for index in product(*map(range, counts)):
+        key = tuple(i + first * (a == axis) for a, i in enumerate(index))
+        yield key, tuple(slice(i * g, (i + 1) * g) for i, g in zip(index, grain, strict=True))
+
+
+def _filled(block: np.ndarray, grain: tuple[int, ...], fill: object, dtype: np.dtype) -> np.ndarray:
+    """The block in the size of a shard, and in the array's dtype."""
+    if block.shape == tuple(grain):
+        return block.astype(dtype, copy=False)
+    out = np.full(grain, fill, dtype=dtype)
+    out[tuple(slice(n) for n in block.shape)] = block
+    return out
+
+
+def threads() -> int:
+    """Compressing threads of a writer: the cores, at most eight."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
