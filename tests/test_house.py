@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "dashboards": {"figures", "studies", "runs", "harmony", "errors"},
     "capture": {"model", "hooks", "runs", "harmony", "errors", "progress"},
     "data": {"model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
-    "bench": {"kernels", "hooks", "model", "harmony", "capture", "errors", "progress"},
+    "bench": {"kernels", "hooks", "model", "harmony", "capture", "runs", "errors", "progress"},
     "experiments": {"model", "kernels", "hooks", "capture", "runs", "studies", "harmony", "errors", "progress"},
     "cli": {"bench", "model", "capture", "runs", "studies", "figures", "dashboards", "harmony", "errors"},
 }

@@ -64,6 +64,17 @@ def test_a_unit_interrupted_before_its_flag_is_invisible_and_redone(
     assert contents(path) == contents(tmp_path / "straight")
 
 
+def test_what_a_kill_left_half_written_is_cleared_away(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    write_run(path, units=[0])
+    torn = path / "units" / "committed" / "c" / "1.0f3c.partial"
+    torn.write_bytes(b"")
+    write_run(path)
+    assert not torn.exists()
+    write_run(tmp_path / "straight")
+    assert contents(path) == contents(tmp_path / "straight")
+
+
 def test_threads_may_write_different_units(tmp_path: Path) -> None:
     write_run(tmp_path / "straight")
     with open_writer(tmp_path / "r", **job(LAYOUT)) as writer:

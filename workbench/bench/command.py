@@ -47,6 +47,34 @@ def full(
 
 
 @app.command()
+def capture(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint as everywhere.")] = "nano",
+    tokens: Annotated[int, typer.Option(min=2, help="Of the one sequence that is run.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    out: Json = None,
+) -> None:
+    """Tokens a second: forward only, our capture, and other tools' recording where they are installed."""
+    import torch
+
+    from workbench.bench.capture import run
+
+    _write(out, run(checkpoint, tokens, rounds, {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]))
+
+
+@app.command()
+def store(
+    streams: Annotated[int, typer.Option(min=1, help="Layers whose residual streams are written.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured times of each.")] = 5,
+    out: Json = None,
+) -> None:
+    """Writing a unit of gpt-oss-20b's width, beside zarr-python's own defaults, in turn."""
+    from workbench.bench.store import run
+
+    _write(out, run(streams, rounds))
+
+
+@app.command()
 def kernels(
     target: Annotated[list[str] | None, typer.Option(help="sm_90, gfx942 …; repeat. [default: all]")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="moe.gate_up …; repeat. [default: all]")] = None,

@@ -10,7 +10,8 @@ Reference: Zarr v3 core specification; sharding_indexed codec, version 1.0.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,8 +20,10 @@ import google_crc32c
 import numpy as np
 import zarr
 from numcodecs import Zstd
+from zarr.codecs import ZstdCodec
 
-LEVEL = 1
+LEVEL = 1  # of zstd; its checksum finds a flipped byte that still decompresses
+CODEC = ZstdCodec(level=LEVEL, checksum=True)
 
 
 def writes(array: zarr.Array, folder: Path, start: int, axis: int, values: np.ndarray) -> Iterator[Callable[[], None]]:
@@ -32,6 +35,13 @@ def writes(array: zarr.Array, folder: Path, start: int, axis: int, values: np.nd
     assert start % grain[axis] == 0, f"{start=} is inside a shard of {grain[axis]}"
     for key, part in _shards(values.shape, grain, start // grain[axis], axis):
         yield partial(_put, array, folder / "c" / "/".join(map(str, key)), values[part])
+
+
+def write(calls: Iterable[Callable[[], None]]) -> None:
+    """Do all of it, side by side; the first failure is raised when all have ended."""
+    with ThreadPoolExecutor(threads(), thread_name_prefix="compress") as pool:
+        for written in [pool.submit(call) for call in calls]:
+            written.result()
 
 
 def _put(array: zarr.Array, target: Path, values: np.ndarray) -> None:

@@ -9,14 +9,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import zarr
-from zarr.codecs import ZstdCodec
 
 from workbench.errors import InputError, JobError
 from workbench.runs import shards
@@ -24,7 +22,6 @@ from workbench.runs.lock import Lock
 from workbench.runs.schema import SCHEMA, ArraySpec, Layout, Spec, Unit, arrays
 
 LOCK = ".lock"
-_CODEC = ZstdCodec(level=shards.LEVEL, checksum=True)  # the checksum finds a flipped byte that still decompresses
 _STORED_AS = {
     "experts": "routing/experts", "gates": "routing/gates", "router_logits": "routing/logits", "sink": "attention/sink",
     "logprob": "tokens/logprob", "entropy": "tokens/entropy",
@@ -154,7 +151,7 @@ def _write_table(group: zarr.Group, name: str, table: pd.DataFrame, dim: str) ->
             values = table[column].fillna("").astype(str).to_numpy(dtype=object)
         array = columns.create_array(
             str(column), shape=values.shape, dtype="string" if text else values.dtype, chunks=(max(1, min(len(values), 65_536)),),
-            compressors=_CODEC, dimension_names=(dim,), config={"write_empty_chunks": True},
+            compressors=shards.CODEC, dimension_names=(dim,), config={"write_empty_chunks": True},
         )  # fmt: skip
         if len(values):
             array[:] = values
@@ -162,13 +159,13 @@ def _write_table(group: zarr.Group, name: str, table: pd.DataFrame, dim: str) ->
 
 def _create_array(group: zarr.Group, name: str, array: ArraySpec, layout: Layout) -> None:
     chunks = list(array.shape)
-    shards = list(array.shape)
-    chunks[array.axis], shards[array.axis] = array.chunk, array.per_unit
+    grain = list(array.shape)
+    chunks[array.axis], grain[array.axis] = array.chunk, array.per_unit
     if array.dims[0].endswith("layer"):  # a layer is what is read: [layer, token, …] is chunked by it
-        chunks[0] = shards[0] = 1
+        chunks[0] = grain[0] = 1
     group.create_array(
         name, shape=array.shape, dtype=array.dtype, chunks=tuple(chunks),
-        shards=tuple(shards) if chunks != shards else None, compressors=_CODEC, fill_value=array.fill,
+        shards=tuple(grain) if chunks != grain else None, compressors=shards.CODEC, fill_value=array.fill,
         dimension_names=array.dims, config={"write_empty_chunks": True},
         attributes={"dtype": "bfloat16"} if name.startswith("activations/") else {},
     )  # fmt: skip
@@ -186,6 +183,8 @@ class RunWriter:
 
     def __enter__(self) -> "RunWriter":
         self._lock.acquire()
+        for torn in self.path.rglob("*.partial"):  # zarr's own, of a flag or an attribute, when a job was killed at it
+            torn.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -212,12 +211,11 @@ class RunWriter:
         optional = {f"tokens/{name}" for name in _MAY_BE_NAN}
         assert set(stored) | optional == set(self._arrays) | optional, set(stored) ^ set(self._arrays)
         try:
-            with ThreadPoolExecutor(shards.threads(), thread_name_prefix="compress") as pool:
-                calls = [
-                    c for name, array in self._arrays.items() for c in self._writes(unit, name, array, stored.get(name))
-                ]
-                for written in [pool.submit(call) for call in calls]:
-                    written.result()
+            shards.write(
+                call
+                for name, array in self._arrays.items()
+                for call in self._writes(unit, name, array, stored.get(name))
+            )
             self.group["units/committed"][index] = True
         except OSError as error:
             raise _disk_error(self.path, error) from error
