@@ -19,7 +19,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, 'nano', or a hub id such as openai/gpt-oss-20b.")]
-RunPath = Annotated[Path, typer.Argument(help="A run written by `workbench capture`.")]
+RunPath = Annotated[str, typer.Argument(help="A run written by `workbench capture`: a folder, or a URL as s3://….")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, cuda:0, or several as in cuda:0,cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmetic in float32.")]
 
@@ -129,7 +129,7 @@ def generate(
 def capture(
     model: Model,
     transcripts: Annotated[Path, typer.Argument(help="JSONL of transcripts.")],
-    run: Annotated[Path, typer.Argument(help="The run to write, or to go on with.")],
+    run: Annotated[str, typer.Argument(help="The run to write, or to go on with: a folder, or a URL as s3://….")],
     record: Record = None,
     unit_tokens: UnitTokens = 16_384,
     strict: Annotated[bool, typer.Option(help="Refuse the file if any row is unusable.")] = False,
@@ -168,11 +168,16 @@ def capture(
 
 
 @app.command()
-def verify(run: RunPath) -> None:
+def verify(
+    run: RunPath,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Units checked side by side. [default: the cores, at most 8]")
+    ] = None,
+) -> None:
     """Check every promise of a run; says what is damaged and exits with 1 if anything is."""
     from workbench.runs.verify import verify as check
 
-    problems = check(run)
+    problems = check(run, workers=workers)
     for problem in problems:
         print(f"{problem.where}: {problem.what}")
     print(f"{run}: {len(problems)} problems" if problems else f"{run}: whole")
@@ -211,7 +216,7 @@ def figures(
 
 @app.command()
 def dashboard(
-    runs: Annotated[list[Path], typer.Argument(help="Runs to show.")],
+    runs: Annotated[list[str], typer.Argument(help="Runs to show.")],
     port: int = 5006,
     address: Annotated[
         str, typer.Option(help="Where to listen; anything but localhost is open to others.")

@@ -8,6 +8,7 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from workbench.runs import shards
+from workbench.runs.place import Folder
 
 CASES = {
     "layers and tokens": ((3, 40, 5), (1, 8, 5), (1, 16, 5), 1, 16, "uint16"),
@@ -31,7 +32,7 @@ def test_zarr_reads_what_we_write(name: str, fraction: float, tmp_path: Path) ->
     size = list(shape)
     size[axis] = max(1, int((shape[axis] - start) * fraction))
     values = rng.integers(0, 2 if dtype == "bool" else 200, size).astype(dtype)
-    for call in shards.writes(array, tmp_path / "a", start, axis, values):
+    for call in shards.writes(array, Folder(tmp_path), "a", start, axis, values):
         call()
     want = np.full(shape, fill, dtype=dtype)
     place = [slice(None)] * len(shape)
@@ -47,7 +48,7 @@ def test_a_flipped_byte_and_a_cut_index_are_found_by_the_reader(tmp_path: Path) 
         compressors=ZstdCodec(level=shards.LEVEL, checksum=True),
     )  # fmt: skip
     values = np.random.default_rng(0).integers(0, 1000, (16, 50)).astype("uint16")
-    for call in shards.writes(array, tmp_path / "a", 0, 0, values):
+    for call in shards.writes(array, Folder(tmp_path), "a", 0, 0, values):
         call()
     file = tmp_path / "a" / "c" / "0" / "0"
     whole = file.read_bytes()
@@ -60,4 +61,4 @@ def test_a_flipped_byte_and_a_cut_index_are_found_by_the_reader(tmp_path: Path) 
 def test_a_start_inside_a_shard_is_our_own_mistake(tmp_path: Path) -> None:
     array = zarr.create_array(str(tmp_path / "a"), shape=(16,), dtype="int32", chunks=(4,), shards=(8,))
     with pytest.raises(AssertionError, match="inside a shard"):
-        next(shards.writes(array, tmp_path / "a", 4, 0, np.zeros(8, dtype="int32")))
+        next(shards.writes(array, Folder(tmp_path), "a", 4, 0, np.zeros(8, dtype="int32")))

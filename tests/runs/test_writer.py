@@ -18,11 +18,13 @@ from tests.runs.conftest import LENGTHS, MODEL, SPEC, job, unit_data, write_run,
 from workbench.capture.plan import plan_units
 from workbench.errors import InputError, JobError
 from workbench.runs import shards
+from workbench.runs.lock import LOCK
+from workbench.runs.place import Place
 from workbench.runs.reader import open_run
 from workbench.runs.schema import SCHEMA, Activation, Spec
 from workbench.runs.summaries import summarise
 from workbench.runs.verify import verify
-from workbench.runs.writer import LOCK, open_writer
+from workbench.runs.writer import open_writer
 
 LAYOUT = plan_units(LENGTHS, 1024)
 
@@ -49,10 +51,10 @@ def test_a_unit_interrupted_before_its_flag_is_invisible_and_redone(
         sums = summarise(records, tokens["sequence"], tokens["channel"], num_experts=8)
         original = shards._put
 
-        def dies(array: Any, target: Path, values: np.ndarray) -> None:
-            if "attention/sink" in str(target):
+        def dies(array: Any, where: Place, key: str, values: np.ndarray) -> None:
+            if "attention/sink" in key:
                 raise KeyboardInterrupt
-            original(array, target, values)
+            original(array, where, key, values)
 
         monkeypatch.setattr(shards, "_put", dies)
         with pytest.raises(KeyboardInterrupt):
@@ -131,7 +133,12 @@ def test_what_is_no_run_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "folder" / "thesis.txt").write_text("mine")
     zarr.create_group(str(tmp_path / "zarr"), attributes={"a": 1})
     before = contents(tmp_path)
-    for name, said in (("file", "a file"), ("folder", "not a run"), ("zarr", "not a run"), ("s3://b/r", "'s3'")):
+    for name, said in (
+        ("file", "not a run"),
+        ("folder", "not a run"),
+        ("zarr", "not a run"),
+        ("ipfs2://b/r", "unknown scheme 'ipfs2'"),
+    ):
         with pytest.raises(InputError, match=said):
             open_writer(name if "://" in name else tmp_path / name, **job(LAYOUT))
     assert contents(tmp_path) == before
@@ -195,10 +202,10 @@ def test_a_dead_job_s_lock_is_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "r"
     write_run(path, units=[])
     code = (
-        "import sys; from pathlib import Path; from workbench.runs.lock import Lock; "
-        "Lock(Path(sys.argv[1])).acquire(); import os; os._exit(9)"
+        "import sys; from workbench.runs.lock import Lock; from workbench.runs.place import place; "
+        "Lock(place(sys.argv[1])).acquire(); import os; os._exit(9)"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(path / LOCK)], check=False).returncode == 9
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 9
     assert (path / LOCK).exists()
     write_run(path)
     assert not (path / LOCK).exists()

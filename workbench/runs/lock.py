@@ -1,13 +1,22 @@
-"""One job a run: a lock file that says who holds it, and that a dead holder gives up."""
+"""One job a run: a lock file that says who holds it, and that a dead holder gives up.
+
+In an object store it is as good as the store's conditional puts; a holder on another host can only be taken for alive.
+"""
 
 import json
 import os
 import platform
 import time
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.errors import InputError
+
+if TYPE_CHECKING:
+    from workbench.runs.place import Place
+
+LOCK = ".lock"
 
 
 def process_start(pid: int) -> str | None:
@@ -28,8 +37,15 @@ def process_start(pid: int) -> str | None:
 class Lock:
     """Held from `acquire` to `release`; a second holder is refused with the first's host, process and time."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, place: "Place") -> None:
+        self.place = place
+
+    def __enter__(self) -> "Lock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def acquire(self) -> None:
         """Take the lock, over a dead holder's if need be."""
@@ -38,17 +54,13 @@ class Lock:
             "process": os.getpid(),
             "process_start": process_start(os.getpid()),
             "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "nonce": uuid.uuid4().hex,
         }
         for _ in range(2):
-            try:
-                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                self._break_if_dead()
-                continue
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(me, file)
-            return
-        raise InputError(f"{self.path} cannot be taken: another job took it at the same moment; try again")
+            if self.place.create(LOCK, json.dumps(me).encode()):
+                return
+            self._break_if_dead()
+        raise InputError(f"{self.place} cannot be locked: another job took it at the same moment; try again")
 
     def _break_if_dead(self) -> None:
         holder = self._holder()
@@ -57,18 +69,18 @@ class Lock:
         )
         if alive:
             raise InputError(
-                f"{self.path.parent} is being written by process {holder.get('process')} on {holder.get('host')} since "
-                f"{holder.get('since')}; wait for it, or delete {self.path} if you know it is gone"
+                f"{self.place} is being written by process {holder.get('process')} on {holder.get('host')} since "
+                f"{holder.get('since')}; wait for it, or delete {self.place}/{LOCK} if you know it is gone"
             )
-        self.path.unlink(missing_ok=True)
+        self.place.delete(LOCK)
 
     def _holder(self) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads(self.path.read_text())
+            found: dict[str, Any] = json.loads(self.place.read(LOCK))
         except (OSError, ValueError):  # released just now, or its writer died while writing it
             return {"host": platform.node(), "process": 0, "process_start": "never"}
         return found
 
     def release(self) -> None:
         """Give it back."""
-        self.path.unlink(missing_ok=True)
+        self.place.delete(LOCK)

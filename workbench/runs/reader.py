@@ -19,24 +19,25 @@ import zarr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.runs.place import Place, place
 from workbench.runs.schema import Layout, Spec, Unit
 from workbench.runs.summaries import float32_of
-from workbench.runs.writer import local_path, open_group
+from workbench.runs.writer import open_group
 
 _PER_UNIT = ("coactivation", "transition")
 
 
 def open_run(path: str | Path) -> "Run":
     """The run at `path`; what is no run, or one of a newer schema, is refused."""
-    target = local_path(path)
-    return Run(target, open_group(target))
+    where = place(path)
+    return Run(where, open_group(where))
 
 
 class Run:
     """What is committed of a run at the moment it was opened."""
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
-        self.path = path
+    def __init__(self, where: Place, group: zarr.Group) -> None:
+        self.place = where
         self.group = group
         self.attrs: dict[str, Any] = dict(group.attrs)
         self.status: str = self.attrs["status"]
@@ -44,6 +45,11 @@ class Run:
         self.model: Mapping[str, Any] = self.attrs["model"]
         self.checkpoint: Mapping[str, Any] = self.attrs["checkpoint"]
         self.provenance: Mapping[str, Any] = self.attrs["provenance"]
+
+    @property
+    def path(self) -> str:
+        """What the run was opened by."""
+        return str(self.place)
 
     def __repr__(self) -> str:
         done, total = self.progress
@@ -106,7 +112,9 @@ class Run:
         return table[table["sequence"].isin(self._visible)]
 
     def _table(self, name: str) -> pd.DataFrame:
-        columns = {column: array[:] for column, array in self.group[name].arrays()}
+        group = self.group[name]
+        order = group.attrs.get("columns") or sorted(column for column, _ in group.arrays())
+        columns = {column: group[column][:] for column in order}
         table = pd.DataFrame({c: v.astype(object) if v.dtype.kind == "T" else v for c, v in columns.items()})
         return table.rename_axis(name.removesuffix("s"))
 
@@ -142,7 +150,7 @@ class Run:
 
     def _dataset(self, spans: list[slice]) -> xr.Dataset:
         variables: dict[str, Any] = {}
-        names = {f"tokens/{n}": n for n, _ in self.group["tokens"].arrays()}
+        names = {f"tokens/{n}": n for n in sorted(n for n, _ in self.group["tokens"].arrays())}
         names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
         names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}
         names |= {"attention/sink": "sink"} if self.spec.sinks else {}
@@ -160,7 +168,7 @@ class Run:
             variables[name] = (dims, lazy, attrs)
         coords: dict[str, Any] = {"layer": np.arange(self.model["n_layers"])}
         coords |= {f"{a.hook}_layer": np.array(a.layers) for a in self.spec.activations}
-        origin: dict[str, Any] = {"run": str(self.path), "digest": self.digest, "channels": list(CHANNELS)}
+        origin: dict[str, Any] = {"run": self.path, "digest": self.digest, "channels": list(CHANNELS)}
         return xr.Dataset(variables, coords=coords, attrs=origin)
 
     def summary(self, name: str) -> xr.DataArray:

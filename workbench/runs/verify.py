@@ -5,6 +5,7 @@ that is not there would read as the fill value, so files are looked for as well.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from workbench.harmony.labels import CHANNELS, PARTS
+from workbench.progress import progress
 from workbench.runs.reader import Run, open_run
 from workbench.runs.schema import ArraySpec, Layout, Unit, arrays
+from workbench.runs.shards import threads
 from workbench.runs.summaries import summarise
 
 _GATE_ROUNDING = 4e-3  # four float16 gates
@@ -28,8 +31,8 @@ class Problem:
     what: str
 
 
-def verify(path: str | Path) -> list[Problem]:
-    """Everything that is damaged or does not agree; an empty list is a whole run."""
+def verify(path: str | Path, *, workers: int | None = None) -> list[Problem]:
+    """Everything that is damaged or does not agree, units checked side by side; an empty list is a whole run."""
     try:
         run = open_run(path)
         layout = run.layout
@@ -40,18 +43,29 @@ def verify(path: str | Path) -> list[Problem]:
     if problems:
         return problems
     problems += _tables(run, layout)
-    for unit, done in zip(layout.units, run.committed, strict=True):
-        where = f"unit {unit.index}"
-        missing = [str(p.relative_to(run.path)) for p in _files(run, specs, unit, layout) if not p.exists()]
-        if not done:
-            if not missing:
-                problems.append(Problem(where, "is not committed though all its files are there: the flag was cleared"))
-            continue
-        problems += [Problem(where, f"{name} is missing") for name in missing]
-        if not missing:
-            problems += [Problem(where, what) for what in _unit(run, specs, unit, layout)]
+    there = run.place.files()
+    pool = ThreadPoolExecutor(workers or threads(), thread_name_prefix="verify")
+    try:
+        with progress("verify", len(layout.units), "units") as advance:
+            for found in pool.map(lambda unit: _checked(run, specs, unit, layout, there), layout.units):
+                problems += found
+                advance(1)
+    finally:
+        pool.shutdown(cancel_futures=True)
     problems += _status(run)
     return problems
+
+
+def _checked(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout, there: set[str]) -> list[Problem]:
+    """What is wrong with a unit, the files of the run being `there`."""
+    where = f"unit {unit.index}"
+    missing = [key for key in _files(run, specs, unit) if key not in there]
+    if not run.committed[unit.index]:
+        cleared = "is not committed though all its files are there: the flag was cleared"
+        return [] if missing else [Problem(where, cleared)]
+    if missing:
+        return [Problem(where, f"{key} is missing") for key in missing]
+    return [Problem(where, what) for what in _unit(run, specs, unit, layout)]
 
 
 def _first_line(error: Exception) -> str:
@@ -99,8 +113,8 @@ def _tables(run: Run, layout: Layout) -> Iterator[Problem]:
         yield Problem("messages", f"message {int(np.argmin(inside))} is not inside its sequence")
 
 
-def _files(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> Iterator[Path]:
-    """Every shard that a unit owns."""
+def _files(run: Run, specs: dict[str, ArraySpec], unit: Unit) -> Iterator[str]:
+    """Keys of all shards that a unit owns."""
     for name, spec in specs.items():
         array = run.group[name]
         grain = array.shards or array.chunks
@@ -109,7 +123,7 @@ def _files(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) ->
         ranges = [range(c) for c in counts]
         ranges[spec.axis] = range(rows.start // grain[spec.axis], -(-rows.stop // grain[spec.axis]))
         for index in np.ndindex(*map(len, ranges)):
-            yield run.path / name / "c" / "/".join(str(r[i]) for r, i in zip(ranges, index, strict=True))
+            yield "/".join((name, "c", *(str(r[i]) for r, i in zip(ranges, index, strict=True))))
 
 
 def _place(spec: ArraySpec, unit: Unit) -> slice:

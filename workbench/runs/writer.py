@@ -6,9 +6,8 @@ goes on with, and that then equals an uninterrupted one, element by element.
 
 import errno
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ import zarr
 from workbench.errors import InputError, JobError
 from workbench.runs import shards
 from workbench.runs.lock import Lock
+from workbench.runs.place import ROOT, Bucket, Place, place
 from workbench.runs.schema import SCHEMA, ArraySpec, Layout, Spec, Unit, arrays
 
-LOCK = ".lock"
 _STORED_AS = {
     "experts": "routing/experts", "gates": "routing/gates", "router_logits": "routing/logits", "sink": "attention/sink",
     "logprob": "tokens/logprob", "entropy": "tokens/entropy",
@@ -45,7 +44,7 @@ def open_writer(
     sequences: a row a sequence, in the order of the layout. messages: positions relative to their sequence. A run of
     another checkpoint, spec, transcripts or layout is refused by the field that differs.
     """
-    target = local_path(path)
+    target = place(path)
     identity = {
         "checkpoint digest": checkpoint["digest"],
         "transcripts digest": provenance["transcripts"]["digest"],
@@ -54,7 +53,7 @@ def open_writer(
         "unit_tokens": layout.unit_tokens,
         "sequences": len(layout.lengths),
     }
-    if not (target.exists() and any(target.iterdir() if target.is_dir() else [target])):
+    if not (target.exists(ROOT) if isinstance(target, Bucket) else target.exists()):
         attributes = {
             "schema": SCHEMA,
             "status": "writing",
@@ -76,48 +75,35 @@ def open_writer(
     return RunWriter(target, group, layout, sequences)
 
 
-def local_path(path: str | Path) -> Path:
-    """A path on this machine; URLs are refused by their scheme."""
-    scheme, separator, rest = str(path).partition("://")
-    if not separator:
-        return Path(path)
-    if scheme == "file":
-        return Path(rest)
-    raise InputError(f"{path}: runs are read and written as local folders; {scheme!r} is not supported")
-
-
-def open_group(path: Path, mode: str = "r") -> zarr.Group:
+def open_group(where: Place, mode: str = "r") -> zarr.Group:
     """The group of a run of this schema; anything else is refused."""
-    if not path.is_dir():
-        raise InputError(f"{path} is {'a file' if path.exists() else 'not there'}: name the folder of a run")
+    if not where.exists():
+        raise InputError(f"{where} is not there: name the folder of a run")
     try:
-        group = zarr.open_group(str(path), mode=mode, zarr_format=3, use_consolidated=False)
+        group = zarr.open_group(where.store(), mode=mode, zarr_format=3, use_consolidated=False)
         schema = group.attrs["schema"]
         known = {"status", "model", "checkpoint", "spec", "identity"} <= set(group.attrs)
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not a run: no Zarr group with a run's attributes is in it") from error
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, KeyError, ValueError) as error:
+        raise InputError(f"{where} is not a run: no Zarr group with a run's attributes is in it") from error
     except PermissionError as error:
-        raise InputError(f"{path} cannot be opened: {error.strerror}") from error
+        raise InputError(f"{where} cannot be opened: {error.strerror}") from error
     if not isinstance(schema, int) or not known:
-        raise InputError(f"{path} is a Zarr group, but not a run: it lacks a run's attributes")
+        raise InputError(f"{where} is a Zarr group, but not a run: it lacks a run's attributes")
     if schema > SCHEMA:
-        raise InputError(f"{path} has schema {schema}, newer than this workbench's {SCHEMA}: update the workbench")
+        raise InputError(f"{where} has schema {schema}, newer than this workbench's {SCHEMA}: update the workbench")
     return group
 
 
 def _create(
-    target: Path,
+    target: Place,
     attributes: dict[str, Any],
     layout: Layout,
     sequences: pd.DataFrame,
     messages: pd.DataFrame,
     spec: Spec,
 ) -> None:
-    """The whole store, empty of tokens, made beside its place and moved there: it exists whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.creating")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    """The whole store, empty of tokens."""
+    with _disk_errors(target), target.new() as staging:
         group = zarr.create_group(str(staging), attributes=attributes)
         offsets = {"offset": layout.offsets, "length": layout.lengths}
         _write_table(group, "sequences", sequences.assign(**offsets), "sequence")
@@ -135,15 +121,10 @@ def _create(
         committed.attrs["sequences"] = [len(unit.sequences) for unit in layout.units]
         committed.attrs["starts"] = [unit.start for unit in layout.units]
         committed.attrs["capacities"] = [unit.capacity for unit in layout.units]
-        os.replace(staging, target)
-    except OSError as error:
-        raise _disk_error(target, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_table(group: zarr.Group, name: str, table: pd.DataFrame, dim: str) -> None:
-    columns = group.create_group(name)
+    columns = group.create_group(name, attributes={"columns": list(table.columns)})
     for column in table.columns:
         values = table[column].to_numpy()
         text = not (np.issubdtype(values.dtype, np.number) or values.dtype == bool)
@@ -174,17 +155,18 @@ def _create_array(group: zarr.Group, name: str, array: ArraySpec, layout: Layout
 class RunWriter:
     """Writes units of one run; several threads may write different units."""
 
-    def __init__(self, path: Path, group: zarr.Group, layout: Layout, sequences: pd.DataFrame) -> None:
-        self.path, self.group, self.layout = path, group, layout
+    def __init__(self, where: Place, group: zarr.Group, layout: Layout, sequences: pd.DataFrame) -> None:
+        self.place, self.group, self.layout = where, group, layout
         self._ids = list(sequences["id"])
         self._spec = Spec.from_json(group.attrs["spec"])
         self._arrays = arrays(group.attrs["model"], self._spec, layout)
-        self._lock = Lock(path / LOCK)
+        self._lock = Lock(where)
 
     def __enter__(self) -> "RunWriter":
         self._lock.acquire()
-        for torn in self.path.rglob("*.partial"):  # zarr's own, of a flag or an attribute, when a job was killed at it
-            torn.unlink(missing_ok=True)
+        for key in self.place.files():
+            if key.endswith(".partial"):  # zarr's own, of a flag or an attribute, when a job was killed at it
+                self.place.delete(key)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -210,15 +192,13 @@ class RunWriter:
         stored["summaries/sequence"] = np.array(unit.sequences, dtype=np.int32)
         optional = {f"tokens/{name}" for name in _MAY_BE_NAN}
         assert set(stored) | optional == set(self._arrays) | optional, set(stored) ^ set(self._arrays)
-        try:
+        with _disk_errors(self.place):
             shards.write(
                 call
                 for name, array in self._arrays.items()
                 for call in self._writes(unit, name, array, stored.get(name))
             )
             self.group["units/committed"][index] = True
-        except OSError as error:
-            raise _disk_error(self.path, error) from error
 
     def _writes(
         self, unit: Unit, name: str, array: ArraySpec, values: np.ndarray | None
@@ -234,7 +214,7 @@ class RunWriter:
         values = values[None] if array.dims[0] == "unit" else values
         if "token" in array.dims:
             start = unit.start
-        return shards.writes(self.group[name], self.path / name, start, array.axis, values)
+        return shards.writes(self.group[name], self.place, name, start, array.axis, values)
 
     def _check(self, unit: Unit, records: Mapping[str, np.ndarray]) -> None:
         lengths = [self.layout.lengths[s] for s in unit.sequences]
@@ -266,14 +246,21 @@ class RunWriter:
     def finish(self) -> None:
         """Mark the run complete; every unit must be committed."""
         if pending := self.pending():
-            raise RuntimeError(f"{self.path}: {len(pending)} units are not committed, the run is not complete")
+            raise RuntimeError(f"{self.place}: {len(pending)} units are not committed, the run is not complete")
         self.group.attrs["status"] = "complete"
 
 
-def _disk_error(path: Path, error: OSError) -> Exception:
-    if error.errno == errno.ENOSPC:
-        return JobError(f"the disk of {path} is full; free some space and start the same job again to go on")
-    return error
+@contextmanager
+def _disk_errors(where: Place) -> Iterator[None]:
+    """A full disk is the job's failure, with what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise JobError(
+                f"the disk of {where} is full; free some space and start the same job again to go on"
+            ) from error
+        raise
 
 
 def _short(value: Any) -> str:

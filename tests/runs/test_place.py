@@ -1,0 +1,195 @@
+"""Runs in object stores keep every promise that runs in folders keep: memory://, and an S3 server of a third party."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from tests.runs.conftest import LENGTHS, job, write_run
+from workbench.capture.plan import plan_units
+from workbench.errors import InputError
+from workbench.runs.lock import LOCK, Lock
+from workbench.runs.place import ROOT, Bucket, place
+from workbench.runs.reader import open_run
+from workbench.runs.verify import verify
+from workbench.runs.writer import open_writer
+
+LAYOUT = plan_units(LENGTHS, 1024)
+KEY = "testing-key-that-nobody-may-see"
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """A bucket on a server in a process of its own; found by environment variables, as a user's is."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": KEY,
+        "AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        for _ in range(100):
+            try:
+                socket.create_connection(("127.0.0.1", port), 0.2).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        fsspec.filesystem("s3").mkdir("runs")
+        yield "s3://runs"
+    finally:
+        server.kill()
+        server.wait()
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(params=["memory", "s3"])
+def url(request: pytest.FixtureRequest) -> str:
+    root = "memory://runs" if request.param == "memory" else request.getfixturevalue("s3")
+    return f"{root}/{uuid.uuid4().hex}/run é.zarr"
+
+
+def contents(where: str | Path) -> dict[str, bytes]:
+    there = place(where)
+    return {key: there.read(key) for key in there.files() if key != LOCK}
+
+
+def test_a_run_in_a_bucket_equals_one_in_a_folder(url: str, tmp_path: Path) -> None:
+    write_run(url, units=[3, 0])
+    assert open_run(url).progress == (2, len(LAYOUT.units))
+    write_run(url)
+    write_run(tmp_path / "r")
+    assert contents(url) == contents(tmp_path / "r")
+    assert not verify(url)
+    run, local = open_run(url), open_run(tmp_path / "r")
+    assert run.digest == local.digest
+    assert run.sequences.equals(local.sequences)
+    np.testing.assert_array_equal(run.dataset["experts"].to_numpy(), local.dataset["experts"].to_numpy())
+    np.testing.assert_array_equal(run.summary("expert_count"), local.summary("expert_count"))
+
+
+def test_damage_in_a_bucket_is_found(url: str) -> None:
+    write_run(url)
+    there = place(url)
+    shard = next(key for key in sorted(there.files()) if key.startswith("routing/experts/c/"))
+    data = bytearray(there.read(shard))
+    data[len(data) // 3] ^= 4
+    there.put(shard, [bytes(data)])
+    assert any("routing/experts" in p.what for p in verify(url))
+    there.delete(shard)
+    assert any("is missing" in p.what for p in verify(url))
+
+
+def test_the_root_comes_last_and_a_torn_creation_is_begun_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, written = Bucket.put, []
+
+    def dies(self: Bucket, key: str, parts: list[bytes]) -> None:
+        if len(written) == 7:
+            raise KeyboardInterrupt
+        written.append(key)
+        put(self, key, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "put", dies)
+        with pytest.raises(KeyboardInterrupt):
+            open_writer(url, **job(LAYOUT))
+    assert written
+    assert ROOT not in written
+    with pytest.raises(InputError, match="is not a run"):
+        open_run(url)
+    write_run(url)
+    assert not verify(url)
+    assert ".creating" not in place(url).files()
+
+
+def test_what_is_not_a_run_is_left_alone(url: str) -> None:
+    there = place(url)
+    there.put("thesis.txt", [b"mine"])
+    with pytest.raises(InputError, match=r"not a run \(thesis.txt\)"):
+        open_writer(url, **job(LAYOUT))
+    assert there.files() == {"thesis.txt"}
+    with pytest.raises(InputError, match=r"is not (there|a run)"):
+        open_run(f"{url}/nothing")
+
+
+def test_a_second_job_is_refused_and_a_dead_one_s_lock_taken_over(url: str) -> None:
+    with (
+        open_writer(url, **job(LAYOUT)),
+        pytest.raises(InputError, match=rf"{url} is being written by process {os.getpid()} on .* since 20"),
+    ):
+        open_writer(url, **job(LAYOUT)).__enter__()
+    code = "import sys; from workbench.runs.lock import Lock; from workbench.runs.place import place; "
+    code += "Lock(place(sys.argv[1])).acquire(); import os; os._exit(9)"
+    if url.startswith("s3"):
+        subprocess.run([sys.executable, "-c", code, url], check=False)
+        assert LOCK in place(url).files()
+    write_run(url)
+    assert LOCK not in place(url).files()
+
+
+def test_one_of_two_takes_the_lock(url: str) -> None:
+    Lock(place(url)).acquire()
+    assert not place(url).create(LOCK, b"{}")
+
+
+CHILD = """
+import sys
+from tests.runs.conftest import job, write_unit, LENGTHS
+from workbench.capture.plan import plan_units
+from workbench.runs.writer import open_writer
+with open_writer(sys.argv[1], **job(plan_units(LENGTHS, 1024))) as writer:
+    for index in writer.pending():
+        write_unit(writer, index)
+        print(index, flush=True)
+    writer.finish()
+"""
+
+
+def test_killed_in_a_bucket_and_begun_again(s3: str, tmp_path: Path) -> None:
+    url = f"{s3}/{uuid.uuid4().hex}/r"
+    for kill_after in (0, 1, 1, None):
+        with subprocess.Popen([sys.executable, "-c", CHILD, url], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            if kill_after is None:
+                assert child.wait() == 0
+                break
+            for _ in range(kill_after + 1):
+                child.stdout.readline()
+            time.sleep(0.01)
+            child.send_signal(signal.SIGKILL)
+    assert not verify(url)
+    write_run(tmp_path / "straight")
+    assert contents(url) == contents(tmp_path / "straight")
+    assert not any(KEY.encode() in data for data in contents(url).values())
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nowhere://b/r", "unknown scheme 'nowhere'"),
+        ("https://example.org/r.zarr", "web server"),
+        ("gs://b/r", "needs a package that is not installed"),
+    ],
+)
+def test_what_cannot_be_reached_is_one_line(url: str, said: str) -> None:
+    for opener in (open_run, lambda where: open_writer(where, **job(LAYOUT))):
+        with pytest.raises(InputError, match=said) as raised:
+            opener(url)
+        assert "\n" not in str(raised.value)

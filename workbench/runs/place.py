@@ -1,0 +1,191 @@
+"""Where a run lies: a folder of this machine, or a prefix of an object store, named by an fsspec URL.
+
+A key is a path inside the run, with slashes. In a folder a run is made beside its place and moved there; an object
+store cannot move, so there the root's `zarr.json`, without which nothing is a run, is the last object to be put.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from workbench.errors import InputError
+from workbench.runs.lock import LOCK, Lock
+
+ROOT = "zarr.json"
+_CREATING = ".creating"
+_EXTRAS = {"s3": "s3", "s3a": "s3"}  # of pip install 'gpt-oss-workbench[…]'
+
+
+class Place(Protocol):
+    """What a run needs of the storage it lies in; `str` of it is what a user calls it."""
+
+    def store(self) -> Any:
+        """What zarr opens."""
+
+    def exists(self, key: str = "") -> bool:
+        """Whether anything is there."""
+
+    def read(self, key: str) -> bytes:
+        """A whole file; FileNotFoundError if it is not there."""
+
+    def put(self, key: str, parts: Iterable[bytes]) -> None:
+        """Write a file whole, over what is there."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write a file that must not be there; False if it is."""
+
+    def delete(self, key: str) -> None:
+        """Remove a file, if it is there."""
+
+    def files(self) -> set[str]:
+        """Every file of the run."""
+
+    def new(self) -> AbstractContextManager[Path]:
+        """A local folder to fill; behind it the run is there whole, or not at all if filling it failed."""
+
+
+def place(path: "str | Path | Place") -> Place:
+    """The place of a path or URL; a scheme that nobody here knows, or that lacks its package, is refused."""
+    if not isinstance(path, str | Path):
+        return path
+    scheme, separator, rest = str(path).partition("://")
+    if not separator or scheme == "file":
+        return Folder(Path(rest if separator else path))
+    import fsspec
+
+    if scheme not in fsspec.available_protocols():
+        raise InputError(
+            f"{path}: unknown scheme {scheme!r}; a run lies in a folder, or at s3://, gs://, az://, memory://"
+        )
+    if scheme in ("http", "https"):
+        raise InputError(
+            f"{path}: a web server cannot list a run's files; copy the run, or name its s3:// or gs:// URL"
+        )
+    try:
+        fs = fsspec.filesystem(scheme)
+    except ImportError as error:
+        remedy = f"pip install 'gpt-oss-workbench[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else str(error)
+        raise InputError(f"{path}: {scheme}:// needs a package that is not installed: {remedy}") from error
+    return Bucket(str(path).rstrip("/"), fs)
+
+
+class Folder:
+    """A run in a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def store(self) -> str:
+        return str(self.path)
+
+    def exists(self, key: str = "") -> bool:
+        target = self.path / key
+        return target.exists() and (not target.is_dir() or any(target.iterdir()))
+
+    def read(self, key: str) -> bytes:
+        return (self.path / key).read_bytes()
+
+    def put(self, key: str, parts: Iterable[bytes]) -> None:
+        target = self.path / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "wb") as file:
+            file.writelines(parts)
+
+    def create(self, key: str, data: bytes) -> bool:
+        try:
+            descriptor = os.open(self.path / key, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        return True
+
+    def delete(self, key: str) -> None:
+        (self.path / key).unlink(missing_ok=True)
+
+    def files(self) -> set[str]:
+        skip = len(str(self.path)) + 1
+        return {os.path.join(at, name)[skip:] for at, _, names in os.walk(self.path) for name in names}
+
+    @contextmanager
+    def new(self) -> Iterator[Path]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}{_CREATING}")
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            yield beside
+            os.replace(beside, self.path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+class Bucket:
+    """A run in an object store, or in this process' memory (memory://)."""
+
+    def __init__(self, url: str, fs: Any) -> None:
+        self.url, self.fs = url, fs
+        self.prefix = fs._strip_protocol(url)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def _at(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if key else self.prefix
+
+    def store(self) -> Any:
+        from zarr.storage import FsspecStore
+
+        return FsspecStore.from_url(self.url)
+
+    def exists(self, key: str = "") -> bool:
+        self.fs.invalidate_cache()
+        try:
+            return bool(self.fs.exists(self._at(key)))
+        except PermissionError as error:
+            raise InputError(f"{self} cannot be opened: {error}; credentials come from the environment") from error
+
+    def read(self, key: str) -> bytes:
+        return bytes(self.fs.cat_file(self._at(key)))
+
+    def put(self, key: str, parts: Iterable[bytes]) -> None:
+        self.fs.pipe_file(self._at(key), b"".join(parts))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Atomic where the store has conditional puts (S3, its newer imitations); who looks again sees who won."""
+        try:
+            self.fs.pipe_file(self._at(key), data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError:
+            if self.exists(key):
+                return False
+            raise
+        return self.read(key) == data
+
+    def delete(self, key: str) -> None:
+        with suppress(FileNotFoundError):
+            self.fs.rm_file(self._at(key))
+
+    def files(self) -> set[str]:
+        self.fs.invalidate_cache()
+        return {name[len(self.prefix) + 1 :] for name in self.fs.find(self.prefix)}
+
+    @contextmanager
+    def new(self) -> Iterator[Path]:
+        with Lock(self), tempfile.TemporaryDirectory() as folder:
+            there = self.files() - {LOCK}
+            if there and _CREATING not in there:
+                raise InputError(f"{self} holds something that is not a run ({min(there)}): name another place")
+            yield Path(folder)
+            self.put(_CREATING, [b""])
+            files = sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+            for key in [*(name for name in files if name != ROOT), ROOT]:
+                self.put(key, [(Path(folder) / key).read_bytes()])
+            self.delete(_CREATING)
