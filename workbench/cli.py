@@ -27,7 +27,7 @@ Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmeti
 Record = Annotated[
     list[str] | None,
     typer.Option(
-        help="routing, router_logits, sinks, logprobs, or a hook point, as in resid_post:3,7; see `workbench capture`. "
+        help="routing, router_logits, sinks, sink_sums, logprobs, or a hook point, as in resid_post:3,7; see `workbench capture`. "
         "[default: routing, sinks, logprobs]"
     ),
 ]
@@ -143,7 +143,7 @@ def capture(
 ) -> None:
     """Record a model over transcripts into a run. The same command again goes on where it stopped.
 
-    --record takes routing, router_logits, sinks, logprobs, or a hook point: "resid_post:3,7", with which heads
+    --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, or a hook point: "resid_post:3,7", with which heads
     ("attn.z:5 index=0,12"), which tokens ("resid_post channel=analysis every=4"; role, channel, part, message,
     position, every, last) and reduced how ("resid_post reduce=message", "mlp_out reduce=moments sketch=64").
     """

@@ -75,6 +75,28 @@ def store(
 
 
 @app.command()
+def reading(
+    run: Annotated[str, typer.Argument(help="The run to ask; one of random numbers is made where there is none.")],
+    tokens: Annotated[int, typer.Option(min=1000, help="Of a run that is made: 10 million are 2 GB.")] = 10_000_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Times each question is asked.")] = 5,
+    seed: int = 0,
+    out: Json = None,
+) -> None:
+    """Open a run of millions of tokens and answer what dashboards ask of it, timed."""
+    from workbench.bench.reading import ask, make
+    from workbench.errors import InputError
+    from workbench.runs import open_run
+
+    try:
+        complete = open_run(run).status == "complete"
+    except InputError:
+        complete = False
+    if not complete:
+        make(run, tokens, seed)
+    _write(out, ask(run, rounds))
+
+
+@app.command()
 def kernels(
     target: Annotated[list[str] | None, typer.Option(help="sm_90, gfx942 …; repeat. [default: all]")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="moe.gate_up …; repeat. [default: all]")] = None,

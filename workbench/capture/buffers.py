@@ -39,7 +39,8 @@ class Buffers:
             "experts": (cfg.experts_per_token, wide), "gates": (cfg.experts_per_token, torch.float16),
             "router_logits": (cfg.num_experts, torch.float16), "sink": (cfg.n_heads, torch.float16),
         }  # fmt: skip
-        on = {"experts": spec.routing, "gates": spec.routing, "router_logits": spec.router_logits, "sink": spec.sinks}
+        sinks = spec.sinks or spec.sink_sums
+        on = {"experts": spec.routing, "gates": spec.routing, "router_logits": spec.router_logits, "sink": sinks}
         for name, (d, dtype) in shapes.items():
             if on[name]:
                 self._arrays[name] = torch.zeros((cfg.n_layers, capacity, d), dtype=dtype, pin_memory=pinned)

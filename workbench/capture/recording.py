@@ -1,6 +1,6 @@
 """What to record, as a user writes it, and the hook points and store arrays it means.
 
-`routing`, `router_logits`, `sinks`, `logprobs`, or a hook point of the blocks, in one word or with options behind it:
+`routing`, `router_logits`, `sinks` (or `sink_sums`, by sequence and channel alone), `logprobs`, or a hook point of the blocks, in one word or with options behind it:
 
     resid_post                                     every layer, every token
     resid_post:3,7                                 these layers
@@ -24,7 +24,7 @@ from workbench.model.config import Config
 from workbench.runs.schema import Activation, Spec
 
 DEFAULT = ("routing", "sinks", "logprobs")
-_SWITCHES = ("routing", "router_logits", "sinks", "logprobs")
+_SWITCHES = ("routing", "router_logits", "sinks", "sink_sums", "logprobs")
 _PER_TOKEN = {name: axes.split()[2:] for name, axes in BLOCK.items() if axes.startswith("batch pos ")}
 REDUCTIONS = ("raw", "message", "moments")
 _HAS_ITS_OWN_NAME = ("mlp.router.hook_out", "mlp.hook_expert_indices", "mlp.hook_expert_weights", "attn.hook_sink")
@@ -49,7 +49,7 @@ def wanted(spec: Spec, cfg: Config) -> dict[str, torch.dtype]:
         names["mlp.hook_expert_weights"] = torch.float16
     if spec.router_logits:
         names["mlp.router.hook_out"] = torch.float16
-    if spec.sinks:
+    if spec.sinks or spec.sink_sums:
         names["attn.hook_sink"] = torch.float16
     everywhere = {f"blocks.{layer}.{n}": dtype for layer in range(cfg.n_layers) for n, dtype in names.items()}
     chosen = {f"blocks.{layer}.{p.hook}": torch.bfloat16 for p in spec.activations for layer in p.layers}

@@ -19,18 +19,35 @@ import zarr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.runs import totals
 from workbench.runs.place import Place, place
-from workbench.runs.schema import Layout, Spec, Unit
+from workbench.runs.schema import SCHEMA, Layout, Spec, Unit
 from workbench.runs.summaries import float32_of
-from workbench.runs.writer import open_group
-
-_PER_UNIT = ("coactivation", "transition")
 
 
-def open_run(path: str | Path) -> "Run":
+def open_run(path: str | Path | Place) -> "Run":
     """The run at `path`; what is no run, or one of a newer schema, is refused."""
     where = place(path)
     return Run(where, open_group(where))
+
+
+def open_group(where: Place, mode: str = "r") -> zarr.Group:
+    """The group of a run of this schema; anything else is refused."""
+    if not where.exists():
+        raise InputError(f"{where} is not there: name the folder of a run")
+    try:
+        group = zarr.open_group(where.store(), mode=mode, zarr_format=3, use_consolidated=False)
+        schema = group.attrs["schema"]
+        known = {"status", "model", "checkpoint", "spec", "identity"} <= set(group.attrs)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, KeyError, ValueError) as error:
+        raise InputError(f"{where} is not a run: no Zarr group with a run's attributes is in it") from error
+    except PermissionError as error:
+        raise InputError(f"{where} cannot be opened: {error.strerror}") from error
+    if not isinstance(schema, int) or not known:
+        raise InputError(f"{where} is a Zarr group, but not a run: it lacks a run's attributes")
+    if schema > SCHEMA:
+        raise InputError(f"{where} has schema {schema}, newer than this workbench's {SCHEMA}: update the workbench")
+    return group
 
 
 class Run:
@@ -58,7 +75,7 @@ class Run:
     @property
     def recorded(self) -> list[str]:
         """What the run holds of every token, by the names that a capture is asked with."""
-        switches = [n for n in ("routing", "router_logits", "sinks", "logprobs") if getattr(self.spec, n)]
+        switches = [n for n in ("routing", "router_logits", "sinks", "sink_sums", "logprobs") if getattr(self.spec, n)]
         return switches + [a.hook for a in self.spec.activations]
 
     @cached_property
@@ -171,31 +188,71 @@ class Run:
         origin: dict[str, Any] = {"run": self.path, "digest": self.digest, "channels": list(CHANNELS)}
         return xr.Dataset(variables, coords=coords, attrs=origin)
 
+    @cached_property
+    def summaries(self) -> list[str]:
+        """Names of the sums that `summary` and `total` give."""
+        return sorted(n for n, _ in self.group["summaries"].arrays() if n != "sequence")
+
     def summary(self, name: str) -> xr.DataArray:
         """A sum per sequence and channel (`tokens`, `expert_count`, `sink_sum`, …) with what is known of each sequence.
 
         `coactivation` and `transition` are summed over the visible run, per channel.
         """
-        group = self.group["summaries"]
-        known = sorted(n for n, _ in group.arrays() if n != "sequence")
-        if name not in known:
-            raise InputError(f"summary {name!r} is not in {self.path}; it holds {', '.join(known)}")
-        array = group[name]
-        dims = tuple(array.metadata.dimension_names)[1:]
-        coords: dict[str, Any] = {"channel": list(CHANNELS)} | {
-            f"{a.hook}_layer": np.array(a.layers) for a in self.spec.activations if f"{a.hook}_layer" in dims
-        }
-        coords |= {"layer": np.arange(self.model["n_layers"])} if "layer" in dims else {}
-        if name in _PER_UNIT or name.endswith("_sketch"):
-            total = np.zeros(array.shape[1:], dtype=np.float64 if array.dtype.kind == "f" else np.int64)
-            for unit in np.flatnonzero(self.committed):
-                total += array[int(unit)]
-            return xr.DataArray(total, dims=dims, coords=coords, name=name)
-        rows = np.flatnonzero(np.isin(group["sequence"][:], self._visible))
+        array = self._summary(name)
+        if _over_the_run(name):
+            return self.total(name)
+        dims, coords = self._axes(array)
+        rows = np.flatnonzero(np.isin(self.group["summaries/sequence"][:], self._visible))
         table = self.sequences
         coords |= {"sequence": table.index.to_numpy()}
         coords |= {c: ("sequence", table[c].to_numpy(dtype=object)) for c in ("id", "prompt_id", "effort", "task")}
         return xr.DataArray(array[:][rows], dims=("sequence", *dims), coords=coords, name=name)
+
+    @property
+    def groups(self) -> pd.DataFrame:
+        """Effort and task of every group of `total`."""
+        return self._groups[0]
+
+    def total(self, name: str) -> xr.DataArray:
+        """A summary added up over the sequences of each effort and task: dimension `group`, with `effort` and `task`.
+
+        `coactivation`, `transition` and sketches are of the whole run. Ready in a finished run; summed in an
+        unfinished one.
+        """
+        array = self._summary(name)
+        dims, coords = self._axes(array)
+        if not _over_the_run(name):
+            dims = ("group", *dims)
+            coords |= {c: ("group", self.groups[c].to_numpy(dtype=object)) for c in ("effort", "task")}
+        if self.status == "complete" and "totals" in self.group:
+            return xr.DataArray(self.group[f"totals/{name}"][:], dims=dims, coords=coords, name=name)
+        found, which = self._groups
+        of_sequence = np.zeros(len(self.layout.lengths), dtype=np.int64)
+        of_sequence[self._visible] = which
+        units = [unit for unit, done in zip(self.layout.units, self.committed, strict=True) if done]
+        values = totals.total(array, name, units, of_sequence, len(found), self.layout.unit_sequences)
+        return xr.DataArray(values, dims=dims, coords=coords, name=name)
+
+    @cached_property
+    def _groups(self) -> tuple[pd.DataFrame, np.ndarray]:
+        return totals.groups(self.sequences)
+
+    def _summary(self, name: str) -> zarr.Array:
+        if name not in self.summaries:
+            raise InputError(f"summary {name!r} is not in {self.path}; it holds {', '.join(self.summaries)}")
+        return self.group[f"summaries/{name}"]
+
+    def _axes(self, array: zarr.Array) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Dimensions of a summary behind the first, and their coordinates."""
+        dims = tuple(array.metadata.dimension_names)[1:]
+        coords: dict[str, Any] = {"channel": list(CHANNELS)} | {
+            f"{a.hook}_layer": np.array(a.layers) for a in self.spec.activations if f"{a.hook}_layer" in dims
+        }
+        return dims, coords | ({"layer": np.arange(self.model["n_layers"])} if "layer" in dims else {})
+
+
+def _over_the_run(name: str) -> bool:
+    return name in totals.PER_UNIT or name.endswith("_sketch")
 
 
 def _rows(array: zarr.Array, axis: int, spans: list[slice]) -> da.Array:

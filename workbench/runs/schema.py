@@ -71,13 +71,14 @@ class Activation:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a capture records."""
+    """What a capture records. sink_sums: of the sinks only the sums by sequence and channel."""
 
     routing: bool
     router_logits: bool
     sinks: bool
     logprobs: bool
     activations: tuple[Activation, ...] = ()
+    sink_sums: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -164,7 +165,7 @@ def _summaries(model: Mapping[str, Any], spec: Spec, layout: Layout) -> dict[str
             found[f"summaries/{name}"] = ArraySpec(
                 ("unit", "channel", between, *pairs), (units, channels, n, experts, experts), "uint32", 0, 0, 1, 1
             )
-    if spec.sinks:
+    if spec.sinks or spec.sink_sums:
         for name in ("sink_sum", "sink_sumsq"):
             found[f"summaries/{name}"] = per_sequence(
                 ("channel", "layer", "head"), (channels, layers, heads), "float32"

@@ -14,6 +14,7 @@ import numpy as np
 
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
+from workbench.runs.place import Place
 from workbench.runs.reader import Run, open_run
 from workbench.runs.schema import ArraySpec, Layout, Unit, arrays
 from workbench.runs.shards import threads
@@ -31,7 +32,7 @@ class Problem:
     what: str
 
 
-def verify(path: str | Path, *, workers: int | None = None) -> list[Problem]:
+def verify(path: str | Path | Place, *, workers: int | None = None) -> list[Problem]:
     """Everything that is damaged or does not agree, units checked side by side; an empty list is a whole run."""
     try:
         run = open_run(path)
@@ -53,7 +54,25 @@ def verify(path: str | Path, *, workers: int | None = None) -> list[Problem]:
     finally:
         pool.shutdown(cancel_futures=True)
     problems += _status(run)
+    if run.status == "complete" and not problems:
+        problems += _totals(run)
     return problems
+
+
+def _totals(run: Run) -> Iterator[Problem]:
+    """Totals of a finished run are sums of what its units hold; runs of schema 1 have none."""
+    if "totals" not in run.group:
+        return
+    summed = open_run(run.place)
+    summed.status = "writing"  # adds up instead of reading
+    for name in run.summaries:
+        try:
+            same = np.allclose(run.total(name), summed.total(name), rtol=1e-9)
+        except Exception as error:  # whatever a damaged chunk makes a codec raise
+            yield Problem(f"totals/{name}", f"cannot be read: {_first_line(error)}")
+            continue
+        if not same:
+            yield Problem(f"totals/{name}", "is not the sum of the units")
 
 
 def _checked(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout, there: set[str]) -> list[Problem]:

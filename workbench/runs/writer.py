@@ -19,6 +19,7 @@ from workbench.errors import InputError, JobError
 from workbench.runs import shards
 from workbench.runs.lock import Lock
 from workbench.runs.place import ROOT, Bucket, Place, place
+from workbench.runs.reader import open_group, open_run
 from workbench.runs.schema import SCHEMA, ArraySpec, Layout, Spec, Unit, arrays
 
 _STORED_AS = {
@@ -73,25 +74,6 @@ def open_writer(
                 f"{target} was begun with {name} {_short(got)}, this job has {_short(wanted)}: name another run"
             )
     return RunWriter(target, group, layout, sequences)
-
-
-def open_group(where: Place, mode: str = "r") -> zarr.Group:
-    """The group of a run of this schema; anything else is refused."""
-    if not where.exists():
-        raise InputError(f"{where} is not there: name the folder of a run")
-    try:
-        group = zarr.open_group(where.store(), mode=mode, zarr_format=3, use_consolidated=False)
-        schema = group.attrs["schema"]
-        known = {"status", "model", "checkpoint", "spec", "identity"} <= set(group.attrs)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, KeyError, ValueError) as error:
-        raise InputError(f"{where} is not a run: no Zarr group with a run's attributes is in it") from error
-    except PermissionError as error:
-        raise InputError(f"{where} cannot be opened: {error.strerror}") from error
-    if not isinstance(schema, int) or not known:
-        raise InputError(f"{where} is a Zarr group, but not a run: it lacks a run's attributes")
-    if schema > SCHEMA:
-        raise InputError(f"{where} has schema {schema}, newer than this workbench's {SCHEMA}: update the workbench")
-    return group
 
 
 def _create(
@@ -189,6 +171,8 @@ class RunWriter:
         stored = {f"tokens/{name}": values for name, values in tokens.items()}
         stored |= {_STORED_AS.get(name, name): values for name, values in records.items()}
         stored |= {f"summaries/{name}": values for name, values in summaries.items()}
+        if not self._spec.sinks:
+            stored.pop("attention/sink", None)  # only its sums are kept
         stored["summaries/sequence"] = np.array(unit.sequences, dtype=np.int32)
         optional = {f"tokens/{name}" for name in _MAY_BE_NAN}
         assert set(stored) | optional == set(self._arrays) | optional, set(stored) ^ set(self._arrays)
@@ -244,10 +228,26 @@ class RunWriter:
         )
 
     def finish(self) -> None:
-        """Mark the run complete; every unit must be committed."""
+        """Add up the totals and mark the run complete; every unit must be committed."""
         if pending := self.pending():
             raise RuntimeError(f"{self.place}: {len(pending)} units are not committed, the run is not complete")
-        self.group.attrs["status"] = "complete"
+        if self.group.attrs["status"] == "complete":
+            return
+        with _disk_errors(self.place):
+            self._write_totals()
+            self.group.attrs["status"] = "complete"
+
+    def _write_totals(self) -> None:
+        run = open_run(self.place)
+        totals = self.group.create_group("totals", overwrite=True)
+        _write_table(totals, "groups", run.groups, "group")
+        for name in run.summaries:
+            found = run.total(name)
+            array = totals.create_array(
+                name, shape=found.shape, dtype=found.dtype, chunks=found.shape, compressors=shards.CODEC,
+                dimension_names=found.dims, config={"write_empty_chunks": True},
+            )  # fmt: skip
+            array[:] = found.to_numpy()
 
 
 @contextmanager
