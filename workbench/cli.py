@@ -126,6 +126,72 @@ def generate(
 
 
 @app.command()
+def transcripts(
+    url: Annotated[str, typer.Argument(help="The host's address, as in http://localhost:8000/v1")],
+    prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, answer?, meta?")],
+    out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write, or to go on with.")],
+    model: Annotated[str, typer.Option(help="The model's name at the host.")],
+    effort: Annotated[
+        list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Transcripts a prompt and effort.")] = 1,
+    temperature: Annotated[float | None, typer.Option(min=0, help="[default: the host's]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer. [default: the host's]")] = None,
+    api: Annotated[str, typer.Option(help="auto, chat, responses or completions.")] = "auto",
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    requests_per_minute: Annotated[float | None, typer.Option(min=0.01, help="At most. [default: no limit]")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one answer.")] = 600,
+    retries: Annotated[int, typer.Option(min=0, help="Of a request that fails.")] = 6,
+    key_env: Annotated[str, typer.Option(help="Environment variable with the key; it is stored nowhere.")] = (
+        "OPENAI_API_KEY"
+    ),
+    body: Annotated[
+        str, typer.Option(help="JSON of more fields for each request; {effort} becomes the effort.")
+    ] = "{}",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Checkpoint folder whose vocabulary completions use. [default: o200k_harmony]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Begin OUT anew.")] = False,
+) -> None:
+    """Answers of a model at any OpenAI-compatible host, as transcripts. The same command again asks what is missing."""
+    import json
+
+    from workbench.harmony.hosts.collect import Settings, collect
+
+    try:
+        more = json.loads(body)
+    except ValueError as error:
+        raise InputError(f"--body is not JSON: {error}") from error
+    if not isinstance(more, dict):
+        raise InputError("--body: wanted a JSON object")
+    settings = Settings(
+        model, tuple(dict.fromkeys(effort or ("low", "medium", "high"))), samples, temperature, max_tokens, api, concurrency,
+        requests_per_minute, timeout, retries, key_env, more, tokenizer,
+    )  # fmt: skip
+    collect(url, prompts, out, settings, overwrite=overwrite)
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="An Inspect log (.eval, .json), or JSON Lines of conversations.")],
+    out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write.")],
+    effort: Annotated[str | None, typer.Option(help="Of conversations that do not say theirs.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Other programs' conversations as transcripts."""
+    from workbench.harmony.hosts.files import convert as read
+    from workbench.harmony.transcripts import write_rows
+
+    kind, rows, left_out = read(file, effort=effort)
+    for why in left_out[:20]:
+        print(f"left out, {why}", file=sys.stderr)
+    if not rows:
+        raise InputError(f"{file}: {kind} without a conversation that can be used")
+    write_rows(out, rows, overwrite=overwrite)
+    print(f"{file}: {kind}, {len(rows):,} conversations" + (f", {len(left_out):,} left out" if left_out else ""))
+
+
+@app.command()
 def capture(
     model: Model,
     transcripts: Annotated[Path, typer.Argument(help="JSONL of transcripts.")],
@@ -182,6 +248,34 @@ def verify(
         print(f"{problem.where}: {problem.what}")
     print(f"{run}: {len(problems)} problems" if problems else f"{run}: whole")
     raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(help="File (parquet) or folder to write.")],
+    format: Annotated[str, typer.Option(help="parquet, safetensors, or datasets (Hugging Face, as SAELens reads).")],
+    what: Annotated[str, typer.Option(help="tokens, or an activation as activations/resid_post.")] = "tokens",
+    layers: Annotated[list[int] | None, typer.Option(help="Of an activation; repeat. [default: all recorded]")] = None,
+    channel: Annotated[list[str] | None, typer.Option(help="Only these tokens; repeat.")] = None,
+    role: Annotated[list[str] | None, typer.Option(help="Only these tokens; repeat.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="Only these tokens, such as content; repeat.")] = None,
+    effort: Annotated[list[str] | None, typer.Option(help="Only these sequences; repeat.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only these sequences; repeat.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a row of activations in a dataset.")] = 128,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+) -> None:
+    """A selection of a run for other programs."""
+    from workbench.runs import open_run
+    from workbench.runs.export import Selection
+    from workbench.runs.export import export as write
+
+    chosen = [tuple(names or ()) for names in (channel, role, part, effort, task)]
+    n = write(
+        open_run(run), out, format=format, what=what, layers=layers or (), context=context,
+        selection=Selection(*chosen), overwrite=overwrite,
+    )  # fmt: skip
+    print(f"{out}: {n:,} tokens")
 
 
 @app.command()

@@ -62,3 +62,40 @@ def test_a_start_inside_a_shard_is_our_own_mistake(tmp_path: Path) -> None:
     array = zarr.create_array(str(tmp_path / "a"), shape=(16,), dtype="int32", chunks=(4,), shards=(8,))
     with pytest.raises(AssertionError, match="inside a shard"):
         next(shards.writes(array, Folder(tmp_path), "a", 4, 0, np.zeros(8, dtype="int32")))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_zarr_writes_we_read(name: str, tmp_path: Path) -> None:
+    shape, chunks, grain, axis, start, dtype = CASES[name]
+    array = zarr.create_array(
+        str(tmp_path / "a"), shape=shape, dtype=dtype, chunks=chunks, shards=grain, fill_value=0, compressors=shards.CODEC,
+    )  # fmt: skip
+    array[:] = np.random.default_rng(1).integers(0, 2, shape).astype(dtype) * (np.arange(shape[axis]) % 7 < 3).reshape(
+        [-1 if a == axis else 1 for a in range(len(shape))]
+    )  # chunks of nothing but the fill value are left out by zarr
+    for where in [p for p in (tmp_path / "a").rglob("*") if p.is_file() and p.name != "zarr.json"]:
+        assert where.stat().st_size
+    stop = shape[axis]
+    place = [slice(None)] * len(shape)
+    place[axis] = slice(start, stop)
+    try:
+        got = shards.read(array, Folder(tmp_path), "a", start, stop, axis)
+    except FileNotFoundError:
+        pytest.skip("zarr left a whole shard out")
+    assert np.array_equal(got, array[tuple(place)])
+
+
+def test_damage_is_found_by_our_own_reading(tmp_path: Path) -> None:
+    array = zarr.create_array(
+        str(tmp_path / "a"), shape=(16, 50), dtype="uint16", chunks=(4, 50), shards=(16, 50), compressors=shards.CODEC
+    )
+    array[:] = np.random.default_rng(0).integers(0, 1000, (16, 50))
+    file = tmp_path / "a" / "c" / "0" / "0"
+    whole = file.read_bytes()
+    for at in (20, len(whole) - 10):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(Exception, match=r"(?i)checksum|zstd|decompress"):
+            shards.read(array, Folder(tmp_path), "a", 0, 16, 0)
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        shards.read(array, Folder(tmp_path), "a", 0, 16, 0)

@@ -104,6 +104,11 @@ def read_transcripts(
 
 def write_transcripts(path: str | Path, rows: Iterable[Transcript], *, overwrite: bool = False) -> None:
     """Write transcripts, all or nothing: a file under another name takes its place when it is whole."""
+    write_rows(path, map(_as_json, rows), overwrite=overwrite)
+
+
+def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, overwrite: bool = False) -> None:
+    """Write rows as they are, all or nothing."""
     path = Path(path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists: choose another name, or overwrite")
@@ -113,7 +118,7 @@ def write_transcripts(path: str | Path, rows: Iterable[Transcript], *, overwrite
     try:
         with part.open("w", encoding="utf-8", newline="\n") as file:
             for row in rows:
-                file.write(json.dumps(_as_json(row), ensure_ascii=False) + "\n")
+                file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -136,7 +136,7 @@ class Run:
         return table.rename_axis(name.removesuffix("s"))
 
     @cached_property
-    def _spans(self) -> list[slice]:
+    def spans(self) -> list[slice]:
         """Token rows in use of every committed unit."""
         lengths = self.layout.lengths
         return [
@@ -151,7 +151,7 @@ class Run:
 
         Dimensions layer, token, slot, expert, head; the token's columns (sequence, position, channel, …) beside.
         """
-        return self._dataset(self._spans)
+        return self._dataset(self.spans)
 
     def sequence(self, which: int | str) -> xr.Dataset:
         """The tokens of one sequence, by number or id; reads its own chunks only."""

@@ -25,6 +25,7 @@ from zarr.codecs import ZstdCodec
 from workbench.runs.place import Place
 
 LEVEL = 1  # of zstd; its checksum finds a flipped byte that still decompresses
+_ABSENT = 2**64 - 1
 CODEC = ZstdCodec(level=LEVEL, checksum=True)
 
 
@@ -52,6 +53,47 @@ def _put(array: zarr.Array, place: Place, key: str, values: np.ndarray) -> None:
     block = _filled(values, array.shards or array.chunks, array.fill_value, array.dtype)
     parts = shard(block, array.chunks) if array.shards else [_encode(block)]
     place.put(key, parts)
+
+
+def read(array: zarr.Array, place: Place, name: str, start: int, stop: int, axis: int) -> np.ndarray:
+    """Rows [start, stop) of `axis`, whole shards each, of all else all; FileNotFoundError where one is not there.
+
+    Measured, 2 cores: verifying 10 million tokens took 247 s with `array[…]`, which spends 0.3 ms on every inner chunk.
+    """
+    grain = array.shards or array.chunks
+    if tuple(array.compressors) != (CODEC,) or start % grain[axis]:
+        return np.asarray(array[(*(slice(None),) * axis, slice(start, stop))])
+    shape = tuple(stop - start if a == axis else n for a, n in enumerate(array.shape))
+    out = np.empty(shape, dtype=array.dtype)
+    for key, part in _shards(shape, grain, start // grain[axis], axis):
+        data = place.read("/".join((name, "c", *map(str, key))))
+        block = _unpacked(data, array, grain)
+        into = out[part]
+        into[...] = block[tuple(slice(n) for n in into.shape)]
+    return out
+
+
+def _unpacked(data: bytes, array: zarr.Array, grain: tuple[int, ...]) -> np.ndarray:
+    """The values of a shard, or of a chunk that is a file of its own."""
+    if not array.shards:
+        return _decode(data, grain, array.dtype)
+    counts = [n // c for n, c in zip(grain, array.chunks, strict=True)]
+    size = 16 * int(np.prod(counts))
+    index, check = data[-size - 4 : -4], data[-4:]
+    if google_crc32c.value(index) != int.from_bytes(check, "little"):
+        raise ValueError("the checksum of a shard's index is wrong")
+    block = np.full(grain, array.fill_value, dtype=array.dtype)
+    places = np.frombuffer(index, dtype="<u8").reshape(-1, 2).tolist()
+    for origin, (at, length) in zip(product(*map(range, counts)), places, strict=True):
+        if at == _ABSENT:
+            continue
+        inside = tuple(slice(o * c, (o + 1) * c) for o, c in zip(origin, array.chunks, strict=True))
+        block[inside] = _decode(data[at : at + length], array.chunks, array.dtype)
+    return block
+
+
+def _decode(data: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return np.frombuffer(Zstd().decode(data), dtype=dtype).reshape(shape)
 
 
 def shard(block: np.ndarray, chunks: tuple[int, ...]) -> list[bytes]:

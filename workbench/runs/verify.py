@@ -14,10 +14,10 @@ import numpy as np
 
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
+from workbench.runs import shards
 from workbench.runs.place import Place
 from workbench.runs.reader import Run, open_run
 from workbench.runs.schema import ArraySpec, Layout, Unit, arrays
-from workbench.runs.shards import threads
 from workbench.runs.summaries import summarise
 
 _GATE_ROUNDING = 4e-3  # four float16 gates
@@ -45,7 +45,7 @@ def verify(path: str | Path | Place, *, workers: int | None = None) -> list[Prob
         return problems
     problems += _tables(run, layout)
     there = run.place.files()
-    pool = ThreadPoolExecutor(workers or threads(), thread_name_prefix="verify")
+    pool = ThreadPoolExecutor(workers or shards.threads(), thread_name_prefix="verify")
     try:
         with progress("verify", len(layout.units), "units") as advance:
             for found in pool.map(lambda unit: _checked(run, specs, unit, layout, there), layout.units):
@@ -156,10 +156,9 @@ def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> 
     """What is wrong inside a committed unit."""
     values: dict[str, np.ndarray] = {}
     for name, spec in specs.items():
-        place = [slice(None)] * len(spec.shape)
-        place[spec.axis] = _place(spec, unit)
+        own = _place(spec, unit)
         try:
-            values[name] = np.asarray(run.group[name][tuple(place)])
+            values[name] = shards.read(run.group[name], run.place, name, own.start, own.stop, spec.axis)
         except Exception as error:  # whatever a damaged chunk makes a codec raise
             yield f"{name} cannot be read: {_first_line(error)}"
     if len(values) < len(specs):
