@@ -69,19 +69,15 @@ def test_what_zarr_writes_we_read(name: str, tmp_path: Path) -> None:
     shape, chunks, grain, axis, start, dtype = CASES[name]
     array = zarr.create_array(
         str(tmp_path / "a"), shape=shape, dtype=dtype, chunks=chunks, shards=grain, fill_value=0, compressors=shards.CODEC,
+        config={"write_empty_chunks": grain is None},
     )  # fmt: skip
     array[:] = np.random.default_rng(1).integers(0, 2, shape).astype(dtype) * (np.arange(shape[axis]) % 7 < 3).reshape(
         [-1 if a == axis else 1 for a in range(len(shape))]
     )  # chunks of nothing but the fill value are left out by zarr
-    for where in [p for p in (tmp_path / "a").rglob("*") if p.is_file() and p.name != "zarr.json"]:
-        assert where.stat().st_size
     stop = shape[axis]
     place = [slice(None)] * len(shape)
     place[axis] = slice(start, stop)
-    try:
-        got = shards.read(array, Folder(tmp_path), "a", start, stop, axis)
-    except FileNotFoundError:
-        pytest.skip("zarr left a whole shard out")
+    got = shards.read(array, Folder(tmp_path), "a", start, stop, axis)
     assert np.array_equal(got, array[tuple(place)])
 
 

@@ -81,6 +81,8 @@ def run(
     except ImportError as error:
         raise InputError("several workers need dask's scheduler: pip install 'gpt-oss-workbench[cluster]'") from error
 
+    if task.run.startswith("memory://"):
+        raise InputError(f"{task.run} is seen by one process alone: several workers need a folder or an object store")
     with _client(task, workers, address) as client:
         known = client.scheduler_info()["workers"].values()
         gpus = {"GPU": 1} if any("GPU" in worker["resources"] for worker in known) else None
