@@ -6,7 +6,7 @@ still being written is read like any other; open it again to see more.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import zarr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
-from workbench.runs import totals
+from workbench.runs import shards, totals
 from workbench.runs.place import Place, place
 from workbench.runs.schema import SCHEMA, Layout, Spec, Unit
 from workbench.runs.summaries import float32_of
@@ -145,6 +145,37 @@ class Run:
             if done
         ]
 
+    def blocks(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
+        """Committed units one after the other: `sequence`, `position`, `channel` of every token, and what is named.
+
+        names: as in `dataset`; `token` is the last axis but that of the features, [layer, token, slot]. Memory is
+        that of a unit.
+        """
+        stored = self._stored
+        if unknown := sorted(set(names) - set(stored.values())):
+            raise InputError(f"{unknown[0]!r} is not in {self.path}; it recorded {', '.join(self.recorded)}")
+        wanted = {name: path for path, name in stored.items() if name in {"sequence", "position", "channel", *names}}
+        for rows in self.spans:
+            block = {}
+            for name, path in wanted.items():
+                array = self.group[path]
+                axis = array.metadata.dimension_names.index("token")
+                grain = (array.shards or array.chunks)[axis]
+                end = -(-rows.stop // grain) * grain
+                values = shards.read(array, self.place, path, rows.start, end, axis)
+                values = values[(*(slice(None),) * axis, slice(rows.stop - rows.start))]
+                block[name] = float32_of(values) if path.startswith("activations/") else values
+            yield block
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        """Path in the store → name in the dataset, of all that tokens have."""
+        names = {f"tokens/{n}": n for n in sorted(n for n, _ in self.group["tokens"].arrays())}
+        names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
+        names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}
+        names |= {"attention/sink": "sink"} if self.spec.sinks else {}
+        return names | {f"activations/{a.hook}": a.hook for a in self.spec.activations if a.reduce != "moments"}
+
     @cached_property
     def dataset(self) -> xr.Dataset:
         """Every token of every visible sequence, lazily: nothing is read before it is computed.
@@ -167,13 +198,8 @@ class Run:
 
     def _dataset(self, spans: list[slice]) -> xr.Dataset:
         variables: dict[str, Any] = {}
-        names = {f"tokens/{n}": n for n in sorted(n for n, _ in self.group["tokens"].arrays())}
-        names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
-        names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}
-        names |= {"attention/sink": "sink"} if self.spec.sinks else {}
-        names |= {f"activations/{a.hook}": a.hook for a in self.spec.activations if a.reduce != "moments"}
         sparse = {a.hook: _rows(self.group[f"selected/{a.hook}"], 0, spans) for a in self.spec.activations if a.sparse}
-        for stored, name in names.items():
+        for stored, name in self._stored.items():
             array = self.group[stored]
             dims = tuple(array.metadata.dimension_names)
             lazy = _rows(array, dims.index("token"), spans)

@@ -4,7 +4,7 @@ A run is made of sums per sequence, so no model is needed. Every prompt has habi
 the layer's load), shared by all its efforts and channels: the dependence that a token-level test overlooks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,3 +122,92 @@ def _summaries(
         coords,
     )
     return {str(name): summaries[name] for name in summaries.data_vars}
+
+
+@dataclass(frozen=True)
+class SyntheticTokens:
+    """A run of single tokens, in memory, and `truth`: what was planted, by name."""
+
+    digest: str
+    sequences: pd.DataFrame
+    model: Mapping[str, Any]
+    tokens: Mapping[str, np.ndarray]
+    truth: Mapping[str, Any]
+
+    def blocks(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
+        """All of it, at once."""
+        yield {name: self.tokens[name] for name in ("sequence", "position", "channel", *names)}
+
+
+def planted_tokens(
+    *,
+    seed: int = 0,
+    n_prompts: int = 40,
+    efforts: Sequence[str] = EFFORTS,
+    n_layers: int = 2,
+    n_heads: int = 4,
+    n_experts: int = 8,
+    sink_shift: Mapping[str, float] | None = None,
+    position_slope: float = 0.0,
+    effort_shift: Mapping[str, float] | None = None,
+    expert_shift: Mapping[str, float] | None = None,
+    expert_position: float = 0.0,
+    gain: float = 0.0,
+) -> SyntheticTokens:
+    """Conversations of a prompt, analysis and final, with sinks and experts whose causes are known.
+
+    sink_shift: added to the sink of head 0 in a channel. position_slope: taken from it per unit of log position, which
+    is what seeing more keys does. effort_shift: added in the analysis of an effort. expert_shift: probability moved to
+    expert 0 in a channel. expert_position: moved to it per unit of log position. gain: of the probability of a right
+    answer, a step of effort. Prompts differ in sinks, experts and difficulty, and all their efforts alike.
+    """
+    rng = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    parts: list[tuple[np.ndarray, ...]] = []
+    habit = rng.normal(0, 0.02, (n_prompts, n_layers, n_heads))
+    base = rng.dirichlet(np.full(n_experts, 5.0), n_layers)
+    difficulty = rng.uniform(0.2, 0.5, n_prompts)
+    for prompt in range(n_prompts):
+        own = np.stack([rng.dirichlet(200 * layer) for layer in base])
+        for step, effort in enumerate(efforts):
+            lengths = [int(rng.integers(6, 14)), int(rng.integers(10, 30) * (1 + step)), int(rng.integers(4, 12))]
+            channel = np.repeat([CHANNELS.index(c) for c in ("prompt", "analysis", "final")], lengths)
+            n = len(channel)
+            log_position = np.log1p(np.arange(n))
+            sink = 0.3 + habit[prompt][:, None] + rng.normal(0, 0.05, (n_layers, n, n_heads))
+            sink -= position_slope * log_position[None, :, None]
+            moved = np.clip(expert_position * log_position, 0, 0.9)
+            for label, shift in (sink_shift or {}).items():
+                sink[..., 0] += shift * (channel == CHANNELS.index(label))
+            if effort_shift:
+                sink[..., 0] += effort_shift.get(effort, 0.0) * (channel == CHANNELS.index("analysis"))
+            for label, shift in (expert_shift or {}).items():
+                moved = moved + shift * (channel == CHANNELS.index(label))
+            first = np.stack([rng.choice(n_experts, n, p=layer) for layer in own])
+            first[:, rng.random(n) < moved] = 0
+            parts.append((np.full(n, len(rows)), np.arange(n), channel, sink, first[..., None]))
+            rows.append(
+                {
+                    "id": f"p{prompt}/{effort}", "prompt_id": f"p{prompt}", "effort": effort, "task": f"t{prompt % 2}",
+                    "domain": "synthetic", "length": n, "n_prompt": lengths[0],
+                    "correct": int(rng.random() < difficulty[prompt] + gain * step),
+                }
+            )  # fmt: skip
+    names = ("sequence", "position", "channel", "sink", "experts")
+    axes = (0, 0, 0, 1, 1)
+    joined = {n: np.concatenate([p[i] for p in parts], a) for i, (n, a) in enumerate(zip(names, axes, strict=True))}
+    model = {
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "num_experts": n_experts,
+        "experts_per_token": 1,
+        "windows": [None] * n_layers,
+    }
+    truth = {
+        "sink_shift": sink_shift,
+        "effort_shift": effort_shift,
+        "expert_shift": expert_shift,
+        "base": base,
+        "gain": gain,
+    }
+    return SyntheticTokens(f"synthetic-{seed}", pd.DataFrame(rows).rename_axis("sequence"), model, joined, truth)

@@ -1,0 +1,220 @@
+"""The channels study: what differs between analysis and final, beyond where they stand.
+
+Routing and sinks are compared over all tokens and at equal position, and beside the difference that the two halves of
+the analysis have among themselves. Recorded activations are described by their channel means and by how well a linear
+probe tells the channels apart in sequences it has not seen.
+
+References: Hewitt & Liang 2019 (control tasks); Kornblith et al. 2019 and Murphy et al. 2024 (debiased CKA).
+"""
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+from workbench.errors import InputError
+from workbench.harmony.labels import CHANNELS
+from workbench.studies.contrast import TokenRun, contrast
+from workbench.studies.result import Definition, dataset, provenance
+
+PROBE_TOKENS = 4000  # at most, of a layer
+_FOLDS = 5
+
+DEFINITIONS = {
+    "cosine": Definition("cosine of channel means", "1", "between mean activations of a and b, prompts weighing alike"),
+    "distance": Definition(
+        "distance of channel means", "1", "norm of their difference over the root mean square deviation within channels"
+    ),
+    "auc": Definition("probe AUC", "1", "logistic probe of channel a against b, held out by prompt, mean over folds"),
+    "auc_low": Definition("probe AUC, lowest fold", "1", "smallest AUC of the folds"),
+    "auc_high": Definition("probe AUC, highest fold", "1", "largest AUC of the folds"),
+    "auc_half": Definition("probe AUC of halves", "1", "the same probe told to tell the halves of the analysis apart"),
+    "selectivity": Definition(
+        "selectivity", "1", "AUC less that of a probe on labels drawn at random for each prompt and position"
+    ),
+    "cka": Definition("debiased linear CKA", "1", "between layers' centred activations, unbiased HSIC; may be below 0"),
+    "tokens": Definition("tokens", "tokens", "tokens that take part"),
+}
+METHOD = (
+    "Probes are logistic regressions on standardised activations, folds split by prompt; selectivity subtracts the AUC on "
+    "labels that mean nothing. Distances are in units of the spread within channels. " + contrast.__doc__.split("\n")[0]
+)
+NOT_CONTROLLED = "A probe may read position or words; its halves of the analysis show how much of that there is."
+
+
+def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
+    """Analysis against final and first against second half, of routing and sinks; activations where recorded."""
+    found: dict[str, xr.Dataset] = {}
+    left_out = []
+    for what, label in (("experts", "routing"), ("sink", "sinks")):
+        for name, asked in {
+            f"{label}_analysis_vs_final": ("channel", "analysis", "final", None),
+            f"{label}_halves_of_analysis": ("half", "first", "second", "analysis"),
+        }.items():
+            between, a, b, channel = asked
+            try:
+                found[name] = contrast(run, what, between, a, b, channel=channel, study="channels", seed=seed)  # type: ignore[arg-type]
+            except InputError as error:
+                left_out.append(f"Left out: {name}, as {error}.")
+    hooks = [a.hook for a in getattr(getattr(run, "spec", None), "activations", ()) if a.reduce == "raw"]
+    for hook in hooks:
+        try:
+            found[f"geometry_{hook.removeprefix('hook_')}"] = geometry(run, hook, "analysis", "final", seed=seed)
+        except InputError as error:
+            left_out.append(f"Left out: {hook}, as {error}.")
+    if not found:
+        raise InputError(" ".join(left_out) or "the run holds nothing that channels could be compared by")
+    first = next(iter(found.values()))
+    first.attrs["summary"] = "\n".join([first.attrs["summary"], _beside_halves(found), *left_out]).strip()
+    return found
+
+
+def _beside_halves(found: Mapping[str, xr.Dataset]) -> str:
+    """Whether analysis and final differ by more than the halves of analysis do, in plain words."""
+    lines = []
+    for label in ("routing", "sinks"):
+        pair = [found.get(f"{label}_{n}") for n in ("analysis_vs_final", "halves_of_analysis")]
+        if pair[0] is not None and pair[1] is not None:
+            sizes = [
+                np.sqrt(np.maximum(d["size"].sel(control="position") ** 2 - d["noise"].sel(control="position") ** 2, 0))
+                for d in pair
+                if d is not None
+            ]
+            if np.isfinite(sizes[0]).all() and np.isfinite(sizes[1]).all():
+                larger = int((sizes[0] > sizes[1]).sum())
+                lines.append(
+                    f"{label.capitalize()}: analysis and final are farther apart than the halves of analysis in {larger} of "
+                    f"{sizes[0].size} layers (size less what noise has, at equal position)."
+                )
+    return "\n".join(lines)
+
+
+def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.Dataset:
+    """Means, probes and CKA of a recorded activation in two channels, by layer."""
+    values, channel, prompt, half, position = _sample(run, hook, (a, b), seed)
+    side = channel == CHANNELS.index(b)
+    if min(side.sum(), (~side).sum()) < 20 or len(np.unique(prompt)) < 2 * _FOLDS:
+        raise InputError(
+            f"{hook} has {(~side).sum()} and {side.sum()} tokens of {len(np.unique(prompt))} prompts: too few to probe"
+        )
+    layers = next(x.layers for x in run.spec.activations if x.hook == hook)  # type: ignore[attr-defined]
+    rows: dict[str, list[float]] = {
+        n: [] for n in ("cosine", "distance", "auc", "auc_low", "auc_high", "auc_half", "selectivity")
+    }
+    rng = np.random.default_rng([seed, zlib.crc32(hook.encode())])
+    random_label = _random_labels(prompt, position, rng)
+    for x in values:
+        means = [_mean_of_prompts(x[side == s], prompt[side == s]) for s in (False, True)]
+        within = np.sqrt(
+            np.mean([((x[side == s] - m) ** 2).sum(-1).mean() for s, m in zip((False, True), means, strict=True)])
+        )
+        rows["cosine"].append(float(means[0] @ means[1] / (np.linalg.norm(means[0]) * np.linalg.norm(means[1]))))
+        rows["distance"].append(float(np.linalg.norm(means[1] - means[0]) / within))
+        scores = probe_auc(x, side, prompt)
+        rows["auc"].append(float(np.mean(scores)))
+        rows["auc_low"].append(float(np.min(scores)))
+        rows["auc_high"].append(float(np.max(scores)))
+        rows["selectivity"].append(float(np.mean(scores) - np.mean(probe_auc(x, random_label, prompt))))
+        own = ~side
+        rows["auc_half"].append(float(np.mean(probe_auc(x[own], half[own], prompt[own]))))
+    cka = np.array([[debiased_cka(x, y) for y in values] for x in values])
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {n: (("layer",), np.array(v)) for n, v in rows.items()}
+    variables |= {"cka": (("layer", "layer_2"), cka), "tokens": ((), np.asarray(len(side)))}
+    attrs = provenance("channels", f"{hook}: {a} against {b}", run.digest, seed, {"hook": hook, "a": a, "b": b})
+    best = int(np.argmax(rows["auc"]))
+    attrs |= {
+        "a": a, "b": b, "method": METHOD, "not_controlled": NOT_CONTROLLED,
+        "summary": f"{hook}: a linear probe tells {a} from {b} with AUC {rows['auc'][best]:.3f} in layer {layers[best]} (folds "
+        f"{rows['auc_low'][best]:.3f} to {rows['auc_high'][best]:.3f}; halves of {a}: {rows['auc_half'][best]:.3f}; "
+        f"selectivity {rows['selectivity'][best]:.3f}); the means lie {rows['distance'][best]:.2f} spreads apart.",
+    }  # fmt: skip
+    return dataset(variables, {"layer": list(layers), "layer_2": list(layers)}, DEFINITIONS, attrs)
+
+
+def _sample(run: TokenRun, hook: str, pair: tuple[str, str], seed: int) -> tuple[np.ndarray, ...]:
+    """Activations [layer, token, d] of at most PROBE_TOKENS tokens of both channels, and their labels."""
+    table = run.sequences
+    number = np.full(int(table.index.max()) + 1, -1)
+    number[table.index] = np.unique(
+        table["prompt_id"].where(table["prompt_id"] != "", table["id"]), return_inverse=True
+    )[1]
+    codes = [CHANNELS.index(c) for c in pair]
+    rng = np.random.default_rng(seed)
+    counts = np.zeros(2, dtype=np.int64)
+    for block in run.blocks():
+        counts += [int((block["channel"] == c).sum()) for c in codes]
+    keep = np.minimum(1.0, PROBE_TOKENS / 2 / np.maximum(counts, 1))
+    parts: list[tuple[np.ndarray, ...]] = []
+    for block in run.blocks(hook):
+        chosen = np.zeros(len(block["channel"]), dtype=bool)
+        for code, share in zip(codes, keep, strict=True):
+            chosen |= (block["channel"] == code) & (rng.random(len(chosen)) < share)
+        chosen &= np.isfinite(block[hook][0]).all(-1)
+        inside = block["channel"] == codes[0]
+        starts = np.flatnonzero(np.diff(block["sequence"], prepend=-2))
+        lengths = np.diff(np.append(starts, len(chosen)))
+        before = np.cumsum(inside) - inside
+        rank, total = (
+            before - np.repeat(before[starts], lengths),
+            np.repeat(np.add.reduceat(inside.astype(int), starts), lengths),
+        )
+        at = np.flatnonzero(chosen)
+        parts.append(
+            (
+                block[hook][:, at],
+                block["channel"][at],
+                number[block["sequence"][at]],
+                (2 * rank >= total)[at],
+                block["position"][at],
+            )
+        )
+    return tuple(np.concatenate([p[i] for p in parts], 1 if i == 0 else 0) for i in range(5))
+
+
+def _mean_of_prompts(x: Float[np.ndarray, "token d"], prompt: np.ndarray) -> Float[np.ndarray, " d"]:
+    _, of = np.unique(prompt, return_inverse=True)
+    sums = np.zeros((of.max() + 1, x.shape[1]))
+    np.add.at(sums, of, x)
+    return (sums / np.bincount(of)[:, None]).mean(0)
+
+
+def _random_labels(prompt: np.ndarray, position: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A label that means nothing, the same for all tokens of a prompt at a position."""
+    _, of = np.unique(prompt.astype(np.int64) * 1_000_003 + position, return_inverse=True)
+    return (rng.random(int(of.max()) + 1) < 0.5)[of]
+
+
+def probe_auc(x: Float[np.ndarray, "token d"], label: np.ndarray, group: np.ndarray) -> list[float]:
+    """AUC of each fold of a logistic probe, folds split by group; 0.5 is chance."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    scores = []
+    for train, test in StratifiedGroupKFold(_FOLDS).split(x, label, group):
+        if len(set(label[train].tolist())) < 2 or len(set(label[test].tolist())) < 2:
+            continue
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(x[train], label[train])
+        scores.append(float(roc_auc_score(label[test], probe.decision_function(x[test]))))
+    return scores or [np.nan]
+
+
+def debiased_cka(x: Float[np.ndarray, "token d"], y: Float[np.ndarray, "token e"]) -> float:
+    """Linear CKA with the unbiased estimator of HSIC: about 0 for independent data whatever the width."""
+    xx, xy, yy = _hsic(x, x), _hsic(x, y), _hsic(y, y)
+    return float(xy / np.sqrt(xx * yy)) if xx > 0 and yy > 0 else float("nan")
+
+
+def _hsic(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased HSIC of linear kernels (Song et al. 2012), by products of features so that no n × n matrix is made."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    n = len(x)
+    dx, dy = (x**2).sum(1), (y**2).sum(1)
+    trace = ((x.T @ y) ** 2).sum() - dx @ dy
+    rows_x, rows_y = x @ x.sum(0) - dx, y @ y.sum(0) - dy
+    total = rows_x.sum() * rows_y.sum() / ((n - 1) * (n - 2))
+    return float((trace + total - 2 * rows_x @ rows_y / (n - 2)) / (n * (n - 3)))

@@ -1,0 +1,179 @@
+"""The sinks study: how much attention heads leave on their learned sink, where, and whether channel or effort change it.
+
+The mass on the sink is the probability 1 − Σ attention of a head at a token. With equal logits it falls with the number
+of keys that a head sees, so layers with a window and full layers are told apart, and every comparison of channels or
+efforts is made at equal position too. Means are over tokens; the sampling unit is the prompt.
+
+Reference: arXiv 2309.17453 and 2410.10781 on attention sinks (there on the first token; gpt-oss learns a logit a head).
+"""
+
+import numpy as np
+import xarray as xr
+
+from workbench.errors import InputError
+from workbench.harmony.labels import CHANNELS
+from workbench.studies.contrast import TokenRun, contrast
+from workbench.studies.design import EFFORTS, Run, axes, cells, prompts, sum_by
+from workbench.studies.ratio import ratio
+from workbench.studies.result import Definition, dataset, provenance
+
+RATE_ABOVE = 0.3  # the threshold of arXiv 2410.10781
+_BINS = (0, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+_CI = "95 %, delete-one jackknife over prompts"
+
+DEFINITIONS = {
+    "mass": Definition("sink mass", "1", "mean over the cell's tokens of the probability on the sink", ci=_CI),
+    "mass_low": Definition("sink mass, lower limit", "1", "lower limit of mass", ci=_CI),
+    "mass_high": Definition("sink mass, upper limit", "1", "upper limit of mass", ci=_CI),
+    "spread": Definition("standard deviation", "1", "of the probability on the sink over the cell's tokens"),
+    "rate": Definition("sink rate", "1", f"share of tokens and heads with more than {RATE_ABOVE} on the sink"),
+    "tokens": Definition("tokens", "tokens", "tokens of the cell"),
+    "prompts": Definition("prompts", "prompts", "different prompts of those tokens: the sampling unit"),
+    "window": Definition("window", "keys", "keys that the layer sees at most; 0: all"),
+}
+METHOD = (
+    "Sink mass is a head's probability on its learned sink, averaged over the tokens of a cell; intervals are the "
+    "delete-one jackknife over prompts. By position: tokens of all sequences in bins that double."
+)
+NOT_CONTROLLED = "Cells are not matched on words, task or position; the comparisons have their control of position."
+
+
+def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
+    """Mass by channel and effort; by position; analysis against final, halves of analysis, and efforts.
+
+    A comparison for which the run has no tokens or no pairs is left out; the summary of `mass` says which and why.
+    """
+    found = {"mass": mass(run, seed=seed)}
+    if not isinstance(run, TokenRun):
+        return found
+    left_out = []
+    try:
+        found["position"] = by_position(run, seed=seed)
+    except InputError as error:  # sums alone were recorded
+        found["mass"].attrs["summary"] += f"\nLeft out, what needs single tokens: {error}"
+        return found
+    efforts = [e for e in EFFORTS if e in set(run.sequences["effort"])]
+    planned = {
+        "analysis_vs_final": ("channel", "analysis", "final", None),
+        "halves_of_analysis": ("half", "first", "second", "analysis"),
+    }
+    if len(efforts) > 1:
+        planned |= {
+            f"{efforts[0]}_vs_{efforts[-1]}_in_{c}": ("effort", efforts[0], efforts[-1], c)
+            for c in ("prompt", "analysis", "final")
+        }
+    for name, (between, a, b, channel) in planned.items():
+        try:
+            found[name] = contrast(run, "sink", between, a, b, channel=channel, study="sinks", seed=seed)  # type: ignore[arg-type]
+        except InputError as error:
+            left_out.append(f"Left out: {name}, as {error}.")
+    found["mass"].attrs["summary"] = "\n".join([found["mass"].attrs["summary"], *left_out])
+    return found
+
+
+def mass(run: Run, by: tuple[str, ...] = ("channel", "effort"), *, seed: int = 0) -> xr.Dataset:
+    """Mean sink mass [cells, layer, head] with intervals, from the sums that every run has of its sequences."""
+    sums, squares, tokens = (run.summary(name) for name in ("sink_sum", "sink_sumsq", "tokens"))
+    split, prompt = axes(tokens, by, None), prompts(tokens)
+    parts: dict[str, list[np.ndarray]] = {
+        n: [] for n in ("mass", "mass_low", "mass_high", "spread", "tokens", "prompts")
+    }
+    for cell in cells(tokens, by, None):
+        within = {"channel": list(cell.channels), "sequence": tokens["sequence"][cell.sequences]}
+        of = prompt[cell.sequences]
+        counts = tokens.sel(within).sum("channel").values.astype(np.float64)
+        first, second = (
+            s.sel(within).sum("channel").transpose("sequence", "layer", "head").values.astype(np.float64)
+            for s in (sums, squares)
+        )
+        grouped = (sum_by(first, of), sum_by(counts, of)) if len(of) else (first, counts)
+        for name, value in zip(("mass", "mass_low", "mass_high"), ratio(*grouped), strict=True):
+            parts[name].append(np.asarray(value))
+        n = max(counts.sum(), 1)
+        variance = second.sum(0) / n - (first.sum(0) / n) ** 2
+        parts["spread"].append(np.where(counts.sum() > 0, np.sqrt(np.maximum(variance, 0)), np.nan))
+        parts["tokens"].append(np.asarray(int(counts.sum())))
+        parts["prompts"].append(np.asarray(len(np.unique(of))))
+    shape = tuple(len(values) for values in split.values())
+    places = {"layer": np.asarray(sums["layer"].values), "head": np.arange(sums.sizes["head"])}
+    variables = {
+        name: (
+            (*split, "layer", "head")[: len(shape) + values[0].ndim],
+            np.stack(values).reshape(shape + values[0].shape),
+        )
+        for name, values in parts.items()
+    }
+    windows = np.array([w or 0 for w in getattr(run, "model", {}).get("windows", [None] * len(places["layer"]))])
+    variables["window"] = (("layer",), windows)
+    title = f"Sink mass by {', '.join((*by, 'layer', 'head'))}"
+    attrs = provenance("sinks", title, run.digest, seed, {"by": list(by)})
+    result = dataset(variables, split | places, DEFINITIONS, attrs)
+    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": _words(result)}
+    return result
+
+
+def by_position(run: TokenRun, *, seed: int = 0) -> xr.Dataset:
+    """Sink mass and rate [channel, layer, position bin], mean over heads: what seeing more keys does."""
+    layers, heads = run.model["n_layers"], run.model["n_heads"]
+    edges = np.array(_BINS)
+    table = run.sequences
+    number = np.zeros(int(table.index.max()) + 1, dtype=np.int64)
+    number[table.index] = np.unique(
+        table["prompt_id"].where(table["prompt_id"] != "", table["id"]), return_inverse=True
+    )[1]
+    n_prompts, n_cells = int(number.max()) + 1, len(CHANNELS) * len(edges)
+    sums = np.zeros((n_prompts, n_cells, layers))
+    above, tokens = np.zeros((n_cells, layers)), np.zeros((n_prompts, n_cells))
+    for block in run.blocks("sink"):
+        bins = np.searchsorted(edges, block["position"], side="right") - 1
+        cell = block["channel"].astype(np.int64) * len(edges) + bins
+        place = number[block["sequence"]] * n_cells + cell
+        tokens += np.bincount(place, minlength=tokens.size).reshape(tokens.shape)
+        for layer in range(layers):
+            values = block["sink"][layer].astype(np.float64)
+            sums[..., layer] += np.bincount(place, values.mean(-1), tokens.size).reshape(tokens.shape)
+            above[:, layer] += np.bincount(cell, (values > RATE_ABOVE).mean(-1), n_cells)
+    parts = [ratio(sums[:, c], tokens[:, c]) for c in range(n_cells)]
+    counted = tokens.sum(0)
+    dims = ("channel", "bin", "layer")
+    shape = (len(CHANNELS), len(edges), layers)
+    variables = {
+        n: (dims, np.stack([p[i] for p in parts]).reshape(shape))
+        for i, n in enumerate(("mass", "mass_low", "mass_high"))
+    }
+    rate = np.divide(above, counted[:, None], out=np.full(above.shape, np.nan), where=counted[:, None] > 0)
+    variables["rate"] = (dims, rate.reshape(shape))
+    variables["tokens"] = (dims[:2], counted.astype(np.int64).reshape(shape[:2]))
+    variables["prompts"] = (dims[:2], (tokens > 0).sum(0).reshape(shape[:2]))
+    coords = {"channel": list(CHANNELS), "bin": edges, "layer": np.arange(layers)}
+    used = np.flatnonzero(counted.reshape(shape[:2]).sum(0))
+    attrs = provenance("sinks", "Sink mass by position", run.digest, seed, {"bins": list(_BINS), "rate": RATE_ABOVE})
+    attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED}
+    attrs["summary"] = f"Mean over {heads} heads in {len(used)} bins of position, each named by its first."
+    return dataset(variables, coords, DEFINITIONS, attrs).isel(bin=slice(0, int(used.max(initial=0)) + 1))
+
+
+def _words(result: xr.Dataset) -> str:
+    lines, windows = [], result["window"].values
+    pooled = (
+        result["mass"].weighted(result["tokens"].fillna(0)).mean(("channel", "effort"))
+        if "effort" in result.dims
+        else result["mass"]
+    )
+    for label, where in (("full layers", windows == 0), ("layers with a window", windows > 0)):
+        if where.any() and "effort" in result.dims:
+            lines.append(f"Mean sink mass in {label}: {float(pooled.isel(layer=np.flatnonzero(where)).mean()):.3f}.")
+    if "effort" in result.dims:
+        ranked = np.argsort(-np.nan_to_num(pooled.transpose("layer", "head").values), axis=None)[:5]
+        places = [np.unravel_index(i, pooled.shape) for i in ranked]
+        named = ", ".join(f"{int(layer)}.{int(head)} ({float(pooled[layer, head]):.2f})" for layer, head in places)
+        lines.append(f"Heads that leave most on their sink (layer.head): {named}.")
+    for channel in map(str, result["channel"].values):
+        cell = result.sel(channel=channel)
+        total = int(cell["tokens"].sum())
+        if total:
+            weighted = (
+                cell["mass"].weighted(cell["tokens"]).mean([d for d in cell["mass"].dims if d not in ("layer", "head")])
+            )
+            lines.append(f"{channel}: mean mass {float(weighted.mean()):.3f} over all heads; {total:,} tokens.")
+    return "\n".join(lines)
