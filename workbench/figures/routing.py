@@ -160,7 +160,7 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], d
             figures[f"load_{channel}_{effort}"] = load_heatmap(load, channel, effort)
             data[f"load_{channel}_{effort}"] = tables(cell)["layer_expert"]
     for name, div in datasets.items():
-        if name != "load":
+        if "jsd" in div:
             figures[f"divergence_{name}"], data[f"divergence_{name}"] = divergence_by_layer(div), tables(div)["layer"]
             figures[f"difference_{name}"] = load_difference_heatmap(div)
             data[f"difference_{name}"] = tables(div)["layer_expert"]

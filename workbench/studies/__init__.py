@@ -19,17 +19,21 @@ if TYPE_CHECKING:
     from workbench.studies.result import save as save
     from workbench.studies.result import summary as summary
 
-STUDIES = ("routing",)
-_MODULES = ("resampling", "result", "statistics", "synthetic", *STUDIES)
+STUDIES = ("routing", "sinks", "channels", "effort")  # of one run
+COMPARISONS = ("compare",)  # of two
+_MODULES = ("contrast", "resampling", "result", "specialisation", "statistics", "synthetic", *STUDIES, *COMPARISONS)
 
-__all__ = ["STUDIES", "result", "routing", "run_study", "save", "statistics", "summary"]
+__all__ = ["COMPARISONS", "STUDIES", "result", "routing", "run_study", "save", "statistics", "summary"]
 
 
-def run_study(name: str, run: "Run", **options: Any) -> "dict[str, xr.Dataset]":
-    """The datasets of one study by its name; options go to that study (`n_boot`, `n_permutations`, `seed`, …)."""
-    if name not in STUDIES:
-        raise InputError(f"no study is called {name!r}; the studies are {', '.join(STUDIES)}")
-    datasets: dict[str, xr.Dataset] = importlib.import_module(f"workbench.studies.{name}").study(run, **options)
+def run_study(name: str, *runs: "Run", **options: Any) -> "dict[str, xr.Dataset]":
+    """The datasets of one study by its name, of one run or, to compare, of two; options go to that study (`seed`, …)."""
+    if name not in (*STUDIES, *COMPARISONS):
+        raise InputError(f"no study is called {name!r}; the studies are {', '.join((*STUDIES, *COMPARISONS))}")
+    wanted = 2 if name in COMPARISONS else 1
+    if len(runs) != wanted:
+        raise InputError(f"the study {name} is of {wanted} run{'s' if wanted > 1 else ''}, {len(runs)} given")
+    datasets: dict[str, xr.Dataset] = importlib.import_module(f"workbench.studies.{name}").study(*runs, **options)
     return datasets
 
 

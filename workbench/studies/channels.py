@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
-from workbench.studies.contrast import TokenRun, contrast
+from workbench.studies.contrast import Between, TokenRun, contrast
 from workbench.studies.result import Definition, dataset, provenance
 
 PROBE_TOKENS = 4000  # at most, of a layer
@@ -39,7 +39,7 @@ DEFINITIONS = {
 }
 METHOD = (
     "Probes are logistic regressions on standardised activations, folds split by prompt; selectivity subtracts the AUC on "
-    "labels that mean nothing. Distances are in units of the spread within channels. " + contrast.__doc__.split("\n")[0]
+    "labels that mean nothing. Distances are in units of the spread within channels."
 )
 NOT_CONTROLLED = "A probe may read position or words; its halves of the analysis show how much of that there is."
 
@@ -49,13 +49,13 @@ def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
     found: dict[str, xr.Dataset] = {}
     left_out = []
     for what, label in (("experts", "routing"), ("sink", "sinks")):
-        for name, asked in {
+        planned: dict[str, tuple[Between, str, str, str | None]] = {
             f"{label}_analysis_vs_final": ("channel", "analysis", "final", None),
             f"{label}_halves_of_analysis": ("half", "first", "second", "analysis"),
-        }.items():
-            between, a, b, channel = asked
+        }
+        for name, (between, a, b, channel) in planned.items():
             try:
-                found[name] = contrast(run, what, between, a, b, channel=channel, study="channels", seed=seed)  # type: ignore[arg-type]
+                found[name] = contrast(run, what, between, a, b, channel=channel, study="channels", seed=seed)
             except InputError as error:
                 left_out.append(f"Left out: {name}, as {error}.")
     hooks = [a.hook for a in getattr(getattr(run, "spec", None), "activations", ()) if a.reduce == "raw"]

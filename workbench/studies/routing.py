@@ -37,6 +37,7 @@ from workbench.studies.resampling import (
     recentred_interval,
 )
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.specialisation import special, together
 
 __all__ = ["divergence", "load", "study"]
 
@@ -206,6 +207,11 @@ def study(
             )
         else:
             left_out.append(f"Left out: {between}s{within}, as fewer than two prompts have tokens of both.")
+    for axis in ("channel", "effort", "task"):
+        if (about := special(run, axis, seed=seed)) is not None:
+            found[f"special_in_{axis}"] = about
+    if {"coactivation", "transition"} <= set(getattr(run, "summaries", ())):
+        found["together"] = together(run, seed=seed)
     found["load"].attrs["summary"] = "\n".join([found["load"].attrs["summary"], *left_out])
     return found
 

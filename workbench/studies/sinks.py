@@ -12,7 +12,7 @@ import xarray as xr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
-from workbench.studies.contrast import TokenRun, contrast
+from workbench.studies.contrast import Between, TokenRun, contrast
 from workbench.studies.design import EFFORTS, Run, axes, cells, prompts, sum_by
 from workbench.studies.ratio import ratio
 from workbench.studies.result import Definition, dataset, provenance
@@ -53,7 +53,7 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
         found["mass"].attrs["summary"] += f"\nLeft out, what needs single tokens: {error}"
         return found
     efforts = [e for e in EFFORTS if e in set(run.sequences["effort"])]
-    planned = {
+    planned: dict[str, tuple[Between, str, str, str | None]] = {
         "analysis_vs_final": ("channel", "analysis", "final", None),
         "halves_of_analysis": ("half", "first", "second", "analysis"),
     }
@@ -64,7 +64,7 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
         }
     for name, (between, a, b, channel) in planned.items():
         try:
-            found[name] = contrast(run, "sink", between, a, b, channel=channel, study="sinks", seed=seed)  # type: ignore[arg-type]
+            found[name] = contrast(run, "sink", between, a, b, channel=channel, study="sinks", seed=seed)
         except InputError as error:
             left_out.append(f"Left out: {name}, as {error}.")
     found["mass"].attrs["summary"] = "\n".join([found["mass"].attrs["summary"], *left_out])
@@ -137,7 +137,7 @@ def by_position(run: TokenRun, *, seed: int = 0) -> xr.Dataset:
     counted = tokens.sum(0)
     dims = ("channel", "bin", "layer")
     shape = (len(CHANNELS), len(edges), layers)
-    variables = {
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         n: (dims, np.stack([p[i] for p in parts]).reshape(shape))
         for i, n in enumerate(("mass", "mass_low", "mass_high"))
     }

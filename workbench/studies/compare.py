@@ -1,0 +1,169 @@
+"""The compare study: two runs on the same transcripts, token by token.
+
+Two sizes, a fine-tune and its base, two precisions. Where expert numbers mean the same (the same architecture, one
+made from the other) the routers' agreement is the share of chosen experts that both chose; where they do not, only
+distributions can be compared: how concentrated routing is, and what was predicted.
+
+Reference: router saturation, OLMoE, arXiv 2409.02060.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from workbench.errors import InputError
+from workbench.harmony.labels import CHANNELS
+from workbench.studies.contrast import Block, TokenRun
+from workbench.studies.ratio import ratio
+from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.statistics import entropy, share
+
+_CI = "95 %, delete-one jackknife over prompts"
+DEFINITIONS = {
+    "agreement": Definition("agreement of routers", "1", "|experts of a ∩ experts of b| / k, mean over tokens", ci=_CI, null="k/E"),
+    "agreement_low": Definition("agreement, lower limit", "1", "lower limit", ci=_CI),
+    "agreement_high": Definition("agreement, upper limit", "1", "upper limit", ci=_CI),
+    "beyond_load": Definition(
+        "agreement beyond load", "1", "agreement less what two routers with these loads have by chance, over 1 less that"
+    ),
+    "effective_experts": Definition("effective experts", "experts", "exp of the entropy of the load, of either run"),
+    "sink_difference": Definition("difference of sink mass", "1", "a − b, mean over tokens", ci=_CI),
+    "sink_difference_low": Definition("difference of sink mass, lower limit", "1", "lower limit", ci=_CI),
+    "sink_difference_high": Definition("difference of sink mass, upper limit", "1", "upper limit", ci=_CI),
+    "logprob_difference": Definition("difference of log-probability", "nat", "a − b, mean over tokens", ci=_CI),
+    "logprob_difference_low": Definition("difference of log-probability, lower limit", "nat", "lower limit", ci=_CI),
+    "logprob_difference_high": Definition("difference of log-probability, upper limit", "nat", "upper limit", ci=_CI),
+    "tokens": Definition("tokens", "tokens", "tokens of the channel"),
+}  # fmt: skip
+METHOD = (
+    "The same tokens in two runs. Agreement is |top-k ∩ top-k| / k, beside what it would be if each router drew with its "
+    "own load and no regard to the token; sums by prompt, intervals by the jackknife over prompts."
+)
+NOT_CONTROLLED = "Agreement supposes that expert numbers correspond; between models trained apart they do not."
+
+
+def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
+    """Agreement, sinks and predictions of `run` (a) against `other` (b), by channel and layer."""
+    a, b = run.model, other.model
+    keys = ("n_layers", "num_experts", "experts_per_token")
+    same = all(a[k] == b[k] for k in keys)
+    heads = a["n_layers"] == b["n_layers"] and a["n_heads"] == b["n_heads"]
+    table = run.sequences
+    if list(table["id"]) != list(other.sequences["id"]):
+        raise InputError("the two runs hold different sequences: capture the same transcripts with both")
+    sums = _Sums(run, other, same, heads and _has(run, other, "sinks"))
+    for x, y in _together(run, other, sums.sinks is not None):
+        sums.add(x, y)
+    tokens, layers, n_channels = sums.tokens, a["n_layers"], len(CHANNELS)
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        "tokens": (("channel",), tokens.sum(0).astype(np.int64))
+    }
+
+    def put(name: str, values: np.ndarray, counts: np.ndarray, *dims: str) -> None:
+        found = [ratio(values[:, c], counts[:, c]) for c in range(n_channels)]
+        for end, which in (("", 0), ("_low", 1), ("_high", 2)):
+            variables[name + end] = (("channel", *dims), np.stack([v[which] for v in found]))
+
+    effective = [np.exp(entropy(share(load))) for load in sums.loads]
+    if effective[0].shape == effective[1].shape:
+        variables["effective_experts"] = (("run", "channel", "layer"), np.stack(effective))
+    if sums.agree is not None:
+        put("agreement", sums.agree, tokens, "layer")
+        chance = _chance(sums.loads[0], sums.loads[1], a["experts_per_token"])
+        value = variables["agreement"][1]
+        variables["beyond_load"] = (("channel", "layer"), (value - chance) / (1 - chance))
+    if sums.sinks is not None:
+        put("sink_difference", sums.sinks, tokens, "layer", "head")
+    if sums.n_said.any():
+        put("logprob_difference", sums.said, sums.n_said)
+    coords = {"channel": list(CHANNELS), "layer": np.arange(layers), "run": ["a", "b"]}
+    attrs = provenance("compare", "Two runs, token by token", run.digest, seed, {"other": other.digest})
+    result = dataset(variables, coords, DEFINITIONS, attrs)
+    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": _words(result, same)}
+    return {"agreement": result}
+
+
+class _Sums:
+    """Of two runs' tokens, by prompt and channel: what they share and how they differ."""
+
+    def __init__(self, run: TokenRun, other: TokenRun, agree: bool, sinks: bool) -> None:
+        table, a = run.sequences, run.model
+        named = table["prompt_id"].where(table["prompt_id"] != "", table["id"])
+        self.number = np.zeros(int(table.index.max()) + 1, dtype=np.int64)
+        self.number[table.index] = pd.factorize(named)[0]
+        self.shape = (int(self.number.max()) + 1, len(CHANNELS))
+        self.tokens = np.zeros(self.shape)
+        self.said, self.n_said = np.zeros((2, *self.shape))
+        self.agree = np.zeros((*self.shape, a["n_layers"])) if agree else None
+        self.sinks = np.zeros((*self.shape, a["n_layers"], a["n_heads"])) if sinks else None
+        self.loads = [np.zeros((len(CHANNELS), m["n_layers"], m["num_experts"])) for m in (a, other.model)]
+
+    def add(self, x: Block, y: Block) -> None:
+        """The same tokens of both runs."""
+        channel = x["channel"].astype(np.int64)
+        place = self.number[x["sequence"]] * len(CHANNELS) + channel
+
+        def by_cell(values: np.ndarray | None = None, of: np.ndarray | slice = slice(None)) -> np.ndarray:
+            n = self.shape[0] * self.shape[1]
+            return np.bincount(place[of], values, n).reshape(self.shape)
+
+        self.tokens += by_cell()
+        for load, block in zip(self.loads, (x, y), strict=True):
+            for layer, chosen in enumerate(block["experts"]):
+                flat = (channel[:, None] * load.shape[2] + chosen).ravel()
+                load[:, layer] += np.bincount(flat, minlength=load[:, layer].size).reshape(load[:, layer].shape)
+        if self.agree is not None:
+            for layer, (one, two) in enumerate(zip(x["experts"], y["experts"], strict=True)):
+                self.agree[..., layer] += by_cell((one[:, :, None] == two[:, None, :]).any(-1).mean(-1))
+        if self.sinks is not None:
+            change = x["sink"].astype(np.float64) - y["sink"]
+            for layer, head in np.ndindex(self.sinks.shape[2:]):
+                self.sinks[..., layer, head] += by_cell(change[layer, :, head])
+        known = np.isfinite(x["logprob"]) & np.isfinite(y["logprob"])
+        self.said += by_cell((x["logprob"] - y["logprob"])[known].astype(np.float64), known)
+        self.n_said += by_cell(None, known)
+
+
+def _has(run: TokenRun, other: TokenRun, name: str) -> bool:
+    return all(name in getattr(r, "recorded", [name]) for r in (run, other))
+
+
+def _together(run: TokenRun, other: TokenRun, sinks: bool) -> Iterator[tuple[Block, Block]]:
+    names = ("id", "experts", "logprob", *(("sink",) if sinks else ()))
+    for x, y in zip(run.blocks(*names), other.blocks(*names), strict=True):
+        if not np.array_equal(x["id"], y["id"]):
+            raise InputError(
+                "the two runs are laid out differently: capture the same transcripts with the same --unit-tokens"
+            )
+        yield x, y
+
+
+def _chance(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
+    """Expected |∩| / k if either router chose k experts by its load alone: Σ P_a(e) P_b(e) / k with P = k · share."""
+    return k * (np.nan_to_num(share(a)) * np.nan_to_num(share(b))).sum(-1)
+
+
+def _words(result: xr.Dataset, same: bool) -> str:
+    lines = []
+    for channel in map(str, result["channel"].values):
+        cell = result.sel(channel=channel)
+        if not int(cell["tokens"]):
+            continue
+        said = [f"{channel} ({int(cell['tokens']):,} tokens):"]
+        if "agreement" in cell:
+            worst = int(np.argmin(cell["agreement"].values))
+            one = cell.isel(layer=worst)
+            said.append(
+                f"routers agree on {float(cell['agreement'].mean()):.1%} of choices, least in layer {worst} "
+                f"({float(one['agreement']):.1%} [{float(one['agreement_low']):.1%}, {float(one['agreement_high']):.1%}]);"
+            )
+        if "logprob_difference" in cell:
+            low, high = float(cell["logprob_difference_low"]), float(cell["logprob_difference_high"])
+            words = "log-probability differs by" if low * high > 0 else "no difference of log-probability shown:"
+            said.append(f"{words} {float(cell['logprob_difference']):+.4f} nat a token [{low:+.4f}, {high:+.4f}].")
+        lines.append(" ".join(said))
+    if not same:
+        lines.append("The architectures differ, so experts do not correspond: no agreement is given.")
+    return "\n".join(lines)

@@ -1,0 +1,235 @@
+"""The effort study: what a model does more, or otherwise, when it is told to think harder.
+
+Every prompt is answered at several efforts, so everything is paired by prompt. What effort costs in tokens and brings in
+accuracy comes first; then whether routing and sinks differ, in the prompt (the same words at the same positions, save
+the effort's own) and in the analysis at equal position.
+
+Reference for the model of accuracy: Liang & Zeger 1986, generalised estimating equations, clustered by prompt.
+"""
+
+import warnings
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+import xarray as xr
+
+from workbench.errors import InputError
+from workbench.harmony.labels import CHANNELS
+from workbench.studies.contrast import TokenRun, contrast
+from workbench.studies.design import EFFORTS, Run
+from workbench.studies.ratio import ratio
+from workbench.studies.result import Definition, dataset, provenance
+
+_CI = "95 %, delete-one jackknife over prompts"
+DEFINITIONS = {
+    "analysis_tokens": Definition("analysis tokens", "tokens", "mean over sequences of the tokens of analysis", ci=_CI),
+    "analysis_tokens_low": Definition("analysis tokens, lower limit", "tokens", "lower limit", ci=_CI),
+    "analysis_tokens_high": Definition("analysis tokens, upper limit", "tokens", "upper limit", ci=_CI),
+    "accuracy": Definition("accuracy", "1", "share of right answers among sequences that say whether they are", ci=_CI),
+    "accuracy_low": Definition("accuracy, lower limit", "1", "lower limit; within [0, 1]", ci=_CI),
+    "accuracy_high": Definition("accuracy, upper limit", "1", "upper limit; within [0, 1]", ci=_CI),
+    "sequences": Definition("sequences", "sequences", "sequences of the cell"),
+    "more_tokens": Definition("more analysis tokens", "tokens", "paired by prompt: mean of the second less the first", ci=_CI),
+    "more_tokens_low": Definition("more analysis tokens, lower limit", "tokens", "lower limit", ci=_CI),
+    "more_tokens_high": Definition("more analysis tokens, upper limit", "tokens", "upper limit", ci=_CI),
+    "gain": Definition("gain of accuracy", "1", "paired by prompt: mean of the second less the first", ci=_CI),
+    "gain_low": Definition("gain of accuracy, lower limit", "1", "lower limit", ci=_CI),
+    "gain_high": Definition("gain of accuracy, upper limit", "1", "upper limit", ci=_CI),
+    "gain_per_100": Definition("gain per 100 tokens", "1", "gain over more tokens, times 100: a ratio of means", ci=_CI),
+    "gain_per_100_low": Definition("gain per 100 tokens, lower limit", "1", "lower limit", ci=_CI),
+    "gain_per_100_high": Definition("gain per 100 tokens, upper limit", "1", "upper limit", ci=_CI),
+    "coefficient": Definition(
+        "log-odds", "1", "of a right answer in a logistic GEE with exchangeable errors within a prompt", ci="95 %, robust"
+    ),
+    "coefficient_low": Definition("log-odds, lower limit", "1", "lower limit", ci="95 %, robust"),
+    "coefficient_high": Definition("log-odds, upper limit", "1", "upper limit", ci="95 %, robust"),
+    "p": Definition("p", "1", "Wald test of the coefficient", null="no effect"),
+}  # fmt: skip
+METHOD = (
+    "Means over sequences, differences paired by prompt (samples of a prompt averaged first), intervals by the jackknife "
+    "over prompts. The model of accuracy is a logistic GEE on the logarithm of analysis tokens and the effort, clustered by "
+    "prompt."
+)
+NOT_CONTROLLED = (
+    "Whether more tokens cause more right answers is not shown by their going together: hard prompts make both longer "
+    "and wronger. Truncating or hiding the analysis (the chain-of-thought experiment) intervenes."
+)
+
+
+def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
+    """Cost and gain by effort and task, a model of accuracy, and routing and sinks between lowest and highest effort."""
+    table = sequences_of(run)
+    efforts = [e for e in EFFORTS if e in set(table["effort"])]
+    if len(efforts) < 2:
+        raise InputError(f"the run has {len(efforts)} effort, and the effort study compares at least 2")
+    found = {"cost": cost(run, table, efforts, seed), "gain": gain(run, table, efforts, seed)}
+    left_out = []
+    fitted = accuracy_model(run, table, efforts, seed)
+    if fitted is None:
+        left_out.append("Left out: the model of accuracy, as it cannot be fitted to these answers.")
+    else:
+        found["accuracy_model"] = fitted
+    if isinstance(run, TokenRun):
+        for what, label in (("experts", "routing"), ("sink", "sinks")):
+            for channel in ("prompt", "analysis", "final"):
+                for a, b in widest_first(efforts):
+                    name = f"{label}_{a}_vs_{b}_in_{channel}"
+                    try:
+                        found[name] = contrast(run, what, "effort", a, b, channel=channel, study="effort", seed=seed)
+                    except InputError as error:
+                        left_out.append(f"Left out: {name}, as {error}.")
+                        continue
+                    break  # the widest pair that has tokens
+    found["cost"].attrs["summary"] = "\n".join([found["cost"].attrs["summary"], *left_out])
+    return found
+
+
+def widest_first(efforts: list[str]) -> list[tuple[str, str]]:
+    """Pairs of efforts, the most distant first."""
+    return sorted(combinations(efforts, 2), key=lambda pair: efforts.index(pair[0]) - efforts.index(pair[1]))
+
+
+def sequences_of(run: Run) -> pd.DataFrame:
+    """A row a sequence: prompt, effort, task, tokens of every channel, and whether it was right (NaN: not known)."""
+    tokens = run.summary("tokens")
+    table = pd.DataFrame({c: np.asarray(tokens[c].values) for c in ("id", "prompt_id", "effort", "task")})
+    for channel in CHANNELS:
+        table[channel] = tokens.sel(channel=channel).values.astype(np.float64)
+    known = getattr(run, "sequences", None)
+    correct = known["correct"].to_numpy() if known is not None else np.full(len(table), -1)
+    return table.assign(correct=np.where(correct < 0, np.nan, correct.astype(np.float64)))
+
+
+def _of_prompts(table: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number by prompt of a column's known values."""
+    known = table.dropna(subset=[column]).groupby("prompt_id")[column]
+    return known.sum().to_numpy(), known.count().to_numpy()
+
+
+def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset:
+    """Analysis tokens and accuracy of every task and effort; the task `all` is everything."""
+    tasks = ["all", *sorted(set(table["task"]) - {""})]
+    parts: dict[str, list[Any]] = {n: [] for n in ("analysis_tokens", "accuracy", "sequences")}
+    for task in tasks:
+        for effort in efforts:
+            own = table[(table["effort"] == effort) & ((table["task"] == task) | (task == "all"))]
+            parts["analysis_tokens"].append(ratio(*_of_prompts(own, "analysis")))
+            parts["accuracy"].append([np.clip(v, 0, 1) for v in ratio(*_of_prompts(own, "correct"))])
+            parts["sequences"].append(len(own))
+    shape = (len(tasks), len(efforts))
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    for name in ("analysis_tokens", "accuracy"):
+        values = np.array(parts[name], dtype=np.float64).reshape(*shape, 3)
+        variables |= {
+            f"{name}{end}": (("task", "effort"), values[..., i]) for i, end in enumerate(("", "_low", "_high"))
+        }
+    variables["sequences"] = (("task", "effort"), np.array(parts["sequences"]).reshape(shape))
+    attrs = provenance("effort", "Tokens and accuracy by effort", run.digest, seed, {})
+    result = dataset(variables, {"task": tasks, "effort": efforts}, DEFINITIONS, attrs)
+    lines = []
+    for effort in efforts:
+        cell = result.sel(task="all", effort=effort)
+        numbers = {str(k): float(v) for k, v in cell.data_vars.items()}
+        lines.append(
+            "{e}: {analysis_tokens:.1f} analysis tokens [{analysis_tokens_low:.1f}, {analysis_tokens_high:.1f}], accuracy "
+            "{accuracy:.3f} [{accuracy_low:.3f}, {accuracy_high:.3f}].".format(e=effort, **numbers)
+        )
+    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
+    return result
+
+
+def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset:
+    """What each step of effort, and the whole way, adds to tokens and accuracy, paired by prompt."""
+    steps = list(dict.fromkeys([*pairwise(efforts), (efforts[0], efforts[-1])]))
+    tasks = ["all", *sorted(set(table["task"]) - {""})]
+    names = ("more_tokens", "gain", "gain_per_100")
+    parts: dict[str, list[Any]] = {n: [] for n in names}
+    means = table.groupby(["prompt_id", "effort"])[["analysis", "correct"]].mean()
+    task_of = table.groupby("prompt_id")["task"].first()
+    for task in tasks:
+        prompts = task_of.index[(task_of == task) | (task == "all")]
+        for first, second in steps:
+            sides = [means.xs(e, level="effort").reindex(prompts) for e in (first, second)]
+            change = sides[1] - sides[0]
+            change = change[change["analysis"].notna()]
+            ones = np.ones(len(change))
+            known = change[change["correct"].notna()]
+            parts["more_tokens"].append(ratio(change["analysis"].to_numpy(), ones))
+            parts["gain"].append(ratio(known["correct"].to_numpy(), np.ones(len(known))))
+            parts["gain_per_100"].append(
+                _ratio_of_means(100 * known["correct"].to_numpy(), known["analysis"].to_numpy())
+            )
+    shape = (len(tasks), len(steps))
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    for name in names:
+        values = np.array(parts[name], dtype=np.float64).reshape(*shape, 3)
+        variables |= {f"{name}{end}": (("task", "step"), values[..., i]) for i, end in enumerate(("", "_low", "_high"))}
+    labels = [f"{a} → {b}" for a, b in steps]
+    attrs = provenance("effort", "What effort adds", run.digest, seed, {})
+    result = dataset(variables, {"task": tasks, "step": labels}, DEFINITIONS, attrs)
+    lines = []
+    for label in labels:
+        c = {str(k): float(v) for k, v in result.sel(task="all", step=label).data_vars.items()}
+        changed = "accuracy changes by" if c["gain_low"] * c["gain_high"] > 0 else "no change of accuracy shown:"
+        lines.append(
+            f"{label}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, {c['more_tokens_high']:+.1f}]; "
+            f"{changed} {c['gain']:+.3f} [{c['gain_low']:+.3f}, {c['gain_high']:+.3f}], {c['gain_per_100']:+.3f} per 100 tokens."
+        )
+    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
+    return result
+
+
+def _ratio_of_means(over: np.ndarray, under: np.ndarray) -> tuple[Any, Any, Any]:
+    """Σ over / Σ under, where under may be of either sign; NaN unless the denominator is clearly above zero."""
+    _, low, _ = ratio(under, np.ones(len(under)))
+    if not low > 0:
+        return np.nan, np.nan, np.nan
+    n, total = len(over), under.sum()
+    value = over.sum() / total
+    influence = (over - value * under) / (total - under)
+    half = scipy.stats.t.ppf(0.975, n - 1) * np.sqrt(((influence - influence.mean()) ** 2).sum() * (n - 1) / n)
+    return value, value - half, value + half
+
+
+def accuracy_model(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset | None:
+    """Log-odds of a right answer on log analysis tokens and effort; None where the answers allow no fit."""
+    import statsmodels.api as sm
+    from statsmodels.genmod.cov_struct import Exchangeable
+    from statsmodels.genmod.generalized_estimating_equations import GEE
+
+    known = table[table["effort"].isin(efforts)].dropna(subset=["correct"])
+    if len(known) < 20 or known["correct"].nunique() < 2 or known["prompt_id"].nunique() < 10:
+        return None
+    x = pd.DataFrame({"intercept": 1.0, "log_tokens": np.log1p(known["analysis"])}, index=known.index)
+    for effort in efforts[1:]:
+        x[effort] = (known["effort"] == effort).astype(float)
+    if np.linalg.matrix_rank(x.to_numpy()) < x.shape[1]:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            fit = GEE(
+                known["correct"], x, groups=known["prompt_id"], family=sm.families.Binomial(), cov_struct=Exchangeable()
+            ).fit()
+        except (np.linalg.LinAlgError, ValueError):
+            return None
+    limits = fit.conf_int().to_numpy()
+    if not np.isfinite(limits).all() or np.abs(fit.params).max() > 15:  # separated: some effort is always right
+        return None
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        "coefficient": (("term",), fit.params.to_numpy()), "coefficient_low": (("term",), limits[:, 0]),
+        "coefficient_high": (("term",), limits[:, 1]), "p": (("term",), fit.pvalues.to_numpy()),
+    }  # fmt: skip
+    attrs = provenance("effort", "A model of accuracy", run.digest, seed, {"terms": list(x.columns)})
+    result = dataset(variables, {"term": list(x.columns)}, DEFINITIONS, attrs)
+    lines = [
+        f"{term}: log-odds {float(c['coefficient']):+.2f} [{float(c['coefficient_low']):+.2f}, {float(c['coefficient_high']):+.2f}]"
+        for term in list(x.columns)[1:]
+        for c in (result.sel(term=term),)
+    ]
+    said = "Other things equal in a logistic GEE clustered by prompt: " + "; ".join(lines) + "."
+    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": said}
+    return result

@@ -1,0 +1,176 @@
+"""How experts go together, how layers follow each other, and what each expert is special in.
+
+Co-activation and transitions are sums over the run, so they come without intervals. Specialisation is the mutual
+information of a token's expert and a label, whose plug-in value is positive by chance: beside it stands what shuffled
+labels give.
+
+Reference: OLMoE, arXiv 2409.02060, sections 5.2 to 5.4; its co-activation is P(j | i), ours with its lift.
+"""
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Num
+
+from workbench.studies.design import Run, in_order, labels, places, prompts, sum_by
+from workbench.studies.resampling import permutation_p
+from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.statistics import entropy, false_discovery, share
+
+N_PERMUTATIONS = 200
+
+DEFINITIONS = {
+    "given": Definition(
+        "co-activation", "1", "P(expert_2 in the top k | expert in the top k), over tokens of the channel"
+    ),
+    "lift": Definition(
+        "lift of co-activation", "1", "P(both) / (P(expert) P(expert_2)); below 1 on average, as k are chosen"
+    ),
+    "information": Definition(
+        "information between layers",
+        "bit",
+        "mutual information of a slot's expert in one layer and in the next, plug-in",
+    ),
+    "information_corrected": Definition(
+        "information between layers, corrected", "bit", "less (E − 1)² / (2 N ln 2), the bias of N independent pairs"
+    ),
+    "label_information": Definition(
+        "information about a label", "bit", "mutual information of a slot's expert and the label, plug-in"
+    ),
+    "label_information_null": Definition("information by chance", "bit", "its mean when labels are shuffled"),
+    "nmi": Definition(
+        "normalised information", "1", "label_information less its null, over the label's entropy; not below 0"
+    ),
+    "p": Definition(
+        "p", "1", "share of shuffles with as much information", null="labels shuffled within prompts; tasks between"
+    ),
+    "q": Definition("q", "1", "Benjamini–Hochberg over the layers of this label"),
+    "label_lift": Definition(
+        "lift for a label", "1", "load share of the expert among the label's slots over its share in all"
+    ),
+}
+METHOD = (
+    "Counts of selections by prompt and label; information in bits between a routed slot's expert and the label, less what "
+    "shuffled labels give: channels and efforts shuffled within a prompt, tasks between prompts."
+)
+NOT_CONTROLLED = "Labels differ in words and position: an expert special in a channel may be special in its words."
+
+
+def together(run: Run, *, seed: int = 0) -> xr.Dataset:
+    """Co-activation and transitions, by channel."""
+    pairs, follows = run.summary("coactivation"), run.summary("transition")
+    counts = pairs.values.astype(np.float64)
+    k_times_n = np.diagonal(counts, axis1=-2, axis2=-1)  # selections of each expert
+    tokens = run.summary("tokens").sum("sequence").values.astype(np.float64)
+    n = tokens[:, None, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        given = counts / k_times_n[..., None]
+        lift = counts * n[..., None] / (k_times_n[..., None] * k_times_n[..., None, :])
+    joint = follows.values.astype(np.float64)
+    information, corrected = mutual_information(joint)
+    e = joint.shape[-1]
+    channel = [str(c) for c in pairs["channel"].values]
+    layers = np.arange(counts.shape[1])
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        "given": (("channel", "layer", "expert", "expert_2"), given), "lift": (("channel", "layer", "expert", "expert_2"), lift),
+        "information": (("channel", "layer_pair"), information), "information_corrected": (("channel", "layer_pair"), corrected),
+    }  # fmt: skip
+    coords = {
+        "channel": channel,
+        "layer": layers,
+        "layer_pair": layers[:-1],
+        "expert": np.arange(e),
+        "expert_2": np.arange(e),
+    }
+    attrs = provenance("routing", "Experts together, and layer after layer", run.digest, seed, {})
+    lines = []
+    for c, label in enumerate(channel):
+        if tokens[c]:
+            off = np.where(np.eye(e, dtype=bool), np.nan, lift[c])
+            off[(k_times_n[c] < 20)[:, :, None] | (k_times_n[c] < 20)[:, None, :]] = np.nan
+            if np.isfinite(off).any():
+                layer, i, j = np.unravel_index(np.nanargmax(off), off.shape)
+                between = (
+                    f"{np.nanmean(corrected[c]):.3f} bits from a layer's expert to the next's on average"
+                    if layers.size > 1
+                    else ""
+                )
+                lines.append(
+                    f"{label}: most above chance together, layer {layer} experts {i} and {j} (lift {off[layer, i, j]:.2f}); {between}."
+                )
+    attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
+    return dataset(variables, coords, DEFINITIONS, attrs)
+
+
+def mutual_information(
+    joint: Num[np.ndarray, "*cells a b"],
+) -> tuple[Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]]:
+    """Of counts: plug-in in bits, and less its first-order bias (Miller–Madow for independent pairs)."""
+    total = joint.sum((-2, -1))
+    flat = share(joint.reshape(*joint.shape[:-2], -1))
+    found = (entropy(share(joint.sum(-1))) + entropy(share(joint.sum(-2))) - entropy(flat)) / np.log(2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bias = (joint.shape[-2] - 1) * (joint.shape[-1] - 1) / (2 * total * np.log(2))
+    return np.maximum(found, 0), found - bias
+
+
+def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> xr.Dataset | None:
+    """What experts tell of a label (channel, effort or task); None where the run has only one."""
+    counts = run.summary("expert_count").transpose("sequence", "channel", "layer", "expert")
+    prompt = prompts(counts)
+    if axis == "channel":
+        names = [
+            c for c in map(str, counts["channel"].values) if c not in ("frame", "other") and counts.sel(channel=c).any()
+        ]
+        by = sum_by(counts.sel(channel=names).values.astype(np.int64), prompt)
+    else:
+        of = labels(counts, axis)
+        names = in_order(list(of))
+        written = counts.sel(channel=["analysis", "commentary", "final"]).sum("channel").values.astype(np.int64)
+        by = np.stack([sum_by(np.where((of == n)[:, None, None], written, 0), prompt) for n in names], axis=1)
+    if len(names) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    observed = _information(by.sum(0))
+    null = np.empty((n_permutations, by.shape[2]))
+    for i in range(n_permutations):
+        if axis == "task":  # a prompt has one: shuffle which
+            own = by.any((2, 3)).argmax(1)
+            moved = rng.permutation(own)
+            table = np.zeros(by.shape[1:], dtype=np.int64)
+            np.add.at(table, moved, by[np.arange(len(own)), own])
+        else:
+            order = rng.permuted(np.tile(np.arange(len(names)), (len(by), 1)), axis=1)
+            table = by[np.arange(len(by))[:, None], order].sum(0)
+        null[i] = _information(table)
+    slots = by.sum((0, 2, 3))
+    most = entropy(share(slots)) / np.log(2)
+    p = permutation_p((null >= observed - 1e-12).sum(0), n_permutations)
+    load = share(by.sum(0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lift = load / share(by.sum((0, 1)))
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        "label_information": (("layer",), observed), "label_information_null": (("layer",), null.mean(0)),
+        "nmi": (("layer",), np.maximum(observed - null.mean(0), 0) / most), "p": (("layer",), p),
+        "q": (("layer",), false_discovery(p)), "label_lift": ((axis, "layer", "expert"), lift),
+    }  # fmt: skip
+    attrs = provenance(
+        "routing",
+        f"What experts tell of the {axis}",
+        run.digest,
+        seed,
+        {"axis": axis, "n_permutations": n_permutations},
+    )
+    result = dataset(variables, {axis: names} | places(counts), DEFINITIONS, attrs)
+    known = result["q"].values < 0.05
+    layer = int(np.argmax(result["nmi"].values))
+    said = f"Experts tell of the {axis} in {int(known.sum())} of {known.size} layers beyond chance"
+    said += (
+        f", most in layer {layer}: {float(result['nmi'][layer]):.1%} of the label's entropy." if known.any() else "."
+    )
+    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": said}
+    return result
+
+
+def _information(table: Num[np.ndarray, "label layer expert"]) -> Float[np.ndarray, " layer"]:
+    """Plug-in mutual information of label and expert in bits, by layer."""
+    return mutual_information(table.transpose(1, 0, 2).astype(np.float64))[0]
