@@ -25,7 +25,18 @@ MAY_IMPORT = {
     "data": {"model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
     "bench": {"kernels", "hooks", "model", "harmony", "capture", "runs", "errors", "progress"},
     "experiments": {"model", "kernels", "hooks", "capture", "runs", "studies", "harmony", "errors", "progress"},
-    "cli": {"bench", "model", "capture", "runs", "studies", "figures", "dashboards", "harmony", "errors"},
+    "cli": {
+        "bench",
+        "experiments",
+        "model",
+        "capture",
+        "runs",
+        "studies",
+        "figures",
+        "dashboards",
+        "harmony",
+        "errors",
+    },
 }
 TORCH_FREE = ("runs", "studies", "figures", "dashboards", "harmony")
 

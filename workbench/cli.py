@@ -280,18 +280,58 @@ def export(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="routing")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="routing, sinks, channels, effort; compare (two runs); with --model: cot, ablate, force, reweight, silence, "
+            "knockout, steer, patch, attribution"
+        ),
+    ],
     run: RunPath,
+    other: Annotated[str | None, typer.Argument(help="The second run, to compare with.")] = None,
+    model: Annotated[str | None, typer.Option(help="The captured checkpoint, for experiments.")] = None,
+    sequences: Annotated[int, typer.Option(min=2, help="Of an experiment, at most.")] = 200,
+    seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the tables (CSV, JSON) and the summary.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
 ) -> None:
-    """Run a study: prints its summary in plain words, writes its tables."""
+    """Run a study or an experiment: prints its summary in plain words, writes its tables."""
     from workbench.runs import open_run
-    from workbench.studies import run_study, save, summary
+    from workbench.studies import COMPARISONS, STUDIES, run_study, save, summary
 
-    results = run_study(name, open_run(run))
+    runs = [open_run(path) for path in (run, other) if path is not None]
+    if name in (*STUDIES, *COMPARISONS):
+        results = run_study(name, *runs, seed=seed)
+    else:
+        from workbench.experiments.catalogue import NAMES, run_experiment
+
+        if name not in NAMES:
+            known = ", ".join((*STUDIES, *COMPARISONS, *NAMES))
+            raise InputError(f"no study or experiment is called {name!r}; choose from {known}")
+        if model is None:
+            raise InputError(f"the experiment {name} needs the model: --model nano, or the folder of the checkpoint")
+        results = run_experiment(name, _load(model, device, dtype), runs[0], sequences=sequences, seed=seed)
     if out is not None:
         save(results, out)
     print(summary(results))
+
+
+@app.command()
+def report(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="The page to write; its Markdown comes beside it.")] = Path("report.html"),
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of experiments' results (`workbench study … --out`) to tell of too.")
+    ] = None,
+    seed: int = 0,
+) -> None:
+    """What all studies say of a run, in one self-contained page."""
+    from workbench.figures.report import load, write_report
+    from workbench.runs import open_run
+
+    for path in write_report(open_run(run), out, results=None if results is None else load(results), seed=seed):
+        print(path)
 
 
 @app.command()

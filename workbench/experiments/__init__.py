@@ -1,15 +1,15 @@
 """Experiments: model and run together, to say what each part of a model does, or to change it and see what follows.
 
 `attribution` and `lens` read a pass, `gradients` estimates what patches would do and measures the largest, `effects`
-measures interventions, `sources` brings transcripts and activations from a run.
+measures interventions, `chain_of_thought` changes the analysis, `catalogue` has experiments by name, `sources` brings transcripts and activations from a run.
 """
 
 import importlib
 from typing import Any
 
-_MODULES = ("attribution", "effects", "gradients", "lens", "sources")
+_MODULES = ("attribution", "catalogue", "chain_of_thought", "effects", "gradients", "lens", "sources")
 
-__all__ = ["attribution", "effects", "gradients", "lens", "sources"]
+__all__ = ["attribution", "catalogue", "chain_of_thought", "effects", "gradients", "lens", "sources"]
 
 
 def __getattr__(name: str) -> Any:

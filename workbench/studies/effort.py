@@ -152,8 +152,8 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
     for task in tasks:
         prompts = task_of.index[(task_of == task) | (task == "all")]
         for first, second in steps:
-            sides = [means.xs(e, level="effort").reindex(prompts) for e in (first, second)]
-            change = sides[1] - sides[0]
+            sides = [pd.DataFrame(means.xs(e, level="effort")).reindex(prompts) for e in (first, second)]
+            change: pd.DataFrame = sides[1].sub(sides[0])
             change = change[change["analysis"].notna()]
             ones = np.ones(len(change))
             known = change[change["correct"].notna()]

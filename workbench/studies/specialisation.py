@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Float, Num
 
 from workbench.studies.design import Run, in_order, labels, places, prompts, sum_by
-from workbench.studies.resampling import permutation_p
+from workbench.studies.resampling import count_at_least, permutation_p
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import entropy, false_discovery, share
 
@@ -41,15 +41,18 @@ DEFINITIONS = {
         "normalised information", "1", "label_information less its null, over the label's entropy; not below 0"
     ),
     "p": Definition(
-        "p", "1", "share of shuffles with as much information", null="labels shuffled within prompts; tasks between"
+        "p",
+        "1",
+        "share of shuffles whose labels' mean loads lie as far apart (squared distance)",
+        null="labels shuffled within prompts; tasks between",
     ),
     "q": Definition("q", "1", "Benjamini–Hochberg over the layers of this label"),
     "label_lift": Definition(
-        "lift for a label", "1", "load share of the expert among the label's slots over its share in all"
+        "lift for a label", "1", "mean load share of the expert with the label over its mean with all labels"
     ),
 }
 METHOD = (
-    "Counts of selections by prompt and label; information in bits between a routed slot's expert and the label, less what "
+    "Load shares by prompt and label, averaged over prompts; information in bits between a routed slot's expert and the label, less what "
     "shuffled labels give: channels and efforts shuffled within a prompt, tasks between prompts."
 )
 NOT_CONTROLLED = "Labels differ in words and position: an expert special in a channel may be special in its words."
@@ -129,28 +132,24 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
         by = np.stack([sum_by(np.where((of == n)[:, None, None], written, 0), prompt) for n in names], axis=1)
     if len(names) < 2:
         return None
+    by = share(by)  # each prompt counts once, however long
+    there = ~np.isnan(by).any((2, 3))
+    by = np.nan_to_num(by)
     rng = np.random.default_rng(seed)
-    observed = _information(by.sum(0))
-    null = np.empty((n_permutations, by.shape[2]))
+    observed = _mean(by, there)
+    found, size = _information(observed), _spread(observed)
+    null, larger = np.empty((n_permutations, by.shape[2])), np.zeros(by.shape[2], dtype=np.int64)
     for i in range(n_permutations):
-        if axis == "task":  # a prompt has one: shuffle which
-            own = by.any((2, 3)).argmax(1)
-            moved = rng.permutation(own)
-            table = np.zeros(by.shape[1:], dtype=np.int64)
-            np.add.at(table, moved, by[np.arange(len(own)), own])
-        else:
-            order = rng.permuted(np.tile(np.arange(len(names)), (len(by), 1)), axis=1)
-            table = by[np.arange(len(by))[:, None], order].sum(0)
-        null[i] = _information(table)
-    slots = by.sum((0, 2, 3))
-    most = entropy(share(slots)) / np.log(2)
-    p = permutation_p((null >= observed - 1e-12).sum(0), n_permutations)
-    load = share(by.sum(0))
+        shuffled = _mean(*_shuffled(by, there, axis, rng))
+        null[i] = _information(shuffled)
+        larger += count_at_least(_spread(shuffled)[None], size)
+    most = np.log2(len(names))
+    p = permutation_p(larger, n_permutations)
     with np.errstate(divide="ignore", invalid="ignore"):
-        lift = load / share(by.sum((0, 1)))
+        lift = observed / observed.mean(0)
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        "label_information": (("layer",), observed), "label_information_null": (("layer",), null.mean(0)),
-        "nmi": (("layer",), np.maximum(observed - null.mean(0), 0) / most), "p": (("layer",), p),
+        "label_information": (("layer",), found), "label_information_null": (("layer",), null.mean(0)),
+        "nmi": (("layer",), np.maximum(found - null.mean(0), 0) / most), "p": (("layer",), p),
         "q": (("layer",), false_discovery(p)), "label_lift": ((axis, "layer", "expert"), lift),
     }  # fmt: skip
     attrs = provenance(
@@ -171,6 +170,34 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
     return result
 
 
-def _information(table: Num[np.ndarray, "label layer expert"]) -> Float[np.ndarray, " layer"]:
+def _shuffled(by: np.ndarray, there: np.ndarray, axis: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Labels exchanged among those that a prompt has; a prompt has one task, so tasks among prompts."""
+    if axis == "task":
+        order = rng.permutation(len(by))
+        alone = np.take_along_axis(by, there.argmax(1)[:, None, None, None], 1)
+        out = np.where(there[order][:, :, None, None], alone, 0.0)
+        return out, there[order]
+    # present labels first in a random order, and back to the places of the present ones
+    random = np.argsort(np.where(there, rng.random(there.shape), 2.0), 1)
+    places_of = np.argsort(~there, 1, kind="stable")
+    out = np.zeros_like(by)
+    rows = np.arange(len(by))[:, None]
+    out[rows, places_of] = by[rows, random]
+    return out, there
+
+
+def _mean(
+    by: Float[np.ndarray, "prompt label layer expert"], there: np.ndarray
+) -> Float[np.ndarray, "label layer expert"]:
+    """Mean share over the prompts that have the label."""
+    return by.sum(0) / np.maximum(there.sum(0), 1)[:, None, None]
+
+
+def _spread(table: Float[np.ndarray, "label layer expert"]) -> Float[np.ndarray, " layer"]:
+    """Squared distance of the labels' mean shares from their mean: what p rests on (see `divergence`)."""
+    return ((table - table.mean(0)) ** 2).sum((0, 2))
+
+
+def _information(table: Float[np.ndarray, "label layer expert"]) -> Float[np.ndarray, " layer"]:
     """Plug-in mutual information of label and expert in bits, by layer."""
     return mutual_information(table.transpose(1, 0, 2).astype(np.float64))[0]

@@ -1,0 +1,97 @@
+"""Experiments by name on nano: each says what it did, with intervals; what nano is known to do is found."""
+
+import numpy as np
+import pytest
+import torch
+
+import workbench as wb
+from tests.conftest import DATA
+from workbench.errors import InputError
+from workbench.experiments import chain_of_thought
+from workbench.experiments.catalogue import NAMES, named_experts, run_experiment
+from workbench.experiments.sources import transcripts
+from workbench.figures import experiments as figures
+from workbench.studies import save
+
+
+@pytest.fixture(scope="module")
+def run():
+    return wb.open_run(DATA / "demo.zarr")
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return wb.load("nano", dtype=torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_explains_itself_and_can_be_drawn_and_saved(name, run, nano, tmp_path, monkeypatch):
+    monkeypatch.setattr("workbench.experiments.catalogue.CONTROLS", 4)
+    found = run_experiment(name, nano, run, sequences=60)
+    drawn, tables = figures.gallery(found)
+    assert drawn.keys() == tables.keys() == found.keys()
+    for dataset in found.values():
+        assert {
+            "summary",
+            "method",
+            "not_controlled",
+            "run_digest",
+            "checkpoint_digest",
+            "title",
+        } <= dataset.attrs.keys()
+    assert save(found, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_experts_that_routing_names_for_arithmetic_matter_to_it(run, nano):
+    """Forbidden, they hurt arithmetic more than random experts of equal load: the paired interval excludes zero."""
+    found = run_experiment("ablate", nano, run, sequences=600)["experts"].sel(group="arithmetic")
+    cell = found.sel(which="named less random, own group")
+    assert float(cell["high"]) < 0
+    others = found.sel(which="named, other groups")
+    assert abs(float(others["change"])) < 0.2 * abs(float(found.sel(which="named, own group")["change"]))
+
+
+@pytest.mark.slow
+def test_nano_s_thought_makes_its_answer(run, nano):
+    rows = transcripts(run)
+    rows = [row for row in rows if row.meta.get("domain") == "arithmetic" and row.effort == "high"][:40]
+    found = chain_of_thought.study(nano, rows)
+    assert float(found["same_high"].sel(change="first 0%")) < 0.6
+    assert float(found["logprob_high"].sel(change="another prompt's")) < 0
+    assert float(found["logprob_high"].sel(change="hidden in all layers")) < 0
+    assert 0.2 < float(found["area"]) <= 1
+
+
+def test_an_unchanged_thought_changes_nothing(run, nano):
+    """The oracle of the surgery: all of the analysis put back is the transcript, and the model answers as it did."""
+    rows = [row for row in transcripts(run) if row.effort == "high"][:12]
+    found = chain_of_thought.thoughts(nano, rows)
+    assert len(found) >= 8
+    for thought in found:
+        whole = thought.row.tokens[thought.start : thought.stop]
+        np.testing.assert_array_equal(chain_of_thought._with(thought, whole).tokens, thought.row.tokens)
+        text = nano.tokenizer.decode(thought.row.tokens[thought.content : thought.end].tolist())
+        assert "<|" not in text
+    said = chain_of_thought._answers(nano, found, [t.row for t in found])
+    wanted = [nano.tokenizer.decode(t.row.tokens[t.content : t.end].tolist()).strip() for t in found]
+    assert said == wanted
+
+
+def test_named_experts_are_those_used_more(run, nano):
+    rows = transcripts(run)[::10]
+    named = named_experts(nano, rows, "arithmetic", 3)
+    assert len(set(named)) == 3
+    from workbench.experiments.effects import expert_load
+
+    own = expert_load(nano, [r for r in rows if r.meta["domain"] == "arithmetic"])
+    others = expert_load(nano, [r for r in rows if r.meta["domain"] != "arithmetic"])
+    assert all(own[cell] > others[cell] for cell in named)
+
+
+def test_what_is_refused(run, nano):
+    with pytest.raises(InputError, match="no experiment is called"):
+        run_experiment("nonsense", nano, run)
+    with pytest.raises(InputError, match="at least 2 are needed"):
+        chain_of_thought.study(nano, [r for r in transcripts(run) if r.effort == "low"][:5])

@@ -1,0 +1,64 @@
+"""Information and co-activation against scikit-learn and planted dependence; by chance there is none."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from sklearn.metrics import mutual_info_score
+
+import workbench as wb
+from tests.conftest import DATA
+from workbench.studies.specialisation import mutual_information, special, together
+from workbench.studies.synthetic import planted_run
+
+
+def test_mutual_information_is_scikit_learn_s():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        table = rng.integers(0, 30, (5, 7))
+        ours = mutual_information(table)[0] * np.log(2)
+        assert ours == pytest.approx(mutual_info_score(None, None, contingency=table))
+
+
+def test_the_correction_removes_the_bias_of_independent_pairs():
+    rng = np.random.default_rng(1)
+    plug_in, corrected = [], []
+    for _ in range(200):
+        table = np.histogram2d(*rng.integers(0, 8, (2, 400)), bins=8)[0]
+        found = mutual_information(table)
+        plug_in.append(found[0])
+        corrected.append(found[1])
+    assert np.mean(plug_in) > 0.05
+    assert abs(np.mean(corrected)) < 0.01
+
+
+@pytest.mark.parametrize("axis", ["channel", "effort", "task"])
+def test_without_dependence_p_is_uniform(axis):
+    p = []
+    for seed in range(200):
+        run = planted_run(
+            seed=seed, n_prompts=12, n_layers=1, n_experts=6, lengths={"prompt": 30, "analysis": 30, "final": 30}
+        )
+        p.append(float(special(run, axis, n_permutations=99, seed=seed)["p"][0]))
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.005
+
+
+def test_planted_dependence_is_found_where_it_is():
+    run = planted_run(
+        seed=3, n_prompts=20, n_layers=3, channel_shift={"final": {1: 0.5}}, effort_shift={"high": {2: 0.5}}
+    )
+    channel, effort = special(run, "channel"), special(run, "effort")
+    assert channel["q"][1] < 0.05
+    assert int(channel["nmi"].values.argmax()) == 1
+    assert int(effort["nmi"].values.argmax()) == 2
+    assert effort["q"][2] < 0.05
+
+
+def test_coactivation_is_that_of_the_tokens():
+    run = wb.open_run(DATA / "demo.zarr")
+    found = together(run)
+    data = run.dataset[["experts", "channel"]].compute()
+    final = data["experts"].values[2, data["channel"].values == 4]
+    i, j = 3, 7
+    with_i = (final == i).any(-1)
+    assert float(found["given"].sel(channel="final")[2, i, j]) == pytest.approx((final[with_i] == j).any(-1).mean())
+    assert np.nanmax(np.abs(np.diagonal(found["given"].values, axis1=-2, axis2=-1) - 1)) < 1e-9

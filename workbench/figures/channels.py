@@ -1,0 +1,58 @@
+"""Figures of the channels study: analysis against final, and the geometry of recorded activations."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+import plotly.graph_objects as go
+import xarray as xr
+
+from workbench.figures import contrast
+from workbench.figures.template import THEMES, ThemeName, band, dress, translucent
+from workbench.studies.result import tables
+
+
+def probe(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
+    """AUC of the probe by layer with the range of its folds, beside that of halves of the analysis."""
+    colours = THEMES[theme]
+    blue, red = colours.colour("channel", "analysis"), colours.colour("channel", "final")
+    layers = ds["layer"].values
+    figure = go.Figure(
+        band(layers, ds["auc_low"].values, ds["auc_high"].values, fillcolor=translucent(blue, 0.2), name="folds")
+    )
+    for name, label, colour in (
+        ("auc", f"{ds.attrs['a']} against {ds.attrs['b']}", blue),
+        ("auc_half", f"halves of {ds.attrs['a']}", red),
+    ):
+        figure.add_trace(
+            go.Scatter(
+                x=layers, y=ds[name].values, name=label, mode="lines+markers", line={"color": colour, "width": 1.8}
+            )
+        )
+    figure.add_hline(y=0.5, line={"dash": "dot", "color": colours.muted})
+    figure.update_xaxes(title="layer")
+    figure.update_yaxes(title="AUC, held out by prompt", range=[0.45, 1.02])
+    return dress(
+        figure,
+        colours,
+        ds,
+        title=ds.attrs["title"],
+        subtitle="Linear probe; the band spans the folds; dotted: chance",
+        height=430,
+    )
+
+
+def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
+    """Every figure of the study and the numbers behind each."""
+    figures: dict[str, go.Figure] = {}
+    data: dict[str, pd.DataFrame] = {}
+    for kind in ("routing", "sinks"):
+        own = {n.removeprefix(f"{kind}_"): ds for n, ds in datasets.items() if n.startswith(f"{kind}_")}
+        drawn, numbers = contrast.gallery(
+            own, title=f"How far {kind} differ, by layer" if kind == "sinks" else "How far routing differs, by layer"
+        )
+        figures |= {f"{kind}_{n}": f for n, f in drawn.items()}
+        data |= {f"{kind}_{n}": t for n, t in numbers.items()}
+    for name, ds in datasets.items():
+        if "auc" in ds:
+            figures[name], data[name] = probe(ds), tables(ds)["layer"]
+    return figures, data

@@ -1,0 +1,28 @@
+"""Figures of two runs on the same transcripts."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+import plotly.graph_objects as go
+import xarray as xr
+
+from workbench.figures.intervals import lines
+from workbench.figures.template import ThemeName
+from workbench.studies.result import tables
+
+
+def agreement(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
+    """Share of chosen experts that both runs chose, by layer and channel."""
+    labels = [c for c in map(str, ds["channel"].values) if int(ds["tokens"].sel(channel=c)) and c != "frame"]
+    return lines(
+        ds, "agreement", "layer", "channel", labels=labels, title="How often two routers choose the same experts",
+        subtitle="|experts of a ∩ experts of b| / k, mean over tokens; 95 % bands, jackknife over prompts", y_title="agreement", theme=theme,
+    )  # fmt: skip
+
+
+def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
+    """Every figure of the study and the numbers behind each."""
+    ds = datasets["agreement"]
+    if "agreement" not in ds:
+        return {}, {}
+    return {"agreement": agreement(ds)}, {"agreement": tables(ds)["channel_layer"]}

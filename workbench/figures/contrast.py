@@ -1,0 +1,84 @@
+"""Figures of a contrast: which cells differ, as it is or at equal position, and how large the difference is by layer."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import xarray as xr
+
+from workbench.figures.grid import Grid
+from workbench.figures.template import THEMES, ThemeName, dress
+from workbench.studies.result import tables
+
+_CONTROL = {"none": "all tokens", "position": "at equal position"}
+
+
+def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "light") -> go.Figure:
+    """Difference of every layer and expert (or head), a − b, in points; pale, hatched cells are not shown to differ."""
+    colours = THEMES[theme]
+    cell = ds.sel(control=control)
+    kind = str(cell["difference"].dims[1])
+    points, different = 100 * cell["difference"].values, cell["different"].values
+    limit = float(np.abs(points[different]).max(initial=0.1))
+    detail = np.stack(
+        [100 * cell[n].values for n in ("difference", "low", "high", "mean_a", "mean_b")] + [cell["q"].values], -1
+    )
+    hover = (
+        f"layer %{{y}}, {kind} %{{x}}<br>%{{customdata[0]:+.2f}} points [%{{customdata[1]:+.2f}}, %{{customdata[2]:+.2f}}], "
+        f"q = %{{customdata[5]:.3g}}<br>{ds.attrs['a']} %{{customdata[3]:.2f}} %, {ds.attrs['b']} %{{customdata[4]:.2f}} %<extra></extra>"
+    )
+    grid = Grid(cell["layer"].values, cell[kind].values, colours)
+    for shown, opacity in ((different, 1.0), (~different, 0.35)):
+        grid.colour(np.where(shown, np.clip(points, -limit, limit), np.nan), detail, hover, opacity=opacity)
+    grid.missing(np.isnan(points))
+    grid.sign(~different & ~np.isnan(points), "line-ne", colours.band, "pale, hatched: not shown to differ")
+    bar = {"title": {"text": f"percentage points, {ds.attrs['a']} − {ds.attrs['b']}"}}
+    figure = grid.finish(kind, {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": bar})
+    subtitle = (
+        f"{_CONTROL[control]}; {int(cell['prompts'])} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens; "
+        f"{int(different.sum())} of {different.size} differ (q < 0.05, interval excludes 0)"
+    )
+    return dress(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=grid.height)
+
+
+def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "light") -> go.Figure:
+    """Size of differences by layer, over what noise alone would have; a line a comparison, dashed without the control."""
+    colours = THEMES[theme]
+    palette = [colours.colour("channel", c) for c in ("analysis", "final", "commentary", "prompt")]
+    figure = go.Figure()
+    for i, (name, ds) in enumerate(sets.items()):
+        for control, dash in (("none", "dash"), ("position", "solid")):
+            cell = ds.sel(control=control)
+            if not int(cell["prompts"]):
+                continue
+            size = np.sqrt(np.maximum(cell["size"].values ** 2 - cell["noise"].values ** 2, 0))
+            figure.add_trace(
+                go.Scatter(
+                    x=cell["layer"].values, y=100 * size, name=f"{name}, {_CONTROL[control]}", mode="lines+markers",
+                    line={"color": palette[i % len(palette)], "dash": dash, "width": 1.8},
+                    marker={"symbol": ("circle", "square", "diamond", "cross")[i % 4], "size": 7},
+                    hovertemplate="layer %{x}: %{y:.2f} points<extra>%{fullData.name}</extra>",
+                )
+            )  # fmt: skip
+    figure.update_xaxes(title="layer", dtick=max(1, len(next(iter(sets.values()))["layer"]) // 6))
+    figure.update_yaxes(title="size of the difference (points)", rangemode="tozero")
+    subtitle = "Root of summed squared differences over a layer's cells, less what noise has; dashed: all tokens, solid: at equal position"
+    return dress(figure, colours, next(iter(sets.values())), title=title, subtitle=subtitle, height=460)
+
+
+def gallery(sets: Mapping[str, xr.Dataset], *, title: str) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
+    """Heat maps of every contrast with cells, and their sizes by layer."""
+    own = {name: ds for name, ds in sets.items() if "difference" in ds and "size" in ds}
+    figures, data = {}, {}
+    for name, ds in own.items():
+        for control in ("none", "position"):
+            if int(ds["prompts"].sel(control=control)):
+                label = f"{name}_{'naive' if control == 'none' else 'matched'}"
+                figures[label] = heatmap(ds, control)
+                cells = ds["difference"].dims[1:]
+                data[label] = tables(ds.sel(control=control).drop_vars("control"))["_".join(map(str, cells))]
+    if own:
+        figures["sizes"] = by_layer(own, title=title)
+        data["sizes"] = pd.concat([tables(ds)["control_layer"].assign(comparison=name) for name, ds in own.items()])
+    return figures, data

@@ -1,0 +1,106 @@
+"""Figures of experiments: effects of interventions with their intervals."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import xarray as xr
+
+from workbench.figures.grid import Grid
+from workbench.figures.intervals import lines, rows
+from workbench.figures.template import THEMES, ThemeName, dress
+from workbench.studies.result import tables
+
+
+def figure(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
+    """Rows of effects, lines by layer, or cells of layer and expert: whichever the dataset has."""
+    title = ds.attrs["title"]
+    dims = tuple(map(str, ds["change"].dims)) if "change" in ds.data_vars else ()
+    if "same" in ds:
+        return rows(
+            ds,
+            "same",
+            "change",
+            title=title,
+            subtitle=ds.attrs.get("rests_on", ""),
+            x_title="share of answers that stay the same",
+            theme=theme,
+        )
+    unit = ds.attrs.get("units", ds.attrs.get("unit", "nat"))
+    subtitle = f"{ds.attrs.get('rests_on', 'means over prompts')}; 95 % intervals, filled where they exclude zero"
+    if dims == ("intervention",):
+        return rows(
+            ds,
+            "change",
+            "intervention",
+            title=title,
+            subtitle=subtitle,
+            x_title=f"change ({unit})",
+            theme=theme,
+            low="low",
+            high="high",
+        )
+    if dims == ("group", "which"):
+        flat = ds.stack(row=("group", "which"))
+        flat = flat.drop_vars(("row", "group", "which")).assign_coords(row=[f"{g}: {w}" for g, w in flat["row"].values])
+        return rows(
+            flat,
+            "change",
+            "row",
+            title=title,
+            subtitle=subtitle,
+            x_title=f"change ({unit})",
+            theme=theme,
+            low="low",
+            high="high",
+        )
+    if dims == ("which", "layer"):
+        return lines(
+            ds,
+            "change",
+            "layer",
+            "which",
+            title=title,
+            subtitle=subtitle,
+            y_title=f"change ({unit})",
+            theme=theme,
+            low="low",
+            high="high",
+        )
+    return _cells(ds, str(dims[1]), unit, theme)
+
+
+def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
+    colours = THEMES[theme]
+    values, shown = ds["change"].values, ds["low"].values * ds["high"].values > 0
+    limit = float(np.abs(values).max(initial=1e-6))
+    grid = Grid(
+        ds["layer"].values if "layer" in ds.coords else np.arange(len(values)), np.arange(values.shape[1]), colours
+    )
+    detail = np.stack([values, ds["low"].values, ds["high"].values], -1)
+    hover = f"layer %{{y}}, {kind} %{{x}}: %{{customdata[0]:+.3f}} [%{{customdata[1]:+.3f}}, %{{customdata[2]:+.3f}}]<extra></extra>"
+    for where, opacity in ((shown, 1.0), (~shown, 0.35)):
+        grid.colour(np.where(where, values, np.nan), detail, hover, opacity=opacity)
+    grid.sign(~shown, "line-ne", colours.band, "pale, hatched: not shown to differ from 0")
+    made = grid.finish(
+        kind, {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": {"title": {"text": unit}}}
+    )
+    return dress(
+        made,
+        colours,
+        ds,
+        title=ds.attrs["title"],
+        subtitle="Means over prompts; intervals on hover",
+        height=grid.height,
+    )
+
+
+def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
+    """A figure for each dataset of an experiment, and the numbers behind it."""
+    figures = {name: figure(ds) for name, ds in datasets.items()}
+    data = {}
+    for name, ds in datasets.items():
+        own = tables(ds.drop_vars([v for v in ("each", "base") if v in ds]))
+        data[name] = max(own.values(), key=len)
+    return figures, data

@@ -1,0 +1,65 @@
+"""Figures of the sinks study: mass by layer and head, by position, and where channels and efforts differ."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import xarray as xr
+
+from workbench.figures import contrast
+from workbench.figures.grid import Grid
+from workbench.figures.intervals import lines
+from workbench.figures.template import THEMES, ThemeName, dress
+from workbench.studies.result import tables
+
+
+def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName = "light") -> go.Figure:
+    """Probability that each head leaves on its sink, in one cell."""
+    colours = THEMES[theme]
+    cell = ds.sel(channel=channel, effort=effort)
+    values = 100 * cell["mass"].values
+    detail = np.stack([100 * cell[n].values for n in ("mass", "mass_low", "mass_high", "spread")], -1)
+    grid = Grid(cell["layer"].values, cell["head"].values, colours)
+    hover = "layer %{y}, head %{x}<br>%{customdata[0]:.2f} % [%{customdata[1]:.2f}, %{customdata[2]:.2f}], spread %{customdata[3]:.2f}<extra></extra>"
+    grid.colour(values, detail, hover)
+    grid.missing(np.isnan(values))
+    bar = {"title": {"text": "probability on the sink (%)"}}
+    figure = grid.finish(
+        "head",
+        {"cmin": 0, "cmax": float(np.nanmax(values, initial=0.1)), "colorscale": colours.sequential, "colorbar": bar},
+    )
+    windowed = [str(int(v)) for v, w in zip(ds["layer"].values, ds["window"].values, strict=True) if w]
+    subtitle = f"{int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts; layers with a window: {', '.join(windowed) or 'none'}; intervals on hover"
+    return dress(
+        figure, colours, ds, title=f"Sink mass: {channel}, {effort} effort", subtitle=subtitle, height=grid.height
+    )
+
+
+def by_position(ds: xr.Dataset, layer: int, *, theme: ThemeName = "light") -> go.Figure:
+    """Sink mass along position in one layer, a line a channel."""
+    cell = ds.sel(layer=layer).assign_attrs(ds.attrs)
+    cell = cell.assign_coords(bin=np.maximum(cell["bin"].values, 1))
+    labels = [c for c in map(str, ds["channel"].values) if int(ds["tokens"].sel(channel=c).sum()) and c != "frame"]
+    return lines(
+        cell, "mass", "bin", "channel", labels=labels, title=f"Sink mass by position, layer {layer}", x_title="position (first of its bin)",
+        subtitle="Mean over heads; bins double; 95 % bands, jackknife over prompts", y_title="probability on the sink", log_x=True, theme=theme,
+    )  # fmt: skip
+
+
+def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
+    """Every figure of the study and the numbers behind each."""
+    mass = datasets["mass"]
+    figures, data = {}, {}
+    for channel in map(str, mass["channel"].values):
+        for effort in map(str, mass["effort"].values):
+            cell = mass.sel(channel=channel, effort=effort)
+            if int(cell["tokens"]):
+                figures[f"mass_{channel}_{effort}"] = mass_heatmap(mass, channel, effort)
+                data[f"mass_{channel}_{effort}"] = tables(cell)["layer_head"]
+    if "position" in datasets:
+        for layer in map(int, datasets["position"]["layer"].values):
+            figures[f"position_layer_{layer}"] = by_position(datasets["position"], layer)
+            data[f"position_layer_{layer}"] = tables(datasets["position"].sel(layer=layer))["channel_bin"]
+    more, numbers = contrast.gallery(datasets, title="How far sinks differ, by layer")
+    return figures | more, data | numbers
