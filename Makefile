@@ -6,7 +6,7 @@ BIN := .venv/bin
 SERVE ?= 1
 PORT ?= 5006
 
-.PHONY: demo test check dashboard nano run
+.PHONY: demo test check dashboard nano run findings
 
 .venv/.user: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,7 +24,7 @@ demo: .venv/.user
 	  --effort low --effort medium --effort high
 	$(BIN)/workbench capture nano runs/demo.jsonl runs/demo.zarr
 	$(BIN)/workbench verify runs/demo.zarr
-	$(BIN)/workbench study routing runs/demo.zarr --out runs/demo
+	$(BIN)/workbench report runs/demo.zarr --out runs/demo/report.html
 	$(BIN)/workbench figures runs/demo.zarr --out runs/demo --format html
 ifneq ($(SERVE),0)
 	$(BIN)/workbench dashboard runs/demo.zarr --port $(PORT)
@@ -45,6 +45,16 @@ run: .venv/.user
 	rm -rf data/demo.zarr
 	$(BIN)/workbench generate nano data/prompts.jsonl runs/bundled.jsonl --dtype float32 --batch 200 --overwrite
 	$(BIN)/workbench capture nano runs/bundled.jsonl data/demo.zarr --dtype float32
+
+# What the studies and experiments say of the finished run: data/findings.md, in a quarter of an hour.
+ON_NANO := data/demo.zarr --model nano --dtype float32 --out runs/findings
+findings: .venv/.user
+	mkdir -p runs
+	for name in cot ablate; do $(BIN)/workbench study $$name $(ON_NANO) --sequences 600 > /dev/null || exit 1; done
+	for name in force reweight silence knockout steer patch attribution; do \
+	  $(BIN)/workbench study $$name $(ON_NANO) > /dev/null || exit 1; done
+	$(BIN)/workbench report data/demo.zarr --out runs/findings/findings.html --results runs/findings
+	cp runs/findings/findings.md data/findings.md
 
 dashboard: .venv/.user
 	$(BIN)/workbench dashboard runs/demo.zarr --port $(PORT)

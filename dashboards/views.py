@@ -54,7 +54,7 @@ def load(study: Mapping[str, xr.Dataset], channel: str, effort: str) -> go.Figur
 
 def fixed_figures(study: Mapping[str, xr.Dataset]) -> list[go.Figure]:
     """What does not depend on the selection, in reading order: evenness, then each comparison."""
-    compared = [draw_one(study[name]) for name in study if name != "load" for draw_one in _COMPARISON]
+    compared = [draw_one(study[name]) for name in study if "jsd" in study[name] for draw_one in _COMPARISON]
     return [draw.entropy_by_layer(study["load"]), *compared]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -68,6 +69,12 @@ def test_results_reload_from_their_files(demo, tmp_path):
     for name, dataset in found.items():
         for variable, values in dataset.data_vars.items():
             np.testing.assert_array_equal(np.asarray(again[name][variable].values, float), values.values.astype(float))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zarr: texts of a fixed length have no specification yet
+            dataset.to_zarr(tmp_path / f"{name}.zarr", zarr_format=3, consolidated=False)
+            stored = xr.open_zarr(tmp_path / f"{name}.zarr", consolidated=False).load()
+        xr.testing.assert_equal(stored, dataset)
+        assert stored.attrs == dataset.attrs
     table = pd.read_csv(tmp_path / "effort_cost_task_effort.csv")
     assert len(table) == found["cost"]["accuracy"].size
     with pytest.raises(InputError, match="holds no results"):
@@ -116,7 +123,7 @@ def test_the_gain_of_effort_is_in_its_interval(gain):
         cell = effort.gain(run, table, ["low", "medium", "high"]).sel(task="all", step="low → high")
         inside += bool(cell["gain_low"] <= 2 * gain <= cell["gain_high"])
         shown += bool(cell["gain_low"] * cell["gain_high"] > 0)
-    assert inside >= 90
+    assert inside >= 93
     assert shown <= 12 if gain == 0 else shown >= 85
 
 
@@ -209,11 +216,11 @@ def complete(run: SyntheticTokens) -> SyntheticTokens:
 
 def test_planted_agreement_between_two_runs_is_in_its_interval():
     inside = 0
-    for seed in range(60):
+    for seed in range(100):
         run = complete(planted_tokens(seed=seed, n_layers=1, n_experts=8, n_heads=1, n_prompts=25))
         found = compare.study(run, altered(run, 0.4, seed))["agreement"].sel(channel="analysis").isel(layer=0)
         inside += bool(found["agreement_low"] <= 0.6 + 0.4 / 8 <= found["agreement_high"])
-    assert inside >= 54
+    assert inside >= 93
     same = compare.study(run, run)["agreement"]
     assert (same["agreement"].dropna("channel") == 1).all()
     assert not same["logprob_difference"].dropna("channel").any()

@@ -164,7 +164,27 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], d
             figures[f"divergence_{name}"], data[f"divergence_{name}"] = divergence_by_layer(div), tables(div)["layer"]
             figures[f"difference_{name}"] = load_difference_heatmap(div)
             data[f"difference_{name}"] = tables(div)["layer_expert"]
+    for name, ds in datasets.items():
+        if "nmi" in ds:
+            figures[name], data[name] = special_by_layer(ds), tables(ds)["layer"]
     return figures, data
+
+
+def special_by_layer(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
+    """What experts tell of a label by layer, and what shuffled labels would tell."""
+    colours = THEMES[theme]
+    figure = go.Figure()
+    for name, label, style in (
+        ("label_information", "observed", {"color": colours.colour("channel", "analysis")}),
+        ("label_information_null", "labels shuffled", {"color": colours.muted, "dash": "dash"}),
+    ):
+        figure.add_trace(
+            go.Scatter(x=ds["layer"].values, y=ds[name].values, name=label, mode="lines+markers", line=style)
+        )
+    figure.update_xaxes(title="layer", **_layer_axis(ds))
+    figure.update_yaxes(title="information (bit)", rangemode="tozero")
+    subtitle = f"Mutual information of a slot's expert and the label; {int((ds['q'] < 0.05).sum())} of {ds.sizes['layer']} layers beyond chance"
+    return dress(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=430)
 
 
 def _select(ds: xr.Dataset, **labels: str) -> xr.Dataset:

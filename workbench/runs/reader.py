@@ -7,6 +7,7 @@ still being written is read like any other; open it again to see more.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from workbench.runs import shards, totals
 from workbench.runs.place import Place, place
 from workbench.runs.schema import SCHEMA, Layout, Spec, Unit
 from workbench.runs.summaries import float32_of
+
+_KEPT_BYTES = 256_000_000  # of a summary that is kept for the next question
 
 
 def open_run(path: str | Path | Place) -> "Run":
@@ -224,6 +227,8 @@ class Run:
 
         `coactivation` and `transition` are summed over the visible run, per channel.
         """
+        if name in self._kept:
+            return self._kept[name]
         array = self._summary(name)
         if _over_the_run(name):
             return self.total(name)
@@ -232,7 +237,31 @@ class Run:
         table = self.sequences
         coords |= {"sequence": table.index.to_numpy()}
         coords |= {c: ("sequence", table[c].to_numpy(dtype=object)) for c in ("id", "prompt_id", "effort", "task")}
-        return xr.DataArray(array[:][rows], dims=("sequence", *dims), coords=coords, name=name)
+        found = xr.DataArray(self._whole(array)[rows], dims=("sequence", *dims), coords=coords, name=name)
+        if found.nbytes <= _KEPT_BYTES:
+            self._kept[name] = found
+        return found
+
+    def _whole(self, array: zarr.Array) -> np.ndarray:
+        """All rows of a summary; those of units that are not committed are the fill value."""
+        out = np.full(array.shape, array.fill_value, dtype=array.dtype)
+        rows = self.layout.unit_sequences
+        name = str(array.path)
+        units = np.flatnonzero(self.committed)
+
+        def read(unit: int) -> None:
+            out[unit * rows : (unit + 1) * rows] = shards.read(
+                array, self.place, name, unit * rows, (unit + 1) * rows, 0
+            )
+
+        with ThreadPoolExecutor(shards.threads()) as pool:
+            list(pool.map(read, units.tolist()))
+        return out
+
+    @cached_property
+    def _kept(self) -> dict[str, xr.DataArray]:
+        """Summaries that were asked for once, if they are small."""
+        return {}
 
     @property
     def groups(self) -> pd.DataFrame:

@@ -7,6 +7,8 @@ labels give.
 Reference: OLMoE, arXiv 2409.02060, sections 5.2 to 5.4; its co-activation is P(j | i), ours with its lift.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Num
@@ -17,6 +19,7 @@ from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import entropy, false_discovery, share
 
 N_PERMUTATIONS = 200
+_AT_ONCE = 32  # shuffles in one product
 
 DEFINITIONS = {
     "given": Definition(
@@ -139,10 +142,9 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
     observed = _mean(by, there)
     found, size = _information(observed), _spread(observed)
     null, larger = np.empty((n_permutations, by.shape[2])), np.zeros(by.shape[2], dtype=np.int64)
-    for i in range(n_permutations):
-        shuffled = _mean(*_shuffled(by, there, axis, rng))
-        null[i] = _information(shuffled)
-        larger += count_at_least(_spread(shuffled)[None], size)
+    for start, shuffled in _shuffled(by, there, axis, n_permutations, rng):
+        null[start : start + len(shuffled)] = np.stack([_information(table) for table in shuffled])
+        larger += count_at_least(np.stack([_spread(table) for table in shuffled]), size)
     most = np.log2(len(names))
     p = permutation_p(larger, n_permutations)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -170,20 +172,32 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
     return result
 
 
-def _shuffled(by: np.ndarray, there: np.ndarray, axis: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Labels exchanged among those that a prompt has; a prompt has one task, so tasks among prompts."""
-    if axis == "task":
-        order = rng.permutation(len(by))
-        alone = np.take_along_axis(by, there.argmax(1)[:, None, None, None], 1)
-        out = np.where(there[order][:, :, None, None], alone, 0.0)
-        return out, there[order]
-    # present labels first in a random order, and back to the places of the present ones
-    random = np.argsort(np.where(there, rng.random(there.shape), 2.0), 1)
-    places_of = np.argsort(~there, 1, kind="stable")
-    out = np.zeros_like(by)
-    rows = np.arange(len(by))[:, None]
-    out[rows, places_of] = by[rows, random]
-    return out, there
+def _shuffled(
+    by: Float[np.ndarray, "prompt label layer expert"], there: np.ndarray, axis: str, n: int, rng: np.random.Generator
+) -> Iterator[tuple[int, Float[np.ndarray, "permutation label layer expert"]]]:
+    """Mean shares with labels exchanged among those that a prompt has, or, as a prompt has one task, tasks among prompts.
+
+    A shuffle is a row of zeros and ones for each label, over prompts × labels: many are one product of matrices.
+    """
+    prompts_, kinds = there.shape
+    flat = by.reshape(prompts_ * kinds, -1)
+    row = np.arange(prompts_)
+    of = np.maximum(there.sum(0), 1)[:, None, None]
+    for start in range(0, n, _AT_ONCE):
+        count = min(_AT_ONCE, n - start)
+        take = np.zeros((count, kinds, prompts_ * kinds))
+        for i in range(count):
+            if axis == "task":
+                own = there.argmax(1)
+                take[i, own[rng.permutation(prompts_)], row * kinds + own] = 1
+                continue
+            # the labels a prompt has, in a random order, at the places of those it has
+            random = np.argsort(np.where(there, rng.random(there.shape), 2.0), 1)
+            in_order_ = np.argsort(~there, 1, kind="stable")
+            has = np.take_along_axis(there, in_order_, 1)
+            p, k = np.nonzero(has)
+            take[i, in_order_[p, k], p * kinds + random[p, k]] = 1
+        yield start, (take.reshape(count * kinds, -1) @ flat).reshape(count, kinds, *by.shape[2:]) / of
 
 
 def _mean(
