@@ -7,6 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.figures import compare as draw_compare
+from workbench.figures import effort as draw_effort
 from workbench.figures import routing as draw
 from workbench.runs import Run
 
@@ -74,3 +76,87 @@ def findings(study: Mapping[str, xr.Dataset]) -> str:
     """The study's own summaries in plain words."""
     lines = ((r.attrs["title"], r.attrs["summary"].splitlines()) for r in study.values())
     return "".join(f"<h4>{escape(title)}</h4><p>{'<br>'.join(map(escape, text))}</p>" for title, text in lines)
+
+
+def progress(run: Run) -> str:
+    """How far a run has come, as a bar."""
+    done, total = run.progress
+    if run.status == "complete":
+        return f"<b>Complete</b>: {total} units."
+    tokens = sum(span.stop - span.start for span in run.spans)
+    return (
+        f"<b>Being written</b>: {done} of {total} units, {tokens:,} tokens. <progress max={total} value={done} "
+        'style="width:60%"></progress>'
+    )
+
+
+def efforts(run: Run) -> list[str]:
+    """Efforts that occur, in their order."""
+    there = set(run.sequences["effort"])
+    return [effort for effort in ("low", "medium", "high") if effort in there]
+
+
+def token_counts(run: Run) -> pd.DataFrame:
+    """Tokens by channel, a column an effort."""
+    total = run.total("tokens")
+    table = total.to_series().unstack("channel").groupby(total["effort"].values).sum().T
+    table = table[[*efforts(run), *(c for c in table.columns if c not in efforts(run))]]
+    table["all"] = table.sum(axis=1)
+    return table[table["all"] > 0].rename_axis("channel").reset_index()
+
+
+def accuracy(study: Mapping[str, xr.Dataset]) -> go.Figure:
+    """Accuracy against analysis tokens, by effort."""
+    return draw_effort.accuracy_by_tokens(study["cost"])
+
+
+def provenance(run: Run) -> str:
+    """Where the run comes from, as a table of text."""
+    rows = {**run.provenance, "digest": run.digest, "checkpoint": run.checkpoint}
+    rows.pop("rejects", None)
+    cells = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
+    return f"<table>{cells}</table>"
+
+
+def figure_names(figures: Mapping[str, go.Figure]) -> dict[str, str]:
+    """Names for people, in the order that tells most first."""
+    last = [name for name in figures if name.startswith(("mass_frame", "mass_prompt")) or name.endswith("naive")]
+    order = [name for name in figures if name not in last and ("sizes" in name or "accuracy" in name)]
+    order += [name for name in figures if name not in (*order, *last)]
+    return {name.replace("_", " "): name for name in (*order, *last)}
+
+
+def pairs(study: Mapping[str, xr.Dataset], channel: str, layer: int) -> go.Figure:
+    """How often experts of a layer are chosen together, over chance."""
+    return draw.lift_heatmap(study["together"], channel, layer)
+
+
+def comparison(study: Mapping[str, xr.Dataset]) -> list[go.Figure]:
+    """Figures of two runs."""
+    figures, _ = draw_compare.gallery(study)
+    return list(figures.values())
+
+
+def conversations(run: Run, task: str, effort: str, text: str, most: int = 500) -> dict[str, int]:
+    """Conversations by what is asked of them: label → number; at most so many."""
+    table = run.sequences
+    chosen = pd.Series(True, index=table.index)
+    for column, value in (("task", task), ("effort", effort)):
+        chosen &= True if value == "all" else table[column] == value
+    if text:
+        chosen &= table["id"].str.contains(text, regex=False) | table["answer"].str.contains(text, regex=False)
+    rows = table[chosen].head(most)
+    marks = {1: " ✓", 0: " ✗"}
+    named = zip(rows["id"].tolist(), rows["correct"].tolist(), rows.index.tolist(), strict=True)
+    return {f"{id}{marks.get(right, '')}": number for id, right, number in named}
+
+
+def about_sequence(run: Run, number: int) -> str:
+    """What is known of a conversation."""
+    row = run.sequences.loc[[number]].to_dict("records")[0]
+    right = {1: "right", 0: "wrong"}.get(int(row["correct"]), "not marked")
+    parts = {
+        "Id": row["id"], "Task": row["task"] or "–", "Effort": row["effort"] or "–", "Tokens": f"{int(row['length']):,}",
+        "Expected": row["answer"] or "–", "Answer is": right,
+    }  # fmt: skip
+    return " &ensp; ".join(f"<b>{name}</b> {escape(str(text))}" for name, text in parts.items())

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, Frame, Page, expect, sync_playwright  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -117,10 +117,10 @@ def heat(page: Page) -> list[list[float]]:
 
 
 def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, demo).drawn(5)
-    expect(visit.page.get_by_text("expert routing").first).to_be_visible()
+    visit = Visit(browser, f"{demo}/experts").drawn(5)
+    expect(visit.page.get_by_text(": experts").first).to_be_visible()
     expect(visit.page.get_by_text("16 experts").first).to_be_visible()
-    for words in ("Accuracy and tokens by effort", "What was found", "How is this computed"):
+    for words in ("What was found", "How is this computed"):
         expect(visit.page.get_by_text(words).first).to_be_attached()
     SCREENSHOTS.mkdir(exist_ok=True)
     visit.page.wait_for_timeout(1000)
@@ -130,14 +130,14 @@ def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, b
 
 
 def test_it_is_readable_on_a_wide_screen(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, demo, width=1920).drawn(3)
+    visit = Visit(browser, f"{demo}/experts", width=1920).drawn(3)
     visit.page.wait_for_timeout(500)
     visit.page.screenshot(path=SCREENSHOTS / "routing-1920.png")
     assert visit.errors == []
 
 
 def test_choosing_an_effort_changes_the_heat_map_and_the_link_reopens_it(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/?channel=final&effort=high").drawn()
+    visit = Visit(browser, f"{demo}/experts?channel=final&effort=high").drawn()
     before = heat(visit.page)
     visit.page.get_by_role("button", name="low", exact=True).click()
     visit.page.wait_for_url(re.compile("effort=low"), timeout=30_000)
@@ -151,7 +151,9 @@ def test_choosing_an_effort_changes_the_heat_map_and_the_link_reopens_it(demo: s
 
 
 def test_a_link_that_names_what_does_not_exist_opens_all_the_same(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/?run=../../etc/passwd&channel=<script>alert(1)</script>&effort=extreme").drawn()
+    visit = Visit(
+        browser, f"{demo}/experts?run=../../etc/passwd&channel=<script>alert(1)</script>&effort=extreme"
+    ).drawn()
     assert "passwd" not in visit.page.content()
     assert visit.errors == []
 
@@ -182,6 +184,142 @@ def test_a_run_that_vanishes_is_said_to_be_gone(demo_run: Path, tmp_path: Path, 
         expect(visit.page.get_by_text("is not there").first).to_be_visible(timeout=30_000)
     finally:
         stop(server)
+
+
+@pytest.mark.parametrize("page", ["overview", "sinks", "channels", "effort"])
+def test_every_page_draws_and_explains_itself(demo: str, browser: Browser, page: str) -> None:
+    visit = Visit(browser, f"{demo}/{page}").drawn()
+    words = "What effort brings" if page == "overview" else "How is this computed"
+    expect(visit.page.get_by_text(words).first).to_be_attached()
+    visit.page.wait_for_timeout(800)
+    visit.page.screenshot(path=SCREENSHOTS / f"{page}-1280.png")
+    assert visit.foreign == []
+    assert visit.errors == []
+
+
+def test_another_figure_is_in_the_link_and_its_numbers_can_be_had(demo: str, browser: Browser) -> None:
+    visit = Visit(browser, f"{demo}/sinks?figure=position_layer_1").drawn()
+    expect(visit.page.get_by_text("Sink mass by position, layer 1").first).to_be_visible()
+    visit.page.locator("select").last.select_option(label="analysis vs final matched")
+    visit.page.wait_for_url(re.compile("figure=analysis_vs_final_matched"), timeout=30_000)
+    with visit.page.expect_download(timeout=30_000) as download:
+        visit.page.get_by_text("numbers as CSV").first.click()
+    content = Path(download.value.path()).read_text()
+    assert content.startswith("layer,head,")
+    assert len(content.splitlines()) == 1 + 4 * 8
+    assert visit.errors == []
+
+
+def frame_of(visit: "Visit") -> Frame:
+    for _ in range(120):
+        found = [f for f in visit.page.frames if f != visit.page.main_frame]
+        if found and found[0].locator(".t").count():
+            return found[0]
+        visit.page.wait_for_timeout(250)
+    pytest.fail("no conversation is shown")
+
+
+def test_a_conversation_is_coloured_told_of_searched_and_replayed(demo: str, browser: Browser) -> None:
+    visit = Visit(browser, f"{demo}/transcript?task=product")
+    frame = frame_of(visit)
+    tokens = frame.locator(".t")
+    assert tokens.count() > 60
+    text = frame.locator("#text").inner_text()
+    assert "assistant · analysis" in text
+    assert "Reasoning: high" in text
+    tokens.nth(30).hover()
+    said = frame.locator("#said").inner_text()
+    assert all(f"layer {layer}" in said for layer in range(4))
+    frame.select_option("#by", "expert")
+    frame.select_option("#expert", "5")
+    coloured = frame.evaluate("spans.filter(s => s.style.background).length")
+    experts = frame.evaluate("D.experts[0].filter(e => e.includes(5)).length")
+    assert coloured == experts > 0
+    frame.fill("#find", "reasoning: high")
+    assert frame.locator(".t.hit").count() >= 2
+    frame.select_option("#speed", "100")
+    frame.click("#play")
+    visit.page.wait_for_timeout(400)
+    visit.page.screenshot(path=SCREENSHOTS / "transcript-1280.png")
+    partly = frame.evaluate("[now, counts[0].reduce((a, b) => a + b, 0)]")
+    assert partly[0] > 0
+    assert partly[1] == 4 * partly[0]
+    frame.wait_for_function("now >= n && timer === null", timeout=20_000)
+    assert visit.errors == []
+    assert visit.foreign == []
+
+
+def test_next_goes_on_and_the_link_reopens_the_conversation(demo: str, browser: Browser) -> None:
+    visit = Visit(browser, f"{demo}/transcript")
+    frame_of(visit)
+    visit.page.get_by_text("next ›").click()
+    visit.page.wait_for_url(re.compile(r"sequence=\d+"), timeout=20_000)
+    visit.page.wait_for_timeout(800)
+    shown = frame_of(visit).locator("#text").inner_text()
+    again = Visit(browser, visit.page.url)
+    assert frame_of(again).locator("#text").inner_text() == shown
+
+
+def test_a_transcript_with_a_script_is_only_text(tmp_path: Path, browser: Browser) -> None:
+    from tests.runs.conftest import LENGTHS, job, write_unit
+    from workbench.capture.plan import plan_units
+    from workbench.runs.writer import open_writer
+
+    layout = plan_units(LENGTHS, 1024)
+    wanted = job(layout)
+    evil = "</script><script>parent.evil = window.evil = 1</script><img src=x onerror='evil=1'>"
+    wanted["sequences"] = wanted["sequences"].assign(id=[f"{evil}{i}" for i in range(len(LENGTHS))], answer=evil)
+    columns = {c: evil for c in ("author", "channel", "recipient", "content_type", "closed_by")}
+    wanted["messages"] = wanted["messages"].assign(role=evil, content=0, stop=1, **columns)
+    with open_writer(tmp_path / "evil.zarr", **wanted) as writer:
+        for index in writer.pending():
+            write_unit(writer, index)
+        writer.finish()
+    server, url = serve(str(tmp_path / "evil.zarr"))
+    try:
+        visit = Visit(browser, f"{url}/transcript")
+        frame = frame_of(visit)
+        assert frame.evaluate("window.evil") is None
+        assert visit.page.evaluate("window.evil") is None
+        assert visit.foreign == []
+    finally:
+        stop(server)
+
+
+def test_two_runs_are_compared_and_one_says_what_is_missing(
+    demo: str, demo_run: Path, tmp_path: Path, browser: Browser
+) -> None:
+    alone = Visit(browser, f"{demo}/compare")
+    expect(alone.page.get_by_text("Start the dashboard with two runs").first).to_be_visible(timeout=30_000)
+    other = shutil.copytree(demo_run, tmp_path / "other.zarr")
+    server, url = serve(str(demo_run), str(other))
+    try:
+        visit = Visit(browser, f"{url}/compare").drawn()
+        expect(visit.page.get_by_text("routers agree on 100.0%").first).to_be_attached()
+        assert visit.errors == []
+    finally:
+        stop(server)
+
+
+def test_a_run_that_is_written_shows_moving_progress(tmp_path: Path, browser: Browser) -> None:
+    from tests.runs.conftest import LENGTHS, job, write_unit
+    from workbench.capture.plan import plan_units
+    from workbench.runs.writer import open_writer
+
+    layout = plan_units(LENGTHS, 1024)
+    with open_writer(tmp_path / "r.zarr", **job(layout)) as writer:
+        write_unit(writer, 0)
+        server, url = serve(str(tmp_path / "r.zarr"))
+        try:
+            visit = Visit(browser, f"{url}/overview")
+            expect(visit.page.get_by_text(f"1 of {len(layout.units)} units, ").first).to_be_visible(timeout=30_000)
+            write_unit(writer, 1)
+            expect(visit.page.get_by_text(f"2 of {len(layout.units)} units, ").first).to_be_visible(timeout=30_000)
+            shutil.rmtree(tmp_path / "r.zarr" / "tokens")
+            visit.page.wait_for_timeout(2500)
+            expect(visit.page.get_by_text("Overview").first).to_be_visible()
+        finally:
+            stop(server)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_what_is_no_run_is_refused_untouched(tmp_path: Path) -> None:
     zarr.create_group(str(tmp_path / "zarr"), attributes={"a": 1})
     before = contents(tmp_path)
     for name, said in (
-        ("file", "not a run"),
+        ("file", "a file"),
         ("folder", "not a run"),
         ("zarr", "not a run"),
         ("ipfs2://b/r", "unknown scheme 'ipfs2'"),

@@ -55,10 +55,10 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
             size = np.sqrt(np.maximum(cell["size"].values ** 2 - cell["noise"].values ** 2, 0))
             figure.add_trace(
                 go.Scatter(
-                    x=cell["layer"].values, y=100 * size, name=f"{name}, {_CONTROL[control]}", mode="lines+markers",
+                    x=cell["layer"].values, y=100 * size, name=name.replace("_", " "), mode="lines+markers", showlegend=control == "position",
                     line={"color": palette[i % len(palette)], "dash": dash, "width": 1.8},
                     marker={"symbol": ("circle", "square", "diamond", "cross")[i % 4], "size": 7},
-                    hovertemplate="layer %{x}: %{y:.2f} points<extra>%{fullData.name}</extra>",
+                    hovertemplate="layer %{x}: %{y:.2f} points, " + _CONTROL[control] + "<extra>%{fullData.name}</extra>",
                 )
             )  # fmt: skip
     figure.update_xaxes(title="layer", dtick=max(1, len(next(iter(sets.values()))["layer"]) // 6))

@@ -43,7 +43,12 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
                 hovertemplate=f"{effort}: %{{x:.1f}} tokens, accuracy %{{y:.3f}}<extra></extra>",
             )
         )  # fmt: skip
-    figure.update_xaxes(title="analysis tokens a sequence", rangemode="tozero")
+    most = (
+        float(ds["analysis_tokens_high"].max())
+        if task == "all"
+        else float(ds["analysis_tokens_high"].sel(task=task).max())
+    )
+    figure.update_xaxes(title="analysis tokens a sequence", range=[-0.03 * most, 1.03 * most])
     figure.update_yaxes(title="accuracy", range=[-0.03, 1.05])
     subtitle = "Means with 95 % intervals, jackknife over prompts" + ("; grey: single tasks" if task == "all" else "")
     return dress(

@@ -170,6 +170,31 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], d
     return figures, data
 
 
+def lift_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: ThemeName = "light") -> go.Figure:
+    """Which experts of a layer are chosen together more often than by chance, in a channel."""
+    colours = THEMES[theme]
+    cell = ds.sel(channel=channel, layer=layer)
+    lift = cell["lift"].values.copy()
+    np.fill_diagonal(lift, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shown = np.clip(np.log2(lift), -2, 2)
+    shown[~np.isfinite(shown)] = np.nan
+    figure = go.Figure(
+        go.Heatmap(
+            z=shown, coloraxis="coloraxis", customdata=np.stack([lift, cell["given"].values], -1),
+            hovertemplate="experts %{y} and %{x}: lift %{customdata[0]:.2f}<br>P(%{x} | %{y}) = %{customdata[1]:.2f}<extra></extra>",
+        )
+    )  # fmt: skip
+    bar = {"title": {"text": "lift"}, "tickvals": [-2, -1, 0, 1, 2], "ticktext": ["≤ ¼", "½", "1", "2", "≥ 4"]}
+    figure.update_layout(coloraxis={"cmin": -2, "cmax": 2, "colorscale": colours.diverging, "colorbar": bar})
+    figure.update_xaxes(title="expert")
+    figure.update_yaxes(title="expert", autorange="reversed")
+    title = f"Experts chosen together: {channel}, layer {layer}"
+    return dress(
+        figure, colours, ds, title=title, subtitle="P(both) over P(one) P(other), tokens of the channel", height=640
+    )
+
+
 def special_by_layer(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     """What experts tell of a label by layer, and what shuffled labels would tell."""
     colours = THEMES[theme]

@@ -21,7 +21,7 @@ import zarr
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import shards, totals
-from workbench.runs.place import Place, place
+from workbench.runs.place import Folder, Place, place
 from workbench.runs.schema import SCHEMA, Layout, Spec, Unit
 from workbench.runs.summaries import float32_of
 
@@ -38,6 +38,8 @@ def open_group(where: Place, mode: str = "r") -> zarr.Group:
     """The group of a run of this schema; anything else is refused."""
     if not where.exists():
         raise InputError(f"{where} is not there: name the folder of a run")
+    if isinstance(where, Folder) and not where.path.is_dir():
+        raise InputError(f"{where} is a file: name the folder of a run")
     try:
         group = zarr.open_group(where.store(), mode=mode, zarr_format=3, use_consolidated=False)
         schema = group.attrs["schema"]

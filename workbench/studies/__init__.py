@@ -12,6 +12,7 @@ from workbench.errors import InputError
 if TYPE_CHECKING:
     import xarray as xr
 
+    from workbench.studies import effort as effort
     from workbench.studies import result as result
     from workbench.studies import routing as routing
     from workbench.studies import statistics as statistics
