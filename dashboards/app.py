@@ -22,7 +22,7 @@ from workbench.dashboards.state import Selection, Shelf, choose
 from workbench.dashboards.transcript import HEIGHT, frame, tokenizer_of
 from workbench.errors import InputError
 
-_WIDTH = 190  # of what stands in the side bar
+_WIDTH = 235  # of what stands in the side bar
 _CSS = "body { font-family: system-ui, 'DejaVu Sans', sans-serif; }"
 
 
@@ -292,7 +292,7 @@ def _page(page: str, name: str, sidebar: list[Any], main: list[Any]) -> pn.templ
     )
     return pn.template.BootstrapTemplate(
         site="gpt-oss workbench", title=f"{name}: {PAGES.get(page, page).lower()}" if name else page,
-        sidebar=[pn.pane.HTML(f"<nav>{links}</nav>", width=_WIDTH), *sidebar], main=main, sidebar_width=230, raw_css=[_CSS],
+        sidebar=[pn.pane.HTML(f"<nav>{links}</nav>", width=_WIDTH), *sidebar], main=main, sidebar_width=275, raw_css=[_CSS],
     )  # fmt: skip
 
 

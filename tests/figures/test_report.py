@@ -51,3 +51,14 @@ def test_text_of_a_run_is_only_text(tmp_path: Path) -> None:
 def test_a_report_is_a_page(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\.html"):
         write_report(wb.open_run(DATA / "demo.zarr"), tmp_path / "report.pdf")
+
+
+def test_the_findings_that_come_along_are_those_of_the_finished_run() -> None:
+    run = wb.open_run(DATA / "demo.zarr")
+    text = (DATA / "findings.md").read_text()
+    assert run.digest in text
+    for name in ("sinks", "channels", "effort"):  # no random numbers in these
+        for dataset in run_study(name, run).values():
+            assert dataset.attrs["summary"].splitlines()[0] in text
+    for title in ("Is the answer made by the thought?", "Experts forbidden", "Attention knocked out"):
+        assert f"## {title}" in text
