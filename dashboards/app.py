@@ -4,6 +4,8 @@ Bootstrap's template, because it is the one of Panel's that asks no other host f
 """
 
 import io
+import json
+import secrets
 import socket
 import threading
 import traceback
@@ -19,7 +21,7 @@ import panel as pn
 
 from workbench.dashboards import views
 from workbench.dashboards.state import Selection, Shelf, choose
-from workbench.dashboards.transcript import HEIGHT, frame, tokenizer_of
+from workbench.dashboards.transcript import HEIGHT, frame, shown, tokenizer_of
 from workbench.errors import InputError
 
 _WIDTH = 235  # of what stands in the side bar
@@ -99,30 +101,64 @@ def experts_page(shelf: Shelf) -> pn.template.BootstrapTemplate:
     pick_effort = pn.widgets.RadioButtonGroup(name="Effort", options=options["effort"], value=chosen.effort)
     layers = [str(v) for v in study["load"]["layer"].values]
     pick_layer = pn.widgets.Select(
-        name="Layer, of pairs",
+        name="Layer",
         options=layers,
         value=query.get("layer") if query.get("layer") in layers else layers[0],
         width=_WIDTH,
     )
-    heat, pairs = pn.Column(sizing_mode="stretch_width"), pn.Column(sizing_mode="stretch_width")
+    experts = [str(v) for v in study["load"]["expert"].values]
+    wanted = query.get("expert", "")
+    pick_expert = pn.widgets.Select(
+        name="Expert", options=experts, value=wanted if wanted in experts else experts[0], width=_WIDTH
+    )
+    words = tokenizer_of(run.provenance.get("tokenizer", {}).get("digest", ""))
+    heat, pairs, one = (pn.Column(sizing_mode="stretch_width") for _ in range(3))
 
     def show(*_: Any) -> None:
         selection = Selection(str(pick_run.value), pick_channel.value, pick_effort.value)
         # A new pane, not a new figure in the old one: plotly fails when a figure changes while it is being drawn.
         heat[:] = [_plot(views.load(study, selection.channel, selection.effort))]
-        pairs[:] = [_plot(views.pairs(study, selection.channel, int(pick_layer.value)))] if "together" in study else []
-        _remember(channel=selection.channel, effort=selection.effort, layer=str(pick_layer.value))
+        if "together" in study:
+            layer = int(pick_layer.value)
+            follows = views.transitions(study, selection.channel, layer)
+            pairs[:] = [_plot(f) for f in (views.pairs(study, selection.channel, layer), follows) if f is not None]
+        show_expert()
+        _remember(channel=selection.channel, effort=selection.effort, layer=pick_layer.value, expert=pick_expert.value)
+
+    def show_expert() -> None:
+        layer, expert, channel = int(pick_layer.value), int(pick_expert.value), pick_channel.value
+        name_ = f"{name}-layer-{layer}-expert-{expert}"
+        cards = [
+            _table(
+                "Where it acts: its load over an even share", views.where_it_acts(study, layer, expert), f"{name_}-load"
+            )
+        ]
+        if "together" in study:
+            cards.append(
+                _table(
+                    f"Whom it works with, in {channel}", views.partners(study, channel, layer, expert), f"{name_}-with"
+                )
+            )
+        if "routing" in run.recorded:
+            tokens = _later(
+                lambda: _table(
+                    "Its tokens", views.top_tokens(run, layer, expert, lambda i: shown(i, words)), f"{name_}-tokens"
+                )
+            )
+            cards.append(tokens)
+        one[:] = [pn.pane.Markdown(f"## Layer {layer}, expert {expert}"), *cards]
 
     show()
-    for widget in (pick_channel, pick_effort, pick_layer):
+    for widget in (pick_channel, pick_effort, pick_layer, pick_expert):
         widget.param.watch(show, "value")
     return _page(
-        "experts", name, [pick_run, pick_channel, pn.pane.HTML("<label>Effort</label>"), pick_effort, pick_layer],
+        "experts", name, [pick_run, pick_channel, pn.pane.HTML("<label>Effort</label>"), pick_effort, pick_layer, pick_expert],
         [
             _html(views.about(run)),
             heat,
-            *map(_plot, views.fixed_figures(study)),
+            one,
             pairs,
+            *map(_plot, views.fixed_figures(study)),
             _card("What was found", _html(views.findings(study))),
             _card("How is this computed", _html(views.method(study))),
         ],
@@ -321,8 +357,15 @@ def pages(shelf: Shelf) -> dict[str, Callable[[], pn.template.BootstrapTemplate]
     return {path: _or_reason(made["overview" if path == "/" else path]) for path in ("/", *PAGES)}
 
 
-def serve(runs: Sequence[str | Path], *, port: int = 5006, address: str = "localhost", show: bool = False) -> None:
-    """Serve the dashboard until interrupted. Only pages from `address` may connect."""
+def serve(
+    runs: Sequence[str | Path], *, port: int = 5006, address: str = "localhost", show: bool = False,
+    allow_origin: Sequence[str] = (), basic_auth: Path | None = None,
+) -> None:  # fmt: skip
+    """Serve the dashboard until interrupted. Only pages from `address`, and of the origins allowed, may connect.
+
+    basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look.
+    """
+    access = _access(basic_auth)
     shelf = Shelf(runs)
     _check_free(address, port)
     pn.extension("plotly", notifications=False)
@@ -332,9 +375,22 @@ def serve(runs: Sequence[str | Path], *, port: int = 5006, address: str = "local
     ).start()  # ready for the first visit
     pn.serve(
         pages(shelf),
-        address=address, port=port, show=show, verbose=False, title="gpt-oss workbench", websocket_origin=_origins(address, port),
+        address=address, port=port, show=show, verbose=False, title="gpt-oss workbench", websocket_origin=[*_origins(address, port), *allow_origin], **access,
         num_threads=4,
     )  # fmt: skip
+
+
+def _access(basic_auth: Path | None) -> dict[str, Any]:
+    """What Panel is told of who may enter; the file stays where it is, and the cookie's key is of this process alone."""
+    if basic_auth is None:
+        return {}
+    try:
+        known = json.loads(basic_auth.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords ({error})") from error
+    if not isinstance(known, dict) or not known or not all(isinstance(v, str) and v for v in known.values()):
+        raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords")
+    return {"basic_auth": str(basic_auth), "cookie_secret": secrets.token_hex(32)}
 
 
 def _origins(address: str, port: int) -> list[str]:

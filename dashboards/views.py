@@ -1,8 +1,10 @@
 """What a page says, as pure functions of a run and a study's datasets: figures, tables and text, no widget."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from html import escape
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
@@ -160,3 +162,58 @@ def about_sequence(run: Run, number: int) -> str:
         "Expected": row["answer"] or "–", "Answer is": right,
     }  # fmt: skip
     return " &ensp; ".join(f"<b>{name}</b> {escape(str(text))}" for name, text in parts.items())
+
+
+def transitions(study: Mapping[str, xr.Dataset], channel: str, layer: int) -> go.Figure | None:
+    """Where a layer's experts lead in the next one; None for the last layer."""
+    ds = study["together"]
+    return draw.transition_heatmap(ds, channel, layer) if layer in ds["layer_pair"].values else None
+
+
+def partners(study: Mapping[str, xr.Dataset], channel: str, layer: int, expert: int, most: int = 6) -> pd.DataFrame:
+    """Whom an expert works with, over chance."""
+    cell = study["together"].sel(channel=channel, layer=layer, expert=expert)
+    table = pd.DataFrame(
+        {"with expert": cell["expert_2"].values, "lift": cell["lift"].values, "P(with | this)": cell["given"].values}
+    )
+    table = table[table["with expert"] != expert].dropna().sort_values("lift", ascending=False)
+    return table.head(most).round(3)
+
+
+def where_it_acts(study: Mapping[str, xr.Dataset], layer: int, expert: int) -> pd.DataFrame:
+    """An expert's share of the slots of each channel and effort, times an even share."""
+    share = study["load"]["share"].sel(layer=layer, expert=expert)
+    table = (share * study["load"].sizes["expert"]).to_series().unstack("effort").dropna(how="all").round(2)
+    return table.rename_axis("channel").reset_index()
+
+
+def top_tokens(
+    run: Run, layer: int, expert: int, text: Callable[[int], str], *, most_tokens: int = 300_000, rows: int = 20
+) -> pd.DataFrame:
+    """Tokens that go to an expert more often than tokens do, with an example in its context; from the first ones of a run."""
+    seen = 0
+    every: Counter[int] = Counter()
+    chosen: Counter[int] = Counter()
+    example: dict[int, str] = {}
+    for block in run.blocks("id", "experts"):
+        ids, sequence = block["id"], block["sequence"]
+        hit = (block["experts"][layer] == expert).any(-1)
+        every.update(ids.tolist())
+        chosen.update(ids[hit].tolist())
+        for at in np.flatnonzero(hit)[:: max(1, int(hit.sum()) // 2000)]:
+            if int(ids[at]) not in example:
+                near = [i for i in range(max(0, at - 8), min(len(ids), at + 5)) if sequence[i] == sequence[at]]
+                example[int(ids[at])] = "".join(
+                    f"[{text(int(ids[i]))}]" if i == at else text(int(ids[i])) for i in near
+                )
+        seen += len(ids)
+        if seen >= most_tokens:
+            break
+    share = sum(chosen.values()) / max(seen, 1)
+    found = [
+        (text(i), n, n / every[i], n / every[i] / share, example.get(i, ""))
+        for i, n in chosen.items()
+        if n >= 5 and share > 0
+    ]
+    table = pd.DataFrame(found, columns=["token", "times", "share of its uses", "lift", "for example"])
+    return table.sort_values(["lift", "times"], ascending=False).head(rows).round(3)

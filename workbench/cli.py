@@ -356,11 +356,15 @@ def dashboard(
         str, typer.Option(help="Where to listen; anything but localhost is open to others.")
     ] = "localhost",
     show: Annotated[bool, typer.Option(help="Open a browser.")] = False,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT whose pages may connect too, as of a proxy; repeat.")
+    ] = None,
+    basic_auth: Annotated[Path | None, typer.Option(help="JSON file of names and passwords that may enter.")] = None,
 ) -> None:
     """Serve the dashboard of one or several runs."""
     from workbench.dashboards.app import serve
 
-    serve(runs, port=port, address=address, show=show)
+    serve(runs, port=port, address=address, show=show, allow_origin=allow_origin or (), basic_auth=basic_auth)
 
 
 def main() -> None:

@@ -286,6 +286,29 @@ def test_a_transcript_with_a_script_is_only_text(tmp_path: Path, browser: Browse
         stop(server)
 
 
+def test_with_a_password_file_nobody_looks_without_one(demo_run: Path, tmp_path: Path, browser: Browser) -> None:
+    users = tmp_path / "users.json"
+    users.write_text(json.dumps({"ada": "lovelace"}))
+    server, url = serve(str(demo_run), "--basic-auth", str(users))
+    try:
+        page = browser.new_page()
+        page.goto(f"{url}/overview", timeout=60_000)
+        assert "Tokens by channel" not in page.content()
+        page.fill("input[name=username]", "ada")
+        page.fill("input[name=password]", "lovelace")
+        page.locator("button, input[type=submit]").first.click()
+        expect(page.get_by_text("Tokens by channel and effort").first).to_be_visible(timeout=60_000)
+    finally:
+        stop(server)
+
+
+def test_an_expert_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
+    visit = Visit(browser, f"{demo}/experts?channel=analysis&layer=1&expert=5").drawn(3)
+    expect(visit.page.get_by_text("Layer 1, expert 5").first).to_be_visible(timeout=30_000)
+    expect(visit.page.get_by_text("for example").first).to_be_attached(timeout=30_000)
+    assert visit.errors == []
+
+
 def test_two_runs_are_compared_and_one_says_what_is_missing(
     demo: str, demo_run: Path, tmp_path: Path, browser: Browser
 ) -> None:

@@ -71,9 +71,9 @@ def capture(
     see `workbench.capture.cluster`. What happens is logged to `log_file`, beside a local run if None.
     """
     job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict)
+    _refuse_full_disk(model, job, _pending(job, path), path)
     with _logged(path, log_file), writer_of(job, model, transcripts, path) as writer, Interrupt(str(path)) as interrupt:
         pending = writer.pending()
-        _refuse_full_disk(model, job, pending, path)
         n = sum(len(job.rows[s].tokens) for u in pending for s in job.layout.units[u].sequences)
         sizes = recording.bytes_per_token(job.spec, model.cfg)
         each = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
@@ -140,11 +140,15 @@ def dry_run(
 ) -> estimate.Estimate:
     """What `capture` with these arguments would take; nothing is written."""
     job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict)
+    return estimate.estimate(model, job.rows, job.spec, job.layout, _pending(job, path), path)
+
+
+def _pending(job: Plan, path: str | Path) -> list[int]:
+    """Units that a run at this path lacks, or all if there is none."""
     try:
-        pending = [int(u) for u in np.flatnonzero(~open_run(path).committed)]
-    except InputError:  # there is no run yet
-        pending = list(range(len(job.layout.units)))
-    return estimate.estimate(model, job.rows, job.spec, job.layout, pending, path)
+        return [int(u) for u in np.flatnonzero(~open_run(path).committed)]
+    except InputError:
+        return list(range(len(job.layout.units)))
 
 
 def _refuse_full_disk(model: GptOss, job: Plan, pending: Sequence[int], path: str | Path) -> None:

@@ -42,6 +42,29 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     return dress(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=grid.height)
 
 
+def volcano(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "light") -> go.Figure:
+    """Every cell by its difference and by how sure it is; filled where it differs."""
+    colours = THEMES[theme]
+    cell = ds.sel(control=control)
+    kind = str(cell["difference"].dims[1])
+    points, q = 100 * cell["difference"].values.ravel(), np.maximum(cell["q"].values.ravel(), 1e-30)
+    different = cell["different"].values.ravel()
+    layer, column = (v.ravel() for v in np.indices(cell["difference"].shape))
+    blue = colours.colour("channel", "analysis")
+    figure = go.Figure(
+        go.Scatter(
+            x=points, y=-np.log10(q), mode="markers", customdata=np.stack([cell["layer"].values[layer], column, q], -1),
+            marker={"size": 7, "color": np.where(different, blue, colours.paper), "line": {"color": blue, "width": 1.2}},
+            hovertemplate=f"layer %{{customdata[0]}}, {kind} %{{customdata[1]}}: %{{x:+.2f}} points, q = %{{customdata[2]:.2g}}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.add_hline(y=-np.log10(0.05), line={"dash": "dot", "color": colours.muted})
+    figure.update_xaxes(title=f"percentage points, {ds.attrs['a']} − {ds.attrs['b']}")
+    figure.update_yaxes(title="−log₁₀ q", rangemode="tozero")
+    subtitle = f"{_CONTROL[control]}; {int(different.sum())} of {different.size} differ; dotted: q = 0.05"
+    return dress(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=520)
+
+
 def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "light") -> go.Figure:
     """Size of differences by layer, over what noise alone would have; a line a comparison, dashed without the control."""
     colours = THEMES[theme]
@@ -78,6 +101,8 @@ def gallery(sets: Mapping[str, xr.Dataset], *, title: str) -> tuple[dict[str, go
                 figures[label] = heatmap(ds, control)
                 cells = ds["difference"].dims[1:]
                 data[label] = tables(ds.sel(control=control).drop_vars("control"))["_".join(map(str, cells))]
+        if int(ds["prompts"].sel(control="position")):
+            figures[f"{name}_volcano"], data[f"{name}_volcano"] = volcano(ds), data[f"{name}_matched"]
     if own:
         figures["sizes"] = by_layer(own, title=title)
         data["sizes"] = pd.concat([tables(ds)["control_layer"].assign(comparison=name) for name, ds in own.items()])

@@ -195,6 +195,23 @@ def lift_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: ThemeName =
     )
 
 
+def transition_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: ThemeName = "light") -> go.Figure:
+    """Which experts of the next layer a layer's experts lead to, in a channel."""
+    colours = THEMES[theme]
+    values = 100 * ds["next_given"].sel(channel=channel, layer_pair=layer).values
+    hover = f"layer {layer} expert %{{y}} → layer {layer + 1} expert %{{x}}: %{{z:.1f}} %<extra></extra>"
+    figure = go.Figure(go.Heatmap(z=values, coloraxis="coloraxis", hovertemplate=hover))
+    bar = {"title": {"text": "% of slots"}}
+    figure.update_layout(coloraxis={"cmin": 0, "colorscale": colours.sequential, "colorbar": bar})
+    figure.update_xaxes(title=f"expert in layer {layer + 1}")
+    figure.update_yaxes(title=f"expert in layer {layer}", autorange="reversed")
+    bits = float(ds["information_corrected"].sel(channel=channel, layer_pair=layer))
+    subtitle = f"Share of the next layer's slots, by this layer's expert; {bits:.3f} bits from one to the next"
+    return dress(
+        figure, colours, ds, title=f"From layer {layer} to {layer + 1}: {channel}", subtitle=subtitle, height=640
+    )
+
+
 def special_by_layer(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     """What experts tell of a label by layer, and what shuffled labels would tell."""
     colours = THEMES[theme]

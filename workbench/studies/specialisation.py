@@ -28,6 +28,11 @@ DEFINITIONS = {
     "lift": Definition(
         "lift of co-activation", "1", "P(both) / (P(expert) P(expert_2)); below 1 on average, as k are chosen"
     ),
+    "next_given": Definition(
+        "next layer's expert",
+        "1",
+        "P(a slot's expert_2 in the next layer | a slot's expert in this one), pairs of slots",
+    ),
     "information": Definition(
         "information between layers",
         "bit",
@@ -72,12 +77,14 @@ def together(run: Run, *, seed: int = 0) -> xr.Dataset:
         given = counts / k_times_n[..., None]
         lift = counts * n[..., None] / (k_times_n[..., None] * k_times_n[..., None, :])
     joint = follows.values.astype(np.float64)
+    next_given = share(joint)
     information, corrected = mutual_information(joint)
     e = joint.shape[-1]
     channel = [str(c) for c in pairs["channel"].values]
     layers = np.arange(counts.shape[1])
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         "given": (("channel", "layer", "expert", "expert_2"), given), "lift": (("channel", "layer", "expert", "expert_2"), lift),
+        "next_given": (("channel", "layer_pair", "expert", "expert_2"), next_given),
         "information": (("channel", "layer_pair"), information), "information_corrected": (("channel", "layer_pair"), corrected),
     }  # fmt: skip
     coords = {
