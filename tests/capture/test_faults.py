@@ -27,6 +27,7 @@ from workbench.capture.interrupt import Interrupt
 from workbench.errors import InputError, JobError
 from workbench.model.transformer import GptOss
 from workbench.runs import shards
+from workbench.runs.place import Place
 from workbench.runs.verify import verify
 from workbench.runs.writer import RunWriter
 
@@ -115,10 +116,10 @@ def test_a_full_disk_leaves_its_unit_out_and_the_job_goes_on_later(
 ) -> None:
     path, put = tmp_path / "run", shards._put
 
-    def full(array: Any, target: Path, values: np.ndarray) -> None:
-        if str(target).endswith("routing/gates/c/0/1/0"):  # the second unit's
+    def full(array: Any, where: Place, key: str, values: np.ndarray) -> None:
+        if key == "routing/gates/c/0/1/0":  # the second unit's
             raise OSError(errno.ENOSPC, "No space left on device")
-        put(array, target, values)
+        put(array, where, key, values)
 
     monkeypatch.setattr(shards, "_put", full)
     with pytest.raises(JobError, match=r"disk of .* is full; free some space and start the same job again"):
