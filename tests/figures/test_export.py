@@ -102,5 +102,7 @@ def test_every_figure_of_a_run_is_written(tmp_path):
     paths = export.write_all(run, tmp_path, ("html",))
     names = {path.name for path in paths}
     assert names - {"plotly.min.js"} == {
-        f"routing_{name}.{suffix}" for name in ("entropy_by_layer", "load_final_low") for suffix in ("csv", "html")
+        f"routing_{name}.{suffix}"
+        for name in ("entropy_by_layer", "load_final_low", "special_in_task")
+        for suffix in ("csv", "html")
     }

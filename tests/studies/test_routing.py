@@ -173,7 +173,7 @@ def test_the_study_finds_what_was_planted_and_calls_nothing_else_different(run):
         "low_vs_high_in_analysis",
         "low_vs_high_in_final",
     ]
-    different = {name: np.flatnonzero(found[name].different).tolist() for name in list(found)[1:]}
+    different = {name: np.flatnonzero(found[name].different).tolist() for name in found if "jsd" in found[name]}
     assert different == {
         "analysis_vs_final": [2],
         "low_vs_high_in_prompt": [],

@@ -24,14 +24,22 @@ PAGE_CONFIG = {"showSendToCloud": False, "displaylogo": False}
 
 
 def write_all(run: Run, out: str | os.PathLike[str], formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Every figure of every study of a run, `STUDY_NAME`."""
+    """Every figure of every study of a run, `STUDY_NAME`; a study for which the run lacks something is left out."""
     _check(formats)
+    left_out = []
     figures: dict[str, go.Figure] = {}
     data: dict[str, pd.DataFrame] = {}
     for study in STUDIES:
-        drawn, tables = importlib.import_module(f"workbench.figures.{study}").gallery(run_study(study, run))
+        try:
+            found = run_study(study, run)
+        except InputError as error:
+            left_out.append(str(error))
+            continue
+        drawn, tables = importlib.import_module(f"workbench.figures.{study}").gallery(found)
         figures |= {f"{study}_{name}": figure for name, figure in drawn.items()}
         data |= {f"{study}_{name}": table for name, table in tables.items()}
+    if not figures:
+        raise InputError(f"no study can be made of this run: {'; '.join(left_out)}")
     return write(figures, data, out, formats)
 
 

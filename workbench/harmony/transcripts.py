@@ -118,7 +118,7 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, overwrite: b
     try:
         with part.open("w", encoding="utf-8", newline="\n") as file:
             for row in rows:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

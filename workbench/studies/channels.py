@@ -46,6 +46,8 @@ NOT_CONTROLLED = "A probe may read position or words; its halves of the analysis
 
 def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
     """Analysis against final and first against second half, of routing and sinks; activations where recorded."""
+    if not isinstance(run, TokenRun):
+        raise InputError("the channels study needs a run's single tokens, and this one has sums alone")
     found: dict[str, xr.Dataset] = {}
     left_out = []
     for what, label in (("experts", "routing"), ("sink", "sinks")):

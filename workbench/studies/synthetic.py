@@ -13,6 +13,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
+from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.studies.design import EFFORTS
 
@@ -31,6 +32,8 @@ class SyntheticRun:
 
     def summary(self, name: str) -> xr.DataArray:
         """`expert_count`, `gate_sum` or `tokens`."""
+        if name not in self.summaries:
+            raise InputError(f"summary {name!r} is not in this run; it holds {', '.join(self.summaries)}")
         return self.summaries[name]
 
 

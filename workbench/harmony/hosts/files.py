@@ -35,6 +35,7 @@ def convert(path: str | Path, *, effort: str | None = None) -> tuple[str, list[d
             if isinstance(conversation, Exception):
                 raise conversation
             row = _row(conversation, effort)
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair could not be written
         except (InputError, answers.NoAnswerError, KeyError, TypeError, ValueError) as error:
             left_out.append(f"{where}: {_said(error)}")
         else:
