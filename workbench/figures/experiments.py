@@ -1,6 +1,7 @@
 """Figures of experiments: effects of interventions with their intervals."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,45 +30,15 @@ def figure(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
         )
     unit = ds.attrs.get("units", ds.attrs.get("unit", "nat"))
     subtitle = f"{ds.attrs.get('rests_on', 'means over prompts')}; 95 % intervals, filled where they exclude zero"
+    shared: Any = {"title": title, "subtitle": subtitle, "low": "low", "high": "high", "theme": theme}
     if dims == ("intervention",):
-        return rows(
-            ds,
-            "change",
-            "intervention",
-            title=title,
-            subtitle=subtitle,
-            x_title=f"change ({unit})",
-            theme=theme,
-            low="low",
-            high="high",
-        )
+        return rows(ds, "change", "intervention", x_title=f"change ({unit})", **shared)
     if dims == ("group", "which"):
         flat = ds.stack(row=("group", "which"))
         flat = flat.drop_vars(("row", "group", "which")).assign_coords(row=[f"{g}: {w}" for g, w in flat["row"].values])
-        return rows(
-            flat,
-            "change",
-            "row",
-            title=title,
-            subtitle=subtitle,
-            x_title=f"change ({unit})",
-            theme=theme,
-            low="low",
-            high="high",
-        )
+        return rows(flat, "change", "row", x_title=f"change ({unit})", **shared)
     if dims == ("which", "layer"):
-        return lines(
-            ds,
-            "change",
-            "layer",
-            "which",
-            title=title,
-            subtitle=subtitle,
-            y_title=f"change ({unit})",
-            theme=theme,
-            low="low",
-            high="high",
-        )
+        return lines(ds, "change", "layer", "which", y_title=f"change ({unit})", **shared)
     return _cells(ds, str(dims[1]), unit, theme)
 
 
