@@ -1,50 +1,62 @@
-"""What a dashboard shows and what is chosen in it, without a widget: the shelf of runs and a selection.
+"""What a dashboard shows and what is chosen in it, without a widget: the shelf of runs and a choice.
 
 Run paths come from the command line only; a browser can choose among the names on the shelf, nothing else.
 """
 
-import importlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
-import pandas as pd
-import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.dashboards.desk import Answer, Desk
 from workbench.errors import InputError
 from workbench.runs import Run, open_run
 from workbench.runs.place import Folder, place
-from workbench.studies import effort, run_study
+from workbench.studies import effort
 from workbench.studies.design import EFFORTS
+from workbench.studies.specialisation import together
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What a page shows; its fields are the page's query string."""
+class Choice:
+    """What is chosen, by name; it is the query string of every page, so that a link reopens the view.
 
-    run: str
-    channel: str
-    effort: str
+    A page uses the names that it knows and hands the others on to the next page.
+    """
 
-    def query(self) -> dict[str, str]:
-        """For the address bar."""
-        return asdict(self)
+    NAMES = (
+        "run", "with", "channel", "effort", "task", "layer", "expert", "head", "measure", "figure", "order", "find", "sequence",
+        "theme",
+    )  # fmt: skip
 
+    def __init__(self, query: Mapping[str, str]) -> None:
+        self._chosen = {name: query[name] for name in self.NAMES if query.get(name)}
 
-def choose(query: Mapping[str, str], options: Mapping[str, Sequence[str]]) -> Selection:
-    """A selection from a query string; what it names that does not exist becomes the first option."""
-    return Selection(
-        **{n: query[n] if query.get(n) in known else next(iter(known), "") for n, known in options.items()}
-    )
+    def get(self, name: str, known: Sequence[str], default: str | None = None) -> str:
+        """What was chosen if it is known, else the default, else the first that is known ("" if nothing is)."""
+        asked = (self._chosen.get(name), default)
+        return next((value for value in asked if value is not None and value in known), next(iter(known), ""))
+
+    def text(self, name: str) -> str:
+        """What was chosen, as it is."""
+        return self._chosen.get(name, "")
+
+    def put(self, **chosen: str) -> None:
+        """Choose; an empty text takes back."""
+        assert set(chosen) <= set(self.NAMES)
+        self._chosen = {n: v for n, v in (self._chosen | chosen).items() if v}
+
+    def query(self, **other: str) -> str:
+        """For a link, with some of it otherwise."""
+        return urlencode({n: v for n, v in (self._chosen | other).items() if v})
 
 
 class Shelf:
-    """The runs a dashboard was started with, and their studies, computed once for each state of a run."""
+    """The runs a dashboard was started with, and what was computed of them, once for each state of a run."""
 
-    def __init__(self, paths: Sequence[str | Path]) -> None:
+    def __init__(self, paths: Sequence[str | Path], *, cache: Path | None = None) -> None:
         if not paths:
             raise InputError("name at least one run to show: workbench dashboard RUN.zarr")
         self._paths: dict[str, str | Path] = {}
@@ -55,10 +67,12 @@ class Shelf:
             if name in self._paths:
                 raise InputError(f"two runs are called {name!r}: {self._paths[name]} and {path}; rename one of them")
             self._paths[name] = path
-        self._studies: dict[tuple[str, ...], tuple[str, Any]] = {}
+        self._runs: dict[str, tuple[bytes, Run]] = {}
+        self._made: dict[tuple[str, ...], tuple[str, Any]] = {}
         self._lock, self._locks = threading.Lock(), dict[tuple[str, ...], threading.Lock]()
         for name in self.names:
             self.run(name)  # a path that is no run is refused before anything is served
+        self.desk = Desk(cache)
 
     @property
     def names(self) -> list[str]:
@@ -66,17 +80,26 @@ class Shelf:
         return list(self._paths)
 
     def run(self, name: str) -> Run:
-        """The run as it is now: one still being written grows between two calls."""
-        return open_run(self._paths[name])
+        """The run as it is now: one still being written grows between two calls; a finished one is opened once."""
+        where = place(self._paths[name])
+        if name in self._runs:
+            root, run = self._runs[name]
+            if where.exists("zarr.json") and where.read("zarr.json") == root:
+                return run
+        run = open_run(self._paths[name])
+        if run.status == "complete":
+            self._runs[name] = (where.read("zarr.json"), run)
+        return run
 
-    def study(self, study: str, name: str) -> dict[str, xr.Dataset]:
-        """A study's datasets for the run as it is now."""
-        run = self.run(name)
-        found: dict[str, xr.Dataset] = self._once((study, name), run.digest, lambda: run_study(study, run))
-        return found
+    def study(self, study: str, *names: str) -> Answer:
+        """A study of the run(s) as they are now, or how far it is; never waits."""
+        runs = [self.run(name) for name in names]
+        paths = [str(self._paths[name]) for name in names]
+        lasting = all(run.status == "complete" for run in runs)
+        return self.desk.ask(study, paths, "-".join(run.digest for run in runs), lasting=lasting)
 
     def costs(self, name: str) -> dict[str, xr.Dataset]:
-        """What effort costs and brings, from the tables alone: quick, however long the run."""
+        """What effort costs and brings, from the tables alone; empty with fewer than two efforts."""
         run = self.run(name)
 
         def make() -> dict[str, xr.Dataset]:
@@ -89,21 +112,12 @@ class Shelf:
         found: dict[str, xr.Dataset] = self._once(("costs", name), run.digest, make)
         return found
 
-    def comparison(self, name: str, other: str) -> dict[str, xr.Dataset]:
-        """Two runs compared as they are now."""
-        a, b = self.run(name), self.run(other)
-        found: dict[str, xr.Dataset] = self._once(
-            ("compare", name, other), a.digest + b.digest, lambda: run_study("compare", a, b)
-        )
-        return found
-
-    def gallery(self, study: str, name: str) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
-        """A study's figures and the numbers behind each."""
-        datasets, digest = self.study(study, name), self.run(name).digest
-        module = importlib.import_module(f"workbench.figures.{study}")
-        found: tuple[dict[str, go.Figure], dict[str, pd.DataFrame]] = self._once(
-            ("gallery", study, name), digest, lambda: module.gallery(datasets)
-        )
+    def pairs(self, name: str) -> xr.Dataset | None:
+        """Co-activation and transitions, from sums alone; None where the run keeps none."""
+        run = self.run(name)
+        if not {"coactivation", "transition"} <= set(run.summaries):
+            return None
+        found: xr.Dataset = self._once(("pairs", name), run.digest, lambda: together(run))
         return found
 
     def _once(self, key: tuple[str, ...], digest: str, make: Callable[[], Any]) -> Any:
@@ -111,8 +125,8 @@ class Shelf:
         with self._lock:
             own = self._locks.setdefault(key, threading.Lock())
         with own:
-            known, found = self._studies.get(key, ("", None))
+            known, found = self._made.get(key, ("", None))
             if known != digest:
                 found = make()
-                self._studies[key] = (digest, found)
+                self._made[key] = (digest, found)
             return found

@@ -4,17 +4,18 @@ The page is a document in a sandboxed frame. Texts go into it as JSON whose `<` 
 nodes: nothing that a transcript says can be run.
 """
 
+import base64
 import html
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
-import workbench
 from workbench import harmony
-from workbench.figures.template import LIGHT
+from workbench.dashboards.lookup import texts
+from workbench.figures.template import THEMES, ThemeName
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run
 
@@ -22,9 +23,10 @@ _PAGE = Path(__file__).with_name("transcript.html")
 HEIGHT = 760
 
 
-def frame(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> str:
+def frame(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None, theme: ThemeName = "light") -> str:
     """HTML of the frame with the conversation in it."""
-    data = json.dumps(data_of(run, sequence, tokenizer), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    told = data_of(run, sequence, tokenizer) | {"theme": theme, "colours": dict(THEMES[theme].channel)}
+    data = json.dumps(told, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = _PAGE.read_text(encoding="utf-8").replace("__DATA__", data)
     return (
         f'<iframe title="conversation" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0" '
@@ -36,7 +38,6 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
     """What the page shows of a conversation; numbers rounded to what can be seen."""
     tokens = run.sequence(sequence).compute()
     ids = tokens["id"].values.tolist()
-    texts = [shown(i, tokenizer) for i in ids]
     message, channel = tokens["message"].values, tokens["channel"].values
     table = run.messages[run.messages["sequence"] == sequence].reset_index(drop=True)
     heads, bands = {"-1": ""}, {"-1": "frame"}
@@ -46,14 +47,30 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
         inside = channel[(message == number) & (channel != CHANNELS.index("frame"))]
         bands[str(number)] = CHANNELS[int(inside[0])] if len(inside) else "frame"
     return {
-        "ids": ids, "texts": texts, "message": message.tolist(), "channel": channel.tolist(), "channels": list(CHANNELS),
-        "heads": heads, "bands": bands, "colours": dict(LIGHT.channel), "n_layers": run.model["n_layers"],
+        "ids": ids, "texts": texts(ids, tokenizer), "message": message.tolist(), "channel": channel.tolist(), "channels": list(CHANNELS),
+        "heads": heads, "bands": bands, "n_layers": run.model["n_layers"],
         "n_experts": run.model["num_experts"],
-        "experts": tokens["experts"].values.tolist() if "experts" in tokens else [],
-        "gates": np.round(tokens["gates"].values.astype(float), 3).tolist() if "gates" in tokens else [],
-        "sink": np.round(tokens["sink"].values.astype(float).mean(-1), 3).tolist() if "sink" in tokens else [],
+        "slots": tokens["experts"].shape[-1] if "experts" in tokens else 0,
+        "experts": _bytes(tokens["experts"].values) if "experts" in tokens else "",
+        "gates": _bytes(255 * tokens["gates"].values.astype(float)) if "gates" in tokens else "",
+        "sink": _bytes(255 * tokens["sink"].values.astype(float).mean(-1)) if "sink" in tokens else "",
+        "norms": {
+            a.hook: {"layers": list(a.layers), "values": _norms(tokens[a.hook])}
+            for a in run.spec.activations
+            if a.hook in tokens
+        },
         "logprob": _numbers(tokens["logprob"].values), "entropy": _numbers(tokens["entropy"].values),
     }  # fmt: skip
+
+
+def _bytes(values: np.ndarray) -> str:
+    """A byte a value: 24 layers of ten thousand tokens are a megabyte, as decimal numbers they are nine."""
+    return base64.b64encode(np.round(values).astype(np.uint8).tobytes()).decode()
+
+
+def _norms(values: xr.DataArray) -> list[list[float | None]]:
+    """Euclidean norms [layer, token] of a recorded activation."""
+    return [_numbers(row) for row in np.linalg.norm(values.values.astype(float), axis=-1)]
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
@@ -61,19 +78,3 @@ def _numbers(values: np.ndarray) -> list[float | None]:
     if not np.isfinite(values).any():
         return []
     return [round(float(v), 3) if np.isfinite(v) else None for v in values]
-
-
-def shown(id: int, tokenizer: harmony.Tokenizer | None) -> str:
-    """A token's text; its number where nobody knows the vocabulary."""
-    return f"⟨{id}⟩" if tokenizer is None else tokenizer.decode([id])
-
-
-@cache
-def tokenizer_of(digest: str) -> harmony.Tokenizer | None:
-    """The vocabulary that a run was made with: o200k_harmony, nano's, or none that we have."""
-    nano = Path(workbench.__file__).parent / "data" / "nano"
-    for source in (None, nano):
-        known = harmony.tokenizer(source)
-        if known.digest == digest:
-            return known
-    return None

@@ -1,17 +1,11 @@
 """What a page says, as pure functions of a run and a study's datasets: figures, tables and text, no widget."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 
-import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures import compare as draw_compare
-from workbench.figures import effort as draw_effort
-from workbench.figures import routing as draw
 from workbench.runs import Run
 
 
@@ -42,29 +36,6 @@ def accuracy_by_effort(run: Run) -> pd.DataFrame:
     return pd.concat([by_task, overall.to_frame().T, spent.to_frame().T]).round(2).rename_axis("task").reset_index()
 
 
-def filled_cells(load: xr.Dataset) -> dict[str, list[str]]:
-    """Channels and efforts with any token: what the model says first, the hardest effort first."""
-    tokens = load["tokens"]
-    first = ("analysis", "final", "commentary")
-    channels = [str(c) for c in tokens["channel"].values[tokens.sum("effort").values > 0]]
-    efforts = [str(e) for e in tokens["effort"].values[tokens.sum("channel").values > 0]]
-    return {"channel": sorted(channels, key=lambda c: first.index(c) if c in first else 3), "effort": efforts[::-1]}
-
-
-def load(study: Mapping[str, xr.Dataset], channel: str, effort: str) -> go.Figure:
-    """Which experts the tokens of a channel and effort go to."""
-    return draw.load_heatmap(study["load"], channel, effort)
-
-
-def fixed_figures(study: Mapping[str, xr.Dataset]) -> list[go.Figure]:
-    """What does not depend on the selection, in reading order: evenness, then each comparison."""
-    compared = [draw_one(study[name]) for name in study if "jsd" in study[name] for draw_one in _COMPARISON]
-    return [draw.entropy_by_layer(study["load"]), *compared]
-
-
-_COMPARISON = (draw.divergence_by_layer, draw.load_difference_heatmap)
-
-
 def method(study: Mapping[str, xr.Dataset]) -> str:
     """How the page's numbers were computed and what they do not control."""
     said = dict.fromkeys((r.attrs["method"], r.attrs["not_controlled"]) for r in study.values())
@@ -92,65 +63,12 @@ def progress(run: Run) -> str:
     )
 
 
-def efforts(run: Run) -> list[str]:
-    """Efforts that occur, in their order."""
-    there = set(run.sequences["effort"])
-    return [effort for effort in ("low", "medium", "high") if effort in there]
-
-
-def token_counts(run: Run) -> pd.DataFrame:
-    """Tokens by channel, a column an effort."""
-    total = run.total("tokens")
-    table = total.to_series().unstack("channel").groupby(total["effort"].values).sum().T
-    table = table[[*efforts(run), *(c for c in table.columns if c not in efforts(run))]]
-    table["all"] = table.sum(axis=1)
-    return table[table["all"] > 0].rename_axis("channel").reset_index()
-
-
-def accuracy(study: Mapping[str, xr.Dataset]) -> go.Figure:
-    """Accuracy against analysis tokens, by effort."""
-    return draw_effort.accuracy_by_tokens(study["cost"])
-
-
 def provenance(run: Run) -> str:
     """Where the run comes from, as a table of text."""
     rows = {**run.provenance, "digest": run.digest, "checkpoint": run.checkpoint}
     rows.pop("rejects", None)
     cells = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
     return f"<table>{cells}</table>"
-
-
-def figure_names(figures: Mapping[str, go.Figure]) -> dict[str, str]:
-    """Names for people, in the order that tells most first."""
-    last = [name for name in figures if name.startswith(("mass_frame", "mass_prompt")) or name.endswith("naive")]
-    order = [name for name in figures if name not in last and ("sizes" in name or "accuracy" in name)]
-    order += [name for name in figures if name not in (*order, *last)]
-    return {name.replace("_", " "): name for name in (*order, *last)}
-
-
-def pairs(study: Mapping[str, xr.Dataset], channel: str, layer: int) -> go.Figure:
-    """How often experts of a layer are chosen together, over chance."""
-    return draw.lift_heatmap(study["together"], channel, layer)
-
-
-def comparison(study: Mapping[str, xr.Dataset]) -> list[go.Figure]:
-    """Figures of two runs."""
-    figures, _ = draw_compare.gallery(study)
-    return list(figures.values())
-
-
-def conversations(run: Run, task: str, effort: str, text: str, most: int = 500) -> dict[str, int]:
-    """Conversations by what is asked of them: label → number; at most so many."""
-    table = run.sequences
-    chosen = pd.Series(True, index=table.index)
-    for column, value in (("task", task), ("effort", effort)):
-        chosen &= True if value == "all" else table[column] == value
-    if text:
-        chosen &= table["id"].str.contains(text, regex=False) | table["answer"].str.contains(text, regex=False)
-    rows = table[chosen].head(most)
-    marks = {1: " ✓", 0: " ✗"}
-    named = zip(rows["id"].tolist(), rows["correct"].tolist(), rows.index.tolist(), strict=True)
-    return {f"{id}{marks.get(right, '')}": number for id, right, number in named}
 
 
 def about_sequence(run: Run, number: int) -> str:
@@ -164,15 +82,18 @@ def about_sequence(run: Run, number: int) -> str:
     return " &ensp; ".join(f"<b>{name}</b> {escape(str(text))}" for name, text in parts.items())
 
 
-def transitions(study: Mapping[str, xr.Dataset], channel: str, layer: int) -> go.Figure | None:
-    """Where a layer's experts lead in the next one; None for the last layer."""
-    ds = study["together"]
-    return draw.transition_heatmap(ds, channel, layer) if layer in ds["layer_pair"].values else None
+def figure_names(names: Iterable[str]) -> dict[str, str]:
+    """Names of figures for people, in the order that tells most first."""
+    every = list(names)
+    last = [name for name in every if name.startswith(("mass_frame", "mass_prompt", "load_")) or name.endswith("naive")]
+    order = [name for name in every if name not in last and ("sizes" in name or "accuracy" in name)]
+    order += [name for name in every if name not in (*order, *last)]
+    return {name.replace("_", " "): name for name in (*order, *last)}
 
 
-def partners(study: Mapping[str, xr.Dataset], channel: str, layer: int, expert: int, most: int = 6) -> pd.DataFrame:
+def partners(pairs: xr.Dataset, channel: str, layer: int, expert: int, most: int = 6) -> pd.DataFrame:
     """Whom an expert works with, over chance."""
-    cell = study["together"].sel(channel=channel, layer=layer, expert=expert)
+    cell = pairs.sel(channel=channel, layer=layer, expert=expert)
     table = pd.DataFrame(
         {"with expert": cell["expert_2"].values, "lift": cell["lift"].values, "P(with | this)": cell["given"].values}
     )
@@ -180,40 +101,21 @@ def partners(study: Mapping[str, xr.Dataset], channel: str, layer: int, expert: 
     return table.head(most).round(3)
 
 
-def where_it_acts(study: Mapping[str, xr.Dataset], layer: int, expert: int) -> pd.DataFrame:
-    """An expert's share of the slots of each channel and effort, times an even share."""
-    share = study["load"]["share"].sel(layer=layer, expert=expert)
-    table = (share * study["load"].sizes["expert"]).to_series().unstack("effort").dropna(how="all").round(2)
-    return table.rename_axis("channel").reset_index()
+def gains(gain: xr.Dataset, task: str) -> str:
+    """What each step of effort adds in one task, in words, with intervals."""
+    lines = []
+    for step in map(str, gain["step"].values):
+        c = {str(k): float(v) for k, v in gain.sel(task=task, step=step).data_vars.items()}
+        lines.append(
+            f"{step}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, {c['more_tokens_high']:+.1f}], "
+            f"accuracy {c['gain']:+.3f} [{c['gain_low']:+.3f}, {c['gain_high']:+.3f}]"
+        )
+    return "<br>".join(map(escape, lines))
 
 
-def top_tokens(
-    run: Run, layer: int, expert: int, text: Callable[[int], str], *, most_tokens: int = 300_000, rows: int = 20
-) -> pd.DataFrame:
-    """Tokens that go to an expert more often than tokens do, with an example in its context; from the first ones of a run."""
-    seen = 0
-    every: Counter[int] = Counter()
-    chosen: Counter[int] = Counter()
-    example: dict[int, str] = {}
-    for block in run.blocks("id", "experts"):
-        ids, sequence = block["id"], block["sequence"]
-        hit = (block["experts"][layer] == expert).any(-1)
-        every.update(ids.tolist())
-        chosen.update(ids[hit].tolist())
-        for at in np.flatnonzero(hit)[:: max(1, int(hit.sum()) // 2000)]:
-            if int(ids[at]) not in example:
-                near = [i for i in range(max(0, at - 8), min(len(ids), at + 5)) if sequence[i] == sequence[at]]
-                example[int(ids[at])] = "".join(
-                    f"[{text(int(ids[i]))}]" if i == at else text(int(ids[i])) for i in near
-                )
-        seen += len(ids)
-        if seen >= most_tokens:
-            break
-    share = sum(chosen.values()) / max(seen, 1)
-    found = [
-        (text(i), n, n / every[i], n / every[i] / share, example.get(i, ""))
-        for i, n in chosen.items()
-        if n >= 5 and share > 0
-    ]
-    table = pd.DataFrame(found, columns=["token", "times", "share of its uses", "lift", "for example"])
-    return table.sort_values(["lift", "times"], ascending=False).head(rows).round(3)
+def about_head(run: Run, layer: int, head: int) -> str:
+    """What kind of head it is."""
+    window = (run.model.get("windows") or [None] * run.model["n_layers"])[layer]
+    group = run.model["n_heads"] // run.model["n_key_value_heads"]
+    sees = f"the last {window} keys" if window else "all keys before it"
+    return f"Sees {sees}; shares its keys with heads {head // group * group} to {head // group * group + group - 1}."

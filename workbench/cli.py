@@ -327,8 +327,9 @@ def report(
     seed: int = 0,
 ) -> None:
     """What all studies say of a run, in one self-contained page."""
-    from workbench.figures.report import load, write_report
+    from workbench.figures.report import write_report
     from workbench.runs import open_run
+    from workbench.studies.result import load
 
     for path in write_report(open_run(run), out, results=None if results is None else load(results), seed=seed):
         print(path)

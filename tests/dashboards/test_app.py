@@ -117,7 +117,7 @@ def heat(page: Page) -> list[list[float]]:
 
 
 def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/experts").drawn(5)
+    visit = Visit(browser, f"{demo}/experts").drawn(4)
     expect(visit.page.get_by_text(": experts").first).to_be_visible()
     expect(visit.page.get_by_text("16 experts").first).to_be_visible()
     for words in ("What was found", "How is this computed"):
@@ -130,7 +130,7 @@ def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, b
 
 
 def test_it_is_readable_on_a_wide_screen(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/experts", width=1920).drawn(3)
+    visit = Visit(browser, f"{demo}/experts", width=1920).drawn(4)
     visit.page.wait_for_timeout(500)
     visit.page.screenshot(path=SCREENSHOTS / "routing-1920.png")
     assert visit.errors == []
@@ -186,24 +186,41 @@ def test_a_run_that_vanishes_is_said_to_be_gone(demo_run: Path, tmp_path: Path, 
         stop(server)
 
 
-@pytest.mark.parametrize("page", ["overview", "sinks", "channels", "effort"])
-def test_every_page_draws_and_explains_itself(demo: str, browser: Browser, page: str) -> None:
-    visit = Visit(browser, f"{demo}/{page}").drawn()
+@pytest.mark.parametrize(
+    ("page", "figures", "theme"),
+    [
+        ("overview", 1, "light"),
+        ("sinks", 3, "light"),
+        ("channels", 3, "light"),
+        ("effort", 2, "light"),
+        ("experts", 4, "dark"),
+    ],
+)
+def test_every_page_draws_and_explains_itself(demo: str, browser: Browser, page: str, figures: int, theme: str) -> None:
+    visit = Visit(browser, f"{demo}/{page}?theme={theme}").drawn(figures)
+    paper = visit.page.evaluate(
+        """() => { let found = ''; const walk = root => { for (const e of root.querySelectorAll('*')) {
+             if (e.classList.contains('js-plotly-plot')) found = e.layout.template.layout.paper_bgcolor;
+             if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
+    )
+    assert paper == {"light": "#ffffff", "dark": "#14171c"}[theme]
     words = "What effort brings" if page == "overview" else "How is this computed"
     expect(visit.page.get_by_text(words).first).to_be_attached()
     visit.page.wait_for_timeout(800)
-    visit.page.screenshot(path=SCREENSHOTS / f"{page}-1280.png")
+    visit.page.screenshot(path=SCREENSHOTS / f"{page}-{theme}-1280.png")
     assert visit.foreign == []
     assert visit.errors == []
 
 
 def test_another_figure_is_in_the_link_and_its_numbers_can_be_had(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/sinks?figure=position_layer_1").drawn()
+    visit = Visit(browser, f"{demo}/sinks?figure=position_layer_1").drawn(3)
     expect(visit.page.get_by_text("Sink mass by position, layer 1").first).to_be_visible()
     visit.page.locator("select").last.select_option(label="analysis vs final matched")
     visit.page.wait_for_url(re.compile("figure=analysis_vs_final_matched"), timeout=30_000)
+    expect(visit.page.get_by_text("at equal position").first).to_be_visible(timeout=30_000)
+    visit.page.wait_for_timeout(500)
     with visit.page.expect_download(timeout=30_000) as download:
-        visit.page.get_by_text("numbers as CSV").first.click()
+        visit.page.get_by_text("numbers as CSV").last.click()
     content = Path(download.value.path()).read_text()
     assert content.startswith("layer,head,")
     assert len(content.splitlines()) == 1 + 4 * 8
@@ -233,8 +250,8 @@ def test_a_conversation_is_coloured_told_of_searched_and_replayed(demo: str, bro
     frame.select_option("#by", "expert")
     frame.select_option("#expert", "5")
     coloured = frame.evaluate("spans.filter(s => s.style.background).length")
-    experts = frame.evaluate("D.experts[0].filter(e => e.includes(5)).length")
-    assert coloured == experts > 0
+    experts_ = frame.evaluate("spans.filter((s, i) => experts(0, i).includes(5)).length")
+    assert coloured == experts_ > 0
     frame.fill("#find", "reasoning: high")
     assert frame.locator(".t.hit").count() >= 2
     frame.select_option("#speed", "100")
@@ -307,6 +324,76 @@ def test_an_expert_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
     expect(visit.page.get_by_text("Layer 1, expert 5").first).to_be_visible(timeout=30_000)
     expect(visit.page.get_by_text("for example").first).to_be_attached(timeout=30_000)
     assert visit.errors == []
+
+
+def test_a_head_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
+    visit = Visit(browser, f"{demo}/sinks?layer=1&head=3").drawn(3)
+    expect(visit.page.get_by_text("Layer 1, head 3").first).to_be_visible(timeout=30_000)
+    expect(visit.page.get_by_text("Its mean mass on the sink").first).to_be_attached()
+    expect(visit.page.get_by_text("Layer 1, head 3 by position").first).to_be_attached(timeout=30_000)
+    assert visit.errors == []
+
+
+@pytest.mark.parametrize(("label", "start"), [("SVG", b"<svg"), ("PNG", b"\x89PNG")])
+def test_a_figure_is_taken_home(demo: str, browser: Browser, label: str, start: bytes) -> None:
+    visit = Visit(browser, f"{demo}/experts?channel=final").drawn()
+    with visit.page.expect_download(timeout=30_000) as download:
+        visit.page.get_by_role("button", name=label, exact=True).first.click()
+    assert Path(download.value.path()).read_bytes().startswith(start)
+    assert download.value.suggested_filename == f"demo-load-final-all-all.{label.lower()}"
+    assert visit.errors == []
+
+
+def test_what_is_chosen_goes_along_to_the_next_page_by_keyboard(demo: str, browser: Browser) -> None:
+    visit = Visit(browser, f"{demo}/experts").drawn()
+    for name, choice in (("Channel", "final"), ("Task", "product"), ("Layer", "2")):
+        visit.page.get_by_label(name, exact=True).select_option(label=choice)
+        visit.page.wait_for_url(re.compile(f"{name.lower()}={choice}"), timeout=30_000)
+    expect(visit.page.get_by_text("How often each expert is chosen: final, product").first).to_be_visible(
+        timeout=30_000
+    )
+    visit.page.wait_for_timeout(500)
+    visit.page.get_by_role("link", name="Sinks").focus()
+    visit.page.keyboard.press("Enter")
+    visit.page.wait_for_url(re.compile("/sinks.*channel=final.*task=product"), timeout=30_000)
+    visit.drawn()
+    expect(visit.page.get_by_text("Sink mass: final, product").first).to_be_visible(timeout=30_000)
+    expect(visit.page.get_by_text("Layer 2, head 0").first).to_be_visible(timeout=30_000)
+    assert visit.errors == []
+
+
+def test_conversations_are_searched_by_what_was_said(demo: str, browser: Browser) -> None:
+    visit = Visit(browser, f"{demo}/transcript?channel=final&effort=low&find=no+such+words")
+    expect(visit.page.get_by_text("no conversation is like that").first).to_be_visible(timeout=30_000)
+    box = visit.page.get_by_label("Id, answer or text contains")
+    box.fill("1")
+    box.press("Enter")
+    visit.page.wait_for_url(re.compile("find=1&|find=1$"), timeout=30_000)
+    frame = frame_of(visit)
+    assert "Reasoning: low" in frame.locator("#text").inner_text()
+    assert visit.errors == []
+
+
+def test_panel_serve_shows_it_too(demo_run: Path, browser: Browser) -> None:
+    port = free_port()
+    script = Path(__file__).parents[2] / "dashboards" / "app.py"
+    command = [sys.executable, "-m", "panel", "serve", str(script), "--port", str(port), "--args", str(demo_run)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(240):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.25)
+        visit = Visit(browser, f"http://localhost:{port}/app?page=experts").drawn()
+        visit.page.get_by_role("link", name="Effort").click()
+        visit.page.wait_for_url(re.compile("page=effort"), timeout=30_000)
+        visit.drawn()
+        expect(visit.page.get_by_text("What thinking costs and brings").first).to_be_visible()
+        assert visit.errors == []
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 def test_two_runs_are_compared_and_one_says_what_is_missing(

@@ -1,21 +1,33 @@
 """What pages say is what the run holds; no widget, no browser."""
 
+import base64
 import json
+import shutil
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
+import pandas as pd
+import panel as pn
 import pytest
+import xarray as xr
 
 import workbench as wb
 from tests.conftest import DATA
 from workbench import harmony
-from workbench.dashboards import views
-from workbench.dashboards.app import _access
-from workbench.dashboards.state import Shelf
-from workbench.dashboards.transcript import data_of, frame, tokenizer_of
+from workbench.dashboards import lookup, views
+from workbench.dashboards.app import _access, notebook
+from workbench.dashboards.desk import Answer, Desk
+from workbench.dashboards.pages import PAGES, Visit, made
+from workbench.dashboards.state import Choice, Shelf
+from workbench.dashboards.transcript import data_of, frame
 from workbench.errors import InputError
+from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run
+from workbench.studies import run_study
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +41,7 @@ def shelf() -> Shelf:
 
 
 def test_an_expert_s_tokens_are_those_that_went_to_it(run: Run) -> None:
-    table = views.top_tokens(run, 1, 5, str, rows=1000)
+    table = lookup.expert_tokens(run, 1, 5, str, rows=1000)
     data = run.dataset[["id", "experts"]].compute()
     hit = (data["experts"].values[1] == 5).any(-1)
     every, chosen = Counter(data["id"].values.tolist()), Counter(data["id"].values[hit].tolist())
@@ -41,52 +53,172 @@ def test_an_expert_s_tokens_are_those_that_went_to_it(run: Run) -> None:
         assert f"[{token}]" in row["for example"]
 
 
-def test_where_an_expert_acts_and_with_whom(shelf: Shelf) -> None:
-    study = shelf.study("routing", "demo")
-    table = views.where_it_acts(study, 2, 3).set_index("channel")
-    wanted = float(study["load"]["share"].sel(layer=2, expert=3, channel="final", effort="high")) * 16
-    assert table.loc["final", "high"] == pytest.approx(wanted, abs=0.01)
-    partners = views.partners(study, "final", 2, 3)
+def test_a_head_s_tokens_and_its_curve_are_those_of_its_sinks(run: Run) -> None:
+    data = run.dataset[["id", "sink", "channel", "position"]].compute()
+    mass = data["sink"].values[2][:, 3].astype(np.float64)
+    curve = lookup.head_by_position(run, 2, 3)
+    final, where = data["channel"].values == CHANNELS.index("final"), data["position"].values
+    for low, high in ((16, 32), (32, 64)):
+        inside = final & (where >= low) & (where < high)
+        assert curve.loc[low, "final"] == pytest.approx(mass[inside].mean(), rel=1e-5)
+    table = lookup.head_tokens(run, 2, 3, str)
+    assert (np.diff(table["lift"]) <= 0).all()
+    best = data["id"].values == int(table["token"].iloc[0])
+    assert mass[best].mean() > np.quantile(mass, 0.8)
+
+
+def test_whom_an_expert_works_with(shelf: Shelf) -> None:
+    pairs = shelf.pairs("demo")
+    assert pairs is not None
+    partners = views.partners(pairs, "final", 2, 3)
     assert 3 not in set(partners["with expert"])
     assert (np.diff(partners["lift"]) <= 0).all()
-    assert views.transitions(study, "final", 0) is not None
-    assert views.transitions(study, "final", 3) is None
-    rows = study["together"]["next_given"].sel(channel="final").sum("expert_2")
-    np.testing.assert_allclose(rows.where(rows > 0, 1), 1)
-
-
-def test_token_counts_add_up(run: Run) -> None:
-    table = views.token_counts(run)
-    assert table["all"].sum() == run.dataset.sizes["token"]
-    assert list(table.columns) == ["channel", "low", "medium", "high", "all"]
 
 
 def test_conversations_are_found_by_task_effort_and_text(run: Run) -> None:
-    found = views.conversations(run, "product", "high", "")
+    found = lookup.conversations(run, task="product", effort="high")
     assert len(found) == 20
     assert all(run.sequences.loc[i, "task"] == "product" for i in found.values())
-    one = views.conversations(run, "all", "all", "product-07/")
-    assert len(one) == 3
-    assert views.conversations(run, "all", "all", "no such id") == {}
+    assert len(lookup.conversations(run, text="product-07/")) == 3
+    assert lookup.conversations(run, text="no such text anywhere") == {}
+    said = lookup.conversations(run, text="REASONING: HIGH")
+    assert set(said.values()) == set(run.sequences.index[run.sequences["effort"] == "high"])
+    assert lookup.conversations(run, text="reasoning: high", channel="final") == {}
+
+
+def test_conversations_are_ordered_by_an_expert_s_share(run: Run) -> None:
+    found = list(lookup.conversations(run, channel="analysis", expert=(1, 5)).values())
+    data = run.dataset[["sequence", "channel", "experts"]].compute()
+    inside = data["channel"].values == CHANNELS.index("analysis")
+    hit = (data["experts"].values[1] == 5).any(-1)[inside]
+    share = pd.Series(hit).groupby(data["sequence"].values[inside]).mean()
+    assert found == [i for i in found if share[i] > 0]
+    assert len(found) == min(500, (share > 0).sum())
+    np.testing.assert_allclose(share[found].to_numpy(), np.sort(share)[::-1][: len(found)])
+
+
+def test_a_character_of_several_tokens_is_shown_once() -> None:
+    words = harmony.tokenizer()
+    text = "naïve 🦜🦜 日本語 𓀀 \ufffd ok"
+    ids = words.encode(text)
+    shown = lookup.texts(ids, words)
+    assert len(shown) == len(ids)
+    assert "".join(shown) == text
+    assert "" in shown  # some character here takes more than one token
+    alone = [words.decode([i]) for i in ids]
+    assert "".join(alone) != text  # and one by one they cannot be read
+    broken = [ids[i] for i in range(len(ids)) if shown[i] == ""][:1] * 9
+    assert len(lookup.texts(broken, words)) == 9
+    assert "".join(lookup.texts(broken, words))
 
 
 def test_a_conversation_s_page_holds_its_tokens_and_no_open_tag(run: Run) -> None:
-    words = tokenizer_of(run.provenance["tokenizer"]["digest"])
+    words = lookup.vocabulary(run)
     assert words is not None
     number = int(run.sequences.index[17])
     data = data_of(run, number, words)
     tokens = run.sequence(number).compute()
     assert "".join(data["texts"]) == words.decode(tokens["id"].values.tolist())
-    assert np.array_equal(np.array(data["experts"]), tokens["experts"].values)
+    experts = np.frombuffer(base64.b64decode(data["experts"]), np.uint8).reshape(tokens["experts"].shape)
+    np.testing.assert_array_equal(experts, tokens["experts"].values)
+    gates = np.frombuffer(base64.b64decode(data["gates"]), np.uint8).reshape(tokens["gates"].shape) / 255
+    np.testing.assert_allclose(gates, tokens["gates"].values, atol=0.002)
     page = frame(run, number, words)
     assert page.count("<iframe") == 1
     assert 'sandbox="allow-scripts"' in page
     assert "allow-same-origin" not in page
 
 
+def test_a_choice_survives_its_link_and_knows_only_its_names() -> None:
+    choice = Choice({"channel": "final", "effort": "<script>", "evil": "x", "layer": "3"})
+    assert choice.get("channel", ["analysis", "final"]) == "final"
+    assert choice.get("effort", ["low", "high"], "high") == "high"
+    assert choice.get("expert", ["0", "1"]) == "0"
+    assert choice.get("expert", []) == ""
+    choice.put(channel="analysis", layer="")
+    again = Choice(dict(parse_qsl(choice.query(theme="dark"))))
+    assert (again.text("channel"), again.text("layer"), again.text("theme"), again.text("evil")) == (
+        "analysis",
+        "",
+        "dark",
+        "",
+    )
+    assert "<" not in choice.query()
+
+
+def wait_for(desk: Desk, *asked: Any, **how: Any) -> Answer:
+    for _ in range(600):
+        answer = desk.ask(*asked, **how)
+        if answer.datasets is not None or answer.reason:
+            return answer
+        time.sleep(0.1)
+    pytest.fail("the study was never made")
+
+
+def test_a_study_is_made_beside_kept_and_read_back(tmp_path: Path, run: Run) -> None:
+    desk = Desk(tmp_path)
+    assert desk.ask("effort", [run.path], run.digest).datasets is None  # nobody waits
+    made = wait_for(desk, "effort", [run.path], run.digest)
+    assert made.datasets is not None
+    here = run_study("effort", run)
+    assert made.datasets.keys() == here.keys()
+    for name, ds in here.items():
+        xr.testing.assert_allclose(made.datasets[name], ds)
+        assert made.datasets[name].attrs == ds.attrs
+    desk.close()
+    second = Desk(tmp_path)
+    second._make = lambda *_: pytest.fail("made again")  # type: ignore[method-assign]
+    assert wait_for(second, "effort", [run.path], run.digest).datasets is not None
+    second.close()
+
+
+def test_what_a_run_cannot_carry_is_said_and_half_a_study_is_not_kept(tmp_path: Path, run: Run) -> None:
+    desk = Desk(tmp_path)
+    answer = wait_for(desk, "routing", [str(tmp_path / "none.zarr")], "digest")
+    assert "is not there" in answer.reason
+    assert not list(tmp_path.rglob("routing*"))
+    desk.ask("routing", [run.path], run.digest)
+    for _ in range(100):
+        if desk._running:
+            break
+        time.sleep(0.05)
+    desk.close()  # as a server that is ended in the middle
+    time.sleep(1)
+    assert not [p for p in tmp_path.rglob("routing") if p.is_dir()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_damaged_is_said_on_every_page_and_the_rest_is_shown(page: str, tmp_path: Path) -> None:
+    """Tables, sums and tokens are cut or gone; no page fails, and what could not be read is named."""
+    damaged = shutil.copytree(DATA / "demo.zarr", tmp_path / "r.zarr")
+    shelf = Shelf([damaged], cache=tmp_path / "cache")
+    whole = made(page, Visit(shelf, Choice({}), lambda: None))
+    assert page == "compare" or not any(isinstance(part, pn.pane.Alert) for part in whole.main)
+    for part in ("totals", "tokens", "routing", "sequences"):
+        for file in sorted(p for p in (damaged / part).rglob("*") if p.is_file() and p.name != "zarr.json"):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        shelf._runs.clear()
+        shelf._made.clear()
+        shown = made(page, Visit(shelf, Choice({}), lambda: None))
+        assert shown.main
+    said = " ".join(str(alert.object) for part in shown.main for alert in [part] if isinstance(alert, pn.pane.Alert))
+    assert "verify" in said or "two runs" in said
+    (damaged / "zarr.json").unlink()
+    gone = made(page, Visit(shelf, Choice({}), lambda: None)) if page != "compare" else None
+    assert gone is None or "is not" in str(gone.main[0].object)
+    shelf.desk.close()
+
+
+def test_a_notebook_shows_every_page() -> None:
+    for page in PAGES:
+        assert len(notebook(DATA / "demo.zarr", page=page)) == 2
+    with pytest.raises(InputError, match="no page is called"):
+        notebook(DATA / "demo.zarr", page="none")
+
+
 def test_a_vocabulary_that_nobody_has_shows_numbers(run: Run) -> None:
-    assert tokenizer_of("unknown") is None
-    assert tokenizer_of(harmony.tokenizer().digest) is not None
+    assert lookup.tokenizer_of("unknown") is None
+    assert lookup.tokenizer_of(harmony.tokenizer().digest) is not None
     assert data_of(run, int(run.sequences.index[0]), None)["texts"][0].startswith("⟨")
 
 

@@ -8,8 +8,9 @@ import pytest
 import workbench as wb
 from tests.conftest import DATA
 from workbench.errors import InputError
-from workbench.figures.report import load, write_report
+from workbench.figures.report import write_report
 from workbench.studies import STUDIES, run_study, save
+from workbench.studies.result import load
 
 
 @pytest.fixture(scope="module")

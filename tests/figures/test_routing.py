@@ -180,14 +180,18 @@ def test_what_a_dataset_lacks_is_refused_by_name(load):
 
 
 def test_the_gallery_has_every_cell_and_comparison_and_the_numbers_behind(datasets):
-    figures, data = routing.gallery(datasets)
-    assert figures.keys() == data.keys()
+    figures = routing.gallery(datasets)
     assert sum(name.startswith("load_") for name in figures) == 9
     assert sum(name.startswith(("divergence_", "difference_")) for name in figures) == 2 * sum(
         "jsd" in ds for ds in datasets.values()
     )
-    assert len(data["load_final_low"]) == 4 * 16
-    np.testing.assert_array_equal(data["divergence_analysis_vs_final"].jsd, datasets["analysis_vs_final"].jsd)
+    assert len(figures["load_final_low"].table()) == 4 * 16
+    jsd = figures["divergence_analysis_vs_final"].table().jsd
+    np.testing.assert_array_equal(jsd, datasets["analysis_vs_final"].jsd)
+    for theme, paper in (("light", "#ffffff"), ("dark", "#14171c")):
+        for drawing in figures.values():
+            assert drawing.draw(theme=theme).layout.template.layout.paper_bgcolor == paper
+            assert len(drawing.table())
 
 
 def test_figures_are_drawn_without_torch_or_a_store():

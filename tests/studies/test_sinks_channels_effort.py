@@ -13,8 +13,8 @@ import xarray as xr
 import workbench as wb
 from tests.conftest import DATA
 from workbench.errors import InputError
-from workbench.figures.report import load as load_results
 from workbench.studies import channels, compare, effort, run_study, save, sinks
+from workbench.studies.result import load as load_results
 from workbench.studies.statistics import false_discovery
 from workbench.studies.synthetic import SyntheticTokens, planted_tokens
 

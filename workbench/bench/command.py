@@ -97,6 +97,19 @@ def reading(
 
 
 @app.command()
+def dashboard(
+    run: Annotated[str, typer.Argument(help="The run to look at, as `bench reading` makes one.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 3,
+    sessions: Annotated[int, typer.Option(min=1, help="That change something at once.")] = 5,
+    out: Json = None,
+) -> None:
+    """The dashboard of a large run in a real browser: pages, changes of selection, sessions at once, memory."""
+    from workbench.bench.dashboard import run as measure
+
+    _write(out, measure(run, rounds, sessions))
+
+
+@app.command()
 def kernels(
     target: Annotated[list[str] | None, typer.Option(help="sm_90, gfx942 …; repeat. [default: all]")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="moe.gate_up …; repeat. [default: all]")] = None,

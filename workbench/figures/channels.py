@@ -1,14 +1,14 @@
 """Figures of the channels study: analysis against final, and the geometry of recorded activations."""
 
 from collections.abc import Mapping
+from functools import partial
 
-import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
+from workbench.figures.drawing import Drawing, Gallery, numbers
 from workbench.figures.template import THEMES, ThemeName, band, dress, translucent
-from workbench.studies.result import tables
 
 
 def probe(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
@@ -41,18 +41,13 @@ def probe(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     )
 
 
-def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
+def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Every figure of the study and the numbers behind each."""
-    figures: dict[str, go.Figure] = {}
-    data: dict[str, pd.DataFrame] = {}
-    for kind in ("routing", "sinks"):
+    found: Gallery = {}
+    for kind, title in (("routing", "How far routing differs, by layer"), ("sinks", "How far sinks differ, by layer")):
         own = {n.removeprefix(f"{kind}_"): ds for n, ds in datasets.items() if n.startswith(f"{kind}_")}
-        drawn, numbers = contrast.gallery(
-            own, title=f"How far {kind} differ, by layer" if kind == "sinks" else "How far routing differs, by layer"
-        )
-        figures |= {f"{kind}_{n}": f for n, f in drawn.items()}
-        data |= {f"{kind}_{n}": t for n, t in numbers.items()}
+        found |= contrast.gallery(own, title=title, prefix=f"{kind}_")
     for name, ds in datasets.items():
         if "auc" in ds:
-            figures[name], data[name] = probe(ds), tables(ds)["layer"]
-    return figures, data
+            found[name] = Drawing(partial(probe, ds), numbers(ds, "layer"), ds)
+    return found

@@ -1,14 +1,14 @@
 """Figures of two runs on the same transcripts."""
 
 from collections.abc import Mapping
+from functools import partial
 
-import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.figures.drawing import Drawing, Gallery, numbers
 from workbench.figures.intervals import lines
 from workbench.figures.template import ThemeName
-from workbench.studies.result import tables
 
 
 def agreement(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
@@ -20,9 +20,7 @@ def agreement(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     )  # fmt: skip
 
 
-def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
+def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Every figure of the study and the numbers behind each."""
     ds = datasets["agreement"]
-    if "agreement" not in ds:
-        return {}, {}
-    return {"agreement": agreement(ds)}, {"agreement": tables(ds)["channel_layer"]}
+    return {"agreement": Drawing(partial(agreement, ds), numbers(ds, "channel_layer"), ds)} if "agreement" in ds else {}

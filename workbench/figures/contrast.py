@@ -1,12 +1,14 @@
 """Figures of a contrast: which cells differ, as it is or at equal position, and how large the difference is by layer."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.figures.drawing import Drawing, Gallery, numbers
 from workbench.figures.grid import Grid
 from workbench.figures.template import THEMES, ThemeName, dress
 from workbench.studies.result import tables
@@ -90,20 +92,25 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
     return dress(figure, colours, next(iter(sets.values())), title=title, subtitle=subtitle, height=460)
 
 
-def gallery(sets: Mapping[str, xr.Dataset], *, title: str) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
-    """Heat maps of every contrast with cells, and their sizes by layer."""
+def gallery(sets: Mapping[str, xr.Dataset], *, title: str, prefix: str = "") -> Gallery:
+    """Heat maps of every contrast with cells, and their sizes by layer; names begin with the prefix."""
     own = {name: ds for name, ds in sets.items() if "difference" in ds and "size" in ds}
-    figures, data = {}, {}
+    found: Gallery = {}
     for name, ds in own.items():
         for control in ("none", "position"):
             if int(ds["prompts"].sel(control=control)):
-                label = f"{name}_{'naive' if control == 'none' else 'matched'}"
-                figures[label] = heatmap(ds, control)
-                cells = ds["difference"].dims[1:]
-                data[label] = tables(ds.sel(control=control).drop_vars("control"))["_".join(map(str, cells))]
-        if int(ds["prompts"].sel(control="position")):
-            figures[f"{name}_volcano"], data[f"{name}_volcano"] = volcano(ds), data[f"{name}_matched"]
+                cells = numbers(
+                    ds.sel(control=control).drop_vars("control"), "_".join(map(str, ds["difference"].dims[1:]))
+                )
+                label = f"{prefix}{name}_{'naive' if control == 'none' else 'matched'}"
+                found[label] = Drawing(partial(heatmap, ds, control), cells, ds)
+                if control == "position":
+                    found[f"{prefix}{name}_volcano"] = Drawing(partial(volcano, ds), cells, ds)
     if own:
-        figures["sizes"] = by_layer(own, title=title)
-        data["sizes"] = pd.concat([tables(ds)["control_layer"].assign(comparison=name) for name, ds in own.items()])
-    return figures, data
+        draw = partial(by_layer, own, title=title)
+        found[f"{prefix}sizes"] = Drawing(draw, partial(_sizes, own), next(iter(own.values())))
+    return found
+
+
+def _sizes(sets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
+    return pd.concat([tables(ds)["control_layer"].assign(comparison=name) for name, ds in sets.items()])

@@ -1,14 +1,14 @@
 """Figures of the effort study: what effort costs and brings, and what differs at equal position."""
 
 from collections.abc import Mapping
+from functools import partial
 
-import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
+from workbench.figures.drawing import Drawing, Gallery, numbers
 from workbench.figures.template import MARKERS, THEMES, ThemeName, dress
-from workbench.studies.result import tables
 
 
 def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = "light") -> go.Figure:
@@ -61,16 +61,14 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
     )
 
 
-def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
+def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Every figure of the study and the numbers behind each."""
-    figures: dict[str, go.Figure] = {"accuracy_by_tokens": accuracy_by_tokens(datasets["cost"])}
-    data: dict[str, pd.DataFrame] = {"accuracy_by_tokens": tables(datasets["cost"])["task_effort"]}
-    for kind in ("routing", "sinks"):
+    cost = datasets["cost"]
+    found = {"accuracy_by_tokens": Drawing(partial(accuracy_by_tokens, cost), numbers(cost, "task_effort"), cost)}
+    for kind, title in (
+        ("routing", "How far routing differs with effort"),
+        ("sinks", "How far sinks differ with effort"),
+    ):
         own = {n.removeprefix(f"{kind}_"): ds for n, ds in datasets.items() if n.startswith(f"{kind}_")}
-        drawn, numbers = contrast.gallery(
-            own,
-            title=f"How far {kind} differ with effort" if kind == "sinks" else "How far routing differs with effort",
-        )
-        figures |= {f"{kind}_{n}": f for n, f in drawn.items()}
-        data |= {f"{kind}_{n}": t for n, t in numbers.items()}
-    return figures, data
+        found |= contrast.gallery(own, title=title, prefix=f"{kind}_")
+    return found

@@ -1,6 +1,7 @@
 """Figures of experiments: effects of interventions with their intervals."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.figures.drawing import Drawing, Gallery
 from workbench.figures.grid import Grid
 from workbench.figures.intervals import lines, rows
 from workbench.figures.template import THEMES, ThemeName, dress
@@ -67,11 +69,10 @@ def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
     )
 
 
-def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
+def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """A figure for each dataset of an experiment, and the numbers behind it."""
-    figures = {name: figure(ds) for name, ds in datasets.items()}
-    data = {}
-    for name, ds in datasets.items():
-        own = tables(ds.drop_vars([v for v in ("each", "base") if v in ds]))
-        data[name] = max(own.values(), key=len)
-    return figures, data
+    return {name: Drawing(partial(figure, ds), partial(_longest, ds), ds) for name, ds in datasets.items()}
+
+
+def _longest(ds: xr.Dataset) -> pd.DataFrame:
+    return max(tables(ds.drop_vars([v for v in ("each", "base") if v in ds])).values(), key=len)

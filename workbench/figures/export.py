@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from workbench.errors import InputError
+from workbench.figures.drawing import Gallery
 from workbench.studies import STUDIES, run_study
 from workbench.studies.design import Run
 from workbench.studies.files import refuse_paths, write_files
@@ -27,20 +28,19 @@ def write_all(run: Run, out: str | os.PathLike[str], formats: Sequence[str] = FO
     """Every figure of every study of a run, `STUDY_NAME`; a study for which the run lacks something is left out."""
     _check(formats)
     left_out = []
-    figures: dict[str, go.Figure] = {}
-    data: dict[str, pd.DataFrame] = {}
+    drawings: Gallery = {}
     for study in STUDIES:
         try:
             found = run_study(study, run)
         except InputError as error:
             left_out.append(str(error))
             continue
-        drawn, tables = importlib.import_module(f"workbench.figures.{study}").gallery(found)
-        figures |= {f"{study}_{name}": figure for name, figure in drawn.items()}
-        data |= {f"{study}_{name}": table for name, table in tables.items()}
-    if not figures:
+        drawn: Gallery = importlib.import_module(f"workbench.figures.{study}").gallery(found)
+        drawings |= {f"{study}_{name}": drawing for name, drawing in drawn.items()}
+    if not drawings:
         raise InputError(f"no study can be made of this run: {'; '.join(left_out)}")
-    return write(figures, data, out, formats)
+    figures = {name: drawing.draw() for name, drawing in drawings.items()}
+    return write(figures, {name: drawing.table() for name, drawing in drawings.items()}, out, formats)
 
 
 def write(

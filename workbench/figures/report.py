@@ -2,12 +2,9 @@
 
 import html
 import importlib
-import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 import xarray as xr
@@ -15,6 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from workbench.errors import InputError
 from workbench.figures import experiments
+from workbench.figures.drawing import Gallery
 from workbench.figures.export import PAGE_CONFIG
 from workbench.studies import STUDIES, run_study
 from workbench.studies.design import Run
@@ -36,30 +34,6 @@ pre{white-space:pre-wrap;font:inherit;margin:.2rem 0 .8rem}table{border-collapse
 td,th{border-bottom:1px solid #e3e7ec;padding:.25rem .7rem;text-align:left;vertical-align:top}
 .note{color:#5b6472;font-size:.92rem}nav a{margin-right:1rem}figure{margin:1.2rem 0;overflow-x:auto}
 """
-
-
-def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:
-    """Results that `workbench study … --out` wrote, by study and name; what is no result is passed over."""
-    found: dict[str, dict[str, xr.Dataset]] = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        try:
-            ds = xr.Dataset.from_dict(_numbers(json.loads(path.read_text())))
-            study = str(ds.attrs["study"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        found.setdefault(study, {})[path.stem.removeprefix(f"{study}_")] = ds
-    if not found:
-        raise InputError(f"{folder} holds no results: write some with `workbench study NAME RUN --out {folder}`")
-    return found
-
-
-def _numbers(value: Any) -> Any:
-    """null, which stands for a missing number in JSON, as NaN."""
-    if isinstance(value, dict):
-        return {k: (v if k in ("attrs", "dims") else _numbers(v)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    return math.nan if value is None else value
 
 
 def write_report(
@@ -90,7 +64,7 @@ def write_report(
 def _figures(name: str, sets: Mapping[str, xr.Dataset]) -> list[tuple[str, go.Figure]]:
     """The most telling figures of a study."""
     module = importlib.import_module(f"workbench.figures.{name}") if name in (*STUDIES, "compare") else experiments
-    figures, _ = module.gallery(sets)
+    figures: Gallery = module.gallery(sets)
 
     def rank(label: str) -> tuple[int, int]:
         first = next((i for i, start in enumerate(_FIRST) if label.startswith(start)), len(_FIRST))
@@ -99,7 +73,7 @@ def _figures(name: str, sets: Mapping[str, xr.Dataset]) -> list[tuple[str, go.Fi
             list(figures).index(label),
         )
 
-    return [(label, figures[label]) for label in sorted(figures, key=rank)[:_SHOWN]]
+    return [(label, figures[label].draw()) for label in sorted(figures, key=rank)[:_SHOWN]]
 
 
 def _about(run: Run) -> list[tuple[str, str]]:

@@ -5,20 +5,20 @@ look like a small or a large value; every interval the study computed is drawn, 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from workbench.errors import InputError
+from workbench.figures.drawing import Drawing, Gallery, numbers
 from workbench.figures.grid import Grid
 from workbench.figures.template import MARKERS, THEMES, Theme, ThemeName, band, dress, translucent
-from workbench.studies.result import tables
 
 # the load colours end at this multiple of an even share unless told otherwise
 CLIP = 4.0
@@ -149,25 +149,24 @@ def divergence_by_layer(div: xr.Dataset, *, theme: ThemeName = "light") -> go.Fi
     return dress(figure, colours, div, title=title, subtitle=subtitle, height=580)
 
 
-def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
+def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Every figure of the study and the numbers behind each, under the names of their files."""
     load = datasets["load"]
-    figures = {"entropy_by_layer": entropy_by_layer(load)}
-    data = {"entropy_by_layer": tables(load)["channel_effort_layer"]}
+    found = {"entropy_by_layer": Drawing(partial(entropy_by_layer, load), numbers(load, "channel_effort_layer"), load)}
     for channel, effort in product(map(str, load["channel"].values), map(str, load["effort"].values)):
         cell = load.sel(channel=channel, effort=effort)
         if cell["tokens"]:
-            figures[f"load_{channel}_{effort}"] = load_heatmap(load, channel, effort)
-            data[f"load_{channel}_{effort}"] = tables(cell)["layer_expert"]
+            draw = partial(load_heatmap, load, channel, effort)
+            found[f"load_{channel}_{effort}"] = Drawing(draw, numbers(cell, "layer_expert"), load)
     for name, div in datasets.items():
         if "jsd" in div:
-            figures[f"divergence_{name}"], data[f"divergence_{name}"] = divergence_by_layer(div), tables(div)["layer"]
-            figures[f"difference_{name}"] = load_difference_heatmap(div)
-            data[f"difference_{name}"] = tables(div)["layer_expert"]
+            found[f"divergence_{name}"] = Drawing(partial(divergence_by_layer, div), numbers(div, "layer"), div)
+            cells = numbers(div, "layer_expert")
+            found[f"difference_{name}"] = Drawing(partial(load_difference_heatmap, div), cells, div)
     for name, ds in datasets.items():
         if "nmi" in ds:
-            figures[name], data[name] = special_by_layer(ds), tables(ds)["layer"]
-    return figures, data
+            found[name] = Drawing(partial(special_by_layer, ds), numbers(ds, "layer"), ds)
+    return found
 
 
 def lift_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: ThemeName = "light") -> go.Figure:

@@ -1,17 +1,17 @@
 """Figures of the sinks study: mass by layer and head, by position, and where channels and efforts differ."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
+from workbench.figures.drawing import Drawing, Gallery, numbers
 from workbench.figures.grid import Grid
 from workbench.figures.intervals import lines
 from workbench.figures.template import THEMES, ThemeName, dress
-from workbench.studies.result import tables
 
 
 def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName = "light") -> go.Figure:
@@ -47,19 +47,21 @@ def by_position(ds: xr.Dataset, layer: int, *, theme: ThemeName = "light") -> go
     )  # fmt: skip
 
 
-def gallery(datasets: Mapping[str, xr.Dataset]) -> tuple[dict[str, go.Figure], dict[str, pd.DataFrame]]:
+def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Every figure of the study and the numbers behind each."""
     mass = datasets["mass"]
-    figures, data = {}, {}
+    found: Gallery = {}
     for channel in map(str, mass["channel"].values):
         for effort in map(str, mass["effort"].values):
             cell = mass.sel(channel=channel, effort=effort)
             if int(cell["tokens"]):
-                figures[f"mass_{channel}_{effort}"] = mass_heatmap(mass, channel, effort)
-                data[f"mass_{channel}_{effort}"] = tables(cell)["layer_head"]
+                draw = partial(mass_heatmap, mass, channel, effort)
+                found[f"mass_{channel}_{effort}"] = Drawing(draw, numbers(cell, "layer_head"), mass)
     if "position" in datasets:
-        for layer in map(int, datasets["position"]["layer"].values):
-            figures[f"position_layer_{layer}"] = by_position(datasets["position"], layer)
-            data[f"position_layer_{layer}"] = tables(datasets["position"].sel(layer=layer))["channel_bin"]
-    more, numbers = contrast.gallery(datasets, title="How far sinks differ, by layer")
-    return figures | more, data | numbers
+        position = datasets["position"]
+        for layer in map(int, position["layer"].values):
+            draw = partial(by_position, position, layer)
+            found[f"position_layer_{layer}"] = Drawing(
+                draw, numbers(position.sel(layer=layer), "channel_bin"), position
+            )
+    return found | contrast.gallery(datasets, title="How far sinks differ, by layer")

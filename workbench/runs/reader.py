@@ -265,6 +265,11 @@ class Run:
         """Summaries that were asked for once, if they are small."""
         return {}
 
+    @cached_property
+    def _totals(self) -> dict[str, xr.DataArray]:
+        """Totals that were asked for once, if they are small."""
+        return {}
+
     @property
     def groups(self) -> pd.DataFrame:
         """Effort and task of every group of `total`."""
@@ -276,13 +281,18 @@ class Run:
         `coactivation`, `transition` and sketches are of the whole run. Ready in a finished run; summed in an
         unfinished one.
         """
+        if name in self._totals:
+            return self._totals[name]
         array = self._summary(name)
         dims, coords = self._axes(array)
         if not _over_the_run(name):
             dims = ("group", *dims)
             coords |= {c: ("group", self.groups[c].to_numpy(dtype=object)) for c in ("effort", "task")}
         if self.status == "complete" and "totals" in self.group:
-            return xr.DataArray(self.group[f"totals/{name}"][:], dims=dims, coords=coords, name=name)
+            ready = xr.DataArray(self.group[f"totals/{name}"][:], dims=dims, coords=coords, name=name)
+            if ready.nbytes <= _KEPT_BYTES:
+                self._totals[name] = ready
+            return ready
         found, which = self._groups
         of_sequence = np.zeros(len(self.layout.lengths), dtype=np.int64)
         of_sequence[self._visible] = which

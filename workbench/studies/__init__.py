@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
 STUDIES = ("routing", "sinks", "channels", "effort")  # of one run
 COMPARISONS = ("compare",)  # of two
-_MODULES = ("contrast", "resampling", "result", "specialisation", "statistics", "synthetic", *STUDIES, *COMPARISONS)
+_MODULES = (
+    "contrast",
+    "glance",
+    "resampling",
+    "result",
+    "specialisation",
+    "statistics",
+    "synthetic",
+    *STUDIES,
+    *COMPARISONS,
+)
 
 __all__ = ["COMPARISONS", "STUDIES", "result", "routing", "run_study", "save", "statistics", "summary"]
 

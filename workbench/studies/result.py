@@ -17,6 +17,7 @@ import pandas as pd
 import xarray as xr
 
 import workbench
+from workbench.errors import InputError
 from workbench.studies.files import write_files
 
 
@@ -95,6 +96,30 @@ def save(datasets: Mapping[str, xr.Dataset], out_dir: str | os.PathLike[str]) ->
     for study in dict.fromkeys(result.attrs["study"] for result in datasets.values()):
         files[f"{study}.txt"] = summary({name: ds for name, ds in datasets.items() if ds.attrs["study"] == study})
     return write_files(files, out_dir)
+
+
+def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:
+    """Results that `workbench study … --out` wrote, by study and name; what is no result is passed over."""
+    found: dict[str, dict[str, xr.Dataset]] = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            ds = xr.Dataset.from_dict(_numbers(json.loads(path.read_text())))
+            study = str(ds.attrs["study"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        found.setdefault(study, {})[path.stem.removeprefix(f"{study}_")] = ds
+    if not found:
+        raise InputError(f"{folder} holds no results: write some with `workbench study NAME RUN --out {folder}`")
+    return found
+
+
+def _numbers(value: Any) -> Any:
+    """null, which stands for a missing number in JSON, as NaN."""
+    if isinstance(value, dict):
+        return {k: (v if k in ("attrs", "dims") else _numbers(v)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return math.nan if value is None else value
 
 
 def _plain(value: Any) -> Any:

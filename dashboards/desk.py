@@ -1,0 +1,140 @@
+"""Where studies are made for a dashboard: in processes of their own, kept by what they are made of.
+
+A study of ten million tokens takes minutes and a gigabyte; the server gives neither. A result is kept as the files that
+`workbench study --out` writes, under the run's digest and that of the code, so that a second visit, or a second server,
+reads it back.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import xarray as xr
+
+import workbench
+from workbench.errors import InputError
+from workbench.studies.result import load, save
+
+_AT_ONCE = 2  # studies made at the same time; each takes a core
+_KEPT_DAYS = 30
+# pairs of experts are many (at 120b a hundred megabytes as text) and come from sums at once
+_NOT_KEPT = ("together",)
+
+
+class Answer(NamedTuple):
+    """What is known of a study by now: its datasets, or why there are none, or since when it is being made."""
+
+    datasets: dict[str, xr.Dataset] | None = None
+    reason: str = ""
+    seconds: float = 0.0
+
+
+class Desk:
+    """Studies asked for by name and paths; asking again is how one learns that they are done."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self._folder = Path(folder) if folder is not None else cache_folder()
+        self._passing = Path(tempfile.mkdtemp(prefix="workbench-studies-"))  # of runs that still grow
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="study")
+        self._made: dict[tuple[str, str], tuple[float, Future[dict[str, xr.Dataset]]]] = {}
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+
+    def ask(self, study: str, paths: Sequence[str], digest: str, *, lasting: bool = True) -> Answer:
+        """The study of the run(s) at these paths, started if nobody has yet. lasting: whether the run is finished."""
+        with self._lock:
+            if (study, digest) not in self._made:
+                work = self._pool.submit(self._get, study, paths, digest, lasting)
+                self._made[study, digest] = (time.monotonic(), work)
+            started, work = self._made[study, digest]
+        if not work.done():
+            return Answer(seconds=time.monotonic() - started)
+        error = work.exception()
+        if error is None:
+            return Answer(work.result())
+        with self._lock:
+            if not isinstance(error, InputError):
+                self._made.pop((study, digest), None)  # whoever asks next tries again
+        return Answer(reason=str(error) or type(error).__name__)
+
+    def close(self) -> None:
+        """End what is under way."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self._running):
+            process.kill()
+        shutil.rmtree(self._passing, ignore_errors=True)
+
+    def _get(self, study: str, paths: Sequence[str], digest: str, lasting: bool) -> dict[str, xr.Dataset]:
+        kept = (self._folder if lasting else self._passing) / f"{digest}-{_code()}" / study
+        if not kept.exists():
+            self._make(study, paths, kept)
+        os.utime(kept.parent)
+        return load(kept)[study]
+
+    def _make(self, study: str, paths: Sequence[str], kept: Path) -> None:
+        """Into a folder beside, which becomes the one wanted when it is whole."""
+        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as made:
+            command = [sys.executable, "-m", "workbench.dashboards.desk", study, f"{made}/out", *paths]
+            environment = {"OMP_NUM_THREADS": "1", **os.environ}
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+            self._running.add(process)
+            _, said = process.communicate()
+            self._running.discard(process)
+            if process.returncode == 2:
+                raise InputError(said.strip().splitlines()[-1])
+            if process.returncode:
+                print(said, file=sys.stderr)
+                raise RuntimeError(f"the study ended with {process.returncode}; the server's log has the details")
+            if not kept.exists():
+                os.rename(f"{made}/out", kept)
+
+
+def cache_folder() -> Path:
+    """`gpt-oss-workbench/studies` in the user's cache; what was not used for a month is removed."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-oss-workbench" / "studies"
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="workbench-studies-"))
+    for entry in root.iterdir():
+        if time.time() - entry.stat().st_mtime > _KEPT_DAYS * 86400:
+            shutil.rmtree(entry, ignore_errors=True)
+    return root
+
+
+@cache
+def _code() -> str:
+    """Digest of the code that makes studies: another version's results are not taken for ours."""
+    sha = hashlib.sha256()
+    room = Path(workbench.__file__).parent
+    for path in sorted((*(room / "studies").glob("*.py"), *(room / "runs").glob("*.py"))):
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:12]
+
+
+def _main() -> None:
+    from workbench.runs import open_run
+    from workbench.studies import run_study
+
+    study, out, *paths = sys.argv[1:]
+    try:
+        found = run_study(study, *map(open_run, paths))
+        save({name: ds for name, ds in found.items() if name not in _NOT_KEPT}, out)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,196 @@
+"""Tokens and conversations found in a run: where an expert or a head acts, and what was said."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+import workbench
+from workbench import harmony
+from workbench.harmony.labels import CHANNELS
+from workbench.runs import Run
+from workbench.studies.glance import ALL
+
+_MOST_TOKENS = 300_000  # that a table of tokens is made from
+_POSITION_BINS = 2.0 ** np.arange(18)
+
+
+@cache
+def tokenizer_of(digest: str) -> harmony.Tokenizer | None:
+    """The vocabulary that a run was made with: o200k_harmony, nano's, or none that we have."""
+    nano = Path(workbench.__file__).parent / "data" / "nano"
+    for source in (None, nano):
+        known = harmony.tokenizer(source)
+        if known.digest == digest:
+            return known
+    return None
+
+
+def vocabulary(run: Run) -> harmony.Tokenizer | None:
+    """The vocabulary of a run, if we have it."""
+    return tokenizer_of(run.provenance.get("tokenizer", {}).get("digest", ""))
+
+
+def shown(id: int, tokenizer: harmony.Tokenizer | None) -> str:
+    """A token's text by itself; its number where nobody knows the vocabulary."""
+    return f"⟨{id}⟩" if tokenizer is None else tokenizer.decode([id])
+
+
+def texts(ids: Sequence[int], tokenizer: harmony.Tokenizer | None) -> list[str]:
+    """The text of every token; a character that is spread over several stands with the last of them."""
+    found: list[str] = []
+    open_: list[int] = []
+    alone: dict[int, str] = {}
+    for id in ids:
+        if id not in alone:
+            alone[id] = shown(id, tokenizer)
+        open_.append(id)
+        text = alone[id] if tokenizer is None or len(open_) == 1 else tokenizer.decode(open_)
+        # four bytes are the longest character: what is open longer is no text
+        if text.endswith("�") and len(open_) < 4:
+            found.append("")
+            continue
+        found.append(text)
+        open_ = []
+    if open_ and tokenizer is not None:
+        found[-1] = tokenizer.decode(open_)
+    return found
+
+
+def expert_tokens(run: Run, layer: int, expert: int, text: Callable[[int], str], *, rows: int = 20) -> pd.DataFrame:
+    """Tokens that go to an expert more often than tokens do, with an example; from the first tokens of a run."""
+
+    def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+        for block in run.blocks("id", "experts"):
+            yield block, (block["experts"][layer] == expert).any(-1)
+
+    return _telling(chosen(), text, rows)
+
+
+def head_tokens(run: Run, layer: int, head: int, text: Callable[[int], str], *, rows: int = 20) -> pd.DataFrame:
+    """Tokens at which a head leaves more on its sink than at nine tenths of tokens, more often than tokens do."""
+
+    def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+        edge = None
+        for block in run.blocks("id", "sink"):
+            mass = block["sink"][layer][:, head].astype(np.float32)
+            edge = float(np.quantile(mass, 0.9)) if edge is None else edge
+            yield block, mass > edge
+
+    return _telling(chosen(), text, rows)
+
+
+def _telling(
+    blocks: Iterator[tuple[dict[str, np.ndarray], Bool[np.ndarray, " token"]]], text: Callable[[int], str], rows: int
+) -> pd.DataFrame:
+    """Tokens by how much more often they are among those chosen than tokens are."""
+    seen = 0
+    every: Counter[int] = Counter()
+    times: Counter[int] = Counter()
+    example: dict[int, str] = {}
+    for block, hit in blocks:
+        ids, sequence = block["id"], block["sequence"]
+        every.update(ids.tolist())
+        times.update(ids[hit].tolist())
+        for at in np.flatnonzero(hit)[:: max(1, int(hit.sum()) // 2000)]:
+            if int(ids[at]) not in example:
+                near = [i for i in range(max(0, at - 8), min(len(ids), at + 5)) if sequence[i] == sequence[at]]
+                words = (f"[{text(int(ids[i]))}]" if i == at else text(int(ids[i])) for i in near)
+                example[int(ids[at])] = "".join(words)
+        seen += len(ids)
+        if seen >= _MOST_TOKENS:
+            break
+    share = sum(times.values()) / max(seen, 1)
+    found = [
+        (text(i), n, n / every[i], n / every[i] / share, example.get(i, ""))
+        for i, n in times.items()
+        if n >= 5 and share > 0
+    ]
+    table = pd.DataFrame(found, columns=["token", "times", "share of its uses", "lift", "for example"])
+    return table.sort_values(["lift", "times"], ascending=False).head(rows).round(3)
+
+
+def head_by_position(run: Run, layer: int, head: int) -> Float[pd.DataFrame, "bin channel"]:
+    """A head's mean sink mass by position (bins that double) and channel; from the first tokens of a run."""
+    shape = (len(_POSITION_BINS), len(CHANNELS))
+    sums, counts, seen = np.zeros(shape), np.zeros(shape), 0
+    for block in run.blocks("sink"):
+        place = (np.searchsorted(_POSITION_BINS, np.maximum(block["position"], 1), side="right") - 1, block["channel"])
+        np.add.at(sums, place, block["sink"][layer][:, head].astype(np.float64))
+        np.add.at(counts, place, 1)
+        seen += len(block["position"])
+        if seen >= _MOST_TOKENS:
+            break
+    mean = np.divide(sums, counts, out=np.full(shape, np.nan), where=counts > 0)
+    table = pd.DataFrame(mean, columns=list(CHANNELS), index=pd.Index(_POSITION_BINS.astype(int), name="position"))
+    return table.dropna(how="all").dropna(axis=1, how="all")
+
+
+def conversations(
+    run: Run, *, task: str = ALL, effort: str = ALL, text: str = "", channel: str = ALL, most: int = 500,
+    expert: tuple[int, int] | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Conversations as label → number. text: in their id, their answer, or what was said (in a channel).
+
+    expert: those whose tokens (of the channel) go most to this (layer, expert) come first.
+    """
+    table = run.sequences
+    wanted = pd.Series(True, index=table.index)
+    for column, value in (("task", task), ("effort", effort)):
+        wanted &= True if value == ALL else table[column] == value
+    share = _share_of_expert(run, channel, *expert) if expert else None
+    if share is not None:
+        wanted &= share.reindex(table.index) > 0
+    if text:
+        named = table["id"].str.contains(text, regex=False) | table["answer"].str.contains(text, regex=False)
+        wanted &= named | table.index.isin(_said(run, text, channel, set(table.index[wanted].tolist()), most))
+    rows = table[wanted]
+    if share is not None:
+        rows = rows.loc[share.reindex(rows.index).sort_values(ascending=False, kind="stable").index]
+    rows = rows.head(most)
+    marks = {1: " ✓", 0: " ✗"}
+    labels = [
+        f"{i}{marks.get(right, '')}" for i, right in zip(rows["id"].tolist(), rows["correct"].tolist(), strict=True)
+    ]
+    if share is not None:
+        labels = [f"{label}  {100 * share[number]:.1f} %" for label, number in zip(labels, rows.index, strict=True)]
+    return dict(zip(labels, rows.index.tolist(), strict=True))
+
+
+def _share_of_expert(run: Run, channel: str, layer: int, expert: int) -> Float[pd.Series, " sequence"]:
+    """Share of each sequence's tokens of a channel (or of all content) that chose an expert of a layer."""
+    counts, tokens = (run.summary(name) for name in ("expert_count", "tokens"))
+    within = [c for c in map(str, tokens["channel"].values) if c == channel or (channel == ALL and c != "frame")]
+    chosen = counts.sel(channel=within, layer=layer).isel(expert=expert).sum("channel").values
+    of = tokens.sel(channel=within).sum("channel").values
+    return pd.Series(np.divide(chosen, of, out=np.zeros(len(of)), where=of > 0), index=tokens["sequence"].values)
+
+
+def _said(run: Run, text: str, channel: str, among: set[int], most: int) -> list[int]:
+    """Sequences in which a text was said, whatever its capitals; stops when there are enough."""
+    words = vocabulary(run)
+    if words is None:
+        return []
+    wanted, found = text.lower(), list[int]()
+    for block in run.blocks("id"):
+        for number, ids, inside in _sequences(block):
+            said = ids if channel == ALL else ids[inside == CHANNELS.index(channel)]
+            if number in among and wanted in words.decode(said.tolist()).lower():
+                found.append(number)
+        if len(found) >= most:
+            break
+    return found
+
+
+def _sequences(
+    block: dict[str, np.ndarray],
+) -> Iterator[tuple[int, Int[np.ndarray, " token"], Int[np.ndarray, " token"]]]:
+    edges = np.flatnonzero(np.diff(block["sequence"])) + 1
+    parts = (np.split(block[name], edges) for name in ("sequence", "id", "channel"))
+    for sequence, ids, channel in zip(*parts, strict=True):
+        if len(ids):
+            yield int(sequence[0]), ids, channel

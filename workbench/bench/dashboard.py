@@ -1,0 +1,201 @@
+"""The dashboard of a large run in a real browser: first pages, changes of selection, sessions at once, the server's memory.
+
+Browser and server share this machine, so a time is what a person waits who sits at it. Needs Chromium and playwright (the
+extra `dev`).
+"""
+
+import asyncio
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from workbench.bench.table import show
+from workbench.dashboards.state import Shelf
+from workbench.errors import InputError
+from workbench.studies import STUDIES
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PAGES = {
+    "overview": "Tokens by channel and effort", "experts": "How often each expert", "sinks": "Sink mass",
+    "channels": "Load share", "effort": "What thinking costs", "transcript": "Expected",
+}  # fmt: skip
+CHANGES = {
+    "experts": [("button", "low", "chosen: analysis, low"), ("button", "high", "chosen: analysis, high"), ("Channel", "final", "chosen: final, high"), ("Layer", "7", "Layer 7,")],
+    "sinks": [("button", "low", "mass: analysis, low"), ("Channel", "prompt", "mass: prompt, low"), ("Layer", "11", "Layer 11,")],
+    "effort": [("Task", "task 3", "brings: task 3")],
+    "transcript": [("button", "next ›", "Expected")],
+}  # fmt: skip
+_SEES = """
+text => { let found = false; const walk = root => { if (found) return; for (const e of root.querySelectorAll('*')) {
+  for (const n of e.childNodes) if (n.nodeType === 3 && n.data.includes(text)) { found = true; return; }
+  if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found; }
+"""
+# changes a widget as a person does, and waits until the text that this brings is on the page
+_CHANGE = f"""
+async ([kind, value, text]) => {{
+  const sees = {_SEES};
+  const all = []; const walk = root => {{ for (const e of root.querySelectorAll('*')) {{ all.push(e); if (e.shadowRoot) walk(e.shadowRoot); }} }};
+  walk(document);
+  const before = all.filter(e => e.tagName === 'IFRAME').map(e => e.srcdoc.length + e.srcdoc.slice(9000, 12000)).join();
+  const start = performance.now();
+  if (kind === 'button') all.filter(e => e.tagName === 'BUTTON' && e.textContent.trim() === value)[0].click();
+  else {{
+    const label = all.filter(e => e.tagName === 'LABEL' && e.textContent.trim() === kind)[0];
+    const select = label.parentNode.querySelector('select');
+    select.value = Array.from(select.options).find(o => o.textContent === value).value;
+    select.dispatchEvent(new Event('change', {{bubbles: true}}));
+  }}
+  const drawn = () => {{
+    if (value !== 'next ›') return sees(text);
+    const now = []; const again = root => {{ for (const e of root.querySelectorAll('*')) {{ if (e.tagName === 'IFRAME') now.push(e.srcdoc.length + e.srcdoc.slice(9000, 12000)); if (e.shadowRoot) again(e.shadowRoot); }} }};
+    again(document); return now.length && now.join() !== before;
+  }};
+  while (!drawn()) {{ if (performance.now() - start > 30000) return null; await new Promise(r => setTimeout(r, 15)); }}
+  return (performance.now() - start) / 1000;
+}}
+"""
+
+
+def run(path: str, rounds: int, sessions: int) -> dict[str, Any]:
+    """Measure and print."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        raise InputError("no Chromium was found: apt-get install chromium, or put google-chrome into PATH")
+    try:
+        import playwright.async_api
+    except ImportError as error:
+        raise InputError("playwright is not installed: pip install gpt-oss-workbench[dev]") from error
+    del playwright
+    with tempfile.TemporaryDirectory() as cache:
+        server, url = _serve(path, cache)
+        try:
+            first = asyncio.run(_pages(url, chromium, rounds=1))
+        finally:
+            _stop(server)
+        made = _studies(path, Path(cache) / "gpt-oss-workbench" / "studies")
+        server, url = _serve(path, cache)
+        try:
+            again = asyncio.run(_pages(url, chromium, rounds))
+            one = asyncio.run(_changes(url, chromium, rounds, 1))
+            many = asyncio.run(_changes(url, chromium, rounds, sessions))
+            peak = _peak(server.pid)
+        finally:
+            _stop(server)
+    result = {
+        "first_visit_s": first,
+        "page_s": again,
+        "change_s": one,
+        f"change_of_{sessions}_s": many,
+        "studies_s": made,
+        "server_peak_gb": peak,
+    }
+    show("pages", ["page", "first visit, s", "later, s"], [[p, f"{first[p]:.2f}", f"{again[p]:.2f}"] for p in first])
+    rows = [[name, f"{one[name]:.3f}", f"{many[name]:.3f}", f"{many[name] / one[name]:.1f}"] for name in one]
+    both = [statistics.median(kind.values()) for kind in (one, many)]
+    rows.append(["median", f"{both[0]:.3f}", f"{both[1]:.3f}", f"{both[1] / both[0]:.1f}"])
+    show("changes of selection", ["page and widget", "one, s", f"{sessions} at once, s", "ratio"], rows)
+    show("studies, made beside", ["study", "s"], [[name, f"{s:.0f}"] for name, s in made.items()])
+    print(f"the server's peak: {peak:.2f} GB")
+    return result
+
+
+def _serve(path: str, cache: str) -> tuple[subprocess.Popen[bytes], str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "workbench.cli", "dashboard", path, "--port", str(port)]
+    environment = os.environ | {"XDG_CACHE_HOME": cache}
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    for _ in range(240):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return server, f"http://localhost:{port}"
+        if server.poll() is not None:
+            raise InputError(f"the dashboard of {path} did not start")
+        time.sleep(0.25)
+    _stop(server)
+    raise InputError(f"the dashboard of {path} does not answer")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    server.wait(30)
+
+
+def _peak(pid: int) -> float:
+    """Most memory that a process had, in GB."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
+
+
+def _studies(path: str, cache: Path) -> dict[str, float]:
+    """Make every study, as visitors' pages do, and how long each took."""
+    shelf = Shelf([path], cache=cache)
+    found = {}
+    for study in STUDIES:
+        start = time.monotonic()
+        while (answer := shelf.study(study, shelf.names[0])).datasets is None and not answer.reason:
+            time.sleep(0.2)
+        found[study] = time.monotonic() - start
+    shelf.desk.close()
+    return found
+
+
+async def _pages(url: str, chromium: str, rounds: int) -> dict[str, float]:
+    """Seconds from the address to what the page is for, a fresh visitor each; median."""
+    from playwright.async_api import async_playwright
+
+    found = {}
+    async with async_playwright() as p:
+        browser = await p.chromium.launch(executable_path=chromium, args=FLAGS)
+        for page, text in PAGES.items():
+            times = []
+            for _ in range(rounds):
+                visitor = await browser.new_page(viewport={"width": 1280, "height": 900})
+                start = time.monotonic()
+                await visitor.goto(f"{url}/{page}")
+                await visitor.wait_for_function(_SEES, arg=text, timeout=60_000)
+                times.append(time.monotonic() - start)
+                await visitor.close()
+            found[page] = statistics.median(times)
+        await browser.close()
+    return found
+
+
+async def _changes(url: str, chromium: str, rounds: int, sessions: int) -> dict[str, float]:
+    """Seconds from a change to what it brings, in so many sessions at once; median over rounds and sessions."""
+    from playwright.async_api import async_playwright
+
+    times: dict[str, list[float]] = {}
+    async with async_playwright() as p:
+        browser = await p.chromium.launch(executable_path=chromium, args=FLAGS)
+        for page, changes in CHANGES.items():
+            for _ in range(rounds):
+                visitors = [await browser.new_page(viewport={"width": 1280, "height": 900}) for _ in range(sessions)]
+                for visitor in visitors:
+                    await visitor.goto(f"{url}/{page}")
+                    await visitor.wait_for_function(_SEES, arg=PAGES[page], timeout=60_000)
+                    await visitor.wait_for_timeout(3000)  # what comes later has come
+                for change in changes:
+                    took = await asyncio.gather(*(visitor.evaluate(_CHANGE, list(change)) for visitor in visitors))
+                    if None in took:
+                        raise InputError(f"{page}: {change[0]} {change[1]} brought no {change[2]!r} in 30 s")
+                    times.setdefault(f"{page}: {change[0]} {change[1]}", []).extend(took)
+                    await visitors[0].wait_for_timeout(1200)
+                for visitor in visitors:
+                    await visitor.close()
+        await browser.close()
+    return {name: statistics.median(values) for name, values in times.items()}

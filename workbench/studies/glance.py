@@ -1,0 +1,127 @@
+"""What sums alone say at once: shares and means of any selection, without intervals.
+
+A finished run keeps its sums by channel, effort and task, so these cost milliseconds at ten million tokens. Numbers with
+intervals, nulls and controls are those of the studies.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float
+
+from workbench.errors import InputError
+from workbench.studies.design import in_order
+from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.statistics import share
+
+ALL = "all"
+
+DEFINITIONS = {
+    "load": Definition("load share", "1", "fraction of the selection's routed slots that went to this expert"),
+    "gates": Definition("gate share", "1", "fraction of the selection's summed gate weights on this expert"),
+    "lift": Definition("lift", "1", "load share in the selection over that in all content of the run (no frame)"),
+    "mass": Definition("sink mass", "1", "mean probability on the sink over the selection's tokens"),
+    "spread": Definition("standard deviation", "1", "of the probability on the sink over the selection's tokens"),
+}
+METHOD = "Sums over the tokens of the selection, pooled: long sequences weigh more. No interval is computed here."
+NOT_CONTROLLED = "Selections differ in words, position, task and length; the studies have intervals and controls."
+
+
+class Totals(Protocol):
+    """What is needed of a run; `workbench.open_run` gives one."""
+
+    @property
+    def digest(self) -> str:
+        """Names what is visible of the run."""
+
+    def total(self, name: str) -> xr.DataArray:
+        """Sums by group (with `effort` and `task`) and channel."""
+
+
+def options(run: Totals) -> dict[str, list[str]]:
+    """Channels, efforts and tasks that have a token, each with `all` first."""
+    tokens = run.total("tokens")
+    some = tokens.values.sum(1) > 0
+    found = {"channel": [str(c) for c in tokens["channel"].values[tokens.values.sum(0) > 0]]}
+    for axis in ("effort", "task"):
+        found[axis] = in_order([str(v) for v in tokens[axis].values[some] if v])
+    return {axis: [ALL, *labels] for axis, labels in found.items()}
+
+
+def tokens(run: Totals) -> pd.DataFrame:
+    """Tokens of every channel, a column an effort and one for all."""
+    total = run.total("tokens")
+    efforts = in_order([str(e) for e in total["effort"].values])
+    columns = {e: total.values[total["effort"].values.astype(str) == e].sum(0) for e in efforts}
+    table = pd.DataFrame(columns | {ALL: total.values.sum(0)}, index=pd.Index(total["channel"].values, name="channel"))
+    return table[table[ALL] > 0].rename(columns={"": "unstated"})
+
+
+def routing(run: Totals, channel: str = ALL, effort: str = ALL, task: str = ALL) -> xr.Dataset:
+    """Load, gates and lift [layer, expert] of a selection; NaN where it has no token."""
+    counts, gates = run.total("expert_count"), run.total("gate_sum")
+    load = share(_pooled(counts, channel, effort, task))
+    everything = share(_pooled(counts, ALL, ALL, ALL))
+    lift = np.divide(load, everything, out=np.full(load.shape, np.nan), where=everything > 0)
+    values = {"load": load, "gates": share(_pooled(gates, channel, effort, task)), "lift": lift}
+    return _labelled(run, "routing", values, "expert", {"channel": channel, "effort": effort, "task": task})
+
+
+def sinks(run: Totals, channel: str = ALL, effort: str = ALL, task: str = ALL) -> xr.Dataset:
+    """Mean and spread of sink mass [layer, head] of a selection; NaN where it has no token."""
+    chosen = (channel, effort, task)
+    first, second, n = (_pooled(run.total(name), *chosen) for name in ("sink_sum", "sink_sumsq", "tokens"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mass = first / n
+        spread = np.sqrt(np.maximum(second / n - mass**2, 0))
+    labels = {"channel": channel, "effort": effort, "task": task}
+    return _labelled(run, "sinks", {"mass": mass, "spread": spread}, "head", labels)
+
+
+def by_channel_and_effort(
+    run: Totals, measure: Literal["load", "mass"], layer: int, column: int, task: str = ALL
+) -> Float[pd.DataFrame, "channel effort"]:
+    """One cell of `routing` (load over an even share) or `sinks` (mass) in every channel and effort."""
+    known = options(run)
+    sums = run.total("sink_sum" if measure == "mass" else "expert_count").sel(layer=[layer])
+    over = run.total("tokens") if measure == "mass" else sums.sum("expert") / sums.sizes["expert"]
+    rows = {}
+    for channel in known["channel"]:
+        cells = [(_pooled(sums, channel, e, task)[0, column], _pooled(over, channel, e, task)) for e in known["effort"]]
+        rows[channel] = [float(value / n.sum()) if n.sum() else np.nan for value, n in cells]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=known["effort"])
+    return table.dropna(how="all").rename_axis("channel").reset_index()
+
+
+def _pooled(total: xr.DataArray, channel: str, effort: str, task: str) -> np.ndarray:
+    """Summed over the groups and channels of a selection; `all` channels are all but the frame."""
+    chosen = np.ones(total.sizes["group"], dtype=bool)
+    for axis, wanted in (("effort", effort), ("task", task)):
+        if wanted != ALL:
+            chosen &= total[axis].values.astype(str) == wanted
+    known = [str(c) for c in total["channel"].values]
+    if channel != ALL and channel not in known:
+        raise InputError(f"channel {channel!r} is not in this run; it has {', '.join(known)}")
+    columns = [c for c in known if c == channel or (channel == ALL and c != "frame")]
+    within = total.isel(group=np.flatnonzero(chosen)).sel(channel=columns)
+    return np.asarray(within.sum(("group", "channel")).values, dtype=np.float64)
+
+
+def _labelled(
+    run: Totals, study: str, values: Mapping[str, np.ndarray], column: str, chosen: Mapping[str, str]
+) -> xr.Dataset:
+    tokens = int(_pooled(run.total("tokens"), **chosen))
+    name = ", ".join(v for v in (chosen["channel"], chosen["effort"], chosen["task"]) if v != ALL) or "all content"
+    first = next(iter(values.values()))
+    coords = {"layer": np.arange(first.shape[0]), column: np.arange(first.shape[1])}
+    attrs = provenance(study, name, run.digest, 0, chosen)
+    attrs |= {
+        "tokens": tokens,
+        "method": METHOD,
+        "not_controlled": NOT_CONTROLLED,
+        "summary": f"{name}: {tokens:,} tokens.",
+    }
+    return dataset({n: (("layer", column), v) for n, v in values.items()}, coords, DEFINITIONS, attrs)
