@@ -65,8 +65,8 @@ def expert_tokens(run: Run, layer: int, expert: int, text: Callable[[int], str],
     """Tokens that go to an expert more often than tokens do, with an example; from the first tokens of a run."""
 
     def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-        for block in run.blocks("id", "experts"):
-            yield block, (block["experts"][layer] == expert).any(-1)
+        for block in run.blocks("id", "experts", layer=layer):
+            yield block, (block["experts"][0] == expert).any(-1)
 
     return _telling(chosen(), text, rows)
 
@@ -76,8 +76,8 @@ def head_tokens(run: Run, layer: int, head: int, text: Callable[[int], str], *, 
 
     def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
         edge = None
-        for block in run.blocks("id", "sink"):
-            mass = block["sink"][layer][:, head].astype(np.float32)
+        for block in run.blocks("id", "sink", layer=layer):
+            mass = block["sink"][0][:, head].astype(np.float32)
             edge = float(np.quantile(mass, 0.9)) if edge is None else edge
             yield block, mass > edge
 
@@ -118,9 +118,9 @@ def head_by_position(run: Run, layer: int, head: int) -> Float[pd.DataFrame, "bi
     """A head's mean sink mass by position (bins that double) and channel; from the first tokens of a run."""
     shape = (len(_POSITION_BINS), len(CHANNELS))
     sums, counts, seen = np.zeros(shape), np.zeros(shape), 0
-    for block in run.blocks("sink"):
+    for block in run.blocks("sink", layer=layer):
         place = (np.searchsorted(_POSITION_BINS, np.maximum(block["position"], 1), side="right") - 1, block["channel"])
-        np.add.at(sums, place, block["sink"][layer][:, head].astype(np.float64))
+        np.add.at(sums, place, block["sink"][0][:, head].astype(np.float64))
         np.add.at(counts, place, 1)
         seen += len(block["position"])
         if seen >= _MOST_TOKENS:

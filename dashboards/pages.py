@@ -240,7 +240,10 @@ def experts(visit: Visit) -> Page:
         ]
 
     def show_pairs() -> None:
-        pairs[:] = [parts.later(lambda: _pairs(visit, chosen))]
+        title = f"Who works together in layer {chosen['layer']}, and who follows"
+        open_ = bool(pairs.objects) and not pairs[0].collapsed
+        pairs[:] = [parts.folded(title, lambda: _pairs(visit, chosen))]
+        pairs[0].collapsed = not open_
 
     def remember(*_: Any) -> None:
         visit.put(measure=str(measure.value))

@@ -113,6 +113,18 @@ def later(body: Callable[[], Any]) -> pn.Column:
     return box
 
 
+def folded(title: str, body: Callable[[], Any]) -> pn.Card:
+    """A box that is closed at first; what is in it is made when somebody opens it."""
+    box = card(title, pn.Column(sizing_mode="stretch_width"), collapsed=True)
+
+    def opened(*_: Any) -> None:
+        if not box.collapsed and not box[0].objects:
+            box[0].objects = [guarded(body)]
+
+    box.param.watch(opened, "collapsed")
+    return box
+
+
 def awaited(ask: Callable[[], Answer], show: Callable[[dict[str, xr.Dataset]], Sequence[Any]]) -> pn.Column:
     """What a study shows once it is made; until then, how long it has been at work."""
     box = pn.Column(sizing_mode="stretch_width")

@@ -117,7 +117,7 @@ def heat(page: Page) -> list[list[float]]:
 
 
 def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/experts").drawn(4)
+    visit = Visit(browser, f"{demo}/experts").drawn(2)
     expect(visit.page.get_by_text(": experts").first).to_be_visible()
     expect(visit.page.get_by_text("16 experts").first).to_be_visible()
     for words in ("What was found", "How is this computed"):
@@ -130,7 +130,7 @@ def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, b
 
 
 def test_it_is_readable_on_a_wide_screen(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/experts", width=1920).drawn(4)
+    visit = Visit(browser, f"{demo}/experts", width=1920).drawn(2)
     visit.page.wait_for_timeout(500)
     visit.page.screenshot(path=SCREENSHOTS / "routing-1920.png")
     assert visit.errors == []
@@ -193,7 +193,7 @@ def test_a_run_that_vanishes_is_said_to_be_gone(demo_run: Path, tmp_path: Path, 
         ("sinks", 3, "light"),
         ("channels", 3, "light"),
         ("effort", 2, "light"),
-        ("experts", 4, "dark"),
+        ("experts", 2, "dark"),
     ],
 )
 def test_every_page_draws_and_explains_itself(demo: str, browser: Browser, page: str, figures: int, theme: str) -> None:
@@ -320,9 +320,12 @@ def test_with_a_password_file_nobody_looks_without_one(demo_run: Path, tmp_path:
 
 
 def test_an_expert_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/experts?channel=analysis&layer=1&expert=5").drawn(3)
+    visit = Visit(browser, f"{demo}/experts?channel=analysis&layer=1&expert=5").drawn(2)
     expect(visit.page.get_by_text("Layer 1, expert 5").first).to_be_visible(timeout=30_000)
     expect(visit.page.get_by_text("for example").first).to_be_attached(timeout=30_000)
+    visit.page.get_by_text("Who works together in layer 1").first.click()
+    visit.drawn(4)
+    expect(visit.page.get_by_text("From layer 1 to 2: analysis").first).to_be_attached(timeout=30_000)
     assert visit.errors == []
 
 

@@ -49,3 +49,12 @@ def test_a_wrong_total_is_found(tmp_path: Path, name: str) -> None:
     array = zarr.open_group(str(tmp_path / "r"))[f"totals/{name}"]
     array[(0,) * array.ndim] = 12345
     assert [p.where for p in verify(tmp_path / "r")] == [f"totals/{name}"]
+
+
+def test_blocks_of_one_layer_are_those_of_all() -> None:
+    run = wb.open_run(DATA / "demo.zarr")
+    for layer in (0, 3):
+        for one, whole in zip(run.blocks("experts", "sink", layer=layer), run.blocks("experts", "sink"), strict=True):
+            for name in ("experts", "sink"):
+                np.testing.assert_array_equal(one[name], whole[name][layer : layer + 1])
+            np.testing.assert_array_equal(one["sequence"], whole["sequence"])

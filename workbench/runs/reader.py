@@ -150,11 +150,11 @@ class Run:
             if done
         ]
 
-    def blocks(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
+    def blocks(self, *names: str, layer: int | None = None) -> Iterator[dict[str, np.ndarray]]:
         """Committed units one after the other: `sequence`, `position`, `channel` of every token, and what is named.
 
         names: as in `dataset`; `token` is the last axis but that of the features, [layer, token, slot]. Memory is
-        that of a unit.
+        that of a unit. layer: read this one alone (a recorded activation counts its own), as [1, token, …].
         """
         stored = self._stored
         if unknown := sorted(set(names) - set(stored.values())):
@@ -167,7 +167,7 @@ class Run:
                 axis = array.metadata.dimension_names.index("token")
                 grain = (array.shards or array.chunks)[axis]
                 end = -(-rows.stop // grain) * grain
-                values = shards.read(array, self.place, path, rows.start, end, axis)
+                values = shards.read(array, self.place, path, rows.start, end, axis, layer if axis else None)
                 values = values[(*(slice(None),) * axis, slice(rows.stop - rows.start))]
                 block[name] = float32_of(values) if path.startswith("activations/") else values
             yield block

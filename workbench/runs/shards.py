@@ -11,7 +11,7 @@ Reference: Zarr v3 core specification; sharding_indexed codec, version 1.0.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
@@ -38,7 +38,7 @@ def writes(
     """
     grain = array.shards or array.chunks
     assert start % grain[axis] == 0, f"{start=} is inside a shard of {grain[axis]}"
-    for key, part in _shards(values.shape, grain, start // grain[axis], axis):
+    for key, part in _shards(values.shape, grain, _first(grain, start, axis)):
         yield partial(_put, array, place, "/".join((name, "c", *map(str, key))), values[part])
 
 
@@ -55,17 +55,28 @@ def _put(array: zarr.Array, place: Place, key: str, values: np.ndarray) -> None:
     place.put(key, parts)
 
 
-def read(array: zarr.Array, place: Place, name: str, start: int, stop: int, axis: int) -> np.ndarray:
+def read(
+    array: zarr.Array, place: Place, name: str, start: int, stop: int, axis: int, layer: int | None = None
+) -> np.ndarray:
     """Rows [start, stop) of `axis`, whole shards each, of all else all; FileNotFoundError where one is not there.
+
+    layer: of an array whose first axis is the layer, this one alone (the axis stays).
 
     Measured, 2 cores: verifying 10 million tokens took 247 s with `array[…]`, which spends 0.3 ms on every inner chunk.
     """
     grain = array.shards or array.chunks
     if tuple(array.compressors) != (CODEC,) or start % grain[axis]:
-        return np.asarray(array[(*(slice(None),) * axis, slice(start, stop))])
+        before = [slice(None)] * axis
+        if layer is not None:
+            before[0] = slice(layer, layer + 1)
+        return np.asarray(array[(*before, slice(start, stop))])
     shape = tuple(stop - start if a == axis else n for a, n in enumerate(array.shape))
+    first = _first(grain, start, axis)
+    if layer is not None:
+        assert axis > 0 == grain[0] - 1
+        shape, first[0] = (1, *shape[1:]), layer
     out = np.empty(shape, dtype=array.dtype)
-    for key, part in _shards(shape, grain, start // grain[axis], axis):
+    for key, part in _shards(shape, grain, first):
         data = place.read("/".join((name, "c", *map(str, key))))
         block = _unpacked(data, array, grain)
         into = out[part]
@@ -115,13 +126,18 @@ def _encode(block: np.ndarray) -> bytes:
     return packed
 
 
+def _first(grain: tuple[int, ...], start: int, axis: int) -> list[int]:
+    """Key of the shard where rows from `start` begin."""
+    return [start // grain[axis] if a == axis else 0 for a in range(len(grain))]
+
+
 def _shards(
-    shape: tuple[int, ...], grain: tuple[int, ...], first: int, axis: int
+    shape: tuple[int, ...], grain: tuple[int, ...], first: Sequence[int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
     """Key and place of every shard that values of this shape fill."""
     counts = [-(-n // g) for n, g in zip(shape, grain, strict=True)]
     for index in product(*map(range, counts)):
-        key = tuple(i + first * (a == axis) for a, i in enumerate(index))
+        key = tuple(i + offset for i, offset in zip(index, first, strict=True))
         yield key, tuple(slice(i * g, (i + 1) * g) for i, g in zip(index, grain, strict=True))
 
 
