@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 the job failed, 2 wrong usage or refused input.
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -340,12 +340,15 @@ def figures(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     format: Annotated[list[str] | None, typer.Option(help="svg, pdf, png, html; repeat. [default: all]")] = None,
+    column: Annotated[str, typer.Option(help="screen, single (89 mm) or double (183 mm).")] = "screen",
+    which: Annotated[str, typer.Option("--set", help="all, main (for the text) or supplement.")] = "all",
 ) -> None:
-    """Every figure of a run, with the CSV behind each."""
-    from workbench.figures.export import write_all
+    """Every figure of a run, each with its numbers (CSV), caption and provenance."""
+    from workbench.figures.export import FORMATS, write_all
     from workbench.runs import open_run
 
-    for path in write_all(open_run(run), out, formats=tuple(format or ("svg", "pdf", "png", "html"))):
+    formats = tuple(format or FORMATS)
+    for path in write_all(open_run(run), out, formats, column=cast(Any, column), which=cast(Any, which)):
         print(path)
 
 

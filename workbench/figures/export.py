@@ -1,6 +1,5 @@
 """Figures as files for a paper: SVG, PDF, PNG and HTML that fetches nothing, each with the numbers behind it as CSV."""
 
-import importlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,36 +10,49 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from workbench.errors import InputError
-from workbench.figures.drawing import Gallery
-from workbench.studies import STUDIES, run_study
+from workbench.figures import paper
+from workbench.figures.drawing import Drawing
 from workbench.studies.design import Run
 from workbench.studies.files import refuse_paths, write_files
 
 PLOTLY_JS = "plotly.min.js"
 FORMATS = ("svg", "pdf", "png", "html")
-# 920 points wide at 3 pixels a point: 300 dots an inch at 23 cm
-PNG_SCALE = 3
+# 96 pixels an inch times this: 300 dots an inch
+PNG_SCALE = 300 / 96
 # plotly's own pages offer to upload the chart, and routing is nearly as private as the text
 PAGE_CONFIG = {"showSendToCloud": False, "displaylogo": False}
 
 
-def write_all(run: Run, out: str | os.PathLike[str], formats: Sequence[str] = FORMATS) -> list[Path]:
+def write_all(
+    run: Run,
+    out: str | os.PathLike[str],
+    formats: Sequence[str] = FORMATS,
+    *,
+    column: paper.Column = "screen",
+    which: paper.Which = "all",
+) -> list[Path]:
     """Every figure of every study of a run, `STUDY_NAME`; a study for which the run lacks something is left out."""
     _check(formats)
-    left_out = []
-    drawings: Gallery = {}
-    for study in STUDIES:
-        try:
-            found = run_study(study, run)
-        except InputError as error:
-            left_out.append(str(error))
-            continue
-        drawn: Gallery = importlib.import_module(f"workbench.figures.{study}").gallery(found)
-        drawings |= {f"{study}_{name}": drawing for name, drawing in drawn.items()}
-    if not drawings:
-        raise InputError(f"no study can be made of this run: {'; '.join(left_out)}")
-    figures = {name: drawing.draw() for name, drawing in drawings.items()}
-    return write(figures, {name: drawing.table() for name, drawing in drawings.items()}, out, formats)
+    paper.fit(go.Figure(layout={"height": 500}), column)  # refuse a wrong column before minutes of work
+    found, _ = paper.drawings(run, which)
+    return write_drawings(found, out, formats, column=column)
+
+
+def write_drawings(
+    found: Mapping[str, Drawing],
+    out: str | os.PathLike[str],
+    formats: Sequence[str] = FORMATS,
+    *,
+    column: paper.Column = "screen",
+) -> list[Path]:
+    """Draw, and write each figure with its numbers, its caption (`.txt`) and its provenance (`.json`); and `index.md`."""
+    drawn = {name: drawing.draw() for name, drawing in found.items()}
+    captions = {name: paper.caption(drawing, drawn[name]) for name, drawing in found.items()}
+    beside = {f"{name}.txt": text for name, text in captions.items()}
+    beside |= {f"{name}.json": paper.provenance(drawing, column) for name, drawing in found.items()}
+    beside["index.md"] = paper.index(captions)
+    figures = {name: paper.fit(figure, column) for name, figure in drawn.items()}
+    return write(figures, {name: drawing.table() for name, drawing in found.items()}, out, formats, beside)
 
 
 def write(
@@ -48,6 +60,7 @@ def write(
     data: Mapping[str, pd.DataFrame],
     out: str | os.PathLike[str],
     formats: Sequence[str] = FORMATS,
+    beside: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write `NAME.FORMAT` for every figure and format, and `NAME.csv`; nothing is written unless everything was made."""
     _check(formats)
@@ -58,6 +71,7 @@ def write(
     files: dict[str, str | bytes] = {
         f"{name}.csv": table.to_csv(index=False, lineterminator="\n") for name, table in data.items()
     }
+    files |= beside or {}
     images = [suffix for suffix in FORMATS if suffix in formats and suffix != "html"]
     if images and figures:
         files |= _images(figures, images)

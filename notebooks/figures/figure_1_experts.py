@@ -1,0 +1,31 @@
+"""Figure 1: which experts the thoughts and answers go to, and how evenly.
+
+python notebooks/figures/figure_1_experts.py RUN OUT [svg|pdf|png|html …]
+"""
+
+from functools import partial
+
+from workbench import studies
+from workbench.figures import paper, routing
+from workbench.figures.drawing import Drawing, numbers
+from workbench.runs import Run
+
+
+def draw(run: Run) -> dict[str, Drawing]:
+    """The panels by name."""
+    load = studies.routing.load(run)
+    effort = str(load["effort"].values[-1])
+    found = {
+        "figure_1a_entropy": Drawing(
+            partial(routing.entropy_by_layer, load), numbers(load, "channel_effort_layer"), load
+        )
+    }
+    for panel, channel in (("b", "analysis"), ("c", "final")):
+        cell = load.sel(channel=channel, effort=effort)
+        drawing = partial(routing.load_heatmap, load, channel, effort)
+        found[f"figure_1{panel}_{channel}"] = Drawing(drawing, numbers(cell, "layer_expert"), load)
+    return found
+
+
+if __name__ == "__main__":
+    paper.script(draw, column="double")

@@ -1,0 +1,32 @@
+"""Figure 3: where heads rest, and along position in a full and in a window layer.
+
+python notebooks/figures/figure_3_sinks.py RUN OUT [svg|pdf|png|html …]
+"""
+
+from functools import partial
+
+from workbench import studies
+from workbench.figures import paper, sinks
+from workbench.figures.drawing import Drawing, numbers
+from workbench.runs import Run
+
+
+def draw(run: Run) -> dict[str, Drawing]:
+    """The panels by name."""
+    mass = studies.sinks.mass(run)
+    effort = str(mass["effort"].values[-1])
+    cell = mass.sel(channel="analysis", effort=effort)
+    found = {
+        "figure_3a_mass": Drawing(
+            partial(sinks.mass_heatmap, mass, "analysis", effort), numbers(cell, "layer_head"), mass
+        )
+    }
+    position = studies.sinks.by_position(run)
+    for panel, layer in (("b_full", 1), ("c_window", 2)):
+        table = numbers(position.sel(layer=layer), "channel_bin")
+        found[f"figure_3{panel}"] = Drawing(partial(sinks.by_position, position, layer), table, position)
+    return found
+
+
+if __name__ == "__main__":
+    paper.script(draw)

@@ -1,0 +1,20 @@
+"""Figure 4: what effort costs and brings, and how far routing differs with it at equal position.
+
+python notebooks/figures/figure_4_effort.py RUN OUT [svg|pdf|png|html …]
+"""
+
+from workbench import studies
+from workbench.figures import effort, paper
+from workbench.figures.drawing import Drawing
+from workbench.runs import Run
+
+
+def draw(run: Run) -> dict[str, Drawing]:
+    """The panels by name."""
+    gallery = effort.gallery(studies.run_study("effort", run))
+    panels = {"a_accuracy": "accuracy_by_tokens", "b_routing": "routing_sizes"}
+    return {f"figure_4{panel}": gallery[name] for panel, name in panels.items() if name in gallery}
+
+
+if __name__ == "__main__":
+    paper.script(draw)

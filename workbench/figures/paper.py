@@ -1,0 +1,135 @@
+"""Figures as a journal wants them: a column wide, 7-point type, the title in the caption, and where the numbers are from.
+
+89 and 183 mm are the widths of one and two columns in most journals.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+import plotly
+import plotly.graph_objects as go
+
+from workbench.errors import InputError
+from workbench.figures.drawing import Drawing, Gallery
+from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, WIDTH
+from workbench.studies import STUDIES, run_study
+from workbench.studies.design import Run
+
+Column = Literal["screen", "single", "double"]
+Which = Literal["all", "main", "supplement"]
+MM = {"single": 89, "double": 183}
+PIXELS_A_MM = 96 / 25.4
+_TYPE = 7 * 96 / 72  # 7 points in pixels
+_ABOVE, _BELOW = 14, 62
+# what a reader of the text needs; everything else is for the supplement
+MAIN = (
+    "routing_entropy_by_layer", "routing_load_analysis_high", "routing_load_final_high", "routing_divergence_analysis_vs_final",
+    "channels_routing_sizes", "channels_routing_analysis_vs_final_volcano", "sinks_mass_analysis_high", "sinks_sizes",
+    "effort_accuracy_by_tokens", "effort_routing_sizes",
+)  # fmt: skip
+
+
+def drawings(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
+    """What all studies of a run can draw, as `STUDY_NAME`, the main set first; and why studies are left out."""
+    if which not in get_args(Which):
+        raise InputError(f"no set {which!r}; choose from {', '.join(get_args(Which))}")
+    found: Gallery = {}
+    left_out = []
+    for study in STUDIES:
+        try:
+            sets = run_study(study, run)
+        except InputError as error:
+            left_out.append(str(error))
+            continue
+        drawn: Gallery = importlib.import_module(f"workbench.figures.{study}").gallery(sets)
+        found |= {f"{study}_{name}": drawing for name, drawing in drawn.items()}
+    if not found:
+        raise InputError(f"no study can be made of this run: {'; '.join(left_out)}")
+    main = [name for name in MAIN if name in found]
+    order = {"all": [*main, *(n for n in found if n not in main)], "main": main}
+    chosen = order.get(which, [n for n in found if n not in main])
+    if not chosen:
+        raise InputError(f"this run has none of the {which} figures; --set all writes what there is")
+    return {name: found[name] for name in chosen}, left_out
+
+
+def fit(figure: go.Figure, column: Column) -> go.Figure:
+    """The figure as wide as a column, without its title and foot, in 7-point type; `screen` leaves it as it is."""
+    if column not in get_args(Column):
+        raise InputError(f"no column {column!r}; choose from {', '.join(get_args(Column))}")
+    if column == "screen":
+        return figure
+    out = go.Figure(figure)
+    width = round(MM[column] * PIXELS_A_MM)
+    scale = max(width / WIDTH, 0.5)
+    plot = (figure.layout.height - MARGIN_ABOVE - MARGIN_BELOW) * scale
+    height = round(max(plot, 100) + _ABOVE + _BELOW)
+    type_ = {"size": _TYPE}
+    out.layout.annotations = [a for a in out.layout.annotations if a.yshift != 6 - MARGIN_BELOW]  # the foot
+    out.update_layout(
+        title=None, width=width, height=height, font=type_, margin={"l": 38, "r": 10, "t": _ABOVE, "b": _BELOW},
+        legend={"y": 2 / height, "font": type_, "title": {"font": type_}},
+    )  # fmt: skip
+    out.update_annotations(font=type_)
+    out.update_xaxes(title={"font": type_, "standoff": 4}, ticklen=3, tickfont=type_)
+    out.update_yaxes(title={"font": type_, "standoff": 4}, ticklen=3, tickfont=type_)
+    if "coloraxis" in out.layout:
+        out.update_layout(
+            coloraxis={"colorbar": {"thickness": 8, "ticklen": 3, "tickfont": type_, "title": {"font": type_}}}
+        )
+    for trace in out.data:
+        if trace.type == "scatter":
+            size, line = trace.marker.size, trace.line.width
+            trace.update(
+                marker={"size": 0.65 * size} if isinstance(size, int | float) else {},
+                line={"width": 0.7 * line} if line else {},
+            )
+    return out
+
+
+def caption(drawing: Drawing, figure: go.Figure) -> str:
+    """What the figure shows, how it was computed and what is not controlled: its title and more, as plain text."""
+    attrs = drawing.source.attrs
+    said = [figure.layout.title.text, figure.layout.title.subtitle.text, attrs.get("method", "")]
+    if attrs.get("not_controlled"):
+        said.append(f"Not controlled: {attrs['not_controlled']}")
+    return " ".join(text if text.endswith(".") else f"{text}." for text in said if text) + "\n"
+
+
+def provenance(drawing: Drawing, column: Column) -> str:
+    """Where the figure comes from, as JSON: enough to make it again."""
+    attrs = {k: v for k, v in drawing.source.attrs.items() if k not in ("summary", "method", "not_controlled")}
+    attrs["parameters"] = json.loads(attrs.get("parameters", "{}"))
+    plain = {k: v if isinstance(v, str | dict) else getattr(v, "item", lambda v=v: v)() for k, v in attrs.items()}
+    return json.dumps(plain | {"column": column, "plotly": plotly.__version__}, indent=1, sort_keys=True) + "\n"
+
+
+def index(captions: Mapping[str, str]) -> str:
+    """A page that lists the figures, those of the main text first."""
+    lines = ["# Figures", ""]
+    for heading, names in (
+        ("Main text", [n for n in captions if n in MAIN]), ("Supplement", [n for n in captions if n not in MAIN]),
+    ):  # fmt: skip
+        lines += [f"## {heading}", ""] if names else []
+        for number, name in enumerate(names, start=1):
+            lines += [f"**Figure {'' if heading == 'Main text' else 'S'}{number}** (`{name}`). {captions[name]}"]
+    return "\n".join(lines)
+
+
+def script(draw: Callable[[Run], Mapping[str, Drawing]], *, column: Column = "single") -> None:
+    """What the scripts in notebooks/figures do: `SCRIPT.py RUN OUT [FORMAT …]`."""
+    from workbench.figures.export import write_drawings
+    from workbench.runs import open_run
+
+    if len(sys.argv) < 3:
+        sys.exit(f"usage: {Path(sys.argv[0]).name} RUN OUT [svg|pdf|png|html …]")
+    run, out, *formats = sys.argv[1:]
+    try:
+        for path in write_drawings(draw(open_run(run)), out, formats or ("pdf", "svg"), column=column):
+            print(path)
+    except InputError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
