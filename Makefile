@@ -1,12 +1,14 @@
 # make demo    from nothing to a served dashboard
 # make test    everything, as CI runs it
 # make check   the fast loop: format, lint, types, quick tests
+# make paper   the figures of a paper, from RUN into OUT
+# make docs    the documentation site, into site/
 PYTHON ?= python3
 BIN := .venv/bin
 SERVE ?= 1
 PORT ?= 5006
 
-.PHONY: demo test check dashboard nano run findings
+.PHONY: demo test check dashboard nano run findings paper docs
 
 .venv/.user: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -55,6 +57,18 @@ findings: .venv/.user
 	  $(BIN)/workbench study $$name $(ON_NANO) > /dev/null || exit 1; done
 	$(BIN)/workbench report data/demo.zarr --out runs/findings/findings.html --results runs/findings
 	cp runs/findings/findings.md data/findings.md
+
+# The figures of a paper from a run, each as a script of its own: make paper RUN=runs/demo.zarr
+RUN ?= data/demo.zarr
+OUT ?= runs/paper
+paper: .venv/.user
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[figures]"
+	for script in notebooks/figures/*.py; do $(BIN)/python $$script $(RUN) $(OUT) pdf svg png || exit 1; done
+	$(BIN)/workbench figures $(RUN) --out $(OUT)/supplement --set supplement --column single --format pdf
+
+# The documentation site, into site/; a warning is an error.
+docs: .venv/.dev
+	$(BIN)/mkdocs build --strict --quiet
 
 dashboard: .venv/.user
 	$(BIN)/workbench dashboard runs/demo.zarr --port $(PORT)

@@ -101,8 +101,8 @@ def test_every_figure_of_a_run_is_written(tmp_path):
     run = planted_run(n_prompts=4, efforts=("low",), lengths={"final": 8})
     paths = export.write_all(run, tmp_path, ("html",))
     names = {path.name for path in paths}
-    assert names - {"plotly.min.js"} == {
+    assert names - {"plotly.min.js", "index.md"} == {
         f"routing_{name}.{suffix}"
         for name in ("entropy_by_layer", "load_final_low", "special_in_task")
-        for suffix in ("csv", "html")
+        for suffix in ("csv", "html", "txt", "json")
     }

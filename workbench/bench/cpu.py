@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from workbench.bench.table import processor
 from workbench.errors import JobError
 from workbench.model.config import PUBLISHED
 from workbench.model.export import save_random
@@ -80,7 +81,7 @@ def measure(tokens: Sequence[int], rounds: int, threads: int, checkpoint: Path, 
                         seconds.setdefault((name, path, n), []).append(answer["seconds"])
                     advance(1)
     return {
-        "threads": threads, "rounds": rounds, "processor": _processor(), "torch": torch.__version__,
+        "threads": threads, "rounds": rounds, "processor": processor(), "torch": torch.__version__,
         "load_s": {name: worker.load_s for name, worker in workers.items()},
         "lengths": [_compare(n, seconds, memory, peers) for n in sorted(tokens)],
     }  # fmt: skip
@@ -106,11 +107,6 @@ def _compare(
 def _ratios(some: Iterable[float], others: Iterable[float]) -> list[float]:
     """Of passes that ran one after the other, so that a slow minute touches both."""
     return [a / b for a, b in zip(some, others, strict=True)]
-
-
-def _processor() -> str:
-    found = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} cores of {found[0]}" if found else f"{os.cpu_count()} cores"
 
 
 def _lines(path: str) -> list[str]:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from workbench.bench.table import show
+from workbench.bench.table import processor, show
 from workbench.dashboards.state import Shelf
 from workbench.errors import InputError
 from workbench.studies import STUDIES
@@ -34,7 +34,7 @@ PAGES = {
 }  # fmt: skip
 CHANGES = {
     "experts": [("button", "low", "chosen: analysis, low"), ("button", "high", "chosen: analysis, high"), ("Channel", "final", "chosen: final, high"), ("Layer", "7", "Layer 7,")],
-    "sinks": [("button", "low", "mass: analysis, low"), ("Channel", "prompt", "mass: prompt, low"), ("Layer", "11", "Layer 11,")],
+    "sinks": [ ("Channel", "prompt", "mass: prompt"), ("Layer", "11", "Layer 11,")],
     "effort": [("Task", "task 3", "brings: task 3")],
     "transcript": [("button", "next ›", "Expected")],
 }  # fmt: skip
@@ -95,6 +95,7 @@ def run(path: str, rounds: int, sessions: int) -> dict[str, Any]:
         finally:
             _stop(server)
     result = {
+        "machine": processor(),
         "first_visit_s": first,
         "page_s": again,
         "change_s": one,

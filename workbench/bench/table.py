@@ -1,6 +1,8 @@
 """Tables for people: drawn on a terminal, lines of Markdown elsewhere, where nothing may be cut to fit."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], text: int = 0) -> str:
@@ -22,3 +24,11 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def processor() -> str:
+    """The cores that this process may use, and their name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    found = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(os.sched_getaffinity(0))} cores of {found[0]}" if found else f"{os.cpu_count()} cores"

@@ -35,6 +35,7 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
         grid.colour(np.where(shown, np.clip(points, -limit, limit), np.nan), detail, hover, opacity=opacity)
     grid.missing(np.isnan(points))
     grid.sign(~different & ~np.isnan(points), "line-ne", colours.band, "pale, hatched: not shown to differ")
+    grid.sign(different & (points < 0), "line-ew", colours.on_scale, "−: less")
     bar = {"title": {"text": f"percentage points, {ds.attrs['a']} − {ds.attrs['b']}"}}
     figure = grid.finish(kind, {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": bar})
     subtitle = (

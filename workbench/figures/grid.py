@@ -51,7 +51,7 @@ class Grid:
         if not where.any():
             return
         layer, column = np.nonzero(where)
-        line_width = 1 if symbol in ("line-ne", "x-thin") else 0
+        line_width = 1 if symbol in ("line-ne", "line-ew", "x-thin") else 0
 
         def marker(size: float, colour: str) -> dict[str, Any]:
             return {"symbol": symbol, "size": size, "color": colour, "line": {"color": colour, "width": line_width}}

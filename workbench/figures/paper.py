@@ -65,9 +65,9 @@ def fit(figure: go.Figure, column: Column) -> go.Figure:
         return figure
     out = go.Figure(figure)
     width = round(MM[column] * PIXELS_A_MM)
-    scale = max(width / WIDTH, 0.5)
+    scale = max(width / WIDTH, 0.65)  # narrower columns are relatively taller: titles of axes must fit
     plot = (figure.layout.height - MARGIN_ABOVE - MARGIN_BELOW) * scale
-    height = round(max(plot, 100) + _ABOVE + _BELOW)
+    height = round(max(plot, 140) + _ABOVE + _BELOW)
     type_ = {"size": _TYPE}
     out.layout.annotations = [a for a in out.layout.annotations if a.yshift != 6 - MARGIN_BELOW]  # the foot
     out.update_layout(

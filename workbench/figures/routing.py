@@ -69,6 +69,7 @@ def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme
         grid.colour(np.where(shown, np.clip(points, -limit, limit), np.nan), detail, hover, opacity=opacity)
     grid.missing(np.isnan(points))
     grid.sign(~different & ~np.isnan(points), "line-ne", colours.band, "pale, hatched: not shown to differ")
+    grid.sign(different & (points < 0), "line-ew", colours.on_scale, "−: less")
     grid.sign(points > limit, "triangle-up", colours.on_scale, f"clipped: above +{limit:g}")
     grid.sign(points < -limit, "triangle-down", colours.on_scale, f"clipped: below −{limit:g}")
     ticks = np.linspace(-limit, limit, 5)

@@ -1,0 +1,149 @@
+"""Figures as a journal wants them: as wide as a column, readable, told about, and the same again."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import workbench as wb
+from tests.conftest import DATA
+from workbench.errors import InputError
+from workbench.figures import export, paper, routing
+from workbench.figures.template import THEMES
+
+SCRIPTS = sorted((Path(__file__).parents[2] / "notebooks" / "figures").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def found():
+    drawn, left_out = paper.drawings(wb.open_run(DATA / "demo.zarr"))
+    assert left_out == []
+    return drawn
+
+
+def points(figure):
+    """Sizes of all type in a figure, in points of 1/72 inch."""
+    plain = figure.to_dict()
+    plain["layout"].pop("template")  # what is given in the figure itself is what counts
+    text = json.dumps(plain, default=str, separators=(",", ":"))
+    return [float(size) * 72 / 96 for size in re.findall(r'"(?:tick)?font":\{"size":([\d.]+)', text)]
+
+
+@pytest.mark.parametrize("column", ["single", "double"])
+def test_a_figure_is_as_wide_as_a_column_in_seven_point_type(found, column):
+    for name, drawing in found.items():
+        screen = drawing.draw()
+        fitted = paper.fit(screen, column)
+        assert fitted.layout.width / 96 * 25.4 == pytest.approx(paper.MM[column], abs=0.2), name
+        assert fitted.layout.title.text is None
+        assert not any("workbench" in a.text for a in fitted.layout.annotations)
+        assert len(fitted.data) == len(screen.data)
+        sizes = points(fitted)
+        assert sizes
+        assert sizes == pytest.approx([7] * len(sizes))
+        assert screen.layout.title.text  # what was given is not changed
+    screen = points(next(iter(found.values())).draw())
+    assert screen
+    assert screen != pytest.approx([7] * len(screen))
+
+
+def test_the_sets_are_apart_and_the_main_one_is_first(found):
+    run = wb.open_run(DATA / "demo.zarr")
+    main = [name for name in paper.MAIN if name in found]
+    assert list(found)[: len(main)] == main
+    assert len(main) >= 8
+    for which in ("mian", ""):
+        with pytest.raises(InputError, match="choose from all, main, supplement"):
+            paper.drawings(run, which)
+    with pytest.raises(InputError, match="choose from screen, single, double"):
+        paper.fit(next(iter(found.values())).draw(), "triple")
+
+
+def test_each_comes_with_caption_numbers_and_provenance(found, tmp_path):
+    few = {name: found[name] for name in (*list(found)[:2], list(found)[-1])}
+    export.write_drawings(few, tmp_path, ("html",), column="single")
+    run = wb.open_run(DATA / "demo.zarr")
+    for name, drawing in few.items():
+        caption = (tmp_path / f"{name}.txt").read_text()
+        assert drawing.draw().layout.title.text in caption
+        assert drawing.source.attrs["method"] in caption
+        assert "Not controlled:" in caption
+        said = json.loads((tmp_path / f"{name}.json").read_text())
+        assert said["run_digest"] == run.digest
+        assert said["column"] == "single"
+        assert isinstance(said["parameters"], dict)
+        assert (tmp_path / f"{name}.csv").read_text().count("\n") == len(drawing.table()) + 1
+    index = (tmp_path / "index.md").read_text()
+    assert index.index("## Main text") < index.index(f"`{next(iter(few))}`") < index.index("## Supplement")
+    assert "**Figure S1**" in index
+
+
+@pytest.mark.browser
+def test_the_same_run_gives_the_same_bytes(found, tmp_path):
+    few = dict(list(found.items())[:4])
+    written = []
+    for again in ("a", "b"):
+        paths = export.write_drawings(few, tmp_path / again, ("svg",), column="double")
+        # plotly numbers its clip paths at random
+        written.append(
+            {p.name: re.sub(r"(?<=[-_#\"])?[0-9a-f]{6}(?=[xy\"\-)]|xy)", "ID", p.read_text()) for p in paths}
+        )
+    assert written[0] == written[1]
+    assert any("<svg" in text for text in written[0].values())
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_a_script_makes_its_figure_and_says_how_it_is_used(script, tmp_path):
+    command = [sys.executable, str(script)]
+    done = subprocess.run(
+        [*command, str(DATA / "demo.zarr"), str(tmp_path), "pdf"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    made = {path.suffix for path in tmp_path.iterdir()}
+    assert made == {".pdf", ".csv", ".txt", ".json", ".md"}
+    assert all(path.read_bytes().startswith(b"%PDF-") for path in tmp_path.glob("*.pdf"))
+    lost = subprocess.run(
+        [*command, str(tmp_path / "none.zarr"), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert lost.returncode == 1
+    assert "is not there" in lost.stderr
+    assert lost.stderr.count("\n") == 1
+    alone = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "RUN OUT" in alone.stderr
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_values_are_told_apart_in_grey(theme):
+    """Relative luminance rises or falls all the way along the scale; a rainbow would not."""
+
+    def luminance(colour):
+        parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    def steps(colours):
+        return np.diff([luminance(c) for c in colours])
+
+    scale = steps(THEMES[theme].sequential)
+    assert (scale > 0.005).all() or (scale < -0.005).all()
+    rainbow = steps(["#ff0000", "#ffff00", "#00ff00", "#00ffff", "#0000ff"])
+    assert not (rainbow > 0).all()
+    assert not (rainbow < 0).all()
+
+
+def test_less_is_marked_where_grey_cannot_tell_it_from_more(found):
+    """Both ends of a diverging scale are dark: cells that are less carry a minus."""
+    names = [n for n in found if n.startswith("routing_difference")]
+    assert names
+    for name in names:
+        div = found[name].source
+        less = (div["difference"].values < 0) & div["expert_different"].values
+        drawn = routing.load_difference_heatmap(div)
+        marks = [t for t in drawn.data if t.type == "scatter" and t.marker.symbol == "line-ew" and t.x[0] is not None]
+        assert sum(len(t.x) for t in marks) == less.sum()

@@ -1,0 +1,190 @@
+"""The documentation is true: every code block runs, every command works, every link leads somewhere, the site builds clean.
+
+Blocks run in a folder that has what a reader would have: nano stands for the real checkpoints, a slice of the demo run for
+theirs, and a host of our own for vLLM.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import zarr
+
+from tests.conftest import DATA
+from tests.harmony.hosts.test_collect import FakeHost
+from tests.runs.conftest import write_run
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(p for p in (ROOT / "docs").rglob("*.md"))
+WITH_CODE = [p for p in PAGES if "```python" in p.read_text() or "```sh" in p.read_text()]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT / "docs"))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """What a reader has."""
+    for model in ("gpt-oss-20b", "gpt-oss-120b"):
+        (tmp_path / model).symlink_to(DATA / "nano")
+    (tmp_path / "dashboards").symlink_to(ROOT / "dashboards")
+    shutil.copytree(DATA / "demo.zarr", tmp_path / "run.zarr")
+    rows = (DATA / "prompts.jsonl").read_text().splitlines()[::40]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    said = [
+        {"id": f"c{i}", "messages": [*json.loads(row)["messages"], {"role": "assistant", "content": "7"}]}
+        for i, row in enumerate(rows)
+    ]
+    (tmp_path / "conversations.jsonl").write_text("\n".join(map(json.dumps, said)) + "\n")
+    command = [
+        sys.executable,
+        "-m",
+        "workbench.cli",
+        "generate",
+        "nano",
+        "prompts.jsonl",
+        "answers.jsonl",
+        "--effort",
+        "low",
+        "--effort",
+        "high",
+    ]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in WITH_CODE if blocks(p, "python")], ids=name)
+def test_the_python_of_a_page_runs_in_its_order(page: Path, workplace: Path) -> None:
+    code = "\n".join(blocks(page, "python"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in WITH_CODE if blocks(p, "sh")], ids=name)
+def test_the_commands_of_a_page_work_in_their_order(page: Path, workplace: Path) -> None:
+    text = "\n".join(blocks(page, "sh"))
+    host, cluster = None, []
+    if "http://localhost:8000" in text:
+        host = FakeHost()
+        text = text.replace("http://localhost:8000", host.url)
+    if "tcp://localhost:8786" in text:
+        port = free_port()
+        text = text.replace("localhost:8786", f"127.0.0.1:{port}")
+        for words in (
+            ["dask_scheduler", "--host", "127.0.0.1", "--port", str(port)],
+            ["dask_worker", f"tcp://127.0.0.1:{port}", "--nthreads", "1"],
+        ):
+            begin = [sys.executable, "-m", f"distributed.cli.{words[0]}", *words[1:], "--no-dashboard"]
+            cluster.append(subprocess.Popen(begin, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            wait_for(port)
+    try:
+        for line in filter(None, (line.split(" #")[0].strip() for line in text.splitlines())):
+            run(shlex.split(line), workplace)
+    finally:
+        for process in cluster:
+            process.terminate()
+            process.wait(30)
+        if host is not None:
+            host.server.shutdown()
+
+
+def run(words: list[str], cwd: Path) -> None:
+    """One command as it stands; what serves is asked for a page and ended."""
+    assert words[0] in ("workbench", "panel"), f"a command that no test runs: {shlex.join(words)}"
+    module = {"workbench": "workbench.cli", "panel": "panel"}[words[0]]
+    command = [sys.executable, "-m", module, *words[1:]]
+    if words[1] not in ("dashboard", "serve"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+        assert done.returncode == 0, (shlex.join(words), done.stderr[-2000:])
+        return
+    port = free_port()
+    at = command.index("--args") if "--args" in command else len(command)
+    command[at:at] = ["--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cwd)
+    try:
+        wait_for(port)
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(port: int) -> None:
+    for _ in range(240):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.25)
+    pytest.fail("nothing answers")
+
+
+def broken_links(page: Path) -> list[str]:
+    """Links of a page to files that are not there."""
+    found = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    return [target for target in found if "://" not in target and not (page.parent / target).exists()]
+
+
+def test_every_link_leads_somewhere(tmp_path: Path) -> None:
+    for page in (*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", DATA / "nano" / "README.md"):
+        assert broken_links(page) == [], page
+    (tmp_path / "page.md").write_text("[gone](gone.md) and [there](page.md)")
+    assert broken_links(tmp_path / "page.md") == ["gone.md"]
+
+
+def test_every_page_is_reached_and_every_picture_used() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert [p for p in PAGES if name(p) not in navigation] == []
+    told = "".join(p.read_text() for p in PAGES)
+    assert [p.name for p in (ROOT / "docs" / "pictures").iterdir() if p.name not in told] == []
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path: Path) -> None:
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(PAGES)
+    for page in pages:
+        asked = re.findall(r'(?:src|href)="(https?://[^"]+)"[^>]*(?:rel="stylesheet"|></script>)', page.read_text())
+        assert asked == [], page
+    api = (tmp_path / "site" / "api" / "kernels" / "index.html").read_text()
+    assert '"*stack out group 16"' in re.sub(r"&quot;|&#34;", '"', api)  # shapes are shown
+    assert "workbench capture" in (tmp_path / "site" / "commands" / "index.html").read_text()
+
+
+def test_the_store_page_names_what_a_run_has(tmp_path: Path) -> None:
+    write_run(tmp_path / "r.zarr")
+    page = (ROOT / "docs" / "store.md").read_text()
+    group = zarr.open_group(tmp_path / "r.zarr", mode="r")
+    assert f"schema {group.attrs['schema']}" in page
+    for key in (*group.attrs, *group["units/committed"].attrs):
+        assert f"`{key}`" in page, key
+    for table in ("sequences", "messages", "tokens", "summaries"):
+        for column in group[table].array_keys():
+            known = f"`{column}`" in page or f"summaries/{column}" in page or column.startswith("hook_")
+            assert known, f"{table}/{column}"
+    for path in ("routing/experts", "routing/gates", "attention/sink", "units/committed"):
+        assert path in page
+        assert path in group
