@@ -11,6 +11,10 @@ PORT ?= 5006
 .PHONY: demo test check dashboard nano run findings paper docs
 
 .venv/.user: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed; make demo PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' || { echo "this Python cannot make environments: apt-get install python3-venv"; exit 2; }
+	@printf '── installing into .venv: torch and the rest, one to four minutes the first time\n'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dashboard]"
 	touch $@
@@ -19,15 +23,21 @@ PORT ?= 5006
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# $(call step,WHAT,COMMAND): say what is done, do it, say how long it took
+define step
+@printf '\n── %s\n' "$(1)"; begun=$$(date +%s); $(2) || exit 1; printf '   took %d s\n' $$(($$(date +%s) - begun))
+endef
+
 demo: .venv/.user
-	rm -rf runs/demo.zarr runs/demo
-	mkdir -p runs
-	$(BIN)/workbench generate nano data/prompts.jsonl runs/demo.jsonl --batch 200 --overwrite \
-	  --effort low --effort medium --effort high
-	$(BIN)/workbench capture nano runs/demo.jsonl runs/demo.zarr
-	$(BIN)/workbench verify runs/demo.zarr
-	$(BIN)/workbench report runs/demo.zarr --out runs/demo/report.html
-	$(BIN)/workbench figures runs/demo.zarr --out runs/demo --format html
+	@rm -rf runs/demo.zarr runs/demo; mkdir -p runs
+	$(call step,nano answers 200 problems at three efforts,$(BIN)/workbench generate nano data/prompts.jsonl \
+	  runs/demo.jsonl --batch 200 --overwrite --effort low --effort medium --effort high)
+	$(call step,its routing and sinks are recorded,$(BIN)/workbench capture nano runs/demo.jsonl runs/demo.zarr)
+	$(call step,the run is checked,$(BIN)/workbench verify runs/demo.zarr)
+	$(call step,studies and their report,$(BIN)/workbench report runs/demo.zarr --out runs/demo/report.html)
+	$(call step,every figure as a page,$(BIN)/workbench figures runs/demo.zarr --out runs/demo --format html > /dev/null)
+	$(call step,what the run says,$(BIN)/workbench summary runs/demo.zarr)
+	@printf '\nreport: runs/demo/report.html   figures: runs/demo/*.html   dashboard: make dashboard\n\n'
 ifneq ($(SERVE),0)
 	$(BIN)/workbench dashboard runs/demo.zarr --port $(PORT)
 endif

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 
 HERE = Path(__file__).parent
@@ -25,23 +24,23 @@ def commands() -> str:
 
     parts: list[str] = []
 
-    def tell(command: click.Command, path: str) -> None:
-        context = click.Context(command, info_name=path)
-        if isinstance(command, click.Group):
+    def tell(command: Any, path: str) -> None:  # typer brings a click of its own
+        context = command.context_class(command, info_name=path)
+        if hasattr(command, "list_commands"):
             for name in command.list_commands(context):
-                found = command.get_command(context, name)
-                assert found is not None
-                tell(found, f"{path} {name}")
+                tell(command.get_command(context, name), f"{path} {name}")
             return
         usage = " ".join(command.collect_usage_pieces(context))
         parts.append(f"## {path}\n\n{command.help or ''}\n\n`{path} {usage}`\n")
-        rows = [parameter.get_help_record(context) for parameter in command.params]
-        known = [row for row in rows if row and "--help" not in row[0]]
+        known = {}
         for parameter in command.params:
-            if isinstance(parameter, click.Argument) and getattr(parameter, "help", None):
-                known.insert(0, (parameter.make_metavar(context), str(parameter.help)))
+            shown = parameter.opts[-1] if parameter.opts[-1].startswith("-") else parameter.name.upper()
+            if shown != "--help":
+                default = parameter.default
+                plain = isinstance(default, str | int | float) and not isinstance(default, bool) and default != ""
+                known[shown] = (parameter.help or "") + (f" (default: {default})" if plain else "")
         if known:
-            lines = [f"| `{name}` | {text} |".replace("\n", " ") for name, text in dict(known).items()]
+            lines = [f"| `{name}` | {text} |".replace("\n", " ") for name, text in known.items()]
             parts.append("\n".join(["| | |", "|---|---|", *lines]) + "\n")
 
     tell(typer.main.get_command(app), "workbench")

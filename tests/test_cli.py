@@ -127,3 +127,28 @@ def test_a_closed_pipe_is_no_error() -> None:
     command = f"{Path(sys.executable).with_name('workbench')} info nano | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("module", "command", "extra"), [("panel", ["dashboard", "RUN"], "dashboard")])
+def test_a_part_that_is_not_installed_is_named_with_its_extra(
+    module: str, command: list[str], extra: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n.startswith("workbench.dashboards")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    code, _, err = run(capsys, *[str(DATA / "demo.zarr") if word == "RUN" else word for word in command])
+    assert code == 2
+    assert err == f"workbench: {module} is not installed: pip install 'gpt-oss-workbench[{extra}]'\n"
+
+
+def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    (tmp_path / "Makefile").write_text((DATA.parent / "Makefile").read_text())
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text("")
+    done = subprocess.run(["make", "demo", f"PYTHON={old}"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Python 3.9.1 is too old: Python 3.11 or newer is needed" in done.stdout
+    assert not (tmp_path / ".venv").exists()

@@ -32,7 +32,17 @@ def test_the_commands_run_in_their_order(tmp_path: Path) -> None:
     """All but the dashboard, which does not end; a sixteenth of the prompts, as time is short."""
     lines = [line.split("#")[0].strip() for line in blocks("sh")[1].splitlines()]
     commands = [line.split() for line in lines if line and not line.startswith("workbench dashboard")]
-    assert [c[1] for c in commands] == ["info", "generate", "capture", "verify", "study", "study", "report", "figures"]
+    assert [c[1] for c in commands] == [
+        "info",
+        "generate",
+        "capture",
+        "verify",
+        "study",
+        "study",
+        "summary",
+        "report",
+        "figures",
+    ]
     (tmp_path / "data").mkdir()
     prompts = (DATA / "prompts.jsonl").read_text().splitlines()[::16]
     (tmp_path / "data" / "prompts.jsonl").write_text("\n".join(prompts) + "\n")

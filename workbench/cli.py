@@ -318,6 +318,17 @@ def study(
 
 
 @app.command()
+def summary(run: RunPath) -> None:
+    """What a run is and says, as tables in the terminal."""
+    from rich.console import Console
+
+    from workbench.dashboards.terminal import summary as tables
+    from workbench.runs import open_run
+
+    Console().print(tables(open_run(run)))
+
+
+@app.command()
 def report(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="The page to write; its Markdown comes beside it.")] = Path("report.html"),
@@ -371,12 +382,22 @@ def dashboard(
     serve(runs, port=port, address=address, show=show, allow_origin=allow_origin or (), basic_auth=basic_auth)
 
 
+# what an extra brings that a command cannot do without
+_EXTRAS = {"panel": "dashboard", "kaleido": "figures", "distributed": "cluster", "s3fs": "s3", "playwright": "dev"}
+
+
 def main() -> None:
     """Entry point: one line for what the user can mend, a traceback for what we must."""
     try:
         app()
     except InputError as error:
         print(f"workbench: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(str(error.name).partition(".")[0])
+        if extra is None:
+            raise
+        print(f"workbench: {error.name} is not installed: pip install 'gpt-oss-workbench[{extra}]'", file=sys.stderr)
         sys.exit(2)
     except (JobError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # `workbench … | head`

@@ -8,7 +8,7 @@ from functools import partial
 from workbench import studies
 from workbench.figures import paper, routing
 from workbench.figures.drawing import Drawing, numbers
-from workbench.runs import Run
+from workbench.runs import Run, open_run
 
 
 def draw(run: Run) -> dict[str, Drawing]:
@@ -28,4 +28,4 @@ def draw(run: Run) -> dict[str, Drawing]:
 
 
 if __name__ == "__main__":
-    paper.script(draw, column="double")
+    paper.script(draw, open_run, column="double")

@@ -8,7 +8,7 @@ from functools import partial
 from workbench import studies
 from workbench.figures import paper, sinks
 from workbench.figures.drawing import Drawing, numbers
-from workbench.runs import Run
+from workbench.runs import Run, open_run
 
 
 def draw(run: Run) -> dict[str, Drawing]:
@@ -29,4 +29,4 @@ def draw(run: Run) -> dict[str, Drawing]:
 
 
 if __name__ == "__main__":
-    paper.script(draw)
+    paper.script(draw, open_run)

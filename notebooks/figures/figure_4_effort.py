@@ -6,7 +6,7 @@ python notebooks/figures/figure_4_effort.py RUN OUT [svg|pdf|png|html …]
 from workbench import studies
 from workbench.figures import effort, paper
 from workbench.figures.drawing import Drawing
-from workbench.runs import Run
+from workbench.runs import Run, open_run
 
 
 def draw(run: Run) -> dict[str, Drawing]:
@@ -17,4 +17,4 @@ def draw(run: Run) -> dict[str, Drawing]:
 
 
 if __name__ == "__main__":
-    paper.script(draw)
+    paper.script(draw, open_run)

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import plotly
 import plotly.graph_objects as go
@@ -120,10 +120,11 @@ def index(captions: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def script(draw: Callable[[Run], Mapping[str, Drawing]], *, column: Column = "single") -> None:
+def script(
+    draw: Callable[[Any], Mapping[str, Drawing]], open_run: Callable[[str], Run], *, column: Column = "single"
+) -> None:
     """What the scripts in notebooks/figures do: `SCRIPT.py RUN OUT [FORMAT …]`."""
     from workbench.figures.export import write_drawings
-    from workbench.runs import open_run
 
     if len(sys.argv) < 3:
         sys.exit(f"usage: {Path(sys.argv[0]).name} RUN OUT [svg|pdf|png|html …]")

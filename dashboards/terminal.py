@@ -1,0 +1,92 @@
+"""What a run is and says, as tables in a terminal: for people over ssh, without a browser."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from workbench.errors import InputError
+from workbench.runs import Run
+from workbench.studies import glance
+from workbench.studies.statistics import effective_number
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def summary(run: Run) -> Group:
+    """The run, its tokens, its accuracy, and how evenly and by whom its tokens are routed."""
+    done, total = run.progress
+    model = run.model
+    about = Table("run", escape(run.path))
+    about.add_row(
+        "model", f"{escape(str(run.checkpoint['name']))}: {model['n_layers']} layers of {model['num_experts']} experts"
+    )
+    about.add_row("state", "complete" if done == total else f"{done} of {total} units")
+    about.add_row("recorded", ", ".join(run.recorded))
+    about.add_row("sequences", f"{len(run.sequences):,}, {int(run.sequences['length'].sum()):,} tokens")
+    if run.sequences.empty:
+        return Group(about, Text("No unit is written yet."))
+    parts: list[Any] = [about, _tokens(run)]
+    if (run.sequences["correct"] >= 0).any():
+        parts.append(_accuracy(run))
+    if "routing" in run.recorded:
+        parts.append(_experts(run))
+    if {"sinks", "sink_sums"} & set(run.recorded):
+        parts.append(_sinks(run))
+    return Group(*parts)
+
+
+def _tokens(run: Run) -> Table:
+    rows = glance.tokens(run)
+    table = Table("channel", *map(str, rows.columns), title="tokens by channel and effort")
+    for channel, row in rows.iterrows():
+        table.add_row(str(channel), *(f"{int(n):,}" for n in row))
+    return table
+
+
+def _accuracy(run: Run) -> Table:
+    marked = run.sequences[run.sequences["correct"] >= 0]
+    efforts = [e for e in glance.options(run)["effort"] if e in set(marked["effort"])]
+    rows = marked.pivot_table(index="task", columns="effort", values="correct", aggfunc="mean")[efforts]
+    table = Table("task", *efforts, title="share of right answers")
+    for task, row in rows.iterrows():
+        table.add_row(escape(str(task)), *(f"{v:.2f}" for v in row))
+    return table
+
+
+def _experts(run: Run) -> Table:
+    """A row a layer: effective experts of thinking and answering, and each expert's load as a bar."""
+    table = Table("layer", title="experts: effective number, and load of each (a full bar: four times an even share)")
+    cells = {}
+    for channel in ("analysis", "final"):
+        if channel in glance.options(run)["channel"]:
+            cells[channel] = glance.routing(run, channel)["load"].values
+            table.add_column(f"{channel}", justify="right")
+            table.add_column("", no_wrap=True, overflow="crop")
+    for layer in range(run.model["n_layers"]):
+        row = []
+        for load in cells.values():
+            row += [f"{effective_number(load[layer]):.1f}", bars(load[layer] * load.shape[1] / 4)]
+        table.add_row(str(layer), *row)
+    return table
+
+
+def _sinks(run: Run) -> Table:
+    channels = [c for c in glance.options(run)["channel"] if c != glance.ALL]
+    table = Table("layer", *channels, title="mean probability on the sinks")
+    mass = [glance.sinks(run, channel)["mass"].values.mean(-1) for channel in channels]
+    for layer in range(run.model["n_layers"]):
+        table.add_row(str(layer), *(f"{m[layer]:.3f}" for m in mass))
+    return table
+
+
+def bars(heights: Sequence[float] | np.ndarray) -> str:
+    """Heights from 0 to 1 as characters; what is higher is cut."""
+    if np.any(np.asarray(heights) < 0):
+        raise InputError("bars have heights from 0 to 1")
+    steps = np.minimum(np.ceil(np.asarray(heights) * (len(_BARS) - 1)), len(_BARS) - 1).astype(int)
+    return "".join(_BARS[step] for step in steps)

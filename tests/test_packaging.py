@@ -1,0 +1,153 @@
+"""The wheel works outside the checkout: nano, the demo run, the commands, the dashboard, the types."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import workbench
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An sdist, and the wheel that is made of it and not of the checkout."""
+    out = tmp_path_factory.mktemp("dist")
+    source = tmp_path_factory.mktemp("source") / "checkout"
+    ours = {".venv", ".git", "runs", "site", "screenshots", "build", "dist", "tests", "docs"}
+
+    def leave(folder: str, names: list[str]) -> set[str]:
+        return {
+            n for n in names if n == "__pycache__" or (Path(folder) == ROOT and (n in ours or n.endswith("egg-info")))
+        }
+
+    shutil.copytree(ROOT, source, symlinks=True, ignore=leave)
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "-o", str(out), str(source)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return out
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_what_is_needed_and_nothing_of_ours(built: Path) -> None:
+    (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        about = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    for wanted in (
+        "workbench/py.typed", "workbench/data/nano/model.safetensors", "workbench/data/demo.zarr/zarr.json",
+        "workbench/dashboards/transcript.html", "workbench/kernels/gpu/moe.py", "workbench/hooks/names.py",
+    ):  # fmt: skip
+        assert wanted in names
+    assert not [n for n in names if n.startswith(("tests", "kernels", "hooks", "dashboards", "data", "docs"))]
+    assert sum(n.startswith("workbench/data/demo.zarr/") for n in names) == sum(
+        p.is_file() for p in (ROOT / "data/demo.zarr").rglob("*")
+    )
+    assert f"Version: {workbench.__version__}" in about
+    assert set(re.findall(r"Provides-Extra: (\S+)", about)) == {
+        "dashboard",
+        "figures",
+        "notebook",
+        "s3",
+        "cluster",
+        "dev",
+    }
+    with tarfile.open(sdist) as archive:
+        held = {n.partition("/")[2] for n in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "workbench/cli.py"} <= held
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_a_clean_environment(built: Path, tmp_path: Path) -> None:
+    """Installed with its dependencies in an environment of its own, used from a folder that is not the checkout."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {
+        "XDG_CACHE_HOME": str(tmp_path)
+    }
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    (wheel,) = built.glob("*.whl")
+    install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", f"{wheel}[dashboard]", "mypy"]
+    subprocess.run(list(map(str, install)), check=True, env=environment, capture_output=True)
+
+    def run(*words: str) -> str:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, (words, done.stderr[-2000:])
+        return done.stdout
+
+    command = str(python.with_name("workbench"))
+    assert "attn.hook_sink" in run(command, "info", "nano")
+    code = """
+import pathlib, torch, workbench as wb, workbench.data
+model = wb.load("nano", dtype=torch.float32)
+prompt = wb.harmony.render([{"role": "user", "content": "47*68"}], effort="high", tokenizer=model.tokenizer)
+print(model.tokenizer.decode(model.generate([prompt], max_new_tokens=200)[0]))
+print(pathlib.Path(wb.__file__).parent, pathlib.Path(next(iter(workbench.data.__path__))) / "demo.zarr")
+"""
+    said = run(str(python), "-c", code)
+    assert "<|channel|>final<|message|>3196" in said
+    where, demo = said.splitlines()[-1].split()
+    assert where.startswith(str(tmp_path))
+    assert "nano: 4 layers of 16 experts" in run(command, "summary", demo)
+    (tmp_path / "user.py").write_text("import workbench as wb\nn: int = wb.open_run('r').status\n")
+    typed = subprocess.run(
+        [str(python), "-m", "mypy", "user.py"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert 'expression has type "str", variable has type "int"' in typed.stdout  # our types are read, and count
+    figures = subprocess.run(
+        [command, "figures", demo, "--out", "f", "--format", "svg"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert figures.returncode == 2
+    assert "install gpt-oss-workbench[figures]" in figures.stderr
+    workers = subprocess.run(
+        [command, "capture", "nano", "t.jsonl", "r.zarr", "--workers", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert workers.returncode == 2
+    assert workers.stderr.count("\n") == 1
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [command, "dashboard", demo, "--port", str(port)], stdout=subprocess.DEVNULL, cwd=tmp_path, env=environment
+    )
+    try:
+        for _ in range(240):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.25)
+        page = run(
+            str(python),
+            "-c",
+            f"import httpx; print(httpx.get('http://localhost:{port}/experts', timeout=60).status_code)",
+        )
+        assert page == "200\n"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_the_shell_can_be_taught_the_commands() -> None:
+    command = Path(sys.executable).with_name("workbench")
+    asked = os.environ | {"_WORKBENCH_COMPLETE": "complete_bash", "COMP_WORDS": "workbench cap", "COMP_CWORD": "1"}
+    told = subprocess.run([command], capture_output=True, text=True, check=False, env=asked)
+    assert told.stdout.split() == ["capture"]
+    helped = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    assert "--install-completion" in helped.stdout
