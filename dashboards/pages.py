@@ -209,24 +209,31 @@ def overview(visit: Visit) -> Page:
     )
 
 
-def experts(visit: Visit) -> Page:
-    """Which experts, of any selection; one expert's page; who follows whom; and the routing study."""
+@dataclass(frozen=True)
+class Cells:
+    """What a page of layer × expert and one of layer × head have in common."""
+
+    study: str
+    column: str
+    measures: Mapping[str, draw.Measure]
+    sums: Callable[..., xr.Dataset]
+    one: Callable[[Visit, Selectors], Any]  # the page of one expert or head
+
+
+def _cells(visit: Visit, cells: Cells, folded: Callable[[Selectors], Any] | None = None) -> Page:
+    """A heat map of any selection; a page for the cell that was chosen or clicked; and the study."""
     run, name = visit.run, visit.name
-    if "routing" not in run.recorded:
-        raise InputError(f"{name} has no routing: it recorded {', '.join(run.recorded)}")
-    chosen = Selectors(visit, "channel", "effort", "task", "layer", "expert")
-    measures = {"load": "load", "gate weight": "gates", "lift over the run": "lift"}
-    measure = parts.select("Measure", measures, visit.choice.get("measure", list(measures.values())))
-    heat, one, pairs = _box(), _box(), _box()
-    words = lookup.vocabulary(run)
+    chosen = Selectors(visit, "channel", "effort", "task", "layer", cells.column)
+    measure = parts.select("Measure", cells.measures, visit.choice.get("measure", list(cells.measures.values())))
+    heat, one, more = _box(), _box(), _box()
 
     def clicked(data: Any) -> None:
         if point := ((data or {}).get("points") or [None])[0]:
-            chosen.widgets["layer"].value, chosen.widgets["expert"].value = str(point["y"]), str(point["x"])
+            chosen.widgets["layer"].value, chosen.widgets[cells.column].value = str(point["y"]), str(point["x"])
 
     def show_heat() -> None:
         def body() -> Any:
-            ds = glance.routing(run, **chosen.cell)
+            ds = cells.sums(run, **chosen.cell)
             drawn = draw.heatmap(ds, measure.value, theme=visit.theme)
             label = "-".join([name, str(measure.value), *chosen.cell.values()])
             return parts.figure(drawn, label, lambda: ds.to_dataframe().reset_index(), click=clicked)
@@ -234,34 +241,47 @@ def experts(visit: Visit) -> Page:
         heat[:] = [parts.guarded(body)]  # a new pane: plotly fails when a figure changes while it is drawn
 
     def show_one() -> None:
-        one[:] = [
-            pn.pane.Markdown(f"## Layer {chosen['layer']}, expert {chosen['expert']}", margin=(10, 10, 0, 10)),
-            parts.guarded(lambda: _expert(visit, chosen, words)),
-        ]
+        title = f"## Layer {chosen['layer']}, {cells.column} {chosen[cells.column]}"
+        one[:] = [pn.pane.Markdown(title, margin=(10, 10, 0, 10)), parts.guarded(lambda: cells.one(visit, chosen))]
 
-    def show_pairs() -> None:
-        title = f"Who works together in layer {chosen['layer']}, and who follows"
-        open_ = bool(pairs.objects) and not pairs[0].collapsed
-        pairs[:] = [parts.folded(title, lambda: _pairs(visit, chosen))]
-        pairs[0].collapsed = not open_
+    def show_more() -> None:
+        if folded is not None:
+            open_ = bool(more.objects) and not more[0].collapsed
+            more[:] = [folded(chosen)]
+            more[0].collapsed = not open_
 
     def remember(*_: Any) -> None:
         visit.put(measure=str(measure.value))
         show_heat()
 
     chosen.watch(show_heat, "channel", "effort", "task")
-    chosen.watch(show_one, "channel", "task", "layer", "expert")
-    chosen.watch(show_pairs, "channel", "layer")
+    chosen.watch(show_one, "channel", "task", "layer", cells.column)
+    chosen.watch(show_more, "channel", "layer")
     measure.param.watch(remember, "value")
+    side = chosen.sidebar()
     return Page(
-        [*chosen.sidebar()[:4], measure, *chosen.sidebar()[4:]],
-        [parts.html(views.about(run)), heat, one, pairs, *_study(visit, "routing")],
+        [*side[:4], measure, *side[4:]], [parts.html(views.about(run)), heat, one, more, *_study(visit, cells.study)]
     )
 
 
-def _expert(visit: Visit, chosen: Selectors, words: Any) -> pn.Column:
+def experts(visit: Visit) -> Page:
+    """Which experts, of any selection; one expert's page; who works with and follows whom; and the routing study."""
+    run = visit.run
+    if "routing" not in run.recorded:
+        raise InputError(f"{visit.name} has no routing: it recorded {', '.join(run.recorded)}")
+
+    def folded(chosen: Selectors) -> pn.Card:
+        title = f"Who works together in layer {chosen['layer']}, and who follows"
+        return parts.folded(title, lambda: _pairs(visit, chosen))
+
+    measures: dict[str, draw.Measure] = {"load": "load", "gate weight": "gates", "lift over the run": "lift"}
+    return _cells(visit, Cells("routing", "expert", measures, glance.routing, _expert), folded)
+
+
+def _expert(visit: Visit, chosen: Selectors) -> pn.Column:
     """Where an expert acts, whom it works with, and which tokens go to it."""
     run, layer, expert = visit.run, chosen.number("layer"), chosen.number("expert")
+    words = lookup.vocabulary(run)
     label = f"{visit.name}-layer-{layer}-expert-{expert}"
     acts = glance.by_channel_and_effort(run, "load", layer, expert, chosen["task"]).round(2)
     cards: list[Any] = [parts.table("Where it acts: its load over an even share", acts, f"{label}-load")]
@@ -293,50 +313,17 @@ def _pairs(visit: Visit, chosen: Selectors) -> pn.Column:
 
 def sinks(visit: Visit) -> Page:
     """Where attention rests, of any selection; one head's page; and the sinks study."""
-    run, name = visit.run, visit.name
+    run = visit.run
     if not {"sinks", "sink_sums"} & set(run.recorded):
-        raise InputError(f"{name} has no sinks: it recorded {', '.join(run.recorded)}")
-    chosen = Selectors(visit, "channel", "effort", "task", "layer", "head")
-    measures = {"sink mass": "mass", "its spread over tokens": "spread"}
-    measure = parts.select("Measure", measures, visit.choice.get("measure", list(measures.values())))
-    heat, one = _box(), _box()
-    words = lookup.vocabulary(run)
-
-    def clicked(data: Any) -> None:
-        if point := ((data or {}).get("points") or [None])[0]:
-            chosen.widgets["layer"].value, chosen.widgets["head"].value = str(point["y"]), str(point["x"])
-
-    def show_heat() -> None:
-        def body() -> Any:
-            ds = glance.sinks(run, **chosen.cell)
-            drawn = draw.heatmap(ds, measure.value, theme=visit.theme)
-            label = "-".join([name, str(measure.value), *chosen.cell.values()])
-            return parts.figure(drawn, label, lambda: ds.to_dataframe().reset_index(), click=clicked)
-
-        heat[:] = [parts.guarded(body)]
-
-    def show_one() -> None:
-        one[:] = [
-            pn.pane.Markdown(f"## Layer {chosen['layer']}, head {chosen['head']}", margin=(10, 10, 0, 10)),
-            parts.guarded(lambda: _head(visit, chosen, words)),
-        ]
-
-    def remember(*_: Any) -> None:
-        visit.put(measure=str(measure.value))
-        show_heat()
-
-    chosen.watch(show_heat, "channel", "effort", "task")
-    chosen.watch(show_one, "task", "layer", "head")
-    measure.param.watch(remember, "value")
-    return Page(
-        [*chosen.sidebar()[:4], measure, *chosen.sidebar()[4:]],
-        [parts.html(views.about(run)), heat, one, *_study(visit, "sinks")],
-    )
+        raise InputError(f"{visit.name} has no sinks: it recorded {', '.join(run.recorded)}")
+    measures: dict[str, draw.Measure] = {"sink mass": "mass", "its spread over tokens": "spread"}
+    return _cells(visit, Cells("sinks", "head", measures, glance.sinks, _head))
 
 
-def _head(visit: Visit, chosen: Selectors, words: Any) -> pn.Column:
+def _head(visit: Visit, chosen: Selectors) -> pn.Column:
     """What a head sees, how much it leaves on its sink and, of single tokens, along position and at which."""
     run, layer, head = visit.run, chosen.number("layer"), chosen.number("head")
+    words = lookup.vocabulary(run)
     label = f"{visit.name}-layer-{layer}-head-{head}"
     mass = glance.by_channel_and_effort(run, "mass", layer, head, chosen["task"]).round(4)
     cards: list[Any] = [
