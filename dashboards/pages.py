@@ -4,7 +4,7 @@ What sums can tell stands there at once; what a study must compute comes when it
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -127,11 +127,12 @@ def _box() -> pn.Column:
     return pn.Column(sizing_mode="stretch_width")
 
 
-def _study(visit: Visit, study: str, *names: str) -> list[Any]:
-    """A study's figures, one at a time, what was found and how; each when the study is made."""
+def _study(visit: Visit, study: str, *names: str, above: Sequence[str] = ()) -> list[Any]:
+    """A study's figures, one at a time, what was found and how; each when the study is made. above: shown already."""
 
     def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
         gallery: Gallery = importlib.import_module(f"workbench.figures.{study}").gallery(found)
+        gallery = {name: drawing for name, drawing in gallery.items() if name not in above}
         about = [
             parts.card("What was found", parts.html(views.findings(found))),
             parts.card("How is this computed", parts.html(views.method(found)), collapsed=True),
@@ -161,7 +162,7 @@ def _study(visit: Visit, study: str, *names: str) -> list[Any]:
 
     return [
         pn.pane.Markdown("## With intervals and controls", margin=(10, 10, 0, 10)),
-        parts.awaited(lambda: visit.shelf.study(study, *(names or (visit.name,))), show),
+        parts.awaited(visit.shelf.study(study, *(names or (visit.name,))), show),
     ]
 
 
@@ -399,7 +400,9 @@ def effort(visit: Visit) -> Page:
         curve[:] = [parts.guarded(body)]
 
     chosen.watch(show, "task")
-    return Page(chosen.sidebar(), [parts.html(views.about(run)), curve, *_study(visit, "effort")])
+    return Page(
+        chosen.sidebar(), [parts.html(views.about(run)), curve, *_study(visit, "effort", above=["accuracy_by_tokens"])]
+    )
 
 
 def transcript(visit: Visit) -> Page:

@@ -5,6 +5,7 @@ Run paths come from the command line only; a browser can choose among the names 
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -91,12 +92,15 @@ class Shelf:
             self._runs[name] = (where.read("zarr.json"), run)
         return run
 
-    def study(self, study: str, *names: str) -> Answer:
-        """A study of the run(s) as they are now, or how far it is; never waits."""
+    def study(self, study: str, *names: str) -> Callable[[], Answer]:
+        """How to ask for a study of the run(s) as they are now; no answer waits.
+
+        A run that still grows is not asked about anew with every unit: whoever wants the newer state asks for that.
+        """
         runs = [self.run(name) for name in names]
         paths = [str(self._paths[name]) for name in names]
         lasting = all(run.status == "complete" for run in runs)
-        return self.desk.ask(study, paths, "-".join(run.digest for run in runs), lasting=lasting)
+        return partial(self.desk.ask, study, paths, "-".join(run.digest for run in runs), lasting=lasting)
 
     def costs(self, name: str) -> dict[str, xr.Dataset]:
         """What effort costs and brings, from the tables alone; empty with fewer than two efforts."""

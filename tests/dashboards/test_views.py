@@ -17,7 +17,9 @@ import xarray as xr
 
 import workbench as wb
 from tests.conftest import DATA
+from tests.runs.conftest import LENGTHS, job, write_unit
 from workbench import harmony
+from workbench.capture.plan import plan_units
 from workbench.dashboards import lookup, views
 from workbench.dashboards.app import _access, notebook
 from workbench.dashboards.desk import Answer, Desk
@@ -27,6 +29,7 @@ from workbench.dashboards.transcript import data_of, frame
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run
+from workbench.runs.writer import open_writer
 from workbench.studies import run_study
 
 
@@ -185,6 +188,25 @@ def test_what_a_run_cannot_carry_is_said_and_half_a_study_is_not_kept(tmp_path: 
     desk.close()  # as a server that is ended in the middle
     time.sleep(1)
     assert not [p for p in tmp_path.rglob("routing") if p.is_dir()]
+
+
+def test_a_growing_run_is_studied_once_for_each_visit(tmp_path: Path) -> None:
+    layout = plan_units(LENGTHS, 1024)
+    with open_writer(tmp_path / "r.zarr", **job(layout)) as writer:
+        write_unit(writer, 0)
+        shelf = Shelf([tmp_path / "r.zarr"], cache=tmp_path / "cache")
+        asked = list[tuple[str, bool]]()
+        shelf.desk.ask = lambda study, paths, digest, *, lasting: asked.append((digest, lasting))  # type: ignore[assignment,method-assign]
+        visit = shelf.study("routing", "r")
+        first = shelf.run("r").digest
+        visit()
+        write_unit(writer, 1)
+        assert shelf.run("r").digest != first
+        visit()
+        assert asked == [(first, False)] * 2
+        shelf.study("routing", "r")()
+        assert asked[2][0] != first
+        shelf.desk.close()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -148,7 +148,8 @@ def _studies(path: str, cache: Path) -> dict[str, float]:
     found = {}
     for study in STUDIES:
         start = time.monotonic()
-        while (answer := shelf.study(study, shelf.names[0])).datasets is None and not answer.reason:
+        ask = shelf.study(study, shelf.names[0])
+        while (answer := ask()).datasets is None and not answer.reason:
             time.sleep(0.2)
         found[study] = time.monotonic() - start
     shelf.desk.close()
