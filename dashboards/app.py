@@ -18,8 +18,9 @@ from typing import Any
 import panel as pn
 
 from workbench.dashboards import parts
-from workbench.dashboards.pages import PAGES, Visit, made
+from workbench.dashboards.pages import PAGES, made
 from workbench.dashboards.state import Choice, Shelf
+from workbench.dashboards.visit import Visit
 from workbench.errors import InputError
 
 _CSS = """

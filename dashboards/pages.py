@@ -3,9 +3,7 @@
 What sums can tell stands there at once; what a study must compute comes when it is made (see `desk`).
 """
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
@@ -14,15 +12,12 @@ import panel as pn
 import xarray as xr
 
 from workbench.dashboards import lookup, parts, views
-from workbench.dashboards.state import Choice, Shelf
+from workbench.dashboards.cells import experts, sinks
 from workbench.dashboards.transcript import HEIGHT, frame
+from workbench.dashboards.visit import Page, Selectors, Visit, box, study
 from workbench.errors import InputError
 from workbench.figures import effort as draw_effort
 from workbench.figures import glance as draw
-from workbench.figures import routing as draw_routing
-from workbench.figures.drawing import Gallery
-from workbench.figures.template import ThemeName
-from workbench.runs import Run
 from workbench.studies import glance
 from workbench.studies.glance import ALL
 
@@ -30,140 +25,6 @@ PAGES = {
     "overview": "Overview", "experts": "Experts", "sinks": "Sinks", "channels": "Analysis and final", "effort": "Effort",
     "transcript": "Transcript", "compare": "Compare",
 }  # fmt: skip
-
-
-@dataclass
-class Visit:
-    """One person at one page: the shelf, what was chosen, and where choices are remembered."""
-
-    shelf: Shelf
-    choice: Choice
-    remember: Callable[[], None]  # called when the choice has changed
-    name: str = field(init=False)  # of the run
-
-    def __post_init__(self) -> None:
-        self.name = self.choice.get("run", self.shelf.names)
-
-    @property
-    def run(self) -> Run:
-        """The run that is looked at, as it is now."""
-        return self.shelf.run(self.name)
-
-    @property
-    def theme(self) -> ThemeName:
-        """Light unless dark was asked for."""
-        return "dark" if self.choice.text("theme") == "dark" else "light"
-
-    def put(self, **chosen: str) -> None:
-        """Choose, and remember it."""
-        self.choice.put(**chosen)
-        self.remember()
-
-
-@dataclass(frozen=True)
-class Page:
-    """What stands on a page, whoever shows it."""
-
-    sidebar: list[Any]
-    main: list[Any]
-
-
-class Selectors:
-    """Widgets for what pages share: channel, effort, task, and a layer with an expert or a head of it."""
-
-    def __init__(self, visit: Visit, *names: str) -> None:
-        self.visit = visit
-        known = glance.options(visit.run)
-        model = visit.run.model
-        options = {
-            **known,
-            "layer": [str(i) for i in range(model["n_layers"])],
-            "expert": [str(i) for i in range(model["num_experts"])],
-            "head": [str(i) for i in range(model["n_heads"])],
-        }
-        self.widgets: dict[str, Any] = {}
-        for name in names:
-            first = "analysis" if name == "channel" and visit.choice.text("channel") == "" else None
-            value = visit.choice.get(name, options[name], first)
-            if name == "effort":
-                self.widgets[name] = pn.widgets.RadioButtonGroup(label="Effort", options=options[name], value=value)
-            else:
-                self.widgets[name] = parts.select(name.capitalize(), options[name], value)
-
-    def __getitem__(self, name: str) -> str:
-        return str(self.widgets[name].value) if name in self.widgets else ALL
-
-    def number(self, name: str) -> int:
-        """The number chosen: of a layer, an expert or a head."""
-        return int(self[name])
-
-    @property
-    def cell(self) -> dict[str, str]:
-        """Channel, effort and task."""
-        return {name: self[name] for name in ("channel", "effort", "task")}
-
-    def sidebar(self) -> list[Any]:
-        """The widgets, each with its name."""
-        rows: list[Any] = []
-        for name, widget in self.widgets.items():
-            rows += (
-                [pn.pane.HTML("<label>Effort</label>", margin=(5, 10, 0, 10)), widget] if name == "effort" else [widget]
-            )
-        return rows
-
-    def watch(self, show: Callable[[], None], *names: str) -> None:
-        """Call when one of these changes, after remembering it; and once now."""
-
-        def changed(*_: Any) -> None:
-            self.visit.put(**{name: self[name] for name in self.widgets})
-            show()
-
-        for name in names:
-            self.widgets[name].param.watch(changed, "value")
-        changed()
-
-
-def _box() -> pn.Column:
-    return pn.Column(sizing_mode="stretch_width")
-
-
-def _study(visit: Visit, study: str, *names: str, above: Sequence[str] = ()) -> list[Any]:
-    """A study's figures, one at a time, what was found and how; each when the study is made. above: shown already."""
-
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        gallery: Gallery = importlib.import_module(f"workbench.figures.{study}").gallery(found)
-        gallery = {name: drawing for name, drawing in gallery.items() if name not in above}
-        about = [
-            parts.card("What was found", parts.html(views.findings(found))),
-            parts.card("How is this computed", parts.html(views.method(found)), collapsed=True),
-        ]
-        if not gallery:
-            return about
-        labels = views.figure_names(gallery)
-        first = visit.choice.get("figure", list(labels.values()))
-        pick = parts.select("Figure of the study", labels, first, width=420)
-        shown = _box()
-
-        def draw_it(*_: Any) -> None:
-            key = str(pick.value)
-            drawing = gallery[key]
-            drawn = parts.guarded(
-                lambda: parts.figure(drawing.draw(theme=visit.theme), f"{visit.name}-{study}-{key}", drawing.table)
-            )
-            shown[:] = [drawn]
-
-        def picked(*_: Any) -> None:
-            visit.put(figure=str(pick.value))
-            draw_it()
-
-        draw_it()
-        pick.param.watch(picked, "value")
-        return [pick, shown, *about]
-
-    return [
-        pn.pane.Markdown("## With intervals and controls", margin=(10, 10, 0, 10)),
-        parts.awaited(visit.shelf.study(study, *(names or (visit.name,))), show),
-    ]
 
 
 def overview(visit: Visit) -> Page:
@@ -210,150 +71,11 @@ def overview(visit: Visit) -> Page:
     )
 
 
-@dataclass(frozen=True)
-class Cells:
-    """What a page of layer × expert and one of layer × head have in common."""
-
-    study: str
-    column: str
-    measures: Mapping[str, draw.Measure]
-    sums: Callable[..., xr.Dataset]
-    one: Callable[[Visit, Selectors], Any]  # the page of one expert or head
-
-
-def _cells(visit: Visit, cells: Cells, folded: Callable[[Selectors], Any] | None = None) -> Page:
-    """A heat map of any selection; a page for the cell that was chosen or clicked; and the study."""
-    run, name = visit.run, visit.name
-    chosen = Selectors(visit, "channel", "effort", "task", "layer", cells.column)
-    measure = parts.select("Measure", cells.measures, visit.choice.get("measure", list(cells.measures.values())))
-    heat, one, more = _box(), _box(), _box()
-
-    def clicked(data: Any) -> None:
-        if point := ((data or {}).get("points") or [None])[0]:
-            chosen.widgets["layer"].value, chosen.widgets[cells.column].value = str(point["y"]), str(point["x"])
-
-    def show_heat() -> None:
-        def body() -> Any:
-            ds = cells.sums(run, **chosen.cell)
-            drawn = draw.heatmap(ds, measure.value, theme=visit.theme)
-            label = "-".join([name, str(measure.value), *chosen.cell.values()])
-            return parts.figure(drawn, label, lambda: ds.to_dataframe().reset_index(), click=clicked)
-
-        heat[:] = [parts.guarded(body)]  # a new pane: plotly fails when a figure changes while it is drawn
-
-    def show_one() -> None:
-        title = f"## Layer {chosen['layer']}, {cells.column} {chosen[cells.column]}"
-        one[:] = [pn.pane.Markdown(title, margin=(10, 10, 0, 10)), parts.guarded(lambda: cells.one(visit, chosen))]
-
-    def show_more() -> None:
-        if folded is not None:
-            open_ = bool(more.objects) and not more[0].collapsed
-            more[:] = [folded(chosen)]
-            more[0].collapsed = not open_
-
-    def remember(*_: Any) -> None:
-        visit.put(measure=str(measure.value))
-        show_heat()
-
-    chosen.watch(show_heat, "channel", "effort", "task")
-    chosen.watch(show_one, "channel", "task", "layer", cells.column)
-    chosen.watch(show_more, "channel", "layer")
-    measure.param.watch(remember, "value")
-    side = chosen.sidebar()
-    return Page(
-        [*side[:4], measure, *side[4:]], [parts.html(views.about(run)), heat, one, more, *_study(visit, cells.study)]
-    )
-
-
-def experts(visit: Visit) -> Page:
-    """Which experts, of any selection; one expert's page; who works with and follows whom; and the routing study."""
-    run = visit.run
-    if "routing" not in run.recorded:
-        raise InputError(f"{visit.name} has no routing: it recorded {', '.join(run.recorded)}")
-
-    def folded(chosen: Selectors) -> pn.Card:
-        title = f"Who works together in layer {chosen['layer']}, and who follows"
-        return parts.folded(title, lambda: _pairs(visit, chosen))
-
-    measures: dict[str, draw.Measure] = {"load": "load", "gate weight": "gates", "lift over the run": "lift"}
-    return _cells(visit, Cells("routing", "expert", measures, glance.routing, _expert), folded)
-
-
-def _expert(visit: Visit, chosen: Selectors) -> pn.Column:
-    """Where an expert acts, whom it works with, and which tokens go to it."""
-    run, layer, expert = visit.run, chosen.number("layer"), chosen.number("expert")
-    words = lookup.vocabulary(run)
-    label = f"{visit.name}-layer-{layer}-expert-{expert}"
-    acts = glance.by_channel_and_effort(run, "load", layer, expert, chosen["task"]).round(2)
-    cards: list[Any] = [parts.table("Where it acts: its load over an even share", acts, f"{label}-load")]
-    together = visit.shelf.pairs(visit.name)
-    if together is not None and chosen["channel"] != ALL:
-        partners = views.partners(together, chosen["channel"], layer, expert)
-        cards.append(parts.table(f"Whom it works with, in {chosen['channel']}", partners, f"{label}-with"))
-
-    def tokens() -> Any:
-        rows = lookup.expert_tokens(run, layer, expert, lambda i: lookup.shown(i, words))
-        return parts.table("Its tokens", rows, f"{label}-tokens")
-
-    return pn.Column(pn.FlexBox(*cards), parts.later(tokens), sizing_mode="stretch_width")
-
-
-def _pairs(visit: Visit, chosen: Selectors) -> pn.Column:
-    """Experts chosen together in a layer, and where they lead in the next."""
-    together, layer = visit.shelf.pairs(visit.name), chosen.number("layer")
-    if together is None:
-        return pn.Column(parts.alert("this run keeps no pairs of experts", "info"))
-    if chosen["channel"] == ALL:
-        return pn.Column(parts.alert("choose a channel to see which of its experts work together", "info"))
-    drawn = [("together", draw_routing.lift_heatmap(together, chosen["channel"], layer, theme=visit.theme))]
-    if layer in together["layer_pair"].values:
-        drawn.append(("next", draw_routing.transition_heatmap(together, chosen["channel"], layer, theme=visit.theme)))
-    label = f"{visit.name}-{chosen['channel']}-layer-{layer}"
-    return pn.Column(*(parts.figure(f, f"{label}-{n}") for n, f in drawn), sizing_mode="stretch_width")
-
-
-def sinks(visit: Visit) -> Page:
-    """Where attention rests, of any selection; one head's page; and the sinks study."""
-    run = visit.run
-    if not {"sinks", "sink_sums"} & set(run.recorded):
-        raise InputError(f"{visit.name} has no sinks: it recorded {', '.join(run.recorded)}")
-    measures: dict[str, draw.Measure] = {"sink mass": "mass", "its spread over tokens": "spread"}
-    return _cells(visit, Cells("sinks", "head", measures, glance.sinks, _head))
-
-
-def _head(visit: Visit, chosen: Selectors) -> pn.Column:
-    """What a head sees, how much it leaves on its sink and, of single tokens, along position and at which."""
-    run, layer, head = visit.run, chosen.number("layer"), chosen.number("head")
-    words = lookup.vocabulary(run)
-    label = f"{visit.name}-layer-{layer}-head-{head}"
-    mass = glance.by_channel_and_effort(run, "mass", layer, head, chosen["task"]).round(4)
-    cards: list[Any] = [
-        parts.html(escape(views.about_head(run, layer, head))),
-        parts.table("Its mean mass on the sink", mass, f"{label}-mass"),
-    ]
-    if "sinks" not in run.recorded:
-        cards.append(
-            parts.alert("this run kept sums of sinks, not those of single tokens: no curve by position", "info")
-        )
-        return pn.Column(*cards, sizing_mode="stretch_width")
-
-    def position() -> Any:
-        rows = lookup.head_by_position(run, layer, head)
-        drawn = draw.position_curve(rows, run.digest, layer, head, theme=visit.theme)
-        return parts.figure(drawn, f"{label}-position", rows.reset_index)
-
-    def tokens() -> Any:
-        rows = lookup.head_tokens(run, layer, head, lambda i: lookup.shown(i, words))
-        return parts.table("Tokens at which it rests more than at nine tenths of tokens", rows, f"{label}-tokens")
-
-    return pn.Column(*cards, parts.later(position), parts.later(tokens), sizing_mode="stretch_width")
-
-
 def channels(visit: Visit) -> Page:
     """Analysis against final: the difference as it is at once, then with its control."""
     run, name = visit.run, visit.name
     chosen = Selectors(visit, "effort", "task")
-    raw = _box()
+    raw = box()
 
     def show() -> None:
         cell = {"effort": chosen["effort"], "task": chosen["task"]}
@@ -374,7 +96,7 @@ def channels(visit: Visit) -> Page:
         ]
 
     chosen.watch(show, "effort", "task")
-    return Page(chosen.sidebar(), [parts.html(views.about(run)), raw, *_study(visit, "channels")])
+    return Page(chosen.sidebar(), [parts.html(views.about(run)), raw, *study(visit, "channels")])
 
 
 def effort(visit: Visit) -> Page:
@@ -384,7 +106,7 @@ def effort(visit: Visit) -> Page:
     if not costs:
         raise InputError(f"{name} has one effort, and this page compares at least two: capture transcripts of several")
     chosen = Selectors(visit, "task")
-    curve = _box()
+    curve = box()
 
     def show() -> None:
         def body() -> Any:
@@ -401,7 +123,7 @@ def effort(visit: Visit) -> Page:
 
     chosen.watch(show, "task")
     return Page(
-        chosen.sidebar(), [parts.html(views.about(run)), curve, *_study(visit, "effort", above=["accuracy_by_tokens"])]
+        chosen.sidebar(), [parts.html(views.about(run)), curve, *study(visit, "effort", above=["accuracy_by_tokens"])]
     )
 
 
@@ -422,7 +144,7 @@ def transcript(visit: Visit) -> Page:
     order = parts.select("Order", orders, visit.choice.get("order", list(orders.values())))
     pick = parts.select("Conversation", {}, None, size=12)
     before, after = (pn.widgets.Button(label=text, width=parts.WIDTH // 2 - 8) for text in ("‹ previous", "next ›"))
-    shown = _box()
+    shown = box()
 
     def fill() -> None:
         visit.put(find=str(find.value), order=str(order.value))
@@ -480,7 +202,7 @@ def compare(visit: Visit) -> Page:
         return Page([], [parts.alert(text, "info")])
     chosen = Selectors(visit, "channel", "effort", "task")
     pick = parts.select("With", others, visit.choice.get("with", others))
-    shown, study = _box(), _box()
+    shown, told = box(), box()
 
     def show() -> None:
         other = str(pick.value)
@@ -507,12 +229,12 @@ def compare(visit: Visit) -> Page:
     def another(*_: Any) -> None:
         visit.put(**{"with": str(pick.value)})
         show()
-        study[:] = _study(visit, "compare", name, str(pick.value))
+        told[:] = study(visit, "compare", name, str(pick.value))
 
     chosen.watch(show, "channel", "effort", "task")
     pick.param.watch(another, "value")
-    study[:] = _study(visit, "compare", name, str(pick.value))
-    return Page([pick, *chosen.sidebar()], [study, shown])
+    told[:] = study(visit, "compare", name, str(pick.value))
+    return Page([pick, *chosen.sidebar()], [told, shown])
 
 
 MAKERS: Mapping[str, Callable[[Visit], Page]] = {

@@ -9,10 +9,8 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ import zarr
 from tests.conftest import DATA
 from tests.harmony.hosts.test_collect import FakeHost
 from tests.runs.conftest import write_run
+from tests.serving import free_port, wait_for
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for p in (ROOT / "docs").rglob("*.md"))
@@ -121,21 +120,6 @@ def run(words: list[str], cwd: Path) -> None:
     finally:
         server.terminate()
         server.wait(30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for(port: int) -> None:
-    for _ in range(240):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.25)
-    pytest.fail("nothing answers")
 
 
 def broken_links(page: Path) -> list[str]:

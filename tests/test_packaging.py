@@ -3,17 +3,16 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import workbench
+from tests.serving import free_port, wait_for
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,18 +120,12 @@ print(pathlib.Path(wb.__file__).parent, pathlib.Path(next(iter(workbench.data.__
     )
     assert workers.returncode == 2
     assert workers.stderr.count("\n") == 1
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [command, "dashboard", demo, "--port", str(port)], stdout=subprocess.DEVNULL, cwd=tmp_path, env=environment
     )
     try:
-        for _ in range(240):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.25)
+        wait_for(port, server)
         page = run(
             str(python),
             "-c",

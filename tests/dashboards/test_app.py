@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.serving import free_port, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, Frame, Page, expect, sync_playwright  # noqa: E402
@@ -35,26 +36,13 @@ def browser() -> Iterator[Browser]:
         yield p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def serve(*arguments: str) -> tuple[subprocess.Popen[bytes], str]:
     """`workbench dashboard` as a user starts it; returns when it answers."""
     port = free_port()
     command = [sys.executable, "-m", "workbench.cli", "dashboard", *arguments, "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(240):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return server, f"http://localhost:{port}"
-        if server.poll() is not None:
-            pytest.fail(f"the dashboard did not start: {' '.join(command)}")
-        time.sleep(0.25)
-    server.kill()
-    pytest.fail("the dashboard does not answer")
+    wait_for(port, server)
+    return server, f"http://localhost:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -383,11 +371,7 @@ def test_panel_serve_shows_it_too(demo_run: Path, browser: Browser) -> None:
     command = [sys.executable, "-m", "panel", "serve", str(script), "--port", str(port), "--args", str(demo_run)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(240):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.25)
+        wait_for(port, server)
         visit = Visit(browser, f"http://localhost:{port}/app?page=experts").drawn()
         visit.page.get_by_role("link", name="Effort").click()
         visit.page.wait_for_url(re.compile("page=effort"), timeout=30_000)

@@ -23,9 +23,10 @@ from workbench.capture.plan import plan_units
 from workbench.dashboards import lookup, views
 from workbench.dashboards.app import _access, notebook
 from workbench.dashboards.desk import Answer, Desk
-from workbench.dashboards.pages import PAGES, Visit, made
+from workbench.dashboards.pages import PAGES, made
 from workbench.dashboards.state import Choice, Shelf
 from workbench.dashboards.transcript import data_of, frame
+from workbench.dashboards.visit import Visit
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run

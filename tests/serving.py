@@ -1,0 +1,27 @@
+"""Ports for servers that tests start, and waiting until they answer."""
+
+import socket
+import subprocess
+import time
+from typing import Any
+
+import pytest
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(port: int, server: "subprocess.Popen[Any] | None" = None) -> None:
+    """Until somebody listens there; a minute at most, and not if the server has ended."""
+    for _ in range(240):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if server is not None and server.poll() is not None:
+            pytest.fail(f"the server ended with {server.returncode}")
+        time.sleep(0.25)
+    pytest.fail(f"nothing answers at port {port}")
