@@ -100,6 +100,7 @@ def test_the_commands_of_a_page_work_in_their_order(page: Path, workplace: Path)
             process.wait(30)
         if host is not None:
             host.server.shutdown()
+            host.server.server_close()
 
 
 def run(words: list[str], cwd: Path) -> None:
