@@ -46,6 +46,8 @@ def _template(shelf: Shelf, page: str, link: Callable[[str, str], str]) -> pn.te
     pick.jscallback(value="setTimeout(() => window.location.reload(), 150)")  # another run is another page
     shown = made(page, visit)
     nav.object = _links(page, choice, link)
+    # Panel gives what comes after the first drawing a style sheet of its own each, slower and unlike the page's
+    pn.state.execute(partial(setattr, pn.config, "design", None), schedule=True)
     return pn.template.BootstrapTemplate(
         site="gpt-oss workbench", title=f"{visit.name}: {PAGES[page].lower()}", sidebar=[nav, pick, *shown.sidebar],
         main=shown.main, sidebar_width=275, raw_css=[_CSS],

@@ -102,7 +102,7 @@ def _expert(visit: Visit, chosen: Selectors) -> pn.Column:
         rows = lookup.expert_tokens(run, layer, expert, lambda i: lookup.shown(i, words))
         return parts.table("Its tokens", rows, f"{label}-tokens")
 
-    return pn.Column(pn.FlexBox(*cards), parts.later(tokens), sizing_mode="stretch_width")
+    return pn.Column(parts.beside(*cards), parts.later(tokens), sizing_mode="stretch_width")
 
 
 def _pairs(visit: Visit, chosen: Selectors) -> pn.Column:

@@ -63,8 +63,7 @@ def overview(visit: Visit) -> Page:
         [
             parts.html(views.about(run)),
             progress,
-            parts.guarded(tokens),
-            parts.guarded(accuracy),
+            parts.beside(parts.guarded(tokens), parts.guarded(accuracy)),
             parts.later(gains),
             parts.card("Provenance", parts.html(views.provenance(run)), collapsed=True),
         ],

@@ -28,7 +28,6 @@ if (found.length) window.Plotly.downloadImage(found[0],
 _TABLE = """
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { text-align: right; padding: .18rem .9rem .18rem 0; border-bottom: 1px solid #8884; white-space: pre-wrap; }
-td:first-child, th:first-child { text-align: left; }
 """
 
 
@@ -47,12 +46,21 @@ def card(title: str, content: pn.viewable.Viewable, *, collapsed: bool = False) 
     return pn.Card(content, title=title, sizing_mode="stretch_width", collapsed=collapsed)
 
 
+def beside(*pieces: pn.viewable.Viewable) -> pn.FlexBox:
+    """Pieces in a row where the window is wide enough, else one below the other."""
+    for piece in pieces:
+        piece.styles = {"flex": "1 1 400px", "width": "auto"}
+    return pn.FlexBox(*pieces, flex_wrap="wrap", align_items="flex-start", gap="8px", sizing_mode="stretch_width")
+
+
 def table(title: str, rows: pd.DataFrame, name: str) -> pn.Card:
     """A table and its file."""
     markup = rows.rename_axis(columns=None).to_html(
         index=False, escape=True, border=0, na_rep="–", formatters=_formats(rows)
     )
-    shown = html(f"<style>{_TABLE}</style><div style='overflow-x:auto'>{markup}</div>")
+    words = (i for i, column in enumerate(rows.columns, 1) if rows[column].dtype.kind not in "biuf")
+    left = "".join(f"td:nth-child({i}), th:nth-child({i}) {{ text-align: left; }}\n" for i in words)
+    shown = html(f"<style>{_TABLE}{left}</style><div style='overflow-x:auto'>{markup}</div>")
     return card(title, pn.Column(shown, _csv(lambda: rows, name), sizing_mode="stretch_width"))
 
 

@@ -104,6 +104,15 @@ def heat(page: Page) -> list[list[float]]:
     return json.loads(values.split("|", 1)[1])  # type: ignore[no-any-return]
 
 
+def heavy(page: Page) -> list[str]:
+    """The elements that bring all of Bootstrap along for themselves: what is added later must look like what was first."""
+    return page.evaluate(  # type: ignore[no-any-return]
+        """() => { const found = []; const walk = root => { for (const e of root.querySelectorAll('*')) {
+             if (e.shadowRoot) { if (e.shadowRoot.querySelector('link[href*="bootstrap.min.css"]')) found.push(e.className);
+               walk(e.shadowRoot); } } }; walk(document); return found }"""
+    )
+
+
 def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, browser: Browser) -> None:
     visit = Visit(browser, f"{demo}/experts").drawn(2)
     expect(visit.page.get_by_text(": experts").first).to_be_visible()
@@ -196,6 +205,7 @@ def test_every_page_draws_and_explains_itself(demo: str, browser: Browser, page:
     expect(visit.page.get_by_text(words).first).to_be_attached()
     visit.page.wait_for_timeout(800)
     visit.page.screenshot(path=SCREENSHOTS / f"{page}-{theme}-1280.png")
+    assert heavy(visit.page) == []
     assert visit.foreign == []
     assert visit.errors == []
 

@@ -91,7 +91,7 @@ def position_curve(rows: pd.DataFrame, digest: str, layer: int, head: int, *, th
                 hovertemplate="from position %{x}: %{y:.2f} %<extra>%{fullData.name}</extra>",
             )
         )  # fmt: skip
-    figure.update_xaxes(title="position (first of its bin)", type="log")
+    figure.update_xaxes(title="position (first of its bin)", type="log", tickvals=list(rows.index))
     figure.update_yaxes(title="probability on the sink (%)", rangemode="tozero")
     origin = xr.Dataset(attrs=provenance("sinks", "", digest, 0, {}))
     subtitle = "Mean over the run's first tokens, bins double; no interval"
