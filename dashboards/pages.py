@@ -44,6 +44,9 @@ def overview(visit: Visit) -> Page:
     def tokens() -> Any:
         return parts.table("Tokens by channel and effort", glance.tokens(run).reset_index(), f"{name}-tokens")
 
+    def roles() -> Any:
+        return parts.table("Tokens that messages say, by role and channel", views.tokens_by_role(run), f"{name}-roles")
+
     def accuracy() -> Any:
         return parts.table("Accuracy and new tokens by effort", views.accuracy_by_effort(run), f"{name}-accuracy")
 
@@ -65,6 +68,7 @@ def overview(visit: Visit) -> Page:
             progress,
             parts.beside(parts.guarded(tokens), parts.guarded(accuracy)),
             parts.later(gains),
+            parts.later(roles),
             parts.card("Provenance", parts.html(views.provenance(run)), collapsed=True),
         ],
     )

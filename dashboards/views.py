@@ -7,6 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from workbench.runs import Run
+from workbench.studies.design import in_order
 
 
 def about(run: Run) -> str:
@@ -34,6 +35,15 @@ def accuracy_by_effort(run: Run) -> pd.DataFrame:
     spent = marked.groupby("effort")["new_tokens"].mean()[order].rename("mean new tokens")
     overall = marked.groupby("effort")["correct"].mean()[order].rename("all tasks")
     return pd.concat([by_task, overall.to_frame().T, spent.to_frame().T]).round(2).rename_axis("task").reset_index()
+
+
+def tokens_by_role(run: Run) -> pd.DataFrame:
+    """Tokens that messages say, without those of the format: a row a role and channel, a column an effort."""
+    said = run.messages.assign(tokens=lambda t: (t["stop"] - t["content"]).clip(lower=0))
+    said = said.assign(effort=said["sequence"].map(run.sequences["effort"]).replace("", "unstated"))
+    table = said.pivot_table(index=["role", "channel"], columns="effort", values="tokens", aggfunc="sum", fill_value=0)
+    table = table[in_order(table.columns)]
+    return table.assign(all=table.sum(axis=1)).reset_index()
 
 
 def method(study: Mapping[str, xr.Dataset]) -> str:

@@ -28,7 +28,7 @@ from workbench.dashboards.state import Choice, Shelf
 from workbench.dashboards.transcript import data_of, frame
 from workbench.dashboards.visit import Visit
 from workbench.errors import InputError
-from workbench.harmony.labels import CHANNELS
+from workbench.harmony.labels import CHANNELS, ROLES
 from workbench.runs import Run
 from workbench.runs.writer import open_writer
 from workbench.studies import run_study
@@ -69,6 +69,20 @@ def test_a_head_s_tokens_and_its_curve_are_those_of_its_sinks(run: Run) -> None:
     assert (np.diff(table["lift"]) <= 0).all()
     best = data["id"].values == int(table["token"].iloc[0])
     assert mass[best].mean() > np.quantile(mass, 0.8)
+
+
+def test_tokens_by_role_are_those_of_the_labels(run: Run) -> None:
+    data = run.dataset[["role", "channel", "sequence"]].compute()
+    effort = run.sequences["effort"].loc[data["sequence"].values].to_numpy()
+    content = data["channel"].values != CHANNELS.index("frame")
+    table = views.tokens_by_role(run)
+    for role, rows in table.groupby("role"):
+        for e in ("low", "medium", "high"):
+            here = content & (data["role"].values == ROLES.index(str(role))) & (effort == e)
+            assert rows[e].sum() == here.sum()
+    final = content & (data["channel"].values == CHANNELS.index("final"))
+    assert table.query("role == 'assistant' and channel == 'final'")["all"].item() == final.sum()
+    assert table["all"].sum() == content.sum()
 
 
 def test_whom_an_expert_works_with(shelf: Shelf) -> None:
