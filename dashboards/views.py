@@ -42,7 +42,7 @@ def tokens_by_role(run: Run) -> pd.DataFrame:
     said = run.messages.assign(tokens=lambda t: (t["stop"] - t["content"]).clip(lower=0))
     said = said.assign(effort=said["sequence"].map(run.sequences["effort"]).replace("", "unstated"))
     table = said.pivot_table(index=["role", "channel"], columns="effort", values="tokens", aggfunc="sum", fill_value=0)
-    table = table[in_order(table.columns)]
+    table = table[in_order(list(table.columns))]
     return table.assign(all=table.sum(axis=1)).reset_index()
 
 
