@@ -17,10 +17,10 @@ from typing import Any
 
 import panel as pn
 
-from workbench.dashboards import parts
+from workbench.dashboards import widgets
 from workbench.dashboards.pages import PAGES, made
-from workbench.dashboards.state import Choice, Shelf
-from workbench.dashboards.visit import Visit
+from workbench.dashboards.session import Session
+from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 
 _CSS = """
@@ -29,19 +29,19 @@ a:focus-visible, button:focus-visible { outline: 3px solid #5b9bcb; outline-offs
 """
 
 
-def _template(shelf: Shelf, page: str, link: Callable[[str, str], str]) -> pn.template.BootstrapTemplate:
+def _template(shelf: RunRegistry, page: str, link: Callable[[str, str], str]) -> pn.template.BootstrapTemplate:
     """A page in its frame. link: (page, query) → address."""
     query = {name: values[0].decode() for name, values in (pn.state.session_args or {}).items() if values}
-    choice = Choice(query)
-    nav = pn.pane.HTML("", width=parts.WIDTH)
+    choice = Selection(query)
+    nav = pn.pane.HTML("", width=widgets.WIDTH)
 
     def remember() -> None:
         if pn.state.location:
             pn.state.location.search = "?" + link(page, choice.query()).partition("?")[2]
         nav.object = _links(page, choice, link)
 
-    visit = Visit(shelf, choice, remember)
-    pick = parts.select("Run", shelf.names, visit.name)
+    visit = Session(shelf, choice, remember)
+    pick = widgets.select("Run", shelf.names, visit.name)
     pick.param.watch(lambda event: visit.put(run=str(event.new), sequence=""), "value")
     pick.jscallback(value="setTimeout(() => window.location.reload(), 150)")  # another run is another page
     shown = made(page, visit)
@@ -55,7 +55,7 @@ def _template(shelf: Shelf, page: str, link: Callable[[str, str], str]) -> pn.te
     )  # fmt: skip
 
 
-def _links(page: str, choice: Choice, link: Callable[[str, str], str]) -> str:
+def _links(page: str, choice: Selection, link: Callable[[str, str], str]) -> str:
     """Links to all pages with what is chosen, and to this page in the other colours."""
     style = "display:block;padding:.15rem 0;color:inherit;"
     rows = [
@@ -70,7 +70,7 @@ def _links(page: str, choice: Choice, link: Callable[[str, str], str]) -> str:
     return f'<nav aria-label="pages">{"".join(rows)}</nav>'
 
 
-def pages(shelf: Shelf) -> dict[str, Callable[[], pn.template.BootstrapTemplate]]:
+def pages(shelf: RunRegistry) -> dict[str, Callable[[], pn.template.BootstrapTemplate]]:
     """Path → page; the overview is also what an address without a path opens."""
 
     def of(page: str) -> Callable[[], pn.template.BootstrapTemplate]:
@@ -87,7 +87,7 @@ def servable(paths: Sequence[str | Path]) -> pn.template.BootstrapTemplate:
 
     panel serve workbench/dashboards/app.py --args RUN.zarr
     """
-    shelf = pn.state.as_cached("workbench-shelf", lambda: Shelf(paths))
+    shelf = pn.state.as_cached("workbench-shelf", lambda: RunRegistry(paths))
     asked = (pn.state.session_args or {}).get("page", [b"overview"])[0].decode()
     page = asked if asked in PAGES else "overview"
     return _template(shelf, page, lambda path, query: f"?page={path}&{query}").servable()
@@ -97,16 +97,16 @@ def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Co
     """The dashboard in a notebook's cell: `notebook("run.zarr", page="experts", channel="final")`."""
     if page not in PAGES:
         raise InputError(f"no page is called {page!r}; the pages are {', '.join(PAGES)}")
-    pn.extension("plotly", notifications=False)
-    shelf, choice = Shelf(paths), Choice(chosen)
+    pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
+    shelf, choice = RunRegistry(paths), Selection(chosen)
     body = pn.Column(sizing_mode="stretch_width")
     pick = pn.widgets.RadioButtonGroup(label="Page", options={title: path for path, title in PAGES.items()}, value=page)
-    runs = parts.select("Run", shelf.names, choice.get("run", shelf.names))
+    runs = widgets.select("Run", shelf.names, choice.get("run", shelf.names))
 
     def show(*_: Any) -> None:
         choice.put(run=str(runs.value))
-        shown = made(str(pick.value), Visit(shelf, choice, lambda: None))
-        side = pn.Column(*([runs] if len(shelf.names) > 1 else []), *shown.sidebar, width=parts.WIDTH + 20)
+        shown = made(str(pick.value), Session(shelf, choice, lambda: None))
+        side = pn.Column(*([runs] if len(shelf.names) > 1 else []), *shown.sidebar, width=widgets.WIDTH + 20)
         body[:] = [pn.Row(side, pn.Column(*shown.main, sizing_mode="stretch_width"), sizing_mode="stretch_width")]
 
     show()
@@ -124,9 +124,9 @@ def serve(
     basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look.
     """
     access = _access(basic_auth)
-    shelf = Shelf(runs)
+    shelf = RunRegistry(runs)
     _check_free(address, port)
-    pn.extension("plotly", notifications=False)
+    pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
     threading.Thread(target=_warm, args=(shelf,), daemon=True).start()
     print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
     try:
@@ -139,10 +139,10 @@ def serve(
         shelf.desk.close()
 
 
-def _warm(shelf: Shelf) -> None:
+def _warm(shelf: RunRegistry) -> None:
     """What the first visitor would wait for."""
     for name in shelf.names:
-        parts.guarded(partial(shelf.costs, name))
+        widgets.guarded(partial(shelf.costs, name))
 
 
 def _access(basic_auth: Path | None) -> dict[str, Any]:
@@ -175,5 +175,5 @@ def _check_free(address: str, port: int) -> None:
 
 
 if __name__.startswith("bokeh_app"):  # what `panel serve` calls a script
-    pn.extension("plotly", notifications=False)
+    pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
     servable(sys.argv[1:])

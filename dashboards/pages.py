@@ -11,15 +11,15 @@ import pandas as pd
 import panel as pn
 import xarray as xr
 
-from workbench.dashboards import lookup, parts, views
-from workbench.dashboards.cells import experts, sinks
-from workbench.dashboards.transcript import HEIGHT, frame
-from workbench.dashboards.visit import Page, Selectors, Visit, box, study
+from workbench.dashboards import content, search, widgets
+from workbench.dashboards.conversation import HEIGHT, frame
+from workbench.dashboards.heatmap_pages import experts, sinks
+from workbench.dashboards.session import Page, Selectors, Session, box, study
 from workbench.errors import InputError
 from workbench.figures import effort as draw_effort
-from workbench.figures import glance as draw
-from workbench.studies import glance
-from workbench.studies.glance import ALL
+from workbench.figures import quick_look as draw
+from workbench.studies import quick_look
+from workbench.studies.quick_look import ALL
 
 PAGES = {
     "overview": "Overview", "experts": "Experts", "sinks": "Sinks", "channels": "Analysis and final", "effort": "Effort",
@@ -27,14 +27,14 @@ PAGES = {
 }  # fmt: skip
 
 
-def overview(visit: Visit) -> Page:
+def overview(visit: Session) -> Page:
     """What the run is, how far it has come, and what it holds."""
     run, name = visit.run, visit.name
-    progress = parts.html(views.progress(run))
+    progress = widgets.html(content.progress(run))
 
     def refresh() -> None:
         try:
-            progress.object = views.progress(visit.run)
+            progress.object = content.progress(visit.run)
         except InputError as error:
             progress.object = f"<b>{escape(str(error))}</b>"
 
@@ -42,39 +42,41 @@ def overview(visit: Visit) -> Page:
         pn.state.add_periodic_callback(refresh, period=2000)
 
     def tokens() -> Any:
-        return parts.table("Tokens by channel and effort", glance.tokens(run).reset_index(), f"{name}-tokens")
+        return widgets.table("Tokens by channel and effort", quick_look.tokens(run).reset_index(), f"{name}-tokens")
 
     def roles() -> Any:
-        return parts.table("Tokens that messages say, by role and channel", views.tokens_by_role(run), f"{name}-roles")
+        return widgets.table(
+            "Tokens that messages say, by role and channel", content.tokens_by_role(run), f"{name}-roles"
+        )
 
     def accuracy() -> Any:
-        return parts.table("Accuracy and new tokens by effort", views.accuracy_by_effort(run), f"{name}-accuracy")
+        return widgets.table("Accuracy and new tokens by effort", content.accuracy_by_effort(run), f"{name}-accuracy")
 
     def gains() -> Any:
         costs = visit.shelf.costs(name)
         if not costs:
-            return parts.html("")
+            return widgets.html("")
         drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=visit.theme)
         return pn.Column(
-            parts.figure(drawn, f"{name}-accuracy_by_tokens"),
-            parts.card("What effort brings", parts.html(views.findings({"g": costs["gain"]}))),
+            widgets.figure(drawn, f"{name}-accuracy_by_tokens"),
+            widgets.card("What effort brings", widgets.html(content.findings({"g": costs["gain"]}))),
             sizing_mode="stretch_width",
         )
 
     return Page(
         [],
         [
-            parts.html(views.about(run)),
+            widgets.html(content.about(run)),
             progress,
-            parts.beside(parts.guarded(tokens), parts.guarded(accuracy)),
-            parts.later(gains),
-            parts.later(roles),
-            parts.card("Provenance", parts.html(views.provenance(run)), collapsed=True),
+            widgets.beside(widgets.guarded(tokens), widgets.guarded(accuracy)),
+            widgets.later(gains),
+            widgets.later(roles),
+            widgets.card("Provenance", widgets.html(content.provenance(run)), collapsed=True),
         ],
     )
 
 
-def channels(visit: Visit) -> Page:
+def channels(visit: Session) -> Page:
     """Analysis against final: the difference as it is at once, then with its control."""
     run, name = visit.run, visit.name
     chosen = Selectors(visit, "effort", "task")
@@ -87,22 +89,22 @@ def channels(visit: Visit) -> Page:
             a, b = (kind(run, channel=channel, **cell) for channel in ("analysis", "final"))
             drawn = draw.difference(a, b, measure, theme=visit.theme)
             rows = pd.concat([d[[measure]].to_dataframe().reset_index().assign(of=d.attrs["title"]) for d in (a, b)])
-            return parts.figure(drawn, f"{name}-analysis-final-{measure}", lambda: rows)
+            return widgets.figure(drawn, f"{name}-analysis-final-{measure}", lambda: rows)
 
         raw[:] = [
-            *([parts.guarded(lambda: body(glance.routing, "load"))] if "routing" in run.recorded else []),
+            *([widgets.guarded(lambda: body(quick_look.routing, "load"))] if "routing" in run.recorded else []),
             *(
-                [parts.guarded(lambda: body(glance.sinks, "mass"))]
+                [widgets.guarded(lambda: body(quick_look.sinks, "mass"))]
                 if {"sinks", "sink_sums"} & set(run.recorded)
                 else []
             ),
         ]
 
     chosen.watch(show, "effort", "task")
-    return Page(chosen.sidebar(), [parts.html(views.about(run)), raw, *study(visit, "channels")])
+    return Page(chosen.sidebar(), [widgets.html(content.about(run)), raw, *study(visit, "channels")])
 
 
-def effort(visit: Visit) -> Page:
+def effort(visit: Session) -> Page:
     """What thinking harder costs and brings, by task; then what differs at equal position."""
     run, name = visit.run, visit.name
     costs = visit.shelf.costs(name)
@@ -117,36 +119,39 @@ def effort(visit: Visit) -> Page:
             drawn = draw_effort.accuracy_by_tokens(cost, task, theme=visit.theme)
             rows = cost.sel(task=task).to_dataframe().reset_index()
             return pn.Column(
-                parts.figure(drawn, f"{name}-accuracy_by_tokens-{task}", lambda: rows),
-                parts.card("What each step adds, paired by prompt", parts.html(views.gains(costs["gain"], task))),
+                widgets.figure(drawn, f"{name}-accuracy_by_tokens-{task}", lambda: rows),
+                widgets.card("What each step adds, paired by prompt", widgets.html(content.gains(costs["gain"], task))),
                 sizing_mode="stretch_width",
             )
 
-        curve[:] = [parts.guarded(body)]
+        curve[:] = [widgets.guarded(body)]
 
     chosen.watch(show, "task")
     return Page(
-        chosen.sidebar(), [parts.html(views.about(run)), curve, *study(visit, "effort", above=["accuracy_by_tokens"])]
+        chosen.sidebar(),
+        [widgets.html(content.about(run)), curve, *study(visit, "effort", above=["accuracy_by_tokens"])],
     )
 
 
-def transcript(visit: Visit) -> Page:
+def transcript(visit: Session) -> Page:
     """One conversation, its tokens coloured by what was recorded, replayed token by token."""
     run = visit.run
     if run.sequences.empty:
         raise InputError("the run holds no conversation yet")
-    words = lookup.vocabulary(run)
+    words = search.vocabulary(run)
     chosen = Selectors(visit, "task", "effort", "channel", "layer", "expert")
-    for name, value in (("channel", ALL), ("effort", glance.options(run)["effort"][-1])):
+    for name, value in (("channel", ALL), ("effort", quick_look.options(run)["effort"][-1])):
         if not visit.choice.text(name):
             chosen.widgets[name].value = value
-    find = pn.widgets.TextInput(label="Id, answer or text contains", value=visit.choice.text("find"), width=parts.WIDTH)
+    find = pn.widgets.TextInput(
+        label="Id, answer or text contains", value=visit.choice.text("find"), width=widgets.WIDTH
+    )
     orders = (
         {"as captured": "", "most of the expert first": "expert"} if "routing" in run.recorded else {"as captured": ""}
     )
-    order = parts.select("Order", orders, visit.choice.get("order", list(orders.values())))
-    pick = parts.select("Conversation", {}, None, size=12)
-    before, after = (pn.widgets.Button(label=text, width=parts.WIDTH // 2 - 8) for text in ("‹ previous", "next ›"))
+    order = widgets.select("Order", orders, visit.choice.get("order", list(orders.values())))
+    pick = widgets.select("Conversation", {}, None, size=12)
+    before, after = (pn.widgets.Button(label=text, width=widgets.WIDTH // 2 - 8) for text in ("‹ previous", "next ›"))
     shown = box()
 
     def fill() -> None:
@@ -154,13 +159,13 @@ def transcript(visit: Visit) -> Page:
 
         def body() -> dict[str, int]:
             expert = (chosen.number("layer"), chosen.number("expert")) if order.value else None
-            return lookup.conversations(
+            return search.conversations(
                 run, task=chosen["task"], effort=chosen["effort"], channel=chosen["channel"], text=str(find.value),
                 expert=expert,
             )  # fmt: skip
 
         pick.loading = True
-        found = parts.guarded(body)
+        found = widgets.guarded(body)
         pick.loading = False
         if not isinstance(found, dict):
             shown[:] = [found]
@@ -168,7 +173,7 @@ def transcript(visit: Visit) -> Page:
         wanted = int(visit.choice.text("sequence")) if visit.choice.text("sequence").isdecimal() else None
         pick.param.update(options=found, value=wanted if wanted in found.values() else next(iter(found.values()), None))
         if not found:
-            shown[:] = [parts.alert("no conversation is like that", "info")]
+            shown[:] = [widgets.alert("no conversation is like that", "info")]
 
     def show(*_: Any) -> None:
         if pick.value is None:
@@ -180,7 +185,7 @@ def transcript(visit: Visit) -> Page:
             text = frame(run, number, words, visit.theme)
             return pn.pane.HTML(text, height=HEIGHT + 10, sizing_mode="stretch_width")
 
-        shown[:] = [parts.html(views.about_sequence(run, number)), parts.guarded(body)]
+        shown[:] = [widgets.html(content.about_sequence(run, number)), widgets.guarded(body)]
 
     def step(by: int) -> None:
         values = list(pick.options.values())
@@ -196,15 +201,15 @@ def transcript(visit: Visit) -> Page:
     return Page([find, pick, pn.Row(before, after), order, *chosen.sidebar()], [shown])
 
 
-def compare(visit: Visit) -> Page:
+def compare(visit: Session) -> Page:
     """Two runs side by side on the same transcripts."""
     name = visit.name
     others = [other for other in visit.shelf.names if other != name]
     if not others:
         text = "Start the dashboard with two runs of the same transcripts: workbench dashboard A.zarr B.zarr"
-        return Page([], [parts.alert(text, "info")])
+        return Page([], [widgets.alert(text, "info")])
     chosen = Selectors(visit, "channel", "effort", "task")
-    pick = parts.select("With", others, visit.choice.get("with", others))
+    pick = widgets.select("With", others, visit.choice.get("with", others))
     shown, told = box(), box()
 
     def show() -> None:
@@ -212,22 +217,22 @@ def compare(visit: Visit) -> Page:
 
         def body() -> Any:
             runs = [visit.run, visit.shelf.run(other)]
-            sets = [glance.routing(run, **chosen.cell) for run in runs]
+            sets = [quick_look.routing(run, **chosen.cell) for run in runs]
             for ds, label in zip(sets, (name, other), strict=True):
                 ds.attrs["title"] = f"{label}, {ds.attrs['title']}"
             drawn = [draw.heatmap(ds, "load", theme=visit.theme) for ds in sets]
             if sets[0]["load"].shape == sets[1]["load"].shape:
                 drawn.append(draw.difference(sets[0], sets[1], "load", theme=visit.theme))
             about = [
-                parts.html(f"<b>{escape(n)}</b> {views.about(r)}") for n, r in zip((name, other), runs, strict=True)
+                widgets.html(f"<b>{escape(n)}</b> {content.about(r)}") for n, r in zip((name, other), runs, strict=True)
             ]
             return pn.Column(
                 *about,
-                *(parts.figure(f, f"{name}-{other}-{i}") for i, f in enumerate(drawn)),
+                *(widgets.figure(f, f"{name}-{other}-{i}") for i, f in enumerate(drawn)),
                 sizing_mode="stretch_width",
             )
 
-        shown[:] = [parts.guarded(body)]
+        shown[:] = [widgets.guarded(body)]
 
     def another(*_: Any) -> None:
         visit.put(**{"with": str(pick.value)})
@@ -240,13 +245,13 @@ def compare(visit: Visit) -> Page:
     return Page([pick, *chosen.sidebar()], [told, shown])
 
 
-MAKERS: Mapping[str, Callable[[Visit], Page]] = {
+MAKERS: Mapping[str, Callable[[Session], Page]] = {
     "overview": overview, "experts": experts, "sinks": sinks, "channels": channels, "effort": effort,
     "transcript": transcript, "compare": compare,
 }  # fmt: skip
 
 
-def made(page: str, visit: Visit) -> Page:
+def made(page: str, visit: Session) -> Page:
     """A page or, where the run is damaged, gone or lacks what it needs, what is the matter: never a blank one."""
-    shown = parts.guarded(lambda: MAKERS[page](visit))
+    shown = widgets.guarded(lambda: MAKERS[page](visit))
     return shown if isinstance(shown, Page) else Page([], [shown])

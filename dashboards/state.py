@@ -12,16 +12,16 @@ from urllib.parse import urlencode
 
 import xarray as xr
 
-from workbench.dashboards.desk import Answer, Desk
+from workbench.dashboards.study_jobs import Answer, Desk
 from workbench.errors import InputError
 from workbench.runs import Run, open_run
-from workbench.runs.place import Folder, place
+from workbench.runs.storage import LocalStorage, place
 from workbench.studies import effort
-from workbench.studies.design import EFFORTS
-from workbench.studies.specialisation import together
+from workbench.studies.comparison import EFFORTS
+from workbench.studies.specialization import together
 
 
-class Choice:
+class Selection:
     """What is chosen, by name; it is the query string of every page, so that a link reopens the view.
 
     A page uses the names that it knows and hands the others on to the next page.
@@ -54,7 +54,7 @@ class Choice:
         return urlencode({n: v for n, v in (self._chosen | other).items() if v})
 
 
-class Shelf:
+class RunRegistry:
     """The runs a dashboard was started with, and what was computed of them, once for each state of a run."""
 
     def __init__(self, paths: Sequence[str | Path], *, cache: Path | None = None) -> None:
@@ -63,7 +63,7 @@ class Shelf:
         self._paths: dict[str, str | Path] = {}
         for path in paths:
             where = place(path)
-            last = where.path.resolve().name if isinstance(where, Folder) else str(where).rsplit("/", 1)[-1]
+            last = where.path.resolve().name if isinstance(where, LocalStorage) else str(where).rsplit("/", 1)[-1]
             name = last.removesuffix(".zarr")
             if name in self._paths:
                 raise InputError(f"two runs are called {name!r}: {self._paths[name]} and {path}; rename one of them")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from workbench.errors import InputError
 from workbench.runs import Run
-from workbench.studies import glance
+from workbench.studies import quick_look
 from workbench.studies.statistics import effective_number
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -41,7 +41,7 @@ def summary(run: Run) -> Group:
 
 
 def _tokens(run: Run) -> Table:
-    rows = glance.tokens(run)
+    rows = quick_look.tokens(run)
     table = Table("channel", *map(str, rows.columns), title="tokens by channel and effort")
     for channel, row in rows.iterrows():
         table.add_row(str(channel), *(f"{int(n):,}" for n in row))
@@ -50,7 +50,7 @@ def _tokens(run: Run) -> Table:
 
 def _accuracy(run: Run) -> Table:
     marked = run.sequences[run.sequences["correct"] >= 0]
-    efforts = [e for e in glance.options(run)["effort"] if e in set(marked["effort"])]
+    efforts = [e for e in quick_look.options(run)["effort"] if e in set(marked["effort"])]
     rows = marked.pivot_table(index="task", columns="effort", values="correct", aggfunc="mean")[efforts]
     table = Table("task", *efforts, title="share of right answers")
     for task, row in rows.iterrows():
@@ -63,8 +63,8 @@ def _experts(run: Run) -> Table:
     table = Table("layer", title="experts: effective number, and load of each (a full bar: four times an even share)")
     cells = {}
     for channel in ("analysis", "final"):
-        if channel in glance.options(run)["channel"]:
-            cells[channel] = glance.routing(run, channel)["load"].values
+        if channel in quick_look.options(run)["channel"]:
+            cells[channel] = quick_look.routing(run, channel)["load"].values
             table.add_column(f"{channel}", justify="right")
             table.add_column("", no_wrap=True, overflow="crop")
     for layer in range(run.model["n_layers"]):
@@ -76,9 +76,9 @@ def _experts(run: Run) -> Table:
 
 
 def _sinks(run: Run) -> Table:
-    channels = [c for c in glance.options(run)["channel"] if c != glance.ALL]
+    channels = [c for c in quick_look.options(run)["channel"] if c != quick_look.ALL]
     table = Table("layer", *channels, title="mean probability on the sinks")
-    mass = [glance.sinks(run, channel)["mass"].values.mean(-1) for channel in channels]
+    mass = [quick_look.sinks(run, channel)["mass"].values.mean(-1) for channel in channels]
     for layer in range(run.model["n_layers"]):
         table.add_row(str(layer), *(f"{m[layer]:.3f}" for m in mass))
     return table

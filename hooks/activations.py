@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from workbench.hooks.edits import Act, At, Edit, Tokens, as_set
-from workbench.hooks.places import along, at_points, listed, over_axes, points_of
+from workbench.hooks.targets import along, at_points, listed, over_axes, points_of
 
 
 def steer(
@@ -77,7 +77,7 @@ def patch(
         there = there[..., : here.shape[-1]] if square else there
         if there.shape[2:] != here.shape[2:]:
             raise ValueError(f"{name}: source {tuple(there.shape)} does not fit activations of {tuple(x.shape)}")
-        position, sequence = at.where.positions.cpu() + shift, at.where.sequence.clamp(min=0)
+        position, sequence = at.context.positions.cpu() + shift, at.context.sequence.clamp(min=0)
         if len(there) != 1 and int(sequence.max()) >= len(there):
             raise ValueError(f"{name}: the source has {len(there)} rows, this pass {int(sequence.max()) + 1} sequences")
         meant = at.meant(members) & (position >= 0) & (position < there.shape[1])
@@ -106,7 +106,7 @@ def resample(
         if donors.shape[1:] != x.shape[2:]:
             raise ValueError(f"donors of {tuple(donors.shape[1:])} do not fit activations of {tuple(x.shape)}")
         meant = at.meant(members)
-        drawn = _drawn(at.where.sequence, at.where.positions.cpu(), len(donors), seed)
+        drawn = _drawn(at.context.sequence, at.context.positions.cpu(), len(donors), seed)
         new = donors[drawn.to(donors.device)].to(x.device, x.dtype)
         return torch.where(over_axes(meant, x), new, x), int(meant.sum()), meant.sum()
 

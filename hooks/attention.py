@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.hooks.edits import At, Edit, Tokens, as_set
-from workbench.hooks.places import Layers, along, among, at_layers, said
+from workbench.hooks.targets import Layers, along, among, at_layers, said
 
 
 def remove_sinks(layers: Layers, heads: Collection[int] | None = None, tokens: Tokens = None) -> Edit:
@@ -52,7 +52,7 @@ def knockout(layers: Layers, queries: Tokens, keys: Tokens, heads: Collection[in
     heads = None if heads is None else sorted(set(heads))
 
     def act(scores: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
-        rows, cols = at.meant(from_), at.where.key_mask(to)
+        rows, cols = at.meant(from_), at.context.key_mask(to)
         pairs = (rows[:, :, None] & cols[:, None]).to(scores.device)[:, None]
         if heads is not None:
             pairs = pairs & among(heads, scores[0, :, 0, 0])[:, None, None]

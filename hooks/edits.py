@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from workbench.hooks.points import recomputing
+from workbench.hooks.hook_points import recomputing
 
 TokenSet = Callable[[Int[np.ndarray, " pos"]], Bool[np.ndarray, " pos"]]
 Tokens = TokenSet | Sequence[int] | slice | None  # a set (see harmony.token_set), positions, or every token
 
 
-class Where(Protocol):
+class PassContext(Protocol):
     """What a pass says about its tokens; the model's `where`."""
 
     positions: Int[Tensor, "batch pos"]
@@ -39,12 +39,12 @@ class At(NamedTuple):
 
     model: Any
     layer: int
-    where: Where
+    context: PassContext
     seen: dict[str, Tensor]
 
     def meant(self, tokens: TokenSet) -> Bool[Tensor, "batch pos"]:
         """Which tokens of the pass are in the set, on the CPU; padding never is."""
-        return self.where.mask(tokens)
+        return self.context.mask(tokens)
 
 
 Act = Callable[[Tensor, At], tuple[Tensor, int, Tensor | int]]  # edited, tokens meant, entries changed
@@ -103,7 +103,7 @@ def applied(model: Any, *edits: Edit) -> Iterator[list[Matched]]:
 
     def hook(act: Act, matched: Matched, layer: int) -> Callable[..., Tensor]:
         def run(tensor: Tensor, hook: Any) -> Tensor:
-            out, tokens, changed = act(tensor, At(model, layer, model.where, seen.setdefault(layer, {})))
+            out, tokens, changed = act(tensor, At(model, layer, model.context, seen.setdefault(layer, {})))
             assert out.shape == tensor.shape, f"{matched.says}: {tuple(tensor.shape)} became {tuple(out.shape)}"
             if not recomputing():
                 matched.count(tokens, changed)

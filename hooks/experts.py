@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.hooks.edits import Act, At, Edit, Tokens, TokenSet, applied, as_set
-from workbench.hooks.places import Layers, among, at_layers, at_routers, numbers, said
+from workbench.hooks.targets import Layers, among, at_layers, at_routers, numbers, said
 
 _PROMOTED = 0.01  # a promoted expert's logit above the token's largest, as SteerMoE has it
 
@@ -129,7 +129,7 @@ def ablate(
         rng = torch.Generator().manual_seed(seed * 1_000_003 + at.layer)
         new, changed = out.clone(), torch.zeros((), dtype=torch.long, device=out.device)
         for expert in experts:
-            real = (at.where.sequence >= 0).to(out.device)[..., None]
+            real = (at.context.sequence >= 0).to(out.device)[..., None]
             own = ((at.seen["experts"] == expert) & real).nonzero(as_tuple=True)
             n = len(own[0])
             if n < 2:

@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from workbench.hooks.points import recomputing
+from workbench.hooks.hook_points import recomputing
 
 HookFunction = Callable[..., None]
 
@@ -68,7 +68,7 @@ class SequenceRecorder:
         if recomputing():
             return
         assert hook.name is not None
-        self._sequences[hook.name].append(self._model.where.sequence.flatten())
+        self._sequences[hook.name].append(self._model.context.sequence.flatten())
         keep(activation, hook)
 
     def take(self) -> list[dict[str, Shaped[Tensor, "pos *feature"]]]:

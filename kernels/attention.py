@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from workbench.kernels import dispatch
-from workbench.kernels.parts import in_parts
+from workbench.kernels.chunking import chunked
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _WINDOW_BLOCK = 64  # queries that share the keys of a window; 128: 1.2 × the time, 256: 1.4 ×
@@ -99,7 +99,7 @@ def attention(
 
 def shrink(z: Float[Tensor, "batch query head d_head"], sink: Float[Tensor, "batch query head"]) -> Tensor:
     """What attention over the keys becomes beside a sink of this probability; in z's dtype."""
-    return in_parts(lambda z, sink: (z * (1 - sink)[..., None]).to(z.dtype), z, sink, dim=1)
+    return chunked(lambda z, sink: (z * (1 - sink)[..., None]).to(z.dtype), z, sink, dim=1)
 
 
 def spans(lengths: Sequence[int]) -> list[slice]:

@@ -15,17 +15,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.kernels import dispatch
+from workbench.kernels.chunking import chunked
 from workbench.kernels.mxfp4 import Mxfp4, linear
-from workbench.kernels.parts import in_parts
+from workbench.kernels.parallel import parallel_map
 from workbench.kernels.routing import group
-from workbench.kernels.threads import side_by_side
 
 _TOKENS = 8192  # at a time: bounds the memory of a long prompt, and unpacking every expert again costs 3 % of its work
 _LIGHT = 2**20  # values of an expert's matrix below which handing it to a thread costs more than it saves
-Tap = Callable[[Tensor], Tensor]
+ActivationHook = Callable[[Tensor], Tensor]
 
 
-class Adapted(NamedTuple):
+class LoraWeight(NamedTuple):
     """The matrices of all experts and beside each a low-rank update: x · base + x · a · b."""
 
     base: Mxfp4 | Float[Tensor, "expert inputs outputs"]
@@ -36,21 +36,21 @@ class Adapted(NamedTuple):
 class Experts(NamedTuple):
     """The weights of one layer's experts, stacked; the matrices packed, or dense as [expert, inputs, outputs]."""
 
-    gate_up: Mxfp4 | Adapted | Float[Tensor, "expert d_model 2*d_mlp"]
+    gate_up: Mxfp4 | LoraWeight | Float[Tensor, "expert d_model 2*d_mlp"]
     gate_up_bias: Float[Tensor, "expert 2*d_mlp"]
-    down: Mxfp4 | Adapted | Float[Tensor, "expert d_mlp d_model"]
+    down: Mxfp4 | LoraWeight | Float[Tensor, "expert d_mlp d_model"]
     down_bias: Float[Tensor, "expert d_model"]
     limit: float
     alpha: float
 
 
-class Taps(NamedTuple):
+class ActivationHooks(NamedTuple):
     """What to do with the inside of the layer, each tensor as [tokens, slot, …]; what is returned is used."""
 
-    gate: Tap | None = None
-    up: Tap | None = None
-    post: Tap | None = None
-    out: Tap | None = None
+    gate: ActivationHook | None = None
+    up: ActivationHook | None = None
+    post: ActivationHook | None = None
+    out: ActivationHook | None = None
 
 
 def swiglu(gate: Float[Tensor, "*rows d_mlp"], up: Float[Tensor, "*rows d_mlp"], limit: float, alpha: float) -> Tensor:
@@ -64,7 +64,7 @@ def moe(
     experts: Int[Tensor, "tokens slot"],
     gates: Float[Tensor, "tokens slot"],
     weights: Experts,
-    taps: Taps | None = None,
+    taps: ActivationHooks | None = None,
 ) -> Float[Tensor, "tokens d_model"]:
     """Sum over slots of gate · expert(x), accumulated in at least float32.
 
@@ -74,7 +74,7 @@ def moe(
     packed = isinstance(weights.gate_up, Mxfp4) and isinstance(weights.down, Mxfp4)
     if packed and (gpu := dispatch.triton("moe", x)):
         return gpu.moe(x, experts, gates, weights, taps)
-    taps = taps or Taps()
+    taps = taps or ActivationHooks()
     if not any(taps) and len(x) > _TOKENS:
         parts = zip(x.split(_TOKENS), experts.split(_TOKENS), gates.split(_TOKENS), strict=True)
         return torch.cat([moe(*part, weights) for part in parts])
@@ -86,42 +86,44 @@ def moe(
     apart = heavy and not torch.is_grad_enabled() and torch.get_num_threads() > 1
 
     def per_expert(stage: Callable[[int, Tensor], Tensor]) -> Tensor:
-        parts = side_by_side(lambda item: stage(*item), hit) if apart else [stage(e, rows) for e, rows in hit]
+        parts = parallel_map(lambda item: stage(*item), hit) if apart else [stage(e, rows) for e, rows in hit]
         return torch.cat(parts)[order.argsort()].unflatten(0, (-1, k))
 
-    def inward(e: int, rows: Tensor) -> Tensor:
+    def gate_up(e: int, rows: Tensor) -> Tensor:
         return _linear(x[rows // k], weights.gate_up, e) + weights.gate_up_bias[e]
 
-    def outward(e: int, post: Tensor) -> Tensor:
+    def down(e: int, post: Tensor) -> Tensor:
         return _linear(post, weights.down, e) + weights.down_bias[e]
 
     def activation(gate: Tensor, up: Tensor) -> Tensor:
         return swiglu(gate.to(wide), up.to(wide), weights.limit, weights.alpha).to(x.dtype)
 
     def activated(e: int, rows: Tensor) -> Tensor:
-        h = inward(e, rows)
+        h = gate_up(e, rows)
         return activation(h[:, 0::2], h[:, 1::2])
 
-    def through(tap: Tap | None, slots: Tensor) -> Tensor:
+    def through(tap: ActivationHook | None, slots: Tensor) -> Tensor:
         return slots if tap is None else tap(slots)
 
     wide = torch.promote_types(x.dtype, torch.float32)
     if taps.gate or taps.up:
-        h = per_expert(inward)
+        h = per_expert(gate_up)
         post = activation(through(taps.gate, h[..., 0::2]), through(taps.up, h[..., 1::2]))
     elif taps.post:
         post = per_expert(activated)
     if taps.gate or taps.up or taps.post:
         post = through(taps.post, post).flatten(0, 1)
-        out = per_expert(lambda e, rows: outward(e, post[rows]))
+        out = per_expert(lambda e, rows: down(e, post[rows]))
     else:
-        out = per_expert(lambda e, rows: outward(e, activated(e, rows)))
+        out = per_expert(lambda e, rows: down(e, activated(e, rows)))
     out = through(taps.out, out)
-    return in_parts(lambda y, g: torch.einsum("tsd,ts->td", y.to(wide), g.to(wide)).to(x.dtype), out, gates, dim=0)
+    return chunked(lambda y, g: torch.einsum("tsd,ts->td", y.to(wide), g.to(wide)).to(x.dtype), out, gates, dim=0)
 
 
-def _linear(x: Float[Tensor, "rows inputs"], matrix: Mxfp4 | Adapted | Tensor, e: int) -> Float[Tensor, "rows outputs"]:
+def _linear(
+    x: Float[Tensor, "rows inputs"], matrix: Mxfp4 | LoraWeight | Tensor, e: int
+) -> Float[Tensor, "rows outputs"]:
     """x times expert e's matrix."""
-    if isinstance(matrix, Adapted):
+    if isinstance(matrix, LoraWeight):
         return _linear(x, matrix.base, e) + x @ matrix.a[e] @ matrix.b[e]
     return linear(x, matrix.at(e) if isinstance(matrix, Mxfp4) else matrix[e])

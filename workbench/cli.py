@@ -63,7 +63,7 @@ def info(
 ) -> None:
     """Sizes, a plan of the memory and what fits, and the hook points of a model, without loading it."""
     from workbench.capture import recording
-    from workbench.capture.units import FORWARD_TOKENS, LOGIT_ROWS
+    from workbench.capture.compute import FORWARD_TOKENS, LOGIT_ROWS
     from workbench.model.info import Plan, describe, subject
     from workbench.model.memory import parse
 
@@ -304,7 +304,7 @@ def study(
     if name in (*STUDIES, *COMPARISONS):
         results = run_study(name, *runs, seed=seed)
     else:
-        from workbench.experiments.catalogue import NAMES, run_experiment
+        from workbench.experiments.registry import NAMES, run_experiment
 
         if name not in NAMES:
             known = ", ".join((*STUDIES, *COMPARISONS, *NAMES))

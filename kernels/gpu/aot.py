@@ -53,7 +53,7 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
-class Specimen:
+class CompileCase:
     """A kernel with everything it is compiled with, as its launcher would launch it for one shipped tile.
 
     types: argument → Triton type ("*bf16", "*u8", "i32", "fp32", …) of every argument that is not a constexpr.
@@ -95,7 +95,7 @@ class Resources(NamedTuple):
     loop: Loop | None = None  # none without a matrix instruction whose size its name tells
 
 
-def build(specimen: Specimen, target: Target) -> Any:
+def build(specimen: CompileCase, target: Target) -> Any:
     """Triton's compiled kernel; its `asm` holds every stage."""
     types = {**specimen.types, **dict.fromkeys(specimen.constants, "constexpr")}
     names = list(specimen.kernel.arg_names)
@@ -107,7 +107,7 @@ def build(specimen: Specimen, target: Target) -> Any:
     return triton.compile(source, target=target.triton, options=options)
 
 
-def resources(specimen: Specimen, target: Target) -> Resources:
+def resources(specimen: CompileCase, target: Target) -> Resources:
     """Compiles for a target and reads what it takes there."""
     compiled = build(specimen, target)
     read = _nvidia if target.backend == "cuda" else _amd

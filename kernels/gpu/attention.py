@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from workbench.kernels.gpu import tiles
-from workbench.kernels.gpu.aot import Specimen
+from workbench.kernels.gpu.aot import CompileCase
 from workbench.kernels.gpu.common import LOG2E, dot, narrow
 from workbench.kernels.gpu.tiles import Tile
 
@@ -504,12 +504,12 @@ def pattern(
     return out
 
 
-def specimens(target: str = "sm_90") -> list[Specimen]:
+def specimens(target: str = "sm_90") -> list[CompileCase]:
     """Every kernel with the tiles that `target` gets; both models have the same heads."""
     return [s for window in (128, None) for s in _specimens(window, target)]
 
 
-def _specimens(window: int | None, target: str, heads: int = 64, kv: int = 8, d: int = 64) -> list[Specimen]:
+def _specimens(window: int | None, target: str, heads: int = 64, kv: int = 8, d: int = 64) -> list[CompileCase]:
     """Prefill of one sequence of 8,192 tokens and its gradient; decoding of 64 sequences on 4,096 keys each."""
     n, rows, past = 8192, 64, 4096
     which = "full" if window is None else f"window {window}"
@@ -527,9 +527,9 @@ def _specimens(window: int | None, target: str, heads: int = 64, kv: int = 8, d:
     def specimen(
         name: str, kernel: Any, problem: str, tile: Tile, types: dict[str, str], constants: dict[str, Any],
         flops: float, read: float, products: bool = True,
-    ) -> Specimen:  # fmt: skip
+    ) -> CompileCase:  # fmt: skip
         aligned = frozenset(a for a, kind in types.items() if kind.startswith("*") or a in strides or a == "chunk")
-        return Specimen(
+        return CompileCase(
             kernel, f"attention.{name}", problem, tile, types, {**constants, **tile.blocks}, aligned,
             products, flops, read,
         )  # fmt: skip

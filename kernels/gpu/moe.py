@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from workbench.kernels.gpu import tiles
-from workbench.kernels.gpu.aot import Specimen
+from workbench.kernels.gpu.aot import CompileCase
 from workbench.kernels.gpu.common import dot, narrow
 from workbench.kernels.gpu.mxfp4 import Tiled, dot_packed, load_tile, operand, unpack
 from workbench.kernels.gpu.routing import Groups, group, max_tiles, tile_of
 from workbench.kernels.gpu.tiles import Tile
-from workbench.kernels.moe import Experts, Tap, Taps
+from workbench.kernels.moe import ActivationHook, ActivationHooks, Experts
 from workbench.kernels.mxfp4 import Mxfp4
 
 
@@ -219,10 +219,10 @@ class _Layer(NamedTuple):
         )  # fmt: skip
         return out
 
-    def inward(self, x: Tensor, activate: bool) -> Tensor:
+    def gate_up(self, x: Tensor, activate: bool) -> Tensor:
         return self.linear(x, self.weights.gate_up, self.weights.gate_up_bias, self.k, activate)
 
-    def outward(self, post: Tensor) -> Tensor:
+    def down(self, post: Tensor) -> Tensor:
         return self.linear(post, self.weights.down, self.weights.down_bias, 1)
 
     def combine(self, y: Tensor, gates: Tensor | None) -> Tensor:
@@ -261,14 +261,14 @@ class _Layer(NamedTuple):
         return self.combine(self.transposed(dh, self.weights.gate_up, 1), None)
 
 
-class _Whole(torch.autograd.Function):
+class _FusedMoE(torch.autograd.Function):
     """The layer with nothing tapped: of all its stages only x and the gates are kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gates: Tensor, experts: Tensor, layer: _Layer) -> Tensor:
         ctx.save_for_backward(x, gates, experts)
         ctx.layer = layer
-        return layer.combine(layer.outward(layer.inward(x, activate=True)), gates)
+        return layer.combine(layer.down(layer.gate_up(x, activate=True)), gates)
 
     @staticmethod
     @once_differentiable
@@ -277,7 +277,7 @@ class _Whole(torch.autograd.Function):
         layer: _Layer = ctx.layer
         # A gate's gradient is grad · (W post + b): with Wᵀ grad at hand for post's, the output is not needed again.
         dpost = layer.transposed(grad, layer.weights.down, layer.k)
-        dh, dgates = layer.activate_backward(layer.inward(x, activate=False), dpost, gates)
+        dh, dgates = layer.activate_backward(layer.gate_up(x, activate=False), dpost, gates)
         of_bias = (grad.float() @ layer.weights.down_bias.float().T).gather(-1, experts)
         return layer.inward_backward(dh), (dgates.view_as(gates) + of_bias).to(gates.dtype), None, None
 
@@ -289,14 +289,14 @@ class _Inward(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: _Layer, activate: bool) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer, ctx.activate = layer, activate
-        return layer.inward(x, activate)
+        return layer.gate_up(x, activate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x,), layer = ctx.saved_tensors, ctx.layer
         if ctx.activate:
-            grad, _ = layer.activate_backward(layer.inward(x, activate=False), grad)
+            grad, _ = layer.activate_backward(layer.gate_up(x, activate=False), grad)
         return layer.inward_backward(grad), None, None
 
 
@@ -322,7 +322,7 @@ class _Outward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, post: Tensor, layer: _Layer) -> Tensor:
         ctx.layer = layer
-        return layer.outward(post)
+        return layer.down(post)
 
     @staticmethod
     @once_differentiable
@@ -352,7 +352,7 @@ def moe(
     experts: Int[Tensor, "tokens slot"],
     gates: Float[Tensor, "tokens slot"],
     weights: Experts,
-    taps: Taps | None = None,
+    taps: ActivationHooks | None = None,
 ) -> Float[Tensor, "tokens d_model"]:
     """Sum over slots of gate · expert(x), accumulated in float32; every stage is rounded to x's dtype.
 
@@ -367,9 +367,9 @@ def moe(
             raise TypeError(f"the expert kernels read packed matrices, got {kind}: use workbench.kernels.moe.moe")
     layer = _Layer(weights, group(experts, len(weights.gate_up_bias)), experts.shape[1])
     if taps is None or not any(taps):
-        return _Whole.apply(x, gates, experts, layer)
+        return _FusedMoE.apply(x, gates, experts, layer)
 
-    def through(tap: Tap | None, slots: Tensor) -> Tensor:
+    def through(tap: ActivationHook | None, slots: Tensor) -> Tensor:
         return slots if tap is None else tap(slots.unflatten(0, experts.shape)).flatten(0, 1)
 
     if taps.gate or taps.up:
@@ -382,7 +382,7 @@ def moe(
     return _Combine.apply(through(taps.out, y), gates, layer)
 
 
-def specimens(target: str = "sm_90") -> list[Specimen]:
+def specimens(target: str = "sm_90") -> list[CompileCase]:
     """Every kernel with the tiles that `target` gets, for both models: a prefill and a decoding step each."""
     prefill, decode = ("prefill of 8,192 tokens", 8192 * 4), ("decode of 64 tokens", 64 * 4)
     cases = [
@@ -402,7 +402,7 @@ def specimens(target: str = "sm_90") -> list[Specimen]:
 
 def _specimens(
     problem: str, num_experts: int, slots: int, dtype: torch.dtype, target: str, d: int = 2880, k: int = 4
-) -> list[Specimen]:
+) -> list[CompileCase]:
     """d is d_model and d_mlp."""
     number = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     hit = num_experts * (1 - (1 - k / num_experts) ** (slots // k))  # experts, were the routing random
@@ -420,19 +420,19 @@ def _specimens(
         constants: dict[str, Any],
         flops: float,
         values: float,
-    ) -> Specimen:
+    ) -> CompileCase:
         """values: read and written beside the packed weights, for each of the slots."""
         aligned = frozenset(
             a for a, kind in types.items() if kind.startswith("*") or a in ("stride_expert", "stride_tile_row", "D")
         )
         products = kernel in (_linear, _transposed)
         weights = hit * constants["N"] * constants["K"] * 17 / 32 if products else 0.0
-        return Specimen(
+        return CompileCase(
             kernel, f"moe.{name}", problem, tile, types, {**constants, **tile.blocks}, aligned,
             products and dtype == torch.bfloat16, slots * flops, weights + slots * values * dtype.itemsize,
         )  # fmt: skip
 
-    def product(name: str, kernel: Any, tile: Tile, n: int, shared: int, activate: bool = False) -> Specimen:
+    def product(name: str, kernel: Any, tile: Tile, n: int, shared: int, activate: bool = False) -> CompileCase:
         constants = {"E": num_experts, "N": n, "K": d, "SHARED": shared}
         types, written = {"y": number, **packed}, d
         if kernel is _linear:

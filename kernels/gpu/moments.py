@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.kernels.gpu import tiles
-from workbench.kernels.gpu.aot import Specimen
+from workbench.kernels.gpu.aot import CompileCase
 from workbench.kernels.moments import Moments
 
 
@@ -83,7 +83,7 @@ def moments(x: Float[Tensor, "tokens d"], labels: Int[Tensor, "tokens"], n_label
     return Moments(offsets.diff(), *out)
 
 
-def specimens() -> list[Specimen]:
+def specimens() -> list[CompileCase]:
     """Both kernels on a residual stream of 8,192 tokens with 64 labels."""
     tile, tokens, d, n_labels = tiles.moments_tile(), 8192, 2880, 64
     pieces = tokens // tile.blocks["SPLIT"] + n_labels
@@ -92,11 +92,11 @@ def specimens() -> list[Specimen]:
     second = dict.fromkeys((*wide, "out_sums", "out_squares"), "*fp32") | {"ends": "*i64", "D": "i32"}
     problem = f"{tokens} tokens of {d}, {n_labels} labels"
     return [
-        Specimen(
+        CompileCase(
             _pieces, "moments.pieces", problem, tile, first, tile.blocks, frozenset(first) - {"n_labels"},
             flops=3.0 * tokens * d, bytes=tokens * (2.0 * d + 8) + 8.0 * pieces * d,
         ),
-        Specimen(
+        CompileCase(
             _add, "moments.add", problem, tile, second, tile.blocks, frozenset(second),
             flops=2.0 * pieces * d, bytes=8.0 * (pieces + n_labels) * d,
         ),

@@ -7,7 +7,7 @@ from functools import partial
 
 from workbench import studies
 from workbench.figures import paper, routing
-from workbench.figures.drawing import Drawing, numbers
+from workbench.figures.gallery import Drawing, numbers
 from workbench.runs import Run, open_run
 
 

@@ -5,7 +5,7 @@ python notebooks/figures/figure_2_thinking_and_answering.py RUN OUT [svg|pdf|png
 
 from workbench import studies
 from workbench.figures import channels, paper
-from workbench.figures.drawing import Drawing
+from workbench.figures.gallery import Drawing
 from workbench.runs import Run, open_run
 
 

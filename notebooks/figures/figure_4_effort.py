@@ -5,7 +5,7 @@ python notebooks/figures/figure_4_effort.py RUN OUT [svg|pdf|png|html …]
 
 from workbench import studies
 from workbench.figures import effort, paper
-from workbench.figures.drawing import Drawing
+from workbench.figures.gallery import Drawing
 from workbench.runs import Run, open_run
 
 

@@ -137,7 +137,7 @@ def test_autotuning_finds_the_faster_tile_and_tiles_takes_it(tmp_path: Path) -> 
 from pathlib import Path
 from workbench.bench import autotune
 from workbench.bench.cases import Layer, cases
-from workbench.bench.clock import Clock
+from workbench.bench.timing import Clock
 from workbench.kernels.gpu import tiles
 clock = Clock(gpu._device("cpu"), 3)
 own = tiles.codec_tile()

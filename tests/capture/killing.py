@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import workbench as wb
-from workbench.capture import job, pipeline, units  # noqa: F401  loaded before the first fork
+from workbench.capture import compute, job, pipeline  # noqa: F401  loaded before the first fork
 
 RECORD = ["routing", "sinks", "logprobs", "resid_post:1,3", "mlp_out:2 channel=final"]
 

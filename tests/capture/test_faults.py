@@ -22,12 +22,12 @@ import torch
 
 import workbench as wb
 from tests.capture.killing import RECORD
-from workbench.capture import buffers, pipeline
-from workbench.capture.interrupt import Interrupt
+from workbench.capture import pipeline, record_buffers
+from workbench.capture.signals import StopSignal
 from workbench.errors import InputError, JobError
 from workbench.model.transformer import GptOss
 from workbench.runs import shards
-from workbench.runs.place import Place
+from workbench.runs.storage import Storage
 from workbench.runs.verify import verify
 from workbench.runs.writer import RunWriter
 
@@ -103,7 +103,7 @@ def test_a_signal_stops_a_job_cleanly_and_says_how_to_go_on(
 
 
 def test_a_second_signal_is_not_caught() -> None:
-    with Interrupt("the job") as interrupt:
+    with StopSignal("the job") as interrupt:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(JobError, match="the job was stopped by SIGINT"):
             interrupt.check()
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_its_unit_out_and_the_job_goes_on_later(
 ) -> None:
     path, put = tmp_path / "run", shards._put
 
-    def full(array: Any, where: Place, key: str, values: np.ndarray) -> None:
+    def full(array: Any, where: Storage, key: str, values: np.ndarray) -> None:
         if key == "routing/gates/c/0/1/0":  # the second unit's
             raise OSError(errno.ENOSPC, "No space left on device")
         put(array, where, key, values)
@@ -134,7 +134,7 @@ def test_a_slow_disk_holds_the_model_back_and_memory_stays(
     nano: GptOss, transcripts: Path, whole: Path, tmp_path: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, made, waiting, most = RunWriter.write_unit, [], set(), 0
-    init = buffers.Buffers.__init__
+    init = record_buffers.Buffers.__init__
     compute = pipeline.compute
 
     def counted(self: Any, *args: Any, **options: Any) -> None:
@@ -152,7 +152,7 @@ def test_a_slow_disk_holds_the_model_back_and_memory_stays(
         most = max(most, len(waiting))
         return compute(model, unit, *rest)
 
-    monkeypatch.setattr(buffers.Buffers, "__init__", counted)
+    monkeypatch.setattr(record_buffers.Buffers, "__init__", counted)
     monkeypatch.setattr(RunWriter, "write_unit", slow)
     monkeypatch.setattr(pipeline, "compute", noted)
     wb.capture(nano, transcripts, tmp_path / "run", **OPTIONS)

@@ -8,8 +8,8 @@ import torch
 import xarray as xr
 
 import workbench as wb
-from workbench.capture import recording, units
-from workbench.capture.buffers import sketch_matrix
+from workbench.capture import recording
+from workbench.capture.record_buffers import sketch_matrix
 from workbench.errors import InputError, JobError
 from workbench.harmony import CHANNELS
 from workbench.model.transformer import GptOss

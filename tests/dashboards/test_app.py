@@ -58,7 +58,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
     assert server.wait(30) in (0, 130)
 
 
-class Visit:
+class Session:
     """A page that remembers what it asked for and complained of."""
 
     def __init__(self, browser: Browser, url: str, width: int = 1280) -> None:
@@ -80,7 +80,7 @@ class Visit:
         if not re.match(r"(http://localhost:|http://127\.0\.0\.1:|ws://localhost:|data:|blob:)", url):
             self.foreign.append(url)
 
-    def drawn(self, count: int = 1) -> "Visit":
+    def drawn(self, count: int = 1) -> "Session":
         """Wait until that many figures are there."""
         self.page.wait_for_function(
             """count => { const all = []; const walk = root => { for (const e of root.querySelectorAll('*')) {
@@ -114,7 +114,7 @@ def heavy(page: Page) -> list[str]:
 
 
 def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/experts").drawn(2)
+    visit = Session(browser, f"{demo}/experts").drawn(2)
     expect(visit.page.get_by_text(": experts").first).to_be_visible()
     expect(visit.page.get_by_text("16 experts").first).to_be_visible()
     for words in ("What was found", "How is this computed"):
@@ -127,28 +127,28 @@ def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, b
 
 
 def test_it_is_readable_on_a_wide_screen(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/experts", width=1920).drawn(2)
+    visit = Session(browser, f"{demo}/experts", width=1920).drawn(2)
     visit.page.wait_for_timeout(500)
     visit.page.screenshot(path=SCREENSHOTS / "routing-1920.png")
     assert visit.errors == []
 
 
 def test_choosing_an_effort_changes_the_heat_map_and_the_link_reopens_it(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/experts?channel=final&effort=high").drawn()
+    visit = Session(browser, f"{demo}/experts?channel=final&effort=high").drawn()
     before = heat(visit.page)
     visit.page.get_by_role("button", name="low", exact=True).click()
     visit.page.wait_for_url(re.compile("effort=low"), timeout=30_000)
     visit.page.wait_for_timeout(1500)
     after = heat(visit.page)
     assert after != before
-    again = Visit(browser, visit.page.url).drawn()
+    again = Session(browser, visit.page.url).drawn()
     again.page.wait_for_timeout(500)
     assert heat(again.page) == after
     assert visit.errors == again.errors == []
 
 
 def test_a_link_that_names_what_does_not_exist_opens_all_the_same(demo: str, browser: Browser) -> None:
-    visit = Visit(
+    visit = Session(
         browser, f"{demo}/experts?run=../../etc/passwd&channel=<script>alert(1)</script>&effort=extreme"
     ).drawn()
     assert "passwd" not in visit.page.content()
@@ -165,7 +165,7 @@ def test_text_from_a_run_is_text(demo_run: Path, tmp_path: Path, browser: Browse
     (evil / "zarr.json").write_text(json.dumps(attributes))
     server, url = serve(str(evil))
     try:
-        visit = Visit(browser, url).drawn()
+        visit = Session(browser, url).drawn()
         assert visit.page.evaluate("window.evil") is None
         assert visit.foreign == []
     finally:
@@ -177,7 +177,7 @@ def test_a_run_that_vanishes_is_said_to_be_gone(demo_run: Path, tmp_path: Path, 
     server, url = serve(str(copy))
     try:
         shutil.rmtree(copy)
-        visit = Visit(browser, url)
+        visit = Session(browser, url)
         expect(visit.page.get_by_text("is not there").first).to_be_visible(timeout=30_000)
     finally:
         stop(server)
@@ -194,7 +194,7 @@ def test_a_run_that_vanishes_is_said_to_be_gone(demo_run: Path, tmp_path: Path, 
     ],
 )
 def test_every_page_draws_and_explains_itself(demo: str, browser: Browser, page: str, figures: int, theme: str) -> None:
-    visit = Visit(browser, f"{demo}/{page}?theme={theme}").drawn(figures)
+    visit = Session(browser, f"{demo}/{page}?theme={theme}").drawn(figures)
     paper = visit.page.evaluate(
         """() => { let found = ''; const walk = root => { for (const e of root.querySelectorAll('*')) {
              if (e.classList.contains('js-plotly-plot')) found = e.layout.template.layout.paper_bgcolor;
@@ -211,7 +211,7 @@ def test_every_page_draws_and_explains_itself(demo: str, browser: Browser, page:
 
 
 def test_another_figure_is_in_the_link_and_its_numbers_can_be_had(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/sinks?figure=position_layer_1").drawn(3)
+    visit = Session(browser, f"{demo}/sinks?figure=position_layer_1").drawn(3)
     expect(visit.page.get_by_text("Sink mass by position, layer 1").first).to_be_visible()
     visit.page.locator("select").last.select_option(label="analysis vs final matched")
     visit.page.wait_for_url(re.compile("figure=analysis_vs_final_matched"), timeout=30_000)
@@ -225,7 +225,7 @@ def test_another_figure_is_in_the_link_and_its_numbers_can_be_had(demo: str, bro
     assert visit.errors == []
 
 
-def frame_of(visit: "Visit") -> Frame:
+def frame_of(visit: "Session") -> Frame:
     for _ in range(120):
         found = [f for f in visit.page.frames if f != visit.page.main_frame]
         if found and found[0].locator(".t").count():
@@ -235,7 +235,7 @@ def frame_of(visit: "Visit") -> Frame:
 
 
 def test_a_conversation_is_coloured_told_of_searched_and_replayed(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/transcript?task=product")
+    visit = Session(browser, f"{demo}/transcript?task=product")
     frame = frame_of(visit)
     tokens = frame.locator(".t")
     assert tokens.count() > 60
@@ -265,13 +265,13 @@ def test_a_conversation_is_coloured_told_of_searched_and_replayed(demo: str, bro
 
 
 def test_next_goes_on_and_the_link_reopens_the_conversation(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/transcript")
+    visit = Session(browser, f"{demo}/transcript")
     frame_of(visit)
     visit.page.get_by_text("next ›").click()
     visit.page.wait_for_url(re.compile(r"sequence=\d+"), timeout=20_000)
     visit.page.wait_for_timeout(800)
     shown = frame_of(visit).locator("#text").inner_text()
-    again = Visit(browser, visit.page.url)
+    again = Session(browser, visit.page.url)
     assert frame_of(again).locator("#text").inner_text() == shown
 
 
@@ -292,7 +292,7 @@ def test_a_transcript_with_a_script_is_only_text(tmp_path: Path, browser: Browse
         writer.finish()
     server, url = serve(str(tmp_path / "evil.zarr"))
     try:
-        visit = Visit(browser, f"{url}/transcript")
+        visit = Session(browser, f"{url}/transcript")
         frame = frame_of(visit)
         assert frame.evaluate("window.evil") is None
         assert visit.page.evaluate("window.evil") is None
@@ -318,7 +318,7 @@ def test_with_a_password_file_nobody_looks_without_one(demo_run: Path, tmp_path:
 
 
 def test_an_expert_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/experts?channel=analysis&layer=1&expert=5").drawn(2)
+    visit = Session(browser, f"{demo}/experts?channel=analysis&layer=1&expert=5").drawn(2)
     expect(visit.page.get_by_text("Layer 1, expert 5").first).to_be_visible(timeout=30_000)
     expect(visit.page.get_by_text("for example").first).to_be_attached(timeout=30_000)
     visit.page.get_by_text("Who works together in layer 1").first.click()
@@ -328,7 +328,7 @@ def test_an_expert_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
 
 
 def test_a_head_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/sinks?layer=1&head=3").drawn(3)
+    visit = Session(browser, f"{demo}/sinks?layer=1&head=3").drawn(3)
     expect(visit.page.get_by_text("Layer 1, head 3").first).to_be_visible(timeout=30_000)
     expect(visit.page.get_by_text("Its mean mass on the sink").first).to_be_attached()
     expect(visit.page.get_by_text("Layer 1, head 3 by position").first).to_be_attached(timeout=30_000)
@@ -337,7 +337,7 @@ def test_a_head_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
 
 @pytest.mark.parametrize(("label", "start"), [("SVG", b"<svg"), ("PNG", b"\x89PNG")])
 def test_a_figure_is_taken_home(demo: str, browser: Browser, label: str, start: bytes) -> None:
-    visit = Visit(browser, f"{demo}/experts?channel=final").drawn()
+    visit = Session(browser, f"{demo}/experts?channel=final").drawn()
     with visit.page.expect_download(timeout=30_000) as download:
         visit.page.get_by_role("button", name=label, exact=True).first.click()
     assert Path(download.value.path()).read_bytes().startswith(start)
@@ -346,7 +346,7 @@ def test_a_figure_is_taken_home(demo: str, browser: Browser, label: str, start: 
 
 
 def test_what_is_chosen_goes_along_to_the_next_page_by_keyboard(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/experts").drawn()
+    visit = Session(browser, f"{demo}/experts").drawn()
     for name, choice in (("Channel", "final"), ("Task", "product"), ("Layer", "2")):
         visit.page.get_by_label(name, exact=True).select_option(label=choice)
         visit.page.wait_for_url(re.compile(f"{name.lower()}={choice}"), timeout=30_000)
@@ -364,7 +364,7 @@ def test_what_is_chosen_goes_along_to_the_next_page_by_keyboard(demo: str, brows
 
 
 def test_conversations_are_searched_by_what_was_said(demo: str, browser: Browser) -> None:
-    visit = Visit(browser, f"{demo}/transcript?channel=final&effort=low&find=no+such+words")
+    visit = Session(browser, f"{demo}/transcript?channel=final&effort=low&find=no+such+words")
     expect(visit.page.get_by_text("no conversation is like that").first).to_be_visible(timeout=30_000)
     box = visit.page.get_by_label("Id, answer or text contains")
     box.fill("1")
@@ -382,7 +382,7 @@ def test_panel_serve_shows_it_too(demo_run: Path, browser: Browser) -> None:
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(port, server)
-        visit = Visit(browser, f"http://localhost:{port}/app?page=experts").drawn()
+        visit = Session(browser, f"http://localhost:{port}/app?page=experts").drawn()
         visit.page.get_by_role("link", name="Effort").click()
         visit.page.wait_for_url(re.compile("page=effort"), timeout=30_000)
         visit.drawn()
@@ -396,12 +396,12 @@ def test_panel_serve_shows_it_too(demo_run: Path, browser: Browser) -> None:
 def test_two_runs_are_compared_and_one_says_what_is_missing(
     demo: str, demo_run: Path, tmp_path: Path, browser: Browser
 ) -> None:
-    alone = Visit(browser, f"{demo}/compare")
+    alone = Session(browser, f"{demo}/compare")
     expect(alone.page.get_by_text("Start the dashboard with two runs").first).to_be_visible(timeout=30_000)
     other = shutil.copytree(demo_run, tmp_path / "other.zarr")
     server, url = serve(str(demo_run), str(other))
     try:
-        visit = Visit(browser, f"{url}/compare").drawn()
+        visit = Session(browser, f"{url}/compare").drawn()
         expect(visit.page.get_by_text("routers agree on 100.0%").first).to_be_attached()
         assert visit.errors == []
     finally:
@@ -418,7 +418,7 @@ def test_a_run_that_is_written_shows_moving_progress(tmp_path: Path, browser: Br
         write_unit(writer, 0)
         server, url = serve(str(tmp_path / "r.zarr"))
         try:
-            visit = Visit(browser, f"{url}/overview")
+            visit = Session(browser, f"{url}/overview")
             expect(visit.page.get_by_text(f"1 of {len(layout.units)} units, ").first).to_be_visible(timeout=30_000)
             write_unit(writer, 1)
             expect(visit.page.get_by_text(f"2 of {len(layout.units)} units, ").first).to_be_visible(timeout=30_000)

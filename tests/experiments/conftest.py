@@ -6,13 +6,21 @@ import torch
 from jaxtyping import install_import_hook
 from torch import Tensor
 
-MODULES = ("attribution", "gradients", "lens", "meter", "passes", "points", "rms_path")
+MODULES = (
+    "attribution",
+    "gradients",
+    "lens",
+    "residual_attribution",
+    "activations",
+    "token_selection",
+    "norm_attribution",
+)
 install_import_hook([f"workbench.experiments.{name}" for name in MODULES], "beartype.beartype")
 
 import workbench as wb  # noqa: E402
 from tests.conftest import DATA  # noqa: E402
 from tests.model.conftest import BASE, random_model  # noqa: E402
-from workbench.experiments.sources import transcripts  # noqa: E402
+from workbench.experiments.from_run import transcripts  # noqa: E402
 from workbench.model.transformer import GptOss  # noqa: E402
 
 MAKE = {

@@ -11,9 +11,9 @@ import xarray as xr
 from torch import Tensor
 
 from tests.model.conftest import BASE, random_model
-from tests.model.live import LiveBytes
+from tests.model.live_memory import LiveBytes
 from workbench.errors import InputError
-from workbench.experiments import attribution, meter
+from workbench.experiments import attribution, residual_attribution
 from workbench.experiments.attribution import by_expert, logit_parts, ranked, total
 from workbench.experiments.lens import logit_lens
 from workbench.hooks.edits import applied
@@ -74,11 +74,11 @@ def forgetting_the_norm(model: GptOss, term: Tensor) -> Tensor:
     return direction(model, term) / model.ln_final.weight.double()
 
 
-meter_heads, meter_experts, direction = meter.heads, meter.experts, attribution._direction
+meter_heads, meter_experts, direction = residual_attribution.heads, residual_attribution.experts, attribution._direction
 BROKEN: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "no attention bias": (meter, "heads", without_biases),
-    "no expert bias": (meter, "experts", without_expert_bias),
-    "ungated experts": (meter, "experts", ungated),
+    "no attention bias": (residual_attribution, "heads", without_biases),
+    "no expert bias": (residual_attribution, "experts", without_expert_bias),
+    "ungated experts": (residual_attribution, "experts", ungated),
     "no norm weight": (attribution, "_direction", forgetting_the_norm),
 }
 
@@ -225,13 +225,13 @@ def growth() -> int:
 def test_one_layers_activations_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     six_layers_of_slots = 6 * 2000 * BASE.experts_per_token * BASE.d_model * 4
     assert growth() < six_layers_of_slots / 2
-    kept, see = [], meter.Meter._see
+    kept, see = [], residual_attribution.Meter._see
 
     def hoard(self: Any, x: Tensor, hook: Any) -> None:
         see(self, x, hook)
         kept.append(self._seen[hook.name.split(".", 2)[2]])
 
-    monkeypatch.setattr(meter.Meter, "_see", hoard)
+    monkeypatch.setattr(residual_attribution.Meter, "_see", hoard)
     assert growth() > six_layers_of_slots
 
 

@@ -11,7 +11,7 @@ from tests.conftest import DATA
 from tests.model.conftest import BASE, random_model
 from workbench.errors import InputError
 from workbench.experiments import effects
-from workbench.experiments.sources import recorded, transcripts
+from workbench.experiments.from_run import recorded, transcripts
 from workbench.harmony.transcripts import Prompt, Transcript
 from workbench.hooks.interventions import applied, forbid, force, patch, route
 from workbench.model.transformer import GptOss

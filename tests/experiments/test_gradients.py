@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.model.conftest import BASE, random_model
 from workbench.errors import InputError
-from workbench.experiments import passes
+from workbench.experiments import activations
 from workbench.experiments.gradients import attribution_patching, integrated_gradients, verify
 from workbench.hooks.edits import applied
 from workbench.hooks.interventions import patch
@@ -33,7 +33,7 @@ def metric(logits: Tensor) -> Tensor:
 
 def near(model: GptOss, point: str, part: float) -> dict[str, Tensor]:
     """Activations that lie this part of the way from the corrupt to the clean run."""
-    corrupt, clean = (passes.activations(model, x, passes.named(model, point)) for x in (CORRUPT, CLEAN))
+    corrupt, clean = (activations.activations(model, x, activations.named(model, point)) for x in (CORRUPT, CLEAN))
     return {name: torch.where(x == clean[name], x, x + part * (clean[name] - x)) for name, x in corrupt.items()}
 
 
@@ -54,7 +54,7 @@ def test_an_estimate_is_the_limit_of_patching(exact: GptOss, point: str) -> None
 
 @pytest.mark.parametrize("broken", ["gradient of the clean run", "no gates", "difference backwards"])
 def test_the_limit_sees_a_wrong_estimate(exact: GptOss, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    dot, slopes = passes.dot, passes.slopes
+    dot, slopes = activations.dot, activations.slopes
     if broken == "difference backwards":
         monkeypatch.setattr(passes, "dot", lambda m, n, end, begin, slope: dot(m, n, begin, end, slope))
     elif broken == "gradient of the clean run":
@@ -87,7 +87,7 @@ def test_what_is_measured_is_a_patch(exact: GptOss) -> None:
         assert hit["measured"] == pytest.approx(float(metric(patched) - metric(plain)), abs=1e-10)
         lost = [
             len(set(a) - set(b)) / BASE.experts_per_token
-            for choice in passes.choices(exact)
+            for choice in activations.choices(exact)
             for a, b in zip(before[choice][0].tolist(), after[choice][0].tolist(), strict=True)
         ]
         assert hit["flips"] == pytest.approx(np.mean(lost))
@@ -99,8 +99,8 @@ def test_where_the_runs_are_alike_nothing_has_an_effect_and_flips_are_counted(ex
     for name in ("attn.hook_z", "attn.hook_attn_scores", "flip"):
         assert (found[name].sel(position=slice(0, 3)) == 0).all(), name
         assert found[name].notnull().all()
-    chosen = [passes.activations(exact, x, passes.choices(exact)) for x in (CORRUPT, CLEAN)]
-    for layer, name in enumerate(passes.choices(exact)):
+    chosen = [activations.activations(exact, x, activations.choices(exact)) for x in (CORRUPT, CLEAN)]
+    for layer, name in enumerate(activations.choices(exact)):
         mine, other = chosen[0][name][1, 3].tolist(), chosen[1][name][1, 3].tolist()
         assert found.flip[layer, 1, 3] == len(set(mine) - set(other)) / BASE.experts_per_token
     assert found.flip.max() > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workbench.kernels.moe import Experts, Taps, moe
+from workbench.kernels.moe import ActivationHooks, Experts, moe
 from workbench.kernels.mxfp4 import Mxfp4, dequantise, quantise
 from workbench.kernels.routing import gate, group, top_k
 
@@ -62,17 +62,19 @@ def test_taps_see_and_change_every_stage_in_slot_order() -> None:
     def keep(name: str) -> object:
         return lambda t: seen.setdefault(name, t)
 
-    same = moe(x, experts, gates, w, Taps(*(keep(n) for n in ("gate", "up", "post", "out"))))  # type: ignore[arg-type]
+    same = moe(x, experts, gates, w, ActivationHooks(*(keep(n) for n in ("gate", "up", "post", "out"))))  # type: ignore[arg-type]
     assert torch.equal(same, moe(x, experts, gates, w))
     h = dequantise(*w.gate_up.at(int(experts[4, 1])), torch.float64) @ x[4] + w.gate_up_bias[experts[4, 1]]
     torch.testing.assert_close(seen["gate"][4, 1], h[0::2])
     torch.testing.assert_close(seen["up"][4, 1], h[1::2])
     torch.testing.assert_close((seen["out"] * gates[..., None]).sum(1), same)
-    silent = moe(x, experts, gates, w, Taps(post=torch.zeros_like))
+    silent = moe(x, experts, gates, w, ActivationHooks(post=torch.zeros_like))
     torch.testing.assert_close(silent, (w.down_bias[experts] * gates[..., None]).sum(1))
-    for name in Taps._fields:
-        assert torch.equal(moe(x, experts, gates, w, Taps(**{name: lambda t: t})), same), f"{name} alone"
-        assert not torch.equal(moe(x, experts, gates, w, Taps(**{name: lambda t: t + 1})), same), f"{name} alone"
+    for name in ActivationHooks._fields:
+        assert torch.equal(moe(x, experts, gates, w, ActivationHooks(**{name: lambda t: t})), same), f"{name} alone"
+        assert not torch.equal(moe(x, experts, gates, w, ActivationHooks(**{name: lambda t: t + 1})), same), (
+            f"{name} alone"
+        )
 
 
 def test_gates_are_a_softmax_over_the_chosen_only_and_ties_go_to_the_smaller_id() -> None:

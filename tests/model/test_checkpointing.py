@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from tests.model.conftest import BASE, random_model
-from tests.model.live import LiveBytes
+from tests.model.live_memory import LiveBytes
 from tests.model.test_gradients import loss, packed
+from workbench.hooks.hook_points import recomputing
 from workbench.hooks.interventions import ablate, applied, remove_sinks, resample
-from workbench.hooks.points import recomputing
 from workbench.hooks.recorders import Recorder, SequenceRecorder
 from workbench.model.transformer import GptOss
 
@@ -55,8 +55,8 @@ def test_the_second_time_hooks_see_their_own_pass(model: GptOss) -> None:
     seen: list[tuple[bool, int]] = []
 
     def look(x: Tensor, hook: object) -> None:
-        assert model.where is not None
-        seen.append((recomputing(), x.shape[1] - int(model.where.mask(lambda ids: ids >= 0).sum())))
+        assert model.context is not None
+        seen.append((recomputing(), x.shape[1] - int(model.context.mask(lambda ids: ids >= 0).sum())))
 
     start = torch.zeros(BASE.d_model, requires_grad=True)
     hooks = [("hook_embed", lambda x, hook: x + start), ("blocks.1.hook_resid_mid", look)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.model.conftest import BASE, random_model
-from tests.model.live import LiveBytes
+from tests.model.live_memory import LiveBytes
 from workbench.hooks.names import hook_points
 from workbench.kernels import mxfp4
 from workbench.model.transformer import ExpertMatrix, GptOss

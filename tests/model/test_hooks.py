@@ -146,7 +146,7 @@ def test_right_padding_changes_nothing(base: GptOss) -> None:
 
 def test_nothing_of_the_open_path_runs_unless_hooked(base: GptOss, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(type(base.blocks[0].attn), "_open", lambda *a: calls.append(a) or attention.attention)
+    monkeypatch.setattr(type(base.blocks[0].attn), "_materialized", lambda *a: calls.append(a) or attention.attention)
     with torch.no_grad():
         base(X)
     assert not calls

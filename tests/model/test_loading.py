@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.model.conftest import BASE
-from tests.model.machine import Machine
+from tests.model.fake_gpus import Machine
 from workbench.errors import InputError
 from workbench.hooks.names import hook_points
 from workbench.kernels import mxfp4

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.model.conftest import BASE, random_model
-from tests.model.live import LiveBytes
-from workbench.capture import recording, units
+from tests.model.live_memory import LiveBytes
+from workbench.capture import compute, recording
 from workbench.errors import InputError
 from workbench.hooks.recorders import Recorder
-from workbench.kernels import dispatch, parts
+from workbench.kernels import dispatch
 from workbench.model import load, memory
 from workbench.model.cache import KVCache
 from workbench.model.config import PUBLISHED, Config
@@ -129,7 +129,7 @@ def measured(case: Case) -> int:
         else:
             residual = model.residual(tokens[None], packed=lengths)
             if case.ends == "predictions":
-                units.predictions(model, residual, tokens, lengths)
+                compute.predictions(model, residual, tokens, lengths)
     return counted.peak
 
 

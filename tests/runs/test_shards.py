@@ -8,7 +8,7 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from workbench.runs import shards
-from workbench.runs.place import Folder
+from workbench.runs.storage import LocalStorage
 
 CASES = {
     "layers and tokens": ((3, 40, 5), (1, 8, 5), (1, 16, 5), 1, 16, "uint16"),
@@ -32,7 +32,7 @@ def test_zarr_reads_what_we_write(name: str, fraction: float, tmp_path: Path) ->
     size = list(shape)
     size[axis] = max(1, int((shape[axis] - start) * fraction))
     values = rng.integers(0, 2 if dtype == "bool" else 200, size).astype(dtype)
-    for call in shards.writes(array, Folder(tmp_path), "a", start, axis, values):
+    for call in shards.writes(array, LocalStorage(tmp_path), "a", start, axis, values):
         call()
     want = np.full(shape, fill, dtype=dtype)
     place = [slice(None)] * len(shape)
@@ -48,7 +48,7 @@ def test_a_flipped_byte_and_a_cut_index_are_found_by_the_reader(tmp_path: Path) 
         compressors=ZstdCodec(level=shards.LEVEL, checksum=True),
     )  # fmt: skip
     values = np.random.default_rng(0).integers(0, 1000, (16, 50)).astype("uint16")
-    for call in shards.writes(array, Folder(tmp_path), "a", 0, 0, values):
+    for call in shards.writes(array, LocalStorage(tmp_path), "a", 0, 0, values):
         call()
     file = tmp_path / "a" / "c" / "0" / "0"
     whole = file.read_bytes()
@@ -61,7 +61,7 @@ def test_a_flipped_byte_and_a_cut_index_are_found_by_the_reader(tmp_path: Path) 
 def test_a_start_inside_a_shard_is_our_own_mistake(tmp_path: Path) -> None:
     array = zarr.create_array(str(tmp_path / "a"), shape=(16,), dtype="int32", chunks=(4,), shards=(8,))
     with pytest.raises(AssertionError, match="inside a shard"):
-        next(shards.writes(array, Folder(tmp_path), "a", 4, 0, np.zeros(8, dtype="int32")))
+        next(shards.writes(array, LocalStorage(tmp_path), "a", 4, 0, np.zeros(8, dtype="int32")))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -77,7 +77,7 @@ def test_what_zarr_writes_we_read(name: str, tmp_path: Path) -> None:
     stop = shape[axis]
     place = [slice(None)] * len(shape)
     place[axis] = slice(start, stop)
-    got = shards.read(array, Folder(tmp_path), "a", start, stop, axis)
+    got = shards.read(array, LocalStorage(tmp_path), "a", start, stop, axis)
     assert np.array_equal(got, array[tuple(place)])
 
 
@@ -91,7 +91,7 @@ def test_damage_is_found_by_our_own_reading(tmp_path: Path) -> None:
     for at in (20, len(whole) - 10):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(Exception, match=r"(?i)checksum|zstd|decompress"):
-            shards.read(array, Folder(tmp_path), "a", 0, 16, 0)
+            shards.read(array, LocalStorage(tmp_path), "a", 0, 16, 0)
     file.unlink()
     with pytest.raises(FileNotFoundError):
-        shards.read(array, Folder(tmp_path), "a", 0, 16, 0)
+        shards.read(array, LocalStorage(tmp_path), "a", 0, 16, 0)

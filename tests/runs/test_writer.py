@@ -19,9 +19,9 @@ from workbench.capture.plan import plan_units
 from workbench.errors import InputError, JobError
 from workbench.runs import shards
 from workbench.runs.lock import LOCK
-from workbench.runs.place import Place
 from workbench.runs.reader import open_run
 from workbench.runs.schema import SCHEMA, Activation, Spec
+from workbench.runs.storage import Storage
 from workbench.runs.summaries import summarise
 from workbench.runs.verify import verify
 from workbench.runs.writer import open_writer
@@ -51,7 +51,7 @@ def test_a_unit_interrupted_before_its_flag_is_invisible_and_redone(
         sums = summarise(records, tokens["sequence"], tokens["channel"], num_experts=8)
         original = shards._put
 
-        def dies(array: Any, where: Place, key: str, values: np.ndarray) -> None:
+        def dies(array: Any, where: Storage, key: str, values: np.ndarray) -> None:
             if "attention/sink" in key:
                 raise KeyboardInterrupt
             original(array, where, key, values)
@@ -202,7 +202,7 @@ def test_a_dead_job_s_lock_is_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "r"
     write_run(path, units=[])
     code = (
-        "import sys; from workbench.runs.lock import Lock; from workbench.runs.place import place; "
+        "import sys; from workbench.runs.lock import Lock; from workbench.runs.storage import place; "
         "Lock(place(sys.argv[1])).acquire(); import os; os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 9

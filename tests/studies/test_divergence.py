@@ -9,7 +9,7 @@ import xarray as xr
 
 from workbench.errors import InputError
 from workbench.studies import divergence as module
-from workbench.studies.design import compare, conditions
+from workbench.studies.comparison import compare, conditions
 from workbench.studies.resampling import Paired, count_at_least, permutation_p
 from workbench.studies.routing import divergence
 from workbench.studies.statistics import false_discovery, jensen_shannon, share

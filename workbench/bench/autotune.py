@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from workbench.bench.cases import Case, row_error
-from workbench.bench.clock import Clock
+from workbench.bench.timing import Clock
 from workbench.kernels.gpu import tiles
 from workbench.kernels.gpu.tiles import Tile
 

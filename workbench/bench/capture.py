@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from workbench.bench.table import show
-from workbench.capture.buffers import Buffers
+from workbench.capture.compute import compute
+from workbench.capture.record_buffers import Buffers
 from workbench.capture.recording import parse
-from workbench.capture.units import compute
 from workbench.harmony.transcripts import Transcript
 from workbench.model import load
 from workbench.model.transformer import GptOss

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.bench.table import processor, show
-from workbench.dashboards.state import Shelf
+from workbench.dashboards.state import RunRegistry
 from workbench.errors import InputError
 from workbench.studies import STUDIES
 
@@ -144,7 +144,7 @@ def _peak(pid: int) -> float:
 
 def _studies(path: str, cache: Path) -> dict[str, float]:
     """Make every study, as visitors' pages do, and how long each took."""
-    shelf = Shelf([path], cache=cache)
+    shelf = RunRegistry([path], cache=cache)
     found = {}
     for study in STUDIES:
         start = time.monotonic()

@@ -55,8 +55,8 @@ def run(
     if missing := [path for path in assemblers if not os.access(path, os.X_OK)]:
         raise InputError(f"assembler {missing[0]} cannot be run: name a ptxas that can")
     where = _device(device)
-    from workbench.bench import autotune, models, peers
-    from workbench.bench.clock import Clock, limits
+    from workbench.bench import autotune, baselines, models
+    from workbench.bench.timing import Clock, limits
 
     result: dict[str, Any] = {**describe(where), "correct": check(configs, where, sizes)}
     clock = Clock(where, repeats)
@@ -70,7 +70,7 @@ def run(
             rows = models.measure(clock, most, name, cfg, sizes.prefills, sizes.batches, sizes.model_past)
             result.setdefault("models", []).extend(rows)
         if "peers" in stages:
-            rows = peers.measure(clock, name, cfg, (*sizes.batches, *sizes.prefills))
+            rows = baselines.measure(clock, name, cfg, (*sizes.batches, *sizes.prefills))
             result.setdefault("peers", []).extend(rows)
     if assemblers:
         result["assemblers"] = {str(path): with_assembler(path, repeats) for path in assemblers}

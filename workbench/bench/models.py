@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.bench.clock import Clock, Limits
+from workbench.bench.timing import Clock, Limits
 from workbench.capture.recording import parse, wanted
 from workbench.hooks.recorders import Recorder
 from workbench.model.cache import KVCache

@@ -18,8 +18,8 @@ import zarr
 
 from workbench.bench.table import show
 from workbench.runs import shards
-from workbench.runs.place import Folder
 from workbench.runs.schema import CHUNK
+from workbench.runs.storage import LocalStorage
 
 TOKENS, WIDTH, LAYERS = 16_384, 2880, 24
 
@@ -76,7 +76,7 @@ def _ours(place: Path, values: np.ndarray) -> None:
     array = zarr.create_array(
         str(place), shape=values.shape, dtype=values.dtype, compressors=shards.CODEC, **_grain(values)
     )
-    shards.write(shards.writes(array, Folder(place), "", 0, 1, values))
+    shards.write(shards.writes(array, LocalStorage(place), "", 0, 1, values))
 
 
 def _same(place: Path, values: np.ndarray) -> None:

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from workbench.capture import recording
-from workbench.capture.buffers import Buffers
+from workbench.capture.compute import compute, passes
 from workbench.capture.pipeline import IN_FLIGHT
-from workbench.capture.units import compute, passes
+from workbench.capture.record_buffers import Buffers
 from workbench.errors import InputError
 from workbench.harmony.transcripts import Transcript
 from workbench.model.memory import human

@@ -27,9 +27,9 @@ import torch
 import workbench
 from workbench import harmony
 from workbench.capture import estimate, pipeline, recording
-from workbench.capture.interrupt import Interrupt
+from workbench.capture.compute import Computed
 from workbench.capture.plan import plan_units
-from workbench.capture.units import Computed
+from workbench.capture.signals import StopSignal
 from workbench.errors import InputError
 from workbench.harmony.labels import Labels
 from workbench.harmony.transcripts import Reject, Transcript, read_transcripts
@@ -72,7 +72,11 @@ def capture(
     """
     job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict)
     _refuse_full_disk(model, job, _pending(job, path), path)
-    with _logged(path, log_file), writer_of(job, model, transcripts, path) as writer, Interrupt(str(path)) as interrupt:
+    with (
+        _logged(path, log_file),
+        writer_of(job, model, transcripts, path) as writer,
+        StopSignal(str(path)) as interrupt,
+    ):
         pending = writer.pending()
         n = sum(len(job.rows[s].tokens) for u in pending for s in job.layout.units[u].sequences)
         sizes = recording.bytes_per_token(job.spec, model.cfg)

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from workbench.capture.buffers import Buffers
-from workbench.capture.units import Computed, compute
+from workbench.capture.compute import Computed, compute
+from workbench.capture.record_buffers import Buffers
 from workbench.harmony.transcripts import Transcript
 from workbench.model.config import Config
 from workbench.model.transformer import GptOss

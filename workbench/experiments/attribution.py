@@ -27,10 +27,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.experiments import points as at_points
-from workbench.experiments.meter import Meter, Norm
-from workbench.experiments.points import ROWS, Points, Token
-from workbench.experiments.rms_path import normed
+from workbench.experiments import token_selection as at_points
+from workbench.experiments.norm_attribution import normed
+from workbench.experiments.residual_attribution import Meter, Norm
+from workbench.experiments.token_selection import ROWS, Points, Token
 from workbench.hooks.edits import Tokens
 from workbench.model.transformer import GptOss
 

@@ -42,9 +42,9 @@ def logprobs(model: GptOss, rows: Sequence[Transcript], of: TokenSet, *edits: Ed
             lengths = [len(rows[i].tokens) for i in batch]
             tokens = torch.from_numpy(np.concatenate([rows[i].tokens for i in batch])).long()[None].to(model.device)
             residual = model.residual(tokens, packed=lengths)
-            assert model.where is not None
-            predicted = model.where.mask(of)[0] & (model.where.positions[0].cpu() > 0)
-            owner = model.where.sequence[0]
+            assert model.context is not None
+            predicted = model.context.mask(of)[0] & (model.context.positions[0].cpu() > 0)
+            owner = model.context.sequence[0]
             for at in predicted.nonzero()[:, 0].split(_LOGIT_ROWS):
                 logits = model.logits(residual, at[None] - 1)[0]
                 logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

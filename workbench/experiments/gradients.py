@@ -18,10 +18,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.experiments import passes
-from workbench.experiments.passes import Metric
+from workbench.experiments import activations
+from workbench.experiments.activations import Metric
 from workbench.hooks.names import BLOCK
-from workbench.hooks.places import points_of
+from workbench.hooks.targets import points_of
 from workbench.model.transformer import GptOss
 
 Source = Int[Tensor, "_ _"] | Mapping[str, Tensor]
@@ -44,21 +44,21 @@ def attribution_patching(
     expert, whatever the point has; NaN at padding. `flip`, by layer, sequence and position, is the share of slots
     whose expert the clean run did not choose. A slot stands for the place, whichever expert is in it.
     """
-    kinds = {kind: passes.named(model, kind) for kind in ([points] if isinstance(points, str) else points)}
+    kinds = {kind: activations.named(model, kind) for kind in ([points] if isinstance(points, str) else points)}
     wanted = [name for names in kinds.values() for name in names]
-    there = passes.source(model, corrupt, clean, wanted, n_real)
-    chosen = passes.activations(model, corrupt, passes.choices(model), n_real)
-    before, here, slopes = passes.slopes(model, corrupt, metric, wanted, n_real)
+    there = activations.source(model, corrupt, clean, wanted, n_real)
+    chosen = activations.activations(model, corrupt, activations.choices(model), n_real)
+    before, here, slopes = activations.slopes(model, corrupt, metric, wanted, n_real)
     if unlike := [name for name in wanted if there[name].shape != here[name].shape]:
         raise InputError(f"{unlike[0]}: clean {tuple(there[unlike[0]].shape)}, corrupt {tuple(here[unlike[0]].shape)}")
-    mask = xr.DataArray(passes.real(corrupt, n_real), dims=("sequence", "position"))
+    mask = xr.DataArray(activations.real(corrupt, n_real), dims=("sequence", "position"))
     data: dict[str, Any] = {"metric": ("sequence", before.double().cpu().numpy())}
     for kind, names in kinds.items():
-        effects = np.stack([passes.dot(model, name, there[name], here[name], slopes[name]) for name in names])
-        found = xr.DataArray(effects, dims=("layer", *passes.dims(model, names[0])))
+        effects = np.stack([activations.dot(model, name, there[name], here[name], slopes[name]) for name in names])
+        found = xr.DataArray(effects, dims=("layer", *activations.dims(model, names[0])))
         data[kind] = (found if kind in BLOCK else found[0]).where(mask)
     if all(name in there for name in chosen):
-        flips = np.stack([passes.flipped(experts, there[name]) for name, experts in chosen.items()])
+        flips = np.stack([activations.flipped(experts, there[name]) for name, experts in chosen.items()])
         data["flip"] = xr.DataArray(flips, dims=("layer", "sequence", "position")).where(mask)
     return xr.Dataset(data, {"layer": range(model.cfg.n_layers)}, {"units": "metric"})
 
@@ -79,18 +79,18 @@ def verify(
     Each is patched alone; hits in different sequences share a pass.
     """
     hits = _largest(estimates, top_k)
-    there = passes.source(model, corrupt, clean, sorted({hit["name"] for hit in hits}), n_real)
-    before = passes.activations(model, corrupt, passes.choices(model), n_real)
-    plain, real = passes.said(model, corrupt, metric, n_real), passes.real(corrupt, n_real)
+    there = activations.source(model, corrupt, clean, sorted({hit["name"] for hit in hits}), n_real)
+    before = activations.activations(model, corrupt, activations.choices(model), n_real)
+    plain, real = activations.said(model, corrupt, metric, n_real), activations.real(corrupt, n_real)
     waiting = list(hits)
     while waiting:
         now = {hit["sequence"]: hit for hit in reversed(waiting)}  # of each sequence the first
         waiting = [hit for hit in waiting if hit is not now[hit["sequence"]]]
         after: dict[str, Tensor] = {}
         edits = [(hit["name"], _cell(there[hit["name"]], hit["cell"])) for hit in now.values()]
-        with model.hooks(fwd_hooks=[*edits, *[(name, passes.keep(after)) for name in before]]):
-            patched = passes.said(model, corrupt, metric, n_real)
-        flips = np.stack([passes.flipped(experts, after[name]) for name, experts in before.items()])
+        with model.hooks(fwd_hooks=[*edits, *[(name, activations.keep(after)) for name in before]]):
+            patched = activations.said(model, corrupt, metric, n_real)
+        flips = np.stack([activations.flipped(experts, after[name]) for name, experts in before.items()])
         for sequence, hit in now.items():
             hit["measured"] = float(patched[sequence] - plain[sequence])
             hit["flips"] = float(flips[:, sequence, real[sequence]].mean())
@@ -122,33 +122,33 @@ def integrated_gradients(
     if routing not in ("held", "free") or steps < 1:
         raise InputError(f"routing {routing!r}, {steps} steps: use held or free, and at least one step")
     (at,) = points_of(model, at)
-    seen = passes.activations(model, tokens, [at, *passes.choices(model)], n_real)
+    seen = activations.activations(model, tokens, [at, *activations.choices(model)], n_real)
     if isinstance(baseline, Tensor) and not baseline.is_floating_point():
-        baseline = passes.activations(model, baseline, [at], n_real)[at]
+        baseline = activations.activations(model, baseline, [at], n_real)[at]
     end = seen[at]
     begin = torch.as_tensor(baseline).to(end.device, end.dtype).expand_as(end)
     if not (end.is_floating_point() and bool((end.isfinite() & begin.isfinite()).all())):
         raise InputError(f"{at}: not all of its values are finite numbers, there is no straight way between them")
-    held = [(name, passes.instead(seen[name])) for name in passes.choices(model)]
+    held = [(name, activations.instead(seen[name])) for name in activations.choices(model)]
     kept = held if routing == "held" else []
 
     slope = torch.zeros_like(end, dtype=torch.promote_types(end.dtype, torch.float32))
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        with model.hooks(fwd_hooks=[(at, passes.instead(begin.lerp(end, float(node)))), *kept]):
-            slope += float(weight) * passes.slopes(model, tokens, metric, [at], n_real)[2][at]
+        with model.hooks(fwd_hooks=[(at, activations.instead(begin.lerp(end, float(node)))), *kept]):
+            slope += float(weight) * activations.slopes(model, tokens, metric, [at], n_real)[2][at]
 
     def said(x: Tensor, hooks: list[Any]) -> np.ndarray:
-        with model.hooks(fwd_hooks=[(at, passes.instead(x)), *hooks]):
-            return passes.said(model, tokens, metric, n_real).double().cpu().numpy()
+        with model.hooks(fwd_hooks=[(at, activations.instead(x)), *hooks]):
+            return activations.said(model, tokens, metric, n_real).double().cpu().numpy()
 
     run, start, free = said(end, kept), said(begin, kept), said(begin, [])
-    shares = passes.dot(model, at, end, begin, slope)
+    shares = activations.dot(model, at, end, begin, slope)
     gap = shares.reshape(len(shares), -1).sum(1) - (run - start)
     data = {"metric": run, "baseline": start, "jump": free - start, "gap": gap}
     variables = {name: ("sequence", values) for name, values in data.items()}
     attrs = {"units": "metric", "at": at, "steps": steps, "routing": routing}
-    return xr.Dataset({"attribution": (passes.dims(model, at), shares), **variables}, attrs=attrs)
+    return xr.Dataset({"attribution": (activations.dims(model, at), shares), **variables}, attrs=attrs)
 
 
 def _largest(estimates: xr.Dataset, top_k: int) -> list[dict[str, Any]]:
@@ -169,7 +169,7 @@ def _largest(estimates: xr.Dataset, top_k: int) -> list[dict[str, Any]]:
     return sorted(hits, key=lambda hit: -abs(hit["estimated"]))[:top_k]
 
 
-def _cell(source: Tensor, cell: tuple[int, ...]) -> passes.Hook:
+def _cell(source: Tensor, cell: tuple[int, ...]) -> activations.Hook:
     """A hook that takes one cell from the source."""
 
     def put(x: Tensor, hook: Any) -> Tensor:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.experiments.points import ROWS, Points, Token, points, read_out, residual
+from workbench.experiments.token_selection import ROWS, Points, Token, points, read_out, residual
 from workbench.hooks.edits import Tokens
 from workbench.model.transformer import GptOss
 

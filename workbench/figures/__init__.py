@@ -15,15 +15,25 @@ if TYPE_CHECKING:
     from workbench.figures import effort as effort
     from workbench.figures import experiments as experiments
     from workbench.figures import export as export
-    from workbench.figures import glance as glance
     from workbench.figures import paper as paper
+    from workbench.figures import quick_look as quick_look
     from workbench.figures import routing as routing
     from workbench.figures import sinks as sinks
     from workbench.figures import template as template
 
 __all__ = [
-    "channels", "compare", "contrast", "effects", "effort", "experiments", "export", "glance", "paper", "routing",
-    "sinks", "template",
+    "channels",
+    "compare",
+    "contrast",
+    "effects",
+    "effort",
+    "experiments",
+    "export",
+    "paper",
+    "quick_look",
+    "routing",
+    "sinks",
+    "template",
 ]  # fmt: skip
 
 

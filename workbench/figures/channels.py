@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
-from workbench.figures.drawing import Drawing, Gallery, numbers
-from workbench.figures.template import THEMES, ThemeName, band, dress, translucent
+from workbench.figures.gallery import Drawing, Gallery, numbers
+from workbench.figures.template import THEMES, ThemeName, apply_theme, band, translucent
 
 
 def probe(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
@@ -31,7 +31,7 @@ def probe(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     figure.add_hline(y=0.5, line={"dash": "dot", "color": colours.muted})
     figure.update_xaxes(title="layer")
     figure.update_yaxes(title="AUC, held out by prompt", range=[0.45, 1.02])
-    return dress(
+    return apply_theme(
         figure,
         colours,
         ds,

@@ -6,7 +6,7 @@ from functools import partial
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.drawing import Drawing, Gallery, numbers
+from workbench.figures.gallery import Drawing, Gallery, numbers
 from workbench.figures.intervals import lines
 from workbench.figures.template import ThemeName
 

@@ -8,9 +8,9 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.drawing import Drawing, Gallery, numbers
-from workbench.figures.grid import Grid
-from workbench.figures.template import THEMES, ThemeName, dress
+from workbench.figures.gallery import Drawing, Gallery, numbers
+from workbench.figures.heatmap import Grid
+from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
 _CONTROL = {"none": "all tokens", "position": "at equal position"}
@@ -42,7 +42,7 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
         f"{_CONTROL[control]}; {int(cell['prompts'])} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens; "
         f"{int(different.sum())} of {different.size} differ (q < 0.05, interval excludes 0)"
     )
-    return dress(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=grid.height)
+    return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=grid.height)
 
 
 def volcano(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "light") -> go.Figure:
@@ -65,7 +65,7 @@ def volcano(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     figure.update_xaxes(title=f"percentage points, {ds.attrs['a']} − {ds.attrs['b']}")
     figure.update_yaxes(title="−log₁₀ q", rangemode="tozero")
     subtitle = f"{_CONTROL[control]}; {int(different.sum())} of {different.size} differ; dotted: q = 0.05"
-    return dress(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=520)
+    return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=520)
 
 
 def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "light") -> go.Figure:
@@ -90,7 +90,7 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
     figure.update_xaxes(title="layer", dtick=max(1, len(next(iter(sets.values()))["layer"]) // 6))
     figure.update_yaxes(title="size of the difference (points)", rangemode="tozero")
     subtitle = "Root of summed squared differences over a layer's cells, less what noise has; dashed: all tokens, solid: at equal position"
-    return dress(figure, colours, next(iter(sets.values())), title=title, subtitle=subtitle, height=460)
+    return apply_theme(figure, colours, next(iter(sets.values())), title=title, subtitle=subtitle, height=460)
 
 
 def gallery(sets: Mapping[str, xr.Dataset], *, title: str, prefix: str = "") -> Gallery:

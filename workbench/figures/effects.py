@@ -4,8 +4,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.grid import Grid
-from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, THEMES, ThemeName, dress
+from workbench.figures.heatmap import Grid
+from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, THEMES, ThemeName, apply_theme
 
 
 def ablation_heatmap(ds: xr.Dataset, group: str, *, clip: float | None = None, theme: ThemeName = "light") -> go.Figure:
@@ -30,7 +30,7 @@ def ablation_heatmap(ds: xr.Dataset, group: str, *, clip: float | None = None, t
     figure = grid.finish("expert", {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": bar})
     subtitle = f"{ds.attrs['study']}; change of log-probability; {ds.attrs['rests_on']} in all; 95 % intervals on hover"
     title = f"What each expert is needed for: {group}"
-    return dress(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
+    return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
 
 
 def effect_bars(ds: xr.Dataset, *, title: str, theme: ThemeName = "light") -> go.Figure:
@@ -54,4 +54,4 @@ def effect_bars(ds: xr.Dataset, *, title: str, theme: ThemeName = "light") -> go
     figure.update_yaxes(autorange="reversed", type="category")
     subtitle = f"{ds.attrs['rests_on']}; 95 % intervals, bootstrap over prompts; open: the interval includes zero"
     height = max(220, 24 * len(names) + MARGIN_ABOVE + MARGIN_BELOW)
-    return dress(figure, colours, ds, title=title, subtitle=subtitle, height=height)
+    return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=height)

@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
-from workbench.figures.drawing import Drawing, Gallery, numbers
-from workbench.figures.template import MARKERS, THEMES, ThemeName, dress
+from workbench.figures.gallery import Drawing, Gallery, numbers
+from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme
 
 
 def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = "light") -> go.Figure:
@@ -51,7 +51,7 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
     figure.update_xaxes(title="analysis tokens a sequence", range=[-0.03 * most, 1.03 * most])
     figure.update_yaxes(title="accuracy", range=[-0.03, 1.05])
     subtitle = "Means with 95 % intervals, jackknife over prompts" + ("; grey: single tasks" if task == "all" else "")
-    return dress(
+    return apply_theme(
         figure,
         colours,
         ds,

@@ -9,10 +9,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.drawing import Drawing, Gallery
-from workbench.figures.grid import Grid
+from workbench.figures.gallery import Drawing, Gallery
+from workbench.figures.heatmap import Grid
 from workbench.figures.intervals import lines, rows
-from workbench.figures.template import THEMES, ThemeName, dress
+from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
 
@@ -59,7 +59,7 @@ def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
     made = grid.finish(
         kind, {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": {"title": {"text": unit}}}
     )
-    return dress(
+    return apply_theme(
         made,
         colours,
         ds,

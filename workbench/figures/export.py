@@ -11,8 +11,8 @@ from plotly.offline import get_plotlyjs
 
 from workbench.errors import InputError
 from workbench.figures import paper
-from workbench.figures.drawing import Drawing
-from workbench.studies.design import Run
+from workbench.figures.gallery import Drawing
+from workbench.studies.comparison import Run
 from workbench.studies.files import refuse_paths, write_files
 
 PLOTLY_JS = "plotly.min.js"

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.template import MARKERS, THEMES, ThemeName, band, dress, translucent
+from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme, band, translucent
 
 
 def lines(
@@ -52,7 +52,7 @@ def lines(
     if log_x:
         figure.update_xaxes(type="log", range=[-0.1, float(np.log10(max(at[-1], 2))) + 0.1])
     figure.update_yaxes(title=y_title)
-    return dress(figure, colours, ds, title=title, subtitle=subtitle, height=460)
+    return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=460)
 
 
 def rows(
@@ -76,4 +76,4 @@ def rows(
     figure.add_vline(x=0, line={"color": colours.muted, "width": 1})
     figure.update_yaxes(autorange="reversed", ticks="")
     figure.update_xaxes(title=x_title)
-    return dress(figure, colours, ds, title=title, subtitle=subtitle, height=200 + 30 * len(labels))
+    return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=200 + 30 * len(labels))

@@ -14,10 +14,10 @@ import plotly
 import plotly.graph_objects as go
 
 from workbench.errors import InputError
-from workbench.figures.drawing import Drawing, Gallery
+from workbench.figures.gallery import Drawing, Gallery
 from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, WIDTH
 from workbench.studies import STUDIES, run_study
-from workbench.studies.design import Run
+from workbench.studies.comparison import Run
 
 Column = Literal["screen", "single", "double"]
 Which = Literal["all", "main", "supplement"]

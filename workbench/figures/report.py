@@ -12,10 +12,10 @@ from plotly.offline import get_plotlyjs
 
 from workbench.errors import InputError
 from workbench.figures import experiments
-from workbench.figures.drawing import Gallery
 from workbench.figures.export import PAGE_CONFIG
+from workbench.figures.gallery import Gallery
 from workbench.studies import STUDIES, run_study
-from workbench.studies.design import Run
+from workbench.studies.comparison import Run
 from workbench.studies.files import write_files
 
 TITLES = {

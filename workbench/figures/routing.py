@@ -16,9 +16,9 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from workbench.errors import InputError
-from workbench.figures.drawing import Drawing, Gallery, numbers
-from workbench.figures.grid import Grid
-from workbench.figures.template import MARKERS, THEMES, Theme, ThemeName, band, dress, translucent
+from workbench.figures.gallery import Drawing, Gallery, numbers
+from workbench.figures.heatmap import Grid
+from workbench.figures.template import MARKERS, THEMES, Theme, ThemeName, apply_theme, band, translucent
 
 # the load colours end at this multiple of an even share unless told otherwise
 CLIP = 4.0
@@ -49,7 +49,7 @@ def load_heatmap(
         "95 % intervals on hover"
     )
     title = f"How often each expert is chosen: {channel}, {effort} effort"
-    return dress(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
+    return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
 
 
 def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme: ThemeName = "light") -> go.Figure:
@@ -85,7 +85,7 @@ def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme
         "differ (q < 0.05, interval excludes 0)"
     )
     title = f"Experts used differently: {_compared(div)}"
-    return dress(figure, colours, div, title=title, subtitle=subtitle, height=grid.height)
+    return apply_theme(figure, colours, div, title=title, subtitle=subtitle, height=grid.height)
 
 
 def entropy_by_layer(
@@ -120,7 +120,7 @@ def entropy_by_layer(
         "equally used"
     )
     title = "How evenly experts are used, by layer, channel and effort"
-    return dress(figure, colours, ds, title=title, subtitle=subtitle, height=430)
+    return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=430)
 
 
 def divergence_by_layer(div: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
@@ -147,7 +147,7 @@ def divergence_by_layer(div: xr.Dataset, *, theme: ThemeName = "light") -> go.Fi
         f"with 95 % intervals; {different.sum()} of {int(div['jsd'].count())} layers differ"
     )
     title = f"Divergence of routing by layer: {_compared(div)}"
-    return dress(figure, colours, div, title=title, subtitle=subtitle, height=580)
+    return apply_theme(figure, colours, div, title=title, subtitle=subtitle, height=580)
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
@@ -190,7 +190,7 @@ def lift_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: ThemeName =
     figure.update_xaxes(title="expert")
     figure.update_yaxes(title="expert", autorange="reversed")
     title = f"Experts chosen together: {channel}, layer {layer}"
-    return dress(
+    return apply_theme(
         figure, colours, ds, title=title, subtitle="P(both) over P(one) P(other), tokens of the channel", height=640
     )
 
@@ -207,7 +207,7 @@ def transition_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: Theme
     figure.update_yaxes(title=f"expert in layer {layer}", autorange="reversed")
     bits = float(ds["information_corrected"].sel(channel=channel, layer_pair=layer))
     subtitle = f"Share of the next layer's slots, by this layer's expert; {bits:.3f} bits from one to the next"
-    return dress(
+    return apply_theme(
         figure, colours, ds, title=f"From layer {layer} to {layer + 1}: {channel}", subtitle=subtitle, height=640
     )
 
@@ -226,7 +226,7 @@ def special_by_layer(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure
     figure.update_xaxes(title="layer", **_layer_axis(ds))
     figure.update_yaxes(title="information (bit)", rangemode="tozero")
     subtitle = f"Mutual information of a slot's expert and the label; {int((ds['q'] < 0.05).sum())} of {ds.sizes['layer']} layers beyond chance"
-    return dress(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=430)
+    return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=430)
 
 
 def _select(ds: xr.Dataset, **labels: str) -> xr.Dataset:

@@ -8,10 +8,10 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
-from workbench.figures.drawing import Drawing, Gallery, numbers
-from workbench.figures.grid import Grid
+from workbench.figures.gallery import Drawing, Gallery, numbers
+from workbench.figures.heatmap import Grid
 from workbench.figures.intervals import lines
-from workbench.figures.template import THEMES, ThemeName, dress
+from workbench.figures.template import THEMES, ThemeName, apply_theme
 
 
 def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName = "light") -> go.Figure:
@@ -31,7 +31,7 @@ def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName 
     )
     windowed = [str(int(v)) for v, w in zip(ds["layer"].values, ds["window"].values, strict=True) if w]
     subtitle = f"{int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts; layers with a window: {', '.join(windowed) or 'none'}; intervals on hover"
-    return dress(
+    return apply_theme(
         figure, colours, ds, title=f"Sink mass: {channel}, {effort} effort", subtitle=subtitle, height=grid.height
     )
 

@@ -153,7 +153,9 @@ def template(theme: Theme) -> go.layout.Template:
     )
 
 
-def dress(figure: go.Figure, theme: Theme, source: xr.Dataset, *, title: str, subtitle: str, height: int) -> go.Figure:
+def apply_theme(
+    figure: go.Figure, theme: Theme, source: xr.Dataset, *, title: str, subtitle: str, height: int
+) -> go.Figure:
     """Give a figure its theme, its title and size, and at its foot where the numbers come from."""
     figure.update_layout(
         template=template(theme),

@@ -31,23 +31,23 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 class Tensors(Mapping[str, Tensor]):
     """Canonical name → tensor, made when asked for: opening a checkpoint reads no weight."""
 
-    def __init__(self, places: Mapping[str, "Place"]) -> None:
-        self._places = places
+    def __init__(self, places: Mapping[str, "TensorLocation"]) -> None:
+        self._locations = places
 
     def __getitem__(self, name: str) -> Tensor:
-        place = self._places[name]
+        place = self._locations[name]
         tensor = place.file.tensor(place.stored)
         return tensor if place.rows is None else tensor[place.rows]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._locations)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a canonical tensor is: a file, its name there, and the rows of it (None: all)."""
 
     file: SafetensorsFile
@@ -101,7 +101,7 @@ def open_checkpoint(folder: str | Path, *, ignore_fields: Collection[str] = ()) 
         )
     dense = layout == "huggingface" and name_in(layout, "blocks.0.mlp.experts.down.weight") in found
     experts = "dense" if dense else "mxfp4"
-    places = _places(root, cfg, layout, experts, found)
+    places = _locations(root, cfg, layout, experts, found)
     return Checkpoint(root, cfg, layout, experts, Tensors(places), _digest(root, files))
 
 
@@ -166,11 +166,11 @@ def _check_shards(root: Path, names: set[str]) -> None:
                 raise InputError(f"{root} holds {len(names)} of {wanted} shards: download the missing ones")
 
 
-def _places(
+def _locations(
     root: Path, cfg: Config, layout: str, experts: str, found: Mapping[str, SafetensorsFile]
-) -> dict[str, Place]:
+) -> dict[str, TensorLocation]:
     """Where every tensor of the config is; what is missing, left over or of another shape or dtype is refused."""
-    places: dict[str, Place] = {}
+    places: dict[str, TensorLocation] = {}
     fused: dict[str, list[tuple[str, int]]] = {}
     wanted = shapes(cfg, experts)
     for name, shape in wanted.items():
@@ -183,7 +183,7 @@ def _places(
         _check_entry(file.path, stored, file.entries[stored], shape)
         ends = accumulate(rows for _, rows in parts)
         for (name, rows), end in zip(parts, ends, strict=True):
-            places[name] = Place(file, stored, None if len(parts) == 1 else slice(end - rows, end))
+            places[name] = TensorLocation(file, stored, None if len(parts) == 1 else slice(end - rows, end))
     if left := sorted(set(found) - set(fused)):
         raise InputError(
             f"{found[left[0]].path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} left over)"

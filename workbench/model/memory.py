@@ -17,7 +17,7 @@ import torch
 
 from workbench.errors import InputError
 from workbench.hooks.names import hook_points
-from workbench.kernels.parts import POSITIONS
+from workbench.kernels.chunking import POSITIONS
 from workbench.model.config import Config
 from workbench.model.names import shapes
 
@@ -116,7 +116,7 @@ def activations(
 
 
 def _in_parts(n: int, out: int, way: int) -> int:
-    """Most bytes of `kernels.parts.in_parts`, whose step keeps `out` bytes a position and has `way` at its widest."""
+    """Most bytes of `kernels.chunking.chunked`, whose step keeps `out` bytes a position and has `way` at its widest."""
     if n <= POSITIONS:
         return n * way
     return max(2 * n * out, (n // POSITIONS - 1) * POSITIONS * out + POSITIONS * way)

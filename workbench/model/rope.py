@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.kernels.parts import in_parts
+from workbench.kernels.chunking import chunked
 from workbench.model.config import Rope
 
 
@@ -56,7 +56,7 @@ def rotate(
     sin: Float[Tensor, "batch pos half"],
 ) -> Float[Tensor, "batch pos head d_head"]:
     """Turn the pairs (i, i + d_head / 2) by their position's angle; computed in at least float32."""
-    return in_parts(_rotate, x, cos, sin, dim=1)
+    return chunked(_rotate, x, cos, sin, dim=1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

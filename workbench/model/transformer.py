@@ -18,19 +18,19 @@ from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
-from workbench.hooks.points import hooked, remembered
+from workbench.hooks.hook_points import hooked, snapshot_hooks
 from workbench.kernels import attention as attend
 from workbench.kernels import routing
-from workbench.kernels.moe import Adapted, Experts, Taps, moe
+from workbench.kernels.chunking import chunked
+from workbench.kernels.moe import ActivationHooks, Experts, LoraWeight, moe
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
-from workbench.kernels.parts import in_parts
 from workbench.model.cache import KVCache
 from workbench.model.config import Config
 from workbench.model.generate import generate
 from workbench.model.low_rank import Linear, LowRank
+from workbench.model.pass_context import PassContext
 from workbench.model.rope import rotate
 from workbench.model.weights import AttentionWeights, ExpertWeights, ModelWeights
-from workbench.model.where import Where
 
 
 class RMSNorm(nn.Module):
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
         whole = hooked(self.hook_scale, self.hook_normalized)
-        return self._norm(x) if whole else in_parts(self._norm, x, dim=1)
+        return self._norm(x) if whole else chunked(self._norm, x, dim=1)
 
     def _norm(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -70,26 +70,28 @@ class Attention(AttentionWeights, nn.Module):
         self.hook_attn_scores, self.hook_sink, self.hook_pattern = HookPoint(), HookPoint(), HookPoint()
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"], where: Where, layer: int) -> Tensor:
+    def forward(self, x: Float[Tensor, "batch pos d_model"], where: PassContext, layer: int) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (-1, self.d_head)) for part in (self.q, self.k, self.v))
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         q = self.hook_rot_q(rotate(q, where.cos, where.sin))
         k = self.hook_rot_k(rotate(k, where.cos, where.sin))
         if where.cache is not None:
             k, v = where.cache.extend(layer, k, v)
-        attention = self._open if hooked(self.hook_attn_scores, self.hook_pattern) else self._fast
+        attention = self._materialized if hooked(self.hook_attn_scores, self.hook_pattern) else self._fused
         z = self.hook_z(attention(q, k, v, where))
         if not hooked(self.hook_result):
             return self.o(z.flatten(-2))
         by_head = self.o.matrix.unflatten(1, (-1, self.d_head))
         return self.hook_result(torch.einsum("bphd,mhd->bphm", z, by_head)).sum(2) + self.o.bias
 
-    def _fast(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Float[Tensor, "batch pos head d_head"]:
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, where: PassContext) -> Float[Tensor, "batch pos head d_head"]:
         sinks = None if hooked(self.hook_sink) else self.sinks
         z, lse, _ = attend.attention(q, k, v, where.positions, self.window, lengths=where.lengths, sinks=sinks)
         return z if sinks is not None else attend.shrink(z, self._sink(lse))
 
-    def _open(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Float[Tensor, "batch pos head d_head"]:
+    def _materialized(
+        self, q: Tensor, k: Tensor, v: Tensor, where: PassContext
+    ) -> Float[Tensor, "batch pos head d_head"]:
         """The same, with scores and pattern in the open."""
         scores = self.hook_attn_scores(attend.scores(q, k, where.visible(q.shape[1], k.shape[1], self.window)))
         pattern, lse = attend.softmax(scores)
@@ -111,7 +113,7 @@ class Router(nn.Module):
         self.hook_out = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert"]:
-        return self.hook_out(in_parts(self._scores, x, dim=1))
+        return self.hook_out(chunked(self._scores, x, dim=1))
 
     def _scores(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -138,9 +140,9 @@ class ExpertMatrix(nn.Module):
         self.register_module("lora", None)
 
     @property
-    def matrix(self) -> Mxfp4 | Adapted | Tensor:
+    def matrix(self) -> Mxfp4 | LoraWeight | Tensor:
         base = Mxfp4(self.blocks, self.scales) if self.packed else self.weight
-        return base if self.lora is None else Adapted(base, self.lora.a, self.lora.b)
+        return base if self.lora is None else LoraWeight(base, self.lora.a, self.lora.b)
 
 
 class ExpertLayer(ExpertWeights, nn.Module):
@@ -163,7 +165,7 @@ class ExpertLayer(ExpertWeights, nn.Module):
             self.cfg.swiglu_alpha,
         )
         points = (self.hook_gate, self.hook_pre, self.hook_post, self.hook_out)
-        taps = Taps(*(self._tap(point, x.shape[:2]) for point in points))
+        taps = ActivationHooks(*(self._tap(point, x.shape[:2]) for point in points))
         out = moe(x.flatten(0, 1), experts.flatten(0, 1), gates.flatten(0, 1), weights, taps)
         return out.unflatten(0, x.shape[:2])
 
@@ -200,7 +202,7 @@ class Block(nn.Module):
         self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
         self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"], where: Where) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "batch pos d_model"], where: PassContext) -> Float[Tensor, "batch pos d_model"]:
         x = self.hook_resid_pre(x)
         x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(x), where, self.layer)))
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
@@ -225,7 +227,7 @@ class GptOss(ModelWeights, HookedRootModule):
         super().__init__()
         self.cfg, self.tokenizer, self.checkpoint = cfg.of(self), tokenizer, checkpoint
         self.adapter: Any = None  # see workbench.model.lora
-        self.where: Where | None = None  # of the last pass; hooks read it
+        self.context: PassContext | None = None  # of the last pass; hooks read it
         self.checkpointing = False  # keep one stream a block for the backward pass and compute the rest again
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()
@@ -270,7 +272,7 @@ class GptOss(ModelWeights, HookedRootModule):
         n_real: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after the last block, before the final norm; arguments as `forward` has them."""
-        self.where = where = Where(self.cfg, tokens, cache, packed, n_real)
+        self.context = where = PassContext(self.cfg, tokens, cache, packed, n_real)
         x = self.hook_embed(self.embed(tokens))
         for block, device in zip(self.blocks, self.devices, strict=True):
             x, where = x.to(device), where.to(device)
@@ -283,18 +285,18 @@ class GptOss(ModelWeights, HookedRootModule):
             cache.advance(tokens.shape[1])
         return x.to(self.unembed.weight.device)
 
-    def _checkpointed(self, block: nn.Module, x: Tensor, where: Where) -> Tensor:
+    def _checkpointed(self, block: nn.Module, x: Tensor, where: PassContext) -> Tensor:
         """The block, whose inside the backward pass computes again: with the hooks and the tokens of this pass."""
-        hooks = remembered(block)
+        hooks = snapshot_hooks(block)
 
         @contextmanager
         def again() -> Iterator[None]:
-            now, self.where = self.where, where
+            now, self.context = self.context, where
             try:
                 with hooks():
                     yield
             finally:
-                self.where = now
+                self.context = now
 
         return checkpoint(block, x, where, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 
@@ -302,11 +304,11 @@ class GptOss(ModelWeights, HookedRootModule):
         self, residual: Float[Tensor, "batch pos d_model"], columns: Int[Tensor, "batch kept"]
     ) -> Float[Tensor, "batch kept d_vocab"]:
         """Logits from what `residual` returned, of these columns of every row only."""
-        assert self.where is not None, "logits come after residual"
-        whole, self.where = self.where, self.where.at(columns)
+        assert self.context is not None, "logits come after residual"
+        whole, self.context = self.context, self.context.at(columns)
         kept = residual.gather(1, columns[..., None].to(residual.device).expand(-1, -1, residual.shape[-1]))
         out = self.unembed(self.ln_final(kept))
-        self.where = whole
+        self.context = whole
         return out
 
     def forward(

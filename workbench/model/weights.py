@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
-from workbench.kernels.moe import Adapted
+from workbench.kernels.moe import LoraWeight
 from workbench.kernels.mxfp4 import Mxfp4, dequantise
 from workbench.model.low_rank import Linear
 
@@ -82,9 +82,9 @@ class ExpertWeights:
         return self.down.bias[expert]
 
 
-def dense(matrix: Mxfp4 | Adapted | Tensor, expert: int) -> Float[Tensor, "inputs outputs"]:
+def dense(matrix: Mxfp4 | LoraWeight | Tensor, expert: int) -> Float[Tensor, "inputs outputs"]:
     """One expert's matrix, unpacked, an adapter's update in it."""
-    if isinstance(matrix, Adapted):
+    if isinstance(matrix, LoraWeight):
         base = dense(matrix.base, expert)
         return base + (matrix.a[expert] @ matrix.b[expert]).to(base.dtype)
     return dequantise(*matrix.at(expert)).mT if isinstance(matrix, Mxfp4) else matrix[expert]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import InputError
 
 if TYPE_CHECKING:
-    from workbench.runs.place import Place
+    from workbench.runs.storage import Storage
 
 LOCK = ".lock"
 
@@ -37,7 +37,7 @@ def process_start(pid: int) -> str | None:
 class Lock:
     """Held from `acquire` to `release`; a second holder is refused with the first's host, process and time."""
 
-    def __init__(self, place: "Place") -> None:
+    def __init__(self, place: "Storage") -> None:
         self.place = place
 
     def __enter__(self) -> "Lock":

@@ -21,24 +21,24 @@ import zarr
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import shards, totals
-from workbench.runs.place import Folder, Place, place
 from workbench.runs.schema import SCHEMA, Layout, Spec, Unit
+from workbench.runs.storage import LocalStorage, Storage, place
 from workbench.runs.summaries import float32_of
 
 _KEPT_BYTES = 256_000_000  # of a summary that is kept for the next question
 
 
-def open_run(path: str | Path | Place) -> "Run":
+def open_run(path: str | Path | Storage) -> "Run":
     """The run at `path`; what is no run, or one of a newer schema, is refused."""
     where = place(path)
     return Run(where, open_group(where))
 
 
-def open_group(where: Place, mode: str = "r") -> zarr.Group:
+def open_group(where: Storage, mode: str = "r") -> zarr.Group:
     """The group of a run of this schema; anything else is refused."""
     if not where.exists():
         raise InputError(f"{where} is not there: name the folder of a run")
-    if isinstance(where, Folder) and not where.path.is_dir():
+    if isinstance(where, LocalStorage) and not where.path.is_dir():
         raise InputError(f"{where} is a file: name the folder of a run")
     try:
         group = zarr.open_group(where.store(), mode=mode, zarr_format=3, use_consolidated=False)
@@ -58,7 +58,7 @@ def open_group(where: Place, mode: str = "r") -> zarr.Group:
 class Run:
     """What is committed of a run at the moment it was opened."""
 
-    def __init__(self, where: Place, group: zarr.Group) -> None:
+    def __init__(self, where: Storage, group: zarr.Group) -> None:
         self.place = where
         self.group = group
         self.attrs: dict[str, Any] = dict(group.attrs)

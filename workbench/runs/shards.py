@@ -22,7 +22,7 @@ import zarr
 from numcodecs import Zstd
 from zarr.codecs import ZstdCodec
 
-from workbench.runs.place import Place
+from workbench.runs.storage import Storage
 
 LEVEL = 1  # of zstd; its checksum finds a flipped byte that still decompresses
 _ABSENT = 2**64 - 1
@@ -30,7 +30,7 @@ CODEC = ZstdCodec(level=LEVEL, checksum=True)
 
 
 def writes(
-    array: zarr.Array, place: Place, name: str, start: int, axis: int, values: np.ndarray
+    array: zarr.Array, place: Storage, name: str, start: int, axis: int, values: np.ndarray
 ) -> Iterator[Callable[[], None]]:
     """What is to be done to put `values` at `start` of `axis` of the array `name`, of all else all: a call a shard.
 
@@ -49,14 +49,14 @@ def write(calls: Iterable[Callable[[], None]]) -> None:
             written.result()
 
 
-def _put(array: zarr.Array, place: Place, key: str, values: np.ndarray) -> None:
+def _put(array: zarr.Array, place: Storage, key: str, values: np.ndarray) -> None:
     block = _filled(values, array.shards or array.chunks, array.fill_value, array.dtype)
     parts = shard(block, array.chunks) if array.shards else [_encode(block)]
     place.put(key, parts)
 
 
 def read(
-    array: zarr.Array, place: Place, name: str, start: int, stop: int, axis: int, layer: int | None = None
+    array: zarr.Array, place: Storage, name: str, start: int, stop: int, axis: int, layer: int | None = None
 ) -> np.ndarray:
     """Rows [start, stop) of `axis`, whole shards each, of all else all; FileNotFoundError where one is not there.
 

@@ -15,9 +15,9 @@ import numpy as np
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
 from workbench.runs import shards
-from workbench.runs.place import Place
 from workbench.runs.reader import Run, open_run
 from workbench.runs.schema import ArraySpec, Layout, Unit, arrays
+from workbench.runs.storage import Storage
 from workbench.runs.summaries import summarise
 
 _GATE_ROUNDING = 4e-3  # four float16 gates
@@ -32,7 +32,7 @@ class Problem:
     what: str
 
 
-def verify(path: str | Path | Place, *, workers: int | None = None) -> list[Problem]:
+def verify(path: str | Path | Storage, *, workers: int | None = None) -> list[Problem]:
     """Everything that is damaged or does not agree, units checked side by side; an empty list is a whole run."""
     try:
         run = open_run(path)

@@ -18,9 +18,9 @@ import zarr
 from workbench.errors import InputError, JobError
 from workbench.runs import shards
 from workbench.runs.lock import Lock
-from workbench.runs.place import ROOT, Bucket, Place, place
 from workbench.runs.reader import open_group, open_run
 from workbench.runs.schema import SCHEMA, ArraySpec, Layout, Spec, Unit, arrays
+from workbench.runs.storage import ROOT, ObjectStorage, Storage, place
 
 _STORED_AS = {
     "experts": "routing/experts", "gates": "routing/gates", "router_logits": "routing/logits", "sink": "attention/sink",
@@ -54,7 +54,7 @@ def open_writer(
         "unit_tokens": layout.unit_tokens,
         "sequences": len(layout.lengths),
     }
-    if not (target.exists(ROOT) if isinstance(target, Bucket) else target.exists()):
+    if not (target.exists(ROOT) if isinstance(target, ObjectStorage) else target.exists()):
         attributes = {
             "schema": SCHEMA,
             "status": "writing",
@@ -77,7 +77,7 @@ def open_writer(
 
 
 def _create(
-    target: Place,
+    target: Storage,
     attributes: dict[str, Any],
     layout: Layout,
     sequences: pd.DataFrame,
@@ -137,7 +137,7 @@ def _create_array(group: zarr.Group, name: str, array: ArraySpec, layout: Layout
 class RunWriter:
     """Writes units of one run; several threads may write different units."""
 
-    def __init__(self, where: Place, group: zarr.Group, layout: Layout, sequences: pd.DataFrame) -> None:
+    def __init__(self, where: Storage, group: zarr.Group, layout: Layout, sequences: pd.DataFrame) -> None:
         self.place, self.group, self.layout = where, group, layout
         self._ids = list(sequences["id"])
         self._spec = Spec.from_json(group.attrs["spec"])
@@ -251,7 +251,7 @@ class RunWriter:
 
 
 @contextmanager
-def _disk_errors(where: Place) -> Iterator[None]:
+def _disk_errors(where: Storage) -> Iterator[None]:
     """A full disk is the job's failure, with what to do."""
     try:
         yield

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from workbench.studies import result as result
     from workbench.studies import routing as routing
     from workbench.studies import statistics as statistics
-    from workbench.studies.design import Run
+    from workbench.studies.comparison import Run
     from workbench.studies.result import save as save
     from workbench.studies.result import summary as summary
 
@@ -24,10 +24,10 @@ STUDIES = ("routing", "sinks", "channels", "effort")  # of one run
 COMPARISONS = ("compare",)  # of two
 _MODULES = (
     "contrast",
-    "glance",
+    "quick_look",
     "resampling",
     "result",
-    "specialisation",
+    "specialization",
     "statistics",
     "synthetic",
     *STUDIES,

@@ -16,7 +16,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from workbench.errors import InputError
-from workbench.studies.design import Between, Comparison, Run, compare, conditions, places
+from workbench.studies.comparison import Between, Comparison, Run, compare, conditions, places
 from workbench.studies.resampling import (
     TAILS,
     Independent,

@@ -18,8 +18,8 @@ import xarray as xr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.studies.comparison import EFFORTS, Run
 from workbench.studies.contrast import TokenRun, contrast
-from workbench.studies.design import EFFORTS, Run
 from workbench.studies.ratio import ratio
 from workbench.studies.result import Definition, dataset, provenance
 

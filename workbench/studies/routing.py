@@ -15,7 +15,7 @@ import xarray as xr
 from jaxtyping import Float, Num
 
 from workbench.studies import statistics
-from workbench.studies.design import (
+from workbench.studies.comparison import (
     EFFORTS,
     Between,
     Run,
@@ -37,7 +37,7 @@ from workbench.studies.resampling import (
     recentred_interval,
 )
 from workbench.studies.result import Definition, dataset, provenance
-from workbench.studies.specialisation import special, together
+from workbench.studies.specialization import special, together
 
 __all__ = ["divergence", "load", "study"]
 

@@ -12,8 +12,8 @@ import xarray as xr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompts, sum_by
 from workbench.studies.contrast import Between, TokenRun, contrast
-from workbench.studies.design import EFFORTS, Run, axes, cells, prompts, sum_by
 from workbench.studies.ratio import ratio
 from workbench.studies.result import Definition, dataset, provenance
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
-from workbench.studies.design import EFFORTS
+from workbench.studies.comparison import EFFORTS
 
 LENGTHS = {"frame": 12, "prompt": 40, "analysis": 200, "final": 30}
 

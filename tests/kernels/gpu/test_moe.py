@@ -15,7 +15,7 @@ from workbench.kernels import moe as reference
 from workbench.kernels import routing
 from workbench.kernels.gpu.moe import moe
 from workbench.kernels.gpu.mxfp4 import repack
-from workbench.kernels.moe import Experts, Taps
+from workbench.kernels.moe import ActivationHooks, Experts
 from workbench.kernels.mxfp4 import Mxfp4, dequantise, quantise
 
 FLOOR = {torch.float32: 2e-7, torch.bfloat16: 4e-3}
@@ -148,14 +148,14 @@ def test_repacked_weights_give_the_same_numbers() -> None:
     assert torch.equal(a, b)
 
 
-def tapped(names: tuple[str, ...], seen: dict[str, Tensor], edit: Callable[[Tensor], Tensor]) -> Taps:
+def tapped(names: tuple[str, ...], seen: dict[str, Tensor], edit: Callable[[Tensor], Tensor]) -> ActivationHooks:
     def tap(name: str) -> Callable[[Tensor], Tensor]:
         return lambda slots: edit(seen.setdefault(name, slots))
 
-    return Taps(**{name: tap(name) for name in names})
+    return ActivationHooks(**{name: tap(name) for name in names})
 
 
-TAPPED = [*((name,) for name in Taps._fields), ("gate", "post"), Taps._fields]
+TAPPED = [*((name,) for name in ActivationHooks._fields), ("gate", "post"), ActivationHooks._fields]
 
 
 @dtypes
@@ -192,7 +192,7 @@ def gradients(layer: Callable[..., Tensor], c: Case, toward: Tensor, names: tupl
 
 
 @dtypes
-@pytest.mark.parametrize("names", [(), ("gate",), ("post",), ("out",), Taps._fields], ids=str)
+@pytest.mark.parametrize("names", [(), ("gate",), ("post",), ("out",), ActivationHooks._fields], ids=str)
 def test_gradients_equal_float64_autograd_of_torch(names: tuple[str, ...], dtype: torch.dtype) -> None:
     c = case(*SIZES[1], dtype)
     toward = torch.randn(c.x.shape, generator=torch.Generator().manual_seed(9))

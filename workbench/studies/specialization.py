@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Num
 
-from workbench.studies.design import Run, in_order, labels, places, prompts, sum_by
+from workbench.studies.comparison import Run, in_order, labels, places, prompts, sum_by
 from workbench.studies.resampling import count_at_least, permutation_p
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import entropy, false_discovery, share

@@ -18,7 +18,7 @@ from workbench.errors import InputError
 from workbench.experiments import chain_of_thought
 from workbench.experiments.attribution import by_expert, logit_parts
 from workbench.experiments.effects import effects, expert_load, load_matched, logprobs, paired
-from workbench.experiments.sources import transcripts
+from workbench.experiments.from_run import transcripts
 from workbench.harmony.token_sets import TokenSet, token_set
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit

@@ -8,13 +8,13 @@ from typing import Any
 import panel as pn
 import xarray as xr
 
-from workbench.dashboards import lookup, parts, views
-from workbench.dashboards.visit import Page, Selectors, Visit, box, study
+from workbench.dashboards import content, search, widgets
+from workbench.dashboards.session import Page, Selectors, Session, box, study
 from workbench.errors import InputError
-from workbench.figures import glance as draw
+from workbench.figures import quick_look as draw
 from workbench.figures import routing as draw_routing
-from workbench.studies import glance
-from workbench.studies.glance import ALL
+from workbench.studies import quick_look
+from workbench.studies.quick_look import ALL
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Cells:
     column: str
     measures: Mapping[str, draw.Measure]
     sums: Callable[..., xr.Dataset]
-    one: Callable[[Visit, Selectors], Any]  # the page of one expert or head
+    one: Callable[[Session, Selectors], Any]  # the page of one expert or head
 
 
-def _cells(visit: Visit, cells: Cells, folded: Callable[[Selectors], Any] | None = None) -> Page:
+def _cells(visit: Session, cells: Cells, folded: Callable[[Selectors], Any] | None = None) -> Page:
     """A heat map of any selection; a page for the cell that was chosen or clicked; and the study."""
     run, name = visit.run, visit.name
     chosen = Selectors(visit, "channel", "effort", "task", "layer", cells.column)
-    measure = parts.select("Measure", cells.measures, visit.choice.get("measure", list(cells.measures.values())))
+    measure = widgets.select("Measure", cells.measures, visit.choice.get("measure", list(cells.measures.values())))
     heat, one, more = box(), box(), box()
 
     def clicked(data: Any) -> None:
@@ -44,13 +44,13 @@ def _cells(visit: Visit, cells: Cells, folded: Callable[[Selectors], Any] | None
             ds = cells.sums(run, **chosen.cell)
             drawn = draw.heatmap(ds, measure.value, theme=visit.theme)
             label = "-".join([name, str(measure.value), *chosen.cell.values()])
-            return parts.figure(drawn, label, lambda: ds.to_dataframe().reset_index(), click=clicked)
+            return widgets.figure(drawn, label, lambda: ds.to_dataframe().reset_index(), click=clicked)
 
-        heat[:] = [parts.guarded(body)]  # a new pane: plotly fails when a figure changes while it is drawn
+        heat[:] = [widgets.guarded(body)]  # a new pane: plotly fails when a figure changes while it is drawn
 
     def show_one() -> None:
         title = f"## Layer {chosen['layer']}, {cells.column} {chosen[cells.column]}"
-        one[:] = [pn.pane.Markdown(title, margin=(10, 10, 0, 10)), parts.guarded(lambda: cells.one(visit, chosen))]
+        one[:] = [pn.pane.Markdown(title, margin=(10, 10, 0, 10)), widgets.guarded(lambda: cells.one(visit, chosen))]
 
     def show_more() -> None:
         if folded is not None:
@@ -68,11 +68,11 @@ def _cells(visit: Visit, cells: Cells, folded: Callable[[Selectors], Any] | None
     measure.param.watch(remember, "value")
     side = chosen.sidebar()
     return Page(
-        [*side[:4], measure, *side[4:]], [parts.html(views.about(run)), heat, one, more, *study(visit, cells.study)]
+        [*side[:4], measure, *side[4:]], [widgets.html(content.about(run)), heat, one, more, *study(visit, cells.study)]
     )
 
 
-def experts(visit: Visit) -> Page:
+def experts(visit: Session) -> Page:
     """Which experts, of any selection; one expert's page; who works with and follows whom; and the routing study."""
     run = visit.run
     if "routing" not in run.recorded:
@@ -80,77 +80,77 @@ def experts(visit: Visit) -> Page:
 
     def folded(chosen: Selectors) -> pn.Card:
         title = f"Who works together in layer {chosen['layer']}, and who follows"
-        return parts.folded(title, lambda: _pairs(visit, chosen))
+        return widgets.folded(title, lambda: _pairs(visit, chosen))
 
     measures: dict[str, draw.Measure] = {"load": "load", "gate weight": "gates", "lift over the run": "lift"}
-    return _cells(visit, Cells("routing", "expert", measures, glance.routing, _expert), folded)
+    return _cells(visit, Cells("routing", "expert", measures, quick_look.routing, _expert), folded)
 
 
-def _expert(visit: Visit, chosen: Selectors) -> pn.Column:
+def _expert(visit: Session, chosen: Selectors) -> pn.Column:
     """Where an expert acts, whom it works with, and which tokens go to it."""
     run, layer, expert = visit.run, chosen.number("layer"), chosen.number("expert")
-    words = lookup.vocabulary(run)
+    words = search.vocabulary(run)
     label = f"{visit.name}-layer-{layer}-expert-{expert}"
-    acts = glance.by_channel_and_effort(run, "load", layer, expert, chosen["task"]).round(2)
-    cards: list[Any] = [parts.table("Where it acts: its load over an even share", acts, f"{label}-load")]
+    acts = quick_look.by_channel_and_effort(run, "load", layer, expert, chosen["task"]).round(2)
+    cards: list[Any] = [widgets.table("Where it acts: its load over an even share", acts, f"{label}-load")]
     together = visit.shelf.pairs(visit.name)
     if together is not None and chosen["channel"] != ALL:
-        partners = views.partners(together, chosen["channel"], layer, expert)
-        cards.append(parts.table(f"Whom it works with, in {chosen['channel']}", partners, f"{label}-with"))
+        partners = content.partners(together, chosen["channel"], layer, expert)
+        cards.append(widgets.table(f"Whom it works with, in {chosen['channel']}", partners, f"{label}-with"))
 
     def tokens() -> Any:
-        rows = lookup.expert_tokens(run, layer, expert, lambda i: lookup.shown(i, words))
-        return parts.table("Its tokens", rows, f"{label}-tokens")
+        rows = search.expert_tokens(run, layer, expert, lambda i: search.shown(i, words))
+        return widgets.table("Its tokens", rows, f"{label}-tokens")
 
-    return pn.Column(parts.beside(*cards), parts.later(tokens), sizing_mode="stretch_width")
+    return pn.Column(widgets.beside(*cards), widgets.later(tokens), sizing_mode="stretch_width")
 
 
-def _pairs(visit: Visit, chosen: Selectors) -> pn.Column:
+def _pairs(visit: Session, chosen: Selectors) -> pn.Column:
     """Experts chosen together in a layer, and where they lead in the next."""
     together, layer = visit.shelf.pairs(visit.name), chosen.number("layer")
     if together is None:
-        return pn.Column(parts.alert("this run keeps no pairs of experts", "info"))
+        return pn.Column(widgets.alert("this run keeps no pairs of experts", "info"))
     if chosen["channel"] == ALL:
-        return pn.Column(parts.alert("choose a channel to see which of its experts work together", "info"))
+        return pn.Column(widgets.alert("choose a channel to see which of its experts work together", "info"))
     drawn = [("together", draw_routing.lift_heatmap(together, chosen["channel"], layer, theme=visit.theme))]
     if layer in together["layer_pair"].values:
         drawn.append(("next", draw_routing.transition_heatmap(together, chosen["channel"], layer, theme=visit.theme)))
     label = f"{visit.name}-{chosen['channel']}-layer-{layer}"
-    return pn.Column(*(parts.figure(f, f"{label}-{n}") for n, f in drawn), sizing_mode="stretch_width")
+    return pn.Column(*(widgets.figure(f, f"{label}-{n}") for n, f in drawn), sizing_mode="stretch_width")
 
 
-def sinks(visit: Visit) -> Page:
+def sinks(visit: Session) -> Page:
     """Where attention rests, of any selection; one head's page; and the sinks study."""
     run = visit.run
     if not {"sinks", "sink_sums"} & set(run.recorded):
         raise InputError(f"{visit.name} has no sinks: it recorded {', '.join(run.recorded)}")
     measures: dict[str, draw.Measure] = {"sink mass": "mass", "its spread over tokens": "spread"}
-    return _cells(visit, Cells("sinks", "head", measures, glance.sinks, _head))
+    return _cells(visit, Cells("sinks", "head", measures, quick_look.sinks, _head))
 
 
-def _head(visit: Visit, chosen: Selectors) -> pn.Column:
+def _head(visit: Session, chosen: Selectors) -> pn.Column:
     """What a head sees, how much it leaves on its sink and, of single tokens, along position and at which."""
     run, layer, head = visit.run, chosen.number("layer"), chosen.number("head")
-    words = lookup.vocabulary(run)
+    words = search.vocabulary(run)
     label = f"{visit.name}-layer-{layer}-head-{head}"
-    mass = glance.by_channel_and_effort(run, "mass", layer, head, chosen["task"]).round(4)
+    mass = quick_look.by_channel_and_effort(run, "mass", layer, head, chosen["task"]).round(4)
     cards: list[Any] = [
-        parts.html(escape(views.about_head(run, layer, head))),
-        parts.table("Its mean mass on the sink", mass, f"{label}-mass"),
+        widgets.html(escape(content.about_head(run, layer, head))),
+        widgets.table("Its mean mass on the sink", mass, f"{label}-mass"),
     ]
     if "sinks" not in run.recorded:
         cards.append(
-            parts.alert("this run kept sums of sinks, not those of single tokens: no curve by position", "info")
+            widgets.alert("this run kept sums of sinks, not those of single tokens: no curve by position", "info")
         )
         return pn.Column(*cards, sizing_mode="stretch_width")
 
     def position() -> Any:
-        rows = lookup.head_by_position(run, layer, head)
+        rows = search.head_by_position(run, layer, head)
         drawn = draw.position_curve(rows, run.digest, layer, head, theme=visit.theme)
-        return parts.figure(drawn, f"{label}-position", rows.reset_index)
+        return widgets.figure(drawn, f"{label}-position", rows.reset_index)
 
     def tokens() -> Any:
-        rows = lookup.head_tokens(run, layer, head, lambda i: lookup.shown(i, words))
-        return parts.table("Tokens at which it rests more than at nine tenths of tokens", rows, f"{label}-tokens")
+        rows = search.head_tokens(run, layer, head, lambda i: search.shown(i, words))
+        return widgets.table("Tokens at which it rests more than at nine tenths of tokens", rows, f"{label}-tokens")
 
-    return pn.Column(*cards, parts.later(position), parts.later(tokens), sizing_mode="stretch_width")
+    return pn.Column(*cards, widgets.later(position), widgets.later(tokens), sizing_mode="stretch_width")

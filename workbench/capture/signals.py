@@ -9,14 +9,14 @@ from typing import Any
 from workbench.errors import JobError
 
 
-class Interrupt:
+class StopSignal:
     """Between `with` and its end the first signal asks the job to stop; a second one stops it at once."""
 
     def __init__(self, job: str) -> None:
         self._job, self._asked = job, ""
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Interrupt":
+    def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():  # elsewhere signals are not ours
             self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self

@@ -8,8 +8,8 @@ import workbench as wb
 from tests.model.conftest import BASE, random_model
 from workbench.hooks.recorders import SequenceRecorder
 from workbench.model.cache import KVCache
+from workbench.model.pass_context import PassContext
 from workbench.model.transformer import GptOss
-from workbench.model.where import Where
 
 WANTED = {
     "blocks.1.mlp.hook_expert_indices": torch.uint8,
@@ -23,7 +23,7 @@ def odd(ids: np.ndarray) -> np.ndarray:
 
 
 def test_packed_tokens_count_from_their_own_beginning() -> None:
-    where = Where(BASE, torch.tensor([[1, 2, 3, 4, 5]]), packed=[2, 0, 3])
+    where = PassContext(BASE, torch.tensor([[1, 2, 3, 4, 5]]), packed=[2, 0, 3])
     assert where.sequence.tolist() == [[0, 0, 2, 2, 2]]
     assert where.positions.tolist() == [[0, 1, 0, 1, 2]]
     assert where.mask(odd).tolist() == [[True, False, True, False, True]]
@@ -32,7 +32,7 @@ def test_packed_tokens_count_from_their_own_beginning() -> None:
 
 
 def test_padding_belongs_to_nobody() -> None:
-    where = Where(BASE, torch.tensor([[1, 3, 9], [5, 9, 9]]), n_real=[2, 1])
+    where = PassContext(BASE, torch.tensor([[1, 3, 9], [5, 9, 9]]), n_real=[2, 1])
     assert where.sequence.tolist() == [[0, 0, -1], [1, -1, -1]]
     assert where.mask(odd).tolist() == [[True, True, False], [True, False, False]]
     assert where.at(torch.tensor([[1], [0]])).mask(lambda ids: ids == 3).tolist() == [[True], [False]]
@@ -40,11 +40,11 @@ def test_padding_belongs_to_nobody() -> None:
 
 def test_steps_know_what_came_before_them() -> None:
     cache = KVCache(BASE, 3, 9, dtype=torch.float32, device=torch.device("cpu"))
-    Where(BASE, torch.tensor([[1, 2, 3], [4, 5, 0], [6, 7, 8]]), cache, n_real=[3, 2, 3])
+    PassContext(BASE, torch.tensor([[1, 2, 3], [4, 5, 0], [6, 7, 8]]), cache, n_real=[3, 2, 3])
     cache.advance(3)
     cache.truncate(torch.tensor([3, 2, 3]))
     cache.select(torch.tensor([1, 2]))
-    where = Where(BASE, torch.tensor([[11], [12]]), cache)
+    where = PassContext(BASE, torch.tensor([[11], [12]]), cache)
     seen = []
     mask = where.mask(lambda ids: seen.append(ids.tolist()) or ids > 11)
     assert seen == [[4, 5, 11], [6, 7, 8, 12]]

@@ -20,13 +20,13 @@ from tests.conftest import DATA
 from tests.runs.conftest import LENGTHS, job, write_unit
 from workbench import harmony
 from workbench.capture.plan import plan_units
-from workbench.dashboards import lookup, views
+from workbench.dashboards import content, search
 from workbench.dashboards.app import _access, notebook
-from workbench.dashboards.desk import Answer, Desk
+from workbench.dashboards.conversation import data_of, frame
 from workbench.dashboards.pages import PAGES, made
-from workbench.dashboards.state import Choice, Shelf
-from workbench.dashboards.transcript import data_of, frame
-from workbench.dashboards.visit import Visit
+from workbench.dashboards.session import Session
+from workbench.dashboards.state import RunRegistry, Selection
+from workbench.dashboards.study_jobs import Answer, Desk
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS, ROLES
 from workbench.runs import Run
@@ -40,12 +40,12 @@ def run() -> Run:
 
 
 @pytest.fixture(scope="module")
-def shelf() -> Shelf:
-    return Shelf([DATA / "demo.zarr"])
+def shelf() -> RunRegistry:
+    return RunRegistry([DATA / "demo.zarr"])
 
 
 def test_an_expert_s_tokens_are_those_that_went_to_it(run: Run) -> None:
-    table = lookup.expert_tokens(run, 1, 5, str, rows=1000)
+    table = search.expert_tokens(run, 1, 5, str, rows=1000)
     data = run.dataset[["id", "experts"]].compute()
     hit = (data["experts"].values[1] == 5).any(-1)
     every, chosen = Counter(data["id"].values.tolist()), Counter(data["id"].values[hit].tolist())
@@ -60,12 +60,12 @@ def test_an_expert_s_tokens_are_those_that_went_to_it(run: Run) -> None:
 def test_a_head_s_tokens_and_its_curve_are_those_of_its_sinks(run: Run) -> None:
     data = run.dataset[["id", "sink", "channel", "position"]].compute()
     mass = data["sink"].values[2][:, 3].astype(np.float64)
-    curve = lookup.head_by_position(run, 2, 3)
+    curve = search.head_by_position(run, 2, 3)
     final, where = data["channel"].values == CHANNELS.index("final"), data["position"].values
     for low, high in ((16, 32), (32, 64)):
         inside = final & (where >= low) & (where < high)
         assert curve.loc[low, "final"] == pytest.approx(mass[inside].mean(), rel=1e-5)
-    table = lookup.head_tokens(run, 2, 3, str)
+    table = search.head_tokens(run, 2, 3, str)
     assert (np.diff(table["lift"]) <= 0).all()
     best = data["id"].values == int(table["token"].iloc[0])
     assert mass[best].mean() > np.quantile(mass, 0.8)
@@ -75,7 +75,7 @@ def test_tokens_by_role_are_those_of_the_labels(run: Run) -> None:
     data = run.dataset[["role", "channel", "sequence"]].compute()
     effort = run.sequences["effort"].loc[data["sequence"].values].to_numpy()
     content = data["channel"].values != CHANNELS.index("frame")
-    table = views.tokens_by_role(run)
+    table = content.tokens_by_role(run)
     for role, rows in table.groupby("role"):
         for e in ("low", "medium", "high"):
             here = content & (data["role"].values == ROLES.index(str(role))) & (effort == e)
@@ -85,27 +85,27 @@ def test_tokens_by_role_are_those_of_the_labels(run: Run) -> None:
     assert table["all"].sum() == content.sum()
 
 
-def test_whom_an_expert_works_with(shelf: Shelf) -> None:
+def test_whom_an_expert_works_with(shelf: RunRegistry) -> None:
     pairs = shelf.pairs("demo")
     assert pairs is not None
-    partners = views.partners(pairs, "final", 2, 3)
+    partners = content.partners(pairs, "final", 2, 3)
     assert 3 not in set(partners["with expert"])
     assert (np.diff(partners["lift"]) <= 0).all()
 
 
 def test_conversations_are_found_by_task_effort_and_text(run: Run) -> None:
-    found = lookup.conversations(run, task="product", effort="high")
+    found = search.conversations(run, task="product", effort="high")
     assert len(found) == 20
     assert all(run.sequences.loc[i, "task"] == "product" for i in found.values())
-    assert len(lookup.conversations(run, text="product-07/")) == 3
-    assert lookup.conversations(run, text="no such text anywhere") == {}
-    said = lookup.conversations(run, text="REASONING: HIGH")
+    assert len(search.conversations(run, text="product-07/")) == 3
+    assert search.conversations(run, text="no such text anywhere") == {}
+    said = search.conversations(run, text="REASONING: HIGH")
     assert set(said.values()) == set(run.sequences.index[run.sequences["effort"] == "high"])
-    assert lookup.conversations(run, text="reasoning: high", channel="final") == {}
+    assert search.conversations(run, text="reasoning: high", channel="final") == {}
 
 
 def test_conversations_are_ordered_by_an_expert_s_share(run: Run) -> None:
-    found = list(lookup.conversations(run, channel="analysis", expert=(1, 5)).values())
+    found = list(search.conversations(run, channel="analysis", expert=(1, 5)).values())
     data = run.dataset[["sequence", "channel", "experts"]].compute()
     inside = data["channel"].values == CHANNELS.index("analysis")
     hit = (data["experts"].values[1] == 5).any(-1)[inside]
@@ -119,19 +119,19 @@ def test_a_character_of_several_tokens_is_shown_once() -> None:
     words = harmony.tokenizer()
     text = "naïve 🦜🦜 日本語 𓀀 \ufffd ok"
     ids = words.encode(text)
-    shown = lookup.texts(ids, words)
+    shown = search.texts(ids, words)
     assert len(shown) == len(ids)
     assert "".join(shown) == text
     assert "" in shown  # some character here takes more than one token
     alone = [words.decode([i]) for i in ids]
     assert "".join(alone) != text  # and one by one they cannot be read
     broken = [ids[i] for i in range(len(ids)) if shown[i] == ""][:1] * 9
-    assert len(lookup.texts(broken, words)) == 9
-    assert "".join(lookup.texts(broken, words))
+    assert len(search.texts(broken, words)) == 9
+    assert "".join(search.texts(broken, words))
 
 
 def test_a_conversation_s_page_holds_its_tokens_and_no_open_tag(run: Run) -> None:
-    words = lookup.vocabulary(run)
+    words = search.vocabulary(run)
     assert words is not None
     number = int(run.sequences.index[17])
     data = data_of(run, number, words)
@@ -148,13 +148,13 @@ def test_a_conversation_s_page_holds_its_tokens_and_no_open_tag(run: Run) -> Non
 
 
 def test_a_choice_survives_its_link_and_knows_only_its_names() -> None:
-    choice = Choice({"channel": "final", "effort": "<script>", "evil": "x", "layer": "3"})
+    choice = Selection({"channel": "final", "effort": "<script>", "evil": "x", "layer": "3"})
     assert choice.get("channel", ["analysis", "final"]) == "final"
     assert choice.get("effort", ["low", "high"], "high") == "high"
     assert choice.get("expert", ["0", "1"]) == "0"
     assert choice.get("expert", []) == ""
     choice.put(channel="analysis", layer="")
-    again = Choice(dict(parse_qsl(choice.query(theme="dark"))))
+    again = Selection(dict(parse_qsl(choice.query(theme="dark"))))
     assert (again.text("channel"), again.text("layer"), again.text("theme"), again.text("evil")) == (
         "analysis",
         "",
@@ -209,7 +209,7 @@ def test_a_growing_run_is_studied_once_for_each_visit(tmp_path: Path) -> None:
     layout = plan_units(LENGTHS, 1024)
     with open_writer(tmp_path / "r.zarr", **job(layout)) as writer:
         write_unit(writer, 0)
-        shelf = Shelf([tmp_path / "r.zarr"], cache=tmp_path / "cache")
+        shelf = RunRegistry([tmp_path / "r.zarr"], cache=tmp_path / "cache")
         asked = list[tuple[str, bool]]()
         shelf.desk.ask = lambda study, paths, digest, *, lasting: asked.append((digest, lasting))  # type: ignore[assignment,method-assign]
         visit = shelf.study("routing", "r")
@@ -228,20 +228,20 @@ def test_a_growing_run_is_studied_once_for_each_visit(tmp_path: Path) -> None:
 def test_what_is_damaged_is_said_on_every_page_and_the_rest_is_shown(page: str, tmp_path: Path) -> None:
     """Tables, sums and tokens are cut or gone; no page fails, and what could not be read is named."""
     damaged = shutil.copytree(DATA / "demo.zarr", tmp_path / "r.zarr")
-    shelf = Shelf([damaged], cache=tmp_path / "cache")
-    whole = made(page, Visit(shelf, Choice({}), lambda: None))
+    shelf = RunRegistry([damaged], cache=tmp_path / "cache")
+    whole = made(page, Session(shelf, Selection({}), lambda: None))
     assert page == "compare" or not any(isinstance(part, pn.pane.Alert) for part in whole.main)
     for part in ("totals", "tokens", "routing", "sequences"):
         for file in sorted(p for p in (damaged / part).rglob("*") if p.is_file() and p.name != "zarr.json"):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         shelf._runs.clear()
         shelf._made.clear()
-        shown = made(page, Visit(shelf, Choice({}), lambda: None))
+        shown = made(page, Session(shelf, Selection({}), lambda: None))
         assert shown.main
     said = " ".join(str(alert.object) for part in shown.main for alert in [part] if isinstance(alert, pn.pane.Alert))
     assert "verify" in said or "two runs" in said
     (damaged / "zarr.json").unlink()
-    gone = made(page, Visit(shelf, Choice({}), lambda: None)) if page != "compare" else None
+    gone = made(page, Session(shelf, Selection({}), lambda: None)) if page != "compare" else None
     assert gone is None or "is not" in str(gone.main[0].object)
     shelf.desk.close()
 
@@ -254,12 +254,12 @@ def test_a_notebook_shows_every_page() -> None:
 
 
 def test_a_vocabulary_that_nobody_has_shows_numbers(run: Run) -> None:
-    assert lookup.tokenizer_of("unknown") is None
-    assert lookup.tokenizer_of(harmony.tokenizer().digest) is not None
+    assert search.tokenizer_of("unknown") is None
+    assert search.tokenizer_of(harmony.tokenizer().digest) is not None
     assert data_of(run, int(run.sequences.index[0]), None)["texts"][0].startswith("⟨")
 
 
-def test_two_sessions_wait_for_one_computation(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_sessions_wait_for_one_computation(shelf: RunRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     made = []
@@ -272,8 +272,8 @@ def test_two_sessions_wait_for_one_computation(shelf: Shelf, monkeypatch: pytest
 def test_who_may_enter_is_read_from_a_file(tmp_path: Path) -> None:
     assert _access(None) == {}
     file = tmp_path / "users.json"
-    for content in ("", "[]", "{}", '{"a": 1}'):
-        file.write_text(content)
+    for text in ("", "[]", "{}", '{"a": 1}'):
+        file.write_text(text)
         with pytest.raises(InputError, match="names and passwords"):
             _access(file)
     file.write_text(json.dumps({"ada": "secret"}))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench.bench.cases import Layer, row_error
-from workbench.bench.clock import Clock
+from workbench.bench.timing import Clock
 from workbench.kernels.gpu import moe, mxfp4, routing
 from workbench.model import load
 from workbench.model.config import Config

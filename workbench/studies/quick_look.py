@@ -13,7 +13,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from workbench.errors import InputError
-from workbench.studies.design import in_order
+from workbench.studies.comparison import in_order
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import share
 

@@ -13,7 +13,7 @@ import workbench
 from workbench import harmony
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run
-from workbench.studies.glance import ALL
+from workbench.studies.quick_look import ALL
 
 _MOST_TOKENS = 300_000  # that a table of tokens is made from
 _POSITION_BINS = 2.0 ** np.arange(18)
@@ -68,7 +68,7 @@ def expert_tokens(run: Run, layer: int, expert: int, text: Callable[[int], str],
         for block in run.blocks("id", "experts", layer=layer):
             yield block, (block["experts"][0] == expert).any(-1)
 
-    return _telling(chosen(), text, rows)
+    return _overrepresented_tokens(chosen(), text, rows)
 
 
 def head_tokens(run: Run, layer: int, head: int, text: Callable[[int], str], *, rows: int = 20) -> pd.DataFrame:
@@ -81,10 +81,10 @@ def head_tokens(run: Run, layer: int, head: int, text: Callable[[int], str], *, 
             edge = float(np.quantile(mass, 0.9)) if edge is None else edge
             yield block, mass > edge
 
-    return _telling(chosen(), text, rows)
+    return _overrepresented_tokens(chosen(), text, rows)
 
 
-def _telling(
+def _overrepresented_tokens(
     blocks: Iterator[tuple[dict[str, np.ndarray], Bool[np.ndarray, " token"]]], text: Callable[[int], str], rows: int
 ) -> pd.DataFrame:
     """Tokens by how much more often they are among those chosen than tokens are."""

@@ -12,7 +12,7 @@ import panel as pn
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.dashboards.desk import Answer
+from workbench.dashboards.study_jobs import Answer
 from workbench.errors import InputError
 
 WIDTH = 235  # of what stands in the side bar

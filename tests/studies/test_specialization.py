@@ -7,7 +7,7 @@ from sklearn.metrics import mutual_info_score
 
 import workbench as wb
 from tests.conftest import DATA
-from workbench.studies.specialisation import mutual_information, special, together
+from workbench.studies.specialization import mutual_information, special, together
 from workbench.studies.synthetic import planted_run
 
 

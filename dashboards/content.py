@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from workbench.runs import Run
-from workbench.studies.design import in_order
+from workbench.studies.comparison import in_order
 
 
 def about(run: Run) -> str:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.experiments.points import Points
-from workbench.experiments.rms_path import mean_gradient, normed
+from workbench.experiments.norm_attribution import mean_gradient, normed
+from workbench.experiments.token_selection import Points
 from workbench.model.transformer import Attention, GptOss, MoE
 
 Norm = Literal["frozen", "path", "layers"]

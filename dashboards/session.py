@@ -8,21 +8,21 @@ from typing import Any
 import panel as pn
 import xarray as xr
 
-from workbench.dashboards import parts, views
-from workbench.dashboards.state import Choice, Shelf
-from workbench.figures.drawing import Gallery
+from workbench.dashboards import content, widgets
+from workbench.dashboards.state import RunRegistry, Selection
+from workbench.figures.gallery import Gallery
 from workbench.figures.template import ThemeName
 from workbench.runs import Run
-from workbench.studies import glance
-from workbench.studies.glance import ALL
+from workbench.studies import quick_look
+from workbench.studies.quick_look import ALL
 
 
 @dataclass
-class Visit:
+class Session:
     """One person at one page: the shelf, what was chosen, and where choices are remembered."""
 
-    shelf: Shelf
-    choice: Choice
+    shelf: RunRegistry
+    choice: Selection
     remember: Callable[[], None]  # called when the choice has changed
     name: str = field(init=False)  # of the run
 
@@ -56,9 +56,9 @@ class Page:
 class Selectors:
     """Widgets for what pages share: channel, effort, task, and a layer with an expert or a head of it."""
 
-    def __init__(self, visit: Visit, *names: str) -> None:
+    def __init__(self, visit: Session, *names: str) -> None:
         self.visit = visit
-        known = glance.options(visit.run)
+        known = quick_look.options(visit.run)
         model = visit.run.model
         options = {
             **known,
@@ -73,7 +73,7 @@ class Selectors:
             if name == "effort":
                 self.widgets[name] = pn.widgets.RadioButtonGroup(label="Effort", options=options[name], value=value)
             else:
-                self.widgets[name] = parts.select(name.capitalize(), options[name], value)
+                self.widgets[name] = widgets.select(name.capitalize(), options[name], value)
 
     def __getitem__(self, name: str) -> str:
         return str(self.widgets[name].value) if name in self.widgets else ALL
@@ -113,28 +113,28 @@ def box() -> pn.Column:
     return pn.Column(sizing_mode="stretch_width")
 
 
-def study(visit: Visit, name: str, *names: str, above: Sequence[str] = ()) -> list[Any]:
+def study(visit: Session, name: str, *names: str, above: Sequence[str] = ()) -> list[Any]:
     """A study's figures, one at a time, what was found and how; each when the study is made. above: shown already."""
 
     def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
         gallery: Gallery = importlib.import_module(f"workbench.figures.{name}").gallery(found)
         gallery = {name: drawing for name, drawing in gallery.items() if name not in above}
         about = [
-            parts.card("What was found", parts.html(views.findings(found))),
-            parts.card("How is this computed", parts.html(views.method(found)), collapsed=True),
+            widgets.card("What was found", widgets.html(content.findings(found))),
+            widgets.card("How is this computed", widgets.html(content.method(found)), collapsed=True),
         ]
         if not gallery:
             return about
-        labels = views.figure_names(gallery)
+        labels = content.figure_names(gallery)
         first = visit.choice.get("figure", list(labels.values()))
-        pick = parts.select("Figure of the study", labels, first, width=420)
+        pick = widgets.select("Figure of the study", labels, first, width=420)
         shown = box()
 
         def draw_it(*_: Any) -> None:
             key = str(pick.value)
             drawing = gallery[key]
-            drawn = parts.guarded(
-                lambda: parts.figure(drawing.draw(theme=visit.theme), f"{visit.name}-{name}-{key}", drawing.table)
+            drawn = widgets.guarded(
+                lambda: widgets.figure(drawing.draw(theme=visit.theme), f"{visit.name}-{name}-{key}", drawing.table)
             )
             shown[:] = [drawn]
 
@@ -148,5 +148,5 @@ def study(visit: Visit, name: str, *names: str, above: Sequence[str] = ()) -> li
 
     return [
         pn.pane.Markdown("## With intervals and controls", margin=(10, 10, 0, 10)),
-        parts.awaited(visit.shelf.study(name, *(names or (visit.name,))), show),
+        widgets.awaited(visit.shelf.study(name, *(names or (visit.name,))), show),
     ]

@@ -18,8 +18,8 @@ from tests.runs.conftest import LENGTHS, job, write_run
 from workbench.capture.plan import plan_units
 from workbench.errors import InputError
 from workbench.runs.lock import LOCK, Lock
-from workbench.runs.place import ROOT, Bucket, place
 from workbench.runs.reader import open_run
+from workbench.runs.storage import ROOT, ObjectStorage, place
 from workbench.runs.verify import verify
 from workbench.runs.writer import open_writer
 
@@ -98,16 +98,16 @@ def test_damage_in_a_bucket_is_found(url: str) -> None:
 
 
 def test_the_root_comes_last_and_a_torn_creation_is_begun_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    put, written = Bucket.put, []
+    put, written = ObjectStorage.put, []
 
-    def dies(self: Bucket, key: str, parts: list[bytes]) -> None:
+    def dies(self: ObjectStorage, key: str, parts: list[bytes]) -> None:
         if len(written) == 7:
             raise KeyboardInterrupt
         written.append(key)
         put(self, key, parts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bucket, "put", dies)
+        patch.setattr(ObjectStorage, "put", dies)
         with pytest.raises(KeyboardInterrupt):
             open_writer(url, **job(LAYOUT))
     assert written
@@ -135,7 +135,7 @@ def test_a_second_job_is_refused_and_a_dead_one_s_lock_taken_over(url: str) -> N
         pytest.raises(InputError, match=rf"{url} is being written by process {os.getpid()} on .* since 20"),
     ):
         open_writer(url, **job(LAYOUT)).__enter__()
-    code = "import sys; from workbench.runs.lock import Lock; from workbench.runs.place import place; "
+    code = "import sys; from workbench.runs.lock import Lock; from workbench.runs.storage import place; "
     code += "Lock(place(sys.argv[1])).acquire(); import os; os._exit(9)"
     if url.startswith("s3"):
         subprocess.run([sys.executable, "-c", code, url], check=False)

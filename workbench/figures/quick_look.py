@@ -7,8 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.grid import Grid
-from workbench.figures.template import MARKERS, THEMES, ThemeName, dress
+from workbench.figures.heatmap import Grid
+from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme
 from workbench.studies.result import provenance
 
 Measure = Literal["load", "gates", "lift", "mass", "spread"]
@@ -51,7 +51,7 @@ def heatmap(ds: xr.Dataset, measure: Measure, *, theme: ThemeName = "light") -> 
     figure = grid.finish(column, scale)
     subtitle = f"{ds.attrs['tokens']:,} tokens, pooled; {ds[measure].attrs['definition']}"
     title = f"{_TITLES[measure]}: {ds.attrs['title']}"
-    return dress(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
+    return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
 
 
 def difference(a: xr.Dataset, b: xr.Dataset, measure: Measure, *, theme: ThemeName = "light") -> go.Figure:
@@ -75,7 +75,7 @@ def difference(a: xr.Dataset, b: xr.Dataset, measure: Measure, *, theme: ThemeNa
         f"{a.attrs['tokens']:,} and {b.attrs['tokens']:,} tokens, pooled; not controlled for position, not tested"
     )
     title = f"{a[measure].attrs['long_name'].capitalize()}: {first} − {second}"
-    return dress(figure, colours, a, title=title, subtitle=subtitle, height=grid.height)
+    return apply_theme(figure, colours, a, title=title, subtitle=subtitle, height=grid.height)
 
 
 def position_curve(rows: pd.DataFrame, digest: str, layer: int, head: int, *, theme: ThemeName = "light") -> go.Figure:
@@ -95,6 +95,6 @@ def position_curve(rows: pd.DataFrame, digest: str, layer: int, head: int, *, th
     figure.update_yaxes(title="probability on the sink (%)", rangemode="tozero")
     origin = xr.Dataset(attrs=provenance("sinks", "", digest, 0, {}))
     subtitle = "Mean over the run's first tokens, bins double; no interval"
-    return dress(
+    return apply_theme(
         figure, colours, origin, title=f"Layer {layer}, head {head} by position", subtitle=subtitle, height=430
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench import harmony
-from workbench.capture.buffers import Buffers
+from workbench.capture.record_buffers import Buffers
 from workbench.errors import JobError
 from workbench.harmony.labels import Labels, channel_codes, role_codes
 from workbench.harmony.transcripts import Transcript

@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def side_by_side(run: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def parallel_map(run: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`run` on every item, in order, on as many threads as torch may use; without gradients."""
 
     def alone(item: Item) -> Result:

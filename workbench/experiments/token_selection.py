@@ -13,8 +13,8 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.hooks.edits import Tokens, as_set
+from workbench.model.pass_context import PassContext
 from workbench.model.transformer import GptOss
-from workbench.model.where import Where
 
 ROWS = 64  # logits of so many tokens at a time: 51 MB in float32 of a vocabulary of 201,088
 Token = int | Int[Tensor, "batch pos"] | Literal["next"]
@@ -58,7 +58,7 @@ def points(
     """The tokens that are meant; none is an error."""
     lengths = [tokens.shape[1]] * len(tokens) if n_real is None else list(n_real)
     row = torch.cat([ids[:n] for ids, n in zip(tokens.cpu(), lengths, strict=True)])[None]
-    where = Where(model.cfg, row, packed=lengths)
+    where = PassContext(model.cfg, row, packed=lengths)
     column = where.mask(as_set(at))[0].nonzero()[:, 0]
     if not len(column):
         raise InputError(f"no token of these {len(lengths)} sequences is meant: look at `at`, and at `n_real`")
@@ -75,8 +75,8 @@ def read_out(
     model: GptOss, x: Float[Tensor, "point d_model"], column: Int[Tensor, " point"]
 ) -> Float[Tensor, "point d_vocab"]:
     """What the model would say of these residual streams, in at least float32; after `residual`."""
-    assert model.where is not None, "logits come after residual"
-    whole, model.where = model.where, model.where.at(column[None])
+    assert model.context is not None, "logits come after residual"
+    whole, model.context = model.context, model.context.at(column[None])
     logits = model.unembed(model.ln_final(x[None].to(model.unembed.weight.device, model.dtype)))[0]
-    model.where = whole
+    model.context = whole
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

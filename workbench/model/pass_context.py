@@ -21,8 +21,8 @@ from workbench.model.rope import cos_sin
 TokenSet = Callable[[Int[np.ndarray, " pos"]], Bool[np.ndarray, " pos"]]  # of a sequence's ids, which are in the set
 
 
-class Where:
-    """What `model.where` is during a pass. `sequence` is −1 for padding."""
+class PassContext:
+    """What `model.context` is during a pass. `sequence` is −1 for padding."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Where:
         if cache is not None:
             cache.note(tokens)
 
-    def to(self, device: torch.device) -> "Where":
+    def to(self, device: torch.device) -> "PassContext":
         """The same on another device; a cache stays where it is, for its layers lie apart."""
         if self.positions.device == device:
             return self
@@ -54,7 +54,7 @@ class Where:
         there.positions, there.cos, there.sin = (t.to(device) for t in (self.positions, self.cos, self.sin))
         return there
 
-    def at(self, columns: Int[Tensor, "batch kept"]) -> "Where":
+    def at(self, columns: Int[Tensor, "batch kept"]) -> "PassContext":
         """The same for some of the tokens; it places hooks behind the last block, where not every token goes."""
         there = copy(self)
         there.positions = self.positions.gather(1, columns.to(self.positions.device))

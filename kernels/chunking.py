@@ -12,7 +12,7 @@ from torch import Tensor
 POSITIONS = 1024
 
 
-def in_parts(step: Callable[..., Tensor], *tensors: Tensor, dim: int) -> Tensor:
+def chunked(step: Callable[..., Tensor], *tensors: Tensor, dim: int) -> Tensor:
     """`step(*tensors)`, position by position independent along `dim`, which all the tensors have."""
     if tensors[0].shape[dim] <= POSITIONS:
         return step(*tensors)

@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from workbench import harmony
-from workbench.dashboards.lookup import texts
+from workbench.dashboards.search import texts
 from workbench.figures.template import THEMES, ThemeName
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.hooks.names import BLOCK, hook_points
-from workbench.hooks.places import points_of
+from workbench.hooks.targets import points_of
 from workbench.model.transformer import GptOss
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, " batch"]]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from workbench.experiments.rms_path import mean_gradient, normed
+from workbench.experiments.norm_attribution import mean_gradient, normed
 
 D, EPS = 16, 1e-5
 

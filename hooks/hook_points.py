@@ -25,7 +25,7 @@ _KEPT_BY_TORCH = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hook
 _KEPT_BY_LENS = ("fwd_hooks", "bwd_hooks")
 
 
-def remembered(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+def snapshot_hooks(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """The hooks that the points of a module have now, to be put on again for a while when they may be gone."""
     points = [point for point in module.modules() if isinstance(point, HookPoint)]
     then = [{name: copy(getattr(point, name)) for name in (*_KEPT_BY_TORCH, *_KEPT_BY_LENS)} for point in points]

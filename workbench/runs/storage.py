@@ -20,7 +20,7 @@ _CREATING = ".creating"
 _EXTRAS = {"s3": "s3", "s3a": "s3"}  # of pip install 'gpt-oss-workbench[…]'
 
 
-class Place(Protocol):
+class Storage(Protocol):
     """What a run needs of the storage it lies in; `str` of it is what a user calls it."""
 
     def store(self) -> Any:
@@ -48,13 +48,13 @@ class Place(Protocol):
         """A local folder to fill; behind it the run is there whole, or not at all if filling it failed."""
 
 
-def place(path: "str | Path | Place") -> Place:
+def place(path: "str | Path | Storage") -> Storage:
     """The place of a path or URL; a scheme that nobody here knows, or that lacks its package, is refused."""
     if not isinstance(path, str | Path):
         return path
     scheme, separator, rest = str(path).partition("://")
     if not separator or scheme == "file":
-        return Folder(Path(rest if separator else path))
+        return LocalStorage(Path(rest if separator else path))
     import fsspec
 
     if scheme not in fsspec.available_protocols():
@@ -70,10 +70,10 @@ def place(path: "str | Path | Place") -> Place:
     except ImportError as error:
         remedy = f"pip install 'gpt-oss-workbench[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else str(error)
         raise InputError(f"{path}: {scheme}:// needs a package that is not installed: {remedy}") from error
-    return Bucket(str(path).rstrip("/"), fs)
+    return ObjectStorage(str(path).rstrip("/"), fs)
 
 
-class Folder:
+class LocalStorage:
     """A run in a folder."""
 
     def __init__(self, path: Path) -> None:
@@ -126,7 +126,7 @@ class Folder:
             shutil.rmtree(beside, ignore_errors=True)
 
 
-class Bucket:
+class ObjectStorage:
     """A run in an object store, or in this process' memory (memory://)."""
 
     def __init__(self, url: str, fs: Any) -> None:

@@ -8,8 +8,8 @@ import workbench as wb
 from tests.conftest import DATA
 from workbench.errors import InputError
 from workbench.experiments import chain_of_thought
-from workbench.experiments.catalogue import NAMES, named_experts, run_experiment
-from workbench.experiments.sources import transcripts
+from workbench.experiments.from_run import transcripts
+from workbench.experiments.registry import NAMES, named_experts, run_experiment
 from workbench.figures import experiments as figures
 from workbench.studies import save
 
@@ -27,7 +27,7 @@ def nano():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_explains_itself_and_can_be_drawn_and_saved(name, run, nano, tmp_path, monkeypatch):
-    monkeypatch.setattr("workbench.experiments.catalogue.CONTROLS", 4)
+    monkeypatch.setattr("workbench.experiments.registry.CONTROLS", 4)
     found = run_experiment(name, nano, run, sequences=60)
     drawn = figures.gallery(found)
     assert drawn.keys() == found.keys()
@@ -47,7 +47,7 @@ def test_every_experiment_explains_itself_and_can_be_drawn_and_saved(name, run, 
 @pytest.mark.slow
 def test_the_experts_that_routing_names_for_arithmetic_matter_to_it(run, nano, monkeypatch):
     """Forbidden, they hurt arithmetic more than random experts of equal load: the paired interval excludes zero."""
-    monkeypatch.setattr("workbench.experiments.catalogue.CONTROLS", 8)  # twenty take four minutes, and say the same
+    monkeypatch.setattr("workbench.experiments.registry.CONTROLS", 8)  # twenty take four minutes, and say the same
     found = run_experiment("ablate", nano, run, sequences=600)["experts"].sel(group="arithmetic")
     cell = found.sel(which="named less random, own group")
     assert float(cell["high"]) < 0
