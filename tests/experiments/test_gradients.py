@@ -56,9 +56,9 @@ def test_an_estimate_is_the_limit_of_patching(exact: GptOss, point: str) -> None
 def test_the_limit_sees_a_wrong_estimate(exact: GptOss, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dot, slopes = activations.dot, activations.slopes
     if broken == "difference backwards":
-        monkeypatch.setattr(passes, "dot", lambda m, n, end, begin, slope: dot(m, n, begin, end, slope))
+        monkeypatch.setattr(activations, "dot", lambda m, n, end, begin, slope: dot(m, n, begin, end, slope))
     elif broken == "gradient of the clean run":
-        monkeypatch.setattr(passes, "slopes", lambda m, x, *rest: slopes(m, x, *rest)[:2] + slopes(m, CLEAN, *rest)[2:])
+        monkeypatch.setattr(activations, "slopes", lambda m, x, *rest: slopes(m, x, *rest)[:2] + slopes(m, CLEAN, *rest)[2:])
     else:
         held = [(name, lambda x, hook: x.detach()) for name in exact.hook_dict if name.endswith("expert_weights")]
 
@@ -66,7 +66,7 @@ def test_the_limit_sees_a_wrong_estimate(exact: GptOss, broken: str, monkeypatch
             with exact.hooks(fwd_hooks=held):
                 return slopes(*args)
 
-        monkeypatch.setattr(passes, "slopes", detached)
+        monkeypatch.setattr(activations, "slopes", detached)
     assert worst(exact, "hook_resid_pre", 1e-5) > 1e-3
 
 
