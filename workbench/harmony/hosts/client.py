@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from workbench.errors import InputError
-from workbench.harmony.rendering import shown
+from workbench.harmony.messages import shown
 
 OPTIONAL = (
     "seed", "temperature", "skip_special_tokens", "return_token_ids", "include_reasoning", "max_tokens",
