@@ -1,6 +1,6 @@
-"""What a dashboard shows and what is chosen in it, without a widget: the shelf of runs and a choice.
+"""What a dashboard shows and what is chosen in it, without a widget: the registry of runs and a choice.
 
-Run paths come from the command line only; a browser can choose among the names on the shelf, nothing else.
+Run paths come from the command line only; a browser can choose among the names on the registry, nothing else.
 """
 
 import threading
