@@ -270,9 +270,9 @@ def test_next_goes_on_and_the_link_reopens_the_conversation(demo: str, browser: 
     session.page.get_by_text("next ›").click()
     session.page.wait_for_url(re.compile(r"sequence=\d+"), timeout=20_000)
     session.page.wait_for_timeout(800)
-    shown = frame_of(session).locator("#text").inner_text()
+    shown = frame_of(session).locator("#text").text_content()
     again = Session(browser, session.page.url)
-    assert frame_of(again).locator("#text").inner_text() == shown
+    assert frame_of(again).locator("#text").text_content() == shown
 
 
 def test_a_transcript_with_a_script_is_only_text(tmp_path: Path, browser: Browser) -> None:
