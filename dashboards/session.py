@@ -1,6 +1,5 @@
 """One person at one page: what was chosen, the widgets for it, and the part of a page that a study makes."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import panel as pn
 import xarray as xr
 
+from workbench import registry
 from workbench.dashboards import content, widgets
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.figures.gallery import Gallery
@@ -117,7 +117,7 @@ def study(visit: Session, name: str, *names: str, above: Sequence[str] = ()) -> 
     """A study's figures, one at a time, what was found and how; each when the study is made. above: shown already."""
 
     def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        gallery: Gallery = importlib.import_module(f"workbench.figures.{name}").gallery(found)
+        gallery: Gallery = registry.find(name).load_figures().gallery(found)
         gallery = {name: drawing for name, drawing in gallery.items() if name not in above}
         about = [
             widgets.card("What was found", widgets.html(content.findings(found))),
