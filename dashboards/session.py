@@ -1,6 +1,5 @@
 """The state of one browser session on one page, its selectors, and the section that shows a study."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import panel as pn
 import xarray as xr
 
+from workbench import registry
 from workbench.dashboards import content, widgets
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.figures.gallery import Gallery
@@ -117,7 +117,7 @@ def study(session: Session, name: str, *names: str, above: Sequence[str] = ()) -
     """Return the section of a study: its figures, findings and methods. `above` names figures that are already shown."""
 
     def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        gallery: Gallery = importlib.import_module(f"workbench.figures.{name}").gallery(found)
+        gallery: Gallery = registry.find(name).load_figures().gallery(found)
         gallery = {name: drawing for name, drawing in gallery.items() if name not in above}
         about = [
             widgets.card("Findings", widgets.html(content.findings(found))),
