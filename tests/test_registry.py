@@ -46,7 +46,7 @@ def test_a_record_is_read_from_source_that_cannot_be_imported() -> None:
     ],
 )
 def test_a_broken_record_is_refused(broken: str, message: str) -> None:
-    with pytest.raises(InputError, match="demo|some.module"):
+    with pytest.raises(InputError, match=r"demo|some\.module"):
         registry.record_in(SOURCE.replace(broken, message), "some.module")
 
 
@@ -64,7 +64,7 @@ def test_a_run_without_the_required_quantity_is_refused() -> None:
 
     record = registry.record_in(SOURCE, "some.module")
     assert record is not None
-    with pytest.raises(InputError, match="recorded routing or sinks, and run.zarr recorded logprobs: capture again"):
+    with pytest.raises(InputError, match=r"recorded routing or sinks, and run\.zarr recorded logprobs: capture again"):
         record.check_recorded(Run())
     Run.recorded = ("sinks",)
     record.check_recorded(Run())
