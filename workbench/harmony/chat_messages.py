@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workbench.errors import InputError
+from workbench.harmony.labels import ROLES
 from workbench.harmony.marked_text import read_output
-from workbench.harmony.messages import ROLES, check_messages, shown
+from workbench.harmony.messages import check_messages, shown
 
 _ROLES = {
     "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
@@ -107,6 +108,8 @@ class _Reader:
             raise _MessageError(f"got {shown(message)}; wanted an object with role and content")
         message = _with_role(message)
         role = message.get("role")
+        if role is None and message.get("type") == "message":
+            role = "assistant"
         if role is None and "type" in message:
             self._item(message, truncated, following)
             return
@@ -143,7 +146,7 @@ class _Reader:
         for result in results:
             self._tool({"content": result.get("content"), "tool_call_id": result.get("tool_use_id")})
         if results:
-            content = [part for part in content if part not in results]
+            content = [part for part in content or [] if part not in results]
             if not content:
                 return
         fields = {name: message[name] for name in _HEADER if message.get(name) is not None}

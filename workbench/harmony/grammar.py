@@ -8,7 +8,7 @@ from workbench.errors import InputError
 from workbench.harmony.labels import Labels, label
 from workbench.harmony.messages import CONSTRAIN, check_messages
 from workbench.harmony.preamble import instructions_of
-from workbench.harmony.vocabulary import Tokenizer
+from workbench.harmony.vocabulary import Tokenizer, tokenizer
 
 
 def parse(ids: Sequence[int], *, tokenizer: Tokenizer, n_prompt: int | None = None) -> list[dict[str, Any]]:
@@ -18,6 +18,16 @@ def parse(ids: Sequence[int], *, tokenizer: Tokenizer, n_prompt: int | None = No
     does not follow the format has its text with marks under `raw`.
     """
     return messages_of(ids, label(ids, tokenizer=tokenizer, n_prompt=n_prompt), tokenizer)
+
+
+def parse_text(text: str) -> list[dict[str, Any]]:
+    """Messages of a text with marks, each with its text under `raw`, so that it is rendered exactly as it is."""
+    vocabulary = tokenizer()
+    ids = marked_ids(text, vocabulary)
+    labels = label(ids, tokenizer=vocabulary)
+    messages = messages_of(ids, labels, vocabulary)
+    texts = [vocabulary.decode(ids[m.start : m.end]) for m in labels.messages]
+    return [message | {"raw": raw} for message, raw in zip(messages, texts, strict=True)]
 
 
 def messages_of(ids: Sequence[int], labels: Labels, tokenizer: Tokenizer) -> list[dict[str, Any]]:

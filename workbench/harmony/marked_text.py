@@ -1,8 +1,8 @@
 """Text of a model as messages: with harmony's marks, with the marks stripped, or with `<think>` tags.
 
 Marks are read by the tokenizer and the labeller, as in a stream of ids. Where programs have stripped them, only
-`assistantfinal`, `assistantcommentary` and `assistantanalysis` are taken for remains of them: words such as "final"
-stand in ordinary answers.
+`assistantfinal`, `assistantcommentary` and `assistantanalysis` are taken for remains of them, and `final` that is glued
+to a digit or a capital letter: the words "analysis" and "final" begin ordinary answers too.
 """
 
 from dataclasses import dataclass
@@ -78,10 +78,18 @@ def _stripped(text: str, truncated: bool) -> list[dict[str, Any]] | None:
         cuts.append(found[0])
         at = found[0] + len("assistant")
     cut_analysis = truncated and start.startswith("analysis") and start[len("analysis") :][:1].isupper()
-    if len(cuts) == 1 and not cut_analysis and not text.startswith(tuple(remains)):
+    if len(cuts) == 1 and not cut_analysis and not text.startswith(tuple(remains)) and not _is_glued_final(start):
         return None
     pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
     return [_stripped_message(piece.removeprefix("assistant")) for piece in pieces]
+
+
+def _is_glued_final(text: str) -> bool:
+    """Whether a text begins as in `final144` or `finalThe`, which no word does: the answer had no analysis."""
+    behind = text.removeprefix("final")
+    return text.startswith("final") and (
+        behind[:1].isdigit() or behind[:1].isupper() or (behind[:1] == "-" and behind[1:2].isdigit())
+    )
 
 
 def _stripped_message(piece: str) -> dict[str, Any]:

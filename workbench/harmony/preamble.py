@@ -177,10 +177,7 @@ def _pieces(
         {"role": message["role"], "content": f"CONTENT{i}PLACEHOLDER" if message["content"] else ""}
         for i, message in enumerate(leading)
     ]
-    functions = [
-        {"type": "function", "function": {"name": f.name, "description": f.description} | _schema(f.parameters)}
-        for f in options.tools.functions
-    ]
+    functions = [function.definition() for function in options.tools.functions]
     variables: dict[str, Any] = {
         "messages": [*messages, {"role": "user", "content": "USERPLACEHOLDER"}],
         "reasoning_effort": options.effort,
@@ -196,10 +193,6 @@ def _pieces(
     except TemplateError as error:
         raise InputError(f"the chat template of {tokenizer.name} failed: {error}") from error
     return _before_the_user(text, tokenizer)
-
-
-def _schema(parameters: str) -> dict[str, Any]:
-    return {"parameters": json.loads(parameters)} if parameters else {}
 
 
 def _from_template(

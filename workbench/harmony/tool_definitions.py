@@ -28,6 +28,11 @@ class Function:
     description: str = ""
     parameters: str = ""
 
+    def definition(self) -> dict[str, Any]:
+        """The definition as chat completions have it."""
+        schema = {"parameters": json.loads(self.parameters)} if self.parameters else {}
+        return {"type": "function", "function": {"name": self.name, "description": self.description} | schema}
+
 
 @dataclass(frozen=True)
 class Tools:
