@@ -70,8 +70,8 @@ run: .venv/.user
 ON_NANO := data/demo.zarr --model nano --dtype float32 --out runs/findings
 findings: .venv/.user
 	mkdir -p runs
-	for name in cot ablate; do $(BIN)/workbench study $$name $(ON_NANO) --sequences 600 > /dev/null || exit 1; done
-	for name in force reweight silence knockout steer patch attribution; do \
+	for name in chain-of-thought expert-ablation; do $(BIN)/workbench study $$name $(ON_NANO) --sequences 600 > /dev/null || exit 1; done
+	for name in expert-forcing expert-reweighting sink-ablation attention-knockout steering patching logit-attribution; do \
 	  $(BIN)/workbench study $$name $(ON_NANO) > /dev/null || exit 1; done
 	$(BIN)/workbench report data/demo.zarr --out runs/findings/findings.html --results runs/findings
 	cp runs/findings/findings.md data/findings.md

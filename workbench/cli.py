@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from workbench.bench.command import app as bench
+from workbench.cli_studies import StudyCommand
 from workbench.errors import InputError, JobError
 
 app = typer.Typer(
@@ -278,43 +279,46 @@ def export(
     print(f"{out}: {n:,} tokens")
 
 
-@app.command()
+@app.command(cls=StudyCommand)
 def study(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="routing, sinks, channels, effort; compare (two runs); with --model: cot, ablate, force, reweight, silence, "
-            "knockout, steer, patch, attribution"
-        ),
-    ],
+    name: Annotated[str, typer.Argument(help="Name of the study or experiment; see the list below.")],
     run: RunPath,
-    other: Annotated[str | None, typer.Argument(help="The second run, to compare with.")] = None,
-    model: Annotated[str | None, typer.Option(help="The captured checkpoint, for experiments.")] = None,
-    sequences: Annotated[int, typer.Option(min=2, help="Of an experiment, at most.")] = 200,
-    seed: int = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for the tables (CSV, JSON) and the summary.")] = None,
+    other: Annotated[str | None, typer.Argument(help="The second run, for a study that compares two.")] = None,
+    model: Annotated[str | None, typer.Option(help="The captured checkpoint, which experiments need.")] = None,
+    sequences: Annotated[int, typer.Option(min=2, help="Use at most so many sequences in an experiment.")] = 200,
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of an option of the study; repeat for several.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of resampling and of random controls.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the tables (CSV, JSON) and the summary to this folder.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
 ) -> None:
-    """Run a study or an experiment: prints its summary in plain words, writes its tables."""
+    """Run a study or an experiment: print its summary and write its tables."""
+    from workbench.cli_studies import parse_options
+    from workbench.registry import Experiment, find
     from workbench.runs import open_run
-    from workbench.studies import COMPARISONS, STUDIES, run_study, save, summary
+    from workbench.studies import run_study, save
+    from workbench.studies import summary as summarize
 
+    record, options = find(name), parse_options(option or ())
+    if isinstance(record, Experiment) and model is None:
+        raise InputError(f"the experiment {record.name} needs the model: add --model with the captured checkpoint")
+    if isinstance(record, Experiment) and other is not None:
+        raise InputError(f"the experiment {record.name} takes one run, and {other!r} is a second")
     runs = [open_run(path) for path in (run, other) if path is not None]
-    if name in (*STUDIES, *COMPARISONS):
-        results = run_study(name, *runs, seed=seed)
-    else:
-        from workbench.experiments.registry import NAMES, run_experiment
+    if model is not None and isinstance(record, Experiment):
+        from workbench.experiments.registry import run_experiment
 
-        if name not in NAMES:
-            known = ", ".join((*STUDIES, *COMPARISONS, *NAMES))
-            raise InputError(f"no study or experiment is called {name!r}; choose from {known}")
-        if model is None:
-            raise InputError(f"the experiment {name} needs the model: --model nano, or the folder of the checkpoint")
-        results = run_experiment(name, _load(model, device, dtype), runs[0], sequences=sequences, seed=seed)
+        loaded = _load(model, device, dtype)
+        results = run_experiment(name, loaded, runs[0], sequences=sequences, seed=seed, **options)
+    else:
+        results = run_study(name, *runs, seed=seed, **options)
     if out is not None:
         save(results, out)
-    print(summary(results))
+    print(summarize(results))
 
 
 @app.command()
