@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Room → rooms it may import; the two wings meet in capture (which writes runs) and the command line.
 MAY_IMPORT = {
     "errors": set(),
+    "_links": set(),
     "progress": set(),
     "registry": {"errors"},
     "kernels": set(),
