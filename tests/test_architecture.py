@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Room → rooms it may import; the two wings meet in capture (which writes runs) and the command line.
 MAY_IMPORT = {
     "errors": set(),
+    "_links": set(),
     "progress": set(),
     "registry": {"errors"},
     "kernels": set(),
@@ -22,7 +23,7 @@ MAY_IMPORT = {
     "studies": {"registry", "runs", "harmony", "errors"},
     "figures": {"registry", "studies", "harmony", "errors"},
     "dashboards": {"registry", "figures", "studies", "runs", "harmony", "errors"},
-    "capture": {"model", "hooks", "runs", "harmony", "errors", "progress"},
+    "capture": {"kernels", "model", "hooks", "runs", "harmony", "errors", "progress"},
     "data": {"model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
     "bench": {
         "kernels",

@@ -77,8 +77,8 @@ def capture(
     job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude)
     _refuse_full_disk(model, job, _pending(job, path), path)
     with (
-        _logged(path, log_file),
         writer_of(job, model, transcripts, path) as writer,
+        _logged(path, log_file),  # a refused start leaves no log
         StopSignal(str(path)) as interrupt,
     ):
         pending = writer.pending()
