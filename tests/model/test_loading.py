@@ -30,11 +30,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    there = Machine()
+    there.pretend(monkeypatch, devices=7, memory=10**9)
     mxfp4._table.cache_clear()
-    with Machine() as there:
+    with there:
         yield there
     mxfp4._table.cache_clear()  # nothing of the machine outlives it
 
