@@ -3,6 +3,7 @@
 The GPUs are simulated (`tests.model.fake_gpus`): a copy is carried out only once its own stream is synchronised.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 import workbench as wb
 from tests.model.fake_gpus import Machine, Stream
+from workbench.capture import job
 from workbench.capture.record_buffers import Buffers
 from workbench.kernels import mxfp4
 from workbench.model.transformer import GptOss
@@ -76,3 +78,19 @@ def test_one_stream_of_the_current_device_would_store_wrong_values(
 
     monkeypatch.setattr(Buffers, "_stream", one_stream)
     assert not same(capture_on("cuda:0,cuda:1", few, tmp_path / "both"), expected)
+
+
+def test_the_plan_counts_whole_powers_of_two_for_pinned_buffers(
+    machine: Machine, nano: GptOss, few: Path, tmp_path: Path
+) -> None:
+    """As PyTorch's allocator of pinned memory rounds up; the columns of the token table are not pinned."""
+    options = {"record": RECORD, "unit_tokens": 1024}
+    on_cpu = job.dry_run(nano, few, tmp_path / "run", **options)
+    on_gpu = job.dry_run(wb.load("nano", device="cuda", dtype=torch.float32), few, tmp_path / "run", **options)
+    tokens, per_token = on_cpu.tokens, on_cpu.per_token
+    assert on_cpu.memory_bytes == tokens * sum(per_token.values())
+    routing = [tokens * per_token["routing"] * share // 3 for share in (1, 2)]  # a byte an index, two a gate weight
+    pinned = [*routing, tokens * per_token["sinks"], tokens * per_token["hook_resid_post"]]
+    rounded = [2 ** math.ceil(math.log2(size)) for size in pinned]
+    assert rounded != pinned
+    assert on_gpu.memory_bytes == tokens * per_token["tokens"] + sum(rounded)

@@ -87,6 +87,11 @@ class Machine(TorchFunctionMode):
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)  # it takes real streams only
 
+    @property
+    def devices(self) -> set[torch.device]:
+        """The GPUs on which a tensor was ever put."""
+        return {device for device in self._where.values() if device.type == "cuda"}
+
     def _current(self, device: torch.device) -> Stream:
         return self._current_streams.get(device) or self._default(device)
 
@@ -111,6 +116,9 @@ class Machine(TorchFunctionMode):
         return target.copy_(source)
 
     def of(self, tensor: Tensor) -> torch.device:
+        """The simulated device of a tensor."""
+        if tensor.is_meta:
+            return torch.device("meta")
         return self._where.get(tensor.untyped_storage().data_ptr(), _CPU)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -146,6 +154,8 @@ class Machine(TorchFunctionMode):
         here = self.of(tensor)
         devices = [torch.device(a) for a in (*args, options.pop("device", None)) if isinstance(a, torch.device | str)]
         target = _CPU if func is Tensor.cpu else next(iter(devices), here)
+        if target.type == "meta":
+            return torch.empty_like(tensor, device="meta")
         rest = [a for a in args if not isinstance(a, torch.device | str)]
         out = tensor.to(*rest, **options) if rest or options else tensor
         if target != here:
@@ -157,6 +167,8 @@ class Machine(TorchFunctionMode):
         return out
 
     def _put(self, tensor: Tensor, device: torch.device) -> None:
+        if tensor.is_meta:
+            return
         self._where[tensor.untyped_storage().data_ptr()] = _FIRST if device == torch.device("cuda") else device
 
 

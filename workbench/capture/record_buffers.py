@@ -189,6 +189,11 @@ class Buffers:
             self._sums[name][:, place] += part.double().cpu()
 
 
+def pinned_bytes(size: int) -> int:
+    """Return the bytes that PyTorch's allocator of pinned memory takes for a tensor: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 def sketch_matrix(a: Activation) -> Float[Tensor, "d sketch"]:
     """Ω of a sketch: normal, the same for every run, from the sizes alone."""
     rng = np.random.default_rng([a.d, a.sketch])
