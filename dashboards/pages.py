@@ -265,18 +265,22 @@ def page_titles() -> dict[str, str]:
     return _BEFORE | one | _AFTER | two
 
 
-def study_page(visit: Session, page: str) -> Page:
+def study_page(session: Session, page: str) -> Page:
     """Return the page of a study that has no page of its own: its question and its results."""
     record = next(r for r in registry.studies() if (r.page or r.name) == page)
-    names = [visit.name] if record.runs == 1 else [visit.name, *(n for n in visit.shelf.names if n != visit.name)][:2]
+    names = (
+        [session.name]
+        if record.runs == 1
+        else [session.name, *(n for n in session.registry.names if n != session.name)][:2]
+    )
     if len(names) < record.runs:
         raise InputError(f"{record.title} compares two runs: start the dashboard with two")
-    about = [widgets.html(content.about(visit.run)), widgets.html(f"<p>{escape(record.question)}</p>")]
-    return Page([], [*about, *study(visit, record.name, *names)])
+    about = [widgets.html(content.about(session.run)), widgets.html(f"<p>{escape(record.question)}</p>")]
+    return Page([], [*about, *study(session, record.name, *names)])
 
 
-def made(page: str, visit: Session) -> Page:
+def made(page: str, session: Session) -> Page:
     """A page or, where the run is damaged, gone or lacks what it needs, what is the matter: never a blank one."""
     own = _OWN_PAGES.get(page)
-    shown = widgets.guarded(lambda: own(visit) if own is not None else study_page(visit, page))
+    shown = widgets.guarded(lambda: own(session) if own is not None else study_page(session, page))
     return shown if isinstance(shown, Page) else Page([], [shown])

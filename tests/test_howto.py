@@ -86,9 +86,17 @@ def test_a_study_of_one_module_appears_in_every_list(
     assert wb.figures.busiest_expert.gallery(datasets)["change_change"].draw().data
     assert wb.studies.busiest_expert.STUDY.name == "busiest-expert"
     assert "busiest-expert" in commands_page.studies_table()
-    from workbench.dashboards.pages import page_titles
+    from workbench.dashboards.pages import made, page_titles
+    from workbench.dashboards.session import Session
+    from workbench.dashboards.state import RunRegistry, Selection
 
     assert page_titles()["busiest-expert"] == "Busiest expert and wrong answers"
+    runs = RunRegistry([DEMO], cache=tmp_path / "cache")
+    monkeypatch.setattr(runs, "study", lambda *_: lambda: None)  # in a process of its own; here the page is the subject
+    shown = made("busiest-expert", Session(runs, Selection({}), lambda: None))
+    runs.desk.close()
+    assert question in str(shown.main[1].object)
+    assert len(shown.main) == 4
     monkeypatch.setattr(registry, "_built_in", lambda: iter(()))  # the other studies take a while
     registry.records.cache_clear()
     write_report(opened, tmp_path / "report.html")
