@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "studies": {"registry", "runs", "harmony", "errors"},
     "figures": {"registry", "studies", "harmony", "errors"},
     "dashboards": {"registry", "figures", "studies", "runs", "harmony", "errors"},
-    "capture": {"model", "hooks", "runs", "harmony", "errors", "progress"},
+    "capture": {"kernels", "model", "hooks", "runs", "harmony", "errors", "progress"},
     "data": {"model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
     "bench": {
         "kernels",

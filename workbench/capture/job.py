@@ -75,8 +75,8 @@ def capture(
     job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict)
     _refuse_full_disk(model, job, _pending(job, path), path)
     with (
-        _logged(path, log_file),
         writer_of(job, model, transcripts, path, device=worker_device) as writer,
+        _logged(path, log_file),  # a refused start leaves no log
         StopSignal(str(path)) as interrupt,
     ):
         pending = writer.pending()

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from workbench.harmony.labels import CHANNELS
+from workbench.kernels.moments import moments
 from workbench.model.config import Config
 from workbench.runs.schema import Activation, Spec
 
@@ -161,26 +162,24 @@ class Buffers:
             last[kept[np.append(message[kept][1:] != message[kept][:-1], True)]] = True
         return last
 
-    def _weight(self, a: Activation, device: torch.device) -> Float[Tensor, "group token"]:
-        """Of this pass: a row a message with the weights of its mean, or a row a cell with ones."""
+    def _weight(self, a: Activation, device: torch.device) -> Float[Tensor, "message token"]:
+        """Return the weights of each message's mean over the tokens of this pass."""
         if (a.hook, device) not in self._weights:
-            members = self._members[a.hook][self._at]
-            if a.reduce == "message":
-                message = np.where(members, self._message[self._at], -1)
-                weight = message[self._rows_of(a, self._at), None] == message
-                weight = weight / weight.sum(1, keepdims=True)
-            else:
-                cells = np.arange(len(CHANNELS) * (int(self._row.max()) + 1))
-                weight = (self._cell[self._at] == cells[:, None]) & members
+            message = np.where(self._members[a.hook][self._at], self._message[self._at], -1)
+            weight = message[self._rows_of(a, self._at), None] == message
+            weight = weight / weight.sum(1, keepdims=True)
             self._weights[a.hook, device] = torch.from_numpy(weight.astype(np.float32)).to(device)
         return self._weights[a.hook, device]
 
     def _add(self, a: Activation, place: int, x: Float[Tensor, "token d"]) -> None:
-        """Sums and squares by cell, and the sketch by channel, in float64 over passes."""
-        weight = self._weight(a, x.device)
-        parts = {"sum": weight @ x, "sumsq": weight @ x.square()}
+        """Add sums and squares by cell, and the sketch by channel, in float64 over passes."""
+        cells = np.where(self._members[a.hook][self._at], self._cell[self._at], -1)
+        labels = torch.from_numpy(cells).to(x.device)
+        of_cells = moments(x, labels, len(CHANNELS) * (int(self._row.max()) + 1))
+        parts = {"sum": of_cells.sums, "sumsq": of_cells.squares}
         if a.sketch:
-            by_channel = weight.unflatten(0, (-1, len(CHANNELS))).sum(0)  # channel, token
+            channel = torch.arange(len(CHANNELS), device=x.device)[:, None]
+            by_channel = ((labels % len(CHANNELS) == channel) & (labels >= 0)).to(x.dtype)
             parts["sketch"] = torch.einsum("ct,td,tr->cdr", by_channel, x, x @ sketch_matrix(a).to(x.device))
         for what, part in parts.items():
             name = f"{a.hook}_{what}"
