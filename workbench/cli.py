@@ -227,12 +227,15 @@ def capture(
     ("attn.z:5 index=0,12"), which tokens ("resid_post channel=analysis every=4"; role, channel, part, message,
     position, every, last) and reduced how ("resid_post reduce=message", "mlp_out reduce=moments sketch=64").
     """
-    from workbench.capture import estimate, job, recording
+    from workbench.capture import cluster, estimate, job, recording
     from workbench.model import load
 
     if workers < 1:
         raise InputError(f"--workers {workers}: at least one has to work")
-    loaded = load(model, device=device, dtype=_dtype(dtype), adapter=adapter)
+    # Workers load the model themselves: a copy in this process would take the memory that the first of them needs.
+    shared = (workers > 1 or dask is not None) and not dry_run
+    worker_device = cluster.worker_device(device) if shared else None
+    loaded = load(model, device="meta" if shared else device, dtype=_dtype(dtype), adapter=adapter)
     records = record or list(recording.DEFAULT)
     if dry_run:
         plan = job.dry_run(
@@ -242,8 +245,8 @@ def capture(
         estimate.refuse_what_cannot_fit(plan, run)
         return
     written = job.capture(
-        loaded, transcripts, run, record=records, unit_tokens=unit_tokens, strict=strict, exclude=exclude, workers=workers, dask=dask,
-        log_file=log,
+        loaded, transcripts, run, record=records, unit_tokens=unit_tokens, strict=strict, exclude=exclude,
+        workers=workers, dask=dask, log_file=log, worker_device=worker_device,
     )  # fmt: skip
     rejects = written.provenance["rejects"]
     print(f"{run}: {len(written.sequences):,} sequences" + (f", {len(rejects)} rows skipped" if rejects else ""))

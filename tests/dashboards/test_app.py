@@ -354,7 +354,7 @@ def test_what_is_chosen_goes_along_to_the_next_page_by_keyboard(demo: str, brows
         timeout=30_000
     )
     session.page.wait_for_timeout(500)
-    session.page.get_by_role("link", name="Sinks").focus()
+    session.page.get_by_role("link", name="Attention sinks").focus()
     session.page.keyboard.press("Enter")
     session.page.wait_for_url(re.compile("/sinks.*channel=final.*task=product"), timeout=30_000)
     session.drawn()

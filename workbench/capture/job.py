@@ -66,18 +66,20 @@ def capture(
     workers: int = 1,
     dask: str | None = None,
     log_file: str | Path | None = None,
+    worker_device: str | None = None,
 ) -> Run:
     """Run `transcripts` through `model` and record into the run at `path`, made or resumed.
 
     record: see `workbench.capture.recording`. Transcript rows that cannot be used are skipped and listed in the run's
     rejects; with `strict` they are refused before anything is written. exclude: flags of sequences to leave out, as in
-    "irregular,truncated"; see `workbench.harmony.flags`. workers, or the address of a Dask scheduler:
-    see `workbench.capture.cluster`. What happens is logged to `log_file`, beside a local run if None.
+    "irregular,truncated"; see `workbench.harmony.flags`. workers, or the address of a Dask scheduler: see
+    `workbench.capture.cluster`. `model` may be on the device "meta" if workers load it, on `worker_device` (the device
+    type of `model` if None). What happens is logged to `log_file`, beside a local run if None.
     """
     job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude)
     _refuse_full_disk(model, job, _pending(job, path), path)
     with (
-        writer_of(job, model, transcripts, path) as writer,
+        writer_of(job, model, transcripts, path, device=worker_device) as writer,
         _logged(path, log_file),  # a refused start leaves no log
         StopSignal(str(path)) as interrupt,
     ):
@@ -104,6 +106,7 @@ def capture(
                         record,
                         unit_tokens,
                         max(1, torch.get_num_threads() // workers),
+                        worker_device,
                         exclude,
                     )
                     cluster.run(
@@ -154,8 +157,10 @@ def _flags(row: Transcript, model: GptOss) -> tuple[str, ...]:
     return sequence_flags(labels, row.n_prompt, complete=row.complete, notes=row.notes)
 
 
-def writer_of(job: Plan, model: GptOss, transcripts: str | Path, path: str | Path) -> RunWriter:
-    """The writer of a job's run, made or resumed."""
+def writer_of(
+    job: Plan, model: GptOss, transcripts: str | Path, path: str | Path, *, device: str | None = None
+) -> RunWriter:
+    """Return the writer of a job's run, made or resumed. device: of the workers, if `model` is not on theirs."""
     return open_writer(
         path,
         layout=job.layout,
@@ -166,7 +171,7 @@ def writer_of(job: Plan, model: GptOss, transcripts: str | Path, path: str | Pat
         model=model.cfg.to_json(),
         checkpoint={"digest": model.checkpoint.digest, "name": model.checkpoint.path.name},
         spec=job.spec,
-        provenance=_provenance(transcripts, job.rejects, model),
+        provenance=_provenance(transcripts, job.rejects, model, device),
     )
 
 
@@ -194,9 +199,16 @@ def _pending(job: Plan, path: str | Path) -> list[int]:
 
 
 def _refuse_full_disk(model: GptOss, job: Plan, pending: Sequence[int], path: str | Path) -> None:
-    """Measure only where the disk would not even hold everything uncompressed."""
+    """Measure only where the disk would not even hold everything uncompressed; without weights, warn."""
     free = estimate.free_bytes(path)
-    if pending and free is not None and estimate.raw_bytes(model, job.spec, job.layout, pending) > free:
+    if not pending or free is None or (size := estimate.raw_bytes(model, job.spec, job.layout, pending)) <= free:
+        return
+    if model.device.type == "meta":
+        log.warning(
+            "%s: %d bytes before compression, and the disk has %d: `capture --dry-run` measures whether they fit",
+            path, size, free,
+        )  # fmt: skip
+    else:
         found = estimate.estimate(model, job.rows, job.spec, job.layout, pending, path)
         estimate.refuse_what_cannot_fit(found, path)
 
@@ -281,7 +293,9 @@ def _messages(labels: Iterable[Labels]) -> pd.DataFrame:
     )
 
 
-def _provenance(transcripts: str | Path, rejects: Sequence[Reject], model: GptOss) -> dict[str, Any]:
+def _provenance(
+    transcripts: str | Path, rejects: Sequence[Reject], model: GptOss, device: str | None
+) -> dict[str, Any]:
     packages = ("torch", "transformer-lens", "numpy", "zarr")
     return {
         "command": " ".join(sys.argv),
@@ -293,7 +307,7 @@ def _provenance(transcripts: str | Path, rejects: Sequence[Reject], model: GptOs
         "harmony": harmony.distribution(),
         "tokenizer": {"name": model.tokenizer.name, "digest": model.tokenizer.digest},
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": ",".join(dict.fromkeys(map(str, model.devices))),
+        "device": device or ",".join(dict.fromkeys(map(str, model.devices))),
         "transcripts": {
             "name": Path(transcripts).name,
             "digest": hashlib.sha256(Path(transcripts).read_bytes()).hexdigest(),

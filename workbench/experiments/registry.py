@@ -37,7 +37,7 @@ def run_experiment(
     if run.checkpoint["digest"] != model.checkpoint.digest:
         raise InputError(f"{run.path} was captured from another checkpoint than {model.checkpoint.path}: load that one")
     experiment = record.load().experiment
-    record.check_options(experiment, options)
+    options = record.checked_options(experiment, options)
     rows = transcripts(run, chosen_sequences(run, model.cfg.n_ctx, sequences))
     results: dict[str, xr.Dataset] = experiment(model, rows, seed=seed, **options)
     for title, result in results.items():
