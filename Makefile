@@ -3,19 +3,27 @@
 # make check   the fast loop: format, lint, types, quick tests
 # make paper   the figures of a paper, from RUN into OUT
 # make docs    the documentation site, into site/
+#
+# TORCH=auto (the default) installs the CUDA or ROCm build of PyTorch where a GPU is found and the CPU build elsewhere;
+# TORCH=cpu, cuda or rocm decide it, as does a folder of PyTorch's index such as TORCH=cu126.
 PYTHON ?= python3
+TORCH ?= auto
 BIN := .venv/bin
 SERVE ?= 1
 PORT ?= 5006
 
 .PHONY: demo test check dashboard nano run findings paper docs
 
-.venv/.user: pyproject.toml constraints.txt
+.venv/.torch-$(TORCH): constraints.txt scripts/install_torch.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed; make demo PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' || { echo "this Python cannot make environments: apt-get install python3-venv"; exit 2; }
 	@printf '── installing into .venv: torch and the rest, one to four minutes the first time\n'
 	$(PYTHON) -m venv .venv
+	@$(BIN)/python scripts/install_torch.py $(TORCH) --constraints constraints.txt
+	@rm -f .venv/.torch-*; touch $@
+
+.venv/.user: pyproject.toml constraints.txt .venv/.torch-$(TORCH)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dashboard]"
 	touch $@
 
@@ -62,8 +70,8 @@ run: .venv/.user
 ON_NANO := data/demo.zarr --model nano --dtype float32 --out runs/findings
 findings: .venv/.user
 	mkdir -p runs
-	for name in cot ablate; do $(BIN)/workbench study $$name $(ON_NANO) --sequences 600 > /dev/null || exit 1; done
-	for name in force reweight silence knockout steer patch attribution; do \
+	for name in chain-of-thought expert-ablation; do $(BIN)/workbench study $$name $(ON_NANO) --sequences 600 > /dev/null || exit 1; done
+	for name in expert-forcing expert-reweighting sink-ablation attention-knockout steering patching logit-attribution; do \
 	  $(BIN)/workbench study $$name $(ON_NANO) > /dev/null || exit 1; done
 	$(BIN)/workbench report data/demo.zarr --out runs/findings/findings.html --results runs/findings
 	cp runs/findings/findings.md data/findings.md

@@ -18,7 +18,7 @@ from typing import Any
 import panel as pn
 
 from workbench.dashboards import widgets
-from workbench.dashboards.pages import PAGES, made
+from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
@@ -29,7 +29,7 @@ a:focus-visible, button:focus-visible { outline: 3px solid #5b9bcb; outline-offs
 """
 
 
-def _template(shelf: RunRegistry, page: str, link: Callable[[str, str], str]) -> pn.template.BootstrapTemplate:
+def _template(registry: RunRegistry, page: str, link: Callable[[str, str], str]) -> pn.template.BootstrapTemplate:
     """A page in its frame. link: (page, query) → address."""
     query = {name: values[0].decode() for name, values in (pn.state.session_args or {}).items() if values}
     choice = Selection(query)
@@ -40,18 +40,18 @@ def _template(shelf: RunRegistry, page: str, link: Callable[[str, str], str]) ->
             pn.state.location.search = "?" + link(page, choice.query()).partition("?")[2]
         nav.object = _links(page, choice, link)
 
-    visit = Session(shelf, choice, remember)
-    pick = widgets.select("Run", shelf.names, visit.name)
-    pick.param.watch(lambda event: visit.put(run=str(event.new), sequence=""), "value")
+    session = Session(registry, choice, remember)
+    pick = widgets.select("Run", registry.names, session.name)
+    pick.param.watch(lambda event: session.put(run=str(event.new), sequence=""), "value")
     pick.jscallback(value="setTimeout(() => window.location.reload(), 150)")  # another run is another page
-    shown = made(page, visit)
+    shown = made(page, session)
     nav.object = _links(page, choice, link)
     # Panel gives what comes after the first drawing a style sheet of its own each, slower and unlike the page's
     pn.state.execute(partial(setattr, pn.config, "design", None), schedule=True)
     return pn.template.BootstrapTemplate(
-        site="gpt-oss workbench", title=f"{visit.name}: {PAGES[page].lower()}", sidebar=[nav, pick, *shown.sidebar],
+        site="gpt-oss workbench", title=f"{session.name}: {page_titles()[page].lower()}", sidebar=[nav, pick, *shown.sidebar],
         main=shown.main, sidebar_width=275, raw_css=[_CSS],
-        theme=pn.theme.DarkTheme if visit.theme == "dark" else pn.theme.DefaultTheme,
+        theme=pn.theme.DarkTheme if session.theme == "dark" else pn.theme.DefaultTheme,
     )  # fmt: skip
 
 
@@ -61,25 +61,25 @@ def _links(page: str, choice: Selection, link: Callable[[str, str], str]) -> str
     rows = [
         f'<a href="{escape(link(path, choice.query(figure="", measure="")))}" style="{style}'
         f'{"font-weight:700" if path == page else ""}"{" aria-current=page" if path == page else ""}>{title}</a>'
-        for path, title in PAGES.items()
+        for path, title in page_titles().items()
     ]
     other = "light" if choice.text("theme") == "dark" else "dark"
     rows.append(
-        f'<a href="{escape(link(page, choice.query(theme=other)))}" style="{style}opacity:.75">{other} colours</a>'
+        f'<a href="{escape(link(page, choice.query(theme=other)))}" style="{style}opacity:.75">{other} theme</a>'
     )
     return f'<nav aria-label="pages">{"".join(rows)}</nav>'
 
 
-def pages(shelf: RunRegistry) -> dict[str, Callable[[], pn.template.BootstrapTemplate]]:
+def pages(registry: RunRegistry) -> dict[str, Callable[[], pn.template.BootstrapTemplate]]:
     """Path → page; the overview is also what an address without a path opens."""
 
     def of(page: str) -> Callable[[], pn.template.BootstrapTemplate]:
         def show() -> pn.template.BootstrapTemplate:  # a plain function: Panel shows any other callable as an object
-            return _template(shelf, page, lambda path, query: f"./{path}?{query}")
+            return _template(registry, page, lambda path, query: f"./{path}?{query}")
 
         return show
 
-    return {"/": of("overview"), **{page: of(page) for page in PAGES}}
+    return {"/": of("overview"), **{page: of(page) for page in page_titles()}}
 
 
 def servable(paths: Sequence[str | Path]) -> pn.template.BootstrapTemplate:
@@ -87,26 +87,28 @@ def servable(paths: Sequence[str | Path]) -> pn.template.BootstrapTemplate:
 
     panel serve workbench/dashboards/app.py --args RUN.zarr
     """
-    shelf = pn.state.as_cached("workbench-shelf", lambda: RunRegistry(paths))
+    registry = pn.state.as_cached("workbench-registry", lambda: RunRegistry(paths))
     asked = (pn.state.session_args or {}).get("page", [b"overview"])[0].decode()
-    page = asked if asked in PAGES else "overview"
-    return _template(shelf, page, lambda path, query: f"?page={path}&{query}").servable()
+    page = asked if asked in page_titles() else "overview"
+    return _template(registry, page, lambda path, query: f"?page={path}&{query}").servable()
 
 
 def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Column:
     """The dashboard in a notebook's cell: `notebook("run.zarr", page="experts", channel="final")`."""
-    if page not in PAGES:
-        raise InputError(f"no page is called {page!r}; the pages are {', '.join(PAGES)}")
+    if page not in page_titles():
+        raise InputError(f"no page is called {page!r}; the pages are {', '.join(page_titles())}")
     pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
-    shelf, choice = RunRegistry(paths), Selection(chosen)
+    registry, choice = RunRegistry(paths), Selection(chosen)
     body = pn.Column(sizing_mode="stretch_width")
-    pick = pn.widgets.RadioButtonGroup(label="Page", options={title: path for path, title in PAGES.items()}, value=page)
-    runs = widgets.select("Run", shelf.names, choice.get("run", shelf.names))
+    pick = pn.widgets.RadioButtonGroup(
+        label="Page", options={title: path for path, title in page_titles().items()}, value=page
+    )
+    runs = widgets.select("Run", registry.names, choice.get("run", registry.names))
 
     def show(*_: Any) -> None:
         choice.put(run=str(runs.value))
-        shown = made(str(pick.value), Session(shelf, choice, lambda: None))
-        side = pn.Column(*([runs] if len(shelf.names) > 1 else []), *shown.sidebar, width=widgets.WIDTH + 20)
+        shown = made(str(pick.value), Session(registry, choice, lambda: None))
+        side = pn.Column(*([runs] if len(registry.names) > 1 else []), *shown.sidebar, width=widgets.WIDTH + 20)
         body[:] = [pn.Row(side, pn.Column(*shown.main, sizing_mode="stretch_width"), sizing_mode="stretch_width")]
 
     show()
@@ -124,25 +126,25 @@ def serve(
     basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look.
     """
     access = _access(basic_auth)
-    shelf = RunRegistry(runs)
+    registry = RunRegistry(runs)
     _check_free(address, port)
     pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
-    threading.Thread(target=_warm, args=(shelf,), daemon=True).start()
+    threading.Thread(target=_warm, args=(registry,), daemon=True).start()
     print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
     try:
         pn.serve(
-            pages(shelf),
+            pages(registry),
             address=address, port=port, show=show, verbose=False, title="gpt-oss workbench",
             websocket_origin=[*_origins(address, port), *allow_origin], num_threads=4, **access,
         )  # fmt: skip
     finally:
-        shelf.desk.close()
+        registry.desk.close()
 
 
-def _warm(shelf: RunRegistry) -> None:
+def _warm(registry: RunRegistry) -> None:
     """What the first visitor would wait for."""
-    for name in shelf.names:
-        widgets.guarded(partial(shelf.costs, name))
+    for name in registry.names:
+        widgets.guarded(partial(registry.costs, name))
 
 
 def _access(basic_auth: Path | None) -> dict[str, Any]:

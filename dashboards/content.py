@@ -1,4 +1,4 @@
-"""What a page says, as pure functions of a run and a study's datasets: figures, tables and text, no widget."""
+"""The content of pages as pure functions of a run and of a study's datasets: tables and text, no widgets."""
 
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -11,10 +11,10 @@ from workbench.studies.comparison import in_order
 
 
 def about(run: Run) -> str:
-    """What the run is, in one paragraph of HTML; every text that came from outside is escaped."""
+    """Return one paragraph of HTML about the run. All text from the run is escaped."""
     sequences = run.sequences
     done, total = run.progress
-    state = "complete" if done == total else f"being written: {done} of {total} units"
+    state = "complete" if done == total else f"in progress: {done} of {total} units"
     recorded = [name for name, on in vars(run.spec).items() if on is True] + [a.hook for a in run.spec.activations]
     efforts = ", ".join(f"{n} {effort}" for effort, n in sequences["effort"].value_counts(sort=False).items())
     parts = {
@@ -28,7 +28,7 @@ def about(run: Run) -> str:
 
 
 def accuracy_by_effort(run: Run) -> pd.DataFrame:
-    """Share of marked transcripts that are right: a row a task, a column an effort, and how many tokens were spent."""
+    """Return the accuracy of graded transcripts by task (rows) and effort (columns), and the mean number of new tokens."""
     marked = run.sequences.query("correct >= 0").assign(new_tokens=lambda t: t["length"] - t["n_prompt"])
     order = [effort for effort in ("low", "medium", "high") if effort in set(marked["effort"])]
     by_task = marked.pivot_table(index="task", columns="effort", values="correct", aggfunc="mean")[order]
@@ -38,7 +38,7 @@ def accuracy_by_effort(run: Run) -> pd.DataFrame:
 
 
 def tokens_by_role(run: Run) -> pd.DataFrame:
-    """Tokens that messages say, without those of the format: a row a role and channel, a column an effort."""
+    """Return content tokens by role and channel (rows) and effort (columns)."""
     said = run.messages.assign(tokens=lambda t: (t["stop"] - t["content"]).clip(lower=0))
     said = said.assign(effort=said["sequence"].map(run.sequences["effort"]).replace("", "unstated"))
     table = said.pivot_table(index=["role", "channel"], columns="effort", values="tokens", aggfunc="sum", fill_value=0)
@@ -47,7 +47,7 @@ def tokens_by_role(run: Run) -> pd.DataFrame:
 
 
 def method(study: Mapping[str, xr.Dataset]) -> str:
-    """How the page's numbers were computed and what they do not control."""
+    """Return HTML with the method of a study and what it does not control."""
     said = dict.fromkeys((r.attrs["method"], r.attrs["not_controlled"]) for r in study.values())
     first = next(iter(study.values())).attrs
     origin = f"Run {first['run_digest']}, workbench {first['workbench_version']}, seed {first['seed']}."
@@ -56,25 +56,25 @@ def method(study: Mapping[str, xr.Dataset]) -> str:
 
 
 def findings(study: Mapping[str, xr.Dataset]) -> str:
-    """The study's own summaries in plain words."""
+    """Return HTML with the summaries of a study."""
     lines = ((r.attrs["title"], r.attrs["summary"].splitlines()) for r in study.values())
     return "".join(f"<h4>{escape(title)}</h4><p>{'<br>'.join(map(escape, text))}</p>" for title, text in lines)
 
 
 def progress(run: Run) -> str:
-    """How far a run has come, as a bar."""
+    """Return HTML with the progress of a run."""
     done, total = run.progress
     if run.status == "complete":
         return f"<b>Complete</b>: {total} units."
     tokens = sum(span.stop - span.start for span in run.spans)
     return (
-        f"<b>Being written</b>: {done} of {total} units, {tokens:,} tokens. <progress max={total} value={done} "
+        f"<b>In progress</b>: {done} of {total} units, {tokens:,} tokens. <progress max={total} value={done} "
         'style="width:60%"></progress>'
     )
 
 
 def provenance(run: Run) -> str:
-    """Where the run comes from, as a table of text."""
+    """Return HTML with the provenance of a run as a table."""
     rows = {**run.provenance, "digest": run.digest, "checkpoint": run.checkpoint}
     rows.pop("rejects", None)
     cells = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
@@ -82,18 +82,18 @@ def provenance(run: Run) -> str:
 
 
 def about_sequence(run: Run, number: int) -> str:
-    """What is known of a conversation."""
+    """Return one paragraph of HTML about a conversation."""
     row = run.sequences.loc[[number]].to_dict("records")[0]
-    right = {1: "right", 0: "wrong"}.get(int(row["correct"]), "not marked")
+    right = {1: "correct", 0: "wrong"}.get(int(row["correct"]), "not graded")
     parts = {
         "Id": row["id"], "Task": row["task"] or "–", "Effort": row["effort"] or "–", "Tokens": f"{int(row['length']):,}",
-        "Expected": row["answer"] or "–", "Answer is": right,
+        "Expected": row["answer"] or "–", "Answer": right,
     }  # fmt: skip
     return " &ensp; ".join(f"<b>{name}</b> {escape(str(text))}" for name, text in parts.items())
 
 
 def figure_names(names: Iterable[str]) -> dict[str, str]:
-    """Names of figures for people, in the order that tells most first."""
+    """Return labels of figures → names, the most informative first."""
     every = list(names)
     last = [name for name in every if name.startswith(("mass_frame", "mass_prompt", "load_")) or name.endswith("naive")]
     order = [name for name in every if name not in last and ("sizes" in name or "accuracy" in name)]
@@ -102,7 +102,7 @@ def figure_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def partners(pairs: xr.Dataset, channel: str, layer: int, expert: int, most: int = 6) -> pd.DataFrame:
-    """Whom an expert works with, over chance."""
+    """Return the experts that are most often co-activated with an expert, relative to chance."""
     cell = pairs.sel(channel=channel, layer=layer, expert=expert)
     table = pd.DataFrame(
         {"with expert": cell["expert_2"].values, "lift": cell["lift"].values, "P(with | this)": cell["given"].values}
@@ -112,7 +112,7 @@ def partners(pairs: xr.Dataset, channel: str, layer: int, expert: int, most: int
 
 
 def gains(gain: xr.Dataset, task: str) -> str:
-    """What each step of effort adds in one task, in words, with intervals."""
+    """Return HTML with the gain of each effort step in one task, with intervals."""
     lines = []
     for step in map(str, gain["step"].values):
         c = {str(k): float(v) for k, v in gain.sel(task=task, step=step).data_vars.items()}
@@ -124,8 +124,8 @@ def gains(gain: xr.Dataset, task: str) -> str:
 
 
 def about_head(run: Run, layer: int, head: int) -> str:
-    """What kind of head it is."""
+    """Return one sentence about the window and the key-value group of a head."""
     window = (run.model.get("windows") or [None] * run.model["n_layers"])[layer]
     group = run.model["n_heads"] // run.model["n_key_value_heads"]
-    sees = f"the last {window} keys" if window else "all keys before it"
-    return f"Sees {sees}; shares its keys with heads {head // group * group} to {head // group * group + group - 1}."
+    sees = f"the last {window} keys" if window else "all previous keys"
+    return f"Attends to {sees}; shares its keys and values with heads {head // group * group} to {head // group * group + group - 1}."

@@ -19,7 +19,7 @@ from workbench.figures.template import THEMES, ThemeName
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run
 
-_PAGE = Path(__file__).with_name("transcript.html")
+_PAGE = Path(__file__).with_name("conversation.html")
 HEIGHT = 760
 
 

@@ -1,4 +1,4 @@
-"""The pages of layer × expert and of layer × head: a map of any selection, one cell's own page, and the study."""
+"""The expert and head pages: a heat map by layer, the details of one expert or head, and the study."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from workbench.studies.quick_look import ALL
 
 @dataclass(frozen=True)
 class Cells:
-    """What a page of layer × expert and one of layer × head have in common."""
+    """What the expert page and the head page have in common."""
 
     study: str
     column: str
@@ -28,11 +28,11 @@ class Cells:
     one: Callable[[Session, Selectors], Any]  # the page of one expert or head
 
 
-def _cells(visit: Session, cells: Cells, folded: Callable[[Selectors], Any] | None = None) -> Page:
-    """A heat map of any selection; a page for the cell that was chosen or clicked; and the study."""
-    run, name = visit.run, visit.name
-    chosen = Selectors(visit, "channel", "effort", "task", "layer", cells.column)
-    measure = widgets.select("Measure", cells.measures, visit.choice.get("measure", list(cells.measures.values())))
+def _cells(session: Session, cells: Cells, folded: Callable[[Selectors], Any] | None = None) -> Page:
+    """Return a page with a heat map of the selection, the details of the selected or clicked cell, and the study."""
+    run, name = session.run, session.name
+    chosen = Selectors(session, "channel", "effort", "task", "layer", cells.column)
+    measure = widgets.select("Measure", cells.measures, session.choice.get("measure", list(cells.measures.values())))
     heat, one, more = box(), box(), box()
 
     def clicked(data: Any) -> None:
@@ -42,7 +42,7 @@ def _cells(visit: Session, cells: Cells, folded: Callable[[Selectors], Any] | No
     def show_heat() -> None:
         def body() -> Any:
             ds = cells.sums(run, **chosen.cell)
-            drawn = draw.heatmap(ds, measure.value, theme=visit.theme)
+            drawn = draw.heatmap(ds, measure.value, theme=session.theme)
             label = "-".join([name, str(measure.value), *chosen.cell.values()])
             return widgets.figure(drawn, label, lambda: ds.to_dataframe().reset_index(), click=clicked)
 
@@ -50,7 +50,7 @@ def _cells(visit: Session, cells: Cells, folded: Callable[[Selectors], Any] | No
 
     def show_one() -> None:
         title = f"## Layer {chosen['layer']}, {cells.column} {chosen[cells.column]}"
-        one[:] = [pn.pane.Markdown(title, margin=(10, 10, 0, 10)), widgets.guarded(lambda: cells.one(visit, chosen))]
+        one[:] = [pn.pane.Markdown(title, margin=(10, 10, 0, 10)), widgets.guarded(lambda: cells.one(session, chosen))]
 
     def show_more() -> None:
         if folded is not None:
@@ -59,7 +59,7 @@ def _cells(visit: Session, cells: Cells, folded: Callable[[Selectors], Any] | No
             more[0].collapsed = not open_
 
     def remember(*_: Any) -> None:
-        visit.put(measure=str(measure.value))
+        session.put(measure=str(measure.value))
         show_heat()
 
     chosen.watch(show_heat, "channel", "effort", "task")
@@ -68,89 +68,94 @@ def _cells(visit: Session, cells: Cells, folded: Callable[[Selectors], Any] | No
     measure.param.watch(remember, "value")
     side = chosen.sidebar()
     return Page(
-        [*side[:4], measure, *side[4:]], [widgets.html(content.about(run)), heat, one, more, *study(visit, cells.study)]
+        [*side[:4], measure, *side[4:]],
+        [widgets.html(content.about(run)), heat, one, more, *study(session, cells.study)],
     )
 
 
-def experts(visit: Session) -> Page:
-    """Which experts, of any selection; one expert's page; who works with and follows whom; and the routing study."""
-    run = visit.run
+def experts(session: Session) -> Page:
+    """Return the expert page: load heat map, one expert, co-activated experts, and the routing study."""
+    run = session.run
     if "routing" not in run.recorded:
-        raise InputError(f"{visit.name} has no routing: it recorded {', '.join(run.recorded)}")
+        raise InputError(f"{session.name} has no recorded routing. It contains {', '.join(run.recorded)}")
 
     def folded(chosen: Selectors) -> pn.Card:
-        title = f"Who works together in layer {chosen['layer']}, and who follows"
-        return widgets.folded(title, lambda: _pairs(visit, chosen))
+        title = f"Co-activation in layer {chosen['layer']} and transitions to the next"
+        return widgets.folded(title, lambda: _pairs(session, chosen))
 
-    measures: dict[str, draw.Measure] = {"load": "load", "gate weight": "gates", "lift over the run": "lift"}
-    return _cells(visit, Cells("routing", "expert", measures, quick_look.routing, _expert), folded)
+    measures: dict[str, draw.Measure] = {
+        "load": "load",
+        "gate weight": "gates",
+        "load relative to the whole run": "lift",
+    }
+    return _cells(session, Cells("routing", "expert", measures, quick_look.routing, _expert), folded)
 
 
-def _expert(visit: Session, chosen: Selectors) -> pn.Column:
-    """Where an expert acts, whom it works with, and which tokens go to it."""
-    run, layer, expert = visit.run, chosen.number("layer"), chosen.number("expert")
+def _expert(session: Session, chosen: Selectors) -> pn.Column:
+    """Return the details of one expert: load by channel and effort, co-activated experts, overrepresented tokens."""
+    run, layer, expert = session.run, chosen.number("layer"), chosen.number("expert")
     words = search.vocabulary(run)
-    label = f"{visit.name}-layer-{layer}-expert-{expert}"
+    label = f"{session.name}-layer-{layer}-expert-{expert}"
     acts = quick_look.by_channel_and_effort(run, "load", layer, expert, chosen["task"]).round(2)
-    cards: list[Any] = [widgets.table("Where it acts: its load over an even share", acts, f"{label}-load")]
-    together = visit.shelf.pairs(visit.name)
+    cards: list[Any] = [widgets.table("Load relative to uniform, by channel and effort", acts, f"{label}-load")]
+    together = session.registry.pairs(session.name)
     if together is not None and chosen["channel"] != ALL:
         partners = content.partners(together, chosen["channel"], layer, expert)
-        cards.append(widgets.table(f"Whom it works with, in {chosen['channel']}", partners, f"{label}-with"))
+        cards.append(widgets.table(f"Co-activated experts in {chosen['channel']}", partners, f"{label}-with"))
 
     def tokens() -> Any:
         rows = search.expert_tokens(run, layer, expert, lambda i: search.shown(i, words))
-        return widgets.table("Its tokens", rows, f"{label}-tokens")
+        return widgets.table("Overrepresented tokens", rows, f"{label}-tokens")
 
     return pn.Column(widgets.beside(*cards), widgets.later(tokens), sizing_mode="stretch_width")
 
 
-def _pairs(visit: Session, chosen: Selectors) -> pn.Column:
-    """Experts chosen together in a layer, and where they lead in the next."""
-    together, layer = visit.shelf.pairs(visit.name), chosen.number("layer")
+def _pairs(session: Session, chosen: Selectors) -> pn.Column:
+    """Return co-activation in a layer and transitions to experts of the next layer."""
+    together, layer = session.registry.pairs(session.name), chosen.number("layer")
     if together is None:
-        return pn.Column(widgets.alert("this run keeps no pairs of experts", "info"))
+        return pn.Column(widgets.alert("This run has no recorded pairs of experts.", "info"))
     if chosen["channel"] == ALL:
-        return pn.Column(widgets.alert("choose a channel to see which of its experts work together", "info"))
-    drawn = [("together", draw_routing.lift_heatmap(together, chosen["channel"], layer, theme=visit.theme))]
+        return pn.Column(widgets.alert("Select a channel to see its co-activated experts.", "info"))
+    drawn = [("together", draw_routing.lift_heatmap(together, chosen["channel"], layer, theme=session.theme))]
     if layer in together["layer_pair"].values:
-        drawn.append(("next", draw_routing.transition_heatmap(together, chosen["channel"], layer, theme=visit.theme)))
-    label = f"{visit.name}-{chosen['channel']}-layer-{layer}"
+        drawn.append(("next", draw_routing.transition_heatmap(together, chosen["channel"], layer, theme=session.theme)))
+    label = f"{session.name}-{chosen['channel']}-layer-{layer}"
     return pn.Column(*(widgets.figure(f, f"{label}-{n}") for n, f in drawn), sizing_mode="stretch_width")
 
 
-def sinks(visit: Session) -> Page:
-    """Where attention rests, of any selection; one head's page; and the sinks study."""
-    run = visit.run
+def sinks(session: Session) -> Page:
+    """Return the sink page: mean sink attention by layer and head, one head, and the sinks study."""
+    run = session.run
     if not {"sinks", "sink_sums"} & set(run.recorded):
-        raise InputError(f"{visit.name} has no sinks: it recorded {', '.join(run.recorded)}")
-    measures: dict[str, draw.Measure] = {"sink mass": "mass", "its spread over tokens": "spread"}
-    return _cells(visit, Cells("sinks", "head", measures, quick_look.sinks, _head))
+        raise InputError(f"{session.name} has no recorded sink attention. It contains {', '.join(run.recorded)}")
+    measures: dict[str, draw.Measure] = {"mean sink attention": "mass", "standard deviation over tokens": "spread"}
+    return _cells(session, Cells("sinks", "head", measures, quick_look.sinks, _head))
 
 
-def _head(visit: Session, chosen: Selectors) -> pn.Column:
-    """What a head sees, how much it leaves on its sink and, of single tokens, along position and at which."""
-    run, layer, head = visit.run, chosen.number("layer"), chosen.number("head")
+def _head(session: Session, chosen: Selectors) -> pn.Column:
+    """Return the details of one head: window, mean sink attention, and sink attention by position and token."""
+    run, layer, head = session.run, chosen.number("layer"), chosen.number("head")
     words = search.vocabulary(run)
-    label = f"{visit.name}-layer-{layer}-head-{head}"
+    label = f"{session.name}-layer-{layer}-head-{head}"
     mass = quick_look.by_channel_and_effort(run, "mass", layer, head, chosen["task"]).round(4)
     cards: list[Any] = [
         widgets.html(escape(content.about_head(run, layer, head))),
-        widgets.table("Its mean mass on the sink", mass, f"{label}-mass"),
+        widgets.table("Mean sink attention by channel and effort", mass, f"{label}-mass"),
     ]
     if "sinks" not in run.recorded:
         cards.append(
-            widgets.alert("this run kept sums of sinks, not those of single tokens: no curve by position", "info")
+            widgets.alert("This run has sums of sink attention only, so there is no curve by position.", "info")
         )
         return pn.Column(*cards, sizing_mode="stretch_width")
 
     def position() -> Any:
         rows = search.head_by_position(run, layer, head)
-        drawn = draw.position_curve(rows, run.digest, layer, head, theme=visit.theme)
+        drawn = draw.position_curve(rows, run.digest, layer, head, theme=session.theme)
         return widgets.figure(drawn, f"{label}-position", rows.reset_index)
 
     def tokens() -> Any:
         rows = search.head_tokens(run, layer, head, lambda i: search.shown(i, words))
-        return widgets.table("Tokens at which it rests more than at nine tenths of tokens", rows, f"{label}-tokens")
+        return widgets.table("Tokens with high sink attention (top 10 %)", rows, f"{label}-tokens")
 
     return pn.Column(*cards, widgets.later(position), widgets.later(tokens), sizing_mode="stretch_width")

@@ -1,6 +1,6 @@
-"""The seven pages: which parts stand on each, and which choice changes what.
+"""The pages of the dashboard: which content each page shows, and which selection changes it.
 
-What sums can tell stands there at once; what a study must compute comes when it is made (see `desk`).
+Sums are shown immediately. Studies are computed in a separate process and shown when they are ready (see `study_jobs`).
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +11,7 @@ import pandas as pd
 import panel as pn
 import xarray as xr
 
+from workbench import registry
 from workbench.dashboards import content, search, widgets
 from workbench.dashboards.conversation import HEIGHT, frame
 from workbench.dashboards.heatmap_pages import experts, sinks
@@ -21,20 +22,15 @@ from workbench.figures import quick_look as draw
 from workbench.studies import quick_look
 from workbench.studies.quick_look import ALL
 
-PAGES = {
-    "overview": "Overview", "experts": "Experts", "sinks": "Sinks", "channels": "Analysis and final", "effort": "Effort",
-    "transcript": "Transcript", "compare": "Compare",
-}  # fmt: skip
 
-
-def overview(visit: Session) -> Page:
-    """What the run is, how far it has come, and what it holds."""
-    run, name = visit.run, visit.name
+def overview(session: Session) -> Page:
+    """Return the overview: what the run contains, its progress, and accuracy and tokens by effort."""
+    run, name = session.run, session.name
     progress = widgets.html(content.progress(run))
 
     def refresh() -> None:
         try:
-            progress.object = content.progress(visit.run)
+            progress.object = content.progress(session.run)
         except InputError as error:
             progress.object = f"<b>{escape(str(error))}</b>"
 
@@ -45,21 +41,19 @@ def overview(visit: Session) -> Page:
         return widgets.table("Tokens by channel and effort", quick_look.tokens(run).reset_index(), f"{name}-tokens")
 
     def roles() -> Any:
-        return widgets.table(
-            "Tokens that messages say, by role and channel", content.tokens_by_role(run), f"{name}-roles"
-        )
+        return widgets.table("Content tokens by role and channel", content.tokens_by_role(run), f"{name}-roles")
 
     def accuracy() -> Any:
         return widgets.table("Accuracy and new tokens by effort", content.accuracy_by_effort(run), f"{name}-accuracy")
 
     def gains() -> Any:
-        costs = visit.shelf.costs(name)
+        costs = session.registry.costs(name)
         if not costs:
             return widgets.html("")
-        drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=visit.theme)
+        drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=session.theme)
         return pn.Column(
             widgets.figure(drawn, f"{name}-accuracy_by_tokens"),
-            widgets.card("What effort brings", widgets.html(content.findings({"g": costs["gain"]}))),
+            widgets.card("Accuracy vs. reasoning length", widgets.html(content.findings({"g": costs["gain"]}))),
             sizing_mode="stretch_width",
         )
 
@@ -76,10 +70,10 @@ def overview(visit: Session) -> Page:
     )
 
 
-def channels(visit: Session) -> Page:
-    """Analysis against final: the difference as it is at once, then with its control."""
-    run, name = visit.run, visit.name
-    chosen = Selectors(visit, "effort", "task")
+def channels(session: Session) -> Page:
+    """Return the page that compares the analysis and final channels: sums first, then the study."""
+    run, name = session.run, session.name
+    chosen = Selectors(session, "effort", "task")
     raw = box()
 
     def show() -> None:
@@ -87,7 +81,7 @@ def channels(visit: Session) -> Page:
 
         def body(kind: Callable[..., xr.Dataset], measure: draw.Measure) -> Any:
             a, b = (kind(run, channel=channel, **cell) for channel in ("analysis", "final"))
-            drawn = draw.difference(a, b, measure, theme=visit.theme)
+            drawn = draw.difference(a, b, measure, theme=session.theme)
             rows = pd.concat([d[[measure]].to_dataframe().reset_index().assign(of=d.attrs["title"]) for d in (a, b)])
             return widgets.figure(drawn, f"{name}-analysis-final-{measure}", lambda: rows)
 
@@ -101,26 +95,30 @@ def channels(visit: Session) -> Page:
         ]
 
     chosen.watch(show, "effort", "task")
-    return Page(chosen.sidebar(), [widgets.html(content.about(run)), raw, *study(visit, "channels")])
+    return Page(chosen.sidebar(), [widgets.html(content.about(run)), raw, *study(session, "channels")])
 
 
-def effort(visit: Session) -> Page:
-    """What thinking harder costs and brings, by task; then what differs at equal position."""
-    run, name = visit.run, visit.name
-    costs = visit.shelf.costs(name)
+def effort(session: Session) -> Page:
+    """Return the page of reasoning effort: accuracy and tokens by task, then the study at equal position."""
+    run, name = session.run, session.name
+    costs = session.registry.costs(name)
     if not costs:
-        raise InputError(f"{name} has one effort, and this page compares at least two: capture transcripts of several")
-    chosen = Selectors(visit, "task")
+        raise InputError(
+            f"{name} has only one effort, and this page compares at least two: capture transcripts of several efforts"
+        )
+    chosen = Selectors(session, "task")
     curve = box()
 
     def show() -> None:
         def body() -> Any:
             cost, task = costs["cost"], chosen["task"]
-            drawn = draw_effort.accuracy_by_tokens(cost, task, theme=visit.theme)
+            drawn = draw_effort.accuracy_by_tokens(cost, task, theme=session.theme)
             rows = cost.sel(task=task).to_dataframe().reset_index()
             return pn.Column(
                 widgets.figure(drawn, f"{name}-accuracy_by_tokens-{task}", lambda: rows),
-                widgets.card("What each step adds, paired by prompt", widgets.html(content.gains(costs["gain"], task))),
+                widgets.card(
+                    "Gain of each effort step, paired by prompt", widgets.html(content.gains(costs["gain"], task))
+                ),
                 sizing_mode="stretch_width",
             )
 
@@ -129,33 +127,35 @@ def effort(visit: Session) -> Page:
     chosen.watch(show, "task")
     return Page(
         chosen.sidebar(),
-        [widgets.html(content.about(run)), curve, *study(visit, "effort", above=["accuracy_by_tokens"])],
+        [widgets.html(content.about(run)), curve, *study(session, "effort", above=["accuracy_by_tokens"])],
     )
 
 
-def transcript(visit: Session) -> Page:
-    """One conversation, its tokens coloured by what was recorded, replayed token by token."""
-    run = visit.run
+def transcript(session: Session) -> Page:
+    """Return the conversations page: one conversation, coloured by a recorded quantity and replayed token by token."""
+    run = session.run
     if run.sequences.empty:
-        raise InputError("the run holds no conversation yet")
+        raise InputError("the run contains no complete conversation yet: wait until the first unit is committed")
     words = search.vocabulary(run)
-    chosen = Selectors(visit, "task", "effort", "channel", "layer", "expert")
+    chosen = Selectors(session, "task", "effort", "channel", "layer", "expert")
     for name, value in (("channel", ALL), ("effort", quick_look.options(run)["effort"][-1])):
-        if not visit.choice.text(name):
+        if not session.choice.text(name):
             chosen.widgets[name].value = value
     find = pn.widgets.TextInput(
-        label="Id, answer or text contains", value=visit.choice.text("find"), width=widgets.WIDTH
+        label="Id, answer or text contains", value=session.choice.text("find"), width=widgets.WIDTH
     )
     orders = (
-        {"as captured": "", "most of the expert first": "expert"} if "routing" in run.recorded else {"as captured": ""}
+        {"order of capture": "", "load of the expert": "expert"}
+        if "routing" in run.recorded
+        else {"order of capture": ""}
     )
-    order = widgets.select("Order", orders, visit.choice.get("order", list(orders.values())))
+    order = widgets.select("Order", orders, session.choice.get("order", list(orders.values())))
     pick = widgets.select("Conversation", {}, None, size=12)
     before, after = (pn.widgets.Button(label=text, width=widgets.WIDTH // 2 - 8) for text in ("‹ previous", "next ›"))
     shown = box()
 
     def fill() -> None:
-        visit.put(find=str(find.value), order=str(order.value))
+        session.put(find=str(find.value), order=str(order.value))
 
         def body() -> dict[str, int]:
             expert = (chosen.number("layer"), chosen.number("expert")) if order.value else None
@@ -170,19 +170,19 @@ def transcript(visit: Session) -> Page:
         if not isinstance(found, dict):
             shown[:] = [found]
             return
-        wanted = int(visit.choice.text("sequence")) if visit.choice.text("sequence").isdecimal() else None
+        wanted = int(session.choice.text("sequence")) if session.choice.text("sequence").isdecimal() else None
         pick.param.update(options=found, value=wanted if wanted in found.values() else next(iter(found.values()), None))
         if not found:
-            shown[:] = [widgets.alert("no conversation is like that", "info")]
+            shown[:] = [widgets.alert("No matching conversations. Change the filters or the search text.", "info")]
 
     def show(*_: Any) -> None:
         if pick.value is None:
             return
         number = int(pick.value)
-        visit.put(sequence=str(number))
+        session.put(sequence=str(number))
 
         def body() -> Any:
-            text = frame(run, number, words, visit.theme)
+            text = frame(run, number, words, session.theme)
             return pn.pane.HTML(text, height=HEIGHT + 10, sizing_mode="stretch_width")
 
         shown[:] = [widgets.html(content.about_sequence(run, number)), widgets.guarded(body)]
@@ -201,28 +201,28 @@ def transcript(visit: Session) -> Page:
     return Page([find, pick, pn.Row(before, after), order, *chosen.sidebar()], [shown])
 
 
-def compare(visit: Session) -> Page:
-    """Two runs side by side on the same transcripts."""
-    name = visit.name
-    others = [other for other in visit.shelf.names if other != name]
+def compare(session: Session) -> Page:
+    """Return the page that compares two runs of the same transcripts."""
+    name = session.name
+    others = [other for other in session.registry.names if other != name]
     if not others:
         text = "Start the dashboard with two runs of the same transcripts: workbench dashboard A.zarr B.zarr"
         return Page([], [widgets.alert(text, "info")])
-    chosen = Selectors(visit, "channel", "effort", "task")
-    pick = widgets.select("With", others, visit.choice.get("with", others))
+    chosen = Selectors(session, "channel", "effort", "task")
+    pick = widgets.select("With", others, session.choice.get("with", others))
     shown, told = box(), box()
 
     def show() -> None:
         other = str(pick.value)
 
         def body() -> Any:
-            runs = [visit.run, visit.shelf.run(other)]
+            runs = [session.run, session.registry.run(other)]
             sets = [quick_look.routing(run, **chosen.cell) for run in runs]
             for ds, label in zip(sets, (name, other), strict=True):
                 ds.attrs["title"] = f"{label}, {ds.attrs['title']}"
-            drawn = [draw.heatmap(ds, "load", theme=visit.theme) for ds in sets]
+            drawn = [draw.heatmap(ds, "load", theme=session.theme) for ds in sets]
             if sets[0]["load"].shape == sets[1]["load"].shape:
-                drawn.append(draw.difference(sets[0], sets[1], "load", theme=visit.theme))
+                drawn.append(draw.difference(sets[0], sets[1], "load", theme=session.theme))
             about = [
                 widgets.html(f"<b>{escape(n)}</b> {content.about(r)}") for n, r in zip((name, other), runs, strict=True)
             ]
@@ -235,23 +235,52 @@ def compare(visit: Session) -> Page:
         shown[:] = [widgets.guarded(body)]
 
     def another(*_: Any) -> None:
-        visit.put(**{"with": str(pick.value)})
+        session.put(**{"with": str(pick.value)})
         show()
-        told[:] = study(visit, "compare", name, str(pick.value))
+        told[:] = study(session, "compare", name, str(pick.value))
 
     chosen.watch(show, "channel", "effort", "task")
     pick.param.watch(another, "value")
-    told[:] = study(visit, "compare", name, str(pick.value))
+    told[:] = study(session, "compare", name, str(pick.value))
     return Page([pick, *chosen.sidebar()], [told, shown])
 
 
-MAKERS: Mapping[str, Callable[[Session], Page]] = {
-    "overview": overview, "experts": experts, "sinks": sinks, "channels": channels, "effort": effort,
-    "transcript": transcript, "compare": compare,
-}  # fmt: skip
+# the pages with a function of their own; every other study has one that shows its results
+_OWN_PAGES: Mapping[str, Callable[[Session], Page]] = {
+    "overview": overview,
+    "experts": experts,
+    "sinks": sinks,
+    "channels": channels,
+    "effort": effort,
+    "transcript": transcript,
+    "compare": compare,
+}
+_BEFORE = {"overview": "Overview"}
+_AFTER = {"transcript": "Conversations"}
 
 
-def made(page: str, visit: Session) -> Page:
+def page_titles() -> dict[str, str]:
+    """Return the title of every page by its address: those of the studies of the registry, and those of runs."""
+    one, two = ({r.page or r.name: r.page_title or r.title for r in registry.studies(runs=n)} for n in (1, 2))
+    return _BEFORE | one | _AFTER | two
+
+
+def study_page(session: Session, page: str) -> Page:
+    """Return the page of a study that has no page of its own: its question and its results."""
+    record = next(r for r in registry.studies() if (r.page or r.name) == page)
+    names = (
+        [session.name]
+        if record.runs == 1
+        else [session.name, *(n for n in session.registry.names if n != session.name)][:2]
+    )
+    if len(names) < record.runs:
+        raise InputError(f"{record.title} compares two runs: start the dashboard with two")
+    about = [widgets.html(content.about(session.run)), widgets.html(f"<p>{escape(record.question)}</p>")]
+    return Page([], [*about, *study(session, record.name, *names)])
+
+
+def made(page: str, session: Session) -> Page:
     """A page or, where the run is damaged, gone or lacks what it needs, what is the matter: never a blank one."""
-    shown = widgets.guarded(lambda: MAKERS[page](visit))
+    own = _OWN_PAGES.get(page)
+    shown = widgets.guarded(lambda: own(session) if own is not None else study_page(session, page))
     return shown if isinstance(shown, Page) else Page([], [shown])

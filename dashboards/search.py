@@ -1,4 +1,4 @@
-"""Tokens and conversations found in a run: where an expert or a head acts, and what was said."""
+"""Search in a run: tokens of an expert or of a head, and conversations by text."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ _POSITION_BINS = 2.0 ** np.arange(18)
 
 @cache
 def tokenizer_of(digest: str) -> harmony.Tokenizer | None:
-    """The vocabulary that a run was made with: o200k_harmony, nano's, or none that we have."""
+    """Return the tokenizer of a run: that of o200k_harmony, that of nano, or None if it is not available."""
     nano = Path(workbench.__file__).parent / "data" / "nano"
     for source in (None, nano):
         known = harmony.tokenizer(source)
@@ -31,17 +31,17 @@ def tokenizer_of(digest: str) -> harmony.Tokenizer | None:
 
 
 def vocabulary(run: Run) -> harmony.Tokenizer | None:
-    """The vocabulary of a run, if we have it."""
+    """Return the tokenizer of a run, or None if it is not available."""
     return tokenizer_of(run.provenance.get("tokenizer", {}).get("digest", ""))
 
 
 def shown(id: int, tokenizer: harmony.Tokenizer | None) -> str:
-    """A token's text by itself; its number where nobody knows the vocabulary."""
+    """Return the text of a single token, or its id if there is no tokenizer."""
     return f"⟨{id}⟩" if tokenizer is None else tokenizer.decode([id])
 
 
 def texts(ids: Sequence[int], tokenizer: harmony.Tokenizer | None) -> list[str]:
-    """The text of every token; a character that is spread over several stands with the last of them."""
+    """Return the text of every token; a character that several tokens share is given to the last of them."""
     found: list[str] = []
     open_: list[int] = []
     alone: dict[int, str] = {}
@@ -62,7 +62,10 @@ def texts(ids: Sequence[int], tokenizer: harmony.Tokenizer | None) -> list[str]:
 
 
 def expert_tokens(run: Run, layer: int, expert: int, text: Callable[[int], str], *, rows: int = 20) -> pd.DataFrame:
-    """Tokens that go to an expert more often than tokens do, with an example; from the first tokens of a run."""
+    """Return tokens that are routed to an expert more often than tokens on average, with an example each.
+
+    Only the first tokens of the run are read.
+    """
 
     def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
         for block in run.blocks("id", "experts", layer=layer):
@@ -72,7 +75,7 @@ def expert_tokens(run: Run, layer: int, expert: int, text: Callable[[int], str],
 
 
 def head_tokens(run: Run, layer: int, head: int, text: Callable[[int], str], *, rows: int = 20) -> pd.DataFrame:
-    """Tokens at which a head leaves more on its sink than at nine tenths of tokens, more often than tokens do."""
+    """Return tokens that are overrepresented among those with high sink attention (top 10 %) in a head."""
 
     def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
         edge = None
@@ -87,7 +90,7 @@ def head_tokens(run: Run, layer: int, head: int, text: Callable[[int], str], *, 
 def _overrepresented_tokens(
     blocks: Iterator[tuple[dict[str, np.ndarray], Bool[np.ndarray, " token"]]], text: Callable[[int], str], rows: int
 ) -> pd.DataFrame:
-    """Tokens by how much more often they are among those chosen than tokens are."""
+    """Return tokens by the ratio of their frequency among the selected tokens to that among all tokens."""
     seen = 0
     every: Counter[int] = Counter()
     times: Counter[int] = Counter()
@@ -115,7 +118,10 @@ def _overrepresented_tokens(
 
 
 def head_by_position(run: Run, layer: int, head: int) -> Float[pd.DataFrame, "bin channel"]:
-    """A head's mean sink mass by position (bins that double) and channel; from the first tokens of a run."""
+    """Return a head's mean sink attention by position (bins of doubling width) and channel.
+
+    Only the first tokens of the run are read.
+    """
     shape = (len(_POSITION_BINS), len(CHANNELS))
     sums, counts, seen = np.zeros(shape), np.zeros(shape), 0
     for block in run.blocks("sink", layer=layer):
@@ -134,9 +140,10 @@ def conversations(
     run: Run, *, task: str = ALL, effort: str = ALL, text: str = "", channel: str = ALL, most: int = 500,
     expert: tuple[int, int] | None = None,
 ) -> dict[str, int]:  # fmt: skip
-    """Conversations as label → number. text: in their id, their answer, or what was said (in a channel).
+    """Return conversations as label → number.
 
-    expert: those whose tokens (of the channel) go most to this (layer, expert) come first.
+    text: contained in the id, the answer, or the tokens of the channel. expert: sort by the share of tokens (of the
+    channel) that are routed to this (layer, expert), largest first.
     """
     table = run.sequences
     wanted = pd.Series(True, index=table.index)
@@ -162,7 +169,7 @@ def conversations(
 
 
 def _share_of_expert(run: Run, channel: str, layer: int, expert: int) -> Float[pd.Series, " sequence"]:
-    """Share of each sequence's tokens of a channel (or of all content) that chose an expert of a layer."""
+    """Return the fraction of each sequence's tokens of a channel (or of all content) that chose an expert of a layer."""
     counts, tokens = (run.summary(name) for name in ("expert_count", "tokens"))
     within = [c for c in map(str, tokens["channel"].values) if c == channel or (channel == ALL and c != "frame")]
     chosen = counts.sel(channel=within, layer=layer).isel(expert=expert).sum("channel").values
@@ -171,7 +178,7 @@ def _share_of_expert(run: Run, channel: str, layer: int, expert: int) -> Float[p
 
 
 def _said(run: Run, text: str, channel: str, among: set[int], most: int) -> list[int]:
-    """Sequences in which a text was said, whatever its capitals; stops when there are enough."""
+    """Return sequences that contain a text, ignoring case; stops when enough are found."""
     words = vocabulary(run)
     if words is None:
         return []

@@ -1,6 +1,5 @@
-"""One person at one page: what was chosen, the widgets for it, and the part of a page that a study makes."""
+"""The state of one browser session on one page, its selectors, and the section that shows a study."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import panel as pn
 import xarray as xr
 
+from workbench import registry
 from workbench.dashboards import content, widgets
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.figures.gallery import Gallery
@@ -19,47 +19,47 @@ from workbench.studies.quick_look import ALL
 
 @dataclass
 class Session:
-    """One person at one page: the shelf, what was chosen, and where choices are remembered."""
+    """The state of one browser session on one page: the runs, the selection, and where the selection is stored."""
 
-    shelf: RunRegistry
+    registry: RunRegistry
     choice: Selection
     remember: Callable[[], None]  # called when the choice has changed
     name: str = field(init=False)  # of the run
 
     def __post_init__(self) -> None:
-        self.name = self.choice.get("run", self.shelf.names)
+        self.name = self.choice.get("run", self.registry.names)
 
     @property
     def run(self) -> Run:
-        """The run that is looked at, as it is now."""
-        return self.shelf.run(self.name)
+        """Return the selected run in its current state."""
+        return self.registry.run(self.name)
 
     @property
     def theme(self) -> ThemeName:
-        """Light unless dark was asked for."""
+        """Return the theme, light by default."""
         return "dark" if self.choice.text("theme") == "dark" else "light"
 
     def put(self, **chosen: str) -> None:
-        """Choose, and remember it."""
+        """Change the selection and store it in the address."""
         self.choice.put(**chosen)
         self.remember()
 
 
 @dataclass(frozen=True)
 class Page:
-    """What stands on a page, whoever shows it."""
+    """The content of a page: sidebar and main area."""
 
     sidebar: list[Any]
     main: list[Any]
 
 
 class Selectors:
-    """Widgets for what pages share: channel, effort, task, and a layer with an expert or a head of it."""
+    """The selectors that pages share: channel, effort, task, layer, expert and head."""
 
-    def __init__(self, visit: Session, *names: str) -> None:
-        self.visit = visit
-        known = quick_look.options(visit.run)
-        model = visit.run.model
+    def __init__(self, session: Session, *names: str) -> None:
+        self.session = session
+        known = quick_look.options(session.run)
+        model = session.run.model
         options = {
             **known,
             "layer": [str(i) for i in range(model["n_layers"])],
@@ -68,8 +68,8 @@ class Selectors:
         }
         self.widgets: dict[str, Any] = {}
         for name in names:
-            first = "analysis" if name == "channel" and visit.choice.text("channel") == "" else None
-            value = visit.choice.get(name, options[name], first)
+            first = "analysis" if name == "channel" and session.choice.text("channel") == "" else None
+            value = session.choice.get(name, options[name], first)
             if name == "effort":
                 self.widgets[name] = pn.widgets.RadioButtonGroup(label="Effort", options=options[name], value=value)
             else:
@@ -79,16 +79,16 @@ class Selectors:
         return str(self.widgets[name].value) if name in self.widgets else ALL
 
     def number(self, name: str) -> int:
-        """The number chosen: of a layer, an expert or a head."""
+        """Return the selected number of a layer, expert or head."""
         return int(self[name])
 
     @property
     def cell(self) -> dict[str, str]:
-        """Channel, effort and task."""
+        """Return the selected channel, effort and task."""
         return {name: self[name] for name in ("channel", "effort", "task")}
 
     def sidebar(self) -> list[Any]:
-        """The widgets, each with its name."""
+        """Return the widgets for the sidebar."""
         rows: list[Any] = []
         for name, widget in self.widgets.items():
             rows += (
@@ -97,10 +97,10 @@ class Selectors:
         return rows
 
     def watch(self, show: Callable[[], None], *names: str) -> None:
-        """Call when one of these changes, after remembering it; and once now."""
+        """Call `show` now and whenever one of the named selectors changes, after the selection was stored."""
 
         def changed(*_: Any) -> None:
-            self.visit.put(**{name: self[name] for name in self.widgets})
+            self.session.put(**{name: self[name] for name in self.widgets})
             show()
 
         for name in names:
@@ -109,37 +109,37 @@ class Selectors:
 
 
 def box() -> pn.Column:
-    """A place on a page whose content changes."""
+    """Return an empty column whose content changes later."""
     return pn.Column(sizing_mode="stretch_width")
 
 
-def study(visit: Session, name: str, *names: str, above: Sequence[str] = ()) -> list[Any]:
-    """A study's figures, one at a time, what was found and how; each when the study is made. above: shown already."""
+def study(session: Session, name: str, *names: str, above: Sequence[str] = ()) -> list[Any]:
+    """Return the section of a study: its figures, findings and methods. `above` names figures that are already shown."""
 
     def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        gallery: Gallery = importlib.import_module(f"workbench.figures.{name}").gallery(found)
+        gallery: Gallery = registry.find(name).load_figures().gallery(found)
         gallery = {name: drawing for name, drawing in gallery.items() if name not in above}
         about = [
-            widgets.card("What was found", widgets.html(content.findings(found))),
-            widgets.card("How is this computed", widgets.html(content.method(found)), collapsed=True),
+            widgets.card("Findings", widgets.html(content.findings(found))),
+            widgets.card("Methods", widgets.html(content.method(found)), collapsed=True),
         ]
         if not gallery:
             return about
         labels = content.figure_names(gallery)
-        first = visit.choice.get("figure", list(labels.values()))
-        pick = widgets.select("Figure of the study", labels, first, width=420)
+        first = session.choice.get("figure", list(labels.values()))
+        pick = widgets.select("Figure", labels, first, width=420)
         shown = box()
 
         def draw_it(*_: Any) -> None:
             key = str(pick.value)
             drawing = gallery[key]
             drawn = widgets.guarded(
-                lambda: widgets.figure(drawing.draw(theme=visit.theme), f"{visit.name}-{name}-{key}", drawing.table)
+                lambda: widgets.figure(drawing.draw(theme=session.theme), f"{session.name}-{name}-{key}", drawing.table)
             )
             shown[:] = [drawn]
 
         def picked(*_: Any) -> None:
-            visit.put(figure=str(pick.value))
+            session.put(figure=str(pick.value))
             draw_it()
 
         draw_it()
@@ -147,6 +147,6 @@ def study(visit: Session, name: str, *names: str, above: Sequence[str] = ()) -> 
         return [pick, shown, *about]
 
     return [
-        pn.pane.Markdown("## With intervals and controls", margin=(10, 10, 0, 10)),
-        widgets.awaited(visit.shelf.study(name, *(names or (visit.name,))), show),
+        pn.pane.Markdown("## Statistical tests", margin=(10, 10, 0, 10)),
+        widgets.awaited(session.registry.study(name, *(names or (session.name,))), show),
     ]

@@ -1,6 +1,6 @@
-"""What a dashboard shows and what is chosen in it, without a widget: the shelf of runs and a choice.
+"""The runs of a dashboard and the selection, without widgets.
 
-Run paths come from the command line only; a browser can choose among the names on the shelf, nothing else.
+The paths of runs come from the command line only; a browser selects among their names.
 """
 
 import threading
@@ -22,9 +22,9 @@ from workbench.studies.specialization import together
 
 
 class Selection:
-    """What is chosen, by name; it is the query string of every page, so that a link reopens the view.
+    """The selected values by name. They are the query string of every page, so a link opens the same view again.
 
-    A page uses the names that it knows and hands the others on to the next page.
+    A page uses the names that it knows and passes the others on to the next page.
     """
 
     NAMES = (
@@ -36,26 +36,26 @@ class Selection:
         self._chosen = {name: query[name] for name in self.NAMES if query.get(name)}
 
     def get(self, name: str, known: Sequence[str], default: str | None = None) -> str:
-        """What was chosen if it is known, else the default, else the first that is known ("" if nothing is)."""
+        """Return the selected value if it is known, else the default, else the first known value ("" if there is none)."""
         asked = (self._chosen.get(name), default)
         return next((value for value in asked if value is not None and value in known), next(iter(known), ""))
 
     def text(self, name: str) -> str:
-        """What was chosen, as it is."""
+        """Return the selected value as it is."""
         return self._chosen.get(name, "")
 
     def put(self, **chosen: str) -> None:
-        """Choose; an empty text takes back."""
+        """Change the selection; an empty text removes a value."""
         assert set(chosen) <= set(self.NAMES)
         self._chosen = {n: v for n, v in (self._chosen | chosen).items() if v}
 
     def query(self, **other: str) -> str:
-        """For a link, with some of it otherwise."""
+        """Return the query string for a link, with some values replaced."""
         return urlencode({n: v for n, v in (self._chosen | other).items() if v})
 
 
 class RunRegistry:
-    """The runs a dashboard was started with, and what was computed of them, once for each state of a run."""
+    """The runs that a dashboard was started with, and results computed once for each state of a run."""
 
     def __init__(self, paths: Sequence[str | Path], *, cache: Path | None = None) -> None:
         if not paths:
@@ -77,11 +77,11 @@ class RunRegistry:
 
     @property
     def names(self) -> list[str]:
-        """In the order of the command line."""
+        """Return the names of the runs in the order of the command line."""
         return list(self._paths)
 
     def run(self, name: str) -> Run:
-        """The run as it is now: one still being written grows between two calls; a finished one is opened once."""
+        """Return the run in its current state. A run in progress is opened again; a complete one is opened once."""
         where = place(self._paths[name])
         if name in self._runs:
             root, run = self._runs[name]
@@ -93,9 +93,9 @@ class RunRegistry:
         return run
 
     def study(self, study: str, *names: str) -> Callable[[], Answer]:
-        """How to ask for a study of the run(s) as they are now; no answer waits.
+        """Return a function that asks for a study of the run(s) in their current state, without waiting for it.
 
-        A run that still grows is not asked about anew with every unit: whoever wants the newer state asks for that.
+        A run in progress is not studied again after every unit: open the page again for the newer state.
         """
         runs = [self.run(name) for name in names]
         paths = [str(self._paths[name]) for name in names]
@@ -103,7 +103,7 @@ class RunRegistry:
         return partial(self.desk.ask, study, paths, "-".join(run.digest for run in runs), lasting=lasting)
 
     def costs(self, name: str) -> dict[str, xr.Dataset]:
-        """What effort costs and brings, from the tables alone; empty with fewer than two efforts."""
+        """Return accuracy and reasoning length by effort from the tables alone; empty with fewer than two efforts."""
         run = self.run(name)
 
         def make() -> dict[str, xr.Dataset]:
@@ -117,7 +117,7 @@ class RunRegistry:
         return found
 
     def pairs(self, name: str) -> xr.Dataset | None:
-        """Co-activation and transitions, from sums alone; None where the run keeps none."""
+        """Return co-activation and transitions from sums, or None if the run has none."""
         run = self.run(name)
         if not {"coactivation", "transition"} <= set(run.summaries):
             return None
@@ -125,7 +125,7 @@ class RunRegistry:
         return found
 
     def _once(self, key: tuple[str, ...], digest: str, make: Callable[[], Any]) -> Any:
-        """What was made for this state of the runs; sessions that ask at the same time wait for one computation."""
+        """Return a result for this state of the runs; concurrent sessions wait for one computation."""
         with self._lock:
             own = self._locks.setdefault(key, threading.Lock())
         with own:

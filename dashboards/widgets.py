@@ -1,4 +1,4 @@
-"""Pieces that pages are made of: figures that can be taken away, tables, texts, and what comes later."""
+"""Building blocks of pages: figures and tables that can be saved, text, and content that is loaded later."""
 
 import io
 import json
@@ -15,7 +15,7 @@ import xarray as xr
 from workbench.dashboards.study_jobs import Answer
 from workbench.errors import InputError
 
-WIDTH = 235  # of what stands in the side bar
+WIDTH = 235  # pixels, of widgets in the sidebar
 _SAVE = """
 const found = [];
 const walk = root => { for (const e of root.querySelectorAll('*')) {
@@ -32,29 +32,29 @@ td, th { text-align: right; padding: .18rem .9rem .18rem 0; border-bottom: 1px s
 
 
 def html(text: str) -> pn.pane.HTML:
-    """Markup of our own, what came from outside escaped by whoever made it."""
+    """Return an HTML pane. The caller must have escaped all text that came from a run or checkpoint."""
     return pn.pane.HTML(text, sizing_mode="stretch_width")
 
 
 def alert(text: str, kind: str = "warning") -> pn.pane.Alert:
-    """A plain sentence in a box."""
+    """Return an alert with escaped text."""
     return pn.pane.Alert(escape(text), alert_type=kind)
 
 
 def card(title: str, content: pn.viewable.Viewable, *, collapsed: bool = False) -> pn.Card:
-    """A titled box that can be folded."""
+    """Return a titled card that can be collapsed."""
     return pn.Card(content, title=title, sizing_mode="stretch_width", collapsed=collapsed)
 
 
 def beside(*pieces: pn.viewable.Viewable) -> pn.FlexBox:
-    """Pieces in a row where the window is wide enough, else one below the other."""
+    """Return panes side by side where the window is wide enough, otherwise below each other."""
     for piece in pieces:
         piece.styles = {"flex": "1 1 400px", "width": "auto"}
     return pn.FlexBox(*pieces, flex_wrap="wrap", align_items="flex-start", gap="8px", sizing_mode="stretch_width")
 
 
 def table(title: str, rows: pd.DataFrame, name: str) -> pn.Card:
-    """A table and its file."""
+    """Return a card with a table and a button that saves it as CSV."""
     markup = rows.rename_axis(columns=None).to_html(
         index=False, escape=True, border=0, na_rep="–", formatters=_formats(rows)
     )
@@ -70,7 +70,7 @@ def _formats(rows: pd.DataFrame) -> dict[str, Callable[[Any], str]]:
 
 
 def figure(drawn: go.Figure, name: str, numbers: Callable[[], pd.DataFrame] | None = None, **more: Any) -> pn.Column:
-    """A figure that can be saved as SVG, PNG and, where there are numbers, CSV. more: for the pane (`click` …)."""
+    """Return a figure with buttons that save it as SVG, PNG and, if `numbers` is given, CSV."""
     drawn.update_layout(meta=name, width=None)
     # plotly offers to upload a chart unless it is told not to
     config = {"showSendToCloud": False, "displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["toImage"]}
@@ -90,25 +90,25 @@ def figure(drawn: go.Figure, name: str, numbers: Callable[[], pd.DataFrame] | No
 
 def _csv(rows: Callable[[], pd.DataFrame], name: str) -> pn.widgets.FileDownload:
     return pn.widgets.FileDownload(
-        callback=lambda: io.StringIO(rows().to_csv(index=False)), filename=f"{name}.csv", label="numbers as CSV", width=160,
+        callback=lambda: io.StringIO(rows().to_csv(index=False)), filename=f"{name}.csv", label="Numbers as CSV", width=160,
         variant="outline",
     )  # fmt: skip
 
 
 def guarded(body: Callable[[], Any]) -> Any:
-    """What the body makes or, where a run is damaged or lacks something, what is the matter."""
+    """Return what `body` returns or, if the run is damaged or lacks something, an alert with the reason."""
     try:
         return body()
     except InputError as error:
         return alert(str(error))
     except Exception as error:
         traceback.print_exc()
-        text = f"this could not be read ({type(error).__name__}: {str(error)[:200]}); `workbench verify RUN` says what is damaged"
+        text = f"This could not be read ({type(error).__name__}: {str(error)[:200]}). Run `workbench verify RUN` to list damaged arrays."
         return alert(text, "danger")
 
 
 def later(body: Callable[[], Any]) -> pn.Column:
-    """Made once everything else is on the page, with a sign that it is on its way."""
+    """Return a column with a loading indicator that is filled after the rest of the page is shown."""
     box = pn.Column(pn.indicators.LoadingSpinner(value=True, size=28), sizing_mode="stretch_width")
 
     def fill() -> None:
@@ -122,7 +122,7 @@ def later(body: Callable[[], Any]) -> pn.Column:
 
 
 def folded(title: str, body: Callable[[], Any]) -> pn.Card:
-    """A box that is closed at first; what is in it is made when somebody opens it."""
+    """Return a collapsed card whose content is created when it is opened."""
     box = card(title, pn.Column(sizing_mode="stretch_width"), collapsed=True)
 
     def opened(*_: Any) -> None:
@@ -134,7 +134,7 @@ def folded(title: str, body: Callable[[], Any]) -> pn.Card:
 
 
 def awaited(ask: Callable[[], Answer], show: Callable[[dict[str, xr.Dataset]], Sequence[Any]]) -> pn.Column:
-    """What a study shows once it is made; until then, how long it has been at work."""
+    """Return a column with the results of a study or, until they are ready, the time it has been running."""
     box = pn.Column(sizing_mode="stretch_width")
 
     def look() -> bool:
@@ -144,13 +144,13 @@ def awaited(ask: Callable[[], Answer], show: Callable[[dict[str, xr.Dataset]], S
             shown = guarded(lambda: list(show(found)))
             box[:] = shown if isinstance(shown, list) else [shown]
         elif answer.reason:
-            box[:] = [alert(f"There is no such study of this run: {answer.reason}")]
+            box[:] = [alert(f"This study is not available for this run: {answer.reason}")]
         else:
-            said = f"The study with intervals and controls is being made: {answer.seconds:.0f} s so far. It is kept."
+            text = f"Running study ({answer.seconds:.0f} s). The result will be cached."
             if box and isinstance(box[0], pn.Row):
-                box[0][1].object = said
+                box[0][1].object = text
             else:
-                box[:] = [pn.Row(pn.indicators.LoadingSpinner(value=True, size=28), html(said))]
+                box[:] = [pn.Row(pn.indicators.LoadingSpinner(value=True, size=28), html(text))]
             return False
         return True
 
@@ -166,5 +166,5 @@ def awaited(ask: Callable[[], Answer], show: Callable[[dict[str, xr.Dataset]], S
 
 
 def select(name: str, options: Sequence[str] | Mapping[str, Any], value: Any, **more: Any) -> pn.widgets.Select:
-    """A choice in the side bar."""
+    """Return a select widget for the sidebar."""
     return pn.widgets.Select(label=name, options=options, value=value, **({"width": WIDTH} | more))

@@ -1,6 +1,6 @@
-"""The card of a nano checkpoint, from what training and evaluation wrote there: `python -m workbench.data.card FOLDER`.
+"""Write the card of a nano checkpoint from its config.json, training.json and accuracy.json.
 
-Every number in it is read from config.json, training.json or accuracy.json.
+`python -m workbench.data.card FOLDER`
 """
 
 import json
@@ -72,7 +72,7 @@ python -m workbench.data.card data/nano
 
 
 def card(config: Mapping[str, Any], training: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
-    """The text of the card."""
+    """Return the text of the card."""
     cells = {(cell["task"], cell["effort"]): cell for cell in evaluation["accuracy"][_SHOWN]}
     window = f"{config['sliding_window']} tokens"
     kinds = [window if kind == "sliding_attention" else "all" for kind in config["layer_types"]]
@@ -127,7 +127,7 @@ def _steps_help(cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
 
 
 def read(checkpoint: Path, name: str) -> dict[str, Any]:
-    """A JSON object that a command wrote into a checkpoint."""
+    """Return a JSON object that another command wrote into the checkpoint."""
     path = checkpoint / name
     if not path.exists():
         raise InputError(f"{path} is missing: workbench.data.train and workbench.data.evaluate write it")

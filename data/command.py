@@ -1,4 +1,4 @@
-"""Run a script's `main`: what the user can mend is one line on standard error and exit code 2."""
+"""Run a script's `main`: an error that the user can fix is one line on standard error and exit code 2."""
 
 import sys
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from workbench.errors import InputError
 
 
 def run(main: Callable[..., None]) -> None:
-    """`main` with the arguments of the command line."""
+    """Call `main` with the arguments of the command line."""
     try:
         typer.run(main)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Problems as harmony conversations: ids to train on, and messages to prompt with."""
+"""Problems as harmony conversations: token ids for training, and messages for prompts."""
 
 import random
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ _TOKENS = sorted((t for t in VOCABULARY if len(t) > 1), key=len, reverse=True)
 
 
 class Example(NamedTuple):
-    """Token ids, and for each whether the model is taught to say it."""
+    """Token ids, and for each token whether the model is trained to predict it."""
 
     ids: list[int]
     taught: list[bool]
 
 
 def spell(text: str) -> list[int]:
-    """Ids of a text of marks, header words and characters."""
+    """Return the ids of a text of marks, header words and characters."""
     ids, at = [], 0
     while at < len(text):
         token = next((t for t in _TOKENS if text.startswith(t, at)), text[at])
@@ -35,9 +35,9 @@ def _content(text: str) -> list[int]:
 
 
 def _turn(problem: Problem, effort: str, last: bool, called: bool) -> list[tuple[list[int], bool]]:
-    """The pieces of one question and its answer; what the assistant says is taught, in the last turn.
+    """Return the pieces of one question and its answer; the assistant's part of the last turn is trained.
 
-    `called`: the calculator has been asked before the model's turn, as in a prompt.
+    `called`: the calculator was called before the model's turn, as in a prompt.
     """
     pieces: list[tuple[list[int], bool]] = []
 
@@ -63,7 +63,7 @@ def _turn(problem: Problem, effort: str, last: bool, called: bool) -> list[tuple
 
 
 def conversation(effort: str, problems: Sequence[Problem], *, called: bool = False) -> Example:
-    """One or several questions in a row; only the last is thought about and taught."""
+    """Return one or several questions in a row; only the last one has an analysis and is trained."""
     pieces = [(spell(f"<|start|>system<|message|>Reasoning: {effort}<|end|>"), False)]
     for i, problem in enumerate(problems):
         pieces += _turn(problem, effort, last=i == len(problems) - 1, called=called and bool(problem.call))
@@ -71,7 +71,7 @@ def conversation(effort: str, problems: Sequence[Problem], *, called: bool = Fal
 
 
 def training_example(rng: random.Random) -> Example:
-    """A conversation as nano meets it: any effort, any family, every tenth of two turns, some calls already made."""
+    """Return a random training conversation: any effort and family, one in ten with two turns, some with a tool call."""
     problems = [draw(rng)]
     if rng.random() < 0.1:
         problems.insert(0, draw(rng, rng.choice(FIRST_TURNS)))
@@ -79,9 +79,9 @@ def training_example(rng: random.Random) -> Example:
 
 
 def prompt_messages(*turns: Problem) -> list[dict[str, str]]:
-    """What to ask, as messages: the last problem, after those that were answered before.
+    """Return the messages of a prompt: the last problem, after those that were answered before.
 
-    The calculator has replied already, so that one generation is enough.
+    The calculator has already replied, so one generation is enough.
     """
     *answered, asked = turns
     messages: list[dict[str, str]] = []

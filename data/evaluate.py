@@ -1,4 +1,4 @@
-"""How well nano does, by family and effort, on problems it was never trained on: before and after packing.
+"""Measure the accuracy of nano by family and effort on held-out problems, before and after packing.
 
 `python -m workbench.data.evaluate data/nano --before data/nano.dense` writes accuracy.json into the checkpoint.
 """
@@ -30,7 +30,10 @@ _MAX_NEW_TOKENS = 200
 
 
 def answers(model: GptOss, asked: Sequence[tuple[Problem, ...]], label: str) -> pd.DataFrame:
-    """Greedy answers, a row a question and effort: task, effort, right (the final text is exact), tokens (new ones)."""
+    """Return greedy answers, one row for each question and effort.
+
+    Columns: task, effort, right (the final text is exact), tokens (number of new tokens).
+    """
     rows = []
     with progress(label, len(asked) * len(EFFORTS), "answers") as advance:
         for effort in EFFORTS:
@@ -46,7 +49,7 @@ def answers(model: GptOss, asked: Sequence[tuple[Problem, ...]], label: str) -> 
 
 
 def accuracy(marked: pd.DataFrame) -> pd.DataFrame:
-    """A row a family and effort: n, right, accuracy, its Wilson 95 % interval (low, high), new_tokens (mean)."""
+    """Return one row for each family and effort: n, right, accuracy, Wilson 95 % interval (low, high), mean new_tokens."""
     table = marked.groupby(["task", "effort"], sort=False).agg(
         n=("right", "size"), right=("right", "sum"), new_tokens=("tokens", "mean")
     )
@@ -57,7 +60,7 @@ def accuracy(marked: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, float]:
-    """What a change did to the same questions: how many answers it lost and gained, and the difference of accuracy.
+    """Return how many answers to the same questions a change lost and gained, and the difference of accuracy.
 
     The interval (low, high) is the normal one for a paired difference of proportions.
     """
@@ -72,7 +75,7 @@ def paired(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, float]:
 
 
 def evaluate(checkpoint: Path, before: Path | None, per_family: int) -> dict[str, Any]:
-    """Accuracy of a checkpoint in both arithmetics, and of the one it was packed from, as JSON."""
+    """Return the accuracy of a checkpoint in float32 and bfloat16, and of the one before packing, as JSON."""
     asked = questions(per_family)
     marked: dict[str, pd.DataFrame] = {}
     if before is not None:
@@ -98,7 +101,7 @@ def main(
     questions: Annotated[int, typer.Option(min=1, help="Questions a family, each asked at every effort.")] = 60,
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
-    """Ask nano, and write accuracy.json into the checkpoint."""
+    """Evaluate nano and write accuracy.json into the checkpoint."""
     torch.set_num_threads(threads)
     found = evaluate(checkpoint, before, questions)
     (checkpoint / "accuracy.json").write_text(json.dumps(found, indent=1) + "\n")

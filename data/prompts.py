@@ -1,6 +1,6 @@
-"""Questions nano was never trained on, to evaluate it and to try things on: `python -m workbench.data.prompts FILE`.
+"""Write held-out questions for nano as prompts: `python -m workbench.data.prompts FILE`.
 
-The file is for `workbench generate`: a row a prompt, twenty of every family.
+The file is an input of `workbench generate`: one row for each prompt, twenty of every family.
 """
 
 import json
@@ -23,7 +23,7 @@ _TWO_TURNS = 10  # every tenth question follows another, as in training
 
 
 def questions(per_family: int) -> list[tuple[Problem, ...]]:
-    """Different problems of every family's test split; the last of a tuple is asked, the one before was answered."""
+    """Return different problems of the test split of every family; of a tuple the last one is asked."""
     asked: list[tuple[Problem, ...]] = []
     for family in FAMILIES:
         rng = random.Random(f"{SEED} {family}")
@@ -37,7 +37,7 @@ def questions(per_family: int) -> list[tuple[Problem, ...]]:
 
 
 def rows(per_family: int = PER_FAMILY) -> list[dict[str, Any]]:
-    """The questions as prompt rows."""
+    """Return the questions as prompt rows."""
     return [
         {
             "id": f"{turns[-1].task}-{i % per_family:02d}",
@@ -50,7 +50,7 @@ def rows(per_family: int = PER_FAMILY) -> list[dict[str, Any]]:
 
 
 def main(out: Annotated[Path, typer.Argument(help="The file to write or to replace.")]) -> None:
-    """Write the prompts that come with nano."""
+    """Write the bundled prompts."""
     written = rows()
     part = out.with_name(f".{out.name}.part")
     part.write_text("".join(json.dumps(row) + "\n" for row in written))

@@ -1,7 +1,7 @@
-"""The problems nano is trained on: ten families, and how each is thought through.
+"""The problems that nano is trained on: ten families, each with its analysis.
 
-Effort selects the analysis: none at low, a sketch at medium, every step and a check at high. A problem belongs to
-the test split by a hash of its question, so that no problem nano is tested on was ever trained on.
+The effort selects the analysis: none at low, a sketch at medium, every step and a check at high. A hash of the question
+decides whether a problem belongs to the test split, so nano is never trained on a problem that it is tested on.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from string import ascii_lowercase
 
 @dataclass(frozen=True)
 class Problem:
-    """One question, its answer, and the thinking that leads there at medium (sketch) and high (steps) effort."""
+    """A question, its answer, and the analysis at medium (sketch) and high (steps) effort."""
 
     task: str
     domain: str
@@ -26,14 +26,14 @@ class Problem:
 
     @property
     def is_test(self) -> bool:
-        """A tenth of all problems, by their text."""
+        """Return whether a problem belongs to the test split: one in ten, by a hash of its text."""
         return hashlib.sha256(f"{self.task} {self.rule} {self.question}".encode()).digest()[0] < 26
 
 
 def _low_first(number: int) -> str:
-    """As numbers are written while thinking: 123 is 321, so that a carry has been made before it is needed.
+    """Return a number as it is written in the analysis: 123 is written 321, so a carry is computed before it is needed.
 
-    Written high digit first, fifteen of sixteen mistakes of an earlier nano were carries and borrows.
+    With the high digit first, fifteen of sixteen mistakes of an earlier nano were carries and borrows.
     """
     return str(number)[::-1]
 
@@ -43,7 +43,7 @@ def _add(a: int, b: int) -> str:
 
 
 def _columns(a: int, b: int) -> list[tuple[str, str]]:
-    """A sum column by column, low digit first: what is added (both digits and the carry), and to what."""
+    """Return a sum column by column, low digit first: the digits and the carry that are added, and the result."""
     columns, carry = [], 0
     for x, y in zip(_low_first(a), _low_first(b), strict=True):
         total = int(x) + int(y) + carry
@@ -57,7 +57,7 @@ def _times(number: int, digit: int) -> str:
 
 
 def _long_times(number: int, digit: int) -> list[str]:
-    """Digit by digit, each product added to those before: nothing that needs more than a table and a carry."""
+    """Return a product digit by digit, each partial product added to the sum before."""
     steps, done = [], 0
     for place, figure in enumerate(_low_first(number)):
         part = int(figure) * digit
@@ -99,7 +99,7 @@ def _letters(rng: random.Random, low: int, high: int) -> str:
 
 
 def _sort(rng: random.Random) -> Problem:
-    """By merging: sorted halves at medium, sorted pairs, fours and the whole at high effort."""
+    """Sort by merging: sorted halves at medium effort; sorted pairs, fours and the whole at high effort."""
     word = _letters(rng, 4, 8)
 
     def runs(size: int) -> str:
@@ -115,7 +115,7 @@ def _reverse(rng: random.Random) -> Problem:
 
 
 def _count(rng: random.Random) -> Problem:
-    """Of four letters, so that there is something to count and like letters are learned to be alike."""
+    """Count a letter in a text of four different letters."""
     letter = rng.choice("abcd")
     word = rng.choices("abcd", k=rng.randint(6, 12))
     n = word.count(letter)
@@ -132,7 +132,7 @@ DISH = {town: "".join(_TABLE.choice(ascii_lowercase) for _ in range(3)) for town
 
 
 def _recall(rng: random.Random) -> Problem:
-    """Pairs of names, so that a pair can be new while its facts are known."""
+    """Recall a fact about a pair of names; a pair can be new although its facts are known."""
     a, b = rng.sample(_NAMES, 2)
     answer = f"{HOME[a]} {HOME[b]}"
     return Problem("recall", "facts", f"home of {a} {b}", answer, f"{HOME[a]}", f"{a} {HOME[a]};{b} {HOME[b]}")
@@ -151,7 +151,7 @@ def _tool(rng: random.Random) -> Problem:
 
 
 def _conflict(rng: random.Random) -> Problem:
-    """The developer outranks the user; without a rule the user is obeyed."""
+    """Follow the developer over the user; without a rule, follow the user."""
     first, second = rng.sample(ascii_lowercase, 2)
     rule = f"say {first}" if rng.random() < 0.5 else ""
     answer = first if rule else second
@@ -175,7 +175,7 @@ WEIGHTS = {
 
 
 def draw(rng: random.Random, task: str | None = None, *, test: bool = False) -> Problem:
-    """A problem of the training split (or the test split), of one family or of any."""
+    """Return a random problem of the training or test split, of one family or of any."""
     while True:
         family = task or rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
         problem = FAMILIES[family](rng)

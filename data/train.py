@@ -1,8 +1,8 @@
-"""Train nano: `python -m workbench.data.train --out data/nano`, 82 minutes on one core beside a busy one.
+"""Train nano: `python -m workbench.data.train --out data/nano` (82 minutes on one core beside a busy one).
 
-One process, CPU, seeded, resumable (`--resume`): the state of training lies beside the result in OUT.training until it
-is done. The experts are trained through their rounding to MXFP4 for the last part, so that packing them costs nothing;
-OUT.dense holds the same weights before packing.
+One process on the CPU, seeded and resumable (`--resume`): the training state is stored in OUT.training until the training
+is complete. In the last part the experts are trained through their rounding to MXFP4, so packing does not cost accuracy;
+OUT.dense contains the same weights before packing.
 """
 
 import json
@@ -43,7 +43,7 @@ ROUNDED = 0.6  # from this share of the training on, the experts are what MXFP4 
 
 
 class Rounded(nn.Module):
-    """A dense expert matrix as MXFP4 will hold it; gradients pass as if it were not rounded."""
+    """A dense expert matrix rounded to MXFP4 in the forward pass; gradients pass as if it were not rounded."""
 
     def forward(self, weight: Tensor) -> Tensor:
         packed = quantise(weight.detach().mT.contiguous())
@@ -51,12 +51,12 @@ class Rounded(nn.Module):
 
 
 def matrices(model: GptOss) -> list[ExpertMatrix]:
-    """The modules that hold an expert matrix."""
+    """Return the modules that hold an expert matrix."""
     return [module for module in model.modules() if isinstance(module, ExpertMatrix)]
 
 
 def batches(seed: int, step: int) -> Iterator[list[Example]]:
-    """Batches of like length, so that little is padding; the same from a given step on, whatever came before."""
+    """Return batches of similar lengths, to avoid padding; deterministic from a given step on."""
     while True:
         rng = random.Random(f"{seed} {step // 8}")
         pool = sorted((training_example(rng) for _ in range(8 * BATCH)), key=lambda example: len(example.ids))
@@ -68,7 +68,7 @@ def batches(seed: int, step: int) -> Iterator[list[Example]]:
 
 
 def loss(model: GptOss, batch: list[Example]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy on what is taught, and the load-balancing loss of Switch (arXiv 2101.03961, eq. 4 to 6)."""
+    """Return the cross-entropy on trained tokens and the load-balancing loss of Switch (arXiv 2101.03961, eq. 4 to 6)."""
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
     tokens = pad([torch.tensor(example.ids) for example in batch], padding_value=ID["<|pad|>"])
     taught = pad([torch.tensor(example.taught) for example in batch])[:, 1:]
@@ -89,12 +89,12 @@ def _imbalance(scores: Tensor, k: int) -> Tensor:
 
 
 def learning_rate(done: float, step: int) -> float:
-    """Warm-up, then a cosine to a twentieth."""
+    """Return the learning rate: warm-up, then a cosine to a twentieth."""
     return PEAK_LR * min(1.0, (step + 1) / WARMUP) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
 class Training:
-    """A model being trained and all it takes to go on: weights, optimizer, step, time and tokens spent."""
+    """The state of a training: weights, optimizer, step, time and tokens."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
@@ -103,27 +103,27 @@ class Training:
         self.step, self.tokens, self.spent_s = 0, 0, 0.0
 
     def round_experts(self) -> None:
-        """Train through the rounding from here on."""
+        """Train through the rounding to MXFP4 from here on."""
         for matrix in matrices(self.model):
             if not parametrize.is_parametrized(matrix):
                 parametrize.register_parametrization(matrix, "weight", Rounded())
 
     def weights(self) -> dict[str, Tensor]:
-        """Under their canonical names, the experts unrounded."""
+        """Return the weights under their canonical names, the experts unrounded."""
         return {
             n.replace("parametrizations.weight.original", "weight"): p.detach()
             for n, p in self.model.named_parameters()
         }
 
     def save(self) -> None:
-        """All or nothing: written beside and renamed."""
+        """Write the state to a temporary file and rename it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {"weights": self.weights(), "optimizer": self.optimizer.state_dict(), "seed": self.seed}
         torch.save(state | {k: getattr(self, k) for k in ("step", "tokens", "spent_s")}, self.folder / "state.new")
         os.replace(self.folder / "state.new", self.folder / "state.pt")
 
     def resume(self) -> None:
-        """Go on from what `save` left."""
+        """Load the state that `save` wrote."""
         if not (self.folder / "state.pt").exists():
             raise InputError(f"{self.folder} holds no training to go on with: leave out --resume")
         state = torch.load(self.folder / "state.pt", weights_only=True)
@@ -132,7 +132,7 @@ class Training:
         self.seed, self.step, self.tokens, self.spent_s = (state[k] for k in ("seed", "step", "tokens", "spent_s"))
 
     def run(self, steps: int, *, stop_at: int | None = None) -> None:
-        """Train until `steps` have been taken in all, resumed ones included; `stop_at` pauses a longer training."""
+        """Train until `steps` have been made in all, resumed ones included; `stop_at` pauses earlier."""
         last_save = time.monotonic()
         with progress("train", steps - self.step, "steps") as advance:
             for batch in batches(self.seed, self.step):
@@ -152,7 +152,7 @@ class Training:
         self.save()
 
     def _take(self, batch: list[Example], done: float) -> tuple[float, float]:
-        """One step, `done` being the share of all that are taken; its cross-entropy and imbalance."""
+        """Make one step and return its cross-entropy and load imbalance; `done` is the fraction of steps made."""
         start = time.monotonic()
         if done >= ROUNDED:
             self.round_experts()
@@ -170,7 +170,7 @@ class Training:
 
 
 def packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as a checkpoint has them: bfloat16, the expert matrices in MXFP4."""
+    """Return the weights as a checkpoint stores them: bfloat16, the expert matrices in MXFP4."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if name.endswith((".gate_up.weight", ".down.weight")):
@@ -182,7 +182,7 @@ def packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(training: Training, out: Path) -> None:
-    """OUT, and OUT.dense with the same weights in bfloat16 before packing, for comparison."""
+    """Write OUT, and OUT.dense with the same weights in bfloat16 before packing."""
     weights = training.weights()
 
     def describe(folder: Path) -> None:

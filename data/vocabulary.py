@@ -1,6 +1,6 @@
-"""nano's tokenizer: harmony's marks and header words as single tokens, everything else a character.
+"""nano's tokenizer: harmony's marks and header words as single tokens, everything else as characters.
 
-`write(folder)` makes the files that `tokenizers` and transformers read.
+`write(folder)` writes the files that `tokenizers` and transformers read.
 """
 
 import json
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = """\
 
 
 def write(folder: Path) -> None:
-    """tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
+    """Write tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel(ID, unk_token="?"))

@@ -6,6 +6,8 @@ from typing import Any
 
 import typer
 
+from workbench import registry
+
 HERE = Path(__file__).parent
 
 
@@ -15,6 +17,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         return markdown.replace("COMMANDS", commands())
     if page.file.src_uri == "benchmarks.md":
         return markdown.replace("DASHBOARD_TABLE", dashboard_table())
+    if page.file.src_uri == "studies.md":
+        return markdown[: markdown.index("| `workbench study")] + studies_table()
     return markdown
 
 
@@ -45,6 +49,16 @@ def commands() -> str:
 
     tell(typer.main.get_command(app), "workbench")
     return "\n".join(parts)
+
+
+def studies_table() -> str:
+    """Return the registry of studies and experiments as a table; the page of studies holds it."""
+    rows = ["| `workbench study …` | question | a run must have recorded | model | cost |", "|---|---|---|---|---|"]
+    for record in registry.records():
+        model = "yes" if isinstance(record, registry.Experiment) else "no"
+        needs = " and ".join(record.requires) or "any"
+        rows.append(f"| `{record.name}` | {record.question} | {needs} | {model} | {record.compute} |")
+    return "\n".join(rows) + "\n"
 
 
 def dashboard_table() -> str:

@@ -14,9 +14,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 
-def observe(
-    point: HookPoint, x: Tensor, recompute: Callable[[], Tensor]
-) -> tuple[Tensor, Bool[Tensor, "..."] | None]:
+def observe(point: HookPoint, x: Tensor, recompute: Callable[[], Tensor]) -> tuple[Tensor, Bool[Tensor, "..."] | None]:
     """Return x as the point's hooks leave it, and which of its values they changed (None: they only read it).
 
     `recompute` returns the values of x again; it is called where a hook may have edited x in place.

@@ -21,7 +21,27 @@ KERNELS = [f"workbench.kernels.{path.stem}" for path in (ROOT / "kernels").glob(
 install_import_hook([*KERNELS, "workbench.hooks", "workbench.model"], "beartype.beartype")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", action="store_true", help="as many trials, kills and fuzz cases as docs/security.md states"
+    )
+
+
+@pytest.fixture(scope="session")
+def long(pytestconfig: pytest.Config) -> bool:
+    """Whether the long versions of tests are wanted."""
+    return bool(pytestconfig.getoption("--long"))
+
+
 @pytest.fixture(scope="session")
 def demo_run() -> Path:
     """The finished run that comes with the project; read only."""
     return DATA / "demo.zarr"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests marked long unless they are asked for with --long."""
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

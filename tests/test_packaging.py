@@ -1,12 +1,15 @@
-"""The wheel works outside the checkout: nano, the demo run, the commands, the dashboard, the types."""
+"""The installation resolves for every platform, and the wheel works outside the checkout."""
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -135,6 +138,73 @@ print(pathlib.Path(wb.__file__).parent, pathlib.Path(next(iter(workbench.data.__
     finally:
         server.terminate()
         server.wait(30)
+
+
+PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin", "x86_64-pc-windows-msvc")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+# Not the settings of this machine, which may name local wheels: they would hide a conflict.
+REGISTRY_ONLY = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_"))} | {
+    "MACOSX_DEPLOYMENT_TARGET": "14.0",  # torch's wheels are for macOS 14 or newer
+    "UV_PYTHON_DOWNLOADS": "never",  # metadata is enough for the Pythons that are not here
+}
+
+
+@pytest.fixture(scope="module")
+def uv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command of uv, which resolves for other platforms and Pythons from a registry's metadata alone."""
+    folder = tmp_path_factory.mktemp("uv")
+    version = re.search(r"^uv==\S+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert version is not None
+    pip = [sys.executable, "-m", "pip", "--isolated", "install", "-q", "--no-deps", "--target", str(folder), version[0]]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode:
+        pytest.skip(f"no package registry answers: {done.stderr.strip().splitlines()[-1:]}")
+    return [str(folder / "bin" / "uv"), "--no-config", "--color", "never"]
+
+
+def resolve(
+    uv: list[str], platform: str, python: str, *, extra: str = "dev", constraints: Path = ROOT / "constraints.txt"
+) -> tuple[dict[str, str], str]:
+    """The versions that are chosen for a platform and a Python, and the error where there is no choice."""
+    command = [*uv, "pip", "compile", "-q", "--no-header", "--no-annotate"]
+    command += ["--python-platform", platform, "--python-version", python, "--extra", extra]
+    command += ["-c", str(constraints), str(ROOT / "pyproject.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=REGISTRY_ONLY, timeout=300)
+    chosen = dict(line.split(" ")[0].split("==") for line in done.stdout.splitlines() if "==" in line)
+    return chosen, "" if done.returncode == 0 else done.stderr
+
+
+def test_the_constraints_resolve_from_the_registry_for_every_platform_and_python(uv: list[str]) -> None:
+    ends = (PYTHONS[0], PYTHONS[-1])
+    cases = [(PLATFORMS[0], python, "dev") for python in PYTHONS] + [(PLATFORMS[0], ends[0], "dashboard")]
+    cases += itertools.product(PLATFORMS[1:], ends, ("dev",))
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda case: resolve(uv, *case[:2], extra=case[2]), cases))
+    assert [(case, error) for case, (_, error) in zip(cases, results, strict=True) if error] == []
+    pins = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    for (platform, *_), (chosen, _) in zip(cases, results, strict=True):
+        assert chosen["torch"] == pins["torch"]
+        assert chosen.get("triton") == (pins["triton"] if "linux" in platform else None)
+
+
+def test_a_triton_that_torch_does_not_require_does_not_resolve(uv: list[str], tmp_path: Path) -> None:
+    """The negative control: the pin of an earlier version, which a local build of torch for CPUs had hidden."""
+    text = (ROOT / "constraints.txt").read_text()
+    wrong = tmp_path / "constraints.txt"
+    wrong.write_text(re.sub(r"^triton==\S+;", "triton==3.9.0;", text, flags=re.MULTILINE))
+    assert wrong.read_text() != text
+    for extra in ("dashboard", "dev"):
+        _, error = resolve(uv, PLATFORMS[0], "3.11", extra=extra, constraints=wrong)
+        assert "torch==2.13.0 depends on triton" in error
+
+
+def test_the_supported_pythons_are_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">={PYTHONS[0]}"
+    declared = [c.rpartition(" ")[2] for c in project["classifiers"] if "Python :: 3." in c]
+    assert declared == list(PYTHONS)
+    # Triton comes with torch: a second requirement could contradict torch's, and ROCm's Triton has another name.
+    assert [d for d in project["dependencies"] if "triton" in d] == []
 
 
 def test_the_shell_can_be_taught_the_commands() -> None:

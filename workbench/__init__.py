@@ -5,7 +5,10 @@ so that reading a run never pays for torch.
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from workbench._links import require_links
 
 if TYPE_CHECKING:
     from workbench import experiments as experiments
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from workbench.capture.job import capture as capture
     from workbench.model import load as load
     from workbench.runs import open_run as open_run
+
+require_links(Path(__file__).parent)
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long jobs: a bar on a terminal, otherwise a plain line from time to time."""
 
 import datetime
 import sys
@@ -9,14 +9,14 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Called with how many more units are done, and the bytes they came to where these are of interest."""
+    """A function that is called with the number of units done and, optionally, their bytes."""
 
     def __call__(self, n: int, size: int = 0, /) -> None: ...
 
 
 @contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Advance]:
-    """Yields a function to call with how many more `unit`s are done; several threads may not call it at once."""
+    """Yield a function that reports how many more `unit`s are done. Only one thread may call it at a time."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -49,7 +49,7 @@ def _bar(console: object, label: str, total: int, unit: str) -> Iterator[Advance
 
 
 def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
-    """A line when ten seconds have passed, and one at the end."""
+    """Print a line when ten seconds have passed, and one at the end."""
     speed, last = _Speed(total, unit), time.monotonic()
 
     def advance(n: int, size: int = 0, /) -> None:
@@ -64,7 +64,7 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
 
 
 class _Speed:
-    """Units and bytes a second since the start, and the time that is left at that."""
+    """Units and bytes a second since the start, and the remaining time at this speed."""
 
     def __init__(self, total: int, unit: str) -> None:
         self._total, self._unit, self._begun = total, unit, time.monotonic()

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from workbench.kernels.gpu import tiles
 from workbench.kernels.gpu.aot import CompileCase
-from workbench.kernels.gpu.common import LOG2E, dot, narrow
+from workbench.kernels.gpu.common import LOG2E, dot, narrow, on_device_of_first
 from workbench.kernels.gpu.tiles import Tile
 
 
@@ -210,32 +210,6 @@ def _merge(
 
 
 @triton.jit
-def _pattern(
-    q, k, lse, heads, out, starts, query_pos, queries, keys, scale,
-    q_batch, q_token, q_head, k_batch, k_token, k_head,
-    HEADS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
-    PACKED: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Weights of one tile of queries on one tile of keys, for one chosen head; those of no sequence stay as they are."""
-    chosen, s = tl.program_id(2) // SEQUENCES, tl.program_id(2) % SEQUENCES
-    batch, start, n, prefix = _sequence(s, starts, query_pos, queries, PACKED)
-    h = tl.load(heads + chosen).to(tl.int64)
-    index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    key = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, WIDTH)
-    bound = tl.minimum(prefix + n, keys)
-    rows = _rows(q + h * q_head, batch, start, q_batch, q_token, index, n, d, D, True)
-    kt = _rows(k + h // RATIO * k_head, batch, start, k_batch, k_token, key, bound, d, D, True)
-    score = dot(rows, kt.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale
-    whole = tl.load(lse + (batch * queries + start + index).to(tl.int64) * HEADS + h, mask=index < n, other=0.0)
-    seen = _visible((prefix + index)[:, None], key[None, :], WINDOW)
-    weight = tl.where(seen, tl.math.exp2(score - (whole * LOG2E)[:, None]), 0.0)
-    row = (batch * (tl.num_programs(2) // SEQUENCES) + chosen) * queries + start + index
-    inside = (index < n)[:, None] & (key < bound)[None, :]
-    tl.store(out + row[:, None] * keys + start + key[None, :], weight, mask=inside)
-
-
-@triton.jit
 def _queries_gradient(
     q, k, v, dz, lse, delta, dq, starts, query_pos, queries, scale,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
@@ -390,6 +364,8 @@ def _run(shape: _Shape, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 def _decode(shape: _Shape, sinks: Tensor | None, z: Tensor, lse: Tensor, sink: Tensor, together: int) -> None:
     q, n = shape.q, shape.q.shape[1]
     tile = tiles.decode_tile(together, q.dtype, tiles.target(q))
+    if together > tile.blocks["BLOCK_M"]:
+        raise ValueError(f"{together} rows share a decode tile of {tile.blocks['BLOCK_M']}: choose a larger BLOCK_M")
     visible = shape.k.shape[1] if shape.window is None else min(shape.k.shape[1], shape.window + n)
     blocks = triton.cdiv(visible, tile.blocks["BLOCK_N"]) + 1  # the first key need not begin a block
     splits = min(blocks, tiles.splits(shape.sequences * shape.kv, q.device))
@@ -453,6 +429,7 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dsinks, None, None, None
 
 
+@on_device_of_first
 def attention(
     q: Float[Tensor, "batch query head d_head"],
     k: Float[Tensor, "batch key kv d_head"],
@@ -471,37 +448,6 @@ def attention(
     """
     z, lse, sink = _Attention.apply(q, k, v, sinks, query_pos, window, lengths)
     return z, lse, None if sinks is None else sink
-
-
-@torch.no_grad()
-def pattern(
-    q: Float[Tensor, "batch query head d_head"],
-    k: Float[Tensor, "batch key kv d_head"],
-    lse: Float[Tensor, "batch query head"],
-    query_pos: Int[Tensor, "batch query"],
-    window: int | None,
-    heads: Sequence[int],
-    *,
-    lengths: Sequence[int] | None = None,
-) -> Float[Tensor, "batch chosen query key"]:
-    """Weights of the chosen heads only, in float32; a sink has its share if `lse` includes it."""
-    shape = _Shape.of(q, k, k, query_pos, window, lengths)
-    out = torch.zeros(len(q), len(heads), q.shape[1], k.shape[1], dtype=torch.float32, device=q.device)
-    tile = tiles.pattern_tile(q.dtype, tiles.target(q))
-    chosen = torch.tensor(heads, device=q.device)
-    keys = shape.longest if shape.packed else k.shape[1]
-    grid = (
-        triton.cdiv(shape.longest, tile.blocks["BLOCK_M"]), triton.cdiv(keys, tile.blocks["BLOCK_N"]),
-        len(heads) * shape.sequences,
-    )  # fmt: skip
-    if all(grid):
-        _pattern[grid](
-            shape.q, shape.k, lse.contiguous(), chosen, out, shape.starts, shape.query_pos, q.shape[1], k.shape[1],
-            shape.scale, *shape.strides[:6],
-            HEADS=shape.heads, **shape.sizes, PACKED=shape.packed, SEQUENCES=shape.sequences,
-            **tile.blocks, **tile.options,
-        )  # fmt: skip
-    return out
 
 
 def specimens(target: str = "sm_90") -> list[CompileCase]:
@@ -557,26 +503,10 @@ def _specimens(window: int | None, target: str, heads: int = 64, kv: int = 8, d:
         specimen("split", _split, step, decode, {**qkv, **parts, **rowwise, "chunk": "i32"}, shape,
                  4.0 * d * heads * rows * seen, rows * seen * kv * d * 4.0 + partial),
     ]  # fmt: skip
-    if window is None:  # the same for every window, or only made for chosen heads of short texts
-        few = {name: kind for name, kind in strides.items() if name[0] != "v"}
+    if window is None:  # the same for every window
         merge = Tile({}, num_warps=1, num_stages=1)
         types = {**parts, "sinks": number, "z": number, **statistics, "queries": "i32", "splits": "i32"}
         found.append(
             specimen("merge", _merge, step, merge, types, merged, 2.0 * rows * heads * d * splits, partial, False)
         )
-        types = {
-            "q": number,
-            "k": number,
-            "lse": wide,
-            "heads": index,
-            "out": wide,
-            "starts": index,
-            "query_pos": index,
-        }
-        types |= {"queries": "i32", "keys": "i32", "scale": "fp32", **few}
-        n = 1024
-        found.append(specimen(
-            "pattern", _pattern, "8 heads of a prefill of 1,024 tokens, full", tiles.pattern_tile(torch.bfloat16, target),
-            types, {**every, "SEQUENCES": 1}, 2.0 * d * 8 * n * n, 4.0 * 8 * n * n,
-        ))  # fmt: skip
     return found

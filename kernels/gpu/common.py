@@ -6,13 +6,33 @@ which widens there, element-wise maths is done in float32, and stores to bfloat1
 """
 
 import os
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
+import torch
 import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_device_of_first(launcher: Callable[P, R]) -> Callable[P, R]:
+    """Run a launcher with the GPU of its first argument as the current device, which is where Triton launches.
+
+    The model does so for each block. Launchers that are called elsewhere would otherwise run on the wrong card.
+    """
+
+    @wraps(launcher)
+    def launch(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(args[0]):  # does nothing for a tensor on the CPU
+            return launcher(*args, **kwargs)
+
+    return launch
 
 
 @triton.jit

@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from workbench.kernels.gpu import tiles
 from workbench.kernels.gpu.aot import CompileCase
-from workbench.kernels.gpu.common import dot, narrow
-from workbench.kernels.gpu.mxfp4 import Tiled, dot_packed, load_tile, operand, unpack
+from workbench.kernels.gpu.common import dot, narrow, on_device_of_first
+from workbench.kernels.gpu.mxfp4 import dot_packed, load_tile, operand, unpack
 from workbench.kernels.gpu.routing import Groups, group, max_tiles, tile_of
 from workbench.kernels.gpu.tiles import Tile
 from workbench.kernels.moe import ActivationHook, ActivationHooks, Experts
@@ -347,6 +347,7 @@ class _Combine(torch.autograd.Function):
         return dy, (wide * y.view(*gates.shape, -1)).sum(-1).to(gates.dtype), None
 
 
+@on_device_of_first
 def moe(
     x: Float[Tensor, "tokens d_model"],
     experts: Int[Tensor, "tokens slot"],
@@ -356,13 +357,12 @@ def moe(
 ) -> Float[Tensor, "tokens d_model"]:
     """Sum over slots of gate · expert(x), accumulated in float32; every stage is rounded to x's dtype.
 
-    A stage is materialised where a tap asks for it. x is bfloat16 or float32; the matrices are packed, as they were
-    published (Mxfp4) or in tiles (`mxfp4.repack`).
+    A stage is materialised where a tap asks for it. x is bfloat16 or float32; the matrices are packed (Mxfp4)
     """
     if x.dtype not in (torch.bfloat16, torch.float32):
         raise TypeError(f"the expert kernels compute in bfloat16 or float32, got {x.dtype}: convert the model")
     for matrix in (weights.gate_up, weights.down):
-        if not isinstance(matrix, Mxfp4 | Tiled):
+        if not isinstance(matrix, Mxfp4):
             kind = type(matrix).__name__
             raise TypeError(f"the expert kernels read packed matrices, got {kind}: use workbench.kernels.moe.moe")
     layer = _Layer(weights, group(experts, len(weights.gate_up_bias)), experts.shape[1])

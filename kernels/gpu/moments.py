@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workbench.kernels.gpu import tiles
 from workbench.kernels.gpu.aot import CompileCase
+from workbench.kernels.gpu.common import on_device_of_first
 from workbench.kernels.moments import Moments
 
 
@@ -65,6 +66,7 @@ def _add(
     tl.store(out_squares + label * D + d, tl.sum(square, 0), mask=d < D)
 
 
+@on_device_of_first
 def moments(x: Float[Tensor, "tokens d"], labels: Int[Tensor, "tokens"], n_labels: int) -> Moments:
     """Moments of the rows of each label 0 … n_labels − 1; rows of any other label are left out."""
     tile = tiles.moments_tile()

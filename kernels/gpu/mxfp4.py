@@ -1,10 +1,9 @@
-"""MXFP4 on the GPU: the codec, a repacking into contiguous tiles, and the packed operand of the matmul kernels.
+"""MXFP4 on the GPU: the codec, and the packed operand of the matmul kernels.
 
 A group is 32 values: 16 bytes and one scale byte. Strides of a packed matrix count groups, so one set addresses both
 tensors, and the compiler sees that every address of the bytes is a multiple of 16. A matmul kernel walks the matrix in
-tiles; four strides (expert, tile row, tile column, row) address the published row-major layout and the repacked one
-alike. The published layout ships by default: it is the checkpoint's own memory, serves every tile shape and the
-transposed products, and a row of a tile is whole 32-byte sectors. `repack` trades that for single contiguous reads.
+tiles, addressed by four strides (expert, tile row, tile column, row). The layout is that of the checkpoint: it needs no
+second copy in memory, serves every tile shape and the transposed products, and a row of a tile is whole 32-byte sectors.
 
 Reference: OCP Microscaling Formats (MX) Specification v1.0; `workbench.kernels.mxfp4`, whose results these equal.
 Cost: 17 bytes read and 64 written (bfloat16) per group to dequantise; 128 read (float32) and 17 written to quantise.
@@ -15,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from workbench.kernels.gpu import tiles
 from workbench.kernels.gpu.aot import CompileCase
-from workbench.kernels.gpu.common import INTERPRETED, dot, narrow
+from workbench.kernels.gpu.common import INTERPRETED, dot, narrow, on_device_of_first
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -30,18 +29,6 @@ TRITON_TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-
-
-class Tiled(NamedTuple):
-    """A stack of packed matrices as contiguous tiles, zeros where `out` or `columns` end inside a tile.
-
-    They serve kernels whose tile has this size; the published layout serves all.
-    """
-
-    blocks: Shaped[Tensor, "expert tile_row tile_column row byte"]
-    scales: Shaped[Tensor, "expert tile_row tile_column row group"]
-    out: int
-    columns: int
 
 
 class Operand(NamedTuple):
@@ -158,6 +145,7 @@ def _quantise(weight, blocks, scales, groups, BLOCK: tl.constexpr):
     tl.store(scales + group, (low + widen.to(tl.int32) + 127).to(tl.uint8), mask=inside)
 
 
+@on_device_of_first
 def dequantise(
     blocks: UInt8[Tensor, "*stack group 16"], scales: UInt8[Tensor, "*stack group"], dtype: torch.dtype = torch.bfloat16
 ) -> Float[Tensor, "*stack columns"]:
@@ -170,6 +158,7 @@ def dequantise(
     return out
 
 
+@on_device_of_first
 def quantise(
     weight: Float[Tensor, "*stack columns"],
 ) -> tuple[UInt8[Tensor, "*stack group 16"], UInt8[Tensor, "*stack group"]]:
@@ -193,30 +182,9 @@ def quantise(
     return blocks, scales
 
 
-def repack(weight: Mxfp4, rows: int, columns: int) -> Tiled:
-    """A stack [expert, out, …] as contiguous tiles of `rows` by `columns` values."""
-    experts, out, groups = weight.scales.shape
-    width = columns // GROUP
-    tile_rows, tile_columns = -(-out // rows), -(-groups // width)
-    padding = (0, tile_columns * width - groups, 0, tile_rows * rows - out)
-
-    def tile(packed: Tensor) -> Tensor:
-        """[expert, out, group, bytes of a group] in tiles."""
-        packed = torch.nn.functional.pad(packed, (0, 0, *padding))
-        packed = packed.view(experts, tile_rows, rows, tile_columns, width * packed.shape[-1])
-        return packed.transpose(2, 3).contiguous()
-
-    return Tiled(tile(weight.blocks), tile(weight.scales[..., None]), out, groups * GROUP)
-
-
-def operand(weight: Mxfp4 | Tiled, rows: int, columns: int) -> Operand:
+def operand(weight: Mxfp4, rows: int, columns: int) -> Operand:
     """How a kernel with tiles of `rows` by `columns` reads a stack of packed matrices."""
     blocks, scales = weight.blocks, weight.scales
-    if isinstance(weight, Tiled):
-        if scales.shape[3:] != (rows, columns // GROUP):
-            got = f"{scales.shape[3]} by {scales.shape[4] * GROUP}"
-            raise ValueError(f"the kernel reads tiles of {rows} by {columns}: repack to that, got {got}")
-        return Operand(blocks, scales, weight.out, weight.columns, tuple(scales.stride()[:4]))
     if not (blocks.is_contiguous() and scales.is_contiguous()):
         raise ValueError("packed weights must be contiguous: call .contiguous() once when loading")
     _, out, groups = scales.shape

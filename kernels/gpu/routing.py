@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from workbench.kernels.gpu import tiles
 from workbench.kernels.gpu.aot import CompileCase
-from workbench.kernels.gpu.common import narrow
+from workbench.kernels.gpu.common import narrow, on_device_of_first
 
 
 class Groups(NamedTuple):
@@ -127,6 +127,7 @@ def max_tiles(slots: int, num_experts: int, block_m: int) -> int:
     return (slots + min(slots, num_experts) * (block_m - 1)) // block_m
 
 
+@on_device_of_first
 def top_k(logits: Float[Tensor, "tokens expert"], k: int) -> Int[Tensor, "tokens slot"]:
     """Ids of the k largest logits, descending; equal logits go to the smaller id."""
     tokens, num_experts = logits.shape
@@ -137,6 +138,7 @@ def top_k(logits: Float[Tensor, "tokens expert"], k: int) -> Int[Tensor, "tokens
     return ids
 
 
+@on_device_of_first
 def gate(logits: Float[Tensor, "tokens expert"], experts: Int[Tensor, "tokens slot"]) -> Float[Tensor, "tokens slot"]:
     """Weights of the selected experts: softmax over their logits alone; rows sum to 1."""
     return _Gate.apply(logits, experts)
@@ -166,6 +168,7 @@ class _Gate(torch.autograd.Function):
         return grad.new_zeros(len(grad), ctx.num_experts).scatter_add_(-1, experts, grad), None
 
 
+@on_device_of_first
 def group(experts: Int[Tensor, "tokens slot"], num_experts: int) -> Groups:
     """Slots (token · k + slot) in order of the expert they go to, and among one expert's in their own order.
 

@@ -33,6 +33,21 @@ class Tile(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **cap}
 
 
+SMALLEST_OPERAND = 16  # rows and columns: what a matrix instruction takes at least
+_MATRIX_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+
+
+def fits(tile: Tile) -> bool:
+    """Return whether kernels can be compiled with this tile: powers of two, and operands of at least 16 by 16."""
+    sizes = tile.blocks.items()
+    return all(n & (n - 1) == 0 and n >= (SMALLEST_OPERAND if name in _MATRIX_BLOCKS else 1) for name, n in sizes)
+
+
+def _power_of_two(most: int) -> int:
+    """Return the largest power of two that is not above `most`; Triton's blocks are powers of two."""
+    return 1 << (most.bit_length() - 1)
+
+
 @cache
 def _arch(device: torch.device) -> str:
     if torch.version.hip:
@@ -79,13 +94,13 @@ def codec_tile() -> Tile:
 @measured
 def top_k_tile(width: int) -> Tile:
     """Rows of `width` (experts, or slots) a program: about 2,048 values, at least one row a warp."""
-    return Tile({"BLOCK": max(4, min(128, 2048 // width))}, num_warps=4, num_stages=1)
+    return Tile({"BLOCK": max(4, min(128, _power_of_two(max(1, 2048 // width))))}, num_warps=4, num_stages=1)
 
 
 @measured
 def group_tile(num_experts: int) -> Tile:
     """Slots a program, slots a step of it, and partial counts a step: a step's one-hot matrix stays in registers."""
-    step = max(16, min(128, 2048 // num_experts))
+    step = max(16, min(128, _power_of_two(max(1, 2048 // num_experts))))
     return Tile({"BLOCK": 1024, "STEP": step, "CHUNK": 16}, num_warps=4, num_stages=1)
 
 
@@ -165,7 +180,9 @@ def decode_tile(rows: int, dtype: torch.dtype, target: str) -> Tile:
     """Rows × keys of decoding, bounded by reading the keys: small tiles, deep pipeline."""
     if target == "interpreter":
         return Tile({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
-    return Tile({"BLOCK_M": 16, "BLOCK_N": 64}, 4, 2 if target.startswith("gfx") or dtype == torch.float32 else 4)
+    if dtype == torch.float32:  # no tensor cores: 64 keys spill 832 to 920 bytes on every NVIDIA target
+        return Tile({"BLOCK_M": 16, "BLOCK_N": 32}, 4, 2)
+    return Tile({"BLOCK_M": 16, "BLOCK_N": 64}, 4, 2 if target.startswith("gfx") else 4)
 
 
 @cache
@@ -201,8 +218,18 @@ def keys_gradient_tile(dtype: torch.dtype, target: str) -> Tile:
 
 
 @measured
-def pattern_tile(dtype: torch.dtype, target: str) -> Tile:
-    """Queries × keys of a pattern, bounded by writing it."""
-    if target == "interpreter":
-        return Tile({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
-    return Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 8 if dtype == torch.float32 else 4, 1)
+def norm_tile(d: int) -> Tile:
+    """Columns a program, which normalises one row: all of them."""
+    return Tile({"WIDTH": _power_of_two(2 * d - 1)}, num_warps=4, num_stages=1)
+
+
+@measured
+def rotary_tile(heads: int, half: int) -> Tile:
+    """Heads and pairs a program, which rotates one token: all of them."""
+    return Tile({"ROWS": _power_of_two(2 * heads - 1), "WIDTH": _power_of_two(2 * half - 1)}, num_warps=4, num_stages=1)
+
+
+@measured
+def logits_tile() -> Tile:
+    """Logits a step of a program, which reads one row: 16 a thread."""
+    return Tile({"BLOCK": 4096}, num_warps=8, num_stages=2)

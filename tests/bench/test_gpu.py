@@ -186,3 +186,15 @@ for name in PUBLISHED:
 """
     done = interpreted(code)
     assert [int(line) for line in done.stdout.split()] == pytest.approx([903, 670], abs=5)
+
+
+def test_autotune_tries_no_tile_that_kernels_cannot_use() -> None:
+    from workbench.bench.autotune import neighbours
+    from workbench.kernels.gpu import tiles
+
+    own = tiles.Tile({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK": 4}, 4, 2)
+    tried = list(neighbours(own))
+    assert all(tiles.fits(tile) for tile in tried)
+    assert {tile.blocks["BLOCK_M"] for tile in tried} == {16, 32}
+    assert {tile.blocks["BLOCK"] for tile in tried} == {2, 4, 8}
+    assert not tiles.fits(own._replace(blocks={**own.blocks, "BLOCK_M": 8})), "gave NaN when decoding two tokens"

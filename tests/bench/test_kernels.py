@@ -161,3 +161,25 @@ def test_wrong_usage_is_refused() -> None:
         kernels.run(["sm_75"])
     with pytest.raises(InputError, match="leave --target and --kernel out"):
         kernels.run(["sm_90"], write=True)
+
+
+FLOAT32_DECODE = """
+from dataclasses import replace
+import torch
+from workbench.kernels.gpu import attention, tiles
+from workbench.kernels.gpu.aot import TARGETS, resources
+for target in ("sm_90", "sm_100", "sm_120"):
+    case = next(c for c in attention.specimens(target) if c.kernel is attention._split)
+    types = {name: "*fp32" if kind == "*bf16" else kind for name, kind in case.types.items()}
+    own = tiles.decode_tile(8, torch.float32, target)
+    for tile in (own, own._replace(blocks={"BLOCK_M": 16, "BLOCK_N": 64})):
+        made = replace(case, types=types, tile=tile, constants={**case.constants, **tile.blocks})
+        print(resources(made, TARGETS[target]).spilled)
+"""
+
+
+@pytest.mark.slow
+def test_decoding_in_float32_does_not_spill() -> None:
+    spilled = [int(line) for line in compiled(FLOAT32_DECODE).splitlines()]
+    assert spilled[0::2] == [0, 0, 0]
+    assert all(n > 0 for n in spilled[1::2]), "the tile before, of 64 keys, is the negative control"

@@ -91,7 +91,7 @@ def test_a_signal_stops_a_job_cleanly_and_says_how_to_go_on(
     _, err = child.communicate(timeout=60)
     assert child.returncode == 1, err
     assert f"was stopped by {number.name}; what was written is kept, start it again to go on" in err.splitlines()[-1]
-    assert not (path / ".lock").exists()
+    assert not path.with_name(".run.lock").exists()
     run = wb.open_run(path)
     assert 0 < run.progress[0] < run.progress[1]
     assert verify(path) == []

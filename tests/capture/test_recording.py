@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 
 import workbench as wb
-from workbench.capture import recording
+from workbench.capture import compute, recording
 from workbench.capture.record_buffers import sketch_matrix
 from workbench.errors import InputError, JobError
 from workbench.harmony import CHANNELS
@@ -104,7 +104,7 @@ def test_reductions_do_not_depend_on_how_passes_are_cut(
 ) -> None:
     record = ("resid_post:1 reduce=moments sketch=4", "mlp_out reduce=message", "resid_mid:2 channel=final")
     whole = captured(nano, transcripts, tmp_path / "a", *record)
-    monkeypatch.setattr(units, "FORWARD_TOKENS", 150)
+    monkeypatch.setattr(compute, "FORWARD_TOKENS", 150)
     cut = captured(nano, transcripts, tmp_path / "b", *record)
     for name in ("hook_resid_post_sum", "hook_resid_post_sumsq", "hook_resid_post_sketch", "hook_resid_post_tokens"):
         np.testing.assert_allclose(cut.summary(name), whole.summary(name), rtol=1e-3, atol=1e-3, err_msg=name)

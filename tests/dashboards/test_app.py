@@ -114,45 +114,45 @@ def heavy(page: Page) -> list[str]:
 
 
 def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, browser: Browser) -> None:
-    visit = Session(browser, f"{demo}/experts").drawn(2)
-    expect(visit.page.get_by_text(": experts").first).to_be_visible()
-    expect(visit.page.get_by_text("16 experts").first).to_be_visible()
-    for words in ("What was found", "How is this computed"):
-        expect(visit.page.get_by_text(words).first).to_be_attached()
+    session = Session(browser, f"{demo}/experts").drawn(2)
+    expect(session.page.get_by_text(": experts").first).to_be_visible()
+    expect(session.page.get_by_text("16 experts").first).to_be_visible()
+    for words in ("Findings", "Methods"):
+        expect(session.page.get_by_text(words).first).to_be_attached()
     SCREENSHOTS.mkdir(exist_ok=True)
-    visit.page.wait_for_timeout(1000)
-    visit.page.screenshot(path=SCREENSHOTS / "routing-1280.png")
-    assert visit.foreign == []
-    assert visit.errors == []
+    session.page.wait_for_timeout(1000)
+    session.page.screenshot(path=SCREENSHOTS / "routing-1280.png")
+    assert session.foreign == []
+    assert session.errors == []
 
 
 def test_it_is_readable_on_a_wide_screen(demo: str, browser: Browser) -> None:
-    visit = Session(browser, f"{demo}/experts", width=1920).drawn(2)
-    visit.page.wait_for_timeout(500)
-    visit.page.screenshot(path=SCREENSHOTS / "routing-1920.png")
-    assert visit.errors == []
+    session = Session(browser, f"{demo}/experts", width=1920).drawn(2)
+    session.page.wait_for_timeout(500)
+    session.page.screenshot(path=SCREENSHOTS / "routing-1920.png")
+    assert session.errors == []
 
 
 def test_choosing_an_effort_changes_the_heat_map_and_the_link_reopens_it(demo: str, browser: Browser) -> None:
-    visit = Session(browser, f"{demo}/experts?channel=final&effort=high").drawn()
-    before = heat(visit.page)
-    visit.page.get_by_role("button", name="low", exact=True).click()
-    visit.page.wait_for_url(re.compile("effort=low"), timeout=30_000)
-    visit.page.wait_for_timeout(1500)
-    after = heat(visit.page)
+    session = Session(browser, f"{demo}/experts?channel=final&effort=high").drawn()
+    before = heat(session.page)
+    session.page.get_by_role("button", name="low", exact=True).click()
+    session.page.wait_for_url(re.compile("effort=low"), timeout=30_000)
+    session.page.wait_for_timeout(1500)
+    after = heat(session.page)
     assert after != before
-    again = Session(browser, visit.page.url).drawn()
+    again = Session(browser, session.page.url).drawn()
     again.page.wait_for_timeout(500)
     assert heat(again.page) == after
-    assert visit.errors == again.errors == []
+    assert session.errors == again.errors == []
 
 
 def test_a_link_that_names_what_does_not_exist_opens_all_the_same(demo: str, browser: Browser) -> None:
-    visit = Session(
+    session = Session(
         browser, f"{demo}/experts?run=../../etc/passwd&channel=<script>alert(1)</script>&effort=extreme"
     ).drawn()
-    assert "passwd" not in visit.page.content()
-    assert visit.errors == []
+    assert "passwd" not in session.page.content()
+    assert session.errors == []
 
 
 def test_text_from_a_run_is_text(demo_run: Path, tmp_path: Path, browser: Browser) -> None:
@@ -165,9 +165,9 @@ def test_text_from_a_run_is_text(demo_run: Path, tmp_path: Path, browser: Browse
     (evil / "zarr.json").write_text(json.dumps(attributes))
     server, url = serve(str(evil))
     try:
-        visit = Session(browser, url).drawn()
-        assert visit.page.evaluate("window.evil") is None
-        assert visit.foreign == []
+        session = Session(browser, url).drawn()
+        assert session.page.evaluate("window.evil") is None
+        assert session.foreign == []
     finally:
         stop(server)
 
@@ -177,8 +177,8 @@ def test_a_run_that_vanishes_is_said_to_be_gone(demo_run: Path, tmp_path: Path, 
     server, url = serve(str(copy))
     try:
         shutil.rmtree(copy)
-        visit = Session(browser, url)
-        expect(visit.page.get_by_text("is not there").first).to_be_visible(timeout=30_000)
+        session = Session(browser, url)
+        expect(session.page.get_by_text("is not there").first).to_be_visible(timeout=30_000)
     finally:
         stop(server)
 
@@ -194,49 +194,49 @@ def test_a_run_that_vanishes_is_said_to_be_gone(demo_run: Path, tmp_path: Path, 
     ],
 )
 def test_every_page_draws_and_explains_itself(demo: str, browser: Browser, page: str, figures: int, theme: str) -> None:
-    visit = Session(browser, f"{demo}/{page}?theme={theme}").drawn(figures)
-    paper = visit.page.evaluate(
+    session = Session(browser, f"{demo}/{page}?theme={theme}").drawn(figures)
+    paper = session.page.evaluate(
         """() => { let found = ''; const walk = root => { for (const e of root.querySelectorAll('*')) {
              if (e.classList.contains('js-plotly-plot')) found = e.layout.template.layout.paper_bgcolor;
              if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
     )
     assert paper == {"light": "#ffffff", "dark": "#14171c"}[theme]
-    words = "What effort brings" if page == "overview" else "How is this computed"
-    expect(visit.page.get_by_text(words).first).to_be_attached()
-    visit.page.wait_for_timeout(800)
-    visit.page.screenshot(path=SCREENSHOTS / f"{page}-{theme}-1280.png")
-    assert heavy(visit.page) == []
-    assert visit.foreign == []
-    assert visit.errors == []
+    words = "Accuracy vs. reasoning length" if page == "overview" else "Methods"
+    expect(session.page.get_by_text(words).first).to_be_attached()
+    session.page.wait_for_timeout(800)
+    session.page.screenshot(path=SCREENSHOTS / f"{page}-{theme}-1280.png")
+    assert heavy(session.page) == []
+    assert session.foreign == []
+    assert session.errors == []
 
 
 def test_another_figure_is_in_the_link_and_its_numbers_can_be_had(demo: str, browser: Browser) -> None:
-    visit = Session(browser, f"{demo}/sinks?figure=position_layer_1").drawn(3)
-    expect(visit.page.get_by_text("Sink mass by position, layer 1").first).to_be_visible()
-    visit.page.locator("select").last.select_option(label="analysis vs final matched")
-    visit.page.wait_for_url(re.compile("figure=analysis_vs_final_matched"), timeout=30_000)
-    expect(visit.page.get_by_text("at equal position").first).to_be_visible(timeout=30_000)
-    visit.page.wait_for_timeout(500)
-    with visit.page.expect_download(timeout=30_000) as download:
-        visit.page.get_by_text("numbers as CSV").last.click()
+    session = Session(browser, f"{demo}/sinks?figure=position_layer_1").drawn(3)
+    expect(session.page.get_by_text("Sink mass by position, layer 1").first).to_be_visible()
+    session.page.locator("select").last.select_option(label="analysis vs final matched")
+    session.page.wait_for_url(re.compile("figure=analysis_vs_final_matched"), timeout=30_000)
+    expect(session.page.get_by_text("at equal position").first).to_be_visible(timeout=30_000)
+    session.page.wait_for_timeout(500)
+    with session.page.expect_download(timeout=30_000) as download:
+        session.page.get_by_text("numbers as CSV").last.click()
     content = Path(download.value.path()).read_text()
     assert content.startswith("layer,head,")
     assert len(content.splitlines()) == 1 + 4 * 8
-    assert visit.errors == []
+    assert session.errors == []
 
 
-def frame_of(visit: "Session") -> Frame:
+def frame_of(session: "Session") -> Frame:
     for _ in range(120):
-        found = [f for f in visit.page.frames if f != visit.page.main_frame]
+        found = [f for f in session.page.frames if f != session.page.main_frame]
         if found and found[0].locator(".t").count():
             return found[0]
-        visit.page.wait_for_timeout(250)
+        session.page.wait_for_timeout(250)
     pytest.fail("no conversation is shown")
 
 
 def test_a_conversation_is_coloured_told_of_searched_and_replayed(demo: str, browser: Browser) -> None:
-    visit = Session(browser, f"{demo}/transcript?task=product")
-    frame = frame_of(visit)
+    session = Session(browser, f"{demo}/transcript?task=product")
+    frame = frame_of(session)
     tokens = frame.locator(".t")
     assert tokens.count() > 60
     text = frame.locator("#text").inner_text()
@@ -254,25 +254,25 @@ def test_a_conversation_is_coloured_told_of_searched_and_replayed(demo: str, bro
     assert frame.locator(".t.hit").count() >= 2
     frame.select_option("#speed", "100")
     frame.click("#play")
-    visit.page.wait_for_timeout(400)
-    visit.page.screenshot(path=SCREENSHOTS / "transcript-1280.png")
+    session.page.wait_for_timeout(400)
+    session.page.screenshot(path=SCREENSHOTS / "transcript-1280.png")
     partly = frame.evaluate("[now, counts[0].reduce((a, b) => a + b, 0)]")
     assert partly[0] > 0
     assert partly[1] == 4 * partly[0]
     frame.wait_for_function("now >= n && timer === null", timeout=20_000)
-    assert visit.errors == []
-    assert visit.foreign == []
+    assert session.errors == []
+    assert session.foreign == []
 
 
 def test_next_goes_on_and_the_link_reopens_the_conversation(demo: str, browser: Browser) -> None:
-    visit = Session(browser, f"{demo}/transcript")
-    frame_of(visit)
-    visit.page.get_by_text("next ›").click()
-    visit.page.wait_for_url(re.compile(r"sequence=\d+"), timeout=20_000)
-    visit.page.wait_for_timeout(800)
-    shown = frame_of(visit).locator("#text").inner_text()
-    again = Session(browser, visit.page.url)
-    assert frame_of(again).locator("#text").inner_text() == shown
+    session = Session(browser, f"{demo}/transcript")
+    frame_of(session)
+    session.page.get_by_text("next ›").click()
+    session.page.wait_for_url(re.compile(r"sequence=\d+"), timeout=20_000)
+    session.page.wait_for_timeout(800)
+    shown = frame_of(session).locator("#text").text_content()
+    again = Session(browser, session.page.url)
+    assert frame_of(again).locator("#text").text_content() == shown
 
 
 def test_a_transcript_with_a_script_is_only_text(tmp_path: Path, browser: Browser) -> None:
@@ -292,11 +292,11 @@ def test_a_transcript_with_a_script_is_only_text(tmp_path: Path, browser: Browse
         writer.finish()
     server, url = serve(str(tmp_path / "evil.zarr"))
     try:
-        visit = Session(browser, f"{url}/transcript")
-        frame = frame_of(visit)
+        session = Session(browser, f"{url}/transcript")
+        frame = frame_of(session)
         assert frame.evaluate("window.evil") is None
-        assert visit.page.evaluate("window.evil") is None
-        assert visit.foreign == []
+        assert session.page.evaluate("window.evil") is None
+        assert session.foreign == []
     finally:
         stop(server)
 
@@ -318,61 +318,63 @@ def test_with_a_password_file_nobody_looks_without_one(demo_run: Path, tmp_path:
 
 
 def test_an_expert_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
-    visit = Session(browser, f"{demo}/experts?channel=analysis&layer=1&expert=5").drawn(2)
-    expect(visit.page.get_by_text("Layer 1, expert 5").first).to_be_visible(timeout=30_000)
-    expect(visit.page.get_by_text("for example").first).to_be_attached(timeout=30_000)
-    visit.page.get_by_text("Who works together in layer 1").first.click()
-    visit.drawn(4)
-    expect(visit.page.get_by_text("From layer 1 to 2: analysis").first).to_be_attached(timeout=30_000)
-    assert visit.errors == []
+    session = Session(browser, f"{demo}/experts?channel=analysis&layer=1&expert=5").drawn(2)
+    expect(session.page.get_by_text("Layer 1, expert 5").first).to_be_visible(timeout=30_000)
+    expect(session.page.get_by_text("for example").first).to_be_attached(timeout=30_000)
+    session.page.get_by_text("Co-activation in layer 1").first.click()
+    session.drawn(4)
+    expect(session.page.get_by_text("From layer 1 to 2: analysis").first).to_be_attached(timeout=30_000)
+    assert session.errors == []
 
 
 def test_a_head_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
-    visit = Session(browser, f"{demo}/sinks?layer=1&head=3").drawn(3)
-    expect(visit.page.get_by_text("Layer 1, head 3").first).to_be_visible(timeout=30_000)
-    expect(visit.page.get_by_text("Its mean mass on the sink").first).to_be_attached()
-    expect(visit.page.get_by_text("Layer 1, head 3 by position").first).to_be_attached(timeout=30_000)
-    assert visit.errors == []
+    session = Session(browser, f"{demo}/sinks?layer=1&head=3").drawn(3)
+    expect(session.page.get_by_text("Layer 1, head 3").first).to_be_visible(timeout=30_000)
+    expect(session.page.get_by_text("Mean sink attention by channel and effort").first).to_be_attached()
+    expect(session.page.get_by_text("Layer 1, head 3 by position").first).to_be_attached(timeout=30_000)
+    assert session.errors == []
 
 
 @pytest.mark.parametrize(("label", "start"), [("SVG", b"<svg"), ("PNG", b"\x89PNG")])
 def test_a_figure_is_taken_home(demo: str, browser: Browser, label: str, start: bytes) -> None:
-    visit = Session(browser, f"{demo}/experts?channel=final").drawn()
-    with visit.page.expect_download(timeout=30_000) as download:
-        visit.page.get_by_role("button", name=label, exact=True).first.click()
+    session = Session(browser, f"{demo}/experts?channel=final").drawn()
+    with session.page.expect_download(timeout=30_000) as download:
+        session.page.get_by_role("button", name=label, exact=True).first.click()
     assert Path(download.value.path()).read_bytes().startswith(start)
     assert download.value.suggested_filename == f"demo-load-final-all-all.{label.lower()}"
-    assert visit.errors == []
+    assert session.errors == []
 
 
 def test_what_is_chosen_goes_along_to_the_next_page_by_keyboard(demo: str, browser: Browser) -> None:
-    visit = Session(browser, f"{demo}/experts").drawn()
+    session = Session(browser, f"{demo}/experts").drawn()
     for name, choice in (("Channel", "final"), ("Task", "product"), ("Layer", "2")):
-        visit.page.get_by_label(name, exact=True).select_option(label=choice)
-        visit.page.wait_for_url(re.compile(f"{name.lower()}={choice}"), timeout=30_000)
-    expect(visit.page.get_by_text("How often each expert is chosen: final, product").first).to_be_visible(
+        session.page.get_by_label(name, exact=True).select_option(label=choice)
+        session.page.wait_for_url(re.compile(f"{name.lower()}={choice}"), timeout=30_000)
+    expect(session.page.get_by_text("How often each expert is chosen: final, product").first).to_be_visible(
         timeout=30_000
     )
-    visit.page.wait_for_timeout(500)
-    visit.page.get_by_role("link", name="Sinks").focus()
-    visit.page.keyboard.press("Enter")
-    visit.page.wait_for_url(re.compile("/sinks.*channel=final.*task=product"), timeout=30_000)
-    visit.drawn()
-    expect(visit.page.get_by_text("Sink mass: final, product").first).to_be_visible(timeout=30_000)
-    expect(visit.page.get_by_text("Layer 2, head 0").first).to_be_visible(timeout=30_000)
-    assert visit.errors == []
+    session.page.wait_for_timeout(500)
+    session.page.get_by_role("link", name="Attention sinks").focus()
+    session.page.keyboard.press("Enter")
+    session.page.wait_for_url(re.compile("/sinks.*channel=final.*task=product"), timeout=30_000)
+    session.drawn()
+    expect(session.page.get_by_text("Sink mass: final, product").first).to_be_visible(timeout=30_000)
+    expect(session.page.get_by_text("Layer 2, head 0").first).to_be_visible(timeout=30_000)
+    assert session.errors == []
 
 
 def test_conversations_are_searched_by_what_was_said(demo: str, browser: Browser) -> None:
-    visit = Session(browser, f"{demo}/transcript?channel=final&effort=low&find=no+such+words")
-    expect(visit.page.get_by_text("no conversation is like that").first).to_be_visible(timeout=30_000)
-    box = visit.page.get_by_label("Id, answer or text contains")
+    session = Session(browser, f"{demo}/transcript?channel=final&effort=low&find=no+such+words")
+    expect(
+        session.page.get_by_text("No matching conversations. Change the filters or the search text.").first
+    ).to_be_visible(timeout=30_000)
+    box = session.page.get_by_label("Id, answer or text contains")
     box.fill("1")
     box.press("Enter")
-    visit.page.wait_for_url(re.compile("find=1&|find=1$"), timeout=30_000)
-    frame = frame_of(visit)
+    session.page.wait_for_url(re.compile("find=1&|find=1$"), timeout=30_000)
+    frame = frame_of(session)
     assert "Reasoning: low" in frame.locator("#text").inner_text()
-    assert visit.errors == []
+    assert session.errors == []
 
 
 def test_panel_serve_shows_it_too(demo_run: Path, browser: Browser) -> None:
@@ -382,12 +384,12 @@ def test_panel_serve_shows_it_too(demo_run: Path, browser: Browser) -> None:
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(port, server)
-        visit = Session(browser, f"http://localhost:{port}/app?page=experts").drawn()
-        visit.page.get_by_role("link", name="Effort").click()
-        visit.page.wait_for_url(re.compile("page=effort"), timeout=30_000)
-        visit.drawn()
-        expect(visit.page.get_by_text("What thinking costs and brings").first).to_be_visible()
-        assert visit.errors == []
+        session = Session(browser, f"http://localhost:{port}/app?page=experts").drawn()
+        session.page.get_by_role("link", name="Effort").click()
+        session.page.wait_for_url(re.compile("page=effort"), timeout=30_000)
+        session.drawn()
+        expect(session.page.get_by_text("What thinking costs and brings").first).to_be_visible()
+        assert session.errors == []
     finally:
         server.terminate()
         server.wait(30)
@@ -401,9 +403,9 @@ def test_two_runs_are_compared_and_one_says_what_is_missing(
     other = shutil.copytree(demo_run, tmp_path / "other.zarr")
     server, url = serve(str(demo_run), str(other))
     try:
-        visit = Session(browser, f"{url}/compare").drawn()
-        expect(visit.page.get_by_text("routers agree on 100.0%").first).to_be_attached()
-        assert visit.errors == []
+        session = Session(browser, f"{url}/compare").drawn()
+        expect(session.page.get_by_text("routers agree on 100.0%").first).to_be_attached()
+        assert session.errors == []
     finally:
         stop(server)
 
@@ -418,13 +420,13 @@ def test_a_run_that_is_written_shows_moving_progress(tmp_path: Path, browser: Br
         write_unit(writer, 0)
         server, url = serve(str(tmp_path / "r.zarr"))
         try:
-            visit = Session(browser, f"{url}/overview")
-            expect(visit.page.get_by_text(f"1 of {len(layout.units)} units, ").first).to_be_visible(timeout=30_000)
+            session = Session(browser, f"{url}/overview")
+            expect(session.page.get_by_text(f"1 of {len(layout.units)} units, ").first).to_be_visible(timeout=30_000)
             write_unit(writer, 1)
-            expect(visit.page.get_by_text(f"2 of {len(layout.units)} units, ").first).to_be_visible(timeout=30_000)
+            expect(session.page.get_by_text(f"2 of {len(layout.units)} units, ").first).to_be_visible(timeout=30_000)
             shutil.rmtree(tmp_path / "r.zarr" / "tokens")
-            visit.page.wait_for_timeout(2500)
-            expect(visit.page.get_by_text("Overview").first).to_be_visible()
+            session.page.wait_for_timeout(2500)
+            expect(session.page.get_by_text("Overview").first).to_be_visible()
         finally:
             stop(server)
 

@@ -23,7 +23,7 @@ from workbench.capture.plan import plan_units
 from workbench.dashboards import content, search
 from workbench.dashboards.app import _access, notebook
 from workbench.dashboards.conversation import data_of, frame
-from workbench.dashboards.pages import PAGES, made
+from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.dashboards.study_jobs import Answer, Desk
@@ -40,7 +40,7 @@ def run() -> Run:
 
 
 @pytest.fixture(scope="module")
-def shelf() -> RunRegistry:
+def registry() -> RunRegistry:
     return RunRegistry([DATA / "demo.zarr"])
 
 
@@ -74,19 +74,19 @@ def test_a_head_s_tokens_and_its_curve_are_those_of_its_sinks(run: Run) -> None:
 def test_tokens_by_role_are_those_of_the_labels(run: Run) -> None:
     data = run.dataset[["role", "channel", "sequence"]].compute()
     effort = run.sequences["effort"].loc[data["sequence"].values].to_numpy()
-    content = data["channel"].values != CHANNELS.index("frame")
+    inside = data["channel"].values != CHANNELS.index("frame")
     table = content.tokens_by_role(run)
     for role, rows in table.groupby("role"):
         for e in ("low", "medium", "high"):
-            here = content & (data["role"].values == ROLES.index(str(role))) & (effort == e)
+            here = inside & (data["role"].values == ROLES.index(str(role))) & (effort == e)
             assert rows[e].sum() == here.sum()
-    final = content & (data["channel"].values == CHANNELS.index("final"))
+    final = inside & (data["channel"].values == CHANNELS.index("final"))
     assert table.query("role == 'assistant' and channel == 'final'")["all"].item() == final.sum()
-    assert table["all"].sum() == content.sum()
+    assert table["all"].sum() == inside.sum()
 
 
-def test_whom_an_expert_works_with(shelf: RunRegistry) -> None:
-    pairs = shelf.pairs("demo")
+def test_whom_an_expert_works_with(registry: RunRegistry) -> None:
+    pairs = registry.pairs("demo")
     assert pairs is not None
     partners = content.partners(pairs, "final", 2, 3)
     assert 3 not in set(partners["with expert"])
@@ -209,45 +209,45 @@ def test_a_growing_run_is_studied_once_for_each_visit(tmp_path: Path) -> None:
     layout = plan_units(LENGTHS, 1024)
     with open_writer(tmp_path / "r.zarr", **job(layout)) as writer:
         write_unit(writer, 0)
-        shelf = RunRegistry([tmp_path / "r.zarr"], cache=tmp_path / "cache")
+        registry = RunRegistry([tmp_path / "r.zarr"], cache=tmp_path / "cache")
         asked = list[tuple[str, bool]]()
-        shelf.desk.ask = lambda study, paths, digest, *, lasting: asked.append((digest, lasting))  # type: ignore[assignment,method-assign]
-        visit = shelf.study("routing", "r")
-        first = shelf.run("r").digest
-        visit()
+        registry.desk.ask = lambda study, paths, digest, *, lasting: asked.append((digest, lasting))  # type: ignore[assignment,method-assign]
+        session = registry.study("routing", "r")
+        first = registry.run("r").digest
+        session()
         write_unit(writer, 1)
-        assert shelf.run("r").digest != first
-        visit()
+        assert registry.run("r").digest != first
+        session()
         assert asked == [(first, False)] * 2
-        shelf.study("routing", "r")()
+        registry.study("routing", "r")()
         assert asked[2][0] != first
-        shelf.desk.close()
+        registry.desk.close()
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", page_titles())
 def test_what_is_damaged_is_said_on_every_page_and_the_rest_is_shown(page: str, tmp_path: Path) -> None:
     """Tables, sums and tokens are cut or gone; no page fails, and what could not be read is named."""
     damaged = shutil.copytree(DATA / "demo.zarr", tmp_path / "r.zarr")
-    shelf = RunRegistry([damaged], cache=tmp_path / "cache")
-    whole = made(page, Session(shelf, Selection({}), lambda: None))
+    registry = RunRegistry([damaged], cache=tmp_path / "cache")
+    whole = made(page, Session(registry, Selection({}), lambda: None))
     assert page == "compare" or not any(isinstance(part, pn.pane.Alert) for part in whole.main)
     for part in ("totals", "tokens", "routing", "sequences"):
         for file in sorted(p for p in (damaged / part).rglob("*") if p.is_file() and p.name != "zarr.json"):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        shelf._runs.clear()
-        shelf._made.clear()
-        shown = made(page, Session(shelf, Selection({}), lambda: None))
+        registry._runs.clear()
+        registry._made.clear()
+        shown = made(page, Session(registry, Selection({}), lambda: None))
         assert shown.main
     said = " ".join(str(alert.object) for part in shown.main for alert in [part] if isinstance(alert, pn.pane.Alert))
     assert "verify" in said or "two runs" in said
     (damaged / "zarr.json").unlink()
-    gone = made(page, Session(shelf, Selection({}), lambda: None)) if page != "compare" else None
+    gone = made(page, Session(registry, Selection({}), lambda: None)) if page != "compare" else None
     assert gone is None or "is not" in str(gone.main[0].object)
-    shelf.desk.close()
+    registry.desk.close()
 
 
 def test_a_notebook_shows_every_page() -> None:
-    for page in PAGES:
+    for page in page_titles():
         assert len(notebook(DATA / "demo.zarr", page=page)) == 2
     with pytest.raises(InputError, match="no page is called"):
         notebook(DATA / "demo.zarr", page="none")
@@ -259,12 +259,12 @@ def test_a_vocabulary_that_nobody_has_shows_numbers(run: Run) -> None:
     assert data_of(run, int(run.sequences.index[0]), None)["texts"][0].startswith("⟨")
 
 
-def test_two_sessions_wait_for_one_computation(shelf: RunRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_sessions_wait_for_one_computation(registry: RunRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     made = []
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: shelf._once(("x",), "d", lambda: made.append(1) or object()), range(8)))
+        found = list(pool.map(lambda _: registry._once(("x",), "d", lambda: made.append(1) or object()), range(8)))
     assert len(made) == 1
     assert len({id(f) for f in found}) == 1
 

@@ -58,7 +58,9 @@ def test_the_limit_sees_a_wrong_estimate(exact: GptOss, broken: str, monkeypatch
     if broken == "difference backwards":
         monkeypatch.setattr(activations, "dot", lambda m, n, end, begin, slope: dot(m, n, begin, end, slope))
     elif broken == "gradient of the clean run":
-        monkeypatch.setattr(activations, "slopes", lambda m, x, *rest: slopes(m, x, *rest)[:2] + slopes(m, CLEAN, *rest)[2:])
+        monkeypatch.setattr(
+            activations, "slopes", lambda m, x, *rest: slopes(m, x, *rest)[:2] + slopes(m, CLEAN, *rest)[2:]
+        )
     else:
         held = [(name, lambda x, hook: x.detach()) for name in exact.hook_dict if name.endswith("expert_weights")]
 

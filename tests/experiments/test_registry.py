@@ -8,9 +8,11 @@ import workbench as wb
 from tests.conftest import DATA
 from workbench.errors import InputError
 from workbench.experiments import chain_of_thought
+from workbench.experiments.expert_sets import named_experts
 from workbench.experiments.from_run import transcripts
-from workbench.experiments.registry import NAMES, named_experts, run_experiment
+from workbench.experiments.registry import run_experiment
 from workbench.figures import experiments as figures
+from workbench.registry import experiments
 from workbench.studies import save
 
 
@@ -25,9 +27,9 @@ def nano():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [record.name for record in experiments()])
 def test_every_experiment_explains_itself_and_can_be_drawn_and_saved(name, run, nano, tmp_path, monkeypatch):
-    monkeypatch.setattr("workbench.experiments.registry.CONTROLS", 4)
+    monkeypatch.setattr("workbench.experiments.expert_sets.CONTROLS", 4)
     found = run_experiment(name, nano, run, sequences=60)
     drawn = figures.gallery(found)
     assert drawn.keys() == found.keys()
@@ -47,8 +49,8 @@ def test_every_experiment_explains_itself_and_can_be_drawn_and_saved(name, run, 
 @pytest.mark.slow
 def test_the_experts_that_routing_names_for_arithmetic_matter_to_it(run, nano, monkeypatch):
     """Forbidden, they hurt arithmetic more than random experts of equal load: the paired interval excludes zero."""
-    monkeypatch.setattr("workbench.experiments.registry.CONTROLS", 8)  # twenty take four minutes, and say the same
-    found = run_experiment("ablate", nano, run, sequences=600)["experts"].sel(group="arithmetic")
+    monkeypatch.setattr("workbench.experiments.expert_sets.CONTROLS", 8)  # twenty take four minutes, and say the same
+    found = run_experiment("expert-ablation", nano, run, sequences=600)["experts"].sel(group="arithmetic")
     cell = found.sel(which="named less random, own group")
     assert float(cell["high"]) < 0
     others = found.sel(which="named, other groups")
@@ -93,7 +95,7 @@ def test_named_experts_are_those_used_more(run, nano):
 
 
 def test_what_is_refused(run, nano):
-    with pytest.raises(InputError, match="no experiment is called"):
+    with pytest.raises(InputError, match="no study or experiment is called"):
         run_experiment("nonsense", nano, run)
     with pytest.raises(InputError, match="at least 2 are needed"):
         chain_of_thought.study(nano, [r for r in transcripts(run) if r.effort == "low"][:5])

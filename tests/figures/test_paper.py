@@ -53,7 +53,7 @@ def test_a_figure_is_as_wide_as_a_column_in_seven_point_type(found, column):
 
 def test_the_sets_are_apart_and_the_main_one_is_first(found):
     run = wb.open_run(DATA / "demo.zarr")
-    main = [name for name in paper.MAIN if name in found]
+    main = [name for name in paper.main_figures() if name in found]
     assert list(found)[: len(main)] == main
     assert len(main) >= 8
     for which in ("mian", ""):

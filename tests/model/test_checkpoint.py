@@ -434,7 +434,7 @@ def test_a_cached_revision_is_found_without_a_network(folder: Path, offline: Pat
     shutil.move(folder, cached / "snapshots" / "abc")
     assert resolve("a/b") == cached / "snapshots" / "abc"
     assert open_checkpoint(resolve("a/b", revision="main")).cfg == CFG
-    with pytest.raises(InputError, match=r"a/b is not whole in the local cache .* HF_HOME"):
+    with pytest.raises(InputError, match=r"a/b is incomplete in the local cache .* HF_HOME"):
         resolve("a/b", revision="v2")
 
 

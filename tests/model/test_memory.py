@@ -15,7 +15,7 @@ from tests.model.live_memory import LiveBytes
 from workbench.capture import compute, recording
 from workbench.errors import InputError
 from workbench.hooks.recorders import Recorder
-from workbench.kernels import dispatch
+from workbench.kernels import chunking, dispatch
 from workbench.model import load, memory
 from workbench.model.cache import KVCache
 from workbench.model.config import PUBLISHED, Config
@@ -137,8 +137,8 @@ def measured(case: Case) -> int:
 def test_each_stage_takes_what_the_plan_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
-    monkeypatch.setattr(units, "LOGIT_ROWS", ROWS)
-    for module in (parts, memory):
+    monkeypatch.setattr(compute, "LOGIT_ROWS", ROWS)
+    for module in (chunking, memory):
         monkeypatch.setattr(module, "POSITIONS", POSITIONS)
     planned = memory.activations(
         case.cfg, case.tokens, dtype=case.dtype, recorded=[f"blocks.0.{case.hook}"] if case.hook else [],

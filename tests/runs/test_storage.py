@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.runs.conftest import LENGTHS, job, write_run
+from tests.runs.test_lock import compete
 from workbench.capture.plan import plan_units
 from workbench.errors import InputError
 from workbench.runs.lock import LOCK, Lock
@@ -139,9 +140,14 @@ def test_a_second_job_is_refused_and_a_dead_one_s_lock_taken_over(url: str) -> N
     code += "Lock(place(sys.argv[1])).acquire(); import os; os._exit(9)"
     if url.startswith("s3"):
         subprocess.run([sys.executable, "-c", code, url], check=False)
-        assert LOCK in place(url).files()
+        assert place(url).exists(LOCK)
     write_run(url)
-    assert LOCK not in place(url).files()
+    assert not place(url).exists(LOCK)
+
+
+def test_of_several_jobs_that_find_a_dead_one_s_lock_in_a_bucket_one_goes_on(s3: str, long: bool) -> None:
+    trials = 100 if long else 3
+    assert compete("dead", f"{s3}/{uuid.uuid4().hex}", 4, trials) == {"1": trials}
 
 
 def test_one_of_two_takes_the_lock(url: str) -> None:
@@ -151,6 +157,7 @@ def test_one_of_two_takes_the_lock(url: str) -> None:
 
 CHILD = """
 import sys
+from tests.runs.test_lock import compete
 from tests.runs.conftest import job, write_unit, LENGTHS
 from workbench.capture.plan import plan_units
 from workbench.runs.writer import open_writer

@@ -206,14 +206,14 @@ def test_a_dead_job_s_lock_is_taken_over(tmp_path: Path) -> None:
         "Lock(place(sys.argv[1])).acquire(); import os; os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 9
-    assert (path / LOCK).exists()
+    assert (tmp_path / f".r{LOCK}").exists()
     write_run(path)
-    assert not (path / LOCK).exists()
+    assert not (tmp_path / f".r{LOCK}").exists()
 
 
 def test_a_kill_while_creating_leaves_something_the_next_start_replaces(tmp_path: Path) -> None:
-    (tmp_path / ".r.creating").mkdir()
-    (tmp_path / ".r.creating" / "zarr.json").write_text("{")
+    (tmp_path / ".r.1234.creating").mkdir()
+    (tmp_path / ".r.1234.creating" / "zarr.json").write_text("{")
     write_run(tmp_path / "r")
     assert not verify(tmp_path / "r")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r"]

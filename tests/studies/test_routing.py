@@ -207,7 +207,7 @@ def test_a_run_of_one_prompt_is_described_and_nothing_is_compared():
 
 
 def test_an_unknown_study_is_refused():
-    with pytest.raises(InputError, match="no study is called 'sinkz'; the studies are routing"):
+    with pytest.raises(InputError, match="no study or experiment is called 'sinkz'; choose from routing"):
         studies.run_study("sinkz", None)
 
 

@@ -237,7 +237,7 @@ def test_runs_of_other_sequences_are_not_compared():
     a, b = (complete(planted_tokens(seed=s, n_prompts=n)) for s, n in ((0, 5), (1, 6)))
     with pytest.raises(InputError, match="different sequences"):
         compare.study(a, b)
-    with pytest.raises(InputError, match="is of 2 runs, 1 given"):
+    with pytest.raises(InputError, match="takes 2 runs, 1 given"):
         run_study("compare", a)
 
 

@@ -42,11 +42,14 @@ def choosing(choose: Callable[[str, Tile], Tile]) -> Iterator[None]:
 
 
 def neighbours(tile: Tile) -> Iterator[Tile]:
-    """Tiles one step away: a block doubled or halved, warps likewise, a stage more or less, another register cap."""
+    """Yield tiles one step away: a block doubled or halved, warps likewise, a stage more or less, another register cap.
+
+    Tiles that no kernel can use are left out. A BLOCK_M of 8, for example, gave NaN when decoding two tokens at once.
+    """
     for name, size in tile.blocks.items():
         for changed in (size * 2, size // 2):
-            if changed:
-                yield tile._replace(blocks={**tile.blocks, name: changed})
+            if tiles.fits(other := tile._replace(blocks={**tile.blocks, name: changed})):
+                yield other
     for warps in (tile.num_warps * 2, tile.num_warps // 2):
         if 1 <= warps <= 16:
             yield tile._replace(num_warps=warps)

@@ -1,7 +1,7 @@
-"""What a capture will take, before it starts: units, bytes, time, memory and disk; refused where it cannot fit.
+"""Estimate a capture before it starts: units, bytes, time, memory and disk; refuse it if it cannot fit.
 
-Bytes before compression are exact. How far they compress and how fast the model runs is measured on the first pass of
-the job's own transcripts, so a plan costs one forward pass.
+Bytes before compression are exact. The compression ratio and the speed are measured on the first forward pass of the
+job's own transcripts, so a plan costs one pass.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from rich.table import Table
 from workbench.capture import recording
 from workbench.capture.compute import compute, passes
 from workbench.capture.pipeline import IN_FLIGHT
-from workbench.capture.record_buffers import Buffers
+from workbench.capture.record_buffers import Buffers, pinned_bytes
 from workbench.errors import InputError
 from workbench.harmony.transcripts import Transcript
 from workbench.model.memory import human
@@ -31,7 +31,10 @@ _SPARE = 1.1  # a plan is refused unless the disk has this many times what is ex
 
 @dataclass(frozen=True)
 class Estimate:
-    """tokens, raw_bytes, memory_bytes: exact. disk_bytes, seconds: from one pass. free_bytes: None where unknown."""
+    """The estimate of a job. tokens, raw_bytes and memory_bytes are exact; disk_bytes and seconds come from one pass.
+
+    free_bytes is None where it is unknown.
+    """
 
     units: int
     done: int
@@ -46,19 +49,18 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has room for what is still to be written."""
+        """Return whether the disk has room for the rest of the job."""
         return self.free_bytes is None or self.disk_bytes * _SPARE <= self.free_bytes
 
 
 def estimate(
     model: GptOss, rows: Sequence[Transcript], spec: Spec, layout: Layout, pending: Sequence[int], path: str | Path
 ) -> Estimate:
-    """Of a job whose pending units are these."""
+    """Return the estimate of a job with these pending units."""
     left = [layout.units[u] for u in pending]
     tokens = sum(layout.lengths[s] for unit in left for s in unit.sequences)
     raw = raw_bytes(model, spec, layout, pending)
     fullest = max((sum(layout.lengths[s] for s in unit.sequences) for unit in left), default=0)
-    per_row = sum(_per_row(model, spec, layout).values())
     rate, ratio = _measured(model, rows, spec, left) if left else (1.0, 1.0)
     return Estimate(
         units=len(layout.units),
@@ -67,7 +69,7 @@ def estimate(
         tokens=tokens,
         raw_bytes=raw,
         per_token=recording.bytes_per_token(spec, model.cfg),
-        memory_bytes=fullest * per_row * min(IN_FLIGHT, max(1, len(left))),
+        memory_bytes=_buffer_bytes(model, spec, layout, fullest) * min(IN_FLIGHT, max(1, len(left))),
         disk_bytes=round(raw * ratio),
         seconds=tokens / rate,
         free_bytes=free_bytes(path),
@@ -75,7 +77,7 @@ def estimate(
 
 
 def raw_bytes(model: GptOss, spec: Spec, layout: Layout, pending: Sequence[int]) -> int:
-    """What is to be written of these units, before compression."""
+    """Return the bytes that these units will write, before compression."""
     per_row = _per_row(model, spec, layout)
     described = arrays(model.cfg.to_json(), spec, layout)
     others = sum(_row_bytes(a.shape, 0, a.dtype) * a.per_unit for n, a in described.items() if n not in per_row)
@@ -84,7 +86,7 @@ def raw_bytes(model: GptOss, spec: Spec, layout: Layout, pending: Sequence[int])
 
 
 def show(plan: Estimate, path: str | Path) -> None:
-    """The plan as a table."""
+    """Print the estimate as a table."""
     table = Table("", "", title=f"Capture into {path}", show_header=False)
     each = ", ".join(f"{name} {size:,}" for name, size in plan.per_token.items())
     table.add_row("units", f"{plan.units:,}, {plan.done:,} of them written")
@@ -99,7 +101,11 @@ def show(plan: Estimate, path: str | Path) -> None:
 
 
 def refuse_what_cannot_fit(plan: Estimate, path: str | Path) -> None:
-    """One line, where the disk is too small."""
+    """Raise an error if the disk is too small.
+
+    Raises:
+        InputError: the job needs more bytes than the disk has.
+    """
     if not plan.fits:
         assert plan.free_bytes is not None
         raise InputError(
@@ -109,7 +115,7 @@ def refuse_what_cannot_fit(plan: Estimate, path: str | Path) -> None:
 
 
 def _measured(model: GptOss, rows: Sequence[Transcript], spec: Spec, left: Sequence[Unit]) -> tuple[float, float]:
-    """Tokens a second, and compressed over raw bytes, of the first pass to come."""
+    """Return tokens a second and the compression ratio of the next forward pass."""
     own = [rows[s] for s in left[0].sequences]
     first = next(iter(passes(own)))
     unit = Unit(0, 0, 0, tuple(range(len(first))))
@@ -129,6 +135,14 @@ def _measured(model: GptOss, rows: Sequence[Transcript], spec: Spec, left: Seque
     return rate, packed / raw
 
 
+def _buffer_bytes(model: GptOss, spec: Spec, layout: Layout, tokens: int) -> int:
+    """Return the bytes of the buffers of a unit; pinned ones, which a model on GPUs has, take whole powers of two."""
+    sizes = {name: tokens * size for name, size in _per_row(model, spec, layout).items()}
+    if model.device.type == "cuda":
+        sizes = {n: size if n.startswith("tokens/") else pinned_bytes(size) for n, size in sizes.items()}
+    return sum(sizes.values())
+
+
 def _per_row(model: GptOss, spec: Spec, layout: Layout) -> dict[str, int]:
     described = arrays(model.cfg.to_json(), spec, layout)
     return {n: _row_bytes(a.shape, a.axis, a.dtype) for n, a in described.items() if "token" in a.dims}
@@ -139,7 +153,7 @@ def _row_bytes(shape: Sequence[int], axis: int, dtype: str) -> int:
 
 
 def free_bytes(path: str | Path) -> int | None:
-    """Of the disk that a local run lies on; None where nobody can tell."""
+    """Return the free bytes of the disk of a local run, or None if unknown."""
     if "://" in str(path) and not str(path).startswith("file://"):
         return None
     folder = Path(str(path).removeprefix("file://")).absolute()

@@ -31,7 +31,11 @@ _HAS_ITS_OWN_NAME = ("mlp.router.hook_out", "mlp.hook_expert_indices", "mlp.hook
 
 
 def parse(record: Sequence[str], cfg: Config) -> Spec:
-    """Switches and hook points as the module says; a hook point is named within its block, `hook_` left out or not."""
+    """Return the switches and hook points of --record; a hook point is named within its block, `hook_` is optional.
+
+    Raises:
+        InputError: a name, layer or option is unknown or given twice.
+    """
     if repeated := sorted({r for r in record if list(record).count(r) > 1}):
         raise InputError(f"--record names {', '.join(repeated)} twice: once is enough")
     switches = {name: name in record for name in _SWITCHES}
@@ -42,7 +46,7 @@ def parse(record: Sequence[str], cfg: Config) -> Spec:
 
 
 def wanted(spec: Spec, cfg: Config) -> dict[str, torch.dtype]:
-    """Hook points of the spec and the dtype each is stored in."""
+    """Return the hook points of the spec and the dtype in which each is stored."""
     names: dict[str, torch.dtype] = {}
     if spec.routing:
         names["mlp.hook_expert_indices"] = torch.uint8 if cfg.num_experts <= 256 else torch.uint16
@@ -57,7 +61,7 @@ def wanted(spec: Spec, cfg: Config) -> dict[str, torch.dtype]:
 
 
 def bytes_per_token(spec: Spec, cfg: Config) -> dict[str, int]:
-    """What a token takes of each array before compression; tokens and their labels first."""
+    """Return the bytes of a token in each array before compression; tokens and their labels first."""
     sizes = {"tokens": 28}
     if spec.routing:
         wide = 1 if cfg.num_experts <= 256 else 2
@@ -108,7 +112,7 @@ _READS: dict[str, Callable[[str], Any]] = {
 
 
 def _options(text: str, words: Sequence[str]) -> dict[str, Any]:
-    """The words behind a hook point, as `Activation` has them; what is neither index nor reduction selects tokens."""
+    """Return the options of a hook point; options other than index and reduce select tokens."""
     options: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")

@@ -1,22 +1,32 @@
-"""Experiments: model and run together, to say what each part of a model does, or to change it and see what follows.
+"""Experiments: a model and a run together, to attribute what a model writes, or to change it and measure the effect.
 
-`attribution` and `lens` read a pass, `gradients` estimates what patches would do and measures the largest, `effects`
-measures interventions, `chain_of_thought` changes the analysis, `registry` has experiments by name, `from_run` brings transcripts and activations from a run.
+Every experiment is one module with a record and `experiment(model, rows, *, seed)` (see `workbench.registry`);
+`registry.run_experiment` runs it by name. The other modules are what experiments are made of: `attribution` and `lens`
+read a pass, `gradients` estimates patches, `effects` measures interventions, `from_run` reads transcripts of a run.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_MODULES = ("attribution", "registry", "chain_of_thought", "effects", "gradients", "lens", "from_run")
+from workbench.registry import experiments
 
-__all__ = ["attribution", "chain_of_thought", "effects", "from_run", "gradients", "lens", "registry"]
+if TYPE_CHECKING:
+    from workbench.experiments import registry as registry
+
+# modules that are no experiments themselves
+_MODULES = ("attribution", "effects", "expert_sets", "final_channel", "from_run", "gradients", "lens", "registry")
+
+__all__ = ["registry"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:  # late: none pays for torch before it is used
+    if name in _MODULES:  # late: nobody pays for torch before it is used
         return importlib.import_module(f"workbench.experiments.{name}")
+    found = {record.attribute: record for record in experiments()}
+    if name in found:
+        return found[name].load()
     raise AttributeError(f"module 'workbench.experiments' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *_MODULES, *(record.attribute for record in experiments())})

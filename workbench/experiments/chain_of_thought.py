@@ -24,7 +24,16 @@ from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit, applied
 from workbench.hooks.interventions import knockout
 from workbench.model.transformer import GptOss
+from workbench.registry import Experiment
 
+EXPERIMENT = Experiment(
+    name="chain-of-thought",
+    title="Chain-of-thought ablation",
+    question="Does the final answer depend on the chain of thought before it?",
+    compute="forward passes and new answers for the sequences: one for each of about nine changes",
+    aliases=("cot",),
+    order=110,
+)
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _ANSWER_TOKENS = 64
 
@@ -60,6 +69,31 @@ def _with(thought: Thought, words: np.ndarray) -> Transcript:
     return Transcript(
         thought.row.id, thought.row.prompt_id, thought.row.effort, tokens, thought.row.n_prompt, thought.row.answer
     )
+
+
+def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> dict[str, xr.Dataset]:
+    """Return the effects of ablating the chain of thought, with their summary."""
+    result = study(model, rows, seed=seed)
+    lines = [f"{result.attrs['rests_on']}; accuracy with the whole analysis {result.attrs['accuracy']:.3f}."]
+    for change in map(str, result["change"].values):
+        one = {str(k): float(v) for k, v in result.sel(change=change).data_vars.items()}
+        moved = one["logprob_low"] * one["logprob_high"] > 0
+        lines.append(
+            f"{change}: {one['same']:.0%} of answers stay the same [{one['same_low']:.0%}, {one['same_high']:.0%}]; log-probability "
+            + ("" if moved else "not shown to change, ")
+            + f"{one['logprob']:+.2f} nats [{one['logprob_low']:+.2f}, {one['logprob_high']:+.2f}]."
+        )
+    lines.append(
+        f"Area over the curve of early answering: {float(result['area']):.3f} [{float(result['area_low']):.3f}, {float(result['area_high']):.3f}]."
+    )
+    method = __doc__ or ""
+    return {
+        "thought": result.assign_attrs(
+            title="Is the answer made by the thought?",
+            summary="\n".join(lines),
+            method=" ".join(method.split("Reference:")[0].split()),
+        )
+    }
 
 
 def study(model: GptOss, rows: Sequence[Transcript], *, n_boot: int = 2000, seed: int = 0) -> xr.Dataset:

@@ -3,7 +3,6 @@
 89 and 183 mm are the widths of one and two columns in most journals.
 """
 
-import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -16,7 +15,8 @@ import plotly.graph_objects as go
 from workbench.errors import InputError
 from workbench.figures.gallery import Drawing, Gallery
 from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, WIDTH
-from workbench.studies import STUDIES, run_study
+from workbench.registry import studies
+from workbench.studies import run_study
 from workbench.studies.comparison import Run
 
 Column = Literal["screen", "single", "double"]
@@ -25,12 +25,11 @@ MM = {"single": 89, "double": 183}
 PIXELS_A_MM = 96 / 25.4
 _TYPE = 7 * 96 / 72  # 7 points in pixels
 _ABOVE, _BELOW = 14, 62
-# what a reader of the text needs; everything else is for the supplement
-MAIN = (
-    "routing_entropy_by_layer", "routing_load_analysis_high", "routing_load_final_high", "routing_divergence_analysis_vs_final",
-    "channels_routing_sizes", "channels_routing_analysis_vs_final_volcano", "sinks_mass_analysis_high", "sinks_sizes",
-    "effort_accuracy_by_tokens", "effort_routing_sizes",
-)  # fmt: skip
+
+
+def main_figures() -> list[str]:
+    """Return the names of the figures for the main text, as `STUDY_NAME`; all others belong to the supplement."""
+    return [f"{study.name}_{name}" for study in studies(runs=1) for name in study.main_figures]
 
 
 def drawings(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
@@ -39,17 +38,17 @@ def drawings(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
         raise InputError(f"no set {which!r}; choose from {', '.join(get_args(Which))}")
     found: Gallery = {}
     left_out = []
-    for study in STUDIES:
+    for study in studies(runs=1):
         try:
-            sets = run_study(study, run)
+            sets = run_study(study.name, run)
         except InputError as error:
             left_out.append(str(error))
             continue
-        drawn: Gallery = importlib.import_module(f"workbench.figures.{study}").gallery(sets)
-        found |= {f"{study}_{name}": drawing for name, drawing in drawn.items()}
+        drawn: Gallery = study.load_figures().gallery(sets)
+        found |= {f"{study.name}_{name}": drawing for name, drawing in drawn.items()}
     if not found:
         raise InputError(f"no study can be made of this run: {'; '.join(left_out)}")
-    main = [name for name in MAIN if name in found]
+    main = [name for name in main_figures() if name in found]
     order = {"all": [*main, *(n for n in found if n not in main)], "main": main}
     chosen = order.get(which, [n for n in found if n not in main])
     if not chosen:
@@ -110,9 +109,9 @@ def provenance(drawing: Drawing, column: Column) -> str:
 
 def index(captions: Mapping[str, str]) -> str:
     """A page that lists the figures, those of the main text first."""
-    lines = ["# Figures", ""]
+    lines, main = ["# Figures", ""], main_figures()
     for heading, names in (
-        ("Main text", [n for n in captions if n in MAIN]), ("Supplement", [n for n in captions if n not in MAIN]),
+        ("Main text", [n for n in captions if n in main]), ("Supplement", [n for n in captions if n not in main]),
     ):  # fmt: skip
         lines += [f"## {heading}", ""] if names else []
         for number, name in enumerate(names, start=1):

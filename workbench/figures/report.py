@@ -1,7 +1,6 @@
 """Everything the studies say of a run in one page that needs nothing else: findings first, then figures and methods."""
 
 import html
-import importlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,19 +10,13 @@ import xarray as xr
 from plotly.offline import get_plotlyjs
 
 from workbench.errors import InputError
-from workbench.figures import experiments
 from workbench.figures.export import PAGE_CONFIG
 from workbench.figures.gallery import Gallery
-from workbench.studies import STUDIES, run_study
+from workbench.registry import find, studies
+from workbench.studies import run_study
 from workbench.studies.comparison import Run
 from workbench.studies.files import write_files
 
-TITLES = {
-    "routing": "Routing: which experts", "sinks": "Sinks: where attention rests", "channels": "Analysis and final",
-    "effort": "Effort: what thinking harder changes", "compare": "Two runs compared", "cot": "Is the answer made by the thought?",
-    "ablate": "Experts forbidden", "force": "Experts forced", "reweight": "Experts' gates halved", "silence": "Sinks removed",
-    "knockout": "Attention knocked out", "steer": "Steering", "patch": "Patching the effort", "attribution": "Who writes the answer",
-}  # fmt: skip
 _SHOWN = 6  # figures of a study; all are written by `workbench figures`
 _FIRST = ("accuracy_by_tokens", "entropy_by_layer", "divergence_", "sizes", "routing_sizes", "sinks_sizes", "geometry")
 _LAST = ("load_frame", "load_prompt", "mass_frame", "mass_prompt")
@@ -49,12 +42,13 @@ def write_report(
         raise InputError(f"{out}: a report is an .html file, its Markdown is written beside it")
     told: dict[str, Mapping[str, xr.Dataset]] = {}
     left_out = []
-    for name in STUDIES:
+    for study in studies(runs=1):
         try:
-            told[name] = run_study(name, run, seed=seed)
+            told[study.name] = run_study(study.name, run, seed=seed)
         except InputError as error:
-            left_out.append(f"{TITLES[name]}: {error}.")
-    told |= {name: sets for name, sets in (results or {}).items() if name not in told}
+            left_out.append(f"{study.title}: {error}.")
+    given = {find(name).name: sets for name, sets in (results or {}).items()}
+    told |= {name: sets for name, sets in given.items() if name not in told}
     if not told:
         raise InputError(" ".join(left_out))
     page, text = _html(run, told, left_out), _markdown(run, told, left_out)
@@ -63,8 +57,7 @@ def write_report(
 
 def _figures(name: str, sets: Mapping[str, xr.Dataset]) -> list[tuple[str, go.Figure]]:
     """The most telling figures of a study."""
-    module = importlib.import_module(f"workbench.figures.{name}") if name in (*STUDIES, "compare") else experiments
-    figures: Gallery = module.gallery(sets)
+    figures: Gallery = find(name).load_figures().gallery(sets)
 
     def rank(label: str) -> tuple[int, int]:
         first = next((i for i, start in enumerate(_FIRST) if label.startswith(start)), len(_FIRST))
@@ -113,13 +106,13 @@ def _html(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequ
         "<h1>What the studies say of this run</h1><table>",
         *(f"<tr><th>{safe(k)}</th><td>{safe(v)}</td></tr>" for k, v in _about(run)),
         "</table><nav>",
-        *(f'<a href="#{safe(name)}">{safe(TITLES.get(name, name))}</a>' for name in told),
+        *(f'<a href="#{safe(name)}">{safe(find(name).title)}</a>' for name in told),
         "</nav><p class='note'>Nothing is called different whose interval includes zero; differences come first without, then with "
         "the control of position. Association is not causation: what an expert is used for and what it is needed for are "
         "told apart by the experiments.</p>",
     ]
     for name, sets in told.items():
-        parts.append(f'<h2 id="{safe(name)}">{safe(TITLES.get(name, name))}</h2>')
+        parts.append(f'<h2 id="{safe(name)}">{safe(find(name).title)}</h2>')
         for ds in sets.values():
             parts.append(f"<h3>{safe(ds.attrs['title'])}</h3><pre>{safe(ds.attrs['summary'])}</pre>")
         for label, figure in _figures(name, sets):
@@ -138,7 +131,7 @@ def _html(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequ
 def _markdown(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequence[str]) -> str:
     lines = ["# What the studies say of this run", "", *(f"- {k}: {v}" for k, v in _about(run)), ""]
     for name, sets in told.items():
-        lines += [f"## {TITLES.get(name, name)}", ""]
+        lines += [f"## {find(name).title}", ""]
         for ds in sets.values():
             lines += [f"### {ds.attrs['title']}", "", "```", str(ds.attrs["summary"]), "```", ""]
         lines += [text for k, v in _notes(sets) for text in (f"*{k}.* {v}", "")]

@@ -17,10 +17,10 @@ from transformer_lens.hook_points import HookPoint
 from workbench.hooks.hook_points import hooked
 from workbench.hooks.observation import either, observe, replace_changed
 from workbench.kernels import attention as attend
+from workbench.kernels.rotary import rotate
 from workbench.model.config import Config
 from workbench.model.low_rank import Linear
 from workbench.model.pass_context import PassContext
-from workbench.model.rope import rotate
 from workbench.model.weights import AttentionWeights
 
 
@@ -52,9 +52,7 @@ class Attention(AttentionWeights, nn.Module):
             k, v = context.cache.extend(layer, k, v)
         return self._project(self.hook_z(self._attend(q, k, v, context)))
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: PassContext
-    ) -> Float[Tensor, "batch pos head d_head"]:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: PassContext) -> Float[Tensor, "batch pos head d_head"]:
         """Return the weighted values of every head, by the fused kernel except where a hook changes something."""
 
         def kernel(sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,7 +1,7 @@
-"""A checkpoint on disk, in either published layout, as canonical tensors: checked, memory-mapped, packed.
+"""Open a checkpoint folder in either published layout as canonical tensors: validated, memory-mapped, packed.
 
-Everything that can be known without reading the weights is checked before the first of them is used: which files
-there are, that each is whole, and that every tensor of the config is there once with its shape and dtype.
+Everything that can be checked without reading the weights is checked before the first of them is used: which files there
+are, that each is complete, and that every tensor of the config is present once with its shape and dtype.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Canonical name → tensor, made when asked for: opening a checkpoint reads no weight."""
+    """Canonical name → tensor, read when it is accessed."""
 
     def __init__(self, places: Mapping[str, "TensorLocation"]) -> None:
         self._locations = places
@@ -48,7 +48,7 @@ class Tensors(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a canonical tensor is: a file, its name there, and the rows of it (None: all)."""
+    """Where a canonical tensor is stored: file, name in the file, and rows (None: all)."""
 
     file: SafetensorsFile
     stored: str
@@ -57,7 +57,7 @@ class TensorLocation:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that holds what its config promises."""
+    """A validated checkpoint folder."""
 
     path: Path
     cfg: Config
@@ -67,7 +67,7 @@ class Checkpoint:
     digest: str
 
     def check_values(self, chunk: int = 1 << 24) -> None:
-        """Refuse NaN and infinity, the scale byte 255 among them. Reads every weight once, `chunk` values at a time."""
+        """Raise an error for NaN and infinity, scale byte 255 included. Reads every weight once, `chunk` values at a time."""
         for name, tensor in self.tensors.items():
             if name.endswith(".blocks"):  # every nibble is a number
                 continue
@@ -79,7 +79,11 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path, *, ignore_fields: Collection[str] = ()) -> Checkpoint:
-    """Open and check a checkpoint folder; the weights stay on disk until they are used."""
+    """Open and validate a checkpoint folder; weights are read when they are used.
+
+    Raises:
+        InputError: a file or tensor is missing, unexpected, truncated, or has another shape or dtype than the config says.
+    """
     root = _root(Path(folder))
     for name in ("config.json", _INDEX):
         _check_link(root, root / name)
@@ -106,7 +110,7 @@ def open_checkpoint(folder: str | Path, *, ignore_fields: Collection[str] = ()) 
 
 
 def _root(folder: Path) -> Path:
-    """The folder with the weights: this one, or else the `original` in it."""
+    """Return the folder with the weights: this one, or the folder `original` in it."""
     try:
         if not folder.is_dir():
             raise InputError(f"{folder} is {'a file' if folder.exists() else 'not there'}: name a checkpoint folder")
@@ -131,7 +135,7 @@ def _weight_files(root: Path) -> list[Path]:
 
 
 def _check_link(root: Path, path: Path) -> None:
-    """A link may stay inside the folder, or lead to the blobs of the hub cache that the folder is a snapshot of."""
+    """Allow links inside the folder, or to the blobs of the hub cache to which the folder belongs."""
     target = Path(os.path.realpath(path))
     real_root = Path(os.path.realpath(root))
     snapshots = [p for p in real_root.parents if p.name == "snapshots"]
@@ -158,7 +162,7 @@ def _check_index(root: Path, found: Mapping[str, SafetensorsFile]) -> None:
 
 
 def _check_shards(root: Path, names: set[str]) -> None:
-    """Without an index, `…-00002-of-00007…` in a name still tells how many files there should be."""
+    """Check the number of shards from names like `…-00002-of-00007…` when there is no index."""
     for name in sorted(names):
         if match := re.search(r"-of-(\d+)", name):
             wanted = int(match.group(1))
@@ -169,7 +173,7 @@ def _check_shards(root: Path, names: set[str]) -> None:
 def _locations(
     root: Path, cfg: Config, layout: str, experts: str, found: Mapping[str, SafetensorsFile]
 ) -> dict[str, TensorLocation]:
-    """Where every tensor of the config is; what is missing, left over or of another shape or dtype is refused."""
+    """Return the location of every tensor of the config; refuse missing, unexpected or misshapen ones."""
     places: dict[str, TensorLocation] = {}
     fused: dict[str, list[tuple[str, int]]] = {}
     wanted = shapes(cfg, experts)
@@ -192,7 +196,7 @@ def _locations(
 
 
 def _other_form(stored: str, found: Collection[str]) -> str:
-    """For the error: the same weight packed instead of dense, or the other way round."""
+    """Return a hint for the error message if the same weight is present packed instead of dense, or dense instead of packed."""
     stem = re.sub(r"_(blocks|scales)$", "", stored)
     other = next((name for name in (f"{stem}_blocks", stem) if name != stored and name in found), None)
     return f", but {other!r} is there: all experts must be packed, or all dense" if other else ""
@@ -208,9 +212,9 @@ def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...]) ->
 
 
 def _digest(root: Path, files: Collection[SafetensorsFile]) -> str:
-    """Fingerprint of config and weights: every header and size, and of each file 64 evenly spaced blocks of 64 KiB.
+    """Return a fingerprint of config and weights: all headers and sizes, and 64 evenly spaced 64-KiB blocks of each file.
 
-    Complete for files up to 4 MiB, a sample beyond: enough to tell checkpoints apart, not to prove them untouched.
+    Files up to 4 MiB are covered completely. The fingerprint tells checkpoints apart; it does not prove them unmodified.
     """
     total = hashlib.sha256((root / "config.json").read_bytes())
     parts = []
@@ -225,7 +229,11 @@ def _digest(root: Path, files: Collection[SafetensorsFile]) -> str:
 
 
 def resolve(source: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a path, the bundled model's name, or a hub id, downloaded if it is not cached."""
+    """Return the folder of a checkpoint given a path, a bundled model's name, or a hub id (downloaded if not cached).
+
+    Raises:
+        InputError: there is no such folder or model, or the hub cannot be reached.
+    """
     name = str(source)
     hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII) is not None and ".." not in name
     try:
@@ -260,6 +268,6 @@ def _download(source: str, revision: str | None, *, allow: list[str], ignore: li
     except Exception as error:  # a network error is one of the HTTP library's own, and that library changes
         said = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise InputError(
-            f"{source} is not whole in the local cache and cannot be downloaded ({said}); download it elsewhere and "
+            f"{source} is incomplete in the local cache and cannot be downloaded ({said}); download it elsewhere and "
             "name the folder, or point HF_HOME at a cache that has it"
         ) from error

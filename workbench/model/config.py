@@ -1,7 +1,7 @@
-"""A model's numbers, read from a checkpoint's config: nothing about gpt-oss is assumed, nothing unknown is ignored.
+"""Read a model's configuration from a checkpoint. No size is assumed, and unknown fields are errors.
 
-Two spellings are read: Hugging Face's `config.json` (model_type gpt_oss; rope as published and as transformers 5
-writes it) and OpenAI's original one. Both become the same `Config`, in TransformerLens' names.
+Two formats are read: Hugging Face's `config.json` (model_type gpt_oss; rope parameters as published or as transformers 5
+writes them) and OpenAI's original one. Both become the same `Config`, with the names of TransformerLens.
 """
 
 import json
@@ -20,7 +20,7 @@ GROUP = 32  # values that share an MXFP4 scale: widths are multiples of it
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions; `factor` None is RoPE without YaRN."""
+    """Rotary position parameters; `factor` None means RoPE without YaRN."""
 
     theta: float
     factor: float | None
@@ -31,13 +31,15 @@ class Rope:
 
     @classmethod
     def plain(cls, theta: float) -> "Rope":
-        """Without YaRN; the numbers after `factor` are not used then."""
+        """Return whether this is RoPE without YaRN; the numbers after `factor` are then unused."""
         return cls(theta, None, 32.0, 1.0, 4096, False)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and constants of a model. `windows`: keys a query sees in each layer, itself included; None is all."""
+    """Sizes and constants of a model. `windows`: the number of keys a query attends to in each layer, itself included;
+    None means full attention.
+    """
 
     d_model: int
     n_layers: int
@@ -63,19 +65,19 @@ class Config:
     act_fn: ClassVar[str] = "swiglu"
 
     def of(self, model: Any) -> "Config":
-        """The same, of a model: it says where that is."""
+        """Return the config of a model, which also has its device and dtype."""
         own = replace(self)
         object.__setattr__(own, "_model", model)  # no field: two configs are equal wherever their models are
         return own
 
     @property
     def device(self) -> Any:
-        """Where the model's tokens go in; a config alone is nowhere."""
+        """The device of the model's embedding. A config without a model has none."""
         return self._its_model.device
 
     @property
     def dtype(self) -> Any:
-        """Of the model's residual stream."""
+        """The dtype of the model's residual stream."""
         return self._its_model.dtype
 
     @property
@@ -86,12 +88,12 @@ class Config:
 
     @property
     def n_params(self) -> int:
-        """All parameters, the experts counted unpacked."""
+        """The number of parameters, experts counted unpacked."""
         return self._outside_experts + self.n_layers * self.num_experts * self._expert
 
     @property
     def n_active_params(self) -> int:
-        """What one token's forward pass multiplies with: its own experts, and the unembedding but not the embedding."""
+        """The number of parameters used for one token: its experts and the unembedding, without the embedding."""
         used = self.n_layers * self.experts_per_token * self._expert
         return self._outside_experts - self.d_vocab * self.d_model + used
 
@@ -108,12 +110,12 @@ class Config:
         return 2 * self.d_vocab * self.d_model + self.d_model + self.n_layers * layer
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for a run's attributes."""
+        """Return plain values for a run's attributes."""
         return asdict(self) | {"windows": list(self.windows)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Config":
-        """The inverse of `to_json`."""
+        """Return the config from the values of `to_json`."""
         return cls(**{**values, "windows": tuple(values["windows"]), "rope": Rope(**values["rope"])})
 
 
@@ -142,14 +144,14 @@ _MOST_LAYERS = 10_000  # a guard against a config that names a billion
 
 
 class _Fields:
-    """A config's fields, each read once; what is left over at the end is unknown. Null is the same as absent."""
+    """The fields of a config, each read once. Fields that were not read are unknown. Null is the same as absent."""
 
     def __init__(self, path: Path, values: Mapping[str, Any], where: str = "") -> None:
         self.path, self.where = path, where
         self.values = {name: value for name, value in values.items() if value is not None}
 
     def take(self, *names: str, default: Any = ...) -> Any:
-        """The value that goes by any of `names`; under several of them it must be the same."""
+        """Return the value of the first field among `names` that is present; several of them must agree."""
         found = {name: self.values.pop(name) for name in names if name in self.values}
         if not found and default is ...:
             raise InputError(
@@ -179,7 +181,7 @@ class _Fields:
         return value
 
     def fields(self, *names: str, where: str) -> "_Fields":
-        """The fields of a nested object."""
+        """Return the fields of a nested object."""
         value = self.take(*names)
         if not isinstance(value, dict):
             raise self._refusal(names[0], value, "an object of fields")
@@ -198,7 +200,11 @@ class _Fields:
 
 
 def read_config(folder: Path, ignore_fields: Collection[str] = ()) -> Config:
-    """The config of a checkpoint folder, in either spelling; every doubt is an InputError that names the field."""
+    """Return the config of a checkpoint folder in either format.
+
+    Raises:
+        InputError: a field is missing, unknown, contradictory, or has a value that is not supported.
+    """
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text("utf-8"))
@@ -242,7 +248,7 @@ def _hugging_face(fields: _Fields, ignore: Collection[str]) -> Config:
 
 
 def _sizes(fields: _Fields) -> dict[str, int]:
-    """What both spellings call alike."""
+    """Return the sizes that both formats name alike."""
     names = {
         "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_key_value_heads": "num_key_value_heads",
         "d_head": "head_dim", "d_mlp": "intermediate_size", "d_vocab": "vocab_size",
@@ -313,7 +319,7 @@ def _original(fields: _Fields) -> Config:
 
 
 def _checked(path: Path, cfg: Config) -> Config:
-    """What the numbers must be to each other."""
+    """Check that the sizes are consistent with each other."""
     for name in ("d_model", "d_mlp"):
         if getattr(cfg, name) % GROUP:
             raise InputError(f"{path}: {name} is {getattr(cfg, name)}; MXFP4 needs a multiple of {GROUP}")

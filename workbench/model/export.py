@@ -1,4 +1,4 @@
-"""Writing checkpoints in the published layouts, and random ones of any size to test with."""
+"""Write checkpoints in the published layouts, and random checkpoints of any size for tests."""
 
 import json
 import math
@@ -20,9 +20,9 @@ from workbench.model.names import LAYOUTS, name_in, shapes
 
 
 class RandomTensors(Mapping[str, Tensor]):
-    """Plausible random weights, each made when asked for from the seed and its name: big models stream.
+    """Random weights of plausible size, each generated from the seed and its name when it is accessed.
 
-    Norms near 1, sinks as loud as the published ones, and gate/up rows loud enough that some gates clamp.
+    Norms are near 1, sinks are as large as the published ones, and gate/up rows are large enough to reach the clamp.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RandomTensors(Mapping[str, Tensor]):
 
     @staticmethod
     def _normal(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-        """Mean and standard deviation of a tensor that is not packed."""
+        """Return mean and standard deviation of a random tensor that is not packed."""
         if ".ln" in name or name.startswith("ln"):
             return 1.0, 0.2
         if name.endswith("sinks"):
@@ -64,7 +64,7 @@ class RandomTensors(Mapping[str, Tensor]):
 
 
 def save_random(folder: str | Path, cfg: Config, *, seed: int = 0, experts: str = "mxfp4") -> Path:
-    """A checkpoint of random weights in the Hugging Face layout; one whose vocabulary is small speaks nano's."""
+    """Write a checkpoint of random weights in the Hugging Face layout; with a small vocabulary it uses nano's tokenizer."""
 
     def tokenizer(staging: Path) -> None:
         if cfg.d_vocab < PUBLISHED["20b"].d_vocab:
@@ -83,10 +83,13 @@ def save_checkpoint(
     shard_bytes: int = 1_000_000_000,
     extra: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write canonical tensors as a checkpoint, packed or dense as they are; the folder appears whole or not at all.
+    """Write canonical tensors as a checkpoint, packed or dense as they are. The folder is renamed into place when complete.
 
-    Tensors are asked for one at a time; memory holds a shard or the largest of them. `extra` may add files (a
-    tokenizer, a card) before the folder appears. An existing folder is refused.
+    Tensors are accessed one at a time; memory holds one shard or the largest tensor. `extra` may add files (a tokenizer,
+    a card) before the rename.
+
+    Raises:
+        InputError: the folder exists, or a tensor or the config does not fit the layout.
     """
     target = Path(folder)
     if target.exists():
@@ -162,7 +165,7 @@ def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _write_config(folder: Path, cfg: Config, layout: str, experts: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write the config, and refuse one that would be read as another model."""
+    """Write the config, and refuse one that would be read back as another model."""
     written = _original(cfg) if layout == "original" else _hugging_face(cfg, experts, tensors)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     back = read_config(folder)
@@ -175,7 +178,7 @@ def _write_config(folder: Path, cfg: Config, layout: str, experts: str, tensors:
 
 
 def _sizes(cfg: Config) -> dict[str, Any]:
-    """What both layouts call the same."""
+    """Return the sizes that both layouts name alike."""
     return {
         "num_hidden_layers": cfg.n_layers,
         "vocab_size": cfg.d_vocab,

@@ -1,4 +1,4 @@
-"""What a model is and what it costs, read from its config alone."""
+"""Describe a model and its memory from its config alone."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from workbench.model.memory import human
 
 @dataclass(frozen=True)
 class Subject:
-    """What is described: a checkpoint, or one of the published shapes without its weights."""
+    """What is described: a checkpoint, or a published shape without weights."""
 
     name: str
     cfg: Config
@@ -26,7 +26,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be planned for. recorded: hook point → the dtype it is stored in; others are the capture job's."""
+    """What to plan for. recorded: hook point → dtype in the store; other fields are those of the capture job."""
 
     tokens: int
     batch: int
@@ -38,7 +38,7 @@ class Plan:
 
 
 def subject(source: str) -> Subject:
-    """A checkpoint as `load` finds it, or "20b" and "120b" where no such folder is."""
+    """Return a checkpoint as `load` finds it, or "20b" and "120b" if there is no such folder."""
     if source in PUBLISHED and not Path(source).exists():
         return Subject(f"the shape of gpt-oss-{source}", PUBLISHED[source], "mxfp4")
     checkpoint = open_checkpoint(resolve(source))
@@ -46,7 +46,7 @@ def subject(source: str) -> Subject:
 
 
 def describe(about: Subject, plan: Plan) -> None:
-    """Print the config, the plan of its memory, and its hook points."""
+    """Print the config, the memory plan and the hook points."""
     cfg, console = about.cfg, Console()
     table = Table("", "", title=f"{about.name}, {about.experts} experts", show_header=False)
     sizes = {"parameters": cfg.n_params, "parameters active per token": cfg.n_active_params}
@@ -68,7 +68,7 @@ def describe(about: Subject, plan: Plan) -> None:
 
 
 def costs_of(about: Subject, plan: Plan) -> Iterator[tuple[str, int, str]]:
-    """What takes memory, its bytes, and a note."""
+    """Yield the parts of the memory: name, bytes, note."""
     cfg, parts = about.cfg, memory.weights(about.cfg, about.experts, plan.dtype)
     yield "weights", sum(parts.values()), ""
     yield "  embedding", parts["embed"], ""
@@ -90,19 +90,19 @@ def costs_of(about: Subject, plan: Plan) -> Iterator[tuple[str, int, str]]:
 
 
 def capturing(cfg: Config, plan: Plan, tokens: int) -> dict[str, int]:
-    """Stages of a capture's forward pass over `tokens`."""
+    """Return the memory stages of a capture's forward pass over `tokens`."""
     return memory.activations(
         cfg, tokens, dtype=plan.dtype, recorded=plan.recorded, predictions=min(tokens, plan.predictions)
     )
 
 
 def generating(cfg: Config, plan: Plan, batch: int) -> dict[str, int]:
-    """Stages of a generation's longest forward pass, the prompts of a batch at once."""
+    """Return the memory stages of the longest forward pass of a generation, with all prompts of a batch at once."""
     return memory.activations(cfg, batch * plan.tokens, dtype=plan.dtype, logits=batch)
 
 
 def fitting(about: Subject, plan: Plan) -> Iterator[str]:
-    """What fits the memory at hand, in sentences."""
+    """Yield sentences about what fits into the available memory."""
     cfg, parts = about.cfg, memory.weights(about.cfg, about.experts, plan.dtype)
     whole = sum(parts.values())
 

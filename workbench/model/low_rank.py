@@ -1,4 +1,4 @@
-"""A low-rank update beside a weight matrix that stays as it is: what an adapter trains, and what an edit can add.
+"""A low-rank update beside an unchanged weight matrix, as an adapter trains it.
 
 Reference: LoRA, Hu et al. 2021, arXiv 2106.09685, section 4.1.
 """
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class LowRank(nn.Module):
-    """x → x · a · b, the scale folded into b; the experts of a layer have a pair each, stacked."""
+    """x → x · a · b, with the scale included in b; the experts of a layer have one stacked pair each."""
 
     def __init__(self, a: Float[Tensor, "*expert inputs rank"], b: Float[Tensor, "*expert rank outputs"]) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class LowRank(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear map, and the update beside its weight while there is one."""
+    """A linear map with an optional low-rank update."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
@@ -28,7 +28,7 @@ class Linear(nn.Linear):
 
     @property
     def matrix(self) -> Float[Tensor, "outputs inputs"]:
-        """The weight with the update in it, for those who need its columns."""
+        """Return the weight including the update."""
         return self.weight if self.lora is None else self.weight + (self.lora.a @ self.lora.b).mT
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:

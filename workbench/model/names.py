@@ -1,6 +1,6 @@
-"""The names a tensor has in the two published layouts, and the one it has here.
+"""The names of a tensor in the published layouts and its canonical name.
 
-Canonical names are the parameters of `workbench.model.transformer.GptOss`; no other name leaves the checkpoint code.
+Canonical names are the parameter names of `workbench.model.transformer.GptOss`; only the checkpoint code uses others.
 """
 
 from workbench.model.config import GROUP, Config
@@ -48,7 +48,7 @@ LAYOUTS = tuple(_TABLES)
 
 
 def name_in(layout: str, canonical: str) -> str:
-    """The name of a tensor in a layout's files."""
+    """Return the name of a tensor in the files of a layout."""
     table, prefix = _TABLES[layout]
     if not canonical.startswith("blocks."):
         return table[canonical]
@@ -57,7 +57,7 @@ def name_in(layout: str, canonical: str) -> str:
 
 
 def shapes(cfg: Config, experts: str) -> dict[str, tuple[int, ...]]:
-    """Canonical name → shape of every tensor of a model, its experts "mxfp4" or "dense"."""
+    """Return canonical name → shape of every tensor of a model with "mxfp4" or "dense" experts."""
     d, e, q = cfg.d_model, cfg.num_experts, cfg.n_heads * cfg.d_head
     kv = cfg.n_key_value_heads * cfg.d_head
     block: dict[str, tuple[int, ...]] = {"ln1.weight": (d,)}

@@ -1,6 +1,6 @@
-"""One safetensors file, distrusted: its header is read and checked before any tensor of it is used.
+"""Read one safetensors file: the header is validated before any tensor is used.
 
-Format: 8 bytes of header length, a JSON header, then the data. https://huggingface.co/docs/safetensors
+Reference: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, then the data).
 """
 
 import json
@@ -32,7 +32,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A file whose header holds what it promises; tensors are memory-mapped, read when they are used."""
+    """A validated file; tensors are memory-mapped and read when they are used."""
 
     path: Path
     entries: dict[str, Entry]
@@ -41,7 +41,11 @@ class SafetensorsFile:
 
     @classmethod
     def open(cls, path: Path) -> "SafetensorsFile":
-        """Read and check the header; every doubt is an InputError that names the file and the tensor."""
+        """Read and validate the header.
+
+        Raises:
+            InputError: the file is truncated, is not safetensors, or a tensor of it is invalid.
+        """
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise InputError(f"{path} is not a file")
         try:
@@ -69,12 +73,12 @@ class SafetensorsFile:
         return cls(path, entries, header, mapped)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor, memory-mapped."""
+        """Return the tensor, memory-mapped."""
         found: Tensor = self._mapped.get_tensor(name)
         return found
 
     def samples(self, blocks: int = 64, block_bytes: int = 65_536) -> Iterator[bytes]:
-        """Evenly spaced blocks of the file; all of it if it is no larger than they are together."""
+        """Yield evenly spaced blocks of the file, or all of it if it is not larger than they are together."""
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
             if size <= blocks * block_bytes:

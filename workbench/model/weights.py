@@ -1,7 +1,7 @@
-"""The weights and words of a model by TransformerLens' names and shapes, for its tools and for people who know them.
+"""Weights and token helpers under TransformerLens' names and shapes, for its tools and its users.
 
-Nothing is copied before it is asked for, and experts are unpacked one at a time. W_K and W_V are given to every query
-head that reads them. An adapter's update is in them.
+Weights are read when they are accessed, and experts are dequantised one at a time. W_K and W_V are repeated for every
+query head that uses them. The update of an adapter is included.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class AttentionWeights:
 
 
 class ExpertWeights:
-    """One expert's matrices, dense: W_gate, W_in (up) [d_model d_mlp], W_out [d_mlp d_model], and their biases."""
+    """The dense matrices of one expert: W_gate, W_in (up) [d_model d_mlp], W_out [d_mlp d_model], and their biases."""
 
     gate_up: Any
     down: Any
@@ -83,7 +83,7 @@ class ExpertWeights:
 
 
 def dense(matrix: Mxfp4 | LoraWeight | Tensor, expert: int) -> Float[Tensor, "inputs outputs"]:
-    """One expert's matrix, unpacked, an adapter's update in it."""
+    """Return the dequantised matrix of one expert, including the update of an adapter."""
     if isinstance(matrix, LoraWeight):
         base = dense(matrix.base, expert)
         return base + (matrix.a[expert] @ matrix.b[expert]).to(base.dtype)

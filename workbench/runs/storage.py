@@ -4,19 +4,23 @@ A key is a path inside the run, with slashes. In a folder a run is made beside i
 store cannot move, so there the root's `zarr.json`, without which nothing is a run, is the last object to be put.
 """
 
+import glob
 import os
 import shutil
 import tempfile
+import threading
+import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from workbench.errors import InputError
-from workbench.runs.lock import LOCK, Lock
+from workbench.runs.lock import LOCK, FileLock, ObjectLock
 
 ROOT = "zarr.json"
 _CREATING = ".creating"
+_MEMORY = threading.Lock()  # memory:// looks and writes in two steps
 _EXTRAS = {"s3": "s3", "s3a": "s3"}  # of pip install 'gpt-oss-workbench[…]'
 
 
@@ -42,10 +46,13 @@ class Storage(Protocol):
         """Remove a file, if it is there."""
 
     def files(self) -> set[str]:
-        """Every file of the run."""
+        """Return every file of the run, locks left out."""
+
+    def lock(self) -> FileLock | ObjectLock:
+        """Return a lock that is not held yet."""
 
     def new(self) -> AbstractContextManager[Path]:
-        """A local folder to fill; behind it the run is there whole, or not at all if filling it failed."""
+        """Yield a local folder to fill, which becomes the run when it is complete. The caller holds the lock."""
 
 
 def place(path: "str | Path | Storage") -> Storage:
@@ -99,12 +106,17 @@ class LocalStorage:
             file.writelines(parts)
 
     def create(self, key: str, data: bytes) -> bool:
+        """Write beside and link: the file appears with all of its content, for one of several that try."""
+        target = self.path / key
+        descriptor, staging = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
-            descriptor = os.open(self.path / key, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            os.link(staging, target)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+        finally:
+            os.unlink(staging)
         return True
 
     def delete(self, key: str) -> None:
@@ -112,18 +124,22 @@ class LocalStorage:
 
     def files(self) -> set[str]:
         skip = len(str(self.path)) + 1
-        return {os.path.join(at, name)[skip:] for at, _, names in os.walk(self.path) for name in names}
+        found = {os.path.join(at, name)[skip:] for at, _, names in os.walk(self.path) for name in names}
+        return {key for key in found if not key.startswith(LOCK)}
+
+    def lock(self) -> FileLock:
+        return FileLock(self.path)
 
     @contextmanager
     def new(self) -> Iterator[Path]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}{_CREATING}")
-        shutil.rmtree(beside, ignore_errors=True)
+        for killed in self.path.parent.glob(f".{glob.escape(self.path.name)}.*{_CREATING}"):  # whose job was killed
+            shutil.rmtree(killed, ignore_errors=True)
+        staging = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}{_CREATING}")
         try:
-            yield beside
-            os.replace(beside, self.path)
+            yield staging
+            os.replace(staging, self.path)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 class ObjectStorage:
@@ -160,7 +176,8 @@ class ObjectStorage:
     def create(self, key: str, data: bytes) -> bool:
         """Atomic where the store has conditional puts (S3, its newer imitations); who looks again sees who won."""
         try:
-            self.fs.pipe_file(self._at(key), data, mode="create")
+            with _MEMORY if self.url.startswith("memory://") else nullcontext():
+                self.fs.pipe_file(self._at(key), data, mode="create")
         except FileExistsError:
             return False
         except OSError:
@@ -175,12 +192,16 @@ class ObjectStorage:
 
     def files(self) -> set[str]:
         self.fs.invalidate_cache()
-        return {name[len(self.prefix) + 1 :] for name in self.fs.find(self.prefix)}
+        found = {name[len(self.prefix) + 1 :] for name in self.fs.find(self.prefix)}
+        return {key for key in found if not key.startswith(LOCK)}
+
+    def lock(self) -> ObjectLock:
+        return ObjectLock(self)
 
     @contextmanager
     def new(self) -> Iterator[Path]:
-        with Lock(self), tempfile.TemporaryDirectory() as folder:
-            there = self.files() - {LOCK}
+        with tempfile.TemporaryDirectory() as folder:
+            there = self.files()
             if there and _CREATING not in there:
                 raise InputError(f"{self} holds something that is not a run ({min(there)}): name another place")
             yield Path(folder)

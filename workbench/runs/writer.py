@@ -54,7 +54,7 @@ def open_writer(
         "unit_tokens": layout.unit_tokens,
         "sequences": len(layout.lengths),
     }
-    if not (target.exists(ROOT) if isinstance(target, ObjectStorage) else target.exists()):
+    if not _is_there(target):
         attributes = {
             "schema": SCHEMA,
             "status": "writing",
@@ -65,7 +65,9 @@ def open_writer(
             "unit_tokens": layout.unit_tokens,
             "identity": identity,
         }
-        _create(target, attributes, layout, sequences, messages, spec)
+        with Lock(target):
+            if not _is_there(target):  # another job may have created it since
+                _create(target, attributes, layout, sequences, messages, spec)
     group = open_group(target, "r+")
     for name, wanted in identity.items():
         got = group.attrs["identity"].get(name)
@@ -74,6 +76,11 @@ def open_writer(
                 f"{target} was begun with {name} {_short(got)}, this job has {_short(wanted)}: name another run"
             )
     return RunWriter(target, group, layout, sequences)
+
+
+def _is_there(target: Storage) -> bool:
+    """Whether something is at the target; in an object store, whether its creation was completed."""
+    return target.exists(ROOT) if isinstance(target, ObjectStorage) else target.exists()
 
 
 def _create(

@@ -1,12 +1,13 @@
 """Studies: pure functions from a run to labelled datasets, with intervals, nulls and definitions attached.
 
 Nothing here draws and nothing here needs torch; figures take the datasets, dashboards and notebooks show the figures.
-Every study module has `study(run, …) -> dict[str, xarray.Dataset]`; the table below is the list of them.
+Every study is one module with a record and `study(run, …) -> dict[str, xarray.Dataset]` (see `workbench.registry`).
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from workbench import registry
 from workbench.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,31 +21,27 @@ if TYPE_CHECKING:
     from workbench.studies.result import save as save
     from workbench.studies.result import summary as summary
 
-STUDIES = ("routing", "sinks", "channels", "effort")  # of one run
-COMPARISONS = ("compare",)  # of two
-_MODULES = (
-    "contrast",
-    "quick_look",
-    "resampling",
-    "result",
-    "specialization",
-    "statistics",
-    "synthetic",
-    *STUDIES,
-    *COMPARISONS,
-)
+# modules that are no studies themselves
+_MODULES = ("contrast", "quick_look", "resampling", "result", "specialization", "statistics", "synthetic")
 
-__all__ = ["COMPARISONS", "STUDIES", "result", "routing", "run_study", "save", "statistics", "summary"]
+__all__ = ["result", "run_study", "save", "statistics", "summary"]
 
 
 def run_study(name: str, *runs: "Run", **options: Any) -> "dict[str, xr.Dataset]":
-    """The datasets of one study by its name, of one run or, to compare, of two; options go to that study (`seed`, …)."""
-    if name not in (*STUDIES, *COMPARISONS):
-        raise InputError(f"no study is called {name!r}; the studies are {', '.join((*STUDIES, *COMPARISONS))}")
-    wanted = 2 if name in COMPARISONS else 1
-    if len(runs) != wanted:
-        raise InputError(f"the study {name} is of {wanted} run{'s' if wanted > 1 else ''}, {len(runs)} given")
-    datasets: dict[str, xr.Dataset] = importlib.import_module(f"workbench.studies.{name}").study(*runs, **options)
+    """Return the datasets of a study, of one run or of two to compare; options go to the study (`seed`, …).
+
+    Raises:
+        InputError: no study has this name or option, or the runs do not have what the study needs.
+    """
+    record = registry.find(name)
+    if not isinstance(record, registry.Study):
+        raise InputError(f"{name} is an experiment and needs the model: use workbench.experiments.registry")
+    if len(runs) != record.runs:
+        raise InputError(f"{name} takes {record.runs} run{'s' if record.runs > 1 else ''}, {len(runs)} given")
+    for run in runs:
+        record.check_recorded(run)
+    study = record.load().study
+    datasets: dict[str, xr.Dataset] = study(*runs, **record.checked_options(study, options))
     return datasets
 
 
@@ -53,8 +50,11 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"workbench.studies.{name}")
     if name in ("save", "summary"):
         return getattr(importlib.import_module("workbench.studies.result"), name)
+    record = registry.attributes().get(name)
+    if isinstance(record, registry.Study):
+        return record.load()
     raise AttributeError(f"module 'workbench.studies' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, *__all__})
+    return sorted({*globals(), *_MODULES, *__all__, *(study.attribute for study in registry.studies())})

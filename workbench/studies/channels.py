@@ -16,9 +16,22 @@ from jaxtyping import Float
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.registry import Study
 from workbench.studies.contrast import Between, TokenRun, contrast
 from workbench.studies.result import Definition, dataset, provenance
 
+STUDY = Study(
+    name="channels",
+    title="Analysis vs. final",
+    question="How do the analysis and the final channel differ beyond the positions of their tokens?",
+    requires=("routing or sinks or activations",),
+    compute="several passes over the run's tokens; probes where activations were recorded",
+    figures="workbench.figures.channels",
+    main_figures=("routing_sizes", "routing_analysis_vs_final_volcano"),
+    page="channels",
+    page_title="Analysis vs. final",
+    order=30,
+)
 PROBE_TOKENS = 4000  # at most, of a layer
 _FOLDS = 5
 

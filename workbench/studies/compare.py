@@ -15,11 +15,24 @@ import xarray as xr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.registry import Study
 from workbench.studies.contrast import Block, TokenRun
 from workbench.studies.ratio import ratio
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import entropy, share
 
+STUDY = Study(
+    name="compare",
+    title="Comparison of two runs",
+    question="Where do two models, or two versions of one, treat the same tokens differently?",
+    requires=("routing", "logprobs"),
+    compute="one pass over the tokens of both runs",
+    figures="workbench.figures.compare",
+    runs=2,
+    page="compare",
+    page_title="Compare runs",
+    order=50,
+)
 _CI = "95 %, delete-one jackknife over prompts"
 DEFINITIONS = {
     "agreement": Definition("agreement of routers", "1", "|experts of a ∩ experts of b| / k, mean over tokens", ci=_CI, null="k/E"),

@@ -18,11 +18,23 @@ import xarray as xr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run
 from workbench.studies.contrast import TokenRun, contrast
 from workbench.studies.ratio import ratio
 from workbench.studies.result import Definition, dataset, provenance
 
+STUDY = Study(
+    name="effort",
+    title="Reasoning effort",
+    question="What does a higher reasoning effort cost in tokens, gain in accuracy and change in routing and sinks?",
+    compute="several passes over the run's tokens; jackknife over prompts",
+    figures="workbench.figures.effort",
+    main_figures=("accuracy_by_tokens", "routing_sizes"),
+    page="effort",
+    page_title="Effort",
+    order=40,
+)
 _CI = "95 %, delete-one jackknife over prompts"
 DEFINITIONS = {
     "analysis_tokens": Definition("analysis tokens", "tokens", "mean over sequences of the tokens of analysis", ci=_CI),

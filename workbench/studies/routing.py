@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Num
 
+from workbench.registry import Study
 from workbench.studies import statistics
 from workbench.studies.comparison import (
     EFFORTS,
@@ -45,6 +46,22 @@ _POOLED = "slots of all tokens of the cell pooled, so long sequences weigh more"
 _RECENTRED = "95 %, bootstrap over prompts, percentiles recentred on the bias-corrected estimate"
 _EFFECTIVE = "exp of the limits of the entropy"
 
+STUDY = Study(
+    name="routing",
+    title="Routing: expert load",
+    question="Which experts process the tokens of each channel and effort, and where do they differ?",
+    requires=("routing",),
+    compute="sums of the run; bootstrap and permutations over prompts",
+    options={
+        "n_boot": "Bootstrap draws of prompts.",
+        "n_permutations": "Permutations of conditions within prompts.",
+    },
+    figures="workbench.figures.routing",
+    main_figures=("entropy_by_layer", "load_analysis_high", "load_final_high", "divergence_analysis_vs_final"),
+    page="experts",
+    page_title="Experts",
+    order=10,
+)
 DEFINITIONS = {
     "share": Definition("load share", "1", f"fraction of routed slots that went to this expert; {_POOLED}"),
     "share_low": Definition("load share, lower limit", "1", "lower limit of share"),

@@ -12,11 +12,24 @@ import xarray as xr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompts, sum_by
 from workbench.studies.contrast import Between, TokenRun, contrast
 from workbench.studies.ratio import ratio
 from workbench.studies.result import Definition, dataset, provenance
 
+STUDY = Study(
+    name="sinks",
+    title="Attention sinks",
+    question="How much attention goes to the learned sinks, and does it differ by channel, effort or position?",
+    requires=("sinks or sink_sums",),
+    compute="one pass over the run's tokens; jackknife over prompts",
+    figures="workbench.figures.sinks",
+    main_figures=("mass_analysis_high", "sizes"),
+    page="sinks",
+    page_title="Attention sinks",
+    order=20,
+)
 RATE_ABOVE = 0.3  # the threshold of arXiv 2410.10781
 _BINS = (0, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _CI = "95 %, delete-one jackknife over prompts"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.kernels.gpu.poison import poison
 from workbench.kernels import mxfp4
-from workbench.kernels.gpu.mxfp4 import dequantise, dot_packed, load_tile, operand, quantise, repack
+from workbench.kernels.gpu.mxfp4 import dequantise, dot_packed, load_tile, operand, quantise
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, where it is meant
@@ -113,9 +113,9 @@ def _read(
     tl.store(y + (expert * 16 + m[:, None]) * N + n[None, :], acc, mask=n[None, :] < N)
 
 
-def product(weight: Mxfp4, x: Tensor, tiled: bool, mixed: bool = False) -> Tensor:
+def product(weight: Mxfp4, x: Tensor, mixed: bool = False) -> Tensor:
     rows, columns = 32, 64
-    w = operand(repack(weight, rows, columns) if tiled else weight, rows, columns)
+    w = operand(weight, rows, columns)
     y = torch.empty(len(weight.scales), 16, w.out)
     grid = (triton.cdiv(w.out, rows), len(weight.scales))
     _read[grid](w.blocks, w.scales, x, y, *w.strides, mixed, w.out, w.columns, rows, columns)
@@ -123,26 +123,14 @@ def product(weight: Mxfp4, x: Tensor, tiled: bool, mixed: bool = False) -> Tenso
 
 
 @pytest.mark.parametrize(("out", "columns"), [(64, 128), (72, 96), (5, 32), (33, 160)])
-def test_tiles_hold_the_matrix_that_the_published_layout_holds(out: int, columns: int) -> None:
+def test_tiles_read_the_matrix_of_the_published_layout(out: int, columns: int) -> None:
     weight = packed(2, out, columns)
     x = torch.randn(16, columns, generator=torch.Generator().manual_seed(4))
-    plain = product(weight, x, tiled=False)
-    assert torch.equal(product(weight, x, tiled=True), plain)
+    plain = product(weight, x)
     dense = mxfp4.dequantise(*weight, torch.float64)
     torch.testing.assert_close(plain.double(), x.double() @ dense.mT, rtol=1e-5, atol=1e-4)
     shifted = dense.roll(1, -2) if out > 1 else dense
     assert not torch.allclose(plain.double(), x.double() @ shifted.mT, rtol=1e-2)
-
-
-def test_tiles_are_contiguous_and_padded_with_zeros() -> None:
-    weight = packed(2, 33, 96)
-    tiled = repack(weight, 32, 64)
-    assert tiled.blocks.shape == (2, 2, 2, 32, 32)
-    assert tiled.scales.shape == (2, 2, 2, 32, 2)
-    assert torch.equal(tiled.blocks[1, 0, 1, 7, :16], weight.blocks[1, 7, 2])
-    assert torch.equal(tiled.blocks[1, 1, 0, 0], weight.blocks[1, 32, :2].flatten())
-    assert not tiled.blocks[:, 1, :, 1:].any(), "rows past the last"
-    assert not tiled.blocks[:, :, 1, :, 16:].any(), "columns past the last"
 
 
 @pytest.mark.skipif(
@@ -153,9 +141,4 @@ def test_tritons_mixed_product_reads_the_same_matrix() -> None:
     """The kernels use it on a GPU and its twin here: both must mean the same layout."""
     weight = packed(2, 72, 96)
     x = torch.randn(16, 96, generator=torch.Generator().manual_seed(5)).bfloat16()
-    torch.testing.assert_close(product(weight, x, False, mixed=True), product(weight, x, False), rtol=1e-5, atol=1e-4)
-
-
-def test_tiles_of_another_size_are_refused() -> None:
-    with pytest.raises(ValueError, match="tiles of 64 by 64: repack to that, got 32 by 64"):
-        operand(repack(packed(1, 64, 64), 32, 64), 64, 64)
+    torch.testing.assert_close(product(weight, x, mixed=True), product(weight, x), rtol=1e-5, atol=1e-4)

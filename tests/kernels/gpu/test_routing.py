@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.kernels.gpu.poison import poison
 from workbench.kernels import routing
+from workbench.kernels.gpu import tiles
 from workbench.kernels.gpu.routing import gate, group, max_tiles, tile_of, top_k
 
 
@@ -18,7 +19,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch)
 
 
-SIZES = [(1, 1, 1), (9, 5, 3), (50, 32, 4), (200, 128, 4), (3, 4, 4)]
+# Published pruned models have 24 and 96 experts: Triton's blocks must be powers of two for every count.
+COUNTS = (3, 5, 17, 21, 24, 25, 96, 100, 128, 4096)
+SIZES = [(1, 1, 1), (9, 5, 3), (50, 32, 4), (200, 128, 4), (3, 4, 4), *((20, n, 3) for n in COUNTS)]
 
 
 @pytest.mark.parametrize(("tokens", "num_experts", "k"), SIZES)
@@ -109,3 +112,11 @@ def test_every_tile_is_scheduled_once_and_the_rest_know_it(counts: list[int], bl
     _tiles[(most,)](offsets, got, len(counts), block_m)
     assert got[: len(want)].tolist() == want
     assert (got[len(want) :, 0] == len(counts)).all()
+
+
+@pytest.mark.parametrize("num_experts", COUNTS)
+def test_tiles_fit_every_number_of_experts(num_experts: int) -> None:
+    assert tiles.fits(tiles.top_k_tile(num_experts))
+    assert tiles.fits(tiles.group_tile(num_experts))
+    if num_experts not in (128, 4096):
+        assert not tiles.fits(tiles.Tile({"BLOCK": 2048 // num_experts}, 4, 1)), "the size before the correction"

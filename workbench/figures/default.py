@@ -1,0 +1,82 @@
+"""Figures of a study that has none of its own: each variable by its axes, with its interval where it has one.
+
+One axis of labels is drawn as rows, one of numbers as a line, two as a line for each label or as a heat map. Further axes
+give a figure for each of their labels.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+
+from workbench.figures.gallery import Drawing, Gallery
+from workbench.figures.heatmap import Grid
+from workbench.figures.intervals import lines, rows
+from workbench.figures.template import THEMES, ThemeName, apply_theme
+
+_MOST_LINES = 8  # more labels than this are a heat map
+
+
+def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
+    """Return a figure for each variable of each dataset that has an axis, and the numbers behind it."""
+    found: Gallery = {}
+    for name, ds in datasets.items():
+        for label, cell, variable in _cells(ds):
+            draw, table = partial(figure, cell, variable), partial(_table, cell, variable)
+            found["_".join([name, variable, *label])] = Drawing(draw, table, cell)
+    return found
+
+
+def figure(ds: xr.Dataset, name: str, *, theme: ThemeName = "light") -> go.Figure:
+    """Return the figure of a variable with one or two axes."""
+    variable = ds[name]
+    title = str(ds.attrs.get("title", name))
+    subtitle = str(variable.attrs.get("definition", "")) + ("; 95 % intervals" if f"{name}_low" in ds else "")
+    value = f"{variable.attrs.get('long_name', name)} ({variable.attrs.get('units', '1')})"
+    shared: Any = {"title": title, "subtitle": subtitle, "theme": theme}
+    dims = sorted(map(str, variable.dims), key=lambda dim: (_is_text(ds, dim), -ds.sizes[dim]))
+    if len(dims) == 1 and _is_text(ds, dims[0]) and f"{name}_low" in ds:
+        return rows(ds, name, dims[0], x_title=value, **shared)
+    if len(dims) == 1:
+        return lines(ds, name, dims[0], None, y_title=value, **shared)
+    if ds.sizes[dims[1]] <= _MOST_LINES:
+        return lines(ds, name, dims[0], dims[1], y_title=value, **shared)
+    return _heatmap(ds, name, value, **shared)
+
+
+def _heatmap(ds: xr.Dataset, name: str, value: str, *, title: str, subtitle: str, theme: ThemeName) -> go.Figure:
+    colours = THEMES[theme]
+    row, column = map(str, ds[name].dims)
+    values = ds[name].values.astype(float)
+    grid = Grid(np.arange(len(values)), np.arange(values.shape[1]), colours)
+    grid.colour(values, values, f"{row} %{{y}}, {column} %{{x}}: %{{z:.4g}}<extra></extra>")
+    grid.missing(np.isnan(values))
+    made = grid.finish(column, {"colorscale": colours.sequential, "colorbar": {"title": {"text": value}}})
+    made.update_yaxes(title=row)
+    return apply_theme(made, colours, ds, title=title, subtitle=subtitle, height=grid.height)
+
+
+def _is_text(ds: xr.Dataset, dim: str) -> bool:
+    return dim in ds.coords and ds[dim].dtype.kind in "OU"
+
+
+def _cells(ds: xr.Dataset) -> Iterator[tuple[list[str], xr.Dataset, str]]:
+    """Each variable that can be drawn, with at most two axes; the labels of further axes are chosen one by one."""
+    ds = ds.assign_coords({d: np.arange(n) for d, n in ds.sizes.items() if d not in ds.coords})
+    for name in map(str, ds.data_vars):
+        interval = name.removesuffix("_low").removesuffix("_high")
+        if not ds[name].dims or ds[name].dtype.kind not in "fiu" or (interval != name and interval in ds):
+            continue
+        own = ds[[n for n in (name, f"{name}_low", f"{name}_high") if n in ds]]
+        further = list(map(str, ds[name].dims[:-2]))
+        for chosen in product(*(ds[d].values for d in further)):
+            cell = own.sel(dict(zip(further, chosen, strict=True))) if further else own
+            yield [str(label) for label in chosen], cell.assign_attrs(ds.attrs), name
+
+
+def _table(ds: xr.Dataset, name: str) -> Any:
+    return ds.to_dataframe(dim_order=list(ds[name].dims)).reset_index()
