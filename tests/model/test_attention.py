@@ -197,7 +197,7 @@ def materialized_when_hooked(self: Attention, q: Tensor, k: Tensor, v: Tensor, c
 @pytest.mark.parametrize("run", PASSES)
 def test_another_path_when_hooked_fails(model: GptOss, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Attention, "_attend", materialized_when_hooked)
-    with pytest.raises(AssertionError, match="hook_pattern|together"):
+    with pytest.raises(AssertionError, match=r"hook_pattern|together"):
         check_reading_changes_nothing(model, PASSES[run], ["blocks.1.attn.hook_pattern"])
 
 
@@ -235,5 +235,5 @@ def test_reading_any_point_changes_no_bit_on_triton(odd: GptOss, run: Pass) -> N
 
 def test_two_roundings_of_the_sink_fail_on_triton(odd: GptOss, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Attention, "_attend", materialized_when_hooked)
-    with on_triton(), pytest.raises(AssertionError, match="hook_sink|together"):
+    with on_triton(), pytest.raises(AssertionError, match=r"hook_sink|together"):
         check_reading_changes_nothing(odd, short, ["blocks.1.attn.hook_sink"])
