@@ -61,7 +61,7 @@ def answers(
     """Whether the model, so changed, gives each prompt's answer at temperature 0."""
     if nameless := [p.id for p in prompts if p.answer is None]:
         raise InputError(f"prompt {nameless[0]!r} has no answer to compare with")
-    rendered = [harmony.render(p.messages, effort=effort, tokenizer=model.tokenizer) for p in prompts]
+    rendered = [harmony.render(p.messages, effort=effort, tokenizer=model.tokenizer, **p.options) for p in prompts]
     said: list[list[int]] = []
     with applied(model, *edits):
         for start in range(0, len(rendered), batch):
