@@ -138,7 +138,10 @@ def transcripts(
     samples: Annotated[int, typer.Option(min=1, help="Transcripts a prompt and effort.")] = 1,
     temperature: Annotated[float | None, typer.Option(min=0, help="[default: the host's]")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer. [default: the host's]")] = None,
-    api: Annotated[str, typer.Option(help="auto, chat, responses or completions.")] = "auto",
+    api: Annotated[str, typer.Option(help="auto, chat, responses, completions, or vLLM's generate.")] = "auto",
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Ask for routed experts and store them beside OUT.")
+    ] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
     requests_per_minute: Annotated[float | None, typer.Option(min=0.01, help="At most. [default: no limit]")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for one answer.")] = 600,
@@ -167,29 +170,36 @@ def transcripts(
         raise InputError("--body: wanted a JSON object")
     settings = Settings(
         model, tuple(dict.fromkeys(effort or ("low", "medium", "high"))), samples, temperature, max_tokens, api, concurrency,
-        requests_per_minute, timeout, retries, key_env, more, tokenizer,
+        requests_per_minute, timeout, retries, key_env, more, tokenizer, routing,
     )  # fmt: skip
     collect(url, prompts, out, settings, overwrite=overwrite)
 
 
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="An Inspect log (.eval, .json), or JSON Lines of conversations.")],
+    file: Annotated[Path, typer.Argument(help="A file or folder of conversations; its shape is recognized.")],
     out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write.")],
-    effort: Annotated[str | None, typer.Option(help="Of conversations that do not say theirs.")] = None,
+    effort: Annotated[str | None, typer.Option(help="Of conversations that name none.")] = None,
+    requests: Annotated[Path | None, typer.Option(help="Request file of an OpenAI batch, for its responses.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
-    """Other programs' conversations as transcripts."""
+    """Convert conversations that other programs stored to transcripts.
+
+    Readable are OpenAI chat and Responses logs and batches, vLLM outputs, Inspect logs, Ollama, ShareGPT, TRL,
+    simple-evals, lm-eval and openai_harmony files; as JSON, JSON Lines, Parquet or a saved dataset, packed or not.
+    """
     from workbench.harmony.hosts.files import convert as read
+    from workbench.harmony.hosts.files import counts
     from workbench.harmony.transcripts import write_rows
 
-    kind, rows, left_out = read(file, effort=effort)
+    kind, rows, left_out = read(file, effort=effort, requests=requests)
     for why in left_out[:20]:
         print(f"left out, {why}", file=sys.stderr)
     if not rows:
         raise InputError(f"{file}: {kind} without a conversation that can be used")
     write_rows(out, rows, overwrite=overwrite)
-    print(f"{file}: {kind}, {len(rows):,} conversations" + (f", {len(left_out):,} left out" if left_out else ""))
+    parts = [f"{len(rows):,} conversations", counts(rows), f"{len(left_out):,} left out" if left_out else ""]
+    print(f"{file}: {kind}, " + ", ".join(filter(None, parts)))
 
 
 @app.command()
@@ -200,6 +210,9 @@ def capture(
     record: Record = None,
     unit_tokens: UnitTokens = 16_384,
     strict: Annotated[bool, typer.Option(help="Refuse the file if any row is unusable.")] = False,
+    exclude: Annotated[
+        str | None, typer.Option(help="Leave sequences with these flags out, as in irregular,truncated.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes of this machine that share the units.")] = 1,
     dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers share them.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and write nothing.")] = False,
@@ -225,13 +238,15 @@ def capture(
     loaded = load(model, device="meta" if shared else device, dtype=_dtype(dtype), adapter=adapter)
     records = record or list(recording.DEFAULT)
     if dry_run:
-        plan = job.dry_run(loaded, transcripts, run, record=records, unit_tokens=unit_tokens, strict=strict)
+        plan = job.dry_run(
+            loaded, transcripts, run, record=records, unit_tokens=unit_tokens, strict=strict, exclude=exclude
+        )
         estimate.show(plan, run)
         estimate.refuse_what_cannot_fit(plan, run)
         return
     written = job.capture(
-        loaded, transcripts, run, record=records, unit_tokens=unit_tokens, strict=strict, workers=workers, dask=dask,
-        log_file=log, worker_device=worker_device,
+        loaded, transcripts, run, record=records, unit_tokens=unit_tokens, strict=strict, exclude=exclude,
+        workers=workers, dask=dask, log_file=log, worker_device=worker_device,
     )  # fmt: skip
     rejects = written.provenance["rejects"]
     print(f"{run}: {len(written.sequences):,} sequences" + (f", {len(rejects)} rows skipped" if rejects else ""))

@@ -6,7 +6,7 @@ python notebooks/figures/figure_1_experts.py RUN OUT [svg|pdf|png|html …]
 from functools import partial
 
 from workbench import studies
-from workbench.figures import paper, routing
+from workbench.figures import export, routing
 from workbench.figures.gallery import Drawing, numbers
 from workbench.runs import Run, open_run
 
@@ -28,4 +28,4 @@ def draw(run: Run) -> dict[str, Drawing]:
 
 
 if __name__ == "__main__":
-    paper.script(draw, open_run, column="double")
+    export.script(draw, open_run, column="double")

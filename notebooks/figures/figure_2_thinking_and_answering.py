@@ -4,7 +4,7 @@ python notebooks/figures/figure_2_thinking_and_answering.py RUN OUT [svg|pdf|png
 """
 
 from workbench import studies
-from workbench.figures import channels, paper
+from workbench.figures import channels, export
 from workbench.figures.gallery import Drawing
 from workbench.runs import Run, open_run
 
@@ -17,4 +17,4 @@ def draw(run: Run) -> dict[str, Drawing]:
 
 
 if __name__ == "__main__":
-    paper.script(draw, open_run)
+    export.script(draw, open_run)

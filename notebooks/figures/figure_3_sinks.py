@@ -6,7 +6,7 @@ python notebooks/figures/figure_3_sinks.py RUN OUT [svg|pdf|png|html …]
 from functools import partial
 
 from workbench import studies
-from workbench.figures import paper, sinks
+from workbench.figures import export, sinks
 from workbench.figures.gallery import Drawing, numbers
 from workbench.runs import Run, open_run
 
@@ -29,4 +29,4 @@ def draw(run: Run) -> dict[str, Drawing]:
 
 
 if __name__ == "__main__":
-    paper.script(draw, open_run)
+    export.script(draw, open_run)

@@ -4,7 +4,7 @@ python notebooks/figures/figure_4_effort.py RUN OUT [svg|pdf|png|html …]
 """
 
 from workbench import studies
-from workbench.figures import effort, paper
+from workbench.figures import effort, export
 from workbench.figures.gallery import Drawing
 from workbench.runs import Run, open_run
 
@@ -17,4 +17,4 @@ def draw(run: Run) -> dict[str, Drawing]:
 
 
 if __name__ == "__main__":
-    paper.script(draw, open_run)
+    export.script(draw, open_run)

@@ -16,6 +16,7 @@ from workbench.capture.record_buffers import Buffers
 from workbench.errors import JobError
 from workbench.harmony.labels import Labels, channel_codes, role_codes
 from workbench.harmony.transcripts import Transcript
+from workbench.kernels.logits import predict
 from workbench.model.transformer import GptOss
 from workbench.runs.schema import Spec, Unit
 from workbench.runs.summaries import summarise
@@ -51,7 +52,7 @@ def compute(
 ) -> Computed:
     """The unit's sequences, end to end in their order. `check` is called before every pass, and may raise."""
     own = [rows[s] for s in unit.sequences]
-    labels = [harmony.label(row.tokens, tokenizer=model.tokenizer) for row in own]
+    labels = [harmony.label(row.tokens, tokenizer=model.tokenizer, n_prompt=row.n_prompt) for row in own]
     tokens = token_table(unit, own, labels)
     members = {
         a.hook: np.concatenate([harmony.token_set(tokenizer=model.tokenizer, **a.tokens)(row.tokens) for row in own])
@@ -100,9 +101,8 @@ def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequen
     predicted = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
     for rows in predicted.split(LOGIT_ROWS):
         logits = model.logits(residual, rows[None] - 1)[0]
-        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        logprob[rows] = logp.gather(-1, tokens[rows, None].to(logp.device))[:, 0].float().cpu()
-        entropy[rows] = -(logp.exp() * logp).nansum(-1).float().cpu()
+        found = predict(logits, tokens[rows])
+        logprob[rows], entropy[rows] = found.logprob.float().cpu(), found.entropy.float().cpu()
     return logprob, entropy
 
 

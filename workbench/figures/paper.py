@@ -4,10 +4,8 @@
 """
 
 import json
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 import plotly
 import plotly.graph_objects as go
@@ -117,19 +115,3 @@ def index(captions: Mapping[str, str]) -> str:
         for number, name in enumerate(names, start=1):
             lines += [f"**Figure {'' if heading == 'Main text' else 'S'}{number}** (`{name}`). {captions[name]}"]
     return "\n".join(lines)
-
-
-def script(
-    draw: Callable[[Any], Mapping[str, Drawing]], open_run: Callable[[str], Run], *, column: Column = "single"
-) -> None:
-    """What the scripts in notebooks/figures do: `SCRIPT.py RUN OUT [FORMAT …]`."""
-    from workbench.figures.export import write_drawings
-
-    if len(sys.argv) < 3:
-        sys.exit(f"usage: {Path(sys.argv[0]).name} RUN OUT [svg|pdf|png|html …]")
-    run, out, *formats = sys.argv[1:]
-    try:
-        for path in write_drawings(draw(open_run(run)), out, formats or ("pdf", "svg"), column=column):
-            print(path)
-    except InputError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

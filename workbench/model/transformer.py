@@ -20,7 +20,7 @@ from transformer_lens.HookedRootModule import HookedRootModule
 
 from workbench.hooks.hook_points import hooked, snapshot_hooks
 from workbench.kernels import attention as attend
-from workbench.kernels import routing
+from workbench.kernels import norm, routing
 from workbench.kernels.chunking import chunked
 from workbench.kernels.moe import ActivationHooks, Experts, LoraWeight, moe
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
@@ -44,13 +44,10 @@ class RMSNorm(nn.Module):
         self.hook_normalized = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        whole = hooked(self.hook_scale, self.hook_normalized)
-        return self._norm(x) if whole else chunked(self._norm, x, dim=1)
-
-    def _norm(self, x: Tensor) -> Tensor:
+        if not hooked(self.hook_scale, self.hook_normalized):
+            return chunked(lambda x: norm.rms_norm(x, self.weight, self.eps), x, dim=1)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
-        scale = self.hook_scale((square / x.shape[-1] + self.eps).sqrt())
+        scale = self.hook_scale(norm.rms_scale(x, self.eps))
         return (self.hook_normalized(wide / scale) * self.weight.to(wide.dtype)).to(x.dtype)
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-import workbench
 from workbench.errors import InputError
 from workbench.studies.files import write_files
+from workbench.version import version
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def provenance(study: str, title: str, digest: str, seed: int, parameters: Mappi
         "study": study,
         "title": title,
         "run_digest": digest,
-        "workbench_version": workbench.__version__,
+        "workbench_version": version(),
         "seed": seed,
         "parameters": json.dumps(dict(parameters)),
     }
