@@ -75,6 +75,7 @@ def test_the_python_of_a_page_runs_in_its_order(page: Path, workplace: Path) -> 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_hooks_of_the_how_to_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a simulated GPU, where `device="auto"` puts the model."""
     monkeypatch.chdir(tmp_path)
