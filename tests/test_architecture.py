@@ -52,9 +52,7 @@ MAY_IMPORT = {
         "errors",
         "progress",
     },
-    "cli_studies": {"registry", "errors"},
     "cli": {
-        "cli_studies",
         "registry",
         "bench",
         "experiments",

@@ -12,8 +12,8 @@ import pytest
 
 import workbench as wb
 from docs import commands_page
+from tests.cli.test_cli import run
 from tests.conftest import DATA
-from tests.test_cli import run
 from workbench import registry
 from workbench.errors import InputError
 from workbench.figures import paper

@@ -67,7 +67,7 @@ def test_wheel_and_sdist_hold_what_is_needed_and_nothing_of_ours(built: Path) ->
     }
     with tarfile.open(sdist) as archive:
         held = {n.partition("/")[2] for n in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "workbench/cli.py"} <= held
+    assert {"pyproject.toml", "README.md", "LICENSE", "workbench/cli/__init__.py"} <= held
 
 
 @pytest.mark.slow
