@@ -38,6 +38,7 @@ class Task:
     run: str
     record: tuple[str, ...]
     unit_tokens: int
+    exclude: str | None = None
 
     @classmethod
     def of(
@@ -49,6 +50,7 @@ class Task:
         unit_tokens: int,
         threads: int,
         device: str | None = None,
+        exclude: str | None = None,
     ) -> "Task":
         """Return the task for a model, which workers load from its folder.
 
@@ -64,6 +66,7 @@ class Task:
             run=str(run) if "://" in str(run) else str(Path(run).absolute()),
             record=tuple(record),
             unit_tokens=unit_tokens,
+            exclude=exclude,
         )
 
 
@@ -175,7 +178,7 @@ def _loaded(task: Task) -> tuple[GptOss, Any, Any]:
 
     torch.set_num_threads(task.threads)
     model = load(task.checkpoint, device=_device(task), dtype=getattr(torch, task.dtype), adapter=task.adapter)
-    plan = job.plan(model, task.transcripts, record=task.record, unit_tokens=task.unit_tokens)
+    plan = job.plan(model, task.transcripts, record=task.record, unit_tokens=task.unit_tokens, exclude=task.exclude)
     return model, plan, job.writer_of(plan, model, task.transcripts, task.run)
 
 

@@ -52,7 +52,7 @@ def compute(
 ) -> Computed:
     """The unit's sequences, end to end in their order. `check` is called before every pass, and may raise."""
     own = [rows[s] for s in unit.sequences]
-    labels = [harmony.label(row.tokens, tokenizer=model.tokenizer) for row in own]
+    labels = [harmony.label(row.tokens, tokenizer=model.tokenizer, n_prompt=row.n_prompt) for row in own]
     tokens = token_table(unit, own, labels)
     members = {
         a.hook: np.concatenate([harmony.token_set(tokenizer=model.tokenizer, **a.tokens)(row.tokens) for row in own])
