@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from workbench.errors import InputError
 from workbench.figures import paper
-from workbench.figures.gallery import Drawing
+from workbench.figures.gallery import GalleryItem
 from workbench.studies.comparison import Run
 from workbench.studies.files import refuse_paths, write_files
 
@@ -36,12 +36,12 @@ def write_all(
     """Every figure of every study of a run, `STUDY_NAME`; a study for which the run lacks something is left out."""
     _check(formats)
     paper.fit(go.Figure(layout={"height": 500}), column)  # refuse a wrong column before minutes of work
-    found, _ = paper.drawings(run, which)
-    return write_drawings(found, out, formats, column=column)
+    found, _ = paper.figures_of_run(run, which)
+    return write_gallery(found, out, formats, column=column)
 
 
-def write_drawings(
-    found: Mapping[str, Drawing],
+def write_gallery(
+    found: Mapping[str, GalleryItem],
     out: str | os.PathLike[str],
     formats: Sequence[str] = FORMATS,
     *,
@@ -121,14 +121,14 @@ def _images(figures: Mapping[str, go.Figure], formats: Sequence[str]) -> dict[st
 
 
 def script(
-    draw: Callable[[Any], Mapping[str, Drawing]], open_run: Callable[[str], Run], *, column: paper.Column = "single"
+    draw: Callable[[Any], Mapping[str, GalleryItem]], open_run: Callable[[str], Run], *, column: paper.Column = "single"
 ) -> None:
     """Write the figures of a script called as `SCRIPT.py RUN OUT [FORMAT …]`, as those in notebooks/figures are."""
     if len(sys.argv) < 3:
         sys.exit(f"usage: {Path(sys.argv[0]).name} RUN OUT [svg|pdf|png|html …]")
     run, out, *formats = sys.argv[1:]
     try:
-        for path in write_drawings(draw(open_run(run)), out, formats or ("pdf", "svg"), column=column):
+        for path in write_gallery(draw(open_run(run)), out, formats or ("pdf", "svg"), column=column):
             print(path)
     except InputError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -11,7 +11,7 @@ import plotly
 import plotly.graph_objects as go
 
 from workbench.errors import InputError
-from workbench.figures.gallery import Drawing, Gallery
+from workbench.figures.gallery import Gallery, GalleryItem
 from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, WIDTH
 from workbench.registry import studies
 from workbench.studies import run_study
@@ -30,7 +30,7 @@ def main_figures() -> list[str]:
     return [f"{study.name}_{name}" for study in studies(runs=1) for name in study.main_figures]
 
 
-def drawings(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
+def figures_of_run(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
     """What all studies of a run can draw, as `STUDY_NAME`, the main set first; and why studies are left out."""
     if which not in get_args(Which):
         raise InputError(f"no set {which!r}; choose from {', '.join(get_args(Which))}")
@@ -88,7 +88,7 @@ def fit(figure: go.Figure, column: Column) -> go.Figure:
     return out
 
 
-def caption(drawing: Drawing, figure: go.Figure) -> str:
+def caption(drawing: GalleryItem, figure: go.Figure) -> str:
     """What the figure shows, how it was computed and what is not controlled: its title and more, as plain text."""
     attrs = drawing.source.attrs
     said = [figure.layout.title.text, figure.layout.title.subtitle.text, attrs.get("method", "")]
@@ -97,7 +97,7 @@ def caption(drawing: Drawing, figure: go.Figure) -> str:
     return " ".join(text if text.endswith(".") else f"{text}." for text in said if text) + "\n"
 
 
-def provenance(drawing: Drawing, column: Column) -> str:
+def provenance(drawing: GalleryItem, column: Column) -> str:
     """Where the figure comes from, as JSON: enough to make it again."""
     attrs = {k: v for k, v in drawing.source.attrs.items() if k not in ("summary", "method", "not_controlled")}
     attrs["parameters"] = json.loads(attrs.get("parameters", "{}"))
