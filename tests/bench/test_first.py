@@ -15,6 +15,7 @@ from workbench.bench.first import STEPS, Step
 from workbench.cli import app
 from workbench.errors import JobError
 from workbench.kernels import mxfp4
+from workbench.model.transformer import GptOss
 
 STUBS = """
 import os, time
@@ -112,3 +113,39 @@ def test_nano_is_compared_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wb, "load", broken)
     with pytest.raises(JobError, match="nano"):
         first_steps.nano("cpu")
+
+
+class Broken:
+    """The negative control: a model whose logits are wrong where one argument or method is used."""
+
+    def __init__(self, model: GptOss, what: str) -> None:
+        self._model, self._what = model, what
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        logits = self._model(tokens, **options)
+        return logits.roll(1, -1) if self._what in options else logits
+
+    def run_with_hooks(self, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        logits = self._model.run_with_hooks(tokens, **options)
+        return logits * (1 + 2**-7) if self._what == "hooks" else logits
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("packed", "'packed'"), ("n_real", "'two rows'"), ("cache", "'continued'"), ("hooks", "attn.hook_sink")],
+)
+def test_variants_of_a_pass_are_compared_with_plain_passes(
+    what: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = wb.load
+    monkeypatch.setattr(wb, "load", lambda *args, **options: Broken(load(*args, **options), what))
+    with pytest.raises(JobError, match=message):
+        first_steps.variants("cpu")
+
+
+def test_variants_agree_where_nothing_is_broken() -> None:
+    result = first_steps.variants("cpu")
+    assert max(result["relative_errors"].values()) < 1e-5

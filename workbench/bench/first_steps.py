@@ -5,6 +5,7 @@ A step returns numbers, raises a `JobError` where they are wrong, and a `Skipped
 
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -76,6 +77,67 @@ def nano(device: str) -> dict[str, Any]:
             f"nano on {device} differs from the CPU by more than {_TOLERANCE}, relative to the largest: {wrong[0]}"
         )
     return {"relative_errors": errors, "allowed": _TOLERANCE}
+
+
+def variants(device: str) -> dict[str, Any]:
+    """Compare packed rows, two rows, a continued cache and hooked passes with plain passes, and quantisation."""
+    import workbench as wb
+
+    model = wb.load("nano", device=device, dtype=torch.float32)
+    a, b = (torch.randint(model.cfg.d_vocab, (1, n), generator=torch.Generator().manual_seed(n)) for n in (150, 61))
+    with torch.no_grad():
+        alone = [model(tokens)[0] for tokens in (a, b)]
+        errors = {
+            "packed": _error(model(torch.cat([a, b], 1), packed=[150, 61])[0], torch.cat(alone)),
+            "two rows": _error(_two_rows(model, a, b), torch.cat(alone)),
+            "continued": _error(_continued(model, a, 100)[0], alone[0]),
+        }
+    if wrong := {name: error for name, error in errors.items() if not error <= _TOLERANCE}:
+        raise JobError(f"passes on {device} differ from plain ones by more than {_TOLERANCE}, relatively: {wrong}")
+    if changed := _changed_by_hooks(wb.load("nano", device=device, dtype=torch.bfloat16), a):
+        raise JobError(f"recording changes the logits in bfloat16 on {device}: {', '.join(changed)}")
+    _compare_quantisation(device)
+    return {"relative_errors": errors, "allowed": _TOLERANCE, "hooked": "bit for bit", "quantise": "bit for bit"}
+
+
+def _two_rows(model: Any, a: Tensor, b: Tensor) -> Tensor:
+    """The logits of both rows in one padded batch, end to end without the padding."""
+    padded = torch.cat([a, torch.nn.functional.pad(b, (0, a.shape[1] - b.shape[1]))])
+    logits = model(padded, n_real=[a.shape[1], b.shape[1]])
+    return torch.cat([logits[0], logits[1, : b.shape[1]]])
+
+
+def _continued(model: Any, tokens: Tensor, first: int) -> Tensor:
+    """The logits of a row whose tokens are given in two passes and then one by one, behind a cache."""
+    from workbench.model.cache import KVCache
+
+    n = tokens.shape[1]
+    cache = KVCache(model.cfg, 1, n, dtype=model.dtype, device=model.device)
+    ends = [0, first, n - 2, n - 1, n]
+    return torch.cat([model(tokens[:, i:j], cache=cache) for i, j in itertools.pairwise(ends)], 1)
+
+
+def _changed_by_hooks(model: Any, tokens: Tensor) -> list[str]:
+    """The kinds of hook points whose recording changes a logit."""
+    kinds = ("attn.hook_sink", "attn.hook_z", "mlp.router.hook_out", "mlp.experts.hook_post", "mlp.experts.hook_out")
+    changed = []
+    with torch.no_grad():
+        plain = model(tokens)
+        for kind in kinds:
+            hooks = [(f"blocks.{layer}.{kind}", lambda x, hook: None) for layer in range(model.cfg.n_layers)]
+            if not torch.equal(model.run_with_hooks(tokens, fwd_hooks=hooks), plain):
+                changed.append(kind)
+    return changed
+
+
+def _compare_quantisation(device: str) -> None:
+    """Quantise the same weights on the device and on the CPU; codes and scales must be equal."""
+    from workbench.kernels import mxfp4
+
+    weight = torch.randn((3, 64, 96), generator=torch.Generator().manual_seed(0))
+    pairs = zip(mxfp4.quantise(weight.to(device)), mxfp4.quantise(weight), strict=True)
+    if not all(torch.equal(got.cpu(), want) for got, want in pairs):
+        raise JobError(f"mxfp4.quantise on {device} differs from the CPU")
 
 
 def _logits_and_gradient(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
