@@ -4,7 +4,6 @@ Everything a page needs comes from this server. Bootstrap's template, because it
 host for a font.
 """
 
-import json
 import secrets
 import socket
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import panel as pn
 
+from workbench.bounded_json import read_json
 from workbench.dashboards import widgets
 from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
@@ -152,7 +152,7 @@ def _access(basic_auth: Path | None) -> dict[str, Any]:
     if basic_auth is None:
         return {}
     try:
-        known = json.loads(basic_auth.read_text())
+        known = read_json(basic_auth)
     except (OSError, ValueError) as error:
         raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords ({error})") from error
     if not isinstance(known, dict) or not known or not all(isinstance(v, str) and v for v in known.values()):

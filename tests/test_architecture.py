@@ -15,15 +15,17 @@ MAY_IMPORT = {
     "_links": set(),
     "progress": set(),
     "registry": {"errors"},
+    "version": set(),
+    "bounded_json": {"errors"},
     "kernels": set(),
     "hooks": set(),
     "harmony": {"errors", "progress"},
-    "model": {"kernels", "hooks", "harmony", "errors"},
+    "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
     "runs": {"harmony", "errors", "progress"},
-    "studies": {"registry", "runs", "harmony", "errors"},
+    "studies": {"bounded_json", "version", "registry", "runs", "harmony", "errors"},
     "figures": {"registry", "studies", "harmony", "errors"},
-    "dashboards": {"registry", "figures", "studies", "runs", "harmony", "errors"},
-    "capture": {"kernels", "model", "hooks", "runs", "harmony", "errors", "progress"},
+    "dashboards": {"bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
+    "capture": {"version", "kernels", "model", "hooks", "runs", "harmony", "errors", "progress"},
     "data": {"model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
     "bench": {
         "kernels",
@@ -39,6 +41,7 @@ MAY_IMPORT = {
         "progress",
     },
     "experiments": {
+        "version",
         "registry",
         "model",
         "kernels",
@@ -50,9 +53,7 @@ MAY_IMPORT = {
         "errors",
         "progress",
     },
-    "cli_studies": {"registry", "errors"},
     "cli": {
-        "cli_studies",
         "registry",
         "bench",
         "experiments",
@@ -65,6 +66,13 @@ MAY_IMPORT = {
         "harmony",
         "errors",
     },
+}
+# a method of the model calls the module that runs it; a job and the workers that it hands units to
+ALLOWED_CYCLES = {
+    "workbench.model.generate",
+    "workbench.model.transformer",
+    "workbench.capture.cluster",
+    "workbench.capture.job",
 }
 TORCH_FREE = ("runs", "studies", "figures", "dashboards", "harmony")
 
@@ -121,6 +129,48 @@ def test_there_is_no_circle_between_rooms() -> None:
         free = [room for room, needs in MAY_IMPORT.items() if room not in order and needs <= set(order) | {room}]
         assert free, f"a circle among {set(MAY_IMPORT) - set(order)}"
         order += free
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """What each module imports of the others: at the top, late, or for type checking only."""
+    graph = {}
+    for module, source in sources.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {dotted if dotted in sources else node.module for dotted in names.values()}
+        graph[module] = (found & sources.keys()) - {module}
+    return graph
+
+
+def reached(graph: dict[str, set[str]], module: str) -> set[str]:
+    """Modules that a module imports, directly or through others."""
+    found: set[str] = set()
+    ahead = list(graph[module])
+    while ahead:
+        found.add(ahead[-1])
+        ahead += graph[ahead.pop()] - found
+    return found
+
+
+def cyclic(graph: dict[str, set[str]]) -> set[str]:
+    """Modules that import themselves through others."""
+    return {module for module in graph if module in reached(graph, module)}
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = import_graph({module_name(path): path.read_text() for path in modules()})
+    assert cyclic(graph) <= ALLOWED_CYCLES
+    circular = {"a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import b", "b": "def f():\n    import a"}
+    assert cyclic(import_graph(circular)) == {"a", "b"}  # a negative control
 
 
 def test_the_linked_rooms_shadow_nobody() -> None:

@@ -43,7 +43,9 @@ def test_an_effect_whose_interval_includes_zero_is_open() -> None:
         coords={"intervention": ["forbid", "swap"]}, attrs=ABOUT,
     )  # fmt: skip
     (points,) = effect_bars(effects, title="Effects").data
-    assert list(points.marker.symbol) == ["circle", "circle-open"]
+    filled, open_ = points.marker.color
+    assert filled == points.marker.line.color
+    assert open_ != filled
     assert list(points.y) == ["forbid", "swap"]
     np.testing.assert_allclose(points.error_x.array, [0.5, 0.9])
     np.testing.assert_allclose(points.error_x.arrayminus, [1.0, 0.6])

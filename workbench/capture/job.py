@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-import workbench
 from workbench import harmony
 from workbench.capture import estimate, pipeline, recording
 from workbench.capture.compute import Computed
@@ -40,6 +39,7 @@ from workbench.progress import progress
 from workbench.runs import Run, open_run
 from workbench.runs.schema import Layout, Spec
 from workbench.runs.writer import RunWriter, open_writer
+from workbench.version import version as workbench_version
 
 log = logging.getLogger("workbench.capture")
 
@@ -314,7 +314,7 @@ def _provenance(
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "process": os.getpid(),
-        "software": {"workbench": workbench.__version__, "python": platform.python_version()}
+        "software": {"workbench": workbench_version(), "python": platform.python_version()}
         | {name: version(name) for name in packages},
         "harmony": harmony.distribution(),
         "tokenizer": {"name": model.tokenizer.name, "digest": model.tokenizer.digest},

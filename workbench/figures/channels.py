@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
-from workbench.figures.gallery import Drawing, Gallery, numbers
+from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.template import THEMES, ThemeName, apply_theme, band, translucent
 
 
@@ -49,5 +49,5 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
         found |= contrast.gallery(own, title=title, prefix=f"{kind}_")
     for name, ds in datasets.items():
         if "auc" in ds:
-            found[name] = Drawing(partial(probe, ds), numbers(ds, "layer"), ds)
+            found[name] = GalleryItem(partial(probe, ds), numbers(ds, "layer"), ds)
     return found

@@ -6,7 +6,7 @@ from functools import partial
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.gallery import Drawing, Gallery, numbers
+from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.intervals import lines
 from workbench.figures.template import ThemeName
 
@@ -23,4 +23,8 @@ def agreement(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Every figure of the study and the numbers behind each."""
     ds = datasets["agreement"]
-    return {"agreement": Drawing(partial(agreement, ds), numbers(ds, "channel_layer"), ds)} if "agreement" in ds else {}
+    return (
+        {"agreement": GalleryItem(partial(agreement, ds), numbers(ds, "channel_layer"), ds)}
+        if "agreement" in ds
+        else {}
+    )

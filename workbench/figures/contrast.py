@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.gallery import Drawing, Gallery, numbers
-from workbench.figures.heatmap import Grid
+from workbench.figures.gallery import Gallery, GalleryItem, numbers
+from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
@@ -30,14 +30,11 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
         f"layer %{{y}}, {kind} %{{x}}<br>%{{customdata[0]:+.2f}} points [%{{customdata[1]:+.2f}}, %{{customdata[2]:+.2f}}], "
         f"q = %{{customdata[5]:.3g}}<br>{ds.attrs['a']} %{{customdata[3]:.2f}} %, {ds.attrs['b']} %{{customdata[4]:.2f}} %<extra></extra>"
     )
-    grid = Grid(cell["layer"].values, cell[kind].values, colours)
-    for shown, opacity in ((different, 1.0), (~different, 0.35)):
-        grid.colour(np.where(shown, np.clip(points, -limit, limit), np.nan), detail, hover, opacity=opacity)
-    grid.missing(np.isnan(points))
-    grid.sign(~different & ~np.isnan(points), "line-ne", colours.band, "pale, hatched: not shown to differ")
-    grid.sign(different & (points < 0), "line-ew", colours.on_scale, "−: less")
+    grid = LayerHeatmap(cell["layer"].values, cell[kind].values, colours)
+    grid.differences(points, different, detail, hover, limit, "not shown to differ")
+    grid.less(different & (points < 0))
     bar = {"title": {"text": f"percentage points, {ds.attrs['a']} − {ds.attrs['b']}"}}
-    figure = grid.finish(kind, {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": bar})
+    figure = grid.finish_differences(kind, limit, bar)
     subtitle = (
         f"{_CONTROL[control]}; {int(cell['prompts'])} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens; "
         f"{int(different.sum())} of {different.size} differ (q < 0.05, interval excludes 0)"
@@ -104,12 +101,12 @@ def gallery(sets: Mapping[str, xr.Dataset], *, title: str, prefix: str = "") -> 
                     ds.sel(control=control).drop_vars("control"), "_".join(map(str, ds["difference"].dims[1:]))
                 )
                 label = f"{prefix}{name}_{'naive' if control == 'none' else 'matched'}"
-                found[label] = Drawing(partial(heatmap, ds, control), cells, ds)
+                found[label] = GalleryItem(partial(heatmap, ds, control), cells, ds)
                 if control == "position":
-                    found[f"{prefix}{name}_volcano"] = Drawing(partial(volcano, ds), cells, ds)
+                    found[f"{prefix}{name}_volcano"] = GalleryItem(partial(volcano, ds), cells, ds)
     if own:
         draw = partial(by_layer, own, title=title)
-        found[f"{prefix}sizes"] = Drawing(draw, partial(_sizes, own), next(iter(own.values())))
+        found[f"{prefix}sizes"] = GalleryItem(draw, partial(_sizes, own), next(iter(own.values())))
     return found
 
 

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
-from workbench.figures.gallery import Drawing, Gallery, numbers
+from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme
 
 
@@ -64,7 +64,7 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Every figure of the study and the numbers behind each."""
     cost = datasets["cost"]
-    found = {"accuracy_by_tokens": Drawing(partial(accuracy_by_tokens, cost), numbers(cost, "task_effort"), cost)}
+    found = {"accuracy_by_tokens": GalleryItem(partial(accuracy_by_tokens, cost), numbers(cost, "task_effort"), cost)}
     for kind, title in (
         ("routing", "How far routing differs with effort"),
         ("sinks", "How far sinks differ with effort"),

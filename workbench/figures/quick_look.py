@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.heatmap import Grid
+from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme
 from workbench.studies.result import provenance
 
@@ -24,7 +24,7 @@ def heatmap(ds: xr.Dataset, measure: Measure, *, theme: ThemeName = "light") -> 
     colours = THEMES[theme]
     column = str(ds[measure].dims[1])
     values = ds[measure].values
-    grid = Grid(ds["layer"].values, ds[column].values, colours)
+    grid = LayerHeatmap(ds["layer"].values, ds[column].values, colours)
     where = f"layer %{{y}}, {column} %{{x}}<br>"
     bar: dict[str, Any]
     if measure in ("load", "gates"):
@@ -60,17 +60,16 @@ def difference(a: xr.Dataset, b: xr.Dataset, measure: Measure, *, theme: ThemeNa
     column = str(a[measure].dims[1])
     points = 100 * (a[measure].values - b[measure].values)
     limit = float(np.nanmax(np.abs(points), initial=0.1))
-    grid = Grid(a["layer"].values, a[column].values, colours)
+    grid = LayerHeatmap(a["layer"].values, a[column].values, colours)
     detail = np.stack([points, 100 * a[measure].values, 100 * b[measure].values], -1)
     first, second = a.attrs["title"], b.attrs["title"]
     hover = (
         f"layer %{{y}}, {column} %{{x}}<br>%{{customdata[0]:+.2f}} points<br>{first} %{{customdata[1]:.2f}} %, "
         f"{second} %{{customdata[2]:.2f}} %<extra></extra>"
     )
-    grid.colour(points, detail, hover)
-    grid.missing(np.isnan(points))
+    grid.differences(points, np.isfinite(points), detail, hover, limit, "not shown to differ")
     bar = {"title": {"text": "percentage points"}}
-    figure = grid.finish(column, {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": bar})
+    figure = grid.finish_differences(column, limit, bar)
     subtitle = (
         f"{a.attrs['tokens']:,} and {b.attrs['tokens']:,} tokens, pooled; not controlled for position, not tested"
     )

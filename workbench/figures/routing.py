@@ -16,8 +16,8 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from workbench.errors import InputError
-from workbench.figures.gallery import Drawing, Gallery, numbers
-from workbench.figures.heatmap import Grid
+from workbench.figures.gallery import Gallery, GalleryItem, numbers
+from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.template import MARKERS, THEMES, Theme, ThemeName, apply_theme, band, translucent
 
 # the load colours end at this multiple of an even share unless told otherwise
@@ -32,7 +32,7 @@ def load_heatmap(
     cell = _select(ds, channel=channel, effort=effort)
     share, n_experts = cell["share"].values, cell.sizes["expert"]
     relative = share * n_experts
-    grid = Grid(cell["layer"].values, cell["expert"].values, colours)
+    grid = LayerHeatmap(cell["layer"].values, cell["expert"].values, colours)
     grid.colour(
         np.where(share > 0, np.minimum(relative, clip), np.nan),
         np.stack([relative, *(100 * cell[f"share{end}"].values for end in ("", "_low", "_high"))], axis=-1),
@@ -64,21 +64,17 @@ def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme
         "layer %{y}, expert %{x}<br>%{customdata[0]:+.2f} points [%{customdata[1]:+.2f}, %{customdata[2]:+.2f}], "
         f"q = %{{customdata[5]:.3g}}<br>{a} %{{customdata[3]:.2f}} %, {b} %{{customdata[4]:.2f}} %<extra></extra>"
     )
-    grid = Grid(div["layer"].values, div["expert"].values, colours)
-    for shown, opacity in ((different, 1.0), (~different, 0.35)):
-        grid.colour(np.where(shown, np.clip(points, -limit, limit), np.nan), detail, hover, opacity=opacity)
-    grid.missing(np.isnan(points))
-    grid.sign(~different & ~np.isnan(points), "line-ne", colours.band, "pale, hatched: not shown to differ")
-    grid.sign(different & (points < 0), "line-ew", colours.on_scale, "−: less")
-    grid.sign(points > limit, "triangle-up", colours.on_scale, f"clipped: above +{limit:g}")
-    grid.sign(points < -limit, "triangle-down", colours.on_scale, f"clipped: below −{limit:g}")
+    grid = LayerHeatmap(div["layer"].values, div["expert"].values, colours)
+    grid.differences(points, different, detail, hover, limit, "not shown to differ")
+    grid.less(different & (points < 0))
+    grid.clipped(points, limit)
     ticks = np.linspace(-limit, limit, 5)
     bar = {
         "title": {"text": f"percentage points, {a} − {b}"},
         "tickvals": ticks,
         "ticktext": [f"{tick:+.3g}".replace("-", "−") if tick else "0" for tick in ticks],
     }
-    figure = grid.finish("expert", {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": bar})
+    figure = grid.finish_differences("expert", limit, bar)
     tested = int(np.isfinite(points).sum())
     subtitle = (
         f"{div.attrs['rests_on']}; difference of the share of routed slots; {different.sum()} of {tested} experts "
@@ -153,20 +149,22 @@ def divergence_by_layer(div: xr.Dataset, *, theme: ThemeName = "light") -> go.Fi
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Every figure of the study and the numbers behind each, under the names of their files."""
     load = datasets["load"]
-    found = {"entropy_by_layer": Drawing(partial(entropy_by_layer, load), numbers(load, "channel_effort_layer"), load)}
+    found = {
+        "entropy_by_layer": GalleryItem(partial(entropy_by_layer, load), numbers(load, "channel_effort_layer"), load)
+    }
     for channel, effort in product(map(str, load["channel"].values), map(str, load["effort"].values)):
         cell = load.sel(channel=channel, effort=effort)
         if cell["tokens"]:
             draw = partial(load_heatmap, load, channel, effort)
-            found[f"load_{channel}_{effort}"] = Drawing(draw, numbers(cell, "layer_expert"), load)
+            found[f"load_{channel}_{effort}"] = GalleryItem(draw, numbers(cell, "layer_expert"), load)
     for name, div in datasets.items():
         if "jsd" in div:
-            found[f"divergence_{name}"] = Drawing(partial(divergence_by_layer, div), numbers(div, "layer"), div)
+            found[f"divergence_{name}"] = GalleryItem(partial(divergence_by_layer, div), numbers(div, "layer"), div)
             cells = numbers(div, "layer_expert")
-            found[f"difference_{name}"] = Drawing(partial(load_difference_heatmap, div), cells, div)
+            found[f"difference_{name}"] = GalleryItem(partial(load_difference_heatmap, div), cells, div)
     for name, ds in datasets.items():
         if "nmi" in ds:
-            found[name] = Drawing(partial(special_by_layer, ds), numbers(ds, "layer"), ds)
+            found[name] = GalleryItem(partial(special_by_layer, ds), numbers(ds, "layer"), ds)
     return found
 
 

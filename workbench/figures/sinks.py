@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
-from workbench.figures.gallery import Drawing, Gallery, numbers
-from workbench.figures.heatmap import Grid
+from workbench.figures.gallery import Gallery, GalleryItem, numbers
+from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.intervals import lines
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 
@@ -20,7 +20,7 @@ def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName 
     cell = ds.sel(channel=channel, effort=effort)
     values = 100 * cell["mass"].values
     detail = np.stack([100 * cell[n].values for n in ("mass", "mass_low", "mass_high", "spread")], -1)
-    grid = Grid(cell["layer"].values, cell["head"].values, colours)
+    grid = LayerHeatmap(cell["layer"].values, cell["head"].values, colours)
     hover = "layer %{y}, head %{x}<br>%{customdata[0]:.2f} % [%{customdata[1]:.2f}, %{customdata[2]:.2f}], spread %{customdata[3]:.2f}<extra></extra>"
     grid.colour(values, detail, hover)
     grid.missing(np.isnan(values))
@@ -56,12 +56,12 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
             cell = mass.sel(channel=channel, effort=effort)
             if int(cell["tokens"]):
                 draw = partial(mass_heatmap, mass, channel, effort)
-                found[f"mass_{channel}_{effort}"] = Drawing(draw, numbers(cell, "layer_head"), mass)
+                found[f"mass_{channel}_{effort}"] = GalleryItem(draw, numbers(cell, "layer_head"), mass)
     if "position" in datasets:
         position = datasets["position"]
         for layer in map(int, position["layer"].values):
             draw = partial(by_position, position, layer)
-            found[f"position_layer_{layer}"] = Drawing(
+            found[f"position_layer_{layer}"] = GalleryItem(
                 draw, numbers(position.sel(layer=layer), "channel_bin"), position
             )
     return found | contrast.gallery(datasets, title="How far sinks differ, by layer")

@@ -269,6 +269,7 @@ class GptOss(ModelWeights, HookedRootModule):
         n_real: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after the last block, before the final norm; arguments as `forward` has them."""
+        tokens = tokens.to(self.device)  # ids from anywhere: `device="auto"` may have put the model on a GPU
         self.context = where = PassContext(self.cfg, tokens, cache, packed, n_real)
         x = self.hook_embed(self.embed(tokens))
         for block, device in zip(self.blocks, self.devices, strict=True):

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
+from workbench.studies.comparison import in_second_half, prompt_numbers
 from workbench.studies.contrast import Between, TokenRun, contrast
 from workbench.studies.result import Definition, dataset, provenance
 
@@ -151,10 +152,7 @@ def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.D
 def _sample(run: TokenRun, hook: str, pair: tuple[str, str], seed: int) -> tuple[np.ndarray, ...]:
     """Activations [layer, token, d] of at most PROBE_TOKENS tokens of both channels, and their labels."""
     table = run.sequences
-    number = np.full(int(table.index.max()) + 1, -1)
-    number[table.index] = np.unique(
-        table["prompt_id"].where(table["prompt_id"] != "", table["id"]), return_inverse=True
-    )[1]
+    number = prompt_numbers(table)
     codes = [CHANNELS.index(c) for c in pair]
     rng = np.random.default_rng(seed)
     counts = np.zeros(2, dtype=np.int64)
@@ -168,20 +166,13 @@ def _sample(run: TokenRun, hook: str, pair: tuple[str, str], seed: int) -> tuple
             chosen |= (block["channel"] == code) & (rng.random(len(chosen)) < share)
         chosen &= np.isfinite(block[hook][0]).all(-1)
         inside = block["channel"] == codes[0]
-        starts = np.flatnonzero(np.diff(block["sequence"], prepend=-2))
-        lengths = np.diff(np.append(starts, len(chosen)))
-        before = np.cumsum(inside) - inside
-        rank, total = (
-            before - np.repeat(before[starts], lengths),
-            np.repeat(np.add.reduceat(inside.astype(int), starts), lengths),
-        )
         at = np.flatnonzero(chosen)
         parts.append(
             (
                 block[hook][:, at],
                 block["channel"][at],
                 number[block["sequence"][at]],
-                (2 * rank >= total)[at],
+                in_second_half(block["sequence"], inside)[at],
                 block["position"][at],
             )
         )

@@ -10,14 +10,14 @@ Reference: router saturation, OLMoE, arXiv 2409.02060.
 from collections.abc import Iterator
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
+from workbench.studies.comparison import prompt_numbers
 from workbench.studies.contrast import Block, TokenRun
-from workbench.studies.ratio import ratio
+from workbench.studies.resampling import ratio
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import entropy, share
 
@@ -103,9 +103,7 @@ class _Sums:
 
     def __init__(self, run: TokenRun, other: TokenRun, agree: bool, sinks: bool) -> None:
         table, a = run.sequences, run.model
-        named = table["prompt_id"].where(table["prompt_id"] != "", table["id"])
-        self.number = np.zeros(int(table.index.max()) + 1, dtype=np.int64)
-        self.number[table.index] = pd.factorize(named)[0]
+        self.number = prompt_numbers(table)
         self.shape = (int(self.number.max()) + 1, len(CHANNELS))
         self.tokens = np.zeros(self.shape)
         self.said, self.n_said = np.zeros((2, *self.shape))

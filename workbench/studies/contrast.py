@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.studies.comparison import in_second_half, prompt_numbers
 from workbench.studies.resampling import LEVEL
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import false_discovery
@@ -147,8 +148,7 @@ class _Sides:
                     f"{name} {missing[0]!r} is not in this run; it has {', '.join(sorted(set(table[name])))}"
                 )
         size = int(table.index.max()) + 1 if len(table) else 0
-        self.prompt = np.full(size, -1)
-        self.prompt[table.index] = pd.factorize(table["prompt_id"].where(table["prompt_id"] != "", table["id"]))[0]
+        self.prompt = prompt_numbers(table)
         self.allowed = np.zeros(size, dtype=bool)
         chosen = pd.Series(True, index=table.index)
         for name, value in (("effort", effort), ("task", task)):
@@ -180,13 +180,7 @@ class _Sides:
         else:
             inside = channel == CHANNELS.index(str(self.within))
             if self.between == "half":
-                ones = inside.astype(np.int64)
-                starts = np.flatnonzero(np.diff(sequence, prepend=-2))
-                lengths = np.diff(np.append(starts, len(sequence)))
-                before = np.cumsum(ones) - ones
-                rank = before - np.repeat(before[starts], lengths)
-                total = np.repeat(np.add.reduceat(ones, starts), lengths)
-                half = (2 * rank >= total).astype(np.int64)
+                half = in_second_half(sequence, inside).astype(np.int64)
                 side = np.where(inside, half if self.labels == ("first", "second") else 1 - half, -1)
             else:
                 side = np.where(inside, self.of_sequence[sequence], -1)

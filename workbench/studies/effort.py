@@ -21,7 +21,7 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run
 from workbench.studies.contrast import TokenRun, contrast
-from workbench.studies.ratio import ratio
+from workbench.studies.resampling import ratio
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(

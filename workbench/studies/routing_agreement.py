@@ -6,7 +6,7 @@ and the margin between the k-th and the (k+1)-th router logit. Precisions, batch
 the study of two runs, see `workbench.studies.routing_agreement_runs`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -176,24 +176,17 @@ class _Sums:
             "first_position": (("sequence",), self.first_position[self.order]),
         }
         by_channel = [ratio(self.shared[:, c], self.tokens[:, c]) for c in range(len(CHANNELS))]
-        self._put(found, "agreement", ("channel", "layer"), lambda end: np.stack([v[end] for v in by_channel]))
+        cells = {"agreement": (("channel", "layer"), by_channel)}
         for name, (sums, counts) in self.by.items():
-            cells = [ratio(sums[:, i], counts[:, i]) for i in range(sums.shape[1])]
-            self._put(found, f"agreement_{name}", (name,), lambda end, cells=cells: np.array([v[end] for v in cells]))
+            values = [ratio(sums[:, i], counts[:, i]) for i in range(sums.shape[1])]
+            cells[f"agreement_{name}"] = ((name,), values)
+        for name, (dims, values) in cells.items():
+            for index, end in enumerate(("", "_low", "_high")):
+                found[name + end] = (dims, np.stack([value[index] for value in values]))
         for row, name in enumerate(("logprob_agree", "logprob_disagree")):
-            value = ratio(self.logprob[row], self.n_logprob[row])
-            self._put(found, name, (), lambda end, value=value: np.asarray(value[end]))
+            for end, value in zip(("", "_low", "_high"), ratio(self.logprob[row], self.n_logprob[row]), strict=True):
+                found[name + end] = ((), np.asarray(value))
         return found
-
-    @staticmethod
-    def _put(
-        found: dict[str, tuple[tuple[str, ...], np.ndarray]],
-        name: str,
-        dims: tuple[str, ...],
-        value: Callable[[int], np.ndarray],
-    ) -> None:
-        for index, end in enumerate(("", "_low", "_high")):
-            found[name + end] = (dims, value(index))
 
 
 def _words(result: xr.Dataset, what: str) -> str:

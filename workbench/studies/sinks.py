@@ -13,9 +13,9 @@ import xarray as xr
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
-from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompts, sum_by
+from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompt_numbers, prompts, sum_by
 from workbench.studies.contrast import Between, TokenRun, contrast
-from workbench.studies.ratio import ratio
+from workbench.studies.resampling import ratio
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -130,10 +130,7 @@ def by_position(run: TokenRun, *, seed: int = 0) -> xr.Dataset:
     layers, heads = run.model["n_layers"], run.model["n_heads"]
     edges = np.array(_BINS)
     table = run.sequences
-    number = np.zeros(int(table.index.max()) + 1, dtype=np.int64)
-    number[table.index] = np.unique(
-        table["prompt_id"].where(table["prompt_id"] != "", table["id"]), return_inverse=True
-    )[1]
+    number = prompt_numbers(table)
     n_prompts, n_cells = int(number.max()) + 1, len(CHANNELS) * len(edges)
     sums = np.zeros((n_prompts, n_cells, layers))
     above, tokens = np.zeros((n_cells, layers)), np.zeros((n_prompts, n_cells))
