@@ -117,7 +117,8 @@ def gains(gain: xr.Dataset, task: str) -> str:
     for step in map(str, gain["step"].values):
         c = {str(k): float(v) for k, v in gain.sel(task=task, step=step).data_vars.items()}
         lines.append(
-            f"{step}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, {c['more_tokens_high']:+.1f}], "
+            f"{step}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, "
+            f"{c['more_tokens_high']:+.1f}], "
             f"accuracy {c['gain']:+.3f} [{c['gain_low']:+.3f}, {c['gain_high']:+.3f}]"
         )
     return "<br>".join(map(escape, lines))
@@ -128,4 +129,7 @@ def about_head(run: Run, layer: int, head: int) -> str:
     window = (run.model.get("windows") or [None] * run.model["n_layers"])[layer]
     group = run.model["n_heads"] // run.model["n_key_value_heads"]
     sees = f"the last {window} keys" if window else "all previous keys"
-    return f"Attends to {sees}; shares its keys and values with heads {head // group * group} to {head // group * group + group - 1}."
+    return (
+        f"Attends to {sees}; shares its keys and values with heads {head // group * group} to "
+        f"{head // group * group + group - 1}."
+    )

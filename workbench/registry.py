@@ -2,7 +2,7 @@
 
 A study (of finished runs) or an experiment (a model on the sequences of a run) is one module that holds one record:
 
-    STUDY = Study(name="routing", title="Routing", question="Which experts process which tokens?", requires=("routing",))
+    STUDY = Study(name="routing", title="Routing", question="Which experts process which tokens?")
 
     def study(run, *, seed=0) -> dict[str, xarray.Dataset]: ...
 

@@ -39,9 +39,10 @@ def with_summaries(run: SyntheticTokens):
         sums = np.zeros((n * len(CHANNELS), *np.array(sink.shape)[[0, 2]]))
         np.add.at(sums, cell, values.swapaxes(0, 1))
         tables[name] = xr.DataArray(
-            sums.reshape(n, len(CHANNELS), *sums.shape[1:]), dims=("sequence", "channel", "layer", "head"),
+            sums.reshape(n, len(CHANNELS), *sums.shape[1:]),
+            dims=("sequence", "channel", "layer", "head"),
             coords=coords | {"layer": np.arange(sink.shape[0])},
-        )  # fmt: skip
+        )
 
     @dataclasses.dataclass(frozen=True)
     class Both(SyntheticTokens):
@@ -245,9 +246,15 @@ def test_p_of_the_effort_contrasts_is_uniform_without_an_effect():
     from workbench.studies.contrast import contrast
 
     p = [
-        float(contrast(planted_tokens(seed=s, n_layers=1, n_heads=1), "sink", "effort", "low", "high", channel="prompt")["p"].sel(control="position").squeeze())
+        float(
+            contrast(planted_tokens(seed=s, n_layers=1, n_heads=1), "sink", "effort", "low", "high", channel="prompt")[
+                "p"
+            ]
+            .sel(control="position")
+            .squeeze()
+        )
         for s in range(150)
-    ]  # fmt: skip
+    ]
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
 
 

@@ -106,8 +106,7 @@ def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequen
     first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     predicted = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
     for rows in predicted.split(LOGIT_ROWS):
-        logits = model.logits(residual, rows[None] - 1)[0]
-        found = predict(logits, tokens[rows])
+        found = predict(model.logits(residual, rows[None] - 1)[0], tokens[rows])  # one chunk of logits is alive
         logprob[rows], entropy[rows] = found.logprob.float().cpu(), found.entropy.float().cpu()
     return logprob, entropy
 

@@ -34,9 +34,14 @@ class LayerHeatmap:
         self._heatmap(values, coloraxis="coloraxis", customdata=detail, hovertemplate=hover, **style)
 
     def differences(
-        self, values: Float[np.ndarray, "layer column"], shown: Bool[np.ndarray, "layer column"], detail: np.ndarray,
-        hover: str, limit: float, unshown: str,
-    ) -> None:  # fmt: skip
+        self,
+        values: Float[np.ndarray, "layer column"],
+        shown: Bool[np.ndarray, "layer column"],
+        detail: np.ndarray,
+        hover: str,
+        limit: float,
+        unshown: str,
+    ) -> None:
         """Draw signed values clipped at ±limit; cells that are not `shown` to differ from zero are pale and hatched."""
         for cells, opacity in ((shown, 1.0), (~shown, 0.35)):
             self.colour(np.where(cells, np.clip(values, -limit, limit), np.nan), detail, hover, opacity=opacity)

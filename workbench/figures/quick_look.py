@@ -14,9 +14,12 @@ from workbench.studies.result import provenance
 Measure = Literal["load", "gates", "lift", "mass", "spread"]
 _CLIP = 4.0  # of shares, times an even one
 _TITLES = {
-    "load": "How often each expert is chosen", "gates": "How much weight each expert gets",
-    "lift": "Experts chosen more, or less, than elsewhere", "mass": "Sink mass", "spread": "Spread of the sink mass over tokens",
-}  # fmt: skip
+    "load": "How often each expert is chosen",
+    "gates": "How much weight each expert gets",
+    "lift": "Experts chosen more, or less, than elsewhere",
+    "mass": "Sink mass",
+    "spread": "Spread of the sink mass over tokens",
+}
 
 
 def heatmap(ds: xr.Dataset, measure: Measure, *, theme: ThemeName = "light") -> go.Figure:
@@ -84,12 +87,15 @@ def position_curve(rows: pd.DataFrame, digest: str, layer: int, head: int, *, th
     for channel in map(str, rows.columns):
         figure.add_trace(
             go.Scatter(
-                x=rows.index, y=100 * rows[channel], name=channel, mode="lines+markers",
+                x=rows.index,
+                y=100 * rows[channel],
+                name=channel,
+                mode="lines+markers",
                 line={"color": colours.colour("channel", channel), "width": 1.8},
                 marker={"symbol": MARKERS.get(channel, "circle"), "size": 7},
                 hovertemplate="from position %{x}: %{y:.2f} %<extra>%{fullData.name}</extra>",
             )
-        )  # fmt: skip
+        )
     figure.update_xaxes(title="position (first of its bin)", type="log", tickvals=list(rows.index))
     figure.update_yaxes(title="probability on the sink (%)", rangemode="tozero")
     origin = xr.Dataset(attrs=provenance("sinks", "", digest, 0, {}))

@@ -1,4 +1,4 @@
-"""Everything the studies say of a run in one page that needs nothing else: findings first, then figures and methods."""
+"""The report: results, figures and methods of all studies of a run in one self-contained HTML page."""
 
 import html
 import os
@@ -36,7 +36,7 @@ def write_report(
     results: Mapping[str, Mapping[str, xr.Dataset]] | None = None,
     seed: int = 0,
 ) -> list[Path]:
-    """`OUT` as HTML and, beside it, as Markdown. results: of experiments (see `load`), to be told of with the studies."""
+    """Write the report as HTML and, beside it, as Markdown; results: of experiments, to include (see `load`)."""
     target = Path(out)
     if target.suffix != ".html":
         raise InputError(f"{out}: a report is an .html file, its Markdown is written beside it")
@@ -103,12 +103,14 @@ def _html(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequ
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
         f"<title>Report on {safe(run.digest)}</title><style>{_STYLE}</style>",
         f"<script>{get_plotlyjs()}</script>",
-        "<h1>What the studies say of this run</h1><table>",
+        "<h1>Report on this run</h1><table>",
         *(f"<tr><th>{safe(k)}</th><td>{safe(v)}</td></tr>" for k, v in _about(run)),
         "</table><nav>",
         *(f'<a href="#{safe(name)}">{safe(find(name).title)}</a>' for name in told),
-        "</nav><p class='note'>Nothing is called different whose interval includes zero; differences come first without, then with "
-        "the control of position. Association is not causation: what an expert is used for and what it is needed for are "
+        "</nav><p class='note'>Nothing is called different whose interval includes zero; differences come first "
+        "without, then with "
+        "the control of position. Association is not causation: what an expert is used for and what it is "
+        "needed for are "
         "told apart by the experiments.</p>",
     ]
     for name, sets in told.items():
@@ -129,7 +131,7 @@ def _html(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequ
 
 
 def _markdown(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequence[str]) -> str:
-    lines = ["# What the studies say of this run", "", *(f"- {k}: {v}" for k, v in _about(run)), ""]
+    lines = ["# Report on this run", "", *(f"- {k}: {v}" for k, v in _about(run)), ""]
     for name, sets in told.items():
         lines += [f"## {find(name).title}", ""]
         for ds in sets.values():

@@ -179,10 +179,13 @@ def lift_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: ThemeName =
     shown[~np.isfinite(shown)] = np.nan
     figure = go.Figure(
         go.Heatmap(
-            z=shown, coloraxis="coloraxis", customdata=np.stack([lift, cell["given"].values], -1),
-            hovertemplate="experts %{y} and %{x}: lift %{customdata[0]:.2f}<br>P(%{x} | %{y}) = %{customdata[1]:.2f}<extra></extra>",
+            z=shown,
+            coloraxis="coloraxis",
+            customdata=np.stack([lift, cell["given"].values], -1),
+            hovertemplate="experts %{y} and %{x}: lift %{customdata[0]:.2f}<br>P(%{x} | %{y}) = "
+            "%{customdata[1]:.2f}<extra></extra>",
         )
-    )  # fmt: skip
+    )
     bar = {"title": {"text": "lift"}, "tickvals": [-2, -1, 0, 1, 2], "ticktext": ["≤ ¼", "½", "1", "2", "≥ 4"]}
     figure.update_layout(coloraxis={"cmin": -2, "cmax": 2, "colorscale": colours.diverging, "colorbar": bar})
     figure.update_xaxes(title="expert")
@@ -223,7 +226,10 @@ def special_by_layer(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure
         )
     figure.update_xaxes(title="layer", **_layer_axis(ds))
     figure.update_yaxes(title="information (bit)", rangemode="tozero")
-    subtitle = f"Mutual information of a slot's expert and the label; {int((ds['q'] < 0.05).sum())} of {ds.sizes['layer']} layers beyond chance"
+    subtitle = (
+        f"Mutual information of a slot's expert and the label; {int((ds['q'] < 0.05).sum())} of "
+        f"{ds.sizes['layer']} layers beyond chance"
+    )
     return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=430)
 
 
@@ -276,7 +282,8 @@ def _line_with_band(cell: xr.Dataset, colour: str, symbol: str, style: dict[str,
             marker={"symbol": symbol, "size": 5},
             customdata=np.stack([cell[name].values for name in names], axis=-1),
             hovertemplate="layer %{x}: %{y:.3f} nat [%{customdata[0]:.3f}, %{customdata[1]:.3f}]<br>plug-in: "
-            "%{customdata[2]:.1f} effective experts, %{customdata[3]:.0%} of the maximum<extra>%{fullData.name}</extra>",
+            "%{customdata[2]:.1f} effective experts, %{customdata[3]:.0%} of the "
+            "maximum<extra>%{fullData.name}</extra>",
             **style,
         ),
     ]
