@@ -1,9 +1,9 @@
 """The routing agreement study: the experts a host chose against those the router chooses on the host's path.
 
 Engines and repeated passes of one engine route the same tokens differently (arXiv 2510.11370). The run must be captured
-with `--routing host`: its experts are the host's, and beside them are the router's own choices, made on the host's path,
-and the margin between the k-th and the (k+1)-th router logit. Precisions, batch sizes and repeated passes are compared by
-the study of two runs, see `workbench.studies.routing_agreement_runs`.
+with `--routing host`: its experts are the host's, and beside them are the router's own choices, made on the host's
+path, and the margin between the k-th and the (k+1)-th router logit. Precisions, batch sizes and repeated passes are
+compared by the study of two runs, see `workbench.studies.routing_agreement_runs`.
 """
 
 from collections.abc import Iterator
@@ -31,6 +31,7 @@ STUDY = Study(
 POSITIONS = (0, 64, 256, 1024, 4096)
 MARGINS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 EFFORTS = ("low", "medium", "high", "")
+_SHARE = "|experts of both| / k"
 _CI = "95 %, delete-one jackknife over prompts"
 
 
@@ -43,12 +44,12 @@ def _with_limits(name: str, long_name: str, units: str, definition: str) -> dict
 
 
 DEFINITIONS = {
-    **_with_limits("agreement", "routing agreement", "1", "|experts of both| / k, mean over tokens"),
-    **_with_limits("agreement_effort", "routing agreement by effort", "1", "|experts of both| / k, mean over tokens and layers"),
-    **_with_limits("agreement_position", "routing agreement by position", "1", "|experts of both| / k, mean over tokens and layers"),
-    **_with_limits("agreement_margin", "routing agreement by margin", "1", "|experts of both| / k, mean over choices of this margin"),
-    **_with_limits("logprob_agree", "log-probability where all layers agree", "nat", "mean over tokens"),
-    **_with_limits("logprob_disagree", "log-probability where a layer disagrees", "nat", "mean over tokens"),
+    **_with_limits("agreement", "routing agreement", "1", f"{_SHARE}, mean over tokens"),
+    **_with_limits("agreement_effort", "routing agreement by effort", "1", f"{_SHARE}, mean over tokens and layers"),
+    **_with_limits("agreement_position", "routing agreement by position", "1", f"{_SHARE}, mean over tokens and layers"),
+    **_with_limits("agreement_margin", "routing agreement by margin", "1", f"{_SHARE}, mean over choices of this margin"),
+    **_with_limits("logprob_agree", "log-probability where layers agree", "nat", "mean over tokens without a difference"),
+    **_with_limits("logprob_disagree", "log-probability where one disagrees", "nat", "mean over tokens with a difference"),
     "first_disagreement": Definition("first layer that disagrees", "tokens", "tokens whose first disagreement is in the layer"),
     "first_position": Definition(
         "first position that disagrees", "tokens", "of each sequence the first position with a disagreement, -1 if none"
@@ -67,7 +68,7 @@ NOT_CONTROLLED = (
 
 
 def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Return the agreement of the host's experts with the router's own, by layer, channel, effort, position and margin."""
+    """Return how far the host's experts agree with the router's own, by layer, channel, effort, position, margin."""
     blocks = (
         (block, block["own_experts"], block["experts"], block["router_margin"], block["forced"].astype(bool))
         for block in run.blocks("experts", "own_experts", "router_margin", "forced", "logprob")
