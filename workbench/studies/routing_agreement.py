@@ -46,17 +46,25 @@ def _with_limits(name: str, long_name: str, units: str, definition: str) -> dict
 DEFINITIONS = {
     **_with_limits("agreement", "routing agreement", "1", f"{_SHARE}, mean over tokens"),
     **_with_limits("agreement_effort", "routing agreement by effort", "1", f"{_SHARE}, mean over tokens and layers"),
-    **_with_limits("agreement_position", "routing agreement by position", "1", f"{_SHARE}, mean over tokens and layers"),
-    **_with_limits("agreement_margin", "routing agreement by margin", "1", f"{_SHARE}, mean over choices of this margin"),
-    **_with_limits("logprob_agree", "log-probability where layers agree", "nat", "mean over tokens without a difference"),
-    **_with_limits("logprob_disagree", "log-probability where one disagrees", "nat", "mean over tokens with a difference"),
-    "first_disagreement": Definition("first layer that disagrees", "tokens", "tokens whose first disagreement is in the layer"),
+    **_with_limits(
+        "agreement_position", "routing agreement by position", "1", f"{_SHARE}, mean over tokens and layers"
+    ),
+    **_with_limits(
+        "agreement_margin", "routing agreement by margin", "1", f"{_SHARE}, mean over choices of this margin"
+    ),
+    **_with_limits(
+        "logprob_agree", "log-probability where layers agree", "nat", "mean over tokens without a difference"
+    ),
+    **_with_limits(
+        "logprob_disagree", "log-probability where one disagrees", "nat", "mean over tokens with a difference"
+    ),
+    "first_disagreement": Definition("first layer that disagrees", "tokens", "tokens that first disagree in the layer"),
     "first_position": Definition(
         "first position that disagrees", "tokens", "of each sequence the first position with a disagreement, -1 if none"
     ),
     "tokens": Definition("tokens", "tokens", "tokens that were compared"),
     "choices": Definition("choices", "choices", "tokens times layers of this margin"),
-}  # fmt: skip
+}
 METHOD = (
     "For every token and layer, the share of the k experts that both chose. Sums by prompt, intervals by the jackknife "
     "over prompts. The margin is the k-th less the (k+1)-th router logit of this model."
