@@ -7,6 +7,7 @@ compared by the study of two runs, see `workbench.studies.routing_agreement_runs
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.contrast import Block, TokenRun
-from workbench.studies.ratio import ratio
+from workbench.studies.resampling import ratio
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -185,7 +186,7 @@ class _Sums:
             "first_position": (("sequence",), self.first_position[self.order]),
         }
         by_channel = [ratio(self.shared[:, c], self.tokens[:, c]) for c in range(len(CHANNELS))]
-        cells = {"agreement": (("channel", "layer"), by_channel)}
+        cells: dict[str, tuple[tuple[str, ...], list[Any]]] = {"agreement": (("channel", "layer"), by_channel)}
         for name, (sums, counts) in self.by.items():
             values = [ratio(sums[:, i], counts[:, i]) for i in range(sums.shape[1])]
             cells[f"agreement_{name}"] = ((name,), values)
