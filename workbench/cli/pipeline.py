@@ -148,6 +148,9 @@ def capture(
     exclude: Annotated[
         str | None, typer.Option(help="Leave sequences with these flags out, as in irregular,truncated.")
     ] = None,
+    routing: Annotated[
+        str, typer.Option(help="own, or host: force the experts that the host chose (`transcripts --routing`).")
+    ] = "own",
     workers: Annotated[int, typer.Option(help="Processes on this machine that share the units.")] = 1,
     dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers share them.")] = None,
     dry_run: Annotated[
@@ -177,7 +180,14 @@ def capture(
     records = record or list(recording.DEFAULT)
     if dry_run:
         plan = job.dry_run(
-            loaded, transcripts, run, record=records, unit_tokens=unit_tokens, strict=strict, exclude=exclude
+            loaded,
+            transcripts,
+            run,
+            record=records,
+            unit_tokens=unit_tokens,
+            strict=strict,
+            exclude=exclude,
+            routing=routing,
         )
         estimate.show(plan, run)
         estimate.refuse_what_cannot_fit(plan, run)
@@ -190,6 +200,7 @@ def capture(
         unit_tokens=unit_tokens,
         strict=strict,
         exclude=exclude,
+        routing=routing,
         workers=workers,
         dask=dask,
         log_file=log,
