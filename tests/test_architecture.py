@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "errors": set(),
     "progress": set(),
     "kernels": set(),
-    "hooks": set(),
+    "hooks": {"errors"},
     "harmony": {"errors", "progress"},
     "model": {"kernels", "hooks", "harmony", "errors"},
     "runs": {"harmony", "errors", "progress"},
