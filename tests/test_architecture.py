@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "version": set(),
     "bounded_json": {"errors"},
     "kernels": set(),
-    "hooks": set(),
+    "hooks": {"errors"},
     "harmony": {"errors", "progress"},
     "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
     "runs": {"harmony", "errors", "progress"},
