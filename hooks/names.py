@@ -106,11 +106,17 @@ def full_name(key: Any, n_layers: int) -> str:
     """
     parts = key if isinstance(key, tuple) else (key,)
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], str):
-        raise InputError(f"{key!r} names no activation: use a hook point's name, or (name, layer) as in ('resid_post', 1)")
+        raise InputError(
+            f"{key!r} names no activation: use a hook point's name, or (name, layer) as in ('resid_post', 1)"
+        )
     name, layer, part = (*parts, None, None)[:3]
     if "." in name or name.startswith("hook_"):
         return name if layer is None else f"blocks.{_layer(layer, n_layers)}.{name}"
-    if layer is None and (match := re.fullmatch(r"([a-z_]+?)_?(\d+)(ln[12])?", name)) and match[1] in {*_SHORT, *_NORMS}:
+    if (
+        layer is None
+        and (match := re.fullmatch(r"([a-z_]+?)_?(\d+)(ln[12])?", name))
+        and match[1] in {*_SHORT, *_NORMS}
+    ):
         name, layer, part = match[1], int(match[2]), match[3]
     if layer is None:
         return _OUTSIDE.get(name, f"hook_{name}")

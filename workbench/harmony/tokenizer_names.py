@@ -28,7 +28,9 @@ class TokenizerNames:
     padding_side: Literal["left", "right"] = "right"
     add_bos_token = False  # harmony puts nothing before a conversation
 
-    bos_token = property(lambda self: self._special_name("<|startoftext|>"), doc="In the vocabulary, unused by harmony.")
+    bos_token = property(
+        lambda self: self._special_name("<|startoftext|>"), doc="In the vocabulary, unused by harmony."
+    )
     eos_token = property(lambda self: self._special_name("<|return|>"), doc="It ends the final answer.")
     pad_token = property(
         lambda self: self._special_name("<|pad|>") or self._special_name("<|endoftext|>"),
@@ -86,7 +88,9 @@ class TokenizerNames:
             rows, masks = self._filled(rows, width, self.pad_token_id), self._filled(masks, width, 0)
         if return_tensors is None:
             return {"input_ids": rows[0] if one else rows, "attention_mask": masks[0] if one else masks}
-        return {name: _tensor(value, return_tensors) for name, value in (("input_ids", rows), ("attention_mask", masks))}
+        return {
+            name: _tensor(value, return_tensors) for name, value in (("input_ids", rows), ("attention_mask", masks))
+        }
 
     def encode_with_special(self, text: str) -> list[int]:
         """Return the ids of a text, in which the name of a special token, as in `<|start|>`, stands for that token.

@@ -24,7 +24,7 @@ class ActivationCache(_ActivationCache):
             return self.cache_dict[key]
         name = full_name(key, self.model.cfg.n_layers)
         if name not in self.cache_dict:
-            raise MissingActivation(
+            raise MissingActivationError(
                 f"{key!r} is not in the cache"
                 + (f" (its hook point is {name!r})" if name != key else "")
                 + f"; {closest_names(name, self.cache_dict)}"
@@ -32,7 +32,7 @@ class ActivationCache(_ActivationCache):
         return self.cache_dict[name]
 
 
-class MissingActivation(InputError, KeyError):
+class MissingActivationError(InputError, KeyError):
     """A name that is not in a cache."""
 
     __str__ = ValueError.__str__

@@ -88,7 +88,9 @@ def encode(model: Any, text: str, prepend_bos: bool | None = None) -> list[int]:
 def need_tokenizer(model: Any) -> Any:
     """Return the model's tokenizer. Raises: InputError if it has none."""
     if model.tokenizer is None:
-        raise InputError("this model has no tokenizer: pass ids, or set model.tokenizer = workbench.harmony.tokenizer()")
+        raise InputError(
+            "this model has no tokenizer: pass ids, or set model.tokenizer = workbench.harmony.tokenizer()"
+        )
     return model.tokenizer
 
 
@@ -125,7 +127,7 @@ def plain_row(row: Any, model: Any) -> list[int]:
     return [int(id) for id in check_ids(tensor, model)]
 
 
-def check_ids(tokens: Int[Tensor, "*batch pos"], model: Any) -> Int[Tensor, "*batch pos"]:
+def check_ids(tokens: Int[Tensor, "*any"], model: Any) -> Int[Tensor, "*any"]:
     """Return the ids as int64. Raises: InputError if there are none, or one is not of the vocabulary."""
     if not tokens.numel():
         raise InputError(f"no tokens: got ids of shape {list(tokens.shape)}, expected at least one in every row")
@@ -168,7 +170,9 @@ def _integers(given: Any) -> Tensor:
         raise InputError(f"expected text or token ids, got {type(given).__name__}: {given!r:.60}") from error
     if tensor.numel() and tensor.dtype not in _INTEGERS:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        raise InputError(f"token ids are whole numbers, got {dtype} of shape {list(tensor.shape)}: convert with .long()")
+        raise InputError(
+            f"token ids are whole numbers, got {dtype} of shape {list(tensor.shape)}: convert with .long()"
+        )
     return tensor.detach()
 
 
@@ -195,5 +199,7 @@ def _counted(real: Int[Tensor, "batch pos"]) -> tuple[list[int], list[int]]:
     run = (width >= first[:, None]) & (width < (first + n_real)[:, None])
     for what, wrong in (("no token", n_real == 0), ("padding between tokens", (run != real.bool()).any(1))):
         if wrong.any():
-            raise InputError(f"row {int(wrong.long().argmax())} of the attention_mask has {what}: expected one run of 1")
+            raise InputError(
+                f"row {int(wrong.long().argmax())} of the attention_mask has {what}: expected one run of 1"
+            )
     return first.tolist(), n_real.tolist()

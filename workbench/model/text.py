@@ -111,7 +111,9 @@ class TextMethods:
         if mode not in ("first", "last"):
             raise InputError(f"mode {mode!r} is unknown: use 'first' or 'last'")
         if token not in rows[0]:
-            raise InputError(f"token {self.to_single_str_token(token)!r} ({token}) is not among {self.to_str_tokens(rows[0])}")
+            raise InputError(
+                f"token {self.to_single_str_token(token)!r} ({token}) is not among {self.to_str_tokens(rows[0])}"
+            )
         return rows[0].index(token) if mode == "first" else len(rows[0]) - 1 - rows[0][::-1].index(token)
 
     def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*any d_model"]:
