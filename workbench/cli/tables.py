@@ -60,7 +60,7 @@ def _accuracy(run: Run) -> Table:
 
 def _experts(run: Run) -> Table:
     """A row a layer: effective experts of thinking and answering, and each expert's load as a bar."""
-    table = Table("layer", title="experts: effective number, and load of each (a full bar: four times an even share)")
+    table = Table("layer", title="experts: effective number, and load of each (full bar: 4 × uniform)")
     cells = {}
     for channel in ("analysis", "final"):
         if channel in quick_look.options(run)["channel"]:

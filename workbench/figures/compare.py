@@ -20,7 +20,7 @@ def agreement(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
         "layer",
         "channel",
         labels=labels,
-        title="How often two routers choose the same experts",
+        title="Agreement of two routers",
         subtitle="|experts of a ∩ experts of b| / k, mean over tokens; 95 % bands, jackknife over prompts",
         y_title="agreement",
         theme=theme,

@@ -65,7 +65,7 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
         figure,
         colours,
         ds,
-        title="What thinking costs and brings" if task == "all" else f"What thinking costs and brings: {task}",
+        title="Accuracy vs. reasoning length" if task == "all" else f"Accuracy vs. reasoning length: {task}",
         subtitle=subtitle,
         height=460,
     )
@@ -76,8 +76,8 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     cost = datasets["cost"]
     found = {"accuracy_by_tokens": GalleryItem(partial(accuracy_by_tokens, cost), numbers(cost, "task_effort"), cost)}
     for kind, title in (
-        ("routing", "How far routing differs with effort"),
-        ("sinks", "How far sinks differ with effort"),
+        ("routing", "Size of routing differences between efforts"),
+        ("sinks", "Size of sink differences between efforts"),
     ):
         own = {n.removeprefix(f"{kind}_"): ds for n, ds in datasets.items() if n.startswith(f"{kind}_")}
         found |= contrast.gallery(own, title=title, prefix=f"{kind}_")

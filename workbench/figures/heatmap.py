@@ -48,6 +48,16 @@ class LayerHeatmap:
         self.missing(np.isnan(values))
         self.sign(~shown & ~np.isnan(values), "line-ne", self.theme.band, f"pale, hatched: {unshown}")
 
+    def loads(self, load: Float[np.ndarray, "layer column"], detail: np.ndarray, hover: str, clip: float) -> go.Figure:
+        """Return the figure of loads relative to uniform; experts never selected and clipped cells are marked."""
+        relative = load * load.shape[1]
+        self.colour(np.where(load > 0, np.minimum(relative, clip), np.nan), detail, hover)
+        self.fill(load == 0, self.theme.zero, "never selected")
+        self.missing(np.isnan(load))
+        self.sign(relative > clip, "triangle-up", self.theme.on_scale, f"clipped: more than {clip:g} × uniform")
+        bar = {"title": {"text": f"load relative to uniform (× 1/{load.shape[1]})"}}
+        return self.finish("expert", {"cmin": 0, "cmax": clip, "colorscale": self.theme.sequential, "colorbar": bar})
+
     def less(self, where: Bool[np.ndarray, "layer column"]) -> None:
         """Mark cells that are less, which grey prints cannot tell from more."""
         self.sign(where, "line-ew", self.theme.on_scale, "−: less")

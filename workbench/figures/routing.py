@@ -20,35 +20,30 @@ from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.template import MARKERS, THEMES, Theme, ThemeName, apply_theme, band, translucent
 
-# the load colours end at this multiple of an even share unless told otherwise
+# the colours of loads relative to uniform end here unless told otherwise
 CLIP = 4.0
 
 
 def load_heatmap(
     ds: xr.Dataset, channel: str, effort: str, *, clip: float = CLIP, theme: ThemeName = "light"
 ) -> go.Figure:
-    """How often each expert of each layer is chosen in one cell, against an even share 1/E."""
+    """Return the load of each expert of each layer relative to uniform, in one channel and effort."""
     colours = THEMES[theme]
     cell = _select(ds, channel=channel, effort=effort)
     share, n_experts = cell["share"].values, cell.sizes["expert"]
     relative = share * n_experts
     grid = LayerHeatmap(cell["layer"].values, cell["expert"].values, colours)
-    grid.colour(
-        np.where(share > 0, np.minimum(relative, clip), np.nan),
-        np.stack([relative, *(100 * cell[f"share{end}"].values for end in ("", "_low", "_high"))], axis=-1),
-        "layer %{y}, expert %{x}<br>%{customdata[0]:.2f} times an even share<br>"
-        "%{customdata[1]:.2f} % of slots [%{customdata[2]:.2f}, %{customdata[3]:.2f}]<extra></extra>",
+    intervals = [100 * cell[f"share{end}"].values for end in ("", "_low", "_high")]
+    hover = (
+        "layer %{y}, expert %{x}<br>%{customdata[0]:.2f} × uniform<br>"
+        "%{customdata[1]:.2f} % of slots [%{customdata[2]:.2f}, %{customdata[3]:.2f}]<extra></extra>"
     )
-    grid.fill(share == 0, colours.zero, "never selected")
-    grid.missing(np.isnan(share))
-    grid.sign(relative > clip, "triangle-up", colours.on_scale, f"clipped: more than {clip:g} times")
-    bar = {"title": {"text": f"times an even share (1/{n_experts})"}}
-    figure = grid.finish("expert", {"cmin": 0, "cmax": clip, "colorscale": colours.sequential, "colorbar": bar})
+    figure = grid.loads(share, np.stack([relative, *intervals], axis=-1), hover, clip)
     subtitle = (
         f"Share of routed slots over 1/{n_experts}; {int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts; "
         "95 % intervals on hover"
     )
-    title = f"How often each expert is chosen: {channel}, {effort} effort"
+    title = f"Expert load: {channel}, {effort} effort"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
 
 
@@ -80,7 +75,7 @@ def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme
         f"{div.attrs['rests_on']}; difference of the share of routed slots; {different.sum()} of {tested} experts "
         "differ (q < 0.05, interval excludes 0)"
     )
-    title = f"Experts used differently: {_compared(div)}"
+    title = f"Difference in expert load: {_compared(div)}"
     return apply_theme(figure, colours, div, title=title, subtitle=subtitle, height=grid.height)
 
 

@@ -79,4 +79,4 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
             found[f"position_layer_{layer}"] = GalleryItem(
                 draw, numbers(position.sel(layer=layer), "channel_bin"), position
             )
-    return found | contrast.gallery(datasets, title="How far sinks differ, by layer")
+    return found | contrast.gallery(datasets, title="Size of sink differences by layer")
