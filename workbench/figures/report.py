@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 from workbench.errors import InputError
 from workbench.figures.export import PAGE_CONFIG
 from workbench.figures.gallery import Gallery
+from workbench.harmony.flags import counted_in
 from workbench.registry import find, studies
 from workbench.studies import run_study
 from workbench.studies.comparison import Run
@@ -84,6 +85,8 @@ def _about(run: Run) -> list[tuple[str, str]]:
         done, total = run.progress  # type: ignore[attr-defined]
         rows.append(("units", f"{done} of {total}" + ("" if done == total else ": this run is not finished")))
         rows.append(("sequences", f"{len(run.sequences):,}"))  # type: ignore[attr-defined]
+        if found := counted_in(run.sequences):  # type: ignore[attr-defined]
+            rows.append(("flags", found))
     return rows
 
 
