@@ -175,3 +175,18 @@ def test_outputs_of_every_kind(
     assert left_out == []
     assert [(m.get("channel", ""), m["content"]) for m in row["messages"] if m["role"] == "assistant"] == wanted
     assert counted in counts([row])
+
+
+def test_a_prompt_that_was_rendered_already_is_kept(tmp_path: Path) -> None:
+    words = harmony.tokenizer()
+    prompt = words.decode(harmony.render([ASK], effort="high", date="2025-06-28", tokenizer=words))
+    path = tmp_path / "x"
+    path.write_text(
+        json.dumps({"prompt": prompt, "choices": [{"text": "<|channel|>final<|message|>42", "finish_reason": "stop"}]})
+    )
+    _, rows, left_out = convert(path)
+    assert (left_out, rows[0]["effort"]) == ([], "high")
+    write_rows(tmp_path / "out.jsonl", rows)
+    (transcript,), _ = read_transcripts(tmp_path / "out.jsonl", tokenizer=words)
+    assert words.decode(transcript.tokens.tolist()) == f"{prompt}<|channel|>final<|message|>42<|return|>"
+    assert words.decode(transcript.tokens[: transcript.n_prompt].tolist()) == prompt
