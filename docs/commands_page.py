@@ -1,4 +1,4 @@
-"""A hook of the site's generator: the page of commands is what `--help` says, and the table of the dashboard its JSON."""
+"""Generated parts of the documentation: the commands as `--help` shows them, studies, and dashboard timings."""
 
 import json
 from pathlib import Path
@@ -70,9 +70,18 @@ def dashboard_table() -> str:
     studies = [f"| {name} | {s:.0f} |" for name, s in found["studies_s"].items()]
     return "\n".join(
         [
-            f"{found['machine']}; browser and server share it. The server's peak was {found['server_peak_gb']:.2f} GB.", "",
-            "| page | first visit, s | later, s |", "|---|---|---|", *pages, "",
-            f"| change of selection | one session, s | {many.split('_')[2]} at once, s |", "|---|---|---|", *changes, "",
-            "| study, made beside the server | s |", "|---|---|", *studies,
+            f"{found['machine']}; browser and server share it. The server's peak was {found['server_peak_gb']:.2f} GB.",
+            "",
+            "| page | first visit, s | later, s |",
+            "|---|---|---|",
+            *pages,
+            "",
+            f"| change of selection | one session, s | {many.split('_')[2]} at once, s |",
+            "|---|---|---|",
+            *changes,
+            "",
+            "| study, made beside the server | s |",
+            "|---|---|",
+            *studies,
         ]
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""The version of the workbench, as the installer recorded it: setuptools-scm derives it from git (see pyproject.toml)."""
+"""The version of the workbench as installed; setuptools-scm derives it from git (see pyproject.toml)."""
 
 from functools import cache
 from importlib.metadata import PackageNotFoundError
@@ -7,7 +7,7 @@ from importlib.metadata import version as installed_version
 
 @cache
 def version() -> str:
-    """Return the installed version, as in "0.1.dev740+g1234567"; "0+unknown" for a source tree that is not installed."""
+    """Return the installed version, as in "0.1.dev740+g1234567"; "0+unknown" where it is not installed."""
     try:
         return installed_version("gpt-oss-workbench")
     except PackageNotFoundError:

@@ -39,6 +39,7 @@ class Task:
     record: tuple[str, ...]
     unit_tokens: int
     exclude: str | None = None
+    routing: str = "own"
 
     @classmethod
     def of(
@@ -51,6 +52,7 @@ class Task:
         threads: int,
         device: str | None = None,
         exclude: str | None = None,
+        routing: str = "own",
     ) -> "Task":
         """Return the task for a model, which workers load from its folder.
 
@@ -67,6 +69,7 @@ class Task:
             record=tuple(record),
             unit_tokens=unit_tokens,
             exclude=exclude,
+            routing=routing,
         )
 
 
@@ -178,7 +181,14 @@ def _loaded(task: Task) -> tuple[GptOss, Any, Any]:
 
     torch.set_num_threads(task.threads)
     model = load(task.checkpoint, device=_device(task), dtype=getattr(torch, task.dtype), adapter=task.adapter)
-    plan = job.plan(model, task.transcripts, record=task.record, unit_tokens=task.unit_tokens, exclude=task.exclude)
+    plan = job.plan(
+        model,
+        task.transcripts,
+        record=task.record,
+        unit_tokens=task.unit_tokens,
+        exclude=task.exclude,
+        routing=task.routing,
+    )
     return model, plan, job.writer_of(plan, model, task.transcripts, task.run)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench import harmony
+from workbench.capture.host_routing import HostRoutes
 from workbench.capture.record_buffers import Buffers
 from workbench.errors import JobError
 from workbench.harmony.labels import Labels, channel_codes, role_codes
@@ -62,12 +63,15 @@ def compute(
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
     buffers.start(tokens["sequence"], tokens["channel"], tokens["message"], members)
-    with model.hooks(fwd_hooks=buffers.fwd_hooks):
+    routes = HostRoutes(model.cfg) if spec.host_routing else None
+    with model.hooks(fwd_hooks=[*buffers.fwd_hooks, *(routes.fwd_hooks if routes else [])]):
         for batch in passes(own):
             check()
             lengths = [len(row.tokens) for row in batch]
             ids = torch.from_numpy(np.concatenate([row.tokens for row in batch])).long().to(model.device)
             buffers.begin(len(ids))
+            if routes is not None:
+                routes.begin(batch)
             residual = model.residual(ids[None], packed=lengths)
             if spec.logprobs:
                 logprob, entropy = predictions(model, residual, ids, lengths)
@@ -76,6 +80,8 @@ def compute(
     records, sums = buffers.take()
     if spec.logprobs:
         records |= {"logprob": torch.cat(logprobs).numpy(), "entropy": torch.cat(entropies).numpy()}
+    if routes is not None:
+        records |= routes.take()
     return Computed(unit, tokens, records, sums)
 
 
@@ -100,8 +106,7 @@ def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequen
     first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     predicted = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
     for rows in predicted.split(LOGIT_ROWS):
-        logits = model.logits(residual, rows[None] - 1)[0]
-        found = predict(logits, tokens[rows])
+        found = predict(model.logits(residual, rows[None] - 1)[0], tokens[rows])  # one chunk of logits is alive
         logprob[rows], entropy[rows] = found.logprob.float().cpu(), found.entropy.float().cpu()
     return logprob, entropy
 

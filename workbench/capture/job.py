@@ -27,6 +27,7 @@ import torch
 from workbench import harmony
 from workbench.capture import estimate, pipeline, recording
 from workbench.capture.compute import Computed
+from workbench.capture.host_routing import with_host_routes
 from workbench.capture.plan import plan_units
 from workbench.capture.signals import StopSignal
 from workbench.errors import InputError
@@ -63,6 +64,7 @@ def capture(
     unit_tokens: int = 16_384,
     strict: bool = False,
     exclude: str | None = None,
+    routing: str = "own",
     workers: int = 1,
     dask: str | None = None,
     log_file: str | Path | None = None,
@@ -72,11 +74,14 @@ def capture(
 
     record: see `workbench.capture.recording`. Transcript rows that cannot be used are skipped and listed in the run's
     rejects; with `strict` they are refused before anything is written. exclude: flags of sequences to leave out, as in
-    "irregular,truncated"; see `workbench.harmony.flags`. workers, or the address of a Dask scheduler: see
+    "irregular,truncated"; see `workbench.harmony.flags`. routing: "host" forces the experts that a host chose, see
+    `workbench.capture.host_routing`. workers, or the address of a Dask scheduler: see
     `workbench.capture.cluster`. `model` may be on the device "meta" if workers load it, on `worker_device` (the device
     type of `model` if None). What happens is logged to `log_file`, beside a local run if None.
     """
-    job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude)
+    job = plan(
+        model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
+    )
     _refuse_full_disk(model, job, _pending(job, path), path)
     with (
         writer_of(job, model, transcripts, path, device=worker_device) as writer,
@@ -108,6 +113,7 @@ def capture(
                         max(1, torch.get_num_threads() // workers),
                         worker_device,
                         exclude,
+                        routing,
                     )
                     cluster.run(
                         task, job.layout, pending, workers=workers, address=dask, check=interrupt.check, done=done
@@ -130,9 +136,10 @@ def plan(
     unit_tokens: int,
     strict: bool = False,
     exclude: str | None = None,
+    routing: str = "own",
 ) -> Plan:
     """Read the transcripts and lay out the run; nothing is written."""
-    spec = recording.parse(record, model.cfg)
+    spec = recording.parse(record, model.cfg, routing)
     unwanted = set(read_flags(exclude))
     found, rejects = read_transcripts(transcripts, tokenizer=model.tokenizer, n_ctx=model.cfg.n_ctx)
     if not found:
@@ -149,6 +156,8 @@ def plan(
             rejects.append(Reject(0, row.id, f"excluded: {' '.join(sorted(unwanted.intersection(has)))}"))
     if not rows:
         raise InputError(f"{transcripts}: --exclude {exclude} leaves none of {len(found):,} sequences")
+    if spec.host_routing:
+        rows = with_host_routes(rows, transcripts, model.cfg)
     return Plan(spec, rows, rejects, plan_units([len(row.tokens) for row in rows], unit_tokens), flags)
 
 
@@ -184,9 +193,12 @@ def dry_run(
     unit_tokens: int,
     strict: bool = False,
     exclude: str | None = None,
+    routing: str = "own",
 ) -> estimate.Estimate:
     """What `capture` with these arguments would take; nothing is written."""
-    job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude)
+    job = plan(
+        model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
+    )
     return estimate.estimate(model, job.rows, job.spec, job.layout, _pending(job, path), path)
 
 

@@ -35,9 +35,14 @@ def info(
     about = subject(model)
     spec = recording.parse(record or recording.DEFAULT, about.cfg)
     plan = Plan(
-        tokens=tokens or min(FORWARD_TOKENS, about.cfg.n_ctx), batch=batch, room=parse(memory), recorded=recording.wanted(spec, about.cfg),
-        predictions=LOGIT_ROWS if spec.logprobs else 0, unit_tokens=unit_tokens, dtype=torch_dtype(dtype),
-    )  # fmt: skip
+        tokens=tokens or min(FORWARD_TOKENS, about.cfg.n_ctx),
+        batch=batch,
+        room=parse(memory),
+        recorded=recording.wanted(spec, about.cfg),
+        predictions=LOGIT_ROWS if spec.logprobs else 0,
+        unit_tokens=unit_tokens,
+        dtype=torch_dtype(dtype),
+    )
     describe(about, plan)
 
 

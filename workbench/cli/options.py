@@ -17,7 +17,8 @@ Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmeti
 Record = Annotated[
     list[str] | None,
     typer.Option(
-        help="routing, router_logits, sinks, sink_sums, logprobs, or a hook point, as in resid_post:3,7; see `workbench capture`. "
+        help="routing, router_logits, sinks, sink_sums, logprobs, or a hook point, as in resid_post:3,7; see "
+        "`workbench capture`. "
         "[default: routing, sinks, logprobs]"
     ),
 ]

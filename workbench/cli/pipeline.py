@@ -34,9 +34,17 @@ def generate(
 
     loaded = load_model(model, device, dtype)
     generate_transcripts(
-        loaded, prompts, out, efforts=effort or ["low", "medium", "high"], samples=samples, temperature=temperature,
-        seed=seed, max_new_tokens=max_new_tokens, batch=batch, overwrite=overwrite,
-    )  # fmt: skip
+        loaded,
+        prompts,
+        out,
+        efforts=effort or ["low", "medium", "high"],
+        samples=samples,
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        batch=batch,
+        overwrite=overwrite,
+    )
 
 
 @app.command()
@@ -84,9 +92,21 @@ def transcripts(
     if not isinstance(more, dict):
         raise InputError("--body: wanted a JSON object")
     settings = Settings(
-        model, tuple(dict.fromkeys(effort or ("low", "medium", "high"))), samples, temperature, max_tokens, api, concurrency,
-        requests_per_minute, timeout, retries, key_env, more, tokenizer, routing,
-    )  # fmt: skip
+        model,
+        tuple(dict.fromkeys(effort or ("low", "medium", "high"))),
+        samples,
+        temperature,
+        max_tokens,
+        api,
+        concurrency,
+        requests_per_minute,
+        timeout,
+        retries,
+        key_env,
+        more,
+        tokenizer,
+        routing,
+    )
     collect(url, prompts, out, settings, overwrite=overwrite)
 
 
@@ -128,6 +148,9 @@ def capture(
     exclude: Annotated[
         str | None, typer.Option(help="Leave sequences with these flags out, as in irregular,truncated.")
     ] = None,
+    routing: Annotated[
+        str, typer.Option(help="own, or host: force the experts that the host chose (`transcripts --routing`).")
+    ] = "own",
     workers: Annotated[int, typer.Option(help="Processes on this machine that share the units.")] = 1,
     dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers share them.")] = None,
     dry_run: Annotated[
@@ -140,7 +163,8 @@ def capture(
 ) -> None:
     """Record activations of a model on transcripts into a run. Rerun the command to resume.
 
-    --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, or a hook point: "resid_post:3,7", with which heads
+    --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, or a hook point:
+    "resid_post:3,7", with which heads
     ("attn.z:5 index=0,12"), which tokens ("resid_post channel=analysis every=4"; role, channel, part, message,
     position, every, last) and reduced how ("resid_post reduce=message", "mlp_out reduce=moments sketch=64").
     """
@@ -156,15 +180,32 @@ def capture(
     records = record or list(recording.DEFAULT)
     if dry_run:
         plan = job.dry_run(
-            loaded, transcripts, run, record=records, unit_tokens=unit_tokens, strict=strict, exclude=exclude
+            loaded,
+            transcripts,
+            run,
+            record=records,
+            unit_tokens=unit_tokens,
+            strict=strict,
+            exclude=exclude,
+            routing=routing,
         )
         estimate.show(plan, run)
         estimate.refuse_what_cannot_fit(plan, run)
         return
     written = job.capture(
-        loaded, transcripts, run, record=records, unit_tokens=unit_tokens, strict=strict, exclude=exclude,
-        workers=workers, dask=dask, log_file=log, worker_device=worker_device,
-    )  # fmt: skip
+        loaded,
+        transcripts,
+        run,
+        record=records,
+        unit_tokens=unit_tokens,
+        strict=strict,
+        exclude=exclude,
+        routing=routing,
+        workers=workers,
+        dask=dask,
+        log_file=log,
+        worker_device=worker_device,
+    )
     rejects = written.provenance["rejects"]
     print(f"{run}: {len(written.sequences):,} sequences" + (f", {len(rejects)} rows skipped" if rejects else ""))
 
@@ -177,12 +218,16 @@ def verify(
     ] = None,
 ) -> None:
     """Validate a run and list damaged arrays; exit with 1 if there are any."""
+    from workbench.harmony.flags import counted_in
+    from workbench.runs import open_run
     from workbench.runs.verify import verify as check
 
     problems = check(run, workers=workers)
     for problem in problems:
         print(f"{problem.where}: {problem.what}")
     print(f"{run}: {len(problems)} problems" if problems else f"{run}: whole")
+    if not problems and (found := counted_in(open_run(run).sequences)):
+        print(f"{run}: {found}")
     raise typer.Exit(1 if problems else 0)
 
 
@@ -212,7 +257,13 @@ def export(
 
     chosen = [tuple(names or ()) for names in (channel, role, part, effort, task)]
     n = write(
-        open_run(run), out, format=format, what=what, layers=layers or (), context=context,
-        selection=Selection(*chosen), overwrite=overwrite,
-    )  # fmt: skip
+        open_run(run),
+        out,
+        format=format,
+        what=what,
+        layers=layers or (),
+        context=context,
+        selection=Selection(*chosen),
+        overwrite=overwrite,
+    )
     print(f"{out}: {n:,} tokens")

@@ -103,8 +103,11 @@ def effects(
     """
     base = logprobs(model, rows, of)
     each = np.stack(
-        [logprobs(model, rows, of, *([edit] if isinstance(edit, Edit) else edit)) - base for edit in interventions.values()]
-    )  # fmt: skip
+        [
+            logprobs(model, rows, of, *([edit] if isinstance(edit, Edit) else edit)) - base
+            for edit in interventions.values()
+        ]
+    )
     change, low, high = paired(each, [row.prompt_id for row in rows], n_boot=n_boot, seed=seed)
     return xr.Dataset(
         {

@@ -15,9 +15,16 @@ def agreement(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     """Share of chosen experts that both runs chose, by layer and channel."""
     labels = [c for c in map(str, ds["channel"].values) if int(ds["tokens"].sel(channel=c)) and c != "frame"]
     return lines(
-        ds, "agreement", "layer", "channel", labels=labels, title="How often two routers choose the same experts",
-        subtitle="|experts of a ∩ experts of b| / k, mean over tokens; 95 % bands, jackknife over prompts", y_title="agreement", theme=theme,
-    )  # fmt: skip
+        ds,
+        "agreement",
+        "layer",
+        "channel",
+        labels=labels,
+        title="Agreement of two routers",
+        subtitle="|experts of a ∩ experts of b| / k, mean over tokens; 95 % bands, jackknife over prompts",
+        y_title="agreement",
+        theme=theme,
+    )
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:

@@ -1,7 +1,7 @@
 """Figures of a study that has none of its own: each variable by its axes, with its interval where it has one.
 
-One axis of labels is drawn as rows, one of numbers as a line, two as a line for each label or as a heat map. Further axes
-give a figure for each of their labels.
+One axis of labels is drawn as rows, one of numbers as a line, two as a line for each label or as a heat map. Further
+axes give a figure for each of their labels.
 """
 
 from collections.abc import Iterator, Mapping

@@ -52,7 +52,10 @@ def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
         ds["layer"].values if "layer" in ds.coords else np.arange(len(values)), np.arange(values.shape[1]), colours
     )
     detail = np.stack([values, ds["low"].values, ds["high"].values], -1)
-    hover = f"layer %{{y}}, {kind} %{{x}}: %{{customdata[0]:+.3f}} [%{{customdata[1]:+.3f}}, %{{customdata[2]:+.3f}}]<extra></extra>"
+    hover = (
+        f"layer %{{y}}, {kind} %{{x}}: %{{customdata[0]:+.3f}} [%{{customdata[1]:+.3f}}, "
+        f"%{{customdata[2]:+.3f}}]<extra></extra>"
+    )
     grid.differences(values, shown, detail, hover, limit, "not shown to differ from 0")
     made = grid.finish_differences(kind, limit, {"title": {"text": unit}})
     return apply_theme(

@@ -47,7 +47,7 @@ def write_gallery(
     *,
     column: paper.Column = "screen",
 ) -> list[Path]:
-    """Draw, and write each figure with its numbers, its caption (`.txt`) and its provenance (`.json`); and `index.md`."""
+    """Write each figure with its numbers, caption (`.txt`) and provenance (`.json`), and `index.md`."""
     drawn = {name: drawing.draw() for name, drawing in found.items()}
     captions = {name: paper.caption(drawing, drawn[name]) for name, drawing in found.items()}
     beside = {f"{name}.txt": text for name, text in captions.items()}
@@ -64,7 +64,7 @@ def write(
     formats: Sequence[str] = FORMATS,
     beside: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write `NAME.FORMAT` for every figure and format, and `NAME.csv`; nothing is written unless everything was made."""
+    """Write `NAME.FORMAT` for every figure and format, and `NAME.csv`, after all of them are made."""
     _check(formats)
     if figures.keys() != data.keys():
         unpaired = sorted(figures.keys() ^ data.keys())
@@ -114,7 +114,8 @@ def _images(figures: Mapping[str, go.Figure], formats: Sequence[str]) -> dict[st
             kaleido.write_fig_from_object_sync(wanted, kopts={"mathjax": False}, cancel_on_error=True)
         except ChromeNotFoundError as error:
             raise InputError(
-                f"{', '.join(formats)} need Chromium or Chrome, and none was found; install one (or set BROWSER_PATH to "
+                f"{', '.join(formats)} need Chromium or Chrome, and none was found; install one (or set "
+                "BROWSER_PATH to "
                 "it), or ask for html"
             ) from error
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

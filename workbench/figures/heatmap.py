@@ -34,14 +34,29 @@ class LayerHeatmap:
         self._heatmap(values, coloraxis="coloraxis", customdata=detail, hovertemplate=hover, **style)
 
     def differences(
-        self, values: Float[np.ndarray, "layer column"], shown: Bool[np.ndarray, "layer column"], detail: np.ndarray,
-        hover: str, limit: float, unshown: str,
-    ) -> None:  # fmt: skip
+        self,
+        values: Float[np.ndarray, "layer column"],
+        shown: Bool[np.ndarray, "layer column"],
+        detail: np.ndarray,
+        hover: str,
+        limit: float,
+        unshown: str,
+    ) -> None:
         """Draw signed values clipped at ±limit; cells that are not `shown` to differ from zero are pale and hatched."""
         for cells, opacity in ((shown, 1.0), (~shown, 0.35)):
             self.colour(np.where(cells, np.clip(values, -limit, limit), np.nan), detail, hover, opacity=opacity)
         self.missing(np.isnan(values))
         self.sign(~shown & ~np.isnan(values), "line-ne", self.theme.band, f"pale, hatched: {unshown}")
+
+    def loads(self, load: Float[np.ndarray, "layer column"], detail: np.ndarray, hover: str, clip: float) -> go.Figure:
+        """Return the figure of loads relative to uniform; experts never selected and clipped cells are marked."""
+        relative = load * load.shape[1]
+        self.colour(np.where(load > 0, np.minimum(relative, clip), np.nan), detail, hover)
+        self.fill(load == 0, self.theme.zero, "never selected")
+        self.missing(np.isnan(load))
+        self.sign(relative > clip, "triangle-up", self.theme.on_scale, f"clipped: more than {clip:g} × uniform")
+        bar = {"title": {"text": f"load relative to uniform (× 1/{load.shape[1]})"}}
+        return self.finish("expert", {"cmin": 0, "cmax": clip, "colorscale": self.theme.sequential, "colorbar": bar})
 
     def less(self, where: Bool[np.ndarray, "layer column"]) -> None:
         """Mark cells that are less, which grey prints cannot tell from more."""

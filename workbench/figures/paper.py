@@ -1,4 +1,4 @@
-"""Figures as a journal wants them: a column wide, 7-point type, the title in the caption, and where the numbers are from.
+"""Figures for a journal: a column wide, 7-point type, the title in the caption, with provenance.
 
 89 and 183 mm are the widths of one and two columns in most journals.
 """
@@ -68,9 +68,13 @@ def fit(figure: go.Figure, column: Column) -> go.Figure:
     type_ = {"size": _TYPE}
     out.layout.annotations = [a for a in out.layout.annotations if a.yshift != 6 - MARGIN_BELOW]  # the foot
     out.update_layout(
-        title=None, width=width, height=height, font=type_, margin={"l": 38, "r": 10, "t": _ABOVE, "b": _BELOW},
+        title=None,
+        width=width,
+        height=height,
+        font=type_,
+        margin={"l": 38, "r": 10, "t": _ABOVE, "b": _BELOW},
         legend={"y": 2 / height, "font": type_, "title": {"font": type_}},
-    )  # fmt: skip
+    )
     out.update_annotations(font=type_)
     out.update_xaxes(title={"font": type_, "standoff": 4}, ticklen=3, tickfont=type_)
     out.update_yaxes(title={"font": type_, "standoff": 4}, ticklen=3, tickfont=type_)
@@ -109,8 +113,9 @@ def index(captions: Mapping[str, str]) -> str:
     """A page that lists the figures, those of the main text first."""
     lines, main = ["# Figures", ""], main_figures()
     for heading, names in (
-        ("Main text", [n for n in captions if n in main]), ("Supplement", [n for n in captions if n not in main]),
-    ):  # fmt: skip
+        ("Main text", [n for n in captions if n in main]),
+        ("Supplement", [n for n in captions if n not in main]),
+    ):
         lines += [f"## {heading}", ""] if names else []
         for number, name in enumerate(names, start=1):
             lines += [f"**Figure {'' if heading == 'Main text' else 'S'}{number}** (`{name}`). {captions[name]}"]

@@ -52,7 +52,8 @@ DEFINITIONS = {
     "tokens": Definition("tokens", "tokens", "tokens that take part"),
 }
 METHOD = (
-    "Probes are logistic regressions on standardised activations, folds split by prompt; selectivity subtracts the AUC on "
+    "Probes are logistic regressions on standardised activations, folds split by prompt; selectivity subtracts "
+    "the AUC on "
     "labels that mean nothing. Distances are in units of the spread within channels."
 )
 NOT_CONTROLLED = "A probe may read position or words; its halves of the analysis show how much of that there is."
@@ -101,7 +102,8 @@ def _beside_halves(found: Mapping[str, xr.Dataset]) -> str:
             if np.isfinite(sizes[0]).all() and np.isfinite(sizes[1]).all():
                 larger = int((sizes[0] > sizes[1]).sum())
                 lines.append(
-                    f"{label.capitalize()}: analysis and final are farther apart than the halves of analysis in {larger} of "
+                    f"{label.capitalize()}: analysis and final are farther apart than the halves of analysis in "
+                    f"{larger} of "
                     f"{sizes[0].size} layers (size less what noise has, at equal position)."
                 )
     return "\n".join(lines)
@@ -141,11 +143,15 @@ def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.D
     attrs = provenance("channels", f"{hook}: {a} against {b}", run.digest, seed, {"hook": hook, "a": a, "b": b})
     best = int(np.argmax(rows["auc"]))
     attrs |= {
-        "a": a, "b": b, "method": METHOD, "not_controlled": NOT_CONTROLLED,
-        "summary": f"{hook}: a linear probe tells {a} from {b} with AUC {rows['auc'][best]:.3f} in layer {layers[best]} (folds "
+        "a": a,
+        "b": b,
+        "method": METHOD,
+        "not_controlled": NOT_CONTROLLED,
+        "summary": f"{hook}: a linear probe tells {a} from {b} with AUC {rows['auc'][best]:.3f} in layer "
+        f"{layers[best]} (folds "
         f"{rows['auc_low'][best]:.3f} to {rows['auc_high'][best]:.3f}; halves of {a}: {rows['auc_half'][best]:.3f}; "
         f"selectivity {rows['selectivity'][best]:.3f}); the means lie {rows['distance'][best]:.2f} spreads apart.",
-    }  # fmt: skip
+    }
     return dataset(variables, {"layer": list(layers), "layer_2": list(layers)}, DEFINITIONS, attrs)
 
 

@@ -1,4 +1,4 @@
-"""The sinks study: how much attention heads leave on their learned sink, where, and whether channel or effort change it.
+"""The sinks study: attention to the learned sinks by layer, head and position, channel and effort.
 
 The mass on the sink is the probability 1 − Σ attention of a head at a token. With equal logits it falls with the number
 of keys that a head sees, so layers with a window and full layers are told apart, and every comparison of channels or
