@@ -6,6 +6,7 @@ from html import escape
 import pandas as pd
 import xarray as xr
 
+from workbench.harmony.flags import counted_in
 from workbench.runs import Run
 from workbench.studies.comparison import in_order
 
@@ -77,6 +78,8 @@ def provenance(run: Run) -> str:
     """Return HTML with the provenance of a run as a table."""
     rows = {**run.provenance, "digest": run.digest, "checkpoint": run.checkpoint}
     rows.pop("rejects", None)
+    if found := counted_in(run.sequences):
+        rows["flags of sequences"] = found
     cells = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
     return f"<table>{cells}</table>"
 

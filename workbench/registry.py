@@ -105,9 +105,10 @@ class Record:
             choices = needed.split(" or ")
             has_activation = "activations" in choices and any(name.startswith("hook_") for name in recorded)
             if not has_activation and not set(choices) & set(recorded):
+                remedy = "--routing host" if choices[0] == "host_routing" else f"--record {choices[0]}"
                 raise InputError(
                     f"{self.name} needs a run that recorded {needed}, and {getattr(run, 'path', 'this one')} recorded "
-                    f"{', '.join(recorded)}: capture again with --record {choices[0]}"
+                    f"{', '.join(recorded)}: capture again with {remedy}"
                 )
 
 

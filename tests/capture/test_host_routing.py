@@ -13,6 +13,7 @@ from workbench.capture.host_routing import HostRoutes
 from workbench.errors import InputError
 from workbench.harmony.hosts.routing import write_experts
 from workbench.model.transformer import GptOss
+from workbench.registry import find
 from workbench.runs import Run
 from workbench.runs.verify import verify
 from workbench.studies import run_study
@@ -104,6 +105,8 @@ def test_the_studies_see_planted_disagreement(
     assert (result["agreement"].values[tokens][:, -1] < 1).all()
     assert result["first_disagreement"].values[:-1].sum() == 0
     assert result["agreement_effort"].sel(effort="low") < 1
+    for label, drawing in find("routing-agreement").load_figures().gallery({"agreement": result}).items():
+        assert drawing.draw().data, label
     both = run_study("routing-agreement-runs", run, free)["agreement"]
     assert (both["agreement"].values[tokens][:, :-1] == 1).all()
     assert float(both["logprob_effect"]) > 0

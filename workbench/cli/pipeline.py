@@ -218,12 +218,16 @@ def verify(
     ] = None,
 ) -> None:
     """Validate a run and list damaged arrays; exit with 1 if there are any."""
+    from workbench.harmony.flags import counted_in
+    from workbench.runs import open_run
     from workbench.runs.verify import verify as check
 
     problems = check(run, workers=workers)
     for problem in problems:
         print(f"{problem.where}: {problem.what}")
     print(f"{run}: {len(problems)} problems" if problems else f"{run}: whole")
+    if not problems and (found := counted_in(open_run(run).sequences)):
+        print(f"{run}: {found}")
     raise typer.Exit(1 if problems else 0)
 
 

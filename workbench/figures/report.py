@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 from workbench.errors import InputError
 from workbench.figures.export import PAGE_CONFIG
 from workbench.figures.gallery import Gallery
+from workbench.harmony.flags import counted_in
 from workbench.registry import find, studies
 from workbench.studies import run_study
 from workbench.studies.comparison import Run
@@ -84,6 +85,8 @@ def _about(run: Run) -> list[tuple[str, str]]:
         done, total = run.progress  # type: ignore[attr-defined]
         rows.append(("units", f"{done} of {total}" + ("" if done == total else ": this run is not finished")))
         rows.append(("sequences", f"{len(run.sequences):,}"))  # type: ignore[attr-defined]
+        if found := counted_in(run.sequences):  # type: ignore[attr-defined]
+            rows.append(("flags", found))
     return rows
 
 
@@ -124,7 +127,7 @@ def _html(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequ
             parts.append(f"<figure>{drawn}</figure>")
         parts += [f"<p class='note'><b>{safe(k)}.</b> {safe(v)}</p>" for k, v in _notes(sets)]
     if left_out:
-        parts.append("<h2>Left out</h2>" + "".join(f"<p>{safe(text)}</p>" for text in left_out))
+        parts.append("<h2>Skipped</h2>" + "".join(f"<p>{safe(text)}</p>" for text in left_out))
     first = next(iter(next(iter(told.values())).values())).attrs
     parts.append(f"<p class='note'>workbench {safe(str(first['workbench_version']))}, seed {first['seed']}.</p></html>")
     return "\n".join(parts)
@@ -138,5 +141,5 @@ def _markdown(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: 
             lines += [f"### {ds.attrs['title']}", "", "```", str(ds.attrs["summary"]), "```", ""]
         lines += [text for k, v in _notes(sets) for text in (f"*{k}.* {v}", "")]
     if left_out:
-        lines += ["## Left out", "", *left_out, ""]
+        lines += ["## Skipped", "", *left_out, ""]
     return "\n".join(lines)

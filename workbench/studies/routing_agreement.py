@@ -27,6 +27,8 @@ STUDY = Study(
     question="Where does the host that generated the tokens route them to other experts than this model?",
     requires=("host_routing",),
     compute="one pass over the tokens; jackknife over prompts",
+    page="experts",
+    page_title="Experts",
     order=60,
 )
 POSITIONS = (0, 64, 256, 1024, 4096)

@@ -19,6 +19,8 @@ STUDY = Study(
     requires=("routing",),
     compute="one pass over the tokens of both runs; jackknife over prompts",
     runs=2,
+    page="compare",
+    page_title="Compare runs",
     order=61,
 )
 _EFFECT = Definition("effect on log-probability", "nat", "|a − b|, mean over tokens", ci="95 %, jackknife over prompts")
