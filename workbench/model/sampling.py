@@ -23,13 +23,13 @@ class Sampling:
 
     temperature: float = 0.0
     top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
+    top_p: int | float | None = None
+    min_p: int | float | None = None
 
     @classmethod
     def of(
-        cls, temperature: float | None, *, do_sample: bool | None, top_k: int | None, top_p: float | None,
-        min_p: float | None,
+        cls, temperature: int | float | None, *, do_sample: bool | None, top_k: int | None, top_p: int | float | None,
+        min_p: int | float | None,
     ) -> "Sampling":  # fmt: skip
         """Return the sampling that these options ask for.
 
