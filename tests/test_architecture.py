@@ -69,8 +69,6 @@ MAY_IMPORT = {
 }
 # a method of the model calls the module that runs it; a job and the workers that it hands units to
 ALLOWED_CYCLES = {
-    "workbench.model.generate",
-    "workbench.model.transformer",
     "workbench.capture.cluster",
     "workbench.capture.job",
 }

@@ -138,25 +138,6 @@ class TokenizerNames:
             vocabulary.setdefault(self.token(id), id)
         return vocabulary
 
-    def apply_chat_template(
-        self,
-        conversation: Sequence[dict[str, Any]],
-        *,
-        tokenize: bool = True,
-        add_generation_prompt: bool = False,
-        reasoning_effort: str = "medium",
-    ) -> list[int] | str:
-        """Return a conversation as `workbench.harmony.render` renders it: ids, or text with `tokenize=False`."""
-        from workbench.harmony.rendering import render  # late: it imports the tokenizers
-
-        ids = render(
-            list(conversation),
-            tokenizer=self,  # type: ignore[arg-type]
-            effort=reasoning_effort,
-            generation_prompt=add_generation_prompt,
-        )
-        return ids if tokenize else self.decode(ids)
-
     @functools.cached_property
     def _special_names(self) -> re.Pattern[str]:
         names = sorted(self.special, key=len, reverse=True)

@@ -4,10 +4,8 @@ A row's samples come from a generator seeded with (seed, row), so neither the ba
 change what it generates. The choice is made on the model's device; one step copies one number a row to the host.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -18,13 +16,10 @@ from workbench.model.cache import KVCache
 from workbench.model.inputs import need_tokenizer, read_batch
 from workbench.model.sampling import Sampling
 
-if TYPE_CHECKING:
-    from workbench.model.transformer import GptOss
-
 
 @torch.no_grad()
 def generate(
-    model: GptOss,
+    model: Any,
     prompts: Any,
     *,
     max_new_tokens: int = 256,
@@ -71,7 +66,7 @@ def generate(
 
 
 def _stops(
-    model: GptOss, stop: Collection[int] | None, eos: int | Collection[int] | None, stop_at_eos: bool
+    model: Any, stop: Collection[int] | None, eos: int | Collection[int] | None, stop_at_eos: bool
 ) -> frozenset[int]:
     ending = frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
     if stop is None and eos is None and stop_at_eos and model.tokenizer is not None:
@@ -80,7 +75,7 @@ def _stops(
 
 
 def _continue(
-    model: GptOss, rows: list[list[int]], most: int, sampling: Sampling, seeds: list[int], stops: frozenset[int],
+    model: Any, rows: list[list[int]], most: int, sampling: Sampling, seeds: list[int], stops: frozenset[int],
     verbose: bool,
 ) -> list[list[int]]:  # fmt: skip
     """Return the new tokens of every row."""
@@ -131,7 +126,7 @@ def _progress(total: int, verbose: bool) -> Any:
     return tqdm(total=total, disable=not verbose, desc="generate", unit="token")
 
 
-def _returned(model: GptOss, given: Any, rows: list[list[int]], new: list[list[int]], return_type: str) -> Any:
+def _returned(model: Any, given: Any, rows: list[list[int]], new: list[list[int]], return_type: str) -> Any:
     texts = isinstance(given, str) or (isinstance(given, Sequence) and bool(given) and isinstance(given[0], str))
     if return_type == "input":
         return_type = "str" if texts else "tokens" if isinstance(given, Tensor) else "new_tokens"
