@@ -1,4 +1,4 @@
-"""Figure 3: where heads rest, and along position in a full and in a window layer.
+"""Figure 3: mean sink attention, and sink attention by position in a full and in a windowed layer.
 
 python notebooks/figures/figure_3_sinks.py RUN OUT [svg|pdf|png|html …]
 """

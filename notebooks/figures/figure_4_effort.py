@@ -1,4 +1,4 @@
-"""Figure 4: what effort costs and brings, and how far routing differs with it at equal position.
+"""Figure 4: accuracy vs. reasoning length, and the differences of routing at equal position.
 
 python notebooks/figures/figure_4_effort.py RUN OUT [svg|pdf|png|html …]
 """

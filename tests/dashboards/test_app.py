@@ -212,7 +212,7 @@ def test_every_page_draws_and_explains_itself(demo: str, browser: Browser, page:
 
 def test_another_figure_is_in_the_link_and_its_numbers_can_be_had(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/sinks?figure=position_layer_1").drawn(3)
-    expect(session.page.get_by_text("Sink mass by position, layer 1").first).to_be_visible()
+    expect(session.page.get_by_text("Sink attention by position, layer 1").first).to_be_visible()
     session.page.locator("select").last.select_option(label="analysis vs final matched")
     session.page.wait_for_url(re.compile("figure=analysis_vs_final_matched"), timeout=30_000)
     expect(session.page.get_by_text("at equal position").first).to_be_visible(timeout=30_000)
@@ -356,7 +356,7 @@ def test_what_is_chosen_goes_along_to_the_next_page_by_keyboard(demo: str, brows
     session.page.keyboard.press("Enter")
     session.page.wait_for_url(re.compile("/sinks.*channel=final.*task=product"), timeout=30_000)
     session.drawn()
-    expect(session.page.get_by_text("Sink mass: final, product").first).to_be_visible(timeout=30_000)
+    expect(session.page.get_by_text("Sink attention: final, product").first).to_be_visible(timeout=30_000)
     expect(session.page.get_by_text("Layer 2, head 0").first).to_be_visible(timeout=30_000)
     assert session.errors == []
 

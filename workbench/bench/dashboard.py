@@ -29,7 +29,7 @@ FLAGS = [
     "--disable-sync",
 ]
 PAGES = {
-    "overview": "Tokens by channel and effort", "experts": "Expert load", "sinks": "Sink mass",
+    "overview": "Tokens by channel and effort", "experts": "Expert load", "sinks": "Sink attention",
     "channels": "Load share", "effort": "Accuracy vs. reasoning length", "transcript": "Expected",
 }  # fmt: skip
 CHANGES = {

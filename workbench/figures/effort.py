@@ -1,4 +1,4 @@
-"""Figures of the effort study: what effort costs and brings, and what differs at equal position."""
+"""Figures of the effort study: accuracy vs. reasoning length, and differences at equal position."""
 
 from collections.abc import Mapping
 from functools import partial

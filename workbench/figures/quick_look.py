@@ -17,8 +17,8 @@ _TITLES = {
     "load": "Expert load",
     "gates": "Gate weight by expert",
     "lift": "Expert load relative to the whole run",
-    "mass": "Sink mass",
-    "spread": "Spread of the sink mass over tokens",
+    "mass": "Sink attention",
+    "spread": "Spread of the sink attention over tokens",
 }
 
 
@@ -77,7 +77,7 @@ def difference(a: xr.Dataset, b: xr.Dataset, measure: Measure, *, theme: ThemeNa
 
 
 def position_curve(rows: pd.DataFrame, digest: str, layer: int, head: int, *, theme: ThemeName = "light") -> go.Figure:
-    """One head's sink mass along position, a line a channel. rows: [position, channel]."""
+    """One head's sink attention along position, a line a channel. rows: [position, channel]."""
     colours = THEMES[theme]
     figure = go.Figure()
     for channel in map(str, rows.columns):

@@ -38,12 +38,12 @@ def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName 
         f"{', '.join(windowed) or 'none'}; intervals on hover"
     )
     return apply_theme(
-        figure, colours, ds, title=f"Sink mass: {channel}, {effort} effort", subtitle=subtitle, height=grid.height
+        figure, colours, ds, title=f"Sink attention: {channel}, {effort} effort", subtitle=subtitle, height=grid.height
     )
 
 
 def by_position(ds: xr.Dataset, layer: int, *, theme: ThemeName = "light") -> go.Figure:
-    """Sink mass along position in one layer, a line a channel."""
+    """Sink attention along position in one layer, a line a channel."""
     cell = ds.sel(layer=layer).assign_attrs(ds.attrs)
     cell = cell.assign_coords(bin=np.maximum(cell["bin"].values, 1))
     labels = [c for c in map(str, ds["channel"].values) if int(ds["tokens"].sel(channel=c).sum()) and c != "frame"]
@@ -53,7 +53,7 @@ def by_position(ds: xr.Dataset, layer: int, *, theme: ThemeName = "light") -> go
         "bin",
         "channel",
         labels=labels,
-        title=f"Sink mass by position, layer {layer}",
+        title=f"Sink attention by position, layer {layer}",
         x_title="position (first of its bin)",
         subtitle="Mean over heads; bins double; 95 % bands, jackknife over prompts",
         y_title="probability on the sink",

@@ -120,7 +120,7 @@ def read_transcripts(
 
 
 def write_transcripts(path: str | Path, rows: Iterable[Transcript], *, overwrite: bool = False) -> None:
-    """Write transcripts, all or nothing: a file under another name takes its place when it is whole."""
+    """Write transcripts to a temporary file and rename it when it is complete."""
     write_rows(path, map(_as_json, rows), overwrite=overwrite)
 
 

@@ -1,6 +1,6 @@
 """Schema 2 of a run: what is in it, in which shapes, and the grain in which it is written.
 
-A run is a Zarr v3 group. Token rows are laid out in *units*: a unit is whole shards that nobody else writes, so
+A run is a Zarr v3 group. Token rows are laid out in *units*: a unit consists of complete shards that no other unit writes, so
 units can be written in any order by anybody, and each is committed by one flag after everything else of it.
 """
 

@@ -5,7 +5,7 @@ are subtracted. Analysis comes before final and high effort is longer, so a diff
 The control compares tokens at like positions only: positions are put into strata so narrow that they are like and so
 wide that several prompts stand on both sides, differences are taken within each, and averaged with the weight
 n_a n_b / (n_a + n_b), which is that of the two-sample comparison with the least variance. Position is also the number
-of keys that a full layer sees, on which the mass on the sink depends by arithmetic.
+of keys that a full layer sees, on which sink attention depends by arithmetic.
 
 The sampling unit is the prompt. What the difference would be without a prompt (the weights of the strata kept) gives
 its influence, the sum of its tokens' deviations from their stratum's mean; the influences' spread is the standard

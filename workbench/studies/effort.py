@@ -1,4 +1,4 @@
-"""The effort study: what a model does more, or otherwise, when it is told to think harder.
+"""The effort study: what changes with reasoning effort: length, accuracy, routing and sinks.
 
 Every prompt is answered at several efforts, so everything is paired by prompt. What effort costs in tokens and brings
 in accuracy comes first; then whether routing and sinks differ, in the prompt (the same words at the same positions,

@@ -1,4 +1,4 @@
-"""What a study hands back: a dataset that explains itself, and the files that hold it.
+"""What a study hands back: a dataset with its method and summary, and the files that hold it.
 
 Every variable carries `long_name`, `units` and `definition`, and where they apply `ci` and `null`; every dataset
 carries its provenance, its `method`, what is `not_controlled` and, in plain words, its `summary`.
