@@ -4,7 +4,6 @@ Everything a page needs comes from this server. Bootstrap's template, because it
 host for a font.
 """
 
-import json
 import secrets
 import socket
 import sys
@@ -17,8 +16,9 @@ from typing import Any
 
 import panel as pn
 
+from workbench.bounded_json import read_json
 from workbench.dashboards import widgets
-from workbench.dashboards.pages import PAGES, made
+from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
@@ -49,7 +49,7 @@ def _template(registry: RunRegistry, page: str, link: Callable[[str, str], str])
     # Panel gives what comes after the first drawing a style sheet of its own each, slower and unlike the page's
     pn.state.execute(partial(setattr, pn.config, "design", None), schedule=True)
     return pn.template.BootstrapTemplate(
-        site="gpt-oss workbench", title=f"{session.name}: {PAGES[page].lower()}", sidebar=[nav, pick, *shown.sidebar],
+        site="gpt-oss workbench", title=f"{session.name}: {page_titles()[page].lower()}", sidebar=[nav, pick, *shown.sidebar],
         main=shown.main, sidebar_width=275, raw_css=[_CSS],
         theme=pn.theme.DarkTheme if session.theme == "dark" else pn.theme.DefaultTheme,
     )  # fmt: skip
@@ -61,7 +61,7 @@ def _links(page: str, choice: Selection, link: Callable[[str, str], str]) -> str
     rows = [
         f'<a href="{escape(link(path, choice.query(figure="", measure="")))}" style="{style}'
         f'{"font-weight:700" if path == page else ""}"{" aria-current=page" if path == page else ""}>{title}</a>'
-        for path, title in PAGES.items()
+        for path, title in page_titles().items()
     ]
     other = "light" if choice.text("theme") == "dark" else "dark"
     rows.append(
@@ -79,7 +79,7 @@ def pages(registry: RunRegistry) -> dict[str, Callable[[], pn.template.Bootstrap
 
         return show
 
-    return {"/": of("overview"), **{page: of(page) for page in PAGES}}
+    return {"/": of("overview"), **{page: of(page) for page in page_titles()}}
 
 
 def servable(paths: Sequence[str | Path]) -> pn.template.BootstrapTemplate:
@@ -89,18 +89,20 @@ def servable(paths: Sequence[str | Path]) -> pn.template.BootstrapTemplate:
     """
     registry = pn.state.as_cached("workbench-registry", lambda: RunRegistry(paths))
     asked = (pn.state.session_args or {}).get("page", [b"overview"])[0].decode()
-    page = asked if asked in PAGES else "overview"
+    page = asked if asked in page_titles() else "overview"
     return _template(registry, page, lambda path, query: f"?page={path}&{query}").servable()
 
 
 def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Column:
     """The dashboard in a notebook's cell: `notebook("run.zarr", page="experts", channel="final")`."""
-    if page not in PAGES:
-        raise InputError(f"no page is called {page!r}; the pages are {', '.join(PAGES)}")
+    if page not in page_titles():
+        raise InputError(f"no page is called {page!r}; the pages are {', '.join(page_titles())}")
     pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
     registry, choice = RunRegistry(paths), Selection(chosen)
     body = pn.Column(sizing_mode="stretch_width")
-    pick = pn.widgets.RadioButtonGroup(label="Page", options={title: path for path, title in PAGES.items()}, value=page)
+    pick = pn.widgets.RadioButtonGroup(
+        label="Page", options={title: path for path, title in page_titles().items()}, value=page
+    )
     runs = widgets.select("Run", registry.names, choice.get("run", registry.names))
 
     def show(*_: Any) -> None:
@@ -150,7 +152,7 @@ def _access(basic_auth: Path | None) -> dict[str, Any]:
     if basic_auth is None:
         return {}
     try:
-        known = json.loads(basic_auth.read_text())
+        known = read_json(basic_auth)
     except (OSError, ValueError) as error:
         raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords ({error})") from error
     if not isinstance(known, dict) or not known or not all(isinstance(v, str) and v for v in known.values()):

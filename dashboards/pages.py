@@ -11,6 +11,7 @@ import pandas as pd
 import panel as pn
 import xarray as xr
 
+from workbench import registry
 from workbench.dashboards import content, search, widgets
 from workbench.dashboards.conversation import HEIGHT, frame
 from workbench.dashboards.heatmap_pages import experts, sinks
@@ -20,11 +21,6 @@ from workbench.figures import effort as draw_effort
 from workbench.figures import quick_look as draw
 from workbench.studies import quick_look
 from workbench.studies.quick_look import ALL
-
-PAGES = {
-    "overview": "Overview", "experts": "Experts", "sinks": "Attention sinks", "channels": "Analysis vs. final", "effort": "Effort",
-    "transcript": "Conversations", "compare": "Compare runs",
-}  # fmt: skip
 
 
 def overview(session: Session) -> Page:
@@ -164,9 +160,13 @@ def transcript(session: Session) -> Page:
         def body() -> dict[str, int]:
             expert = (chosen.number("layer"), chosen.number("expert")) if order.value else None
             return search.conversations(
-                run, task=chosen["task"], effort=chosen["effort"], channel=chosen["channel"], text=str(find.value),
+                run,
+                task=chosen["task"],
+                effort=chosen["effort"],
+                channel=chosen["channel"],
+                text=str(find.value),
                 expert=expert,
-            )  # fmt: skip
+            )
 
         pick.loading = True
         found = widgets.guarded(body)
@@ -249,13 +249,42 @@ def compare(session: Session) -> Page:
     return Page([pick, *chosen.sidebar()], [told, shown])
 
 
-MAKERS: Mapping[str, Callable[[Session], Page]] = {
-    "overview": overview, "experts": experts, "sinks": sinks, "channels": channels, "effort": effort,
-    "transcript": transcript, "compare": compare,
-}  # fmt: skip
+# the pages with a function of their own; every other study has one that shows its results
+_OWN_PAGES: Mapping[str, Callable[[Session], Page]] = {
+    "overview": overview,
+    "experts": experts,
+    "sinks": sinks,
+    "channels": channels,
+    "effort": effort,
+    "transcript": transcript,
+    "compare": compare,
+}
+_BEFORE = {"overview": "Overview"}
+_AFTER = {"transcript": "Conversations"}
+
+
+def page_titles() -> dict[str, str]:
+    """Return the title of every page by its address: those of the studies of the registry, and those of runs."""
+    one, two = ({r.page or r.name: r.page_title or r.title for r in registry.studies(runs=n)} for n in (1, 2))
+    return _BEFORE | one | _AFTER | two
+
+
+def study_page(session: Session, page: str) -> Page:
+    """Return the page of a study that has no page of its own: its question and its results."""
+    record = next(r for r in registry.studies() if (r.page or r.name) == page)
+    names = (
+        [session.name]
+        if record.runs == 1
+        else [session.name, *(n for n in session.registry.names if n != session.name)][:2]
+    )
+    if len(names) < record.runs:
+        raise InputError(f"{record.title} compares two runs: start the dashboard with two")
+    about = [widgets.html(content.about(session.run)), widgets.html(f"<p>{escape(record.question)}</p>")]
+    return Page([], [*about, *study(session, record.name, *names)])
 
 
 def made(page: str, session: Session) -> Page:
-    """Return a page or, if the run is damaged or lacks what the page needs, a page with the reason."""
-    shown = widgets.guarded(lambda: MAKERS[page](session))
+    """A page or, where the run is damaged, gone or lacks what it needs, what is the matter: never a blank one."""
+    own = _OWN_PAGES.get(page)
+    shown = widgets.guarded(lambda: own(session) if own is not None else study_page(session, page))
     return shown if isinstance(shown, Page) else Page([], [shown])

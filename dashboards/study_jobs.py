@@ -6,6 +6,7 @@ reads it back.
 """
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import xarray as xr
 
 import workbench
+from workbench import registry
 from workbench.errors import InputError
 from workbench.studies.result import load, save
 
@@ -118,7 +120,9 @@ def _code() -> str:
     """Digest of the code that makes studies: another version's results are not taken for ours."""
     sha = hashlib.sha256()
     room = Path(workbench.__file__).parent
-    for path in sorted((*(room / "studies").glob("*.py"), *(room / "runs").glob("*.py"))):
+    specs = [importlib.util.find_spec(record.module) for record in registry.studies()]  # other packages' too
+    others = {Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None}
+    for path in sorted({*(room / "studies").glob("*.py"), *(room / "runs").glob("*.py"), *others}):
         sha.update(path.read_bytes())
     return sha.hexdigest()[:12]
 

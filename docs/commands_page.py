@@ -1,10 +1,12 @@
-"""A hook of the site's generator: the page of commands is what `--help` says, and the table of the dashboard its JSON."""
+"""Generated parts of the documentation: the commands as `--help` shows them, studies, and dashboard timings."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import typer
+
+from workbench import registry
 
 HERE = Path(__file__).parent
 
@@ -15,6 +17,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         return markdown.replace("COMMANDS", commands())
     if page.file.src_uri == "benchmarks.md":
         return markdown.replace("DASHBOARD_TABLE", dashboard_table())
+    if page.file.src_uri == "studies.md":
+        return markdown[: markdown.index("| `workbench study")] + studies_table()
     return markdown
 
 
@@ -47,6 +51,16 @@ def commands() -> str:
     return "\n".join(parts)
 
 
+def studies_table() -> str:
+    """Return the registry of studies and experiments as a table; the page of studies holds it."""
+    rows = ["| `workbench study …` | question | a run must have recorded | model | cost |", "|---|---|---|---|---|"]
+    for record in registry.records():
+        model = "yes" if isinstance(record, registry.Experiment) else "no"
+        needs = " and ".join(record.requires) or "any"
+        rows.append(f"| `{record.name}` | {record.question} | {needs} | {model} | {record.compute} |")
+    return "\n".join(rows) + "\n"
+
+
 def dashboard_table() -> str:
     """What `workbench bench dashboard` wrote, as tables."""
     found = json.loads((HERE / "bench_dashboard.json").read_text())
@@ -56,9 +70,18 @@ def dashboard_table() -> str:
     studies = [f"| {name} | {s:.0f} |" for name, s in found["studies_s"].items()]
     return "\n".join(
         [
-            f"{found['machine']}; browser and server share it. The server's peak was {found['server_peak_gb']:.2f} GB.", "",
-            "| page | first visit, s | later, s |", "|---|---|---|", *pages, "",
-            f"| change of selection | one session, s | {many.split('_')[2]} at once, s |", "|---|---|---|", *changes, "",
-            "| study, made beside the server | s |", "|---|---|", *studies,
+            f"{found['machine']}; browser and server share it. The server's peak was {found['server_peak_gb']:.2f} GB.",
+            "",
+            "| page | first visit, s | later, s |",
+            "|---|---|---|",
+            *pages,
+            "",
+            f"| change of selection | one session, s | {many.split('_')[2]} at once, s |",
+            "|---|---|---|",
+            *changes,
+            "",
+            "| study, made beside the server | s |",
+            "|---|---|",
+            *studies,
         ]
-    )  # fmt: skip
+    )

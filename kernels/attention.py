@@ -46,8 +46,8 @@ def scores(
     """Scaled dot products in at least float32, −inf where masked; query head h reads kv head h // (heads / kv)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(wide).unflatten(2, (k.shape[2], -1))
-    out = torch.einsum("bqkgd,bskd->bkgqs", grouped, k.to(wide)) * q.shape[-1] ** -0.5
-    return out.flatten(1, 2).masked_fill(~mask[:, None], -torch.inf)
+    out = torch.einsum("bqkgd,bskd->bkgqs", grouped, k.to(wide)).mul_(q.shape[-1] ** -0.5)
+    return out.flatten(1, 2).masked_fill_(~mask[:, None], -torch.inf)
 
 
 def combine(
@@ -59,11 +59,19 @@ def combine(
 
 
 def softmax(
-    scores: Float[Tensor, "batch head query key"],
+    scores: Float[Tensor, "batch head query key"], *, in_place: bool = False
 ) -> tuple[Float[Tensor, "batch head query key"], Float[Tensor, "batch query head"]]:
-    """Softmax over the keys and its log-sum-exp; a row that sees no key is zero, its log-sum-exp the least float."""
+    """Return the softmax over the keys and its log-sum-exp.
+
+    A row that sees no key is zero, its log-sum-exp the least float. With `in_place` the scores' memory is used where
+    no gradient needs it.
+    """
     limits = torch.finfo(scores.dtype)
     top = scores.amax(-1, keepdim=True).clamp(min=limits.min)
+    if in_place and not (torch.is_grad_enabled() and scores.requires_grad):
+        weight = scores.sub_(top).exp_()
+        total = weight.sum(-1, keepdim=True).clamp(min=limits.tiny)
+        return weight.div_(total), (top + total.log()).squeeze(-1).mT
     weight = (scores - top).exp()
     total = weight.sum(-1, keepdim=True).clamp(min=limits.tiny)
     return weight / total, (top + total.log()).squeeze(-1).mT

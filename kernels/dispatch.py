@@ -6,6 +6,7 @@ Triton exists on Linux only and is imported when the first such tensor arrives.
 import importlib
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 
@@ -17,3 +18,8 @@ def on_gpu(x: Tensor) -> bool:
 def triton(name: str, x: Tensor) -> ModuleType | None:
     """`workbench.kernels.gpu.<name>` if x is on a GPU, else nothing."""
     return importlib.import_module(f"workbench.kernels.gpu.{name}") if on_gpu(x) else None
+
+
+def without_gradient(*tensors: Tensor) -> bool:
+    """Return whether no gradient is wanted of any of the tensors; some kernels have no backward pass."""
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

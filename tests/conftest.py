@@ -37,3 +37,11 @@ def long(pytestconfig: pytest.Config) -> bool:
 def demo_run() -> Path:
     """The finished run that comes with the project; read only."""
     return DATA / "demo.zarr"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests marked long unless they are asked for with --long."""
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import zarr
 
 from tests.conftest import DATA
 from tests.harmony.hosts.test_collect import FakeHost
+from tests.model.fake_gpus import run_on_gpus
 from tests.runs.conftest import write_run
 from tests.serving import free_port, wait_for
 
@@ -71,6 +73,15 @@ def test_the_python_of_a_page_runs_in_its_order(page: Path, workplace: Path) -> 
     code = "\n".join(blocks(page, "python"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=workplace)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_hooks_of_the_how_to_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a simulated GPU, where `device="auto"` puts the model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.zarr").symlink_to(DATA / "demo.zarr")
+    machine = run_on_gpus(blocks(ROOT / "docs" / "howto" / "hook.md", "python"), monkeypatch)
+    assert machine.devices == {torch.device("cuda", 0)}
 
 
 @pytest.mark.slow

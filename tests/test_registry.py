@@ -1,5 +1,6 @@
 """The registry: records are found without importing their modules, and wrong ones are refused."""
 
+import inspect
 import subprocess
 import sys
 
@@ -24,7 +25,8 @@ def test_reading_the_registry_imports_neither_torch_nor_a_study() -> None:
 def test_every_record_names_modules_and_functions_that_exist() -> None:
     for record in registry.records():
         if isinstance(record, registry.Study):
-            record.check_options(record.load().study, {"seed": 0, **record.options})
+            known = inspect.signature(record.load().study).parameters
+            assert {"seed", *record.options} <= known.keys()
             assert callable(record.load_figures().gallery)
 
 
@@ -68,3 +70,15 @@ def test_a_run_without_the_required_quantity_is_refused() -> None:
         record.check_recorded(Run())
     Run.recorded = ("sinks",)
     record.check_recorded(Run())
+
+
+def test_options_have_the_type_of_their_default() -> None:
+    def study(run: object, *, scale: float = 0.5, n_boot: int = 10, seed: int = 0) -> None: ...
+
+    record = registry.find("routing")
+    checked = record.checked_options(study, {"scale": 2, "n_boot": 5})
+    assert checked == {"scale": 2.0, "n_boot": 5}
+    assert isinstance(checked["scale"], float)
+    for wrong in ({"n_boot": "many"}, {"n_boots": 5}, {"run": None}):
+        with pytest.raises(InputError, match=r"^routing(: option| has no option)"):
+            record.checked_options(study, wrong)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from workbench.model import load as load
     from workbench.runs import open_run as open_run
 
-require_links(Path(__file__).parent)
+    __version__: str
 
-__version__ = "0.1.0"
+require_links(Path(__file__).parent)
 
 _EXPORTS = {"load": "workbench.model", "open_run": "workbench.runs"}
 _ROOMS = ("capture", "harmony", "studies", "figures", "runs", "model", "experiments")  # `capture` is a callable package
@@ -30,6 +30,8 @@ __all__ = ["__version__", "capture", "experiments", "figures", "harmony", "load"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("workbench.version").version()
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     if name in _ROOMS:

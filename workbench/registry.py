@@ -2,7 +2,7 @@
 
 A study (of finished runs) or an experiment (a model on the sequences of a run) is one module that holds one record:
 
-    STUDY = Study(name="routing", title="Routing", question="Which experts process which tokens?", requires=("routing",))
+    STUDY = Study(name="routing", title="Routing", question="Which experts process which tokens?")
 
     def study(run, *, seed=0) -> dict[str, xarray.Dataset]: ...
 
@@ -76,16 +76,21 @@ class Record:
         """Import the module whose `gallery` draws the results."""
         return importlib.import_module(self.figures or "workbench.figures.default")
 
-    def check_options(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        """Check that the function of the study or experiment has these options.
+    def checked_options(self, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options for the function of the study or experiment; whole numbers become floats where needed.
 
         Raises:
-            InputError: it has no option of this name.
+            InputError: it has no option of this name, or the value has another type than the option's default.
         """
-        known = inspect.signature(function).parameters
-        for name in options:
+        known, checked = inspect.signature(function).parameters, {}
+        for name, value in options.items():
             if name not in known or known[name].kind is not inspect.Parameter.KEYWORD_ONLY:
                 raise InputError(f"{self.name} has no option {name!r}; it has {', '.join(('seed', *self.options))}")
+            wanted = type(known[name].default)
+            checked[name] = float(value) if wanted is float and type(value) is int else value
+            if known[name].default is not None and not isinstance(checked[name], wanted):
+                raise InputError(f"{self.name}: option {name}={value!r}: expected a value of type {wanted.__name__}")
+        return checked
 
     def check_recorded(self, run: Any) -> None:
         """Check that the run recorded what is needed.
@@ -100,9 +105,10 @@ class Record:
             choices = needed.split(" or ")
             has_activation = "activations" in choices and any(name.startswith("hook_") for name in recorded)
             if not has_activation and not set(choices) & set(recorded):
+                remedy = "--routing host" if choices[0] == "host_routing" else f"--record {choices[0]}"
                 raise InputError(
                     f"{self.name} needs a run that recorded {needed}, and {getattr(run, 'path', 'this one')} recorded "
-                    f"{', '.join(recorded)}: capture again with --record {choices[0]}"
+                    f"{', '.join(recorded)}: capture again with {remedy}"
                 )
 
 

@@ -108,8 +108,12 @@ def build(specimen: CompileCase, target: Target) -> Any:
 
 
 def resources(specimen: CompileCase, target: Target) -> Resources:
-    """Compiles for a target and reads what it takes there."""
-    compiled = build(specimen, target)
+    """Compile a case for a target and return the resources it takes there."""
+    return resources_of(build(specimen, target), target)
+
+
+def resources_of(compiled: Any, target: Target) -> Resources:
+    """Return the resources of a compiled kernel."""
     read = _nvidia if target.backend == "cuda" else _amd
     facts = compiled.metadata
     registers, spilled, instructions, loop = read(compiled.asm, facts.num_warps)

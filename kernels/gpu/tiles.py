@@ -214,4 +214,22 @@ def keys_gradient_tile(dtype: torch.dtype, target: str) -> Tile:
         return Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1)
     if target == "sm_90":
         return Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)
-    return Tile({"BLOCK_M": 32, "BLOCK_N": 64}, 8 if target == "sm_100" else 4, 2)  # 64 queries spill
+    return Tile({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 2)  # 64 queries spill; 8 warps too, on sm_100 with Triton 3.7.1
+
+
+@measured
+def norm_tile(d: int) -> Tile:
+    """Columns a program, which normalises one row: all of them."""
+    return Tile({"WIDTH": _power_of_two(2 * d - 1)}, num_warps=4, num_stages=1)
+
+
+@measured
+def rotary_tile(heads: int, half: int) -> Tile:
+    """Heads and pairs a program, which rotates one token: all of them."""
+    return Tile({"ROWS": _power_of_two(2 * heads - 1), "WIDTH": _power_of_two(2 * half - 1)}, num_warps=4, num_stages=1)
+
+
+@measured
+def logits_tile() -> Tile:
+    """Logits a step of a program, which reads one row: 16 a thread."""
+    return Tile({"BLOCK": 4096}, num_warps=8, num_stages=2)

@@ -350,11 +350,9 @@ def test_what_is_chosen_goes_along_to_the_next_page_by_keyboard(demo: str, brows
     for name, choice in (("Channel", "final"), ("Task", "product"), ("Layer", "2")):
         session.page.get_by_label(name, exact=True).select_option(label=choice)
         session.page.wait_for_url(re.compile(f"{name.lower()}={choice}"), timeout=30_000)
-    expect(session.page.get_by_text("How often each expert is chosen: final, product").first).to_be_visible(
-        timeout=30_000
-    )
+    expect(session.page.get_by_text("Expert load: final, product").first).to_be_visible(timeout=30_000)
     session.page.wait_for_timeout(500)
-    session.page.get_by_role("link", name="Sinks").focus()
+    session.page.get_by_role("link", name="Attention sinks").focus()
     session.page.keyboard.press("Enter")
     session.page.wait_for_url(re.compile("/sinks.*channel=final.*task=product"), timeout=30_000)
     session.drawn()
@@ -388,7 +386,7 @@ def test_panel_serve_shows_it_too(demo_run: Path, browser: Browser) -> None:
         session.page.get_by_role("link", name="Effort").click()
         session.page.wait_for_url(re.compile("page=effort"), timeout=30_000)
         session.drawn()
-        expect(session.page.get_by_text("What thinking costs and brings").first).to_be_visible()
+        expect(session.page.get_by_text("Accuracy vs. reasoning length").first).to_be_visible()
         assert session.errors == []
     finally:
         server.terminate()

@@ -23,7 +23,7 @@ from workbench.capture.plan import plan_units
 from workbench.dashboards import content, search
 from workbench.dashboards.app import _access, notebook
 from workbench.dashboards.conversation import data_of, frame
-from workbench.dashboards.pages import PAGES, made
+from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.dashboards.study_jobs import Answer, Desk
@@ -224,7 +224,7 @@ def test_a_growing_run_is_studied_once_for_each_visit(tmp_path: Path) -> None:
         registry.desk.close()
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", page_titles())
 def test_what_is_damaged_is_said_on_every_page_and_the_rest_is_shown(page: str, tmp_path: Path) -> None:
     """Tables, sums and tokens are cut or gone; no page fails, and what could not be read is named."""
     damaged = shutil.copytree(DATA / "demo.zarr", tmp_path / "r.zarr")
@@ -247,7 +247,7 @@ def test_what_is_damaged_is_said_on_every_page_and_the_rest_is_shown(page: str, 
 
 
 def test_a_notebook_shows_every_page() -> None:
-    for page in PAGES:
+    for page in page_titles():
         assert len(notebook(DATA / "demo.zarr", page=page)) == 2
     with pytest.raises(InputError, match="no page is called"):
         notebook(DATA / "demo.zarr", page="none")

@@ -21,10 +21,18 @@ CORRUPT = torch.randint(BASE.d_vocab, (2, 14), generator=RNG)
 CLEAN = CORRUPT.clone()
 CLEAN[:, 3] = torch.tensor([7, 70])
 POINTS = (
-    "hook_resid_pre", "attn.hook_v", "attn.hook_z", "attn.hook_sink",
-    "attn.hook_attn_scores", "attn.hook_pattern", "ln2.hook_scale", "mlp.router.hook_out", "mlp.hook_expert_weights",
-    "mlp.experts.hook_post", "mlp.experts.hook_out",
-)  # fmt: skip
+    "hook_resid_pre",
+    "attn.hook_v",
+    "attn.hook_z",
+    "attn.hook_sink",
+    "attn.hook_attn_scores",
+    "attn.hook_pattern",
+    "ln2.hook_scale",
+    "mlp.router.hook_out",
+    "mlp.hook_expert_weights",
+    "mlp.experts.hook_post",
+    "mlp.experts.hook_out",
+)
 
 
 def metric(logits: Tensor) -> Tensor:

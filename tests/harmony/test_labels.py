@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from openai_harmony import StreamableParser, StreamState
 
 from workbench import harmony
-from workbench.harmony.labels import CHANNELS, PARTS, ROLES, Labels, channel_codes, label, role_codes
+from workbench.harmony.labels import CHANNELS, FLAGS, PARTS, ROLES, Labels, channel_codes, irregular, label, role_codes
 from workbench.harmony.rendering import render_transcript
 from workbench.harmony.vocabulary import MARKS, Tokenizer, harmony_encoding
 
@@ -164,14 +164,51 @@ MALFORMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
     ),
     "a cut role is unknown": ("<|start|>assi", [{"role": "", "author": "", "flags": ("no_message",)}]),
     "a header without content": ("<|start|>user<|end|>", [{"role": "user", "stop": 2, "end": 3, "flags": ("no_message",)}]),
-    "a message without a role": ("<|start|><|message|>a<|end|>", [{"role": "", "flags": ("no_role",), "content": 2}]),
+    "a message without a role": ("<|start|><|message|>a<|end|>", [{"role": "assistant", "flags": ("no_role",), "content": 2}]),
     "a padding in the header": (
         "<|start|>user<|pad|><|message|>a<|end|>",
         [{"role": "user", "flags": ("special_in_header",)}],
     ),
     "empty content": ("<|start|>user<|message|><|end|>", [{"content": 3, "stop": 3, "end": 4, "flags": ()}]),
     "nothing after the mark": ("<|start|>user<|message|>", [{"content": 3, "stop": -1, "end": 3, "closed_by": "truncated"}]),
-    "stray tokens are outside": ("a<|end|><|channel|>b" + GOOD + "a<|message|>", [{"start": 4, "end": 9}]),
+    "text before any message is outside": ("a<|end|>" + GOOD, [{"start": 2, "end": 7}]),
+    "spaces behind a message are outside": (GOOD + "  " + GOOD, [{"end": 5}, {"start": 7}]),
+    "text behind a message is the assistant's": (
+        GOOD + "  ab<|end|>" + GOOD,
+        [{"end": 5}, {"start": 7, "content": 7, "end": 10, "role": "assistant", "channel": "", "flags": ("no_start",)}, {"start": 10}],
+    ),
+    "text behind the end of a text is outside": (GOOD + "<|endoftext|>ab", [{"end": 5}]),
+    "a header without a start": (
+        "<|channel|>final<|message|>a<|end|><|message|>b<|end|>",
+        [{"role": "assistant", "channel": "final", "content": 3, "flags": ("no_start",)}, {"channel": "", "content": 6, "flags": ("no_start",)}],
+    ),
+    "text instead of a header": (
+        "<|start|>assistant ab c<|end|>",
+        [{"role": "assistant", "channel": "", "content": 2, "flags": ("no_message",)}],
+    ),
+    "text glued to the role": ("<|start|>assistantab<|end|>", [{"role": "assistant", "content": 2, "flags": ("no_message",)}]),
+    "text instead of a role": ("<|start|>ab c de<|end|>", [{"role": "assistant", "content": 1, "flags": ("no_role", "no_message")}]),
+    "text behind a channel": (
+        "<|start|>assistant<|channel|>final ab c<|end|>",
+        [{"role": "assistant", "channel": "final", "content": 4, "flags": ("no_message",)}],
+    ),
+    "text behind a recipient": (
+        "<|start|>assistant<|channel|>commentary to=functions.calc json a=1<|call|>",
+        [{"channel": "commentary", "recipient": "functions.calc", "content_type": "json", "flags": ("no_message",)}],
+    ),
+    "a role written twice": (
+        "<|start|>assistantassistant<|channel|>final<|message|>a<|return|>",
+        [{"role": "assistant", "channel": "final", "author": "assistantassistant", "flags": ("irregular_role",)}],
+    ),
+    "a channel as a role": (
+        "<|start|>final<|message|>a<|return|>", [{"role": "assistant", "channel": "", "author": "final", "flags": ("irregular_role",)}]
+    ),
+    "a sentence as a role": ("<|start|>ab cd ef<|message|>a<|end|>", [{"role": "assistant", "flags": ("irregular_role",)}]),
+    "an unknown channel": ("<|start|>assistant<|channel|>??<|message|>a<|end|>", [{"channel": "??", "flags": ("unknown_channel",)}]),
+    "signs behind a channel": (
+        "<|start|>assistant<|channel|>commentary 2?<|message|>a<|end|>",
+        [{"channel": "commentary 2?", "content_type": "", "flags": ("extra_words", "unknown_channel")}],
+    ),
     "an author that is no role is a tool": ("<|start|>functions.calc<|message|>a<|end|>", [{"role": "tool", "author": "functions.calc"}]),
     "a user has a name": ("<|start|>user:bob<|message|>a<|end|>", [{"role": "user", "author": "bob"}]),
     "a type without its mark": (
@@ -208,7 +245,7 @@ def assert_sound(ids: list[int], labels: Labels, tokenizer: Tokenizer) -> None:
     for i, m in enumerate(labels.messages):
         assert labels.message.tolist().count(i) == m.end - m.start
         assert (labels.message[m.start : m.end] == i).all()
-        assert ids[m.start] == tokenizer.mark("start")
+        assert ids[m.start] == tokenizer.mark("start") or "no_start" in m.flags
         assert m.role in ("", *ROLES)
         assert (m.stop >= 0) == (m.closed_by in ("end", "return", "call"))
         content = np.flatnonzero(labels.part[m.start : m.end] == PARTS.index("content")) + m.start
@@ -216,7 +253,8 @@ def assert_sound(ids: list[int], labels: Labels, tokenizer: Tokenizer) -> None:
         assert content.tolist() == (list(range(m.content, end)) if m.content >= 0 else [])
         assert m.content >= 0 or not (m.channel or m.recipient or m.content_type)
     starts = [at for at, id in enumerate(ids) if id == tokenizer.mark("start")]
-    assert [m.start for m in labels.messages] == starts
+    assert [m.start for m in labels.messages if "no_start" not in m.flags] == starts
+    assert set().union(*(m.flags for m in labels.messages)) <= FLAGS.keys()
 
 
 @pytest.mark.parametrize("twin", [content_late, role_words_are_content])
@@ -240,11 +278,17 @@ def test_40_000_malformed_streams(small: Tokenizer) -> None:
         cut = int(rng.integers(0, n + 1))
         before = label(ids[:cut], tokenizer=small)
         assert (before.message == labels.message[:cut]).all()
-        assert (before.part == labels.part[:cut]).all()
+        sure = [m.closed_by != "truncated" or (m.content >= 0 and "no_message" not in m.flags) for m in before.messages]
+        sure_tokens = np.array([*sure, True])[before.message]
+        assert (before.part == labels.part[:cut])[sure_tokens].all()
         closed = [m for m in before.messages if m.closed_by != "truncated"]
         assert closed == labels.messages[: len(closed)]
         for open_, later in zip(before.messages[len(closed) :], labels.messages[len(closed) :], strict=False):
-            assert open_.content < 0 or (open_.role, open_.channel) == (later.role, later.channel)
+            assert (
+                open_.content < 0
+                or "no_message" in open_.flags
+                or (open_.role, open_.channel) == (later.role, later.channel)
+            )
 
 
 def test_ids_may_be_any_array(small: Tokenizer) -> None:
@@ -257,7 +301,7 @@ def test_channels_are_those_of_content_tokens(small: Tokenizer) -> None:
     text = (
         GOOD + "<|start|>assistant<|channel|>analysis<|message|>ab<|end|>"
         "<|start|>assistant<|channel|>commentary to=functions.calc<|message|>ab<|call|>"
-        "<|start|>functions.calc<|channel|>commentary<|message|>a<|end|>x"
+        "<|start|>functions.calc<|channel|>commentary<|message|>a<|end|> "
         "<|start|>assistant<|message|>a<|end|><|start|>assistant<|channel|>thoughts<|message|>a<|end|>"
         "<|start|>assistant<|channel|>final<|message|>abc<|return|>"
     )
@@ -273,6 +317,46 @@ def test_channels_are_those_of_content_tokens(small: Tokenizer) -> None:
     assert {ROLES[i] for i in set(roles.tolist()) - {-1}} == {"user", "assistant", "tool"}
     assert ((roles == -1) == (labels.part == PARTS.index("outside"))).all()
     assert (codes.dtype, roles.dtype) == (np.uint8, np.int8)
+
+
+IN_OUTPUT = {
+    "a user that the model made up": ("<|start|>user<|message|>b<|end|>", ("assistant", "user", ("irregular_role",))),
+    "a tool that nobody called": ("<|start|>calc<|message|>b<|end|>", ("assistant", "calc", ("irregular_role",))),
+    "the next turn": ("<|return|><|start|>user<|message|>b<|end|>", ("user", "", ())),
+    "a tool that was called": (
+        "<|start|>assistant to=functions.calc<|message|>a<|end|><|start|>functions.calc<|message|>b<|end|>",
+        ("tool", "functions.calc", ()),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("output", "last"), IN_OUTPUT.values(), ids=IN_OUTPUT.keys())
+def test_what_a_model_writes_is_the_assistants(output: str, last: tuple[Any, ...], small: Tokenizer) -> None:
+    first = "<|start|>assistant<|channel|>final<|message|>ab"
+    end = "" if output.startswith("<|return|>") else "<|end|>"
+    ids = stream(GOOD + first + end + output, small)
+    n_prompt = len(stream(GOOD + "<|start|>assistant", small))
+    message = label(ids, tokenizer=small, n_prompt=n_prompt).messages[-1]
+    assert (message.role, message.author, message.flags) == last
+    assert label(ids, tokenizer=small, n_prompt=len(ids)).messages[-1].role != "assistant"  # all of it is a prompt
+    assert irregular(message) == bool(message.flags)
+
+
+def test_generated_text_without_a_message_is_output(small: Tokenizer) -> None:
+    ids = stream("ab <|end|>", small)
+    assert label(ids, tokenizer=small).messages == []
+    (message,) = label(ids, tokenizer=small, n_prompt=1).messages
+    assert (message.start, message.content, message.end, message.role) == (1, 1, 4, "assistant")
+
+
+def test_a_header_that_was_cut_off_is_not_irregular(small: Tokenizer) -> None:
+    for text in (
+        "<|start|>",
+        "<|start|>assistant",
+        "<|start|>assistant<|channel|>comm",
+        "<|start|>assistant<|channel|>commentary to=f",
+    ):
+        assert not irregular(label(stream(text, small), tokenizer=small).messages[0]) or text == "<|start|>"
 
 
 def test_a_stream_of_no_tokens(small: Tokenizer) -> None:

@@ -75,6 +75,7 @@ def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
 
 
 def library_message(message: Mapping[str, Any]) -> Any:
+    """A message of the library. It writes a tool's recipient behind the channel, and gpt-oss's format before it."""
     from openai_harmony import Author, DeveloperContent, Message, Role
 
     author = Author(role=Role(message["role"]), name=message.get("name"))
@@ -98,10 +99,16 @@ def library_ids(messages: Messages, effort: str, date: datetime.date | None = No
     return harmony_encoding().render_conversation(Conversation.from_messages(built), config)
 
 
+def without_tools(messages: Messages) -> Messages:
+    """Without tool results, which the library writes otherwise, and without analysis of earlier turns."""
+    asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+    return [m for i, m in enumerate(messages) if m["role"] != "tool" and (i > asked or m.get("channel") != "analysis")]
+
+
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_without_a_template_ids_are_the_librarys(effort: str, o200k: Tokenizer, conversation: Make) -> None:
     for seed in range(150):
-        messages = conversation(seed)
+        messages = without_tools(conversation(seed))
         ids = harmony.render(messages, effort=effort, tokenizer=o200k, generation_prompt=False)
         assert ids == library_ids(messages, effort), messages
         dated = harmony.render(messages, effort=effort, tokenizer=o200k, date=DAY, generation_prompt=False)
@@ -111,22 +118,20 @@ def test_without_a_template_ids_are_the_librarys(effort: str, o200k: Tokenizer, 
 def test_the_library_sees_a_recipient_in_the_wrong_place(
     o200k: Tokenizer, conversation: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def twin(message: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
+    def broken(message: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
         """Recipient before the channel, as in the grammar's other form."""
-        role = message["name"] if message["role"] == "tool" else message["role"]
         if recipient := message.get("recipient"):
-            message = {k: v for k, v in message.items() if k != "recipient"}
-            ids = written(message, tokenizer)
-            n_role = 1 + len(tokenizer.encode(role))
+            ids = written({k: v for k, v in message.items() if k != "recipient"}, tokenizer)
+            n_role = 1 + len(tokenizer.encode(message["role"]))
             return [*ids[:n_role], *tokenizer.encode(f" to={recipient}"), *ids[n_role:]]
         return written(message, tokenizer)
 
-    written = rendering._written
-    monkeypatch.setattr(rendering, "_written", twin)
+    written = rendering.message_ids
+    monkeypatch.setattr(rendering, "message_ids", broken)
     differ = 0
     for seed in range(50):
-        ids = harmony.render(conversation(seed), tokenizer=o200k, generation_prompt=False)
-        differ += ids != library_ids(conversation(seed), "medium")
+        messages = without_tools(conversation(seed))
+        differ += harmony.render(messages, tokenizer=o200k, generation_prompt=False) != library_ids(messages, "medium")
     assert differ > 10
 
 
@@ -172,7 +177,7 @@ def test_no_content_turns_into_a_mark(template: str | None, o200k: Tokenizer, by
             assert text.strip() == f"# Instructions\n\n{evil}" if message["role"] == "developer" else text == evil
 
 
-def test_earlier_analysis_is_kept_and_the_generation_begins(o200k: Tokenizer) -> None:
+def test_earlier_analysis_is_left_out_and_the_generation_begins(o200k: Tokenizer) -> None:
     messages: Messages = [
         {"role": "user", "content": "1?"},
         {"role": "assistant", "channel": "analysis", "content": "thinking"},
@@ -180,10 +185,25 @@ def test_earlier_analysis_is_kept_and_the_generation_begins(o200k: Tokenizer) ->
         {"role": "user", "content": "2?"},
     ]
     text = o200k.decode(harmony.render(messages, tokenizer=o200k))
-    assert (
-        "<|channel|>analysis<|message|>thinking<|end|><|start|>assistant<|channel|>final<|message|>one<|end|>" in text
-    )
-    assert text.endswith("<|start|>user<|message|>2?<|end|><|start|>assistant")
+    assert "thinking" not in text
+    assert text.endswith("final<|message|>one<|end|><|start|>user<|message|>2?<|end|><|start|>assistant")
+
+
+def test_analysis_stays_until_the_turn_has_its_answer(o200k: Tokenizer) -> None:
+    loop: Messages = [
+        {"role": "user", "content": "1?"},
+        {
+            "role": "assistant",
+            "thinking": "use calc",
+            "tool_calls": [{"function": {"name": "calc", "arguments": "{}"}}],
+        },
+        {"role": "tool", "content": "one"},
+    ]
+    assert "use calc" in o200k.decode(harmony.render(loop, tokenizer=o200k))
+    again = [*loop, {"role": "user", "content": "2?"}]  # interrupted: no answer has made it obsolete
+    assert "use calc" in o200k.decode(harmony.render(again, tokenizer=o200k))
+    answered = [*loop, {"role": "assistant", "content": "one"}, {"role": "user", "content": "2?"}]
+    assert "use calc" not in o200k.decode(harmony.render(answered, tokenizer=o200k))
 
 
 def test_a_small_vocabulary_renders_with_its_own_template(small: Tokenizer) -> None:
@@ -196,7 +216,7 @@ def test_a_small_vocabulary_renders_with_its_own_template(small: Tokenizer) -> N
     assert small.decode(harmony.render(messages, effort="high", tokenizer=small)) == (
         "<|start|>system<|message|>Reasoning: high<|end|><|start|>developer<|message|>calc first<|end|>"
         "<|start|>user<|message|>2*3<|end|><|start|>assistant<|channel|>commentary to=functions.calc<|message|>2*3<|call|>"
-        "<|start|>functions.calc<|channel|>commentary to=assistant<|message|>6<|end|><|start|>assistant"
+        "<|start|>functions.calc to=assistant<|channel|>commentary<|message|>6<|end|><|start|>assistant"
     )
     with pytest.raises(InputError, match="cannot express the character 'Y'"):  # the library's "You are ChatGPT"
         harmony.render(messages, tokenizer=with_template(small, None))
@@ -269,15 +289,18 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
     ([{"role": "robot", "content": "a"}], "unknown role 'robot'; choose from system, developer, user, assistant, tool"),
     ([{"role": ["user"], "content": "a"}], "unknown role"),
     ([{"role": "user"}], "message 1: its content is None; wanted text"),
-    ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "its content is"),
-    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": []}], "message 2: unknown field 'tool_calls'"),
+    ([{"role": "user", "content": {"text": "a"}}], "its content is"),
+    ([{"role": "user", "content": [{"type": "image_url"}]}], "gpt-oss reads no images"),
+    ([{"role": "user", "content": [{"type": "input_audio"}]}], "a part of type 'input_audio'"),
+    ([{"role": "user", "content": "a", "mood": "good"}], "the field 'mood' of a message cannot be rendered"),
+    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}]}], "a tool call has no function's name"),
     ([{"role": "user", "content": "a", "name": "a b"}], "name is 'a b'; wanted one word"),
     ([{"role": "user", "content": "a", "channel": "final<|message|>"}], "channel is"),
     ([{"role": "user", "content": "a", "recipient": ""}], "recipient is ''"),
     ([{"role": "user", "content": "a", "content_type": 5}], "content_type is 5"),
     ([{"role": "user", "content": "a", "channel": "to=me"}], "channel is 'to=me'"),
     ([{"role": "tool", "content": "a"}], "needs the tool's name"),
-    ([{"role": "tool", "content": "a", "name": "user:x"}], "needs the tool's name"),
+    ([{"role": "tool", "content": "a", "name": "user:x", "channel": "commentary"}], "needs the tool's name"),
     ([{"role": "system", "content": "a", "channel": "final"}], "a leading system message has no channel"),
     ([{"role": "user", "content": "a\x1b[31m\n", "name": "\x1b[31m\n"}], r"name is '\x1b[31m\n'"),
     ([{"role": "user", "content": "a\ud800"}], "half a surrogate pair"),
@@ -294,6 +317,30 @@ def test_bad_messages_are_refused_in_one_line(messages: Any, reason: str, o200k:
 def test_an_unknown_effort_is_refused(o200k: Tokenizer) -> None:
     with pytest.raises(InputError, match="unknown effort 'max': choose from low, medium, high"):
         harmony.render([{"role": "user", "content": "a"}], effort="max", tokenizer=o200k)
+
+
+@pytest.mark.parametrize("effort", ["High", "HIGH", " high "])
+def test_an_effort_may_be_spelled_in_capitals(effort: str, o200k: Tokenizer) -> None:
+    ask: Messages = [{"role": "user", "content": "a"}]
+    assert harmony.render(ask, effort=effort, tokenizer=o200k) == harmony.render(ask, effort="high", tokenizer=o200k)
+
+
+def test_an_effort_in_the_system_text(o200k: Tokenizer) -> None:
+    ask: Messages = [{"role": "system", "content": "Be brief.\nReasoning: High"}, {"role": "user", "content": "a"}]
+    assert "\nReasoning: high\n" in o200k.decode(harmony.render(ask, tokenizer=o200k))
+    assert harmony.render(ask, tokenizer=o200k) == harmony.render(ask, effort="high", tokenizer=o200k)
+    with pytest.raises(InputError, match="the effort is low, but the system text has a line that asks for high"):
+        harmony.render(ask, effort="low", tokenizer=o200k)
+
+
+def test_a_system_message_of_gpt_oss_is_written_as_it_is(o200k: Tokenizer) -> None:
+    ids = harmony.render([{"role": "user", "content": "a"}], effort="high", tokenizer=o200k, date=DAY)
+    system = harmony.parse(ids, tokenizer=o200k)[0]
+    ask: Messages = [system, {"role": "user", "content": "a"}]
+    assert "Current date: 2025-06-28" in system["content"]
+    assert o200k.decode(harmony.render(ask, tokenizer=o200k)).startswith(
+        f"<|start|>system<|message|>{system['content']}<|end|><|start|>user"
+    )
 
 
 def test_a_transcripts_prompt_is_what_a_generation_starts_from(o200k: Tokenizer, conversation: Make) -> None:
@@ -331,4 +378,4 @@ def test_a_template_runs_once_for_prompts_alike(small: Tokenizer, monkeypatch: p
             else:
                 text = small.decode(harmony.render(messages, tokenizer=with_template(small, template)))
                 assert f"system<|message|>{content}<|end|>" in text
-        assert len(runs) == 1
+        assert len(runs) == 1  # the template has no system message of gpt-oss: it is not asked for that

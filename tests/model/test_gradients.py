@@ -111,7 +111,7 @@ BROKEN: dict[str, tuple[str, Callable[[GptOss, pytest.MonkeyPatch], None]]] = {
     "gates without gradients": ("blocks.1.ln2.hook_normalized", lambda model, patch: patch.setattr(
         "workbench.kernels.routing.gate", lambda logits, experts: logits.gather(-1, experts).softmax(-1).detach())),
     "a sink without gradients": ("blocks.1.attn.hook_rot_q", lambda model, patch: patch.setattr(
-        type(model.blocks[0].attn), "_sink", lambda self, lse: self.hook_sink(torch.sigmoid(self.sinks - lse)).detach())),
+        type(model.blocks[0].attn), "_observe_sink", lambda self, sink: (sink.detach(), None))),
 }  # fmt: skip
 
 

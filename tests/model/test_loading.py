@@ -30,11 +30,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    there = Machine()
+    there.pretend(monkeypatch, devices=7, memory=10**9)
     mxfp4._table.cache_clear()
-    with Machine() as there:
+    with there:
         yield there
     mxfp4._table.cache_clear()  # nothing of the machine outlives it
 
@@ -216,3 +215,18 @@ def test_the_machine_refuses_tensors_that_were_not_handed_over(
     monkeypatch.setattr(GptOss, "devices", [torch.device("cuda", 0)] * CFG.n_layers)
     with pytest.raises(RuntimeError, match=r"tensors on \['cuda:0', 'cuda:1'\]"):
         spread(tokens.to(spread.device))
+
+
+def test_a_gpu_older_than_ampere_is_refused_before_a_weight_is_moved(
+    machine: Machine, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index else (8, 0))
+    load(checkpoint, device="cuda:0")
+    with pytest.raises(InputError, match=r"'cuda:1' has compute capability 7.5; the kernels need 8.0 or newer"):
+        load(checkpoint, device=TWO)
+
+
+def test_a_model_on_meta_has_shapes_and_no_weights(machine: Machine, checkpoint: Path) -> None:
+    model = load(checkpoint, device="meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.cfg == CFG

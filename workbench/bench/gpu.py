@@ -97,9 +97,10 @@ def _kernels(clock: Any, most: Any, name: str, cfg: Config, sizes: Sizes) -> lis
     for case in _problems(cfg, clock.device, sizes):
         print(f"{name}: {case.kernel}, {case.problem}", file=sys.stderr, flush=True)
         with torch.no_grad():
-            seconds = clock(case.launch)
+            seconds, synchronises = clock(case.launch), clock.synchronises(case.launch)
         row = {"kernel": case.kernel, "model": name, "problem": case.problem, "bytes": case.bytes, "flops": case.flops}
-        rows.append(row | {"seconds": seconds, "fraction": most.seconds(case.bytes, case.flops) / seconds})
+        row |= {"seconds": seconds, "fraction": most.seconds(case.bytes, case.flops) / seconds}
+        rows.append(row | {"synchronises": synchronises})
     return rows
 
 
@@ -168,7 +169,7 @@ def with_assembler(path: Path, repeats: int) -> list[dict[str, Any]]:
 
 
 _TABLES = {
-    "kernels": ("kernel", "model", "problem", "seconds", "fraction"),
+    "kernels": ("kernel", "model", "problem", "seconds", "fraction", "synchronises"),
     "models": ("model", "problem", "seconds", "tokens_per_s", "fraction", "recording", "scaled_from_layers"),
     "peers": ("peer", "model", "tokens", "ours_s", "theirs_s", "difference", "missing", "failed"),
 }

@@ -28,7 +28,7 @@ from workbench.errors import InputError, JobError
 from workbench.progress import progress
 
 REPORT = Path(__file__).parents[2] / "kernels" / "gpu" / "REPORT.md"
-MODULES = ("mxfp4", "routing", "moe", "attention", "moments")
+MODULES = ("mxfp4", "routing", "moe", "attention", "moments", "norm", "rotary", "logits")
 
 
 class Card(NamedTuple):

@@ -10,10 +10,19 @@ import torch
 Launch = Callable[[], object]
 
 
-class Clock:
-    """Medians of repeated launches: CUDA events and a cold L2 cache on a GPU, wall-clock time elsewhere.
+_ROUNDS = 3
+_WARM_UP = 2
+_CYCLES_PER_S = 2e9  # of a GPU's clock, at most; the wait is a little longer where it is slower
+_LONGEST_WAIT_S = 0.5
 
-    The first two launches compile and warm up, and do not count.
+
+class Clock:
+    """Median seconds of a launch, with a cold L2 cache on a GPU.
+
+    On a GPU one pair of events encloses `repeats` launches, each after a write that evicts the L2 cache; the same writes
+    alone are timed and subtracted. Before each pair the GPU is made to wait until everything is queued: otherwise the
+    events of a short kernel would measure how fast Python launches it. Elsewhere wall-clock time is taken. The first
+    launches compile and warm up, and do not count.
     """
 
     def __init__(self, device: torch.device, repeats: int = 20) -> None:
@@ -23,25 +32,60 @@ class Clock:
 
     @property
     def on_gpu(self) -> bool:
+        """Whether launches are timed with events."""
         return self.device.type == "cuda"
 
     def __call__(self, launch: Launch) -> float:
-        """Seconds of one launch."""
-        for _ in range(2):
+        """Return the seconds of one launch."""
+        for _ in range(_WARM_UP):
             launch()
-        return statistics.median(self._event(launch) if self.on_gpu else _wall(launch) for _ in range(self.repeats))
+        if not self.on_gpu:
+            return statistics.median(_wall(launch) for _ in range(self.repeats))
+        torch.cuda.synchronize(self.device)
+        host_s = _wall(launch) + _wall(self._flush.zero_)
+        return statistics.median(self._difference(launch, host_s) for _ in range(_ROUNDS))
 
-    def _event(self, launch: Launch) -> float:
+    def synchronises(self, launch: Launch) -> bool:
+        """Return whether a launch makes the host wait for the GPU, which no timing of the GPU alone can show."""
+        if not self.on_gpu:
+            return False
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            launch()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return False
+
+    def _difference(self, launch: Launch, host_s: float) -> float:
+        """Return the seconds of one launch: of flushes with launches, less those of the flushes alone."""
+
+        def flushed() -> None:
+            self._flush.zero_()
+            launch()
+
+        with_launches, alone = self._pair(flushed, host_s), self._pair(self._flush.zero_, host_s)
+        return max(with_launches - alone, 1e-9) / self.repeats
+
+    def _pair(self, launch: Launch, host_s: float) -> float:
+        """Return the seconds between two events around `repeats` launches that were all queued beforehand."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
+        torch.cuda.synchronize(self.device)
+        torch.cuda._sleep(int(min(2 * host_s * self.repeats, _LONGEST_WAIT_S) * _CYCLES_PER_S))
         start.record()
-        launch()
+        for _ in range(self.repeats):
+            launch()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
 
 def _wall(launch: Launch) -> float:
+    """Return the seconds that the host takes to launch; on a CPU, those of the computation."""
     start = time.perf_counter()
     launch()
     return time.perf_counter() - start

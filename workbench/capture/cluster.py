@@ -38,6 +38,8 @@ class Task:
     run: str
     record: tuple[str, ...]
     unit_tokens: int
+    exclude: str | None = None
+    routing: str = "own"
 
     @classmethod
     def of(
@@ -48,18 +50,26 @@ class Task:
         record: Sequence[str],
         unit_tokens: int,
         threads: int,
+        device: str | None = None,
+        exclude: str | None = None,
+        routing: str = "own",
     ) -> "Task":
-        """The job's own model, as workers load it: its folder must be theirs too. threads: of a worker."""
+        """Return the task for a model, which workers load from its folder.
+
+        threads: of each worker. device: where workers load it; the device type of `model` if None.
+        """
         return cls(
             checkpoint=str(Path(model.checkpoint.path).absolute()),
             adapter=None if model.adapter is None else str(Path(model.adapter.path).absolute()),
             dtype=str(model.dtype).removeprefix("torch."),
-            device=model.device.type,
+            device=device or model.device.type,
             threads=threads,
             transcripts=str(Path(transcripts).absolute()),
             run=str(run) if "://" in str(run) else str(Path(run).absolute()),
             record=tuple(record),
             unit_tokens=unit_tokens,
+            exclude=exclude,
+            routing=routing,
         )
 
 
@@ -171,8 +181,28 @@ def _loaded(task: Task) -> tuple[GptOss, Any, Any]:
 
     torch.set_num_threads(task.threads)
     model = load(task.checkpoint, device=_device(task), dtype=getattr(torch, task.dtype), adapter=task.adapter)
-    plan = job.plan(model, task.transcripts, record=task.record, unit_tokens=task.unit_tokens)
+    plan = job.plan(
+        model,
+        task.transcripts,
+        record=task.record,
+        unit_tokens=task.unit_tokens,
+        exclude=task.exclude,
+        routing=task.routing,
+    )
     return model, plan, job.writer_of(plan, model, task.transcripts, task.run)
+
+
+def worker_device(name: str) -> str:
+    """Return the device type on which workers load the model: "auto" is a GPU where this machine has one.
+
+    Raises:
+        InputError: the name has an index or several devices, which workers choose themselves.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.isalpha():
+        raise InputError(f"device {name!r}: several workers choose their own GPUs; use device='auto', 'cuda' or 'cpu'")
+    return name
 
 
 def _device(task: Task) -> str:

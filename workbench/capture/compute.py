@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from workbench import harmony
+from workbench.capture.host_routing import HostRoutes
 from workbench.capture.record_buffers import Buffers
 from workbench.errors import JobError
 from workbench.harmony.labels import Labels, channel_codes, role_codes
 from workbench.harmony.transcripts import Transcript
+from workbench.kernels.logits import predict
 from workbench.model.transformer import GptOss
 from workbench.runs.schema import Spec, Unit
 from workbench.runs.summaries import summarise
@@ -51,7 +53,7 @@ def compute(
 ) -> Computed:
     """The unit's sequences, end to end in their order. `check` is called before every pass, and may raise."""
     own = [rows[s] for s in unit.sequences]
-    labels = [harmony.label(row.tokens, tokenizer=model.tokenizer) for row in own]
+    labels = [harmony.label(row.tokens, tokenizer=model.tokenizer, n_prompt=row.n_prompt) for row in own]
     tokens = token_table(unit, own, labels)
     members = {
         a.hook: np.concatenate([harmony.token_set(tokenizer=model.tokenizer, **a.tokens)(row.tokens) for row in own])
@@ -61,12 +63,15 @@ def compute(
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
     buffers.start(tokens["sequence"], tokens["channel"], tokens["message"], members)
-    with model.hooks(fwd_hooks=buffers.fwd_hooks):
+    routes = HostRoutes(model.cfg) if spec.host_routing else None
+    with model.hooks(fwd_hooks=[*buffers.fwd_hooks, *(routes.fwd_hooks if routes else [])]):
         for batch in passes(own):
             check()
             lengths = [len(row.tokens) for row in batch]
             ids = torch.from_numpy(np.concatenate([row.tokens for row in batch])).long().to(model.device)
             buffers.begin(len(ids))
+            if routes is not None:
+                routes.begin(batch)
             residual = model.residual(ids[None], packed=lengths)
             if spec.logprobs:
                 logprob, entropy = predictions(model, residual, ids, lengths)
@@ -75,6 +80,8 @@ def compute(
     records, sums = buffers.take()
     if spec.logprobs:
         records |= {"logprob": torch.cat(logprobs).numpy(), "entropy": torch.cat(entropies).numpy()}
+    if routes is not None:
+        records |= routes.take()
     return Computed(unit, tokens, records, sums)
 
 
@@ -99,10 +106,8 @@ def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequen
     first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     predicted = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
     for rows in predicted.split(LOGIT_ROWS):
-        logits = model.logits(residual, rows[None] - 1)[0]
-        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        logprob[rows] = logp.gather(-1, tokens[rows, None].to(logp.device))[:, 0].float().cpu()
-        entropy[rows] = -(logp.exp() * logp).nansum(-1).float().cpu()
+        found = predict(model.logits(residual, rows[None] - 1)[0], tokens[rows])  # one chunk of logits is alive
+        logprob[rows], entropy[rows] = found.logprob.float().cpu(), found.entropy.float().cpu()
     return logprob, entropy
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from workbench.capture import recording
 from workbench.capture.compute import compute, passes
 from workbench.capture.pipeline import IN_FLIGHT
-from workbench.capture.record_buffers import Buffers
+from workbench.capture.record_buffers import Buffers, pinned_bytes
 from workbench.errors import InputError
 from workbench.harmony.transcripts import Transcript
 from workbench.model.memory import human
@@ -61,7 +61,6 @@ def estimate(
     tokens = sum(layout.lengths[s] for unit in left for s in unit.sequences)
     raw = raw_bytes(model, spec, layout, pending)
     fullest = max((sum(layout.lengths[s] for s in unit.sequences) for unit in left), default=0)
-    per_row = sum(_per_row(model, spec, layout).values())
     rate, ratio = _measured(model, rows, spec, left) if left else (1.0, 1.0)
     return Estimate(
         units=len(layout.units),
@@ -70,7 +69,7 @@ def estimate(
         tokens=tokens,
         raw_bytes=raw,
         per_token=recording.bytes_per_token(spec, model.cfg),
-        memory_bytes=fullest * per_row * min(IN_FLIGHT, max(1, len(left))),
+        memory_bytes=_buffer_bytes(model, spec, layout, fullest) * min(IN_FLIGHT, max(1, len(left))),
         disk_bytes=round(raw * ratio),
         seconds=tokens / rate,
         free_bytes=free_bytes(path),
@@ -134,6 +133,14 @@ def _measured(model: GptOss, rows: Sequence[Transcript], spec: Spec, left: Seque
         raw += values.nbytes
         packed += len(packer.encode(np.ascontiguousarray(values)))
     return rate, packed / raw
+
+
+def _buffer_bytes(model: GptOss, spec: Spec, layout: Layout, tokens: int) -> int:
+    """Return the bytes of the buffers of a unit; pinned ones, which a model on GPUs has, take whole powers of two."""
+    sizes = {name: tokens * size for name, size in _per_row(model, spec, layout).items()}
+    if model.device.type == "cuda":
+        sizes = {n: size if n.startswith("tokens/") else pinned_bytes(size) for n, size in sizes.items()}
+    return sum(sizes.values())
 
 
 def _per_row(model: GptOss, spec: Spec, layout: Layout) -> dict[str, int]:

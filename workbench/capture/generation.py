@@ -40,7 +40,7 @@ def generate_transcripts(
     if Path(out).exists() and not overwrite:
         raise InputError(f"{out} exists: choose another name, or --overwrite")
     jobs = [(p, e, s) for p in read_prompts(prompts) for e in dict.fromkeys(efforts) for s in range(samples)]
-    rendered = [harmony.render(p.messages, effort=e, tokenizer=model.tokenizer) for p, e, _ in jobs]
+    rendered = [harmony.render(p.messages, effort=e, tokenizer=model.tokenizer, **p.options) for p, e, _ in jobs]
     if too_long := [p.id for (p, _, _), ids in zip(jobs, rendered, strict=True) if len(ids) >= model.cfg.n_ctx]:
         raise InputError(f"{prompts}: prompt {too_long[0]!r} leaves no room in the context of {model.cfg.n_ctx} tokens")
 

@@ -27,13 +27,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-import workbench
 from workbench import harmony
 from workbench.capture import estimate, pipeline, recording
 from workbench.capture.compute import Computed
+from workbench.capture.host_routing import with_host_routes
 from workbench.capture.plan import plan_units
 from workbench.capture.signals import StopSignal
 from workbench.errors import InputError
+from workbench.harmony.flags import counted, read_flags, sequence_flags
 from workbench.harmony.labels import Labels
 from workbench.harmony.transcripts import Reject, Transcript, read_transcripts
 from workbench.model.transformer import GptOss
@@ -41,6 +42,7 @@ from workbench.progress import progress
 from workbench.runs import Run, open_run
 from workbench.runs.schema import Layout, Spec
 from workbench.runs.writer import RunWriter, open_writer
+from workbench.version import version as workbench_version
 
 log = logging.getLogger("workbench.capture")
 
@@ -54,6 +56,7 @@ class Plan:
     rows: list[Transcript]
     rejects: list[Reject]
     layout: Layout
+    flags: list[tuple[str, ...]]  # of each row, see `workbench.harmony.flags`
 
 
 def capture(
@@ -64,20 +67,28 @@ def capture(
     record: Sequence[str] = recording.DEFAULT,
     unit_tokens: int = 16_384,
     strict: bool = False,
+    exclude: str | None = None,
+    routing: str = "own",
     workers: int = 1,
     dask: str | None = None,
     log_file: str | Path | None = None,
+    worker_device: str | None = None,
 ) -> Run:
     """Run `transcripts` through `model` and record into the run at `path`, made or resumed.
 
     record: see `workbench.capture.recording`. Transcript rows that cannot be used are skipped and listed in the run's
-    rejects; with `strict` they are refused before anything is written. workers, or the address of a Dask scheduler:
-    see `workbench.capture.cluster`. What happens is logged to `log_file`, beside a local run if None.
+    rejects; with `strict` they are refused before anything is written. exclude: flags of sequences to leave out, as in
+    "irregular,truncated"; see `workbench.harmony.flags`. routing: "host" forces the experts that a host chose, see
+    `workbench.capture.host_routing`. workers, or the address of a Dask scheduler: see
+    `workbench.capture.cluster`. `model` may be on the device "meta" if workers load it, on `worker_device` (the device
+    type of `model` if None). What happens is logged to `log_file`, beside a local run if None.
     """
-    job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict)
+    job = plan(
+        model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
+    )
     _refuse_full_disk(model, job, _pending(job, path), path)
     with (
-        writer_of(job, model, transcripts, path) as writer,
+        writer_of(job, model, transcripts, path, device=worker_device) as writer,
         _logged(path, log_file),  # a refused start leaves no log
         StopSignal(str(path)) as interrupt,
     ):
@@ -88,6 +99,9 @@ def capture(
         begins = f"{len(pending):,} of {len(job.layout.units):,} units to go, {n:,} tokens, each {sum(sizes.values()):,} bytes"
         log.info("%s: %s before compression: %s", path, begins, each)
         print(f"capture: {begins} before compression ({each})", file=sys.stderr, flush=True)
+        if found := counted(job.flags):
+            log.info("%s: %d sequences, %s", path, len(job.rows), found)
+            print(f"capture: {len(job.rows):,} sequences, {found}", file=sys.stderr, flush=True)
         with progress("capture", n, "tokens") as advance:
             done = _Done(advance, len(job.layout.units))
             try:
@@ -97,7 +111,15 @@ def capture(
                     from workbench.capture import cluster  # late: dask is an extra
 
                     task = cluster.Task.of(
-                        model, transcripts, path, record, unit_tokens, max(1, torch.get_num_threads() // workers)
+                        model,
+                        transcripts,
+                        path,
+                        record,
+                        unit_tokens,
+                        max(1, torch.get_num_threads() // workers),
+                        worker_device,
+                        exclude,
+                        routing,
                     )
                     cluster.run(
                         task, job.layout, pending, workers=workers, address=dask, check=interrupt.check, done=done
@@ -113,16 +135,36 @@ def capture(
 
 
 def plan(
-    model: GptOss, transcripts: str | Path, *, record: Sequence[str], unit_tokens: int, strict: bool = False
+    model: GptOss,
+    transcripts: str | Path,
+    *,
+    record: Sequence[str],
+    unit_tokens: int,
+    strict: bool = False,
+    exclude: str | None = None,
+    routing: str = "own",
 ) -> Plan:
     """Read the transcripts and lay out the run; nothing is written."""
-    spec = recording.parse(record, model.cfg)
-    rows, rejects, digest = _read(model, transcripts)
-    if not rows:
+    spec = recording.parse(record, model.cfg, routing)
+    unwanted = set(read_flags(exclude))
+    found, rejects, digest = _read(model, transcripts)
+    if not found:
         raise InputError(f"{transcripts}: none of the {len(rejects)} rows can be used; the first: {_why(rejects[0])}")
     if strict and rejects:
         raise InputError(f"{transcripts}: {len(rejects)} rows cannot be used; the first: {_why(rejects[0])}")
-    return Plan(spec, digest, rows, rejects, plan_units([len(row.tokens) for row in rows], unit_tokens))
+    rows: list[Transcript] = []
+    flags: list[tuple[str, ...]] = []
+    for row, has in zip(found, [_flags(row, model) for row in found], strict=True):
+        if unwanted.isdisjoint(has):
+            rows.append(row)
+            flags.append(has)
+        else:
+            rejects.append(Reject(0, row.id, f"excluded: {' '.join(sorted(unwanted.intersection(has)))}"))
+    if not rows:
+        raise InputError(f"{transcripts}: --exclude {exclude} leaves none of {len(found):,} sequences")
+    if spec.host_routing:
+        rows = with_host_routes(rows, transcripts, model.cfg)
+    return Plan(spec, digest, rows, rejects, plan_units([len(row.tokens) for row in rows], unit_tokens), flags)
 
 
 def _read(model: GptOss, transcripts: str | Path) -> tuple[list[Transcript], list[Reject], str]:
@@ -156,17 +198,26 @@ def _read(model: GptOss, transcripts: str | Path) -> tuple[list[Transcript], lis
     return rows, rejects, digest
 
 
-def writer_of(job: Plan, model: GptOss, transcripts: str | Path, path: str | Path) -> RunWriter:
-    """The writer of a job's run, made or resumed."""
+def _flags(row: Transcript, model: GptOss) -> tuple[str, ...]:
+    labels = harmony.label(row.tokens, tokenizer=model.tokenizer, n_prompt=row.n_prompt)
+    return sequence_flags(labels, row.n_prompt, complete=row.complete, notes=row.notes)
+
+
+def writer_of(
+    job: Plan, model: GptOss, transcripts: str | Path, path: str | Path, *, device: str | None = None
+) -> RunWriter:
+    """Return the writer of a job's run, made or resumed. device: of the workers, if `model` is not on theirs."""
     return open_writer(
         path,
         layout=job.layout,
-        sequences=_sequences(job.rows, job.layout),
-        messages=_messages(harmony.label(row.tokens, tokenizer=model.tokenizer) for row in job.rows),
+        sequences=_sequences(job.rows, job.layout, job.flags),
+        messages=_messages(
+            harmony.label(row.tokens, tokenizer=model.tokenizer, n_prompt=row.n_prompt) for row in job.rows
+        ),
         model=model.cfg.to_json(),
         checkpoint={"digest": model.checkpoint.digest, "name": model.checkpoint.path.name},
         spec=job.spec,
-        provenance=_provenance(transcripts, job, model),
+        provenance=_provenance(transcripts, job, model, device),
     )
 
 
@@ -178,9 +229,13 @@ def dry_run(
     record: Sequence[str],
     unit_tokens: int,
     strict: bool = False,
+    exclude: str | None = None,
+    routing: str = "own",
 ) -> estimate.Estimate:
     """What `capture` with these arguments would take; nothing is written."""
-    job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict)
+    job = plan(
+        model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
+    )
     return estimate.estimate(model, job.rows, job.spec, job.layout, _pending(job, path), path)
 
 
@@ -196,9 +251,16 @@ def _pending(job: Plan, path: str | Path) -> list[int]:
 
 
 def _refuse_full_disk(model: GptOss, job: Plan, pending: Sequence[int], path: str | Path) -> None:
-    """Measure only where the disk would not even hold everything uncompressed."""
+    """Measure only where the disk would not even hold everything uncompressed; without weights, warn."""
     free = estimate.free_bytes(path)
-    if pending and free is not None and estimate.raw_bytes(model, job.spec, job.layout, pending) > free:
+    if not pending or free is None or (size := estimate.raw_bytes(model, job.spec, job.layout, pending)) <= free:
+        return
+    if model.device.type == "meta":
+        log.warning(
+            "%s: %d bytes before compression, and the disk has %d: `capture --dry-run` measures whether they fit",
+            path, size, free,
+        )  # fmt: skip
+    else:
         found = estimate.estimate(model, job.rows, job.spec, job.layout, pending, path)
         estimate.refuse_what_cannot_fit(found, path)
 
@@ -255,7 +317,7 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _sequences(rows: Sequence[Transcript], layout: Layout) -> pd.DataFrame:
+def _sequences(rows: Sequence[Transcript], layout: Layout, flags: Sequence[tuple[str, ...]]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "id": [row.id for row in rows],
@@ -267,6 +329,7 @@ def _sequences(rows: Sequence[Transcript], layout: Layout) -> pd.DataFrame:
             "correct": np.array([-1 if row.correct is None else int(row.correct) for row in rows], dtype=np.int8),
             "answer": [row.answer or "" for row in rows],
             "meta": [json.dumps(row.meta, sort_keys=True) for row in rows],
+            "flags": [" ".join(each) for each in flags],
         }
     )
 
@@ -282,14 +345,14 @@ def _messages(labels: Iterable[Labels]) -> pd.DataFrame:
     )
 
 
-def _provenance(transcripts: str | Path, job: Plan, model: GptOss) -> dict[str, Any]:
+def _provenance(transcripts: str | Path, job: Plan, model: GptOss, device: str | None) -> dict[str, Any]:
     packages = ("torch", "transformer-lens", "numpy", "zarr")
     return {
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "process": os.getpid(),
-        "software": {"workbench": workbench.__version__, "python": platform.python_version()}
+        "software": {"workbench": workbench_version(), "python": platform.python_version()}
         | {name: version(name) for name in packages},
         "harmony": harmony.distribution(),
         "tokenizer": {
@@ -298,7 +361,7 @@ def _provenance(transcripts: str | Path, job: Plan, model: GptOss) -> dict[str, 
             "chat_template": hashlib.sha256((model.tokenizer.chat_template or "").encode()).hexdigest(),
         },
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": ",".join(dict.fromkeys(map(str, model.devices))),
+        "device": device or ",".join(dict.fromkeys(map(str, model.devices))),
         "transcripts": {
             "name": Path(transcripts).name,
             "digest": job.digest,

@@ -1,8 +1,9 @@
 """The arrays of one unit, filled by hooks while the model runs, pass after pass.
 
-They are made once and used again, so that the memory of a job does not depend on its length. On a GPU they are pinned,
-and records leave on a stream of their own beside the next layers' arithmetic. Reductions happen where the activation
-is, as one product with a matrix of weights: a sum of products gives the same bits every time, an atomic sum does not.
+They are allocated once and reused, so that the memory of a job does not depend on its length. For a model on GPUs they
+are pinned, and each GPU copies its records on a stream of its own while it computes the next layers: a copy runs on a
+stream of the GPU that holds the activation, whichever GPU is current. Reductions happen on the activation's device, as
+one product with a matrix of weights: a sum of products gives the same bits every time, an atomic sum does not.
 """
 
 from collections.abc import Mapping
@@ -28,13 +29,17 @@ _OWN = {
 
 
 class Buffers:
-    """Of a unit of up to `capacity` tokens. `begin` says which tokens the next pass has; `take` hands the arrays out."""
+    """The arrays of a unit of up to `capacity` tokens.
+
+    `start` begins a unit, `begin` selects the tokens of the next pass, and `take` returns the arrays.
+    """
 
     def __init__(self, spec: Spec, cfg: Config, capacity: int, *, pinned: bool) -> None:
         self._points: dict[str, tuple[str, int, Activation | None]] = {}
         self._arrays: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
-        self._stream = torch.cuda.Stream() if pinned else None
+        self._pinned = pinned
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         wide = torch.uint8 if cfg.num_experts <= 256 else torch.uint16
         shapes = {
             "experts": (cfg.experts_per_token, wide), "gates": (cfg.experts_per_token, torch.float16),
@@ -61,7 +66,7 @@ class Buffers:
     @property
     def fwd_hooks(self) -> list[tuple[str, Any]]:
         """For `model.hooks(fwd_hooks=…)`."""
-        return [(name, self._keep) for name in self._points]
+        return [(name, self._record) for name in self._points]
 
     def start(
         self,
@@ -83,8 +88,8 @@ class Buffers:
 
     def take(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Every record of the unit's tokens, and what was summed of them; the former are good until the next `start`."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        for stream in self._streams.values():
+            stream.synchronize()
         assert self._at.stop == self._used, f"{self._at.stop} of {self._used} tokens were run"
         records = {}
         for name, array in self._arrays.items():
@@ -109,7 +114,7 @@ class Buffers:
             )
         return found
 
-    def _keep(self, activation: Tensor, hook: HookPoint) -> None:
+    def _record(self, activation: Tensor, hook: HookPoint) -> None:
         assert hook.name is not None
         name, place, a = self._points[hook.name]
         x = activation.detach().flatten(0, 1)
@@ -126,14 +131,24 @@ class Buffers:
         elif a is not None and a.sparse:
             x = x * torch.from_numpy(self._rows_of(a, self._at)).to(x.device)[:, None]
         target = self._arrays[name][place, self._at]
-        if self._stream is None:
+        if not self._pinned:
             target.copy_(x)
             return
         x = x.to(target.dtype)
-        self._stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(self._stream):
+        stream = self._stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
             target.copy_(x, non_blocking=True)
-            x.record_stream(self._stream)
+            x.record_stream(stream)
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Return the stream on which this device copies its records.
+
+        A copy to the host runs on the source device's current stream, so a stream of another device orders nothing.
+        """
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
 
     def _rows_of(self, a: Activation, at: slice) -> Bool[np.ndarray, " token"]:
         """Tokens with a row of their own: those meant, or of each message that has any the last."""
@@ -171,6 +186,11 @@ class Buffers:
             if name not in self._sums:
                 self._sums[name] = torch.zeros((part.shape[0], len(a.layers), *part.shape[1:]), dtype=torch.float64)
             self._sums[name][:, place] += part.double().cpu()
+
+
+def pinned_bytes(size: int) -> int:
+    """Return the bytes that PyTorch's allocator of pinned memory takes for a tensor: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def sketch_matrix(a: Activation) -> Float[Tensor, "d sketch"]:

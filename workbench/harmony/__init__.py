@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from workbench.harmony.grammar import parse as parse
     from workbench.harmony.labels import CHANNELS as CHANNELS
     from workbench.harmony.labels import PARTS as PARTS
     from workbench.harmony.labels import ROLES as ROLES
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from workbench.harmony.labels import channel_codes as channel_codes
     from workbench.harmony.labels import label as label
     from workbench.harmony.labels import role_codes as role_codes
-    from workbench.harmony.rendering import EFFORTS as EFFORTS
+    from workbench.harmony.messages import EFFORTS as EFFORTS
     from workbench.harmony.rendering import render as render
     from workbench.harmony.token_sets import TokenSet as TokenSet
     from workbench.harmony.token_sets import check_token_set as check_token_set
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from workbench.harmony.vocabulary import tokenizer as tokenizer
 
 _HOMES = {
+    "grammar": ("parse",),
     "labels": ("CHANNELS", "PARTS", "ROLES", "Labels", "Message", "channel_codes", "label", "role_codes"),
-    "rendering": ("EFFORTS", "render"),
+    "messages": ("EFFORTS",),
+    "rendering": ("render",),
     "token_sets": ("TokenSet", "check_token_set", "token_set"),
     "transcripts": ("Prompt", "Reject", "Transcript", "read_prompts", "read_transcripts", "write_transcripts"),
     "vocabulary": ("Tokenizer", "distribution", "tokenizer"),

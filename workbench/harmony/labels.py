@@ -1,12 +1,16 @@
-"""What every token of a harmony stream is: which message it belongs to, and which part of it.
+"""Labels of every token of a harmony stream: the message it belongs to, and the part of that message.
 
-A state machine over ids, not text: a user may write the characters `<|end|>`, which are ordinary tokens. Its work
-is per special token and per header; what lies between is filled in by numpy. It never fails: malformed streams, as
-models write them, get flags. Prompt and generation are one stream, as the prompt's closing `<|start|>assistant`
-belongs to the first generated message.
+The labeller is a state machine over ids, not text: a user may write the characters `<|end|>`, which are ordinary
+tokens. It works per special token and per header and fills in the rest with numpy. It accepts any ids: messages that
+do not follow the format, as models sometimes write them, get flags. Prompt and generation are one stream, because the
+`<|start|>assistant` at the end of the prompt belongs to the first generated message.
+
+Output that does not follow the format stays the assistant's: text without a header, a header without `<|start|>` or
+`<|message|>`, and roles that no conversation has (`assistantassistant`, `final`) give assistant messages with flags.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,21 +27,39 @@ PARTS = (
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHANNELS = ("frame", "prompt", "analysis", "commentary", "final", "other")
 
+FLAGS = {
+    "unclosed": "another message starts before the stop token",
+    "special_in_content": "a special token inside the content",
+    "special_in_header": "a special token that no header has",
+    "second_channel": "a second channel mark; the first one counts",
+    "second_constrain": "a second constrain mark; the first one counts",
+    "empty_channel": "a channel mark without a channel",
+    "unknown_channel": "a channel that is none of analysis, commentary and final",
+    "extra_words": "more words than a header has",
+    "no_role": "no role after the start mark",
+    "irregular_role": "a role that a message at this point cannot have",
+    "no_start": "no start mark",
+    "no_message": "no message mark between header and content",
+}
+
 _OUTSIDE, _START, _ROLE, _CHANNEL_MARK, _CHANNEL, _CONSTRAIN_MARK, _CONSTRAIN, _MESSAGE_MARK, _CONTENT, _STOP = range(
     len(PARTS)
 )
+_NEEDS_CONTENT = ("irregular_role", "unknown_channel", "extra_words")  # a cut word says nothing
 _SPECIAL, _TEXT_END = 100, 101  # kinds of special tokens beside those that are parts
 _CLOSED_BY = {"<|end|>": "end", "<|return|>": "return", "<|call|>": "call"}
+_CONTENT_TYPES = ("json", "code", "text", "python")  # words that may stand unmarked in a header without a recipient
+_CONTENT_TYPE = re.compile(r"[A-Za-z][\w./+-]*")
 
 
 @dataclass(slots=True)
 class Message:
-    """One message of a stream; what its header does not say, or was cut off, is "".
+    """One message of a stream; fields that its header lacks are "".
 
-    author: the name after the role, or a tool's own. content: position of the first content token (`end` or `stop`
-    if there is none), or −1 without a `<|message|>`; the rest of a header counts only with one. stop: position of the
-    stop token, or −1. end: one past the last token. closed_by: end, return, call, start (another message began),
-    eot (the text ended or began anew) or truncated. flags: what is irregular, in words.
+    author: the name after the role, or the name of a tool. content: position of the first content token (`end` or
+    `stop` if there is none), or −1 if the message has no content; channel, recipient and content type are read only
+    where there is one. stop: position of the stop token, or −1. end: one past the last token. closed_by: end, return,
+    call, start (another message began), eot (the text ended or began anew) or truncated. flags: see FLAGS.
     """
 
     start: int
@@ -62,9 +84,21 @@ class Labels:
     messages: list[Message]
 
 
-def label(ids: Sequence[int] | Int[np.ndarray, " tokens"], *, tokenizer: Tokenizer) -> Labels:
-    """Label a stream of ids. The labels of a prefix are the prefix of the labels, an open header's fields aside."""
-    return _labeller(tokenizer).label(np.asarray(ids, dtype=np.int64))
+def label(
+    ids: Sequence[int] | Int[np.ndarray, " tokens"], *, tokenizer: Tokenizer, n_prompt: int | None = None
+) -> Labels:
+    """Label a stream of ids. The labels of a prefix are the prefix of the labels, an open header aside.
+
+    n_prompt: how many of the ids are the prompt, if that is known. A message behind it is the assistant's whatever its
+    role, unless it answers a tool call or follows the end of a generation.
+    """
+    return _labeller(tokenizer).label(np.asarray(ids, dtype=np.int64), n_prompt)
+
+
+def irregular(message: Message) -> bool:
+    """Return whether a message does not follow the format; a header that was merely cut off does."""
+    cut = message.closed_by == "truncated" and message.content < 0
+    return any(flag != "no_message" or not cut for flag in message.flags)
 
 
 def channel_codes(labels: Labels) -> UInt8[np.ndarray, " tokens"]:
@@ -88,10 +122,11 @@ def role_codes(labels: Labels) -> Int8[np.ndarray, " tokens"]:
 
 
 class _Runs:
-    """Runs of tokens alike: where each begins, its part and its message."""
+    """Runs of tokens of the same part and message, in order."""
 
     def __init__(self) -> None:
         self._begins, self._parts, self._messages = [0], [_OUTSIDE], [-1]
+        self.contents: list[tuple[int, int]] = []  # header tokens that turned out to be content
 
     def begin(self, at: int, part: int, message: int) -> None:
         self._begins.append(at)
@@ -100,11 +135,11 @@ class _Runs:
 
     def labels(self, n: int, messages: list[Message]) -> Labels:
         lengths = np.diff(np.array([*self._begins, n]))
-        return Labels(
-            message=np.repeat(np.array(self._messages, dtype=np.int32), lengths),
-            part=np.repeat(np.array(self._parts, dtype=np.uint8), lengths),
-            messages=messages,
-        )
+        part = np.repeat(np.array(self._parts, dtype=np.uint8), lengths)
+        for start, end in self.contents:
+            part[start:end] = _CONTENT
+        message = np.repeat(np.array(self._messages, dtype=np.int32), lengths)
+        return Labels(message=message, part=part, messages=messages)
 
 
 class _Header(NamedTuple):
@@ -114,6 +149,28 @@ class _Header(NamedTuple):
     recipient: str
     content_type: str
     flags: tuple[str, ...]
+
+
+class _Stream:
+    """What the labeller knows at a position: the messages so far, the open one, and where the last one ended."""
+
+    def __init__(self, ids: Int[np.ndarray, " tokens"], n_prompt: int | None) -> None:
+        self.ids, self.n_prompt = ids, n_prompt
+        self.runs, self.messages = _Runs(), list[Message]()
+        self.open: Message | None = None
+        self.outside = 0  # the first token behind the last message
+        self.seen = False  # whether a message came since the text began: text behind one is output without a header
+
+    def begin(self, message: Message, part: int, then: int | None = None) -> None:
+        """Open a message whose first token has one part and whose next ones have another."""
+        self.messages.append(message)
+        self.open, self.seen = message, True
+        self.mark(message.start, part, then)
+
+    def mark(self, at: int, part: int, then: int | None) -> None:
+        self.runs.begin(at, part, len(self.messages) - 1)
+        if then is not None:
+            self.runs.begin(at + 1, then, len(self.messages) - 1)
 
 
 @functools.lru_cache(maxsize=8)
@@ -139,62 +196,109 @@ class _Labeller:
         self._kinds = kinds
         self._headers = functools.lru_cache(maxsize=4096)(self._header)
 
-    def label(self, ids: Int[np.ndarray, " tokens"]) -> Labels:
+    def label(self, ids: Int[np.ndarray, " tokens"], n_prompt: int | None) -> Labels:
         known = (ids >= 0) & (ids < len(self._kinds) - 1)
         kinds = self._kinds[np.where(known, ids, len(self._kinds) - 1)]
         special = np.flatnonzero(kinds)
-        runs = _Runs()
-        messages: list[Message] = []
-        open_: Message | None = None
+        stream = _Stream(ids, n_prompt)
         for at, kind in zip(special.tolist(), kinds[special].tolist(), strict=True):
-            if kind == _START:
-                if open_ is not None:
-                    open_.flags += ("unclosed",)
-                    self._close(open_, ids, at, "start")
-                open_ = Message(start=at)
-                messages.append(open_)
-                runs.begin(at, _START, len(messages) - 1)
-                runs.begin(at + 1, _ROLE, len(messages) - 1)
-            elif open_ is None:
-                continue
-            elif kind == _TEXT_END:
-                self._close(open_, ids, at, "eot")
-                open_ = None
-                runs.begin(at, _OUTSIDE, -1)
-            elif kind == _STOP:
-                open_.stop = at
-                self._close(open_, ids, at + 1, self._closed_by[int(ids[at])])
-                open_ = None
-                runs.begin(at, _STOP, len(messages) - 1)
-                runs.begin(at + 1, _OUTSIDE, -1)
-            elif open_.content >= 0:
-                if "special_in_content" not in open_.flags:
-                    open_.flags += ("special_in_content",)
-            elif kind == _MESSAGE_MARK:
-                open_.content = at + 1
-                self._read_header(open_, ids, at)
-                runs.begin(at, _MESSAGE_MARK, len(messages) - 1)
-                runs.begin(at + 1, _CONTENT, len(messages) - 1)
-            elif kind != _SPECIAL:
-                runs.begin(at, kind, len(messages) - 1)
-                runs.begin(at + 1, kind + 1, len(messages) - 1)  # PARTS has the words of a mark behind it
-        if open_ is not None:
-            self._close(open_, ids, len(ids), "truncated")
-        return runs.labels(len(ids), messages)
+            self._stray_text(stream, at)
+            self._special(stream, at, kind)
+        self._stray_text(stream, len(ids))
+        if stream.open is not None:
+            self._close(stream, len(ids), "truncated")
+        if n_prompt is not None:
+            _roles_in_output(stream.messages, n_prompt)
+        return stream.runs.labels(len(ids), stream.messages)
 
-    def _close(self, message: Message, ids: Int[np.ndarray, " tokens"], end: int, why: str) -> None:
+    def _special(self, stream: _Stream, at: int, kind: int) -> None:
+        """Take one special token."""
+        message = stream.open
+        if kind == _START:
+            if message is not None:
+                message.flags += ("unclosed",)
+                self._close(stream, at, "start")
+            stream.begin(Message(start=at), _START, _ROLE)
+        elif message is None:
+            if kind in (_CHANNEL_MARK, _MESSAGE_MARK):
+                stream.begin(Message(start=at, flags=("no_start",)), kind, kind + 1)
+                if kind == _MESSAGE_MARK:
+                    self._open_content(stream, at)
+            elif kind == _TEXT_END:
+                stream.outside = at + 1
+                stream.seen = False
+        elif kind == _TEXT_END:
+            self._close(stream, at, "eot")
+            stream.runs.begin(at, _OUTSIDE, -1)
+            stream.seen = False
+        elif kind == _STOP:
+            message.stop = at
+            stream.runs.begin(at, _STOP, len(stream.messages) - 1)
+            self._close(stream, at + 1, self._closed_by[int(stream.ids[at])])
+            stream.runs.begin(at + 1, _OUTSIDE, -1)
+        elif message.content >= 0:
+            if "special_in_content" not in message.flags:
+                message.flags += ("special_in_content",)
+        elif kind != _SPECIAL:
+            stream.mark(at, kind, kind + 1)  # PARTS has the words of a mark behind it
+            if kind == _MESSAGE_MARK:
+                self._open_content(stream, at)
+
+    def _stray_text(self, stream: _Stream, end: int) -> None:
+        """Open a message at the first text outside messages, up to `end`: an answer whose header is missing."""
+        start = stream.outside
+        stream.outside = end + 1
+        if stream.open is not None or start >= end:
+            return
+        if not stream.seen:
+            start = end if stream.n_prompt is None else max(start, stream.n_prompt)
+        for at in range(start, end):
+            if self._tokenizer.decode(
+                [int(stream.ids[at])] if 0 <= stream.ids[at] < self._tokenizer.d_vocab else []
+            ).strip():
+                stream.begin(Message(start=at, role="assistant", content=at, flags=("no_start",)), _CONTENT)
+                return
+
+    def _open_content(self, stream: _Stream, at: int) -> None:
+        message = stream.messages[-1]
+        message.content = at + 1
+        self._read_header(message, stream.ids, at)
+
+    def _close(self, stream: _Stream, end: int, why: str) -> None:
+        message = stream.messages[-1]
         if message.content < 0:
-            self._read_header(message, ids, end if message.stop < 0 else message.stop)
+            stop = end if message.stop < 0 else message.stop
+            start = self._bare_content(stream.ids[message.start : stop], cut=why == "truncated")
+            if start is not None:
+                message.content = message.start + start
+                stream.runs.contents.append((message.content, stop))
+            self._read_header(message, stream.ids, stop if start is None else message.content)
+            message.flags = (*message.flags, "no_message")
         message.end, message.closed_by = end, why
+        stream.open, stream.outside = None, end
+
+    def _bare_content(self, ids: Int[np.ndarray, " tokens"], cut: bool) -> int | None:
+        """Where content begins in a message without `<|message|>`; None if it has nothing but its header."""
+        marks = np.flatnonzero(self._kinds[np.where((ids >= 0) & (ids < len(self._kinds) - 1), ids, 0)])
+        after = int(marks[-1]) + 1 if len(marks) else 0
+        words_of_header = _header_words(self._tokenizer.decode(ids[after:].tolist()), len(marks) <= 1, cut)
+        if words_of_header is None:
+            return None
+        length = after
+        while len(self._tokenizer.decode(ids[after:length].tolist())) < words_of_header:
+            length += 1
+        return length if length < len(ids) else None
 
     def _read_header(self, message: Message, ids: Int[np.ndarray, " tokens"], end: int) -> None:
-        """Fill in what stands between `<|start|>` and `end`."""
-        header = self._headers(ids[message.start + 1 : end].tobytes())
-        message.flags = header.flags + message.flags
+        """Fill in the fields of the header, which ends before `end`."""
+        no_start = "no_start" in message.flags
+        header = self._headers(ids[message.start + (not no_start) : end].tobytes())
+        message.flags = tuple(flag for flag in header.flags if not (no_start and flag == "no_role")) + message.flags
         message.role = header.role
         if message.content < 0:  # the words may go on after the cut: only a whole role is sure
-            message.role = header.role if header.role != "tool" else ""
-            message.flags = (*message.flags, "no_message")
+            unsure = header.role == "tool" or {"no_role", "irregular_role"} & set(message.flags)
+            message.role = "" if unsure else header.role
+            message.flags = tuple(flag for flag in message.flags if flag not in _NEEDS_CONTENT)
             return
         message.author, message.channel = header.author, header.channel
         message.recipient, message.content_type = header.recipient, header.content_type
@@ -220,13 +324,8 @@ class _Labeller:
                 current.append(id)
         texts = {section: self._tokenizer.decode(words) for section, words in sections.items()}
         role, author, rest = _role(texts[_ROLE].split(), flags)
-        words = texts[_CHANNEL].split()
-        channel = ""
-        if words and not texts[_CHANNEL][0].isspace() and not words[0].startswith("to="):
-            channel = words.pop(0)
-        elif _CHANNEL in seen:
-            flags.append("empty_channel")
-        rest += words
+        channel, behind = _channel(texts[_CHANNEL], _CHANNEL in seen, flags)
+        rest += behind
         content_type = ""
         if _CONSTRAIN in seen:
             first, *others = texts[_CONSTRAIN].split() or [""]
@@ -235,20 +334,84 @@ class _Labeller:
         addressed = next((word for word in rest if word.startswith("to=")), None)
         if addressed is not None:
             rest.remove(addressed)
-        if rest and not content_type:
+        known = _CONTENT_TYPE.fullmatch if addressed is not None else _CONTENT_TYPES.__contains__
+        if rest and not content_type and known(rest[-1]):
             content_type = rest.pop()
         if rest:
             flags.append("extra_words")
+            channel = (
+                " ".join([channel, *(word for word in rest if word in behind and not word.startswith("to="))])
+                if channel
+                else ""
+            )
+        if channel and channel not in CHANNELS[2:5]:
+            flags.append("unknown_channel")
         recipient = "" if addressed is None else addressed.removeprefix("to=")
         return _Header(role, author, channel, recipient, content_type, tuple(dict.fromkeys(flags)))
 
 
 def _role(words: list[str], flags: list[str]) -> tuple[str, str, list[str]]:
-    """Role, author and the words left. An author that is no role is a tool."""
+    """Role, author and the words left. An author that is no role is a tool if a tool's header can begin so."""
     if not words or words[0].startswith("to="):
         flags.append("no_role")
-        return "", "", words
+        return "assistant", "", words
     role, _, name = words[0].partition(":")
     if role in ROLES[:-1]:
         return role, name, words[1:]
+    extra = [word for word in words[1:] if not word.startswith("to=")]
+    if role in CHANNELS[2:5] or role.startswith("assistant") or len(extra) > 1:
+        flags.append("irregular_role")
+        return "assistant", words[0], [word for word in words[1:] if word.startswith("to=")]
     return "tool", words[0], words[1:]
+
+
+def _channel(text: str, marked: bool, flags: list[str]) -> tuple[str, list[str]]:
+    """The channel and the words behind it."""
+    words = text.split()
+    if words and not text[0].isspace() and not words[0].startswith("to="):
+        return words[0], words[1:]
+    if marked:
+        flags.append("empty_channel")
+    return "", words
+
+
+def _header_words(text: str, of_role: bool, cut: bool) -> int | None:
+    """How many characters of a text behind the last mark of a header belong to it; None if all of them.
+
+    of_role: the text follows `<|start|>`, so its first word is a role; otherwise it is a channel or a type. cut: the
+    stream ends with the text, so a word or two may be the beginning of what a header has.
+    """
+    if of_role and text.startswith("assistant") and text[9:10] not in ("", ":") and not text[9].isspace():
+        return len("assistant")
+    words = text.split()
+    of_header = 0 if of_role and words and words[0].partition(":")[0] not in ROLES[:-1] else 1
+    while of_header < len(words) and of_header and words[of_header].startswith("to="):
+        of_header += 1
+    if not of_role and of_header < len(words) and words[of_header] in _CONTENT_TYPES:
+        of_header += 1
+    if len(words) - of_header <= (1 if cut or not of_header else 0):
+        return None
+    at = 0
+    for word in words[:of_header]:
+        at = text.index(word, at) + len(word)
+    return at
+
+
+def _roles_in_output(messages: Sequence[Message], n_prompt: int) -> None:
+    """Give generated messages the role of the assistant, whatever their headers claim.
+
+    A generation ends with `<|return|>` or `<|call|>`: what follows was given to the model, and so was the answer to a
+    tool call that ended otherwise.
+    """
+    generated, before = False, Message(start=-1)
+    for message in messages:
+        if message.role in ("assistant", ""):
+            generated = message.end > n_prompt
+        elif generated and message.start >= n_prompt and message.author != (before.recipient or None):
+            message.author = message.author or message.role
+            message.role, message.channel = "assistant", ""
+            message.flags += ("irregular_role",)
+        else:
+            generated = False
+        generated = generated and message.closed_by not in ("return", "call")
+        before = message

@@ -1,8 +1,9 @@
-"""Prompts and transcripts on disk: JSON Lines, a row a line, read with suspicion.
+"""Prompts and transcripts on disk: JSON Lines, a row a line, validated.
 
 A prompt: `{"id", "messages", "answer"?, "meta"?}`. A transcript: `{"id", "prompt_id", "effort", "tokens", "n_prompt",
-"answer"?, "correct"?, "meta"?}`, or `"messages"` instead of `"tokens"`, which are then rendered. Other fields are
-ignored; blank lines, a byte-order mark and CRLF are fine.
+"complete"?, "answer"?, "correct"?, "meta"?}`, or `"messages"` instead of `"tokens"`, which are then rendered; rows of
+messages may have `tools`, `builtin_tools`, `model_identity`, `knowledge_cutoff` and `date`, as `harmony.render` has.
+Messages may be those of any chat API. Other fields are ignored; blank lines, a byte-order mark and CRLF are fine.
 """
 
 import datetime
@@ -15,14 +16,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int16, Int32
 
 from workbench.errors import InputError
-from workbench.harmony.rendering import EFFORTS, check_messages, render_transcript, shown
+from workbench.harmony.chat_messages import ChatMessages, from_chat_messages
+from workbench.harmony.flags import SEQUENCE_FLAGS
+from workbench.harmony.messages import effort_of, settled_effort, shown
+from workbench.harmony.preamble import prompt_options
+from workbench.harmony.rendering import render_transcript
 from workbench.harmony.vocabulary import Tokenizer
 
 _LONGEST_ROW_BYTES = 50_000_000
 _READ_BYTES = 1 << 20
+OPTIONS = ("tools", "builtin_tools", "model_identity", "knowledge_cutoff", "date")
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # A row of messages must give the same ids whenever it is read, so a template that asks is told this date,
 # the day gpt-oss was published.
@@ -31,17 +37,23 @@ _DATE = datetime.date(2025, 8, 5)
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to ask. answer: what the final message should say, if that is known."""
+    """What to ask. answer: what the final message should be, if that is known. options: further arguments of render."""
 
     id: str
     messages: list[dict[str, Any]]
     answer: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Transcript:
-    """A prompt and what was said to it, as ids. effort: low, medium, high, or "" where it is not known."""
+    """A prompt and the response to it, as ids.
+
+    effort: low, medium, high, or "" where it is not known. complete: whether the response ended by itself, None where
+    only its last token tells. notes: flags from reading the row, see `workbench.harmony.flags`. experts: those that a
+    host routed the tokens to, read only where a capture follows them.
+    """
 
     id: str
     prompt_id: str
@@ -51,6 +63,9 @@ class Transcript:
     answer: str | None = None
     correct: bool | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    complete: bool | None = None
+    notes: tuple[str, ...] = ()
+    experts: Int16[np.ndarray, "tokens layers slots"] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     for line, row in _rows(Path(path)):
         try:
             fields = _object(row)
-            prompt = Prompt(_unused_id(fields, seen), _messages(fields), _answer(fields), _meta(fields))
+            prompt = Prompt(
+                _unused_id(fields, seen), _prompt_messages(fields), _answer(fields), _meta(fields), _options(fields)
+            )
         except _BadRowError as error:
             raise InputError(f"{path}, line {line}: {error}") from error
         seen[prompt.id] = line
@@ -131,7 +148,8 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, overwrite: b
 def _as_json(row: Transcript) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "id": row.id, "prompt_id": row.prompt_id, "effort": row.effort or None, "tokens": row.tokens.tolist(),
-        "n_prompt": row.n_prompt, "answer": row.answer, "correct": row.correct, "meta": row.meta or None,
+        "n_prompt": row.n_prompt, "complete": row.complete, "answer": row.answer, "correct": row.correct,
+        "meta": row.meta or None, "notes": list(row.notes) or None,
     }  # fmt: skip
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -188,31 +206,86 @@ def _object(row: bytes | _BadRowError) -> dict[str, Any]:
 def _transcript(fields: dict[str, Any], seen: dict[str, int], tokenizer: Tokenizer, n_ctx: int | None) -> Transcript:
     id = _unused_id(fields, seen)
     prompt_id = _text(fields, "prompt_id")
-    effort = "" if fields.get("effort") is None else fields["effort"]
-    if effort not in ("", *EFFORTS):
-        raise _BadRowError(f"unknown effort {shown(effort)}: choose from {', '.join(EFFORTS)}, or leave it out")
     if (fields.get("tokens") is None) == (fields.get("messages") is None):
         raise _BadRowError("wanted either tokens or messages")
+    complete, notes = _true_false(fields, "complete"), _notes(fields)
     if fields.get("tokens") is not None:
+        effort = _effort(fields.get("effort"))
         tokens = _tokens(fields["tokens"], tokenizer)
         n_prompt = fields.get("n_prompt")
     else:
-        messages = _messages(fields)
-        if not effort:
-            raise _BadRowError("the effort is missing: messages cannot be rendered without")
-        try:
-            ids, answered = render_transcript(messages, effort=effort, tokenizer=tokenizer, date=_DATE)
-        except InputError as error:
-            raise _BadRowError(str(error)) from error
+        effort, ids, answered, found = _rendered(fields, tokenizer, complete)
+        complete = found.complete if complete is None else complete
+        notes = (*notes, *notes_on(found), "re_rendered")
         tokens, n_prompt = np.array(ids, dtype=np.int32), fields.get("n_prompt", answered)
     if type(n_prompt) is not int or not 0 <= n_prompt <= len(tokens):
         raise _BadRowError(f"n_prompt is {shown(n_prompt)}; wanted how many of the {len(tokens)} tokens are the prompt")
     if n_ctx is not None and len(tokens) > n_ctx:
         raise _BadRowError(f"{len(tokens):,} tokens; the model's context holds {n_ctx:,}")
-    correct = fields.get("correct")
-    if not isinstance(correct, bool | None):
-        raise _BadRowError(f"correct is {shown(correct)}; wanted true, false or null")
-    return Transcript(id, prompt_id, effort, tokens, n_prompt, _answer(fields), correct, _meta(fields))
+    correct = _true_false(fields, "correct")
+    unique = tuple(dict.fromkeys(notes))
+    return Transcript(
+        id, prompt_id, effort, tokens, n_prompt, _answer(fields), correct, _meta(fields), complete, unique
+    )
+
+
+def _rendered(
+    fields: dict[str, Any], tokenizer: Tokenizer, complete: bool | None
+) -> tuple[str, list[int], int, ChatMessages]:
+    """Effort, ids and length of the prompt of a row of messages."""
+    options = {"date": _DATE} | _options(fields)
+    given = fields.get("effort")
+    if given not in (None, ""):
+        given = _effort(given)
+    found = _chat_messages(fields, split=True, truncated=complete is False)
+    try:
+        effort = settled_effort(given, found.messages)
+        if effort is None:
+            raise _BadRowError("the effort is missing: messages cannot be rendered without")
+        ended = found.complete if complete is None else complete
+        ids, answered = render_transcript(
+            found.messages, options=prompt_options(effort=effort, **options), tokenizer=tokenizer,
+            complete=ended is not False,
+        )  # fmt: skip
+    except InputError as error:
+        raise _BadRowError(str(error)) from error
+    return effort, ids, answered, found
+
+
+def notes_on(found: ChatMessages) -> tuple[str, ...]:
+    """What reading messages left out, as flags."""
+    notes = {"images_left_out": found.images, "fields_left_out": found.left_out, "reasoning_summary": found.summary}
+    return tuple(name for name, value in notes.items() if value)
+
+
+def _effort(value: Any) -> str:
+    try:
+        return "" if value in (None, "") else effort_of(value)
+    except InputError as error:
+        raise _BadRowError(f"{error}, or leave it out") from error
+
+
+def _options(fields: dict[str, Any]) -> dict[str, Any]:
+    options = {name: fields[name] for name in OPTIONS if fields.get(name) not in (None, [], "")}
+    try:
+        prompt_options(**options)
+    except InputError as error:
+        raise _BadRowError(str(error)) from error
+    return options
+
+
+def _notes(fields: dict[str, Any]) -> tuple[str, ...]:
+    notes = fields.get("notes") or []
+    if not isinstance(notes, list) or any(note not in SEQUENCE_FLAGS for note in notes):
+        raise _BadRowError(f"notes is {shown(notes)}; wanted a list of {', '.join(SEQUENCE_FLAGS)}")
+    return tuple(notes)
+
+
+def _true_false(fields: dict[str, Any], name: str) -> bool | None:
+    value = fields.get(name)
+    if not isinstance(value, bool | None):
+        raise _BadRowError(f"{name} is {shown(value)}; wanted true, false or null")
+    return value
 
 
 def _tokens(ids: Any, tokenizer: Tokenizer) -> Int32[np.ndarray, " tokens"]:
@@ -241,14 +314,23 @@ def _text(fields: dict[str, Any], name: str) -> str:
     return value
 
 
-def _messages(fields: dict[str, Any]) -> list[dict[str, Any]]:
+def _chat_messages(fields: dict[str, Any], *, split: bool, truncated: bool = False) -> ChatMessages:
     if "messages" not in fields:
         raise _BadRowError("messages is missing")
+    builtin = fields.get("builtin_tools") or ()
     try:
-        check_messages(fields["messages"])
+        return from_chat_messages(fields["messages"], builtin=builtin, truncated=truncated, split=split)
     except InputError as error:
         raise _BadRowError(str(error)) from error
-    return list(fields["messages"])
+
+
+def _prompt_messages(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages of which nothing is left out: a prompt is to be exactly what was asked."""
+    found = _chat_messages(fields, split=False)
+    if found.images or found.left_out:
+        what = found.left_out[0] if found.left_out else "an image"
+        raise _BadRowError(f"{what} cannot be part of a prompt: remove it")
+    return found.messages
 
 
 def _answer(fields: dict[str, Any]) -> str | None:

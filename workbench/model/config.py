@@ -4,7 +4,6 @@ Two formats are read: Hugging Face's `config.json` (model_type gpt_oss; rope par
 writes them) and OpenAI's original one. Both become the same `Config`, with the names of TransformerLens.
 """
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, ClassVar
 
+from workbench.bounded_json import read_json
 from workbench.errors import InputError
 
 GROUP = 32  # values that share an MXFP4 scale: widths are multiples of it
@@ -207,7 +207,7 @@ def read_config(folder: Path, ignore_fields: Collection[str] = ()) -> Config:
     """
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise InputError(f"{folder} has no config.json: it is not a checkpoint folder") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -14,6 +14,7 @@ from workbench.model.config import Config
 from workbench.model.lora import load_adapter
 from workbench.model.transformer import GptOss
 
+_OLDEST_GPU = (8, 0)  # bfloat16 products and asynchronous copies, which the Triton kernels are compiled with
 _PASS_TOKENS = 4096  # "auto" leaves a GPU the room for a forward pass of so many
 
 
@@ -31,7 +32,11 @@ def load(
     Weights stay memory-mapped and the experts packed: what is read is what is used; a GPU gets them tensor by tensor,
     and none of them before all are known to fit. dtype float32 does all arithmetic in float32. device "auto" is a GPU
     where there is one, or all of them where one is too small. Several devices, as in "cuda:0,cuda:1", take contiguous
-    layers in turn. `adapter` is a PEFT folder with a LoRA for it.
+    layers in turn. `adapter` is a PEFT folder with a LoRA for it. device "meta" has shapes and no weights: for a job
+    whose workers load the model themselves.
+
+    Raises:
+        InputError: the checkpoint is not valid, or the device is unknown, too small, or a GPU older than Ampere.
     """
     folder = resolve(source, revision=revision)
     checkpoint = open_checkpoint(folder, ignore_fields=ignore_fields)
@@ -45,6 +50,8 @@ def load(
         model = GptOss(checkpoint.cfg, packed=checkpoint.experts == "mxfp4", tokenizer=tokenizer, checkpoint=checkpoint)
     parts = memory.weights(checkpoint.cfg, checkpoint.experts, dtype)
     places = _places(device, checkpoint.cfg, parts, dtype)
+    for each in dict.fromkeys(places.values()):
+        _check_capability(each)
     _check_room(folder, parts, places)
 
     def placed(name: str, tensor: Tensor) -> Tensor:
@@ -88,9 +95,23 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _check_capability(device: torch.device) -> None:
+    """Refuse an NVIDIA GPU for which the kernels are not compiled, before any weight is moved to it."""
+    if device.type != "cuda" or torch.version.hip:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_GPU:
+        raise InputError(
+            f"device '{device}' has compute capability {capability[0]}.{capability[1]}; the kernels need "
+            f"{_OLDEST_GPU[0]}.{_OLDEST_GPU[1]} or newer (Ampere, Hopper, Blackwell): use device='cpu' or another GPU"
+        )
+
+
 def _check_room(folder: Path, parts: Mapping[str, int], places: Mapping[str, torch.device]) -> None:
     """Refuse weights that a device cannot hold, with the number of its like that could."""
     for device in dict.fromkeys(places.values()):
+        if device.type == "meta":
+            continue
         needed = sum(size for part, size in parts.items() if places[part] == device)
         if needed <= (room := memory.free(device)):
             continue

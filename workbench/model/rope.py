@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.kernels.chunking import chunked
+from workbench.kernels.rotary import rotate
 from workbench.model.config import Rope
+
+__all__ = ["concentration", "cos_sin", "inverse_frequencies", "rotate"]
 
 
 def concentration(rope: Rope) -> float:
@@ -48,19 +50,3 @@ def cos_sin(
     angle = positions[..., None].float() * inverse_frequencies(rope, d_head).to(positions.device)
     scale = concentration(rope)
     return angle.cos() * scale, angle.sin() * scale
-
-
-def rotate(
-    x: Float[Tensor, "batch pos head d_head"],
-    cos: Float[Tensor, "batch pos half"],
-    sin: Float[Tensor, "batch pos half"],
-) -> Float[Tensor, "batch pos head d_head"]:
-    """Turn the pairs (i, i + d_head / 2) by their position's angle; computed in at least float32."""
-    return chunked(_rotate, x, cos, sin, dim=1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    a, b = x.to(wide).chunk(2, -1)
-    cos, sin = cos[..., None, :].to(wide), sin[..., None, :].to(wide)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

@@ -19,18 +19,17 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from workbench.hooks.hook_points import hooked, snapshot_hooks
-from workbench.kernels import attention as attend
-from workbench.kernels import routing
+from workbench.kernels import norm, routing
 from workbench.kernels.chunking import chunked
 from workbench.kernels.moe import ActivationHooks, Experts, LoraWeight, moe
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
+from workbench.model.attention import Attention
 from workbench.model.cache import KVCache
 from workbench.model.config import Config
 from workbench.model.generate import generate
-from workbench.model.low_rank import Linear, LowRank
+from workbench.model.low_rank import LowRank
 from workbench.model.pass_context import PassContext
-from workbench.model.rope import rotate
-from workbench.model.weights import AttentionWeights, ExpertWeights, ModelWeights
+from workbench.model.weights import ExpertWeights, ModelWeights
 
 
 class RMSNorm(nn.Module):
@@ -44,61 +43,11 @@ class RMSNorm(nn.Module):
         self.hook_normalized = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        whole = hooked(self.hook_scale, self.hook_normalized)
-        return self._norm(x) if whole else chunked(self._norm, x, dim=1)
-
-    def _norm(self, x: Tensor) -> Tensor:
+        if not hooked(self.hook_scale, self.hook_normalized):
+            return chunked(lambda x: norm.rms_norm(x, self.weight, self.eps), x, dim=1)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
-        scale = self.hook_scale((square / x.shape[-1] + self.eps).sqrt())
+        scale = self.hook_scale(norm.rms_scale(x, self.eps))
         return (self.hook_normalized(wide / scale) * self.weight.to(wide.dtype)).to(x.dtype)
-
-
-class Attention(AttentionWeights, nn.Module):
-    """Grouped-head causal attention with a learned sink per head, windowed where the config says so."""
-
-    def __init__(self, cfg: Config, layer: int) -> None:
-        super().__init__()
-        self.d_head, self.window = cfg.d_head, cfg.windows[layer]
-        self.q = Linear(cfg.d_model, cfg.n_heads * cfg.d_head)
-        self.k = Linear(cfg.d_model, cfg.n_key_value_heads * cfg.d_head)
-        self.v = Linear(cfg.d_model, cfg.n_key_value_heads * cfg.d_head)
-        self.o = Linear(cfg.n_heads * cfg.d_head, cfg.d_model)
-        self.sinks = nn.Parameter(torch.zeros(cfg.n_heads))
-        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
-        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
-        self.hook_attn_scores, self.hook_sink, self.hook_pattern = HookPoint(), HookPoint(), HookPoint()
-        self.hook_z, self.hook_result = HookPoint(), HookPoint()
-
-    def forward(self, x: Float[Tensor, "batch pos d_model"], where: PassContext, layer: int) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (-1, self.d_head)) for part in (self.q, self.k, self.v))
-        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
-        q = self.hook_rot_q(rotate(q, where.cos, where.sin))
-        k = self.hook_rot_k(rotate(k, where.cos, where.sin))
-        if where.cache is not None:
-            k, v = where.cache.extend(layer, k, v)
-        attention = self._materialized if hooked(self.hook_attn_scores, self.hook_pattern) else self._fused
-        z = self.hook_z(attention(q, k, v, where))
-        if not hooked(self.hook_result):
-            return self.o(z.flatten(-2))
-        by_head = self.o.matrix.unflatten(1, (-1, self.d_head))
-        return self.hook_result(torch.einsum("bphd,mhd->bphm", z, by_head)).sum(2) + self.o.bias
-
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, where: PassContext) -> Float[Tensor, "batch pos head d_head"]:
-        sinks = None if hooked(self.hook_sink) else self.sinks
-        z, lse, _ = attend.attention(q, k, v, where.positions, self.window, lengths=where.lengths, sinks=sinks)
-        return z if sinks is not None else attend.shrink(z, self._sink(lse))
-
-    def _materialized(
-        self, q: Tensor, k: Tensor, v: Tensor, where: PassContext
-    ) -> Float[Tensor, "batch pos head d_head"]:
-        """The same, with scores and pattern in the open."""
-        scores = self.hook_attn_scores(attend.scores(q, k, where.visible(q.shape[1], k.shape[1], self.window)))
-        pattern, lse = attend.softmax(scores)
-        return attend.combine(self.hook_pattern(pattern * (1 - self._sink(lse)).mT[..., None]), v).to(q.dtype)
-
-    def _sink(self, lse: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos head"]:
-        return self.hook_sink(torch.sigmoid(self.sinks.to(lse.dtype) - lse))
 
 
 class Router(nn.Module):
@@ -272,6 +221,7 @@ class GptOss(ModelWeights, HookedRootModule):
         n_real: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after the last block, before the final norm; arguments as `forward` has them."""
+        tokens = tokens.to(self.device)  # ids from anywhere: `device="auto"` may have put the model on a GPU
         self.context = where = PassContext(self.cfg, tokens, cache, packed, n_real)
         x = self.hook_embed(self.embed(tokens))
         for block, device in zip(self.blocks, self.devices, strict=True):

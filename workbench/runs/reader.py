@@ -102,7 +102,11 @@ class Run:
     @property
     def recorded(self) -> list[str]:
         """What the run holds of every token, by the names that a capture is asked with."""
-        switches = [n for n in ("routing", "router_logits", "sinks", "sink_sums", "logprobs") if getattr(self.spec, n)]
+        switches = [
+            n
+            for n in ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "host_routing")
+            if getattr(self.spec, n)
+        ]
         return switches + [a.hook for a in self.spec.activations]
 
     @cached_property
@@ -216,6 +220,12 @@ class Run:
         names = {f"tokens/{n}": n for n in sorted(n for n, _ in self.group["tokens"].arrays())}
         names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
         names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}
+        if self.spec.host_routing:
+            names |= {
+                "routing/own_experts": "own_experts",
+                "routing/margin": "router_margin",
+                "routing/forced": "forced",
+            }
         names |= {"attention/sink": "sink"} if self.spec.sinks else {}
         return names | {f"activations/{a.hook}": a.hook for a in self.spec.activations if a.reduce != "moments"}
 

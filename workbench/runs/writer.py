@@ -25,6 +25,7 @@ from workbench.runs.storage import ROOT, LocalStorage, ObjectStorage, Storage, p
 
 _STORED_AS = {
     "experts": "routing/experts", "gates": "routing/gates", "router_logits": "routing/logits", "sink": "attention/sink",
+    "own_experts": "routing/own_experts", "router_margin": "routing/margin", "forced": "routing/forced",
     "logprob": "tokens/logprob", "entropy": "tokens/entropy",
 }  # fmt: skip
 _MAY_BE_NAN = ("logprob", "entropy")  # where a sequence begins: nothing predicted its first token

@@ -41,8 +41,7 @@ def run_study(name: str, *runs: "Run", **options: Any) -> "dict[str, xr.Dataset]
     for run in runs:
         record.check_recorded(run)
     study = record.load().study
-    record.check_options(study, options)
-    datasets: dict[str, xr.Dataset] = study(*runs, **options)
+    datasets: dict[str, xr.Dataset] = study(*runs, **record.checked_options(study, options))
     return datasets
 
 

@@ -1,7 +1,7 @@
 """What sums alone say at once: shares and means of any selection, without intervals.
 
-A finished run keeps its sums by channel, effort and task, so these cost milliseconds at ten million tokens. Numbers with
-intervals, nulls and controls are those of the studies.
+A finished run keeps its sums by channel, effort and task, so these cost milliseconds at ten million tokens. Numbers
+with intervals, nulls and controls are those of the studies.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The sinks study: how much attention heads leave on their learned sink, where, and whether channel or effort change it.
+"""The sinks study: attention to the learned sinks by layer, head and position, channel and effort.
 
 The mass on the sink is the probability 1 − Σ attention of a head at a token. With equal logits it falls with the number
 of keys that a head sees, so layers with a window and full layers are told apart, and every comparison of channels or
@@ -13,9 +13,9 @@ import xarray as xr
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
-from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompts, sum_by
+from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompt_numbers, prompts, sum_by
 from workbench.studies.contrast import Between, TokenRun, contrast
-from workbench.studies.ratio import ratio
+from workbench.studies.resampling import ratio
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -130,10 +130,7 @@ def by_position(run: TokenRun, *, seed: int = 0) -> xr.Dataset:
     layers, heads = run.model["n_layers"], run.model["n_heads"]
     edges = np.array(_BINS)
     table = run.sequences
-    number = np.zeros(int(table.index.max()) + 1, dtype=np.int64)
-    number[table.index] = np.unique(
-        table["prompt_id"].where(table["prompt_id"] != "", table["id"]), return_inverse=True
-    )[1]
+    number = prompt_numbers(table)
     n_prompts, n_cells = int(number.max()) + 1, len(CHANNELS) * len(edges)
     sums = np.zeros((n_prompts, n_cells, layers))
     above, tokens = np.zeros((n_cells, layers)), np.zeros((n_prompts, n_cells))

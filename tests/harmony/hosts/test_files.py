@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from workbench import harmony
 from workbench.cli import app
 from workbench.errors import InputError
-from workbench.harmony.hosts.files import _member, convert
+from workbench.harmony.formats.inspect_logs import _member
+from workbench.harmony.hosts.files import convert
 
 LOG = Path(__file__).with_name("inspect.eval")
 
@@ -70,7 +71,7 @@ def test_plain_lines_of_every_kind(tmp_path: Path) -> None:
         {"messages": [user, {"role": "assistant", "content": "6"}], "id": "1"},
     )  # fmt: skip
     kind, rows, left_out = convert(path, effort="medium")
-    assert kind == "JSON Lines"
+    assert kind == "chat messages and prompts with answers"
     assert [row["effort"] for row in rows] == ["low", "medium", "medium", "medium", "medium"]
     for row in rows[:4]:
         said = [(m["channel"], m["content"]) for m in row["messages"] if m["role"] == "assistant"]
@@ -79,7 +80,7 @@ def test_plain_lines_of_every_kind(tmp_path: Path) -> None:
     assert len({row["id"] for row in rows}) == len(rows)
     assert rows[-1]["meta"]["reasoning"] == "absent"
     with_none = convert(path)[2]
-    assert sum("give --effort" in why for why in with_none) == 5
+    assert sum("give --effort" in why for why in with_none) == 4
 
 
 def test_a_text_can_be_no_mark(tmp_path: Path) -> None:

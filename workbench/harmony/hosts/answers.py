@@ -1,34 +1,33 @@
-"""What a host answered, in the dialects that are spoken: harmony messages, and how true to the model they are.
+"""The answer in a host's reply: harmony messages, token ids where the host gives them, and routed experts.
 
-Reasoning comes as `reasoning_content` or `reasoning` beside the content (chat completions), as items of their own
-(Responses), in <think> tags, or inside the content with harmony's marks, kept or stripped. Only what hosts give as the
-model's own words is called verbatim.
+Reasoning comes beside the content (chat completions), as items of its own (Responses), in `<think>` tags, or within the
+content with harmony's marks, kept or stripped; `workbench.harmony.chat_messages` reads them all. Only what hosts give as
+the model's own words is called verbatim.
 """
 
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
-_MESSAGE = re.compile(
-    r"(?:<\|start\|>)?(?:assistant)?(?P<header>[^<]*)(?:<\|channel\|>(?P<channel>\w+)(?P<rest>[^<]*))?"
-    r"(?:<\|constrain\|>(?P<type>[\w.]+))?<\|message\|>(?P<content>.*?)(?:<\|end\|>|<\|return\|>|<\|call\|>|\Z)",
-    re.DOTALL,
-)
-_STRIPPED = re.compile(r"\Aanalysis(?P<analysis>.*?)(?:assistant)?final(?P<final>.*)\Z", re.DOTALL)
-_BARE_FINAL = re.compile(r"final(?=[^a-z\s])")  # marks stripped, no analysis; "finally" and "final answer" are words
-_THINK = re.compile(r"\A\s*<think>(?P<analysis>.*?)</think>\s*(?P<final>.*)\Z", re.DOTALL)
+from workbench.errors import InputError
+from workbench.harmony.chat_messages import from_chat_messages
+from workbench.harmony.formats.shapes import is_complete, with_preambles
+
+_ENDED = ("stop", "tool_calls", None)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """messages: assistant's, with channels. reasoning: verbatim, summary, or absent. complete: it ended by itself."""
+    """An assistant's messages. reasoning: verbatim, summary, or absent. complete: whether it ended by itself.
+
+    ids: those of the prompt and of the answer, if the host gave both.
+    """
 
     messages: list[dict[str, Any]]
     reasoning: str
     complete: bool
     about: dict[str, Any] = field(default_factory=dict)
+    ids: tuple[list[int], list[int]] | None = None
 
 
 class NoAnswerError(ValueError):
@@ -36,70 +35,53 @@ class NoAnswerError(ValueError):
 
 
 def from_chat(reply: Any) -> Answer:
-    """Of `/chat/completions`."""
+    """The answer of `/chat/completions`."""
     choice = _first(_get(reply, "choices", list), "choices")
     message = _get(choice, "message", dict)
-    reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
-    content = _text(message.get("content"))
-    messages, verbatim = split(content) if not reasoning else ([_final(content)] if content else [], True)
-    if reasoning:
-        messages = [_analysis(reasoning), *messages]
-    messages += [call(each) for each in message.get("tool_calls") or []]
-    return _answer(messages, verbatim, choice.get("finish_reason") in ("stop", "tool_calls", None), choice, reply)
+    complete = choice.get("finish_reason") in _ENDED
+    return _answer([{**message, "role": "assistant"}], complete, choice, reply)
 
 
 def from_responses(reply: Any) -> Answer:
-    """Of `/responses`: reasoning items whose content is the model's words, or only a summary of them."""
-    messages: list[dict[str, Any]] = []
-    verbatim = True
-    for item in _get(reply, "output", list):
-        kind = item.get("type") if isinstance(item, dict) else None
-        if kind == "reasoning":
-            words, summary = _text(item.get("content")), _text(item.get("summary"))
-            verbatim = verbatim and bool(words or not summary)
-            messages += [_analysis(words or summary)] if words or summary else []
-        elif kind == "message":
-            messages.append(_final(_text(item.get("content"))))
-        elif kind == "function_call":
-            messages.append(call({"function": item}))
-    return _answer(messages, verbatim, reply.get("status", "completed") == "completed", reply, reply)
+    """The answer of `/responses`: items of reasoning, messages and calls."""
+    items = with_preambles(_get(reply, "output", list))
+    return _answer(items, reply.get("status", "completed") == "completed", reply, reply)
 
 
-def from_completion(reply: Any) -> tuple[str, bool, dict[str, Any]]:
-    """Of `/completions`: the text behind the prompt, whether it ended by itself, and what is said of it."""
+def from_completion(reply: Any) -> tuple[str, bool, dict[str, Any], tuple[list[int], list[int]] | None]:
+    """The text of `/completions` behind the prompt, whether it ended by itself, what is known of it, and its ids."""
     choice = _first(_get(reply, "choices", list), "choices")
-    return _get(choice, "text", str), choice.get("finish_reason") == "stop", _about(choice, reply)
+    return _get(choice, "text", str), choice.get("finish_reason") == "stop", _about(choice, reply), _ids(choice, reply)
 
 
-def split(content: str) -> tuple[list[dict[str, Any]], bool]:
-    """Messages of a content that may hold the reasoning too; and whether what it holds is the model's own words."""
-    if "<|message|>" in content:
-        head = "" if content.lstrip().startswith(("<|start|>", "<|channel|>")) else "<|start|>assistant"
-        found = [_marked(match) for match in _MESSAGE.finditer(head + content)]
-        return [m for m in found if m["content"] or m.get("recipient")], True
-    if match := _BARE_FINAL.match(content):
-        return [_final(content[match.end() :])], True
-    for pattern in (_STRIPPED, _THINK):
-        if match := pattern.match(content):
-            return [_analysis(match["analysis"]), _final(match["final"])], True
-    return ([_final(content)] if content else []), True
+def first_choice(reply: Any) -> Mapping[str, Any]:
+    """The first of a reply's choices."""
+    return _first(_get(reply, "choices", list), "choices")
 
 
-def _marked(match: "re.Match[str]") -> dict[str, Any]:
-    found: dict[str, Any] = {"role": "assistant", "content": match["content"], "channel": match["channel"] or "final"}
-    if to := re.search(r"to=(\S+)", (match["header"] or "") + " " + (match["rest"] or "")):
-        found |= {"recipient": to[1]}
-    if match["type"]:
-        found |= {"content_type": match["type"]}
-    return found
-
-
-def _answer(messages: list[dict[str, Any]], verbatim: bool, complete: bool, choice: Any, reply: Any) -> Answer:
-    if not messages:
+def _answer(messages: list[Any], complete: bool, choice: Mapping[str, Any], reply: Mapping[str, Any]) -> Answer:
+    cut = not complete or is_complete(choice) is False
+    try:
+        found = from_chat_messages(messages, truncated=cut, split=True) if messages else None
+    except InputError as error:
+        raise NoAnswerError(str(error)) from error
+    written = [m for m in found.messages if m["content"] or m.get("recipient") or m.get("raw")] if found else []
+    if found is None or not written:
         raise NoAnswerError("the reply holds no text")
-    thought = any(m.get("channel") == "analysis" for m in messages)
-    reasoning = ("verbatim" if verbatim else "summary") if thought else "absent"
-    return Answer(messages, reasoning, complete, _about(choice, reply))
+    thought = any(m.get("channel") == "analysis" for m in written)
+    reasoning = ("summary" if found.summary else "verbatim") if thought else "absent"
+    complete = complete and found.complete is not False
+    return Answer(written, reasoning, complete, _about(choice, reply), _ids(choice, reply))
+
+
+def _ids(choice: Mapping[str, Any], reply: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
+    """Ids of the prompt and the answer, as vLLM gives them for `return_token_ids`."""
+    prompt, ids = choice.get("prompt_token_ids", reply.get("prompt_token_ids")), choice.get("token_ids")
+    return (prompt, ids) if _are_ids(prompt) and _are_ids(ids) else None
+
+
+def _are_ids(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and bool(value) and all(type(id) is int and id >= 0 for id in value)
 
 
 def _about(choice: Mapping[str, Any], reply: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,35 +95,6 @@ def _about(choice: Mapping[str, Any], reply: Mapping[str, Any]) -> dict[str, Any
     }
     about = {"finish_reason": choice.get("finish_reason") or choice.get("status"), "served_model": reply.get("model")}
     return {k: v for k, v in (about | counts).items() if isinstance(v, int | str)}
-
-
-def _analysis(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "channel": "analysis", "content": text}
-
-
-def _final(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "channel": "final", "content": text}
-
-
-def call(made: Any) -> dict[str, Any]:
-    """A tool call as chat completions have it, as a message."""
-    function = made.get("function") if isinstance(made, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise NoAnswerError("a tool call without a function's name")
-    arguments = function.get("arguments", "")
-    return {
-        "role": "assistant", "channel": "commentary", "recipient": f"functions.{function['name']}", "content_type": "json",
-        "content": arguments if isinstance(arguments, str) else json.dumps(arguments),
-    }  # fmt: skip
-
-
-def _text(value: Any) -> str:
-    """A text, or the texts of a list of parts."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Sequence):
-        return "".join(_text(part.get("text") or part.get("reasoning")) for part in value if isinstance(part, dict))
-    return ""
 
 
 def _get(where: Any, name: str, kind: type) -> Any:

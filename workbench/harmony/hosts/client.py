@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 import httpx
 
 from workbench.errors import InputError
-from workbench.harmony.rendering import shown
+from workbench.harmony.messages import shown
 
 OPTIONAL = (
-    "seed", "temperature", "skip_special_tokens", "return_token_ids", "include_reasoning", "max_tokens",
+    "seed", "temperature", "skip_special_tokens", "return_token_ids", "return_routed_experts", "include_reasoning", "max_tokens",
     "max_completion_tokens", "max_output_tokens", "reasoning_effort", "reasoning",
 )  # fmt: skip
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
@@ -65,15 +65,19 @@ class Host:
     def close(self) -> None:
         self._http.close()
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The reply of a request, however often it takes; HostError where it never comes."""
+    def post(self, path: str, body: dict[str, Any], *, root: bool = False) -> Any:
+        """The reply of a request, however often it takes; HostError where it never comes.
+
+        root: the path begins where the host does, not behind its /v1.
+        """
+        base = self.name.removesuffix("/v1") if root else self.name
         attempt = 0
         while True:
             sent = {name: value for name, value in body.items() if name not in self.dropped}
             self._wait_for_turn()
             said, wait = "", None
             try:
-                response = self._http.post(f"{self.name}{path}{self._query}", json=sent)
+                response = self._http.post(f"{base}{path}{self._query}", json=sent)
             except httpx.TransportError as error:
                 said = f"{type(error).__name__}: {error}"
             else:

@@ -6,29 +6,37 @@ The same call again asks only what is missing.
 import hashlib
 import json
 import os
-import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import InputError, JobError
-from workbench.harmony.hosts import answers
+from workbench.harmony.flags import counted, flags_of_row, sequence_flags
+from workbench.harmony.grammar import marked_ids
+from workbench.harmony.hosts import answers, requests, routing
 from workbench.harmony.hosts.client import AbsentError, Host, HostError
-from workbench.harmony.rendering import EFFORTS, check_messages, render
+from workbench.harmony.labels import label
+from workbench.harmony.marked_text import is_marked, read_output
+from workbench.harmony.messages import EFFORTS, check_messages, settled_effort
+from workbench.harmony.rendering import render
 from workbench.harmony.transcripts import Prompt, read_prompts
 from workbench.harmony.vocabulary import Tokenizer, tokenizer
 from workbench.progress import progress
 
-APIS = ("chat", "responses", "completions")
+APIS = ("chat", "responses", "completions")  # those that are tried; `generate` is vLLM's own and must be named
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of the host. body: more fields of each request; `{effort}` in a text of it is the effort."""
+    """What is asked of the host.
+
+    body: more fields of each request; `{effort}` in a text of it is the effort. routing: ask for routed experts and
+    refuse answers without them.
+    """
 
     model: str
     efforts: tuple[str, ...] = EFFORTS
@@ -43,13 +51,14 @@ class Settings:
     key_env: str = "OPENAI_API_KEY"
     body: Mapping[str, Any] = field(default_factory=dict)
     vocabulary: str | None = None
+    routing: bool = False
 
     def check(self) -> None:
         """Refuse what no host could do."""
         if unknown := [e for e in self.efforts if e not in EFFORTS]:
             raise InputError(f"--effort {unknown[0]}: choose from {', '.join(EFFORTS)}")
-        if self.api not in ("auto", *APIS):
-            raise InputError(f"--api {self.api}: choose from auto, {', '.join(APIS)}")
+        if self.api not in ("auto", *APIS, "generate"):
+            raise InputError(f"--api {self.api}: choose from auto, {', '.join(APIS)}, generate")
         if self.samples > 1 and self.temperature == 0:
             raise InputError(f"--samples {self.samples} at temperature 0 would be the same {self.samples} times")
 
@@ -92,10 +101,15 @@ def collect(url: str, prompts: str | Path, out: str | Path, settings: Settings, 
 def _collect(host: Host, left: list[Job], out: Path, settings: Settings) -> None:
     failed: list[tuple[Job, str]] = []
     reasoning: dict[str, int] = {}
+    flags: list[tuple[str, ...]] = []
     with _Rows(out) as rows, progress("transcripts", len(left), "answers") as advance:
         for job, result in _asked(host, left, settings):
             if isinstance(result, dict):
+                experts = result.pop("routed_experts", None)
+                if experts is not None:
+                    routing.write_experts(out, result["id"], experts)
                 rows.write(result)
+                flags.append(_flags(result, settings.vocabulary))
                 kind = result["meta"]["reasoning"]
                 reasoning[kind] = reasoning.get(kind, 0) + 1
             else:
@@ -109,6 +123,8 @@ def _collect(host: Host, left: list[Job], out: Path, settings: Settings) -> None
             "absent or summary): analysis cannot be studied in them",
             file=sys.stderr,
         )
+    if found := counted(flags):
+        print(f"{out}: {len(flags):,} answers, {found}", file=sys.stderr)
     if failed:
         raise JobError(
             f"{len(failed)} of {len(left)} were not answered; the others are in {out}, the same command asks again"
@@ -159,7 +175,13 @@ class _Asker:
         raise InputError(f"{self.host.name} has none of /chat/completions, /responses, /completions: check the address")
 
     def _ask(self, api: str, job: Job) -> dict[str, Any]:
-        fields = {"chat": self._chat, "responses": self._responses, "completions": self._completions}[api](job)
+        ask = {
+            "chat": self._chat,
+            "responses": self._responses,
+            "completions": self._completions,
+            "generate": self._generate,
+        }
+        fields = ask[api](job)
         if {"reasoning_effort", "reasoning"} & self.host.dropped and not self._effort_in_body:
             raise InputError(
                 f"{self.host.name} takes no reasoning effort: say how it is told, as in "
@@ -184,49 +206,112 @@ class _Asker:
         wanted |= {} if self._effort_in_body else effort
         if s.samples > 1:
             wanted["seed"] = job.sample
+        wanted |= {"return_routed_experts": True} if s.routing else {}
         return {k: v for k, v in wanted.items() if v is not None} | _filled(dict(s.body), job.effort)
 
     def _chat(self, job: Job) -> dict[str, Any]:
-        sent = _without_reasoning(job.prompt.messages)
-        body = self._body(job, "max_tokens", {"reasoning_effort": job.effort})
-        reply = self.host.post("/chat/completions", body | {"messages": [_plain(m) for m in sent]})
-        return _row(job, sent, answers.from_chat(reply))
+        body = self._body(job, "max_tokens", {"reasoning_effort": job.effort}) | {"return_token_ids": True}
+        body |= {"tools": job.prompt.options["tools"]} if "tools" in job.prompt.options else {}
+        reply = self.host.post("/chat/completions", body | {"messages": requests.chat_messages(job.prompt.messages)})
+        return self._row(job, answers.from_chat(reply), reply)
 
     def _responses(self, job: Job) -> dict[str, Any]:
-        sent = _without_reasoning(job.prompt.messages)
         body = self._body(job, "max_output_tokens", {"reasoning": {"effort": job.effort}})
-        reply = self.host.post("/responses", body | {"input": [_plain(m) for m in sent]})
-        return _row(job, sent, answers.from_responses(reply))
+        if "tools" in job.prompt.options:
+            body["tools"] = requests.responses_tools(job.prompt.options["tools"])
+        reply = self.host.post("/responses", body | {"input": requests.responses_input(job.prompt.messages)})
+        return self._row(job, answers.from_responses(reply), reply)
 
-    def _completions(self, job: Job) -> dict[str, Any]:
-        """The prompt in harmony by our own hand, and the answer's ids from its text, marks kept."""
+    def _prompt(self, job: Job) -> tuple[list[int], Tokenizer]:
+        """The prompt's ids, rendered here."""
         with self._lock:
             words = tokenizer(self.settings.vocabulary)
-            prompt = render(job.prompt.messages, effort=job.effort, tokenizer=words)
+            return render(job.prompt.messages, effort=job.effort, tokenizer=words, **job.prompt.options), words
+
+    def _completions(self, job: Job) -> dict[str, Any]:
+        """The answer to a prompt rendered here: its ids, or else those of its text with marks."""
+        prompt, words = self._prompt(job)
         body = self._body(job, "max_tokens", {}) | {"prompt": words.decode(prompt), "skip_special_tokens": False}
-        text, complete, about = answers.from_completion(self.host.post("/completions", body))
-        messages, _ = answers.split(text)
-        if "<|message|>" not in text:  # the host strips marks: only the messages can be had back
-            if not any(m["channel"] == "analysis" for m in messages):
-                raise answers.NoAnswerError("the host strips harmony's marks and the channels cannot be told apart")
-            answer = answers.Answer(messages, "verbatim", complete, about)
-            return _row(job, job.prompt.messages, answer)
-        tokens = [*prompt, *_ids(text, words)]
-        correct = _correct(job, messages if complete else [])
-        kind = "verbatim" if any(m["channel"] == "analysis" for m in messages) else "absent"
-        meta = about | {"reasoning": kind, "complete": complete}
-        return {"tokens": tokens, "n_prompt": len(prompt), "correct": correct, "about": meta}
+        reply = self.host.post("/completions", body | {"return_token_ids": True})
+        text, complete, about, ids = answers.from_completion(reply)
+        output = read_output(text, truncated=not complete)
+        thought = any(m.get("channel") == "analysis" for m in output.messages)
+        answer = answers.Answer(output.messages, "verbatim" if thought else "absent", complete, about, ids)
+        if ids is None and is_marked(text):
+            answer = replace(answer, ids=(prompt, marked_ids(text, words)))
+            about["ids"] = "from text"
+        elif ids is None and not thought:  # the host strips marks: only the messages can be had back
+            raise answers.NoAnswerError("the host strips harmony's marks and the channels cannot be told apart")
+        return self._row(job, answer, reply)
+
+    def _generate(self, job: Job) -> dict[str, Any]:
+        """The answer of vLLM's `/inference/v1/generate`: ids to ids."""
+        prompt, words = self._prompt(job)
+        s = self.settings
+        sampling = {
+            "temperature": s.temperature,
+            "max_tokens": s.max_tokens,
+            "seed": job.sample if s.samples > 1 else None,
+        }
+        sampling = {name: value for name, value in sampling.items() if value is not None}
+        body = {"model": s.model, "token_ids": prompt, "sampling_params": sampling} | _filled(dict(s.body), job.effort)
+        reply = self.host.post("/inference/v1/generate", body, root=True)
+        choice = answers.first_choice(reply)
+        ids = choice.get("token_ids")
+        if not isinstance(ids, list) or not ids:
+            raise answers.NoAnswerError("the reply has no token_ids")
+        output = read_output(words.decode(ids))
+        thought = any(m.get("channel") == "analysis" for m in output.messages)
+        complete = choice.get("finish_reason") == "stop"
+        answer = answers.Answer(output.messages, "verbatim" if thought else "absent", complete, {}, (prompt, ids))
+        return self._row(job, answer, reply)
+
+    def _row(self, job: Job, answer: answers.Answer, reply: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a transcript: ids where the host gave them, which are then never made again from text."""
+        fields: dict[str, Any] = {
+            "complete": answer.complete,
+            "correct": _correct(job, answer.messages if answer.complete else []),
+            "about": answer.about | {"reasoning": answer.reasoning, "complete": answer.complete},
+        }
+        if answer.ids is not None:
+            prompt, ids = answer.ids
+            n_tokens = len(prompt) + len(ids)
+            fields |= {"tokens": [*prompt, *ids], "n_prompt": len(prompt)}
+        else:
+            messages = [*job.prompt.messages, *answer.messages]
+            try:
+                check_messages(messages)
+                settled_effort(job.effort, messages)
+            except InputError as error:
+                raise answers.NoAnswerError(str(error)) from error
+            about = answer.about
+            n_tokens = sum(v for k in ("prompt_tokens", "completion_tokens") if isinstance(v := about.get(k), int))
+            fields |= {"messages": messages} | job.prompt.options
+        return fields | self._routing(reply, n_tokens, exact=answer.ids is not None)
+
+    def _routing(self, reply: Mapping[str, Any], n_tokens: int, exact: bool) -> dict[str, Any]:
+        try:
+            experts = routing.routed_experts(reply, n_tokens=n_tokens)
+        except routing.RoutingError as error:
+            raise answers.NoAnswerError(str(error)) from error
+        if experts is None and self.settings.routing:
+            raise answers.NoAnswerError(
+                "the reply has no routed experts: start vLLM with --enable-return-routed-experts, sglang with "
+                "--enable-return-routed-experts"
+            )
+        if experts is not None and not exact:
+            if self.settings.routing:
+                raise answers.NoAnswerError("the reply has routed experts but no token ids, which they belong to")
+            return {}
+        return {} if experts is None else {"routed_experts": experts}
 
 
-def _row(job: Job, sent: Sequence[Mapping[str, Any]], answer: answers.Answer) -> dict[str, Any]:
-    messages = [*sent, *answer.messages]
-    try:
-        check_messages(messages)
-    except InputError as error:
-        raise answers.NoAnswerError(str(error)) from error
-    correct = _correct(job, answer.messages if answer.complete else [])
-    about = answer.about | {"reasoning": answer.reasoning, "complete": answer.complete}
-    return {"messages": messages, "correct": correct, "about": about}
+def _flags(row: Mapping[str, Any], vocabulary: str | None) -> tuple[str, ...]:
+    if "messages" in row:
+        return flags_of_row(dict(row))
+    words = tokenizer(vocabulary)
+    labels = label(row["tokens"], tokenizer=words, n_prompt=row["n_prompt"])
+    return sequence_flags(labels, row["n_prompt"], complete=row.get("complete"))
 
 
 def _correct(job: Job, messages: Sequence[Mapping[str, Any]]) -> bool | None:
@@ -234,25 +319,6 @@ def _correct(job: Job, messages: Sequence[Mapping[str, Any]]) -> bool | None:
         return None
     last = messages[-1] if messages else {}
     return last.get("channel") == "final" and last["content"].strip() == job.prompt.answer
-
-
-def _ids(text: str, words: Tokenizer) -> list[int]:
-    """Ids of a text in which marks are marks: the host wrote it, not a user."""
-    marks = "|".join(map(re.escape, sorted(words.special, key=len, reverse=True)))
-    ids: list[int] = []
-    for i, piece in enumerate(re.split(f"({marks})", text)):
-        ids += [words.special[piece]] if i % 2 else words.encode(piece)
-    return ids
-
-
-def _without_reasoning(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What hosts show a model of earlier turns: everything but the analysis."""
-    return [dict(m) for m in messages if m.get("channel") != "analysis"]
-
-
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as chat completions have it."""
-    return {k: v for k, v in message.items() if k in ("role", "content", "name")}
 
 
 def _filled(value: Any, effort: str) -> Any:
@@ -266,6 +332,7 @@ def _filled(value: Any, effort: str) -> Any:
 def _digest(job: Job, settings: Settings) -> str:
     """Names a request: all that could change its answer."""
     asked = [job.prompt.messages, job.effort, job.sample, settings.model, settings.temperature, settings.max_tokens]
+    asked += [job.prompt.options] if job.prompt.options else []
     text = json.dumps([*asked, dict(settings.body)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

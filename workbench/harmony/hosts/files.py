@@ -1,50 +1,71 @@
-"""Conversations in other programs' files, as transcripts: Inspect's evaluation logs, and JSON Lines of messages.
+"""Conversations in other programs' files as transcripts.
 
-Which it is shows in the content, not in the name. An Inspect log is a zip of JSON (.eval) or one JSON document; its
-members may be compressed by zstd, which Python's own zipfile does not read before 3.14.
+What a file is shows in its content, not in its name; `workbench.harmony.formats` knows the shapes. A file of none of
+them is refused with the list of those that can be read.
 """
 
 import json
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import InputError
-from workbench.harmony.hosts import answers
-from workbench.harmony.rendering import EFFORTS, check_messages, shown
+from workbench.harmony.flags import counted, flags_of_row, sequence_flags
+from workbench.harmony.formats import inspect_logs
+from workbench.harmony.formats.containers import objects
+from workbench.harmony.formats.conversation import Conversation, error_text, transcript_row
+from workbench.harmony.formats.shapes import SHAPES, has_messages, paired, shape_of
+from workbench.harmony.labels import label
+from workbench.harmony.messages import EFFORTS, shown
+from workbench.harmony.vocabulary import Tokenizer, tokenizer
 
-_ZSTD = 93
-_LONGEST_MEMBER = 200_000_000  # bytes, unpacked
-_LONGEST_DOCUMENT = 2_000_000_000
+READABLE = (
+    "an Inspect log (.eval or .json), " + ", ".join(shape.name for shape in SHAPES) + "; as JSON Lines, a JSON array, "
+    "JSON documents, Parquet or a saved dataset, plain or packed by gzip or zstd"
+)  # fmt: skip
 
 
-def convert(path: str | Path, *, effort: str | None = None) -> tuple[str, list[dict[str, Any]], list[str]]:
+def convert(
+    path: str | Path, *, effort: str | None = None, requests: str | Path | None = None
+) -> tuple[str, list[dict[str, Any]], list[str]]:
     """What the file is, a transcript row for each conversation in it, and why others were left out.
 
-    effort: of conversations that do not say theirs.
+    effort: of conversations that name none. requests: the request file of an OpenAI batch.
     """
     path = Path(path)
     if effort is not None and effort not in EFFORTS:
         raise InputError(f"--effort {effort}: choose from {', '.join(EFFORTS)}")
-    kind, found = _conversations(path)
+    kinds: dict[str, None] = {}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
-    for where, conversation in found:
+    for kind, where, conversation in _conversations(path, requests):
+        if kind:
+            kinds[kind] = None
         try:
             if isinstance(conversation, Exception):
                 raise conversation
-            row = _row(conversation, effort)
+            conversation.id = conversation.id or str(len(rows) + len(left_out) + 1)
+            row = transcript_row(conversation, effort)
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair could not be written
-        except (InputError, answers.NoAnswerError, KeyError, TypeError, ValueError) as error:
-            left_out.append(f"{where}: {_said(error)}")
+        except (InputError, LookupError, TypeError, ValueError, AttributeError) as error:
+            left_out.append(f"{where}: {error_text(error)}")
         else:
             rows.append(row)
-    return kind, _distinct(rows), left_out
+    if not kinds:
+        raise InputError(f"{path} is no file of conversations that can be read. Readable: {READABLE}")
+    return " and ".join(kinds), _distinct(rows), left_out
 
 
-def _said(error: Exception) -> str:
-    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+def counts(rows: list[dict[str, Any]], *, vocabulary: Tokenizer | None = None) -> str:
+    """How many rows are irregular, truncated and so on, in words."""
+    return counted(_flags(row, vocabulary) for row in rows)
+
+
+def _flags(row: dict[str, Any], vocabulary: Tokenizer | None) -> tuple[str, ...]:
+    if "tokens" not in row:
+        return flags_of_row(row)
+    labels = label(row["tokens"], tokenizer=vocabulary or tokenizer(), n_prompt=row["n_prompt"])
+    return sequence_flags(labels, row["n_prompt"], complete=row.get("complete"), notes=row.get("notes", ()))
 
 
 def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -56,199 +77,53 @@ def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _conversations(path: Path) -> tuple[str, Iterator[tuple[str, Any]]]:
+Found = Iterator[tuple[str, str, Conversation | Exception]]
+
+
+def _conversations(path: Path, requests: str | Path | None) -> Found:
+    """The kind of each conversation, where it is, and the conversation, or why there is none."""
+    if path.is_file() and inspect_logs.is_zip(path):
+        yield from (("an Inspect log", *found) for found in inspect_logs.read_zip(path))
+        return
+    asked = _requests(Path(requests)) if requests is not None else {}
+    container, values = objects(path)
+    form = "" if container == "JSON" else f" ({container})"
+    first = True
+    for where, value in values:
+        if first and inspect_logs.is_log(value):
+            yield from (("an Inspect log" + form, *found) for found in inspect_logs.read_document(value))
+            return
+        first = False
+        yield from _of_value(value, where, form, asked)
+
+
+def _of_value(value: Any, where: str, form: str, asked: dict[str, Any]) -> Found:
+    if isinstance(value, Exception):
+        yield "", where, value
+        return
+    if isinstance(value, list) and has_messages(value):
+        value = {"messages": value}
+    shape = shape_of(value)
+    if shape is None:
+        yield "", where, InputError(f"{shown(value)} is no conversation of a known shape")
+        return
     try:
-        with path.open("rb") as file:
-            start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    if start.startswith(b"PK"):
-        return "an Inspect log", _inspect_zip(path)
-    if not start.startswith(b"{"):
-        raise InputError(
-            f"{path} is no file of conversations: wanted an Inspect log (.eval, .json), or JSON Lines with messages, or "
-            "with prompt, reasoning and answer"
-        )
-    try:
-        json.loads(start.splitlines()[0])
-    except ValueError:  # a document over several lines, or a first line longer than what was read
-        if path.stat().st_size <= _LONGEST_DOCUMENT and b'"eval"' in start and b'"version"' in start:
-            return "an Inspect log", _inspect_document(path)
-    return "JSON Lines", _lines(path)
+        if "custom_id" in value and str(value["custom_id"]) in asked:
+            body = value["response"].get("body") or {}
+            conversations = paired(asked[str(value["custom_id"])], body, {"custom_id": value["custom_id"]})
+        else:
+            conversations = shape.read(value)
+        for conversation in conversations:
+            yield shape.name + form, where, conversation
+    except (InputError, LookupError, TypeError, ValueError, AttributeError) as error:
+        yield shape.name + form, where, InputError(error_text(error))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield f"line {number}", _from_line(json.loads(line), number)
-                except (ValueError, InputError, answers.NoAnswerError) as error:
-                    yield f"line {number}", ValueError(_said(error))
-
-
-def _from_line(row: Any, number: int) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise InputError(f"the row is {shown(row)}; wanted an object")
-    id = str(row.get("id", number))
-    about = {
-        "id": id,
-        "prompt_id": str(row.get("prompt_id", id)),
-        "effort": row.get("effort", row.get("reasoning_effort")),
-    }
-    about |= {
-        "answer": row.get("target"),
-        "correct": row.get("correct"),
-        "meta": row.get("meta") or row.get("metadata") or {},
-    }
-    if isinstance(row.get("messages"), list):
-        return about | {"messages": row["messages"]}
-    reply = next((row[k] for k in ("answer", "response", "completion", "output") if isinstance(row.get(k), str)), None)
-    if not isinstance(row.get("prompt"), str) or reply is None:
-        raise InputError("the row has neither messages nor a prompt and an answer")
-    reasoning = next(
-        (row[k] for k in ("reasoning", "reasoning_content", "thinking") if isinstance(row.get(k), str)), ""
-    )
-    question = {"role": "user", "content": row["prompt"]}
-    return about | {"messages": [question, {"role": "assistant", "content": reply, "reasoning": reasoning}]}
-
-
-def _inspect_zip(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with zipfile.ZipFile(path) as log:
-            header = json.loads(_member(log, "header.json"))
-            for name in sorted(n for n in log.namelist() if n.startswith("samples/") and n.endswith(".json")):
-                yield name, _from_inspect(json.loads(_member(log, name)), header)
-    except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is a zip, but no whole Inspect log: {_said(error)}") from error
-
-
-def _member(log: zipfile.ZipFile, name: str) -> bytes:
-    info = log.getinfo(name)
-    if info.file_size > _LONGEST_MEMBER:
-        raise ValueError(f"{name} unpacks to {info.file_size:,} bytes")
-    if info.compress_type != _ZSTD:
-        return log.read(name)
-    from numcodecs import Zstd
-
-    assert log.fp is not None
-    log.fp.seek(info.header_offset + 26)
-    lengths = log.fp.read(4)  # of the name and the extra field, which stand before the data
-    log.fp.seek(int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little"), 1)
-    unpacked: bytes = Zstd().decode(log.fp.read(info.compress_size))
-    if len(unpacked) != info.file_size:
-        raise ValueError(f"{name} is damaged")
-    return unpacked
-
-
-def _inspect_document(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        log = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is no whole Inspect log: {error}") from error
-    for number, sample in enumerate(log.get("samples") or []):
-        yield f"sample {number + 1}", _from_inspect(sample, log)
-
-
-def _from_inspect(sample: Mapping[str, Any], log: Mapping[str, Any]) -> dict[str, Any]:
-    evaluation, plan = log.get("eval", {}), log.get("plan", {})
-    config = {**evaluation.get("model_generate_config", {}), **plan.get("config", {})}
-    attachments = sample.get("attachments") or {}
-    scores = [score.get("value") for score in (sample.get("scores") or {}).values() if isinstance(score, dict)]
-    target = sample.get("target")
-    meta = {"task": str(evaluation.get("task", "")), **(sample.get("metadata") or {})}
-    meta |= {"model": evaluation.get("model", ""), "source": "inspect", "scores": sample.get("scores") or {}}
-    return {
-        "id": f"{sample['id']}/{sample.get('epoch', 1)}",
-        "prompt_id": str(sample["id"]),
-        "effort": config.get("reasoning_effort"),
-        "messages": [_attached(message, attachments) for message in sample["messages"]],
-        "answer": target if isinstance(target, str) else None,
-        "correct": _judged(scores[0]) if scores else None,
-        "meta": meta,
-    }
-
-
-def _attached(value: Any, attachments: Mapping[str, str]) -> Any:
-    """Long texts are kept aside in a log and named by their digest."""
-    if isinstance(value, dict):
-        return {k: _attached(v, attachments) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_attached(v, attachments) for v in value]
-    return attachments.get(value.removeprefix("attachment://"), value) if isinstance(value, str) else value
-
-
-def _judged(score: Any) -> bool | None:
-    return {"C": True, "I": False, 1: True, 0: False}.get(score) if isinstance(score, str | int | float) else None
-
-
-def _row(conversation: dict[str, Any], effort: str | None) -> dict[str, Any]:
-    found = conversation["effort"] or effort
-    if found not in EFFORTS:
-        raise InputError(f"its effort is {shown(found)}: give --effort for conversations without one of their own")
-    verbatim, messages = True, []
-    for message in conversation["messages"]:
-        written, own = _harmony(message)
-        messages += written
-        verbatim = verbatim and own
-    check_messages(messages)
-    if not any(m["role"] == "assistant" for m in messages):
-        raise InputError("nothing was answered")
-    thought = any(m.get("channel") == "analysis" for m in messages)
-    meta = conversation["meta"] | {"reasoning": ("verbatim" if verbatim else "summary") if thought else "absent"}
-    row = conversation | {"effort": found, "messages": messages, "meta": meta}
-    return {k: v for k, v in row.items() if v is not None}
-
-
-def _harmony(message: Any) -> tuple[list[dict[str, Any]], bool]:
-    """A message of any of these programs as harmony has it; whether its reasoning is the model's own words."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InputError(f"a message is {shown(message)}; wanted an object with a role")
-    role, content = message["role"], message.get("content")
-    text = _parts(content, "text")
-    if role == "tool":
-        name = message.get("name") or message.get("function") or "tool"
-        return [
-            {
-                "role": "tool",
-                "name": name if "." in name else f"functions.{name}",
-                "channel": "commentary",
-                "content": text,
-            }
-        ], True
-    if role != "assistant":
-        return [{"role": role, "content": text}], True
-    if message.get("channel"):
-        return [
-            {
-                k: v
-                for k, v in message.items()
-                if k in ("role", "content", "channel", "recipient", "content_type", "name")
-            }
-        ], True
-    reasoning = message.get("reasoning_content") or message.get("reasoning") or _parts(content, "reasoning")
-    own = not (
-        isinstance(content, Sequence)
-        and any(isinstance(p, dict) and (p.get("redacted") or p.get("summary")) for p in content)
-    )
-    found = [{"role": "assistant", "channel": "analysis", "content": reasoning}] if reasoning else []
-    if reasoning or not text:
-        found += [{"role": "assistant", "channel": "final", "content": text}] if text else []
-    else:
-        found, _ = answers.split(text)
-    calls = message.get("tool_calls") or []
-    for call in calls:
-        named = call.get("function") if isinstance(call, dict) else None
-        wrapped = (
-            call if isinstance(named, dict) else {"function": {"name": named, "arguments": call.get("arguments", "")}}
-        )
-        found.append(answers.call(wrapped))
-    return found, own
-
-
-def _parts(content: Any, kind: str) -> str:
-    """The texts of this kind: a plain content is text."""
-    if isinstance(content, str):
-        return content if kind == "text" else ""
-    parts: Sequence[Any] = content if isinstance(content, list) else []
-    return "".join(str(p.get(kind, "")) for p in parts if isinstance(p, dict) and p.get("type") == kind)
+def _requests(path: Path) -> dict[str, Any]:
+    """The bodies of a batch's requests by custom_id."""
+    bodies: dict[str, Any] = {}
+    for where, value in objects(path)[1]:
+        if not isinstance(value, dict) or "custom_id" not in value or not isinstance(value.get("body"), dict):
+            raise InputError(f"{path}, {where}: wanted a request with custom_id and body")
+        bodies[str(value["custom_id"])] = value["body"]
+    return bodies

@@ -146,7 +146,8 @@ def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1\n')
     old.chmod(0o755)
     (tmp_path / "Makefile").write_text((DATA.parent / "Makefile").read_text())
-    for name in ("pyproject.toml", "constraints.txt"):
+    (tmp_path / "scripts").mkdir()
+    for name in ("pyproject.toml", "constraints.txt", "scripts/install_torch.py"):
         (tmp_path / name).write_text("")
     done = subprocess.run(["make", "demo", f"PYTHON={old}"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2

@@ -1,0 +1,70 @@
+"""Workers load the model; the process that plans and finishes the job has its shapes only."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import workbench as wb
+from tests.model.fake_gpus import Machine
+from workbench.capture import cluster, job
+from workbench.cli import app
+from workbench.errors import InputError
+from workbench.kernels import mxfp4
+from workbench.model.transformer import GptOss
+from workbench.runs.verify import verify
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    there = Machine()
+    there.pretend(monkeypatch)
+    mxfp4._table.cache_clear()
+    with there:
+        yield there
+    mxfp4._table.cache_clear()
+
+
+def test_the_parent_of_workers_puts_no_weight_on_a_gpu(
+    machine: Machine, transcripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents: list[GptOss] = []
+    capture = job.capture
+
+    def captured(model: GptOss, *args: Any, **options: Any) -> Any:
+        parents.append(model)
+        return capture(model, *args, **options)
+
+    def one_worker(task: cluster.Task, layout: Any, units: list[int], *, done: Any, **options: Any) -> None:
+        """Compute the units in this process, as a worker would."""
+        assert machine.devices == set()  # nothing has been put on a GPU before a worker has started
+        for unit in units:
+            done.committed(*cluster.compute_unit(task, unit))
+
+    monkeypatch.setattr(job, "capture", captured)
+    monkeypatch.setattr(cluster, "run", one_worker)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(line + "\n" for line in transcripts.read_text().splitlines()[:4]))
+    path = tmp_path / "run"
+    try:
+        result = CliRunner().invoke(app, ["capture", "nano", str(few), str(path), "--workers", "2"])
+    finally:
+        cluster._loaded.cache_clear()
+    assert result.exit_code == 0, result.output
+    assert [parent.device.type for parent in parents] == ["meta"]
+    assert machine.devices == {torch.device("cuda", 0)}  # where the worker loaded it
+    run = wb.open_run(path)
+    assert run.provenance["device"] == "cuda"
+    assert not verify(path)
+
+
+def test_workers_choose_their_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cluster.worker_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cluster.worker_device("auto") == "cuda"
+    for name in ("cuda:1", "cuda:0,cuda:1"):
+        with pytest.raises(InputError, match=name):
+            cluster.worker_device(name)

@@ -1,0 +1,391 @@
+"""Messages of chat APIs, agents and evaluation logs in harmony's own form.
+
+Reasoning comes under `thinking`, `reasoning`, `reasoning_content` or `reasoning_details`, as parts of the content, as
+items of their own (Responses), or within the text. Tool results are named after the call they answer. Nothing is left
+out silently: images are counted, and fields that have no place in a prompt are named.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from workbench.errors import InputError
+from workbench.harmony.labels import ROLES
+from workbench.harmony.marked_text import read_output
+from workbench.harmony.messages import check_messages, shown
+
+_ROLES = {
+    "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool", "tool_response": "tool",
+}  # fmt: skip
+_REASONING_FIELDS = ("thinking", "reasoning_content", "reasoning", "reasoning_details")
+_USED = {
+    "role", "content", "channel", "recipient", "content_type", "name", "raw", "tool_calls", "tool_call_id", "function",
+    "function_call", "tool_name", "refusal", "from", "value", *_REASONING_FIELDS,
+}  # fmt: skip
+# Fields about a message, not of it: they are not part of any prompt.
+_ABOUT = {
+    "id", "type", "status", "object", "created", "created_at", "timestamp", "model", "source", "metadata", "meta",
+    "annotations", "audio", "weight", "finish_reason", "stop_reason", "done_reason", "logprobs", "index", "usage",
+    "error", "parse_error", "view", "format", "phase", "token_ids", "response_metadata", "additional_kwargs", "train",
+    "function_call_id", "call_id", "images", "end_turn",
+}  # fmt: skip
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_REASONING_PARTS = ("reasoning", "thinking", "reasoning_text", "summary_text", "redacted_thinking")
+_IMAGE_PARTS = ("image_url", "input_image", "image", "video", "video_url", "input_video")
+_BUILTIN_NAMES = ("python", "browser")
+
+
+@dataclass
+class ChatMessages:
+    """Messages in harmony's own form, and what became of the rest.
+
+    images: how many were left out. left_out: fields that have no place in a prompt. summary: whether some reasoning is
+    a summary of the model's own. complete: False where the output shows that it was cut off, None if nothing is known.
+    """
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    images: int = 0
+    left_out: list[str] = field(default_factory=list)
+    summary: bool = False
+    complete: bool | None = None
+
+
+@dataclass
+class _Segment:
+    """A piece of an assistant's message, in order: kind is text, analysis or call."""
+
+    kind: str
+    content: str
+    message: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Call:
+    recipient: str
+    channel: str
+
+
+def from_chat_messages(
+    messages: Any, *, builtin: Sequence[str] = (), truncated: bool = False, split: bool = False
+) -> ChatMessages:
+    """Read messages of any chat API.
+
+    builtin: tools whose calls go to them by their own name. truncated: whether the last answer was cut off. split:
+    whether an assistant's text may hold its reasoning, in marks or in tags; a message given to a model may not.
+
+    Raises: InputError for a message that cannot be rendered.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        check_messages(messages)
+    reader = _Reader(builtin, split)
+    for i, message in enumerate(messages, 1):
+        try:
+            reader.read(message, truncated=truncated and i == len(messages), following=messages[i : i + 1])
+        except _MessageError as error:
+            raise InputError(f"message {i}: {error}") from error
+    check_messages(reader.found.messages)
+    return reader.found
+
+
+class _MessageError(ValueError):
+    """Why a message cannot be used, in one line."""
+
+
+class _Reader:
+    """Reads messages in order and remembers the calls that tool results answer."""
+
+    def __init__(self, builtin: Sequence[str], split: bool) -> None:
+        self.found = ChatMessages()
+        self._builtin, self._split = tuple(builtin), split
+        self._calls: dict[str, _Call] = {}
+        self._unanswered: list[tuple[str, _Call]] = []
+        self._last: _Call | None = None
+
+    def read(self, message: Any, truncated: bool, following: Sequence[Any]) -> None:
+        if not isinstance(message, Mapping):
+            raise _MessageError(f"got {shown(message)}; wanted an object with role and content")
+        message = _with_role(message)
+        role = message.get("role")
+        if role is None and message.get("type") == "message":
+            role = "assistant"
+        if role is None and "type" in message:
+            self._item(message, truncated, following)
+            return
+        role = _ROLES.get(role, role) if isinstance(role, str) else role
+        if role not in ROLES:
+            raise _MessageError(
+                f"unknown role {shown(role)}; choose from {', '.join(ROLES)}, a tool's own name is its name"
+            )
+        self._note_fields(message)
+        if message.get("raw") is not None:
+            self.found.messages.append(
+                {k: v for k, v in message.items() if k in (*_OWN_FIELDS, "raw") and v is not None}
+            )
+        elif role == "assistant":
+            self._assistant(message, truncated, following)
+        elif role == "tool":
+            self._tool(message)
+        else:
+            self._given(role, message)
+
+    def _note_fields(self, message: Mapping[str, Any]) -> None:
+        self.found.left_out += [
+            f"the field {shown(name)} of a message"
+            for name, value in message.items()
+            if name not in _USED and name not in _ABOUT and value not in (None, "", [], {})
+        ]
+        images = message.get("images")  # Ollama's
+        self.found.images += len(images) if isinstance(images, list) else 0
+
+    def _given(self, role: str, message: Mapping[str, Any]) -> None:
+        """A system, developer or user message."""
+        content = message.get("content")
+        results = [p for p in content if _kind(p) == "tool_result"] if isinstance(content, list) else []
+        for result in results:
+            self._tool({"content": result.get("content"), "tool_call_id": result.get("tool_use_id")})
+        if results:
+            content = [part for part in content or [] if part not in results]
+            if not content:
+                return
+        fields = {name: message[name] for name in _HEADER if message.get(name) is not None}
+        self.found.messages.append({"role": role, **fields, "content": self._text(content)})
+
+    def _tool(self, message: Mapping[str, Any]) -> None:
+        content = message.get("content")
+        if isinstance(content, Mapping):
+            content = json.dumps(content, ensure_ascii=False)
+        name = message.get("name") or message.get("function") or message.get("tool_name")
+        own = message.get("channel") is not None or message.get("recipient") is not None
+        call = self._call_answered(message.get("tool_call_id") or message.get("call_id"), name)
+        if own and name:
+            recipient, channel = name, message.get("channel") or "commentary"
+        elif call is not None:
+            recipient, channel = call.recipient, call.channel
+        elif isinstance(name, str) and name:
+            recipient, channel = self._tool_name(name), "commentary"
+        else:
+            raise _MessageError(f"a tool's message needs the tool's name, such as functions.search; got {shown(name)}")
+        self.found.messages.append(
+            {
+                "role": "tool",
+                "name": recipient,
+                "recipient": message.get("recipient") or "assistant",
+                "channel": channel,
+                "content": self._text(content),
+            }
+            | ({"content_type": message["content_type"]} if message.get("content_type") else {})
+        )
+
+    def _call_answered(self, id: Any, name: Any) -> _Call | None:
+        """The call that a result answers: by its id, by the name, or else the first one without an answer."""
+        if isinstance(id, str) and id in self._calls:
+            self._unanswered = [entry for entry in self._unanswered if entry[0] != id]
+            return self._calls[id]
+        if isinstance(name, str) and name:
+            names = (name, self._tool_name(name))
+            return next((call for call in reversed(list(self._calls.values())) if call.recipient in names), None)
+        if self._unanswered:
+            return self._unanswered.pop(0)[1]
+        return self._last
+
+    def _tool_name(self, name: str) -> str:
+        return name if "." in name or name in self._builtin else f"functions.{name}"
+
+    def _assistant(self, message: Mapping[str, Any], truncated: bool, following: Sequence[Any]) -> None:
+        segments = [*self._reasoning(message), *self._content(message, truncated)]
+        calls = message.get("tool_calls") or []
+        if isinstance(message.get("function_call"), Mapping):
+            calls = [*calls, {"function": message["function_call"]}]
+        if not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise _MessageError(f"tool_calls is {shown(calls)}; wanted a list of calls")
+        segments += [_Segment("call", "", self._call(call)) for call in calls]
+        self._append(segments, message)
+
+    def _append(self, segments: list[_Segment], message: Mapping[str, Any]) -> None:
+        """Give every text its channel: one that something follows is a preamble."""
+        segments = _joined(
+            [s for s in segments if s.content or s.message or len(segments) == 1 or _has_own(message, s)]
+        )
+        for i, segment in enumerate(segments):
+            if segment.message:
+                self.found.messages.append(segment.message)
+                continue
+            last = i == len(segments) - 1
+            channel = {"analysis": "analysis", "text": "final" if last else "commentary"}[segment.kind]
+            fields = {name: message[name] for name in _HEADER if message.get(name) is not None}
+            if segment.kind == "analysis":
+                fields = {}
+            elif "recipient" in fields and "channel" not in fields:
+                fields["channel"] = "commentary"
+            self.found.messages.append({"role": "assistant", "channel": channel, **fields, "content": segment.content})
+            if "recipient" in fields:
+                self._remember("", _Call(fields["recipient"], fields.get("channel", channel)))
+
+    def _reasoning(self, message: Mapping[str, Any]) -> list[_Segment]:
+        for name in _REASONING_FIELDS:
+            text, summary = _reasoning_text(message.get(name))
+            if text:
+                self.found.summary |= summary
+                return [_Segment("analysis", text)]
+        return []
+
+    def _content(self, message: Mapping[str, Any], truncated: bool) -> list[_Segment]:
+        content, refusal = message.get("content"), message.get("refusal")
+        if content is None and isinstance(refusal, str) and refusal:
+            content = refusal
+        has_reasoning = bool(self._reasoning(message))
+        other = has_reasoning or message.get("tool_calls") or message.get("function_call")
+        if content is None and other:
+            return []
+        if isinstance(content, str):
+            if content and self._split and not has_reasoning and message.get("channel") is None:
+                return self._split_text(content, truncated)
+            return [_Segment("text", content)]
+        if not isinstance(content, list):
+            raise _MessageError(f"its content is {shown(content)}; wanted text")
+        return [segment for part in content for segment in self._part(part)]
+
+    def _split_text(self, content: str, truncated: bool) -> list[_Segment]:
+        output = read_output(content, truncated=truncated)
+        if output.complete is not None:
+            self.found.complete = output.complete
+        if len(output.messages) == 1 and output.messages[0] == _final(content):
+            return [_Segment("text", content)]
+        return [_Segment("call", "", message) for message in output.messages]
+
+    def _part(self, part: Any) -> list[_Segment]:
+        kind = _kind(part)
+        if isinstance(part, str):
+            return [_Segment("text", part)]
+        if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            return [_Segment("text", part["text"])]
+        if kind == "refusal" and isinstance(part.get("refusal"), str):
+            return [_Segment("text", part["refusal"])]
+        if kind in _REASONING_PARTS:
+            text, summary = _reasoning_text([part])
+            self.found.summary |= summary
+            return [_Segment("analysis", text)] if text else []
+        if kind in ("tool_use", "tool_call", "function_call"):
+            return [_Segment("call", "", self._call(part))]
+        if kind in _IMAGE_PARTS:
+            self.found.images += 1
+            return []
+        raise _MessageError(f"its content has a part of type {shown(kind)}; wanted text, reasoning, images or calls")
+
+    def _text(self, content: Any) -> str:
+        """The text of a message that is given to a model."""
+        if isinstance(content, str):
+            return content
+        if not isinstance(content, list):
+            raise _MessageError(f"its content is {shown(content)}; wanted text")
+        segments = [segment for part in content for segment in self._part(part)]
+        if any(segment.kind != "text" for segment in segments):
+            raise _MessageError("its content has reasoning or a call, which only an assistant's has")
+        return "".join(segment.content for segment in segments)
+
+    def _call(self, call: Any) -> dict[str, Any]:
+        """A tool call of any API as a message."""
+        definition = call.get("function") if isinstance(call, Mapping) else None
+        fields: Any = definition if isinstance(definition, Mapping) else call
+        name = (
+            definition if isinstance(definition, str) else fields.get("name") if isinstance(fields, Mapping) else None
+        )
+        if not isinstance(name, str) or not name:
+            raise _MessageError(f"a tool call has no function's name: {shown(call)}")
+        arguments = next((fields[k] for k in ("arguments", "input", "parameters") if fields.get(k) is not None), "")
+        recipient = self._tool_name(name)
+        builtin = recipient.partition(".")[0] in _BUILTIN_NAMES
+        made = _Call(recipient, "analysis" if builtin else "commentary")
+        id = call.get("call_id") or call.get("id")
+        self._remember(id if isinstance(id, str) else "", made)
+        return {
+            "role": "assistant",
+            "channel": made.channel,
+            "recipient": made.recipient,
+            "content_type": "code" if recipient == "python" else "json",
+            "content": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
+        }
+
+    def _remember(self, id: str, call: _Call) -> None:
+        key = id or f"#{len(self._calls)}"
+        self._calls[key] = call
+        self._unanswered.append((key, call))
+        self._last = call
+
+    def _item(self, item: Mapping[str, Any], truncated: bool, following: Sequence[Any]) -> None:
+        """An item of Responses that is no message."""
+        kind = item["type"]
+        if kind == "reasoning":
+            text, summary = _reasoning_text(item.get("content"))
+            if not text:
+                text, summary = _reasoning_text(item.get("summary"))[0], True
+            if text:
+                self.found.summary |= summary
+                self.found.messages.append({"role": "assistant", "channel": "analysis", "content": text})
+        elif kind in ("function_call", "custom_tool_call", "mcp_call"):
+            self.found.messages.append(self._call(item))
+        elif kind in ("function_call_output", "custom_tool_call_output"):
+            output = item.get("output")
+            self._tool({"content": output, "tool_call_id": item.get("call_id")})
+        else:
+            raise _MessageError(f"an item of type {shown(kind)} cannot be rendered")
+
+
+_HEADER = ("name", "recipient", "channel", "content_type")
+_OWN_FIELDS = ("role", "content", *_HEADER)
+
+
+def _with_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message of ShareGPT (`from`, `value`) with a role and content."""
+    if "role" in message or "from" not in message:
+        return message
+    role, value = message["from"], message.get("value")
+    if role == "function_call":
+        call = json.loads(value) if isinstance(value, str) else value
+        return {"role": "assistant", "content": None, "tool_calls": call if isinstance(call, list) else [call]}
+    return {**{k: v for k, v in message.items() if k not in ("from", "value")}, "role": role, "content": value}
+
+
+def _kind(part: Any) -> Any:
+    return part.get("type") if isinstance(part, Mapping) else type(part).__name__
+
+
+def _final(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "channel": "final", "content": text}
+
+
+def _has_own(message: Mapping[str, Any], segment: _Segment) -> bool:
+    """Whether an empty text stands for a message of its own: one with a channel that nothing else of it fills."""
+    return segment.kind == "text" and message.get("channel") is not None and not message.get("tool_calls")
+
+
+def _joined(segments: list[_Segment]) -> list[_Segment]:
+    """Neighbouring pieces of the same kind as one."""
+    found: list[_Segment] = []
+    for segment in segments:
+        if found and not segment.message and not found[-1].message and found[-1].kind == segment.kind:
+            found[-1] = _Segment(segment.kind, found[-1].content + segment.content)
+        else:
+            found.append(segment)
+    return found
+
+
+def _reasoning_text(value: Any) -> tuple[str, bool]:
+    """The reasoning in a field or a part, and whether it is a summary. What is encrypted or redacted is left out."""
+    if isinstance(value, str):
+        return value, False
+    if isinstance(value, Mapping):
+        kind = str(value.get("type", ""))
+        hidden = value.get("redacted") or kind in ("reasoning.encrypted", "redacted_thinking")
+        if not hidden:
+            for name in ("text", "reasoning", "thinking", "content"):
+                text, summary = _reasoning_text(value.get(name))
+                if text:
+                    return text, summary or kind in ("summary_text", "reasoning.summary")
+        return _reasoning_text(value.get("summary"))[0], True
+    if isinstance(value, Sequence):
+        found = [_reasoning_text(each) for each in value]
+        return "".join(text for text, _ in found), any(summary for text, summary in found if text)
+    return "", False

@@ -1,0 +1,1 @@
+"""Files of conversations that other programs write, recognized by their shape."""

@@ -1,0 +1,85 @@
+"""One conversation as another program stored it, and the transcript row that it becomes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from workbench.errors import InputError
+from workbench.harmony.chat_messages import from_chat_messages
+from workbench.harmony.messages import EFFORTS, effort_of, settled_effort, shown
+from workbench.harmony.preamble import prompt_options
+from workbench.harmony.tool_definitions import read_tools
+from workbench.harmony.transcripts import notes_on
+
+CUT = ("length", "max_tokens", "model_length", "max_output_tokens", "incomplete")
+
+
+@dataclass
+class Conversation:
+    """What a file holds of one conversation. tokens: its ids with the length of the prompt, where they were stored."""
+
+    messages: list[Any] = field(default_factory=list)
+    id: str = ""
+    prompt_id: str = ""
+    effort: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    complete: bool | None = None
+    tokens: tuple[list[int], int] | None = None
+    answer: str | None = None
+    correct: bool | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, Any]:
+    """The transcript row of a conversation. effort: of one that names none.
+
+    Raises: InputError for a conversation that cannot be used.
+    """
+    c = conversation
+    row: dict[str, Any] = {"id": c.id, "prompt_id": c.prompt_id or c.id}
+    about = {"complete": c.complete, "answer": c.answer, "correct": c.correct}
+    if c.tokens is not None:
+        named = c.effort if c.effort not in (None, "") else effort
+        row |= {"effort": effort_of(named) if named else None, "tokens": c.tokens[0], "n_prompt": c.tokens[1]}
+        return _present(row | about | {"meta": c.meta or None})
+    options, notes = _options(c)
+    found = from_chat_messages(
+        c.messages, builtin=options.get("builtin_tools", ()), truncated=c.complete is False, split=True
+    )
+    if not any(m["role"] == "assistant" for m in found.messages):
+        raise InputError("no response of an assistant")
+    named = settled_effort(c.effort, found.messages) or effort
+    if named is None:
+        raise InputError(f"its effort is unknown: give --effort with one of {', '.join(EFFORTS)}")
+    prompt_options(effort=named, **options)
+    if c.complete is None:
+        about["complete"] = found.complete
+    if any(m.get("recipient") not in (None, "all") for m in found.messages if m["role"] == "assistant"):
+        notes += [] if options.get("tools") or options.get("builtin_tools") else ["tools_not_rendered"]
+    notes += notes_on(found)
+    thought = any(m.get("channel") == "analysis" for m in found.messages)
+    meta = c.meta | {"reasoning": ("summary" if found.summary else "verbatim") if thought else "absent"}
+    row |= {"effort": named, "messages": found.messages} | about | options
+    return _present(row | {"notes": list(dict.fromkeys(notes)) or None, "meta": meta})
+
+
+def _options(conversation: Conversation) -> tuple[dict[str, Any], list[str]]:
+    """Options of rendering without the tools that gpt-oss has no form for, and a note if there are any."""
+    options = {name: value for name, value in conversation.options.items() if value not in (None, [], "")}
+    tools = read_tools(options.get("tools"), options.get("builtin_tools"))
+    options.pop("tools", None)
+    options.pop("builtin_tools", None)
+    if tools.functions:
+        options["tools"] = [function.definition() for function in tools.functions]
+    if tools.builtin:
+        options["builtin_tools"] = list(tools.builtin)
+    return options, ["tools_not_rendered"] if tools.unknown else []
+
+
+def _present(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def error_text(error: BaseException) -> str:
+    """An error in one line, a missing field by its name."""
+    return f"{shown(error.args[0])} is missing" if isinstance(error, KeyError) else str(error)

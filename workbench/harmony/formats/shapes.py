@@ -1,0 +1,401 @@
+"""The shapes of rows that hold a conversation, by the fields they have, and how each is read.
+
+SHAPES lists them in the order in which they are tried: first the shapes with the most specific fields.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.errors import InputError
+from workbench.harmony.chat_messages import from_chat_messages
+from workbench.harmony.formats.conversation import CUT, Conversation
+from workbench.harmony.grammar import parse_text
+from workbench.harmony.marked_text import is_marked
+from workbench.harmony.messages import shown
+
+Row = Mapping[str, Any]
+_RESPONSE_TEXT = ("answer", "response", "completion", "output", "text", "generation")
+_RENDERING = ("builtin_tools", "model_identity", "knowledge_cutoff", "date")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A format of rows. matches: whether a row has its fields. read: the conversations in a row."""
+
+    name: str
+    matches: Callable[[Row], bool]
+    read: Callable[[Row], Iterator[Conversation]]
+
+
+def about(row: Row) -> dict[str, Any]:
+    """What rows of any shape may say beside the conversation."""
+    id = row.get("id", row.get("custom_id", row.get("request_id", "")))
+    template = _object(row.get("chat_template_kwargs")) or _object(
+        _object(row.get("extra_body")).get("chat_template_kwargs")
+    )
+    effort = next(
+        (
+            value
+            for value in (
+                row.get("effort"), row.get("reasoning_effort"), _object(row.get("reasoning")).get("effort"),
+                template.get("reasoning_effort"), _effort_only(row.get("think")),
+            )
+            if value not in (None, "")
+        ),
+        None,
+    )  # fmt: skip
+    options = {name: row.get(name, template.get(name)) for name in _RENDERING}
+    options["tools"] = row.get("tools") or row.get("functions")
+    return {
+        "id": str(id), "prompt_id": str(row.get("prompt_id", id)), "effort": effort,
+        "options": {name: value for name, value in options.items() if value is not None},
+        "complete": is_complete(row), "correct": row.get("correct") if isinstance(row.get("correct"), bool) else None,
+        "answer": row.get("target") if isinstance(row.get("target"), str) else None,
+        "meta": dict(_object(row.get("meta")) or _object(row.get("metadata"))),
+    }  # fmt: skip
+
+
+def is_complete(row: Row) -> bool | None:
+    """Whether an answer ended by itself, from the reasons that programs give; None where there is none."""
+    if isinstance(row.get("complete"), bool):
+        return bool(row["complete"])
+    if row.get("truncated") is True or row.get("incomplete_details"):
+        return False
+    reasons = [row.get(name) for name in ("finish_reason", "stop_reason", "done_reason", "status")]
+    if any(reason in CUT for reason in reasons if isinstance(reason, str)):
+        return False
+    known = ("stop", "tool_calls", "completed", "end_turn", "eos")
+    return True if any(reason in known for reason in reasons if isinstance(reason, str)) else None
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _effort_only(value: Any) -> Any:
+    return value if value in ("low", "medium", "high") else None
+
+
+def _is_list(row: Row, name: str, kind: type = Mapping) -> bool:
+    values = row.get(name)
+    return isinstance(values, list) and bool(values) and all(isinstance(value, kind) for value in values)
+
+
+def _given(value: Any) -> list[Any]:
+    """Messages of a prompt, which may be one text."""
+    if isinstance(value, str):
+        return (
+            parse_text(value)
+            if value.startswith("<|start|>") and is_marked(value)
+            else [{"role": "user", "content": value}]
+        )
+    return list(value) if isinstance(value, Sequence) else []
+
+
+# ---- a request and its response ------------------------------------------------------------------------------------
+
+
+def _request_messages(request: Row) -> list[Any]:
+    """Messages of a request to chat completions, Responses, completions or Ollama."""
+    instructions = request.get("instructions")
+    first = [{"role": "developer", "content": instructions}] if isinstance(instructions, str) and instructions else []
+    for name in ("messages", "input", "prompt"):
+        if request.get(name) not in (None, []):
+            return [*first, *_given(request[name])]
+    raise InputError("the request has no messages, input or prompt")
+
+
+def responses_of(response: Row) -> list[tuple[list[Any], bool | None, tuple[list[int], list[int]] | None]]:
+    """The messages of each answer in a response of any API, whether it is complete, and its ids of prompt and answer."""
+    if _is_list(response, "choices"):
+        return [_choice(choice, response) for choice in response["choices"]]
+    if isinstance(response.get("output"), list):
+        items = with_preambles(response["output"])
+        return [(items, is_complete(response), None)]
+    if isinstance(response.get("message"), Mapping):
+        return [([response["message"]], is_complete(response), None)]
+    if isinstance(response.get("response"), str):  # Ollama's generate
+        message = {"role": "assistant", "content": response["response"], "thinking": response.get("thinking")}
+        return [([message], is_complete(response), None)]
+    raise InputError("the response has no choices, output or message")
+
+
+def _choice(choice: Row, response: Row) -> tuple[list[Any], bool | None, tuple[list[int], list[int]] | None]:
+    message = choice.get("message")
+    if not isinstance(message, Mapping):
+        message = {"role": "assistant", "content": choice.get("text")}
+    prompt_ids = response.get("prompt_token_ids", choice.get("prompt_token_ids"))
+    ids = choice.get("token_ids")
+    exact = (prompt_ids, ids) if isinstance(prompt_ids, list) and isinstance(ids, list) and prompt_ids and ids else None
+    return [{"role": "assistant", **message}], is_complete(choice), exact
+
+
+def with_preambles(items: Sequence[Any]) -> list[Any]:
+    """Items of Responses; a message that a call or more reasoning follows is a preamble."""
+    found = []
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        kind = _object(following).get("type")
+        before_more = kind in ("function_call", "reasoning", "custom_tool_call")
+        preamble = before_more and _object(item).get("type") == "message"
+        found.append({**item, "channel": "commentary"} if preamble else item)
+    return found
+
+
+def paired(request: Row, response: Row, beside: Row) -> Iterator[Conversation]:
+    """Conversations of a request and its response. beside: further fields of the row, such as an id."""
+    body = _object(response.get("body")) or response
+    fields = about({**request, **{k: v for k, v in beside.items() if v is not None}})
+    for messages, complete, exact in responses_of(body):
+        tokens = ([*exact[0], *exact[1]], len(exact[0])) if exact else None
+        asked = [] if tokens else _request_messages(request)
+        yield Conversation([*asked, *messages], **{**fields, "complete": complete}, tokens=tokens)
+
+
+def _pair(row: Row) -> Iterator[Conversation]:
+    request = _object(row["request"])
+    body = _object(request.get("body")) or request
+    yield from paired(
+        body, _object(row["response"]), {k: v for k, v in row.items() if k not in ("request", "response")}
+    )
+
+
+def _with_request(row: Row) -> Iterator[Conversation]:
+    """A response whose request stands beside it, in the same object or around it."""
+    response = row if not isinstance(row.get("response"), Mapping) else row["response"]
+    request = {k: v for k, v in row.items() if k not in ("response", "choices", "output", "message")}
+    if not any(request.get(name) for name in ("messages", "input", "prompt")) and not _has_prompt_ids(row):
+        raise InputError("a response without its request: add the request's messages, or give --requests")
+    yield from paired(request, response, {})
+
+
+def _has_prompt_ids(row: Row) -> bool:
+    return isinstance(row.get("prompt_token_ids"), list) or any(
+        isinstance(_object(choice).get("prompt_token_ids"), list) for choice in row.get("choices") or []
+    )
+
+
+def _batch(row: Row) -> Iterator[Conversation]:
+    raise InputError(f"a batch's response to {shown(row['custom_id'])}: give the file of its requests with --requests")
+    yield
+
+
+# ---- rows with ids -------------------------------------------------------------------------------------------------
+
+
+def _vllm(row: Row) -> Iterator[Conversation]:
+    prompt = row["prompt_token_ids"]
+    outputs = row["outputs"] if _is_list(row, "outputs") else [row]
+    for output in outputs:
+        ids = list(output.get("token_ids") or [])
+        complete = is_complete(output)
+        yield Conversation(**{**about(row), "complete": complete}, tokens=([*prompt, *ids], len(prompt)))
+
+
+def _transcript(row: Row) -> Iterator[Conversation]:
+    fields = about(row)
+    fields["answer"] = row.get("answer") if isinstance(row.get("answer"), str) else fields["answer"]
+    if row.get("tokens") is not None:
+        yield Conversation(**fields, tokens=(list(row["tokens"]), int(row["n_prompt"])))
+    else:
+        yield Conversation(list(row["messages"]), **fields)
+
+
+# ---- rows with messages --------------------------------------------------------------------------------------------
+
+
+def _messages(row: Row) -> Iterator[Conversation]:
+    yield Conversation(list(row["messages"]), **about(row))
+
+
+def _harmony(row: Row) -> Iterator[Conversation]:
+    """A `Conversation` of the openai_harmony library: settings are contents of the system and developer messages."""
+    fields = about(row)
+    messages: list[Any] = []
+    for message in row["messages"]:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [content]
+        texts = []
+        for part in parts:
+            kind = _object(part).get("type")
+            if kind == "system_content":
+                fields["effort"] = fields["effort"] or part.get("reasoning_effort")
+                fields["options"] |= _system_options(part)
+            elif kind == "developer_content":
+                fields["options"] |= {"tools": _namespaced(part.get("tools"))} if part.get("tools") else {}
+                texts += [part["instructions"]] if part.get("instructions") else []
+            else:
+                texts.append(_object(part).get("text", part))
+        if texts:
+            messages.append({**message, "content": "".join(map(str, texts))})
+    yield Conversation(messages, **fields)
+
+
+def _system_options(content: Row) -> dict[str, Any]:
+    options = {
+        "model_identity": content.get("model_identity"), "knowledge_cutoff": content.get("knowledge_cutoff"),
+        "date": content.get("conversation_start_date"), "builtin_tools": list(_object(content.get("tools"))) or None,
+    }  # fmt: skip
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _namespaced(tools: Any) -> list[Any]:
+    return [tool for namespace in _object(tools).values() for tool in _object(namespace).get("tools", [])]
+
+
+def _is_harmony(row: Row) -> bool:
+    kinds = ("system_content", "developer_content")
+    return _is_list(row, "messages") and any(
+        _object(part).get("type") in kinds
+        for message in row["messages"]
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+    )
+
+
+def _sharegpt(row: Row) -> Iterator[Conversation]:
+    system = row.get("system")
+    first = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    yield Conversation([*first, *row["conversations"]], **about(row))
+
+
+def _results(row: Row) -> Iterator[Conversation]:
+    """Results of simple-evals or of gpt-oss's own evaluations: conversations, and what is known of each example."""
+    examples = _object(row.get("metadata")).get("example_level_metadata")
+    examples = examples if isinstance(examples, list) else []
+    for number, messages in enumerate(row["convos"], 1):
+        example = _object(examples[number - 1]) if number <= len(examples) else {}
+        score = example.get("score")
+        answer = example.get("correct_answer")
+        yield Conversation(
+            list(messages), id=str(number), prompt_id=str(number), meta=dict(example),
+            correct=bool(score) if score in (0, 1) else None, answer=answer if isinstance(answer, str) else None,
+        )  # fmt: skip
+
+
+def _prompt_completion(row: Row) -> Iterator[Conversation]:
+    fields = about(row)
+    answers = [name for name in ("completion", "chosen", "rejected") if row.get(name)]
+    for name in answers:
+        answer = row[name]
+        written = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
+        asked = _given(row["prompt"])
+        written = written[len(asked) :] if len(written) > len(asked) and written[: len(asked)] == asked else written
+        id = fields["id"] if name == "completion" else f"{fields['id']}/{name}".strip("/")
+        yield Conversation([*asked, *written], **{**fields, "id": id, "prompt_id": fields["prompt_id"] or fields["id"]})
+
+
+def _lm_eval(row: Row) -> Iterator[Conversation]:
+    """A sample of lm-evaluation-harness: the first argument of each request is the prompt."""
+    arguments: Any = row.get("arguments")
+    if isinstance(arguments, Mapping):
+        arguments = [list(_object(entry).values()) for entry in arguments.values()]
+    prompt = arguments[0][0]
+    if isinstance(prompt, str) and prompt.lstrip().startswith("[{"):
+        import json
+
+        prompt = json.loads(prompt)
+    fields = about(row)
+    scores = [row[name] for name in ("exact_match", "acc") if row.get(name) in (0, 1)]
+    for number, responses in enumerate(row["resps"]):
+        text = responses[0] if isinstance(responses, list) else responses
+        id = f"{row['doc_id']}/{number}" if len(row["resps"]) > 1 else str(row["doc_id"])
+        yield Conversation(
+            [*_given(prompt), {"role": "assistant", "content": text}],
+            **{**fields, "id": id, "prompt_id": str(row["doc_id"]), "correct": bool(scores[0]) if scores else None},
+        )
+
+
+def _prompt_answer(row: Row) -> Iterator[Conversation]:
+    fields = about(row)
+    answer = next(row[name] for name in _RESPONSE_TEXT if isinstance(row.get(name), str))
+    names = ("reasoning", "reasoning_content", "thinking", "analysis")
+    reasoning = next((row[name] for name in names if isinstance(row.get(name), str)), "")
+    message = {"role": "assistant", "content": answer, "reasoning": reasoning}
+    yield Conversation([*_given(row["prompt"]), message], **fields)
+
+
+def _is_transcript(row: Row) -> bool:
+    return isinstance(row.get("tokens"), list) and "n_prompt" in row
+
+
+def _is_vllm(row: Row) -> bool:
+    ids = _is_list(row, "prompt_token_ids", int)
+    return ids and (
+        isinstance(row.get("token_ids"), list) or (_is_list(row, "outputs") and "token_ids" in row["outputs"][0])
+    )
+
+
+def _is_response(row: Row) -> bool:
+    if isinstance(row.get("response"), Mapping):
+        return True
+    if _is_list(row, "choices") or (isinstance(row.get("message"), Mapping) and ("done" in row or "messages" in row)):
+        return True
+    return _is_list(row, "output") and all("type" in item for item in row["output"])
+
+
+SHAPES = (
+    Shape("openai_harmony conversations", _is_harmony, _harmony),
+    Shape("workbench transcripts", _is_transcript, _transcript),
+    Shape("vLLM outputs with token ids", _is_vllm, _vllm),
+    Shape("simple-evals results", lambda row: _is_list(row, "convos", list), _results),
+    Shape(
+        "responses of an OpenAI batch",
+        lambda row: "custom_id" in row and "response" in row and "request" not in row,
+        _batch,
+    ),
+    Shape(
+        "requests with responses",
+        lambda row: isinstance(row.get("request"), Mapping) and isinstance(row.get("response"), Mapping),
+        _pair,
+    ),
+    Shape("responses of a chat API", _is_response, _with_request),
+    Shape("ShareGPT conversations", lambda row: _is_list(row, "conversations"), _sharegpt),
+    Shape(
+        "TRL prompts with completions",
+        lambda row: (
+            "prompt" in row
+            and (
+                isinstance(row.get("completion"), list)
+                or ("chosen" in row and "rejected" in row)
+                or (isinstance(row["prompt"], list) and "completion" in row)
+            )
+        ),
+        _prompt_completion,
+    ),
+    Shape(
+        "lm-eval samples",
+        lambda row: "doc_id" in row and _is_list(row, "resps", list) and bool(row.get("arguments")),
+        _lm_eval,
+    ),
+    Shape("chat messages", lambda row: _is_list(row, "messages"), _messages),
+    Shape(
+        "prompts with answers",
+        lambda row: (
+            isinstance(row.get("prompt"), str | list) and any(isinstance(row.get(n), str) for n in _RESPONSE_TEXT)
+        ),
+        _prompt_answer,
+    ),
+)
+
+
+def shape_of(row: Any) -> Shape | None:
+    """The shape of a row, None if it has none that is known. A list of messages is a conversation."""
+    if not isinstance(row, Mapping):
+        return None
+    return next((shape for shape in SHAPES if shape.matches(row)), None)
+
+
+def has_messages(row: Any) -> bool:
+    """Whether a bare list is one conversation."""
+    if (
+        not isinstance(row, list)
+        or not row
+        or not all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in row)
+    ):
+        return False
+    try:
+        from_chat_messages(row)
+    except InputError:
+        return False
+    return True

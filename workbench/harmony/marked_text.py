@@ -1,0 +1,140 @@
+"""Text of a model as messages: with harmony's marks, with the marks stripped, or with `<think>` tags.
+
+Marks are read by the tokenizer and the labeller, as in a stream of ids. Where programs have stripped them, only
+`assistantfinal`, `assistantcommentary` and `assistantanalysis` are taken for remains of them, and `final` that is glued
+to a digit or a capital letter: the words "analysis" and "final" begin ordinary answers too.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.harmony.grammar import generation_prompt_ids, marked_ids, parse
+from workbench.harmony.vocabulary import MARKS, Tokenizer, tokenizer
+
+_CHANNELS = ("analysis", "commentary", "final")
+_STOPS = ("<|end|>", "<|return|>", "<|call|>")
+_TAGS = ("think", "thinking")
+_CONTENT_TYPES = ("json", "code")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Messages in a text. complete: False if the text shows that it was cut off, True if it ends with a stop token."""
+
+    messages: list[dict[str, Any]]
+    complete: bool | None = None
+
+
+def read_output(text: str, *, truncated: bool = False, vocabulary: Tokenizer | None = None) -> Output:
+    """Messages of a model's output, whatever form it is in; a text without any form is one final answer."""
+    if is_marked(text):
+        return _marked(text, vocabulary or tokenizer())
+    if (stripped := _stripped(text, truncated)) is not None:
+        return Output(stripped)
+    if (tagged := _tagged(text)) is not None:
+        return tagged
+    return Output([{"role": "assistant", "channel": "final", "content": text}])
+
+
+def is_marked(text: str) -> bool:
+    """Whether a text has harmony's marks as marks: it starts with a header, or a header follows its first message.
+
+    Marks that are quoted within an answer are text.
+    """
+    if "<|message|>" not in text and "<|channel|>" not in text and not text.lstrip().startswith("<|start|>"):
+        return False
+    first = min((at for mark in MARKS if (at := text.find(f"<|{mark}|>")) >= 0), default=-1)
+    if first < 0:
+        return False
+    before = text[:first].split()
+    if all(word in ("assistant", *_CHANNELS, *_CONTENT_TYPES) or word.startswith("to=") for word in before):
+        return text[first:].startswith(("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"))
+    header = text.find("<|start|>assistant")
+    return header >= 0 and header <= first + len("<|return|>") and "<|message|>" in text[header:]
+
+
+def _marked(text: str, words: Tokenizer) -> Output:
+    start = text.lstrip()
+    if start.startswith("<|start|>"):
+        ids = marked_ids(start, words)
+    elif start.startswith("assistant<|"):
+        ids = marked_ids("<|start|>" + start, words)
+    else:
+        channel = start.startswith(_CHANNELS) and start[: start.find("<|")].split()[0] in _CHANNELS
+        ids = [*generation_prompt_ids(words), *([words.mark("channel")] if channel else []), *marked_ids(start, words)]
+    messages = parse(ids, tokenizer=words)
+    ended = text.rstrip().endswith(("<|return|>", "<|call|>"))
+    return Output([m for m in messages if m["content"] or m.get("recipient") or m.get("raw")], True if ended else None)
+
+
+def _stripped(text: str, truncated: bool) -> list[dict[str, Any]] | None:
+    """Messages of a text whose marks were stripped, as in `analysis…assistantfinal…`."""
+    remains = [f"assistant{channel}" for channel in _CHANNELS]
+    start = text.removeprefix("assistant")
+    if not start.startswith(_CHANNELS):
+        return None
+    cuts, at = [0], len(text) - len(start) + 1
+    while found := sorted(i for remain in remains if (i := text.find(remain, at)) >= 0):
+        cuts.append(found[0])
+        at = found[0] + len("assistant")
+    cut_analysis = truncated and start.startswith("analysis") and start[len("analysis") :][:1].isupper()
+    if len(cuts) == 1 and not cut_analysis and not text.startswith(tuple(remains)) and not _is_glued_final(start):
+        return None
+    pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+    return [_stripped_message(piece.removeprefix("assistant")) for piece in pieces]
+
+
+def _is_glued_final(text: str) -> bool:
+    """Whether a text begins as in `final144` or `finalThe`, which no word does: the answer had no analysis."""
+    behind = text.removeprefix("final")
+    return text.startswith("final") and (
+        behind[:1].isdigit() or behind[:1].isupper() or (behind[:1] == "-" and behind[1:2].isdigit())
+    )
+
+
+def _stripped_message(piece: str) -> dict[str, Any]:
+    channel = next(channel for channel in _CHANNELS if piece.startswith(channel))
+    content = piece.removeprefix(channel)
+    message: dict[str, Any] = {"role": "assistant", "channel": channel}
+    if content.startswith(" to="):
+        recipient, _, content = content.removeprefix(" to=").partition(" ")
+        if "{" in recipient:  # the mark between recipient and type was stripped with its space
+            recipient, brace, rest = recipient.partition("{")
+            content = brace + rest + (" " + content if content else "")
+        kind = next((kind for kind in _CONTENT_TYPES if content.startswith(kind)), None)
+        if kind is None and (glued := next((k for k in _CONTENT_TYPES if recipient.endswith(k)), None)):
+            recipient, kind = recipient.removesuffix(glued), glued
+        elif kind is not None:
+            content = content.removeprefix(kind)
+        message |= {"recipient": recipient} | ({"content_type": kind} if kind else {})
+    return message | {"content": content}
+
+
+def _tagged(text: str) -> Output | None:
+    """Messages of a text with its reasoning in `<think>` tags.
+
+    A tag that is never closed holds reasoning that was cut off; where only the closing tag is there, the opening one
+    was part of the prompt.
+    """
+    for tag in _TAGS:
+        opening, closing = f"<{tag}>", f"</{tag}>"
+        start = text.lstrip()
+        if start.startswith(opening) or (closing in text and opening not in text):
+            return _between_tags(start, opening, closing)
+    return None
+
+
+def _between_tags(text: str, opening: str, closing: str) -> Output:
+    messages: list[dict[str, Any]] = []
+    complete: bool | None = None
+    rest = text if text.startswith(opening) else opening + text
+    while rest.startswith(opening):
+        analysis, closed, rest = rest.removeprefix(opening).partition(closing)
+        messages.append({"role": "assistant", "channel": "analysis", "content": analysis.strip("\n")})
+        complete = None if closed else False
+        answer, again, behind = rest.partition(opening)
+        channel = "commentary" if again else "final"
+        if answer.strip():
+            messages.append({"role": "assistant", "channel": channel, "content": answer.strip("\n")})
+        rest = again + behind
+    return Output([m for m in messages if m["content"] or m["channel"] == "final"], complete)
