@@ -63,7 +63,8 @@ def open_group(where: Storage, mode: Literal["r", "r+"] = "r", check: Literal["f
     if schema > SCHEMA:
         raise InputError(f"{where} has schema {schema}, newer than this workbench's {SCHEMA}: update the workbench")
     if schema >= MANIFESTS:
-        store.manifest = Manifest(where, dict(group.attrs), full=check == "full")
+        # zarr may wrap the store again, read-only: the manifest belongs to the store that it reads through
+        group.store.manifest = Manifest(where, dict(group.attrs), full=check == "full")
         if group.attrs.get("digest") != attributes_digest(where.read(ROOT)):
             raise DamageError(where, "its attributes are not those that were written")
     return group
