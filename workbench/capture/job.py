@@ -10,11 +10,14 @@ import json
 import logging
 import os
 import platform
+import shutil
+import stat
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,9 +49,10 @@ log = logging.getLogger("workbench.capture")
 
 @dataclass(frozen=True)
 class Plan:
-    """A job that is laid out: what is read, recorded and written where."""
+    """A job that is laid out: what is read, recorded and written where. digest: SHA-256 of the transcripts' bytes."""
 
     spec: Spec
+    digest: str
     rows: list[Transcript]
     rejects: list[Reject]
     layout: Layout
@@ -101,6 +105,8 @@ def capture(
         with progress("capture", n, "tokens") as advance:
             done = _Done(advance, len(job.layout.units))
             try:
+                if (workers > 1 or dask is not None) and not Path(transcripts).is_file():
+                    raise InputError(f"{transcripts} is a pipe, which workers cannot read: save it as a file")
                 if workers > 1 or dask is not None:
                     from workbench.capture import cluster  # late: dask is an extra
 
@@ -141,7 +147,7 @@ def plan(
     """Read the transcripts and lay out the run; nothing is written."""
     spec = recording.parse(record, model.cfg, routing)
     unwanted = set(read_flags(exclude))
-    found, rejects = read_transcripts(transcripts, tokenizer=model.tokenizer, n_ctx=model.cfg.n_ctx)
+    found, rejects, digest = _read(model, transcripts)
     if not found:
         raise InputError(f"{transcripts}: none of the {len(rejects)} rows can be used; the first: {_why(rejects[0])}")
     if strict and rejects:
@@ -158,7 +164,38 @@ def plan(
         raise InputError(f"{transcripts}: --exclude {exclude} leaves none of {len(found):,} sequences")
     if spec.host_routing:
         rows = with_host_routes(rows, transcripts, model.cfg)
-    return Plan(spec, rows, rejects, plan_units([len(row.tokens) for row in rows], unit_tokens), flags)
+    return Plan(spec, digest, rows, rejects, plan_units([len(row.tokens) for row in rows], unit_tokens), flags)
+
+
+def _read(model: GptOss, transcripts: str | Path) -> tuple[list[Transcript], list[Reject], str]:
+    """Return the transcripts, the rows that cannot be used, and the digest of the bytes that were read.
+
+    A pipe, such as `<(zcat t.jsonl.gz)`, can be read once only: its bytes are copied to a temporary file.
+    """
+    path = Path(transcripts)
+    with ExitStack() as stack:
+        try:
+            kind = path.stat().st_mode
+            if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
+                raise InputError(f"{transcripts} is a device; give a file of transcripts")
+            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+                copy = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".jsonl"))
+                with path.open("rb") as pipe:
+                    shutil.copyfileobj(pipe, copy)
+                copy.flush()
+                path = Path(copy.name)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                before = os.fstat(file.fileno())
+            rows, rejects = read_transcripts(path, tokenizer=model.tokenizer, n_ctx=model.cfg.n_ctx)
+            after = path.stat()
+        except OSError as error:
+            raise InputError(f"{transcripts} cannot be read: {error.strerror or error}") from error
+        except InputError as error:
+            raise InputError(str(error).replace(str(path), str(transcripts))) from error
+    if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
+        raise InputError(f"{transcripts} was changed while it was read; start again when it is complete")
+    return rows, rejects, digest
 
 
 def _flags(row: Transcript, model: GptOss) -> tuple[str, ...]:
@@ -180,7 +217,7 @@ def writer_of(
         model=model.cfg.to_json(),
         checkpoint={"digest": model.checkpoint.digest, "name": model.checkpoint.path.name},
         spec=job.spec,
-        provenance=_provenance(transcripts, job.rejects, model, device),
+        provenance=_provenance(transcripts, job, model, device),
     )
 
 
@@ -204,10 +241,13 @@ def dry_run(
 
 def _pending(job: Plan, path: str | Path) -> list[int]:
     """Units that a run at this path lacks, or all if there is none."""
+    every = list(range(len(job.layout.units)))
     try:
-        return [int(u) for u in np.flatnonzero(~open_run(path).committed)]
+        committed = open_run(path).committed
     except InputError:
-        return list(range(len(job.layout.units)))
+        return every
+    # a run of another layout is refused when the writer opens it
+    return [int(u) for u in np.flatnonzero(~committed)] if len(committed) == len(every) else every
 
 
 def _refuse_full_disk(model: GptOss, job: Plan, pending: Sequence[int], path: str | Path) -> None:
@@ -305,9 +345,7 @@ def _messages(labels: Iterable[Labels]) -> pd.DataFrame:
     )
 
 
-def _provenance(
-    transcripts: str | Path, rejects: Sequence[Reject], model: GptOss, device: str | None
-) -> dict[str, Any]:
+def _provenance(transcripts: str | Path, job: Plan, model: GptOss, device: str | None) -> dict[str, Any]:
     packages = ("torch", "transformer-lens", "numpy", "zarr")
     return {
         "command": " ".join(sys.argv),
@@ -317,14 +355,18 @@ def _provenance(
         "software": {"workbench": workbench_version(), "python": platform.python_version()}
         | {name: version(name) for name in packages},
         "harmony": harmony.distribution(),
-        "tokenizer": {"name": model.tokenizer.name, "digest": model.tokenizer.digest},
+        "tokenizer": {
+            "name": model.tokenizer.name,
+            "digest": model.tokenizer.digest,
+            "chat_template": hashlib.sha256((model.tokenizer.chat_template or "").encode()).hexdigest(),
+        },
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device or ",".join(dict.fromkeys(map(str, model.devices))),
         "transcripts": {
             "name": Path(transcripts).name,
-            "digest": hashlib.sha256(Path(transcripts).read_bytes()).hexdigest(),
+            "digest": job.digest,
         },
-        "rejects": [{"line": r.line, "id": r.id, "reason": r.reason} for r in rejects],
+        "rejects": [{"line": r.line, "id": r.id, "reason": r.reason} for r in job.rejects],
     }
 
 

@@ -1,4 +1,4 @@
-"""Schema 2 of a run: what is in it, in which shapes, and the grain in which it is written.
+"""Schema 3 of a run: what is in it, in which shapes, and the grain in which it is written.
 
 A run is a Zarr v3 group. Token rows are laid out in *units*: a unit consists of complete shards that no other unit writes, so
 units can be written in any order by anybody, and each is committed by one flag after everything else of it.
@@ -12,7 +12,8 @@ import numpy as np
 
 from workbench.harmony.labels import CHANNELS
 
-SCHEMA = 2  # 1 had every token of an activation; its runs are read as they are
+SCHEMA = 3  # 1 had every token of an activation, 2 no manifests; runs of both are read as they are
+MANIFESTS = 3  # the first schema that has them
 CHUNK = 1024  # token rows of an inner chunk
 
 
