@@ -192,6 +192,24 @@ def test_importing_the_package_costs_milliseconds() -> None:
     assert min(float(run(code)) for _ in range(3)) < 0.1
 
 
+def test_the_package_lists_its_public_names_and_has_them() -> None:
+    code = """if True:
+        import inspect, sys, workbench as wb
+        assert "torch" not in sys.modules
+        print(*dir(wb))
+        assert all(getattr(wb, name) is not None for name in dir(wb))
+        assert callable(wb.hooks.interventions.forbid) and callable(wb.kernels.moe.moe)
+        assert "interventions" in dir(wb.hooks) and not hasattr(wb.hooks, "interventoins")
+        parameters = inspect.signature(wb.capture).parameters
+        assert {"model", "record"} <= set(parameters), parameters
+        assert issubclass(wb.InputError, ValueError) and wb.Run.__name__ == "Run"
+    """
+    names = (
+        "InputError Run __version__ capture dashboards experiments figures harmony hooks kernels load open_run studies"
+    )
+    assert run(code).split() == names.split()
+
+
 def test_studies_leave_torch_unloaded() -> None:
     code = "import sys, workbench as wb; wb.studies; wb.runs; wb.figures; wb.harmony; print('torch' in sys.modules)"
     assert run(code).strip() == "False"
