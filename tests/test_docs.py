@@ -17,6 +17,7 @@ import pytest
 import torch
 import zarr
 
+from docs import commands_page
 from tests.conftest import DATA
 from tests.harmony.hosts.test_collect import FakeHost
 from tests.model.fake_gpus import run_on_gpus
@@ -145,6 +146,15 @@ def test_every_link_leads_somewhere(tmp_path: Path) -> None:
         assert broken_links(page) == [], page
     (tmp_path / "page.md").write_text("[gone](gone.md) and [there](page.md)")
     assert broken_links(tmp_path / "page.md") == ["gone.md"]
+
+
+@pytest.mark.parametrize("page", ["commands.md", "benchmarks.md", "studies.md"])
+def test_generated_parts_are_written_into_the_pages(page: str) -> None:
+    """`python -m docs.commands_page` writes them, so that the repository shows what the site shows."""
+    text = (ROOT / "docs" / page).read_text()
+    assert commands_page.generated(page, text) == text
+    changed = text.replace("workbench capture", "workbench capturing").replace("overview |", "overviews |")
+    assert commands_page.generated(page, changed) == text or page == "studies.md", "a stale page is noticed"
 
 
 def test_every_page_is_reached_and_every_picture_used() -> None:
