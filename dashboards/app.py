@@ -49,7 +49,8 @@ def _template(registry: RunRegistry, page: str, link: Callable[[str, str], str])
     # Panel gives what comes after the first drawing a style sheet of its own each, slower and unlike the page's
     pn.state.execute(partial(setattr, pn.config, "design", None), schedule=True)
     return pn.template.BootstrapTemplate(
-        site="gpt-oss workbench", title=f"{session.name}: {page_titles()[page].lower()}", sidebar=[nav, pick, *shown.sidebar],
+        site="gpt-oss workbench", title=escape(f"{session.name}: {page_titles()[page].lower()}"),  # the template does not escape it
+        sidebar=[nav, pick, *shown.sidebar],
         main=shown.main, sidebar_width=275, raw_css=[_CSS],
         theme=pn.theme.DarkTheme if session.theme == "dark" else pn.theme.DefaultTheme,
     )  # fmt: skip
@@ -60,7 +61,7 @@ def _links(page: str, choice: Selection, link: Callable[[str, str], str]) -> str
     style = "display:block;padding:.15rem 0;color:inherit;"
     rows = [
         f'<a href="{escape(link(path, choice.query(figure="", measure="")))}" style="{style}'
-        f'{"font-weight:700" if path == page else ""}"{" aria-current=page" if path == page else ""}>{title}</a>'
+        f'{"font-weight:700" if path == page else ""}"{" aria-current=page" if path == page else ""}>{escape(title)}</a>'
         for path, title in page_titles().items()
     ]
     other = "light" if choice.text("theme") == "dark" else "dark"
