@@ -25,6 +25,7 @@ FLAGS = [
 ]  # fmt: skip
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
 
+expect.set_options(timeout=60_000)  # five seconds, the default, are too few on a busy machine
 pytestmark = pytest.mark.browser
 
 

@@ -225,7 +225,7 @@ def verify(
     problems = check(run, workers=workers)
     for problem in problems:
         print(f"{problem.where}: {problem.what}")
-    print(f"{run}: {len(problems)} problems" if problems else f"{run}: whole")
+    print(f"{run}: {len(problems)} problems" if problems else f"{run}: valid")
     if not problems and (found := counted_in(open_run(run).sequences)):
         print(f"{run}: {found}")
     raise typer.Exit(1 if problems else 0)
