@@ -30,6 +30,11 @@ class SyntheticRun:
     summaries: Mapping[str, xr.DataArray]
     attrs: Mapping[str, Any] = field(default_factory=lambda: {"synthetic": True})
 
+    @property
+    def recorded(self) -> list[str]:
+        """The recorded quantities, as those of a stored run."""
+        return ["routing"]
+
     def summary(self, name: str) -> xr.DataArray:
         """`expert_count`, `gate_sum` or `tokens`."""
         if name not in self.summaries:
