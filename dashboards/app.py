@@ -4,7 +4,6 @@ Everything a page needs comes from this server. Bootstrap's template, because it
 host for a font.
 """
 
-import json
 import secrets
 import socket
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import panel as pn
 
+from workbench.bounded_json import read_json
 from workbench.dashboards import widgets
 from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
@@ -49,7 +49,8 @@ def _template(registry: RunRegistry, page: str, link: Callable[[str, str], str])
     # Panel gives what comes after the first drawing a style sheet of its own each, slower and unlike the page's
     pn.state.execute(partial(setattr, pn.config, "design", None), schedule=True)
     return pn.template.BootstrapTemplate(
-        site="gpt-oss workbench", title=f"{session.name}: {page_titles()[page].lower()}", sidebar=[nav, pick, *shown.sidebar],
+        site="gpt-oss workbench", title=escape(f"{session.name}: {page_titles()[page].lower()}"),  # the template does not escape it
+        sidebar=[nav, pick, *shown.sidebar],
         main=shown.main, sidebar_width=275, raw_css=[_CSS],
         theme=pn.theme.DarkTheme if session.theme == "dark" else pn.theme.DefaultTheme,
     )  # fmt: skip
@@ -60,7 +61,7 @@ def _links(page: str, choice: Selection, link: Callable[[str, str], str]) -> str
     style = "display:block;padding:.15rem 0;color:inherit;"
     rows = [
         f'<a href="{escape(link(path, choice.query(figure="", measure="")))}" style="{style}'
-        f'{"font-weight:700" if path == page else ""}"{" aria-current=page" if path == page else ""}>{title}</a>'
+        f'{"font-weight:700" if path == page else ""}"{" aria-current=page" if path == page else ""}>{escape(title)}</a>'
         for path, title in page_titles().items()
     ]
     other = "light" if choice.text("theme") == "dark" else "dark"
@@ -152,7 +153,7 @@ def _access(basic_auth: Path | None) -> dict[str, Any]:
     if basic_auth is None:
         return {}
     try:
-        known = json.loads(basic_auth.read_text())
+        known = read_json(basic_auth)
     except (OSError, ValueError) as error:
         raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords ({error})") from error
     if not isinstance(known, dict) or not known or not all(isinstance(v, str) and v for v in known.values()):

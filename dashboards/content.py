@@ -6,6 +6,7 @@ from html import escape
 import pandas as pd
 import xarray as xr
 
+from workbench.harmony.flags import counted_in
 from workbench.runs import Run
 from workbench.studies.comparison import in_order
 
@@ -77,6 +78,8 @@ def provenance(run: Run) -> str:
     """Return HTML with the provenance of a run as a table."""
     rows = {**run.provenance, "digest": run.digest, "checkpoint": run.checkpoint}
     rows.pop("rejects", None)
+    if found := counted_in(run.sequences):
+        rows["flags of sequences"] = found
     cells = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
     return f"<table>{cells}</table>"
 
@@ -117,7 +120,8 @@ def gains(gain: xr.Dataset, task: str) -> str:
     for step in map(str, gain["step"].values):
         c = {str(k): float(v) for k, v in gain.sel(task=task, step=step).data_vars.items()}
         lines.append(
-            f"{step}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, {c['more_tokens_high']:+.1f}], "
+            f"{step}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, "
+            f"{c['more_tokens_high']:+.1f}], "
             f"accuracy {c['gain']:+.3f} [{c['gain_low']:+.3f}, {c['gain_high']:+.3f}]"
         )
     return "<br>".join(map(escape, lines))
@@ -128,4 +132,7 @@ def about_head(run: Run, layer: int, head: int) -> str:
     window = (run.model.get("windows") or [None] * run.model["n_layers"])[layer]
     group = run.model["n_heads"] // run.model["n_key_value_heads"]
     sees = f"the last {window} keys" if window else "all previous keys"
-    return f"Attends to {sees}; shares its keys and values with heads {head // group * group} to {head // group * group + group - 1}."
+    return (
+        f"Attends to {sees}; shares its keys and values with heads {head // group * group} to "
+        f"{head // group * group + group - 1}."
+    )

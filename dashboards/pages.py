@@ -160,9 +160,13 @@ def transcript(session: Session) -> Page:
         def body() -> dict[str, int]:
             expert = (chosen.number("layer"), chosen.number("expert")) if order.value else None
             return search.conversations(
-                run, task=chosen["task"], effort=chosen["effort"], channel=chosen["channel"], text=str(find.value),
+                run,
+                task=chosen["task"],
+                effort=chosen["effort"],
+                channel=chosen["channel"],
+                text=str(find.value),
                 expert=expert,
-            )  # fmt: skip
+            )
 
         pick.loading = True
         found = widgets.guarded(body)

@@ -34,7 +34,7 @@ _NOT_KEPT = ("together",)
 
 
 class Answer(NamedTuple):
-    """What is known of a study by now: its datasets, or why there are none, or since when it is being made."""
+    """The state of a study: its datasets, the reason why there are none, or the seconds since it was started."""
 
     datasets: dict[str, xr.Dataset] | None = None
     reason: str = ""
@@ -84,10 +84,10 @@ class Desk:
         return load(kept)[study]
 
     def _make(self, study: str, paths: Sequence[str], kept: Path) -> None:
-        """Into a folder beside, which becomes the one wanted when it is whole."""
+        """Write the results into a temporary folder and rename it when it is complete."""
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=kept.parent) as made:
-            command = [sys.executable, "-m", "workbench.dashboards.study_jobs", study, f"{made}/out", *paths]
+            command = [sys.executable, "-P", "-m", "workbench.dashboards.study_jobs", study, f"{made}/out", *paths]
             environment = {"OMP_NUM_THREADS": "1", **os.environ}
             process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
             self._running.add(process)

@@ -103,7 +103,10 @@ def guarded(body: Callable[[], Any]) -> Any:
         return alert(str(error))
     except Exception as error:
         traceback.print_exc()
-        text = f"This could not be read ({type(error).__name__}: {str(error)[:200]}). Run `workbench verify RUN` to list damaged arrays."
+        text = (
+            f"This could not be read ({type(error).__name__}: {str(error)[:200]}). Run `workbench verify "
+            "RUN` to list damaged arrays."
+        )
         return alert(text, "danger")
 
 

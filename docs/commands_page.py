@@ -1,4 +1,4 @@
-"""A hook of the site's generator: the page of commands is what `--help` says, and the table of the dashboard its JSON."""
+"""Generated parts of the documentation: the commands as `--help` shows them, studies, and dashboard timings."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,19 @@ HERE = Path(__file__).parent
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Put what is made where a page says so."""
-    if page.file.src_uri == "commands.md":
-        return markdown.replace("COMMANDS", commands())
-    if page.file.src_uri == "benchmarks.md":
-        return markdown.replace("DASHBOARD_TABLE", dashboard_table())
-    if page.file.src_uri == "studies.md":
+    """Return a page of the site with its generated part made anew."""
+    return generated(page.file.src_uri, markdown)
+
+
+def generated(name: str, markdown: str) -> str:
+    """Return the text of a page with its generated part made anew; other pages are returned as they are."""
+    if name == "commands.md":
+        return markdown[: markdown.index("## workbench ")] + commands()
+    if name == "benchmarks.md":
+        start, end = markdown.index("## The dashboard of"), markdown.index("## On the CPU")
+        heading = markdown[start : markdown.index("\n", start)]
+        return f"{markdown[:start]}{heading}\n\n{dashboard_table()}\n\n{markdown[end:]}"
+    if name == "studies.md":
         return markdown[: markdown.index("| `workbench study")] + studies_table()
     return markdown
 
@@ -48,7 +55,7 @@ def commands() -> str:
             parts.append("\n".join(["| | |", "|---|---|", *lines]) + "\n")
 
     tell(typer.main.get_command(app), "workbench")
-    return "\n".join(parts)
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def studies_table() -> str:
@@ -70,9 +77,23 @@ def dashboard_table() -> str:
     studies = [f"| {name} | {s:.0f} |" for name, s in found["studies_s"].items()]
     return "\n".join(
         [
-            f"{found['machine']}; browser and server share it. The server's peak was {found['server_peak_gb']:.2f} GB.", "",
-            "| page | first visit, s | later, s |", "|---|---|---|", *pages, "",
-            f"| change of selection | one session, s | {many.split('_')[2]} at once, s |", "|---|---|---|", *changes, "",
-            "| study, made beside the server | s |", "|---|---|", *studies,
+            f"{found['machine']}; browser and server share it. The server's peak was {found['server_peak_gb']:.2f} GB.",
+            "",
+            "| page | first visit, s | later, s |",
+            "|---|---|---|",
+            *pages,
+            "",
+            f"| change of selection | one session, s | {many.split('_')[2]} at once, s |",
+            "|---|---|---|",
+            *changes,
+            "",
+            "| study, made beside the server | s |",
+            "|---|---|",
+            *studies,
         ]
-    )  # fmt: skip
+    )
+
+
+if __name__ == "__main__":  # python -m docs.commands_page: write the generated parts into the pages of the repository
+    for path in (HERE / "commands.md", HERE / "benchmarks.md", HERE / "studies.md"):
+        path.write_text(generated(path.name, path.read_text()))

@@ -23,7 +23,9 @@ install_import_hook([*KERNELS, "workbench.hooks", "workbench.model"], "beartype.
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--long", action="store_true", help="as many trials, kills and fuzz cases as docs/security.md states"
+        "--long",
+        action="store_true",
+        help="run long simulations, full matrices and many trials; their results are committed",
     )
 
 

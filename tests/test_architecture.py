@@ -1,4 +1,4 @@
-"""The plan of the house: imports go one way, start-up is cheap, and nothing of ours shadows another package."""
+"""The dependency rule and start-up: imports go one way and in no cycle, and no folder shadows another package."""
 
 import ast
 import subprocess
@@ -9,21 +9,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Room → rooms it may import; the two wings meet in capture (which writes runs) and the command line.
+# Package → packages it may import; torch and the torch-free packages meet in capture, experiments and cli.
 MAY_IMPORT = {
     "errors": set(),
     "_links": set(),
     "progress": set(),
     "registry": {"errors"},
+    "version": set(),
+    "bounded_json": {"errors"},
     "kernels": set(),
-    "hooks": set(),
+    "hooks": {"errors"},
     "harmony": {"errors", "progress"},
-    "model": {"kernels", "hooks", "harmony", "errors"},
+    "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
     "runs": {"harmony", "errors", "progress"},
-    "studies": {"registry", "runs", "harmony", "errors"},
+    "studies": {"bounded_json", "version", "registry", "runs", "harmony", "errors"},
     "figures": {"registry", "studies", "harmony", "errors"},
-    "dashboards": {"registry", "figures", "studies", "runs", "harmony", "errors"},
-    "capture": {"kernels", "model", "hooks", "runs", "harmony", "errors", "progress"},
+    "dashboards": {"bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
+    "capture": {"version", "kernels", "model", "hooks", "runs", "harmony", "errors", "progress"},
     "data": {"model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
     "bench": {
         "kernels",
@@ -39,6 +41,7 @@ MAY_IMPORT = {
         "progress",
     },
     "experiments": {
+        "version",
         "registry",
         "model",
         "kernels",
@@ -50,9 +53,7 @@ MAY_IMPORT = {
         "errors",
         "progress",
     },
-    "cli_studies": {"registry", "errors"},
     "cli": {
-        "cli_studies",
         "registry",
         "bench",
         "experiments",
@@ -66,12 +67,17 @@ MAY_IMPORT = {
         "errors",
     },
 }
+# a method of the model calls the module that runs it; a job and the workers that it hands units to
+ALLOWED_CYCLES = {
+    "workbench.capture.cluster",
+    "workbench.capture.job",
+}
 TORCH_FREE = ("runs", "studies", "figures", "dashboards", "harmony")
 
 
 def modules() -> list[Path]:
     return [p for p in (ROOT / "workbench").rglob("*.py", recurse_symlinks=True)] if sys.version_info >= (3, 13) else [
-        p for room in (ROOT / "workbench").iterdir() for p in ([room] if room.suffix == ".py" else room.rglob("*.py"))
+        p for package in (ROOT / "workbench").iterdir() for p in ([package] if package.suffix == ".py" else package.rglob("*.py"))
     ]  # fmt: skip
 
 
@@ -86,44 +92,88 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(ROOT / "workbench").parts[0].removesuffix(".py")
 
 
-def wrong_turns(path: Path) -> list[str]:
-    room = room_of(path)
+def forbidden_imports(path: Path) -> list[str]:
+    package = package_of(path)
     reached = {name.split(".")[1] for name in imports_of(path) if name.startswith("workbench.")}
-    return sorted(reached - MAY_IMPORT[room] - {room, "__version__"})
+    return sorted(reached - MAY_IMPORT[package] - {package, "__version__"})
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
     if path.parent == ROOT / "workbench" and path.name == "__init__.py":
         return
-    assert not wrong_turns(path), f"{room_of(path)} may import {sorted(MAY_IMPORT[room_of(path)])}"
+    assert not forbidden_imports(path), f"{package_of(path)} may import {sorted(MAY_IMPORT[package_of(path)])}"
 
 
-def test_the_import_test_sees_a_wrong_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forbidden_import_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MAY_IMPORT, "capture", {"model"})
-    assert "runs" in wrong_turns(ROOT / "workbench/capture/job.py")
+    assert "runs" in forbidden_imports(ROOT / "workbench/capture/job.py")
 
 
-@pytest.mark.parametrize("room", TORCH_FREE)
-def test_the_reading_wing_never_names_torch(room: str) -> None:
-    for path in (ROOT / "workbench" / room).rglob("*.py"):
+@pytest.mark.parametrize("package", TORCH_FREE)
+def test_the_torch_free_packages_never_name_torch(package: str) -> None:
+    for path in (ROOT / "workbench" / package).rglob("*.py"):
         torches = {n for n in imports_of(path) if n.split(".")[0] in ("torch", "transformer_lens", "transformers")}
         assert not torches, path
 
 
-def test_there_is_no_circle_between_rooms() -> None:
+def test_the_dependency_rule_has_no_cycle() -> None:
     order: list[str] = []
     while len(order) < len(MAY_IMPORT):
-        free = [room for room, needs in MAY_IMPORT.items() if room not in order and needs <= set(order) | {room}]
-        assert free, f"a circle among {set(MAY_IMPORT) - set(order)}"
+        free = [
+            package for package, needs in MAY_IMPORT.items() if package not in order and needs <= set(order) | {package}
+        ]
+        assert free, f"a cycle among {set(MAY_IMPORT) - set(order)}"
         order += free
 
 
-def test_the_linked_rooms_shadow_nobody() -> None:
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """What each module imports of the others: at the top, late, or for type checking only."""
+    graph = {}
+    for module, source in sources.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {dotted if dotted in sources else node.module for dotted in names.values()}
+        graph[module] = (found & sources.keys()) - {module}
+    return graph
+
+
+def reached(graph: dict[str, set[str]], module: str) -> set[str]:
+    """Modules that a module imports, directly or through others."""
+    found: set[str] = set()
+    ahead = list(graph[module])
+    while ahead:
+        found.add(ahead[-1])
+        ahead += graph[ahead.pop()] - found
+    return found
+
+
+def cyclic(graph: dict[str, set[str]]) -> set[str]:
+    """Modules that import themselves through others."""
+    return {module for module in graph if module in reached(graph, module)}
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = import_graph({module_name(path): path.read_text() for path in modules()})
+    assert cyclic(graph) <= ALLOWED_CYCLES
+    circular = {"a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import b", "b": "def f():\n    import a"}
+    assert cyclic(import_graph(circular)) == {"a", "b"}  # a negative control
+
+
+def test_linked_folders_shadow_no_package() -> None:
     for name in ("kernels", "hooks", "dashboards", "data"):
         assert not (ROOT / name / "__init__.py").exists()
         assert (ROOT / "workbench" / name).is_symlink()
@@ -140,6 +190,24 @@ def run(code: str) -> str:
 def test_importing_the_package_costs_milliseconds() -> None:
     code = "import time; t = time.perf_counter(); import workbench; print(time.perf_counter() - t)"
     assert min(float(run(code)) for _ in range(3)) < 0.1
+
+
+def test_the_package_lists_its_public_names_and_has_them() -> None:
+    code = """if True:
+        import inspect, sys, workbench as wb
+        assert "torch" not in sys.modules
+        print(*dir(wb))
+        assert all(getattr(wb, name) is not None for name in dir(wb))
+        assert callable(wb.hooks.interventions.forbid) and callable(wb.kernels.moe.moe)
+        assert "interventions" in dir(wb.hooks) and not hasattr(wb.hooks, "interventoins")
+        parameters = inspect.signature(wb.capture).parameters
+        assert {"model", "record"} <= set(parameters), parameters
+        assert issubclass(wb.InputError, ValueError) and wb.Run.__name__ == "Run"
+    """
+    names = (
+        "InputError Run __version__ capture dashboards experiments figures harmony hooks kernels load open_run studies"
+    )
+    assert run(code).split() == names.split()
 
 
 def test_studies_leave_torch_unloaded() -> None:

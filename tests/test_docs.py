@@ -14,10 +14,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import zarr
 
+from docs import commands_page
 from tests.conftest import DATA
 from tests.harmony.hosts.test_collect import FakeHost
+from tests.model.fake_gpus import run_on_gpus
 from tests.runs.conftest import write_run
 from tests.serving import free_port, wait_for
 
@@ -71,6 +74,15 @@ def test_the_python_of_a_page_runs_in_its_order(page: Path, workplace: Path) -> 
     code = "\n".join(blocks(page, "python"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=workplace)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_hooks_of_the_how_to_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a simulated GPU, where `device="auto"` puts the model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.zarr").symlink_to(DATA / "demo.zarr")
+    machine = run_on_gpus(blocks(ROOT / "docs" / "howto" / "hook.md", "python"), monkeypatch)
+    assert machine.devices == {torch.device("cuda", 0)}
 
 
 @pytest.mark.slow
@@ -134,6 +146,15 @@ def test_every_link_leads_somewhere(tmp_path: Path) -> None:
         assert broken_links(page) == [], page
     (tmp_path / "page.md").write_text("[gone](gone.md) and [there](page.md)")
     assert broken_links(tmp_path / "page.md") == ["gone.md"]
+
+
+@pytest.mark.parametrize("page", ["commands.md", "benchmarks.md", "studies.md"])
+def test_generated_parts_are_written_into_the_pages(page: str) -> None:
+    """`python -m docs.commands_page` writes them, so that the repository shows what the site shows."""
+    text = (ROOT / "docs" / page).read_text()
+    assert commands_page.generated(page, text) == text
+    changed = text.replace("workbench capture", "workbench capturing").replace("overview |", "overviews |")
+    assert commands_page.generated(page, changed) == text or page == "studies.md", "a stale page is noticed"
 
 
 def test_every_page_is_reached_and_every_picture_used() -> None:

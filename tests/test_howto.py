@@ -12,8 +12,8 @@ import pytest
 
 import workbench as wb
 from docs import commands_page
+from tests.cli.test_cli import run
 from tests.conftest import DATA
-from tests.test_cli import run
 from workbench import registry
 from workbench.errors import InputError
 from workbench.figures import paper
@@ -102,7 +102,7 @@ def test_a_study_of_one_module_appears_in_every_list(
     write_report(opened, tmp_path / "report.html")
     assert "Busiest expert and wrong answers" in (tmp_path / "report.md").read_text()
     assert 'id="busiest-expert_change_change"' in (tmp_path / "report.html").read_text()
-    assert list(paper.drawings(opened)[0]) == ["busiest-expert_change_change"]
+    assert list(paper.figures_of_run(opened)[0]) == ["busiest-expert_change_change"]
 
 
 def test_an_experiment_of_one_module_runs_by_its_name(

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import DATA
+from tests.model.fake_gpus import run_on_gpus
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,6 +27,23 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "<|channel|>final<|message|>" in done.stdout
     assert "torch.Size([1, " in done.stdout
+
+
+def test_the_python_example_runs_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a simulated GPU, where `device="auto"` puts the model and the example's tokens are on the CPU."""
+    monkeypatch.chdir(tmp_path)
+    machine = run_on_gpus(blocks("python"), monkeypatch)
+    assert machine.devices == {torch.device("cuda", 0)}
+    assert "torch.Size([1, " in capsys.readouterr().out
+
+
+def test_tokens_that_are_not_moved_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: without the model's own move, the example's tokens meet weights of another device."""
+    code = "import torch, workbench as wb; model = wb.load('nano'); model.embed(torch.tensor([[1]]))"
+    with pytest.raises(RuntimeError, match="'cpu', 'cuda:0'"):
+        run_on_gpus([code], monkeypatch)
 
 
 @pytest.mark.slow

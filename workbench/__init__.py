@@ -1,10 +1,12 @@
 """The gpt-oss workbench: look inside OpenAI's open-weight reasoning models.
 
-Importing this package costs milliseconds: every public name is resolved on first use (PEP 562),
-so that reading a run never pays for torch.
+Importing this package costs milliseconds: every public name is resolved on first use (PEP 562), so that reading a run
+never pays for torch. `dir(workbench)` lists the public names.
 """
 
 import importlib
+import importlib.util
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +18,57 @@ if TYPE_CHECKING:
     from workbench import harmony as harmony
     from workbench import studies as studies
     from workbench.capture.job import capture as capture
+    from workbench.errors import InputError as InputError
     from workbench.model import load as load
+    from workbench.runs import Run as Run
     from workbench.runs import open_run as open_run
+
+    __version__: str
 
 require_links(Path(__file__).parent)
 
-__version__ = "0.1.0"
+_OBJECTS = {
+    "load": "workbench.model",
+    "open_run": "workbench.runs",
+    "Run": "workbench.runs",
+    "InputError": "workbench.errors",
+}
+_PACKAGES = ("capture", "experiments", "figures", "harmony", "studies")  # `capture` is a package that can be called
+_LINKED = ("dashboards", "hooks", "kernels")  # folders without an `__init__.py`
 
-_EXPORTS = {"load": "workbench.model", "open_run": "workbench.runs"}
-_ROOMS = ("capture", "harmony", "studies", "figures", "runs", "model", "experiments")  # `capture` is a callable package
+__all__ = [
+    "InputError", "Run", "__version__", "capture", "dashboards", "experiments", "figures", "harmony", "hooks",
+    "kernels", "load", "open_run", "studies",
+]  # fmt: skip
 
-__all__ = ["__version__", "capture", "experiments", "figures", "harmony", "load", "open_run", "studies"]
+
+class _LinkedPackage(types.ModuleType):
+    """A package without an `__init__.py`, whose modules are imported when they are accessed."""
+
+    def __getattr__(self, name: str) -> Any:
+        dotted = f"{self.__name__}.{name}"
+        if name.startswith("_") or importlib.util.find_spec(dotted) is None:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return importlib.import_module(dotted)
+
+    def __dir__(self) -> list[str]:
+        found = {path.stem for folder in self.__path__ for path in Path(folder).glob("*.py")}
+        return sorted(found | {path.name for folder in self.__path__ for path in Path(folder).glob("gpu")})
 
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    if name in _ROOMS:
+    if name == "__version__":
+        return importlib.import_module("workbench.version").version()
+    if name in _OBJECTS:
+        return getattr(importlib.import_module(_OBJECTS[name]), name)
+    if name in _LINKED:
+        package = importlib.import_module(f"workbench.{name}")
+        package.__class__ = _LinkedPackage
+        return package
+    if name in (*_PACKAGES, "runs", "model"):
         return importlib.import_module(f"workbench.{name}")
-    raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+    raise AttributeError(f"module 'workbench' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

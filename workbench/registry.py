@@ -2,7 +2,7 @@
 
 A study (of finished runs) or an experiment (a model on the sequences of a run) is one module that holds one record:
 
-    STUDY = Study(name="routing", title="Routing", question="Which experts process which tokens?", requires=("routing",))
+    STUDY = Study(name="routing", title="Routing", question="Which experts process which tokens?")
 
     def study(run, *, seed=0) -> dict[str, xarray.Dataset]: ...
 
@@ -105,9 +105,10 @@ class Record:
             choices = needed.split(" or ")
             has_activation = "activations" in choices and any(name.startswith("hook_") for name in recorded)
             if not has_activation and not set(choices) & set(recorded):
+                remedy = "--routing host" if choices[0] == "host_routing" else f"--record {choices[0]}"
                 raise InputError(
                     f"{self.name} needs a run that recorded {needed}, and {getattr(run, 'path', 'this one')} recorded "
-                    f"{', '.join(recorded)}: capture again with --record {choices[0]}"
+                    f"{', '.join(recorded)}: capture again with {remedy}"
                 )
 
 

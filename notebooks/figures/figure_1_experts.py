@@ -6,26 +6,26 @@ python notebooks/figures/figure_1_experts.py RUN OUT [svg|pdf|png|html …]
 from functools import partial
 
 from workbench import studies
-from workbench.figures import paper, routing
-from workbench.figures.gallery import Drawing, numbers
+from workbench.figures import export, routing
+from workbench.figures.gallery import GalleryItem, numbers
 from workbench.runs import Run, open_run
 
 
-def draw(run: Run) -> dict[str, Drawing]:
+def draw(run: Run) -> dict[str, GalleryItem]:
     """The panels by name."""
     load = studies.routing.load(run)
     effort = str(load["effort"].values[-1])
     found = {
-        "figure_1a_entropy": Drawing(
+        "figure_1a_entropy": GalleryItem(
             partial(routing.entropy_by_layer, load), numbers(load, "channel_effort_layer"), load
         )
     }
     for panel, channel in (("b", "analysis"), ("c", "final")):
         cell = load.sel(channel=channel, effort=effort)
         drawing = partial(routing.load_heatmap, load, channel, effort)
-        found[f"figure_1{panel}_{channel}"] = Drawing(drawing, numbers(cell, "layer_expert"), load)
+        found[f"figure_1{panel}_{channel}"] = GalleryItem(drawing, numbers(cell, "layer_expert"), load)
     return found
 
 
 if __name__ == "__main__":
-    paper.script(draw, open_run, column="double")
+    export.script(draw, open_run, column="double")

@@ -4,12 +4,12 @@ python notebooks/figures/figure_2_thinking_and_answering.py RUN OUT [svg|pdf|png
 """
 
 from workbench import studies
-from workbench.figures import channels, paper
-from workbench.figures.gallery import Drawing
+from workbench.figures import channels, export
+from workbench.figures.gallery import GalleryItem
 from workbench.runs import Run, open_run
 
 
-def draw(run: Run) -> dict[str, Drawing]:
+def draw(run: Run) -> dict[str, GalleryItem]:
     """The panels by name."""
     gallery = channels.gallery(studies.run_study("channels", run))
     panels = {"a_by_layer": "routing_sizes", "b_experts": "routing_analysis_vs_final_matched", "c_sinks": "sinks_sizes"}
@@ -17,4 +17,4 @@ def draw(run: Run) -> dict[str, Drawing]:
 
 
 if __name__ == "__main__":
-    paper.script(draw, open_run)
+    export.script(draw, open_run)

@@ -1,4 +1,4 @@
-"""Figure 3: where heads rest, and along position in a full and in a window layer.
+"""Figure 3: mean sink attention, and sink attention by position in a full and in a windowed layer.
 
 python notebooks/figures/figure_3_sinks.py RUN OUT [svg|pdf|png|html …]
 """
@@ -6,27 +6,27 @@ python notebooks/figures/figure_3_sinks.py RUN OUT [svg|pdf|png|html …]
 from functools import partial
 
 from workbench import studies
-from workbench.figures import paper, sinks
-from workbench.figures.gallery import Drawing, numbers
+from workbench.figures import export, sinks
+from workbench.figures.gallery import GalleryItem, numbers
 from workbench.runs import Run, open_run
 
 
-def draw(run: Run) -> dict[str, Drawing]:
+def draw(run: Run) -> dict[str, GalleryItem]:
     """The panels by name."""
     mass = studies.sinks.mass(run)
     effort = str(mass["effort"].values[-1])
     cell = mass.sel(channel="analysis", effort=effort)
     found = {
-        "figure_3a_mass": Drawing(
+        "figure_3a_mass": GalleryItem(
             partial(sinks.mass_heatmap, mass, "analysis", effort), numbers(cell, "layer_head"), mass
         )
     }
     position = studies.sinks.by_position(run)
     for panel, layer in (("b_full", 1), ("c_window", 2)):
         table = numbers(position.sel(layer=layer), "channel_bin")
-        found[f"figure_3{panel}"] = Drawing(partial(sinks.by_position, position, layer), table, position)
+        found[f"figure_3{panel}"] = GalleryItem(partial(sinks.by_position, position, layer), table, position)
     return found
 
 
 if __name__ == "__main__":
-    paper.script(draw, open_run)
+    export.script(draw, open_run)

@@ -1,15 +1,15 @@
-"""Figure 4: what effort costs and brings, and how far routing differs with it at equal position.
+"""Figure 4: accuracy vs. reasoning length, and the differences of routing at equal position.
 
 python notebooks/figures/figure_4_effort.py RUN OUT [svg|pdf|png|html …]
 """
 
 from workbench import studies
-from workbench.figures import effort, paper
-from workbench.figures.gallery import Drawing
+from workbench.figures import effort, export
+from workbench.figures.gallery import GalleryItem
 from workbench.runs import Run, open_run
 
 
-def draw(run: Run) -> dict[str, Drawing]:
+def draw(run: Run) -> dict[str, GalleryItem]:
     """The panels by name."""
     gallery = effort.gallery(studies.run_study("effort", run))
     panels = {"a_accuracy": "accuracy_by_tokens", "b_routing": "routing_sizes"}
@@ -17,4 +17,4 @@ def draw(run: Run) -> dict[str, Drawing]:
 
 
 if __name__ == "__main__":
-    paper.script(draw, open_run)
+    export.script(draw, open_run)

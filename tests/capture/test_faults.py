@@ -116,10 +116,10 @@ def test_a_full_disk_leaves_its_unit_out_and_the_job_goes_on_later(
 ) -> None:
     path, put = tmp_path / "run", shards._put
 
-    def full(array: Any, where: Storage, key: str, values: np.ndarray) -> None:
+    def full(array: Any, where: Storage, key: str, values: np.ndarray) -> Any:
         if key == "routing/gates/c/0/1/0":  # the second unit's
             raise OSError(errno.ENOSPC, "No space left on device")
-        put(array, where, key, values)
+        return put(array, where, key, values)
 
     monkeypatch.setattr(shards, "_put", full)
     with pytest.raises(JobError, match=r"disk of .* is full; free some space and start the same job again"):

@@ -25,6 +25,7 @@ FLAGS = [
 ]  # fmt: skip
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
 
+expect.set_options(timeout=60_000)  # five seconds, the default, are too few on a busy machine
 pytestmark = pytest.mark.browser
 
 
@@ -212,7 +213,7 @@ def test_every_page_draws_and_explains_itself(demo: str, browser: Browser, page:
 
 def test_another_figure_is_in_the_link_and_its_numbers_can_be_had(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/sinks?figure=position_layer_1").drawn(3)
-    expect(session.page.get_by_text("Sink mass by position, layer 1").first).to_be_visible()
+    expect(session.page.get_by_text("Sink attention by position, layer 1").first).to_be_visible()
     session.page.locator("select").last.select_option(label="analysis vs final matched")
     session.page.wait_for_url(re.compile("figure=analysis_vs_final_matched"), timeout=30_000)
     expect(session.page.get_by_text("at equal position").first).to_be_visible(timeout=30_000)
@@ -350,15 +351,13 @@ def test_what_is_chosen_goes_along_to_the_next_page_by_keyboard(demo: str, brows
     for name, choice in (("Channel", "final"), ("Task", "product"), ("Layer", "2")):
         session.page.get_by_label(name, exact=True).select_option(label=choice)
         session.page.wait_for_url(re.compile(f"{name.lower()}={choice}"), timeout=30_000)
-    expect(session.page.get_by_text("How often each expert is chosen: final, product").first).to_be_visible(
-        timeout=30_000
-    )
+    expect(session.page.get_by_text("Expert load: final, product").first).to_be_visible(timeout=30_000)
     session.page.wait_for_timeout(500)
     session.page.get_by_role("link", name="Attention sinks").focus()
     session.page.keyboard.press("Enter")
     session.page.wait_for_url(re.compile("/sinks.*channel=final.*task=product"), timeout=30_000)
     session.drawn()
-    expect(session.page.get_by_text("Sink mass: final, product").first).to_be_visible(timeout=30_000)
+    expect(session.page.get_by_text("Sink attention: final, product").first).to_be_visible(timeout=30_000)
     expect(session.page.get_by_text("Layer 2, head 0").first).to_be_visible(timeout=30_000)
     assert session.errors == []
 
@@ -388,7 +387,7 @@ def test_panel_serve_shows_it_too(demo_run: Path, browser: Browser) -> None:
         session.page.get_by_role("link", name="Effort").click()
         session.page.wait_for_url(re.compile("page=effort"), timeout=30_000)
         session.drawn()
-        expect(session.page.get_by_text("What thinking costs and brings").first).to_be_visible()
+        expect(session.page.get_by_text("Accuracy vs. reasoning length").first).to_be_visible()
         assert session.errors == []
     finally:
         server.terminate()

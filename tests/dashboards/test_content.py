@@ -20,7 +20,7 @@ from tests.conftest import DATA
 from tests.runs.conftest import LENGTHS, job, write_unit
 from workbench import harmony
 from workbench.capture.plan import plan_units
-from workbench.dashboards import content, search
+from workbench.dashboards import app, content, search
 from workbench.dashboards.app import _access, notebook
 from workbench.dashboards.conversation import data_of, frame
 from workbench.dashboards.pages import made, page_titles
@@ -280,3 +280,15 @@ def test_who_may_enter_is_read_from_a_file(tmp_path: Path) -> None:
     first, second = _access(file), _access(file)
     assert first["basic_auth"] == str(file)
     assert first["cookie_secret"] != second["cookie_secret"]
+
+
+def test_a_run_name_is_only_text_in_the_template(tmp_path: Path) -> None:
+    """Panel's template puts the title into the page as it is: `<img onerror=…>` once ran there."""
+    path = tmp_path / "<img src=x onerror=alert(1)>.zarr"
+    shutil.copytree(DATA / "demo.zarr", path)
+    registry = RunRegistry([path])
+    (name,) = registry.names
+    template = app._template(registry, "overview", lambda page, query: f"./{page}?{query}")
+    assert "<" in name, "otherwise the test proves nothing"
+    assert "<" not in template.title
+    assert "&lt;img" in template.title

@@ -21,10 +21,18 @@ CORRUPT = torch.randint(BASE.d_vocab, (2, 14), generator=RNG)
 CLEAN = CORRUPT.clone()
 CLEAN[:, 3] = torch.tensor([7, 70])
 POINTS = (
-    "hook_resid_pre", "attn.hook_v", "attn.hook_z", "attn.hook_sink",
-    "attn.hook_attn_scores", "attn.hook_pattern", "ln2.hook_scale", "mlp.router.hook_out", "mlp.hook_expert_weights",
-    "mlp.experts.hook_post", "mlp.experts.hook_out",
-)  # fmt: skip
+    "hook_resid_pre",
+    "attn.hook_v",
+    "attn.hook_z",
+    "attn.hook_sink",
+    "attn.hook_attn_scores",
+    "attn.hook_pattern",
+    "ln2.hook_scale",
+    "mlp.router.hook_out",
+    "mlp.hook_expert_weights",
+    "mlp.experts.hook_post",
+    "mlp.experts.hook_out",
+)
 
 
 def metric(logits: Tensor) -> Tensor:
@@ -99,7 +107,9 @@ def test_what_is_measured_is_a_patch(exact: GptOss) -> None:
 def test_where_the_runs_are_alike_nothing_has_an_effect_and_flips_are_counted(exact: GptOss) -> None:
     found = attribution_patching(exact, CORRUPT, CLEAN, metric, ["attn.hook_z", "attn.hook_attn_scores"])
     for name in ("attn.hook_z", "attn.hook_attn_scores", "flip"):
-        assert (found[name].sel(position=slice(0, 3)) == 0).all(), name
+        # Exact but for float64's rounding: a pass with gradients takes another path through attention on a CPU.
+        assert float(abs(found[name].sel(position=slice(0, 3))).max()) < 1e-12, name
+        assert float(abs(found[name]).max()) > 1e-6, name
         assert found[name].notnull().all()
     chosen = [activations.activations(exact, x, activations.choices(exact)) for x in (CORRUPT, CLEAN)]
     for layer, name in enumerate(activations.choices(exact)):

@@ -6,7 +6,12 @@ import xarray as xr
 
 from workbench.figures.effects import ablation_heatmap, effect_bars
 
-ABOUT = {"study": "effects", "rests_on": "6 sequences of 3 prompts", "checkpoint_digest": "c" * 64, "workbench_version": "0"}  # fmt: skip
+ABOUT = {
+    "study": "effects",
+    "rests_on": "6 sequences of 3 prompts",
+    "checkpoint_digest": "c" * 64,
+    "workbench_version": "0",
+}
 
 
 @pytest.fixture
@@ -39,11 +44,18 @@ def test_what_is_clipped_is_marked(ablations: xr.Dataset) -> None:
 
 def test_an_effect_whose_interval_includes_zero_is_open() -> None:
     effects = xr.Dataset(
-        {"change": ("intervention", [-3.0, 0.1]), "low": ("intervention", [-4.0, -0.5]), "high": ("intervention", [-2.5, 1.0])},
-        coords={"intervention": ["forbid", "swap"]}, attrs=ABOUT,
-    )  # fmt: skip
+        {
+            "change": ("intervention", [-3.0, 0.1]),
+            "low": ("intervention", [-4.0, -0.5]),
+            "high": ("intervention", [-2.5, 1.0]),
+        },
+        coords={"intervention": ["forbid", "swap"]},
+        attrs=ABOUT,
+    )
     (points,) = effect_bars(effects, title="Effects").data
-    assert list(points.marker.symbol) == ["circle", "circle-open"]
+    filled, open_ = points.marker.color
+    assert filled == points.marker.line.color
+    assert open_ != filled
     assert list(points.y) == ["forbid", "swap"]
     np.testing.assert_allclose(points.error_x.array, [0.5, 0.9])
     np.testing.assert_allclose(points.error_x.arrayminus, [1.0, 0.6])

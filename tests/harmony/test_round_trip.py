@@ -52,7 +52,9 @@ def chat(draw: st.DrawFn) -> Messages:
     for _ in range(draw(st.integers(1, 3))):
         messages.append({"role": "user", "content": draw(TEXT)})
         answer = {"role": "assistant", "content": draw(TEXT)}
-        messages.append(answer | ({"thinking": draw(WORDS)} if draw(st.booleans()) else {}))
+        # Thinking beside an empty answer is read as a generation that was cut off, which the template cannot say.
+        thinks = bool(answer["content"]) and draw(st.booleans())
+        messages.append(answer | ({"thinking": draw(WORDS)} if thinks else {}))
     return messages
 
 

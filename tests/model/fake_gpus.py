@@ -8,7 +8,7 @@ A copy with `non_blocking=True` runs on the current stream of the source's devic
 stream is synchronised: whoever synchronises another stream reads old values, as on a real machine.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from workbench.kernels import mxfp4
 
 _CPU, _FIRST = torch.device("cpu"), torch.device("cuda", 0)
 _DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
@@ -130,6 +132,8 @@ class Machine(TorchFunctionMode):
                 return False  # Module.to shall make new parameters, not put new memory into the old
             if func in (Tensor.to, Tensor.cpu):
                 return self._to(func, *args, **kwargs)
+            if func in (Tensor.numpy, Tensor.__array__) and self.of(args[0]) != _CPU:
+                raise TypeError(f"can't convert {self.of(args[0])} device type tensor to numpy. Use Tensor.cpu() first")
             if func is Tensor.copy_:
                 return self._copy(*args, **kwargs)
             kwargs.pop("pin_memory", None)
@@ -175,3 +179,24 @@ class Machine(TorchFunctionMode):
 def _without_mode(copy: Callable[[Tensor], Tensor], source: Tensor) -> None:
     with torch._C.DisableTorchFunction():
         copy(source)
+
+
+def run_on_gpus(code: Iterable[str], monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Run blocks of code one after another in one namespace, on a machine with one GPU; return the machine.
+
+    Their generations of 200 tokens are cut to 8: the simulation is slow, and devices do not depend on the length.
+    """
+    machine = Machine()
+    machine.pretend(monkeypatch)
+    mxfp4._table.cache_clear()
+    namespace: dict[str, Any] = {"__name__": "__main__", "display": print}
+    try:
+        with machine:
+            for block in code:
+                exec(
+                    compile(block.replace("max_new_tokens=200", "max_new_tokens=8"), "<documentation>", "exec"),
+                    namespace,
+                )
+    finally:
+        mxfp4._table.cache_clear()  # nothing of the machine outlives it
+    return machine

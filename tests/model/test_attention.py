@@ -23,11 +23,18 @@ ODD = replace(
     num_experts=5, experts_per_token=3,
 )  # fmt: skip
 Pass = Callable[[GptOss], Tensor]
-# The points whose tensors the fused path does not compute.
+# Points whose tensors the fused path does not compute; on Triton, one of each kind: an interpreted pass takes a second.
 BESIDE_THE_FUSED_PATH = (
     "attn.hook_attn_scores", "attn.hook_sink", "attn.hook_pattern", "attn.hook_result", "ln1.hook_scale",
     "mlp.experts.hook_gate", "mlp.experts.hook_pre", "mlp.experts.hook_post", "mlp.experts.hook_out",
 )  # fmt: skip
+TRITON_POINTS = (
+    "attn.hook_sink",
+    "attn.hook_pattern",
+    "ln2.hook_scale",
+    "mlp.experts.hook_pre",
+    "mlp.experts.hook_out",
+)
 
 
 def packed_model() -> GptOss:
@@ -96,9 +103,9 @@ def check_reading_changes_nothing(model: GptOss, run: Pass, names: list[str]) ->
 
 @pytest.mark.parametrize("run", PASSES)
 def test_reading_any_point_changes_no_bit(model: GptOss, run: str) -> None:
-    names = [name for name in hook_points(model.cfg.n_layers) if not name.startswith("blocks.") or ".1." in name]
-    check_reading_changes_nothing(model, PASSES[run], names)
     everywhere = list(hook_points(model.cfg.n_layers))
+    one_layer = [name for name in everywhere if not name.startswith("blocks.") or name.startswith("blocks.1.")]
+    check_reading_changes_nothing(model, PASSES[run], one_layer)
     with torch.no_grad():
         assert torch.equal(recorded(model, PASSES[run], everywhere)[0], PASSES[run](model))
 
@@ -152,10 +159,12 @@ def test_the_same_bits_with_gradients(model: GptOss, point: str) -> None:
         leaves.append(torch.zeros_like(t, requires_grad=True))
         return t + leaves[-1]
 
-    graph = ("hook_embed", lambda t, hook: t.detach().requires_grad_())  # the CPU path with gradients, in all layers
-    with model.hooks(fwd_hooks=[graph]):
-        plain = packed(model)
-    with model.hooks(fwd_hooks=[graph, (f"blocks.0.attn.hook_{point}", add_leaf)]):
+    # Layers that compute a gradient take another path on a CPU, hooked or not: a leaf behind this layer's attention
+    # makes the later ones the same.
+    with model.hooks(fwd_hooks=[("blocks.0.hook_attn_out", add_leaf)]):
+        plain = packed(model).detach()
+    leaves.clear()
+    with model.hooks(fwd_hooks=[(f"blocks.0.attn.hook_{point}", add_leaf)]):
         logits = packed(model)
     assert torch.equal(logits, plain)
     logits.float().logsumexp(-1).sum().backward()
@@ -165,7 +174,7 @@ def test_the_same_bits_with_gradients(model: GptOss, point: str) -> None:
 
 def materialized_when_hooked(self: Attention, q: Tensor, k: Tensor, v: Tensor, context: object) -> Tensor:
     """Negative control: another path, with other roundings, as soon as a point inside it is hooked."""
-    z, lse, sink = attend.attention(
+    z, lse, _ = attend.attention(
         q,
         k,
         v,
@@ -212,9 +221,6 @@ def on_triton() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def odd() -> GptOss:
     return packed_model()
-
-
-TRITON_POINTS = ("attn.hook_sink", "attn.hook_pattern", "mlp.experts.hook_pre", "mlp.experts.hook_out")
 
 
 def short(model: GptOss) -> Tensor:

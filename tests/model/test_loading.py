@@ -203,6 +203,7 @@ def test_an_adapter_lies_beside_what_it_adapts(
     apart = load(checkpoint, device=TWO, dtype=torch.float32, adapter=tmp_path)
     adapted = load(checkpoint, device="cuda:0", dtype=torch.float32, adapter=tmp_path)
     assert machine.of(apart.get_parameter("blocks.4.attn.q.lora.a")) == torch.device("cuda", 1)
+    assert load(checkpoint, device="meta", adapter=tmp_path).adapter is not None  # the parent of workers
     got = apart(tokens.to(apart.device)).cpu()
     assert torch.equal(got, adapted(tokens.to(adapted.device)).cpu())
     assert not torch.equal(got, whole(tokens.to(whole.device)).cpu())

@@ -93,19 +93,14 @@ CASES = {
     "experts, wider than they are deep": Case(replace(WIDE, experts_per_token=4, num_experts=5), 90, torch.float32),
     "experts, gate tapped": Case(ONE, hook="mlp.experts.hook_gate"),
     "experts, out tapped": Case(ONE, hook="mlp.experts.hook_out"),
-    "norm": Case(WIDE),
-    "norm, in parts": Case(WIDE, 40),
     "router": Case(replace(FEW, num_experts=64, d_model=128), 3),
-    "rotation": Case(replace(FEW, d_head=128)),
-    "rotation, float32": Case(replace(FEW, d_head=128), dtype=torch.float32),
-    "rotation, in parts": Case(replace(FEW, d_head=128), 90),
-    "attention, sinks recorded in parts": Case(replace(FEW, d_head=128), 90, hook="attn.hook_sink"),
+    "attention": Case(replace(FEW, d_head=128), 90),
     "attention, result": Case(replace(FEW, n_heads=8), hook="attn.hook_result"),
     "logits": Case(replace(FEW, d_vocab=9000), ends="logits"),
     "log-probabilities": Case(replace(FEW, d_vocab=9000), 90, ends="predictions"),
     "log-probabilities, float32": Case(replace(FEW, d_vocab=9000), 90, torch.float32, ends="predictions"),
 }
-ROWS, POSITIONS = 20, 32  # log-probabilities at a time, and positions of `in_parts`: far fewer than in earnest
+ROWS, POSITIONS = 20, 32  # log-probabilities at a time, and positions of `chunked`: far fewer than in earnest
 
 
 def in_order(t: Tensor, hook: object) -> None:
@@ -138,8 +133,7 @@ def test_each_stage_takes_what_the_plan_says(name: str, monkeypatch: pytest.Monk
     case = CASES[name]
     monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
     monkeypatch.setattr(compute, "LOGIT_ROWS", ROWS)
-    for module in (chunking, memory):
-        monkeypatch.setattr(module, "POSITIONS", POSITIONS)
+    monkeypatch.setattr(chunking, "POSITIONS", POSITIONS)
     planned = memory.activations(
         case.cfg, case.tokens, dtype=case.dtype, recorded=[f"blocks.0.{case.hook}"] if case.hook else [],
         logits=case.tokens * (case.ends == "logits"), predictions=ROWS * (case.ends == "predictions"),

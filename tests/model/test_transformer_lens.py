@@ -239,7 +239,7 @@ def test_an_experts_weights_are_unpacked_one_at_a_time(which: str, request: pyte
 def test_words_and_ids(nano: GptOss) -> None:
     assert nano.to_str_tokens("12+3") == ["1", "2", "+", "3"]
     assert nano.to_string(torch.tensor([nano.to_single_token("7"), nano.to_single_token("<|end|>")])) == "7<|end|>"
-    with pytest.raises(ValueError, match=r"'12' is 2 tokens: \['1', '2'\]"):
+    with pytest.raises(ValueError, match=r"'12' is 2 tokens, expected one: \['1', '2'\]"):
         nano.to_single_token("12")
     ids = torch.tensor([5, 9])
     assert torch.equal(nano.tokens_to_residual_directions(ids), nano.W_U.mT[ids] * nano.ln_final.weight)

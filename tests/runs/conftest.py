@@ -1,6 +1,7 @@
 """Synthetic runs, written by the real writer from random numbers: no model, no torch."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 
 from workbench.capture.plan import plan_units
 from workbench.harmony.labels import CHANNELS, PARTS
@@ -52,9 +54,9 @@ def job(layout: Layout, spec: Spec = SPEC, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def unit_data(layout: Layout, unit: Unit) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def unit_data(layout: Layout, unit: Unit, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Tokens and records of a unit, the same whenever they are asked for."""
-    rng = np.random.default_rng(unit.index)
+    rng = np.random.default_rng(unit.index + 1000 * seed)
     lengths = [layout.lengths[s] for s in unit.sequences]
     n = sum(lengths)
     layers, experts, k = MODEL["n_layers"], MODEL["num_experts"], MODEL["experts_per_token"]
@@ -88,21 +90,30 @@ def unit_data(layout: Layout, unit: Unit) -> tuple[dict[str, np.ndarray], dict[s
     return tokens, records
 
 
-def write_unit(writer: RunWriter, index: int) -> None:
-    tokens, records = unit_data(writer.layout, writer.layout.units[index])
+def write_unit(writer: RunWriter, index: int, seed: int = 0) -> None:
+    tokens, records = unit_data(writer.layout, writer.layout.units[index], seed)
     sums = summarise(records, tokens["sequence"], tokens["channel"], num_experts=MODEL["num_experts"])
     writer.write_unit(index, tokens, records, sums)
 
 
-def write_run(path: Path, *, units: list[int] | None = None, lengths: tuple[int, ...] = LENGTHS) -> Layout:
+def write_run(
+    path: Path, *, units: list[int] | None = None, lengths: tuple[int, ...] = LENGTHS, seed: int = 0
+) -> Layout:
     """A run with some of its units (default: all, and finished)."""
     layout = plan_units(lengths, 1024)
     with open_writer(path, **job(layout)) as writer:
         for index in writer.pending() if units is None else units:
-            write_unit(writer, index)
+            write_unit(writer, index, seed)
         if units is None:
             writer.finish()
     return layout
+
+
+def make_older(path: Path) -> Path:
+    """The run as schema 2 has it, without manifests: its values can only be checked against each other."""
+    shutil.rmtree(path / "manifest")
+    zarr.open_group(str(path)).attrs["schema"] = 2
+    return path
 
 
 @pytest.fixture

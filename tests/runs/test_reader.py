@@ -105,7 +105,7 @@ def test_opening_is_the_same_work_for_a_long_run(tmp_path: Path, monkeypatch: py
     for name, lengths in (("short", LENGTHS), ("long", LENGTHS * 8)):
         write_run(tmp_path / name, lengths=lengths)
         Counting.reads = []
-        monkeypatch.setattr("zarr.storage._common.LocalStore", Counting)
+        monkeypatch.setattr("zarr.storage.LocalStore", Counting)
         open_run(tmp_path / name)
         counts.append(len(Counting.reads))
         monkeypatch.undo()
@@ -113,7 +113,7 @@ def test_opening_is_the_same_work_for_a_long_run(tmp_path: Path, monkeypatch: py
 
 
 def test_one_sequence_reads_only_its_own_shards(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zarr.storage._common.LocalStore", Counting)
+    monkeypatch.setattr("zarr.storage.LocalStore", Counting)
     run = open_run(run_path)
     one = run.sequence(3)
     Counting.reads = []

@@ -8,7 +8,7 @@ import zarr
 
 import workbench as wb
 from tests.conftest import DATA
-from tests.runs.conftest import write_run
+from tests.runs.conftest import make_older, write_run
 from workbench.runs.reader import open_run
 from workbench.runs.verify import verify
 
@@ -45,6 +45,7 @@ def test_totals_of_the_bundled_run_of_an_older_schema_are_summed() -> None:
 @pytest.mark.parametrize("name", ["expert_count", "coactivation"])
 def test_a_wrong_total_is_found(tmp_path: Path, name: str) -> None:
     write_run(tmp_path / "r")
+    make_older(tmp_path / "r")
     assert not verify(tmp_path / "r")
     array = zarr.open_group(str(tmp_path / "r"))[f"totals/{name}"]
     array[(0,) * array.ndim] = 12345

@@ -9,7 +9,7 @@ import pytest
 import zarr
 from zarr.codecs import ZstdCodec
 
-from tests.runs.conftest import write_run
+from tests.runs.conftest import make_older, write_run
 from workbench.runs.verify import verify
 
 
@@ -112,10 +112,18 @@ LIES: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("lie", list(LIES))
 def test_each_lie_is_found(run_path: Path, lie: str) -> None:
     tell, said = LIES[lie]
+    make_older(run_path)
+    assert verify(run_path) == []
     tell(run_path)
     problems = verify(run_path)
     assert problems
     assert any(__import__("re").search(said, problem.what) for problem in problems), problems
+
+
+@pytest.mark.parametrize("lie", list(LIES))
+def test_each_lie_is_found_by_the_manifest_too(run_path: Path, lie: str) -> None:
+    LIES[lie][0](run_path)
+    assert verify(run_path)
 
 
 def test_what_is_no_run_is_said_to_be_none(tmp_path: Path) -> None:

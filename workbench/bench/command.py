@@ -134,9 +134,19 @@ def gpu(
     autotune: Annotated[
         Path | None, typer.Option(help="Search for better tiles and write them here, as WORKBENCH_TILES reads them.")
     ] = None,
+    first: Annotated[
+        bool,
+        typer.Option("--first", help="The first run on a card: correctness, then timings; see docs/howto/h100.md."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --first: list the steps and run none.")] = False,
+    device: Annotated[str, typer.Option(help="With --first: the GPU.")] = "cuda:0",
     out: Json = None,
 ) -> None:
     """The kernels and both models on this machine's GPU, as fractions of its limits; wrong results stop it first."""
+    if first or dry_run:
+        from workbench.bench.first import start
+
+        raise typer.Exit(start(device, out, dry_run=dry_run))
     from workbench.bench.gpu import STAGES, run
 
     result = run(stages=stage or STAGES, repeats=repeats, assemblers=assembler or (), tiles=autotune)

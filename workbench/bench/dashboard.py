@@ -29,8 +29,8 @@ FLAGS = [
     "--disable-sync",
 ]
 PAGES = {
-    "overview": "Tokens by channel and effort", "experts": "How often each expert", "sinks": "Sink mass",
-    "channels": "Load share", "effort": "What thinking costs", "transcript": "Expected",
+    "overview": "Tokens by channel and effort", "experts": "Expert load", "sinks": "Sink attention",
+    "channels": "Load share", "effort": "Accuracy vs. reasoning length", "transcript": "Expected",
 }  # fmt: skip
 CHANGES = {
     "experts": [("button", "low", "chosen: analysis, low"), ("button", "high", "chosen: analysis, high"), ("Channel", "final", "chosen: final, high"), ("Layer", "7", "Layer 7,")],

@@ -1,5 +1,6 @@
 """Capture jobs: plan units, run the model over them, write a run. `workbench.capture(...)` is the whole job."""
 
+import inspect
 import sys
 import types
 from typing import Any
@@ -12,6 +13,13 @@ class _CallablePackage(types.ModuleType):
         from workbench.capture.job import capture  # late: torch
 
         return capture(*args, **options)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the function, for `help`, completion and `inspect.signature`."""
+        from workbench.capture.job import capture
+
+        return inspect.signature(capture)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -1,8 +1,8 @@
-"""The same units as Dask tasks: workers here (`--workers`), or a scheduler anywhere (`--dask ADDRESS`).
+"""Compute units as Dask tasks: by workers on this machine (`--workers`), or by a scheduler (`--dask ADDRESS`).
 
-A task is a unit's number. A worker loads the model once, computes the unit and writes it whole; units share no file,
-so workers need no word of each other, and one that dies costs the unit it was at: the scheduler gives that to another.
-The job that began the run holds its lock and is the only one to finish it.
+A task is a unit's number. A worker loads the model once, computes the unit and writes it. Units share no file, so
+workers do not depend on each other: if one dies, the scheduler gives its unit to another. The process that started
+the job has no weights; it holds the lock of the run and is the only one to finish it.
 """
 
 import functools
@@ -27,7 +27,7 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Task:
-    """All that a worker needs to compute any unit of a job; plain values, which travel as they are."""
+    """What a worker needs to compute any unit of a job, as plain values that can be sent to it."""
 
     checkpoint: str
     adapter: str | None
@@ -39,6 +39,7 @@ class Task:
     record: tuple[str, ...]
     unit_tokens: int
     exclude: str | None = None
+    routing: str = "own"
 
     @classmethod
     def of(
@@ -51,6 +52,7 @@ class Task:
         threads: int,
         device: str | None = None,
         exclude: str | None = None,
+        routing: str = "own",
     ) -> "Task":
         """Return the task for a model, which workers load from its folder.
 
@@ -67,6 +69,7 @@ class Task:
             record=tuple(record),
             unit_tokens=unit_tokens,
             exclude=exclude,
+            routing=routing,
         )
 
 
@@ -82,7 +85,7 @@ def run(
 ) -> None:
     """Compute these units with `workers` processes of this machine, or by the scheduler at `address`."""
     if workers < 1:
-        raise InputError(f"--workers {workers}: at least one has to work")
+        raise InputError(f"--workers {workers}: at least one worker is needed")
     try:
         import distributed
     except ImportError as error:
@@ -131,7 +134,7 @@ def run(
 
 @contextmanager
 def _client(task: Task, workers: int, address: str | None) -> Iterator[Any]:
-    """Connected to the scheduler at `address`, or to one of our own with so many workers on this machine."""
+    """Connect to the scheduler at `address`, or start one with this many workers on this machine."""
     import dask
     from distributed import Client, LocalCluster
 
@@ -172,13 +175,20 @@ def compute_unit(task: Task, index: int) -> tuple[int, int, int, float]:
 
 @functools.lru_cache(maxsize=1)
 def _loaded(task: Task) -> tuple[GptOss, Any, Any]:
-    """Model, plan and writer of a job, once a worker."""
+    """Return the model, plan and writer of a job; loaded once in each worker."""
     from workbench.capture import job
     from workbench.model import load
 
     torch.set_num_threads(task.threads)
     model = load(task.checkpoint, device=_device(task), dtype=getattr(torch, task.dtype), adapter=task.adapter)
-    plan = job.plan(model, task.transcripts, record=task.record, unit_tokens=task.unit_tokens, exclude=task.exclude)
+    plan = job.plan(
+        model,
+        task.transcripts,
+        record=task.record,
+        unit_tokens=task.unit_tokens,
+        exclude=task.exclude,
+        routing=task.routing,
+    )
     return model, plan, job.writer_of(plan, model, task.transcripts, task.run)
 
 
@@ -196,7 +206,7 @@ def worker_device(name: str) -> str:
 
 
 def _device(task: Task) -> str:
-    """Workers of one machine take its GPUs in turn, by the number that their nanny gave them."""
+    """Return the device of this worker: workers of one machine take its GPUs in turn, by their number."""
     if task.device != "cuda" or torch.cuda.device_count() < 2:
         return task.device
     from distributed import get_worker

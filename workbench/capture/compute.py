@@ -1,7 +1,7 @@
-"""One unit of a capture: its transcripts through the model, and everything that is stored of it.
+"""Compute one unit of a capture: run its transcripts through the model and return everything that is stored.
 
-What comes out depends on the unit alone, not on which job, worker or attempt computes it: passes are cut the same way
-every time.
+The result depends on the unit alone, not on the job, worker or attempt that computes it: passes are divided in the same
+way every time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench import harmony
+from workbench.capture.host_routing import HostRoutes
 from workbench.capture.record_buffers import Buffers
 from workbench.errors import JobError
 from workbench.harmony.labels import Labels, channel_codes, role_codes
@@ -26,7 +27,7 @@ LOGIT_ROWS = 512  # rows of logits at a time: 201,088 float32 logits each are 0.
 
 
 class Computed(NamedTuple):
-    """What the writer takes. summaries are made behind the model: `summarised` has them."""
+    """The arrays of a unit for the writer; `summarised` computes its summaries, in the writer's thread."""
 
     unit: Unit
     tokens: dict[str, np.ndarray]
@@ -34,7 +35,7 @@ class Computed(NamedTuple):
     sums: dict[str, np.ndarray]
 
     def summarised(self, num_experts: int) -> dict[str, np.ndarray]:
-        """Sums by sequence and channel, those made on the device included."""
+        """Return sums by sequence and channel, including those computed on the device."""
         found = summarise(self.records, self.tokens["sequence"], self.tokens["channel"], num_experts=num_experts)
         if wrong := [name for name, values in self.sums.items() if not np.isfinite(values).all()]:
             raise JobError(f"{wrong[0]} of unit {self.unit.index} is not finite: it was not written; check the weights")
@@ -50,7 +51,7 @@ def compute(
     buffers: Buffers,
     check: Callable[[], None] = lambda: None,
 ) -> Computed:
-    """The unit's sequences, end to end in their order. `check` is called before every pass, and may raise."""
+    """Run the unit's sequences in order and return their arrays. `check` is called before every pass, and may raise."""
     own = [rows[s] for s in unit.sequences]
     labels = [harmony.label(row.tokens, tokenizer=model.tokenizer, n_prompt=row.n_prompt) for row in own]
     tokens = token_table(unit, own, labels)
@@ -62,12 +63,15 @@ def compute(
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
     buffers.start(tokens["sequence"], tokens["channel"], tokens["message"], members)
-    with model.hooks(fwd_hooks=buffers.fwd_hooks):
+    routes = HostRoutes(model.cfg) if spec.host_routing else None
+    with model.hooks(fwd_hooks=[*buffers.fwd_hooks, *(routes.fwd_hooks if routes else [])]):
         for batch in passes(own):
             check()
             lengths = [len(row.tokens) for row in batch]
             ids = torch.from_numpy(np.concatenate([row.tokens for row in batch])).long().to(model.device)
             buffers.begin(len(ids))
+            if routes is not None:
+                routes.begin(batch)
             residual = model.residual(ids[None], packed=lengths)
             if spec.logprobs:
                 logprob, entropy = predictions(model, residual, ids, lengths)
@@ -76,11 +80,13 @@ def compute(
     records, sums = buffers.take()
     if spec.logprobs:
         records |= {"logprob": torch.cat(logprobs).numpy(), "entropy": torch.cat(entropies).numpy()}
+    if routes is not None:
+        records |= routes.take()
     return Computed(unit, tokens, records, sums)
 
 
 def passes(rows: Sequence[Transcript]) -> Iterator[list[Transcript]]:
-    """Consecutive sequences of together at most FORWARD_TOKENS, a longer one alone: fixed by the plan."""
+    """Yield consecutive sequences of at most FORWARD_TOKENS tokens together; a longer one is alone."""
     batch: list[Transcript] = []
     for row in rows:
         if batch and sum(len(r.tokens) for r in batch) + len(row.tokens) > FORWARD_TOKENS:
@@ -92,22 +98,21 @@ def passes(rows: Sequence[Transcript]) -> Iterator[list[Transcript]]:
 
 
 def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Log-probability of every token given those before it, and the entropy it was drawn from, in nats.
+    """Return the log-probability of every token given those before it, and the entropy of that prediction, in nats.
 
-    The first token of a sequence was predicted by nothing: NaN.
+    The first token of a sequence has no prediction: NaN.
     """
     logprob, entropy = torch.full((2, len(tokens)), torch.nan)
     first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     predicted = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
     for rows in predicted.split(LOGIT_ROWS):
-        logits = model.logits(residual, rows[None] - 1)[0]
-        found = predict(logits, tokens[rows])
+        found = predict(model.logits(residual, rows[None] - 1)[0], tokens[rows])  # one chunk of logits is alive
         logprob[rows], entropy[rows] = found.logprob.float().cpu(), found.entropy.float().cpu()
     return logprob, entropy
 
 
 def token_table(unit: Unit, own: Sequence[Transcript], labels: Sequence[Labels]) -> dict[str, np.ndarray]:
-    """The columns of the tokens a unit owns."""
+    """Return the columns of the token table for a unit."""
     lengths = [len(row.tokens) for row in own]
     position = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
     return {

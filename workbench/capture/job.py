@@ -10,11 +10,14 @@ import json
 import logging
 import os
 import platform
+import shutil
+import stat
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +27,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-import workbench
 from workbench import harmony
 from workbench.capture import estimate, pipeline, recording
 from workbench.capture.compute import Computed
+from workbench.capture.host_routing import with_host_routes
 from workbench.capture.plan import plan_units
 from workbench.capture.signals import StopSignal
 from workbench.errors import InputError
@@ -39,15 +42,17 @@ from workbench.progress import progress
 from workbench.runs import Run, open_run
 from workbench.runs.schema import Layout, Spec
 from workbench.runs.writer import RunWriter, open_writer
+from workbench.version import version as workbench_version
 
 log = logging.getLogger("workbench.capture")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A job that is laid out: what is read, recorded and written where."""
+    """A job that is laid out: what is read, recorded and written where. digest: SHA-256 of the transcripts' bytes."""
 
     spec: Spec
+    digest: str
     rows: list[Transcript]
     rejects: list[Reject]
     layout: Layout
@@ -63,6 +68,7 @@ def capture(
     unit_tokens: int = 16_384,
     strict: bool = False,
     exclude: str | None = None,
+    routing: str = "own",
     workers: int = 1,
     dask: str | None = None,
     log_file: str | Path | None = None,
@@ -72,11 +78,14 @@ def capture(
 
     record: see `workbench.capture.recording`. Transcript rows that cannot be used are skipped and listed in the run's
     rejects; with `strict` they are refused before anything is written. exclude: flags of sequences to leave out, as in
-    "irregular,truncated"; see `workbench.harmony.flags`. workers, or the address of a Dask scheduler: see
+    "irregular,truncated"; see `workbench.harmony.flags`. routing: "host" forces the experts that a host chose, see
+    `workbench.capture.host_routing`. workers, or the address of a Dask scheduler: see
     `workbench.capture.cluster`. `model` may be on the device "meta" if workers load it, on `worker_device` (the device
     type of `model` if None). What happens is logged to `log_file`, beside a local run if None.
     """
-    job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude)
+    job = plan(
+        model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
+    )
     _refuse_full_disk(model, job, _pending(job, path), path)
     with (
         writer_of(job, model, transcripts, path, device=worker_device) as writer,
@@ -96,6 +105,8 @@ def capture(
         with progress("capture", n, "tokens") as advance:
             done = _Done(advance, len(job.layout.units))
             try:
+                if (workers > 1 or dask is not None) and not Path(transcripts).is_file():
+                    raise InputError(f"{transcripts} is a pipe, which workers cannot read: save it as a file")
                 if workers > 1 or dask is not None:
                     from workbench.capture import cluster  # late: dask is an extra
 
@@ -108,6 +119,7 @@ def capture(
                         max(1, torch.get_num_threads() // workers),
                         worker_device,
                         exclude,
+                        routing,
                     )
                     cluster.run(
                         task, job.layout, pending, workers=workers, address=dask, check=interrupt.check, done=done
@@ -130,11 +142,12 @@ def plan(
     unit_tokens: int,
     strict: bool = False,
     exclude: str | None = None,
+    routing: str = "own",
 ) -> Plan:
     """Read the transcripts and lay out the run; nothing is written."""
-    spec = recording.parse(record, model.cfg)
+    spec = recording.parse(record, model.cfg, routing)
     unwanted = set(read_flags(exclude))
-    found, rejects = read_transcripts(transcripts, tokenizer=model.tokenizer, n_ctx=model.cfg.n_ctx)
+    found, rejects, digest = _read(model, transcripts)
     if not found:
         raise InputError(f"{transcripts}: none of the {len(rejects)} rows can be used; the first: {_why(rejects[0])}")
     if strict and rejects:
@@ -149,7 +162,40 @@ def plan(
             rejects.append(Reject(0, row.id, f"excluded: {' '.join(sorted(unwanted.intersection(has)))}"))
     if not rows:
         raise InputError(f"{transcripts}: --exclude {exclude} leaves none of {len(found):,} sequences")
-    return Plan(spec, rows, rejects, plan_units([len(row.tokens) for row in rows], unit_tokens), flags)
+    if spec.host_routing:
+        rows = with_host_routes(rows, transcripts, model.cfg)
+    return Plan(spec, digest, rows, rejects, plan_units([len(row.tokens) for row in rows], unit_tokens), flags)
+
+
+def _read(model: GptOss, transcripts: str | Path) -> tuple[list[Transcript], list[Reject], str]:
+    """Return the transcripts, the rows that cannot be used, and the digest of the bytes that were read.
+
+    A pipe, such as `<(zcat t.jsonl.gz)`, can be read once only: its bytes are copied to a temporary file.
+    """
+    path = Path(transcripts)
+    with ExitStack() as stack:
+        try:
+            kind = path.stat().st_mode
+            if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
+                raise InputError(f"{transcripts} is a device; give a file of transcripts")
+            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+                copy = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".jsonl"))
+                with path.open("rb") as pipe:
+                    shutil.copyfileobj(pipe, copy)
+                copy.flush()
+                path = Path(copy.name)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                before = os.fstat(file.fileno())
+            rows, rejects = read_transcripts(path, tokenizer=model.tokenizer, n_ctx=model.cfg.n_ctx)
+            after = path.stat()
+        except OSError as error:
+            raise InputError(f"{transcripts} cannot be read: {error.strerror or error}") from error
+        except InputError as error:
+            raise InputError(str(error).replace(str(path), str(transcripts))) from error
+    if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
+        raise InputError(f"{transcripts} was changed while it was read; start again when it is complete")
+    return rows, rejects, digest
 
 
 def _flags(row: Transcript, model: GptOss) -> tuple[str, ...]:
@@ -171,7 +217,7 @@ def writer_of(
         model=model.cfg.to_json(),
         checkpoint={"digest": model.checkpoint.digest, "name": model.checkpoint.path.name},
         spec=job.spec,
-        provenance=_provenance(transcripts, job.rejects, model, device),
+        provenance=_provenance(transcripts, job, model, device),
     )
 
 
@@ -184,18 +230,24 @@ def dry_run(
     unit_tokens: int,
     strict: bool = False,
     exclude: str | None = None,
+    routing: str = "own",
 ) -> estimate.Estimate:
     """What `capture` with these arguments would take; nothing is written."""
-    job = plan(model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude)
+    job = plan(
+        model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
+    )
     return estimate.estimate(model, job.rows, job.spec, job.layout, _pending(job, path), path)
 
 
 def _pending(job: Plan, path: str | Path) -> list[int]:
     """Units that a run at this path lacks, or all if there is none."""
+    every = list(range(len(job.layout.units)))
     try:
-        return [int(u) for u in np.flatnonzero(~open_run(path).committed)]
+        committed = open_run(path).committed
     except InputError:
-        return list(range(len(job.layout.units)))
+        return every
+    # a run of another layout is refused when the writer opens it
+    return [int(u) for u in np.flatnonzero(~committed)] if len(committed) == len(every) else every
 
 
 def _refuse_full_disk(model: GptOss, job: Plan, pending: Sequence[int], path: str | Path) -> None:
@@ -293,26 +345,28 @@ def _messages(labels: Iterable[Labels]) -> pd.DataFrame:
     )
 
 
-def _provenance(
-    transcripts: str | Path, rejects: Sequence[Reject], model: GptOss, device: str | None
-) -> dict[str, Any]:
+def _provenance(transcripts: str | Path, job: Plan, model: GptOss, device: str | None) -> dict[str, Any]:
     packages = ("torch", "transformer-lens", "numpy", "zarr")
     return {
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "process": os.getpid(),
-        "software": {"workbench": workbench.__version__, "python": platform.python_version()}
+        "software": {"workbench": workbench_version(), "python": platform.python_version()}
         | {name: version(name) for name in packages},
         "harmony": harmony.distribution(),
-        "tokenizer": {"name": model.tokenizer.name, "digest": model.tokenizer.digest},
+        "tokenizer": {
+            "name": model.tokenizer.name,
+            "digest": model.tokenizer.digest,
+            "chat_template": hashlib.sha256((model.tokenizer.chat_template or "").encode()).hexdigest(),
+        },
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device or ",".join(dict.fromkeys(map(str, model.devices))),
         "transcripts": {
             "name": Path(transcripts).name,
-            "digest": hashlib.sha256(Path(transcripts).read_bytes()).hexdigest(),
+            "digest": job.digest,
         },
-        "rejects": [{"line": r.line, "id": r.id, "reason": r.reason} for r in rejects],
+        "rejects": [{"line": r.line, "id": r.id, "reason": r.reason} for r in job.rejects],
     }
 
 

@@ -1,7 +1,7 @@
-"""The model in front, writing behind it: threads compress and write units while the next ones are computed.
+"""Compute units one after another, while threads compress and write the ones before.
 
-Memory is bounded by the buffers: there are as many as units in flight, and the model waits for one. Nothing that a
-unit holds is touched before its buffers come back.
+Memory is bounded by the buffers: there are as many as units in flight, and the model waits for a free one. The buffers
+of a unit are reused only after it is written.
 """
 
 import queue
@@ -22,7 +22,7 @@ Done = Callable[[Computed, float], None]
 
 
 def buffers_for(spec: Spec, cfg: Config, layout: Layout, units: Sequence[int], *, pinned: bool) -> Buffers:
-    """Buffers that hold the fullest of these units."""
+    """Return buffers that hold the largest of these units."""
     fullest = max(sum(layout.lengths[s] for s in layout.units[u].sequences) for u in units)
     return Buffers(spec, cfg, fullest, pinned=pinned)
 
@@ -38,7 +38,7 @@ def run(
     done: Done,
     in_flight: int = IN_FLIGHT,
 ) -> None:
-    """Compute and write these units. `check` may raise between passes; `done` hears of each unit once it is committed.
+    """Compute and write these units. `check` may raise between passes; `done` is called for each committed unit.
 
     On any failure, units that are being written are finished, and the first failure is raised.
     """
@@ -71,7 +71,7 @@ def run(
 
 
 def _raise_first(written: list[Future[None]]) -> None:
-    """Raise what a finished write raised; forget those that went well."""
+    """Raise the error of a finished write, and drop the writes that succeeded."""
     for future in [f for f in written if f.done()]:
         future.result()
         written.remove(future)

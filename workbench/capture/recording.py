@@ -30,7 +30,7 @@ REDUCTIONS = ("raw", "message", "moments")
 _HAS_ITS_OWN_NAME = ("mlp.router.hook_out", "mlp.hook_expert_indices", "mlp.hook_expert_weights", "attn.hook_sink")
 
 
-def parse(record: Sequence[str], cfg: Config) -> Spec:
+def parse(record: Sequence[str], cfg: Config, routing: str = "own") -> Spec:
     """Return the switches and hook points of --record; a hook point is named within its block, `hook_` is optional.
 
     Raises:
@@ -42,7 +42,11 @@ def parse(record: Sequence[str], cfg: Config) -> Spec:
     points = tuple(_activation(name, cfg) for name in record if name not in _SWITCHES)
     if twice := sorted({p.hook for p in points if [q.hook for q in points].count(p.hook) > 1}):
         raise InputError(f"--record names {', '.join(twice)} twice: list its layers once, as in resid_post:3,7")
-    return Spec(activations=points, **switches)
+    if routing not in ("own", "host"):
+        raise InputError(f"--routing {routing}: choose own or host")
+    if routing == "host" and not switches["routing"]:
+        raise InputError("--routing host: also record routing, which holds the experts that were forced")
+    return Spec(activations=points, host_routing=routing == "host", **switches)
 
 
 def wanted(spec: Spec, cfg: Config) -> dict[str, torch.dtype]:

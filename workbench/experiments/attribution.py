@@ -5,7 +5,7 @@ any other linear function of them is a sum over what was written into the stream
 
 | norm | a part's share | reads |
 |---|---|---|
-| `frozen` | a · part / scale of the whole | with the scale that the run had; parts that only make the stream longer count |
+| `frozen` | a · part / scale of the whole | with the run's scale; parts that only make the stream longer count |
 | `path` | its share as the stream goes straight from the embedding to its end | as if all parts came in together |
 | `layers` | the same, over each block's own step | a block adds up to its step of the logit lens |
 
@@ -107,8 +107,11 @@ def by_expert(parts: xr.Dataset) -> xr.DataArray:
 def ranked(parts: xr.Dataset, n: int = 20, point: int = 0) -> pd.DataFrame:
     """The n largest parts of one point by size, in logits."""
     here = parts.isel(point=point)
-    frames = [here[name].drop_vars(("sequence", "position", "token")).to_dataframe("logits").reset_index()
-              for name in PARTS if here[name].dims]  # fmt: skip
+    frames = [
+        here[name].drop_vars(("sequence", "position", "token")).to_dataframe("logits").reset_index()
+        for name in PARTS
+        if here[name].dims
+    ]
     alone = pd.DataFrame({"part": name, "logits": float(here[name])} for name in PARTS if not here[name].dims)
     named = [frame.assign(part=name) for name, frame in zip((p for p in PARTS if here[p].dims), frames, strict=True)]
     every = pd.concat([alone, *named], ignore_index=True)

@@ -79,12 +79,14 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
         one = {str(k): float(v) for k, v in result.sel(change=change).data_vars.items()}
         moved = one["logprob_low"] * one["logprob_high"] > 0
         lines.append(
-            f"{change}: {one['same']:.0%} of answers stay the same [{one['same_low']:.0%}, {one['same_high']:.0%}]; log-probability "
+            f"{change}: {one['same']:.0%} of answers stay the same [{one['same_low']:.0%}, "
+            f"{one['same_high']:.0%}]; log-probability "
             + ("" if moved else "not shown to change, ")
             + f"{one['logprob']:+.2f} nats [{one['logprob_low']:+.2f}, {one['logprob_high']:+.2f}]."
         )
     lines.append(
-        f"Area over the curve of early answering: {float(result['area']):.3f} [{float(result['area_low']):.3f}, {float(result['area_high']):.3f}]."
+        f"Area over the curve of early answering: {float(result['area']):.3f} [{float(result['area_low']):.3f}, "
+        f"{float(result['area_high']):.3f}]."
     )
     method = __doc__ or ""
     return {
@@ -155,7 +157,8 @@ def study(model: GptOss, rows: Sequence[Transcript], *, n_boot: int = 2000, seed
     variables |= {n: ((), v) for n, v in zip(("area", "area_low", "area_high"), area, strict=True)}
     result = xr.Dataset(variables, coords={"change": list(logp)})
     result.attrs = {
-        "definition": "logprob: change of the summed log-probability of the final message; same: share of prompts that get the "
+        "definition": "logprob: change of the summed log-probability of the final message; same: share of "
+        "prompts that get the "
         "same answer; area: over the curve of same against the fraction of the analysis kept",
         "ci": f"95 %, percentile, {n_boot} bootstrap draws of prompts",
         "rests_on": f"{len(found)} sequences of {len(prompts)} prompts",

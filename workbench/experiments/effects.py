@@ -16,7 +16,6 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int, UInt8
 
-import workbench
 from workbench import harmony
 from workbench.capture.generation import final_text
 from workbench.errors import InputError
@@ -27,6 +26,7 @@ from workbench.hooks.recorders import SequenceRecorder
 from workbench.model.transformer import GptOss
 from workbench.progress import progress
 from workbench.studies.resampling import bootstrap_weights, percentile_interval
+from workbench.version import version
 
 _FORWARD_TOKENS = 4096
 _LOGIT_ROWS = 512
@@ -103,8 +103,11 @@ def effects(
     """
     base = logprobs(model, rows, of)
     each = np.stack(
-        [logprobs(model, rows, of, *([edit] if isinstance(edit, Edit) else edit)) - base for edit in interventions.values()]
-    )  # fmt: skip
+        [
+            logprobs(model, rows, of, *([edit] if isinstance(edit, Edit) else edit)) - base
+            for edit in interventions.values()
+        ]
+    )
     change, low, high = paired(each, [row.prompt_id for row in rows], n_boot=n_boot, seed=seed)
     return xr.Dataset(
         {
@@ -244,7 +247,7 @@ def _about(
         "ci": f"95 %, percentile, {n_boot} bootstrap draws of prompts",
         "rests_on": f"{len(rows)} sequences of {prompts} prompts",
         "checkpoint_digest": getattr(model.checkpoint, "digest", "random weights"),
-        "workbench_version": workbench.__version__,
+        "workbench_version": version(),
         "seed": seed,
     }
 

@@ -13,7 +13,8 @@ from workbench.registry import Experiment
 EXPERIMENT = Experiment(
     name="expert-ablation",
     title="Expert ablation",
-    question="Does the model need the experts that routing associates with a domain more than random experts of equal load?",
+    question="Does the model need the experts that routing associates with a domain more than random experts of "
+    "equal load?",
     compute="forward passes over the sequences: one for each group of prompts and each of its 20 control sets",
     aliases=("ablate",),
     order=120,
@@ -21,5 +22,5 @@ EXPERIMENT = Experiment(
 
 
 def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Return the effect of masking a group's experts before the top-k selection, on their own group of prompts and on the others."""
+    """Return the effect of masking a group's experts before the top-k selection, on its prompts and on the others."""
     return change_experts(model, rows, seed, forbid, "Experts named by routing, forbidden")

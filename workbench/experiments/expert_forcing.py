@@ -21,7 +21,7 @@ EXPERIMENT = Experiment(
 
 
 def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Return the effect of selecting a group's experts at every token, on their own group of prompts and on the others."""
+    """Return the effect of selecting a group's experts at every token, on its prompts and on the others."""
     return change_experts(
         model, rows, seed, lambda layer, e, t: force(layer, e[:1], t), "Experts named by routing, forced"
     )

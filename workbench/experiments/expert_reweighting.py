@@ -21,7 +21,7 @@ EXPERIMENT = Experiment(
 
 
 def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Return the effect of halving the gate weights of a group's experts, on their own group of prompts and on the others."""
+    """Return the effect of halving the gate weights of a group's experts, on its prompts and on the others."""
     return change_experts(
         model, rows, seed, lambda layer, e, t: reweight(layer, e, 0.5, t), "Experts named by routing, gates halved"
     )

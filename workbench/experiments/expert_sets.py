@@ -74,10 +74,11 @@ def change_experts(
         change_random = np.stack([logprobs(model, rows, of, *edits(cells)) - base for cells in random_sets])
         own = groups == group
         parts = {
-            "named, own group": change_named[own], "random of equal load, own group": change_random[:, own].mean(0),
+            "named, own group": change_named[own],
+            "random of equal load, own group": change_random[:, own].mean(0),
             "named less random, own group": change_named[own] - change_random[:, own].mean(0),
             "named, other groups": change_named[~own],
-        }  # fmt: skip
+        }
         row = [paired(v, units[own] if "own" in n else units[~own], seed=seed) for n, v in parts.items()]
         rank = float((change_random[:, own].mean(1) <= change_named[own].mean()).mean())
         names.append(group)
@@ -86,9 +87,12 @@ def change_experts(
         value, low, high = (float(v) for v in row[2])
         differs = "hurts more than" if high < 0 else "hurts less than" if low > 0 else "is not shown to differ from"
         texts.append(
-            f"{group} (experts {said}): {float(row[0][0]):+.2f} nats [{float(row[0][1]):+.2f}, {float(row[0][2]):+.2f}] on its own "
-            f"prompts, random experts of equal load {float(row[1][0]):+.2f}; it {differs} those: {value:+.2f} [{low:+.2f}, "
-            f"{high:+.2f}]; {rank:.0%} of {len(random_sets)} random sets hurt as much. On the others {float(row[3][0]):+.2f}."
+            f"{group} (experts {said}): {float(row[0][0]):+.2f} nats [{float(row[0][1]):+.2f}, "
+            f"{float(row[0][2]):+.2f}] on its own "
+            f"prompts, random experts of equal load {float(row[1][0]):+.2f}; it {differs} those: {value:+.2f} "
+            f"[{low:+.2f}, "
+            f"{high:+.2f}]; {rank:.0%} of {len(random_sets)} random sets hurt as much. On the others "
+            f"{float(row[3][0]):+.2f}."
         )
     values = np.stack(table)
     result = xr.Dataset(

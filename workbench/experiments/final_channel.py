@@ -17,11 +17,13 @@ from workbench.model.transformer import GptOss
 
 METHOD = (
     "Log-probability in nats of the final message, summed over its tokens, with the intervention less without, on the "
-    "run's own tokens; means over prompts, percentile bootstrap over prompts. Nothing is called an effect whose interval "
+    "run's own tokens; means over prompts, percentile bootstrap over prompts. Nothing is called an effect whose "
+    "interval "
     "includes zero."
 )
 NOT_CONTROLLED = (
-    "An intervention takes the model off the states it was trained in; beside it stands the same intervention on controls "
+    "An intervention takes the model off the states it was trained in; beside it stands the same intervention "
+    "on controls "
     "where there are any. Accuracy of newly generated answers may change less, or more, than log-probability."
 )
 

@@ -42,10 +42,15 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
         result = xr.Dataset({"change": (dims, value), "low": (dims, low), "high": (dims, high)})
         top = np.argsort(-np.abs(value), axis=None)[:5]
         said = ", ".join("{}.{} ({:+.2f})".format(*np.unravel_index(i, value.shape), value.flat[i]) for i in top)
-        text = f"Largest parts of the logit of the answer's first token, mean over {len(set(units))} prompts (layer.{dims[1]}): {said}."
+        text = (
+            f"Largest parts of the logit of the answer's first token, mean over {len(set(units))} prompts "
+            f"(layer.{dims[1]}): {said}."
+        )
         made[name] = result.assign_attrs(
-            title=f"Parts of the answer's logit: {name}", summary=text, units="logit",
+            title=f"Parts of the answer's logit: {name}",
+            summary=text,
+            units="logit",
             method="Exact decomposition of a logit with the final norm's scale frozen; parts sum to the logit.",
             not_controlled="A part is what was written, not what would be missing: later layers may compensate.",
-        )  # fmt: skip
+        )
     return made

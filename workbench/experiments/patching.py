@@ -1,4 +1,4 @@
-"""Activation patching of the reasoning effort: the prompt's states at another effort replace its own, layer by layer."""
+"""Activation patching of reasoning effort: the prompt's states at another effort replace its own, by layer."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -40,9 +40,10 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
         for found in by_prompt.values()
         for own in found.values()
         for other in found.values()
-        if own.effort != other.effort and own.n_prompt == other.n_prompt
+        if own.effort != other.effort
+        and own.n_prompt == other.n_prompt
         and not np.array_equal(own.tokens[: own.n_prompt], other.tokens[: own.n_prompt])
-    ]  # fmt: skip
+    ]
     if len({own.prompt_id for own, _ in pairs}) < 2:
         raise InputError("fewer than two prompts were answered at two efforts with prompts of equal length")
     layers = range(model.cfg.n_layers)
@@ -80,7 +81,8 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
         low, high = float(cell["low"]), float(cell["high"])
         shown = "" if low * high > 0 else "no effect shown, "
         lines.append(
-            f"{kind}: most in layer {layer}, {shown}{float(cell['change']):+.2f} nats on what was written [{low:+.2f}, {high:+.2f}]."
+            f"{kind}: most in layer {layer}, {shown}{float(cell['change']):+.2f} nats on what was written "
+            f"[{low:+.2f}, {high:+.2f}]."
         )
     method = (
         "The prompt's residual stream behind a layer replaced by that of the same prompt at another effort; " + METHOD

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-import workbench
 from workbench import registry
 from workbench.errors import InputError
 from workbench.experiments.final_channel import METHOD, NOT_CONTROLLED
 from workbench.experiments.from_run import transcripts
 from workbench.model.transformer import GptOss
 from workbench.runs import Run
+from workbench.studies.comparison import prompt_ids
+from workbench.version import version
 
 SEQUENCES = 200  # at most, of prompts spread evenly over the run
 
@@ -47,7 +48,7 @@ def run_experiment(
             "run_digest": run.digest,
             "seed": seed,
             "checkpoint_digest": model.checkpoint.digest,
-            "workbench_version": workbench.__version__,
+            "workbench_version": version(),
             "parameters": json.dumps({"sequences": len(rows), **options}),
         }
         result.attrs.setdefault("method", METHOD)
@@ -60,7 +61,7 @@ def chosen_sequences(run: Run, n_ctx: int, most: int) -> list[int]:
     table = run.sequences[run.sequences["length"] <= n_ctx]
     if not len(table):
         raise InputError(f"{run.path} holds no sequence yet that fits the model's context")
-    prompts = table["prompt_id"].where(table["prompt_id"] != "", table["id"])
+    prompts = prompt_ids(table)
     names = prompts.drop_duplicates()
     wanted = max(2, min(len(names), most * len(names) // len(table)))
     kept = names.iloc[np.unique(np.linspace(0, len(names) - 1, wanted).round().astype(int))]

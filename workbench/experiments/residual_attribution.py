@@ -13,7 +13,8 @@ from torch import Tensor
 
 from workbench.experiments.norm_attribution import mean_gradient, normed
 from workbench.experiments.token_selection import Points
-from workbench.model.transformer import Attention, GptOss, MoE
+from workbench.model.attention import Attention
+from workbench.model.transformer import GptOss, MoE
 
 Norm = Literal["frozen", "path", "layers"]
 

@@ -18,7 +18,8 @@ from workbench.registry import Experiment
 EXPERIMENT = Experiment(
     name="steering",
     title="Steering along the channel direction",
-    question="Does moving final tokens along the direction between the channels change the answer more than a random direction?",
+    question="Does moving final tokens along the direction between the channels change the answer more than a "
+    "random direction?",
     compute="forward passes over the sequences: nine",
     aliases=("steer",),
     order=170,

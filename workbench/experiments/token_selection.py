@@ -55,13 +55,13 @@ class Points(NamedTuple):
 def points(
     model: GptOss, tokens: Int[Tensor, "batch pos"], at: Tokens = None, n_real: Sequence[int] | None = None
 ) -> Points:
-    """The tokens that are meant; none is an error."""
+    """Return the selected tokens; selecting none is an error."""
     lengths = [tokens.shape[1]] * len(tokens) if n_real is None else list(n_real)
     row = torch.cat([ids[:n] for ids, n in zip(tokens.cpu(), lengths, strict=True)])[None]
     where = PassContext(model.cfg, row, packed=lengths)
     column = where.mask(as_set(at))[0].nonzero()[:, 0]
     if not len(column):
-        raise InputError(f"no token of these {len(lengths)} sequences is meant: look at `at`, and at `n_real`")
+        raise InputError(f"no token of these {len(lengths)} sequences is selected: check `at` and `n_real`")
     return Points(row, lengths, column, where.sequence[0, column], where.positions[0, column])
 
 

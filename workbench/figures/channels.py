@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
-from workbench.figures.gallery import Drawing, Gallery, numbers
+from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.template import THEMES, ThemeName, apply_theme, band, translucent
 
 
@@ -44,10 +44,13 @@ def probe(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Every figure of the study and the numbers behind each."""
     found: Gallery = {}
-    for kind, title in (("routing", "How far routing differs, by layer"), ("sinks", "How far sinks differ, by layer")):
+    for kind, title in (
+        ("routing", "Size of routing differences by layer"),
+        ("sinks", "Size of sink differences by layer"),
+    ):
         own = {n.removeprefix(f"{kind}_"): ds for n, ds in datasets.items() if n.startswith(f"{kind}_")}
         found |= contrast.gallery(own, title=title, prefix=f"{kind}_")
     for name, ds in datasets.items():
         if "auc" in ds:
-            found[name] = Drawing(partial(probe, ds), numbers(ds, "layer"), ds)
+            found[name] = GalleryItem(partial(probe, ds), numbers(ds, "layer"), ds)
     return found

@@ -6,7 +6,7 @@ from functools import partial
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.gallery import Drawing, Gallery, numbers
+from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.intervals import lines
 from workbench.figures.template import ThemeName
 
@@ -15,12 +15,23 @@ def agreement(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     """Share of chosen experts that both runs chose, by layer and channel."""
     labels = [c for c in map(str, ds["channel"].values) if int(ds["tokens"].sel(channel=c)) and c != "frame"]
     return lines(
-        ds, "agreement", "layer", "channel", labels=labels, title="How often two routers choose the same experts",
-        subtitle="|experts of a ∩ experts of b| / k, mean over tokens; 95 % bands, jackknife over prompts", y_title="agreement", theme=theme,
-    )  # fmt: skip
+        ds,
+        "agreement",
+        "layer",
+        "channel",
+        labels=labels,
+        title="Agreement of two routers",
+        subtitle="|experts of a ∩ experts of b| / k, mean over tokens; 95 % bands, jackknife over prompts",
+        y_title="agreement",
+        theme=theme,
+    )
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Every figure of the study and the numbers behind each."""
     ds = datasets["agreement"]
-    return {"agreement": Drawing(partial(agreement, ds), numbers(ds, "channel_layer"), ds)} if "agreement" in ds else {}
+    return (
+        {"agreement": GalleryItem(partial(agreement, ds), numbers(ds, "channel_layer"), ds)}
+        if "agreement" in ds
+        else {}
+    )

@@ -1,4 +1,4 @@
-"""Figures of a contrast: which cells differ, as it is or at equal position, and how large the difference is by layer."""
+"""Figures of a contrast: which cells differ, with and without control of position, and by how much in a layer."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.gallery import Drawing, Gallery, numbers
-from workbench.figures.heatmap import Grid
+from workbench.figures.gallery import Gallery, GalleryItem, numbers
+from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
@@ -27,19 +27,19 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
         [100 * cell[n].values for n in ("difference", "low", "high", "mean_a", "mean_b")] + [cell["q"].values], -1
     )
     hover = (
-        f"layer %{{y}}, {kind} %{{x}}<br>%{{customdata[0]:+.2f}} points [%{{customdata[1]:+.2f}}, %{{customdata[2]:+.2f}}], "
-        f"q = %{{customdata[5]:.3g}}<br>{ds.attrs['a']} %{{customdata[3]:.2f}} %, {ds.attrs['b']} %{{customdata[4]:.2f}} %<extra></extra>"
+        f"layer %{{y}}, {kind} %{{x}}<br>%{{customdata[0]:+.2f}} points [%{{customdata[1]:+.2f}}, "
+        f"%{{customdata[2]:+.2f}}], "
+        f"q = %{{customdata[5]:.3g}}<br>{ds.attrs['a']} %{{customdata[3]:.2f}} %, {ds.attrs['b']} "
+        f"%{{customdata[4]:.2f}} %<extra></extra>"
     )
-    grid = Grid(cell["layer"].values, cell[kind].values, colours)
-    for shown, opacity in ((different, 1.0), (~different, 0.35)):
-        grid.colour(np.where(shown, np.clip(points, -limit, limit), np.nan), detail, hover, opacity=opacity)
-    grid.missing(np.isnan(points))
-    grid.sign(~different & ~np.isnan(points), "line-ne", colours.band, "pale, hatched: not shown to differ")
-    grid.sign(different & (points < 0), "line-ew", colours.on_scale, "−: less")
+    grid = LayerHeatmap(cell["layer"].values, cell[kind].values, colours)
+    grid.differences(points, different, detail, hover, limit, "not shown to differ")
+    grid.less(different & (points < 0))
     bar = {"title": {"text": f"percentage points, {ds.attrs['a']} − {ds.attrs['b']}"}}
-    figure = grid.finish(kind, {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": bar})
+    figure = grid.finish_differences(kind, limit, bar)
     subtitle = (
-        f"{_CONTROL[control]}; {int(cell['prompts'])} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens; "
+        f"{_CONTROL[control]}; {int(cell['prompts'])} prompts, {int(cell['tokens_a']):,} and "
+        f"{int(cell['tokens_b']):,} tokens; "
         f"{int(different.sum())} of {different.size} differ (q < 0.05, interval excludes 0)"
     )
     return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=grid.height)
@@ -56,11 +56,19 @@ def volcano(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     blue = colours.colour("channel", "analysis")
     figure = go.Figure(
         go.Scatter(
-            x=points, y=-np.log10(q), mode="markers", customdata=np.stack([cell["layer"].values[layer], column, q], -1),
-            marker={"size": 7, "color": np.where(different, blue, colours.paper), "line": {"color": blue, "width": 1.2}},
-            hovertemplate=f"layer %{{customdata[0]}}, {kind} %{{customdata[1]}}: %{{x:+.2f}} points, q = %{{customdata[2]:.2g}}<extra></extra>",
+            x=points,
+            y=-np.log10(q),
+            mode="markers",
+            customdata=np.stack([cell["layer"].values[layer], column, q], -1),
+            marker={
+                "size": 7,
+                "color": np.where(different, blue, colours.paper),
+                "line": {"color": blue, "width": 1.2},
+            },
+            hovertemplate=f"layer %{{customdata[0]}}, {kind} %{{customdata[1]}}: %{{x:+.2f}} points, q = "
+            f"%{{customdata[2]:.2g}}<extra></extra>",
         )
-    )  # fmt: skip
+    )
     figure.add_hline(y=-np.log10(0.05), line={"dash": "dot", "color": colours.muted})
     figure.update_xaxes(title=f"percentage points, {ds.attrs['a']} − {ds.attrs['b']}")
     figure.update_yaxes(title="−log₁₀ q", rangemode="tozero")
@@ -69,7 +77,7 @@ def volcano(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
 
 
 def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "light") -> go.Figure:
-    """Size of differences by layer, over what noise alone would have; a line a comparison, dashed without the control."""
+    """Return the size of differences by layer, less that of noise; dashed lines have no control of position."""
     colours = THEMES[theme]
     palette = [colours.colour("channel", c) for c in ("analysis", "final", "commentary", "prompt")]
     figure = go.Figure()
@@ -81,15 +89,24 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
             size = np.sqrt(np.maximum(cell["size"].values ** 2 - cell["noise"].values ** 2, 0))
             figure.add_trace(
                 go.Scatter(
-                    x=cell["layer"].values, y=100 * size, name=name.replace("_", " "), mode="lines+markers", showlegend=control == "position",
+                    x=cell["layer"].values,
+                    y=100 * size,
+                    name=name.replace("_", " "),
+                    mode="lines+markers",
+                    showlegend=control == "position",
                     line={"color": palette[i % len(palette)], "dash": dash, "width": 1.8},
                     marker={"symbol": ("circle", "square", "diamond", "cross")[i % 4], "size": 7},
-                    hovertemplate="layer %{x}: %{y:.2f} points, " + _CONTROL[control] + "<extra>%{fullData.name}</extra>",
+                    hovertemplate="layer %{x}: %{y:.2f} points, "
+                    + _CONTROL[control]
+                    + "<extra>%{fullData.name}</extra>",
                 )
-            )  # fmt: skip
+            )
     figure.update_xaxes(title="layer", dtick=max(1, len(next(iter(sets.values()))["layer"]) // 6))
     figure.update_yaxes(title="size of the difference (points)", rangemode="tozero")
-    subtitle = "Root of summed squared differences over a layer's cells, less what noise has; dashed: all tokens, solid: at equal position"
+    subtitle = (
+        "Root of summed squared differences over a layer's cells, less what noise has; dashed: all "
+        "tokens, solid: at equal position"
+    )
     return apply_theme(figure, colours, next(iter(sets.values())), title=title, subtitle=subtitle, height=460)
 
 
@@ -104,12 +121,12 @@ def gallery(sets: Mapping[str, xr.Dataset], *, title: str, prefix: str = "") -> 
                     ds.sel(control=control).drop_vars("control"), "_".join(map(str, ds["difference"].dims[1:]))
                 )
                 label = f"{prefix}{name}_{'naive' if control == 'none' else 'matched'}"
-                found[label] = Drawing(partial(heatmap, ds, control), cells, ds)
+                found[label] = GalleryItem(partial(heatmap, ds, control), cells, ds)
                 if control == "position":
-                    found[f"{prefix}{name}_volcano"] = Drawing(partial(volcano, ds), cells, ds)
+                    found[f"{prefix}{name}_volcano"] = GalleryItem(partial(volcano, ds), cells, ds)
     if own:
         draw = partial(by_layer, own, title=title)
-        found[f"{prefix}sizes"] = Drawing(draw, partial(_sizes, own), next(iter(own.values())))
+        found[f"{prefix}sizes"] = GalleryItem(draw, partial(_sizes, own), next(iter(own.values())))
     return found
 
 

@@ -1,7 +1,7 @@
 """Figures of a study that has none of its own: each variable by its axes, with its interval where it has one.
 
-One axis of labels is drawn as rows, one of numbers as a line, two as a line for each label or as a heat map. Further axes
-give a figure for each of their labels.
+One axis of labels is drawn as rows, one of numbers as a line, two as a line for each label or as a heat map. Further
+axes give a figure for each of their labels.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,8 +13,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.gallery import Drawing, Gallery
-from workbench.figures.heatmap import Grid
+from workbench.figures.gallery import Gallery, GalleryItem
+from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.intervals import lines, rows
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 
@@ -27,7 +27,7 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     for name, ds in datasets.items():
         for label, cell, variable in _cells(ds):
             draw, table = partial(figure, cell, variable), partial(_table, cell, variable)
-            found["_".join([name, variable, *label])] = Drawing(draw, table, cell)
+            found["_".join([name, variable, *label])] = GalleryItem(draw, table, cell)
     return found
 
 
@@ -52,7 +52,7 @@ def _heatmap(ds: xr.Dataset, name: str, value: str, *, title: str, subtitle: str
     colours = THEMES[theme]
     row, column = map(str, ds[name].dims)
     values = ds[name].values.astype(float)
-    grid = Grid(np.arange(len(values)), np.arange(values.shape[1]), colours)
+    grid = LayerHeatmap(np.arange(len(values)), np.arange(values.shape[1]), colours)
     grid.colour(values, values, f"{row} %{{y}}, {column} %{{x}}: %{{z:.4g}}<extra></extra>")
     grid.missing(np.isnan(values))
     made = grid.finish(column, {"colorscale": colours.sequential, "colorbar": {"title": {"text": value}}})

@@ -1,4 +1,4 @@
-"""Figures of the effort study: what effort costs and brings, and what differs at equal position."""
+"""Figures of the effort study: accuracy vs. reasoning length, and differences at equal position."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
-from workbench.figures.gallery import Drawing, Gallery, numbers
+from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme
 
 
@@ -20,10 +20,15 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
         if other != "all":
             figure.add_trace(
                 go.Scatter(
-                    x=cell["analysis_tokens"].values, y=cell["accuracy"].values, mode="lines", line={"color": colours.band, "width": 1.2},
-                    name=other, showlegend=False, hovertemplate=f"{other}: %{{x:.0f}} tokens, %{{y:.2f}}<extra></extra>",
+                    x=cell["analysis_tokens"].values,
+                    y=cell["accuracy"].values,
+                    mode="lines",
+                    line={"color": colours.band, "width": 1.2},
+                    name=other,
+                    showlegend=False,
+                    hovertemplate=f"{other}: %{{x:.0f}} tokens, %{{y:.2f}}<extra></extra>",
                 )
-            )  # fmt: skip
+            )
     for effort in map(str, ds["effort"].values):
         c = {str(k): float(v) for k, v in ds.sel(task=task, effort=effort).data_vars.items()}
         colour = colours.colour("effort", effort)
@@ -38,11 +43,16 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
 
         figure.add_trace(
             go.Scatter(
-                x=[c["analysis_tokens"]], y=[c["accuracy"]], mode="markers", name=effort, error_x=bar("analysis_tokens"),
-                error_y=bar("accuracy"), marker={"color": colour, "size": 11, "symbol": MARKERS[effort]},
+                x=[c["analysis_tokens"]],
+                y=[c["accuracy"]],
+                mode="markers",
+                name=effort,
+                error_x=bar("analysis_tokens"),
+                error_y=bar("accuracy"),
+                marker={"color": colour, "size": 11, "symbol": MARKERS[effort]},
                 hovertemplate=f"{effort}: %{{x:.1f}} tokens, accuracy %{{y:.3f}}<extra></extra>",
             )
-        )  # fmt: skip
+        )
     most = (
         float(ds["analysis_tokens_high"].max())
         if task == "all"
@@ -55,7 +65,7 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
         figure,
         colours,
         ds,
-        title="What thinking costs and brings" if task == "all" else f"What thinking costs and brings: {task}",
+        title="Accuracy vs. reasoning length" if task == "all" else f"Accuracy vs. reasoning length: {task}",
         subtitle=subtitle,
         height=460,
     )
@@ -64,10 +74,10 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Every figure of the study and the numbers behind each."""
     cost = datasets["cost"]
-    found = {"accuracy_by_tokens": Drawing(partial(accuracy_by_tokens, cost), numbers(cost, "task_effort"), cost)}
+    found = {"accuracy_by_tokens": GalleryItem(partial(accuracy_by_tokens, cost), numbers(cost, "task_effort"), cost)}
     for kind, title in (
-        ("routing", "How far routing differs with effort"),
-        ("sinks", "How far sinks differ with effort"),
+        ("routing", "Size of routing differences between efforts"),
+        ("sinks", "Size of sink differences between efforts"),
     ):
         own = {n.removeprefix(f"{kind}_"): ds for n, ds in datasets.items() if n.startswith(f"{kind}_")}
         found |= contrast.gallery(own, title=title, prefix=f"{kind}_")

@@ -9,8 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.gallery import Drawing, Gallery
-from workbench.figures.heatmap import Grid
+from workbench.figures.gallery import Gallery, GalleryItem
+from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.intervals import lines, rows
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
@@ -48,17 +48,16 @@ def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
     colours = THEMES[theme]
     values, shown = ds["change"].values, ds["low"].values * ds["high"].values > 0
     limit = float(np.abs(values).max(initial=1e-6))
-    grid = Grid(
+    grid = LayerHeatmap(
         ds["layer"].values if "layer" in ds.coords else np.arange(len(values)), np.arange(values.shape[1]), colours
     )
     detail = np.stack([values, ds["low"].values, ds["high"].values], -1)
-    hover = f"layer %{{y}}, {kind} %{{x}}: %{{customdata[0]:+.3f}} [%{{customdata[1]:+.3f}}, %{{customdata[2]:+.3f}}]<extra></extra>"
-    for where, opacity in ((shown, 1.0), (~shown, 0.35)):
-        grid.colour(np.where(where, values, np.nan), detail, hover, opacity=opacity)
-    grid.sign(~shown, "line-ne", colours.band, "pale, hatched: not shown to differ from 0")
-    made = grid.finish(
-        kind, {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": {"title": {"text": unit}}}
+    hover = (
+        f"layer %{{y}}, {kind} %{{x}}: %{{customdata[0]:+.3f}} [%{{customdata[1]:+.3f}}, "
+        f"%{{customdata[2]:+.3f}}]<extra></extra>"
     )
+    grid.differences(values, shown, detail, hover, limit, "not shown to differ from 0")
+    made = grid.finish_differences(kind, limit, {"title": {"text": unit}})
     return apply_theme(
         made,
         colours,
@@ -71,7 +70,7 @@ def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """A figure for each dataset of an experiment, and the numbers behind it."""
-    return {name: Drawing(partial(figure, ds), partial(_longest, ds), ds) for name, ds in datasets.items()}
+    return {name: GalleryItem(partial(figure, ds), partial(_longest, ds), ds) for name, ds in datasets.items()}
 
 
 def _longest(ds: xr.Dataset) -> pd.DataFrame:

@@ -1,9 +1,11 @@
 """Figures as files for a paper: SVG, PDF, PNG and HTML that fetches nothing, each with the numbers behind it as CSV."""
 
 import os
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -11,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from workbench.errors import InputError
 from workbench.figures import paper
-from workbench.figures.gallery import Drawing
+from workbench.figures.gallery import GalleryItem
 from workbench.studies.comparison import Run
 from workbench.studies.files import refuse_paths, write_files
 
@@ -34,18 +36,18 @@ def write_all(
     """Every figure of every study of a run, `STUDY_NAME`; a study for which the run lacks something is left out."""
     _check(formats)
     paper.fit(go.Figure(layout={"height": 500}), column)  # refuse a wrong column before minutes of work
-    found, _ = paper.drawings(run, which)
-    return write_drawings(found, out, formats, column=column)
+    found, _ = paper.figures_of_run(run, which)
+    return write_gallery(found, out, formats, column=column)
 
 
-def write_drawings(
-    found: Mapping[str, Drawing],
+def write_gallery(
+    found: Mapping[str, GalleryItem],
     out: str | os.PathLike[str],
     formats: Sequence[str] = FORMATS,
     *,
     column: paper.Column = "screen",
 ) -> list[Path]:
-    """Draw, and write each figure with its numbers, its caption (`.txt`) and its provenance (`.json`); and `index.md`."""
+    """Write each figure with its numbers, caption (`.txt`) and provenance (`.json`), and `index.md`."""
     drawn = {name: drawing.draw() for name, drawing in found.items()}
     captions = {name: paper.caption(drawing, drawn[name]) for name, drawing in found.items()}
     beside = {f"{name}.txt": text for name, text in captions.items()}
@@ -62,7 +64,7 @@ def write(
     formats: Sequence[str] = FORMATS,
     beside: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write `NAME.FORMAT` for every figure and format, and `NAME.csv`; nothing is written unless everything was made."""
+    """Write `NAME.FORMAT` for every figure and format, and `NAME.csv`, after all of them are made."""
     _check(formats)
     if figures.keys() != data.keys():
         unpaired = sorted(figures.keys() ^ data.keys())
@@ -112,7 +114,22 @@ def _images(figures: Mapping[str, go.Figure], formats: Sequence[str]) -> dict[st
             kaleido.write_fig_from_object_sync(wanted, kopts={"mathjax": False}, cancel_on_error=True)
         except ChromeNotFoundError as error:
             raise InputError(
-                f"{', '.join(formats)} need Chromium or Chrome, and none was found; install one (or set BROWSER_PATH to "
+                f"{', '.join(formats)} need Chromium or Chrome, and none was found; install one (or set "
+                "BROWSER_PATH to "
                 "it), or ask for html"
             ) from error
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def script(
+    draw: Callable[[Any], Mapping[str, GalleryItem]], open_run: Callable[[str], Run], *, column: paper.Column = "single"
+) -> None:
+    """Write the figures of a script called as `SCRIPT.py RUN OUT [FORMAT …]`, as those in notebooks/figures are."""
+    if len(sys.argv) < 3:
+        sys.exit(f"usage: {Path(sys.argv[0]).name} RUN OUT [svg|pdf|png|html …]")
+    run, out, *formats = sys.argv[1:]
+    try:
+        for path in write_gallery(draw(open_run(run)), out, formats or ("pdf", "svg"), column=column):
+            print(path)
+    except InputError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -10,7 +10,7 @@ import xarray as xr
 from workbench.studies.result import tables
 
 
-class Drawing(NamedTuple):
+class GalleryItem(NamedTuple):
     """A figure not yet drawn, its numbers not yet put in a table, and the dataset both come from."""
 
     draw: Callable[..., go.Figure]  # takes theme=
@@ -18,7 +18,7 @@ class Drawing(NamedTuple):
     source: xr.Dataset
 
 
-Gallery = dict[str, Drawing]
+Gallery = dict[str, GalleryItem]
 
 
 def numbers(ds: xr.Dataset, dims: str) -> Callable[[], pd.DataFrame]:

@@ -18,7 +18,7 @@ LEAST_PLOT_HEIGHT = 190
 SIGN_SIZE = 0.5
 
 
-class Grid:
+class LayerHeatmap:
     """A figure under construction: coloured cells first, then what lies on top of them."""
 
     def __init__(self, layers: np.ndarray, columns: np.ndarray, theme: Theme) -> None:
@@ -32,6 +32,45 @@ class Grid:
     def colour(self, values: Float[np.ndarray, "layer column"], detail: np.ndarray, hover: str, **style: Any) -> None:
         """Cells in the colours of the shared scale; NaN is left empty."""
         self._heatmap(values, coloraxis="coloraxis", customdata=detail, hovertemplate=hover, **style)
+
+    def differences(
+        self,
+        values: Float[np.ndarray, "layer column"],
+        shown: Bool[np.ndarray, "layer column"],
+        detail: np.ndarray,
+        hover: str,
+        limit: float,
+        unshown: str,
+    ) -> None:
+        """Draw signed values clipped at ±limit; cells that are not `shown` to differ from zero are pale and hatched."""
+        for cells, opacity in ((shown, 1.0), (~shown, 0.35)):
+            self.colour(np.where(cells, np.clip(values, -limit, limit), np.nan), detail, hover, opacity=opacity)
+        self.missing(np.isnan(values))
+        self.sign(~shown & ~np.isnan(values), "line-ne", self.theme.band, f"pale, hatched: {unshown}")
+
+    def loads(self, load: Float[np.ndarray, "layer column"], detail: np.ndarray, hover: str, clip: float) -> go.Figure:
+        """Return the figure of loads relative to uniform; experts never selected and clipped cells are marked."""
+        relative = load * load.shape[1]
+        self.colour(np.where(load > 0, np.minimum(relative, clip), np.nan), detail, hover)
+        self.fill(load == 0, self.theme.zero, "never selected")
+        self.missing(np.isnan(load))
+        self.sign(relative > clip, "triangle-up", self.theme.on_scale, f"clipped: more than {clip:g} × uniform")
+        bar = {"title": {"text": f"load relative to uniform (× 1/{load.shape[1]})"}}
+        return self.finish("expert", {"cmin": 0, "cmax": clip, "colorscale": self.theme.sequential, "colorbar": bar})
+
+    def less(self, where: Bool[np.ndarray, "layer column"]) -> None:
+        """Mark cells that are less, which grey prints cannot tell from more."""
+        self.sign(where, "line-ew", self.theme.on_scale, "−: less")
+
+    def clipped(self, values: Float[np.ndarray, "layer column"], limit: float) -> None:
+        """Mark cells beyond the ends of the scale."""
+        self.sign(values > limit, "triangle-up", self.theme.on_scale, f"clipped: above +{limit:g}")
+        self.sign(values < -limit, "triangle-down", self.theme.on_scale, f"clipped: below −{limit:g}")
+
+    def finish_differences(self, column_name: str, limit: float, bar: Mapping[str, Any]) -> go.Figure:
+        """Return the figure with the diverging scale from −limit to limit."""
+        scale = {"cmin": -limit, "cmax": limit, "colorscale": self.theme.diverging, "colorbar": dict(bar)}
+        return self.finish(column_name, scale)
 
     def fill(self, where: Bool[np.ndarray, "layer column"], colour: str, name: str) -> None:
         """Cells of one colour that is not on the scale, named in the legend."""

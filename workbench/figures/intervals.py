@@ -10,9 +10,21 @@ from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme, 
 
 
 def lines(
-    ds: xr.Dataset, name: str, x: str, axis: str | None, *, title: str, subtitle: str, y_title: str, x_title: str = "",
-    low: str = "", high: str = "", labels: Sequence[str] | None = None, log_x: bool = False, theme: ThemeName = "light",
-) -> go.Figure:  # fmt: skip
+    ds: xr.Dataset,
+    name: str,
+    x: str,
+    axis: str | None,
+    *,
+    title: str,
+    subtitle: str,
+    y_title: str,
+    x_title: str = "",
+    low: str = "",
+    high: str = "",
+    labels: Sequence[str] | None = None,
+    log_x: bool = False,
+    theme: ThemeName = "light",
+) -> go.Figure:
     """A variable along x, a line for each label of `axis`, with its 95 % band where there is one."""
     colours = THEMES[theme]
     figure = go.Figure()
@@ -43,10 +55,16 @@ def lines(
         symbol = MARKERS.get(text, ("circle", "square", "diamond", "cross", "x", "star")[i % 6])
         figure.add_trace(
             go.Scatter(
-                x=place, y=values, mode="lines+markers", line={"color": colour, "width": 1.8}, marker={"symbol": symbol, "size": 7},
-                showlegend=axis is not None, hovertemplate=f"{x_title or x} %{{x}}: %{{y:.4g}}<extra>%{{fullData.name}}</extra>", **style,
+                x=place,
+                y=values,
+                mode="lines+markers",
+                line={"color": colour, "width": 1.8},
+                marker={"symbol": symbol, "size": 7},
+                showlegend=axis is not None,
+                hovertemplate=f"{x_title or x} %{{x}}: %{{y:.4g}}<extra>%{{fullData.name}}</extra>",
+                **style,
             )
-        )  # fmt: skip
+        )
     ticks = {"tickvals": list(place), "ticktext": [str(v) for v in at]} if at.dtype.kind in "OU" else {}
     figure.update_xaxes(title=x_title or x, **ticks)
     if log_x:
@@ -56,9 +74,17 @@ def lines(
 
 
 def rows(
-    ds: xr.Dataset, name: str, axis: str, *, title: str, subtitle: str, x_title: str, low: str = "", high: str = "",
+    ds: xr.Dataset,
+    name: str,
+    axis: str,
+    *,
+    title: str,
+    subtitle: str,
+    x_title: str,
+    low: str = "",
+    high: str = "",
     theme: ThemeName = "light",
-) -> go.Figure:  # fmt: skip
+) -> go.Figure:
     """A row a label: point and 95 % bar, filled where the bar excludes zero, with a line at zero."""
     colours = THEMES[theme]
     values, lows, highs = (ds[n].values.astype(float) for n in (name, low or f"{name}_low", high or f"{name}_high"))
@@ -67,12 +93,15 @@ def rows(
     labels = [str(v) for v in ds[axis].values]
     figure = go.Figure(
         go.Scatter(
-            x=values, y=labels, mode="markers",
+            x=values,
+            y=labels,
+            mode="markers",
             error_x={"array": highs - values, "arrayminus": values - lows, "color": blue, "thickness": 1.6, "width": 4},
             marker={"size": 9, "color": np.where(shown, blue, colours.paper), "line": {"color": blue, "width": 1.6}},
-            customdata=np.stack([lows, highs], -1), hovertemplate="%{y}<br>%{x:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}]<extra></extra>",
+            customdata=np.stack([lows, highs], -1),
+            hovertemplate="%{y}<br>%{x:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}]<extra></extra>",
         )
-    )  # fmt: skip
+    )
     figure.add_vline(x=0, line={"color": colours.muted, "width": 1})
     figure.update_yaxes(autorange="reversed", ticks="")
     figure.update_xaxes(title=x_title)

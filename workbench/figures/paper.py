@@ -1,19 +1,17 @@
-"""Figures as a journal wants them: a column wide, 7-point type, the title in the caption, and where the numbers are from.
+"""Figures for a journal: a column wide, 7-point type, the title in the caption, with provenance.
 
 89 and 183 mm are the widths of one and two columns in most journals.
 """
 
 import json
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 import plotly
 import plotly.graph_objects as go
 
 from workbench.errors import InputError
-from workbench.figures.gallery import Drawing, Gallery
+from workbench.figures.gallery import Gallery, GalleryItem
 from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, WIDTH
 from workbench.registry import studies
 from workbench.studies import run_study
@@ -32,7 +30,7 @@ def main_figures() -> list[str]:
     return [f"{study.name}_{name}" for study in studies(runs=1) for name in study.main_figures]
 
 
-def drawings(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
+def figures_of_run(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
     """What all studies of a run can draw, as `STUDY_NAME`, the main set first; and why studies are left out."""
     if which not in get_args(Which):
         raise InputError(f"no set {which!r}; choose from {', '.join(get_args(Which))}")
@@ -70,9 +68,13 @@ def fit(figure: go.Figure, column: Column) -> go.Figure:
     type_ = {"size": _TYPE}
     out.layout.annotations = [a for a in out.layout.annotations if a.yshift != 6 - MARGIN_BELOW]  # the foot
     out.update_layout(
-        title=None, width=width, height=height, font=type_, margin={"l": 38, "r": 10, "t": _ABOVE, "b": _BELOW},
+        title=None,
+        width=width,
+        height=height,
+        font=type_,
+        margin={"l": 38, "r": 10, "t": _ABOVE, "b": _BELOW},
         legend={"y": 2 / height, "font": type_, "title": {"font": type_}},
-    )  # fmt: skip
+    )
     out.update_annotations(font=type_)
     out.update_xaxes(title={"font": type_, "standoff": 4}, ticklen=3, tickfont=type_)
     out.update_yaxes(title={"font": type_, "standoff": 4}, ticklen=3, tickfont=type_)
@@ -90,7 +92,7 @@ def fit(figure: go.Figure, column: Column) -> go.Figure:
     return out
 
 
-def caption(drawing: Drawing, figure: go.Figure) -> str:
+def caption(drawing: GalleryItem, figure: go.Figure) -> str:
     """What the figure shows, how it was computed and what is not controlled: its title and more, as plain text."""
     attrs = drawing.source.attrs
     said = [figure.layout.title.text, figure.layout.title.subtitle.text, attrs.get("method", "")]
@@ -99,7 +101,7 @@ def caption(drawing: Drawing, figure: go.Figure) -> str:
     return " ".join(text if text.endswith(".") else f"{text}." for text in said if text) + "\n"
 
 
-def provenance(drawing: Drawing, column: Column) -> str:
+def provenance(drawing: GalleryItem, column: Column) -> str:
     """Where the figure comes from, as JSON: enough to make it again."""
     attrs = {k: v for k, v in drawing.source.attrs.items() if k not in ("summary", "method", "not_controlled")}
     attrs["parameters"] = json.loads(attrs.get("parameters", "{}"))
@@ -111,25 +113,10 @@ def index(captions: Mapping[str, str]) -> str:
     """A page that lists the figures, those of the main text first."""
     lines, main = ["# Figures", ""], main_figures()
     for heading, names in (
-        ("Main text", [n for n in captions if n in main]), ("Supplement", [n for n in captions if n not in main]),
-    ):  # fmt: skip
+        ("Main text", [n for n in captions if n in main]),
+        ("Supplement", [n for n in captions if n not in main]),
+    ):
         lines += [f"## {heading}", ""] if names else []
         for number, name in enumerate(names, start=1):
             lines += [f"**Figure {'' if heading == 'Main text' else 'S'}{number}** (`{name}`). {captions[name]}"]
     return "\n".join(lines)
-
-
-def script(
-    draw: Callable[[Any], Mapping[str, Drawing]], open_run: Callable[[str], Run], *, column: Column = "single"
-) -> None:
-    """What the scripts in notebooks/figures do: `SCRIPT.py RUN OUT [FORMAT …]`."""
-    from workbench.figures.export import write_drawings
-
-    if len(sys.argv) < 3:
-        sys.exit(f"usage: {Path(sys.argv[0]).name} RUN OUT [svg|pdf|png|html …]")
-    run, out, *formats = sys.argv[1:]
-    try:
-        for path in write_drawings(draw(open_run(run)), out, formats or ("pdf", "svg"), column=column):
-            print(path)
-    except InputError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -7,48 +7,47 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.heatmap import Grid
+from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme
 from workbench.studies.result import provenance
 
 Measure = Literal["load", "gates", "lift", "mass", "spread"]
-_CLIP = 4.0  # of shares, times an even one
+_CLIP = 4.0  # of loads relative to uniform
 _TITLES = {
-    "load": "How often each expert is chosen", "gates": "How much weight each expert gets",
-    "lift": "Experts chosen more, or less, than elsewhere", "mass": "Sink mass", "spread": "Spread of the sink mass over tokens",
-}  # fmt: skip
+    "load": "Expert load",
+    "gates": "Gate weight by expert",
+    "lift": "Expert load relative to the whole run",
+    "mass": "Sink attention",
+    "spread": "Spread of the sink attention over tokens",
+}
 
 
 def heatmap(ds: xr.Dataset, measure: Measure, *, theme: ThemeName = "light") -> go.Figure:
-    """A measure of every layer and expert (or head); shares against an even one, lift on a scale of doublings."""
+    """Return a measure of every layer and expert (or head); loads relative to uniform, lift in doublings."""
     colours = THEMES[theme]
     column = str(ds[measure].dims[1])
     values = ds[measure].values
-    grid = Grid(ds["layer"].values, ds[column].values, colours)
+    grid = LayerHeatmap(ds["layer"].values, ds[column].values, colours)
     where = f"layer %{{y}}, {column} %{{x}}<br>"
     bar: dict[str, Any]
     if measure in ("load", "gates"):
-        relative = values * ds.sizes[column]
-        hover = where + "%{customdata[0]:.2f} times an even share<br>%{customdata[1]:.2f} %<extra></extra>"
-        shown = np.where(values > 0, np.minimum(relative, _CLIP), np.nan)
-        grid.colour(shown, np.stack([relative, 100 * values], -1), hover)
-        grid.fill(values == 0, colours.zero, "never selected")
-        grid.sign(relative > _CLIP, "triangle-up", colours.on_scale, f"clipped: more than {_CLIP:g} times")
-        bar = {"title": {"text": f"times an even share (1/{ds.sizes[column]})"}}
-        scale = {"cmin": 0, "cmax": _CLIP, "colorscale": colours.sequential, "colorbar": bar}
+        detail = np.stack([values * ds.sizes[column], 100 * values], -1)
+        hover = where + "%{customdata[0]:.2f} × uniform<br>%{customdata[1]:.2f} %<extra></extra>"
+        figure = grid.loads(values, detail, hover, _CLIP)
     elif measure == "lift":
         with np.errstate(divide="ignore"):
             doublings = np.clip(np.log2(values), -2, 2)
         grid.colour(doublings, values[..., None], where + "lift %{customdata[0]:.2f}<extra></extra>")
         bar = {"title": {"text": "lift"}, "tickvals": [-2, -1, 0, 1, 2], "ticktext": ["≤ ¼", "½", "1", "2", "≥ 4"]}
-        scale = {"cmin": -2, "cmax": 2, "colorscale": colours.diverging, "colorbar": bar}
+        grid.missing(np.isnan(values))
+        figure = grid.finish_differences(column, 2, bar)
     else:
         grid.colour(100 * values, 100 * values[..., None], where + "%{customdata[0]:.2f} %<extra></extra>")
         top = float(np.nanmax(100 * values, initial=0.1))
         title = "probability on the sink (%)" if measure == "mass" else "standard deviation (points)"
+        grid.missing(np.isnan(values))
         scale = {"cmin": 0, "cmax": top, "colorscale": colours.sequential, "colorbar": {"title": {"text": title}}}
-    grid.missing(np.isnan(values))
-    figure = grid.finish(column, scale)
+        figure = grid.finish(column, scale)
     subtitle = f"{ds.attrs['tokens']:,} tokens, pooled; {ds[measure].attrs['definition']}"
     title = f"{_TITLES[measure]}: {ds.attrs['title']}"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
@@ -60,17 +59,16 @@ def difference(a: xr.Dataset, b: xr.Dataset, measure: Measure, *, theme: ThemeNa
     column = str(a[measure].dims[1])
     points = 100 * (a[measure].values - b[measure].values)
     limit = float(np.nanmax(np.abs(points), initial=0.1))
-    grid = Grid(a["layer"].values, a[column].values, colours)
+    grid = LayerHeatmap(a["layer"].values, a[column].values, colours)
     detail = np.stack([points, 100 * a[measure].values, 100 * b[measure].values], -1)
     first, second = a.attrs["title"], b.attrs["title"]
     hover = (
         f"layer %{{y}}, {column} %{{x}}<br>%{{customdata[0]:+.2f}} points<br>{first} %{{customdata[1]:.2f}} %, "
         f"{second} %{{customdata[2]:.2f}} %<extra></extra>"
     )
-    grid.colour(points, detail, hover)
-    grid.missing(np.isnan(points))
+    grid.differences(points, np.isfinite(points), detail, hover, limit, "not shown to differ")
     bar = {"title": {"text": "percentage points"}}
-    figure = grid.finish(column, {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": bar})
+    figure = grid.finish_differences(column, limit, bar)
     subtitle = (
         f"{a.attrs['tokens']:,} and {b.attrs['tokens']:,} tokens, pooled; not controlled for position, not tested"
     )
@@ -79,18 +77,21 @@ def difference(a: xr.Dataset, b: xr.Dataset, measure: Measure, *, theme: ThemeNa
 
 
 def position_curve(rows: pd.DataFrame, digest: str, layer: int, head: int, *, theme: ThemeName = "light") -> go.Figure:
-    """One head's sink mass along position, a line a channel. rows: [position, channel]."""
+    """One head's sink attention along position, a line a channel. rows: [position, channel]."""
     colours = THEMES[theme]
     figure = go.Figure()
     for channel in map(str, rows.columns):
         figure.add_trace(
             go.Scatter(
-                x=rows.index, y=100 * rows[channel], name=channel, mode="lines+markers",
+                x=rows.index,
+                y=100 * rows[channel],
+                name=channel,
+                mode="lines+markers",
                 line={"color": colours.colour("channel", channel), "width": 1.8},
                 marker={"symbol": MARKERS.get(channel, "circle"), "size": 7},
                 hovertemplate="from position %{x}: %{y:.2f} %<extra>%{fullData.name}</extra>",
             )
-        )  # fmt: skip
+        )
     figure.update_xaxes(title="position (first of its bin)", type="log", tickvals=list(rows.index))
     figure.update_yaxes(title="probability on the sink (%)", rangemode="tozero")
     origin = xr.Dataset(attrs=provenance("sinks", "", digest, 0, {}))

@@ -1,4 +1,4 @@
-"""Everything the studies say of a run in one page that needs nothing else: findings first, then figures and methods."""
+"""The report: results, figures and methods of all studies of a run in one self-contained HTML page."""
 
 import html
 import os
@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 from workbench.errors import InputError
 from workbench.figures.export import PAGE_CONFIG
 from workbench.figures.gallery import Gallery
+from workbench.harmony.flags import counted_in
 from workbench.registry import find, studies
 from workbench.studies import run_study
 from workbench.studies.comparison import Run
@@ -36,7 +37,7 @@ def write_report(
     results: Mapping[str, Mapping[str, xr.Dataset]] | None = None,
     seed: int = 0,
 ) -> list[Path]:
-    """`OUT` as HTML and, beside it, as Markdown. results: of experiments (see `load`), to be told of with the studies."""
+    """Write the report as HTML and, beside it, as Markdown; results: of experiments, to include (see `load`)."""
     target = Path(out)
     if target.suffix != ".html":
         raise InputError(f"{out}: a report is an .html file, its Markdown is written beside it")
@@ -84,6 +85,8 @@ def _about(run: Run) -> list[tuple[str, str]]:
         done, total = run.progress  # type: ignore[attr-defined]
         rows.append(("units", f"{done} of {total}" + ("" if done == total else ": this run is not finished")))
         rows.append(("sequences", f"{len(run.sequences):,}"))  # type: ignore[attr-defined]
+        if found := counted_in(run.sequences):  # type: ignore[attr-defined]
+            rows.append(("flags", found))
     return rows
 
 
@@ -103,12 +106,14 @@ def _html(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequ
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
         f"<title>Report on {safe(run.digest)}</title><style>{_STYLE}</style>",
         f"<script>{get_plotlyjs()}</script>",
-        "<h1>What the studies say of this run</h1><table>",
+        "<h1>Report on this run</h1><table>",
         *(f"<tr><th>{safe(k)}</th><td>{safe(v)}</td></tr>" for k, v in _about(run)),
         "</table><nav>",
         *(f'<a href="#{safe(name)}">{safe(find(name).title)}</a>' for name in told),
-        "</nav><p class='note'>Nothing is called different whose interval includes zero; differences come first without, then with "
-        "the control of position. Association is not causation: what an expert is used for and what it is needed for are "
+        "</nav><p class='note'>Nothing is called different whose interval includes zero; differences come first "
+        "without, then with "
+        "the control of position. Association is not causation: what an expert is used for and what it is "
+        "needed for are "
         "told apart by the experiments.</p>",
     ]
     for name, sets in told.items():
@@ -122,19 +127,19 @@ def _html(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequ
             parts.append(f"<figure>{drawn}</figure>")
         parts += [f"<p class='note'><b>{safe(k)}.</b> {safe(v)}</p>" for k, v in _notes(sets)]
     if left_out:
-        parts.append("<h2>Left out</h2>" + "".join(f"<p>{safe(text)}</p>" for text in left_out))
+        parts.append("<h2>Skipped</h2>" + "".join(f"<p>{safe(text)}</p>" for text in left_out))
     first = next(iter(next(iter(told.values())).values())).attrs
     parts.append(f"<p class='note'>workbench {safe(str(first['workbench_version']))}, seed {first['seed']}.</p></html>")
     return "\n".join(parts)
 
 
 def _markdown(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequence[str]) -> str:
-    lines = ["# What the studies say of this run", "", *(f"- {k}: {v}" for k, v in _about(run)), ""]
+    lines = ["# Report on this run", "", *(f"- {k}: {v}" for k, v in _about(run)), ""]
     for name, sets in told.items():
         lines += [f"## {find(name).title}", ""]
         for ds in sets.values():
             lines += [f"### {ds.attrs['title']}", "", "```", str(ds.attrs["summary"]), "```", ""]
         lines += [text for k, v in _notes(sets) for text in (f"*{k}.* {v}", "")]
     if left_out:
-        lines += ["## Left out", "", *left_out, ""]
+        lines += ["## Skipped", "", *left_out, ""]
     return "\n".join(lines)

@@ -16,39 +16,34 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from workbench.errors import InputError
-from workbench.figures.gallery import Drawing, Gallery, numbers
-from workbench.figures.heatmap import Grid
+from workbench.figures.gallery import Gallery, GalleryItem, numbers
+from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.template import MARKERS, THEMES, Theme, ThemeName, apply_theme, band, translucent
 
-# the load colours end at this multiple of an even share unless told otherwise
+# the colours of loads relative to uniform end here unless told otherwise
 CLIP = 4.0
 
 
 def load_heatmap(
     ds: xr.Dataset, channel: str, effort: str, *, clip: float = CLIP, theme: ThemeName = "light"
 ) -> go.Figure:
-    """How often each expert of each layer is chosen in one cell, against an even share 1/E."""
+    """Return the load of each expert of each layer relative to uniform, in one channel and effort."""
     colours = THEMES[theme]
     cell = _select(ds, channel=channel, effort=effort)
     share, n_experts = cell["share"].values, cell.sizes["expert"]
     relative = share * n_experts
-    grid = Grid(cell["layer"].values, cell["expert"].values, colours)
-    grid.colour(
-        np.where(share > 0, np.minimum(relative, clip), np.nan),
-        np.stack([relative, *(100 * cell[f"share{end}"].values for end in ("", "_low", "_high"))], axis=-1),
-        "layer %{y}, expert %{x}<br>%{customdata[0]:.2f} times an even share<br>"
-        "%{customdata[1]:.2f} % of slots [%{customdata[2]:.2f}, %{customdata[3]:.2f}]<extra></extra>",
+    grid = LayerHeatmap(cell["layer"].values, cell["expert"].values, colours)
+    intervals = [100 * cell[f"share{end}"].values for end in ("", "_low", "_high")]
+    hover = (
+        "layer %{y}, expert %{x}<br>%{customdata[0]:.2f} × uniform<br>"
+        "%{customdata[1]:.2f} % of slots [%{customdata[2]:.2f}, %{customdata[3]:.2f}]<extra></extra>"
     )
-    grid.fill(share == 0, colours.zero, "never selected")
-    grid.missing(np.isnan(share))
-    grid.sign(relative > clip, "triangle-up", colours.on_scale, f"clipped: more than {clip:g} times")
-    bar = {"title": {"text": f"times an even share (1/{n_experts})"}}
-    figure = grid.finish("expert", {"cmin": 0, "cmax": clip, "colorscale": colours.sequential, "colorbar": bar})
+    figure = grid.loads(share, np.stack([relative, *intervals], axis=-1), hover, clip)
     subtitle = (
         f"Share of routed slots over 1/{n_experts}; {int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts; "
         "95 % intervals on hover"
     )
-    title = f"How often each expert is chosen: {channel}, {effort} effort"
+    title = f"Expert load: {channel}, {effort} effort"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
 
 
@@ -64,27 +59,23 @@ def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme
         "layer %{y}, expert %{x}<br>%{customdata[0]:+.2f} points [%{customdata[1]:+.2f}, %{customdata[2]:+.2f}], "
         f"q = %{{customdata[5]:.3g}}<br>{a} %{{customdata[3]:.2f}} %, {b} %{{customdata[4]:.2f}} %<extra></extra>"
     )
-    grid = Grid(div["layer"].values, div["expert"].values, colours)
-    for shown, opacity in ((different, 1.0), (~different, 0.35)):
-        grid.colour(np.where(shown, np.clip(points, -limit, limit), np.nan), detail, hover, opacity=opacity)
-    grid.missing(np.isnan(points))
-    grid.sign(~different & ~np.isnan(points), "line-ne", colours.band, "pale, hatched: not shown to differ")
-    grid.sign(different & (points < 0), "line-ew", colours.on_scale, "−: less")
-    grid.sign(points > limit, "triangle-up", colours.on_scale, f"clipped: above +{limit:g}")
-    grid.sign(points < -limit, "triangle-down", colours.on_scale, f"clipped: below −{limit:g}")
+    grid = LayerHeatmap(div["layer"].values, div["expert"].values, colours)
+    grid.differences(points, different, detail, hover, limit, "not shown to differ")
+    grid.less(different & (points < 0))
+    grid.clipped(points, limit)
     ticks = np.linspace(-limit, limit, 5)
     bar = {
         "title": {"text": f"percentage points, {a} − {b}"},
         "tickvals": ticks,
         "ticktext": [f"{tick:+.3g}".replace("-", "−") if tick else "0" for tick in ticks],
     }
-    figure = grid.finish("expert", {"cmin": -limit, "cmax": limit, "colorscale": colours.diverging, "colorbar": bar})
+    figure = grid.finish_differences("expert", limit, bar)
     tested = int(np.isfinite(points).sum())
     subtitle = (
         f"{div.attrs['rests_on']}; difference of the share of routed slots; {different.sum()} of {tested} experts "
         "differ (q < 0.05, interval excludes 0)"
     )
-    title = f"Experts used differently: {_compared(div)}"
+    title = f"Difference in expert load: {_compared(div)}"
     return apply_theme(figure, colours, div, title=title, subtitle=subtitle, height=grid.height)
 
 
@@ -153,20 +144,22 @@ def divergence_by_layer(div: xr.Dataset, *, theme: ThemeName = "light") -> go.Fi
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Every figure of the study and the numbers behind each, under the names of their files."""
     load = datasets["load"]
-    found = {"entropy_by_layer": Drawing(partial(entropy_by_layer, load), numbers(load, "channel_effort_layer"), load)}
+    found = {
+        "entropy_by_layer": GalleryItem(partial(entropy_by_layer, load), numbers(load, "channel_effort_layer"), load)
+    }
     for channel, effort in product(map(str, load["channel"].values), map(str, load["effort"].values)):
         cell = load.sel(channel=channel, effort=effort)
         if cell["tokens"]:
             draw = partial(load_heatmap, load, channel, effort)
-            found[f"load_{channel}_{effort}"] = Drawing(draw, numbers(cell, "layer_expert"), load)
+            found[f"load_{channel}_{effort}"] = GalleryItem(draw, numbers(cell, "layer_expert"), load)
     for name, div in datasets.items():
         if "jsd" in div:
-            found[f"divergence_{name}"] = Drawing(partial(divergence_by_layer, div), numbers(div, "layer"), div)
+            found[f"divergence_{name}"] = GalleryItem(partial(divergence_by_layer, div), numbers(div, "layer"), div)
             cells = numbers(div, "layer_expert")
-            found[f"difference_{name}"] = Drawing(partial(load_difference_heatmap, div), cells, div)
+            found[f"difference_{name}"] = GalleryItem(partial(load_difference_heatmap, div), cells, div)
     for name, ds in datasets.items():
         if "nmi" in ds:
-            found[name] = Drawing(partial(special_by_layer, ds), numbers(ds, "layer"), ds)
+            found[name] = GalleryItem(partial(special_by_layer, ds), numbers(ds, "layer"), ds)
     return found
 
 
@@ -181,10 +174,13 @@ def lift_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: ThemeName =
     shown[~np.isfinite(shown)] = np.nan
     figure = go.Figure(
         go.Heatmap(
-            z=shown, coloraxis="coloraxis", customdata=np.stack([lift, cell["given"].values], -1),
-            hovertemplate="experts %{y} and %{x}: lift %{customdata[0]:.2f}<br>P(%{x} | %{y}) = %{customdata[1]:.2f}<extra></extra>",
+            z=shown,
+            coloraxis="coloraxis",
+            customdata=np.stack([lift, cell["given"].values], -1),
+            hovertemplate="experts %{y} and %{x}: lift %{customdata[0]:.2f}<br>P(%{x} | %{y}) = "
+            "%{customdata[1]:.2f}<extra></extra>",
         )
-    )  # fmt: skip
+    )
     bar = {"title": {"text": "lift"}, "tickvals": [-2, -1, 0, 1, 2], "ticktext": ["≤ ¼", "½", "1", "2", "≥ 4"]}
     figure.update_layout(coloraxis={"cmin": -2, "cmax": 2, "colorscale": colours.diverging, "colorbar": bar})
     figure.update_xaxes(title="expert")
@@ -225,7 +221,10 @@ def special_by_layer(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure
         )
     figure.update_xaxes(title="layer", **_layer_axis(ds))
     figure.update_yaxes(title="information (bit)", rangemode="tozero")
-    subtitle = f"Mutual information of a slot's expert and the label; {int((ds['q'] < 0.05).sum())} of {ds.sizes['layer']} layers beyond chance"
+    subtitle = (
+        f"Mutual information of a slot's expert and the label; {int((ds['q'] < 0.05).sum())} of "
+        f"{ds.sizes['layer']} layers beyond chance"
+    )
     return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=430)
 
 
@@ -278,7 +277,8 @@ def _line_with_band(cell: xr.Dataset, colour: str, symbol: str, style: dict[str,
             marker={"symbol": symbol, "size": 5},
             customdata=np.stack([cell[name].values for name in names], axis=-1),
             hovertemplate="layer %{x}: %{y:.3f} nat [%{customdata[0]:.3f}, %{customdata[1]:.3f}]<br>plug-in: "
-            "%{customdata[2]:.1f} effective experts, %{customdata[3]:.0%} of the maximum<extra>%{fullData.name}</extra>",
+            "%{customdata[2]:.1f} effective experts, %{customdata[3]:.0%} of the "
+            "maximum<extra>%{fullData.name}</extra>",
             **style,
         ),
     ]

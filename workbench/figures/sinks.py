@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
-from workbench.figures.gallery import Drawing, Gallery, numbers
-from workbench.figures.heatmap import Grid
+from workbench.figures.gallery import Gallery, GalleryItem, numbers
+from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.intervals import lines
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 
@@ -20,8 +20,11 @@ def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName 
     cell = ds.sel(channel=channel, effort=effort)
     values = 100 * cell["mass"].values
     detail = np.stack([100 * cell[n].values for n in ("mass", "mass_low", "mass_high", "spread")], -1)
-    grid = Grid(cell["layer"].values, cell["head"].values, colours)
-    hover = "layer %{y}, head %{x}<br>%{customdata[0]:.2f} % [%{customdata[1]:.2f}, %{customdata[2]:.2f}], spread %{customdata[3]:.2f}<extra></extra>"
+    grid = LayerHeatmap(cell["layer"].values, cell["head"].values, colours)
+    hover = (
+        "layer %{y}, head %{x}<br>%{customdata[0]:.2f} % [%{customdata[1]:.2f}, %{customdata[2]:.2f}], "
+        "spread %{customdata[3]:.2f}<extra></extra>"
+    )
     grid.colour(values, detail, hover)
     grid.missing(np.isnan(values))
     bar = {"title": {"text": "probability on the sink (%)"}}
@@ -30,21 +33,33 @@ def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName 
         {"cmin": 0, "cmax": float(np.nanmax(values, initial=0.1)), "colorscale": colours.sequential, "colorbar": bar},
     )
     windowed = [str(int(v)) for v, w in zip(ds["layer"].values, ds["window"].values, strict=True) if w]
-    subtitle = f"{int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts; layers with a window: {', '.join(windowed) or 'none'}; intervals on hover"
+    subtitle = (
+        f"{int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts; layers with a window: "
+        f"{', '.join(windowed) or 'none'}; intervals on hover"
+    )
     return apply_theme(
-        figure, colours, ds, title=f"Sink mass: {channel}, {effort} effort", subtitle=subtitle, height=grid.height
+        figure, colours, ds, title=f"Sink attention: {channel}, {effort} effort", subtitle=subtitle, height=grid.height
     )
 
 
 def by_position(ds: xr.Dataset, layer: int, *, theme: ThemeName = "light") -> go.Figure:
-    """Sink mass along position in one layer, a line a channel."""
+    """Sink attention along position in one layer, a line a channel."""
     cell = ds.sel(layer=layer).assign_attrs(ds.attrs)
     cell = cell.assign_coords(bin=np.maximum(cell["bin"].values, 1))
     labels = [c for c in map(str, ds["channel"].values) if int(ds["tokens"].sel(channel=c).sum()) and c != "frame"]
     return lines(
-        cell, "mass", "bin", "channel", labels=labels, title=f"Sink mass by position, layer {layer}", x_title="position (first of its bin)",
-        subtitle="Mean over heads; bins double; 95 % bands, jackknife over prompts", y_title="probability on the sink", log_x=True, theme=theme,
-    )  # fmt: skip
+        cell,
+        "mass",
+        "bin",
+        "channel",
+        labels=labels,
+        title=f"Sink attention by position, layer {layer}",
+        x_title="position (first of its bin)",
+        subtitle="Mean over heads; bins double; 95 % bands, jackknife over prompts",
+        y_title="probability on the sink",
+        log_x=True,
+        theme=theme,
+    )
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
@@ -56,12 +71,12 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
             cell = mass.sel(channel=channel, effort=effort)
             if int(cell["tokens"]):
                 draw = partial(mass_heatmap, mass, channel, effort)
-                found[f"mass_{channel}_{effort}"] = Drawing(draw, numbers(cell, "layer_head"), mass)
+                found[f"mass_{channel}_{effort}"] = GalleryItem(draw, numbers(cell, "layer_head"), mass)
     if "position" in datasets:
         position = datasets["position"]
         for layer in map(int, position["layer"].values):
             draw = partial(by_position, position, layer)
-            found[f"position_layer_{layer}"] = Drawing(
+            found[f"position_layer_{layer}"] = GalleryItem(
                 draw, numbers(position.sel(layer=layer), "channel_bin"), position
             )
-    return found | contrast.gallery(datasets, title="How far sinks differ, by layer")
+    return found | contrast.gallery(datasets, title="Size of sink differences by layer")

@@ -68,6 +68,11 @@ def counted(flags: Iterable[Iterable[str]]) -> str:
     return ", ".join(f"{counts[flag]:,} {words}" for flag, words in SEQUENCE_FLAGS.items() if counts[flag])
 
 
+def counted_in(sequences: Any) -> str:
+    """How many sequences of a run's table have each flag, in words; "" for runs that were captured without flags."""
+    return counted(str(text).split() for text in sequences["flags"]) if "flags" in sequences else ""
+
+
 def read_flags(text: str | None) -> tuple[str, ...]:
     """The flags that an option such as `--exclude irregular,truncated` names."""
     names = tuple(name.strip() for name in (text or "").split(",") if name.strip())

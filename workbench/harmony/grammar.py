@@ -26,6 +26,9 @@ def parse_text(text: str) -> list[dict[str, Any]]:
     ids = marked_ids(text, vocabulary)
     labels = label(ids, tokenizer=vocabulary)
     messages = messages_of(ids, labels, vocabulary)
+    if labels.messages and labels.messages[-1].content < 0:  # the `<|start|>assistant` that a generation starts from
+        labels.messages.pop()
+        messages.pop()
     texts = [vocabulary.decode(ids[m.start : m.end]) for m in labels.messages]
     return [message | {"raw": raw} for message, raw in zip(messages, texts, strict=True)]
 

@@ -1,4 +1,4 @@
-"""A checkpoint's chat template, rendered at arm's length.
+"""Render a checkpoint's chat template in an isolated process.
 
 A template is a program from elsewhere. It runs in jinja's sandbox, in a process of its own, which has no more than
 a few seconds, a gigabyte and a megabyte of output: a loop that yields nothing and `'x' * 10**10` end with it.

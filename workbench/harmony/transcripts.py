@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int16, Int32
 
 from workbench.errors import InputError
 from workbench.harmony.chat_messages import ChatMessages, from_chat_messages
@@ -51,7 +51,8 @@ class Transcript:
     """A prompt and the response to it, as ids.
 
     effort: low, medium, high, or "" where it is not known. complete: whether the response ended by itself, None where
-    only its last token tells. notes: flags from reading the row, see `workbench.harmony.flags`.
+    only its last token tells. notes: flags from reading the row, see `workbench.harmony.flags`. experts: those that a
+    host routed the tokens to, read only where a capture follows them.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Transcript:
     meta: dict[str, Any] = field(default_factory=dict)
     complete: bool | None = None
     notes: tuple[str, ...] = ()
+    experts: Int16[np.ndarray, "tokens layers slots"] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def read_transcripts(
 
 
 def write_transcripts(path: str | Path, rows: Iterable[Transcript], *, overwrite: bool = False) -> None:
-    """Write transcripts, all or nothing: a file under another name takes its place when it is whole."""
+    """Write transcripts to a temporary file and rename it when it is complete."""
     write_rows(path, map(_as_json, rows), overwrite=overwrite)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from workbench.errors import InputError
+from workbench.harmony.tokenizer_names import TokenizerNames, plain_ids
 
 Mark = Literal["start", "end", "message", "channel", "constrain", "return", "call"]
 MARKS: tuple[Mark, ...] = get_args(Mark)
@@ -24,7 +25,7 @@ _RUN = re.compile(r"[^\W\d_]+|\s+|(?:[^\w\s]|_)+")
 _LONGEST_RUN = 20_000
 
 
-class Tokenizer(ABC):
+class Tokenizer(TokenizerNames, ABC):
     """A vocabulary with harmony's marks.
 
     special: ids of the tokens that no text encodes to, by name (`"<|start|>"`). chat_template: the checkpoint's
@@ -59,9 +60,20 @@ class Tokenizer(ABC):
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
 
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        """Return the text of an id or of a row of ids, special tokens by name; invalid UTF-8 becomes U+FFFD.
+
+        Raises: InputError for what is no whole number from 0.
+        """
+        row = plain_ids(ids)
+        return self._decode([id for id in row if id not in self._special_ids] if skip_special_tokens else row)
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.special.values())
+
     @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of these ids, special tokens by name; bytes that are no UTF-8 become U+FFFD."""
+    def _decode(self, ids: Sequence[int]) -> str: ...
 
     def token(self, id: int) -> str:
         """Text of one id, for display: part of a character shows as U+FFFD, an id without a token as `<|id|>`."""
@@ -96,7 +108,7 @@ class _O200kHarmony(Tokenizer):
                     )
         return self._encoding.encode(text, disallowed_special=())
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(ids)
 
     @functools.cached_property
@@ -129,16 +141,15 @@ class _FromFile(Tokenizer):
         names = {f"<|{mark}|>" for mark in MARKS} | {token.content for token in added.values() if token.special}
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         special = {name: ids[name] for name in sorted(names)}
-        self._special_ids = frozenset(special.values())
         self._tokenizer.encode_special_tokens = True  # read the characters of special tokens as text
         self._digest = hashlib.sha256(content.encode()).hexdigest()
         super().__init__(path.parent.resolve().name, max(ids.values()) + 1, special, chat_template)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if self.decode(ids) != text:  # a small vocabulary drops or replaces what it lacks
+        if self._decode(ids) != text:  # a small vocabulary drops or replaces what it lacks
             lacking = next(
-                (c for c in text if self.decode(self._tokenizer.encode(c, add_special_tokens=False).ids) != c), None
+                (c for c in text if self._decode(self._tokenizer.encode(c, add_special_tokens=False).ids) != c), None
             )
             what = repr(text[:60]) if lacking is None else f"the character {lacking!r} (U+{ord(lacking):04X})"
             raise InputError(
@@ -149,7 +160,7 @@ class _FromFile(Tokenizer):
             raise InputError(f"the vocabulary of {self.name} cannot express {name} as ordinary text: rewrite the text")
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     @property

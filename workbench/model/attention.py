@@ -17,10 +17,10 @@ from transformer_lens.hook_points import HookPoint
 from workbench.hooks.hook_points import hooked
 from workbench.hooks.observation import either, observe, replace_changed
 from workbench.kernels import attention as attend
-from workbench.kernels.rotary import rotate
 from workbench.model.config import Config
 from workbench.model.low_rank import Linear
 from workbench.model.pass_context import PassContext
+from workbench.model.rope import rotate
 from workbench.model.weights import AttentionWeights
 
 

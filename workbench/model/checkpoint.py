@@ -5,7 +5,6 @@ are, that each is complete, and that every tensor of the config is present once 
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -17,6 +16,7 @@ from reprlib import repr as short
 import torch
 from torch import Tensor
 
+from workbench.bounded_json import read_json
 from workbench.errors import InputError
 from workbench.model.config import Config, read_config
 from workbench.model.names import LAYOUTS, name_in, shapes
@@ -150,7 +150,7 @@ def _check_index(root: Path, found: Mapping[str, SafetensorsFile]) -> None:
         _check_shards(root, {file.path.name for file in found.values()})
         return
     try:
-        listed = json.loads(path.read_text("utf-8"))["weight_map"].items()
+        listed = read_json(path)["weight_map"].items()
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not an index of tensors: {error!r}") from error
     for name, file in listed:

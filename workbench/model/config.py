@@ -4,7 +4,6 @@ Two formats are read: Hugging Face's `config.json` (model_type gpt_oss; rope par
 writes them) and OpenAI's original one. Both become the same `Config`, with the names of TransformerLens.
 """
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, ClassVar
 
+from workbench.bounded_json import read_json
 from workbench.errors import InputError
 
 GROUP = 32  # values that share an MXFP4 scale: widths are multiples of it
@@ -63,6 +63,11 @@ class Config:
     normalization_type: ClassVar[str] = "RMS"
     positional_embedding_type: ClassVar[str] = "rotary"
     act_fn: ClassVar[str] = "swiglu"
+    gated_mlp: ClassVar[bool] = True
+    parallel_attn_mlp: ClassVar[bool] = False
+    default_prepend_bos: ClassVar[bool] = False  # harmony has no token that begins a text
+    original_architecture: ClassVar[str] = "GptOssForCausalLM"
+    seed: ClassVar[int | None] = None
 
     def of(self, model: Any) -> "Config":
         """Return the config of a model, which also has its device and dtype."""
@@ -85,6 +90,40 @@ class Config:
         if "_model" not in self.__dict__:
             raise AttributeError("a config alone has no device and no dtype: ask a model's, model.cfg")
         return self.__dict__["_model"]
+
+    @property
+    def model_name(self) -> str:
+        """The name of the checkpoint's folder; a config without a checkpoint has none."""
+        return str(self._its_model.checkpoint.path.name)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name of the model's tokenizer."""
+        return str(self._its_model.tokenizer.name)
+
+    @property
+    def d_vocab_out(self) -> int:
+        """The number of logits: the vocabulary."""
+        return self.d_vocab
+
+    @property
+    def rotary_dim(self) -> int:
+        """The number of dimensions of a head that rotate: all."""
+        return self.d_head
+
+    @property
+    def window_size(self) -> int | None:
+        """The window of the layers that have one; see `windows` for each layer."""
+        return next((window for window in self.windows if window is not None), None)
+
+    @property
+    def attn_types(self) -> list[str]:
+        """The kind of attention of each layer, under TransformerLens' names."""
+        return ["global" if window is None else "local" for window in self.windows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the sizes and constants by name, as plain values."""
+        return self.to_json()
 
     @property
     def n_params(self) -> int:
@@ -207,7 +246,7 @@ def read_config(folder: Path, ignore_fields: Collection[str] = ()) -> Config:
     """
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise InputError(f"{folder} has no config.json: it is not a checkpoint folder") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that can be hooked: `load`."""
+"""Load a checkpoint as a model with hooks, on one device or spread over several."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ def load(
     ignore_fields: Collection[str] = (),
     adapter: str | Path | None = None,
 ) -> GptOss:
-    """The model in a folder of either published layout, the bundled one ("nano"), or a hub id.
+    """Return the model in a folder of either published layout, the bundled one ("nano"), or of a hub id.
 
     Weights stay memory-mapped and the experts packed: what is read is what is used; a GPU gets them tensor by tensor,
     and none of them before all are known to fit. dtype float32 does all arithmetic in float32. device "auto" is a GPU
@@ -65,14 +65,15 @@ def load(
 
 
 def _places(name: str, cfg: Config, parts: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.device]:
-    """The device of every part."""
+    """Return the device of every part of the model."""
     devices = _auto(cfg, parts, dtype) if name == "auto" else [_device(one.strip()) for one in name.split(",")]
     if len(set(devices)) < len(devices):
-        raise InputError(f"device {name!r} names one twice: once is enough")
+        raise InputError(f"device {name!r} names a device twice: name each once")
     return {part: devices[place] for part, place in memory.spread(parts, len(devices)).items()}
 
 
 def _auto(cfg: Config, parts: Mapping[str, int], dtype: torch.dtype) -> list[torch.device]:
+    """Return the first GPU where the model and a pass fit on it, otherwise all GPUs, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return [torch.device("cpu")]
     one = torch.device("cuda")
@@ -82,6 +83,7 @@ def _auto(cfg: Config, parts: Mapping[str, int], dtype: torch.dtype) -> list[tor
 
 
 def _device(name: str) -> torch.device:
+    """Return the device of a name, which must exist on this machine."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -14,7 +14,6 @@ Reference: LoRA, arXiv 2106.09685; PEFT 0.21, tuners/lora/layer.py, ParamWrapper
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from workbench.bounded_json import read_json
 from workbench.errors import InputError
 from workbench.model.checkpoint import Checkpoint
 from workbench.model.config import Config
@@ -102,7 +102,7 @@ def unload_adapter(model: GptOss) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = read_json(path)
     except FileNotFoundError as error:
         raise InputError(f"{folder} has no {_CONFIG}: name a folder that PEFT's save_pretrained wrote") from error
     except (OSError, ValueError, RecursionError) as error:

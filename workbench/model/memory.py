@@ -17,7 +17,6 @@ import torch
 
 from workbench.errors import InputError
 from workbench.hooks.names import hook_points
-from workbench.kernels.chunking import POSITIONS
 from workbench.model.config import Config
 from workbench.model.names import shapes
 
@@ -77,7 +76,6 @@ def activations(
     """
     n, k, size, wide = tokens, cfg.experts_per_token, dtype.itemsize, max(dtype.itemsize, 4)
     widened = wide if size < wide else 0  # a copy in float32, where the tensor is not that already
-    steps = 2 * wide + widened  # the norms' and the rotation's temporaries, a value
     q, kv = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
     stream, per_head, values = n * cfg.d_model * size, n * cfg.n_heads * wide, n * (q + 2 * kv) * size
     hooked = {name.split(".", 2)[-1] for name in recorded}
@@ -85,10 +83,9 @@ def activations(
     z = n * q * size
     attention = max(2 * per_head, stream)  # the log-sum-exp and the sink, then the output
     if "attn.hook_sink" in hooked:
-        shrink = q * (wide + (size if widened else 0)) + cfg.n_heads * wide
-        attention = 3 * per_head + _in_parts(n, q * size, shrink)
+        attention = max(3 * per_head, stream)  # the hook gets a copy of the sink
     if "attn.hook_result" in hooked:
-        attention = max(attention, 2 * cfg.n_heads * stream)  # itself, and in order for the recorder
+        attention = max(attention, stream + 2 * cfg.n_heads * stream)  # itself, and in order for the recorder
     post, out = n * k * cfg.d_mlp * size, n * k * cfg.d_model * size
     experts = max(post + out, out + stream)
     if hooked & {"mlp.experts.hook_gate", "mlp.experts.hook_pre"}:
@@ -96,12 +93,11 @@ def activations(
     elif hooked & {"mlp.experts.hook_post", "mlp.experts.hook_out"}:
         experts = post + out + stream
     routed = n * (cfg.num_experts * wide + k * (wide + 8 + 4))  # scores, gates, ids, order
-    scores = _in_parts(n, cfg.num_experts * wide, cfg.d_model * widened + cfg.num_experts * wide)
+    scores = n * (cfg.d_model * widened + cfg.num_experts * wide)
 
-    # Under each stage lie the block's input and, from the second norm on, its sum with the attention.
+    # Under each stage lie the block's input and, from the second norm on, its sum with the attention. Norms and the
+    # rotation need no more than what follows them.
     stages = {
-        "norm": 2 * stream + _in_parts(n, cfg.d_model * size, cfg.d_model * steps) + cfg.d_model * widened,
-        "rotation": 2 * stream + values + _in_parts(n, q * size, q * steps),
         "attention": 2 * stream + values + z + attention,
         "router": 3 * stream + scores + cfg.num_experts * (cfg.d_model + 1) * widened,
         "experts": 3 * stream + routed + experts,
@@ -111,15 +107,9 @@ def activations(
     if logits:
         stages["logits"] = logits * (cfg.d_model + cfg.d_vocab) * size
     if predictions:
-        stages["log-probabilities"] = stream + 8 * n + min(n, predictions) * cfg.d_vocab * (size + 3 * wide)
+        rows = min(n, predictions) * (cfg.d_vocab + 2 * cfg.d_model) * size
+        stages["log-probabilities"] = stream + where + 8 * n + rows
     return stages
-
-
-def _in_parts(n: int, out: int, way: int) -> int:
-    """Most bytes of `kernels.chunking.chunked`, whose step keeps `out` bytes a position and has `way` at its widest."""
-    if n <= POSITIONS:
-        return n * way
-    return max(2 * n * out, (n // POSITIONS - 1) * POSITIONS * out + POSITIONS * way)
 
 
 def spread(parts: Mapping[str, int], devices: int) -> dict[str, int]:

@@ -14,21 +14,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
+from workbench.errors import InputError
 from workbench.hooks.hook_points import hooked, snapshot_hooks
+from workbench.hooks.names import closest_names
 from workbench.kernels import norm, routing
 from workbench.kernels.chunking import chunked
 from workbench.kernels.moe import ActivationHooks, Experts, LoraWeight, moe
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
+from workbench.model import calling
+from workbench.model.activation_cache import ActivationCache
 from workbench.model.attention import Attention
 from workbench.model.cache import KVCache
+from workbench.model.calling import ReturnType
 from workbench.model.config import Config
 from workbench.model.generate import generate
 from workbench.model.low_rank import LowRank
 from workbench.model.pass_context import PassContext
+from workbench.model.text import TextMethods
 from workbench.model.weights import ExpertWeights, ModelWeights
 
 
@@ -41,6 +46,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
+
+    @property
+    def w(self) -> Tensor:
+        """The weight, under TransformerLens' name [d]."""
+        return self.weight
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
         if not hooked(self.hook_scale, self.hook_normalized):
@@ -157,6 +167,15 @@ class Block(nn.Module):
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
 
 
+class Embed(nn.Embedding):
+    """The embedding of tokens [d_vocab d_model]."""
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802 - TransformerLens' name
+        """The matrix, under TransformerLens' name."""
+        return self.weight
+
+
 class Unembed(nn.Module):
     """Logits, without a bias."""
 
@@ -165,11 +184,23 @@ class Unembed(nn.Module):
         self.weight = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
         self.hook_out = HookPoint()
 
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # noqa: N802 - TransformerLens' name
+        """The matrix, under TransformerLens' name and in its order."""
+        return self.weight.mT
+
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         return self.hook_out(nn.functional.linear(x, self.weight))
 
 
-class GptOss(ModelWeights, HookedRootModule):
+_EXPERT = "each expert has its own, as in model.blocks[0].mlp.experts.{}(5) of expert 5"
+# What TransformerLens' dense models have, and where it is here.
+_ELSEWHERE = {name: _EXPERT.format(name) for name in ("W_in", "W_out", "W_gate", "b_in", "b_out", "b_gate")} | {
+    name: "positions are rotary, see cfg.rope" for name in ("W_pos", "W_E_pos", "pos_embed")
+}
+
+
+class GptOss(TextMethods, ModelWeights, HookedRootModule):
     """The model. `GptOss(cfg)` has dense, trainable float32 experts; `load` gives one on a checkpoint's weights."""
 
     def __init__(self, cfg: Config, *, packed: bool = False, tokenizer: Any = None, checkpoint: Any = None) -> None:
@@ -178,7 +209,7 @@ class GptOss(ModelWeights, HookedRootModule):
         self.adapter: Any = None  # see workbench.model.lora
         self.context: PassContext | None = None  # of the last pass; hooks read it
         self.checkpointing = False  # keep one stream a block for the backward pass and compute the rest again
-        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.embed = Embed(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(Block(cfg, layer, packed) for layer in range(cfg.n_layers))
         self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
@@ -219,11 +250,20 @@ class GptOss(ModelWeights, HookedRootModule):
         cache: KVCache | None = None,
         packed: Sequence[int] | None = None,
         n_real: Sequence[int] | None = None,
+        layers: range | None = None,
+        stream: Float[Tensor, "batch pos d_model"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after the last block, before the final norm; arguments as `forward` has them."""
+        """Return the residual stream after the last block, before the final norm; arguments as `forward` has them.
+
+        layers: only these blocks. stream: what enters the first of them, in place of the embedding.
+        """
+        tokens = tokens.to(self.device)  # ids from anywhere: `device="auto"` may have put the model on a GPU
         self.context = where = PassContext(self.cfg, tokens, cache, packed, n_real)
-        x = self.hook_embed(self.embed(tokens))
-        for block, device in zip(self.blocks, self.devices, strict=True):
+        x = self.hook_embed(self.embed(tokens)) if stream is None else stream.to(self.dtype)
+        chosen = range(self.cfg.n_layers) if layers is None else layers
+        for block, device in [
+            pair for i, pair in enumerate(zip(self.blocks, self.devices, strict=True)) if i in chosen
+        ]:
             x, where = x.to(device), where.to(device)
             with torch.cuda.device_of(x):  # Triton launches on the current device; nothing off GPUs
                 if self.checkpointing and cache is None and torch.is_grad_enabled():
@@ -262,33 +302,92 @@ class GptOss(ModelWeights, HookedRootModule):
 
     def forward(
         self,
-        tokens: Int[Tensor, "batch pos"],
+        input: Any,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        start_at_layer: int | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Any = None,
+        stop_at_layer: int | None = None,
+        past_kv_cache: KVCache | None = None,
         *,
         cache: KVCache | None = None,
         packed: Sequence[int] | None = None,
         n_real: Sequence[int] | None = None,
-    ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of every position.
+    ) -> Any:
+        """Return the logits [batch pos d_vocab] of text, a list of texts, or ids in any container.
 
-        Right padding is harmless; `n_real` tells hooks how many tokens of each row are none of it. With `cache` the
-        tokens continue what it holds, and are added to it. With `packed` the single row holds several sequences
-        end to end, of these lengths, which do not see each other.
+        return_type: "logits", "loss" (the mean cross-entropy in nats; of every token with `loss_per_token`), "both",
+        or None. Ids are moved to the model's device. Rows of unequal length are padded; `attention_mask` or
+        `padding_side` say where a tensor has padding, on either side. prepend_bos: True puts `<|startoftext|>` before
+        a text; harmony has no such token, so None and False add nothing.
+
+        start_at_layer: `input` is a residual stream [batch pos d_model] that enters this layer; `tokens` are then its
+        ids. stop_at_layer: return the residual stream that would enter this layer.
+
+        With `cache` (or `past_kv_cache`) the tokens continue what it holds, and are added to it. With `packed` the
+        single row holds several sequences end to end, of these lengths, which do not see each other. `n_real` tells
+        hooks how many tokens of each row are not padding on the right, which changes no result.
+
+        Raises:
+            InputError: the input is neither text nor ids of the vocabulary, or an option has no meaning.
         """
-        return self.unembed(self.ln_final(self.residual(tokens, cache=cache, packed=packed, n_real=n_real)))
+        if cache is not None and past_kv_cache is not None:
+            raise InputError("cache and past_kv_cache are the same thing: pass one of them")
+        return calling.forward(
+            self, input, return_type, loss_per_token=loss_per_token, prepend_bos=prepend_bos,
+            padding_side=padding_side, start_at_layer=start_at_layer, tokens=tokens, attention_mask=attention_mask,
+            stop_at_layer=stop_at_layer, cache=past_kv_cache if cache is None else cache, packed=packed, n_real=n_real,
+        )  # fmt: skip
 
-    def to_tokens(self, text: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
-        """Ordinary text as token ids, one row a text; texts of unequal length are refused."""
-        rows = [self.tokenizer.encode(t) for t in ([text] if isinstance(text, str) else text)]
-        if len({len(row) for row in rows}) > 1:
-            raise ValueError(
-                f"texts of {sorted({len(r) for r in rows})} tokens do not fit one tensor: pass them singly"
-            )
-        return torch.tensor(rows, device=self.device)
+    def loss_fn(
+        self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None, per_token: bool = False
+    ) -> Tensor:
+        """Return the cross-entropy in nats of every token given those before it; see `workbench.model.calling`."""
+        return calling.loss_fn(logits, tokens, attention_mask, per_token)
 
-    def run_with_cache(self, *args: Any, remove_batch_dim: bool = False, **options: Any) -> tuple[Any, ActivationCache]:
-        """TransformerLens' own, with its ActivationCache."""
+    def run_with_cache(
+        self, *args: Any, remove_batch_dim: bool = False, return_cache_object: bool = True, **options: Any
+    ) -> tuple[Any, Any]:
+        """Return the output and an ActivationCache; the hook names of a filter are checked.
+
+        Raises:
+            InputError: `names_filter` names no hook point of the model.
+        """
+        names = options.get("names_filter")
+        for name in [names] if isinstance(names, str) else names if isinstance(names, list | tuple) else ():
+            self._check_hook_name(name)
         out, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **options)
-        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim) if return_cache_object else cache
+
+    def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **options: Any) -> Any:
+        """Return the output of a pass with these hooks, each a pair of a hook point's name or a filter and a function.
+
+        Raises:
+            InputError: the model has no hook point of this name.
+        """
+        for name, _ in (*fwd_hooks, *bwd_hooks):
+            if isinstance(name, str):
+                self._check_hook_name(name)
+        return super().run_with_hooks(*args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **options)
+
+    def _check_hook_name(self, name: str) -> None:
+        if name not in self.hook_dict:
+            raise InputError(f"the model has no hook point {name!r}; {closest_names(name, self.hook_dict)}")
+
+    def freeze(self) -> None:
+        """Let no parameter have a gradient; a loaded model is frozen already."""
+        self.requires_grad_(False)
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Accept TransformerLens' call: `attn.hook_result` is computed when it is hooked, whatever the value."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _ELSEWHERE:
+            raise AttributeError(f"a mixture of experts has no {name}: {_ELSEWHERE[name]}")
+        return super().__getattr__(name)
 
     def generate(self, tokens: Any, **options: Any) -> Any:
         """Continue prompts; see `workbench.model.generate.generate`."""

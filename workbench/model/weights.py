@@ -4,11 +4,10 @@ Weights are read when they are accessed, and experts are dequantised one at a ti
 query head that uses them. The update of an adapter is included.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
@@ -138,36 +137,6 @@ class ModelWeights:
         return sum(
             (block.attn.b_O for block in self.blocks[: layer + int(mlp_input)]), torch.zeros_like(self.ln_final.weight)
         )
-
-    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, "*any"]) -> Float[Tensor, "*any d_model"]:
-        """What a normalised stream is multiplied with to give these tokens' logits: the final norm's weight is in it."""
-        ids = torch.as_tensor(self.to_single_token(tokens) if isinstance(tokens, str) else tokens)
-        return self.unembed.weight[ids.to(self.unembed.weight.device)] * self.ln_final.weight
-
-    def to_single_token(self, text: str) -> int:
-        """The id of a text that is one token."""
-        ids = [self.tokenizer.special[text]] if text in self.tokenizer.special else self.tokenizer.encode(text)
-        if len(ids) != 1:
-            raise ValueError(f"{text!r} is {len(ids)} tokens: {self.to_str_tokens(text)}")
-        return int(ids[0])
-
-    def to_single_str_token(self, token: int) -> str:
-        """The text of an id."""
-        return str(self.tokenizer.token(int(token)))
-
-    def to_string(self, tokens: Sequence[int] | Int[Tensor, "*batch pos"]) -> str | list[str]:
-        """The text of a row of ids, or a list of the texts of rows."""
-        ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
-        return (
-            [self.tokenizer.decode(row) for row in ids]
-            if ids and isinstance(ids[0], list)
-            else self.tokenizer.decode(ids)
-        )
-
-    def to_str_tokens(self, text: str | Sequence[int] | Int[Tensor, "..."]) -> list[str]:
-        """Each token's text, of an ordinary text or of a row of ids."""
-        ids = self.tokenizer.encode(text) if isinstance(text, str) else torch.as_tensor(text).flatten().tolist()
-        return [self.to_single_str_token(id) for id in ids]
 
     def _stacked(self, name: str) -> Tensor:
         parts = [getattr(block.attn, name) for block in self.blocks]

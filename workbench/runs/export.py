@@ -1,6 +1,6 @@
 """A selection of a run for other programs: Parquet, safetensors, or a Hugging Face dataset.
 
-Unit by unit, so that memory does not depend on the run; beside its place, and moved there when it is whole.
+Unit by unit, so that memory does not depend on the run; in a temporary place, renamed when it is complete.
 """
 
 import json
@@ -148,7 +148,7 @@ def _parquet(run: Run, part: Path, selection: Selection) -> int:
             if run.spec.routing:
                 for name in ("experts", "gates"):
                     array = run.group[f"routing/{name}"]
-                    whole = shards.read(array, run.place, f"routing/{name}", rows.start, _end(array, rows), 1)
+                    whole = shards.read(array, run.checked, f"routing/{name}", rows.start, _end(array, rows), 1)
                     values = whole[:, : rows.stop - rows.start][:, chosen].swapaxes(0, 1)
                     table = table.append_column(name, _lists(values))
             writer = writer or pq.ParquetWriter(part, table.schema, compression="zstd")

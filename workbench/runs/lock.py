@@ -20,12 +20,9 @@ import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from workbench.errors import InputError
-
-if TYPE_CHECKING:
-    from workbench.runs.storage import Storage
 
 LOCK = ".lock"
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -78,6 +75,18 @@ class _Held(Protocol):
     def release(self) -> None: ...
 
 
+class _Lockable(Protocol):
+    def lock(self) -> _Held: ...
+
+
+class _Objects(Protocol):  # what a lock needs of a storage, which itself imports this module
+    def read(self, key: str) -> bytes: ...
+
+    def create(self, key: str, data: bytes) -> bool: ...
+
+    def delete(self, key: str) -> None: ...
+
+
 class Lock:
     """Held from `acquire` to `release`; a second holder is refused with the first one's host, process and time.
 
@@ -85,7 +94,7 @@ class Lock:
         InputError: another job holds the lock, or the file system has no locks.
     """
 
-    def __init__(self, storage: "Storage") -> None:
+    def __init__(self, storage: _Lockable) -> None:
         self._held: _Held = storage.lock()
 
     def __enter__(self) -> "Lock":
@@ -180,7 +189,7 @@ class FileLock:
 class ObjectLock:
     """An object that one conditional put creates; its nonce says whose it is."""
 
-    def __init__(self, storage: "Storage") -> None:
+    def __init__(self, storage: _Objects) -> None:
         self._storage = storage
         self._nonce = ""
 

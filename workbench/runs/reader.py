@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dask.array as da
 import numpy as np
@@ -21,38 +21,58 @@ import zarr
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import shards, totals
-from workbench.runs.schema import SCHEMA, Layout, Spec, Unit
-from workbench.runs.storage import LocalStorage, Storage, place
+from workbench.runs.manifest import CheckedStore, DamageError, Manifest, attributes_digest, reading
+from workbench.runs.schema import MANIFESTS, SCHEMA, Layout, Spec, Unit
+from workbench.runs.storage import ROOT, LocalStorage, Storage, place
 from workbench.runs.summaries import float32_of
 
 _KEPT_BYTES = 256_000_000  # of a summary that is kept for the next question
 
 
-def open_run(path: str | Path | Storage) -> "Run":
-    """The run at `path`; what is no run, or one of a newer schema, is refused."""
+def open_run(path: str | Path | Storage, *, check: Literal["fast", "full"] = "fast") -> "Run":
+    """Return the run at `path`. Every file is checked against the run's manifests before its first use.
+
+    check: "fast" compares existence, size and the last bytes of a file; "full" its SHA-256.
+
+    Raises:
+        InputError: there is no run, it has a newer schema, or it is damaged (`DamageError`).
+    """
     where = place(path)
-    return Run(where, open_group(where))
+    return Run(where, open_group(where, check=check))
 
 
-def open_group(where: Storage, mode: str = "r") -> zarr.Group:
-    """The group of a run of this schema; anything else is refused."""
+def open_group(where: Storage, mode: Literal["r", "r+"] = "r", check: Literal["fast", "full"] = "fast") -> zarr.Group:
+    """Return the group of a run of this schema or an older one; anything else is refused."""
     if not where.exists():
         raise InputError(f"{where} is not there: name the folder of a run")
     if isinstance(where, LocalStorage) and not where.path.is_dir():
         raise InputError(f"{where} is a file: name the folder of a run")
     try:
-        group = zarr.open_group(where.store(), mode=mode, zarr_format=3, use_consolidated=False)
+        store = CheckedStore(_store(where, read_only=mode == "r"))
+        group = zarr.open_group(store, mode=mode, zarr_format=3, use_consolidated=False)
         schema = group.attrs["schema"]
         known = {"status", "model", "checkpoint", "spec", "identity"} <= set(group.attrs)
     except (FileNotFoundError, FileExistsError, NotADirectoryError, KeyError, ValueError) as error:
         raise InputError(f"{where} is not a run: no Zarr group with a run's attributes is in it") from error
     except PermissionError as error:
         raise InputError(f"{where} cannot be opened: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DamageError(where, "its zarr.json is no text") from error
     if not isinstance(schema, int) or not known:
         raise InputError(f"{where} is a Zarr group, but not a run: it lacks a run's attributes")
     if schema > SCHEMA:
         raise InputError(f"{where} has schema {schema}, newer than this workbench's {SCHEMA}: update the workbench")
+    if schema >= MANIFESTS:
+        # zarr may wrap the store again, read-only: the manifest belongs to the store that it reads through
+        group.store.manifest = Manifest(where, dict(group.attrs), full=check == "full")
+        if group.attrs.get("digest") != attributes_digest(where.read(ROOT)):
+            raise DamageError(where, "its attributes are not those that were written")
     return group
+
+
+def _store(where: Storage, *, read_only: bool) -> Any:
+    store = where.store()
+    return zarr.storage.LocalStore(store, read_only=read_only) if isinstance(store, str) else store
 
 
 class Run:
@@ -61,9 +81,12 @@ class Run:
     def __init__(self, where: Storage, group: zarr.Group) -> None:
         self.place = where
         self.group = group
+        self.manifest: Manifest | None = group.store.manifest
+        self.checked: shards.Readable = self.manifest or where  # reads whole files, checked where that is possible
         self.attrs: dict[str, Any] = dict(group.attrs)
         self.status: str = self.attrs["status"]
-        self.spec = Spec.from_json(self.attrs["spec"])
+        with reading(where, "its specification"):
+            self.spec = Spec.from_json(self.attrs["spec"])
         self.model: Mapping[str, Any] = self.attrs["model"]
         self.checkpoint: Mapping[str, Any] = self.attrs["checkpoint"]
         self.provenance: Mapping[str, Any] = self.attrs["provenance"]
@@ -80,12 +103,20 @@ class Run:
     @property
     def recorded(self) -> list[str]:
         """What the run holds of every token, by the names that a capture is asked with."""
-        switches = [n for n in ("routing", "router_logits", "sinks", "sink_sums", "logprobs") if getattr(self.spec, n)]
+        switches = [
+            n
+            for n in ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "host_routing")
+            if getattr(self.spec, n)
+        ]
         return switches + [a.hook for a in self.spec.activations]
 
     @cached_property
     def layout(self) -> Layout:
         """Where every sequence's tokens are, committed or not."""
+        with reading(self.place, "the layout"):
+            return self._read_layout()
+
+    def _read_layout(self) -> Layout:
         attrs = self.group["units/committed"].attrs
         units, first = [], 0
         for index, (start, capacity, n) in enumerate(
@@ -99,7 +130,8 @@ class Run:
     @cached_property
     def committed(self) -> np.ndarray:
         """Whether each unit is committed."""
-        return np.asarray(self.group["units/committed"][:])
+        with reading(self.place, "units/committed"):
+            return np.asarray(self.group["units/committed"][:])
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -108,8 +140,10 @@ class Run:
 
     @cached_property
     def digest(self) -> str:
-        """Names what is visible: what the run is, and which of its units are committed."""
+        """Names what is visible: what the run is, which of its units are committed, and what they contain."""
         identity = json.dumps(self.attrs["identity"], sort_keys=True).encode()
+        if self.manifest is not None:
+            identity += "".join(self.manifest.digests(np.flatnonzero(self.committed).tolist())).encode()
         return hashlib.sha256(identity + np.packbits(self.committed).tobytes()).hexdigest()[:16]
 
     @cached_property
@@ -123,6 +157,10 @@ class Run:
     @cached_property
     def sequences(self) -> pd.DataFrame:
         """A row a sequence, indexed by its number; `task` and `domain` come from its metadata."""
+        with reading(self.place, "the table sequences"):
+            return self._read_sequences()
+
+    def _read_sequences(self) -> pd.DataFrame:
         table = self._table("sequences").iloc[self._visible]
         meta = table["meta"].map(json.loads)
         return table.assign(**{k: meta.map(lambda m, k=k: str(m.get(k, ""))) for k in ("task", "domain")})
@@ -134,6 +172,10 @@ class Run:
         return table[table["sequence"].isin(self._visible)]
 
     def _table(self, name: str) -> pd.DataFrame:
+        with reading(self.place, f"the table {name}"):
+            return self._read_table(name)
+
+    def _read_table(self, name: str) -> pd.DataFrame:
         group = self.group[name]
         order = group.attrs.get("columns") or sorted(column for column, _ in group.arrays())
         columns = {column: group[column][:] for column in order}
@@ -167,7 +209,8 @@ class Run:
                 axis = array.metadata.dimension_names.index("token")
                 grain = (array.shards or array.chunks)[axis]
                 end = -(-rows.stop // grain) * grain
-                values = shards.read(array, self.place, path, rows.start, end, axis, layer if axis else None)
+                with reading(self.place, path):
+                    values = shards.read(array, self.checked, path, rows.start, end, axis, layer if axis else None)
                 values = values[(*(slice(None),) * axis, slice(rows.stop - rows.start))]
                 block[name] = float32_of(values) if path.startswith("activations/") else values
             yield block
@@ -178,6 +221,12 @@ class Run:
         names = {f"tokens/{n}": n for n in sorted(n for n, _ in self.group["tokens"].arrays())}
         names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
         names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}
+        if self.spec.host_routing:
+            names |= {
+                "routing/own_experts": "own_experts",
+                "routing/margin": "router_margin",
+                "routing/forced": "forced",
+            }
         names |= {"attention/sink": "sink"} if self.spec.sinks else {}
         return names | {f"activations/{a.hook}": a.hook for a in self.spec.activations if a.reduce != "moments"}
 
@@ -187,7 +236,8 @@ class Run:
 
         Dimensions layer, token, slot, expert, head; the token's columns (sequence, position, channel, …) beside.
         """
-        return self._dataset(self.spans)
+        with reading(self.place, "the tokens"):
+            return self._dataset(self.spans)
 
     def sequence(self, which: int | str) -> xr.Dataset:
         """The tokens of one sequence, by number or id; reads its own chunks only."""
@@ -222,13 +272,18 @@ class Run:
     @cached_property
     def summaries(self) -> list[str]:
         """Names of the sums that `summary` and `total` give."""
-        return sorted(n for n, _ in self.group["summaries"].arrays() if n != "sequence")
+        with reading(self.place, "summaries"):
+            return sorted(n for n, _ in self.group["summaries"].arrays() if n != "sequence")
 
     def summary(self, name: str) -> xr.DataArray:
         """A sum per sequence and channel (`tokens`, `expert_count`, `sink_sum`, …) with what is known of each sequence.
 
         `coactivation` and `transition` are summed over the visible run, per channel.
         """
+        with reading(self.place, f"summary {name!r}"):
+            return self._read_summary(name)
+
+    def _read_summary(self, name: str) -> xr.DataArray:
         if name in self._kept:
             return self._kept[name]
         array = self._summary(name)
@@ -253,7 +308,7 @@ class Run:
 
         def read(unit: int) -> None:
             out[unit * rows : (unit + 1) * rows] = shards.read(
-                array, self.place, name, unit * rows, (unit + 1) * rows, 0
+                array, self.checked, name, unit * rows, (unit + 1) * rows, 0
             )
 
         with ThreadPoolExecutor(shards.threads()) as pool:
@@ -281,6 +336,10 @@ class Run:
         `coactivation`, `transition` and sketches are of the whole run. Ready in a finished run; summed in an
         unfinished one.
         """
+        with reading(self.place, f"total {name!r}"):
+            return self._read_total(name)
+
+    def _read_total(self, name: str) -> xr.DataArray:
         if name in self._totals:
             return self._totals[name]
         array = self._summary(name)

@@ -1,6 +1,6 @@
-"""Schema 2 of a run: what is in it, in which shapes, and the grain in which it is written.
+"""Schema 3 of a run: what is in it, in which shapes, and the grain in which it is written.
 
-A run is a Zarr v3 group. Token rows are laid out in *units*: a unit is whole shards that nobody else writes, so
+A run is a Zarr v3 group. Token rows are laid out in *units*: a unit consists of complete shards that no other unit writes, so
 units can be written in any order by anybody, and each is committed by one flag after everything else of it.
 """
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from workbench.harmony.labels import CHANNELS
 
-SCHEMA = 2  # 1 had every token of an activation; its runs are read as they are
+SCHEMA = 3  # 1 had every token of an activation, 2 no manifests; runs of both are read as they are
+MANIFESTS = 3  # the first schema that has them
 CHUNK = 1024  # token rows of an inner chunk
 
 
@@ -71,7 +72,11 @@ class Activation:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a capture records. sink_sums: of the sinks only the sums by sequence and channel."""
+    """What a capture records.
+
+    sink_sums: of the sinks only the sums by sequence and channel. host_routing: the experts are those that a host chose;
+    the router's own choices, the margin between its k-th and (k+1)-th logit, and which tokens were forced are beside.
+    """
 
     routing: bool
     router_logits: bool
@@ -79,12 +84,16 @@ class Spec:
     logprobs: bool
     activations: tuple[Activation, ...] = ()
     sink_sums: bool = False
+    host_routing: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         lists = [{"layers": list(a.layers), "index": list(a.index)} for a in self.activations]
         points = [asdict(a) | plain for a, plain in zip(self.activations, lists, strict=True)]
-        return asdict(self) | {"activations": points}
+        values = asdict(self) | {"activations": points}
+        if not self.host_routing:  # runs that were begun before there was this field can be resumed
+            del values["host_routing"]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Spec":
@@ -131,6 +140,10 @@ def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout) -> dict[str, Ar
     if spec.routing:
         found["routing/experts"] = per_token(("layer", "token", "slot"), (layers, n, slots), expert_dtype)
         found["routing/gates"] = per_token(("layer", "token", "slot"), (layers, n, slots), "float16")
+    if spec.host_routing:
+        found["routing/own_experts"] = per_token(("layer", "token", "slot"), (layers, n, slots), expert_dtype)
+        found["routing/margin"] = per_token(("layer", "token"), (layers, n), "float16")
+        found["routing/forced"] = per_token(("token",), (n,), "bool")
     if spec.router_logits:
         found["routing/logits"] = per_token(("layer", "token", "expert"), (layers, n, experts), "float16")
     if spec.sinks:

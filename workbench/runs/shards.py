@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
+from typing import Protocol
 
 import google_crc32c
 import numpy as np
@@ -22,7 +23,15 @@ import zarr
 from numcodecs import Zstd
 from zarr.codecs import ZstdCodec
 
+from workbench.runs.manifest import Entry, entry
 from workbench.runs.storage import Storage
+
+
+class Readable(Protocol):
+    """What shards are read from: a storage, or a manifest that checks what it reads."""
+
+    def read(self, key: str) -> bytes: ...
+
 
 LEVEL = 1  # of zstd; its checksum finds a flipped byte that still decompresses
 _ABSENT = 2**64 - 1
@@ -30,16 +39,18 @@ CODEC = ZstdCodec(level=LEVEL, checksum=True)
 
 
 def writes(
-    array: zarr.Array, place: Storage, name: str, start: int, axis: int, values: np.ndarray
-) -> Iterator[Callable[[], None]]:
+    array: zarr.Array, place: Storage, name: str, start: int, axis: int, values: np.ndarray,
+    listed: dict[str, Entry] | None = None,
+) -> Iterator[Callable[[], None]]:  # fmt: skip
     """What is to be done to put `values` at `start` of `axis` of the array `name`, of all else all: a call a shard.
 
     In any order. A shard that is there is written again as a whole; one at the end of the values is filled up.
+    listed: gets the entry of every file for the manifest.
     """
     grain = array.shards or array.chunks
     assert start % grain[axis] == 0, f"{start=} is inside a shard of {grain[axis]}"
     for key, part in _shards(values.shape, grain, _first(grain, start, axis)):
-        yield partial(_put, array, place, "/".join((name, "c", *map(str, key))), values[part])
+        yield partial(_put_and_list, array, place, "/".join((name, "c", *map(str, key))), values[part], listed)
 
 
 def write(calls: Iterable[Callable[[], None]]) -> None:
@@ -49,14 +60,23 @@ def write(calls: Iterable[Callable[[], None]]) -> None:
             written.result()
 
 
-def _put(array: zarr.Array, place: Storage, key: str, values: np.ndarray) -> None:
+def _put_and_list(
+    array: zarr.Array, place: Storage, key: str, values: np.ndarray, listed: dict[str, Entry] | None
+) -> None:
+    entry = _put(array, place, key, values)
+    if listed is not None:
+        listed[key] = entry
+
+
+def _put(array: zarr.Array, place: Storage, key: str, values: np.ndarray) -> Entry:
     block = _filled(values, array.shards or array.chunks, array.fill_value, array.dtype)
     parts = shard(block, array.chunks) if array.shards else [_encode(block)]
     place.put(key, parts)
+    return entry(parts)
 
 
 def read(
-    array: zarr.Array, place: Storage, name: str, start: int, stop: int, axis: int, layer: int | None = None
+    array: zarr.Array, place: Readable, name: str, start: int, stop: int, axis: int, layer: int | None = None
 ) -> np.ndarray:
     """Rows [start, stop) of `axis`, whole shards each, of all else all; FileNotFoundError where one is not there.
 

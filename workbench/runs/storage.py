@@ -36,6 +36,9 @@ class Storage(Protocol):
     def read(self, key: str) -> bytes:
         """A whole file; FileNotFoundError if it is not there."""
 
+    def ending(self, key: str, length: int) -> tuple[int, bytes]:
+        """Return a file's size and its last bytes, at most `length`; FileNotFoundError if it is not there."""
+
     def put(self, key: str, parts: Iterable[bytes]) -> None:
         """Write a file whole, over what is there."""
 
@@ -98,6 +101,12 @@ class LocalStorage:
 
     def read(self, key: str) -> bytes:
         return (self.path / key).read_bytes()
+
+    def ending(self, key: str, length: int) -> tuple[int, bytes]:
+        with open(self.path / key, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - length))
+            return size, file.read()
 
     def put(self, key: str, parts: Iterable[bytes]) -> None:
         target = self.path / key
@@ -169,6 +178,11 @@ class ObjectStorage:
 
     def read(self, key: str) -> bytes:
         return bytes(self.fs.cat_file(self._at(key)))
+
+    def ending(self, key: str, length: int) -> tuple[int, bytes]:
+        self.fs.invalidate_cache()
+        size = int(self.fs.size(self._at(key)))
+        return size, bytes(self.fs.cat_file(self._at(key), start=max(0, size - length)))
 
     def put(self, key: str, parts: Iterable[bytes]) -> None:
         self.fs.pipe_file(self._at(key), b"".join(parts))

@@ -1,10 +1,11 @@
-"""Checking a run against every promise that the store makes, byte by byte where bytes can lie.
+"""Validation of a run: every file against the manifests, or every value against what the store promises.
 
-Inner chunks carry a checksum, so that a flipped byte is found when its chunk is read; a chunk of a committed unit
-that is not there would read as the fill value, so files are looked for as well.
+Runs of schema 3 list the SHA-256 of all files, so reading them once finds every change. Older runs have no manifests:
+their values are checked against each other (sums against tokens, labels against tables), as are those of a newer run
+with `recompute`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
-from workbench.runs import shards
+from workbench.runs import manifest, shards
 from workbench.runs.reader import Run, open_run
 from workbench.runs.schema import ArraySpec, Layout, Unit, arrays
 from workbench.runs.storage import Storage
@@ -32,31 +33,96 @@ class Problem:
     what: str
 
 
-def verify(path: str | Path | Storage, *, workers: int | None = None) -> list[Problem]:
-    """Everything that is damaged or does not agree, units checked side by side; an empty list is a whole run."""
+def verify(path: str | Path | Storage, *, workers: int | None = None, recompute: bool = False) -> list[Problem]:
+    """Return everything that is damaged or does not agree, units checked side by side; [] for a valid run.
+
+    recompute: check sums and ranges of values too, not only that every file is the one that was written.
+    """
     try:
         run = open_run(path)
-        layout = run.layout
+        layout, _ = run.layout, run.committed
         specs = arrays(run.model, run.spec, layout)
     except Exception as error:  # whatever damaged metadata or a damaged table makes zarr raise
         return [Problem(str(path), f"cannot be opened as a run: {_first_line(error)}")]
     problems = list(_structure(run, specs))
     if problems:
         return problems
-    problems += _tables(run, layout)
     there = run.place.files()
-    pool = ThreadPoolExecutor(workers or shards.threads(), thread_name_prefix="verify")
+    if run.manifest is not None:
+        problems = _in_units(run, layout, workers, lambda unit: list(_listed(run, specs, unit, there)))
+        problems += [*_listed_elsewhere(run, there), *_status(run)]
+        if problems or not recompute:
+            return problems
     try:
-        with progress("verify", len(layout.units), "units") as advance:
-            for found in pool.map(lambda unit: _checked(run, specs, unit, layout, there), layout.units):
-                problems += found
-                advance(1)
-    finally:
-        pool.shutdown(cancel_futures=True)
+        problems += _tables(run, layout)
+        problems += _in_units(run, layout, workers, lambda unit: _checked(run, specs, unit, layout, there))
+    except Exception as error:  # a damaged table, where checks of units read it
+        return [*problems, Problem(str(path), f"cannot be read: {_first_line(error)}")]
     problems += _status(run)
     if run.status == "complete" and not problems:
         problems += _totals(run)
     return problems
+
+
+def _in_units(run: Run, layout: Layout, workers: int | None, check: Callable[[Unit], list[Problem]]) -> list[Problem]:
+    """Problems of all units, checked in threads."""
+    problems: list[Problem] = []
+    pool = ThreadPoolExecutor(workers or shards.threads(), thread_name_prefix="verify")
+    try:
+        with progress("verify", len(layout.units), "units") as advance:
+            for found in pool.map(check, layout.units):
+                problems += found
+                advance(1)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return problems
+
+
+def _listed(run: Run, specs: dict[str, ArraySpec], unit: Unit, there: set[str]) -> Iterator[Problem]:
+    """What is wrong with the files of a unit by its manifest."""
+    where, key = f"unit {unit.index}", manifest.unit_key(unit.index)
+    expected = set(_files(run, specs, unit))
+    if not run.committed[unit.index]:
+        if key in there and expected <= there:
+            yield Problem(where, "is not committed though all its files are there: the flag was cleared")
+        return
+    flag = f"units/committed/c/{unit.index}"
+    if flag not in there or run.place.read(flag) != manifest.FLAG:
+        yield Problem(where, f"{flag} is not the flag of a committed unit")
+    try:
+        files = manifest.read(run.place, key)[1]
+    except manifest.DamageError as error:
+        yield Problem(where, str(error))
+        return
+    for missing in sorted(expected - set(files)):
+        yield Problem(where, f"{missing} is not listed in {key}")
+    yield from _changed(run, where, files, there)
+
+
+def _changed(run: Run, where: str, files: Mapping[str, manifest.Entry], there: set[str]) -> Iterator[Problem]:
+    """Files that are missing, or whose content is not what the manifest lists."""
+    for key, entry in files.items():
+        if key not in there:
+            yield Problem(where, f"{key} is missing")
+            continue
+        try:
+            data = run.place.read(key)
+        except OSError as error:
+            yield Problem(where, f"{key} cannot be read: {error.strerror or error}")
+            continue
+        if manifest.entry([data]) != entry:
+            yield Problem(where, f"{key} was changed: its content is not what was written")
+
+
+def _listed_elsewhere(run: Run, there: set[str]) -> Iterator[Problem]:
+    """What is wrong with tables, metadata and totals by their manifests."""
+    for key in (manifest.CREATED, *([manifest.COMPLETE] if run.status == "complete" else [])):
+        try:
+            files = manifest.read(run.place, key)[1]
+        except manifest.DamageError as error:
+            yield Problem("manifest", str(error))
+            continue
+        yield from _changed(run, "run", files, there)
 
 
 def _totals(run: Run) -> Iterator[Problem]:
@@ -105,6 +171,9 @@ def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
             array = run.group[name]
         except KeyError:
             yield Problem(name, "the array is missing")
+            continue
+        except Exception as error:  # whatever damaged metadata makes zarr raise
+            yield Problem(name, f"its zarr.json cannot be used: {_first_line(error)}")
             continue
         got = (array.shape, str(array.dtype), tuple(array.metadata.dimension_names or ()))
         if got != (spec.shape, spec.dtype, spec.dims):

@@ -8,6 +8,7 @@ import errno
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ import pandas as pd
 import zarr
 
 from workbench.errors import InputError, JobError
-from workbench.runs import shards
+from workbench.runs import manifest, shards
 from workbench.runs.lock import Lock
 from workbench.runs.reader import open_group, open_run
-from workbench.runs.schema import SCHEMA, ArraySpec, Layout, Spec, Unit, arrays
-from workbench.runs.storage import ROOT, ObjectStorage, Storage, place
+from workbench.runs.schema import MANIFESTS, SCHEMA, ArraySpec, Layout, Spec, Unit, arrays
+from workbench.runs.storage import ROOT, LocalStorage, ObjectStorage, Storage, place
 
 _STORED_AS = {
     "experts": "routing/experts", "gates": "routing/gates", "router_logits": "routing/logits", "sink": "attention/sink",
+    "own_experts": "routing/own_experts", "router_margin": "routing/margin", "forced": "routing/forced",
     "logprob": "tokens/logprob", "entropy": "tokens/entropy",
 }  # fmt: skip
 _MAY_BE_NAN = ("logprob", "entropy")  # where a sequence begins: nothing predicted its first token
@@ -50,6 +52,8 @@ def open_writer(
         "checkpoint digest": checkpoint["digest"],
         "transcripts digest": provenance["transcripts"]["digest"],
         "dtype": provenance.get("dtype", ""),
+        "tokenizer digest": provenance.get("tokenizer", {}).get("digest", ""),
+        "chat template digest": provenance.get("tokenizer", {}).get("chat_template", ""),
         "spec": spec.to_json(),
         "unit_tokens": layout.unit_tokens,
         "sequences": len(layout.lengths),
@@ -69,12 +73,13 @@ def open_writer(
             if not _is_there(target):  # another job may have created it since
                 _create(target, attributes, layout, sequences, messages, spec)
     group = open_group(target, "r+")
-    for name, wanted in identity.items():
+    for name, wanted in json.loads(json.dumps(identity)).items():
         got = group.attrs["identity"].get(name)
-        if got != json.loads(json.dumps(wanted)):
-            raise InputError(
-                f"{target} was begun with {name} {_short(got)}, this job has {_short(wanted)}: name another run"
-            )
+        if got is None and group.attrs["schema"] < MANIFESTS and name.startswith(("tokenizer", "chat template")):
+            continue  # older runs did not record it
+        if got != wanted:
+            one, other = difference(got, wanted)
+            raise InputError(f"{target} was begun with {name} {one}, this job has {other}: name another run")
     return RunWriter(target, group, layout, sequences)
 
 
@@ -104,12 +109,17 @@ def _create(
             shape=(len(layout.units),),
             chunks=(1,),
             dtype="bool",
+            compressors=None,
             fill_value=False,
             dimension_names=("unit",),
         )
         committed.attrs["sequences"] = [len(unit.sequences) for unit in layout.units]
         committed.attrs["starts"] = [unit.start for unit in layout.units]
         committed.attrs["capacities"] = [unit.capacity for unit in layout.units]
+        created = LocalStorage(staging)
+        files = {key: manifest.entry([created.read(key)]) for key in created.files() if key != ROOT}
+        manifest.write(created, manifest.CREATED, files)
+        group.attrs["digest"] = manifest.attributes_digest(created.read(ROOT))
 
 
 def _write_table(group: zarr.Group, name: str, table: pd.DataFrame, dim: str) -> None:
@@ -183,16 +193,24 @@ class RunWriter:
         stored["summaries/sequence"] = np.array(unit.sequences, dtype=np.int32)
         optional = {f"tokens/{name}" for name in _MAY_BE_NAN}
         assert set(stored) | optional == set(self._arrays) | optional, set(stored) ^ set(self._arrays)
+        listed: dict[str, manifest.Entry] = {}
         with _disk_errors(self.place):
             shards.write(
                 call
                 for name, array in self._arrays.items()
-                for call in self._writes(unit, name, array, stored.get(name))
+                for call in self._writes(unit, name, array, stored.get(name), listed)
             )
+            if self.group.attrs["schema"] >= MANIFESTS:
+                manifest.write(self.place, manifest.unit_key(index), listed)
             self.group["units/committed"][index] = True
 
     def _writes(
-        self, unit: Unit, name: str, array: ArraySpec, values: np.ndarray | None
+        self,
+        unit: Unit,
+        name: str,
+        array: ArraySpec,
+        values: np.ndarray | None,
+        listed: dict[str, manifest.Entry],
     ) -> Iterator[Callable[[], None]]:
         """Whole shards of an array, a unit's rows in them and the fill value behind; chunks of nothing else too.
 
@@ -205,7 +223,7 @@ class RunWriter:
         values = values[None] if array.dims[0] == "unit" else values
         if "token" in array.dims:
             start = unit.start
-        return shards.writes(self.group[name], self.place, name, start, array.axis, values)
+        return shards.writes(self.group[name], self.place, name, start, array.axis, values, listed)
 
     def _check(self, unit: Unit, records: Mapping[str, np.ndarray]) -> None:
         lengths = [self.layout.lengths[s] for s in unit.sequences]
@@ -242,7 +260,15 @@ class RunWriter:
             return
         with _disk_errors(self.place):
             self._write_totals()
+            if self.group.attrs["schema"] >= MANIFESTS:
+                self._list_complete()
             self.group.attrs["status"] = "complete"
+
+    def _list_complete(self) -> None:
+        """Write the manifest of the totals and of all other manifests."""
+        keys = [key for key in self.place.files() if key.startswith("totals/")]
+        keys += [manifest.CREATED, *(manifest.unit_key(unit.index) for unit in self.layout.units)]
+        manifest.write(self.place, manifest.COMPLETE, {key: manifest.entry([self.place.read(key)]) for key in keys})
 
     def _write_totals(self) -> None:
         run = open_run(self.place)
@@ -270,6 +296,17 @@ def _disk_errors(where: Storage) -> Iterator[None]:
         raise
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+def difference(got: Any, wanted: Any, limit: int = 60) -> tuple[str, str]:
+    """Return both values, cut so that where they differ is in what is left; of dictionaries and lists the items."""
+    if isinstance(got, dict) and isinstance(wanted, dict):
+        name = next(name for name in {**got, **wanted} if got.get(name) != wanted.get(name))
+        one, other = difference(got.get(name), wanted.get(name))
+        return f"{name} {one}", other
+    if isinstance(got, list) and isinstance(wanted, list):
+        pairs = list(zip_longest(got, wanted, fillvalue="none"))
+        return difference(*next(pair for pair in pairs if pair[0] != pair[1]))
+    one, other = (value if isinstance(value, str) else json.dumps(value) for value in (got, wanted))
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    start = max(0, same - 20)
+    one, other = ("…" * (start > 0) + t[start : start + limit] + "…" * (len(t) > start + limit) for t in (one, other))
+    return one or "none", other or "none"

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
+from workbench.studies.comparison import in_second_half, prompt_numbers
 from workbench.studies.contrast import Between, TokenRun, contrast
 from workbench.studies.result import Definition, dataset, provenance
 
@@ -51,7 +52,8 @@ DEFINITIONS = {
     "tokens": Definition("tokens", "tokens", "tokens that take part"),
 }
 METHOD = (
-    "Probes are logistic regressions on standardised activations, folds split by prompt; selectivity subtracts the AUC on "
+    "Probes are logistic regressions on standardised activations, folds split by prompt; selectivity subtracts "
+    "the AUC on "
     "labels that mean nothing. Distances are in units of the spread within channels."
 )
 NOT_CONTROLLED = "A probe may read position or words; its halves of the analysis show how much of that there is."
@@ -100,7 +102,8 @@ def _beside_halves(found: Mapping[str, xr.Dataset]) -> str:
             if np.isfinite(sizes[0]).all() and np.isfinite(sizes[1]).all():
                 larger = int((sizes[0] > sizes[1]).sum())
                 lines.append(
-                    f"{label.capitalize()}: analysis and final are farther apart than the halves of analysis in {larger} of "
+                    f"{label.capitalize()}: analysis and final are farther apart than the halves of analysis in "
+                    f"{larger} of "
                     f"{sizes[0].size} layers (size less what noise has, at equal position)."
                 )
     return "\n".join(lines)
@@ -140,21 +143,22 @@ def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.D
     attrs = provenance("channels", f"{hook}: {a} against {b}", run.digest, seed, {"hook": hook, "a": a, "b": b})
     best = int(np.argmax(rows["auc"]))
     attrs |= {
-        "a": a, "b": b, "method": METHOD, "not_controlled": NOT_CONTROLLED,
-        "summary": f"{hook}: a linear probe tells {a} from {b} with AUC {rows['auc'][best]:.3f} in layer {layers[best]} (folds "
+        "a": a,
+        "b": b,
+        "method": METHOD,
+        "not_controlled": NOT_CONTROLLED,
+        "summary": f"{hook}: a linear probe tells {a} from {b} with AUC {rows['auc'][best]:.3f} in layer "
+        f"{layers[best]} (folds "
         f"{rows['auc_low'][best]:.3f} to {rows['auc_high'][best]:.3f}; halves of {a}: {rows['auc_half'][best]:.3f}; "
         f"selectivity {rows['selectivity'][best]:.3f}); the means lie {rows['distance'][best]:.2f} spreads apart.",
-    }  # fmt: skip
+    }
     return dataset(variables, {"layer": list(layers), "layer_2": list(layers)}, DEFINITIONS, attrs)
 
 
 def _sample(run: TokenRun, hook: str, pair: tuple[str, str], seed: int) -> tuple[np.ndarray, ...]:
     """Activations [layer, token, d] of at most PROBE_TOKENS tokens of both channels, and their labels."""
     table = run.sequences
-    number = np.full(int(table.index.max()) + 1, -1)
-    number[table.index] = np.unique(
-        table["prompt_id"].where(table["prompt_id"] != "", table["id"]), return_inverse=True
-    )[1]
+    number = prompt_numbers(table)
     codes = [CHANNELS.index(c) for c in pair]
     rng = np.random.default_rng(seed)
     counts = np.zeros(2, dtype=np.int64)
@@ -168,20 +172,13 @@ def _sample(run: TokenRun, hook: str, pair: tuple[str, str], seed: int) -> tuple
             chosen |= (block["channel"] == code) & (rng.random(len(chosen)) < share)
         chosen &= np.isfinite(block[hook][0]).all(-1)
         inside = block["channel"] == codes[0]
-        starts = np.flatnonzero(np.diff(block["sequence"], prepend=-2))
-        lengths = np.diff(np.append(starts, len(chosen)))
-        before = np.cumsum(inside) - inside
-        rank, total = (
-            before - np.repeat(before[starts], lengths),
-            np.repeat(np.add.reduceat(inside.astype(int), starts), lengths),
-        )
         at = np.flatnonzero(chosen)
         parts.append(
             (
                 block[hook][:, at],
                 block["channel"][at],
                 number[block["sequence"][at]],
-                (2 * rank >= total)[at],
+                in_second_half(block["sequence"], inside)[at],
                 block["position"][at],
             )
         )

@@ -10,14 +10,14 @@ Reference: router saturation, OLMoE, arXiv 2409.02060.
 from collections.abc import Iterator
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
+from workbench.studies.comparison import prompt_numbers
 from workbench.studies.contrast import Block, TokenRun
-from workbench.studies.ratio import ratio
+from workbench.studies.resampling import ratio
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import entropy, share
 
@@ -35,23 +35,28 @@ STUDY = Study(
 )
 _CI = "95 %, delete-one jackknife over prompts"
 DEFINITIONS = {
-    "agreement": Definition("agreement of routers", "1", "|experts of a ∩ experts of b| / k, mean over tokens", ci=_CI, null="k/E"),
+    "agreement": Definition(
+        "agreement of routers", "1", "|experts of a ∩ experts of b| / k, mean over tokens", ci=_CI, null="k/E"
+    ),
     "agreement_low": Definition("agreement, lower limit", "1", "lower limit", ci=_CI),
     "agreement_high": Definition("agreement, upper limit", "1", "upper limit", ci=_CI),
     "beyond_load": Definition(
-        "agreement beyond load", "1", "agreement less what two routers with these loads have by chance, over 1 less that"
+        "agreement beyond load",
+        "1",
+        "agreement less what two routers with these loads have by chance, over 1 less that",
     ),
     "effective_experts": Definition("effective experts", "experts", "exp of the entropy of the load, of either run"),
-    "sink_difference": Definition("difference of sink mass", "1", "a − b, mean over tokens", ci=_CI),
-    "sink_difference_low": Definition("difference of sink mass, lower limit", "1", "lower limit", ci=_CI),
-    "sink_difference_high": Definition("difference of sink mass, upper limit", "1", "upper limit", ci=_CI),
+    "sink_difference": Definition("difference of sink attention", "1", "a − b, mean over tokens", ci=_CI),
+    "sink_difference_low": Definition("difference of sink attention, lower limit", "1", "lower limit", ci=_CI),
+    "sink_difference_high": Definition("difference of sink attention, upper limit", "1", "upper limit", ci=_CI),
     "logprob_difference": Definition("difference of log-probability", "nat", "a − b, mean over tokens", ci=_CI),
     "logprob_difference_low": Definition("difference of log-probability, lower limit", "nat", "lower limit", ci=_CI),
     "logprob_difference_high": Definition("difference of log-probability, upper limit", "nat", "upper limit", ci=_CI),
     "tokens": Definition("tokens", "tokens", "tokens of the channel"),
-}  # fmt: skip
+}
 METHOD = (
-    "The same tokens in two runs. Agreement is |top-k ∩ top-k| / k, beside what it would be if each router drew with its "
+    "The same tokens in two runs. Agreement is |top-k ∩ top-k| / k, beside what it would be if each router drew "
+    "with its "
     "own load and no regard to the token; sums by prompt, intervals by the jackknife over prompts."
 )
 NOT_CONTROLLED = "Agreement supposes that expert numbers correspond; between models trained apart they do not."
@@ -103,9 +108,7 @@ class _Sums:
 
     def __init__(self, run: TokenRun, other: TokenRun, agree: bool, sinks: bool) -> None:
         table, a = run.sequences, run.model
-        named = table["prompt_id"].where(table["prompt_id"] != "", table["id"])
-        self.number = np.zeros(int(table.index.max()) + 1, dtype=np.int64)
-        self.number[table.index] = pd.factorize(named)[0]
+        self.number = prompt_numbers(table)
         self.shape = (int(self.number.max()) + 1, len(CHANNELS))
         self.tokens = np.zeros(self.shape)
         self.said, self.n_said = np.zeros((2, *self.shape))
@@ -170,7 +173,8 @@ def _words(result: xr.Dataset, same: bool) -> str:
             one = cell.isel(layer=worst)
             said.append(
                 f"routers agree on {float(cell['agreement'].mean()):.1%} of choices, least in layer {worst} "
-                f"({float(one['agreement']):.1%} [{float(one['agreement_low']):.1%}, {float(one['agreement_high']):.1%}]);"
+                f"({float(one['agreement']):.1%} [{float(one['agreement_low']):.1%}, "
+                f"{float(one['agreement_high']):.1%}]);"
             )
         if "logprob_difference" in cell:
             low, high = float(cell["logprob_difference_low"]), float(cell["logprob_difference_high"])

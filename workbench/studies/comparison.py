@@ -177,6 +177,34 @@ def prompts(tokens: xr.DataArray) -> Int[np.ndarray, "sequence"]:
     return number
 
 
+def prompt_ids(sequences: pd.DataFrame) -> pd.Series:
+    """Return the prompt of every sequence of a run's table; a sequence that names none stands for itself."""
+    return sequences["prompt_id"].where(sequences["prompt_id"] != "", sequences["id"])
+
+
+def prompt_numbers(sequences: pd.DataFrame) -> Int[np.ndarray, "sequence"]:
+    """Return the number of every sequence's prompt by the sequence's number in the run; -1 where it is not written."""
+    numbers = np.full(int(sequences.index.max()) + 1 if len(sequences) else 0, -1)
+    numbers[sequences.index] = np.unique(prompt_ids(sequences), return_inverse=True)[1]
+    return numbers
+
+
+def in_second_half(
+    sequence: Int[np.ndarray, " token"], inside: Bool[np.ndarray, " token"]
+) -> Bool[np.ndarray, " token"]:
+    """Return which tokens are in the second half of the tokens `inside`, such as a channel's, of their sequence.
+
+    sequence: the number of each token's sequence, tokens of a sequence together.
+    """
+    ones = inside.astype(np.int64)
+    starts = np.flatnonzero(np.diff(sequence, prepend=-2))
+    lengths = np.diff(np.append(starts, len(sequence)))
+    before = np.cumsum(ones) - ones
+    rank = before - np.repeat(before[starts], lengths)
+    total = np.repeat(np.add.reduceat(ones, starts), lengths)
+    return 2 * rank >= total
+
+
 def members(
     tokens: xr.DataArray, between: Between, sides: tuple[Condition, Condition]
 ) -> tuple[Int[np.ndarray, "sequence_a"], Int[np.ndarray, "sequence_b"]]:

@@ -5,11 +5,12 @@ are subtracted. Analysis comes before final and high effort is longer, so a diff
 The control compares tokens at like positions only: positions are put into strata so narrow that they are like and so
 wide that several prompts stand on both sides, differences are taken within each, and averaged with the weight
 n_a n_b / (n_a + n_b), which is that of the two-sample comparison with the least variance. Position is also the number
-of keys that a full layer sees, on which the mass on the sink depends by arithmetic.
+of keys that a full layer sees, on which sink attention depends by arithmetic.
 
-The sampling unit is the prompt. What the difference would be without a prompt (the weights of the strata kept) gives its
-influence, the sum of its tokens' deviations from their stratum's mean; the influences' spread is the standard error (the
-delete-one jackknife over prompts), and the interval and p are Student's with one degree of freedom fewer than prompts.
+The sampling unit is the prompt. What the difference would be without a prompt (the weights of the strata kept) gives
+its influence, the sum of its tokens' deviations from their stratum's mean; the influences' spread is the standard
+error (the delete-one jackknife over prompts), and the interval and p are Student's with one degree of freedom fewer
+than prompts.
 
 Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 11; MacKinnon & White 1985 (HC3).
 """
@@ -26,6 +27,7 @@ from jaxtyping import Float, Int
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.studies.comparison import in_second_half, prompt_numbers
 from workbench.studies.resampling import LEVEL
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import false_discovery
@@ -74,9 +76,12 @@ DEFINITIONS = {
     "strata": Definition("strata", "strata", "strata of position with enough prompts on both sides"),
 }
 METHOD = (
-    "Tokens are averaged on either side and subtracted; the sampling unit is the prompt (jackknife, Student's t). Control 'none' takes all tokens; control 'position' takes tokens at like positions: strata at most "
-    f"{WIDEST - 1:.0%} or {SLACK} positions wide with at least {LEAST_PROMPTS} prompts on either side, differences within "
-    "each, averaged with weight n_a n_b / (n_a + n_b). A cell is called different only if q < 0.05 (Benjamini–Hochberg) "
+    "Tokens are averaged on either side and subtracted; the sampling unit is the prompt (jackknife, Student's "
+    "t). Control 'none' takes all tokens; control 'position' takes tokens at like positions: strata at most "
+    f"{WIDEST - 1:.0%} or {SLACK} positions wide with at least {LEAST_PROMPTS} prompts on either side, "
+    "differences within "
+    "each, averaged with weight n_a n_b / (n_a + n_b). A cell is called different only if q < 0.05 "
+    "(Benjamini–Hochberg) "
     "and its interval excludes zero."
 )
 NOT_CONTROLLED = (
@@ -119,9 +124,13 @@ def contrast(
     title = f"{measure.title}: {sides.named(0)} against {sides.named(1)}"
     parameters = {"what": what, "between": between, "a": a, "b": b, **fixed}
     attrs = provenance(study, title, run.digest, seed, parameters) | {
-        "between": between, "a": sides.named(0), "b": sides.named(1), "what": what, "method": METHOD,
+        "between": between,
+        "a": sides.named(0),
+        "b": sides.named(1),
+        "what": what,
+        "method": METHOD,
         "not_controlled": NOT_CONTROLLED,
-    }  # fmt: skip
+    }
     coords = {"control": list(CONTROLS)} | {d: np.arange(n) for d, n in zip(measure.dims, measure.shape, strict=True)}
     result = dataset(variables, coords, DEFINITIONS, attrs)
     result.attrs["summary"] = words(result)
@@ -147,8 +156,7 @@ class _Sides:
                     f"{name} {missing[0]!r} is not in this run; it has {', '.join(sorted(set(table[name])))}"
                 )
         size = int(table.index.max()) + 1 if len(table) else 0
-        self.prompt = np.full(size, -1)
-        self.prompt[table.index] = pd.factorize(table["prompt_id"].where(table["prompt_id"] != "", table["id"]))[0]
+        self.prompt = prompt_numbers(table)
         self.allowed = np.zeros(size, dtype=bool)
         chosen = pd.Series(True, index=table.index)
         for name, value in (("effort", effort), ("task", task)):
@@ -180,13 +188,7 @@ class _Sides:
         else:
             inside = channel == CHANNELS.index(str(self.within))
             if self.between == "half":
-                ones = inside.astype(np.int64)
-                starts = np.flatnonzero(np.diff(sequence, prepend=-2))
-                lengths = np.diff(np.append(starts, len(sequence)))
-                before = np.cumsum(ones) - ones
-                rank = before - np.repeat(before[starts], lengths)
-                total = np.repeat(np.add.reduceat(ones, starts), lengths)
-                half = (2 * rank >= total).astype(np.int64)
+                half = in_second_half(sequence, inside).astype(np.int64)
                 side = np.where(inside, half if self.labels == ("first", "second") else 1 - half, -1)
             else:
                 side = np.where(inside, self.of_sequence[sequence], -1)
@@ -197,9 +199,13 @@ class _Measure:
     """What is averaged: sums of it over groups of tokens."""
 
     def __init__(
-        self, title: str, reads: tuple[str, ...], dims: tuple[str, ...], shape: tuple[int, ...],
+        self,
+        title: str,
+        reads: tuple[str, ...],
+        dims: tuple[str, ...],
+        shape: tuple[int, ...],
         sums: Callable[[Block, np.ndarray, np.ndarray, np.ndarray, int], np.ndarray],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.title, self.reads, self.dims, self.shape, self.sums = title, reads, dims, shape, sums
 
 
@@ -268,8 +274,11 @@ def _difference(run: TokenRun, measure: _Measure, sides: _Sides, control: str) -
         weights = scipy.sparse.csr_array((weigh, (prompt, group)), shape=(n_prompts, 2 * n_strata))
         influence -= np.asarray(weights @ means.reshape(2 * n_strata, -1)).reshape(influence.shape)
     return _tested(measure, mean_a, mean_b, influence[seen]) | {
-        "tokens_a": n[0].sum(), "tokens_b": n[1].sum(), "prompts": int(seen.sum()), "strata": n_strata,
-    }  # fmt: skip
+        "tokens_a": n[0].sum(),
+        "tokens_b": n[1].sum(),
+        "prompts": int(seen.sum()),
+        "strata": n_strata,
+    }
 
 
 def _tested(
@@ -339,7 +348,8 @@ def _strata(run: TokenRun, sides: _Sides, control: str) -> Int[np.ndarray, " pos
     if control == "none" or not all(both):
         if min(map(len, both)) < 2:
             raise InputError(
-                f"{sides.named(0)} cannot be compared with {sides.named(1)}: {len(both[0])} and {len(both[1])} prompts, and "
+                f"{sides.named(0)} cannot be compared with {sides.named(1)}: {len(both[0])} and {len(both[1])} "
+                "prompts, and "
                 "at least 2 are needed"
             )
         return np.zeros(longest, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""The effort study: what a model does more, or otherwise, when it is told to think harder.
+"""The effort study: what changes with reasoning effort: length, accuracy, routing and sinks.
 
-Every prompt is answered at several efforts, so everything is paired by prompt. What effort costs in tokens and brings in
-accuracy comes first; then whether routing and sinks differ, in the prompt (the same words at the same positions, save
-the effort's own) and in the analysis at equal position.
+Every prompt is answered at several efforts, so everything is paired by prompt. What effort costs in tokens and brings
+in accuracy comes first; then whether routing and sinks differ, in the prompt (the same words at the same positions,
+save the effort's own) and in the analysis at equal position.
 
 Reference for the model of accuracy: Liang & Zeger 1986, generalised estimating equations, clustered by prompt.
 """
@@ -21,7 +21,7 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run
 from workbench.studies.contrast import TokenRun, contrast
-from workbench.studies.ratio import ratio
+from workbench.studies.resampling import ratio
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -44,25 +44,34 @@ DEFINITIONS = {
     "accuracy_low": Definition("accuracy, lower limit", "1", "lower limit; within [0, 1]", ci=_CI),
     "accuracy_high": Definition("accuracy, upper limit", "1", "upper limit; within [0, 1]", ci=_CI),
     "sequences": Definition("sequences", "sequences", "sequences of the cell"),
-    "more_tokens": Definition("more analysis tokens", "tokens", "paired by prompt: mean of the second less the first", ci=_CI),
+    "more_tokens": Definition(
+        "more analysis tokens", "tokens", "paired by prompt: mean of the second less the first", ci=_CI
+    ),
     "more_tokens_low": Definition("more analysis tokens, lower limit", "tokens", "lower limit", ci=_CI),
     "more_tokens_high": Definition("more analysis tokens, upper limit", "tokens", "upper limit", ci=_CI),
     "gain": Definition("gain of accuracy", "1", "paired by prompt: mean of the second less the first", ci=_CI),
     "gain_low": Definition("gain of accuracy, lower limit", "1", "lower limit", ci=_CI),
     "gain_high": Definition("gain of accuracy, upper limit", "1", "upper limit", ci=_CI),
-    "gain_per_100": Definition("gain per 100 tokens", "1", "gain over more tokens, times 100: a ratio of means", ci=_CI),
+    "gain_per_100": Definition(
+        "gain per 100 tokens", "1", "gain over more tokens, times 100: a ratio of means", ci=_CI
+    ),
     "gain_per_100_low": Definition("gain per 100 tokens, lower limit", "1", "lower limit", ci=_CI),
     "gain_per_100_high": Definition("gain per 100 tokens, upper limit", "1", "upper limit", ci=_CI),
     "coefficient": Definition(
-        "log-odds", "1", "of a right answer in a logistic GEE with exchangeable errors within a prompt", ci="95 %, robust"
+        "log-odds",
+        "1",
+        "of a right answer in a logistic GEE with exchangeable errors within a prompt",
+        ci="95 %, robust",
     ),
     "coefficient_low": Definition("log-odds, lower limit", "1", "lower limit", ci="95 %, robust"),
     "coefficient_high": Definition("log-odds, upper limit", "1", "upper limit", ci="95 %, robust"),
     "p": Definition("p", "1", "Wald test of the coefficient", null="no effect"),
-}  # fmt: skip
+}
 METHOD = (
-    "Means over sequences, differences paired by prompt (samples of a prompt averaged first), intervals by the jackknife "
-    "over prompts. The model of accuracy is a logistic GEE on the logarithm of analysis tokens and the effort, clustered by "
+    "Means over sequences, differences paired by prompt (samples of a prompt averaged first), intervals by the "
+    "jackknife "
+    "over prompts. The model of accuracy is a logistic GEE on the logarithm of analysis tokens and the effort, "
+    "clustered by "
     "prompt."
 )
 NOT_CONTROLLED = (
@@ -72,7 +81,7 @@ NOT_CONTROLLED = (
 
 
 def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Cost and gain by effort and task, a model of accuracy, and routing and sinks between lowest and highest effort."""
+    """Return cost and gain by effort and task, a model of accuracy, and routing and sinks of the extreme efforts."""
     table = sequences_of(run)
     efforts = [e for e in EFFORTS if e in set(table["effort"])]
     if len(efforts) < 2:
@@ -146,7 +155,8 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
         cell = result.sel(task="all", effort=effort)
         numbers = {str(k): float(v) for k, v in cell.data_vars.items()}
         lines.append(
-            "{e}: {analysis_tokens:.1f} analysis tokens [{analysis_tokens_low:.1f}, {analysis_tokens_high:.1f}], accuracy "
+            "{e}: {analysis_tokens:.1f} analysis tokens [{analysis_tokens_low:.1f}, "
+            "{analysis_tokens_high:.1f}], accuracy "
             "{accuracy:.3f} [{accuracy_low:.3f}, {accuracy_high:.3f}].".format(e=effort, **numbers)
         )
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
@@ -187,8 +197,10 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
         c = {str(k): float(v) for k, v in result.sel(task="all", step=label).data_vars.items()}
         changed = "accuracy changes by" if c["gain_low"] * c["gain_high"] > 0 else "no change of accuracy shown:"
         lines.append(
-            f"{label}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, {c['more_tokens_high']:+.1f}]; "
-            f"{changed} {c['gain']:+.3f} [{c['gain_low']:+.3f}, {c['gain_high']:+.3f}], {c['gain_per_100']:+.3f} per 100 tokens."
+            f"{label}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, "
+            f"{c['more_tokens_high']:+.1f}]; "
+            f"{changed} {c['gain']:+.3f} [{c['gain_low']:+.3f}, {c['gain_high']:+.3f}], "
+            f"{c['gain_per_100']:+.3f} per 100 tokens."
         )
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
     return result
@@ -232,13 +244,16 @@ def accuracy_model(run: Run, table: pd.DataFrame, efforts: list[str], seed: int 
     if not np.isfinite(limits).all() or np.abs(fit.params).max() > 15:  # separated: some effort is always right
         return None
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        "coefficient": (("term",), fit.params.to_numpy()), "coefficient_low": (("term",), limits[:, 0]),
-        "coefficient_high": (("term",), limits[:, 1]), "p": (("term",), fit.pvalues.to_numpy()),
-    }  # fmt: skip
+        "coefficient": (("term",), fit.params.to_numpy()),
+        "coefficient_low": (("term",), limits[:, 0]),
+        "coefficient_high": (("term",), limits[:, 1]),
+        "p": (("term",), fit.pvalues.to_numpy()),
+    }
     attrs = provenance("effort", "A model of accuracy", run.digest, seed, {"terms": list(x.columns)})
     result = dataset(variables, {"term": list(x.columns)}, DEFINITIONS, attrs)
     lines = [
-        f"{term}: log-odds {float(c['coefficient']):+.2f} [{float(c['coefficient_low']):+.2f}, {float(c['coefficient_high']):+.2f}]"
+        f"{term}: log-odds {float(c['coefficient']):+.2f} [{float(c['coefficient_low']):+.2f}, "
+        f"{float(c['coefficient_high']):+.2f}]"
         for term in list(x.columns)[1:]
         for c in (result.sel(term=term),)
     ]

@@ -1,7 +1,7 @@
 """What sums alone say at once: shares and means of any selection, without intervals.
 
-A finished run keeps its sums by channel, effort and task, so these cost milliseconds at ten million tokens. Numbers with
-intervals, nulls and controls are those of the studies.
+A finished run keeps its sums by channel, effort and task, so these cost milliseconds at ten million tokens. Numbers
+with intervals, nulls and controls are those of the studies.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ DEFINITIONS = {
     "load": Definition("load share", "1", "fraction of the selection's routed slots that went to this expert"),
     "gates": Definition("gate share", "1", "fraction of the selection's summed gate weights on this expert"),
     "lift": Definition("lift", "1", "load share in the selection over that in all content of the run (no frame)"),
-    "mass": Definition("sink mass", "1", "mean probability on the sink over the selection's tokens"),
+    "mass": Definition("sink attention", "1", "mean probability on the sink over the selection's tokens"),
     "spread": Definition("standard deviation", "1", "of the probability on the sink over the selection's tokens"),
 }
 METHOD = "Sums over the tokens of the selection, pooled: long sequences weigh more. No interval is computed here."
@@ -71,7 +71,7 @@ def routing(run: Totals, channel: str = ALL, effort: str = ALL, task: str = ALL)
 
 
 def sinks(run: Totals, channel: str = ALL, effort: str = ALL, task: str = ALL) -> xr.Dataset:
-    """Mean and spread of sink mass [layer, head] of a selection; NaN where it has no token."""
+    """Mean and spread of sink attention [layer, head] of a selection; NaN where it has no token."""
     chosen = (channel, effort, task)
     first, second, n = (_pooled(run.total(name), *chosen) for name in ("sink_sum", "sink_sumsq", "tokens"))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -84,7 +84,7 @@ def sinks(run: Totals, channel: str = ALL, effort: str = ALL, task: str = ALL) -
 def by_channel_and_effort(
     run: Totals, measure: Literal["load", "mass"], layer: int, column: int, task: str = ALL
 ) -> Float[pd.DataFrame, "channel effort"]:
-    """One cell of `routing` (load over an even share) or `sinks` (mass) in every channel and effort."""
+    """Return one cell of `routing` (load relative to uniform) or `sinks` (sink attention) by channel and effort."""
     known = options(run)
     sums = run.total("sink_sum" if measure == "mass" else "expert_count").sel(layer=[layer])
     over = run.total("tokens") if measure == "mass" else sums.sum("expert") / sums.sizes["expert"]

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+import scipy.stats
+from jaxtyping import Float, Int, Num
 
 from workbench.errors import InputError
 from workbench.studies.statistics import Array
@@ -200,3 +201,26 @@ def _blocks(matrix: np.ndarray) -> Iterator[Float[np.ndarray, "block unit"]]:
     """Rows as float64, a bounded number at a time: they are stored as single bytes."""
     for start in range(0, len(matrix), BLOCK):
         yield matrix[start : start + BLOCK].astype(np.float64)
+
+
+def ratio(
+    sums: Num[np.ndarray, "prompt *cells"], tokens: Num[np.ndarray, " prompt"]
+) -> tuple[Float[Array, "*cells"], Float[Array, "*cells"], Float[Array, "*cells"]]:
+    """Σ sums / Σ tokens and its 95 % interval: delete-one jackknife, Student's t; NaN where there is nothing.
+
+    Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
+    """
+    used = tokens > 0
+    sums, tokens = sums[used].astype(np.float64), tokens[used].astype(np.float64)
+    cells, n = sums.shape[1:], len(tokens)
+    if not n:
+        missing = np.full(cells, np.nan)
+        return missing, missing, missing
+    value = sums.sum(0) / tokens.sum()
+    if n < 2:
+        return value, np.full(cells, np.nan), np.full(cells, np.nan)
+    per_token = tokens.reshape(-1, *[1] * len(cells))
+    influence = (sums - value * per_token) / np.maximum(tokens.sum() - per_token, 1)
+    error = np.sqrt(((influence - influence.mean(0)) ** 2).sum(0) * (n - 1) / n)
+    half = scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1) * error
+    return value, value - half, value + half

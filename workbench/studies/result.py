@@ -1,4 +1,4 @@
-"""What a study hands back: a dataset that explains itself, and the files that hold it.
+"""What a study hands back: a dataset with its method and summary, and the files that hold it.
 
 Every variable carries `long_name`, `units` and `definition`, and where they apply `ci` and `null`; every dataset
 carries its provenance, its `method`, what is `not_controlled` and, in plain words, its `summary`.
@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-import workbench
+from workbench.bounded_json import read_json
 from workbench.errors import InputError
 from workbench.studies.files import write_files
+from workbench.version import version
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def provenance(study: str, title: str, digest: str, seed: int, parameters: Mappi
         "study": study,
         "title": title,
         "run_digest": digest,
-        "workbench_version": workbench.__version__,
+        "workbench_version": version(),
         "seed": seed,
         "parameters": json.dumps(dict(parameters)),
     }
@@ -103,7 +104,7 @@ def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:
     found: dict[str, dict[str, xr.Dataset]] = {}
     for path in sorted(Path(folder).glob("*.json")):
         try:
-            ds = xr.Dataset.from_dict(_numbers(json.loads(path.read_text())))
+            ds = xr.Dataset.from_dict(_numbers(read_json(path)))
             study = str(ds.attrs["study"])
         except (ValueError, KeyError, TypeError):
             continue

@@ -1,6 +1,6 @@
-"""The sinks study: how much attention heads leave on their learned sink, where, and whether channel or effort change it.
+"""The sinks study: attention to the learned sinks by layer, head and position, channel and effort.
 
-The mass on the sink is the probability 1 − Σ attention of a head at a token. With equal logits it falls with the number
+Sink attention is the probability 1 − Σ attention of a head at a token. With equal logits it falls with the number
 of keys that a head sees, so layers with a window and full layers are told apart, and every comparison of channels or
 efforts is made at equal position too. Means are over tokens; the sampling unit is the prompt.
 
@@ -13,9 +13,9 @@ import xarray as xr
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
-from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompts, sum_by
+from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompt_numbers, prompts, sum_by
 from workbench.studies.contrast import Between, TokenRun, contrast
-from workbench.studies.ratio import ratio
+from workbench.studies.resampling import ratio
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -35,9 +35,9 @@ _BINS = (0, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 3
 _CI = "95 %, delete-one jackknife over prompts"
 
 DEFINITIONS = {
-    "mass": Definition("sink mass", "1", "mean over the cell's tokens of the probability on the sink", ci=_CI),
-    "mass_low": Definition("sink mass, lower limit", "1", "lower limit of mass", ci=_CI),
-    "mass_high": Definition("sink mass, upper limit", "1", "upper limit of mass", ci=_CI),
+    "mass": Definition("sink attention", "1", "mean over the cell's tokens of the probability on the sink", ci=_CI),
+    "mass_low": Definition("sink attention, lower limit", "1", "lower limit of mass", ci=_CI),
+    "mass_high": Definition("sink attention, upper limit", "1", "upper limit of mass", ci=_CI),
     "spread": Definition("standard deviation", "1", "of the probability on the sink over the cell's tokens"),
     "rate": Definition("sink rate", "1", f"share of tokens and heads with more than {RATE_ABOVE} on the sink"),
     "tokens": Definition("tokens", "tokens", "tokens of the cell"),
@@ -45,7 +45,7 @@ DEFINITIONS = {
     "window": Definition("window", "keys", "keys that the layer sees at most; 0: all"),
 }
 METHOD = (
-    "Sink mass is a head's probability on its learned sink, averaged over the tokens of a cell; intervals are the "
+    "Sink attention is a head's probability on its learned sink, averaged over the tokens of a cell; intervals are the "
     "delete-one jackknife over prompts. By position: tokens of all sequences in bins that double."
 )
 NOT_CONTROLLED = "Cells are not matched on words, task or position; the comparisons have their control of position."
@@ -85,7 +85,7 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
 
 
 def mass(run: Run, by: tuple[str, ...] = ("channel", "effort"), *, seed: int = 0) -> xr.Dataset:
-    """Mean sink mass [cells, layer, head] with intervals, from the sums that every run has of its sequences."""
+    """Mean sink attention [cells, layer, head] with intervals, from the sums that every run has of its sequences."""
     sums, squares, tokens = (run.summary(name) for name in ("sink_sum", "sink_sumsq", "tokens"))
     split, prompt = axes(tokens, by, None), prompts(tokens)
     parts: dict[str, list[np.ndarray]] = {
@@ -118,7 +118,7 @@ def mass(run: Run, by: tuple[str, ...] = ("channel", "effort"), *, seed: int = 0
     }
     windows = np.array([w or 0 for w in getattr(run, "model", {}).get("windows", [None] * len(places["layer"]))])
     variables["window"] = (("layer",), windows)
-    title = f"Sink mass by {', '.join((*by, 'layer', 'head'))}"
+    title = f"Sink attention by {', '.join((*by, 'layer', 'head'))}"
     attrs = provenance("sinks", title, run.digest, seed, {"by": list(by)})
     result = dataset(variables, split | places, DEFINITIONS, attrs)
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": _words(result)}
@@ -126,14 +126,11 @@ def mass(run: Run, by: tuple[str, ...] = ("channel", "effort"), *, seed: int = 0
 
 
 def by_position(run: TokenRun, *, seed: int = 0) -> xr.Dataset:
-    """Sink mass and rate [channel, layer, position bin], mean over heads: what seeing more keys does."""
+    """Sink attention and rate [channel, layer, position bin], mean over heads: what seeing more keys does."""
     layers, heads = run.model["n_layers"], run.model["n_heads"]
     edges = np.array(_BINS)
     table = run.sequences
-    number = np.zeros(int(table.index.max()) + 1, dtype=np.int64)
-    number[table.index] = np.unique(
-        table["prompt_id"].where(table["prompt_id"] != "", table["id"]), return_inverse=True
-    )[1]
+    number = prompt_numbers(table)
     n_prompts, n_cells = int(number.max()) + 1, len(CHANNELS) * len(edges)
     sums = np.zeros((n_prompts, n_cells, layers))
     above, tokens = np.zeros((n_cells, layers)), np.zeros((n_prompts, n_cells))
@@ -160,7 +157,9 @@ def by_position(run: TokenRun, *, seed: int = 0) -> xr.Dataset:
     variables["prompts"] = (dims[:2], (tokens > 0).sum(0).reshape(shape[:2]))
     coords = {"channel": list(CHANNELS), "bin": edges, "layer": np.arange(layers)}
     used = np.flatnonzero(counted.reshape(shape[:2]).sum(0))
-    attrs = provenance("sinks", "Sink mass by position", run.digest, seed, {"bins": list(_BINS), "rate": RATE_ABOVE})
+    attrs = provenance(
+        "sinks", "Sink attention by position", run.digest, seed, {"bins": list(_BINS), "rate": RATE_ABOVE}
+    )
     attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED}
     attrs["summary"] = f"Mean over {heads} heads in {len(used)} bins of position, each named by its first."
     return dataset(variables, coords, DEFINITIONS, attrs).isel(bin=slice(0, int(used.max(initial=0)) + 1))
@@ -175,7 +174,9 @@ def _words(result: xr.Dataset) -> str:
     )
     for label, where in (("full layers", windows == 0), ("layers with a window", windows > 0)):
         if where.any() and "effort" in result.dims:
-            lines.append(f"Mean sink mass in {label}: {float(pooled.isel(layer=np.flatnonzero(where)).mean()):.3f}.")
+            lines.append(
+                f"Mean sink attention in {label}: {float(pooled.isel(layer=np.flatnonzero(where)).mean()):.3f}."
+            )
     if "effort" in result.dims:
         ranked = np.argsort(-np.nan_to_num(pooled.transpose("layer", "head").values), axis=None)[:5]
         places = [np.unravel_index(i, pooled.shape) for i in ranked]
@@ -188,5 +189,7 @@ def _words(result: xr.Dataset) -> str:
             weighted = (
                 cell["mass"].weighted(cell["tokens"]).mean([d for d in cell["mass"].dims if d not in ("layer", "head")])
             )
-            lines.append(f"{channel}: mean mass {float(weighted.mean()):.3f} over all heads; {total:,} tokens.")
+            lines.append(
+                f"{channel}: mean sink attention {float(weighted.mean()):.3f} over all heads; {total:,} tokens."
+            )
     return "\n".join(lines)

@@ -60,7 +60,8 @@ DEFINITIONS = {
     ),
 }
 METHOD = (
-    "Load shares by prompt and label, averaged over prompts; information in bits between a routed slot's expert and the label, less what "
+    "Load shares by prompt and label, averaged over prompts; information in bits between a routed slot's expert "
+    "and the label, less what "
     "shuffled labels give: channels and efforts shuffled within a prompt, tasks between prompts."
 )
 NOT_CONTROLLED = "Labels differ in words and position: an expert special in a channel may be special in its words."
@@ -83,10 +84,12 @@ def together(run: Run, *, seed: int = 0) -> xr.Dataset:
     channel = [str(c) for c in pairs["channel"].values]
     layers = np.arange(counts.shape[1])
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        "given": (("channel", "layer", "expert", "expert_2"), given), "lift": (("channel", "layer", "expert", "expert_2"), lift),
+        "given": (("channel", "layer", "expert", "expert_2"), given),
+        "lift": (("channel", "layer", "expert", "expert_2"), lift),
         "next_given": (("channel", "layer_pair", "expert", "expert_2"), next_given),
-        "information": (("channel", "layer_pair"), information), "information_corrected": (("channel", "layer_pair"), corrected),
-    }  # fmt: skip
+        "information": (("channel", "layer_pair"), information),
+        "information_corrected": (("channel", "layer_pair"), corrected),
+    }
     coords = {
         "channel": channel,
         "layer": layers,
@@ -108,7 +111,8 @@ def together(run: Run, *, seed: int = 0) -> xr.Dataset:
                     else ""
                 )
                 lines.append(
-                    f"{label}: most above chance together, layer {layer} experts {i} and {j} (lift {off[layer, i, j]:.2f}); {between}."
+                    f"{label}: most above chance together, layer {layer} experts {i} and {j} (lift "
+                    f"{off[layer, i, j]:.2f}); {between}."
                 )
     attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
     return dataset(variables, coords, DEFINITIONS, attrs)
@@ -157,10 +161,13 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
     with np.errstate(divide="ignore", invalid="ignore"):
         lift = observed / observed.mean(0)
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        "label_information": (("layer",), found), "label_information_null": (("layer",), null.mean(0)),
-        "nmi": (("layer",), np.maximum(found - null.mean(0), 0) / most), "p": (("layer",), p),
-        "q": (("layer",), false_discovery(p)), "label_lift": ((axis, "layer", "expert"), lift),
-    }  # fmt: skip
+        "label_information": (("layer",), found),
+        "label_information_null": (("layer",), null.mean(0)),
+        "nmi": (("layer",), np.maximum(found - null.mean(0), 0) / most),
+        "p": (("layer",), p),
+        "q": (("layer",), false_discovery(p)),
+        "label_lift": ((axis, "layer", "expert"), lift),
+    }
     attrs = provenance(
         "routing",
         f"What experts tell of the {axis}",
@@ -182,7 +189,7 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
 def _shuffled(
     by: Float[np.ndarray, "prompt label layer expert"], there: np.ndarray, axis: str, n: int, rng: np.random.Generator
 ) -> Iterator[tuple[int, Float[np.ndarray, "permutation label layer expert"]]]:
-    """Mean shares with labels exchanged among those that a prompt has, or, as a prompt has one task, tasks among prompts.
+    """Mean shares with labels exchanged within prompts or, for tasks, exchanged among prompts.
 
     A shuffle is a row of zeros and ones for each label, over prompts × labels: many are one product of matrices.
     """

@@ -30,6 +30,11 @@ class SyntheticRun:
     summaries: Mapping[str, xr.DataArray]
     attrs: Mapping[str, Any] = field(default_factory=lambda: {"synthetic": True})
 
+    @property
+    def recorded(self) -> list[str]:
+        """The recorded quantities, as those of a stored run."""
+        return ["routing"]
+
     def summary(self, name: str) -> xr.DataArray:
         """`expert_count`, `gate_sum` or `tokens`."""
         if name not in self.summaries:
@@ -191,11 +196,16 @@ def planted_tokens(
             parts.append((np.full(n, len(rows)), np.arange(n), channel, sink, first[..., None]))
             rows.append(
                 {
-                    "id": f"p{prompt}/{effort}", "prompt_id": f"p{prompt}", "effort": effort, "task": f"t{prompt % 2}",
-                    "domain": "synthetic", "length": n, "n_prompt": lengths[0],
+                    "id": f"p{prompt}/{effort}",
+                    "prompt_id": f"p{prompt}",
+                    "effort": effort,
+                    "task": f"t{prompt % 2}",
+                    "domain": "synthetic",
+                    "length": n,
+                    "n_prompt": lengths[0],
                     "correct": int(rng.random() < difficulty[prompt] + gain * step),
                 }
-            )  # fmt: skip
+            )
     names = ("sequence", "position", "channel", "sink", "experts")
     axes = (0, 0, 0, 1, 1)
     joined = {n: np.concatenate([p[i] for p in parts], a) for i, (n, a) in enumerate(zip(names, axes, strict=True))}

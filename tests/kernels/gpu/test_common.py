@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workbench.kernels.gpu import attention, common, moe, moments, mxfp4, routing
+from workbench.kernels.gpu import attention, common, logits, moe, moments, mxfp4, norm, rotary, routing
 
 LAUNCHERS = {
     "routing.top_k": lambda x: routing.top_k(x, 2),
@@ -36,8 +36,11 @@ def test_a_launcher_runs_on_the_device_of_its_first_argument(name: str, monkeypa
 
 
 def test_every_launcher_of_a_kernel_module_is_guarded() -> None:
-    public = {m: [f for f in ("top_k", "gate", "group", "moe", "attention", "dequantise", "quantise", "moments")
-                  if callable(getattr(m, f, None)) and getattr(m, f).__module__ == m.__name__]
-              for m in (routing, moe, attention, mxfp4, moments)}  # fmt: skip
-    assert sum(map(len, public.values())) == 8
-    assert all(hasattr(getattr(m, f), "__wrapped__") for m, names in public.items() for f in names)
+    names = {"top_k", "gate", "group", "moe", "attention", "dequantise", "quantise", "moments"}
+    names |= {"rms_norm", "rms_scale", "rotate", "predict"}
+    modules = (routing, moe, attention, mxfp4, moments, norm, rotary, logits)
+    own = [
+        (m, n) for m in modules for n in sorted(names) if getattr(getattr(m, n, None), "__module__", "") == m.__name__
+    ]
+    assert {name for _, name in own} == names
+    assert [f"{m.__name__}.{n}" for m, n in own if not hasattr(getattr(m, n), "__wrapped__")] == []

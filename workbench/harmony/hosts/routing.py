@@ -69,7 +69,10 @@ def _bytes(text: str) -> bytes:
 
 
 def _int32(text: str, n_tokens: int, experts_per_token: int) -> Int[np.ndarray, "tokens layers slots"]:
-    values = np.frombuffer(_bytes(text), dtype="<i4")
+    content = _bytes(text)
+    if len(content) % 4:
+        raise RoutingError(f"the routed experts are {len(content)} bytes, which are no 32-bit integers")
+    values = np.frombuffer(content, dtype="<i4")
     for rows in (n_tokens - 1, n_tokens):
         if rows > 0 and values.size and values.size % (rows * experts_per_token) == 0:
             return values.reshape(rows, -1, experts_per_token)

@@ -1,4 +1,4 @@
-"""The room opens without torch, and has what it says."""
+"""The package of experiments is imported without torch, and has the modules that it lists."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import workbench as wb
 
 
-def test_the_room_is_exported_and_costs_nothing_to_open() -> None:
+def test_the_package_is_imported_without_torch_and_has_what_it_lists() -> None:
     code = "import sys, workbench as wb; wb.experiments; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     for name in wb.experiments.__all__:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from workbench.errors import InputError
+from workbench.harmony.flags import counted_in
 from workbench.runs import Run
 from workbench.studies import quick_look
 from workbench.studies.statistics import effective_number
@@ -28,6 +29,8 @@ def summary(run: Run) -> Group:
     about.add_row("state", "complete" if done == total else f"{done} of {total} units")
     about.add_row("recorded", ", ".join(run.recorded))
     about.add_row("sequences", f"{len(run.sequences):,}, {int(run.sequences['length'].sum()):,} tokens")
+    if found := counted_in(run.sequences):
+        about.add_row("flags", found)
     if run.sequences.empty:
         return Group(about, Text("No unit is written yet."))
     parts: list[Any] = [about, _tokens(run)]
@@ -60,7 +63,7 @@ def _accuracy(run: Run) -> Table:
 
 def _experts(run: Run) -> Table:
     """A row a layer: effective experts of thinking and answering, and each expert's load as a bar."""
-    table = Table("layer", title="experts: effective number, and load of each (a full bar: four times an even share)")
+    table = Table("layer", title="experts: effective number, and load of each (full bar: 4 × uniform)")
     cells = {}
     for channel in ("analysis", "final"):
         if channel in quick_look.options(run)["channel"]:

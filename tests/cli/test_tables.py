@@ -10,7 +10,7 @@ from rich.console import Console
 
 import workbench as wb
 from tests.conftest import DATA
-from workbench.dashboards.terminal import bars, summary
+from workbench.cli.tables import bars, summary
 from workbench.errors import InputError
 
 

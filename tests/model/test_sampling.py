@@ -1,0 +1,59 @@
+"""Samples follow the truncated distribution, whatever else is in the batch."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+
+from workbench.model.sampling import Sampling
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+
+
+def exact(top_k: int = 6, top_p: float = 1.0, min_p: float = 0.0, temperature: float = 1.0) -> Tensor:
+    """The definition, token by token: LOGITS are in descending order."""
+    p = [math.exp(x / temperature) for x in LOGITS.tolist()][:top_k]
+    total, kept, seen = sum(p), [], 0.0
+    for value in p:
+        if seen < top_p:
+            kept.append(value / total)
+        seen += value / total
+    kept = [value for value in kept if value >= min_p * kept[0]]
+    out = torch.zeros(len(LOGITS), dtype=torch.float64)
+    out[: len(kept)] = torch.tensor(kept, dtype=torch.float64) / sum(kept)
+    return out
+
+
+def counts(sampling: Sampling, n: int = 4000, shuffle: bool = False) -> Tensor:
+    order = torch.randperm(len(LOGITS), generator=torch.Generator().manual_seed(5)) if shuffle else torch.arange(6)
+    rngs = [torch.Generator().manual_seed(i) for i in range(n)]
+    chosen = sampling.choose(LOGITS[order].repeat(n, 1), rngs)
+    return torch.bincount(order[chosen], minlength=len(LOGITS))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 4, "top_p": 0.9, "min_p": 0.1}],
+)
+def test_samples_follow_the_definition(options: dict[str, float]) -> None:
+    sampling = Sampling(**{"temperature": 1.0, **options})  # type: ignore[arg-type]
+    want, found = exact(**options), counts(sampling, shuffle=True)  # type: ignore[arg-type]
+    assert found[want == 0].sum() == 0
+    kept = want > 0
+    assert chisquare(found[kept], want[kept] * found.sum()).pvalue > 1e-4
+    flat = torch.full_like(want, 1 / len(want))
+    assert chisquare(found + 1e-9, flat * found.sum(), sum_check=False).pvalue < 1e-4, "a uniform sampler is noticed"
+
+
+def test_a_row_is_sampled_as_if_it_were_alone() -> None:
+    sampling, logits = Sampling(1.0, top_k=4), torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
+    together = sampling.choose(logits, [torch.Generator().manual_seed(i) for i in range(5)])
+    alone = [int(sampling.choose(logits[i : i + 1], [torch.Generator().manual_seed(i)])) for i in range(5)]
+    assert together.tolist() == alone
+
+
+def test_greedy_takes_the_smaller_id_of_a_tie_and_marks_nan() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0], [torch.nan, 1.0, 2.0], [torch.inf, 1.0, 2.0], [-torch.inf, 1.0, 0.0]])
+    assert Sampling().choose(logits, []).tolist() == [1, -1, -1, 1]

@@ -1,0 +1,38 @@
+"""What TransformerLens' users type works, or its error names the right thing: counted, so that none is lost."""
+
+import torch
+
+import workbench as wb
+
+HABITS = """
+m.to_str_tokens(S); m.to_str_tokens(S, prepend_bos=False); m.to_str_tokens([S, S]); m.to_tokens([S, "1"]); m.to_single_str_token(7)
+m.get_token_position("3", S); m.tokenizer.eos_token_id; m.tokenizer.pad_token_id; m.tokenizer(S); m.tokenizer.vocab_size
+m(S); m([S, S]); m(T, return_type="loss"); m(S, return_type="both"); m(T, stop_at_layer=2); m(T.tolist()); m(T[0])
+m(T, attention_mask=torch.ones_like(T)); m(T, past_kv_cache=None); m(T, padding_side="left"); m(T, prepend_bos=False)
+m.loss_fn(m(T), T); m.run_with_cache(S); m.run_with_cache(S, return_type="loss"); m.run_with_cache(T, pos_slice=-1)
+m.run_with_cache(T, return_cache_object=False); m.run_with_hooks(S, fwd_hooks=[("blocks.1.hook_resid_post", lambda v, hook: v)])
+m.W_E.shape; m.W_U.shape; m.blocks[1].ln1.w; m.ln_final.w; m.unembed.W_U; m.embed.W_E; m.blocks[1].mlp.experts.W_in(3)
+m.cfg.model_name; m.cfg.d_vocab_out; m.cfg.default_prepend_bos; m.cfg.tokenizer_name; m.cfg.to_dict(); m.cfg.attn_types
+m.cfg.gated_mlp; m.cfg.window_size; m.cfg.rotary_dim; m.cfg.original_architecture; m.cfg.device; m.cfg.dtype
+m.generate(S, max_new_tokens=2); m.generate([S], max_new_tokens=2); m.generate(T, max_new_tokens=2, return_type="str")
+m.generate(T, max_new_tokens=2, do_sample=False); m.generate(T, max_new_tokens=2, top_k=5); m.generate(T, max_new_tokens=2, top_p=.9)
+m.generate(T, max_new_tokens=2, stop_at_eos=False); m.generate(T, max_new_tokens=2, eos_token_id=3); m.generate(T, max_new_tokens=2, verbose=False)
+m.set_use_attn_result(True); m.freeze(); m.tokens_to_residual_directions(["7", "8"]); m.all_head_labels()
+c["resid_post", 1]; c["resid_post", -1]; c["sink", 1]; c["router", 1]; c["post", 0]; c["pattern", 1]; c["scale", 0, "ln1"]; c["embed"]
+c.decompose_resid(return_labels=True); c.accumulated_resid(return_labels=True); c.logit_attrs(c.decompose_resid(), tokens="7")
+"""
+
+
+def test_habits_work() -> None:
+    model = wb.load("nano", dtype=torch.float32, device="cpu")
+    failed, lines = [], [line.strip() for line in HABITS.replace("\n", ";").split(";") if line.strip()]
+    with torch.no_grad():
+        tokens = model.to_tokens("12+34")
+        names = {"m": model, "S": "12+34", "T": tokens, "c": model.run_with_cache(tokens)[1], "torch": torch}
+        for line in lines:
+            try:
+                eval(line, names)
+            except Exception as error:
+                failed.append(f"{line}: {error}")
+    assert failed == []
+    assert len(lines) >= 70

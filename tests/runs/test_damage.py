@@ -1,0 +1,132 @@
+"""Every file of a finished run, damaged in every way: verify finds it, and no read gives another number."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.runs.conftest import make_older, write_run
+from workbench.runs.manifest import DamageError
+from workbench.runs.reader import Run, open_run
+from workbench.runs.verify import verify
+
+LENGTHS = (700, 900)
+
+
+def delete(file: Path, _: Path) -> None:
+    file.unlink()
+
+
+def truncate(file: Path, _: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path, _: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 4
+    file.write_bytes(bytes(content))
+
+
+def swap(file: Path, other: Path) -> None:
+    one, two = file.read_bytes(), other.read_bytes()
+    file.write_bytes(two)
+    other.write_bytes(one)
+
+
+DAMAGES: dict[str, Callable[[Path, Path], None]] = {f.__name__: f for f in (delete, truncate, flip, swap)}
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("intact") / "run"
+    write_run(path, lengths=LENGTHS)
+    return path
+
+
+def damaged(intact: Path, copy: Path, damage: str, step: int = 1) -> Iterator[Path]:
+    """The copy with one file after the other damaged, and repaired afterwards. step: take every so many."""
+    shutil.copytree(intact, copy)
+    files = sorted(p for p in copy.rglob("*") if p.is_file())
+    for file, other in list(zip(files, [*files[1:], files[0]], strict=True))[::step]:
+        before = file.read_bytes(), other.read_bytes()
+        if damage == "swap" and before[0] == before[1]:
+            continue
+        DAMAGES[damage](file, other)
+        yield file.relative_to(copy)
+        file.write_bytes(before[0])
+        other.write_bytes(before[1])
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_verify_finds_all_damage_to_all_files(intact: Path, tmp_path: Path, damage: str, long: bool) -> None:
+    step = 1 if long else 5
+    missed = [str(file) for file in damaged(intact, tmp_path / "run", damage, step) if not verify(tmp_path / "run")]
+    assert not missed
+    assert verify(tmp_path / "run") == []
+
+
+def values(run: Run) -> dict[str, np.ndarray]:
+    """Everything that a reader can ask for."""
+    found: dict[str, np.ndarray] = {f"dataset/{n}": v.to_numpy() for n, v in run.dataset.data_vars.items()}
+    names = [n for n in run.dataset.data_vars if n not in ("sequence", "position", "channel")]
+    for number, block in enumerate(run.blocks(*map(str, names))):
+        found |= {f"block {number}/{n}": v for n, v in block.items()}
+    found |= {f"summary/{n}": run.summary(n).to_numpy() for n in run.summaries}
+    found |= {f"total/{n}": run.total(n).to_numpy() for n in run.summaries}
+    for name, table in (("sequences", run.sequences), ("messages", run.messages), ("groups", run.groups)):
+        found |= {f"{name}/{column}": table[column].to_numpy() for column in table}
+    return found | {"model": np.array(str(run.model)), "status": np.array(run.status)}
+
+
+def wrong(path: Path, want: dict[str, np.ndarray]) -> list[str]:
+    """Names of what is read without an error and is not what was written."""
+    try:
+        found = values(open_run(path))
+    except Exception:  # any error is better than a wrong number
+        return []
+    return [name for name, value in want.items() if not same(found[name], value)]
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_read_raises_or_is_right(intact: Path, tmp_path: Path, damage: str, long: bool) -> None:
+    want, path = values(open_run(intact)), tmp_path / "run"
+    silent = {}
+    for file in damaged(intact, path, damage, 1 if long else 11):
+        if names := wrong(path, want):
+            silent[str(file)] = names
+    assert not silent
+
+
+@pytest.mark.parametrize("damage", ["delete", "swap"])
+def test_without_manifests_some_of_it_is_read_as_wrong_numbers(intact: Path, tmp_path: Path, damage: str) -> None:
+    """The negative control: the same reads of the run as schema 2 has it."""
+    shutil.copytree(intact, tmp_path / "older")
+    want = values(open_run(make_older(tmp_path / "older")))
+    assert any(wrong(tmp_path / "run", want) for _ in damaged(tmp_path / "older", tmp_path / "run", damage))
+
+
+def test_the_digest_changes_with_the_content(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")
+    assert open_run(tmp_path / "a").digest == open_run(tmp_path / "b").digest
+    write_run(tmp_path / "c", units=[0])
+    first = open_run(tmp_path / "c").digest
+    write_run(tmp_path / "c", seed=1)
+    assert first != open_run(tmp_path / "c").digest
+    assert open_run(tmp_path / "c").digest != open_run(tmp_path / "a").digest
+
+
+def test_a_full_check_finds_every_changed_byte(intact: Path, tmp_path: Path) -> None:
+    shutil.copytree(intact, tmp_path / "run")
+    file = max(tmp_path.rglob("activations/**/c/*/*/*"), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[5] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(DamageError, match="is not the file that was written"):
+        values(open_run(tmp_path / "run", check="full"))

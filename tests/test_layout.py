@@ -1,0 +1,62 @@
+"""The tests mirror the tree: `workbench/model/cache.py` is tested by `tests/model/test_cache.py`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# tests of several modules together, or of what is not a module of the workbench
+ACROSS_MODULES = {
+    "capture/test_faults.py",
+    "capture/test_memory.py",
+    "cli/test_cli.py",
+    "data/test_interop.py",
+    "data/test_nano.py",
+    "harmony/test_round_trip.py",
+    "kernels/gpu/test_launches.py",
+    "kernels/gpu/test_model.py",
+    "model/test_checkpointing.py",
+    "model/test_gradients.py",
+    "model/test_hooks.py",
+    "model/test_parity.py",
+    "model/test_paths.py",
+    "model/test_transformer_lens.py",
+    "model/test_transformer_lens_habits.py",
+    "notebooks/test_notebooks.py",
+    "runs/test_damage.py",
+    "scripts/test_install_torch.py",
+    "test_architecture.py",
+    "test_docs.py",
+    "test_howto.py",
+    "test_language.py",
+    "test_layout.py",
+    "test_links.py",
+    "test_packaging.py",
+    "test_readme.py",
+}
+
+
+def strays(tests: Iterable[str], modules: set[str]) -> list[str]:
+    """Tests that neither have the path of a module or package nor are listed above."""
+    found = []
+    for test in sorted(set(tests) - ACROSS_MODULES):
+        folder, _, name = test.rpartition("/")
+        subject = f"{folder}/{name}".strip("/").replace("test_", "", 1).removesuffix(".py")
+        subject = subject.removesuffix("init").rstrip("/") if name == "test_init.py" else subject
+        if subject not in modules:
+            found.append(test)
+    return found
+
+
+def test_every_test_has_the_path_of_what_it_tests() -> None:
+    workbench = ROOT / "workbench"
+    paths = [p for part in workbench.iterdir() for p in ([part] if part.suffix == ".py" else part.rglob("*.py"))]
+    modules = {str(p.relative_to(workbench).with_suffix("")) for p in paths}
+    modules |= {str(p.parent.relative_to(workbench)) for p in paths}
+    tests = [str(p.relative_to(ROOT / "tests")) for p in (ROOT / "tests").rglob("test_*.py")]
+    assert strays(tests, modules) == []
+
+
+def test_a_stray_test_is_found() -> None:
+    modules = {"model/cache", "model"}
+    tests = ["model/test_cache.py", "model/test_init.py", "model/test_cash.py", "test_docs.py", "cache/test_model.py"]
+    assert strays(tests, modules) == ["cache/test_model.py", "model/test_cash.py"]

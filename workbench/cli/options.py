@@ -1,0 +1,46 @@
+"""Arguments and options that several commands share."""
+
+from typing import Annotated, Any
+
+import typer
+
+from workbench.errors import InputError
+
+Model = Annotated[
+    str, typer.Argument(help="Checkpoint folder, 'nano', or a Hugging Face id such as openai/gpt-oss-20b.")
+]
+RunPath = Annotated[str, typer.Argument(help="Run written by `workbench capture`: a folder, or a URL such as s3://….")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, cuda:0, or several devices as in cuda:0,cuda:1.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmetic in float32.")]
+
+
+Record = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="routing, router_logits, sinks, sink_sums, logprobs, or a hook point, as in resid_post:3,7; see "
+        "`workbench capture`. "
+        "[default: routing, sinks, logprobs]"
+    ),
+]
+UnitTokens = Annotated[int, typer.Option(help="Tokens of a unit, which is computed and committed at once.")]
+
+
+def torch_dtype(name: str) -> Any:
+    """Return the torch dtype of a name.
+
+    Raises:
+        InputError: the name is not one of those the command line takes.
+    """
+    import torch
+
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in dtypes:
+        raise InputError(f"--dtype {name!r}: choose one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def load_model(model: str, device: str, dtype: str) -> Any:
+    """Load a checkpoint as the options of a command say."""
+    from workbench.model import load
+
+    return load(model, device=device, dtype=torch_dtype(dtype))

@@ -1,0 +1,269 @@
+"""Commands from prompts to runs: generate and collect conversations, capture, verify and export."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from workbench.cli.options import Device, Dtype, Model, Record, RunPath, UnitTokens, load_model, torch_dtype
+from workbench.errors import InputError
+
+app = typer.Typer()
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, answer?, meta?")],
+    out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write.")],
+    effort: Annotated[
+        list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples for each prompt and effort.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: int = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 64,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Generate answers to prompts at one or several reasoning efforts."""
+    from workbench.capture.generation import generate_transcripts
+
+    loaded = load_model(model, device, dtype)
+    generate_transcripts(
+        loaded,
+        prompts,
+        out,
+        efforts=effort or ["low", "medium", "high"],
+        samples=samples,
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        batch=batch,
+        overwrite=overwrite,
+    )
+
+
+@app.command()
+def transcripts(
+    url: Annotated[str, typer.Argument(help="Base URL of the API, such as http://localhost:8000/v1")],
+    prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, answer?, meta?")],
+    out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write, or to complete.")],
+    model: Annotated[str, typer.Option(help="Name of the model at the API.")],
+    effort: Annotated[
+        list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples for each prompt and effort.")] = 1,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Sampling temperature. [default: the API's]")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a response. [default: the API's]")
+    ] = None,
+    api: Annotated[str, typer.Option(help="auto, chat, responses, completions, or vLLM's generate.")] = "auto",
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Ask for routed experts and store them beside OUT.")
+    ] = False,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 8,
+    requests_per_minute: Annotated[float | None, typer.Option(min=0.01, help="Rate limit. [default: none]")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Timeout of a request in seconds.")] = 600,
+    retries: Annotated[int, typer.Option(min=0, help="Retries of a failed request.")] = 6,
+    key_env: Annotated[str, typer.Option(help="Environment variable with the key; it is stored nowhere.")] = (
+        "OPENAI_API_KEY"
+    ),
+    body: Annotated[
+        str, typer.Option(help="JSON object of further request fields; {effort} is replaced by the effort.")
+    ] = "{}",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Checkpoint folder whose vocabulary completions use. [default: o200k_harmony]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT instead of adding what is missing.")] = False,
+) -> None:
+    """Collect model responses from an OpenAI-compatible API. Rerun the command to collect what is missing."""
+    import json
+
+    from workbench.harmony.hosts.collect import Settings, collect
+
+    try:
+        more = json.loads(body)
+    except ValueError as error:
+        raise InputError(f"--body is not JSON: {error}") from error
+    if not isinstance(more, dict):
+        raise InputError("--body: wanted a JSON object")
+    settings = Settings(
+        model,
+        tuple(dict.fromkeys(effort or ("low", "medium", "high"))),
+        samples,
+        temperature,
+        max_tokens,
+        api,
+        concurrency,
+        requests_per_minute,
+        timeout,
+        retries,
+        key_env,
+        more,
+        tokenizer,
+        routing,
+    )
+    collect(url, prompts, out, settings, overwrite=overwrite)
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A file or folder of conversations; its shape is recognized.")],
+    out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write.")],
+    effort: Annotated[str | None, typer.Option(help="Reasoning effort of conversations that name none.")] = None,
+    requests: Annotated[Path | None, typer.Option(help="Request file of an OpenAI batch, for its responses.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Convert conversations that other programs stored to transcripts.
+
+    Readable are OpenAI chat and Responses logs and batches, vLLM outputs, Inspect logs, Ollama, ShareGPT, TRL,
+    simple-evals, lm-eval and openai_harmony files; as JSON, JSON Lines, Parquet or a saved dataset, packed or not.
+    """
+    from workbench.harmony.hosts.files import convert as read
+    from workbench.harmony.hosts.files import counts
+    from workbench.harmony.transcripts import write_rows
+
+    kind, rows, left_out = read(file, effort=effort, requests=requests)
+    for why in left_out[:20]:
+        print(f"left out, {why}", file=sys.stderr)
+    if not rows:
+        raise InputError(f"{file}: {kind} without a conversation that can be used")
+    write_rows(out, rows, overwrite=overwrite)
+    parts = [f"{len(rows):,} conversations", counts(rows), f"{len(left_out):,} left out" if left_out else ""]
+    print(f"{file}: {kind}, " + ", ".join(filter(None, parts)))
+
+
+@app.command()
+def capture(
+    model: Model,
+    transcripts: Annotated[Path, typer.Argument(help="JSONL of transcripts.")],
+    run: Annotated[str, typer.Argument(help="Run to write or to resume: a folder, or a URL such as s3://….")],
+    record: Record = None,
+    unit_tokens: UnitTokens = 16_384,
+    strict: Annotated[bool, typer.Option(help="Refuse the file if any row is invalid.")] = False,
+    exclude: Annotated[
+        str | None, typer.Option(help="Leave sequences with these flags out, as in irregular,truncated.")
+    ] = None,
+    routing: Annotated[
+        str, typer.Option(help="own, or host: force the experts that the host chose (`transcripts --routing`).")
+    ] = "own",
+    workers: Annotated[int, typer.Option(help="Processes on this machine that share the units.")] = 1,
+    dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers share them.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate memory, disk and time, and write nothing.")
+    ] = False,
+    log: Annotated[Path | None, typer.Option(help="Log file. [default: RUN.log]")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="PEFT folder with a LoRA adapter for the model.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Record activations of a model on transcripts into a run. Rerun the command to resume.
+
+    --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, or a hook point:
+    "resid_post:3,7", with which heads
+    ("attn.z:5 index=0,12"), which tokens ("resid_post channel=analysis every=4"; role, channel, part, message,
+    position, every, last) and reduced how ("resid_post reduce=message", "mlp_out reduce=moments sketch=64").
+    """
+    from workbench.capture import cluster, estimate, job, recording
+    from workbench.model import load
+
+    if workers < 1:
+        raise InputError(f"--workers {workers}: at least one has to work")
+    # Workers load the model themselves: a copy in this process would take the memory that the first of them needs.
+    shared = (workers > 1 or dask is not None) and not dry_run
+    worker_device = cluster.worker_device(device) if shared else None
+    loaded = load(model, device="meta" if shared else device, dtype=torch_dtype(dtype), adapter=adapter)
+    records = record or list(recording.DEFAULT)
+    if dry_run:
+        plan = job.dry_run(
+            loaded,
+            transcripts,
+            run,
+            record=records,
+            unit_tokens=unit_tokens,
+            strict=strict,
+            exclude=exclude,
+            routing=routing,
+        )
+        estimate.show(plan, run)
+        estimate.refuse_what_cannot_fit(plan, run)
+        return
+    written = job.capture(
+        loaded,
+        transcripts,
+        run,
+        record=records,
+        unit_tokens=unit_tokens,
+        strict=strict,
+        exclude=exclude,
+        routing=routing,
+        workers=workers,
+        dask=dask,
+        log_file=log,
+        worker_device=worker_device,
+    )
+    rejects = written.provenance["rejects"]
+    print(f"{run}: {len(written.sequences):,} sequences" + (f", {len(rejects)} rows skipped" if rejects else ""))
+
+
+@app.command()
+def verify(
+    run: RunPath,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Units checked in parallel. [default: the cores, at most 8]")
+    ] = None,
+) -> None:
+    """Validate a run and list damaged arrays; exit with 1 if there are any."""
+    from workbench.harmony.flags import counted_in
+    from workbench.runs import open_run
+    from workbench.runs.verify import verify as check
+
+    problems = check(run, workers=workers)
+    for problem in problems:
+        print(f"{problem.where}: {problem.what}")
+    print(f"{run}: {len(problems)} problems" if problems else f"{run}: valid")
+    if not problems and (found := counted_in(open_run(run).sequences)):
+        print(f"{run}: {found}")
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(help="File (parquet) or folder to write.")],
+    format: Annotated[str, typer.Option(help="parquet, safetensors, or datasets (Hugging Face, as SAELens reads).")],
+    what: Annotated[str, typer.Option(help="tokens, or an activation as activations/resid_post.")] = "tokens",
+    layers: Annotated[
+        list[int] | None, typer.Option(help="Layers of an activation; repeat for several. [default: all recorded]")
+    ] = None,
+    channel: Annotated[list[str] | None, typer.Option(help="Export only these tokens; repeat for several.")] = None,
+    role: Annotated[list[str] | None, typer.Option(help="Export only these tokens; repeat for several.")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="Export only these parts of messages, such as content; repeat for several.")
+    ] = None,
+    effort: Annotated[list[str] | None, typer.Option(help="Export only these sequences; repeat for several.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Export only these sequences; repeat for several.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens in a row of a dataset of activations.")] = 128,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Export a selection of a run for other programs."""
+    from workbench.runs import open_run
+    from workbench.runs.export import Selection
+    from workbench.runs.export import export as write
+
+    chosen = [tuple(names or ()) for names in (channel, role, part, effort, task)]
+    n = write(
+        open_run(run),
+        out,
+        format=format,
+        what=what,
+        layers=layers or (),
+        context=context,
+        selection=Selection(*chosen),
+        overwrite=overwrite,
+    )
+    print(f"{out}: {n:,} tokens")

@@ -1,0 +1,123 @@
+"""Commands about finished runs: studies, experiments, summary, report, figures and the dashboard."""
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from workbench.cli.options import Device, Dtype, RunPath, load_model
+from workbench.cli.study_help import StudyCommand, parse_options
+from workbench.errors import InputError
+
+app = typer.Typer()
+
+
+@app.command(cls=StudyCommand)
+def study(
+    name: Annotated[str, typer.Argument(help="Name of the study or experiment; see the list below.")],
+    run: RunPath,
+    other: Annotated[str | None, typer.Argument(help="The second run, for a study that compares two.")] = None,
+    model: Annotated[str | None, typer.Option(help="The captured checkpoint, which experiments need.")] = None,
+    sequences: Annotated[int, typer.Option(min=2, help="Use at most so many sequences in an experiment.")] = 200,
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of an option of the study; repeat for several.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of resampling and of random controls.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the tables (CSV, JSON) and the summary to this folder.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Run a study or an experiment: print its summary and write its tables."""
+    from workbench.registry import Experiment, find
+    from workbench.runs import open_run
+    from workbench.studies import run_study, save
+    from workbench.studies import summary as summarize
+
+    record, options = find(name), parse_options(option or ())
+    if isinstance(record, Experiment) and model is None:
+        raise InputError(f"the experiment {record.name} needs the model: add --model with the captured checkpoint")
+    if isinstance(record, Experiment) and other is not None:
+        raise InputError(f"the experiment {record.name} takes one run, and {other!r} is a second")
+    runs = [open_run(path) for path in (run, other) if path is not None]
+    if model is not None and isinstance(record, Experiment):
+        from workbench.experiments.registry import run_experiment
+
+        loaded = load_model(model, device, dtype)
+        results = run_experiment(name, loaded, runs[0], sequences=sequences, seed=seed, **options)
+    else:
+        results = run_study(name, *runs, seed=seed, **options)
+    if out is not None:
+        save(results, out)
+    print(summarize(results))
+
+
+@app.command()
+def summary(run: RunPath) -> None:
+    """Summarize a run in the terminal."""
+    from rich.console import Console
+
+    from workbench.cli.tables import summary as tables
+    from workbench.runs import open_run
+
+    Console().print(tables(open_run(run)))
+
+
+@app.command()
+def report(
+    run: RunPath,
+    out: Annotated[
+        Path, typer.Option(help="HTML file to write; the same text as Markdown is written beside it.")
+    ] = Path("report.html"),
+    results: Annotated[
+        Path | None, typer.Option(help="Folder with results of experiments (`workbench study … --out`) to include.")
+    ] = None,
+    seed: int = 0,
+) -> None:
+    """Write the results of all studies of a run as one self-contained HTML page."""
+    from workbench.figures.report import write_report
+    from workbench.runs import open_run
+    from workbench.studies.result import load
+
+    for path in write_report(open_run(run), out, results=None if results is None else load(results), seed=seed):
+        print(path)
+
+
+@app.command()
+def figures(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    format: Annotated[
+        list[str] | None, typer.Option(help="svg, pdf, png or html; repeat for several. [default: all]")
+    ] = None,
+    column: Annotated[str, typer.Option(help="screen, single (89 mm) or double (183 mm).")] = "screen",
+    which: Annotated[str, typer.Option("--set", help="all, main (for the text) or supplement.")] = "all",
+) -> None:
+    """Write all figures of a run, each with its numbers (CSV), caption and provenance."""
+    from workbench.figures.export import FORMATS, write_all
+    from workbench.runs import open_run
+
+    formats = tuple(format or FORMATS)
+    for path in write_all(open_run(run), out, formats, column=cast(Any, column), which=cast(Any, which)):
+        print(path)
+
+
+@app.command()
+def dashboard(
+    runs: Annotated[list[str], typer.Argument(help="Runs to show, as folders or URLs.")],
+    port: int = 5006,
+    address: Annotated[
+        str, typer.Option(help="Address to listen on; any but localhost is open to other machines.")
+    ] = "localhost",
+    show: Annotated[bool, typer.Option(help="Open a browser.")] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="HOST:PORT of another origin that may connect, such as a proxy; repeat for several."),
+    ] = None,
+    basic_auth: Annotated[Path | None, typer.Option(help="JSON file of user names and passwords.")] = None,
+) -> None:
+    """Serve the dashboard of one or several runs."""
+    from workbench.dashboards.app import serve
+
+    serve(runs, port=port, address=address, show=show, allow_origin=allow_origin or (), basic_auth=basic_auth)

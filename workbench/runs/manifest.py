@@ -1,0 +1,273 @@
+"""Manifests: size, ending and SHA-256 of every file of a run, by which damage is found when a file is read or verified.
+
+    manifest/created.json    tables and array metadata; the attributes of the run hold a digest of themselves
+    manifest/unit-N.json     the shards of unit N, written before the flag that commits the unit
+    manifest/complete.json   the totals, and the digest of every other manifest
+
+A manifest names what it belongs to and carries a digest of its own content, so a manifest that is changed or exchanged
+is found too. `Manifest.check` is what every read passes: existence, size and the last bytes of the file, which hold the
+index of a shard or the checksum of a chunk and so tell two shards of the same size apart. Chunks carry checksums of
+their own, so a flipped bit elsewhere is found when its chunk is decoded.
+"""
+
+import asyncio
+import hashlib
+import json
+import threading
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple, cast
+
+import google_crc32c
+import numpy as np
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import WrapperStore
+
+from workbench.errors import InputError
+from workbench.runs.schema import ArraySpec, Layout, Spec, Unit, arrays
+from workbench.runs.storage import Storage
+
+CREATED, COMPLETE = "manifest/created.json", "manifest/complete.json"
+TAIL_BYTES = 16_384
+FLAG = b"\x01"  # content of the file that commits a unit
+
+
+class DamageError(InputError):
+    """A run that is not what was written: something of it is missing or changed."""
+
+    def __init__(self, storage: object, what: str) -> None:
+        super().__init__(f"{storage} is damaged: {what}; `workbench verify` lists all damage")
+
+
+@contextmanager
+def reading(storage: object, what: str) -> Iterator[None]:
+    """Turn whatever zarr and codecs raise at a damaged file into a `DamageError` that names what was read."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise DamageError(storage, f"{what} cannot be read ({reason})") from error
+
+
+class Entry(NamedTuple):
+    """What a file was when it was written. tail: crc32c of its last bytes."""
+
+    size: int
+    tail: int
+    sha256: str
+
+
+def entry(parts: Sequence[bytes]) -> Entry:
+    """Return the entry of a file with this content."""
+    sha, tail = hashlib.sha256(), b""
+    for part in parts:
+        sha.update(part)
+        tail = (tail + part[-TAIL_BYTES:])[-TAIL_BYTES:]
+    return Entry(sum(map(len, parts)), google_crc32c.value(tail), sha.hexdigest())
+
+
+def unit_key(index: int) -> str:
+    """Return the key of a unit's manifest."""
+    return f"manifest/unit-{index}.json"
+
+
+def write(storage: Storage, key: str, files: Mapping[str, Entry]) -> None:
+    """Write the manifest of these files."""
+    listed = {name: list(files[name]) for name in sorted(files)}
+    storage.put(key, [json.dumps({"manifest": key, "digest": _digest(key, listed), "files": listed}).encode()])
+
+
+def read(storage: Storage, key: str) -> tuple[str, dict[str, Entry]]:
+    """Return the digest and the entries of a manifest.
+
+    Raises:
+        DamageError: the manifest is missing, changed, or that of something else.
+    """
+    try:
+        content = json.loads(storage.read(key))
+        listed, digest = content["files"], content["digest"]
+        files = {str(name): Entry(int(size), int(tail), str(sha)) for name, (size, tail, sha) in listed.items()}
+    except FileNotFoundError as error:
+        raise DamageError(storage, f"{key} is missing") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamageError(storage, f"{key} cannot be read") from error
+    if content.get("manifest") != key or digest != _digest(key, listed):
+        raise DamageError(storage, f"{key} was changed")
+    return digest, files
+
+
+def _digest(key: str, listed: Any) -> str:
+    return hashlib.sha256(json.dumps([key, listed], sort_keys=True).encode()).hexdigest()
+
+
+def attributes_digest(root: bytes) -> str:
+    """Return the SHA-256 of the root's `zarr.json` without the status, which changes, and without this digest itself.
+
+    It is one of the attributes: they hold the time of the start, and manifests of equal content are to be equal.
+    """
+    content = json.loads(root)
+    content["attributes"] = {k: v for k, v in content["attributes"].items() if k not in ("status", "digest")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Manifest:
+    """The manifests of a run, read when they are needed; `check` is safe in threads.
+
+    It reads files of the run itself, never through zarr, whose event loop waits for it.
+    """
+
+    def __init__(self, storage: Storage, attributes: Mapping[str, Any], *, full: bool = False) -> None:
+        self._storage, self._attributes, self._full = storage, attributes, full
+        self._complete = attributes["status"] == "complete"
+        self._read: dict[str, tuple[str, dict[str, Entry]]] = {}
+        self._checked: set[str] = set()
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+    @cached_property
+    def _layout(self) -> Layout:
+        """The units, without the sequences' offsets and lengths: all that the shapes of arrays depend on."""
+        key = "units/committed/zarr.json"
+        self.check(key)
+        about = json.loads(self._storage.read(key))["attributes"]
+        columns = zip(about["starts"], about["capacities"], about["sequences"], strict=True)
+        units = (Unit(i, start, capacity, tuple(range(n))) for i, (start, capacity, n) in enumerate(columns))
+        return Layout(self._attributes["unit_tokens"], tuple(units), (), ())
+
+    @cached_property
+    def _specs(self) -> dict[str, ArraySpec]:
+        return arrays(self._attributes["model"], Spec.from_json(self._attributes["spec"]), self._layout)
+
+    def _is_committed(self, unit: int) -> bool:
+        if self._complete:
+            return True
+        try:
+            return self._storage.read(f"units/committed/c/{unit}") == FLAG
+        except OSError:
+            return False
+
+    def of(self, key: str) -> tuple[str, dict[str, Entry]]:
+        """Return the digest and entries of one manifest."""
+        with self._lock:
+            if key not in self._read:
+                self._read[key] = read(self._storage, key)
+            return self._read[key]
+
+    def digests(self, units: Iterable[int]) -> list[str]:
+        """Return the digests of what was created and of these units: they change with the content of the run."""
+        if self._complete:
+            return [found.sha256 for _, found in sorted(self.of(COMPLETE)[1].items())]
+        return [self.of(CREATED)[0], *(self.of(unit_key(unit))[0] for unit in units)]
+
+    def find(self, key: str) -> Entry | None:
+        """Return the entry of a file, or None if no manifest has to list it (a unit that is not committed, a flag)."""
+        if key.startswith(("manifest/", "units/committed/c/")) or key == "zarr.json":
+            return None
+        array, separator, index = key.partition("/c/")
+        if key.startswith("totals/"):
+            return self._listed(COMPLETE, key) if self._complete else None
+        if not separator or array.startswith(("sequences/", "messages/")):
+            return self.of(CREATED)[1].get(key)
+        spec = self._specs.get(array)
+        if spec is None:
+            return None
+        unit = self._unit(spec, int(index.split("/")[spec.axis]))
+        return self._listed(unit_key(unit), key) if self._is_committed(unit) else None
+
+    def _listed(self, manifest: str, key: str) -> Entry:
+        try:
+            return self.of(manifest)[1][key]
+        except KeyError as error:
+            raise DamageError(self._storage, f"{key} is not listed in {manifest}") from error
+
+    def _unit(self, spec: ArraySpec, index: int) -> int:
+        if "token" not in spec.dims:
+            return index
+        starts = [unit.start for unit in self._layout.units]
+        return int(np.searchsorted(starts, index * spec.per_unit, side="right")) - 1
+
+    def is_checked(self, key: str) -> bool:
+        """Whether the file passed `check` before."""
+        return key in self._checked
+
+    def check(self, key: str, data: bytes | None = None) -> None:
+        """Refuse a file that is missing or not the one that was written. data: its content, if that was read already.
+
+        Raises:
+            DamageError: naming the file.
+        """
+        if key in self._checked:
+            return
+        known = self.find(key)
+        if known is None:
+            return
+        if data is None and self._full:
+            data = self._content(key)
+        if data is None:
+            size, tail = self._ending(key)
+        else:
+            size, tail = len(data), data[-TAIL_BYTES:]
+        changed = (size, google_crc32c.value(tail)) != (known.size, known.tail)
+        if changed or (self._full and entry([cast(bytes, data)]) != known):
+            raise DamageError(self._storage, f"{key} is not the file that was written")
+        self._checked.add(key)
+
+    def _content(self, key: str) -> bytes:
+        try:
+            return self._storage.read(key)
+        except OSError as error:
+            raise DamageError(self._storage, f"{key} is missing") from error
+
+    def _ending(self, key: str) -> tuple[int, bytes]:
+        try:
+            return self._storage.ending(key, TAIL_BYTES)
+        except OSError as error:
+            raise DamageError(self._storage, f"{key} is missing") from error
+
+    def read(self, key: str) -> bytes:
+        """Return the content of a file that is checked."""
+        data = self._content(key)
+        self.check(key, data)
+        return data
+
+
+class CheckedStore(WrapperStore[Any]):
+    """What zarr reads a run through: every file passes `Manifest.check` before its first use."""
+
+    manifest: Manifest | None = None
+
+    def _with_store(self, store: Any) -> "CheckedStore":
+        copy = CheckedStore(store)
+        copy.manifest = self.manifest
+        return copy
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        await self._check(key)
+        return await self._store.get(key, prototype, byte_range)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        wanted = list(key_ranges)
+        for key in dict.fromkeys(key for key, _ in wanted):
+            await self._check(key)
+        return await self._store.get_partial_values(prototype, wanted)
+
+    async def _get_many(
+        self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
+    ) -> AsyncGenerator[tuple[str, Buffer | None], None]:
+        for key, prototype, byte_range in requests:
+            yield key, await self.get(key, prototype, byte_range)
+
+    async def _check(self, key: str) -> None:
+        if self.manifest is not None and not self.manifest.is_checked(key):
+            await asyncio.to_thread(self.manifest.check, key)

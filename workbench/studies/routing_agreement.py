@@ -1,0 +1,219 @@
+"""The routing agreement study: the experts a host chose against those the router chooses on the host's path.
+
+Engines and repeated passes of one engine route the same tokens differently (arXiv 2510.11370). The run must be captured
+with `--routing host`: its experts are the host's, and beside them are the router's own choices, made on the host's
+path, and the margin between the k-th and the (k+1)-th router logit. Precisions, batch sizes and repeated passes are
+compared by the study of two runs, see `workbench.studies.routing_agreement_runs`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Bool, Num
+
+from workbench.errors import InputError
+from workbench.harmony.labels import CHANNELS
+from workbench.registry import Study
+from workbench.studies.contrast import Block, TokenRun
+from workbench.studies.resampling import ratio
+from workbench.studies.result import Definition, dataset, provenance
+
+STUDY = Study(
+    name="routing-agreement",
+    title="Routing agreement with the host",
+    question="Where does the host that generated the tokens route them to other experts than this model?",
+    requires=("host_routing",),
+    compute="one pass over the tokens; jackknife over prompts",
+    page="experts",
+    page_title="Experts",
+    order=60,
+)
+POSITIONS = (0, 64, 256, 1024, 4096)
+MARGINS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+EFFORTS = ("low", "medium", "high", "")
+_SHARE = "|experts of both| / k"
+_CI = "95 %, delete-one jackknife over prompts"
+
+
+def _with_limits(name: str, long_name: str, units: str, definition: str) -> dict[str, Definition]:
+    return {
+        name: Definition(long_name, units, definition, ci=_CI),
+        f"{name}_low": Definition(f"{long_name}, lower limit", units, "lower limit", ci=_CI),
+        f"{name}_high": Definition(f"{long_name}, upper limit", units, "upper limit", ci=_CI),
+    }
+
+
+DEFINITIONS = {
+    **_with_limits("agreement", "routing agreement", "1", f"{_SHARE}, mean over tokens"),
+    **_with_limits("agreement_effort", "routing agreement by effort", "1", f"{_SHARE}, mean over tokens and layers"),
+    **_with_limits(
+        "agreement_position", "routing agreement by position", "1", f"{_SHARE}, mean over tokens and layers"
+    ),
+    **_with_limits(
+        "agreement_margin", "routing agreement by margin", "1", f"{_SHARE}, mean over choices of this margin"
+    ),
+    **_with_limits(
+        "logprob_agree", "log-probability where layers agree", "nat", "mean over tokens without a difference"
+    ),
+    **_with_limits(
+        "logprob_disagree", "log-probability where one disagrees", "nat", "mean over tokens with a difference"
+    ),
+    "first_disagreement": Definition("first layer that disagrees", "tokens", "tokens that first disagree in the layer"),
+    "first_position": Definition(
+        "first position that disagrees", "tokens", "of each sequence the first position with a disagreement, -1 if none"
+    ),
+    "tokens": Definition("tokens", "tokens", "tokens that were compared"),
+    "choices": Definition("choices", "choices", "tokens times layers of this margin"),
+}
+METHOD = (
+    "For every token and layer, the share of the k experts that both chose. Sums by prompt, intervals by the jackknife "
+    "over prompts. The margin is the k-th less the (k+1)-th router logit of this model."
+)
+NOT_CONTROLLED = (
+    "The router's own choice is made on the path that was forced up to its layer, so disagreement does not accumulate "
+    "over layers as it does in a free pass."
+)
+
+
+def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
+    """Return how far the host's experts agree with the router's own, by layer, channel, effort, position, margin."""
+    blocks = (
+        (block, block["own_experts"], block["experts"], block["router_margin"], block["forced"].astype(bool))
+        for block in run.blocks("experts", "own_experts", "router_margin", "forced", "logprob")
+    )
+    attrs = provenance("routing-agreement", "Routing agreement with the host", run.digest, seed, {})
+    return {"agreement": agreement(run, blocks, attrs, "host and own router")}
+
+
+Compared = tuple[Block, np.ndarray, np.ndarray, np.ndarray | None, Bool[np.ndarray, " token"]]
+
+
+def agreement(run: TokenRun, blocks: Iterator[Compared], attrs: dict[str, object], what: str) -> xr.Dataset:
+    """Return the dataset for blocks of tokens with two choices of experts [layer, token, slot] each.
+
+    A block also has the margin of the first choice [layer, token], or None, and which tokens are compared.
+    """
+    sums = _Sums(run)
+    for compared in blocks:
+        sums.add(*compared)
+    if not sums.tokens.any():
+        raise InputError("no token was routed by both: there is nothing to compare")
+    variables = sums.variables()
+    coords = {
+        "channel": list(CHANNELS), "layer": np.arange(run.model["n_layers"]), "effort": list(EFFORTS),
+        "position": list(POSITIONS), "margin": list(MARGINS), "sequence": list(map(str, run.sequences["id"])),
+    }  # fmt: skip
+    result = dataset(variables, coords, DEFINITIONS, attrs)
+    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": _words(result, what)}
+    return result
+
+
+class _Sums:
+    """Sums by prompt of the share of experts that both choices have."""
+
+    def __init__(self, run: TokenRun) -> None:
+        table = run.sequences
+        named = table["prompt_id"].where(table["prompt_id"] != "", table["id"])
+        size, layers = int(table.index.max()) + 1, int(run.model["n_layers"])
+        self.prompt = np.zeros(size, dtype=np.int64)
+        self.prompt[table.index] = pd.factorize(named)[0]
+        self.effort = np.full(size, len(EFFORTS) - 1)
+        self.effort[table.index] = [EFFORTS.index(e) if e in EFFORTS else len(EFFORTS) - 1 for e in table["effort"]]
+        self.order = table.index
+        n = int(self.prompt.max()) + 1
+        self.tokens = np.zeros((n, len(CHANNELS)))
+        self.shared = np.zeros((n, len(CHANNELS), layers))
+        self.by: dict[str, tuple[np.ndarray, np.ndarray]] = {
+            name: (np.zeros((n, size)), np.zeros((n, size)))
+            for name, size in (("effort", len(EFFORTS)), ("position", len(POSITIONS)), ("margin", len(MARGINS)))
+        }
+        self.logprob = np.zeros((2, n))
+        self.n_logprob = np.zeros((2, n))
+        self.first_layer = np.zeros(layers, dtype=np.int64)
+        self.first_position = np.full(size, -1, dtype=np.int64)
+
+    def add(
+        self,
+        block: Block,
+        first: Num[np.ndarray, "layer token slot"],
+        second: Num[np.ndarray, "layer token slot"],
+        margin: Num[np.ndarray, "layer token"] | None,
+        compared: Bool[np.ndarray, " token"],
+    ) -> None:
+        """Add the tokens of a block."""
+        sequence, position = block["sequence"][compared], block["position"][compared]
+        prompt, channel = self.prompt[sequence], block["channel"][compared].astype(np.int64)
+        shared = np.stack(
+            [
+                (a[:, :, None] == b[:, None, :]).any(-1).mean(-1)
+                for a, b in zip(first[:, compared], second[:, compared], strict=True)
+            ]
+        )
+        np.add.at(self.tokens, (prompt, channel), 1)
+        np.add.at(self.shared, (prompt, channel), shared.T)
+        mean = shared.mean(0)
+        self._by("effort", prompt, self.effort[sequence], mean)
+        self._by("position", prompt, np.searchsorted(POSITIONS, position, side="right") - 1, mean)
+        if margin is not None:
+            for layer, values in zip(shared, margin[:, compared], strict=True):
+                self._by("margin", prompt, np.searchsorted(MARGINS, values, side="right") - 1, layer)
+        differs = shared < 1
+        any_layer = differs.any(0)
+        np.add.at(self.first_layer, differs.argmax(0)[any_layer], 1)
+        for number in np.unique(sequence[any_layer]):
+            found = int(position[any_layer & (sequence == number)].min())
+            before = int(self.first_position[number])
+            self.first_position[number] = found if before < 0 else min(before, found)
+        if "logprob" in block:
+            logprob = block["logprob"][compared]
+            known = np.isfinite(logprob)
+            for row, mask in enumerate((~any_layer & known, any_layer & known)):
+                np.add.at(self.logprob[row], prompt[mask], logprob[mask])
+                np.add.at(self.n_logprob[row], prompt[mask], 1)
+
+    def _by(self, name: str, prompt: np.ndarray, cell: np.ndarray, values: np.ndarray) -> None:
+        sums, counts = self.by[name]
+        np.add.at(sums, (prompt, np.maximum(cell, 0)), values)
+        np.add.at(counts, (prompt, np.maximum(cell, 0)), 1)
+
+    def variables(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+        """Everything that was summed, with intervals."""
+        found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+            "tokens": (("channel",), self.tokens.sum(0).astype(np.int64)),
+            "choices": (("margin",), self.by["margin"][1].sum(0).astype(np.int64)),
+            "first_disagreement": (("layer",), self.first_layer),
+            "first_position": (("sequence",), self.first_position[self.order]),
+        }
+        by_channel = [ratio(self.shared[:, c], self.tokens[:, c]) for c in range(len(CHANNELS))]
+        cells: dict[str, tuple[tuple[str, ...], list[Any]]] = {"agreement": (("channel", "layer"), by_channel)}
+        for name, (sums, counts) in self.by.items():
+            values = [ratio(sums[:, i], counts[:, i]) for i in range(sums.shape[1])]
+            cells[f"agreement_{name}"] = ((name,), values)
+        for name, (dims, values) in cells.items():
+            for index, end in enumerate(("", "_low", "_high")):
+                found[name + end] = (dims, np.stack([value[index] for value in values]))
+        for row, name in enumerate(("logprob_agree", "logprob_disagree")):
+            for end, value in zip(("", "_low", "_high"), ratio(self.logprob[row], self.n_logprob[row]), strict=True):
+                found[name + end] = ((), np.asarray(value))
+        return found
+
+
+def _words(result: xr.Dataset, what: str) -> str:
+    lines = []
+    for channel in map(str, result["channel"].values):
+        cell = result.sel(channel=channel)
+        if int(cell["tokens"]):
+            worst = int(np.argmin(cell["agreement"].values))
+            lines.append(
+                f"{channel} ({int(cell['tokens']):,} tokens): {what} agree on {float(cell['agreement'].mean()):.1%} of "
+                f"choices, least in layer {worst} ({float(cell['agreement'][worst]):.1%})."
+            )
+    clean = int((result["first_position"] < 0).sum())
+    lines.append(f"{clean} of {result.sizes['sequence']} sequences agree at every token and layer.")
+    if int(result["choices"].sum()):
+        small, large = (result["agreement_margin"].dropna("margin").values[i] for i in (0, -1))
+        lines.append(f"Agreement is {small:.1%} at the smallest margins of the router and {large:.1%} at the largest.")
+    return "\n".join(lines)
