@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # tests of several modules together, or of what is not a module of the workbench
 ACROSS_MODULES = {
+    "capture/test_exact_records.py",
     "capture/test_faults.py",
     "capture/test_memory.py",
     "cli/test_cli.py",
