@@ -9,6 +9,7 @@ from torch import Tensor
 
 import workbench as wb
 from workbench.errors import InputError
+from workbench.hooks.names import hook_points
 from workbench.model import calling
 from workbench.model.transformer import GptOss
 
@@ -55,6 +56,28 @@ def test_an_attention_mask_marks_padding_on_the_left(nano: GptOss) -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
     torch.testing.assert_close(nano(padded, attention_mask=mask)[:, 2:], nano(ids), **CLOSE)
     assert not torch.allclose(nano(padded)[:, 2:], nano(ids), atol=1e-2), "without the mask they are tokens"
+
+
+def test_hooks_and_padding_on_the_left_are_refused_together(nano: GptOss) -> None:
+    with pytest.raises(InputError, match="padded on the left"):
+        nano.run_with_cache(["12+34", "7*8"], padding_side="left")
+    _, cache = nano.run_with_cache(["12+34", "7*8"], padding_side="right")
+    assert cache["resid_post", 0].shape[1] == 5
+
+
+@pytest.mark.parametrize("chosen", [-1, (1, 4), [0, 2]])
+def test_positions_are_selected_on_the_axis_of_positions(nano: GptOss, chosen: Any) -> None:
+    """At every hook point. The rule of the second axis from the end selects slots and heads instead."""
+    _, whole = nano.run_with_cache("12+34")
+    _, cache = nano.run_with_cache("12+34", pos_slice=chosen)
+    second_from_end = []
+    for name, axes in hook_points(nano.cfg.n_layers).items():
+        dim = [axis in ("pos", "query_pos") for axis in axes.split()].index(True)
+        index = torch.arange(5)[slice(*chosen) if isinstance(chosen, tuple) else chosen]
+        want = whole[name].index_select(dim, index.reshape(-1))
+        assert torch.equal(cache[name], want), name
+        second_from_end.append(dim == whole[name].dim() - 2)
+    assert not all(second_from_end)
 
 
 def test_loss_is_the_cross_entropy_of_the_next_token(nano: GptOss) -> None:

@@ -1,7 +1,8 @@
 """Calling the model as TransformerLens' users do: text or ids in, logits or loss out, parts of the layers alone.
 
 Rows that are padded on the left run with their padding on the right, where it changes nothing, and results are moved
-back. Hooks therefore see every row's tokens from position 0 on.
+back. Hooks would see the rows before they are moved back, at other positions than their tokens, so the two are refused
+together.
 
 Reference: TransformerLens 4.3, HookedTransformer.forward, for names and meanings.
 """
@@ -81,6 +82,11 @@ def forward(
         stream = None
         batch = read_batch(
             model, given, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
+        )
+    if batch.padded_left and any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()):
+        raise InputError(
+            "hooks on rows that are padded on the left would see tokens at other positions: pad on the right "
+            "(padding_side='right') and read each row's last token by its length"
         )
     ids = _shifted(batch.tokens, batch, left=True)
     if stream is not None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
+from transformer_lens.utilities.slice import Slice
 
 from workbench.errors import InputError
 from workbench.hooks.hook_points import hooked, snapshot_hooks
-from workbench.hooks.names import closest_names
+from workbench.hooks.names import closest_names, hook_points
 from workbench.kernels import norm, routing
 from workbench.kernels.chunking import chunked
 from workbench.kernels.moe import ActivationHooks, Experts, LoraWeight, moe
@@ -361,6 +362,26 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
             self._check_hook_name(name)
         out, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **options)
         return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim) if return_cache_object else cache
+
+    def get_caching_hooks(
+        self, *args: Any, pos_slice: Any = None, **options: Any
+    ) -> tuple[dict[str, Tensor], Any, Any]:
+        """Return a cache and the hooks that fill it; `pos_slice` selects positions on each hook point's own axis.
+
+        TransformerLens' own method takes the axis from the end of the shape, which is that of the slots for the inside
+        of experts and that of the heads for rotated queries and keys.
+        """
+        cache, *hooks = super().get_caching_hooks(*args, **options)
+        if pos_slice is None:
+            return cache, *hooks
+        chosen, axes = Slice.unwrap(pos_slice), hook_points(self.cfg.n_layers)
+
+        def sliced(name: str, save: Any) -> Any:
+            named = axes.get(name, "batch pos").split()
+            dim = next(i for i, axis in enumerate(named) if axis in ("pos", "query_pos"))
+            return lambda tensor, hook: save(chosen.apply(tensor, dim=dim), hook=hook)
+
+        return cache, *([(name, sliced(name, save)) for name, save in each] for each in hooks)
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **options: Any) -> Any:
         """Return the output of a pass with these hooks, each a pair of a hook point's name or a filter and a function.
