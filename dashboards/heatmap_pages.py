@@ -98,7 +98,7 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
     label = f"{session.name}-layer-{layer}-expert-{expert}"
     acts = quick_look.by_channel_and_effort(run, "load", layer, expert, chosen["task"]).round(2)
     cards: list[Any] = [widgets.table("Load relative to uniform, by channel and effort", acts, f"{label}-load")]
-    together = session.registry.pairs(session.name)
+    together = session.registry.pairs(session.name, session.exclude)
     if together is not None and chosen["channel"] != ALL:
         partners = content.partners(together, chosen["channel"], layer, expert)
         cards.append(widgets.table(f"Co-activated experts in {chosen['channel']}", partners, f"{label}-with"))
@@ -112,7 +112,7 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
 
 def _pairs(session: Session, chosen: Selectors) -> pn.Column:
     """Return co-activation in a layer and transitions to experts of the next layer."""
-    together, layer = session.registry.pairs(session.name), chosen.number("layer")
+    together, layer = session.registry.pairs(session.name, session.exclude), chosen.number("layer")
     if together is None:
         return pn.Column(widgets.alert("This run has no recorded pairs of experts.", "info"))
     if chosen["channel"] == ALL:

@@ -47,7 +47,7 @@ def overview(session: Session) -> Page:
         return widgets.table("Accuracy and new tokens by effort", content.accuracy_by_effort(run), f"{name}-accuracy")
 
     def gains() -> Any:
-        costs = session.registry.costs(name)
+        costs = session.registry.costs(name, session.exclude)
         if not costs:
             return widgets.html("")
         drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=session.theme)
@@ -101,7 +101,7 @@ def channels(session: Session) -> Page:
 def effort(session: Session) -> Page:
     """Return the page of reasoning effort: accuracy and tokens by task, then the study at equal position."""
     run, name = session.run, session.name
-    costs = session.registry.costs(name)
+    costs = session.registry.costs(name, session.exclude)
     if not costs:
         raise InputError(
             f"{name} has only one effort, and this page compares at least two: capture transcripts of several efforts"
@@ -220,7 +220,7 @@ def compare(session: Session) -> Page:
         other = str(pick.value)
 
         def body() -> Any:
-            runs = [session.run, session.registry.run(other)]
+            runs = [session.run, session.other_run(other)]
             sets = [quick_look.routing(run, **chosen.cell) for run in runs]
             for ds, label in zip(sets, (name, other), strict=True):
                 ds.attrs["title"] = f"{label}, {ds.attrs['title']}"
@@ -287,4 +287,25 @@ def made(page: str, session: Session) -> Page:
     """A page or, where the run is damaged, gone or lacks what it needs, what is the matter: never a blank one."""
     own = _OWN_PAGES.get(page)
     shown = widgets.guarded(lambda: own(session) if own is not None else study_page(session, page))
-    return shown if isinstance(shown, Page) else Page([], [shown])
+    if not isinstance(shown, Page):
+        return Page([], [shown])
+    return Page(shown.sidebar, [*shown.main, *further_studies(session, page)])
+
+
+def further_studies(session: Session, page: str) -> list[Any]:
+    """Return the sections of the studies that share a page with its main study, where the runs have what they need.
+
+    The main study is the first of the registry with this page; the page shows it itself.
+    """
+    sections: list[Any] = []
+    for record in [r for r in registry.studies() if (r.page or r.name) == page][1:]:
+        others = [n for n in session.registry.names if n != session.name]
+        names = [session.name, *([session.choice.get("with", others)] if record.runs == 2 and others else [])]
+        try:
+            for name in names:
+                record.check_recorded(session.other_run(name))
+        except InputError:
+            continue
+        if len(names) == record.runs:
+            sections += study(session, record.name, *names, heading=record.title)
+    return sections

@@ -87,6 +87,8 @@ def _about(run: Run) -> list[tuple[str, str]]:
         rows.append(("sequences", f"{len(run.sequences):,}"))  # type: ignore[attr-defined]
         if found := counted_in(run.sequences):  # type: ignore[attr-defined]
             rows.append(("flags", found))
+        if run.exclusion:  # type: ignore[attr-defined]
+            rows.append(("excluded", run.exclusion))  # type: ignore[attr-defined]
     return rows
 
 
