@@ -89,9 +89,18 @@ def test_a_config_survives_json(tmp_path: Path) -> None:
         ({"rope_scaling": HF_20B["rope_scaling"] | {"rope_theta": 10000}}, "contradict each other"),
         ({"rope_scaling": "yarn"}, "rope_parameters is 'yarn', wanted an object"),
         ({"rope_scaling": None}, "rope_scaling is null, which some releases of transformers read as YaRN"),
-        ({"rope_scaling": HF_20B["rope_scaling"] | {"attention_factor": 1.0}}, "attention_factor is 1.0; only the default"),
-        ({"rope_scaling": HF_20B["rope_scaling"] | {"partial_rotary_factor": 0.5}}, "'partial_rotary_factor' = 0.5 is unknown"),
-        ({"rope_scaling": HF_20B["rope_scaling"] | {"mscale": 1.0, "mscale_all_dim": 1.0}}, "'mscale_all_dim' = 1.0 is unknown"),
+        (
+            {"rope_scaling": HF_20B["rope_scaling"] | {"attention_factor": 1.0}},
+            "attention_factor is 1.0; only the default",
+        ),
+        (
+            {"rope_scaling": HF_20B["rope_scaling"] | {"partial_rotary_factor": 0.5}},
+            "'partial_rotary_factor' = 0.5 is unknown",
+        ),
+        (
+            {"rope_scaling": HF_20B["rope_scaling"] | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+            "'mscale_all_dim' = 1.0 is unknown",
+        ),
         ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' = 0.5 is unknown"),
         ({"pruned_heads": {"0": [1]}}, "'pruned_heads' = {'0': [1]} is unknown"),
         ({"swiglu_limit": None}, "'swiglu_limit' is missing"),
@@ -158,7 +167,11 @@ def test_absent_fields_mean_what_transformers_assumes(tmp_path: Path) -> None:
     cfg = read(tmp_path, {name: value for name, value in HF_20B.items() if name not in absent})
     assert cfg == read(tmp_path, HF_20B)
     theirs = GptOssConfig()
-    assert (cfg.swiglu_limit, cfg.d_head, cfg.windows[0]) == (theirs.swiglu_limit, theirs.head_dim, theirs.sliding_window)
+    assert (cfg.swiglu_limit, cfg.d_head, cfg.windows[0]) == (
+        theirs.swiglu_limit,
+        theirs.head_dim,
+        theirs.sliding_window,
+    )
     assert cfg.rope.theta == theirs.rope_parameters["rope_theta"]
     narrow = {"head_dim": None, "hidden_size": 2048, "num_attention_heads": 16}
     assert read(tmp_path, HF_20B | narrow).d_head == 128

@@ -252,9 +252,7 @@ def _locations(
             places[name] = whole if len(parts) == 1 else whole.rows(end - rows, end)
     if left := sorted(set(found) - set(fused)):
         path = found[left[0]].file.path
-        raise InputError(
-            f"{path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} left over)"
-        )
+        raise InputError(f"{path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} left over)")
     return {name: places[name] for name in wanted}
 
 
