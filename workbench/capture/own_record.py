@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,13 @@ _TRIED = 3  # tokens of the trial
 
 def axis_sizes(axes: Sequence[str], cfg: Config) -> dict[str, int]:
     """Return the sizes of a model's axes, such as head, slot or d_model, by name; that of length 1 is "scale"."""
-    counted = {"head": cfg.n_heads, "kv": cfg.n_key_value_heads, "slot": cfg.experts_per_token, "expert": cfg.num_experts, "1": 1}
+    counted = {
+        "head": cfg.n_heads,
+        "kv": cfg.n_key_value_heads,
+        "slot": cfg.experts_per_token,
+        "expert": cfg.num_experts,
+        "1": 1,
+    }
     names = {"1": "scale"}
     return {names.get(axis, axis): counted.get(axis) or int(getattr(cfg, axis)) for axis in axes}
 
@@ -56,7 +61,9 @@ def parse(recorder: Recorder, cfg: Config) -> tuple[Record, Function | None]:
     about = {"description": recorder.description, "unit": recorder.unit}
     sizes = {dim: len(index) if dim == index_dim else size for dim, size in axes.items()}
     if not callable(recorder.reduce):
-        reduce = record_options.reduction(where, {"reduce": recorder.reduce}, ("raw", "norm", "mean", "moments"), " or a function")
+        reduce = record_options.reduction(
+            where, {"reduce": recorder.reduce}, ("raw", "norm", "mean", "moments"), " or a function"
+        )
         if not per_token:
             raise InputError(f"{where}: {recorder.hook} has a value for each pair of tokens: reduce it by a function")
         if recorder.dims and recorder.dims != tuple(sizes)[: -1 if reduce == "norm" else None]:
@@ -72,12 +79,19 @@ def parse(recorder: Recorder, cfg: Config) -> tuple[Record, Function | None]:
     return record, recorder.reduce
 
 
+def block_hook(point: str) -> str | None:
+    """Return the hook point of a block with this name, in which `hook_` is optional, or None."""
+    before, _, last = point.rpartition(".")
+    hook = point if "hook_" in point else f"{before}.hook_{last}".strip(".")
+    return hook if hook in BLOCK else None
+
+
 def _hook(where: str, name: str) -> tuple[str, tuple[int, ...]]:
     """Return the hook point within its block, and the layer if the name has one."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", str(name))
     point = match[2] if match else str(name)
-    hook = point if "hook_" in point else ".".join([*point.split(".")[:-1], "hook_" + point.split(".")[-1]])
-    if hook not in BLOCK:
+    hook = block_hook(point)
+    if hook is None:
         raise InputError(f"{where}: {name!r} is no hook point of the blocks: choose from {', '.join(sorted(BLOCK))}")
     return hook, (int(match[1]),) if match else ()
 
@@ -123,7 +137,9 @@ def _tried(where: str, recorder: Recorder, hook: str, sizes: Mapping[str, int], 
     return tuple(got.shape[2:])
 
 
-def _check_sizes(where: str, dims: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int], cfg: Config) -> None:
+def _check_sizes(
+    where: str, dims: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int], cfg: Config
+) -> None:
     """Refuse a dimension that has the name of one of the model's and another size, or a name that is no word."""
     known = axis_sizes(("head", "kv", "slot", "expert", "d_model", "d_head", "d_mlp"), cfg) | dict(sizes)
     for dim, size in zip(dims, shape, strict=True):

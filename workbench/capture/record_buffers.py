@@ -56,11 +56,11 @@ class Buffers:
                 for layer in range(cfg.n_layers):
                     self._points[f"blocks.{layer}.{_OWN[name]}"].append((name, layer, None))
         for a in spec.selected:
-            kind, dtype = ("activations", "bfloat16") if isinstance(a, Activation) else ("records", a.dtype)
+            kind, stored = ("activations", "bfloat16") if isinstance(a, Activation) else ("records", a.dtype)
             name = f"{kind}/{a.name}"
             if a.per_token:
                 shape = (len(a.layers), capacity, a.d)
-                self._arrays[name] = torch.zeros(shape, dtype=getattr(torch, dtype), pin_memory=pinned)
+                self._arrays[name] = torch.zeros(shape, dtype=getattr(torch, stored), pin_memory=pinned)
             for place, layer in enumerate(a.layers):
                 self._points[f"blocks.{layer}.{a.hook}"].append((name, place, a))
         self._shapes = {f"records/{r.name}": r.shape for r in spec.records}

@@ -22,9 +22,13 @@ def read(text: str, words: Sequence[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
-        key = {"layer": "layers", "head": "heads", "expert": "experts", "slot": "slots", "channels": "channel"}.get(key, key)
+        key = {"layer": "layers", "head": "heads", "expert": "experts", "slot": "slots", "channels": "channel"}.get(
+            key, key
+        )
         if key not in _READS:
-            raise InputError(f"--record {text}: {key!r} is no option; use {', '.join(f'{o}=' for o in _READS if o != 'index')}")
+            raise InputError(
+                f"--record {text}: {key!r} is no option; use {', '.join(f'{o}=' for o in _READS if o != 'index')}"
+            )
         if not value:
             raise InputError(f"--record {text}: {key!r} has no value: write {key}={_EXAMPLES.get(key, '1')}")
         if key in options:
@@ -102,7 +106,9 @@ def index(where: str, what: str, axes: Mapping[str, int], options: dict[str, Any
         raise InputError(f"{where}: {given[0][0]} and {given[1][0]} are two selections of one axis: give one of them")
     key, chosen = given[0]
     allowed = tuple(axes)[:1] if key == "index" else _INDEX[key]
-    axis = next((name for name in axes if name in allowed and name in {n for names in _INDEX.values() for n in names}), None)
+    axis = next(
+        (name for name in axes if name in allowed and name in {n for names in _INDEX.values() for n in names}), None
+    )
     if axis is None:
         has = [option for option, names in _INDEX.items() if any(name in axes for name in names)]
         instead = f"use {has[0]}=" if has else f"leave {key}= out"

@@ -80,7 +80,9 @@ def from_file(text: str) -> Recorder:
     where, _, name = text.rpartition(":")
     path = Path(where if where.endswith(".py") else f"{where.replace('.', '/')}.py")
     if not path.is_file():
-        raise InputError(f"--record {text}: there is no file {str(path)!r}; name a Python file, as in my_records.py:{name}")
+        raise InputError(
+            f"--record {text}: there is no file {str(path)!r}; name a Python file, as in my_records.py:{name}"
+        )
     module = _executed(path.resolve(), text)
     found = getattr(module, name, None)
     if not isinstance(found, Recorder):

@@ -113,8 +113,7 @@ def _hook_of(point: str) -> str | None:
     """Return the hook point of a block with this name, `hook_` being optional."""
     if point in _SWITCHES:
         return point
-    hook = point if "hook_" in point else ".".join([*point.split(".")[:-1], "hook_" + point.split(".")[-1]])
-    return hook if hook in BLOCK else None
+    return own_record.block_hook(point)
 
 
 def _selected(text: str, name: str, options: dict[str, Any], cfg: Config) -> list[Record]:

@@ -50,7 +50,9 @@ def recorded(run: Run, sequence: int | str, point: str) -> dict[str, Shaped[Tens
         raise InputError(f"{point!r} is not in {run.path}; it recorded {', '.join(run.recorded)}")
     chosen = next((a for a in run.spec.selected if a.name == name), None)
     if chosen is not None and (chosen.sparse or chosen.index):
-        raise InputError(f"{point!r} of {run.path} holds some tokens or heads only: patching needs a record without options")
+        raise InputError(
+            f"{point!r} of {run.path} holds some tokens or heads only: patching needs a record without options"
+        )
     layers = tuple(range(run.model["n_layers"])) if chosen is None else chosen.layers
     values = data[name].sel(layer=list(layers)).transpose("layer", "token", ...)
     tensor = torch.from_numpy(values.to_numpy())

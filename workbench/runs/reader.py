@@ -460,7 +460,9 @@ class Run:
         if not found or len(dims) < 2:
             return dims, coords
         recorded = max(found, key=lambda a: len(a.name))
-        return (dims[0], "layer", *views.summary_dims(recorded, dims[2:])), coords | {"layer": np.array(recorded.layers)}
+        return (dims[0], "layer", *views.summary_dims(recorded, dims[2:])), coords | {
+            "layer": np.array(recorded.layers)
+        }
 
 
 def _over_the_run(name: str) -> bool:

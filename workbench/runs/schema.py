@@ -231,9 +231,7 @@ def stored_dims(recorded: "Activation | Record", n_layers: int, schema: int = SC
     return layers, tuple(f"{dim}{part}" if dim == recorded.index_dim else dim for dim in recorded.dims)
 
 
-def arrays(
-    model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int = SCHEMA
-) -> dict[str, ArraySpec]:
+def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int = SCHEMA) -> dict[str, ArraySpec]:
     """Path → description of every array that units write; schema: of the run, which names some dimensions."""
     n, size = layout.n_rows, layout.unit_tokens
     layers, experts, slots, heads = (model[k] for k in ("n_layers", "num_experts", "experts_per_token", "n_heads"))
@@ -259,11 +257,11 @@ def arrays(
         found["attention/sink"] = per_token(("layer", "token", "head"), (layers, n, heads), "float16")
     for a in spec.selected:
         at_layers, features = stored_dims(a, layers, schema)
-        if a.per_token and isinstance(a, Activation):
-            found[f"activations/{a.name}"] = per_token((at_layers, "token", *features), (len(a.layers), n, a.d), "uint16")
-        elif a.per_token:
-            shape = (len(a.layers), n, *a.shape)
-            found[f"records/{a.name}"] = per_token((at_layers, "token", *features), shape, a.dtype)
+        if a.per_token:
+            kind, values, dtype = (
+                ("activations", (a.d,), "uint16") if isinstance(a, Activation) else ("records", a.shape, a.dtype)
+            )
+            found[f"{kind}/{a.name}"] = per_token((at_layers, "token", *features), (len(a.layers), n, *values), dtype)
         if a.sparse:
             found[f"selected/{a.name}"] = per_token(("token",), (n,), "bool")
     return found | _summaries(model, spec, layout, schema)
@@ -298,15 +296,16 @@ def _summaries(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int
     for a in spec.selected:
         at_layers, features = stored_dims(a, layers, schema)
         values = (a.d,) if isinstance(a, Activation) else a.shape
-        axes, shape = ("channel", at_layers, *features), (channels, len(a.layers), *values)
+        axes = ("channel", at_layers, *features)
+        sizes: tuple[int, ...] = (channels, len(a.layers), *values)
         if a.summed:
-            found[f"summaries/{a.name}_sum"] = per_sequence(axes, shape, "float32")
+            found[f"summaries/{a.name}_sum"] = per_sequence(axes, sizes, "float32")
         if a.sparse:
             found[f"summaries/{a.name}_tokens"] = per_sequence(("channel",), (channels,), "uint32")
         if a.reduce == "moments":
-            found[f"summaries/{a.name}_sumsq"] = per_sequence(axes, shape, "float32")
+            found[f"summaries/{a.name}_sumsq"] = per_sequence(axes, sizes, "float32")
         if isinstance(a, Activation) and a.sketch:
             dims = ("unit", *axes, "sketch" if schema >= 4 else f"{a.hook}_sketch")
-            size = (units, *shape, a.sketch)
+            size = (units, *sizes, a.sketch)
             found[f"summaries/{a.name}_sketch"] = ArraySpec(dims, size, "float32", 0, 0, 1, 1)
     return found

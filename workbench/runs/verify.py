@@ -41,7 +41,7 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
     try:
         run = open_run(path)
         layout, _ = run.layout, run.committed
-        specs = arrays(run.model, run.spec, layout)
+        specs = arrays(run.model, run.spec, layout, int(run.attrs["schema"]))
     except Exception as error:  # whatever damaged metadata or a damaged table makes zarr raise
         return [Problem(str(path), f"cannot be opened as a run: {_first_line(error)}")]
     problems = list(_structure(run, specs))
@@ -62,6 +62,25 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
     if run.status == "complete" and not problems:
         problems += _totals(run)
     return problems
+
+
+def other_content(run: Run) -> list[str]:
+    """Return the groups and arrays that others added to a run, which no job writes and no reader of a run reads."""
+    own = {*arrays(run.model, run.spec, run.layout), "units/committed", *manifest.read(run.place, manifest.CREATED)[1]}
+    groups = {name.partition("/")[0] for name in own}
+    found = set()
+    for key in run.place.files():
+        top, _, rest = key.partition("/")
+        if top in ("manifest", "totals") or not rest or rest == "zarr.json":
+            if rest and top not in (*groups, "manifest", "totals"):
+                found.add(top)
+            continue
+        array = "/".join(key.split("/")[:2])
+        if top not in groups:
+            found.add(top)
+        elif array not in own and f"{array}/zarr.json" not in own:
+            found.add(array)
+    return sorted(found)
 
 
 def _in_units(run: Run, layout: Layout, workers: int | None, check: Callable[[Unit], list[Problem]]) -> list[Problem]:
@@ -236,7 +255,7 @@ def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> 
     used = sum(lengths)
     yield from _tokens(values, unit, lengths, used)
     records = {stored: values[name].take(range(used), specs[name].axis) for stored, name in _RECORDS if name in values}
-    records |= {n: v[:, :used] for n, v in values.items() if n.startswith("activations/")}
+    records |= {n: v[:, :used] for n, v in values.items() if n.startswith(("activations/", "records/"))}
     records |= {n: v[:used] for n, v in values.items() if n.startswith("selected/")}
     yield from _ranges(records)
     sequence, channel = values["tokens/sequence"][:used], values["tokens/channel"][:used]

@@ -65,7 +65,7 @@ def _spread(lazy: da.Array, axis: int, index: tuple[int, ...], size: int, fill: 
 
     def put(block: np.ndarray) -> np.ndarray:
         out = np.full((*block.shape[:axis], size, *block.shape[axis + 1 :]), fill, dtype=block.dtype)
-        out[(*(slice(None),) * axis, list(index))] = block
+        np.moveaxis(out, axis, 0)[list(index)] = np.moveaxis(block, axis, 0)
         return out
 
     lazy = lazy.rechunk({axis: -1})

@@ -182,7 +182,9 @@ class RunWriter:
     def __enter__(self) -> "RunWriter":
         self._lock.acquire()
         for key in self.place.files():
-            if key.endswith(".partial") and key.startswith(_OWN):  # zarr's own, of a flag or an attribute, when a job was killed at it
+            if key.endswith(".partial") and key.startswith(
+                _OWN
+            ):  # zarr's own, of a flag or an attribute, when a job was killed at it
                 self.place.delete(key)
         return self
 
