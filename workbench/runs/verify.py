@@ -41,7 +41,7 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
     try:
         run = open_run(path)
         layout, _ = run.layout, run.committed
-        specs = arrays(run.model, run.spec, layout, int(run.attrs["schema"]))
+        specs = arrays(run.model, run.spec, layout)
     except Exception as error:  # whatever damaged metadata or a damaged table makes zarr raise
         return [Problem(str(path), f"cannot be opened as a run: {_first_line(error)}")]
     problems = list(_structure(run, specs))
@@ -185,6 +185,7 @@ def _status(run: Run) -> Iterator[Problem]:
 
 
 def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
+    older = arrays(run.model, run.spec, run.layout, schema=3)  # dimensions of runs before schema 4
     for name, spec in specs.items():
         try:
             array = run.group[name]
@@ -195,7 +196,7 @@ def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
             yield Problem(name, f"its zarr.json cannot be used: {_first_line(error)}")
             continue
         got = (array.shape, str(array.dtype), tuple(array.metadata.dimension_names or ()))
-        if got != (spec.shape, spec.dtype, spec.dims):
+        if got[:2] != (spec.shape, spec.dtype) or got[2] not in (spec.dims, older[name].dims):
             yield Problem(name, f"has shape, dtype and dimensions {got}, wanted {(spec.shape, spec.dtype, spec.dims)}")
 
 
