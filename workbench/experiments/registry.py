@@ -48,6 +48,7 @@ def run_experiment(
             "study": record.name,
             "title": result.attrs.get("title", title),
             "run_digest": run.digest,
+            **({"excluded": run.exclusion} if run.exclusion else {}),
             "seed": seed,
             "checkpoint_digest": model.checkpoint.digest,
             "workbench_version": version(),
