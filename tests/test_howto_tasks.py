@@ -59,4 +59,3 @@ def test_a_page_runs_as_a_reader_would_run_it(
 
 def test_a_private_name_is_noticed() -> None:
     assert private_names("run._visible") == ["_visible"]
-
