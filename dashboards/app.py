@@ -98,7 +98,11 @@ def servable(paths: Sequence[str | Path]) -> pn.template.BootstrapTemplate:
 
 
 def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Column:
-    """The dashboard in a notebook's cell: `notebook("run.zarr", page="experts", channel="final")`."""
+    """Return the dashboard for a notebook cell: `notebook("run.zarr", page="experts", channel="final")`.
+
+    Raises:
+        InputError: no page has this name.
+    """
     if page not in page_titles():
         raise InputError(f"no page is called {page!r}; the pages are {', '.join(page_titles())}")
     pn.extension("plotly", notifications=False, inline=True)  # nothing from another host

@@ -74,7 +74,11 @@ def _cells(session: Session, cells: Cells, folded: Callable[[Selectors], Any] | 
 
 
 def experts(session: Session) -> Page:
-    """Return the expert page: load heat map, one expert, co-activated experts, and the routing study."""
+    """Return the expert page: load heat map, one expert, co-activated experts, and the routing study.
+
+    Raises:
+        InputError: the run did not record routing.
+    """
     run = session.run
     if "routing" not in run.recorded:
         raise InputError(f"{session.name} has no recorded routing. It contains {', '.join(run.recorded)}")
@@ -125,7 +129,11 @@ def _pairs(session: Session, chosen: Selectors) -> pn.Column:
 
 
 def sinks(session: Session) -> Page:
-    """Return the sink page: mean sink attention by layer and head, one head, and the sinks study."""
+    """Return the sink page: mean sink attention by layer and head, one head, and the sinks study.
+
+    Raises:
+        InputError: the run did not record sink attention.
+    """
     run = session.run
     if not {"sinks", "sink_sums"} & set(run.recorded):
         raise InputError(f"{session.name} has no recorded sink attention. It contains {', '.join(run.recorded)}")

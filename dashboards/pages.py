@@ -99,7 +99,11 @@ def channels(session: Session) -> Page:
 
 
 def effort(session: Session) -> Page:
-    """Return the page of reasoning effort: accuracy and tokens by task, then the study at equal position."""
+    """Return the page of reasoning effort: accuracy and tokens by task, then the study at equal position.
+
+    Raises:
+        InputError: the run has one effort only.
+    """
     run, name = session.run, session.name
     costs = session.registry.costs(name, session.exclude)
     if not costs:
@@ -132,7 +136,11 @@ def effort(session: Session) -> Page:
 
 
 def transcript(session: Session) -> Page:
-    """Return the conversations page: one conversation, coloured by a recorded quantity and replayed token by token."""
+    """Return the conversations page: one conversation, coloured by a recorded quantity and replayed token by token.
+
+    Raises:
+        InputError: no unit of the run is committed yet.
+    """
     run = session.run
     if run.sequences.empty:
         raise InputError("the run contains no complete conversation yet: wait until the first unit is committed")
@@ -270,7 +278,11 @@ def page_titles() -> dict[str, str]:
 
 
 def study_page(session: Session, page: str) -> Page:
-    """Return the page of a study that has no page of its own: its question and its results."""
+    """Return the page of a study that has no page of its own: its question and its results.
+
+    Raises:
+        InputError: the study compares two runs, and the dashboard has one.
+    """
     record = next(r for r in registry.studies() if (r.page or r.name) == page)
     names = (
         [session.name]

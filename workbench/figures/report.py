@@ -37,7 +37,11 @@ def write_report(
     results: Mapping[str, Mapping[str, xr.Dataset]] | None = None,
     seed: int = 0,
 ) -> list[Path]:
-    """Write the report as HTML and, beside it, as Markdown; results: of experiments, to include (see `load`)."""
+    """Write the report as HTML and, beside it, as Markdown; results: of experiments, to include (see `load`).
+
+    Raises:
+        InputError: the output is no .html file, or no study can be made of the run.
+    """
     target = Path(out)
     if target.suffix != ".html":
         raise InputError(f"{out}: a report is an .html file, its Markdown is written beside it")

@@ -54,6 +54,9 @@ class Attention(AttentionWeights, nn.Module):
         """Return what this layer's attention adds to the residual stream.
 
         inputs: what single heads' queries, keys and values read where a hook edited it.
+
+        Raises:
+            InputError: keys per query head cannot be cached.
         """
         q, k, v = (part(x).unflatten(-1, (-1, self.d_head)) for part in (self.q, self.k, self.v))
         if inputs:

@@ -168,7 +168,11 @@ class ModelWeights:
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """The attention biases in the stream before `layer`. Experts' biases depend on the routing: refused."""
+        """The attention biases in the stream before `layer`. Experts' biases depend on the routing: refused.
+
+        Raises:
+            InputError: biases of experts are asked for, which depend on the routing.
+        """
         if include_mlp_biases:
             raise InputError(
                 "experts' biases are added by the tokens that go to them, there is no sum of them: expand_neurons=False, "
