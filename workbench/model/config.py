@@ -315,7 +315,7 @@ def read_config(folder: Path, ignore_fields: Collection[str] = ()) -> Config:
     original = "num_experts" in values and "model_type" not in values
     cfg = _original(fields) if original else _hugging_face(fields)
     fields.finish(ignore_fields)
-    return _checked(path, cfg)
+    return check_sizes(path, cfg)
 
 
 def _hugging_face(fields: _Fields) -> Config:
@@ -455,8 +455,12 @@ def _original(fields: _Fields) -> Config:
     )
 
 
-def _checked(path: Path, cfg: Config) -> Config:
-    """Check that the sizes are consistent with each other."""
+def check_sizes(path: Path, cfg: Config) -> Config:
+    """Return the config if its sizes are consistent with each other.
+
+    Raises:
+        InputError: they are not.
+    """
     for name in ("d_model", "d_mlp"):
         if getattr(cfg, name) % GROUP:
             raise InputError(f"{path}: {name} is {getattr(cfg, name)}; MXFP4 needs a multiple of {GROUP}")
