@@ -175,10 +175,10 @@ class KVCache:
         self._finish_longer()
         if len(set(counts)) == 1:
             for length in self._length.values():
-                length += counts[0]
+                length.add_(counts[0])
         else:
             for device, length in self._length.items():
-                length += torch.tensor(list(counts)).to(device, non_blocking=True)
+                length.add_(torch.tensor(list(counts)).to(device, non_blocking=True))
         self.count(counts)
 
     def count(self, counts: Sequence[int]) -> None:
@@ -213,8 +213,8 @@ class KVCache:
                         "cache, or make the cache with windowed=False"
                     )
         self._lengths, self._pass = wanted, None
-        for device, length in self._length.items():
-            length.copy_(torch.tensor(wanted).to(device))
+        for counted in self._length.values():
+            counted.copy_(self.lengths)
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows only; a layer at a time, so that no two caches are held."""
@@ -263,7 +263,7 @@ class KVCache:
             for layer in self._layers(held, device):
                 for stored in (self.keys[layer], self.values[layer]):
                     stored[:, :kept] = stored[self._index[device], columns]
-            base += shift
+            base.add_(shift)
         held.bases = moved
         return True
 
@@ -299,7 +299,7 @@ class KVCache:
             return
         for window in self._pass.longer:
             held = self._held[window]
-            for device, base in held.base.items():
+            for device in held.base:
                 for layer in self._layers(held, device):
                     if layer not in self._pass.done:  # the pass left this layer out: its new keys are zero
                         stored = self.keys[layer]
