@@ -44,13 +44,16 @@ def _template(registry: RunRegistry, page: str, link: Callable[[str, str], str])
     pick = widgets.select("Run", registry.names, session.name)
     pick.param.watch(lambda event: session.put(run=str(event.new), sequence=""), "value")
     pick.jscallback(value="setTimeout(() => window.location.reload(), 150)")  # another run is another page
+    exclude = widgets.exclude(session.registry.run(session.name), session.exclude)
+    exclude.param.watch(lambda event: session.put(exclude=str(event.new)), "value")
+    exclude.jscallback(value="setTimeout(() => window.location.reload(), 150)")
     shown = made(page, session)
     nav.object = _links(page, choice, link)
     # Panel gives what comes after the first drawing a style sheet of its own each, slower and unlike the page's
     pn.state.execute(partial(setattr, pn.config, "design", None), schedule=True)
     return pn.template.BootstrapTemplate(
         site="gpt-oss workbench", title=escape(f"{session.name}: {page_titles()[page].lower()}"),  # the template does not escape it
-        sidebar=[nav, pick, *shown.sidebar],
+        sidebar=[nav, pick, *shown.sidebar, exclude],
         main=shown.main, sidebar_width=275, raw_css=[_CSS],
         theme=pn.theme.DarkTheme if session.theme == "dark" else pn.theme.DefaultTheme,
     )  # fmt: skip
@@ -95,7 +98,11 @@ def servable(paths: Sequence[str | Path]) -> pn.template.BootstrapTemplate:
 
 
 def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Column:
-    """The dashboard in a notebook's cell: `notebook("run.zarr", page="experts", channel="final")`."""
+    """Return the dashboard for a notebook cell: `notebook("run.zarr", page="experts", channel="final")`.
+
+    Raises:
+        InputError: no page has this name.
+    """
     if page not in page_titles():
         raise InputError(f"no page is called {page!r}; the pages are {', '.join(page_titles())}")
     pn.extension("plotly", notifications=False, inline=True)  # nothing from another host

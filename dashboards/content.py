@@ -80,6 +80,8 @@ def provenance(run: Run) -> str:
     rows.pop("rejects", None)
     if found := counted_in(run.sequences):
         rows["flags of sequences"] = found
+    if run.exclusion:
+        rows["excluded"] = run.exclusion
     cells = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
     return f"<table>{cells}</table>"
 

@@ -74,7 +74,11 @@ def _cells(session: Session, cells: Cells, folded: Callable[[Selectors], Any] | 
 
 
 def experts(session: Session) -> Page:
-    """Return the expert page: load heat map, one expert, co-activated experts, and the routing study."""
+    """Return the expert page: load heat map, one expert, co-activated experts, and the routing study.
+
+    Raises:
+        InputError: the run did not record routing.
+    """
     run = session.run
     if "routing" not in run.recorded:
         raise InputError(f"{session.name} has no recorded routing. It contains {', '.join(run.recorded)}")
@@ -98,7 +102,7 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
     label = f"{session.name}-layer-{layer}-expert-{expert}"
     acts = quick_look.by_channel_and_effort(run, "load", layer, expert, chosen["task"]).round(2)
     cards: list[Any] = [widgets.table("Load relative to uniform, by channel and effort", acts, f"{label}-load")]
-    together = session.registry.pairs(session.name)
+    together = session.registry.pairs(session.name, session.exclude)
     if together is not None and chosen["channel"] != ALL:
         partners = content.partners(together, chosen["channel"], layer, expert)
         cards.append(widgets.table(f"Co-activated experts in {chosen['channel']}", partners, f"{label}-with"))
@@ -112,7 +116,7 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
 
 def _pairs(session: Session, chosen: Selectors) -> pn.Column:
     """Return co-activation in a layer and transitions to experts of the next layer."""
-    together, layer = session.registry.pairs(session.name), chosen.number("layer")
+    together, layer = session.registry.pairs(session.name, session.exclude), chosen.number("layer")
     if together is None:
         return pn.Column(widgets.alert("This run has no recorded pairs of experts.", "info"))
     if chosen["channel"] == ALL:
@@ -125,7 +129,11 @@ def _pairs(session: Session, chosen: Selectors) -> pn.Column:
 
 
 def sinks(session: Session) -> Page:
-    """Return the sink page: mean sink attention by layer and head, one head, and the sinks study."""
+    """Return the sink page: mean sink attention by layer and head, one head, and the sinks study.
+
+    Raises:
+        InputError: the run did not record sink attention.
+    """
     run = session.run
     if not {"sinks", "sink_sums"} & set(run.recorded):
         raise InputError(f"{session.name} has no recorded sink attention. It contains {', '.join(run.recorded)}")

@@ -47,7 +47,7 @@ def overview(session: Session) -> Page:
         return widgets.table("Accuracy and new tokens by effort", content.accuracy_by_effort(run), f"{name}-accuracy")
 
     def gains() -> Any:
-        costs = session.registry.costs(name)
+        costs = session.registry.costs(name, session.exclude)
         if not costs:
             return widgets.html("")
         drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=session.theme)
@@ -99,9 +99,13 @@ def channels(session: Session) -> Page:
 
 
 def effort(session: Session) -> Page:
-    """Return the page of reasoning effort: accuracy and tokens by task, then the study at equal position."""
+    """Return the page of reasoning effort: accuracy and tokens by task, then the study at equal position.
+
+    Raises:
+        InputError: the run has one effort only.
+    """
     run, name = session.run, session.name
-    costs = session.registry.costs(name)
+    costs = session.registry.costs(name, session.exclude)
     if not costs:
         raise InputError(
             f"{name} has only one effort, and this page compares at least two: capture transcripts of several efforts"
@@ -132,7 +136,11 @@ def effort(session: Session) -> Page:
 
 
 def transcript(session: Session) -> Page:
-    """Return the conversations page: one conversation, coloured by a recorded quantity and replayed token by token."""
+    """Return the conversations page: one conversation, coloured by a recorded quantity and replayed token by token.
+
+    Raises:
+        InputError: no unit of the run is committed yet.
+    """
     run = session.run
     if run.sequences.empty:
         raise InputError("the run contains no complete conversation yet: wait until the first unit is committed")
@@ -220,7 +228,7 @@ def compare(session: Session) -> Page:
         other = str(pick.value)
 
         def body() -> Any:
-            runs = [session.run, session.registry.run(other)]
+            runs = [session.run, session.other_run(other)]
             sets = [quick_look.routing(run, **chosen.cell) for run in runs]
             for ds, label in zip(sets, (name, other), strict=True):
                 ds.attrs["title"] = f"{label}, {ds.attrs['title']}"
@@ -270,7 +278,11 @@ def page_titles() -> dict[str, str]:
 
 
 def study_page(session: Session, page: str) -> Page:
-    """Return the page of a study that has no page of its own: its question and its results."""
+    """Return the page of a study that has no page of its own: its question and its results.
+
+    Raises:
+        InputError: the study compares two runs, and the dashboard has one.
+    """
     record = next(r for r in registry.studies() if (r.page or r.name) == page)
     names = (
         [session.name]
@@ -287,4 +299,25 @@ def made(page: str, session: Session) -> Page:
     """A page or, where the run is damaged, gone or lacks what it needs, what is the matter: never a blank one."""
     own = _OWN_PAGES.get(page)
     shown = widgets.guarded(lambda: own(session) if own is not None else study_page(session, page))
-    return shown if isinstance(shown, Page) else Page([], [shown])
+    if not isinstance(shown, Page):
+        return Page([], [shown])
+    return Page(shown.sidebar, [*shown.main, *further_studies(session, page)])
+
+
+def further_studies(session: Session, page: str) -> list[Any]:
+    """Return the sections of the studies that share a page with its main study, where the runs have what they need.
+
+    The main study is the first of the registry with this page; the page shows it itself.
+    """
+    sections: list[Any] = []
+    for record in [r for r in registry.studies() if (r.page or r.name) == page][1:]:
+        others = [n for n in session.registry.names if n != session.name]
+        names = [session.name, *([session.choice.get("with", others)] if record.runs == 2 and others else [])]
+        try:
+            for name in names:
+                record.check_recorded(session.other_run(name))
+        except InputError:
+            continue
+        if len(names) == record.runs:
+            sections += study(session, record.name, *names, heading=record.title)
+    return sections

@@ -12,6 +12,7 @@ from workbench.dashboards import content, widgets
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.figures.gallery import Gallery
 from workbench.figures.template import ThemeName
+from workbench.harmony.flags import SEQUENCE_FLAGS
 from workbench.runs import Run
 from workbench.studies import quick_look
 from workbench.studies.quick_look import ALL
@@ -32,7 +33,16 @@ class Session:
     @property
     def run(self) -> Run:
         """Return the selected run in its current state."""
-        return self.registry.run(self.name)
+        return self.other_run(self.name)
+
+    @property
+    def exclude(self) -> str:
+        """Return the flag of the sequences that are left out, or ""."""
+        return self.choice.get("exclude", ("", *SEQUENCE_FLAGS))
+
+    def other_run(self, name: str) -> Run:
+        """Return a run by name, without the sequences that are left out."""
+        return self.registry.run(name, self.exclude)
 
     @property
     def theme(self) -> ThemeName:
@@ -113,7 +123,9 @@ def box() -> pn.Column:
     return pn.Column(sizing_mode="stretch_width")
 
 
-def study(session: Session, name: str, *names: str, above: Sequence[str] = ()) -> list[Any]:
+def study(
+    session: Session, name: str, *names: str, above: Sequence[str] = (), heading: str = "Statistical tests"
+) -> list[Any]:
     """Return the section of a study: its figures, findings and methods. `above` names figures that are already shown."""
 
     def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
@@ -147,6 +159,6 @@ def study(session: Session, name: str, *names: str, above: Sequence[str] = ()) -
         return [pick, shown, *about]
 
     return [
-        pn.pane.Markdown("## Statistical tests", margin=(10, 10, 0, 10)),
-        widgets.awaited(session.registry.study(name, *(names or (session.name,))), show),
+        pn.pane.Markdown(f"## {heading}", margin=(10, 10, 0, 10)),
+        widgets.awaited(session.registry.study(name, *(names or (session.name,)), exclude=session.exclude), show),
     ]

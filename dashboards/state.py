@@ -29,7 +29,7 @@ class Selection:
 
     NAMES = (
         "run", "with", "channel", "effort", "task", "layer", "expert", "head", "measure", "figure", "order", "find", "sequence",
-        "theme",
+        "theme", "exclude",
     )  # fmt: skip
 
     def __init__(self, query: Mapping[str, str]) -> None:
@@ -68,7 +68,7 @@ class RunRegistry:
             if name in self._paths:
                 raise InputError(f"two runs are called {name!r}: {self._paths[name]} and {path}; rename one of them")
             self._paths[name] = path
-        self._runs: dict[str, tuple[bytes, Run]] = {}
+        self._runs: dict[tuple[str, str], tuple[bytes, Run]] = {}
         self._made: dict[tuple[str, ...], tuple[str, Any]] = {}
         self._lock, self._locks = threading.Lock(), dict[tuple[str, ...], threading.Lock]()
         for name in self.names:
@@ -80,31 +80,35 @@ class RunRegistry:
         """Return the names of the runs in the order of the command line."""
         return list(self._paths)
 
-    def run(self, name: str) -> Run:
-        """Return the run in its current state. A run in progress is opened again; a complete one is opened once."""
+    def run(self, name: str, exclude: str = "") -> Run:
+        """Return the run in its current state. A run in progress is opened again; a complete one is opened once.
+
+        exclude: flags of sequences to leave out, as in `Run.excluding`.
+        """
         where = place(self._paths[name])
-        if name in self._runs:
-            root, run = self._runs[name]
+        if (name, exclude) in self._runs:
+            root, run = self._runs[name, exclude]
             if where.exists("zarr.json") and where.read("zarr.json") == root:
                 return run
-        run = open_run(self._paths[name])
+        run = open_run(self._paths[name], exclude=exclude)
         if run.status == "complete":
-            self._runs[name] = (where.read("zarr.json"), run)
+            self._runs[name, exclude] = (where.read("zarr.json"), run)
         return run
 
-    def study(self, study: str, *names: str) -> Callable[[], Answer]:
+    def study(self, study: str, *names: str, exclude: str = "") -> Callable[[], Answer]:
         """Return a function that asks for a study of the run(s) in their current state, without waiting for it.
 
         A run in progress is not studied again after every unit: open the page again for the newer state.
         """
-        runs = [self.run(name) for name in names]
+        runs = [self.run(name, exclude) for name in names]
         paths = [str(self._paths[name]) for name in names]
         lasting = all(run.status == "complete" for run in runs)
-        return partial(self.desk.ask, study, paths, "-".join(run.digest for run in runs), lasting=lasting)
+        digest = "-".join(run.digest for run in runs)
+        return partial(self.desk.ask, study, paths, digest, exclude=exclude, lasting=lasting)
 
-    def costs(self, name: str) -> dict[str, xr.Dataset]:
+    def costs(self, name: str, exclude: str = "") -> dict[str, xr.Dataset]:
         """Return accuracy and reasoning length by effort from the tables alone; empty with fewer than two efforts."""
-        run = self.run(name)
+        run = self.run(name, exclude)
 
         def make() -> dict[str, xr.Dataset]:
             table = effort.sequences_of(run)
@@ -113,15 +117,15 @@ class RunRegistry:
                 return {}
             return {"cost": effort.cost(run, table, known), "gain": effort.gain(run, table, known)}
 
-        found: dict[str, xr.Dataset] = self._once(("costs", name), run.digest, make)
+        found: dict[str, xr.Dataset] = self._once(("costs", name, exclude), run.digest, make)
         return found
 
-    def pairs(self, name: str) -> xr.Dataset | None:
+    def pairs(self, name: str, exclude: str = "") -> xr.Dataset | None:
         """Return co-activation and transitions from sums, or None if the run has none."""
-        run = self.run(name)
+        run = self.run(name, exclude)
         if not {"coactivation", "transition"} <= set(run.summaries):
             return None
-        found: xr.Dataset = self._once(("pairs", name), run.digest, lambda: together(run))
+        found: xr.Dataset = self._once(("pairs", name, exclude), run.digest, lambda: together(run))
         return found
 
     def _once(self, key: tuple[str, ...], digest: str, make: Callable[[], Any]) -> Any:

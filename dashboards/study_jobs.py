@@ -52,11 +52,15 @@ class Desk:
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
 
-    def ask(self, study: str, paths: Sequence[str], digest: str, *, lasting: bool = True) -> Answer:
-        """The study of the run(s) at these paths, started if nobody has yet. lasting: whether the run is finished."""
+    def ask(self, study: str, paths: Sequence[str], digest: str, *, exclude: str = "", lasting: bool = True) -> Answer:
+        """Return the state of the study of the run(s) at these paths, and start it if nobody has yet.
+
+        digest: of the runs, without the excluded sequences. exclude: flags of sequences to leave out. lasting: whether
+        the runs are complete.
+        """
         with self._lock:
             if (study, digest) not in self._made:
-                work = self._pool.submit(self._get, study, paths, digest, lasting)
+                work = self._pool.submit(self._get, study, paths, digest, exclude, lasting)
                 self._made[study, digest] = (time.monotonic(), work)
             started, work = self._made[study, digest]
         if not work.done():
@@ -76,18 +80,27 @@ class Desk:
             process.kill()
         shutil.rmtree(self._passing, ignore_errors=True)
 
-    def _get(self, study: str, paths: Sequence[str], digest: str, lasting: bool) -> dict[str, xr.Dataset]:
+    def _get(self, study: str, paths: Sequence[str], digest: str, exclude: str, lasting: bool) -> dict[str, xr.Dataset]:
         kept = (self._folder if lasting else self._passing) / f"{digest}-{_code()}" / study
         if not kept.exists():
-            self._make(study, paths, kept)
+            self._make(study, paths, exclude, kept)
         os.utime(kept.parent)
         return load(kept)[study]
 
-    def _make(self, study: str, paths: Sequence[str], kept: Path) -> None:
+    def _make(self, study: str, paths: Sequence[str], exclude: str, kept: Path) -> None:
         """Write the results into a temporary folder and rename it when it is complete."""
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=kept.parent) as made:
-            command = [sys.executable, "-P", "-m", "workbench.dashboards.study_jobs", study, f"{made}/out", *paths]
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "workbench.dashboards.study_jobs",
+                study,
+                f"{made}/out",
+                exclude,
+                *paths,
+            ]
             environment = {"OMP_NUM_THREADS": "1", **os.environ}
             process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
             self._running.add(process)
@@ -131,9 +144,9 @@ def _main() -> None:
     from workbench.runs import open_run
     from workbench.studies import run_study
 
-    study, out, *paths = sys.argv[1:]
+    study, out, exclude, *paths = sys.argv[1:]
     try:
-        found = run_study(study, *map(open_run, paths))
+        found = run_study(study, *(open_run(path, exclude=exclude) for path in paths))
         save({name: ds for name, ds in found.items() if name not in _NOT_KEPT}, out)
     except InputError as error:
         print(error, file=sys.stderr)

@@ -3,6 +3,7 @@
 import io
 import json
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -14,6 +15,8 @@ import xarray as xr
 
 from workbench.dashboards.study_jobs import Answer
 from workbench.errors import InputError
+from workbench.harmony.flags import SEQUENCE_FLAGS
+from workbench.runs import Run
 
 WIDTH = 235  # pixels, of widgets in the sidebar
 _SAVE = """
@@ -166,6 +169,15 @@ def awaited(ask: Callable[[], Answer], show: Callable[[dict[str, xr.Dataset]], S
 
         watch = pn.state.add_periodic_callback(again, period=600)
     return box
+
+
+def exclude(run: Run, value: str) -> pn.widgets.Select:
+    """Return a select widget for the flag of the sequences to leave out, with the number of sequences that have it."""
+    counts = Counter(flag for text in run.sequences.get("flags", ()) for flag in str(text).split())
+    known = {f"{words} ({counts[flag]:,})": flag for flag, words in SEQUENCE_FLAGS.items() if counts[flag]}
+    if value and value not in known.values():
+        known[SEQUENCE_FLAGS[value]] = value
+    return select("Exclude sequences", {"none": "", **known}, value)
 
 
 def select(name: str, options: Sequence[str] | Mapping[str, Any], value: Any, **more: Any) -> pn.widgets.Select:

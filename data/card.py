@@ -127,7 +127,11 @@ def _steps_help(cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
 
 
 def read(checkpoint: Path, name: str) -> dict[str, Any]:
-    """Return a JSON object that another command wrote into the checkpoint."""
+    """Return a JSON object that another command wrote into the checkpoint.
+
+    Raises:
+        InputError: the file is missing.
+    """
     path = checkpoint / name
     if not path.exists():
         raise InputError(f"{path} is missing: workbench.data.train and workbench.data.evaluate write it")

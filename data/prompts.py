@@ -23,7 +23,11 @@ _TWO_TURNS = 10  # every tenth question follows another, as in training
 
 
 def questions(per_family: int) -> list[tuple[Problem, ...]]:
-    """Return different problems of the test split of every family; of a tuple the last one is asked."""
+    """Return different problems of the test split of every family; of a tuple the last one is asked.
+
+    Raises:
+        InputError: a family has fewer test questions than asked for.
+    """
     asked: list[tuple[Problem, ...]] = []
     for family in FAMILIES:
         rng = random.Random(f"{SEED} {family}")

@@ -123,7 +123,11 @@ class Training:
         os.replace(self.folder / "state.new", self.folder / "state.pt")
 
     def resume(self) -> None:
-        """Load the state that `save` wrote."""
+        """Load the state that `save` wrote.
+
+        Raises:
+            InputError: there is no training to resume.
+        """
         if not (self.folder / "state.pt").exists():
             raise InputError(f"{self.folder} holds no training to go on with: leave out --resume")
         state = torch.load(self.folder / "state.pt", weights_only=True)
@@ -209,7 +213,11 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 1,
     resume: Annotated[bool, typer.Option(help="Go on from OUT.training.")] = False,
 ) -> None:
-    """Train nano and write it as a checkpoint with packed experts, and as one with dense experts beside it."""
+    """Train nano and write it as a checkpoint with packed experts, and as one with dense experts beside it.
+
+    Raises:
+        InputError: the output exists, or an unfinished training is in its folder.
+    """
     if taken := [folder for folder in (out, _beside(out, "dense")) if folder.exists()]:
         raise InputError(f"{taken[0]} exists: name another folder, or move it away")
     torch.set_num_threads(threads)

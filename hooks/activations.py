@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from workbench.errors import InputError
 from workbench.hooks.edits import Act, At, Edit, Tokens, as_set
 from workbench.hooks.targets import along, at_points, listed, over_axes, points_of
 
@@ -17,15 +18,19 @@ from workbench.hooks.targets import along, at_points, listed, over_axes, points_
 def steer(
     points: str | Collection[str], direction: Float[Tensor, " d"], scale: float = 1.0, tokens: Tokens = None
 ) -> Edit:
-    """scale · direction is added at these hook points; the direction's length counts."""
+    """Return an edit that adds scale · direction to these hook points; the direction is not normalized.
+
+    Raises:
+        InputError: the direction does not fit the activations of a hook point.
+    """
     members = as_set(tokens)
 
     def act(x: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
         if direction.shape != x.shape[-1:]:
-            raise ValueError(f"a direction of {tuple(direction.shape)} does not fit activations of {tuple(x.shape)}")
-        meant = at.meant(members)
-        mask = over_axes(meant, x)
-        return torch.where(mask, x + (scale * direction).to(x.device, x.dtype), x), int(meant.sum()), meant.sum()
+            raise InputError(f"a direction of {tuple(direction.shape)} does not fit activations of {tuple(x.shape)}")
+        selected = at.selected(members)
+        mask = over_axes(selected, x)
+        return torch.where(mask, x + (scale * direction).to(x.device, x.dtype), x), int(selected.sum()), selected.sum()
 
     return Edit(f"steer {listed(points)} by {scale:g}", at_points(points, act))
 
@@ -36,19 +41,22 @@ def replace(
     tokens: Tokens = None,
     index: int | Collection[int] | None = None,
 ) -> Edit:
-    """A value in place of the activation: a mean for mean ablation, 0.0 for zero ablation.
+    """Return an edit that replaces the activation by a value: a mean for mean ablation, 0.0 for zero ablation.
 
     value: of the shape that follows [batch pos], or its last axes. index: along the axis behind pos (heads, slots), only these.
+
+    Raises:
+        InputError: the value does not fit the activations of a hook point.
     """
     members = as_set(tokens)
 
     def act(x: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
-        meant = at.meant(members)
-        mask = over_axes(meant, x) & along(index, x)
+        selected = at.selected(members)
+        mask = over_axes(selected, x) & along(index, x)
         new = torch.as_tensor(value).to(x.device, x.dtype)
         if new.dim() and new.shape != x.shape[max(2, x.dim() - new.dim()) :]:
-            raise ValueError(f"a value of {tuple(new.shape)} does not fit activations of {tuple(x.shape)}")
-        return torch.where(mask, new, x), int(meant.sum()), meant.sum()
+            raise InputError(f"a value of {tuple(new.shape)} does not fit activations of {tuple(x.shape)}")
+        return torch.where(mask, new, x), int(selected.sum()), selected.sum()
 
     return Edit(f"replace {listed(points)}", at_points(points, act))
 
@@ -61,10 +69,13 @@ def patch(
     *,
     shift: int = 0,
 ) -> Edit:
-    """Activations of another pass in place of this one's, position by position.
+    """Return an edit that replaces activations by those of another pass, position by position.
 
     source: a cache, or a tensor for the one point. Sequence i takes row i, or the only row; the token at position p
     takes position p + shift, and keeps its own where the source has none. Of scores and patterns, query by query.
+
+    Raises:
+        InputError: the source has other shapes or fewer sequences than the pass.
     """
     members = as_set(tokens)
 
@@ -73,19 +84,19 @@ def patch(
         there = source if isinstance(source, Tensor) else source[name]
         here, there = (x.movedim(2, 1), there.movedim(2, 1)) if square else (x, there)
         if square and there.shape[-1] < here.shape[-1]:
-            raise ValueError(f"{name}: the source has {there.shape[-1]} keys, this pass {here.shape[-1]}")
+            raise InputError(f"{name}: the source has {there.shape[-1]} keys, this pass {here.shape[-1]}")
         there = there[..., : here.shape[-1]] if square else there
         if there.shape[2:] != here.shape[2:]:
-            raise ValueError(f"{name}: source {tuple(there.shape)} does not fit activations of {tuple(x.shape)}")
+            raise InputError(f"{name}: source {tuple(there.shape)} does not fit activations of {tuple(x.shape)}")
         position, sequence = at.context.positions.cpu() + shift, at.context.sequence.clamp(min=0)
         if len(there) != 1 and int(sequence.max()) >= len(there):
-            raise ValueError(f"{name}: the source has {len(there)} rows, this pass {int(sequence.max()) + 1} sequences")
-        meant = at.meant(members) & (position >= 0) & (position < there.shape[1])
+            raise InputError(f"{name}: the source has {len(there)} rows, this pass {int(sequence.max()) + 1} sequences")
+        selected = at.selected(members) & (position >= 0) & (position < there.shape[1])
         rows = sequence if len(there) > 1 else torch.zeros_like(sequence)
         new = there[rows.to(there.device), position.clamp(0, there.shape[1] - 1).to(there.device)]
-        mask = over_axes(meant, here) & along(index, here)
+        mask = over_axes(selected, here) & along(index, here)
         out = torch.where(mask, new.to(here.device, here.dtype), here)
-        return out.movedim(1, 2) if square else out, int(meant.sum()), meant.sum()
+        return out.movedim(1, 2) if square else out, int(selected.sum()), selected.sum()
 
     def on(model: Any) -> list[tuple[str, Act]]:
         return [(name, partial(act, name=name)) for name in points_of(model, points)]
@@ -96,19 +107,22 @@ def patch(
 def resample(
     points: str | Collection[str], donors: Float[Tensor, "donor *feature"], tokens: Tokens = None, *, seed: int = 0
 ) -> Edit:
-    """Every meant token takes the activation of a donor drawn at random: resample ablation.
+    """Return an edit that gives every selected token the activation of a random donor: resample ablation.
 
     The draw belongs to a token's sequence and position, so that batches and decode steps draw alike.
+
+    Raises:
+        InputError: the donors do not fit the activations of a hook point.
     """
     members = as_set(tokens)
 
     def act(x: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
         if donors.shape[1:] != x.shape[2:]:
-            raise ValueError(f"donors of {tuple(donors.shape[1:])} do not fit activations of {tuple(x.shape)}")
-        meant = at.meant(members)
+            raise InputError(f"donors of {tuple(donors.shape[1:])} do not fit activations of {tuple(x.shape)}")
+        selected = at.selected(members)
         drawn = _drawn(at.context.sequence, at.context.positions.cpu(), len(donors), seed)
         new = donors[drawn.to(donors.device)].to(x.device, x.dtype)
-        return torch.where(over_axes(meant, x), new, x), int(meant.sum()), meant.sum()
+        return torch.where(over_axes(selected, x), new, x), int(selected.sum()), selected.sum()
 
     return Edit(f"resample {listed(points)} from {len(donors)} donors", at_points(points, act))
 

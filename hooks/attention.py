@@ -8,19 +8,20 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from workbench.errors import InputError
 from workbench.hooks.edits import At, Edit, Tokens, as_set
-from workbench.hooks.targets import Layers, along, among, at_layers, said
+from workbench.hooks.targets import Layers, along, among, at_layers, describe_layers
 
 
 def remove_sinks(layers: Layers, heads: Collection[int] | None = None, tokens: Tokens = None) -> Edit:
     """No probability rests on the sink: each row of the pattern sums to one."""
-    return _sinks(f"remove sinks of {said(layers)}", layers, heads, tokens, lambda p, s: torch.zeros_like(p))
+    return _sinks(f"remove sinks of {describe_layers(layers)}", layers, heads, tokens, lambda p, s: torch.zeros_like(p))
 
 
 def scale_sinks(layers: Layers, factor: float, heads: Collection[int] | None = None, tokens: Tokens = None) -> Edit:
     """The sink's probability times `factor`, at most one; the pattern takes or gives the difference."""
-    says = f"sinks of {said(layers)} × {factor:g}"
-    return _sinks(says, layers, heads, tokens, lambda p, s: (p * factor).clamp(max=1))
+    description = f"sinks of {describe_layers(layers)} × {factor:g}"
+    return _sinks(description, layers, heads, tokens, lambda p, s: (p * factor).clamp(max=1))
 
 
 def set_sinks(
@@ -31,16 +32,20 @@ def set_sinks(
     probability: float | None = None,
     logit: float | None = None,
 ) -> Edit:
-    """The sink's probability, or its logit in place of the learned one."""
+    """Return an edit that sets the sink probability, or its logit in place of the learned one.
+
+    Raises:
+        InputError: neither or both of probability and logit are given, or the probability is outside [0, 1].
+    """
     if (probability is None) == (logit is None) or not 0 <= (probability or 0) <= 1:
-        raise ValueError("give either a probability from 0 to 1, or a logit")
+        raise InputError("give either a probability from 0 to 1, or a logit")
     if probability is not None:
-        says = f"sinks of {said(layers)} at probability {probability:g}"
-        return _sinks(says, layers, heads, tokens, lambda p, s: torch.full_like(p, probability))
+        description = f"sinks of {describe_layers(layers)} at probability {probability:g}"
+        return _sinks(description, layers, heads, tokens, lambda p, s: torch.full_like(p, probability))
     assert logit is not None
-    says = f"sinks of {said(layers)} at logit {logit:g}"
+    description = f"sinks of {describe_layers(layers)} at logit {logit:g}"
     # p = sigmoid(s − lse): another logit moves the log-odds by what it differs.
-    return _sinks(says, layers, heads, tokens, lambda p, s: torch.sigmoid(p.logit() + (logit - s)))
+    return _sinks(description, layers, heads, tokens, lambda p, s: torch.sigmoid(p.logit() + (logit - s)))
 
 
 def knockout(layers: Layers, queries: Tokens, keys: Tokens, heads: Collection[int] | None = None) -> Edit:
@@ -52,7 +57,7 @@ def knockout(layers: Layers, queries: Tokens, keys: Tokens, heads: Collection[in
     heads = None if heads is None else sorted(set(heads))
 
     def act(scores: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
-        rows, cols = at.meant(from_), at.context.key_mask(to)
+        rows, cols = at.selected(from_), at.context.key_mask(to)
         pairs = (rows[:, :, None] & cols[:, None]).to(scores.device)[:, None]
         if heads is not None:
             pairs = pairs & among(heads, scores[0, :, 0, 0])[:, None, None]
@@ -60,20 +65,24 @@ def knockout(layers: Layers, queries: Tokens, keys: Tokens, heads: Collection[in
         tokens = int(gone.any(1).any(-1).sum())
         return scores.masked_fill(gone, -torch.inf), tokens, gone.sum()
 
-    return Edit(f"knockout in {said(layers)}", at_layers(layers, "attn.hook_attn_scores", act, heads=heads))
+    return Edit(f"knockout in {describe_layers(layers)}", at_layers(layers, "attn.hook_attn_scores", act, heads=heads))
 
 
 def _sinks(
-    says: str, layers: Layers, heads: Collection[int] | None, tokens: Tokens, new: Callable[[Tensor, Tensor], Tensor]
+    description: str,
+    layers: Layers,
+    heads: Collection[int] | None,
+    tokens: Tokens,
+    new: Callable[[Tensor, Tensor], Tensor],
 ) -> Edit:
     """new(probability [batch pos head], learned logit [head]) is the probability that counts."""
     members = as_set(tokens)
     heads = None if heads is None else sorted(set(heads))
 
     def act(p: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
-        meant = at.meant(members)
-        mask = meant.to(p.device)[..., None] & along(heads, p)
+        selected = at.selected(members)
+        mask = selected.to(p.device)[..., None] & along(heads, p)
         out = torch.where(mask, new(p, at.model.blocks[at.layer].attn.sinks.to(p)), p)
-        return out, int(meant.sum()), mask.sum()
+        return out, int(selected.sum()), mask.sum()
 
-    return Edit(says, at_layers(layers, "attn.hook_sink", act, heads=heads))
+    return Edit(description, at_layers(layers, "attn.hook_sink", act, heads=heads))

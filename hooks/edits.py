@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from workbench.errors import InputError
 from workbench.hooks.hook_points import recomputing
 
 TokenSet = Callable[[Int[np.ndarray, " pos"]], Bool[np.ndarray, " pos"]]
@@ -21,7 +22,7 @@ Tokens = TokenSet | Sequence[int] | slice | None  # a set (see harmony.token_set
 
 
 class PassContext(Protocol):
-    """What a pass says about its tokens; the model's `where`."""
+    """What is known of the tokens of a pass; the model's `context`."""
 
     positions: Int[Tensor, "batch pos"]
     sequence: Int[Tensor, "batch pos"]
@@ -42,12 +43,12 @@ class At(NamedTuple):
     context: PassContext
     seen: dict[str, Tensor]
 
-    def meant(self, tokens: TokenSet) -> Bool[Tensor, "batch pos"]:
+    def selected(self, tokens: TokenSet) -> Bool[Tensor, "batch pos"]:
         """Which tokens of the pass are in the set, on the CPU; padding never is."""
         return self.context.mask(tokens)
 
 
-Act = Callable[[Tensor, At], tuple[Tensor, int, Tensor | int]]  # edited, tokens meant, entries changed
+Act = Callable[[Tensor, At], tuple[Tensor, int, Tensor | int]]  # edited, tokens selected, entries changed
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,16 @@ class Edit:
     watches: what the acts read of `At.seen`.
     """
 
-    says: str
+    description: str
     points: Callable[[Any], list[tuple[str, Act]]]
     watches: tuple[str, ...] = ()
 
 
 @dataclass
 class Matched:
-    """What an edit has met: tokens it was meant for, and entries it changed (slots, sinks, pairs, vectors)."""
+    """How many tokens an edit has matched, and how many entries it changed (slots, sinks, pairs, vectors)."""
 
-    says: str
+    description: str
     tokens: int = 0
     _changed: dict[torch.device, Tensor] = field(default_factory=dict)
 
@@ -80,7 +81,7 @@ class Matched:
         return sum(int(n) for n in self._changed.values())
 
     def __repr__(self) -> str:
-        return f"{self.says}: {self.tokens:,} tokens, {self.changed:,} entries changed"
+        return f"{self.description}: {self.tokens:,} tokens, {self.changed:,} entries changed"
 
 
 _SEEN_AT = {
@@ -93,8 +94,12 @@ _SEEN_AT = {
 
 @contextmanager
 def applied(model: Any, *edits: Edit) -> Iterator[list[Matched]]:
-    """The model with these edits in it. Yields what each has matched so far; one that matched no token is an error."""
-    report = [Matched(edit.says) for edit in edits]
+    """Apply edits to the model within the context, and yield how many tokens each has matched so far.
+
+    Raises:
+        InputError: an edit has matched no token by the end of the context.
+    """
+    report = [Matched(edit.description) for edit in edits]
     seen: dict[int, dict[str, Tensor]] = {}
     acts = [
         (name, act, matched) for edit, matched in zip(edits, report, strict=True) for name, act in edit.points(model)
@@ -104,7 +109,7 @@ def applied(model: Any, *edits: Edit) -> Iterator[list[Matched]]:
     def hook(act: Act, matched: Matched, layer: int) -> Callable[..., Tensor]:
         def run(tensor: Tensor, hook: Any) -> Tensor:
             out, tokens, changed = act(tensor, At(model, layer, model.context, seen.setdefault(layer, {})))
-            assert out.shape == tensor.shape, f"{matched.says}: {tuple(tensor.shape)} became {tuple(out.shape)}"
+            assert out.shape == tensor.shape, f"{matched.description}: {tuple(tensor.shape)} became {tuple(out.shape)}"
             if not recomputing():
                 matched.count(tokens, changed)
             return out.to(tensor.dtype)
@@ -112,19 +117,19 @@ def applied(model: Any, *edits: Edit) -> Iterator[list[Matched]]:
         return run
 
     def look(layer: int, what: str) -> Callable[..., None]:
-        def keep(tensor: Tensor, hook: Any) -> None:
+        def record_hook(tensor: Tensor, hook: Any) -> None:
             seen.setdefault(layer, {})[what] = tensor
 
-        return keep
+        return record_hook
 
     looks = [(f"blocks.{layer}.{_SEEN_AT[what]}", look(layer, what), what) for layer, what in sorted(watched)]
-    before = [(name, keep) for name, keep, what in looks if what == "unedited"]
-    after = [(name, keep) for name, keep, what in looks if what != "unedited"]
+    before = [(name, record) for name, record, what in looks if what == "unedited"]
+    after = [(name, record) for name, record, what in looks if what != "unedited"]
     between = [(name, hook(act, matched, _layer(name))) for name, act, matched in acts]
     with model.hooks(fwd_hooks=[*before, *between, *after]):
         yield report
-    if unmatched := [matched.says for matched in report if not matched.tokens]:
-        raise ValueError(
+    if unmatched := [matched.description for matched in report if not matched.tokens]:
+        raise InputError(
             f"no token was met by: {'; '.join(unmatched)}. Nothing was run inside, or the token set is empty there: "
             "check it with token_set(ids)"
         )

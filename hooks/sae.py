@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
+from workbench.errors import InputError
+
 _CONFIG, _WEIGHTS, _SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _VECTORS = {
@@ -61,7 +63,7 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What an autoencoder computes, and the hook point that it was trained on, if its folder says so."""
+    """What an autoencoder computes, and the hook point that it was trained on, if its folder names it."""
 
     architecture: str
     d_in: int
@@ -118,17 +120,20 @@ class SAE(nn.Module):
     def decode(
         self, features: Float[Tensor, "*rows d_sae"], like: Float[Tensor, "*activation"] | None = None
     ) -> Float[Tensor, "*activation"]:
-        """The activation that the features stand for.
+        """Return the activation that the features reconstruct.
 
         Where the SAE normalises its input or flattens heads, `like` is the activation that the features came from:
         its scale, centre and shape are given back.
+
+        Raises:
+            InputError: the SAE normalizes its input, and the activation `like` is not given.
         """
         if self.cfg.rescale_acts_by_decoder_norm:
             features = features / self.W_dec.norm(dim=-1)
         out = features @ self.W_dec + self.b_dec
         if like is None:
             if (self.cfg.normalize_activations, self.cfg.reshape_activations) != ("none", "none"):
-                raise ValueError("this SAE normalises or flattens its input: pass decode the activation as `like`")
+                raise InputError("this SAE normalises or flattens its input: pass decode the activation as `like`")
             return out
         _, scale, centre = self._normalise(like)
         out = out * scale + centre
@@ -143,7 +148,7 @@ class SAE(nn.Module):
         if self.cfg.reshape_activations == "hook_z":
             x = x.flatten(-2)
         if x.shape[-1] != self.cfg.d_in:
-            raise ValueError(f"this SAE reads activations of width {self.cfg.d_in}, got {x.shape[-1]}")
+            raise InputError(f"this SAE reads activations of width {self.cfg.d_in}, got {x.shape[-1]}")
         x = x.to(self.W_enc.dtype)
         if self.cfg.normalize_activations == "constant_norm_rescale":
             scale = x.norm(dim=-1, keepdim=True) / self.cfg.d_in**0.5
@@ -156,22 +161,25 @@ class SAE(nn.Module):
 
 @contextmanager
 def splice(model: HookedRootModule, sae: SAE, at: str | None = None, *, use_error_term: bool = True) -> Iterator[str]:
-    """Within the context, the activation at a hook point is what the SAE makes of it, plus what that lacks.
+    """Within the context, replace the activation at a hook point by the reconstruction of the SAE plus its error.
 
     Yields the name of a new hook point of the model, `<at>.hook_sae_acts_post`: the features [batch pos d_sae], to be
     recorded and edited like any other. With the error term there is `<at>.hook_sae_error` too; the error is that of
     the features before any edit, and no gradient flows through it. Hooks added at `at` inside see the result.
+
+    Raises:
+        InputError: the hook point is not named, does not exist, or has an SAE already.
     """
     at = at or sae.cfg.hook_name
     if at is None:
-        raise ValueError("the SAE's folder does not say where it belongs: name a hook point with `at`")
+        raise InputError("the SAE's folder does not say where it belongs: name a hook point with `at`")
     if at not in model.hook_dict:
         near = ", ".join(get_close_matches(at, model.hook_dict)) or "none of a similar name"
-        raise ValueError(f"hook point {at!r} does not exist; there is {near}")
+        raise InputError(f"hook point {at!r} does not exist; there is {near}")
     kinds = ("hook_sae_acts_post", "hook_sae_error") if use_error_term else ("hook_sae_acts_post",)
     points = {f"{at}.{kind}": HookPoint() for kind in kinds}
     if taken := model.hook_dict.keys() & points.keys():
-        raise ValueError(f"an SAE is spliced in at {at!r} already: {min(taken)!r} exists")
+        raise InputError(f"an SAE is spliced in at {at!r} already: {min(taken)!r} exists")
     acts, *error = points.values()
 
     def reconstruct(x: Tensor, hook: HookPoint) -> Tensor:
@@ -196,7 +204,7 @@ def splice(model: HookedRootModule, sae: SAE, at: str | None = None, *, use_erro
 
 
 def load_sae(folder: str | Path, *, device: str | torch.device = "cpu") -> SAE:
-    """The autoencoder in a folder that SAELens wrote, in the dtype that it says."""
+    """The autoencoder in a folder that SAELens wrote, in the dtype that its configuration names."""
     root = Path(folder)
     cfg = _read_config(root / _CONFIG)
     shapes = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
@@ -219,11 +227,11 @@ def _read_config(path: Path) -> SAEConfig:
     try:
         raw = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} has no {_CONFIG}: name a folder that SAELens wrote") from error
+        raise InputError(f"{path.parent} has no {_CONFIG}: name a folder that SAELens wrote") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON that can be read: {error}") from error
+        raise InputError(f"{path} is not JSON that can be read: {error}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: wanted an object of options, got {type(raw).__name__}")
+        raise InputError(f"{path}: wanted an object of options, got {type(raw).__name__}")
     options = _DEFAULTS | {name: value for name, value in _modern(raw).items() if value is not None}
     _check_options(path, options)
     options["dtype"] = _DTYPES[options["dtype"]]
@@ -253,35 +261,35 @@ def _check_options(path: Path, options: Mapping[str, Any]) -> None:
     for name, read in _READ.items():
         if (value := options[name]) not in read:
             why = _REFUSED.get(str(value), f"wanted {' or '.join(map(str, read))}")
-            raise ValueError(f"{path}: {name} {value!r} is not read here: {why}")
+            raise InputError(f"{path}: {name} {value!r} is not read here: {why}")
     topk = options["architecture"] == "topk"
     for name in ("d_in", "d_sae", "k") if topk else ("d_in", "d_sae"):
         if type(value := options.get(name)) is not int or value < 1:
-            raise ValueError(f"{path}: {name} is {value!r}, wanted a positive whole number")
+            raise InputError(f"{path}: {name} is {value!r}, wanted a positive whole number")
     if topk and options["k"] > options["d_sae"]:
-        raise ValueError(f"{path}: k {options['k']} is above d_sae {options['d_sae']}")
+        raise InputError(f"{path}: k {options['k']} is above d_sae {options['d_sae']}")
     if not isinstance(options["hook_name"], str | None):
-        raise ValueError(f"{path}: hook_name is {options['hook_name']!r}, wanted the name of a hook point")
+        raise InputError(f"{path}: hook_name is {options['hook_name']!r}, wanted the name of a hook point")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: the folder is not whole") from error
+        raise InputError(f"{path} is missing: the folder is incomplete") from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+        raise InputError(f"{path} is truncated or no safetensors file: {error}") from error
 
 
 def _check_tensors(
     path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, finite: bool = True
 ) -> None:
     if wrong := sorted(found.keys() ^ shapes.keys()):
-        raise ValueError(f"{path}: tensor {wrong[0]!r} is {'left over' if wrong[0] in found else 'missing'}")
+        raise InputError(f"{path}: tensor {wrong[0]!r} is {'left over' if wrong[0] in found else 'missing'}")
     for name, shape in shapes.items():
         if tuple(found[name].shape) != shape:
-            raise ValueError(
+            raise InputError(
                 f"{path}: tensor {name!r} has shape {list(found[name].shape)}, cfg.json wants {list(shape)}"
             )
         if not found[name].is_floating_point() or (finite and not found[name].isfinite().all()):
-            raise ValueError(f"{path}: tensor {name!r} is not of finite floating-point numbers")
+            raise InputError(f"{path}: tensor {name!r} is not of finite floating-point numbers")

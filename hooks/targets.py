@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
+from workbench.errors import InputError
 from workbench.hooks.edits import Act
 
 Layers = int | Collection[int]
@@ -19,7 +20,7 @@ def numbers(layers: Layers) -> list[int]:
     return [layers] if isinstance(layers, int) else sorted(set(layers))
 
 
-def said(layers: Layers) -> str:
+def describe_layers(layers: Layers) -> str:
     """The layers in words."""
     which = numbers(layers)
     return f"layer {which[0]}" if len(which) == 1 else f"layers {', '.join(map(str, which))}"
@@ -37,12 +38,16 @@ def at_layers(layers: Layers, point: str, act: Act, heads: Sequence[int] | None 
 
 
 def at_routers(layers: Layers, experts: Sequence[int], point: str, act: Act, *, at_most_k: bool = False) -> Points:
-    """The point in each of the layers, once the model is known to have these experts."""
+    """Return the router hook point of each layer, after checking the experts.
+
+    Raises:
+        InputError: the model lacks an expert, or too many are given for one token.
+    """
 
     def points(model: Any) -> list[tuple[str, Act]]:
         _check("expert", experts, model.cfg.num_experts)
         if at_most_k and len(experts) > model.cfg.experts_per_token:
-            raise ValueError(f"a token goes to {model.cfg.experts_per_token} experts, not to {len(experts)}")
+            raise InputError(f"a token goes to {model.cfg.experts_per_token} experts, not to {len(experts)}")
         return at_layers(layers, point, act)(model)
 
     return points
@@ -51,30 +56,38 @@ def at_routers(layers: Layers, experts: Sequence[int], point: str, act: Act, *, 
 def _check(what: str, numbers: Sequence[int], n: int) -> None:
     wrong = [i for i in numbers if not 0 <= i < n]
     if wrong or not numbers:
-        raise ValueError(f"{what}s {wrong or 'none'}: the model has {what}s 0 to {n - 1}")
+        raise InputError(f"{what}s {wrong or 'none'}: the model has {what}s 0 to {n - 1}")
 
 
 def at_points(points: str | Collection[str], act: Act) -> Points:
-    """These points by name, which must have the axes batch, pos and so on."""
+    """Return these hook points by name; each must have the axes batch and pos.
+
+    Raises:
+        InputError: a point has the axes query and key.
+    """
 
     def checked(model: Any) -> list[tuple[str, Act]]:
         square = [name for name in points_of(model, points) if name.endswith(("hook_attn_scores", "hook_pattern"))]
         if square:
-            raise ValueError(f"{square[0]} is query by key: use knockout, or patch")
+            raise InputError(f"{square[0]} is query by key: use knockout, or patch")
         return [(name, act) for name in points_of(model, points)]
 
     return checked
 
 
 def points_of(model: Any, points: str | Collection[str]) -> list[str]:
-    """The points by name, all of them the model's."""
+    """Return hook points of the model by name.
+
+    Raises:
+        InputError: no hook point is named, or the model does not have it.
+    """
     names = [points] if isinstance(points, str) else list(points)
     for name in names:
         if name not in model.hook_dict:
             near = difflib.get_close_matches(name, model.hook_dict, 3, 0.4)
-            raise ValueError(f"the model has no hook point {name!r}; near it: {', '.join(near) or 'none'}")
+            raise InputError(f"the model has no hook point {name!r}; near it: {', '.join(near) or 'none'}")
     if not names:
-        raise ValueError("no hook point is named")
+        raise InputError("no hook point is named")
     return names
 
 
@@ -90,12 +103,16 @@ def among(which: Sequence[int], like: Shaped[Tensor, "*any n"]) -> Bool[Tensor, 
 
 
 def along(index: int | Collection[int] | None, x: Shaped[Tensor, "batch pos *feature"]) -> Bool[Tensor, "*any"]:
-    """Marks these along the axis behind pos, or all; broadcasts to x."""
+    """Return a mask of indices along the axis behind pos, which broadcasts to x; all of them without indices.
+
+    Raises:
+        InputError: an index does not fit the axis behind pos.
+    """
     if index is None:
         return torch.ones((), dtype=torch.bool, device=x.device)
     which = [index] if isinstance(index, int) else list(index)
     if x.dim() < 3 or not all(0 <= i < x.shape[2] for i in which):
-        raise ValueError(f"index {which} does not fit the axis behind pos of activations of {tuple(x.shape)}")
+        raise InputError(f"index {which} does not fit the axis behind pos of activations of {tuple(x.shape)}")
     return among(which, x[0, 0].movedim(0, -1)).view(-1, *[1] * (x.dim() - 3))
 
 

@@ -7,6 +7,7 @@ ROOT = Path(__file__).parents[1]
 # tests of several modules together, or of what is not a module of the workbench
 ACROSS_MODULES = {
     "capture/test_exact_records.py",
+    "capture/test_excluding.py",
     "capture/test_faults.py",
     "capture/test_memory.py",
     "cli/test_cli.py",

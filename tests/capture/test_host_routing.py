@@ -10,6 +10,9 @@ import torch
 import workbench as wb
 from workbench.capture import compute, job
 from workbench.capture.host_routing import HostRoutes
+from workbench.dashboards.pages import further_studies
+from workbench.dashboards.session import Session
+from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 from workbench.harmony.hosts.routing import write_experts
 from workbench.model.transformer import GptOss
@@ -107,6 +110,11 @@ def test_the_studies_see_planted_disagreement(
     assert result["agreement_effort"].sel(effort="low") < 1
     for label, drawing in find("routing-agreement").load_figures().gallery({"agreement": result}).items():
         assert drawing.draw().data, label
+    registry = RunRegistry([run.path, free.path], cache=tmp_path / "cache")
+    for name, page, sections in (("host", "experts", 1), ("own", "experts", 0), ("own", "compare", 1)):
+        shown = further_studies(Session(registry, Selection({"run": name}), lambda: None), page)
+        assert len(shown) == 2 * sections, (name, page)  # a heading and a result
+    registry.desk.close()
     both = run_study("routing-agreement-runs", run, free)["agreement"]
     assert (both["agreement"].values[tokens][:, :-1] == 1).all()
     assert float(both["logprob_effect"]) > 0

@@ -211,7 +211,7 @@ def test_a_growing_run_is_studied_once_for_each_visit(tmp_path: Path) -> None:
         write_unit(writer, 0)
         registry = RunRegistry([tmp_path / "r.zarr"], cache=tmp_path / "cache")
         asked = list[tuple[str, bool]]()
-        registry.desk.ask = lambda study, paths, digest, *, lasting: asked.append((digest, lasting))  # type: ignore[assignment,method-assign]
+        registry.desk.ask = lambda study, paths, digest, *, exclude, lasting: asked.append((digest, lasting))  # type: ignore[assignment,method-assign]
         session = registry.study("routing", "r")
         first = registry.run("r").digest
         session()

@@ -1,7 +1,9 @@
 """Labels: the library's parser agrees on well-formed streams, and malformed ones never hurt."""
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -262,6 +264,19 @@ def test_soundness_is_no_empty_word(twin: Callable[[Labels], Labels], small: Tok
     ids = stream(GOOD + "a" + GOOD, small)
     with pytest.raises(AssertionError):
         assert_sound(ids, twin(label(ids, tokenizer=small)), small)
+
+
+RECORDED = json.loads((Path(__file__).parent / "recorded_streams.json").read_text())
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda recorded: recorded["source"].split(",")[0])
+def test_the_library_agrees_on_recorded_streams(recorded: dict[str, Any], o200k: Tokenizer) -> None:
+    """What gpt-oss generated in other programs, and the library's own test data, as ids; each names its source."""
+    ids = [o200k.mark("start"), *o200k.encode("assistant"), *recorded["tokens"]]
+    labels = label(ids, tokenizer=o200k, n_prompt=2)
+    assert disagreements(ids, labels) == []
+    assert not any(irregular(m) for m in labels.messages)
+    assert disagreements(ids, label([*ids[1:], ids[0]], tokenizer=o200k))  # negative control: labels of other tokens
 
 
 def test_40_000_malformed_streams(small: Tokenizer) -> None:

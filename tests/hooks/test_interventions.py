@@ -116,7 +116,7 @@ def test_the_ways_to_take_an_expert_away_differ(base: GptOss) -> None:
     ways.append(ablate(1, [2], how="mean", means=expert_means(base, X, 1)))
     outs = [run(base, way) for way in ways]
     for i, a in enumerate(outs):
-        assert not any(torch.allclose(a, b, **CLOSE) for b in outs[:i]), ways[i].says
+        assert not any(torch.allclose(a, b, **CLOSE) for b in outs[:i]), ways[i].description
 
 
 @torch.no_grad()

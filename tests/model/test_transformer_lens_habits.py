@@ -1,8 +1,13 @@
 """What TransformerLens' users type works, or its error names the right thing: counted, so that none is lost."""
 
+import re
+
+import pytest
 import torch
+import transformer_lens
 
 import workbench as wb
+from workbench.errors import InputError
 
 HABITS = """
 m.to_str_tokens(S); m.to_str_tokens(S, prepend_bos=False); m.to_str_tokens([S, S]); m.to_tokens([S, "1"]); m.to_single_str_token(7)
@@ -19,6 +24,9 @@ m.generate(T, max_new_tokens=2, do_sample=False); m.generate(T, max_new_tokens=2
 m.generate(T, max_new_tokens=2, stop_at_eos=False); m.generate(T, max_new_tokens=2, eos_token_id=3); m.generate(T, max_new_tokens=2, verbose=False)
 m.set_use_attn_result(True); m.freeze(); m.tokens_to_residual_directions(["7", "8"]); m.all_head_labels()
 c["resid_post", 1]; c["resid_post", -1]; c["sink", 1]; c["router", 1]; c["post", 0]; c["pattern", 1]; c["scale", 0, "ln1"]; c["embed"]
+m.all_composition_scores("Q"); m.get_params(); m.set_use_hook_mlp_in(True); m.set_use_attn_in(True); m.set_use_split_qkv_input(True)
+m.set_ungroup_grouped_query_attention(True); c.stack_neuron_results(layer=1); c.get_neuron_results(0)
+c.get_full_resid_decomposition(expand_neurons=True); tl.SVDInterpreter(m).get_singular_vectors("OV", 1, 4, 0)
 c.decompose_resid(return_labels=True); c.accumulated_resid(return_labels=True); c.logit_attrs(c.decompose_resid(), tokens="7")
 """
 
@@ -28,7 +36,14 @@ def test_habits_work() -> None:
     failed, lines = [], [line.strip() for line in HABITS.replace("\n", ";").split(";") if line.strip()]
     with torch.no_grad():
         tokens = model.to_tokens("12+34")
-        names = {"m": model, "S": "12+34", "T": tokens, "c": model.run_with_cache(tokens)[1], "torch": torch}
+        names = {
+            "m": model,
+            "S": "12+34",
+            "T": tokens,
+            "c": model.run_with_cache(tokens)[1],
+            "torch": torch,
+            "tl": transformer_lens,
+        }
         for line in lines:
             try:
                 eval(line, names)
@@ -36,3 +51,26 @@ def test_habits_work() -> None:
                 failed.append(f"{line}: {error}")
     assert failed == []
     assert len(lines) >= 70
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("m.W_in", "each expert has its own"), ("m.blocks[1].mlp.W_in", "each expert has its own"),
+        ("m.W_pos", "positions are rotary"), ("m.enable_compatibility_mode()", "weights stay as published"),
+        ("m.process_weights_(fold_ln=True)", "weights stay as published"),
+        ("m.run_with_cache(T, incl_bwd=True)", "return_type='loss'"),
+        ("m.run_with_hooks(T, fwd_hooks=[('blocks.1.hook_q_input', print)])", "call model.set_use_split_qkv_input"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_says_where_it_is(line: str, reason: str) -> None:
+    model = wb.load("nano", dtype=torch.float32, device="cpu")
+    with pytest.raises((AttributeError, InputError), match=re.escape(reason)):
+        eval(line, {"m": model, "T": model.to_tokens("12+34")})
+
+
+def test_backward_activations_are_cached() -> None:
+    model = wb.load("nano", dtype=torch.float32, device="cpu")
+    model.requires_grad_(True)
+    _, cache = model.run_with_cache("12+34", return_type="loss", incl_bwd=True)
+    assert cache["blocks.1.hook_resid_post_grad"].abs().max() > 0

@@ -75,7 +75,7 @@ class Buffers:
         message: Int[np.ndarray, " token"],
         members: Mapping[str, Bool[np.ndarray, " token"]],
     ) -> None:
-        """A unit of these tokens begins; members: of sparse activations, which tokens are meant."""
+        """A unit of these tokens begins; members: of sparse activations, which tokens are recorded."""
         self._used, self._at, self._members = len(sequence), slice(0, 0), members
         _, self._row = np.unique(sequence, return_inverse=True)
         self._cell = self._row * len(CHANNELS) + channel

@@ -22,6 +22,7 @@ Record = Annotated[
         "[default: routing, sinks, logprobs]"
     ),
 ]
+Exclude = Annotated[str | None, typer.Option(help="Leave sequences with these flags out, as in irregular,truncated.")]
 UnitTokens = Annotated[int, typer.Option(help="Tokens of a unit, which is computed and committed at once.")]
 
 

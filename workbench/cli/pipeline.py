@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli.options import Device, Dtype, Model, Record, RunPath, UnitTokens, load_model, torch_dtype
+from workbench.cli.options import Device, Dtype, Exclude, Model, Record, RunPath, UnitTokens, load_model, torch_dtype
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -145,9 +145,7 @@ def capture(
     record: Record = None,
     unit_tokens: UnitTokens = 16_384,
     strict: Annotated[bool, typer.Option(help="Refuse the file if any row is invalid.")] = False,
-    exclude: Annotated[
-        str | None, typer.Option(help="Leave sequences with these flags out, as in irregular,truncated.")
-    ] = None,
+    exclude: Exclude = None,
     routing: Annotated[
         str, typer.Option(help="own, or host: force the experts that the host chose (`transcripts --routing`).")
     ] = "own",

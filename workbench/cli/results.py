@@ -5,7 +5,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from workbench.cli.options import Device, Dtype, RunPath, load_model
+from workbench.cli.options import Device, Dtype, Exclude, RunPath, load_model
 from workbench.cli.study_help import StudyCommand, parse_options
 from workbench.errors import InputError
 
@@ -28,6 +28,7 @@ def study(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
+    exclude: Exclude = None,
 ) -> None:
     """Run a study or an experiment: print its summary and write its tables."""
     from workbench.registry import Experiment, find
@@ -40,7 +41,7 @@ def study(
         raise InputError(f"the experiment {record.name} needs the model: add --model with the captured checkpoint")
     if isinstance(record, Experiment) and other is not None:
         raise InputError(f"the experiment {record.name} takes one run, and {other!r} is a second")
-    runs = [open_run(path) for path in (run, other) if path is not None]
+    runs = [open_run(path, exclude=exclude or ()) for path in (run, other) if path is not None]
     if model is not None and isinstance(record, Experiment):
         from workbench.experiments.registry import run_experiment
 
@@ -54,14 +55,14 @@ def study(
 
 
 @app.command()
-def summary(run: RunPath) -> None:
+def summary(run: RunPath, exclude: Exclude = None) -> None:
     """Summarize a run in the terminal."""
     from rich.console import Console
 
     from workbench.cli.tables import summary as tables
     from workbench.runs import open_run
 
-    Console().print(tables(open_run(run)))
+    Console().print(tables(open_run(run, exclude=exclude or ())))
 
 
 @app.command()
@@ -74,13 +75,16 @@ def report(
         Path | None, typer.Option(help="Folder with results of experiments (`workbench study … --out`) to include.")
     ] = None,
     seed: int = 0,
+    exclude: Exclude = None,
 ) -> None:
     """Write the results of all studies of a run as one self-contained HTML page."""
     from workbench.figures.report import write_report
     from workbench.runs import open_run
     from workbench.studies.result import load
 
-    for path in write_report(open_run(run), out, results=None if results is None else load(results), seed=seed):
+    for path in write_report(
+        open_run(run, exclude=exclude or ()), out, results=None if results is None else load(results), seed=seed
+    ):
         print(path)
 
 
@@ -93,13 +97,16 @@ def figures(
     ] = None,
     column: Annotated[str, typer.Option(help="screen, single (89 mm) or double (183 mm).")] = "screen",
     which: Annotated[str, typer.Option("--set", help="all, main (for the text) or supplement.")] = "all",
+    exclude: Exclude = None,
 ) -> None:
     """Write all figures of a run, each with its numbers (CSV), caption and provenance."""
     from workbench.figures.export import FORMATS, write_all
     from workbench.runs import open_run
 
     formats = tuple(format or FORMATS)
-    for path in write_all(open_run(run), out, formats, column=cast(Any, column), which=cast(Any, which)):
+    for path in write_all(
+        open_run(run, exclude=exclude or ()), out, formats, column=cast(Any, column), which=cast(Any, which)
+    ):
         print(path)
 
 

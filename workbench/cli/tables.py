@@ -31,6 +31,8 @@ def summary(run: Run) -> Group:
     about.add_row("sequences", f"{len(run.sequences):,}, {int(run.sequences['length'].sum()):,} tokens")
     if found := counted_in(run.sequences):
         about.add_row("flags", found)
+    if run.exclusion:
+        about.add_row("excluded", run.exclusion)
     if run.sequences.empty:
         return Group(about, Text("No unit is written yet."))
     parts: list[Any] = [about, _tokens(run)]

@@ -26,7 +26,7 @@ def transcripts(run: Run, sequences: Sequence[int] | None = None) -> list[Transc
     return [
         Transcript(
             id=row["id"],
-            prompt_id=row["prompt_id"],
+            prompt_id=row["prompt_id"] or row["id"],  # a sequence that names no prompt is one of its own
             effort=row["effort"],
             tokens=ids[begins[number] : begins[number] + row["length"]],
             n_prompt=row["n_prompt"],

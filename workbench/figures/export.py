@@ -64,7 +64,11 @@ def write(
     formats: Sequence[str] = FORMATS,
     beside: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write `NAME.FORMAT` for every figure and format, and `NAME.csv`, after all of them are made."""
+    """Write `NAME.FORMAT` for every figure and format, and `NAME.csv`, after all of them are made.
+
+    Raises:
+        InputError: a figure has no data, or data has no figure.
+    """
     _check(formats)
     if figures.keys() != data.keys():
         unpaired = sorted(figures.keys() ^ data.keys())

@@ -31,7 +31,11 @@ def main_figures() -> list[str]:
 
 
 def figures_of_run(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
-    """What all studies of a run can draw, as `STUDY_NAME`, the main set first; and why studies are left out."""
+    """Return all figures of the studies of a run as `STUDY_NAME`, the main set first, and why studies were skipped.
+
+    Raises:
+        InputError: the set is unknown, or the run has no figure of it.
+    """
     if which not in get_args(Which):
         raise InputError(f"no set {which!r}; choose from {', '.join(get_args(Which))}")
     found: Gallery = {}
@@ -55,7 +59,11 @@ def figures_of_run(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
 
 
 def fit(figure: go.Figure, column: Column) -> go.Figure:
-    """The figure as wide as a column, without its title and foot, in 7-point type; `screen` leaves it as it is."""
+    """Return the figure at the width of a column, without title and footer, in 7-point type; `screen` changes nothing.
+
+    Raises:
+        InputError: the column width is unknown.
+    """
     if column not in get_args(Column):
         raise InputError(f"no column {column!r}; choose from {', '.join(get_args(Column))}")
     if column == "screen":

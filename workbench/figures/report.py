@@ -37,7 +37,11 @@ def write_report(
     results: Mapping[str, Mapping[str, xr.Dataset]] | None = None,
     seed: int = 0,
 ) -> list[Path]:
-    """Write the report as HTML and, beside it, as Markdown; results: of experiments, to include (see `load`)."""
+    """Write the report as HTML and, beside it, as Markdown; results: of experiments, to include (see `load`).
+
+    Raises:
+        InputError: the output is no .html file, or no study can be made of the run.
+    """
     target = Path(out)
     if target.suffix != ".html":
         raise InputError(f"{out}: a report is an .html file, its Markdown is written beside it")
@@ -87,6 +91,8 @@ def _about(run: Run) -> list[tuple[str, str]]:
         rows.append(("sequences", f"{len(run.sequences):,}"))  # type: ignore[attr-defined]
         if found := counted_in(run.sequences):  # type: ignore[attr-defined]
             rows.append(("flags", found))
+        if run.exclusion:  # type: ignore[attr-defined]
+            rows.append(("excluded", run.exclusion))  # type: ignore[attr-defined]
     return rows
 
 

@@ -82,7 +82,11 @@ def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme
 def entropy_by_layer(
     ds: xr.Dataset, *, panels: Literal["channel", "effort"] = "channel", theme: ThemeName = "light"
 ) -> go.Figure:
-    """Entropy of the load by layer, a panel a channel and a line an effort (or the reverse), with 95 % bands."""
+    """Entropy of the load by layer, a panel a channel and a line an effort (or the reverse), with 95 % bands.
+
+    Raises:
+        InputError: `panels` is unknown, or no cell of the dataset has a token.
+    """
     colours = THEMES[theme]
     if panels not in ("channel", "effort"):
         raise InputError(f"panels={panels!r} is not possible; choose channel or effort")

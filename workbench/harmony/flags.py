@@ -74,7 +74,11 @@ def counted_in(sequences: Any) -> str:
 
 
 def read_flags(text: str | None) -> tuple[str, ...]:
-    """The flags that an option such as `--exclude irregular,truncated` names."""
+    """Return the flags that an option such as `--exclude irregular,truncated` names.
+
+    Raises:
+        InputError: a name is not one of SEQUENCE_FLAGS.
+    """
     names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
     if unknown := [name for name in names if name not in SEQUENCE_FLAGS]:
         raise InputError(f"--exclude {unknown[0]}: choose from {', '.join(SEQUENCE_FLAGS)}")

@@ -24,7 +24,11 @@ def shown(value: Any) -> str:
 
 
 def effort_of(value: Any) -> str:
-    """The effort that a value names in any capitals, such as "High" of the harmony library's `ReasoningEffort`."""
+    """Return the effort that a value names, in any case, such as "High" of the harmony library's `ReasoningEffort`.
+
+    Raises:
+        InputError: the value names no effort.
+    """
     name = getattr(value, "value", value)
     effort = name.strip().lower() if isinstance(name, str) else name
     if not isinstance(effort, str) or effort not in EFFORTS:
@@ -33,7 +37,11 @@ def effort_of(value: Any) -> str:
 
 
 def effort_in_text(messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """The effort that a system or developer message asks for in a line of its own, as in `Reasoning: high`."""
+    """Return the effort that a system or developer message asks for in a line of its own, as in `Reasoning: high`.
+
+    Raises:
+        InputError: the text asks for several efforts.
+    """
     asked: set[str] = set()
     for message in messages:
         content = message.get("content")
@@ -48,7 +56,11 @@ def effort_in_text(messages: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def settled_effort(effort: Any, messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """The effort given, or else the one in the system text; InputError where they contradict each other."""
+    """Return the effort that is given, or else the one in the system text.
+
+    Raises:
+        InputError: the effort that is given contradicts the one in the system text.
+    """
     asked = effort_in_text(messages)
     if effort is None or effort == "":
         return asked
@@ -66,7 +78,11 @@ def leading(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 def check_messages(messages: Any) -> None:
-    """Refuse messages that cannot be rendered, or that would be rendered as something else."""
+    """Check that messages can be rendered as they are.
+
+    Raises:
+        InputError: the messages are not a list of messages, or one has a field that would not be rendered.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise InputError(f"messages: got {shown(messages)}; wanted a list of at least one message")
     for i, message in enumerate(messages, 1):

@@ -43,7 +43,11 @@ def prompt_options(
     knowledge_cutoff: str | None = None,
     date: datetime.date | str | None = None,
 ) -> PromptOptions:
-    """Check options as a caller or a row gives them."""
+    """Return the checked options of a prompt, as a caller or a row gives them.
+
+    Raises:
+        InputError: an option has the wrong type.
+    """
     for name, value in (("model_identity", model_identity), ("knowledge_cutoff", knowledge_cutoff)):
         if not isinstance(value, str | None):
             raise InputError(f"{name} is {shown(value)}; wanted text")
@@ -69,7 +73,11 @@ def is_system_text(text: str) -> bool:
 def preamble(
     leading: Sequence[Mapping[str, Any]], options: PromptOptions, tokenizer: Tokenizer
 ) -> list[tuple[str, str]] | list[int]:
-    """Role and text of each message before the first turn; or the ids that another model's template writes for it."""
+    """Role and text of each message before the first turn; or the ids that another model's template writes for it.
+
+    Raises:
+        InputError: a built-in tool that gpt-oss has no form for.
+    """
     if options.tools.unknown:
         raise InputError(f"gpt-oss has no form for a tool of type {shown(options.tools.unknown[0])}: leave it out")
     template = tokenizer.chat_template

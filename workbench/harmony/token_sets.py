@@ -1,4 +1,4 @@
-"""Token sets: which tokens of a harmony stream are meant, by role, channel, part, message, or how many of them.
+"""Token sets: which tokens of a harmony stream are selected, by role, channel, part, message, or how many of them.
 
 A token set is a function of a sequence's ids. It needs no tables and no run, so the same set selects what a capture
 records, where an intervention acts while a model generates, and what a study counts.
@@ -18,25 +18,25 @@ Mask = Bool[np.ndarray, " tokens"]
 
 
 class TokenSet:
-    """Called with a sequence's ids it says which are in the set. `a & b`, `a | b` and `~a` are sets too."""
+    """Return which of a sequence's ids are in the set, when called. `a & b`, `a | b` and `~a` are sets too."""
 
-    def __init__(self, says: str, test: Callable[[Int[np.ndarray, " tokens"]], Mask]) -> None:
-        self.says, self._test = says, test
+    def __init__(self, description: str, test: Callable[[Int[np.ndarray, " tokens"]], Mask]) -> None:
+        self.description, self._test = description, test
 
     def __call__(self, ids: Sequence[int] | Int[np.ndarray, " tokens"]) -> Mask:
         return self._test(np.asarray(ids, dtype=np.int64))
 
     def __and__(self, other: "TokenSet") -> "TokenSet":
-        return TokenSet(f"({self.says} and {other.says})", lambda ids: self(ids) & other(ids))
+        return TokenSet(f"({self.description} and {other.description})", lambda ids: self(ids) & other(ids))
 
     def __or__(self, other: "TokenSet") -> "TokenSet":
-        return TokenSet(f"({self.says} or {other.says})", lambda ids: self(ids) | other(ids))
+        return TokenSet(f"({self.description} or {other.description})", lambda ids: self(ids) | other(ids))
 
     def __invert__(self) -> "TokenSet":
-        return TokenSet(f"not {self.says}", lambda ids: ~self(ids))
+        return TokenSet(f"not {self.description}", lambda ids: ~self(ids))
 
     def __repr__(self) -> str:
-        return f"<tokens: {self.says}>"
+        return f"<tokens: {self.description}>"
 
 
 def token_set(
@@ -85,7 +85,11 @@ def token_set(
 
 
 def check_token_set(*, every: int = 1, last: int | None = None, **which: Any) -> None:
-    """Refuse what `token_set` could not mean, before there is a tokenizer."""
+    """Check the arguments of `token_set` before there is a tokenizer.
+
+    Raises:
+        InputError: `every` or `last` is below 1, or a name is unknown.
+    """
     for name, known in (("role", ROLES), ("channel", CHANNELS), ("part", PARTS)):
         _codes(name, which.get(name), known)
     if every < 1 or (last is not None and last < 1):

@@ -47,7 +47,11 @@ NO_TOOLS = Tools()
 
 
 def read_tools(tools: Any, builtin_tools: Any = None) -> Tools:
-    """Sort definitions into functions and built-in tools."""
+    """Return definitions sorted into functions and built-in tools.
+
+    Raises:
+        InputError: the value is not a list of tool definitions.
+    """
     if isinstance(tools, str):
         tools = _parsed(tools)
     if tools is not None and not isinstance(tools, Sequence):

@@ -82,7 +82,11 @@ class _BadRowError(ValueError):
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a file; one bad row refuses the file."""
+    """Return the prompts of a file.
+
+    Raises:
+        InputError: a row of the file is invalid; the message names its line.
+    """
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
     for line, row in _rows(Path(path)):
@@ -125,7 +129,11 @@ def write_transcripts(path: str | Path, rows: Iterable[Transcript], *, overwrite
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, overwrite: bool = False) -> None:
-    """Write rows as they are, all or nothing."""
+    """Write rows as JSON lines; the file appears complete or not at all.
+
+    Raises:
+        InputError: the path exists, its folder does not, or it cannot be written.
+    """
     path = Path(path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists: choose another name, or overwrite")

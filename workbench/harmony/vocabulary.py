@@ -52,7 +52,11 @@ class Tokenizer(TokenizerNames, ABC):
         return frozenset(self.special[name] for name in names if name in self.special)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, all of it ordinary: never a special token."""
+        """Return the ids of a text, all of it as ordinary text, never as special tokens.
+
+        Raises:
+            InputError: the text has half of a surrogate pair.
+        """
         if lone := _SURROGATE.search(text):
             raise InputError(f"the text has half a surrogate pair, {lone[0]!r}, at character {lone.start()}: remove it")
         return self._encode(text)
@@ -169,9 +173,12 @@ class _FromFile(Tokenizer):
 
 
 def tokenizer(source: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint folder; without one, o200k_harmony, which needs no network.
+    """Return the tokenizer of a checkpoint folder; without one, o200k_harmony, which needs no network.
 
     A folder in OpenAI's original layout has no tokenizer.json: its vocabulary is o200k_harmony.
+
+    Raises:
+        InputError: the folder does not exist.
     """
     if source is None:
         return _o200k_harmony()

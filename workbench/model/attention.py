@@ -7,17 +7,19 @@ as it is (see `workbench.hooks.observation`).
 Reference: openai/gpt-oss, gpt_oss/torch/model.py, AttentionBlock (commit 7b58334).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from workbench.errors import InputError
 from workbench.hooks.hook_points import hooked
 from workbench.hooks.observation import either, observe, replace_changed
 from workbench.kernels import attention as attend
 from workbench.model.config import Config
+from workbench.model.input_points import HeadInput
 from workbench.model.low_rank import Linear
 from workbench.model.pass_context import PassContext
 from workbench.model.rope import rotate
@@ -30,6 +32,8 @@ class Attention(AttentionWeights, nn.Module):
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()
         self.d_head, self.window = cfg.d_head, cfg.windows[layer]
+        self.n_heads, self.n_key_value_heads = cfg.n_heads, cfg.n_key_value_heads
+        self.ungrouped = False  # whether keys and values are repeated for every query head
         self.q = Linear(cfg.d_model, cfg.n_heads * cfg.d_head)
         self.k = Linear(cfg.d_model, cfg.n_key_value_heads * cfg.d_head)
         self.v = Linear(cfg.d_model, cfg.n_key_value_heads * cfg.d_head)
@@ -41,14 +45,31 @@ class Attention(AttentionWeights, nn.Module):
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], context: PassContext, layer: int
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        context: PassContext,
+        layer: int,
+        inputs: Mapping[str, HeadInput] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Return what this layer's attention adds to the residual stream."""
+        """Return what this layer's attention adds to the residual stream.
+
+        inputs: what single heads' queries, keys and values read where a hook edited it.
+
+        Raises:
+            InputError: keys per query head cannot be cached.
+        """
         q, k, v = (part(x).unflatten(-1, (-1, self.d_head)) for part in (self.q, self.k, self.v))
+        if inputs:
+            parts = {"q": (self.q, q), "k": (self.k, k), "v": (self.v, v)}
+            q, k, v = (inputs[n].project(*own) if n in inputs else own[1] for n, own in parts.items())
+        if self.ungrouped:
+            k, v = (part.repeat_interleave(self.n_heads // self.n_key_value_heads, 2) for part in (k, v))
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         q = self.hook_rot_q(rotate(q, context.cos, context.sin))
         k = self.hook_rot_k(rotate(k, context.cos, context.sin))
         if context.cache is not None:
+            if self.ungrouped:
+                raise InputError("a cache holds grouped keys: call set_ungroup_grouped_query_attention(False) first")
             seen = context.cache.extend(layer, k, v)
             k, v, context = seen.keys, seen.values, context.among(seen)
         return self._project(self.hook_z(self._attend(q, k, v, context)))

@@ -169,7 +169,11 @@ def free(device: torch.device) -> int:
 
 
 def parse(text: str) -> int:
-    """Bytes, from "80GB", "24 GiB" or a plain number."""
+    """Bytes, from "80GB", "24 GiB" or a plain number.
+
+    Raises:
+        InputError: the text is no amount of memory.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS:
         raise InputError(f"memory {text!r}: wanted a number and its unit, as in 80GB or 24GiB")

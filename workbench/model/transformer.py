@@ -25,7 +25,7 @@ from workbench.kernels import norm, routing
 from workbench.kernels.chunking import chunked
 from workbench.kernels.moe import ActivationHooks, Experts, LoraWeight, moe
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
-from workbench.model import calling
+from workbench.model import calling, input_points
 from workbench.model.activation_cache import ActivationCache
 from workbench.model.attention import Attention
 from workbench.model.cache import KVCache
@@ -56,10 +56,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
         if not hooked(self.hook_scale, self.hook_normalized):
-            return chunked(lambda x: norm.rms_norm(x, self.weight, self.eps), x, dim=1)
+            return self.normalize(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = self.hook_scale(norm.rms_scale(x, self.eps))
         return (self.hook_normalized(wide / scale) * self.weight.to(wide.dtype)).to(x.dtype)
+
+    def normalize(self, x: Float[Tensor, "batch pos *head d"]) -> Float[Tensor, "batch pos *head d"]:
+        """Return the normalized values without calling hooks."""
+        return chunked(lambda x: norm.rms_norm(x, self.weight, self.eps), x, dim=1)
 
 
 class Router(nn.Module):
@@ -151,6 +155,11 @@ class MoE(nn.Module):
         gates = self.hook_expert_weights(routing.gate(logits, experts.flatten(0, 1)).unflatten(0, x.shape[:2]))
         return self.experts(x, experts, gates)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in _ELSEWHERE:
+            raise AttributeError(f"a mixture of experts has no {name}: {_ELSEWHERE[name]}")
+        return super().__getattr__(name)
+
 
 class Block(nn.Module):
     """x += attention(norm(x)), then x += moe(norm(x))."""
@@ -162,11 +171,21 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg, layer), MoE(cfg, packed)
         self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
         self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
+        for name in (*input_points.MLP_IN, *input_points.ATTENTION_IN, *input_points.HEAD_INPUTS):
+            self.register_module(name, None)  # see workbench.model.input_points
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], where: PassContext) -> Float[Tensor, "batch pos d_model"]:
         x = self.hook_resid_pre(x)
-        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(x), where, self.layer)))
-        return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
+        stream = input_points.read_at(self.get_point("hook_attn_in"), x)
+        inputs = input_points.head_inputs(self, stream, self.attn.n_heads, self.attn.n_key_value_heads)
+        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(stream), where, self.layer, inputs)))
+        stream = input_points.read_at(self.get_point("hook_mlp_in"), x)
+        return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(stream))))
+
+    def get_point(self, name: str) -> HookPoint | None:
+        """Return an optional hook point, or None while it is switched off."""
+        point: HookPoint | None = self._modules[name]
+        return point
 
 
 class Embed(nn.Embedding):
@@ -200,6 +219,11 @@ _EXPERT = "each expert has its own, as in model.blocks[0].mlp.experts.{}(5) of e
 _ELSEWHERE = {name: _EXPERT.format(name) for name in ("W_in", "W_out", "W_gate", "b_in", "b_out", "b_gate")} | {
     name: "positions are rotary, see cfg.rope" for name in ("W_pos", "W_E_pos", "pos_embed")
 }
+_UNPROCESSED = "weights stay as published, nothing is folded or centred; gains are block.ln1.w, block.ln2.w, ln_final.w"
+_NOT_OFFERED = dict.fromkeys(
+    ("process_weights_", "process_weights", "enable_compatibility_mode", "fold_layer_norm", "center_writing_weights"),
+    _UNPROCESSED,
+)
 
 
 class GptOss(TextMethods, ModelWeights, HookedRootModule):
@@ -366,8 +390,10 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         """Return the output and an ActivationCache; the hook names of a filter are checked.
 
         Raises:
-            InputError: `names_filter` names no hook point of the model.
+            InputError: `names_filter` names no hook point of the model, or `incl_bwd` has no scalar to start from.
         """
+        if options.get("incl_bwd") and (options.get("return_type") != "loss" or not torch.is_grad_enabled()):
+            raise InputError("incl_bwd needs a scalar and gradients: pass return_type='loss', outside torch.no_grad()")
         names = options.get("names_filter")
         for name in [names] if isinstance(names, str) else names if isinstance(names, list | tuple) else ():
             self._check_hook_name(name)
@@ -407,6 +433,8 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
 
     def _check_hook_name(self, name: str) -> None:
         if name not in self.hook_dict:
+            if switch := input_points.SWITCHES.get(name.rpartition(".")[2]):
+                raise InputError(f"the model has no hook point {name!r}: call model.{switch}(True) first")
             raise InputError(f"the model has no hook point {name!r}; {closest_names(name, self.hook_dict)}")
 
     def freeze(self) -> None:
@@ -416,9 +444,36 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Accept TransformerLens' call: `attn.hook_result` is computed when it is hooked, whatever the value."""
 
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Add the hook points `blocks.{l}.hook_mlp_in`, or remove them; see `workbench.model.input_points`."""
+        self._set_points(input_points.MLP_IN, use_hook_mlp_in)
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Add the hook points `blocks.{l}.hook_attn_in` [batch pos d_model], or remove them."""
+        self._set_points(input_points.ATTENTION_IN, use_attn_in)
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Add the hook points `hook_q_input`, `hook_k_input` and `hook_v_input` of every block, or remove them."""
+        self._set_points(input_points.HEAD_INPUTS, use_split_qkv_input)
+
+    def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
+        """Give every query head a copy of its keys and values: `hook_k` and `hook_v` are then [batch pos head d_head].
+
+        A pass with a cache, `generate` included, is refused meanwhile.
+        """
+        for block in self.blocks:
+            block.attn.ungrouped = ungroup_grouped_query_attention
+
+    def _set_points(self, names: tuple[str, ...], wanted: bool) -> None:
+        for block in self.blocks:
+            input_points.register(block, names, wanted)
+        self.setup()
+
     def __getattr__(self, name: str) -> Any:
         if name in _ELSEWHERE:
             raise AttributeError(f"a mixture of experts has no {name}: {_ELSEWHERE[name]}")
+        if name in _NOT_OFFERED:
+            raise AttributeError(f"{type(self).__name__} has no {name}: {_NOT_OFFERED[name]}")
         return super().__getattr__(name)
 
     def generate(self, tokens: Any, **options: Any) -> Any:

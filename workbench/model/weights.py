@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from transformer_lens import FactoredMatrix
+from transformer_lens.utilities import composition_scores
 
+from workbench.errors import InputError
 from workbench.kernels.moe import LoraWeight
 from workbench.kernels.mxfp4 import Mxfp4, dequantise
 from workbench.model.low_rank import Linear
@@ -121,6 +123,44 @@ class ModelWeights:
         """[layer head d_model d_model], in its two factors."""
         return FactoredMatrix(self.W_V, self.W_O)
 
+    def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head later_layer later_head"]:
+        """Return how much each head writes into what later heads read: mode "Q", "K" or "V" as in TransformerLens.
+
+        ‖OV · M‖ / (‖OV‖ ‖M‖) in the Frobenius norm, with M the later head's QK, QKᵀ or OV behind the gain of its norm;
+        zero where the second layer is not later. Rotary positions are left out, so Q and K hold for tokens at
+        one position.
+
+        Raises:
+            InputError: another mode.
+        Reference: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
+        """
+        if mode not in ("Q", "K", "V"):
+            raise InputError(f"mode {mode!r}: expected 'Q', 'K' or 'V'")
+        gain = torch.stack([block.ln1.weight.to(self.W_Q.device) for block in self.blocks])[:, None, :, None]
+        q, k, v = (weight.float() * gain.float() for weight in (self.W_Q, self.W_K, self.W_V))
+        read = {"Q": (q, k.mT), "K": (k, q.mT), "V": (v, self.W_O.float())}[mode]
+        left = FactoredMatrix(self.W_V.float(), self.W_O.float())
+        scores = composition_scores(left, FactoredMatrix(*read), broadcast_dims=True)
+        layers = torch.arange(self.cfg.n_layers, device=scores.device)
+        return scores * (layers[:, None, None, None] < layers[None, None, :, None])
+
+    def get_params(self) -> dict[str, Tensor]:
+        """Return the weights by TransformerLens' names, without the experts' matrices, which would be dequantised.
+
+        An expert's matrices are `model.blocks[0].mlp.experts.W_in(5)`, `W_gate(5)` and `W_out(5)`.
+        """
+        params = {"embed.W_E": self.W_E, "unembed.W_U": self.W_U, "unembed.b_U": self.b_U}
+        params["ln_final.w"] = self.ln_final.weight
+        for layer, block in enumerate(self.blocks):
+            names = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O", "sinks")
+            params |= {f"blocks.{layer}.attn.{name}": getattr(block.attn, name) for name in names}
+            params |= {f"blocks.{layer}.{norm}.w": getattr(block, norm).weight for norm in ("ln1", "ln2")}
+            router = block.mlp.router
+            params |= {f"blocks.{layer}.mlp.router.W": router.weight.mT, f"blocks.{layer}.mlp.router.b": router.bias}
+        return params
+
+    tl_parameters = get_params
+
     def all_head_labels(self) -> list[str]:
         """L0H0 and so on."""
         return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
@@ -128,9 +168,13 @@ class ModelWeights:
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """The attention biases in the stream before `layer`. Experts' biases depend on the routing: refused."""
+        """The attention biases in the stream before `layer`. Experts' biases depend on the routing: refused.
+
+        Raises:
+            InputError: biases of experts are asked for, which depend on the routing.
+        """
         if include_mlp_biases:
-            raise ValueError(
+            raise InputError(
                 "experts' biases are added by the tokens that go to them, there is no sum of them: expand_neurons=False, "
                 "include_mlp_biases=False, or workbench.experiments.attribution for every expert and its bias"
             )

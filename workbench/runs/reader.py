@@ -6,7 +6,7 @@ still being written is read like any other; open it again to see more.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -19,26 +19,31 @@ import xarray as xr
 import zarr
 
 from workbench.errors import InputError
+from workbench.harmony.flags import read_flags
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import shards, totals
 from workbench.runs.manifest import CheckedStore, DamageError, Manifest, attributes_digest, reading
 from workbench.runs.schema import MANIFESTS, SCHEMA, Layout, Spec, Unit
 from workbench.runs.storage import ROOT, LocalStorage, Storage, place
-from workbench.runs.summaries import float32_of
+from workbench.runs.summaries import expert_pairs, float32_of
 
 _KEPT_BYTES = 256_000_000  # of a summary that is kept for the next question
 
 
-def open_run(path: str | Path | Storage, *, check: Literal["fast", "full"] = "fast") -> "Run":
+def open_run(
+    path: str | Path | Storage, *, check: Literal["fast", "full"] = "fast", exclude: str | Sequence[str] = ()
+) -> "Run":
     """Return the run at `path`. Every file is checked against the run's manifests before its first use.
 
     check: "fast" compares existence, size and the last bytes of a file; "full" its SHA-256.
+    exclude: flags of sequences that are left out of everything that is read, as "irregular,truncated".
 
     Raises:
-        InputError: there is no run, it has a newer schema, or it is damaged (`DamageError`).
+        InputError: there is no run, it has a newer schema, it is damaged (`DamageError`), or a flag is unknown.
     """
     where = place(path)
-    return Run(where, open_group(where, check=check))
+    run = Run(where, open_group(where, check=check))
+    return run.excluding(exclude) if exclude else run
 
 
 def open_group(where: Storage, mode: Literal["r", "r+"] = "r", check: Literal["fast", "full"] = "fast") -> zarr.Group:
@@ -76,9 +81,10 @@ def _store(where: Storage, *, read_only: bool) -> Any:
 
 
 class Run:
-    """What is committed of a run at the moment it was opened."""
+    """What is committed of a run at the moment it was opened, without the sequences that are excluded by a flag."""
 
-    def __init__(self, where: Storage, group: zarr.Group) -> None:
+    def __init__(self, where: Storage, group: zarr.Group, excluded: tuple[str, ...] = ()) -> None:
+        self.excluded = excluded  # flags of the sequences that are left out
         self.place = where
         self.group = group
         self.manifest: Manifest | None = group.store.manifest
@@ -90,6 +96,31 @@ class Run:
         self.model: Mapping[str, Any] = self.attrs["model"]
         self.checkpoint: Mapping[str, Any] = self.attrs["checkpoint"]
         self.provenance: Mapping[str, Any] = self.attrs["provenance"]
+
+    def excluding(self, flags: str | Sequence[str]) -> "Run":
+        """Return the run without the sequences that have one of these flags, as "irregular,truncated".
+
+        Tables, tokens, summaries and totals are those of the other sequences. Sums that a capture keeps of the whole
+        run alone are computed again from the tokens, or refused where no tokens are stored.
+
+        Raises:
+            InputError: a flag is unknown, the run stores no flags, or no sequence is left.
+        """
+        names = read_flags(flags if isinstance(flags, str) else ",".join(flags))
+        if names and "flags" not in self.group["sequences"]:
+            raise InputError(f"{self.path} stores no flags of its sequences: capture it again to exclude some")
+        run = Run(self.place, self.group, tuple(dict.fromkeys((*self.excluded, *names))))
+        if run.excluded and not len(run._visible) and len(Run(self.place, self.group)._visible):
+            raise InputError(f"{self.path}: excluding {', '.join(run.excluded)} leaves no sequence")
+        return run
+
+    @property
+    def exclusion(self) -> str:
+        """How many sequences are left out and for which flags, in words; "" if none are."""
+        if not self.excluded:
+            return ""
+        left_out = len(self._committed_sequences) - len(self._visible)
+        return f"{left_out:,} of {len(self._committed_sequences):,} sequences excluded ({', '.join(self.excluded)})"
 
     @property
     def path(self) -> str:
@@ -144,15 +175,28 @@ class Run:
         identity = json.dumps(self.attrs["identity"], sort_keys=True).encode()
         if self.manifest is not None:
             identity += "".join(self.manifest.digests(np.flatnonzero(self.committed).tolist())).encode()
+        identity += " ".join(sorted(self.excluded)).encode()
         return hashlib.sha256(identity + np.packbits(self.committed).tobytes()).hexdigest()[:16]
 
     @cached_property
-    def _visible(self) -> np.ndarray:
+    def _committed_sequences(self) -> np.ndarray:
         """Numbers of the sequences whose unit is committed."""
-        chosen = [
-            s for unit, done in zip(self.layout.units, self.committed, strict=True) if done for s in unit.sequences
-        ]
+        chosen = [s for unit in self._committed_units for s in unit.sequences]
         return np.array(chosen, dtype=np.int64)
+
+    @property
+    def _committed_units(self) -> list[Unit]:
+        return [unit for unit, done in zip(self.layout.units, self.committed, strict=True) if done]
+
+    @cached_property
+    def _visible(self) -> np.ndarray:
+        """Numbers of the sequences whose unit is committed and that are not excluded."""
+        if not self.excluded:
+            return self._committed_sequences
+        with reading(self.place, "the flags of the sequences"):
+            flags = [set(str(text).split()) for text in self.group["sequences/flags"][:]]
+        unwanted = set(self.excluded)
+        return np.array([s for s in self._committed_sequences if not flags[s] & unwanted], dtype=np.int64)
 
     @cached_property
     def sequences(self) -> pd.DataFrame:
@@ -184,12 +228,25 @@ class Run:
 
     @cached_property
     def spans(self) -> list[slice]:
+        """Token rows of the visible sequences, in order: those of a committed unit, in pieces where some are excluded."""
+        if not self.excluded:
+            return self._unit_spans
+        offsets, lengths = self.layout.offsets, self.layout.lengths
+        spans: list[slice] = []
+        for s in self._visible.tolist():
+            start, stop = offsets[s], offsets[s] + lengths[s]
+            if spans and spans[-1].stop == start:
+                spans[-1] = slice(spans[-1].start, stop)
+            else:
+                spans.append(slice(start, stop))
+        return spans
+
+    @property
+    def _unit_spans(self) -> list[slice]:
         """Token rows in use of every committed unit."""
         lengths = self.layout.lengths
         return [
-            slice(unit.start, unit.start + sum(lengths[s] for s in unit.sequences))
-            for unit, done in zip(self.layout.units, self.committed, strict=True)
-            if done
+            slice(unit.start, unit.start + sum(lengths[s] for s in unit.sequences)) for unit in self._committed_units
         ]
 
     def blocks(self, *names: str, layer: int | None = None) -> Iterator[dict[str, np.ndarray]]:
@@ -202,7 +259,7 @@ class Run:
         if unknown := sorted(set(names) - set(stored.values())):
             raise InputError(f"{unknown[0]!r} is not in {self.path}; it recorded {', '.join(self.recorded)}")
         wanted = {name: path for path, name in stored.items() if name in {"sequence", "position", "channel", *names}}
-        for rows in self.spans:
+        for rows in self._unit_spans:
             block = {}
             for name, path in wanted.items():
                 array = self.group[path]
@@ -213,7 +270,13 @@ class Run:
                     values = shards.read(array, self.checked, path, rows.start, end, axis, layer if axis else None)
                 values = values[(*(slice(None),) * axis, slice(rows.stop - rows.start))]
                 block[name] = float32_of(values) if path.startswith("activations/") else values
-            yield block
+            if self.excluded:
+                visible = np.isin(block["sequence"], self._visible)
+                for name, path in wanted.items():
+                    axis = self.group[path].metadata.dimension_names.index("token")
+                    block[name] = np.compress(visible, block[name], axis)
+            if len(block["sequence"]):
+                yield block
 
     @cached_property
     def _stored(self) -> dict[str, str]:
@@ -347,17 +410,34 @@ class Run:
         if not _over_the_run(name):
             dims = ("group", *dims)
             coords |= {c: ("group", self.groups[c].to_numpy(dtype=object)) for c in ("effort", "task")}
-        if self.status == "complete" and "totals" in self.group:
+        if self.excluded and _over_the_run(name):
+            return self._total_over_the_run(name, dims, coords)
+        if self.status == "complete" and "totals" in self.group and not self.excluded:
             ready = xr.DataArray(self.group[f"totals/{name}"][:], dims=dims, coords=coords, name=name)
             if ready.nbytes <= _KEPT_BYTES:
                 self._totals[name] = ready
             return ready
         found, which = self._groups
-        of_sequence = np.zeros(len(self.layout.lengths), dtype=np.int64)
+        of_sequence = np.full(len(self.layout.lengths), totals.NO_GROUP)
         of_sequence[self._visible] = which
-        units = [unit for unit, done in zip(self.layout.units, self.committed, strict=True) if done]
-        values = totals.total(array, name, units, of_sequence, len(found), self.layout.unit_sequences)
+        values = totals.total(array, name, self._committed_units, of_sequence, len(found), self.layout.unit_sequences)
         return xr.DataArray(values, dims=dims, coords=coords, name=name)
+
+    def _total_over_the_run(self, name: str, dims: tuple[str, ...], coords: dict[str, Any]) -> xr.DataArray:
+        """A sum that is stored of the whole run alone, computed from the tokens of the sequences that are left."""
+        if name not in totals.PER_UNIT:
+            raise InputError(
+                f"{name} of {self.path} was summed during capture and cannot be computed without excluded sequences: "
+                "capture with --exclude"
+            )
+        shape = self._summary(name).shape[1:]
+        values = np.zeros(shape, dtype=np.int64)
+        for block in self.blocks("experts"):
+            experts = block["experts"].astype(np.int64)
+            following = experts if name == "coactivation" else experts[1:]
+            values += expert_pairs(experts[: len(following)], following, block["channel"], shape[-1])
+        self._totals[name] = xr.DataArray(values, dims=dims, coords=coords, name=name)
+        return self._totals[name]
 
     @cached_property
     def _groups(self) -> tuple[pd.DataFrame, np.ndarray]:

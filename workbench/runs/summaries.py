@@ -34,8 +34,8 @@ def summarise(
         found["expert_count"] = shaped(_count(experts, cell, n_cells, num_experts).astype(np.uint32))
         gates = records["gates"].astype(np.float64)
         found["gate_sum"] = shaped(_count(experts, cell, n_cells, num_experts, gates).astype(np.float32))
-        found["coactivation"] = _pairs(experts, experts, channel, num_experts)
-        found["transition"] = _pairs(experts[:-1], experts[1:], channel, num_experts)
+        found["coactivation"] = expert_pairs(experts, experts, channel, num_experts)
+        found["transition"] = expert_pairs(experts[:-1], experts[1:], channel, num_experts)
     if "sink" in records:
         sink = records["sink"].astype(np.float64)
         found["sink_sum"] = shaped(_sum(sink, cell, n_cells).astype(np.float32))
@@ -71,7 +71,7 @@ def _count(
     return out
 
 
-def _pairs(
+def expert_pairs(
     first: Int[np.ndarray, "layer token slot"],
     second: Int[np.ndarray, "layer token slot"],
     channel: Int[np.ndarray, " token"],

@@ -16,6 +16,7 @@ from workbench.runs import shards
 from workbench.runs.schema import Unit
 
 PER_UNIT = ("coactivation", "transition")  # summed over sequences already; of the run, not of a group
+NO_GROUP = -1  # of a sequence that takes no part
 _MOST_GROUPS = 256
 
 
@@ -34,7 +35,7 @@ def total(
 ) -> Num[np.ndarray, "group *cell"]:
     """Of one summary: rows of each group added in the order of the units, in int64 or float64; pairs over all units.
 
-    group: of every sequence of the run by its number. rows: summary rows of a unit.
+    group: of every sequence of the run by its number, or NO_GROUP. rows: summary rows of a unit.
     """
     pairs = name in PER_UNIT or name.endswith("_sketch")
     dtype = np.float64 if array.dtype.kind == "f" else np.int64
@@ -44,7 +45,8 @@ def total(
             out += values[0]
             continue
         for at, sequence in enumerate(unit.sequences):
-            out[group[sequence]] += values[at]
+            if group[sequence] != NO_GROUP:
+                out[group[sequence]] += values[at]
     return out
 
 

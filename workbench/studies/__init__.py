@@ -42,6 +42,15 @@ def run_study(name: str, *runs: "Run", **options: Any) -> "dict[str, xr.Dataset]
         record.check_recorded(run)
     study = record.load().study
     datasets: dict[str, xr.Dataset] = study(*runs, **record.checked_options(study, options))
+    return _name_excluded(datasets, *runs)
+
+
+def _name_excluded(datasets: "dict[str, xr.Dataset]", *runs: "Run") -> "dict[str, xr.Dataset]":
+    """Say in every dataset how many sequences of the runs were left out, if any were."""
+    texts = dict.fromkeys(text for run in runs if (text := getattr(run, "exclusion", "")))
+    for result in datasets.values() if texts else ():
+        result.attrs["excluded"] = "; ".join(texts)
+        result.attrs["summary"] = f"{result.attrs['summary']}\n{result.attrs['excluded']}."
     return datasets
 
 

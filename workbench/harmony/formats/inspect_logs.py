@@ -30,7 +30,11 @@ def is_log(document: Any) -> bool:
 
 
 def read_zip(path: Path) -> Iterator[tuple[str, Conversation]]:
-    """The conversations of an .eval file."""
+    """Return the conversations of an .eval file.
+
+    Raises:
+        InputError: the file is a zip archive but not a complete Inspect log.
+    """
     try:
         with zipfile.ZipFile(path) as log:
             names = log.namelist()

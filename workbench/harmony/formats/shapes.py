@@ -107,7 +107,11 @@ def _request_messages(request: Row) -> list[Any]:
 
 
 def responses_of(response: Row) -> list[tuple[list[Any], bool | None, tuple[list[int], list[int]] | None]]:
-    """The messages of each answer in a response of any API, whether it is complete, and its ids of prompt and answer."""
+    """Return the messages of each answer of any API, whether it is complete, and the ids of prompt and answer.
+
+    Raises:
+        InputError: the response has no choices, output or message.
+    """
     if _is_list(response, "choices"):
         return [_choice(choice, response) for choice in response["choices"]]
     if isinstance(response.get("output"), list):

@@ -54,7 +54,11 @@ class Settings:
     routing: bool = False
 
     def check(self) -> None:
-        """Refuse what no host could do."""
+        """Check the settings before a host is asked.
+
+        Raises:
+            InputError: an effort, an API or a number of samples that no host could serve.
+        """
         if unknown := [e for e in self.efforts if e not in EFFORTS]:
             raise InputError(f"--effort {unknown[0]}: choose from {', '.join(EFFORTS)}")
         if self.api not in ("auto", *APIS, "generate"):
@@ -77,7 +81,11 @@ class Job:
 
 
 def collect(url: str, prompts: str | Path, out: str | Path, settings: Settings, *, overwrite: bool = False) -> None:
-    """Ask the host at `url` every prompt at every effort; transcripts go to `out`, a row when it comes."""
+    """Send every prompt at every effort to the host at `url` and append a transcript row to `out` for each response.
+
+    Raises:
+        InputError: `out` holds transcripts of another request.
+    """
     settings.check()
     out = Path(out)
     jobs = [Job(p, e, s) for p in read_prompts(prompts) for e in settings.efforts for s in range(settings.samples)]

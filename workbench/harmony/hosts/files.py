@@ -31,6 +31,9 @@ def convert(
     """What the file is, a transcript row for each conversation in it, and why others were left out.
 
     effort: of conversations that name none. requests: the request file of an OpenAI batch.
+
+    Raises:
+        InputError: an unknown effort, or a file that is in none of the formats that can be read.
     """
     path = Path(path)
     if effort is not None and effort not in EFFORTS:
