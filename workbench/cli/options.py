@@ -17,9 +17,8 @@ Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmeti
 Record = Annotated[
     list[str] | None,
     typer.Option(
-        help="routing, router_logits, sinks, sink_sums, logprobs, or a hook point, as in resid_post:3,7; see "
-        "`workbench capture`. "
-        "[default: routing, sinks, logprobs]"
+        help="routing, router_logits, sinks, sink_sums, logprobs, a hook point, or FILE.py:NAME of a recorder, with "
+        "options as in 'resid_post layers=0-3'; see `workbench capture`. [default: routing, sinks, logprobs]"
     ),
 ]
 Exclude = Annotated[str | None, typer.Option(help="Leave sequences with these flags out, as in irregular,truncated.")]

@@ -161,10 +161,11 @@ def capture(
 ) -> None:
     """Record activations of a model on transcripts into a run. Rerun the command to resume.
 
-    --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, or a hook point:
-    "resid_post:3,7", with which heads
-    ("attn.z:5 index=0,12"), which tokens ("resid_post channel=analysis every=4"; role, channel, part, message,
-    position, every, last) and reduced how ("resid_post reduce=message", "mlp_out reduce=moments sketch=64").
+    --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, a hook point such as
+    resid_post, or FILE.py:NAME of a wb.Recorder, whose file is executed. Options behind it select: "resid_post:0-3",
+    "router_logits layers=0-3 channel=final", "sinks heads=0,12 role=assistant", "attn.z:5 heads=0 every=4" (also
+    experts, slots, part, message, position, last), and reduce: "mlp_out reduce=norm" (raw, norm, mean, moments,
+    message; "reduce=moments sketch=64"). See docs/howto/record.md.
     """
     from workbench.capture import cluster, estimate, job, recording
     from workbench.model import load
@@ -218,6 +219,7 @@ def verify(
     """Validate a run and list damaged arrays; exit with 1 if there are any."""
     from workbench.harmony.flags import counted_in
     from workbench.runs import open_run
+    from workbench.runs.verify import other_content
     from workbench.runs.verify import verify as check
 
     problems = check(run, workers=workers)
@@ -226,6 +228,8 @@ def verify(
     print(f"{run}: {len(problems)} problems" if problems else f"{run}: valid")
     if not problems and (found := counted_in(open_run(run).sequences)):
         print(f"{run}: {found}")
+    if not problems and (others := other_content(open_run(run))):
+        print(f"{run}: not of this run, left alone: {', '.join(others)}")
     raise typer.Exit(1 if problems else 0)
 
 
