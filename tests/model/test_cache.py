@@ -115,7 +115,7 @@ def test_a_base_that_moves_too_far_fails(
     """Negative control: two keys fewer than the window reaches."""
     monkeypatch.setattr(cache_module, "ALIGNMENT", 1)
     monkeypatch.setattr(cache_module, "BACK", -2)
-    with pytest.raises(AssertionError, match="row . of pass"):
+    with pytest.raises(AssertionError, match=r"row . of pass"):
         check_same_bits(small, SHORT[name])
 
 
