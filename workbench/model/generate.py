@@ -96,7 +96,7 @@ def _continue(
     bar = _progress(max(room), verbose)
     while True:
         chosen = sampling.choose(logits, [rngs[i] for i in live])
-        tokens = _finite(chosen, len(out[live[0]]))
+        tokens = _finite(model, chosen, len(out[live[0]]))
         bar.update(1)
         for i, token in zip(live, tokens, strict=True):
             out[i].append(token)
@@ -127,13 +127,15 @@ def _read_prompts(model: Any, cache: KVCache, prompts: list[list[int]]) -> Float
         return model.unembed(model.ln_final(last))[:, 0]
 
 
-def _finite(chosen: Int[Tensor, " row"], step: int) -> list[int]:
+def _finite(model: Any, chosen: Int[Tensor, " row"], step: int) -> list[int]:
     """Return the chosen ids. `Sampling.choose` marks a row whose logits are not finite with −1."""
     tokens: list[int] = chosen.tolist()
     if -1 in tokens:
+        if model.checkpoint is not None:
+            model.checkpoint.check_values()  # names the tensor if it is a weight
         raise InputError(
-            f"the logits of new token {step} of a prompt are not finite: the weights or an intervention hold NaN or "
-            "infinity; model.checkpoint.check_values() names the tensor"
+            f"the logits of new token {step} of a prompt are not finite: an intervention, an adapter or changed "
+            "weights hold NaN or infinity"
         )
     return tokens
 

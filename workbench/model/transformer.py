@@ -203,15 +203,18 @@ class Unembed(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+        self.lora: LowRank | None
+        self.register_module("lora", None)
         self.hook_out = HookPoint()
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # noqa: N802 - TransformerLens' name
-        """The matrix, under TransformerLens' name and in its order."""
-        return self.weight.mT
+        """The matrix with the update of an adapter, under TransformerLens' name and in its order."""
+        return self.weight.mT if self.lora is None else self.weight.mT + self.lora.a @ self.lora.b
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return self.hook_out(nn.functional.linear(x, self.weight))
+        out = nn.functional.linear(x, self.weight)
+        return self.hook_out(out if self.lora is None else out + self.lora(x))
 
 
 _EXPERT = "each expert has its own, as in model.blocks[0].mlp.experts.{}(5) of expert 5"
