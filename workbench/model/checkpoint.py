@@ -19,7 +19,7 @@ from workbench import harmony
 from workbench.bounded_json import read_json
 from workbench.errors import InputError
 from workbench.model.config import Config, read_config, ties_embeddings
-from workbench.model.formats import gguf_reader, ollama
+from workbench.model.formats import gguf_reader, mlx, ollama
 from workbench.model.lazy_tensors import LazyTensor, Tensors
 from workbench.model.names import LAYOUTS, name_in, shapes
 from workbench.model.opened_checkpoint import Checkpoint
@@ -57,11 +57,16 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
         raise InputError(
             f"{root}: no embedding called {' or '.join(name_in(n, 'embed.weight') for n in LAYOUTS)} in its files"
         )
-    dense = layout == "huggingface" and name_in(layout, "blocks.0.mlp.experts.down.weight") in found
-    experts = "dense" if dense else "mxfp4"
     if layout == "huggingface" and ties_embeddings(root):
         notes += _tie(found)
-    tensors = Tensors(_locations(root, cfg, layout, experts, found))
+    dense = layout == "huggingface" and name_in(layout, "blocks.0.mlp.experts.down.weight") in found
+    experts = "dense" if dense else "mxfp4"
+    if mlx.is_mlx(found):
+        layout = "mlx"
+        experts, entries = mlx.mlx_tensors(root, cfg, found)
+    else:
+        entries = _locations(root, cfg, layout, experts, found)
+    tensors = Tensors(entries)
     return Checkpoint(
         root, cfg, layout, experts, tensors, _digest(root, files), lambda: harmony.tokenizer(given), tuple(notes),
         tuple(ignore_fields),
