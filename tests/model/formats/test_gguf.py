@@ -312,7 +312,7 @@ def test_merges_rebuild_tokens() -> None:
 @pytest.mark.long
 @torch.no_grad()
 def test_llama_cpp_generates_the_same_tokens(tmp_path: Path) -> None:
-    """Greedy, from the same ids. Needs llama-cpp-python; docs/howto/formats.md has the result."""
+    """Greedy, from the same ids. Needs llama-cpp-python."""
     llama_cpp = pytest.importorskip("llama_cpp")
     path = write_gguf(open_checkpoint(NANO), tmp_path / "nano.gguf")
     model = wb.load("nano", device="cpu", dtype=torch.float32)
