@@ -21,8 +21,9 @@ _MODULES = (
     "final_channel",
     "from_run",
     "gradients",
-    "hidden_messages",
+    "hidden_messages", "intervals",
     "lens",
+    "random_controls",
     "registry",
     "sampling",
 )

@@ -17,7 +17,7 @@ from workbench.studies.result import tables
 
 
 def figure(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
-    """Rows of effects, lines by layer, or cells of layer and expert: whichever the dataset has."""
+    """Return rows of effects, lines by layer, or cells of layer and expert: whichever the dataset has."""
     title = ds.attrs["title"]
     dims = tuple(map(str, ds["change"].dims)) if "change" in ds.data_vars else ()
     if "same" in ds:
@@ -74,4 +74,5 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
 
 
 def _longest(ds: xr.Dataset) -> pd.DataFrame:
-    return max(tables(ds.drop_vars([v for v in ("each", "base") if v in ds])).values(), key=len)
+    wanted = "same" if "same" in ds else "change"
+    return next(table for table in tables(ds.drop_vars([v for v in ("each", "base") if v in ds])).values() if wanted in table)
