@@ -70,9 +70,11 @@ def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """A figure for each dataset of an experiment, and the numbers behind it."""
-    return {name: GalleryItem(partial(figure, ds), partial(_longest, ds), ds) for name, ds in datasets.items()}
+    return {name: GalleryItem(partial(figure, ds), partial(_main_table, ds), ds) for name, ds in datasets.items()}
 
 
-def _longest(ds: xr.Dataset) -> pd.DataFrame:
-    wanted = "same" if "same" in ds else "change"
-    return next(table for table in tables(ds.drop_vars([v for v in ("each", "base") if v in ds])).values() if wanted in table)
+def _main_table(ds: xr.Dataset) -> pd.DataFrame:
+    """Return the table of the effects, or the longest one of a dataset that names its effects otherwise."""
+    found = list(tables(ds.drop_vars([v for v in ("each", "base") if v in ds])).values())
+    effects = [table for table in found if ("same" if "same" in ds else "change") in table]
+    return effects[0] if effects else max(found, key=len)
