@@ -21,7 +21,7 @@ from transformer_lens.utilities.slice import Slice
 from workbench.errors import InputError
 from workbench.hooks.hook_points import hooked, snapshot_hooks
 from workbench.hooks.names import closest_names, hook_points
-from workbench.kernels import norm, routing
+from workbench.kernels import dense, norm, routing
 from workbench.kernels.chunking import chunked
 from workbench.kernels.moe import ActivationHooks, Experts, LoraWeight, moe
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
@@ -81,7 +81,7 @@ class Router(nn.Module):
 
     def _scores(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        out = nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        out = dense.linear(x, self.weight, self.bias)
         return out if self.lora is None else out + self.lora(x)
 
 
@@ -210,7 +210,7 @@ class Unembed(nn.Module):
         return self.weight.mT
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return self.hook_out(nn.functional.linear(x, self.weight))
+        return self.hook_out(dense.linear(x, self.weight))
 
 
 _EXPERT = "each expert has its own, as in model.blocks[0].mlp.experts.{}(5) of expert 5"
