@@ -55,7 +55,7 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
         "gates": _bytes(255 * tokens["gates"].values.astype(float)) if "gates" in tokens else "",
         "sink": _bytes(255 * tokens["sink"].values.astype(float).mean(-1)) if "sink" in tokens else "",
         "norms": {
-            a.hook: {"layers": list(a.layers), "values": _norms(tokens[a.hook])}
+            a.hook: {"layers": list(a.layers), "values": _norms(tokens[a.hook].sel(layer=list(a.layers)))}
             for a in run.spec.activations
             if a.hook in tokens
         },
@@ -70,7 +70,8 @@ def _bytes(values: np.ndarray) -> str:
 
 def _norms(values: xr.DataArray) -> list[list[float | None]]:
     """Euclidean norms [layer, token] of a recorded activation."""
-    return [_numbers(row) for row in np.linalg.norm(values.values.astype(float), axis=-1)]
+    flat = values.values.reshape(*values.shape[:2], -1).astype(float)
+    return [_numbers(row) for row in np.linalg.norm(flat, axis=-1)]
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

@@ -222,7 +222,8 @@ def test_the_package_lists_its_public_names_and_has_them() -> None:
         assert issubclass(wb.InputError, ValueError) and wb.Run.__name__ == "Run"
     """
     names = (
-        "InputError Run __version__ capture dashboards experiments figures harmony hooks kernels load open_run studies"
+        "InputError Recorder Run __version__ capture dashboards experiments figures harmony hooks kernels load open_run "
+        "studies"
     )
     assert run(code).split() == names.split()
 

@@ -29,6 +29,7 @@ ACROSS_MODULES = {
     "test_architecture.py",
     "test_docs.py",
     "test_howto.py",
+    "test_howto_tasks.py",
     "test_language.py",
     "test_layout.py",
     "test_links.py",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from workbench import harmony as harmony
     from workbench import studies as studies
     from workbench.capture.job import capture as capture
+    from workbench.capture.recorder import Recorder as Recorder
     from workbench.errors import InputError as InputError
     from workbench.model import load as load
     from workbench.runs import Run as Run
@@ -32,13 +33,14 @@ _OBJECTS = {
     "open_run": "workbench.runs",
     "Run": "workbench.runs",
     "InputError": "workbench.errors",
+    "Recorder": "workbench.capture.recorder",
 }
 _PACKAGES = ("capture", "experiments", "figures", "harmony", "studies")  # `capture` is a package that can be called
 _LINKED = ("dashboards", "hooks", "kernels")  # folders without an `__init__.py`
 
 __all__ = [
-    "InputError", "Run", "__version__", "capture", "dashboards", "experiments", "figures", "harmony", "hooks",
-    "kernels", "load", "open_run", "studies",
+    "InputError", "Recorder", "Run", "__version__", "capture", "dashboards", "experiments", "figures", "harmony",
+    "hooks", "kernels", "load", "open_run", "studies",
 ]  # fmt: skip
 
 

@@ -243,7 +243,7 @@ def write_files(
 
 
 def _listing(out: Path, marker: str | None) -> Path:
-    """Return the path of the marker of files in a folder: in it by name, or else beside it where that can be written."""
+    """Return the path of the marker of files in a folder: in it by name, or beside it where possible."""
     if marker is not None:
         return out / marker
     real = Path(os.path.realpath(out))

@@ -31,7 +31,11 @@ def captured(nano: GptOss, transcripts: Path, path: Path, *record: str) -> Run:
 
 
 def values(data: xr.Dataset, name: str) -> np.ndarray:
-    return np.asarray(data[name].transpose(f"{name}_layer", "token", f"{name}_d").values)
+    """[layer, token, d] of the layers and heads that were recorded: the others are NaN at every token."""
+    array = data[name].transpose("layer", "token", ...)
+    array = array.dropna("layer", how="all")
+    array = array.dropna("head", how="all") if "head" in array.dims else array
+    return np.asarray(array.values).reshape(*array.shape[:2], -1)
 
 
 def off(got: np.ndarray, want: np.ndarray) -> float:
@@ -125,17 +129,33 @@ def test_nan_in_a_sum_is_refused(nano: GptOss, transcripts: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ("resid_post:1 heads=2", r"'heads=2' is not one of index=, role="),
-        ("resid_post:1 every", "'every' is not one of"),
-        ("resid_post:1 every=two", "every takes numbers"),
-        ("resid_post:1 every=2 every=3", "once each"),
+        ("resid_post:1 heads=2", "resid_post has no heads: leave heads= out"),
+        ("router_logits heads=2", "router_logits has no heads: use experts="),
+        ("sinks experts=2", "sinks has no experts: use heads="),
+        ("routing experts=2", "routing has no experts=.*select when you read"),
+        ("resid_post:1 head_index=2", "'head_index' is no option; use layers=, heads="),
+        ("resid_post:1 every", "'every' has no value: write every=1"),
+        ("resid_post:1 every=two", "every takes a number from 1"),
+        ("resid_post:1 every=2 every=3", "every= is given twice"),
+        ("resid_post:1 layers=2", "layers= is given twice"),
+        ("resid_post layers=3-1", "layers takes numbers and ranges, as in layers=0-3,7; got '3-1'"),
+        ("resid_post layers=0-9", "no layer 4; the model has layers 0 to 3"),
+        ("resid_post:one", "no file 'resid_post.py'|layers takes numbers"),
         ("resid_post:1 channel=thinking", r"channel \['thinking'\]"),
-        ("resid_post:1 reduce=max", "choose one of raw, message, moments"),
+        ("resid_post:1 reduce=max", "use one of raw, norm, mean, moments, message"),
+        ("routing reduce=mean", "use one of raw; expert numbers have no mean"),
         ("resid_post:1 sketch=4", "goes with reduce=moments"),
+        ("router_logits sketch=4", "router_logits has no option sketch="),
         ("resid_post:1 index=0", "resid_post has no heads or slots"),
         ("attn.z:1 index=8", "attn.z has heads 0 to 7"),
-        ("attn.k:1 index=4", "has kvs 0 to 0"),
-        ("resid_post:1 last=0", "last=0"),
+        ("attn.k:1 heads=4", "has key-value heads 0 to 0"),
+        ("resid_post:1 last=0", "last takes a number from 1"),
+        ("logprobs channel=final", "record 'logprobs', and select when you read"),
+        ("sink_sums layers=0", "record 'sinks reduce=moments'"),
+        ("top_experts", "top_experts is recorded as routing"),
+        ("mlp.router.out channel=final", "recorded as router_logits"),
+        ("attn.pattern", "a value for each pair of tokens"),
+        ("no_such_file.py:norms", "no file 'no_such_file.py'"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(nano: GptOss, record: str, said: str) -> None:

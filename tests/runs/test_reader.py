@@ -25,8 +25,9 @@ def test_every_token_comes_back_where_it_was(run_path: Path) -> None:
     for name in ("experts", "gates", "sink", "router_logits"):
         assert np.array_equal(data[name], np.concatenate([records[name] for _, records in parts], 1))
     bits = np.concatenate([records["activations/hook_resid_post"] for _, records in parts], 1)
-    assert np.array_equal(data["hook_resid_post"], float32_of(bits))
-    assert data["hook_resid_post_layer"].values.tolist() == [0, 2]
+    assert np.array_equal(data["hook_resid_post"].sel(layer=[0, 2]), float32_of(bits))
+    assert data["hook_resid_post"].sel(layer=1).isnull().all(), "layer 1 was not recorded"
+    assert data["layer"].values.tolist() == [0, 1, 2]
     assert data.sizes["token"] == sum(LENGTHS)
 
 

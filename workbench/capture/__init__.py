@@ -5,6 +5,8 @@ import sys
 import types
 from typing import Any
 
+from workbench.capture.recorder import Recorder as Recorder
+
 
 class _CallablePackage(types.ModuleType):
     """A package that is also its main function, so that `wb.capture(model, …)` and `wb.capture.plan` both work."""

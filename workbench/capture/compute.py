@@ -56,8 +56,8 @@ def compute(
     labels = [harmony.label(row.tokens, tokenizer=model.tokenizer, n_prompt=row.n_prompt) for row in own]
     tokens = token_table(unit, own, labels)
     members = {
-        a.hook: np.concatenate([harmony.token_set(tokenizer=model.tokenizer, **a.tokens)(row.tokens) for row in own])
-        for a in spec.activations
+        a.name: np.concatenate([harmony.token_set(tokenizer=model.tokenizer, **a.tokens)(row.tokens) for row in own])
+        for a in spec.selected
         if a.sparse
     }
     logprobs: list[Tensor] = []

@@ -6,7 +6,8 @@ stream of the GPU that holds the activation, whichever GPU is current. Reduction
 one product with a matrix of weights: a sum of products gives the same bits every time, an atomic sum does not.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from workbench.errors import JobError
 from workbench.harmony.labels import CHANNELS
+from workbench.hooks.names import BLOCK
 from workbench.kernels.moments import moments
 from workbench.model.config import Config
-from workbench.runs.schema import Activation, Spec
+from workbench.runs.schema import Activation, Record, Spec
 
 _OWN = {
     "experts": "mlp.hook_expert_indices",
@@ -35,7 +38,7 @@ class Buffers:
     """
 
     def __init__(self, spec: Spec, cfg: Config, capacity: int, *, pinned: bool) -> None:
-        self._points: dict[str, tuple[str, int, Activation | None]] = {}
+        self._points: dict[str, list[tuple[str, int, Activation | Record | None]]] = defaultdict(list)
         self._arrays: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._pinned = pinned
@@ -51,14 +54,16 @@ class Buffers:
             if on[name]:
                 self._arrays[name] = torch.zeros((cfg.n_layers, capacity, d), dtype=dtype, pin_memory=pinned)
                 for layer in range(cfg.n_layers):
-                    self._points[f"blocks.{layer}.{_OWN[name]}"] = (name, layer, None)
-        for a in spec.activations:
-            name = f"activations/{a.hook}"
-            if a.reduce != "moments":
+                    self._points[f"blocks.{layer}.{_OWN[name]}"].append((name, layer, None))
+        for a in spec.selected:
+            kind, stored = ("activations", "bfloat16") if isinstance(a, Activation) else ("records", a.dtype)
+            name = f"{kind}/{a.name}"
+            if a.per_token:
                 shape = (len(a.layers), capacity, a.d)
-                self._arrays[name] = torch.zeros(shape, dtype=torch.bfloat16, pin_memory=pinned)
+                self._arrays[name] = torch.zeros(shape, dtype=getattr(torch, stored), pin_memory=pinned)
             for place, layer in enumerate(a.layers):
-                self._points[f"blocks.{layer}.{a.hook}"] = (name, place, a)
+                self._points[f"blocks.{layer}.{a.hook}"].append((name, place, a))
+        self._shapes = {f"records/{r.name}": r.shape for r in spec.records}
         self._spec, self._used, self._at = spec, 0, slice(0, 0)
         self._members: Mapping[str, Bool[np.ndarray, " token"]] = {}
         self._weights: dict[tuple[str, torch.device], Tensor] = {}
@@ -94,42 +99,46 @@ class Buffers:
         records = {}
         for name, array in self._arrays.items():
             used = array[:, : self._used]
-            records[name] = (used.view(torch.uint16) if used.dtype == torch.bfloat16 else used).numpy()
+            values = (used.view(torch.uint16) if used.dtype == torch.bfloat16 else used).numpy()
+            shape = self._shapes.get(name)
+            records[name] = values if shape is None else values.reshape(*values.shape[:2], *shape)
         sums: dict[str, np.ndarray] = {}
-        for a in self._spec.activations:
+        for a in self._spec.selected:
             if a.sparse:
-                records[f"selected/{a.hook}"] = self._rows_of(a, slice(0, self._used))
-            if a.reduce == "moments":
+                records[f"selected/{a.name}"] = self._rows_of(a, slice(0, self._used))
+            if not a.per_token:
                 sums |= self._moments(a)
         return records, sums
 
-    def _moments(self, a: Activation) -> dict[str, np.ndarray]:
+    def _moments(self, a: Activation | Record) -> dict[str, np.ndarray]:
         n_cells = len(CHANNELS) * (int(self._row.max()) + 1)
-        tokens = np.bincount(self._cell[self._members[a.hook]], minlength=n_cells).astype(np.uint32)
-        found = {f"{a.hook}_tokens": tokens.reshape(-1, len(CHANNELS))}
-        for what in ("sum", "sumsq", *(("sketch",) if a.sketch else ())):
-            total = self._sums[f"{a.hook}_{what}"].float().numpy()
-            found[f"{a.hook}_{what}"] = (
-                total if what == "sketch" else total.reshape(-1, len(CHANNELS), *total.shape[1:])
-            )
+        tokens = np.bincount(self._cell[self._members[a.name]], minlength=n_cells).astype(np.uint32)
+        found = {f"{a.name}_tokens": tokens.reshape(-1, len(CHANNELS))}
+        shape = (a.d,) if isinstance(a, Activation) else a.shape
+        for what in _summed(a):
+            total = self._sums[f"{a.name}_{what}"].float().numpy()
+            if what != "sketch":
+                total = total.reshape(-1, len(CHANNELS), len(a.layers), *shape)
+            found[f"{a.name}_{what}"] = total
         return found
 
     def _record(self, activation: Tensor, hook: HookPoint) -> None:
         assert hook.name is not None
-        name, place, a = self._points[hook.name]
-        x = activation.detach().flatten(0, 1)
-        if a is not None and a.index:
-            x = x[:, list(a.index)]
-        x = x.flatten(1)
-        if a is not None and a.reduce == "moments":
+        for name, place, a in self._points[hook.name]:
+            self._record_one(activation, name, place, a)
+
+    def _record_one(self, activation: Tensor, name: str, place: int, a: Activation | Record | None) -> None:
+        x = values_of(a, activation.detach(), self._spec.functions)
+        if a is not None and not a.per_token:
             self._add(a, place, x.float())
             return
-        if a is not None and a.reduce == "message":
+        if isinstance(a, Activation) and a.reduce == "message":
             means = self._weight(a, x.device) @ x.float()
             x = torch.zeros((len(x), a.d), dtype=means.dtype, device=x.device)
             x[torch.from_numpy(self._rows_of(a, self._at)).to(x.device)] = means
         elif a is not None and a.sparse:
-            x = x * torch.from_numpy(self._rows_of(a, self._at)).to(x.device)[:, None]
+            rows = torch.from_numpy(self._rows_of(a, self._at)).to(x.device)[:, None]
+            x = torch.where(rows, x, torch.zeros((), dtype=x.dtype, device=x.device))
         target = self._arrays[name][place, self._at]
         if not self._pinned:
             target.copy_(x)
@@ -150,9 +159,9 @@ class Buffers:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]
 
-    def _rows_of(self, a: Activation, at: slice) -> Bool[np.ndarray, " token"]:
+    def _rows_of(self, a: Activation | Record, at: slice) -> Bool[np.ndarray, " token"]:
         """Tokens with a row of their own: those meant, or of each message that has any the last."""
-        members = self._members[a.hook][at]
+        members = self._members[a.name][at]
         if a.reduce != "message":
             return members
         message = np.where(members, self._message[at], -1)
@@ -164,28 +173,60 @@ class Buffers:
 
     def _weight(self, a: Activation, device: torch.device) -> Float[Tensor, "message token"]:
         """Return the weights of each message's mean over the tokens of this pass."""
-        if (a.hook, device) not in self._weights:
-            message = np.where(self._members[a.hook][self._at], self._message[self._at], -1)
+        if (a.name, device) not in self._weights:
+            message = np.where(self._members[a.name][self._at], self._message[self._at], -1)
             weight = message[self._rows_of(a, self._at), None] == message
             weight = weight / weight.sum(1, keepdims=True)
-            self._weights[a.hook, device] = torch.from_numpy(weight.astype(np.float32)).to(device)
-        return self._weights[a.hook, device]
+            self._weights[a.name, device] = torch.from_numpy(weight.astype(np.float32)).to(device)
+        return self._weights[a.name, device]
 
-    def _add(self, a: Activation, place: int, x: Float[Tensor, "token d"]) -> None:
+    def _add(self, a: Activation | Record, place: int, x: Float[Tensor, "token d"]) -> None:
         """Add sums and squares by cell, and the sketch by channel, in float64 over passes."""
-        cells = np.where(self._members[a.hook][self._at], self._cell[self._at], -1)
+        cells = np.where(self._members[a.name][self._at], self._cell[self._at], -1)
         labels = torch.from_numpy(cells).to(x.device)
         of_cells = moments(x, labels, len(CHANNELS) * (int(self._row.max()) + 1))
         parts = {"sum": of_cells.sums, "sumsq": of_cells.squares}
-        if a.sketch:
+        if isinstance(a, Activation) and a.sketch:
             channel = torch.arange(len(CHANNELS), device=x.device)[:, None]
             by_channel = ((labels % len(CHANNELS) == channel) & (labels >= 0)).to(x.dtype)
             parts["sketch"] = torch.einsum("ct,td,tr->cdr", by_channel, x, x @ sketch_matrix(a).to(x.device))
-        for what, part in parts.items():
-            name = f"{a.hook}_{what}"
+        for what in _summed(a):
+            part, name = parts[what], f"{a.name}_{what}"
             if name not in self._sums:
                 self._sums[name] = torch.zeros((part.shape[0], len(a.layers), *part.shape[1:]), dtype=torch.float64)
             self._sums[name][:, place] += part.double().cpu()
+
+
+def _summed(a: Activation | Record) -> tuple[str, ...]:
+    """Return what is added up of a record without values of single tokens."""
+    if a.reduce == "mean":
+        return ("sum",)
+    return ("sum", "sumsq", "sketch") if isinstance(a, Activation) and a.sketch else ("sum", "sumsq")
+
+
+def values_of(
+    a: Activation | Record | None, activation: Tensor, functions: Mapping[str, Callable[[Any], Any]]
+) -> Float[Tensor, "token d"]:
+    """Return the values that each token of a pass has of a record, its axes in a row.
+
+    Raises:
+        JobError: a user's function returns another shape than it did when it was tried.
+    """
+    axes = BLOCK[a.hook].split()[1:] if a is not None else []
+    if a is not None and a.index:
+        # the axis of an activation is the first behind pos; [batch head query key] has its heads before
+        axis = axes.index(a.index_dim) + 1 if isinstance(a, Record) else 2
+        activation = activation.index_select(axis, torch.tensor(a.index, device=activation.device))
+    if not isinstance(a, Record) or a.reduce not in ("norm", "own"):
+        return activation.flatten(0, 1).flatten(1)
+    n = activation.shape[axes.index("pos" if "pos" in axes else "query_pos") + 1]
+    x = functions[a.name](activation) if a.reduce == "own" else activation.float().norm(dim=-1)
+    if tuple(x.shape) != (1, n, *a.shape):
+        raise JobError(
+            f"recorder {a.name!r}: its function returns {tuple(x.shape)} of activations {tuple(activation.shape)}, expected "
+            f"{(1, n, *a.shape)}: it has to return the same dimensions for any number of tokens"
+        )
+    return x.detach().reshape(n, a.d)
 
 
 def pinned_bytes(size: int) -> int:

@@ -1,52 +1,197 @@
 """What to record, as a user writes it, and the hook points and store arrays it means.
 
-`routing`, `router_logits`, `sinks` (or `sink_sums`, by sequence and channel alone), `logprobs`, or a hook point of the blocks, in one word or with options behind it:
+A record is `routing`, `router_logits`, `sinks`, `logprobs`, `sink_sums` (of the sinks only sums by sequence and channel), a hook point of the blocks, or a
+user's own (`workbench.capture.recorder`). Options behind the name select from it, the same for every record:
 
     resid_post                                     every layer, every token
-    resid_post:3,7                                 these layers
-    attn.z:5 index=0,12                            these heads (of whatever axis stands behind pos)
+    resid_post:3,7                                 these layers, as resid_post layers=3,7
+    router_logits layers=0-3 channel=final         logits of the final channel in layers 0 to 3
+    sinks heads=0,12 role=assistant                these heads; experts= of router_logits, slots= inside the experts
     resid_post:11 channel=analysis every=4         these tokens: role, channel, part, message, position, every, last
+    mlp_out reduce=norm                            the Euclidean norm at each token
+    mlp_out reduce=mean                            the mean over a sequence's tokens of each channel: sums and counts alone
+    mlp_out reduce=moments sketch=64               also sums of squares, and a sketch of the second moments: x · Ω summed,
+                                                   with Ω of so many random columns
     resid_post reduce=message part=content         the mean of each message's tokens, at its last one
-    mlp_out reduce=moments sketch=64               sums and squares a sequence and channel, and a sketch of the second
-                                                   moments: x · Ω summed, with Ω of so many random columns
+    my_records.py:expert_norm layers=0-3           a recorder of a Python file, which is executed
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from workbench import harmony
+from workbench.capture import own_record, record_options
+from workbench.capture.own_record import axis_sizes
+from workbench.capture.recorder import Recorder, from_file
 from workbench.errors import InputError
 from workbench.hooks.names import BLOCK
 from workbench.model.config import Config
-from workbench.runs.schema import Activation, Spec
+from workbench.runs.schema import Activation, Record, Spec
 
 DEFAULT = ("routing", "sinks", "logprobs")
 _SWITCHES = ("routing", "router_logits", "sinks", "sink_sums", "logprobs")
-_PER_TOKEN = {name: axes.split()[2:] for name, axes in BLOCK.items() if axes.startswith("batch pos ")}
-REDUCTIONS = ("raw", "message", "moments")
-_HAS_ITS_OWN_NAME = ("mlp.router.hook_out", "mlp.hook_expert_indices", "mlp.hook_expert_weights", "attn.hook_sink")
+PER_TOKEN = {name: axes.split()[2:] for name, axes in BLOCK.items() if axes.startswith("batch pos ")}
+_HAS_ITS_OWN_NAME = {
+    "mlp.router.hook_out": "router_logits", "mlp.hook_expert_indices": "routing", "mlp.hook_expert_weights": "routing",
+    "attn.hook_sink": "sinks",
+}  # fmt: skip
+# what a user may look for, and where it is
+_INSTEAD = {
+    "top_experts": "routing", "experts": "routing", "expert_indices": "routing", "gates": "routing", "expert_weights": "routing",
+    "router": "router_logits", "logits": "router_logits", "sink": "sinks", "attn.sink": "sinks", "entropy": "logprobs",
+    "logprob": "logprobs", "router.out": "router_logits", "mlp.router.out": "router_logits", "residual": "resid_post",
+}  # fmt: skip
+RecordOption = str | Recorder
 
 
-def parse(record: Sequence[str], cfg: Config, routing: str = "own") -> Spec:
-    """Return the switches and hook points of --record; a hook point is named within its block, `hook_` is optional.
+def parse(record: Sequence[RecordOption] | str, cfg: Config, routing: str = "own") -> Spec:
+    """Return the switches, hook points and own records of --record; `hook_` is optional in a hook point's name.
 
     Raises:
         InputError: a name, layer or option is unknown or given twice.
     """
-    if repeated := sorted({r for r in record if list(record).count(r) > 1}):
-        raise InputError(f"--record names {', '.join(repeated)} twice: once is enough")
+    record = [record] if isinstance(record, str | Recorder) else list(record)
+    record = [" ".join(r.split()) if isinstance(r, str) else r for r in record]
+    if repeated := [r for i, r in enumerate(record) if r in record[:i]]:
+        raise InputError(f"--record names {_shown(repeated[0])} twice: once is enough")
     switches = {name: name in record for name in _SWITCHES}
-    points = tuple(_activation(name, cfg) for name in record if name not in _SWITCHES)
-    if twice := sorted({p.hook for p in points if [q.hook for q in points].count(p.hook) > 1}):
-        raise InputError(f"--record names {', '.join(twice)} twice: list its layers once, as in resid_post:3,7")
+    parsed = [_parsed(r, cfg) for r in record if not (isinstance(r, str) and r in _SWITCHES)]
+    selected = [a for one in parsed for a, _ in one]
+    functions = {a.name: function for one in parsed for a, function in one if function is not None}
+    _refuse_repeated(selected, switches)
     if routing not in ("own", "host"):
         raise InputError(f"--routing {routing}: choose own or host")
     if routing == "host" and not switches["routing"]:
-        raise InputError("--routing host: also record routing, which holds the experts that were forced")
-    return Spec(activations=points, host_routing=routing == "host", **switches)
+        raise InputError("--routing host: also record routing, without options: it holds the experts that were forced")
+    points = tuple(a for a in selected if isinstance(a, Activation))
+    own = tuple(a for a in selected if isinstance(a, Record))
+    return Spec(activations=points, records=own, functions=functions, host_routing=routing == "host", **switches)
+
+
+def _shown(record: RecordOption) -> str:
+    return record if isinstance(record, str) else record.name
+
+
+def _refuse_repeated(selected: Sequence[Activation | Record], switches: dict[str, bool]) -> None:
+    """Refuse two records of one name, which would be one array."""
+    stored = {"experts": "routing", "gates": "routing", "router_logits": "router_logits", "sink": "sinks"}
+    names = [a.name for a in selected]
+    for a in selected:
+        public = stored.get(a.name, a.name)
+        if names.count(a.name) > 1 or switches.get(public):
+            raise InputError(
+                f"--record names {public} twice: give all of its options once, as in '{public} layers=3,7 channel=final', "
+                "or name a second selection with wb.Recorder"
+            )
+
+
+def _parsed(record: RecordOption, cfg: Config) -> list[tuple[Activation | Record, Any]]:
+    """Return what one record means, and its function if it has one of its own."""
+    if isinstance(record, Recorder):
+        return [own_record.parse(record, cfg)]
+    if not isinstance(record, str):
+        raise InputError(f"record {record!r}: a record is text such as 'resid_post:3,7', or a wb.Recorder")
+    name, *words = record.split() or [""]
+    if _is_own(name):
+        return [own_record.parse(from_file(name).with_options(record_options.read(record, words)), cfg)]
+    point, _, layers = name.partition(":")
+    options = record_options.read(record, [*([f"layers={layers}"] if layers else []), *words])
+    if point in _SWITCHES:
+        return [(a, None) for a in _selected(record, point, options, cfg)]
+    return [(_activation(record, point, options, cfg), None)]
+
+
+def _is_own(name: str) -> bool:
+    """Whether a name is FILE.py:NAME or MODULE:NAME."""
+    where, colon, own = name.rpartition(":")
+    return bool(colon) and own.isidentifier() and (where.endswith(".py") or _hook_of(where) is None)
+
+
+def _hook_of(point: str) -> str | None:
+    """Return the hook point of a block with this name, `hook_` being optional."""
+    if point in _SWITCHES:
+        return point
+    return own_record.block_hook(point)
+
+
+def _selected(text: str, name: str, options: dict[str, Any], cfg: Config) -> list[Record]:
+    """Return the records of a built-in quantity with options: of routing two, experts and gate weights."""
+    where = f"--record {text}"
+    if name in ("logprobs", "sink_sums"):
+        instead = "sinks reduce=moments" if name == "sink_sums" else name
+        raise InputError(f"{where}: {name} takes no options: record {instead!r}, and select when you read")
+    layers = record_options.layers(where, options.pop("layers", ()), cfg.n_layers)
+    hooks = {
+        "routing": (("experts", "mlp.hook_expert_indices"), ("gates", "mlp.hook_expert_weights")),
+        "router_logits": (("router_logits", "mlp.router.hook_out"),),
+        "sinks": (("sink", "attn.hook_sink"),),
+    }[name]
+    axes = axis_sizes(PER_TOKEN[hooks[0][1]], cfg)
+    if name == "routing" and "experts" in options:
+        raise InputError(f"{where}: routing has no experts= (it holds the numbers of the chosen ones): leave it out, and select "
+                         "when you read, as in dataset['experts'] == 3")  # fmt: skip
+    index, index_dim = record_options.index(where, name, axes, options)
+    chosen = record_options.tokens(where, options)
+    only = ("raw",) if name == "routing" else ("raw", "norm", "mean", "moments")
+    counts = "; expert numbers have no mean (without options, routing is also summed up by sequence and channel)"
+    reduce = record_options.reduction(where, options, only, counts if name == "routing" else "")
+    _refuse_left(where, name, options)
+    shape = tuple(len(index) if dim == index_dim else size for dim, size in axes.items())
+    wide = "uint8" if cfg.num_experts <= 256 else "uint16"
+    keep = slice(0, -1 if reduce == "norm" else None)
+    return [
+        Record(
+            own, hook, layers, tuple(axes)[keep], shape[keep],
+            wide if own == "experts" else "float32" if reduce == "norm" else "float16",
+            index, index_dim, chosen, reduce,
+        )
+        for own, hook in hooks
+    ]  # fmt: skip
+
+
+def _activation(text: str, point: str, options: dict[str, Any], cfg: Config) -> Activation | Record:
+    """Return the record of a hook point."""
+    where, hook = f"--record {text}", _hook_of(point)
+    _refuse_unknown(where, point, hook)
+    assert hook is not None
+    layers = record_options.layers(where, options.pop("layers", ()), cfg.n_layers)
+    axes = axis_sizes(PER_TOKEN[hook], cfg)
+    index, index_dim = record_options.index(where, point, axes, options)
+    chosen, reduce = record_options.tokens(where, options), record_options.reduction(where, options)
+    sketch = int(options.pop("sketch", 0))
+    if sketch and reduce != "moments":
+        raise InputError(f"{where}: sketch= goes with reduce=moments: add it, or leave sketch= out")
+    _refuse_left(where, point, options)
+    shape = tuple(len(index) if dim == index_dim else size for dim, size in axes.items())
+    if reduce in ("norm", "mean"):
+        keep = slice(0, -1 if reduce == "norm" else None)
+        return Record(hook, hook, layers, tuple(axes)[keep], shape[keep], "float32", index, index_dim, chosen, reduce)
+    return Activation(hook, layers, math.prod(shape), index, chosen, reduce, sketch, tuple(axes))
+
+
+def _refuse_unknown(where: str, point: str, hook: str | None) -> None:
+    if point in _INSTEAD or hook in _HAS_ITS_OWN_NAME:
+        instead = _INSTEAD.get(point) or _HAS_ITS_OWN_NAME[str(hook)]
+        raise InputError(f"{where}: {point} is recorded as {instead}: write --record {instead!r}")
+    if hook in BLOCK and hook not in PER_TOKEN:
+        raise InputError(
+            f"{where}: {point} has a value for each pair of tokens, not for each token: reduce it with a wb.Recorder, see "
+            "docs/howto/record.md"
+        )
+    if hook is None:
+        known = sorted(h.replace("hook_", "") for h in PER_TOKEN if h not in _HAS_ITS_OWN_NAME)
+        raise InputError(
+            f"{where}: cannot record {point!r}: choose from {', '.join(_SWITCHES)}, or the hook points {', '.join(known)}, or "
+            "name a recorder as FILE.py:NAME"
+        )
+
+
+def _refuse_left(where: str, name: str, options: dict[str, Any]) -> None:
+    if options:
+        key = next(iter(options))
+        raise InputError(f"{where}: {name} has no option {key}=: leave it out")
 
 
 def wanted(spec: Spec, cfg: Config) -> dict[str, torch.dtype]:
@@ -59,9 +204,10 @@ def wanted(spec: Spec, cfg: Config) -> dict[str, torch.dtype]:
         names["mlp.router.hook_out"] = torch.float16
     if spec.sinks or spec.sink_sums:
         names["attn.hook_sink"] = torch.float16
-    everywhere = {f"blocks.{layer}.{n}": dtype for layer in range(cfg.n_layers) for n, dtype in names.items()}
     chosen = {f"blocks.{layer}.{p.hook}": torch.bfloat16 for p in spec.activations for layer in p.layers}
-    return everywhere | chosen
+    own = {f"blocks.{layer}.{r.hook}": getattr(torch, r.dtype) for r in spec.records for layer in r.layers}
+    everywhere = {f"blocks.{layer}.{n}": dtype for layer in range(cfg.n_layers) for n, dtype in names.items()}
+    return own | everywhere | chosen
 
 
 def bytes_per_token(spec: Spec, cfg: Config) -> dict[str, int]:
@@ -74,73 +220,6 @@ def bytes_per_token(spec: Spec, cfg: Config) -> dict[str, int]:
         sizes["router_logits"] = cfg.n_layers * cfg.num_experts * 2
     if spec.sinks:
         sizes["sinks"] = cfg.n_layers * cfg.n_heads * 2
-    return sizes | {a.hook: len(a.layers) * a.d * 2 for a in spec.activations if a.reduce != "moments"}
-
-
-def _activation(text: str, cfg: Config) -> Activation:
-    name, *words = text.split()
-    point, _, layers = name.partition(":")
-    hook = point if "hook_" in point else ".".join([*point.split(".")[:-1], "hook_" + point.split(".")[-1]])
-    if hook not in _PER_TOKEN or hook in _HAS_ITS_OWN_NAME:
-        known = sorted(h.replace("hook_", "") for h in _PER_TOKEN if h not in _HAS_ITS_OWN_NAME)
-        raise InputError(
-            f"cannot record {point!r}: choose from {', '.join(_SWITCHES)} or, with layers, {', '.join(known)}"
-        )
-    options = _options(text, words)
-    sizes = {"head": cfg.n_heads, "kv": cfg.n_key_value_heads, "slot": cfg.experts_per_token}
-    axes = [sizes.get(axis) or int(getattr(cfg, axis, axis)) for axis in _PER_TOKEN[hook]]
-    index = options.pop("index", ())
-    if index and (len(axes) < 2 or max(index) >= axes[0]):
-        said = f"{_PER_TOKEN[hook][0]}s 0 to {axes[0] - 1}" if len(axes) > 1 else "no heads or slots"
-        raise InputError(f"--record {text}: index {','.join(map(str, index))}, but {point} has {said}")
-    reduce, sketch = options.pop("reduce", "raw"), options.pop("sketch", 0)
-    if sketch and reduce != "moments":
-        raise InputError(f"--record {text}: a sketch goes with reduce=moments")
-    d = math.prod([len(index) or axes[0], *axes[1:]])
-    return Activation(hook, _layers(layers, cfg.n_layers, text), d, index, options, reduce, sketch)
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-_READS: dict[str, Callable[[str], Any]] = {
-    "index": lambda text: tuple(sorted(set(_numbers(text)))),
-    "role": _names, "channel": _names, "part": _names, "message": _numbers, "position": _numbers, "every": int, "last": int,
-    "reduce": str, "sketch": int,
-}  # fmt: skip
-
-
-def _options(text: str, words: Sequence[str]) -> dict[str, Any]:
-    """Return the options of a hook point; options other than index and reduce select tokens."""
-    options: dict[str, Any] = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in _READS or not value or key in options:
-            raise InputError(f"--record {text}: {word!r} is not one of {', '.join(f'{o}=' for o in _READS)}, once each")
-        try:
-            options[key] = _READS[key](value)
-        except ValueError as error:
-            raise InputError(f"--record {text}: {key} takes numbers, with commas between") from error
-    if options.get("reduce", "raw") not in REDUCTIONS:
-        raise InputError(f"--record {text}: reduce={options['reduce']}: choose one of {', '.join(REDUCTIONS)}")
-    if options.get("sketch", 1) < 1 or min(options.get("index", [0])) < 0:
-        raise InputError(f"--record {text}: sketch counts directions, from 1; an index counts from 0")
-    harmony.check_token_set(**{k: v for k, v in options.items() if k not in ("index", "reduce", "sketch")})
-    return options
-
-
-def _layers(text: str, n_layers: int, name: str) -> tuple[int, ...]:
-    if not text:
-        return tuple(range(n_layers))
-    try:
-        layers = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError as error:
-        raise InputError(f"--record {name}: layers are numbers with commas between, as in resid_post:3,7") from error
-    if missing := [layer for layer in layers if not 0 <= layer < n_layers]:
-        raise InputError(f"--record {name}: no layer {missing}; the model has layers 0 to {n_layers - 1}")
-    return layers
+    sizes |= {a.hook: len(a.layers) * a.d * 2 for a in spec.activations if a.per_token}
+    own = {r.name: len(r.layers) * r.d * getattr(torch, r.dtype).itemsize for r in spec.records if r.per_token}
+    return sizes | own

@@ -10,6 +10,7 @@ from workbench.cli.options import (
     Device,
     Dtype,
     Exclude,
+    IgnoreField,
     Model,
     Overwrite,
     Record,
@@ -38,12 +39,13 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 64,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
+    ignore_field: IgnoreField = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Generate answers to prompts at one or several reasoning efforts. Rerun the command to resume."""
     from workbench.capture.generation import generate_transcripts
 
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, ignore_field)
     generate_transcripts(
         loaded,
         prompts,
@@ -173,14 +175,16 @@ def capture(
     adapter: Annotated[Path | None, typer.Option(help="PEFT folder with a LoRA adapter for the model.")] = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
+    ignore_field: IgnoreField = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Record activations of a model on transcripts into a run. Rerun the command to resume.
 
-    --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, or a hook point:
-    "resid_post:3,7", with which heads
-    ("attn.z:5 index=0,12"), which tokens ("resid_post channel=analysis every=4"; role, channel, part, message,
-    position, every, last) and reduced how ("resid_post reduce=message", "mlp_out reduce=moments sketch=64").
+    --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, a hook point such as
+    resid_post, or FILE.py:NAME of a wb.Recorder, whose file is executed. Options behind it select: "resid_post:0-3",
+    "router_logits layers=0-3 channel=final", "sinks heads=0,12 role=assistant", "attn.z:5 heads=0 every=4" (also
+    experts, slots, part, message, position, last), and reduce: "mlp_out reduce=norm" (raw, norm, mean, moments,
+    message; "reduce=moments sketch=64"). See docs/howto/record.md.
     """
     from workbench.capture import cluster, estimate, job, recording
     from workbench.model import load
@@ -190,7 +194,13 @@ def capture(
     # Workers load the model themselves: a copy in this process would take the memory that the first of them needs.
     shared = (workers > 1 or dask is not None) and not dry_run
     worker_device = cluster.worker_device(device) if shared else None
-    loaded = load(model, device="meta" if shared else device, dtype=torch_dtype(dtype), adapter=adapter)
+    loaded = load(
+        model,
+        device="meta" if shared else device,
+        dtype=torch_dtype(dtype),
+        adapter=adapter,
+        ignore_fields=ignore_field or (),
+    )
     records = record or list(recording.DEFAULT)
     if dry_run:
         plan = job.dry_run(
@@ -235,6 +245,7 @@ def verify(
     """Validate a run and list damaged arrays; exit with 1 if there are any."""
     from workbench.harmony.flags import counted_in
     from workbench.runs import open_run
+    from workbench.runs.verify import other_content
     from workbench.runs.verify import verify as check
 
     problems = check(run, workers=workers)
@@ -243,6 +254,8 @@ def verify(
     print(f"{run}: {len(problems)} problems" if problems else f"{run}: valid")
     if not problems and (found := counted_in(open_run(run).sequences)):
         print(f"{run}: {found}")
+    if not problems and (others := other_content(open_run(run))):
+        print(f"{run}: not of this run, left alone: {', '.join(others)}")
     raise typer.Exit(1 if problems else 0)
 
 

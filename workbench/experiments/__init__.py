@@ -14,7 +14,18 @@ if TYPE_CHECKING:
     from workbench.experiments import registry as registry
 
 # modules that are no experiments themselves
-_MODULES = ("attribution", "effects", "expert_sets", "final_channel", "from_run", "gradients", "lens", "registry")
+_MODULES = (
+    "attribution",
+    "effects",
+    "expert_sets",
+    "final_channel",
+    "from_run",
+    "gradients",
+    "hidden_messages",
+    "lens",
+    "registry",
+    "sampling",
+)
 
 __all__ = ["registry"]
 

@@ -1,18 +1,20 @@
-"""Attention knockout: the tokens of one channel do not attend to those of another.
+"""Attention knockout: the tokens of one message do not attend to those of another.
+
+Whole messages are hidden, frame tokens included: the `<|end|>` of an analysis message has read all of it, and a final
+message that still attends to this token has hardly lost the analysis.
 
 Reference: Geva et al. 2023, arXiv 2304.14767.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import xarray as xr
 
 from workbench.experiments import chain_of_thought
 from workbench.experiments.final_channel import final_effects
-from workbench.harmony.token_sets import TokenSet, token_set
+from workbench.experiments.hidden_messages import Hidden, Hide, add_readers, layer_kinds, message_tokens
+from workbench.harmony.token_sets import token_set
 from workbench.harmony.transcripts import Transcript
-from workbench.hooks.edits import Edit
 from workbench.hooks.interventions import knockout
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
@@ -22,29 +24,31 @@ EXPERIMENT = Experiment(
     title="Attention knockout between channels",
     question="Does the final answer depend on attention to the analysis, and on attention to the user's message?",
     compute="forward passes over the sequences: seven",
+    options={"hide": "What is hidden: messages, with their frame tokens (default), or their content alone."},
     aliases=("knockout",),
     order=160,
 )
 
 
-def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Return the effects of attention knockouts on the final channel."""
+def experiment(
+    model: GptOss, rows: Sequence[Transcript], *, hide: Hide = "messages", seed: int = 0
+) -> dict[str, xr.Dataset]:
+    """Return the effects of attention knockouts on the final channel, and which visible tokens have read hidden ones.
 
-    def tokens(**asked: Any) -> TokenSet:
-        return token_set(tokenizer=model.tokenizer, **asked)
-
-    layers = list(range(model.cfg.n_layers))
-    kinds = {
-        "all layers": layers,
-        "full layers": [i for i in layers if model.cfg.windows[i] is None],
-        "window layers": [i for i in layers if model.cfg.windows[i] is not None],
-    }
-    thinking, behind, asked = tokens(channel="analysis"), tokens(message=-1), tokens(role="user")
-    thoughtful = [t.row for t in chain_of_thought.thoughts(model, rows)]
-    what: dict[str, Edit | Sequence[Edit]] = {}
-    for kind, chosen in kinds.items():
-        if chosen:
-            what[f"final does not see analysis, {kind}"] = knockout(chosen, behind, thinking)
-            what[f"final does not see the user, {kind}"] = knockout(chosen, behind, asked)
-    what["analysis does not see the user, all layers"] = knockout(layers, thinking, asked)
-    return {"attention": final_effects(model, thoughtful, what, seed, "Attention between channels knocked out")}
+    hide: whole messages with their frame tokens, or their content alone, which leaks through the frame tokens.
+    """
+    analysis = message_tokens(model.tokenizer, channel="analysis", hide=hide)
+    user = message_tokens(model.tokenizer, role="user", hide=hide)
+    final, thinking = (
+        token_set(tokenizer=model.tokenizer, message=-1),
+        message_tokens(model.tokenizer, channel="analysis"),
+    )
+    what = {}
+    for kind, layers in layer_kinds(model).items():
+        what[f"final does not see analysis, {kind}"] = Hidden(layers, final, analysis)
+        what[f"final does not see the user, {kind}"] = Hidden(layers, final, user)
+    what["analysis does not see the user, all layers"] = Hidden(list(range(model.cfg.n_layers)), thinking, user)
+    answered = [part.row for part in chain_of_thought.thoughts(model, rows)]
+    edits = {name: knockout(*hidden) for name, hidden in what.items()}
+    result = final_effects(model, answered, edits, seed, "Attention between channels knocked out")
+    return {"attention": add_readers(result, "intervention", answered, what, model.tokenizer)}

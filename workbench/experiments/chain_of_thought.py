@@ -1,8 +1,10 @@
-"""Is the answer made by the thought? The analysis is cut short, replaced or hidden, and the answer looked at again.
+"""Chain-of-thought ablation: the analysis is truncated, replaced or hidden, and the answer computed again.
 
-Cut to a fraction, exchanged for another prompt's, or put out of order, the analysis is closed and the model is made to
-answer at once; hidden, it stands there but the final message's tokens do not see it, in all layers, in the full ones
-alone, or in those with a window alone (final reaches far analysis only through full layers).
+Truncated to a fraction, exchanged for that of another prompt, or shuffled, the last analysis message is closed and the
+model continues with the final message. Hidden, the analysis messages keep their positions, but the final message (its
+header included) does not attend to them, frame tokens included: in all layers, in those with full attention alone, or
+in those with a window alone (final tokens reach far analysis tokens only through full layers). Hiding the content alone
+leaks, because the `<|end|>` of the analysis has read it; each result counts the visible tokens that have.
 
 Reference: Lanham et al. 2023, arXiv 2307.13702 (early answering, area over the curve); Geva et al. 2023 (knockout).
 """
@@ -19,6 +21,7 @@ from workbench import harmony
 from workbench.capture.generation import final_text
 from workbench.errors import InputError
 from workbench.experiments.effects import logprobs, paired
+from workbench.experiments.hidden_messages import Hidden, Hide, add_readers, layer_kinds, message_tokens
 from workbench.harmony.token_sets import token_set
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit, applied
@@ -31,6 +34,7 @@ EXPERIMENT = Experiment(
     title="Chain-of-thought ablation",
     question="Does the final answer depend on the chain of thought before it?",
     compute="forward passes and new answers for the sequences: one for each of about nine changes",
+    options={"hide": "What is hidden: messages, with their frame tokens (default), or their content alone."},
     aliases=("cot",),
     order=110,
 )
@@ -39,7 +43,7 @@ _ANSWER_TOKENS = 64
 
 
 class Thought(NamedTuple):
-    """Where a transcript's last analysis lies, [start, stop), and the final message behind it, content and end."""
+    """A transcript with the positions of its last analysis, [start, stop), and of the final message, [content, end)."""
 
     row: Transcript
     start: int
@@ -49,7 +53,7 @@ class Thought(NamedTuple):
 
 
 def thoughts(model: GptOss, rows: Sequence[Transcript]) -> list[Thought]:
-    """Of the transcripts that end in a final message with an analysis before it."""
+    """Return the transcripts that end in a closed final message with an analysis before it, with their positions."""
     found = []
     for row in rows:
         messages = harmony.label(row.tokens, tokenizer=model.tokenizer).messages
@@ -63,7 +67,7 @@ def thoughts(model: GptOss, rows: Sequence[Transcript]) -> list[Thought]:
 
 
 def _with(thought: Thought, words: np.ndarray) -> Transcript:
-    """The transcript with other words for its analysis."""
+    """Return the transcript with other tokens as the content of its analysis."""
     t = thought.row.tokens
     tokens = np.concatenate([t[: thought.start], words, t[thought.stop :]]).astype(np.int32)
     return Transcript(
@@ -71,10 +75,26 @@ def _with(thought: Thought, words: np.ndarray) -> Transcript:
     )
 
 
-def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Return the effects of ablating the chain of thought, with their summary."""
-    result = study(model, rows, seed=seed)
-    lines = [f"{result.attrs['rests_on']}; accuracy with the whole analysis {result.attrs['accuracy']:.3f}."]
+def experiment(
+    model: GptOss, rows: Sequence[Transcript], *, hide: Hide = "messages", seed: int = 0
+) -> dict[str, xr.Dataset]:
+    """Return the effects of ablating the chain of thought, with their summary.
+
+    hide: whole messages with their frame tokens, or their content alone, which leaks through the frame tokens.
+    """
+    result = study(model, rows, hide=hide, seed=seed)
+    return {
+        "thought": result.assign_attrs(
+            title="Does the answer depend on the analysis?",
+            summary="\n".join([*_summary(result), result.attrs["summary"]]),
+            method=" ".join((__doc__ or "").split("Reference:")[0].split()),
+        )
+    }
+
+
+def _summary(result: xr.Dataset) -> list[str]:
+    """Return the sentences of the summary: one for each change of the analysis."""
+    lines = [f"{result.attrs['rests_on']}; accuracy with the complete analysis {result.attrs['accuracy']:.3f}."]
     for change in map(str, result["change"].values):
         one = {str(k): float(v) for k, v in result.sel(change=change).data_vars.items()}
         moved = one["logprob_low"] * one["logprob_high"] > 0
@@ -84,73 +104,38 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
             + ("" if moved else "not shown to change, ")
             + f"{one['logprob']:+.2f} nats [{one['logprob_low']:+.2f}, {one['logprob_high']:+.2f}]."
         )
-    lines.append(
-        f"Area over the curve of early answering: {float(result['area']):.3f} [{float(result['area_low']):.3f}, "
-        f"{float(result['area_high']):.3f}]."
-    )
-    method = __doc__ or ""
-    return {
-        "thought": result.assign_attrs(
-            title="Is the answer made by the thought?",
-            summary="\n".join(lines),
-            method=" ".join(method.split("Reference:")[0].split()),
-        )
-    }
+    area, low, high = (float(result[name]) for name in ("area", "area_low", "area_high"))
+    return [*lines, f"Area over the curve of early answering: {area:.3f} [{low:.3f}, {high:.3f}]."]
 
 
-def study(model: GptOss, rows: Sequence[Transcript], *, n_boot: int = 2000, seed: int = 0) -> xr.Dataset:
-    """Answers with the analysis changed: log-probability of what was answered, and how often it is answered again.
+def study(
+    model: GptOss, rows: Sequence[Transcript], *, hide: Hide = "messages", n_boot: int = 2000, seed: int = 0
+) -> xr.Dataset:
+    """Return what changes of the analysis do to the answer: its log-probability, and whether it is given again.
 
-    Variables over `change`: logprob (nats a sequence, less the whole analysis'), same (the same answer is given),
-    accuracy, each with its paired interval; `area` is the area over the curve of early answering.
+    Variables over `change`: logprob (nats a sequence, less that with the complete analysis), same (the same answer is
+    given), accuracy_change, each with its interval; `readers` counts visible tokens that have read hidden ones; `area`
+    is the area over the curve of early answering.
     """
     found = thoughts(model, rows)
-    prompts = sorted({t.row.prompt_id for t in found})
+    prompts = {t.row.prompt_id for t in found}
     if len(prompts) < 2:
         raise InputError(f"{len(prompts)} prompts have an analysis and a closed final message; at least 2 are needed")
-    rng = np.random.default_rng(seed)
-    words = [t.row.tokens[t.start : t.stop] for t in found]
-    others = _derange([t.row.prompt_id for t in found], rng)
-    changes: dict[str, Callable[[int], np.ndarray]] = {}
-    for fraction in FRACTIONS[:-1]:
-        changes[f"first {fraction:.0%}"] = partial(_beginning, words, fraction)
-    changes |= {"shuffled": lambda i: rng.permutation(words[i]), "another prompt's": lambda i: words[others[i]]}
-    of = token_set(tokenizer=model.tokenizer, channel="final")
-    layers = range(model.cfg.n_layers)
-    kinds = {
-        "hidden in all layers": list(layers),
-        "hidden in full layers": [i for i in layers if model.cfg.windows[i] is None],
-        "hidden in window layers": [i for i in layers if model.cfg.windows[i] is not None],
-    }
-    thinking = token_set(tokenizer=model.tokenizer, channel="analysis")
-    behind = token_set(tokenizer=model.tokenizer, message=-1)
-    own = [t.row for t in found]
+    logp, answers, unchanged = _changed_answers(model, found, hide, np.random.default_rng(seed))
     units = [t.row.prompt_id for t in found]
-    base = logprobs(model, own, of)
-    whole = _answers(model, found, own)
-    logp: dict[str, np.ndarray] = {}
-    said: dict[str, list[str | None]] = {}
-    for name, change in changes.items():
-        changed = [_with(t, change(i)) for i, t in enumerate(found)]
-        logp[name], said[name] = logprobs(model, changed, of) - base, _answers(model, found, changed)
-    for name, chosen in kinds.items():
-        if chosen:
-            edit = knockout(chosen, behind, thinking)
-            logp[name], said[name] = logprobs(model, own, of, edit) - base, _answers(model, found, own, edit)
-    same = np.array([[a == b for a, b in zip(said[n], whole, strict=True)] for n in said], dtype=np.float64)
-    known = np.array([t.row.answer is not None for t in found])
+    same = np.array([[a == b for a, b in zip(answers[n], unchanged, strict=True)] for n in answers], dtype=np.float64)
     right = np.array(
-        [[a == t.row.answer for a, t in zip(s, found, strict=True)] for s in (*said.values(), whole)], float
+        [[a == t.row.answer for a, t in zip(s, found, strict=True)] for s in (*answers.values(), unchanged)], float
     )
-    right[:, ~known] = np.nan
+    right[:, [t.row.answer is None for t in found]] = np.nan
     variables: dict[str, tuple[str | tuple[()], np.ndarray]] = {}
-    for name, each in (
+    for name, values in (
         ("logprob", np.stack(list(logp.values()))),
         ("same", same),
         ("accuracy_change", right[:-1] - right[-1]),
     ):
-        if np.isfinite(each).any():
-            value, low, high = paired(each, units, n_boot=n_boot, seed=seed)
+        if np.isfinite(values).any():
+            value, low, high = paired(values, units, n_boot=n_boot, seed=seed)
             variables |= {name: ("change", value), f"{name}_low": ("change", low), f"{name}_high": ("change", high)}
     curve = np.append(same[: len(FRACTIONS) - 1], np.ones((1, len(found))), axis=0)
     area = paired(1 - np.trapezoid(curve, FRACTIONS, axis=0), units, n_boot=n_boot, seed=seed)
@@ -162,9 +147,40 @@ def study(model: GptOss, rows: Sequence[Transcript], *, n_boot: int = 2000, seed
         "same answer; area: over the curve of same against the fraction of the analysis kept",
         "ci": f"95 %, percentile, {n_boot} bootstrap draws of prompts",
         "rests_on": f"{len(found)} sequences of {len(prompts)} prompts",
-        "accuracy": float(np.nanmean(right[-1])) if known.any() else float("nan"),
+        "accuracy": float(np.nanmean(right[-1])) if np.isfinite(right[-1]).any() else float("nan"),
+        "summary": "",
     }
-    return result
+    return add_readers(result, "change", [t.row for t in found], _hidden(model, hide), model.tokenizer)
+
+
+def _hidden(model: GptOss, hide: Hide) -> dict[str, Hidden]:
+    """Return the knockouts: the final message, header included, does not attend to the analysis messages."""
+    analysis = message_tokens(model.tokenizer, channel="analysis", hide=hide)
+    final = token_set(tokenizer=model.tokenizer, message=-1)
+    return {f"hidden in {kind}": Hidden(layers, final, analysis) for kind, layers in layer_kinds(model).items()}
+
+
+def _changed_answers(
+    model: GptOss, found: Sequence[Thought], hide: Hide, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, list[str | None]], list[str | None]]:
+    """Return for each change the differences of log-probability and the answers, and the answers without a change."""
+    words = [t.row.tokens[t.start : t.stop] for t in found]
+    others = _derange([t.row.prompt_id for t in found], rng)
+    changes: dict[str, Callable[[int], np.ndarray]] = {
+        f"first {fraction:.0%}": partial(_beginning, words, fraction) for fraction in FRACTIONS[:-1]
+    }
+    changes |= {"shuffled": lambda i: rng.permutation(words[i]), "another prompt's": lambda i: words[others[i]]}
+    of, own = token_set(tokenizer=model.tokenizer, channel="final"), [t.row for t in found]
+    base = logprobs(model, own, of)
+    logp: dict[str, np.ndarray] = {}
+    answers: dict[str, list[str | None]] = {}
+    for name, change in changes.items():
+        changed = [_with(t, change(i)) for i, t in enumerate(found)]
+        logp[name], answers[name] = logprobs(model, changed, of) - base, _answers(model, found, changed)
+    for name, hidden in _hidden(model, hide).items():
+        edit = knockout(*hidden)
+        logp[name], answers[name] = logprobs(model, own, of, edit) - base, _answers(model, found, own, edit)
+    return logp, answers, _answers(model, found, own)
 
 
 def _beginning(words: Sequence[np.ndarray], fraction: float, i: int) -> np.ndarray:
@@ -172,7 +188,7 @@ def _beginning(words: Sequence[np.ndarray], fraction: float, i: int) -> np.ndarr
 
 
 def _derange(prompts: Sequence[str], rng: np.random.Generator) -> list[int]:
-    """For each sequence one of another prompt."""
+    """Return for each sequence the index of a random one of another prompt."""
     out = []
     for i, prompt in enumerate(prompts):
         others = [j for j, p in enumerate(prompts) if p != prompt and j != i]
@@ -182,7 +198,7 @@ def _derange(prompts: Sequence[str], rng: np.random.Generator) -> list[int]:
 
 @torch.no_grad()
 def _answers(model: GptOss, found: Sequence[Thought], rows: Sequence[Transcript], *edits: Edit) -> list[str | None]:
-    """What the model says when it stands at the beginning of each final message's content."""
+    """Return what the model generates from the beginning of each final message's content."""
     stems = []
     for thought, row in zip(found, rows, strict=True):
         behind = len(thought.row.tokens) - thought.content

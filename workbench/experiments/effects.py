@@ -29,7 +29,9 @@ from workbench.studies.resampling import bootstrap_weights, percentile_interval
 from workbench.version import version
 
 _FORWARD_TOKENS = 4096
+_SCORED_TOKENS = 512  # where an edit needs all scores of a pass, heads × tokens² of them, fewer tokens are faster
 _LOGIT_ROWS = 512
+MIN_PROMPTS, ENOUGH_PROMPTS = 5, 20  # fewer than MIN_PROMPTS are refused, fewer than ENOUGH_PROMPTS give a warning
 Way = Literal["forbid", "zero", "renormalise", "resample"]
 
 
@@ -38,7 +40,7 @@ def logprobs(model: GptOss, rows: Sequence[Transcript], of: TokenSet, *edits: Ed
     """Log-probability in nats of each sequence's tokens in `of`, summed; NaN where it has none behind the first."""
     out = np.full(len(rows), np.nan)
     with applied(model, *edits):
-        for batch in _batches(rows):
+        for batch in _batches(rows, _tokens_per_pass(model, edits)):
             lengths = [len(rows[i].tokens) for i in batch]
             tokens = torch.from_numpy(np.concatenate([rows[i].tokens for i in batch])).long()[None].to(model.device)
             residual = model.residual(tokens, packed=lengths)
@@ -181,7 +183,7 @@ def routing(model: GptOss, rows: Sequence[Transcript]) -> list[UInt8[np.ndarray,
     recorder = SequenceRecorder(model, dict.fromkeys(points, torch.uint8))
     out = []
     with model.hooks(fwd_hooks=recorder.fwd_hooks):
-        for batch in _batches(rows):
+        for batch in _batches(rows, _FORWARD_TOKENS):
             tokens = torch.from_numpy(np.concatenate([rows[i].tokens for i in batch])).long()[None]
             model.residual(tokens.to(model.device), packed=[len(rows[i].tokens) for i in batch])
             out += [np.stack([kept[name].numpy() for name in points]) for kept in recorder.take()]
@@ -252,11 +254,18 @@ def _about(
     }
 
 
-def _batches(rows: Sequence[Transcript]) -> Iterator[list[int]]:
-    """Consecutive rows of together at most _FORWARD_TOKENS tokens; a longer one alone."""
+def _tokens_per_pass(model: GptOss, edits: Sequence[Edit]) -> int:
+    """Return how many tokens to pack into one pass with these edits."""
+    names = [name for edit in edits for name, _ in edit.points(model)]
+    opens_scores = any(name.endswith(("hook_attn_scores", "hook_pattern")) for name in names)
+    return min(_FORWARD_TOKENS, _SCORED_TOKENS) if opens_scores else _FORWARD_TOKENS
+
+
+def _batches(rows: Sequence[Transcript], most: int) -> Iterator[list[int]]:
+    """Consecutive rows of together at most `most` tokens; a longer one alone."""
     batch: list[int] = []
     for i, row in enumerate(rows):
-        if batch and sum(len(rows[j].tokens) for j in batch) + len(row.tokens) > _FORWARD_TOKENS:
+        if batch and sum(len(rows[j].tokens) for j in batch) + len(row.tokens) > most:
             yield batch
             batch = []
         batch.append(i)

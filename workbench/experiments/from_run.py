@@ -26,7 +26,7 @@ def transcripts(run: Run, sequences: Sequence[int] | None = None) -> list[Transc
     return [
         Transcript(
             id=row["id"],
-            prompt_id=row["prompt_id"],
+            prompt_id=row["prompt_id"] or row["id"],  # a sequence that names no prompt is one of its own
             effort=row["effort"],
             tokens=ids[begins[number] : begins[number] + row["length"]],
             n_prompt=row["n_prompt"],
@@ -48,12 +48,17 @@ def recorded(run: Run, sequence: int | str, point: str) -> dict[str, Shaped[Tens
     name = ours.get(point, "router_logits" if point == "mlp.router.hook_out" else point)
     if point not in BLOCK or name not in data:
         raise InputError(f"{point!r} is not in {run.path}; it recorded {', '.join(run.recorded)}")
-    values = data[name]
-    axis = next((str(d) for d in values.dims if str(d).endswith("_layer")), "layer")
-    tensor = torch.from_numpy(values.transpose(axis, "token", ...).to_numpy())
+    chosen = next((a for a in run.spec.selected if a.name == name), None)
+    if chosen is not None and (chosen.sparse or chosen.index):
+        raise InputError(
+            f"{point!r} of {run.path} holds some tokens or heads only: patching needs a record without options"
+        )
+    layers = tuple(range(run.model["n_layers"])) if chosen is None else chosen.layers
+    values = data[name].sel(layer=list(layers)).transpose("layer", "token", ...)
+    tensor = torch.from_numpy(values.to_numpy())
     tensor = tensor.long() if name == "experts" else tensor.float()
     sizes = {"head": run.model["n_heads"], "kv": run.model["n_key_value_heads"], "slot": run.model["experts_per_token"]}
     features = BLOCK[point].split()[2:]
-    if len(features) > 1:  # the store keeps them flat
+    if len(features) > 1 and tensor.ndim == 3:  # runs before schema 4 do not name the axes
         tensor = tensor.unflatten(2, (sizes[features[0]], -1))
-    return {f"blocks.{layer}.{point}": t[None] for layer, t in zip(values[axis].to_numpy(), tensor, strict=True)}
+    return {f"blocks.{layer}.{point}": t[None] for layer, t in zip(layers, tensor, strict=True)}

@@ -10,6 +10,7 @@ from workbench.errors import InputError
 from workbench.experiments import chain_of_thought
 from workbench.experiments.attribution import by_expert, logit_parts
 from workbench.experiments.effects import paired
+from workbench.experiments.sampling import spread_rows
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
@@ -18,24 +19,29 @@ EXPERIMENT = Experiment(
     name="logit-attribution",
     title="Direct logit attribution of the answer",
     question="Which experts and heads write the first token of the final answer?",
-    compute="forward passes over at most 100 sequences: one",
+    compute="one forward pass for each of at most 100 sequences, spread over tasks and efforts",
     aliases=("attribution",),
     order=190,
 )
+SEQUENCES = 100  # at most: each is one forward pass with every part of the residual stream
 
 
 def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Which experts and heads write the first token of the answer: exact parts of its logit, mean over prompts."""
-    found = chain_of_thought.thoughts(model, rows) or []
-    if not found:
+    """Return the exact parts that experts and heads write of the logit of the answer's first token, mean over prompts.
+
+    At most SEQUENCES sequences are used, spread over tasks and efforts.
+    """
+    answered = chain_of_thought.thoughts(model, rows)
+    if not answered:
         raise InputError("no sequence has an analysis and a closed final message: there is no answer to attribute")
+    sample = [answered[i] for i in spread_rows([part.row for part in answered], SEQUENCES)]
     experts, heads = [], []
-    for thought in found[:100]:
+    for thought in sample:
         ids = torch.from_numpy(thought.row.tokens.astype(np.int64))[None, : thought.content + 1].to(model.device)
         parts = logit_parts(model, ids[:, :-1], at=[thought.content - 1], of=int(ids[0, -1]))
         experts.append(by_expert(parts).squeeze().values)
         heads.append(parts["heads"].squeeze().values)
-    units = [t.row.prompt_id for t in found[:100]]
+    units = [t.row.prompt_id for t in sample]
     made = {}
     for name, dims, each in (("experts", ("layer", "expert"), experts), ("heads", ("layer", "head"), heads)):
         value, low, high = paired(np.moveaxis(np.nan_to_num(np.stack(each)), 0, -1), units, seed=seed)

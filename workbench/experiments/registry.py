@@ -7,19 +7,21 @@ describe themselves as those of studies do (method, what is not controlled, summ
 import json
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import xarray as xr
 
 from workbench import registry
 from workbench.errors import InputError
+from workbench.experiments.effects import MIN_PROMPTS
 from workbench.experiments.final_channel import METHOD, NOT_CONTROLLED
 from workbench.experiments.from_run import transcripts
+from workbench.experiments.sampling import composition, spread
 from workbench.model.transformer import GptOss
 from workbench.runs import Run
 from workbench.studies.comparison import prompt_ids
 from workbench.version import version
 
-SEQUENCES = 200  # at most, of prompts spread evenly over the run
+SEQUENCES = 200  # about so many, of prompts spread over tasks and efforts
 
 
 def run_experiment(
@@ -51,6 +53,7 @@ def run_experiment(
             "checkpoint_digest": model.checkpoint.digest,
             "workbench_version": version(),
             "parameters": json.dumps({"sequences": len(rows), **options}),
+            "sample": json.dumps(composition(rows)),
         }
         result.attrs.setdefault("method", METHOD)
         result.attrs.setdefault("not_controlled", NOT_CONTROLLED)
@@ -58,12 +61,22 @@ def run_experiment(
 
 
 def chosen_sequences(run: Run, n_ctx: int, most: int) -> list[int]:
-    """Return about `most` sequences that fit the context: all those of prompts spread evenly over the run."""
+    """Return about `most` sequences that fit the context: all those of prompts spread over tasks and efforts.
+
+    There are sequences of five prompts at least, as an interval needs them.
+    """
     table = run.sequences[run.sequences["length"] <= n_ctx]
     if not len(table):
         raise InputError(f"{run.path} holds no sequence yet that fits the model's context")
     prompts = prompt_ids(table)
+    rows = table.assign(prompt=prompts).groupby("prompt", sort=False)
+    strata = [(_task(rows_of_prompt), *sorted(set(rows_of_prompt["effort"]))) for _, rows_of_prompt in rows]
     names = prompts.drop_duplicates()
-    wanted = max(2, min(len(names), most * len(names) // len(table)))
-    kept = names.iloc[np.unique(np.linspace(0, len(names) - 1, wanted).round().astype(int))]
+    kept = names.iloc[spread(strata, max(MIN_PROMPTS, most * len(names) // len(table)))]
     return [int(n) for n in table.index[prompts.isin(kept)]]
+
+
+def _task(table: pd.DataFrame) -> str:
+    """Return the task of a prompt's sequences, or the domain where no task is known."""
+    first = table.iloc[0]
+    return str(first.get("task") or first.get("domain") or "")

@@ -21,9 +21,9 @@ import zarr
 from workbench.errors import InputError
 from workbench.harmony.flags import read_flags
 from workbench.harmony.labels import CHANNELS
-from workbench.runs import shards, totals
+from workbench.runs import shards, totals, views
 from workbench.runs.manifest import CheckedStore, DamageError, Manifest, attributes_digest, reading
-from workbench.runs.schema import MANIFESTS, SCHEMA, Layout, Spec, Unit
+from workbench.runs.schema import MANIFESTS, SCHEMA, TOKEN_COLUMNS, Layout, Spec, Unit, arrays
 from workbench.runs.storage import ROOT, LocalStorage, Storage, place
 from workbench.runs.summaries import expert_pairs, float32_of
 
@@ -139,7 +139,7 @@ class Run:
             for n in ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "host_routing")
             if getattr(self.spec, n)
         ]
-        return switches + [a.hook for a in self.spec.activations]
+        return switches + [a.name for a in self.spec.selected]
 
     @cached_property
     def layout(self) -> Layout:
@@ -281,7 +281,8 @@ class Run:
     @cached_property
     def _stored(self) -> dict[str, str]:
         """Path in the store → name in the dataset, of all that tokens have."""
-        names = {f"tokens/{n}": n for n in sorted(n for n, _ in self.group["tokens"].arrays())}
+        columns = {*TOKEN_COLUMNS, "logprob", "entropy"}  # others add columns of their own
+        names = {f"tokens/{n}": n for n in sorted(n for n, _ in self.group["tokens"].arrays() if n in columns)}
         names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
         names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}
         if self.spec.host_routing:
@@ -291,7 +292,8 @@ class Run:
                 "routing/forced": "forced",
             }
         names |= {"attention/sink": "sink"} if self.spec.sinks else {}
-        return names | {f"activations/{a.hook}": a.hook for a in self.spec.activations if a.reduce != "moments"}
+        names |= {f"activations/{a.name}": a.name for a in self.spec.activations if a.per_token}
+        return names | {f"records/{r.name}": r.name for r in self.spec.records if r.per_token}
 
     @cached_property
     def dataset(self) -> xr.Dataset:
@@ -315,20 +317,18 @@ class Run:
         return self._dataset([slice(offset, offset + int(row["length"]))])
 
     def _dataset(self, spans: list[slice]) -> xr.Dataset:
+        selected = {a.name: a for a in self.spec.selected}
+        sparse = {a.name: _rows(self.group[f"selected/{a.name}"], 0, spans) for a in self.spec.selected if a.sparse}
         variables: dict[str, Any] = {}
-        sparse = {a.hook: _rows(self.group[f"selected/{a.hook}"], 0, spans) for a in self.spec.activations if a.sparse}
         for stored, name in self._stored.items():
             array = self.group[stored]
             dims = tuple(array.metadata.dimension_names)
             lazy = _rows(array, dims.index("token"), spans)
-            attrs = {}
-            if stored.startswith("activations/"):
-                lazy, attrs = lazy.map_blocks(float32_of, dtype=np.float32), {"stored_dtype": "bfloat16"}
-                if name in sparse:  # a token that was not recorded has no value
-                    lazy = da.where(sparse[name][None, :, None], lazy, np.float32(np.nan))
-            variables[name] = (dims, lazy, attrs)
-        coords: dict[str, Any] = {"layer": np.arange(self.model["n_layers"])}
-        coords |= {f"{a.hook}_layer": np.array(a.layers) for a in self.spec.activations}
+            if name in selected:
+                variables[name] = views.recorded(lazy, selected[name], self.model, sparse.get(name))
+            else:
+                variables[name] = (dims, lazy, {})
+        coords = views.coordinates(variables, self.model)
         origin: dict[str, Any] = {"run": self.path, "digest": self.digest, "channels": list(CHANNELS)}
         return xr.Dataset(variables, coords=coords, attrs=origin)
 
@@ -336,7 +336,9 @@ class Run:
     def summaries(self) -> list[str]:
         """Names of the sums that `summary` and `total` give."""
         with reading(self.place, "summaries"):
-            return sorted(n for n, _ in self.group["summaries"].arrays() if n != "sequence")
+            known = {n.removeprefix("summaries/") for n in arrays(self.model, self.spec, self.layout)}
+            there = (n for n, _ in self.group["summaries"].arrays())
+            return sorted(n for n in there if n in known and n != "sequence")
 
     def summary(self, name: str) -> xr.DataArray:
         """A sum per sequence and channel (`tokens`, `expert_count`, `sink_sum`, …) with what is known of each sequence.
@@ -451,10 +453,16 @@ class Run:
     def _axes(self, array: zarr.Array) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Dimensions of a summary behind the first, and their coordinates."""
         dims = tuple(array.metadata.dimension_names)[1:]
-        coords: dict[str, Any] = {"channel": list(CHANNELS)} | {
-            f"{a.hook}_layer": np.array(a.layers) for a in self.spec.activations if f"{a.hook}_layer" in dims
+        coords: dict[str, Any] = {"channel": list(CHANNELS)}
+        coords |= {"layer": np.arange(self.model["n_layers"])} if "layer" in dims else {}
+        name = str(array.path).rpartition("/")[2]
+        found = [a for a in self.spec.selected if name.startswith(f"{a.name}_")]
+        if not found or len(dims) < 2:
+            return dims, coords
+        recorded = max(found, key=lambda a: len(a.name))
+        return (dims[0], "layer", *views.summary_dims(recorded, dims[2:])), coords | {
+            "layer": np.array(recorded.layers)
         }
-        return dims, coords | ({"layer": np.arange(self.model["n_layers"])} if "layer" in dims else {})
 
 
 def _over_the_run(name: str) -> bool:

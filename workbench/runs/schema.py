@@ -1,18 +1,19 @@
-"""Schema 3 of a run: what is in it, in which shapes, and the grain in which it is written.
+"""Schema 4 of a run: what is in it, in which shapes, and the grain in which it is written.
 
 A run is a Zarr v3 group. Token rows are laid out in *units*: a unit consists of complete shards that no other unit writes, so
 units can be written in any order by anybody, and each is committed by one flag after everything else of it.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from workbench.harmony.labels import CHANNELS
 
-SCHEMA = 3  # 1 had every token of an activation, 2 no manifests; runs of both are read as they are
+# 1 had every token of an activation, 2 no manifests, 3 names of hooks in dimensions and no `records`. All are read.
+SCHEMA = 4
 MANIFESTS = 3  # the first schema that has them
 CHUNK = 1024  # token rows of an inner chunk
 
@@ -53,7 +54,8 @@ class Activation:
 
     index: which of the axis behind pos (heads, experts), all if empty. tokens: arguments of `harmony.token_set`, every
     token if empty. reduce: "raw"; "message", the mean of each message's tokens at its last one; or "moments", only
-    sums and squares by sequence and channel, with a sketch of so many directions of their second moments.
+    sums and squares by sequence and channel, with a sketch of so many directions of their second moments. dims: of the
+    values of a token, as ("head", "d_head"), which the store holds in one row; runs before schema 4 do not name them.
     """
 
     hook: str
@@ -63,11 +65,68 @@ class Activation:
     tokens: Mapping[str, Any] = field(default_factory=dict)
     reduce: str = "raw"
     sketch: int = 0
+    dims: tuple[str, ...] = ()
+
+    summed = True  # by sequence and channel
+
+    @property
+    def name(self) -> str:
+        """Return the name of its arrays in the store and of its variable in the dataset."""
+        return self.hook
 
     @property
     def sparse(self) -> bool:
         """Whether some tokens have no row of their own."""
         return bool(self.tokens) or self.reduce != "raw"
+
+    @property
+    def per_token(self) -> bool:
+        """Whether tokens have values of their own, not only sums by sequence and channel."""
+        return self.reduce not in ("moments", "mean")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A quantity with a name of its own, in its own dtype and dimensions: a selection, a reduction, or a user's own.
+
+    hook: of the blocks, where it is computed. dims, shape: of the values of a token; index: which entries of the axis
+    `index_dim` are recorded, all if empty. tokens: as in `Activation`. reduce: "raw", "norm" (Euclidean norm over the last axis), "mean" (only
+    sums by sequence and channel), "moments" (also sums of squares), or "own", a function with this digest of its source.
+    """
+
+    name: str
+    hook: str
+    layers: tuple[int, ...]
+    dims: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+    dtype: str = "float32"
+    index: tuple[int, ...] = ()
+    index_dim: str = ""
+    tokens: Mapping[str, Any] = field(default_factory=dict)
+    reduce: str = "raw"
+    digest: str = ""
+    description: str = ""
+    unit: str = ""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether some tokens have no row of their own."""
+        return bool(self.tokens) or not self.per_token
+
+    @property
+    def per_token(self) -> bool:
+        """Whether tokens have values of their own, not only sums by sequence and channel."""
+        return self.reduce not in ("moments", "mean")
+
+    @property
+    def summed(self) -> bool:
+        """Whether sums by sequence and channel mean something: not those of expert numbers."""
+        return self.dtype not in ("uint8", "uint16")
+
+    @property
+    def d(self) -> int:
+        """Return the number of values of a token in a layer."""
+        return int(np.prod(self.shape, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -76,6 +135,7 @@ class Spec:
 
     sink_sums: of the sinks only the sums by sequence and channel. host_routing: the experts are those that a host chose;
     the router's own choices, the margin between its k-th and (k+1)-th logit, and which tokens were forced are beside.
+    functions: of records that reduce by a user's function, by their names; not stored, and of no meaning to a reader.
     """
 
     routing: bool
@@ -85,24 +145,38 @@ class Spec:
     activations: tuple[Activation, ...] = ()
     sink_sums: bool = False
     host_routing: bool = False
+    records: tuple[Record, ...] = ()
+    functions: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict, compare=False, repr=False)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        lists = [{"layers": list(a.layers), "index": list(a.index)} for a in self.activations]
-        points = [asdict(a) | plain for a, plain in zip(self.activations, lists, strict=True)]
-        values = asdict(self) | {"activations": points}
+    def to_json(self, schema: int = SCHEMA) -> dict[str, Any]:
+        """Plain values, as a run of this schema holds them."""
+        switches = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("functions", "records")}
+        values = switches | {"activations": [_plain(a) for a in self.activations]}
         if not self.host_routing:  # runs that were begun before there was this field can be resumed
             del values["host_routing"]
-        return values
+        for a in values["activations"] if schema < 4 else ():
+            del a["dims"]
+        return values | ({"records": [_plain(r) for r in self.records]} if self.records else {})
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Spec":
-        """The inverse of `to_json`."""
-        points = tuple(
-            Activation(**{**a, "layers": tuple(a["layers"]), "index": tuple(a.get("index", ()))})
-            for a in values["activations"]
-        )
-        return cls(**{**values, "activations": points})
+        """The inverse of `to_json`, without functions."""
+        points = tuple(Activation(**_tuples(a)) for a in values["activations"])
+        records = tuple(Record(**_tuples(r)) for r in values.get("records", ()))
+        return cls(**{**values, "activations": points, "records": records})
+
+    @property
+    def selected(self) -> tuple["Activation | Record", ...]:
+        """Return what is recorded at hook points of its own: activations and records."""
+        return (*self.activations, *self.records)
+
+
+def _plain(recorded: "Activation | Record") -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(recorded).items()}
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -124,8 +198,41 @@ TOKEN_COLUMNS = {
 }  # fmt: skip
 
 
-def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout) -> dict[str, ArraySpec]:
-    """Path → description of every array that units write."""
+def layer_dim(layers: tuple[int, ...], n_layers: int) -> str:
+    """Return the dimension of these layers: "layer" if they are all, else with their ranges, as "layer_0to3_7"."""
+    if layers == tuple(range(n_layers)):
+        return "layer"
+    return "layer_" + "_".join(f"{a}to{b}" if b > a else str(a) for a, b in _ranges(layers))
+
+
+def _ranges(numbers: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return the first and last number of each range of consecutive numbers."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number - 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found
+
+
+def stored_dims(recorded: "Activation | Record", n_layers: int, schema: int = SCHEMA) -> tuple[str, tuple[str, ...]]:
+    """Return the dimension of the layers, and those of a token's values, as they are in the store.
+
+    Values of an activation are stored in a row, those of a head behind each other: "head_d_head".
+    """
+    if schema < 4:
+        return f"{recorded.name}_layer", (f"{recorded.name}_d",)
+    layers = layer_dim(recorded.layers, n_layers)
+    part = "".join(f"_{i}" for i in recorded.index)
+    if isinstance(recorded, Activation):
+        first, *others = recorded.dims or ("feature",)
+        return layers, ("_".join((f"{first}{part}", *others)),)
+    return layers, tuple(f"{dim}{part}" if dim == recorded.index_dim else dim for dim in recorded.dims)
+
+
+def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int = SCHEMA) -> dict[str, ArraySpec]:
+    """Path → description of every array that units write; schema: of the run, which names some dimensions."""
     n, size = layout.n_rows, layout.unit_tokens
     layers, experts, slots, heads = (model[k] for k in ("n_layers", "num_experts", "experts_per_token", "n_heads"))
     expert_dtype = "uint8" if experts <= 256 else "uint16"
@@ -148,16 +255,19 @@ def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout) -> dict[str, Ar
         found["routing/logits"] = per_token(("layer", "token", "expert"), (layers, n, experts), "float16")
     if spec.sinks:
         found["attention/sink"] = per_token(("layer", "token", "head"), (layers, n, heads), "float16")
-    for a in spec.activations:
-        if a.reduce != "moments":
-            dims = (f"{a.hook}_layer", "token", f"{a.hook}_d")
-            found[f"activations/{a.hook}"] = per_token(dims, (len(a.layers), n, a.d), "uint16")
+    for a in spec.selected:
+        at_layers, features = stored_dims(a, layers, schema)
+        if a.per_token:
+            kind, values, dtype = (
+                ("activations", (a.d,), "uint16") if isinstance(a, Activation) else ("records", a.shape, a.dtype)
+            )
+            found[f"{kind}/{a.name}"] = per_token((at_layers, "token", *features), (len(a.layers), n, *values), dtype)
         if a.sparse:
-            found[f"selected/{a.hook}"] = per_token(("token",), (n,), "bool")
-    return found | _summaries(model, spec, layout)
+            found[f"selected/{a.name}"] = per_token(("token",), (n,), "bool")
+    return found | _summaries(model, spec, layout, schema)
 
 
-def _summaries(model: Mapping[str, Any], spec: Spec, layout: Layout) -> dict[str, ArraySpec]:
+def _summaries(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int) -> dict[str, ArraySpec]:
     layers, experts, heads = (model[k] for k in ("n_layers", "num_experts", "n_heads"))
     units, rows, channels = len(layout.units), layout.unit_sequences, len(CHANNELS)
 
@@ -183,15 +293,19 @@ def _summaries(model: Mapping[str, Any], spec: Spec, layout: Layout) -> dict[str
             found[f"summaries/{name}"] = per_sequence(
                 ("channel", "layer", "head"), (channels, layers, heads), "float32"
             )
-    for a in spec.activations:
-        axes, shape = ("channel", f"{a.hook}_layer", f"{a.hook}_d"), (channels, len(a.layers), a.d)
-        found[f"summaries/{a.hook}_sum"] = per_sequence(axes, shape, "float32")
+    for a in spec.selected:
+        at_layers, features = stored_dims(a, layers, schema)
+        values = (a.d,) if isinstance(a, Activation) else a.shape
+        axes = ("channel", at_layers, *features)
+        sizes: tuple[int, ...] = (channels, len(a.layers), *values)
+        if a.summed:
+            found[f"summaries/{a.name}_sum"] = per_sequence(axes, sizes, "float32")
         if a.sparse:
-            found[f"summaries/{a.hook}_tokens"] = per_sequence(("channel",), (channels,), "uint32")
+            found[f"summaries/{a.name}_tokens"] = per_sequence(("channel",), (channels,), "uint32")
         if a.reduce == "moments":
-            found[f"summaries/{a.hook}_sumsq"] = per_sequence(axes, shape, "float32")
-        if a.sketch:
-            dims = ("unit", "channel", f"{a.hook}_layer", f"{a.hook}_d", f"{a.hook}_sketch")
-            size = (units, channels, len(a.layers), a.d, a.sketch)
-            found[f"summaries/{a.hook}_sketch"] = ArraySpec(dims, size, "float32", 0, 0, 1, 1)
+            found[f"summaries/{a.name}_sumsq"] = per_sequence(axes, sizes, "float32")
+        if isinstance(a, Activation) and a.sketch:
+            dims = ("unit", *axes, "sketch" if schema >= 4 else f"{a.hook}_sketch")
+            size = (units, *sizes, a.sketch)
+            found[f"summaries/{a.name}_sketch"] = ArraySpec(dims, size, "float32", 0, 0, 1, 1)
     return found

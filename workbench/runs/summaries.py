@@ -47,6 +47,11 @@ def summarise(
         if name.startswith("activations/"):
             wide = float32_of(values).astype(np.float64)
             found[name.removeprefix("activations/") + "_sum"] = shaped(_sum(wide, cell, n_cells).astype(np.float32))
+        if name.startswith("records/") and values.dtype.kind == "f":
+            flat = values.astype(np.float64).reshape(*values.shape[:2], -1)
+            total = _sum(flat, cell, n_cells).astype(np.float32)
+            total = total.reshape(n_cells, len(values), *values.shape[2:])
+            found[name.removeprefix("records/") + "_sum"] = shaped(total)
     return found
 
 

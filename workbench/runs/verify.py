@@ -64,6 +64,25 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
     return problems
 
 
+def other_content(run: Run) -> list[str]:
+    """Return the groups and arrays that others added to a run, which no job writes and no reader of a run reads."""
+    own = {*arrays(run.model, run.spec, run.layout), "units/committed", *manifest.read(run.place, manifest.CREATED)[1]}
+    groups = {name.partition("/")[0] for name in own}
+    found = set()
+    for key in run.place.files():
+        top, _, rest = key.partition("/")
+        if top in ("manifest", "totals") or not rest or rest == "zarr.json":
+            if rest and top not in (*groups, "manifest", "totals"):
+                found.add(top)
+            continue
+        array = "/".join(key.split("/")[:2])
+        if top not in groups:
+            found.add(top)
+        elif array not in own and f"{array}/zarr.json" not in own:
+            found.add(array)
+    return sorted(found)
+
+
 def _in_units(run: Run, layout: Layout, workers: int | None, check: Callable[[Unit], list[Problem]]) -> list[Problem]:
     """Problems of all units, checked in threads."""
     problems: list[Problem] = []
@@ -166,6 +185,7 @@ def _status(run: Run) -> Iterator[Problem]:
 
 
 def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
+    older = arrays(run.model, run.spec, run.layout, schema=3)  # dimensions of runs before schema 4
     for name, spec in specs.items():
         try:
             array = run.group[name]
@@ -176,7 +196,7 @@ def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
             yield Problem(name, f"its zarr.json cannot be used: {_first_line(error)}")
             continue
         got = (array.shape, str(array.dtype), tuple(array.metadata.dimension_names or ()))
-        if got != (spec.shape, spec.dtype, spec.dims):
+        if got[:2] != (spec.shape, spec.dtype) or got[2] not in (spec.dims, older[name].dims):
             yield Problem(name, f"has shape, dtype and dimensions {got}, wanted {(spec.shape, spec.dtype, spec.dims)}")
 
 
@@ -236,7 +256,7 @@ def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> 
     used = sum(lengths)
     yield from _tokens(values, unit, lengths, used)
     records = {stored: values[name].take(range(used), specs[name].axis) for stored, name in _RECORDS if name in values}
-    records |= {n: v[:, :used] for n, v in values.items() if n.startswith("activations/")}
+    records |= {n: v[:, :used] for n, v in values.items() if n.startswith(("activations/", "records/"))}
     records |= {n: v[:used] for n, v in values.items() if n.startswith("selected/")}
     yield from _ranges(records)
     sequence, channel = values["tokens/sequence"][:used], values["tokens/channel"][:used]

@@ -20,7 +20,7 @@ from workbench.errors import InputError, JobError
 from workbench.runs import manifest, shards
 from workbench.runs.lock import Lock
 from workbench.runs.reader import open_group, open_run
-from workbench.runs.schema import MANIFESTS, SCHEMA, ArraySpec, Layout, Spec, Unit, arrays
+from workbench.runs.schema import MANIFESTS, SCHEMA, Activation, ArraySpec, Layout, Spec, Unit, arrays
 from workbench.runs.storage import ROOT, LocalStorage, ObjectStorage, Storage, place
 
 _STORED_AS = {
@@ -28,6 +28,9 @@ _STORED_AS = {
     "own_experts": "routing/own_experts", "router_margin": "routing/margin", "forced": "routing/forced",
     "logprob": "tokens/logprob", "entropy": "tokens/entropy",
 }  # fmt: skip
+# where a job writes; groups that others add to a run are left alone
+_OWN = ("zarr.", "units/", "manifest/", "totals/", "tokens/", "routing/", "attention/", "summaries/", "selected/",
+        "activations/", "records/", "sequences/", "messages/")  # fmt: skip
 _MAY_BE_NAN = ("logprob", "entropy")  # where a sequence begins: nothing predicted its first token
 
 
@@ -77,6 +80,7 @@ def open_writer(
             if replaces or not _is_there(target):  # another job may have created it since
                 _create(target, attributes, layout, sequences, messages, spec)
     group = open_group(target, "r+")
+    identity["spec"] = spec.to_json(group.attrs["schema"])
     for name, wanted in json.loads(json.dumps(identity)).items():
         got = group.attrs["identity"].get(name)
         if got is None and group.attrs["schema"] < MANIFESTS and name.startswith(("tokenizer", "chat template")):
@@ -107,7 +111,7 @@ def _create(
         _write_table(group, "sequences", sequences.assign(**offsets), "sequence")
         _write_table(group, "messages", messages, "message")
         for name, array in arrays(attributes["model"], spec, layout).items():
-            _create_array(group, name, array, layout)
+            _create_array(group, name, array, spec)
         committed = group.create_group("units").create_array(
             "committed",
             shape=(len(layout.units),),
@@ -141,18 +145,32 @@ def _write_table(group: zarr.Group, name: str, table: pd.DataFrame, dim: str) ->
             array[:] = values
 
 
-def _create_array(group: zarr.Group, name: str, array: ArraySpec, layout: Layout) -> None:
+def _create_array(group: zarr.Group, name: str, array: ArraySpec, spec: Spec) -> None:
     chunks = list(array.shape)
     grain = list(array.shape)
     chunks[array.axis], grain[array.axis] = array.chunk, array.per_unit
-    if array.dims[0].endswith("layer"):  # a layer is what is read: [layer, token, …] is chunked by it
+    if array.dims[0].startswith("layer"):  # a layer is what is read: [layer, token, …] is chunked by it
         chunks[0] = grain[0] = 1
     group.create_array(
         name, shape=array.shape, dtype=array.dtype, chunks=tuple(chunks),
         shards=tuple(grain) if chunks != grain else None, compressors=shards.CODEC, fill_value=array.fill,
         dimension_names=array.dims, config={"write_empty_chunks": True},
-        attributes={"dtype": "bfloat16"} if name.startswith("activations/") else {},
+        attributes=_attributes(name, spec),
     )  # fmt: skip
+
+
+def _attributes(name: str, spec: Spec) -> dict[str, Any]:
+    """Return what a reader of an array needs beside its dimensions: how values are stored, and which are recorded."""
+    kind, _, own = name.partition("/")
+    recorded = next((a for a in spec.selected if a.name == own), None)
+    if recorded is None or kind not in ("activations", "records"):
+        return {}
+    about: dict[str, Any] = {"hook": recorded.hook, "layers": list(recorded.layers)}
+    about |= {"index": list(recorded.index)} if recorded.index else {}
+    if isinstance(recorded, Activation):
+        return about | {"dtype": "bfloat16"}
+    about |= {"reduce": recorded.reduce, "source_digest": recorded.digest} if recorded.reduce != "raw" else {}
+    return about | {k: v for k, v in (("long_name", recorded.description), ("units", recorded.unit)) if v}
 
 
 class RunWriter:
@@ -168,7 +186,9 @@ class RunWriter:
     def __enter__(self) -> "RunWriter":
         self._lock.acquire()
         for key in self.place.files():
-            if key.endswith(".partial"):  # zarr's own, of a flag or an attribute, when a job was killed at it
+            if key.endswith(".partial") and key.startswith(
+                _OWN
+            ):  # zarr's own, of a flag or an attribute, when a job was killed at it
                 self.place.delete(key)
         return self
 
@@ -249,7 +269,8 @@ class RunWriter:
         sequence = int(np.searchsorted(starts, row, side="right")) - 1
         layer = ""
         if name not in _MAY_BE_NAN:
-            chosen = next((a.layers for a in self._spec.activations if name == f"activations/{a.hook}"), None)
+            own = name.partition("/")[2]
+            chosen = next((a.layers for a in self._spec.selected if a.name == own), None)
             layer = f" in layer {chosen[where[0]] if chosen else where[0]}"
         raise JobError(
             f"{name} is not finite{layer}, sequence {self._ids[unit.sequences[sequence]]!r} at position "

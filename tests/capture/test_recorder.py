@@ -1,0 +1,226 @@
+"""A user's own quantity is what its function gives of the raw activations, written, resumed and verified like any other."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import workbench as wb
+from tests.cli.test_cli import run as command
+from workbench.capture import recording
+from workbench.capture.recorder import source_digest
+from workbench.errors import InputError
+from workbench.model.transformer import GptOss
+from workbench.runs.reader import Run
+from workbench.runs.verify import other_content, verify
+
+SCALE = 2.0
+
+
+def expert_norm(x: torch.Tensor) -> torch.Tensor:
+    return SCALE * x.float().norm(dim=-1)
+
+
+NORMS = wb.Recorder(
+    "expert_norm", hook="mlp.experts.hook_out", reduce=expert_norm, dims=("slot",), layers="0-1", unit="1"
+)
+FILE = """
+import workbench as wb
+
+def spread(x):
+    return x.float().std(dim=-1)
+
+spreads = wb.Recorder("spread", hook="hook_resid_post", reduce=spread)
+"""
+
+
+@pytest.fixture(scope="module")
+def few(transcripts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("few") / "transcripts.jsonl"
+    path.write_text("".join(line + "\n" for line in transcripts.read_text().splitlines()[:24]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def both(nano: GptOss, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    record = ["routing", "router_logits", "sinks", "mlp.experts.out:0,1", "resid_post", NORMS]
+    return wb.capture(nano, few, tmp_path_factory.mktemp("both") / "run", record=record, unit_tokens=1024)
+
+
+def capture(nano: GptOss, few: Path, path: Path, *record: str | wb.Recorder) -> Run:
+    run = wb.capture(nano, few, path, record=list(record), unit_tokens=1024)
+    assert verify(path) == []
+    assert verify(path, recompute=True) == []
+    return run
+
+
+def test_the_values_are_those_of_the_function(both: Run) -> None:
+    raw = both.dataset["mlp.experts.hook_out"].sel(layer=[0, 1]).values
+    found = both.dataset["expert_norm"]
+    assert found.dims == ("layer", "token", "slot")
+    assert found.attrs["units"] == "1"
+    np.testing.assert_allclose(found.sel(layer=[0, 1]), SCALE * np.linalg.norm(raw, axis=-1), rtol=2e-2)
+    assert np.isnan(found.sel(layer=[2, 3])).all()
+    total = both.summary("expert_norm_sum")
+    assert total.dims == ("sequence", "channel", "layer", "slot")
+    np.testing.assert_allclose(total.sum(["sequence", "channel"]), found.sel(layer=[0, 1]).sum("token"), rtol=1e-4)
+    stored = zarr.open_group(both.path)["records/expert_norm"]
+    assert stored.metadata.dimension_names == ("layer_0to1", "token", "slot")
+    assert not any("hook" in str(dim) for dim in both.dataset.dims)
+    assert not any("hook" in str(d) for name in both.summaries for d in both.summary(name).dims)
+
+
+def test_a_job_that_is_stopped_resumes_and_another_function_is_refused(nano: GptOss, few: Path, tmp_path: Path) -> None:
+    whole = capture(nano, few, tmp_path / "a", NORMS)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    group = zarr.open_group(tmp_path / "b")
+    group["units/committed"][1] = False
+    group.attrs["status"] = "writing"
+    resumed = wb.capture(nano, few, tmp_path / "b", record=[NORMS], unit_tokens=1024)
+    assert resumed.status == "complete"
+    np.testing.assert_array_equal(resumed.dataset["expert_norm"], whole.dataset["expert_norm"])
+
+    def other(x: torch.Tensor) -> torch.Tensor:
+        return x.float().norm(dim=-1)
+
+    def factor(by: float) -> wb.Recorder:
+        return wb.Recorder("expert_norm", hook="mlp.experts.hook_out", reduce=lambda x: by * x.mean(-1), dims=("slot",))
+
+    assert source_digest(factor(1.0).reduce) != source_digest(factor(2.0).reduce), "the digest reads closures"  # type: ignore[arg-type]
+    for changed in (
+        wb.Recorder("expert_norm", hook=NORMS.hook, reduce=other, dims=("slot",), layers="0-1"),
+        factor(1.0),
+    ):
+        with pytest.raises(InputError, match="was begun with spec records"):
+            wb.capture(nano, few, tmp_path / "b", record=[changed], unit_tokens=1024)
+
+
+def test_a_recorder_of_a_file_that_the_command_line_names(
+    few: Path, both: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(FILE)
+    for record in ("mine.py:spreads layers=1-2 channel=final", "mine:spreads layers=1-2 channel=final"):
+        out = f"run-{record[4]}.zarr"
+        code, _, err = command(capsys, "capture", "nano", str(few), out, "--record", record, "--dtype", "float32")
+        assert code == 0, err
+        run = wb.open_run(out)
+        final = run.dataset["channel"].values == wb.harmony.CHANNELS.index("final")
+        got = run.dataset["spread"].sel(layer=[1, 2]).values
+        want = both.dataset["hook_resid_post"].sel(layer=[1, 2]).values.std(-1, ddof=1)
+        np.testing.assert_allclose(got[:, final], want[:, final], rtol=2e-2)
+        assert np.isnan(got[:, ~final]).all()
+    (tmp_path / "mine.py").write_text("raise OSError('no')")
+    code, _, err = command(capsys, "capture", "nano", str(few), "other.zarr", "--record", "mine.py:spreads")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "'mine.py' fails: OSError: no" in err
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "dims"),
+    [
+        ("router_logits layers=1,3 experts=0,5 channel=final", "router_logits", ("expert",)),
+        ("sinks layers=2 heads=0-2 role=assistant", "sink", ("head",)),
+        ("routing layers=0-1 part=content every=2", "gates", ("slot",)),
+        ("resid_post layers=1 reduce=norm last=3", "hook_resid_post", ()),
+    ],
+)
+def test_every_record_takes_layers_entries_and_tokens(
+    nano: GptOss, few: Path, both: Run, tmp_path: Path, record: str, name: str, dims: tuple[str, ...]
+) -> None:
+    run = capture(nano, few, tmp_path / "r", record)
+    got, want = run.dataset[name], both.dataset[name].astype(np.float32)
+    if not dims:
+        want = np.sqrt((want**2).sum("d_model"))
+    assert got.dims == ("layer", "token", *dims)
+    there = ~np.isnan(got.values)
+    np.testing.assert_allclose(got.values[there], want.values[there], rtol=2e-2, atol=2e-2)
+    spec = run.spec.records[-1]
+    tokens = int(run.summary(f"{name}_tokens").sum())
+    assert there.sum() == tokens * len(spec.layers) * spec.d > 0
+    if "routing" in record:
+        experts = run.dataset["experts"].values
+        np.testing.assert_array_equal(experts[there], both.dataset["experts"].values[there])
+        assert (experts[~there] == -1).all()
+
+
+@pytest.mark.parametrize("reduce", ["mean", "moments"])
+def test_means_of_router_logits_and_activations(
+    nano: GptOss, few: Path, both: Run, tmp_path: Path, reduce: str
+) -> None:
+    run = capture(nano, few, tmp_path / "r", f"router_logits:1 reduce={reduce}", f"resid_post:2 reduce={reduce}")
+    assert not {"router_logits", "hook_resid_post"} & set(run.dataset)
+    for name, layer in (("router_logits", 1), ("hook_resid_post", 2)):
+        want = both.dataset[name].sel(layer=layer).sum("token")
+        np.testing.assert_allclose(run.summary(f"{name}_sum").sum(["sequence", "channel"])[0], want, rtol=2e-2, atol=2)
+        assert (f"{name}_sumsq" in run.summaries) == (reduce == "moments")
+
+
+def test_a_quantity_of_pairs_of_tokens_can_be_reduced_by_a_function(nano: GptOss, few: Path, tmp_path: Path) -> None:
+    def entropy(pattern: torch.Tensor) -> torch.Tensor:  # [batch head query key] → [batch query head]
+        return -torch.special.xlogy(pattern, pattern).sum(-1).transpose(1, 2)
+
+    own = wb.Recorder(
+        "attention_entropy", hook="attn.hook_pattern", reduce=entropy, dims=("head",), layers=[1], heads=[0, 3]
+    )
+    run = capture(nano, few, tmp_path / "r", own)
+    found = run.sequence(int(run.sequences.index[0]))["attention_entropy"].sel(layer=1)
+    ids = torch.from_numpy(run.sequence(0)["id"].values.astype(np.int64))[None]
+    _, cache = nano.run_with_cache(ids, names_filter="blocks.1.attn.hook_pattern")
+    np.testing.assert_allclose(
+        found.sel(head=[0, 3]), entropy(cache["blocks.1.attn.hook_pattern"])[0, :, [0, 3]], atol=1e-4
+    )
+    assert np.isnan(found.sel(head=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("recorder", "said"),
+    [
+        (wb.Recorder("experts", hook="mlp.hook_out"), "name is taken by another quantity"),
+        (wb.Recorder("a b", hook="hook_mlp_out"), "not letters, digits"),
+        (wb.Recorder("a", hook="mlp.hook_out"), "'mlp.hook_out' is no hook point"),
+        (wb.Recorder("a", hook="hook_mlp_out", reduce="max"), "use one of raw, norm, mean, moments or a function"),
+        (
+            wb.Recorder("a", hook="hook_mlp_out", reduce=lambda x: x.sum(-1), dims=("b",)),
+            r"returns \(1, 3\) of activations",
+        ),
+        (
+            wb.Recorder("a", hook="hook_mlp_out", reduce=lambda x: x - x.mean(1, keepdim=True), dims=("b",)),
+            "mixes tokens",
+        ),
+        (wb.Recorder("a", hook="hook_mlp_out", reduce=lambda x: x[..., :2], dims=("d_model",)), "another name"),
+        (wb.Recorder("a", hook="hook_mlp_out", reduce=lambda x: x @ x), "its function fails on activations"),
+        (wb.Recorder("a", hook="hook_mlp_out", reduce=lambda x: 3), "return a tensor"),
+        (wb.Recorder("a", hook="hook_mlp_out", channel="analyses"), "channel .'analyses'."),
+        (wb.Recorder("a", hook="hook_mlp_out", layers="0-9"), "no layer 4"),
+        (wb.Recorder("a", hook="hook_mlp_out", dtype="int8"), "use one of float32, float16"),
+    ],
+)
+def test_recorders_that_cannot_work_are_refused(nano: GptOss, recorder: wb.Recorder, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        recording.parse([recorder], nano.cfg)
+
+
+def test_what_others_add_to_a_run_is_left_alone_and_mentioned(
+    nano: GptOss, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run"
+    capture(nano, few, path, "sinks")
+    group = zarr.open_group(path)
+    group.create_group("probes").create_array("scores", data=np.arange(3.0))
+    group.create_array("summaries/mine", data=np.arange(3.0))
+    group.create_array("tokens/mine", data=np.arange(3.0))
+    (path / "probes" / "half.partial").write_text("kept")
+    again = capture(nano, few, path, "sinks")
+    assert "mine" not in again.dataset
+    assert "mine" not in again.summaries
+    assert (path / "probes" / "half.partial").exists()
+    assert other_content(again) == ["probes", "summaries/mine", "tokens/mine"]
+    code, out, _ = command(capsys, "verify", str(path))
+    assert code == 0
+    assert "not of this run, left alone: probes, summaries/mine, tokens/mine" in out
+    (path / "attention" / "sink" / "zarr.json").write_text("{}")
+    assert verify(path), "the negative control: a changed file of the run is no other content"

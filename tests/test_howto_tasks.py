@@ -1,0 +1,61 @@
+"""The how-to pages of everyday research: files, commands and Python of a page, executed in their order, public names only."""
+
+import ast
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+import workbench as wb
+from tests.cli.test_cli import run as command
+from tests.conftest import DATA
+from workbench.experiments.from_run import transcripts
+from workbench.harmony.transcripts import write_transcripts
+
+HOWTO = Path(__file__).parents[1] / "docs" / "howto"
+PAGES = ["record.md"]
+_BLOCK = re.compile(r'^```(python|bash|sh)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader has: a run, its transcripts, prompts."""
+    folder = tmp_path_factory.mktemp("reader")
+    shutil.copytree(DATA / "demo.zarr", folder / "run.zarr")
+    rows = (DATA / "prompts.jsonl").read_text().splitlines()[::40]
+    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    run = wb.open_run(folder / "run.zarr")
+    write_transcripts(folder / "answers.jsonl", transcripts(run, run.sequences.index[::8].tolist()))
+    return folder
+
+
+def private_names(code: str) -> list[str]:
+    """Names of the workbench that a reader should not need: attributes that begin with one underscore."""
+    names = (node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute))
+    return [name for name in names if name.startswith("_") and not name.startswith("__")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs_as_a_reader_would_run_it(
+    page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    names: dict[str, object] = {"__name__": "__main__"}
+    for language, title, text in _BLOCK.findall((HOWTO / page).read_text()):
+        if title:
+            Path(title).write_text(text)
+        elif language == "python":
+            assert private_names(text) == []
+            assert text.count("\n") <= 30, "a task takes at most 30 lines"
+            exec(compile(text, page, "exec"), names)
+        else:
+            for line in text.replace("\\\n", " ").splitlines():
+                _, *words = shlex.split(line, comments=True) or [""]
+                code, _, err = command(capsys, *words)
+                assert code == 0, (line, err)
+
+
+def test_a_private_name_is_noticed() -> None:
+    assert private_names("run._visible") == ["_visible"]

@@ -1,0 +1,82 @@
+"""Recorded quantities as labelled arrays: every layer, head and expert at its own number, NaN where none was recorded.
+
+A capture may record some layers of one quantity and other layers of another. In the dataset they share the dimensions
+`layer`, `head`, `kv`, `slot` and `expert`, each as long as in the model, so `dataset["hook_resid_post"].sel(layer=3)`
+means layer 3. What was not recorded is NaN (−1 for expert numbers); it takes memory only where it is computed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dask.array as da
+import numpy as np
+
+from workbench.runs.schema import Activation, Record
+from workbench.runs.summaries import float32_of
+
+_SIZES = {
+    "layer": "n_layers", "head": "n_heads", "kv": "n_key_value_heads", "slot": "experts_per_token", "expert": "num_experts",
+}  # fmt: skip
+Variable = tuple[tuple[str, ...], da.Array, dict[str, Any]]
+
+
+def recorded(
+    lazy: da.Array, about: Activation | Record, model: Mapping[str, Any], selected: da.Array | None
+) -> Variable:
+    """Return a stored quantity [layer, token, …] as a variable of the dataset. selected: which tokens have values."""
+    attrs: dict[str, Any] = {"hook": about.hook, "reduce": about.reduce}
+    if isinstance(about, Activation):
+        lazy, attrs = lazy.map_blocks(float32_of, dtype=np.float32), attrs | {"stored_dtype": "bfloat16"}
+        dims = about.dims or ("feature",)
+        if len(dims) > 1:
+            first = len(about.index) or int(model[_SIZES[dims[0]]])
+            lazy = lazy.reshape((*lazy.shape[:2], first, about.d // first))
+        index_dim = dims[0]
+    else:
+        dims, index_dim = about.dims, about.index_dim
+        attrs |= {k: v for k, v in (("long_name", about.description), ("units", about.unit)) if v}
+    if lazy.dtype.kind == "u":
+        lazy = lazy.astype(np.int16)
+    fill = lazy.dtype.type(-1 if lazy.dtype.kind == "i" else np.nan)
+    if selected is not None:
+        lazy = da.where(selected.reshape((1, -1, *(1,) * len(dims))), lazy, fill)
+    if about.index and index_dim in dims:
+        lazy = _spread(lazy, 2 + dims.index(index_dim), about.index, int(model[_SIZES[index_dim]]), fill)
+    lazy = _all_layers(lazy, about.layers, int(model["n_layers"]), fill)
+    return ("layer", "token", *dims), lazy, attrs
+
+
+def summary_dims(about: Activation | Record, stored: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names for the dimensions of a summary behind the layer, without what of them was recorded."""
+    if isinstance(about, Record):
+        return about.dims
+    own = "_".join(about.dims or ("feature",))
+    return (own, *("sketch" for _ in stored[1:]))
+
+
+def coordinates(variables: Mapping[str, Variable], model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return numbers for the dimensions that number something of the model."""
+    used = {dim for dims, _, _ in variables.values() for dim in dims} | {"layer"}
+    return {dim: np.arange(int(model[size])) for dim, size in _SIZES.items() if dim in used}
+
+
+def _spread(lazy: da.Array, axis: int, index: tuple[int, ...], size: int, fill: Any) -> da.Array:
+    """Return the array with its entries of an axis at their numbers among `size`, the others filled."""
+
+    def put(block: np.ndarray) -> np.ndarray:
+        out = np.full((*block.shape[:axis], size, *block.shape[axis + 1 :]), fill, dtype=block.dtype)
+        np.moveaxis(out, axis, 0)[list(index)] = np.moveaxis(block, axis, 0)
+        return out
+
+    lazy = lazy.rechunk({axis: -1})
+    chunks = (*lazy.chunks[:axis], (size,), *lazy.chunks[axis + 1 :])
+    return lazy.map_blocks(put, dtype=lazy.dtype, chunks=chunks)
+
+
+def _all_layers(lazy: da.Array, layers: tuple[int, ...], n_layers: int, fill: Any) -> da.Array:
+    """Return the array with every layer of the model at its number, those that were not recorded filled."""
+    if layers == tuple(range(n_layers)):
+        return lazy
+    missing = da.full(lazy.shape[1:], fill, dtype=lazy.dtype, chunks=lazy.chunks[1:])
+    rows = {layer: lazy[i] for i, layer in enumerate(layers)}
+    return da.stack([rows.get(layer, missing) for layer in range(n_layers)])
