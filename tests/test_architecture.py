@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "figures": {"outputs", "registry", "studies", "harmony", "errors"},
     "dashboards": {"bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
     "capture": {
+        "inputs",
         "outputs",
         "row_output",
         "signals",
