@@ -325,8 +325,9 @@ def bootstrap_t_interval(
     p = np.where(error > 0, p, np.where(mean == 0, 1.0, 0.0))
     shape = values.shape[:-1]
     warning = small_sample_warning(n_units)
-    mean, low, high, p, n = (v.reshape(shape) for v in (mean, low, high, p, n))
-    return Estimate(mean, low, high, p, n, warning)
+    return Estimate(
+        mean.reshape(shape), low.reshape(shape), high.reshape(shape), p.reshape(shape), n.reshape(shape), warning
+    )
 
 
 def wilson_interval(values: Float[np.ndarray, "*cells unit"], level: float = LEVEL) -> Estimate:
