@@ -277,6 +277,8 @@ def resolve(source: str | Path, *, revision: str | None = None) -> Path:
     folder = _download(name, revision, allow=_HUB_FILES, ignore=["*/*"])
     if not any(folder.glob("*.safetensors")):
         folder = _download(name, revision, allow=[f"original/{pattern}" for pattern in _HUB_FILES], ignore=None)
+        if not any(folder.glob("original/*.safetensors")):
+            raise InputError(f"{name} has no safetensors; of GGUF files download one, and name the file")
     return folder
 
 
