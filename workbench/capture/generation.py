@@ -29,7 +29,33 @@ def generate_transcripts(
     """Answer every prompt at every effort and write the transcripts, ids as generated, to `out` (JSONL).
 
     With several samples a temperature above 0 is needed. A row whose prompt has an answer is marked correct when
-    the text of its final message is that answer.
+    the text of its final message, without white space around it, is that answer.
+    """
+    if Path(out).exists() and not overwrite:
+        raise InputError(f"{out} exists: choose another name, or --overwrite")
+    transcripts = answer_prompts(
+        model, read_prompts(prompts), efforts=efforts, samples=samples, temperature=temperature, seed=seed,
+        max_new_tokens=max_new_tokens, batch=batch,
+    )  # fmt: skip
+    write_transcripts(out, transcripts, overwrite=overwrite)
+    return transcripts
+
+
+def answer_prompts(
+    model: GptOss,
+    prompts: Sequence[Prompt],
+    *,
+    efforts: Sequence[str] = EFFORTS,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_new_tokens: int = 512,
+    batch: int = 64,
+) -> list[Transcript]:
+    """Return the model's responses to every prompt at every effort, in this order, samples last.
+
+    Raises:
+        InputError: an effort is unknown, a prompt is too long, or samples would be equal.
     """
     if unknown := [e for e in efforts if e not in EFFORTS]:
         raise InputError(f"effort {unknown[0]!r}: choose from {', '.join(EFFORTS)}")
@@ -37,12 +63,10 @@ def generate_transcripts(
         raise InputError(
             f"--samples {samples} at temperature 0 would give {samples} equal transcripts: set --temperature"
         )
-    if Path(out).exists() and not overwrite:
-        raise InputError(f"{out} exists: choose another name, or --overwrite")
-    jobs = [(p, e, s) for p in read_prompts(prompts) for e in dict.fromkeys(efforts) for s in range(samples)]
+    jobs = [(p, e, s) for p in prompts for e in dict.fromkeys(efforts) for s in range(samples)]
     rendered = [harmony.render(p.messages, effort=e, tokenizer=model.tokenizer, **p.options) for p, e, _ in jobs]
     if too_long := [p.id for (p, _, _), ids in zip(jobs, rendered, strict=True) if len(ids) >= model.cfg.n_ctx]:
-        raise InputError(f"{prompts}: prompt {too_long[0]!r} leaves no room in the context of {model.cfg.n_ctx} tokens")
+        raise InputError(f"prompt {too_long[0]!r} leaves no room in the context of {model.cfg.n_ctx} tokens")
 
     # Prompts of like length together: a batch pads to its longest and runs until its last row stops.
     order = sorted(range(len(jobs)), key=lambda i: (jobs[i][1], len(rendered[i])))
@@ -56,9 +80,7 @@ def generate_transcripts(
             )  # fmt: skip
             done.update(zip(rows, continued, strict=True))
             advance(len(rows))
-    transcripts = [_transcript(model, *job, rendered[i], done[i]) for i, job in enumerate(jobs)]
-    write_transcripts(out, transcripts, overwrite=overwrite)
-    return transcripts
+    return [_transcript(model, *job, rendered[i], done[i]) for i, job in enumerate(jobs)]
 
 
 def _transcript(
