@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import InputError
+from workbench.errors import InputError, refuse_lfs_pointer
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 100
@@ -34,11 +34,12 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DE
     """Return what a JSON file in UTF-8 says; no more than `max_bytes` of it are read.
 
     Raises:
-        InputError: it is not JSON in UTF-8, larger than `max_bytes`, or nested deeper than `max_depth`.
+        InputError: it is not JSON in UTF-8, a git-lfs pointer, larger than `max_bytes`, or nested too deep.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
+    refuse_lfs_pointer(path, content)
     if len(content) > max_bytes:
         raise InputError(f"the file is larger than {max_bytes:,} bytes")
     try:

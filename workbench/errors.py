@@ -1,5 +1,7 @@
 """Errors a user can mend: one line that says what was got, what was wanted and the remedy."""
 
+from pathlib import Path
+
 
 class InputError(ValueError):
     """Refused input or wrong usage; the command line prints it as one line and exits with 2."""
@@ -7,3 +9,17 @@ class InputError(ValueError):
 
 class JobError(RuntimeError):
     """A job that began and could not go on; the command line prints it as one line and exits with 1."""
+
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_lfs_pointer(path: Path, beginning: bytes) -> None:
+    """Raise an error if a file that begins with these bytes is a git-lfs pointer: text in the place of a large file.
+
+    Raises:
+        InputError: it is one.
+    Reference: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+    """
+    if beginning.startswith(_LFS_POINTER):
+        raise InputError(f"{path} is a git-lfs pointer: run git lfs pull")

@@ -257,6 +257,21 @@ def copied_shard(folder: Path) -> None:
     shutil.copy(shard, folder / "copy.safetensors")
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4808762992\n"
+
+
+def lfs_pointer(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[0].write_text(POINTER)
+
+
+def lfs_config(folder: Path) -> None:
+    (folder / "config.json").write_text(POINTER)
+
+
+def same_weight_twice(folder: Path) -> None:
+    without_index(edit(SCALES, lambda t: t, SCALES.replace("_scales", "_blocks_scales"), keep=True))(folder)
+
+
 NORM = "model.norm.weight"
 EMBED, SCALES = "model.embed_tokens.weight", "model.layers.1.mlp.experts.down_proj_scales"
 BLOCKS, DOWN = "model.layers.1.mlp.experts.down_proj_blocks", "model.layers.1.mlp.experts.down_proj"
@@ -266,9 +281,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "shard missing, no index": (drop_index_and_shard, r"holds \d of \d shards"),
     "truncated": (truncate, "beyond the file: truncated"),
     "huge header": (huge_header, "header of 1,099,511,627,776 bytes"),
-    "file of four bytes": (short_file, "in a file of 4 bytes"),
-    "pipe": (pipe, "is not a file"),
-    "dangling link": (dangling_link, "cannot be read: No such file"),
+    "file of four bytes": (without_index(short_file), "in a file of 4 bytes"),
+    "pipe": (without_index(pipe), "is not a file"),
+    "dangling link": (without_index(dangling_link), "cannot be read: No such file"),
     "header is no JSON": (edit_header(lambda h: "{nope"), "not a safetensors header"),
     "header is a list": (edit_header(lambda h: "[]"), "not a safetensors header"),
     "header is deep": (edit_header(lambda h: "[" * 100_000), "not a safetensors header"),
@@ -285,11 +300,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "negative offset": (edit_header(lambda h: first_tensor(h).update(data_offsets=[-4, 4])), "are no counts"),
     "unknown dtype": (edit_header(lambda h: first_tensor(h).update(dtype="F8_E4M3")), "dtype F8_E4M3"),
     "duplicate in one file": (edit_header(duplicated), "is there twice"),
-    "duplicate in two files": (copied_shard, "is both in"),
+    "duplicate in two files": (without_index(copied_shard), "is both in"),
     "tensor missing": (edit(EMBED, lambda t: None), "lacks it"),
     "tensor left over": (edit(EMBED, lambda t: t, "lm_head.extra"), "lacks it|left over"),
     "wrong shape": (edit(EMBED, lambda t: t[:-1]), r"shape \[103, 64\], the config wants \[104, 64\]"),
-    "wrong dtype": (edit(EMBED, lambda t: t.half()), "dtype F16, wanted BF16 or F32"),
+    "wrong dtype": (edit(EMBED, lambda t: t.double()), "dtype F64, wanted BF16 or F16 or F32"),
+    "pointer of git-lfs": (lfs_pointer, "model-00001-of-.* is a git-lfs pointer: run git lfs pull"),
+    "config is a pointer of git-lfs": (lfs_config, "config.json is a git-lfs pointer: run git lfs pull"),
+    "the same weight twice": (same_weight_twice, "are both 'model.layers.1.mlp.experts.down_proj_scales'"),
     "int8 scales": (edit(SCALES, lambda t: t.view(torch.int8)), "dtype I8, wanted U8"),
     "tensor missing, no index": (without_index(edit(NORM, lambda t: None)), r"'model.norm.weight' \(64,\) is missing$"),
     "tensor left over, no index": (without_index(edit(EMBED, lambda t: t, keep=True, new_name="x")), "'x' is not part of"),

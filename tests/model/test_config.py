@@ -88,16 +88,30 @@ def test_a_config_survives_json(tmp_path: Path) -> None:
         ({"rope_scaling": HF_20B["rope_scaling"] | {"beta_fast": 0.5}}, "beta_fast above beta_slow"),
         ({"rope_scaling": HF_20B["rope_scaling"] | {"rope_theta": 10000}}, "contradict each other"),
         ({"rope_scaling": "yarn"}, "rope_parameters is 'yarn', wanted an object"),
-        ({"rope_scaling": None}, "'rope_parameters' is missing"),  # transformers would assume YaRN, others none
+        ({"rope_scaling": None}, "rope_scaling is null, which some releases of transformers read as YaRN"),
+        (
+            {"rope_scaling": HF_20B["rope_scaling"] | {"attention_factor": 1.0}},
+            "attention_factor is 1.0; only the default",
+        ),
+        (
+            {"rope_scaling": HF_20B["rope_scaling"] | {"partial_rotary_factor": 0.5}},
+            "'partial_rotary_factor' = 0.5 is unknown",
+        ),
+        (
+            {"rope_scaling": HF_20B["rope_scaling"] | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+            "'mscale_all_dim' = 1.0 is unknown",
+        ),
+        ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' = 0.5 is unknown"),
+        ({"pruned_heads": {"0": [1]}}, "'pruned_heads' = {'0': [1]} is unknown"),
+        ({"swiglu_limit": None}, "'swiglu_limit' is missing"),
         ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, "'factor' = 8.0 is unknown"),
         ({"rope_theta": None}, "'rope_theta' is missing"),
         ({"rope_theta": 1}, "theta above 1"),
         ({"initial_context_length": 8192}, "4096 and rope_parameters.../initial_context_length 8192 contradict"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": False}, "attention_bias"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, wanted true or false"),
         ({"num_experts_per_tok": 33, "experts_per_token": None}, "33 experts, but there are 32"),
-        ({"num_experts_per_tok": 2}, "num_experts_per_tok 2 and experts_per_token 4 contradict each other"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
@@ -146,9 +160,52 @@ def test_what_transformers_writes_is_read(tmp_path: Path) -> None:
     assert read_config(tmp_path) == read(tmp_path, HF_20B)
 
 
+def test_absent_fields_mean_what_transformers_assumes(tmp_path: Path) -> None:
+    from transformers import GptOssConfig
+
+    absent = {"swiglu_limit", "head_dim", "rope_scaling", "rope_theta", "sliding_window"}
+    cfg = read(tmp_path, {name: value for name, value in HF_20B.items() if name not in absent})
+    assert cfg == read(tmp_path, HF_20B)
+    theirs = GptOssConfig()
+    assert (cfg.swiglu_limit, cfg.d_head, cfg.windows[0]) == (
+        theirs.swiglu_limit,
+        theirs.head_dim,
+        theirs.sliding_window,
+    )
+    assert cfg.rope.theta == theirs.rope_parameters["rope_theta"]
+    narrow = {"head_dim": None, "hidden_size": 2048, "num_attention_heads": 16}
+    assert read(tmp_path, HF_20B | narrow).d_head == 128
+    assert read(tmp_path, HF_20B | {"num_experts_per_tok": 2}).experts_per_token == 2  # experts_per_token is 4
+
+
+def test_every_unknown_field_is_in_one_message(tmp_path: Path) -> None:
+    rope = HF_20B["rope_scaling"] | {"wobble": 2}
+    fields = HF_20B | {"rope_scaling": rope, "motto": "x", "softcap": 30.0}
+    with pytest.raises(InputError) as refusal:
+        read(tmp_path, fields)
+    for expected in ("'motto' = 'x'", "'softcap' = 30.0", "rope_parameters.'wobble' = 2", "--ignore-field wobble"):
+        assert expected in str(refusal.value)
+    assert read_config(tmp_path, ignore_fields=("motto", "softcap", "wobble")) == read(tmp_path, HF_20B)
+
+
+def test_neutral_rope_fields_change_nothing(tmp_path: Path) -> None:
+    extras = {"attention_factor": 1.3465735902799727, "mscale": 1.0, "partial_rotary_factor": 1.0}
+    fields = HF_20B | {"rope_scaling": HF_20B["rope_scaling"] | extras, "partial_rotary_factor": 1.0}
+    assert read(tmp_path, fields) == read(tmp_path, HF_20B)
+
+
+def test_a_config_dictionary_of_transformers_is_read(tmp_path: Path) -> None:
+    from transformers import GptOssConfig
+
+    written = GptOssConfig(num_hidden_layers=24, num_local_experts=32).to_dict()
+    generation = {"max_length": 20, "num_beams": 1, "temperature": 1.0, "torchscript": False, "pruned_heads": {}}
+    older = generation | {"typical_p": 1.0, "finetuning_task": None, "is_decoder": False, "top_k": 50}
+    assert read(tmp_path, written | older) == read(tmp_path, HF_20B)
+
+
 def test_an_unknown_field_can_be_declared_harmless(tmp_path: Path) -> None:
     plain = read(tmp_path, HF_20B)
-    rope = HF_20B["rope_scaling"] | {"mscale": 1.0, "attention_factor": None}
+    rope = HF_20B["rope_scaling"] | {"mscale": 0.7, "attention_factor": None}
     (tmp_path / "config.json").write_text(json.dumps(HF_20B | {"motto": "x", "_note": 1, "rope_scaling": rope}))
     assert read_config(tmp_path, ignore_fields=("motto", "mscale")) == plain
 

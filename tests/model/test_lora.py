@@ -168,6 +168,106 @@ def spoilt(folder: Path, copy: Path, spoil: Spoil) -> Path:
     return copy
 
 
+def marked_grouped(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    expert_major(config, factors)
+    config |= {"lora_B_layout": "grouped_by_expert", "auto_mapping": {"unsloth_fixed": True}}
+
+
+def marked_rank_major(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    config |= {"lora_B_layout": "rank_major", "auto_mapping": {"unsloth_fixed": True}}
+
+
+def marked_wrongly(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    expert_major(config, factors)
+    config["lora_B_layout"] = "rank_major"
+
+
+def stacked_experts(factors: dict[str, Tensor]) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """Take PEFT's experts out of the factors: (module, gate_up or down) → A [expert, rank, inputs], B [expert, outputs, rank]."""
+    found = {}
+    for name in [name for name in factors if "experts" in name and "lora_A" in name]:
+        a, b = factors.pop(name).unflatten(0, (-1, 3)), factors.pop(name.replace("lora_A", "lora_B"))
+        module = name.partition(".experts")[0] + ".experts."
+        found[module, "gate_up" if a.shape[-1] == 64 else "down"] = a, b.unflatten(1, (3, -1)).permute(2, 0, 1)
+    return found
+
+
+def linear_maps(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    """One linear map for each expert, as in Unsloth's 4-bit models."""
+    for (module, part), (a, b) in stacked_experts(factors).items():
+        for expert in range(len(a)):
+            factors[f"{module}{part}_projs.{expert}.lora_A.weight"] = a[expert]
+            factors[f"{module}{part}_projs.{expert}.lora_B.weight"] = b[expert]
+    config["auto_mapping"] = {"unsloth_fixed": True}
+
+
+def modules_of_experts(
+    config: dict[str, Any], factors: dict[str, Tensor], names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+) -> None:
+    """A module for each expert, with gate and up apart."""
+    for (module, part), (a, b) in stacked_experts(factors).items():
+        for expert in range(len(a)):
+            rows = (
+                {names[0]: b[expert, 0::2], names[1]: b[expert, 1::2]} if part == "gate_up" else {names[2]: b[expert]}
+            )
+            for name, own in rows.items():
+                factors[f"{module}{expert}.{name}.lora_A.weight"] = a[expert].clone()
+                factors[f"{module}{expert}.{name}.lora_B.weight"] = own
+
+
+def up_before_gate(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    modules_of_experts(config, factors, ("up_proj", "gate_proj", "down_proj"))
+
+
+def numbered_weights(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    """Factors of all experts along a first axis, with gate, up and down called w1, w3 and w2."""
+    for (module, part), (a, b) in stacked_experts(factors).items():
+        for name, own in {"w1": b[:, 0::2], "w3": b[:, 1::2]}.items() if part == "gate_up" else [("w2", b)]:
+            factors[f"{module}{name}.lora_A.weight"] = a.clone()
+            factors[f"{module}{name}.lora_B.weight"] = own
+
+
+@pytest.mark.parametrize(
+    "arrange", [marked_grouped, marked_rank_major, linear_maps, modules_of_experts, numbered_weights]
+)
+def test_the_same_adapter_under_names_and_orders_of_other_programs(
+    twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], arrange: Spoil, tmp_path: Path
+) -> None:
+    folder, wanted = folders["experts"]
+    assert error(twins[0], spoilt(folder, tmp_path, arrange), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("arrange", [marked_wrongly, up_before_gate])
+def test_a_wrong_order_is_seen_by_the_comparison(
+    twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], arrange: Spoil, tmp_path: Path
+) -> None:
+    folder, wanted = folders["experts"]
+    assert error(twins[0], spoilt(folder, tmp_path, arrange), wanted) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of models without a hub id
+@pytest.mark.parametrize("options", [
+    {"use_dora": True}, {"use_dora": True, "use_rslora": True}, {"modules_to_save": ["lm_head", "embed_tokens", "norm"]},
+    {"target_modules": ["lm_head", "q_proj"]}, {"target_modules": ["lm_head", "o_proj"], "use_dora": True},
+], ids=str)  # fmt: skip
+def test_magnitudes_whole_modules_and_the_unembedding(
+    twins: tuple[GptOss, GptOss], options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = twins[0]
+    with torch.no_grad():
+        before = model(X)
+        peft = with_peft(to_hf(twins[1]), *TARGETS["q_proj"], **options)
+        for name, parameter in peft.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+        peft.save_pretrained(tmp_path)
+        wanted = peft(X).logits
+    assert (before - wanted).abs().max() / wanted.abs().max() > 1e-2  # the adapter changes the logits
+    assert error(model, tmp_path, wanted) <= 1e-5
+    with torch.no_grad():
+        assert torch.equal(model(X), before)
+
+
 @torch.no_grad()
 def test_every_path_carries_the_adapter(twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]]) -> None:
     model, (folder, wanted) = twins[0], folders["all"]
@@ -259,15 +359,34 @@ def change(name: str, make: Callable[[Tensor], Tensor]) -> Spoil:
     return lambda config, factors: factors.update({name: make(factors[name])})
 
 
+def unknown_tensor(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    factors[PREFIX + "self_attn.q_proj.lora_C"] = torch.ones(3)
+
+
+def with_magnitude(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    factors[PREFIX + "self_attn.q_proj.lora_magnitude_vector"] = torch.ones(144)
+
+
+def saved_experts(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    config["modules_to_save"] = ["gate_up_proj"]
+    factors[PREFIX + "mlp.experts.gate_up_proj"] = torch.zeros(8, 64, 192)
+
+
 Q_A, Q_B = PREFIX + "self_attn.q_proj.lora_A.weight", PREFIX + "self_attn.q_proj.lora_B.weight"
 DOWN_A = PREFIX + "mlp.experts.lora_A.weight"
 REFUSED: dict[str, tuple[Spoil, str]] = {
     "another method": (option("peft_type", "LOHA"), "peft_type 'LOHA' is not read here"),
-    "DoRA": (option("use_dora", True), "option use_dora = True is not read here"),
+    "DoRA without magnitudes": (option("use_dora", True), "use_dora is true, but blocks.0.attn.k has no lora_magnitude"),
+    "a magnitude without DoRA": (with_magnitude, "is a magnitude of DoRA, but use_dora is false"),
     "a bias in B": (option("lora_bias", True), "option lora_bias"),
     "trained biases": (option("bias", "lora_only"), "option bias = 'lora_only'"),
     "transposed": (option("fan_in_fan_out", True), "option fan_in_fan_out"),
-    "whole modules": (option("modules_to_save", ["lm_head"]), "option modules_to_save"),
+    "whole modules": (option("modules_to_save", ["lm_head"]), "modules_to_save names 'lm_head', but the file holds no"),
+    "packed experts in full": (saved_experts, "cannot replace a weight of this model: its experts are packed"),
+    "an unknown order": (option("lora_B_layout", "sideways"), "lora_B_layout 'sideways' is unknown"),
+    "trained by Unsloth": (option("auto_mapping", {"unsloth_fixed": True}), "unsloth_fixed shows that Unsloth made this .* set the option lora_B_layout"),
+    "on a base of Unsloth": (option("base_model_name_or_path", "unsloth/gpt-oss-20b"), "the base model 'unsloth/gpt-oss-20b' shows"),
+    "the embedding": (rename("self_attn.q_proj.lora_A.weight", "self_attn.q_proj.lora_embedding_A"), "adapts the embedding, which is not supported"),
     "trained tokens": (option("trainable_token_indices", [1]), "option trainable_token_indices"),
     "repeated layers": (option("layer_replication", [[0, 2]]), "option layer_replication"),
     "another base": (option("init_lora_weights", "pissa_niter_4"), "option init_lora_weights = 'pissa_niter_4'"),
@@ -276,10 +395,10 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "no alpha": (option("lora_alpha", "many"), "lora_alpha 'many', wanted a number"),
     "a broken pattern": (option("alpha_pattern", {"q_proj(": 1}), r"'q_proj\(', which is no pattern"),
     "another rank": (option("r", 4), r"lora_A.weight' has shape \[24, 64\], the model and the rank want \[32, 64\]"),
-    "the unembedding": (rename("model.layers.0.self_attn.q_proj", "lm_head"), "'lm_head' cannot be adapted in this model"),
+    "the unembedding": (rename("model.layers.0.self_attn.q_proj", "lm_head"), r"'lm_head' has factors A \[3, 64\] and B \[144, 3\], the model maps 64 to 101"),
     "no such layer": (rename("layers.2.", "layers.7."), r"layers\.7\.[\w.]+' cannot be adapted in this model"),
     "the same twice": (twice, "mlp.experts.gate_up is adapted twice"),
-    "not a factor": (rename("q_proj.lora_A.weight", "q_proj.lora_magnitude_vector"), "not a LoRA factor"),
+    "not a factor": (unknown_tensor, "q_proj.lora_C' is not a LoRA factor and cannot replace a weight"),
     "half a pair": (drop(Q_B), "lora_A without its other factor"),
     "another size": (change(Q_A, lambda t: t[:, :32]), r"q_proj' has factors A \[3, 32\] and B \[144, 3\], the model maps 64 to 144"),
     "another number of experts": (change(DOWN_A, lambda t: t[:-3]), r"shape \[21, 96\], the model and the rank want \[24, 96\]"),

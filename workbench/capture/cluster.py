@@ -40,6 +40,7 @@ class Task:
     unit_tokens: int
     exclude: str | None = None
     routing: str = "own"
+    ignore_fields: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -70,6 +71,7 @@ class Task:
             unit_tokens=unit_tokens,
             exclude=exclude,
             routing=routing,
+            ignore_fields=model.checkpoint.ignore_fields,
         )
 
 
@@ -180,7 +182,13 @@ def _loaded(task: Task) -> tuple[GptOss, Any, Any]:
     from workbench.model import load
 
     torch.set_num_threads(task.threads)
-    model = load(task.checkpoint, device=_device(task), dtype=getattr(torch, task.dtype), adapter=task.adapter)
+    model = load(
+        task.checkpoint,
+        device=_device(task),
+        dtype=getattr(torch, task.dtype),
+        adapter=task.adapter,
+        ignore_fields=task.ignore_fields,
+    )
     plan = job.plan(
         model,
         task.transcripts,

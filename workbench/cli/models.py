@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli.options import Dtype, Record, UnitTokens, torch_dtype
+from workbench.cli.options import Dtype, IgnoreField, Record, UnitTokens, torch_dtype
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -14,7 +14,11 @@ app = typer.Typer()
 @app.command()
 def info(
     model: Annotated[
-        str, typer.Argument(help="Checkpoint folder, 'nano', a Hugging Face id, or 20b, 120b for the published shapes.")
+        str,
+        typer.Argument(
+            help="Checkpoint folder, .gguf file, 'nano', ollama:NAME, a Hugging Face id, or 20b, 120b for the "
+            "published shapes."
+        ),
     ],
     tokens: Annotated[
         int | None,
@@ -25,6 +29,7 @@ def info(
     record: Record = None,
     unit_tokens: UnitTokens = 16_384,
     dtype: Dtype = "bfloat16",
+    ignore_field: IgnoreField = None,
 ) -> None:
     """Show the sizes, memory plan and hook points of a model without loading it."""
     from workbench.capture import recording
@@ -32,7 +37,7 @@ def info(
     from workbench.model.info import Plan, describe, subject
     from workbench.model.memory import parse
 
-    about = subject(model)
+    about = subject(model, ignore_field or ())
     spec = recording.parse(record or recording.DEFAULT, about.cfg)
     plan = Plan(
         tokens=tokens or min(FORWARD_TOKENS, about.cfg.n_ctx),

@@ -6,14 +6,15 @@ import typer
 
 from workbench.errors import InputError
 
-Model = Annotated[
-    str, typer.Argument(help="Checkpoint folder, 'nano', or a Hugging Face id such as openai/gpt-oss-20b.")
-]
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, .gguf file, 'nano', ollama:NAME, or a Hugging Face id.")]
 RunPath = Annotated[str, typer.Argument(help="Run written by `workbench capture`: a folder, or a URL such as s3://….")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, cuda:0, or several devices as in cuda:0,cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmetic in float32.")]
 
 
+IgnoreField = Annotated[
+    list[str] | None, typer.Option(help="Field of config.json that changes no result; repeat for several.")
+]
 Record = Annotated[
     list[str] | None,
     typer.Option(
@@ -39,8 +40,8 @@ def torch_dtype(name: str) -> Any:
     return dtypes[name]
 
 
-def load_model(model: str, device: str, dtype: str) -> Any:
+def load_model(model: str, device: str, dtype: str, ignore_fields: list[str] | None = None) -> Any:
     """Load a checkpoint as the options of a command say."""
     from workbench.model import load
 
-    return load(model, device=device, dtype=torch_dtype(dtype))
+    return load(model, device=device, dtype=torch_dtype(dtype), ignore_fields=ignore_fields or ())

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli.options import Device, Dtype, Exclude, Model, Record, RunPath, UnitTokens, load_model, torch_dtype
+from workbench.cli.options import (
+    Device,
+    Dtype,
+    Exclude,
+    IgnoreField,
+    Model,
+    Record,
+    RunPath,
+    UnitTokens,
+    load_model,
+    torch_dtype,
+)
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -27,12 +38,13 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 64,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
+    ignore_field: IgnoreField = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Generate answers to prompts at one or several reasoning efforts."""
     from workbench.capture.generation import generate_transcripts
 
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, ignore_field)
     generate_transcripts(
         loaded,
         prompts,
@@ -158,6 +170,7 @@ def capture(
     adapter: Annotated[Path | None, typer.Option(help="PEFT folder with a LoRA adapter for the model.")] = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
+    ignore_field: IgnoreField = None,
 ) -> None:
     """Record activations of a model on transcripts into a run. Rerun the command to resume.
 
@@ -175,7 +188,13 @@ def capture(
     # Workers load the model themselves: a copy in this process would take the memory that the first of them needs.
     shared = (workers > 1 or dask is not None) and not dry_run
     worker_device = cluster.worker_device(device) if shared else None
-    loaded = load(model, device="meta" if shared else device, dtype=torch_dtype(dtype), adapter=adapter)
+    loaded = load(
+        model,
+        device="meta" if shared else device,
+        dtype=torch_dtype(dtype),
+        adapter=adapter,
+        ignore_fields=ignore_field or (),
+    )
     records = record or list(recording.DEFAULT)
     if dry_run:
         plan = job.dry_run(

@@ -5,7 +5,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from workbench.cli.options import Device, Dtype, Exclude, RunPath, load_model
+from workbench.cli.options import Device, Dtype, Exclude, IgnoreField, RunPath, load_model
 from workbench.cli.study_help import StudyCommand, parse_options
 from workbench.errors import InputError
 
@@ -28,6 +28,7 @@ def study(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
+    ignore_field: IgnoreField = None,
     exclude: Exclude = None,
 ) -> None:
     """Run a study or an experiment: print its summary and write its tables."""
@@ -45,7 +46,7 @@ def study(
     if model is not None and isinstance(record, Experiment):
         from workbench.experiments.registry import run_experiment
 
-        loaded = load_model(model, device, dtype)
+        loaded = load_model(model, device, dtype, ignore_field)
         results = run_experiment(name, loaded, runs[0], sequences=sequences, seed=seed, **options)
     else:
         results = run_study(name, *runs, seed=seed, **options)

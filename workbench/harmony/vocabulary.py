@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from workbench.errors import InputError
+from workbench.errors import InputError, refuse_lfs_pointer
 from workbench.harmony.tokenizer_names import TokenizerNames, plain_ids
 
 Mark = Literal["start", "end", "message", "channel", "constrain", "return", "call"]
@@ -221,7 +221,9 @@ def _chat_template(folder: Path) -> str | None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        refuse_lfs_pointer(path, content)
+        return content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 

@@ -7,57 +7,39 @@ are, that each is complete, and that every tensor of the config is present once 
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from itertools import accumulate, count
 from pathlib import Path
 from reprlib import repr as short
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from workbench import harmony
 from workbench.bounded_json import read_json
 from workbench.errors import InputError
-from workbench.model.config import Config, read_config
+from workbench.harmony.vocabulary import Tokenizer
+from workbench.model.config import Config, read_config, ties_embeddings
+from workbench.model.lazy_tensors import LazyTensor, Tensors
 from workbench.model.names import LAYOUTS, name_in, shapes
 from workbench.model.safetensors_file import Entry, SafetensorsFile
+from workbench.model.stored_names import Stored, hugging_face_names
 
 BUNDLED = {"nano": Path(__file__).parents[1] / "data" / "nano"}
-_FLOATS = ("BF16", "F32")
+_FLOATS = ("BF16", "F16", "F32")
+_EXPONENT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # the bits of an infinity: no finite value has as many
 _INDEX = "model.safetensors.index.json"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 
 
-class Tensors(Mapping[str, Tensor]):
-    """Canonical name → tensor, read when it is accessed."""
-
-    def __init__(self, places: Mapping[str, "TensorLocation"]) -> None:
-        self._locations = places
-
-    def __getitem__(self, name: str) -> Tensor:
-        place = self._locations[name]
-        tensor = place.file.tensor(place.stored)
-        return tensor if place.rows is None else tensor[place.rows]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._locations)
-
-    def __len__(self) -> int:
-        return len(self._locations)
-
-
-@dataclass(frozen=True)
-class TensorLocation:
-    """Where a canonical tensor is stored: file, name in the file, and rows (None: all)."""
-
-    file: SafetensorsFile
-    stored: str
-    rows: slice | None
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """A validated checkpoint folder."""
+    """A validated checkpoint. notes: what was ignored in it; ignore_fields: the config fields declared harmless.
+
+    path: the folder, or the file. tokenizer: reads the tokenizer.
+    """
 
     path: Path
     cfg: Config
@@ -65,39 +47,61 @@ class Checkpoint:
     experts: str
     tensors: Tensors
     digest: str
+    tokenizer: Callable[[], Tokenizer] = field(default=harmony.tokenizer, compare=False)
+    notes: tuple[str, ...] = ()
+    ignore_fields: tuple[str, ...] = ()
 
     def check_values(self, chunk: int = 1 << 24) -> None:
-        """Raise an error for NaN and infinity, scale byte 255 included. Reads every weight once, `chunk` values at a time."""
+        """Read every weight once, `chunk` values at a time.
+
+        Raises:
+            InputError: a tensor holds NaN or infinity, or a packed one the scale byte 255.
+        """
         for name, tensor in self.tensors.items():
             if name.endswith(".blocks"):  # every nibble is a number
                 continue
             for start, values in zip(count(0, chunk), tensor.flatten().split(chunk), strict=False):
-                bad = values == 255 if name.endswith(".scales") else ~torch.isfinite(values)
-                if bad.any():
-                    first = torch.unravel_index(start + bad.nonzero()[0, 0], tensor.shape)
-                    raise InputError(f"{self.path}: {name} is not finite at {[int(i) for i in first]}")
+                if _has_no_number(name, values):
+                    self._refuse(name, tensor.shape, start, values)
+
+    def _refuse(self, name: str, shape: torch.Size, start: int, values: Tensor) -> None:
+        packed = name.endswith(".scales")
+        first = int((values == 255 if packed else ~torch.isfinite(values)).nonzero()[0, 0])
+        place = [int(i) for i in torch.unravel_index(torch.tensor(start + first), shape)]
+        what = "scale byte 255, which is NaN" if packed else str(float(values[first]))
+        raise InputError(
+            f"{self.path}: tensor {self.tensors.entries[name].stored!r} ({name}) is not finite at {place}: {what}; "
+            "the weights are damaged, download or export them again"
+        )
 
 
-def open_checkpoint(folder: str | Path, *, ignore_fields: Collection[str] = ()) -> Checkpoint:
+def _has_no_number(name: str, values: Tensor) -> bool:
+    """Return whether some value is NaN or infinite; for 16-bit floats from their bits, which is four times faster."""
+    if name.endswith(".scales"):
+        return bool(values.max() == 255)
+    if values.dtype in _EXPONENT:
+        return bool((values.view(torch.int16) & 0x7FFF).max() >= _EXPONENT[values.dtype])
+    return not bool(torch.isfinite(values).all())
+
+
+def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) -> Checkpoint:
     """Open and validate a checkpoint folder; weights are read when they are used.
 
     Raises:
         InputError: a file or tensor is missing, unexpected, truncated, or has another shape or dtype than the config says.
     """
-    root = _root(Path(folder))
+    given = Path(source)
+    root = _root(given)
     for name in ("config.json", _INDEX):
         _check_link(root, root / name)
     cfg = read_config(root, ignore_fields)
-    files = [SafetensorsFile.open(path) for path in _weight_files(root)]
-    found: dict[str, SafetensorsFile] = {}
-    for file in files:
-        for name in file.entries:
-            if name in found:
-                raise InputError(
-                    f"tensor {name!r} is both in {found[name].path.name} and in {file.path.name} of {root}"
-                )
-            found[name] = file
-    _check_index(root, found)
+    paths, notes = _weight_files(root)
+    files = [SafetensorsFile.open(path) for path in paths]
+    stored = _stored_tensors(root, files)
+    _check_index(root, stored)
+    found, ignored = hugging_face_names(root, stored)
+    if ignored:
+        notes.append(f"{len(ignored)} tensors that the model does not use are ignored: {', '.join(ignored[:3])}")
     layout = next((n for n in LAYOUTS if name_in(n, "embed.weight") in found), None)
     if layout is None:
         raise InputError(
@@ -105,8 +109,13 @@ def open_checkpoint(folder: str | Path, *, ignore_fields: Collection[str] = ()) 
         )
     dense = layout == "huggingface" and name_in(layout, "blocks.0.mlp.experts.down.weight") in found
     experts = "dense" if dense else "mxfp4"
-    places = _locations(root, cfg, layout, experts, found)
-    return Checkpoint(root, cfg, layout, experts, Tensors(places), _digest(root, files))
+    if layout == "huggingface" and ties_embeddings(root):
+        notes += _tie(found)
+    tensors = Tensors(_locations(root, cfg, layout, experts, found))
+    return Checkpoint(
+        root, cfg, layout, experts, tensors, _digest(root, files), lambda: harmony.tokenizer(given), tuple(notes),
+        tuple(ignore_fields),
+    )  # fmt: skip
 
 
 def _root(folder: Path) -> Path:
@@ -120,7 +129,11 @@ def _root(folder: Path) -> Path:
         raise InputError(f"{folder} cannot be read: {error.strerror}") from error
 
 
-def _weight_files(root: Path) -> list[Path]:
+def _weight_files(root: Path) -> tuple[list[Path], list[str]]:
+    """Return the files that hold the model, and notes about the others.
+
+    An index names them; without one it is model.safetensors, or every file that is not an adapter.
+    """
     paths = sorted(root.glob("*.safetensors"))
     if not paths:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in root.glob(pattern))
@@ -129,9 +142,36 @@ def _weight_files(root: Path) -> list[Path]:
                 f"{root}: {pickles[0]} is a pickle, which can run code when it is read; convert it to safetensors"
             )
         raise InputError(f"{root} has a config.json but no *.safetensors: the weights are missing")
-    for path in paths:
-        _check_link(root, path)
-    return paths
+    names = {path.name for path in paths}
+    if (root / _INDEX).exists():
+        wanted = names & {str(file) for file in _index(root).values()}
+    elif "model.safetensors" in names:
+        wanted = {"model.safetensors"}
+    else:
+        wanted = {name for name in names if not name.startswith("adapter_")}
+    if not wanted and (root / _INDEX).exists():
+        raise InputError(f"{root}: the files that {_INDEX} names are missing: download them again")
+    if not wanted:
+        raise InputError(f"{root} holds an adapter and no model: load the base model with adapter={str(root)!r}")
+    for name in sorted(wanted):
+        _check_link(root, root / name)
+    left = sorted(names - wanted)
+    reason = "its index does not name them" if (root / _INDEX).exists() else "they are not files of the model"
+    notes = [f"{len(left)} files are ignored, as {reason}: {', '.join(left[:3])}"] if left else []
+    return [root / name for name in sorted(wanted)], notes
+
+
+def _stored_tensors(root: Path, files: Collection[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+    """Return stored name → file."""
+    found: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.entries:
+            if name in found:
+                raise InputError(
+                    f"tensor {name!r} is both in {found[name].path.name} and in {file.path.name} of {root}"
+                )
+            found[name] = file
+    return found
 
 
 def _check_link(root: Path, path: Path) -> None:
@@ -144,16 +184,22 @@ def _check_link(root: Path, path: Path) -> None:
         raise InputError(f"{path} is a link out of the checkpoint folder; copy the file there if you trust it")
 
 
+def _index(root: Path) -> dict[str, Any]:
+    """Return what the index lists: tensor → file."""
+    path = root / _INDEX
+    try:
+        listed = read_json(path)["weight_map"]
+        return dict(listed.items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not an index of tensors: {error!r}") from error
+
+
 def _check_index(root: Path, found: Mapping[str, SafetensorsFile]) -> None:
     path = root / _INDEX
     if not path.exists():
         _check_shards(root, {file.path.name for file in found.values()})
         return
-    try:
-        listed = read_json(path)["weight_map"].items()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not an index of tensors: {error!r}") from error
-    for name, file in listed:
+    for name, file in _index(root).items():
         if name not in found:
             state = "lacks it" if (root / Path(str(file)).name).exists() else "is missing: download it again"
             raise InputError(f"{path} says tensor {name!r} is in {file!r}, which {state}")
@@ -170,11 +216,26 @@ def _check_shards(root: Path, names: set[str]) -> None:
                 raise InputError(f"{root} holds {len(names)} of {wanted} shards: download the missing ones")
 
 
+def _tie(found: dict[str, Stored]) -> list[str]:
+    """Give the unembedding the embedding's weight where the config ties them and the file has only one.
+
+    A file with both is read as transformers 5 reads it: the unembedding is its own.
+    """
+    embed, unembed = (name_in("huggingface", name) for name in ("embed.weight", "unembed.weight"))
+    if unembed not in found and embed in found:
+        found[unembed] = found[embed]
+        return []
+    both = [found[name].tensor() for name in (embed, unembed) if name in found]
+    if len(both) < 2 or both[0].shape != both[1].shape or torch.equal(*both):
+        return []
+    return [f"tie_word_embeddings is true, but {unembed} differs from the embedding: it is used"]
+
+
 def _locations(
-    root: Path, cfg: Config, layout: str, experts: str, found: Mapping[str, SafetensorsFile]
-) -> dict[str, TensorLocation]:
-    """Return the location of every tensor of the config; refuse missing, unexpected or misshapen ones."""
-    places: dict[str, TensorLocation] = {}
+    root: Path, cfg: Config, layout: str, experts: str, found: Mapping[str, Stored]
+) -> dict[str, LazyTensor]:
+    """Return every tensor of the config; refuse missing, unexpected or misshapen ones."""
+    places: dict[str, LazyTensor] = {}
     fused: dict[str, list[tuple[str, int]]] = {}
     wanted = shapes(cfg, experts)
     for name, shape in wanted.items():
@@ -183,16 +244,20 @@ def _locations(
         shape = (sum(rows for _, rows in parts), *wanted[parts[0][0]][1:])
         if stored not in found:
             raise InputError(f"{root}: tensor {stored!r} {shape} is missing{_other_form(stored, found)}")
-        file = found[stored]
-        _check_entry(file.path, stored, file.entries[stored], shape)
+        location = found[stored]
+        _check_entry(location.file.path, location.name, location.entry, shape, parts[0][0])
+        whole = LazyTensor(location.name, shape, _precision(stored, location.entry), location.tensor)
         ends = accumulate(rows for _, rows in parts)
         for (name, rows), end in zip(parts, ends, strict=True):
-            places[name] = TensorLocation(file, stored, None if len(parts) == 1 else slice(end - rows, end))
+            places[name] = whole if len(parts) == 1 else whole.rows(end - rows, end)
     if left := sorted(set(found) - set(fused)):
-        raise InputError(
-            f"{found[left[0]].path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} left over)"
-        )
+        path = found[left[0]].file.path
+        raise InputError(f"{path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} left over)")
     return {name: places[name] for name in wanted}
+
+
+def _precision(stored: str, entry: Entry) -> str:
+    return "MXFP4" if stored.endswith(("blocks", "scales")) else entry.dtype
 
 
 def _other_form(stored: str, found: Collection[str]) -> str:
@@ -202,8 +267,8 @@ def _other_form(stored: str, found: Collection[str]) -> str:
     return f", but {other!r} is there: all experts must be packed, or all dense" if other else ""
 
 
-def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...]) -> None:
-    packed = name.endswith(("blocks", "scales"))
+def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...], canonical: str) -> None:
+    packed = canonical.endswith((".blocks", ".scales"))
     dtypes = ("U8",) if packed else _FLOATS
     if entry.shape != shape:
         raise InputError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, the config wants {list(shape)}")

@@ -170,24 +170,63 @@ def _published(n_layers: int, num_experts: int) -> Config:
 # The config.json of openai/gpt-oss-20b and -120b; for random models, plans and timings. Real ones are read.
 PUBLISHED = {"20b": _published(24, 32), "120b": _published(36, 128)}
 
-# Fields that change nothing we compute: names, training settings, and what generation reads elsewhere.
+# Fields that change no logit: names, training settings, and the settings of generation that transformers' releases
+# before 5 write into every config.
 _INERT = {
-    "architectures", "attention_dropout", "auto_map", "bos_token_id", "cache_dir", "chunk_size_feed_forward", "dtype",
-    "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "label2id", "model_type", "name_or_path",
-    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type", "return_dict",
-    "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache", "unsloth_fixed", "unsloth_version",
+    "architectures", "attention_dropout", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "cache_dir", "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
+    "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_decoder",
+    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "model_type", "name_or_path",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id", "prefix", "problem_type",
+    "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "router_aux_loss_coef",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p",
+    "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
 }  # fmt: skip
+# Fields that change nothing at these values and could at others.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (),
+    "partial_rotary_factor": (1.0,),
+    "pretraining_tp": (1,),
+    "pruned_heads": ({},),
+}
+_NEUTRAL_ROPE: dict[str, tuple[Any, ...]] = {
+    "apply_yarn_scaling": (True,),
+    "attn_factor": (1.0,),
+    "extrapolation_factor": (1.0,),
+    "mscale": (1.0,),
+    "mscale_all_dim": (0.0,),
+    "partial_rotary_factor": (1.0,),
+}
 # What these must be for our forward pass to be the model's; absent means the same, as in transformers.
-_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": True, "tie_word_embeddings": False}
+_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": True}
+# What transformers' GptOssConfig assumes for fields that are absent.
+_ROPE_THETA, _HEAD_DIM, _SWIGLU_LIMIT = 150_000.0, 64, 7.0
+_DEFAULT_YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
 _MOST_LAYERS = 10_000  # a guard against a config that names a billion
 
 
 class _Fields:
-    """The fields of a config, each read once. Fields that were not read are unknown. Null is the same as absent."""
+    """The fields of a config, each read once. Fields that were not read are unknown.
+
+    Null is the same as absent, but for `default_if_absent`.
+    """
 
     def __init__(self, path: Path, values: Mapping[str, Any], where: str = "") -> None:
         self.path, self.where = path, where
         self.values = {name: value for name, value in values.items() if value is not None}
+        self.nulls = {name for name, value in values.items() if value is None}
+        self.nested: list[_Fields] = []  # objects whose unknown fields `finish` reports too
+
+    def default_if_absent(self, name: str, default: Any) -> Any:
+        """Return the default that a field has when it is absent; a field that is null has none and is required."""
+        return ... if name in self.nulls else default
 
     def take(self, *names: str, default: Any = ...) -> Any:
         """Return the value of the first field among `names` that is present; several of them must agree."""
@@ -201,8 +240,8 @@ class _Fields:
             raise InputError(f"{self.path}: {said} contradict each other; correct one of them")
         return next(iter(found.values()), default)
 
-    def integer(self, *names: str, most: int = 1_000_000_000) -> int:
-        value = self.take(*names)
+    def integer(self, *names: str, most: int = 1_000_000_000, default: Any = ...) -> int:
+        value = self.take(*names, default=default)
         if type(value) is not int or not 1 <= value <= most:
             raise self._refusal(names[0], value, f"a whole number from 1 to {most:,}")
         return value
@@ -227,12 +266,31 @@ class _Fields:
         return _Fields(self.path, value, where)
 
     def finish(self, ignore: Collection[str]) -> None:
-        unknown = [n for n in self.values if n not in _INERT and n not in ignore and not n.startswith("_")]
+        """Refuse the fields that were not read, all of them in one message.
+
+        Raises:
+            InputError: a field is neither known to be harmless nor in `ignore`.
+        """
+        unknown = [
+            (part.where, name, value)
+            for part in (self, *self.nested)
+            for name, value in part.values.items()
+            if not part._is_harmless(name, value, ignore)
+        ]
         if unknown:
+            listed = ", ".join(f"{where}{name!r} = {short(value)}" for where, name, value in unknown)
+            subject = f"fields {listed} are" if len(unknown) > 1 else f"field {listed} is"
+            options = " ".join(f"--ignore-field {name}" for _, name, _ in unknown)
             raise InputError(
-                f"{self.path}: field {self.where}{unknown[0]!r} = {short(self.values[unknown[0]])} is unknown and could "
-                f"change the mathematics; if it does not, load with ignore_fields=({unknown[0]!r},)"
+                f"{self.path}: {subject} unknown and could change the mathematics; "
+                f"if not, load with ignore_fields={[name for _, name, _ in unknown]} or {options}"
             )
+
+    def _is_harmless(self, name: str, value: Any, ignore: Collection[str]) -> bool:
+        if name in ignore or name.startswith("_"):
+            return True
+        neutral = _NEUTRAL_ROPE if self.where else _NEUTRAL
+        return value in neutral[name] if name in neutral else not self.where and name in _INERT
 
     def _refusal(self, name: str, value: object, wanted: str) -> InputError:
         return InputError(f"{self.path}: {self.where}{name} is {short(value)}, wanted {wanted}")
@@ -255,12 +313,12 @@ def read_config(folder: Path, ignore_fields: Collection[str] = ()) -> Config:
         raise InputError(f"{path} holds a {type(values).__name__}, wanted an object of fields")
     fields = _Fields(path, values)
     original = "num_experts" in values and "model_type" not in values
-    cfg = _original(fields) if original else _hugging_face(fields, ignore_fields)
+    cfg = _original(fields) if original else _hugging_face(fields)
     fields.finish(ignore_fields)
     return _checked(path, cfg)
 
 
-def _hugging_face(fields: _Fields, ignore: Collection[str]) -> Config:
+def _hugging_face(fields: _Fields) -> Config:
     kind = fields.values.get("model_type")
     if kind != "gpt_oss":
         raise InputError(f"{fields.path}: model_type is {short(kind)}, wanted 'gpt_oss'")
@@ -271,7 +329,11 @@ def _hugging_face(fields: _Fields, ignore: Collection[str]) -> Config:
         method = fields.fields("quantization_config", where="quantization_config.").values.get("quant_method")
         if method != "mxfp4":
             raise InputError(f"{fields.path}: quantisation {short(method)} is not read, only 'mxfp4' and none")
+    fields.boolean("tie_word_embeddings", default=False)  # see `ties_embeddings`
+    if "num_experts_per_tok" in fields.values:  # transformers reads this one, and openai's publication holds both
+        fields.values.pop("experts_per_token", None)
     n_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
+    fields.values.setdefault("head_dim", _head_dim(fields))
     return Config(
         **_sizes(fields),
         n_layers=n_layers,
@@ -280,10 +342,18 @@ def _hugging_face(fields: _Fields, ignore: Collection[str]) -> Config:
         windows=_windows(fields, n_layers),
         n_ctx=fields.integer("max_position_embeddings"),
         eps=fields.number("rms_norm_eps"),
-        swiglu_limit=fields.number("swiglu_limit"),
+        swiglu_limit=fields.number("swiglu_limit", default=fields.default_if_absent("swiglu_limit", _SWIGLU_LIMIT)),
         swiglu_alpha=fields.number("swiglu_alpha", default=1.702),
-        rope=_hugging_face_rope(fields, ignore),
+        rope=_hugging_face_rope(fields),
     )
+
+
+def _head_dim(fields: _Fields) -> Any:
+    """Return what transformers takes for a head size that is absent or null."""
+    if "head_dim" not in fields.nulls:
+        return _HEAD_DIM
+    d_model, heads = fields.values.get("hidden_size"), fields.values.get("num_attention_heads")
+    return d_model // heads if isinstance(d_model, int) and isinstance(heads, int) and heads > 0 else None
 
 
 def _sizes(fields: _Fields) -> dict[str, int]:
@@ -302,20 +372,43 @@ def _windows(fields: _Fields, n_layers: int) -> tuple[int | None, ...]:
         raise InputError(
             f"{fields.path}: layer_types needs one of {[full, sliding]} for each of {n_layers} layers, got {short(kinds)}"
         )
-    window = fields.integer("sliding_window") if sliding in kinds else fields.take("sliding_window", default=None)
+    if sliding in kinds:
+        window = fields.integer("sliding_window", default=fields.default_if_absent("sliding_window", 128))
+    else:
+        window = fields.take("sliding_window", default=None)
     return tuple(window if kind == sliding else None for kind in kinds)
 
 
-def _hugging_face_rope(fields: _Fields, ignore: Collection[str]) -> Rope:
+def _hugging_face_rope(fields: _Fields) -> Rope:
+    names = {"rope_parameters", "rope_scaling"}
+    if not names & set(fields.values):
+        if null := names & fields.nulls:
+            raise InputError(
+                f"{fields.path}: {min(null)} is null, which some releases of transformers read as YaRN and others as "
+                "plain rotary positions; write out the parameters"
+            )
+        fields.values["rope_parameters"] = dict(_DEFAULT_YARN)
     rope = fields.fields("rope_parameters", "rope_scaling", where="rope_parameters.")
     # Published configs say these beside the rope's own fields, transformers 5 among them.
     rope.values |= {
         f"../{n}": fields.values.pop(n) for n in ("rope_theta", "initial_context_length") if n in fields.values
     }
-    theta = rope.number("rope_theta", "../rope_theta")
-    kind = rope.take("rope_type", "type")
+    theta = rope.number("rope_theta", "../rope_theta", default=fields.default_if_absent("rope_theta", _ROPE_THETA))
+    kind = rope.take("rope_type", "type", default="default")
+    factor, wanted = rope.values.get("factor"), 1.0
+    if kind == "yarn" and isinstance(factor, int | float) and factor >= 1:
+        wanted = 0.1 * math.log(factor) + 1.0
+    attention_factor = rope.number("attention_factor", default=wanted)
+    if not math.isclose(attention_factor, wanted, rel_tol=1e-6):
+        raise InputError(
+            f"{fields.path}: rope_parameters.attention_factor is {attention_factor}; only the default of this rope, "
+            f"{wanted:.7g}, is computed here"
+        )
     if kind == "default":
-        rope.take("../initial_context_length", default=None)
+        for name in ("../initial_context_length", "original_max_position_embeddings"):
+            rope.take(name, default=None)
+        if rope.values.get("factor") == 1:
+            rope.take("factor")
         read = Rope.plain(theta)
     elif kind == "yarn":
         read = Rope(
@@ -328,8 +421,13 @@ def _hugging_face_rope(fields: _Fields, ignore: Collection[str]) -> Rope:
         )
     else:
         raise InputError(f"{fields.path}: rope_type {short(kind)} is not computed here, only 'yarn' and 'default'")
-    rope.finish(ignore)
+    fields.nested.append(rope)
     return read
+
+
+def ties_embeddings(folder: Path) -> bool:
+    """Return whether the config of a checkpoint folder declares the unembedding to be the embedding."""
+    return read_json(folder / "config.json").get("tie_word_embeddings") is True
 
 
 def _original(fields: _Fields) -> Config:

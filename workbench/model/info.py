@@ -1,6 +1,7 @@
 """Describe a model and its memory from its config alone."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class Subject:
     name: str
     cfg: Config
     experts: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,22 @@ class Plan:
     dtype: torch.dtype = torch.bfloat16
 
 
-def subject(source: str) -> Subject:
+def subject(source: str, ignore_fields: Collection[str] = ()) -> Subject:
     """Return a checkpoint as `load` finds it, or "20b" and "120b" if there is no such folder."""
     if source in PUBLISHED and not Path(source).exists():
         return Subject(f"the shape of gpt-oss-{source}", PUBLISHED[source], "mxfp4")
-    checkpoint = open_checkpoint(resolve(source))
-    return Subject(f"{source} ({checkpoint.layout} layout)", checkpoint.cfg, checkpoint.experts)
+    checkpoint = open_checkpoint(resolve(source), ignore_fields=ignore_fields)
+    notes = [*checkpoint.notes]
+    for precision, names in checkpoint.tensors.other_precision().items():
+        notes.append(
+            f"{len(names)} tensors are stored as {precision}, not in the published precision: {_listed(names)}"
+        )
+    return Subject(f"{source} ({checkpoint.layout} layout)", checkpoint.cfg, checkpoint.experts, tuple(notes))
+
+
+def _listed(names: Collection[str]) -> str:
+    """Return names of tensors with each layer's alike in one, as in blocks.*.attn.q.weight."""
+    return ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.*", name) for name in names))
 
 
 def describe(about: Subject, plan: Plan) -> None:
@@ -53,6 +65,8 @@ def describe(about: Subject, plan: Plan) -> None:
     for name, value in {**cfg.to_json(), **sizes}.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     console.print(table)
+    for note in about.notes:
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
     title = f"Memory of a GPU, {str(plan.dtype).removeprefix('torch.')}: {plan.tokens:,} tokens, batch {plan.batch:,}"
     costs = Table("", "bytes", "", title=title)
     costs.columns[1].justify = "right"
@@ -77,7 +91,8 @@ def costs_of(about: Subject, plan: Plan) -> Iterator[tuple[str, int, str]]:
     yield (
         "cache",
         plan.batch * plan.tokens * memory.cache(cfg, plan.dtype),
-        f"{memory.cache(cfg, plan.dtype):,} a token",
+        f"{memory.cache(cfg, plan.dtype):,} a token at most; as layers with a window hold less, "
+        f"{plan.batch * memory.cache_row(cfg, plan.tokens, plan.dtype):,} in all",
     )
     passed = capturing(cfg, plan, plan.tokens)
     yield "forward pass of a capture", max(passed.values()), ""

@@ -1,12 +1,12 @@
 """Load a checkpoint as a model with hooks, on one device or spread over several."""
 
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from workbench import harmony
 from workbench.errors import InputError
 from workbench.model import memory
 from workbench.model.checkpoint import open_checkpoint, resolve
@@ -14,7 +14,9 @@ from workbench.model.config import Config
 from workbench.model.lora import load_adapter
 from workbench.model.transformer import GptOss
 
+log = logging.getLogger("workbench.model")
 _OLDEST_GPU = (8, 0)  # bfloat16 products and asynchronous copies, which the Triton kernels are compiled with
+_CHECKED_BYTES = 2_000_000_000  # weights of larger checkpoints are checked when logits are not finite
 _PASS_TOKENS = 4096  # "auto" leaves a GPU the room for a forward pass of so many
 
 
@@ -40,7 +42,9 @@ def load(
     """
     folder = resolve(source, revision=revision)
     checkpoint = open_checkpoint(folder, ignore_fields=ignore_fields)
-    tokenizer = harmony.tokenizer(folder)
+    for note in checkpoint.notes:
+        log.warning("%s: %s", checkpoint.path, note)
+    tokenizer = checkpoint.tokenizer()
     if tokenizer.d_vocab > checkpoint.cfg.d_vocab:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.d_vocab} ids, the model's vocabulary {checkpoint.cfg.d_vocab}: "
@@ -53,6 +57,8 @@ def load(
     for each in dict.fromkeys(places.values()):
         _check_capability(each)
     _check_room(folder, parts, places)
+    if device != "meta" and sum(parts.values()) <= _CHECKED_BYTES:
+        checkpoint.check_values()
 
     def placed(name: str, tensor: Tensor) -> Tensor:
         return tensor.to(places[memory.part_of(name)], dtype if tensor.is_floating_point() else tensor.dtype)

@@ -8,64 +8,61 @@ Two parameters of one module are told apart by their shapes: PEFT's names only s
 took the experts for [expert, outputs, inputs], as it does unless they say is_transposed, the factors have changed
 places; that is refused by their shapes, which only `down` of a d_mlp equal to d_model, adapted alone, does not show.
 
-The experts' GPU kernel reads packed weights only: experts with an adapter run on the torch path, on every device.
+Weights that the adapter replaces (`modules_to_save`, and DoRA, whose magnitudes rescale the rows of W + update) are
+exchanged while it is attached and restored afterwards. The experts' GPU kernel reads packed weights only: experts with
+an adapter run on the torch path, on every device.
 
-Reference: LoRA, arXiv 2106.09685; PEFT 0.21, tuners/lora/layer.py, ParamWrapper.get_delta_weight.
+Reference: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353; PEFT 0.21, tuners/lora/layer.py, ParamWrapper.get_delta_weight.
 """
 
 import hashlib
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from workbench.bounded_json import read_json
 from workbench.errors import InputError
+from workbench.model.adapter_config import CONFIG, expert_layout, rank_and_scale, read_adapter_config
+from workbench.model.adapter_names import Target, targets, targets_of
 from workbench.model.checkpoint import Checkpoint
-from workbench.model.config import Config
 from workbench.model.low_rank import LowRank
-from workbench.model.names import name_in, shapes
+from workbench.model.names import name_in
 from workbench.model.safetensors_file import SafetensorsFile
 from workbench.model.transformer import GptOss
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PARTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.router", "mlp.experts.gate_up", "mlp.experts.down")
-_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = r"base_model\.model\.(?P<module>.+?)"
+_FACTOR = re.compile(_PREFIX + r"\.lora_(?P<factor>[AB])(\.default)?\.weight")
+_MAGNITUDE = re.compile(_PREFIX + r"\.lora_magnitude_vector(\.default)?(\.weight)?")
+_WRAPPERS = re.compile(r"\.(modules_to_save|default|base_layer)(?=\.|$)")
 _FLOATS = ("BF16", "F16", "F32")
-
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
-# What adapts which module shows in the tensors; the rest is training's business or a name.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "target_modules", "target_parameters", "task_type",
-}  # fmt: skip
-# Other starts (PiSSA, OLoRA, LoftQ, CorDA, …) change the base weights that the adapter belongs to.
-_NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva")}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What `load_adapter` attached: where it came from, the parts it adapts, and the checkpoint as it was before."""
+    """What `load_adapter` attached: where it came from, the parts it adapts, and the checkpoint as it was before.
+
+    replaced: the parameters that it exchanged, by name, as they were.
+    """
 
     path: Path
     parts: tuple[str, ...]
     base: Checkpoint | None
+    replaced: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Target:
-    """A matrix that can be adapted: its name here, the key that PEFT's patterns match, and its sizes."""
+class _Pair(NamedTuple):
+    """The factors of one module, float32, with the scale in b; stacked where one module holds all experts."""
 
-    part: str
-    key: str
-    experts: int
-    inputs: int
-    outputs: int
+    target: Target
+    a: Float[Tensor, "expert inputs rank"]
+    b: Float[Tensor, "expert rank outputs"]
 
 
 def load_adapter(model: GptOss, folder: str | Path) -> Adapter:
@@ -73,18 +70,24 @@ def load_adapter(model: GptOss, folder: str | Path) -> Adapter:
 
     Everything is checked before the first part is touched. While it is attached the digest of `model.checkpoint`
     covers the adapter too, so that what is recorded with it is not taken for the base model's.
+
+    Raises:
+        InputError: the folder is damaged, does not fit the model, or has an option that is not computed here.
     """
     if model.adapter is not None:
         raise InputError(f"the model already has the adapter {model.adapter.path}: unload it first")
     path = Path(folder)
-    config = _read_config(path)
+    config = read_adapter_config(path)
     file = _open_weights(path)
-    pairs = _pairs(file, _targets(model.cfg))
-    updates = {target.part: _update(file, pair, target, config) for target, pair in pairs.items()}
+    pairs = _read_pairs(file, config, targets(model.cfg))
+    replacements = _saved_weights(model, file, config)
+    scaled = _dora(model, file, config, pairs, replacements)
+    updates = {part: _combine(own) for part, own in _by_part(pairs).items() if f"{part}.weight" not in scaled}
     for part, update in updates.items():
         module = model.get_submodule(part)
         module.lora = update.to(next(module.parameters()).device, model.dtype)
-    model.adapter = Adapter(path, tuple(updates), model.checkpoint)
+    replaced = {name: _exchange(model, name, weight) for name, weight in (replacements | scaled).items()}
+    model.adapter = Adapter(path, tuple(updates), model.checkpoint, replaced)
     if model.checkpoint is not None:
         model.checkpoint = replace(model.checkpoint, digest=_digest(model.checkpoint, path))
     return model.adapter
@@ -96,47 +99,19 @@ def unload_adapter(model: GptOss) -> None:
         raise InputError("the model has no adapter to unload")
     for part in model.adapter.parts:
         model.get_submodule(part).lora = None
+    for name, parameter in model.adapter.replaced.items():
+        module, _, own = name.rpartition(".")
+        setattr(model.get_submodule(module), own, parameter)
     model.checkpoint, model.adapter = model.adapter.base, None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / _CONFIG
-    try:
-        config = read_json(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {_CONFIG}: name a folder that PEFT's save_pretrained wrote") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON that can be read: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise InputError(f"{path}: peft_type {kind!r} is not read here, only 'LORA'")
-    for name, value in config.items():
-        if name in _READ | _HARMLESS or (name not in _NEUTRAL and not value):
-            continue
-        if value not in _NEUTRAL.get(name, ()):
-            raise InputError(
-                f"{path}: option {name} = {value!r} is not read here: the adapter may compute something else"
-            )
-    _check_numbers(path, config)
-    return config
-
-
-def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    for name, value in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        if not isinstance(value, dict):
-            raise InputError(f"{path}: {name} is {value!r}, wanted module patterns and their values")
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(f"{path}: {name} has {pattern!r}, which is no pattern: {error}") from error
-    for rank in (config.get("r"), *ranks.values()):
-        if type(rank) is not int or rank < 1:
-            raise InputError(f"{path}: rank {rank!r}, wanted a positive whole number")
-    for alpha in (config.get("lora_alpha"), *alphas.values()):
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise InputError(f"{path}: lora_alpha {alpha!r}, wanted a number")
+def _exchange(model: GptOss, name: str, weight: Tensor) -> nn.Parameter:
+    """Give a parameter other values of the same device and dtype, and return the parameter as it was."""
+    module, _, own = name.rpartition(".")
+    before = model.get_parameter(name)
+    after = nn.Parameter(weight.to(before.device, before.dtype), requires_grad=False)
+    setattr(model.get_submodule(module), own, after)
+    return before
 
 
 def _open_weights(folder: Path) -> SafetensorsFile:
@@ -148,89 +123,185 @@ def _open_weights(folder: Path) -> SafetensorsFile:
     return SafetensorsFile.open(path)
 
 
-def _targets(cfg: Config) -> dict[str, list[_Target]]:
-    """PEFT's module name → what can be adapted in it: two matrices in the experts, else one."""
-    targets: dict[str, list[_Target]] = {}
-    wanted = shapes(cfg, "dense")
-    for layer in range(cfg.n_layers):
-        for part in (f"blocks.{layer}.{name}" for name in _PARTS):
-            parameter, shape = name_in("huggingface", f"{part}.weight"), wanted[f"{part}.weight"]
-            module = parameter.rpartition(".")[0]
-            key = module if ".attn." in part else parameter  # the router is no linear module in transformers
-            sizes = shape if len(shape) == 3 else (1, *reversed(shape))
-            targets.setdefault(module, []).append(_Target(part, key, *sizes))
-    return targets
-
-
-def _pairs(file: SafetensorsFile, targets: Mapping[str, list[_Target]]) -> dict[_Target, dict[str, str]]:
-    """For each adapted matrix the stored names of its factors A and B."""
+def _read_pairs(file: SafetensorsFile, config: Mapping[str, Any], known: Mapping[str, list[Target]]) -> list[_Pair]:
+    """Return the factors of every adapted module."""
     modules: dict[str, dict[str, str]] = {}
     for name in file.entries:
-        if not (match := _FACTOR.fullmatch(name)):
-            raise InputError(f"{file.path}: tensor {name!r} is not a LoRA factor")
-        modules.setdefault(match["module"], {})[match["factor"]] = name
-    if not modules:
+        if match := _FACTOR.fullmatch(name):
+            modules.setdefault(match["module"], {})[match["factor"]] = name
+        elif "lora_embedding" in name:
+            raise InputError(f"{file.path}: tensor {name!r} adapts the embedding, which is not supported: merge it")
+    if not modules and not config.get("modules_to_save"):
         raise InputError(f"{file.path} holds no LoRA factor")
-    pairs: dict[_Target, dict[str, str]] = {}
-    for module, pair in modules.items():
-        if set(pair) != {"A", "B"}:
-            raise InputError(f"{file.path}: {module!r} has lora_{next(iter(pair))} without its other factor")
-        target = _target(file, module, pair, targets)
+    pairs: dict[Target, _Pair] = {}
+    for module, names in modules.items():
+        if set(names) != {"A", "B"}:
+            raise InputError(f"{file.path}: {module!r} has lora_{next(iter(names))} without its other factor")
+        target = _target(file, module, names, known)
         if target in pairs:
             raise InputError(f"{file.path}: {target.part} is adapted twice, the second time by {module!r}")
-        pairs[target] = pair
-    return pairs
+        pairs[target] = _pair(file, names, target, config)
+    return list(pairs.values())
 
 
-def _target(
-    file: SafetensorsFile, module: str, pair: Mapping[str, str], targets: Mapping[str, list[_Target]]
-) -> _Target:
-    here = targets.get(re.sub(r"(\.base_layer)+$", "", module))
-    if here is None:
-        names = list(targets)
+def _target(file: SafetensorsFile, module: str, names: Mapping[str, str], known: Mapping[str, list[Target]]) -> Target:
+    here = targets_of(module, known)
+    if not here:
+        every = [name for name in known if name != "lm_head"]
         raise InputError(
-            f"{file.path}: {module!r} cannot be adapted in this model: it has {names[0]!r} and so on to {names[-1]!r}"
+            f"{file.path}: {module!r} cannot be adapted in this model: it has {every[0]!r} and so on to {every[-1]!r}"
         )
-    a, b = (file.entries[pair[factor]].shape for factor in "AB")
+    a, b = (file.entries[names[factor]].shape for factor in "AB")
     for target in here:
-        if (a[1:], b[:1]) == ((target.inputs,), (target.outputs,)):
+        if (a[-1:], b[-2:-1]) == ((target.inputs,), (target.adapted_outputs,)):
             return target
-    wanted = " or ".join(f"{target.inputs} to {target.outputs}" for target in here)
+    wanted = " or ".join(f"{target.inputs} to {target.adapted_outputs}" for target in here)
     raise InputError(f"{file.path}: {module!r} has factors A {list(a)} and B {list(b)}, the model maps {wanted}")
 
 
-def _update(file: SafetensorsFile, pair: Mapping[str, str], target: _Target, config: Mapping[str, Any]) -> LowRank:
-    rank = _by_pattern(config.get("rank_pattern"), target.key, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), target.key, config["lora_alpha"])
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    wanted = {"A": (target.experts * rank, target.inputs), "B": (target.outputs, rank * target.experts)}
-    for factor, name in pair.items():
-        entry = file.entries[name]
-        if entry.shape != wanted[factor]:
-            raise InputError(
-                f"{file.path}: tensor {name!r} has shape {list(entry.shape)}, the model and the rank want "
-                f"{list(wanted[factor])}"
-            )
-        if entry.dtype not in _FLOATS:
-            raise InputError(f"{file.path}: tensor {name!r} has dtype {entry.dtype}, wanted {' or '.join(_FLOATS)}")
-    a, b = (file.tensor(pair[factor]).float() for factor in "AB")
+def _pair(file: SafetensorsFile, names: Mapping[str, str], target: Target, config: Mapping[str, Any]) -> _Pair:
+    rank, scale = rank_and_scale(config, target.key)
+    stack = 1 if target.expert is not None else target.experts
+    three_axes = len(file.entries[names["A"]].shape) == 3
+    if three_axes:  # [expert or 1, rank, inputs]; one matrix may serve all experts
+        _check_factors(file, names, {
+            "A": ((stack, rank, target.inputs), (1, rank, target.inputs)),
+            "B": ((stack, target.adapted_outputs, rank), (1, target.adapted_outputs, rank)),
+        })  # fmt: skip
+    else:
+        _check_factors(file, names, {
+            "A": ((stack * rank, target.inputs),), "B": ((target.adapted_outputs, rank * stack),),
+        })  # fmt: skip
+    a, b = (file.tensor(names[factor]).float() for factor in "AB")
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise InputError(f"{file.path}: the factors of {target.part} are not finite")
-    a, b = a.unflatten(0, (target.experts, rank)).mT, b.unflatten(1, (rank, target.experts)).permute(2, 1, 0) * scale
-    if "experts" not in target.part:
-        a, b = a[0], b[0]
-    return LowRank(a.contiguous(), b.contiguous())
+    if three_axes:
+        a, b = (factor.mT.expand(stack, -1, -1) for factor in (a, b))
+    else:
+        a = a.unflatten(0, (stack, rank)).mT
+        grouped = stack > 1 and expert_layout(file.path.parent, config) == "grouped_by_expert"
+        b = (
+            b.unflatten(1, (stack, rank)).permute(1, 2, 0)
+            if grouped
+            else b.unflatten(1, (rank, stack)).permute(2, 1, 0)
+        )
+    return _Pair(target, a, b * scale)
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
-    """The value of the first pattern that the end of the key matches, from a dot on."""
-    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", key))
-    return next(found, default)
+def _check_factors(
+    file: SafetensorsFile, names: Mapping[str, str], wanted: Mapping[str, tuple[tuple[int, ...], ...]]
+) -> None:
+    for factor, name in names.items():
+        entry = file.entries[name]
+        if entry.shape not in wanted[factor]:
+            raise InputError(
+                f"{file.path}: tensor {name!r} has shape {list(entry.shape)}, the model and the rank want "
+                f"{list(wanted[factor][0])}"
+            )
+        _check_float(file, name)
+
+
+def _check_float(file: SafetensorsFile, name: str) -> None:
+    if (dtype := file.entries[name].dtype) not in _FLOATS:
+        raise InputError(f"{file.path}: tensor {name!r} has dtype {dtype}, wanted {' or '.join(_FLOATS)}")
+
+
+def _by_part(pairs: Collection[_Pair]) -> dict[str, list[_Pair]]:
+    parts: dict[str, list[_Pair]] = defaultdict(list)
+    for pair in pairs:
+        parts[pair.target.part].append(pair)
+    return parts
+
+
+def _combine(pairs: list[_Pair]) -> LowRank:
+    """Return one update for a matrix: pairs of single experts or rows side by side, with zeros elsewhere."""
+    first = pairs[0].target
+    if first.experts == 1:
+        return LowRank(pairs[0].a[0].contiguous(), pairs[0].b[0].contiguous())
+    if len(pairs) == 1 and first.expert is None and first.adapted_outputs == first.outputs:
+        return LowRank(pairs[0].a.contiguous(), pairs[0].b.contiguous())
+    used = torch.zeros(first.experts, dtype=torch.long)
+    places = []
+    for pair in pairs:
+        experts = slice(None) if pair.target.expert is None else slice(pair.target.expert, pair.target.expert + 1)
+        start = int(used[experts].max())
+        used[experts] = start + pair.a.shape[-1]
+        places.append((pair, experts, slice(start, start + pair.a.shape[-1])))
+    a = torch.zeros(first.experts, first.inputs, int(used.max()))
+    b = torch.zeros(first.experts, int(used.max()), first.outputs)
+    for pair, experts, ranks in places:
+        a[experts, :, ranks] = pair.a
+        b[experts, ranks, pair.target.columns] = pair.b
+    return LowRank(a, b)
+
+
+def _saved_weights(model: GptOss, file: SafetensorsFile, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return parameter name → the values that replace it: the modules that were trained in full."""
+    names = {name_in("huggingface", name): name for name in dict(model.named_parameters())}
+    packed = {name_in("huggingface", name): name for name in dict(model.named_buffers())}
+    weights: dict[str, Tensor] = {}
+    wanted = list(config.get("modules_to_save") or ())
+    left = set(wanted)
+    for stored in file.entries:
+        if _FACTOR.fullmatch(stored) or _MAGNITUDE.fullmatch(stored):
+            continue
+        own = _WRAPPERS.sub("", stored.removeprefix("base_model.model."))
+        left -= {name for name in wanted if re.search(rf"(^|\.){re.escape(name)}(\.|$)", own)}
+        if (name := names.get(own)) is None:
+            why = "its experts are packed" if f"{own}_blocks" in packed else "it has no such weight"
+            raise InputError(
+                f"{file.path}: tensor {stored!r} is not a LoRA factor and cannot replace a weight of this model: {why}"
+            )
+        _check_float(file, stored)
+        value, before = file.tensor(stored), model.get_parameter(name)
+        if value.shape != before.shape:
+            raise InputError(
+                f"{file.path}: tensor {stored!r} has shape {list(value.shape)}, the model's {list(before.shape)}"
+            )
+        if not torch.isfinite(value).all():
+            raise InputError(f"{file.path}: tensor {stored!r} is not finite")
+        weights[name] = value
+    if left:
+        raise InputError(f"{file.path}: modules_to_save names {min(left)!r}, but the file holds no such tensor")
+    return weights
+
+
+def _dora(
+    model: GptOss,
+    file: SafetensorsFile,
+    config: Mapping[str, Any],
+    pairs: Collection[_Pair],
+    replacements: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return parameter name → the weight with its update, its rows scaled to DoRA's magnitudes."""
+    magnitudes = {match["module"]: name for name in file.entries if (match := _MAGNITUDE.fullmatch(name))}
+    if not config.get("use_dora"):
+        if magnitudes:
+            raise InputError(f"{file.path}: {min(magnitudes.values())!r} is a magnitude of DoRA, but use_dora is false")
+        return {}
+    scaled: dict[str, Tensor] = {}
+    by_part = {pair.target.part: pair for pair in pairs}
+    known = targets(model.cfg)
+    for module, name in magnitudes.items():
+        part = next((target.part for target in targets_of(module, known)), None)
+        if part is None or part not in by_part or by_part[part].target.experts > 1:
+            raise InputError(f"{file.path}: DoRA is supported for attention, router and unembedding, not {module!r}")
+        pair, magnitude = by_part[part], file.tensor(name).float().flatten()
+        if len(magnitude) != pair.target.outputs or not torch.isfinite(magnitude).all():
+            raise InputError(
+                f"{file.path}: {name!r} has {len(magnitude)} magnitudes, {pair.target.outputs} finite ones are expected"
+            )
+        base = replacements.get(f"{part}.weight", model.get_parameter(f"{part}.weight"))
+        weight = base.float().cpu() + (pair.a[0] @ pair.b[0]).mT
+        scaled[f"{part}.weight"] = weight * (magnitude / weight.norm(dim=1))[:, None]
+    if lacking := sorted(set(by_part) - {name.removesuffix(".weight") for name in scaled}):
+        raise InputError(f"{file.path}: use_dora is true, but {lacking[0]} has no lora_magnitude_vector")
+    return scaled
 
 
 def _digest(base: Checkpoint, folder: Path) -> str:
-    """Fingerprint of a checkpoint and the adapter on it."""
+    """Return the fingerprint of a checkpoint and the adapter on it."""
     total = hashlib.sha256(base.digest.encode())
-    for name in (_CONFIG, _WEIGHTS):
+    for name in (CONFIG, _WEIGHTS):
         total.update(hashlib.sha256((folder / name).read_bytes()).digest())
     return total.hexdigest()

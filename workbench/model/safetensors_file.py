@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from workbench.errors import InputError
+from workbench.errors import InputError, refuse_lfs_pointer
 
 _LARGEST_HEADER = 100_000_000
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I64": 8, "I32": 4, "I16": 2, "BOOL": 1}
@@ -44,13 +44,15 @@ class SafetensorsFile:
         """Read and validate the header.
 
         Raises:
-            InputError: the file is truncated, is not safetensors, or a tensor of it is invalid.
+            InputError: the file is a git-lfs pointer, truncated, is not safetensors, or a tensor of it is invalid.
         """
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise InputError(f"{path} is not a file")
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
+                refuse_lfs_pointer(path, file.read(64))
+                file.seek(0)
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > _LARGEST_HEADER or 8 + length > size:
                     raise InputError(

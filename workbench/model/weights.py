@@ -102,7 +102,7 @@ class ModelWeights:
     tokenizer: Any
 
     W_E = property(lambda self: self.embed.weight)
-    W_U = property(lambda self: self.unembed.weight.mT)
+    W_U = property(lambda self: self.unembed.W_U)
     b_U = property(lambda self: torch.zeros(self.cfg.d_vocab, device=self.unembed.weight.device))
     W_Q = property(lambda self: self._stacked("W_Q"))
     W_K = property(lambda self: self._stacked("W_K"))

@@ -1,0 +1,46 @@
+"""The one interface of all checkpoint formats: canonical names to tensors that are read when they are used."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+PUBLISHED_PRECISION = ("BF16", "F32", "MXFP4")
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file. stored: its name there; precision: its type there, such as BF16, MXFP4 or Q8_0."""
+
+    stored: str
+    shape: tuple[int, ...]
+    precision: str
+    read: Callable[[], Tensor]
+
+    def rows(self, start: int, stop: int) -> "LazyTensor":
+        """Return the rows from `start` to `stop` as a tensor of their own."""
+        return replace(self, shape=(stop - start, *self.shape[1:]), read=lambda: self.read()[start:stop])
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Canonical name → tensor, read when it is accessed. `entries` describes each without reading it."""
+
+    def __init__(self, entries: Mapping[str, LazyTensor]) -> None:
+        self.entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def other_precision(self) -> dict[str, list[str]]:
+        """Return the stored types that the published checkpoints do not use, each with the names of its tensors."""
+        found: dict[str, list[str]] = {}
+        for name, entry in self.entries.items():
+            if entry.precision not in PUBLISHED_PRECISION:
+                found.setdefault(entry.precision, []).append(name)
+        return found
