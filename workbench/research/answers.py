@@ -88,7 +88,7 @@ def accuracy(
     """Return a row for each effort (or other labels): accuracy and mean new tokens with 95 % intervals, and counts.
 
     source: a run, transcripts or their file (tokens of another vocabulary than o200k_harmony need `model`), or a table
-    with prompt_id and correct. Intervals resample prompts, as several samples of one prompt are not independent. Answers
+    with prompt_id and correct. Intervals resample prompts: several samples of one prompt are not independent. Answers
     of unknown correctness count in `unknown` alone.
 
     Raises:

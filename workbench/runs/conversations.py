@@ -3,22 +3,18 @@
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-import workbench
 from workbench import harmony
 from workbench.errors import InputError
-
-if TYPE_CHECKING:
-    from workbench.runs.reader import Run
 
 
 @cache
 def tokenizer_of(digest: str) -> harmony.Tokenizer | None:
     """Return the tokenizer with this digest: that of o200k_harmony, that of nano, or None if it is neither."""
-    nano = Path(workbench.__file__).parent / "data" / "nano"
+    nano = Path(__file__).parents[1] / "data" / "nano"
     for source in (None, nano):
         known = harmony.tokenizer(source)
         if known.digest == digest:
@@ -26,7 +22,7 @@ def tokenizer_of(digest: str) -> harmony.Tokenizer | None:
     return None
 
 
-def tokenizer(run: "Run", given: harmony.Tokenizer | None = None) -> harmony.Tokenizer:
+def tokenizer(run: Any, given: harmony.Tokenizer | None = None) -> harmony.Tokenizer:
     """Return the tokenizer of a run, or the one that is given.
 
     Raises:
@@ -49,7 +45,7 @@ def text(ids: Sequence[int] | np.ndarray, tokenizer: harmony.Tokenizer) -> str:
     return tokenizer.decode([int(i) for i in ids])
 
 
-def conversation(run: "Run", number: int, tokenizer: harmony.Tokenizer) -> list[dict[str, Any]]:
+def conversation(run: Any, number: int, tokenizer: harmony.Tokenizer) -> list[dict[str, Any]]:
     """Return the messages of a sequence as the run's table has them, with their texts and the span of each text."""
     ids = run.sequence(number)["id"].values
     table = run.messages[run.messages["sequence"] == number]

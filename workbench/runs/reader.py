@@ -351,12 +351,14 @@ class Run:
     def select(self, **labels: str | Sequence[str]) -> xr.Dataset:
         """Return the tokens with these labels: channel, role, part, effort, task, domain or sequence id, by name.
 
-        Several names of a label are alternatives: `run.select(channel=["analysis", "final"], effort="high")`.
+        Several names of a label are alternatives: `run.select(channel=["analysis", "final"], effort="high")`. Labels are
+        in memory, the recorded quantities lazy.
 
         Raises:
             InputError: a label or a name is unknown.
         """
-        return self.dataset.isel(token=np.flatnonzero(views.chosen(self, labels)))
+        found = self.dataset.isel(token=np.flatnonzero(views.chosen(self, labels)))
+        return found.assign_coords({name: found[name].compute() for name in found.coords})  # to group by
 
     def _number(self, which: int | str) -> int:
         """Return the number of a sequence that is named by number or id."""

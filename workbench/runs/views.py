@@ -6,7 +6,7 @@ means layer 3. What was not recorded is NaN (−1 for expert numbers); it takes 
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -16,9 +16,6 @@ from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS, PARTS, ROLES
 from workbench.runs.schema import Activation, Record
 from workbench.runs.summaries import float32_of
-
-if TYPE_CHECKING:
-    from workbench.runs.reader import Run
 
 _SIZES = {
     "layer": "n_layers", "head": "n_heads", "kv": "n_key_value_heads", "slot": "experts_per_token", "expert": "num_experts",
@@ -84,7 +81,7 @@ def _looked_up(codes: da.Array, values: np.ndarray) -> da.Array:
     return codes.map_blocks(lambda block: values[block.astype(np.int64)], dtype=values.dtype)
 
 
-def chosen(run: "Run", labels: Mapping[str, Any]) -> np.ndarray:
+def chosen(run: Any, labels: Mapping[str, Any]) -> np.ndarray:
     """Return which visible tokens have these labels.
 
     Raises:
