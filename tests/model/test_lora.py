@@ -268,6 +268,7 @@ def test_magnitudes_whole_modules_and_the_unembedding(
         assert torch.equal(model(X), before)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of models without a hub id
 @torch.no_grad()
 def test_directions_of_tokens_include_an_adapter_of_the_unembedding(
     twins: tuple[GptOss, GptOss], tmp_path: Path
