@@ -2,8 +2,9 @@
 
 `ablate` removes what single nodes write and measures the logit; `ablate_edge` removes what one node gives another one;
 `faithfulness` removes the most influential nodes together, beside random nodes that write as much; `kept_alone`
-replaces everything outside the graph by its mean over other tokens. The graph's values are of a frozen pass, so measured
-and estimated effects agree where attention and routing do not change.
+replaces everything outside the graph by its mean over other tokens. The graph's values are of a frozen
+pass that gives each factor of an expert's activation half of the product, so a measured effect has another size: it
+says whether the node or edge is needed, and the value says what it contributes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -206,10 +207,9 @@ def kept_alone(model: GptOss, graph: AttributionGraph, means: Mapping[str, Tenso
         z, out = means[f"blocks.{layer}.attn.hook_z"], means[f"blocks.{layer}.mlp.experts.hook_out"]
         for kind, name, mean in (("head", "attn.hook_z", z[None]), ("expert", "mlp.experts.hook_out", out[chosen])):
             rows = graph.nodes[(graph.nodes["kind"] == kind) & (graph.nodes["layer"] == layer)]
-            outside = torch.ones(
-                len(graph.tokens), model.cfg.n_heads if kind == "head" else chosen.shape[1], dtype=bool
-            )
-            outside[rows["pos"].to_numpy(), rows["index"].to_numpy()] = False
+            width = model.cfg.n_heads if kind == "head" else int(chosen.shape[1])
+            outside = torch.ones((len(graph.tokens), width), dtype=torch.bool)
+            outside[torch.tensor(rows["pos"].tolist()).long(), torch.tensor(rows["index"].tolist()).long()] = False
             hooks.append((f"blocks.{layer}.{name}", _mean_writer(outside[..., None], mean)))
         for name in ("hook_expert_indices", "hook_expert_weights"):
             hooks.append((f"blocks.{layer}.mlp.{name}", _constant(frozen.seen(f"mlp.{name}", layer)[None])))
