@@ -38,21 +38,22 @@ def graph(
     from workbench import harmony
     from workbench.experiments import graph_export
     from workbench.experiments.attribution_graph import graph as make
+    from workbench.outputs import check_output, staged
 
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists: choose another name, or --overwrite")
+    check_output(out, command="graph", overwrite=overwrite)
     loaded = load_model(model, device, dtype)
     ids = harmony.render([{"role": "user", "content": prompt}], effort=effort, tokenizer=loaded.tokenizer)
     (answer,) = loaded.generate([ids], max_new_tokens=max_new_tokens)
     place = _place(loaded, ids, answer, at)
     wanted: Any = answer[place] if target is None else target
     found = make(loaded, [*ids, *answer[:place]], target=wanted, against=against, node_share=nodes, edge_share=edges)
-    if out.suffix == ".graphml":
-        import networkx
+    with staged(out, command="graph", overwrite=overwrite) as part:
+        if out.suffix == ".graphml":
+            import networkx
 
-        networkx.write_graphml(graph_export.to_networkx(found), out)
-    else:
-        graph_export.write_json(loaded, found, out)
+            networkx.write_graphml(graph_export.to_networkx(found), part)
+        else:
+            graph_export.write_json(loaded, found, part)
     print(f"answer: {loaded.tokenizer.decode(answer)}")
     print(_described(found))
     print(out)
