@@ -9,7 +9,7 @@ import sys
 import typer
 
 from workbench.bench.command import app as bench
-from workbench.cli import models, pipeline, results
+from workbench.cli import models, pipeline, results, sharing
 from workbench.errors import InputError, JobError
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for commands in (models, pipeline, results):
+for commands in (models, pipeline, results, sharing):
     app.registered_commands += commands.app.registered_commands
 app.add_typer(bench, name="bench")
 
