@@ -47,7 +47,8 @@ def shared_page(run: Run, sequences: Sequence[int], theme: ThemeName = "light") 
     table = run.sequences
     parts = []
     for number in sequences:
-        title = html.escape(f"{table.loc[number, 'id']}, effort {table.loc[number, 'effort'] or 'unknown'}")
+        row = table.loc[number]
+        title = html.escape(f"{row['id']!s}, effort {row['effort']!s}")
         parts.append(f"<details><summary>{title}</summary>{frame(run, number, tokenizer, theme)}</details>")
     name = html.escape(f"{len(sequences)} conversations of run {run.digest}")
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><h1>{name}</h1>'
