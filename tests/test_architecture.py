@@ -14,18 +14,36 @@ MAY_IMPORT = {
     "errors": set(),
     "_links": set(),
     "progress": set(),
+    "file_lock": {"errors"},
+    "inputs": {"errors"},
+    "outputs": {"errors", "file_lock"},
+    "row_output": {"errors", "file_lock", "outputs", "bounded_json"},
+    "signals": {"errors"},
     "registry": {"errors"},
     "version": set(),
-    "bounded_json": {"errors"},
+    "bounded_json": {"errors", "inputs"},
     "kernels": set(),
     "hooks": {"errors"},
-    "harmony": {"errors", "progress"},
+    "harmony": {"inputs", "errors", "progress", "bounded_json", "outputs", "row_output", "signals"},
     "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
-    "runs": {"harmony", "errors", "progress"},
-    "studies": {"bounded_json", "version", "registry", "runs", "harmony", "errors"},
-    "figures": {"registry", "studies", "harmony", "errors"},
+    "runs": {"harmony", "errors", "progress", "file_lock", "outputs", "bounded_json"},
+    "studies": {"outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
+    "figures": {"outputs", "registry", "studies", "harmony", "errors"},
     "dashboards": {"bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
-    "capture": {"version", "kernels", "model", "hooks", "runs", "harmony", "errors", "progress"},
+    "capture": {
+        "inputs",
+        "outputs",
+        "row_output",
+        "signals",
+        "version",
+        "kernels",
+        "model",
+        "hooks",
+        "runs",
+        "harmony",
+        "errors",
+        "progress",
+    },
     "data": {"model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
     "bench": {
         "kernels",
@@ -53,7 +71,11 @@ MAY_IMPORT = {
         "errors",
         "progress",
     },
+    "research": {"experiments", "model", "hooks", "capture", "runs", "studies", "harmony", "errors"},
     "cli": {
+        "research",
+        "outputs",
+        "row_output",
         "registry",
         "bench",
         "experiments",
@@ -205,8 +227,8 @@ def test_the_package_lists_its_public_names_and_has_them() -> None:
         assert issubclass(wb.InputError, ValueError) and wb.Run.__name__ == "Run"
     """
     names = (
-        "InputError Recorder Run __version__ capture dashboards experiments figures harmony hooks kernels load open_run "
-        "studies"
+        "InputError Recorder Run __version__ accuracy answers capture dashboards direction experiments figures harmony "
+        "hooks kernels load open_run probe studies top_experts"
     )
     assert run(code).split() == names.split()
 
