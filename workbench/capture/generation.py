@@ -4,6 +4,7 @@ Transcripts are written batch by batch; the same call again answers what is miss
 """
 
 import hashlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ def generate_transcripts(
     efforts = list(dict.fromkeys(efforts))
     if unknown := [e for e in efforts if e not in EFFORTS]:
         raise InputError(f"effort {unknown[0]!r}: choose from {', '.join(EFFORTS)}")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"--temperature {temperature}: choose a finite number from 0")
     if samples > 1 and temperature == 0:
         raise InputError(
             f"--samples {samples} at temperature 0 would give {samples} equal transcripts: set --temperature"
