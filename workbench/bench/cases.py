@@ -215,7 +215,7 @@ def _norm(layer: Layer, tokens: int, problem: str) -> Case:
     x, weight, eps = layer.normal(tokens, layer.cfg.d_model), layer.normal(layer.cfg.d_model), layer.cfg.eps
     return Case(
         "norm.rms_norm", problem, lambda: (norm.rms_norm(x, weight, eps),),
-        lambda dtype: (torch_norm.rms_norm(*_on_cpu(dtype, x, weight), eps),), 2.0 * x.numel() * _BYTES,
+        lambda dtype: (torch_norm.rms_norm(x.cpu().to(dtype), weight.cpu().to(dtype), eps),), 2.0 * x.numel() * _BYTES,
     )  # fmt: skip
 
 
@@ -225,7 +225,7 @@ def _rotary(layer: Layer, tokens: int, problem: str) -> Case:
     cos, sin = cos_sin(cfg.rope, cfg.d_head, torch.arange(tokens, device=layer.device)[None])
     return Case(
         "rotary.rotate", problem, lambda: (rotary.rotate(q, cos, sin),),
-        lambda dtype: (torch_rotary.rotate(*_on_cpu(dtype, q), cos.cpu(), sin.cpu()),),
+        lambda dtype: (torch_rotary.rotate(q.cpu().to(dtype), cos.cpu(), sin.cpu()),),
         2.0 * q.numel() * _BYTES + 4.0 * (cos.numel() + sin.numel()),
     )  # fmt: skip
 
@@ -234,7 +234,7 @@ def _logits(layer: Layer, rows: int) -> Case:
     logits, chosen = layer.normal(rows, layer.cfg.d_vocab), torch.arange(rows, device=layer.device)
     return Case(
         "logits.predict", f"{rows} rows", lambda: tuple(logit_kernels.predict(logits, chosen)),
-        lambda dtype: tuple(torch_logits.predict(*_on_cpu(dtype, logits), chosen.cpu())),
+        lambda dtype: tuple(torch_logits.predict(logits.cpu().to(dtype), chosen.cpu())),
         float(logits.numel() * _BYTES),
     )  # fmt: skip
 
