@@ -11,6 +11,7 @@ ACROSS_MODULES = {
     "capture/test_faults.py",
     "capture/test_memory.py",
     "cli/test_cli.py",
+    "cli/test_fuzz.py",
     "data/test_interop.py",
     "data/test_nano.py",
     "harmony/test_round_trip.py",
