@@ -138,4 +138,4 @@ def test_a_run_or_the_folder_above_it_is_never_an_output(run: Run, tmp_path: Pat
     for out in (Path(run.path), Path(run.path).parent, Path(run.path) / "tokens.parquet"):
         with pytest.raises(InputError, match="input"):
             export(run, out, format="parquet", overwrite=True)
-    assert open_run(run.path).status == "complete"
+    assert open_run(run.path).status == run.status
