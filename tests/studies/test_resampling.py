@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from workbench.errors import InputError
 from workbench.studies import resampling, statistics
 from workbench.studies.resampling import Independent, Paired, ratio
 
@@ -207,3 +208,60 @@ def test_nothing_is_missing_and_one_prompt_has_no_interval():
     value, low, _ = ratio(np.array([4.0, 0.0]), np.array([2.0, 0.0]))
     assert value == 2
     assert np.isnan(low)
+
+
+def _covers(draw, truth, interval, n_units, n_runs, seed=0):
+    values = draw(np.random.default_rng(seed), (n_runs, n_units))
+    found = interval(values)
+    return float(((found.low <= truth) & (truth <= found.high)).mean())
+
+
+def test_t_and_bootstrap_t_cover_the_mean_where_the_percentile_bootstrap_does_not():
+    def percentile(values):
+        weights = resampling.bootstrap_weights(values.shape[-1], 400, np.random.default_rng(1))
+        low, high = resampling.percentile_interval(weights @ values.T)
+        return resampling.Estimate(values.mean(-1), low, high, low, low, "")
+
+    def normal(rng, shape):
+        return rng.normal(size=shape)
+
+    def skewed(rng, shape):
+        return rng.lognormal(0, 0.8, size=shape)
+
+    for n_units in (12, 50):
+        assert 0.93 <= _covers(normal, 0, resampling.t_interval, n_units, 3000) <= 0.97
+    assert 0.92 <= _covers(skewed, np.exp(0.32), resampling.bootstrap_t_interval, 20, 1500) <= 0.97
+    assert _covers(normal, 0, percentile, 5, 1500) < 0.9, "the negative control"
+
+
+def test_proportions_have_an_interval_within_0_and_1_that_never_has_zero_width():
+    rng = np.random.default_rng(0)
+    for rate, least in ((0.02, 0.93), (0.5, 0.93), (0.95, 0.93)):
+        values = (rng.random((3000, 40)) < rate).astype(float)
+        found = resampling.wilson_interval(values)
+        assert ((found.low >= 0) & (found.low < found.high) & (found.high <= 1)).all()
+        assert ((found.low <= rate) & (rate <= found.high)).mean() >= least
+    assert resampling.t_interval(np.ones(9)).high == 1, (
+        "a t interval of equal values has no width: the negative control"
+    )
+    with pytest.raises(InputError, match="no proportion"):
+        resampling.wilson_interval(np.full(9, 1.5))
+
+
+def test_few_units_are_refused_or_warned_of():
+    for interval in (resampling.t_interval, resampling.bootstrap_t_interval, resampling.wilson_interval):
+        with pytest.raises(InputError, match="at least 5"):
+            interval(np.zeros((3, 4)))
+        assert "12 units" in interval(np.linspace(0, 1, 12)).warning
+        assert not interval(np.linspace(0, 1, 20)).warning
+    assert np.isnan(resampling.t_interval(np.array([[1.0, 2, 3, 4, np.nan]])).low).all()
+
+
+def test_equivalence_is_shown_only_for_a_mean_well_within_the_bounds():
+    rng = np.random.default_rng(0)
+    none, at_bound = (rng.normal(mean, 1, (2000, 50)) for mean in (0, 0.5))
+    assert resampling.equivalence(none, 0.5).equivalent.mean() > 0.9
+    assert resampling.equivalence(at_bound, 0.5).equivalent.mean() <= 0.07
+    assert resampling.equivalence(rng.normal(0, 1, (200, 6)), 0.3).equivalent.mean() < 0.1, "too few to show absence"
+    with pytest.raises(InputError, match="above 0"):
+        resampling.equivalence(none, 0.0)
