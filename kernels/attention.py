@@ -152,10 +152,28 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | No
     for start in range(0, q.shape[1], _QUERY_BLOCK):
         rows = slice(start, start + _QUERY_BLOCK)
         pos = query_pos[:, rows]
-        first = 0 if window is None else max(0, int(pos.min()) - window + 1)
-        keys = slice(first, int(pos.max()) + 1)
-        mask = visible(pos, torch.arange(keys.start, keys.stop, device=q.device), window)
-        pattern, lse = softmax(scores(q[:, rows], k[:, keys], mask))
-        outs.append(combine(pattern, v[:, keys]).to(q.dtype))
+        if window is None or len(q) == 1:
+            first = 0 if window is None else max(0, int(pos.min()) - window + 1)
+            keys = slice(first, int(pos.max()) + 1)
+            seen, values, pos = k[:, keys], v[:, keys], pos - first
+        else:
+            seen, values, pos = _own_windows(k, v, pos, window)
+        mask = visible(pos, torch.arange(seen.shape[1], device=q.device), window)
+        pattern, lse = softmax(scores(q[:, rows], seen, mask))
+        outs.append(combine(pattern, values).to(q.dtype))
         lses.append(lse)
     return torch.cat(outs, 1), torch.cat(lses, 1)
+
+
+def _own_windows(k: Tensor, v: Tensor, pos: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of each row the keys and values that its queries reach, and the queries' positions among those.
+
+    Rows of a batch can stand at different positions. Each reads its own window, so that what it reads depends neither
+    on the other rows nor on how much of the past is in k.
+    """
+    first = (pos[:, :1] - (window - 1)).clamp(min=0)
+    pos = pos - first
+    columns = first + torch.arange(int(pos.max()) + 1, device=k.device)
+    rows = torch.arange(len(k), device=k.device)[:, None]
+    columns = columns.clamp(max=k.shape[1] - 1)  # beyond a shorter row's last query; masked
+    return k[rows, columns], v[rows, columns], pos

@@ -11,6 +11,7 @@ Cost for T queries on S visible keys: 4 · T · S · n_heads · d_head flops, 2.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -293,6 +294,12 @@ def _keys_gradient(
     tl.store(dv + to[:, None] * D + d[None, :], narrow(value_grad, dv.dtype.element_ty), mask=mask)
 
 
+@lru_cache(maxsize=8)
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the first token of each packed sequence and the end: copied once for all layers of a pass."""
+    return torch.tensor([0, *accumulate(lengths)]).to(device, non_blocking=True)
+
+
 class _Shape(NamedTuple):
     """What every launch of one call shares. Sequences are the rows of the batch, or lie end to end in its only row."""
 
@@ -311,9 +318,11 @@ class _Shape(NamedTuple):
         cls, q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | None, lengths: Sequence[int] | None
     ) -> "_Shape":
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        starts = torch.tensor([0, *accumulate(lengths or ())], device=q.device)
-        count, longest = (len(q), q.shape[1]) if lengths is None else (len(lengths), max(lengths, default=0))
-        return cls(q, k, v, query_pos.contiguous(), starts, count, longest, lengths is not None, window)
+        query_pos = query_pos.contiguous()
+        if lengths is None:  # nothing reads the starts
+            return cls(q, k, v, query_pos, query_pos, len(q), q.shape[1], False, window)
+        starts = _starts(tuple(lengths), q.device)
+        return cls(q, k, v, query_pos, starts, len(lengths), max(lengths, default=0), True, window)
 
     @property
     def heads(self) -> int:

@@ -48,8 +48,9 @@ def test_published_weights(size: str, gigabytes: float) -> None:
 
 
 def test_cache_and_records_are_the_bytes_of_the_tensors() -> None:
-    kept = KVCache(BASE, 3, 50, dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert memory.cache(BASE) * 3 * 50 == sum(t.nbytes for t in (*kept.keys, *kept.values))
+    for positions in (50, 400):
+        kept = KVCache(BASE, 3, positions, dtype=torch.bfloat16, device=torch.device("cpu"))
+        assert memory.cache_row(BASE, positions) * 3 == sum(t.nbytes for t in (*kept.keys, *kept.values))
     spec = recording.parse(["routing", "router_logits", "sinks", "resid_post:0,2", "mlp.experts.post:1"], BASE)
     points = recording.wanted(spec, BASE)
     recorder, model = Recorder(points), random_model(BASE)

@@ -143,10 +143,10 @@ def _decode(clock: Clock, model: GptOss, batch: int, past: int) -> tuple[float, 
     """Seconds of the layers and of the logits, and the experts hit in a layer."""
     new = _tokens(model, batch, 1)
     cache = KVCache(model.cfg, batch, past + 1, dtype=model.dtype, device=model.device)
-    lengths = torch.full((batch,), past, device=model.device)
+    cache.advance(past)
 
     def step() -> Tensor:
-        cache.truncate(lengths)
+        cache.truncate([past] * batch)
         return model.residual(new, cache=cache)
 
     x = step()

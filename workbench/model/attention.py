@@ -70,7 +70,8 @@ class Attention(AttentionWeights, nn.Module):
         if context.cache is not None:
             if self.ungrouped:
                 raise InputError("a cache holds grouped keys: call set_ungroup_grouped_query_attention(False) first")
-            k, v = context.cache.extend(layer, k, v)
+            seen = context.cache.extend(layer, k, v)
+            k, v, context = seen.keys, seen.values, context.among(seen)
         return self._project(self.hook_z(self._attend(q, k, v, context)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: PassContext) -> Float[Tensor, "batch pos head d_head"]:
@@ -91,7 +92,11 @@ class Attention(AttentionWeights, nn.Module):
     def _materialized(
         self, q: Tensor, k: Tensor, v: Tensor, context: PassContext, z: Tensor, sink: Tensor
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Return `z`, but where hooks changed scores, sink or pattern what follows from those."""
+        """Return `z`, but where hooks changed scores, sink or pattern what follows from those.
+
+        Scores and pattern have every position so far on their last axis, also where a cache holds the window only.
+        """
+        k, v, context = context.every_key(k, v)
         visible = context.visible(q.shape[1], k.shape[1], self.window)
 
         def scores() -> Tensor:

@@ -2,19 +2,23 @@
 
 A row's samples come from a generator seeded with (seed, row), so neither the batch nor the rows that stop earlier
 change what it generates. The choice is made on the model's device; one step copies one number a row to the host.
+Prompts are read in chunks of `PREFILL_TOKENS`, which bounds the memory of a pass.
 """
 
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.model.cache import KVCache
 from workbench.model.inputs import need_tokenizer, read_batch
 from workbench.model.sampling import Sampling
+
+PREFILL_TOKENS = 16_384  # of all rows of a pass; more gain no speed, and take memory
+_LEAST_COLUMNS = 256  # of one pass, however many rows there are
 
 
 @torch.no_grad()
@@ -85,16 +89,14 @@ def _continue(
     live = [i for i, n in enumerate(room) if n > 0]
     if not live:
         return out
-    lengths = torch.tensor([len(rows[i]) for i in live])
     capacity = max(len(rows[i]) + room[i] for i in live)
     cache = KVCache(model.cfg, len(live), capacity, dtype=model.dtype, device=model.devices)
     cache.rows = torch.tensor(live)
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in live], batch_first=True).to(model.device)
-    logits = model.logits(model.residual(padded, cache=cache, n_real=lengths.tolist()), lengths[:, None] - 1)[:, 0]
-    cache.truncate(lengths)
+    logits = _read_prompts(model, cache, [rows[i] for i in live])
     bar = _progress(max(room), verbose)
     while True:
-        tokens = _finite(model, sampling.choose(logits, [rngs[i] for i in live]), len(out[live[0]]))
+        chosen = sampling.choose(logits, [rngs[i] for i in live])
+        tokens = _finite(model, chosen, len(out[live[0]]))
         bar.update(1)
         for i, token in zip(live, tokens, strict=True):
             out[i].append(token)
@@ -103,10 +105,26 @@ def _continue(
             bar.close()
             return out
         if len(going) < len(live):
-            cache.select(torch.tensor(going))
-            live, tokens = [live[j] for j in going], [tokens[j] for j in going]
-        residual = model.residual(torch.tensor(tokens, device=model.device)[:, None], cache=cache)
-        logits = model.unembed(model.ln_final(residual))[:, 0]
+            kept = torch.tensor(going)
+            cache.select(kept)
+            live, chosen = [live[j] for j in going], chosen[kept.to(chosen.device)]
+        logits = model.unembed(model.ln_final(model.residual(chosen[:, None], cache=cache)))[:, 0]
+
+
+def _read_prompts(model: Any, cache: KVCache, prompts: list[list[int]]) -> Float[Tensor, "row d_vocab"]:
+    """Fill the cache with prompts, chunk by chunk, and return the logits behind the last token of each."""
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in prompts], batch_first=True)
+    columns = max(_LEAST_COLUMNS, PREFILL_TOKENS // len(prompts))
+    last: Tensor | None = None
+    for start in range(0, padded.shape[1], columns):
+        chunk = padded[:, start : start + columns]
+        n_real = [min(max(len(row) - start, 0), chunk.shape[1]) for row in prompts]
+        residual = model.residual(chunk, cache=cache, n_real=n_real)
+        real = torch.tensor(n_real).to(residual.device, non_blocking=True)[:, None, None]
+        here = residual.gather(1, (real - 1).clamp(min=0).expand(-1, 1, residual.shape[2]))
+        last = here if last is None else torch.where(real > 0, here, last)
+    with model.within(model.context.last_tokens()):
+        return model.unembed(model.ln_final(last))[:, 0]
 
 
 def _finite(model: Any, chosen: Int[Tensor, " row"], step: int) -> list[int]:

@@ -91,7 +91,8 @@ def costs_of(about: Subject, plan: Plan) -> Iterator[tuple[str, int, str]]:
     yield (
         "cache",
         plan.batch * plan.tokens * memory.cache(cfg, plan.dtype),
-        f"{memory.cache(cfg, plan.dtype):,} a token",
+        f"{memory.cache(cfg, plan.dtype):,} a token at most; as layers with a window hold less, "
+        f"{plan.batch * memory.cache_row(cfg, plan.tokens, plan.dtype):,} in all",
     )
     passed = capturing(cfg, plan, plan.tokens)
     yield "forward pass of a capture", max(passed.values()), ""

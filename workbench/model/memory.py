@@ -17,6 +17,7 @@ import torch
 
 from workbench.errors import InputError
 from workbench.hooks.names import hook_points
+from workbench.model.cache import held_positions
 from workbench.model.config import Config
 from workbench.model.names import shapes
 
@@ -41,8 +42,24 @@ def weights(cfg: Config, experts: str = "mxfp4", dtype: torch.dtype = torch.bflo
 
 
 def cache(cfg: Config, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of keys and values that one position of one row takes in all layers."""
-    return 2 * cfg.n_layers * cfg.n_key_value_heads * cfg.d_head * dtype.itemsize
+    """Return the bytes of keys and values of one position in all layers: what it takes until windows are full."""
+    return cfg.n_layers * _cached_position(cfg, dtype)
+
+
+def cache_growth(cfg: Config, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Return the bytes of keys and values of each further position of a long row: layers with a window take none."""
+    return sum(window is None for window in cfg.windows) * _cached_position(cfg, dtype)
+
+
+def cache_row(cfg: Config, positions: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Return the bytes of keys and values of a row of so many positions, in all layers."""
+    held = sum(held_positions(window, positions) for window in cfg.windows)
+    return held * _cached_position(cfg, dtype)
+
+
+def _cached_position(cfg: Config, dtype: torch.dtype) -> int:
+    """Bytes of the key and the value of one position in one layer."""
+    return 2 * cfg.n_key_value_heads * cfg.d_head * dtype.itemsize
 
 
 def records(cfg: Config, points: Mapping[str, torch.dtype]) -> int:

@@ -10,11 +10,12 @@ from copy import copy
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.errors import InputError
 from workbench.kernels import attention as attend
-from workbench.model.cache import KVCache
+from workbench.model.cache import CachedKeys, KVCache, by_position
 from workbench.model.config import Config
 from workbench.model.rope import cos_sin
 
@@ -31,20 +32,23 @@ class PassContext:
         cache: KVCache | None = None,
         packed: Sequence[int] | None = None,
         n_real: Sequence[int] | None = None,
+        frequencies: Float[Tensor, " half"] | None = None,
     ) -> None:
+        """Describe a pass over `tokens`, and prepare its cache. frequencies: of the rotation, on the tokens' device."""
         self.cache, self.lengths = cache, list(packed) if packed is not None else None
+        self._past = [] if cache is None else cache.host_lengths
+        self._width = max(self._past, default=0) + tokens.shape[1] if packed is None else max(packed, default=0)
+        if self._width > cfg.n_ctx:
+            raise InputError(f"{self._width} tokens are more than the model's context of {cfg.n_ctx}")
         self.positions: Int[Tensor, "batch pos"] = self._positions(tokens)
-        longest = int(self.positions.max()) + 1
-        if longest > cfg.n_ctx:
-            raise ValueError(f"{longest} tokens are more than the model's context of {cfg.n_ctx}")
-        self.cos, self.sin = cos_sin(cfg.rope, cfg.d_head, self.positions)
-        self._past: list[int] = [] if cache is None else cache.lengths.tolist()
+        self.cos, self.sin = cos_sin(cfg.rope, cfg.d_head, self.positions, frequencies)
         self._rows = None if cache is None else cache.rows
-        self._tokens, self._n_real, self._width = tokens, list(n_real or [tokens.shape[1]] * len(tokens)), longest
+        self._tokens, self._n_real = tokens, list(n_real or [tokens.shape[1]] * len(tokens))
         self._columns: Tensor | None = None
         self._inside: dict[TokenSet, dict[int, np.ndarray]] = {}
+        self._among: tuple[PassContext, CachedKeys] | None = None
         if cache is not None:
-            cache.note(tokens)
+            cache.begin(tokens, n_real)
 
     def to(self, device: torch.device) -> "PassContext":
         """The same on another device; a cache stays where it is, for its layers lie apart."""
@@ -60,6 +64,35 @@ class PassContext:
         there.positions = self.positions.gather(1, columns.to(self.positions.device))
         there._columns = columns.cpu()
         return there
+
+    def last_tokens(self) -> "PassContext":
+        """The same for the last token of every row in the cache, after the pass."""
+        assert self.cache is not None
+        there, lengths = copy(self), self.cache.host_lengths
+        there.positions = self.cache.next_positions(1) - 1
+        there._past, there._n_real, there._width = [n - 1 for n in lengths], [1] * len(lengths), max(lengths)
+        there._tokens, there._inside = self.cache.tokens[:, :1], {}
+        return there
+
+    def among(self, cached: CachedKeys) -> "PassContext":
+        """The same for a layer whose keys come from a cache: positions count from the first key that it holds."""
+        there = copy(self)
+        there.positions, there._among = cached.positions, (self, cached)
+        return there
+
+    def every_key(
+        self, k: Float[Tensor, "batch key kv d_head"], v: Float[Tensor, "batch key kv d_head"]
+    ) -> tuple[Float[Tensor, "batch every_key kv d_head"], Float[Tensor, "batch every_key kv d_head"], "PassContext"]:
+        """Return keys and values at their own positions from 0 on, and the context whose positions count from 0.
+
+        Keys that a cache no longer holds are zero; no query of the pass sees them.
+        """
+        if self._among is None:
+            return k, v, self
+        context, cached = self._among
+        if cached.base is None:
+            return k[:, : self._width], v[:, : self._width], context
+        return by_position(k, cached.base, self._width), by_position(v, cached.base, self._width), context
 
     @property
     def sequence(self) -> Int[Tensor, "batch pos"]:
@@ -105,14 +138,15 @@ class PassContext:
     def _positions(self, tokens: Tensor) -> Tensor:
         batch, pos = tokens.shape
         if self.lengths is None:
-            start = 0 if self.cache is None else self.cache.lengths[:, None].to(tokens.device)
-            return torch.arange(pos, device=tokens.device).expand(batch, pos) + start
+            if self.cache is not None:
+                return self.cache.next_positions(pos).to(tokens.device)
+            return torch.arange(pos, device=tokens.device).expand(batch, pos).contiguous()
         if self.cache is not None or batch != 1 or sum(self.lengths) != pos:
-            raise ValueError(
+            raise InputError(
                 f"packed sequences lie in one row without a cache and fill it: got {batch} rows of {pos} tokens, "
                 f"lengths that sum to {sum(self.lengths)}, {'a' if self.cache is not None else 'no'} cache"
             )
-        return torch.cat([torch.arange(n, device=tokens.device) for n in self.lengths])[None]
+        return torch.cat([torch.arange(n) for n in self.lengths])[None].to(tokens.device, non_blocking=True)
 
     def _members(self, members: TokenSet) -> dict[int, np.ndarray]:
         """Of every sequence so far, in the order of the rows, which tokens are in the set; a set is asked once."""
@@ -127,6 +161,6 @@ class PassContext:
             return {i: part for i, part in enumerate(np.split(now[0], np.cumsum(self.lengths)[:-1]))}
         if self.cache is None or self._rows is None:
             return {row: now[row, :end] for row, end in enumerate(self._n_real)}
-        past = self.cache.tokens.numpy()
+        past = self.cache.tokens.cpu().numpy()
         rows = zip(self._rows.tolist(), self._past, self._n_real, strict=True)
         return {sequence: past[row, : before + end] for row, (sequence, before, end) in enumerate(rows)}

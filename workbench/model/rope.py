@@ -44,9 +44,14 @@ def inverse_frequencies(rope: Rope, d_head: int) -> Float[Tensor, " half"]:
 
 
 def cos_sin(
-    rope: Rope, d_head: int, positions: Int[Tensor, "batch pos"]
+    rope: Rope, d_head: int, positions: Int[Tensor, "batch pos"], frequencies: Float[Tensor, " half"] | None = None
 ) -> tuple[Float[Tensor, "batch pos half"], Float[Tensor, "batch pos half"]]:
-    """The rotation of every position, in float32, concentration included."""
-    angle = positions[..., None].float() * inverse_frequencies(rope, d_head).to(positions.device)
+    """Return the rotation of every position in float32, concentration included.
+
+    frequencies: those of `inverse_frequencies`, on the device of the positions, to which they are copied otherwise.
+    """
+    if frequencies is None:
+        frequencies = inverse_frequencies(rope, d_head).to(positions.device)
+    angle = positions[..., None].float() * frequencies
     scale = concentration(rope)
     return angle.cos() * scale, angle.sin() * scale

@@ -60,7 +60,8 @@ class Sampling:
         if self.temperature == 0:
             return torch.where(bad, -1, logits.argmax(-1))
         weight = self.weights(torch.where(bad[:, None], 0.0, logits.double()))
-        drawn = torch.cat([torch.rand(1, dtype=torch.float64, generator=rng) for rng in rngs]).to(logits.device)
+        drawn = torch.cat([torch.rand(1, dtype=torch.float64, generator=rng) for rng in rngs])
+        drawn = drawn.to(logits.device, non_blocking=True)
         total = weight.cumsum(-1)
         # The first token whose running total exceeds the draw; never one of weight 0.
         chosen = torch.searchsorted(total, (drawn * total[:, -1])[:, None], right=True)[:, 0]

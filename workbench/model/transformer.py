@@ -34,6 +34,7 @@ from workbench.model.config import Config
 from workbench.model.generate import generate
 from workbench.model.low_rank import LowRank
 from workbench.model.pass_context import PassContext
+from workbench.model.rope import inverse_frequencies
 from workbench.model.text import TextMethods
 from workbench.model.weights import ExpertWeights, ModelWeights
 
@@ -236,6 +237,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         self.cfg, self.tokenizer, self.checkpoint = cfg.of(self), tokenizer, checkpoint
         self.adapter: Any = None  # see workbench.model.lora
         self.context: PassContext | None = None  # of the last pass; hooks read it
+        self._rotation: Tensor | None = None
         self.checkpointing = False  # keep one stream a block for the backward pass and compute the rest again
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()
@@ -271,6 +273,12 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         """Where each layer computes, what it caches stays and its hooks see tensors; logits come out on the last."""
         return [block.get_parameter("ln1.weight").device for block in self.blocks]
 
+    def _frequencies(self) -> Float[Tensor, " half"]:
+        """Return the frequencies of the rotation on the model's device, to which they are copied once."""
+        if self._rotation is None or self._rotation.device != self.device:
+            self._rotation = inverse_frequencies(self.cfg.rope, self.cfg.d_head).to(self.device)
+        return self._rotation
+
     def residual(
         self,
         tokens: Int[Tensor, "batch pos"],
@@ -286,7 +294,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         layers: only these blocks. stream: what enters the first of them, in place of the embedding.
         """
         tokens = tokens.to(self.device)  # ids from anywhere: `device="auto"` may have put the model on a GPU
-        self.context = where = PassContext(self.cfg, tokens, cache, packed, n_real)
+        self.context = where = PassContext(self.cfg, tokens, cache, packed, n_real, self._frequencies())
         x = self.hook_embed(self.embed(tokens)) if stream is None else stream.to(self.dtype)
         chosen = range(self.cfg.n_layers) if layers is None else layers
         for block, device in [
@@ -299,7 +307,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
                 else:
                     x = block(x, where)
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.advance()
         return x.to(self.unembed.weight.device)
 
     def _checkpointed(self, block: nn.Module, x: Tensor, where: PassContext) -> Tensor:
@@ -308,12 +316,8 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
 
         @contextmanager
         def again() -> Iterator[None]:
-            now, self.context = self.context, where
-            try:
-                with hooks():
-                    yield
-            finally:
-                self.context = now
+            with self.within(where), hooks():
+                yield
 
         return checkpoint(block, x, where, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 
@@ -322,11 +326,18 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
     ) -> Float[Tensor, "batch kept d_vocab"]:
         """Logits from what `residual` returned, of these columns of every row only."""
         assert self.context is not None, "logits come after residual"
-        whole, self.context = self.context, self.context.at(columns)
         kept = residual.gather(1, columns[..., None].to(residual.device).expand(-1, -1, residual.shape[-1]))
-        out = self.unembed(self.ln_final(kept))
-        self.context = whole
-        return out
+        with self.within(self.context.at(columns)):
+            return self.unembed(self.ln_final(kept))
+
+    @contextmanager
+    def within(self, context: PassContext) -> Iterator[None]:
+        """Tell hooks that the tokens are those of another context."""
+        before, self.context = self.context, context
+        try:
+            yield
+        finally:
+            self.context = before
 
     def forward(
         self,
@@ -357,7 +368,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
 
         With `cache` (or `past_kv_cache`) the tokens continue what it holds, and are added to it. With `packed` the
         single row holds several sequences end to end, of these lengths, which do not see each other. `n_real` tells
-        hooks how many tokens of each row are not padding on the right, which changes no result.
+        hooks how many tokens of each row are not padding on the right, which changes no result; a cache keeps these.
 
         Raises:
             InputError: the input is neither text nor ids of the vocabulary, or an option has no meaning.

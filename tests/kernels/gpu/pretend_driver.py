@@ -123,7 +123,7 @@ def prefill(n: int, lengths: list[int] | None = None) -> Callable[[Config, GptOs
 def decode(batch: int, past: int, new: int = 1) -> Callable[[Config, GptOss], None]:
     def run(cfg: Config, model: GptOss) -> None:
         cache = KVCache(cfg, batch, past + new, dtype=torch.bfloat16, device=torch.device("cpu"))
-        cache.lengths += past
+        cache.advance(past)
         with torch.no_grad():
             model.residual(torch.zeros(batch, new, dtype=torch.long), cache=cache)
 
