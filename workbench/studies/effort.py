@@ -20,7 +20,7 @@ from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run
-from workbench.studies.contrast import TokenRun, contrast
+from workbench.studies.contrast import Plan, TokenRun, contrasts, uncomparable
 from workbench.studies.resampling import ratio
 from workbench.studies.result import Definition, dataset, provenance
 
@@ -95,17 +95,32 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
         found["accuracy_model"] = fitted
     if isinstance(run, TokenRun):
         for what, label in (("experts", "routing"), ("sink", "sinks")):
-            for channel in ("prompt", "analysis", "final"):
-                for a, b in widest_first(efforts):
-                    name = f"{label}_{a}_vs_{b}_in_{channel}"
-                    try:
-                        found[name] = contrast(run, what, "effort", a, b, channel=channel, study="effort", seed=seed)
-                    except InputError as error:
-                        left_out.append(f"Left out: {name}, as {error}.")
-                        continue
-                    break  # the widest pair that has tokens
+            compared, reasons = _efforts_compared(run, what, label, efforts, seed)
+            found |= compared
+            left_out += reasons
     found["cost"].attrs["summary"] = "\n".join([found["cost"].attrs["summary"], *left_out])
     return found
+
+
+def _efforts_compared(
+    run: TokenRun, what: str, label: str, efforts: list[str], seed: int
+) -> tuple[dict[str, xr.Dataset], list[str]]:
+    """In each channel, the comparison of the most distant efforts that can be paired; and why others cannot."""
+    planned = {
+        f"{label}_{a}_vs_{b}_in_{channel}": Plan("effort", a, b, channel)
+        for channel in ("prompt", "analysis", "final")
+        for a, b in widest_first(efforts)
+    }
+    try:
+        refused = uncomparable(run, what, planned)
+    except InputError as error:  # this quantity was not recorded
+        return {}, [f"Left out: {label}, as {error}."]
+    widest: dict[str, str] = {}
+    for name, plan in planned.items():
+        if name not in refused:
+            widest.setdefault(str(plan.channel), name)
+    compared, _ = contrasts(run, what, {n: planned[n] for n in widest.values()}, study="effort", seed=seed)
+    return compared, [f"Left out: {name}, as {reason}." for name, reason in refused.items()]
 
 
 def widest_first(efforts: list[str]) -> list[tuple[str, str]]:

@@ -325,7 +325,9 @@ def bootstrap_t_interval(
     p = np.where(error > 0, p, np.where(mean == 0, 1.0, 0.0))
     shape = values.shape[:-1]
     warning = small_sample_warning(n_units)
-    return Estimate(*(v.reshape(shape) for v in (mean, low, high, p)), n.reshape(shape), warning)
+    return Estimate(
+        mean.reshape(shape), low.reshape(shape), high.reshape(shape), p.reshape(shape), n.reshape(shape), warning
+    )
 
 
 def wilson_interval(values: Float[np.ndarray, "*cells unit"], level: float = LEVEL) -> Estimate:
