@@ -43,6 +43,8 @@ DEFINITIONS = {
     "accuracy": Definition(
         "accuracy", "1", "mean over prompts of their share of right answers", ci="95 %, Wilson, a prompt is a trial"
     ),
+        "accuracy", "1", "mean over prompts of their share of right answers", ci="95 %, Wilson, a prompt is a trial"
+    ),
     "accuracy_low": Definition("accuracy, lower limit", "1", "lower limit; within [0, 1]", ci=_CI),
     "accuracy_high": Definition("accuracy, upper limit", "1", "upper limit; within [0, 1]", ci=_CI),
     "sequences": Definition("sequences", "sequences", "sequences of the cell"),
@@ -70,10 +72,9 @@ DEFINITIONS = {
     "p": Definition("p", "1", "Wald test of the coefficient", null="no effect"),
 }
 METHOD = (
-    "Means over sequences, differences paired by prompt (samples of a prompt averaged first), intervals by the jackknife "
-    "over prompts, of accuracy Wilson's with a trial for each prompt. The model of accuracy is a logistic GEE on the logarithm of analysis tokens and the effort, "
-    "clustered by "
-    "prompt."
+    "Means over sequences, differences paired by prompt (samples of a prompt averaged first), intervals by the "
+    "jackknife over prompts; those of accuracy are Wilson's, with a trial for each prompt. The model of accuracy is a "
+    "logistic GEE on the logarithm of analysis tokens and the effort, clustered by prompt."
 )
 NOT_CONTROLLED = (
     "Whether more tokens cause more right answers is not shown by their going together: hard prompts make both longer "
