@@ -59,25 +59,23 @@ def test_log_probabilities_are_those_of_each_sequence_alone(base: GptOss, monkey
         assert value == pytest.approx(sum(said), abs=1e-3) if said else np.isnan(value)
 
 
-def test_an_interval_of_a_paired_mean_covers_it_and_prompts_are_its_unit() -> None:
+def test_prompts_are_the_unit_of_a_paired_mean() -> None:
+    """Their interval covers the mean; negative control: with sequences as the unit it covers far too seldom."""
     rng = np.random.default_rng(1)
-    covered = naive = 0
-    for seed in range(200):
-        prompt = rng.normal(0.5, 1, 30)
-        change = np.repeat(prompt, 10) + rng.normal(0, 0.1, 300)
-        _, low, high = effects.paired(change, np.repeat(np.arange(30), 10).astype(str), n_boot=400, seed=seed)
-        covered += low <= 0.5 <= high
-        _, low, high = effects.paired(change, np.arange(300).astype(str), n_boot=400, seed=seed)
-        naive += low <= 0.5 <= high
-    assert covered >= 180
-    assert naive < 120, "sequences as units are too sure of themselves: the test would not see them"
+    prompt = rng.normal(0.5, 1, (400, 30))
+    change = np.repeat(prompt, 10, axis=1) + rng.normal(0, 0.1, (400, 300))
+    _, low, high = effects.paired(change, np.repeat(np.arange(30), 10).astype(str), n_boot=400)
+    assert 0.92 <= ((low <= 0.5) & (high >= 0.5)).mean() <= 0.985
+    _, low, high = effects.paired(change, np.arange(300).astype(str), n_boot=400)
+    assert ((low <= 0.5) & (high >= 0.5)).mean() < 0.6
 
 
+@pytest.mark.filterwarnings("ignore:only 5 prompts")
 def test_sequences_without_a_value_take_no_part() -> None:
-    change = np.array([1.0, np.nan, 3.0, np.nan])
-    assert effects.paired(change, ["a", "a", "b", "c"], n_boot=50)[0] == 2.0
-    with pytest.raises(InputError, match="at least two prompts"):
-        effects.paired(change, ["a", "b", "a", "c"])
+    change = np.array([1.0, np.nan, 3.0, np.nan, 5.0, 1.0, 0.0])
+    assert effects.paired(change, list("aabcdef"), n_boot=50)[0] == 2.0
+    with pytest.raises(InputError, match="4 prompts have a value, and an interval needs at least 5"):
+        effects.paired(change, list("aabcdea"))
 
 
 def test_matched_sets_are_others_of_the_same_layers_and_about_the_same_load() -> None:
@@ -93,23 +91,33 @@ def test_matched_sets_are_others_of_the_same_layers_and_about_the_same_load() ->
     load[0, 3] = 10
     with pytest.raises(InputError, match="only 0 of 5 sets"):
         effects.load_matched(load, chosen, 5)
+    with pytest.raises(InputError, match="9 of 16 experts of layer 1 are chosen"):
+        effects.load_matched(load, [(1, expert) for expert in range(9)], 5)
 
 
+@pytest.mark.filterwarnings("ignore:only 5 prompts")
 def test_the_only_expert_that_writes_is_the_only_one_that_is_missed() -> None:
     planted = random_model(BASE).requires_grad_(False)
     for layer, block in enumerate(planted.blocks):
         down = block.mlp.experts.down
         silent = [e for e in range(BASE.num_experts) if (layer, e) != (1, 5)]
         down.weight.data[silent], down.bias.data[silent] = 0, 0
-    rows = rows_of([20, 31, 25, 30])
-    got = effects.expert_ablations(planted, rows, odd, way="zero", n_boot=100, group=lambda row: "all")
+    rows = rows_of([20, 31, 25, 30, 22, 18, 21, 20, 30, 16, 12, 12])
+
+    def group(row: Transcript) -> str:
+        return "few" if row.prompt_id == "p5" else "all"
+
+    got = effects.expert_ablations(planted, rows, odd, way="zero", n_boot=100, group=group)
+    assert "1 prompts, 5 are needed" in got.attrs["not_tested"]
+    assert np.isnan(got["p"].sel(group="few")).all()
+    assert bool((got["q"] >= got["p"]).sel(group="all").all())
     missed = got["change"].sel(group="all")
     assert abs(float(missed.sel(layer=1, expert=5))) > 0.1
     assert float(np.abs(missed.where((missed.layer != 1) | (missed.expert != 5))).max()) < 1e-3
     assert got["share"].sum("expert").values == pytest.approx(1)
-    forbidden = effects.expert_ablations(planted, rows, odd, n_boot=100, group=lambda row: "all")
-    assert float(np.abs(forbidden["change"].sel(layer=1)).max("expert").item()) > 0.1
-    assert not np.allclose(forbidden["change"], got["change"])
+    forbidden = effects.expert_ablations(planted, rows, odd, n_boot=100, group=group)
+    assert float(np.abs(forbidden["change"].sel(layer=1, group="all")).max("expert").item()) > 0.1
+    assert not np.allclose(forbidden["change"].sel(group="all"), missed)
 
 
 def test_load_counts_the_meant_tokens_only(base: GptOss) -> None:
@@ -126,8 +134,9 @@ def test_load_counts_the_meant_tokens_only(base: GptOss) -> None:
     assert np.isnan(effects.expert_load(base, rows, lambda ids: ids < 0)).all()
 
 
+@pytest.mark.filterwarnings("ignore:only 8 prompts")
 def test_forcing_every_recorded_choice_undoes_a_random_router(nano: GptOss, arithmetic: list[Transcript]) -> None:
-    rows, spoken = arithmetic[:4], wb.harmony.token_set(tokenizer=nano.tokenizer, channel=["analysis", "final"])
+    rows, spoken = arithmetic, wb.harmony.token_set(tokenizer=nano.tokenizer, channel=["analysis", "final"])
     noise = torch.randn(nano.cfg.d_model, nano.cfg.num_experts, generator=torch.Generator().manual_seed(0)) * 0.3
     lost = route(2, lambda x, logits: x @ noise)
     routes = effects.routing(nano, rows)
@@ -135,6 +144,8 @@ def test_forcing_every_recorded_choice_undoes_a_random_router(nano: GptOss, arit
     used = [edit for e, edit in enumerate(back) if any((chosen[2] == e).any() for chosen in routes)]
     got = effects.effects(nano, rows, {"lost": lost, "forced": [lost, *used]}, spoken, n_boot=200)
     assert float(got["high"].sel(intervention="lost")) < -5
+    assert got.attrs["family"] == "2 interventions"
+    assert bool((got["q"] >= got["p"]).all())
     assert float(got["change"].sel(intervention="forced")) > 0.5 * float(got["change"].sel(intervention="lost"))
     with pytest.raises(InputError, match="no known routing"):
         effects.RoutedTo(rows, routes, 2, 0)([1, 2, 3])
@@ -146,6 +157,8 @@ def test_answers_are_marked(nano: GptOss) -> None:
         Prompt("b", [{"role": "user", "content": "24*29"}], "697"),
     ]
     assert effects.answers(nano, prompts, "high").tolist() == [True, False]
+    with pytest.raises(InputError, match="2 prompts have a value"):
+        effects.accuracy(np.array([True, False]))
     changed = effects.answers(nano, prompts, "high", forbid(3, [3]), forbid(0, [3, 9]), max_new_tokens=90)
     assert changed.tolist() == [False, False]
     with pytest.raises(InputError, match="'c' has no answer"):

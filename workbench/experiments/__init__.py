@@ -22,7 +22,9 @@ _MODULES = (
     "from_run",
     "gradients",
     "hidden_messages",
+    "intervals",
     "lens",
+    "random_controls",
     "registry",
     "sampling",
 )

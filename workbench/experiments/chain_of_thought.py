@@ -21,7 +21,15 @@ from workbench import harmony
 from workbench.capture.generation import final_text
 from workbench.errors import InputError
 from workbench.experiments.effects import logprobs, paired
+from workbench.experiments.final_channel import ALPHA
 from workbench.experiments.hidden_messages import Hidden, Hide, add_readers, layer_kinds, message_tokens
+from workbench.experiments.intervals import (
+    MIN_PROMPTS,
+    false_discovery,
+    mean_effect,
+    share_change_interval,
+    share_interval,
+)
 from workbench.harmony.token_sets import token_set
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit, applied
@@ -94,10 +102,15 @@ def experiment(
 
 def _summary(result: xr.Dataset) -> list[str]:
     """Return the sentences of the summary: one for each change of the analysis."""
-    lines = [f"{result.attrs['rests_on']}; accuracy with the complete analysis {result.attrs['accuracy']:.3f}."]
+    lines = [f"{result.attrs['rests_on']}."]
+    if "accuracy" in result:
+        share, low, high = (float(result[name]) for name in ("accuracy", "accuracy_low", "accuracy_high"))
+        lines = [
+            f"{result.attrs['rests_on']}; accuracy with the complete analysis {share:.3f} [{low:.3f}, {high:.3f}]."
+        ]
     for change in map(str, result["change"].values):
         one = {str(k): float(v) for k, v in result.sel(change=change).data_vars.items()}
-        moved = one["logprob_low"] * one["logprob_high"] > 0
+        moved = one["logprob_q"] <= ALPHA
         lines.append(
             f"{change}: {one['same']:.0%} of answers stay the same [{one['same_low']:.0%}, "
             f"{one['same_high']:.0%}]; log-probability "
@@ -119,8 +132,10 @@ def study(
     """
     found = thoughts(model, rows)
     prompts = {t.row.prompt_id for t in found}
-    if len(prompts) < 2:
-        raise InputError(f"{len(prompts)} prompts have an analysis and a closed final message; at least 2 are needed")
+    if len(prompts) < MIN_PROMPTS:
+        raise InputError(
+            f"{len(prompts)} prompts have an analysis and a closed final message; at least {MIN_PROMPTS} are needed"
+        )
     logp, answers, unchanged = _changed_answers(model, found, hide, np.random.default_rng(seed))
     units = [t.row.prompt_id for t in found]
     same = np.array([[a == b for a, b in zip(answers[n], unchanged, strict=True)] for n in answers], dtype=np.float64)
@@ -129,28 +144,33 @@ def study(
     )
     right[:, [t.row.answer is None for t in found]] = np.nan
     variables: dict[str, tuple[str | tuple[()], np.ndarray]] = {}
-    for name, values in (
-        ("logprob", np.stack(list(logp.values()))),
-        ("same", same),
-        ("accuracy_change", right[:-1] - right[-1]),
-    ):
-        if np.isfinite(values).any():
-            value, low, high = paired(values, units, n_boot=n_boot, seed=seed)
-            variables |= {name: ("change", value), f"{name}_low": ("change", low), f"{name}_high": ("change", high)}
+    moved = mean_effect(np.stack(list(logp.values())), units, n_boot=n_boot, seed=seed)
+    variables |= _with_interval("logprob", "change", moved[:3]) | {"logprob_q": ("change", false_discovery(moved.p))}
+    variables |= _with_interval("same", "change", share_interval(same, units))
+    if np.isfinite(right).any():
+        variables |= _with_interval("accuracy_change", "change", share_change_interval(right[:-1] - right[-1], units))
+        variables |= _with_interval("accuracy", (), share_interval(right[-1], units))
     curve = np.append(same[: len(FRACTIONS) - 1], np.ones((1, len(found))), axis=0)
     area = paired(1 - np.trapezoid(curve, FRACTIONS, axis=0), units, n_boot=n_boot, seed=seed)
-    variables |= {n: ((), v) for n, v in zip(("area", "area_low", "area_high"), area, strict=True)}
+    variables |= _with_interval("area", (), tuple(np.clip(value, 0, 1) for value in area))
     result = xr.Dataset(variables, coords={"change": list(logp)})
     result.attrs = {
         "definition": "logprob: change of the summed log-probability of the final message; same: share of "
         "prompts that get the "
         "same answer; area: over the curve of same against the fraction of the analysis kept",
-        "ci": f"95 %, percentile, {n_boot} bootstrap draws of prompts",
+        "ci": f"95 % over prompts; logprob and area: bootstrap-t, {n_boot} draws; same and accuracy: Wilson with the "
+        "sample size that the prompts' variance implies; accuracy_change: Student's t with two pseudo-prompts",
         "rests_on": f"{len(found)} sequences of {len(prompts)} prompts",
-        "accuracy": float(np.nanmean(right[-1])) if np.isfinite(right[-1]).any() else float("nan"),
         "summary": "",
     }
     return add_readers(result, "change", [t.row for t in found], _hidden(model, hide), model.tokenizer)
+
+
+def _with_interval(
+    name: str, dims: str | tuple[()], values: Sequence[np.ndarray]
+) -> dict[str, tuple[str | tuple[()], np.ndarray]]:
+    """Return the variables NAME, NAME_low and NAME_high."""
+    return {full: (dims, np.asarray(v)) for full, v in zip((name, f"{name}_low", f"{name}_high"), values, strict=True)}
 
 
 def _hidden(model: GptOss, hide: Hide) -> dict[str, Hidden]:

@@ -1,13 +1,15 @@
-"""What an intervention does to what a model says, sequence by sequence, with and without it.
+"""Effects of interventions: what a model predicts with an intervention, less what it predicts without it.
 
-Two measures. The log-probability of tokens that stand fixed (a transcript's answer, read by the changed model) is
-smooth, cheap and paired token by token. Accuracy of what the changed model then says itself is what one cares about,
-and lets an early slip spread. The sampling unit is the prompt, whose sequences are averaged.
+Two measures. The log-probability of given tokens (a transcript's answer, computed with the changed model) is
+continuous, cheap and paired token by token. Accuracy of the answers that the changed model generates is the measure of
+interest, in which an early error spreads. The sampling unit is the prompt, whose sequences are averaged; intervals and
+tests are those of `workbench.experiments.intervals`.
 
 Reference: arXiv 2309.16042 and 2404.15255 on metrics for patching; OLMoE (arXiv 2409.02060) and `science.md` on
 matching ablations by load.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -19,19 +21,26 @@ from jaxtyping import Bool, Float, Int, UInt8
 from workbench import harmony
 from workbench.capture.generation import final_text
 from workbench.errors import InputError
+from workbench.experiments.intervals import (
+    MIN_PROMPTS,
+    SMALLEST_EFFECT,
+    MeanEffect,
+    Method,
+    false_discovery,
+    mean_effect,
+    share_interval,
+)
 from workbench.harmony.transcripts import Prompt, Transcript
 from workbench.hooks.edits import Edit, TokenSet, applied
 from workbench.hooks.interventions import ablate, forbid
 from workbench.hooks.recorders import SequenceRecorder
 from workbench.model.transformer import GptOss
 from workbench.progress import progress
-from workbench.studies.resampling import bootstrap_weights, percentile_interval
 from workbench.version import version
 
 _FORWARD_TOKENS = 4096
 _SCORED_TOKENS = 512  # where an edit needs all scores of a pass, heads × tokens² of them, fewer tokens are faster
 _LOGIT_ROWS = 512
-MIN_PROMPTS, ENOUGH_PROMPTS = 5, 20  # fewer than MIN_PROMPTS are refused, fewer than ENOUGH_PROMPTS give a warning
 Way = Literal["forbid", "zero", "renormalise", "resample"]
 
 
@@ -72,22 +81,36 @@ def answers(
     return np.array([final_text([*ids, *new], model.tokenizer) == p.answer for p, ids, new in rows])
 
 
-def paired(
-    change: Float[np.ndarray, "*cells sequence"], units: Sequence[str], *, n_boot: int = 2000, seed: int = 0
-) -> tuple[Float[np.ndarray, " *cells"], Float[np.ndarray, " *cells"], Float[np.ndarray, " *cells"]]:
-    """Mean over units (prompts) of a change per sequence, and its 95 % interval: bootstrap over units, percentile.
+def accuracy(right: Bool[np.ndarray, " prompt"], prompts: Sequence[str] | None = None) -> tuple[float, float, float]:
+    """Return the share of right answers and its 95 % interval (Wilson), which stays within 0 and 1.
 
-    Sequences without a value (NaN everywhere) take no part.
+    prompts: the prompt of every answer, where a prompt has several.
+
+    Raises:
+        InputError: the answers are of fewer than five prompts.
     """
-    there = ~np.isnan(change.reshape(-1, change.shape[-1])).all(0)
-    _, unit = np.unique(np.asarray(units)[there], return_inverse=True)
-    if not there.any() or unit.max() < 1:
-        raise InputError("an interval needs at least two prompts with a value")
-    members = np.eye(unit.max() + 1)[unit]
-    means = (change[..., there] @ members) / members.sum(0)
-    weights = bootstrap_weights(means.shape[-1], n_boot, np.random.default_rng(seed))
-    low, high = percentile_interval(np.moveaxis(means @ weights.T, -1, 0))
-    return means.mean(-1), low, high
+    names = [str(i) for i in range(len(right))] if prompts is None else prompts
+    share, low, high = share_interval(np.asarray(right, dtype=np.float64), names)
+    return float(share), float(low), float(high)
+
+
+def paired(
+    change: Float[np.ndarray, "*cells sequence"],
+    units: Sequence[str],
+    *,
+    method: Method = "bootstrap-t",
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, " *cells"], Float[np.ndarray, " *cells"], Float[np.ndarray, " *cells"]]:
+    """Return the mean over prompts (`units`) of a change per sequence, and its 95 % interval (see `mean_effect`).
+
+    Sequences without a value (NaN everywhere) take no part; where no prompt differs from another there is no interval.
+
+    Raises:
+        InputError: fewer than five prompts have a value; fewer than twenty give a warning.
+    """
+    found = mean_effect(change, units, method=method, n_boot=n_boot, seed=seed)
+    return found.change, found.low, found.high
 
 
 def effects(
@@ -96,12 +119,18 @@ def effects(
     interventions: Mapping[str, Edit | Sequence[Edit]],
     of: TokenSet,
     *,
+    smallest_effect: float = SMALLEST_EFFECT,
     n_boot: int = 2000,
     seed: int = 0,
 ) -> xr.Dataset:
-    """How much each intervention changes the log-probability of the tokens in `of`: mean over prompts, with interval.
+    """Return how much each intervention changes the log-probability of the tokens in `of`: means over prompts.
 
-    Variables over `intervention`: change, low, high (nats a sequence), and over `sequence` too: each.
+    Variables over `intervention`: change, low, high (nats a sequence), p, q (Benjamini–Hochberg over the
+    interventions) and equivalent (the effect is smaller than `smallest_effect`, two one-sided tests); over `sequence`
+    too: each.
+
+    Raises:
+        InputError: the sequences are of fewer than five prompts.
     """
     base = logprobs(model, rows, of)
     each = np.stack(
@@ -110,18 +139,28 @@ def effects(
             for edit in interventions.values()
         ]
     )
-    change, low, high = paired(each, [row.prompt_id for row in rows], n_boot=n_boot, seed=seed)
+    units = [row.prompt_id for row in rows]
+    found = mean_effect(each, units, smallest_effect=smallest_effect, n_boot=n_boot, seed=seed)
     return xr.Dataset(
         {
-            "change": ("intervention", change),
-            "low": ("intervention", low),
-            "high": ("intervention", high),
+            **{name: ("intervention", values) for name, values in _tested(found).items()},
             "each": (("intervention", "sequence"), each),
             "base": ("sequence", base),
         },
         coords={"intervention": list(interventions), "sequence": [row.id for row in rows]},
-        attrs=_about(model, "effects", rows, of, n_boot, seed),
+        attrs=_about(model, "effects", rows, of, n_boot, seed)
+        | {
+            "smallest_effect": smallest_effect,
+            "family": f"{len(interventions)} interventions",
+            "prompts": found.prompts,
+        },
     )
+
+
+def _tested(found: MeanEffect) -> dict[str, np.ndarray]:
+    """Return change, low, high, p, q and equivalent, q over all of the cells."""
+    fields = {name: getattr(found, name) for name in ("change", "low", "high", "p")}
+    return fields | {"q": false_discovery(found.p), "equivalent": found.equivalent}
 
 
 def expert_ablations(
@@ -135,10 +174,12 @@ def expert_ablations(
     n_boot: int = 2000,
     seed: int = 0,
 ) -> xr.Dataset:
-    """Each expert taken away alone, and what that does to the tokens in `of`; beside it how much it was used there.
+    """Return the effect of ablating each expert alone on the tokens in `of`, beside the expert's load there.
 
-    where: at which tokens it is taken away and its load counted; all of them if None. Variables over
-    (layer, expert, group): change, low, high in nats a sequence, and share, of the layer's slots, its load.
+    where: at which tokens it is ablated and its load counted; all of them if None. Variables over
+    (layer, expert, group): change, low, high in nats a sequence, p, q (Benjamini–Hochberg over all cells), and share,
+    its load as a share of the layer's slots. Groups of fewer than five prompts have NaN, and the attribute
+    `not_tested` names them.
     """
     groups = np.array([group(row) for row in rows])
     names, units = sorted(set(groups)), np.array([row.prompt_id for row in rows])
@@ -149,31 +190,53 @@ def expert_ablations(
             edit = forbid(layer, [expert], where) if way == "forbid" else ablate(layer, [expert], where, way)
             each[layer, expert] = logprobs(model, rows, of, edit) - base
             advance(1)
-    cells = np.stack(
-        [np.stack(paired(each[..., groups == g], units[groups == g], n_boot=n_boot, seed=seed)) for g in names], -1
-    )
-    load = np.stack(
+    cells = {name: np.full((*shape, len(names)), np.nan) for name in ("change", "low", "high", "p")}
+    not_tested = {}
+    for i, name in enumerate(names):
+        prompts = len(set(units[groups == name][~np.isnan(base[groups == name])]))
+        if prompts < MIN_PROMPTS:
+            not_tested[name] = f"{prompts} prompts, {MIN_PROMPTS} are needed"
+            continue
+        found = mean_effect(each[..., groups == name], units[groups == name], n_boot=n_boot, seed=seed)
+        for field, values in cells.items():
+            values[..., i] = getattr(found, field)
+    cells["q"] = false_discovery(cells["p"])
+    cells["share"] = np.stack(
         [expert_load(model, [r for r, g in zip(rows, groups, strict=True) if g == name], where) for name in names], -1
     )
     dims = ("layer", "expert", "group")
     return xr.Dataset(
-        {name: (dims, values) for name, values in zip(("change", "low", "high", "share"), (*cells, load), strict=True)},
+        {name: (dims, values) for name, values in cells.items()},
         coords={"layer": range(shape[0]), "expert": range(shape[1]), "group": names},
-        attrs=_about(model, f"expert ablation ({way})", rows, of, n_boot, seed),
+        attrs=_about(model, f"expert ablation ({way})", rows, of, n_boot, seed)
+        | {"not_tested": json.dumps(not_tested), "family": f"{np.isfinite(cells['p']).sum()} experts and groups"},
     )
 
 
 def expert_load(
     model: GptOss, rows: Sequence[Transcript], where: TokenSet | None = None
 ) -> Float[np.ndarray, "layer expert"]:
-    """Share of each layer's routed slots that each expert receives, over the tokens in `where`; NaN without any."""
-    counts = np.zeros((model.cfg.n_layers, model.cfg.num_experts))
-    for row, chosen in zip(rows, routing(model, rows), strict=True):
-        meant = np.ones(len(row.tokens), dtype=bool) if where is None else where(row.tokens.astype(np.int64))
-        for layer, of_layer in enumerate(chosen):
-            counts[layer] += np.bincount(of_layer[meant].ravel(), minlength=counts.shape[1])
+    """Return each expert's share of its layer's routed slots over the tokens in `where`; NaN without any."""
+    return load_of(routed_slots(model, rows, where))
+
+
+def load_of(slots: Int[np.ndarray, "sequence layer expert"]) -> Float[np.ndarray, "layer expert"]:
+    """Return the load over all of the sequences, pooled over their tokens."""
+    counts = slots.sum(0).astype(np.float64)
     total = counts.sum(1, keepdims=True)
     return np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
+
+
+def routed_slots(
+    model: GptOss, rows: Sequence[Transcript], where: TokenSet | None = None
+) -> Int[np.ndarray, "sequence layer expert"]:
+    """Return how many slots of each sequence's tokens in `where` are routed to each expert."""
+    counts = np.zeros((len(rows), model.cfg.n_layers, model.cfg.num_experts), dtype=np.int64)
+    for i, (row, chosen) in enumerate(zip(rows, routing(model, rows), strict=True)):
+        selected = np.ones(len(row.tokens), dtype=bool) if where is None else where(row.tokens.astype(np.int64))
+        for layer, of_layer in enumerate(chosen):
+            counts[i, layer] = np.bincount(of_layer[selected].ravel(), minlength=counts.shape[2])
+    return counts
 
 
 @torch.no_grad()
@@ -213,40 +276,52 @@ def load_matched(
     seed: int = 0,
     tolerance: float = 0.25,
 ) -> list[list[tuple[int, int]]]:
-    """n random sets of as many experts in the same layers, none of them chosen, of together about the same load.
+    """Return n random sets of as many experts in the same layers, none of them chosen, with about the same load.
 
-    tolerance: how far a set's load may be off, as a fraction; refused where such sets are too rare to be drawn.
+    tolerance: how far the load of a set, summed over its experts, may be off, as a fraction.
+
+    Raises:
+        InputError: fewer than n such sets were found among 200 · n random ones.
     """
-    rng, wanted = np.random.default_rng(seed), sum(load[cell] for cell in chosen)
-    layers = sorted({layer for layer, _ in chosen})
-    size = {layer: [e for c, e in chosen if c == layer] for layer in layers}
-    sets: list[list[tuple[int, int]]] = []
-    for _ in range(200 * n):
-        drawn = [
-            (layer, int(e))
-            for layer in layers
-            for e in rng.choice(np.setdiff1d(np.arange(load.shape[1]), size[layer]), len(size[layer]), replace=False)
-        ]
-        if abs(sum(load[cell] for cell in drawn) - wanted) <= tolerance * wanted and sorted(drawn) not in sets:
-            sets.append(sorted(drawn))
-        if len(sets) == n:
-            return sets
-    raise InputError(
-        f"only {len(sets)} of {n} sets have a load within {tolerance:.0%} of {wanted:.3f}: choose fewer experts, or "
-        "a larger tolerance"
-    )
+    sets, loads = _random_sets(load, chosen, 200 * n, seed)
+    wanted = sum(load[cell] for cell in chosen)
+    close = np.flatnonzero(np.abs(loads - wanted) <= tolerance * wanted)[:n]
+    if len(close) < n:
+        raise InputError(
+            f"only {len(close)} of {n} sets have a load within {tolerance:.0%} of {wanted:.3f}: choose fewer experts, "
+            "or a larger tolerance"
+        )
+    return [[(int(layer), int(expert)) for layer, expert in sets[i]] for i in close]
+
+
+def _random_sets(
+    load: Float[np.ndarray, "layer expert"], chosen: Sequence[tuple[int, int]], n: int, seed: int
+) -> tuple[Int[np.ndarray, "set cell 2"], Float[np.ndarray, " set"]]:
+    """Return up to n different random sets of (layer, expert) with as many experts in each layer, and their loads."""
+    rng, parts = np.random.default_rng(seed), []
+    for layer in sorted({layer for layer, _ in chosen}):
+        own = [expert for other, expert in chosen if other == layer]
+        others = np.setdiff1d(np.arange(load.shape[1]), own)
+        if len(others) < len(own):
+            raise InputError(f"{len(own)} of {load.shape[1]} experts of layer {layer} are chosen: choose fewer")
+        drawn = np.sort(others[np.argsort(rng.random((n, len(others))), axis=1)[:, : len(own)]], axis=1)
+        parts.append(np.stack([np.full_like(drawn, layer), drawn], -1))
+    sets = np.concatenate(parts, axis=1)
+    _, first = np.unique(sets.reshape(n, -1), axis=0, return_index=True)
+    sets = sets[np.sort(first)]
+    return sets, load[sets[..., 0], sets[..., 1]].sum(1)
 
 
 def _about(
     model: GptOss, study: str, rows: Sequence[Transcript], of: TokenSet, n_boot: int, seed: int
 ) -> dict[str, str | int]:
-    """What a dataset says of itself: what was measured, on what, how sure."""
+    """Return the attributes of a result: definition, interval, sample and provenance."""
     prompts = len({row.prompt_id for row in rows})
     return {
         "study": study,
         "units": "nat",
         "definition": f"change of a sequence's summed log-probability of its tokens in {of!r}; mean over prompts",
-        "ci": f"95 %, percentile, {n_boot} bootstrap draws of prompts",
+        "ci": f"95 %, bootstrap-t, {n_boot} bootstrap draws of prompts",
         "rests_on": f"{len(rows)} sequences of {prompts} prompts",
         "checkpoint_digest": getattr(model.checkpoint, "digest", "random weights"),
         "workbench_version": version(),

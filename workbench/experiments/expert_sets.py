@@ -1,102 +1,225 @@
-"""Sets of experts that routing associates with a group of sequences, and their control: random sets of equal load."""
+"""Sets of experts that routing associates with a group of sequences, against random sets of the same load.
 
+The random sets are the null (see `random_controls`): a group's experts matter more than others of their load if their
+effect is extreme among those of at least 20 random sets. The achieved match of load is a result too. Groups that cannot
+be tested stay in the result, named with the reason.
+"""
+
+import json
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Bool, Float, Int
 
 from workbench.errors import InputError
-from workbench.experiments.effects import expert_load, load_matched, logprobs, paired
-from workbench.experiments.final_channel import answered_rows, final_tokens, generated_tokens
+from workbench.experiments.effects import load_matched, load_of, logprobs, routed_slots
+from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens, generated_tokens
+from workbench.experiments.intervals import MIN_PROMPTS, false_discovery, mean_effect, prompt_means
+from workbench.experiments.random_controls import CONTROLS, MIN_CONTROLS, Rank, check_controls, rank
 from workbench.harmony.token_sets import TokenSet
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit
 from workbench.model.transformer import GptOss
 
-CONTROLS = 20  # load-matched random sets
+Cells = list[tuple[int, int]]  # (layer, expert)
+Change = Callable[[int, list[int], TokenSet], Edit]
+WHICH = ("named, own group", "random of equal load, own group", "named less random, own group", "named, other groups")
+TOLERANCES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.5)  # of the load of a random set; the first that has enough sets is used
+MATCHED = 0.25  # the mean load of the random sets may be off by so much before the summary says so
 _SIZE = 6  # experts of a named set
+METHOD = (
+    "Log-probability in nats of the final message, summed over its tokens, with the intervention less without, on the "
+    "run's own tokens; means over prompts. The null is the distribution of the effects of random sets of as many "
+    "experts in the same layers with about the same load on the group's generated tokens, none of them named: rank p "
+    "(two-sided, about the common median), and distance in standard deviations of the random sets. q: "
+    "Benjamini–Hochberg over the groups. Intervals over prompts (bootstrap-t) hold the random sets fixed and decide "
+    "nothing."
+)
+
+
+class SetEffects(NamedTuple):
+    """The named experts of a group and their random sets, with what each does to the log-probability of sequences."""
+
+    named: Cells
+    sets: list[Cells]
+    on_own: Float[np.ndarray, " sequence"]
+    on_others: Float[np.ndarray, " sequence"]
+    random: Float[np.ndarray, "set sequence"]
 
 
 def group_of(row: Transcript) -> str:
-    """What experts are named for: the domain of a task, or the task."""
+    """Return what experts are named for: the domain of a task, or the task."""
     return str(row.meta.get("domain") or row.meta.get("task") or "all")
 
 
-def named_experts(model: GptOss, rows: Sequence[Transcript], group: str, size: int = _SIZE) -> list[tuple[int, int]]:
-    """The experts whose share of what a group writes exceeds most their share of what the others write."""
-    written = generated_tokens(model)
-    own, others = ([r for r in rows if (group_of(r) == group) is side] for side in (True, False))
-    excess = np.nan_to_num(expert_load(model, own, written)) - np.nan_to_num(expert_load(model, others, written))
-    return [
-        (int(layer), int(e))
-        for layer, e in zip(*np.unravel_index(np.argsort(-excess, axis=None)[:size], excess.shape), strict=True)
-    ]
+def named_experts(model: GptOss, rows: Sequence[Transcript], group: str, size: int = _SIZE) -> Cells:
+    """Return the experts whose load on a group's generated tokens exceeds most their load on those of the others."""
+    own = np.array([group_of(row) == group for row in rows])
+    return _largest_excess(routed_slots(model, rows, generated_tokens(model)), own, size)
 
 
-def experts_and_controls(
-    model: GptOss, rows: Sequence[Transcript], seed: int
-) -> dict[str, tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]]:
-    """For each group its named experts, and load-matched random ones."""
-    groups = sorted({group_of(row) for row in rows})
-    found = {}
-    for group in groups if len(groups) > 1 else []:
-        named = named_experts(model, rows, group)
-        own = [r for r in rows if group_of(r) == group]
-        load = np.nan_to_num(expert_load(model, own, generated_tokens(model)))
-        for tolerance in (0.15, 0.25, 0.4, 0.6):
-            try:
-                found[group] = named, load_matched(load, named, CONTROLS, seed=seed, tolerance=tolerance)
-                break
-            except InputError:
-                continue
-    if not found:
-        raise InputError(
-            "the run's sequences name no two groups (meta: domain or task) whose experts could be compared"
-        )
-    return found
+def _largest_excess(
+    slots: Int[np.ndarray, "sequence layer expert"], own: Bool[np.ndarray, " sequence"], n: int
+) -> Cells:
+    excess = np.nan_to_num(load_of(slots[own])) - np.nan_to_num(load_of(slots[~own]))
+    largest = np.unravel_index(np.argsort(-excess, axis=None)[:n], excess.shape)
+    return [(int(layer), int(expert)) for layer, expert in zip(*largest, strict=True)]
+
+
+def matched_sets(load: Float[np.ndarray, "layer expert"], named: Cells, n: int, seed: int) -> list[Cells]:
+    """Return n random sets of the load of the named experts, at the first tolerance that has as many.
+
+    Where the widest has fewer than n it gives as many as there are, and none where these are too few to be a null.
+    """
+    for tolerance in TOLERANCES:
+        try:
+            return load_matched(load, named, n, seed=seed, tolerance=tolerance)
+        except InputError:
+            continue
+    try:
+        return load_matched(load, named, MIN_CONTROLS, seed=seed, tolerance=TOLERANCES[-1])
+    except InputError:
+        return []
 
 
 def change_experts(
-    model: GptOss, rows: Sequence[Transcript], seed: int, change: Callable[[int, list[int], TokenSet], Edit], title: str
+    model: GptOss, rows: Sequence[Transcript], seed: int, change: Change, title: str, *, controls: int = CONTROLS
 ) -> dict[str, xr.Dataset]:
-    """Named experts against random ones of like load, on the group they are named for and on the others."""
-    rows, written, of = answered_rows(model, rows), generated_tokens(model), final_tokens(model)
+    """Return the effect of changing each group's named experts, ranked among random sets of the same load.
 
-    def edits(cells: Sequence[tuple[int, int]]) -> list[Edit]:
+    Variables over (group, which): change, low, high in nats a sequence. Over group: p, q and distance of the rank,
+    random_sets, load_ratio with its least and largest, and prompts. Over (group, set): random, random_load_ratio. The
+    attribute `not_tested` has the groups without a test, with the reason.
+
+    Raises:
+        InputError: fewer than 20 controls are asked for, or the sequences are of one group.
+    """
+    check_controls(controls)
+    rows = answered_rows(model, rows)
+    groups = np.array([group_of(row) for row in rows])
+    names = sorted(set(groups))
+    if len(names) < 2:
+        raise InputError("the run's sequences are of one group (meta: domain or task): there are no others to compare")
+    units, base = np.array([row.prompt_id for row in rows]), logprobs(model, rows, final_tokens(model))
+    slots = routed_slots(model, rows, generated_tokens(model))
+    results, not_tested = [], {}
+    for name in names:
+        own = groups == name
+        named, load = _largest_excess(slots, own, _SIZE), np.nan_to_num(load_of(slots[own]))
+        prompts = len(set(units[own]))
+        sets = matched_sets(load, named, controls, seed) if prompts >= MIN_PROMPTS else []
+        if prompts < MIN_PROMPTS:
+            not_tested[name] = f"{prompts} prompts, {MIN_PROMPTS} are needed"
+        elif not sets:
+            not_tested[name] = f"fewer than {MIN_CONTROLS} random sets have its load within {TOLERANCES[-1]:.0%}"
+        tested = measure(model, rows, own, base, named, sets, change)
+        results.append(_result(tested, load, units[own], units[~own], controls, seed))
+    found = xr.concat(results, "group").assign_coords(group=names)
+    found["q"] = ("group", false_discovery(found["p"].values))
+    attrs = {
+        "title": title,
+        "units": "nat",
+        "method": METHOD,
+        "not_tested": json.dumps(not_tested),
+        "family": f"{len(names) - len(not_tested)} groups",
+    }
+    return {"experts": found.assign_attrs(attrs, summary="\n".join(_summary(found, not_tested)))}
+
+
+def measure(
+    model: GptOss,
+    rows: Sequence[Transcript],
+    own: Bool[np.ndarray, " sequence"],
+    base: Float[np.ndarray, " sequence"],
+    named: Cells,
+    sets: list[Cells],
+    change: Change,
+) -> SetEffects:
+    """Return what changing the named experts does to all sequences, and each random set to the group's own."""
+    written, of = generated_tokens(model), final_tokens(model)
+    own_rows = [row for row, mine in zip(rows, own, strict=True) if mine]
+
+    def edits(cells: Cells) -> list[Edit]:
         return [change(layer, [e for c, e in cells if c == layer], written) for layer in sorted({c for c, _ in cells})]
 
-    base = logprobs(model, rows, of)
-    units = np.array([row.prompt_id for row in rows])
-    groups = np.array([group_of(row) for row in rows])
-    names, table, texts = [], [], []
-    for group, (named, random_sets) in experts_and_controls(model, rows, seed).items():
-        change_named = logprobs(model, rows, of, *edits(named)) - base
-        change_random = np.stack([logprobs(model, rows, of, *edits(cells)) - base for cells in random_sets])
-        own = groups == group
-        parts = {
-            "named, own group": change_named[own],
-            "random of equal load, own group": change_random[:, own].mean(0),
-            "named less random, own group": change_named[own] - change_random[:, own].mean(0),
-            "named, other groups": change_named[~own],
-        }
-        row = [paired(v, units[own] if "own" in n else units[~own], seed=seed) for n, v in parts.items()]
-        rank = float((change_random[:, own].mean(1) <= change_named[own].mean()).mean())
-        names.append(group)
-        table.append(np.array(row))
-        said = ", ".join(f"{layer}.{e}" for layer, e in named)
-        value, low, high = (float(v) for v in row[2])
-        differs = "hurts more than" if high < 0 else "hurts less than" if low > 0 else "is not shown to differ from"
-        texts.append(
-            f"{group} (experts {said}): {float(row[0][0]):+.2f} nats [{float(row[0][1]):+.2f}, "
-            f"{float(row[0][2]):+.2f}] on its own "
-            f"prompts, random experts of equal load {float(row[1][0]):+.2f}; it {differs} those: {value:+.2f} "
-            f"[{low:+.2f}, "
-            f"{high:+.2f}]; {rank:.0%} of {len(random_sets)} random sets hurt as much. On the others "
-            f"{float(row[3][0]):+.2f}."
-        )
-    values = np.stack(table)
-    result = xr.Dataset(
-        {n: (("group", "which"), values[..., i]) for i, n in enumerate(("change", "low", "high"))},
-        coords={"group": names, "which": list(parts)},
+    on_all = logprobs(model, rows, of, *edits(named)) - base
+    random = np.empty((len(sets), len(own_rows)))
+    for i, cells in enumerate(sets):
+        random[i] = logprobs(model, own_rows, of, *edits(cells)) - base[own]
+    return SetEffects(named, sets, on_all[own], on_all[~own], random)
+
+
+def _result(
+    tested: SetEffects,
+    load: Float[np.ndarray, "layer expert"],
+    own: np.ndarray,
+    others: np.ndarray,
+    controls: int,
+    seed: int,
+) -> xr.Dataset:
+    """Return the variables of one group; a group without random sets has no intervals and no test."""
+    change, low, high = np.full((3, len(WHICH)), np.nan)
+    random, ratio = np.full((2, controls), np.nan)
+    ranked, n = Rank(float("nan"), float("nan"), float("nan"), 0), len(tested.sets)
+    change[0], change[3] = (
+        prompt_means(values, units).mean() for values, units in ((tested.on_own, own), (tested.on_others, others))
     )
-    return {"experts": result.assign_attrs(title=title, summary="\n".join(texts), units="nat")}
+    if n:
+        random[:n] = prompt_means(tested.random, own).mean(-1)
+        ratio[:n] = [
+            sum(load[cell] for cell in cells) / sum(load[cell] for cell in tested.named) for cells in tested.sets
+        ]
+        ranked, mean_random = rank(change[0], random[:n]), tested.random.mean(0)
+        for i, values in enumerate((tested.on_own, mean_random, tested.on_own - mean_random)):
+            change[i], low[i], high[i] = mean_effect(values, own, seed=seed)[:3]
+        if len(set(others)) >= MIN_PROMPTS:
+            change[3], low[3], high[3] = mean_effect(tested.on_others, others, seed=seed)[:3]
+    scalars = {
+        "p": ranked.p,
+        "distance": ranked.distance,
+        "random_sets": n,
+        "as_low": ranked.as_low,
+        "load_ratio": np.mean(ratio[:n]) if n else np.nan,
+        "load_ratio_low": np.min(ratio[:n]) if n else np.nan,
+        "load_ratio_high": np.max(ratio[:n]) if n else np.nan,
+        "prompts": len(set(own)),
+    }
+    return xr.Dataset(
+        {name: ("which", values) for name, values in (("change", change), ("low", low), ("high", high))}
+        | {"random": ("set", random), "random_load_ratio": ("set", ratio)}
+        | {name: ((), value) for name, value in scalars.items()},
+        coords={
+            "which": list(WHICH),
+            "set": range(controls),
+            "experts": ", ".join(f"{layer}.{expert}" for layer, expert in tested.named),
+        },
+    )
+
+
+def _summary(found: xr.Dataset, not_tested: dict[str, str]) -> list[str]:
+    """Return a sentence for each group, and one for the groups that cannot be tested."""
+    lines = []
+    for name in map(str, found["group"].values):
+        one = found.sel(group=name)
+        own, random, less, others = (float(v) for v in one["change"].values)
+        experts = one["experts"].item()
+        if name in not_tested:
+            lines.append(f"{name} (experts {experts}): cannot be tested, {not_tested[name]}; {own:+.2f} nats.")
+            continue
+        low, high = (float(one[edge].values[0]) for edge in ("low", "high"))
+        q, n = float(one["q"]), int(one["random_sets"])
+        differs = f"{'hurts more' if less < 0 else 'hurts less'} than" if q <= ALPHA else "is not shown to differ from"
+        lines.append(
+            f"{name} (experts {experts}): {own:+.2f} nats [{low:+.2f}, {high:+.2f}] on its own prompts, "
+            f"{n} random sets of {float(one['load_ratio']):.2f} times its load ({float(one['load_ratio_low']):.2f} to "
+            f"{float(one['load_ratio_high']):.2f}) {random:+.2f}; it {differs} those: rank p {float(one['p']):.3f}, "
+            f"q {q:.3f}, {float(one['distance']):+.1f} standard deviations; {int(one['as_low'])} of {n} random sets "
+            f"hurt as much. On the others {others:+.2f}."
+        )
+        if abs(float(one["load_ratio"]) - 1) > MATCHED:
+            lines.append("  Load is not matched: a difference from these sets may be one of load.")
+    if not_tested:
+        lines.append(f"{len(not_tested)} of {found.sizes['group']} groups cannot be tested: {', '.join(not_tested)}.")
+    return lines

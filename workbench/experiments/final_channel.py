@@ -4,22 +4,25 @@ All changes are paired: the same tokens, with and without the intervention; the 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from workbench.errors import InputError
 from workbench.experiments.effects import effects
+from workbench.experiments.intervals import ENOUGH_PROMPTS, MIN_PROMPTS, SMALLEST_EFFECT
 from workbench.harmony.token_sets import TokenSet, token_set
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit
 from workbench.model.transformer import GptOss
 
+ALPHA = 0.05  # false discovery rate at which an effect is called shown
 METHOD = (
     "Log-probability in nats of the final message, summed over its tokens, with the intervention less without, on the "
-    "run's own tokens; means over prompts, percentile bootstrap over prompts. Nothing is called an effect whose "
-    "interval "
-    "includes zero."
+    "run's own tokens; means over prompts, bootstrap-t intervals over prompts. An effect has q of at most 0.05 "
+    "(Benjamini–Hochberg over the interventions); no effect is called absent unless its 90 % interval lies within the "
+    "stated smallest effect of interest."
 )
 NOT_CONTROLLED = (
     "An intervention takes the model off the states it was trained in; beside it stands the same intervention "
@@ -42,31 +45,54 @@ def answered_rows(model: GptOss, rows: Sequence[Transcript]) -> list[Transcript]
     """Return the sequences that have tokens in the final channel.
 
     Raises:
-        InputError: they are of fewer than two prompts.
+        InputError: they are of fewer than five prompts.
     """
     final = final_tokens(model)
-    found = [row for row in rows if final(row.tokens.astype(np.int64)).any()]
-    if len({row.prompt_id for row in found}) < 2:
-        raise InputError("fewer than two prompts of the run have a final message: there is no answer to measure")
-    return found
+    answered = [row for row in rows if final(row.tokens.astype(np.int64)).any()]
+    if (n := len({row.prompt_id for row in answered})) < MIN_PROMPTS:
+        raise InputError(f"{n} prompts have a final message, and an interval needs {MIN_PROMPTS}: use more sequences")
+    return answered
 
 
 def final_effects(
-    model: GptOss, rows: Sequence[Transcript], what: Mapping[str, Edit | Sequence[Edit]], seed: int, title: str
+    model: GptOss,
+    rows: Sequence[Transcript],
+    what: Mapping[str, Edit | Sequence[Edit]],
+    seed: int,
+    title: str,
+    *,
+    smallest_effect: float = SMALLEST_EFFECT,
 ) -> xr.Dataset:
     """Return the effect of each intervention on the final channel, with its summary."""
     rows = answered_rows(model, rows)
-    result = effects(model, rows, what, final_tokens(model), seed=seed)
+    result = effects(model, rows, what, final_tokens(model), smallest_effect=smallest_effect, seed=seed)
     return result.assign_attrs(title=title, summary=describe_effects(result), method=METHOD)
 
 
 def describe_effects(result: xr.Dataset) -> str:
-    """Effects in plain describe_effects, largest first."""
+    """Return the summary of `effects`: each intervention with its interval and verdict, the largest change first."""
     order = np.argsort(-np.abs(result["change"].values))
-    lines = [f"{result.attrs['rests_on']}; change of the final message's log-probability, nats a sequence:"]
+    lines = [
+        f"{result.attrs['rests_on']}; change of the final message's log-probability, nats a sequence; "
+        f"{result.attrs['family']} tested together:"
+    ]
     for i in order:
         one = result.isel(intervention=int(i))
-        low, high = float(one["low"]), float(one["high"])
-        said = f"{float(one['change']):+.2f} [{low:+.2f}, {high:+.2f}]"
-        lines.append(f"  {one['intervention'].item()}: {said if low * high > 0 else f'no effect shown, {said}'}")
+        lines.append(f"  {one['intervention'].item()}: {verdict(one, result.attrs)}")
+    if (n := result.attrs["prompts"]) < ENOUGH_PROMPTS:
+        lines.append(f"Only {n} prompts: the intervals depend on the shape of the distribution.")
     return "\n".join(lines)
+
+
+def verdict(one: xr.Dataset, attrs: Mapping[str, Any]) -> str:
+    """Return an effect with its interval, and whether it is shown, is shown to be small, or neither."""
+    change, low, high, q = (float(one[name]) for name in ("change", "low", "high", "q"))
+    if np.isnan(low):
+        return f"the same change of {change:+.2f} in all {attrs['prompts']} prompts: no interval can be given"
+    interval = f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
+    if q <= ALPHA:
+        small = f", smaller than {attrs['smallest_effect']:g}" if bool(one["equivalent"]) else ""
+        return f"{interval}{small}"
+    if bool(one["equivalent"]):
+        return f"no effect of {attrs['smallest_effect']:g} or more, {interval}"
+    return f"no effect shown, {interval}, q {q:.2f}"

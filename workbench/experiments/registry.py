@@ -12,9 +12,9 @@ import xarray as xr
 
 from workbench import registry
 from workbench.errors import InputError
-from workbench.experiments.effects import MIN_PROMPTS
 from workbench.experiments.final_channel import METHOD, NOT_CONTROLLED
 from workbench.experiments.from_run import transcripts
+from workbench.experiments.intervals import MIN_PROMPTS
 from workbench.experiments.sampling import composition, spread
 from workbench.model.transformer import GptOss
 from workbench.runs import Run

@@ -17,7 +17,7 @@ from workbench.studies.result import tables
 
 
 def figure(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
-    """Rows of effects, lines by layer, or cells of layer and expert: whichever the dataset has."""
+    """Return rows of effects, lines by layer, or cells of layer and expert: whichever the dataset has."""
     title = ds.attrs["title"]
     dims = tuple(map(str, ds["change"].dims)) if "change" in ds.data_vars else ()
     if "same" in ds:
@@ -70,8 +70,11 @@ def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """A figure for each dataset of an experiment, and the numbers behind it."""
-    return {name: GalleryItem(partial(figure, ds), partial(_longest, ds), ds) for name, ds in datasets.items()}
+    return {name: GalleryItem(partial(figure, ds), partial(_main_table, ds), ds) for name, ds in datasets.items()}
 
 
-def _longest(ds: xr.Dataset) -> pd.DataFrame:
-    return max(tables(ds.drop_vars([v for v in ("each", "base") if v in ds])).values(), key=len)
+def _main_table(ds: xr.Dataset) -> pd.DataFrame:
+    """Return the table of the effects, or the longest one of a dataset that names its effects otherwise."""
+    found = list(tables(ds.drop_vars([v for v in ("each", "base") if v in ds])).values())
+    effects = [table for table in found if ("same" if "same" in ds else "change") in table]
+    return effects[0] if effects else max(found, key=len)

@@ -67,6 +67,17 @@ class _Held:
         return (lengths - (self.window - 1 + BACK)).clamp(min=0) // ALIGNMENT * ALIGNMENT
 
 
+class _Longer(NamedTuple):
+    """Columns of a pass that attends to more than its layers hold: of every row the position of its first key, what it
+    takes of the stored keys, where its own keys go behind those, and which of all it stores.
+    """
+
+    base: Int[Tensor, " batch"]
+    before: Int[Tensor, "batch before"]
+    columns: Int[Tensor, "batch new"]
+    kept: Int[Tensor, "batch kept"]
+
+
 @dataclass
 class _Pass:
     """A pass that has begun: its tokens a row, how many of them are real, and what its layers share on each device."""
@@ -76,6 +87,7 @@ class _Pass:
     longer: set[int | None]  # windows whose layers cannot hold what this pass attends to
     done: set[int] = field(default_factory=set)  # layers that have stored their keys
     columns: dict[tuple[int | None, torch.device], Tensor] = field(default_factory=dict)
+    plans: dict[tuple[int | None, torch.device], _Longer] = field(default_factory=dict)
 
 
 class KVCache:
@@ -269,29 +281,36 @@ class KVCache:
 
     def _extend_longer(self, layer: int, held: _Held, k: Tensor, v: Tensor) -> CachedKeys:
         """Attend to more than the layer can hold, and store the end of it."""
+        index, plan = self._index[k.device], self._longer(held, k.device)
+        keys, values = k, v
+        if plan.before.shape[1]:
+            keys, values = (
+                torch.cat([stored[index, plan.before], torch.zeros_like(part)], 1)
+                for stored, part in ((self.keys[layer], k), (self.values[layer], v))
+            )
+            keys[index, plan.columns], values[index, plan.columns] = k, v
+        kept = plan.kept.shape[1]
+        self.keys[layer][:, :kept], self.values[layer][:, :kept] = keys[index, plan.kept], values[index, plan.kept]
+        return CachedKeys(keys, values, plan.columns, plan.base)
+
+    def _longer(self, held: _Held, device: torch.device) -> _Longer:
+        """Return the columns of `_extend_longer`; computed once a pass and device."""
         assert self._pass is not None
-        device, new = k.device, self._pass.new
-        lengths, old = self._lengths, held.bases
-        base = [max(b, held.base_for(n)) for b, n in zip(old, lengths, strict=True)]
-        tail = max(n - b for n, b in zip(lengths, base, strict=True))
-        base_on_device = torch.maximum(held.base[device], held.base_on_device(self._length[device]))
-        columns = (self._length[device] - base_on_device)[:, None] + torch.arange(new, device=device)
-        before = _shifted(base_on_device - held.base[device], tail, held.size)
-        index = self._index[device]
-
-        def joined(stored: Tensor, part: Tensor) -> Tensor:
-            out = torch.cat([stored[index, before], torch.zeros_like(part)], 1)
-            out[index, columns] = part
-            return out
-
-        keys, values = (joined(self.keys[layer], k), joined(self.values[layer], v)) if tail else (k, v)
-        after = [n + real for n, real in zip(lengths, self._pass.n_real, strict=True)]
-        kept = min(held.size, max(n - max(b, held.base_for(n)) for n, b in zip(after, base, strict=True)))
-        ending = torch.maximum(base_on_device, held.base_on_device(self._length[device] + self._real(device)))
-        columns_kept = _shifted(ending - base_on_device, kept, keys.shape[1])
-        self.keys[layer][:, :kept] = keys[index, columns_kept]
-        self.values[layer][:, :kept] = values[index, columns_kept]
-        return CachedKeys(keys, values, columns, base_on_device)
+        key = (held.window, device)
+        if key not in self._pass.plans:
+            lengths, stored = self._length[device], held.base[device]
+            first = [max(b, held.base_for(n)) for b, n in zip(held.bases, self._lengths, strict=True)]
+            before = max(n - b for n, b in zip(self._lengths, first, strict=True))
+            base = torch.maximum(stored, held.base_on_device(lengths))
+            columns = (lengths - base)[:, None] + torch.arange(self._pass.new, device=device)
+            ends = [n + real for n, real in zip(self._lengths, self._pass.n_real, strict=True)]
+            kept = max(n - max(b, held.base_for(n)) for n, b in zip(ends, first, strict=True))
+            last = torch.maximum(base, held.base_on_device(lengths + self._real(device))) - base
+            self._pass.plans[key] = _Longer(
+                base, _shifted(base - stored, before, held.size), columns,
+                _shifted(last, kept, before + self._pass.new),
+            )  # fmt: skip
+        return self._pass.plans[key]
 
     def _finish_longer(self) -> None:
         """Move the bases of layers that could not hold the pass, whose stored keys have moved already."""
