@@ -43,8 +43,6 @@ DEFINITIONS = {
     "accuracy": Definition(
         "accuracy", "1", "mean over prompts of their share of right answers", ci="95 %, Wilson, a prompt is a trial"
     ),
-        "accuracy", "1", "mean over prompts of their share of right answers", ci="95 %, Wilson, a prompt is a trial"
-    ),
     "accuracy_low": Definition("accuracy, lower limit", "1", "lower limit; within [0, 1]", ci=_CI),
     "accuracy_high": Definition("accuracy, upper limit", "1", "upper limit; within [0, 1]", ci=_CI),
     "sequences": Definition("sequences", "sequences", "sequences of the cell"),
