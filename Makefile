@@ -42,8 +42,8 @@ demo: .venv/.user
 	  runs/demo.jsonl --batch 200 --overwrite --effort low --effort medium --effort high)
 	$(call step,its routing and sinks are recorded,$(BIN)/workbench capture nano runs/demo.jsonl runs/demo.zarr)
 	$(call step,the run is checked,$(BIN)/workbench verify runs/demo.zarr)
-	$(call step,studies and their report,$(BIN)/workbench report runs/demo.zarr --out runs/demo/report.html)
-	$(call step,every figure as a page,$(BIN)/workbench figures runs/demo.zarr --out runs/demo --format html > /dev/null)
+	$(call step,studies and their report,$(BIN)/workbench report runs/demo.zarr --out runs/demo/report.html --overwrite)
+	$(call step,every figure as a page,$(BIN)/workbench figures runs/demo.zarr --out runs/demo --format html --overwrite > /dev/null)
 	$(call step,what the run says,$(BIN)/workbench summary runs/demo.zarr)
 	@printf '\nreport: runs/demo/report.html   figures: runs/demo/*.html   dashboard: make dashboard\n\n'
 ifneq ($(SERVE),0)
@@ -67,13 +67,13 @@ run: .venv/.user
 	$(BIN)/workbench capture nano runs/bundled.jsonl data/demo.zarr --dtype float32
 
 # What the studies and experiments say of the finished run: data/findings.md, in a quarter of an hour.
-ON_NANO := data/demo.zarr --model nano --dtype float32 --out runs/findings
+ON_NANO := data/demo.zarr --model nano --dtype float32 --out runs/findings --overwrite
 findings: .venv/.user
 	mkdir -p runs
 	for name in chain-of-thought expert-ablation; do $(BIN)/workbench study $$name $(ON_NANO) --sequences 600 > /dev/null || exit 1; done
 	for name in expert-forcing expert-reweighting sink-ablation attention-knockout steering patching logit-attribution; do \
 	  $(BIN)/workbench study $$name $(ON_NANO) > /dev/null || exit 1; done
-	$(BIN)/workbench report data/demo.zarr --out runs/findings/findings.html --results runs/findings
+	$(BIN)/workbench report data/demo.zarr --out runs/findings/findings.html --results runs/findings --overwrite
 	cp runs/findings/findings.md data/findings.md
 
 # The figures of a paper from a run, each as a script of its own: make paper RUN=runs/demo.zarr
@@ -82,7 +82,7 @@ OUT ?= runs/paper
 paper: .venv/.user
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[figures]"
 	for script in notebooks/figures/*.py; do $(BIN)/python $$script $(RUN) $(OUT) pdf svg png || exit 1; done
-	$(BIN)/workbench figures $(RUN) --out $(OUT)/supplement --set supplement --column single --format pdf
+	$(BIN)/workbench figures $(RUN) --out $(OUT)/supplement --set supplement --column single --format pdf --overwrite
 
 # The documentation site, into site/; a warning is an error.
 docs: .venv/.dev

@@ -23,13 +23,13 @@ import torch
 import workbench as wb
 from tests.capture.killing import RECORD
 from workbench.capture import pipeline, record_buffers
-from workbench.capture.signals import StopSignal
 from workbench.errors import InputError, JobError
 from workbench.model.transformer import GptOss
 from workbench.runs import shards
 from workbench.runs.storage import Storage
 from workbench.runs.verify import verify
 from workbench.runs.writer import RunWriter
+from workbench.signals import StopSignal
 
 Stored = Callable[[Path], dict[str, bytes]]
 OPTIONS: dict[str, Any] = dict(record=RECORD, unit_tokens=1024)

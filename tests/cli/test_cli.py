@@ -29,9 +29,12 @@ def test_the_whole_way_from_prompts_to_tables(tmp_path: Path, capsys: pytest.Cap
     generate = ["generate", "nano", str(prompts), str(transcripts), "--effort", "low", "--effort", "high"]
     assert run(capsys, *generate)[0] == 0
     assert len(transcripts.read_text().splitlines()) == 50
-    code, _, err = run(capsys, *generate)
+    before = transcripts.read_bytes()
+    code, _, err = run(capsys, *generate)  # nothing is missing
+    assert (code, transcripts.read_bytes()) == (0, before)
+    code, _, err = run(capsys, *generate, "--seed", "1")
     assert code == 2
-    assert "exists" in err
+    assert "was begun with seed 0, this command has 1" in err
     assert run(capsys, "capture", "nano", str(transcripts), str(store))[0] == 0
     code, text, _ = run(capsys, "verify", str(store))
     assert (code, text.splitlines()[0]) == (0, f"{store}: valid")
@@ -40,8 +43,12 @@ def test_the_whole_way_from_prompts_to_tables(tmp_path: Path, capsys: pytest.Cap
     assert "analysis against final" in text
     assert (out / "routing.txt").read_text().strip() == text.strip()
     assert list(out.glob("*.csv"))
-    assert run(capsys, "figures", str(store), "--out", str(out), "--format", "html")[0] == 0
-    assert list(out.glob("*.html"))
+    code, _, err = run(capsys, "figures", str(store), "--out", str(out), "--format", "html", "--overwrite")
+    assert code == 2, "the provenance of a figure may not replace the result of a study"
+    assert "was not written by `workbench figures`" in err
+    figures = tmp_path / "figures"
+    assert run(capsys, "figures", str(store), "--out", str(figures), "--format", "html")[0] == 0
+    assert list(figures.glob("*.html"))
     shard = next((store / "routing" / "gates").rglob("c/0/*/*"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1

@@ -113,8 +113,13 @@ def test_what_is_there_stays_until_the_new_one_is_whole(
 ) -> None:
     out = tmp_path / "x"
     out.write_text("mine")
-    with pytest.raises(InputError, match="exists"):
-        export(run, out, format="parquet")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="exists"):
+            export(run, out, format="parquet", overwrite=overwrite)
+    assert out.read_text() == "mine"
+    out.unlink()
+    export(run, out, format="parquet")
+    before = out.read_bytes()
 
     def fails(*args: Any) -> Any:
         raise KeyboardInterrupt
@@ -123,7 +128,14 @@ def test_what_is_there_stays_until_the_new_one_is_whole(
         patch.setattr(exporting, "_lists", fails)
         with pytest.raises(KeyboardInterrupt):
             export(run, out, format="parquet", overwrite=True)
-    assert out.read_text() == "mine"
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert out.read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"x", ".x.workbench"}
     export(run, out, format="parquet", overwrite=True)
     assert len(pd.read_parquet(out))
+
+
+def test_a_run_or_the_folder_above_it_is_never_an_output(run: Run, tmp_path: Path) -> None:
+    for out in (Path(run.path), Path(run.path).parent, Path(run.path) / "tokens.parquet"):
+        with pytest.raises(InputError, match="input"):
+            export(run, out, format="parquet", overwrite=True)
+    assert open_run(run.path).status == "complete"

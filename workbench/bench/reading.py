@@ -40,8 +40,9 @@ def make(path: str, tokens: int, seed: int) -> None:
     layout = plan_units(lengths.tolist())
     choices = _choices(rng, cfg.n_layers, cfg.num_experts, cfg.experts_per_token)
     about = {"transcripts": {"digest": f"random {tokens} {seed}", "name": "random"}, "dtype": "bfloat16", "rejects": []}
+    tables = _tables(lengths)
     with open_writer(
-        path, layout=layout, **_tables(lengths), model=cfg.to_json(), checkpoint={"digest": "random", "name": "random"},
+        path, layout=layout, sequences=tables["sequences"], messages=tables["messages"], model=cfg.to_json(), checkpoint={"digest": "random", "name": "random"},
         spec=SPEC, provenance=about,
     ) as writer:  # fmt: skip
         pending = writer.pending()

@@ -10,14 +10,11 @@ import json
 import logging
 import os
 import platform
-import shutil
-import stat
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,16 +29,18 @@ from workbench.capture import estimate, pipeline, recording
 from workbench.capture.compute import Computed
 from workbench.capture.host_routing import with_host_routes
 from workbench.capture.plan import plan_units
-from workbench.capture.signals import StopSignal
 from workbench.errors import InputError
 from workbench.harmony.flags import counted, read_flags, sequence_flags
 from workbench.harmony.labels import Labels
 from workbench.harmony.transcripts import Reject, Transcript, read_transcripts
+from workbench.inputs import regular_file
 from workbench.model.transformer import GptOss
+from workbench.outputs import check_kind, refuse_inputs, sha256
 from workbench.progress import progress
 from workbench.runs import Run, open_run
 from workbench.runs.schema import Layout, Spec
 from workbench.runs.writer import RunWriter, open_writer
+from workbench.signals import StopSignal
 from workbench.version import version as workbench_version
 
 log = logging.getLogger("workbench.capture")
@@ -73,6 +72,7 @@ def capture(
     dask: str | None = None,
     log_file: str | Path | None = None,
     worker_device: str | None = None,
+    overwrite: bool = False,
 ) -> Run:
     """Run `transcripts` through `model` and record into the run at `path`, made or resumed.
 
@@ -81,14 +81,20 @@ def capture(
     "irregular,truncated"; see `workbench.harmony.flags`. routing: "host" forces the experts that a host chose, see
     `workbench.capture.host_routing`. workers, or the address of a Dask scheduler: see
     `workbench.capture.cluster`. `model` may be on the device "meta" if workers load it, on `worker_device` (the device
-    type of `model` if None). What happens is logged to `log_file`, beside a local run if None.
+    type of `model` if None). What happens is logged to `log_file`, beside a local run if None. overwrite: replace a run
+    that is there instead of resuming it.
+
+    Raises:
+        InputError: an option, the transcripts or the run is refused; nothing was written.
+        JobError: a signal, a full disk or the loss of workers stopped the job; what was written is kept.
     """
+    _check_run_path(path, [transcripts, model.checkpoint.path], overwrite=overwrite)
     job = plan(
         model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
     )
-    _refuse_full_disk(model, job, _pending(job, path), path)
+    _refuse_full_disk(model, job, _pending(job, None if overwrite else path), path)
     with (
-        writer_of(job, model, transcripts, path, device=worker_device) as writer,
+        writer_of(job, model, transcripts, path, device=worker_device, overwrite=overwrite) as writer,
         _logged(path, log_file),  # a refused start leaves no log
         StopSignal(str(path)) as interrupt,
     ):
@@ -168,31 +174,15 @@ def plan(
 
 
 def _read(model: GptOss, transcripts: str | Path) -> tuple[list[Transcript], list[Reject], str]:
-    """Return the transcripts, the rows that cannot be used, and the digest of the bytes that were read.
-
-    A pipe, such as `<(zcat t.jsonl.gz)`, can be read once only: its bytes are copied to a temporary file.
-    """
+    """Return the transcripts, the rows that cannot be used, and the digest of the bytes that were read."""
     path = Path(transcripts)
-    with ExitStack() as stack:
-        try:
-            kind = path.stat().st_mode
-            if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
-                raise InputError(f"{transcripts} is a device; give a file of transcripts")
-            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
-                copy = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".jsonl"))
-                with path.open("rb") as pipe:
-                    shutil.copyfileobj(pipe, copy)
-                copy.flush()
-                path = Path(copy.name)
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                before = os.fstat(file.fileno())
+    try:
+        with regular_file(transcripts) as path:
+            digest, before = sha256(path), path.stat()
             rows, rejects = read_transcripts(path, tokenizer=model.tokenizer, n_ctx=model.cfg.n_ctx)
             after = path.stat()
-        except OSError as error:
-            raise InputError(f"{transcripts} cannot be read: {error.strerror or error}") from error
-        except InputError as error:
-            raise InputError(str(error).replace(str(path), str(transcripts))) from error
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), str(transcripts))) from error
     if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
         raise InputError(f"{transcripts} was changed while it was read; start again when it is complete")
     return rows, rejects, digest
@@ -204,11 +194,18 @@ def _flags(row: Transcript, model: GptOss) -> tuple[str, ...]:
 
 
 def writer_of(
-    job: Plan, model: GptOss, transcripts: str | Path, path: str | Path, *, device: str | None = None
+    job: Plan,
+    model: GptOss,
+    transcripts: str | Path,
+    path: str | Path,
+    *,
+    device: str | None = None,
+    overwrite: bool = False,
 ) -> RunWriter:
     """Return the writer of a job's run, made or resumed. device: of the workers, if `model` is not on theirs."""
     return open_writer(
         path,
+        overwrite=overwrite,
         layout=job.layout,
         sequences=_sequences(job.rows, job.layout, job.flags),
         messages=_messages(
@@ -239,9 +236,23 @@ def dry_run(
     return estimate.estimate(model, job.rows, job.spec, job.layout, _pending(job, path), path)
 
 
-def _pending(job: Plan, path: str | Path) -> list[int]:
+def _check_run_path(path: str | Path, inputs: Sequence[str | Path], *, overwrite: bool) -> None:
+    """Check that the path of a run is no input and no file, device or pipe; a link to a run can be resumed."""
+    if "://" in str(path):
+        return
+    target = Path(path)
+    if overwrite or not target.is_dir():
+        check_kind(target)
+    if target.is_file():
+        raise InputError(f"{path} is a file: a run is a folder")
+    refuse_inputs(target, inputs)
+
+
+def _pending(job: Plan, path: str | Path | None) -> list[int]:
     """Units that a run at this path lacks, or all if there is none."""
     every = list(range(len(job.layout.units)))
+    if path is None:
+        return every
     try:
         committed = open_run(path).committed
     except InputError:

@@ -23,6 +23,10 @@ Record = Annotated[
     ),
 ]
 Exclude = Annotated[str | None, typer.Option(help="Leave sequences with these flags out, as in irregular,truncated.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an output that exists, if this command wrote it and nobody changed it."),
+]
 UnitTokens = Annotated[int, typer.Option(help="Tokens of a unit, which is computed and committed at once.")]
 
 

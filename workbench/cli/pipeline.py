@@ -12,6 +12,7 @@ from workbench.cli.options import (
     Exclude,
     IgnoreField,
     Model,
+    Overwrite,
     Record,
     RunPath,
     UnitTokens,
@@ -27,7 +28,7 @@ app = typer.Typer()
 def generate(
     model: Model,
     prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, answer?, meta?")],
-    out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write.")],
+    out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write or to complete.")],
     effort: Annotated[
         list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")
     ] = None,
@@ -39,9 +40,9 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
     ignore_field: IgnoreField = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Generate answers to prompts at one or several reasoning efforts."""
+    """Generate answers to prompts at one or several reasoning efforts. Rerun the command to resume."""
     from workbench.capture.generation import generate_transcripts
 
     loaded = load_model(model, device, dtype, ignore_field)
@@ -90,9 +91,9 @@ def transcripts(
     tokenizer: Annotated[
         str | None, typer.Option(help="Checkpoint folder whose vocabulary completions use. [default: o200k_harmony]")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT instead of adding what is missing.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Collect model responses from an OpenAI-compatible API. Rerun the command to collect what is missing."""
+    """Collect model responses from an OpenAI-compatible API. Rerun the command to resume."""
     import json
 
     from workbench.harmony.hosts.collect import Settings, collect
@@ -128,7 +129,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write.")],
     effort: Annotated[str | None, typer.Option(help="Reasoning effort of conversations that name none.")] = None,
     requests: Annotated[Path | None, typer.Option(help="Request file of an OpenAI batch, for its responses.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert conversations that other programs stored to transcripts.
 
@@ -138,13 +139,17 @@ def convert(
     from workbench.harmony.hosts.files import convert as read
     from workbench.harmony.hosts.files import counts
     from workbench.harmony.transcripts import write_rows
+    from workbench.outputs import check_output
+    from workbench.row_output import written_by
 
+    inputs = [file, *([requests] if requests is not None else [])]
+    check_output(out, command="convert", inputs=inputs, overwrite=overwrite, owned=written_by("convert"))
     kind, rows, left_out = read(file, effort=effort, requests=requests)
     for why in left_out[:20]:
         print(f"left out, {why}", file=sys.stderr)
     if not rows:
         raise InputError(f"{file}: {kind} without a conversation that can be used")
-    write_rows(out, rows, overwrite=overwrite)
+    write_rows(out, rows, overwrite=overwrite, command="convert", inputs=inputs)
     parts = [f"{len(rows):,} conversations", counts(rows), f"{len(left_out):,} left out" if left_out else ""]
     print(f"{file}: {kind}, " + ", ".join(filter(None, parts)))
 
@@ -171,6 +176,7 @@ def capture(
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
     ignore_field: IgnoreField = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Record activations of a model on transcripts into a run. Rerun the command to resume.
 
@@ -223,6 +229,7 @@ def capture(
         dask=dask,
         log_file=log,
         worker_device=worker_device,
+        overwrite=overwrite,
     )
     rejects = written.provenance["rejects"]
     print(f"{run}: {len(written.sequences):,} sequences" + (f", {len(rejects)} rows skipped" if rejects else ""))
@@ -269,7 +276,7 @@ def export(
     effort: Annotated[list[str] | None, typer.Option(help="Export only these sequences; repeat for several.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Export only these sequences; repeat for several.")] = None,
     context: Annotated[int, typer.Option(help="Tokens in a row of a dataset of activations.")] = 128,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Export a selection of a run for other programs."""
     from workbench.runs import open_run

@@ -5,7 +5,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from workbench.cli.options import Device, Dtype, Exclude, IgnoreField, RunPath, load_model
+from workbench.cli.options import Device, Dtype, Exclude, IgnoreField, Overwrite, RunPath, load_model
 from workbench.cli.study_help import StudyCommand, parse_options
 from workbench.errors import InputError
 
@@ -30,8 +30,10 @@ def study(
     dtype: Dtype = "bfloat16",
     ignore_field: IgnoreField = None,
     exclude: Exclude = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Run a study or an experiment: print its summary and write its tables."""
+    from workbench.outputs import check_files
     from workbench.registry import Experiment, find
     from workbench.runs import open_run
     from workbench.studies import run_study, save
@@ -42,7 +44,10 @@ def study(
         raise InputError(f"the experiment {record.name} needs the model: add --model with the captured checkpoint")
     if isinstance(record, Experiment) and other is not None:
         raise InputError(f"the experiment {record.name} takes one run, and {other!r} is a second")
+    inputs = [path for path in (run, other, model) if path is not None]
     runs = [open_run(path, exclude=exclude or ()) for path in (run, other) if path is not None]
+    if out is not None:
+        check_files([f"{record.name}.txt"], out, command="study", inputs=inputs, overwrite=overwrite)
     if model is not None and isinstance(record, Experiment):
         from workbench.experiments.registry import run_experiment
 
@@ -51,7 +56,7 @@ def study(
     else:
         results = run_study(name, *runs, seed=seed, **options)
     if out is not None:
-        save(results, out)
+        save(results, out, inputs=inputs, overwrite=overwrite)
     print(summarize(results))
 
 
@@ -77,15 +82,16 @@ def report(
     ] = None,
     seed: int = 0,
     exclude: Exclude = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write the results of all studies of a run as one self-contained HTML page."""
     from workbench.figures.report import write_report
     from workbench.runs import open_run
     from workbench.studies.result import load
 
-    for path in write_report(
-        open_run(run, exclude=exclude or ()), out, results=None if results is None else load(results), seed=seed
-    ):
+    opened = open_run(run, exclude=exclude or ())
+    given = None if results is None else load(results)
+    for path in write_report(opened, out, results=given, seed=seed, inputs=[run], overwrite=overwrite):
         print(path)
 
 
@@ -99,6 +105,7 @@ def figures(
     column: Annotated[str, typer.Option(help="screen, single (89 mm) or double (183 mm).")] = "screen",
     which: Annotated[str, typer.Option("--set", help="all, main (for the text) or supplement.")] = "all",
     exclude: Exclude = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write all figures of a run, each with its numbers (CSV), caption and provenance."""
     from workbench.figures.export import FORMATS, write_all
@@ -106,7 +113,13 @@ def figures(
 
     formats = tuple(format or FORMATS)
     for path in write_all(
-        open_run(run, exclude=exclude or ()), out, formats, column=cast(Any, column), which=cast(Any, which)
+        open_run(run, exclude=exclude or ()),
+        out,
+        formats,
+        column=cast(Any, column),
+        which=cast(Any, which),
+        inputs=[run],
+        overwrite=overwrite,
     ):
         print(path)
 

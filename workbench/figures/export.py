@@ -3,7 +3,7 @@
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from plotly.offline import get_plotlyjs
 from workbench.errors import InputError
 from workbench.figures import paper
 from workbench.figures.gallery import GalleryItem
+from workbench.outputs import check_files, refuse_paths, write_files
 from workbench.studies.comparison import Run
-from workbench.studies.files import refuse_paths, write_files
 
 PLOTLY_JS = "plotly.min.js"
 FORMATS = ("svg", "pdf", "png", "html")
@@ -32,12 +32,15 @@ def write_all(
     *,
     column: paper.Column = "screen",
     which: paper.Which = "all",
+    inputs: Iterable[str | Path] = (),
+    overwrite: bool = False,
 ) -> list[Path]:
-    """Every figure of every study of a run, `STUDY_NAME`; a study for which the run lacks something is left out."""
+    """Write every figure of every study of a run, `STUDY_NAME`; skip a study for which the run lacks something."""
     _check(formats)
+    check_files(["index.md"], out, command="figures", inputs=inputs, overwrite=overwrite)
     paper.fit(go.Figure(layout={"height": 500}), column)  # refuse a wrong column before minutes of work
     found, _ = paper.figures_of_run(run, which)
-    return write_gallery(found, out, formats, column=column)
+    return write_gallery(found, out, formats, column=column, inputs=inputs, overwrite=overwrite)
 
 
 def write_gallery(
@@ -46,6 +49,8 @@ def write_gallery(
     formats: Sequence[str] = FORMATS,
     *,
     column: paper.Column = "screen",
+    inputs: Iterable[str | Path] = (),
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write each figure with its numbers, caption (`.txt`) and provenance (`.json`), and `index.md`."""
     drawn = {name: drawing.draw() for name, drawing in found.items()}
@@ -54,7 +59,8 @@ def write_gallery(
     beside |= {f"{name}.json": paper.provenance(drawing, column) for name, drawing in found.items()}
     beside["index.md"] = paper.index(captions)
     figures = {name: paper.fit(figure, column) for name, figure in drawn.items()}
-    return write(figures, {name: drawing.table() for name, drawing in found.items()}, out, formats, beside)
+    tables = {name: drawing.table() for name, drawing in found.items()}
+    return write(figures, tables, out, formats, beside, inputs=inputs, overwrite=overwrite)
 
 
 def write(
@@ -63,6 +69,9 @@ def write(
     out: str | os.PathLike[str],
     formats: Sequence[str] = FORMATS,
     beside: Mapping[str, str] | None = None,
+    *,
+    inputs: Iterable[str | Path] = (),
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write `NAME.FORMAT` for every figure and format, and `NAME.csv`, after all of them are made.
 
@@ -85,7 +94,7 @@ def write(
         files[PLOTLY_JS] = get_plotlyjs()  # once, beside the pages: 4.8 MB in each of 25 would be 120
         for name, figure in figures.items():
             files[f"{name}.html"] = figure.to_html(include_plotlyjs=PLOTLY_JS, div_id=name, config=PAGE_CONFIG)
-    return write_files(files, out)
+    return write_files(files, out, command="figures", inputs=inputs, overwrite=overwrite)
 
 
 def _check(formats: Sequence[str]) -> None:
@@ -133,7 +142,9 @@ def script(
         sys.exit(f"usage: {Path(sys.argv[0]).name} RUN OUT [svg|pdf|png|html …]")
     run, out, *formats = sys.argv[1:]
     try:
-        for path in write_gallery(draw(open_run(run)), out, formats or ("pdf", "svg"), column=column):
+        for path in write_gallery(
+            draw(open_run(run)), out, formats or ("pdf", "svg"), column=column, inputs=[run], overwrite=True
+        ):
             print(path)
     except InputError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

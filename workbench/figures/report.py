@@ -2,7 +2,7 @@
 
 import html
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -13,11 +13,11 @@ from workbench.errors import InputError
 from workbench.figures.export import PAGE_CONFIG
 from workbench.figures.gallery import Gallery
 from workbench.harmony.flags import counted_in
+from workbench.outputs import MARKER, check_files, write_files
 from workbench.registry import find, studies
 from workbench.studies import run_study
 from workbench.studies.comparison import Run
 from workbench.studies.error_rate import statement
-from workbench.studies.files import write_files
 
 _SHOWN = 6  # figures of a study; all are written by `workbench figures`
 _FIRST = ("accuracy_by_tokens", "entropy_by_layer", "divergence_", "sizes", "routing_sizes", "sinks_sizes", "geometry")
@@ -37,15 +37,24 @@ def write_report(
     *,
     results: Mapping[str, Mapping[str, xr.Dataset]] | None = None,
     seed: int = 0,
+    inputs: Iterable[str | Path] = (),
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write the report as HTML and, beside it, as Markdown; results: of experiments, to include (see `load`).
 
+    inputs: paths that the report is made of, beside the run's. overwrite: replace an earlier report.
+
     Raises:
-        InputError: the output is no .html file, or no study can be made of the run.
+        InputError: the output is no .html file or exists, or no study can be made of the run.
     """
     target = Path(out)
-    if target.suffix != ".html":
+    if target.suffix != ".html" or target.name == ".html":
         raise InputError(f"{out}: a report is an .html file, its Markdown is written beside it")
+    if path := getattr(run, "path", None):
+        inputs = [*inputs, path]
+    names = [target.name, target.with_suffix(".md").name]
+    marker = f".{target.name}{MARKER}"
+    check_files(names, target.parent, command="report", inputs=inputs, overwrite=overwrite, marker=marker)
     told: dict[str, Mapping[str, xr.Dataset]] = {}
     left_out = []
     for study in studies(runs=1):
@@ -58,7 +67,8 @@ def write_report(
     if not told:
         raise InputError(" ".join(left_out))
     page, text = _html(run, told, left_out), _markdown(run, told, left_out)
-    return write_files({target.name: page, target.with_suffix(".md").name: text}, target.parent)
+    files = dict(zip(names, (page, text), strict=True))
+    return write_files(files, target.parent, command="report", inputs=inputs, overwrite=overwrite, marker=marker)
 
 
 def _figures(name: str, sets: Mapping[str, xr.Dataset]) -> list[tuple[str, go.Figure]]:

@@ -8,7 +8,6 @@ Messages may be those of any chat API. Other fields are ignored; blank lines, a 
 
 import datetime
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +24,9 @@ from workbench.harmony.messages import effort_of, settled_effort, shown
 from workbench.harmony.preamble import prompt_options
 from workbench.harmony.rendering import render_transcript
 from workbench.harmony.vocabulary import Tokenizer
+from workbench.inputs import regular_file
+from workbench.outputs import staged
+from workbench.row_output import stamp, written_by
 
 _LONGEST_ROW_BYTES = 50_000_000
 _READ_BYTES = 1 << 20
@@ -125,35 +127,42 @@ def read_transcripts(
 
 def write_transcripts(path: str | Path, rows: Iterable[Transcript], *, overwrite: bool = False) -> None:
     """Write transcripts to a temporary file and rename it when it is complete."""
-    write_rows(path, map(_as_json, rows), overwrite=overwrite)
+    write_rows(path, map(row_of, rows), overwrite=overwrite)
 
 
-def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, overwrite: bool = False) -> None:
+def write_rows(
+    path: str | Path,
+    rows: Iterable[dict[str, Any]],
+    *,
+    overwrite: bool = False,
+    command: str | None = None,
+    inputs: Iterable[str | Path] = (),
+) -> None:
     """Write rows as JSON lines; the file appears complete or not at all.
+
+    command: the name that each row is stamped with; only a file of such rows is replaced. Without it, any file is.
 
     Raises:
         InputError: the path exists, its folder does not, or it cannot be written.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists: choose another name, or overwrite")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is no folder: make it first")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    if command is None and path.exists() and (path.is_dir() or not overwrite):
+        why = "cannot be written: it is a folder" if path.is_dir() else "exists: choose another name, or overwrite"
+        raise InputError(f"{path} {why}")
+    owned = Path.is_file if command is None else written_by(command)
+    with (
+        staged(path, command=command or "transcripts", inputs=inputs, overwrite=overwrite, owned=owned) as part,
+        part.open("w", encoding="utf-8", newline="\n") as file,
+    ):
+        for row in rows:
+            stamped = row if command is None else stamp(row, command)
+            file.write(json.dumps(stamped, ensure_ascii=False) + "\n")
 
 
-def _as_json(row: Transcript) -> dict[str, Any]:
+def row_of(row: Transcript) -> dict[str, Any]:
+    """Return the row of a file of transcripts as an object of JSON."""
     fields: dict[str, Any] = {
         "id": row.id, "prompt_id": row.prompt_id, "effort": row.effort or None, "tokens": row.tokens.tolist(),
         "n_prompt": row.n_prompt, "complete": row.complete, "answer": row.answer, "correct": row.correct,
@@ -166,7 +175,7 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes | _BadRowError]]:
     """Number and bytes of every line that is not blank; a line too long to keep is passed over, and is an error."""
     empty = True
     try:
-        with path.open("rb") as file:
+        with regular_file(path) as source, source.open("rb") as file:
             for line, content in enumerate(_lines(file), 1):
                 row = (
                     content if line > 1 or isinstance(content, _BadRowError) else content.removeprefix(b"\xef\xbb\xbf")

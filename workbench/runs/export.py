@@ -15,6 +15,7 @@ import pandas as pd
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS, PARTS, ROLES
+from workbench.outputs import staged
 from workbench.runs import shards
 from workbench.runs.reader import Run
 
@@ -75,24 +76,15 @@ def export(
     if context < 1:
         raise InputError(f"--context {context}: a row has at least one token")
     selection.check(run)
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists: choose another name, or --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    _remove(part)
-    writers: dict[str, Callable[[], int]] = {
-        "parquet": lambda: _parquet(run, part, selection),
-        "safetensors": lambda: _safetensors(run, part, selection, str(hook), chosen),
-        "datasets": lambda: _dataset(run, part, selection, hook, chosen, context),
+    writers: dict[str, Callable[[Path], int]] = {
+        "parquet": lambda part: _parquet(run, part, selection),
+        "safetensors": lambda part: _safetensors(run, part, selection, str(hook), chosen),
+        "datasets": lambda part: _dataset(run, part, selection, hook, chosen, context),
     }
-    try:
-        n = writers[format]()
+    with staged(out, command="export", inputs=[run.path], overwrite=overwrite) as part:
+        n = writers[format](part)
         if not n:
             raise InputError("the selection holds no token of this run")
-        _remove(out)
-        part.replace(out)
-    finally:
-        _remove(part)
     return n
 
 
@@ -107,13 +99,6 @@ def _what(run: Run, what: str, layers: Sequence[int]) -> tuple[str | None, tuple
     if missing := set(layers) - set(recorded):
         raise InputError(f"--layers {min(missing)}: {name} was recorded in {', '.join(map(str, recorded))}")
     return short[name].hook, tuple(layers) or recorded
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _blocks(run: Run, selection: Selection) -> Iterator[tuple[slice, np.ndarray, pd.DataFrame]]:
@@ -268,5 +253,5 @@ def _dataset(
             raise InputError(f"no sequence has {context} such tokens: choose a smaller --context") from error
         raise
     finally:
-        _remove(cache)
+        shutil.rmtree(cache, ignore_errors=True)
     return n

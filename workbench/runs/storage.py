@@ -139,14 +139,21 @@ class LocalStorage:
     def lock(self) -> FileLock:
         return FileLock(self.path)
 
+    def _remove_killed(self) -> None:
+        """Remove what jobs that were killed left beside the run, and the run that this one replaces."""
+        for killed in self.path.parent.glob(f".{glob.escape(self.path.name)}.*{_CREATING}"):
+            shutil.rmtree(killed, ignore_errors=True)
+
     @contextmanager
     def new(self) -> Iterator[Path]:
-        for killed in self.path.parent.glob(f".{glob.escape(self.path.name)}.*{_CREATING}"):  # whose job was killed
-            shutil.rmtree(killed, ignore_errors=True)
+        self._remove_killed()
         staging = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}{_CREATING}")
         try:
             yield staging
+            if self.exists():  # an earlier run, which the caller was told to replace
+                os.rename(self.path, self.path.with_name(f"{staging.name.removesuffix(_CREATING)}.old{_CREATING}"))
             os.replace(staging, self.path)
+            self._remove_killed()
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -216,9 +223,12 @@ class ObjectStorage:
     def new(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             there = self.files()
-            if there and _CREATING not in there:
+            if there and not there & {_CREATING, ROOT}:
                 raise InputError(f"{self} holds something that is not a run ({min(there)}): name another place")
             yield Path(folder)
+            # of an earlier run, which the caller was told to replace, its root last: without it, it is no run
+            for key in [*(there - {ROOT, _CREATING}), *(there & {ROOT})]:
+                self.delete(key)
             self.put(_CREATING, [b""])
             files = sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
             for key in [*(name for name in files if name != ROOT), ROOT]:

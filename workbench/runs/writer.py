@@ -44,13 +44,17 @@ def open_writer(
     checkpoint: Mapping[str, Any],
     spec: Spec,
     provenance: Mapping[str, Any],
+    overwrite: bool = False,
 ) -> "RunWriter":
     """A writer for the run at `path`, created or resumed; use it as a context manager.
 
     sequences: a row a sequence, in the order of the layout. messages: positions relative to their sequence. A run of
-    another checkpoint, spec, transcripts or layout is refused by the field that differs.
+    another checkpoint, spec, transcripts or layout is refused by the field that differs. overwrite: replace a run that
+    is there; something else is never replaced.
     """
     target = place(path)
+    if replaces := overwrite and _is_there(target):
+        open_group(target, "r")  # refuses what is no run
     identity = {
         "checkpoint digest": checkpoint["digest"],
         "transcripts digest": provenance["transcripts"]["digest"],
@@ -61,7 +65,7 @@ def open_writer(
         "unit_tokens": layout.unit_tokens,
         "sequences": len(layout.lengths),
     }
-    if not _is_there(target):
+    if replaces or not _is_there(target):
         attributes = {
             "schema": SCHEMA,
             "status": "writing",
@@ -73,7 +77,7 @@ def open_writer(
             "identity": identity,
         }
         with Lock(target):
-            if not _is_there(target):  # another job may have created it since
+            if replaces or not _is_there(target):  # another job may have created it since
                 _create(target, attributes, layout, sequences, messages, spec)
     group = open_group(target, "r+")
     identity["spec"] = spec.to_json(group.attrs["schema"])

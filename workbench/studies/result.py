@@ -7,7 +7,7 @@ carries its provenance, its `method`, what is `not_controlled` and, in plain wor
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import xarray as xr
 
 from workbench.bounded_json import read_json
 from workbench.errors import InputError
-from workbench.studies.files import write_files
+from workbench.outputs import write_files
 from workbench.version import version
 
 
@@ -83,9 +83,16 @@ def summary(datasets: Mapping[str, xr.Dataset]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def save(datasets: Mapping[str, xr.Dataset], out_dir: str | os.PathLike[str]) -> list[Path]:
-    """Write `STUDY_NAME.json` and a CSV for each table, and `STUDY.txt`; each file is replaced whole or not at all.
+def save(
+    datasets: Mapping[str, xr.Dataset],
+    out_dir: str | os.PathLike[str],
+    *,
+    inputs: Iterable[str | Path] = (),
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write `STUDY_NAME.json` and a CSV for each table, and `STUDY.txt`; each file appears complete or not at all.
 
+    inputs: paths that the results were made of, which are never replaced. overwrite: replace results of the same names.
     The JSON has everything, with NaN as null, in the form that `xarray.Dataset.from_dict` reads.
     """
     files: dict[str, str] = {}
@@ -96,7 +103,7 @@ def save(datasets: Mapping[str, xr.Dataset], out_dir: str | os.PathLike[str]) ->
             files[f"{stem}_{dims}.csv"] = table.to_csv(index=False, lineterminator="\n")
     for study in dict.fromkeys(result.attrs["study"] for result in datasets.values()):
         files[f"{study}.txt"] = summary({name: ds for name, ds in datasets.items() if ds.attrs["study"] == study})
-    return write_files(files, out_dir)
+    return write_files(files, out_dir, command="study", inputs=inputs, overwrite=overwrite)
 
 
 def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:

@@ -62,6 +62,10 @@ class Host:
         self.stop = threading.Event()
         self.dropped: set[str] = set()
 
+    def stop_retrying(self) -> None:
+        """Let requests under way end, but wait for no others."""
+        self.stop.set()
+
     def close(self) -> None:
         self._http.close()
 

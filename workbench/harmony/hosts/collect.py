@@ -5,11 +5,10 @@ The same call again asks only what is missing.
 
 import hashlib
 import json
-import os
+import queue as queues
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,16 @@ from workbench.harmony.hosts import answers, requests, routing
 from workbench.harmony.hosts.client import AbsentError, Host, HostError
 from workbench.harmony.labels import label
 from workbench.harmony.marked_text import is_marked, read_output
-from workbench.harmony.messages import EFFORTS, check_messages, settled_effort
+from workbench.harmony.messages import EFFORTS, check_messages, settled_effort, shown
 from workbench.harmony.rendering import render
 from workbench.harmony.transcripts import Prompt, read_prompts
 from workbench.harmony.vocabulary import Tokenizer, tokenizer
 from workbench.progress import progress
+from workbench.row_output import KEY, RowOutput, is_stamped
+from workbench.signals import StopSignal
 
+_COMMAND = "transcripts"
+_POLL_S = 0.25  # how often a waiting job looks for a signal
 APIS = ("chat", "responses", "completions")  # those that are tried; `generate` is vLLM's own and must be named
 
 
@@ -84,38 +87,68 @@ def collect(url: str, prompts: str | Path, out: str | Path, settings: Settings, 
     """Send every prompt at every effort to the host at `url` and append a transcript row to `out` for each response.
 
     Raises:
-        InputError: `out` holds transcripts of another request.
+        InputError: a setting or a prompt is invalid, or `out` is another job's or another command's.
+        JobError: some responses are missing, or SIGINT or SIGTERM stopped the job; the rows written are kept.
     """
     settings.check()
-    out = Path(out)
-    jobs = [Job(p, e, s) for p in read_prompts(prompts) for e in settings.efforts for s in range(settings.samples)]
-    if overwrite:
-        out.unlink(missing_ok=True)
-    done = _done(out)
-    for job in jobs:
-        if job.id in done and done[job.id] != _digest(job, settings):
-            raise InputError(f"{out} holds {job.id!r} of another request: name another file, or --overwrite")
-    left = [job for job in jobs if job.id not in done]
+    asked = read_prompts(prompts)
+    jobs = [Job(p, e, s) for p in asked for e in settings.efforts for s in range(settings.samples)]
     host = Host(
         url, key_env=settings.key_env, timeout=settings.timeout, retries=settings.retries, per_minute=settings.per_minute,
         threads=settings.concurrency,
     )  # fmt: skip
     try:
-        _collect(host, left, out, settings)
+        with RowOutput(
+            out, command=_COMMAND, inputs=[prompts], overwrite=overwrite, is_own=_is_own
+        ) as rows, StopSignal(str(out)) as interrupt:  # fmt: skip
+            _refuse_other_requests(out, rows.known, jobs, settings, host.name)
+            left = [job for job in jobs if job.id not in rows.known]
+            _collect(host, left, rows, settings, interrupt)
+            rows.finish(job.id for job in jobs)
     finally:
         host.close()
 
 
-def _collect(host: Host, left: list[Job], out: Path, settings: Settings) -> None:
+def _is_own(row: Mapping[str, Any]) -> bool:
+    """Whether this command wrote a row; before 0.8 rows were not stamped."""
+    meta = row.get("meta")
+    return is_stamped(row, _COMMAND) or (isinstance(meta, dict) and {"host", "request"} <= meta.keys())
+
+
+def _refuse_other_requests(
+    out: str | Path, known: Mapping[str, Mapping[str, Any]], jobs: Sequence[Job], settings: Settings, host: str
+) -> None:
+    """Check that every row that is there answers a request of this job.
+
+    Raises:
+        InputError: one does not; the message names what differs.
+    """
+    by_id = {job.id: job for job in jobs}
+    for id, row in known.items():
+        meta = row["meta"]
+        if id not in by_id:
+            raise InputError(f"{out} holds {id!r}, which is no request of this job: name another file, or --overwrite")
+        if meta.get("request") == _digest(by_id[id], settings):
+            continue
+        begun = meta.get(KEY) or {"model": meta.get("model")}
+        now = _about(by_id[id], settings)
+        other = [f"{name} {shown(begun[name])}, now {shown(now[name])}" for name in begun if begun[name] != now.get(name, begun[name])]  # fmt: skip
+        raise InputError(
+            f"{out} holds {id!r} of another request ({'; '.join(other) or 'its prompt or settings differ'}): "
+            "name another file, or --overwrite"
+        )
+
+
+def _collect(host: Host, left: list[Job], rows: RowOutput, settings: Settings, interrupt: StopSignal) -> None:
     failed: list[tuple[Job, str]] = []
     reasoning: dict[str, int] = {}
     flags: list[tuple[str, ...]] = []
-    with _Rows(out) as rows, progress("transcripts", len(left), "answers") as advance:
-        for job, result in _asked(host, left, settings):
+    with progress("transcripts", len(left), "answers") as advance:
+        for job, result in _asked(host, left, settings, interrupt):
             if isinstance(result, dict):
                 experts = result.pop("routed_experts", None)
                 if experts is not None:
-                    routing.write_experts(out, result["id"], experts)
+                    routing.write_experts(rows.path, result["id"], experts)
                 rows.write(result)
                 flags.append(_flags(result, settings.vocabulary))
                 kind = result["meta"]["reasoning"]
@@ -132,35 +165,59 @@ def _collect(host: Host, left: list[Job], out: Path, settings: Settings) -> None
             file=sys.stderr,
         )
     if found := counted(flags):
-        print(f"{out}: {len(flags):,} answers, {found}", file=sys.stderr)
+        print(f"{rows.path}: {len(flags):,} answers, {found}", file=sys.stderr)
+    interrupt.check()
     if failed:
         raise JobError(
-            f"{len(failed)} of {len(left)} were not answered; the others are in {out}, the same command asks again"
+            f"{len(failed)} of {len(left)} were not answered; the others are in {rows.path}, the same command asks again"
         )
 
 
-def _asked(host: Host, left: list[Job], settings: Settings) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
-    """Rows or reasons, as they come; at most `concurrency` requests at a time."""
+_Result = dict[str, Any] | Exception
+
+
+def _asked(
+    host: Host, left: list[Job], settings: Settings, interrupt: StopSignal
+) -> Iterator[tuple[Job, _Result]]:  # fmt: skip
+    """Yield rows or reasons as they come; at most `concurrency` requests at a time.
+
+    Whatever is wrong with one answer is the reason of one row. After a signal nothing more is asked, and the answers
+    under way are waited for.
+    """
     ask = _Asker(host, settings)
     queue = iter(left)
-    with ThreadPoolExecutor(settings.concurrency) as pool:
-        running: dict[Future[dict[str, Any]], Job] = {}
+    results: queues.SimpleQueue[tuple[Job, _Result]] = queues.SimpleQueue()
+    running = 0
+
+    def work(job: Job) -> None:
         try:
-            while True:
-                room = settings.concurrency if ask.api != "auto" else 1  # the first finds out what the host speaks
-                while len(running) < room and (job := next(queue, None)) is not None:
-                    running[pool.submit(ask, job)] = job
-                if not running:
-                    return
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    job = running.pop(future)
-                    try:
-                        yield job, future.result()
-                    except (HostError, answers.NoAnswerError) as error:
-                        yield job, error
-        finally:
-            host.stop.set()
+            results.put((job, ask(job)))
+        except Exception as error:
+            results.put((job, error))
+
+    try:
+        while True:
+            room = settings.concurrency if ask.api != "auto" else 1  # the first finds out what the host speaks
+            while running < room and not interrupt.asked and (job := next(queue, None)) is not None:
+                # daemons, so that a second Ctrl-C need not wait for the host
+                threading.Thread(target=work, args=(job,), daemon=True).start()
+                running += 1
+            if interrupt.asked:
+                host.stop_retrying()
+            if not running:
+                return
+            try:
+                job, result = results.get(timeout=_POLL_S)
+            except queues.Empty:
+                continue
+            running -= 1
+            if isinstance(result, InputError):
+                raise result
+            if isinstance(result, Exception) and not isinstance(result, HostError | answers.NoAnswerError):
+                result = answers.NoAnswerError(f"the reply cannot be read ({type(result).__name__}: {result})")
+            yield job, result
+    finally:
+        host.stop.set()
 
 
 class _Asker:
@@ -200,7 +257,7 @@ class _Asker:
             "id": job.id, "prompt_id": job.prompt.id, "effort": job.effort, **fields, "answer": job.prompt.answer,
             "meta": job.prompt.meta | about | {
                 "host": self.host.name, "model": self.settings.model, "api": api, "dropped": sorted(self.host.dropped),
-                "request": _digest(job, self.settings),
+                "request": _digest(job, self.settings), KEY: {"command": _COMMAND, **_about(job, self.settings)},
             },
         }  # fmt: skip
 
@@ -337,51 +394,24 @@ def _filled(value: Any, effort: str) -> Any:
     return value.replace("{effort}", effort) if isinstance(value, str) else value
 
 
+def _about(job: Job, settings: Settings) -> dict[str, Any]:
+    """Return what of a request could change its answer, by name; of long texts a digest."""
+
+    def digest(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+    return {
+        "model": settings.model,
+        "temperature": settings.temperature,
+        "max_tokens": settings.max_tokens,
+        "prompt": digest([job.prompt.messages, job.prompt.options]),
+        "body": digest(dict(settings.body)),
+    }
+
+
 def _digest(job: Job, settings: Settings) -> str:
     """Names a request: all that could change its answer."""
     asked = [job.prompt.messages, job.effort, job.sample, settings.model, settings.temperature, settings.max_tokens]
     asked += [job.prompt.options] if job.prompt.options else []
     text = json.dumps([*asked, dict(settings.body)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _done(out: Path) -> dict[str, str]:
-    """Request digests of the rows that are there, by id; half a line that a kill left is cut off."""
-    if not out.exists():
-        return {}
-    content = out.read_bytes()
-    if content and not content.endswith(b"\n"):
-        content = content[: content.rfind(b"\n") + 1]
-        with open(out, "r+b") as file:
-            file.truncate(len(content))
-    found = {}
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            row = json.loads(line)
-            found[row["id"]] = row["meta"]["request"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{out}, line {number}: not a transcript that this command wrote: name another file, or --overwrite"
-            ) from error
-    return found
-
-
-class _Rows:
-    """Appends rows, each on the disk before the next."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._file = path.open("a", encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}") from error
-
-    def __enter__(self) -> "_Rows":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())

@@ -10,10 +10,13 @@ from workbench.errors import JobError
 
 
 class StopSignal:
-    """Between `with` and its end the first signal asks the job to stop; a second one stops it at once."""
+    """Between `with` and its end the first signal asks the job to stop; a second one stops it at once.
+
+    asked: the name of the signal, "" before there was one.
+    """
 
     def __init__(self, job: str) -> None:
-        self._job, self._asked = job, ""
+        self._job, self.asked = job, ""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -26,15 +29,15 @@ class StopSignal:
 
     def check(self) -> None:
         """Stop here if somebody asked for it."""
-        if self._asked:
+        if self.asked:
             raise JobError(
-                f"{self._job} was stopped by {self._asked}; what was written is kept, start it again to go on"
+                f"{self._job} was stopped by {self.asked}; what was written is kept, start it again to go on"
             )
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = signal.Signals(number).name
+        self.asked = signal.Signals(number).name
         self._give_back()
-        print(f"{self._asked}: finishing what is being written; once more stops at once", file=sys.stderr, flush=True)
+        print(f"{self.asked}: finishing what is being written; once more stops at once", file=sys.stderr, flush=True)
 
     def _give_back(self) -> None:
         for number, handler in self._before.items():

@@ -1,0 +1,183 @@
+"""No command writes over what another wrote, over an input, or through a link; nothing is half-written."""
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from workbench import outputs
+from workbench.errors import InputError
+from workbench.outputs import check_output, staged, write_files
+
+
+def put(path: Path, text: str = "new", **options: object) -> None:
+    with staged(path, **{"command": "export", **options}) as part:  # type: ignore[arg-type]
+        part.write_text(text)
+
+
+def put_folder(path: Path, text: str = "new", **options: object) -> None:
+    with staged(path, **{"command": "export", **options}) as part:  # type: ignore[arg-type]
+        (part / "inner").mkdir(parents=True)
+        (part / "inner" / "a").write_text(text)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): os.readlink(p) if p.is_symlink() else p.read_text()
+        for p in sorted(folder.rglob("*"))
+        if p.is_symlink() or p.is_file()
+    }
+
+
+@pytest.mark.parametrize("write", [put, put_folder])
+def test_only_what_the_same_command_wrote_is_replaced(tmp_path: Path, write: Callable[..., None]) -> None:
+    out = tmp_path / "deep" / "out"
+    write(out, "old")
+    with pytest.raises(InputError, match="exists: choose another name, or --overwrite"):
+        write(out)
+    with pytest.raises(InputError, match="was not written by `workbench report`"):
+        write(out, command="report", overwrite=True)
+    assert "old" in contents(out.parent).values()
+    write(out, "new", overwrite=True)
+    assert "new" in contents(out.parent).values()
+    assert "old" not in contents(out.parent).values()
+    write(out, "newer", overwrite=True)
+
+
+@pytest.mark.parametrize("write", [put, put_folder])
+@pytest.mark.parametrize("how", ["edited", "no marker"])
+def test_what_somebody_changed_is_kept(tmp_path: Path, write: Callable[..., None], how: str) -> None:
+    out = tmp_path / "out"
+    write(out)
+    marker = out / outputs.MARKER if out.is_dir() else tmp_path / f".out{outputs.MARKER}"
+    if how == "no marker":
+        marker.unlink()
+    elif out.is_dir():
+        (out / "notes.txt").write_text("mine")
+    else:
+        out.write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="was changed since"):
+        write(out, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_an_input_is_never_an_output(tmp_path: Path) -> None:
+    run = tmp_path / "data" / "run.zarr"
+    run.mkdir(parents=True)
+    (run / "zarr.json").write_text("{}")
+    os.link(run / "zarr.json", tmp_path / "hard")
+    (tmp_path / "soft").symlink_to(tmp_path / "data")
+    for out, said in (
+        (run, "is an input"),
+        (run.parent, "contains the input"),
+        (run / "x", "lies in the input"),
+        (tmp_path / "soft" / "run.zarr", "is an input"),
+        (tmp_path / "soft" / ".." / "data" / "run.zarr" / "y", "lies in the input"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_output(out, command="export", inputs=[run], overwrite=True, owned=lambda path: True)
+    with pytest.raises(InputError, match="is an input"):
+        check_output(tmp_path / "hard", command="x", inputs=[run / "zarr.json"], overwrite=True, owned=lambda p: True)
+    assert check_output(tmp_path / "free", command="export", inputs=[run, "nano", "s3://bucket/run"])
+    with pytest.raises(InputError, match="lies in the input"):
+        write_files({"a": ""}, run / "tables", command="study", inputs=[run])
+    write_files({"a": ""}, run.parent, command="study", inputs=[run])  # single files beside the run
+
+
+def test_links_devices_and_pipes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "dangling", "fifo"):
+        for options in ({}, {"overwrite": True}):
+            with pytest.raises(InputError, match=r"is a link|is a device, a pipe"):
+                put(tmp_path / name, **options)
+            with pytest.raises(InputError, match=r"is a link|is a device, a pipe"):
+                write_files({name: "new"}, tmp_path, command="study", **options)  # type: ignore[arg-type]
+    for device in ("/dev/full", "/dev/null"):
+        with pytest.raises(InputError, match="is a device"):
+            put(Path(device), overwrite=True)
+    assert (tmp_path / "target").read_text() == "mine"
+    for out in (tmp_path / "target" / "x", "", "..", "a\0b", tmp_path / "x" / ".."):
+        with pytest.raises(InputError):
+            put(Path(out))
+
+
+def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    put(out, "old")
+    before = contents(tmp_path)
+    with suppress(KeyboardInterrupt), staged(out, command="export", overwrite=True) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == before
+
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_files({"a": "new"}, tmp_path / "not" / "there", command="study")
+    assert not (tmp_path / "not").exists()
+    # a killed process: its staging folder is removed by the next
+    left = tmp_path / ".out.killed.staging"
+    left.mkdir()
+    put(out, overwrite=True)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("moment", ["before the rename", "after the rename"])
+def test_a_kill_around_the_rename_leaves_a_file_that_can_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    out = tmp_path / "out"
+    put(out, "old")
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target) == out:
+            if moment == "after the rename":
+                replace(source, target)
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            put(out, overwrite=True)
+    assert out.read_text() == ("old" if moment == "before the rename" else "new")
+    put(out, "newest", overwrite=True)
+    assert out.read_text() == "newest"
+
+
+def test_files_of_several_commands_share_a_folder(tmp_path: Path) -> None:
+    write_files({"a.txt": "study"}, tmp_path, command="study")
+    write_files({"b.txt": "figures"}, tmp_path, command="figures")
+    with pytest.raises(InputError, match="not written by `workbench figures`"):
+        write_files({"c.txt": "", "a.txt": "figures"}, tmp_path, command="figures", overwrite=True)
+    write_files({"a.txt": "again"}, tmp_path, command="study", overwrite=True)
+    assert contents(tmp_path) == {"a.txt": "again", "b.txt": "figures"}
+
+
+@pytest.mark.parametrize("name", ["../a.txt", "/tmp/a.txt", "b/a.txt", "..", ""])
+def test_a_name_that_leaves_the_folder_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be the name of a file"):
+        write_files({"fine.txt": "", name: ""}, tmp_path / "out", command="study")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_rule_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negative control: without the check of content, a file that was edited is lost."""
+    out = tmp_path / "out"
+    put(out)
+    out.write_text("mine")
+    monkeypatch.setattr(outputs, "_foreign", lambda path, command: "")
+    put(out, overwrite=True)
+    assert out.read_text() == "new"
+    shutil.rmtree(tmp_path)

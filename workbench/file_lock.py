@@ -1,0 +1,139 @@
+"""A lock of this machine: one process at a time writes a file or folder.
+
+`flock` on `.NAME.lock` beside the target, so the lock exists before the target does and the kernel releases it when
+its holder ends, however it ends.
+
+Reference: flock(2); the check of the inode after locking makes it safe to remove the file.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import InputError
+
+LOCK = ".lock"
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+def process_start(pid: int) -> str | None:
+    """Return when a process of this host began (None: not running), which tells a reused process id apart."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return None
+    except PermissionError:
+        pass
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[19]
+    except OSError:  # no /proc on this system: the pid alone has to do
+        return ""
+
+
+def process_namespace() -> str:
+    """Return what tells process ids of two containers on one host apart."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def owner() -> dict[str, Any]:
+    """Return what a lock records of its holder."""
+    return {
+        "host": platform.node(),
+        "process": os.getpid(),
+        "process_start": process_start(os.getpid()),
+        "namespace": process_namespace(),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "nonce": uuid.uuid4().hex,
+    }
+
+
+def refusal(target: object, holder: dict[str, Any], remedy: str) -> InputError:
+    """Return the error that names the holder of a lock."""
+    return InputError(
+        f"{target} is being written by process {holder.get('process', 'unknown')} on {holder.get('host', 'this host')} "
+        f"since {holder.get('since', 'just now')}; {remedy}"
+    )
+
+
+class FileLock:
+    """`flock` on a file beside `target`, under the target's real name: symbolic links to one run share one lock."""
+
+    def __init__(self, target: str | Path) -> None:
+        self._target = target
+        real = Path(os.path.realpath(target))
+        self.path = real.with_name(f".{real.name}{LOCK}")
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "FileLock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Lock the file, and lock again if the file was removed between opening and locking."""
+        while self._descriptor is None:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            except OSError as error:
+                raise InputError(f"{self._target} cannot be locked: {self.path}: {error.strerror}") from error
+            if self._locked(descriptor):
+                self._descriptor = descriptor
+        record = json.dumps(owner()).encode()
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, record, 0)
+
+    def _locked(self, descriptor: int) -> bool:
+        """Whether the descriptor is locked and still the file of that name; closed otherwise."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            opened, named = os.fstat(descriptor), os.stat(self.path, follow_symlinks=False)
+            if (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino):
+                return True
+        except BlockingIOError:
+            os.close(descriptor)
+            raise refusal(self._target, self._read_owner(), "wait for it to finish, or stop it first") from None
+        except FileNotFoundError:  # removed by the previous holder
+            pass
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _UNSUPPORTED:
+                raise InputError(
+                    f"{self._target} cannot be locked: its file system has no file locks ({error.strerror}); "
+                    "write to another file system, or mount this one with locks"
+                ) from error
+            raise
+        os.close(descriptor)
+        return False
+
+    def _read_owner(self) -> dict[str, Any]:
+        """Return what the holder wrote; it may be a moment late."""
+        for _ in range(20):
+            with suppress(OSError, ValueError):
+                holder = json.loads(self.path.read_bytes())
+                if isinstance(holder, dict):
+                    return holder
+            time.sleep(0.005)
+        return {}
+
+    def release(self) -> None:
+        """Remove the file while it is locked, then unlock it."""
+        if self._descriptor is None:
+            return
+        with suppress(FileNotFoundError):
+            self.path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = None

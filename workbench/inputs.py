@@ -1,0 +1,59 @@
+"""Inputs: the files and pipes that a command may read.
+
+A device has no end, and a named pipe to which nobody writes never has a beginning: both are refused. A pipe can be
+read once only, so its content is copied to a temporary file.
+"""
+
+import os
+import select
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from workbench.errors import InputError
+
+WRITER_TIMEOUT_S = 10.0  # within which a named pipe must have a writer
+_ANONYMOUS = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
+
+
+@contextmanager
+def regular_file(path: str | Path) -> Iterator[Path]:
+    """Yield a regular file with the content of `path`: the file itself, or a copy of what a pipe gives.
+
+    Raises:
+        InputError: it is a device, a socket or a pipe without a writer, or cannot be read.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # whoever opens a folder is told that it is one
+        yield Path(path)
+        return
+    if not stat.S_ISFIFO(mode):
+        raise InputError(f"{path} is a {'socket' if stat.S_ISSOCK(mode) else 'device'}; give a file")
+    with tempfile.NamedTemporaryFile(suffix=Path(path).suffix) as copy:
+        try:
+            with os.fdopen(_open_pipe(path), "rb") as pipe:
+                shutil.copyfileobj(pipe, copy)
+            copy.flush()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        yield Path(copy.name)
+
+
+def _open_pipe(path: str | Path) -> int:
+    """Return a descriptor of a pipe that has a writer."""
+    if str(path).startswith(_ANONYMOUS):  # as in <(zcat rows.jsonl.gz): its writer exists
+        return os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    if not poll.poll(WRITER_TIMEOUT_S * 1000):
+        os.close(descriptor)
+        raise InputError(f"{path} is a pipe to which nothing was written for {WRITER_TIMEOUT_S:.0f} s; give a file")
+    os.set_blocking(descriptor, True)
+    return descriptor
