@@ -7,6 +7,7 @@ nodes: nothing that a transcript says can be run.
 import base64
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from workbench import harmony
-from workbench.dashboards.search import texts
+from workbench.dashboards.search import texts, vocabulary
 from workbench.figures.template import THEMES, ThemeName
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run
@@ -25,13 +26,33 @@ HEIGHT = 760
 
 def frame(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None, theme: ThemeName = "light") -> str:
     """HTML of the frame with the conversation in it."""
-    told = data_of(run, sequence, tokenizer) | {"theme": theme, "colours": dict(THEMES[theme].channel)}
-    data = json.dumps(told, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    page = _PAGE.read_text(encoding="utf-8").replace("__DATA__", data)
     return (
         f'<iframe title="conversation" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0" '
-        f'srcdoc="{html.escape(page, quote=True)}"></iframe>'
+        f'srcdoc="{html.escape(document(run, sequence, tokenizer, theme), quote=True)}"></iframe>'
     )
+
+
+def document(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None, theme: ThemeName = "light") -> str:
+    """Return the conversation as one HTML document that fetches nothing."""
+    told = data_of(run, sequence, tokenizer) | {"theme": theme, "colours": dict(THEMES[theme].channel)}
+    data = json.dumps(told, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return _PAGE.read_text(encoding="utf-8").replace("__DATA__", data)
+
+
+def shared_page(run: Run, sequences: Sequence[int], theme: ThemeName = "light") -> str:
+    """Return one HTML file with these conversations: the replay of one, or each behind its title."""
+    tokenizer = vocabulary(run)
+    if len(sequences) == 1:
+        return document(run, sequences[0], tokenizer, theme)
+    table = run.sequences
+    parts = []
+    for number in sequences:
+        row = table.loc[number]
+        title = html.escape(f"{row['id']!s}, effort {row['effort']!s}")
+        parts.append(f"<details><summary>{title}</summary>{frame(run, number, tokenizer, theme)}</details>")
+    name = html.escape(f"{len(sequences)} conversations of run {run.digest}")
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><h1>{name}</h1>'
+    return head + "\n".join(parts)
 
 
 def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dict[str, Any]:

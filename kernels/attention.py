@@ -120,12 +120,29 @@ def _over_keys(q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int |
     """One batch of sequences, over the keys alone."""
     whole = q.shape[1] == k.shape[1] and not bool(query_pos[:, 0].any())
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if q.shape[1] == 1 and not graph and q.device.type == "cpu":
+        return _one_query(q, k, v, query_pos, window)
     if not whole or graph or q.device.type != "cpu":
         return _blocks(q, k, v, query_pos, window)
     if window is None or window >= q.shape[1]:
         z, lse = _flash(*(t.transpose(1, 2) for t in (q, k, v)), 0.0, True)
         return z.transpose(1, 2), lse.mT
     return _banded(q, k, v, window)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """One query a row, each row on its own keys, so that it depends neither on other rows nor on keys out of reach.
+
+    The query heads of a kv head are the queries of one call, which reads its keys and values once and copies none.
+    """
+    outs, lses = [], []
+    for row, last in enumerate(query_pos[:, 0].tolist()):
+        keys = slice(0 if window is None else max(0, last - window + 1), last + 1)
+        grouped = q[row].unflatten(1, (k.shape[2], -1))[0][None]
+        z, lse = _flash(grouped, *(t[row : row + 1, keys].transpose(1, 2) for t in (k, v)), 0.0, False)
+        outs.append(z.flatten(1, 2))
+        lses.append(lse.flatten(1, 2))
+    return torch.stack(outs), torch.stack(lses)
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,14 @@ Cost for T tokens: 6 · T · k · d_model · d_mlp multiply-adds; 3 · d_model �
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.kernels import dispatch
+from workbench.kernels import cpu, dispatch
 from workbench.kernels.chunking import chunked
 from workbench.kernels.mxfp4 import Mxfp4, linear
 from workbench.kernels.parallel import parallel_map
@@ -22,6 +23,7 @@ from workbench.kernels.routing import group
 
 _TOKENS = 8192  # at a time: bounds the memory of a long prompt, and unpacking every expert again costs 3 % of its work
 _LIGHT = 2**20  # values of an expert's matrix below which handing it to a thread costs more than it saves
+_FEW_TOKENS = 32  # up to which the compiled CPU kernels multiply by packed matrices without unpacking them
 ActivationHook = Callable[[Tensor], Tensor]
 
 
@@ -70,22 +72,34 @@ def moe(
 
     An expert's gate, up and activation live only while it runs, unless they are tapped. The numbers are the same
     either way: every stage is rounded to x's dtype. Dense and adapted experts are torch's business on every device.
+    Few tokens on a CPU take the compiled kernels of `workbench.kernels.cpu` where those apply.
     """
     packed = isinstance(weights.gate_up, Mxfp4) and isinstance(weights.down, Mxfp4)
     if packed and (gpu := dispatch.triton("moe", x)):
         return gpu.moe(x, experts, gates, weights, taps)
     taps = taps or ActivationHooks()
-    if not any(taps) and len(x) > _TOKENS:
-        parts = zip(x.split(_TOKENS), experts.split(_TOKENS), gates.split(_TOKENS), strict=True)
-        return torch.cat([moe(*part, weights) for part in parts])
+    products = cpu.compiled(x, weights.gate_up_bias, weights.down_bias) if 0 < len(x) <= _FEW_TOKENS else None
+    if products and not products.covers_experts(x, weights.gate_up, weights.down):
+        products = None
+    if any(taps) or len(x) <= _TOKENS:
+        return _layer(x, experts, gates, weights, taps, products)
+    parts = zip(x.split(_TOKENS), experts.split(_TOKENS), gates.split(_TOKENS), strict=True)
+    return torch.cat([_layer(*part, weights, taps, products) for part in parts])
+
+
+def _layer(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Experts, taps: ActivationHooks, products: ModuleType | None
+) -> Tensor:
+    """Compute `moe` in torch, but the matrix products by the compiled `products` where these are given."""
     k = experts.shape[1]
-    order, counts = group(experts, weights.gate_up_bias.shape[0])
-    hit = [(e, rows) for e, rows in enumerate(order.split(counts.tolist())) if len(rows)]
+    slots = products.Slots(experts, len(weights.gate_up_bias)) if products else None
 
     heavy = x.device.type == "cpu" and weights.gate_up_bias.shape[1] * x.shape[1] > _LIGHT
     apart = heavy and not torch.is_grad_enabled() and torch.get_num_threads() > 1
 
     def per_expert(stage: Callable[[int, Tensor], Tensor]) -> Tensor:
+        order, counts = group(experts, weights.gate_up_bias.shape[0])
+        hit = [(e, rows) for e, rows in enumerate(order.split(counts.tolist())) if len(rows)]
         parts = parallel_map(lambda item: stage(*item), hit) if apart else [stage(e, rows) for e, rows in hit]
         return torch.cat(parts)[order.argsort()].unflatten(0, (-1, k))
 
@@ -106,14 +120,17 @@ def moe(
         return slots if tap is None else tap(slots)
 
     wide = torch.promote_types(x.dtype, torch.float32)
-    if taps.gate or taps.up:
-        h = per_expert(gate_up)
+    if products or taps.gate or taps.up:
+        h = products.expert_linear(x, weights.gate_up, weights.gate_up_bias, slots) if products else per_expert(gate_up)
         post = activation(through(taps.gate, h[..., 0::2]), through(taps.up, h[..., 1::2]))
     elif taps.post:
         post = per_expert(activated)
-    if taps.gate or taps.up or taps.post:
+    if products or taps.gate or taps.up or taps.post:
         post = through(taps.post, post).flatten(0, 1)
-        out = per_expert(lambda e, rows: down(e, post[rows]))
+        if products and cpu.compiled(post) and products.covers_experts(post, weights.down):
+            out = products.expert_linear(post, weights.down, weights.down_bias, slots)
+        else:  # a hook can have added a gradient
+            out = per_expert(lambda e, rows: down(e, post[rows]))
     else:
         out = per_expert(lambda e, rows: down(e, activated(e, rows)))
     out = through(taps.out, out)

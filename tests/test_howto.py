@@ -134,3 +134,27 @@ def test_a_broken_package_is_skipped_with_a_warning(install: Install) -> None:
 def test_the_page_of_studies_lists_the_registry() -> None:
     text = (HOWTO.parent / "studies.md").read_text()
     assert commands_page.studies_table() in text
+
+
+def _missing_names(text: str) -> list[str]:
+    """Names and files in backticks that the kernels' source does not have."""
+    root = HOWTO.parents[1]
+    files = [p for folder in ("kernels", "workbench/bench", "tests/kernels") for p in (root / folder).rglob("*.py")]
+    source = "\n".join(path.read_text() for path in files)
+    missing = []
+    for quoted in re.findall(r"`([^`\n]+)`", text):
+        if quoted.startswith("@") or "NAME" in quoted or quoted.startswith("workbench bench"):
+            continue
+        if re.fullmatch(r"[\w./]+\.(py|md)", quoted):
+            missing += [quoted] * (not (root / quoted).exists())
+        elif (name := re.match(r"\w+(?:\.\w+)*", quoted)) and not re.search(rf"\b{name[0].split('.')[-1]}\b", source):
+            missing.append(quoted)
+    return missing
+
+
+def test_the_names_of_the_page_for_kernels_exist() -> None:
+    text = (HOWTO / "kernel.md").read_text()
+    assert _missing_names(text) == []
+    for name in ("on_device_of_first", "kernels/norm.py", "CompileCase"):  # negative controls
+        wrong = text.replace(name, name.replace("on_", "onto_").replace("norm", "norms").replace("Case", "Cases"))
+        assert _missing_names(wrong), name

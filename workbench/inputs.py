@@ -33,8 +33,7 @@ def regular_file(path: str | Path) -> Iterator[Path]:
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # whoever opens a folder is told that it is one
         yield Path(path)
         return
-    if not stat.S_ISFIFO(mode):
-        raise InputError(f"{path} is a {'socket' if stat.S_ISSOCK(mode) else 'device'}; give a file")
+    refuse_devices(path)
     with tempfile.NamedTemporaryFile(suffix=Path(path).suffix) as copy:
         try:
             with os.fdopen(_open_pipe(path), "rb") as pipe:
@@ -43,6 +42,20 @@ def regular_file(path: str | Path) -> Iterator[Path]:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
         yield Path(copy.name)
+
+
+def refuse_devices(path: str | Path) -> None:
+    """Check that a path is no device and no socket; one that is not there is left to whoever opens it.
+
+    Raises:
+        InputError: it is one.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISFIFO(mode)):
+        raise InputError(f"{path} is a {'socket' if stat.S_ISSOCK(mode) else 'device'}; give a file")
 
 
 def _open_pipe(path: str | Path) -> int:

@@ -93,6 +93,7 @@ class Resources(NamedTuple):
     blocks_per_sm: int
     instructions: tuple[str, ...]  # the distinct matrix instructions
     loop: Loop | None = None  # none without a matrix instruction whose size its name tells
+    unguarded: int = 0  # copies into shared memory that no barrier divides from a wait for wgmma before them
 
 
 def build(specimen: CompileCase, target: Target) -> Any:
@@ -118,7 +119,38 @@ def resources_of(compiled: Any, target: Target) -> Resources:
     facts = compiled.metadata
     registers, spilled, instructions, loop = read(compiled.asm, facts.num_warps)
     blocks = _blocks(target, facts.num_warps, registers, facts.shared, getattr(facts, "tmem_size", 0) or 0)
-    return Resources(registers, spilled, facts.shared, blocks, tuple(sorted(set(instructions))), loop)
+    unguarded = unguarded_copies(compiled.asm["ptx"]) if target.backend == "cuda" else 0
+    return Resources(registers, spilled, facts.shared, blocks, tuple(sorted(set(instructions))), loop, unguarded)
+
+
+_LABEL, _BRANCH = re.compile(r"\s*(\$L\w+):"), re.compile(r"\bbra(?:\.uni)?\s+(\$L\w+)")
+
+
+def unguarded_copies(ptx: str) -> int:
+    """Return how many asynchronous copies come behind a wait for wgmma without a barrier between the two.
+
+    A warp that has waited for its own products could otherwise overwrite shared memory that another warp's products
+    still read. The text is followed in its order, and every loop once more from its beginning.
+
+    Reference: triton-lang/triton issues 11047 and 11056.
+    """
+    lines = ptx.splitlines()
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := _LABEL.match(line))}
+    jumps = [(i, labels.get(found[1], i)) for i, line in enumerate(lines) if (found := _BRANCH.search(line))]
+    bodies = [lines[start : end + 1] * 2 for end, start in jumps if start < end]
+    return max(map(_unguarded, [lines, *bodies]))
+
+
+def _unguarded(lines: Sequence[str]) -> int:
+    waited, count = False, 0
+    for line in lines:
+        if "wgmma.wait_group" in line:
+            waited = True
+        elif re.search(r"\bbar(?:rier)?\.(?:cta\.)?sync", line):
+            waited = False
+        elif waited and re.search(r"\bcp\.async\.(?:ca|cg|bulk)", line):
+            count += 1
+    return count
 
 
 def _blocks(target: Target, warps: int, registers: int, shared: int, tensor_columns: int) -> int:

@@ -15,6 +15,8 @@ from workbench.bench.first import STEPS, Step
 from workbench.cli import app
 from workbench.errors import JobError
 from workbench.kernels import mxfp4
+from workbench.model import decode_graph
+from workbench.model.cache import KVCache
 from workbench.model.transformer import GptOss
 
 STUBS = """
@@ -65,6 +67,40 @@ def test_timings_run_where_everything_before_passed_or_was_skipped(tmp_path: Pat
     steps = [step("passes"), step("lacks"), step("passes", timing=True)]
     rows = first.run("cuda", tmp_path / "first.json", steps)["steps"]
     assert [row["status"] for row in rows] == ["passed", "skipped", "passed"]
+
+
+@pytest.mark.usefixtures("stubs")
+def test_a_failed_optional_step_does_not_keep_timings_from_running(tmp_path: Path) -> None:
+    steps = [step("is_wrong")._replace(optional=True), step("passes", timing=True)]
+    assert [row["status"] for row in first.run("cuda", tmp_path / "a.json", steps)["steps"]] == ["failed", "passed"]
+    assert [s.name for s in STEPS if s.optional] == ["graphs"]
+
+
+def test_graphs_are_compared_with_eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(first_steps.Skipped, match="not a GPU"):
+        first_steps.graphs("cpu")
+    monkeypatch.setattr(first_steps, "_GRAPH_TOKENS", 5)
+    monkeypatch.setattr(decode_graph, "can_capture", lambda model: model.cuda_graphs)
+
+    def eager(model: GptOss, cache: KVCache, tokens: torch.Tensor) -> torch.Tensor:
+        return decode_graph._logits(model, cache, tokens[:, None])
+
+    class Graph:
+        rows, shift = 3, 0.0
+
+        def __init__(self, model: GptOss, cache: KVCache) -> None:
+            self._own = model, cache
+
+        def step(self, tokens: torch.Tensor) -> torch.Tensor:
+            logits = eager(*self._own, tokens)
+            logits[-1, 40] += self.shift
+            return logits
+
+    monkeypatch.setattr(decode_graph, "DecodeGraph", Graph)
+    assert first_steps.graphs("cpu")["tokens"] == "the same"
+    monkeypatch.setattr(Graph, "shift", 1e4)  # the negative control
+    with pytest.raises(JobError, match=r"other tokens with CUDA graphs on cpu, from these .*None, None, [01]"):
+        first_steps.graphs("cpu")
 
 
 def test_timings_come_last_and_every_step_exists() -> None:

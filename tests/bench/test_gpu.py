@@ -51,7 +51,7 @@ def run() -> dict[str, object]:
 
 KERNELS = {
     "mxfp4.dequantise", "routing.top_k", "routing.gate", "routing.group", "moe", "moe, with gradient", "attention",
-    "attention, with gradient", "moments",
+    "attention, with gradient", "moments", "norm.rms_norm", "rotary.rotate", "logits.predict",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from workbench.bench import kernels
 from workbench.cli import app
 from workbench.errors import InputError
-from workbench.kernels.gpu.aot import TARGETS, _blocks, _flops, _main_loop
+from workbench.kernels.gpu.aot import TARGETS, _blocks, _flops, _main_loop, unguarded_copies
 
 COMMITTED = kernels.REPORT.read_text()
 SAME_TRITON = kernels.heading() in COMMITTED
@@ -44,6 +44,33 @@ def test_the_expert_matmul_keeps_its_promises_on_every_other_target() -> None:
         assert kernels.problems(row) == [], line(row)
         section = COMMITTED.split(f"## {row.target}:")[1].split("\n## ")[0]
         assert not SAME_TRITON or line(row) in section
+
+
+WAITS = """
+import json
+from workbench.bench import kernels
+from workbench.kernels.gpu import aot
+cases = [c for m in ("moe", "attention") for c in kernels.specimens(m, "sm_90") if c.products and c.tile.num_warps == 8]
+chosen = {c.name: aot.build(c, aot.TARGETS["sm_90"]).asm["ptx"] for c in cases if "120b" not in c.problem}
+print(json.dumps(chosen))
+"""
+
+
+@pytest.mark.slow
+def test_a_barrier_stands_between_a_wait_for_wgmma_and_the_next_copy() -> None:
+    """Of every kernel of eight warps on sm_90. Negative control: the same code without its barriers."""
+    texts = json.loads(compiled(WAITS))
+    assert {"moe.gate_up", "moe.down", "attention.forward"} <= set(texts)
+    for name, ptx in texts.items():
+        assert unguarded_copies(ptx) == 0, name
+        without = "\n".join(part for part in ptx.splitlines() if "bar.sync" not in part)
+        assert unguarded_copies(without) > 0, name
+
+
+def test_a_copy_at_a_loop_s_beginning_follows_the_wait_at_its_end() -> None:
+    loop = ["$L__BB0_1:", "cp.async.cg.shared.global [%r1], [%rd1], 16;", "wgmma.wait_group.sync.aligned 0;"]
+    assert unguarded_copies("\n".join([*loop, "@%p1 bra $L__BB0_1;"])) == 1
+    assert unguarded_copies("\n".join([*loop, "bar.sync 0;", "@%p1 bra $L__BB0_1;"])) == 0
 
 
 def test_the_report_covers_every_target_and_kernel() -> None:

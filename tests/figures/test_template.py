@@ -3,9 +3,12 @@
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 import pytest
+import xarray as xr
 
-from workbench.figures.template import MARKERS, THEMES, band, translucent
+from workbench.figures.template import LIGHT, MARKERS, THEMES, apply_theme, band, translucent
 from workbench.harmony.labels import CHANNELS
 
 # full deficiency, linear RGB: Machado, Oliveira & Fernandes 2009
@@ -91,3 +94,12 @@ def test_a_band_keeps_its_gaps_and_shows_a_lone_layer():
 
 def test_translucent_keeps_the_colour():
     assert translucent("#ff8000", 0.5) == "rgba(255,128,0,0.5)"
+
+
+def test_any_data_can_be_drawn_and_its_source_is_named_where_it_is_known():
+    table = pd.DataFrame({"x": [1, 2]})
+    assert not apply_theme(go.Figure(), LIGHT, table, title="t").layout.annotations
+    table.attrs["source"] = "my file"
+    assert apply_theme(go.Figure(), LIGHT, table, title="t").layout.annotations[0].text == "my file"
+    ran = xr.Dataset(attrs={"run_digest": "0123456789abcdef01", "source": "not this"})
+    assert apply_theme(go.Figure(), LIGHT, ran, title="t").layout.annotations[0].text == "run 0123456789abcdef"

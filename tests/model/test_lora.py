@@ -268,6 +268,23 @@ def test_magnitudes_whole_modules_and_the_unembedding(
         assert torch.equal(model(X), before)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of models without a hub id
+@torch.no_grad()
+def test_directions_of_tokens_include_an_adapter_of_the_unembedding(
+    twins: tuple[GptOss, GptOss], tmp_path: Path
+) -> None:
+    model = twins[0]
+    with_peft(to_hf(twins[1]), ["lm_head"], []).save_pretrained(tmp_path)
+    load_adapter(model, tmp_path)
+    try:
+        stream = torch.ones(1, 1, model.cfg.d_model)
+        near(model.tokens_to_residual_directions(torch.tensor([3, 5])) @ stream[0, 0] * stream[0, 0, 0],
+             model.unembed(stream * model.ln_final.weight)[0, 0, [3, 5]])  # fmt: skip
+        assert not torch.equal(model.W_U, model.unembed.weight.mT)
+    finally:
+        unload_adapter(model)
+
+
 @torch.no_grad()
 def test_every_path_carries_the_adapter(twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]]) -> None:
     model, (folder, wanted) = twins[0], folders["all"]

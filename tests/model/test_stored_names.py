@@ -133,13 +133,13 @@ def test_a_weight_that_is_no_number_is_refused_when_a_model_is_loaded(tmp_path: 
 
 def test_generate_names_the_tensor_of_a_large_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        tensors["model.layers.2.self_attn.q_proj.weight"][:] = torch.nan
+        tensors["model.layers.2.self_attn.v_proj.weight"][:] = torch.nan
         return tensors
 
     monkeypatch.setattr("workbench.model.loading._CHECKED_BYTES", 0)
     model = wb.load(written(tmp_path / "model", "mxfp4", spoil), device="cpu")
     with pytest.raises(
-        InputError, match=r"tensor 'model.layers.2.self_attn.q_proj.weight' .* is not finite at \[0, 0\]"
+        InputError, match=r"tensor 'model.layers.2.self_attn.v_proj.weight' .* is not finite at \[0, 0\]"
     ):
         model.generate([[1, 2, 3]], max_new_tokens=2)
 

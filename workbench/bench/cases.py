@@ -11,17 +11,23 @@ import torch
 from torch import Tensor
 
 from workbench.kernels import attention as torch_attention
+from workbench.kernels import logits as torch_logits
 from workbench.kernels import moe as torch_moe
 from workbench.kernels import moments as torch_moments
 from workbench.kernels import mxfp4 as torch_mxfp4
+from workbench.kernels import norm as torch_norm
+from workbench.kernels import rotary as torch_rotary
 from workbench.kernels import routing as torch_routing
-from workbench.kernels.gpu import attention, moe, moments, mxfp4, routing
+from workbench.kernels.gpu import attention, moe, moments, mxfp4, norm, rotary, routing
+from workbench.kernels.gpu import logits as logit_kernels
 from workbench.kernels.moe import Experts
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
 from workbench.model.config import Config
+from workbench.model.rope import cos_sin
 
 Results = tuple[Tensor, ...]
 _BYTES = 2  # of a bfloat16
+_LOGIT_ROWS = 64  # of the whole vocabulary, which the reference holds in float64
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,9 @@ def cases(layer: Layer, tokens: int, batches: tuple[int, ...], past: int) -> Ite
         for batch in batches:
             yield _attention(layer, batch, 1, past, window, f"decode of {batch} after {past:,}, {seen}")
     yield _moments(layer, tokens, prefill)
+    yield _norm(layer, tokens, prefill)
+    yield _rotary(layer, tokens, prefill)
+    yield _logits(layer, min(tokens, _LOGIT_ROWS))
 
 
 def _dequantise(layer: Layer) -> Case:
@@ -199,6 +208,34 @@ def _moments(layer: Layer, tokens: int, problem: str) -> Case:
         lambda: tuple(moments.moments(x, labels, 64)),
         lambda dtype: tuple(torch_moments.moments(x.cpu().to(dtype), labels.cpu(), 64)),
         tokens * (layer.cfg.d_model * _BYTES + 8) + 64 * layer.cfg.d_model * 8,
+    )  # fmt: skip
+
+
+def _norm(layer: Layer, tokens: int, problem: str) -> Case:
+    x, weight, eps = layer.normal(tokens, layer.cfg.d_model), layer.normal(layer.cfg.d_model), layer.cfg.eps
+    return Case(
+        "norm.rms_norm", problem, lambda: (norm.rms_norm(x, weight, eps),),
+        lambda dtype: (torch_norm.rms_norm(x.cpu().to(dtype), weight.cpu().to(dtype), eps),), 2.0 * x.numel() * _BYTES,
+    )  # fmt: skip
+
+
+def _rotary(layer: Layer, tokens: int, problem: str) -> Case:
+    cfg = layer.cfg
+    q = layer.normal(1, tokens, cfg.n_heads, cfg.d_head)
+    cos, sin = cos_sin(cfg.rope, cfg.d_head, torch.arange(tokens, device=layer.device)[None])
+    return Case(
+        "rotary.rotate", problem, lambda: (rotary.rotate(q, cos, sin),),
+        lambda dtype: (torch_rotary.rotate(q.cpu().to(dtype), cos.cpu(), sin.cpu()),),
+        2.0 * q.numel() * _BYTES + 4.0 * (cos.numel() + sin.numel()),
+    )  # fmt: skip
+
+
+def _logits(layer: Layer, rows: int) -> Case:
+    logits, chosen = layer.normal(rows, layer.cfg.d_vocab), torch.arange(rows, device=layer.device)
+    return Case(
+        "logits.predict", f"{rows} rows", lambda: tuple(logit_kernels.predict(logits, chosen)),
+        lambda dtype: tuple(torch_logits.predict(logits.cpu().to(dtype), chosen.cpu())),
+        float(logits.numel() * _BYTES),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,7 @@ from workbench.errors import JobError
 
 _QUESTIONS = ("47*68", "reverse: abc", "12+30")
 _NEW_TOKENS = 64
+_GRAPH_TOKENS = 200  # longer than windows need until they move
 _TOLERANCE = 2e-3  # of float32 logits of about 10: sums in another order, through four layers
 
 
@@ -190,6 +192,30 @@ def synchronisation(device: str) -> dict[str, Any]:
     if waits:
         raise JobError(f"a pass waits for the GPU: {waits}")
     return {"prefill": "no synchronisation", "decode": "no synchronisation"}
+
+
+def graphs(device: str) -> dict[str, Any]:
+    """Generate with steps that are recorded as CUDA graphs: the same tokens as without, and the seconds of both."""
+    import workbench as wb
+    from workbench.model.decode_graph import can_capture
+
+    model = wb.load("nano", device=device, dtype=torch.float32)
+    rng = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(model.cfg.d_vocab, (n,), generator=rng).tolist() for n in (150, 40, 7)]
+    tokens, seconds = {}, {}
+    for recorded in (False, True):
+        model.cuda_graphs = recorded
+        if recorded and not can_capture(model):
+            raise Skipped(f"{device} is not a GPU")
+        for _ in range(2):  # the first time compiles
+            begun = time.perf_counter()
+            tokens[recorded] = model.generate(prompts, max_new_tokens=_GRAPH_TOKENS, stop=())
+            seconds["graphs" if recorded else "eager"] = time.perf_counter() - begun
+    if tokens[True] != tokens[False]:
+        rows = zip(tokens[True], tokens[False], strict=True)
+        first = [next((i for i, (a, b) in enumerate(zip(*row, strict=True)) if a != b), None) for row in rows]
+        raise JobError(f"nano generates other tokens with CUDA graphs on {device}, from these new tokens on: {first}")
+    return {"tokens": "the same", "rows": len(prompts), "new_tokens": _GRAPH_TOKENS, "seconds": seconds}
 
 
 def capture(device: str) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class Row:
     compute_s: float
     issue_s: float | None
     instructions: float | None  # of a thread in the main loop, for 1,000 multiply-adds
+    unguarded: int = 0  # see `aot.unguarded_copies`
 
     @property
     def fraction(self) -> float | None:
@@ -89,13 +90,19 @@ class Row:
 
 
 def problems(row: Row) -> list[str]:
-    """What must not be shipped: a spill, products without the target's matrix instruction, a block that does not fit."""
+    """Return what must not be shipped.
+
+    A spill, products without the target's matrix instruction, a copy that can overtake another warp's products, a block
+    that does not fit.
+    """
     from workbench.kernels.gpu.aot import TARGETS
 
     target = TARGETS[row.target]
     found = [f"spills {row.spilled} bytes a thread"] if row.spilled else []
     if row.products and target.matrix not in row.matrix:
         found.append(f"has no {target.matrix}, but {row.matrix or 'no matrix instruction at all'}")
+    if row.unguarded:
+        found.append(f"copies into shared memory {row.unguarded} times without a barrier after a wait for wgmma")
     if row.shared > target.shared:
         found.append(f"takes {row.shared:,} bytes of shared memory of {target.shared:,}")
     elif not row.blocks_per_sm:
@@ -124,7 +131,7 @@ def measure(specimen: Any, target: str) -> Row:
         took.blocks_per_sm, ", ".join(took.instructions), specimen.products, specimen.bytes, specimen.flops,
         specimen.bytes / card.bandwidth, specimen.flops / peak,
         flops * loop.instructions / loop.flops / issue if loop else None,
-        loop.instructions * warp / loop.flops * 2000 if loop else None,
+        loop.instructions * warp / loop.flops * 2000 if loop else None, took.unguarded,
     )  # fmt: skip
 
 
@@ -246,7 +253,8 @@ def markdown(rows: Sequence[Row]) -> str:
             "Compiled without a card. Registers and spilled bytes are a thread's, shared bytes a block's.",
             "From MB on it is an **estimate**, not a measurement: a launch's bytes and flops, their time at the limits "
             "of the card, the instructions a thread issues in the main loop beside 1,000 multiply-adds, and the "
-            "fraction of the nearer limit that this leaves if nothing else ever waits.",
+            "fraction of the nearer limit that this leaves if nothing else ever waits: an upper bound, which counts "
+            "neither barriers, nor loads that are not pipelined, nor the host's time for a launch.",
             "",
             *tables,
         ]

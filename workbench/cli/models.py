@@ -1,11 +1,12 @@
-"""Commands about models: what one needs, and random checkpoints."""
+"""Commands about models: what one needs, GGUF files, and random checkpoints."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from workbench.cli.options import Dtype, IgnoreField, Record, UnitTokens, torch_dtype
+from workbench.cli.options import Dtype, IgnoreField, Model, Record, Seed, UnitTokens, torch_dtype
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -51,13 +52,33 @@ def info(
     describe(about, plan)
 
 
+@app.command("convert-weights")
+def convert_weights(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="File to write; its name ends in .gguf.")],
+    ignore_field: IgnoreField = None,
+) -> None:
+    """Write a model as a GGUF file for llama.cpp, LM Studio and Ollama; no value changes."""
+    from workbench.model.checkpoint import open_checkpoint, resolve
+    from workbench.model.formats.gguf_writer import write_gguf
+    from workbench.model.memory import human
+
+    if out.suffix != ".gguf":
+        raise InputError(f"{out}: the file to write has to end in .gguf")
+    checkpoint = open_checkpoint(resolve(model), ignore_fields=ignore_field or ())
+    for note in checkpoint.notes:
+        print(f"{checkpoint.path}: {note}", file=sys.stderr)
+    write_gguf(checkpoint, out)
+    print(f"{out}: {len(checkpoint.tensors):,} tensors, {human(out.stat().st_size)}")
+
+
 @app.command()
 def random(
     out: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
     size: Annotated[str, typer.Option(help="Published shape: 20b or 120b.")] = "20b",
     layers: Annotated[int | None, typer.Option(min=1, help="Number of layers. [default: as published]")] = None,
     vocab: Annotated[int | None, typer.Option(min=72, help="Vocabulary size. [default: as published]")] = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Write a checkpoint with random weights in a published shape, for tests and benchmarks."""
     from dataclasses import replace

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from workbench.experiments import registry as registry
 
 # modules that are no experiments themselves
+_FUNCTIONS = {"graph": "attribution_graph"}  # public functions, and the module that has them
 _MODULES = (
     "attribution",
     "effects",
@@ -21,6 +22,8 @@ _MODULES = (
     "final_channel",
     "from_run",
     "gradients",
+    "graph_checks",
+    "graph_export",
     "hidden_messages",
     "intervals",
     "lens",
@@ -33,6 +36,8 @@ __all__ = ["registry"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"workbench.experiments.{_FUNCTIONS[name]}"), name)
     if name in _MODULES:  # late: nobody pays for torch before it is used
         return importlib.import_module(f"workbench.experiments.{name}")
     found = {record.attribute: record for record in experiments()}
@@ -42,4 +47,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, *(record.attribute for record in experiments())})
+    return sorted({*globals(), *_MODULES, *_FUNCTIONS, *(record.attribute for record in experiments())})

@@ -145,7 +145,7 @@ def _term(model: GptOss, chosen: Points, of: Of | Literal["mean"]) -> Tensor:
 
 def _direction(model: GptOss, term: Tensor) -> Float[Tensor, "#point d_model"]:
     """What the normed stream is multiplied with, in float64; a few rows of the vocabulary at a time."""
-    matrix = model.unembed.weight
+    matrix = model.unembed.W_U.mT  # with the update of an adapter
     if not term.is_floating_point():
         return matrix[term.to(matrix.device)].cpu().double()
     out = torch.zeros(1, matrix.shape[1], dtype=torch.float64)

@@ -237,7 +237,7 @@ def _kl(logp: Float[Tensor, "point d_vocab"], final: Float[Tensor, "point d_voca
 
 def _top(model: GptOss, mean: Float[Tensor, "expert d_model"], k: int) -> tuple[Tensor, Tensor]:
     """The k largest logits, less their mean, and their tokens; a few experts at a time."""
-    weight, found = model.unembed.weight, []
+    weight, found = model.unembed.W_U.mT, []
     for part in mean.split(ROWS):
         logits = (part.to(weight.device) * model.ln_final.weight.float()).to(weight.dtype) @ weight.mT
         found.append((logits.float() - logits.float().mean(-1, keepdim=True)).topk(min(k, len(weight)), -1))

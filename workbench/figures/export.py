@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+import xarray as xr
 from plotly.offline import get_plotlyjs
 
 from workbench.errors import InputError
@@ -65,7 +66,7 @@ def write_gallery(
 
 def write(
     figures: Mapping[str, go.Figure],
-    data: Mapping[str, pd.DataFrame],
+    data: Mapping[str, pd.DataFrame | xr.Dataset],
     out: str | os.PathLike[str],
     formats: Sequence[str] = FORMATS,
     beside: Mapping[str, str] | None = None,
@@ -74,6 +75,8 @@ def write(
     overwrite: bool = False,
 ) -> list[Path]:
     """Write `NAME.FORMAT` for every figure and format, and `NAME.csv`, after all of them are made.
+
+    data: of each figure a data frame, or a dataset, which becomes one.
 
     Raises:
         InputError: a figure has no data, or data has no figure.
@@ -84,7 +87,7 @@ def write(
         raise InputError(f"every figure goes with its data; without a partner: {', '.join(unpaired)}")
     refuse_paths(figures)
     files: dict[str, str | bytes] = {
-        f"{name}.csv": table.to_csv(index=False, lineterminator="\n") for name, table in data.items()
+        f"{name}.csv": _frame(table).to_csv(index=False, lineterminator="\n") for name, table in data.items()
     }
     files |= beside or {}
     images = [suffix for suffix in FORMATS if suffix in formats and suffix != "html"]
@@ -95,6 +98,10 @@ def write(
         for name, figure in figures.items():
             files[f"{name}.html"] = figure.to_html(include_plotlyjs=PLOTLY_JS, div_id=name, config=PAGE_CONFIG)
     return write_files(files, out, command="figures", inputs=inputs, overwrite=overwrite)
+
+
+def _frame(data: pd.DataFrame | xr.Dataset) -> pd.DataFrame:
+    return data.to_dataframe().reset_index() if isinstance(data, xr.Dataset) else data
 
 
 def _check(formats: Sequence[str]) -> None:

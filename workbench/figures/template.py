@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 from jaxtyping import Float, Num
@@ -154,9 +155,19 @@ def template(theme: Theme) -> go.layout.Template:
 
 
 def apply_theme(
-    figure: go.Figure, theme: Theme, source: xr.Dataset, *, title: str, subtitle: str, height: int
+    figure: go.Figure,
+    theme: Theme,
+    source: xr.Dataset | pd.DataFrame,
+    *,
+    title: str,
+    subtitle: str = "",
+    height: int = 480,
 ) -> go.Figure:
-    """Give a figure its theme, its title and size, and at its foot where the numbers come from."""
+    """Give a figure its theme, its title and size, and at its foot where the numbers come from.
+
+    source: what is drawn. Its attribute `run_digest` or `checkpoint_digest` makes the foot, or else `source`, a text;
+    data without these attributes has no foot.
+    """
     figure.update_layout(
         template=template(theme),
         title={"text": title, "subtitle": {"text": subtitle}},
@@ -164,9 +175,10 @@ def apply_theme(
         height=height,
         legend={"y": 24 / height},
     )
-    origin = next(name for name in ("run", "checkpoint") if f"{name}_digest" in source.attrs)
+    if not (origin := _origin(source.attrs)):
+        return figure
     figure.add_annotation(
-        text=f"{origin} {source.attrs[f'{origin}_digest'][:16]} · workbench {source.attrs['workbench_version']}",
+        text=origin,
         font={"size": 10, "color": theme.muted},
         showarrow=False,
         xref="paper",
@@ -178,6 +190,15 @@ def apply_theme(
         yshift=6 - MARGIN_BELOW,
     )
     return figure
+
+
+def _origin(attrs: Mapping[Any, Any]) -> str:
+    """Return where numbers come from, in one line; "" if their attributes do not name it."""
+    for name in ("run", "checkpoint"):
+        if f"{name}_digest" in attrs:
+            version = f" · workbench {attrs['workbench_version']}" if "workbench_version" in attrs else ""
+            return f"{name} {str(attrs[f'{name}_digest'])[:16]}{version}"
+    return str(attrs.get("source", ""))
 
 
 def band(

@@ -83,6 +83,11 @@ class Tokenizer(TokenizerNames, ABC):
         """Text of one id, for display: part of a character shows as U+FFFD, an id without a token as `<|id|>`."""
         return self.decode([id]) or f"<|{id}|>"
 
+    def printable(self, id: int) -> str:
+        """Return the bytes of a token in GPT-2's characters, special tokens by name."""
+        text = self._decode([id])
+        return text if id in self._special_ids else "".join(gpt2_characters()[byte] for byte in text.encode())
+
     @property
     @abstractmethod
     def digest(self) -> str:
@@ -115,6 +120,10 @@ class _O200kHarmony(Tokenizer):
     def _decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(ids)
 
+    def printable(self, id: int) -> str:
+        content = bytes(self._encoding._inner.decode_bytes([id]))
+        return content.decode() if id in self._special_ids else "".join(gpt2_characters()[byte] for byte in content)
+
     @functools.cached_property
     def digest(self) -> str:
         sha = hashlib.sha256()
@@ -126,10 +135,10 @@ class _O200kHarmony(Tokenizer):
 class _FromFile(Tokenizer):
     """The vocabulary of a checkpoint's tokenizer.json."""
 
-    def __init__(self, path: Path, chat_template: str | None) -> None:
+    def __init__(self, path: Path, chat_template: str | None, content: str | None = None) -> None:
         import tokenizers
 
-        content = _read(path)
+        content = _read(path) if content is None else content
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises no narrower class
@@ -146,6 +155,7 @@ class _FromFile(Tokenizer):
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         special = {name: ids[name] for name in sorted(names)}
         self._tokenizer.encode_special_tokens = True  # read the characters of special tokens as text
+        self._bytes = "ByteLevel" in repr(self._tokenizer.decoder)  # its tokens are in GPT-2's characters already
         self._digest = hashlib.sha256(content.encode()).hexdigest()
         super().__init__(path.parent.resolve().name, max(ids.values()) + 1, special, chat_template)
 
@@ -167,6 +177,10 @@ class _FromFile(Tokenizer):
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    def printable(self, id: int) -> str:
+        token = self._tokenizer.id_to_token(id)
+        return token if self._bytes and token is not None else super().printable(id)
+
     @property
     def digest(self) -> str:
         return self._digest
@@ -187,6 +201,51 @@ def tokenizer(source: str | Path | None = None) -> Tokenizer:
         raise InputError(f"{folder} is no folder: give a checkpoint's folder, or nothing for o200k_harmony")
     path = folder / "tokenizer.json"
     return _FromFile(path, _chat_template(folder)) if path.exists() else _o200k_harmony()
+
+
+def tokenizer_of_tokens(
+    source: Path, tokens: Sequence[str], tokenizer_json: str | None = None, chat_template: str | None = None
+) -> Tokenizer:
+    """Return the tokenizer for the list of tokens that a GGUF file holds, in GPT-2's characters for bytes.
+
+    A list of the length of o200k_harmony must be it: the special tokens by name, and a sample of the others. Another
+    list needs the tokenizer.json that the file holds.
+
+    Raises:
+        InputError: the tokens are neither.
+    """
+    harmony = _O200kHarmony()
+    if len(tokens) != harmony.d_vocab:
+        if tokenizer_json is None:
+            raise InputError(
+                f"{source}: {len(tokens):,} tokens and no tokenizer.huggingface.json; expected the {harmony.d_vocab:,} of "
+                "o200k_harmony"
+            )
+        return _FromFile(source / "tokenizer.json", chat_template, tokenizer_json)
+    for name in (*(f"<|{mark}|>" for mark in MARKS), "<|startoftext|>", "<|endoftext|>"):
+        if tokens[harmony.special[name]] != name:
+            raise InputError(
+                f"{source}: token {harmony.special[name]} is {tokens[harmony.special[name]]!r}, expected {name!r} of "
+                "o200k_harmony: is this a gpt-oss?"
+            )
+    for id in range(0, min(harmony.special.values()), 997):
+        if tokens[id] != harmony.printable(id):
+            raise InputError(
+                f"{source}: token {id} is {tokens[id]!r}, expected {harmony.printable(id)!r} of o200k_harmony"
+            )
+    harmony.chat_template = chat_template
+    return harmony
+
+
+@functools.cache
+def gpt2_characters() -> tuple[str, ...]:
+    """Return the character that stands for each byte in GPT-2's vocabularies.
+
+    Printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (chr(0x100 + i) for i in range(256))
+    return tuple(chr(byte) if byte in printable else next(others) for byte in range(256))
 
 
 @functools.cache

@@ -7,90 +7,40 @@ are, that each is complete, and that every tensor of the config is present once 
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from itertools import accumulate, count
+from collections.abc import Collection, Mapping
+from itertools import accumulate
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from workbench import harmony
 from workbench.bounded_json import read_json
 from workbench.errors import InputError
-from workbench.harmony.vocabulary import Tokenizer
 from workbench.model.config import Config, read_config, ties_embeddings
+from workbench.model.formats import gguf_reader, mlx, ollama
 from workbench.model.lazy_tensors import LazyTensor, Tensors
 from workbench.model.names import LAYOUTS, name_in, shapes
+from workbench.model.opened_checkpoint import Checkpoint
 from workbench.model.safetensors_file import Entry, SafetensorsFile
 from workbench.model.stored_names import Stored, hugging_face_names
 
 BUNDLED = {"nano": Path(__file__).parents[1] / "data" / "nano"}
 _FLOATS = ("BF16", "F16", "F32")
-_EXPONENT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # the bits of an infinity: no finite value has as many
 _INDEX = "model.safetensors.index.json"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A validated checkpoint. notes: what was ignored in it; ignore_fields: the config fields declared harmless.
-
-    path: the folder, or the file. tokenizer: reads the tokenizer.
-    """
-
-    path: Path
-    cfg: Config
-    layout: str
-    experts: str
-    tensors: Tensors
-    digest: str
-    tokenizer: Callable[[], Tokenizer] = field(default=harmony.tokenizer, compare=False)
-    notes: tuple[str, ...] = ()
-    ignore_fields: tuple[str, ...] = ()
-
-    def check_values(self, chunk: int = 1 << 24) -> None:
-        """Read every weight once, `chunk` values at a time.
-
-        Raises:
-            InputError: a tensor holds NaN or infinity, or a packed one the scale byte 255.
-        """
-        for name, tensor in self.tensors.items():
-            if name.endswith(".blocks"):  # every nibble is a number
-                continue
-            for start, values in zip(count(0, chunk), tensor.flatten().split(chunk), strict=False):
-                if _has_no_number(name, values):
-                    self._refuse(name, tensor.shape, start, values)
-
-    def _refuse(self, name: str, shape: torch.Size, start: int, values: Tensor) -> None:
-        packed = name.endswith(".scales")
-        first = int((values == 255 if packed else ~torch.isfinite(values)).nonzero()[0, 0])
-        place = [int(i) for i in torch.unravel_index(torch.tensor(start + first), shape)]
-        what = "scale byte 255, which is NaN" if packed else str(float(values[first]))
-        raise InputError(
-            f"{self.path}: tensor {self.tensors.entries[name].stored!r} ({name}) is not finite at {place}: {what}; "
-            "the weights are damaged, download or export them again"
-        )
-
-
-def _has_no_number(name: str, values: Tensor) -> bool:
-    """Return whether some value is NaN or infinite; for 16-bit floats from their bits, which is four times faster."""
-    if name.endswith(".scales"):
-        return bool(values.max() == 255)
-    if values.dtype in _EXPONENT:
-        return bool((values.view(torch.int16) & 0x7FFF).max() >= _EXPONENT[values.dtype])
-    return not bool(torch.isfinite(values).all())
-
-
 def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) -> Checkpoint:
-    """Open and validate a checkpoint folder; weights are read when they are used.
+    """Open and validate a checkpoint, a folder or a .gguf file; weights are read when they are used.
 
     Raises:
         InputError: a file or tensor is missing, unexpected, truncated, or has another shape or dtype than the config says.
     """
     given = Path(source)
+    if parts := gguf_reader.find_files(given):
+        return gguf_reader.open_gguf(parts)
     root = _root(given)
     for name in ("config.json", _INDEX):
         _check_link(root, root / name)
@@ -107,11 +57,16 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
         raise InputError(
             f"{root}: no embedding called {' or '.join(name_in(n, 'embed.weight') for n in LAYOUTS)} in its files"
         )
-    dense = layout == "huggingface" and name_in(layout, "blocks.0.mlp.experts.down.weight") in found
-    experts = "dense" if dense else "mxfp4"
     if layout == "huggingface" and ties_embeddings(root):
         notes += _tie(found)
-    tensors = Tensors(_locations(root, cfg, layout, experts, found))
+    dense = layout == "huggingface" and name_in(layout, "blocks.0.mlp.experts.down.weight") in found
+    experts = "dense" if dense else "mxfp4"
+    if mlx.is_mlx(found):
+        layout = "mlx"
+        experts, entries = mlx.mlx_tensors(root, cfg, found)
+    else:
+        entries = _locations(root, cfg, layout, experts, found)
+    tensors = Tensors(entries)
     return Checkpoint(
         root, cfg, layout, experts, tensors, _digest(root, files), lambda: harmony.tokenizer(given), tuple(notes),
         tuple(ignore_fields),
@@ -294,12 +249,16 @@ def _digest(root: Path, files: Collection[SafetensorsFile]) -> str:
 
 
 def resolve(source: str | Path, *, revision: str | None = None) -> Path:
-    """Return the folder of a checkpoint given a path, a bundled model's name, or a hub id (downloaded if not cached).
+    """Return the path of a checkpoint given a path, a bundled model's name, `ollama:NAME`, or a hub id.
+
+    A hub id is downloaded if it is not cached.
 
     Raises:
         InputError: there is no such folder or model, or the hub cannot be reached.
     """
     name = str(source)
+    if name.startswith(ollama.PREFIX):
+        return ollama.find_model(name.removeprefix(ollama.PREFIX))
     hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII) is not None and ".." not in name
     try:
         there = name != "" and Path(source).exists()
@@ -318,6 +277,8 @@ def resolve(source: str | Path, *, revision: str | None = None) -> Path:
     folder = _download(name, revision, allow=_HUB_FILES, ignore=["*/*"])
     if not any(folder.glob("*.safetensors")):
         folder = _download(name, revision, allow=[f"original/{pattern}" for pattern in _HUB_FILES], ignore=None)
+        if not any(folder.glob("original/*.safetensors")):
+            raise InputError(f"{name} has no safetensors; of GGUF files download one, and name the file")
     return folder
 
 

@@ -315,16 +315,28 @@ def read_config(folder: Path, ignore_fields: Collection[str] = ()) -> Config:
     original = "num_experts" in values and "model_type" not in values
     cfg = _original(fields) if original else _hugging_face(fields)
     fields.finish(ignore_fields)
-    return _checked(path, cfg)
+    return check_sizes(path, cfg)
 
 
 def _hugging_face(fields: _Fields) -> Config:
     kind = fields.values.get("model_type")
+    if kind == "gpt_oss_puzzle":
+        raise InputError(
+            f"{fields.path}: model_type 'gpt_oss_puzzle' gives layers their own numbers of experts and windows, which is "
+            "not supported: only models with one number of experts for all layers load"
+        )
     if kind != "gpt_oss":
         raise InputError(f"{fields.path}: model_type is {short(kind)}, wanted 'gpt_oss'")
     for name, computed in _FIXED.items():
         if (value := fields.take(name, default=computed)) != computed:
             raise InputError(f"{fields.path}: {name} is {short(value)}; this project computes {computed!r} only")
+    if "block_configs" in fields.values:
+        raise InputError(
+            f"{fields.path}: block_configs gives layers their own numbers of experts; one number for all layers is supported"
+        )
+    if "quantization" in fields.values:  # MLX's, which it writes under both names; the tensors tell what is quantised
+        fields.take("quantization")
+        fields.take("quantization_config", default=None)
     if "quantization_config" in fields.values:
         method = fields.fields("quantization_config", where="quantization_config.").values.get("quant_method")
         if method != "mxfp4":
@@ -455,8 +467,12 @@ def _original(fields: _Fields) -> Config:
     )
 
 
-def _checked(path: Path, cfg: Config) -> Config:
-    """Check that the sizes are consistent with each other."""
+def check_sizes(path: Path, cfg: Config) -> Config:
+    """Return the config if its sizes are consistent with each other.
+
+    Raises:
+        InputError: they are not.
+    """
     for name in ("d_model", "d_mlp"):
         if getattr(cfg, name) % GROUP:
             raise InputError(f"{path}: {name} is {getattr(cfg, name)}; MXFP4 needs a multiple of {GROUP}")

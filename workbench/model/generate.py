@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.model.cache import KVCache
+from workbench.model.decode_graph import DecodeStep
 from workbench.model.inputs import need_tokenizer, read_batch
 from workbench.model.sampling import Sampling
 
@@ -92,7 +93,7 @@ def _continue(
     capacity = max(len(rows[i]) + room[i] for i in live)
     cache = KVCache(model.cfg, len(live), capacity, dtype=model.dtype, device=model.devices)
     cache.rows = torch.tensor(live)
-    logits = _read_prompts(model, cache, [rows[i] for i in live])
+    logits, step = _read_prompts(model, cache, [rows[i] for i in live]), DecodeStep(model, cache)
     bar = _progress(max(room), verbose)
     while True:
         chosen = sampling.choose(logits, [rngs[i] for i in live])
@@ -108,7 +109,7 @@ def _continue(
             kept = torch.tensor(going)
             cache.select(kept)
             live, chosen = [live[j] for j in going], chosen[kept.to(chosen.device)]
-        logits = model.unembed(model.ln_final(model.residual(chosen[:, None], cache=cache)))[:, 0]
+        logits = step(chosen)
 
 
 def _read_prompts(model: Any, cache: KVCache, prompts: list[list[int]]) -> Float[Tensor, "row d_vocab"]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from workbench.hooks.names import BLOCK, FIRST, LAST
+from workbench.kernels import cpu
 from workbench.model import memory
 from workbench.model.checkpoint import open_checkpoint, resolve
 from workbench.model.config import PUBLISHED, Config
@@ -75,6 +76,7 @@ def describe(about: Subject, plan: Plan) -> None:
     console.print(costs)
     for line in fitting(about, plan):
         console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"Products of few rows on this CPU: {cpu.description()}.", highlight=False, soft_wrap=True)
     points = Table("hook point", "axes", "values per token", title="Hook points (block points once for each layer)")
     for name, axes in FIRST.items() | {f"blocks.{{l}}.{n}": a for n, a in BLOCK.items()}.items() | LAST.items():
         points.add_row(name, axes, f"{memory.width(cfg, axes):,}" + (" × keys" if "key_pos" in axes else ""))

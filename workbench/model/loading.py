@@ -29,7 +29,7 @@ def load(
     ignore_fields: Collection[str] = (),
     adapter: str | Path | None = None,
 ) -> GptOss:
-    """Return the model in a folder of either published layout, the bundled one ("nano"), or of a hub id.
+    """Return the model in a folder or GGUF file, the bundled one ("nano"), one of Ollama's, or of a hub id.
 
     Weights stay memory-mapped and the experts packed: what is read is what is used; a GPU gets them tensor by tensor,
     and none of them before all are known to fit. dtype float32 does all arithmetic in float32. device "auto" is a GPU
@@ -63,7 +63,10 @@ def load(
     def placed(name: str, tensor: Tensor) -> Tensor:
         return tensor.to(places[memory.part_of(name)], dtype if tensor.is_floating_point() else tensor.dtype)
 
-    model.load_state_dict({name: placed(name, tensor) for name, tensor in checkpoint.tensors.items()}, assign=True)
+    if device == "meta":  # no weight is read: reading may mean converting
+        model.to(dtype)
+    else:
+        model.load_state_dict({name: placed(name, tensor) for name, tensor in checkpoint.tensors.items()}, assign=True)
     model.requires_grad_(False).eval()
     if adapter is not None:
         load_adapter(model, adapter)

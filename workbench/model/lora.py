@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from workbench.errors import InputError
 from workbench.model.adapter_config import CONFIG, expert_layout, rank_and_scale, read_adapter_config
 from workbench.model.adapter_names import Target, targets, targets_of
-from workbench.model.checkpoint import Checkpoint
 from workbench.model.low_rank import LowRank
 from workbench.model.names import name_in
+from workbench.model.opened_checkpoint import Checkpoint
 from workbench.model.safetensors_file import SafetensorsFile
 from workbench.model.transformer import GptOss
 

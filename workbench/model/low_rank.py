@@ -6,6 +6,8 @@ Reference: LoRA, Hu et al. 2021, arXiv 2106.09685, section 4.1.
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from workbench.kernels import dense
+
 
 class LowRank(nn.Module):
     """x → x · a · b, with the scale included in b; the experts of a layer have one stacked pair each."""
@@ -32,5 +34,5 @@ class Linear(nn.Linear):
         return self.weight if self.lora is None else self.weight + (self.lora.a @ self.lora.b).mT
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
-        out = super().forward(x)
+        out = dense.linear(x, self.weight, self.bias)
         return out if self.lora is None else out + self.lora(x)

@@ -17,7 +17,7 @@ from torch import Tensor
 from workbench.errors import InputError, refuse_lfs_pointer
 
 _LARGEST_HEADER = 100_000_000
-_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I64": 8, "I32": 4, "I16": 2, "BOOL": 1}
+_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "U32": 4, "I8": 1, "I64": 8, "I32": 4, "I16": 2, "BOOL": 1}
 
 
 @dataclass(frozen=True)

@@ -128,4 +128,5 @@ class TextMethods:
         elif isinstance(tokens, Sequence) and tokens and isinstance(tokens[0], str):
             tokens = [self.to_single_token(token) for token in tokens]
         ids = check_ids(torch.as_tensor(tokens), self)
-        return self.unembed.weight[ids.to(self.unembed.weight.device)] * self.ln_final.weight
+        directions = self.unembed.W_U.mT  # with the update of an adapter
+        return directions[ids.to(directions.device)] * self.ln_final.weight

@@ -21,7 +21,7 @@ from transformer_lens.utilities.slice import Slice
 from workbench.errors import InputError
 from workbench.hooks.hook_points import hooked, snapshot_hooks
 from workbench.hooks.names import closest_names, hook_points
-from workbench.kernels import norm, routing
+from workbench.kernels import dense, norm, routing
 from workbench.kernels.chunking import chunked
 from workbench.kernels.moe import ActivationHooks, Experts, LoraWeight, moe
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
@@ -82,7 +82,7 @@ class Router(nn.Module):
 
     def _scores(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        out = nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        out = dense.linear(x, self.weight, self.bias)
         return out if self.lora is None else out + self.lora(x)
 
 
@@ -213,7 +213,7 @@ class Unembed(nn.Module):
         return self.weight.mT if self.lora is None else self.weight.mT + self.lora.a @ self.lora.b
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        out = nn.functional.linear(x, self.weight)
+        out = dense.linear(x, self.weight)
         return self.hook_out(out if self.lora is None else out + self.lora(x))
 
 
@@ -238,6 +238,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         self.adapter: Any = None  # see workbench.model.lora
         self.context: PassContext | None = None  # of the last pass; hooks read it
         self._rotation: Tensor | None = None
+        self.cuda_graphs = False  # record unhooked steps of `generate` as CUDA graphs; see workbench.model.decode_graph
         self.checkpointing = False  # keep one stream a block for the backward pass and compute the rest again
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()

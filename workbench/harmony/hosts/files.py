@@ -18,6 +18,7 @@ from workbench.harmony.formats.shapes import SHAPES, has_messages, paired, shape
 from workbench.harmony.labels import label
 from workbench.harmony.messages import EFFORTS, shown
 from workbench.harmony.vocabulary import Tokenizer, tokenizer
+from workbench.inputs import refuse_devices
 
 READABLE = (
     "an Inspect log (.eval or .json), " + ", ".join(shape.name for shape in SHAPES) + "; as JSON Lines, a JSON array, "
@@ -41,6 +42,8 @@ def convert(
     kinds: dict[str, None] = {}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
+    for given in (path, *([] if requests is None else [requests])):
+        refuse_devices(given)
     for kind, where, conversation in _conversations(path, requests):
         if kind:
             kinds[kind] = None

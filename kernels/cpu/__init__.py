@@ -1,0 +1,88 @@
+"""Matrix products of a few rows on a CPU, compiled for the processor: what decoding spends its time on.
+
+torch multiplies one row by a bfloat16 matrix at about a third of the memory's speed, and has no product with MXFP4: the
+matrix is unpacked first. The loops here read every weight once, as it is stored. They are compiled by numba when the
+first of them is needed (about 2.5 s, then kept on disk, in `NUMBA_CACHE_DIR` if that is set).
+
+Why numba: its wheels contain the compiler, for Linux (x86-64, arm64), macOS (arm64) and Windows and for Python 3.11 to
+3.14, so that nothing is built when the workbench is installed, and the code is made for the processor it runs on. An
+extension module would need a wheel for each of these and its own choice between instruction sets. Measured on two cores
+(Zen 4), a matrix of 5760 × 2880 in MXFP4 and one row, 10^9 values a second: torch 2, numba's own vectorisation 5.7, LLVM
+vectors through numba 25 on one thread, at which the memory is the limit.
+
+The torch code in `workbench.kernels` remains the reference. It computes whatever is not covered here: gradients, other
+dtypes, inputs that are no multiple of 32, many rows, processors without AVX2 or NEON, tensors that torch.compile,
+torch.func or a dispatch mode follow, and a Python without numba. `WORKBENCH_CPU_KERNELS=torch` chooses it everywhere,
+`WORKBENCH_CPU_KERNELS=compiled` makes a missing numba an error. `workbench info` and `workbench bench cpu` print the
+choice. Threads: as many as `torch.get_num_threads()`.
+"""
+
+import functools
+import importlib
+import os
+import platform
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from workbench.kernels import dispatch
+
+VARIABLE = "WORKBENCH_CPU_KERNELS"
+_CHOICES = ("auto", "compiled", "torch")
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Return why the compiled kernels cannot be used, or None where they can; asked once a process.
+
+    Raises:
+        ValueError: the environment variable has an unknown value, or demands what is not available.
+    """
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in _CHOICES:
+        raise ValueError(f"{VARIABLE}={choice!r}: expected one of {', '.join(_CHOICES)}")
+    reason = f"{VARIABLE} is 'torch'" if choice == "torch" else _missing()
+    if reason and choice == "compiled":
+        raise ValueError(f"{VARIABLE} is 'compiled', but {reason}; unset it to use torch instead")
+    return reason
+
+
+def _missing() -> str | None:
+    """Return what the compiled kernels lack here."""
+    try:
+        instructions = importlib.import_module("workbench.kernels.cpu.loops").instructions()
+    except ImportError as error:
+        return f"numba cannot be imported ({error})"
+    return None if instructions else f"the processor ({platform.machine()}) has neither AVX2 nor NEON"
+
+
+def description() -> str:
+    """Return which code multiplies a few rows on this CPU, for people."""
+    if reason := unavailable():
+        return f"torch ({reason})"
+    return f"compiled by numba for {importlib.import_module('workbench.kernels.cpu.loops').instructions()}"
+
+
+def compiled(*tensors: Tensor | None) -> ModuleType | None:
+    """Return `workbench.kernels.cpu.products` if it can be applied to these tensors, and nothing otherwise."""
+    if not all(tensor is None or _plain(tensor) for tensor in tensors) or _followed() or unavailable():
+        return None
+    return importlib.import_module("workbench.kernels.cpu.products")
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is ordinary memory that no gradient is wanted of."""
+    wants_gradient = tensor.requires_grad and torch.is_grad_enabled()
+    ordinary = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return ordinary and not wants_gradient and not dispatch.on_gpu(tensor)
+
+
+def _followed() -> bool:
+    """Whether torch follows its operators: to trace, to transform or to count them, which must see all of them."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )

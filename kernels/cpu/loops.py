@@ -1,0 +1,320 @@
+"""Loops compiled for this processor: inner products of a few rows with MXFP4 and with bfloat16 matrices.
+
+A matrix is read once, in the order of memory, and each of its values is widened to float32 in registers. numba compiles
+the loops; their innermost part is written as LLVM vectors of 16 floats, which become AVX-512, AVX2 or NEON
+instructions. With AVX-512 a value of MXFP4 is looked up by a permutation of a register that holds all 16 values times
+the scale. Elsewhere its bits are put where float16 has its sign, its two lowest exponent bits and its highest mantissa
+bit, and the processor's conversion to float32 does the rest. Both are exact.
+
+The sum over the inputs has the same order for one row as for 32: a row's result does not depend on the other rows.
+
+All arguments are integers: addresses, and sizes in elements. Loops and vectors are in one file because numba's cache on
+disk compares this file's age only.
+
+Measured, one thread (Zen 4, in cache): 25 · 10^9 values of MXFP4 a second with AVX-512, 11 · 10^9 with AVX2.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+LANES = 16
+GROUP = 32  # values of MXFP4 with one scale: 16 bytes, in each an even position's value and the next odd one's
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_HALF_TO_E2M1 = 2.0**14  # from float16's exponent bias of 15 to e2m1's of 1
+
+_i8, _i16, _i32, _i64, _f32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_bytes, _words, _ints = (ir.VectorType(t, LANES) for t in (_i8, _i16, _i32))
+_floats = ir.VectorType(_f32, LANES)
+
+Builder = Any
+Value = Any
+
+
+def _int(value: int) -> Value:
+    return ir.Constant(_i64, value)
+
+
+def _repeat(kind: ir.VectorType, value: float) -> Value:
+    return ir.Constant(kind, [ir.Constant(kind.element, value)] * LANES)
+
+
+def _broadcast(b: Builder, scalar: Value) -> Value:
+    empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    return b.shuffle_vector(b.insert_element(empty, scalar, ir.Constant(_i32, 0)), empty, _repeat(_ints, 0))
+
+
+def _load(b: Builder, kind: Any, address: Value, *offsets: Value) -> Value:
+    """Load from an address and offsets in bytes. Mapped files give no alignment, so that none is assumed."""
+    return b.load(_pointer(b, kind, address, *offsets), align=1)
+
+
+def _pointer(b: Builder, kind: Any, address: Value, *offsets: Value) -> Value:
+    for offset in offsets:
+        address = b.add(address, offset)
+    return b.inttoptr(address, ir.PointerType(kind))
+
+
+def _function(b: Builder, name: str, returns: Any, *arguments: Any) -> Any:
+    return cgutils.get_or_insert_function(b.module, ir.FunctionType(returns, arguments), name)
+
+
+def _permuted(b: Builder, packed: Value, scale: Value) -> tuple[Value, Value]:
+    """Return the values in the low and in the high halves of 16 bytes, times the scale, by AVX-512's permutation."""
+    table = ir.Constant(_floats, [ir.Constant(_f32, sign * value) for sign in (1, -1) for value in E2M1])
+    scaled = b.fmul(table, _broadcast(b, scale))
+    permute = _function(b, "llvm.x86.avx512.permvar.sf.512", _floats, _floats, _ints)  # reads four bits of an index
+    index = b.zext(packed, _ints)
+    return b.call(permute, [scaled, index]), b.call(permute, [scaled, b.lshr(index, _repeat(_ints, 4))])
+
+
+def _converted(b: Builder, packed: Value, scale: Value) -> tuple[Value, Value]:
+    """Return the same as `_permuted` by conversion from float16, on any processor that has it."""
+    wide, factor = b.zext(packed, _words), _broadcast(b, scale)
+
+    def values(sign_shift: int, magnitude_shift: int) -> Value:
+        sign = b.and_(b.shl(wide, _repeat(_words, sign_shift)), _repeat(_words, 0x8000))
+        magnitude = b.and_(b.shl(wide, _repeat(_words, magnitude_shift)), _repeat(_words, 0x0E00))
+        half = b.bitcast(b.or_(sign, magnitude), ir.VectorType(ir.HalfType(), LANES))
+        # Two products: 2^14 times the largest scales is infinite.
+        return b.fmul(b.fmul(b.fpext(half, _floats), _repeat(_floats, _HALF_TO_E2M1)), factor)
+
+    return values(12, 9), values(8, 5)
+
+
+def _target(context: Any) -> tuple[str, list[str]]:
+    """Return the triple and the features of the processor that is compiled for; both are in the key of numba's cache."""
+    triple, _, features = context.codegen().magic_tuple()
+    return triple, features.split(",")
+
+
+def _wide_registers(context: Any) -> bool:
+    return "+avx512f" in _target(context)[1]
+
+
+def instructions() -> str | None:
+    """Return the name of the instruction set that the loops use on this processor, or None if it has none of them."""
+    triple, features = _target(cpu_target.target_context)
+    if triple.startswith(("aarch64", "arm64")):
+        return "NEON"
+    if "+avx512f" in features:
+        return "AVX-512"
+    return "AVX2" if {"+avx2", "+fma", "+f16c"} <= set(features) else None
+
+
+def _mxfp4(context: Any, b: Builder, arguments: tuple[Value, ...]) -> Callable[[Value, int], tuple[Value, Value]]:
+    """Return a reader of the 32 values of a group: first all even positions, then all odd ones."""
+    blocks, scales, table, groups = arguments
+    unpack = _permuted if _wide_registers(context) else _converted
+
+    def read(group: Value, row: int) -> tuple[Value, Value]:
+        at = b.add(b.mul(_int(row), groups), group)
+        packed = _load(b, _bytes, blocks, b.mul(at, _int(LANES)))
+        exponent = b.zext(_load(b, _i8, scales, at), _i64)
+        return unpack(b, packed, _load(b, _f32, table, b.mul(exponent, _int(4))))
+
+    return read
+
+
+def _bfloat16(context: Any, b: Builder, arguments: tuple[Value, ...]) -> Callable[[Value, int], tuple[Value, Value]]:
+    """Return a reader of 32 consecutive values, in two halves."""
+    matrix, groups = arguments
+
+    def read(group: Value, row: int) -> tuple[Value, Value]:
+        at = b.mul(b.add(b.mul(_int(row), groups), group), _int(2 * GROUP))
+
+        def half(offset: int) -> Value:
+            bits = b.zext(_load(b, _words, matrix, at, _int(offset)), _ints)
+            return b.bitcast(b.shl(bits, _repeat(_ints, 16)), _floats)
+
+        return half(0), half(2 * LANES)
+
+    return read
+
+
+def _inner_products(reader: Callable[..., Any], sources: int, outputs: int, rows: int) -> Any:
+    """Return an intrinsic: inner products of `outputs` rows of a matrix with `rows` rows of inputs.
+
+    Its arguments: the address of each row of inputs, the addresses where the results of each row go, the number of
+    groups of 32, and the `sources` arguments of the reader but the groups. Inputs are float32 in the reader's order.
+    """
+
+    @intrinsic
+    def tile(typingctx, inputs, results, groups, source):
+        count = types.UniTuple(types.int64, rows)
+        signature = types.void(count, count, types.int64, types.UniTuple(types.int64, sources))
+
+        def generate(context, b, signature, arguments):
+            inputs, results = (cgutils.unpack_tuple(b, pair, rows) for pair in arguments[:2])
+            groups, source = arguments[2], cgutils.unpack_tuple(b, arguments[3], sources)
+            read = reader(context, b, (*source, groups))
+            multiply_add = _function(b, "llvm.fma.v16f32", _floats, _floats, _floats, _floats)
+            add_up = _function(b, "llvm.vector.reduce.fadd.v16f32", _f32, _f32, _floats)
+            zero = _repeat(_floats, 0.0)
+            # Two sums for each pair of rows: a sum waits for its predecessor, two wait half as long.
+            sums = [[[cgutils.alloca_once_value(b, zero) for _ in range(2)] for _ in inputs] for _ in range(outputs)]
+            with cgutils.for_range(b, groups, intp=_i64) as loop:
+                start = b.mul(loop.index, _int(4 * GROUP))
+                values = [[_load(b, _floats, at, start, _int(4 * LANES * half)) for half in (0, 1)] for at in inputs]
+                for output in range(outputs):
+                    weights = read(loop.index, output)
+                    for row, half in ((row, half) for row in range(rows) for half in (0, 1)):
+                        total = sums[output][row][half]
+                        b.store(b.call(multiply_add, [weights[half], values[row][half], b.load(total)]), total)
+            for output in range(outputs):
+                for row in range(rows):
+                    total = b.fadd(*(b.load(part) for part in sums[output][row]))
+                    total = b.call(add_up, [ir.Constant(_f32, 0.0), total], fastmath=("reassoc",))
+                    b.store(total, _pointer(b, _f32, results[row], _int(4 * output)), align=1)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return tile
+
+
+@intrinsic
+def _take(typingctx, address, amount):
+    """Add to a 64-bit counter that threads share and return its value before."""
+
+    def generate(context, b, signature, arguments):
+        return b.atomic_rmw("add", _pointer(b, _i64, arguments[0]), arguments[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def _integer(typingctx, address):
+    """Load a 64-bit integer."""
+
+    def generate(context, b, signature, arguments):
+        return _load(b, _i64, arguments[0])
+
+    return types.int64(types.int64), generate
+
+
+# Outputs at a time: a matrix in bfloat16 is read fastest as one stream, and unpacking MXFP4 hides the latency of
+# loads behind a few rows. With four rows of inputs, two outputs leave registers free.
+MXFP4_OUTPUTS, MXFP4_OUTPUTS_FOR_FOUR, BFLOAT16_OUTPUTS_FOR_FOUR = 4, 2, 2
+_mxfp4_by_one, _mxfp4_by_two, _mxfp4_by_four = (
+    _inner_products(_mxfp4, 3, outputs, rows)
+    for outputs, rows in ((MXFP4_OUTPUTS, 1), (MXFP4_OUTPUTS_FOR_FOUR, 2), (MXFP4_OUTPUTS_FOR_FOUR, 4))
+)
+_bfloat16_by_one, _bfloat16_by_four = (
+    _inner_products(_bfloat16, 1, outputs, rows) for outputs, rows in ((1, 1), (BFLOAT16_OUTPUTS_FOR_FOUR, 4))
+)
+SMALLEST = 4  # outputs of a matrix: the last tile is moved back instead of being cut
+
+
+def _dense_rows(counter, chunk, matrix, outputs, groups, inputs, rows, results):
+    """Inner products of `rows` rows with a bfloat16 matrix [outputs, 32 · groups]; `chunk` outputs are taken at a time.
+
+    inputs: float32 [rows, 32 · groups]. results: float32 [rows, outputs].
+    """
+    width = groups * 32
+    while True:
+        start = _take(counter, chunk)
+        if start >= outputs:
+            return
+        stop = min(start + chunk, outputs)
+        if rows == 1:
+            for n in range(start, stop):
+                _bfloat16_by_one((inputs,), (results + 4 * n,), groups, (matrix + 2 * n * width,))
+            continue
+        for tile in range(start, stop, 2):
+            n = min(tile, outputs - 2)
+            source = (matrix + 2 * n * width,)
+            for row in range(0, rows, 4):
+                a, b, c, d = row, min(row + 1, rows - 1), min(row + 2, rows - 1), min(row + 3, rows - 1)
+                _bfloat16_by_four(
+                    (inputs + 4 * a * width, inputs + 4 * b * width, inputs + 4 * c * width, inputs + 4 * d * width),
+                    (
+                        results + 4 * (a * outputs + n),
+                        results + 4 * (b * outputs + n),
+                        results + 4 * (c * outputs + n),
+                        results + 4 * (d * outputs + n),
+                    ),
+                    groups,
+                    source,
+                )
+
+
+def _expert_rows(
+    counter, chunk, blocks, scales, table, outputs, groups, inputs, results, order, shared, hits, experts, ends
+):
+    """Inner products of every slot's row with its expert's packed matrix [outputs, groups, 16].
+
+    inputs: float32 [slots / shared, groups, 2, 16], each group's even positions before its odd ones. results: float32
+    [slots, outputs]. order: the slots, sorted by expert. shared: slots that read one row of inputs. hits: the number of
+    experts that have slots; experts, ends: which they are, and where the slots of each end in `order`.
+    """
+    chunks = (outputs + chunk - 1) // chunk
+    width = groups * 32
+    while True:
+        item = _take(counter, 1)
+        if item >= hits * chunks:
+            return
+        hit = item // chunks
+        start = item % chunks * chunk
+        stop = min(start + chunk, outputs)
+        expert = _integer(experts + 8 * hit)
+        first = _integer(ends + 8 * hit - 8) if hit else 0
+        last = _integer(ends + 8 * hit) - 1
+        base = expert * outputs
+        step = 4 if first == last else 2
+        for tile in range(start, stop, step):
+            n = min(tile, outputs - step)
+            source = (blocks + (base + n) * groups * 16, scales + (base + n) * groups, table)
+            if first == last:
+                slot = _integer(order + 8 * first)
+                _mxfp4_by_one(
+                    (inputs + 4 * (slot // shared) * width,), (results + 4 * (slot * outputs + n),), groups, source
+                )
+                continue
+            for position in range(first, last + 1, 4):
+                a = _integer(order + 8 * position)
+                b = _integer(order + 8 * min(position + 1, last))
+                if last - position < 2:
+                    _mxfp4_by_two(
+                        (inputs + 4 * (a // shared) * width, inputs + 4 * (b // shared) * width),
+                        (results + 4 * (a * outputs + n), results + 4 * (b * outputs + n)),
+                        groups,
+                        source,
+                    )
+                    continue
+                c = _integer(order + 8 * (position + 2))
+                d = _integer(order + 8 * min(position + 3, last))
+                _mxfp4_by_four(
+                    (
+                        inputs + 4 * (a // shared) * width,
+                        inputs + 4 * (b // shared) * width,
+                        inputs + 4 * (c // shared) * width,
+                        inputs + 4 * (d // shared) * width,
+                    ),
+                    (
+                        results + 4 * (a * outputs + n),
+                        results + 4 * (b * outputs + n),
+                        results + 4 * (c * outputs + n),
+                        results + 4 * (d * outputs + n),
+                    ),
+                    groups,
+                    source,
+                )
+
+
+def compile_all() -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return the compiled `_dense_rows` and `_expert_rows`: from the cache on disk, where there is one."""
+
+    def compiled(loop: Callable[..., None], arguments: int) -> Callable[..., None]:
+        signature = types.void(*[types.int64] * arguments)
+        try:
+            return njit(signature, nogil=True, cache=True)(loop)
+        except (RuntimeError, OSError):  # no folder for the cache can be written
+            return njit(signature, nogil=True)(loop)
+
+    return compiled(_dense_rows, 8), compiled(_expert_rows, 14)

@@ -1,0 +1,101 @@
+"""The launchers: products of a few rows of tensors, in the order, the dtypes and the roundings of the torch code.
+
+Sums are in float32, with the bias; what is returned is rounded once to the dtype of the input.
+
+Reference: `workbench.kernels.dense.linear` and `workbench.kernels.mxfp4.linear`.
+Cost: reads the weights of every expert that is hit, or the whole dense matrix, once for each four rows; from memory
+once.
+"""
+
+import functools
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.kernels.cpu import threads
+from workbench.kernels.cpu.loops import GROUP, SMALLEST, compile_all
+from workbench.kernels.mxfp4 import Mxfp4
+
+_DTYPES = (torch.bfloat16, torch.float32)
+_DENSE_CHUNK = 64  # outputs; 369 KB of a matrix with 2,880 inputs
+_EXPERT_CHUNK = 128  # outputs; 196 KB
+
+_loops = functools.cache(compile_all)
+
+
+@functools.cache
+def _scales() -> Float[Tensor, "256"]:
+    """Scale byte → its power of two: 255 is NaN, and 0 the subnormal 2^-127."""
+    return torch.ldexp(torch.ones(256), torch.arange(256) - 127).where(torch.arange(256) < 255, torch.nan)
+
+
+def covers_dense(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `linear` can multiply these: weights in bfloat16 beside inputs in bfloat16 or float32."""
+    return (
+        weight.dtype == torch.bfloat16
+        and x.dtype in _DTYPES
+        and weight.is_contiguous()
+        and weight.shape[1] % GROUP == 0
+        and len(weight) >= SMALLEST
+    )
+
+
+def linear(
+    x: Float[Tensor, "*rows inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None
+) -> Float[Tensor, "*rows outputs"]:
+    """Return x · weightᵀ + bias, for what `covers_dense` allows."""
+    inputs = x.reshape(-1, x.shape[-1]).float().contiguous()
+    rows, outputs = len(inputs), len(weight)
+    results = torch.empty(rows, outputs)
+    pieces = -(-outputs // _DENSE_CHUNK)
+    threads.run(
+        _loops()[0], pieces, _DENSE_CHUNK, weight.data_ptr(), outputs, weight.shape[1] // GROUP, inputs.data_ptr(),
+        rows, results.data_ptr(),
+    )  # fmt: skip
+    if bias is not None:
+        results += bias
+    return results.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class Slots:
+    """Slots by their experts, for both matrices of a layer."""
+
+    def __init__(self, experts: Int[Tensor, "tokens slot"], num_experts: int) -> None:
+        flat = experts.flatten()
+        counts = torch.bincount(flat, minlength=num_experts)  # refuses negative ones
+        if len(counts) > num_experts:
+            raise IndexError(f"expert {len(counts) - 1} of {num_experts}: hooks must leave indices below that number")
+        self.experts, self.per_token = experts, experts.shape[1]
+        self.order: Int[Tensor, " slots"] = flat.argsort(stable=True)
+        self.hit: Int[Tensor, " hit"] = counts.nonzero()[:, 0].contiguous()
+        self.ends: Int[Tensor, " hit"] = counts[self.hit].cumsum(0)
+
+
+def covers_experts(x: Tensor, *matrices: object) -> bool:
+    """Return whether `expert_linear` can multiply x by these matrices."""
+    return x.dtype in _DTYPES and all(
+        isinstance(matrix, Mxfp4)
+        and matrix.blocks.is_contiguous()
+        and matrix.scales.is_contiguous()
+        and matrix.blocks.device == matrix.scales.device == x.device
+        and matrix.blocks.shape[1] >= SMALLEST
+        for matrix in matrices
+    )
+
+
+def expert_linear(
+    x: Float[Tensor, "rows inputs"], weight: Mxfp4, bias: Float[Tensor, "expert outputs"], slots: Slots
+) -> Float[Tensor, "tokens slot outputs"]:
+    """Return x times its expert's matrix, plus its bias, for every slot; x has a row a token, or a row a slot."""
+    _, outputs, groups, _ = weight.blocks.shape
+    count = slots.experts.numel()
+    inputs = x.float().unflatten(1, (groups, GROUP // 2, 2)).mT.contiguous()
+    results = torch.empty(*slots.experts.shape, outputs)
+    pieces = len(slots.hit) * -(-outputs // _EXPERT_CHUNK)
+    threads.run(
+        _loops()[1], pieces, _EXPERT_CHUNK, weight.blocks.data_ptr(), weight.scales.data_ptr(), _scales().data_ptr(),
+        outputs, groups, inputs.data_ptr(), results.data_ptr(), slots.order.data_ptr(), count // len(x),
+        len(slots.hit), slots.hit.data_ptr(), slots.ends.data_ptr(),
+    )  # fmt: skip
+    return results.add_(bias[slots.experts]).to(x.dtype)

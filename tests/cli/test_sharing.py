@@ -1,0 +1,35 @@
+"""A shared conversation is one file with its texts escaped, that fetches nothing."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_cli import run as command
+from tests.conftest import DATA
+from workbench.runs import open_run
+
+DEMO = str(DATA / "demo.zarr")
+
+
+def test_a_conversation_is_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "page.html"
+    first = str(open_run(DEMO).sequences["id"].iloc[0])
+    assert command(capsys, "conversation", DEMO, first, "--out", str(out))[0] == 0
+    page = out.read_text()
+    assert "__DATA__" not in page
+    assert "\\u003c|start|>" in page, "marks are escaped"
+    assert not re.findall(r'(?:src|href)="https?://', page)
+    code, _, err = command(capsys, "conversation", DEMO, "0", "--out", str(out))
+    assert (code, err.count("\n")) == (2, 1)
+    assert command(capsys, "conversation", DEMO, "0", "--out", str(out), "--overwrite")[0] == 0
+    assert out.read_text() == page, "a number names the same conversation"
+    assert command(capsys, "conversation", DEMO, "0-2", "--out", str(tmp_path / "three.html"))[0] == 0
+    assert (tmp_path / "three.html").read_text().count("<iframe") == 3
+
+
+@pytest.mark.parametrize("id", ["nobody", "100000", "5-100000", "3-1"])
+def test_sequences_that_are_not_there_are_refused(id: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = command(capsys, "conversation", DEMO, id, "--out", str(tmp_path / "page.html"))
+    assert code == 2
+    assert "sequences, numbered from 0" in err

@@ -1,0 +1,135 @@
+"""Graphs are faithful: their nodes matter more than others that write as much, and alone they keep the answer."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import workbench as wb
+from tests.conftest import DATA
+from workbench.errors import InputError
+from workbench.experiments import graph_checks
+from workbench.experiments.attribution_graph import AttributionGraph, graph
+from workbench.kernels.moe import swiglu
+from workbench.model.transformer import GptOss
+
+
+@pytest.fixture(scope="module")
+def model() -> GptOss:
+    return wb.load("nano", dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def sequences(model: GptOss, long: bool) -> list[list[int]]:
+    """The start of an analysis, up to the first product's result, of several prompts."""
+    prompts = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
+    chosen = [p for p in prompts if p["meta"]["task"] == "product" and p["meta"]["turns"] == 1][: 50 if long else 4]
+    rendered = [wb.harmony.render(p["messages"], effort="high", tokenizer=model.tokenizer) for p in chosen]
+    return [
+        [*ids, *answer[:7]] for ids, answer in zip(rendered, model.generate(rendered, max_new_tokens=7), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def graphs(model: GptOss, sequences: list[list[int]]) -> list[AttributionGraph]:
+    return [graph(model, ids) for ids in sequences]
+
+
+def test_influential_nodes_matter_more_than_random_ones_that_write_as_much(
+    model: GptOss, graphs: list[AttributionGraph]
+) -> None:
+    kept, random = [], []
+    for found in graphs:
+        table = graph_checks.faithfulness(model, found, sizes=(8,), draws=2)
+        kept.append(table["kept"].iloc[0])
+        random.append(table["random"].iloc[0])
+    print(
+        f"8 nodes of each of {len(graphs)} graphs: {np.mean(kept):.2f} of the logit is left, {np.mean(random):.2f} at random"
+    )
+    assert np.mean(kept) < 0.5
+    assert np.mean(random) > 0.8
+
+
+def test_the_graph_alone_keeps_the_answer(
+    model: GptOss, graphs: list[AttributionGraph], sequences: list[list[int]]
+) -> None:
+    means = graph_checks.mean_activations(model, sequences)
+    alone = [graph_checks.kept_alone(model, found, means) for found in graphs]
+    sizes = [len(found.nodes) / found.metadata["nodes_in_pass"] for found in graphs]
+    print(f"{np.mean([a['on_top'] for a in alone]):.0%} keep the answer with {np.mean(sizes):.0%} of the nodes")
+    assert np.mean([a["on_top"] for a in alone]) >= 0.8
+    assert np.mean(sizes) < 0.1
+    least = graphs[0].nodes.nsmallest(len(graphs[0].nodes) - 2, "influence")
+    without = AttributionGraph(least, graphs[0].edges, graphs[0].tokens, graphs[0].texts, graphs[0].metadata)
+    assert graph_checks.kept_alone(model, without, means)["kept"] < 0.7  # negative control: without the top nodes
+
+
+def test_ablation_measures_what_a_pass_with_the_node_removed_gives(
+    model: GptOss, graphs: list[AttributionGraph]
+) -> None:
+    found = graphs[0]
+    top = found.nodes[found.nodes["kind"] == "expert"].nlargest(1, "influence")
+    (row,) = top.to_dict("records")
+    table = graph_checks.ablate(model, found, list(top.index))
+
+    def remove(out: torch.Tensor, hook: object) -> torch.Tensor:
+        out = out.clone()
+        out[0, row["pos"], row["index"]] = model.blocks[row["layer"]].mlp.experts.down.bias[row["expert"]]
+        return out
+
+    ids = torch.tensor([found.tokens])
+    name = f"blocks.{row['layer']}.mlp.experts.hook_out"
+    with torch.no_grad():
+        with_it, without = (
+            model.run_with_hooks(ids, fwd_hooks=hooks)[0, -1].double() for hooks in ([], [(name, remove)])
+        )
+    target = found.metadata["target_id"]
+    wanted = (with_it[target] - with_it.mean()) - (without[target] - without.mean())
+    assert table["measured"].iloc[0] == pytest.approx(float(wanted), rel=1e-4)
+    with pytest.raises(InputError, match="cannot be ablated"):
+        graph_checks.ablate(model, found, [len(found.nodes) - 1])
+
+
+def test_an_edge_is_removed_from_what_its_target_reads(model: GptOss, graphs: list[AttributionGraph]) -> None:
+    """The expert computed again without the source's write gives the same logit; with another write it does not."""
+    found = graphs[0]
+    nodes = found.nodes
+    experts = nodes.index[nodes["kind"] == "expert"]
+    inner = nodes.index[nodes["kind"].isin(("embedding", "head"))]
+    edges = found.edges[found.edges["target"].isin(experts) & found.edges["source"].isin(inner)]
+    edge = edges.loc[edges["value"].abs().idxmax()]
+    source, target = nodes.loc[edge["source"]].to_dict(), nodes.loc[edge["target"]].to_dict()
+    layer, pos, slot = target["layer"], target["pos"], target["index"]
+    block, ids = model.blocks[layer], torch.tensor([found.tokens])
+    with torch.no_grad():
+        cache = model.run_with_cache(ids)[1]
+        if source["kind"] == "embedding":
+            write = cache["embed"][0, pos]
+        else:
+            z = cache["z", source["layer"]][0, pos, source["index"]]
+            write = z @ model.W_O[source["layer"], source["index"]]
+
+        def logit_without(write: torch.Tensor) -> float:
+            x = block.ln2.normalize(cache["resid_mid", layer])[0, pos]
+            x = x - write * block.ln2.weight / cache["scale", layer, "ln2"][0, pos]
+            own = block.mlp.experts
+            gate = x @ own.W_gate(target["expert"]).float() + own.b_gate(target["expert"])
+            up = x @ own.W_in(target["expert"]).float() + own.b_in(target["expert"])
+            post = swiglu(gate, up, model.cfg.swiglu_limit, model.cfg.swiglu_alpha)
+            out = post @ own.W_out(target["expert"]).float() + own.b_out(target["expert"])
+
+            def put(value: torch.Tensor, hook: object) -> torch.Tensor:
+                value = value.clone()
+                value[0, pos, slot] = out
+                return value
+
+            return graph_checks.logit(model, found, [(f"blocks.{layer}.mlp.experts.hook_out", put)])
+
+        plain = graph_checks.logit(model, found)
+        result = graph_checks.ablate_edge(model, found, int(edge["source"]), int(edge["target"]))
+        assert result["measured"] == pytest.approx(plain - logit_without(write), abs=1e-3)
+        assert abs(result["measured"] - (plain - logit_without(-write))) > 1e-2  # negative control
+    assert result["value"] == pytest.approx(edge["value"])
+    with pytest.raises(InputError, match="an edge goes from"):
+        graph_checks.ablate_edge(model, found, int(edge["source"]), len(nodes) - 1)

@@ -1,0 +1,132 @@
+"""Exported graphs have the published schema, and say what the graph says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+from pydantic import BaseModel, ConfigDict
+from typer.testing import CliRunner
+
+import workbench as wb
+from workbench.cli import app
+from workbench.errors import InputError
+from workbench.experiments import graph_export
+from workbench.experiments.attribution_graph import AttributionGraph, graph
+from workbench.model.transformer import GptOss
+
+
+class Metadata(BaseModel):
+    """As circuit-tracer's graph_models.py has it, at commit 196e2ce."""
+
+    slug: str
+    scan: str
+    transcoder_list: list[str]
+    prompt_tokens: list[str]
+    prompt: str
+    node_threshold: float | None
+    schema_version: int | None
+
+
+class QParams(BaseModel):
+    pinnedIds: list[str]  # noqa: N815
+    supernodes: list[list[str]]
+    linkType: str  # noqa: N815
+    clickedId: str  # noqa: N815
+    sg_pos: str
+
+
+class Node(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    node_id: str
+    feature: int
+    layer: str
+    ctx_idx: int
+    feature_type: str
+    token_prob: float
+    is_target_logit: bool
+    run_idx: int
+    reverse_ctx_idx: int
+    jsNodeId: str  # noqa: N815
+    clerp: str
+    influence: float | None
+    activation: float | None
+
+
+class Link(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    source: str
+    target: str
+    weight: float
+
+
+class File(BaseModel):
+    metadata: Metadata
+    qParams: QParams  # noqa: N815
+    nodes: list[Node]
+    links: list[Link]
+
+
+@pytest.fixture(scope="module")
+def model() -> GptOss:
+    return wb.load("nano", dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def found(model: GptOss) -> AttributionGraph:
+    return graph(model, "12+34=")
+
+
+def test_the_file_has_the_published_schema(model: GptOss, found: AttributionGraph, tmp_path: Path) -> None:
+    data: dict[str, Any] = json.loads(graph_export.write_json(model, found, tmp_path / "my graph.json").read_text())
+    file = File.model_validate_json(json.dumps(data))
+    assert file.metadata.slug == "my-graph"
+    names = [node.node_id for node in file.nodes]
+    assert len(set(names)) == len(names)
+    assert {end for link in file.links for end in (link.source, link.target)} <= set(names)
+    assert [node.is_target_logit for node in file.nodes].count(True) == 1
+    kinds = {node.feature_type for node in file.nodes}
+    assert kinds <= {"cross layer transcoder", "mlp reconstruction error", "embedding", "logit"}
+    assert all(0 <= node.ctx_idx < len(file.metadata.prompt_tokens) for node in file.nodes)
+    target = next(node for node in file.nodes if node.is_target_logit)
+    into = sum(link.weight for link in file.links if link.target == target.node_id)
+    assert into == pytest.approx(found.metadata["logit"], abs=0.5)
+    with pytest.raises(InputError, match="letters, digits"):
+        graph_export.to_json(model, found, "../x")
+
+
+def test_networkx_and_graphml(found: AttributionGraph, tmp_path: Path) -> None:
+    out = graph_export.to_networkx(found)
+    assert nx.is_directed_acyclic_graph(out)
+    assert (len(out.nodes), len(out.edges)) == (len(found.nodes), len(found.edges))
+    nx.write_graphml(out, tmp_path / "g.graphml")
+    assert len(nx.read_graphml(tmp_path / "g.graphml").nodes) == len(found.nodes)
+
+
+def test_edges_that_recur(model: GptOss, found: AttributionGraph) -> None:
+    other = graph(model, "45+12=")
+    table = graph_export.recurring_edges([found, found, other])
+    assert table["share"].max() == 1
+    assert ((table["low"] >= 0) & (table["high"] <= 1) & (table["low"] < table["high"])).all()
+    once = graph_export.recurring_edges([found])
+    assert (once["graphs"] == 1).all()
+    with pytest.raises(InputError, match="at least one graph"):
+        graph_export.recurring_edges([])
+
+
+def test_the_command(tmp_path: Path) -> None:
+    out = tmp_path / "g.json"
+    arguments = ["graph", "nano", "--prompt", "24*29", "--effort", "high", "--out", str(out), "--at", "6"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "logits" in done.output
+    File.model_validate_json(out.read_text())
+    again = CliRunner().invoke(app, arguments)
+    assert isinstance(again.exception, InputError)
+    assert "exists" in str(again.exception)
+    far = CliRunner().invoke(app, [*arguments[:-1], "999", "--overwrite"])
+    assert "the model generated" in str(far.exception)

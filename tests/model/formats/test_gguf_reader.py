@@ -1,0 +1,323 @@
+"""GGUF files of llama.cpp and Ollama hold the same tensors as safetensors, and what we write is read back bit for bit."""
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import workbench as wb
+from tests.cli.test_cli import run
+from tests.model.conftest import BASE, YARN
+from tests.model.formats import gguf_files as files
+from workbench.errors import InputError
+from workbench.harmony.vocabulary import MARKS, tokenizer_of_tokens
+from workbench.model.checkpoint import BUNDLED, open_checkpoint, resolve
+from workbench.model.config import Config
+from workbench.model.export import RandomTensors, save_random
+from workbench.model.formats.gguf_merges import merges, vocabulary_tokens
+from workbench.model.formats.gguf_mxfp4 import from_ggml, to_ggml
+from workbench.model.formats.gguf_writer import write_gguf
+
+NANO = BUNDLED["nano"]
+CFG = replace(BASE, d_vocab=72, n_ctx=131_072)
+ODD = replace(CFG, n_heads=6, n_key_value_heads=2, d_head=24, num_experts=5, experts_per_token=3, rope=replace(YARN, factor=4.0))  # fmt: skip
+GENERATIONS = {
+    "llama.cpp": ("gpt-oss", files.llama_cpp), "Ollama, autumn 2025": ("gptoss", files.ollama),
+    "Ollama, August 2025": ("gptoss", files.first_ollama),
+}  # fmt: skip
+
+
+def written(path: Path, generation: str = "llama.cpp", cfg: Config = CFG, **changed: Any) -> Path:
+    arch, make = GENERATIONS[generation]
+    return files.write(path, files.metadata(cfg, arch, NANO) | changed, make(cfg, RandomTensors(cfg)))
+
+
+@pytest.mark.parametrize("generation", list(GENERATIONS))
+@pytest.mark.parametrize("cfg", [CFG, ODD], ids=["ratio 8", "odd"])
+def test_every_generation_holds_the_same_tensors(tmp_path: Path, generation: str, cfg: Config) -> None:
+    checkpoint = open_checkpoint(written(tmp_path / "model.gguf", generation, cfg))
+    assert (checkpoint.cfg, checkpoint.experts, checkpoint.notes) == (cfg, "mxfp4", ())
+    assert not checkpoint.tensors.other_precision()
+    for name, tensor in RandomTensors(cfg).items():
+        assert torch.equal(checkpoint.tensors[name].to(tensor.dtype), tensor), name
+
+
+def test_the_order_of_nibbles_is_exact_both_ways() -> None:
+    published = np.random.default_rng(0).integers(0, 256, (70, 5, 16), dtype=np.uint8)
+    values = np.stack([published & 15, published >> 4], -1).reshape(70, 5, 32)
+    stored = to_ggml(published)
+    assert np.array_equal(np.concatenate([stored & 15, stored >> 4], -1), values)
+    back = np.empty_like(published)
+    from_ggml(stored, back)
+    assert np.array_equal(back, published)
+    from_ggml(published, back)  # the comparison sees bytes that are in the published order already
+    assert not np.array_equal(back, published)
+
+
+def test_a_type_4_file_read_as_type_39_would_be_another_model(tmp_path: Path) -> None:
+    stored = files.first_ollama(CFG, RandomTensors(CFG))
+    stored = {name: (shape, 39 if kind == 4 else kind, data) for name, (shape, kind, data) in stored.items()}
+    checkpoint = open_checkpoint(files.write(tmp_path / "m.gguf", files.metadata(CFG, "gptoss", NANO), stored))
+    name = "blocks.0.mlp.experts.down.blocks"
+    assert not torch.equal(checkpoint.tensors[name], RandomTensors(CFG)[name])
+
+
+def test_quantised_matrices_are_dequantised_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = files.llama_cpp(CFG, RandomTensors(CFG), files.Q8_0)
+    path = files.write(tmp_path / "m.gguf", files.metadata(CFG, "gpt-oss", NANO), tensors)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.experts == "mxfp4"
+    names = checkpoint.tensors.other_precision()["Q8_0"]
+    assert {"embed.weight", "unembed.weight", "blocks.2.attn.o.weight"} <= set(names)
+    assert len(names) == 2 + 4 * CFG.n_layers
+    for name in names:
+        expected = RandomTensors(CFG)[name].float()
+        assert (checkpoint.tensors[name] - expected).abs().max() <= expected.abs().max() / 127
+    code, output, _ = run(capsys, "info", str(path))
+    assert code == 0
+    assert "14 tensors are stored as Q8_0, not in the published precision: embed.weight" in output
+
+
+@pytest.mark.parametrize("kind", [files.BF16, files.F16, files.Q8_0])
+def test_experts_that_are_not_packed_are_dense(tmp_path: Path, kind: int) -> None:
+    tensors = RandomTensors(CFG, experts="dense")
+    path = files.write(tmp_path / "m.gguf", files.metadata(CFG, "gpt-oss", NANO), files.llama_cpp(CFG, tensors, kind))
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.experts == "dense"
+    for name in ("blocks.1.mlp.experts.gate_up.weight", "blocks.1.mlp.experts.down.weight"):
+        expected = tensors[name].float()
+        tolerance = 0 if kind == files.BF16 else expected.abs().max() / (127 if kind == files.Q8_0 else 1024)
+        assert (checkpoint.tensors[name].float() - expected).abs().max() <= tolerance
+
+
+def test_a_split_is_read_from_any_of_its_files_and_from_its_folder(tmp_path: Path) -> None:
+    tensors = list(files.llama_cpp(CFG, RandomTensors(CFG)).items())
+    about = files.metadata(CFG, "gpt-oss", NANO)
+    first = files.write(tmp_path / "m-00001-of-00002.gguf", about, dict(tensors[:20]))
+    second = files.write(tmp_path / "m-00002-of-00002.gguf", {"general.architecture": "gpt-oss"}, dict(tensors[20:]))
+    digests = set()
+    for source in (first, second, tmp_path):
+        checkpoint = open_checkpoint(source)
+        assert torch.equal(checkpoint.tensors["unembed.weight"], RandomTensors(CFG)["unembed.weight"])
+        digests.add(checkpoint.digest)
+    assert len(digests) == 1
+    first.unlink()
+    with pytest.raises(InputError, match=r"is one of 2 files, and m-00001-of-00002\.gguf is missing"):
+        open_checkpoint(second)
+
+
+def test_a_folder_of_two_models_asks_for_one(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        written(tmp_path / name)
+    with pytest.raises(InputError, match=r"holds 2 GGUF models, a\.gguf, b\.gguf: name one of its files"):
+        open_checkpoint(tmp_path)
+
+
+@torch.no_grad()
+def test_nano_survives_gguf_bit_for_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "nano.gguf"
+    code, output, _ = run(capsys, "convert-weights", "nano", str(path))
+    assert (code, "nano.gguf: " in output) == (0, True)
+    ours, theirs = wb.load("nano", device="cpu"), wb.load(path, device="cpu")
+    for (name, before), (other, after) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(before, after), name
+    assert theirs.cfg == ours.cfg
+    text = "12+34*5="
+    assert theirs.tokenizer.encode(text) == ours.tokenizer.encode(text)
+    assert theirs.tokenizer.digest == ours.tokenizer.digest
+    assert theirs.tokenizer.chat_template == ours.tokenizer.chat_template
+    assert run(capsys, "convert-weights", "nano", str(path))[0] == 2  # it exists
+    assert run(capsys, "convert-weights", "nano", str(tmp_path / "folder"))[0] == 2
+
+
+@pytest.mark.parametrize("experts", ["mxfp4", "dense"])
+def test_what_we_write_is_what_the_gguf_package_reads(tmp_path: Path, experts: str) -> None:
+    from gguf import GGUFReader
+
+    save_random(tmp_path / "model", ODD, experts=experts)
+    path = write_gguf(open_checkpoint(tmp_path / "model"), tmp_path / "m.gguf")
+    read = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    expected = files.llama_cpp(ODD, RandomTensors(ODD, experts=experts))
+    assert set(read) == set(expected)
+    for name, (shape, kind, data) in expected.items():
+        assert read[name].shape.tolist() == list(reversed(shape)), name
+        assert (int(read[name].tensor_type), read[name].data.tobytes()) == (kind, data), name
+    back = open_checkpoint(path)
+    assert (back.cfg, back.experts) == (ODD, experts)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"windows": (16, 16, None)}, "GGUF cannot express windows"), ({"swiglu_limit": 5.0}, "cannot express swiglu_limit 5.0"),
+])  # fmt: skip
+def test_what_gguf_cannot_express_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    save_random(tmp_path / "model", replace(CFG, **change))
+    with pytest.raises(InputError, match=message):
+        write_gguf(open_checkpoint(tmp_path / "model"), tmp_path / "m.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def ollama_store(root: Path, model: Path, name: str = "registry.ollama.ai/library/gpt-oss/20b") -> None:
+    digest = "0123456789abcdef" * 4
+    blob = root / "blobs" / f"sha256-{digest}"
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    model.rename(blob)
+    manifest = root / "manifests" / name
+    manifest.parent.mkdir(parents=True)
+    layers = [
+        {"mediaType": "application/vnd.ollama.image.template", "digest": "sha256:" + "f" * 64},
+        {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"},
+    ]
+    manifest.write_text(json.dumps({"layers": layers}))
+
+
+@torch.no_grad()
+def test_a_model_of_ollama_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
+    ollama_store(tmp_path / "store", written(tmp_path / "model.gguf", "Ollama, autumn 2025"))
+    model = wb.load("ollama:gpt-oss:20b", device="cpu")
+    assert model(torch.arange(30)[None]).isfinite().all()
+    assert resolve("ollama:registry.ollama.ai/library/gpt-oss:20b") == resolve("ollama:gpt-oss:20b")
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("ollama:gpt-oss", "Ollama has no model 'gpt-oss' .* run `ollama pull gpt-oss`, or set OLLAMA_MODELS; there is 20b"),
+    ("ollama:../../x:y", "is no name of an Ollama model"), ("ollama:", "is no name of an Ollama model"),
+    ("ollama:a/b/c/d:e", "is no name of an Ollama model"),
+])  # fmt: skip
+def test_a_name_that_ollama_does_not_have_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
+    ollama_store(tmp_path / "store", written(tmp_path / "model.gguf"))
+    with pytest.raises(InputError, match=message):
+        wb.load(name, device="cpu")
+
+
+def test_a_damaged_store_of_ollama_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
+    ollama_store(tmp_path / "store", written(tmp_path / "model.gguf"))
+    next((tmp_path / "store" / "blobs").iterdir()).unlink()
+    with pytest.raises(InputError, match=r"is missing, which .*20b names: pull the model again"):
+        wb.load("ollama:gpt-oss:20b", device="cpu")
+    next((tmp_path / "store" / "manifests").rglob("20b")).write_text("[]")
+    with pytest.raises(InputError, match="is not a manifest of Ollama"):
+        wb.load("ollama:gpt-oss:20b", device="cpu")
+
+
+Damage = Callable[[Path], object]
+
+
+def rewritten(**changed: Any) -> Damage:
+    return lambda path: written(path, **changed)
+
+
+def without(name: str, more: dict[str, files.Stored] | None = None) -> Damage:
+    def damage(path: Path) -> None:
+        tensors = files.llama_cpp(CFG, RandomTensors(CFG))
+        files.write(
+            path, files.metadata(CFG, "gpt-oss", NANO), {n: t for n, t in tensors.items() if n != name} | (more or {})
+        )
+
+    return damage
+
+
+def patched(at: int, content: bytes) -> Damage:
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[at : at + len(content)] = content
+        path.write_bytes(bytes(data))
+
+    return damage
+
+
+ONE = files.floats(torch.ones(2, 32))
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-5000]), "bytes beyond the file: truncated download"),
+    "truncated header": (lambda path: path.write_bytes(path.read_bytes()[:300]), "header is truncated or damaged"),
+    "empty": (lambda path: path.write_bytes(b""), "does not begin with GGUF"),
+    "text": (lambda path: path.write_text("hello"), "does not begin with GGUF"),
+    "pointer of git-lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a git-lfs pointer"),
+    "version 1": (patched(4, struct.pack("<I", 1)), "GGUF version 1 is not read"),
+    "big-endian": (patched(4, struct.pack(">I", 3)), "GGUF version 50331648 is not read"),
+    "many tensors": (patched(8, struct.pack("<Q", 2**40)), "header is truncated or damaged"),
+    "many values": (patched(16, struct.pack("<Q", 2**40)), "header is truncated or damaged"),
+    "a long text": (patched(24, struct.pack("<Q", 2**60)), "header is truncated or damaged"),
+    "another model": (rewritten(**{"general.architecture": "llama"}), "the architecture is 'llama', expected 'gpt-oss'"),
+    "no layers": (rewritten(**{"gpt-oss.block_count": 0}), "gpt-oss.block_count is 0, expected a number above 0"),
+    "a text for a number": (rewritten(**{"gpt-oss.block_count": "many"}), "gpt-oss.block_count is 'many', expected a number"),
+    "another rope": (rewritten(**{"gpt-oss.rope.scaling.type": "linear"}), "rope scaling 'linear' is not computed"),
+    "another width": (rewritten(**{"gpt-oss.embedding_length": 96}), r"has shape \[.*64.*\], the metadata want"),
+    "no embedding": (without("token_embd.weight"), "tensor 'token_embd.weight' is missing"),
+    "a missing tensor": (without("blk.1.attn_sinks.weight"), "tensor 'blk.1.attn_sinks.weight' or 'blk.1.attn_sinks' is missing"),
+    "a tensor too many": (without("", {"blk.0.extra.weight": ONE}), "tensor 'blk.0.extra.weight' is not part of a gpt-oss"),
+    "an unknown type": (without("", {"x": ((2, 32), 77, b"")}), "tensor 'x' has ggml type 77, which is not read here"),
+    "part of a block": (without("", {"x": ((2, 33), files.Q8_0, b"")}), "rows that are no multiple of 32"),
+    "Ollama's type in another file": (without("", {"x": ((2, 32), 4, b"")}), "has ggml type 4, which is not read here"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_damage_is_refused_in_one_line_that_names_it(tmp_path: Path, damage: str) -> None:
+    spoil, message = DAMAGES[damage]
+    path = written(tmp_path / "model.gguf")
+    spoil(path)
+    with pytest.raises(InputError, match=message) as refusal:
+        open_checkpoint(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_file_without_an_unembedding_ties_it_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    without("output.weight")(path)
+    checkpoint = open_checkpoint(path)
+    assert torch.equal(checkpoint.tensors["unembed.weight"], RandomTensors(CFG)["embed.weight"])
+    assert "no output.weight" in checkpoint.notes[0]
+
+
+def test_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    tensors = files.llama_cpp(CFG, RandomTensors(CFG))
+    shape, kind, data = tensors["blk.1.ffn_down_exps.weight"]
+    tensors["blk.1.ffn_down_exps.weight"] = shape, kind, b"\xff" + data[1:]
+    path = files.write(tmp_path / "m.gguf", files.metadata(CFG, "gpt-oss", NANO), tensors)
+    with pytest.raises(InputError, match=r"tensor 'blk.1.ffn_down_exps.weight' .* at \[0, 0, 0\]: scale byte 255"):
+        wb.load(path, device="cpu")
+
+
+def test_the_tokens_of_the_file_are_those_of_harmony() -> None:
+    published = wb.harmony.tokenizer()
+    tokens = vocabulary_tokens(published, published.d_vocab)
+    read = tokenizer_of_tokens(Path("m.gguf"), tokens, None, "template")
+    assert (read.digest, read.chat_template, published.chat_template) == (published.digest, "template", None)
+    for id, message in ((published.special["<|start|>"], "expected '<|start|>'"), (997 * 3, "of o200k_harmony")):
+        spoilt = [*tokens[:id], "other", *tokens[id + 1 :]]
+        with pytest.raises(InputError, match=message):
+            tokenizer_of_tokens(Path("m.gguf"), spoilt)
+    with pytest.raises(InputError, match=r"3 tokens and no tokenizer.huggingface.json"):
+        tokenizer_of_tokens(Path("m.gguf"), tokens[:3])
+    assert all(f"<|{mark}|>" in tokens for mark in MARKS)
+
+
+def test_merges_rebuild_tokens() -> None:
+    tokens = ["<|end|>", "a", "b", "c", "ab", "abc", "abab", "xyz"]
+    assert merges(tokens, {0}) == ["a b", "ab c", "ab ab"]
+
+
+@pytest.mark.long
+@torch.no_grad()
+def test_llama_cpp_generates_the_same_tokens(tmp_path: Path) -> None:
+    """Greedy, from the same ids. Needs llama-cpp-python."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    path = write_gguf(open_checkpoint(NANO), tmp_path / "nano.gguf")
+    model = wb.load("nano", device="cpu", dtype=torch.float32)
+    theirs = llama_cpp.Llama(str(path), n_ctx=512, verbose=False)
+    prompt = wb.harmony.render([{"role": "user", "content": "12+34"}], tokenizer=model.tokenizer, effort="high")
+    ours = model.generate([prompt], max_new_tokens=40, stop_at_eos=False)[0]
+    stream = theirs.generate(prompt, temp=0.0, top_k=1)
+    assert [next(stream) for _ in range(40)] == ours

@@ -1,0 +1,57 @@
+"""Commands that make one file to share: a conversation with what was recorded of it."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from workbench.cli.options import RunPath
+from workbench.errors import InputError
+
+app = typer.Typer()
+_RANGE = re.compile(r"(\d+)-(\d+)")
+
+
+@app.command()
+def conversation(
+    run: RunPath,
+    id: Annotated[str, typer.Argument(help="Id or number of a sequence, or a range of numbers such as 0-4.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("conversation.html"),
+    theme: Annotated[str, typer.Option(help="light or dark.")] = "light",
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Write a conversation of a run as one HTML file that fetches nothing, to send to others."""
+    from workbench.dashboards.conversation import shared_page
+    from workbench.figures.template import THEMES
+    from workbench.runs import open_run
+
+    if theme not in THEMES:
+        raise InputError(f"--theme {theme}: choose one of {', '.join(THEMES)}")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists: choose another name, or --overwrite")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: the folder {str(out.parent)!r} is not there")
+    opened = open_run(run)
+    numbers = _numbers(opened, id)
+    out.write_text(shared_page(opened, numbers, theme), encoding="utf-8")
+    print(f"{out}: {len(numbers)} conversation{'s' * (len(numbers) > 1)}")
+
+
+def _numbers(run: Any, text: str) -> list[int]:
+    """Return the sequences that an id, a number or a range names.
+
+    Raises:
+        InputError: the run has no such sequence.
+    """
+    table = run.sequences
+    if text in set(table["id"]):
+        return [int(table.index[table["id"] == text][0])]
+    match = _RANGE.fullmatch(text)
+    wanted = list(range(int(match[1]), int(match[2]) + 1)) if match else [int(text)] if text.isdecimal() else []
+    if not wanted or not set(wanted) <= set(table.index):
+        first = ", ".join(table["id"][:3])
+        raise InputError(
+            f"{text!r} is not in {run.path}: it has {len(table)} sequences, numbered from 0, such as {first}"
+        )
+    return wanted

@@ -1,0 +1,164 @@
+"""One pass of a model with its non-linear parts frozen: every logit is then a sum over paths, followed exactly.
+
+Frozen are attention patterns (with the sink's share), scales of the norms, and each token's experts and gate weights.
+What remains is linear but for the experts' activation, a product: each of its two factors gets half of it, and the
+sigmoid and the clamps count as the ratio of what goes out and what comes in. So a direction at the end of the stream
+can be followed backwards, and at every node what flows in equals what flows out, to rounding.
+
+Reference: LRP for products and RelP, Jafari et al. 2025, arXiv 2508.21258; frozen attention and norms as in circuit
+tracing, Ameisen et al. 2025.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.model.transformer import GptOss
+
+_INSIDE = (
+    "ln1.hook_scale",
+    "attn.hook_pattern",
+    "attn.hook_z",
+    "ln2.hook_scale",
+    "mlp.hook_expert_indices",
+    "mlp.hook_expert_weights",
+    "mlp.experts.hook_gate",
+    "mlp.experts.hook_pre",
+    "mlp.experts.hook_out",
+)
+
+
+@dataclass
+class LayerFlow:
+    """What one layer passes on to the target: a value of every node, and the direction each node reads along.
+
+    Values are in units of the target. `expert_reads` is a direction at the stream before the experts; a head of the
+    query position p reads the stream of position q along pattern[h, p, q] · head_reads[p, h] · gain / scale[q].
+    """
+
+    heads: Float[Tensor, "pos head"]
+    head_bias: Float[Tensor, "pos head"]  # of the values' bias, read by the head
+    attention_bias: Float[Tensor, " pos"]
+    experts: Float[Tensor, "pos slot"]
+    expert_constants: Float[Tensor, "pos slot"]  # of the biases inside the expert, and of the 1 that is added to up
+    expert_bias: Float[Tensor, " pos"]
+    head_outputs: Float[Tensor, "pos head d_head"]  # the direction at the head's weighted values
+    expert_reads: Float[Tensor, "pos slot d_model"]
+
+
+class FrozenPass:
+    """The recorded activations of one sequence, and the backward pass through them."""
+
+    @torch.no_grad()
+    def __init__(self, model: GptOss, tokens: Int[Tensor, " pos"]) -> None:
+        self.model, self.tokens = model, tokens
+        names = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in _INSIDE]
+        names += ["hook_embed", "ln_final.hook_scale", f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
+        logits, cache = model.run_with_cache(tokens[None], names_filter=names, return_cache_object=False)
+        self.logits: Float[Tensor, "pos d_vocab"] = logits[0]
+        self.wide = torch.promote_types(model.dtype, torch.float32)
+        self._cache = cache
+
+    def seen(self, name: str, layer: int | None = None) -> Tensor:
+        """Return a recorded activation of the sequence, at least in float32."""
+        x: Tensor = self._cache[name if layer is None else f"blocks.{layer}.{name}"][0]
+        return x.to(self.wide) if x.is_floating_point() else x
+
+    def pattern(self, layer: int) -> Float[Tensor, "head query key"]:
+        """Return the attention pattern; what a row lacks to 1 is on the sink."""
+        return self.seen("attn.hook_pattern", layer)
+
+    def head_write(self, layer: int, pos: Tensor, head: Tensor) -> Float[Tensor, "node d_model"]:
+        """Return what these heads write into the stream, without the bias of the output."""
+        z = self.seen("attn.hook_z", layer)[pos, head]
+        return torch.einsum("nd,ndm->nm", z, self.model.blocks[layer].attn.W_O[head].to(self.wide))
+
+    def expert_write(self, layer: int, pos: Tensor, slot: Tensor) -> Float[Tensor, "node d_model"]:
+        """Return what these slots write into the stream, without the bias of the expert's output."""
+        bias = self.model.blocks[layer].mlp.experts.down.bias.to(self.wide)
+        chosen = self.seen("mlp.hook_expert_indices", layer)[pos, slot]
+        gates = self.seen("mlp.hook_expert_weights", layer)[pos, slot]
+        return gates[:, None] * (self.seen("mlp.experts.hook_out", layer)[pos, slot] - bias[chosen])
+
+    def expert_bias_write(self, layer: int, pos: Tensor) -> Float[Tensor, "node d_model"]:
+        """Return what the biases of the experts' outputs write into the stream at these positions."""
+        bias = self.model.blocks[layer].mlp.experts.down.bias.to(self.wide)
+        chosen = self.seen("mlp.hook_expert_indices", layer)[pos]
+        return torch.einsum("ns,nsm->nm", self.seen("mlp.hook_expert_weights", layer)[pos], bias[chosen])
+
+    def head_reads(self, layer: int, pos: Tensor, head: Tensor, outputs: Float[Tensor, "node d_head"]) -> Tensor:
+        """Return the directions that heads with these output directions read along, before scale and pattern."""
+        block = self.model.blocks[layer]
+        through = torch.einsum("nmd,nd->nm", block.attn.W_V[head].to(self.wide), outputs)
+        return through * block.ln1.weight.to(self.wide)
+
+    @torch.no_grad()
+    def backward(self, end: Float[Tensor, "pos d_model"]) -> tuple[list[LayerFlow], Float[Tensor, "pos d_model"]]:
+        """Follow a direction at the stream behind the last block backwards.
+
+        Returns what each layer passes on to it, and the direction at the embedding.
+        """
+        flows, g = [], end.to(self.wide)
+        for layer in reversed(range(self.model.cfg.n_layers)):
+            experts, g = self._through_experts(layer, g)
+            heads, g = self._through_heads(layer, g)
+            flows.append(LayerFlow(**heads, **experts))
+        return flows[::-1], g
+
+    def _through_experts(self, layer: int, g: Float[Tensor, "pos d_model"]) -> tuple[dict[str, Tensor], Tensor]:
+        mlp, block = self.model.blocks[layer].mlp, self.model.blocks[layer]
+        chosen, gates = (self.seen(f"mlp.hook_expert_{name}", layer) for name in ("indices", "weights"))
+        reads = g.new_zeros(*chosen.shape, g.shape[-1])
+        values, constants = g.new_zeros(chosen.shape), g.new_zeros(chosen.shape)
+        gain = block.ln2.weight.to(self.wide) / self.seen("ln2.hook_scale", layer)
+        for expert, pos, slot in self._groups(chosen, g):
+            gate, up = (self.seen(f"mlp.experts.hook_{name}", layer)[pos, slot] for name in ("gate", "pre"))
+            v = gates[pos, slot, None] * (g[pos] @ mlp.experts.W_out(expert).to(self.wide).mT)
+            by_gate, by_up, post, fixed = _halves(gate, up, v, self.model.cfg.swiglu_limit, self.model.cfg.swiglu_alpha)
+            w_gate, w_up = mlp.experts.W_gate(expert).to(self.wide), mlp.experts.W_in(expert).to(self.wide)
+            b_gate, b_up = mlp.experts.b_gate(expert).to(self.wide), mlp.experts.b_in(expert).to(self.wide)
+            reads[pos, slot] = (by_gate @ w_gate.mT + by_up @ w_up.mT) * gain[pos]
+            values[pos, slot] = (v * post).sum(-1)
+            constants[pos, slot] = by_gate @ b_gate + by_up @ b_up + fixed
+        bias = mlp.experts.down.bias.to(self.wide)
+        expert_bias = (gates * (g @ bias.mT).gather(-1, chosen)).sum(-1)
+        found = {"experts": values, "expert_constants": constants, "expert_bias": expert_bias, "expert_reads": reads}
+        return found, g + reads.sum(1)
+
+    def _groups(self, chosen: Int[Tensor, "pos slot"], g: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield each expert with the positions and slots that chose it, where the direction is not zero."""
+        reached = (g != 0).any(-1)
+        for expert in chosen[reached].unique().tolist():
+            pos, slot = ((chosen == expert) & reached[:, None]).nonzero(as_tuple=True)
+            yield expert, pos, slot
+
+    def _through_heads(self, layer: int, g: Float[Tensor, "pos d_model"]) -> tuple[dict[str, Tensor], Tensor]:
+        block = self.model.blocks[layer]
+        attn, pattern = block.attn, self.pattern(layer)
+        outputs = torch.einsum("pm,hdm->phd", g, attn.W_O.to(self.wide))
+        z = self.seen("attn.hook_z", layer)
+        read = torch.einsum("hpq,phd->qhd", pattern, outputs)
+        back = torch.einsum("qhd,hmd->qm", read, attn.W_V.to(self.wide))
+        gain = block.ln1.weight.to(self.wide) / self.seen("ln1.hook_scale", layer)
+        bias = torch.einsum("phd,hd->ph", outputs, attn.b_V.to(self.wide)) * pattern.sum(-1).mT
+        found = {
+            "heads": (outputs * z).sum(-1),
+            "head_bias": bias,
+            "attention_bias": g @ attn.b_O.to(self.wide),
+            "head_outputs": outputs,
+        }
+        return found, g + back * gain
+
+
+def _halves(gate: Tensor, up: Tensor, v: Tensor, limit: float, alpha: float) -> tuple[Any, ...]:
+    """Return the coefficients of gate and up, the activation, and the constant of a · (up + 1) shared out in halves."""
+    clamped_gate, clamped_up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    sigmoid = torch.sigmoid(alpha * clamped_gate)
+    a, b = clamped_gate * sigmoid, clamped_up + 1
+    by_gate = v * b / 2 * torch.where(gate > limit, limit / gate, torch.ones_like(gate)) * sigmoid
+    by_up = v * a / 2 * torch.where(up.abs() > limit, limit / up.abs(), torch.ones_like(up))
+    return by_gate, by_up, a * b, (v * a / 2).sum(-1)

@@ -1,0 +1,181 @@
+"""An attribution graph as circuit-tracer's and Neuronpedia's JSON, and as a networkx graph.
+
+Heads and routed experts appear as "cross layer transcoder" features, the only inner kind that the format has: heads
+have the features 0 … n_heads − 1 and experts n_heads + expert, and each has its name as label. What no node of the
+graph explains of a node is its layer's "mlp reconstruction error" at the position.
+
+Reference: the schema in safety-research/circuit-tracer, circuit_tracer/frontend/graph_models.py (schema version 1).
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pandas as pd
+
+from workbench.errors import InputError
+from workbench.experiments.attribution_graph import AttributionGraph
+from workbench.model.transformer import GptOss
+
+_SLUG = re.compile(r"[A-Za-z0-9_-]{1,100}")
+
+
+def to_json(model: GptOss, graph: AttributionGraph, slug: str = "graph") -> dict[str, Any]:
+    """Return the graph in the form of circuit-tracer's files.
+
+    Raises:
+        InputError: the slug has other characters than letters, digits, - and _.
+    """
+    if not _SLUG.fullmatch(slug):
+        raise InputError(f"slug {slug!r}: use letters, digits, - and _")
+    nodes = [_node(model, graph, row) for _, row in graph.nodes.iterrows()]
+    links = [
+        {"source": nodes[s]["node_id"], "target": nodes[t]["node_id"], "weight": float(v)}
+        for s, t, v in graph.edges[["source", "target", "value"]].itertuples(index=False)
+    ]
+    errors: dict[str, dict[str, Any]] = {}
+    for number, row in graph.nodes.iterrows():
+        if row["error"]:
+            error = _error_node(row)
+            errors.setdefault(error["node_id"], error)
+            links.append(
+                {
+                    "source": error["node_id"],
+                    "target": nodes[int(str(number))]["node_id"],
+                    "weight": float(row["error"]),
+                }
+            )
+    metadata = {
+        "slug": slug,
+        "scan": "gpt-oss",
+        "transcoder_list": [],
+        "prompt_tokens": graph.texts,
+        "prompt": "".join(graph.texts),
+        "node_threshold": graph.metadata["node_share"],
+        "schema_version": 1,
+        "info": graph.metadata,
+    }
+    q_params = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    return {"metadata": metadata, "qParams": q_params, "nodes": [*nodes, *errors.values()], "links": links}
+
+
+def _node(model: GptOss, graph: AttributionGraph, row: "pd.Series[Any]") -> dict[str, Any]:
+    kind, layer, pos = str(row["kind"]), int(row["layer"]), int(row["pos"])
+    shared = {
+        "ctx_idx": pos,
+        "influence": float(row["influence"]),
+        "activation": float(row["value"]),
+        "token_prob": 0.0,
+        "is_target_logit": kind == "target",
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "clerp": label(row),
+    }
+    if kind == "target":
+        token = graph.metadata["target_id"]
+        name, feature, shown = f"{model.cfg.n_layers + 1}_{token}_{pos}", token, str(model.cfg.n_layers + 1)
+        shared["clerp"] = f'logit of "{graph.metadata["target"]}" less {graph.metadata["against"]}'
+        return {"node_id": name, "feature": feature, "layer": shown, "feature_type": "logit", "jsNodeId": name} | shared
+    if kind == "embedding":
+        token = graph.tokens[pos]
+        name = f"E_{token}_{pos}"
+        return {"node_id": name, "feature": pos, "layer": "E", "feature_type": "embedding", "jsNodeId": name} | shared
+    number = _feature(model, row)
+    name = f"{layer}_{number}_{pos}"
+    kind_of = {"feature_type": "cross layer transcoder", "jsNodeId": f"{layer}_{number}-{pos}"}
+    return {"node_id": name, "feature": _cantor(layer, number), "layer": str(layer)} | kind_of | shared
+
+
+def _feature(model: GptOss, row: "pd.Series[Any]") -> int:
+    """Return the number of a head, an expert or a layer's bias among the features of its layer."""
+    heads, experts = model.cfg.n_heads, model.cfg.num_experts
+    kind = str(row["kind"])
+    if kind == "head":
+        return int(row["index"])
+    if kind == "expert":
+        return heads + int(row["expert"])
+    return heads + experts + ("attention bias", "expert bias").index(kind)
+
+
+def _cantor(x: int, y: int) -> int:
+    return (x + y) * (x + y + 1) // 2 + y
+
+
+def _error_node(row: "pd.Series[Any]") -> dict[str, Any]:
+    layer, pos = int(row["layer"]), int(row["pos"])
+    return {
+        "node_id": f"{layer}_-1_{pos}",
+        "feature": -1,
+        "layer": str(layer),
+        "ctx_idx": pos,
+        "feature_type": "mlp reconstruction error",
+        "jsNodeId": f"{layer}_-1-{pos}",
+        "clerp": "not explained by the nodes of the graph",
+        "influence": None,
+        "activation": None,
+        "token_prob": 0.0,
+        "is_target_logit": False,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+    }
+
+
+def label(row: "pd.Series[Any]") -> str:
+    """Return the name of a node, as "layer 2 expert 5"."""
+    kind = str(row["kind"])
+    if kind == "embedding":
+        return f"embedding of {row['token']!r}"
+    if kind in ("head", "expert"):
+        return f"layer {row['layer']} {kind} {row['index' if kind == 'head' else 'expert']}"
+    return f"layer {row['layer']} {kind}" if kind != "target" else "target"
+
+
+def write_json(model: GptOss, graph: AttributionGraph, path: str | Path) -> Path:
+    """Write the graph as JSON; the file appears complete or not at all."""
+    path = Path(path)
+    slug = re.sub(r"[^A-Za-z0-9_-]", "-", path.stem)[:100] or "graph"
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(to_json(model, graph, slug), allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def to_networkx(graph: AttributionGraph) -> "nx.DiGraph[int]":
+    """Return a directed graph with the columns of nodes and edges as attributes, for GraphML and network analysis."""
+    out: nx.DiGraph[int] = nx.DiGraph()
+    for number, row in graph.nodes.iterrows():
+        values = {str(k): v.item() if hasattr(v, "item") else v for k, v in row.items()}
+        out.add_node(int(str(number)), label=label(row), **values)
+    columns = (graph.edges[name].tolist() for name in ("source", "target", "value", "score"))
+    for source, target, value, score in zip(*columns, strict=True):
+        out.add_edge(int(source), int(target), value=float(value), score=float(score))
+    return out
+
+
+def recurring_edges(graphs: list[AttributionGraph]) -> pd.DataFrame:
+    """Return the edges of several graphs by the names of their ends, with the share of graphs that have each.
+
+    A name is kind, layer and head or expert, without the position. `share` has a 95 % Wilson interval over graphs, and
+    `value` is the mean over the graphs that have the edge, in logits; make one graph for each prompt.
+
+    Raises:
+        InputError: there is no graph.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    if not graphs:
+        raise InputError("recurring edges need at least one graph")
+    rows = []
+    for number, graph in enumerate(graphs):
+        names = [label(row) if row["kind"] != "embedding" else "embedding" for _, row in graph.nodes.iterrows()]
+        columns = (graph.edges[name].tolist() for name in ("source", "target", "value"))
+        for source, target, value in zip(*columns, strict=True):
+            ends = {"source": names[int(source)], "target": names[int(target)]}
+            rows.append({"graph": number, "value": float(value), **ends})
+    sums = pd.DataFrame(rows).groupby(["source", "target", "graph"], as_index=False)["value"].sum()
+    found = sums.groupby(["source", "target"], as_index=False).agg(graphs=("graph", "count"), value=("value", "mean"))
+    low, high = proportion_confint(found["graphs"].to_numpy(), len(graphs), method="wilson")
+    found = found.assign(share=found["graphs"] / len(graphs), low=low, high=high)
+    return found.sort_values(["share", "value"], ascending=False, ignore_index=True)

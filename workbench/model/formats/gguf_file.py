@@ -1,0 +1,184 @@
+"""Read one GGUF file: its metadata, and its tensors as memory-mapped bytes. Everything is validated before it is used.
+
+A file is the magic "GGUF", a version, counts, key-value metadata, tensor descriptions and, aligned, the data.
+
+Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from workbench.errors import InputError, refuse_lfs_pointer
+
+MAGIC = b"GGUF"
+_MOST_ITEMS = 100_000_000  # a guard against counts that no file holds
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+F32, F16, BF16 = 0, 1, 30
+MXFP4, OLLAMA_MXFP4 = 39, 4  # ggml's type, and the number that Ollama used before ggml had one
+_MOST_AXES = 4
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor: ggml's type number, shape with the fastest axis last, and its bytes."""
+
+    kind: int
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A validated file."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+    header: bytes = field(repr=False)
+    _mapped: Any = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> "GgufFile":
+        """Read and validate the header.
+
+        Raises:
+            InputError: the file is a git-lfs pointer, truncated, damaged or no GGUF file.
+        """
+        try:
+            if not path.is_file():
+                raise InputError(f"{path} is not a file")
+            with path.open("rb") as file:
+                beginning = file.read(64)
+            refuse_lfs_pointer(path, beginning)
+            if not beginning.startswith(MAGIC):
+                raise InputError(f"{path} does not begin with GGUF: it is no GGUF file, or an incomplete download")
+            # copy on write: torch wants writable memory, and nothing is written
+            mapped = np.memmap(path, dtype=np.uint8, mode="c")
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            return _parse(path, mapped)
+        except (struct.error, UnicodeDecodeError, KeyError, OverflowError) as error:
+            raise InputError(f"{path}: the GGUF header is truncated or damaged ({error})") from error
+
+    def bytes_of(self, name: str) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a tensor, memory-mapped."""
+        tensor = self.tensors[name]
+        found: npt.NDArray[np.uint8] = self._mapped[tensor.start : tensor.start + tensor.size]
+        return found
+
+
+class _Cursor:
+    """Reads values one after another from mapped bytes."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data, self.at = data, 0
+
+    def scalar(self, code: str) -> Any:
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += struct.calcsize("<" + code)
+        return value
+
+    def text(self) -> str:
+        length = self.scalar("Q")
+        if length > len(self.data) - self.at:
+            raise struct.error(f"a text of {length:,} bytes")
+        self.at += length
+        return bytes(self.data[self.at - length : self.at]).decode("utf-8", "surrogateescape")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            return self.scalar(_SCALARS[kind])
+        inner, count = self.scalar("I"), self.scalar("Q")
+        if count > _MOST_ITEMS or inner == _ARRAY:
+            raise struct.error(f"an array of {count:,} items of type {inner}")
+        if inner == _STRING:
+            return [self.text() for _ in range(count)]
+        values = struct.unpack_from(f"<{count}{_SCALARS[inner]}", self.data, self.at)
+        self.at += struct.calcsize(f"<{count}{_SCALARS[inner]}")
+        return list(values)
+
+
+def _parse(path: Path, mapped: Any) -> GgufFile:
+    cursor = _Cursor(memoryview(mapped))
+    cursor.at = len(MAGIC)
+    version, n_tensors, n_values = cursor.scalar("I"), cursor.scalar("Q"), cursor.scalar("Q")
+    if version not in (2, 3):
+        raise InputError(f"{path}: GGUF version {version} is not read, only 2 and 3 (little-endian)")
+    if max(n_tensors, n_values) > _MOST_ITEMS:
+        raise struct.error(f"{n_tensors:,} tensors and {n_values:,} values")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_values):
+        name = cursor.text()
+        metadata[name] = cursor.value(cursor.scalar("I"))
+    described = [_described(cursor) for _ in range(n_tensors)]
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or not 0 < alignment <= 2**20:
+        raise InputError(f"{path}: general.alignment is {alignment!r}, expected a number of bytes")
+    data = -(-cursor.at // alignment) * alignment
+    old_types = metadata.get("general.architecture") == "gptoss"
+    tensors: dict[str, GgufTensor] = {}
+    for name, kind, shape, offset in described:
+        if name in tensors:
+            raise InputError(f"{path}: tensor {name!r} is there twice")
+        tensor = GgufTensor(kind, shape, data + offset, _size(path, name, kind, shape, old_types))
+        if tensor.start + tensor.size > len(mapped):
+            missing = tensor.start + tensor.size - len(mapped)
+            raise InputError(f"{path}: tensor {name!r} ends {missing:,} bytes beyond the file: truncated download?")
+        tensors[name] = tensor
+    return GgufFile(path, metadata, tensors, bytes(mapped[: cursor.at]), mapped)
+
+
+def _described(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
+    name, axes = cursor.text(), cursor.scalar("I")
+    if not 1 <= axes <= _MOST_AXES:
+        raise struct.error(f"a tensor of {axes} axes")
+    shape = tuple(cursor.scalar("Q") for _ in range(axes))[::-1]  # ggml names the fastest axis first
+    return name, cursor.scalar("I"), shape, cursor.scalar("Q")
+
+
+def _size(path: Path, name: str, kind: int, shape: tuple[int, ...], old_types: bool) -> int:
+    """Return the bytes of a tensor."""
+    block, size = block_and_bytes(kind, old_types) or (0, 0)
+    if not block:
+        raise InputError(f"{path}: tensor {name!r} has ggml type {kind}, which is not read here")
+    if shape[-1] % block:
+        raise InputError(f"{path}: tensor {name!r} of shape {list(shape)} has rows that are no multiple of {block}")
+    return math.prod(shape) // block * size
+
+
+def block_and_bytes(kind: int, old_types: bool = False) -> tuple[int, int] | None:
+    """Return the values of a block and its bytes, or None for an unknown type."""
+    import gguf  # late: only GGUF files need it
+
+    if old_types and kind == OLLAMA_MXFP4:
+        kind = MXFP4
+    try:
+        return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    except (ValueError, KeyError):
+        return None
+
+
+def precision(kind: int) -> str:
+    """Return the name of a ggml type as the workbench reports it."""
+    import gguf
+
+    return "MXFP4" if kind == OLLAMA_MXFP4 else gguf.GGMLQuantizationType(kind).name
+
+
+def decoder(kind: int) -> Callable[[npt.NDArray[Any]], npt.NDArray[Any]]:
+    """Return the function from the bytes of rows [..., bytes] to float32 values [..., values]."""
+    import gguf
+
+    return lambda data: gguf.quants.dequantize(data, gguf.GGMLQuantizationType(kind))

@@ -1,0 +1,365 @@
+"""Open gpt-oss in GGUF files, of llama.cpp, LM Studio, Unsloth and Ollama, as canonical tensors.
+
+The experts stay packed where they are MXFP4. All other quantised tensors are dequantised when they are read; the
+checkpoint names the stored type of each. llama.cpp stores gate and up apart, rows 0, 2, … and 1, 3, … of the published
+matrix. Ollama's files of August 2025 have architecture `gptoss`, fused q, k, v and gate and up, and MXFP4 in the
+published order under the type number 4; later ones have llama.cpp's types under Ollama's names.
+
+Constants of the architecture that no file states are the published ones: SwiGLU limit and alpha, a window in every
+other layer, and a YaRN ramp that is not truncated (llama.cpp truncates it).
+"""
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from workbench.errors import InputError
+from workbench.harmony.vocabulary import Tokenizer, tokenizer_of_tokens
+from workbench.kernels.parallel import parallel_map
+from workbench.model.config import GROUP, Config, Rope, check_sizes
+from workbench.model.formats.gguf_file import (
+    BF16,
+    F16,
+    F32,
+    MAGIC,
+    MXFP4,
+    OLLAMA_MXFP4,
+    GgufFile,
+    GgufTensor,
+    decoder,
+    precision,
+)
+from workbench.model.formats.gguf_mxfp4 import BLOCK_BYTES, from_ggml
+from workbench.model.lazy_tensors import LazyTensor, Tensors
+from workbench.model.names import shapes
+from workbench.model.opened_checkpoint import Checkpoint
+
+ARCHITECTURES = ("gpt-oss", "gptoss")
+_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_NAMES = {
+    "ln1.weight": ("attn_norm.weight",),
+    "ln2.weight": ("post_attention_norm.weight", "ffn_norm.weight"),
+    **{f"attn.{p}.{kind}": (f"attn_{p}.{kind}",) for p in "qkv" for kind in ("weight", "bias")},
+    "attn.o.weight": ("attn_output.weight", "attn_out.weight"),
+    "attn.o.bias": ("attn_output.bias", "attn_out.bias"),
+    "attn.sinks": ("attn_sinks.weight", "attn_sinks"),
+    "mlp.router.weight": ("ffn_gate_inp.weight",),
+    "mlp.router.bias": ("ffn_gate_inp.bias",),
+    "mlp.experts.down.bias": ("ffn_down_exps.bias",),
+}
+_ENDS = {
+    "embed.weight": "token_embd.weight",
+    "ln_final.weight": "output_norm.weight",
+    "unembed.weight": "output.weight",
+}
+
+
+def find_files(source: Path) -> list[Path]:
+    """Return the GGUF files of a source: a file with the others of its split, those of a folder, or none.
+
+    Raises:
+        InputError: a part of a split is missing, or a folder holds several models.
+    """
+    try:
+        if source.is_file():
+            with source.open("rb") as file:
+                is_gguf = source.suffix.lower() == ".gguf" or file.read(4) == MAGIC
+            return _parts(source) if is_gguf else []
+        if not source.is_dir() or (source / "config.json").exists() or any(source.glob("*.safetensors")):
+            return []
+        files = sorted(path for path in source.glob("*.gguf") if not path.name.startswith("mmproj"))
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error.strerror}") from error
+    models = {match["stem"] if (match := _SPLIT.fullmatch(path.name)) else path.name: path for path in files}
+    if len(models) > 1:
+        raise InputError(
+            f"{source} holds {len(models)} GGUF models, {', '.join(sorted(models)[:4])}: name one of its files"
+        )
+    return _parts(next(iter(models.values()))) if models else []
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return all files of the split to which a file belongs."""
+    match = _SPLIT.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    parts = [path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise InputError(f"{path} is one of {count} files, and {missing[0]} is missing: download it")
+    return parts
+
+
+def open_gguf(paths: Sequence[Path]) -> Checkpoint:
+    """Open and validate the files of a model; weights are read when they are used.
+
+    Raises:
+        InputError: a file is damaged or no gpt-oss, or a tensor is missing, unexpected or has another shape.
+    """
+    files = [GgufFile.open(path) for path in paths]
+    metadata = files[0].metadata
+    arch = metadata.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise InputError(f"{paths[0]}: the architecture is {arch!r}, expected 'gpt-oss'")
+    found: dict[str, _Stored] = {}
+    for file in files:
+        for name in file.tensors:
+            if name in found:
+                raise InputError(f"tensor {name!r} is both in {found[name].file.path.name} and in {file.path}")
+            found[name] = _Stored(file, name)
+    cfg = _config(paths[0], metadata, str(arch), found)
+    reader = _Reader(paths[0], cfg, found)
+    tensors = Tensors(reader.read_all())
+    experts = "mxfp4" if reader.packed else "dense"
+    return Checkpoint(
+        paths[0], cfg, "gguf", experts, tensors, _digest(files), lambda: _tokenizer(paths[0], metadata, cfg.d_vocab),
+        tuple(reader.notes),
+    )  # fmt: skip
+
+
+def _config(path: Path, metadata: Mapping[str, Any], arch: str, found: Mapping[str, "_Stored"]) -> Config:
+    def read(name: str, kind: type, default: Any = None) -> Any:
+        value = metadata.get(f"{arch}.{name}", default)
+        if value is None or isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+            raise InputError(f"{path}: {arch}.{name} is {value!r}, expected a number")
+        if value <= 0:
+            raise InputError(f"{path}: {arch}.{name} is {value}, expected a number above 0")
+        return kind(value)
+
+    if "token_embd.weight" not in found:
+        raise InputError(f"{path}: tensor 'token_embd.weight' is missing")
+    n_layers, heads, factor = read("block_count", int), read("attention.head_count", int), 1.0
+    if metadata.get(f"{arch}.rope.scaling.type", "yarn") == "yarn":
+        factor = read("rope.scaling.factor", float, 1.0)
+    elif metadata[f"{arch}.rope.scaling.type"] != "none":
+        raise InputError(f"{path}: rope scaling {metadata[f'{arch}.rope.scaling.type']!r} is not computed, only yarn")
+    theta = read("rope.freq_base", float)
+    rope = Rope.plain(theta)
+    if factor > 1:
+        rope = Rope(
+            theta, factor, read("rope.scaling.yarn_beta_fast", float, 32.0),
+            read("rope.scaling.yarn_beta_slow", float, 1.0), read("rope.scaling.original_context_length", int), False,
+        )  # fmt: skip
+    window = read("attention.sliding_window", int)
+    cfg = Config(
+        d_model=read("embedding_length", int),
+        n_layers=n_layers,
+        n_heads=heads,
+        n_key_value_heads=read("attention.head_count_kv", int, heads),
+        d_head=read("attention.key_length", int, 64),
+        d_mlp=read("expert_feed_forward_length", int, metadata.get(f"{arch}.feed_forward_length")),
+        d_vocab=found["token_embd.weight"].tensor.shape[0],
+        num_experts=read("expert_count", int),
+        experts_per_token=metadata.get(f"{arch}.expert_used_count") or 4,
+        windows=tuple(window if layer % 2 == 0 else None for layer in range(n_layers)),
+        n_ctx=read("context_length", int),
+        eps=_rounded(read("attention.layer_norm_rms_epsilon", float)),
+        swiglu_limit=7.0,
+        swiglu_alpha=1.702,
+        rope=rope,
+    )
+    return check_sizes(path, cfg)
+
+
+def _rounded(value: float) -> float:
+    """Return the shortest decimal that is this number in float32, in which GGUF stores it."""
+    return float(str(np.float32(value)))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a GGUF file."""
+
+    file: GgufFile
+    name: str
+
+    @property
+    def tensor(self) -> GgufTensor:
+        return self.file.tensors[self.name]
+
+    @property
+    def is_mxfp4(self) -> bool:
+        return self.tensor.kind in (MXFP4, OLLAMA_MXFP4)
+
+    def rows(self) -> npt.NDArray[np.uint8]:
+        """Return the bytes with the shape of the tensor, but for the last axis, which is bytes."""
+        return self.file.bytes_of(self.name).reshape(*self.tensor.shape[:-1], -1)
+
+    def values(self) -> Tensor:
+        """Return the values: memory-mapped where they are floats, else dequantised to float32."""
+        kind = self.tensor.kind
+        dtypes = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+        if kind in dtypes:
+            return torch.from_numpy(self.file.bytes_of(self.name)).view(dtypes[kind]).view(self.tensor.shape)
+        rows = self.rows()
+        if kind == OLLAMA_MXFP4:
+            raise InputError(f"{self.file.path}: tensor {self.name!r} is MXFP4 of Ollama's order beside dense experts")
+        decode, out = decoder(kind), torch.empty(self.tensor.shape)
+        flat, values = rows.reshape(-1, rows.shape[-1]), out.view(-1, out.shape[-1])
+        step = max(1, 2**20 // out.shape[-1])  # a few megabytes at a time: decoding needs several copies
+
+        def fill(start: int) -> None:
+            values[start : start + step] = torch.from_numpy(decode(np.ascontiguousarray(flat[start : start + step])))
+
+        parallel_map(fill, range(0, len(flat), step))
+        return out
+
+    def groups(self) -> npt.NDArray[np.uint8]:
+        """Return the blocks of a packed tensor [expert, out, group, 17]."""
+        shape = self.tensor.shape
+        return self.file.bytes_of(self.name).reshape(*shape[:-1], shape[-1] // GROUP, BLOCK_BYTES)
+
+
+class _Reader:
+    """Builds the canonical tensors, and notes which stored ones were used."""
+
+    def __init__(self, path: Path, cfg: Config, found: Mapping[str, _Stored]) -> None:
+        self.path, self.cfg, self.found = path, cfg, found
+        self.used: set[str] = set()
+        self.notes: list[str] = []
+        experts = [stored for name, stored in found.items() if re.search(r"_exps\.weight$", name)]
+        self.packed = bool(experts) and all(stored.is_mxfp4 for stored in experts)
+
+    def read_all(self) -> dict[str, LazyTensor]:
+        """Return every tensor of the config; refuse missing, unexpected and misshapen ones."""
+        tensors: dict[str, LazyTensor] = {}
+        for name, shape in shapes(self.cfg, "mxfp4" if self.packed else "dense").items():
+            tensors[name] = self._tensor(name)
+            if tensors[name].shape != shape:
+                raise InputError(
+                    f"{self.path}: tensor {tensors[name].stored!r} has shape {list(tensors[name].shape)}, the metadata "
+                    f"want {list(shape)}"
+                )
+        if left := sorted(set(self.found) - self.used - {"rope_freqs.weight"}):
+            raise InputError(f"{self.path}: tensor {left[0]!r} is not part of a gpt-oss ({len(left)} left over)")
+        return tensors
+
+    def _tensor(self, name: str) -> LazyTensor:
+        if name == "unembed.weight" and "output.weight" not in self.found:
+            self.notes.append("the file has no output.weight: the unembedding is the embedding")
+            return self._plain("token_embd.weight")
+        if name in _ENDS:
+            return self._plain(_ENDS[name])
+        _, layer, rest = name.split(".", 2)
+        prefix = f"blk.{layer}."
+        if rest.startswith("mlp.experts.") and not rest.endswith("down.bias"):
+            return self._experts(prefix, rest.removeprefix("mlp.experts."))
+        if rest[:6] in ("attn.q", "attn.k", "attn.v") and f"{prefix}attn_qkv.weight" in self.found:
+            return self._fused(prefix, rest)
+        return self._plain(*(prefix + own for own in _NAMES[rest]))
+
+    def _stored(self, *names: str) -> _Stored:
+        name = next((name for name in names if name in self.found), None)
+        if name is None:
+            raise InputError(f"{self.path}: tensor {' or '.join(map(repr, names))} is missing")
+        self.used.add(name)
+        return self.found[name]
+
+    def _plain(self, *names: str) -> LazyTensor:
+        stored = self._stored(*names)
+        return LazyTensor(stored.name, stored.tensor.shape, precision(stored.tensor.kind), stored.values)
+
+    def _fused(self, prefix: str, rest: str) -> LazyTensor:
+        _, part, kind = rest.split(".")
+        q, kv = self.cfg.n_heads * self.cfg.d_head, self.cfg.n_key_value_heads * self.cfg.d_head
+        whole = self._plain(f"{prefix}attn_qkv.{kind}")
+        if whole.shape[0] != q + 2 * kv:
+            raise InputError(f"{self.path}: tensor {whole.stored!r} has {whole.shape[0]} rows, expected {q + 2 * kv}")
+        starts = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
+        return whole.rows(*starts[part])
+
+    def _experts(self, prefix: str, rest: str) -> LazyTensor:
+        part, kind = rest.split(".")
+        suffix = "bias" if kind == "bias" else "weight"
+        if part == "down" or f"{prefix}ffn_gate_up_exps.weight" in self.found:
+            sources = [self._stored(f"{prefix}ffn_{part}_exps.{suffix}")]
+        else:
+            sources = [self._stored(f"{prefix}ffn_{own}_exps.{suffix}") for own in ("gate", "up")]
+        if len({stored.tensor.shape for stored in sources}) > 1:
+            raise InputError(f"{self.path}: {sources[0].name!r} and {sources[1].name!r} have different shapes")
+        first = sources[0].tensor.shape
+        if len(first) != (2 if kind == "bias" else 3):
+            raise InputError(f"{self.path}: tensor {sources[0].name!r} has shape {list(first)}")
+        experts, rows = first[0], first[1] * len(sources)
+        columns = first[-1] // GROUP
+        shapes_and_readers: dict[str, tuple[tuple[int, ...], Callable[[list[_Stored]], Tensor]]] = {
+            "bias": ((experts, rows), _values),
+            "weight": ((experts, first[-1], rows), _transposed),
+            "blocks": ((experts, rows, columns, GROUP // 2), _blocks),
+            "scales": ((experts, rows, columns), _scales),
+        }
+        shape, read = shapes_and_readers[kind]
+        stored_as = precision(sources[0].tensor.kind)
+        return LazyTensor(" and ".join(s.name for s in sources), shape, stored_as, functools.partial(read, sources))
+
+
+def _values(sources: list[_Stored]) -> Tensor:
+    return _interleaved([stored.values() for stored in sources])
+
+
+def _transposed(sources: list[_Stored]) -> Tensor:
+    return _values(sources).mT.contiguous()
+
+
+def _interleaved(parts: list[Tensor]) -> Tensor:
+    """Return rows of the parts in turn: [expert, row, …] of gate and up to [expert, 2 · row, …]."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts, 2).flatten(1, 2)
+
+
+def _blocks(sources: list[_Stored]) -> Tensor:
+    groups = [stored.groups() for stored in sources]
+    experts, rows, columns = groups[0].shape[:3]
+    out = torch.empty(experts, rows * len(groups), columns, GROUP // 2, dtype=torch.uint8)
+
+    def fill(task: tuple[int, int]) -> None:
+        expert, source = task
+        target = out[expert, source :: len(groups)].numpy()
+        codes = groups[source][expert, :, :, 1:]
+        if sources[source].tensor.kind == OLLAMA_MXFP4:  # in the published order
+            target[...] = codes
+        else:
+            from_ggml(codes, target)
+
+    parallel_map(fill, [(expert, source) for expert in range(experts) for source in range(len(groups))])
+    return out
+
+
+def _scales(sources: list[_Stored]) -> Tensor:
+    return _interleaved([torch.from_numpy(np.ascontiguousarray(stored.groups()[..., 0])) for stored in sources])
+
+
+def _tokenizer(path: Path, metadata: Mapping[str, Any], d_vocab: int) -> Tokenizer:
+    """Return the tokenizer of the file: o200k_harmony, or the tokenizer.json that a file of another vocabulary holds."""
+    tokens, template = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.chat_template")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise InputError(f"{path}: tokenizer.ggml.tokens is missing: the file has no vocabulary")
+    if len(tokens) != d_vocab:
+        raise InputError(
+            f"{path}: {len(tokens):,} tokens for an embedding of {d_vocab:,} rows: they do not belong together"
+        )
+    own = metadata.get("tokenizer.huggingface.json")
+    return tokenizer_of_tokens(
+        path, tokens, own if isinstance(own, str) else None, template if isinstance(template, str) else None
+    )
+
+
+def _digest(files: Sequence[GgufFile]) -> str:
+    """Return a fingerprint: all headers and sizes, and 64 evenly spaced 64-KiB blocks of each file."""
+    total = hashlib.sha256()
+    for file in files:
+        size = file.path.stat().st_size
+        total.update(hashlib.sha256(file.header + str(size).encode()).digest())
+        with file.path.open("rb") as opened:
+            for block in range(64):
+                opened.seek(block * max(size - 65_536, 0) // 63)
+                total.update(opened.read(65_536))
+    return total.hexdigest()

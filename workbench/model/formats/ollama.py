@@ -1,0 +1,65 @@
+"""Find the GGUF file of a model that Ollama downloaded.
+
+$OLLAMA_MODELS, or ~/.ollama/models, holds manifests/HOST/NAMESPACE/MODEL/TAG, a JSON file whose layers name
+blobs/sha256-….
+
+Reference: https://github.com/ollama/ollama, types/model/name.go and manifest/manifest.go.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from workbench.bounded_json import read_json
+from workbench.errors import InputError
+
+PREFIX = "ollama:"
+_WEIGHTS = "application/vnd.ollama.image.model"
+_NAME = re.compile(
+    r"(?:(?:(?P<host>[\w.:-]+)/)?(?P<namespace>[\w.-]+)/)?(?P<model>[\w.-]+)(?::(?P<tag>[\w.-]+))?", re.ASCII
+)
+_DIGEST = re.compile(r"sha256[:-](?P<hex>[0-9a-f]{64})")
+
+
+def find_model(name: str) -> Path:
+    """Return the file with the weights of a model such as gpt-oss:20b.
+
+    Raises:
+        InputError: the name is none of Ollama's, or the model is not there or incomplete.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None or ".." in name:
+        raise InputError(f"'{PREFIX}{name}' is no name of an Ollama model: expected one such as ollama:gpt-oss:20b")
+    root = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
+    host, namespace = match["host"] or "registry.ollama.ai", match["namespace"] or "library"
+    manifest = root / "manifests" / host / namespace / match["model"] / (match["tag"] or "latest")
+    try:
+        layers = read_json(manifest)["layers"]
+        digests = [str(layer["digest"]) for layer in layers if layer["mediaType"] == _WEIGHTS]
+    except FileNotFoundError:
+        raise InputError(
+            f"Ollama has no model {name!r} in {root}: run `ollama pull {name}`, or set OLLAMA_MODELS{_known(manifest)}"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{manifest} is not a manifest of Ollama: {error!r}") from error
+    return _blob(root, manifest, digests)
+
+
+def _blob(root: Path, manifest: Path, digests: list[str]) -> Path:
+    match: Any = _DIGEST.fullmatch(digests[0]) if len(digests) == 1 else None
+    if match is None:
+        raise InputError(f"{manifest} names {len(digests)} files of weights, expected one by its SHA-256")
+    path = root / "blobs" / f"sha256-{match['hex']}"
+    if not path.is_file():
+        raise InputError(f"{path} is missing, which {manifest} names: pull the model again")
+    return path
+
+
+def _known(manifest: Path) -> str:
+    """Return the tags of the same model that are there, for an error message."""
+    try:
+        tags = sorted(path.name for path in manifest.parent.iterdir() if path.is_file())
+    except OSError:
+        return ""
+    return f"; there is {', '.join(tags[:5])}" if tags else ""
