@@ -140,7 +140,7 @@ def test_nothing_whose_interval_includes_zero_is_called_different(monkeypatch):
     run = planted_run(channel_shift={"final": {1: 0.5}})
     assert divergence(run, **FAST).expert_different.any()
     monkeypatch.setattr(module, "mean_interval", lambda *_: (np.full(16, -1.0), np.full(16, 1.0)))
-    found = divergence(run, **FAST)
+    found = divergence(run, interval="bca", **FAST)
     assert (found.difference_q < 0.05).any()
     assert not found.expert_different.any()
     assert "Used differently: 0 of 64" in found.summary
@@ -225,7 +225,7 @@ def test_percentile_intervals_are_an_option():
         ({"between": "effort", "a": "low", "b": "high"}, r"needs the channel"),
         ({"between": "effort", "a": "low", "b": "max", "channel": "final"}, r"effort 'max' is not in this run"),
         ({"task": "sorting"}, r"task 'sorting' is not in this run; it has recall, sums"),
-        ({"interval": "normal"}, r"choose bca or percentile"),
+        ({"interval": "normal"}, r"choose t, bca or percentile"),
         ({"n_permutations": 0}, r"at least 1 permutation"),
         ({"n_boot": 0}, r"at least 1 bootstrap replicate"),
         ({"b": "commentary"}, r"0 prompts with both, and at least 2 are needed"),

@@ -13,7 +13,7 @@ from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
-_CONTROL = {"none": "all tokens", "position": "at equal position"}
+_CONTROL = {"none": "within prompts", "position": "within prompts, at equal position"}
 
 
 def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "light") -> go.Figure:
@@ -104,8 +104,8 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
     figure.update_xaxes(title="layer", dtick=max(1, len(next(iter(sets.values()))["layer"]) // 6))
     figure.update_yaxes(title="size of the difference (points)", rangemode="tozero")
     subtitle = (
-        "Root of summed squared differences over a layer's cells, less what noise has; dashed: all "
-        "tokens, solid: at equal position"
+        "Root of summed squared differences over a layer's cells, less what noise has; dashed: within "
+        "prompts, solid: at equal position too"
     )
     return apply_theme(figure, colours, next(iter(sets.values())), title=title, subtitle=subtitle, height=460)
 

@@ -17,6 +17,7 @@ from workbench.outputs import MARKER, check_files, write_files
 from workbench.registry import find, studies
 from workbench.studies import run_study
 from workbench.studies.comparison import Run
+from workbench.studies.error_rate import statement
 
 _SHOWN = 6  # figures of a study; all are written by `workbench figures`
 _FIRST = ("accuracy_by_tokens", "entropy_by_layer", "divergence_", "sizes", "routing_sizes", "sinks_sizes", "geometry")
@@ -127,10 +128,8 @@ def _html(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequ
         "</table><nav>",
         *(f'<a href="#{safe(name)}">{safe(find(name).title)}</a>' for name in told),
         "</nav><p class='note'>Nothing is called different whose interval includes zero; differences come first "
-        "without, then with "
-        "the control of position. Association is not causation: what an expert is used for and what it is "
-        "needed for are "
-        "told apart by the experiments.</p>",
+        "without, then with the control of position. Association is not causation: what an expert is used for and what "
+        f"it is needed for are told apart by the experiments.</p><p class='note'>{safe(statement(told))}</p>",
     ]
     for name, sets in told.items():
         parts.append(f'<h2 id="{safe(name)}">{safe(find(name).title)}</h2>')
@@ -150,7 +149,7 @@ def _html(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequ
 
 
 def _markdown(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequence[str]) -> str:
-    lines = ["# Report on this run", "", *(f"- {k}: {v}" for k, v in _about(run)), ""]
+    lines = ["# Report on this run", "", *(f"- {k}: {v}" for k, v in _about(run)), "", statement(told), ""]
     for name, sets in told.items():
         lines += [f"## {find(name).title}", ""]
         for ds in sets.values():

@@ -19,7 +19,7 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies import probes
 from workbench.studies.comparison import in_second_half, prompt_numbers
-from workbench.studies.contrast import Between, TokenRun, contrast
+from workbench.studies.contrast import Plan, TokenRun, contrasts
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -69,15 +69,16 @@ def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
     found: dict[str, xr.Dataset] = {}
     left_out = []
     for what, label in (("experts", "routing"), ("sink", "sinks")):
-        planned: dict[str, tuple[Between, str, str, str | None]] = {
-            f"{label}_analysis_vs_final": ("channel", "analysis", "final", None),
-            f"{label}_halves_of_analysis": ("half", "first", "second", "analysis"),
+        planned = {
+            f"{label}_analysis_vs_final": Plan("channel", "analysis", "final"),
+            f"{label}_halves_of_analysis": Plan("half", "first", "second", "analysis"),
         }
-        for name, (between, a, b, channel) in planned.items():
-            try:
-                found[name] = contrast(run, what, between, a, b, channel=channel, study="channels", seed=seed)
-            except InputError as error:
-                left_out.append(f"Left out: {name}, as {error}.")
+        try:
+            compared, refused = contrasts(run, what, planned, study="channels", seed=seed)
+        except InputError as error:  # this quantity was not recorded
+            compared, refused = {}, {name: str(error) for name in planned}
+        found |= compared
+        left_out += [f"Left out: {name}, as {reason}." for name, reason in refused.items()]
     hooks = [a.hook for a in getattr(getattr(run, "spec", None), "activations", ()) if a.reduce == "raw"]
     for hook in hooks:
         try:

@@ -66,6 +66,7 @@ class Side:
     counts: Integer[np.ndarray, "sequence layer expert"]
     prompt: Int[np.ndarray, "sequence"]
     n_tokens: int
+    sequences: Int[np.ndarray, "sequence"]  # places in the run
 
     @property
     def n_prompts(self) -> int:
@@ -206,10 +207,13 @@ def in_second_half(
 
 
 def members(
-    tokens: xr.DataArray, between: Between, sides: tuple[Condition, Condition]
+    tokens: xr.DataArray,
+    between: Between,
+    sides: tuple[Condition, Condition],
+    prompt: Int[np.ndarray, "sequence"] | None = None,
 ) -> tuple[Int[np.ndarray, "sequence_a"], Int[np.ndarray, "sequence_b"]]:
     """Sequences on either side: between channels those with both, between efforts those of prompts with both."""
-    prompt = prompts(tokens)
+    prompt = prompts(tokens) if prompt is None else prompt
     first, second = (has_tokens(tokens, side) for side in sides)
     if between == "channel":
         first = second = first & second
@@ -220,16 +224,25 @@ def members(
 
 
 def compare(
-    counts: xr.DataArray, tokens: xr.DataArray, between: Between, sides: tuple[Condition, Condition]
+    counts: xr.DataArray,
+    tokens: xr.DataArray,
+    between: Between,
+    sides: tuple[Condition, Condition],
+    prompt: Int[np.ndarray, "sequence"] | None = None,
 ) -> Comparison:
-    """Counts of both sides; refused with fewer than two prompts on either."""
+    """Return the counts of both sides; refused with fewer than two prompts on either.
+
+    prompt: the number of every sequence's prompt, if not that of its id.
+    """
+    prompt = prompts(tokens) if prompt is None else prompt
     a, b = (
         Side(
             counts.sel(channel=side.channel).transpose("sequence", "layer", "expert").isel(sequence=chosen).values,
-            prompts(tokens)[chosen],
+            prompt[chosen],
             int(tokens.sel(channel=side.channel).values[chosen].sum()),
+            chosen,
         )
-        for side, chosen in zip(sides, members(tokens, between, sides), strict=True)
+        for side, chosen in zip(sides, members(tokens, between, sides, prompt), strict=True)
     )
     paired = between != "task"
     if min(a.n_prompts, b.n_prompts) < 2:

@@ -1,92 +1,109 @@
-"""A difference between two sets of tokens, as it is and at equal position, with intervals over prompts.
+"""Comparisons of what tokens have (experts, sinks, predictions), within prompts, with intervals over prompts.
 
-What tokens have (the experts they go to, what their heads leave on the sink) is averaged on either side, and the sides
-are subtracted. Analysis comes before final and high effort is longer, so a difference may be one of position alone.
-The control compares tokens at like positions only: positions are put into strata so narrow that they are like and so
-wide that several prompts stand on both sides, differences are taken within each, and averaged with the weight
-n_a n_b / (n_a + n_b), which is that of the two-sample comparison with the least variance. Position is also the number
-of keys that a full layer sees, on which sink attention depends by arithmetic.
+Differences are taken within each prompt (channels and halves: within each sequence), and then averaged over prompts;
+`workbench.studies.matching` says how. Prompts weigh alike without a control. With a control, a prompt with m matched
+tokens weighs m / (m + 10), so that one with a single matched token counts little and none dominates.
 
-The sampling unit is the prompt. What the difference would be without a prompt (the weights of the strata kept) gives
-its influence, the sum of its tokens' deviations from their stratum's mean; the influences' spread is the standard
-error (the delete-one jackknife over prompts), and the interval and p are Student's with one degree of freedom fewer
-than prompts.
+The sampling unit is the prompt. The standard error is the delete-one jackknife of the weighted mean, which for equal
+weights is that of Student's one-sample t-test; its degrees of freedom are Kish's effective number of prompts less one.
 
-Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 11; MacKinnon & White 1985 (HC3).
+Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 11; Kish 1965, Survey Sampling.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import scipy.sparse
 import scipy.stats
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from workbench.errors import InputError
-from workbench.harmony.labels import CHANNELS
-from workbench.studies.comparison import in_second_half, prompt_numbers
-from workbench.studies.resampling import LEVEL
+from workbench.studies.matching import (
+    HALF_WEIGHT,
+    SLACK,
+    WIDEST,
+    Between,
+    Block,
+    Control,
+    Matching,
+    Plan,
+    RunIndex,
+    TokenRun,
+    cell_codes,
+    check_plan,
+    check_prompts,
+    duplicates_warning,
+    gather,
+    index_of,
+    match,
+    reads,
+)
+from workbench.studies.resampling import LEAST_UNITS, LEVEL, benjamini_hochberg, small_sample_warning
 from workbench.studies.result import Definition, dataset, provenance
-from workbench.studies.statistics import false_discovery
+
+__all__ = ["Between", "Block", "Plan", "TokenRun", "contrast", "contrasts", "describe", "uncomparable"]
 
 ALPHA = 0.05
-CONTROLS = ("none", "position")
-LEAST_PROMPTS = 8  # of a stratum, on either side
-WIDEST = 1.25  # last over first position of a stratum
-SLACK = 4  # positions that a stratum may span whatever their ratio
-
-Between = Literal["channel", "effort", "task", "half"]
-Block = Mapping[str, np.ndarray]
-
-
-@runtime_checkable
-class TokenRun(Protocol):
-    """What a study of single tokens needs of a run."""
-
-    @property
-    def digest(self) -> str: ...
-
-    @property
-    def sequences(self) -> pd.DataFrame: ...
-
-    @property
-    def model(self) -> Mapping[str, Any]: ...
-
-    def blocks(self, *names: str) -> Iterator[Block]: ...
-
+CONTROLS: tuple[Control, ...] = ("none", "position")
+_LABELS = {"none": "Within prompts", "position": "At equal position", "token": "At the same token ids"}
+_MOST_SUMS = 32_000_000  # numbers of a block's sums at once
 
 _CI = f"{LEVEL:.0%}, delete-one jackknife over prompts, Student's t"
 DEFINITIONS = {
-    "mean_a": Definition("mean in a", "1", "mean over tokens of a; at equal position, over strata with their weights"),
-    "mean_b": Definition("mean in b", "1", "mean over tokens of b, likewise"),
-    "difference": Definition("difference", "1", "mean_a − mean_b", ci=_CI),
+    "mean_a": Definition("mean in a", "1", "mean over prompts of the mean in each prompt; adjusted to b under control"),
+    "mean_b": Definition("mean in b", "1", "mean over prompts of the mean in each prompt"),
+    "difference": Definition("difference", "1", "mean over prompts of a − b within each prompt", ci=_CI),
     "low": Definition("difference, lower limit", "1", "lower limit of difference", ci=_CI),
     "high": Definition("difference, upper limit", "1", "upper limit of difference", ci=_CI),
-    "p": Definition("p", "1", "two-sided, Student's t with prompts − 1 degrees of freedom", null="no difference"),
+    "p": Definition("p", "1", "two-sided, Student's t over prompts; missing: cannot be tested", null="no difference"),
     "q": Definition("q", "1", "Benjamini–Hochberg over all cells of this comparison and control"),
     "different": Definition("differs", "1", f"q < {ALPHA} and the interval excludes zero"),
+    "bound": Definition(
+        "equivalence bound", "1", "smallest bound within which the difference is shown to lie (TOST, p < 0.05)"
+    ),
     "size": Definition("size by layer", "1", "root of the summed squares of the difference over the layer's cells"),
     "noise": Definition("size that noise alone has", "1", "root of the summed squared standard errors of the layer"),
     "tokens_a": Definition("tokens of a", "tokens", "tokens that take part"),
     "tokens_b": Definition("tokens of b", "tokens", "tokens that take part"),
-    "prompts": Definition("prompts", "prompts", "prompts with tokens that take part"),
-    "strata": Definition("strata", "strata", "strata of position with enough prompts on both sides"),
+    "prompts": Definition("prompts", "prompts", "prompts that take part"),
+    "strata": Definition("strata", "strata", "strata (of position or token id) that take part; 1 without a control"),
+    "prompts_excluded": Definition("prompts excluded", "prompts", "prompts with one side that cannot be paired"),
+    "sequences_excluded": Definition("sequences excluded", "sequences", "sequences on a side that cannot be paired"),
+    "tokens_excluded": Definition("tokens excluded", "tokens", "tokens on a side that cannot be paired"),
 }
 METHOD = (
-    "Tokens are averaged on either side and subtracted; the sampling unit is the prompt (jackknife, Student's "
-    "t). Control 'none' takes all tokens; control 'position' takes tokens at like positions: strata at most "
-    f"{WIDEST - 1:.0%} or {SLACK} positions wide with at least {LEAST_PROMPTS} prompts on either side, "
-    "differences within "
-    "each, averaged with weight n_a n_b / (n_a + n_b). A cell is called different only if q < 0.05 "
-    "(Benjamini–Hochberg) "
-    "and its interval excludes zero."
+    "Differences are taken within each prompt that has both sides and averaged over prompts with equal weight; the "
+    "rest is excluded and counted. Channels and halves: within each sequence. Efforts: between the means of a prompt's "
+    f"sequences. Control 'position': efforts within strata of at most {SLACK} positions or {WIDEST - 1:.0%}; channels "
+    "and halves by a least-squares fit in each prompt on side, sequence and stratum. Control 'token': within the same "
+    f"token id. With a control, a prompt with m matched tokens weighs m / (m + {HALF_WEIGHT}). The sampling unit is "
+    "the prompt (jackknife, Student's t). A cell is called different only if q < 0.05 (Benjamini–Hochberg) and its "
+    "interval excludes zero."
 )
-NOT_CONTROLLED = (
-    "Words and tasks are not matched. At like positions other prompts stand on either side of the comparison."
+NOT_CONTROLLED = "Words are not matched (but by the control 'token'), and what comes before a token is not."
+UNPAIRED = (
+    "Unpaired: the prompts of the two sides are different, so that task, words, length, difficulty and position may "
+    "cause the difference."
 )
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is compared: its sums over groups of a block's tokens."""
+
+    title: str
+    name: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    sums: Callable[[Block, np.ndarray, np.ndarray, int], np.ndarray]
+
+    @property
+    def finite(self) -> str:
+        """The quantity that some tokens lack (nothing predicted a sequence's first token); empty if none does."""
+        return "" if self.dims else self.name
 
 
 def contrast(
@@ -101,305 +118,322 @@ def contrast(
     task: str | None = None,
     study: str = "contrast",
     seed: int = 0,
+    controls: Sequence[Control] = CONTROLS,
+    unpaired: bool = False,
 ) -> xr.Dataset:
-    """Difference of `what` (experts, sink, entropy, logprob) between a and b, with and without the control.
+    """Difference of `what` (experts, sink, entropy, logprob) between a and b within prompts, with and without controls.
 
     between channels: a and b are channels. Efforts and tasks: those of `channel`'s tokens. Halves: `first` and
-    `second` of `channel`'s tokens in each sequence. effort, task: hold these fixed. Dimensions: control, and what a
-    token has: (layer, expert), (layer, head) or none.
+    `second` of `channel`'s tokens in each sequence. effort, task: hold these fixed. unpaired: also take prompts that
+    have one side alone (always so between tasks), and say so. Dimensions: control, and what a token has: (layer,
+    expert), (layer, head) or none.
+
+    Raises:
+        InputError: a label is not in the run, or fewer than 5 prompts have both sides.
     """
-    sides = _Sides(run, between, a, b, channel, effort, task)
-    measure = _measure(run, what)
-    found = [_difference(run, measure, sides, control) for control in CONTROLS]
-    dims = ("control", *measure.dims)
-    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        name: (dims, np.stack([each[name] for each in found]))
-        for name in ("mean_a", "mean_b", "difference", "low", "high", "p", "q", "different")
+    plan = Plan(between, a, b, channel, effort, task, unpaired)
+    check_plan(run, plan)
+    results, refused = contrasts(run, what, {"": plan}, study=study, seed=seed, controls=controls)
+    if refused:
+        raise InputError(refused[""])
+    return results[""]
+
+
+def contrasts(
+    run: TokenRun,
+    what: str,
+    plans: Mapping[str, Plan],
+    *,
+    study: str = "contrast",
+    seed: int = 0,
+    controls: Sequence[Control] = CONTROLS,
+) -> tuple[dict[str, xr.Dataset], dict[str, str]]:
+    """Return the comparisons of one quantity by name, all from one pass over the tokens, and why others have none."""
+    measure, index = _measure(run, what), index_of(run)
+    refused = uncomparable(run, what, plans)
+    matchings = {
+        (name, control): match(index, plan, control, measure.finite)
+        for name, plan in plans.items()
+        if name not in refused
+        for control in controls
     }
-    if measure.dims:
-        variables |= {n: (dims[:2], np.stack([each[n] for each in found])) for n in ("size", "noise")}
-    counts = ("tokens_a", "tokens_b", "prompts", "strata")
-    variables |= {n: (("control",), np.array([each[n] for each in found])) for n in counts}
-    fixed = {"channel": channel, "effort": effort, "task": task}
-    title = f"{measure.title}: {sides.named(0)} against {sides.named(1)}"
-    parameters = {"what": what, "between": between, "a": a, "b": b, **fixed}
-    attrs = provenance(study, title, run.digest, seed, parameters) | {
-        "between": between,
-        "a": sides.named(0),
-        "b": sides.named(1),
-        "what": what,
-        "method": METHOD,
-        "not_controlled": NOT_CONTROLLED,
-    }
-    coords = {"control": list(CONTROLS)} | {d: np.arange(n) for d, n in zip(measure.dims, measure.shape, strict=True)}
-    result = dataset(variables, coords, DEFINITIONS, attrs)
-    result.attrs["summary"] = words(result)
-    return result
+    sums = _prompt_sums(index, measure, matchings)
+    results = {}
+    for name, plan in plans.items():
+        if name not in refused:
+            tested = [_test(measure, plan, matchings[name, c], sums[name, c]) for c in controls]
+            results[name] = _result(run, measure, plan, controls, tested, study, seed)
+    return results, refused
 
 
-class _Sides:
-    """Which side of the comparison each token is on: 0, 1, or −1 for neither."""
-
-    def __init__(
-        self, run: TokenRun, between: Between, a: str, b: str, channel: str | None, effort: str | None, task: str | None
-    ) -> None:
-        self.between, self.labels, self.within = between, (a, b), channel
-        table = run.sequences
-        if between != "channel" and channel not in CHANNELS:
-            raise InputError(f"a comparison between {between}s needs a channel to look at: {', '.join(CHANNELS)}")
-        if between == "channel" and (unknown := {a, b} - set(CHANNELS)):
-            raise InputError(f"channel {min(unknown)!r} is unknown; choose from {', '.join(CHANNELS)}")
-        for name in ("effort", "task"):
-            wanted = [a, b] if between == name else [v for v in ({"effort": effort, "task": task}[name],) if v]
-            if missing := [w for w in wanted if w not in set(table[name])]:
-                raise InputError(
-                    f"{name} {missing[0]!r} is not in this run; it has {', '.join(sorted(set(table[name])))}"
-                )
-        size = int(table.index.max()) + 1 if len(table) else 0
-        self.prompt = prompt_numbers(table)
-        self.allowed = np.zeros(size, dtype=bool)
-        chosen = pd.Series(True, index=table.index)
-        for name, value in (("effort", effort), ("task", task)):
-            chosen &= True if value is None else table[name] == value
-        self.allowed[table.index] = chosen
-        self.of_sequence = np.full(size, -1)
-        if between in ("effort", "task"):
-            for side, label in enumerate((a, b)):
-                self.of_sequence[table.index[table[between] == label]] = side
-
-    def named(self, side: int) -> str:
-        label = self.labels[side]
-        if self.between == "half":
-            return f"the {label} half of {self.within}"
-        return (
-            label
-            if self.between == "channel"
-            else f"{self.within} at {label} effort"
-            if self.between == "effort"
-            else f"{self.within} in {label}"
-        )
-
-    def __call__(self, block: Block) -> Int[np.ndarray, " token"]:
-        sequence, channel = block["sequence"], block["channel"]
-        if self.between == "channel":
-            side = np.full(len(sequence), -1)
-            for number, label in enumerate(self.labels):
-                side[channel == CHANNELS.index(label)] = number
-        else:
-            inside = channel == CHANNELS.index(str(self.within))
-            if self.between == "half":
-                half = in_second_half(sequence, inside).astype(np.int64)
-                side = np.where(inside, half if self.labels == ("first", "second") else 1 - half, -1)
-            else:
-                side = np.where(inside, self.of_sequence[sequence], -1)
-        return np.where(self.allowed[sequence], side, -1)
+def uncomparable(run: TokenRun, what: str, plans: Mapping[str, Plan]) -> dict[str, str]:
+    """Return, by name, why comparisons cannot be made: unknown labels or too few prompts with both sides."""
+    measure, index = _measure(run, what), index_of(run)
+    refused: dict[str, str] = {}
+    for name, plan in plans.items():
+        try:
+            check_plan(run, plan)
+            check_prompts(plan, match(index, plan, "none", measure.finite))
+        except InputError as error:
+            refused[name] = str(error)
+    return refused
 
 
-class _Measure:
-    """What is averaged: sums of it over groups of tokens."""
-
-    def __init__(
-        self,
-        title: str,
-        reads: tuple[str, ...],
-        dims: tuple[str, ...],
-        shape: tuple[int, ...],
-        sums: Callable[[Block, np.ndarray, np.ndarray, np.ndarray, int], np.ndarray],
-    ) -> None:
-        self.title, self.reads, self.dims, self.shape, self.sums = title, reads, dims, shape, sums
-
-
-def _measure(run: TokenRun, what: str) -> _Measure:
+def _measure(run: TokenRun, what: str) -> Measure:
     model = run.model
     layers, experts, heads, k = (model[n] for n in ("n_layers", "num_experts", "n_heads", "experts_per_token"))
 
-    def dense(name: str) -> Callable[[Block, np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]:
-        def sums(block: Block, at: np.ndarray, group: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
-            values = block[name]
-            values = (values[:, at].swapaxes(0, 1) if values.ndim == 3 else values[at]).astype(np.float64)
-            take = scipy.sparse.csr_array((weight, (group, np.arange(len(at)))), shape=(n, len(at)))
-            return np.asarray(take @ values.reshape(len(at), -1)).reshape(n, *values.shape[1:])
+    def dense(block: Block, at: np.ndarray, group: np.ndarray, n: int) -> np.ndarray:
+        values = block[what]
+        if values.ndim == 1:
+            return np.bincount(group, values[at].astype(np.float64), n)
+        take = scipy.sparse.csr_array((np.ones(len(at)), (group, at)), shape=(n, values.shape[1]))
+        return np.stack([np.asarray(take @ layer.astype(np.float64)) for layer in values], axis=1)
 
-        return sums
-
-    def chosen(block: Block, at: np.ndarray, group: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
+    def chosen(block: Block, at: np.ndarray, group: np.ndarray, n: int) -> np.ndarray:
         out = np.empty((n, layers, experts))
-        for layer in range(layers):
-            cell = group[:, None] * experts + block["experts"][layer, at]
-            counted = np.bincount(cell.ravel(), np.repeat(weight / k, k), n * experts)
-            out[:, layer] = counted.reshape(n, experts)
+        start = group[:, None] * experts
+        for layer, selected in enumerate(block["experts"]):
+            counted = np.bincount((start + selected[at]).ravel(), minlength=n * experts)
+            out[:, layer] = counted.reshape(n, experts) / k
         return out
 
     known = {
-        "experts": _Measure("Share of routed slots", ("experts",), ("layer", "expert"), (layers, experts), chosen),
-        "sink": _Measure("Probability on the sink", ("sink",), ("layer", "head"), (layers, heads), dense("sink")),
-        "entropy": _Measure("Entropy of the prediction, nat", ("entropy",), (), (), dense("entropy")),
-        "logprob": _Measure("Log-probability of the token, nat", ("logprob",), (), (), dense("logprob")),
+        "experts": Measure("Share of routed slots", what, ("layer", "expert"), (layers, experts), chosen),
+        "sink": Measure("Probability on the sink", what, ("layer", "head"), (layers, heads), dense),
+        "entropy": Measure("Entropy of the prediction, nat", what, (), (), dense),
+        "logprob": Measure("Log-probability of the token, nat", what, (), (), dense),
     }
     if what not in known:
         raise InputError(f"what={what!r} is not possible; choose from {', '.join(known)}")
     return known[what]
 
 
-def _difference(run: TokenRun, measure: _Measure, sides: _Sides, control: str) -> dict[str, Any]:
-    """Everything of one control."""
-    stratum_of = _strata(run, sides, control)
-    n_strata, n_prompts = int(stratum_of.max(initial=-1)) + 1, int(sides.prompt.max(initial=-1)) + 1
-    if not n_strata:
-        return _nothing(measure)
-    totals = np.zeros((2 * n_strata, *measure.shape))
-    tokens = np.zeros(2 * n_strata)
-    pairs: list[np.ndarray] = []
-    for block, at, side, stratum in _taking_part(run, measure.reads, sides, stratum_of):
-        group = side * n_strata + stratum
-        totals += measure.sums(block, at, group, np.ones(len(at)), 2 * n_strata)
-        tokens += np.bincount(group, minlength=2 * n_strata)
-        pairs.append(group * n_prompts + sides.prompt[block["sequence"][at]])
-    pair, held = np.unique(np.concatenate(pairs), return_counts=True)
-    # a stratum's mean leans towards each of its prompts; without the prompt it would lie so much farther from it
-    farther = 1 / np.maximum(1 - held / tokens[pair // n_prompts], 0.1)
-    means = totals / tokens.reshape(-1, *[1] * len(measure.shape))
-    n = tokens.reshape(2, -1)
-    weight = n.prod(0) / n.sum(0)
-    weight /= weight.sum()
-    mean_a, mean_b = (np.tensordot(weight, means.reshape(2, n_strata, *measure.shape)[s], 1) for s in (0, 1))
-    scale = np.tile(weight, 2) / tokens * np.repeat([1, -1], n_strata)
-    influence = np.zeros((n_prompts, *measure.shape))
-    seen = np.zeros(n_prompts, dtype=bool)
-    for block, at, side, stratum in _taking_part(run, measure.reads, sides, stratum_of):
-        group, prompt = side * n_strata + stratum, sides.prompt[block["sequence"][at]]
-        seen[prompt] = True
-        weigh = scale[group] * farther[np.searchsorted(pair, group * n_prompts + prompt)]
-        influence += measure.sums(block, at, prompt, weigh, n_prompts)
-        weights = scipy.sparse.csr_array((weigh, (prompt, group)), shape=(n_prompts, 2 * n_strata))
-        influence -= np.asarray(weights @ means.reshape(2 * n_strata, -1)).reshape(influence.shape)
-    return _tested(measure, mean_a, mean_b, influence[seen]) | {
-        "tokens_a": n[0].sum(),
-        "tokens_b": n[1].sum(),
-        "prompts": int(seen.sum()),
-        "strata": n_strata,
+Sums = tuple[Float[np.ndarray, "prompt *cells"], Float[np.ndarray, "prompt *cells"], Float[np.ndarray, "prompt *cells"]]
+
+
+def _prompt_sums(
+    index: RunIndex, measure: Measure, matchings: Mapping[tuple[str, Control], Matching]
+) -> dict[tuple[str, Control], Sums]:
+    """Every prompt's difference, mean of side a and mean of side b, in each comparison."""
+    found: dict[tuple[str, Control], Sums] = {}
+    for kind in ("position", "token"):
+        own = {key: m for key, m in matchings.items() if (key[1] == "token") == (kind == "token")}
+        if not own:
+            continue
+        n_prompts = int(index.prompts[0].max(initial=-1)) + 1
+        for key in own:
+            difference, side_a, side_b = (np.zeros((n_prompts, *measure.shape)) for _ in range(3))
+            found[key] = (difference, side_a, side_b)
+        used = np.logical_or.reduce([(m.side_a != 0) | (m.side_b != 0) | (m.difference != 0) for m in own.values()])
+        for at, sums in _cell_sums(index, measure, kind, used):
+            for key, m in own.items():
+                for total, weight in zip(found[key], (m.difference, m.side_a, m.side_b), strict=True):
+                    product = gather(weight, m.prompt, at, n_prompts) @ sums.reshape(len(at), -1)
+                    np.add(total, np.asarray(product).reshape(total.shape), out=total)
+    return found
+
+
+def _cell_sums(
+    index: RunIndex, measure: Measure, kind: Control, used: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Sums over the tokens of the cells that are used, some cells at a time: cell numbers [local], sums [local, …]."""
+    cells = index.cells(kind, measure.finite)
+    if not used.any():
+        return
+    names = dict.fromkeys((*reads(kind, measure.finite), measure.name))
+    most = max(1, _MOST_SUMS // max(1, int(np.prod(measure.shape))))
+    for block in index.run.blocks(*names):
+        code, known = cell_codes(block, kind, measure.finite)
+        cell = np.minimum(np.searchsorted(cells.code, code), len(cells.code) - 1)
+        at = np.flatnonzero(known & used[cell])
+        numbers, group = np.unique(cell[at], return_inverse=True)
+        for start in range(0, len(numbers), most):
+            inside = (group >= start) & (group < start + most)
+            local = numbers[start : start + most]
+            yield local, measure.sums(block, at[inside], group[inside] - start, len(local))
+
+
+def _test(measure: Measure, plan: Plan, matching: Matching, sums: Sums) -> dict[str, Any]:
+    """Difference, interval and verdict of every cell, and what takes part."""
+    difference, side_a, side_b = sums
+    if plan.paired:
+        used = matching.prompt_weight > 0
+        n = int(used.sum())
+        weight = matching.prompt_weight[used]
+        means = [_weighted_mean(v[used], weight) for v in (difference, side_a, side_b)]
+        influence, freedom = _paired_influence(difference[used], weight)
+    else:
+        used = matching.in_a | matching.in_b
+        n = min(int(matching.in_a.sum()), int(matching.in_b.sum())) if used.any() else 0
+        mean_a, mean_b = (
+            _weighted_mean(v[present], np.ones(int(present.sum())))
+            for v, present in ((side_a, matching.in_a), (side_b, matching.in_b))
+        )
+        means = [mean_a - mean_b, mean_a, mean_b]
+        influence = np.zeros_like(side_a)
+        for sign, v, present, mean in ((1, side_a, matching.in_a, mean_a), (-1, side_b, matching.in_b, mean_b)):
+            m = int(present.sum())
+            scale = 1 / np.sqrt(m * (m - 1)) if m > 1 else np.nan
+            influence[present] += sign * scale * (v[present] - mean)
+        freedom = n - 1.0
+    found = _tested(np.asarray(means[0]), influence, freedom, n >= LEAST_UNITS)
+    return found | {
+        "mean_a": means[1],
+        "mean_b": means[2],
+        "tokens_a": matching.tokens[0],
+        "tokens_b": matching.tokens[1],
+        "prompts": int(used.sum()),
+        "strata": matching.strata,
+        "prompts_excluded": matching.excluded[0],
+        "sequences_excluded": matching.excluded[1],
+        "tokens_excluded": matching.excluded[2],
     }
 
 
-def _tested(
-    measure: _Measure, mean_a: np.ndarray, mean_b: np.ndarray, influence: Float[np.ndarray, "prompt *cells"]
-) -> dict[str, Any]:
-    n, difference = len(influence), np.asarray(mean_a - mean_b)
+def paired_test(difference: Float[np.ndarray, "prompt *cells"]) -> dict[str, Any]:
+    """Return limits, p, q and verdict of every cell's mean of differences within prompts, which weigh alike."""
+    influence, freedom = _paired_influence(difference, np.ones(len(difference)))
+    mean = difference.mean(0)
+    return _tested(mean, influence, freedom, len(difference) >= LEAST_UNITS)
+
+
+def unpaired_test(a: Float[np.ndarray, "prompt_a *cells"], b: Float[np.ndarray, "prompt_b *cells"]) -> dict[str, Any]:
+    """Return the same of the difference between the means of different prompts (Welch, fewer prompts less one)."""
+    parts = [v - v.mean(0) for v in (a, b)]
+    scaled = [v / np.sqrt(len(v) * max(len(v) - 1, 1)) for v in parts]
+    n = min(len(a), len(b))
+    influence = np.concatenate([scaled[0], -scaled[1]])
+    return _tested(np.asarray(a.mean(0) - b.mean(0)), influence, n - 1.0, n >= LEAST_UNITS)
+
+
+def _weighted_mean(values: Float[np.ndarray, "prompt *cells"], weight: Float[np.ndarray, " prompt"]) -> np.ndarray:
+    if not len(weight):
+        return np.full(values.shape[1:], np.nan)
+    return np.asarray(np.tensordot(weight / weight.sum(), values, 1))
+
+
+def _paired_influence(
+    difference: Float[np.ndarray, "prompt *cells"], weight: Float[np.ndarray, " prompt"]
+) -> tuple[Float[np.ndarray, "prompt *cells"], float]:
+    """Deviations whose root sum of squares is the standard error of the weighted mean, and the degrees of freedom."""
+    n = len(weight)
     if n < 2:
-        raise InputError(f"{n} prompt has tokens on both sides, and at least 2 are needed")
-    error = np.sqrt(((influence - influence.mean(0)) ** 2).sum(0) * (n - 1) / n)
-    t = np.divide(difference, error, out=np.full(difference.shape, np.nan), where=error > 0)
-    half = scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1) * error
-    # a cell in which no token of any prompt differs from the others has been measured, and is no difference
-    p = np.where(np.isnan(t), np.where(difference == 0, 1.0, np.nan), 2 * scipy.stats.t.sf(np.abs(t), n - 1))
-    q = false_discovery(p)
-    found = {
-        "mean_a": mean_a,
-        "mean_b": mean_b,
-        "difference": difference,
-        "low": difference - half,
-        "high": difference + half,
-    }
-    found |= {"p": p, "q": q, "different": (q < ALPHA) & ((difference - half) * (difference + half) > 0)}
-    if measure.dims:
+        return np.full(difference.shape, np.nan), 0.0
+    rest = (weight.sum() - weight).reshape(-1, *[1] * (difference.ndim - 1))
+    own = weight.reshape(rest.shape)
+    influence = own * (difference - _weighted_mean(difference, weight)) / rest
+    return (influence - influence.mean(0)) * np.sqrt((n - 1) / n), float(weight.sum() ** 2 / (weight**2).sum() - 1)
+
+
+def _tested(difference: np.ndarray, influence: np.ndarray, freedom: float, enough: bool) -> dict[str, Any]:
+    """Limits, p, q and verdict of every cell; missing where there are too few prompts for a test."""
+    error = np.sqrt((influence**2).sum(0)) if enough else np.full(difference.shape, np.nan)
+    freedom = max(freedom, 1.0)
+    # a cell in which no prompt has a difference has been measured, and is no difference
+    t = np.divide(
+        difference, error, out=np.where(error == 0, np.where(difference == 0, 0, np.inf), np.nan), where=error > 0
+    )
+    p = 2 * scipy.stats.t.sf(np.abs(t), freedom)
+    half = scipy.stats.t.ppf((1 + LEVEL) / 2, freedom) * error
+    low, high = difference - half, difference + half
+    q = np.asarray(benjamini_hochberg(p))
+    bound = np.abs(difference) + scipy.stats.t.ppf(1 - ALPHA, freedom) * error
+    found = {"difference": difference, "low": low, "high": high, "p": p, "q": q, "bound": bound}
+    found["different"] = (q < ALPHA) & (low * high > 0)
+    if difference.ndim:
         found |= {"size": np.sqrt((difference**2).sum(-1)), "noise": np.sqrt((error**2).sum(-1))}
     return found
 
 
-def _nothing(measure: _Measure) -> dict[str, Any]:
-    """Of a control for which too few prompts stand on both sides."""
-    names = ("mean_a", "mean_b", "difference", "low", "high", "p", "q")
-    found: dict[str, Any] = {name: np.full(measure.shape, np.nan) for name in names}
-    found |= {"different": np.zeros(measure.shape, dtype=bool), "tokens_a": 0, "tokens_b": 0, "prompts": 0, "strata": 0}
-    return found | ({n: np.full(measure.shape[:1], np.nan) for n in ("size", "noise")} if measure.dims else {})
+def _result(
+    run: TokenRun,
+    measure: Measure,
+    plan: Plan,
+    controls: Sequence[Control],
+    tested: Sequence[Mapping[str, Any]],
+    study: str,
+    seed: int,
+) -> xr.Dataset:
+    """The comparison as a dataset, with its summary."""
+    cells = ("control", *measure.dims)
+    layers = {"size", "noise"}
+    of_cells = {"mean_a", "mean_b", "difference", "low", "high", "p", "q", "different", "bound"}
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    for name in (n for n in DEFINITIONS if n in tested[0]):
+        dims = cells if name in of_cells else cells[:2] if name in layers else cells[:1]
+        variables[name] = (dims, np.stack([np.asarray(one[name]) for one in tested]))
+    duplicates = index_of(run).prompts[1]
+    title = f"{measure.title}: {plan.label(0)} against {plan.label(1)}"
+    parameters = {"what": measure.name, **plan._asdict(), "controls": list(controls)}
+    attrs = provenance(study, title, run.digest, seed, parameters) | {
+        "between": plan.between,
+        "a": plan.label(0),
+        "b": plan.label(1),
+        "what": measure.name,
+        "paired": int(plan.paired),
+        "duplicate_prompts": duplicates,
+        "method": METHOD,
+        "not_controlled": NOT_CONTROLLED if plan.paired else f"{UNPAIRED} {NOT_CONTROLLED}",
+    }
+    coords = {"control": list(controls)} | {d: np.arange(n) for d, n in zip(measure.dims, measure.shape, strict=True)}
+    result = dataset(variables, coords, DEFINITIONS, attrs)
+    result.attrs["summary"] = describe(result)
+    return result
 
 
-def _taking_part(
-    run: TokenRun, reads: tuple[str, ...], sides: _Sides, stratum_of: np.ndarray
-) -> Iterator[tuple[Block, np.ndarray, np.ndarray, np.ndarray]]:
-    """Blocks, and of their tokens that are on a side and in a stratum: places, side and stratum."""
-    for block in run.blocks(*reads):
-        side = sides(block)
-        stratum = stratum_of[block["position"]]
-        usable = (side >= 0) & (stratum >= 0)
-        for name in reads:
-            if block[name].ndim == 1:
-                usable &= np.isfinite(block[name])  # nothing predicted a sequence's first token
-        at = np.flatnonzero(usable)
-        if len(at):
-            yield block, at, side[at], stratum[at]
-
-
-def _strata(run: TokenRun, sides: _Sides, control: str) -> Int[np.ndarray, " position"]:
-    """The stratum of every position, −1 for one that takes no part."""
-    found: list[np.ndarray] = []
-    n_prompts = int(sides.prompt.max(initial=-1)) + 1
-    longest = 0
-    for block in run.blocks():
-        side = sides(block)
-        longest = max(longest, int(block["position"].max(initial=-1)) + 1)
-        at = np.flatnonzero(side >= 0)
-        code = (block["position"][at].astype(np.int64) * 2 + side[at]) * n_prompts + sides.prompt[block["sequence"][at]]
-        found.append(np.unique(code))
-    codes = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
-    place, prompt = np.divmod(codes, n_prompts)
-    position, side = np.divmod(place, 2)
-    both = [set(prompt[side == s].tolist()) for s in (0, 1)]
-    if control == "none" or not all(both):
-        if min(map(len, both)) < 2:
-            raise InputError(
-                f"{sides.named(0)} cannot be compared with {sides.named(1)}: {len(both[0])} and {len(both[1])} "
-                "prompts, and "
-                "at least 2 are needed"
+def describe(result: xr.Dataset) -> str:
+    """Return the comparison in words, with and without controls; nothing whose interval includes zero differs."""
+    lines = [] if result.attrs["paired"] else [UNPAIRED]
+    if warning := duplicates_warning(int(result.attrs["duplicate_prompts"])):
+        lines.append(warning)
+    for control in map(str, result["control"].values):
+        lines += _describe_control(result.sel(control=control), control, bool(result.attrs["paired"]))
+    controls = [c for c in map(str, result["control"].values) if c != "none"]
+    for control in controls if "none" in result["control"] else ():
+        naive, matched = (result.sel(control=c) for c in ("none", control))
+        if naive["different"].size > 1 and naive["different"].any() and np.isfinite(matched["p"]).any():
+            same = np.sign(naive["difference"]) == np.sign(matched["difference"])
+            kept = int((naive["different"] & matched["different"] & same).sum())
+            lines.append(
+                f"Of {int(naive['different'].sum())} differences within prompts, {kept} remain "
+                f"{_LABELS[control][0].lower()}{_LABELS[control][1:]}."
             )
-        return np.zeros(longest, dtype=np.int64)
-    out = np.full(longest, -1)
-    first, number = 0, 0
-    standing: list[set[int]] = [set(), set()]
-    order = np.searchsorted(position, np.arange(longest + 1))
-    for here in range(longest):
-        if not standing[0] and not standing[1]:
-            first = here
-        for p, s in zip(prompt[order[here] : order[here + 1]], side[order[here] : order[here + 1]], strict=True):
-            standing[s].add(int(p))
-        if min(map(len, standing)) >= LEAST_PROMPTS:
-            out[first : here + 1] = number
-            number += 1
-            standing = [set(), set()]
-        elif here + 1 - first >= SLACK and (here + 2) > WIDEST * (first + 1):
-            standing = [set(), set()]  # too wide before it was full: its positions take no part
-    return out
+    return "\n".join(lines)
 
 
-def words(result: xr.Dataset) -> str:
-    """The comparison in plain words, with and without the control; nothing whose interval includes zero differs."""
+def _describe_control(cell: xr.Dataset, control: str, paired: bool) -> list[str]:
+    """The lines of one control."""
+    label = _LABELS[control] if paired else "Between prompts"
+    n = int(cell["prompts"])
+    if not paired and control != "none":
+        return [f"{_LABELS[control]}: not possible between different prompts."]
+    if not np.isfinite(cell["p"].values).any():
+        return [f"{label}: cannot be tested, as {n} prompts have both sides and at least {LEAST_UNITS} are needed."]
+    rests = f"{n} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
+    if left_out := int(cell["tokens_excluded"]):
+        rests += (
+            f"; excluded, as not paired: {int(cell['prompts_excluded'])} prompts, "
+            f"{int(cell['sequences_excluded'])} sequences, {left_out:,} tokens"
+        )
+    different = cell["different"].values
+    largest = float(np.nanmax(np.where(different, np.nan, cell["bound"].values))) if not different.all() else np.nan
+    absent = f"differences beyond ±{largest:.3f} are excluded (equivalence test, 5 %)"
     lines = []
-    for control in CONTROLS:
-        cell = result.sel(control=control)
-        label = "All tokens" if control == "none" else "At equal position"
-        if not cell["prompts"]:
-            lines.append(f"{label}: too few prompts stand on both sides at like positions.")
-            continue
-        rests = f"{int(cell['prompts'])} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
-        different = cell["different"].values
-        if not cell["difference"].dims:
-            said = "differs" if different else "no difference shown"
-            lines.append(f"{label} ({rests}): {said}, {_with_interval(cell)}.")
-            continue
+    if not cell["difference"].dims:
+        verdict = "differs" if different else f"no difference shown, {absent}"
+        lines.append(f"{label} ({rests}): {verdict}; {_with_interval(cell)}.")
+    else:
         lines.append(f"{label} ({rests}): {different.sum()} of {different.size} cells differ.")
         ranked = np.argsort(-np.where(different, np.abs(cell["difference"].values), -np.inf), axis=None)
         for place in ranked[: min(3, int(different.sum()))]:
             layer, column = np.unravel_index(place, different.shape)
-            one = cell.isel({d: int(i) for d, i in zip(cell["difference"].dims, (layer, column), strict=True)})
-            kind = cell["difference"].dims[1]
-            lines.append(f"  layer {int(one['layer'])} {kind} {int(one[str(kind)])}: {_with_interval(one)}")
-    naive, matched = (result["different"].sel(control=c).values for c in CONTROLS)
-    if naive.size > 1 and naive.any() and result["prompts"].sel(control="position"):
-        kept = int(
-            (naive & matched & (np.sign(result["difference"][0]) == np.sign(result["difference"][1])).values).sum()
-        )
-        lines.append(f"Of {int(naive.sum())} differences over all tokens, {kept} remain at equal position.")
-    return "\n".join(lines)
+            kind = str(cell["difference"].dims[1])
+            one = cell.isel({"layer": int(layer), kind: int(column)})
+            lines.append(f"  layer {int(one['layer'])} {kind} {int(one[kind])}: {_with_interval(one)}")
+        if not different.all():
+            lines.append(f"  In the other cells, {absent} one by one.")
+    return lines + ([f"  {warning}"] if (warning := small_sample_warning(n)) else [])
 
 
 def _with_interval(cell: xr.Dataset) -> str:

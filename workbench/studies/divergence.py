@@ -4,20 +4,27 @@ Both are computed on means over prompts of each prompt's own load shares, so eve
 sums would be dominated by the longest texts, and swapping labels inside a pair would then mix long with short ones: the
 test loses nearly all its power where analysis is twenty times as long as final.
 
+Difference, interval and verdict of an expert are those of `workbench.studies.contrast` (Student's t over prompts), so
+that the same question has the same answer in every study, and no number of permutations limits the smallest p.
+
 The p-value of a layer rests on the squared Euclidean distance between the two mean shares. Under swapping its null is
 calibrated whatever the token counts; that of the divergence itself is not when one side has very few tokens (a rarely
 used expert goes unseen). The divergence is the effect size, shown with its own null mean and band.
 """
 
-from typing import Any
+from math import comb
+from typing import Any, Literal, get_args
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
 from workbench.errors import InputError
-from workbench.studies.comparison import Between, Comparison, Run, compare, conditions, places
+from workbench.studies.comparison import Between, Comparison, Condition, Run, compare, conditions, has_tokens, places
+from workbench.studies.contrast import paired_test, unpaired_test
+from workbench.studies.matching import duplicates_warning, merged_prompts
 from workbench.studies.resampling import (
+    LEAST_UNITS,
     TAILS,
     Independent,
     IntervalMethod,
@@ -26,6 +33,7 @@ from workbench.studies.resampling import (
     mean_interval,
     permutation_p,
     recentred_interval,
+    small_sample_warning,
 )
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import Array, false_discovery, jensen_shannon
@@ -35,9 +43,12 @@ ALPHA = 0.05
 N_PERMUTATIONS = 20_000
 N_BOOT = 1_000
 
+DifferenceInterval = Literal["t", "bca", "percentile"]
+
 _SHARE = "fraction of a sequence's routed slots that went to this expert, averaged over sequences, then over prompts"
 _NULL = "the two conditions swapped within prompts (paired), or prompts reassigned to the two groups (tasks)"
 _SHIFTED = "95 %, bootstrap over prompts, percentiles recentred on the excess (replicates repeat the plug-in bias)"
+_T = "Student's t over prompts (paired: of the differences within prompts)"
 _FAMILY = f"Benjamini–Hochberg over all layers × experts of this comparison; different means below {ALPHA}"
 
 DEFINITIONS = {
@@ -53,11 +64,11 @@ DEFINITIONS = {
     "different": Definition("routes differently", "1", f"q < {ALPHA} and the interval of the excess lies above zero"),
     "share_a": Definition("load share in a", "1", _SHARE),
     "share_b": Definition("load share in b", "1", _SHARE),
-    "difference": Definition("difference of load share", "1", "share_a − share_b: risk difference over k", null=_NULL),
+    "difference": Definition("difference of load share", "1", "share_a − share_b: risk difference over k"),
     "difference_low": Definition("difference, lower limit", "1", "lower limit of difference"),
     "difference_high": Definition("difference, upper limit", "1", "upper limit of difference"),
-    "difference_p": Definition("p of the expert", "1", "permutation test of the absolute difference", null=_NULL),
-    "difference_q": Definition("q of the expert", "1", _FAMILY, null=_NULL),
+    "difference_p": Definition("p of the expert", "1", _T, null="no difference of mean shares"),
+    "difference_q": Definition("q of the expert", "1", _FAMILY, null="no difference of mean shares"),
     "difference_p_family": Definition(
         "family-wise p of the expert",
         "1",
@@ -94,7 +105,7 @@ def divergence(
     n_boot: int = N_BOOT,
     n_permutations: int = N_PERMUTATIONS,
     seed: int = 0,
-    interval: IntervalMethod = "bca",
+    interval: DifferenceInterval = "t",
 ) -> xr.Dataset:
     """Compare the routing of `a` and `b`: channels within a sequence, efforts within a prompt, or tasks unpaired.
 
@@ -102,9 +113,13 @@ def divergence(
     """
     if n_permutations < 1:
         raise InputError(f"n_permutations={n_permutations}; a test needs at least 1 permutation")
+    if interval not in get_args(DifferenceInterval):
+        raise InputError(f"interval={interval!r} is not possible; choose t, bca or percentile")
     sides = conditions(between, a, b, channel=channel, effort=effort, task=task)
     counts = run.summary("expert_count")
-    comparison = compare(counts, run.summary("tokens"), between, sides)
+    tokens = run.summary("tokens")
+    prompt, merged = merged_prompts(run, tokens)
+    comparison = compare(counts, tokens, between, sides, prompt)
     found = _by_layer(comparison, n_boot, n_permutations, np.random.default_rng(seed), interval)
     variables = {name: (("layer", "expert")[: values.ndim], values) for name, values in found.items()}
     n_prompts = [side.n_prompts for side in (comparison.a, comparison.b)]
@@ -126,20 +141,24 @@ def divergence(
         "within": " ".join(fixed for fixed in (channel, effort, task) if fixed),
         "rests_on": rests_on,
         "paired": int(comparison.paired),
+        "prompts": min(n_prompts),
         "tokens_a": comparison.a.n_tokens,
         "tokens_b": comparison.b.n_tokens,
+        "duplicate_prompts": merged,
+        **_excluded(tokens, sides, comparison, prompt),
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED[between],
     }
     result = dataset(variables, places(counts), DEFINITIONS, attrs)
     for name in ("difference", "difference_low", "difference_high"):
-        result[name].attrs["ci"] = f"95 %, bootstrap over prompts, {interval}"
+        how = "Student's t over prompts" if interval == "t" else f"bootstrap over prompts, {interval}"
+        result[name].attrs["ci"] = f"95 %, {how}"
     result.attrs["summary"] = _words(result)
     return result
 
 
 def _by_layer(
-    comparison: Comparison, n_boot: int, n_permutations: int, rng: np.random.Generator, interval: IntervalMethod
+    comparison: Comparison, n_boot: int, n_permutations: int, rng: np.random.Generator, interval: DifferenceInterval
 ) -> dict[str, np.ndarray]:
     """Every layer with the same resamples and permutations, then the corrections for looking at many of them."""
     n_a, n_b = comparison.a.n_prompts, comparison.b.n_prompts
@@ -154,15 +173,59 @@ def _by_layer(
         for layer in range(comparison.a.counts.shape[1])
     ]
     found = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+    if _smallest_p(n_a, n_b, comparison.paired) > ALPHA:
+        found["p"] = np.full_like(found["p"], np.nan)
     found["q"] = false_discovery(found["p"])
     found["different"] = (found["q"] < ALPHA) & (found["excess_low"] > 0)
-    found["difference_q"] = false_discovery(found["difference_p"])
-    excludes_zero = found["difference_low"] * found["difference_high"] > 0
-    found["expert_different"] = (found["difference_q"] < ALPHA) & excludes_zero
+    found |= _experts(comparison, found, interval)
     z = found.pop("z")
     as_large = n_permutations - np.searchsorted(np.sort(largest_z), z.ravel() * (1 - 1e-12)).reshape(z.shape)
     found["difference_p_family"] = np.where(np.isnan(z), np.nan, permutation_p(as_large, n_permutations))
     return found
+
+
+def _smallest_p(n_a: int, n_b: int, paired: bool) -> float:
+    """Return the smallest p that any permutation test of so few prompts can have."""
+    if paired:
+        return 2.0 ** (1 - n_a)
+    return (2 if n_a == n_b else 1) / comb(n_a + n_b, n_a)
+
+
+def _experts(
+    comparison: Comparison, found: dict[str, np.ndarray], interval: DifferenceInterval
+) -> dict[str, np.ndarray]:
+    """Interval, p, q and verdict of every expert, as in `contrast`."""
+    layers = range(comparison.a.counts.shape[1])
+    a, b = (np.stack([side.mean_share(layer) for layer in layers], 1) for side in (comparison.a, comparison.b))
+    tested = paired_test(a - b) if comparison.paired else unpaired_test(a, b)
+    low, high = (
+        (tested["low"], tested["high"]) if interval == "t" else (found["difference_low"], found["difference_high"])
+    )
+    return {
+        "difference_low": low,
+        "difference_high": high,
+        "difference_p": tested["p"],
+        "difference_q": tested["q"],
+        "expert_different": (tested["q"] < ALPHA) & (low * high > 0),
+    }
+
+
+def _excluded(
+    tokens: xr.DataArray, sides: tuple[Condition, Condition], comparison: Comparison, prompt: np.ndarray
+) -> dict[str, int]:
+    """Return how many prompts, sequences and tokens of the two sides are left out, as they cannot be paired."""
+    on_side = [has_tokens(tokens, side) for side in sides]
+    either = on_side[0] | on_side[1]
+    total = sum(
+        int(tokens.sel(channel=side.channel).values[chosen].sum()) for side, chosen in zip(sides, on_side, strict=True)
+    )
+    used = np.union1d(comparison.a.prompt, comparison.b.prompt)
+    members_used = np.union1d(comparison.a.sequences, comparison.b.sequences)
+    return {
+        "prompts_excluded": len(np.unique(prompt[either])) - len(used),
+        "sequences_excluded": int(either.sum()) - len(members_used),
+        "tokens_excluded": total - comparison.a.n_tokens - comparison.b.n_tokens,
+    }
 
 
 def _layer(
@@ -170,7 +233,7 @@ def _layer(
     a: Float[np.ndarray, "prompt_a expert"],
     b: Float[np.ndarray, "prompt_b expert"],
     largest_z: Float[np.ndarray, "permutation"],
-    interval: IntervalMethod,
+    interval: DifferenceInterval,
 ) -> dict[str, Array]:
     """Effect sizes, nulls and intervals of one layer; raises `largest_z` to this layer's largest score."""
     share_a, share_b = a.mean(axis=0), b.mean(axis=0)
@@ -178,20 +241,20 @@ def _layer(
     size, jsd = np.abs(difference), jensen_shannon(share_a, share_b)
     sd = design.permutation_sd(a, b)
     null_jsd = np.empty(len(largest_z))
-    farther, larger, stop = np.zeros((), dtype=np.int64), np.zeros(size.shape, dtype=np.int64), 0
+    farther, stop = np.zeros((), dtype=np.int64), 0
     for null_a, null_b in design.permuted(a, b):
         start, stop = stop, stop + len(null_a)
         null_size = np.abs(null_a - null_b)
         null_jsd[start:stop] = jensen_shannon(null_a, null_b)
         farther += count_at_least((null_size**2).sum(axis=-1), (size**2).sum())
-        larger += count_at_least(null_size, size)
         z = np.divide(null_size, sd, out=np.zeros_like(null_size), where=sd > 0)
         np.maximum(largest_z[start:stop], z.max(axis=-1), out=largest_z[start:stop])
     resampled_a, resampled_b = design.resampled(a, b)
     null_low, null_high = np.quantile(null_jsd, TAILS)
     excess = jsd - null_jsd.mean()
     excess_low, excess_high = recentred_interval(jensen_shannon(resampled_a, resampled_b), excess)
-    low, high = mean_interval(interval, difference, resampled_a - resampled_b, design.influence(a, b))
+    method: IntervalMethod = "percentile" if interval == "t" else interval
+    low, high = mean_interval(method, difference, resampled_a - resampled_b, design.influence(a, b))
     missing = np.isnan(size)
     return {
         "jsd": jsd,
@@ -207,7 +270,6 @@ def _layer(
         "difference": difference,
         "difference_low": low,
         "difference_high": high,
-        "difference_p": np.where(missing, np.nan, permutation_p(larger, len(largest_z))),
         "z": np.divide(size, sd, out=np.where(missing, np.nan, 0.0), where=sd > 0),
     }
 
@@ -218,6 +280,14 @@ def _words(result: xr.Dataset) -> str:
     missing = np.isnan(result["jsd"].values)
     how = "both conditions of each" if attrs["paired"] else "not paired"
     lines = [f"Rests on {attrs['rests_on']} ({how}), {attrs['tokens_a']:,} and {attrs['tokens_b']:,} tokens."]
+    if not attrs["paired"]:
+        lines.append(f"Unpaired. {attrs['not_controlled']}")
+    if attrs["tokens_excluded"]:
+        lines.append(
+            f"Excluded, as not paired: {attrs['prompts_excluded']} prompts, {attrs['sequences_excluded']} sequences, "
+            f"{attrs['tokens_excluded']:,} tokens."
+        )
+    lines += [w for w in (duplicates_warning(attrs["duplicate_prompts"]), small_sample_warning(attrs["prompts"])) if w]
     if different.any():
         most = int(np.argmax(np.where(different, result["excess"].values, -np.inf)))
         top = result.isel(layer=most)
@@ -227,11 +297,15 @@ def _words(result: xr.Dataset) -> str:
         )
         if not (different | missing).all():
             lines.append(f"No difference shown in {_named(layers[~different & ~missing])}.")
-    else:
+    elif np.isfinite(result["p"].values).any() or missing.all():
         lines.append("No difference shown in any layer.")
+    else:
+        lines.append("Layers cannot be tested: no permutation of so few prompts has a p below 0.05.")
     if missing.any():
         lines.append(f"Missing, as nothing was counted: {_named(layers[missing])}.")
     cells = result["expert_different"].values
+    if attrs["prompts"] < LEAST_UNITS:
+        return "\n".join([*lines, f"Experts cannot be tested: at least {LEAST_UNITS} prompts are needed."])
     lines.append(f"Used differently: {cells.sum()} of {cells.size} experts (layer × expert).")
     size = np.where(cells, np.abs(result["difference"].values), -np.inf)
     for place in np.argsort(-size, axis=None)[: min(3, cells.sum())]:

@@ -20,8 +20,8 @@ from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run
-from workbench.studies.contrast import TokenRun, contrast
-from workbench.studies.resampling import ratio
+from workbench.studies.contrast import Plan, TokenRun, contrasts, uncomparable
+from workbench.studies.resampling import LEAST_UNITS, ratio, wilson_interval
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -40,7 +40,9 @@ DEFINITIONS = {
     "analysis_tokens": Definition("analysis tokens", "tokens", "mean over sequences of the tokens of analysis", ci=_CI),
     "analysis_tokens_low": Definition("analysis tokens, lower limit", "tokens", "lower limit", ci=_CI),
     "analysis_tokens_high": Definition("analysis tokens, upper limit", "tokens", "upper limit", ci=_CI),
-    "accuracy": Definition("accuracy", "1", "share of right answers among sequences that say whether they are", ci=_CI),
+    "accuracy": Definition(
+        "accuracy", "1", "mean over prompts of their share of right answers", ci="95 %, Wilson, a prompt is a trial"
+    ),
     "accuracy_low": Definition("accuracy, lower limit", "1", "lower limit; within [0, 1]", ci=_CI),
     "accuracy_high": Definition("accuracy, upper limit", "1", "upper limit; within [0, 1]", ci=_CI),
     "sequences": Definition("sequences", "sequences", "sequences of the cell"),
@@ -69,10 +71,8 @@ DEFINITIONS = {
 }
 METHOD = (
     "Means over sequences, differences paired by prompt (samples of a prompt averaged first), intervals by the "
-    "jackknife "
-    "over prompts. The model of accuracy is a logistic GEE on the logarithm of analysis tokens and the effort, "
-    "clustered by "
-    "prompt."
+    "jackknife over prompts; those of accuracy are Wilson's, with a trial for each prompt. The model of accuracy is a "
+    "logistic GEE on the logarithm of analysis tokens and the effort, clustered by prompt."
 )
 NOT_CONTROLLED = (
     "Whether more tokens cause more right answers is not shown by their going together: hard prompts make both longer "
@@ -95,17 +95,32 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
         found["accuracy_model"] = fitted
     if isinstance(run, TokenRun):
         for what, label in (("experts", "routing"), ("sink", "sinks")):
-            for channel in ("prompt", "analysis", "final"):
-                for a, b in widest_first(efforts):
-                    name = f"{label}_{a}_vs_{b}_in_{channel}"
-                    try:
-                        found[name] = contrast(run, what, "effort", a, b, channel=channel, study="effort", seed=seed)
-                    except InputError as error:
-                        left_out.append(f"Left out: {name}, as {error}.")
-                        continue
-                    break  # the widest pair that has tokens
+            compared, reasons = _efforts_compared(run, what, label, efforts, seed)
+            found |= compared
+            left_out += reasons
     found["cost"].attrs["summary"] = "\n".join([found["cost"].attrs["summary"], *left_out])
     return found
+
+
+def _efforts_compared(
+    run: TokenRun, what: str, label: str, efforts: list[str], seed: int
+) -> tuple[dict[str, xr.Dataset], list[str]]:
+    """In each channel, the comparison of the most distant efforts that can be paired; and why others cannot."""
+    planned = {
+        f"{label}_{a}_vs_{b}_in_{channel}": Plan("effort", a, b, channel)
+        for channel in ("prompt", "analysis", "final")
+        for a, b in widest_first(efforts)
+    }
+    try:
+        refused = uncomparable(run, what, planned)
+    except InputError as error:  # this quantity was not recorded
+        return {}, [f"Left out: {label}, as {error}."]
+    widest: dict[str, str] = {}
+    for name, plan in planned.items():
+        if name not in refused:
+            widest.setdefault(str(plan.channel), name)
+    compared, _ = contrasts(run, what, {n: planned[n] for n in widest.values()}, study="effort", seed=seed)
+    return compared, [f"Left out: {name}, as {reason}." for name, reason in refused.items()]
 
 
 def widest_first(efforts: list[str]) -> list[tuple[str, str]]:
@@ -130,6 +145,17 @@ def _of_prompts(table: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarra
     return known.sum().to_numpy(), known.count().to_numpy()
 
 
+def _accuracy(table: pd.DataFrame) -> tuple[float, float, float]:
+    """Return the mean over prompts of their share of right answers, with Wilson's interval; NaN: cannot be given."""
+    right, known = _of_prompts(table, "correct")
+    if not len(known):
+        return np.nan, np.nan, np.nan
+    if len(known) < LEAST_UNITS:
+        return float((right / known).mean()), np.nan, np.nan
+    found = wilson_interval(right / known)
+    return float(found.mean), float(found.low), float(found.high)
+
+
 def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset:
     """Analysis tokens and accuracy of every task and effort; the task `all` is everything."""
     tasks = ["all", *sorted(set(table["task"]) - {""})]
@@ -138,7 +164,7 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
         for effort in efforts:
             own = table[(table["effort"] == effort) & ((table["task"] == task) | (task == "all"))]
             parts["analysis_tokens"].append(ratio(*_of_prompts(own, "analysis")))
-            parts["accuracy"].append([np.clip(v, 0, 1) for v in ratio(*_of_prompts(own, "correct"))])
+            parts["accuracy"].append(_accuracy(own))
             parts["sequences"].append(len(own))
     shape = (len(tasks), len(efforts))
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}

@@ -2,7 +2,8 @@
 
 Sink attention is the probability 1 − Σ attention of a head at a token. With equal logits it falls with the number
 of keys that a head sees, so layers with a window and full layers are told apart, and every comparison of channels or
-efforts is made at equal position too. Means are over tokens; the sampling unit is the prompt.
+efforts is made at equal position too. Means of cells are over tokens, differences are within prompts; the sampling
+unit is the prompt.
 
 Reference: arXiv 2309.17453 and 2410.10781 on attention sinks (there on the first token; gpt-oss learns a logit a head).
 """
@@ -13,8 +14,9 @@ import xarray as xr
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
-from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompt_numbers, prompts, sum_by
-from workbench.studies.contrast import Between, TokenRun, contrast
+from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompt_numbers, sum_by
+from workbench.studies.contrast import Plan, TokenRun, contrasts
+from workbench.studies.matching import merged_prompts
 from workbench.studies.resampling import ratio
 from workbench.studies.result import Definition, dataset, provenance
 
@@ -59,27 +61,24 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
     found = {"mass": mass(run, seed=seed)}
     if not isinstance(run, TokenRun):
         return found
-    left_out = []
     try:
         found["position"] = by_position(run, seed=seed)
     except InputError as error:  # sums alone were recorded
         found["mass"].attrs["summary"] += f"\nLeft out, what needs single tokens: {error}"
         return found
     efforts = [e for e in EFFORTS if e in set(run.sequences["effort"])]
-    planned: dict[str, tuple[Between, str, str, str | None]] = {
-        "analysis_vs_final": ("channel", "analysis", "final", None),
-        "halves_of_analysis": ("half", "first", "second", "analysis"),
+    planned = {
+        "analysis_vs_final": Plan("channel", "analysis", "final"),
+        "halves_of_analysis": Plan("half", "first", "second", "analysis"),
     }
     if len(efforts) > 1:
         planned |= {
-            f"{efforts[0]}_vs_{efforts[-1]}_in_{c}": ("effort", efforts[0], efforts[-1], c)
+            f"{efforts[0]}_vs_{efforts[-1]}_in_{c}": Plan("effort", efforts[0], efforts[-1], c)
             for c in ("prompt", "analysis", "final")
         }
-    for name, (between, a, b, channel) in planned.items():
-        try:
-            found[name] = contrast(run, "sink", between, a, b, channel=channel, study="sinks", seed=seed)
-        except InputError as error:
-            left_out.append(f"Left out: {name}, as {error}.")
+    compared, refused = contrasts(run, "sink", planned, study="sinks", seed=seed)
+    found |= compared
+    left_out = [f"Left out: {name}, as {reason}." for name, reason in refused.items()]
     found["mass"].attrs["summary"] = "\n".join([found["mass"].attrs["summary"], *left_out])
     return found
 
@@ -87,7 +86,7 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
 def mass(run: Run, by: tuple[str, ...] = ("channel", "effort"), *, seed: int = 0) -> xr.Dataset:
     """Mean sink attention [cells, layer, head] with intervals, from the sums that every run has of its sequences."""
     sums, squares, tokens = (run.summary(name) for name in ("sink_sum", "sink_sumsq", "tokens"))
-    split, prompt = axes(tokens, by, None), prompts(tokens)
+    split, prompt = axes(tokens, by, None), merged_prompts(run, tokens)[0]
     parts: dict[str, list[np.ndarray]] = {
         n: [] for n in ("mass", "mass_low", "mass_high", "spread", "tokens", "prompts")
     }

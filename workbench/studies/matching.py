@@ -1,0 +1,443 @@
+"""Matched comparisons: which tokens are set against which, with what weight, within each prompt.
+
+A comparison is linear in what the tokens have: the difference within a prompt is a sum of token values with weights
+that add up to 1 on side a and to −1 on side b. Tokens of one sequence, channel, half and stratum share their weight, so
+a run's tokens are counted by these *cells* once (`RunIndex`), and every comparison of every study is computed from it.
+
+Two channels, and two halves of a channel, are compared within each sequence that has both; two efforts within each
+prompt that has both. Nothing else is paired: prompts with one side alone are left out and counted. Two tasks have no
+prompt in common, so they are an unpaired comparison, which every summary names so.
+
+Reference: Imbens & Rubin 2015, Causal Inference, chapters 9 and 10 (stratification, pairwise randomised experiments).
+"""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+
+from workbench.errors import InputError
+from workbench.harmony.labels import CHANNELS
+from workbench.studies.comparison import in_second_half, prompt_numbers, prompts
+from workbench.studies.resampling import LEAST_UNITS
+
+Between = Literal["channel", "effort", "task", "half"]
+Control = Literal["none", "position", "token"]
+Block = Mapping[str, np.ndarray]
+
+SLACK = 4  # positions that a stratum may span whatever their ratio
+WIDEST = 1.1  # last over first position of a stratum
+HALF_WEIGHT = 10  # matched tokens with which a prompt has half its full weight
+_LONGEST = 1 << 20  # positions
+_MOST_IDS = 1 << 20  # token ids
+
+
+@runtime_checkable
+class TokenRun(Protocol):
+    """What a study of single tokens needs of a run."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def sequences(self) -> pd.DataFrame: ...
+
+    @property
+    def model(self) -> Mapping[str, Any]: ...
+
+    def blocks(self, *names: str) -> Iterator[Block]: ...
+
+
+class Plan(NamedTuple):
+    """Which two sides are compared: `a` and `b` of `between`, with what else is held fixed."""
+
+    between: Between
+    a: str
+    b: str
+    channel: str | None = None
+    effort: str | None = None
+    task: str | None = None
+    unpaired: bool = False
+
+    @property
+    def paired(self) -> bool:
+        """Whether the sides are compared within prompts."""
+        return self.between != "task" and not self.unpaired
+
+    def label(self, side: int) -> str:
+        """Return the name of side 0 (a) or 1 (b)."""
+        label = (self.a, self.b)[side]
+        texts = {
+            "half": f"the {label} half of {self.channel}",
+            "channel": label,
+            "effort": f"{self.channel} at {label} effort",
+            "task": f"{self.channel} in {label}",
+        }
+        return texts[self.between]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The tokens of a run by sequence, channel, half of the channel, and stratum; cells without a token are absent."""
+
+    code: Int[np.ndarray, " cell"]
+    sequence: Int[np.ndarray, " cell"]
+    channel: Int[np.ndarray, " cell"]
+    half: Int[np.ndarray, " cell"]
+    stratum: Int[np.ndarray, " cell"]
+    tokens: Int[np.ndarray, " cell"]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The weight of a token of every cell in its prompt's difference (a − b) and in its prompt's mean of side b."""
+
+    difference: Float[np.ndarray, " cell"]
+    side_a: Float[np.ndarray, " cell"]
+    side_b: Float[np.ndarray, " cell"]
+    prompt: Int[np.ndarray, " cell"]
+    prompt_weight: Float[np.ndarray, " prompt"]  # 0: the prompt takes no part
+    in_a: Bool[np.ndarray, " prompt"]
+    in_b: Bool[np.ndarray, " prompt"]
+    tokens: tuple[int, int]
+    strata: int
+    excluded: tuple[int, int, int]  # prompts, sequences, tokens on one of the sides that take no part
+
+
+class RunIndex:
+    """Prompts and cells of a run, each computed in one pass over its tokens and shared by all comparisons."""
+
+    def __init__(self, run: TokenRun) -> None:
+        self.run = run
+        self._cells: dict[tuple[str, str], Cells] = {}
+
+    @cached_property
+    def prompts(self) -> tuple[Int[np.ndarray, " sequence"], int]:
+        """The number of every sequence's prompt (−1: not written), and how many prompts repeat another's tokens.
+
+        Prompts under different ids whose tokens are equal are one sampling unit: they are not independent.
+        """
+        number = prompt_numbers(self.run.sequences)
+        return merge_duplicates(number, self._prompt_tokens())
+
+    def _prompt_tokens(self) -> dict[int, bytes]:
+        """The token ids of every sequence's prompt; empty where the run does not hold them."""
+        pieces: dict[int, list[bytes]] = {}
+        prompt = CHANNELS.index("prompt")
+        try:
+            for block in self.run.blocks("id"):
+                for sequence, at in _runs(block["sequence"]):
+                    own = block["id"][at][block["channel"][at] == prompt]
+                    pieces.setdefault(sequence, []).append(np.ascontiguousarray(own).tobytes())
+        except (KeyError, InputError):
+            return {}
+        return {sequence: b"".join(part) for sequence, part in pieces.items()}
+
+    def cells(self, kind: Control, finite: str = "") -> Cells:
+        """Return the cells whose strata are of one kind, of tokens whose quantity `finite` is known."""
+        if (kind, finite) not in self._cells:
+            codes: list[np.ndarray] = []
+            counts: list[np.ndarray] = []
+            for block in self.run.blocks(*reads(kind, finite)):
+                code, known = cell_codes(block, kind, finite)
+                unique, n = np.unique(code[known], return_counts=True)
+                codes.append(unique)
+                counts.append(n)
+            self._cells[kind, finite] = _collect(codes, counts)
+        return self._cells[kind, finite]
+
+
+_INDICES: dict[int, tuple[weakref.ref[Any], str, RunIndex]] = {}
+
+
+def index_of(run: TokenRun) -> RunIndex:
+    """Return the index of a run, made at the first call and again when what is visible of the run has changed."""
+    stored = _INDICES.get(id(run))
+    if stored is None or stored[0]() is not run or stored[1] != run.digest:
+        key = id(run)
+        reference = weakref.ref(run, lambda _: _INDICES.pop(key, None))
+        # the index must not keep the run alive, which would keep the index
+        stored = _INDICES[key] = (reference, run.digest, RunIndex(weakref.proxy(run)))
+    return stored[2]
+
+
+def merge_duplicates(
+    number: Int[np.ndarray, " sequence"], prompt_tokens: Mapping[int, bytes]
+) -> tuple[Int[np.ndarray, " sequence"], int]:
+    """Give prompts with a sequence whose prompt has the same tokens one number; return how many were merged."""
+    first: dict[bytes, int] = {}
+    parent = np.arange(int(number.max(initial=-1)) + 1)
+
+    def root(one: int) -> int:
+        while parent[one] != one:
+            one = int(parent[one])
+        return one
+
+    for sequence, text in prompt_tokens.items():
+        if not text or number[sequence] < 0:
+            continue
+        own = root(int(number[sequence]))
+        parent[own] = root(first.setdefault(text, own))
+    roots = np.array([root(one) for one in range(len(parent))], dtype=np.int64)
+    kept, renumbered = np.unique(roots, return_inverse=True)
+    return np.where(number >= 0, renumbered[number] if len(roots) else number, -1), len(roots) - len(kept)
+
+
+def merged_prompts(run: object, tokens: xr.DataArray) -> tuple[Int[np.ndarray, " sequence"], int]:
+    """Return the prompt number of every sequence of a run's sums, duplicates merged, and how many were merged."""
+    own = prompts(tokens)
+    if not isinstance(run, TokenRun):
+        return own, 0
+    number, merged = index_of(run).prompts
+    if not merged:
+        return own, 0
+    of_id = dict(zip(run.sequences["id"], number[run.sequences.index], strict=True))
+    return np.array([of_id[name] for name in tokens["id"].values]), merged
+
+
+def duplicates_warning(merged: int) -> str:
+    """Return the warning that prompts repeat others; empty if none does."""
+    if not merged:
+        return ""
+    return f"Warning: {merged} prompts repeat the tokens of others under another id; they count as one prompt."
+
+
+def reads(kind: Control, finite: str) -> tuple[str, ...]:
+    """Return what has to be read of a run for its cells."""
+    return (*(("id",) if kind == "token" else ()), *((finite,) if finite else ()))
+
+
+def cell_codes(
+    block: Block, kind: Control, finite: str
+) -> tuple[Int[np.ndarray, " token"], Bool[np.ndarray, " token"]]:
+    """Return the code of every token's cell, and which tokens are known."""
+    channel = block["channel"].astype(np.int64)
+    half = np.zeros(len(channel), dtype=np.int64)
+    for present in np.unique(channel):
+        inside = channel == present
+        half[inside] = in_second_half(block["sequence"], inside)[inside]
+    stratum = block["id"].astype(np.int64) if kind == "token" else _STRATUM[block["position"]]
+    code = ((block["sequence"].astype(np.int64) * len(CHANNELS) + channel) * 2 + half) * _MOST_IDS + stratum
+    known = np.isfinite(block[finite]) if finite else np.ones(len(code), dtype=bool)
+    return code, known
+
+
+def _strata_of_positions() -> Int[np.ndarray, " position"]:
+    """The stratum of every position: at most `SLACK` positions or a factor of `WIDEST` wide."""
+    first = [0]
+    while first[-1] < _LONGEST:
+        first.append(max(first[-1] + SLACK, int(WIDEST * first[-1])))
+    return np.searchsorted(first, np.arange(_LONGEST), side="right") - 1
+
+
+_STRATUM = _strata_of_positions()
+
+
+def _runs(sequence: Int[np.ndarray, " token"]) -> Iterator[tuple[int, slice]]:
+    """Each sequence number of a block with its tokens, which stand together."""
+    starts = np.flatnonzero(np.diff(sequence, prepend=-2))
+    for start, stop in zip(starts, [*starts[1:], len(sequence)], strict=True):
+        yield int(sequence[start]), slice(int(start), int(stop))
+
+
+def _collect(codes: list[np.ndarray], counts: list[np.ndarray]) -> Cells:
+    code, of = np.unique(np.concatenate(codes) if codes else np.zeros(0, np.int64), return_inverse=True)
+    tokens = np.bincount(of, np.concatenate(counts) if counts else None, len(code)).astype(np.int64)
+    rest, stratum = np.divmod(code, _MOST_IDS)
+    rest, half = np.divmod(rest, 2)
+    sequence, channel = np.divmod(rest, len(CHANNELS))
+    return Cells(code, sequence, channel, half, stratum, tokens)
+
+
+def check_plan(run: TokenRun, plan: Plan) -> None:
+    """Refuse a comparison whose labels the run does not have.
+
+    Raises:
+        InputError: a channel, effort or task is unknown, or the channel to look at is missing.
+    """
+    table = run.sequences
+    if plan.between != "channel" and plan.channel not in CHANNELS:
+        raise InputError(f"a comparison between {plan.between}s needs a channel to look at: {', '.join(CHANNELS)}")
+    if plan.between == "channel" and (unknown := {plan.a, plan.b} - set(CHANNELS)):
+        raise InputError(f"channel {min(unknown)!r} is unknown; choose from {', '.join(CHANNELS)}")
+    if plan.between == "half" and {plan.a, plan.b} != {"first", "second"}:
+        raise InputError(f"halves {plan.a!r} and {plan.b!r} are unknown; choose first and second")
+    for name, fixed in (("effort", plan.effort), ("task", plan.task)):
+        wanted = [plan.a, plan.b] if plan.between == name else [v for v in (fixed,) if v]
+        if missing := [w for w in wanted if w not in set(table[name])]:
+            known = ", ".join(sorted(set(table[name])))
+            raise InputError(f"{name} {missing[0]!r} is not in this run; it has {known}")
+
+
+def sides(run: TokenRun, plan: Plan, cells: Cells) -> Int[np.ndarray, " cell"]:
+    """Return which side of a comparison each cell is on: 0 (a), 1 (b), or −1 for neither."""
+    table = run.sequences
+    size = int(table.index.max()) + 1 if len(table) else 0
+    allowed, of_sequence = np.zeros(size, dtype=bool), np.full(size, -1)
+    chosen = pd.Series(True, index=table.index)
+    for name, value in (("effort", plan.effort), ("task", plan.task)):
+        chosen &= True if value is None else table[name] == value
+    allowed[table.index] = chosen
+    side = np.full(len(cells.code), -1)
+    if plan.between == "channel":
+        for number, label in enumerate((plan.a, plan.b)):
+            side[cells.channel == CHANNELS.index(label)] = number
+    else:
+        inside = cells.channel == CHANNELS.index(str(plan.channel))
+        if plan.between == "half":
+            own = cells.half if plan.a == "first" else 1 - cells.half
+        else:
+            for number, label in enumerate((plan.a, plan.b)):
+                of_sequence[table.index[table[plan.between] == label]] = number
+            own = of_sequence[cells.sequence]
+        side = np.where(inside, own, -1)
+    return np.where(allowed[cells.sequence], side, -1)
+
+
+def match(index: RunIndex, plan: Plan, control: Control, finite: str = "") -> Matching:
+    """Return the weights of a comparison with a control: none, like positions, or the same token ids."""
+    cells = index.cells("token" if control == "token" else "position", finite)
+    side, number = sides(index.run, plan, cells), index.prompts[0]
+    prompt = number[cells.sequence]
+    n_prompts = int(number.max(initial=-1)) + 1
+    within_sequence = plan.paired and plan.between in ("channel", "half")
+    group = cells.sequence if within_sequence else prompt
+    take = side >= 0
+    if plan.paired:
+        take &= _has_both(group, side)[group]
+    if not plan.paired and control != "none":
+        take[:] = False
+    if control == "none":
+        difference, weight = _means(cells, side, prompt, take), _present(prompt, take, n_prompts).astype(np.float64)
+    elif control == "position" and within_sequence:
+        difference, tokens = _adjusted(cells, side, prompt, take, n_prompts)
+        weight = tokens / (tokens + HALF_WEIGHT)
+    else:
+        difference, tokens = _stratified(cells, side, group, prompt, take, n_prompts)
+        weight = tokens / (tokens + HALF_WEIGHT)
+    take &= (weight > 0)[prompt] & (difference != 0)
+    side_a, side_b = (np.where(take & (side == s), np.abs(difference), 0.0) for s in (0, 1))
+    if control == "position" and within_sequence:
+        side_b = np.abs(np.where(side == 1, _means(cells, side, prompt, take), 0.0))
+        side_a = side_b + difference
+    counted = [int(cells.tokens[take & (side == s)].sum()) for s in (0, 1)]
+    on_side = side >= 0
+    excluded = [len(np.unique(v[on_side])) - len(np.unique(v[take])) for v in (prompt, cells.sequence)]
+    tokens_excluded = int(cells.tokens[on_side].sum()) - sum(counted)
+    strata = 1 if control == "none" else len(np.unique(cells.stratum[take]))
+    present = [_present(prompt, take & (side == s), n_prompts) for s in (0, 1)]
+    return Matching(
+        np.where(take, difference, 0.0),
+        side_a,
+        side_b,
+        prompt,
+        weight,
+        present[0],
+        present[1],
+        (counted[0], counted[1]),
+        strata if take.any() else 0,
+        (excluded[0], excluded[1], tokens_excluded),
+    )
+
+
+def check_prompts(plan: Plan, matching: Matching) -> None:
+    """Refuse a comparison of too few prompts.
+
+    Raises:
+        InputError: fewer than `LEAST_UNITS` prompts have both sides (unpaired: either side).
+    """
+    n_a, n_b = int(matching.in_a.sum()), int(matching.in_b.sum())
+    if min(n_a, n_b) < LEAST_UNITS:
+        counted = f"{n_a} prompts with both" if plan.paired else f"{n_a} and {n_b} prompts"
+        raise InputError(
+            f"{plan.label(0)} cannot be compared with {plan.label(1)}: {counted}, and at least {LEAST_UNITS} are needed"
+        )
+
+
+def _present(prompt: np.ndarray, take: np.ndarray, n_prompts: int) -> Bool[np.ndarray, " prompt"]:
+    return np.bincount(prompt[take], minlength=n_prompts) > 0
+
+
+def _has_both(group: Int[np.ndarray, " cell"], side: Int[np.ndarray, " cell"]) -> Bool[np.ndarray, " group"]:
+    """Which groups have a cell on either side."""
+    size = int(group.max(initial=-1)) + 1
+    return np.logical_and(*(np.bincount(group[side == s], minlength=size) > 0 for s in (0, 1)))
+
+
+def _means(cells: Cells, side: np.ndarray, prompt: np.ndarray, take: np.ndarray) -> Float[np.ndarray, " cell"]:
+    """Weights of tokens in means over the tokens of a sequence and side, then over a prompt's sequences; −: side b."""
+    out = np.zeros(len(cells.code))
+    for s, sign in ((0, 1), (1, -1)):
+        at = np.flatnonzero(take & (side == s))
+        if len(at):
+            tokens = np.bincount(cells.sequence[at], cells.tokens[at])
+            present = np.flatnonzero(tokens)
+            of = np.full(len(tokens), -1)
+            of[cells.sequence[at]] = prompt[at]
+            sequences = np.bincount(of[present])
+            out[at] = sign / tokens[cells.sequence[at]] / sequences[prompt[at]]
+    return out
+
+
+def _stratified(
+    cells: Cells, side: np.ndarray, group: np.ndarray, prompt: np.ndarray, take: np.ndarray, n_prompts: int
+) -> tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " prompt"]]:
+    """Differences within each group's strata, averaged over a prompt's with weight n_a n_b / (n_a + n_b)."""
+    at = np.flatnonzero(take)
+    out = np.zeros(len(cells.code))
+    code, stratum = np.unique(group[at].astype(np.int64) * _MOST_IDS + cells.stratum[at], return_inverse=True)
+    n = np.stack([np.bincount(stratum, cells.tokens[at] * (side[at] == s), len(code)) for s in (0, 1)])
+    matched = np.divide(n[0] * n[1], n.sum(0), out=np.zeros(len(code)), where=n.sum(0) > 0)
+    prompt_of = np.zeros(len(code), dtype=np.int64)
+    prompt_of[stratum] = prompt[at]
+    total = np.bincount(prompt_of, matched, n_prompts)
+    own, of_side = matched[stratum], n[side[at], stratum]
+    used = own > 0
+    out[at[used]] = own[used] / total[prompt[at[used]]] / of_side[used] * np.where(side[at[used]] == 0, 1, -1)
+    return out, total
+
+
+def _adjusted(
+    cells: Cells, side: np.ndarray, prompt: np.ndarray, take: np.ndarray, n_prompts: int
+) -> tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " prompt"]]:
+    """Weights of the side's coefficient in a least-squares fit of each prompt on side, sequence and stratum.
+
+    No token of a sequence shares its position with another, so sides are compared across a prompt's sequences, less
+    what the sequences (their efforts) and the strata of position differ by on the other side.
+    """
+    out, information = np.zeros(len(cells.code)), np.zeros(n_prompts)
+    at = np.flatnonzero(take)
+    at = at[np.argsort(prompt[at], kind="stable")]
+    starts = np.flatnonzero(np.diff(prompt[at], prepend=-1))
+    for own in np.split(at, starts[1:]) if len(at) else ():
+        sequence = np.unique(cells.sequence[own], return_inverse=True)[1]
+        if sequence.max() == 0:
+            continue  # one sequence has no two tokens at one position
+        stratum = np.unique(cells.stratum[own], return_inverse=True)[1]
+        root = np.sqrt(cells.tokens[own])
+        rows = np.arange(len(own))
+        fixed = np.zeros((len(own), int(sequence.max()) + int(stratum.max()) + 2))
+        fixed[rows, sequence] = fixed[rows, int(sequence.max()) + 1 + stratum] = root
+        target = root * (side[own] == 0)
+        residual = target - fixed @ np.linalg.lstsq(fixed, target, rcond=None)[0]
+        amount = float(residual @ residual)
+        if amount > 1e-6:
+            out[own] = residual / root / amount
+            information[prompt[own[0]]] = amount
+    out[np.abs(out) < 1e-12] = 0
+    return out, information
+
+
+def gather(
+    weight: Float[np.ndarray, " cell"], prompt: Int[np.ndarray, " cell"], at: Int[np.ndarray, " local"], n_prompts: int
+) -> scipy.sparse.csr_array:
+    """Return the matrix that turns sums over some cells into sums over prompts."""
+    shape = (n_prompts, len(at))
+    return scipy.sparse.csr_array((weight[at], (prompt[at], np.arange(len(at)))), shape=shape)
