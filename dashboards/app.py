@@ -4,7 +4,6 @@ Everything a page needs comes from this server. Bootstrap's template, because it
 host for a font.
 """
 
-import secrets
 import socket
 import sys
 import threading
@@ -16,8 +15,8 @@ from typing import Any
 
 import panel as pn
 
-from workbench.bounded_json import read_json
 from workbench.dashboards import widgets
+from workbench.dashboards.access import guard, login_options
 from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
@@ -31,7 +30,9 @@ a:focus-visible, button:focus-visible { outline: 3px solid #5b9bcb; outline-offs
 
 def _template(registry: RunRegistry, page: str, link: Callable[[str, str], str]) -> pn.template.BootstrapTemplate:
     """A page in its frame. link: (page, query) → address."""
-    query = {name: values[0].decode() for name, values in (pn.state.session_args or {}).items() if values}
+    query = {
+        name: values[0].decode("utf-8", "replace") for name, values in (pn.state.session_args or {}).items() if values
+    }
     choice = Selection(query)
     nav = pn.pane.HTML("", width=widgets.WIDTH)
 
@@ -92,7 +93,7 @@ def servable(paths: Sequence[str | Path]) -> pn.template.BootstrapTemplate:
     panel serve workbench/dashboards/app.py --args RUN.zarr
     """
     registry = pn.state.as_cached("workbench-registry", lambda: RunRegistry(paths))
-    asked = (pn.state.session_args or {}).get("page", [b"overview"])[0].decode()
+    asked = (pn.state.session_args or {}).get("page", [b"overview"])[0].decode("utf-8", "replace")
     page = asked if asked in page_titles() else "overview"
     return _template(registry, page, lambda path, query: f"?page={path}&{query}").servable()
 
@@ -133,18 +134,22 @@ def serve(
 
     basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look.
     """
-    access = _access(basic_auth)
+    access = login_options(basic_auth)
+    origins = [*_origins(address, port), *allow_origin]
     registry = RunRegistry(runs)
     _check_free(address, port)
     pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
     threading.Thread(target=_warm, args=(registry,), daemon=True).start()
     print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
     try:
-        pn.serve(
+        server = pn.serve(
             pages(registry),
-            address=address, port=port, show=show, verbose=False, title="gpt-oss workbench",
-            websocket_origin=[*_origins(address, port), *allow_origin], num_threads=4, **access,
+            address=address, port=port, show=show, verbose=False, title="gpt-oss workbench", start=False,
+            websocket_origin=origins, num_threads=4, **access,
         )  # fmt: skip
+        guard(server._tornado, origins)
+        server.start()
+        server.io_loop.start()
     finally:
         registry.desk.close()
 
@@ -155,21 +160,9 @@ def _warm(registry: RunRegistry) -> None:
         widgets.guarded(partial(registry.costs, name))
 
 
-def _access(basic_auth: Path | None) -> dict[str, Any]:
-    """What Panel is told of who may enter; the file stays where it is, and the cookie's key is of this process alone."""
-    if basic_auth is None:
-        return {}
-    try:
-        known = read_json(basic_auth)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords ({error})") from error
-    if not isinstance(known, dict) or not known or not all(isinstance(v, str) and v for v in known.values()):
-        raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords")
-    return {"basic_auth": str(basic_auth), "cookie_secret": secrets.token_hex(32)}
-
-
 def _origins(address: str, port: int) -> list[str]:
-    names = {address, "localhost", "127.0.0.1"} if address in ("localhost", "127.0.0.1") else {address}
+    local = {"localhost", "127.0.0.1"}
+    names = {address, *local} if address in (*local, "0.0.0.0", "::", "") else {address}
     return [f"{name}:{port}" for name in sorted(names)]
 
 
@@ -178,9 +171,10 @@ def _check_free(address: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))
-        except OSError as error:
+        except (OSError, OverflowError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise InputError(
-                f"port {port} of {address} cannot be used ({error.strerror}): choose another with --port"
+                f"port {port} of {address} cannot be used ({reason}): choose another with --port"
             ) from error
 
 

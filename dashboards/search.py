@@ -2,32 +2,19 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-import workbench
 from workbench import harmony
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run
+from workbench.runs.conversations import tokenizer_of
 from workbench.studies.quick_look import ALL
 
 _MOST_TOKENS = 300_000  # that a table of tokens is made from
 _POSITION_BINS = 2.0 ** np.arange(18)
-
-
-@cache
-def tokenizer_of(digest: str) -> harmony.Tokenizer | None:
-    """Return the tokenizer of a run: that of o200k_harmony, that of nano, or None if it is not available."""
-    nano = Path(workbench.__file__).parent / "data" / "nano"
-    for source in (None, nano):
-        known = harmony.tokenizer(source)
-        if known.digest == digest:
-            return known
-    return None
 
 
 def vocabulary(run: Run) -> harmony.Tokenizer | None:

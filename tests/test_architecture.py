@@ -71,7 +71,9 @@ MAY_IMPORT = {
         "errors",
         "progress",
     },
+    "research": {"experiments", "model", "hooks", "capture", "runs", "studies", "harmony", "errors"},
     "cli": {
+        "research",
         "outputs",
         "row_output",
         "registry",
@@ -225,8 +227,8 @@ def test_the_package_lists_its_public_names_and_has_them() -> None:
         assert issubclass(wb.InputError, ValueError) and wb.Run.__name__ == "Run"
     """
     names = (
-        "InputError Recorder Run __version__ capture dashboards experiments figures harmony hooks kernels load open_run "
-        "studies"
+        "InputError Recorder Run __version__ accuracy answers capture dashboards direction experiments figures harmony "
+        "hooks kernels load open_run probe studies top_experts"
     )
     assert run(code).split() == names.split()
 

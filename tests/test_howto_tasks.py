@@ -1,6 +1,7 @@
 """The how-to pages of everyday research: files, commands and Python of a page, executed in their order, public names only."""
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from workbench.experiments.from_run import transcripts
 from workbench.harmony.transcripts import write_transcripts
 
 HOWTO = Path(__file__).parents[1] / "docs" / "howto"
-PAGES = ["record.md"]
+PAGES = ["record.md", "everyday.md", "../formats.md"]
 _BLOCK = re.compile(r'^```(python|bash|sh)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
 
 
@@ -27,6 +28,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = (DATA / "prompts.jsonl").read_text().splitlines()[::40]
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     run = wb.open_run(folder / "run.zarr")
+    said = [{"id": "c", "messages": [{"role": "user", "content": "2+3"}, {"role": "assistant", "content": "5"}]}]
+    (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
     write_transcripts(folder / "answers.jsonl", transcripts(run, run.sequences.index[::8].tolist()))
     return folder
 

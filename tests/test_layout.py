@@ -24,6 +24,7 @@ ACROSS_MODULES = {
     "model/test_transformer_lens.py",
     "model/test_transformer_lens_habits.py",
     "notebooks/test_notebooks.py",
+    "research/test_research.py",
     "runs/test_damage.py",
     "scripts/test_install_torch.py",
     "test_architecture.py",

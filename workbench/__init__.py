@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from workbench.capture.recorder import Recorder as Recorder
     from workbench.errors import InputError as InputError
     from workbench.model import load as load
+    from workbench.research.answers import accuracy as accuracy
+    from workbench.research.answers import answers as answers
+    from workbench.research.directions import direction as direction
+    from workbench.research.probes import probe as probe
+    from workbench.research.top_experts import top_experts as top_experts
     from workbench.runs import Run as Run
     from workbench.runs import open_run as open_run
 
@@ -34,13 +39,18 @@ _OBJECTS = {
     "Run": "workbench.runs",
     "InputError": "workbench.errors",
     "Recorder": "workbench.capture.recorder",
+    "accuracy": "workbench.research.answers",
+    "answers": "workbench.research.answers",
+    "direction": "workbench.research.directions",
+    "probe": "workbench.research.probes",
+    "top_experts": "workbench.research.top_experts",
 }
 _PACKAGES = ("capture", "experiments", "figures", "harmony", "studies")  # `capture` is a package that can be called
 _LINKED = ("dashboards", "hooks", "kernels")  # folders without an `__init__.py`
 
 __all__ = [
-    "InputError", "Recorder", "Run", "__version__", "capture", "dashboards", "experiments", "figures", "harmony",
-    "hooks", "kernels", "load", "open_run", "studies",
+    "InputError", "Recorder", "Run", "__version__", "accuracy", "answers", "capture", "dashboards", "direction",
+    "experiments", "figures", "harmony", "hooks", "kernels", "load", "open_run", "probe", "studies", "top_experts",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DE
         InputError: it is not JSON in UTF-8, a git-lfs pointer, larger than `max_bytes`, or nested too deep.
         OSError: it cannot be read.
     """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError("the file is a device or a pipe")
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
     refuse_lfs_pointer(path, content)

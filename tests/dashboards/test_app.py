@@ -305,6 +305,7 @@ def test_a_transcript_with_a_script_is_only_text(tmp_path: Path, browser: Browse
 def test_with_a_password_file_nobody_looks_without_one(demo_run: Path, tmp_path: Path, browser: Browser) -> None:
     users = tmp_path / "users.json"
     users.write_text(json.dumps({"ada": "lovelace"}))
+    users.chmod(0o600)
     server, url = serve(str(demo_run), "--basic-auth", str(users))
     try:
         page = browser.new_page()

@@ -21,7 +21,8 @@ from tests.runs.conftest import LENGTHS, job, write_unit
 from workbench import harmony
 from workbench.capture.plan import plan_units
 from workbench.dashboards import app, content, search
-from workbench.dashboards.app import _access, notebook
+from workbench.dashboards.access import login_options as _access
+from workbench.dashboards.app import notebook
 from workbench.dashboards.conversation import data_of, frame
 from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
@@ -277,6 +278,7 @@ def test_who_may_enter_is_read_from_a_file(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="names and passwords"):
             _access(file)
     file.write_text(json.dumps({"ada": "secret"}))
+    file.chmod(0o600)
     first, second = _access(file), _access(file)
     assert first["basic_auth"] == str(file)
     assert first["cookie_secret"] != second["cookie_secret"]

@@ -13,7 +13,7 @@ from workbench.experiments.expert_sets import SetEffects, group_of, matched_sets
 from workbench.experiments.final_channel import answered_rows, final_tokens, generated_tokens
 from workbench.experiments.from_run import transcripts
 from workbench.experiments.intervals import prompt_means
-from workbench.experiments.random_controls import check_controls, rank
+from workbench.experiments.random_controls import check_controls, family_p, rank
 from workbench.hooks.interventions import forbid
 
 
@@ -28,6 +28,17 @@ def test_a_rank_is_exact_and_two_sided() -> None:
     assert np.mean([rank(row[0], row[1:]).p <= 0.05 for row in draws]) == pytest.approx(1 / 21, abs=0.015)
     with pytest.raises(InputError, match="controls=19"):
         check_controls(19)
+
+
+def test_several_ranks_together_keep_the_family_wise_level() -> None:
+    """Negative control: the smallest of six unadjusted p is below the level far oftener."""
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(1000, 21, 6)) * np.arange(1, 7)
+    together = [family_p(curve[0], curve[1:]).min() <= 0.05 for curve in draws]
+    alone = [min(rank(curve[0, i], curve[1:, i]).p for i in range(6)) <= 0.05 for curve in draws[:200]]
+    assert np.mean(together) <= 0.07
+    assert np.mean(alone) > 0.15
+    assert family_p(np.full(6, 30.0), draws[0][1:]).max() == pytest.approx(1 / 21)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ def with_activations(run: SyntheticTokens, seed: int, shift: float, position: fl
         def spec(self):
             return spec
 
-    tokens = dict(run.tokens) | {"hook_resid_post": x.astype(np.float32)}
+    ids = np.random.default_rng(9).integers(0, 40, n)
+    tokens = {"id": ids} | dict(run.tokens) | {"hook_resid_post": x.astype(np.float32)}
     return Recorded(run.digest, run.sequences, run.model, tokens, run.truth)
 
 

@@ -4,6 +4,7 @@ Transcripts are written batch by batch; the same call again answers what is miss
 """
 
 import hashlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ def generate_transcripts(
     efforts = list(dict.fromkeys(efforts))
     if unknown := [e for e in efforts if e not in EFFORTS]:
         raise InputError(f"effort {unknown[0]!r}: choose from {', '.join(EFFORTS)}")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"--temperature {temperature}: choose a finite number from 0")
     if samples > 1 and temperature == 0:
         raise InputError(
             f"--samples {samples} at temperature 0 would give {samples} equal transcripts: set --temperature"
@@ -100,6 +103,43 @@ def generate_transcripts(
                 advance(len(missing))
         rows.finish(ids)
     return read_transcripts(out, tokenizer=model.tokenizer)[0]
+
+
+def answer_prompts(
+    model: GptOss,
+    prompts: Sequence[Prompt],
+    *,
+    efforts: Sequence[str] = EFFORTS,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_new_tokens: int = 512,
+    batch: int = 64,
+) -> list[Transcript]:
+    """Return the model's responses to every prompt at every effort, in this order, samples last; nothing is written.
+
+    Raises:
+        InputError: an effort is unknown, a prompt is too long, or samples would be equal.
+    """
+    if unknown := [e for e in efforts if e not in EFFORTS]:
+        raise InputError(f"effort {unknown[0]!r}: choose from {', '.join(EFFORTS)}")
+    if samples > 1 and temperature == 0:
+        raise InputError(f"samples={samples} at temperature 0 would give {samples} equal answers: set temperature")
+    jobs: list[_Job] = [(p, e, s) for p in prompts for e in dict.fromkeys(efforts) for s in range(samples)]
+    rendered = [harmony.render(p.messages, effort=e, tokenizer=model.tokenizer, **p.options) for p, e, _ in jobs]
+    if too_long := [p.id for (p, _, _), ids in zip(jobs, rendered, strict=True) if len(ids) >= model.cfg.n_ctx]:
+        raise InputError(f"prompt {too_long[0]!r} leaves no room in the context of {model.cfg.n_ctx} tokens")
+    order = sorted(range(len(jobs)), key=lambda i: (jobs[i][1], len(rendered[i])))
+    done: dict[int, list[int]] = {}
+    with progress("generate", len(jobs), "transcripts") as advance:
+        for chosen in (order[start : start + batch] for start in range(0, len(order), batch)):
+            seeds = [seed * 1_000_003 + i for i in chosen]
+            continued = model.generate(
+                [rendered[i] for i in chosen], max_new_tokens=max_new_tokens, temperature=temperature, seed=seeds
+            )
+            done.update(zip(chosen, continued, strict=True))
+            advance(len(chosen))
+    return [_transcript(model, job, rendered[i], done[i]) for i, job in enumerate(jobs)]
 
 
 def _model(model: GptOss) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 Exit codes: 0 done, 1 the job failed, 2 wrong usage or refused input.
 """
 
+import io
 import os
 import sys
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import typer
 
@@ -21,29 +24,53 @@ for commands in (models, pipeline, results):
     app.registered_commands += commands.app.registered_commands
 app.add_typer(bench, name="bench")
 
+# the base class of wrong usage, of click or of the copy of it that newer versions of typer bring
+_USAGE_ERRORS: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_INTERRUPTED = "interrupted; finished work is kept, rerun the command to resume"
 # what an extra brings that a command cannot do without
 _EXTRAS = {"panel": "dashboard", "kaleido": "figures", "distributed": "cluster", "s3fs": "s3", "playwright": "dev"}
 
 
 def main() -> None:
-    """Entry point: one line for what the user can mend, a traceback for what we must."""
+    """Run a command: one line for what the user can mend, a traceback for what we must."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale without a character shows its escape
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except _USAGE_ERRORS as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            sys.exit(2)
+        _fail(error.format_message(), error.exit_code)
+    except typer.Abort:
+        _fail(_INTERRUPTED, 130)
     except InputError as error:
-        print(f"workbench: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error), 2)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(str(error.name).partition(".")[0])
         if extra is None:
             raise
-        print(f"workbench: {error.name} is not installed: pip install 'gpt-oss-workbench[{extra}]'", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{error.name} is not installed: pip install 'gpt-oss-workbench[{extra}]'", 2)
+    except BrokenPipeError:  # `workbench … | head`
+        _discard_output()
+        sys.exit(0)
     except (JobError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # `workbench … | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        print(f"workbench: {error}", file=sys.stderr)
-        sys.exit(1)
+        _discard_output()
+        _fail(str(error), 1)
     except KeyboardInterrupt:
-        print("workbench: interrupted; finished work is kept, rerun the command to resume", file=sys.stderr)
-        sys.exit(130)
+        _fail(_INTERRUPTED, 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"workbench: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _discard_output() -> None:
+    """Keep Python from writing what is left to a standard output that takes nothing more."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

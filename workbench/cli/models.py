@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli.options import Dtype, IgnoreField, Record, UnitTokens, torch_dtype
+from workbench.cli.options import Dtype, IgnoreField, Record, Seed, UnitTokens, torch_dtype
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -57,7 +57,7 @@ def random(
     size: Annotated[str, typer.Option(help="Published shape: 20b or 120b.")] = "20b",
     layers: Annotated[int | None, typer.Option(min=1, help="Number of layers. [default: as published]")] = None,
     vocab: Annotated[int | None, typer.Option(min=72, help="Vocabulary size. [default: as published]")] = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Write a checkpoint with random weights in a published shape, for tests and benchmarks."""
     from dataclasses import replace

@@ -27,7 +27,11 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace an output that exists, if this command wrote it and nobody changed it."),
 ]
-UnitTokens = Annotated[int, typer.Option(help="Tokens of a unit, which is computed and committed at once.")]
+MAX_SEED = 2**31 - 1
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of random numbers.")]
+UnitTokens = Annotated[
+    int, typer.Option(min=1, max=2**31 - 1, help="Tokens of a unit, which is computed and committed at once.")
+]
 
 
 def torch_dtype(name: str) -> Any:

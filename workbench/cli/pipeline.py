@@ -15,6 +15,7 @@ from workbench.cli.options import (
     Overwrite,
     Record,
     RunPath,
+    Seed,
     UnitTokens,
     load_model,
     torch_dtype,
@@ -32,11 +33,11 @@ def generate(
     effort: Annotated[
         list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples for each prompt and effort.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    seed: int = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, max=10**6, help="Samples for each prompt and effort.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, max=1e6, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Seed = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**9)] = 512,
+    batch: Annotated[int, typer.Option(min=1, max=10**6, help="Prompts generated together.")] = 64,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
     ignore_field: IgnoreField = None,
@@ -69,8 +70,10 @@ def transcripts(
     effort: Annotated[
         list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples for each prompt and effort.")] = 1,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Sampling temperature. [default: the API's]")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=10**6, help="Samples for each prompt and effort.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=1e6, help="Sampling temperature. [default: the API's]")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of a response. [default: the API's]")
     ] = None,
@@ -78,9 +81,11 @@ def transcripts(
     routing: Annotated[
         bool, typer.Option("--routing", help="Ask for routed experts and store them beside OUT.")
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 8,
-    requests_per_minute: Annotated[float | None, typer.Option(min=0.01, help="Rate limit. [default: none]")] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Timeout of a request in seconds.")] = 600,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Concurrent requests.")] = 8,
+    requests_per_minute: Annotated[
+        float | None, typer.Option(min=0.01, max=1e9, help="Rate limit. [default: none]")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, max=1e6, help="Timeout of a request in seconds.")] = 600,
     retries: Annotated[int, typer.Option(min=0, help="Retries of a failed request.")] = 6,
     key_env: Annotated[str, typer.Option(help="Environment variable with the key; it is stored nowhere.")] = (
         "OPENAI_API_KEY"
@@ -166,7 +171,7 @@ def capture(
     routing: Annotated[
         str, typer.Option(help="own, or host: force the experts that the host chose (`transcripts --routing`).")
     ] = "own",
-    workers: Annotated[int, typer.Option(help="Processes on this machine that share the units.")] = 1,
+    workers: Annotated[int, typer.Option(max=1024, help="Processes on this machine that share the units.")] = 1,
     dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers share them.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate memory, disk and time, and write nothing.")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from workbench.cli.options import Device, Dtype, Exclude, IgnoreField, Overwrite, RunPath, load_model
+from workbench.cli.options import MAX_SEED, Device, Dtype, Exclude, IgnoreField, Overwrite, RunPath, Seed, load_model
 from workbench.cli.study_help import StudyCommand, parse_options
 from workbench.errors import InputError
 
@@ -22,7 +22,7 @@ def study(
     option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE of an option of the study; repeat for several.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of resampling and of random controls.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of resampling and of random controls.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Write the tables (CSV, JSON) and the summary to this folder.")
     ] = None,
@@ -80,7 +80,7 @@ def report(
     results: Annotated[
         Path | None, typer.Option(help="Folder with results of experiments (`workbench study … --out`) to include.")
     ] = None,
-    seed: int = 0,
+    seed: Seed = 0,
     exclude: Exclude = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -127,7 +127,7 @@ def figures(
 @app.command()
 def dashboard(
     runs: Annotated[list[str], typer.Argument(help="Runs to show, as folders or URLs.")],
-    port: int = 5006,
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port to listen on.")] = 5006,
     address: Annotated[
         str, typer.Option(help="Address to listen on; any but localhost is open to other machines.")
     ] = "localhost",

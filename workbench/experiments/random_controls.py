@@ -52,3 +52,21 @@ def rank(chosen: float, controls: Float[np.ndarray, " control"]) -> Rank:
     spread = float(controls.std(ddof=1)) if len(controls) > 1 else 0.0
     distance = (chosen - float(controls.mean())) / spread if spread > 1e-12 else float("nan")
     return Rank(p, distance, float(controls.mean()), int((controls <= chosen).sum()))
+
+
+def family_p(
+    chosen: Float[np.ndarray, " test"], controls: Float[np.ndarray, "control test"]
+) -> Float[np.ndarray, " test"]:
+    """Return p of each of several ranks, adjusted for all of them: the family-wise error rate (single-step max-T).
+
+    Distances are from the common median in units of the common standard deviation; p of a test is the share of all, the
+    chosen one included, whose largest distance over the tests is at least as large. So doses need no more controls
+    than one dose.
+
+    Reference: Westfall & Young 1993, Resampling-Based Multiple Testing.
+    """
+    every = np.vstack([controls, chosen])
+    spread = every.std(axis=0, ddof=1)
+    centred = np.abs(every - np.median(every, axis=0))
+    far = np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 1e-12)
+    return np.asarray((far.max(axis=1)[:, None] >= far[-1] - 1e-12).mean(axis=0))

@@ -1,16 +1,25 @@
-"""Steering: the direction from the analysis to the final channel is added to the residual stream of final tokens."""
+"""Steering: the direction from the analysis to the final channel is added to the residual stream of final tokens.
+
+The direction is fitted on half of the prompts and applied to the other half, in several doses. Every dose is ranked
+among the effects of at least 20 random directions of the same norm in the same dose: what any push of this length does.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.experiments.final_channel import answered_rows, final_effects
+from workbench.experiments.effects import logprobs
+from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens
+from workbench.experiments.intervals import mean_effect, prompt_means
+from workbench.experiments.random_controls import MIN_CONTROLS, check_controls, family_p, rank
+from workbench.experiments.sampling import halves
 from workbench.harmony.token_sets import TokenSet, token_set
 from workbench.harmony.transcripts import Transcript
-from workbench.hooks.edits import Edit
 from workbench.hooks.interventions import steer
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
@@ -18,40 +27,110 @@ from workbench.registry import Experiment
 EXPERIMENT = Experiment(
     name="steering",
     title="Steering along the channel direction",
-    question="Does moving final tokens along the direction between the channels change the answer more than a "
-    "random direction?",
-    compute="forward passes over the sequences: nine",
+    question="Does moving final tokens along the direction between the channels change the answer more than random "
+    "directions of the same norm?",
+    compute="forward passes over half of the sequences: six doses, of the direction and of 20 random ones",
+    options={"controls": "Random directions of the same norm, at least 20 (default: 20)."},
     aliases=("steer",),
     order=170,
 )
+DOSES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # times the distance between the channel means
+METHOD = (
+    "The direction is the difference of mean residual streams of final and analysis tokens in the middle layer, fitted "
+    "on half of each task's prompts and added at all final tokens of the other half, times the dose. Measured is the "
+    "log-probability in nats of the final message, summed over its tokens, less that without steering; means over "
+    "prompts, bootstrap-t intervals. The null of a dose is the distribution of the effects of random directions of the "
+    "same norm in the same dose: rank p (two-sided, about the common median), p_family adjusted for all doses "
+    "(single-step max-T), distance in standard deviations of the random directions."
+)
 
 
-def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Along the direction from analysis to final: channel means over half of the prompts, effect on the other half."""
-    rows = answered_rows(model, rows)
-    prompts = sorted({row.prompt_id for row in rows})
-    fit = set(prompts[::2])
-    train, test = [r for r in rows if r.prompt_id in fit], [r for r in rows if r.prompt_id not in fit]
-    layer = model.cfg.n_layers // 2
-    point = f"blocks.{layer}.hook_resid_post"
+def experiment(
+    model: GptOss, rows: Sequence[Transcript], *, controls: int = MIN_CONTROLS, seed: int = 0
+) -> dict[str, xr.Dataset]:
+    """Return the dose curve of steering along the channel direction, beside that of random directions.
+
+    Variables over (which, dose): change, low, high in nats a sequence, of the direction and of the mean of the random
+    ones. Over dose: p, p_family and distance of the direction's rank; over (control, dose): random.
+
+    Raises:
+        InputError: fewer than 20 controls are asked for, or too few prompts have a final message.
+    """
+    check_controls(controls)
+    train, test = halves(answered_rows(model, rows))
+    test = answered_rows(model, test)
+    point = f"blocks.{model.cfg.n_layers // 2}.hook_resid_post"
     means = [_mean(model, train, point, token_set(tokenizer=model.tokenizer, channel=c)) for c in ("analysis", "final")]
     direction = means[1] - means[0]
-    random = torch.randn(direction.shape, generator=torch.Generator().manual_seed(seed))
-    random = (random * direction.norm().cpu() / random.norm()).to(direction)
-    where = token_set(tokenizer=model.tokenizer, channel="final")
-    what: dict[str, Edit | Sequence[Edit]] = {}
-    for scale in (-1.0, -0.5, 0.5, 1.0):
-        what[f"{scale:+g} × (final − analysis)"] = steer(point, direction, scale, where)
-        what[f"{scale:+g} × a random direction as long"] = steer(point, random, scale, where)
-    return {
-        "direction": final_effects(
-            model, test, what, seed, f"Steering the final message along the channel direction at {point}"
-        )
+    each = _dose_effects(model, test, point, [direction, *random_directions(direction, controls, seed)])
+    units = [row.prompt_id for row in test]
+    named, random = each[0], prompt_means(each[1:], units).mean(-1)
+    ranks = [rank(float(prompt_means(named[i], units).mean()), random[:, i]) for i in range(len(DOSES))]
+    found = mean_effect(np.stack([named, each[1:].mean(0)]), units, seed=seed)
+    cells = {name: (("which", "dose"), getattr(found, name)) for name in ("change", "low", "high")}
+    p = np.array([r.p for r in ranks])
+    result = xr.Dataset(
+        cells
+        | {
+            "p": ("dose", p),
+            "p_family": ("dose", family_p(prompt_means(named, units).mean(-1), random)),
+            "distance": ("dose", [r.distance for r in ranks]),
+        }
+        | {"as_low": ("dose", [r.as_low for r in ranks]), "random": (("control", "dose"), random)},
+        coords={"which": ["final − analysis", "mean of random directions"], "dose": list(DOSES)},
+    )
+    rests_on = f"{len(test)} sequences of {found.prompts} prompts"
+    attrs = {
+        "title": f"Steering the final message along the channel direction at {point}",
+        "units": "nat",
+        "method": METHOD,
+        "rests_on": rests_on,
+        "family": f"{len(DOSES)} doses",
+        "norm": float(direction.norm()),
     }
+    return {"direction": result.assign_attrs(attrs, summary=_summary(result, rests_on, controls))}
+
+
+def random_directions(like: Float[Tensor, " d"], n: int, seed: int) -> list[Float[Tensor, " d"]]:
+    """Return n random directions with the norm of another one, uniform over the sphere."""
+    drawn = torch.randn((n, *like.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn *= like.norm().cpu().double() / drawn.norm(dim=-1, keepdim=True)
+    return list(drawn.to(like))
+
+
+def _dose_effects(
+    model: GptOss, rows: Sequence[Transcript], point: str, directions: Sequence[Float[Tensor, " d"]]
+) -> Float[np.ndarray, "direction dose sequence"]:
+    """Return the change of the final message's log-probability by each direction in each dose."""
+    final = final_tokens(model)
+    base = logprobs(model, rows, final)
+    return np.array(
+        [[logprobs(model, rows, final, steer(point, d, dose, final)) - base for dose in DOSES] for d in directions]
+    )
+
+
+def _summary(result: xr.Dataset, rests_on: str, controls: int) -> str:
+    """Return a sentence for each dose."""
+    lines = [
+        f"{rests_on}; change of the final message's log-probability, nats a sequence; {controls} random directions:"
+    ]
+    for dose in result["dose"].values:
+        one = result.sel(dose=dose)
+        change, low, high = (float(one[name].values[0]) for name in ("change", "low", "high"))
+        p, p_family = float(one["p"]), float(one["p_family"])
+        differs = "more extreme than random directions" if p_family <= ALPHA else "not shown to differ from them"
+        random = [float(v) for v in (one["change"].values[1], one["random"].min(), one["random"].max())]
+        lines.append(
+            f"  {dose:+g} × (final − analysis): {change:+.2f} [{low:+.2f}, {high:+.2f}], random {random[0]:+.2f} "
+            f"({random[1]:+.2f} to {random[2]:+.2f}); {differs}: rank p {p:.3f}, {p_family:.3f} for all doses, "
+            f"{float(one['distance']):+.1f} standard deviations."
+        )
+    return "\n".join(lines)
 
 
 @torch.no_grad()
-def _mean(model: GptOss, rows: Sequence[Transcript], point: str, where: TokenSet) -> torch.Tensor:
+def _mean(model: GptOss, rows: Sequence[Transcript], point: str, where: TokenSet) -> Float[Tensor, " d"]:
+    """Return the mean activation at a hook point over the tokens in a set."""
     total, n = torch.zeros(model.cfg.d_model, dtype=torch.float64), 0
     for row in rows:
         mask = torch.from_numpy(where(row.tokens.astype(np.int64)))

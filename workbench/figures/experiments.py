@@ -39,8 +39,8 @@ def figure(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
         flat = ds.stack(row=("group", "which"))
         flat = flat.drop_vars(("row", "group", "which")).assign_coords(row=[f"{g}: {w}" for g, w in flat["row"].values])
         return rows(flat, "change", "row", x_title=f"change ({unit})", **shared)
-    if dims == ("which", "layer"):
-        return lines(ds, "change", "layer", "which", y_title=f"change ({unit})", **shared)
+    if len(dims) == 2 and dims[0] == "which":
+        return lines(ds, "change", dims[1], "which", y_title=f"change ({unit})", **shared)
     return _cells(ds, str(dims[1]), unit, theme)
 
 

@@ -74,6 +74,13 @@ class Message:
     closed_by: str = "truncated"
     flags: tuple[str, ...] = ()
 
+    @property
+    def text_span(self) -> slice:
+        """Return the positions of the content's tokens, as in `ids[message.text_span]`; empty if there is no content."""
+        if self.content < 0:
+            return slice(0, 0)
+        return slice(self.content, self.end if self.stop < 0 else self.stop)
+
 
 @dataclass(frozen=True)
 class Labels:

@@ -5,6 +5,7 @@ Marks are read by the tokenizer and the labeller, as in a stream of ids. Where p
 to a digit or a capital letter: the words "analysis" and "final" begin ordinary answers too.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ _CHANNELS = ("analysis", "commentary", "final")
 _STOPS = ("<|end|>", "<|return|>", "<|call|>")
 _TAGS = ("think", "thinking")
 _CONTENT_TYPES = ("json", "code")
+_REMAINS = re.compile(f"assistant(?={'|'.join(_CHANNELS)})")
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,12 @@ def _marked(text: str, words: Tokenizer) -> Output:
 
 def _stripped(text: str, truncated: bool) -> list[dict[str, Any]] | None:
     """Messages of a text whose marks were stripped, as in `analysis…assistantfinal…`."""
-    remains = [f"assistant{channel}" for channel in _CHANNELS]
     start = text.removeprefix("assistant")
     if not start.startswith(_CHANNELS):
         return None
-    cuts, at = [0], len(text) - len(start) + 1
-    while found := sorted(i for remain in remains if (i := text.find(remain, at)) >= 0):
-        cuts.append(found[0])
-        at = found[0] + len("assistant")
+    cuts = [0, *(found.start() for found in _REMAINS.finditer(text, len(text) - len(start) + 1))]
     cut_analysis = truncated and start.startswith("analysis") and start[len("analysis") :][:1].isupper()
-    if len(cuts) == 1 and not cut_analysis and not text.startswith(tuple(remains)) and not _is_glued_final(start):
+    if len(cuts) == 1 and not cut_analysis and not _REMAINS.match(text) and not _is_glued_final(start):
         return None
     pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
     return [_stripped_message(piece.removeprefix("assistant")) for piece in pieces]
@@ -127,14 +125,18 @@ def _tagged(text: str) -> Output | None:
 def _between_tags(text: str, opening: str, closing: str) -> Output:
     messages: list[dict[str, Any]] = []
     complete: bool | None = None
-    rest = text if text.startswith(opening) else opening + text
-    while rest.startswith(opening):
-        analysis, closed, rest = rest.removeprefix(opening).partition(closing)
+    text = text if text.startswith(opening) else opening + text
+    at = 0
+    while text.startswith(opening, at):  # by position: copies of the rest would make this quadratic
+        begin = at + len(opening)
+        end = text.find(closing, begin)
+        complete = None if end >= 0 else False
+        analysis = text[begin : end if end >= 0 else len(text)]
         messages.append({"role": "assistant", "channel": "analysis", "content": analysis.strip("\n")})
-        complete = None if closed else False
-        answer, again, behind = rest.partition(opening)
-        channel = "commentary" if again else "final"
-        if answer.strip():
+        behind = end + len(closing) if end >= 0 else len(text)
+        again = text.find(opening, behind)
+        at = again if again >= 0 else len(text)
+        if (answer := text[behind:at]).strip():
+            channel = "commentary" if again >= 0 else "final"
             messages.append({"role": "assistant", "channel": channel, "content": answer.strip("\n")})
-        rest = again + behind
     return Output([m for m in messages if m["content"] or m["channel"] == "final"], complete)

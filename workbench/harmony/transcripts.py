@@ -1,9 +1,10 @@
 """Prompts and transcripts on disk: JSON Lines, a row a line, validated.
 
-A prompt: `{"id", "messages", "answer"?, "meta"?}`. A transcript: `{"id", "prompt_id", "effort", "tokens", "n_prompt",
-"complete"?, "answer"?, "correct"?, "meta"?}`, or `"messages"` instead of `"tokens"`, which are then rendered; rows of
+A prompt: `{"id", "messages", "expected"?, "meta"?}`. A transcript: `{"id", "prompt_id", "effort", "tokens", "n_prompt",
+"complete"?, "expected"?, "correct"?, "meta"?}`, or `"messages"` instead of `"tokens"`, which are then rendered; rows of
 messages may have `tools`, `builtin_tools`, `model_identity`, `knowledge_cutoff` and `date`, as `harmony.render` has.
-Messages may be those of any chat API. Other fields are ignored; blank lines, a byte-order mark and CRLF are fine.
+`expected` is the text that the final message should be; its older name `answer` is read too. `correct` says whether it
+was. Messages may be those of any chat API. Other fields are ignored; blank lines, a byte-order mark and CRLF are fine.
 """
 
 import datetime
@@ -47,6 +48,11 @@ class Prompt:
     meta: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def expected(self) -> str | None:
+        """Return the text that the final message should be, if that is known."""
+        return self.answer
+
 
 @dataclass(frozen=True, eq=False)
 class Transcript:
@@ -68,6 +74,11 @@ class Transcript:
     complete: bool | None = None
     notes: tuple[str, ...] = ()
     experts: Int16[np.ndarray, "tokens layers slots"] | None = None
+
+    @property
+    def expected(self) -> str | None:
+        """Return the text that the final message should be, if that is known."""
+        return self.answer
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,7 @@ def row_of(row: Transcript) -> dict[str, Any]:
     """Return the row of a file of transcripts as an object of JSON."""
     fields: dict[str, Any] = {
         "id": row.id, "prompt_id": row.prompt_id, "effort": row.effort or None, "tokens": row.tokens.tolist(),
-        "n_prompt": row.n_prompt, "complete": row.complete, "answer": row.answer, "correct": row.correct,
+        "n_prompt": row.n_prompt, "complete": row.complete, "expected": row.answer, "correct": row.correct,
         "meta": row.meta or None, "notes": list(row.notes) or None,
     }  # fmt: skip
     return {name: value for name, value in fields.items() if value is not None}
@@ -351,9 +362,12 @@ def _prompt_messages(fields: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _answer(fields: dict[str, Any]) -> str | None:
-    answer = fields.get("answer")
+    expected, older = fields.get("expected"), fields.get("answer")
+    if expected is not None and older is not None and expected != older:
+        raise _BadRowError(f"expected is {shown(expected)} and answer, its older name, {shown(older)}; keep expected")
+    answer = older if expected is None else expected
     if not isinstance(answer, str | None):
-        raise _BadRowError(f"answer is {shown(answer)}; wanted text")
+        raise _BadRowError(f"{'answer' if expected is None else 'expected'} is {shown(answer)}; wanted text")
     return answer
 
 

@@ -21,7 +21,8 @@ import zarr
 from workbench.errors import InputError
 from workbench.harmony.flags import read_flags
 from workbench.harmony.labels import CHANNELS
-from workbench.runs import shards, totals, views
+from workbench.harmony.vocabulary import Tokenizer
+from workbench.runs import conversations, shards, totals, views
 from workbench.runs.manifest import CheckedStore, DamageError, Manifest, attributes_digest, reading
 from workbench.runs.schema import MANIFESTS, SCHEMA, TOKEN_COLUMNS, Layout, Spec, Unit, arrays
 from workbench.runs.storage import ROOT, LocalStorage, Storage, place
@@ -200,13 +201,19 @@ class Run:
 
     @cached_property
     def sequences(self) -> pd.DataFrame:
-        """A row a sequence, indexed by its number; `task` and `domain` come from its metadata."""
+        """A row a sequence, indexed by its number; `task` and `domain` come from its metadata.
+
+        correct: 1, 0, or −1 where it is unknown. expected: the text that the final message should be ("" if unknown), of
+        which `answer` is an older name.
+        """
         with reading(self.place, "the table sequences"):
             return self._read_sequences()
 
     def _read_sequences(self) -> pd.DataFrame:
         table = self._table("sequences").iloc[self._visible]
         meta = table["meta"].map(json.loads)
+        if "answer" in table:
+            table = table.assign(expected=table["answer"])
         return table.assign(**{k: meta.map(lambda m, k=k: str(m.get(k, ""))) for k in ("task", "domain")})
 
     @cached_property
@@ -259,6 +266,7 @@ class Run:
         if unknown := sorted(set(names) - set(stored.values())):
             raise InputError(f"{unknown[0]!r} is not in {self.path}; it recorded {', '.join(self.recorded)}")
         wanted = {name: path for path, name in stored.items() if name in {"sequence", "position", "channel", *names}}
+        sparse = {a.name for a in self.spec.selected if a.sparse}
         for rows in self._unit_spans:
             block = {}
             for name, path in wanted.items():
@@ -270,6 +278,11 @@ class Run:
                     values = shards.read(array, self.checked, path, rows.start, end, axis, layer if axis else None)
                 values = values[(*(slice(None),) * axis, slice(rows.stop - rows.start))]
                 block[name] = float32_of(values) if path.startswith("activations/") else values
+                if name in sparse and block[name].dtype.kind == "f":  # tokens that were not recorded have no value
+                    there = np.asarray(self.group[f"selected/{name}"][rows])
+                    block[name] = np.where(
+                        there.reshape(1, -1, *(1,) * (values.ndim - 2)), block[name], np.float32(np.nan)
+                    )
             if self.excluded:
                 visible = np.isin(block["sequence"], self._visible)
                 for name, path in wanted.items():
@@ -306,15 +319,60 @@ class Run:
 
     def sequence(self, which: int | str) -> xr.Dataset:
         """The tokens of one sequence, by number or id; reads its own chunks only."""
+        row: Any = self.sequences.loc[self._number(which)]
+        offset = int(row["offset"])
+        return self._dataset([slice(offset, offset + int(row["length"]))])
+
+    def text(self, which: int | str, *, tokenizer: Tokenizer | None = None, channel: str | None = None) -> str:
+        """Return the text of a sequence, by number or id: with its marks, or only the contents of one channel.
+
+        Raises:
+            InputError: there is no such sequence, or its tokenizer is not installed and not given.
+        """
+        known = conversations.tokenizer(self, tokenizer)
+        if channel is None:
+            return conversations.text(self.sequence(which)["id"].values, known)
+        said = conversations.conversation(self, self._number(which), known)
+        names = sorted({m["channel"] for m in said if m["channel"]})
+        if channel not in names:
+            raise InputError(f"sequence {which!r} has no channel {channel!r}: it has {', '.join(names) or 'none'}")
+        return "\n".join(m["text"] for m in said if m["channel"] == channel)
+
+    def conversation(self, which: int | str, *, tokenizer: Tokenizer | None = None) -> list[dict[str, Any]]:
+        """Return the messages of a sequence, by number or id: role, channel, text, closed_by, text_span and the rest.
+
+        `text_span` are the positions of the text in the sequence, as in `run.sequence(which).isel(token=span)`.
+
+        Raises:
+            InputError: there is no such sequence, or its tokenizer is not installed and not given.
+        """
+        return conversations.conversation(self, self._number(which), conversations.tokenizer(self, tokenizer))
+
+    def select(self, **labels: str | Sequence[str]) -> xr.Dataset:
+        """Return the tokens with these labels: channel, role, part, effort, task, domain or sequence id, by name.
+
+        Several names of a label are alternatives: `run.select(channel=["analysis", "final"], effort="high")`. Labels are
+        in memory, the recorded quantities lazy.
+
+        Raises:
+            InputError: a label or a name is unknown.
+        """
+        found = self.dataset.isel(token=np.flatnonzero(views.chosen(self, labels)))
+        return found.assign_coords({name: found[name].compute() for name in found.coords})  # to group by
+
+    def _number(self, which: int | str) -> int:
+        """Return the number of a sequence that is named by number or id."""
         table = self.sequences
         found = table.index[table["id"] == which] if isinstance(which, str) else table.index[table.index == which]
         if not len(found):
-            raise InputError(
-                f"sequence {which!r} is not in {self.path}; it holds {len(table)}, the first {list(table['id'][:3])}"
-            )
-        row = table.loc[found[0]]
-        offset = int(row["offset"])
-        return self._dataset([slice(offset, offset + int(row["length"]))])
+            first = ", ".join(map(repr, table["id"][:3]))
+            raise InputError(f"sequence {which!r} is not in {self.path}; it holds {len(table)}, the first {first}")
+        return int(found[0])
+
+    def __getattr__(self, name: str) -> Any:
+        """Say where something is that has another name here."""
+        instead = _INSTEAD.get(name)
+        raise AttributeError(f"a run has no {name!r}" + (f": use {instead}" if instead else ""))
 
     def _dataset(self, spans: list[slice]) -> xr.Dataset:
         selected = {a.name: a for a in self.spec.selected}
@@ -327,8 +385,10 @@ class Run:
             if name in selected:
                 variables[name] = views.recorded(lazy, selected[name], self.model, sparse.get(name))
             else:
-                variables[name] = (dims, lazy, {})
+                variables[name] = (dims, lazy, views.flags(name))
         coords = views.coordinates(variables, self.model)
+        labels = {name: variables.pop(name) for name in views.LABELS if name in variables}
+        coords |= labels | views.names(labels, self.sequences)
         origin: dict[str, Any] = {"run": self.path, "digest": self.digest, "channels": list(CHANNELS)}
         return xr.Dataset(variables, coords=coords, attrs=origin)
 
@@ -463,6 +523,17 @@ class Run:
         return (dims[0], "layer", *views.summary_dims(recorded, dims[2:])), coords | {
             "layer": np.array(recorded.layers)
         }
+
+
+# what users of other tools look for
+_INSTEAD = {
+    "top_experts": "wb.top_experts(run)", "probe": "wb.probe(run, labels)", "direction": "wb.direction(run, hook, layer, a=…, b=…)",
+    "accuracy": "wb.accuracy(run)", "tokens": "run.dataset", "experts": "run.dataset['experts']", "gates": "run.dataset['gates']",
+    "router_logits": "run.dataset['router_logits'], if it was recorded", "sinks": "run.dataset['sink']", "sink": "run.dataset['sink']",
+    "activations": "run.dataset[hook], as run.dataset['hook_resid_post']", "transcripts": "run.conversation(id)",
+    "conversations": "run.conversation(id)", "data": "run.dataset", "load": "wb.studies.routing.load(run)",
+    "texts": "run.text(sequence)", "decode": "run.text(sequence)", "sel": "run.select(channel=…, effort=…, task=…)",
+}  # fmt: skip
 
 
 def _over_the_run(name: str) -> bool:

@@ -10,13 +10,20 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
+import pandas as pd
 
+from workbench.errors import InputError
+from workbench.harmony.labels import CHANNELS, PARTS, ROLES
 from workbench.runs.schema import Activation, Record
 from workbench.runs.summaries import float32_of
 
 _SIZES = {
     "layer": "n_layers", "head": "n_heads", "kv": "n_key_value_heads", "slot": "experts_per_token", "expert": "num_experts",
 }  # fmt: skip
+LABELS = ("sequence", "position", "message", "part", "role", "channel")  # coordinates of the tokens
+# what codes of a label mean, from 0; −1 is no role
+CODES = {"part": PARTS, "role": ROLES, "channel": CHANNELS}
+_OF_SEQUENCES = ("effort", "task")
 Variable = tuple[tuple[str, ...], da.Array, dict[str, Any]]
 
 
@@ -44,6 +51,60 @@ def recorded(
         lazy = _spread(lazy, 2 + dims.index(index_dim), about.index, int(model[_SIZES[index_dim]]), fill)
     lazy = _all_layers(lazy, about.layers, int(model["n_layers"]), fill)
     return ("layer", "token", *dims), lazy, attrs
+
+
+def flags(name: str) -> dict[str, Any]:
+    """Return CF attributes that name the codes of a label: `flag_values` and `flag_meanings`."""
+    if name not in CODES:
+        return {}
+    return {"flag_values": list(range(len(CODES[name]))), "flag_meanings": " ".join(CODES[name])}
+
+
+def names(labels: Mapping[str, Variable], sequences: pd.DataFrame) -> dict[str, Variable]:
+    """Return labels of tokens as text: `channel_name`, `role_name`, `part_name`, `effort` and `task`; lazily."""
+    found: dict[str, Variable] = {}
+    for name, known in CODES.items():
+        if name in labels:
+            dims, codes, _ = labels[name]
+            found[f"{name}_name"] = (dims, _looked_up(codes, np.array([*known, ""])), {})
+    dims, owner, _ = labels["sequence"]
+    size = int(sequences.index.max()) + 2 if len(sequences) else 1
+    for name in _OF_SEQUENCES:
+        values = np.full(size, "", dtype=f"<U{max([1, *map(len, sequences[name].astype(str))])}")
+        values[sequences.index] = sequences[name].astype(str)
+        found[name] = (dims, _looked_up(owner, values), {})
+    return found
+
+
+def _looked_up(codes: da.Array, values: np.ndarray) -> da.Array:
+    """Return the value of each code; −1 has the last."""
+    return codes.map_blocks(lambda block: values[block.astype(np.int64)], dtype=values.dtype)
+
+
+def chosen(run: Any, labels: Mapping[str, Any]) -> np.ndarray:
+    """Return which visible tokens have these labels.
+
+    Raises:
+        InputError: a label or a name is unknown.
+    """
+    data, table = run.dataset, run.sequences
+    mask = np.ones(data.sizes["token"], dtype=bool)
+    for name, given in labels.items():
+        wanted = [given] if isinstance(given, str | int) else list(given)
+        of_sequence = {"sequence": "id"}.get(name, name)
+        known: Any = CODES.get(name)
+        if known is None and (name in CODES or of_sequence not in table):
+            labels_known = (*CODES, *_OF_SEQUENCES, "domain", "prompt_id", "correct", "sequence")
+            raise InputError(f"{name!r} is no label of a run's tokens: use {', '.join(labels_known)}")
+        known = list(dict.fromkeys(table[of_sequence])) if known is None else known
+        if unknown := [w for w in wanted if w not in known]:
+            raise InputError(f"{name}={unknown[0]!r}: the run has {', '.join(map(str, known[:12]))}")
+        if name in CODES:
+            mask &= np.isin(data[name].values, [known.index(w) for w in wanted])
+        else:
+            numbers = table.index[table[of_sequence].isin(wanted)]
+            mask &= np.isin(data["sequence"].values, numbers)
+    return mask
 
 
 def summary_dims(about: Activation | Record, stored: tuple[str, ...]) -> tuple[str, ...]:

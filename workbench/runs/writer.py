@@ -17,7 +17,7 @@ import pandas as pd
 import zarr
 
 from workbench.errors import InputError, JobError
-from workbench.runs import manifest, shards
+from workbench.runs import manifest, shards, views
 from workbench.runs.lock import Lock
 from workbench.runs.reader import open_group, open_run
 from workbench.runs.schema import MANIFESTS, SCHEMA, Activation, ArraySpec, Layout, Spec, Unit, arrays
@@ -162,6 +162,8 @@ def _create_array(group: zarr.Group, name: str, array: ArraySpec, spec: Spec) ->
 def _attributes(name: str, spec: Spec) -> dict[str, Any]:
     """Return what a reader of an array needs beside its dimensions: how values are stored, and which are recorded."""
     kind, _, own = name.partition("/")
+    if kind == "tokens":
+        return views.flags(own)
     recorded = next((a for a in spec.selected if a.name == own), None)
     if recorded is None or kind not in ("activations", "records"):
         return {}

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
+from workbench.studies import probes
 from workbench.studies.comparison import in_second_half, prompt_numbers
 from workbench.studies.contrast import Between, TokenRun, contrast
 from workbench.studies.result import Definition, dataset, provenance
@@ -34,7 +35,7 @@ STUDY = Study(
     order=30,
 )
 PROBE_TOKENS = 4000  # at most, of a layer
-_FOLDS = 5
+_FOLDS = probes.FOLDS
 
 DEFINITIONS = {
     "cosine": Definition("cosine of channel means", "1", "between mean activations of a and b, prompts weighing alike"),
@@ -45,16 +46,18 @@ DEFINITIONS = {
     "auc_low": Definition("probe AUC, lowest fold", "1", "smallest AUC of the folds"),
     "auc_high": Definition("probe AUC, highest fold", "1", "largest AUC of the folds"),
     "auc_half": Definition("probe AUC of halves", "1", "the same probe told to tell the halves of the analysis apart"),
-    "selectivity": Definition(
-        "selectivity", "1", "AUC less that of a probe on labels drawn at random for each prompt and position"
-    ),
+    "auc_control": Definition("control task AUC", "1", "the same probe on a random label for each token type"),
+    "selectivity": Definition("selectivity", "1", "AUC less that of the control task (Hewitt & Liang 2019)"),
+    "auc_token": Definition("token identity AUC", "1", "predicted from the token alone, held out by prompt"),
+    "auc_position": Definition("position AUC", "1", "predicted from the position alone, in twenty bins"),
+    "auc_bigram": Definition("bigram AUC", "1", "predicted from the token and the one before it"),
     "cka": Definition("debiased linear CKA", "1", "between layers' centred activations, unbiased HSIC; may be below 0"),
     "tokens": Definition("tokens", "tokens", "tokens that take part"),
 }
 METHOD = (
     "Probes are logistic regressions on standardised activations, folds split by prompt; selectivity subtracts "
-    "the AUC on "
-    "labels that mean nothing. Distances are in units of the spread within channels."
+    "the AUC on a control task, a random label for each token type. Baselines predict the channel from the token, its "
+    "position and its bigram alone. Distances are in units of the spread within channels."
 )
 NOT_CONTROLLED = "A probe may read position or words; its halves of the analysis show how much of that there is."
 
@@ -111,7 +114,7 @@ def _beside_halves(found: Mapping[str, xr.Dataset]) -> str:
 
 def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.Dataset:
     """Means, probes and CKA of a recorded activation in two channels, by layer."""
-    values, channel, prompt, half, position = _sample(run, hook, (a, b), seed)
+    values, channel, prompt, half, position, ids, before = _sample(run, hook, (a, b), seed)
     side = channel == CHANNELS.index(b)
     if min(side.sum(), (~side).sum()) < 20 or len(np.unique(prompt)) < 2 * _FOLDS:
         raise InputError(
@@ -119,10 +122,10 @@ def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.D
         )
     layers = next(x.layers for x in run.spec.activations if x.hook == hook)  # type: ignore[attr-defined]
     rows: dict[str, list[float]] = {
-        n: [] for n in ("cosine", "distance", "auc", "auc_low", "auc_high", "auc_half", "selectivity")
+        n: [] for n in ("cosine", "distance", "auc", "auc_low", "auc_high", "auc_half", "auc_control", "selectivity")
     }
     rng = np.random.default_rng([seed, zlib.crc32(hook.encode())])
-    random_label = _random_labels(prompt, position, rng)
+    random_label = probes.control_labels(ids, rng)
     for x in values:
         means = [_mean_of_prompts(x[side == s], prompt[side == s]) for s in (False, True)]
         within = np.sqrt(
@@ -134,11 +137,19 @@ def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.D
         rows["auc"].append(float(np.mean(scores)))
         rows["auc_low"].append(float(np.min(scores)))
         rows["auc_high"].append(float(np.max(scores)))
-        rows["selectivity"].append(float(np.mean(scores) - np.mean(probe_auc(x, random_label, prompt))))
+        rows["auc_control"].append(float(np.mean(probe_auc(x, random_label, prompt))))
+        rows["selectivity"].append(rows["auc"][-1] - rows["auc_control"][-1])
         own = ~side
         rows["auc_half"].append(float(np.mean(probe_auc(x[own], half[own], prompt[own]))))
     cka = np.array([[debiased_cka(x, y) for y in values] for x in values])
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {n: (("layer",), np.array(v)) for n, v in rows.items()}
+    baselines = {
+        "auc_token": np.unique(ids, return_inverse=True)[1],
+        "auc_position": probes.position_bins(position),
+        "auc_bigram": probes.bigrams(ids, before),
+    }
+    found = {n: np.mean(probes.category_auc(c, side, prompt)) for n, c in baselines.items()}
+    variables |= {n: ((), np.asarray(v)) for n, v in found.items()}
     variables |= {"cka": (("layer", "layer_2"), cka), "tokens": ((), np.asarray(len(side)))}
     attrs = provenance("channels", f"{hook}: {a} against {b}", run.digest, seed, {"hook": hook, "a": a, "b": b})
     best = int(np.argmax(rows["auc"]))
@@ -150,7 +161,9 @@ def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.D
         "summary": f"{hook}: a linear probe tells {a} from {b} with AUC {rows['auc'][best]:.3f} in layer "
         f"{layers[best]} (folds "
         f"{rows['auc_low'][best]:.3f} to {rows['auc_high'][best]:.3f}; halves of {a}: {rows['auc_half'][best]:.3f}; "
-        f"selectivity {rows['selectivity'][best]:.3f}); the means lie {rows['distance'][best]:.2f} spreads apart.",
+        f"selectivity {rows['selectivity'][best]:.3f}); from the token alone {found['auc_token']:.3f}, its position "
+        f"{found['auc_position']:.3f}, its bigram {found['auc_bigram']:.3f}; "
+        f"the means lie {rows['distance'][best]:.2f} spreads apart.",
     }
     return dataset(variables, {"layer": list(layers), "layer_2": list(layers)}, DEFINITIONS, attrs)
 
@@ -166,7 +179,7 @@ def _sample(run: TokenRun, hook: str, pair: tuple[str, str], seed: int) -> tuple
         counts += [int((block["channel"] == c).sum()) for c in codes]
     keep = np.minimum(1.0, PROBE_TOKENS / 2 / np.maximum(counts, 1))
     parts: list[tuple[np.ndarray, ...]] = []
-    for block in run.blocks(hook):
+    for block in run.blocks(hook, "id"):
         chosen = np.zeros(len(block["channel"]), dtype=bool)
         for code, share in zip(codes, keep, strict=True):
             chosen |= (block["channel"] == code) & (rng.random(len(chosen)) < share)
@@ -180,9 +193,11 @@ def _sample(run: TokenRun, hook: str, pair: tuple[str, str], seed: int) -> tuple
                 number[block["sequence"][at]],
                 in_second_half(block["sequence"], inside)[at],
                 block["position"][at],
+                block["id"][at].astype(np.int64),
+                probes.previous_ids(block["id"], block["sequence"])[at],
             )
         )
-    return tuple(np.concatenate([p[i] for p in parts], 1 if i == 0 else 0) for i in range(5))
+    return tuple(np.concatenate([p[i] for p in parts], 1 if i == 0 else 0) for i in range(7))
 
 
 def _mean_of_prompts(x: Float[np.ndarray, "token d"], prompt: np.ndarray) -> Float[np.ndarray, " d"]:
@@ -190,12 +205,6 @@ def _mean_of_prompts(x: Float[np.ndarray, "token d"], prompt: np.ndarray) -> Flo
     sums = np.zeros((of.max() + 1, x.shape[1]))
     np.add.at(sums, of, x)
     return (sums / np.bincount(of)[:, None]).mean(0)
-
-
-def _random_labels(prompt: np.ndarray, position: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A label that means nothing, the same for all tokens of a prompt at a position."""
-    _, of = np.unique(prompt.astype(np.int64) * 1_000_003 + position, return_inverse=True)
-    return (rng.random(int(of.max()) + 1) < 0.5)[of]
 
 
 def probe_auc(x: Float[np.ndarray, "token d"], label: np.ndarray, group: np.ndarray) -> list[float]:

@@ -209,6 +209,7 @@ def planted_tokens(
     names = ("sequence", "position", "channel", "sink", "experts")
     axes = (0, 0, 0, 1, 1)
     joined = {n: np.concatenate([p[i] for p in parts], a) for i, (n, a) in enumerate(zip(names, axes, strict=True))}
+    joined["id"] = np.random.default_rng([seed, 1]).integers(0, 40, len(joined["position"]))  # unrelated to the rest
     model = {
         "n_layers": n_layers,
         "n_heads": n_heads,

@@ -1,5 +1,6 @@
 """Every dialect, and every way a host can fail, against a host of our own; then a third party's server running nano."""
 
+import contextlib
 import json
 import os
 import socket
@@ -17,8 +18,10 @@ import pytest
 
 from workbench import harmony
 from workbench.errors import InputError, JobError
+from workbench.harmony.hosts import client
 from workbench.harmony.hosts.client import Host
 from workbench.harmony.hosts.collect import Settings, collect
+from workbench.harmony.marked_text import read_output
 
 NANO = Path(__file__).parents[3] / "data/nano"
 KEY = "sk-the-key-that-must-not-appear"
@@ -432,3 +435,115 @@ def test_a_third_party_s_server_running_nano(tmp_path: Path) -> None:
     assert any(t.correct for t in theirs)
     run = capture(nano, tmp_path / "theirs.jsonl", tmp_path / "run.zarr")
     assert len(run.sequences) == len(theirs)
+
+
+def raw_host(answer: Callable[[socket.socket], None]) -> tuple[str, socket.socket]:
+    """A host that does with each connection what a test says."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                answer(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{server.getsockname()[1]}", server
+
+
+@pytest.mark.parametrize("where", ["headers", "body"])
+def test_a_host_that_sends_byte_by_byte_is_given_up_in_time(tmp_path: Path, where: str) -> None:
+    """Each read comes in time, so that a limit for reads alone never ends."""
+
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n" + (b"content-length: 9999\r\n\r\n" if where == "body" else b"x: "))
+        for _ in range(600):
+            connection.sendall(b" ")
+            time.sleep(0.1)
+
+    url, server = raw_host(drip)
+    begun = time.monotonic()
+    with server, pytest.raises(JobError, match="1 of 1"):
+        collect(url, write(tmp_path, 1), tmp_path / "o", settings(timeout=1.0, retries=0, api="chat"))
+    assert time.monotonic() - begun < 30
+
+
+BAD_REPLIES: dict[str, tuple[bytes, dict[str, str]]] = {
+    "deep": (b"[" * 100_000, {}),
+    "deep and closed": (b"[" * 5_000 + b"]" * 5_000, {}),
+    "no gzip": (b"no gzip", {"content-encoding": "gzip"}),
+    "packed twice": (b"x", {"content-encoding": "gzip, gzip"}),
+    "another charset": ("é".encode("utf-16"), {"content-type": "application/json; charset=utf-16"}),
+    "an unknown charset": (b"\xff\xfe", {"content-type": "application/json; charset=klingon"}),
+    "a long number": (b'{"choices": ' + b"9" * 10_000 + b"}", {}),
+    "half a pair": (b'{"choices": [{"message": {"content": "\\ud800"}}]}', {}),
+    "wrong types": (b'{"choices": [{"message": {"content": {"a": 1}, "reasoning": 3, "tool_calls": 7}}]}', {}),
+    "ids too large": (b'{"choices": [{"message": {"content": "6"}, "token_ids": [99999999999]}], "prompt_token_ids": [1]}', {}),
+    "no object": (b'{"choices": [{"message": null, "finish_reason": []}], "usage": [], "model": {}}', {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(BAD_REPLIES))
+def test_a_bad_answer_is_one_failed_row(
+    host: FakeHost, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    data, headers = BAD_REPLIES[name]
+    host.reply = lambda path, body, n: (
+        (200, data, headers) if "2*1 " in body["messages"][0]["content"] else (200, chat("0", reasoning="r"), {})
+    )
+    out = tmp_path / "o"
+    with pytest.raises(JobError, match="1 of 3 were not answered"):
+        collect(host.url, write(tmp_path, 3), out, settings(retries=0, api="chat"))
+    assert [row["id"] for row in rows_of(out)] == ["p0/low/0", "p2/low/0"] or len(rows_of(out)) == 2
+    reason = [line for line in capsys.readouterr().err.splitlines() if line.startswith("p1/low/0: ")]
+    assert len(reason) == 1
+    assert len(reason[0]) > len("p1/low/0: ") + 10
+
+
+def test_a_large_answer_is_given_up(host: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MAX_REPLY_BYTES", 10_000)
+    host.reply = lambda path, body, n: (200, chat("x" * 20_000), {})
+    with pytest.raises(JobError):
+        collect(host.url, write(tmp_path, 1), tmp_path / "o", settings(retries=0, api="chat"))
+    monkeypatch.undo()  # a negative control: without the limit it is an answer
+    collect(host.url, write(tmp_path, 1), tmp_path / "o", settings(retries=0, api="chat"))
+
+
+def test_a_key_that_the_host_repeats_is_not_stored(
+    host: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TEST_KEY", KEY)
+    reply = chat(f"the key is {KEY}", reasoning=f"hm, {KEY}") | {"model": KEY}
+    reply["choices"][0]["finish_reason"] = f"stop {KEY}"
+    escaped = json.dumps(reply).replace(KEY, KEY.replace("k", "\\u006b")).encode()
+    replies = [(200, reply, {}), (200, escaped, {}), (400, {"error": KEY}, {})]
+    host.reply = lambda path, body, n: replies[n % 3]
+    with pytest.raises(JobError):
+        collect(host.url, write(tmp_path, 3), tmp_path / "o", settings(retries=0, api="chat", concurrency=1))
+    stored = (tmp_path / "o").read_text()
+    assert stored.count("***") >= 4
+    assert KEY not in stored + capsys.readouterr().err
+    assert Host(host.url, key_env="NO_KEY", timeout=1, retries=0, per_minute=None).struck(KEY) == KEY  # a control
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("1e9", 600.0), ("inf", 600.0), ("-5", 0.0), ("nan", None), ("x", None), ("Mon, 99 Foo", None), ("2", 2.0)],
+)
+def test_the_wait_that_a_host_asks_for_is_bounded(value: str, seconds: float | None) -> None:
+    assert client._retry_after(httpx.Headers({"retry-after": value})) == seconds
+
+
+def test_answers_are_parsed_in_linear_time() -> None:
+    def seconds(text: str) -> float:
+        begun = time.process_time()
+        read_output(text)
+        return time.process_time() - begun
+
+    for part in ("<think></think>", "<think>", "assistantfinal ", "analysis assistantfinal1 "):
+        few, many = (seconds(("analysis" if part[0] == "a" else "") + part * n) for n in (5_000, 40_000))
+        assert many < 30 * few + 0.5, part  # quadratic would be 64 times

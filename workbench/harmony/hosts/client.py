@@ -4,16 +4,20 @@ The key comes from the environment, goes into one header, and is struck out of w
 """
 
 import email.utils
+import math
 import os
 import random
+import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.harmony.messages import shown
 
@@ -24,10 +28,19 @@ OPTIONAL = (
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 _ABSENT = {404, 405, 501}
 _LONGEST_WAIT_S = 60.0
+_LONGEST_RETRY_AFTER_S = 600.0
+_LONGEST_REASON = 1000  # characters
+_SHORTEST_SECRET = 8  # characters
+_CHUNK_BYTES = 64 * 2**10
+MAX_REPLY_BYTES = 64 * 2**20
 
 
 class HostError(Exception):
     """What a host refused for good; one line."""
+
+
+class TransferError(Exception):
+    """Why no reply came; asked again."""
 
 
 class AbsentError(HostError):
@@ -55,9 +68,9 @@ class Host:
         headers = {"api-key": self._key} if azure else {"authorization": f"Bearer {self._key}"}
         self._http = httpx.Client(
             timeout=timeout, headers=headers if self._key else {}, trust_env=not local,
-            limits=httpx.Limits(max_connections=threads),
+            limits=httpx.Limits(max_connections=threads, max_keepalive_connections=0),  # see _exchange
         )  # fmt: skip
-        self._retries, self._pause = retries, 60 / per_minute if per_minute else 0.0
+        self._timeout, self._retries, self._pause = timeout, retries, 60 / per_minute if per_minute else 0.0
         self._lock, self._next = threading.Lock(), 0.0
         self.stop = threading.Event()
         self.dropped: set[str] = set()
@@ -81,30 +94,87 @@ class Host:
             self._wait_for_turn()
             said, wait = "", None
             try:
-                response = self._http.post(f"{base}{path}{self._query}", json=sent)
-            except httpx.TransportError as error:
-                said = f"{type(error).__name__}: {error}"
+                status, headers, content = self._exchange(f"{base}{path}{self._query}", sent)
+            except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, TransferError) as error:
+                said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             else:
-                if response.is_success:
+                if 200 <= status < 300:
                     try:
-                        return response.json()
-                    except ValueError:
-                        said = f"what came back is not JSON: {response.text[:80]}"
+                        return self.struck(parse_json(content.decode("utf-8")))
+                    except (UnicodeDecodeError, InputError) as error:
+                        said = f"what came back is not JSON in UTF-8 ({error}): {content[:80]!r}"
                 else:
-                    said = f"{response.status_code}: {' '.join(response.text.split())[:200]}"
-                    if response.status_code in _ABSENT:
+                    text = content.decode("utf-8", "replace")
+                    said = f"{status}: {' '.join(text[: 4 * _LONGEST_REASON].split())}"
+                    if status in _ABSENT:
                         raise AbsentError(self._clean(said))
-                    if self._drop(response, sent):
+                    if self._drop(status, text, sent):
                         continue
-                    if response.status_code not in _AGAIN:
+                    if status not in _AGAIN:
                         raise HostError(self._clean(said))
-                    wait = _retry_after(response)
+                    wait = _retry_after(headers)
             attempt += 1
             if attempt > self._retries:
                 raise HostError(self._clean(f"given up after {attempt} tries; the last: {said}"))
             backoff = min(_LONGEST_WAIT_S, 0.5 * 2**attempt) * random.uniform(0.5, 1)
             if self.stop.wait(backoff if wait is None else wait):
                 raise HostError("stopped")
+
+    def _exchange(self, url: str, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
+        """Return status, headers and content of a reply, within the timeout from the first byte sent to the last read.
+
+        httpx limits the wait for each read only, so a timer shuts the connection of a host that sends byte by byte.
+
+        Raises:
+            TransferError: the reply takes longer, is larger, or is packed more than once.
+        """
+        connection = _Connection()
+        timer = threading.Timer(self._timeout, connection.shut)
+        timer.daemon = True
+        timer.start()
+        try:
+            with self._http.stream("POST", url, json=body, extensions={"trace": connection.trace}) as response:
+                if "," in response.headers.get("content-encoding", ""):
+                    raise TransferError("the reply is packed more than once")
+                content = bytearray()
+                for chunk in response.iter_bytes(_CHUNK_BYTES):
+                    content += chunk
+                    if len(content) > MAX_REPLY_BYTES:
+                        raise TransferError(f"the reply is larger than {MAX_REPLY_BYTES:,} bytes")
+            if connection.is_shut:
+                raise TransferError(f"no complete reply within {self._timeout:g} s")
+            return response.status_code, response.headers, bytes(content)
+        except httpx.HTTPError as error:
+            if connection.is_shut:
+                raise TransferError(f"no complete reply within {self._timeout:g} s") from error
+            raise
+        finally:
+            timer.cancel()
+
+    def struck(self, value: Any) -> Any:
+        """Return a value of JSON with the key struck out of every text in it, names of fields included.
+
+        A key of fewer than eight characters, as the placeholders that local hosts take, is no secret and might be part
+        of an answer.
+        """
+        if len(self._key) < _SHORTEST_SECRET:
+            return value
+        if isinstance(value, str):
+            return value.replace(self._key, "***")
+        if isinstance(value, list):
+            return [self.struck(item) for item in value]
+        if isinstance(value, dict):
+            return {self.struck(name): self.struck(item) for name, item in value.items()}
+        return value
+
+    @property
+    def has_key(self) -> bool:
+        """Whether there is a key to strike out."""
+        return len(self._key) >= _SHORTEST_SECRET
+
+    def holds_key(self, text: str) -> bool:
+        """Whether a text repeats the key."""
+        return len(self._key) >= _SHORTEST_SECRET and self._key in text
 
     def _wait_for_turn(self) -> None:
         """Requests start at least a pause apart, over all threads."""
@@ -114,11 +184,11 @@ class Host:
         if self.stop.wait(max(0.0, start - time.monotonic())) or self.stop.is_set():
             raise HostError("stopped")
 
-    def _drop(self, response: httpx.Response, sent: dict[str, Any]) -> bool:
+    def _drop(self, status: int, text: str, sent: dict[str, Any]) -> bool:
         """Whether the host named a parameter that can be left out; it then is, from now on."""
-        if response.status_code not in (400, 422):
+        if status not in (400, 422):
             return False
-        named = [name for name in OPTIONAL if name in sent and name in response.text]
+        named = [name for name in OPTIONAL if name in sent and name in text]
         if not named:
             return False
         with self._lock:
@@ -129,17 +199,40 @@ class Host:
         return True
 
     def _clean(self, text: str) -> str:
-        return shown(text.replace(self._key, "***") if self._key else text).strip("'\"")
+        """Return one printable line without the key, long enough to hold a host's reason."""
+        text = text.replace(self._key, "***") if self._key else text
+        line = ascii(" ".join(text.split()))[1:-1].replace("\\'", "'")
+        return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
 
 
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the host asks to wait: a number, or a date."""
-    value = response.headers.get("retry-after", "")
+class _Connection:
+    """The connection of one request, which a timer may shut while another thread reads from it."""
+
+    def __init__(self) -> None:
+        self.is_shut = False
+        self._socket: socket.socket | None = None
+
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        """Remember the socket when httpcore has connected it; TLS wraps it in another."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            self._socket = info["return_value"].get_extra_info("socket")
+
+    def shut(self) -> None:
+        """Wake the thread that reads or writes."""
+        self.is_shut = True
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def _retry_after(headers: httpx.Headers) -> float | None:
+    """Return the seconds that the host asks to wait, a number or a date, but no more than ten minutes."""
+    value = headers.get("retry-after", "")
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
     except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError, OSError):
+            return None
+    return None if math.isnan(seconds) else min(max(0.0, seconds), _LONGEST_RETRY_AFTER_S)

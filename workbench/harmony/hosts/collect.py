@@ -5,6 +5,7 @@ The same call again asks only what is missing.
 
 import hashlib
 import json
+import math
 import queue as queues
 import sys
 import threading
@@ -66,6 +67,14 @@ class Settings:
             raise InputError(f"--effort {unknown[0]}: choose from {', '.join(EFFORTS)}")
         if self.api not in ("auto", *APIS, "generate"):
             raise InputError(f"--api {self.api}: choose from auto, {', '.join(APIS)}, generate")
+        numbers = {
+            "--temperature": self.temperature,
+            "--requests-per-minute": self.per_minute,
+            "--timeout": self.timeout,
+        }
+        for option, value in numbers.items():
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"{option} {value}: choose a finite number from 0")
         if self.samples > 1 and self.temperature == 0:
             raise InputError(f"--samples {self.samples} at temperature 0 would be the same {self.samples} times")
 
@@ -253,6 +262,10 @@ class _Asker:
                 '--body \'{"chat_template_kwargs": {"reasoning_effort": "{effort}"}}\''
             )
         about = fields.pop("about")
+        try:
+            json.dumps([fields.get("messages"), about], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise answers.NoAnswerError("the reply has half a surrogate pair in a text") from error
         return {
             "id": job.id, "prompt_id": job.prompt.id, "effort": job.effort, **fields, "answer": job.prompt.answer,
             "meta": job.prompt.meta | about | {
@@ -341,6 +354,10 @@ class _Asker:
         if answer.ids is not None:
             prompt, ids = answer.ids
             n_tokens = len(prompt) + len(ids)
+            if max(map(max, (prompt, ids))) >= 2**31:
+                raise answers.NoAnswerError("the reply has token ids beyond 32 bits")
+            if self.host.has_key and self.host.holds_key(self._decoded(ids)):
+                raise answers.NoAnswerError("the answer repeats the key, which is stored nowhere")
             fields |= {"tokens": [*prompt, *ids], "n_prompt": len(prompt)}
         else:
             messages = [*job.prompt.messages, *answer.messages]
@@ -353,6 +370,13 @@ class _Asker:
             n_tokens = sum(v for k in ("prompt_tokens", "completion_tokens") if isinstance(v := about.get(k), int))
             fields |= {"messages": messages} | job.prompt.options
         return fields | self._routing(reply, n_tokens, exact=answer.ids is not None)
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; "" for ids that the vocabulary lacks, which are refused when they are read."""
+        try:
+            return tokenizer(self.settings.vocabulary).decode(list(ids))
+        except (KeyError, IndexError, ValueError, OverflowError, InputError):
+            return ""
 
     def _routing(self, reply: Mapping[str, Any], n_tokens: int, exact: bool) -> dict[str, Any]:
         try:
