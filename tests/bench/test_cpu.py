@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from workbench.bench import cpu
+from workbench.bench import cpu, decode
 from workbench.errors import JobError
+from workbench.kernels import cpu as kernels
 from workbench.model.export import save_random
 
 
@@ -30,6 +31,17 @@ def test_every_model_is_timed_at_every_length(checkpoint: Path, capsys: pytest.C
     assert "1 threads" in table
     assert result["long"]["tokens"] == 300
     assert "300 tokens, recorded" in table
+
+
+def test_decoding_is_timed_with_both_kernels(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if kernels.unavailable():
+        pytest.skip("no compiled kernels here")
+    result = decode.run(checkpoint, rounds=1, threads=1)
+    assert [row["batch"] for row in result["decode"]] == [1, 8]
+    for row in result["decode"]:
+        ratio = row["compiled_tokens_per_s"] / row["torch_tokens_per_s"]
+        assert row["speed_beside_torch"] == pytest.approx(ratio)
+    assert "batch 8:" in capsys.readouterr().out
 
 
 def test_a_worker_that_cannot_load_is_one_clear_error(tmp_path: Path) -> None:

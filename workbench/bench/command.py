@@ -21,12 +21,19 @@ def cpu(
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Lengths; repeat. [default: 512, 2048, 4096]")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
     long: Annotated[int | None, typer.Option(min=1, help="Also one recorded pass of so many tokens.")] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decoding, compiled kernels beside torch; other lengths only if named.")
+    ] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="A folder to use instead of two random layers.")] = None,
     out: Json = None,
 ) -> None:
     """Two layers of gpt-oss-20b on the CPU beside transformers, in turn."""
     from workbench.bench.cpu import run
 
-    _write(out, run(tokens or (512, 2048, 4096), rounds, long=long))
+    _write(
+        out,
+        run(tokens or (() if decode else (512, 2048, 4096)), rounds, checkpoint=checkpoint, long=long, decode=decode),
+    )
 
 
 @app.command()

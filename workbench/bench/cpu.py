@@ -12,11 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,11 +35,14 @@ Forward = Callable[[torch.Tensor], object]
 class Worker:
     """A process that holds one model and runs it when told to."""
 
-    def __init__(self, name: str, checkpoint: Path, threads: int) -> None:
+    def __init__(
+        self, name: str, checkpoint: Path, threads: int, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.name = name
         command = [sys.executable, "-m", "workbench.bench.cpu", name, str(checkpoint)]
         # A waiting process must not spin: it would take the core from the one that is measured.
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "TQDM_DISABLE": "1"}
+        env |= environment
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
         self.load_s: float = self._answer()["load_s"]
 
@@ -119,10 +123,12 @@ def run(
     threads: int | None = None,
     checkpoint: Path | None = None,
     long: int | None = None,
+    decode: bool = False,
 ) -> dict[str, Any]:
     """Measure and print; `checkpoint` is made in a temporary folder unless given.
 
     `long`: also one pass of so many tokens without logits, recording routing and sinks, in a process of its own.
+    `decode`: also tokens a second of generation, by the compiled kernels and by torch.
     """
     threads = threads or len(os.sched_getaffinity(0))
     peers = [name for name in ("transformers",) if find_spec(name)]
@@ -132,6 +138,10 @@ def run(
         if long:
             with Worker("workbench", folder, threads) as worker:
                 result["long"] = {"tokens": long, **worker.run("long", long)}
+        if decode:
+            from workbench.bench.decode import run as decoding
+
+            result["decoding"] = decoding(folder, rounds, threads)
     if tokens:
         _print(result, peers)
     if long:
@@ -166,6 +176,7 @@ def _print(result: dict[str, Any], peers: Sequence[str]) -> None:
 
 
 def _workbench(checkpoint: str) -> tuple[float, dict[str, Forward]]:
+    from workbench.bench.decode import Decoder
     from workbench.capture.recording import parse, wanted
     from workbench.hooks.recorders import Recorder
     from workbench.model import load
@@ -173,6 +184,7 @@ def _workbench(checkpoint: str) -> tuple[float, dict[str, Forward]]:
     start = time.perf_counter()
     model = load(checkpoint, device="cpu")
     load_s = time.perf_counter() - start
+    decoder = Decoder(model)
     recorder = Recorder(wanted(parse(["routing", "sinks"], model.cfg), model.cfg))
 
     def recorded(tokens: torch.Tensor) -> None:
@@ -185,7 +197,7 @@ def _workbench(checkpoint: str) -> tuple[float, dict[str, Forward]]:
             model.residual(tokens)
         recorder.take()
 
-    return load_s, {"plain": model, "recorded": recorded, "long": long}
+    return load_s, {"plain": model, "recorded": recorded, "long": long, "decode": decoder}
 
 
 def _transformers(checkpoint: str) -> tuple[float, dict[str, Forward]]:
