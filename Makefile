@@ -70,8 +70,12 @@ run: .venv/.user
 ON_NANO := data/demo.zarr --model nano --dtype float32 --out runs/findings --overwrite
 findings: .venv/.user
 	mkdir -p runs
-	for name in chain-of-thought expert-ablation; do $(BIN)/workbench study $$name $(ON_NANO) --sequences 600 > /dev/null || exit 1; done
-	for name in expert-forcing expert-reweighting sink-ablation attention-knockout steering patching logit-attribution; do \
+	$(BIN)/workbench study chain-of-thought $(ON_NANO) --sequences 600 > /dev/null
+	$(BIN)/workbench study expert-ablation $(ON_NANO) --sequences 600 --option controls=40 > /dev/null
+	for name in expert-forcing expert-reweighting; do \
+	  $(BIN)/workbench study $$name $(ON_NANO) --option controls=40 > /dev/null || exit 1; done
+	$(BIN)/workbench study steering $(ON_NANO) --sequences 40 > /dev/null
+	for name in sink-ablation attention-knockout patching logit-attribution; do \
 	  $(BIN)/workbench study $$name $(ON_NANO) > /dev/null || exit 1; done
 	$(BIN)/workbench report data/demo.zarr --out runs/findings/findings.html --results runs/findings --overwrite
 	cp runs/findings/findings.md data/findings.md

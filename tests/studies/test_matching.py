@@ -1,0 +1,112 @@
+"""What confounds lengths, tasks and prompts is not called a difference; pooling all tokens of a side calls it one."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+from workbench.studies.comparison import prompt_numbers
+from workbench.studies.contrast import contrast
+from workbench.studies.statistics import false_discovery
+from workbench.studies.synthetic import SyntheticTokens
+
+
+def pooled_difference(run: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The engine that this one replaced, the negative control: all tokens of a side together, jackknife over prompts."""
+    blocks = list(run.blocks(name))
+    prompt = prompt_numbers(run.sequences)
+    n_prompts = int(prompt.max()) + 1
+    sums, tokens = [0.0, 0.0], [np.zeros(n_prompts), np.zeros(n_prompts)]
+    for block in blocks:
+        for side, code in enumerate((2, 4)):
+            at = block["channel"] == code
+            values = block[name][:, at]
+            if name == "experts":
+                values = (values[..., None] == np.arange(run.model["num_experts"])).mean(2)
+            take = prompt[block["sequence"][at]]
+            total = np.zeros((n_prompts, *values.swapaxes(0, 1).shape[1:]))
+            np.add.at(total, take, values.swapaxes(0, 1).astype(np.float64))
+            sums[side] = sums[side] + total
+            tokens[side] += np.bincount(take, minlength=n_prompts)
+
+    def difference(without: int | None) -> np.ndarray:
+        means = []
+        for total, n in zip(sums, tokens, strict=True):
+            kept = np.ones(n_prompts, dtype=bool)
+            kept[[] if without is None else without] = False
+            means.append(np.asarray(total)[kept].sum(0) / max(n[kept].sum(), 1))
+        return means[0] - means[1]
+
+    value = difference(None)
+    away = np.stack([difference(i) for i in range(n_prompts)])
+    error = np.sqrt(((away - away.mean(0)) ** 2).sum(0) * (n_prompts - 1) / n_prompts)
+    p = 2 * scipy.stats.t.sf(np.abs(value) / np.maximum(error, 1e-300), n_prompts - 1)
+    return value, false_discovery(p) < 0.05
+
+
+CONFOUNDS = (
+    "task", "a task without analysis", "effort with task", "difficulty", "heavy tails", "one giant conversation",
+    "five prompts", "two hundred prompts",
+)  # fmt: skip
+POOLED_FAILS = ("task", "a task without analysis", "effort with task", "difficulty")
+
+
+def confounded(seed: int, kind: str) -> SyntheticTokens:
+    """Conversations in which analysis and final do not differ, while lengths, tasks and prompts do."""
+    rng = np.random.default_rng(seed)
+    n_prompts = {"five prompts": 5, "two hundred prompts": 200}.get(kind, 40)
+    rows: list[dict[str, Any]] = []
+    parts: list[tuple[np.ndarray, ...]] = []
+    for prompt in range(n_prompts):
+        hard = rng.random()
+        task = prompt % 2
+        level = rng.normal(0.3, 0.05, 4)
+        if kind in ("task", "a task without analysis", "effort with task"):
+            level = level + 0.2 * task
+        if kind == "difficulty":
+            level = level + 0.3 * hard
+        efforts = ("low", "high") if kind != "effort with task" else (("low", "high")[task],)
+        for effort in efforts:
+            n_analysis, n_final = int(rng.integers(10, 20)), int(rng.integers(5, 15))
+            if kind == "task":
+                n_analysis += 40 * task
+            if kind == "a task without analysis" and task:
+                n_analysis = 0
+            if kind == "effort with task":
+                n_analysis *= 1 + 3 * task
+            if kind == "difficulty":
+                n_analysis += int(100 * hard)
+            if kind == "heavy tails":
+                n_analysis = min(int(10 * rng.pareto(1.1)) + 3, 600)
+            if kind == "one giant conversation" and not rows:
+                n_analysis = 3000
+            channel = np.repeat([1, 2, 4], [4, n_analysis, n_final])
+            n = len(channel)
+            sink = level + rng.normal(0, 0.1, (1, n, 4))
+            parts.append((np.full(n, len(rows)), np.arange(n), channel, sink, rng.integers(0, 4, (1, n, 1))))
+            rows.append({"id": f"{prompt}/{effort}", "prompt_id": f"{prompt}", "effort": effort, "task": f"t{task}"})
+    names, axes = ("sequence", "position", "channel", "sink", "experts"), (0, 0, 0, 1, 1)
+    joined = {n: np.concatenate([p[i] for p in parts], a) for i, (n, a) in enumerate(zip(names, axes, strict=True))}
+    model = {"n_layers": 1, "n_heads": 4, "num_experts": 4, "experts_per_token": 1, "windows": [None]}
+    return SyntheticTokens(f"c{seed}", pd.DataFrame(rows).rename_axis("sequence"), model, joined, {})
+
+
+@pytest.mark.parametrize("kind", CONFOUNDS)
+def test_confounds_are_not_called_differences(kind: str, long: bool) -> None:
+    """Family-wise: any of four heads called different, without and with the control of position."""
+    seeds = 1000 if long else 25
+    wrong = {control: 0 for control in ("none", "position", "pooled")}
+    for seed in range(seeds):
+        run = confounded(seed, kind)
+        found = contrast(run, "sink", "channel", "analysis", "final")
+        for control in ("none", "position"):
+            wrong[control] += bool(found["different"].sel(control=control).any())
+        wrong["pooled"] += bool(pooled_difference(run, "sink")[1].any())
+    allowed = scipy.stats.binom.ppf(0.999, seeds, 0.06)  # 6 of 25, 84 of 1,000
+    print(kind, {control: n / seeds for control, n in wrong.items()})
+    assert wrong["none"] <= allowed
+    assert wrong["position"] <= allowed
+    if kind in POOLED_FAILS:
+        assert wrong["pooled"] > allowed  # negative control
