@@ -47,10 +47,10 @@ def test_records_are_what_hooks_see_one_sequence_at_a_time(nano: GptOss, transcr
         scores = cache["blocks.2.mlp.router.hook_out"][0]
         np.testing.assert_allclose(got["router_logits"].values[2], scores, rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(
-            got["hook_resid_post"].values[1], cache["blocks.3.hook_resid_post"][0], rtol=1e-2, atol=1e-2
+            got["hook_resid_post"].sel(layer=3), cache["blocks.3.hook_resid_post"][0], rtol=1e-2, atol=1e-2
         )
         np.testing.assert_allclose(
-            got["attn.hook_z"].values[0], cache["blocks.0.attn.hook_z"][0].flatten(1), rtol=1e-2, atol=1e-3
+            got["attn.hook_z"].sel(layer=0), cache["blocks.0.attn.hook_z"][0], rtol=1e-2, atol=1e-3
         )
         logp = logits[0].log_softmax(-1)
         want_logp = logp[:-1].gather(1, tokens[1:, None])[:, 0]
@@ -141,9 +141,9 @@ def test_nan_weights_are_refused_with_their_layer(nano: GptOss, transcripts: Pat
         (["routing", "routing"], "twice"),
         (["resid_post:1", "hook_resid_post:2"], "twice"),
         (["resid_pots"], "choose from .*resid_post"),
-        (["attn.pattern"], "choose from"),
-        (["resid_post:9"], r"no layer \[9\]; the model has layers 0 to 3"),
-        (["resid_post:one"], "layers are numbers"),
+        (["attn.pattern"], "a value for each pair of tokens"),
+        (["resid_post:9"], r"no layer 9; the model has layers 0 to 3"),
+        (["resid_post:one"], "layers takes numbers and ranges"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(nano: GptOss, record: list[str], said: str) -> None:
