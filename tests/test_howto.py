@@ -92,7 +92,9 @@ def test_a_study_of_one_module_appears_in_every_list(
 
     assert page_titles()["busiest-expert"] == "Busiest expert and wrong answers"
     runs = RunRegistry([DEMO], cache=tmp_path / "cache")
-    monkeypatch.setattr(runs, "study", lambda *_: lambda: None)  # in a process of its own; here the page is the subject
+    monkeypatch.setattr(
+        runs, "study", lambda *_, **__: lambda: None
+    )  # in a process of its own; here the page is the subject
     shown = made("busiest-expert", Session(runs, Selection({}), lambda: None))
     runs.desk.close()
     assert question in str(shown.main[1].object)

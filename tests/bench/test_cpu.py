@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from workbench.bench import cpu, decode
+from workbench.bench.worker import Worker
 from workbench.errors import JobError
 from workbench.kernels import cpu as kernels
 from workbench.model.export import save_random
@@ -46,4 +47,4 @@ def test_decoding_is_timed_with_both_kernels(checkpoint: Path, capsys: pytest.Ca
 
 def test_a_worker_that_cannot_load_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="the workbench process ended"):
-        cpu.Worker("workbench", tmp_path / "nothing", threads=1)
+        Worker("workbench", tmp_path / "nothing", threads=1)

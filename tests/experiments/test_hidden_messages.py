@@ -89,6 +89,7 @@ def test_readers_stand_between_hidden_tokens_and_queries(nano: GptOss) -> None:
     assert sum(found.values()) == n - 1 - analysis[-1]
 
 
+@pytest.mark.filterwarnings("ignore:only 18 prompts")
 def test_results_count_and_name_the_readers(nano: GptOss, rows: list[Transcript]) -> None:
     few = rows[::3]
     hidden = attention_knockout.experiment(nano, few)["attention"]

@@ -8,64 +8,26 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from workbench.bench.table import processor
-from workbench.errors import JobError
+from workbench.bench.worker import Worker
 from workbench.model.config import PUBLISHED
 from workbench.model.export import save_random
 from workbench.progress import progress
 
 CFG = replace(PUBLISHED["20b"], n_layers=2, windows=(128, None), d_vocab=8192)
 Forward = Callable[[torch.Tensor], object]
-
-
-class Worker:
-    """A process that holds one model and runs it when told to."""
-
-    def __init__(
-        self, name: str, checkpoint: Path, threads: int, environment: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        self.name = name
-        command = [sys.executable, "-m", "workbench.bench.cpu", name, str(checkpoint)]
-        # A waiting process must not spin: it would take the core from the one that is measured.
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "TQDM_DISABLE": "1"}
-        env |= environment
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
-        self.load_s: float = self._answer()["load_s"]
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # at the end of its input a worker ends
-
-    def run(self, path: str, tokens: int) -> dict[str, float]:
-        """Seconds of one forward pass, and the most memory this process has ever had, in bytes."""
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps([path, tokens]) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, float]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            self.__exit__()
-            raise JobError(f"the {self.name} process ended; what it said is above")
-        return json.loads(line)
 
 
 def measure(tokens: Sequence[int], rounds: int, threads: int, checkpoint: Path, peers: Sequence[str]) -> dict[str, Any]:

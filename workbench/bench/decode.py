@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from workbench.bench.cpu import Worker
 from workbench.bench.table import processor
+from workbench.bench.worker import Worker
 from workbench.kernels import cpu
 
 BATCHES = (1, 8)

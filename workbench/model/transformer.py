@@ -396,12 +396,17 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         Raises:
             InputError: `names_filter` names no hook point of the model, or `incl_bwd` has no scalar to start from.
         """
-        if options.get("incl_bwd") and (options.get("return_type") != "loss" or not torch.is_grad_enabled()):
-            raise InputError("incl_bwd needs a scalar and gradients: pass return_type='loss', outside torch.no_grad()")
         names = options.get("names_filter")
         for name in [names] if isinstance(names, str) else names if isinstance(names, list | tuple) else ():
             self._check_hook_name(name)
-        out, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **options)
+        try:
+            out, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **options)
+        except RuntimeError as error:
+            if not (options.get("incl_bwd") and "grad" in str(error)):
+                raise
+            raise InputError(
+                "incl_bwd needs a scalar and gradients: pass return_type='loss', outside torch.no_grad()"
+            ) from error
         return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim) if return_cache_object else cache
 
     def get_caching_hooks(
