@@ -71,9 +71,8 @@ ON_NANO := data/demo.zarr --model nano --dtype float32 --out runs/findings --ove
 findings: .venv/.user
 	mkdir -p runs
 	$(BIN)/workbench study chain-of-thought $(ON_NANO) --sequences 600 > /dev/null
-	$(BIN)/workbench study expert-ablation $(ON_NANO) --sequences 600 --option controls=40 > /dev/null
-	for name in expert-forcing expert-reweighting; do \
-	  $(BIN)/workbench study $$name $(ON_NANO) --option controls=40 > /dev/null || exit 1; done
+	for name in expert-ablation expert-forcing expert-reweighting; do \
+	  $(BIN)/workbench study $$name $(ON_NANO) --sequences 60 --option controls=20 > /dev/null || exit 1; done
 	$(BIN)/workbench study steering $(ON_NANO) --sequences 40 > /dev/null
 	for name in sink-ablation attention-knockout patching logit-attribution; do \
 	  $(BIN)/workbench study $$name $(ON_NANO) > /dev/null || exit 1; done
