@@ -60,6 +60,12 @@ def _pointer(b: Builder, kind: Any, address: Value, *offsets: Value) -> Value:
     return b.inttoptr(address, ir.PointerType(kind))
 
 
+def _prefetch(b: Builder, address: Value, *offsets: Value) -> None:
+    """Ask for a line of memory to be in the cache; addresses that are not mapped are ignored."""
+    prefetch = _function(b, "llvm.prefetch.p0i8", ir.VoidType(), ir.PointerType(_i8), _i32, _i32, _i32)
+    b.call(prefetch, [_pointer(b, _i8, address, *offsets), *(ir.Constant(_i32, n) for n in (0, 3, 1))])
+
+
 def _function(b: Builder, name: str, returns: Any, *arguments: Any) -> Any:
     return cgutils.get_or_insert_function(b.module, ir.FunctionType(returns, arguments), name)
 
@@ -137,9 +143,11 @@ def _bfloat16(context: Any, b: Builder, arguments: tuple[Value, ...]) -> Callabl
     return read
 
 
-def _inner_products(reader: Callable[..., Any], sources: int, outputs: int, rows: int) -> Any:
+def _inner_products(reader: Callable[..., Any], sources: int, ahead: int, outputs: int, rows: int) -> Any:
     """Return an intrinsic: inner products of `outputs` rows of a matrix with `rows` rows of inputs.
 
+    ahead: bytes of a group; with them, the groups of the next `outputs` rows are asked for while these are read. The
+    processor itself does not foresee that the rows of a tile are read side by side. 0 where it does, as for one row.
     Its arguments: the address of each row of inputs, the addresses where the results of each row go, the number of
     groups of 32, and the `sources` arguments of the reader but the groups. Inputs are float32 in the reader's order.
     """
@@ -160,6 +168,8 @@ def _inner_products(reader: Callable[..., Any], sources: int, outputs: int, rows
             sums = [[[cgutils.alloca_once_value(b, zero) for _ in range(2)] for _ in inputs] for _ in range(outputs)]
             with cgutils.for_range(b, groups, intp=_i64) as loop:
                 start = b.mul(loop.index, _int(4 * GROUP))
+                if ahead:
+                    _prefetch(b, source[0], b.mul(b.add(groups, loop.index), _int(outputs * ahead)))
                 values = [[_load(b, _floats, at, start, _int(4 * LANES * half)) for half in (0, 1)] for at in inputs]
                 for output in range(outputs):
                     weights = read(loop.index, output)
@@ -176,6 +186,21 @@ def _inner_products(reader: Callable[..., Any], sources: int, outputs: int, rows
         return signature, generate
 
     return tile
+
+
+@intrinsic
+def _unpack_group(typingctx, source, group, result):
+    """Write the 32 values of a group of MXFP4 as bfloat16, which holds them exactly, in their order."""
+
+    def generate(context, b, signature, arguments):
+        source, group, result = arguments
+        even, odd = _mxfp4(context, b, (*cgutils.unpack_tuple(b, source, 3), _int(0)))(group, 0)
+        low = b.lshr(b.bitcast(even, _ints), _repeat(_ints, 16))
+        high = b.and_(b.bitcast(odd, _ints), _repeat(_ints, 0xFFFF0000))
+        b.store(b.or_(low, high), _pointer(b, _ints, result, b.mul(group, _int(2 * GROUP))), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.UniTuple(types.int64, 3), types.int64, types.int64), generate
 
 
 @intrinsic
@@ -202,11 +227,11 @@ def _integer(typingctx, address):
 # loads behind a few rows. With four rows of inputs, two outputs leave registers free.
 MXFP4_OUTPUTS, MXFP4_OUTPUTS_FOR_FOUR, BFLOAT16_OUTPUTS_FOR_FOUR = 4, 2, 2
 _mxfp4_by_one, _mxfp4_by_two, _mxfp4_by_four = (
-    _inner_products(_mxfp4, 3, outputs, rows)
+    _inner_products(_mxfp4, 3, LANES, outputs, rows)
     for outputs, rows in ((MXFP4_OUTPUTS, 1), (MXFP4_OUTPUTS_FOR_FOUR, 2), (MXFP4_OUTPUTS_FOR_FOUR, 4))
 )
 _bfloat16_by_one, _bfloat16_by_four = (
-    _inner_products(_bfloat16, 1, outputs, rows) for outputs, rows in ((1, 1), (BFLOAT16_OUTPUTS_FOR_FOUR, 4))
+    _inner_products(_bfloat16, 1, 0, outputs, rows) for outputs, rows in ((1, 1), (BFLOAT16_OUTPUTS_FOR_FOUR, 4))
 )
 SMALLEST = 4  # outputs of a matrix: the last tile is moved back instead of being cut
 
@@ -307,8 +332,14 @@ def _expert_rows(
                 )
 
 
-def compile_all() -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return the compiled `_dense_rows` and `_expert_rows`: from the cache on disk, where there is one."""
+def _unpack_groups(blocks, scales, table, groups, results):
+    """Write groups of MXFP4, which follow each other in memory, as bfloat16 [32 · groups]."""
+    for group in range(groups):
+        _unpack_group((blocks, scales, table), group, results)
+
+
+def compile_all() -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
+    """Return the compiled `_dense_rows`, `_expert_rows` and `_unpack_groups`: from the cache on disk if it has them."""
 
     def compiled(loop: Callable[..., None], arguments: int) -> Callable[..., None]:
         signature = types.void(*[types.int64] * arguments)
@@ -317,4 +348,4 @@ def compile_all() -> tuple[Callable[..., None], Callable[..., None]]:
         except (RuntimeError, OSError):  # no folder for the cache can be written
             return njit(signature, nogil=True)(loop)
 
-    return compiled(_dense_rows, 8), compiled(_expert_rows, 14)
+    return compiled(_dense_rows, 8), compiled(_expert_rows, 14), compiled(_unpack_groups, 5)

@@ -120,7 +120,7 @@ EVERY_SCALE = """
 import torch
 from workbench.kernels import cpu
 from workbench.kernels.cpu import loops, products
-from workbench.kernels.mxfp4 import Mxfp4
+from workbench.kernels.mxfp4 import Mxfp4, dequantise
 blocks = torch.arange(256, dtype=torch.uint8).view(16, 1, 16).repeat(256, 1, 1)[None].contiguous()
 scales = torch.arange(256, dtype=torch.uint8).repeat_interleave(16)[None, :, None].contiguous()
 values = [0, .5, 1, 1.5, 2, 3, 4, 6, 0, -.5, -1, -1.5, -2, -3, -4, -6]
@@ -138,6 +138,19 @@ for byte in range(16):
         finite = torch.arange(255) < 253
         assert torch.equal(got[:255][finite].double(), want[finite]), (byte, half)
         assert got[255].isnan().all()
+want = dequantise(blocks, scales)
+numbers = ~want.isnan()
+assert numbers.sum() == 255 * 16 * 32
+
+
+def same_bits(blocks):
+    unpacked = torch.empty_like(want)
+    products.unpack(blocks, scales, unpacked)
+    assert torch.equal(unpacked.isnan(), ~numbers)
+    return torch.equal(unpacked.view(torch.int16)[numbers], want.view(torch.int16)[numbers])
+
+
+assert same_bits(blocks) and not same_bits((blocks << 4) | (blocks >> 4))
 print(loops.instructions())
 """
 
