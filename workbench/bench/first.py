@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from workbench.bench import table
+from workbench.child_processes import python
 from workbench.errors import InputError
 
 _MODULE = "workbench.bench.first_steps"
@@ -79,7 +80,7 @@ def _child(step: Step, device: str) -> dict[str, Any]:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "result.json"
-        command = [sys.executable, "-m", _MODULE, step.function, device, str(answer)]
+        command = python("-m", _MODULE, step.function, device, str(answer))
         # A group of its own, so that what a step has started ends with it.
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
         try:

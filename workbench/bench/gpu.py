@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from workbench.bench import table
+from workbench.child_processes import python
 from workbench.errors import InputError, JobError
 from workbench.model.config import PUBLISHED, Config
 from workbench.progress import progress
@@ -160,7 +161,7 @@ def with_assembler(path: Path, repeats: int) -> list[dict[str, Any]]:
     env = os.environ | {"TRITON_PTXAS_PATH": str(path), "TRITON_PTXAS_BLACKWELL_PATH": str(path)}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "workbench.cli", "bench", "gpu", "--stage", "kernels"]
+        command = python("-m", "workbench.cli", "bench", "gpu", "--stage", "kernels")
         command += ["--repeats", str(repeats), "--json", str(out)]
         done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
         if done.returncode:

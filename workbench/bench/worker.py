@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from workbench.child_processes import python
 from workbench.errors import JobError
 
 
@@ -18,7 +18,7 @@ class Worker:
         self, name: str, checkpoint: Path, threads: int, environment: Mapping[str, str] = MappingProxyType({})
     ) -> None:
         self.name = name
-        command = [sys.executable, "-m", "workbench.bench.cpu", name, str(checkpoint)]
+        command = python("-m", "workbench.bench.cpu", name, str(checkpoint))
         # A waiting process must not spin: it would take the core from the one that is measured.
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "TQDM_DISABLE": "1"}
         env |= environment
