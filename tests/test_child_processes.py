@@ -89,7 +89,9 @@ def test_the_scan_finds_a_start_without_isolation(text: str) -> None:
 def folder_with_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A current folder in which somebody left modules of well-known names, which leave a file when they are run."""
     for name in ("pickle", "numpy", "runpy", "selectors", "tempfile"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nraise ImportError('planted')\n")
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'executed')!r}, 'w')\nraise ImportError('planted')\n"
+        )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

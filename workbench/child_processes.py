@@ -1,7 +1,7 @@
 """Python child processes that import nothing from the current folder.
 
-`python -m` and `python -c` put the current folder first on `sys.path`, so a `numpy.py` or `pickle.py` that somebody else
-left there would be executed. Every child process of the workbench is started by one of these two.
+`python -m` and `python -c` put the current folder first on `sys.path`, so a `numpy.py` or `pickle.py` that somebody
+else left there would be executed. Every child process of the workbench is started by one of these two.
 
 Reference: the option -P and PYTHONSAFEPATH of Python 3.11.
 """

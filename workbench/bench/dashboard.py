@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from workbench.bench.table import processor, show
-from workbench.dashboards.state import RunRegistry
 from workbench.child_processes import python
+from workbench.dashboards.state import RunRegistry
 from workbench.errors import InputError
 from workbench.registry import studies
 

@@ -228,9 +228,7 @@ def capture(device: str) -> dict[str, Any]:
     for name, (where, blocking) in ways.items():
         code = f"from workbench.bench.first_steps import records_digest; print(records_digest({where!r}))"
         environment = os.environ | {"CUDA_LAUNCH_BLOCKING": blocking}
-        done = subprocess.run(
-            python("-c", code), capture_output=True, text=True, check=False, env=environment
-        )
+        done = subprocess.run(python("-c", code), capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise JobError(f"capture on {name} failed: {done.stderr.strip()[-1000:]}")
         digests[name] = done.stdout.split()[-1]
