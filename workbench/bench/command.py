@@ -36,7 +36,11 @@ def cpu(
     rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
     long: Annotated[int | None, typer.Option(min=1, help="Also one recorded pass of so many tokens.")] = None,
     decode: Annotated[
-        bool, typer.Option("--decode", help="Decoding, compiled kernels beside torch; other lengths only if named.")
+        bool,
+        typer.Option(
+            "--decode",
+            help="Decoding at batch 1 and 8, also recorded and edited, beside torch, transformers and llama.cpp.",
+        ),
     ] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="A folder to use instead of two random layers.")] = None,
     out: Json = None,
