@@ -2,7 +2,7 @@
 
 A step takes a batch of conversations and makes passes of a few of them, whose gradients are added up: the size of a
 pass changes the memory and not the result. The loss is the mean cross-entropy of the taught tokens of the batch. The
-state is kept in a file beside the output, so that a job that was stopped goes on where it was.
+state is kept in a file beside the output, from which a job that was stopped resumes.
 """
 
 import dataclasses
@@ -80,8 +80,8 @@ def finetune(
     """Train an adapter on a file of transcripts or messages and write it as a PEFT folder; return what was done.
 
     The model is as before afterwards: load it with `adapter=out`. channels: of the answers only these are taught, as in
-    {"final"}; None teaches all. adapter: continue from the factors of this folder. Running the same call again after an
-    interruption goes on where it was.
+    {"final"}; None teaches all. adapter: continue from the factors of this folder. The same call resumes a
+    training that was interrupted.
 
     Raises:
         InputError: an option, the data or the output cannot be used, or an unfinished training has other options.
