@@ -72,7 +72,9 @@ MAY_IMPORT = {
         "progress",
     },
     "research": {"experiments", "model", "hooks", "capture", "runs", "studies", "harmony", "errors"},
+    "adapters": {"model", "harmony", "outputs", "file_lock", "signals", "version", "errors", "progress"},
     "cli": {
+        "adapters",
         "research",
         "outputs",
         "row_output",
@@ -227,7 +229,7 @@ def test_the_package_lists_its_public_names_and_has_them() -> None:
         assert issubclass(wb.InputError, ValueError) and wb.Run.__name__ == "Run"
     """
     names = (
-        "InputError Recorder Run __version__ accuracy answers capture dashboards direction experiments figures harmony "
+        "InputError Recorder Run __version__ accuracy answers capture dashboards direction experiments figures finetune harmony "
         "hooks kernels load open_run probe studies top_experts"
     )
     assert run(code).split() == names.split()
