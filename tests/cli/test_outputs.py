@@ -24,6 +24,7 @@ OUTPUTS: dict[tuple[str, str], str] = {
     ("study", "out"): "routing run.zarr --out OUT",
     ("report", "out"): "run.zarr --out OUT",
     ("figures", "out"): "run.zarr --format html --out OUT",
+    ("finetune", "out"): "nano transcripts.jsonl --out OUT --steps 1 --batch 1 --rank 1",
     ("graph", "out"): "nano --prompt 2+2= --out OUT --max-new-tokens 4",
     ("conversation", "out"): "run.zarr 0 --out OUT",
     ("bench cpu", "out"): "bench cpu --json OUT",
@@ -36,7 +37,18 @@ OUTPUTS: dict[tuple[str, str], str] = {
     ("bench gpu", "out"): "bench gpu --json OUT",
     ("bench gpu", "autotune"): "bench gpu --autotune OUT",
 }
-INPUTS = {"prompts", "transcripts", "file", "requests", "adapter", "results", "basic_auth", "checkpoint", "assembler"}
+INPUTS = {
+    "prompts",
+    "transcripts",
+    "file",
+    "requests",
+    "adapter",
+    "results",
+    "basic_auth",
+    "checkpoint",
+    "assembler",
+    "data",
+}
 # outputs that are text, as they may be a URL; one run of random numbers is made where there is none
 TEXT_OUTPUTS = {("capture", "run"), ("bench reading", "run")}
 FOLDERS_OF_FILES = {("study", "out"), ("figures", "out")}
