@@ -32,14 +32,10 @@ class Result:
 def run_command(*arguments: str) -> Result:
     """The exit code, output and errors of `workbench …`. An error that leaves `main` leaves this function too."""
     out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as left,
-    ):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["workbench", *arguments])
-        cli.main()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
     return Result(int(left.value.code or 0), out.getvalue(), err.getvalue())
 
 
