@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "outputs": {"errors", "file_lock"},
     "row_output": {"errors", "file_lock", "outputs", "bounded_json"},
     "signals": {"errors"},
+    "child_processes": set(),
     "registry": {"errors"},
     "version": set(),
     "bounded_json": {"errors", "inputs"},
@@ -29,8 +30,9 @@ MAY_IMPORT = {
     "runs": {"harmony", "errors", "progress", "file_lock", "outputs", "bounded_json"},
     "studies": {"outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
     "figures": {"outputs", "registry", "studies", "harmony", "errors"},
-    "dashboards": {"bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
+    "dashboards": {"child_processes", "bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
     "capture": {
+        "child_processes",
         "inputs",
         "outputs",
         "row_output",
@@ -46,6 +48,8 @@ MAY_IMPORT = {
     },
     "data": {"model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
     "bench": {
+        "child_processes",
+        "outputs",
         "kernels",
         "hooks",
         "model",
