@@ -7,6 +7,7 @@ the job has no weights; it holds the lock of the run and is the only one to fini
 
 import functools
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from workbench.capture.recorder import Recorder, absolute
 from workbench.child_processes import isolated_children
 from workbench.errors import InputError, JobError
 from workbench.model.transformer import GptOss
@@ -37,7 +39,7 @@ class Task:
     threads: int
     transcripts: str
     run: str
-    record: tuple[str, ...]
+    record: tuple[str | Recorder, ...]
     unit_tokens: int
     exclude: str | None = None
     routing: str = "own"
@@ -49,7 +51,7 @@ class Task:
         model: GptOss,
         transcripts: str | Path,
         run: str | Path,
-        record: Sequence[str],
+        record: Sequence[str | Recorder],
         unit_tokens: int,
         threads: int,
         device: str | None = None,
@@ -68,7 +70,7 @@ class Task:
             threads=threads,
             transcripts=str(Path(transcripts).absolute()),
             run=str(run) if "://" in str(run) else str(Path(run).absolute()),
-            record=tuple(record),
+            record=tuple(map(absolute, record)),
             unit_tokens=unit_tokens,
             exclude=exclude,
             routing=routing,
@@ -188,7 +190,18 @@ def compute_unit(task: Task, index: int) -> tuple[int, int, int, float]:
 
 @functools.lru_cache(maxsize=1)
 def _loaded(task: Task) -> tuple[GptOss, Any, Any]:
-    """Return the model, plan and writer of a job; loaded once in each worker."""
+    """Return the model, plan and writer of a job; loaded once in each worker.
+
+    Raises:
+        InputError: this worker cannot reach a file of the job, or its file differs.
+    """
+    try:
+        return _load(task)
+    except InputError as error:
+        raise InputError(f"worker {os.getpid()} on {platform.node()}: {error}") from error
+
+
+def _load(task: Task) -> tuple[GptOss, Any, Any]:
     from workbench.capture import job
     from workbench.model import load
 

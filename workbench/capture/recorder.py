@@ -92,6 +92,15 @@ def from_file(text: str) -> Recorder:
     return found
 
 
+def absolute(record: str | Recorder) -> str | Recorder:
+    """Return a record whose FILE.py is named absolutely, for processes that run in another folder."""
+    if not isinstance(record, str):
+        return record
+    name, *options = record.split()
+    where, _, own = name.rpartition(":")
+    return " ".join((f"{Path(where).absolute()}:{own}", *options)) if where.endswith(".py") else record
+
+
 def _executed(path: Path, text: str) -> types.ModuleType:
     name = f"workbench_records_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
