@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from workbench.capture.recorder import Recorder, absolute
+from workbench.capture.recorder import Recorder, for_workers
 from workbench.child_processes import isolated_children
 from workbench.errors import InputError, JobError
 from workbench.model.transformer import GptOss
@@ -70,7 +70,7 @@ class Task:
             threads=threads,
             transcripts=str(Path(transcripts).absolute()),
             run=str(run) if "://" in str(run) else str(Path(run).absolute()),
-            record=tuple(map(absolute, record)),
+            record=tuple(map(for_workers, record)),
             unit_tokens=unit_tokens,
             exclude=exclude,
             routing=routing,
@@ -102,7 +102,7 @@ def run(
         known = client.scheduler_info()["workers"].values()
         gpus = {"GPU": 1} if any("GPU" in worker["resources"] for worker in known) else None
         futures = client.map(
-            functools.partial(compute_unit, task),
+            functools.partial(attempt_unit, task),
             list(units),
             retries=RETRIES,
             resources=gpus,
@@ -116,8 +116,10 @@ def run(
                 finished = {future for future in left if future.done()}
                 left -= finished
                 for future in finished:
-                    index, tokens, size, seconds = future.result()
-                    done.committed(index, tokens, size, seconds)
+                    result = future.result()
+                    if isinstance(result, InputError):
+                        raise result
+                    done.committed(*result)
                 if not finished:
                     if client.status != "running":
                         raise JobError(
@@ -169,6 +171,14 @@ def _client(task: Task, workers: int, address: str | None) -> Iterator[Any]:
             Client(cluster) as client,
         ):  # fmt: skip
             yield client
+
+
+def attempt_unit(task: Task, index: int) -> tuple[int, int, int, float] | InputError:
+    """Compute a unit, or return what is refused: another attempt would be refused too."""
+    try:
+        return compute_unit(task, index)
+    except InputError as error:
+        return error
 
 
 def compute_unit(task: Task, index: int) -> tuple[int, int, int, float]:
