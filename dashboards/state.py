@@ -28,15 +28,28 @@ class Selection:
     """
 
     NAMES = (
-        "run", "with", "channel", "effort", "task", "layer", "expert", "head", "measure", "figure", "order", "find", "sequence",
-        "theme", "exclude",
-    )  # fmt: skip
+        "run",
+        "with",
+        "channel",
+        "effort",
+        "task",
+        "layer",
+        "expert",
+        "head",
+        "measure",
+        "figure",
+        "order",
+        "find",
+        "sequence",
+        "theme",
+        "exclude",
+    )
 
     def __init__(self, query: Mapping[str, str]) -> None:
         self._chosen = {name: query[name] for name in self.NAMES if query.get(name)}
 
     def get(self, name: str, known: Sequence[str], default: str | None = None) -> str:
-        """Return the selected value if it is known, else the default, else the first known value ("" if there is none)."""
+        """Return the selected value if it is known, else the default, else the first known value, else ""."""
         asked = (self._chosen.get(name), default)
         return next((value for value in asked if value is not None and value in known), next(iter(known), ""))
 

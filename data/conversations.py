@@ -71,7 +71,7 @@ def conversation(effort: str, problems: Sequence[Problem], *, called: bool = Fal
 
 
 def training_example(rng: random.Random) -> Example:
-    """Return a random training conversation: any effort and family, one in ten with two turns, some with a tool call."""
+    """Return a random training conversation: any effort and family, a tenth with two turns, some with a tool call."""
     problems = [draw(rng)]
     if rng.random() < 0.1:
         problems.insert(0, draw(rng, rng.choice(FIRST_TURNS)))

@@ -23,6 +23,19 @@ from workbench.hooks.edits import applied
 from workbench.hooks.experts import ablate, expert_means, forbid, force, reweight, route
 
 __all__ = [
-    "ablate", "applied", "expert_means", "forbid", "force", "knockout", "patch", "remove_sinks", "replace", "resample",
-    "reweight", "route", "scale_sinks", "set_sinks", "steer",
-]  # fmt: skip
+    "ablate",
+    "applied",
+    "expert_means",
+    "forbid",
+    "force",
+    "knockout",
+    "patch",
+    "remove_sinks",
+    "replace",
+    "resample",
+    "reweight",
+    "route",
+    "scale_sinks",
+    "set_sinks",
+    "steer",
+]

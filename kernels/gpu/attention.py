@@ -426,7 +426,8 @@ class _Attention(torch.autograd.Function):
         grid = (triton.cdiv(shape.longest, rows.blocks["BLOCK_M"]), shape.heads, shape.sequences)
         if all(grid):
             _queries_gradient[grid](
-                shape.q, shape.k, shape.v, dz, lse, delta, dq, *common, shape.scale, *shape.strides, **constants, **rows.blocks, **rows.options
+                shape.q, shape.k, shape.v, dz, lse, delta, dq, *common, shape.scale, *shape.strides,
+                **constants, **rows.blocks, **rows.options,
             )  # fmt: skip
             longest = shape.longest if shape.packed else k.shape[1]
             grid = (triton.cdiv(longest, columns.blocks["BLOCK_N"]), shape.kv, shape.sequences)

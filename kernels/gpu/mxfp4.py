@@ -3,7 +3,8 @@
 A group is 32 values: 16 bytes and one scale byte. Strides of a packed matrix count groups, so one set addresses both
 tensors, and the compiler sees that every address of the bytes is a multiple of 16. A matmul kernel walks the matrix in
 tiles, addressed by four strides (expert, tile row, tile column, row). The layout is that of the checkpoint: it needs no
-second copy in memory, serves every tile shape and the transposed products, and a row of a tile consists of complete 32-byte sectors.
+second copy in memory, serves every tile shape and the transposed products, and a row of a tile consists of complete
+32-byte sectors.
 
 Reference: OCP Microscaling Formats (MX) Specification v1.0; `workbench.kernels.mxfp4`, whose results these equal.
 Cost: 17 bytes read and 64 written (bfloat16) per group to dequantise; 128 read (float32) and 17 written to quantise.

@@ -50,7 +50,8 @@ def specimens() -> list[CompileCase]:
     return [
         CompileCase(
             _rotate, "rotary.rotate", f"{tokens} tokens, {heads} heads", tile,
-            {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "out": "*bf16"}, {"HEADS": heads, "HALF": half, **tile.blocks},
+            {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "out": "*bf16"},
+            {"HEADS": heads, "HALF": half, **tile.blocks},
             frozenset({"x", "cos", "sin", "out"}), flops=6.0 * tokens * heads * half,
             bytes=tokens * (8.0 * heads * half + 8 * half),
         ),

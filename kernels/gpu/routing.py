@@ -208,7 +208,8 @@ def _specimens(num_experts: int, tokens: int, k: int) -> list[CompileCase]:
             bytes=tokens * (4.0 * num_experts + 8 * k),
         ),
         CompileCase(
-            _gate, "routing.gate", problem, weigh, {"logits": "*fp32", "ids": "*i64", "gates": "*fp32", "tokens": "i32"},
+            _gate, "routing.gate", problem, weigh,
+            {"logits": "*fp32", "ids": "*i64", "gates": "*fp32", "tokens": "i32"},
             {**routed, **weigh.blocks}, frozenset({"logits", "ids", "gates", "tokens"}), bytes=slots * 16.0,
         ),
         CompileCase(

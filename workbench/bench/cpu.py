@@ -49,10 +49,13 @@ def measure(tokens: Sequence[int], rounds: int, threads: int, checkpoint: Path, 
                         seconds.setdefault((name, path, n), []).append(answer["seconds"])
                     advance(1)
     return {
-        "threads": threads, "rounds": rounds, "processor": processor(), "torch": torch.__version__,
+        "threads": threads,
+        "rounds": rounds,
+        "processor": processor(),
+        "torch": torch.__version__,
         "load_s": {name: worker.load_s for name, worker in workers.items()},
         "lengths": [_compare(n, seconds, memory, peers) for n in sorted(tokens)],
-    }  # fmt: skip
+    }
 
 
 def _compare(

@@ -28,7 +28,7 @@ STAGES = ("kernels", "models", "peers")
 
 
 class Sizes(NamedTuple):
-    """Of the problems: tokens of a prefill, rows that decode, tokens before them, and those of the correctness stage."""
+    """Sizes of the problems: tokens of a prefill, rows of a decode step, cached tokens, and the correctness stage."""
 
     prefills: tuple[int, ...] = (2048, 8192)
     batches: tuple[int, ...] = (1, 8, 64)

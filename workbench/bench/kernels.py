@@ -128,12 +128,24 @@ def measure(specimen: Any, target: str) -> Row:
     flops = specimen.flops / _filled(specimen)
     loop = took.loop if specimen.products else None
     return Row(
-        specimen.name, specimen.problem, target, _tile(specimen), took.registers, took.spilled, took.shared,
-        took.blocks_per_sm, ", ".join(took.instructions), specimen.products, specimen.bytes, specimen.flops,
-        specimen.bytes / card.bandwidth, specimen.flops / peak,
+        specimen.name,
+        specimen.problem,
+        target,
+        _tile(specimen),
+        took.registers,
+        took.spilled,
+        took.shared,
+        took.blocks_per_sm,
+        ", ".join(took.instructions),
+        specimen.products,
+        specimen.bytes,
+        specimen.flops,
+        specimen.bytes / card.bandwidth,
+        specimen.flops / peak,
         flops * loop.instructions / loop.flops / issue if loop else None,
-        loop.instructions * warp / loop.flops * 2000 if loop else None, took.unguarded,
-    )  # fmt: skip
+        loop.instructions * warp / loop.flops * 2000 if loop else None,
+        took.unguarded,
+    )
 
 
 def _filled(specimen: Any) -> float:
@@ -210,21 +222,42 @@ def report(
 
 
 HEADERS = (
-    "kernel", "problem", "tile", "registers", "spilled", "shared", "blocks/SM", "matrix instruction",
-    "MB", "GFLOP", "memory µs", "compute µs", "instructions / 1,000", "at most",
-)  # fmt: skip
+    "kernel",
+    "problem",
+    "tile",
+    "registers",
+    "spilled",
+    "shared",
+    "blocks/SM",
+    "matrix instruction",
+    "MB",
+    "GFLOP",
+    "memory µs",
+    "compute µs",
+    "instructions / 1,000",
+    "at most",
+)
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """One row as the tables show it."""
     none = "–"
     return (
-        row.kernel, row.problem, row.tile, f"{row.registers}", f"{row.spilled}", f"{row.shared:,}",
-        f"{row.blocks_per_sm}", row.matrix or none, f"{row.bytes / 1e6:.1f}", f"{row.flops / 1e9:.2f}",
-        f"{row.memory_s * 1e6:.1f}", f"{row.compute_s * 1e6:.1f}",
+        row.kernel,
+        row.problem,
+        row.tile,
+        f"{row.registers}",
+        f"{row.spilled}",
+        f"{row.shared:,}",
+        f"{row.blocks_per_sm}",
+        row.matrix or none,
+        f"{row.bytes / 1e6:.1f}",
+        f"{row.flops / 1e9:.2f}",
+        f"{row.memory_s * 1e6:.1f}",
+        f"{row.compute_s * 1e6:.1f}",
         none if row.instructions is None else f"{row.instructions:.0f}",
         none if row.fraction is None else f"{row.fraction:.0%}",
-    )  # fmt: skip
+    )
 
 
 def title(target: str) -> str:

@@ -36,8 +36,10 @@ def run(streams: int, rounds: int) -> dict[str, Any]:
     }
     size = sum(values.nbytes for values in data.values())
     ways: dict[str, Callable[[Path, np.ndarray], None]] = {
-        "workbench": _ours, "zarr, same shards": _same, "zarr, its own chunks": _own,
-    }  # fmt: skip
+        "workbench": _ours,
+        "zarr, same shards": _same,
+        "zarr, its own chunks": _own,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     stored: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -128,7 +128,8 @@ def run(
             ) from error
         except distributed.KilledWorker as error:
             raise JobError(
-                f"{_LOST_WORKERS} workers died at one unit ({error.last_worker.address} the last): see their logs; what "
+                f"{_LOST_WORKERS} workers died at one unit ({error.last_worker.address} the last): see their logs; "
+                "what "
                 "was written is kept, start the job again"
             ) from error
         finally:
@@ -161,11 +162,19 @@ def _client(task: Task, workers: int, address: str | None) -> Iterator[Any]:
         with (
             isolated_children(),
             LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=True, resources=gpu, dashboard_address=None,
-                memory_limit=None, silence_logs=40, security=security, protocol="tls", host="127.0.0.1",
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                resources=gpu,
+                dashboard_address=None,
+                memory_limit=None,
+                silence_logs=40,
+                security=security,
+                protocol="tls",
+                host="127.0.0.1",
             ) as cluster,
             Client(cluster) as client,
-        ):  # fmt: skip
+        ):
             yield client
 
 

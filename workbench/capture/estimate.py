@@ -109,7 +109,8 @@ def refuse_what_cannot_fit(plan: Estimate, path: str | Path) -> None:
     if not plan.fits:
         assert plan.free_bytes is not None
         raise InputError(
-            f"{path}: about {human(plan.disk_bytes)} are to be written and the disk has {human(plan.free_bytes)}: record "
+            f"{path}: about {human(plan.disk_bytes)} are to be written and the disk has {human(plan.free_bytes)}: "
+            "record "
             "less (layers, every=, reduce=), or write elsewhere"
         )
 

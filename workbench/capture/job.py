@@ -106,7 +106,10 @@ def capture(
         n = sum(len(job.rows[s].tokens) for u in pending for s in job.layout.units[u].sequences)
         sizes = recording.bytes_per_token(job.spec, model.cfg)
         each = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-        begins = f"{len(pending):,} of {len(job.layout.units):,} units to go, {n:,} tokens, each {sum(sizes.values()):,} bytes"
+        begins = (
+            f"{len(pending):,} of {len(job.layout.units):,} units to go, {n:,} tokens, "
+            f"each {sum(sizes.values()):,} bytes"
+        )
         log.info("%s: %s before compression: %s", path, begins, each)
         print(f"capture: {begins} before compression ({each})", file=sys.stderr, flush=True)
         if found := counted(job.flags):
@@ -273,8 +276,10 @@ def _refuse_full_disk(model: GptOss, job: Plan, pending: Sequence[int], path: st
     if model.device.type == "meta":
         log.warning(
             "%s: %d bytes before compression, and the disk has %d: `capture --dry-run` measures whether they fit",
-            path, size, free,
-        )  # fmt: skip
+            path,
+            size,
+            free,
+        )
     else:
         found = estimate.estimate(model, job.rows, job.spec, job.layout, pending, path)
         estimate.refuse_what_cannot_fit(found, path)

@@ -14,7 +14,8 @@ def plan_units(lengths: Sequence[int], unit_tokens: int = 16_384) -> Layout:
     """
     if unit_tokens < CHUNK or unit_tokens % CHUNK:
         raise InputError(
-            f"--unit-tokens {unit_tokens}: a unit consists of complete chunks of {CHUNK:,} tokens, so a multiple of that"
+            f"--unit-tokens {unit_tokens}: a unit consists of complete chunks of {CHUNK:,} tokens, so a multiple of "
+            "that"
         )
     if not lengths or min(lengths) < 1:
         raise InputError("there is nothing to capture: every sequence needs at least one token")

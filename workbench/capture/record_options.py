@@ -62,10 +62,21 @@ def _word(text: str, key: str, value: str) -> str:
 
 
 _READS: dict[str, Callable[[str, str, str], Any]] = {
-    "layers": _integers, "heads": _integers, "experts": _integers, "slots": _integers, "index": _integers, "role": _names, "channel": _names,
-    "part": _names, "message": _integers, "position": _integers, "every": _number, "last": _number, "reduce": _word,
+    "layers": _integers,
+    "heads": _integers,
+    "experts": _integers,
+    "slots": _integers,
+    "index": _integers,
+    "role": _names,
+    "channel": _names,
+    "part": _names,
+    "message": _integers,
+    "position": _integers,
+    "every": _number,
+    "last": _number,
+    "reduce": _word,
     "sketch": _number,
-}  # fmt: skip
+}
 _EXAMPLES = {"role": "assistant", "channel": "final", "part": "content", "layers": "0-3", "reduce": "norm"}
 
 

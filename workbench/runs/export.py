@@ -56,9 +56,16 @@ class Selection:
 
 
 def export(
-    run: Run, out: str | Path, *, format: str, what: str = "tokens", layers: Sequence[int] = (), context: int = 128,
-    selection: Selection | None = None, overwrite: bool = False,
-) -> int:  # fmt: skip
+    run: Run,
+    out: str | Path,
+    *,
+    format: str,
+    what: str = "tokens",
+    layers: Sequence[int] = (),
+    context: int = 128,
+    selection: Selection | None = None,
+    overwrite: bool = False,
+) -> int:
     """Write the tokens, or activations, of a selection to `out`; how many tokens it came to.
 
     what: "tokens", with routing, or a recorded activation as "activations/resid_post". parquet: a row a token.

@@ -203,8 +203,8 @@ class Run:
     def sequences(self) -> pd.DataFrame:
         """A row a sequence, indexed by its number; `task` and `domain` come from its metadata.
 
-        correct: 1, 0, or −1 where it is unknown. expected: the text that the final message should be ("" if unknown), of
-        which `answer` is an older name.
+        correct: 1, 0, or −1 where it is unknown. expected: the text that the final message should be ("" if unknown),
+        of which `answer` is an older name.
         """
         with reading(self.place, "the table sequences"):
             return self._read_sequences()
@@ -235,7 +235,7 @@ class Run:
 
     @cached_property
     def spans(self) -> list[slice]:
-        """Token rows of the visible sequences, in order: those of a committed unit, in pieces where some are excluded."""
+        """Return token rows of the visible sequences, in order: committed units, in pieces where some are excluded."""
         if not self.excluded:
             return self._unit_spans
         offsets, lengths = self.layout.offsets, self.layout.lengths
@@ -351,8 +351,8 @@ class Run:
     def select(self, **labels: str | Sequence[str]) -> xr.Dataset:
         """Return the tokens with these labels: channel, role, part, effort, task, domain or sequence id, by name.
 
-        Several names of a label are alternatives: `run.select(channel=["analysis", "final"], effort="high")`. Labels are
-        in memory, the recorded quantities lazy.
+        Several names of a label are alternatives: `run.select(channel=["analysis", "final"], effort="high")`. Labels
+        are in memory, the recorded quantities lazy.
 
         Raises:
             InputError: a label or a name is unknown.
@@ -527,13 +527,25 @@ class Run:
 
 # what users of other tools look for
 _INSTEAD = {
-    "top_experts": "wb.top_experts(run)", "probe": "wb.probe(run, labels)", "direction": "wb.direction(run, hook, layer, a=…, b=…)",
-    "accuracy": "wb.accuracy(run)", "tokens": "run.dataset", "experts": "run.dataset['experts']", "gates": "run.dataset['gates']",
-    "router_logits": "run.dataset['router_logits'], if it was recorded", "sinks": "run.dataset['sink']", "sink": "run.dataset['sink']",
-    "activations": "run.dataset[hook], as run.dataset['hook_resid_post']", "transcripts": "run.conversation(id)",
-    "conversations": "run.conversation(id)", "data": "run.dataset", "load": "wb.studies.routing.load(run)",
-    "texts": "run.text(sequence)", "decode": "run.text(sequence)", "sel": "run.select(channel=…, effort=…, task=…)",
-}  # fmt: skip
+    "top_experts": "wb.top_experts(run)",
+    "probe": "wb.probe(run, labels)",
+    "direction": "wb.direction(run, hook, layer, a=…, b=…)",
+    "accuracy": "wb.accuracy(run)",
+    "tokens": "run.dataset",
+    "experts": "run.dataset['experts']",
+    "gates": "run.dataset['gates']",
+    "router_logits": "run.dataset['router_logits'], if it was recorded",
+    "sinks": "run.dataset['sink']",
+    "sink": "run.dataset['sink']",
+    "activations": "run.dataset[hook], as run.dataset['hook_resid_post']",
+    "transcripts": "run.conversation(id)",
+    "conversations": "run.conversation(id)",
+    "data": "run.dataset",
+    "load": "wb.studies.routing.load(run)",
+    "texts": "run.text(sequence)",
+    "decode": "run.text(sequence)",
+    "sel": "run.select(channel=…, effort=…, task=…)",
+}
 
 
 def _over_the_run(name: str) -> bool:

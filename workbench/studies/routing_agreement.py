@@ -103,9 +103,13 @@ def agreement(run: TokenRun, blocks: Iterator[Compared], attrs: dict[str, object
         raise InputError("no token was routed by both: there is nothing to compare")
     variables = sums.variables()
     coords = {
-        "channel": list(CHANNELS), "layer": np.arange(run.model["n_layers"]), "effort": list(EFFORTS),
-        "position": list(POSITIONS), "margin": list(MARGINS), "sequence": list(map(str, run.sequences["id"])),
-    }  # fmt: skip
+        "channel": list(CHANNELS),
+        "layer": np.arange(run.model["n_layers"]),
+        "effort": list(EFFORTS),
+        "position": list(POSITIONS),
+        "margin": list(MARGINS),
+        "sequence": list(map(str, run.sequences["id"])),
+    }
     result = dataset(variables, coords, DEFINITIONS, attrs)
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": _words(result, what)}
     return result

@@ -1,8 +1,8 @@
 """The answer in a host's reply: harmony messages, token ids where the host gives them, and routed experts.
 
 Reasoning comes beside the content (chat completions), as items of its own (Responses), in `<think>` tags, or within the
-content with harmony's marks, kept or stripped; `workbench.harmony.chat_messages` reads them all. Only what hosts give as
-the model's own words is called verbatim.
+content with harmony's marks, kept or stripped; `workbench.harmony.chat_messages` reads them all. Only what hosts give
+as the model's own words is called verbatim.
 """
 
 from collections.abc import Mapping

@@ -22,9 +22,18 @@ from workbench.errors import InputError
 from workbench.harmony.messages import shown
 
 OPTIONAL = (
-    "seed", "temperature", "skip_special_tokens", "return_token_ids", "return_routed_experts", "include_reasoning", "max_tokens",
-    "max_completion_tokens", "max_output_tokens", "reasoning_effort", "reasoning",
-)  # fmt: skip
+    "seed",
+    "temperature",
+    "skip_special_tokens",
+    "return_token_ids",
+    "return_routed_experts",
+    "include_reasoning",
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "reasoning_effort",
+    "reasoning",
+)
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 _ABSENT = {404, 405, 501}
 _LONGEST_WAIT_S = 60.0
@@ -67,9 +76,11 @@ class Host:
             raise InputError(f"{self.name}: {key_env} would travel unencrypted: use https, or unset it")
         headers = {"api-key": self._key} if azure else {"authorization": f"Bearer {self._key}"}
         self._http = httpx.Client(
-            timeout=timeout, headers=headers if self._key else {}, trust_env=not local,
+            timeout=timeout,
+            headers=headers if self._key else {},
+            trust_env=not local,
             limits=httpx.Limits(max_connections=threads, max_keepalive_connections=0),  # see _exchange
-        )  # fmt: skip
+        )
         self._timeout, self._retries, self._pause = timeout, retries, 60 / per_minute if per_minute else 0.0
         self._lock, self._next = threading.Lock(), 0.0
         self.stop = threading.Event()

@@ -103,13 +103,18 @@ def collect(url: str, prompts: str | Path, out: str | Path, settings: Settings, 
     asked = read_prompts(prompts)
     jobs = [Job(p, e, s) for p in asked for e in settings.efforts for s in range(settings.samples)]
     host = Host(
-        url, key_env=settings.key_env, timeout=settings.timeout, retries=settings.retries, per_minute=settings.per_minute,
+        url,
+        key_env=settings.key_env,
+        timeout=settings.timeout,
+        retries=settings.retries,
+        per_minute=settings.per_minute,
         threads=settings.concurrency,
-    )  # fmt: skip
+    )
     try:
-        with RowOutput(
-            out, command=_COMMAND, inputs=[prompts], overwrite=overwrite, is_own=_is_own
-        ) as rows, StopSignal(str(out)) as interrupt:  # fmt: skip
+        with (
+            RowOutput(out, command=_COMMAND, inputs=[prompts], overwrite=overwrite, is_own=_is_own) as rows,
+            StopSignal(str(out)) as interrupt,
+        ):
             _refuse_other_requests(out, rows.known, jobs, settings, host.name)
             left = [job for job in jobs if job.id not in rows.known]
             _collect(host, left, rows, settings, interrupt)
@@ -141,7 +146,11 @@ def _refuse_other_requests(
             continue
         begun = meta.get(KEY) or {"model": meta.get("model")}
         now = _about(by_id[id], settings)
-        other = [f"{name} {shown(begun[name])}, now {shown(now[name])}" for name in begun if begun[name] != now.get(name, begun[name])]  # fmt: skip
+        other = [
+            f"{name} {shown(begun[name])}, now {shown(now[name])}"
+            for name in begun
+            if begun[name] != now.get(name, begun[name])
+        ]
         raise InputError(
             f"{out} holds {id!r} of another request ({'; '.join(other) or 'its prompt or settings differ'}): "
             "name another file, or --overwrite"
@@ -178,16 +187,15 @@ def _collect(host: Host, left: list[Job], rows: RowOutput, settings: Settings, i
     interrupt.check()
     if failed:
         raise JobError(
-            f"{len(failed)} of {len(left)} were not answered; the others are in {rows.path}, the same command asks again"
+            f"{len(failed)} of {len(left)} were not answered; the others are in {rows.path}, the same command asks "
+            "again"
         )
 
 
 _Result = dict[str, Any] | Exception
 
 
-def _asked(
-    host: Host, left: list[Job], settings: Settings, interrupt: StopSignal
-) -> Iterator[tuple[Job, _Result]]:  # fmt: skip
+def _asked(host: Host, left: list[Job], settings: Settings, interrupt: StopSignal) -> Iterator[tuple[Job, _Result]]:
     """Yield rows or reasons as they come; at most `concurrency` requests at a time.
 
     Whatever is wrong with one answer is the reason of one row. After a signal nothing more is asked, and the answers
@@ -267,12 +275,22 @@ class _Asker:
         except UnicodeEncodeError as error:
             raise answers.NoAnswerError("the reply has half a surrogate pair in a text") from error
         return {
-            "id": job.id, "prompt_id": job.prompt.id, "effort": job.effort, **fields, "answer": job.prompt.answer,
-            "meta": job.prompt.meta | about | {
-                "host": self.host.name, "model": self.settings.model, "api": api, "dropped": sorted(self.host.dropped),
-                "request": _digest(job, self.settings), KEY: {"command": _COMMAND, **_about(job, self.settings)},
+            "id": job.id,
+            "prompt_id": job.prompt.id,
+            "effort": job.effort,
+            **fields,
+            "answer": job.prompt.answer,
+            "meta": job.prompt.meta
+            | about
+            | {
+                "host": self.host.name,
+                "model": self.settings.model,
+                "api": api,
+                "dropped": sorted(self.host.dropped),
+                "request": _digest(job, self.settings),
+                KEY: {"command": _COMMAND, **_about(job, self.settings)},
             },
-        }  # fmt: skip
+        }
 
     @property
     def _effort_in_body(self) -> bool:

@@ -121,9 +121,15 @@ def open_gguf(paths: Sequence[Path]) -> Checkpoint:
     tensors = Tensors(reader.read_all())
     experts = "mxfp4" if reader.packed else "dense"
     return Checkpoint(
-        paths[0], cfg, "gguf", experts, tensors, _digest(files), lambda: _tokenizer(paths[0], metadata, cfg.d_vocab),
+        paths[0],
+        cfg,
+        "gguf",
+        experts,
+        tensors,
+        _digest(files),
+        lambda: _tokenizer(paths[0], metadata, cfg.d_vocab),
         tuple(reader.notes),
-    )  # fmt: skip
+    )
 
 
 def _config(path: Path, metadata: Mapping[str, Any], arch: str, found: Mapping[str, "_Stored"]) -> Config:
@@ -146,9 +152,13 @@ def _config(path: Path, metadata: Mapping[str, Any], arch: str, found: Mapping[s
     rope = Rope.plain(theta)
     if factor > 1:
         rope = Rope(
-            theta, factor, read("rope.scaling.yarn_beta_fast", float, 32.0),
-            read("rope.scaling.yarn_beta_slow", float, 1.0), read("rope.scaling.original_context_length", int), False,
-        )  # fmt: skip
+            theta,
+            factor,
+            read("rope.scaling.yarn_beta_fast", float, 32.0),
+            read("rope.scaling.yarn_beta_slow", float, 1.0),
+            read("rope.scaling.original_context_length", int),
+            False,
+        )
     window = read("attention.sliding_window", int)
     cfg = Config(
         d_model=read("embedding_length", int),
@@ -338,7 +348,7 @@ def _scales(sources: list[_Stored]) -> Tensor:
 
 
 def _tokenizer(path: Path, metadata: Mapping[str, Any], d_vocab: int) -> Tokenizer:
-    """Return the tokenizer of the file: o200k_harmony, or the tokenizer.json that a file of another vocabulary holds."""
+    """Return the tokenizer of the file: o200k_harmony, or the tokenizer.json of a file with another vocabulary."""
     tokens, template = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.chat_template")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise InputError(f"{path}: tokenizer.ggml.tokens is missing: the file has no vocabulary")
