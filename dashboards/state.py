@@ -68,7 +68,11 @@ class Selection:
 
 
 class RunRegistry:
-    """The runs that a dashboard was started with, and results computed once for each state of a run."""
+    """The runs that a dashboard was started with, and results computed once for each state of a run.
+
+    Raises:
+        InputError: no run is named, or two runs have the same name.
+    """
 
     def __init__(self, paths: Sequence[str | Path], *, cache: Path | None = None) -> None:
         if not paths:

@@ -43,6 +43,9 @@ class Schedule:
     """How long and how fast: AdamW with a warm-up over 5 % of the steps, then a linear decay to zero.
 
     steps: None makes one pass over the data. batch: conversations of a step. clip: the largest norm of a gradient.
+
+    Raises:
+        InputError: a number is not positive, or a count is not a whole number.
     """
 
     steps: int | None = None

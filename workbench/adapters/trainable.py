@@ -45,7 +45,11 @@ _PEFT_NAMES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What is trained: names of TRAINABLE, the rank of the updates, and alpha; updates are scaled by alpha / rank."""
+    """What is trained: names of TRAINABLE, the rank of the updates, and alpha; updates are scaled by alpha / rank.
+
+    Raises:
+        InputError: a part is unknown, or the rank or alpha is not positive.
+    """
 
     parts: tuple[str, ...] = ("attention", "experts")
     rank: int = 8

@@ -88,7 +88,11 @@ async ([kind, value, text]) => {{
 
 
 def run(path: str, rounds: int, sessions: int) -> dict[str, Any]:
-    """Measure and print."""
+    """Measure the dashboard and print the results.
+
+    Raises:
+        InputError: Chromium or playwright is not installed.
+    """
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         raise InputError("no Chromium was found: apt-get install chromium, or put google-chrome into PATH")

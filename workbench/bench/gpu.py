@@ -50,7 +50,11 @@ def run(
     assemblers: Sequence[Path] = (),
     tune: bool = False,
 ) -> dict[str, Any]:
-    """Check, measure and print; tune: search for better tiles, last."""
+    """Check the kernels, measure them and print the results; `tune` searches for better tiles, last.
+
+    Raises:
+        InputError: a stage is unknown, or an assembler cannot be run.
+    """
     if unknown := sorted(set(stages) - set(STAGES)):
         raise InputError(f"stage {unknown[0]!r} is unknown: choose from {', '.join(STAGES)}")
     if missing := [path for path in assemblers if not os.access(path, os.X_OK)]:

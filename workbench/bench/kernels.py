@@ -187,9 +187,12 @@ def _environment(folder: str) -> None:
 def report(
     targets: Sequence[str] = tuple(CARDS), kernels: Sequence[str] = (), processes: int | None = None
 ) -> list[Row]:
-    """Every kernel, or those of these names, for every target, in order.
+    """Return the resources of every kernel, or of the named ones, for every target, in order.
 
     Compiled by as many processes as there are cores, unless told.
+
+    Raises:
+        InputError: Triton is not installed, or a target or kernel is unknown.
     """
     if find_spec("triton") is None:
         raise InputError("bench kernels compiles with Triton, which is not installed here: run it on Linux")
@@ -299,7 +302,11 @@ def markdown(rows: Sequence[Row]) -> str:
 def run(
     targets: Sequence[str] = (), kernels: Sequence[str] = (), *, write: bool = False
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Compile, print, perhaps write the report: the rows as plain values, and every problem as a line."""
+    """Compile the kernels and print their resources; return the rows as plain values and a line for each problem.
+
+    Raises:
+        InputError: a report is to be written of some kernels or targets only.
+    """
     if write and (targets or kernels):
         raise InputError("--write needs every kernel for every target: leave --target and --kernel out")
     rows = report(targets or tuple(CARDS), kernels)

@@ -86,7 +86,11 @@ def run(
     check: Callable[[], None],
     done: Any,
 ) -> None:
-    """Compute these units with `workers` processes of this machine, or by the scheduler at `address`."""
+    """Compute these units with `workers` processes of this machine, or by the scheduler at `address`.
+
+    Raises:
+        InputError: there is no worker, dask is not installed, or other processes cannot see the run.
+    """
     if workers < 1:
         raise InputError(f"--workers {workers}: at least one worker is needed")
     try:

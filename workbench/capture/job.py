@@ -157,7 +157,11 @@ def plan(
     exclude: str | None = None,
     routing: str = "own",
 ) -> Plan:
-    """Read the transcripts and lay out the run; nothing is written."""
+    """Read the transcripts and lay out the run; nothing is written.
+
+    Raises:
+        InputError: a row cannot be used, or no sequence is left.
+    """
     spec = recording.parse(record, model.cfg, routing)
     unwanted = set(read_flags(exclude))
     found, rejects, digest = _read(model, transcripts)

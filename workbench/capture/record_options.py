@@ -81,7 +81,11 @@ _EXAMPLES = {"role": "assistant", "channel": "final", "part": "content", "layers
 
 
 def numbers(where: str, key: str, value: Any) -> tuple[int, ...]:
-    """Return numbers that are given as one, as several, or as text with ranges."""
+    """Return numbers that are given as one, as several, or as text with ranges.
+
+    Raises:
+        InputError: the value is neither numbers nor ranges of numbers.
+    """
     if value is None:
         return ()
     if isinstance(value, str):

@@ -90,7 +90,11 @@ def _sinks(run: Run) -> Table:
 
 
 def bars(heights: Sequence[float] | np.ndarray) -> str:
-    """Heights from 0 to 1 as characters; what is higher is cut."""
+    """Return heights from 0 to 1 as a line of block characters; larger values are cut.
+
+    Raises:
+        InputError: the heights do not start at 0 or exceed 1.
+    """
     if np.any(np.asarray(heights) < 0):
         raise InputError("bars have heights from 0 to 1")
     steps = np.minimum(np.ceil(np.asarray(heights) * (len(_BARS) - 1)), len(_BARS) - 1).astype(int)

@@ -60,7 +60,11 @@ def said(
 
 
 def scalar(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
-    """The metric, which must give one number a sequence."""
+    """Return the metric as one number for each sequence.
+
+    Raises:
+        InputError: the metric has another shape than [sequence].
+    """
     values = metric(logits)
     if values.shape != logits.shape[:1]:
         raise InputError(f"the metric gives {tuple(values.shape)} of {len(logits)} sequences: wanted a number for each")
@@ -95,7 +99,11 @@ def flipped(
 
 
 def named(model: GptOss, point: str) -> list[str]:
-    """The full names of a point of the blocks in every layer, or of one point."""
+    """Return the full names of a hook point of the blocks in every layer, or of one hook point.
+
+    Raises:
+        InputError: the hook point is a choice of experts, which has no gradient.
+    """
     names = [f"blocks.{layer}.{point}" for layer in range(model.cfg.n_layers)] if point in BLOCK else [point]
     if any(name.endswith("hook_expert_indices") for name in names):
         raise InputError(f"{point}: a choice of experts has no gradient; patch it and measure")
@@ -135,7 +143,11 @@ def source(
     names: Sequence[str],
     n_real: Sequence[int] | None,
 ) -> Mapping[str, Tensor]:
-    """Activations to patch with, from tokens of the same shape or as given."""
+    """Return the activations to patch with: those of tokens of the same shape, or the given ones, by full name.
+
+    Raises:
+        InputError: the shapes of the tokens differ, or an activation is missing.
+    """
     if isinstance(given, Tensor):
         if given.shape != like.shape:
             raise InputError(

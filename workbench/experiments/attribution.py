@@ -85,7 +85,11 @@ def logit_parts(
 
 
 def check_norm(norm: str) -> None:
-    """Refuse what is none of the ways."""
+    """Check the name of the way in which norms are treated.
+
+    Raises:
+        InputError: the name is unknown.
+    """
     if norm not in get_args(Norm):
         raise InputError(f"norm {norm!r}: use {', '.join(get_args(Norm))}")
 

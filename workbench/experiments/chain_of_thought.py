@@ -129,6 +129,9 @@ def study(
     Variables over `change`: logprob (nats a sequence, less that with the complete analysis), same (the same answer is
     given), accuracy_change, each with its interval; `readers` counts visible tokens that have read hidden ones; `area`
     is the area over the curve of early answering.
+
+    Raises:
+        InputError: too few prompts have an analysis and a closed final message.
     """
     found = thoughts(model, rows)
     prompts = {t.row.prompt_id for t in found}

@@ -69,7 +69,11 @@ def logprobs(model: GptOss, rows: Sequence[Transcript], of: TokenSet, *edits: Ed
 def answers(
     model: GptOss, prompts: Sequence[Prompt], effort: str, *edits: Edit, max_new_tokens: int = 256, batch: int = 64
 ) -> Bool[np.ndarray, " prompt"]:
-    """Whether the model, so changed, gives each prompt's answer at temperature 0."""
+    """Return whether the model, with the interventions, gives each prompt's answer at temperature 0.
+
+    Raises:
+        InputError: a prompt has no answer to compare with.
+    """
     if nameless := [p.id for p in prompts if p.answer is None]:
         raise InputError(f"prompt {nameless[0]!r} has no answer to compare with")
     rendered = [harmony.render(p.messages, effort=effort, tokenizer=model.tokenizer, **p.options) for p in prompts]
@@ -254,7 +258,11 @@ def routing(model: GptOss, rows: Sequence[Transcript]) -> list[UInt8[np.ndarray,
 
 
 class RoutedTo:
-    """The tokens that a plain pass sends to an expert, as a token set of these sequences and their beginnings."""
+    """The tokens that a pass without interventions sends to an expert, as a token selection of known sequences.
+
+    Raises:
+        InputError: a sequence is not among those whose routing was recorded.
+    """
 
     def __init__(self, rows: Sequence[Transcript], routes: Sequence[np.ndarray], layer: int, expert: int) -> None:
         hits = [(chosen[layer] == expert).any(-1) for chosen in routes]

@@ -37,12 +37,15 @@ def attribution_patching(
     *,
     n_real: Sequence[int] | None = None,
 ) -> xr.Dataset:
-    """How much the metric of `corrupt` would change if one activation came from `clean`: (clean − corrupt) · gradient.
+    """Estimate the change of the metric when one activation of `corrupt` is replaced: (clean − corrupt) · gradient.
 
     clean: tokens of the same shape, or activations by full name. points: of the blocks without their layer, as
     `attn.hook_z`, for all layers, or full names. A variable each, by layer, sequence, position and head, slot or
     expert, whatever the point has; NaN at padding. `flip`, by layer, sequence and position, is the share of slots
     whose expert the clean run did not choose. A slot stands for the place, whichever expert is in it.
+
+    Raises:
+        InputError: the shapes of the clean and corrupt activations differ.
     """
     kinds = {kind: activations.named(model, kind) for kind in ([points] if isinstance(points, str) else points)}
     wanted = [name for names in kinds.values() for name in names]
@@ -110,7 +113,7 @@ def integrated_gradients(
     routing: Literal["held", "free"] = "held",
     n_real: Sequence[int] | None = None,
 ) -> xr.Dataset:
-    """The metric's difference between a baseline and the run, shared out over the activation at one hook point.
+    """Return the difference of the metric between a baseline and the run, divided over the activation at a hook point.
 
     baseline: other tokens [batch pos], whose activation it is, or an activation that broadcasts to the run's. Zeros in
     the stream are a poor one: every norm behind them turns within √eps of zero, where no step looks. The way is
@@ -118,6 +121,9 @@ def integrated_gradients(
     experts all the way, so that `attribution` sums to `metric` − `baseline` as steps grow; `jump` is how far the
     baseline with its own choice is from that. With "free" the metric jumps wherever a choice flips, which no gradient
     sees: that stays in `gap`, the sum less the difference.
+
+    Raises:
+        InputError: `routing` or `steps` is not possible, or an activation is not finite.
     """
     if routing not in ("held", "free") or steps < 1:
         raise InputError(f"routing {routing!r}, {steps} steps: use held or free, and at least one step")

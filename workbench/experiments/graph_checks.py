@@ -47,7 +47,11 @@ def ablate(model: GptOss, graph: AttributionGraph, nodes: Sequence[int]) -> pd.D
 
 
 def silenced(model: GptOss, nodes: pd.DataFrame) -> Hooks:
-    """Return hooks that make these nodes write nothing; the bias of an expert's output stays."""
+    """Return hooks that make these nodes write nothing; the bias of an expert's output stays.
+
+    Raises:
+        InputError: a node of this kind cannot be ablated.
+    """
     hooks: Hooks = []
     for kind, layer, rows in by_layer(nodes):
         if kind not in _POINTS:

@@ -68,7 +68,11 @@ class TunedLens:
 
     @classmethod
     def load(cls, path: str | Path, model: GptOss) -> "TunedLens":
-        """Read a file that `save` wrote for a model of these sizes."""
+        """Return the lens of a file that `save` wrote for a model of these sizes.
+
+        Raises:
+            InputError: the file is missing, unreadable, or of another model.
+        """
         try:
             found = load_file(path)
         except (OSError, SafetensorError) as error:

@@ -30,6 +30,9 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
     """Return the exact parts that experts and heads write of the logit of the answer's first token, mean over prompts.
 
     At most SEQUENCES sequences are used, spread over tasks and efforts.
+
+    Raises:
+        InputError: no sequence has an analysis and a closed final message.
     """
     answered = chain_of_thought.thoughts(model, rows)
     if not answered:

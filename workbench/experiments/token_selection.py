@@ -30,7 +30,11 @@ class Points(NamedTuple):
     position: Int[Tensor, " point"]
 
     def ids(self, token: Token) -> Int[Tensor, " point"]:
-        """A token for every point: one everywhere, that of a tensor [batch pos], or the one that follows."""
+        """Return a token id for every selected token: one for all, those of [batch pos], or the token that follows.
+
+        Raises:
+            InputError: `token` is none of these, or no token follows a selected one.
+        """
         if isinstance(token, int):
             return torch.full_like(self.column, token)
         if isinstance(token, Tensor):
@@ -55,7 +59,11 @@ class Points(NamedTuple):
 def points(
     model: GptOss, tokens: Int[Tensor, "batch pos"], at: Tokens = None, n_real: Sequence[int] | None = None
 ) -> Points:
-    """Return the selected tokens; selecting none is an error."""
+    """Return the selected tokens; selecting none is an error.
+
+    Raises:
+        InputError: no token is selected.
+    """
     lengths = [tokens.shape[1]] * len(tokens) if n_real is None else list(n_real)
     row = torch.cat([ids[:n] for ids, n in zip(tokens.cpu(), lengths, strict=True)])[None]
     where = PassContext(model.cfg, row, packed=lengths)

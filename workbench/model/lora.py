@@ -95,7 +95,11 @@ def load_adapter(model: GptOss, folder: str | Path) -> Adapter:
 
 
 def unload_adapter(model: GptOss) -> None:
-    """Take the adapter off again: the model is the checkpoint's, bit for bit."""
+    """Remove the adapter: the weights are those of the checkpoint again, bit for bit.
+
+    Raises:
+        InputError: the model has no adapter.
+    """
     if model.adapter is None:
         raise InputError("the model has no adapter to unload")
     for part in model.adapter.parts:

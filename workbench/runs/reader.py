@@ -48,7 +48,11 @@ def open_run(
 
 
 def open_group(where: Storage, mode: Literal["r", "r+"] = "r", check: Literal["fast", "full"] = "fast") -> zarr.Group:
-    """Return the group of a run of this schema or an older one; anything else is refused."""
+    """Return the group of a run of this schema or of an older one.
+
+    Raises:
+        InputError: the path is missing, is not a run, or has a newer schema.
+    """
     if not where.exists():
         raise InputError(f"{where} is not there: name the folder of a run")
     if isinstance(where, LocalStorage) and not where.path.is_dir():
@@ -257,10 +261,13 @@ class Run:
         ]
 
     def blocks(self, *names: str, layer: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """Committed units one after the other: `sequence`, `position`, `channel` of every token, and what is named.
+        """Yield committed units in order: `sequence`, `position`, `channel` of each token, and the named arrays.
 
         names: as in `dataset`; `token` is the last axis but that of the features, [layer, token, slot]. Memory is
         that of a unit. layer: read this one alone (a recorded activation counts its own), as [1, token, …].
+
+        Raises:
+            InputError: the run did not record a quantity.
         """
         stored = self._stored
         if unknown := sorted(set(names) - set(stored.values())):

@@ -65,11 +65,14 @@ def open_writer(
     provenance: Mapping[str, Any],
     overwrite: bool = False,
 ) -> "RunWriter":
-    """A writer for the run at `path`, created or resumed; use it as a context manager.
+    """Return a writer for the run at `path`, created or resumed; use it as a context manager.
 
     sequences: a row a sequence, in the order of the layout. messages: positions relative to their sequence. A run of
     another checkpoint, spec, transcripts or layout is refused by the field that differs. overwrite: replace a run that
     is there; something else is never replaced.
+
+    Raises:
+        InputError: the run belongs to another job; the message names the field that differs.
     """
     target = place(path)
     if replaces := overwrite and _is_there(target):

@@ -63,7 +63,11 @@ NOT_CONTROLLED = "Agreement supposes that expert numbers correspond; between mod
 
 
 def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Agreement, sinks and predictions of `run` (a) against `other` (b), by channel and layer."""
+    """Compare `run` (a) with `other` (b): routing agreement, sinks and predictions, by channel and layer.
+
+    Raises:
+        InputError: the runs hold different sequences.
+    """
     a, b = run.model, other.model
     keys = ("n_layers", "num_experts", "experts_per_token")
     same = all(a[k] == b[k] for k in keys)

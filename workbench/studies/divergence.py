@@ -110,6 +110,9 @@ def divergence(
     """Compare the routing of `a` and `b`: channels within a sequence, efforts within a prompt, or tasks unpaired.
 
     `channel`, `effort` and `task` hold the other two conditions fixed; between efforts or tasks, `channel` is needed.
+
+    Raises:
+        InputError: the number of permutations or the kind of interval is not possible.
     """
     if n_permutations < 1:
         raise InputError(f"n_permutations={n_permutations}; a test needs at least 1 permutation")

@@ -81,7 +81,11 @@ NOT_CONTROLLED = (
 
 
 def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Return cost and gain by effort and task, a model of accuracy, and routing and sinks of the extreme efforts."""
+    """Return cost and gain by effort and task, a model of accuracy, and routing and sinks of the extreme efforts.
+
+    Raises:
+        InputError: the run has fewer than two efforts.
+    """
     table = sequences_of(run)
     efforts = [e for e in EFFORTS if e in set(table["effort"])]
     if len(efforts) < 2:

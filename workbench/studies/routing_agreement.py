@@ -95,6 +95,9 @@ def agreement(run: TokenRun, blocks: Iterator[Compared], attrs: dict[str, object
     """Return the dataset for blocks of tokens with two choices of experts [layer, token, slot] each.
 
     A block also has the margin of the first choice [layer, token], or None, and which tokens are compared.
+
+    Raises:
+        InputError: no token was routed by both.
     """
     sums = _Sums(run)
     for compared in blocks:

@@ -57,7 +57,11 @@ class AbsentError(HostError):
 
 
 class Host:
-    """Sends requests to one host; several threads may."""
+    """A client that sends requests to one host; it can be shared by threads.
+
+    Raises:
+        InputError: the URL is no address of a host, holds a key, or would send a key unencrypted.
+    """
 
     def __init__(
         self, url: str, *, key_env: str, timeout: float, retries: int, per_minute: float | None, threads: int = 1
