@@ -24,7 +24,7 @@ from workbench.model.checkpoint import BUNDLED, open_checkpoint, resolve
 from workbench.model.config import Config
 from workbench.model.export import RandomTensors, save_random
 from workbench.model.formats.gguf_file import GgufFile
-from workbench.model.formats.gguf_merges import merges, vocabulary_tokens
+from workbench.model.formats.gguf_merges import merges, unmerged, vocabulary_tokens
 from workbench.model.formats.gguf_mxfp4 import from_ggml, separate, to_ggml
 from workbench.model.formats.gguf_reader import _q8_0
 from workbench.model.formats.gguf_writer import write_gguf
@@ -364,6 +364,7 @@ def test_the_tokens_of_the_file_are_those_of_harmony() -> None:
 def test_merges_rebuild_tokens() -> None:
     tokens = ["<|end|>", "a", "b", "c", "ab", "abc", "abab", "xyz"]
     assert merges(tokens, {0}) == ["a b", "ab c", "ab ab"]
+    assert [tokens[id] for id in unmerged(tokens, {0}, merges(tokens, {0}))] == ["xyz"]
 
 
 @pytest.mark.long
