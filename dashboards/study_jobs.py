@@ -24,6 +24,7 @@ import xarray as xr
 
 import workbench
 from workbench import registry
+from workbench.child_processes import python
 from workbench.errors import InputError
 from workbench.studies.result import load, save
 
@@ -91,16 +92,7 @@ class Desk:
         """Write the results into a temporary folder and rename it when it is complete."""
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=kept.parent) as made:
-            command = [
-                sys.executable,
-                "-P",
-                "-m",
-                "workbench.dashboards.study_jobs",
-                study,
-                f"{made}/out",
-                exclude,
-                *paths,
-            ]
+            command = python("-m", "workbench.dashboards.study_jobs", study, f"{made}/out", exclude, *paths)
             environment = {"OMP_NUM_THREADS": "1", **os.environ}
             process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
             self._running.add(process)

@@ -142,5 +142,5 @@ def _linear(
 ) -> Float[Tensor, "rows outputs"]:
     """x times expert e's matrix."""
     if isinstance(matrix, LoraWeight):
-        return _linear(x, matrix.base, e) + x @ matrix.a[e] @ matrix.b[e]
+        return _linear(x, matrix.base, e) + x @ matrix.a[e].to(x.dtype) @ matrix.b[e].to(x.dtype)
     return linear(x, matrix.at(e) if isinstance(matrix, Mxfp4) else matrix[e])

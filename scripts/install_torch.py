@@ -143,7 +143,7 @@ def plan(build: Build, version: str, listed: Callable[[str, str], bool] = lists_
 
 def install(folder: str, version: str, constraints: Path | None) -> None:
     """Install torch, and from PyTorch's index its Triton too; its other requirements come with the workbench."""
-    pip = [sys.executable, "-m", "pip", "install", "-q"]
+    pip = [sys.executable, "-P", "-m", "pip", "install", "-q"]
     torch = f"torch=={version}" if version else "torch"
     if not folder:
         limits = ["-c", str(constraints)] if constraints else []
@@ -152,7 +152,7 @@ def install(folder: str, version: str, constraints: Path | None) -> None:
     index = ["--index-url", f"{INDEX}/{folder}", "--no-deps"]
     subprocess.run([*pip, *index, torch], check=True)
     code = "from importlib import metadata; print(*metadata.requires('torch') or (), sep='\\n')"
-    listing = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
     if triton := [line for line in listing.splitlines() if "triton" in line]:  # ROCm's is on PyTorch's index only
         subprocess.run([*pip, *index, *triton], check=True)
 
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         return 0
     if (folder or not build.folders) and installed_kind() not in ("", build.kind):  # would satisfy pip
-        subprocess.run([sys.executable, "-m", "pip", "uninstall", "-q", "-y", "torch"], check=True)
+        subprocess.run([sys.executable, "-P", "-m", "pip", "uninstall", "-q", "-y", "torch"], check=True)
     try:
         install(folder, version, options.constraints)
     except subprocess.CalledProcessError as error:

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "outputs": {"errors", "file_lock"},
     "row_output": {"errors", "file_lock", "outputs", "bounded_json"},
     "signals": {"errors"},
+    "child_processes": set(),
     "registry": {"errors"},
     "version": set(),
     "bounded_json": {"errors", "inputs"},
@@ -29,8 +30,9 @@ MAY_IMPORT = {
     "runs": {"harmony", "errors", "progress", "file_lock", "outputs", "bounded_json"},
     "studies": {"outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
     "figures": {"outputs", "registry", "studies", "harmony", "errors"},
-    "dashboards": {"bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
+    "dashboards": {"child_processes", "bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
     "capture": {
+        "child_processes",
         "inputs",
         "outputs",
         "row_output",
@@ -46,6 +48,8 @@ MAY_IMPORT = {
     },
     "data": {"model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
     "bench": {
+        "child_processes",
+        "outputs",
         "kernels",
         "hooks",
         "model",
@@ -72,7 +76,9 @@ MAY_IMPORT = {
         "progress",
     },
     "research": {"experiments", "model", "hooks", "capture", "runs", "studies", "harmony", "errors"},
+    "adapters": {"model", "harmony", "outputs", "file_lock", "signals", "version", "errors", "progress"},
     "cli": {
+        "adapters",
         "research",
         "outputs",
         "row_output",
@@ -227,7 +233,7 @@ def test_the_package_lists_its_public_names_and_has_them() -> None:
         assert issubclass(wb.InputError, ValueError) and wb.Run.__name__ == "Run"
     """
     names = (
-        "InputError Recorder Run __version__ accuracy answers capture dashboards direction experiments figures harmony "
+        "InputError Recorder Run __version__ accuracy answers capture dashboards direction experiments figures finetune harmony "
         "hooks kernels load open_run probe studies top_experts"
     )
     assert run(code).split() == names.split()

@@ -95,3 +95,19 @@ def test_what_is_no_file_of_ones_own(tmp_path: Path) -> None:
             RowOutput(out, command="generate", overwrite=True)
     with pytest.raises(InputError, match="was not written"):
         RowOutput(tmp_path, command="generate", overwrite=True)
+
+
+def test_a_last_line_that_is_no_row_is_not_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    fill(path, "a")
+    content = path.read_bytes() + b"notes of mine"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="exists, and line 2: not a transcript"):
+        fill(path, "b")
+    assert not written_by("generate")(path)
+    assert path.read_bytes() == content
+
+
+def test_a_file_without_a_complete_line_was_written_by_no_command(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    assert not written_by("convert")(tmp_path / "mine")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from workbench import figures as figures
     from workbench import harmony as harmony
     from workbench import studies as studies
+    from workbench.adapters.finetune import finetune as finetune
     from workbench.capture.job import capture as capture
     from workbench.capture.recorder import Recorder as Recorder
     from workbench.errors import InputError as InputError
@@ -40,6 +41,7 @@ _OBJECTS = {
     "InputError": "workbench.errors",
     "Recorder": "workbench.capture.recorder",
     "accuracy": "workbench.research.answers",
+    "finetune": "workbench.adapters.finetune",
     "answers": "workbench.research.answers",
     "direction": "workbench.research.directions",
     "probe": "workbench.research.probes",
@@ -50,7 +52,8 @@ _LINKED = ("dashboards", "hooks", "kernels")  # folders without an `__init__.py`
 
 __all__ = [
     "InputError", "Recorder", "Run", "__version__", "accuracy", "answers", "capture", "dashboards", "direction",
-    "experiments", "figures", "harmony", "hooks", "kernels", "load", "open_run", "probe", "studies", "top_experts",
+    "experiments", "figures", "finetune", "harmony", "hooks", "kernels", "load", "open_run", "probe", "studies",
+    "top_experts",
 ]  # fmt: skip
 
 

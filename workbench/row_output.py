@@ -42,8 +42,9 @@ def written_by(command: str) -> Callable[[Path], bool]:
 
     def owned(path: Path) -> bool:
         try:
-            return path.is_file() and all(is_stamped(row, command) for row in _read(path)[0].values())
-        except InputError:
+            rows, end = _read(path)
+            return end == path.stat().st_size and all(is_stamped(row, command) for row in rows.values())
+        except (InputError, OSError):
             return False
 
     return owned
@@ -100,8 +101,11 @@ class RowOutput:
     def _read_existing(self) -> None:
         rows, end = _read(self.path)
         bad = next((n for n, row in enumerate(rows.values(), 1) if not self._is_own(row)), None)
-        if bad is not None or (not rows and self.path.stat().st_size):
-            raise _not_ours(self.path, bad or 1)
+        with open(self.path, "rb") as file:
+            file.seek(end)
+            rest = file.read(1)  # of the row that a killed process began
+        if bad is not None or rest not in (b"", b"{") or (not rows and rest):
+            raise _not_ours(self.path, bad or len(rows) + 1)
         if not self._overwrite:
             self.known, self._end = rows, end
 

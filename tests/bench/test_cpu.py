@@ -4,12 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from workbench.bench import cpu, decode
 from workbench.bench.worker import Worker
 from workbench.errors import JobError
 from workbench.kernels import cpu as kernels
+from workbench.model import load
 from workbench.model.export import save_random
+
+PACKED = tuple(f"{matrix}.{part}" for matrix in ("gate_up", "down") for part in ("blocks", "scales"))
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +38,49 @@ def test_every_model_is_timed_at_every_length(checkpoint: Path, capsys: pytest.C
     assert "300 tokens, recorded" in table
 
 
-def test_decoding_is_timed_with_both_kernels(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decoding_is_timed_beside_every_baseline(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if kernels.unavailable():
         pytest.skip("no compiled kernels here")
-    result = decode.run(checkpoint, rounds=1, threads=1)
-    assert [row["batch"] for row in result["decode"]] == [1, 8]
+    monkeypatch.setattr(decode, "_SPEED_BYTES", 2**20)
+    result = decode.measure(checkpoint, 1, 1, contexts=(20,), baselines=("torch", "transformers"))
+    assert [(row["batch"], row["context"]) for row in result["decode"]] == [(1, 20), (8, 20)]
     for row in result["decode"]:
-        ratio = row["compiled_tokens_per_s"] / row["torch_tokens_per_s"]
-        assert row["speed_beside_torch"] == pytest.approx(ratio)
-    assert "batch 8:" in capsys.readouterr().out
+        assert row["speed_beside_torch"] == pytest.approx(row["tokens_per_s"] / row["torch_tokens_per_s"])
+        assert row["recorded"] > -1
+        assert row["edited"] > -1
+        assert row["of_memory_speed"] > 0
+    assert f"| 8 | 20 | {result['decode'][1]['tokens_per_s']:.1f} |" in decode.table(result)
+
+
+def test_the_bytes_of_a_step_are_those_of_the_weights_it_reads(checkpoint: Path) -> None:
+    model = load(checkpoint, device="cpu")
+    cfg = model.cfg
+    matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and not name.endswith("bias")]
+    plain = 2 * sum(p.numel() for p in matrices if p is not model.embed.weight)
+    packed = sum(block.mlp.experts.get_buffer(name).numel() for block in model.blocks for name in PACKED)
+    assert decode.bytes_read(cfg, 1, 0, cfg.num_experts) == plain + packed
+    # The first layer sees a window of 128 keys.
+    keys = 4 * cfg.n_key_value_heads * cfg.d_head
+    assert decode.bytes_read(cfg, 3, 1000, 0) - decode.bytes_read(cfg, 3, 0, 0) == 3 * (128 + 1000) * keys
+
+
+def test_a_decoder_continues_the_same_prompt_in_every_row(checkpoint: Path) -> None:
+    model = load(checkpoint, device="cpu", dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    watching = [("unembed.hook_out", lambda logits, hook: seen.append(logits[:, -1]))]
+    decoder = decode.Decoder(model, {"plain": lambda: model.hooks(fwd_hooks=watching)})
+    with torch.no_grad():
+        for _ in range(2):
+            decoder(torch.tensor([[3, 5]]), 150)
+        whole = model(torch.cat([torch.arange(150), torch.tensor([5] * decode.STEPS)]))[0, -1]
+    assert len(seen) == 2 * decode.STEPS
+    assert torch.equal(seen[3], seen[7])
+    torch.testing.assert_close(seen[3][1], whole, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(seen[3][0], whole, atol=1e-2)
+    hits = decoder(torch.tensor([[3, 5]]), 150, "counted")["experts"]
+    assert model.cfg.experts_per_token <= hits <= 2 * model.cfg.experts_per_token
 
 
 def test_a_worker_that_cannot_load_is_one_clear_error(tmp_path: Path) -> None:

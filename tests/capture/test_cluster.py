@@ -1,9 +1,11 @@
 """Workers load the model; the process that plans and finishes the job has its shapes only."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import distributed
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 import workbench as wb
 from tests.model.fake_gpus import Machine
 from workbench.capture import cluster, job
+from workbench.child_processes import python
 from workbench.cli import app
 from workbench.errors import InputError
 from workbench.kernels import mxfp4
@@ -68,3 +71,40 @@ def test_workers_choose_their_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda:1", "cuda:0,cuda:1"):
         with pytest.raises(InputError, match=name):
             cluster.worker_device(name)
+
+
+STRANGER = """
+import sys
+from distributed import Client
+from distributed.security import Security
+address, own = sys.argv[1:]
+Client(address, timeout=4, security=Security.temporary() if own == "own certificate" else None).close()
+print("connected")
+"""
+
+
+def strangers(address: str) -> list[str]:
+    """Ways in which another process, which has no certificate of the job, comes to be connected."""
+    ways = [(address, "own certificate"), (address, "none"), (address.replace("tls://", "tcp://"), "none")]
+    children = [
+        subprocess.Popen(python("-c", STRANGER, *way), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for way in ways
+    ]
+    return [" ".join(way) for way, child in zip(ways, children, strict=True) if "connected" in child.communicate()[0]]
+
+
+def test_workers_of_this_machine_admit_no_other_process(nano: GptOss, transcripts: Path, tmp_path: Path) -> None:
+    task = cluster.Task.of(nano, transcripts, tmp_path / "run", ["routing"], 1024, 1)
+    with cluster._client(task, 1, None) as client:
+        address = client.scheduler.address
+        assert address.startswith("tls://127.0.0.1:")
+        assert client.submit(sum, [1, 2]).result() == 3
+        assert strangers(address) == []
+
+
+def test_a_scheduler_without_certificates_admits_every_process() -> None:
+    """The negative control."""
+    with distributed.LocalCluster(
+        n_workers=0, processes=False, protocol="tcp", dashboard_address=None, host="127.0.0.1"
+    ) as open_to_all:
+        assert strangers(open_to_all.scheduler_address) == [f"{open_to_all.scheduler_address} none"] * 2

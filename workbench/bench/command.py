@@ -1,6 +1,7 @@
 """`workbench bench`: the CPU beside transformers, the kernels compiled without a card, the kernels on a card."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +10,24 @@ import typer
 app = typer.Typer(help="Measure: the CPU path, the compiled kernels, a GPU.", no_args_is_help=True)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a file of numbers that a benchmark wrote and nobody changed.")
+]
 
 
-def _write(path: Path | None, result: Any) -> None:
+def _output(path: Path | None, overwrite: bool) -> Callable[[Any], None]:
+    """Return a function that writes numbers as JSON; the file is checked at once, before anything is measured."""
+    from workbench.outputs import check_output, staged
+
     if path is not None:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        check_output(path, command="bench", overwrite=overwrite)
+
+    def write(result: Any) -> None:
+        if path is not None:
+            with staged(path, command="bench", overwrite=overwrite) as part:
+                part.write_text(json.dumps(result, indent=1) + "\n")
+
+    return write
 
 
 @app.command()
@@ -22,18 +36,22 @@ def cpu(
     rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
     long: Annotated[int | None, typer.Option(min=1, help="Also one recorded pass of so many tokens.")] = None,
     decode: Annotated[
-        bool, typer.Option("--decode", help="Decoding, compiled kernels beside torch; other lengths only if named.")
+        bool,
+        typer.Option(
+            "--decode",
+            help="Decoding at batch 1 and 8, also recorded and edited, beside torch, transformers and llama.cpp.",
+        ),
     ] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="A folder to use instead of two random layers.")] = None,
     out: Json = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Two layers of gpt-oss-20b on the CPU beside transformers, in turn."""
+    save = _output(out, overwrite)
     from workbench.bench.cpu import run
 
-    _write(
-        out,
-        run(tokens or (() if decode else (512, 2048, 4096)), rounds, checkpoint=checkpoint, long=long, decode=decode),
-    )
+    lengths = tokens or (() if decode else (512, 2048, 4096))
+    save(run(lengths, rounds, checkpoint=checkpoint, long=long, decode=decode))
 
 
 @app.command()
@@ -45,12 +63,14 @@ def full(
     device: Annotated[str, typer.Option(help="As for capture.")] = "cpu",
     limit: Annotated[str, typer.Option(help="Exit with 1 if the peak is not below.")] = "18GB",
     out: Json = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """gpt-oss-20b's shape whole, on this machine: load, generate, capture, and the most memory that took."""
+    save = _output(out, overwrite)
     from workbench.bench.full import run
     from workbench.model.memory import parse
 
-    _write(out, run(checkpoint, tokens=tokens, device=device, limit=parse(limit)))
+    save(run(checkpoint, tokens=tokens, device=device, limit=parse(limit)))
 
 
 @app.command()
@@ -60,13 +80,15 @@ def capture(
     rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     out: Json = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Tokens a second: forward only, our capture, and other tools' recording where they are installed."""
+    save = _output(out, overwrite)
     import torch
 
     from workbench.bench.capture import run
 
-    _write(out, run(checkpoint, tokens, rounds, {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]))
+    save(run(checkpoint, tokens, rounds, {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]))
 
 
 @app.command()
@@ -74,11 +96,13 @@ def store(
     streams: Annotated[int, typer.Option(min=1, help="Layers whose residual streams are written.")] = 6,
     rounds: Annotated[int, typer.Option(min=1, help="Measured times of each.")] = 5,
     out: Json = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Writing a unit of gpt-oss-20b's width, beside zarr-python's own defaults, in turn."""
+    save = _output(out, overwrite)
     from workbench.bench.store import run
 
-    _write(out, run(streams, rounds))
+    save(run(streams, rounds))
 
 
 @app.command()
@@ -88,8 +112,10 @@ def reading(
     rounds: Annotated[int, typer.Option(min=1, help="Times each question is asked.")] = 5,
     seed: int = 0,
     out: Json = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Open a run of millions of tokens and answer what dashboards ask of it, timed."""
+    save = _output(out, overwrite)
     from workbench.bench.reading import ask, make
     from workbench.errors import InputError
     from workbench.runs import open_run
@@ -100,7 +126,7 @@ def reading(
         complete = False
     if not complete:
         make(run, tokens, seed)
-    _write(out, ask(run, rounds))
+    save(ask(run, rounds))
 
 
 @app.command()
@@ -109,11 +135,13 @@ def dashboard(
     rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 3,
     sessions: Annotated[int, typer.Option(min=1, help="That change something at once.")] = 5,
     out: Json = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """The dashboard of a large run in a real browser: pages, changes of selection, sessions at once, memory."""
+    save = _output(out, overwrite)
     from workbench.bench.dashboard import run as measure
 
-    _write(out, measure(run, rounds, sessions))
+    save(measure(run, rounds, sessions))
 
 
 @app.command()
@@ -122,12 +150,14 @@ def kernels(
     kernel: Annotated[list[str] | None, typer.Option(help="moe.gate_up …; repeat. [default: all]")] = None,
     write: Annotated[bool, typer.Option(help="Write kernels/gpu/REPORT.md.")] = False,
     out: Json = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compile every kernel for every GPU, no card needed; exits with 1 if one spills or misses the tensor cores."""
+    save = _output(out, overwrite)
     from workbench.bench.kernels import run
 
     rows, wrong = run(target or (), kernel or (), write=write)
-    _write(out, rows)
+    save(rows)
     raise typer.Exit(1 if wrong else 0)
 
 
@@ -148,13 +178,17 @@ def gpu(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --first: list the steps and run none.")] = False,
     device: Annotated[str, typer.Option(help="With --first: the GPU.")] = "cuda:0",
     out: Json = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """The kernels and both models on this machine's GPU, as fractions of its limits; wrong results stop it first."""
+    save = _output(out, overwrite)
     if first or dry_run:
         from workbench.bench.first import start
 
-        raise typer.Exit(start(device, out, dry_run=dry_run))
+        raise typer.Exit(start(device, out, dry_run=dry_run, overwrite=overwrite))
     from workbench.bench.gpu import STAGES, run
 
-    result = run(stages=stage or STAGES, repeats=repeats, assemblers=assembler or (), tiles=autotune)
-    _write(out, result)
+    save_tiles = _output(autotune, overwrite)
+    result = run(stages=stage or STAGES, repeats=repeats, assemblers=assembler or (), tune=autotune is not None)
+    save_tiles(result.get("tiles"))
+    save(result)

@@ -11,8 +11,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from workbench.bench.decode import CONTEXTS, STEPS, Decoder
+from workbench.bench.decode import run as run_decode
 from workbench.bench.table import processor
 from workbench.bench.worker import Worker
 from workbench.model.config import PUBLISHED
@@ -27,7 +29,7 @@ from workbench.model.export import save_random
 from workbench.progress import progress
 
 CFG = replace(PUBLISHED["20b"], n_layers=2, windows=(128, None), d_vocab=8192)
-Forward = Callable[[torch.Tensor], object]
+Forward = Callable[..., object]
 
 
 def measure(tokens: Sequence[int], rounds: int, threads: int, checkpoint: Path, peers: Sequence[str]) -> dict[str, Any]:
@@ -101,9 +103,7 @@ def run(
             with Worker("workbench", folder, threads) as worker:
                 result["long"] = {"tokens": long, **worker.run("long", long)}
         if decode:
-            from workbench.bench.decode import run as decoding
-
-            result["decoding"] = decoding(folder, rounds, threads)
+            result["decoding"] = run_decode(folder, rounds, threads)
     if tokens:
         _print(result, peers)
     if long:
@@ -138,16 +138,27 @@ def _print(result: dict[str, Any], peers: Sequence[str]) -> None:
 
 
 def _workbench(checkpoint: str) -> tuple[float, dict[str, Forward]]:
-    from workbench.bench.decode import Decoder
     from workbench.capture.recording import parse, wanted
+    from workbench.hooks.edits import applied
+    from workbench.hooks.experts import forbid
     from workbench.hooks.recorders import Recorder
     from workbench.model import load
 
     start = time.perf_counter()
     model = load(checkpoint, device="cpu")
     load_s = time.perf_counter() - start
-    decoder = Decoder(model)
     recorder = Recorder(wanted(parse(["routing", "sinks"], model.cfg), model.cfg))
+
+    @contextmanager
+    def recording() -> Iterator[None]:
+        with model.hooks(fwd_hooks=recorder.fwd_hooks):
+            yield
+        recorder.take()
+
+    without_two = [forbid(layer, [0, 1]) for layer in range(model.cfg.n_layers)]
+    decoder = Decoder(
+        model, {"plain": nullcontext, "recorded": recording, "edited": lambda: applied(model, *without_two)}
+    )
 
     def recorded(tokens: torch.Tensor) -> None:
         model.run_with_hooks(tokens, fwd_hooks=recorder.fwd_hooks)
@@ -167,10 +178,43 @@ def _transformers(checkpoint: str) -> tuple[float, dict[str, Forward]]:
 
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
-    return time.perf_counter() - start, {"plain": model}
+    load_s = time.perf_counter() - start
+    caches: dict[tuple[int, int], Any] = {}
+
+    def decode(tokens: torch.Tensor, context: int) -> None:
+        """The context grows by a few tokens with every call: a cache with windows cannot be cut back."""
+        key = tokens.shape[1], context
+        if key not in caches:
+            prompts = torch.arange(context).expand(tokens.shape[1], -1) % model.config.vocab_size
+            caches[key] = model(prompts, use_cache=True, logits_to_keep=1).past_key_values
+        for _ in range(STEPS):
+            model(tokens.mT, past_key_values=caches[key])
+
+    return load_s, {"plain": model, "decode": decode}
 
 
-_MODELS = {"workbench": _workbench, "transformers": _transformers}
+def _llama_cpp(path: str) -> tuple[float, dict[str, Forward]]:
+    from llama_cpp import Llama
+
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    start = time.perf_counter()
+    model = Llama(path, n_ctx=CONTEXTS[-1] + 1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+    load_s = time.perf_counter() - start
+    length = 0
+
+    def decode(tokens: torch.Tensor, context: int) -> None:
+        nonlocal length
+        if length != context:
+            model.reset()
+            model.eval([n % CFG.d_vocab for n in range(context)])
+            length = context
+        for _ in range(STEPS):
+            model.eval(tokens[0].tolist())
+
+    return load_s, {"decode": decode}
+
+
+_MODELS = {"workbench": _workbench, "transformers": _transformers, "llama_cpp": _llama_cpp}
 
 
 def _work(name: str, checkpoint: str) -> None:
@@ -178,14 +222,15 @@ def _work(name: str, checkpoint: str) -> None:
     load_s, forwards = _MODELS[name](checkpoint)
     print(json.dumps({"load_s": load_s}), flush=True)
     for line in sys.stdin:
-        path, n = json.loads(line)
+        path, n, options = json.loads(line)
         tokens = torch.randint(CFG.d_vocab, (1, n), generator=torch.Generator().manual_seed(n))
         start = time.perf_counter()
         with torch.no_grad():
-            forwards[path](tokens)
+            answer = forwards[path](tokens, **options)
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
+        more = answer if type(answer) is dict else {}
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak, **more}), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ import shutil
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from workbench.bench.table import processor, show
+from workbench.child_processes import python
 from workbench.dashboards.state import RunRegistry
 from workbench.errors import InputError
 from workbench.registry import studies
@@ -117,7 +117,7 @@ def _serve(path: str, cache: str) -> tuple[subprocess.Popen[bytes], str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "workbench.cli", "dashboard", path, "--port", str(port)]
+    command = python("-m", "workbench.cli", "dashboard", path, "--port", str(port))
     environment = os.environ | {"XDG_CACHE_HOME": cache}
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     for _ in range(240):

@@ -1,86 +1,196 @@
-"""Decoding on the CPU: the compiled kernels beside torch on the same weights, turn by turn in one run."""
+"""Decoding on the CPU: the compiled kernels beside torch, transformers and llama.cpp, turn by turn in one run.
+
+All of them have the same weights. llama.cpp takes part where `llama_cpp` (llama-cpp-python) is installed, with one row:
+it reads a GGUF file that is written for it. transformers multiplies by experts that it has unpacked to bfloat16.
+"""
 
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from workbench.bench.table import processor
+from workbench.bench.table import markdown, processor
 from workbench.bench.worker import Worker
 from workbench.kernels import cpu
+from workbench.model.config import Config
+from workbench.progress import progress
 
 BATCHES = (1, 8)
+CONTEXTS = (128, 4096)
 STEPS = 4  # of one measurement
-CONTEXT = 128
-KERNELS = ("compiled", "torch")
+OURS = ("plain", "recorded", "edited")
+_BASELINES = {"torch": "workbench", "transformers": "transformers", "llama.cpp": "llama_cpp"}
+_SPEED_BYTES = 2**29
 
 
 class Decoder:
-    """Decodes `STEPS` tokens a row behind the same prompts, as often as it is called."""
+    """Decodes `STEPS` tokens a row behind prompts of a length, as often as it is called."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._caches: dict[int, Any] = {}
+    def __init__(self, model: Any, hooks: dict[str, Callable[[], Any]]) -> None:
+        self._model, self._hooks = model, hooks
+        self._caches: dict[tuple[int, int], Any] = {}
 
-    def __call__(self, tokens: torch.Tensor) -> None:
-        """Decode as many rows as there are tokens."""
+    def __call__(self, tokens: torch.Tensor, context: int, path: str = "plain") -> dict[str, float]:
+        """Decode as many rows as there are tokens; return how many experts a layer and step had slots in."""
+        model, batch = self._model, tokens.shape[1]
+        if (batch, context) not in self._caches:
+            self._caches[batch, context] = self._filled(batch, context)
+        cache = self._caches[batch, context]
+        cache.truncate(torch.full((batch,), context))
+        hit: list[int] = []
+
+        def count(experts: torch.Tensor, hook: Any) -> None:
+            hit.append(len(experts.unique()))
+
+        counting = [(f"blocks.{n}.mlp.hook_expert_indices", count) for n in range(model.cfg.n_layers)]
+        with model.hooks(fwd_hooks=counting) if path == "counted" else self._hooks[path]():
+            for _ in range(STEPS):
+                model.unembed(model.ln_final(model.residual(tokens.mT, cache=cache)))
+        return {"experts": statistics.mean(hit)} if hit else {}
+
+    def _filled(self, batch: int, context: int) -> Any:
+        """Return a cache with the same prompt in every row: it is read once."""
         from workbench.model.cache import KVCache
 
-        model, batch = self._model, tokens.shape[1]
-        if batch not in self._caches:
-            cache = KVCache(model.cfg, batch, CONTEXT + STEPS, dtype=model.dtype, device=model.device)
-            prompts = torch.arange(batch * CONTEXT).reshape(batch, CONTEXT) % model.cfg.d_vocab
-            model.residual(prompts, cache=cache)
-            self._caches[batch] = cache
-        cache = self._caches[batch]
-        cache.truncate(torch.full((batch,), CONTEXT))
-        for _ in range(STEPS):
-            model.unembed(model.ln_final(model.residual(tokens.mT, cache=cache)))
+        cache = KVCache(self._model.cfg, 1, context + STEPS, dtype=self._model.dtype, device=self._model.device)
+        self._model.residual(torch.arange(context)[None] % self._model.cfg.d_vocab, cache=cache)
+        cache.select(torch.zeros(batch, dtype=torch.long))
+        return cache
 
 
-def measure(checkpoint: Path, rounds: int, threads: int) -> dict[str, Any]:
-    """Return tokens a second of both kernels at every batch, and the median of the ratios of neighbouring passes."""
-    seconds: dict[tuple[str, int], list[float]] = {}
-    with ExitStack() as stack:
+def bytes_read(cfg: Config, batch: int, context: int, experts: float) -> float:
+    """Return the bytes of weights, keys and values that one step reads where `experts` of a layer have slots."""
+    heads = (2 * cfg.n_heads + 2 * cfg.n_key_value_heads) * cfg.d_head
+    matrices = 2 * cfg.d_model * (heads + cfg.num_experts)
+    packed = experts * 3 * cfg.d_model * cfg.d_mlp * 17 / 32
+    keys = sum(min(context, window or context) for window in cfg.windows) * 4 * cfg.n_key_value_heads * cfg.d_head
+    return cfg.n_layers * (matrices + packed) + 2 * cfg.d_model * cfg.d_vocab + batch * keys
+
+
+def memory_speed(threads: int) -> float:
+    """Return the bytes a second at which torch adds up half a gigabyte of integers, the best of eight times."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    values, best = torch.ones(_SPEED_BYTES // 8, dtype=torch.int64), 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        values.sum()
+        best = max(best, _SPEED_BYTES / (time.perf_counter() - start))
+    torch.set_num_threads(before)
+    return best
+
+
+def measure(
+    checkpoint: Path, rounds: int, threads: int, contexts: tuple[int, ...] = CONTEXTS, baselines: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Return tokens a second of every path at every batch and length, and medians of the ratios of neighbours."""
+    from workbench.model.checkpoint import open_checkpoint
+    from workbench.model.formats.gguf_writer import write_gguf
+
+    opened = open_checkpoint(checkpoint)
+    cfg = opened.cfg
+    seconds: dict[tuple[str, int, int], list[float]] = {}
+    hits: dict[tuple[int, int], float] = {}
+    settings = list(product(BATCHES, contexts))
+    runs = [
+        (path, batch, context)
+        for batch, context in settings
+        for path in (*OURS, *baselines)
+        if path != "llama.cpp" or batch == 1
+    ]
+    with ExitStack() as stack, progress("bench decode", (rounds + 1) * len(runs), "measurements") as advance:
+        sources = {name: checkpoint for name in ("workbench", *baselines)}
+        if "llama.cpp" in baselines:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            sources["llama.cpp"] = write_gguf(opened, folder / "model.gguf")
         workers = {
-            name: stack.enter_context(Worker("workbench", checkpoint, threads, {cpu.VARIABLE: name}))
-            for name in KERNELS
+            name: stack.enter_context(
+                Worker(
+                    _BASELINES.get(name, name), path, threads, {cpu.VARIABLE: "torch" if name == "torch" else "auto"}
+                )
+            )
+            for name, path in sources.items()
         }
         for turn in range(rounds + 1):
-            for batch in BATCHES:
-                for name in KERNELS if turn % 2 else KERNELS[::-1]:
-                    answer = workers[name].run("decode", batch)
-                    if turn:
-                        seconds.setdefault((name, batch), []).append(answer["seconds"])
-    rows = []
-    for batch in BATCHES:
-        ours, torchs = (seconds[name, batch] for name in KERNELS)
-        row: dict[str, Any] = {"batch": batch, "context": CONTEXT}
-        row |= {f"{name}_tokens_per_s": STEPS * batch / statistics.median(seconds[name, batch]) for name in KERNELS}
-        row["speed_beside_torch"] = statistics.median(b / a for a, b in zip(ours, torchs, strict=True))
-        rows.append(row)
+            for path, batch, context in runs if turn % 2 else runs[::-1]:
+                options = {"context": context} | ({"path": path} if path in OURS else {})
+                answer = workers[path if path in baselines else "workbench"].run("decode", batch, **options)
+                if turn:
+                    seconds.setdefault((path, batch, context), []).append(answer["seconds"])
+                advance(1)
+        for batch, context in settings:
+            counted = workers["workbench"].run("decode", batch, context=context, path="counted")
+            hits[batch, context] = counted["experts"]
+    speed = memory_speed(threads)
+    rows = [
+        _row(batch, context, seconds, baselines) | {
+            "bytes": (read := bytes_read(cfg, batch, context, hits[batch, context])),
+            "of_memory_speed": read * STEPS / statistics.median(seconds["plain", batch, context]) / speed,
+        }
+        for batch, context in settings
+    ]  # fmt: skip
     return {
-        "threads": threads,
-        "rounds": rounds,
-        "processor": processor(),
-        "measured": time.strftime("%Y-%m-%d"),
-        "decode": rows,
+        "threads": threads, "rounds": rounds, "processor": processor(), "torch": torch.__version__,
+        "layers": cfg.n_layers, "kernels": cpu.description(), "memory_bytes_per_s": speed,
+        "baselines": list(baselines), "measured": time.strftime("%Y-%m-%d"), "decode": rows,
+    }  # fmt: skip
+
+
+def _row(
+    batch: int, context: int, seconds: dict[tuple[str, int, int], list[float]], baselines: tuple[str, ...]
+) -> dict[str, Any]:
+    ours = seconds["plain", batch, context]
+    row: dict[str, Any] = {
+        "batch": batch,
+        "context": context,
+        "tokens_per_s": STEPS * batch / statistics.median(ours),
     }
+    for path in ("recorded", "edited"):
+        row[path] = statistics.median(a / b for a, b in zip(seconds[path, batch, context], ours, strict=True)) - 1
+    for name in baselines:
+        if theirs := seconds.get((name, batch, context)):
+            row[f"{name}_tokens_per_s"] = STEPS * batch / statistics.median(theirs)
+            row[f"speed_beside_{name}"] = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+    return row
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the Markdown table of what `measure` returned."""
+    names = result["baselines"]
+    columns = ["batch", "context", "tokens/s", "of memory speed", "recorded", "edited", *names]
+    rows = [
+        [
+            str(row["batch"]),
+            f"{row['context']:,}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['of_memory_speed']:.0%}",
+            f"{row['recorded']:+.1%}",
+            f"{row['edited']:+.1%}",
+            *(
+                f"{row[f'{name}_tokens_per_s']:.1f} ({row[f'speed_beside_{name}']:.2f} ×)"
+                if f"{name}_tokens_per_s" in row
+                else "–"
+                for name in names
+            ),
+        ]
+        for row in result["decode"]
+    ]
+    return markdown(columns, rows)
 
 
 def run(checkpoint: Path, rounds: int, threads: int) -> dict[str, Any]:
-    """Measure and print."""
-    result = measure(checkpoint, rounds, threads)
+    """Measure beside every baseline that is installed, and print."""
+    available = tuple(name for name, module in _BASELINES.items() if find_spec(module))
+    result = measure(checkpoint, rounds, threads, baselines=available)
     print(
-        f"decoding, {result['processor']}, {threads} threads, {CONTEXT} tokens of context, kernels {cpu.description()}"
+        f"decoding, {result['layers']} layers, {result['processor']}, {threads} threads, kernels {result['kernels']}; "
+        f"memory is read at {result['memory_bytes_per_s'] / 1e9:.0f} GB/s\n\n{table(result)}"
     )
-    for row in result["decode"]:
-        compiled, reference = (row[f"{name}_tokens_per_s"] for name in KERNELS)
-        print(
-            f"  batch {row['batch']}: {compiled:.1f} tokens/s, torch {reference:.1f} tokens/s, "
-            f"{row['speed_beside_torch']:.2f} × (median of ratios)"
-        )
     return result

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from workbench.bench import table
+from workbench.child_processes import python
 from workbench.errors import InputError
+from workbench.outputs import MARKER, check_files, write_files
 
 _MODULE = "workbench.bench.first_steps"
 _ERROR_CHARACTERS = 2000
@@ -49,8 +51,14 @@ STEPS = (
 )
 
 
-def run(device: str, out: Path, steps: Sequence[Step] = STEPS) -> dict[str, Any]:
-    """Run the steps in order, and write `out` (JSON) and its Markdown after each of them."""
+def run(device: str, out: Path, steps: Sequence[Step] = STEPS, *, overwrite: bool = False) -> dict[str, Any]:
+    """Run the steps in order, and write `out` (JSON) and its Markdown after each of them.
+
+    Raises:
+        InputError: the files may not be written, see `workbench.outputs`.
+    """
+    page, marker = out.with_suffix(".md"), f".{out.stem}{MARKER}"
+    check_files([out.name, page.name], out.parent, command="bench", overwrite=overwrite, marker=marker)
     result: dict[str, Any] = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": device,
@@ -69,8 +77,8 @@ def run(device: str, out: Path, steps: Sequence[Step] = STEPS) -> dict[str, Any]
             print(f"{step.name}: {step.purpose} (at most {step.limit_s:.0f} s)", file=sys.stderr, flush=True)
             row = _child(step, device)
         result["steps"].append({"name": step.name, "purpose": step.purpose, "limit_s": step.limit_s, **row})
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        out.with_suffix(".md").write_text(markdown(result))
+        files = {out.name: json.dumps(result, indent=1) + "\n", page.name: markdown(result)}
+        write_files(files, out.parent, command="bench", overwrite=overwrite or i > 0, marker=marker)
     return result
 
 
@@ -79,7 +87,7 @@ def _child(step: Step, device: str) -> dict[str, Any]:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "result.json"
-        command = [sys.executable, "-m", _MODULE, step.function, device, str(answer)]
+        command = python("-m", _MODULE, step.function, device, str(answer))
         # A group of its own, so that what a step has started ends with it.
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
@@ -121,11 +129,11 @@ def show_steps(steps: Sequence[Step] = STEPS) -> None:
     table.show("The first run on a GPU", ("step", "checks", "at most"), rows)
 
 
-def start(device: str, out: Path | None, *, dry_run: bool) -> int:
+def start(device: str, out: Path | None, *, dry_run: bool, overwrite: bool = False) -> int:
     """Run `workbench bench gpu --first`; return 1 where a step failed.
 
     Raises:
-        InputError: torch sees no GPU.
+        InputError: torch sees no GPU, or the files may not be written.
     """
     if dry_run:
         show_steps()
@@ -135,7 +143,7 @@ def start(device: str, out: Path | None, *, dry_run: bool) -> int:
     if not torch.cuda.is_available():
         raise InputError("bench gpu --first: this torch sees no GPU; `--dry-run` lists the steps without one")
     path = out or Path("gpu-first.json")
-    result = run(device, path)
+    result = run(device, path, overwrite=overwrite)
     rows = [[row["name"], row["status"], f"{row['seconds']:.1f} s"] for row in result["steps"]]
     table.show("The first run on a GPU", ("step", "status", "time"), rows)
     print(f"written: {path} and {path.with_suffix('.md')}")

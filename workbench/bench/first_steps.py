@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.child_processes import python
 from workbench.errors import JobError
 
 _QUESTIONS = ("47*68", "reverse: abc", "12+30")
@@ -227,9 +228,7 @@ def capture(device: str) -> dict[str, Any]:
     for name, (where, blocking) in ways.items():
         code = f"from workbench.bench.first_steps import records_digest; print(records_digest({where!r}))"
         environment = os.environ | {"CUDA_LAUNCH_BLOCKING": blocking}
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
-        )
+        done = subprocess.run(python("-c", code), capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise JobError(f"capture on {name} failed: {done.stderr.strip()[-1000:]}")
         digests[name] = done.stdout.split()[-1]
@@ -289,7 +288,7 @@ import torch, workbench as wb
 from workbench.bench.first_steps import _logits_and_gradient
 _logits_and_gradient(wb.load("nano", device={device!r}), torch.arange(40)[None])
 """
-    command = [tool, "--error-exitcode", "9", sys.executable, "-c", code]
+    command = [tool, "--error-exitcode", "9", *python("-c", code)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise JobError(f"compute-sanitizer, exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")

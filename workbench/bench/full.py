@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from workbench.capture.job import capture
+from workbench.child_processes import python
 from workbench.errors import JobError
 from workbench.harmony.transcripts import Transcript, write_transcripts
 from workbench.model import load
@@ -42,7 +43,7 @@ def run(
         start = time.perf_counter()
         folder = checkpoint or save_random(Path(scratch) / "random", cfg)
         made_s = time.perf_counter() - start
-        command = [sys.executable, "-m", "workbench.bench.full", str(folder), scratch, str(tokens), str(new), device]
+        command = python("-m", "workbench.bench.full", str(folder), scratch, str(tokens), str(new), device)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise JobError(f"the model's process ended with {done.returncode}; what it said is above")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from workbench.bench import table
+from workbench.child_processes import python
 from workbench.errors import InputError, JobError
 from workbench.model.config import PUBLISHED, Config
 from workbench.progress import progress
@@ -47,9 +48,9 @@ def run(
     stages: Sequence[str] = STAGES,
     repeats: int = 20,
     assemblers: Sequence[Path] = (),
-    tiles: Path | None = None,
+    tune: bool = False,
 ) -> dict[str, Any]:
-    """Check, measure and print; `tiles`: where to write the winners of autotuning, which is then done last."""
+    """Check, measure and print; tune: search for better tiles, last."""
     if unknown := sorted(set(stages) - set(STAGES)):
         raise InputError(f"stage {unknown[0]!r} is unknown: choose from {', '.join(STAGES)}")
     if missing := [path for path in assemblers if not os.access(path, os.X_OK)]:
@@ -75,11 +76,10 @@ def run(
     if assemblers:
         result["assemblers"] = {str(path): with_assembler(path, repeats) for path in assemblers}
     show(result)
-    if tiles is not None:
+    if tune:
         result["tiles"] = autotune.autotune(
             clock, [c for cfg in configs.values() for c in _problems(cfg, where, sizes)]
         )
-        tiles.write_text(json.dumps(result["tiles"], indent=1) + "\n")
     return result
 
 
@@ -160,7 +160,7 @@ def with_assembler(path: Path, repeats: int) -> list[dict[str, Any]]:
     env = os.environ | {"TRITON_PTXAS_PATH": str(path), "TRITON_PTXAS_BLACKWELL_PATH": str(path)}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "workbench.cli", "bench", "gpu", "--stage", "kernels"]
+        command = python("-m", "workbench.cli", "bench", "gpu", "--stage", "kernels")
         command += ["--repeats", str(repeats), "--json", str(out)]
         done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
         if done.returncode:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from workbench.bench import table
+from workbench.child_processes import isolated_children
 from workbench.errors import InputError, JobError
 from workbench.progress import progress
 
@@ -184,6 +185,7 @@ def report(
         raise InputError(f"target {unknown[0]!r} is unknown: choose from {', '.join(CARDS)}")
     with (
         tempfile.TemporaryDirectory() as folder,
+        isolated_children(),
         ProcessPoolExecutor(
             processes or len(os.sched_getaffinity(0)), get_context("spawn"), _environment, (folder,)
         ) as pool,

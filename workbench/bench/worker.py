@@ -3,11 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+from workbench.child_processes import python
 from workbench.errors import JobError
 
 
@@ -18,7 +19,7 @@ class Worker:
         self, name: str, checkpoint: Path, threads: int, environment: Mapping[str, str] = MappingProxyType({})
     ) -> None:
         self.name = name
-        command = [sys.executable, "-m", "workbench.bench.cpu", name, str(checkpoint)]
+        command = python("-m", "workbench.bench.cpu", name, str(checkpoint))
         # A waiting process must not spin: it would take the core from the one that is measured.
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "TQDM_DISABLE": "1"}
         env |= environment
@@ -31,10 +32,10 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self._process.communicate()  # at the end of its input a worker ends
 
-    def run(self, path: str, tokens: int) -> dict[str, float]:
+    def run(self, path: str, tokens: int, /, **options: Any) -> dict[str, float]:
         """Seconds of one forward pass, and the most memory this process has ever had, in bytes."""
         assert self._process.stdin
-        self._process.stdin.write(json.dumps([path, tokens]) + "\n")
+        self._process.stdin.write(json.dumps([path, tokens, options]) + "\n")
         self._process.stdin.flush()
         return self._answer()
 

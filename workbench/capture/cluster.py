@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from workbench.child_processes import isolated_children
 from workbench.errors import InputError, JobError
 from workbench.model.transformer import GptOss
 from workbench.runs.schema import Layout
@@ -139,6 +140,7 @@ def _client(task: Task, workers: int, address: str | None) -> Iterator[Any]:
     """Connect to the scheduler at `address`, or start one with this many workers on this machine."""
     import dask
     from distributed import Client, LocalCluster
+    from distributed.security import Security
 
     settings = {"distributed.scheduler.allowed-failures": _LOST_WORKERS, "distributed.worker.daemon": False}
     with dask.config.set(settings):
@@ -151,10 +153,19 @@ def _client(task: Task, workers: int, address: str | None) -> Iterator[Any]:
                 yield client
             return
         gpu = {"GPU": 1} if task.device == "cuda" else {}
-        with LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, resources=gpu, dashboard_address=None,
-            memory_limit=None, silence_logs=40,
-        ) as cluster, Client(cluster) as client:  # fmt: skip
+        try:
+            # TLS with a certificate of this job: other users of the machine reach the port, but are not admitted
+            security = Security.temporary()
+        except ImportError as error:
+            raise InputError("several workers need cryptography: pip install 'gpt-oss-workbench[cluster]'") from error
+        with (
+            isolated_children(),
+            LocalCluster(
+                n_workers=workers, threads_per_worker=1, processes=True, resources=gpu, dashboard_address=None,
+                memory_limit=None, silence_logs=40, security=security, protocol="tls", host="127.0.0.1",
+            ) as cluster,
+            Client(cluster) as client,
+        ):  # fmt: skip
             yield client
 
 

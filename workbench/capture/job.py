@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -35,7 +36,7 @@ from workbench.harmony.labels import Labels
 from workbench.harmony.transcripts import Reject, Transcript, read_transcripts
 from workbench.inputs import regular_file
 from workbench.model.transformer import GptOss
-from workbench.outputs import check_kind, refuse_inputs, sha256
+from workbench.outputs import check_kind, check_output, made_parents, refuse_inputs, sha256
 from workbench.progress import progress
 from workbench.runs import Run, open_run
 from workbench.runs.schema import Layout, Spec
@@ -44,6 +45,7 @@ from workbench.signals import StopSignal
 from workbench.version import version as workbench_version
 
 log = logging.getLogger("workbench.capture")
+_LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ")
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,16 @@ def capture(
         InputError: an option, the transcripts or the run is refused; nothing was written.
         JobError: a signal, a full disk or the loss of workers stopped the job; what was written is kept.
     """
-    _check_run_path(path, [transcripts, model.checkpoint.path], overwrite=overwrite)
+    inputs = [transcripts, model.checkpoint.path]
+    _check_run_path(path, inputs, overwrite=overwrite)
+    log_path = _log_path(path, log_file, inputs)
     job = plan(
         model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
     )
     _refuse_full_disk(model, job, _pending(job, None if overwrite else path), path)
     with (
         writer_of(job, model, transcripts, path, device=worker_device, overwrite=overwrite) as writer,
-        _logged(path, log_file),  # a refused start leaves no log
+        _logged(log_path),  # a refused start leaves no log
         StopSignal(str(path)) as interrupt,
     ):
         pending = writer.pending()
@@ -303,15 +307,38 @@ class _Done:
         )
 
 
-@contextmanager
-def _logged(path: str | Path, file: str | Path | None) -> Iterator[None]:
-    """What happens goes to the log file too, a line each, behind what is there."""
+def _log_path(path: str | Path, file: str | Path | None, inputs: Sequence[str | Path]) -> Path | None:
+    """Return the file to log to: the one that was asked for, or one beside a local run.
+
+    Raises:
+        InputError: it is something that no job logged to, or lies in the run.
+    """
     if file is None and "://" in str(path):
+        return None
+    target = Path(file) if file is not None else Path(f"{str(path).rstrip('/')}.log")
+    real, run = Path(os.path.realpath(target)), Path(os.path.realpath(path))
+    if "://" not in str(path) and (real == run or run in real.parents):
+        raise InputError(f"--log {target} lies in the run {path}: choose a file outside")
+    return check_output(target, command="capture", inputs=inputs, overwrite=True, owned=_is_log)
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file is empty or begins as the log of a job does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(200)
+    return not start or _LOG_LINE.match(start) is not None
+
+
+@contextmanager
+def _logged(target: Path | None) -> Iterator[None]:
+    """What happens goes to the log file too, a line each, behind what is there."""
+    if target is None:
         yield
         return
-    target = Path(file) if file is not None else Path(f"{str(path).rstrip('/')}.log")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(target, encoding="utf-8")
+    with made_parents(target):
+        handler = logging.FileHandler(target, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = log.level
     log.addHandler(handler)

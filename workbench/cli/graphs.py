@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from workbench.cli.options import Device, Dtype, Model, load_model
+from workbench.cli.options import Device, Dtype, Model, Overwrite, load_model
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -30,9 +30,9 @@ def graph(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most so many tokens.")] = 512,
     nodes: Annotated[float, typer.Option(help="Share of the influence that the nodes keep.")] = 0.8,
     edges: Annotated[float, typer.Option(help="Share of the influence that the edges keep.")] = 0.98,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    overwrite: Overwrite = False,
 ) -> None:
     """Explain one token of the model's answer by an attribution graph."""
     from workbench import harmony
@@ -40,14 +40,14 @@ def graph(
     from workbench.experiments.attribution_graph import graph as make
     from workbench.outputs import check_output, staged
 
-    check_output(out, command="graph", overwrite=overwrite)
+    check_output(out, command="graph", inputs=[model], overwrite=overwrite)
     loaded = load_model(model, device, dtype)
     ids = harmony.render([{"role": "user", "content": prompt}], effort=effort, tokenizer=loaded.tokenizer)
     (answer,) = loaded.generate([ids], max_new_tokens=max_new_tokens)
     place = _place(loaded, ids, answer, at)
     wanted: Any = answer[place] if target is None else target
     found = make(loaded, [*ids, *answer[:place]], target=wanted, against=against, node_share=nodes, edge_share=edges)
-    with staged(out, command="graph", overwrite=overwrite) as part:
+    with staged(out, command="graph", inputs=[model], overwrite=overwrite) as part:
         if out.suffix == ".graphml":
             import networkx
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli.options import Dtype, IgnoreField, Model, Record, Seed, UnitTokens, torch_dtype
+from workbench.cli.options import Dtype, IgnoreField, Model, Overwrite, Record, Seed, UnitTokens, torch_dtype
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -57,18 +57,23 @@ def convert_weights(
     model: Model,
     out: Annotated[Path, typer.Argument(help="File to write; its name ends in .gguf.")],
     ignore_field: IgnoreField = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a model as a GGUF file for llama.cpp, LM Studio and Ollama; no value changes."""
     from workbench.model.checkpoint import open_checkpoint, resolve
     from workbench.model.formats.gguf_writer import write_gguf
     from workbench.model.memory import human
+    from workbench.outputs import check_output, staged
 
     if out.suffix != ".gguf":
         raise InputError(f"{out}: the file to write has to end in .gguf")
+    check_output(out, command="convert-weights", inputs=[model], overwrite=overwrite)
     checkpoint = open_checkpoint(resolve(model), ignore_fields=ignore_field or ())
+    inputs: list[str | Path] = [model, checkpoint.path]
     for note in checkpoint.notes:
         print(f"{checkpoint.path}: {note}", file=sys.stderr)
-    write_gguf(checkpoint, out)
+    with staged(out, command="convert-weights", inputs=inputs, overwrite=overwrite) as part:
+        write_gguf(checkpoint, part)
     print(f"{out}: {len(checkpoint.tensors):,} tensors, {human(out.stat().st_size)}")
 
 
@@ -79,16 +84,20 @@ def random(
     layers: Annotated[int | None, typer.Option(min=1, help="Number of layers. [default: as published]")] = None,
     vocab: Annotated[int | None, typer.Option(min=72, help="Vocabulary size. [default: as published]")] = None,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint with random weights in a published shape, for tests and benchmarks."""
     from dataclasses import replace
 
     from workbench.model.config import PUBLISHED
     from workbench.model.export import save_random
+    from workbench.outputs import staged
 
     if size not in PUBLISHED:
         raise InputError(f"--size {size!r}: choose one of {', '.join(PUBLISHED)}")
     cfg = PUBLISHED[size]
     n_layers = layers or cfg.n_layers
     windows = tuple(cfg.windows[layer % 2] for layer in range(n_layers))
-    save_random(out, replace(cfg, n_layers=n_layers, windows=windows, d_vocab=vocab or cfg.d_vocab), seed=seed)
+    shape = replace(cfg, n_layers=n_layers, windows=windows, d_vocab=vocab or cfg.d_vocab)
+    with staged(out, command="random", overwrite=overwrite) as part:
+        save_random(part, shape, seed=seed)

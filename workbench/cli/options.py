@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmeti
 IgnoreField = Annotated[
     list[str] | None, typer.Option(help="Field of config.json that changes no result; repeat for several.")
 ]
+Adapter = Annotated[Path | None, typer.Option(help="PEFT folder with a LoRA adapter for the model.")]
 Record = Annotated[
     list[str] | None,
     typer.Option(
@@ -48,8 +50,10 @@ def torch_dtype(name: str) -> Any:
     return dtypes[name]
 
 
-def load_model(model: str, device: str, dtype: str, ignore_fields: list[str] | None = None) -> Any:
+def load_model(
+    model: str, device: str, dtype: str, ignore_fields: list[str] | None = None, adapter: Path | None = None
+) -> Any:
     """Load a checkpoint as the options of a command say."""
     from workbench.model import load
 
-    return load(model, device=device, dtype=torch_dtype(dtype), ignore_fields=ignore_fields or ())
+    return load(model, device=device, dtype=torch_dtype(dtype), adapter=adapter, ignore_fields=ignore_fields or ())

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from workbench.cli.options import (
+    Adapter,
     Device,
     Dtype,
     Exclude,
@@ -38,6 +39,7 @@ def generate(
     seed: Seed = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=10**9)] = 512,
     batch: Annotated[int, typer.Option(min=1, max=10**6, help="Prompts generated together.")] = 64,
+    adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
     ignore_field: IgnoreField = None,
@@ -46,7 +48,7 @@ def generate(
     """Generate answers to prompts at one or several reasoning efforts. Rerun the command to resume."""
     from workbench.capture.generation import generate_transcripts
 
-    loaded = load_model(model, device, dtype, ignore_field)
+    loaded = load_model(model, device, dtype, ignore_field, adapter)
     generate_transcripts(
         loaded,
         prompts,
@@ -177,7 +179,7 @@ def capture(
         bool, typer.Option("--dry-run", help="Estimate memory, disk and time, and write nothing.")
     ] = False,
     log: Annotated[Path | None, typer.Option(help="Log file. [default: RUN.log]")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="PEFT folder with a LoRA adapter for the model.")] = None,
+    adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
     ignore_field: IgnoreField = None,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from workbench.cli.options import RunPath
+from workbench.cli.options import Overwrite, RunPath
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -19,22 +19,22 @@ def conversation(
     id: Annotated[str, typer.Argument(help="Id or number of a sequence, or a range of numbers such as 0-4.")],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("conversation.html"),
     theme: Annotated[str, typer.Option(help="light or dark.")] = "light",
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a conversation of a run as one HTML file that fetches nothing, to send to others."""
     from workbench.dashboards.conversation import shared_page
     from workbench.figures.template import THEMES
+    from workbench.outputs import check_output, staged
     from workbench.runs import open_run
 
     if theme not in THEMES:
         raise InputError(f"--theme {theme}: choose one of {', '.join(THEMES)}")
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists: choose another name, or --overwrite")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: the folder {str(out.parent)!r} is not there")
+    check_output(out, command="conversation", inputs=[run], overwrite=overwrite)
     opened = open_run(run)
     numbers = _numbers(opened, id)
-    out.write_text(shared_page(opened, numbers, theme), encoding="utf-8")
+    page = shared_page(opened, numbers, theme)
+    with staged(out, command="conversation", inputs=[run], overwrite=overwrite) as part:
+        part.write_text(page, encoding="utf-8")
     print(f"{out}: {len(numbers)} conversation{'s' * (len(numbers) > 1)}")
 
 

@@ -10,14 +10,22 @@ from workbench.kernels import dense
 
 
 class LowRank(nn.Module):
-    """x → x · a · b, with the scale included in b; the experts of a layer have one stacked pair each."""
+    """x → x · a · b · scale; the experts of a layer have one stacked pair each. A loaded adapter has its scale in b."""
 
-    def __init__(self, a: Float[Tensor, "*expert inputs rank"], b: Float[Tensor, "*expert rank outputs"]) -> None:
+    def __init__(
+        self, a: Float[Tensor, "*expert inputs rank"], b: Float[Tensor, "*expert rank outputs"], scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(a, requires_grad=False), nn.Parameter(b, requires_grad=False)
+        self.scale = scale
+
+    @property
+    def scaled_b(self) -> Float[Tensor, "*expert rank outputs"]:
+        """Return the second factor, times the scale."""
+        return self.b if self.scale == 1.0 else self.b * self.scale
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
-        return x @ self.a.to(x.dtype) @ self.b.to(x.dtype)
+        return x @ self.a.to(x.dtype) @ self.scaled_b.to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -31,7 +39,7 @@ class Linear(nn.Linear):
     @property
     def matrix(self) -> Float[Tensor, "outputs inputs"]:
         """Return the weight including the update."""
-        return self.weight if self.lora is None else self.weight + (self.lora.a @ self.lora.b).mT
+        return self.weight if self.lora is None else self.weight + (self.lora.a @ self.lora.scaled_b).mT
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
         out = dense.linear(x, self.weight, self.bias)

@@ -107,7 +107,7 @@ class ExpertMatrix(nn.Module):
     @property
     def matrix(self) -> Mxfp4 | LoraWeight | Tensor:
         base = Mxfp4(self.blocks, self.scales) if self.packed else self.weight
-        return base if self.lora is None else LoraWeight(base, self.lora.a, self.lora.b)
+        return base if self.lora is None else LoraWeight(base, self.lora.a, self.lora.scaled_b)
 
 
 class ExpertLayer(ExpertWeights, nn.Module):
@@ -210,7 +210,7 @@ class Unembed(nn.Module):
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # noqa: N802 - TransformerLens' name
         """The matrix with the update of an adapter, under TransformerLens' name and in its order."""
-        return self.weight.mT if self.lora is None else self.weight.mT + self.lora.a @ self.lora.b
+        return self.weight.mT if self.lora is None else self.weight.mT + self.lora.a @ self.lora.scaled_b
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         out = dense.linear(x, self.weight)

@@ -1,0 +1,55 @@
+"""Commands of the workbench in this process, and what they leave behind."""
+
+import contextlib
+import hashlib
+import io
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from workbench import cli
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def problem(self, *, codes: tuple[int, ...] = (0, 1, 2)) -> str:
+        """What is wrong with how a command ended, "" if nothing is."""
+        lines = [line for line in self.err.splitlines() if line.startswith("workbench: ")]
+        if self.code not in codes:
+            return f"exit code {self.code}"
+        if self.code == 2 and (len(lines) != 1 or not self.err.rstrip("\n").endswith(lines[0])):
+            return f"not one line that ends standard error: {self.err[-500:]!r}"
+        return "" if "Traceback" not in self.err else f"a traceback: {self.err[-500:]}"
+
+
+def run_command(*arguments: str) -> Result:
+    """The exit code, output and errors of `workbench …`. An error that leaves `main` leaves this function too."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["workbench", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    return Result(int(left.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """What every entry of a folder is: the target of a link, the digest of a file, the kind of anything else."""
+    found = {}
+    for at, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(at, name)
+            if path.is_symlink():
+                what = f"link to {os.readlink(path)}"
+            elif path.is_file():
+                what = hashlib.sha256(path.read_bytes()).hexdigest()
+            else:
+                what = "folder" if path.is_dir() else "special"
+            found[str(path.relative_to(folder))] = what
+    return found
