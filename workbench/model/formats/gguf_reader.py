@@ -212,7 +212,7 @@ class _Stored:
         return self.tensor.kind in _FLOATS
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the values: memory-mapped and of their own dtype where they are floats, else dequantised to `dtype`."""
+        """Return the values: floats memory-mapped and of their own dtype, others dequantised to `dtype`."""
         kind = self.tensor.kind
         if self.is_float:
             return torch.from_numpy(self.file.bytes_of(self.name)).view(_FLOATS[kind]).view(self.tensor.shape)
@@ -340,9 +340,13 @@ class _PackedExperts:
         def fill(task: tuple[int, int]) -> None:
             expert, source = task
             separate(
-                groups[source][expert], blocks[expert], scales[expert], source, len(groups),
+                groups[source][expert],
+                blocks[expert],
+                scales[expert],
+                source,
+                len(groups),
                 reorder=self.sources[source].tensor.kind != OLLAMA_MXFP4,
-            )  # fmt: skip
+            )
 
         parallel_map(fill, [(expert, source) for expert in range(self.shape[0]) for source in range(len(groups))])
         self._release()
@@ -377,7 +381,7 @@ def _interleaved(parts: list[Tensor]) -> Tensor:
 
 
 def _q8_0(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Return the values of rows of Q8_0, blocks of a scale in float16 and 32 signed bytes; three times the speed of gguf."""
+    """Return the values of rows of Q8_0 (a float16 scale and 32 signed bytes a block), at three times gguf's speed."""
     blocks = torch.from_numpy(rows).view(len(rows), -1, 34)
     scales = blocks[..., :2].view(torch.float16).float()
     return (blocks[..., 2:].view(torch.int8) * scales).flatten(1).numpy()
