@@ -1,4 +1,4 @@
-"""The dashboard as people meet it: served by a command, by `panel serve`, or in a notebook. Wiring around `pages`.
+"""Serve the dashboard by a command, by `panel serve`, or in a notebook. The pages are in `pages`.
 
 Everything a page needs comes from this server. Bootstrap's template, because it is the one of Panel's that asks no
 other host for a font.

@@ -58,7 +58,7 @@ def _missing() -> str | None:
 
 
 def description() -> str:
-    """Return which code multiplies a few rows on this CPU, for people."""
+    """Return which code multiplies a few rows on this CPU, as text for users."""
     if reason := unavailable():
         return f"torch ({reason})"
     return f"compiled by numba for {importlib.import_module('workbench.kernels.cpu.loops').instructions()}"

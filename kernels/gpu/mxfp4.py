@@ -94,7 +94,7 @@ def dot_packed(x, blocks, scales, acc):
     """acc + x · Wᵀ, W a packed tile; bfloat16 on the tensor cores, float32 in full.
 
     Triton's own mixed product turns bytes into the left operand of wgmma in registers; it reads a NaN scale as
-    infinite and the scale 2^-127 as zero. Interpreters before Triton 3.8 lack it, hence the twin.
+    infinite and the scale 2^-127 as zero. Interpreters before Triton 3.8 lack it, hence this function.
     """
     if _INTERPRETED or x.dtype == tl.float32:
         return dot(x, unpack(blocks, scales, x.dtype).T, acc)
@@ -192,7 +192,7 @@ def operand(weight: Mxfp4, rows: int, columns: int) -> Operand:
     return Operand(blocks, scales, out, groups * GROUP, (out * groups, rows * groups, columns // GROUP, groups))
 
 
-def specimens() -> list[CompileCase]:
+def compile_cases() -> list[CompileCase]:
     """Both codec kernels on the gate and up matrix of one expert of gpt-oss."""
     tile, groups = tiles.codec_tile(), 5760 * 2880 // GROUP
     aligned = frozenset({"blocks", "scales", "out", "groups"})

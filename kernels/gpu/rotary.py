@@ -43,7 +43,7 @@ def rotate(
     return out
 
 
-def specimens() -> list[CompileCase]:
+def compile_cases() -> list[CompileCase]:
     """Return the kernel on the queries of 8,192 tokens of gpt-oss."""
     tokens, heads, half = 8192, 64, 32
     tile = tiles.rotary_tile(heads, half)

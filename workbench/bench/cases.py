@@ -298,9 +298,9 @@ def compare(case: Case) -> tuple[float, float]:
 
     Four, as flash attention's gradient rounds patterns and their gradients too, which torch keeps in float32 here.
     """
-    got, want, twin = case.launch(), case.reference(torch.float64), case.reference(torch.bfloat16)
+    got, want, torch_bf16 = case.launch(), case.reference(torch.float64), case.reference(torch.bfloat16)
     worst = (0.0, 1.0)
-    for g, w, t in zip(got, want, twin, strict=True):
+    for g, w, t in zip(got, want, torch_bf16, strict=True):
         allowed = 4 * row_error(t, w) + (2**-9 if g.dtype == torch.bfloat16 else 1e-5)
         worst = max(worst, (row_error(g, w), allowed), key=lambda pair: pair[0] / pair[1])
     return worst

@@ -24,7 +24,7 @@ from workbench.errors import InputError, JobError
 from workbench.model.config import PUBLISHED, Config
 from workbench.progress import progress
 
-STAGES = ("kernels", "models", "peers")
+STAGES = ("kernels", "models", "baselines")
 
 
 class Sizes(NamedTuple):
@@ -74,9 +74,9 @@ def run(
             print(f"{name}: the whole model", file=sys.stderr, flush=True)
             rows = models.measure(clock, most, name, cfg, sizes.prefills, sizes.batches, sizes.model_past)
             result.setdefault("models", []).extend(rows)
-        if "peers" in stages:
+        if "baselines" in stages:
             rows = baselines.measure(clock, name, cfg, (*sizes.batches, *sizes.prefills))
-            result.setdefault("peers", []).extend(rows)
+            result.setdefault("baselines", []).extend(rows)
     if assemblers:
         result["assemblers"] = {str(path): with_assembler(path, repeats) for path in assemblers}
     show(result)
@@ -175,7 +175,7 @@ def with_assembler(path: Path, repeats: int) -> list[dict[str, Any]]:
 _TABLES = {
     "kernels": ("kernel", "model", "problem", "seconds", "fraction", "synchronises"),
     "models": ("model", "problem", "seconds", "tokens_per_s", "fraction", "recording", "scaled_from_layers"),
-    "peers": ("peer", "model", "tokens", "ours_s", "theirs_s", "difference", "missing", "failed"),
+    "baselines": ("baseline", "model", "tokens", "ours_s", "theirs_s", "difference", "missing", "failed"),
 }
 
 

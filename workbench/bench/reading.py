@@ -25,7 +25,7 @@ from workbench.runs.summaries import summarise
 from workbench.runs.writer import open_writer
 
 EFFORTS, TASKS, MEAN_TOKENS = ("low", "medium", "high"), 8, 1000
-CHOICES = 4096  # of experts and gates that a layer knows
+CHOICES = 4096  # number of combinations of experts and gates in a layer
 SPEC = Spec(routing=True, router_logits=False, sinks=False, logprobs=False, sink_sums=True)
 
 

@@ -1,8 +1,8 @@
 """How fast a unit is written, beside zarr-python's own default, on the same data in the same run.
 
-A unit of gpt-oss-20b's width: residual streams of some layers, and routing and sinks of all. The peer writes the same
-arrays with the shapes, chunks and shards of ours by `array[:] = values`, its codecs and pipeline as they come; and once
-more with chunks of its own choice. In turn, medians.
+A unit of gpt-oss-20b's width: residual streams of some layers, and routing and sinks of all. The baseline writes the
+same arrays with the shapes, chunks and shards of ours by `array[:] = values`, its codecs and pipeline as they come;
+and once more with chunks of its own choice. In turn, medians.
 """
 
 import shutil

@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from workbench.capture import recording
-from workbench.capture.compute import compute, passes
+from workbench.capture.compute import compute
 from workbench.capture.pipeline import IN_FLIGHT
 from workbench.capture.record_buffers import Buffers, pinned_bytes
 from workbench.errors import InputError
 from workbench.harmony.transcripts import Transcript
 from workbench.model.memory import human
+from workbench.model.packing import FORWARD_TOKENS, passes
 from workbench.model.transformer import GptOss
 from workbench.runs.schema import Layout, Spec, Unit, arrays
 
@@ -118,7 +119,7 @@ def refuse_what_cannot_fit(plan: Estimate, path: str | Path) -> None:
 def _measured(model: GptOss, rows: Sequence[Transcript], spec: Spec, left: Sequence[Unit]) -> tuple[float, float]:
     """Return tokens a second and the compression ratio of the next forward pass."""
     own = [rows[s] for s in left[0].sequences]
-    first = next(iter(passes(own)))
+    first = own[: len(next(passes((len(row.tokens) for row in own), FORWARD_TOKENS)))]
     unit = Unit(0, 0, 0, tuple(range(len(first))))
     buffers = Buffers(spec, model.cfg, sum(len(row.tokens) for row in first), pinned=False)
     for _ in range(2):  # the first pass of a process pays for what the others find ready; a long one is not repeated

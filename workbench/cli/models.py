@@ -34,9 +34,10 @@ def info(
 ) -> None:
     """Show the sizes, memory plan and hook points of a model without loading it."""
     from workbench.capture import recording
-    from workbench.capture.compute import FORWARD_TOKENS, LOGIT_ROWS
+    from workbench.capture.compute import LOGIT_ROWS
     from workbench.model.info import Plan, describe, subject
     from workbench.model.memory import parse
+    from workbench.model.packing import FORWARD_TOKENS
 
     about = subject(model, ignore_field or ())
     spec = recording.parse(record or recording.DEFAULT, about.cfg)

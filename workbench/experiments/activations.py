@@ -28,7 +28,7 @@ def activations(
 ) -> dict[str, Shaped[Tensor, "batch *feature"]]:
     """What passes at these hook points, all edits done."""
     found: dict[str, Tensor] = {}
-    with model.hooks(fwd_hooks=[(name, keep(found)) for name in dict.fromkeys(names)]):
+    with model.hooks(fwd_hooks=[(name, record_hook(found)) for name in dict.fromkeys(names)]):
         model(tokens.to(model.device), n_real=n_real)
     return found
 
@@ -52,7 +52,7 @@ def slopes(
 
 
 @torch.no_grad()
-def said(
+def metric_value(
     model: GptOss, tokens: Int[Tensor, "batch pos"], metric: Metric, n_real: Sequence[int] | None = None
 ) -> Float[Tensor, " batch"]:
     """The metric of a pass."""
@@ -71,7 +71,7 @@ def scalar(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[
     return values
 
 
-def keep(found: dict[str, Tensor]) -> Hook:
+def record_hook(found: dict[str, Tensor]) -> Hook:
     """A hook that looks."""
 
     def look(x: Tensor, hook: Any) -> None:
@@ -80,7 +80,7 @@ def keep(found: dict[str, Tensor]) -> Hook:
     return look
 
 
-def instead(value: Tensor) -> Hook:
+def replace_hook(value: Tensor) -> Hook:
     """A hook that replaces."""
     return lambda x, hook: value
 

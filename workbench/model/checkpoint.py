@@ -302,8 +302,8 @@ def _download(source: str, revision: str | None, *, allow: list[str], ignore: li
         at = f" at revision {revision!r}" if revision else ""
         raise InputError(f"the hub has no {source}{at}, or it needs a login (hf auth login)") from error
     except Exception as error:  # a network error is one of the HTTP library's own, and that library changes
-        said = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        cause = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise InputError(
-            f"{source} is incomplete in the local cache and cannot be downloaded ({said}); download it elsewhere and "
+            f"{source} is incomplete in the local cache and cannot be downloaded ({cause}); download it elsewhere and "
             "name the folder, or point HF_HOME at a cache that has it"
         ) from error

@@ -302,8 +302,8 @@ class _Fields:
                 f"{self.path}: field {self.where}{names[0]!r} is missing; the model cannot be built without it"
             )
         if any(value != first for first, value in pairwise(found.values())):
-            said = " and ".join(f"{self.where}{name} {short(value)}" for name, value in found.items())
-            raise InputError(f"{self.path}: {said} contradict each other; correct one of them")
+            description = " and ".join(f"{self.where}{name} {short(value)}" for name, value in found.items())
+            raise InputError(f"{self.path}: {description} contradict each other; correct one of them")
         return next(iter(found.values()), default)
 
     def integer(self, *names: str, most: int = 1_000_000_000, default: Any = ...) -> int:

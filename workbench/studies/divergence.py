@@ -282,7 +282,7 @@ def _words(result: xr.Dataset) -> str:
     attrs, different, layers = result.attrs, result["different"].values, result["layer"].values
     missing = np.isnan(result["jsd"].values)
     how = "both conditions of each" if attrs["paired"] else "not paired"
-    lines = [f"Rests on {attrs['rests_on']} ({how}), {attrs['tokens_a']:,} and {attrs['tokens_b']:,} tokens."]
+    lines = [f"Based on {attrs['rests_on']} ({how}), {attrs['tokens_a']:,} and {attrs['tokens_b']:,} tokens."]
     if not attrs["paired"]:
         lines.append(f"Unpaired. {attrs['not_controlled']}")
     if attrs["tokens_excluded"]:

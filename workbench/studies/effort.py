@@ -287,6 +287,6 @@ def accuracy_model(run: Run, table: pd.DataFrame, efforts: list[str], seed: int 
         for term in list(x.columns)[1:]
         for c in (result.sel(term=term),)
     ]
-    said = "Other things equal in a logistic GEE clustered by prompt: " + "; ".join(lines) + "."
-    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": said}
+    summary = "Other things equal in a logistic GEE clustered by prompt: " + "; ".join(lines) + "."
+    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": summary}
     return result

@@ -107,30 +107,30 @@ class Host:
         while True:
             sent = {name: value for name, value in body.items() if name not in self.dropped}
             self._wait_for_turn()
-            said, wait = "", None
+            reason, wait = "", None
             try:
                 status, headers, content = self._exchange(f"{base}{path}{self._query}", sent)
             except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, TransferError) as error:
-                said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             else:
                 if 200 <= status < 300:
                     try:
                         return self.struck(parse_json(content.decode("utf-8")))
                     except (UnicodeDecodeError, InputError) as error:
-                        said = f"what came back is not JSON in UTF-8 ({error}): {content[:80]!r}"
+                        reason = f"what came back is not JSON in UTF-8 ({error}): {content[:80]!r}"
                 else:
                     text = content.decode("utf-8", "replace")
-                    said = f"{status}: {' '.join(text[: 4 * _LONGEST_REASON].split())}"
+                    reason = f"{status}: {' '.join(text[: 4 * _LONGEST_REASON].split())}"
                     if status in _ABSENT:
-                        raise AbsentError(self._clean(said))
+                        raise AbsentError(self._clean(reason))
                     if self._drop(status, text, sent):
                         continue
                     if status not in _AGAIN:
-                        raise HostError(self._clean(said))
+                        raise HostError(self._clean(reason))
                     wait = _retry_after(headers)
             attempt += 1
             if attempt > self._retries:
-                raise HostError(self._clean(f"given up after {attempt} tries; the last: {said}"))
+                raise HostError(self._clean(f"given up after {attempt} tries; the last: {reason}"))
             backoff = min(_LONGEST_WAIT_S, 0.5 * 2**attempt) * random.uniform(0.5, 1)
             if self.stop.wait(backoff if wait is None else wait):
                 raise HostError("stopped")

@@ -331,12 +331,12 @@ class _Asker:
         reply = self.host.post("/completions", body | {"return_token_ids": True})
         text, complete, about, ids = answers.from_completion(reply)
         output = read_output(text, truncated=not complete)
-        thought = any(m.get("channel") == "analysis" for m in output.messages)
-        answer = answers.Answer(output.messages, "verbatim" if thought else "absent", complete, about, ids)
+        has_analysis = any(m.get("channel") == "analysis" for m in output.messages)
+        answer = answers.Answer(output.messages, "verbatim" if has_analysis else "absent", complete, about, ids)
         if ids is None and is_marked(text):
             answer = replace(answer, ids=(prompt, marked_ids(text, words)))
             about["ids"] = "from text"
-        elif ids is None and not thought:  # the host strips marks: only the messages can be had back
+        elif ids is None and not has_analysis:  # the host strips marks: only the messages can be had back
             raise answers.NoAnswerError("the host strips harmony's marks and the channels cannot be told apart")
         return self._row(job, answer, reply)
 
@@ -357,9 +357,9 @@ class _Asker:
         if not isinstance(ids, list) or not ids:
             raise answers.NoAnswerError("the reply has no token_ids")
         output = read_output(words.decode(ids))
-        thought = any(m.get("channel") == "analysis" for m in output.messages)
+        has_analysis = any(m.get("channel") == "analysis" for m in output.messages)
         complete = choice.get("finish_reason") == "stop"
-        answer = answers.Answer(output.messages, "verbatim" if thought else "absent", complete, {}, (prompt, ids))
+        answer = answers.Answer(output.messages, "verbatim" if has_analysis else "absent", complete, {}, (prompt, ids))
         return self._row(job, answer, reply)
 
     def _row(self, job: Job, answer: answers.Answer, reply: Mapping[str, Any]) -> dict[str, Any]:
