@@ -18,7 +18,13 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
 # Not kernels/gpu: a kernel that is wrapped in a check is no longer one that Triton can read.
 KERNELS = [f"workbench.kernels.{path.stem}" for path in (ROOT / "kernels").glob("*.py")]
-install_import_hook([*KERNELS, "workbench.hooks", "workbench.model"], "beartype.beartype")
+# Nor modules that numba compiles: a wrapped function is no longer the one in the file.
+MODEL = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "workbench" / "model").rglob("[!_]*.py")
+    if not path.stem.endswith("_loops")
+]
+install_import_hook([*KERNELS, "workbench.hooks", *MODEL], "beartype.beartype")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

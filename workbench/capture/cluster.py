@@ -88,7 +88,11 @@ def run(
     check: Callable[[], None],
     done: Any,
 ) -> None:
-    """Compute these units with `workers` processes of this machine, or by the scheduler at `address`."""
+    """Compute these units with `workers` processes of this machine, or by the scheduler at `address`.
+
+    Raises:
+        InputError: there is no worker, dask is not installed, or other processes cannot see the run.
+    """
     if workers < 1:
         raise InputError(f"--workers {workers}: at least one worker is needed")
     try:
@@ -132,7 +136,8 @@ def run(
             ) from error
         except distributed.KilledWorker as error:
             raise JobError(
-                f"{_LOST_WORKERS} workers died at one unit ({error.last_worker.address} the last): see their logs; what "
+                f"{_LOST_WORKERS} workers died at one unit ({error.last_worker.address} the last): see their logs; "
+                "what "
                 "was written is kept, start the job again"
             ) from error
         finally:
@@ -165,11 +170,19 @@ def _client(task: Task, workers: int, address: str | None) -> Iterator[Any]:
         with (
             isolated_children(),
             LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=True, resources=gpu, dashboard_address=None,
-                memory_limit=None, silence_logs=40, security=security, protocol="tls", host="127.0.0.1",
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                resources=gpu,
+                dashboard_address=None,
+                memory_limit=None,
+                silence_logs=40,
+                security=security,
+                protocol="tls",
+                host="127.0.0.1",
             ) as cluster,
             Client(cluster) as client,
-        ):  # fmt: skip
+        ):
             yield client
 
 

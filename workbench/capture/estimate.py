@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from workbench.capture import recording
-from workbench.capture.compute import Computed, compute, passes
+from workbench.capture.compute import Computed, compute
 from workbench.capture.pipeline import IN_FLIGHT
 from workbench.capture.plan import plan_units
 from workbench.capture.record_buffers import Buffers, pinned_bytes
@@ -28,6 +28,7 @@ from workbench.errors import InputError
 from workbench.harmony.transcripts import Transcript
 from workbench.model.config import Config
 from workbench.model.memory import human
+from workbench.model.packing import FORWARD_TOKENS, passes
 from workbench.model.transformer import GptOss
 from workbench.runs.schema import CHUNK, Layout, Spec, arrays
 
@@ -183,14 +184,15 @@ def refuse_what_cannot_fit(plan: Estimate, path: str | Path) -> None:
     if not plan.fits:
         assert plan.free_bytes is not None
         raise InputError(
-            f"{path}: about {human(plan.disk_bytes)} are to be written and the disk has {human(plan.free_bytes)}: record "
+            f"{path}: about {human(plan.disk_bytes)} are to be written and the disk has {human(plan.free_bytes)}: "
+            "record "
             "less (layers, every=, reduce=), or write elsewhere"
         )
 
 
 def _measured(model: GptOss, first: Sequence[Transcript], spec: Spec) -> tuple[float, Computed, Sequence[Transcript]]:
     """Return tokens a second, and a computed sample of the next unit with its transcripts."""
-    part: Sequence[Transcript] = next(iter(passes(first)))
+    part = first[: len(next(passes((len(row.tokens) for row in first), FORWARD_TOKENS)))]
     for _ in range(2):  # the first pass of a process pays for what the others find ready; a long one is not repeated
         begun = time.perf_counter()
         computed = _computed(model, part, spec)

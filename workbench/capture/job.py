@@ -64,7 +64,7 @@ def capture(
     transcripts: str | Path,
     path: str | Path,
     *,
-    record: Sequence[str] = recording.DEFAULT,
+    record: Sequence[recording.RecordOption] = recording.DEFAULT,
     unit_tokens: int = 16_384,
     strict: bool = False,
     exclude: str | None = None,
@@ -105,7 +105,10 @@ def capture(
         n = sum(len(job.rows[s].tokens) for u in pending for s in job.layout.units[u].sequences)
         sizes = recording.bytes_per_token(job.spec, model.cfg)
         each = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-        begins = f"{len(pending):,} of {len(job.layout.units):,} units to go, {n:,} tokens, each {sum(sizes.values()):,} bytes"
+        begins = (
+            f"{len(pending):,} of {len(job.layout.units):,} units to go, {n:,} tokens, "
+            f"each {sum(sizes.values()):,} bytes"
+        )
         log.info("%s: %s before compression: %s", path, begins, each)
         print(f"capture: {begins} before compression ({each})", file=sys.stderr, flush=True)
         if found := counted(job.flags):
@@ -147,13 +150,17 @@ def plan(
     model: GptOss | ShapeModel,
     transcripts: str | Path,
     *,
-    record: Sequence[str],
+    record: Sequence[recording.RecordOption],
     unit_tokens: int,
     strict: bool = False,
     exclude: str | None = None,
     routing: str = "own",
 ) -> Plan:
-    """Read the transcripts and lay out the run; nothing is written."""
+    """Read the transcripts and lay out the run; nothing is written.
+
+    Raises:
+        InputError: a row cannot be used, or no sequence is left.
+    """
     spec = recording.parse(record, model.cfg, routing)
     unwanted = set(read_flags(exclude))
     found, rejects, digest = _read(model, transcripts)
@@ -226,7 +233,7 @@ def dry_run(
     transcripts: str | Path,
     path: str | Path,
     *,
-    record: Sequence[str],
+    record: Sequence[recording.RecordOption],
     unit_tokens: int,
     strict: bool = False,
     exclude: str | None = None,
@@ -274,8 +281,10 @@ def _refuse_full_disk(model: GptOss, job: Plan, pending: Sequence[int], path: st
     if model.device.type == "meta":
         log.warning(
             "%s: %d bytes before compression, and the disk has %d: `capture --dry-run` measures whether they fit",
-            path, size, free,
-        )  # fmt: skip
+            path,
+            size,
+            free,
+        )
     else:
         found = estimate.estimate(model, job.rows, job.spec, job.layout, pending, path)
         estimate.refuse_what_cannot_fit(found, path)

@@ -6,9 +6,9 @@
     norms = wb.Recorder("expert_norm", hook="mlp.experts.hook_out", reduce=expert_norm, dims=("slot",), layers="0-3")
     wb.capture(model, "answers.jsonl", "run.zarr", record=["routing", norms])
 
-The command line takes one of a Python file: `--record my_records.py:norms`. The file is executed, because the user names
-it; no code comes from a run or a checkpoint. A run holds the name, the dimensions and a digest of the function's source,
-and a job that resumes it must have the same.
+The command line takes one of a Python file: `--record my_records.py:norms`. The file is executed, because the user
+names it; no code comes from a run or a checkpoint. A run holds the name, the dimensions and a digest of the function's
+source, and a job that resumes it must have the same.
 """
 
 import hashlib
@@ -32,11 +32,12 @@ Names = str | Iterable[str] | None
 class Recorder:
     """A record with a name of its own.
 
-    hook: a hook point of the blocks, as "mlp.experts.hook_out". reduce: a function of its activations [batch pos …] that
-    returns [batch pos, dims…], each token by itself (a pass packs several sequences), or one of raw, norm, mean, moments.
-    dims: names of the dimensions that the function returns behind pos; one of the model's own names (slot, expert, head,
-    kv, d_model, d_head, d_mlp) has the model's size. dtype: in the store, float32 or float16. The other fields select layers ("0-3,7"), heads, experts and tokens, as
-    `--record` does; description and unit are stored for readers.
+    hook: a hook point of the blocks, as "mlp.experts.hook_out". reduce: a function of its activations [batch pos …]
+    that returns [batch pos, dims…], each token by itself (a pass packs several sequences), or one of raw, norm, mean,
+    moments. dims: names of the dimensions that the function returns behind pos; one of the model's own names (slot,
+    expert, head, kv, d_model, d_head, d_mlp) has the model's size. dtype: in the store, float32 or float16. The other
+    fields select layers ("0-3,7"), heads, experts and tokens, as `--record` does; description and unit are stored for
+    readers.
     """
 
     name: str
@@ -166,7 +167,8 @@ def _add(digest: Any, value: Any, seen: set[int]) -> None:
         digest.update(str(getattr(value, "__name__", value)).encode())
     else:
         raise InputError(
-            f"the recorder's function reads {type(value).__name__!r} from outside, whose content cannot be compared when the "
+            f"the recorder's function reads {type(value).__name__!r} from outside, whose content cannot be compared "
+            "when the "
             "job resumes: use functions, numbers, text, tensors or arrays"
         )
 

@@ -54,10 +54,11 @@ def info(
     With --tokens-total, also show the disk of each record, the host memory and the time of a capture.
     """
     from workbench.capture import estimate, recording
-    from workbench.capture.compute import FORWARD_TOKENS, LOGIT_ROWS
+    from workbench.capture.compute import LOGIT_ROWS
     from workbench.capture.shape_model import ShapeModel, published_name
     from workbench.model.info import Plan, describe, subject
     from workbench.model.memory import parse
+    from workbench.model.packing import FORWARD_TOKENS
 
     size = published_name(model)
     about = subject(size or model, ignore_field or ())

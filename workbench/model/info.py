@@ -151,4 +151,7 @@ def fitting(about: Subject, plan: Plan) -> Iterator[str]:
         yield f"No number of devices of {human(plan.room)} does this plan: a layer and a forward pass are too much."
     else:
         held = ", ".join(human(size) for size in memory.stages(cached, enough))
-        yield f"This plan needs {enough} such device{'s' * (enough > 1)}: {held} of weights and cache, {human(passed)} of activations."
+        yield (
+            f"This plan needs {enough} such device{'s' * (enough > 1)}: {held} of weights and cache, "
+            f"{human(passed)} of activations."
+        )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 PUBLISHED_PRECISION = ("BF16", "F32", "MXFP4")
@@ -10,16 +11,32 @@ PUBLISHED_PRECISION = ("BF16", "F32", "MXFP4")
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file. stored: its name there; precision: its type there, such as BF16, MXFP4 or Q8_0."""
+    """A tensor in a file. stored: its name there; precision: its type there, such as BF16, MXFP4 or Q8_0.
+
+    decode: of a quantised tensor, reads it as another floating-point type without a float32 copy of it.
+    """
 
     stored: str
     shape: tuple[int, ...]
     precision: str
     read: Callable[[], Tensor]
+    decode: Callable[[torch.dtype], Tensor] | None = None
+
+    def read_as(self, dtype: torch.dtype) -> Tensor:
+        """Return the tensor, converted to `dtype` if it holds floating-point numbers."""
+        if self.decode is not None:
+            return self.decode(dtype)
+        tensor = self.read()
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     def rows(self, start: int, stop: int) -> "LazyTensor":
         """Return the rows from `start` to `stop` as a tensor of their own."""
-        return replace(self, shape=(stop - start, *self.shape[1:]), read=lambda: self.read()[start:stop])
+        return replace(
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            read=lambda: self.read()[start:stop],
+            decode=None if self.decode is None else lambda dtype: self.read_as(dtype)[start:stop],
+        )
 
 
 class Tensors(Mapping[str, Tensor]):

@@ -11,6 +11,7 @@ from workbench.errors import InputError
 from workbench.model import memory
 from workbench.model.checkpoint import open_checkpoint, resolve
 from workbench.model.config import Config
+from workbench.model.lazy_tensors import LazyTensor
 from workbench.model.lora import load_adapter
 from workbench.model.transformer import GptOss
 
@@ -60,13 +61,14 @@ def load(
     if device != "meta" and sum(parts.values()) <= _CHECKED_BYTES:
         checkpoint.check_values()
 
-    def placed(name: str, tensor: Tensor) -> Tensor:
-        return tensor.to(places[memory.part_of(name)], dtype if tensor.is_floating_point() else tensor.dtype)
+    def placed(name: str, tensor: LazyTensor) -> Tensor:
+        return tensor.read_as(dtype).to(places[memory.part_of(name)])
 
     if device == "meta":  # no weight is read: reading may mean converting
         model.to(dtype)
     else:
-        model.load_state_dict({name: placed(name, tensor) for name, tensor in checkpoint.tensors.items()}, assign=True)
+        entries = checkpoint.tensors.entries
+        model.load_state_dict({name: placed(name, tensor) for name, tensor in entries.items()}, assign=True)
     model.requires_grad_(False).eval()
     if adapter is not None:
         load_adapter(model, adapter)
@@ -129,6 +131,7 @@ def _check_room(folder: Path, parts: Mapping[str, int], places: Mapping[str, tor
         enough = memory.devices_for(parts, room) if device.type == "cuda" else None
         remedy = "a device with more memory" if enough is None else f"{enough} devices of this size"
         raise InputError(
-            f"{folder}: {memory.human(needed)} of weights do not fit in the {memory.human(room)} of {device}; they need "
+            f"{folder}: {memory.human(needed)} of weights do not fit in the {memory.human(room)} of {device}; they "
+            "need "
             f"{remedy}, see `workbench info`"
         )

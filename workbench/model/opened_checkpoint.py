@@ -40,9 +40,10 @@ class Checkpoint:
         Raises:
             InputError: a tensor holds NaN or infinity, or a packed one the scale byte 255.
         """
-        for name, tensor in self.tensors.items():
+        for name in self.tensors:
             if name.endswith(".blocks"):  # every nibble is a number
                 continue
+            tensor = self.tensors[name]
             for start, values in zip(count(0, chunk), tensor.flatten().split(chunk), strict=False):
                 if _has_no_number(name, values):
                     self._refuse(name, tensor.shape, start, values)

@@ -6,6 +6,7 @@ Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
+import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ MAGIC = b"GGUF"
 _MOST_ITEMS = 100_000_000  # a guard against counts that no file holds
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-F32, F16, BF16 = 0, 1, 30
+F32, F16, Q8_0, BF16 = 0, 1, 8, 30
 MXFP4, OLLAMA_MXFP4 = 39, 4  # ggml's type, and the number that Ollama used before ggml had one
 _MOST_AXES = 4
 
@@ -75,6 +76,16 @@ class GgufFile:
         tensor = self.tensors[name]
         found: npt.NDArray[np.uint8] = self._mapped[tensor.start : tensor.start + tensor.size]
         return found
+
+    def release(self, name: str) -> None:
+        """Tell the system that the bytes of a tensor are not needed soon; they can be read from the file again.
+
+        Mapped pages that were read count as memory of the process until then.
+        """
+        tensor, page = self.tensors[name], mmap.PAGESIZE
+        start, stop = -(-tensor.start // page) * page, (tensor.start + tensor.size) // page * page
+        if start < stop and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped._mmap.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 class _Cursor:

@@ -33,3 +33,9 @@ def merges(tokens: Sequence[str], special: Collection[int]) -> list[str]:
         if len(pieces) == 2 and all(piece in ranks for piece in pieces):
             found.append(" ".join(pieces))
     return found
+
+
+def unmerged(tokens: Sequence[str], special: Collection[int], made: Collection[str]) -> list[int]:
+    """Return the ids of tokens of several characters that none of the merges `made` gives."""
+    results = {merge.replace(" ", "") for merge in made}
+    return [id for id, token in enumerate(tokens) if len(token) > 1 and id not in special and token not in results]

@@ -12,7 +12,7 @@ other layer, and a YaRN ramp that is not truncated (llama.cpp truncates it).
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,13 @@ from workbench.model.formats.gguf_file import (
     MAGIC,
     MXFP4,
     OLLAMA_MXFP4,
+    Q8_0,
     GgufFile,
     GgufTensor,
     decoder,
     precision,
 )
-from workbench.model.formats.gguf_mxfp4 import BLOCK_BYTES, from_ggml
+from workbench.model.formats.gguf_mxfp4 import BLOCK_BYTES, new_memory, separate
 from workbench.model.lazy_tensors import LazyTensor, Tensors
 from workbench.model.names import shapes
 from workbench.model.opened_checkpoint import Checkpoint
@@ -56,6 +57,8 @@ _NAMES = {
     "mlp.router.bias": ("ffn_gate_inp.bias",),
     "mlp.experts.down.bias": ("ffn_down_exps.bias",),
 }
+_FLOATS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+_DECODED = 2**18  # values at a time: their copies in float32 stay in cache
 _ENDS = {
     "embed.weight": "token_embd.weight",
     "ln_final.weight": "output_norm.weight",
@@ -121,9 +124,15 @@ def open_gguf(paths: Sequence[Path]) -> Checkpoint:
     tensors = Tensors(reader.read_all())
     experts = "mxfp4" if reader.packed else "dense"
     return Checkpoint(
-        paths[0], cfg, "gguf", experts, tensors, _digest(files), lambda: _tokenizer(paths[0], metadata, cfg.d_vocab),
+        paths[0],
+        cfg,
+        "gguf",
+        experts,
+        tensors,
+        _digest(files),
+        lambda: _tokenizer(paths[0], metadata, cfg.d_vocab),
         tuple(reader.notes),
-    )  # fmt: skip
+    )
 
 
 def _config(path: Path, metadata: Mapping[str, Any], arch: str, found: Mapping[str, "_Stored"]) -> Config:
@@ -146,9 +155,13 @@ def _config(path: Path, metadata: Mapping[str, Any], arch: str, found: Mapping[s
     rope = Rope.plain(theta)
     if factor > 1:
         rope = Rope(
-            theta, factor, read("rope.scaling.yarn_beta_fast", float, 32.0),
-            read("rope.scaling.yarn_beta_slow", float, 1.0), read("rope.scaling.original_context_length", int), False,
-        )  # fmt: skip
+            theta,
+            factor,
+            read("rope.scaling.yarn_beta_fast", float, 32.0),
+            read("rope.scaling.yarn_beta_slow", float, 1.0),
+            read("rope.scaling.original_context_length", int),
+            False,
+        )
     window = read("attention.sliding_window", int)
     cfg = Config(
         d_model=read("embedding_length", int),
@@ -194,23 +207,27 @@ class _Stored:
         """Return the bytes with the shape of the tensor, but for the last axis, which is bytes."""
         return self.file.bytes_of(self.name).reshape(*self.tensor.shape[:-1], -1)
 
-    def values(self) -> Tensor:
-        """Return the values: memory-mapped where they are floats, else dequantised to float32."""
+    @property
+    def is_float(self) -> bool:
+        return self.tensor.kind in _FLOATS
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values: floats memory-mapped and of their own dtype, others dequantised to `dtype`."""
         kind = self.tensor.kind
-        dtypes = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
-        if kind in dtypes:
-            return torch.from_numpy(self.file.bytes_of(self.name)).view(dtypes[kind]).view(self.tensor.shape)
-        rows = self.rows()
+        if self.is_float:
+            return torch.from_numpy(self.file.bytes_of(self.name)).view(_FLOATS[kind]).view(self.tensor.shape)
         if kind == OLLAMA_MXFP4:
             raise InputError(f"{self.file.path}: tensor {self.name!r} is MXFP4 of Ollama's order beside dense experts")
-        decode, out = decoder(kind), torch.empty(self.tensor.shape)
+        rows, out = self.rows(), torch.empty(self.tensor.shape, dtype=dtype)
+        decode = _q8_0 if kind == Q8_0 else decoder(kind)
         flat, values = rows.reshape(-1, rows.shape[-1]), out.view(-1, out.shape[-1])
-        step = max(1, 2**20 // out.shape[-1])  # a few megabytes at a time: decoding needs several copies
+        step = max(1, _DECODED // out.shape[-1])
 
         def fill(start: int) -> None:
             values[start : start + step] = torch.from_numpy(decode(np.ascontiguousarray(flat[start : start + step])))
 
         parallel_map(fill, range(0, len(flat), step))
+        self.file.release(self.name)
         return out
 
     def groups(self) -> npt.NDArray[np.uint8]:
@@ -226,6 +243,7 @@ class _Reader:
         self.path, self.cfg, self.found = path, cfg, found
         self.used: set[str] = set()
         self.notes: list[str] = []
+        self.packed_experts: dict[str, _PackedExperts] = {}
         experts = [stored for name, stored in found.items() if re.search(r"_exps\.weight$", name)]
         self.packed = bool(experts) and all(stored.is_mxfp4 for stored in experts)
 
@@ -266,7 +284,8 @@ class _Reader:
 
     def _plain(self, *names: str) -> LazyTensor:
         stored = self._stored(*names)
-        return LazyTensor(stored.name, stored.tensor.shape, precision(stored.tensor.kind), stored.values)
+        decode = None if stored.is_float else stored.values
+        return LazyTensor(stored.name, stored.tensor.shape, precision(stored.tensor.kind), stored.values, decode)
 
     def _fused(self, prefix: str, rest: str) -> LazyTensor:
         _, part, kind = rest.split(".")
@@ -290,24 +309,70 @@ class _Reader:
         if len(first) != (2 if kind == "bias" else 3):
             raise InputError(f"{self.path}: tensor {sources[0].name!r} has shape {list(first)}")
         experts, rows = first[0], first[1] * len(sources)
-        columns = first[-1] // GROUP
-        shapes_and_readers: dict[str, tuple[tuple[int, ...], Callable[[list[_Stored]], Tensor]]] = {
-            "bias": ((experts, rows), _values),
-            "weight": ((experts, first[-1], rows), _transposed),
-            "blocks": ((experts, rows, columns, GROUP // 2), _blocks),
-            "scales": ((experts, rows, columns), _scales),
-        }
-        shape, read = shapes_and_readers[kind]
-        stored_as = precision(sources[0].tensor.kind)
-        return LazyTensor(" and ".join(s.name for s in sources), shape, stored_as, functools.partial(read, sources))
+        name, stored_as = " and ".join(stored.name for stored in sources), precision(sources[0].tensor.kind)
+        if kind in ("blocks", "scales"):
+            packed = self.packed_experts.setdefault(name, _PackedExperts(sources))
+            if kind == "blocks":
+                return LazyTensor(name, packed.shape, stored_as, packed.blocks)
+            return LazyTensor(name, packed.shape[:-1], stored_as, packed.scales)
+        shape, values = ((experts, rows), _values) if kind == "bias" else ((experts, first[-1], rows), _transposed)
+        decode = None if sources[0].is_float else functools.partial(values, sources)
+        return LazyTensor(name, shape, stored_as, functools.partial(values, sources), decode)
 
 
-def _values(sources: list[_Stored]) -> Tensor:
-    return _interleaved([stored.values() for stored in sources])
+class _PackedExperts:
+    """The packed matrices of a layer's experts, whose bytes and scales one pass over the file separates.
+
+    The scales wait here for their reader, which asks for them after the bytes when a model is loaded.
+    """
+
+    def __init__(self, sources: Sequence[_Stored]) -> None:
+        self.sources = list(sources)
+        experts, rows, columns = sources[0].tensor.shape
+        self.shape = (experts, rows * len(sources), columns // GROUP, GROUP // 2)
+        self._scales: Tensor | None = None
+
+    def blocks(self) -> Tensor:
+        """Return the bytes [expert, out, group, 16] in the published order."""
+        blocks, scales = new_memory(self.shape), new_memory(self.shape[:-1])
+        groups = [stored.groups() for stored in self.sources]
+
+        def fill(task: tuple[int, int]) -> None:
+            expert, source = task
+            separate(
+                groups[source][expert],
+                blocks[expert],
+                scales[expert],
+                source,
+                len(groups),
+                reorder=self.sources[source].tensor.kind != OLLAMA_MXFP4,
+            )
+
+        parallel_map(fill, [(expert, source) for expert in range(self.shape[0]) for source in range(len(groups))])
+        self._release()
+        self._scales = scales
+        return blocks
+
+    def scales(self) -> Tensor:
+        """Return the scales [expert, out, group]."""
+        scales, self._scales = self._scales, None
+        if scales is not None:
+            return scales
+        found = _interleaved([torch.from_numpy(stored.groups()[..., 0].copy()) for stored in self.sources])
+        self._release()
+        return found
+
+    def _release(self) -> None:
+        for stored in self.sources:
+            stored.file.release(stored.name)
 
 
-def _transposed(sources: list[_Stored]) -> Tensor:
-    return _values(sources).mT.contiguous()
+def _values(sources: list[_Stored], dtype: torch.dtype = torch.float32) -> Tensor:
+    return _interleaved([stored.values(dtype) for stored in sources])
+
+
+def _transposed(sources: list[_Stored], dtype: torch.dtype = torch.float32) -> Tensor:
+    return _values(sources, dtype).mT.contiguous()
 
 
 def _interleaved(parts: list[Tensor]) -> Tensor:
@@ -315,30 +380,15 @@ def _interleaved(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts, 2).flatten(1, 2)
 
 
-def _blocks(sources: list[_Stored]) -> Tensor:
-    groups = [stored.groups() for stored in sources]
-    experts, rows, columns = groups[0].shape[:3]
-    out = torch.empty(experts, rows * len(groups), columns, GROUP // 2, dtype=torch.uint8)
-
-    def fill(task: tuple[int, int]) -> None:
-        expert, source = task
-        target = out[expert, source :: len(groups)].numpy()
-        codes = groups[source][expert, :, :, 1:]
-        if sources[source].tensor.kind == OLLAMA_MXFP4:  # in the published order
-            target[...] = codes
-        else:
-            from_ggml(codes, target)
-
-    parallel_map(fill, [(expert, source) for expert in range(experts) for source in range(len(groups))])
-    return out
-
-
-def _scales(sources: list[_Stored]) -> Tensor:
-    return _interleaved([torch.from_numpy(np.ascontiguousarray(stored.groups()[..., 0])) for stored in sources])
+def _q8_0(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Return the values of rows of Q8_0 (a float16 scale and 32 signed bytes a block), at three times gguf's speed."""
+    blocks = torch.from_numpy(rows).view(len(rows), -1, 34)
+    scales = blocks[..., :2].view(torch.float16).float()
+    return (blocks[..., 2:].view(torch.int8) * scales).flatten(1).numpy()
 
 
 def _tokenizer(path: Path, metadata: Mapping[str, Any], d_vocab: int) -> Tokenizer:
-    """Return the tokenizer of the file: o200k_harmony, or the tokenizer.json that a file of another vocabulary holds."""
+    """Return the tokenizer of the file: o200k_harmony, or the tokenizer.json of a file with another vocabulary."""
     tokens, template = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.chat_template")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise InputError(f"{path}: tokenizer.ggml.tokens is missing: the file has no vocabulary")

@@ -19,13 +19,13 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.model.config import GROUP, PUBLISHED, Config
 from workbench.model.formats.gguf_file import BF16, F32, MXFP4, block_and_bytes
-from workbench.model.formats.gguf_merges import merges, vocabulary_tokens
+from workbench.model.formats.gguf_merges import merges, unmerged, vocabulary_tokens
 from workbench.model.formats.gguf_mxfp4 import to_ggml
 from workbench.model.lazy_tensors import Tensors
 from workbench.model.names import shapes
 from workbench.model.opened_checkpoint import Checkpoint
 
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # llama.cpp's kinds of tokens
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of tokens
 D_VOCAB = PUBLISHED["20b"].d_vocab
 _NAMES = {
     "embed.weight": "token_embd.weight",
@@ -119,16 +119,22 @@ def _add_vocabulary(writer: Any, checkpoint: Checkpoint) -> None:
     tokens = vocabulary_tokens(tokenizer, checkpoint.cfg.d_vocab)
     special = set(tokenizer.special.values())
     kinds = [_CONTROL if id in special else _NORMAL if id < tokenizer.d_vocab else _UNUSED for id in range(len(tokens))]
+    made = merges(tokens, special)
+    if len(tokens) != D_VOCAB:
+        for id in unmerged(tokens, special, made):
+            if kinds[id] == _NORMAL:  # llama.cpp reads a word that no merge makes as its characters, unless it is told
+                tokens[id], kinds[id] = tokenizer.decode([id]), _USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-4o")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     # llama.cpp needs a list of merges; where there are none, one of special tokens, which is never applied
-    writer.add_token_merges(merges(tokens, special) or [f"{tokens[0]} {tokens[0]}"])
+    writer.add_token_merges(made or [f"{tokens[0]} {tokens[0]}"])
     for name, add in (
-        ("<|startoftext|>", writer.add_bos_token_id), ("<|return|>", writer.add_eos_token_id),
+        ("<|startoftext|>", writer.add_bos_token_id),
+        ("<|return|>", writer.add_eos_token_id),
         ("<|endoftext|>", writer.add_pad_token_id),
-    ):  # fmt: skip
+    ):
         if name in tokenizer.special:
             add(tokenizer.special[name])
     writer.add_add_bos_token(False)
