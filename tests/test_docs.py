@@ -40,8 +40,9 @@ def name(page: Path) -> str:
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
     """What a reader has."""
-    for model in ("gpt-oss-20b", "gpt-oss-120b"):
-        (tmp_path / model).symlink_to(DATA / "nano")
+    (tmp_path / "openai").mkdir()
+    for model in ("gpt-oss-20b", "gpt-oss-120b"):  # the hub ids that the pages name
+        (tmp_path / "openai" / model).symlink_to(DATA / "nano")
     (tmp_path / "dashboards").symlink_to(ROOT / "dashboards")
     shutil.copytree(DATA / "demo.zarr", tmp_path / "run.zarr")
     rows = (DATA / "prompts.jsonl").read_text().splitlines()[::40]
