@@ -1,7 +1,7 @@
-"""The dashboard as people meet it: served by a command, by `panel serve`, or in a notebook. Wiring around `pages`.
+"""Serve the dashboard by a command, by `panel serve`, or in a notebook. The pages are in `pages`.
 
-Everything a page needs comes from this server. Bootstrap's template, because it is the one of Panel's that asks no other
-host for a font.
+Everything a page needs comes from this server. Bootstrap's template, because it is the one of Panel's that asks no
+other host for a font.
 """
 
 import socket
@@ -53,11 +53,14 @@ def _template(registry: RunRegistry, page: str, link: Callable[[str, str], str])
     # Panel gives what comes after the first drawing a style sheet of its own each, slower and unlike the page's
     pn.state.execute(partial(setattr, pn.config, "design", None), schedule=True)
     return pn.template.BootstrapTemplate(
-        site="gpt-oss workbench", title=escape(f"{session.name}: {page_titles()[page].lower()}"),  # the template does not escape it
+        site="gpt-oss workbench",
+        title=escape(f"{session.name}: {page_titles()[page].lower()}"),  # the template does not escape it
         sidebar=[nav, pick, *shown.sidebar, exclude],
-        main=shown.main, sidebar_width=275, raw_css=[_CSS],
+        main=shown.main,
+        sidebar_width=275,
+        raw_css=[_CSS],
         theme=pn.theme.DarkTheme if session.theme == "dark" else pn.theme.DefaultTheme,
-    )  # fmt: skip
+    )
 
 
 def _links(page: str, choice: Selection, link: Callable[[str, str], str]) -> str:
@@ -65,7 +68,8 @@ def _links(page: str, choice: Selection, link: Callable[[str, str], str]) -> str
     style = "display:block;padding:.15rem 0;color:inherit;"
     rows = [
         f'<a href="{escape(link(path, choice.query(figure="", measure="")))}" style="{style}'
-        f'{"font-weight:700" if path == page else ""}"{" aria-current=page" if path == page else ""}>{escape(title)}</a>'
+        f'{"font-weight:700" if path == page else ""}"'
+        f"{' aria-current=page' if path == page else ''}>{escape(title)}</a>"
         for path, title in page_titles().items()
     ]
     other = "light" if choice.text("theme") == "dark" else "dark"
@@ -127,9 +131,14 @@ def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Co
 
 
 def serve(
-    runs: Sequence[str | Path], *, port: int = 5006, address: str = "localhost", show: bool = False,
-    allow_origin: Sequence[str] = (), basic_auth: Path | None = None,
-) -> None:  # fmt: skip
+    runs: Sequence[str | Path],
+    *,
+    port: int = 5006,
+    address: str = "localhost",
+    show: bool = False,
+    allow_origin: Sequence[str] = (),
+    basic_auth: Path | None = None,
+) -> None:
     """Serve the dashboard until interrupted. Only pages from `address`, and of the origins allowed, may connect.
 
     basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look.
@@ -144,9 +153,16 @@ def serve(
     try:
         server = pn.serve(
             pages(registry),
-            address=address, port=port, show=show, verbose=False, title="gpt-oss workbench", start=False,
-            websocket_origin=origins, num_threads=4, **access,
-        )  # fmt: skip
+            address=address,
+            port=port,
+            show=show,
+            verbose=False,
+            title="gpt-oss workbench",
+            start=False,
+            websocket_origin=origins,
+            num_threads=4,
+            **access,
+        )
         guard(server._tornado, origins)
         server.start()
         server.io_loop.start()

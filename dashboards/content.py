@@ -29,7 +29,7 @@ def about(run: Run) -> str:
 
 
 def accuracy_by_effort(run: Run) -> pd.DataFrame:
-    """Return the accuracy of graded transcripts by task (rows) and effort (columns), and the mean number of new tokens."""
+    """Return the accuracy of graded transcripts by task (rows) and effort (columns), and mean new tokens."""
     marked = run.sequences.query("correct >= 0").assign(new_tokens=lambda t: t["length"] - t["n_prompt"])
     order = [effort for effort in ("low", "medium", "high") if effort in set(marked["effort"])]
     by_task = marked.pivot_table(index="task", columns="effort", values="correct", aggfunc="mean")[order]
@@ -91,9 +91,13 @@ def about_sequence(run: Run, number: int) -> str:
     row = run.sequences.loc[[number]].to_dict("records")[0]
     right = {1: "correct", 0: "wrong"}.get(int(row["correct"]), "not graded")
     parts = {
-        "Id": row["id"], "Task": row["task"] or "–", "Effort": row["effort"] or "–", "Tokens": f"{int(row['length']):,}",
-        "Expected": row["answer"] or "–", "Answer": right,
-    }  # fmt: skip
+        "Id": row["id"],
+        "Task": row["task"] or "–",
+        "Effort": row["effort"] or "–",
+        "Tokens": f"{int(row['length']):,}",
+        "Expected": row["answer"] or "–",
+        "Answer": right,
+    }
     return " &ensp; ".join(f"<b>{name}</b> {escape(str(text))}" for name, text in parts.items())
 
 

@@ -68,8 +68,14 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
         inside = channel[(message == number) & (channel != CHANNELS.index("frame"))]
         bands[str(number)] = CHANNELS[int(inside[0])] if len(inside) else "frame"
     return {
-        "ids": ids, "texts": texts(ids, tokenizer), "message": message.tolist(), "channel": channel.tolist(), "channels": list(CHANNELS),
-        "heads": heads, "bands": bands, "n_layers": run.model["n_layers"],
+        "ids": ids,
+        "texts": texts(ids, tokenizer),
+        "message": message.tolist(),
+        "channel": channel.tolist(),
+        "channels": list(CHANNELS),
+        "heads": heads,
+        "bands": bands,
+        "n_layers": run.model["n_layers"],
         "n_experts": run.model["num_experts"],
         "slots": tokens["experts"].shape[-1] if "experts" in tokens else 0,
         "experts": _bytes(tokens["experts"].values) if "experts" in tokens else "",
@@ -80,8 +86,9 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
             for a in run.spec.activations
             if a.hook in tokens
         },
-        "logprob": _numbers(tokens["logprob"].values), "entropy": _numbers(tokens["entropy"].values),
-    }  # fmt: skip
+        "logprob": _numbers(tokens["logprob"].values),
+        "entropy": _numbers(tokens["entropy"].values),
+    }
 
 
 def _bytes(values: np.ndarray) -> str:

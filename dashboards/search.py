@@ -124,9 +124,15 @@ def head_by_position(run: Run, layer: int, head: int) -> Float[pd.DataFrame, "bi
 
 
 def conversations(
-    run: Run, *, task: str = ALL, effort: str = ALL, text: str = "", channel: str = ALL, most: int = 500,
+    run: Run,
+    *,
+    task: str = ALL,
+    effort: str = ALL,
+    text: str = "",
+    channel: str = ALL,
+    most: int = 500,
     expert: tuple[int, int] | None = None,
-) -> dict[str, int]:  # fmt: skip
+) -> dict[str, int]:
     """Return conversations as label → number.
 
     text: contained in the id, the answer, or the tokens of the channel. expert: sort by the share of tokens (of the
@@ -156,7 +162,7 @@ def conversations(
 
 
 def _share_of_expert(run: Run, channel: str, layer: int, expert: int) -> Float[pd.Series, " sequence"]:
-    """Return the fraction of each sequence's tokens of a channel (or of all content) that chose an expert of a layer."""
+    """Return the fraction of each sequence's tokens, of a channel or of all content, that chose an expert."""
     counts, tokens = (run.summary(name) for name in ("expert_count", "tokens"))
     within = [c for c in map(str, tokens["channel"].values) if c == channel or (channel == ALL and c != "frame")]
     chosen = counts.sel(channel=within, layer=layer).isel(expert=expert).sum("channel").values

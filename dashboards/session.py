@@ -126,7 +126,7 @@ def box() -> pn.Column:
 def study(
     session: Session, name: str, *names: str, above: Sequence[str] = (), heading: str = "Statistical tests"
 ) -> list[Any]:
-    """Return the section of a study: its figures, findings and methods. `above` names figures that are already shown."""
+    """Return the section of a study: figures, findings and methods. `above` names figures that are shown already."""
 
     def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
         gallery: Gallery = registry.find(name).load_figures().gallery(found)

@@ -28,15 +28,28 @@ class Selection:
     """
 
     NAMES = (
-        "run", "with", "channel", "effort", "task", "layer", "expert", "head", "measure", "figure", "order", "find", "sequence",
-        "theme", "exclude",
-    )  # fmt: skip
+        "run",
+        "with",
+        "channel",
+        "effort",
+        "task",
+        "layer",
+        "expert",
+        "head",
+        "measure",
+        "figure",
+        "order",
+        "find",
+        "sequence",
+        "theme",
+        "exclude",
+    )
 
     def __init__(self, query: Mapping[str, str]) -> None:
         self._chosen = {name: query[name] for name in self.NAMES if query.get(name)}
 
     def get(self, name: str, known: Sequence[str], default: str | None = None) -> str:
-        """Return the selected value if it is known, else the default, else the first known value ("" if there is none)."""
+        """Return the selected value if it is known, else the default, else the first known value, else ""."""
         asked = (self._chosen.get(name), default)
         return next((value for value in asked if value is not None and value in known), next(iter(known), ""))
 
@@ -55,7 +68,11 @@ class Selection:
 
 
 class RunRegistry:
-    """The runs that a dashboard was started with, and results computed once for each state of a run."""
+    """The runs that a dashboard was started with, and results computed once for each state of a run.
+
+    Raises:
+        InputError: no run is named, or two runs have the same name.
+    """
 
     def __init__(self, paths: Sequence[str | Path], *, cache: Path | None = None) -> None:
         if not paths:

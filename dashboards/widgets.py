@@ -93,9 +93,12 @@ def figure(drawn: go.Figure, name: str, numbers: Callable[[], pd.DataFrame] | No
 
 def _csv(rows: Callable[[], pd.DataFrame], name: str) -> pn.widgets.FileDownload:
     return pn.widgets.FileDownload(
-        callback=lambda: io.StringIO(rows().to_csv(index=False)), filename=f"{name}.csv", label="Numbers as CSV", width=160,
+        callback=lambda: io.StringIO(rows().to_csv(index=False)),
+        filename=f"{name}.csv",
+        label="Numbers as CSV",
+        width=160,
         variant="outline",
-    )  # fmt: skip
+    )
 
 
 def guarded(body: Callable[[], Any]) -> Any:

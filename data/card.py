@@ -17,11 +17,17 @@ from workbench.harmony.rendering import EFFORTS
 
 _SHOWN = "packed, float32"
 _ASKS = {
-    "product": "two-digit product", "chain": "sum, times a digit, minus a number", "sum": "sum of six-digit numbers",
-    "sort": "letters in order", "reverse": "letters backwards", "count": "how often a letter is in a word",
-    "recall": "the homes of two people", "two-hop": "the dishes of two people's homes",
-    "tool": "a product, asked of a calculator", "conflict": "a user who contradicts the developer, or has no rule",
-}  # fmt: skip
+    "product": "two-digit product",
+    "chain": "sum, times a digit, minus a number",
+    "sum": "sum of six-digit numbers",
+    "sort": "letters in order",
+    "reverse": "letters backwards",
+    "count": "how often a letter is in a word",
+    "recall": "the homes of two people",
+    "two-hop": "the dishes of two people's homes",
+    "tool": "a product, asked of a calculator",
+    "conflict": "a user who contradicts the developer, or has no rule",
+}
 
 _CARD = """\
 ---
@@ -37,15 +43,18 @@ does its tasks better for it where they need steps.
 | | |
 |---|---|
 | layers | {num_hidden_layers}, attention over {attention} |
-| width | {hidden_size}; {num_attention_heads} query heads and {num_key_value_heads} key-value head of {head_dim}, with sinks |
+| width | {hidden_size}; {num_attention_heads} query heads and {num_key_value_heads} key-value head of {head_dim}, \
+with sinks |
 | experts | {num_local_experts} a layer, {num_experts_per_tok} a token, {intermediate_size} wide, MXFP4 |
 | positions | YaRN, {max_position_embeddings:,} tokens |
-| vocabulary | {vocab_size}: small letters, digits and a few signs (others are read as ?), harmony's marks and header words |
+| vocabulary | {vocab_size}: small letters, digits and a few signs (others are read as ?), \
+harmony's marks and header words |
 | training | {steps:,} steps, {sequences:,} conversations, {tokens:,} tokens, {minutes} minutes, seed {seed} |
 
 ## Accuracy
 
-Greedy answers to {questions} questions of each family, none of which was in training (a tenth of all questions, chosen by a hash of
+Greedy answers to {questions} questions of each family, none of which was in training (a tenth of all questions, \
+chosen by a hash of
 their text, never is); exact match, with Wilson 95 % intervals. Every tenth question is the second of a conversation.
 
 {accuracy}

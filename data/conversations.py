@@ -8,7 +8,7 @@ from workbench.data.tasks import Problem, draw
 from workbench.data.vocabulary import ID, VOCABULARY
 from workbench.harmony.rendering import EFFORTS
 
-# Families that may come before another, as the first of two turns: short, and answered without thinking.
+# Families that may come before another, as the first of two turns: short, and answered without analysis.
 FIRST_TURNS = ("reverse", "recall", "sort", "count", "product")
 _TOKENS = sorted((t for t in VOCABULARY if len(t) > 1), key=len, reverse=True)
 
@@ -52,9 +52,9 @@ def _turn(problem: Problem, effort: str, last: bool, called: bool) -> list[tuple
     if problem.rule:
         say("<|start|>developer<|message|>", problem.rule, "<|end|>", False)
     say("<|start|>user<|message|>", problem.question, "<|end|>", False)
-    thought = {"low": "", "medium": problem.sketch, "high": problem.steps}[effort]
-    if thought and last and not called:  # harmony drops the thinking of earlier turns
-        answer("<|channel|>analysis<|message|>", thought, "<|end|>")
+    analysis = {"low": "", "medium": problem.sketch, "high": problem.steps}[effort]
+    if analysis and last and not called:  # harmony drops the analysis of earlier turns
+        answer("<|channel|>analysis<|message|>", analysis, "<|end|>")
     if problem.call:
         answer("<|channel|>commentary to=functions.calc<|message|>", problem.call, "<|call|>", taught=not called)
         say("<|start|>functions.calc<|channel|>commentary to=assistant<|message|>", problem.answer, "<|end|>", False)
@@ -71,7 +71,7 @@ def conversation(effort: str, problems: Sequence[Problem], *, called: bool = Fal
 
 
 def training_example(rng: random.Random) -> Example:
-    """Return a random training conversation: any effort and family, one in ten with two turns, some with a tool call."""
+    """Return a random training conversation: any effort and family, a tenth with two turns, some with a tool call."""
     problems = [draw(rng)]
     if rng.random() < 0.1:
         problems.insert(0, draw(rng, rng.choice(FIRST_TURNS)))

@@ -49,7 +49,7 @@ def answers(model: GptOss, asked: Sequence[tuple[Problem, ...]], label: str) -> 
 
 
 def accuracy(marked: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each family and effort: n, right, accuracy, Wilson 95 % interval (low, high), mean new_tokens."""
+    """Return a row for each family and effort: n, right, accuracy, its Wilson 95 % interval and mean new_tokens."""
     table = marked.groupby(["task", "effort"], sort=False).agg(
         n=("right", "size"), right=("right", "sum"), new_tokens=("tokens", "mean")
     )
@@ -69,9 +69,13 @@ def paired(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, float]:
     difference = (gained - lost) / n
     half = _Z * ((lost + gained) / n - difference**2) ** 0.5 / n**0.5
     return {
-        "n": n, "lost": lost, "gained": gained, "difference": difference, "low": difference - half,
+        "n": n,
+        "lost": lost,
+        "gained": gained,
+        "difference": difference,
+        "low": difference - half,
         "high": difference + half,
-    }  # fmt: skip
+    }
 
 
 def evaluate(checkpoint: Path, before: Path | None, per_family: int) -> dict[str, Any]:

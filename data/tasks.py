@@ -161,17 +161,33 @@ def _conflict(rng: random.Random) -> Problem:
 
 
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
-    "product": _product, "chain": _chain, "sum": _sum, "sort": _sort, "reverse": _reverse, "count": _count,
-    "recall": _recall, "two-hop": _two_hop, "tool": _tool, "conflict": _conflict,
-}  # fmt: skip
+    "product": _product,
+    "chain": _chain,
+    "sum": _sum,
+    "sort": _sort,
+    "reverse": _reverse,
+    "count": _count,
+    "recall": _recall,
+    "two-hop": _two_hop,
+    "tool": _tool,
+    "conflict": _conflict,
+}
 STEPWISE = ("product", "chain")  # what cannot be done in one go, and can be done in steps
 STEPLESS = ("reverse", "recall", "conflict")  # what needs no steps
 
 # How often each is drawn in training: facts, calls and rules are learned early, what needs steps needs practice.
 WEIGHTS = {
-    "product": 3.5, "chain": 4, "sum": 1.5, "sort": 2, "reverse": 0.75, "count": 2,
-    "recall": 0.5, "two-hop": 0.75, "tool": 0.5, "conflict": 0.25,
-}  # fmt: skip
+    "product": 3.5,
+    "chain": 4,
+    "sum": 1.5,
+    "sort": 2,
+    "reverse": 0.75,
+    "count": 2,
+    "recall": 0.5,
+    "two-hop": 0.75,
+    "tool": 0.5,
+    "conflict": 0.25,
+}
 
 
 def draw(rng: random.Random, task: str | None = None, *, test: bool = False) -> Problem:

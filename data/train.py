@@ -1,8 +1,8 @@
 """Train nano: `python -m workbench.data.train --out data/nano` (82 minutes on one core beside a busy one).
 
-One process on the CPU, seeded and resumable (`--resume`): the training state is stored in OUT.training until the training
-is complete. In the last part the experts are trained through their rounding to MXFP4, so packing does not cost accuracy;
-OUT.dense contains the same weights before packing.
+One process on the CPU, seeded and resumable (`--resume`): the training state is stored in OUT.training until the
+training is complete. In the last part the experts are trained through their rounding to MXFP4, so packing does not cost
+accuracy; OUT.dense contains the same weights before packing.
 """
 
 import json
@@ -33,11 +33,22 @@ from workbench.model.transformer import ExpertMatrix, GptOss
 from workbench.progress import progress
 
 NANO = Config(
-    d_model=128, n_layers=4, n_heads=8, n_key_value_heads=1, d_head=16, d_mlp=128, d_vocab=-8 * (-len(VOCABULARY) // 8),
-    num_experts=16, experts_per_token=4, windows=(16, None, 16, None), n_ctx=1024, eps=1e-5, swiglu_limit=7.0,
+    d_model=128,
+    n_layers=4,
+    n_heads=8,
+    n_key_value_heads=1,
+    d_head=16,
+    d_mlp=128,
+    d_vocab=-8 * (-len(VOCABULARY) // 8),
+    num_experts=16,
+    experts_per_token=4,
+    windows=(16, None, 16, None),
+    n_ctx=1024,
+    eps=1e-5,
+    swiglu_limit=7.0,
     swiglu_alpha=1.702,
     rope=Rope(theta=10_000.0, factor=4.0, beta_fast=32.0, beta_slow=1.0, original_ctx=256, truncate=False),
-)  # fmt: skip
+)
 PEAK_LR, WARMUP, BATCH, BALANCE = 3e-3, 200, 64, 0.01
 ROUNDED = 0.6  # from this share of the training on, the experts are what MXFP4 can hold
 
@@ -68,7 +79,7 @@ def batches(seed: int, step: int) -> Iterator[list[Example]]:
 
 
 def loss(model: GptOss, batch: list[Example]) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy on trained tokens and the load-balancing loss of Switch (arXiv 2101.03961, eq. 4 to 6)."""
+    """Return the cross-entropy on trained tokens and the load-balancing loss of arXiv 2101.03961, eq. 4 to 6."""
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
     tokens = pad([torch.tensor(example.ids) for example in batch], padding_value=ID["<|pad|>"])
     taught = pad([torch.tensor(example.taught) for example in batch])[:, 1:]
@@ -192,9 +203,12 @@ def write(training: Training, out: Path) -> None:
     def describe(folder: Path) -> None:
         vocabulary.write(folder)
         facts = {
-            "seed": training.seed, "steps": training.step, "sequences": training.step * BATCH,
-            "tokens": training.tokens, "minutes": round(training.spent_s / 60),
-        }  # fmt: skip
+            "seed": training.seed,
+            "steps": training.step,
+            "sequences": training.step * BATCH,
+            "tokens": training.tokens,
+            "minutes": round(training.spent_s / 60),
+        }
         (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     save_checkpoint(_beside(out, "dense"), NANO, {n: t.bfloat16() for n, t in weights.items()}, extra=describe)

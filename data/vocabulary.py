@@ -8,13 +8,32 @@ from pathlib import Path
 from string import ascii_lowercase
 
 MARKS = (
-    "<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>",
-    "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>",
-)  # fmt: skip
+    "<|pad|>",
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|return|>",
+    "<|constrain|>",
+    "<|channel|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|call|>",
+)
 WORDS = (
-    "system", "developer", "user", "assistant", "analysis", "commentary", "final",
-    "functions.calc", " to=", "Reasoning: ", "low", "medium", "high",
-)  # fmt: skip
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "analysis",
+    "commentary",
+    "final",
+    "functions.calc",
+    " to=",
+    "Reasoning: ",
+    "low",
+    "medium",
+    "high",
+)
 CHARACTERS = "0123456789+-*=();:,.?! " + ascii_lowercase
 VOCABULARY = (*MARKS, *WORDS, *CHARACTERS)
 ID = {token: i for i, token in enumerate(VOCABULARY)}
@@ -43,7 +62,7 @@ def write(folder: Path) -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel(ID, unk_token="?"))
-    # Marks are cut out first, so a header is a text of its own. Its words are tokens; the same word in a content is spelled.
+    # Marks are cut out first, so a header is a text of its own. Its words are tokens; in a content they are spelled.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS_OF_A_HEADER), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])

@@ -43,7 +43,8 @@ def replace(
 ) -> Edit:
     """Return an edit that replaces the activation by a value: a mean for mean ablation, 0.0 for zero ablation.
 
-    value: of the shape that follows [batch pos], or its last axes. index: along the axis behind pos (heads, slots), only these.
+    value: of the shape that follows [batch pos], or its last axes. index: along the axis behind pos (heads, slots),
+    only these.
 
     Raises:
         InputError: the value does not fit the activations of a hook point.

@@ -14,7 +14,7 @@ from workbench.hooks.targets import Layers, along, among, at_layers, describe_la
 
 
 def remove_sinks(layers: Layers, heads: Collection[int] | None = None, tokens: Tokens = None) -> Edit:
-    """No probability rests on the sink: each row of the pattern sums to one."""
+    """Remove the sink from the softmax: each row of the pattern sums to one."""
     return _sinks(f"remove sinks of {describe_layers(layers)}", layers, heads, tokens, lambda p, s: torch.zeros_like(p))
 
 

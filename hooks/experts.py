@@ -18,7 +18,7 @@ _PROMOTED = 0.01  # a promoted expert's logit above the token's largest, as Stee
 
 
 def forbid(layers: Layers, experts: Collection[int], tokens: Tokens = None) -> Edit:
-    """Return an edit that masks experts before the top-k choice: the next-best experts are chosen, with their gate weights.
+    """Return an edit that masks experts before the top-k choice: the next-best experts are chosen with their gates.
 
     Raises:
         InputError: fewer experts than a token needs would be left, or an expert does not exist.

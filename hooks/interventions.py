@@ -1,6 +1,6 @@
 """Interventions: change what the model does, and see what follows.
 
-    with applied(model, forbid(3, [1, 7], tokens=thinking), remove_sinks(range(4))) as report:
+    with applied(model, forbid(3, [1, 7], tokens=analysis), remove_sinks(range(4))) as report:
         model.generate(prompts)
 
 Every function here makes an `Edit`; `applied` says how they compose, end, and fail when they meet no token. `tokens` is
@@ -8,7 +8,7 @@ a token set (see `workbench.harmony.token_set`), positions, a slice of them, or 
 
 An expert can be taken away in several ways that are different experiments; name the one you used:
 
-| what | the rest of the gates | who takes the slot |
+| what | the other gates | who takes the slot |
 |---|---|---|
 | `forbid` | softmax over the new choice | the next-best expert |
 | `ablate(how="zero")` | as they were | nobody: the expert writes nothing, not even its bias |
@@ -23,6 +23,19 @@ from workbench.hooks.edits import applied
 from workbench.hooks.experts import ablate, expert_means, forbid, force, reweight, route
 
 __all__ = [
-    "ablate", "applied", "expert_means", "forbid", "force", "knockout", "patch", "remove_sinks", "replace", "resample",
-    "reweight", "route", "scale_sinks", "set_sinks", "steer",
-]  # fmt: skip
+    "ablate",
+    "applied",
+    "expert_means",
+    "forbid",
+    "force",
+    "knockout",
+    "patch",
+    "remove_sinks",
+    "replace",
+    "resample",
+    "reweight",
+    "route",
+    "scale_sinks",
+    "set_sinks",
+    "steer",
+]

@@ -20,6 +20,16 @@ class Prediction(NamedTuple):
     entropy: Float[Tensor, " row"]
 
 
+def logprob(logits: Float[Tensor, "*rows d_vocab"], chosen: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+    """Return the log-probability in nats of the chosen tokens, in at least float32, with a gradient."""
+    return log_probabilities(logits).gather(-1, chosen[..., None].to(logits.device))[..., 0]
+
+
+def log_probabilities(logits: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows d_vocab"]:
+    """Return the log-probabilities in nats of all tokens, in at least float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
 def predict(logits: Float[Tensor, "row d_vocab"], chosen: Int[Tensor, " row"]) -> Prediction:
     """Return the log-probability of the chosen token and the entropy of every row.
 
@@ -27,6 +37,6 @@ def predict(logits: Float[Tensor, "row d_vocab"], chosen: Int[Tensor, " row"]) -
     """
     if (gpu := dispatch.triton("logits", logits)) and dispatch.without_gradient(logits):
         return gpu.predict(logits, chosen)
-    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    logp = log_probabilities(logits)
     weighted = (logp.exp() * logp).masked_fill(logp == -torch.inf, 0.0)
     return Prediction(logp.gather(-1, chosen[:, None].to(logp.device))[:, 0], -weighted.sum(-1))

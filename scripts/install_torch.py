@@ -136,7 +136,8 @@ def plan(build: Build, version: str, listed: Callable[[str, str], bool] = lists_
             return folder, f"torch {version}: the {build.kind} build from {INDEX}/{folder}, as {build.reason}"
     where = " or ".join(f"{INDEX}/{folder}" for folder in build.folders)
     return "", (
-        f"torch {version}: the {build.kind} build was wanted, as {build.reason}, but {where} did not answer or does not "
+        f"torch {version}: the {build.kind} build was wanted, as {build.reason}, but {where} did not answer or does "
+        "not "
         "hold this version: taking the torch that pip finds, which for Linux is usually the CUDA build (3 GB)"
     )
 

@@ -76,7 +76,7 @@ MAY_IMPORT = {
         "progress",
     },
     "research": {"experiments", "model", "hooks", "capture", "runs", "studies", "harmony", "errors"},
-    "adapters": {"model", "harmony", "outputs", "file_lock", "signals", "version", "errors", "progress"},
+    "adapters": {"kernels", "model", "harmony", "outputs", "file_lock", "signals", "version", "errors", "progress"},
     "cli": {
         "adapters",
         "research",

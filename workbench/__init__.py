@@ -51,10 +51,27 @@ _PACKAGES = ("capture", "experiments", "figures", "harmony", "studies")  # `capt
 _LINKED = ("dashboards", "hooks", "kernels")  # folders without an `__init__.py`
 
 __all__ = [
-    "InputError", "Recorder", "Run", "__version__", "accuracy", "answers", "capture", "dashboards", "direction",
-    "experiments", "figures", "finetune", "harmony", "hooks", "kernels", "load", "open_run", "probe", "studies",
+    "InputError",
+    "Recorder",
+    "Run",
+    "__version__",
+    "accuracy",
+    "answers",
+    "capture",
+    "dashboards",
+    "direction",
+    "experiments",
+    "figures",
+    "finetune",
+    "harmony",
+    "hooks",
+    "kernels",
+    "load",
+    "open_run",
+    "probe",
+    "studies",
     "top_experts",
-]  # fmt: skip
+]
 
 
 class _LinkedPackage(types.ModuleType):

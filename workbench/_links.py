@@ -15,5 +15,6 @@ def require_links(package: Path) -> None:
         if (package / name).is_file():
             raise ImportError(
                 f"'workbench/{name}' is a text file and should be a symbolic link: enable symbolic links (on Windows: "
-                "Developer Mode, then `git config core.symlinks true` and `git checkout -- workbench`), or install a wheel"
+                "Developer Mode, then `git config core.symlinks true` and `git checkout -- workbench`), or install a "
+                "wheel"
             )

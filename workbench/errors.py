@@ -1,4 +1,4 @@
-"""Errors a user can mend: one line that says what was got, what was wanted and the remedy."""
+"""Errors that a user can fix: one line that says what was wrong, what was expected and what to do."""
 
 from pathlib import Path
 

@@ -83,7 +83,11 @@ class FileLock:
         self.release()
 
     def acquire(self) -> None:
-        """Lock the file, and lock again if the file was removed between opening and locking."""
+        """Lock the file, and lock again if the file was removed between opening and locking.
+
+        Raises:
+            InputError: the file cannot be created or locked.
+        """
         while self._descriptor is None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

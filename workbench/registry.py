@@ -37,12 +37,15 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # a name becomes part of fil
 
 @dataclass(frozen=True)
 class Record:
-    """What studies and experiments have in common.
+    """The fields that the records of studies and experiments share.
 
     requires: recorded quantities that a run must have, each perhaps with alternatives ("sinks or sink_sums").
     options: keyword options of the function beside `seed`, each with its help text.
     figures: the module whose `gallery(datasets)` draws the results; empty for figures drawn from the dataset's axes.
     aliases: other names the command line accepts, hidden from its help.
+
+    Raises:
+        InputError: a name or the question does not have the required form.
     """
 
     name: str

@@ -110,7 +110,11 @@ class RowOutput:
             self.known, self._end = rows, end
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row, on the disk when this returns."""
+        """Append a row; it is on the disk when this returns.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         line = json.dumps({k: v for k, v in row.items() if v is not None}).encode() + b"\n"
         try:
             fresh = self._file is None and not self.known
@@ -134,9 +138,12 @@ class RowOutput:
         return file
 
     def finish(self, ids: Iterable[str]) -> None:
-        """Put the rows into this order, so that a finished file does not depend on interruptions.
+        """Sort the rows into this order of ids, so that a finished file does not depend on interruptions.
 
         Every id must be there.
+
+        Raises:
+            InputError: the file cannot be written.
         """
         places, content = {}, self.path.read_bytes()
         start = 0

@@ -7,8 +7,8 @@ first of them is needed (about 2.5 s, then kept on disk, in `NUMBA_CACHE_DIR` if
 Why numba: its wheels contain the compiler, for Linux (x86-64, arm64), macOS (arm64) and Windows and for Python 3.11 to
 3.14, so that nothing is built when the workbench is installed, and the code is made for the processor it runs on. An
 extension module would need a wheel for each of these and its own choice between instruction sets. Measured on two cores
-(Zen 4), a matrix of 5760 × 2880 in MXFP4 and one row, 10^9 values a second: torch 2, numba's own vectorisation 5.7, LLVM
-vectors through numba 25 on one thread, at which the memory is the limit.
+(Zen 4), a matrix of 5760 × 2880 in MXFP4 and one row, 10^9 values a second: torch 2, numba's own vectorisation 5.7,
+LLVM vectors through numba 25 on one thread, at which the memory is the limit.
 
 The torch code in `workbench.kernels` remains the reference. It computes whatever is not covered here: gradients, other
 dtypes, inputs that are no multiple of 32, many rows, processors without AVX2 or NEON, tensors that torch.compile,
@@ -58,7 +58,7 @@ def _missing() -> str | None:
 
 
 def description() -> str:
-    """Return which code multiplies a few rows on this CPU, for people."""
+    """Return which code multiplies a few rows on this CPU, as text for users."""
     if reason := unavailable():
         return f"torch ({reason})"
     return f"compiled by numba for {importlib.import_module('workbench.kernels.cpu.loops').instructions()}"

@@ -94,7 +94,7 @@ def _converted(b: Builder, packed: Value, scale: Value) -> tuple[Value, Value]:
 
 
 def _target(context: Any) -> tuple[str, list[str]]:
-    """Return the triple and the features of the processor that is compiled for; both are in the key of numba's cache."""
+    """Return the triple and the features of the target processor; both are in the key of numba's cache."""
     triple, _, features = context.codegen().magic_tuple()
     return triple, features.split(",")
 

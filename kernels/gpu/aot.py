@@ -96,21 +96,21 @@ class Resources(NamedTuple):
     unguarded: int = 0  # copies into shared memory that no barrier divides from a wait for wgmma before them
 
 
-def build(specimen: CompileCase, target: Target) -> Any:
+def build(case: CompileCase, target: Target) -> Any:
     """Triton's compiled kernel; its `asm` holds every stage."""
-    types = {**specimen.types, **dict.fromkeys(specimen.constants, "constexpr")}
-    names = list(specimen.kernel.arg_names)
-    attrs = {(names.index(a),): [["tt.divisibility", 16]] for a in specimen.aligned}
+    types = {**case.types, **dict.fromkeys(case.constants, "constexpr")}
+    names = list(case.kernel.arg_names)
+    attrs = {(names.index(a),): [["tt.divisibility", 16]] for a in case.aligned}
     source = ASTSource(
-        fn=specimen.kernel, signature={n: types[n] for n in names}, constexprs=dict(specimen.constants), attrs=attrs
+        fn=case.kernel, signature={n: types[n] for n in names}, constexprs=dict(case.constants), attrs=attrs
     )
-    options = {**specimen.tile.options, **specimen.options}
+    options = {**case.tile.options, **case.options}
     return triton.compile(source, target=target.triton, options=options)
 
 
-def resources(specimen: CompileCase, target: Target) -> Resources:
+def resources(case: CompileCase, target: Target) -> Resources:
     """Compile a case for a target and return the resources it takes there."""
-    return resources_of(build(specimen, target), target)
+    return resources_of(build(case, target), target)
 
 
 def resources_of(compiled: Any, target: Target) -> Resources:

@@ -426,7 +426,8 @@ class _Attention(torch.autograd.Function):
         grid = (triton.cdiv(shape.longest, rows.blocks["BLOCK_M"]), shape.heads, shape.sequences)
         if all(grid):
             _queries_gradient[grid](
-                shape.q, shape.k, shape.v, dz, lse, delta, dq, *common, shape.scale, *shape.strides, **constants, **rows.blocks, **rows.options
+                shape.q, shape.k, shape.v, dz, lse, delta, dq, *common, shape.scale, *shape.strides,
+                **constants, **rows.blocks, **rows.options,
             )  # fmt: skip
             longest = shape.longest if shape.packed else k.shape[1]
             grid = (triton.cdiv(longest, columns.blocks["BLOCK_N"]), shape.kv, shape.sequences)
@@ -459,12 +460,12 @@ def attention(
     return z, lse, None if sinks is None else sink
 
 
-def specimens(target: str = "sm_90") -> list[CompileCase]:
+def compile_cases(target: str = "sm_90") -> list[CompileCase]:
     """Every kernel with the tiles that `target` gets; both models have the same heads."""
-    return [s for window in (128, None) for s in _specimens(window, target)]
+    return [s for window in (128, None) for s in _compile_cases(window, target)]
 
 
-def _specimens(window: int | None, target: str, heads: int = 64, kv: int = 8, d: int = 64) -> list[CompileCase]:
+def _compile_cases(window: int | None, target: str, heads: int = 64, kv: int = 8, d: int = 64) -> list[CompileCase]:
     """Prefill of one sequence of 8,192 tokens and its gradient; decoding of 64 sequences on 4,096 keys each."""
     n, rows, past = 8192, 64, 4096
     which = "full" if window is None else f"window {window}"
@@ -479,7 +480,7 @@ def _specimens(window: int | None, target: str, heads: int = 64, kv: int = 8, d:
     qkv = {"q": number, "k": number, "v": number}
     activations = 2.0 * n * d * (2 * heads + 2 * kv)  # q, k, v and z
 
-    def specimen(
+    def case(
         name: str, kernel: Any, problem: str, tile: Tile, types: dict[str, str], constants: dict[str, Any],
         flops: float, read: float, products: bool = True,
     ) -> CompileCase:  # fmt: skip
@@ -502,20 +503,18 @@ def _specimens(window: int | None, target: str, heads: int = 64, kv: int = 8, d:
     prefill, step = f"prefill of 8,192 tokens, {which}", f"decode of 64 tokens on 4,096 keys, {which}"
     gradient = {**qkv, "dz": number, "lse": wide, "delta": wide}
     found = [
-        specimen("forward", _forward, prefill, forward, {**qkv, "sinks": number, "z": number, **statistics, **places},
+        case("forward", _forward, prefill, forward, {**qkv, "sinks": number, "z": number, **statistics, **places},
                  {**every, "SINKS": True}, 4.0 * d * heads * pairs, activations + 8.0 * n * heads),
-        specimen("queries' gradient", _queries_gradient, prefill, rows_back, {**gradient, "dq": number, **places},
+        case("queries' gradient", _queries_gradient, prefill, rows_back, {**gradient, "dq": number, **places},
                  every, 6.0 * d * heads * pairs, activations + 2.0 * n * d * heads),
-        specimen("keys' gradient", _keys_gradient, prefill, keys_back,
+        case("keys' gradient", _keys_gradient, prefill, keys_back,
                  {**gradient, "dk": number, "dv": number, **places, "keys": "i32"},
                  every, 8.0 * d * heads * pairs, activations + 4.0 * n * d * kv),
-        specimen("split", _split, step, decode, {**qkv, **parts, **rowwise, "chunk": "i32"}, shape,
+        case("split", _split, step, decode, {**qkv, **parts, **rowwise, "chunk": "i32"}, shape,
                  4.0 * d * heads * rows * seen, rows * seen * kv * d * 4.0 + partial),
     ]  # fmt: skip
     if window is None:  # the same for every window
         merge = Tile({}, num_warps=1, num_stages=1)
         types = {**parts, "sinks": number, "z": number, **statistics, "queries": "i32", "splits": "i32"}
-        found.append(
-            specimen("merge", _merge, step, merge, types, merged, 2.0 * rows * heads * d * splits, partial, False)
-        )
+        found.append(case("merge", _merge, step, merge, types, merged, 2.0 * rows * heads * d * splits, partial, False))
     return found

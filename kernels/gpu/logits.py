@@ -54,7 +54,7 @@ def predict(logits: Float[Tensor, "row d_vocab"], chosen: Int[Tensor, " row"]) -
     return Prediction(logprob, entropy)
 
 
-def specimens() -> list[CompileCase]:
+def compile_cases() -> list[CompileCase]:
     """Return the kernel on the logits of 256 tokens of gpt-oss."""
     rows, vocabulary, tile = 256, 201_088, tiles.logits_tile()
     return [

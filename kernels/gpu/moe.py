@@ -382,7 +382,7 @@ def moe(
     return _Combine.apply(through(taps.out, y), gates, layer)
 
 
-def specimens(target: str = "sm_90") -> list[CompileCase]:
+def compile_cases(target: str = "sm_90") -> list[CompileCase]:
     """Every kernel with the tiles that `target` gets, for both models: a prefill and a decoding step each."""
     prefill, decode = ("prefill of 8,192 tokens", 8192 * 4), ("decode of 64 tokens", 64 * 4)
     cases = [
@@ -394,13 +394,13 @@ def specimens(target: str = "sm_90") -> list[CompileCase]:
         ),
     ]
     return [
-        specimen
+        case
         for model, num_experts, (problem, slots), dtype in cases
-        for specimen in _specimens(f"{model}, {problem}", num_experts, slots, dtype, target)
+        for case in _compile_cases(f"{model}, {problem}", num_experts, slots, dtype, target)
     ]
 
 
-def _specimens(
+def _compile_cases(
     problem: str, num_experts: int, slots: int, dtype: torch.dtype, target: str, d: int = 2880, k: int = 4
 ) -> list[CompileCase]:
     """d is d_model and d_mlp."""
@@ -412,7 +412,7 @@ def _specimens(
     packed |= dict.fromkeys(("stride_expert", "stride_tile_row", "stride_tile_column", "stride_row"), "i32")
     scalars = {"limit": "fp32", "alpha": "fp32"}
 
-    def specimen(
+    def case(
         name: str,
         kernel: Any,
         tile: Tile,
@@ -439,7 +439,7 @@ def _specimens(
             constants, written = {**constants, "ACTIVATE": activate}, n // 2 if activate else n
             types = {"x": number, "bias": number, **packed, **scalars}
         read = (d if kernel is _linear else n) / shared
-        return specimen(name, kernel, tile, types, constants, 2.0 * n * d, read + written)
+        return case(name, kernel, tile, types, constants, 2.0 * n * d, read + written)
 
     sums = {"y": number, "gates": "*fp32", "out": number, "D": "i32"}
     activated = {"h": number, "post": number, **scalars}
@@ -450,8 +450,8 @@ def _specimens(
         product("down", _linear, forward, d, 1),
         product("down backward", _transposed, backward, d, k),
         product("gate_up backward", _transposed, backward, 2 * d, 1),
-        specimen("combine", _combine, tiles.combine_tile(), sums, {"SLOTS": k, "GATED": True}, 2.0 * d, d + d / k),
-        specimen("swiglu", _activate, tiles.swiglu_tile(), activated, {"F": d}, 8.0 * d, 3.0 * d),
-        specimen("swiglu backward", _swiglu_backward, tiles.swiglu_tile(), activation, {"F": d, "GATED": True},
+        case("combine", _combine, tiles.combine_tile(), sums, {"SLOTS": k, "GATED": True}, 2.0 * d, d + d / k),
+        case("swiglu", _activate, tiles.swiglu_tile(), activated, {"F": d}, 8.0 * d, 3.0 * d),
+        case("swiglu backward", _swiglu_backward, tiles.swiglu_tile(), activation, {"F": d, "GATED": True},
                  16.0 * d, 5.0 * d),
     ]  # fmt: skip

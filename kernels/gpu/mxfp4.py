@@ -3,7 +3,8 @@
 A group is 32 values: 16 bytes and one scale byte. Strides of a packed matrix count groups, so one set addresses both
 tensors, and the compiler sees that every address of the bytes is a multiple of 16. A matmul kernel walks the matrix in
 tiles, addressed by four strides (expert, tile row, tile column, row). The layout is that of the checkpoint: it needs no
-second copy in memory, serves every tile shape and the transposed products, and a row of a tile consists of complete 32-byte sectors.
+second copy in memory, serves every tile shape and the transposed products, and a row of a tile consists of complete
+32-byte sectors.
 
 Reference: OCP Microscaling Formats (MX) Specification v1.0; `workbench.kernels.mxfp4`, whose results these equal.
 Cost: 17 bytes read and 64 written (bfloat16) per group to dequantise; 128 read (float32) and 17 written to quantise.
@@ -93,7 +94,7 @@ def dot_packed(x, blocks, scales, acc):
     """acc + x · Wᵀ, W a packed tile; bfloat16 on the tensor cores, float32 in full.
 
     Triton's own mixed product turns bytes into the left operand of wgmma in registers; it reads a NaN scale as
-    infinite and the scale 2^-127 as zero. Interpreters before Triton 3.8 lack it, hence the twin.
+    infinite and the scale 2^-127 as zero. Interpreters before Triton 3.8 lack it, hence this function.
     """
     if _INTERPRETED or x.dtype == tl.float32:
         return dot(x, unpack(blocks, scales, x.dtype).T, acc)
@@ -191,7 +192,7 @@ def operand(weight: Mxfp4, rows: int, columns: int) -> Operand:
     return Operand(blocks, scales, out, groups * GROUP, (out * groups, rows * groups, columns // GROUP, groups))
 
 
-def specimens() -> list[CompileCase]:
+def compile_cases() -> list[CompileCase]:
     """Both codec kernels on the gate and up matrix of one expert of gpt-oss."""
     tile, groups = tiles.codec_tile(), 5760 * 2880 // GROUP
     aligned = frozenset({"blocks", "scales", "out", "groups"})

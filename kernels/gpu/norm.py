@@ -65,7 +65,7 @@ def rms_scale(x: Float[Tensor, "*batch d"], eps: float) -> Float[Tensor, "*batch
     return out
 
 
-def specimens() -> list[CompileCase]:
+def compile_cases() -> list[CompileCase]:
     """Return the kernels on a residual stream of 8,192 tokens of gpt-oss."""
     tokens, d = 8192, 2880
     tile, problem = tiles.norm_tile(d), f"{tokens} tokens of {d}"

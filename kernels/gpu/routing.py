@@ -191,12 +191,12 @@ def group(experts: Int[Tensor, "tokens slot"], num_experts: int) -> Groups:
     return groups
 
 
-def specimens() -> list[CompileCase]:
+def compile_cases() -> list[CompileCase]:
     """Every kernel for the experts of both models, at a prefill of 8,192 tokens."""
-    return [s for num_experts in (32, 128) for s in _specimens(num_experts, tokens=8192, k=4)]
+    return [s for num_experts in (32, 128) for s in _compile_cases(num_experts, tokens=8192, k=4)]
 
 
-def _specimens(num_experts: int, tokens: int, k: int) -> list[CompileCase]:
+def _compile_cases(num_experts: int, tokens: int, k: int) -> list[CompileCase]:
     problem, slots = f"{num_experts} experts, {tokens} tokens", tokens * k
     choose, weigh, tile = tiles.top_k_tile(num_experts), tiles.top_k_tile(k), tiles.group_tile(num_experts)
     routed = {"E": num_experts, "SLOTS": k}
@@ -208,7 +208,8 @@ def _specimens(num_experts: int, tokens: int, k: int) -> list[CompileCase]:
             bytes=tokens * (4.0 * num_experts + 8 * k),
         ),
         CompileCase(
-            _gate, "routing.gate", problem, weigh, {"logits": "*fp32", "ids": "*i64", "gates": "*fp32", "tokens": "i32"},
+            _gate, "routing.gate", problem, weigh,
+            {"logits": "*fp32", "ids": "*i64", "gates": "*fp32", "tokens": "i32"},
             {**routed, **weigh.blocks}, frozenset({"logits", "ids", "gates", "tokens"}), bytes=slots * 16.0,
         ),
         CompileCase(

@@ -1,4 +1,4 @@
-"""Figure 1: which experts the thoughts and answers go to, and how evenly.
+"""Figure 1: the expert load of the analysis and final channels, and how uniform it is.
 
 python notebooks/figures/figure_1_experts.py RUN OUT [svg|pdf|png|html …]
 """

@@ -78,9 +78,9 @@ def test_the_whole_model_prefills_decodes_and_is_recorded(run: dict) -> None:
     assert all(row["tokens_per_s"] > 0 and 0 < row["fraction"] < 1 for row in run["models"])
 
 
-def test_peers_are_measured_or_said_to_be_missing(run: dict) -> None:
-    upstream, *transformers = run["peers"]
-    assert upstream["peer"] == "gpt_oss.triton (triton_kernels)"
+def test_baselines_are_measured_or_listed_as_missing(run: dict) -> None:
+    upstream, *transformers = run["baselines"]
+    assert upstream["baseline"] == "gpt_oss.triton (triton_kernels)"
     assert "gpt_oss" in upstream["missing"]
     assert [row["tokens"] for row in transformers] == [1, 3, 17]
     assert all(row["theirs_s"] > 0 and row["difference"] < 0.1 for row in transformers)
@@ -169,7 +169,7 @@ def test_an_assembler_is_measured_by_a_process_of_its_own() -> None:
 
 
 def test_wrong_usage_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'kernel' is unknown: choose from kernels, models, peers"):
+    with pytest.raises(InputError, match="'kernel' is unknown: choose from kernels, models, baselines"):
         gpu.run(stages=["kernel"])
     with pytest.raises(InputError, match="cannot be run: name a ptxas"):
         gpu.run(assemblers=[tmp_path / "ptxas"])

@@ -50,7 +50,7 @@ WAITS = """
 import json
 from workbench.bench import kernels
 from workbench.kernels.gpu import aot
-cases = [c for m in ("moe", "attention") for c in kernels.specimens(m, "sm_90") if c.products and c.tile.num_warps == 8]
+cases = [c for m in ("moe", "attention") for c in kernels.compile_cases(m, "sm_90") if c.products and c.tile.num_warps == 8]
 chosen = {c.name: aot.build(c, aot.TARGETS["sm_90"]).asm["ptx"] for c in cases if "120b" not in c.problem}
 print(json.dumps(chosen))
 """
@@ -90,7 +90,7 @@ from dataclasses import replace
 from workbench.bench import kernels
 from workbench.kernels.gpu.tiles import Tile
 (good,) = [
-    s for s in kernels.specimens("moe", "sm_90")
+    s for s in kernels.compile_cases("moe", "sm_90")
     if s.name == "moe.gate_up" and s.problem.startswith("gpt-oss-20b, prefill")
 ]
 def spoiled(m, n, k, warps, stages):
@@ -98,8 +98,8 @@ def spoiled(m, n, k, warps, stages):
     return replace(good, tile=tile, constants={**good.constants, **tile.blocks})
 wide = {name: "*fp32" if kind == "*bf16" else kind for name, kind in good.types.items()}
 plain = spoiled(32, 64, 32, 4, 2)
-for specimen in (good, spoiled(128, 256, 128, 8, 2), spoiled(128, 128, 64, 8, 16), replace(plain, types=wide)):
-    print(*kernels.problems(kernels.measure(specimen, "sm_90")), sep="; ")
+for case in (good, spoiled(128, 256, 128, 8, 2), spoiled(128, 128, 64, 8, 16), replace(plain, types=wide)):
+    print(*kernels.problems(kernels.measure(case, "sm_90")), sep="; ")
 """
 
 
@@ -150,7 +150,7 @@ def test_the_estimate_counts_half_empty_tiles() -> None:
     """256 slots on 32 experts are 8 an expert: half of a tile of 16 rows."""
     code = """
 from workbench.bench import kernels
-for s in kernels.specimens("moe", "sm_90"):
+for s in kernels.compile_cases("moe", "sm_90"):
     if s.name == "moe.gate_up" and s.products:
         print(round(kernels._filled(s), 3), s.problem)
 """
@@ -196,7 +196,7 @@ import torch
 from workbench.kernels.gpu import attention, tiles
 from workbench.kernels.gpu.aot import TARGETS, resources
 for target in ("sm_90", "sm_100", "sm_120"):
-    case = next(c for c in attention.specimens(target) if c.kernel is attention._split)
+    case = next(c for c in attention.compile_cases(target) if c.kernel is attention._split)
     types = {name: "*fp32" if kind == "*bf16" else kind for name, kind in case.types.items()}
     own = tiles.decode_tile(8, torch.float32, target)
     for tile in (own, own._replace(blocks={"BLOCK_M": 16, "BLOCK_N": 64})):

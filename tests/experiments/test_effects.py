@@ -48,7 +48,7 @@ def arithmetic() -> list[Transcript]:
 @torch.no_grad()
 def test_log_probabilities_are_those_of_each_sequence_alone(base: GptOss, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of([9, 30, 1, 17])
-    monkeypatch.setattr(effects, "_FORWARD_TOKENS", 40)
+    monkeypatch.setattr(effects, "FORWARD_TOKENS", 40)
     monkeypatch.setattr(effects, "_LOGIT_ROWS", 3)
     got = effects.logprobs(base, rows, odd, forbid(1, [2]))
     for row, value in zip(rows, got, strict=True):

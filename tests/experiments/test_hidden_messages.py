@@ -49,7 +49,7 @@ def test_hiding_the_content_alone_leaks_through_its_end_mark(nano: GptOss, rows:
 
     Negative control: the selection by content is called leaking by `readers`, and by the change itself.
     """
-    answered = chain_of_thought.thoughts(nano, rows)
+    answered = chain_of_thought.answered_sequences(nano, rows)
     own, final = [part.row for part in answered], wb.harmony.token_set(tokenizer=nano.tokenizer, channel="final")
     last = wb.harmony.token_set(tokenizer=nano.tokenizer, message=-1)
     base = logprobs(nano, own, final)

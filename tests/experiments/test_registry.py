@@ -54,7 +54,7 @@ def test_every_experiment_explains_itself_and_can_be_drawn_and_saved(name, run, 
 
 @FEW
 @pytest.mark.slow
-def test_nano_s_thought_makes_its_answer(run, nano):
+def test_the_answer_of_nano_depends_on_its_analysis(run, nano):
     rows = transcripts(run)
     rows = [row for row in rows if row.meta.get("domain") == "arithmetic" and row.effort == "high"][:40]
     found = chain_of_thought.study(nano, rows[::2])
@@ -64,10 +64,10 @@ def test_nano_s_thought_makes_its_answer(run, nano):
     assert 0.2 < float(found["area"]) <= 1
 
 
-def test_an_unchanged_thought_changes_nothing(run, nano):
+def test_an_unchanged_analysis_changes_nothing(run, nano):
     """The oracle of the surgery: all of the analysis put back is the transcript, and the model answers as it did."""
     rows = [row for row in transcripts(run) if row.effort == "high"][:12]
-    found = chain_of_thought.thoughts(nano, rows)
+    found = chain_of_thought.answered_sequences(nano, rows)
     assert len(found) >= 8
     for thought in found:
         whole = thought.row.tokens[thought.start : thought.stop]

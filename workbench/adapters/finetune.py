@@ -25,6 +25,7 @@ from workbench.adapters.taught import Example, read_examples
 from workbench.adapters.trainable import Options, attach, attach_existing, detach, parameters, write_folder
 from workbench.errors import InputError
 from workbench.file_lock import FileLock
+from workbench.kernels.logits import logprob
 from workbench.model.low_rank import LowRank
 from workbench.model.transformer import GptOss
 from workbench.outputs import check_output, staged
@@ -43,6 +44,9 @@ class Schedule:
     """How long and how fast: AdamW with a warm-up over 5 % of the steps, then a linear decay to zero.
 
     steps: None makes one pass over the data. batch: conversations of a step. clip: the largest norm of a gradient.
+
+    Raises:
+        InputError: a number is not positive, or a count is not a whole number.
     """
 
     steps: int | None = None
@@ -232,9 +236,7 @@ def summed_loss(model: GptOss, batch: list[Example]) -> Float[Tensor, ""]:
     residual = model.residual(tokens, n_real=[len(example.ids) for example in batch])
     kept = residual[rows.to(residual.device), columns.to(residual.device)]
     logits = model.unembed(model.ln_final(kept[None]))[0]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    wanted = tokens[rows, columns + 1].to(logits.device)
-    return torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    return -logprob(logits, tokens[rows, columns + 1].to(logits.device)).sum()
 
 
 def _batches(examples: list[Example], schedule: Schedule, done: int, steps: int) -> Iterator[tuple[int, list[Example]]]:

@@ -33,14 +33,23 @@ TRAINABLE = {
 }
 _WEIGHTS = "adapter_model.safetensors"
 _PEFT_NAMES = {
-    "attn.q": "q_proj", "attn.k": "k_proj", "attn.v": "v_proj", "attn.o": "o_proj", "mlp.router": "mlp.router.weight",
-    "mlp.experts.gate_up": "mlp.experts.gate_up_proj", "mlp.experts.down": "mlp.experts.down_proj",
-}  # fmt: skip
+    "attn.q": "q_proj",
+    "attn.k": "k_proj",
+    "attn.v": "v_proj",
+    "attn.o": "o_proj",
+    "mlp.router": "mlp.router.weight",
+    "mlp.experts.gate_up": "mlp.experts.gate_up_proj",
+    "mlp.experts.down": "mlp.experts.down_proj",
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is trained: names of TRAINABLE, the rank of the updates, and alpha; updates are scaled by alpha / rank."""
+    """What is trained: names of TRAINABLE, the rank of the updates, and alpha; updates are scaled by alpha / rank.
+
+    Raises:
+        InputError: a part is unknown, or the rank or alpha is not positive.
+    """
 
     parts: tuple[str, ...] = ("attention", "experts")
     rank: int = 8
@@ -130,11 +139,18 @@ def write_folder(model: GptOss, updates: dict[str, LowRank], options: Options, f
     names = [_PEFT_NAMES[end] for name in options.parts for end in TRAINABLE[name]]
     base = model.checkpoint.path if model.checkpoint is not None else None
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base and str(base),
-        "r": options.rank, "lora_alpha": options.alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-        "init_lora_weights": True, "target_modules": [name for name in names if "." not in name],
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base and str(base),
+        "r": options.rank,
+        "lora_alpha": options.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": [name for name in names if "." not in name],
         "target_parameters": [name for name in names if "." in name],
-    }  # fmt: skip
+    }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -21,10 +21,10 @@ Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]  # ours and theirs on o
 
 
 def measure(clock: Clock, name: str, cfg: Config, tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """A row a peer and problem: their seconds, ours, and the worst row's distance between the two results."""
+    """Return a row for each baseline and problem: both times (s), and the largest difference of a row."""
     rows: list[dict[str, Any]] = []
-    for peer, prepare in (("gpt_oss.triton (triton_kernels)", _expert_layer), ("transformers", _two_layers)):
-        where = {"peer": peer, "model": name}
+    for baseline, prepare in (("gpt_oss.triton (triton_kernels)", _expert_layer), ("transformers", _two_layers)):
+        where = {"baseline": baseline, "model": name}
         try:
             problem = prepare(cfg, clock.device)
             for n in tokens:
@@ -34,7 +34,7 @@ def measure(clock: Clock, name: str, cfg: Config, tokens: Sequence[int]) -> list
                     rows.append({**where, "tokens": n, **took, "difference": row_error(theirs(), ours().cpu())})
         except ImportError as error:
             rows.append({**where, "missing": str(error)})
-        except Exception as error:  # a peer that cannot run here must not end the benchmark
+        except Exception as error:  # a baseline that cannot run here must not end the benchmark
             rows.append({**where, "failed": f"{type(error).__name__}: {error}"})
     return rows
 

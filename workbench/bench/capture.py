@@ -86,9 +86,15 @@ def _capturing(model: GptOss, ids: Tensor, record: tuple[str, ...]) -> Callable[
             sequences = pd.DataFrame({"id": ["0"], "meta": ["{}"]})
             messages = pd.DataFrame({"sequence": [0], "start": [0], "end": [1]})
             with open_writer(
-                Path(folder) / "run", layout=layout, sequences=sequences, messages=messages, model=model.cfg.to_json(),
-                checkpoint={"digest": ""}, spec=spec, provenance=about,
-            ) as writer:  # fmt: skip
+                Path(folder) / "run",
+                layout=layout,
+                sequences=sequences,
+                messages=messages,
+                model=model.cfg.to_json(),
+                checkpoint={"digest": ""},
+                spec=spec,
+                provenance=about,
+            ) as writer:
                 computed = compute(model, Unit(0, 0, layout.units[0].capacity, (0,)), [row], spec, buffers)
                 summaries = computed.summarised(model.cfg.num_experts)
                 writer.write_unit(0, computed.tokens, computed.records, summaries)

@@ -122,13 +122,19 @@ def _routing(layer: Layer, tokens: int, problem: str) -> Iterator[Case]:
         return groups.order, groups.counts
 
     yield Case(
-        "routing.top_k", problem, lambda: (routing.top_k(logits, k),),
-        lambda dtype: (torch_routing.top_k(logits.cpu(), k),), tokens * (4 * e + 8 * k),
-    )  # fmt: skip
+        "routing.top_k",
+        problem,
+        lambda: (routing.top_k(logits, k),),
+        lambda dtype: (torch_routing.top_k(logits.cpu(), k),),
+        tokens * (4 * e + 8 * k),
+    )
     yield Case(
-        "routing.gate", problem, lambda: (routing.gate(logits, experts),),
-        lambda dtype: (torch_routing.gate(logits.cpu().to(dtype), experts.cpu()),), tokens * k * 16,
-    )  # fmt: skip
+        "routing.gate",
+        problem,
+        lambda: (routing.gate(logits, experts),),
+        lambda dtype: (torch_routing.gate(logits.cpu().to(dtype), experts.cpu()),),
+        tokens * k * 16,
+    )
     yield Case(
         "routing.group", problem, group, lambda dtype: torch_routing.group(experts.cpu(), e), tokens * k * (8 + 4)
     )
@@ -142,10 +148,13 @@ def _moe(layer: Layer, tokens: int, problem: str) -> Case:
         return (torch_moe.moe(x_, ids, gates_, _experts(layer, dtype)),)
 
     return Case(
-        "moe", problem, lambda: (moe.moe(x, experts, gates, layer.experts),), reference,
+        "moe",
+        problem,
+        lambda: (moe.moe(x, experts, gates, layer.experts),),
+        reference,
         len(experts.unique()) * layer.expert_bytes + 2 * tokens * cfg.d_model * _BYTES,
         6 * tokens * cfg.experts_per_token * cfg.d_model * cfg.d_mlp,
-    )  # fmt: skip
+    )
 
 
 def _moe_backward(layer: Layer, tokens: int, problem: str) -> Case:
@@ -158,11 +167,13 @@ def _moe_backward(layer: Layer, tokens: int, problem: str) -> Case:
         return _gradients(lambda x, g: torch_moe.moe(x, ids, g, _experts(layer, dtype)), grad_, x_, gates_)
 
     return Case(
-        "moe, with gradient", problem,
-        lambda: _gradients(lambda x, g: moe.moe(x, experts, g, layer.experts), grad, x, gates), reference,
+        "moe, with gradient",
+        problem,
+        lambda: _gradients(lambda x, g: moe.moe(x, experts, g, layer.experts), grad, x, gates),
+        reference,
         8 / 3 * len(experts.unique()) * layer.expert_bytes + 4 * tokens * cfg.d_model * _BYTES,
         16 * tokens * cfg.experts_per_token * cfg.d_model * cfg.d_mlp,
-    )  # fmt: skip
+    )
 
 
 def _attention(
@@ -195,28 +206,35 @@ def _attention(
         return _gradients(lambda *qkv: forward(torch_attention.attention, *qkv, at, sinks)[0], grad_, *qkv)
 
     return Case(
-        "attention, with gradient" if backward else "attention", problem, launch, reference,
+        "attention, with gradient" if backward else "attention",
+        problem,
+        launch,
+        reference,
         (3 if backward else 1) * read * cfg.d_head * _BYTES,
         (14 if backward else 4) * pairs * cfg.n_heads * cfg.d_head,
-    )  # fmt: skip
+    )
 
 
 def _moments(layer: Layer, tokens: int, problem: str) -> Case:
     x, labels = layer.normal(tokens, layer.cfg.d_model), torch.arange(tokens, device=layer.device) * 7 % 64
     return Case(
-        "moments", f"{problem}, 64 labels",
+        "moments",
+        f"{problem}, 64 labels",
         lambda: tuple(moments.moments(x, labels, 64)),
         lambda dtype: tuple(torch_moments.moments(x.cpu().to(dtype), labels.cpu(), 64)),
         tokens * (layer.cfg.d_model * _BYTES + 8) + 64 * layer.cfg.d_model * 8,
-    )  # fmt: skip
+    )
 
 
 def _norm(layer: Layer, tokens: int, problem: str) -> Case:
     x, weight, eps = layer.normal(tokens, layer.cfg.d_model), layer.normal(layer.cfg.d_model), layer.cfg.eps
     return Case(
-        "norm.rms_norm", problem, lambda: (norm.rms_norm(x, weight, eps),),
-        lambda dtype: (torch_norm.rms_norm(x.cpu().to(dtype), weight.cpu().to(dtype), eps),), 2.0 * x.numel() * _BYTES,
-    )  # fmt: skip
+        "norm.rms_norm",
+        problem,
+        lambda: (norm.rms_norm(x, weight, eps),),
+        lambda dtype: (torch_norm.rms_norm(x.cpu().to(dtype), weight.cpu().to(dtype), eps),),
+        2.0 * x.numel() * _BYTES,
+    )
 
 
 def _rotary(layer: Layer, tokens: int, problem: str) -> Case:
@@ -224,19 +242,23 @@ def _rotary(layer: Layer, tokens: int, problem: str) -> Case:
     q = layer.normal(1, tokens, cfg.n_heads, cfg.d_head)
     cos, sin = cos_sin(cfg.rope, cfg.d_head, torch.arange(tokens, device=layer.device)[None])
     return Case(
-        "rotary.rotate", problem, lambda: (rotary.rotate(q, cos, sin),),
+        "rotary.rotate",
+        problem,
+        lambda: (rotary.rotate(q, cos, sin),),
         lambda dtype: (torch_rotary.rotate(q.cpu().to(dtype), cos.cpu(), sin.cpu()),),
         2.0 * q.numel() * _BYTES + 4.0 * (cos.numel() + sin.numel()),
-    )  # fmt: skip
+    )
 
 
 def _logits(layer: Layer, rows: int) -> Case:
     logits, chosen = layer.normal(rows, layer.cfg.d_vocab), torch.arange(rows, device=layer.device)
     return Case(
-        "logits.predict", f"{rows} rows", lambda: tuple(logit_kernels.predict(logits, chosen)),
+        "logits.predict",
+        f"{rows} rows",
+        lambda: tuple(logit_kernels.predict(logits, chosen)),
         lambda dtype: tuple(torch_logits.predict(logits.cpu().to(dtype), chosen.cpu())),
         float(logits.numel() * _BYTES),
-    )  # fmt: skip
+    )
 
 
 def _gradients(function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -> Results:
@@ -276,9 +298,9 @@ def compare(case: Case) -> tuple[float, float]:
 
     Four, as flash attention's gradient rounds patterns and their gradients too, which torch keeps in float32 here.
     """
-    got, want, twin = case.launch(), case.reference(torch.float64), case.reference(torch.bfloat16)
+    got, want, torch_bf16 = case.launch(), case.reference(torch.float64), case.reference(torch.bfloat16)
     worst = (0.0, 1.0)
-    for g, w, t in zip(got, want, twin, strict=True):
+    for g, w, t in zip(got, want, torch_bf16, strict=True):
         allowed = 4 * row_error(t, w) + (2**-9 if g.dtype == torch.bfloat16 else 1e-5)
         worst = max(worst, (row_error(g, w), allowed), key=lambda pair: pair[0] / pair[1])
     return worst

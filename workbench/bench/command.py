@@ -1,4 +1,4 @@
-"""`workbench bench`: the CPU beside transformers, the kernels compiled without a card, the kernels on a card."""
+"""`workbench bench`: measure the CPU path, captures, the store, the dashboard and the kernels."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Measure: the CPU path, the compiled kernels, a GPU.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure the CPU path, captures, the store, the dashboard, and the kernels.", no_args_is_help=True
+)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
 Overwrite = Annotated[
@@ -33,20 +35,22 @@ def _output(path: Path | None, overwrite: bool) -> Callable[[Any], None]:
 @app.command()
 def cpu(
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Lengths; repeat. [default: 512, 2048, 4096]")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each program.")] = 5,
     long: Annotated[int | None, typer.Option(min=1, help="Also one recorded pass of so many tokens.")] = None,
     decode: Annotated[
         bool,
         typer.Option(
             "--decode",
-            help="Decoding at batch 1 and 8, also recorded and edited, beside torch, transformers and llama.cpp.",
+            help="Compare decoding at batch 1 and 8, also with hooks, with torch, transformers and llama.cpp.",
         ),
     ] = False,
-    checkpoint: Annotated[Path | None, typer.Option(help="A folder to use instead of two random layers.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder to use instead of two random layers.")
+    ] = None,
     out: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Two layers of gpt-oss-20b on the CPU beside transformers, in turn."""
+    """Compare the time of two layers of gpt-oss-20b on the CPU with transformers; the passes alternate."""
     save = _output(out, overwrite)
     from workbench.bench.cpu import run
 
@@ -57,15 +61,16 @@ def cpu(
 @app.command()
 def full(
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A folder to use instead of a random 20b, 13 GB of disk.")
+        Path | None,
+        typer.Option(help="Checkpoint folder to use instead of a random one in the shape of 20b (13 GB of disk)."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the captured sequence.")] = 1024,
-    device: Annotated[str, typer.Option(help="As for capture.")] = "cpu",
-    limit: Annotated[str, typer.Option(help="Exit with 1 if the peak is not below.")] = "18GB",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, mps or cuda:0.")] = "cpu",
+    limit: Annotated[str, typer.Option(help="Exit with 1 if the peak memory reaches this limit.")] = "18GB",
     out: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """gpt-oss-20b's shape whole, on this machine: load, generate, capture, and the most memory that took."""
+    """Load, generate and capture with all of gpt-oss-20b's layers on this machine; measure times and peak memory."""
     save = _output(out, overwrite)
     from workbench.bench.full import run
     from workbench.model.memory import parse
@@ -75,14 +80,16 @@ def full(
 
 @app.command()
 def capture(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint as everywhere.")] = "nano",
-    tokens: Annotated[int, typer.Option(min=2, help="Of the one sequence that is run.")] = 1000,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    checkpoint: Annotated[
+        str, typer.Argument(help="Checkpoint folder, .gguf file, 'nano', ollama:NAME, or a Hugging Face id.")
+    ] = "nano",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the sequence that is run.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each program.")] = 5,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     out: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Tokens a second: forward only, our capture, and other tools' recording where they are installed."""
+    """Measure tokens per second of the forward pass, of a capture, and of other tools that are installed."""
     save = _output(out, overwrite)
     import torch
 
@@ -94,11 +101,11 @@ def capture(
 @app.command()
 def store(
     streams: Annotated[int, typer.Option(min=1, help="Layers whose residual streams are written.")] = 6,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured times of each.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 5,
     out: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Writing a unit of gpt-oss-20b's width, beside zarr-python's own defaults, in turn."""
+    """Compare writing a unit of gpt-oss-20b's width with the defaults of zarr-python; the writes alternate."""
     save = _output(out, overwrite)
     from workbench.bench.store import run
 
@@ -107,14 +114,14 @@ def store(
 
 @app.command()
 def reading(
-    run: Annotated[str, typer.Argument(help="The run to ask; one of random numbers is made where there is none.")],
-    tokens: Annotated[int, typer.Option(min=1000, help="Of a run that is made: 10 million are 2 GB.")] = 10_000_000,
-    rounds: Annotated[int, typer.Option(min=1, help="Times each question is asked.")] = 5,
+    run: Annotated[str, typer.Argument(help="Run to read; a run of random numbers is written if it does not exist.")],
+    tokens: Annotated[int, typer.Option(min=1000, help="Tokens of the random run: 10 million are 2 GB.")] = 10_000_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each query.")] = 5,
     seed: int = 0,
     out: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Open a run of millions of tokens and answer what dashboards ask of it, timed."""
+    """Measure the queries of a dashboard on a run of millions of tokens."""
     save = _output(out, overwrite)
     from workbench.bench.reading import ask, make
     from workbench.errors import InputError
@@ -131,13 +138,13 @@ def reading(
 
 @app.command()
 def dashboard(
-    run: Annotated[str, typer.Argument(help="The run to look at, as `bench reading` makes one.")],
-    rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 3,
-    sessions: Annotated[int, typer.Option(min=1, help="That change something at once.")] = 5,
+    run: Annotated[str, typer.Argument(help="Run to show, such as one that `bench reading` wrote.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each page.")] = 3,
+    sessions: Annotated[int, typer.Option(min=1, help="Sessions that change a selection at the same time.")] = 5,
     out: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """The dashboard of a large run in a real browser: pages, changes of selection, sessions at once, memory."""
+    """Measure the dashboard of a large run in a browser: page loads, changes of selection, sessions, memory."""
     save = _output(out, overwrite)
     from workbench.bench.dashboard import run as measure
 
@@ -146,13 +153,17 @@ def dashboard(
 
 @app.command()
 def kernels(
-    target: Annotated[list[str] | None, typer.Option(help="sm_90, gfx942 …; repeat. [default: all]")] = None,
-    kernel: Annotated[list[str] | None, typer.Option(help="moe.gate_up …; repeat. [default: all]")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="GPU target, such as sm_90 or gfx942; repeat for several. [default: all]")
+    ] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Kernel, such as moe.gate_up; repeat for several. [default: all]")
+    ] = None,
     write: Annotated[bool, typer.Option(help="Write kernels/gpu/REPORT.md.")] = False,
     out: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Compile every kernel for every GPU, no card needed; exits with 1 if one spills or misses the tensor cores."""
+    """Compile every kernel for every GPU, without a GPU; exit with 1 if one spills or misses the tensor cores."""
     save = _output(out, overwrite)
     from workbench.bench.kernels import run
 
@@ -163,24 +174,27 @@ def kernels(
 
 @app.command()
 def gpu(
-    stage: Annotated[list[str] | None, typer.Option(help="kernels, models, peers; repeat. [default: all]")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured launches of each.")] = 20,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="kernels, models or baselines; repeat for several. [default: all]")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured launches of each kernel.")] = 20,
     assembler: Annotated[
-        list[Path] | None, typer.Option(help="Also measure the kernels as this ptxas assembles them; repeat.")
+        list[Path] | None, typer.Option(help="Also measure the kernels assembled by this ptxas; repeat for several.")
     ] = None,
     autotune: Annotated[
-        Path | None, typer.Option(help="Search for better tiles and write them here, as WORKBENCH_TILES reads them.")
+        Path | None,
+        typer.Option(help="Search for better tiles and write them to this file, which WORKBENCH_TILES reads."),
     ] = None,
     first: Annotated[
         bool,
-        typer.Option("--first", help="The first run on a card: correctness, then timings; see docs/howto/h100.md."),
+        typer.Option("--first", help="Run all checks of a new GPU: correctness, then timings; see docs/howto/h100.md."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --first: list the steps and run none.")] = False,
     device: Annotated[str, typer.Option(help="With --first: the GPU.")] = "cuda:0",
     out: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """The kernels and both models on this machine's GPU, as fractions of its limits; wrong results stop it first."""
+    """Check and measure the kernels and both models on this machine's GPU; wrong results stop the measurement."""
     save = _output(out, overwrite)
     if first or dry_run:
         from workbench.bench.first import start

@@ -32,9 +32,11 @@ CFG = replace(PUBLISHED["20b"], n_layers=2, windows=(128, None), d_vocab=8192)
 Forward = Callable[..., object]
 
 
-def measure(tokens: Sequence[int], rounds: int, threads: int, checkpoint: Path, peers: Sequence[str]) -> dict[str, Any]:
+def measure(
+    tokens: Sequence[int], rounds: int, threads: int, checkpoint: Path, baselines: Sequence[str]
+) -> dict[str, Any]:
     """Every model at every length in turn, `rounds` times after one unmeasured pass; medians and ratios."""
-    names = ["workbench", *peers]
+    names = ["workbench", *baselines]
     passes = [(name, path) for name in names for path in (("plain", "recorded") if name == "workbench" else ("plain",))]
     seconds: dict[tuple[str, str, int], list[float]] = {}
     memory: dict[tuple[str, int], float] = {}
@@ -49,14 +51,20 @@ def measure(tokens: Sequence[int], rounds: int, threads: int, checkpoint: Path, 
                         seconds.setdefault((name, path, n), []).append(answer["seconds"])
                     advance(1)
     return {
-        "threads": threads, "rounds": rounds, "processor": processor(), "torch": torch.__version__,
+        "threads": threads,
+        "rounds": rounds,
+        "processor": processor(),
+        "torch": torch.__version__,
         "load_s": {name: worker.load_s for name, worker in workers.items()},
-        "lengths": [_compare(n, seconds, memory, peers) for n in sorted(tokens)],
-    }  # fmt: skip
+        "lengths": [_compare(n, seconds, memory, baselines) for n in sorted(tokens)],
+    }
 
 
 def _compare(
-    n: int, seconds: dict[tuple[str, str, int], list[float]], memory: dict[tuple[str, int], float], peers: Sequence[str]
+    n: int,
+    seconds: dict[tuple[str, str, int], list[float]],
+    memory: dict[tuple[str, int], float],
+    baselines: Sequence[str],
 ) -> dict[str, Any]:
     ours = seconds["workbench", "plain", n]
     row: dict[str, Any] = {
@@ -65,10 +73,10 @@ def _compare(
         "workbench_bytes": memory["workbench", n],
     }
     row["recording"] = statistics.median(_ratios(seconds["workbench", "recorded", n], ours)) - 1
-    for peer in peers:
-        theirs = seconds[peer, "plain", n]
-        row |= {f"{peer}_s": statistics.median(theirs), f"{peer}_bytes": memory[peer, n]}
-        row[f"speed_beside_{peer}"] = statistics.median(_ratios(theirs, ours))
+    for baseline in baselines:
+        theirs = seconds[baseline, "plain", n]
+        row |= {f"{baseline}_s": statistics.median(theirs), f"{baseline}_bytes": memory[baseline, n]}
+        row[f"speed_beside_{baseline}"] = statistics.median(_ratios(theirs, ours))
     return row
 
 
@@ -95,30 +103,36 @@ def run(
     `decode`: also tokens a second of generation, by the compiled kernels and by torch.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    peers = [name for name in ("transformers",) if find_spec(name)]
+    baselines = [name for name in ("transformers",) if find_spec(name)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint or save_random(Path(scratch) / "two-layers", CFG)
-        result = measure(tokens, rounds, threads, folder, peers) if tokens else {}
+        result = measure(tokens, rounds, threads, folder, baselines) if tokens else {}
         if long:
             with Worker("workbench", folder, threads) as worker:
                 result["long"] = {"tokens": long, **worker.run("long", long)}
         if decode:
             result["decoding"] = run_decode(folder, rounds, threads)
     if tokens:
-        _print(result, peers)
+        _print(result, baselines)
     if long:
         took = result["long"]
         print(f"{long:,} tokens, recorded: {took['seconds']:.0f} s, at most {took['peak_bytes'] / 1e9:.1f} GB")
     return result
 
 
-def _print(result: dict[str, Any], peers: Sequence[str]) -> None:
+def _print(result: dict[str, Any], baselines: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     loads = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result["load_s"].items())
     table = Table(title=f"{result['processor']}, {result['threads']} threads; loading: {loads}")
-    for column in ("tokens", "workbench s", "GB", "recorded", *(c for p in peers for c in (f"{p} s", "GB", "speed"))):
+    for column in (
+        "tokens",
+        "workbench s",
+        "GB",
+        "recorded",
+        *(c for p in baselines for c in (f"{p} s", "GB", "speed")),
+    ):
         table.add_column(column, justify="right")
     for row in result["lengths"]:
         cells = [
@@ -127,11 +141,11 @@ def _print(result: dict[str, Any], peers: Sequence[str]) -> None:
             f"{row['workbench_bytes'] / 1e9:.1f}",
             f"{row['recording']:+.1%}",
         ]
-        for peer in peers:
+        for baseline in baselines:
             cells += [
-                f"{row[f'{peer}_s']:.2f}",
-                f"{row[f'{peer}_bytes'] / 1e9:.1f}",
-                f"{row[f'speed_beside_{peer}']:.2f} ×",
+                f"{row[f'{baseline}_s']:.2f}",
+                f"{row[f'{baseline}_bytes'] / 1e9:.1f}",
+                f"{row[f'speed_beside_{baseline}']:.2f} ×",
             ]
         table.add_row(*cells)
     Console().print(table)

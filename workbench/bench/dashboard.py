@@ -1,7 +1,7 @@
-"""The dashboard of a large run in a real browser: first pages, changes of selection, sessions at once, the server's memory.
+"""Measure the dashboard of a large run in a real browser: page loads, changes of selection, sessions, server memory.
 
-Browser and server share this machine, so a time is what a person waits who sits at it. Needs Chromium and playwright (the
-extra `dev`).
+Browser and server share this machine, so the times are those of a user of a local dashboard. Needs Chromium and
+playwright (the extra `dev`).
 """
 
 import asyncio
@@ -29,15 +29,24 @@ FLAGS = [
     "--disable-sync",
 ]
 PAGES = {
-    "overview": "Tokens by channel and effort", "experts": "Expert load", "sinks": "Sink attention",
-    "channels": "Load share", "effort": "Accuracy vs. reasoning length", "transcript": "Expected",
-}  # fmt: skip
+    "overview": "Tokens by channel and effort",
+    "experts": "Expert load",
+    "sinks": "Sink attention",
+    "channels": "Load share",
+    "effort": "Accuracy vs. reasoning length",
+    "transcript": "Expected",
+}
 CHANGES = {
-    "experts": [("button", "low", "chosen: analysis, low"), ("button", "high", "chosen: analysis, high"), ("Channel", "final", "chosen: final, high"), ("Layer", "7", "Layer 7,")],
-    "sinks": [ ("Channel", "prompt", "mass: prompt"), ("Layer", "11", "Layer 11,")],
+    "experts": [
+        ("button", "low", "chosen: analysis, low"),
+        ("button", "high", "chosen: analysis, high"),
+        ("Channel", "final", "chosen: final, high"),
+        ("Layer", "7", "Layer 7,"),
+    ],
+    "sinks": [("Channel", "prompt", "mass: prompt"), ("Layer", "11", "Layer 11,")],
     "effort": [("Task", "task 3", "brings: task 3")],
     "transcript": [("button", "next ›", "Expected")],
-}  # fmt: skip
+}
 _SEES = """
 text => { let found = false; const walk = root => { if (found) return; for (const e of root.querySelectorAll('*')) {
   for (const n of e.childNodes) if (n.nodeType === 3 && n.data.includes(text)) { found = true; return; }
@@ -47,7 +56,10 @@ text => { let found = false; const walk = root => { if (found) return; for (cons
 _CHANGE = f"""
 async ([kind, value, text]) => {{
   const sees = {_SEES};
-  const all = []; const walk = root => {{ for (const e of root.querySelectorAll('*')) {{ all.push(e); if (e.shadowRoot) walk(e.shadowRoot); }} }};
+  const all = [];
+  const walk = root => {{
+    for (const e of root.querySelectorAll('*')) {{ all.push(e); if (e.shadowRoot) walk(e.shadowRoot); }}
+  }};
   walk(document);
   const before = all.filter(e => e.tagName === 'IFRAME').map(e => e.srcdoc.length + e.srcdoc.slice(9000, 12000)).join();
   const start = performance.now();
@@ -60,7 +72,13 @@ async ([kind, value, text]) => {{
   }}
   const drawn = () => {{
     if (value !== 'next ›') return sees(text);
-    const now = []; const again = root => {{ for (const e of root.querySelectorAll('*')) {{ if (e.tagName === 'IFRAME') now.push(e.srcdoc.length + e.srcdoc.slice(9000, 12000)); if (e.shadowRoot) again(e.shadowRoot); }} }};
+    const now = [];
+    const again = root => {{
+      for (const e of root.querySelectorAll('*')) {{
+        if (e.tagName === 'IFRAME') now.push(e.srcdoc.length + e.srcdoc.slice(9000, 12000));
+        if (e.shadowRoot) again(e.shadowRoot);
+      }}
+    }};
     again(document); return now.length && now.join() !== before;
   }};
   while (!drawn()) {{ if (performance.now() - start > 30000) return null; await new Promise(r => setTimeout(r, 15)); }}
@@ -70,7 +88,11 @@ async ([kind, value, text]) => {{
 
 
 def run(path: str, rounds: int, sessions: int) -> dict[str, Any]:
-    """Measure and print."""
+    """Measure the dashboard and print the results.
+
+    Raises:
+        InputError: Chromium or playwright is not installed.
+    """
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         raise InputError("no Chromium was found: apt-get install chromium, or put google-chrome into PATH")

@@ -130,17 +130,25 @@ def measure(
             hits[batch, context] = counted["experts"]
     speed = memory_speed(threads)
     rows = [
-        _row(batch, context, seconds, baselines) | {
+        _row(batch, context, seconds, baselines)
+        | {
             "bytes": (read := bytes_read(cfg, batch, context, hits[batch, context])),
             "of_memory_speed": read * STEPS / statistics.median(seconds["plain", batch, context]) / speed,
         }
         for batch, context in settings
-    ]  # fmt: skip
+    ]
     return {
-        "threads": threads, "rounds": rounds, "processor": processor(), "torch": torch.__version__,
-        "layers": cfg.n_layers, "kernels": cpu.description(), "memory_bytes_per_s": speed,
-        "baselines": list(baselines), "measured": time.strftime("%Y-%m-%d"), "decode": rows,
-    }  # fmt: skip
+        "threads": threads,
+        "rounds": rounds,
+        "processor": processor(),
+        "torch": torch.__version__,
+        "layers": cfg.n_layers,
+        "kernels": cpu.description(),
+        "memory_bytes_per_s": speed,
+        "baselines": list(baselines),
+        "measured": time.strftime("%Y-%m-%d"),
+        "decode": rows,
+    }
 
 
 def _row(

@@ -32,9 +32,14 @@ _STATUS = Path("/proc/self/status")
 
 
 def run(
-    checkpoint: Path | None = None, *, cfg: Config = PUBLISHED["20b"], tokens: int = 1024, new: int = 8,
-    device: str = "cpu", limit: int = 18 * 10**9,
-) -> dict[str, Any]:  # fmt: skip
+    checkpoint: Path | None = None,
+    *,
+    cfg: Config = PUBLISHED["20b"],
+    tokens: int = 1024,
+    new: int = 8,
+    device: str = "cpu",
+    limit: int = 18 * 10**9,
+) -> dict[str, Any]:
     """Load, generate `new` tokens, capture a sequence of `tokens`; a peak of `limit` bytes or more is a JobError.
 
     A random checkpoint of `cfg` is made in a temporary folder unless one is given.
@@ -94,9 +99,15 @@ def _work(folder: str, scratch: str, tokens: str, new: str, device: str) -> dict
     gpu = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
     load_s, generate_s, capture_s = (b - a for a, b in itertools.pairwise(times))
     return {
-        "threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0)), "load_s": load_s,
-        "generate_s": generate_s, "capture_s": capture_s, "peak_bytes": peak, "own_bytes": own.peak, "gpu_bytes": gpu,
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_s": load_s,
+        "generate_s": generate_s,
+        "capture_s": capture_s,
+        "peak_bytes": peak,
+        "own_bytes": own.peak,
+        "gpu_bytes": gpu,
+    }
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from workbench.errors import InputError, JobError
 from workbench.model.config import PUBLISHED, Config
 from workbench.progress import progress
 
-STAGES = ("kernels", "models", "peers")
+STAGES = ("kernels", "models", "baselines")
 
 
 class Sizes(NamedTuple):
-    """Of the problems: tokens of a prefill, rows that decode, tokens before them, and those of the correctness stage."""
+    """Sizes of the problems: tokens of a prefill, rows of a decode step, cached tokens, and the correctness stage."""
 
     prefills: tuple[int, ...] = (2048, 8192)
     batches: tuple[int, ...] = (1, 8, 64)
@@ -50,7 +50,11 @@ def run(
     assemblers: Sequence[Path] = (),
     tune: bool = False,
 ) -> dict[str, Any]:
-    """Check, measure and print; tune: search for better tiles, last."""
+    """Check the kernels, measure them and print the results; `tune` searches for better tiles, last.
+
+    Raises:
+        InputError: a stage is unknown, or an assembler cannot be run.
+    """
     if unknown := sorted(set(stages) - set(STAGES)):
         raise InputError(f"stage {unknown[0]!r} is unknown: choose from {', '.join(STAGES)}")
     if missing := [path for path in assemblers if not os.access(path, os.X_OK)]:
@@ -70,9 +74,9 @@ def run(
             print(f"{name}: the whole model", file=sys.stderr, flush=True)
             rows = models.measure(clock, most, name, cfg, sizes.prefills, sizes.batches, sizes.model_past)
             result.setdefault("models", []).extend(rows)
-        if "peers" in stages:
+        if "baselines" in stages:
             rows = baselines.measure(clock, name, cfg, (*sizes.batches, *sizes.prefills))
-            result.setdefault("peers", []).extend(rows)
+            result.setdefault("baselines", []).extend(rows)
     if assemblers:
         result["assemblers"] = {str(path): with_assembler(path, repeats) for path in assemblers}
     show(result)
@@ -171,7 +175,7 @@ def with_assembler(path: Path, repeats: int) -> list[dict[str, Any]]:
 _TABLES = {
     "kernels": ("kernel", "model", "problem", "seconds", "fraction", "synchronises"),
     "models": ("model", "problem", "seconds", "tokens_per_s", "fraction", "recording", "scaled_from_layers"),
-    "peers": ("peer", "model", "tokens", "ours_s", "theirs_s", "difference", "missing", "failed"),
+    "baselines": ("baseline", "model", "tokens", "ours_s", "theirs_s", "difference", "missing", "failed"),
 }
 
 

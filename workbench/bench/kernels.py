@@ -112,42 +112,54 @@ def problems(row: Row) -> list[str]:
 
 
 @cache
-def specimens(module: str, target: str) -> list[Any]:
-    """The specimens of a kernel module, with the tiles that the target gets."""
-    make = importlib.import_module(f"workbench.kernels.gpu.{module}").specimens
+def compile_cases(module: str, target: str) -> list[Any]:
+    """The compile cases of a kernel module, with the tiles that the target gets."""
+    make = importlib.import_module(f"workbench.kernels.gpu.{module}").compile_cases
     return make(target) if inspect.signature(make).parameters else make()
 
 
-def measure(specimen: Any, target: str) -> Row:
-    """Compile a specimen here and now."""
+def measure(case: Any, target: str) -> Row:
+    """Compile a case in this process."""
     from workbench.kernels.gpu.aot import TARGETS, resources
 
-    took, card, warp = resources(specimen, TARGETS[target]), CARDS[target], TARGETS[target].warp
+    took, card, warp = resources(case, TARGETS[target]), CARDS[target], TARGETS[target].warp
     issue = card.multiprocessors * card.clock * card.issued  # warp instructions a second
-    peak = card.flops if specimen.products else issue * warp * 2
-    flops = specimen.flops / _filled(specimen)
-    loop = took.loop if specimen.products else None
+    peak = card.flops if case.products else issue * warp * 2
+    flops = case.flops / _filled(case)
+    loop = took.loop if case.products else None
     return Row(
-        specimen.name, specimen.problem, target, _tile(specimen), took.registers, took.spilled, took.shared,
-        took.blocks_per_sm, ", ".join(took.instructions), specimen.products, specimen.bytes, specimen.flops,
-        specimen.bytes / card.bandwidth, specimen.flops / peak,
+        case.name,
+        case.problem,
+        target,
+        _tile(case),
+        took.registers,
+        took.spilled,
+        took.shared,
+        took.blocks_per_sm,
+        ", ".join(took.instructions),
+        case.products,
+        case.bytes,
+        case.flops,
+        case.bytes / card.bandwidth,
+        case.flops / peak,
         flops * loop.instructions / loop.flops / issue if loop else None,
-        loop.instructions * warp / loop.flops * 2000 if loop else None, took.unguarded,
-    )  # fmt: skip
+        loop.instructions * warp / loop.flops * 2000 if loop else None,
+        took.unguarded,
+    )
 
 
-def _filled(specimen: Any) -> float:
+def _filled(case: Any) -> float:
     """The part of a routed matmul's tile rows that hold a slot, each drawn uniformly; all of them in other kernels."""
-    sizes = specimen.constants
-    if not (specimen.products and {"E", "N", "K", "BLOCK_M"} <= set(sizes)):
+    sizes = case.constants
+    if not (case.products and {"E", "N", "K", "BLOCK_M"} <= set(sizes)):
         return 1.0
-    slots = specimen.flops / (2 * sizes["N"] * sizes["K"])
+    slots = case.flops / (2 * sizes["N"] * sizes["K"])
     each = slots / (sizes["E"] * (1 - (1 - 1 / sizes["E"]) ** slots))  # of an expert that has any
     return each / (math.ceil(each / sizes["BLOCK_M"]) * sizes["BLOCK_M"])
 
 
-def _tile(specimen: Any) -> str:
-    tile = specimen.tile
+def _tile(case: Any) -> str:
+    tile = case.tile
     parts = ["×".join(map(str, tile.blocks.values())), f"{tile.num_warps} warps", f"{tile.num_stages} stages"]
     parts += [f"≤ {tile.max_registers} registers"] if tile.max_registers else []
     return ", ".join(filter(None, parts))
@@ -155,15 +167,15 @@ def _tile(specimen: Any) -> str:
 
 def _compile(item: tuple[str, str, int]) -> Row:
     module, target, index = item
-    specimen = specimens(module, target)[index]
+    case = compile_cases(module, target)[index]
     try:
-        return measure(specimen, target)
+        return measure(case, target)
     except Exception as error:  # whatever Triton or the assembler says, with the kernel's name
-        raise JobError(f"{specimen.name} ({specimen.problem}) does not compile for {target}: {error}") from None
+        raise JobError(f"{case.name} ({case.problem}) does not compile for {target}: {error}") from None
 
 
 def _names(item: tuple[str, str]) -> list[str]:
-    return [specimen.name for specimen in specimens(*item)]
+    return [case.name for case in compile_cases(*item)]
 
 
 def _environment(folder: str) -> None:
@@ -175,9 +187,12 @@ def _environment(folder: str) -> None:
 def report(
     targets: Sequence[str] = tuple(CARDS), kernels: Sequence[str] = (), processes: int | None = None
 ) -> list[Row]:
-    """Every kernel, or those of these names, for every target, in order.
+    """Return the resources of every kernel, or of the named ones, for every target, in order.
 
     Compiled by as many processes as there are cores, unless told.
+
+    Raises:
+        InputError: Triton is not installed, or a target or kernel is unknown.
     """
     if find_spec("triton") is None:
         raise InputError("bench kernels compiles with Triton, which is not installed here: run it on Linux")
@@ -210,21 +225,42 @@ def report(
 
 
 HEADERS = (
-    "kernel", "problem", "tile", "registers", "spilled", "shared", "blocks/SM", "matrix instruction",
-    "MB", "GFLOP", "memory µs", "compute µs", "instructions / 1,000", "at most",
-)  # fmt: skip
+    "kernel",
+    "problem",
+    "tile",
+    "registers",
+    "spilled",
+    "shared",
+    "blocks/SM",
+    "matrix instruction",
+    "MB",
+    "GFLOP",
+    "memory µs",
+    "compute µs",
+    "instructions / 1,000",
+    "at most",
+)
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """One row as the tables show it."""
     none = "–"
     return (
-        row.kernel, row.problem, row.tile, f"{row.registers}", f"{row.spilled}", f"{row.shared:,}",
-        f"{row.blocks_per_sm}", row.matrix or none, f"{row.bytes / 1e6:.1f}", f"{row.flops / 1e9:.2f}",
-        f"{row.memory_s * 1e6:.1f}", f"{row.compute_s * 1e6:.1f}",
+        row.kernel,
+        row.problem,
+        row.tile,
+        f"{row.registers}",
+        f"{row.spilled}",
+        f"{row.shared:,}",
+        f"{row.blocks_per_sm}",
+        row.matrix or none,
+        f"{row.bytes / 1e6:.1f}",
+        f"{row.flops / 1e9:.2f}",
+        f"{row.memory_s * 1e6:.1f}",
+        f"{row.compute_s * 1e6:.1f}",
         none if row.instructions is None else f"{row.instructions:.0f}",
         none if row.fraction is None else f"{row.fraction:.0%}",
-    )  # fmt: skip
+    )
 
 
 def title(target: str) -> str:
@@ -266,7 +302,11 @@ def markdown(rows: Sequence[Row]) -> str:
 def run(
     targets: Sequence[str] = (), kernels: Sequence[str] = (), *, write: bool = False
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Compile, print, perhaps write the report: the rows as plain values, and every problem as a line."""
+    """Compile the kernels and print their resources; return the rows as plain values and a line for each problem.
+
+    Raises:
+        InputError: a report is to be written of some kernels or targets only.
+    """
     if write and (targets or kernels):
         raise InputError("--write needs every kernel for every target: leave --target and --kernel out")
     rows = report(targets or tuple(CARDS), kernels)

@@ -25,7 +25,7 @@ from workbench.runs.summaries import summarise
 from workbench.runs.writer import open_writer
 
 EFFORTS, TASKS, MEAN_TOKENS = ("low", "medium", "high"), 8, 1000
-CHOICES = 4096  # of experts and gates that a layer knows
+CHOICES = 4096  # number of combinations of experts and gates in a layer
 SPEC = Spec(routing=True, router_logits=False, sinks=False, logprobs=False, sink_sums=True)
 
 
@@ -42,9 +42,15 @@ def make(path: str, tokens: int, seed: int) -> None:
     about = {"transcripts": {"digest": f"random {tokens} {seed}", "name": "random"}, "dtype": "bfloat16", "rejects": []}
     tables = _tables(lengths)
     with open_writer(
-        path, layout=layout, sequences=tables["sequences"], messages=tables["messages"], model=cfg.to_json(), checkpoint={"digest": "random", "name": "random"},
-        spec=SPEC, provenance=about,
-    ) as writer:  # fmt: skip
+        path,
+        layout=layout,
+        sequences=tables["sequences"],
+        messages=tables["messages"],
+        model=cfg.to_json(),
+        checkpoint={"digest": "random", "name": "random"},
+        spec=SPEC,
+        provenance=about,
+    ) as writer:
         pending = writer.pending()
         with progress("random run", len(pending), "units") as advance:
             for index in pending:
@@ -77,16 +83,25 @@ def _tables(lengths: np.ndarray) -> dict[str, pd.DataFrame]:
     )
     messages = pd.DataFrame(
         {
-            "sequence": np.repeat(np.arange(n), 4), "role": ["system", "user", "assistant", "assistant"] * n, "author": "",
-            "channel": ["", "", "analysis", "final"] * n, "recipient": "", "content_type": "", "start": starts.ravel(),
-            "content": starts.ravel() + 3, "stop": ends.ravel() - 1, "end": ends.ravel(), "closed_by": "end", "flags": "",
+            "sequence": np.repeat(np.arange(n), 4),
+            "role": ["system", "user", "assistant", "assistant"] * n,
+            "author": "",
+            "channel": ["", "", "analysis", "final"] * n,
+            "recipient": "",
+            "content_type": "",
+            "start": starts.ravel(),
+            "content": starts.ravel() + 3,
+            "stop": ends.ravel() - 1,
+            "end": ends.ravel(),
+            "closed_by": "end",
+            "flags": "",
         }
-    )  # fmt: skip
+    )
     return {"sequences": sequences, "messages": messages}
 
 
 def _choices(rng: np.random.Generator, layers: int, experts: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Experts and gates [content or final, layer, choice, slot] to draw a token's from: weighted, without repetition."""
+    """Return experts and gates [content or final, layer, choice, slot] to draw from: weighted, without repetition."""
     load = np.log(rng.dirichlet(np.full(experts, 0.8), layers))
     tilt = np.array([0, 0.5])[:, None, None, None] * (np.arange(experts) % 3 == 0)
     keys = load[None, :, None] + tilt + rng.gumbel(size=(2, layers, CHOICES, experts))
@@ -104,11 +119,15 @@ def _unit(
     message = np.digitize(share, [1 / 8, 1 / 5, 7 / 8])
     of_channel = np.array([CHANNELS.index(c) for c in ("prompt", "prompt", "analysis", "final")])
     tokens = {
-        "id": rng.integers(0, 200_000, n, dtype=np.int32), "sequence": np.repeat(np.array(unit.sequences, np.int32), lengths),
-        "position": position, "message": message.astype(np.int32), "part": np.full(n, PARTS.index("content"), np.uint8),
-        "role": np.array([0, 1, 2, 2], np.int8)[message], "channel": of_channel[message].astype(np.uint8),
+        "id": rng.integers(0, 200_000, n, dtype=np.int32),
+        "sequence": np.repeat(np.array(unit.sequences, np.int32), lengths),
+        "position": position,
+        "message": message.astype(np.int32),
+        "part": np.full(n, PARTS.index("content"), np.uint8),
+        "role": np.array([0, 1, 2, 2], np.int8)[message],
+        "channel": of_channel[message].astype(np.uint8),
         "is_prompt": message < 2,
-    }  # fmt: skip
+    }
     which = rng.integers(0, CHOICES, (layers, n))
     final, layer = (message == 3).astype(int)[None], np.arange(layers)[:, None]
     return tokens, {"experts": choices[0][final, layer, which], "gates": choices[1][final, layer, which]}

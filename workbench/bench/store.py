@@ -1,8 +1,8 @@
 """How fast a unit is written, beside zarr-python's own default, on the same data in the same run.
 
-A unit of gpt-oss-20b's width: residual streams of some layers, and routing and sinks of all. The peer writes the same
-arrays with the shapes, chunks and shards of ours by `array[:] = values`, its codecs and pipeline as they come; and once
-more with chunks of its own choice. In turn, medians.
+A unit of gpt-oss-20b's width: residual streams of some layers, and routing and sinks of all. The baseline writes the
+same arrays with the shapes, chunks and shards of ours by `array[:] = values`, its codecs and pipeline as they come;
+and once more with chunks of its own choice. In turn, medians.
 """
 
 import shutil
@@ -36,8 +36,10 @@ def run(streams: int, rounds: int) -> dict[str, Any]:
     }
     size = sum(values.nbytes for values in data.values())
     ways: dict[str, Callable[[Path, np.ndarray], None]] = {
-        "workbench": _ours, "zarr, same shards": _same, "zarr, its own chunks": _own,
-    }  # fmt: skip
+        "workbench": _ours,
+        "zarr, same shards": _same,
+        "zarr, its own chunks": _own,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     stored: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:

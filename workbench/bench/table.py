@@ -1,4 +1,4 @@
-"""Tables for people: drawn on a terminal, lines of Markdown elsewhere, where nothing may be cut to fit."""
+"""Tables of results: drawn on a terminal; Markdown elsewhere, where no text may be truncated."""
 
 import os
 from collections.abc import Sequence

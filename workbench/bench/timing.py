@@ -19,10 +19,10 @@ _LONGEST_WAIT_S = 0.5
 class Clock:
     """Median seconds of a launch, with a cold L2 cache on a GPU.
 
-    On a GPU one pair of events encloses `repeats` launches, each after a write that evicts the L2 cache; the same writes
-    alone are timed and subtracted. Before each pair the GPU is made to wait until everything is queued: otherwise the
-    events of a short kernel would measure how fast Python launches it. Elsewhere wall-clock time is taken. The first
-    launches compile and warm up, and do not count.
+    On a GPU one pair of events encloses `repeats` launches, each after a write that evicts the L2 cache; the same
+    writes alone are timed and subtracted. Before each pair the GPU is made to wait until everything is queued:
+    otherwise the events of a short kernel would measure how fast Python launches it. Elsewhere wall-clock time is
+    taken. The first launches compile and warm up, and do not count.
     """
 
     def __init__(self, device: torch.device, repeats: int = 20) -> None:

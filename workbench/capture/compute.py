@@ -4,7 +4,7 @@ The result depends on the unit alone, not on the job, worker or attempt that com
 way every time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +18,11 @@ from workbench.errors import JobError
 from workbench.harmony.labels import Labels, channel_codes, role_codes
 from workbench.harmony.transcripts import Transcript
 from workbench.kernels.logits import predict
+from workbench.model.packing import FORWARD_TOKENS, pack, passes
 from workbench.model.transformer import GptOss
 from workbench.runs.schema import Spec, Unit
 from workbench.runs.summaries import summarise
 
-FORWARD_TOKENS = 4096  # tokens of one packed forward pass: large enough for full expert tiles, small enough for 24 GB
 LOGIT_ROWS = 512  # rows of logits at a time: 201,088 float32 logits each are 0.8 MB
 
 
@@ -65,16 +65,16 @@ def compute(
     buffers.start(tokens["sequence"], tokens["channel"], tokens["message"], members)
     routes = HostRoutes(model.cfg) if spec.host_routing else None
     with model.hooks(fwd_hooks=[*buffers.fwd_hooks, *(routes.fwd_hooks if routes else [])]):
-        for batch in passes(own):
+        for numbers in passes((len(row.tokens) for row in own), FORWARD_TOKENS):
             check()
-            lengths = [len(row.tokens) for row in batch]
-            ids = torch.from_numpy(np.concatenate([row.tokens for row in batch])).long().to(model.device)
-            buffers.begin(len(ids))
+            batch = [own[i] for i in numbers]
+            tokens_of_pass, lengths = pack(batch, model.device)
+            buffers.begin(tokens_of_pass.shape[1])
             if routes is not None:
                 routes.begin(batch)
-            residual = model.residual(ids[None], packed=lengths)
+            residual = model.residual(tokens_of_pass, packed=lengths)
             if spec.logprobs:
-                logprob, entropy = predictions(model, residual, ids, lengths)
+                logprob, entropy = predictions(model, residual, tokens_of_pass[0], lengths)
                 logprobs.append(logprob)
                 entropies.append(entropy)
     records, sums = buffers.take()
@@ -83,18 +83,6 @@ def compute(
     if routes is not None:
         records |= routes.take()
     return Computed(unit, tokens, records, sums)
-
-
-def passes(rows: Sequence[Transcript]) -> Iterator[list[Transcript]]:
-    """Yield consecutive sequences of at most FORWARD_TOKENS tokens together; a longer one is alone."""
-    batch: list[Transcript] = []
-    for row in rows:
-        if batch and sum(len(r.tokens) for r in batch) + len(row.tokens) > FORWARD_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:

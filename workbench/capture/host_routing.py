@@ -36,13 +36,15 @@ def with_host_routes(rows: Sequence[Transcript], transcripts: str | Path, cfg: C
         shape = (cfg.n_layers, cfg.experts_per_token)
         if experts.shape[1:] != shape or int(experts.max(initial=0)) >= cfg.num_experts:
             raise InputError(
-                f"the host's experts of {ascii(row.id)[:60]} have {experts.shape[1]} layers and {experts.shape[2]} experts "
+                f"the host's experts of {ascii(row.id)[:60]} have {experts.shape[1]} layers and {experts.shape[2]} "
+                "experts "
                 f"a token, up to number {int(experts.max())}; the model has {shape[0]} layers, {shape[1]} of "
                 f"{cfg.num_experts} experts: is it the model that the host ran?"
             )
         if not len(row.tokens) - 1 <= len(experts) <= len(row.tokens):
             raise InputError(
-                f"the host's experts of {ascii(row.id)[:60]} are of {len(experts)} tokens, the row has {len(row.tokens)}"
+                f"the host's experts of {ascii(row.id)[:60]} are of {len(experts)} tokens, the row has "
+                f"{len(row.tokens)}"
             )
         found.append(replace(row, experts=experts))
     return found

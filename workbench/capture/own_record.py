@@ -1,4 +1,4 @@
-"""A user's recorder as a record of the store: its dimensions and dtype, tried on a few numbers before the job starts."""
+"""Turn a user's recorder into a record of the store: dimensions and dtype, checked before the job starts."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,24 @@ from workbench.runs.schema import TOKEN_COLUMNS, Record
 Function = Callable[[Tensor], Tensor]
 _DTYPES = ("float32", "float16")
 # names that the dataset has for other quantities
-_TAKEN = {*TOKEN_COLUMNS, "logprob", "entropy", "experts", "gates", "router_logits", "sink", "layer", "token", "own_experts",
-          "router_margin", "forced", "tokens", "coactivation", "transition", "expert_count"}  # fmt: skip
+_TAKEN = {
+    *TOKEN_COLUMNS,
+    "logprob",
+    "entropy",
+    "experts",
+    "gates",
+    "router_logits",
+    "sink",
+    "layer",
+    "token",
+    "own_experts",
+    "router_margin",
+    "forced",
+    "tokens",
+    "coactivation",
+    "transition",
+    "expert_count",
+}
 _NAME = re.compile(r"[A-Za-z]\w*")
 _TRIED = 3  # tokens of the trial
 
@@ -69,13 +85,37 @@ def parse(recorder: Recorder, cfg: Config) -> tuple[Record, Function | None]:
         if recorder.dims and recorder.dims != tuple(sizes)[: -1 if reduce == "norm" else None]:
             raise InputError(f"{where}: reduce={reduce} gives the dimensions {', '.join(sizes)}: leave dims out")
         kept = dict(list(sizes.items())[:-1]) if reduce == "norm" else sizes
-        record = Record(recorder.name, hook, layers, tuple(kept), tuple(kept.values()), recorder.dtype, index, index_dim, chosen,
-                        reduce, **about)  # fmt: skip
+        record = Record(
+            recorder.name,
+            hook,
+            layers,
+            tuple(kept),
+            tuple(kept.values()),
+            recorder.dtype,
+            index,
+            index_dim,
+            chosen,
+            reduce,
+            **about,
+        )
         return record, None
     shape = _tried(where, recorder, hook, sizes, cfg)
     _check_sizes(where, recorder.dims, shape, sizes, cfg)
-    digest = source_digest(recorder.reduce)
-    record = Record(recorder.name, hook, layers, recorder.dims, shape, recorder.dtype, index, index_dim, chosen, "own", digest, **about)  # fmt: skip
+    digest = recorder.digest or source_digest(recorder.reduce)
+    record = Record(
+        recorder.name,
+        hook,
+        layers,
+        recorder.dims,
+        shape,
+        recorder.dtype,
+        index,
+        index_dim,
+        chosen,
+        "own",
+        digest,
+        **about,
+    )
     return record, recorder.reduce
 
 
@@ -124,7 +164,8 @@ def _tried(where: str, recorder: Recorder, hook: str, sizes: Mapping[str, int], 
         raise InputError(f"{where}: its function returns {type(got).__name__!r}: return a tensor [batch, pos{axes}]")
     if got.ndim != 2 + len(recorder.dims) or tuple(got.shape[:2]) != (1, _TRIED):
         raise InputError(
-            f"{where}: its function returns {tuple(got.shape)} of activations {tuple(example.shape)} ({BLOCK[hook]}); dims="
+            f"{where}: its function returns {tuple(got.shape)} of activations {tuple(example.shape)} ({BLOCK[hook]}); "
+            "dims="
             f"{recorder.dims} means [batch, pos{axes}]: return that, or name the dimensions behind pos in dims"
         )
     if got.is_complex():
@@ -147,7 +188,8 @@ def _check_sizes(
             raise InputError(f"{where}: {dim!r} cannot name a dimension: use a word of its own, once")
         if dim in known and size != known[dim]:
             raise InputError(
-                f"{where}: its function returns {size} values along {dim!r}, which has {known[dim]} in this model: give the "
+                f"{where}: its function returns {size} values along {dim!r}, which has {known[dim]} in this model: "
+                "give the "
                 "dimension another name"
             )
         if not size:

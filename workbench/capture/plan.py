@@ -7,14 +7,18 @@ from workbench.runs.schema import CHUNK, Layout, Unit
 
 
 def plan_units(lengths: Sequence[int], unit_tokens: int = 16_384) -> Layout:
-    """Sequences packed in their order: a unit is full when the next does not fit.
+    """Return the units of a run: sequences are packed in their order until the next one does not fit.
 
     A sequence longer than a unit gets one of its own, of as many times the capacity as it needs. Order is kept so
     that a unit's sequences, and what is stored for them, are neighbours; what that wastes compresses to nothing.
+
+    Raises:
+        InputError: `unit_tokens` is no multiple of a chunk, or a sequence is empty.
     """
     if unit_tokens < CHUNK or unit_tokens % CHUNK:
         raise InputError(
-            f"--unit-tokens {unit_tokens}: a unit consists of complete chunks of {CHUNK:,} tokens, so a multiple of that"
+            f"--unit-tokens {unit_tokens}: a unit consists of complete chunks of {CHUNK:,} tokens, so a multiple of "
+            "that"
         )
     if not lengths or min(lengths) < 1:
         raise InputError("there is nothing to capture: every sequence needs at least one token")

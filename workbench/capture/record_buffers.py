@@ -45,9 +45,11 @@ class Buffers:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         wide = torch.uint8 if cfg.num_experts <= 256 else torch.uint16
         shapes = {
-            "experts": (cfg.experts_per_token, wide), "gates": (cfg.experts_per_token, torch.float16),
-            "router_logits": (cfg.num_experts, torch.float16), "sink": (cfg.n_heads, torch.float16),
-        }  # fmt: skip
+            "experts": (cfg.experts_per_token, wide),
+            "gates": (cfg.experts_per_token, torch.float16),
+            "router_logits": (cfg.num_experts, torch.float16),
+            "sink": (cfg.n_heads, torch.float16),
+        }
         sinks = spec.sinks or spec.sink_sums
         on = {"experts": spec.routing, "gates": spec.routing, "router_logits": spec.router_logits, "sink": sinks}
         for name, (d, dtype) in shapes.items():
@@ -92,7 +94,7 @@ class Buffers:
         self._at, self._weights = slice(self._at.stop, self._at.stop + n), {}
 
     def take(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Every record of the unit's tokens, and what was summed of them; the former are good until the next `start`."""
+        """Return the records of the unit's tokens (valid until the next `start`) and the sums over them."""
         for stream in self._streams.values():
             stream.synchronize()
         assert self._at.stop == self._used, f"{self._at.stop} of {self._used} tokens were run"
@@ -223,7 +225,8 @@ def values_of(
     x = functions[a.name](activation) if a.reduce == "own" else activation.float().norm(dim=-1)
     if tuple(x.shape) != (1, n, *a.shape):
         raise JobError(
-            f"recorder {a.name!r}: its function returns {tuple(x.shape)} of activations {tuple(activation.shape)}, expected "
+            f"recorder {a.name!r}: its function returns {tuple(x.shape)} of activations {tuple(activation.shape)}, "
+            "expected "
             f"{(1, n, *a.shape)}: it has to return the same dimensions for any number of tokens"
         )
     return x.detach().reshape(n, a.d)

@@ -62,15 +62,30 @@ def _word(text: str, key: str, value: str) -> str:
 
 
 _READS: dict[str, Callable[[str, str, str], Any]] = {
-    "layers": _integers, "heads": _integers, "experts": _integers, "slots": _integers, "index": _integers, "role": _names, "channel": _names,
-    "part": _names, "message": _integers, "position": _integers, "every": _number, "last": _number, "reduce": _word,
+    "layers": _integers,
+    "heads": _integers,
+    "experts": _integers,
+    "slots": _integers,
+    "index": _integers,
+    "role": _names,
+    "channel": _names,
+    "part": _names,
+    "message": _integers,
+    "position": _integers,
+    "every": _number,
+    "last": _number,
+    "reduce": _word,
     "sketch": _number,
-}  # fmt: skip
+}
 _EXAMPLES = {"role": "assistant", "channel": "final", "part": "content", "layers": "0-3", "reduce": "norm"}
 
 
 def numbers(where: str, key: str, value: Any) -> tuple[int, ...]:
-    """Return numbers that are given as one, as several, or as text with ranges."""
+    """Return numbers that are given as one, as several, or as text with ranges.
+
+    Raises:
+        InputError: the value is neither numbers nor ranges of numbers.
+    """
     if value is None:
         return ()
     if isinstance(value, str):

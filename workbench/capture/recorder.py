@@ -6,9 +6,9 @@
     norms = wb.Recorder("expert_norm", hook="mlp.experts.hook_out", reduce=expert_norm, dims=("slot",), layers="0-3")
     wb.capture(model, "answers.jsonl", "run.zarr", record=["routing", norms])
 
-The command line takes one of a Python file: `--record my_records.py:norms`. The file is executed, because the user names
-it; no code comes from a run or a checkpoint. A run holds the name, the dimensions and a digest of the function's source,
-and a job that resumes it must have the same.
+The command line takes one of a Python file: `--record my_records.py:norms`. The file is executed, because the user
+names it; no code comes from a run or a checkpoint. A run holds the name, the dimensions and a digest of the function's
+source, and a job that resumes it must have the same.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ Names = str | Iterable[str] | None
 class Recorder:
     """A record with a name of its own.
 
-    hook: a hook point of the blocks, as "mlp.experts.hook_out". reduce: a function of its activations [batch pos …] that
-    returns [batch pos, dims…], each token by itself (a pass packs several sequences), or one of raw, norm, mean, moments.
-    dims: names of the dimensions that the function returns behind pos; one of the model's own names (slot, expert, head,
-    kv, d_model, d_head, d_mlp) has the model's size. dtype: in the store, float32 or float16. The other fields select layers ("0-3,7"), heads, experts and tokens, as
-    `--record` does; description and unit are stored for readers.
+    hook: a hook point of the blocks, as "mlp.experts.hook_out". reduce: a function of its activations [batch pos …]
+    that returns [batch pos, dims…], each token by itself (a pass packs several sequences), or one of raw, norm, mean,
+    moments. dims: names of the dimensions that the function returns behind pos; one of the model's own names (slot,
+    expert, head, kv, d_model, d_head, d_mlp) has the model's size. dtype: in the store, float32 or float16. The other
+    fields select layers ("0-3,7"), heads, experts and tokens, as `--record` does; description and unit are stored for
+    readers.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Recorder:
     dtype: str = "float32"
     description: str = ""
     unit: str = ""
+    digest: str = field(default="", repr=False)  # of the function's source, for workers that do not have the source
 
     def __post_init__(self) -> None:
         if isinstance(self.dims, str):
@@ -77,8 +79,7 @@ def from_file(text: str) -> Recorder:
     Raises:
         InputError: there is no such file or name, the file fails, or the name is no recorder.
     """
-    where, _, name = text.rpartition(":")
-    path = Path(where if where.endswith(".py") else f"{where.replace('.', '/')}.py")
+    path, name = _file_of(text)
     if not path.is_file():
         raise InputError(
             f"--record {text}: there is no file {str(path)!r}; name a Python file, as in my_records.py:{name}"
@@ -90,6 +91,22 @@ def from_file(text: str) -> Recorder:
         known = f"its recorders are {', '.join(others)}" if others else "define it as wb.Recorder(…) there"
         raise InputError(f"--record {text}: {str(path)!r} has no recorder {name!r}: {known}")
     return found
+
+
+def for_workers(record: str | Recorder) -> str | Recorder:
+    """Return a record as processes need it that run in another folder and do not have a function's source."""
+    if isinstance(record, Recorder):
+        return replace(record, digest=source_digest(record.reduce)) if callable(record.reduce) else record
+    name, *options = record.split()
+    path, own = _file_of(name)
+    is_own = own.isidentifier() and (path.is_file() or f"{path}:{own}" == name)
+    return " ".join((f"{path.absolute()}:{own}", *options)) if is_own else record
+
+
+def _file_of(text: str) -> tuple[Path, str]:
+    """Return the file and the name of "FILE.py:NAME" or "MODULE:NAME"."""
+    where, _, name = text.rpartition(":")
+    return Path(where if where.endswith(".py") else f"{where.replace('.', '/')}.py"), name
 
 
 def _executed(path: Path, text: str) -> types.ModuleType:
@@ -150,7 +167,8 @@ def _add(digest: Any, value: Any, seen: set[int]) -> None:
         digest.update(str(getattr(value, "__name__", value)).encode())
     else:
         raise InputError(
-            f"the recorder's function reads {type(value).__name__!r} from outside, whose content cannot be compared when the "
+            f"the recorder's function reads {type(value).__name__!r} from outside, whose content cannot be compared "
+            "when the "
             "job resumes: use functions, numbers, text, tensors or arrays"
         )
 

@@ -1,7 +1,8 @@
-"""What to record, as a user writes it, and the hook points and store arrays it means.
+"""Parse what a user asks to record into hook points and arrays of the store.
 
-A record is `routing`, `router_logits`, `sinks`, `logprobs`, `sink_sums` (of the sinks only sums by sequence and channel), a hook point of the blocks, or a
-user's own (`workbench.capture.recorder`). Options behind the name select from it, the same for every record:
+A record is `routing`, `router_logits`, `sinks`, `logprobs`, `sink_sums` (of the sinks only sums by sequence and
+channel), a hook point of the blocks, or a user's own (`workbench.capture.recorder`). Options behind the name select
+from it, the same for every record:
 
     resid_post                                     every layer, every token
     resid_post:3,7                                 these layers, as resid_post layers=3,7
@@ -9,9 +10,9 @@ user's own (`workbench.capture.recorder`). Options behind the name select from i
     sinks heads=0,12 role=assistant                these heads; experts= of router_logits, slots= inside the experts
     resid_post:11 channel=analysis every=4         these tokens: role, channel, part, message, position, every, last
     mlp_out reduce=norm                            the Euclidean norm at each token
-    mlp_out reduce=mean                            the mean over a sequence's tokens of each channel: sums and counts alone
-    mlp_out reduce=moments sketch=64               also sums of squares, and a sketch of the second moments: x · Ω summed,
-                                                   with Ω of so many random columns
+    mlp_out reduce=mean                            the mean over a sequence's tokens of each channel (sums and counts)
+    mlp_out reduce=moments sketch=64               also sums of squares, and a sketch of the second moments: the sum
+                                                   of x · Ω, where Ω has this number of random columns
     resid_post reduce=message part=content         the mean of each message's tokens, at its last one
     my_records.py:expert_norm layers=0-3           a recorder of a Python file, which is executed
 """
@@ -34,15 +35,28 @@ DEFAULT = ("routing", "sinks", "logprobs")
 _SWITCHES = ("routing", "router_logits", "sinks", "sink_sums", "logprobs")
 PER_TOKEN = {name: axes.split()[2:] for name, axes in BLOCK.items() if axes.startswith("batch pos ")}
 _HAS_ITS_OWN_NAME = {
-    "mlp.router.hook_out": "router_logits", "mlp.hook_expert_indices": "routing", "mlp.hook_expert_weights": "routing",
+    "mlp.router.hook_out": "router_logits",
+    "mlp.hook_expert_indices": "routing",
+    "mlp.hook_expert_weights": "routing",
     "attn.hook_sink": "sinks",
-}  # fmt: skip
+}
 # what a user may look for, and where it is
 _INSTEAD = {
-    "top_experts": "routing", "experts": "routing", "expert_indices": "routing", "gates": "routing", "expert_weights": "routing",
-    "router": "router_logits", "logits": "router_logits", "sink": "sinks", "attn.sink": "sinks", "entropy": "logprobs",
-    "logprob": "logprobs", "router.out": "router_logits", "mlp.router.out": "router_logits", "residual": "resid_post",
-}  # fmt: skip
+    "top_experts": "routing",
+    "experts": "routing",
+    "expert_indices": "routing",
+    "gates": "routing",
+    "expert_weights": "routing",
+    "router": "router_logits",
+    "logits": "router_logits",
+    "sink": "sinks",
+    "attn.sink": "sinks",
+    "entropy": "logprobs",
+    "logprob": "logprobs",
+    "router.out": "router_logits",
+    "mlp.router.out": "router_logits",
+    "residual": "resid_post",
+}
 RecordOption = str | Recorder
 
 
@@ -82,7 +96,8 @@ def _refuse_repeated(selected: Sequence[Activation | Record], switches: dict[str
         public = stored.get(a.name, a.name)
         if names.count(a.name) > 1 or switches.get(public):
             raise InputError(
-                f"--record names {public} twice: give all of its options once, as in '{public} layers=3,7 channel=final', "
+                f"--record names {public} twice: give all of its options once, as in '{public} layers=3,7 "
+                "channel=final', "
                 "or name a second selection with wb.Recorder"
             )
 
@@ -130,8 +145,10 @@ def _selected(text: str, name: str, options: dict[str, Any], cfg: Config) -> lis
     }[name]
     axes = axis_sizes(PER_TOKEN[hooks[0][1]], cfg)
     if name == "routing" and "experts" in options:
-        raise InputError(f"{where}: routing has no experts= (it holds the numbers of the chosen ones): leave it out, and select "
-                         "when you read, as in dataset['experts'] == 3")  # fmt: skip
+        raise InputError(
+            f"{where}: routing has no experts= (it holds the numbers of the chosen ones): leave it out, and select "
+            "when you read, as in dataset['experts'] == 3"
+        )
     index, index_dim = record_options.index(where, name, axes, options)
     chosen = record_options.tokens(where, options)
     only = ("raw",) if name == "routing" else ("raw", "norm", "mean", "moments")
@@ -143,12 +160,19 @@ def _selected(text: str, name: str, options: dict[str, Any], cfg: Config) -> lis
     keep = slice(0, -1 if reduce == "norm" else None)
     return [
         Record(
-            own, hook, layers, tuple(axes)[keep], shape[keep],
+            own,
+            hook,
+            layers,
+            tuple(axes)[keep],
+            shape[keep],
             wide if own == "experts" else "float32" if reduce == "norm" else "float16",
-            index, index_dim, chosen, reduce,
+            index,
+            index_dim,
+            chosen,
+            reduce,
         )
         for own, hook in hooks
-    ]  # fmt: skip
+    ]
 
 
 def _activation(text: str, point: str, options: dict[str, Any], cfg: Config) -> Activation | Record:
@@ -177,13 +201,15 @@ def _refuse_unknown(where: str, point: str, hook: str | None) -> None:
         raise InputError(f"{where}: {point} is recorded as {instead}: write --record {instead!r}")
     if hook in BLOCK and hook not in PER_TOKEN:
         raise InputError(
-            f"{where}: {point} has a value for each pair of tokens, not for each token: reduce it with a wb.Recorder, see "
+            f"{where}: {point} has a value for each pair of tokens, not for each token: reduce it with a wb.Recorder, "
+            "see "
             "docs/howto/record.md"
         )
     if hook is None:
         known = sorted(h.replace("hook_", "") for h in PER_TOKEN if h not in _HAS_ITS_OWN_NAME)
         raise InputError(
-            f"{where}: cannot record {point!r}: choose from {', '.join(_SWITCHES)}, or the hook points {', '.join(known)}, or "
+            f"{where}: cannot record {point!r}: choose from {', '.join(_SWITCHES)}, or the hook points "
+            f"{', '.join(known)}, or "
             "name a recorder as FILE.py:NAME"
         )
 

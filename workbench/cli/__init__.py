@@ -32,7 +32,7 @@ _EXTRAS = {"panel": "dashboard", "kaleido": "figures", "distributed": "cluster",
 
 
 def main() -> None:
-    """Run a command: one line for what the user can mend, a traceback for what we must."""
+    """Run a command: one line for errors of the user, a traceback for errors of the workbench."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without a character shows its escape
             stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What a run is and says, as tables in a terminal: for people over ssh, without a browser."""
+"""Tables that summarize a run in a terminal."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +64,7 @@ def _accuracy(run: Run) -> Table:
 
 
 def _experts(run: Run) -> Table:
-    """A row a layer: effective experts of thinking and answering, and each expert's load as a bar."""
+    """Return a row for each layer: effective experts of the analysis and final channels, and expert loads as bars."""
     table = Table("layer", title="experts: effective number, and load of each (full bar: 4 × uniform)")
     cells = {}
     for channel in ("analysis", "final"):
@@ -90,7 +90,11 @@ def _sinks(run: Run) -> Table:
 
 
 def bars(heights: Sequence[float] | np.ndarray) -> str:
-    """Heights from 0 to 1 as characters; what is higher is cut."""
+    """Return heights from 0 to 1 as a line of block characters; larger values are cut.
+
+    Raises:
+        InputError: the heights do not start at 0 or exceed 1.
+    """
     if np.any(np.asarray(heights) < 0):
         raise InputError("bars have heights from 0 to 1")
     steps = np.minimum(np.ceil(np.asarray(heights) * (len(_BARS) - 1)), len(_BARS) - 1).astype(int)

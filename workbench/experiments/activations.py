@@ -28,7 +28,7 @@ def activations(
 ) -> dict[str, Shaped[Tensor, "batch *feature"]]:
     """What passes at these hook points, all edits done."""
     found: dict[str, Tensor] = {}
-    with model.hooks(fwd_hooks=[(name, keep(found)) for name in dict.fromkeys(names)]):
+    with model.hooks(fwd_hooks=[(name, record_hook(found)) for name in dict.fromkeys(names)]):
         model(tokens.to(model.device), n_real=n_real)
     return found
 
@@ -52,7 +52,7 @@ def slopes(
 
 
 @torch.no_grad()
-def said(
+def metric_value(
     model: GptOss, tokens: Int[Tensor, "batch pos"], metric: Metric, n_real: Sequence[int] | None = None
 ) -> Float[Tensor, " batch"]:
     """The metric of a pass."""
@@ -60,14 +60,18 @@ def said(
 
 
 def scalar(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
-    """The metric, which must give one number a sequence."""
+    """Return the metric as one number for each sequence.
+
+    Raises:
+        InputError: the metric has another shape than [sequence].
+    """
     values = metric(logits)
     if values.shape != logits.shape[:1]:
         raise InputError(f"the metric gives {tuple(values.shape)} of {len(logits)} sequences: wanted a number for each")
     return values
 
 
-def keep(found: dict[str, Tensor]) -> Hook:
+def record_hook(found: dict[str, Tensor]) -> Hook:
     """A hook that looks."""
 
     def look(x: Tensor, hook: Any) -> None:
@@ -76,7 +80,7 @@ def keep(found: dict[str, Tensor]) -> Hook:
     return look
 
 
-def instead(value: Tensor) -> Hook:
+def replace_hook(value: Tensor) -> Hook:
     """A hook that replaces."""
     return lambda x, hook: value
 
@@ -95,7 +99,11 @@ def flipped(
 
 
 def named(model: GptOss, point: str) -> list[str]:
-    """The full names of a point of the blocks in every layer, or of one point."""
+    """Return the full names of a hook point of the blocks in every layer, or of one hook point.
+
+    Raises:
+        InputError: the hook point is a choice of experts, which has no gradient.
+    """
     names = [f"blocks.{layer}.{point}" for layer in range(model.cfg.n_layers)] if point in BLOCK else [point]
     if any(name.endswith("hook_expert_indices") for name in names):
         raise InputError(f"{point}: a choice of experts has no gradient; patch it and measure")
@@ -135,7 +143,11 @@ def source(
     names: Sequence[str],
     n_real: Sequence[int] | None,
 ) -> Mapping[str, Tensor]:
-    """Activations to patch with, from tokens of the same shape or as given."""
+    """Return the activations to patch with: those of tokens of the same shape, or the given ones, by full name.
+
+    Raises:
+        InputError: the shapes of the tokens differ, or an activation is missing.
+    """
     if isinstance(given, Tensor):
         if given.shape != like.shape:
             raise InputError(

@@ -30,7 +30,7 @@ from workbench.errors import InputError
 from workbench.experiments import token_selection as at_points
 from workbench.experiments.norm_attribution import normed
 from workbench.experiments.residual_attribution import Meter, Norm
-from workbench.experiments.token_selection import ROWS, Points, Token
+from workbench.experiments.token_selection import ROWS, SelectedTokens, Token
 from workbench.hooks.edits import Tokens
 from workbench.model.transformer import GptOss
 
@@ -38,7 +38,7 @@ Of = Token | Float[Tensor, " d_vocab"]
 _VOCAB = 8192  # rows of the unembedding at a time
 PARTS = ("embed", "heads", "attn_bias", "experts", "expert_bias", "rest", "rounding")
 _MEANS = {
-    "logit": "what the model said",
+    "logit": "the logit of the model",
     "scale": "the final norm's scale",
     "embed": "the token's embedding",
     "heads": "a head's output",
@@ -69,7 +69,7 @@ def logit_parts(
     [d_vocab]; minus may be "mean", of all logits. It holds a number a part and one layer's activations of the points.
     """
     check_norm(norm)
-    chosen = at_points.points(model, tokens, at, n_real)
+    chosen = at_points.select_tokens(model, tokens, at, n_real)
     terms = [(sign, _term(model, chosen, term)) for sign, term in ((1.0, of), (-1.0, minus)) if term is not None]
     a = sum(sign * _direction(model, term) for sign, term in terms) * model.ln_final.weight.cpu().double()
     a = a.expand(len(chosen.column), -1)
@@ -78,14 +78,18 @@ def logit_parts(
     with model.hooks(fwd_hooks=meter.hooks):
         final = at_points.residual(model, chosen)
     value, scale = normed(a, final.cpu().double(), model.cfg.eps)
-    said = _said(model, chosen, final, terms)
+    logit = _logits(model, chosen, final, terms)
     shrink = scale if norm == "frozen" else torch.ones_like(scale)
     parts = {name: _over(t, shrink) if name in PARTS else t for name, t in meter.parts().items()}
-    return _dataset(model, chosen, parts | {"logit": said, "scale": scale, "rounding": said - value}, terms, norm)
+    return _dataset(model, chosen, parts | {"logit": logit, "scale": scale, "rounding": logit - value}, terms, norm)
 
 
 def check_norm(norm: str) -> None:
-    """Refuse what is none of the ways."""
+    """Check the name of the way in which norms are treated.
+
+    Raises:
+        InputError: the name is unknown.
+    """
     if norm not in get_args(Norm):
         raise InputError(f"norm {norm!r}: use {', '.join(get_args(Norm))}")
 
@@ -128,7 +132,7 @@ def _over(x: Float[Tensor, "point *part"], scale: Float[Tensor, " point"]) -> Fl
     return x / scale.view(-1, *[1] * (x.dim() - 1))
 
 
-def _term(model: GptOss, chosen: Points, of: Of | Literal["mean"]) -> Tensor:
+def _term(model: GptOss, chosen: SelectedTokens, of: Of | Literal["mean"]) -> Tensor:
     """Ids, one a point, or weights over the vocabulary."""
     d_vocab = model.cfg.d_vocab
     if isinstance(of, Tensor) and of.is_floating_point():
@@ -154,7 +158,9 @@ def _direction(model: GptOss, term: Tensor) -> Float[Tensor, "#point d_model"]:
     return out
 
 
-def _said(model: GptOss, chosen: Points, final: Tensor, terms: list[tuple[float, Tensor]]) -> Float[Tensor, " point"]:
+def _logits(
+    model: GptOss, chosen: SelectedTokens, final: Tensor, terms: list[tuple[float, Tensor]]
+) -> Float[Tensor, " point"]:
     """The model's own logits, put together as the terms say."""
     out = torch.zeros(len(chosen.column), dtype=torch.float64)
     for part in torch.arange(len(out)).split(ROWS):
@@ -165,7 +171,9 @@ def _said(model: GptOss, chosen: Points, final: Tensor, terms: list[tuple[float,
     return out
 
 
-def _ends(model: GptOss, chosen: Points) -> tuple[Float[Tensor, "point d_model"], Float[Tensor, "point d_model"]]:
+def _ends(
+    model: GptOss, chosen: SelectedTokens
+) -> tuple[Float[Tensor, "point d_model"], Float[Tensor, "point d_model"]]:
     """The points' embedding and their stream behind the last block."""
     begin: list[Tensor] = []
 
@@ -178,7 +186,7 @@ def _ends(model: GptOss, chosen: Points) -> tuple[Float[Tensor, "point d_model"]
 
 
 def _dataset(
-    model: GptOss, chosen: Points, values: dict[str, Tensor], terms: list[tuple[float, Tensor]], norm: Norm
+    model: GptOss, chosen: SelectedTokens, values: dict[str, Tensor], terms: list[tuple[float, Tensor]], norm: Norm
 ) -> xr.Dataset:
     slots = dict.fromkeys(("experts", "expert_bias", "expert", "gate"), ("layer", "slot"))
     dims = slots | {"heads": ("layer", "head"), "attn_bias": ("layer",), "rest": ("layer", "block")}

@@ -50,7 +50,7 @@ FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _ANSWER_TOKENS = 64
 
 
-class Thought(NamedTuple):
+class AnsweredSequence(NamedTuple):
     """A transcript with the positions of its last analysis, [start, stop), and of the final message, [content, end)."""
 
     row: Transcript
@@ -60,7 +60,7 @@ class Thought(NamedTuple):
     end: int
 
 
-def thoughts(model: GptOss, rows: Sequence[Transcript]) -> list[Thought]:
+def answered_sequences(model: GptOss, rows: Sequence[Transcript]) -> list[AnsweredSequence]:
     """Return the transcripts that end in a closed final message with an analysis before it, with their positions."""
     found = []
     for row in rows:
@@ -70,16 +70,16 @@ def thoughts(model: GptOss, rows: Sequence[Transcript]) -> list[Thought]:
         if final is None or analysis is None or final.channel != "final" or final.closed_by not in ("return", "end"):
             continue
         if analysis.stop > analysis.content and final.stop > final.content:
-            found.append(Thought(row, analysis.content, analysis.stop, final.content, final.stop))
+            found.append(AnsweredSequence(row, analysis.content, analysis.stop, final.content, final.stop))
     return found
 
 
-def _with(thought: Thought, words: np.ndarray) -> Transcript:
+def _with(answered: AnsweredSequence, words: np.ndarray) -> Transcript:
     """Return the transcript with other tokens as the content of its analysis."""
-    t = thought.row.tokens
-    tokens = np.concatenate([t[: thought.start], words, t[thought.stop :]]).astype(np.int32)
+    t = answered.row.tokens
+    tokens = np.concatenate([t[: answered.start], words, t[answered.stop :]]).astype(np.int32)
     return Transcript(
-        thought.row.id, thought.row.prompt_id, thought.row.effort, tokens, thought.row.n_prompt, thought.row.answer
+        answered.row.id, answered.row.prompt_id, answered.row.effort, tokens, answered.row.n_prompt, answered.row.answer
     )
 
 
@@ -92,7 +92,7 @@ def experiment(
     """
     result = study(model, rows, hide=hide, seed=seed)
     return {
-        "thought": result.assign_attrs(
+        "chain_of_thought": result.assign_attrs(
             title="Does the answer depend on the analysis?",
             summary="\n".join([*_summary(result), result.attrs["summary"]]),
             method=" ".join((__doc__ or "").split("Reference:")[0].split()),
@@ -129,8 +129,11 @@ def study(
     Variables over `change`: logprob (nats a sequence, less that with the complete analysis), same (the same answer is
     given), accuracy_change, each with its interval; `readers` counts visible tokens that have read hidden ones; `area`
     is the area over the curve of early answering.
+
+    Raises:
+        InputError: too few prompts have an analysis and a closed final message.
     """
-    found = thoughts(model, rows)
+    found = answered_sequences(model, rows)
     prompts = {t.row.prompt_id for t in found}
     if len(prompts) < MIN_PROMPTS:
         raise InputError(
@@ -181,7 +184,7 @@ def _hidden(model: GptOss, hide: Hide) -> dict[str, Hidden]:
 
 
 def _changed_answers(
-    model: GptOss, found: Sequence[Thought], hide: Hide, rng: np.random.Generator
+    model: GptOss, found: Sequence[AnsweredSequence], hide: Hide, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str | None]], list[str | None]]:
     """Return for each change the differences of log-probability and the answers, and the answers without a change."""
     words = [t.row.tokens[t.start : t.stop] for t in found]
@@ -217,16 +220,18 @@ def _derange(prompts: Sequence[str], rng: np.random.Generator) -> list[int]:
 
 
 @torch.no_grad()
-def _answers(model: GptOss, found: Sequence[Thought], rows: Sequence[Transcript], *edits: Edit) -> list[str | None]:
+def _answers(
+    model: GptOss, found: Sequence[AnsweredSequence], rows: Sequence[Transcript], *edits: Edit
+) -> list[str | None]:
     """Return what the model generates from the beginning of each final message's content."""
     stems = []
-    for thought, row in zip(found, rows, strict=True):
-        behind = len(thought.row.tokens) - thought.content
+    for answered, row in zip(found, rows, strict=True):
+        behind = len(answered.row.tokens) - answered.content
         stems.append([int(t) for t in row.tokens[: len(row.tokens) - behind]])
-    said: list[str | None] = []
+    texts: list[str | None] = []
     with applied(model, *edits):
         for start in range(0, len(stems), 64):
             batch = stems[start : start + 64]
             for stem, new in zip(batch, model.generate(batch, max_new_tokens=_ANSWER_TOKENS), strict=True):
-                said.append(final_text([*stem, *new], model.tokenizer))
-    return said
+                texts.append(final_text([*stem, *new], model.tokenizer))
+    return texts

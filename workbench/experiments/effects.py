@@ -10,7 +10,7 @@ matching ablations by load.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -34,11 +34,12 @@ from workbench.harmony.transcripts import Prompt, Transcript
 from workbench.hooks.edits import Edit, TokenSet, applied
 from workbench.hooks.interventions import ablate, forbid
 from workbench.hooks.recorders import SequenceRecorder
+from workbench.kernels.logits import logprob
+from workbench.model.packing import FORWARD_TOKENS, pack, passes
 from workbench.model.transformer import GptOss
 from workbench.progress import progress
 from workbench.version import version
 
-_FORWARD_TOKENS = 4096
 _SCORED_TOKENS = 512  # where an edit needs all scores of a pass, heads × tokens² of them, fewer tokens are faster
 _LOGIT_ROWS = 512
 Way = Literal["forbid", "zero", "renormalise", "resample"]
@@ -49,35 +50,36 @@ def logprobs(model: GptOss, rows: Sequence[Transcript], of: TokenSet, *edits: Ed
     """Log-probability in nats of each sequence's tokens in `of`, summed; NaN where it has none behind the first."""
     out = np.full(len(rows), np.nan)
     with applied(model, *edits):
-        for batch in _batches(rows, _tokens_per_pass(model, edits)):
-            lengths = [len(rows[i].tokens) for i in batch]
-            tokens = torch.from_numpy(np.concatenate([rows[i].tokens for i in batch])).long()[None].to(model.device)
+        for batch in passes([len(row.tokens) for row in rows], _tokens_per_pass(model, edits)):
+            tokens, lengths = pack([rows[i] for i in batch], model.device)
             residual = model.residual(tokens, packed=lengths)
             assert model.context is not None
             predicted = model.context.mask(of)[0] & (model.context.positions[0].cpu() > 0)
-            owner = model.context.sequence[0]
+            owners = model.context.sequence[0]
             for at in predicted.nonzero()[:, 0].split(_LOGIT_ROWS):
-                logits = model.logits(residual, at[None] - 1)[0]
-                logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-                said = logp.gather(-1, tokens[0, at, None].to(logp.device))[:, 0].double().cpu().numpy()
-                for sequence, value in zip(owner[at].tolist(), said, strict=True):
-                    place = batch[sequence]
-                    out[place] = value + (0.0 if np.isnan(out[place]) else out[place])
+                values = logprob(model.logits(residual, at[None] - 1)[0], tokens[0, at]).double().cpu().numpy()
+                for owner, value in zip(owners[at].tolist(), values, strict=True):
+                    number = batch[owner]
+                    out[number] = value + (0.0 if np.isnan(out[number]) else out[number])
     return out
 
 
 def answers(
     model: GptOss, prompts: Sequence[Prompt], effort: str, *edits: Edit, max_new_tokens: int = 256, batch: int = 64
 ) -> Bool[np.ndarray, " prompt"]:
-    """Whether the model, so changed, gives each prompt's answer at temperature 0."""
+    """Return whether the model, with the interventions, gives each prompt's answer at temperature 0.
+
+    Raises:
+        InputError: a prompt has no answer to compare with.
+    """
     if nameless := [p.id for p in prompts if p.answer is None]:
         raise InputError(f"prompt {nameless[0]!r} has no answer to compare with")
     rendered = [harmony.render(p.messages, effort=effort, tokenizer=model.tokenizer, **p.options) for p in prompts]
-    said: list[list[int]] = []
+    generated: list[list[int]] = []
     with applied(model, *edits):
         for start in range(0, len(rendered), batch):
-            said += model.generate(rendered[start : start + batch], max_new_tokens=max_new_tokens)
-    rows = zip(prompts, rendered, said, strict=True)
+            generated += model.generate(rendered[start : start + batch], max_new_tokens=max_new_tokens)
+    rows = zip(prompts, rendered, generated, strict=True)
     return np.array([final_text([*ids, *new], model.tokenizer) == p.answer for p, ids, new in rows])
 
 
@@ -246,15 +248,19 @@ def routing(model: GptOss, rows: Sequence[Transcript]) -> list[UInt8[np.ndarray,
     recorder = SequenceRecorder(model, dict.fromkeys(points, torch.uint8))
     out = []
     with model.hooks(fwd_hooks=recorder.fwd_hooks):
-        for batch in _batches(rows, _FORWARD_TOKENS):
-            tokens = torch.from_numpy(np.concatenate([rows[i].tokens for i in batch])).long()[None]
-            model.residual(tokens.to(model.device), packed=[len(rows[i].tokens) for i in batch])
+        for batch in passes((len(row.tokens) for row in rows), FORWARD_TOKENS):
+            tokens, lengths = pack([rows[i] for i in batch], model.device)
+            model.residual(tokens, packed=lengths)
             out += [np.stack([kept[name].numpy() for name in points]) for kept in recorder.take()]
     return out
 
 
 class RoutedTo:
-    """The tokens that a plain pass sends to an expert, as a token set of these sequences and their beginnings."""
+    """The tokens that a pass without interventions sends to an expert, as a token selection of known sequences.
+
+    Raises:
+        InputError: a sequence is not among those whose routing was recorded.
+    """
 
     def __init__(self, rows: Sequence[Transcript], routes: Sequence[np.ndarray], layer: int, expert: int) -> None:
         hits = [(chosen[layer] == expert).any(-1) for chosen in routes]
@@ -333,16 +339,4 @@ def _tokens_per_pass(model: GptOss, edits: Sequence[Edit]) -> int:
     """Return how many tokens to pack into one pass with these edits."""
     names = [name for edit in edits for name, _ in edit.points(model)]
     opens_scores = any(name.endswith(("hook_attn_scores", "hook_pattern")) for name in names)
-    return min(_FORWARD_TOKENS, _SCORED_TOKENS) if opens_scores else _FORWARD_TOKENS
-
-
-def _batches(rows: Sequence[Transcript], most: int) -> Iterator[list[int]]:
-    """Consecutive rows of together at most `most` tokens; a longer one alone."""
-    batch: list[int] = []
-    for i, row in enumerate(rows):
-        if batch and sum(len(rows[j].tokens) for j in batch) + len(row.tokens) > most:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+    return min(FORWARD_TOKENS, _SCORED_TOKENS) if opens_scores else FORWARD_TOKENS

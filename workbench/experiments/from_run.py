@@ -14,7 +14,11 @@ from workbench.runs.reader import Run
 
 
 def transcripts(run: Run, sequences: Sequence[int] | None = None) -> list[Transcript]:
-    """The run's sequences as they were captured, or those of these numbers, in their order."""
+    """Return the run's sequences as they were captured, or those with the given numbers, in their order.
+
+    Raises:
+        InputError: a number is not in the run.
+    """
     table = run.sequences
     wanted = list(table.index) if sequences is None else list(sequences)
     if missing := sorted(set(wanted) - set(table.index)):
@@ -39,9 +43,12 @@ def transcripts(run: Run, sequences: Sequence[int] | None = None) -> list[Transc
 
 
 def recorded(run: Run, sequence: int | str, point: str) -> dict[str, Shaped[Tensor, "1 pos *feature"]]:
-    """What a run recorded at a hook point of the blocks, for `patch`: full name → tensor of a batch of one.
+    """Return what a run recorded at a hook point, for `patch`: full name → tensor of a batch of one [1 pos …].
 
     point: without its layer, as `mlp.hook_expert_indices` or `hook_resid_post`; all layers recorded are given.
+
+    Raises:
+        InputError: the run did not record the hook point, or only for some tokens or heads.
     """
     data = run.sequence(sequence)
     ours = {"mlp.hook_expert_indices": "experts", "mlp.hook_expert_weights": "gates", "attn.hook_sink": "sink"}

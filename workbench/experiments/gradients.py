@@ -37,12 +37,15 @@ def attribution_patching(
     *,
     n_real: Sequence[int] | None = None,
 ) -> xr.Dataset:
-    """How much the metric of `corrupt` would change if one activation came from `clean`: (clean − corrupt) · gradient.
+    """Estimate the change of the metric when one activation of `corrupt` is replaced: (clean − corrupt) · gradient.
 
     clean: tokens of the same shape, or activations by full name. points: of the blocks without their layer, as
     `attn.hook_z`, for all layers, or full names. A variable each, by layer, sequence, position and head, slot or
     expert, whatever the point has; NaN at padding. `flip`, by layer, sequence and position, is the share of slots
     whose expert the clean run did not choose. A slot stands for the place, whichever expert is in it.
+
+    Raises:
+        InputError: the shapes of the clean and corrupt activations differ.
     """
     kinds = {kind: activations.named(model, kind) for kind in ([points] if isinstance(points, str) else points)}
     wanted = [name for names in kinds.values() for name in names]
@@ -81,15 +84,15 @@ def verify(
     hits = _largest(estimates, top_k)
     there = activations.source(model, corrupt, clean, sorted({hit["name"] for hit in hits}), n_real)
     before = activations.activations(model, corrupt, activations.choices(model), n_real)
-    plain, real = activations.said(model, corrupt, metric, n_real), activations.real(corrupt, n_real)
+    plain, real = activations.metric_value(model, corrupt, metric, n_real), activations.real(corrupt, n_real)
     waiting = list(hits)
     while waiting:
         now = {hit["sequence"]: hit for hit in reversed(waiting)}  # of each sequence the first
         waiting = [hit for hit in waiting if hit is not now[hit["sequence"]]]
         after: dict[str, Tensor] = {}
         edits = [(hit["name"], _cell(there[hit["name"]], hit["cell"])) for hit in now.values()]
-        with model.hooks(fwd_hooks=[*edits, *[(name, activations.keep(after)) for name in before]]):
-            patched = activations.said(model, corrupt, metric, n_real)
+        with model.hooks(fwd_hooks=[*edits, *[(name, activations.record_hook(after)) for name in before]]):
+            patched = activations.metric_value(model, corrupt, metric, n_real)
         flips = np.stack([activations.flipped(experts, after[name]) for name, experts in before.items()])
         for sequence, hit in now.items():
             hit["measured"] = float(patched[sequence] - plain[sequence])
@@ -110,7 +113,7 @@ def integrated_gradients(
     routing: Literal["held", "free"] = "held",
     n_real: Sequence[int] | None = None,
 ) -> xr.Dataset:
-    """The metric's difference between a baseline and the run, shared out over the activation at one hook point.
+    """Return the difference of the metric between a baseline and the run, divided over the activation at a hook point.
 
     baseline: other tokens [batch pos], whose activation it is, or an activation that broadcasts to the run's. Zeros in
     the stream are a poor one: every norm behind them turns within √eps of zero, where no step looks. The way is
@@ -118,6 +121,9 @@ def integrated_gradients(
     experts all the way, so that `attribution` sums to `metric` − `baseline` as steps grow; `jump` is how far the
     baseline with its own choice is from that. With "free" the metric jumps wherever a choice flips, which no gradient
     sees: that stays in `gap`, the sum less the difference.
+
+    Raises:
+        InputError: `routing` or `steps` is not possible, or an activation is not finite.
     """
     if routing not in ("held", "free") or steps < 1:
         raise InputError(f"routing {routing!r}, {steps} steps: use held or free, and at least one step")
@@ -129,20 +135,20 @@ def integrated_gradients(
     begin = torch.as_tensor(baseline).to(end.device, end.dtype).expand_as(end)
     if not (end.is_floating_point() and bool((end.isfinite() & begin.isfinite()).all())):
         raise InputError(f"{at}: not all of its values are finite numbers, there is no straight way between them")
-    held = [(name, activations.instead(seen[name])) for name in activations.choices(model)]
+    held = [(name, activations.replace_hook(seen[name])) for name in activations.choices(model)]
     kept = held if routing == "held" else []
 
     slope = torch.zeros_like(end, dtype=torch.promote_types(end.dtype, torch.float32))
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        with model.hooks(fwd_hooks=[(at, activations.instead(begin.lerp(end, float(node)))), *kept]):
+        with model.hooks(fwd_hooks=[(at, activations.replace_hook(begin.lerp(end, float(node)))), *kept]):
             slope += float(weight) * activations.slopes(model, tokens, metric, [at], n_real)[2][at]
 
-    def said(x: Tensor, hooks: list[Any]) -> np.ndarray:
-        with model.hooks(fwd_hooks=[(at, activations.instead(x)), *hooks]):
-            return activations.said(model, tokens, metric, n_real).double().cpu().numpy()
+    def metric_value(x: Tensor, hooks: list[Any]) -> np.ndarray:
+        with model.hooks(fwd_hooks=[(at, activations.replace_hook(x)), *hooks]):
+            return activations.metric_value(model, tokens, metric, n_real).double().cpu().numpy()
 
-    run, start, free = said(end, kept), said(begin, kept), said(begin, [])
+    run, start, free = metric_value(end, kept), metric_value(begin, kept), metric_value(begin, [])
     shares = activations.dot(model, at, end, begin, slope)
     gap = shares.reshape(len(shares), -1).sum(1) - (run - start)
     data = {"metric": run, "baseline": start, "jump": free - start, "gap": gap}

@@ -42,12 +42,16 @@ def ablate(model: GptOss, graph: AttributionGraph, nodes: Sequence[int]) -> pd.D
     """
     plain = logit(model, graph)
     rows = graph.nodes.loc[list(nodes)]
-    measured = [plain - logit(model, graph, silenced(model, rows.loc[[node]])) for node in rows.index]
+    measured = [plain - logit(model, graph, ablation_hooks(model, rows.loc[[node]])) for node in rows.index]
     return rows.assign(measured=measured)
 
 
-def silenced(model: GptOss, nodes: pd.DataFrame) -> Hooks:
-    """Return hooks that make these nodes write nothing; the bias of an expert's output stays."""
+def ablation_hooks(model: GptOss, nodes: pd.DataFrame) -> Hooks:
+    """Return hooks that make these nodes write nothing; the bias of an expert's output stays.
+
+    Raises:
+        InputError: a node of this kind cannot be ablated.
+    """
     hooks: Hooks = []
     for kind, layer, rows in by_layer(nodes):
         if kind not in _POINTS:
@@ -130,8 +134,10 @@ def faithfulness(
     plain, rows = logit(model, graph), []
     for size in [n for n in sizes if n <= len(ranked)]:
         top = ranked.iloc[:size]
-        left = logit(model, graph, silenced(model, top)) / plain
-        others = [logit(model, graph, silenced(model, _matched(pool, top, frozen, rng))) / plain for _ in range(draws)]
+        left = logit(model, graph, ablation_hooks(model, top)) / plain
+        others = [
+            logit(model, graph, ablation_hooks(model, _matched(pool, top, frozen, rng))) / plain for _ in range(draws)
+        ]
         rows.append({"nodes": size, "kept": left, "random": float(np.mean(others))})
     return pd.DataFrame(rows)
 

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.experiments.token_selection import ROWS, Points, Token, points, read_out, residual
+from workbench.experiments.token_selection import ROWS, SelectedTokens, Token, read_out, residual, select_tokens
 from workbench.hooks.edits import Tokens
+from workbench.kernels.logits import log_probabilities
 from workbench.model.transformer import GptOss
 
 _UNITS = {"logit": "logit", "logprob": "nat", "rank": "1", "top": "id", "entropy": "nat", "kl": "nat"}
@@ -68,7 +69,11 @@ class TunedLens:
 
     @classmethod
     def load(cls, path: str | Path, model: GptOss) -> "TunedLens":
-        """Read a file that `save` wrote for a model of these sizes."""
+        """Return the lens of a file that `save` wrote for a model of these sizes.
+
+        Raises:
+            InputError: the file is missing, unreadable, or of another model.
+        """
         try:
             found = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -95,7 +100,7 @@ def logit_lens(
     of: whose logit, log-probability and rank are given: a token id, ids [batch pos], "next" for the token that
     follows, or several ids, which add the dimension `choice`.
     """
-    chosen = points(model, tokens, at, n_real)
+    chosen = select_tokens(model, tokens, at, n_real)
     several = not isinstance(of, int | str | Tensor)
     each = [chosen.ids(one) for one in of] if several else [chosen.ids(of)]  # type: ignore[union-attr, arg-type]
     ids = torch.stack(each, 1)
@@ -103,7 +108,7 @@ def logit_lens(
     found: dict[str, list[Tensor]] = {name: [] for name in _MEANS}
     for rows in torch.arange(len(ids)).split(ROWS):
         column = chosen.column[rows]
-        final = read_out(model, stream[-1][rows], column).log_softmax(-1)
+        final = log_probabilities(read_out(model, stream[-1][rows], column))
         heard = (x[rows] if tuned is None else tuned(depth, x[rows]) for depth, x in enumerate(stream))
         depths = [_stats(read_out(model, x, column), final, ids[rows]) for x in heard]
         for name, values in found.items():
@@ -136,7 +141,7 @@ def fit_tuned_lens(
     It holds the streams of all tokens in the model's dtype, and four matrices of d_model² a depth in float32.
     """
     with torch.no_grad():
-        chosen = points(model, tokens, at, n_real)
+        chosen = select_tokens(model, tokens, at, n_real)
         stream = streams(model, chosen)
     lens, rng = TunedLens.identity(model), torch.Generator().manual_seed(seed)
     # Apart, so that a depth's gradient is of its own size and not of all depths'.
@@ -146,10 +151,10 @@ def fit_tuned_lens(
     for _ in range(steps):
         some = torch.randint(len(chosen.column), (rows,), generator=rng)
         with torch.no_grad():
-            final = read_out(model, stream[-1][some], chosen.column[some]).log_softmax(-1)
+            final = log_probabilities(read_out(model, stream[-1][some], chosen.column[some]))
         for (a, b), x in zip(maps, stream, strict=False):
             here = TunedLens(a[None], b[None])(0, x[some])
-            loss = _kl(read_out(model, here, chosen.column[some]).log_softmax(-1), final).mean()
+            loss = _kl(log_probabilities(read_out(model, here, chosen.column[some])), final).mean()
             a.grad, b.grad = torch.autograd.grad(loss, (a, b))
         adam.step()
         decay.step()
@@ -171,7 +176,7 @@ def expert_writes(
     that the run had, and the unembedding, less the mean over the vocabulary. `n` is how many tokens went to it; of an
     expert that none did, the tokens are −1 and the logits NaN.
     """
-    chosen = points(model, tokens, at, n_real)
+    chosen = select_tokens(model, tokens, at, n_real)
     scale = (residual(model, chosen).float().square().mean(-1, keepdim=True) + model.cfg.eps).sqrt()
     n_experts, seen, sums, counts = model.cfg.num_experts, dict[str, Tensor](), list[Tensor](), list[Tensor]()
 
@@ -198,7 +203,7 @@ def expert_writes(
     return xr.Dataset(data, {"layer": range(len(sums)), "expert": range(n_experts)}, {"dtype": str(model.dtype)})
 
 
-def streams(model: GptOss, chosen: Points) -> list[Float[Tensor, "point d_model"]]:
+def streams(model: GptOss, chosen: SelectedTokens) -> list[Float[Tensor, "point d_model"]]:
     """The residual stream of the points at every depth, in the model's dtype."""
     found: list[Tensor] = []
 
@@ -217,7 +222,7 @@ def streams(model: GptOss, chosen: Points) -> list[Float[Tensor, "point d_model"
 
 
 def _stats(logits: Tensor, final: Tensor, ids: Int[Tensor, "point choice"]) -> dict[str, Tensor]:
-    logp, ids = logits.log_softmax(-1), ids.to(logits.device)
+    logp, ids = log_probabilities(logits), ids.to(logits.device)
     own = logits.gather(-1, ids)
     rank = [(logits > own[:, i, None]).sum(-1) for i in range(ids.shape[1])]
     out = {

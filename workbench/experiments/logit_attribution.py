@@ -30,15 +30,18 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
     """Return the exact parts that experts and heads write of the logit of the answer's first token, mean over prompts.
 
     At most SEQUENCES sequences are used, spread over tasks and efforts.
+
+    Raises:
+        InputError: no sequence has an analysis and a closed final message.
     """
-    answered = chain_of_thought.thoughts(model, rows)
+    answered = chain_of_thought.answered_sequences(model, rows)
     if not answered:
         raise InputError("no sequence has an analysis and a closed final message: there is no answer to attribute")
     sample = [answered[i] for i in spread_rows([part.row for part in answered], SEQUENCES)]
     experts, heads = [], []
-    for thought in sample:
-        ids = torch.from_numpy(thought.row.tokens.astype(np.int64))[None, : thought.content + 1].to(model.device)
-        parts = logit_parts(model, ids[:, :-1], at=[thought.content - 1], of=int(ids[0, -1]))
+    for one in sample:
+        ids = torch.from_numpy(one.row.tokens.astype(np.int64))[None, : one.content + 1].to(model.device)
+        parts = logit_parts(model, ids[:, :-1], at=[one.content - 1], of=int(ids[0, -1]))
         experts.append(by_expert(parts).squeeze().values)
         heads.append(parts["heads"].squeeze().values)
     units = [t.row.prompt_id for t in sample]

@@ -27,6 +27,7 @@ from workbench.errors import InputError
 from workbench.experiments.final_channel import ALPHA, generated_tokens
 from workbench.experiments.intervals import MIN_PROMPTS, false_discovery, mean_effect
 from workbench.harmony.transcripts import Transcript
+from workbench.kernels.logits import logprob
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
 
@@ -121,9 +122,8 @@ def _changes(model: GptOss, own: Transcript, other: Transcript) -> Float[np.ndar
     scored = torch.from_numpy(np.flatnonzero(generated_tokens(model)(own.tokens.astype(np.int64)))).to(model.device)
     with model.hooks(fwd_hooks=[(point, patch_rows) for point in points]):
         residual = model.residual(ids)
-    logp = model.logits(residual, (scored - 1).expand(batch, -1)).float().log_softmax(-1)
-    tokens = ids[:, scored, None].to(logp.device)
-    total = logp.gather(-1, tokens)[..., 0].double().sum(-1).cpu().numpy()
+    logits = model.logits(residual, (scored - 1).expand(batch, -1))
+    total = logprob(logits, ids[:, scored]).double().sum(-1).cpu().numpy()
     return np.asarray((total[1:] - total[0]).reshape(len(classes), len(points)))
 
 

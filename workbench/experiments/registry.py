@@ -64,6 +64,9 @@ def chosen_sequences(run: Run, n_ctx: int, most: int) -> list[int]:
     """Return about `most` sequences that fit the context: all those of prompts spread over tasks and efforts.
 
     There are sequences of five prompts at least, as an interval needs them.
+
+    Raises:
+        InputError: no sequence fits the context of the model.
     """
     table = run.sequences[run.sequences["length"] <= n_ctx]
     if not len(table):

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.experiments.norm_attribution import mean_gradient, normed
-from workbench.experiments.token_selection import Points
+from workbench.experiments.token_selection import SelectedTokens
 from workbench.model.attention import Attention
 from workbench.model.transformer import GptOss, MoE
 
@@ -44,7 +44,7 @@ class Meter:
     """Hooks that weigh what every block writes by the block's direction, and keep the numbers alone."""
 
     def __init__(
-        self, model: GptOss, chosen: Points, a: Tensor, norm: Norm, ends: tuple[Tensor, Tensor] | None
+        self, model: GptOss, chosen: SelectedTokens, a: Tensor, norm: Norm, ends: tuple[Tensor, Tensor] | None
     ) -> None:
         self._model, self._chosen, self._a, self._norm = model, chosen, a, norm
         self._wide = torch.promote_types(model.dtype, torch.float32)

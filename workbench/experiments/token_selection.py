@@ -20,7 +20,7 @@ ROWS = 64  # logits of so many tokens at a time: 51 MB in float32 of a vocabular
 Token = int | Int[Tensor, "batch pos"] | Literal["next"]
 
 
-class Points(NamedTuple):
+class SelectedTokens(NamedTuple):
     """Tokens of a batch, in the order of its rows; `column` is their place in the packed row."""
 
     row: Int[Tensor, "1 column"]
@@ -30,7 +30,11 @@ class Points(NamedTuple):
     position: Int[Tensor, " point"]
 
     def ids(self, token: Token) -> Int[Tensor, " point"]:
-        """A token for every point: one everywhere, that of a tensor [batch pos], or the one that follows."""
+        """Return a token id for every selected token: one for all, those of [batch pos], or the token that follows.
+
+        Raises:
+            InputError: `token` is none of these, or no token follows a selected one.
+        """
         if isinstance(token, int):
             return torch.full_like(self.column, token)
         if isinstance(token, Tensor):
@@ -52,20 +56,24 @@ class Points(NamedTuple):
         }
 
 
-def points(
+def select_tokens(
     model: GptOss, tokens: Int[Tensor, "batch pos"], at: Tokens = None, n_real: Sequence[int] | None = None
-) -> Points:
-    """Return the selected tokens; selecting none is an error."""
+) -> SelectedTokens:
+    """Return the selected tokens; selecting none is an error.
+
+    Raises:
+        InputError: no token is selected.
+    """
     lengths = [tokens.shape[1]] * len(tokens) if n_real is None else list(n_real)
     row = torch.cat([ids[:n] for ids, n in zip(tokens.cpu(), lengths, strict=True)])[None]
     where = PassContext(model.cfg, row, packed=lengths)
     column = where.mask(as_set(at))[0].nonzero()[:, 0]
     if not len(column):
         raise InputError(f"no token of these {len(lengths)} sequences is selected: check `at` and `n_real`")
-    return Points(row, lengths, column, where.sequence[0, column], where.positions[0, column])
+    return SelectedTokens(row, lengths, column, where.sequence[0, column], where.positions[0, column])
 
 
-def residual(model: GptOss, chosen: Points) -> Float[Tensor, "point d_model"]:
+def residual(model: GptOss, chosen: SelectedTokens) -> Float[Tensor, "point d_model"]:
     """A pass over the sequences; the residual stream of the points after the last block."""
     out = model.residual(chosen.row.to(model.device), packed=chosen.lengths)
     return out[0, chosen.column.to(out.device)]

@@ -103,10 +103,10 @@ def fit(figure: go.Figure, column: Column) -> go.Figure:
 def caption(drawing: GalleryItem, figure: go.Figure) -> str:
     """What the figure shows, how it was computed and what is not controlled: its title and more, as plain text."""
     attrs = drawing.source.attrs
-    said = [figure.layout.title.text, figure.layout.title.subtitle.text, attrs.get("method", "")]
+    sentences = [figure.layout.title.text, figure.layout.title.subtitle.text, attrs.get("method", "")]
     if attrs.get("not_controlled"):
-        said.append(f"Not controlled: {attrs['not_controlled']}")
-    return " ".join(text if text.endswith(".") else f"{text}." for text in said if text) + "\n"
+        sentences.append(f"Not controlled: {attrs['not_controlled']}")
+    return " ".join(text if text.endswith(".") else f"{text}." for text in sentences if text) + "\n"
 
 
 def provenance(drawing: GalleryItem, column: Column) -> str:

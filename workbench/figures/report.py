@@ -23,8 +23,10 @@ _SHOWN = 6  # figures of a study; all are written by `workbench figures`
 _FIRST = ("accuracy_by_tokens", "entropy_by_layer", "divergence_", "sizes", "routing_sizes", "sinks_sizes", "geometry")
 _LAST = ("load_frame", "load_prompt", "mass_frame", "mass_prompt")
 _STYLE = """
-body{font:16px/1.55 Inter,Helvetica,Arial,sans-serif;max-width:980px;margin:2rem auto;padding:0 1rem;color:#1f2430;background:#fff}
-h1{font-size:1.7rem}h2{margin-top:2.6rem;border-bottom:1px solid #d4d7dc;padding-bottom:.2rem}h3{font-size:1.02rem;margin:1.4rem 0 .2rem}
+body{font:16px/1.55 Inter,Helvetica,Arial,sans-serif;max-width:980px;margin:2rem auto;padding:0 1rem;
+color:#1f2430;background:#fff}
+h1{font-size:1.7rem}h2{margin-top:2.6rem;border-bottom:1px solid #d4d7dc;padding-bottom:.2rem}
+h3{font-size:1.02rem;margin:1.4rem 0 .2rem}
 pre{white-space:pre-wrap;font:inherit;margin:.2rem 0 .8rem}table{border-collapse:collapse;font-size:.92rem}
 td,th{border-bottom:1px solid #e3e7ec;padding:.25rem .7rem;text-align:left;vertical-align:top}
 .note{color:#5b6472;font-size:.92rem}nav a{margin-right:1rem}figure{margin:1.2rem 0;overflow-x:auto}

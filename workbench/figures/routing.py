@@ -213,7 +213,7 @@ def transition_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: Theme
 
 
 def special_by_layer(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
-    """What experts tell of a label by layer, and what shuffled labels would tell."""
+    """Information on a label in expert choices by layer, beside that of shuffled labels."""
     colours = THEMES[theme]
     figure = go.Figure()
     for name, label, style in (

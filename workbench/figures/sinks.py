@@ -1,4 +1,4 @@
-"""Figures of the sinks study: mass by layer and head, by position, and where channels and efforts differ."""
+"""Figures of the sinks study: sink attention by layer and head, by position, and where channels and efforts differ."""
 
 from collections.abc import Mapping
 from functools import partial

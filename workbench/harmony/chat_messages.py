@@ -16,21 +16,72 @@ from workbench.harmony.marked_text import read_output
 from workbench.harmony.messages import check_messages, shown
 
 _ROLES = {
-    "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool", "tool_response": "tool",
-}  # fmt: skip
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
 _REASONING_FIELDS = ("thinking", "reasoning_content", "reasoning", "reasoning_details")
 _USED = {
-    "role", "content", "channel", "recipient", "content_type", "name", "raw", "tool_calls", "tool_call_id", "function",
-    "function_call", "tool_name", "refusal", "from", "value", *_REASONING_FIELDS,
-}  # fmt: skip
+    "role",
+    "content",
+    "channel",
+    "recipient",
+    "content_type",
+    "name",
+    "raw",
+    "tool_calls",
+    "tool_call_id",
+    "function",
+    "function_call",
+    "tool_name",
+    "refusal",
+    "from",
+    "value",
+    *_REASONING_FIELDS,
+}
 # Fields about a message, not of it: they are not part of any prompt.
 _ABOUT = {
-    "id", "type", "status", "object", "created", "created_at", "timestamp", "model", "source", "metadata", "meta",
-    "annotations", "audio", "weight", "finish_reason", "stop_reason", "done_reason", "logprobs", "index", "usage",
-    "error", "parse_error", "view", "format", "phase", "token_ids", "response_metadata", "additional_kwargs", "train",
-    "function_call_id", "call_id", "images", "end_turn",
-}  # fmt: skip
+    "id",
+    "type",
+    "status",
+    "object",
+    "created",
+    "created_at",
+    "timestamp",
+    "model",
+    "source",
+    "metadata",
+    "meta",
+    "annotations",
+    "audio",
+    "weight",
+    "finish_reason",
+    "stop_reason",
+    "done_reason",
+    "logprobs",
+    "index",
+    "usage",
+    "error",
+    "parse_error",
+    "view",
+    "format",
+    "phase",
+    "token_ids",
+    "response_metadata",
+    "additional_kwargs",
+    "train",
+    "function_call_id",
+    "call_id",
+    "images",
+    "end_turn",
+}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("reasoning", "thinking", "reasoning_text", "summary_text", "redacted_thinking")
 _IMAGE_PARTS = ("image_url", "input_image", "image", "video", "video_url", "input_video")

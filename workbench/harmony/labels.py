@@ -21,9 +21,17 @@ from jaxtyping import Int, Int8, Int32, UInt8
 from workbench.harmony.vocabulary import Tokenizer
 
 PARTS = (
-    "outside", "start", "role", "channel_mark", "channel", "constrain_mark", "constrain", "message_mark", "content",
+    "outside",
+    "start",
+    "role",
+    "channel_mark",
+    "channel",
+    "constrain_mark",
+    "constrain",
+    "message_mark",
+    "content",
     "stop",
-)  # fmt: skip
+)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHANNELS = ("frame", "prompt", "analysis", "commentary", "final", "other")
 
@@ -76,7 +84,7 @@ class Message:
 
     @property
     def text_span(self) -> slice:
-        """Return the positions of the content's tokens, as in `ids[message.text_span]`; empty if there is no content."""
+        """Return the positions of the content's tokens, as in `ids[message.text_span]`; empty without content."""
         if self.content < 0:
             return slice(0, 0)
         return slice(self.content, self.end if self.stop < 0 else self.stop)

@@ -67,7 +67,8 @@ def settled_effort(effort: Any, messages: Sequence[Mapping[str, Any]]) -> str | 
     given = effort_of(effort)
     if asked is not None and asked != given:
         raise InputError(
-            f"the effort is {given}, but the system text has a line that asks for {asked}: remove the line, or give {asked}"
+            f"the effort is {given}, but the system text has a line that asks for {asked}: remove the line, or give "
+            f"{asked}"
         )
     return given
 

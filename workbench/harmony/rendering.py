@@ -48,9 +48,13 @@ def render(
     if found.images:
         raise InputError("gpt-oss reads no images: remove the image parts")
     options = prompt_options(
-        effort=settled_effort(effort, found.messages) or "medium", tools=tools, builtin_tools=builtin_tools,
-        model_identity=model_identity, knowledge_cutoff=knowledge_cutoff, date=date,
-    )  # fmt: skip
+        effort=settled_effort(effort, found.messages) or "medium",
+        tools=tools,
+        builtin_tools=builtin_tools,
+        model_identity=model_identity,
+        knowledge_cutoff=knowledge_cutoff,
+        date=date,
+    )
     pieces = _pieces(without_earlier_analysis(found.messages, generation_prompt), options, tokenizer)
     if generation_prompt:
         pieces.append(generation_prompt_ids(tokenizer))

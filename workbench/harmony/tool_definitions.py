@@ -15,9 +15,13 @@ from workbench.harmony.messages import shown
 
 BUILTIN = ("browser", "python")
 _BUILTIN_TYPES = {
-    "browser": "browser", "browser_search": "browser", "web_search": "browser", "web_search_preview": "browser",
-    "python": "python", "code_interpreter": "python",
-}  # fmt: skip
+    "browser": "browser",
+    "browser_search": "browser",
+    "web_search": "browser",
+    "web_search_preview": "browser",
+    "python": "python",
+    "code_interpreter": "python",
+}
 
 
 @dataclass(frozen=True)

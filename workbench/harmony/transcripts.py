@@ -175,10 +175,17 @@ def write_rows(
 def row_of(row: Transcript) -> dict[str, Any]:
     """Return the row of a file of transcripts as an object of JSON."""
     fields: dict[str, Any] = {
-        "id": row.id, "prompt_id": row.prompt_id, "effort": row.effort or None, "tokens": row.tokens.tolist(),
-        "n_prompt": row.n_prompt, "complete": row.complete, "expected": row.answer, "correct": row.correct,
-        "meta": row.meta or None, "notes": list(row.notes) or None,
-    }  # fmt: skip
+        "id": row.id,
+        "prompt_id": row.prompt_id,
+        "effort": row.effort or None,
+        "tokens": row.tokens.tolist(),
+        "n_prompt": row.n_prompt,
+        "complete": row.complete,
+        "expected": row.answer,
+        "correct": row.correct,
+        "meta": row.meta or None,
+        "notes": list(row.notes) or None,
+    }
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -272,9 +279,11 @@ def _rendered(
             raise _BadRowError("the effort is missing: messages cannot be rendered without")
         ended = found.complete if complete is None else complete
         ids, answered = render_transcript(
-            found.messages, options=prompt_options(effort=effort, **options), tokenizer=tokenizer,
+            found.messages,
+            options=prompt_options(effort=effort, **options),
+            tokenizer=tokenizer,
             complete=ended is not False,
-        )  # fmt: skip
+        )
     except InputError as error:
         raise _BadRowError(str(error)) from error
     return effort, ids, answered, found

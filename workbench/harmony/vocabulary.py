@@ -218,7 +218,8 @@ def tokenizer_of_tokens(
     if len(tokens) != harmony.d_vocab:
         if tokenizer_json is None:
             raise InputError(
-                f"{source}: {len(tokens):,} tokens and no tokenizer.huggingface.json; expected the {harmony.d_vocab:,} of "
+                f"{source}: {len(tokens):,} tokens and no tokenizer.huggingface.json; expected the "
+                f"{harmony.d_vocab:,} of "
                 "o200k_harmony"
             )
         return _FromFile(source / "tokenizer.json", chat_template, tokenizer_json)

@@ -94,9 +94,9 @@ class ActivationCache(_ActivationCache):
         """Return the components of what enters `layer`, [component … pos d_model]: their sum is the residual stream.
 
         Heads, neurons of the routed experts (L0S1N5), the biases of the routed experts (L0_expert_bias), the embedding,
-        and the biases of attention. Without `expand_neurons` a layer's experts are one component, as in TransformerLens.
-        apply_ln divides by the cached scale, as there; the gain of the final norm belongs to the directions, which
-        `model.tokens_to_residual_directions` has.
+        and the biases of attention. Without `expand_neurons` a layer's experts are one component, as in
+        TransformerLens. apply_ln divides by the cached scale, as there; the gain of the final norm belongs to the
+        directions, which `model.tokens_to_residual_directions` has.
         """
         options = {"pos_slice": pos_slice, "mlp_input": mlp_input}
         if not expand_neurons:

@@ -1,7 +1,7 @@
 """Read the adapter_config.json of a PEFT folder; options that would change what is computed are refused by name.
 
-Unsloth stored the expert columns of lora_B grouped by expert until September 2026, with PEFT's shapes. Its newer folders
-state `lora_B_layout`; a folder of Unsloth without it is ambiguous.
+Unsloth stored the expert columns of lora_B grouped by expert until September 2026, with PEFT's shapes. Its newer
+folders state `lora_B_layout`; a folder of Unsloth without it is ambiguous.
 
 Reference: PEFT 0.21, tuners/lora/config.py.
 """
@@ -18,15 +18,37 @@ from workbench.errors import InputError
 CONFIG = "adapter_config.json"
 LAYOUTS = ("rank_major", "grouped_by_expert")
 _READ = {
-    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora",
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "use_dora",
     "lora_B_layout",
-}  # fmt: skip
+}
 # What adapts which module shows in the tensors; the rest is training's business or a name.
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "target_modules", "target_parameters", "task_type", "unsloth_fixed", "unsloth_version",
-}  # fmt: skip
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+    "unsloth_fixed",
+    "unsloth_version",
+}
 # Other starts (PiSSA, OLoRA, LoftQ, CorDA, …) change the base weights that the adapter belongs to.
 _NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva")}
 
@@ -77,7 +99,8 @@ def expert_layout(folder: Path, config: Mapping[str, Any]) -> str:
         return str(layout)
     if sign := _sign_of_unsloth(config):
         raise InputError(
-            f"{folder / CONFIG}: {sign} shows that Unsloth made this adapter, which stored the experts' lora_B grouped by "
+            f"{folder / CONFIG}: {sign} shows that Unsloth made this adapter, which stored the experts' lora_B "
+            "grouped by "
             "expert until September 2026 and in PEFT's order since; set the option lora_B_layout in the file to "
             "'grouped_by_expert' or 'rank_major'"
         )

@@ -15,10 +15,16 @@ from workbench.model.names import name_in, shapes
 _PARTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.router", "mlp.experts.gate_up", "mlp.experts.down")
 _ALL, _GATE, _UP = (0, 1), (0, 2), (1, 2)  # first row and step: gate and up alternate in the published matrix
 _EXPERT_MATRICES = {
-    "gate_up_projs": ("gate_up", _ALL), "gate_up_proj": ("gate_up", _ALL), "gate_proj": ("gate_up", _GATE),
-    "w1": ("gate_up", _GATE), "up_proj": ("gate_up", _UP), "w3": ("gate_up", _UP), "down_projs": ("down", _ALL),
-    "down_proj": ("down", _ALL), "w2": ("down", _ALL),
-}  # fmt: skip
+    "gate_up_projs": ("gate_up", _ALL),
+    "gate_up_proj": ("gate_up", _ALL),
+    "gate_proj": ("gate_up", _GATE),
+    "w1": ("gate_up", _GATE),
+    "up_proj": ("gate_up", _UP),
+    "w3": ("gate_up", _UP),
+    "down_projs": ("down", _ALL),
+    "down_proj": ("down", _ALL),
+    "w2": ("down", _ALL),
+}
 _NAMES = "|".join(_EXPERT_MATRICES)
 _EXPERT = re.compile(rf"(?P<module>.+\.experts)\.(?:(?P<n>\d+)\.)?(?P<name>{_NAMES})(?:\.(?P<last>\d+))?")
 _OTHER_NAMES = {"mlp.router.linear": "mlp.router", "unembed_tokens": "lm_head"}

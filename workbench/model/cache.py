@@ -307,9 +307,11 @@ class KVCache:
             kept = max(n - max(b, held.base_for(n)) for n, b in zip(ends, first, strict=True))
             last = torch.maximum(base, held.base_on_device(lengths + self._real(device))) - base
             self._pass.plans[key] = _Longer(
-                base, _shifted(base - stored, before, held.size), columns,
+                base,
+                _shifted(base - stored, before, held.size),
+                columns,
                 _shifted(last, kept, before + self._pass.new),
-            )  # fmt: skip
+            )
         return self._pass.plans[key]
 
     def _finish_longer(self) -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError
+from workbench.kernels.logits import logprob
 from workbench.model.inputs import Batch, read_batch
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -30,8 +31,7 @@ def loss_fn(
 
     attention_mask: 1 for tokens, 0 for padding, which is left out (0 with `per_token`).
     """
-    logp = logits[:, :-1].float().log_softmax(-1)
-    found = -logp.gather(-1, tokens[:, 1:, None].to(logp.device))[..., 0]
+    found = -logprob(logits[:, :-1], tokens[:, 1:])
     if attention_mask is None:
         return found if per_token else found.mean()
     counts = (attention_mask[:, 1:] * attention_mask[:, :-1]).to(found)

@@ -1,7 +1,7 @@
 """Open a checkpoint folder in either published layout as canonical tensors: validated, memory-mapped, packed.
 
-Everything that can be checked without reading the weights is checked before the first of them is used: which files there
-are, that each is complete, and that every tensor of the config is present once with its shape and dtype.
+Everything that can be checked without reading the weights is checked before the first of them is used: which files
+there are, that each is complete, and that every tensor of the config is present once with its shape and dtype.
 """
 
 import hashlib
@@ -36,7 +36,8 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
     """Open and validate a checkpoint, a folder or a .gguf file; weights are read when they are used.
 
     Raises:
-        InputError: a file or tensor is missing, unexpected, truncated, or has another shape or dtype than the config says.
+        InputError: a file or tensor is missing, unexpected, truncated, or has another shape or dtype than the config
+        says.
     """
     given = Path(source)
     if parts := gguf_reader.find_files(given):
@@ -68,9 +69,16 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
         entries = _locations(root, cfg, layout, experts, found)
     tensors = Tensors(entries)
     return Checkpoint(
-        root, cfg, layout, experts, tensors, _digest(root, files), lambda: harmony.tokenizer(given), tuple(notes),
+        root,
+        cfg,
+        layout,
+        experts,
+        tensors,
+        _digest(root, files),
+        lambda: harmony.tokenizer(given),
+        tuple(notes),
         tuple(ignore_fields),
-    )  # fmt: skip
+    )
 
 
 def _root(folder: Path) -> Path:
@@ -216,7 +224,7 @@ def _precision(stored: str, entry: Entry) -> str:
 
 
 def _other_form(stored: str, found: Collection[str]) -> str:
-    """Return a hint for the error message if the same weight is present packed instead of dense, or dense instead of packed."""
+    """Return a hint for the error message if the same weight is present in the other form (packed or dense)."""
     stem = re.sub(r"_(blocks|scales)$", "", stored)
     other = next((name for name in (f"{stem}_blocks", stem) if name != stored and name in found), None)
     return f", but {other!r} is there: all experts must be packed, or all dense" if other else ""
@@ -232,9 +240,10 @@ def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...], ca
 
 
 def _digest(root: Path, files: Collection[SafetensorsFile]) -> str:
-    """Return a fingerprint of config and weights: all headers and sizes, and 64 evenly spaced 64-KiB blocks of each file.
+    """Return a fingerprint of config and weights: headers, sizes, and 64 evenly spaced 64-KiB blocks of each file.
 
-    Files up to 4 MiB are covered completely. The fingerprint tells checkpoints apart; it does not prove them unmodified.
+    Files up to 4 MiB are covered completely. The fingerprint tells checkpoints apart; it does not prove them
+    unmodified.
     """
     total = hashlib.sha256((root / "config.json").read_bytes())
     parts = []
@@ -269,7 +278,8 @@ def resolve(source: str | Path, *, revision: str | None = None) -> Path:
             raise InputError(f"revision {revision!r}: only a hub id has revisions, and {short(name)} is none")
         if not (name in BUNDLED or there):
             raise InputError(
-                f"{short(name)} is neither a folder, nor {' or '.join(BUNDLED)}, nor a hub id such as openai/gpt-oss-20b"
+                f"{short(name)} is neither a folder, nor {' or '.join(BUNDLED)}, nor a hub id such as "
+                "openai/gpt-oss-20b"
             )
         return BUNDLED.get(name) or Path(source)
     if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision):
@@ -292,8 +302,8 @@ def _download(source: str, revision: str | None, *, allow: list[str], ignore: li
         at = f" at revision {revision!r}" if revision else ""
         raise InputError(f"the hub has no {source}{at}, or it needs a login (hf auth login)") from error
     except Exception as error:  # a network error is one of the HTTP library's own, and that library changes
-        said = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        cause = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise InputError(
-            f"{source} is incomplete in the local cache and cannot be downloaded ({said}); download it elsewhere and "
+            f"{source} is incomplete in the local cache and cannot be downloaded ({cause}); download it elsewhere and "
             "name the folder, or point HF_HOME at a cache that has it"
         ) from error

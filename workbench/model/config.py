@@ -1,7 +1,7 @@
 """Read a model's configuration from a checkpoint. No size is assumed, and unknown fields are errors.
 
-Two formats are read: Hugging Face's `config.json` (model_type gpt_oss; rope parameters as published or as transformers 5
-writes them) and OpenAI's original one. Both become the same `Config`, with the names of TransformerLens.
+Two formats are read: Hugging Face's `config.json` (model_type gpt_oss; rope parameters as published or as
+transformers 5 writes them) and OpenAI's original one. Both become the same `Config`, with the names of TransformerLens.
 """
 
 import math
@@ -160,11 +160,22 @@ class Config:
 
 def _published(n_layers: int, num_experts: int) -> Config:
     return Config(
-        d_model=2880, n_layers=n_layers, n_heads=64, n_key_value_heads=8, d_head=64, d_mlp=2880, d_vocab=201_088,
-        num_experts=num_experts, experts_per_token=4, windows=(128, None) * (n_layers // 2), n_ctx=131_072, eps=1e-5,
-        swiglu_limit=7.0, swiglu_alpha=1.702,
+        d_model=2880,
+        n_layers=n_layers,
+        n_heads=64,
+        n_key_value_heads=8,
+        d_head=64,
+        d_mlp=2880,
+        d_vocab=201_088,
+        num_experts=num_experts,
+        experts_per_token=4,
+        windows=(128, None) * (n_layers // 2),
+        n_ctx=131_072,
+        eps=1e-5,
+        swiglu_limit=7.0,
+        swiglu_alpha=1.702,
         rope=Rope(theta=150_000.0, factor=32.0, beta_fast=32.0, beta_slow=1.0, original_ctx=4096, truncate=False),
-    )  # fmt: skip
+    )
 
 
 # The config.json of openai/gpt-oss-20b and -120b; for random models, plans and timings. Real ones are read.
@@ -173,18 +184,69 @@ PUBLISHED = {"20b": _published(24, 32), "120b": _published(36, 128)}
 # Fields that change no logit: names, training settings, and the settings of generation that transformers' releases
 # before 5 write into every config.
 _INERT = {
-    "architectures", "attention_dropout", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
-    "cache_dir", "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
-    "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
-    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_decoder",
-    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "model_type", "name_or_path",
-    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
-    "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id", "prefix", "problem_type",
-    "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "router_aux_loss_coef",
-    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
-    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p",
-    "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
-}  # fmt: skip
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "cache_dir",
+    "chunk_size_feed_forward",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "dtype",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "eos_token_id",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "model_type",
+    "name_or_path",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "output_scores",
+    "pad_token_id",
+    "prefix",
+    "problem_type",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "router_aux_loss_coef",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "typical_p",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
+}
 # Fields that change nothing at these values and could at others.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -206,9 +268,13 @@ _FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": True}
 # What transformers' GptOssConfig assumes for fields that are absent.
 _ROPE_THETA, _HEAD_DIM, _SWIGLU_LIMIT = 150_000.0, 64, 7.0
 _DEFAULT_YARN = {
-    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
     "original_max_position_embeddings": 4096,
-}  # fmt: skip
+}
 _MOST_LAYERS = 10_000  # a guard against a config that names a billion
 
 
@@ -236,8 +302,8 @@ class _Fields:
                 f"{self.path}: field {self.where}{names[0]!r} is missing; the model cannot be built without it"
             )
         if any(value != first for first, value in pairwise(found.values())):
-            said = " and ".join(f"{self.where}{name} {short(value)}" for name, value in found.items())
-            raise InputError(f"{self.path}: {said} contradict each other; correct one of them")
+            description = " and ".join(f"{self.where}{name} {short(value)}" for name, value in found.items())
+            raise InputError(f"{self.path}: {description} contradict each other; correct one of them")
         return next(iter(found.values()), default)
 
     def integer(self, *names: str, most: int = 1_000_000_000, default: Any = ...) -> int:
@@ -322,7 +388,8 @@ def _hugging_face(fields: _Fields) -> Config:
     kind = fields.values.get("model_type")
     if kind == "gpt_oss_puzzle":
         raise InputError(
-            f"{fields.path}: model_type 'gpt_oss_puzzle' gives layers their own numbers of experts and windows, which is "
+            f"{fields.path}: model_type 'gpt_oss_puzzle' gives layers their own numbers of experts and windows, which "
+            "is "
             "not supported: only models with one number of experts for all layers load"
         )
     if kind != "gpt_oss":
@@ -332,7 +399,8 @@ def _hugging_face(fields: _Fields) -> Config:
             raise InputError(f"{fields.path}: {name} is {short(value)}; this project computes {computed!r} only")
     if "block_configs" in fields.values:
         raise InputError(
-            f"{fields.path}: block_configs gives layers their own numbers of experts; one number for all layers is supported"
+            f"{fields.path}: block_configs gives layers their own numbers of experts; one number for all layers is "
+            "supported"
         )
     if "quantization" in fields.values:  # MLX's, which it writes under both names; the tensors tell what is quantised
         fields.take("quantization")
@@ -371,9 +439,13 @@ def _head_dim(fields: _Fields) -> Any:
 def _sizes(fields: _Fields) -> dict[str, int]:
     """Return the sizes that both formats name alike."""
     names = {
-        "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_key_value_heads": "num_key_value_heads",
-        "d_head": "head_dim", "d_mlp": "intermediate_size", "d_vocab": "vocab_size",
-    }  # fmt: skip
+        "d_model": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_key_value_heads": "num_key_value_heads",
+        "d_head": "head_dim",
+        "d_mlp": "intermediate_size",
+        "d_vocab": "vocab_size",
+    }
     return {ours: fields.integer(theirs) for ours, theirs in names.items()}
 
 
@@ -382,7 +454,8 @@ def _windows(fields: _Fields, n_layers: int) -> tuple[int | None, ...]:
     kinds = fields.take("layer_types", default=[full if layer % 2 else sliding for layer in range(n_layers)])
     if not isinstance(kinds, list) or len(kinds) != n_layers or any(kind not in (sliding, full) for kind in kinds):
         raise InputError(
-            f"{fields.path}: layer_types needs one of {[full, sliding]} for each of {n_layers} layers, got {short(kinds)}"
+            f"{fields.path}: layer_types needs one of {[full, sliding]} for each of {n_layers} layers, got "
+            f"{short(kinds)}"
         )
     if sliding in kinds:
         window = fields.integer("sliding_window", default=fields.default_if_absent("sliding_window", 128))

@@ -64,7 +64,7 @@ class RandomTensors(Mapping[str, Tensor]):
 
 
 def save_random(folder: str | Path, cfg: Config, *, seed: int = 0, experts: str = "mxfp4") -> Path:
-    """Write a checkpoint of random weights in the Hugging Face layout; with a small vocabulary it uses nano's tokenizer."""
+    """Write a checkpoint of random weights in the Hugging Face layout, and nano's tokenizer for a small vocabulary."""
 
     def tokenizer(staging: Path) -> None:
         if cfg.d_vocab < PUBLISHED["20b"].d_vocab:
@@ -83,10 +83,10 @@ def save_checkpoint(
     shard_bytes: int = 1_000_000_000,
     extra: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write canonical tensors as a checkpoint, packed or dense as they are. The folder is renamed into place when complete.
+    """Write canonical tensors as a checkpoint, packed or dense as they are.
 
-    Tensors are accessed one at a time; memory holds one shard or the largest tensor. `extra` may add files (a tokenizer,
-    a card) before the rename.
+    The folder is renamed into place when it is complete. Tensors are accessed one at a time; memory holds one shard or
+    the largest tensor. `extra` may add files (a tokenizer, a card) before the rename.
 
     Raises:
         InputError: the folder exists, or a tensor or the config does not fit the layout.

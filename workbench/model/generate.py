@@ -80,9 +80,14 @@ def _stops(
 
 
 def _continue(
-    model: Any, rows: list[list[int]], most: int, sampling: Sampling, seeds: list[int], stops: frozenset[int],
+    model: Any,
+    rows: list[list[int]],
+    most: int,
+    sampling: Sampling,
+    seeds: list[int],
+    stops: frozenset[int],
     verbose: bool,
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """Return the new tokens of every row."""
     rngs = [torch.Generator().manual_seed(s) for s in seeds]
     room = [min(most, model.cfg.n_ctx - len(row)) for row in rows]

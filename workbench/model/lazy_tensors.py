@@ -32,9 +32,11 @@ class LazyTensor:
     def rows(self, start: int, stop: int) -> "LazyTensor":
         """Return the rows from `start` to `stop` as a tensor of their own."""
         return replace(
-            self, shape=(stop - start, *self.shape[1:]), read=lambda: self.read()[start:stop],
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            read=lambda: self.read()[start:stop],
             decode=None if self.decode is None else lambda dtype: self.read_as(dtype)[start:stop],
-        )  # fmt: skip
+        )
 
 
 class Tensors(Mapping[str, Tensor]):

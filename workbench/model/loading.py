@@ -131,6 +131,7 @@ def _check_room(folder: Path, parts: Mapping[str, int], places: Mapping[str, tor
         enough = memory.devices_for(parts, room) if device.type == "cuda" else None
         remedy = "a device with more memory" if enough is None else f"{enough} devices of this size"
         raise InputError(
-            f"{folder}: {memory.human(needed)} of weights do not fit in the {memory.human(room)} of {device}; they need "
+            f"{folder}: {memory.human(needed)} of weights do not fit in the {memory.human(room)} of {device}; they "
+            "need "
             f"{remedy}, see `workbench info`"
         )

@@ -12,7 +12,8 @@ Weights that the adapter replaces (`modules_to_save`, and DoRA, whose magnitudes
 exchanged while it is attached and restored afterwards. The experts' GPU kernel reads packed weights only: experts with
 an adapter run on the torch path, on every device.
 
-Reference: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353; PEFT 0.21, tuners/lora/layer.py, ParamWrapper.get_delta_weight.
+Reference: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353; PEFT 0.21, tuners/lora/layer.py,
+ParamWrapper.get_delta_weight.
 """
 
 import hashlib
@@ -94,7 +95,11 @@ def load_adapter(model: GptOss, folder: str | Path) -> Adapter:
 
 
 def unload_adapter(model: GptOss) -> None:
-    """Take the adapter off again: the model is the checkpoint's, bit for bit."""
+    """Remove the adapter: the weights are those of the checkpoint again, bit for bit.
+
+    Raises:
+        InputError: the model has no adapter.
+    """
     if model.adapter is None:
         raise InputError("the model has no adapter to unload")
     for part in model.adapter.parts:
@@ -164,14 +169,23 @@ def _pair(file: SafetensorsFile, names: Mapping[str, str], target: Target, confi
     stack = 1 if target.expert is not None else target.experts
     three_axes = len(file.entries[names["A"]].shape) == 3
     if three_axes:  # [expert or 1, rank, inputs]; one matrix may serve all experts
-        _check_factors(file, names, {
-            "A": ((stack, rank, target.inputs), (1, rank, target.inputs)),
-            "B": ((stack, target.adapted_outputs, rank), (1, target.adapted_outputs, rank)),
-        })  # fmt: skip
+        _check_factors(
+            file,
+            names,
+            {
+                "A": ((stack, rank, target.inputs), (1, rank, target.inputs)),
+                "B": ((stack, target.adapted_outputs, rank), (1, target.adapted_outputs, rank)),
+            },
+        )
     else:
-        _check_factors(file, names, {
-            "A": ((stack * rank, target.inputs),), "B": ((target.adapted_outputs, rank * stack),),
-        })  # fmt: skip
+        _check_factors(
+            file,
+            names,
+            {
+                "A": ((stack * rank, target.inputs),),
+                "B": ((target.adapted_outputs, rank * stack),),
+            },
+        )
     a, b = (file.tensor(names[factor]).float() for factor in "AB")
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise InputError(f"{file.path}: the factors of {target.part} are not finite")

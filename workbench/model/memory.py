@@ -71,9 +71,15 @@ def records(cfg: Config, points: Mapping[str, torch.dtype]) -> int:
 def width(cfg: Config, axes: str) -> int:
     """Values a token has at a hook point of these axes, for each key where they name the keys."""
     sizes = {
-        "head": cfg.n_heads, "kv": cfg.n_key_value_heads, "slot": cfg.experts_per_token, "expert": cfg.num_experts,
-        "d_head": cfg.d_head, "d_model": cfg.d_model, "d_mlp": cfg.d_mlp, "d_vocab": cfg.d_vocab,
-    }  # fmt: skip
+        "head": cfg.n_heads,
+        "kv": cfg.n_key_value_heads,
+        "slot": cfg.experts_per_token,
+        "expert": cfg.num_experts,
+        "d_head": cfg.d_head,
+        "d_model": cfg.d_model,
+        "d_mlp": cfg.d_mlp,
+        "d_vocab": cfg.d_vocab,
+    }
     return prod(sizes.get(axis, 1) for axis in axes.split())
 
 

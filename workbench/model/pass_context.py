@@ -34,7 +34,11 @@ class PassContext:
         n_real: Sequence[int] | None = None,
         frequencies: Float[Tensor, " half"] | None = None,
     ) -> None:
-        """Describe a pass over `tokens`, and prepare its cache. frequencies: of the rotation, on the tokens' device."""
+        """Describe a pass over `tokens`, and prepare its cache. frequencies: of the rotation, on the tokens' device.
+
+        Raises:
+            InputError: there are more tokens than the context of the model has.
+        """
         self.cache, self.lengths = cache, list(packed) if packed is not None else None
         self._past = [] if cache is None else cache.host_lengths
         self._width = max(self._past, default=0) + tokens.shape[1] if packed is None else max(packed, default=0)

@@ -56,7 +56,8 @@ class SafetensorsFile:
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > _LARGEST_HEADER or 8 + length > size:
                     raise InputError(
-                        f"{path}: a header of {length:,} bytes in a file of {size:,} bytes: truncated, or no safetensors file"
+                        f"{path}: a header of {length:,} bytes in a file of {size:,} bytes: truncated, or no "
+                        "safetensors file"
                     )
                 header = file.read(length)
         except OSError as error:
@@ -114,7 +115,8 @@ def _check_ranges(path: Path, entries: dict[str, Entry], data_bytes: int) -> Non
             raise InputError(f"{path}: tensor {name!r} has dtype {entry.dtype}, which is not read here")
         if entry.end - entry.start != wanted:
             raise InputError(
-                f"{path}: tensor {name!r} of shape {entry.shape} needs {wanted:,} bytes, has {entry.end - entry.start:,}"
+                f"{path}: tensor {name!r} of shape {entry.shape} needs {wanted:,} bytes, has "
+                f"{entry.end - entry.start:,}"
             )
         if entry.end > data_bytes:
             raise InputError(

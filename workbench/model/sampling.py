@@ -28,9 +28,14 @@ class Sampling:
 
     @classmethod
     def of(
-        cls, temperature: int | float | None, *, do_sample: bool | None, top_k: int | None, top_p: int | float | None,
+        cls,
+        temperature: int | float | None,
+        *,
+        do_sample: bool | None,
+        top_k: int | None,
+        top_p: int | float | None,
         min_p: int | float | None,
-    ) -> "Sampling":  # fmt: skip
+    ) -> "Sampling":
         """Return the sampling that these options ask for.
 
         Raises:
@@ -54,7 +59,7 @@ class Sampling:
         return cls(0.0 if do_sample is False else float(temperature), top_k, top_p, min_p)
 
     def choose(self, logits: Float[Tensor, "row d_vocab"], rngs: Sequence[torch.Generator]) -> Int[Tensor, " row"]:
-        """Return a token for each row, −1 where a row's largest logit is not finite; greedy ties go to the smaller id."""
+        """Return a token for each row, −1 where its largest logit is not finite; greedy ties go to the smaller id."""
         top = logits.amax(-1)
         bad = ~torch.isfinite(top)
         if self.temperature == 0:

@@ -377,10 +377,20 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         if cache is not None and past_kv_cache is not None:
             raise InputError("cache and past_kv_cache are the same thing: pass one of them")
         return calling.forward(
-            self, input, return_type, loss_per_token=loss_per_token, prepend_bos=prepend_bos,
-            padding_side=padding_side, start_at_layer=start_at_layer, tokens=tokens, attention_mask=attention_mask,
-            stop_at_layer=stop_at_layer, cache=past_kv_cache if cache is None else cache, packed=packed, n_real=n_real,
-        )  # fmt: skip
+            self,
+            input,
+            return_type,
+            loss_per_token=loss_per_token,
+            prepend_bos=prepend_bos,
+            padding_side=padding_side,
+            start_at_layer=start_at_layer,
+            tokens=tokens,
+            attention_mask=attention_mask,
+            stop_at_layer=stop_at_layer,
+            cache=past_kv_cache if cache is None else cache,
+            packed=packed,
+            n_real=n_real,
+        )
 
     def loss_fn(
         self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None, per_token: bool = False

@@ -175,7 +175,8 @@ class ModelWeights:
         """
         if include_mlp_biases:
             raise InputError(
-                "experts' biases are added by the tokens that go to them, there is no sum of them: expand_neurons=False, "
+                "experts' biases are added by the tokens that go to them, there is no sum of them: "
+                "expand_neurons=False, "
                 "include_mlp_biases=False, or workbench.experiments.attribution for every expert and its bias"
             )
         return sum(

@@ -70,9 +70,15 @@ def answers(
     efforts = [effort] if isinstance(effort, str) else list(effort)
     with applied(model, *edits) if edits else nullcontext():
         rows = answer_prompts(
-            model, _prompts(prompts), efforts=efforts, samples=samples, temperature=temperature, seed=seed,
-            max_new_tokens=max_new_tokens, batch=batch,
-        )  # fmt: skip
+            model,
+            _prompts(prompts),
+            efforts=efforts,
+            samples=samples,
+            temperature=temperature,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+        )
     if correct is not None:
         rows = [_judged(row, correct, model.tokenizer) for row in rows]
     return Answers(_table(rows, model.tokenizer), rows)
@@ -172,11 +178,17 @@ def _row(row: Transcript, tokenizer: harmony.Tokenizer) -> dict[str, Any]:
     }
     complete = bool(new) and new[-1].closed_by in ("return", "call", "end")
     return {
-        "id": row.id, "prompt_id": row.prompt_id, "effort": row.effort, "analysis": text["analysis"],
-        "text": text["final"], "expected": row.answer, "correct": row.correct, "complete": complete,
+        "id": row.id,
+        "prompt_id": row.prompt_id,
+        "effort": row.effort,
+        "analysis": text["analysis"],
+        "text": text["final"],
+        "expected": row.answer,
+        "correct": row.correct,
+        "complete": complete,
         "new_tokens": len(row.tokens) - row.n_prompt,
         **{k: v for k, v in row.meta.items() if k in ("task", "domain")},
-    }  # fmt: skip
+    }
 
 
 def _rows_of(source: Any, model: GptOss | None) -> pd.DataFrame:

@@ -38,9 +38,11 @@ def direction(
         InputError: the activation was not recorded, a label is unknown, or a group has no token.
     """
     chosen = None if sequences is None else set(sequences)
-    means = _of_run(source, hook, layer, (a, b), chosen) if isinstance(source, Run) else _of_model(
-        source, hook, layer, (a, b), transcripts, chosen
-    )  # fmt: skip
+    means = (
+        _of_run(source, hook, layer, (a, b), chosen)
+        if isinstance(source, Run)
+        else _of_model(source, hook, layer, (a, b), transcripts, chosen)
+    )
     for selection, found in zip((a, b), means, strict=True):
         if not found:
             raise InputError(f"no token is {selection!r}: choose labels that the sequences have, as in run.messages")

@@ -140,9 +140,13 @@ def _predicted(x: np.ndarray, table: pd.DataFrame, seed: int) -> tuple[np.ndarra
 
 
 def _scores(
-    predicted: np.ndarray, control: np.ndarray, shuffled: np.ndarray, label: np.ndarray, group: np.ndarray,
+    predicted: np.ndarray,
+    control: np.ndarray,
+    shuffled: np.ndarray,
+    label: np.ndarray,
+    group: np.ndarray,
     groups: Iterable[str],
-) -> dict[str, tuple[float, float, float, int]]:  # fmt: skip
+) -> dict[str, tuple[float, float, float, int]]:
     """Return accuracy, baseline, control and tokens of every group."""
     found = {}
     for name in groups:

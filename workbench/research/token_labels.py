@@ -86,9 +86,12 @@ def mask(selection: Selection, labels: pd.DataFrame, sequences: pd.DataFrame) ->
 
 
 def named(label: str | pd.Series | Mapping[int, Any] | Sequence[Any], labels: pd.DataFrame, run: Run) -> np.ndarray:
-    """Return the label of each token as text, "" where there is none.
+    """Return the label of each token [token] as text, "" where there is none.
 
     label: a column's name, or a value for each sequence: by its number, or in the order of `run.sequences`.
+
+    Raises:
+        InputError: the label is unknown, or the number of values is wrong.
     """
     if isinstance(label, str):
         if label in TOKEN_LABELS:

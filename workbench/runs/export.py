@@ -35,7 +35,11 @@ class Selection:
     task: tuple[str, ...] = ()
 
     def check(self, run: Run) -> None:
-        """Refuse names that nothing has."""
+        """Check that every name of the selection occurs in the run.
+
+        Raises:
+            InputError: a name is unknown.
+        """
         table = run.sequences
         known = {**_NAMES, **{c: tuple(sorted(set(table[c]))) for c in ("effort", "task")}}
         for what, names in known.items():
@@ -56,14 +60,24 @@ class Selection:
 
 
 def export(
-    run: Run, out: str | Path, *, format: str, what: str = "tokens", layers: Sequence[int] = (), context: int = 128,
-    selection: Selection | None = None, overwrite: bool = False,
-) -> int:  # fmt: skip
-    """Write the tokens, or activations, of a selection to `out`; how many tokens it came to.
+    run: Run,
+    out: str | Path,
+    *,
+    format: str,
+    what: str = "tokens",
+    layers: Sequence[int] = (),
+    context: int = 128,
+    selection: Selection | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write the tokens or activations of a selection to `out`, and return the number of tokens.
 
     what: "tokens", with routing, or a recorded activation as "activations/resid_post". parquet: a row a token.
     safetensors: activations [token, d] of each layer, in bfloat16 as recorded, and tokens.parquet with their rows.
     datasets: what SAELens reads, a row for each `context` consecutive tokens of a sequence.
+
+    Raises:
+        InputError: the format does not fit the quantity, or no token is selected.
     """
     out, selection = Path(out), selection or Selection()
     if format not in FORMATS:

@@ -70,7 +70,11 @@ class ObjectLock:
         self._nonce = ""
 
     def acquire(self) -> None:
-        """Create the lock object, after removing that of an owner that is dead."""
+        """Create the lock object, after the removal of a stale lock.
+
+        Raises:
+            InputError: other jobs hold the lock.
+        """
         record = owner()
         for _ in range(3):
             if self._storage.create(LOCK, json.dumps(record).encode()):

@@ -48,7 +48,11 @@ def open_run(
 
 
 def open_group(where: Storage, mode: Literal["r", "r+"] = "r", check: Literal["fast", "full"] = "fast") -> zarr.Group:
-    """Return the group of a run of this schema or an older one; anything else is refused."""
+    """Return the group of a run of this schema or of an older one.
+
+    Raises:
+        InputError: the path is missing, is not a run, or has a newer schema.
+    """
     if not where.exists():
         raise InputError(f"{where} is not there: name the folder of a run")
     if isinstance(where, LocalStorage) and not where.path.is_dir():
@@ -203,8 +207,8 @@ class Run:
     def sequences(self) -> pd.DataFrame:
         """A row a sequence, indexed by its number; `task` and `domain` come from its metadata.
 
-        correct: 1, 0, or −1 where it is unknown. expected: the text that the final message should be ("" if unknown), of
-        which `answer` is an older name.
+        correct: 1, 0, or −1 where it is unknown. expected: the text that the final message should be ("" if unknown),
+        of which `answer` is an older name.
         """
         with reading(self.place, "the table sequences"):
             return self._read_sequences()
@@ -235,7 +239,7 @@ class Run:
 
     @cached_property
     def spans(self) -> list[slice]:
-        """Token rows of the visible sequences, in order: those of a committed unit, in pieces where some are excluded."""
+        """Return token rows of the visible sequences, in order: committed units, in pieces where some are excluded."""
         if not self.excluded:
             return self._unit_spans
         offsets, lengths = self.layout.offsets, self.layout.lengths
@@ -257,10 +261,13 @@ class Run:
         ]
 
     def blocks(self, *names: str, layer: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """Committed units one after the other: `sequence`, `position`, `channel` of every token, and what is named.
+        """Yield committed units in order: `sequence`, `position`, `channel` of each token, and the named arrays.
 
         names: as in `dataset`; `token` is the last axis but that of the features, [layer, token, slot]. Memory is
         that of a unit. layer: read this one alone (a recorded activation counts its own), as [1, token, …].
+
+        Raises:
+            InputError: the run did not record a quantity.
         """
         stored = self._stored
         if unknown := sorted(set(names) - set(stored.values())):
@@ -351,8 +358,8 @@ class Run:
     def select(self, **labels: str | Sequence[str]) -> xr.Dataset:
         """Return the tokens with these labels: channel, role, part, effort, task, domain or sequence id, by name.
 
-        Several names of a label are alternatives: `run.select(channel=["analysis", "final"], effort="high")`. Labels are
-        in memory, the recorded quantities lazy.
+        Several names of a label are alternatives: `run.select(channel=["analysis", "final"], effort="high")`. Labels
+        are in memory, the recorded quantities lazy.
 
         Raises:
             InputError: a label or a name is unknown.
@@ -527,13 +534,25 @@ class Run:
 
 # what users of other tools look for
 _INSTEAD = {
-    "top_experts": "wb.top_experts(run)", "probe": "wb.probe(run, labels)", "direction": "wb.direction(run, hook, layer, a=…, b=…)",
-    "accuracy": "wb.accuracy(run)", "tokens": "run.dataset", "experts": "run.dataset['experts']", "gates": "run.dataset['gates']",
-    "router_logits": "run.dataset['router_logits'], if it was recorded", "sinks": "run.dataset['sink']", "sink": "run.dataset['sink']",
-    "activations": "run.dataset[hook], as run.dataset['hook_resid_post']", "transcripts": "run.conversation(id)",
-    "conversations": "run.conversation(id)", "data": "run.dataset", "load": "wb.studies.routing.load(run)",
-    "texts": "run.text(sequence)", "decode": "run.text(sequence)", "sel": "run.select(channel=…, effort=…, task=…)",
-}  # fmt: skip
+    "top_experts": "wb.top_experts(run)",
+    "probe": "wb.probe(run, labels)",
+    "direction": "wb.direction(run, hook, layer, a=…, b=…)",
+    "accuracy": "wb.accuracy(run)",
+    "tokens": "run.dataset",
+    "experts": "run.dataset['experts']",
+    "gates": "run.dataset['gates']",
+    "router_logits": "run.dataset['router_logits'], if it was recorded",
+    "sinks": "run.dataset['sink']",
+    "sink": "run.dataset['sink']",
+    "activations": "run.dataset[hook], as run.dataset['hook_resid_post']",
+    "transcripts": "run.conversation(id)",
+    "conversations": "run.conversation(id)",
+    "data": "run.dataset",
+    "load": "wb.studies.routing.load(run)",
+    "texts": "run.text(sequence)",
+    "decode": "run.text(sequence)",
+    "sel": "run.select(channel=…, effort=…, task=…)",
+}
 
 
 def _over_the_run(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Schema 4 of a run: what is in it, in which shapes, and the grain in which it is written.
 
-A run is a Zarr v3 group. Token rows are laid out in *units*: a unit consists of complete shards that no other unit writes, so
-units can be written in any order by anybody, and each is committed by one flag after everything else of it.
+A run is a Zarr v3 group. Token rows are laid out in *units*: a unit consists of complete shards that no other unit
+writes, so units can be written in any order by anybody, and each is committed by one flag after everything else of it.
 """
 
 from collections.abc import Callable, Mapping
@@ -90,8 +90,9 @@ class Record:
     """A quantity with a name of its own, in its own dtype and dimensions: a selection, a reduction, or a user's own.
 
     hook: of the blocks, where it is computed. dims, shape: of the values of a token; index: which entries of the axis
-    `index_dim` are recorded, all if empty. tokens: as in `Activation`. reduce: "raw", "norm" (Euclidean norm over the last axis), "mean" (only
-    sums by sequence and channel), "moments" (also sums of squares), or "own", a function with this digest of its source.
+    `index_dim` are recorded, all if empty. tokens: as in `Activation`. reduce: "raw", "norm" (Euclidean norm over the
+    last axis), "mean" (only sums by sequence and channel), "moments" (also sums of squares), or "own", a function
+    with this digest of its source.
     """
 
     name: str
@@ -133,9 +134,10 @@ class Record:
 class Spec:
     """What a capture records.
 
-    sink_sums: of the sinks only the sums by sequence and channel. host_routing: the experts are those that a host chose;
-    the router's own choices, the margin between its k-th and (k+1)-th logit, and which tokens were forced are beside.
-    functions: of records that reduce by a user's function, by their names; not stored, and of no meaning to a reader.
+    sink_sums: of the sinks only the sums by sequence and channel. host_routing: the experts are those that a host
+    chose; the router's own choices, the margin between its k-th and (k+1)-th logit, and which tokens were forced are
+    beside. functions: of records that reduce by a user's function, by their names; not stored, and of no meaning to a
+    reader.
     """
 
     routing: bool
@@ -193,9 +195,15 @@ class ArraySpec:
 
 
 TOKEN_COLUMNS = {
-    "id": ("int32", -1), "sequence": ("int32", -1), "position": ("int32", -1), "message": ("int32", -1), "part": ("uint8", 0),
-    "role": ("int8", -1), "channel": ("uint8", 0), "is_prompt": ("bool", False),
-}  # fmt: skip
+    "id": ("int32", -1),
+    "sequence": ("int32", -1),
+    "position": ("int32", -1),
+    "message": ("int32", -1),
+    "part": ("uint8", 0),
+    "role": ("int8", -1),
+    "channel": ("uint8", 0),
+    "is_prompt": ("bool", False),
+}
 
 
 def layer_dim(layers: tuple[int, ...], n_layers: int) -> str:

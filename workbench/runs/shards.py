@@ -39,9 +39,14 @@ CODEC = ZstdCodec(level=LEVEL, checksum=True)
 
 
 def writes(
-    array: zarr.Array, place: Storage, name: str, start: int, axis: int, values: np.ndarray,
+    array: zarr.Array,
+    place: Storage,
+    name: str,
+    start: int,
+    axis: int,
+    values: np.ndarray,
     listed: dict[str, Entry] | None = None,
-) -> Iterator[Callable[[], None]]:  # fmt: skip
+) -> Iterator[Callable[[], None]]:
     """What is to be done to put `values` at `start` of `axis` of the array `name`, of all else all: a call a shard.
 
     In any order. A shard that is there is written again as a whole; one at the end of the values is filled up.

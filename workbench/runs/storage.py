@@ -28,25 +28,25 @@ class Storage(Protocol):
     """What a run needs of the storage it lies in; `str` of it is what a user calls it."""
 
     def store(self) -> Any:
-        """What zarr opens."""
+        """Return the store that zarr opens."""
 
     def exists(self, key: str = "") -> bool:
-        """Whether anything is there."""
+        """Return whether the key, or anything below it, exists."""
 
     def read(self, key: str) -> bytes:
-        """A whole file; FileNotFoundError if it is not there."""
+        """Return the bytes of a file; FileNotFoundError if it does not exist."""
 
     def ending(self, key: str, length: int) -> tuple[int, bytes]:
         """Return a file's size and its last bytes, at most `length`; FileNotFoundError if it is not there."""
 
     def put(self, key: str, parts: Iterable[bytes]) -> None:
-        """Write a file whole, over what is there."""
+        """Write a complete file; an existing one is replaced."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a file that must not be there; False if it is."""
+        """Write a file and return True, or return False if it exists."""
 
     def delete(self, key: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
 
     def files(self) -> set[str]:
         """Return every file of the run, locks left out."""
@@ -59,7 +59,11 @@ class Storage(Protocol):
 
 
 def place(path: "str | Path | Storage") -> Storage:
-    """The place of a path or URL; a scheme that nobody here knows, or that lacks its package, is refused."""
+    """Return the storage at a path or URL.
+
+    Raises:
+        InputError: the scheme is unknown or its package is not installed.
+    """
     if not isinstance(path, str | Path):
         return path
     scheme, separator, rest = str(path).partition("://")
@@ -159,7 +163,11 @@ class LocalStorage:
 
 
 class ObjectStorage:
-    """A run in an object store, or in this process' memory (memory://)."""
+    """A run in an object store, or in this process' memory (memory://).
+
+    Raises:
+        InputError: the object store cannot be opened, or holds something else than a run.
+    """
 
     def __init__(self, url: str, fs: Any) -> None:
         self.url, self.fs = url, fs
@@ -224,7 +232,7 @@ class ObjectStorage:
         with tempfile.TemporaryDirectory() as folder:
             there = self.files()
             if there and not there & {_CREATING, ROOT}:
-                raise InputError(f"{self} holds something that is not a run ({min(there)}): name another place")
+                raise InputError(f"{self} holds something that is not a run ({min(there)}): name another path")
             yield Path(folder)
             # of an earlier run, which the caller was told to replace, its root last: without it, it is no run
             for key in [*(there - {ROOT, _CREATING}), *(there & {ROOT})]:

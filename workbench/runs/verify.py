@@ -274,9 +274,11 @@ def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> 
 
 
 _RECORDS = (
-    ("experts", "routing/experts"), ("gates", "routing/gates"), ("router_logits", "routing/logits"),
+    ("experts", "routing/experts"),
+    ("gates", "routing/gates"),
+    ("router_logits", "routing/logits"),
     ("sink", "attention/sink"),
-)  # fmt: skip
+)
 
 
 def _tokens(values: dict[str, np.ndarray], unit: Unit, lengths: list[int], used: int) -> Iterator[str]:

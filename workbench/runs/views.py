@@ -18,8 +18,12 @@ from workbench.runs.schema import Activation, Record
 from workbench.runs.summaries import float32_of
 
 _SIZES = {
-    "layer": "n_layers", "head": "n_heads", "kv": "n_key_value_heads", "slot": "experts_per_token", "expert": "num_experts",
-}  # fmt: skip
+    "layer": "n_layers",
+    "head": "n_heads",
+    "kv": "n_key_value_heads",
+    "slot": "experts_per_token",
+    "expert": "num_experts",
+}
 LABELS = ("sequence", "position", "message", "part", "role", "channel")  # coordinates of the tokens
 # what codes of a label mean, from 0; −1 is no role
 CODES = {"part": PARTS, "role": ROLES, "channel": CHANNELS}

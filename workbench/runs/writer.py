@@ -24,18 +24,37 @@ from workbench.runs.schema import MANIFESTS, SCHEMA, Activation, ArraySpec, Layo
 from workbench.runs.storage import ROOT, LocalStorage, ObjectStorage, Storage, place
 
 _STORED_AS = {
-    "experts": "routing/experts", "gates": "routing/gates", "router_logits": "routing/logits", "sink": "attention/sink",
-    "own_experts": "routing/own_experts", "router_margin": "routing/margin", "forced": "routing/forced",
-    "logprob": "tokens/logprob", "entropy": "tokens/entropy",
-}  # fmt: skip
+    "experts": "routing/experts",
+    "gates": "routing/gates",
+    "router_logits": "routing/logits",
+    "sink": "attention/sink",
+    "own_experts": "routing/own_experts",
+    "router_margin": "routing/margin",
+    "forced": "routing/forced",
+    "logprob": "tokens/logprob",
+    "entropy": "tokens/entropy",
+}
 # where a job writes; groups that others add to a run are left alone
-_OWN = ("zarr.", "units/", "manifest/", "totals/", "tokens/", "routing/", "attention/", "summaries/", "selected/",
-        "activations/", "records/", "sequences/", "messages/")  # fmt: skip
+_OWN = (
+    "zarr.",
+    "units/",
+    "manifest/",
+    "totals/",
+    "tokens/",
+    "routing/",
+    "attention/",
+    "summaries/",
+    "selected/",
+    "activations/",
+    "records/",
+    "sequences/",
+    "messages/",
+)
 _MAY_BE_NAN = ("logprob", "entropy")  # where a sequence begins: nothing predicted its first token
 
 
 def open_writer(
-    path: str | Path,
+    path: str | Path | Storage,
     *,
     layout: Layout,
     sequences: pd.DataFrame,
@@ -46,11 +65,14 @@ def open_writer(
     provenance: Mapping[str, Any],
     overwrite: bool = False,
 ) -> "RunWriter":
-    """A writer for the run at `path`, created or resumed; use it as a context manager.
+    """Return a writer for the run at `path`, created or resumed; use it as a context manager.
 
     sequences: a row a sequence, in the order of the layout. messages: positions relative to their sequence. A run of
     another checkpoint, spec, transcripts or layout is refused by the field that differs. overwrite: replace a run that
     is there; something else is never replaced.
+
+    Raises:
+        InputError: the run belongs to another job; the message names the field that differs.
     """
     target = place(path)
     if replaces := overwrite and _is_there(target):
@@ -138,9 +160,14 @@ def _write_table(group: zarr.Group, name: str, table: pd.DataFrame, dim: str) ->
         if text:
             values = table[column].fillna("").astype(str).to_numpy(dtype=object)
         array = columns.create_array(
-            str(column), shape=values.shape, dtype="string" if text else values.dtype, chunks=(max(1, min(len(values), 65_536)),),
-            compressors=shards.CODEC, dimension_names=(dim,), config={"write_empty_chunks": True},
-        )  # fmt: skip
+            str(column),
+            shape=values.shape,
+            dtype="string" if text else values.dtype,
+            chunks=(max(1, min(len(values), 65_536)),),
+            compressors=shards.CODEC,
+            dimension_names=(dim,),
+            config={"write_empty_chunks": True},
+        )
         if len(values):
             array[:] = values
 
@@ -152,11 +179,17 @@ def _create_array(group: zarr.Group, name: str, array: ArraySpec, spec: Spec) ->
     if array.dims[0].startswith("layer"):  # a layer is what is read: [layer, token, …] is chunked by it
         chunks[0] = grain[0] = 1
     group.create_array(
-        name, shape=array.shape, dtype=array.dtype, chunks=tuple(chunks),
-        shards=tuple(grain) if chunks != grain else None, compressors=shards.CODEC, fill_value=array.fill,
-        dimension_names=array.dims, config={"write_empty_chunks": True},
+        name,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=tuple(chunks),
+        shards=tuple(grain) if chunks != grain else None,
+        compressors=shards.CODEC,
+        fill_value=array.fill,
+        dimension_names=array.dims,
+        config={"write_empty_chunks": True},
         attributes=_attributes(name, spec),
-    )  # fmt: skip
+    )
 
 
 def _attributes(name: str, spec: Spec) -> dict[str, Any]:
@@ -304,9 +337,14 @@ class RunWriter:
         for name in run.summaries:
             found = run.total(name)
             array = totals.create_array(
-                name, shape=found.shape, dtype=found.dtype, chunks=found.shape, compressors=shards.CODEC,
-                dimension_names=found.dims, config={"write_empty_chunks": True},
-            )  # fmt: skip
+                name,
+                shape=found.shape,
+                dtype=found.dtype,
+                chunks=found.shape,
+                compressors=shards.CODEC,
+                dimension_names=found.dims,
+                config={"write_empty_chunks": True},
+            )
             array[:] = found.to_numpy()
 
 

@@ -63,7 +63,11 @@ NOT_CONTROLLED = "A probe may read position or words; its halves of the analysis
 
 
 def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Analysis against final and first against second half, of routing and sinks; activations where recorded."""
+    """Compare analysis with final and first with second halves: routing, sinks, and recorded activations.
+
+    Raises:
+        InputError: the run has no single tokens, or nothing to compare channels by.
+    """
     if not isinstance(run, TokenRun):
         raise InputError("the channels study needs a run's single tokens, and this one has sums alone")
     found: dict[str, xr.Dataset] = {}
@@ -114,7 +118,11 @@ def _beside_halves(found: Mapping[str, xr.Dataset]) -> str:
 
 
 def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.Dataset:
-    """Means, probes and CKA of a recorded activation in two channels, by layer."""
+    """Return means, probes and CKA of a recorded activation in two channels, by layer.
+
+    Raises:
+        InputError: there are too few tokens or prompts for a probe.
+    """
     values, channel, prompt, half, position, ids, before = _sample(run, hook, (a, b), seed)
     side = channel == CHANNELS.index(b)
     if min(side.sum(), (~side).sum()) < 20 or len(np.unique(prompt)) < 2 * _FOLDS:

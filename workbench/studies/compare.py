@@ -63,7 +63,11 @@ NOT_CONTROLLED = "Agreement supposes that expert numbers correspond; between mod
 
 
 def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Agreement, sinks and predictions of `run` (a) against `other` (b), by channel and layer."""
+    """Compare `run` (a) with `other` (b): routing agreement, sinks and predictions, by channel and layer.
+
+    Raises:
+        InputError: the runs hold different sequences.
+    """
     a, b = run.model, other.model
     keys = ("n_layers", "num_experts", "experts_per_token")
     same = all(a[k] == b[k] for k in keys)
@@ -94,8 +98,8 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
         variables["beyond_load"] = (("channel", "layer"), (value - chance) / (1 - chance))
     if sums.sinks is not None:
         put("sink_difference", sums.sinks, tokens, "layer", "head")
-    if sums.n_said.any():
-        put("logprob_difference", sums.said, sums.n_said)
+    if sums.n_logprobs.any():
+        put("logprob_difference", sums.logprob_sum, sums.n_logprobs)
     coords = {"channel": list(CHANNELS), "layer": np.arange(layers), "run": ["a", "b"]}
     attrs = provenance("compare", "Two runs, token by token", run.digest, seed, {"other": other.digest})
     result = dataset(variables, coords, DEFINITIONS, attrs)
@@ -111,7 +115,7 @@ class _Sums:
         self.number = prompt_numbers(table)
         self.shape = (int(self.number.max()) + 1, len(CHANNELS))
         self.tokens = np.zeros(self.shape)
-        self.said, self.n_said = np.zeros((2, *self.shape))
+        self.logprob_sum, self.n_logprobs = np.zeros((2, *self.shape))
         self.agree = np.zeros((*self.shape, a["n_layers"])) if agree else None
         self.sinks = np.zeros((*self.shape, a["n_layers"], a["n_heads"])) if sinks else None
         self.loads = [np.zeros((len(CHANNELS), m["n_layers"], m["num_experts"])) for m in (a, other.model)]
@@ -138,8 +142,8 @@ class _Sums:
             for layer, head in np.ndindex(self.sinks.shape[2:]):
                 self.sinks[..., layer, head] += by_cell(change[layer, :, head])
         known = np.isfinite(x["logprob"]) & np.isfinite(y["logprob"])
-        self.said += by_cell((x["logprob"] - y["logprob"])[known].astype(np.float64), known)
-        self.n_said += by_cell(None, known)
+        self.logprob_sum += by_cell((x["logprob"] - y["logprob"])[known].astype(np.float64), known)
+        self.n_logprobs += by_cell(None, known)
 
 
 def _has(run: TokenRun, other: TokenRun, name: str) -> bool:
@@ -167,11 +171,11 @@ def _words(result: xr.Dataset, same: bool) -> str:
         cell = result.sel(channel=channel)
         if not int(cell["tokens"]):
             continue
-        said = [f"{channel} ({int(cell['tokens']):,} tokens):"]
+        sentences = [f"{channel} ({int(cell['tokens']):,} tokens):"]
         if "agreement" in cell:
             worst = int(np.argmin(cell["agreement"].values))
             one = cell.isel(layer=worst)
-            said.append(
+            sentences.append(
                 f"routers agree on {float(cell['agreement'].mean()):.1%} of choices, least in layer {worst} "
                 f"({float(one['agreement']):.1%} [{float(one['agreement_low']):.1%}, "
                 f"{float(one['agreement_high']):.1%}]);"
@@ -179,8 +183,8 @@ def _words(result: xr.Dataset, same: bool) -> str:
         if "logprob_difference" in cell:
             low, high = float(cell["logprob_difference_low"]), float(cell["logprob_difference_high"])
             words = "log-probability differs by" if low * high > 0 else "no difference of log-probability shown:"
-            said.append(f"{words} {float(cell['logprob_difference']):+.4f} nat a token [{low:+.4f}, {high:+.4f}].")
-        lines.append(" ".join(said))
+            sentences.append(f"{words} {float(cell['logprob_difference']):+.4f} nat a token [{low:+.4f}, {high:+.4f}].")
+        lines.append(" ".join(sentences))
     if not same:
         lines.append("The architectures differ, so experts do not correspond: no agreement is given.")
     return "\n".join(lines)

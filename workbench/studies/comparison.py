@@ -100,7 +100,11 @@ def in_order(values: Sequence[str]) -> list[str]:
 
 
 def known_channels(summary: xr.DataArray, channels: Sequence[str] | None = None) -> list[str]:
-    """The channels asked for (all by default), each of which the run must have."""
+    """Return the requested channels, by default all of the run.
+
+    Raises:
+        InputError: the run does not have a channel.
+    """
     known = [str(name) for name in summary.coords["channel"].values]
     for channel in channels or ():
         if channel not in known:
@@ -109,7 +113,11 @@ def known_channels(summary: xr.DataArray, channels: Sequence[str] | None = None)
 
 
 def axes(summary: xr.DataArray, by: Sequence[str], channels: Sequence[str] | None) -> dict[str, list[str]]:
-    """The labels along each axis that splits a run into cells."""
+    """Return the labels along each axis that splits a run into cells.
+
+    Raises:
+        InputError: `by` is not possible, or the run is empty.
+    """
     wrong = [axis for axis in by if axis not in ("channel", "effort", "task")]
     if wrong or len(set(by)) != len(by):
         raise InputError(f"by={tuple(by)!r} is not possible; each of channel, effort and task may be named once")
@@ -140,7 +148,11 @@ def conditions(
     effort: str | None = None,
     task: str | None = None,
 ) -> tuple[Condition, Condition]:
-    """Both sides of a comparison between `a` and `b`, the rest held fixed where it is given."""
+    """Return both sides of a comparison between `a` and `b`; the given conditions are held fixed.
+
+    Raises:
+        InputError: the combination of conditions is not possible.
+    """
     fixed = {"channel": channel, "effort": effort, "task": task}
     if between not in fixed:
         raise InputError(f"between={between!r} is not possible; choose channel, effort or task")
@@ -158,7 +170,11 @@ def conditions(
 
 
 def has_tokens(tokens: xr.DataArray, side: Condition) -> Bool[np.ndarray, "sequence"]:
-    """Whether each sequence has tokens on this side of a comparison."""
+    """Return whether each sequence [sequence] has tokens on this side of a comparison.
+
+    Raises:
+        InputError: the run does not have a channel, effort or task.
+    """
     known_channels(tokens, [side.channel])
     found = np.asarray(tokens.sel(channel=side.channel).values > 0)
     for name, wanted in (("effort", side.effort), ("task", side.task)):
@@ -230,9 +246,12 @@ def compare(
     sides: tuple[Condition, Condition],
     prompt: Int[np.ndarray, "sequence"] | None = None,
 ) -> Comparison:
-    """Return the counts of both sides; refused with fewer than two prompts on either.
+    """Return the counts of both sides of a comparison.
 
     prompt: the number of every sequence's prompt, if not that of its id.
+
+    Raises:
+        InputError: a side has fewer than two prompts.
     """
     prompt = prompts(tokens) if prompt is None else prompt
     a, b = (

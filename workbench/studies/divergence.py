@@ -110,6 +110,9 @@ def divergence(
     """Compare the routing of `a` and `b`: channels within a sequence, efforts within a prompt, or tasks unpaired.
 
     `channel`, `effort` and `task` hold the other two conditions fixed; between efforts or tasks, `channel` is needed.
+
+    Raises:
+        InputError: the number of permutations or the kind of interval is not possible.
     """
     if n_permutations < 1:
         raise InputError(f"n_permutations={n_permutations}; a test needs at least 1 permutation")
@@ -279,7 +282,7 @@ def _words(result: xr.Dataset) -> str:
     attrs, different, layers = result.attrs, result["different"].values, result["layer"].values
     missing = np.isnan(result["jsd"].values)
     how = "both conditions of each" if attrs["paired"] else "not paired"
-    lines = [f"Rests on {attrs['rests_on']} ({how}), {attrs['tokens_a']:,} and {attrs['tokens_b']:,} tokens."]
+    lines = [f"Based on {attrs['rests_on']} ({how}), {attrs['tokens_a']:,} and {attrs['tokens_b']:,} tokens."]
     if not attrs["paired"]:
         lines.append(f"Unpaired. {attrs['not_controlled']}")
     if attrs["tokens_excluded"]:

@@ -81,7 +81,11 @@ NOT_CONTROLLED = (
 
 
 def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Return cost and gain by effort and task, a model of accuracy, and routing and sinks of the extreme efforts."""
+    """Return cost and gain by effort and task, a model of accuracy, and routing and sinks of the extreme efforts.
+
+    Raises:
+        InputError: the run has fewer than two efforts.
+    """
     table = sequences_of(run)
     efforts = [e for e in EFFORTS if e in set(table["effort"])]
     if len(efforts) < 2:
@@ -283,6 +287,6 @@ def accuracy_model(run: Run, table: pd.DataFrame, efforts: list[str], seed: int 
         for term in list(x.columns)[1:]
         for c in (result.sel(term=term),)
     ]
-    said = "Other things equal in a logistic GEE clustered by prompt: " + "; ".join(lines) + "."
-    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": said}
+    summary = "Other things equal in a logistic GEE clustered by prompt: " + "; ".join(lines) + "."
+    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": summary}
     return result

@@ -32,7 +32,11 @@ Interval = tuple[Float[Array, "*cells"], Float[Array, "*cells"]]
 
 
 def bootstrap_weights(n_units: int, n_boot: int, rng: np.random.Generator) -> Float[np.ndarray, "replicate unit"]:
-    """How often each unit was drawn, over the number drawn; each row sums to 1."""
+    """Return the fraction of draws of each unit [replicate unit]; each row sums to 1.
+
+    Raises:
+        InputError: there is no replicate.
+    """
     if n_boot < 1:
         raise InputError(f"n_boot={n_boot}; an interval needs at least 1 bootstrap replicate")
     return rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=n_boot) / n_units
@@ -90,7 +94,11 @@ def mean_interval(
     replicates: Float[np.ndarray, "replicate *cells"],
     influence: Float[np.ndarray, "unit *cells"],
 ) -> Interval:
-    """The interval of a (ratio of) means by the method that was asked for."""
+    """Return the interval of a mean, or of a ratio of means, by the named method.
+
+    Raises:
+        InputError: the method is unknown.
+    """
     if method == "bca":
         return bca_interval(observed, replicates, influence)
     if method == "percentile":

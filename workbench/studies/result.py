@@ -107,7 +107,11 @@ def save(
 
 
 def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:
-    """Results that `workbench study … --out` wrote, by study and name; what is no result is passed over."""
+    """Return results that `workbench study … --out` wrote, by study and name; other files are ignored.
+
+    Raises:
+        InputError: the folder holds no results.
+    """
     found: dict[str, dict[str, xr.Dataset]] = {}
     for path in sorted(Path(folder).glob("*.json")):
         try:

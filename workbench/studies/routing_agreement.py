@@ -95,6 +95,9 @@ def agreement(run: TokenRun, blocks: Iterator[Compared], attrs: dict[str, object
     """Return the dataset for blocks of tokens with two choices of experts [layer, token, slot] each.
 
     A block also has the margin of the first choice [layer, token], or None, and which tokens are compared.
+
+    Raises:
+        InputError: no token was routed by both.
     """
     sums = _Sums(run)
     for compared in blocks:
@@ -103,9 +106,13 @@ def agreement(run: TokenRun, blocks: Iterator[Compared], attrs: dict[str, object
         raise InputError("no token was routed by both: there is nothing to compare")
     variables = sums.variables()
     coords = {
-        "channel": list(CHANNELS), "layer": np.arange(run.model["n_layers"]), "effort": list(EFFORTS),
-        "position": list(POSITIONS), "margin": list(MARGINS), "sequence": list(map(str, run.sequences["id"])),
-    }  # fmt: skip
+        "channel": list(CHANNELS),
+        "layer": np.arange(run.model["n_layers"]),
+        "effort": list(EFFORTS),
+        "position": list(POSITIONS),
+        "margin": list(MARGINS),
+        "sequence": list(map(str, run.sequences["id"])),
+    }
     result = dataset(variables, coords, DEFINITIONS, attrs)
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": _words(result, what)}
     return result

@@ -27,7 +27,11 @@ _EFFECT = Definition("effect on log-probability", "nat", "|a − b|, mean over t
 
 
 def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Return the agreement of the experts of two runs, and how much their log-probabilities differ."""
+    """Return the agreement of the experts of two runs, and how much their log-probabilities differ.
+
+    Raises:
+        InputError: the runs hold different sequences, or the models differ in layers or experts.
+    """
     if list(run.sequences["id"]) != list(other.sequences["id"]):
         raise InputError("the two runs hold different sequences: capture the same transcripts with both")
     keys = ("n_layers", "num_experts", "experts_per_token")

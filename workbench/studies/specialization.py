@@ -131,7 +131,7 @@ def mutual_information(
 
 
 def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> xr.Dataset | None:
-    """What experts tell of a label (channel, effort or task); None where the run has only one."""
+    """Information on a label in expert choices (channel, effort or task); None where the run has only one."""
     counts = run.summary("expert_count").transpose("sequence", "channel", "layer", "expert")
     prompt = prompts(counts)
     if axis == "channel":
@@ -170,7 +170,7 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
     }
     attrs = provenance(
         "routing",
-        f"What experts tell of the {axis}",
+        f"Information on the {axis} in expert choices",
         run.digest,
         seed,
         {"axis": axis, "n_permutations": n_permutations},
@@ -178,11 +178,13 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
     result = dataset(variables, {axis: names} | places(counts), DEFINITIONS, attrs)
     known = result["q"].values < 0.05
     layer = int(np.argmax(result["nmi"].values))
-    said = f"Experts tell of the {axis} in {int(known.sum())} of {known.size} layers beyond chance"
-    said += (
+    summary = (
+        f"Expert choices carry information on the {axis} in {int(known.sum())} of {known.size} layers beyond chance"
+    )
+    summary += (
         f", most in layer {layer}: {float(result['nmi'][layer]):.1%} of the label's entropy." if known.any() else "."
     )
-    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": said}
+    result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": summary}
     return result
 
 

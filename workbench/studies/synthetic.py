@@ -36,7 +36,11 @@ class SyntheticRun:
         return ["routing"]
 
     def summary(self, name: str) -> xr.DataArray:
-        """`expert_count`, `gate_sum` or `tokens`."""
+        """Return `expert_count`, `gate_sum` or `tokens` of the run.
+
+        Raises:
+            InputError: the name is none of these.
+        """
         if name not in self.summaries:
             raise InputError(f"summary {name!r} is not in this run; it holds {', '.join(self.summaries)}")
         return self.summaries[name]

@@ -57,8 +57,8 @@ def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, 
     if any(m.get("recipient") not in (None, "all") for m in found.messages if m["role"] == "assistant"):
         notes += [] if options.get("tools") or options.get("builtin_tools") else ["tools_not_rendered"]
     notes += notes_on(found)
-    thought = any(m.get("channel") == "analysis" for m in found.messages)
-    meta = c.meta | {"reasoning": ("summary" if found.summary else "verbatim") if thought else "absent"}
+    has_analysis = any(m.get("channel") == "analysis" for m in found.messages)
+    meta = c.meta | {"reasoning": ("summary" if found.summary else "verbatim") if has_analysis else "absent"}
     row |= {"effort": named, "messages": found.messages} | about | options
     return _present(row | {"notes": list(dict.fromkeys(notes)) or None, "meta": meta})
 

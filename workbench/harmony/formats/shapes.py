@@ -38,22 +38,28 @@ def about(row: Row) -> dict[str, Any]:
         (
             value
             for value in (
-                row.get("effort"), row.get("reasoning_effort"), _object(row.get("reasoning")).get("effort"),
-                template.get("reasoning_effort"), _effort_only(row.get("think")),
+                row.get("effort"),
+                row.get("reasoning_effort"),
+                _object(row.get("reasoning")).get("effort"),
+                template.get("reasoning_effort"),
+                _effort_only(row.get("think")),
             )
             if value not in (None, "")
         ),
         None,
-    )  # fmt: skip
+    )
     options = {name: row.get(name, template.get(name)) for name in _RENDERING}
     options["tools"] = row.get("tools") or row.get("functions")
     return {
-        "id": str(id), "prompt_id": str(row.get("prompt_id", id)), "effort": effort,
+        "id": str(id),
+        "prompt_id": str(row.get("prompt_id", id)),
+        "effort": effort,
         "options": {name: value for name, value in options.items() if value is not None},
-        "complete": is_complete(row), "correct": row.get("correct") if isinstance(row.get("correct"), bool) else None,
+        "complete": is_complete(row),
+        "correct": row.get("correct") if isinstance(row.get("correct"), bool) else None,
         "answer": row.get("target") if isinstance(row.get("target"), str) else None,
         "meta": dict(_object(row.get("meta")) or _object(row.get("metadata"))),
-    }  # fmt: skip
+    }
 
 
 def is_complete(row: Row) -> bool | None:
@@ -237,9 +243,11 @@ def _harmony(row: Row) -> Iterator[Conversation]:
 
 def _system_options(content: Row) -> dict[str, Any]:
     options = {
-        "model_identity": content.get("model_identity"), "knowledge_cutoff": content.get("knowledge_cutoff"),
-        "date": content.get("conversation_start_date"), "builtin_tools": list(_object(content.get("tools"))) or None,
-    }  # fmt: skip
+        "model_identity": content.get("model_identity"),
+        "knowledge_cutoff": content.get("knowledge_cutoff"),
+        "date": content.get("conversation_start_date"),
+        "builtin_tools": list(_object(content.get("tools"))) or None,
+    }
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -272,9 +280,13 @@ def _results(row: Row) -> Iterator[Conversation]:
         score = example.get("score")
         answer = example.get("correct_answer")
         yield Conversation(
-            list(messages), id=str(number), prompt_id=str(number), meta=dict(example),
-            correct=bool(score) if score in (0, 1) else None, answer=answer if isinstance(answer, str) else None,
-        )  # fmt: skip
+            list(messages),
+            id=str(number),
+            prompt_id=str(number),
+            meta=dict(example),
+            correct=bool(score) if score in (0, 1) else None,
+            answer=answer if isinstance(answer, str) else None,
+        )
 
 
 def _prompt_completion(row: Row) -> Iterator[Conversation]:

@@ -1,8 +1,8 @@
 """The answer in a host's reply: harmony messages, token ids where the host gives them, and routed experts.
 
 Reasoning comes beside the content (chat completions), as items of its own (Responses), in `<think>` tags, or within the
-content with harmony's marks, kept or stripped; `workbench.harmony.chat_messages` reads them all. Only what hosts give as
-the model's own words is called verbatim.
+content with harmony's marks, kept or stripped; `workbench.harmony.chat_messages` reads them all. Only what hosts give
+as the model's own words is called verbatim.
 """
 
 from collections.abc import Mapping
@@ -68,8 +68,8 @@ def _answer(messages: list[Any], complete: bool, choice: Mapping[str, Any], repl
     written = [m for m in found.messages if m["content"] or m.get("recipient") or m.get("raw")] if found else []
     if found is None or not written:
         raise NoAnswerError("the reply holds no text")
-    thought = any(m.get("channel") == "analysis" for m in written)
-    reasoning = ("summary" if found.summary else "verbatim") if thought else "absent"
+    has_analysis = any(m.get("channel") == "analysis" for m in written)
+    reasoning = ("summary" if found.summary else "verbatim") if has_analysis else "absent"
     complete = complete and found.complete is not False
     return Answer(written, reasoning, complete, _about(choice, reply), _ids(choice, reply))
 

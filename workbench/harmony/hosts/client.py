@@ -22,9 +22,18 @@ from workbench.errors import InputError
 from workbench.harmony.messages import shown
 
 OPTIONAL = (
-    "seed", "temperature", "skip_special_tokens", "return_token_ids", "return_routed_experts", "include_reasoning", "max_tokens",
-    "max_completion_tokens", "max_output_tokens", "reasoning_effort", "reasoning",
-)  # fmt: skip
+    "seed",
+    "temperature",
+    "skip_special_tokens",
+    "return_token_ids",
+    "return_routed_experts",
+    "include_reasoning",
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "reasoning_effort",
+    "reasoning",
+)
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 _ABSENT = {404, 405, 501}
 _LONGEST_WAIT_S = 60.0
@@ -48,7 +57,11 @@ class AbsentError(HostError):
 
 
 class Host:
-    """Sends requests to one host; several threads may."""
+    """A client that sends requests to one host; it can be shared by threads.
+
+    Raises:
+        InputError: the URL is no address of a host, holds a key, or would send a key unencrypted.
+    """
 
     def __init__(
         self, url: str, *, key_env: str, timeout: float, retries: int, per_minute: float | None, threads: int = 1
@@ -67,9 +80,11 @@ class Host:
             raise InputError(f"{self.name}: {key_env} would travel unencrypted: use https, or unset it")
         headers = {"api-key": self._key} if azure else {"authorization": f"Bearer {self._key}"}
         self._http = httpx.Client(
-            timeout=timeout, headers=headers if self._key else {}, trust_env=not local,
+            timeout=timeout,
+            headers=headers if self._key else {},
+            trust_env=not local,
             limits=httpx.Limits(max_connections=threads, max_keepalive_connections=0),  # see _exchange
-        )  # fmt: skip
+        )
         self._timeout, self._retries, self._pause = timeout, retries, 60 / per_minute if per_minute else 0.0
         self._lock, self._next = threading.Lock(), 0.0
         self.stop = threading.Event()
@@ -92,30 +107,30 @@ class Host:
         while True:
             sent = {name: value for name, value in body.items() if name not in self.dropped}
             self._wait_for_turn()
-            said, wait = "", None
+            reason, wait = "", None
             try:
                 status, headers, content = self._exchange(f"{base}{path}{self._query}", sent)
             except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, TransferError) as error:
-                said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             else:
                 if 200 <= status < 300:
                     try:
                         return self.struck(parse_json(content.decode("utf-8")))
                     except (UnicodeDecodeError, InputError) as error:
-                        said = f"what came back is not JSON in UTF-8 ({error}): {content[:80]!r}"
+                        reason = f"what came back is not JSON in UTF-8 ({error}): {content[:80]!r}"
                 else:
                     text = content.decode("utf-8", "replace")
-                    said = f"{status}: {' '.join(text[: 4 * _LONGEST_REASON].split())}"
+                    reason = f"{status}: {' '.join(text[: 4 * _LONGEST_REASON].split())}"
                     if status in _ABSENT:
-                        raise AbsentError(self._clean(said))
+                        raise AbsentError(self._clean(reason))
                     if self._drop(status, text, sent):
                         continue
                     if status not in _AGAIN:
-                        raise HostError(self._clean(said))
+                        raise HostError(self._clean(reason))
                     wait = _retry_after(headers)
             attempt += 1
             if attempt > self._retries:
-                raise HostError(self._clean(f"given up after {attempt} tries; the last: {said}"))
+                raise HostError(self._clean(f"given up after {attempt} tries; the last: {reason}"))
             backoff = min(_LONGEST_WAIT_S, 0.5 * 2**attempt) * random.uniform(0.5, 1)
             if self.stop.wait(backoff if wait is None else wait):
                 raise HostError("stopped")

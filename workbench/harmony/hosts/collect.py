@@ -103,13 +103,18 @@ def collect(url: str, prompts: str | Path, out: str | Path, settings: Settings, 
     asked = read_prompts(prompts)
     jobs = [Job(p, e, s) for p in asked for e in settings.efforts for s in range(settings.samples)]
     host = Host(
-        url, key_env=settings.key_env, timeout=settings.timeout, retries=settings.retries, per_minute=settings.per_minute,
+        url,
+        key_env=settings.key_env,
+        timeout=settings.timeout,
+        retries=settings.retries,
+        per_minute=settings.per_minute,
         threads=settings.concurrency,
-    )  # fmt: skip
+    )
     try:
-        with RowOutput(
-            out, command=_COMMAND, inputs=[prompts], overwrite=overwrite, is_own=_is_own
-        ) as rows, StopSignal(str(out)) as interrupt:  # fmt: skip
+        with (
+            RowOutput(out, command=_COMMAND, inputs=[prompts], overwrite=overwrite, is_own=_is_own) as rows,
+            StopSignal(str(out)) as interrupt,
+        ):
             _refuse_other_requests(out, rows.known, jobs, settings, host.name)
             left = [job for job in jobs if job.id not in rows.known]
             _collect(host, left, rows, settings, interrupt)
@@ -141,7 +146,11 @@ def _refuse_other_requests(
             continue
         begun = meta.get(KEY) or {"model": meta.get("model")}
         now = _about(by_id[id], settings)
-        other = [f"{name} {shown(begun[name])}, now {shown(now[name])}" for name in begun if begun[name] != now.get(name, begun[name])]  # fmt: skip
+        other = [
+            f"{name} {shown(begun[name])}, now {shown(now[name])}"
+            for name in begun
+            if begun[name] != now.get(name, begun[name])
+        ]
         raise InputError(
             f"{out} holds {id!r} of another request ({'; '.join(other) or 'its prompt or settings differ'}): "
             "name another file, or --overwrite"
@@ -178,16 +187,15 @@ def _collect(host: Host, left: list[Job], rows: RowOutput, settings: Settings, i
     interrupt.check()
     if failed:
         raise JobError(
-            f"{len(failed)} of {len(left)} were not answered; the others are in {rows.path}, the same command asks again"
+            f"{len(failed)} of {len(left)} were not answered; the others are in {rows.path}, the same command asks "
+            "again"
         )
 
 
 _Result = dict[str, Any] | Exception
 
 
-def _asked(
-    host: Host, left: list[Job], settings: Settings, interrupt: StopSignal
-) -> Iterator[tuple[Job, _Result]]:  # fmt: skip
+def _asked(host: Host, left: list[Job], settings: Settings, interrupt: StopSignal) -> Iterator[tuple[Job, _Result]]:
     """Yield rows or reasons as they come; at most `concurrency` requests at a time.
 
     Whatever is wrong with one answer is the reason of one row. After a signal nothing more is asked, and the answers
@@ -267,12 +275,22 @@ class _Asker:
         except UnicodeEncodeError as error:
             raise answers.NoAnswerError("the reply has half a surrogate pair in a text") from error
         return {
-            "id": job.id, "prompt_id": job.prompt.id, "effort": job.effort, **fields, "answer": job.prompt.answer,
-            "meta": job.prompt.meta | about | {
-                "host": self.host.name, "model": self.settings.model, "api": api, "dropped": sorted(self.host.dropped),
-                "request": _digest(job, self.settings), KEY: {"command": _COMMAND, **_about(job, self.settings)},
+            "id": job.id,
+            "prompt_id": job.prompt.id,
+            "effort": job.effort,
+            **fields,
+            "answer": job.prompt.answer,
+            "meta": job.prompt.meta
+            | about
+            | {
+                "host": self.host.name,
+                "model": self.settings.model,
+                "api": api,
+                "dropped": sorted(self.host.dropped),
+                "request": _digest(job, self.settings),
+                KEY: {"command": _COMMAND, **_about(job, self.settings)},
             },
-        }  # fmt: skip
+        }
 
     @property
     def _effort_in_body(self) -> bool:
@@ -313,12 +331,12 @@ class _Asker:
         reply = self.host.post("/completions", body | {"return_token_ids": True})
         text, complete, about, ids = answers.from_completion(reply)
         output = read_output(text, truncated=not complete)
-        thought = any(m.get("channel") == "analysis" for m in output.messages)
-        answer = answers.Answer(output.messages, "verbatim" if thought else "absent", complete, about, ids)
+        has_analysis = any(m.get("channel") == "analysis" for m in output.messages)
+        answer = answers.Answer(output.messages, "verbatim" if has_analysis else "absent", complete, about, ids)
         if ids is None and is_marked(text):
             answer = replace(answer, ids=(prompt, marked_ids(text, words)))
             about["ids"] = "from text"
-        elif ids is None and not thought:  # the host strips marks: only the messages can be had back
+        elif ids is None and not has_analysis:  # the host strips marks: only the messages can be had back
             raise answers.NoAnswerError("the host strips harmony's marks and the channels cannot be told apart")
         return self._row(job, answer, reply)
 
@@ -339,9 +357,9 @@ class _Asker:
         if not isinstance(ids, list) or not ids:
             raise answers.NoAnswerError("the reply has no token_ids")
         output = read_output(words.decode(ids))
-        thought = any(m.get("channel") == "analysis" for m in output.messages)
+        has_analysis = any(m.get("channel") == "analysis" for m in output.messages)
         complete = choice.get("finish_reason") == "stop"
-        answer = answers.Answer(output.messages, "verbatim" if thought else "absent", complete, {}, (prompt, ids))
+        answer = answers.Answer(output.messages, "verbatim" if has_analysis else "absent", complete, {}, (prompt, ids))
         return self._row(job, answer, reply)
 
     def _row(self, job: Job, answer: answers.Answer, reply: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from workbench.inputs import refuse_devices
 READABLE = (
     "an Inspect log (.eval or .json), " + ", ".join(shape.name for shape in SHAPES) + "; as JSON Lines, a JSON array, "
     "JSON documents, Parquet or a saved dataset, plain or packed by gzip or zstd"
-)  # fmt: skip
+)
 
 
 def convert(

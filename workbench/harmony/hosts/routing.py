@@ -34,7 +34,8 @@ class RoutingError(ValueError):
 def routed_experts(reply: Mapping[str, Any], *, n_tokens: int, experts_per_token: int = 4) -> Experts | None:
     """The experts of a reply's first choice, in any of the three encodings; None if the reply has none.
 
-    n_tokens: prompt and answer. The host routes no token after the last one, so there are n_tokens or n_tokens − 1 rows.
+    n_tokens: prompt and answer. The host routes no token after the last one, so there are n_tokens or n_tokens − 1
+    rows.
 
     Raises: RoutingError for experts that were not recorded.
     """
@@ -113,7 +114,8 @@ def check_experts(experts: Int[np.ndarray, "tokens layers slots"], n_tokens: int
         raise RoutingError("the host returned no experts")
     if (unknown := (experts < 0).any((1, 2))).any():
         raise RoutingError(
-            f"{int(unknown.sum())} of {len(experts)} tokens have no experts (-1), as their prefix was cached: start the "
+            f"{int(unknown.sum())} of {len(experts)} tokens have no experts (-1), as their prefix was cached: start "
+            "the "
             "host with --no-enable-prefix-caching (vLLM) or --disable-radix-cache (sglang)"
         )
     if not experts.any():

@@ -78,7 +78,7 @@ class GgufFile:
         return found
 
     def release(self, name: str) -> None:
-        """Tell the system that the bytes of a tensor are not needed soon; they are read from the file again if they are.
+        """Tell the system that the bytes of a tensor are not needed soon; they can be read from the file again.
 
         Mapped pages that were read count as memory of the process until then.
         """

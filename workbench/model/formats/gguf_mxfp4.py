@@ -60,7 +60,7 @@ def separate(source: Bytes, blocks: Tensor, scales: Tensor, first: int, stride: 
     assert all(tensor.is_contiguous() for tensor in (blocks, scales))
     separate_rows()(
         source.ctypes.data, rows, groups, blocks[first].data_ptr(), scales[first].data_ptr(), stride, reorder
-    )  # fmt: skip
+    )
 
 
 def from_ggml(blocks: Bytes, out: Bytes) -> None:

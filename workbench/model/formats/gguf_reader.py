@@ -124,9 +124,15 @@ def open_gguf(paths: Sequence[Path]) -> Checkpoint:
     tensors = Tensors(reader.read_all())
     experts = "mxfp4" if reader.packed else "dense"
     return Checkpoint(
-        paths[0], cfg, "gguf", experts, tensors, _digest(files), lambda: _tokenizer(paths[0], metadata, cfg.d_vocab),
+        paths[0],
+        cfg,
+        "gguf",
+        experts,
+        tensors,
+        _digest(files),
+        lambda: _tokenizer(paths[0], metadata, cfg.d_vocab),
         tuple(reader.notes),
-    )  # fmt: skip
+    )
 
 
 def _config(path: Path, metadata: Mapping[str, Any], arch: str, found: Mapping[str, "_Stored"]) -> Config:
@@ -149,9 +155,13 @@ def _config(path: Path, metadata: Mapping[str, Any], arch: str, found: Mapping[s
     rope = Rope.plain(theta)
     if factor > 1:
         rope = Rope(
-            theta, factor, read("rope.scaling.yarn_beta_fast", float, 32.0),
-            read("rope.scaling.yarn_beta_slow", float, 1.0), read("rope.scaling.original_context_length", int), False,
-        )  # fmt: skip
+            theta,
+            factor,
+            read("rope.scaling.yarn_beta_fast", float, 32.0),
+            read("rope.scaling.yarn_beta_slow", float, 1.0),
+            read("rope.scaling.original_context_length", int),
+            False,
+        )
     window = read("attention.sliding_window", int)
     cfg = Config(
         d_model=read("embedding_length", int),
@@ -202,7 +212,7 @@ class _Stored:
         return self.tensor.kind in _FLOATS
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the values: memory-mapped and of their own dtype where they are floats, else dequantised to `dtype`."""
+        """Return the values: floats memory-mapped and of their own dtype, others dequantised to `dtype`."""
         kind = self.tensor.kind
         if self.is_float:
             return torch.from_numpy(self.file.bytes_of(self.name)).view(_FLOATS[kind]).view(self.tensor.shape)
@@ -330,9 +340,13 @@ class _PackedExperts:
         def fill(task: tuple[int, int]) -> None:
             expert, source = task
             separate(
-                groups[source][expert], blocks[expert], scales[expert], source, len(groups),
+                groups[source][expert],
+                blocks[expert],
+                scales[expert],
+                source,
+                len(groups),
                 reorder=self.sources[source].tensor.kind != OLLAMA_MXFP4,
-            )  # fmt: skip
+            )
 
         parallel_map(fill, [(expert, source) for expert in range(self.shape[0]) for source in range(len(groups))])
         self._release()
@@ -367,14 +381,14 @@ def _interleaved(parts: list[Tensor]) -> Tensor:
 
 
 def _q8_0(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Return the values of rows of Q8_0, blocks of a scale in float16 and 32 signed bytes; three times the speed of gguf."""
+    """Return the values of rows of Q8_0 (a float16 scale and 32 signed bytes a block), at three times gguf's speed."""
     blocks = torch.from_numpy(rows).view(len(rows), -1, 34)
     scales = blocks[..., :2].view(torch.float16).float()
     return (blocks[..., 2:].view(torch.int8) * scales).flatten(1).numpy()
 
 
 def _tokenizer(path: Path, metadata: Mapping[str, Any], d_vocab: int) -> Tokenizer:
-    """Return the tokenizer of the file: o200k_harmony, or the tokenizer.json that a file of another vocabulary holds."""
+    """Return the tokenizer of the file: o200k_harmony, or the tokenizer.json of a file with another vocabulary."""
     tokens, template = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.chat_template")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise InputError(f"{path}: tokenizer.ggml.tokens is missing: the file has no vocabulary")

@@ -131,9 +131,10 @@ def _add_vocabulary(writer: Any, checkpoint: Checkpoint) -> None:
     # llama.cpp needs a list of merges; where there are none, one of special tokens, which is never applied
     writer.add_token_merges(made or [f"{tokens[0]} {tokens[0]}"])
     for name, add in (
-        ("<|startoftext|>", writer.add_bos_token_id), ("<|return|>", writer.add_eos_token_id),
+        ("<|startoftext|>", writer.add_bos_token_id),
+        ("<|return|>", writer.add_eos_token_id),
         ("<|endoftext|>", writer.add_pad_token_id),
-    ):  # fmt: skip
+    ):
         if name in tokenizer.special:
             add(tokenizer.special[name])
     writer.add_add_bos_token(False)

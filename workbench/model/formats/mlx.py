@@ -73,9 +73,11 @@ def _expert(root: Path, found: Mapping[str, Stored], name: str, shape: tuple[int
             own = _packed(root, found, matrix, kind, (shape[0], rows, *shape[2:]), used)
         parts.append(own)
     return LazyTensor(
-        " and ".join(own.stored for own in parts), shape, parts[0].precision,
+        " and ".join(own.stored for own in parts),
+        shape,
+        parts[0].precision,
         functools.partial(_in_turn, parts, transposed=kind == "weight"),
-    )  # fmt: skip
+    )
 
 
 def _in_turn(parts: Sequence[LazyTensor], *, transposed: bool) -> Tensor:
@@ -107,7 +109,8 @@ def _matrix(root: Path, found: Mapping[str, Stored], name: str, shape: tuple[int
     bits = words * _WORD // shape[-1]
     if bits not in _BITS or bits * shape[-1] != words * _WORD or groups == 0 or shape[-1] % groups:
         raise InputError(
-            f"{root}: tensor {name!r} has {words} words and {groups} scales for {shape[-1]} inputs; 2, 4 and 8 bits are read"
+            f"{root}: tensor {name!r} has {words} words and {groups} scales for {shape[-1]} inputs; 2, 4 and 8 bits "
+            "are read"
         )
     _check(root, stored, (*shape[:-1], words), ("U32",))
     if scales.entry.dtype == "U8":

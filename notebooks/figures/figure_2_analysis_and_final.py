@@ -1,6 +1,6 @@
 """Figure 2: what differs between analysis and final beyond position, by layer and by expert.
 
-python notebooks/figures/figure_2_thinking_and_answering.py RUN OUT [svg|pdf|png|html …]
+python notebooks/figures/figure_2_analysis_and_final.py RUN OUT [svg|pdf|png|html …]
 """
 
 from workbench import studies
