@@ -97,7 +97,7 @@ def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
 
 
 def _beside_halves(found: Mapping[str, xr.Dataset]) -> str:
-    """Whether analysis and final differ by more than the halves of analysis do, in plain words."""
+    """Return sentences on whether analysis and final differ by more than the halves of analysis."""
     lines = []
     for label in ("routing", "sinks"):
         pair = [found.get(f"{label}_{n}") for n in ("analysis_vs_final", "halves_of_analysis")]

@@ -95,7 +95,7 @@ def labels(summary: xr.DataArray, name: str) -> np.ndarray:
 
 
 def in_order(values: Sequence[str]) -> list[str]:
-    """Distinct labels: efforts by how hard the model thinks, everything else by the alphabet."""
+    """Return distinct labels: efforts from low to high, others in alphabetical order."""
     return sorted(set(values), key=lambda value: (EFFORTS.index(value) if value in EFFORTS else len(EFFORTS), value))
 
 
