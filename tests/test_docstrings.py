@@ -56,9 +56,9 @@ def raises_input_error(function: ast.AST) -> bool:
 
 def has_bare_array(annotation: ast.expr) -> bool:
     """Return whether the annotation contains an array type without a shape."""
-    if isinstance(annotation, ast.Subscript) and isinstance(annotation.slice, ast.Tuple):
-        if any(isinstance(e, ast.Constant) and isinstance(e.value, str) for e in annotation.slice.elts):
-            return False  # jaxtyping: Float[Tensor, "batch pos"]
+    parameters = getattr(getattr(annotation, "slice", None), "elts", ())
+    if any(isinstance(e, ast.Constant) and isinstance(e.value, str) for e in parameters):
+        return False  # jaxtyping: Float[Tensor, "batch pos"]
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         return annotation.value in ARRAYS
     if getattr(annotation, "attr", getattr(annotation, "id", "")) in ARRAYS:

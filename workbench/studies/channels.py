@@ -217,7 +217,7 @@ def _mean_of_prompts(x: Float[np.ndarray, "token d"], prompt: np.ndarray) -> Flo
 
 
 def probe_auc(x: Float[np.ndarray, "token d"], label: np.ndarray, group: np.ndarray) -> list[float]:
-    """AUC of each fold of a logistic probe, folds split by group; 0.5 is chance."""
+    """Return the AUC of each fold of a logistic probe of label [token], folds split by group [token]; 0.5 is chance."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold

@@ -89,7 +89,7 @@ class Comparison:
 
 
 def labels(summary: xr.DataArray, name: str) -> np.ndarray:
-    """The effort, task or prompt of every sequence, as text; what is not stated says so."""
+    """Return the effort, task or prompt of every sequence [sequence], as text; unknown ones are labelled so."""
     values = summary.coords[name].values if name in summary.coords else np.full(summary.sizes["sequence"], "")
     return np.array([UNSTATED if pd.isna(value) or value == "" else str(value) for value in values], dtype=object)
 
@@ -271,7 +271,7 @@ def compare(
 
 
 def places(summary: xr.DataArray) -> dict[str, np.ndarray]:
-    """Layer and expert numbers of a summary."""
+    """Return the layer numbers [layer] and expert numbers [expert] of a summary."""
     return {name: np.asarray(summary[name].values) for name in ("layer", "expert")}
 
 

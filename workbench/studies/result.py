@@ -43,7 +43,7 @@ def dataset(
     definitions: Mapping[str, Definition],
     attrs: Mapping[str, Any],
 ) -> xr.Dataset:
-    """Variables with their definitions attached; each must have one."""
+    """Return a dataset of variables, name → (dims, values [*dims]), with their definitions; each must have one."""
     data = {name: (dims, values, definitions[name].attrs()) for name, (dims, values) in variables.items()}
     return xr.Dataset(data, coords=dict(coords), attrs=dict(attrs))
 
