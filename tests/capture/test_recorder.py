@@ -1,7 +1,9 @@
 """A user's own quantity is what its function gives of the raw activations, written, resumed and verified like any other."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from workbench.runs.reader import Run
 from workbench.runs.verify import other_content, verify
 
 SCALE = 2.0
+Stored = Callable[[Path], dict[str, bytes]]
 
 
 def expert_norm(x: torch.Tensor) -> torch.Tensor:
@@ -117,6 +120,44 @@ def test_a_recorder_of_a_file_that_the_command_line_names(
     code, _, err = command(capsys, "capture", "nano", str(few), "other.zarr", "--record", "mine.py:spreads")
     assert (code, err.count("\n")) == (2, 1)
     assert "'mine.py' fails: OSError: no" in err
+
+
+def test_workers_record_what_one_process_records(
+    nano: GptOss, few: Path, tmp_path: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(FILE)
+    written: dict[str, Any] = {}
+    exec("def largest(x):\n    return x.float().amax(dim=-1)", written)  # without a source, as in an interpreter
+    typed = wb.Recorder("largest", hook="hook_resid_post", reduce=written["largest"])
+    record = ["routing", "mine.py:spreads layers=0-1", typed]
+    runs = [
+        wb.capture(nano, few, tmp_path / f"{workers}", record=record, unit_tokens=1024, workers=workers)
+        for workers in (1, 2)
+    ]
+    one, two = (stored(tmp_path / str(workers)) for workers in (1, 2))
+    assert one == two
+    assert len(runs[0].committed) > 1
+    assert one != two | {"records/largest/c/0/0": b""}  # a negative control
+
+
+def test_a_file_that_workers_do_not_have_is_one_error(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distributed import LocalCluster
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone.py").write_text(FILE + "\nimport os\nos.remove(__file__)\n")  # only the first to read it can
+    words = ["capture", "nano", str(few), "run", "--record", "gone.py:spreads"]
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=None, host="127.0.0.1"
+    ) as one:
+        code, _, err = command(capsys, *words, "--dask", one.scheduler_address)
+    assert code == 2
+    lines = [line for line in err.splitlines() if not line.startswith("capture: ")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("workbench: worker ")
+    assert f"there is no file '{tmp_path / 'gone.py'}'" in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ the job has no weights; it holds the lock of the run and is the only one to fini
 
 import functools
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from workbench.capture.recorder import Recorder, for_workers
 from workbench.child_processes import isolated_children
 from workbench.errors import InputError, JobError
 from workbench.model.transformer import GptOss
@@ -37,7 +39,7 @@ class Task:
     threads: int
     transcripts: str
     run: str
-    record: tuple[str, ...]
+    record: tuple[str | Recorder, ...]
     unit_tokens: int
     exclude: str | None = None
     routing: str = "own"
@@ -49,7 +51,7 @@ class Task:
         model: GptOss,
         transcripts: str | Path,
         run: str | Path,
-        record: Sequence[str],
+        record: Sequence[str | Recorder],
         unit_tokens: int,
         threads: int,
         device: str | None = None,
@@ -68,7 +70,7 @@ class Task:
             threads=threads,
             transcripts=str(Path(transcripts).absolute()),
             run=str(run) if "://" in str(run) else str(Path(run).absolute()),
-            record=tuple(record),
+            record=tuple(map(for_workers, record)),
             unit_tokens=unit_tokens,
             exclude=exclude,
             routing=routing,
@@ -104,7 +106,7 @@ def run(
         known = client.scheduler_info()["workers"].values()
         gpus = {"GPU": 1} if any("GPU" in worker["resources"] for worker in known) else None
         futures = client.map(
-            functools.partial(compute_unit, task),
+            functools.partial(attempt_unit, task),
             list(units),
             retries=RETRIES,
             resources=gpus,
@@ -118,8 +120,10 @@ def run(
                 finished = {future for future in left if future.done()}
                 left -= finished
                 for future in finished:
-                    index, tokens, size, seconds = future.result()
-                    done.committed(index, tokens, size, seconds)
+                    result = future.result()
+                    if isinstance(result, InputError):
+                        raise result
+                    done.committed(*result)
                 if not finished:
                     if client.status != "running":
                         raise JobError(
@@ -182,6 +186,14 @@ def _client(task: Task, workers: int, address: str | None) -> Iterator[Any]:
             yield client
 
 
+def attempt_unit(task: Task, index: int) -> tuple[int, int, int, float] | InputError:
+    """Compute a unit, or return what is refused: another attempt would be refused too."""
+    try:
+        return compute_unit(task, index)
+    except InputError as error:
+        return error
+
+
 def compute_unit(task: Task, index: int) -> tuple[int, int, int, float]:
     """Compute and write one unit: its number, tokens, bytes before compression, and seconds."""
     begun = time.monotonic()
@@ -201,7 +213,18 @@ def compute_unit(task: Task, index: int) -> tuple[int, int, int, float]:
 
 @functools.lru_cache(maxsize=1)
 def _loaded(task: Task) -> tuple[GptOss, Any, Any]:
-    """Return the model, plan and writer of a job; loaded once in each worker."""
+    """Return the model, plan and writer of a job; loaded once in each worker.
+
+    Raises:
+        InputError: this worker cannot reach a file of the job, or its file differs.
+    """
+    try:
+        return _load(task)
+    except InputError as error:
+        raise InputError(f"worker {os.getpid()} on {platform.node()}: {error}") from error
+
+
+def _load(task: Task) -> tuple[GptOss, Any, Any]:
     from workbench.capture import job
     from workbench.model import load
 

@@ -6,7 +6,6 @@ stopped, whoever computed what: a unit's content depends on the unit alone.
 """
 
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -14,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from workbench import harmony
@@ -30,9 +28,10 @@ from workbench.capture import estimate, pipeline, recording
 from workbench.capture.compute import Computed
 from workbench.capture.host_routing import with_host_routes
 from workbench.capture.plan import plan_units
+from workbench.capture.shape_model import ShapeModel
+from workbench.capture.tables import message_table, sequence_table
 from workbench.errors import InputError
 from workbench.harmony.flags import counted, read_flags, sequence_flags
-from workbench.harmony.labels import Labels
 from workbench.harmony.transcripts import Reject, Transcript, read_transcripts
 from workbench.inputs import regular_file
 from workbench.model.transformer import GptOss
@@ -65,7 +64,7 @@ def capture(
     transcripts: str | Path,
     path: str | Path,
     *,
-    record: Sequence[str] = recording.DEFAULT,
+    record: Sequence[recording.RecordOption] = recording.DEFAULT,
     unit_tokens: int = 16_384,
     strict: bool = False,
     exclude: str | None = None,
@@ -148,10 +147,10 @@ def capture(
 
 
 def plan(
-    model: GptOss,
+    model: GptOss | ShapeModel,
     transcripts: str | Path,
     *,
-    record: Sequence[str],
+    record: Sequence[recording.RecordOption],
     unit_tokens: int,
     strict: bool = False,
     exclude: str | None = None,
@@ -184,7 +183,7 @@ def plan(
     return Plan(spec, digest, rows, rejects, plan_units([len(row.tokens) for row in rows], unit_tokens), flags)
 
 
-def _read(model: GptOss, transcripts: str | Path) -> tuple[list[Transcript], list[Reject], str]:
+def _read(model: GptOss | ShapeModel, transcripts: str | Path) -> tuple[list[Transcript], list[Reject], str]:
     """Return the transcripts, the rows that cannot be used, and the digest of the bytes that were read."""
     path = Path(transcripts)
     try:
@@ -199,7 +198,7 @@ def _read(model: GptOss, transcripts: str | Path) -> tuple[list[Transcript], lis
     return rows, rejects, digest
 
 
-def _flags(row: Transcript, model: GptOss) -> tuple[str, ...]:
+def _flags(row: Transcript, model: GptOss | ShapeModel) -> tuple[str, ...]:
     labels = harmony.label(row.tokens, tokenizer=model.tokenizer, n_prompt=row.n_prompt)
     return sequence_flags(labels, row.n_prompt, complete=row.complete, notes=row.notes)
 
@@ -218,8 +217,8 @@ def writer_of(
         path,
         overwrite=overwrite,
         layout=job.layout,
-        sequences=_sequences(job.rows, job.layout, job.flags),
-        messages=_messages(
+        sequences=sequence_table(job.rows, job.layout, job.flags),
+        messages=message_table(
             harmony.label(row.tokens, tokenizer=model.tokenizer, n_prompt=row.n_prompt) for row in job.rows
         ),
         model=model.cfg.to_json(),
@@ -230,21 +229,23 @@ def writer_of(
 
 
 def dry_run(
-    model: GptOss,
+    model: GptOss | ShapeModel,
     transcripts: str | Path,
     path: str | Path,
     *,
-    record: Sequence[str],
+    record: Sequence[recording.RecordOption],
     unit_tokens: int,
     strict: bool = False,
     exclude: str | None = None,
     routing: str = "own",
+    tokens_per_second: float | None = None,
 ) -> estimate.Estimate:
     """What `capture` with these arguments would take; nothing is written."""
     job = plan(
         model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
     )
-    return estimate.estimate(model, job.rows, job.spec, job.layout, _pending(job, path), path)
+    pending = _pending(job, path)
+    return estimate.estimate(model, job.rows, job.spec, job.layout, pending, path, tokens_per_second)
 
 
 def _check_run_path(path: str | Path, inputs: Sequence[str | Path], *, overwrite: bool) -> None:
@@ -362,34 +363,6 @@ def _logged(target: Path | None) -> Iterator[None]:
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _sequences(rows: Sequence[Transcript], layout: Layout, flags: Sequence[tuple[str, ...]]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "id": [row.id for row in rows],
-            "prompt_id": [row.prompt_id for row in rows],
-            "effort": [row.effort for row in rows],
-            "offset": layout.offsets,
-            "length": layout.lengths,
-            "n_prompt": [row.n_prompt for row in rows],
-            "correct": np.array([-1 if row.correct is None else int(row.correct) for row in rows], dtype=np.int8),
-            "answer": [row.answer or "" for row in rows],
-            "meta": [json.dumps(row.meta, sort_keys=True) for row in rows],
-            "flags": [" ".join(each) for each in flags],
-        }
-    )
-
-
-def _messages(labels: Iterable[Labels]) -> pd.DataFrame:
-    columns = ("role", "author", "channel", "recipient", "content_type", "start", "content", "stop", "end", "closed_by")
-    return pd.DataFrame(
-        [
-            {"sequence": s, **{c: getattr(m, c) for c in columns}, "flags": " ".join(m.flags)}
-            for s, label in enumerate(labels)
-            for m in label.messages
-        ]
-    )
 
 
 def _provenance(transcripts: str | Path, job: Plan, model: GptOss, device: str | None) -> dict[str, Any]:

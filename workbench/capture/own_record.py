@@ -101,7 +101,7 @@ def parse(recorder: Recorder, cfg: Config) -> tuple[Record, Function | None]:
         return record, None
     shape = _tried(where, recorder, hook, sizes, cfg)
     _check_sizes(where, recorder.dims, shape, sizes, cfg)
-    digest = source_digest(recorder.reduce)
+    digest = recorder.digest or source_digest(recorder.reduce)
     record = Record(
         recorder.name,
         hook,

@@ -18,7 +18,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Recorder:
     dtype: str = "float32"
     description: str = ""
     unit: str = ""
+    digest: str = field(default="", repr=False)  # of the function's source, for workers that do not have the source
 
     def __post_init__(self) -> None:
         if isinstance(self.dims, str):
@@ -78,8 +79,7 @@ def from_file(text: str) -> Recorder:
     Raises:
         InputError: there is no such file or name, the file fails, or the name is no recorder.
     """
-    where, _, name = text.rpartition(":")
-    path = Path(where if where.endswith(".py") else f"{where.replace('.', '/')}.py")
+    path, name = _file_of(text)
     if not path.is_file():
         raise InputError(
             f"--record {text}: there is no file {str(path)!r}; name a Python file, as in my_records.py:{name}"
@@ -91,6 +91,22 @@ def from_file(text: str) -> Recorder:
         known = f"its recorders are {', '.join(others)}" if others else "define it as wb.Recorder(…) there"
         raise InputError(f"--record {text}: {str(path)!r} has no recorder {name!r}: {known}")
     return found
+
+
+def for_workers(record: str | Recorder) -> str | Recorder:
+    """Return a record as processes need it that run in another folder and do not have a function's source."""
+    if isinstance(record, Recorder):
+        return replace(record, digest=source_digest(record.reduce)) if callable(record.reduce) else record
+    name, *options = record.split()
+    path, own = _file_of(name)
+    is_own = own.isidentifier() and (path.is_file() or f"{path}:{own}" == name)
+    return " ".join((f"{path.absolute()}:{own}", *options)) if is_own else record
+
+
+def _file_of(text: str) -> tuple[Path, str]:
+    """Return the file and the name of "FILE.py:NAME" or "MODULE:NAME"."""
+    where, _, name = text.rpartition(":")
+    return Path(where if where.endswith(".py") else f"{where.replace('.', '/')}.py"), name
 
 
 def _executed(path: Path, text: str) -> types.ModuleType:

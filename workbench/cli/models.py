@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli.options import Dtype, IgnoreField, Model, Overwrite, Record, Seed, UnitTokens, torch_dtype
+from workbench.cli.options import (
+    Dtype,
+    IgnoreField,
+    Model,
+    Overwrite,
+    Record,
+    Seed,
+    TokensPerSecond,
+    UnitTokens,
+    torch_dtype,
+    whole_number,
+)
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -18,7 +29,7 @@ def info(
         str,
         typer.Argument(
             help="Checkpoint folder, .gguf file, 'nano', ollama:NAME, a Hugging Face id, or 20b, 120b for the "
-            "published shapes."
+            "published shapes. openai/gpt-oss-20b and -120b are not downloaded."
         ),
     ],
     tokens: Annotated[
@@ -29,17 +40,28 @@ def info(
     memory: Annotated[str, typer.Option(help="Memory of one GPU, as in 80GB or 24GiB.")] = "80GB",
     record: Record = None,
     unit_tokens: UnitTokens = 16_384,
+    tokens_total: Annotated[
+        int | None,
+        typer.Option(parser=whole_number, metavar="N", help="Also plan a capture of so many tokens, as in 5e6."),
+    ] = None,
+    sequence_tokens: Annotated[int, typer.Option(min=10, help="Tokens of a sequence of that capture.")] = 1000,
+    tokens_per_second: TokensPerSecond = None,
     dtype: Dtype = "bfloat16",
     ignore_field: IgnoreField = None,
 ) -> None:
-    """Show the sizes, memory plan and hook points of a model without loading it."""
-    from workbench.capture import recording
+    """Show the sizes, memory plan and hook points of a model without loading it.
+
+    With --tokens-total, also show the disk of each record, the host memory and the time of a capture.
+    """
+    from workbench.capture import estimate, recording
     from workbench.capture.compute import LOGIT_ROWS
+    from workbench.capture.shape_model import ShapeModel, published_name
     from workbench.model.info import Plan, describe, subject
     from workbench.model.memory import parse
     from workbench.model.packing import FORWARD_TOKENS
 
-    about = subject(model, ignore_field or ())
+    size = published_name(model)
+    about = subject(size or model, ignore_field or ())
     spec = recording.parse(record or recording.DEFAULT, about.cfg)
     plan = Plan(
         tokens=tokens or min(FORWARD_TOKENS, about.cfg.n_ctx),
@@ -51,6 +73,17 @@ def info(
         dtype=torch_dtype(dtype),
     )
     describe(about, plan)
+    if tokens_total is not None:
+        shape = ShapeModel(about.name, about.cfg, about.tokenizer(), plan.dtype)
+        capture = estimate.for_tokens(
+            shape,
+            spec,
+            tokens_total,
+            sequence_tokens=sequence_tokens,
+            unit_tokens=unit_tokens,
+            tokens_per_second=tokens_per_second,
+        )
+        estimate.show(capture, f"A capture of sequences of {sequence_tokens:,} tokens")
 
 
 @app.command("convert-weights")

@@ -36,6 +36,27 @@ UnitTokens = Annotated[
 ]
 
 
+TokensPerSecond = Annotated[
+    float | None,
+    typer.Option(min=1e-3, max=1e9, help="Plan with this speed. [default: measured, or estimated for an H100]"),
+]
+
+
+def whole_number(text: str | int) -> int:
+    """Return the number of a text such as 5000000, 5_000_000 or 5e6.
+
+    Raises:
+        BadParameter: it is not a positive whole number.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 1e15 or value != int(value):
+        raise typer.BadParameter(f"{text!r}: expected a positive whole number, such as 5000000 or 5e6")
+    return int(value)
+
+
 def torch_dtype(name: str) -> Any:
     """Return the torch dtype of a name.
 

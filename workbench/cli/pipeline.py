@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from workbench.cli.options import (
     Record,
     RunPath,
     Seed,
+    TokensPerSecond,
     UnitTokens,
     load_model,
     torch_dtype,
@@ -176,8 +177,12 @@ def capture(
     workers: Annotated[int, typer.Option(max=1024, help="Processes on this machine that share the units.")] = 1,
     dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers share them.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Estimate memory, disk and time, and write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Estimate memory, disk and time, and write nothing; 20b, 120b need no weights for it."
+        ),
     ] = False,
+    tokens_per_second: TokensPerSecond = None,
     log: Annotated[Path | None, typer.Option(help="Log file. [default: RUN.log]")] = None,
     adapter: Adapter = None,
     device: Device = "auto",
@@ -194,6 +199,7 @@ def capture(
     message; "reduce=moments sketch=64"). See docs/howto/record.md.
     """
     from workbench.capture import cluster, estimate, job, recording
+    from workbench.capture.shape_model import ShapeModel, published_name
     from workbench.model import load
 
     if workers < 1:
@@ -201,12 +207,19 @@ def capture(
     # Workers load the model themselves: a copy in this process would take the memory that the first of them needs.
     shared = (workers > 1 or dask is not None) and not dry_run
     worker_device = cluster.worker_device(device) if shared else None
-    loaded = load(
-        model,
-        device="meta" if shared else device,
-        dtype=torch_dtype(dtype),
-        adapter=adapter,
-        ignore_fields=ignore_field or (),
+    size = published_name(model)
+    if size is not None and not dry_run and "/" not in model:
+        raise InputError(f"{model} names a shape without weights: add --dry-run to plan, or use openai/gpt-oss-{size}")
+    loaded: Any = (
+        ShapeModel.published(size)
+        if size is not None and dry_run
+        else load(
+            model,
+            device="meta" if shared else device,
+            dtype=torch_dtype(dtype),
+            adapter=adapter,
+            ignore_fields=ignore_field or (),
+        )
     )
     records = record or list(recording.DEFAULT)
     if dry_run:
@@ -219,8 +232,10 @@ def capture(
             strict=strict,
             exclude=exclude,
             routing=routing,
+            tokens_per_second=tokens_per_second,
         )
-        estimate.show(plan, run)
+        without = f", {loaded.checkpoint.path} without weights" if size is not None else ""
+        estimate.show(plan, f"Capture into {run}{without}")
         estimate.refuse_what_cannot_fit(plan, run)
         return
     written = job.capture(

@@ -1,7 +1,7 @@
 """Describe a model and its memory from its config alone."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from workbench import harmony
+from workbench.harmony.vocabulary import Tokenizer
 from workbench.hooks.names import BLOCK, FIRST, LAST
 from workbench.kernels import cpu
 from workbench.model import memory
@@ -25,6 +27,7 @@ class Subject:
     cfg: Config
     experts: str
     notes: tuple[str, ...] = ()
+    tokenizer: Callable[[], Tokenizer] = harmony.tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ def subject(source: str, ignore_fields: Collection[str] = ()) -> Subject:
         notes.append(
             f"{len(names)} tensors are stored as {precision}, not in the published precision: {_listed(names)}"
         )
-    return Subject(f"{source} ({checkpoint.layout} layout)", checkpoint.cfg, checkpoint.experts, tuple(notes))
+    return Subject(
+        f"{source} ({checkpoint.layout} layout)", checkpoint.cfg, checkpoint.experts, tuple(notes), checkpoint.tokenizer
+    )
 
 
 def _listed(names: Collection[str]) -> str:

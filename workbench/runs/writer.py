@@ -54,7 +54,7 @@ _MAY_BE_NAN = ("logprob", "entropy")  # where a sequence begins: nothing predict
 
 
 def open_writer(
-    path: str | Path,
+    path: str | Path | Storage,
     *,
     layout: Layout,
     sequences: pd.DataFrame,
