@@ -1,7 +1,7 @@
 """The documentation is true: every code block runs, every command works, every link leads somewhere, the site builds clean.
 
 Blocks run in a folder that has what a reader would have: nano stands for the real checkpoints, a slice of the demo run for
-theirs, and a host of our own for vLLM.
+theirs, and a mock server for vLLM.
 """
 
 import json
@@ -176,7 +176,7 @@ def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path: Path) -> No
     assert "workbench capture" in (tmp_path / "site" / "commands" / "index.html").read_text()
 
 
-def test_the_store_page_names_what_a_run_has(tmp_path: Path) -> None:
+def test_the_store_page_names_the_recorded_quantities(tmp_path: Path) -> None:
     write_run(tmp_path / "r.zarr")
     page = (ROOT / "docs" / "store.md").read_text()
     group = zarr.open_group(tmp_path / "r.zarr", mode="r")

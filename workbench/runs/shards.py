@@ -47,7 +47,7 @@ def writes(
     values: np.ndarray,
     listed: dict[str, Entry] | None = None,
 ) -> Iterator[Callable[[], None]]:
-    """What is to be done to put `values` at `start` of `axis` of the array `name`, of all else all: a call a shard.
+    """Yield a call for each shard that writes `values` [... token ...] at `start` along `axis` of an array.
 
     In any order. A shard that is there is written again as a whole; one at the end of the values is filled up.
     listed: gets the entry of every file for the manifest.
@@ -141,7 +141,7 @@ def _decode(data: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def shard(block: np.ndarray, chunks: tuple[int, ...]) -> list[bytes]:
-    """A shard of whole chunks, in pieces to be written one after the other."""
+    """Return a shard that holds the block [...] in complete chunks, in pieces to be written in order."""
     parts: list[bytes] = []
     index: list[int] = []
     at = 0
