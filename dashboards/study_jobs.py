@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +47,6 @@ class Desk:
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self._folder = Path(folder) if folder is not None else cache_folder()
-        self._passing = Path(tempfile.mkdtemp(prefix="workbench-studies-"))  # of runs that still grow
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="study")
         self._made: dict[tuple[str, str], tuple[float, Future[dict[str, xr.Dataset]]]] = {}
         self._running: set[subprocess.Popen[str]] = set()
@@ -74,15 +73,22 @@ class Desk:
                 self._made.pop((study, digest), None)  # whoever asks next tries again
         return Answer(reason=str(error) or type(error).__name__)
 
+    @cached_property
+    def _passing(self) -> "tempfile.TemporaryDirectory[str]":
+        """Where studies of runs that still grow are kept: made when it is needed, removed when the process ends."""
+        return tempfile.TemporaryDirectory(prefix="workbench-studies-", ignore_cleanup_errors=True)
+
     def close(self) -> None:
         """End what is under way."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in list(self._running):
             process.kill()
-        shutil.rmtree(self._passing, ignore_errors=True)
+        if "_passing" in self.__dict__:
+            self._passing.cleanup()
 
     def _get(self, study: str, paths: Sequence[str], digest: str, exclude: str, lasting: bool) -> dict[str, xr.Dataset]:
-        kept = (self._folder if lasting else self._passing) / f"{digest}-{_code()}" / study
+        folder = self._folder if lasting else Path(self._passing.name)
+        kept = folder / f"{digest}-{_code()}" / study
         if not kept.exists():
             self._make(study, paths, exclude, kept)
         os.utime(kept.parent)

@@ -70,7 +70,7 @@ def patch(
     *,
     shift: int = 0,
 ) -> Edit:
-    """Return an edit that replaces activations by those of another pass, position by position.
+    """Return an edit that replaces activations [batch pos ...] by those of another pass, position by position.
 
     source: a cache, or a tensor for the one point. Sequence i takes row i, or the only row; the token at position p
     takes position p + shift, and keeps its own where the source has none. Of scores and patterns, query by query.

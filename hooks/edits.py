@@ -72,6 +72,7 @@ class Matched:
     _changed: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def count(self, tokens: int, changed: Tensor | int) -> None:
+        """Add the numbers of tokens of a pass and of changed ones (a number or a tensor [])."""
         self.tokens += tokens
         here = torch.as_tensor(changed)
         self._changed[here.device] = self._changed.get(here.device, 0) + here  # summed there: no wait for a GPU

@@ -166,7 +166,7 @@ def ablate(
 def expert_means(
     model: Any, tokens: Tensor, layers: Layers, *, over: Tokens = None, **pass_options: Any
 ) -> dict[int, Float[Tensor, "expert d_model"]]:
-    """Mean output of every expert over the tokens that went to it, float32 on the CPU; NaN where none did."""
+    """Return each expert's mean output [expert d_model] over the tokens [batch pos] routed to it; NaN without any."""
     members, shape = as_set(over), (model.cfg.num_experts, model.cfg.d_model)
     sums = {layer: torch.zeros(shape, dtype=torch.float64) for layer in numbers(layers)}
     counts = {layer: torch.zeros(shape[0], dtype=torch.float64) for layer in sums}

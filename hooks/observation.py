@@ -15,7 +15,7 @@ from transformer_lens.hook_points import HookPoint
 
 
 def observe(point: HookPoint, x: Tensor, recompute: Callable[[], Tensor]) -> tuple[Tensor, Bool[Tensor, "..."] | None]:
-    """Return x as the point's hooks leave it, and which of its values they changed (None: they only read it).
+    """Return x [batch pos ...] as the hooks leave it, and which values they changed (None: they only read it).
 
     `recompute` returns the values of x again; it is called where a hook may have edited x in place.
     """
@@ -31,7 +31,7 @@ def observe(point: HookPoint, x: Tensor, recompute: Callable[[], Tensor]) -> tup
 def replace_changed(
     fused: Tensor, materialized: Callable[[], Tensor], changed: Bool[Tensor, "..."] | None, *sources: Tensor
 ) -> Tensor:
-    """Return `fused`, but the values of `materialized()` where `changed`; gradients take the materialized path.
+    """Return `fused` [batch pos ...], with the values of `materialized()` where `changed`; it carries the gradients.
 
     changed: broadcast against `fused`; None stands for nowhere. sources: tensors after their hooks; when one of them
     has a gradient, the materialized path is computed even if nothing changed, for the gradient to reach that tensor.

@@ -93,6 +93,7 @@ class SAE(nn.Module):
     def __init__(
         self, cfg: SAEConfig, weights: Mapping[str, Tensor], sparsity: Float[Tensor, "d_sae"] | None = None
     ) -> None:
+        """Build an SAE from its weights: W_enc [d_in d_sae], W_dec [d_sae d_in], b_enc [d_sae], b_dec [d_in]."""
         super().__init__()
         self.cfg = cfg
         for name, tensor in weights.items():

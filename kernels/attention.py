@@ -106,7 +106,7 @@ def attention(
 
 
 def shrink(z: Float[Tensor, "batch query head d_head"], sink: Float[Tensor, "batch query head"]) -> Tensor:
-    """What attention over the keys becomes beside a sink of this probability; in z's dtype."""
+    """Return attention over keys with a sink of this probability [batch query head d_head], in the dtype of z."""
     return chunked(lambda z, sink: (z * (1 - sink)[..., None]).to(z.dtype), z, sink, dim=1)
 
 

@@ -15,7 +15,7 @@ POSITIONS = 1024
 
 
 def chunked(step: Callable[..., Tensor], *tensors: Tensor, dim: int) -> Tensor:
-    """Return `step(*tensors)`, whose positions along `dim` are independent; all tensors have this axis.
+    """Return `step(*tensors)`; positions along `dim`, an axis of all tensors [... dim ...], must be independent.
 
     On a GPU it is one step: every chunk would be a launch, and the caches that chunks are for are a CPU's.
     """

@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether x lies where Triton's kernels run; ROCm devices call themselves CUDA."""
+    """Return whether x [...] is on a device that runs Triton's kernels; ROCm devices call themselves CUDA."""
     return x.is_cuda
 
 
 def triton(name: str, x: Tensor) -> ModuleType | None:
-    """`workbench.kernels.gpu.<name>` if x is on a GPU, else nothing."""
+    """Return the module `workbench.kernels.gpu.<name>` if x [...] is on a GPU, else None."""
     return importlib.import_module(f"workbench.kernels.gpu.{name}") if on_gpu(x) else None
 
 

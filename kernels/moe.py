@@ -56,7 +56,7 @@ class ActivationHooks(NamedTuple):
 
 
 def swiglu(gate: Float[Tensor, "*rows d_mlp"], up: Float[Tensor, "*rows d_mlp"], limit: float, alpha: float) -> Tensor:
-    """gate · sigmoid(alpha · gate) · (up + 1), gate clamped from above and up on both sides."""
+    """Return gate · sigmoid(alpha · gate) · (up + 1) [*rows d_mlp]; gate is clamped from above, up on both sides."""
     gate = gate.clamp(max=limit)
     return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
 

@@ -1,7 +1,7 @@
 """The documentation is true: every code block runs, every command works, every link leads somewhere, the site builds clean.
 
 Blocks run in a folder that has what a reader would have: nano stands for the real checkpoints, a slice of the demo run for
-theirs, and a host of our own for vLLM.
+theirs, and a mock server for vLLM.
 """
 
 import json
@@ -37,35 +37,31 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT / "docs"))
 
 
-@pytest.fixture
-def workplace(tmp_path: Path) -> Path:
-    """What a reader has."""
-    (tmp_path / "openai").mkdir()
-    for model in ("gpt-oss-20b", "gpt-oss-120b"):  # the hub ids that the pages name
-        (tmp_path / "openai" / model).symlink_to(DATA / "nano")
-    (tmp_path / "dashboards").symlink_to(ROOT / "dashboards")
-    shutil.copytree(DATA / "demo.zarr", tmp_path / "run.zarr")
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a reader has, made once."""
+    folder = tmp_path_factory.mktemp("reader")
+    shutil.copytree(DATA / "demo.zarr", folder / "run.zarr")
     rows = (DATA / "prompts.jsonl").read_text().splitlines()[::40]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     said = [
         {"id": f"c{i}", "messages": [*json.loads(row)["messages"], {"role": "assistant", "content": "7"}]}
         for i, row in enumerate(rows)
     ]
-    (tmp_path / "conversations.jsonl").write_text("\n".join(map(json.dumps, said)) + "\n")
-    command = [
-        sys.executable,
-        "-m",
-        "workbench.cli",
-        "generate",
-        "nano",
-        "prompts.jsonl",
-        "answers.jsonl",
-        "--effort",
-        "low",
-        "--effort",
-        "high",
-    ]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    (folder / "conversations.jsonl").write_text("\n".join(map(json.dumps, said)) + "\n")
+    words = ["generate", "nano", "prompts.jsonl", "answers.jsonl", "--effort", "low", "--effort", "high"]
+    subprocess.run([sys.executable, "-m", "workbench.cli", *words], check=True, capture_output=True, cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of it, with the checkpoints and the dashboards in their places."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "openai").mkdir()
+    for model in ("gpt-oss-20b", "gpt-oss-120b"):  # the hub ids that the pages name
+        (tmp_path / "openai" / model).symlink_to(DATA / "nano")
+    (tmp_path / "dashboards").symlink_to(ROOT / "dashboards")
     return tmp_path
 
 
@@ -181,7 +177,7 @@ def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path: Path) -> No
     assert "workbench capture" in (tmp_path / "site" / "commands" / "index.html").read_text()
 
 
-def test_the_store_page_names_what_a_run_has(tmp_path: Path) -> None:
+def test_the_store_page_names_the_recorded_quantities(tmp_path: Path) -> None:
     write_run(tmp_path / "r.zarr")
     page = (ROOT / "docs" / "store.md").read_text()
     group = zarr.open_group(tmp_path / "r.zarr", mode="r")

@@ -31,7 +31,7 @@ def _scales() -> Float[Tensor, "256"]:
 
 
 def covers_dense(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `linear` can multiply these: weights in bfloat16 beside inputs in bfloat16 or float32."""
+    """Return whether `linear` can multiply x [rows d_in] and a bfloat16 weight [d_out d_in]."""
     return (
         weight.dtype == torch.bfloat16
         and x.dtype in _DTYPES
@@ -73,7 +73,7 @@ class Slots:
 
 
 def covers_experts(x: Tensor, *matrices: object) -> bool:
-    """Return whether `expert_linear` can multiply x by these matrices."""
+    """Return whether `expert_linear` can multiply x [rows d_in] by these matrices [expert d_in d_out]."""
     return x.dtype in _DTYPES and all(
         isinstance(matrix, Mxfp4)
         and matrix.blocks.is_contiguous()
@@ -102,7 +102,7 @@ def expert_linear(
 
 
 def covers_unpacking(blocks: Tensor, scales: Tensor) -> bool:
-    """Return whether `unpack` can read these."""
+    """Return whether `unpack` can read these blocks [... group 16] and scales [... group]."""
     return blocks.is_contiguous() and scales.is_contiguous()
 
 

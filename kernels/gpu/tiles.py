@@ -56,7 +56,7 @@ def _arch(device: torch.device) -> str:
 
 
 def target(x: torch.Tensor) -> str:
-    """The name in `aot.TARGETS` of the GPU that holds x, or "interpreter" for a CPU tensor."""
+    """Return the name in `aot.TARGETS` of the GPU that holds x [...], or "interpreter" for a CPU tensor."""
     return _arch(x.device) if x.is_cuda else "interpreter"
 
 

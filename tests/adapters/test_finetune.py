@@ -13,7 +13,7 @@ from peft import PeftModel
 
 import workbench as wb
 from tests.model.conftest import SHAPES, to_hf
-from tests.model.test_lora import SHAPE, make_twins
+from tests.model.test_lora import SHAPE, dense_and_packed
 from workbench.adapters import finetune as module
 from workbench.adapters.finetune import Schedule, Training, finetune, summed_loss
 from workbench.adapters.taught import Example
@@ -29,8 +29,8 @@ SCHEDULE = Schedule(20, batch=3, learning_rate=3e-3, weight_decay=0.01, seed=1)
 
 
 @pytest.fixture
-def twins() -> tuple[GptOss, GptOss]:
-    return make_twins(SHAPES[SHAPE])
+def models() -> tuple[GptOss, GptOss]:
+    return dense_and_packed(SHAPES[SHAPE])
 
 
 def examples(n: int = 7) -> list[Example]:
@@ -78,8 +78,10 @@ def train(model: GptOss, updates: dict[str, LowRank], state: Path) -> list[float
     return training.losses
 
 
-def test_twenty_steps_have_the_losses_of_peft_on_unpacked_weights(twins: tuple[GptOss, GptOss], tmp_path: Path) -> None:
-    model, dense = twins
+def test_twenty_steps_have_the_losses_of_peft_on_unpacked_weights(
+    models: tuple[GptOss, GptOss], tmp_path: Path
+) -> None:
+    model, dense = models
     start(model, tmp_path / "start")
     wanted = losses_of_peft(dense, tmp_path / "start")
     updates = attach_existing(model, OPTIONS, tmp_path / "start")
@@ -93,9 +95,9 @@ def test_twenty_steps_have_the_losses_of_peft_on_unpacked_weights(twins: tuple[G
     assert max(abs(a - b) for a, b in zip(train(model, broken, tmp_path / "other"), wanted, strict=True)) > 1e-3
 
 
-def test_the_gradients_of_the_factors_are_central_differences(twins: tuple[GptOss, GptOss], tmp_path: Path) -> None:
-    model = twins[0].double()
-    start(twins[1], tmp_path / "start")
+def test_the_gradients_of_the_factors_are_central_differences(models: tuple[GptOss, GptOss], tmp_path: Path) -> None:
+    model = models[0].double()
+    start(models[1], tmp_path / "start")
     updates = attach_existing(model, OPTIONS, tmp_path / "start")
     for update in updates.values():
         update.double()
@@ -118,9 +120,9 @@ def test_the_gradients_of_the_factors_are_central_differences(twins: tuple[GptOs
 
 
 def test_the_size_of_a_pass_changes_no_gradient(
-    twins: tuple[GptOss, GptOss], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    models: tuple[GptOss, GptOss], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model, found = twins[0], []
+    model, found = models[0], []
     for tokens in (1, 10_000):
         monkeypatch.setattr(module, "_PASS_TOKENS", tokens)
         updates = attach(model, OPTIONS, seed=0)

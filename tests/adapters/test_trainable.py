@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from tests.model.conftest import SHAPES, to_hf
-from tests.model.test_lora import SHAPE, X, make_twins
+from tests.model.test_lora import SHAPE, X, dense_and_packed
 from workbench.adapters import trainable
 from workbench.adapters.trainable import Options, attach, attach_existing, detach, write_folder
 from workbench.errors import InputError
@@ -21,8 +21,8 @@ EVERY = tuple(trainable.TRAINABLE)
 
 
 @pytest.fixture(scope="module")
-def twins() -> tuple[GptOss, GptOss]:
-    return make_twins(SHAPES[SHAPE])
+def models() -> tuple[GptOss, GptOss]:
+    return dense_and_packed(SHAPES[SHAPE])
 
 
 @torch.no_grad()
@@ -37,9 +37,9 @@ def stirred(model: GptOss, options: Options) -> dict[str, LowRank]:
 
 @pytest.mark.parametrize("parts", [(name,) for name in EVERY] + [EVERY])
 def test_peft_computes_the_same_from_a_written_folder(
-    twins: tuple[GptOss, GptOss], parts: tuple[str, ...], tmp_path: Path
+    models: tuple[GptOss, GptOss], parts: tuple[str, ...], tmp_path: Path
 ) -> None:
-    model, dense = twins
+    model, dense = models
     options = Options(parts, rank=3, alpha=7.0)
     with torch.no_grad():
         plain = model(X)
@@ -57,8 +57,8 @@ def test_peft_computes_the_same_from_a_written_folder(
         unload_adapter(model)
 
 
-def test_an_untrained_update_changes_nothing_and_has_pefts_distribution(twins: tuple[GptOss, GptOss]) -> None:
-    model = twins[0]
+def test_an_untrained_update_changes_nothing_and_has_pefts_distribution(models: tuple[GptOss, GptOss]) -> None:
+    model = models[0]
     with torch.no_grad():
         plain = model(X)
         updates = attach(model, Options(EVERY, rank=16), seed=0)
@@ -71,8 +71,8 @@ def test_an_untrained_update_changes_nothing_and_has_pefts_distribution(twins: t
     detach(model, updates)
 
 
-def test_a_folder_is_continued_where_it_is(twins: tuple[GptOss, GptOss], tmp_path: Path) -> None:
-    model = twins[0]
+def test_a_folder_is_continued_where_it_is(models: tuple[GptOss, GptOss], tmp_path: Path) -> None:
+    model = models[0]
     options = Options(EVERY, rank=3, alpha=7.0)
     before = stirred(model, options)
     write_folder(model, before, options, tmp_path / "adapter")
@@ -109,8 +109,8 @@ def test_options_without_meaning_are_refused(options: dict[str, object], reason:
         Options(**options)
 
 
-def test_a_folder_says_what_it_adapts(twins: tuple[GptOss, GptOss], tmp_path: Path) -> None:
-    model = twins[0]
+def test_a_folder_says_what_it_adapts(models: tuple[GptOss, GptOss], tmp_path: Path) -> None:
+    model = models[0]
     updates = attach(model, Options(("attention", "router")), seed=0)
     write_folder(model, updates, Options(("attention", "router")), tmp_path / "adapter")
     detach(model, updates)

@@ -21,7 +21,7 @@ def nano() -> GptOss:
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict[str, Any]]:
-    """Prompts with a thought and their answers as last messages."""
+    """Prompts with an analysis and their answers as last messages."""
     prompts = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
     return [
         {

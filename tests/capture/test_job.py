@@ -60,7 +60,7 @@ def test_records_are_what_hooks_see_one_sequence_at_a_time(nano: GptOss, transcr
         np.testing.assert_allclose(got["entropy"].values[1:], entropy, rtol=1e-4, atol=1e-4)
 
 
-def test_a_captured_run_is_whole(run_path: Path) -> None:
+def test_a_captured_run_is_valid(run_path: Path) -> None:
     assert verify(run_path) == []
     run = wb.open_run(run_path)
     assert run.status == "complete"

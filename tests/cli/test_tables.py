@@ -20,7 +20,7 @@ def printed(run) -> str:
     return out.getvalue()
 
 
-def test_it_says_what_a_run_holds():
+def test_the_tables_name_the_recorded_quantities():
     run = wb.open_run(DATA / "demo.zarr")
     text = printed(run)
     assert "nano: 4 layers of 16 experts" in text

@@ -194,7 +194,9 @@ def test_a_run_that_vanishes_is_said_to_be_gone(demo_run: Path, tmp_path: Path, 
         ("experts", 2, "dark"),
     ],
 )
-def test_every_page_draws_and_explains_itself(demo: str, browser: Browser, page: str, figures: int, theme: str) -> None:
+def test_every_page_shows_its_figures_and_methods(
+    demo: str, browser: Browser, page: str, figures: int, theme: str
+) -> None:
     session = Session(browser, f"{demo}/{page}?theme={theme}").drawn(figures)
     paper = session.page.evaluate(
         """() => { let found = ''; const walk = root => { for (const e of root.querySelectorAll('*')) {

@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -204,6 +205,19 @@ def test_what_a_run_cannot_carry_is_said_and_half_a_study_is_not_kept(tmp_path: 
     desk.close()  # as a server that is ended in the middle
     time.sleep(1)
     assert not [p for p in tmp_path.rglob("routing") if p.is_dir()]
+
+
+def test_no_temporary_folder_is_left_behind(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the study of a run that grows needs one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    desk = Desk(tmp_path / "cache")
+    wait_for(desk, "effort", [run.path], run.digest)
+    assert not list((tmp_path / "scratch").glob("workbench-studies-*"))
+    wait_for(desk, "effort", [run.path], run.digest + "grown", lasting=False)
+    assert list((tmp_path / "scratch").glob("workbench-studies-*/*/effort"))
+    desk.close()
+    assert not list((tmp_path / "scratch").glob("workbench-studies-*"))
 
 
 def test_a_growing_run_is_studied_once_for_each_visit(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_answers_are_right_and_steps_lead_there(family: str) -> None:
 
 
 def written(digits: str, column: bool) -> int:
-    """A column of a sum has its total as always; everything else in a thought is low digit first."""
+    """A column of a sum has its total as always; every other number of an analysis is low digit first."""
     return int(digits if column else digits[::-1])
 
 
@@ -106,7 +106,7 @@ def test_the_split_is_the_same_in_every_process() -> None:
     assert len(test) / len(found) == pytest.approx(0.1, abs=0.03)
 
 
-def test_effort_selects_how_much_is_thought() -> None:
+def test_effort_selects_the_length_of_the_analysis() -> None:
     rng = random.Random(3)
     for family in WEIGHTS:
         problem = draw(rng, family)
@@ -130,7 +130,7 @@ def test_training_and_prompting_render_alike(family: str, effort: str, tokenizer
     assert all(example.taught[len(prompt) :])
 
 
-def test_every_example_is_whole_harmony(tokenizer: harmony.Tokenizer) -> None:
+def test_every_example_is_complete_harmony(tokenizer: harmony.Tokenizer) -> None:
     rng = random.Random(5)
     for _ in range(300):
         ids, taught = training_example(rng)

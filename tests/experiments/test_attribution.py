@@ -123,7 +123,7 @@ def test_layers_add_up_to_steps_of_the_logit_lens(exact: GptOss) -> None:
     assert abs(frozen.embed.to_numpy() - lens.isel(depth=0)).max() > 0.1, "a scale held fixed must not pass"
 
 
-def test_a_path_gives_the_embedding_what_it_says_alone(exact: GptOss) -> None:
+def test_a_path_gives_the_embedding_its_own_logit(exact: GptOss) -> None:
     parts, lens = logit_parts(exact, X, of=7, norm="path"), logit_lens(exact, X, of=7).logit
     assert abs(parts.embed - lens.isel(depth=0)).max() < 1e-10
 

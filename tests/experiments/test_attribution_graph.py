@@ -51,7 +51,7 @@ def test_edges_go_forward_to_tokens_that_can_be_seen(complete: AttributionGraph)
     assert (source["layer"] <= target["layer"]).all()
 
 
-def test_a_small_graph_keeps_what_it_says(small: AttributionGraph, complete: AttributionGraph) -> None:
+def test_a_small_graph_keeps_the_stated_influence(small: AttributionGraph, complete: AttributionGraph) -> None:
     assert len(small.nodes) < 0.1 * len(complete.nodes)
     assert small.metadata["kept_influence"] >= 0.8
     assert small.nodes["influence"].is_monotonic_increasing is False

@@ -33,7 +33,7 @@ FEW = pytest.mark.filterwarnings("ignore:only .* prompts")
 @FEW
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [record.name for record in experiments()])
-def test_every_experiment_explains_itself_and_can_be_drawn_and_saved(name, run, nano, tmp_path):
+def test_every_experiment_has_a_summary_and_can_be_drawn_and_saved(name, run, nano, tmp_path):
     options = {"controls": 20} if "controls" in registry.find(name).options else {}
     found = run_experiment(name, nano, run, sequences=60, **options)
     drawn = figures.gallery(found)

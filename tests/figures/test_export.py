@@ -23,7 +23,7 @@ def one(div):
 
 @pytest.mark.browser
 @pytest.mark.skipif(not Chromium.find_browser(skip_local=False), reason="no Chromium or Chrome on this machine")
-def test_images_are_whole_and_come_from_one_browser(one, div, load, tmp_path, monkeypatch):
+def test_images_are_complete_and_come_from_one_browser(one, div, load, tmp_path, monkeypatch):
     started = []
     start = Chromium.__init__
     monkeypatch.setattr(Chromium, "__init__", lambda self, *a, **k: (started.append(1), start(self, *a, **k))[1])

@@ -87,7 +87,7 @@ def test_load_cells_are_coloured_zero_or_missing_but_never_two_of_them(load):
     assert {trace.name for trace in figure.data if trace.showlegend is None} >= {"never selected", "missing"}
 
 
-def test_load_is_shown_as_multiples_of_an_even_share_and_clipped_cells_are_marked(load):
+def test_load_is_shown_relative_to_uniform_and_clipped_cells_are_marked(load):
     share = load["share"].sel(channel="final", effort="low").values
     figure = routing.load_heatmap(load, "final", "low", clip=2)
     (value,) = coloured(figure)
@@ -96,7 +96,7 @@ def test_load_is_shown_as_multiples_of_an_even_share_and_clipped_cells_are_marke
     assert figure.layout.coloraxis.cmin == 0
     assert figure.layout.coloraxis.cmax == 2
     assert cells(signs(figure, "triangle-up")[0]) == places(16 * share > 2) != set()
-    # what is clipped in colour is whole on hover
+    # values clipped in colour are unclipped on hover
     assert np.nanmax(np.asarray(value.customdata, float)[..., 0]) == pytest.approx(16 * np.nanmax(share))
     assert not signs(routing.load_heatmap(load, "final", "low", clip=16), "triangle-up")
 

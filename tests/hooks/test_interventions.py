@@ -111,7 +111,7 @@ def test_an_intervention_is_the_model_changed_by_hand(base: GptOss, name: str) -
 
 
 @torch.no_grad()
-def test_the_ways_to_take_an_expert_away_differ(base: GptOss) -> None:
+def test_the_ways_to_ablate_an_expert_differ(base: GptOss) -> None:
     ways = [forbid(1, [2]), *(ablate(1, [2], how=how) for how in ("zero", "renormalise", "resample"))]
     ways.append(ablate(1, [2], how="mean", means=expert_means(base, X, 1)))
     outs = [run(base, way) for way in ways]

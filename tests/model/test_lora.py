@@ -57,7 +57,7 @@ def with_peft(hf: GptOssForCausalLM, modules: Sequence[str], parameters: Sequenc
     return peft.eval()
 
 
-def make_twins(cfg: Config) -> tuple[GptOss, GptOss]:
+def dense_and_packed(cfg: Config) -> tuple[GptOss, GptOss]:
     """The same numbers twice: experts packed, and dense."""
     dense, packed = random_model(cfg), GptOss(cfg, packed=True)
     state = dense.state_dict()
@@ -70,17 +70,17 @@ def make_twins(cfg: Config) -> tuple[GptOss, GptOss]:
 
 
 @pytest.fixture(scope="module")
-def twins() -> tuple[GptOss, GptOss]:
-    return make_twins(SHAPES[SHAPE])
+def models() -> tuple[GptOss, GptOss]:
+    return dense_and_packed(SHAPES[SHAPE])
 
 
 @pytest.fixture(scope="module")
-def folders(twins: tuple[GptOss, GptOss], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor]]:
+def folders(models: tuple[GptOss, GptOss], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor]]:
     """Of each adapter PEFT's folder and the logits of transformers with it."""
     made = {}
     for name, (modules, parameters) in TARGETS.items():
         folder = tmp_path_factory.mktemp("adapters") / name
-        made[name] = folder, save_adapter(folder, twins[1], modules, parameters)
+        made[name] = folder, save_adapter(folder, models[1], modules, parameters)
     return made
 
 
@@ -106,9 +106,9 @@ def error(model: GptOss, folder: Path, wanted: Tensor) -> float:
 @pytest.mark.parametrize("targets", list(TARGETS))
 @pytest.mark.parametrize("kind", ["packed", "dense"])
 def test_each_target_is_what_transformers_with_peft_computes(
-    twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], targets: str, kind: str
+    models: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], targets: str, kind: str
 ) -> None:
-    model = twins[kind == "dense"]
+    model = models[kind == "dense"]
     folder, wanted = folders[targets]
     with torch.no_grad():
         assert (model(X) - wanted).abs().max() / wanted.abs().max() > 1e-2  # the adapter is heard
@@ -122,15 +122,15 @@ def test_each_target_is_what_transformers_with_peft_computes(
     {"layers_to_transform": [1]},
 ], ids=lambda options: next(iter(options)))  # fmt: skip
 def test_scales_and_ranks_follow_the_config(
-    twins: tuple[GptOss, GptOss], options: dict[str, Any], tmp_path: Path
+    models: tuple[GptOss, GptOss], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    wanted = save_adapter(tmp_path, twins[1], *TARGETS["all"], **options)
-    assert error(twins[0], tmp_path, wanted) <= 1e-5
+    wanted = save_adapter(tmp_path, models[1], *TARGETS["all"], **options)
+    assert error(models[0], tmp_path, wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("shape", sorted(set(SHAPES) - {SHAPE}))
 def test_other_shapes(shape: str, tmp_path: Path) -> None:
-    packed, dense = make_twins(SHAPES[shape])
+    packed, dense = dense_and_packed(SHAPES[shape])
     wanted = save_adapter(tmp_path, dense, *TARGETS["all"])
     assert error(packed, tmp_path, wanted) <= 1e-5
     assert error(dense, tmp_path, wanted) <= 1e-5
@@ -151,11 +151,11 @@ def reversed_experts(config: dict[str, Any], factors: dict[str, Tensor]) -> None
 
 
 @pytest.mark.parametrize("spoil", [flat_scale, expert_major, reversed_experts])
-def test_the_comparison_notices_a_broken_twin(
-    twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], spoil: Spoil, tmp_path: Path
+def test_the_comparison_notices_a_broken_implementation(
+    models: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], spoil: Spoil, tmp_path: Path
 ) -> None:
     folder, wanted = folders["experts"]
-    assert error(twins[0], spoilt(folder, tmp_path, spoil), wanted) > 1e-3
+    assert error(models[0], spoilt(folder, tmp_path, spoil), wanted) > 1e-3
 
 
 def spoilt(folder: Path, copy: Path, spoil: Spoil) -> Path:
@@ -231,18 +231,18 @@ def numbered_weights(config: dict[str, Any], factors: dict[str, Tensor]) -> None
     "arrange", [marked_grouped, marked_rank_major, linear_maps, modules_of_experts, numbered_weights]
 )
 def test_the_same_adapter_under_names_and_orders_of_other_programs(
-    twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], arrange: Spoil, tmp_path: Path
+    models: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], arrange: Spoil, tmp_path: Path
 ) -> None:
     folder, wanted = folders["experts"]
-    assert error(twins[0], spoilt(folder, tmp_path, arrange), wanted) <= 1e-5
+    assert error(models[0], spoilt(folder, tmp_path, arrange), wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("arrange", [marked_wrongly, up_before_gate])
 def test_a_wrong_order_is_seen_by_the_comparison(
-    twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], arrange: Spoil, tmp_path: Path
+    models: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], arrange: Spoil, tmp_path: Path
 ) -> None:
     folder, wanted = folders["experts"]
-    assert error(twins[0], spoilt(folder, tmp_path, arrange), wanted) > 1e-3
+    assert error(models[0], spoilt(folder, tmp_path, arrange), wanted) > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of models without a hub id
@@ -251,12 +251,12 @@ def test_a_wrong_order_is_seen_by_the_comparison(
     {"target_modules": ["lm_head", "q_proj"]}, {"target_modules": ["lm_head", "o_proj"], "use_dora": True},
 ], ids=str)  # fmt: skip
 def test_magnitudes_whole_modules_and_the_unembedding(
-    twins: tuple[GptOss, GptOss], options: dict[str, Any], tmp_path: Path
+    models: tuple[GptOss, GptOss], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = twins[0]
+    model = models[0]
     with torch.no_grad():
         before = model(X)
-        peft = with_peft(to_hf(twins[1]), *TARGETS["q_proj"], **options)
+        peft = with_peft(to_hf(models[1]), *TARGETS["q_proj"], **options)
         for name, parameter in peft.named_parameters():
             if "modules_to_save" in name:
                 parameter.mul_(1.5)
@@ -271,10 +271,10 @@ def test_magnitudes_whole_modules_and_the_unembedding(
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of models without a hub id
 @torch.no_grad()
 def test_directions_of_tokens_include_an_adapter_of_the_unembedding(
-    twins: tuple[GptOss, GptOss], tmp_path: Path
+    models: tuple[GptOss, GptOss], tmp_path: Path
 ) -> None:
-    model = twins[0]
-    with_peft(to_hf(twins[1]), ["lm_head"], []).save_pretrained(tmp_path)
+    model = models[0]
+    with_peft(to_hf(models[1]), ["lm_head"], []).save_pretrained(tmp_path)
     load_adapter(model, tmp_path)
     try:
         stream = torch.ones(1, 1, model.cfg.d_model)
@@ -286,8 +286,8 @@ def test_directions_of_tokens_include_an_adapter_of_the_unembedding(
 
 
 @torch.no_grad()
-def test_every_path_carries_the_adapter(twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]]) -> None:
-    model, (folder, wanted) = twins[0], folders["all"]
+def test_every_path_carries_the_adapter(models: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]]) -> None:
+    model, (folder, wanted) = models[0], folders["all"]
     load_adapter(model, folder)
     try:
         every = [(name, lambda t, hook: None) for name in model.hook_dict]
@@ -306,9 +306,9 @@ def near(got: Tensor, wanted: Tensor) -> None:
 
 @torch.no_grad()
 def test_unloading_gives_the_base_back_bit_for_bit(
-    twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]]
+    models: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]]
 ) -> None:
-    model = twins[0]
+    model = models[0]
     before, names = model(X), list(model.state_dict())
     load_adapter(model, folders["all"][0])
     with pytest.raises(InputError, match="already has the adapter"):
@@ -321,9 +321,9 @@ def test_unloading_gives_the_base_back_bit_for_bit(
 
 
 def test_gradients_reach_the_factors_through_packed_weights(
-    twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]]
+    models: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]]
 ) -> None:
-    model = twins[0]
+    model = models[0]
     load_adapter(model, folders["all"][0])
     try:
         factors = {name: p.requires_grad_() for name, p in model.named_parameters() if ".lora." in name}
@@ -427,13 +427,13 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_what_is_not_read_is_refused_by_name(
-    twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], case: str, tmp_path: Path
+    models: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], case: str, tmp_path: Path
 ) -> None:
     spoil, message = REFUSED[case]
     with pytest.raises(InputError, match=message) as refused:
-        load_adapter(twins[0], spoilt(folders["all"][0], tmp_path, spoil))
+        load_adapter(models[0], spoilt(folders["all"][0], tmp_path, spoil))
     assert "\n" not in str(refused.value)
-    assert not any(".lora." in name for name in twins[0].state_dict()), "something was attached"
+    assert not any(".lora." in name for name in models[0].state_dict()), "something was attached"
 
 
 def without_config(folder: Path) -> None:
@@ -466,22 +466,22 @@ def truncated(folder: Path) -> None:
     (pickled, "adapter_model.bin is a pickle"), (truncated, "beyond the file: truncated"),
 ])  # fmt: skip
 def test_a_folder_that_is_not_whole_is_refused(
-    twins: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]],
+    models: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]],
     spoil: Callable[[Path], None], message: str, tmp_path: Path,
 ) -> None:  # fmt: skip
     folder = shutil.copytree(folders["all"][0], tmp_path / "adapter")
     spoil(folder)
     with pytest.raises(InputError, match=message):
-        load_adapter(twins[0], folder)
+        load_adapter(models[0], folder)
 
 
-def test_factors_that_changed_places_are_refused(twins: tuple[GptOss, GptOss], tmp_path: Path) -> None:
-    hf = to_hf(twins[1])
+def test_factors_that_changed_places_are_refused(models: tuple[GptOss, GptOss], tmp_path: Path) -> None:
+    hf = to_hf(models[1])
     for layer in hf.model.layers:
         layer.mlp.experts.is_transposed = False
     with_peft(hf, [], [GATE_UP]).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"A \[24, 192\] and B \[64, 24\], the model maps 64 to 192 or 96 to 64"):
-        load_adapter(twins[0], tmp_path)
+        load_adapter(models[0], tmp_path)
 
 
 def test_an_adapter_of_another_model_is_refused(folders: dict[str, tuple[Path, Tensor]]) -> None:

@@ -100,7 +100,7 @@ def sliding(cfg: Config, by: int) -> Config:
     return replace(cfg, windows=tuple(None if w is None else w + by for w in cfg.windows))
 
 
-TWINS: dict[str, Callable[[], object]] = {
+BROKEN: dict[str, Callable[[], object]] = {
     "sink dropped": lambda: patched(attention, "shrink", lambda z, sink: z),
     "up + 1 dropped": lambda: patched(moe, "swiglu", swiglu_without_plus_one),
     "lower clamp on the gate": lambda: patched(moe, "swiglu", swiglu_with_lower_clamp),
@@ -115,16 +115,16 @@ REBUILT: dict[str, Callable[[GptOss], GptOss]] = {
 }
 
 
-@pytest.mark.parametrize("twin", [*TWINS, *REBUILT])
-def test_a_broken_twin_fails_parity(twin: str, tokens: Tokens) -> None:
+@pytest.mark.parametrize("broken", [*BROKEN, *REBUILT])
+def test_a_broken_implementation_fails_parity(broken: str, tokens: Tokens) -> None:
     # At a limit of 7 a lower clamp changes gate · sigmoid(1.702 · gate) by 5e-5 at most: only a low limit shows it.
-    model = random_model(replace(BASE, swiglu_limit=1.5) if "lower clamp" in twin else BASE)
-    if twin in REBUILT:
-        error = parity(REBUILT[twin](model), model, tokens(BASE))
+    model = random_model(replace(BASE, swiglu_limit=1.5) if "lower clamp" in broken else BASE)
+    if broken in REBUILT:
+        error = parity(REBUILT[broken](model), model, tokens(BASE))
     else:
-        with TWINS[twin]():  # type: ignore[attr-defined]
+        with BROKEN[broken]():  # type: ignore[attr-defined]
             error = parity(model, model, tokens(BASE))
-    assert error > 1e-3, f"{twin}: parity test would not notice ({error:.1e})"
+    assert error > 1e-3, f"{broken}: parity test would not notice ({error:.1e})"
 
 
 def test_tiled_query_heads_fail_parity(tokens: Tokens) -> None:

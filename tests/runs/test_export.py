@@ -108,7 +108,7 @@ def test_what_cannot_be_exported(run: Run, tmp_path: Path, asked: dict[str, Any]
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_stays_until_the_new_one_is_whole(
+def test_what_is_there_stays_until_the_new_one_is_complete(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "x"

@@ -1,4 +1,4 @@
-"""Units commit wholly or not at all, a resumed run equals an uninterrupted one, and what does not fit is refused."""
+"""Units commit atomically, a resumed run equals an uninterrupted one, and what does not fit is refused."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The choice of PyTorch's build, for machines that are described by files and stand-ins for commands."""
+"""The choice of PyTorch's build, for machines that are described by files and fake commands."""
 
 import importlib.util
 import subprocess

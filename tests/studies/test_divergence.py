@@ -54,12 +54,12 @@ def test_p_stays_calibrated_with_few_tokens_on_one_side_where_the_divergence_its
     run = planted_run(n_layers=400, n_experts=32, n_prompts=12, efforts=("low",), lengths={"analysis": 300, "final": 5})
     found = divergence(run, n_boot=10, n_permutations=400)
     assert float((found.p < 0.05).mean()) < 0.075
-    # the broken twin: read the p-value off the null of the divergence
+    # the negative control: read the p-value off the null of the divergence
     assert float((found.jsd > found.null_high).mean()) > 3 * 0.025
 
 
 def test_token_sums_swapped_within_pairs_are_not_calibrated(null_run):
-    """The broken twin: pooling tokens before swapping mixes long analysis with short final."""
+    """The negative control: pooling tokens before swapping mixes long analysis with short final."""
     tokens = null_run.summary("tokens")
     pair = compare(null_run.summary("expert_count"), tokens, "channel", conditions("channel", "analysis", "final"))
     swap = np.random.default_rng(0).integers(0, 2, size=(500, len(pair.a.counts))).astype(float)
@@ -72,7 +72,7 @@ def test_token_sums_swapped_within_pairs_are_not_calibrated(null_run):
 
 
 def test_tokens_taken_for_units_see_differences_that_are_not_there():
-    """The broken twin: prompts of two groups differ in their habits, tokens within a prompt do not."""
+    """The negative control: prompts of two groups differ in their habits, tokens within a prompt do not."""
     run = planted_run(n_layers=60, n_experts=8, n_prompts=24, concentration=10.0)
     sides = conditions("task", "recall", "sums", channel="analysis", effort="high")
     groups = compare(run.summary("expert_count"), run.summary("tokens"), "task", sides)

@@ -21,7 +21,7 @@ def demo():
     return wb.open_run(DATA / "demo.zarr")
 
 
-def test_every_study_runs_on_the_demo_and_explains_itself(demo, tmp_path):
+def test_every_study_runs_on_the_demo_and_has_a_summary(demo, tmp_path):
     for name in ("routing", "sinks", "channels", "effort"):
         for dataset in run_study(name, demo).values():
             assert dataset.attrs["summary"]

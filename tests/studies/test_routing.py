@@ -76,7 +76,7 @@ def test_samples_of_one_prompt_are_one_unit():
     alone = {name: array.assign_coords(prompt_id=array.coords["id"].variable) for name, array in run.summaries.items()}
     unrelated = load(dataclasses.replace(run, summaries=alone), by=("channel",), channels=("analysis",), n_boot=300)
     assert unrelated.prompts.item() == 120
-    # the broken twin, in which the samples of a prompt count as unrelated, is too sure of itself
+    # the negative control, in which the samples of a prompt count as unrelated, is too sure of itself
     width, too_narrow = (float((ds.share_high - ds.share_low).mean()) for ds in (pooled, unrelated))
     assert width > 1.3 * too_narrow
 

@@ -46,7 +46,7 @@ def with_summaries(run: SyntheticTokens):
     return Both(**{f.name: getattr(run, f.name) for f in dataclasses.fields(run)})
 
 
-def test_sink_mass_is_that_of_the_tokens(demo):
+def test_sink_attention_is_that_of_the_tokens(demo):
     mass = sinks.mass(demo)
     data = demo.dataset[["sink", "channel", "sequence"]].compute()
     high = demo.sequences["effort"].eq("high").loc[data["sequence"].to_numpy()].to_numpy()
@@ -56,7 +56,7 @@ def test_sink_mass_is_that_of_the_tokens(demo):
     assert (mass["mass_low"] <= mass["mass"]).where(mass["mass"].notnull(), True).all()
 
 
-def test_sink_mass_falls_with_position_where_that_was_planted():
+def test_sink_attention_falls_with_position_where_that_was_planted():
     run = with_summaries(planted_tokens(position_slope=0.05, n_prompts=20))
     by_position = sinks.by_position(run)["mass"].sel(channel="analysis").isel(layer=0).dropna("bin")
     assert (np.diff(by_position.values) < 0).all()

@@ -35,7 +35,7 @@ class Computed(NamedTuple):
     sums: dict[str, np.ndarray]
 
     def summarised(self, num_experts: int) -> dict[str, np.ndarray]:
-        """Return sums by sequence and channel, including those computed on the device."""
+        """Return sums [sequence channel ...], including those computed on the device."""
         found = summarise(self.records, self.tokens["sequence"], self.tokens["channel"], num_experts=num_experts)
         if wrong := [name for name, values in self.sums.items() if not np.isfinite(values).all()]:
             raise JobError(f"{wrong[0]} of unit {self.unit.index} is not finite: it was not written; check the weights")
@@ -86,7 +86,7 @@ def compute(
 
 
 def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the log-probability of every token given those before it, and the entropy of that prediction, in nats.
+    """Return the log-probability of every token [token] given those before it, and the entropy [token], in nats.
 
     The first token of a sequence has no prediction: NaN.
     """
@@ -100,7 +100,7 @@ def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequen
 
 
 def token_table(unit: Unit, own: Sequence[Transcript], labels: Sequence[Labels]) -> dict[str, np.ndarray]:
-    """Return the columns of the token table for a unit."""
+    """Return the columns of the token table of a unit, name → [token]."""
     lengths = [len(row.tokens) for row in own]
     position = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
     return {

@@ -199,7 +199,7 @@ def _transcript(model: GptOss, job: _Job, rendered: list[int], new: list[int]) -
 
 
 def final_text(tokens: Sequence[int] | np.ndarray, tokenizer: harmony.Tokenizer) -> str | None:
-    """Return the content of the last message, if it is a closed one of the final channel."""
+    """Return the content of the last message of the ids [token], if it is a closed one of the final channel."""
     labels = harmony.label(tokens, tokenizer=tokenizer)
     last = labels.messages[-1] if labels.messages else None
     if last is None or last.channel != "final" or last.closed_by not in ("return", "end"):

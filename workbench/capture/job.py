@@ -1,6 +1,6 @@
 """The capture job: transcripts through the model, unit by unit, into a run.
 
-Every sequence's length is known before the first forward pass, so the whole run is laid out first; then each
+Every sequence's length is known before the first forward pass, so the run is laid out first; then each
 unit is computed, written and committed, here or by workers. Starting the same job again goes on where the last one
 stopped, whoever computed what: a unit's content depends on the unit alone.
 """

@@ -94,7 +94,7 @@ class Buffers:
         self._at, self._weights = slice(self._at.stop, self._at.stop + n), {}
 
     def take(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Return the records of the unit's tokens (valid until the next `start`) and the sums over them."""
+        """Return the records [layer token ...] (valid until the next `start`) and their sums [layer cell ...]."""
         for stream in self._streams.values():
             stream.synchronize()
         assert self._at.stop == self._used, f"{self._at.stop} of {self._used} tokens were run"
@@ -209,7 +209,7 @@ def _summed(a: Activation | Record) -> tuple[str, ...]:
 def values_of(
     a: Activation | Record | None, activation: Tensor, functions: Mapping[str, Callable[[Any], Any]]
 ) -> Float[Tensor, "token d"]:
-    """Return the values that each token of a pass has of a record, its axes in a row.
+    """Return the values that each token of a pass has of a record of activations [1 pos ...], its axes in a row.
 
     Raises:
         JobError: a user's function returns another shape than it did when it was tried.

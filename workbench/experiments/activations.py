@@ -36,7 +36,7 @@ def activations(
 def slopes(
     model: GptOss, tokens: Tensor, metric: Metric, names: Sequence[str], n_real: Sequence[int] | None = None
 ) -> tuple[Float[Tensor, " batch"], dict[str, Tensor], dict[str, Tensor]]:
-    """The metric, the activations at these hook points, and its gradients there."""
+    """Return the metric of tokens [batch pos], activations at hook points [batch pos ...], and gradients there."""
     here: dict[str, Tensor] = {}
     deltas: dict[str, Tensor] = {}
 
@@ -72,7 +72,7 @@ def scalar(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[
 
 
 def record_hook(found: dict[str, Tensor]) -> Hook:
-    """A hook that looks."""
+    """Return a hook that stores the activation [batch pos ...] by the name of its hook point."""
 
     def look(x: Tensor, hook: Any) -> None:
         found[hook.name] = x.detach()
@@ -81,7 +81,7 @@ def record_hook(found: dict[str, Tensor]) -> Hook:
 
 
 def replace_hook(value: Tensor) -> Hook:
-    """A hook that replaces."""
+    """Return a hook that replaces the activation by `value` [batch pos ...]."""
     return lambda x, hook: value
 
 
@@ -122,7 +122,7 @@ def dims(model: GptOss, name: str) -> tuple[str, ...]:
 
 
 def dot(model: GptOss, name: str, end: Tensor, begin: Tensor, slope: Tensor) -> Float[np.ndarray, "batch *kept"]:
-    """(end − begin) · slope over the axes that are summed; entries that are alike count 0, infinite ones too."""
+    """Return (end − begin) · slope of [batch pos ...], summed over feature axes; equal or infinite entries count 0."""
     wide = torch.promote_types(slope.dtype, torch.float32)
     end = end.to(begin.device)
     share = torch.where(end == begin, 0, end.to(wide) - begin.to(wide)) * slope.to(wide)
@@ -143,7 +143,7 @@ def source(
     names: Sequence[str],
     n_real: Sequence[int] | None,
 ) -> Mapping[str, Tensor]:
-    """Return the activations to patch with: those of tokens of the same shape, or the given ones, by full name.
+    """Return activations [batch pos ...] by full name: those of tokens of the same shape, or the given ones.
 
     Raises:
         InputError: the shapes of the tokens differ, or an activation is missing.

@@ -263,6 +263,7 @@ class RoutedTo:
     """
 
     def __init__(self, rows: Sequence[Transcript], routes: Sequence[np.ndarray], layer: int, expert: int) -> None:
+        """Store where the routes of each sequence [layer pos slot] contain the expert."""
         hits = [(chosen[layer] == expert).any(-1) for chosen in routes]
         self._known = [(row.tokens.astype(np.int64), hit) for row, hit in zip(rows, hits, strict=True)]
 

@@ -1,4 +1,4 @@
-"""What a run holds, as experiments need it: its transcripts, and its activations to patch with."""
+"""Read the transcripts of a run, and its recorded activations for patching."""
 
 from collections.abc import Sequence
 

@@ -64,7 +64,7 @@ class FrozenPass:
         self._cache = cache
 
     def seen(self, name: str, layer: int | None = None) -> Tensor:
-        """Return a recorded activation of the sequence, at least in float32."""
+        """Return a recorded activation of the sequence [pos ...], at least in float32."""
         x: Tensor = self._cache[name if layer is None else f"blocks.{layer}.{name}"][0]
         return x.to(self.wide) if x.is_floating_point() else x
 
@@ -73,25 +73,25 @@ class FrozenPass:
         return self.seen("attn.hook_pattern", layer)
 
     def head_write(self, layer: int, pos: Tensor, head: Tensor) -> Float[Tensor, "node d_model"]:
-        """Return what these heads write into the stream, without the bias of the output."""
+        """Return what heads [node] at positions [node] add to the stream, without the bias of the output."""
         z = self.seen("attn.hook_z", layer)[pos, head]
         return torch.einsum("nd,ndm->nm", z, self.model.blocks[layer].attn.W_O[head].to(self.wide))
 
     def expert_write(self, layer: int, pos: Tensor, slot: Tensor) -> Float[Tensor, "node d_model"]:
-        """Return what these slots write into the stream, without the bias of the expert's output."""
+        """Return what slots [node] at positions [node] add to the stream, without the bias of the expert's output."""
         bias = self.model.blocks[layer].mlp.experts.down.bias.to(self.wide)
         chosen = self.seen("mlp.hook_expert_indices", layer)[pos, slot]
         gates = self.seen("mlp.hook_expert_weights", layer)[pos, slot]
         return gates[:, None] * (self.seen("mlp.experts.hook_out", layer)[pos, slot] - bias[chosen])
 
     def expert_bias_write(self, layer: int, pos: Tensor) -> Float[Tensor, "node d_model"]:
-        """Return what the biases of the experts' outputs write into the stream at these positions."""
+        """Return what the biases of the experts' outputs add to the stream at these positions [node]."""
         bias = self.model.blocks[layer].mlp.experts.down.bias.to(self.wide)
         chosen = self.seen("mlp.hook_expert_indices", layer)[pos]
         return torch.einsum("ns,nsm->nm", self.seen("mlp.hook_expert_weights", layer)[pos], bias[chosen])
 
     def head_reads(self, layer: int, pos: Tensor, head: Tensor, outputs: Float[Tensor, "node d_head"]) -> Tensor:
-        """Return the directions that heads with these output directions read along, before scale and pattern."""
+        """Return the directions [node d_model] that heads with these outputs read, before scale and pattern."""
         block = self.model.blocks[layer]
         through = torch.einsum("nmd,nd->nm", block.attn.W_V[head].to(self.wide), outputs)
         return through * block.ln1.weight.to(self.wide)

@@ -201,7 +201,7 @@ def mean_activations(model: GptOss, sequences: Sequence[Sequence[int]]) -> dict[
 
 
 def kept_alone(model: GptOss, graph: AttributionGraph, means: Mapping[str, Tensor]) -> dict[str, float | bool]:
-    """Return the target when every head and expert outside the graph puts out its mean, and whether it stays on top.
+    """Return the target with nodes outside the graph at their means [d_model], and whether it stays on top.
 
     The experts that each token goes to and their gate weights stay those of the pass. `kept` is the share of the
     target.

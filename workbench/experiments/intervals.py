@@ -50,7 +50,7 @@ class MeanEffect(NamedTuple):
 def prompt_means(
     values: Float[np.ndarray, "*cells sequence"], units: Sequence[str] | np.ndarray
 ) -> Float[np.ndarray, "*cells prompt"]:
-    """Return the mean of each prompt's sequences; sequences without a value (NaN in all cells) take no part."""
+    """Return the mean of each prompt's sequences; those with NaN in all cells are left out. units: [sequence]."""
     present = ~np.isnan(values.reshape(-1, values.shape[-1])).all(0)
     if not present.any():
         return np.empty((*values.shape[:-1], 0))
@@ -81,7 +81,7 @@ def mean_effect(
     n_boot: int = 2000,
     seed: int = 0,
 ) -> MeanEffect:
-    """Return the mean over prompts of a change per sequence, with its interval and tests.
+    """Return the mean over prompts (units [sequence]) of a change per sequence, with its interval and tests.
 
     smallest_effect: the effect is `equivalent` to none if its 90 % interval lies within ± this (two one-sided tests at
     5 %). method "t" is for values that are known to be normal.
@@ -143,7 +143,7 @@ def false_discovery(p: Float[np.ndarray, " *cells"]) -> Float[np.ndarray, " *cel
 def share_interval(
     values: Float[np.ndarray, "*cells sequence"], units: Sequence[str] | np.ndarray
 ) -> tuple[Cells, Cells, Cells]:
-    """Return a share (of right answers, say), mean over prompts, and its 95 % Wilson interval.
+    """Return a fraction, mean over prompts (units [sequence]), and its 95 % Wilson interval.
 
     Sequences of a prompt are not independent: the sample size is the one at which independent answers would vary as
     much as the prompts do; where all answers agree, the number of prompts.
@@ -165,7 +165,7 @@ def share_interval(
 def share_change_interval(
     values: Float[np.ndarray, "*cells sequence"], units: Sequence[str] | np.ndarray
 ) -> tuple[Cells, Cells, Cells]:
-    """Return the mean over prompts of a change of right (1) and wrong (0) answers, −1 to 1, and its 95 % interval.
+    """Return the mean over prompts (units [sequence]) of a change of 1 and 0, −1 to 1, and its 95 % interval.
 
     Two pseudo-prompts are added, half a prompt each for better and for worse and one unchanged, so that the interval
     has a width also where no answer changed.

@@ -46,6 +46,7 @@ class Meter:
     def __init__(
         self, model: GptOss, chosen: SelectedTokens, a: Tensor, norm: Norm, ends: tuple[Tensor, Tensor] | None
     ) -> None:
+        """Prepare the attribution of the selected tokens along the directions a [point d_model]."""
         self._model, self._chosen, self._a, self._norm = model, chosen, a, norm
         self._wide = torch.promote_types(model.dtype, torch.float32)
         self._g = a if ends is None else mean_gradient(a, *ends, model.cfg.eps)

@@ -22,6 +22,7 @@ class LayerHeatmap:
     """A figure under construction: coloured cells first, then what lies on top of them."""
 
     def __init__(self, layers: np.ndarray, columns: np.ndarray, theme: Theme) -> None:
+        """Prepare a heat map with these layers [layer] as rows and these columns [column]."""
         self.layers, self.columns, self.theme = layers, columns, theme
         tallest = max(CELL_HEIGHT[1], LEAST_PLOT_HEIGHT / len(layers))
         cell_height = float(np.clip(PLOT_HEIGHT / len(layers), CELL_HEIGHT[0], tallest))
@@ -30,7 +31,7 @@ class LayerHeatmap:
         self.figure = go.Figure()
 
     def colour(self, values: Float[np.ndarray, "layer column"], detail: np.ndarray, hover: str, **style: Any) -> None:
-        """Cells in the colours of the shared scale; NaN is left empty."""
+        """Draw the values [layer column] in the shared colour scale; NaN is left empty."""
         self._heatmap(values, coloraxis="coloraxis", customdata=detail, hovertemplate=hover, **style)
 
     def differences(
@@ -42,14 +43,14 @@ class LayerHeatmap:
         limit: float,
         unshown: str,
     ) -> None:
-        """Draw signed values clipped at ±limit; cells that are not `shown` to differ from zero are pale and hatched."""
+        """Draw signed values [layer column] clipped at ±limit; cells that are not `shown` are pale and hatched."""
         for cells, opacity in ((shown, 1.0), (~shown, 0.35)):
             self.colour(np.where(cells, np.clip(values, -limit, limit), np.nan), detail, hover, opacity=opacity)
         self.missing(np.isnan(values))
         self.sign(~shown & ~np.isnan(values), "line-ne", self.theme.band, f"pale, hatched: {unshown}")
 
     def loads(self, load: Float[np.ndarray, "layer column"], detail: np.ndarray, hover: str, clip: float) -> go.Figure:
-        """Return the figure of loads relative to uniform; experts never selected and clipped cells are marked."""
+        """Return a figure of loads relative to uniform [layer column]; unused experts and clipped cells are marked."""
         relative = load * load.shape[1]
         self.colour(np.where(load > 0, np.minimum(relative, clip), np.nan), detail, hover)
         self.fill(load == 0, self.theme.zero, "never selected")

@@ -100,7 +100,7 @@ def without_earlier_analysis(
 ) -> Sequence[Mapping[str, Any]]:
     """The messages without the analysis that a final answer of an earlier turn has made obsolete.
 
-    An answer belongs to an earlier turn if a user message follows it, or a new generation. What was thought between
+    An answer belongs to an earlier turn if a user message follows it, or a new generation. The analysis between
     tool calls stays until the turn has its final answer.
     """
     turn_ends = [i for i, m in enumerate(messages) if m["role"] == "user"]

@@ -31,6 +31,7 @@ class RandomTensors(Mapping[str, Tensor]):
         self._shapes, self._seed, self._dtype = shapes(cfg, experts), seed, dtype
 
     def __getitem__(self, name: str) -> Tensor:
+        """Return a random tensor of the shape [...] that its name has in the checkpoint."""
         shape = self._shapes[name]
         rng = torch.Generator().manual_seed(self._seed * 1_000_003 + list(self._shapes).index(name))
         kind = name.split(".", 2)[-1]
@@ -83,7 +84,7 @@ def save_checkpoint(
     shard_bytes: int = 1_000_000_000,
     extra: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write canonical tensors as a checkpoint, packed or dense as they are.
+    """Write canonical tensors, name → [...], as a checkpoint, packed or dense as they are.
 
     The folder is renamed into place when it is complete. Tensors are accessed one at a time; memory holds one shard or
     the largest tensor. `extra` may add files (a tokenizer, a card) before the rename.

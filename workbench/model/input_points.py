@@ -36,7 +36,7 @@ class HeadInput(NamedTuple):
     changed: Bool[Tensor, "batch pos head d_model"] | None
 
     def project(self, linear: Linear, fused: Float[Tensor, "batch pos head d_head"]) -> Tensor:
-        """Return `fused`, but the projection of the edited inputs where a hook changed them."""
+        """Return `fused` [batch pos head d_head], but the projection of the edited inputs where a hook changed them."""
 
         def by_head() -> Tensor:
             heads = self.normalized.shape[2]
@@ -55,7 +55,7 @@ def register(block: nn.Module, names: tuple[str, ...], wanted: bool) -> None:
 
 
 def read_at(point: HookPoint | None, stream: Tensor) -> Tensor:
-    """Return the stream as the point's hooks leave it, a copy of its own; the stream itself where there is no point."""
+    """Return a copy of the stream [batch pos d_model] as the point's hooks leave it, or the stream without a point."""
     return stream if point is None else point(stream.clone())
 
 

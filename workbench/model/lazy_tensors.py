@@ -23,7 +23,7 @@ class LazyTensor:
     decode: Callable[[torch.dtype], Tensor] | None = None
 
     def read_as(self, dtype: torch.dtype) -> Tensor:
-        """Return the tensor, converted to `dtype` if it holds floating-point numbers."""
+        """Return the tensor [...], converted to `dtype` if it holds floating-point numbers."""
         if self.decode is not None:
             return self.decode(dtype)
         tensor = self.read()
@@ -46,6 +46,7 @@ class Tensors(Mapping[str, Tensor]):
         self.entries = dict(entries)
 
     def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor by its canonical name, in the shape [...] of the config."""
         return self.entries[name].read()
 
     def __iter__(self) -> Iterator[str]:

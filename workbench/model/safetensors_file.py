@@ -76,7 +76,7 @@ class SafetensorsFile:
         return cls(path, entries, header, mapped)
 
     def tensor(self, name: str) -> Tensor:
-        """Return the tensor, memory-mapped."""
+        """Return the tensor [...] in its stored shape, memory-mapped."""
         found: Tensor = self._mapped.get_tensor(name)
         return found
 

@@ -34,7 +34,7 @@ class Stored:
         return self.file.entries[self.name]
 
     def tensor(self) -> Tensor:
-        """Return the tensor, memory-mapped."""
+        """Return the tensor [...] in its stored shape, memory-mapped."""
         return self.file.tensor(self.name)
 
 

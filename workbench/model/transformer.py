@@ -106,6 +106,7 @@ class ExpertMatrix(nn.Module):
 
     @property
     def matrix(self) -> Mxfp4 | LoraWeight | Tensor:
+        """Return the matrices of all experts [expert inputs outputs], packed or dense."""
         base = Mxfp4(self.blocks, self.scales) if self.packed else self.weight
         return base if self.lora is None else LoraWeight(base, self.lora.a, self.lora.scaled_b)
 
@@ -121,6 +122,7 @@ class ExpertLayer(ExpertWeights, nn.Module):
         self.hook_gate, self.hook_pre, self.hook_post, self.hook_out = (HookPoint() for _ in range(4))
 
     def forward(self, x: Tensor, experts: Int[Tensor, "batch pos slot"], gates: Tensor) -> Tensor:
+        """Return the weighted sum of the chosen experts' outputs [batch pos d_model]."""
         weights = Experts(
             self.gate_up.matrix,
             self.gate_up.bias,
@@ -395,7 +397,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
     def loss_fn(
         self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None, per_token: bool = False
     ) -> Tensor:
-        """Return the cross-entropy in nats of every token given those before it; see `workbench.model.calling`."""
+        """Return the cross-entropy in nats of tokens [batch pos] under logits [batch pos d_vocab]."""
         return calling.loss_fn(logits, tokens, attention_mask, per_token)
 
     def run_with_cache(
@@ -422,7 +424,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
     def get_caching_hooks(
         self, *args: Any, pos_slice: Any = None, **options: Any
     ) -> tuple[dict[str, Tensor], Any, Any]:
-        """Return a cache and the hooks that fill it; `pos_slice` selects positions on each hook point's own axis.
+        """Return a cache, name → [batch pos ...], and the hooks that fill it; `pos_slice` selects positions.
 
         TransformerLens' own method takes the axis from the end of the shape, which is that of the slots for the inside
         of experts and that of the heads for rotated queries and keys.

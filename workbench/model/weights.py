@@ -84,7 +84,7 @@ class ExpertWeights:
 
 
 def dense(matrix: Mxfp4 | LoraWeight | Tensor, expert: int) -> Float[Tensor, "inputs outputs"]:
-    """Return the dequantised matrix of one expert, including the update of an adapter."""
+    """Return the dequantised matrix of one expert [inputs outputs], including the update of an adapter."""
     if isinstance(matrix, LoraWeight):
         base = dense(matrix.base, expert)
         return base + (matrix.a[expert] @ matrix.b[expert]).to(base.dtype)

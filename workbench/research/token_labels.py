@@ -56,7 +56,7 @@ def blocks(run: Run, about: Activation | Record, index: int) -> Iterator[tuple[p
 
 
 def mask(selection: Selection, labels: pd.DataFrame, sequences: pd.DataFrame) -> np.ndarray:
-    """Return which of these tokens a selection means.
+    """Return which tokens [token] a selection contains.
 
     Raises:
         InputError: a label or one of its names is unknown.

@@ -41,7 +41,7 @@ def tokenizer(run: Any, given: harmony.Tokenizer | None = None) -> harmony.Token
 
 
 def text(ids: Sequence[int] | np.ndarray, tokenizer: harmony.Tokenizer) -> str:
-    """Return the text of these ids, marks included."""
+    """Return the text of these ids [token], marks included."""
     return tokenizer.decode([int(i) for i in ids])
 
 

@@ -47,7 +47,7 @@ class Selection:
                 raise InputError(f"--{what} {min(unknown)}: choose from {', '.join(map(str, names))}")
 
     def of(self, columns: pd.DataFrame, sequences: pd.DataFrame) -> np.ndarray:
-        """Whether each token of these columns is meant."""
+        """Return whether each token of these columns [token] is selected."""
         chosen = np.ones(len(columns), dtype=bool)
         for what, known in _NAMES.items():
             if names := getattr(self, what):

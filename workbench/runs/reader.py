@@ -165,7 +165,7 @@ class Run:
 
     @cached_property
     def committed(self) -> np.ndarray:
-        """Whether each unit is committed."""
+        """Return whether each unit is committed [unit]."""
         with reading(self.place, "units/committed"):
             return np.asarray(self.group["units/committed"][:])
 

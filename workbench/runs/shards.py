@@ -47,7 +47,7 @@ def writes(
     values: np.ndarray,
     listed: dict[str, Entry] | None = None,
 ) -> Iterator[Callable[[], None]]:
-    """What is to be done to put `values` at `start` of `axis` of the array `name`, of all else all: a call a shard.
+    """Yield a call for each shard that writes `values` [... token ...] at `start` along `axis` of an array.
 
     In any order. A shard that is there is written again as a whole; one at the end of the values is filled up.
     listed: gets the entry of every file for the manifest.
@@ -103,29 +103,37 @@ def read(
     out = np.empty(shape, dtype=array.dtype)
     for key, part in _shards(shape, grain, first):
         data = place.read("/".join((name, "c", *map(str, key))))
-        block = _unpacked(data, array, grain)
-        into = out[part]
-        into[...] = block[tuple(slice(n) for n in into.shape)]
+        _unpack(data, array, grain, out[part])
     return out
 
 
-def _unpacked(data: bytes, array: zarr.Array, grain: tuple[int, ...]) -> np.ndarray:
-    """The values of a shard, or of a chunk that is a file of its own."""
+def _unpack(data: bytes, array: zarr.Array, grain: tuple[int, ...], into: np.ndarray) -> None:
+    """Write the first values of a shard, or of a chunk that is a file of its own, as many as `into` has on each axis.
+
+    Chunks of a shard that `into` does not reach are not decompressed.
+    """
     if not array.shards:
-        return _decode(data, grain, array.dtype)
-    counts = [n // c for n, c in zip(grain, array.chunks, strict=True)]
+        _copy(_decode(data, grain, array.dtype), into)
+        return
+    chunks, dtype = array.chunks, array.dtype
+    counts = [n // c for n, c in zip(grain, chunks, strict=True)]
     size = 16 * int(np.prod(counts))
     index, check = data[-size - 4 : -4], data[-4:]
     if google_crc32c.value(index) != int.from_bytes(check, "little"):
         raise ValueError("the checksum of a shard's index is wrong")
-    block = np.full(grain, array.fill_value, dtype=array.dtype)
     places = np.frombuffer(index, dtype="<u8").reshape(-1, 2).tolist()
     for origin, (at, length) in zip(product(*map(range, counts)), places, strict=True):
-        if at == _ABSENT:
+        inside = into[tuple(slice(o * c, (o + 1) * c) for o, c in zip(origin, chunks, strict=True))]
+        if not inside.size:
             continue
-        inside = tuple(slice(o * c, (o + 1) * c) for o, c in zip(origin, array.chunks, strict=True))
-        block[inside] = _decode(data[at : at + length], array.chunks, array.dtype)
-    return block
+        if at == _ABSENT:
+            inside[...] = array.fill_value
+        else:
+            _copy(_decode(data[at : at + length], chunks, dtype), inside)
+
+
+def _copy(values: np.ndarray, into: np.ndarray) -> None:
+    into[...] = values[tuple(slice(n) for n in into.shape)]
 
 
 def _decode(data: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -133,7 +141,7 @@ def _decode(data: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def shard(block: np.ndarray, chunks: tuple[int, ...]) -> list[bytes]:
-    """A shard of whole chunks, in pieces to be written one after the other."""
+    """Return a shard that holds the block [...] in complete chunks, in pieces to be written in order."""
     parts: list[bytes] = []
     index: list[int] = []
     at = 0

@@ -19,7 +19,7 @@ def summarise(
     *,
     num_experts: int,
 ) -> dict[str, np.ndarray]:
-    """Everything that can be summed of a unit's records; rows are its sequences in ascending order."""
+    """Return all sums of records [layer token ...] by sequence (ascending) and channel."""
     _, row = np.unique(sequence, return_inverse=True)
     n_rows, n_channels = int(row.max()) + 1, len(CHANNELS)
     cell = row * n_channels + channel

@@ -86,7 +86,7 @@ def _looked_up(codes: da.Array, values: np.ndarray) -> da.Array:
 
 
 def chosen(run: Any, labels: Mapping[str, Any]) -> np.ndarray:
-    """Return which visible tokens have these labels.
+    """Return which visible tokens [token] have these labels.
 
     Raises:
         InputError: a label or a name is unknown.

@@ -241,7 +241,7 @@ class RunWriter:
         records: Mapping[str, np.ndarray],
         summaries: Mapping[str, np.ndarray],
     ) -> None:
-        """Write all of a unit, then its flag; anything that is not a finite number is refused before."""
+        """Write the arrays of a unit [layer token ...], then its flag; values that are not finite are refused."""
         unit = self.layout.units[index]
         self._check(unit, records)
         stored = {f"tokens/{name}": values for name, values in tokens.items()}

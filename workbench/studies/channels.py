@@ -97,7 +97,7 @@ def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
 
 
 def _beside_halves(found: Mapping[str, xr.Dataset]) -> str:
-    """Whether analysis and final differ by more than the halves of analysis do, in plain words."""
+    """Return sentences on whether analysis and final differ by more than the halves of analysis."""
     lines = []
     for label in ("routing", "sinks"):
         pair = [found.get(f"{label}_{n}") for n in ("analysis_vs_final", "halves_of_analysis")]
@@ -217,7 +217,7 @@ def _mean_of_prompts(x: Float[np.ndarray, "token d"], prompt: np.ndarray) -> Flo
 
 
 def probe_auc(x: Float[np.ndarray, "token d"], label: np.ndarray, group: np.ndarray) -> list[float]:
-    """AUC of each fold of a logistic probe, folds split by group; 0.5 is chance."""
+    """Return the AUC of each fold of a logistic probe of label [token], folds split by group [token]; 0.5 is chance."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold

@@ -89,13 +89,13 @@ class Comparison:
 
 
 def labels(summary: xr.DataArray, name: str) -> np.ndarray:
-    """The effort, task or prompt of every sequence, as text; what is not stated says so."""
+    """Return the effort, task or prompt of every sequence [sequence], as text; unknown ones are labelled so."""
     values = summary.coords[name].values if name in summary.coords else np.full(summary.sizes["sequence"], "")
     return np.array([UNSTATED if pd.isna(value) or value == "" else str(value) for value in values], dtype=object)
 
 
 def in_order(values: Sequence[str]) -> list[str]:
-    """Distinct labels: efforts by how hard the model thinks, everything else by the alphabet."""
+    """Return distinct labels: efforts from low to high, others in alphabetical order."""
     return sorted(set(values), key=lambda value: (EFFORTS.index(value) if value in EFFORTS else len(EFFORTS), value))
 
 
@@ -271,7 +271,7 @@ def compare(
 
 
 def places(summary: xr.DataArray) -> dict[str, np.ndarray]:
-    """Layer and expert numbers of a summary."""
+    """Return the layer numbers [layer] and expert numbers [expert] of a summary."""
     return {name: np.asarray(summary[name].values) for name in ("layer", "expert")}
 
 

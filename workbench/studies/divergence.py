@@ -278,7 +278,7 @@ def _layer(
 
 
 def _words(result: xr.Dataset) -> str:
-    """The comparison in plain words; nothing whose interval includes zero is called different."""
+    """Return the summary of the comparison; nothing whose interval includes zero is called different."""
     attrs, different, layers = result.attrs, result["different"].values, result["layer"].values
     missing = np.isnan(result["jsd"].values)
     how = "both conditions of each" if attrs["paired"] else "not paired"

@@ -17,7 +17,7 @@ _FAMILIES = (("p", "q", "different"), ("difference_p", "difference_q", "expert_d
 
 
 def families(datasets: Mapping[str, xr.Dataset]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The p and the verdict of every tested cell, a family at a time."""
+    """Yield p [cell] and verdict [cell] of the tested cells of each family."""
     for ds in datasets.values():
         for p_name, q_name, verdict in _FAMILIES:
             if not {p_name, q_name, verdict} <= set(ds.data_vars):

@@ -1,7 +1,7 @@
-"""What a study hands back: a dataset with its method and summary, and the files that hold it.
+"""The result of a study: a dataset with its method and summary, and the files that hold it.
 
 Every variable carries `long_name`, `units` and `definition`, and where they apply `ci` and `null`; every dataset
-carries its provenance, its `method`, what is `not_controlled` and, in plain words, its `summary`.
+carries its provenance, its `method`, what is `not_controlled` and its `summary`.
 """
 
 import json
@@ -43,7 +43,7 @@ def dataset(
     definitions: Mapping[str, Definition],
     attrs: Mapping[str, Any],
 ) -> xr.Dataset:
-    """Variables with their definitions attached; each must have one."""
+    """Return a dataset of variables, name → (dims, values [*dims]), with their definitions; each must have one."""
     data = {name: (dims, values, definitions[name].attrs()) for name, (dims, values) in variables.items()}
     return xr.Dataset(data, coords=dict(coords), attrs=dict(attrs))
 
@@ -73,7 +73,7 @@ def tables(result: xr.Dataset) -> dict[str, pd.DataFrame]:
 
 
 def summary(datasets: Mapping[str, xr.Dataset]) -> str:
-    """The studies' results in plain words, what they rest on, and what they do not control."""
+    """Return the summaries of studies with their methods and what they do not control."""
     parts = [f"{name}: {result.attrs['title']}\n{result.attrs['summary']}" for name, result in datasets.items()]
     for heading, attribute in (("Method", "method"), ("Not controlled", "not_controlled")):
         texts = dict.fromkeys(result.attrs[attribute] for result in datasets.values())

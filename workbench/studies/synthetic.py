@@ -147,7 +147,7 @@ class SyntheticTokens:
     truth: Mapping[str, Any]
 
     def blocks(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
-        """All of it, at once."""
+        """Yield all tokens at once, name → [... token ...]."""
         yield {name: self.tokens[name] for name in ("sequence", "position", "channel", *names)}
 
 

@@ -1,4 +1,4 @@
-"""Every dialect, and every way a host can fail, against a host of our own; then a third party's server running nano."""
+"""Every dialect, and every way a host can fail, against a mock server; then a third party's server running nano."""
 
 import contextlib
 import json

@@ -138,7 +138,7 @@ def test_tiles_read_the_matrix_of_the_published_layout(out: int, columns: int) -
     reason="this Triton's interpreter has no mixed product",
 )
 def test_tritons_mixed_product_reads_the_same_matrix() -> None:
-    """The kernels use it on a GPU and its twin here: both must mean the same layout."""
+    """The kernels use the instruction on a GPU and its replacement here: both must mean the same layout."""
     weight = packed(2, 72, 96)
     x = torch.randn(16, 96, generator=torch.Generator().manual_seed(5)).bfloat16()
     torch.testing.assert_close(product(weight, x, mixed=True), product(weight, x), rtol=1e-5, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The routing kernels against their torch twins, ties and all, and the tile schedule against a list of tiles."""
+"""The routing kernels against their torch references, ties and all, and the tile schedule against a list of tiles."""
 
 import pytest
 import torch

@@ -72,7 +72,7 @@ class GgufFile:
             raise InputError(f"{path}: the GGUF header is truncated or damaged ({error})") from error
 
     def bytes_of(self, name: str) -> npt.NDArray[np.uint8]:
-        """Return the bytes of a tensor, memory-mapped."""
+        """Return the bytes of a tensor [byte], memory-mapped."""
         tensor = self.tensors[name]
         found: npt.NDArray[np.uint8] = self._mapped[tensor.start : tensor.start + tensor.size]
         return found

@@ -27,7 +27,7 @@ _HUGE = 1 << 24  # bytes from which memory is asked for in huge pages
 
 
 def new_memory(shape: tuple[int, ...]) -> Tensor:
-    """Return bytes that are not initialised, in huge pages where the system has them.
+    """Return bytes of the given shape [...] that are not initialised, in huge pages where the system has them.
 
     Measured on Linux: to get 1 GB of new memory takes 0.34 s of a processor in pages of 4 KiB and 0.14 s in huge ones.
     """

@@ -1,0 +1,126 @@
+"""Public functions document the errors that they raise and the shapes of their arrays.
+
+The API pages show signatures and docstrings, so both are read from the sources: a function that raises InputError has a
+`Raises:` section, and an array in its signature has a shape, in the annotation or in square brackets in the docstring.
+A method without a docstring of its own is documented by its class.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "hooks", "dashboards", "data", "workbench")
+HELP_TEXTS = ("workbench/cli", "workbench/bench/command.py", "data/command.py")  # docstrings of commands are their help
+NO_SHAPES = ("data", "workbench/bench")  # scripts that train, evaluate and measure; they are no interface
+ARRAYS = ("Tensor", "ndarray", "NDArray")
+
+
+class Function(NamedTuple):
+    """A public function or method: its node, and its docstring or that of its class."""
+
+    name: str
+    node: ast.FunctionDef | ast.AsyncFunctionDef
+    docstring: str
+
+
+def functions(tree: ast.Module) -> Iterator[Function]:
+    """Yield public functions and methods of a module."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            yield Function(node.name, node, ast.get_docstring(node) or "")
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            about = ast.get_docstring(node) or ""
+            for method in node.body:
+                private = isinstance(method, ast.FunctionDef) and method.name[0] == "_" and method.name[:2] != "__"
+                if isinstance(method, ast.FunctionDef) and not private:
+                    own = ast.get_docstring(method)
+                    special = method.name.startswith("__")
+                    yield Function(f"{node.name}.{method.name}", method, f"{own or about}{about if special else ''}")
+
+
+def raises_input_error(function: ast.AST) -> bool:
+    """Return whether the function itself, not one defined inside it, has a statement that raises InputError."""
+    ahead = list(ast.iter_child_nodes(function))
+    while ahead:
+        node = ahead.pop()
+        if isinstance(node, ast.Raise) and node.exc is not None and "InputError" in ast.unparse(node.exc):
+            return True
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            ahead += ast.iter_child_nodes(node)
+    return False
+
+
+def has_bare_array(annotation: ast.expr) -> bool:
+    """Return whether the annotation contains an array type without a shape."""
+    parameters = getattr(getattr(annotation, "slice", None), "elts", ())
+    if any(isinstance(e, ast.Constant) and isinstance(e.value, str) for e in parameters):
+        return False  # jaxtyping: Float[Tensor, "batch pos"]
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        return annotation.value in ARRAYS
+    if getattr(annotation, "attr", getattr(annotation, "id", "")) in ARRAYS:
+        return True
+    return any(has_bare_array(child) for child in ast.iter_child_nodes(annotation) if isinstance(child, ast.expr))
+
+
+def missing_raises(source: str) -> list[str]:
+    """Return the names of functions that raise InputError and do not document it."""
+    found = functions(ast.parse(source))
+    return [f.name for f in found if raises_input_error(f.node) and "Raises:" not in f.docstring]
+
+
+def missing_shapes(source: str) -> list[str]:
+    """Return the names of functions with an array whose shape stands neither in the signature nor in the docstring."""
+    found = []
+    for f in functions(ast.parse(source)):
+        arguments = [*f.node.args.posonlyargs, *f.node.args.args, *f.node.args.kwonlyargs]
+        annotations = [a.annotation for a in arguments if a.annotation] + ([f.node.returns] if f.node.returns else [])
+        if any(map(has_bare_array, annotations)) and "[" not in f.docstring:
+            found.append(f.name)
+    return found
+
+
+def sources(*but: str) -> dict[str, str]:
+    paths = [p for package in PACKAGES for p in (ROOT / package).rglob("*.py")]
+    named = {p.relative_to(ROOT).as_posix(): p for p in paths}
+    return {n: p.read_text("utf-8") for n, p in named.items() if not n.startswith(but)}
+
+
+def test_errors_are_documented() -> None:
+    assert [f"{path}: {name}" for path, text in sources(*HELP_TEXTS).items() for name in missing_raises(text)] == []
+
+
+def test_shapes_are_documented() -> None:
+    found = sources(*HELP_TEXTS, *NO_SHAPES)
+    assert [f"{path}: {name}" for path, text in found.items() for name in missing_shapes(text)] == []
+
+
+def test_first_lines_are_sentences() -> None:
+    """A docstring starts with a capital letter or a name in code, and its first paragraph ends with a full stop."""
+    for path, text in sources().items():
+        for function in functions(ast.parse(text)):
+            first = (ast.get_docstring(function.node) or "It.").split("\n\n")[0]
+            assert first.rstrip("`")[-1] in ".:)" or first.startswith("`"), f"{path}: {function.name}: {first}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'def f(x):\n    """Return x."""\n    if x:\n        raise InputError("wrong")\n    return x\n',
+        'class A:\n    """A."""\n    def f(self):\n        raise InputError("wrong") from None\n',
+    ],
+)
+def test_an_undocumented_error_is_found(source: str) -> None:
+    assert len(missing_raises(source)) == 1
+    documented = source.replace('."""', '.\n\n    Raises:\n        InputError: always.\n    """')
+    assert missing_raises(documented) == []
+
+
+@pytest.mark.parametrize("annotation", ["Tensor", "np.ndarray", "dict[str, Tensor]", "Tensor | None"])
+def test_an_array_without_a_shape_is_found(annotation: str) -> None:
+    assert missing_shapes(f'def f(x: {annotation}) -> None:\n    """Do it."""\n') == ["f"]
+    assert missing_shapes(f'def f(x: {annotation}) -> None:\n    """Do it with [batch pos]."""\n') == []
+    assert missing_shapes('def f(x: Float[Tensor, "batch pos"]) -> None:\n    """Do it."""\n') == []
