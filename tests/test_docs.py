@@ -37,34 +37,30 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT / "docs"))
 
 
-@pytest.fixture
-def workplace(tmp_path: Path) -> Path:
-    """What a reader has."""
-    for model in ("gpt-oss-20b", "gpt-oss-120b"):
-        (tmp_path / model).symlink_to(DATA / "nano")
-    (tmp_path / "dashboards").symlink_to(ROOT / "dashboards")
-    shutil.copytree(DATA / "demo.zarr", tmp_path / "run.zarr")
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a reader has, made once."""
+    folder = tmp_path_factory.mktemp("reader")
+    shutil.copytree(DATA / "demo.zarr", folder / "run.zarr")
     rows = (DATA / "prompts.jsonl").read_text().splitlines()[::40]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     said = [
         {"id": f"c{i}", "messages": [*json.loads(row)["messages"], {"role": "assistant", "content": "7"}]}
         for i, row in enumerate(rows)
     ]
-    (tmp_path / "conversations.jsonl").write_text("\n".join(map(json.dumps, said)) + "\n")
-    command = [
-        sys.executable,
-        "-m",
-        "workbench.cli",
-        "generate",
-        "nano",
-        "prompts.jsonl",
-        "answers.jsonl",
-        "--effort",
-        "low",
-        "--effort",
-        "high",
-    ]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    (folder / "conversations.jsonl").write_text("\n".join(map(json.dumps, said)) + "\n")
+    words = ["generate", "nano", "prompts.jsonl", "answers.jsonl", "--effort", "low", "--effort", "high"]
+    subprocess.run([sys.executable, "-m", "workbench.cli", *words], check=True, capture_output=True, cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of it, with the checkpoints and the dashboards in their places."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    for model in ("gpt-oss-20b", "gpt-oss-120b"):
+        (tmp_path / model).symlink_to(DATA / "nano")
+    (tmp_path / "dashboards").symlink_to(ROOT / "dashboards")
     return tmp_path
 
 
