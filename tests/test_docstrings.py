@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+import workbench as wb
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "hooks", "dashboards", "data", "workbench")
 HELP_TEXTS = ("workbench/cli", "workbench/bench/command.py", "data/command.py")  # docstrings of commands are their help
@@ -124,3 +126,30 @@ def test_an_array_without_a_shape_is_found(annotation: str) -> None:
     assert missing_shapes(f'def f(x: {annotation}) -> None:\n    """Do it."""\n') == ["f"]
     assert missing_shapes(f'def f(x: {annotation}) -> None:\n    """Do it with [batch pos]."""\n') == []
     assert missing_shapes('def f(x: Float[Tensor, "batch pos"]) -> None:\n    """Do it."""\n') == []
+
+
+PUBLIC = ("hooks", "kernels", "dashboards", "experiments", "figures", "harmony", "studies", "research")  # of `wb.*`
+
+
+def public_modules() -> set[str]:
+    """Return the modules of the public packages, without subpackages and private modules."""
+    paths = [path for package in PUBLIC for path in (ROOT / "workbench" / package).glob("*.py")]
+    return {f"{path.parent.name}.{path.stem}" for path in paths if not path.stem.startswith("_")}
+
+
+def documented_modules() -> set[str]:
+    """Return the modules whose functions the API pages show."""
+    pages = [page.read_text("utf-8") for page in (ROOT / "docs" / "api").glob("*.md")]
+    names = [line.split()[1] for page in pages for line in page.splitlines() if line.startswith("::: ")]
+    return {name.removeprefix("workbench.") for name in names}
+
+
+def test_the_api_pages_show_every_public_module() -> None:
+    assert sorted(public_modules() - documented_modules()) == []
+    assert {"experiments.effects", "hooks.interventions", "kernels.moe"} <= public_modules()
+
+
+def test_the_api_pages_show_the_module_of_every_public_name() -> None:
+    objects = [wb.load, wb.open_run, wb.Run, wb.InputError, wb.Recorder, wb.accuracy, wb.answers, wb.direction]
+    objects += [wb.finetune, wb.probe, wb.top_experts]
+    assert {thing.__module__.removeprefix("workbench.") for thing in objects} <= documented_modules()

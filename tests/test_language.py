@@ -71,13 +71,18 @@ SOURCES = (
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "pyproject.toml",
+    "mkdocs.yml",
+    "CITATION.cff",
 )
+
+PLAIN = (".md", ".toml", ".yml", ".cff")
 
 
 def strings(path: Path) -> Iterator[tuple[int, str]]:
     """Return line numbers and texts that a user can read in a file."""
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".md":
+    if path.suffix in PLAIN:
         yield from enumerate(text.splitlines(), 1)
     elif path.suffix == ".ipynb":
         for number, cell in enumerate(json.loads(text)["cells"]):
@@ -119,7 +124,7 @@ def tracked() -> list[Path]:
     return [
         p
         for p in paths
-        if p.suffix in (".md", ".ipynb", ".py", ".html") and p.is_file() and not p.is_symlink() and p != Path(__file__)
+        if p.suffix in (*PLAIN, ".ipynb", ".py", ".html") and p.is_file() and not p.is_symlink() and p != Path(__file__)
     ]
 
 
