@@ -15,9 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import xarray as xr
 import zarr
 
+import workbench as wb
 from docs import commands_page
+from tests import test_howto_tasks
 from tests.conftest import DATA
 from tests.harmony.hosts.test_collect import FakeHost
 from tests.model.fake_gpus import run_on_gpus
@@ -26,7 +29,9 @@ from tests.serving import free_port, wait_for
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for p in (ROOT / "docs").rglob("*.md"))
-WITH_CODE = [p for p in PAGES if "```python" in p.read_text() or "```sh" in p.read_text()]
+# those of `test_howto_tasks` run there, files, commands and Python in their order
+RUN_ELSEWHERE = {(ROOT / "docs" / "howto" / page).resolve() for page in test_howto_tasks.PAGES}
+WITH_CODE = [p for p in PAGES if p not in RUN_ELSEWHERE and ("```python" in p.read_text() or "```sh" in p.read_text())]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -175,6 +180,34 @@ def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path: Path) -> No
     api = (tmp_path / "site" / "api" / "kernels" / "index.html").read_text()
     assert '"*stack out group 16"' in re.sub(r"&quot;|&#34;", '"', api)  # shapes are shown
     assert "workbench capture" in (tmp_path / "site" / "commands" / "index.html").read_text()
+
+
+def codes_of_the_page(page: str) -> dict[str, dict[int, str]]:
+    """Label → code → name, from the table of the page on the store."""
+    _, table = page.split("| code | `channel` | `role` | `part` |\n|---|---|---|---|\n")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n\n")[0].splitlines()]
+    return {
+        name: {int(row[0]): row[column] for row in rows if row[0].isdecimal() and row[column]}
+        for column, name in enumerate(("channel", "role", "part"), 1)
+    }
+
+
+def test_the_store_page_lists_the_codes_that_plain_readers_see(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "store.md").read_text()
+    listed = codes_of_the_page(page)
+    write_run(tmp_path / "r.zarr")
+    run = wb.open_run(tmp_path / "r.zarr")
+    by_zarr = zarr.open_group(tmp_path / "r.zarr", mode="r")["tokens"]
+    by_xarray = xr.open_zarr(tmp_path / "r.zarr", group="tokens", consolidated=False, mask_and_scale=False)
+    used = by_zarr["sequence"][:] >= 0  # rows of a unit that no sequence fills are in no dataset
+    for name, codes in listed.items():
+        attributes = by_zarr[name].attrs
+        assert dict(zip(attributes["flag_values"], attributes["flag_meanings"].split(), strict=True)) == codes
+        assert by_xarray[name].attrs["flag_meanings"].split() == list(codes.values())
+        labelled = [codes.get(int(code), "") for code in by_zarr[name][:][used]]
+        assert labelled == run.dataset[f"{name}_name"].values.tolist()
+    swapped = page.replace("| 3 | commentary |", "| 3 | final |").replace("| 4 | final |", "| 4 | commentary |")
+    assert codes_of_the_page(swapped) != listed  # a negative control
 
 
 def test_the_store_page_names_the_recorded_quantities(tmp_path: Path) -> None:
