@@ -7,6 +7,7 @@ nodes: nothing that a transcript says can be run.
 import base64
 import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ import xarray as xr
 
 from workbench import harmony
 from workbench.dashboards.search import texts, vocabulary
+from workbench.errors import InputError
 from workbench.figures.template import THEMES, ThemeName
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run
 
 _PAGE = Path(__file__).with_name("conversation.html")
 HEIGHT = 760
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 
 
 def frame(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None, theme: ThemeName = "light") -> str:
@@ -53,6 +57,38 @@ def shared_page(run: Run, sequences: Sequence[int], theme: ThemeName = "light") 
     name = html.escape(f"{len(sequences)} conversations of run {run.digest}")
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><h1>{name}</h1>'
     return head + "\n".join(parts)
+
+
+def conversation_file(run: Run, id: str | int, theme: ThemeName = "light") -> bytes:
+    """Return one HTML file with a conversation by its id or number, or with a range of numbers as in "0-4".
+
+    Raises:
+        InputError: the run has no such sequence.
+    """
+    numbers = [id] if isinstance(id, int) and id in run.sequences.index else sequence_numbers(run, str(id))
+    return shared_page(run, numbers, theme).encode()
+
+
+def sequence_numbers(run: Run, text: str) -> list[int]:
+    """Return the sequences that an id, a number or a range such as "0-4" names.
+
+    Raises:
+        InputError: the run has no such sequence.
+    """
+    table = run.sequences
+    if text in set(table["id"]):
+        return [int(table.index[table["id"] == text][0])]
+    match = _RANGE.fullmatch(text)
+    first, last = (
+        (int(match[1]), int(match[2])) if match else (int(text), int(text)) if _NUMBER.fullmatch(text) else (0, -1)
+    )
+    known = set(table.index)
+    if last < first or first not in known or last not in known or not set(range(first, last + 1)) <= known:
+        some = ", ".join(table["id"][:3])
+        raise InputError(
+            f"{text!r} is not in {run.path}: it has {len(table)} sequences, numbered from 0, such as {some}"
+        )
+    return list(range(first, last + 1))
 
 
 def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dict[str, Any]:

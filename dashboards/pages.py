@@ -3,6 +3,7 @@
 Sums are shown immediately. Studies are computed in a separate process and shown when they are ready (see `study_jobs`).
 """
 
+import io
 from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
@@ -13,7 +14,7 @@ import xarray as xr
 
 from workbench import registry
 from workbench.dashboards import content, search, widgets
-from workbench.dashboards.conversation import HEIGHT, frame
+from workbench.dashboards.conversation import HEIGHT, conversation_file, frame
 from workbench.dashboards.heatmap_pages import experts, sinks
 from workbench.dashboards.session import Page, Selectors, Session, box, study
 from workbench.errors import InputError
@@ -210,7 +211,14 @@ def transcript(session: Session) -> Page:
         widget.param.watch(lambda _: fill(), "value")
     before.on_click(lambda _: step(-1))
     after.on_click(lambda _: step(1))
-    return Page([find, pick, pn.Row(before, after), order, *chosen.sidebar()], [shown])
+    share = pn.widgets.FileDownload(
+        callback=lambda: io.BytesIO(conversation_file(run, int(pick.value), session.theme)),
+        filename="conversation.html",
+        label="Download this page",
+        width=widgets.WIDTH,
+        variant="outline",
+    )
+    return Page([find, pick, pn.Row(before, after), share, order, *chosen.sidebar()], [shown])
 
 
 def compare(session: Session) -> Page:

@@ -46,7 +46,7 @@ def rows(per_family: int = PER_FAMILY) -> list[dict[str, Any]]:
         {
             "id": f"{turns[-1].task}-{i % per_family:02d}",
             "messages": prompt_messages(*turns),
-            "answer": turns[-1].answer,
+            "expected": turns[-1].answer,
             "meta": {"task": turns[-1].task, "domain": turns[-1].domain, "turns": len(turns)},
         }
         for i, turns in enumerate(questions(per_family))

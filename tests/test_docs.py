@@ -58,8 +58,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workplace(prepared: Path, tmp_path: Path) -> Path:
     """A copy of it, with the checkpoints and the dashboards in their places."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
-    for model in ("gpt-oss-20b", "gpt-oss-120b"):
-        (tmp_path / model).symlink_to(DATA / "nano")
+    (tmp_path / "openai").mkdir()
+    for model in ("gpt-oss-20b", "gpt-oss-120b"):  # the hub ids that the pages name
+        (tmp_path / "openai" / model).symlink_to(DATA / "nano")
     (tmp_path / "dashboards").symlink_to(ROOT / "dashboards")
     return tmp_path
 

@@ -12,11 +12,12 @@ import pytest
 import workbench as wb
 from tests.cli.test_cli import run as command
 from tests.conftest import DATA
+from workbench.capture.shape_model import sample_transcripts
 from workbench.experiments.from_run import transcripts
 from workbench.harmony.transcripts import write_transcripts
 
 HOWTO = Path(__file__).parents[1] / "docs" / "howto"
-PAGES = ["record.md", "everyday.md", "../formats.md"]
+PAGES = ["record.md", "everyday.md", "plan.md", "../formats.md", "../nano.md"]
 _BLOCK = re.compile(r'^```(python|bash|sh)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
 
 
@@ -30,6 +31,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = wb.open_run(folder / "run.zarr")
     said = [{"id": "c", "messages": [{"role": "user", "content": "2+3"}, {"role": "assistant", "content": "5"}]}]
     (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    write_transcripts(folder / "for-gpt-oss.jsonl", sample_transcripts(wb.harmony.tokenizer(), 3, 100))
     write_transcripts(folder / "answers.jsonl", transcripts(run, run.sequences.index[::8].tolist()))
     return folder
 

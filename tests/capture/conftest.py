@@ -31,9 +31,9 @@ def rows() -> list[dict[str, Any]]:
             "messages": [
                 *p["messages"],
                 {"role": "assistant", "channel": "analysis", "content": "1+2=3;" * (3 if effort == "high" else 1)},
-                {"role": "assistant", "channel": "final", "content": p["answer"]},
+                {"role": "assistant", "channel": "final", "content": p["expected"]},
             ],
-            "answer": p["answer"],
+            "expected": p["expected"],
             "correct": True,
             "meta": p["meta"],
         }

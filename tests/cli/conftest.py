@@ -23,9 +23,9 @@ def transcript_rows() -> list[dict[str, object]]:
             "messages": [
                 *p["messages"],
                 {"role": "assistant", "channel": "analysis", "content": "1+2=3;" * (1 + (effort == "high"))},
-                {"role": "assistant", "channel": "final", "content": p["answer"]},
+                {"role": "assistant", "channel": "final", "content": p["expected"]},
             ],
-            "answer": p["answer"],
+            "expected": p["expected"],
             "correct": True,
         }
         for p in prompts

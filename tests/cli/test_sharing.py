@@ -3,10 +3,17 @@
 import re
 from pathlib import Path
 
+import panel as pn
 import pytest
 
+import workbench as wb
 from tests.cli.test_cli import run as command
 from tests.conftest import DATA
+from workbench.dashboards.conversation import conversation_file
+from workbench.dashboards.pages import made
+from workbench.dashboards.session import Session
+from workbench.dashboards.state import RunRegistry, Selection
+from workbench.errors import InputError
 from workbench.runs import open_run
 
 DEMO = str(DATA / "demo.zarr")
@@ -33,3 +40,20 @@ def test_sequences_that_are_not_there_are_refused(id: str, tmp_path: Path, capsy
     code, _, err = command(capsys, "conversation", DEMO, id, "--out", str(tmp_path / "page.html"))
     assert code == 2
     assert "sequences, numbered from 0" in err
+
+
+def test_the_dashboard_offers_the_same_file() -> None:
+    run = wb.open_run(DEMO)
+    number = int(run.sequences.index[2])
+    page = conversation_file(run, number)
+    assert page == conversation_file(run, run.sequences["id"][number])
+    assert page != conversation_file(run, number + 1)
+    assert page.startswith(b"<!doctype html>")
+    assert conversation_file(run, "0-1").count(b"<details>") == 2
+    with pytest.raises(InputError, match="600 sequences, numbered from 0"):
+        conversation_file(run, "0-600")
+    registry = RunRegistry([DEMO])
+    shown = made("transcript", Session(registry, Selection({}), lambda: None))
+    registry.desk.close()
+    (button,) = [w for w in shown.sidebar if isinstance(w, pn.widgets.FileDownload)]
+    assert button.callback().getvalue() == conversation_file(run, int(shown.sidebar[1].value))

@@ -99,6 +99,7 @@ BAD_ROWS: dict[str, tuple[Row | bytes, str]] = {
     "n_prompt of a bool": (row(n_prompt=True), "n_prompt is True"),
     "longer than the context": (row(tokens=[1] * 41), "41 tokens; the model's context holds 40"),
     "correct as a number": (row(correct=1), "correct is 1; wanted true, false or null"),
+    "another answer": (row(answer="5", expected="6"), "keep expected"),
     "a number as answer": (row(answer=42), "answer is 42; wanted text"),
     "a list as meta": (row(meta=[]), "meta is []; wanted an object"),
     "a lone surrogate in the id": (rb'{"id": "\ud83d"}', "half a surrogate pair"),
@@ -244,6 +245,7 @@ BAD_PROMPTS: dict[str, tuple[Row | bytes, str]] = {
     "messages without content": ({"id": "b", "messages": [{"role": "user"}]}, "message 1: its content is None"),
     "unknown role": ({"id": "b", "messages": [{"role": "x", "content": ""}]}, "unknown role 'x'"),
     "an id again": ({"id": "a", "messages": ASK}, "the id 'a' is that of line 1"),
+    "another answer": ({"id": "b", "messages": ASK, "answer": "5", "expected": "6"}, "keep expected"),
     "a number as answer": ({"id": "b", "messages": ASK, "answer": 5}, "answer is 5"),
     "a text as meta": ({"id": "b", "messages": ASK, "meta": "sum"}, "meta is 'sum'"),
 }

@@ -196,6 +196,8 @@ def _activation(text: str, point: str, options: dict[str, Any], cfg: Config) -> 
 
 
 def _refuse_unknown(where: str, point: str, hook: str | None) -> None:
+    if "=" in point:
+        raise InputError(f"{where}: {point} is an option: write it behind a record, as in 'router_logits {point}'")
     if point in _INSTEAD or hook in _HAS_ITS_OWN_NAME:
         instead = _INSTEAD.get(point) or _HAS_ITS_OWN_NAME[str(hook)]
         raise InputError(f"{where}: {point} is recorded as {instead}: write --record {instead!r}")

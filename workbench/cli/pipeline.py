@@ -30,7 +30,7 @@ app = typer.Typer()
 @app.command()
 def generate(
     model: Model,
-    prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, answer?, meta?")],
+    prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, expected?, meta?")],
     out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write or to complete.")],
     effort: Annotated[
         list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")
@@ -67,7 +67,7 @@ def generate(
 @app.command()
 def transcripts(
     url: Annotated[str, typer.Argument(help="Base URL of the API, such as http://localhost:8000/v1")],
-    prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, answer?, meta?")],
+    prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, expected?, meta?")],
     out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write, or to complete.")],
     model: Annotated[str, typer.Option(help="Name of the model at the API.")],
     effort: Annotated[

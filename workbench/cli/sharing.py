@@ -1,8 +1,7 @@
 """Commands that make one file to share: a conversation with what was recorded of it."""
 
-import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -10,7 +9,6 @@ from workbench.cli.options import Overwrite, RunPath
 from workbench.errors import InputError
 
 app = typer.Typer()
-_RANGE = re.compile(r"(\d+)-(\d+)")
 
 
 @app.command()
@@ -22,7 +20,7 @@ def conversation(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a conversation of a run as one HTML file that fetches nothing, to send to others."""
-    from workbench.dashboards.conversation import shared_page
+    from workbench.dashboards.conversation import sequence_numbers, shared_page
     from workbench.figures.template import THEMES
     from workbench.outputs import check_output, staged
     from workbench.runs import open_run
@@ -31,27 +29,8 @@ def conversation(
         raise InputError(f"--theme {theme}: choose one of {', '.join(THEMES)}")
     check_output(out, command="conversation", inputs=[run], overwrite=overwrite)
     opened = open_run(run)
-    numbers = _numbers(opened, id)
+    numbers = sequence_numbers(opened, id)
     page = shared_page(opened, numbers, theme)
     with staged(out, command="conversation", inputs=[run], overwrite=overwrite) as part:
         part.write_text(page, encoding="utf-8")
     print(f"{out}: {len(numbers)} conversation{'s' * (len(numbers) > 1)}")
-
-
-def _numbers(run: Any, text: str) -> list[int]:
-    """Return the sequences that an id, a number or a range names.
-
-    Raises:
-        InputError: the run has no such sequence.
-    """
-    table = run.sequences
-    if text in set(table["id"]):
-        return [int(table.index[table["id"] == text][0])]
-    match = _RANGE.fullmatch(text)
-    wanted = list(range(int(match[1]), int(match[2]) + 1)) if match else [int(text)] if text.isdecimal() else []
-    if not wanted or not set(wanted) <= set(table.index):
-        first = ", ".join(table["id"][:3])
-        raise InputError(
-            f"{text!r} is not in {run.path}: it has {len(table)} sequences, numbered from 0, such as {first}"
-        )
-    return wanted

@@ -10,7 +10,7 @@ was. Messages may be those of any chat API. Other fields are ignored; blank line
 import datetime
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -370,14 +370,26 @@ def _prompt_messages(fields: dict[str, Any]) -> list[dict[str, Any]]:
     return found.messages
 
 
-def _answer(fields: dict[str, Any]) -> str | None:
+def expected_text(fields: Mapping[str, Any]) -> str | None:
+    """Return `expected` of a row, or `answer`, its older name; None without either.
+
+    Raises:
+        InputError: it is not text, or the two differ.
+    """
     expected, older = fields.get("expected"), fields.get("answer")
     if expected is not None and older is not None and expected != older:
-        raise _BadRowError(f"expected is {shown(expected)} and answer, its older name, {shown(older)}; keep expected")
+        raise InputError(f"expected is {shown(expected)} and answer, its older name, {shown(older)}; keep expected")
     answer = older if expected is None else expected
     if not isinstance(answer, str | None):
-        raise _BadRowError(f"{'answer' if expected is None else 'expected'} is {shown(answer)}; wanted text")
+        raise InputError(f"{'answer' if expected is None else 'expected'} is {shown(answer)}; wanted text")
     return answer
+
+
+def _answer(fields: dict[str, Any]) -> str | None:
+    try:
+        return expected_text(fields)
+    except InputError as error:
+        raise _BadRowError(str(error)) from error
 
 
 def _meta(fields: dict[str, Any]) -> dict[str, Any]:

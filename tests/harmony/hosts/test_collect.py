@@ -85,7 +85,7 @@ def prompts(tmp_path: Path) -> Path:
 def write(folder: Path, n: int) -> Path:
     path = folder / "prompts.jsonl"
     rows = [
-        {"id": f"p{i}", "messages": [{"role": "user", "content": f"2*{i} é <script>"}], "answer": str(2 * i), "meta": {"task": "t"}}
+        {"id": f"p{i}", "messages": [{"role": "user", "content": f"2*{i} é <script>"}], "expected": str(2 * i), "meta": {"task": "t"}}
         for i in range(n)
     ]  # fmt: skip
     path.write_text("\n".join(map(json.dumps, rows)))

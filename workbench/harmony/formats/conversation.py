@@ -37,7 +37,7 @@ def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, 
     """
     c = conversation
     row: dict[str, Any] = {"id": c.id, "prompt_id": c.prompt_id or c.id}
-    about = {"complete": c.complete, "answer": c.answer, "correct": c.correct}
+    about = {"complete": c.complete, "expected": c.answer, "correct": c.correct}
     if c.tokens is not None:
         named = c.effort if c.effort not in (None, "") else effort
         row |= {"effort": effort_of(named) if named else None, "tokens": c.tokens[0], "n_prompt": c.tokens[1]}

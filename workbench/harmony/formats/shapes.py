@@ -13,6 +13,7 @@ from workbench.harmony.formats.conversation import CUT, Conversation
 from workbench.harmony.grammar import parse_text
 from workbench.harmony.marked_text import is_marked
 from workbench.harmony.messages import shown
+from workbench.harmony.transcripts import expected_text
 
 Row = Mapping[str, Any]
 _RESPONSE_TEXT = ("answer", "response", "completion", "output", "text", "generation")
@@ -204,7 +205,8 @@ def _vllm(row: Row) -> Iterator[Conversation]:
 
 def _transcript(row: Row) -> Iterator[Conversation]:
     fields = about(row)
-    fields["answer"] = row.get("answer") if isinstance(row.get("answer"), str) else fields["answer"]
+    expected = expected_text(row)
+    fields["answer"] = fields["answer"] if expected is None else expected
     if row.get("tokens") is not None:
         yield Conversation(**fields, tokens=(list(row["tokens"]), int(row["n_prompt"])))
     else:

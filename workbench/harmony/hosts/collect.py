@@ -279,7 +279,7 @@ class _Asker:
             "prompt_id": job.prompt.id,
             "effort": job.effort,
             **fields,
-            "answer": job.prompt.answer,
+            "expected": job.prompt.answer,
             "meta": job.prompt.meta
             | about
             | {
