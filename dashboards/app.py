@@ -92,7 +92,7 @@ def pages(registry: RunRegistry) -> dict[str, Callable[[], pn.template.Bootstrap
 
 
 def servable(paths: Sequence[str | Path]) -> pn.template.BootstrapTemplate:
-    """The whole dashboard as one address, its page in the query: for `panel serve`.
+    """Return the whole dashboard as one address, its page in the query: for `panel serve`.
 
     panel serve workbench/dashboards/app.py --args RUN.zarr
     """

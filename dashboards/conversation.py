@@ -29,7 +29,7 @@ _RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 
 
 def frame(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None, theme: ThemeName = "light") -> str:
-    """HTML of the frame with the conversation in it."""
+    """Return HTML of the frame with the conversation in it."""
     return (
         f'<iframe title="conversation" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0" '
         f'srcdoc="{html.escape(document(run, sequence, tokenizer, theme), quote=True)}"></iframe>'
@@ -92,7 +92,7 @@ def sequence_numbers(run: Run, text: str) -> list[int]:
 
 
 def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dict[str, Any]:
-    """What the page shows of a conversation; numbers rounded to what can be seen."""
+    """Return what the page shows of a conversation; numbers rounded to what can be seen."""
     tokens = run.sequence(sequence).compute()
     ids = tokens["id"].values.tolist()
     message, channel = tokens["message"].values, tokens["channel"].values

@@ -19,7 +19,7 @@ def remove_sinks(layers: Layers, heads: Collection[int] | None = None, tokens: T
 
 
 def scale_sinks(layers: Layers, factor: float, heads: Collection[int] | None = None, tokens: Tokens = None) -> Edit:
-    """The sink's probability times `factor`, at most one; the pattern takes or gives the difference."""
+    """Return the sink's probability times `factor`, at most one; the pattern takes or gives the difference."""
     description = f"sinks of {describe_layers(layers)} × {factor:g}"
     return _sinks(description, layers, heads, tokens, lambda p, s: (p * factor).clamp(max=1))
 

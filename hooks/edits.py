@@ -44,7 +44,7 @@ class At(NamedTuple):
     seen: dict[str, Tensor]
 
     def selected(self, tokens: TokenSet) -> Bool[Tensor, "batch pos"]:
-        """Which tokens of the pass are in the set, on the CPU; padding never is."""
+        """Return which tokens of the pass are in the set, on the CPU; padding never is."""
         return self.context.mask(tokens)
 
 
@@ -155,7 +155,7 @@ class Positions:
 
 
 def as_set(tokens: Tokens) -> TokenSet:
-    """What a user may give for tokens, as a token set."""
+    """Return what a user may give for tokens, as a token set."""
     if tokens is None or isinstance(tokens, slice | Sequence):
         return Positions(slice(None) if tokens is None else tokens)
     return tokens

@@ -90,7 +90,7 @@ def force(
 def reweight(
     layers: Layers, experts: Collection[int], factor: float, tokens: Tokens = None, *, renormalise: bool = False
 ) -> Edit:
-    """The gates of these experts times `factor`; with `renormalise` a token's gates keep their sum."""
+    """Return the gates of these experts times `factor`; with `renormalise` a token's gates keep their sum."""
     experts, members = sorted(set(experts)), as_set(tokens)
 
     def act(gates: Tensor, at: At) -> tuple[Tensor, int, Tensor]:

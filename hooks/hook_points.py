@@ -17,7 +17,7 @@ from transformer_lens.hook_points import HookPoint
 
 
 def hooked(*points: HookPoint) -> bool:
-    """Whether any of the points has a forward or backward hook."""
+    """Return whether any of the points has a forward or backward hook."""
     return any(point.fwd_hooks or point.bwd_hooks for point in points)
 
 
@@ -26,7 +26,7 @@ _KEPT_BY_LENS = ("fwd_hooks", "bwd_hooks")
 
 
 def snapshot_hooks(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-    """The hooks that the points of a module have now, to be put on again for a while when they may be gone."""
+    """Return the hooks that the points of a module have now, to be put on again for a while when they may be gone."""
     points = [point for point in module.modules() if isinstance(point, HookPoint)]
     then = [{name: copy(getattr(point, name)) for name in (*_KEPT_BY_TORCH, *_KEPT_BY_LENS)} for point in points]
 

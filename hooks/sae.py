@@ -101,7 +101,7 @@ class SAE(nn.Module):
         self.register_buffer("sparsity", sparsity)
 
     def encode(self, x: Float[Tensor, "*activation"]) -> Float[Tensor, "*rows d_sae"]:
-        """The features of an activation [*rows d_in], or [*rows head d_head] where the SAE is of hook_z."""
+        """Return the features of an activation [*rows d_in], or [*rows head d_head] where the SAE is of hook_z."""
         x, _, _ = self._normalise(x)
         if self.cfg.apply_b_dec_to_input:
             x = x - self.b_dec
@@ -141,7 +141,7 @@ class SAE(nn.Module):
         return out.unflatten(-1, like.shape[-2:]) if self.cfg.reshape_activations == "hook_z" else out
 
     def error(self, x: Float[Tensor, "*activation"]) -> Float[Tensor, "*activation"]:
-        """What the reconstruction lacks: x − decode(encode(x))."""
+        """Return what the reconstruction lacks: x − decode(encode(x))."""
         return x - self.decode(self.encode(x), x)
 
     def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
@@ -205,7 +205,7 @@ def splice(model: HookedRootModule, sae: SAE, at: str | None = None, *, use_erro
 
 
 def load_sae(folder: str | Path, *, device: str | torch.device = "cpu") -> SAE:
-    """The autoencoder in a folder that SAELens wrote, in the dtype that its configuration names."""
+    """Return the autoencoder in a folder that SAELens wrote, in the dtype that its configuration names."""
     root = Path(folder)
     cfg = _read_config(root / _CONFIG)
     shapes = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}

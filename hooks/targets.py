@@ -16,18 +16,18 @@ Points = Callable[[Any], list[tuple[str, Act]]]
 
 
 def numbers(layers: Layers) -> list[int]:
-    """The layers, each once, in order."""
+    """Return the layers, each once, in order."""
     return [layers] if isinstance(layers, int) else sorted(set(layers))
 
 
 def describe_layers(layers: Layers) -> str:
-    """The layers in words."""
+    """Return the layers in words."""
     which = numbers(layers)
     return f"layer {which[0]}" if len(which) == 1 else f"layers {', '.join(map(str, which))}"
 
 
 def at_layers(layers: Layers, point: str, act: Act, heads: Sequence[int] | None = None) -> Points:
-    """The point in each of the layers, once the model is known to have them."""
+    """Return the point in each of the layers, once the model is known to have them."""
 
     def points(model: Any) -> list[tuple[str, Act]]:
         _check("layer", numbers(layers), model.cfg.n_layers)
@@ -92,7 +92,7 @@ def points_of(model: Any, points: str | Collection[str]) -> list[str]:
 
 
 def listed(points: str | Collection[str]) -> str:
-    """The names of points in words, not too many."""
+    """Return the names of points in words, not too many."""
     names = [points] if isinstance(points, str) else list(points)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -117,5 +117,5 @@ def along(index: int | Collection[int] | None, x: Shaped[Tensor, "batch pos *fea
 
 
 def over_axes(mask: Bool[Tensor, "batch pos"], x: Shaped[Tensor, "batch pos *feature"]) -> Bool[Tensor, "..."]:
-    """The mask of tokens, so that it broadcasts to x."""
+    """Return the mask of tokens, so that it broadcasts to x."""
     return mask.to(x.device).view(*mask.shape, *[1] * (x.dim() - 2))

@@ -33,7 +33,7 @@ _QUERY_BLOCK = 256  # scores of one block of 64 heads on 4,096 keys: 268 MB in f
 def visible(
     query_pos: Int[Tensor, "batch query"], key_pos: Int[Tensor, " key"], window: int | None
 ) -> Bool[Tensor, "batch query key"]:
-    """Which keys a query sees: itself and those before it, at most `window` in all."""
+    """Return which keys a query sees: itself and those before it, at most `window` in all."""
     distance = query_pos[:, :, None] - key_pos
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
@@ -53,7 +53,7 @@ def scores(
 def combine(
     pattern: Float[Tensor, "batch head query key"], v: Float[Tensor, "batch key kv d_head"]
 ) -> Float[Tensor, "batch query head d_head"]:
-    """Values summed by a pattern."""
+    """Return values summed by a pattern."""
     grouped = pattern.unflatten(1, (v.shape[2], -1))
     return torch.einsum("bkgqs,bskd->bqkgd", grouped, v.to(pattern.dtype)).flatten(2, 3)
 
@@ -111,7 +111,7 @@ def shrink(z: Float[Tensor, "batch query head d_head"], sink: Float[Tensor, "bat
 
 
 def spans(lengths: Sequence[int]) -> list[slice]:
-    """Where each of several sequences lies that were put end to end; those of no length are left out."""
+    """Return where each of several sequences lies that were put end to end; those of no length are left out."""
     ends = list(itertools.accumulate(lengths))
     return [slice(end - n, end) for end, n in zip(ends, lengths, strict=True) if n]
 

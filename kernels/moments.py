@@ -24,7 +24,7 @@ class Moments(NamedTuple):
 
 
 def moments(x: Float[Tensor, "tokens d"], labels: Int[Tensor, "tokens"], n_labels: int) -> Moments:
-    """Moments of the rows of each label 0 … n_labels − 1; rows of a negative label are left out."""
+    """Return moments of the rows of each label 0 … n_labels − 1; rows of a negative label are left out."""
     if gpu := dispatch.triton("moments", x):
         return gpu.moments(x, labels, n_labels)
     keep = labels >= 0

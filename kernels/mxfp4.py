@@ -54,7 +54,7 @@ def _table(device: torch.device) -> Int[Tensor, "65536"]:
 def dequantise(
     blocks: UInt8[Tensor, "*stack group 16"], scales: UInt8[Tensor, "*stack group"], dtype: torch.dtype = torch.bfloat16
 ) -> Float[Tensor, "*stack columns"]:
-    """The packed values, exact in bfloat16 and wider (above 2^127 they overflow to infinity, as in bfloat16)."""
+    """Return the packed values, exact in bfloat16 and wider (above 2^127 they overflow to infinity, as in bfloat16)."""
     if gpu := dispatch.triton("mxfp4", blocks):
         return gpu.dequantise(blocks, scales, dtype)
     values = torch.empty(*blocks.shape[:-2], blocks.shape[-2] * GROUP, dtype=torch.bfloat16, device=blocks.device)
@@ -71,7 +71,7 @@ def _unpack(blocks: Tensor, scales: Tensor, values: Tensor, entry: Tensor) -> No
 def quantise(
     weight: Float[Tensor, "*stack columns"],
 ) -> tuple[UInt8[Tensor, "*stack group 16"], UInt8[Tensor, "*stack group"]]:
-    """Nearest packed values (ties to the even code), blocks and scales.
+    """Return the nearest packed values (ties to the even code), blocks and scales.
 
     Of the two scales that can hold a group's largest magnitude, the specification's floor, which saturates
     above 6, and the next power of two, the one with the smaller squared error is taken.
@@ -145,7 +145,7 @@ def _row_chunks(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Iterator[
 
 
 def linear(x: Float[Tensor, "rows columns"], weight: Mxfp4 | Float[Tensor, "columns out"]) -> Float[Tensor, "rows out"]:
-    """x times a weight matrix, packed (stored by rows of outputs) or dense (stored inputs by outputs)."""
+    """Return x times a weight matrix, packed (stored by rows of outputs) or dense (stored inputs by outputs)."""
     if isinstance(weight, Mxfp4):
         return _PackedLinear.apply(x, weight.blocks, weight.scales)
     return x @ weight

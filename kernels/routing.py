@@ -14,14 +14,14 @@ from workbench.kernels import dispatch
 
 
 def top_k(logits: Float[Tensor, "tokens expert"], k: int) -> Int[Tensor, "tokens slot"]:
-    """Ids of the k largest logits, descending; equal logits go to the smaller id."""
+    """Return ids of the k largest logits, descending; equal logits go to the smaller id."""
     if gpu := dispatch.triton("routing", logits):
         return gpu.top_k(logits, k)
     return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def gate(logits: Float[Tensor, "tokens expert"], experts: Int[Tensor, "tokens slot"]) -> Float[Tensor, "tokens slot"]:
-    """Weights of the selected experts: softmax over their logits alone; rows sum to 1."""
+    """Return weights of the selected experts: softmax over their logits alone; rows sum to 1."""
     if gpu := dispatch.triton("routing", logits):
         return gpu.gate(logits, experts)
     return logits.gather(-1, experts).softmax(-1)
@@ -30,6 +30,6 @@ def gate(logits: Float[Tensor, "tokens expert"], experts: Int[Tensor, "tokens sl
 def group(
     experts: Int[Tensor, "tokens slot"], num_experts: int
 ) -> tuple[Int[Tensor, "tokens*slot"], Int[Tensor, "expert"]]:
-    """Slots (token · k + slot) ordered by the expert they go to, and how many each expert receives."""
+    """Return slots (token · k + slot) ordered by the expert they go to, and how many each expert receives."""
     flat = experts.flatten()
     return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts)

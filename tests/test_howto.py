@@ -139,24 +139,36 @@ def test_the_page_of_studies_lists_the_registry() -> None:
 
 
 def _missing_names(text: str) -> list[str]:
-    """Names and files in backticks that the kernels' source does not have."""
+    """Return names and files in backticks that neither the sources nor the tests contain."""
     root = HOWTO.parents[1]
-    files = [p for folder in ("kernels", "workbench/bench", "tests/kernels") for p in (root / folder).rglob("*.py")]
+    folders = ("kernels", "hooks", "workbench", "dashboards", "data", "tests")
+    files = [path for folder in folders for path in (root / folder).rglob("*.py") if path != Path(__file__)]
     source = "\n".join(path.read_text() for path in files)
     missing = []
     for quoted in re.findall(r"`([^`\n]+)`", text):
         if quoted.startswith("@") or "NAME" in quoted or quoted.startswith("workbench bench"):
             continue
         if re.fullmatch(r"[\w./]+\.(py|md)", quoted):
-            missing += [quoted] * (not (root / quoted).exists())
+            beside = [path for path in files if path.name == quoted]
+            missing += [quoted] * (not beside and not (root / quoted).exists())
         elif (name := re.match(r"\w+(?:\.\w+)*", quoted)) and not re.search(rf"\b{name[0].split('.')[-1]}\b", source):
             missing.append(quoted)
     return missing
 
 
-def test_the_names_of_the_page_for_kernels_exist() -> None:
-    text = (HOWTO / "kernel.md").read_text()
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [  # names that are replaced by others as negative controls
+        ("docs/howto/hook.md", ("hook_mlp_in", "hooks/names.py")),
+        ("docs/howto/kernel.md", ("on_device_of_first", "kernels/norm.py", "CompileCase")),
+        ("docs/howto/reader.md", ("LazyTensor", "workbench/model/names.py")),
+        ("docs/howto/model-family.md", ("checkpoint.py",)),
+        ("CONTRIBUTING.md", ("tests/test_architecture.py",)),
+    ],
+)
+def test_the_names_of_a_page_exist(page: str, names: tuple[str, ...]) -> None:
+    text = (HOWTO.parents[1] / page).read_text()
     assert _missing_names(text) == []
-    for name in ("on_device_of_first", "kernels/norm.py", "CompileCase"):  # negative controls
-        wrong = text.replace(name, name.replace("on_", "onto_").replace("norm", "norms").replace("Case", "Cases"))
-        assert _missing_names(wrong), name
+    for name in names:
+        stem, point, ending = name.partition(".")
+        assert _missing_names(text.replace(name, f"{stem}_renamed{point}{ending}")), name

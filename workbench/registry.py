@@ -68,7 +68,7 @@ class Record:
 
     @property
     def attribute(self) -> str:
-        """The name as an attribute of `wb.studies` and `wb.figures`."""
+        """Return the name as an attribute of `wb.studies` and `wb.figures`."""
         return self.name.replace("-", "_")
 
     def load(self) -> ModuleType:

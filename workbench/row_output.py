@@ -31,7 +31,7 @@ def stamp(row: Mapping[str, Any], command: str, **job: Any) -> dict[str, Any]:
 
 
 def is_stamped(row: Mapping[str, Any], command: str) -> bool:
-    """Whether a command wrote a row."""
+    """Return whether a command wrote a row."""
     meta = row.get("meta")
     about = meta.get(KEY) if isinstance(meta, dict) else None
     return isinstance(about, dict) and about.get("command") == command

@@ -97,7 +97,7 @@ class Resources(NamedTuple):
 
 
 def build(case: CompileCase, target: Target) -> Any:
-    """Triton's compiled kernel; its `asm` holds every stage."""
+    """Return Triton's compiled kernel; its `asm` holds every stage."""
     types = {**case.types, **dict.fromkeys(case.constants, "constexpr")}
     names = list(case.kernel.arg_names)
     attrs = {(names.index(a),): [["tt.divisibility", 16]] for a in case.aligned}

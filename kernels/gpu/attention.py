@@ -461,7 +461,7 @@ def attention(
 
 
 def compile_cases(target: str = "sm_90") -> list[CompileCase]:
-    """Every kernel with the tiles that `target` gets; both models have the same heads."""
+    """Return every kernel with the tiles that `target` gets; both models have the same heads."""
     return [s for window in (128, None) for s in _compile_cases(window, target)]
 
 

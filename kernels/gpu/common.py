@@ -37,7 +37,7 @@ def on_device_of_first(launcher: Callable[P, R]) -> Callable[P, R]:
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a · b: tensor cores for 16-bit operands, full float32 (never TF32) for 32-bit ones."""
+    """Return acc + a · b: tensor cores for 16-bit operands, full float32 (never TF32) for 32-bit ones."""
     if _INTERPRETED:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32))
     return tl.dot(a, b, acc, input_precision="ieee")

@@ -383,7 +383,7 @@ def moe(
 
 
 def compile_cases(target: str = "sm_90") -> list[CompileCase]:
-    """Every kernel with the tiles that `target` gets, for both models: a prefill and a decoding step each."""
+    """Return every kernel with the tiles that `target` gets, for both models: a prefill and a decoding step each."""
     prefill, decode = ("prefill of 8,192 tokens", 8192 * 4), ("decode of 64 tokens", 64 * 4)
     cases = [
         ("gpt-oss-20b, float32", 32, prefill, torch.float32),

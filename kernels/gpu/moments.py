@@ -68,7 +68,7 @@ def _add(
 
 @on_device_of_first
 def moments(x: Float[Tensor, "tokens d"], labels: Int[Tensor, "tokens"], n_labels: int) -> Moments:
-    """Moments of the rows of each label 0 … n_labels − 1; rows of any other label are left out."""
+    """Return moments of the rows of each label 0 … n_labels − 1; rows of any other label are left out."""
     tile = tiles.moments_tile()
     split, (tokens, d), x = tile.blocks["SPLIT"], x.shape, x.contiguous()
     ordered, order = labels.sort(stable=True)

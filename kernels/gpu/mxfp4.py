@@ -44,7 +44,7 @@ class Operand(NamedTuple):
 
 @triton.jit
 def power(exponent):
-    """2^exponent in float32, from the bits: subnormal below -126, zero below -149, infinite above 127."""
+    """Return 2^exponent in float32, from the bits: subnormal below -126, zero below -149, infinite above 127."""
     normal = (tl.clamp(exponent.to(tl.float32), -127.0, 128.0).to(tl.int32) + 127) << 23
     tiny = tl.where(exponent < -149, 0, 1 << tl.minimum(tl.maximum(exponent + 149, 0), 22))
     return tl.where(exponent < -126, tiny, normal).to(tl.float32, bitcast=True)
@@ -91,7 +91,7 @@ def load_tile(
 
 @triton.jit
 def dot_packed(x, blocks, scales, acc):
-    """acc + x · Wᵀ, W a packed tile; bfloat16 on the tensor cores, float32 in full.
+    """Return acc + x · Wᵀ, W a packed tile; bfloat16 on the tensor cores, float32 in full.
 
     Triton's own mixed product turns bytes into the left operand of wgmma in registers; it reads a NaN scale as
     infinite and the scale 2^-127 as zero. Interpreters before Triton 3.8 lack it, hence this function.
@@ -163,7 +163,7 @@ def dequantise(
 def quantise(
     weight: Float[Tensor, "*stack columns"],
 ) -> tuple[UInt8[Tensor, "*stack group 16"], UInt8[Tensor, "*stack group"]]:
-    """Nearest packed values (ties to the even code) at the better of two scales, blocks and scales.
+    """Return the nearest packed values (ties to the even code) at the better of two scales, blocks and scales.
 
     Where the errors of the two scales differ by less than float32's rounding of their sums, either may be taken.
     """
@@ -184,7 +184,7 @@ def quantise(
 
 
 def operand(weight: Mxfp4, rows: int, columns: int) -> Operand:
-    """How a kernel with tiles of `rows` by `columns` reads a stack of packed matrices."""
+    """Return how a kernel with tiles of `rows` by `columns` reads a stack of packed matrices."""
     blocks, scales = weight.blocks, weight.scales
     if not (blocks.is_contiguous() and scales.is_contiguous()):
         raise ValueError("packed weights must be contiguous: call .contiguous() once when loading")

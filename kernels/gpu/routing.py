@@ -129,7 +129,7 @@ def max_tiles(slots: int, num_experts: int, block_m: int) -> int:
 
 @on_device_of_first
 def top_k(logits: Float[Tensor, "tokens expert"], k: int) -> Int[Tensor, "tokens slot"]:
-    """Ids of the k largest logits, descending; equal logits go to the smaller id."""
+    """Return ids of the k largest logits, descending; equal logits go to the smaller id."""
     tokens, num_experts = logits.shape
     tile = tiles.top_k_tile(num_experts)
     ids = torch.empty(tokens, k, dtype=torch.int64, device=logits.device)
@@ -140,7 +140,7 @@ def top_k(logits: Float[Tensor, "tokens expert"], k: int) -> Int[Tensor, "tokens
 
 @on_device_of_first
 def gate(logits: Float[Tensor, "tokens expert"], experts: Int[Tensor, "tokens slot"]) -> Float[Tensor, "tokens slot"]:
-    """Weights of the selected experts: softmax over their logits alone; rows sum to 1."""
+    """Return weights of the selected experts: softmax over their logits alone; rows sum to 1."""
     return _Gate.apply(logits, experts)
 
 
@@ -170,7 +170,7 @@ class _Gate(torch.autograd.Function):
 
 @on_device_of_first
 def group(experts: Int[Tensor, "tokens slot"], num_experts: int) -> Groups:
-    """Slots (token · k + slot) in order of the expert they go to, and among one expert's in their own order.
+    """Return slots (token · k + slot) in order of the expert they go to, and among one expert's in their own order.
 
     Ids lie in 0 … num_experts − 1: to check that would wait for the device.
     """
@@ -192,7 +192,7 @@ def group(experts: Int[Tensor, "tokens slot"], num_experts: int) -> Groups:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every kernel for the experts of both models, at a prefill of 8,192 tokens."""
+    """Return every kernel for the experts of both models, at a prefill of 8,192 tokens."""
     return [s for num_experts in (32, 128) for s in _compile_cases(num_experts, tokens=8192, k=4)]
 
 

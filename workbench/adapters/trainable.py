@@ -70,7 +70,7 @@ class Options:
 
     @property
     def scale(self) -> float:
-        """The factor of every update."""
+        """Return the factor of every update."""
         return self.alpha / self.rank
 
 

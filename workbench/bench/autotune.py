@@ -19,7 +19,7 @@ Families = dict[str, Callable[..., Tile]]
 
 
 def families() -> Families:
-    """Every function of `tiles` that chooses a tile, by name."""
+    """Return every function of `tiles` that chooses a tile, by name."""
     found = inspect.getmembers(tiles, inspect.isfunction)
     return {name: f for name, f in found if inspect.signature(f).return_annotation is Tile}
 
@@ -62,7 +62,7 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
 
 
 def used(case: Case) -> list[tuple[str, Tile]]:
-    """The families a case asks, and the tiles they answer with."""
+    """Return the families a case asks, and the tiles they answer with."""
     asked: list[tuple[str, Tile]] = []
 
     def note(name: str, own: Tile) -> Tile:
@@ -76,7 +76,7 @@ def used(case: Case) -> list[tuple[str, Tile]]:
 
 
 def tune(clock: Clock, case: Case, family: str, own: Tile) -> tuple[Tile, float, float]:
-    """The best tile found in place of `own`, its seconds and own's."""
+    """Return the best tile found in place of `own`, its seconds and own's."""
     want = [t.double().cpu() if t.is_floating_point() else t.cpu() for t in case.launch()]
 
     def seconds(tile: Tile) -> float:

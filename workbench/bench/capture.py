@@ -28,7 +28,7 @@ DEFAULT = ("routing", "sinks")
 
 
 def run(checkpoint: str, tokens: int, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Rows of tokens a second, those of tools that are not installed left out and named."""
+    """Return rows of tokens a second, those of tools that are not installed left out and named."""
     model = load(checkpoint, dtype=dtype)
     ids = torch.randint(model.cfg.d_vocab, (1, tokens), generator=torch.Generator().manual_seed(0))
     ways: dict[str, Callable[[], None]] = {

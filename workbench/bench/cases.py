@@ -69,7 +69,7 @@ class Layer:
         return Mxfp4(draw(0, 256, *shape, 16), draw(middle - 1, middle + 2, *shape))
 
     def routed(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Experts and gates of random router logits."""
+        """Return experts and gates of random router logits."""
         logits = self.normal(tokens, self.cfg.num_experts, dtype=torch.float32)
         gates, experts = logits.topk(self.cfg.experts_per_token)
         return experts, gates.softmax(-1)
@@ -280,7 +280,7 @@ def _experts(layer: Layer, dtype: torch.dtype) -> Experts:
 
 
 def row_error(got: Tensor, want: Tensor) -> float:
-    """The worst row's distance from what was wanted, relative to that row; infinite where integers differ.
+    """Return the worst row's distance from what was wanted, relative to that row; infinite where integers differ.
 
     A row of a tenth of the usual size or less counts as that large. NaN is an infinite error.
     """

@@ -117,7 +117,7 @@ def _device(name: str) -> torch.device:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The card and what runs on it."""
+    """Return the card and what runs on it."""
     names = ("torch", "triton")
     about: dict[str, Any] = {"versions": {name: version(name) for name in names}, "python": platform.python_version()}
     if device.type != "cuda":
@@ -160,7 +160,7 @@ def check(configs: Mapping[str, Config], device: torch.device, sizes: Sizes) -> 
 
 
 def with_assembler(path: Path, repeats: int) -> list[dict[str, Any]]:
-    """The kernels' rows when this ptxas assembles them, measured by a process of its own."""
+    """Return the kernels' rows when this ptxas assembles them, measured by a process of its own."""
     env = os.environ | {"TRITON_PTXAS_PATH": str(path), "TRITON_PTXAS_BLACKWELL_PATH": str(path)}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"

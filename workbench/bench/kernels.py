@@ -113,7 +113,7 @@ def problems(row: Row) -> list[str]:
 
 @cache
 def compile_cases(module: str, target: str) -> list[Any]:
-    """The compile cases of a kernel module, with the tiles that the target gets."""
+    """Return the compile cases of a kernel module, with the tiles that the target gets."""
     make = importlib.import_module(f"workbench.kernels.gpu.{module}").compile_cases
     return make(target) if inspect.signature(make).parameters else make()
 
@@ -243,7 +243,7 @@ HEADERS = (
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """One row as the tables show it."""
+    """Return the one row as the tables show it."""
     none = "–"
     return (
         row.kernel,
@@ -264,23 +264,23 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def title(target: str) -> str:
-    """The target, and the card that its estimates are for."""
+    """Return the target, and the card that its estimates are for."""
     card = CARDS[target]
     return f"{target}: {card.name}, {card.bandwidth / 1e12:g} TB/s, {card.flops / 1e12:g} TFLOP/s"
 
 
 def section(target: str, rows: Iterable[Row]) -> str:
-    """The committed table of one target."""
+    """Return the committed table of one target."""
     return f"## {title(target)}\n\n{table.markdown(HEADERS, [cells(row) for row in rows], text=3)}\n"
 
 
 def heading() -> str:
-    """What made the tables: Triton's version decides every number but the estimates' limits."""
+    """Return what made the tables: Triton's version decides every number but the estimates' limits."""
     return f"Triton {version('triton')}; made by `workbench bench kernels --write`."
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The committed report."""
+    """Return the committed report."""
     tables = [section(target, group) for target, group in itertools.groupby(rows, key=lambda row: row.target)]
     return "\n".join(
         [

@@ -34,7 +34,7 @@ class Work(NamedTuple):
 def measure(
     clock: Clock, limits: Limits, name: str, cfg: Config, prefills: tuple[int, ...], batches: tuple[int, ...], past: int
 ) -> list[dict[str, Any]]:
-    """A row for each prefill, plain and recorded, and each batch that decodes after `past` tokens."""
+    """Return a row for each prefill, plain and recorded, and each batch that decodes after `past` tokens."""
     n = fitting(cfg, clock.device, max(batches) * (past + 1))
     model = random_model(replace(cfg, n_layers=n, windows=cfg.windows[:n]), clock.device)
     rows = []
@@ -60,7 +60,7 @@ def _row(name: str, cfg: Config, n: int, problem: str, tokens: int, layer_s: flo
 
 
 def layers(cfg: Config, batch: int, new: int, past: int, distinct: float) -> Work:
-    """All layers' work on `new` tokens a row after `past`, when `distinct` experts a layer are hit."""
+    """Return all layers' work on `new` tokens a row after `past`, when `distinct` experts a layer are hit."""
     kv = 2 * cfg.n_key_value_heads * cfg.d_head
     matrices = cfg.d_model * (2 * cfg.n_heads * cfg.d_head + kv) + cfg.d_model * cfg.num_experts
     expert, tokens, keys = 3 * cfg.d_model * cfg.d_mlp, batch * new, past + new
@@ -74,7 +74,7 @@ def layers(cfg: Config, batch: int, new: int, past: int, distinct: float) -> Wor
 
 
 def fitting(cfg: Config, device: torch.device, cached: int) -> int:
-    """How many layers fit a GPU's free memory beside `cached` tokens, an even number; elsewhere all of them."""
+    """Return how many layers fit a GPU's free memory beside `cached` tokens, an even number; elsewhere all of them."""
     if device.type != "cuda":
         return cfg.n_layers
     gc.collect()  # a hooked model is a circle of references
@@ -87,7 +87,7 @@ def fitting(cfg: Config, device: torch.device, cached: int) -> int:
 
 
 def random_model(cfg: Config, device: torch.device) -> GptOss:
-    """A model of random weights: two layers are drawn, the others are copies of them in memory of their own."""
+    """Return a model of random weights: two layers are drawn, the others are copies of them in memory of their own."""
     drawn = RandomTensors(replace(cfg, n_layers=2, windows=cfg.windows[:2]))
     first: dict[str, Tensor] = {}
     state: dict[str, Tensor] = {}

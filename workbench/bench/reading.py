@@ -134,7 +134,7 @@ def _unit(
 
 
 def ask(path: str, rounds: int) -> dict[str, Any]:
-    """Seconds to open the run and to answer what dashboards ask, each on a run opened anew; medians."""
+    """Return seconds to open the run and to answer what dashboards ask, each on a run opened anew; medians."""
     run = open_run(path)
     one = int(run.sequences.index[len(run.sequences) // 2])
     questions: dict[str, Callable[[Run], Any]] = {

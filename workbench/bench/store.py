@@ -25,7 +25,7 @@ TOKENS, WIDTH, LAYERS = 16_384, 2880, 24
 
 
 def run(streams: int, rounds: int) -> dict[str, Any]:
-    """Bytes a second of each way to write, and what it left on disk."""
+    """Return bytes a second of each way to write, and what it left on disk."""
     rng = np.random.default_rng(0)
     bits = (rng.standard_normal((streams, TOKENS, WIDTH), dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
     data: dict[str, np.ndarray] = {

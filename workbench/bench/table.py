@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], text: int = 0) -> str:
-    """A table of Markdown whose first `text` columns stand left and the others right."""
+    """Return a table of Markdown whose first `text` columns stand left and the others right."""
     rule = "|" + "|".join("---" if i < text else "---:" for i in range(len(columns))) + "|"
     return "\n".join(["| " + " | ".join(columns) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -27,7 +27,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 
 def processor() -> str:
-    """The cores that this process may use, and their name."""
+    """Return the cores that this process may use, and their name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     found = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -32,7 +32,7 @@ class Clock:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether launches are timed with events."""
+        """Return whether launches are timed with events."""
         return self.device.type == "cuda"
 
     def __call__(self, launch: Launch) -> float:
@@ -98,12 +98,12 @@ class Limits(NamedTuple):
     flops: float
 
     def seconds(self, bytes: float, flops: float) -> float:
-        """The least time that this much work takes."""
+        """Return the least time that this much work takes."""
         return max(bytes / self.bandwidth, flops / self.flops)
 
 
 def limits(clock: Clock) -> Limits:
-    """A plain copy's bytes (read and written) and a plain product's flops, a second."""
+    """Return a plain copy's bytes (read and written) and a plain product's flops, a second."""
     n, size = (8192, 2**30) if clock.on_gpu else (256, 2**22)
     source = torch.zeros(size, dtype=torch.uint8, device=clock.device)
     goal = torch.empty_like(source)

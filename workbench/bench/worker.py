@@ -33,7 +33,7 @@ class Worker:
         self._process.communicate()  # at the end of its input a worker ends
 
     def run(self, path: str, tokens: int, /, **options: Any) -> dict[str, float]:
-        """Seconds of one forward pass, and the most memory this process has ever had, in bytes."""
+        """Return seconds of one forward pass, and the most memory this process has ever had, in bytes."""
         assert self._process.stdin
         self._process.stdin.write(json.dumps([path, tokens, options]) + "\n")
         self._process.stdin.flush()

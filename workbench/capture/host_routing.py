@@ -22,7 +22,7 @@ ROUTINGS = ("own", "host")
 
 
 def with_host_routes(rows: Sequence[Transcript], transcripts: str | Path, cfg: Config) -> list[Transcript]:
-    """The transcripts with the experts that the host chose.
+    """Return the transcripts with the experts that the host chose.
 
     Raises: InputError if a row has none, or those of another model.
     """

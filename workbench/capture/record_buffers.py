@@ -238,6 +238,6 @@ def pinned_bytes(size: int) -> int:
 
 
 def sketch_matrix(a: Activation) -> Float[Tensor, "d sketch"]:
-    """Ω of a sketch: normal, the same for every run, from the sizes alone."""
+    """Return Ω of a sketch: normal, the same for every run, from the sizes alone."""
     rng = np.random.default_rng([a.d, a.sketch])
     return torch.from_numpy(rng.normal(0, a.sketch**-0.5, (a.d, a.sketch)).astype(np.float32))

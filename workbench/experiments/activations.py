@@ -26,7 +26,7 @@ _DIMS = {"batch": "sequence", "pos": "position", "query_pos": "position"}
 def activations(
     model: GptOss, tokens: Int[Tensor, "batch pos"], names: Collection[str], n_real: Sequence[int] | None = None
 ) -> dict[str, Shaped[Tensor, "batch *feature"]]:
-    """What passes at these hook points, all edits done."""
+    """Return what passes at these hook points, all edits done."""
     found: dict[str, Tensor] = {}
     with model.hooks(fwd_hooks=[(name, record_hook(found)) for name in dict.fromkeys(names)]):
         model(tokens.to(model.device), n_real=n_real)
@@ -55,7 +55,7 @@ def slopes(
 def metric_value(
     model: GptOss, tokens: Int[Tensor, "batch pos"], metric: Metric, n_real: Sequence[int] | None = None
 ) -> Float[Tensor, " batch"]:
-    """The metric of a pass."""
+    """Return the metric of a pass."""
     return scalar(metric, model(tokens.to(model.device), n_real=n_real))
 
 
@@ -86,14 +86,14 @@ def replace_hook(value: Tensor) -> Hook:
 
 
 def choices(model: GptOss) -> list[str]:
-    """The points of the choice of experts, a layer each."""
+    """Return the points of the choice of experts, a layer each."""
     return [f"blocks.{layer}.mlp.hook_expert_indices" for layer in range(model.cfg.n_layers)]
 
 
 def flipped(
     mine: Int[Tensor, "batch pos slot"], other: Int[Tensor, "batch pos slot"]
 ) -> Float[np.ndarray, "batch pos"]:
-    """The share of my slots whose expert the other did not choose."""
+    """Return the share of my slots whose expert the other did not choose."""
     lost = ~(mine[..., :, None] == other.to(mine.device)[..., None, :]).any(-1)
     return lost.double().mean(-1).cpu().numpy()
 
@@ -111,13 +111,13 @@ def named(model: GptOss, point: str) -> list[str]:
 
 
 def axes(model: GptOss, name: str) -> list[str]:
-    """The axes of a hook point; of an SAE's features each is one's own."""
+    """Return the axes of a hook point; of an SAE's features each is one's own."""
     other = "batch pos feature" if name.endswith("hook_sae_acts_post") else "batch pos d_model"
     return hook_points(model.cfg.n_layers).get(name, other).split()
 
 
 def dims(model: GptOss, name: str) -> tuple[str, ...]:
-    """What is left of the axes when the entries of a vector are summed, as dimensions of a dataset."""
+    """Return what is left of the axes when the entries of a vector are summed, as dimensions of a dataset."""
     return tuple(_DIMS.get(axis, axis) for axis in axes(model, name) if axis not in _SUMMED)
 
 
@@ -131,7 +131,7 @@ def dot(model: GptOss, name: str, end: Tensor, begin: Tensor, slope: Tensor) -> 
 
 
 def real(tokens: Int[Tensor, "batch pos"], n_real: Sequence[int] | None) -> Bool[np.ndarray, "batch pos"]:
-    """Which tokens are no padding."""
+    """Return which tokens are no padding."""
     lengths = np.array([tokens.shape[1]] * len(tokens) if n_real is None else n_real)
     return np.arange(tokens.shape[1]) < lengths[:, None]
 

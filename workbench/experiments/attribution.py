@@ -63,7 +63,7 @@ def logit_parts(
     norm: Norm = "frozen",
     n_real: Sequence[int] | None = None,
 ) -> xr.Dataset:
-    """The logit of `of`, less that of `minus`, at the tokens `at`, as a sum over parts.
+    """Return the logit of `of`, less that of `minus`, at the tokens `at`, as a sum over parts.
 
     of, minus: a token id, ids [batch pos], "next" for the token that follows, or weights over the vocabulary
     [d_vocab]; minus may be "mean", of all logits. It holds a number a part and one layer's activations of the points.
@@ -95,12 +95,12 @@ def check_norm(norm: str) -> None:
 
 
 def total(parts: xr.Dataset) -> xr.DataArray:
-    """The sum of all parts of each point: the logit."""
+    """Return the sum of all parts of each point: the logit."""
     return sum((parts[name].sum(set(parts[name].dims) - {"point"}) for name in PARTS), xr.zeros_like(parts.logit))
 
 
 def by_expert(parts: xr.Dataset) -> xr.DataArray:
-    """What each expert, not slot, adds: its matrices and its bias; 0 where it was not chosen."""
+    """Return what each expert, not slot, adds: its matrices and its bias; 0 where it was not chosen."""
     slots = (parts.experts + parts.expert_bias).transpose("point", "layer", "slot").to_numpy()
     out = np.zeros((*slots.shape[:2], parts.attrs["num_experts"]))
     np.put_along_axis(out, parts.expert.transpose("point", "layer", "slot").to_numpy(), slots, -1)
@@ -109,7 +109,7 @@ def by_expert(parts: xr.Dataset) -> xr.DataArray:
 
 
 def ranked(parts: xr.Dataset, n: int = 20, point: int = 0) -> pd.DataFrame:
-    """The n largest parts of one point by size, in logits."""
+    """Return the n largest parts of one point by size, in logits."""
     here = parts.isel(point=point)
     frames = [
         here[name].drop_vars(("sequence", "position", "token")).to_dataframe("logits").reset_index()

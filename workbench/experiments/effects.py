@@ -243,7 +243,7 @@ def routed_slots(
 
 @torch.no_grad()
 def routing(model: GptOss, rows: Sequence[Transcript]) -> list[UInt8[np.ndarray, "layer pos slot"]]:
-    """The experts that every token of every sequence goes to."""
+    """Return the experts that every token of every sequence goes to."""
     points = [f"blocks.{layer}.mlp.hook_expert_indices" for layer in range(model.cfg.n_layers)]
     recorder = SequenceRecorder(model, dict.fromkeys(points, torch.uint8))
     out = []

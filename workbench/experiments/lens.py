@@ -51,7 +51,7 @@ class TunedLens:
 
     @classmethod
     def identity(cls, model: GptOss) -> "TunedLens":
-        """The logit lens."""
+        """Return the logit lens."""
         depths, d = 2 * model.cfg.n_layers, model.cfg.d_model
         return cls(torch.zeros(depths, d, d), torch.zeros(depths, d))
 
@@ -95,7 +95,7 @@ def logit_lens(
     tuned: TunedLens | None = None,
     n_real: Sequence[int] | None = None,
 ) -> xr.Dataset:
-    """What the model would say after every depth at the tokens `at`, by (point, depth).
+    """Return what the model would say after every depth at the tokens `at`, by (point, depth).
 
     of: whose logit, log-probability and rank are given: a token id, ids [batch pos], "next" for the token that
     follows, or several ids, which add the dimension `choice`.
@@ -170,7 +170,7 @@ def expert_writes(
     n_real: Sequence[int] | None = None,
     k: int = 10,
 ) -> xr.Dataset:
-    """What every expert writes, read as logits: the k tokens it raises most, over the tokens that went to it.
+    """Return what every expert writes, read as logits: the k tokens it raises most, over the tokens that went to it.
 
     By (layer, expert, rank): `token`, and `logit`, the mean of its gated output through the final norm, with the scale
     that the run had, and the unembedding, less the mean over the vocabulary. `n` is how many tokens went to it; of an
@@ -204,7 +204,7 @@ def expert_writes(
 
 
 def streams(model: GptOss, chosen: SelectedTokens) -> list[Float[Tensor, "point d_model"]]:
-    """The residual stream of the points at every depth, in the model's dtype."""
+    """Return the residual stream of the points at every depth, in the model's dtype."""
     found: list[Tensor] = []
 
     def keep(x: Tensor, hook: object) -> None:

@@ -26,7 +26,7 @@ def normed(
 def mean_gradient(
     a: Float[Tensor, "point d"], x0: Float[Tensor, "point d"], x1: Float[Tensor, "point d"], eps: float
 ) -> Float[Tensor, "point d"]:
-    """g with g · (x1 − x0) = f(x1) − f(x0); the gradient itself where x1 is x0. Give it float64.
+    """Return g with g · (x1 − x0) = f(x1) − f(x0); the gradient itself where x1 is x0. Give it float64.
 
     Every difference below is written so that short ways lose no digits.
     """

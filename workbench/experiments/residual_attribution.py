@@ -22,7 +22,7 @@ Norm = Literal["frozen", "path", "layers"]
 def heads(
     attn: Attention, z: Float[Tensor, "point head d_head"], g: Float[Tensor, "point d_model"]
 ) -> dict[str, Float[Tensor, "point *head"]]:
-    """g · every head's output, and · the bias of them all."""
+    """Return g · every head's output, and · the bias of them all."""
     through = (g @ attn.o.matrix.to(g.dtype)).unflatten(1, z.shape[1:])
     return {"heads": (through * z).sum(-1), "attn_bias": g @ attn.o.bias.to(g.dtype)}
 
@@ -34,7 +34,7 @@ def experts(
     chosen: Int[Tensor, "point slot"],
     g: Float[Tensor, "point d_model"],
 ) -> dict[str, Float[Tensor, "point slot"]]:
-    """g · every slot's gated output, what its matrices and what its bias put out apart."""
+    """Return g · every slot's gated output, what its matrices and what its bias put out apart."""
     bias = (g @ mlp.experts.down.bias.to(g.dtype).mT).gather(-1, chosen)
     whole = torch.einsum("psm,pm->ps", out, g)
     return {"experts": gates * (whole - bias), "expert_bias": gates * bias}

@@ -82,7 +82,7 @@ def residual(model: GptOss, chosen: SelectedTokens) -> Float[Tensor, "point d_mo
 def read_out(
     model: GptOss, x: Float[Tensor, "point d_model"], column: Int[Tensor, " point"]
 ) -> Float[Tensor, "point d_vocab"]:
-    """What the model would say of these residual streams, in at least float32; after `residual`."""
+    """Return what the model would say of these residual streams, in at least float32; after `residual`."""
     assert model.context is not None, "logits come after residual"
     whole, model.context = model.context, model.context.at(column[None])
     logits = model.unembed(model.ln_final(x[None].to(model.unembed.weight.device, model.dtype)))[0]

@@ -12,7 +12,7 @@ from workbench.figures.template import THEMES, ThemeName, apply_theme, band, tra
 
 
 def probe(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
-    """AUC of the probe by layer with the range of its folds, beside that of halves of the analysis."""
+    """Draw AUC of the probe by layer with the range of its folds, beside that of halves of the analysis."""
     colours = THEMES[theme]
     blue, red = colours.colour("channel", "analysis"), colours.colour("channel", "final")
     layers = ds["layer"].values
@@ -42,7 +42,7 @@ def probe(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the numbers behind each."""
     found: Gallery = {}
     for kind, title in (
         ("routing", "Size of routing differences by layer"),

@@ -12,7 +12,7 @@ from workbench.figures.template import ThemeName
 
 
 def agreement(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
-    """Share of chosen experts that both runs chose, by layer and channel."""
+    """Draw the share of chosen experts that both runs chose, by layer and channel."""
     labels = [c for c in map(str, ds["channel"].values) if int(ds["tokens"].sel(channel=c)) and c != "frame"]
     return lines(
         ds,
@@ -28,7 +28,7 @@ def agreement(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the numbers behind each."""
     ds = datasets["agreement"]
     return (
         {"agreement": GalleryItem(partial(agreement, ds), numbers(ds, "channel_layer"), ds)}

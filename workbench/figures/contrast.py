@@ -46,7 +46,7 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
 
 
 def volcano(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "light") -> go.Figure:
-    """Every cell by its difference and by how sure it is; filled where it differs."""
+    """Draw every cell by its difference and by how sure it is; filled where it differs."""
     colours = THEMES[theme]
     cell = ds.sel(control=control)
     kind = str(cell["difference"].dims[1])
@@ -111,7 +111,7 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
 
 
 def gallery(sets: Mapping[str, xr.Dataset], *, title: str, prefix: str = "") -> Gallery:
-    """Heat maps of every contrast with cells, and their sizes by layer; names begin with the prefix."""
+    """Return the heat maps of every contrast with cells, and their sizes by layer; names begin with the prefix."""
     own = {name: ds for name, ds in sets.items() if "difference" in ds and "size" in ds}
     found: Gallery = {}
     for name, ds in own.items():

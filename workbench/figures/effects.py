@@ -10,7 +10,7 @@ from workbench.figures.template import THEMES, ThemeName, apply_theme
 
 
 def ablation_heatmap(ds: xr.Dataset, group: str, *, clip: float | None = None, theme: ThemeName = "light") -> go.Figure:
-    """What taking each expert away does to one group of sequences; hatched where the interval includes zero."""
+    """Draw what taking each expert away does to one group of sequences; hatched where the interval includes zero."""
     colours = THEMES[theme]
     cell = ds.sel(group=group)
     change, low, high = (cell[name].values for name in ("change", "low", "high"))

@@ -22,5 +22,5 @@ Gallery = dict[str, GalleryItem]
 
 
 def numbers(ds: xr.Dataset, dims: str) -> Callable[[], pd.DataFrame]:
-    """The table over these dimensions (`layer_expert`), made when asked for."""
+    """Return the table over these dimensions (`layer_expert`), made when asked for."""
     return lambda: tables(ds)[dims]

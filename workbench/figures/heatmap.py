@@ -110,7 +110,7 @@ class LayerHeatmap:
             self._key(marker(9, self.theme.muted), name)
 
     def finish(self, column_name: str, scale: Mapping[str, Any]) -> go.Figure:
-        """The figure, with its axes and its colour scale."""
+        """Draw the figure, with its axes and its colour scale."""
         every = max(1, len(self.columns) // 16)
         columns = [self.columns[0] - 0.5, self.columns[-1] + 0.5]
         self.figure.update_xaxes(title=column_name, showgrid=False, dtick=every, range=columns)

@@ -25,7 +25,7 @@ def lines(
     log_x: bool = False,
     theme: ThemeName = "light",
 ) -> go.Figure:
-    """A variable along x, a line for each label of `axis`, with its 95 % band where there is one."""
+    """Draw a variable along x, a line for each label of `axis`, with its 95 % band where there is one."""
     colours = THEMES[theme]
     figure = go.Figure()
     low, high = low or f"{name}_low", high or f"{name}_high"
@@ -85,7 +85,7 @@ def rows(
     high: str = "",
     theme: ThemeName = "light",
 ) -> go.Figure:
-    """A row a label: point and 95 % bar, filled where the bar excludes zero, with a line at zero."""
+    """Draw a row a label: point and 95 % bar, filled where the bar excludes zero, with a line at zero."""
     colours = THEMES[theme]
     values, lows, highs = (ds[n].values.astype(float) for n in (name, low or f"{name}_low", high or f"{name}_high"))
     shown = lows * highs > 0

@@ -110,7 +110,7 @@ def caption(drawing: GalleryItem, figure: go.Figure) -> str:
 
 
 def provenance(drawing: GalleryItem, column: Column) -> str:
-    """Where the figure comes from, as JSON: enough to make it again."""
+    """Return where the figure comes from, as JSON: enough to make it again."""
     attrs = {k: v for k, v in drawing.source.attrs.items() if k not in ("summary", "method", "not_controlled")}
     attrs["parameters"] = json.loads(attrs.get("parameters", "{}"))
     plain = {k: v if isinstance(v, str | dict) else getattr(v, "item", lambda v=v: v)() for k, v in attrs.items()}
@@ -118,7 +118,7 @@ def provenance(drawing: GalleryItem, column: Column) -> str:
 
 
 def index(captions: Mapping[str, str]) -> str:
-    """A page that lists the figures, those of the main text first."""
+    """Return a page that lists the figures, those of the main text first."""
     lines, main = ["# Figures", ""], main_figures()
     for heading, names in (
         ("Main text", [n for n in captions if n in main]),

@@ -77,7 +77,7 @@ def difference(a: xr.Dataset, b: xr.Dataset, measure: Measure, *, theme: ThemeNa
 
 
 def position_curve(rows: pd.DataFrame, digest: str, layer: int, head: int, *, theme: ThemeName = "light") -> go.Figure:
-    """One head's sink attention along position, a line a channel. rows: [position, channel]."""
+    """Draw the one head's sink attention along position, a line a channel. rows: [position, channel]."""
     colours = THEMES[theme]
     figure = go.Figure()
     for channel in map(str, rows.columns):

@@ -119,7 +119,7 @@ def entropy_by_layer(
 
 
 def divergence_by_layer(div: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
-    """Divergence of two conditions by layer against its null, and below it the excess with its interval."""
+    """Draw the divergence of two conditions by layer against its null, and below it the excess with its interval."""
     colours = THEMES[theme]
     different = div["different"].values
     figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.07)
@@ -146,7 +146,7 @@ def divergence_by_layer(div: xr.Dataset, *, theme: ThemeName = "light") -> go.Fi
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Every figure of the study and the numbers behind each, under the names of their files."""
+    """Return every figure of the study and the numbers behind each, under the names of their files."""
     load = datasets["load"]
     found = {
         "entropy_by_layer": GalleryItem(partial(entropy_by_layer, load), numbers(load, "channel_effort_layer"), load)
@@ -168,7 +168,7 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
 
 
 def lift_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: ThemeName = "light") -> go.Figure:
-    """Which experts of a layer are chosen together more often than by chance, in a channel."""
+    """Draw which experts of a layer are chosen together more often than by chance, in a channel."""
     colours = THEMES[theme]
     cell = ds.sel(channel=channel, layer=layer)
     lift = cell["lift"].values.copy()
@@ -196,7 +196,7 @@ def lift_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: ThemeName =
 
 
 def transition_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: ThemeName = "light") -> go.Figure:
-    """Which experts of the next layer a layer's experts lead to, in a channel."""
+    """Draw which experts of the next layer a layer's experts lead to, in a channel."""
     colours = THEMES[theme]
     values = 100 * ds["next_given"].sel(channel=channel, layer_pair=layer).values
     hover = f"layer {layer} expert %{{y}} → layer {layer + 1} expert %{{x}}: %{{z:.1f}} %<extra></extra>"
@@ -213,7 +213,7 @@ def transition_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: Theme
 
 
 def special_by_layer(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
-    """Information on a label in expert choices by layer, beside that of shuffled labels."""
+    """Draw the information on a label in expert choices by layer, beside that of shuffled labels."""
     colours = THEMES[theme]
     figure = go.Figure()
     for name, label, style in (

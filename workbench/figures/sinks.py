@@ -15,7 +15,7 @@ from workbench.figures.template import THEMES, ThemeName, apply_theme
 
 
 def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName = "light") -> go.Figure:
-    """Probability that each head leaves on its sink, in one cell."""
+    """Draw the probability that each head leaves on its sink, in one cell."""
     colours = THEMES[theme]
     cell = ds.sel(channel=channel, effort=effort)
     values = 100 * cell["mass"].values
@@ -43,7 +43,7 @@ def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName 
 
 
 def by_position(ds: xr.Dataset, layer: int, *, theme: ThemeName = "light") -> go.Figure:
-    """Sink attention along position in one layer, a line a channel."""
+    """Draw the sink attention along position in one layer, a line a channel."""
     cell = ds.sel(layer=layer).assign_attrs(ds.attrs)
     cell = cell.assign_coords(bin=np.maximum(cell["bin"].values, 1))
     labels = [c for c in map(str, ds["channel"].values) if int(ds["tokens"].sel(channel=c).sum()) and c != "frame"]
@@ -63,7 +63,7 @@ def by_position(ds: xr.Dataset, layer: int, *, theme: ThemeName = "light") -> go
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the numbers behind each."""
     mass = datasets["mass"]
     found: Gallery = {}
     for channel in map(str, mass["channel"].values):

@@ -52,7 +52,7 @@ class Theme:
     effort: Mapping[str, str] = field(default_factory=dict)
 
     def colour(self, axis: str, label: str) -> str:
-        """The colour of a channel or an effort; ink for a label without one of its own."""
+        """Return the colour of a channel or an effort; ink for a label without one of its own."""
         return {"channel": self.channel, "effort": self.effort}.get(axis, {}).get(label, self.ink)
 
 
@@ -102,7 +102,7 @@ THEMES: dict[ThemeName, Theme] = {"light": LIGHT, "dark": DARK}
 
 
 def template(theme: Theme) -> go.layout.Template:
-    """The plotly template of a theme."""
+    """Return the plotly template of a theme."""
     axis = {
         "gridcolor": theme.grid,
         "linecolor": theme.muted,
@@ -204,7 +204,7 @@ def _origin(attrs: Mapping[Any, Any]) -> str:
 def band(
     x: Num[np.ndarray, "point"], low: Float[np.ndarray, "point"], high: Float[np.ndarray, "point"], **style: Any
 ) -> go.Scatter:
-    """The area between two curves, with a gap where either is missing; a lone point gets a little width."""
+    """Return the area between two curves, with a gap where either is missing; a lone point gets a little width."""
     around_x: list[float | None] = []
     around_y: list[float | None] = []
     known = np.isfinite(low) & np.isfinite(high)
@@ -218,6 +218,6 @@ def band(
 
 
 def translucent(colour: str, alpha: float) -> str:
-    """A hex colour with transparency, for bands."""
+    """Return a hex colour with transparency, for bands."""
     red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha})"

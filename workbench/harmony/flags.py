@@ -28,7 +28,7 @@ SEQUENCE_FLAGS = {
 def sequence_flags(
     labels: Labels, n_prompt: int, *, complete: bool | None = None, notes: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Flags of a sequence, in the order of SEQUENCE_FLAGS.
+    """Return flags of a sequence, in the order of SEQUENCE_FLAGS.
 
     complete: whether the answer ended by itself, if that is known; otherwise the stop token tells. notes: flags from
     reading the sequence.
@@ -46,7 +46,7 @@ def sequence_flags(
 
 
 def flags_of_row(row: dict[str, Any]) -> tuple[str, ...]:
-    """Flags of a transcript row of messages, before it is rendered."""
+    """Return flags of a transcript row of messages, before it is rendered."""
     found = set(row.get("notes", ()))
     messages = row["messages"]
     asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
@@ -63,7 +63,7 @@ def _is_irregular(raw: str) -> bool:
 
 
 def counted(flags: Iterable[Iterable[str]]) -> str:
-    """How many sequences have each flag, in words; "" if none has any."""
+    """Return how many sequences have each flag, in words; "" if none has any."""
     counts = Counter(flag for each in flags for flag in set(each))
     return ", ".join(f"{counts[flag]:,} {words}" for flag, words in SEQUENCE_FLAGS.items() if counts[flag])
 

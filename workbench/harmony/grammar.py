@@ -12,7 +12,7 @@ from workbench.harmony.vocabulary import Tokenizer, tokenizer
 
 
 def parse(ids: Sequence[int], *, tokenizer: Tokenizer, n_prompt: int | None = None) -> list[dict[str, Any]]:
-    """Messages of a stream of ids, the inverse of `render`.
+    """Return messages of a stream of ids, the inverse of `render`.
 
     The system message's text is its content; of a developer message the content is the instructions. A message that
     does not follow the format has its text with marks under `raw`.
@@ -21,7 +21,7 @@ def parse(ids: Sequence[int], *, tokenizer: Tokenizer, n_prompt: int | None = No
 
 
 def parse_text(text: str) -> list[dict[str, Any]]:
-    """Messages of a text with marks, each with its text under `raw`, so that it is rendered exactly as it is."""
+    """Return messages of a text with marks, each with its text under `raw`, so that it is rendered exactly as it is."""
     vocabulary = tokenizer()
     ids = marked_ids(text, vocabulary)
     labels = label(ids, tokenizer=vocabulary)
@@ -34,7 +34,7 @@ def parse_text(text: str) -> list[dict[str, Any]]:
 
 
 def messages_of(ids: Sequence[int], labels: Labels, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Messages of a labelled stream."""
+    """Return messages of a labelled stream."""
     found = []
     for m in labels.messages:
         end = m.end if m.stop < 0 else m.stop
@@ -65,7 +65,7 @@ def _is_regular(message: Mapping[str, Any], closed_by: str, text: str, tokenizer
 
 
 def marked_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a text in which marks are marks: a model wrote it, not a user."""
+    """Return ids of a text in which marks are marks: a model wrote it, not a user."""
     marks = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
     begin = "<|start|>assistant"  # ids of their own, as in the prompt that a generation starts from
     ids = generation_prompt_ids(tokenizer) if text.startswith(begin) else []
@@ -75,12 +75,12 @@ def marked_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def generation_prompt_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids that a generation starts from: `<|start|>assistant`."""
+    """Return the ids that a generation starts from: `<|start|>assistant`."""
     return [tokenizer.mark("start"), *tokenizer.encode("assistant")]
 
 
 def message_ids(message: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """The ids of one message.
+    """Return the ids of one message.
 
     `<|start|>role[:name][<|channel|>channel][ to=recipient][ <|constrain|>type]<|message|>content<|end|>`; the
     recipient comes before the channel unless that is the commentary channel of an assistant.

@@ -117,7 +117,7 @@ def irregular(message: Message) -> bool:
 
 
 def channel_codes(labels: Labels) -> UInt8[np.ndarray, " tokens"]:
-    """The study channel of every token, an index of CHANNELS.
+    """Return the study channel of every token, an index of CHANNELS.
 
     The content of assistant messages by channel (unknown or missing: other), the content of all others: prompt;
     every token of the format itself: frame.
@@ -131,7 +131,7 @@ def channel_codes(labels: Labels) -> UInt8[np.ndarray, " tokens"]:
 
 
 def role_codes(labels: Labels) -> Int8[np.ndarray, " tokens"]:
-    """The role of every token's message, an index of ROLES; −1 outside, and where no role is known."""
+    """Return the role of every token's message, an index of ROLES; −1 outside, and where no role is known."""
     codes = [ROLES.index(m.role) if m.role else -1 for m in labels.messages]
     return np.array([*codes, -1], dtype=np.int8)[labels.message]
 

@@ -28,7 +28,7 @@ class Output:
 
 
 def read_output(text: str, *, truncated: bool = False, vocabulary: Tokenizer | None = None) -> Output:
-    """Messages of a model's output, whatever form it is in; a text without any form is one final answer."""
+    """Return messages of a model's output, whatever form it is in; a text without any form is one final answer."""
     if is_marked(text):
         return _marked(text, vocabulary or tokenizer())
     if (stripped := _stripped(text, truncated)) is not None:

@@ -18,7 +18,7 @@ CONSTRAIN = "<|constrain|>"
 
 
 def shown(value: Any) -> str:
-    """A value in a one-line message: short, and without control characters."""
+    """Return a value in a one-line message: short, and without control characters."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
@@ -74,7 +74,7 @@ def settled_effort(effort: Any, messages: Sequence[Mapping[str, Any]]) -> str | 
 
 
 def leading(messages: Sequence[Mapping[str, Any]]) -> int:
-    """How many system and developer messages come before any other."""
+    """Return how many system and developer messages come before any other."""
     return next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), len(messages))
 
 

@@ -66,7 +66,7 @@ def _date(value: Any) -> datetime.date | None:
 
 
 def is_system_text(text: str) -> bool:
-    """Whether a text is already a system message of gpt-oss, which is then written as it is."""
+    """Return whether a text is already a system message of gpt-oss, which is then written as it is."""
     return _OWN_SYSTEM_TEXT in text
 
 
@@ -108,7 +108,7 @@ def _own(leading: Sequence[Mapping[str, Any]], options: PromptOptions) -> list[t
 
 @functools.lru_cache(maxsize=256)
 def system_text(options: PromptOptions) -> str:
-    """The text of gpt-oss's system message."""
+    """Return the text of gpt-oss's system message."""
     from openai_harmony import Message, ReasoningEffort, RenderOptions, Role, SystemContent
 
     system = SystemContent.new().with_reasoning_effort(ReasoningEffort(options.effort.capitalize()))
@@ -152,7 +152,7 @@ def _developer_form(has_instructions: bool, tools: Tools) -> str:
 
 
 def instructions_of(text: str) -> str:
-    """The instructions in a developer message's text, the inverse of `developer_text` without tools."""
+    """Return the instructions in a developer message's text, the inverse of `developer_text` without tools."""
     before, after = _developer_form(True, NO_TOOLS).split(_PLACEHOLDER)
     behind = text.find("\n\n# Tools\n\n## functions\n\nnamespace functions {")
     if text.startswith("# Tools\n\n## functions"):

@@ -70,7 +70,7 @@ def render_transcript(
     options: PromptOptions | None = None,
     complete: bool = True,
 ) -> tuple[list[int], int]:
-    """Ids of a conversation in harmony's own messages, and how many of them are its prompt.
+    """Return ids of a conversation in harmony's own messages, and how many of them are its prompt.
 
     The prompt ends with the `<|start|>assistant` of the first answer to the last user message; what tools said after
     it is part of the answer. A complete answer on the final channel ends with `<|return|>`, as a model ends it; an
@@ -98,7 +98,7 @@ def render_transcript(
 def without_earlier_analysis(
     messages: Sequence[Mapping[str, Any]], generation_prompt: bool
 ) -> Sequence[Mapping[str, Any]]:
-    """The messages without the analysis that a final answer of an earlier turn has made obsolete.
+    """Return the messages without the analysis that a final answer of an earlier turn has made obsolete.
 
     An answer belongs to an earlier turn if a user message follows it, or a new generation. The analysis between
     tool calls stays until the turn has its final answer.

@@ -50,7 +50,7 @@ def token_set(
     every: int = 1,
     last: int | None = None,
 ) -> TokenSet:
-    """The tokens for which all that is given holds.
+    """Return the tokens for which all that is given holds.
 
     channel: as studies use it, one of CHANNELS; it holds for content tokens, all others are "frame". role and part:
     of ROLES and PARTS. message, position: numbers from 0; −1 is the last. Of what is left `every` keeps the first and

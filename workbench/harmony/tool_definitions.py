@@ -33,7 +33,7 @@ class Function:
     parameters: str = ""
 
     def definition(self) -> dict[str, Any]:
-        """The definition as chat completions have it."""
+        """Return the definition as chat completions have it."""
         schema = {"parameters": json.loads(self.parameters)} if self.parameters else {}
         return {"type": "function", "function": {"name": self.name, "description": self.description} | schema}
 

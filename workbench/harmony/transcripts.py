@@ -118,7 +118,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 def read_transcripts(
     path: str | Path, *, tokenizer: Tokenizer, n_ctx: int | None = None
 ) -> tuple[list[Transcript], list[Reject]]:
-    """The transcripts of a file, and the rows that cannot be used: why, and where."""
+    """Return the transcripts of a file, and the rows that cannot be used: why, and where."""
     transcripts: list[Transcript] = []
     rejects: list[Reject] = []
     seen: dict[str, int] = {}
@@ -290,7 +290,7 @@ def _rendered(
 
 
 def notes_on(found: ChatMessages) -> tuple[str, ...]:
-    """What reading messages left out, as flags."""
+    """Return what reading messages left out, as flags."""
     notes = {"images_left_out": found.images, "fields_left_out": found.left_out, "reasoning_summary": found.summary}
     return tuple(name for name, value in notes.items() if value)
 

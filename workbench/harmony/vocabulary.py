@@ -42,12 +42,12 @@ class Tokenizer(TokenizerNames, ABC):
         return f"<Tokenizer {self.name}: {self.d_vocab:,} ids>"
 
     def mark(self, name: Mark) -> int:
-        """Id of a harmony mark, as in `mark("start")`."""
+        """Return the id of a harmony mark, as in `mark("start")`."""
         return self.special[f"<|{name}|>"]
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end a generation: return, call, and the end of text where there is one."""
+        """Return ids that end a generation: return, call, and the end of text where there is one."""
         names = ("<|return|>", "<|call|>", "<|endoftext|>")
         return frozenset(self.special[name] for name in names if name in self.special)
 
@@ -91,7 +91,7 @@ class Tokenizer(TokenizerNames, ABC):
     @property
     @abstractmethod
     def digest(self) -> str:
-        """SHA-256 of the vocabulary."""
+        """Return SHA-256 of the vocabulary."""
 
 
 class _O200kHarmony(Tokenizer):
@@ -256,7 +256,7 @@ def _o200k_harmony() -> Tokenizer:
 
 @functools.cache  # a quarter of a second
 def harmony_encoding() -> Any:
-    """The harmony library's own encoding, an `openai_harmony.HarmonyEncoding`."""
+    """Return the harmony library's own encoding, an `openai_harmony.HarmonyEncoding`."""
     from openai_harmony import HarmonyEncodingName, load_harmony_encoding
 
     return load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
@@ -289,7 +289,7 @@ def _read(path: Path) -> str:
 
 
 def distribution() -> dict[str, str]:
-    """Name and version of the installed harmony library: two distributions share its import name."""
+    """Return the name and version of the installed harmony library: two distributions share its import name."""
     installed: dict[str, str] = {}
     for name in ("oss-harmony", "openai-harmony"):
         try:

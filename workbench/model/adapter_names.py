@@ -48,12 +48,12 @@ class Target:
 
     @property
     def columns(self) -> slice:
-        """The outputs that are adapted."""
+        """Return the outputs that are adapted."""
         return slice(self.step[0], self.outputs, self.step[1])
 
     @property
     def adapted_outputs(self) -> int:
-        """The number of outputs that are adapted."""
+        """Return the number of outputs that are adapted."""
         return len(range(self.outputs)[self.columns])
 
 

@@ -129,12 +129,12 @@ class KVCache:
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
-        """How many positions each row has, as a new tensor on the host."""
+        """Return how many positions each row has, as a new tensor on the host."""
         return torch.tensor(self._lengths)
 
     @property
     def host_lengths(self) -> list[int]:
-        """How many positions each row has."""
+        """Return how many positions each row has."""
         return list(self._lengths)
 
     def next_positions(self, new: int) -> Int[Tensor, "batch {new}"]:

@@ -77,12 +77,12 @@ class Config:
 
     @property
     def device(self) -> Any:
-        """The device of the model's embedding. A config without a model has none."""
+        """Return the device of the model's embedding. A config without a model has none."""
         return self._its_model.device
 
     @property
     def dtype(self) -> Any:
-        """The dtype of the model's residual stream."""
+        """Return the dtype of the model's residual stream."""
         return self._its_model.dtype
 
     @property
@@ -93,32 +93,32 @@ class Config:
 
     @property
     def model_name(self) -> str:
-        """The name of the checkpoint's folder; a config without a checkpoint has none."""
+        """Return the name of the checkpoint's folder; a config without a checkpoint has none."""
         return str(self._its_model.checkpoint.path.name)
 
     @property
     def tokenizer_name(self) -> str:
-        """The name of the model's tokenizer."""
+        """Return the name of the model's tokenizer."""
         return str(self._its_model.tokenizer.name)
 
     @property
     def d_vocab_out(self) -> int:
-        """The number of logits: the vocabulary."""
+        """Return the number of logits: the vocabulary."""
         return self.d_vocab
 
     @property
     def rotary_dim(self) -> int:
-        """The number of dimensions of a head that rotate: all."""
+        """Return the number of dimensions of a head that rotate: all."""
         return self.d_head
 
     @property
     def window_size(self) -> int | None:
-        """The window of the layers that have one; see `windows` for each layer."""
+        """Return the window of the layers that have one; see `windows` for each layer."""
         return next((window for window in self.windows if window is not None), None)
 
     @property
     def attn_types(self) -> list[str]:
-        """The kind of attention of each layer, under TransformerLens' names."""
+        """Return the kind of attention of each layer, under TransformerLens' names."""
         return ["global" if window is None else "local" for window in self.windows]
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Config:
 
     @property
     def n_params(self) -> int:
-        """The number of parameters, experts counted unpacked."""
+        """Return the number of parameters, experts counted unpacked."""
         return self._outside_experts + self.n_layers * self.num_experts * self._expert
 
     @property

@@ -33,7 +33,7 @@ class Batch:
 
     @property
     def padded_left(self) -> bool:
-        """Whether any row has padding on its left."""
+        """Return whether any row has padding on its left."""
         return any(self.n_left)
 
 

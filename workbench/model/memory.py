@@ -26,13 +26,13 @@ _MOST = 2**40  # more tokens or rows than any memory holds
 
 
 def part_of(name: str) -> str:
-    """The part that a tensor is loaded with: embed, blocks.{l} or unembed, which the final norm goes with."""
+    """Return the part that a tensor is loaded with: embed, blocks.{l} or unembed, which the final norm goes with."""
     head, *rest = name.split(".")
     return f"{head}.{rest[0]}" if head == "blocks" else head.replace("ln_final", "unembed")
 
 
 def weights(cfg: Config, experts: str = "mxfp4", dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
-    """Bytes of each part as loaded, in the order in which a forward pass meets them."""
+    """Return bytes of each part as loaded, in the order in which a forward pass meets them."""
     parts: dict[str, int] = {}
     for name, shape in shapes(cfg, experts).items():
         each = 1 if name.endswith((".blocks", ".scales")) else dtype.itemsize
@@ -69,7 +69,7 @@ def records(cfg: Config, points: Mapping[str, torch.dtype]) -> int:
 
 
 def width(cfg: Config, axes: str) -> int:
-    """Values a token has at a hook point of these axes, for each key where they name the keys."""
+    """Return values a token has at a hook point of these axes, for each key where they name the keys."""
     sizes = {
         "head": cfg.n_heads,
         "kv": cfg.n_key_value_heads,
@@ -152,18 +152,18 @@ def spread(parts: Mapping[str, int], devices: int) -> dict[str, int]:
 
 
 def stages(parts: Mapping[str, int], devices: int) -> list[int]:
-    """Bytes on each device of a `spread`; devices that get nothing are left out."""
+    """Return bytes on each device of a `spread`; devices that get nothing are left out."""
     places = spread(parts, devices)
     return [sum(parts[p] for p, d in places.items() if d == device) for device in range(places["unembed"] + 1)]
 
 
 def devices_for(parts: Mapping[str, int], room: int) -> int | None:
-    """The fewest devices of `room` bytes that hold the weights; None where one layer is already too much."""
+    """Return the fewest devices of `room` bytes that hold the weights; None where one layer is already too much."""
     return next((n for n in range(1, len(parts) + 1) if max(stages(parts, n)) <= room), None)
 
 
 def largest(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, where every smaller one does; 0 if none."""
+    """Return the largest number that fits, where every smaller one does; 0 if none."""
     return bisect(range(1, _MOST), False, key=lambda n: not fits(n))
 
 
@@ -187,5 +187,5 @@ def parse(text: str) -> int:
 
 
 def human(n: int) -> str:
-    """Bytes in gigabytes, or below one in megabytes, to three digits after the point."""
+    """Return bytes in gigabytes, or below one in megabytes, to three digits after the point."""
     return f"{n / 1e9:,.3f} GB" if n >= 10**9 else f"{n / 1e6:,.3f} MB"

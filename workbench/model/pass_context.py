@@ -55,7 +55,7 @@ class PassContext:
             cache.begin(tokens, n_real)
 
     def to(self, device: torch.device) -> "PassContext":
-        """The same on another device; a cache stays where it is, for its layers lie apart."""
+        """Return the same on another device; a cache stays where it is, for its layers lie apart."""
         if self.positions.device == device:
             return self
         there = copy(self)
@@ -63,14 +63,14 @@ class PassContext:
         return there
 
     def at(self, columns: Int[Tensor, "batch kept"]) -> "PassContext":
-        """The same for some of the tokens; it places hooks behind the last block, where not every token goes."""
+        """Return the same for some of the tokens; it places hooks behind the last block, where not every token goes."""
         there = copy(self)
         there.positions = self.positions.gather(1, columns.to(self.positions.device))
         there._columns = columns.cpu()
         return there
 
     def last_tokens(self) -> "PassContext":
-        """The same for the last token of every row in the cache, after the pass."""
+        """Return the same for the last token of every row in the cache, after the pass."""
         assert self.cache is not None
         there, lengths = copy(self), self.cache.host_lengths
         there.positions = self.cache.next_positions(1) - 1
@@ -100,7 +100,7 @@ class PassContext:
 
     @property
     def sequence(self) -> Int[Tensor, "batch pos"]:
-        """Which of the call's sequences every token belongs to; made when a hook asks."""
+        """Return which of the call's sequences every token belongs to; made when a hook asks."""
         if self.lengths is not None:
             every = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))[None]
         else:
@@ -110,7 +110,7 @@ class PassContext:
         return every if self._columns is None else every.gather(1, self._columns)
 
     def mask(self, members: TokenSet) -> Bool[Tensor, "batch pos"]:
-        """Which tokens of this pass are in the set; padding never is."""
+        """Return which tokens of this pass are in the set; padding never is."""
         inside = self._members(members)
         begins, end = torch.zeros(max(inside, default=0) + 1, dtype=torch.long), 0
         for sequence, part in inside.items():
@@ -121,7 +121,7 @@ class PassContext:
         return flat[index]
 
     def key_mask(self, members: TokenSet) -> Bool[Tensor, "batch key"]:
-        """Which keys of this pass are in the set: its tokens, and with a cache all that came before them."""
+        """Return which keys of this pass are in the set: its tokens, and with a cache all that came before them."""
         if self.cache is None:
             return self.mask(members)
         inside = self._members(members)
@@ -131,7 +131,7 @@ class PassContext:
         return out
 
     def visible(self, n_query: int, n_key: int, window: int | None) -> Bool[Tensor, "batch query key"]:
-        """The mask over all keys, block-diagonal when packed."""
+        """Return the mask over all keys, block-diagonal when packed."""
         if self.lengths is None:
             return attend.visible(self.positions, torch.arange(n_key, device=self.positions.device), window)
         mask = torch.zeros(1, n_query, n_key, dtype=torch.bool, device=self.positions.device)

@@ -19,12 +19,12 @@ __all__ = ["concentration", "cos_sin", "inverse_frequencies", "rotate"]
 
 
 def concentration(rope: Rope) -> float:
-    """What cos and sin are multiplied by: 0.1 · ln(factor) + 1, or 1 without YaRN."""
+    """Return what cos and sin are multiplied by: 0.1 · ln(factor) + 1, or 1 without YaRN."""
     return 1.0 if rope.factor is None or rope.factor <= 1 else 0.1 * math.log(rope.factor) + 1.0
 
 
 def inverse_frequencies(rope: Rope, d_head: int) -> Float[Tensor, " half"]:
-    """Radians a position turns each of the d_head / 2 pairs, in float32."""
+    """Return radians a position turns each of the d_head / 2 pairs, in float32."""
     half = d_head // 2
     index = torch.arange(half, dtype=torch.float64)
     plain = rope.theta ** (-2 * index / d_head)

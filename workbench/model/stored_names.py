@@ -30,7 +30,7 @@ class Stored:
 
     @property
     def entry(self) -> Entry:
-        """What the header says of it."""
+        """Return what the header says of it."""
         return self.file.entries[self.name]
 
     def tensor(self) -> Tensor:

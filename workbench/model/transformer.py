@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
 
     @property
     def w(self) -> Tensor:
-        """The weight, under TransformerLens' name [d]."""
+        """Return the weight, under TransformerLens' name [d]."""
         return self.weight
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
@@ -195,7 +195,7 @@ class Embed(nn.Embedding):
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802 - TransformerLens' name
-        """The matrix, under TransformerLens' name."""
+        """Return the matrix, under TransformerLens' name."""
         return self.weight
 
 
@@ -211,7 +211,7 @@ class Unembed(nn.Module):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # noqa: N802 - TransformerLens' name
-        """The matrix with the update of an adapter, under TransformerLens' name and in its order."""
+        """Return the matrix with the update of an adapter, under TransformerLens' name and in its order."""
         return self.weight.mT if self.lora is None else self.weight.mT + self.lora.a @ self.lora.scaled_b
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
@@ -263,12 +263,12 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the residual stream."""
+        """Return the dtype of the residual stream."""
         return self.embed.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go in; the whole model is there, unless it is spread over several `devices`."""
+        """Return where tokens go in; the whole model is there, unless it is spread over several `devices`."""
         return self.embed.weight.device
 
     @property
@@ -327,7 +327,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
     def logits(
         self, residual: Float[Tensor, "batch pos d_model"], columns: Int[Tensor, "batch kept"]
     ) -> Float[Tensor, "batch kept d_vocab"]:
-        """Logits from what `residual` returned, of these columns of every row only."""
+        """Return logits from what `residual` returned, of these columns of every row only."""
         assert self.context is not None, "logits come after residual"
         kept = residual.gather(1, columns[..., None].to(residual.device).expand(-1, -1, residual.shape[-1]))
         with self.within(self.context.at(columns)):

@@ -39,12 +39,12 @@ class AttentionWeights:
 
     @property
     def QK(self) -> FactoredMatrix:
-        """W_Q · W_Kᵀ of every head, before rotation and scale."""
+        """Return W_Q · W_Kᵀ of every head, before rotation and scale."""
         return FactoredMatrix(self.W_Q, self.W_K.mT)
 
     @property
     def OV(self) -> FactoredMatrix:
-        """W_V · W_O of every head."""
+        """Return W_V · W_O of every head."""
         return FactoredMatrix(self.W_V, self.W_O)
 
     def _by_head(self, rows: Shaped[Tensor, "own *rest"]) -> Shaped[Tensor, "head d_head *rest"]:
@@ -63,11 +63,11 @@ class ExpertWeights:
         return dense(self.gate_up.matrix, expert)[:, 0::2]
 
     def W_in(self, expert: int) -> Float[Tensor, "d_model d_mlp"]:
-        """What is gated; it enters as this plus one."""
+        """Return what is gated; it enters as this plus one."""
         return dense(self.gate_up.matrix, expert)[:, 1::2]
 
     def W_out(self, expert: int) -> Float[Tensor, "d_mlp d_model"]:
-        """What the activation writes."""
+        """Return what the activation writes."""
         return dense(self.down.matrix, expert)
 
     def b_gate(self, expert: int) -> Float[Tensor, " d_mlp"]:
@@ -115,12 +115,12 @@ class ModelWeights:
 
     @property
     def QK(self) -> FactoredMatrix:
-        """[layer head d_model d_model], in its two factors."""
+        """Return [layer head d_model d_model], in its two factors."""
         return FactoredMatrix(self.W_Q, self.W_K.mT)
 
     @property
     def OV(self) -> FactoredMatrix:
-        """[layer head d_model d_model], in its two factors."""
+        """Return [layer head d_model d_model], in its two factors."""
         return FactoredMatrix(self.W_V, self.W_O)
 
     def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head later_layer later_head"]:
@@ -168,7 +168,7 @@ class ModelWeights:
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """The attention biases in the stream before `layer`. Experts' biases depend on the routing: refused.
+        """Return the attention biases in the stream before `layer`. Experts' biases depend on the routing: refused.
 
         Raises:
             InputError: biases of experts are asked for, which depend on the routing.

@@ -196,7 +196,7 @@ class Manifest:
         return int(np.searchsorted(starts, index * spec.per_unit, side="right")) - 1
 
     def is_checked(self, key: str) -> bool:
-        """Whether the file passed `check` before."""
+        """Return whether the file passed `check` before."""
         return key in self._checked
 
     def check(self, key: str, data: bytes | None = None) -> None:

@@ -121,7 +121,7 @@ class Run:
 
     @property
     def exclusion(self) -> str:
-        """How many sequences are left out and for which flags, in words; "" if none are."""
+        """Return how many sequences are left out and for which flags, in words; "" if none are."""
         if not self.excluded:
             return ""
         left_out = len(self._committed_sequences) - len(self._visible)
@@ -129,7 +129,7 @@ class Run:
 
     @property
     def path(self) -> str:
-        """What the run was opened by."""
+        """Return what the run was opened by."""
         return str(self.place)
 
     def __repr__(self) -> str:
@@ -138,7 +138,7 @@ class Run:
 
     @property
     def recorded(self) -> list[str]:
-        """What the run holds of every token, by the names that a capture is asked with."""
+        """Return what the run holds of every token, by the names that a capture is asked with."""
         switches = [
             n
             for n in ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "host_routing")
@@ -148,7 +148,7 @@ class Run:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where every sequence's tokens are, committed or not."""
+        """Return where every sequence's tokens are, committed or not."""
         with reading(self.place, "the layout"):
             return self._read_layout()
 
@@ -171,7 +171,7 @@ class Run:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Units committed, and in all."""
+        """Return units committed, and in all."""
         return int(self.committed.sum()), len(self.committed)
 
     @cached_property
@@ -205,7 +205,7 @@ class Run:
 
     @cached_property
     def sequences(self) -> pd.DataFrame:
-        """A row a sequence, indexed by its number; `task` and `domain` come from its metadata.
+        """Return a row a sequence, indexed by its number; `task` and `domain` come from its metadata.
 
         correct: 1, 0, or −1 where it is unknown. expected: the text that the final message should be ("" if unknown),
         of which `answer` is an older name.
@@ -222,7 +222,7 @@ class Run:
 
     @cached_property
     def messages(self) -> pd.DataFrame:
-        """A row a message; positions count from the start of its sequence."""
+        """Return a row a message; positions count from the start of its sequence."""
         table = self._table("messages")
         return table[table["sequence"].isin(self._visible)]
 
@@ -317,7 +317,7 @@ class Run:
 
     @cached_property
     def dataset(self) -> xr.Dataset:
-        """Every token of every visible sequence, lazily: nothing is read before it is computed.
+        """Return every token of every visible sequence, lazily: nothing is read before it is computed.
 
         Dimensions layer, token, slot, expert, head; the token's columns (sequence, position, channel, …) beside.
         """
@@ -325,7 +325,7 @@ class Run:
             return self._dataset(self.spans)
 
     def sequence(self, which: int | str) -> xr.Dataset:
-        """The tokens of one sequence, by number or id; reads its own chunks only."""
+        """Return the tokens of one sequence, by number or id; reads its own chunks only."""
         row: Any = self.sequences.loc[self._number(which)]
         offset = int(row["offset"])
         return self._dataset([slice(offset, offset + int(row["length"]))])
@@ -401,7 +401,7 @@ class Run:
 
     @cached_property
     def summaries(self) -> list[str]:
-        """Names of the sums that `summary` and `total` give."""
+        """Return names of the sums that `summary` and `total` give."""
         with reading(self.place, "summaries"):
             known = {n.removeprefix("summaries/") for n in arrays(self.model, self.spec, self.layout)}
             there = (n for n, _ in self.group["summaries"].arrays())
@@ -459,7 +459,7 @@ class Run:
 
     @property
     def groups(self) -> pd.DataFrame:
-        """Effort and task of every group of `total`."""
+        """Return the effort and task of every group of `total`."""
         return self._groups[0]
 
     def total(self, name: str) -> xr.DataArray:

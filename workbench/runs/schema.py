@@ -39,12 +39,12 @@ class Layout:
 
     @property
     def n_rows(self) -> int:
-        """Token rows, gaps included."""
+        """Return the token rows, gaps included."""
         return self.units[-1].start + self.units[-1].capacity
 
     @property
     def unit_sequences(self) -> int:
-        """Summary rows of a unit: as many as the fullest unit has sequences."""
+        """Return the summary rows of a unit: as many as the fullest unit has sequences."""
         return max(len(unit.sequences) for unit in self.units)
 
 
@@ -76,12 +76,12 @@ class Activation:
 
     @property
     def sparse(self) -> bool:
-        """Whether some tokens have no row of their own."""
+        """Return whether some tokens have no row of their own."""
         return bool(self.tokens) or self.reduce != "raw"
 
     @property
     def per_token(self) -> bool:
-        """Whether tokens have values of their own, not only sums by sequence and channel."""
+        """Return whether tokens have values of their own, not only sums by sequence and channel."""
         return self.reduce not in ("moments", "mean")
 
 
@@ -111,17 +111,17 @@ class Record:
 
     @property
     def sparse(self) -> bool:
-        """Whether some tokens have no row of their own."""
+        """Return whether some tokens have no row of their own."""
         return bool(self.tokens) or not self.per_token
 
     @property
     def per_token(self) -> bool:
-        """Whether tokens have values of their own, not only sums by sequence and channel."""
+        """Return whether tokens have values of their own, not only sums by sequence and channel."""
         return self.reduce not in ("moments", "mean")
 
     @property
     def summed(self) -> bool:
-        """Whether sums by sequence and channel mean something: not those of expert numbers."""
+        """Return whether sums by sequence and channel mean something: not those of expert numbers."""
         return self.dtype not in ("uint8", "uint16")
 
     @property
@@ -151,7 +151,7 @@ class Spec:
     functions: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def to_json(self, schema: int = SCHEMA) -> dict[str, Any]:
-        """Plain values, as a run of this schema holds them."""
+        """Return the plain values, as a run of this schema holds them."""
         switches = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("functions", "records")}
         values = switches | {"activations": [_plain(a) for a in self.activations]}
         if not self.host_routing:  # runs that were begun before there was this field can be resumed
@@ -162,7 +162,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Spec":
-        """The inverse of `to_json`, without functions."""
+        """Return the inverse of `to_json`, without functions."""
         points = tuple(Activation(**_tuples(a)) for a in values["activations"])
         records = tuple(Record(**_tuples(r)) for r in values.get("records", ()))
         return cls(**{**values, "activations": points, "records": records})

@@ -184,5 +184,5 @@ def _filled(block: np.ndarray, grain: tuple[int, ...], fill: object, dtype: np.d
 
 
 def threads() -> int:
-    """Compressing threads of a writer: the cores, at most eight."""
+    """Return the compressing threads of a writer: the cores, at most eight."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

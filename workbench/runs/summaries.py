@@ -82,7 +82,7 @@ def expert_pairs(
     channel: Int[np.ndarray, " token"],
     num_experts: int,
 ) -> Num[np.ndarray, "channel layer expert expert"]:
-    """Tokens that went to expert i in `first` and to expert j in `second`."""
+    """Return tokens that went to expert i in `first` and to expert j in `second`."""
     out = np.empty((len(CHANNELS), len(first), num_experts, num_experts), dtype=np.uint32)
     for layer, (a, b) in enumerate(zip(first, second, strict=True)):
         pair = (channel[:, None, None] * num_experts + a[:, :, None]) * num_experts + b[:, None, :]

@@ -231,7 +231,7 @@ class RunWriter:
         self._lock.release()
 
     def pending(self) -> list[int]:
-        """Units not committed yet."""
+        """Return units not committed yet."""
         return np.flatnonzero(~self.group["units/committed"][:]).tolist()
 
     def write_unit(

@@ -234,7 +234,7 @@ def probe_auc(x: Float[np.ndarray, "token d"], label: np.ndarray, group: np.ndar
 
 
 def debiased_cka(x: Float[np.ndarray, "token d"], y: Float[np.ndarray, "token e"]) -> float:
-    """Linear CKA with the unbiased estimator of HSIC: about 0 for independent data whatever the width."""
+    """Return the linear CKA with the unbiased estimator of HSIC: about 0 for independent data whatever the width."""
     xx, xy, yy = _hsic(x, x), _hsic(x, y), _hsic(y, y)
     return float(xy / np.sqrt(xx * yy)) if xx > 0 and yy > 0 else float("nan")
 

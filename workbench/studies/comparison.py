@@ -36,7 +36,7 @@ class Run(Protocol):
         """Names what is visible of the run."""
 
     def summary(self, name: str) -> xr.DataArray:
-        """Sums per sequence and channel, with coordinates `channel`, `id`, `effort`, `prompt_id` and `task`."""
+        """Return sums per sequence and channel, with coordinates `channel`, `id`, `effort`, `prompt_id` and `task`."""
 
 
 class Condition(NamedTuple):
@@ -70,7 +70,7 @@ class Side:
 
     @property
     def n_prompts(self) -> int:
-        """Number of different prompts."""
+        """Return the number of different prompts."""
         return len(np.unique(self.prompt))
 
     def mean_share(self, layer: int) -> Float[np.ndarray, "prompt expert"]:
@@ -187,7 +187,7 @@ def has_tokens(tokens: xr.DataArray, side: Condition) -> Bool[np.ndarray, "seque
 
 
 def prompts(tokens: xr.DataArray) -> Int[np.ndarray, "sequence"]:
-    """The number of every sequence's prompt; a sequence that names none stands for itself."""
+    """Return the number of every sequence's prompt; a sequence that names none stands for itself."""
     named = labels(tokens, "prompt_id")
     alone = [f"{UNSTATED} {number}" for number in range(len(named))]
     _, number = np.unique(np.where(named == UNSTATED, alone, named).astype(str), return_inverse=True)
@@ -228,7 +228,7 @@ def members(
     sides: tuple[Condition, Condition],
     prompt: Int[np.ndarray, "sequence"] | None = None,
 ) -> tuple[Int[np.ndarray, "sequence_a"], Int[np.ndarray, "sequence_b"]]:
-    """Sequences on either side: between channels those with both, between efforts those of prompts with both."""
+    """Return sequences on either side: between channels those with both, between efforts those of prompts with both."""
     prompt = prompts(tokens) if prompt is None else prompt
     first, second = (has_tokens(tokens, side) for side in sides)
     if between == "channel":
@@ -278,7 +278,7 @@ def places(summary: xr.DataArray) -> dict[str, np.ndarray]:
 def sum_by(
     values: Num[np.ndarray, "sequence *cells"], group: Int[np.ndarray, "sequence"]
 ) -> Num[np.ndarray, "group *cells"]:
-    """Sums over the sequences of each group, in order of the groups' numbers."""
+    """Return sums over the sequences of each group, in order of the groups' numbers."""
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
     return np.add.reduceat(values[order], starts, axis=0, dtype=np.result_type(values, np.int64))

@@ -128,7 +128,7 @@ def _efforts_compared(
 
 
 def widest_first(efforts: list[str]) -> list[tuple[str, str]]:
-    """Pairs of efforts, the most distant first."""
+    """Return pairs of efforts, the most distant first."""
     return sorted(combinations(efforts, 2), key=lambda pair: efforts.index(pair[0]) - efforts.index(pair[1]))
 
 
@@ -161,7 +161,7 @@ def _accuracy(table: pd.DataFrame) -> tuple[float, float, float]:
 
 
 def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset:
-    """Analysis tokens and accuracy of every task and effort; the task `all` is everything."""
+    """Return analysis tokens and accuracy of every task and effort; the task `all` is everything."""
     tasks = ["all", *sorted(set(table["task"]) - {""})]
     parts: dict[str, list[Any]] = {n: [] for n in ("analysis_tokens", "accuracy", "sequences")}
     for task in tasks:
@@ -194,7 +194,7 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
 
 
 def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset:
-    """What each step of effort, and the whole way, adds to tokens and accuracy, paired by prompt."""
+    """Return what each step of effort, and the whole way, adds to tokens and accuracy, paired by prompt."""
     steps = list(dict.fromkeys([*pairwise(efforts), (efforts[0], efforts[-1])]))
     tasks = ["all", *sorted(set(table["task"]) - {""})]
     names = ("more_tokens", "gain", "gain_per_100")

@@ -68,7 +68,7 @@ class Plan(NamedTuple):
 
     @property
     def paired(self) -> bool:
-        """Whether the sides are compared within prompts."""
+        """Return whether the sides are compared within prompts."""
         return self.between != "task" and not self.unpaired
 
     def label(self, side: int) -> str:
@@ -120,7 +120,7 @@ class RunIndex:
 
     @cached_property
     def prompts(self) -> tuple[Int[np.ndarray, " sequence"], int]:
-        """The number of every sequence's prompt (−1: not written), and how many prompts repeat another's tokens.
+        """Return the number of every sequence's prompt (−1: not written), and how many prompts repeat another's tokens.
 
         Prompts under different ids whose tokens are equal are one sampling unit: they are not independent.
         """

@@ -38,7 +38,7 @@ class Totals(Protocol):
         """Names what is visible of the run."""
 
     def total(self, name: str) -> xr.DataArray:
-        """Sums by group (with `effort` and `task`) and channel."""
+        """Return sums by group (with `effort` and `task`) and channel."""
 
 
 def options(run: Totals) -> dict[str, list[str]]:
@@ -52,7 +52,7 @@ def options(run: Totals) -> dict[str, list[str]]:
 
 
 def tokens(run: Totals) -> pd.DataFrame:
-    """Tokens of every channel, a column an effort and one for all."""
+    """Return tokens of every channel, a column an effort and one for all."""
     total = run.total("tokens")
     efforts = in_order([str(e) for e in total["effort"].values])
     columns = {e: total.values[total["effort"].values.astype(str) == e].sum(0) for e in efforts}
@@ -71,7 +71,7 @@ def routing(run: Totals, channel: str = ALL, effort: str = ALL, task: str = ALL)
 
 
 def sinks(run: Totals, channel: str = ALL, effort: str = ALL, task: str = ALL) -> xr.Dataset:
-    """Mean and spread of sink attention [layer, head] of a selection; NaN where it has no token."""
+    """Return the mean and spread of sink attention [layer, head] of a selection; NaN where it has no token."""
     chosen = (channel, effort, task)
     first, second, n = (_pooled(run.total(name), *chosen) for name in ("sink_sum", "sink_sumsq", "tokens"))
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -43,13 +43,13 @@ def bootstrap_weights(n_units: int, n_boot: int, rng: np.random.Generator) -> Fl
 
 
 def percentile_interval(replicates: Float[np.ndarray, "replicate *cells"]) -> Interval:
-    """The central 95 % of the replicates."""
+    """Return the central 95 % of the replicates."""
     low, high = np.quantile(replicates, TAILS, axis=0)
     return low, high
 
 
 def recentred_interval(replicates: Float[np.ndarray, "replicate *cells"], estimate: Float[Array, "*cells"]) -> Interval:
-    """The central 95 % of the replicates, moved so that their mean lies on a bias-corrected estimate."""
+    """Return the central 95 % of the replicates, moved so that their mean lies on a bias-corrected estimate."""
     low, high = percentile_interval(replicates - replicates.mean(axis=0) + estimate)
     return low, high
 
@@ -57,7 +57,7 @@ def recentred_interval(replicates: Float[np.ndarray, "replicate *cells"], estima
 def bias_corrected(
     observed: Float[Array, "*cells"], replicates: Float[np.ndarray, "replicate *cells"]
 ) -> Float[Array, "*cells"]:
-    """The observed value less the bias that the bootstrap shows."""
+    """Return the observed value less the bias that the bootstrap shows."""
     return 2 * observed - replicates.mean(axis=0)
 
 
@@ -121,12 +121,12 @@ def _quantile_of_ordered(
 def count_at_least(
     null: Float[np.ndarray, "permutation *cells"], observed: Float[Array, "*cells"]
 ) -> Int[Array, "*cells"]:
-    """Number of permutations as extreme as observed; ties count, also those that rounding has split."""
+    """Return the number of permutations as extreme as observed; ties count, also those that rounding has split."""
     return np.asarray((null >= observed - 1e-12 * np.abs(observed) - 1e-15).sum(axis=0))
 
 
 def permutation_p(count: Int[Array, "*cells"], n_permutations: int) -> Float[Array, "*cells"]:
-    """p from the number of permutations at least as extreme; the data are one of them, so p is never 0."""
+    """Return p from the number of permutations at least as extreme; the data are one of them, so p is never 0."""
     return (1 + count) / (1 + n_permutations)
 
 
@@ -141,7 +141,7 @@ class Paired:
     def permuted(
         self, a: Float[np.ndarray, "unit expert"], b: Float[np.ndarray, "unit expert"]
     ) -> Iterator[tuple[Float[np.ndarray, "block expert"], Float[np.ndarray, "block expert"]]]:
-        """Mean of either condition after each random swap, block by block."""
+        """Yield the mean of either condition after each random swap, block by block."""
         middle, half = (a + b).mean(axis=0) / 2, (a - b) / (2 * self.n)
         for block in _blocks(self.signs):
             difference = block @ half
@@ -151,19 +151,19 @@ class Paired:
     def permutation_sd(
         self, a: Float[np.ndarray, "unit expert"], b: Float[np.ndarray, "unit expert"]
     ) -> Float[np.ndarray, "expert"]:
-        """Standard deviation of the difference of means under all swaps."""
+        """Return the standard deviation of the difference of means under all swaps."""
         return np.sqrt(((a - b) ** 2).sum(axis=0)) / self.n
 
     def resampled(
         self, a: Float[np.ndarray, "unit expert"], b: Float[np.ndarray, "unit expert"]
     ) -> tuple[Float[np.ndarray, "replicate expert"], Float[np.ndarray, "replicate expert"]]:
-        """Mean of either condition in each bootstrap replicate."""
+        """Return the mean of either condition in each bootstrap replicate."""
         return self.weights @ a, self.weights @ b
 
     def influence(
         self, a: Float[np.ndarray, "unit expert"], b: Float[np.ndarray, "unit expert"]
     ) -> Float[np.ndarray, "unit expert"]:
-        """Each unit's influence on the difference of means."""
+        """Return each unit's influence on the difference of means."""
         difference = a - b
         return (difference - difference.mean(axis=0)) / self.n
 
@@ -181,7 +181,7 @@ class Independent:
     def permuted(
         self, a: Float[np.ndarray, "unit_a expert"], b: Float[np.ndarray, "unit_b expert"]
     ) -> Iterator[tuple[Float[np.ndarray, "block expert"], Float[np.ndarray, "block expert"]]]:
-        """Mean of either group after each random reassignment, block by block."""
+        """Yield the mean of either group after each random reassignment, block by block."""
         units = np.concatenate([a, b])
         total = units.sum(axis=0)
         for block in _blocks(self.in_a):
@@ -191,19 +191,19 @@ class Independent:
     def permutation_sd(
         self, a: Float[np.ndarray, "unit_a expert"], b: Float[np.ndarray, "unit_b expert"]
     ) -> Float[np.ndarray, "expert"]:
-        """Standard deviation of the difference of means under all reassignments."""
+        """Return the standard deviation of the difference of means under all reassignments."""
         return np.concatenate([a, b]).std(axis=0, ddof=1) * np.sqrt(1 / self.n_a + 1 / self.n_b)
 
     def resampled(
         self, a: Float[np.ndarray, "unit_a expert"], b: Float[np.ndarray, "unit_b expert"]
     ) -> tuple[Float[np.ndarray, "replicate expert"], Float[np.ndarray, "replicate expert"]]:
-        """Mean of either group in each bootstrap replicate."""
+        """Return the mean of either group in each bootstrap replicate."""
         return self.weights_a @ a, self.weights_b @ b
 
     def influence(
         self, a: Float[np.ndarray, "unit_a expert"], b: Float[np.ndarray, "unit_b expert"]
     ) -> Float[np.ndarray, "unit expert"]:
-        """Each unit's influence on the difference of means."""
+        """Return each unit's influence on the difference of means."""
         return np.concatenate([(a - a.mean(axis=0)) / self.n_a, -(b - b.mean(axis=0)) / self.n_b])
 
 
@@ -216,7 +216,7 @@ def _blocks(matrix: np.ndarray) -> Iterator[Float[np.ndarray, "block unit"]]:
 def ratio(
     sums: Num[np.ndarray, "prompt *cells"], tokens: Num[np.ndarray, " prompt"]
 ) -> tuple[Float[Array, "*cells"], Float[Array, "*cells"], Float[Array, "*cells"]]:
-    """Σ sums / Σ tokens and its 95 % interval: delete-one jackknife, Student's t; NaN where there is nothing.
+    """Return Σ sums / Σ tokens and its 95 % interval: delete-one jackknife, Student's t; NaN where there is nothing.
 
     Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
     """

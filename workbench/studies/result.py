@@ -33,7 +33,7 @@ class Definition:
     null: str = ""
 
     def attrs(self) -> dict[str, str]:
-        """The non-empty parts, as attributes."""
+        """Return the non-empty parts, as attributes."""
         return {name: text for name, text in vars(self).items() if text}
 
 
@@ -49,7 +49,7 @@ def dataset(
 
 
 def provenance(study: str, title: str, digest: str, seed: int, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes from which a dataset can be made again."""
+    """Return attributes from which a dataset can be made again."""
     return {
         "study": study,
         "title": title,

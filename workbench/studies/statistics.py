@@ -17,7 +17,7 @@ else:
 
 
 def share(counts: Num[Array, "*cells expert"]) -> Float[Array, "*cells expert"]:
-    """Counts as fractions of their sum; NaN where nothing was counted."""
+    """Return counts as fractions of their sum; NaN where nothing was counted."""
     total = counts.sum(axis=-1, keepdims=True)
     return np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
 
@@ -28,7 +28,7 @@ def entropy(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
 
 
 def effective_number(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
-    """exp(entropy): how many equally used experts would give this entropy (a Hill number of order 1)."""
+    """Return exp(entropy): how many equally used experts would give this entropy (a Hill number of order 1)."""
     return np.exp(entropy(p))
 
 
@@ -40,23 +40,23 @@ def gini(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
 
 
 def max_violation(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
-    """MaxVio: the largest load over the mean load, less one. Reference: Wang et al. 2024, arXiv 2408.15664."""
+    """Return MaxVio: the largest load over the mean load, less one. Reference: Wang et al. 2024, arXiv 2408.15664."""
     return p.max(axis=-1) * p.shape[-1] - 1
 
 
 def coefficient_of_variation(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
-    """Standard deviation of the load over its mean, across all experts (no n − 1: they are not a sample)."""
+    """Return the standard deviation of the load over its mean, across all experts (no n − 1: they are not a sample)."""
     return p.std(axis=-1) * p.shape[-1]
 
 
 def jensen_shannon(p: Float[Array, "*cells expert"], q: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
-    """Jensen–Shannon divergence in bits, in [0, 1]; the plug-in estimate, so biased upwards by sampling."""
+    """Return Jensen–Shannon divergence in bits, in [0, 1]; the plug-in estimate, so biased upwards by sampling."""
     # the difference of entropies cancels to −1e−17 for equal distributions
     return np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0.0) / np.log(2)
 
 
 def false_discovery(p: Float[Array, "*cells"]) -> Float[Array, "*cells"]:
-    """Benjamini–Hochberg q over every cell that was tested (all axes are one family; NaN was not tested)."""
+    """Return Benjamini–Hochberg q over every cell that was tested (all axes are one family; NaN was not tested)."""
     from scipy.stats import false_discovery_control
 
     q = np.full(p.shape, np.nan)

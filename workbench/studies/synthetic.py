@@ -32,7 +32,7 @@ class SyntheticRun:
 
     @property
     def recorded(self) -> list[str]:
-        """The recorded quantities, as those of a stored run."""
+        """Return the recorded quantities, as those of a stored run."""
         return ["routing"]
 
     def summary(self, name: str) -> xr.DataArray:
@@ -166,7 +166,7 @@ def planted_tokens(
     expert_position: float = 0.0,
     gain: float = 0.0,
 ) -> SyntheticTokens:
-    """Conversations of a prompt, analysis and final, with sinks and experts whose causes are known.
+    """Return conversations of a prompt, analysis and final, with sinks and experts whose causes are known.
 
     sink_shift: added to the sink of head 0 in a channel. position_slope: taken from it per unit of log position, which
     is what seeing more keys does. effort_shift: added in the analysis of an effort. expert_shift: probability moved to

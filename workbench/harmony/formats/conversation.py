@@ -31,7 +31,7 @@ class Conversation:
 
 
 def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, Any]:
-    """The transcript row of a conversation. effort: of one that names none.
+    """Return the transcript row of a conversation. effort: of one that names none.
 
     Raises: InputError for a conversation that cannot be used.
     """
@@ -81,5 +81,5 @@ def _present(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def error_text(error: BaseException) -> str:
-    """An error in one line, a missing field by its name."""
+    """Return an error in one line, a missing field by its name."""
     return f"{shown(error.args[0])} is missing" if isinstance(error, KeyError) else str(error)

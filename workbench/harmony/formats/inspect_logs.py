@@ -19,13 +19,13 @@ _CUT = ("max_tokens", "model_length", "length")
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file starts as a zip does."""
+    """Return whether a file starts as a zip does."""
     with path.open("rb") as file:
         return file.read(2) == b"PK"
 
 
 def is_log(document: Any) -> bool:
-    """Whether a JSON document is a log of Inspect."""
+    """Return whether a JSON document is a log of Inspect."""
     return isinstance(document, Mapping) and {"eval", "samples"} <= document.keys() and "version" in document
 
 
@@ -46,7 +46,7 @@ def read_zip(path: Path) -> Iterator[tuple[str, Conversation]]:
 
 
 def read_document(log: Mapping[str, Any]) -> Iterator[tuple[str, Conversation]]:
-    """The conversations of a log in one document."""
+    """Yield the conversations of a log in one document."""
     for number, sample in enumerate(log.get("samples") or [], 1):
         yield f"sample {number}", from_sample(sample, log)
 
@@ -70,7 +70,7 @@ def _member(log: zipfile.ZipFile, name: str) -> bytes:
 
 
 def from_sample(sample: Mapping[str, Any], log: Mapping[str, Any]) -> Conversation:
-    """One sample of a log as a conversation."""
+    """Return the one sample of a log as a conversation."""
     evaluation, plan = log.get("eval") or {}, log.get("plan") or {}
     config = {**(evaluation.get("model_generate_config") or {}), **(plan.get("config") or {})}
     attachments = sample.get("attachments") or {}

@@ -30,7 +30,7 @@ class Shape:
 
 
 def about(row: Row) -> dict[str, Any]:
-    """What rows of any shape may say beside the conversation."""
+    """Return what rows of any shape may say beside the conversation."""
     id = row.get("id", row.get("custom_id", row.get("request_id", "")))
     template = _object(row.get("chat_template_kwargs")) or _object(
         _object(row.get("extra_body")).get("chat_template_kwargs")
@@ -64,7 +64,7 @@ def about(row: Row) -> dict[str, Any]:
 
 
 def is_complete(row: Row) -> bool | None:
-    """Whether an answer ended by itself, from the reasons that programs give; None where there is none."""
+    """Return whether an answer ended by itself, from the reasons that programs give; None where there is none."""
     if isinstance(row.get("complete"), bool):
         return bool(row["complete"])
     if row.get("truncated") is True or row.get("incomplete_details"):
@@ -143,7 +143,7 @@ def _choice(choice: Row, response: Row) -> tuple[list[Any], bool | None, tuple[l
 
 
 def with_preambles(items: Sequence[Any]) -> list[Any]:
-    """Items of Responses; a message that a call or more reasoning follows is a preamble."""
+    """Return items of Responses; a message that a call or more reasoning follows is a preamble."""
     found = []
     for item, following in zip(items, [*items[1:], None], strict=True):
         kind = _object(following).get("type")
@@ -154,7 +154,7 @@ def with_preambles(items: Sequence[Any]) -> list[Any]:
 
 
 def paired(request: Row, response: Row, beside: Row) -> Iterator[Conversation]:
-    """Conversations of a request and its response. beside: further fields of the row, such as an id."""
+    """Yield conversations of a request and its response. beside: further fields of the row, such as an id."""
     body = _object(response.get("body")) or response
     fields = about({**request, **{k: v for k, v in beside.items() if v is not None}})
     for messages, complete, exact in responses_of(body):
@@ -398,14 +398,14 @@ SHAPES = (
 
 
 def shape_of(row: Any) -> Shape | None:
-    """The shape of a row, None if it has none that is known. A list of messages is a conversation."""
+    """Return the shape of a row, None if it has none that is known. A list of messages is a conversation."""
     if not isinstance(row, Mapping):
         return None
     return next((shape for shape in SHAPES if shape.matches(row)), None)
 
 
 def has_messages(row: Any) -> bool:
-    """Whether a bare list is one conversation."""
+    """Return whether a bare list is one conversation."""
     if (
         not isinstance(row, list)
         or not row

@@ -35,7 +35,7 @@ class NoAnswerError(ValueError):
 
 
 def from_chat(reply: Any) -> Answer:
-    """The answer of `/chat/completions`."""
+    """Return the answer of `/chat/completions`."""
     choice = _first(_get(reply, "choices", list), "choices")
     message = _get(choice, "message", dict)
     complete = choice.get("finish_reason") in _ENDED
@@ -43,7 +43,7 @@ def from_chat(reply: Any) -> Answer:
 
 
 def from_responses(reply: Any) -> Answer:
-    """The answer of `/responses`: items of reasoning, messages and calls."""
+    """Return the answer of `/responses`: items of reasoning, messages and calls."""
     items = with_preambles(_get(reply, "output", list))
     return _answer(items, reply.get("status", "completed") == "completed", reply, reply)
 
@@ -55,7 +55,7 @@ def from_completion(reply: Any) -> tuple[str, bool, dict[str, Any], tuple[list[i
 
 
 def first_choice(reply: Any) -> Mapping[str, Any]:
-    """The first of a reply's choices."""
+    """Return the first of a reply's choices."""
     return _first(_get(reply, "choices", list), "choices")
 
 

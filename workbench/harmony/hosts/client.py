@@ -98,7 +98,7 @@ class Host:
         self._http.close()
 
     def post(self, path: str, body: dict[str, Any], *, root: bool = False) -> Any:
-        """The reply of a request, however often it takes; HostError where it never comes.
+        """Return the reply of a request, however often it takes; HostError where it never comes.
 
         root: the path begins where the host does, not behind its /v1.
         """
@@ -184,11 +184,11 @@ class Host:
 
     @property
     def has_key(self) -> bool:
-        """Whether there is a key to strike out."""
+        """Return whether there is a key to strike out."""
         return len(self._key) >= _SHORTEST_SECRET
 
     def holds_key(self, text: str) -> bool:
-        """Whether a text repeats the key."""
+        """Return whether a text repeats the key."""
         return len(self._key) >= _SHORTEST_SECRET and self._key in text
 
     def _wait_for_turn(self) -> None:

@@ -29,7 +29,7 @@ READABLE = (
 def convert(
     path: str | Path, *, effort: str | None = None, requests: str | Path | None = None
 ) -> tuple[str, list[dict[str, Any]], list[str]]:
-    """What the file is, a transcript row for each conversation in it, and why others were left out.
+    """Return what the file is, a transcript row for each conversation in it, and why others were left out.
 
     effort: of conversations that name none. requests: the request file of an OpenAI batch.
 
@@ -63,7 +63,7 @@ def convert(
 
 
 def counts(rows: list[dict[str, Any]], *, vocabulary: Tokenizer | None = None) -> str:
-    """How many rows are irregular, truncated and so on, in words."""
+    """Return how many rows are irregular, truncated and so on, in words."""
     return counted(_flags(row, vocabulary) for row in rows)
 
 

@@ -13,7 +13,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def chat_messages(messages: Messages) -> list[dict[str, Any]]:
-    """Messages for `/chat/completions`. What an assistant wrote before a tool result is one message."""
+    """Return messages for `/chat/completions`. What an assistant wrote before a tool result is one message."""
     sent: list[dict[str, Any]] = []
     for message, call_id in _with_call_ids(without_earlier_analysis(messages, generation_prompt=True)):
         role = message["role"]
@@ -41,7 +41,7 @@ def _add_to_turn(sent: list[dict[str, Any]], message: Mapping[str, Any], call_id
 
 
 def responses_input(messages: Messages) -> list[dict[str, Any]]:
-    """Items for `/responses`."""
+    """Return items for `/responses`."""
     sent: list[dict[str, Any]] = []
     for message, call_id in _with_call_ids(without_earlier_analysis(messages, generation_prompt=True)):
         role, content = message["role"], message["content"]
@@ -58,7 +58,7 @@ def responses_input(messages: Messages) -> list[dict[str, Any]]:
 
 
 def responses_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Definitions of functions as Responses has them: without the object around the function."""
+    """Return definitions of functions as Responses has them: without the object around the function."""
     return [{"type": "function", **tool["function"]} if "function" in tool else dict(tool) for tool in tools]
 
 

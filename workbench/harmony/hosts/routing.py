@@ -32,7 +32,7 @@ class RoutingError(ValueError):
 
 
 def routed_experts(reply: Mapping[str, Any], *, n_tokens: int, experts_per_token: int = 4) -> Experts | None:
-    """The experts of a reply's first choice, in any of the three encodings; None if the reply has none.
+    """Return the experts of a reply's first choice, in any of the three encodings; None if the reply has none.
 
     n_tokens: prompt and answer. The host routes no token after the last one, so there are n_tokens or n_tokens − 1
     rows.
@@ -129,7 +129,7 @@ def check_experts(experts: Int[np.ndarray, "tokens layers slots"], n_tokens: int
 
 
 def sidecar(transcripts: str | Path) -> Path:
-    """Where the routed experts of a file of transcripts are stored: a Zarr group beside it."""
+    """Return where the routed experts of a file of transcripts are stored: a Zarr group beside it."""
     return Path(f"{transcripts}.routing.zarr")
 
 
@@ -140,7 +140,7 @@ def write_experts(transcripts: str | Path, id: str, experts: Experts) -> None:
 
 
 def read_experts(transcripts: str | Path, id: str) -> Experts:
-    """The experts of the transcript with this id.
+    """Return the experts of the transcript with this id.
 
     Raises: InputError if the host's experts were not stored.
     """
