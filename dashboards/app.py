@@ -80,7 +80,7 @@ def _links(page: str, choice: Selection, link: Callable[[str, str], str]) -> str
 
 
 def pages(registry: RunRegistry) -> dict[str, Callable[[], pn.template.BootstrapTemplate]]:
-    """Path → page; the overview is also what an address without a path opens."""
+    """Return path → page; an address without a path opens the overview, too."""
 
     def of(page: str) -> Callable[[], pn.template.BootstrapTemplate]:
         def show() -> pn.template.BootstrapTemplate:  # a plain function: Panel shows any other callable as an object

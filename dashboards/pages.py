@@ -304,7 +304,7 @@ def study_page(session: Session, page: str) -> Page:
 
 
 def made(page: str, session: Session) -> Page:
-    """A page or, where the run is damaged, gone or lacks what it needs, what is the matter: never a blank one."""
+    """Return a page, or a message where the run is damaged, missing or lacks recorded quantities."""
     own = _OWN_PAGES.get(page)
     shown = widgets.guarded(lambda: own(session) if own is not None else study_page(session, page))
     if not isinstance(shown, Page):

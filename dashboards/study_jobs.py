@@ -114,7 +114,7 @@ class Desk:
 
 
 def cache_folder() -> Path:
-    """`gpt-oss-workbench/studies` in the user's cache; what was not used for a month is removed."""
+    """Return `gpt-oss-workbench/studies` in the user's cache; what was not used for a month is removed."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-oss-workbench" / "studies"
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -19,7 +19,7 @@ def remove_sinks(layers: Layers, heads: Collection[int] | None = None, tokens: T
 
 
 def scale_sinks(layers: Layers, factor: float, heads: Collection[int] | None = None, tokens: Tokens = None) -> Edit:
-    """Return the sink's probability times `factor`, at most one; the pattern takes or gives the difference."""
+    """Return an edit that multiplies the sink probability by `factor`, at most to one, and rescales the pattern."""
     description = f"sinks of {describe_layers(layers)} × {factor:g}"
     return _sinks(description, layers, heads, tokens, lambda p, s: (p * factor).clamp(max=1))
 
@@ -49,7 +49,7 @@ def set_sinks(
 
 
 def knockout(layers: Layers, queries: Tokens, keys: Tokens, heads: Collection[int] | None = None) -> Edit:
-    """The queries do not see the keys. What they gave them goes to the other keys and the sink.
+    """Return an edit that hides the keys from the queries; their probability goes to the other keys and the sink.
 
     It opens the scores: 4 bytes × heads × queries × keys, one layer at a time.
     """

@@ -90,7 +90,7 @@ def force(
 def reweight(
     layers: Layers, experts: Collection[int], factor: float, tokens: Tokens = None, *, renormalise: bool = False
 ) -> Edit:
-    """Return the gates of these experts times `factor`; with `renormalise` a token's gates keep their sum."""
+    """Return an edit that multiplies gates of experts by `factor`; `renormalise` keeps the sum of a token's gates."""
     experts, members = sorted(set(experts)), as_set(tokens)
 
     def act(gates: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
@@ -185,7 +185,7 @@ def expert_means(
 
 
 def route(layers: Layers, function: Callable[[Tensor, Tensor], Tensor], tokens: Tokens = None) -> Edit:
-    """Another router: function(x [batch pos d_model], logits [batch pos expert]) gives the logits to choose by.
+    """Return an edit that replaces the router: function(x [batch pos d_model], logits [batch pos expert]) gives logits.
 
     x is what the router reads. Return something of the shape of `logits`, or that broadcasts to it.
     """

@@ -49,7 +49,7 @@ def _put(points: list[HookPoint], hooks: list[dict[str, Any]]) -> None:
 
 
 def recomputing() -> bool:
-    """Whether this is a second forward pass, inside a backward one: activation checkpointing runs every hook twice.
+    """Return whether this forward pass recomputes inside a backward one (checkpointing), which runs every hook twice.
 
     An edit has to act both times. What counts or records must not.
     """

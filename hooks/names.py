@@ -48,7 +48,7 @@ LAST = {
 
 
 def hook_points(n_layers: int) -> dict[str, str]:
-    """Name → axes of every hook point, in the order in which a forward pass reaches them."""
+    """Return name → axes of every hook point, in the order in which a forward pass reaches them."""
     blocks = {f"blocks.{layer}.{name}": axes for layer in range(n_layers) for name, axes in BLOCK.items()}
     return FIRST | blocks | LAST
 

@@ -29,7 +29,7 @@ class Recorder:
 
     @property
     def fwd_hooks(self) -> list[tuple[str, HookFunction]]:
-        """For `model.hooks(fwd_hooks=…)` or `run_with_hooks`."""
+        """Return the hooks for `model.hooks(fwd_hooks=…)` or `run_with_hooks`."""
         return [(name, partial(self._keep, dtype=dtype)) for name, dtype in self.wanted.items()]
 
     def _keep(self, activation: Shaped[Tensor, "batch pos *feature"], hook: HookPoint, dtype: torch.dtype) -> None:
@@ -61,7 +61,7 @@ class SequenceRecorder:
 
     @property
     def fwd_hooks(self) -> list[tuple[str, HookFunction]]:
-        """For `model.hooks(fwd_hooks=…)` or `run_with_hooks`."""
+        """Return the hooks for `model.hooks(fwd_hooks=…)` or `run_with_hooks`."""
         return [(name, partial(self._keep, keep=keep)) for name, keep in self._recorder.fwd_hooks]
 
     def _keep(self, activation: Shaped[Tensor, "batch pos *feature"], hook: HookPoint, keep: HookFunction) -> None:

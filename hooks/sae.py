@@ -162,7 +162,7 @@ class SAE(nn.Module):
 
 @contextmanager
 def splice(model: HookedRootModule, sae: SAE, at: str | None = None, *, use_error_term: bool = True) -> Iterator[str]:
-    """Within the context, replace the activation at a hook point by the reconstruction of the SAE plus its error.
+    """Replace, within the context, the activation at a hook point by the SAE's reconstruction plus its error.
 
     Yields the name of a new hook point of the model, `<at>.hook_sae_acts_post`: the features [batch pos d_sae], to be
     recorded and edited like any other. With the error term there is `<at>.hook_sae_error` too; the error is that of

@@ -98,7 +98,7 @@ def listed(points: str | Collection[str]) -> str:
 
 
 def among(which: Sequence[int], like: Shaped[Tensor, "*any n"]) -> Bool[Tensor, " n"]:
-    """Marks these of the last axis."""
+    """Return a mask of these entries of the last axis."""
     return torch.isin(torch.arange(like.shape[-1], device=like.device), torch.tensor(which, device=like.device))
 
 

@@ -43,7 +43,7 @@ def scores(
     k: Float[Tensor, "batch key kv d_head"],
     mask: Bool[Tensor, "batch query key"],
 ) -> Float[Tensor, "batch head query key"]:
-    """Scaled dot products in at least float32, −inf where masked; query head h reads kv head h // (heads / kv)."""
+    """Return scaled dot products in at least float32, −inf where masked; query head h reads kv head h·kv // heads."""
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(wide).unflatten(2, (k.shape[2], -1))
     out = torch.einsum("bqkgd,bskd->bkgqs", grouped, k.to(wide)).mul_(q.shape[-1] ** -0.5)
@@ -87,7 +87,7 @@ def attention(
     lengths: Sequence[int] | None = None,
     sinks: Float[Tensor, " head"] | None = None,
 ) -> tuple[Float[Tensor, "batch query head d_head"], Float[Tensor, "batch query head"], Tensor | None]:
-    """Attention, the log-sum-exp of each row's scores, and the sink's probability [batch query head].
+    """Return attention, the log-sum-exp of each row's scores, and the sink's probability [batch query head].
 
     Without sinks all is over the keys alone, and the third is None. The positions of a row are consecutive. With
     `lengths` the single row holds several sequences end to end, which do not see each other.

@@ -33,7 +33,7 @@ class Mxfp4(NamedTuple):
     scales: Shaped[Tensor, "*stack out group"]
 
     def at(self, index: int) -> "Mxfp4":
-        """One matrix of the stack, without a copy."""
+        """Return one matrix of the stack, without a copy."""
         return Mxfp4(self.blocks[index], self.scales[index])
 
 

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def parallel_map(run: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`run` on every item, in order, on as many threads as torch may use; without gradients."""
+    """Return `run` of every item, in order, computed on as many threads as torch may use, without gradients."""
 
     def alone(item: Item) -> Result:
         with torch.no_grad():  # a thread has its own mode

@@ -6,6 +6,7 @@ A method without a docstring of its own is documented by its class.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "hooks", "dashboards", "data", "workbench")
 HELP_TEXTS = ("workbench/cli", "workbench/bench/command.py", "data/command.py")  # docstrings of commands are their help
 NO_SHAPES = ("data", "workbench/bench")  # scripts that train, evaluate and measure; they are no interface
+# with which the docstring of a function that returns something may begin
+VERB = (
+    r"(Return|Yield|Draw|Write|Read|Run|Load|Compute|Check|Add|Remove|Create|Make|Open|Store|Measure|Compare|Estimate"
+    r"|Generate|Compile|Take|Sum|Import|Attach|Count|Apply|Start|Label|Propagate|Call|Raise|Train|Put|Capture|Launch|Decode|Give|Turn|Replace)\b"
+)
 ARRAYS = ("Tensor", "ndarray", "NDArray")
 
 
@@ -106,6 +112,22 @@ def test_first_lines_are_sentences() -> None:
         for function in functions(ast.parse(text)):
             first = (ast.get_docstring(function.node) or "It.").split("\n\n")[0]
             assert first.rstrip("`")[-1] in ".:)" or first.startswith("`"), f"{path}: {function.name}: {first}"
+
+
+def without_verb(source: str) -> list[str]:
+    """Return the names of functions with a result whose docstring does not begin with a verb."""
+    found = []
+    for f in functions(ast.parse(source)):
+        own, returns = ast.get_docstring(f.node), f.node.returns
+        if own and returns is not None and ast.unparse(returns) != "None" and not re.match(VERB, own):
+            found.append(f"{f.name}: {own.splitlines()[0]}")
+    return found
+
+
+def test_first_lines_begin_with_a_verb() -> None:
+    found = [f"{path}: {name}" for path, text in sources(*HELP_TEXTS).items() for name in without_verb(text)]
+    assert found == []
+    assert len(without_verb('def f(x) -> int:\n    """The largest x."""\n')) == 1  # a negative control
 
 
 @pytest.mark.parametrize(

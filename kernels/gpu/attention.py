@@ -450,7 +450,7 @@ def attention(
     lengths: Sequence[int] | None = None,
     sinks: Float[Tensor, " head"] | None = None,
 ) -> tuple[Float[Tensor, "batch query head d_head"], Float[Tensor, "batch query head"], Tensor | None]:
-    """Attention in q's dtype, the log-sum-exp of each row's scores, and the sink's probability [batch query head].
+    """Return attention in q's dtype, the log-sum-exp of the scores, and the sink's probability [batch query head].
 
     Without sinks all is over the keys alone, and the third is None. The positions of a row are consecutive; keys may
     be a strided part of a longer cache, and what lies beyond a row's last position is not used. With `lengths` the

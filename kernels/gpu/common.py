@@ -45,7 +45,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """Float32 to `dtype`, to the nearest (even), also where the interpreter would truncate."""
+    """Return float32 rounded to `dtype`, to the nearest (even), also where the interpreter would truncate."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)

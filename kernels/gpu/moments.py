@@ -86,7 +86,7 @@ def moments(x: Float[Tensor, "tokens d"], labels: Int[Tensor, "tokens"], n_label
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels on a residual stream of 8,192 tokens with 64 labels."""
+    """Return both kernels on a residual stream of 8,192 tokens with 64 labels."""
     tile, tokens, d, n_labels = tiles.moments_tile(), 8192, 2880, 64
     pieces = tokens // tile.blocks["SPLIT"] + n_labels
     index, wide = dict.fromkeys(("ends", "offsets", "order", "owner"), "*i64"), ("sums", "squares")

@@ -52,7 +52,7 @@ def power(exponent):
 
 @triton.jit
 def unpack(blocks, scales, dtype: tl.constexpr):
-    """Bytes [rows, columns/2] and scale bytes [rows, columns/32] as values [rows, columns], exact in bfloat16."""
+    """Return values [rows, columns] of bytes [rows, columns/2] and scales [rows, columns/32], exact in bfloat16."""
     rows: tl.constexpr = blocks.shape[0]
     groups: tl.constexpr = scales.shape[1]
     codes = tl.join(blocks & 15, blocks >> 4).reshape(rows, groups, 32).to(tl.uint32)
@@ -69,7 +69,7 @@ def load_tile(
     blocks, scales, group, i, j, stride_tile_row, stride_tile_column, stride_row,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Tile (i, j) of one matrix that starts at `group`: bytes [BLOCK_N, BLOCK_K/2], scales [BLOCK_N, BLOCK_K/32].
+    """Return tile (i, j) of the matrix at `group`: bytes [BLOCK_N, BLOCK_K/2], scales [BLOCK_N, BLOCK_K/32].
 
     Rows past the last repeat it, which no mask has to guard; groups past the last are zeros.
     """
@@ -150,7 +150,7 @@ def _quantise(weight, blocks, scales, groups, BLOCK: tl.constexpr):
 def dequantise(
     blocks: UInt8[Tensor, "*stack group 16"], scales: UInt8[Tensor, "*stack group"], dtype: torch.dtype = torch.bfloat16
 ) -> Float[Tensor, "*stack columns"]:
-    """The packed values, exact in bfloat16 and float32 (above 2^127 they overflow to infinity, as in bfloat16)."""
+    """Return the packed values, exact in bfloat16 and float32; above 2^127 they overflow to infinity."""
     blocks, scales = blocks.contiguous(), scales.contiguous()
     out = torch.empty(*scales.shape[:-1], scales.shape[-1] * GROUP, dtype=dtype, device=blocks.device)
     tile, groups = tiles.codec_tile(), scales.numel()
@@ -193,7 +193,7 @@ def operand(weight: Mxfp4, rows: int, columns: int) -> Operand:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both codec kernels on the gate and up matrix of one expert of gpt-oss."""
+    """Return both codec kernels on the gate and up matrix of one expert of gpt-oss."""
     tile, groups = tiles.codec_tile(), 5760 * 2880 // GROUP
     aligned = frozenset({"blocks", "scales", "out", "groups"})
     packed: dict[str, Any] = {"blocks": "*u8", "scales": "*u8", "groups": "i32"}

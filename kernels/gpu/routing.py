@@ -111,7 +111,7 @@ def _place(
 
 @triton.jit
 def tile_of(index, offsets, E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Expert of the index-th tile, the first of its places in `order` and the end of its expert's; E: no such tile."""
+    """Return the expert of the index-th tile (E: none), its first place in `order` and the end of its expert's."""
     WIDTH: tl.constexpr = triton.next_power_of_2(E)
     e = tl.arange(0, WIDTH)
     count = tl.load(offsets + e + 1, mask=e < E, other=0) - tl.load(offsets + e, mask=e < E, other=0)
@@ -123,7 +123,7 @@ def tile_of(index, offsets, E: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 def max_tiles(slots: int, num_experts: int, block_m: int) -> int:
-    """The most tiles of `block_m` slots that any routing of `slots` slots can need."""
+    """Return the largest number of tiles of `block_m` slots that any routing of `slots` slots can need."""
     return (slots + min(slots, num_experts) * (block_m - 1)) // block_m
 
 

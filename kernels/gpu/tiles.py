@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """What a launch and the compiler are told beside the blocks."""
+        """Return the launch and compiler options beside the blocks."""
         cap = {} if self.max_registers is None else {"maxnreg": self.max_registers}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **cap}
 
@@ -61,7 +61,7 @@ def target(x: torch.Tensor) -> str:
 
 
 def measured(family: Callable[..., Tile]) -> Callable[..., Tile]:
-    """Lets the winners of `workbench bench gpu --autotune` take the place of a family's own tiles.
+    """Apply the winners of `workbench bench gpu --autotune` in place of a family's own tiles.
 
     They are read once, from the file that WORKBENCH_TILES names or tiles.json beside this one: target → family →
     pairs of its own tile and the one to take. A tile that has changed since it was measured stands.
@@ -87,26 +87,26 @@ def measured(family: Callable[..., Tile]) -> Callable[..., Tile]:
 
 @measured
 def codec_tile() -> Tile:
-    """MXFP4 groups a program: 128 of them are 4,096 values, 32 a thread."""
+    """Return the MXFP4 groups of a program: 128 of them are 4,096 values, 32 a thread."""
     return Tile({"BLOCK": 128}, num_warps=4, num_stages=1)
 
 
 @measured
 def top_k_tile(width: int) -> Tile:
-    """Rows of `width` (experts, or slots) a program: about 2,048 values, at least one row a warp."""
+    """Return the rows of `width` (experts, or slots) of a program: about 2,048 values, at least one row a warp."""
     return Tile({"BLOCK": max(4, min(128, _power_of_two(max(1, 2048 // width))))}, num_warps=4, num_stages=1)
 
 
 @measured
 def group_tile(num_experts: int) -> Tile:
-    """Slots a program, slots a step of it, and partial counts a step: a step's one-hot matrix stays in registers."""
+    """Return slots of a program, slots of a step and partial counts of a step, whose one-hots stay in registers."""
     step = max(16, min(128, _power_of_two(max(1, 2048 // num_experts))))
     return Tile({"BLOCK": 1024, "STEP": step, "CHUNK": 16}, num_warps=4, num_stages=1)
 
 
 @measured
 def moe_tile(slots: int, num_experts: int, dtype: torch.dtype, target: str) -> Tile:
-    """Expert matmul: slots × outputs × inputs. A step of 64 inputs divides 2880; 128 would leave half of the last."""
+    """Return slots × outputs × inputs of the expert matmul. A step of 64 inputs divides 2880; 128 would not."""
     amd = target.startswith("gfx")  # its pipeline is two deep: more stages cost shared memory and blocks
     if target == "interpreter":  # several tiles each way, also in small problems
         return Tile({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 1)
@@ -123,7 +123,7 @@ def moe_tile(slots: int, num_experts: int, dtype: torch.dtype, target: str) -> T
 
 @measured
 def moe_transposed_tile(slots: int, num_experts: int, dtype: torch.dtype, target: str) -> Tile:
-    """The same product backwards: BLOCK_N is what it sums over, BLOCK_K what it writes."""
+    """Return the tile of the backward product: BLOCK_N is summed over, BLOCK_K is written."""
     amd = target.startswith("gfx")
     if target == "interpreter":
         return Tile({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 1)
@@ -140,25 +140,25 @@ def moe_transposed_tile(slots: int, num_experts: int, dtype: torch.dtype, target
 
 @measured
 def combine_tile() -> Tile:
-    """Columns a program of the sum over slots: 8 a thread."""
+    """Return the columns of a program of the sum over slots: 8 a thread."""
     return Tile({"BLOCK": 1024}, num_warps=4, num_stages=1)
 
 
 @measured
 def swiglu_tile() -> Tile:
-    """Columns a step of the activation's gradient, one slot a program: 4 gates and 4 ups a thread."""
+    """Return the columns of a step of the activation's gradient, one slot a program: 4 gates and 4 ups a thread."""
     return Tile({"BLOCK": 512}, num_warps=4, num_stages=1)
 
 
 @measured
 def moments_tile() -> Tile:
-    """Tokens a program adds up before partial sums are combined, tokens and columns a step of it."""
+    """Return tokens that a program adds up before partial sums are combined, and tokens and columns of a step."""
     return Tile({"SPLIT": 512, "BLOCK_M": 32, "BLOCK_D": 128}, num_warps=4, num_stages=2)
 
 
 @measured
 def attention_tile(width: int, dtype: torch.dtype, target: str) -> Tile:
-    """Queries × keys of prefill: as many queries for each key that is read as two blocks an SM have registers for."""
+    """Return queries × keys of prefill: as many queries as two blocks an SM have registers for."""
     if target == "interpreter":  # several tiles each way, also in small problems
         return Tile({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
     if dtype == torch.float32 or width > 64:  # no tensor cores, or wide heads: bounded by registers
@@ -171,13 +171,13 @@ def attention_tile(width: int, dtype: torch.dtype, target: str) -> Tile:
 
 
 def most_rows_to_split(target: str) -> int:
-    """Up to so many rows (queries × heads of a key-value head) the keys are split: one query, or two, of 8 heads."""
+    """Return the number of rows (queries × heads of a key-value head) up to which the keys are split."""
     return 16
 
 
 @measured
 def decode_tile(rows: int, dtype: torch.dtype, target: str) -> Tile:
-    """Rows × keys of decoding, bounded by reading the keys: small tiles, deep pipeline."""
+    """Return rows × keys of decoding, which is limited by reading the keys: small tiles, deep pipeline."""
     if target == "interpreter":
         return Tile({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
     if dtype == torch.float32:  # no tensor cores: 64 keys spill 832 to 920 bytes on every NVIDIA target
@@ -187,7 +187,7 @@ def decode_tile(rows: int, dtype: torch.dtype, target: str) -> Tile:
 
 @cache
 def splits(programs: int, device: torch.device) -> int:
-    """Parts of the keys, so that `programs` times as many programs fill the card twice: a power of two up to 64."""
+    """Return the number of parts of the keys that fills the card twice: a power of two up to 64."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     wanted = max(1, 2 * processors // max(1, programs))
     return min(64, 1 << (wanted.bit_length() - 1))
@@ -195,7 +195,7 @@ def splits(programs: int, device: torch.device) -> int:
 
 @measured
 def queries_gradient_tile(dtype: torch.dtype, target: str) -> Tile:
-    """Queries × keys: scores and their gradients live beside the accumulator, so half the forward's queries."""
+    """Return queries × keys: scores and gradients are held beside the accumulator, so half the forward's queries."""
     if target == "interpreter":
         return Tile({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
     if dtype == torch.float32:
@@ -207,7 +207,7 @@ def queries_gradient_tile(dtype: torch.dtype, target: str) -> Tile:
 
 @measured
 def keys_gradient_tile(dtype: torch.dtype, target: str) -> Tile:
-    """Queries × keys: two accumulators of the keys' rows, and two operands made in registers."""
+    """Return queries × keys: two accumulators of the keys' rows, and two operands made in registers."""
     if target == "interpreter":
         return Tile({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
     if dtype == torch.float32:
@@ -219,17 +219,17 @@ def keys_gradient_tile(dtype: torch.dtype, target: str) -> Tile:
 
 @measured
 def norm_tile(d: int) -> Tile:
-    """Columns a program, which normalises one row: all of them."""
+    """Return the columns of a program, which normalises one row: all of them."""
     return Tile({"WIDTH": _power_of_two(2 * d - 1)}, num_warps=4, num_stages=1)
 
 
 @measured
 def rotary_tile(heads: int, half: int) -> Tile:
-    """Heads and pairs a program, which rotates one token: all of them."""
+    """Return the heads and pairs of a program, which rotates one token: all of them."""
     return Tile({"ROWS": _power_of_two(2 * heads - 1), "WIDTH": _power_of_two(2 * half - 1)}, num_warps=4, num_stages=1)
 
 
 @measured
 def logits_tile() -> Tile:
-    """Logits a step of a program, which reads one row: 16 a thread."""
+    """Return the logits of a step of a program, which reads one row: 16 a thread."""
     return Tile({"BLOCK": 4096}, num_warps=8, num_stages=2)

@@ -90,7 +90,7 @@ def attach(model: GptOss, options: Options, seed: int) -> dict[str, LowRank]:
 
 
 def attach_existing(model: GptOss, options: Options, folder: str | Path) -> dict[str, LowRank]:
-    """Continue from the factors of a PEFT folder that adapts the same matrices at the same rank and alpha.
+    """Attach the factors of a PEFT folder that adapts the same matrices at the same rank and alpha.
 
     Raises:
         InputError: the folder is damaged, does not fit the model, or adapts other matrices, or in another way.

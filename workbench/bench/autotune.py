@@ -26,7 +26,7 @@ def families() -> Families:
 
 @contextmanager
 def choosing(choose: Callable[[str, Tile], Tile]) -> Iterator[None]:
-    """What `choose` makes of a family's name and its own tile is launched instead."""
+    """Launch, within the context, the tile that `choose` returns for a family's name and its own tile."""
     own = families()
 
     def chosen(name: str) -> Callable[..., Tile]:
@@ -104,7 +104,7 @@ def tune(clock: Clock, case: Case, family: str, own: Tile) -> tuple[Tile, float,
 
 
 def autotune(clock: Clock, cases: Iterable[Case]) -> dict[str, Any]:
-    """Winners as `tiles.measured` reads them: target → family → pairs of its own tile and the one to take instead.
+    """Return winners as `tiles.measured` reads them: target → family → pairs of own tile and replacement.
 
     Of several cases that use one tile the slowest decides, the one that a wrong choice would cost most.
     """

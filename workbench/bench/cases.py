@@ -59,7 +59,7 @@ class Layer:
         return torch.randn(shape, generator=self._rng, device=self.device, dtype=torch.float32).to(dtype)
 
     def packed(self, experts: int, rows: int, columns: int) -> Mxfp4:
-        """Codes drawn evenly have an r.m.s. of 2.9; the scales bring a product's outputs to about 2."""
+        """Return random packed matrices. Codes have an r.m.s. of 2.9; scales bring a product's outputs to 2."""
         shape = (experts, rows, columns // GROUP)
         middle = 127 + round(math.log2(2 / 2.9 / math.sqrt(columns)))
 
@@ -76,12 +76,12 @@ class Layer:
 
     @property
     def expert_bytes(self) -> float:
-        """Of one expert's packed matrices."""
+        """Return the bytes of one expert's packed matrices."""
         return 3 * self.cfg.d_model * self.cfg.d_mlp * (16 + 1) / GROUP
 
 
 def cases(layer: Layer, tokens: int, batches: tuple[int, ...], past: int) -> Iterator[Case]:
-    """Every kernel on a prefill of `tokens`, and what decoding runs for `batches` rows that have `past` tokens."""
+    """Yield every kernel on a prefill of `tokens`, and those of decoding `batches` rows after `past` tokens."""
     prefill = f"prefill of {tokens:,}"
     yield _dequantise(layer)
     yield from _routing(layer, tokens, prefill)
@@ -294,7 +294,7 @@ def row_error(got: Tensor, want: Tensor) -> float:
 
 
 def compare(case: Case) -> tuple[float, float]:
-    """The worst row's error of a case's results, and what is allowed: four times torch's in bfloat16, and a floor.
+    """Return the largest error of a row, and the allowed one: four times torch's in bfloat16, and a minimum.
 
     Four, as flash attention's gradient rounds patterns and their gradients too, which torch keeps in float32 here.
     """

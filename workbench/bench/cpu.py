@@ -35,7 +35,7 @@ Forward = Callable[..., object]
 def measure(
     tokens: Sequence[int], rounds: int, threads: int, checkpoint: Path, baselines: Sequence[str]
 ) -> dict[str, Any]:
-    """Every model at every length in turn, `rounds` times after one unmeasured pass; medians and ratios."""
+    """Measure every model at every length in turn, `rounds` times after one unmeasured pass; medians and ratios."""
     names = ["workbench", *baselines]
     passes = [(name, path) for name in names for path in (("plain", "recorded") if name == "workbench" else ("plain",))]
     seconds: dict[tuple[str, str, int], list[float]] = {}

@@ -347,7 +347,7 @@ def memory(device: str) -> dict[str, Any]:
 
 
 def timings(device: str) -> dict[str, Any]:
-    """Time kernels and whole models; `workbench bench gpu` is the same, with other tools beside them."""
+    """Measure kernels and whole models; `workbench bench gpu` does the same with baselines."""
     from workbench.bench import gpu
 
     return gpu.run(device, stages=("kernels", "models"), repeats=10)

@@ -137,7 +137,7 @@ def _driver() -> str | None:
 
 
 def check(configs: Mapping[str, Config], device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
-    """Every kernel against plain torch in float64; a JobError that names the wrong ones."""
+    """Compare every kernel with plain torch in float64; a JobError names the wrong ones."""
     from workbench.bench.cases import Layer, cases, compare
 
     rows: list[dict[str, Any]] = []

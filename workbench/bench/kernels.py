@@ -85,7 +85,7 @@ class Row:
 
     @property
     def fraction(self) -> float | None:
-        """Of the nearer of the two limits, at most."""
+        """Return the largest possible fraction of the nearer of the two limits."""
         limit = max(self.memory_s, self.compute_s)
         return None if self.issue_s is None or not limit else limit / max(limit, self.issue_s)
 

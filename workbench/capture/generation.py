@@ -39,7 +39,7 @@ def generate_transcripts(
     batch: int = 64,
     overwrite: bool = False,
 ) -> list[Transcript]:
-    """Answer every prompt at every effort and write the transcripts, ids as generated, to `out` (JSONL).
+    """Generate an answer to every prompt at every effort and write the transcripts to `out` (JSONL).
 
     With several samples a temperature above 0 is needed. A row whose prompt has an answer is marked correct when
     the text of its final message is that answer. Rows that `out` has of the same job are not generated again.

@@ -72,7 +72,7 @@ class Buffers:
 
     @property
     def fwd_hooks(self) -> list[tuple[str, Any]]:
-        """For `model.hooks(fwd_hooks=…)`."""
+        """Return the hooks for `model.hooks(fwd_hooks=…)`."""
         return [(name, self._record) for name in self._points]
 
     def start(

@@ -47,7 +47,7 @@ Way = Literal["forbid", "zero", "renormalise", "resample"]
 
 @torch.no_grad()
 def logprobs(model: GptOss, rows: Sequence[Transcript], of: TokenSet, *edits: Edit) -> Float[np.ndarray, " sequence"]:
-    """Log-probability in nats of each sequence's tokens in `of`, summed; NaN where it has none behind the first."""
+    """Return the log-probability in nats of each sequence's tokens in `of`, summed; NaN where it has none."""
     out = np.full(len(rows), np.nan)
     with applied(model, *edits):
         for batch in passes([len(row.tokens) for row in rows], _tokens_per_pass(model, edits)):

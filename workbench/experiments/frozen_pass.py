@@ -98,7 +98,7 @@ class FrozenPass:
 
     @torch.no_grad()
     def backward(self, end: Float[Tensor, "pos d_model"]) -> tuple[list[LayerFlow], Float[Tensor, "pos d_model"]]:
-        """Follow a direction at the stream behind the last block backwards.
+        """Propagate a direction at the stream after the last block backwards.
 
         Returns what each layer passes on to it, and the direction at the embedding.
         """

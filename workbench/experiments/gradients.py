@@ -77,7 +77,7 @@ def verify(
     top_k: int = 10,
     n_real: Sequence[int] | None = None,
 ) -> pd.DataFrame:
-    """The top_k largest estimates beside what patching really does, and the share of all choices that it flips.
+    """Return the top_k largest estimates beside the effects of patching, and the fraction of choices that flip.
 
     Each is patched alone; hits in different sequences share a pass.
     """

@@ -136,7 +136,7 @@ def fit_tuned_lens(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> TunedLens:
-    """A tuned lens that says what the model says: KL from its distribution, by `steps` of Adam on `rows` tokens each.
+    """Return a tuned lens fitted to the model's distribution (KL) by `steps` of Adam on `rows` tokens each.
 
     It holds the streams of all tokens in the model's dtype, and four matrices of d_model² a depth in float32.
     """

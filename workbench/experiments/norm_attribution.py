@@ -18,7 +18,7 @@ from torch import Tensor
 def normed(
     a: Float[Tensor, "point d"], x: Float[Tensor, "point d"], eps: float
 ) -> tuple[Float[Tensor, " point"], Float[Tensor, " point"]]:
-    """f(x) and the norm's scale."""
+    """Return f(x) and the norm's scale, for the norm f."""
     scale = (x.square().mean(-1) + eps).sqrt()
     return (a * x).sum(-1) / scale, scale
 

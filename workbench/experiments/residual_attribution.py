@@ -56,7 +56,7 @@ class Meter:
 
     @property
     def hooks(self) -> list[tuple[str, Callable[..., None]]]:
-        """Every block ends at a point of the stream, where all that it wrote has been seen."""
+        """Return the hooks of a pass; every block ends at a point of the stream, where all of its parts are known."""
         inside = ("attn.hook_z", "mlp.hook_expert_indices", "mlp.hook_expert_weights", "mlp.experts.hook_out")
         hooks: list[tuple[str, Callable[..., None]]] = [("hook_embed", self._embed)]
         for layer in range(self._model.cfg.n_layers):
@@ -65,7 +65,7 @@ class Meter:
         return hooks
 
     def parts(self) -> dict[str, Float[Tensor, "point *part"]]:
-        """Of every part what it adds, and `expert` and `gate` of every slot; layers behind the points."""
+        """Return what every part adds, and `expert` and `gate` of every slot; layers behind the points."""
         kept = {name: torch.stack(values, 1) for name, values in self._found.items() if name != "embed"}
         kept["rest"] = kept["rest"].unflatten(1, (-1, 2))
         return kept | {"embed": self._found["embed"][0]}

@@ -48,7 +48,7 @@ class SelectedTokens(NamedTuple):
         return self.row[0, self.column + 1]
 
     def coords(self) -> dict[str, tuple[str, object]]:
-        """For a dataset: where each point stands, and the token there."""
+        """Return coordinates of a dataset: the position of each selected token, and the token."""
         return {
             "sequence": ("point", self.sequence.numpy()),
             "position": ("point", self.position.numpy()),
@@ -74,7 +74,7 @@ def select_tokens(
 
 
 def residual(model: GptOss, chosen: SelectedTokens) -> Float[Tensor, "point d_model"]:
-    """A pass over the sequences; the residual stream of the points after the last block."""
+    """Return the residual stream of the selected tokens after the last block."""
     out = model.residual(chosen.row.to(model.device), packed=chosen.lengths)
     return out[0, chosen.column.to(out.device)]
 

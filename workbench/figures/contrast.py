@@ -17,7 +17,7 @@ _CONTROL = {"none": "within prompts", "position": "within prompts, at equal posi
 
 
 def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "light") -> go.Figure:
-    """Difference of every layer and expert (or head), a − b, in points; pale, hatched cells are not shown to differ."""
+    """Draw differences a − b by layer and expert or head, in points; pale, hatched cells are not shown to differ."""
     colours = THEMES[theme]
     cell = ds.sel(control=control)
     kind = str(cell["difference"].dims[1])

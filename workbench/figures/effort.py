@@ -12,7 +12,7 @@ from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme
 
 
 def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = "light") -> go.Figure:
-    """Accuracy against analysis tokens, a point an effort with both intervals; other tasks as thin lines behind."""
+    """Draw accuracy against analysis tokens, a point an effort with both intervals; other tasks as thin lines."""
     colours = THEMES[theme]
     figure = go.Figure()
     for other in map(str, ds["task"].values) if task == "all" else ():

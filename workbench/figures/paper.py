@@ -101,7 +101,7 @@ def fit(figure: go.Figure, column: Column) -> go.Figure:
 
 
 def caption(drawing: GalleryItem, figure: go.Figure) -> str:
-    """What the figure shows, how it was computed and what is not controlled: its title and more, as plain text."""
+    """Return the caption as plain text: what the figure shows, how it was computed and what is not controlled."""
     attrs = drawing.source.attrs
     sentences = [figure.layout.title.text, figure.layout.title.subtitle.text, attrs.get("method", "")]
     if attrs.get("not_controlled"):

@@ -54,7 +54,7 @@ def heatmap(ds: xr.Dataset, measure: Measure, *, theme: ThemeName = "light") -> 
 
 
 def difference(a: xr.Dataset, b: xr.Dataset, measure: Measure, *, theme: ThemeName = "light") -> go.Figure:
-    """What one selection has more of than another, in points, as it is: nothing is controlled, nothing tested."""
+    """Draw the difference of two selections in points, without controls and tests."""
     colours = THEMES[theme]
     column = str(a[measure].dims[1])
     points = 100 * (a[measure].values - b[measure].values)

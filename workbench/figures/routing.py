@@ -48,7 +48,7 @@ def load_heatmap(
 
 
 def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme: ThemeName = "light") -> go.Figure:
-    """Which experts two conditions use differently, in points of load; pale, hatched cells are not shown to differ."""
+    """Draw load differences of two conditions, in points; pale, hatched cells are not shown to differ."""
     colours = THEMES[theme]
     a, b = div.attrs["a"], div.attrs["b"]
     points, different = 100 * div["difference"].values, div["expert_different"].values
@@ -82,7 +82,7 @@ def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme
 def entropy_by_layer(
     ds: xr.Dataset, *, panels: Literal["channel", "effort"] = "channel", theme: ThemeName = "light"
 ) -> go.Figure:
-    """Entropy of the load by layer, a panel a channel and a line an effort (or the reverse), with 95 % bands.
+    """Draw the entropy of the load by layer, a panel a channel and a line an effort, with 95 % bands.
 
     Raises:
         InputError: `panels` is unknown, or no cell of the dataset has a token.

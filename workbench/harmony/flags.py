@@ -69,7 +69,7 @@ def counted(flags: Iterable[Iterable[str]]) -> str:
 
 
 def counted_in(sequences: Any) -> str:
-    """How many sequences of a run's table have each flag, in words; "" for runs that were captured without flags."""
+    """Return how many sequences of a run's table have each flag, in words; "" for runs without flags."""
     return counted(str(text).split() for text in sequences["flags"]) if "flags" in sequences else ""
 
 

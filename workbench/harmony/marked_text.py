@@ -39,7 +39,7 @@ def read_output(text: str, *, truncated: bool = False, vocabulary: Tokenizer | N
 
 
 def is_marked(text: str) -> bool:
-    """Whether a text has harmony's marks as marks: it starts with a header, or a header follows its first message.
+    """Return whether marks in a text are harmony's: it starts with a header, or a header follows its first message.
 
     Marks that are quoted within an answer are text.
     """

@@ -73,7 +73,7 @@ def is_system_text(text: str) -> bool:
 def preamble(
     leading: Sequence[Mapping[str, Any]], options: PromptOptions, tokenizer: Tokenizer
 ) -> list[tuple[str, str]] | list[int]:
-    """Role and text of each message before the first turn; or the ids that another model's template writes for it.
+    """Return role and text of each message before the first turn, or the ids that another model's template writes.
 
     Raises:
         InputError: a built-in tool that gpt-oss has no form for.
@@ -127,7 +127,7 @@ def system_text(options: PromptOptions) -> str:
 
 
 def developer_text(instructions: str, tools: Tools = NO_TOOLS) -> str:
-    """The text of a developer message: instructions, and functions as a namespace in the syntax of TypeScript."""
+    """Return the text of a developer message: instructions, and functions as a TypeScript namespace."""
     text = _developer_form(bool(instructions) or not tools.functions, tools)
     return text.replace(_PLACEHOLDER, instructions, 1)
 

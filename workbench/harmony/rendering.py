@@ -33,7 +33,7 @@ def render(
     tokenizer: Tokenizer,
     generation_prompt: bool = True,
 ) -> list[int]:
-    """Ids of a conversation at a reasoning effort, up to `<|start|>assistant` if there is a generation to come.
+    """Return ids of a conversation at a reasoning effort, up to `<|start|>assistant` if there is a generation to come.
 
     effort: low, medium or high; without one, what the system text asks for, or medium. tools: definitions of functions,
     as chat completions have them. builtin_tools: browser, python or both. date: the day that the system message names;

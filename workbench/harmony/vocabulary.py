@@ -80,7 +80,7 @@ class Tokenizer(TokenizerNames, ABC):
     def _decode(self, ids: Sequence[int]) -> str: ...
 
     def token(self, id: int) -> str:
-        """Text of one id, for display: part of a character shows as U+FFFD, an id without a token as `<|id|>`."""
+        """Return the text of one id for display: part of a character is U+FFFD, an id without a token `<|id|>`."""
         return self.decode([id]) or f"<|{id}|>"
 
     def printable(self, id: int) -> str:

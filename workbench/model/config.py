@@ -132,7 +132,7 @@ class Config:
 
     @property
     def n_active_params(self) -> int:
-        """The number of parameters used for one token: its experts and the unembedding, without the embedding."""
+        """Return the number of parameters used for one token: its experts and the unembedding, not the embedding."""
         used = self.n_layers * self.experts_per_token * self._expert
         return self._outside_experts - self.d_vocab * self.d_model + used
 

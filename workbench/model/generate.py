@@ -42,7 +42,7 @@ def generate(
     return_type: Literal["input", "str", "tokens", "new_tokens"] = "input",
     verbose: bool = False,
 ) -> Any:
-    """Continue prompts.
+    """Generate continuations of prompts.
 
     With return_type "input", a text gives a text and a tensor [batch pos] gives a tensor, both with the prompt; a list
     of rows of ids gives the new ids of each row, the stop token included. "str", "tokens" and "new_tokens" ask for

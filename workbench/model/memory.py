@@ -63,7 +63,7 @@ def _cached_position(cfg: Config, dtype: torch.dtype) -> int:
 
 
 def records(cfg: Config, points: Mapping[str, torch.dtype]) -> int:
-    """Bytes a recorder keeps of one token, on the host, for these hook points and the dtypes they are stored in."""
+    """Return bytes that a recorder keeps of one token on the host, for these hook points and stored dtypes."""
     axes = hook_points(cfg.n_layers)
     return sum(width(cfg, axes[name]) * dtype.itemsize for name, dtype in points.items())
 
@@ -92,7 +92,7 @@ def activations(
     logits: int = 0,
     predictions: int = 0,
 ) -> dict[str, int]:
-    """Stage → the most bytes alive during it, in a forward pass over `tokens` on the Triton path, without gradients.
+    """Return stage → the most bytes alive during it, in a forward pass over `tokens` on the Triton path.
 
     recorded: the hook points that are hooked. logits: rows of them that are made at the end; predictions: rows of
     which a capture takes log-probabilities and entropies at a time.
@@ -136,7 +136,7 @@ def activations(
 
 
 def spread(parts: Mapping[str, int], devices: int) -> dict[str, int]:
-    """Part → its device: contiguous stages in the parts' order, the fullest device as empty as can be."""
+    """Return part → device: contiguous stages in the parts' order, with the fullest device as empty as possible."""
 
     def fill(limit: int) -> dict[str, int]:
         places, device, used = {}, 0, 0
@@ -168,14 +168,14 @@ def largest(fits: Callable[[int], bool]) -> int:
 
 
 def free(device: torch.device) -> int:
-    """Bytes that could hold weights: what a GPU has free, elsewhere all physical memory, as files can leave it."""
+    """Return bytes that could hold weights: free memory of a GPU, elsewhere all physical memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def parse(text: str) -> int:
-    """Bytes, from "80GB", "24 GiB" or a plain number.
+    """Return bytes of "80GB", "24 GiB" or a plain number.
 
     Raises:
         InputError: the text is no amount of memory.

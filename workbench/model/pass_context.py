@@ -79,7 +79,7 @@ class PassContext:
         return there
 
     def among(self, cached: CachedKeys) -> "PassContext":
-        """The same for a layer whose keys come from a cache: positions count from the first key that it holds."""
+        """Return the same for a layer whose keys come from a cache: positions count from its first key."""
         there = copy(self)
         there.positions, there._among = cached.positions, (self, cached)
         return there

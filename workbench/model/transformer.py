@@ -251,7 +251,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> "GptOss":
-        """Random weights to train from: matrices ~ N(0, 1/inputs), embedding N(0, 0.5), vectors as constructed."""
+        """Draw random weights to train from: matrices ~ N(0, 1/inputs), embedding N(0, 0.5), vectors as constructed."""
         rng = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() > 1 and not name.endswith("bias"):
@@ -273,7 +273,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
 
     @property
     def devices(self) -> list[torch.device]:
-        """Where each layer computes, what it caches stays and its hooks see tensors; logits come out on the last."""
+        """Return the device of each layer, of its cache and of its hooks; logits are on the last."""
         return [block.get_parameter("ln1.weight").device for block in self.blocks]
 
     def _frequencies(self) -> Float[Tensor, " half"]:
@@ -335,7 +335,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
 
     @contextmanager
     def within(self, context: PassContext) -> Iterator[None]:
-        """Tell hooks that the tokens are those of another context."""
+        """Replace, within the context, the pass context that hooks see."""
         before, self.context = self.context, context
         try:
             yield
@@ -498,5 +498,5 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         return super().__getattr__(name)
 
     def generate(self, tokens: Any, **options: Any) -> Any:
-        """Continue prompts; see `workbench.model.generate.generate`."""
+        """Generate continuations of prompts; see `workbench.model.generate.generate`."""
         return generate(self, tokens, **options)

@@ -59,7 +59,7 @@ class ExpertWeights:
     down: Any
 
     def W_gate(self, expert: int) -> Float[Tensor, "d_model d_mlp"]:
-        """Gates the activation."""
+        """Return the matrices whose output gates the activation."""
         return dense(self.gate_up.matrix, expert)[:, 0::2]
 
     def W_in(self, expert: int) -> Float[Tensor, "d_model d_mlp"]:
@@ -71,15 +71,15 @@ class ExpertWeights:
         return dense(self.down.matrix, expert)
 
     def b_gate(self, expert: int) -> Float[Tensor, " d_mlp"]:
-        """Of the gate."""
+        """Return the biases of the gate."""
         return self.gate_up.bias[expert, 0::2]
 
     def b_in(self, expert: int) -> Float[Tensor, " d_mlp"]:
-        """Of what is gated."""
+        """Return the biases of what is gated."""
         return self.gate_up.bias[expert, 1::2]
 
     def b_out(self, expert: int) -> Float[Tensor, " d_model"]:
-        """Written whenever the expert is chosen, with its gate."""
+        """Return the biases of the outputs, which the gate weight multiplies, too."""
         return self.down.bias[expert]
 
 
@@ -162,7 +162,7 @@ class ModelWeights:
     tl_parameters = get_params
 
     def all_head_labels(self) -> list[str]:
-        """L0H0 and so on."""
+        """Return L0H0 and so on, a label for each head."""
         return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
 
     def accumulated_bias(

@@ -176,7 +176,7 @@ class Run:
 
     @cached_property
     def digest(self) -> str:
-        """Names what is visible: what the run is, which of its units are committed, and what they contain."""
+        """Return a digest of what is visible: the run, its committed units, and their contents."""
         identity = json.dumps(self.attrs["identity"], sort_keys=True).encode()
         if self.manifest is not None:
             identity += "".join(self.manifest.digests(np.flatnonzero(self.committed).tolist())).encode()
@@ -377,7 +377,7 @@ class Run:
         return int(found[0])
 
     def __getattr__(self, name: str) -> Any:
-        """Say where something is that has another name here."""
+        """Raise an error that says where something is that has another name here."""
         instead = _INSTEAD.get(name)
         raise AttributeError(f"a run has no {name!r}" + (f": use {instead}" if instead else ""))
 
@@ -408,7 +408,7 @@ class Run:
             return sorted(n for n in there if n in known and n != "sequence")
 
     def summary(self, name: str) -> xr.DataArray:
-        """A sum per sequence and channel (`tokens`, `expert_count`, `sink_sum`, …) with what is known of each sequence.
+        """Return a sum per sequence and channel (`tokens`, `expert_count`, `sink_sum`, …) with labels of each sequence.
 
         `coactivation` and `transition` are summed over the visible run, per channel.
         """
@@ -463,7 +463,7 @@ class Run:
         return self._groups[0]
 
     def total(self, name: str) -> xr.DataArray:
-        """A summary added up over the sequences of each effort and task: dimension `group`, with `effort` and `task`.
+        """Return a summary added up over the sequences of each effort and task, dimension `group`.
 
         `coactivation`, `transition` and sketches are of the whole run. Ready in a finished run; summed in an
         unfinished one.

@@ -240,7 +240,7 @@ def stored_dims(recorded: "Activation | Record", n_layers: int, schema: int = SC
 
 
 def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int = SCHEMA) -> dict[str, ArraySpec]:
-    """Path → description of every array that units write; schema: of the run, which names some dimensions."""
+    """Return path → description of every array that units write; schema: of the run, which names some dimensions."""
     n, size = layout.n_rows, layout.unit_tokens
     layers, experts, slots, heads = (model[k] for k in ("n_layers", "num_experts", "experts_per_token", "n_heads"))
     expert_dtype = "uint8" if experts <= 256 else "uint16"

@@ -83,7 +83,7 @@ def _put(array: zarr.Array, place: Storage, key: str, values: np.ndarray) -> Ent
 def read(
     array: zarr.Array, place: Readable, name: str, start: int, stop: int, axis: int, layer: int | None = None
 ) -> np.ndarray:
-    """Rows [start, stop) of `axis`, whole shards each, of all else all; FileNotFoundError where one is not there.
+    """Return rows [start, stop) of `axis`, complete shards each; FileNotFoundError where one is missing.
 
     layer: of an array whose first axis is the layer, this one alone (the axis stays).
 

@@ -203,7 +203,7 @@ class ObjectStorage:
         self.fs.pipe_file(self._at(key), b"".join(parts))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Atomic where the store has conditional puts (S3, its newer imitations); who looks again sees who won."""
+        """Create a file, atomically where the store has conditional puts (S3); reading again shows who won."""
         try:
             with _MEMORY if self.url.startswith("memory://") else nullcontext():
                 self.fs.pipe_file(self._at(key), data, mode="create")

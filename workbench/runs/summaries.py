@@ -56,7 +56,7 @@ def summarise(
 
 
 def float32_of(bits: Int[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
-    """bfloat16, kept as its 16 bits, as float32."""
+    """Return float32 of bfloat16 values that are stored as their 16 bits."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 

@@ -21,7 +21,7 @@ _MOST_GROUPS = 256
 
 
 def groups(sequences: pd.DataFrame) -> tuple[pd.DataFrame, Int[np.ndarray, " sequence"]]:
-    """The efforts and tasks that occur, sorted, and the row of each sequence; by effort alone where tasks abound."""
+    """Return the efforts and tasks that occur, sorted, and the row of each sequence; efforts alone for many tasks."""
     keys = sequences[["effort", "task"]].astype(str)
     if len(keys.drop_duplicates()) > _MOST_GROUPS:
         keys = keys.assign(task="")
@@ -33,7 +33,7 @@ def groups(sequences: pd.DataFrame) -> tuple[pd.DataFrame, Int[np.ndarray, " seq
 def total(
     array: zarr.Array, name: str, units: list[Unit], group: Int[np.ndarray, " sequence"], n_groups: int, rows: int
 ) -> Num[np.ndarray, "group *cell"]:
-    """Of one summary: rows of each group added in the order of the units, in int64 or float64; pairs over all units.
+    """Return the totals of a summary: rows of each group added in the order of the units, in int64 or float64.
 
     group: of every sequence of the run by its number, or NO_GROUP. rows: summary rows of a unit.
     """

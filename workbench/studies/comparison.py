@@ -33,7 +33,7 @@ class Run(Protocol):
 
     @property
     def digest(self) -> str:
-        """Names what is visible of the run."""
+        """Return a digest of what is visible of the run."""
 
     def summary(self, name: str) -> xr.DataArray:
         """Return sums per sequence and channel, with coordinates `channel`, `id`, `effort`, `prompt_id` and `task`."""
@@ -128,7 +128,7 @@ def axes(summary: xr.DataArray, by: Sequence[str], channels: Sequence[str] | Non
 
 
 def cells(tokens: xr.DataArray, by: Sequence[str], channels: Sequence[str] | None = None) -> Iterator[Cell]:
-    """Every cell of a run, those without a single token included; sequences without a token in a cell are left out."""
+    """Yield every cell of a run, also without a token; sequences without a token in a cell are left out."""
     split = axes(tokens, by, channels)
     for place in product(*split.values()):
         named = dict(zip(split, place, strict=True))

@@ -102,7 +102,7 @@ class Measure:
 
     @property
     def finite(self) -> str:
-        """The quantity that some tokens lack (nothing predicted a sequence's first token); empty if none does."""
+        """Return the quantity that some tokens lack, such as a first token's prediction; empty if none does."""
         return "" if self.dims else self.name
 
 
@@ -121,7 +121,7 @@ def contrast(
     controls: Sequence[Control] = CONTROLS,
     unpaired: bool = False,
 ) -> xr.Dataset:
-    """Difference of `what` (experts, sink, entropy, logprob) between a and b within prompts, with and without controls.
+    """Return the difference of `what` (experts, sink, entropy, logprob) between a and b within prompts.
 
     between channels: a and b are channels. Efforts and tasks: those of `channel`'s tokens. Halves: `first` and
     `second` of `channel`'s tokens in each sequence. effort, task: hold these fixed. unpaired: also take prompts that

@@ -133,7 +133,7 @@ def widest_first(efforts: list[str]) -> list[tuple[str, str]]:
 
 
 def sequences_of(run: Run) -> pd.DataFrame:
-    """A row a sequence: prompt, effort, task, tokens of every channel, and whether it was right (NaN: not known)."""
+    """Return a row for each sequence: prompt, effort, task, tokens of every channel, and correctness (NaN: unknown)."""
     tokens = run.summary("tokens")
     table = pd.DataFrame({c: np.asarray(tokens[c].values) for c in ("id", "prompt_id", "effort", "task")})
     for channel in CHANNELS:
@@ -249,7 +249,7 @@ def _ratio_of_means(over: np.ndarray, under: np.ndarray) -> tuple[Any, Any, Any]
 
 
 def accuracy_model(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset | None:
-    """Log-odds of a right answer on log analysis tokens and effort; None where the answers allow no fit."""
+    """Return log-odds of a right answer on log analysis tokens and effort; None where the answers allow no fit."""
     import statsmodels.api as sm
     from statsmodels.genmod.cov_struct import Exchangeable
     from statsmodels.genmod.generalized_estimating_equations import GEE

@@ -35,14 +35,14 @@ class Totals(Protocol):
 
     @property
     def digest(self) -> str:
-        """Names what is visible of the run."""
+        """Return a digest of what is visible of the run."""
 
     def total(self, name: str) -> xr.DataArray:
         """Return sums by group (with `effort` and `task`) and channel."""
 
 
 def options(run: Totals) -> dict[str, list[str]]:
-    """Channels, efforts and tasks that have a token, each with `all` first."""
+    """Return channels, efforts and tasks that have a token, each with `all` first."""
     tokens = run.total("tokens")
     some = tokens.values.sum(1) > 0
     found = {"channel": [str(c) for c in tokens["channel"].values[tokens.values.sum(0) > 0]]}

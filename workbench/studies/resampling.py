@@ -66,7 +66,7 @@ def bca_interval(
     replicates: Float[np.ndarray, "replicate *cells"],
     influence: Float[np.ndarray, "unit *cells"],
 ) -> Interval:
-    """Bias-corrected and accelerated interval; `influence` is each unit's (empirical) influence on the statistic.
+    """Return the bias-corrected and accelerated interval; `influence` is each unit's influence on the statistic.
 
     Where the replicates do not vary (an expert that nobody chose) the interval is that one value; where all of them
     lie on one side of the observed value there is no such interval, and it is NaN.
@@ -278,7 +278,7 @@ def check_units(n_units: int) -> None:
 
 
 def t_interval(values: Float[np.ndarray, "*cells unit"], level: float = LEVEL) -> Estimate:
-    """Student's t interval of the mean over units (the last axis); units that are NaN in a cell are left out of it.
+    """Return Student's t interval of the mean over units (the last axis); NaN units are left out of a cell.
 
     A cell with fewer than `LEAST_UNITS` known units has a mean but neither limits nor p (NaN). A cell whose units are
     all zero has p = 1; one whose units share another value has a p of 0 and an interval without width.
@@ -300,7 +300,7 @@ def t_interval(values: Float[np.ndarray, "*cells unit"], level: float = LEVEL) -
 def bootstrap_t_interval(
     values: Float[np.ndarray, "*cells unit"], *, n_boot: int = 2000, seed: int = 0, level: float = LEVEL
 ) -> Estimate:
-    """Bootstrap-t interval of the mean over units (the last axis), for skewed values; p by inverting it.
+    """Return the bootstrap-t interval of the mean over units (the last axis), for skewed values; p by inverting it.
 
     Units must be known (not NaN) in all cells. A replicate whose drawn units are all equal has no t; its t is that of
     a standard error a hundredth of the observed one.
@@ -339,7 +339,7 @@ def bootstrap_t_interval(
 
 
 def wilson_interval(values: Float[np.ndarray, "*cells unit"], level: float = LEVEL) -> Estimate:
-    """Wilson's interval of a proportion: the mean over units of values in [0, 1], such as each prompt's accuracy.
+    """Return Wilson's interval of a proportion: the mean over units of values in [0, 1].
 
     It lies within [0, 1] and always has a width. A unit counts as one trial however many samples it averages, so the
     interval is wider than needed where units average several. p is that of the proportion 0.5. NaN: not known.
@@ -367,7 +367,7 @@ def benjamini_hochberg(p: Float[Array, "*cells"]) -> Float[Array, "*cells"]:
 
 
 def equivalence(values: Float[np.ndarray, "*cells unit"], bound: float, alpha: float = 0.05) -> Equivalence:
-    """Two one-sided t-tests (TOST) that the mean over units lies within ± `bound`, the smallest effect of interest.
+    """Return two one-sided t-tests (TOST) that the mean over units lies within ± `bound`.
 
     `low` and `high` are the 1 − 2 alpha interval, which lies within the bounds exactly where p < alpha.
 

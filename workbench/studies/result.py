@@ -61,7 +61,7 @@ def provenance(study: str, title: str, digest: str, seed: int, parameters: Mappi
 
 
 def tables(result: xr.Dataset) -> dict[str, pd.DataFrame]:
-    """One table for each set of dimensions (`layer`, `layer_expert`, …), a row a cell, missing cells kept as NaN."""
+    """Return a table for each set of dimensions (`layer_expert`, …), a row a cell, missing cells kept as NaN."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, variable in result.data_vars.items():
         groups.setdefault(tuple(map(str, variable.dims)), []).append(str(name))

@@ -103,7 +103,7 @@ def load(
     seed: int = 0,
     interval: IntervalMethod = "bca",
 ) -> xr.Dataset:
-    """Expert load of every cell (channel, effort, task: whichever `by` names) and layer, and how even it is.
+    """Return the expert load of every cell (the labels that `by` names) and layer, and how uniform it is.
 
     `channels` selects some (all by default); what `by` does not name is pooled. `interval` is that of the shares.
     """

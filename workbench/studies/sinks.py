@@ -84,7 +84,7 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
 
 
 def mass(run: Run, by: tuple[str, ...] = ("channel", "effort"), *, seed: int = 0) -> xr.Dataset:
-    """Mean sink attention [cells, layer, head] with intervals, from the sums that every run has of its sequences."""
+    """Return mean sink attention [cells, layer, head] with intervals, from the sums of sequences."""
     sums, squares, tokens = (run.summary(name) for name in ("sink_sum", "sink_sumsq", "tokens"))
     split, prompt = axes(tokens, by, None), merged_prompts(run, tokens)[0]
     parts: dict[str, list[np.ndarray]] = {
@@ -125,7 +125,7 @@ def mass(run: Run, by: tuple[str, ...] = ("channel", "effort"), *, seed: int = 0
 
 
 def by_position(run: TokenRun, *, seed: int = 0) -> xr.Dataset:
-    """Sink attention and rate [channel, layer, position bin], mean over heads: what seeing more keys does."""
+    """Return sink attention and rate [channel, layer, position bin], mean over heads, by the number of visible keys."""
     layers, heads = run.model["n_layers"], run.model["n_heads"]
     edges = np.array(_BINS)
     table = run.sequences

@@ -68,7 +68,7 @@ NOT_CONTROLLED = "Labels differ in words and position: an expert special in a ch
 
 
 def together(run: Run, *, seed: int = 0) -> xr.Dataset:
-    """Co-activation and transitions, by channel."""
+    """Return co-activation and transitions, by channel."""
     pairs, follows = run.summary("coactivation"), run.summary("transition")
     counts = pairs.values.astype(np.float64)
     k_times_n = np.diagonal(counts, axis1=-2, axis2=-1)  # selections of each expert
@@ -121,7 +121,7 @@ def together(run: Run, *, seed: int = 0) -> xr.Dataset:
 def mutual_information(
     joint: Num[np.ndarray, "*cells a b"],
 ) -> tuple[Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]]:
-    """Of counts: plug-in in bits, and less its first-order bias (Miller–Madow for independent pairs)."""
+    """Return the mutual information of counts: plug-in in bits, and less its first-order bias (Miller–Madow)."""
     total = joint.sum((-2, -1))
     flat = share(joint.reshape(*joint.shape[:-2], -1))
     found = (entropy(share(joint.sum(-1))) + entropy(share(joint.sum(-2))) - entropy(flat)) / np.log(2)
@@ -131,7 +131,7 @@ def mutual_information(
 
 
 def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> xr.Dataset | None:
-    """Information on a label in expert choices (channel, effort or task); None where the run has only one."""
+    """Return the information on a label (channel, effort, task) in expert choices; None where there is only one."""
     counts = run.summary("expert_count").transpose("sequence", "channel", "layer", "expert")
     prompt = prompts(counts)
     if axis == "channel":

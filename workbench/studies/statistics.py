@@ -23,7 +23,7 @@ def share(counts: Num[Array, "*cells expert"]) -> Float[Array, "*cells expert"]:
 
 
 def entropy(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
-    """Shannon entropy in nats, 0 log 0 = 0; the plug-in estimate, so biased downwards by sampling."""
+    """Return Shannon entropy in nats, 0 log 0 = 0; the plug-in estimate, so biased downwards by sampling."""
     return -(p * np.log(p, where=p > 0, out=np.zeros_like(p))).sum(axis=-1)
 
 
@@ -33,7 +33,7 @@ def effective_number(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]
 
 
 def gini(p: Float[Array, "*cells expert"]) -> Float[Array, "*cells"]:
-    """Gini coefficient of the shares: 0 when all are equal, 1 − 1/n when one expert takes everything."""
+    """Return the Gini coefficient of the shares: 0 when all are equal, 1 − 1/n when one expert takes everything."""
     n = p.shape[-1]
     rank = np.arange(1, n + 1)
     return (np.sort(p, axis=-1) * (2 * rank - n - 1)).sum(axis=-1) / n

@@ -23,7 +23,7 @@ Objects = Iterator[tuple[str, Any]]
 
 
 def objects(path: Path) -> tuple[str, Objects]:
-    """The kind of container a path is, and its objects with where each one is; a bad line is a ValueError object."""
+    """Return the kind of a container, and its objects with their places; a bad line is a ValueError object."""
     if path.is_dir():
         return _folder(path)
     start, packed = _first_bytes(path)
