@@ -21,9 +21,10 @@ def generated(name: str, markdown: str) -> str:
     if name == "commands.md":
         return markdown[: markdown.index("## workbench ")] + commands()
     if name == "benchmarks.md":
-        start, end = markdown.index("## The dashboard of"), markdown.index("## On the CPU")
-        heading = markdown[start : markdown.index("\n", start)]
-        return f"{markdown[:start]}{heading}\n\n{dashboard_table()}\n\n{markdown[end:]}"
+        start, decoding, end = (markdown.index(f"## {h}") for h in ("The dashboard of", "Decoding on", "On the CPU"))
+        first, second = (markdown[at : markdown.index("\n", at)] for at in (start, decoding))
+        parts = (markdown[:start] + first, dashboard_table(), second, decode_table(), markdown[end:])
+        return "\n\n".join(parts)
     if name == "studies.md":
         return markdown[: markdown.index("| `workbench study")] + studies_table()
     return markdown
@@ -92,6 +93,22 @@ def dashboard_table() -> str:
             *studies,
         ]
     )
+
+
+def decode_table(path: Path = HERE / "bench_decode.json") -> str:
+    """What `workbench bench cpu --decode --json` wrote, as a table."""
+    command = "`workbench bench cpu --decode --checkpoint FOLDER --json docs/bench_decode.json`"
+    if not path.exists():
+        return f"{command} measures it; **no numbers of a quiet machine are committed yet.**"
+    from workbench.bench.decode import table  # late: torch
+
+    found = json.loads(path.read_text())["decoding"]
+    about = (
+        f"{found['processor']}, {found['threads']} threads, {found['layers']} layers of the width of gpt-oss-20b, "
+        f"kernels {found['kernels']}; memory is read at {found['memory_bytes_per_s'] / 1e9:.0f} GB/s. Measured by "
+        f"{command}; in parentheses our speed beside the baseline's."
+    )
+    return f"{about}\n\n{table(found)}"
 
 
 if __name__ == "__main__":  # python -m docs.commands_page: write the generated parts into the pages of the repository

@@ -1,5 +1,6 @@
 """A user's own quantity is what its function gives of the raw activations, written, resumed and verified like any other."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -243,6 +244,21 @@ def test_a_quantity_of_pairs_of_tokens_can_be_reduced_by_a_function(nano: GptOss
 def test_recorders_that_cannot_work_are_refused(nano: GptOss, recorder: wb.Recorder, said: str) -> None:
     with pytest.raises(InputError, match=said):
         recording.parse([recorder], nano.cfg)
+
+
+@pytest.mark.parametrize(
+    ("tried", "said"),
+    [
+        ("layers=0-3", "is an option: write it behind a record, as in 'router_logits layers=0-3'"),
+        ("top_experts", "is recorded as routing"),
+        ("router_logits chanel=final", "'chanel' is no option; use layers="),
+        ("router_logits channel=thought", "thought"),
+    ],
+)
+def test_what_a_new_user_tries_is_answered_with_the_right_name(nano: GptOss, tried: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        recording.parse([tried], nano.cfg)
+    assert recording.parse(["router_logits channel=final layers=0-3"], nano.cfg).records[0].layers == (0, 1, 2, 3)
 
 
 def test_what_others_add_to_a_run_is_left_alone_and_mentioned(
