@@ -246,3 +246,20 @@ def test_the_store_page_names_the_recorded_quantities(tmp_path: Path) -> None:
     for path in ("routing/experts", "routing/gates", "attention/sink", "units/committed"):
         assert path in page
         assert path in group
+
+
+def changelog_problems(text: str) -> list[str]:
+    """Return lines of a changelog that are no heading of a version or a change, nor a change of one line, stated once."""
+    lines = [line for line in text.splitlines() if line]
+    headings = ("# Changelog", "## ", "### Added", "### Changed", "### Fixed")
+    changes = [line for line in lines if line.startswith("- ")]
+    wrong = [line for line in lines if line.startswith("#") and not line.startswith(headings)]
+    wrong += [line for line in lines if line.startswith((" ", "* "))]
+    return wrong + [line for line in set(changes) if changes.count(line) > 1]
+
+
+def test_the_changelog_lists_each_change_once_under_three_headings() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert changelog_problems(text) == []
+    for wrong in ("### Removed", "- A change.\n- A change.", "- A change\n  of two lines."):  # negative controls
+        assert changelog_problems(f"{text}\n{wrong}\n"), wrong
