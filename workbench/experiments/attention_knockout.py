@@ -39,7 +39,7 @@ def experiment(
     """
     analysis = message_tokens(model.tokenizer, channel="analysis", hide=hide)
     user = message_tokens(model.tokenizer, role="user", hide=hide)
-    final, analysis = (
+    final, analysis_queries = (
         token_set(tokenizer=model.tokenizer, message=-1),
         message_tokens(model.tokenizer, channel="analysis"),
     )
@@ -47,7 +47,7 @@ def experiment(
     for kind, layers in layer_kinds(model).items():
         what[f"final does not see analysis, {kind}"] = Hidden(layers, final, analysis)
         what[f"final does not see the user, {kind}"] = Hidden(layers, final, user)
-    what["analysis does not see the user, all layers"] = Hidden(list(range(model.cfg.n_layers)), analysis, user)
+    what["analysis does not see the user, all layers"] = Hidden(list(range(model.cfg.n_layers)), analysis_queries, user)
     answered = [part.row for part in chain_of_thought.answered_sequences(model, rows)]
     edits = {name: knockout(*hidden) for name, hidden in what.items()}
     result = final_effects(model, answered, edits, seed, "Attention between channels knocked out")
