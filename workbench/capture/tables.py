@@ -25,6 +25,8 @@ def sequence_table(rows: Sequence[Transcript], layout: Layout, flags: Sequence[t
             "answer": [row.answer or "" for row in rows],
             "meta": [json.dumps(row.meta, sort_keys=True) for row in rows],
             "flags": [" ".join(each) for each in flags],
+            # of the metadata also as columns, which readers of Zarr and xarray see
+            **{name: [str(row.meta.get(name, "")) for row in rows] for name in ("task", "domain")},
         }
     )
 

@@ -205,7 +205,7 @@ class Run:
 
     @cached_property
     def sequences(self) -> pd.DataFrame:
-        """Return a row a sequence, indexed by its number; `task` and `domain` come from its metadata.
+        """Return a row a sequence, indexed by its number; `task` and `domain` are those of its metadata.
 
         correct: 1, 0, or −1 where it is unknown. expected: the text that the final message should be ("" if unknown),
         of which `answer` is an older name.
@@ -215,10 +215,13 @@ class Run:
 
     def _read_sequences(self) -> pd.DataFrame:
         table = self._table("sequences").iloc[self._visible]
-        meta = table["meta"].map(json.loads)
         if "answer" in table:
             table = table.assign(expected=table["answer"])
-        return table.assign(**{k: meta.map(lambda m, k=k: str(m.get(k, ""))) for k in ("task", "domain")})
+        missing = [name for name in ("task", "domain") if name not in table]  # runs before November 2026
+        if not missing:
+            return table
+        meta = table["meta"].map(json.loads)
+        return table.assign(**{k: meta.map(lambda m, k=k: str(m.get(k, ""))) for k in missing})
 
     @cached_property
     def messages(self) -> pd.DataFrame:
