@@ -103,12 +103,16 @@ def test_a_signal_stops_a_job_cleanly_and_says_how_to_go_on(
 
 
 def test_a_second_signal_is_not_caught() -> None:
-    with StopSignal("the job") as interrupt:
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(JobError, match="the job was stopped by SIGINT"):
-            interrupt.check()
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores SIGINT
+    try:
+        with StopSignal("the job") as interrupt:
             signal.raise_signal(signal.SIGINT)
+            with pytest.raises(JobError, match="the job was stopped by SIGINT"):
+                interrupt.check()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_full_disk_leaves_its_unit_out_and_the_job_goes_on_later(

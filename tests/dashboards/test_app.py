@@ -1,5 +1,6 @@
 """The dashboard in a real browser: what is drawn, what a link reopens, that nothing is fetched from elsewhere."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 from tests.serving import free_port, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, Frame, Page, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, Error, Frame, Page, expect, sync_playwright  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -231,8 +232,9 @@ def test_another_figure_is_in_the_link_and_its_numbers_can_be_had(demo: str, bro
 def frame_of(session: "Session") -> Frame:
     for _ in range(120):
         found = [f for f in session.page.frames if f != session.page.main_frame]
-        if found and found[0].locator(".t").count():
-            return found[0]
+        with contextlib.suppress(Error):  # a frame that was replaced meanwhile
+            if found and found[0].locator(".t").count():
+                return found[0]
         session.page.wait_for_timeout(250)
     pytest.fail("no conversation is shown")
 

@@ -112,11 +112,13 @@ def test_torch_of_an_index_comes_with_the_triton_it_requires(
     script.install("rocm7.1", "2.13.0", ROOT / "constraints.txt")
     torch, _, triton = calls
     index = ["--index-url", "https://download.pytorch.org/whl/rocm7.1", "--no-deps"]
-    assert torch[3:] == ["install", "-q", *index, "torch==2.13.0"]
-    assert triton[3:] == ["install", "-q", *index, "triton-rocm==3.7.1; platform_system == 'Linux'"]
+    assert torch[1:] == ["-P", "-m", "pip", "install", "-q", *index, "torch==2.13.0"]
+    assert triton[1:] == ["-P", "-m", "pip", "install", "-q", *index, "triton-rocm==3.7.1; platform_system == 'Linux'"]
     calls.clear()
     script.install("", "2.13.0", ROOT / "constraints.txt")
-    assert [c[3:] for c in calls] == [["install", "-q", "-c", str(ROOT / "constraints.txt"), "torch==2.13.0"]]
+    assert [c[1:] for c in calls] == [
+        ["-P", "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), "torch==2.13.0"]
+    ]
 
 
 def test_the_command_prints_one_line() -> None:

@@ -110,7 +110,7 @@ def estimate(
         sequences=len(rows),
         tokens=tokens,
         raw_bytes=sum(raw.values()),
-        per_token={record_of(name): n for name, n in recording.bytes_per_token(spec, model.cfg).items()},
+        per_token=recording.bytes_per_token(spec, model.cfg),
         memory_bytes=_buffer_bytes(model, spec, layout, fullest) * min(IN_FLIGHT, max(1, len(pending))),
         seconds=tokens / rate,
         free_bytes=None if path is None else free_bytes(path),
