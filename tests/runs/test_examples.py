@@ -1,5 +1,6 @@
 """Examples of experts are the largest gates and a fair sample, whatever the units and the order of merging."""
 
+import itertools
 import random
 
 import numpy as np
@@ -17,7 +18,11 @@ def tokens_of(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, dict[str, 
     gates = np.round(rng.random((2, n, 2)), 1).astype(np.float16)  # many are equal
     sequence = np.sort(rng.integers(0, max(1, n // 40), n)).astype(np.int32)
     position = np.concatenate([np.arange(c) for c in np.bincount(sequence)]).astype(np.int32)
-    return chosen, gates, {"sequence": sequence, "position": position, "channel": rng.integers(0, 3, n).astype(np.uint8)}
+    return (
+        chosen,
+        gates,
+        {"sequence": sequence, "position": position, "channel": rng.integers(0, 3, n).astype(np.uint8)},
+    )
 
 
 def part(data: tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]], rows: slice, n: int = 4) -> examples.Lists:
@@ -54,7 +59,7 @@ def test_lists_of_any_parts_in_any_order_are_those_of_all_tokens() -> None:
     data = tokens_of(600)
     whole = part(data, slice(None))
     edges = [0, 7, 200, 201, 450, 600]
-    parts = [part(data, slice(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [part(data, slice(a, b)) for a, b in itertools.pairwise(edges)]
     for seed in range(5):
         random.Random(seed).shuffle(parts)
         assert same(examples.merged(parts), whole)

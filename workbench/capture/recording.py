@@ -1,8 +1,9 @@
 """Parse what a user asks to record into hook points and arrays of the store.
 
 A record is `routing`, `router_logits`, `sinks`, `logprobs`, `sink_sums` (of the sinks only sums by sequence and
-channel), `examples` (of every expert, the tokens of its largest gate weights and a random sample), a hook point of the blocks, or a user's own (`workbench.capture.recorder`). Options behind the name select
-from it, the same for every record:
+channel), `examples` (of every expert, the tokens of its largest gate weights and a random sample), a hook point of the
+blocks, or a user's own (`workbench.capture.recorder`). Options behind the name select from it, the same for every
+record:
 
     resid_post                                     every layer, every token
     resid_post:3,7                                 these layers, as resid_post layers=3,7

@@ -113,9 +113,7 @@ def _merged_pair(one: Lists, other: Lists) -> Lists:
     n = one["top_gate"].shape[-1]
     found: Lists = {}
     for kind in KINDS:
-        both = {
-            name: np.concatenate([part[f"{kind}_{name}"] for part in (one, other)], axis=-1) for name in FIELDS
-        }
+        both = {name: np.concatenate([part[f"{kind}_{name}"] for part in (one, other)], axis=-1) for name in FIELDS}
         missing = both["sequence"] < 0
         if kind == "top":
             key = -both["gate"].astype(np.float32)
