@@ -17,6 +17,7 @@ from workbench.runs.reader import Run
 from workbench.runs.summaries import summarise
 from workbench.runs.writer import open_writer
 from workbench.studies import expert_examples
+from workbench.studies.synthetic import planted_run, planted_tokens
 
 LENGTHS = tuple(60 for _ in range(80))
 ANALYSIS, FRAME = harmony.CHANNELS.index("analysis"), harmony.CHANNELS.index("frame")
@@ -117,7 +118,10 @@ def test_excluded_sequences_have_no_examples(tmp_path: Path) -> None:
 
 
 def test_a_run_without_routing_is_refused() -> None:
-    from workbench.studies.synthetic import planted_tokens
-
     with pytest.raises(InputError, match="capture with --record routing"):
         expert_examples.load(planted_tokens(n_prompts=6))
+
+
+def test_a_run_of_sums_alone_is_refused() -> None:
+    with pytest.raises(InputError, match="a stored run with its routing"):
+        expert_examples.load(planted_run(n_prompts=4))

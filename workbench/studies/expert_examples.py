@@ -120,7 +120,7 @@ def load(run: Any, *, seed: int = 0, tokenizer: Any = None) -> xr.Dataset:
     Raises:
         InputError: the run has no routing of single tokens, no sequence, or an unknown tokenizer.
     """
-    if "routing" not in getattr(run, "recorded", ()):
+    if "routing" not in getattr(run, "recorded", ()) or not hasattr(run, "blocks"):  # sums have no single tokens
         raise InputError("examples of experts need a stored run with its routing: capture with --record routing")
     if not len(run.sequences):
         raise InputError(f"{run.path} holds no sequence yet; a study needs at least one")
