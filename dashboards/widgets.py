@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.dashboards.study_jobs import Answer
+from workbench.dashboards.theme import CARD_CSS, PARTS_CSS, note
 from workbench.errors import InputError
 from workbench.harmony.flags import SEQUENCE_FLAGS
 from workbench.runs import Run
@@ -36,7 +37,7 @@ td, th { text-align: right; padding: .18rem .9rem .18rem 0; border-bottom: 1px s
 
 def html(text: str) -> pn.pane.HTML:
     """Return an HTML pane. The caller must have escaped all text that came from a run or checkpoint."""
-    return pn.pane.HTML(text, sizing_mode="stretch_width")
+    return pn.pane.HTML(text, sizing_mode="stretch_width", stylesheets=[PARTS_CSS], margin=(4, 10))
 
 
 def alert(text: str, kind: str = "warning") -> pn.pane.Alert:
@@ -46,7 +47,14 @@ def alert(text: str, kind: str = "warning") -> pn.pane.Alert:
 
 def card(title: str, content: pn.viewable.Viewable, *, collapsed: bool = False) -> pn.Card:
     """Return a titled card that can be collapsed."""
-    return pn.Card(content, title=title, sizing_mode="stretch_width", collapsed=collapsed)
+    return pn.Card(
+        content,
+        title=title,
+        sizing_mode="stretch_width",
+        collapsed=collapsed,
+        stylesheets=[CARD_CSS],
+        margin=(6, 6),
+    )
 
 
 def beside(*pieces: pn.viewable.Viewable) -> pn.FlexBox:
