@@ -22,6 +22,7 @@ from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 
+
 def _template(registry: RunRegistry, page: str, *, one_path: bool = False) -> PageTemplate:
     """Return a page in its frame. one_path: all pages have the same path, and the query names the page."""
     query = {
@@ -34,7 +35,8 @@ def _template(registry: RunRegistry, page: str, *, one_path: bool = False) -> Pa
             named = {"page": page} if one_path else {}
             pn.state.location.search = "?" + urlencode(named | choice.values)
 
-    session = Session(registry, choice, remember)
+    address = "?page={}&{}".format if one_path else "./{}?{}".format
+    session = Session(registry, choice, remember, address)
     pick = widgets.select("Run", registry.names, session.name, visible=len(registry.names) > 1)
     pick.param.watch(lambda event: session.put(run=str(event.new), sequence=""), "value")
     pick.jscallback(value="setTimeout(() => window.location.reload(), 150)")  # another run is another page
@@ -84,7 +86,7 @@ def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Co
     """
     if page not in page_titles():
         raise InputError(f"no page is called {page!r}; the pages are {', '.join(page_titles())}")
-    pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
+    pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     registry, choice = RunRegistry(paths), Selection(chosen)
     body = pn.Column(sizing_mode="stretch_width")
     pick = pn.widgets.RadioButtonGroup(
@@ -121,7 +123,7 @@ def serve(
     origins = [*_origins(address, port), *allow_origin]
     registry = RunRegistry(runs)
     _check_free(address, port)
-    pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
+    pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     threading.Thread(target=_warm, args=(registry,), daemon=True).start()
     print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
     try:
@@ -169,5 +171,5 @@ def _check_free(address: str, port: int) -> None:
 
 
 if __name__.startswith("bokeh_app"):  # what `panel serve` calls a script
-    pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
+    pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     servable(sys.argv[1:])

@@ -119,7 +119,18 @@ CARD_CSS = """
 box-shadow:none;outline:none}
 .card-header{background:transparent;color:var(--wb-ink);border:0;padding:9px 12px 3px;min-height:0}
 .card-header:focus-visible{outline:3px solid var(--wb-accent)}
-.card-title,.card-title *{font-size:var(--wb-lead);font-weight:600}
+.card-title,.card-title *{font-size:var(--wb-lead);font-weight:600;text-align:left!important}
+"""
+TABULATOR_CSS = """
+.tabulator{background:var(--wb-surface);color:var(--wb-ink);border:0;font-size:var(--wb-text)}
+.tabulator .tabulator-header,.tabulator .tabulator-header .tabulator-col,.tabulator .tabulator-footer{
+background:var(--wb-surface);color:var(--wb-muted);border-color:var(--wb-line)}
+.tabulator .tabulator-row,.tabulator .tabulator-row.tabulator-row-even{background:var(--wb-surface);color:var(--wb-ink);
+border-bottom:1px solid var(--wb-line)}.tabulator .tabulator-row:hover{background:var(--wb-raised)!important}
+.tabulator .tabulator-cell{border-color:transparent}
+.tabulator input{background:var(--wb-surface);color:var(--wb-ink);border:1px solid var(--wb-control);border-radius:4px}
+.tabulator .tabulator-footer .tabulator-page{background:var(--wb-surface);color:var(--wb-ink);
+border:1px solid var(--wb-control)}.tabulator .tabulator-footer .tabulator-page.active{color:var(--wb-accent)}
 """
 _FRAME_CSS = """
 *{box-sizing:border-box}
