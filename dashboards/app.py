@@ -30,10 +30,12 @@ def _template(registry: RunRegistry, page: str, *, one_path: bool = False) -> Pa
     }
     choice = Selection(query)
 
+    def address_query() -> str:
+        return urlencode(({"page": page} if one_path else {}) | choice.values)
+
     def remember() -> None:
         if pn.state.location:
-            named = {"page": page} if one_path else {}
-            pn.state.location.search = "?" + urlencode(named | choice.values)
+            pn.state.location.search = "?" + address_query()
 
     address = "?page={}&{}".format if one_path else "./{}?{}".format
     session = Session(registry, choice, remember, address)
@@ -50,6 +52,7 @@ def _template(registry: RunRegistry, page: str, *, one_path: bool = False) -> Pa
         session.name,
         sidebar=[pick, *shown.sidebar, exclude],
         main=shown.main,
+        query=address_query(),
         theme=session.theme,
         one_path=one_path,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import panel as pn
 import param
@@ -18,7 +18,7 @@ class PageTemplate(BasicTemplate):
     """A page whose links, theme and history follow its address; see the script in page.html."""
 
     design = param.ClassSelector(class_=Design, default=look.WorkbenchDesign, is_instance=False, instantiate=False)
-    _css: Any = []
+    _css: ClassVar[list[Any]] = []
     _template = Path(__file__).with_name("page.html")
     texts = param.Dict(default={}, doc="HTML by the name that page.html has for it; the template escapes nothing.")
 
@@ -34,10 +34,11 @@ def page_template(
     *,
     sidebar: list[Any],
     main: list[Any],
+    query: str = "",
     theme: ThemeName = "light",
     one_path: bool = False,
 ) -> PageTemplate:
-    """Return a page in its frame. titles: of all pages by address. one_path: the page is named in the query."""
+    """Return a page in its frame. titles: of all pages by address. query: of the page's own address. one_path: the page is named in the query."""
     links = "".join(
         f'<a data-page="{escape(path)}" href="./{escape(path)}"{" aria-current=page" if path == page else ""}>'
         f"{look.icon(path)}{escape(title)}</a>"
@@ -55,6 +56,7 @@ def page_template(
             "run_name": escape(run_name),
             "other_theme": "light" if theme == "dark" else "dark",
             "page_links": links,
+            "query": escape(query),
             "one_path": "true" if one_path else "false",
         },
     )

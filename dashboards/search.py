@@ -128,8 +128,8 @@ def _overrepresented_tokens(
     every: Counter[int] = Counter()
     times: Counter[int] = Counter()
     example: dict[int, tuple[str, int, int]] = {}
-    for block, hit, inside in blocks:
-        ids, hit = block["id"], hit & inside
+    for block, matching, inside in blocks:
+        ids, hit = block["id"], matching & inside
         every.update(ids[inside].tolist())
         times.update(ids[hit].tolist())
         for at in np.flatnonzero(hit)[:: max(1, int(hit.sum()) // 2000)]:

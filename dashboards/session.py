@@ -30,6 +30,8 @@ class Session:
 
     def __post_init__(self) -> None:
         self.name = self.choice.get("run", self.registry.names)
+        if self.choice.text("run") != self.name:
+            self.choice.put(run="")
 
     @property
     def run(self) -> Run:

@@ -6,11 +6,12 @@ text: no file, font or script is fetched from another host.
 
 panel-material-ui and panel-reactflow were considered. Both load a bundle of React components of several megabytes
 before the first page is drawn, and a page here is to be there within two seconds; they bring their own tokens, which
-would have to be kept equal to those of the figures; and nothing here edits a graph. Panel's native design with one small
-style sheet does the same with 3 kB.
+would have to be kept equal to those of the figures; and nothing here edits a graph. Panel's native design with one
+small style sheet does the same with 3 kB.
 """
 
 from html import escape
+from typing import Any, ClassVar
 
 import panel as pn
 from panel.theme.base import DarkTheme, DefaultTheme, Inherit
@@ -142,8 +143,9 @@ border-bottom:1px solid var(--wb-line);position:sticky;top:0;z-index:10}
 .wb-run{color:var(--wb-muted);overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .wb-header h1{font-size:var(--wb-text);font-weight:600;margin:0;white-space:nowrap}
 .wb-header .wb-right{margin-left:auto;display:flex;align-items:center;gap:12px}
-.wb-theme,.wb-menu{display:inline-flex;gap:6px;align-items:center;color:var(--wb-ink);background:transparent;border:1px solid
-var(--wb-control);border-radius:6px;padding:3px 9px;font:inherit;font-size:13px;text-decoration:none;cursor:pointer}
+.wb-theme,.wb-menu{display:inline-flex;gap:6px;align-items:center;color:var(--wb-ink);background:transparent;
+border:1px solid var(--wb-control);border-radius:6px;padding:3px 9px;font:inherit;font-size:13px;text-decoration:none;
+cursor:pointer}
 .wb-menu{display:none}
 .wb-body{display:flex;align-items:stretch;min-height:calc(100vh - 48px)}
 .wb-side{flex:0 0 256px;padding:10px 8px 30px;border-right:1px solid var(--wb-line);background:var(--wb-surface);
@@ -177,8 +179,8 @@ _ICONS = {
 class WorkbenchDesign(Native):
     """Panel's native design with the variables of this module."""
 
-    modifiers = {pn.viewable.Viewable: {"stylesheets": [Inherit, _COMPONENT_CSS]}}
-    _themes = {"dark": DarkTheme, "default": DefaultTheme}
+    modifiers: ClassVar[dict[Any, Any]] = {pn.viewable.Viewable: {"stylesheets": [Inherit, _COMPONENT_CSS]}}
+    _themes: ClassVar[dict[str, Any]] = {"dark": DarkTheme, "default": DefaultTheme}
 
 
 def variables(theme: ThemeName) -> str:

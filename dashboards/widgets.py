@@ -32,7 +32,8 @@ if (found.length) window.Plotly.downloadImage(found[0],
 """
 _TABLE = """
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-td, th { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--wb-line); white-space: pre-wrap; }
+td, th { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--wb-line);
+  white-space: pre-wrap; }
 th { color: var(--wb-muted); font-weight: 600; }
 """
 
