@@ -51,8 +51,8 @@ def _cells(session: Session, cells: Cells, folded: Callable[[Selectors], Any] | 
         heat[:] = [widgets.guarded(body)]  # a new pane: plotly fails when a figure changes while it is drawn
 
     def show_one() -> None:
-        title = f"## Layer {chosen['layer']}, {cells.column} {chosen[cells.column]}"
-        one[:] = [pn.pane.Markdown(title, margin=(10, 10, 0, 10)), widgets.guarded(lambda: cells.one(session, chosen))]
+        title = f"<h2>Layer {chosen['layer']}, {cells.column} {chosen[cells.column]}</h2>"
+        one[:] = [widgets.html(title), widgets.guarded(lambda: cells.one(session, chosen))]
 
     def show_more() -> None:
         if folded is not None:

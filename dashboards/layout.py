@@ -38,7 +38,10 @@ def page_template(
     theme: ThemeName = "light",
     one_path: bool = False,
 ) -> PageTemplate:
-    """Return a page in its frame. titles: of all pages by address. query: of the page's own address. one_path: the page is named in the query."""
+    """Return a page in its frame.
+
+    titles: of all pages by address. query: of the page's own address. one_path: the page is named in the query.
+    """
     links = "".join(
         f'<a data-page="{escape(path)}" href="./{escape(path)}"{" aria-current=page" if path == page else ""}>'
         f"{look.icon(path)}{escape(title)}</a>"

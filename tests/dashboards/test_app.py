@@ -31,7 +31,8 @@ SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
 
 UNNAMED = """() => { const found = [];
   const text = e => [...e.childNodes, ...(e.shadowRoot ? e.shadowRoot.childNodes : [])].map(
-    c => c.nodeType === 3 ? c.data : c.nodeType === 1 ? text(c) : '').join('').trim(); const walk = root => { for (const e of root.querySelectorAll('*')) {
+    c => c.nodeType === 3 ? c.data : c.nodeType === 1 ? text(c) : '').join('').trim();
+  const walk = root => { for (const e of root.querySelectorAll('*')) {
   if (/^(SELECT|INPUT|BUTTON|TEXTAREA|A|IMG|IFRAME)$/.test(e.tagName) && e.type !== 'hidden'
       && e.getClientRects().length && !e.closest('.js-plotly-plot')) {
     const label = e.getAttribute('aria-label') || e.title || e.alt || text(e) && e.tagName !== 'SELECT'
@@ -289,17 +290,17 @@ def link_of(rng: random.Random) -> tuple[str, dict[str, str]]:
     return "transcript", seen | {"pin": str(rng.randrange(20)), "position": str(rng.randrange(1, 20))}
 
 
-def test_random_links_reopen_what_they_name(demo: str, demo_run: Path, browser: Browser) -> None:
+def test_random_links_reopen_what_they_name(demo: str, demo_run: Path, browser: Browser, long: bool) -> None:
     """Also where the filters of the link do not contain its conversation."""
     run, rng = wb.open_run(demo_run), random.Random(7)
     session = Session(browser, f"{demo}/overview")
     outside = 0
-    for _ in range(20):
+    for _ in range(30 if long else 8):
         page, asked = link_of(rng)
         session.page.goto(f"{demo}/{page}?{urlencode(asked)}")
         if page == "experts":
             title = f"Layer {asked['layer']}, expert {asked['expert']}"
-            expect(session.page.get_by_text(title, exact=True)).to_be_visible()
+            expect(session.page.get_by_role("heading", name=title)).to_be_visible()
             expect(session.page.get_by_label("Channel")).to_have_value(asked["channel"])
         else:
             number = int(asked["sequence"])
@@ -344,7 +345,7 @@ def test_from_a_cell_to_the_token_of_an_example(demo: str, browser: Browser) -> 
              if (!found && e.classList.contains('js-plotly-plot')) found = e; if (e.shadowRoot) walk(e.shadowRoot); } };
            walk(document); found.emit('plotly_click', {points: [{x: 5, y: 1, curveNumber: 0, pointNumber: [1, 5]}]}) }"""
     )
-    expect(session.page.get_by_text("Layer 1, expert 5", exact=True)).to_be_visible()
+    expect(session.page.get_by_role("heading", name="Layer 1, expert 5")).to_be_visible()
     session.page.wait_for_url(re.compile("expert=5"))
     link = session.page.locator("a[href*='transcript'][href*='pin=']").first
     address = dict(parse_qsl(urlsplit(link.get_attribute("href") or "").query))
