@@ -89,7 +89,7 @@ class _Conversations:
             return
         linked, self.linked = self.linked, None
         if linked is not None and linked not in found.values():
-            found = {f"{self.session.run.sequences.loc[linked, 'id']} (linked)": linked, **found}
+            found = {f"{self.session.run.sequences.loc[linked, 'id']!s} (linked)": linked, **found}
         self.found = found
         numbers = list(found.values())
         wanted = linked if linked is not None else self.pick.value
