@@ -38,8 +38,7 @@ c[ut.get_act_name("pattern", 2)]; c.apply_ln_to_stack(c.accumulated_resid(pos_sl
 c.stack_head_results(layer=2, pos_slice=-1, incl_remainder=True); c.stack_activation("sink"); c.to("cpu"); len(c); c.keys()
 m.add_hook("hook_embed", lambda v, hook: v); m.add_perma_hook("hook_embed", lambda v, hook: v); m.reset_hooks(including_permanent=True)
 m.add_caching_hooks("hook_embed"); m.get_caching_hooks(lambda n: "resid" in n); m.hook_dict["blocks.0.attn.hook_pattern"].name
-m.eval() and patching.get_act_patch_resid_pre(m, T, c, lambda l: l[0, -1, 7]); ut.lm_accuracy(m(T), T); ut.test_prompt("12+3", "4", m)
-m.eval() and patching.get_act_patch_attn_head_out_all_pos(m, T, c, lambda l: l[0, -1, 7])
+m.eval() and patching.get_act_patch_resid_pre(m, m.to_tokens("1"), m.run_with_cache("3")[1], lambda l: l[0, -1, 7]); ut.lm_accuracy(m(T), T); ut.test_prompt("12+3", "4", m)
 c.decompose_resid(return_labels=True); c.accumulated_resid(return_labels=True); c.logit_attrs(c.decompose_resid(), tokens="7")
 """
 
