@@ -1,12 +1,12 @@
 """The conversations page: a list that is searched and filtered, and one conversation with what was recorded of it."""
 
 import io
-import json
 import re
 from typing import Any
 
 import panel as pn
 
+from workbench.bounded_json import parse_json
 from workbench.dashboards import content, search, widgets
 from workbench.dashboards.conversation import HEIGHT, VIEW, conversation_file, frame
 from workbench.dashboards.session import Page, Selectors, Session, box
@@ -155,8 +155,8 @@ class _Conversations:
     def viewed(self, event: Any) -> None:
         """Store what was chosen in the frame. Anything that a frame does not send is passed over."""
         try:
-            view = json.loads(str(event.new)[:2000])
-        except (ValueError, RecursionError):
+            view = parse_json(str(event.new)[:2000])
+        except InputError:
             return
         if not isinstance(view, dict):
             return

@@ -8,7 +8,6 @@ Reference: SAELens 6.54, saes/*.py; JumpReLU, arXiv 2407.14435; gated, arXiv 240
 BatchTopK, arXiv 2412.06410.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
+from workbench.bounded_json import read_json
 from workbench.errors import InputError
 from workbench.hooks.dictionary_learning import WEIGHTS as DICTIONARY_WEIGHTS
 from workbench.hooks.dictionary_learning import read_dictionary
@@ -243,7 +243,7 @@ def _load_saelens(root: Path) -> SAE:
 
 def _read_config(path: Path) -> SAEConfig:
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        raw = read_json(path)
     except FileNotFoundError as error:
         below = sorted({str(found.parent) for found in path.parent.glob(f"*/{DICTIONARY_WEIGHTS}")})
         hint = f"; there is one in {below[0]!r}" if below else ""
@@ -251,7 +251,7 @@ def _read_config(path: Path) -> SAEConfig:
             f"{path.parent} has no {_CONFIG} (SAELens) and no {DICTIONARY_WEIGHTS} (dictionary_learning): name a "
             f"folder that one of them wrote{hint}"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, InputError) as error:
         raise InputError(f"{path} is not JSON that can be read: {error}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: wanted an object of options, got {type(raw).__name__}")

@@ -1,5 +1,9 @@
-"""JSON of others: limits of size and depth hold before anything is built, and what is within them is unchanged."""
+"""JSON of others: limits of size and depth hold before anything is built, and what is within them is unchanged.
 
+Modules read JSON with `workbench.bounded_json`; those that call `json.loads` themselves are listed with the reason.
+"""
+
+import ast
 import json
 from pathlib import Path
 
@@ -7,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workbench.bounded_json import parse_json, read_json
+from workbench.bounded_json import parse_documents, parse_json, read_json
 from workbench.errors import InputError
 
 values = st.recursive(
@@ -55,3 +59,62 @@ def test_a_large_or_wrong_file_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):
             read_json(path)
+
+
+def test_bytes_are_read_as_utf_8() -> None:
+    assert parse_json('["\u00e9"]'.encode()) == ["\u00e9"]
+    with pytest.raises(InputError, match="not UTF-8 at byte 2"):
+        parse_json(b'["\xff"]')
+
+
+@given(st.lists(values, max_size=4), st.sampled_from(["\n", " ", ",\n", "\r\n"]))
+def test_documents_that_follow_each_other_are_read_one_by_one(documents: list[object], separator: str) -> None:
+    assert list(parse_documents(separator.join(map(json.dumps, documents)))) == documents
+
+
+def test_documents_before_one_that_is_not_json_are_read() -> None:
+    documents = parse_documents('{"a": 1} {"b"')
+    assert next(documents) == {"a": 1}
+    with pytest.raises(InputError, match="not JSON"):
+        next(documents)
+    with pytest.raises(InputError, match="nested deeper"):
+        next(parse_documents("1 " + "[" * 101))
+
+
+ROOT = Path(__file__).parents[1]
+OWN_JSON = {  # module -> why it reads JSON without limits
+    "workbench/bounded_json.py": "it is the reader",
+    "workbench/harmony/templates.py": "the request and the answer of its own child process, which imports nothing of ours",
+    "workbench/runs/writer.py": "a copy of its own values",
+    "workbench/runs/manifest.py": "files of a run whose size is checked by the storage, with an error of its own",
+    "workbench/bench/first.py": "results of its own child process",
+    "workbench/bench/worker.py": "results of its own child process",
+    "workbench/bench/cpu.py": "requests of its own parent process",
+    "workbench/bench/gpu.py": "results of its own child process",
+    "workbench/bench/full.py": "results of its own child process",
+    "kernels/gpu/tiles.py": "the project's own table of tiles; kernels import no other package",
+}
+
+
+def calls_json(source: str) -> bool:
+    """Return whether a module calls `json.load`, `json.loads` or `json.JSONDecoder`, under any name."""
+    readers = ("load", "loads", "JSONDecoder")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in readers and ast.unparse(node.value) == "json":
+            return True
+        if isinstance(node, ast.ImportFrom) and node.module == "json" and {a.name for a in node.names} & {*readers}:
+            return True
+    return False
+
+
+def test_json_from_outside_is_read_with_limits() -> None:
+    paths = [p for package in ("workbench", "kernels", "hooks", "dashboards") for p in (ROOT / package).rglob("*.py")]
+    found = {p.relative_to(ROOT).as_posix() for p in paths if calls_json(p.read_text("utf-8"))}
+    assert sorted(found - OWN_JSON.keys()) == []
+    assert "workbench/runs/writer.py" in found
+
+
+@pytest.mark.parametrize("source", ["import json\nx = json.loads(y)", "from json import load", "map(json.loads, y)"])
+def test_a_reader_without_limits_is_found(source: str) -> None:
+    assert calls_json(source)
+    assert not calls_json("import json\njson.dumps(1)\nother.loads(2)")

@@ -1,8 +1,12 @@
-"""JSON from files of others, read with limits of size and depth."""
+"""JSON from outside this process, read with limits of size and depth.
+
+Everything that comes from a file, a host or a user is read here. A test lists the modules that may use `json.loads`.
+"""
 
 import json
 import re
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +17,61 @@ MAX_DEPTH = 100
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 
-def parse_json(text: str, *, max_depth: int = MAX_DEPTH) -> Any:
-    """Return what a JSON text says.
+def parse_json(
+    text: str | bytes,
+    *,
+    max_depth: int = MAX_DEPTH,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """Return the value of a JSON text; bytes are UTF-8. object_pairs_hook: makes a value of the pairs of each object.
 
     Raises:
-        InputError: it is not JSON, or nests lists and objects deeper than `max_depth`.
+        InputError: it is not JSON in UTF-8, or nests lists and objects deeper than `max_depth`.
     """
+    if isinstance(text, bytes):
+        text = _decoded(text)
+    refuse_deep(text, max_depth)
+    try:
+        return json.loads(text, object_pairs_hook=object_pairs_hook)
+    except ValueError as error:
+        raise InputError(f"not JSON: {error}") from error
+
+
+def parse_documents(text: str, *, max_depth: int = MAX_DEPTH) -> Iterator[Any]:
+    """Yield the values of JSON documents that follow each other, separated by spaces, line ends or commas.
+
+    Raises:
+        InputError: what follows is not JSON, or the text nests lists and objects deeper than `max_depth`.
+    """
+    refuse_deep(text, max_depth)
+    decoder, at = json.JSONDecoder(), _document_start(text, 0)
+    while at < len(text):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except ValueError as error:
+            raise InputError(f"not JSON: {error}") from error
+        yield value
+        at = _document_start(text, at)
+
+
+def refuse_deep(text: str, max_depth: int = MAX_DEPTH) -> None:
+    """Check that a JSON text nests lists and objects to at most `max_depth` levels.
+
+    Raises:
+        InputError: it nests them deeper.
+    """
+    if text.count("[") + text.count("{") <= max_depth:  # most rows: counting is ten times as fast as matching
+        return
     depth = 0
     for match in _BRACKETS.finditer(text):
         token = match.group()
         depth += (token in "[{") - (token in "]}")
         if depth > max_depth:
-            raise InputError(f"lists and objects are nested deeper than {max_depth} levels")
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"not JSON: {error}") from error
+            raise InputError(f"not JSON that can be read: lists and objects are nested deeper than {max_depth} levels")
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
-    """Return what a JSON file in UTF-8 says; no more than `max_bytes` of it are read.
+    """Return the value of a JSON file in UTF-8; no more than `max_bytes` of it are read.
 
     Raises:
         InputError: it is not JSON in UTF-8, a git-lfs pointer, larger than `max_bytes`, or nested too deep.
@@ -46,7 +85,17 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DE
     refuse_lfs_pointer(path, content)
     if len(content) > max_bytes:
         raise InputError(f"the file is larger than {max_bytes:,} bytes")
+    return parse_json(content, max_depth=max_depth)
+
+
+def _decoded(content: bytes) -> str:
     try:
-        return parse_json(content.decode("utf-8"), max_depth=max_depth)
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 at byte {error.start}") from error
+
+
+def _document_start(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n,":
+        at += 1
+    return at

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 
 LOCK = ".lock"
@@ -127,7 +128,7 @@ class FileLock:
         """Return what the holder wrote; it may be a moment late."""
         for _ in range(20):
             with suppress(OSError, ValueError):
-                holder = json.loads(self.path.read_bytes())
+                holder = parse_json(self.path.read_bytes())
                 if isinstance(holder, dict):
                     return holder
             time.sleep(0.005)

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.file_lock import FileLock
 
@@ -347,9 +348,9 @@ def read_marker(path: Path) -> dict[str, list[tuple[str, str]]]:
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode) or os.path.getsize(path) > _MAX_MARKER_BYTES:
             return {}
-        files: Any = json.loads(path.read_bytes())["files"]
+        files: Any = parse_json(path.read_bytes())["files"]
         return {str(name): [(str(c), str(d)) for c, d in entries] for name, entries in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

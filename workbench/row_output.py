@@ -149,7 +149,7 @@ class RowOutput:
         start = 0
         while start < len(content):
             end = content.index(b"\n", start) + 1
-            places[json.loads(content[start:end])["id"]] = slice(start, end)
+            places[parse_json(content[start:end])["id"]] = slice(start, end)
             start = end
         ordered = b"".join(content[places[id]] for id in ids)
         if ordered == content:

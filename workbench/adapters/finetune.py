@@ -23,6 +23,7 @@ from torch import Tensor
 
 from workbench.adapters.taught import Example, read_examples
 from workbench.adapters.trainable import Options, attach, attach_existing, detach, parameters, write_folder
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.file_lock import FileLock
 from workbench.kernels.logits import logprob
@@ -200,7 +201,7 @@ class Training:
     def _resume(self) -> None:
         try:
             with safe_open(self._state, "pt") as file:
-                told = json.loads((file.metadata() or {})["training"])
+                told = parse_json((file.metadata() or {})["training"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise InputError(f"{self._state} is damaged ({error}): remove it to begin anew") from error

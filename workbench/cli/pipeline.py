@@ -112,14 +112,13 @@ def transcripts(
     overwrite: Overwrite = False,
 ) -> None:
     """Collect model responses from an OpenAI-compatible API. Rerun the command to resume."""
-    import json
-
+    from workbench.bounded_json import parse_json
     from workbench.harmony.hosts.collect import Settings, collect
 
     try:
-        more = json.loads(body)
-    except ValueError as error:
-        raise InputError(f"--body is not JSON: {error}") from error
+        more = parse_json(body)
+    except InputError as error:
+        raise InputError(f"--body: {error}") from error
     if not isinstance(more, dict):
         raise InputError("--body: wanted a JSON object")
     settings = Settings(

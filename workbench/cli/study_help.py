@@ -1,11 +1,11 @@
 """The `study` command's help, which lists the registry, and its options."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from typer.core import TyperCommand
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.registry import Experiment, Record, records
 
@@ -43,7 +43,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals or not name.isidentifier() or name in options or name == "seed":
             raise InputError(f"--option {pair!r}: expected NAME=VALUE, each name once, and --seed for the seed")
         try:
-            options[name] = json.loads(value)
-        except ValueError:
+            options[name] = parse_json(value)
+        except InputError:
             options[name] = value
     return options

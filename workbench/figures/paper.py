@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import plotly
 import plotly.graph_objects as go
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.figures.gallery import Gallery, GalleryItem
 from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, WIDTH
@@ -112,7 +113,7 @@ def caption(drawing: GalleryItem, figure: go.Figure) -> str:
 def provenance(drawing: GalleryItem, column: Column) -> str:
     """Return where the figure comes from, as JSON: enough to make it again."""
     attrs = {k: v for k, v in drawing.source.attrs.items() if k not in ("summary", "method", "not_controlled")}
-    attrs["parameters"] = json.loads(attrs.get("parameters", "{}"))
+    attrs["parameters"] = parse_json(attrs.get("parameters", "{}"))
     plain = {k: v if isinstance(v, str | dict) else getattr(v, "item", lambda v=v: v)() for k, v in attrs.items()}
     return json.dumps(plain | {"column": column, "plotly": plotly.__version__}, indent=1, sort_keys=True) + "\n"
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.harmony.labels import ROLES
 from workbench.harmony.marked_text import read_output
@@ -394,7 +395,7 @@ def _with_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
         return message
     role, value = message["from"], message.get("value")
     if role == "function_call":
-        call = json.loads(value) if isinstance(value, str) else value
+        call = parse_json(value) if isinstance(value, str) else value
         return {"role": "assistant", "content": None, "tool_calls": call if isinstance(call, list) else [call]}
     return {**{k: v for k, v in message.items() if k not in ("from", "value")}, "role": role, "content": value}
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.harmony.messages import effort_of, shown
 from workbench.harmony.templates import TemplateError, render_template
@@ -143,7 +144,7 @@ def _developer_form(has_instructions: bool, tools: Tools) -> str:
         content = content.with_function_tools(
             [
                 ToolDescription.new(
-                    f.name, f.description, parameters=json.loads(f.parameters) if f.parameters else None
+                    f.name, f.description, parameters=parse_json(f.parameters) if f.parameters else None
                 )
                 for f in tools.functions
             ]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.harmony.messages import shown
 
@@ -34,7 +35,7 @@ class Function:
 
     def definition(self) -> dict[str, Any]:
         """Return the definition as chat completions have it."""
-        schema = {"parameters": json.loads(self.parameters)} if self.parameters else {}
+        schema = {"parameters": parse_json(self.parameters)} if self.parameters else {}
         return {"type": "function", "function": {"name": self.name, "description": self.description} | schema}
 
 
@@ -78,8 +79,8 @@ def read_tools(tools: Any, builtin_tools: Any = None) -> Tools:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text) if text.strip() else None
-    except ValueError as error:
+        return parse_json(text) if text.strip() else None
+    except InputError as error:
         raise InputError(f"tools is {shown(text)}; wanted a list of definitions: {error}") from error
 
 

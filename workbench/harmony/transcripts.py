@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Int16, Int32
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.harmony.chat_messages import ChatMessages, from_chat_messages
 from workbench.harmony.flags import SEQUENCE_FLAGS
@@ -223,11 +224,11 @@ def _object(row: bytes | _BadRowError) -> dict[str, Any]:
     if isinstance(row, _BadRowError):
         raise row
     try:
-        fields = json.loads(row.decode("utf-8"))
+        fields = parse_json(row.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise _BadRowError(f"not UTF-8 at byte {error.start}: save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise _BadRowError(f"not JSON: {error}") from error
+    except InputError as error:
+        raise _BadRowError(str(error)) from error
     if not isinstance(fields, dict):
         raise _BadRowError(f"the row is {shown(fields)}; wanted an object")
     if _ESCAPED_SURROGATE.search(row):

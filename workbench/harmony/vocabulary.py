@@ -6,7 +6,6 @@ characters `<|end|>` in a message are characters, and only `Tokenizer.mark` give
 
 import functools
 import hashlib
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError, refuse_lfs_pointer
 from workbench.harmony.tokenizer_names import TokenizerNames, plain_ids
 
@@ -273,10 +273,10 @@ def _chat_template(folder: Path) -> str | None:
     if not (path := folder / "tokenizer_config.json").exists():
         return None
     try:
-        template: Any = json.loads(_read(path)).get("chat_template")
+        template: Any = parse_json(_read(path)).get("chat_template")
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}["default"]
-    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise InputError(f"{path} does not hold a chat template as it should: {error!r}") from error
     if not isinstance(template, str | None):
         raise InputError(f"{path}: the chat template is {type(template).__name__}; wanted text")

@@ -3,7 +3,6 @@
 Reference: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, then the data).
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError, refuse_lfs_pointer
 
 _LARGEST_HEADER = 100_000_000
@@ -63,7 +63,7 @@ class SafetensorsFile:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         try:
-            described = json.loads(header, object_pairs_hook=_no_duplicates)
+            described = parse_json(header, object_pairs_hook=_no_duplicates)
             described.pop("__metadata__", None)
             entries = {name: _entry(value) for name, value in described.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

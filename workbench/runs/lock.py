@@ -12,6 +12,7 @@ import json
 import platform
 from typing import Any, Protocol
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.file_lock import LOCK, FileLock, owner, process_namespace, process_start, refusal
 
@@ -107,7 +108,7 @@ class ObjectLock:
     def _read_owner(self) -> dict[str, Any] | None:
         """Return the owner, or None if the lock is gone. An object is written whole, so no JSON is no lock of ours."""
         try:
-            holder = json.loads(self._storage.read(LOCK))
+            holder = parse_json(self._storage.read(LOCK))
         except FileNotFoundError:
             return None
         except ValueError:

@@ -18,6 +18,7 @@ import pandas as pd
 import xarray as xr
 import zarr
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.harmony.flags import read_flags
 from workbench.harmony.labels import CHANNELS
@@ -220,7 +221,7 @@ class Run:
         missing = [name for name in ("task", "domain") if name not in table]  # runs before November 2026
         if not missing:
             return table
-        meta = table["meta"].map(json.loads)
+        meta = table["meta"].map(parse_json)
         return table.assign(**{k: meta.map(lambda m, k=k: str(m.get(k, ""))) for k in missing})
 
     @cached_property

@@ -104,8 +104,8 @@ def test_a_damaged_log_is_one_line(tmp_path: Path) -> None:
         at = log.getinfo("header.json").header_offset + 200
     data[at : at + 40] = bytes(40)
     (tmp_path / "x.eval").write_bytes(bytes(data))
-    with pytest.raises(InputError, match="no whole Inspect log"):
+    with pytest.raises(InputError, match="not a complete Inspect log"):
         convert(tmp_path / "x.eval")
     (tmp_path / "x.eval").write_bytes(LOG.read_bytes()[:-30])
-    with pytest.raises(InputError, match="no whole Inspect log"):
+    with pytest.raises(InputError, match="not a complete Inspect log"):
         convert(tmp_path / "x.eval")

@@ -5,7 +5,6 @@ path outside its folder.
 """
 
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from workbench.bounded_json import parse_documents, parse_json, read_json
 from workbench.errors import InputError
 
 _LONGEST_DOCUMENT = 1_000_000_000  # bytes, unpacked
@@ -75,8 +75,8 @@ def _json(path: Path, content: bytes | None) -> Objects:
 
 def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(line), dict)
+    except InputError:
         return False
 
 
@@ -85,9 +85,9 @@ def _lines(file: Any) -> Objects:
         text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if text.strip():
             try:
-                yield f"line {number}", json.loads(text)
-            except (ValueError, RecursionError) as error:
-                yield f"line {number}", ValueError(f"not JSON: {error}")
+                yield f"line {number}", parse_json(text)
+            except InputError as error:
+                yield f"line {number}", error
 
 
 def _documents(path: Path, content: bytes) -> Objects:
@@ -95,28 +95,22 @@ def _documents(path: Path, content: bytes) -> Objects:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 at byte {error.start}: save the file as UTF-8") from error
-    decoder = json.JSONDecoder()
-    at, number = _skip(text, 0), 0
-    while at < len(text):
-        number += 1
+    documents, number = parse_documents(text), 1
+    while True:
         try:
-            value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
+            value = next(documents)
+        except StopIteration:
+            return
+        except InputError as error:
             if number == 1:
-                raise InputError(f"{path} is not JSON: {error}") from error
-            yield f"document {number}", ValueError(f"not JSON: {error}")
+                raise InputError(f"{path}: {error}") from error
+            yield f"document {number}", error
             return
         if isinstance(value, list):
             yield from ((f"entry {i}", each) for i, each in enumerate(value, 1))
         else:
             yield f"document {number}", value
-        at = _skip(text, at)
-
-
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n,":
-        at += 1
-    return at
+        number += 1
 
 
 def _parquet(path: Path) -> Objects:
@@ -175,7 +169,7 @@ def _joined(paths: list[Path]) -> Objects:
 def _names(path: Path, field: str) -> list[str]:
     """File names in a description of a dataset, none of which may lead elsewhere."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))[field]
+        entries = read_json(path)[field]
         names = [entry["filename"] if isinstance(entry, dict) else entry for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not describe a dataset: {_line(error)}") from error

@@ -4,12 +4,12 @@ Members of the zip may be compressed by zstd, which Python's own zipfile does no
 did not end has its header in a journal.
 """
 
-import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.harmony.formats.conversation import Conversation, error_text
 
@@ -38,11 +38,11 @@ def read_zip(path: Path) -> Iterator[tuple[str, Conversation]]:
     try:
         with zipfile.ZipFile(path) as log:
             names = log.namelist()
-            header = json.loads(_member(log, "header.json" if "header.json" in names else "_journal/start.json"))
+            header = parse_json(_member(log, "header.json" if "header.json" in names else "_journal/start.json"))
             for name in sorted(n for n in names if n.startswith("samples/") and n.endswith(".json")):
-                yield name, from_sample(json.loads(_member(log, name)), header)
+                yield name, from_sample(parse_json(_member(log, name)), header)
     except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is a zip, but no whole Inspect log: {error_text(error)}") from error
+        raise InputError(f"{path} is a zip, but not a complete Inspect log: {error_text(error)}") from error
 
 
 def read_document(log: Mapping[str, Any]) -> Iterator[tuple[str, Conversation]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.harmony.chat_messages import from_chat_messages
 from workbench.harmony.formats.conversation import CUT, Conversation
@@ -310,9 +311,7 @@ def _lm_eval(row: Row) -> Iterator[Conversation]:
         arguments = [list(_object(entry).values()) for entry in arguments.values()]
     prompt = arguments[0][0]
     if isinstance(prompt, str) and prompt.lstrip().startswith("[{"):
-        import json
-
-        prompt = json.loads(prompt)
+        prompt = parse_json(prompt)
     fields = about(row)
     scores = [row[name] for name in ("exact_match", "acc") if row.get(name) in (0, 1)]
     for number, responses in enumerate(row["resps"]):
