@@ -17,7 +17,7 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import prompt_numbers
 from workbench.studies.contrast import Block, TokenRun
-from workbench.studies.resampling import ratio
+from workbench.studies.intervals import ratio
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import entropy, share
 

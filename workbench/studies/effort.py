@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 import xarray as xr
 
 from workbench.errors import InputError
@@ -21,7 +20,7 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run
 from workbench.studies.contrast import Plan, TokenRun, contrasts, uncomparable
-from workbench.studies.resampling import LEAST_UNITS, ratio, wilson_interval
+from workbench.studies.intervals import MIN_PROMPTS, mean_test, ratio, wilson
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -35,16 +34,15 @@ STUDY = Study(
     page_title="Effort",
     order=40,
 )
-_CI = "95 %, delete-one jackknife over prompts"
+_CI = "95 %, delete-one jackknife over prompts, corrected for skewness"
+_WILSON = "95 %, Wilson, with the sample size that the variance between prompts implies"
 DEFINITIONS = {
     "analysis_tokens": Definition("analysis tokens", "tokens", "mean over sequences of the tokens of analysis", ci=_CI),
     "analysis_tokens_low": Definition("analysis tokens, lower limit", "tokens", "lower limit", ci=_CI),
     "analysis_tokens_high": Definition("analysis tokens, upper limit", "tokens", "upper limit", ci=_CI),
-    "accuracy": Definition(
-        "accuracy", "1", "mean over prompts of their share of right answers", ci="95 %, Wilson, a prompt is a trial"
-    ),
-    "accuracy_low": Definition("accuracy, lower limit", "1", "lower limit; within [0, 1]", ci=_CI),
-    "accuracy_high": Definition("accuracy, upper limit", "1", "upper limit; within [0, 1]", ci=_CI),
+    "accuracy": Definition("accuracy", "1", "mean over prompts of their share of right answers", ci=_WILSON),
+    "accuracy_low": Definition("accuracy, lower limit", "1", "lower limit; within [0, 1]", ci=_WILSON),
+    "accuracy_high": Definition("accuracy, upper limit", "1", "upper limit; within [0, 1]", ci=_WILSON),
     "sequences": Definition("sequences", "sequences", "sequences of the cell"),
     "more_tokens": Definition(
         "more analysis tokens", "tokens", "paired by prompt: mean of the second less the first", ci=_CI
@@ -71,8 +69,9 @@ DEFINITIONS = {
 }
 METHOD = (
     "Means over sequences, differences paired by prompt (samples of a prompt averaged first), intervals by the "
-    "jackknife over prompts; those of accuracy are Wilson's, with a trial for each prompt. The model of accuracy is a "
-    "logistic GEE on the logarithm of analysis tokens and the effort, clustered by prompt."
+    "jackknife over prompts, corrected for skewness; those of accuracy are Wilson's, with the sample size that the "
+    "variance between prompts implies. The model of accuracy is a logistic GEE on the logarithm of analysis tokens and "
+    "the effort, clustered by prompt."
 )
 NOT_CONTROLLED = (
     "Whether more tokens cause more right answers is not shown by their going together: hard prompts make both longer "
@@ -154,10 +153,10 @@ def _accuracy(table: pd.DataFrame) -> tuple[float, float, float]:
     right, known = _of_prompts(table, "correct")
     if not len(known):
         return np.nan, np.nan, np.nan
-    if len(known) < LEAST_UNITS:
+    if len(known) < MIN_PROMPTS:
         return float((right / known).mean()), np.nan, np.nan
-    found = wilson_interval(right / known)
-    return float(found.mean), float(found.low), float(found.high)
+    share, low, high = wilson(right / known, int(known.sum()))
+    return float(share), float(low), float(high)
 
 
 def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset:
@@ -244,8 +243,8 @@ def _ratio_of_means(over: np.ndarray, under: np.ndarray) -> tuple[Any, Any, Any]
     n, total = len(over), under.sum()
     value = over.sum() / total
     influence = (over - value * under) / (total - under)
-    half = scipy.stats.t.ppf(0.975, n - 1) * np.sqrt(((influence - influence.mean()) ** 2).sum() * (n - 1) / n)
-    return value, value - half, value + half
+    found = mean_test(value, (influence - influence.mean()) * np.sqrt((n - 1) / n), n - 1.0)
+    return value, found.low, found.high
 
 
 def accuracy_model(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import xarray as xr
 
-from workbench.studies.resampling import benjamini_hochberg
+from workbench.studies.statistics import false_discovery
 
 ALPHA = 0.05
 # p, q and verdict of a family in a dataset
@@ -36,7 +36,7 @@ def statement(results: Mapping[str, Mapping[str, xr.Dataset]]) -> str:
     if not tested:
         return "No comparison was tested."
     p, different = (np.concatenate([family[i] for family in tested]) for i in (0, 1))
-    remaining = int((different & (benjamini_hochberg(p) < ALPHA)).sum())
+    remaining = int((different & (false_discovery(p) < ALPHA)).sum())
     called, expected = int(different.sum()), ALPHA * different.sum()
     return (
         f"{len(tested)} families of comparisons with {len(p):,} cells were tested; {called:,} cells are called "

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.studies.comparison import in_second_half, prompt_numbers, prompts
-from workbench.studies.resampling import LEAST_UNITS
+from workbench.studies.intervals import MIN_PROMPTS
 
 Between = Literal["channel", "effort", "task", "half"]
 Control = Literal["none", "position", "token"]
@@ -351,13 +351,13 @@ def check_prompts(plan: Plan, matching: Matching) -> None:
     """Refuse a comparison of too few prompts.
 
     Raises:
-        InputError: fewer than `LEAST_UNITS` prompts have both sides (unpaired: either side).
+        InputError: fewer than `MIN_PROMPTS` prompts have both sides (unpaired: either side).
     """
     n_a, n_b = int(matching.in_a.sum()), int(matching.in_b.sum())
-    if min(n_a, n_b) < LEAST_UNITS:
+    if min(n_a, n_b) < MIN_PROMPTS:
         counted = f"{n_a} prompts with both" if plan.paired else f"{n_a} and {n_b} prompts"
         raise InputError(
-            f"{plan.label(0)} cannot be compared with {plan.label(1)}: {counted}, and at least {LEAST_UNITS} are needed"
+            f"{plan.label(0)} cannot be compared with {plan.label(1)}: {counted}, and at least {MIN_PROMPTS} are needed"
         )
 
 

@@ -18,7 +18,7 @@ from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.contrast import Block, TokenRun
-from workbench.studies.resampling import ratio
+from workbench.studies.intervals import ratio
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(

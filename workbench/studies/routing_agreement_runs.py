@@ -8,7 +8,7 @@ import xarray as xr
 from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.studies.contrast import TokenRun
-from workbench.studies.resampling import ratio
+from workbench.studies.intervals import ratio
 from workbench.studies.result import Definition, provenance
 from workbench.studies.routing_agreement import Compared, agreement
 

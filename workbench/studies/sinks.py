@@ -16,8 +16,8 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompt_numbers, sum_by
 from workbench.studies.contrast import Plan, TokenRun, contrasts
+from workbench.studies.intervals import ratio
 from workbench.studies.matching import merged_prompts
-from workbench.studies.resampling import ratio
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
