@@ -13,7 +13,11 @@ from workbench.studies.statistics import false_discovery
 
 ALPHA = 0.05
 # p, q and verdict of a family in a dataset
-_FAMILIES = (("p", "q", "different"), ("difference_p", "difference_q", "expert_different"))
+_FAMILIES = (
+    ("p", "q", "different"),
+    ("difference_p", "difference_q", "expert_different"),
+    *((f"{name}_p", f"{name}_q", f"{name}_different") for name in ("sink_difference", "logprob_difference", "gain")),
+)
 
 
 def families(datasets: Mapping[str, xr.Dataset]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -87,23 +87,28 @@ def _without_skewness(g: float, k: Float[Array, "*cells"]) -> Float[Array, "*cel
 def ratio(
     sums: Num[np.ndarray, "prompt *cells"], tokens: Num[np.ndarray, " prompt"]
 ) -> tuple[Float[Array, "*cells"], Float[Array, "*cells"], Float[Array, "*cells"]]:
-    """Return Σ sums / Σ tokens and its 95 % interval (delete-one jackknife, `mean_test`); NaN without tokens.
+    """Return Σ sums / Σ tokens and its 95 % interval; NaN without tokens, no interval below five prompts."""
+    value, tested = ratio_test(sums, tokens)
+    return value, tested.low, tested.high
+
+
+def ratio_test(
+    sums: Num[np.ndarray, "prompt *cells"], tokens: Num[np.ndarray, " prompt"]
+) -> tuple[Float[Array, "*cells"], MeanTest]:
+    """Return Σ sums / Σ tokens with interval and test: delete-one jackknife, corrected for skewness (`mean_test`).
 
     Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
     """
     used = tokens > 0
     sums, tokens = sums[used].astype(np.float64), tokens[used].astype(np.float64)
     cells, n = sums.shape[1:], len(tokens)
-    if not n:
+    value = sums.sum(0) / tokens.sum() if n else np.full(cells, np.nan)
+    if n < MIN_PROMPTS:
         missing = np.full(cells, np.nan)
-        return missing, missing, missing
-    value = sums.sum(0) / tokens.sum()
-    if n < 2:
-        return value, np.full(cells, np.nan), np.full(cells, np.nan)
+        return value, MeanTest(missing, missing, missing, missing)
     per_token = tokens.reshape(-1, *[1] * len(cells))
     influence = (sums - value * per_token) / np.maximum(tokens.sum() - per_token, 1)
-    found = mean_test(value, (influence - influence.mean(0)) * np.sqrt((n - 1) / n), n - 1.0)
-    return value, found.low, found.high
+    return value, mean_test(value, (influence - influence.mean(0)) * np.sqrt((n - 1) / n), n - 1.0)
 
 
 class MeanEffect(NamedTuple):
@@ -245,15 +250,21 @@ def share_change_interval(
 ) -> tuple[Cells, Cells, Cells]:
     """Return the mean over prompts (units [sequence]) of a change of 1 and 0, −1 to 1, and its 95 % interval.
 
-    Two pseudo-prompts are added, half a prompt each for better and for worse and one unchanged, so that the interval
-    has a width also where no answer changed.
-
     Raises:
         InputError: fewer than five prompts have a value.
     """
     means = prompt_means(values, units)
+    check_prompts(means.shape[-1])
+    return share_change(means)
+
+
+def share_change(means: Float[np.ndarray, "*cells prompt"]) -> tuple[Cells, Cells, Cells]:
+    """Return the mean of the prompts' changes of a fraction, −1 to 1, and its 95 % interval.
+
+    Two pseudo-prompts are added, half a prompt each for better and for worse and one unchanged, so that the interval
+    has a width also where no answer changed.
+    """
     n = means.shape[-1]
-    check_prompts(n)
     middle = means.sum(-1) / (n + 2)
     variance = ((means**2).sum(-1) + 1) / (n + 2) - middle**2
     half = scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.sqrt(variance / (n + 2))
