@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "harmony": {"inputs", "errors", "progress", "bounded_json", "outputs", "row_output", "signals"},
     "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
     "runs": {"harmony", "errors", "progress", "file_lock", "outputs", "bounded_json"},
-    "studies": {"outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
+    "studies": {"progress", "outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
     "figures": {"outputs", "registry", "studies", "harmony", "errors"},
     "dashboards": {"child_processes", "bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
     "capture": {

@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 import scipy.stats
 
+from workbench.studies import matching
 from workbench.studies.comparison import prompt_numbers
 from workbench.studies.contrast import contrast
+from workbench.studies.matching import sums_by_prompt, token_blocks
 from workbench.studies.statistics import false_discovery
 from workbench.studies.synthetic import SyntheticTokens
 
@@ -114,3 +116,31 @@ def test_confounds_are_not_called_differences(kind: str, long: bool) -> None:
     assert wrong["position"] <= allowed
     if kind in POOLED_FAILS:
         assert wrong["pooled"] > allowed  # negative control
+
+
+def test_sums_of_weighted_cells_are_those_of_plain_addition() -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(3, 40)) * (rng.random((3, 40)) < 0.3)
+    weights[2] = 0
+    prompt, values = rng.integers(0, 9, 40), rng.normal(size=(40, 6))
+    for weight, (present, sums) in zip(weights, sums_by_prompt(weights, prompt, values), strict=True):
+        expected = np.zeros((9, 6))
+        np.add.at(expected, prompt, weight[:, None] * values)
+        found = np.zeros((9, 6))
+        found[present] = sums
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+        assert set(present) == set(prompt[weight != 0])
+
+
+def test_a_large_run_reports_progress_and_a_small_one_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = confounded(0, "five prompts")
+    run.sequences["length"] = np.bincount(run.tokens["sequence"])
+    list(token_blocks(run, "count tokens", "sink"))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(matching, "_LARGE", 1)
+    blocks = list(token_blocks(run, "count tokens", "sink"))
+    total = int(run.sequences["length"].sum())
+    assert sum(len(block["sequence"]) for block in blocks) == total
+    assert f"count tokens: {total}" in capsys.readouterr().err.replace(",", "")

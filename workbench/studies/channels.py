@@ -20,6 +20,7 @@ from workbench.registry import Study
 from workbench.studies import probes
 from workbench.studies.comparison import in_second_half, prompt_numbers
 from workbench.studies.contrast import Plan, TokenRun, contrasts
+from workbench.studies.matching import token_blocks
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -210,11 +211,11 @@ def _sample(run: TokenRun, hook: str, pair: tuple[str, str], seed: int) -> tuple
     codes = [CHANNELS.index(c) for c in pair]
     rng = np.random.default_rng(seed)
     counts = np.zeros(2, dtype=np.int64)
-    for block in run.blocks():
+    for block in token_blocks(run, "count tokens"):
         counts += [int((block["channel"] == c).sum()) for c in codes]
     keep = np.minimum(1.0, PROBE_TOKENS / 2 / np.maximum(counts, 1))
     parts: list[tuple[np.ndarray, ...]] = []
-    for block in run.blocks(hook, "id"):
+    for block in token_blocks(run, f"sample {hook}", hook, "id"):
         chosen = np.zeros(len(block["channel"]), dtype=bool)
         for code, share in zip(codes, keep, strict=True):
             chosen |= (block["channel"] == code) & (rng.random(len(chosen)) < share)

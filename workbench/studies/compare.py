@@ -18,6 +18,7 @@ from workbench.registry import Study
 from workbench.studies.comparison import prompt_numbers
 from workbench.studies.contrast import Block, TokenRun
 from workbench.studies.intervals import ratio_test
+from workbench.studies.matching import token_blocks
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import entropy, false_discovery, share
 
@@ -166,7 +167,7 @@ def _has(run: TokenRun, other: TokenRun, name: str) -> bool:
 
 def _together(run: TokenRun, other: TokenRun, sinks: bool) -> Iterator[tuple[Block, Block]]:
     names = ("id", "experts", "logprob", *(("sink",) if sinks else ()))
-    for x, y in zip(run.blocks(*names), other.blocks(*names), strict=True):
+    for x, y in zip(token_blocks(run, "compare runs", *names), other.blocks(*names), strict=True):
         if not np.array_equal(x["id"], y["id"]):
             raise InputError(
                 "the two runs are laid out differently: capture the same transcripts with the same --unit-tokens"

@@ -37,10 +37,11 @@ from workbench.studies.matching import (
     check_plan,
     check_prompts,
     duplicates_warning,
-    gather,
     index_of,
     match,
     reads,
+    sums_by_prompt,
+    token_blocks,
 )
 from workbench.studies.resampling import LEVEL
 from workbench.studies.result import Definition, dataset, provenance
@@ -230,9 +231,11 @@ def _prompt_sums(
         used = np.logical_or.reduce([(m.side_a != 0) | (m.side_b != 0) | (m.difference != 0) for m in own.values()])
         for at, sums in _cell_sums(index, measure, kind, used):
             for key, m in own.items():
-                for total, weight in zip(found[key], (m.difference, m.side_a, m.side_b), strict=True):
-                    product = gather(weight, m.prompt, at, n_prompts) @ sums.reshape(len(at), -1)
-                    np.add(total, np.asarray(product).reshape(total.shape), out=total)
+                weights = np.stack([m.difference[at], m.side_a[at], m.side_b[at]])
+                for total, (present, of_prompts) in zip(
+                    found[key], sums_by_prompt(weights, m.prompt[at], sums.reshape(len(at), -1)), strict=True
+                ):
+                    total[present] += of_prompts.reshape(-1, *measure.shape)
     return found
 
 
@@ -245,7 +248,7 @@ def _cell_sums(
         return
     names = dict.fromkeys((*reads(kind, measure.finite), measure.name))
     most = max(1, _MOST_SUMS // max(1, int(np.prod(measure.shape))))
-    for block in index.run.blocks(*names):
+    for block in token_blocks(index.run, f"compare {measure.name}", *names):
         code, known = cell_codes(block, kind, measure.finite)
         cell = np.minimum(np.searchsorted(cells.code, code), len(cells.code) - 1)
         at = np.flatnonzero(known & used[cell])
