@@ -121,13 +121,32 @@ def _over_keys(q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int |
     whole = q.shape[1] == k.shape[1] and not bool(query_pos[:, 0].any())
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if q.shape[1] == 1 and not graph and q.device.type == "cpu":
-        return _one_query(q, k, v, query_pos, window)
+        z, lse = _one_query(q, k, v, query_pos, window)
+        own_keys = k[torch.arange(len(k)), query_pos[:, 0]][:, None]  # earlier ones were seen by their own queries
+        return _with_nan(z, lse, _meets_nan(q, own_keys, window))
     if not whole or graph or q.device.type != "cpu":
         return _blocks(q, k, v, query_pos, window)
     if window is None or window >= q.shape[1]:
-        z, lse = _flash(*(t.transpose(1, 2) for t in (q, k, v)), 0.0, True)
-        return z.transpose(1, 2), lse.mT
-    return _banded(q, k, v, window)
+        z, lse = (t.transpose(1, 2) for t in _flash(*(t.transpose(1, 2) for t in (q, k, v)), 0.0, True))
+    else:
+        z, lse = _banded(q, k, v, window)
+    return _with_nan(z, lse, _meets_nan(q, k, window))
+
+
+def _meets_nan(q: Tensor, k: Tensor, window: int | None) -> Bool[Tensor, "batch query head"]:
+    """Return whether a query, or a key that it sees, holds NaN, for as many keys as queries.
+
+    Below 16 keys torch's flash attention computes with a NaN score as with a number (torch 2.13), so that its results
+    do not show it. A sum is NaN where a term is. Cost: 0 to 4 % of the time of attention to 2,048 tokens.
+    """
+    count = k.sum(-1).isnan().cumsum(1)
+    if window is not None and window < count.shape[1]:
+        count = torch.cat([count[:, :window], count[:, window:] - count[:, :-window]], 1)
+    return q.sum(-1).isnan() | (count > 0).repeat_interleave(q.shape[2] // k.shape[2], -1)
+
+
+def _with_nan(z: Tensor, lse: Tensor, where: Bool[Tensor, "batch query head"]) -> tuple[Tensor, Tensor]:
+    return z.masked_fill_(where[..., None], torch.nan), lse.masked_fill(where, torch.nan)
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | None) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,44 @@ def test_the_parent_of_workers_puts_no_weight_on_a_gpu(
     assert not verify(path)
 
 
+def test_a_model_without_weights_is_captured_by_workers_only(
+    machine: Machine, transcripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`wb.capture` of a model on the device "meta": its workers take a GPU; without workers nothing could compute."""
+    tasks: list[cluster.Task] = []
+
+    def no_worker(task: cluster.Task, *_: Any, **__: Any) -> None:
+        tasks.append(task)
+        raise InputError("no worker in this test")
+
+    monkeypatch.setattr(cluster, "run", no_worker)
+    model = wb.load("nano", device="meta")
+    with pytest.raises(InputError, match=r"on the device 'meta', without weights: .* workers=2 or more"):
+        wb.capture(model, transcripts, tmp_path / "alone")
+    assert not (tmp_path / "alone").exists()
+    for device, expected in ((None, "cuda"), ("cpu", "cpu")):
+        with pytest.raises(InputError, match="no worker in this test"):
+            wb.capture(model, transcripts, tmp_path / f"run-{device}", workers=2, worker_device=device)
+        assert tasks[-1].device == expected
+    assert machine.devices == set()
+
+
+def test_a_model_on_a_gpu_beside_workers_is_warned_of(
+    machine: Machine,
+    transcripts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def no_worker(*_: Any, **__: Any) -> None:
+        raise InputError("no worker in this test")
+
+    monkeypatch.setattr(cluster, "run", no_worker)
+    with pytest.raises(InputError, match="no worker in this test"):
+        wb.capture(wb.load("nano", device="cuda:0"), transcripts, tmp_path / "run", workers=2)
+    assert "load it with device='meta'" in caplog.text
+
+
 def test_workers_choose_their_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cluster.worker_device("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -49,6 +49,41 @@ def test_whole_sequences_take_flash_attention_and_bands(n: int, window: int | No
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(("n", "window"), [(7, None), (7, 4), (70, None), (70, 16)])
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_nan_is_not_hidden(side: str, n: int, window: int | None) -> None:
+    """NaN reaches every query that sees it. In bands torch's kernel also gives it to neighbours that do not."""
+    q, k, v = tensors(n, n)
+    {"q": q, "k": k}[side][1, 2, 2, 3] = torch.nan
+    pos = torch.arange(n).expand(2, n)
+    expected = slow(q, k, v, pos, window)
+    assert expected[1].isnan().any()
+    for got, want in zip(attend.attention(q, k, v, pos, window)[:2], expected, strict=True):
+        assert got.isnan()[want.isnan()].all()
+        if window is None:
+            torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_torch_hides_nan_from_few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: without the mark, seven queries of NaN give numbers."""
+    q, k, v = tensors(7, 7)
+    q[:] = torch.nan
+    pos = torch.arange(7).expand(2, 7)
+    assert attend.attention(q, k, v, pos, None)[0].isnan().all()
+    monkeypatch.setattr(attend, "_with_nan", lambda z, lse, where: (z, lse))
+    if attend.attention(q, k, v, pos, None)[0].isnan().any():
+        pytest.skip("this version of torch does not hide it")
+
+
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_nan_of_a_single_query_is_not_hidden(side: str) -> None:
+    q, k, v = tensors(1, 30)
+    {"q": q[1, 0], "k": k[1, 29]}[side][0, 3] = torch.nan
+    z, lse = attend.attention(q, k, v, torch.full((2, 1), 29), None)[:2]
+    assert torch.equal(z.isnan().any(-1), lse.isnan())
+    assert lse.isnan().any(-1).tolist() == [[False], [True]]
+
+
 @pytest.mark.parametrize("change", [-1, 1])
 def test_the_comparison_notices_a_window_that_is_off_by_one(change: int) -> None:
     q, k, v = tensors(70, 70)

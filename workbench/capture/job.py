@@ -81,8 +81,9 @@ def capture(
     rejects; with `strict` they are refused before anything is written. exclude: flags of sequences to leave out, as in
     "irregular,truncated"; see `workbench.harmony.flags`. routing: "host" forces the experts that a host chose, see
     `workbench.capture.host_routing`. workers, or the address of a Dask scheduler: see
-    `workbench.capture.cluster`. `model` may be on the device "meta" if workers load it, on `worker_device` (the device
-    type of `model` if None). What happens is logged to `log_file`, beside a local run if None. overwrite: replace a run
+    `workbench.capture.cluster`. Workers load the model themselves: with `wb.load(…, device="meta")` this process holds
+    no weights beside theirs. worker_device: where they load it; the device type of `model` if None, and for "meta" a
+    GPU where there is one. What happens is logged to `log_file`, beside a local run if None. overwrite: replace a run
     that is there instead of resuming it.
 
     Raises:
@@ -92,6 +93,13 @@ def capture(
     inputs = [transcripts, model.checkpoint.path]
     _check_run_path(path, inputs, overwrite=overwrite)
     log_path = _log_path(path, log_file, inputs)
+    shared = workers > 1 or dask is not None
+    worker_device = _worker_device(model, worker_device) if shared else None
+    if model.device.type == "meta" and not shared:
+        raise InputError(
+            "the model is on the device 'meta', without weights: load it on another device, or let workers load it "
+            "with workers=2 or more"
+        )
     job = plan(
         model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
     )
@@ -117,9 +125,9 @@ def capture(
         with progress("capture", n, "tokens") as advance:
             done = _Done(advance, len(job.layout.units))
             try:
-                if (workers > 1 or dask is not None) and not Path(transcripts).is_file():
+                if shared and not Path(transcripts).is_file():
                     raise InputError(f"{transcripts} is a pipe, which workers cannot read: save it as a file")
-                if workers > 1 or dask is not None:
+                if shared:
                     from workbench.capture import cluster  # late: dask is an extra
 
                     task = cluster.Task.of(
@@ -144,6 +152,19 @@ def capture(
         writer.finish()
         log.info("%s: complete", path)
     return open_run(path)
+
+
+def _worker_device(model: GptOss, wanted: str | None) -> str:
+    """Return the device type on which workers load the model; warn of weights in this process that take their room."""
+    from workbench.capture import cluster  # late: dask is an extra
+
+    if model.device.type == "cuda":
+        log.warning(
+            "this process holds the model on %s beside the workers' own copies: load it with device='meta'",
+            model.device,
+        )
+    own = "auto" if model.device.type == "meta" else model.device.type
+    return cluster.worker_device(own) if wanted is None else wanted
 
 
 def plan(

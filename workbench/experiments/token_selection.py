@@ -85,6 +85,8 @@ def read_out(
     """Return what the model would say of these residual streams, in at least float32; after `residual`."""
     assert model.context is not None, "logits come after residual"
     whole, model.context = model.context, model.context.at(column[None])
-    logits = model.unembed(model.ln_final(x[None].to(model.unembed.weight.device, model.dtype)))[0]
-    model.context = whole
+    try:
+        logits = model.unembed(model.ln_final(x[None].to(model.unembed.weight.device, model.dtype)))[0]
+    finally:
+        model.context = whole
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
