@@ -81,6 +81,7 @@ BASES: dict[str, str] = {
     "bench capture": "--json out.json",
     "bench store": "--json out.json",
     "bench reading": "run.zarr --json out.json",
+    "bench studies": "run.zarr --json out.json",
     "bench dashboard": "run.zarr --json out.json",
     "bench kernels": "--json out.json",
     "bench gpu": "--json out.json",
@@ -135,7 +136,7 @@ def without_long_work(patch: pytest.MonkeyPatch) -> None:
         path.mkdir()
         (path / "config.json").write_text("{}")
 
-    from workbench.bench import capture, cpu, dashboard, first, full, gpu, kernels, reading, store
+    from workbench.bench import capture, cpu, dashboard, first, full, gpu, kernels, reading, store, studies
     from workbench.capture import cluster
     from workbench.dashboards import app
     from workbench.model import export
@@ -149,6 +150,7 @@ def without_long_work(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gpu, "run", lambda **_: {"tiles": {}})
     patch.setattr(kernels, "run", lambda *_, **__: ([], []))
     patch.setattr(dashboard, "run", lambda *_: {})
+    patch.setattr(studies, "measure", lambda *_: {})
     patch.setattr(reading, "ask", lambda *_: {})
     patch.setattr(reading, "make", lambda *_: None)
     patch.setattr(first, "start", lambda *_, **__: 0)

@@ -13,9 +13,9 @@ from workbench.errors import InputError
 from workbench.harmony.transcripts import Transcript, read_transcripts
 from workbench.hooks.names import full_name
 from workbench.model.transformer import GptOss
-from workbench.research import token_labels
-from workbench.research.token_labels import Selection
 from workbench.runs import Run
+from workbench.studies import token_labels
+from workbench.studies.token_labels import Selection
 
 
 def direction(

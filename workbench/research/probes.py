@@ -11,9 +11,9 @@ import pandas as pd
 import xarray as xr
 
 from workbench.errors import InputError
-from workbench.research import token_labels
-from workbench.research.token_labels import Selection
 from workbench.runs import Run
+from workbench.studies import token_labels
+from workbench.studies.token_labels import Selection
 
 _FOLDS = 5
 _POSITION_BINS = 4

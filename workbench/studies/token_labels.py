@@ -18,6 +18,25 @@ SEQUENCE_LABELS = ("effort", "task", "domain", "correct", "prompt_id", "id")
 Selection = Mapping[str, Any] | str | TokenSet
 
 
+def selection_of(text: Selection) -> Selection:
+    """Return a selection written as text, "channel=final,effort=low|high", as a mapping; others as they are.
+
+    Raises:
+        InputError: a part of the text is not NAME=VALUE, or names a label twice.
+    """
+    if not isinstance(text, str):
+        return text
+    if "=" not in text:
+        return {"channel": text}
+    found: dict[str, list[Any]] = {}
+    for part in text.split(","):
+        name, equals, values = (piece.strip() for piece in part.partition("="))
+        if not equals or not values or name in found:
+            raise InputError(f"{text!r}: expected NAME=VALUE, each name once, as in channel=final,effort=low|high")
+        found[name] = [int(v) if name in ("position", "correct") and v.isdecimal() else v for v in values.split("|")]
+    return found
+
+
 def recorded(run: Run, hook: str) -> Activation | Record:
     """Return what a run recorded by this name, `hook_` being optional.
 

@@ -1,0 +1,115 @@
+"""Risk differences: SteerMoE's definition, planted experts found, token identity removed, nulls calibrated."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import workbench as wb
+from tests.conftest import DATA
+from workbench.errors import InputError
+from workbench.figures import risk_difference as figures
+from workbench.harmony.labels import CHANNELS
+from workbench.studies import risk_difference
+from workbench.studies.risk_difference import promoted_and_demoted, strictest, study
+from workbench.studies.synthetic import SyntheticTokens, planted_tokens
+
+
+def with_words(run: SyntheticTokens, seed: int = 0) -> SyntheticTokens:
+    """The run with words that the channel prefers: analysis has mostly even ids, final mostly odd ones."""
+    rng = np.random.default_rng(seed)
+    n = len(run.tokens["position"])
+    odd = rng.random(n) < np.where(run.tokens["channel"] == CHANNELS.index("final"), 0.8, 0.2)
+    ids = 2 * rng.integers(0, 6, n) + odd
+    return SyntheticTokens(run.digest, run.sequences, run.model, {**run.tokens, "id": ids}, run.truth)
+
+
+def test_the_pooled_difference_is_the_definition_of_steermoe() -> None:
+    run = wb.open_run(DATA / "demo.zarr")
+    found = study(run, a="channel=final", b="channel=analysis")["experts"]
+    counts, tokens = (run.summary(n).sum("sequence") for n in ("expert_count", "tokens"))
+    rates = [counts.sel(channel=c) / tokens.sel(channel=c) for c in ("final", "analysis")]
+    np.testing.assert_allclose(found["difference"].sel(control="pooled"), rates[0] - rates[1], atol=1e-12)
+    np.testing.assert_allclose(found["rate_a"], rates[0], atol=1e-12)
+    assert strictest(found) == "prompt and token"
+    assert "more in channel=final" in found.attrs["summary"]
+    assert {"pooled", "prompt", "token", "prompt and token"} == set(found["control"].values.tolist())
+    drawn = figures.gallery({"experts": found})
+    assert len(drawn) == 5
+    assert all(item.draw().data and len(item.table()) for item in drawn.values())
+
+
+def test_a_planted_expert_is_found_under_every_control() -> None:
+    run = with_words(planted_tokens(seed=1, expert_shift={"final": 0.3}))
+    found = study(run)["experts"]
+    for control in found["control"].values:
+        one = found.sel(control=control, expert=0)
+        assert one["different"].all(), control
+        truth = 0.3 * (1 - run.truth["base"][:, 0])
+        assert ((one["low"] - 0.05 < truth) & (truth < one["high"] + 0.05)).all(), control
+    assert set(promoted_and_demoted(found, 2)["promote"]) == {0, 1}
+    assert all(experts[0] == 0 for experts in promoted_and_demoted(found, 2)["promote"].values())
+
+
+def by_words(seed: int) -> SyntheticTokens:
+    """Experts follow the word alone, and words differ between channels: no difference at the same token."""
+    run = with_words(planted_tokens(seed=seed, n_prompts=30), seed)
+    rng = np.random.default_rng([seed, 7])
+    experts = np.where(
+        run.tokens["id"] % 2 & (rng.random(len(run.tokens["id"])) < 0.6), 0, run.tokens["experts"][..., 0]
+    )
+    return SyntheticTokens(
+        run.digest, run.sequences, run.model, {**run.tokens, "experts": experts[..., None]}, run.truth
+    )
+
+
+def test_a_difference_of_words_disappears_within_tokens_and_is_called_one_when_pooled() -> None:
+    trials, false, pooled = 12, 0, 0
+    for seed in range(trials):
+        found = study(by_words(seed))["experts"]
+        pooled += int(found["different"].sel(control="pooled", expert=0).all())
+        false += int(found["different"].sel(control="prompt and token").any())
+        false += int(found["different"].sel(control="token").any())
+    assert pooled == trials, "the negative control: without matching, words look like channels"
+    assert false <= 4, f"{false} of {2 * trials} families have a false difference at q < 0.05"
+
+
+def test_p_is_calibrated_for_prompts_of_two_tasks(long: bool) -> None:
+    p = []
+    for seed in range(200 if long else 25):
+        run = planted_tokens(seed=seed, n_prompts=24, n_layers=1)
+        found = study(run, a="task=t0,channel=analysis", b="task=t1,channel=analysis")["experts"]
+        assert list(found["control"].values) == ["pooled", "token"]
+        p.append(found["p"].sel(control="pooled").values.ravel())
+    rate = float((np.concatenate(p) < 0.05).mean())
+    assert 0.005 <= rate <= 0.12, rate
+
+
+def test_tokens_taken_as_independent_would_be_called_different() -> None:
+    """Negative control: the prompt's habit is in every token, so a token-level error is several times too small."""
+    run = planted_tokens(seed=3, n_prompts=24, n_layers=1)
+    found = study(run, a="task=t0,channel=analysis", b="task=t1,channel=analysis")["experts"].sel(control="pooled")
+    rate = (found["rate_a"] + found["rate_b"]) / 2
+    naive = np.sqrt(rate * (1 - rate) * (1 / found["tokens_a"] + 1 / found["tokens_b"]))
+    assert float((((found["high"] - found["low"]) / 2) / (1.96 * naive)).mean()) > 1.05
+
+
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [
+        ({"a": "channel=finale"}, "channel 'finale': choose from"),
+        ({"a": "channel=final", "b": "channel=final"}, "tokens are on both sides"),
+        ({"a": "effort=high,effort=low"}, "expected NAME=VALUE, each name once"),
+        ({"a": "channel=commentary"}, "no token of the run is on side a"),
+        ({"a": "weather=fine"}, "'weather' is no label"),
+    ],
+)
+def test_wrong_sides_are_refused(sides: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        study(planted_tokens(n_prompts=6), **sides)
+
+
+def test_a_control_that_the_result_lacks_is_refused() -> None:
+    found = study(planted_tokens(n_prompts=6))["experts"]
+    with pytest.raises(InputError, match="control 'nothing': the result has pooled"):
+        risk_difference.promoted_and_demoted(found, control="nothing")
