@@ -27,8 +27,8 @@ MAY_IMPORT = {
     "hooks": {"bounded_json", "errors"},
     "harmony": {"inputs", "errors", "progress", "bounded_json", "outputs", "row_output", "signals"},
     "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
-    "runs": {"harmony", "errors", "progress", "file_lock", "outputs", "bounded_json"},
-    "studies": {"outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
+    "runs": {"harmony", "inputs", "errors", "progress", "file_lock", "outputs", "bounded_json"},
+    "studies": {"progress", "outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
     "figures": {"bounded_json", "outputs", "registry", "studies", "harmony", "errors"},
     "dashboards": {"child_processes", "bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
     "capture": {
@@ -118,7 +118,7 @@ TORCH_FREE = ("runs", "studies", "figures", "dashboards", "harmony")
 def modules() -> list[Path]:
     return [p for p in (ROOT / "workbench").rglob("*.py", recurse_symlinks=True)] if sys.version_info >= (3, 13) else [
         p for package in (ROOT / "workbench").iterdir() for p in ([package] if package.suffix == ".py" else package.rglob("*.py"))
-    ]  # fmt: skip
+    ]
 
 
 def imports_of(path: Path) -> set[str]:
