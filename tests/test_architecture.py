@@ -116,9 +116,15 @@ TORCH_FREE = ("runs", "studies", "figures", "dashboards", "harmony")
 
 
 def modules() -> list[Path]:
-    return [p for p in (ROOT / "workbench").rglob("*.py", recurse_symlinks=True)] if sys.version_info >= (3, 13) else [
-        p for package in (ROOT / "workbench").iterdir() for p in ([package] if package.suffix == ".py" else package.rglob("*.py"))
-    ]
+    return (
+        [p for p in (ROOT / "workbench").rglob("*.py", recurse_symlinks=True)]
+        if sys.version_info >= (3, 13)
+        else [
+            p
+            for package in (ROOT / "workbench").iterdir()
+            for p in ([package] if package.suffix == ".py" else package.rglob("*.py"))
+        ]
+    )
 
 
 def imports_of(path: Path) -> set[str]:

@@ -184,13 +184,24 @@ def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path: Path) -> No
 
 def test_the_benchmarks_page_has_the_committed_decoding_numbers(tmp_path: Path) -> None:
     row = {
-        "batch": 8, "context": 4096, "tokens_per_s": 54.21, "of_memory_speed": 0.61, "recorded": 0.04, "edited": 0.08,
-        "torch_tokens_per_s": 11.2, "speed_beside_torch": 4.84,
-    }  # fmt: skip
+        "batch": 8,
+        "context": 4096,
+        "tokens_per_s": 54.21,
+        "of_memory_speed": 0.61,
+        "recorded": 0.04,
+        "edited": 0.08,
+        "torch_tokens_per_s": 11.2,
+        "speed_beside_torch": 4.84,
+    }
     result = {
-        "processor": "2 cores", "threads": 2, "layers": 4, "kernels": "AVX-512", "memory_bytes_per_s": 2.1e10,
-        "baselines": ["torch", "llama.cpp"], "decode": [row],
-    }  # fmt: skip
+        "processor": "2 cores",
+        "threads": 2,
+        "layers": 4,
+        "kernels": "AVX-512",
+        "memory_bytes_per_s": 2.1e10,
+        "baselines": ["torch", "llama.cpp"],
+        "decode": [row],
+    }
     path = tmp_path / "bench_decode.json"
     assert "no numbers" in commands_page.decode_table(path)
     path.write_text(json.dumps({"lengths": [], "decoding": result}))
@@ -198,8 +209,15 @@ def test_the_benchmarks_page_has_the_committed_decoding_numbers(tmp_path: Path) 
     assert "4 layers" in shown
     (cells,) = [line for line in shown.splitlines() if "4,096" in line]
     assert [c.strip() for c in cells.strip("|").split("|")] == [
-        "8", "4,096", "54.2", "61%", "+4.0%", "+8.0%", "11.2 (4.84 ×)", "–",
-    ]  # fmt: skip
+        "8",
+        "4,096",
+        "54.2",
+        "61%",
+        "+4.0%",
+        "+8.0%",
+        "11.2 (4.84 ×)",
+        "–",
+    ]
     path.write_text(json.dumps({"lengths": [], "decoding": result | {"decode": [row | {"tokens_per_s": 26.3}]}}))
     assert commands_page.decode_table(path) != shown  # the page follows the file
 

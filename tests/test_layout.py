@@ -1,5 +1,6 @@
 """The tests mirror the tree: `workbench/model/cache.py` is tested by `tests/model/test_cache.py`."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,3 +70,18 @@ def test_a_stray_test_is_found() -> None:
     modules = {"model/cache", "model"}
     tests = ["model/test_cache.py", "model/test_init.py", "model/test_cash.py", "test_docs.py", "cache/test_model.py"]
     assert strays(tests, modules) == ["cache/test_model.py", "model/test_cash.py"]
+
+
+def unformatted(text: str) -> int:
+    """Return how many statements of a source the formatter is told to leave alone."""
+    return len(re.findall(r"#\s*fmt:\s*(?:skip|off)", text))
+
+
+def test_only_kernels_keep_their_own_format() -> None:
+    folders = ("workbench", "hooks", "dashboards", "data", "tests", "notebooks", "scripts")
+    paths = [p for folder in folders for p in (ROOT / folder).rglob("*.py") if p != Path(__file__)]
+    kernels = (ROOT / "workbench" / "kernels", ROOT / "kernels")
+    assert [
+        str(p) for p in paths if unformatted(p.read_text("utf-8")) and not any(map(p.is_relative_to, kernels))
+    ] == []
+    assert unformatted("x = 1  # fmt: skip\n# fmt: off\n") == 2

@@ -46,9 +46,13 @@ def test_wheel_and_sdist_hold_what_is_needed_and_nothing_of_ours(built: Path) ->
         names = archive.namelist()
         about = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
     for wanted in (
-        "workbench/py.typed", "workbench/data/nano/model.safetensors", "workbench/data/demo.zarr/zarr.json",
-        "workbench/dashboards/conversation.html", "workbench/kernels/gpu/moe.py", "workbench/hooks/names.py",
-    ):  # fmt: skip
+        "workbench/py.typed",
+        "workbench/data/nano/model.safetensors",
+        "workbench/data/demo.zarr/zarr.json",
+        "workbench/dashboards/conversation.html",
+        "workbench/kernels/gpu/moe.py",
+        "workbench/hooks/names.py",
+    ):
         assert wanted in names
     assert not [n for n in names if n.startswith(("tests", "kernels", "hooks", "dashboards", "data", "docs"))]
     assert sum(n.startswith("workbench/data/demo.zarr/") for n in names) == sum(

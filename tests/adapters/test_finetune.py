@@ -60,10 +60,12 @@ def losses_of_peft(dense: GptOss, folder: Path) -> list[float]:
         optimizer.param_groups[0]["lr"] = SCHEDULE.rate(step, SCHEDULE.steps)
         optimizer.zero_grad()
         taught = [
-            -peft(torch.from_numpy(e.ids).long()[None]).logits[0, :-1].log_softmax(-1)
+            -peft(torch.from_numpy(e.ids).long()[None])
+            .logits[0, :-1]
+            .log_softmax(-1)
             .gather(1, torch.from_numpy(e.ids).long()[1:, None])[torch.from_numpy(e.taught[1:]), 0]
             for e in batch
-        ]  # fmt: skip
+        ]
         loss = torch.cat(taught).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, SCHEDULE.clip)
@@ -213,9 +215,12 @@ def test_nano_learns_another_answer(nano: Any, rows: Path, tmp_path: Path) -> No
     )
     before = nano.generate([prompt], max_new_tokens=40)[0]
     finetune(
-        nano, rows, tmp_path / "out", schedule=Schedule(12, batch=3, learning_rate=2e-2),
+        nano,
+        rows,
+        tmp_path / "out",
+        schedule=Schedule(12, batch=3, learning_rate=2e-2),
         options=Options(("attention", "experts"), rank=4),
-    )  # fmt: skip
+    )
     assert nano.generate([prompt], max_new_tokens=40)[0] == before, "the model is as it was"
     changed = wb.load("nano", device="cpu", dtype=torch.float32, adapter=tmp_path / "out")
     answer = changed.tokenizer.decode(changed.generate([prompt], max_new_tokens=40)[0])

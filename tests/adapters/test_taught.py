@@ -40,9 +40,15 @@ def test_channels_select_messages_with_the_tokens_of_their_format() -> None:
 
 def test_a_row_without_an_answer_is_refused_by_its_id(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    good = {"id": "good", "prompt_id": "p", "effort": "low", "messages": [
-        {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"},
-    ]}  # fmt: skip
+    good = {
+        "id": "good",
+        "prompt_id": "p",
+        "effort": "low",
+        "messages": [
+            {"role": "user", "content": "2 + 2?"},
+            {"role": "assistant", "content": "4"},
+        ],
+    }
     rows.write_text(json.dumps(good) + "\n")
     (example,) = read_examples(rows, tokenizer=TOKENIZER, n_ctx=4096)
     said = TOKENIZER.decode(list(example.ids[example.taught]))

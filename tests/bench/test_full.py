@@ -11,9 +11,17 @@ from workbench.model.config import PUBLISHED
 from workbench.model.export import save_random
 
 CFG = replace(
-    PUBLISHED["20b"], n_layers=2, windows=(128, None), d_model=64, d_mlp=64, n_heads=4, n_key_value_heads=2, d_head=16,
-    num_experts=8, d_vocab=72,
-)  # fmt: skip
+    PUBLISHED["20b"],
+    n_layers=2,
+    windows=(128, None),
+    d_model=64,
+    d_mlp=64,
+    n_heads=4,
+    n_key_value_heads=2,
+    d_head=16,
+    num_experts=8,
+    d_vocab=72,
+)
 
 
 def test_a_model_loads_generates_and_captures_below_the_limit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,9 +50,19 @@ def run() -> dict[str, object]:
 
 
 KERNELS = {
-    "mxfp4.dequantise", "routing.top_k", "routing.gate", "routing.group", "moe", "moe, with gradient", "attention",
-    "attention, with gradient", "moments", "norm.rms_norm", "rotary.rotate", "logits.predict",
-}  # fmt: skip
+    "mxfp4.dequantise",
+    "routing.top_k",
+    "routing.gate",
+    "routing.group",
+    "moe",
+    "moe, with gradient",
+    "attention",
+    "attention, with gradient",
+    "moments",
+    "norm.rms_norm",
+    "rotary.rotate",
+    "logits.predict",
+}
 
 
 def test_every_kernel_is_checked_and_timed(run: dict) -> None:
@@ -72,8 +82,10 @@ def test_windows_and_batches_are_problems_of_their_own(run: dict) -> None:
 
 def test_the_whole_model_prefills_decodes_and_is_recorded(run: dict) -> None:
     assert [row["problem"] for row in run["models"]] == [
-        "prefill of 17, no logits", "decode of 1 after 11", "decode of 3 after 11",
-    ]  # fmt: skip
+        "prefill of 17, no logits",
+        "decode of 1 after 11",
+        "decode of 3 after 11",
+    ]
     assert run["models"][0]["recording"] > -1
     assert all(row["tokens_per_s"] > 0 and 0 < row["fraction"] < 1 for row in run["models"])
 

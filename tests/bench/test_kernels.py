@@ -172,9 +172,23 @@ def test_the_command_compiles_prints_and_writes_json(tmp_path: Path) -> None:
 
 def test_a_problem_is_printed_and_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
     row = kernels.Row(
-        "moe.gate_up", "prefill", "sm_90", "128×128×64", 255, 16, 78_080, 1, "mma.sync m16n8k16", True, 1e6, 1e9, 1e-6,
-        1e-6, 2e-6, 60.0,
-    )  # fmt: skip
+        "moe.gate_up",
+        "prefill",
+        "sm_90",
+        "128×128×64",
+        255,
+        16,
+        78_080,
+        1,
+        "mma.sync m16n8k16",
+        True,
+        1e6,
+        1e9,
+        1e-6,
+        1e-6,
+        2e-6,
+        60.0,
+    )
     assert row.fraction == 0.5
     monkeypatch.setattr(kernels, "report", lambda *args: [row])
     done = CliRunner().invoke(app, ["bench", "kernels"])

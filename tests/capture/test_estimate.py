@@ -52,10 +52,18 @@ def test_its_bytes_are_those_of_the_run_and_it_writes_nothing(nano: GptOss, tran
 
 
 EVERY = [
-    "routing", "router_logits", "sinks", "logprobs", "resid_post", "resid_mid reduce=norm", "mlp_out reduce=mean",
-    "attn_out reduce=moments sketch=4", "resid_pre reduce=message part=content", "attn.z every=4 heads=0-3",
+    "routing",
+    "router_logits",
+    "sinks",
+    "logprobs",
+    "resid_post",
+    "resid_mid reduce=norm",
+    "mlp_out reduce=mean",
+    "attn_out reduce=moments sketch=4",
+    "resid_pre reduce=message part=content",
+    "attn.z every=4 heads=0-3",
     wb.Recorder("out_norm", hook="mlp.experts.hook_out", reduce=lambda x: x.float().norm(dim=-1), dims=("slot",)),
-]  # fmt: skip
+]
 
 
 def disk_by_record(path: Path) -> Counter[str]:

@@ -46,9 +46,20 @@ def whole(nano: GptOss, transcripts: Path, tmp_path_factory: pytest.TempPathFact
 
 def command(transcripts: Path, path: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "workbench.cli", "capture", "nano", str(transcripts), str(path), "--dtype", "float32",
-        "--unit-tokens", "1024", *(f"--record={name}" for name in RECORD), *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "workbench.cli",
+        "capture",
+        "nano",
+        str(transcripts),
+        str(path),
+        "--dtype",
+        "float32",
+        "--unit-tokens",
+        "1024",
+        *(f"--record={name}" for name in RECORD),
+        *more,
+    ]
 
 
 @pytest.mark.slow
@@ -242,9 +253,13 @@ def cluster() -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
 
 @pytest.mark.slow
 def test_a_lost_scheduler_ends_the_job_and_the_next_goes_on(
-    nano: GptOss, transcripts: Path, whole: Path, tmp_path: Path, stored: Stored,
+    nano: GptOss,
+    transcripts: Path,
+    whole: Path,
+    tmp_path: Path,
+    stored: Stored,
     cluster: tuple[str, list[subprocess.Popen[str]]],
-) -> None:  # fmt: skip
+) -> None:
     address, (scheduler, _) = cluster
     path = tmp_path / "run"
     job = subprocess.Popen(command(transcripts, path, "--dask", address), stderr=subprocess.PIPE, text=True)
@@ -271,10 +286,12 @@ def test_one_row_in_twenty_may_be_bad(nano: GptOss, rows: list[dict[str, Any]], 
     good = [{**rows[i % len(rows)], "id": f"row {i} ✓"} for i in range(95)]
     long = [5] * (nano.cfg.n_ctx + 1)
     bad = [
-        "{", json.dumps({**rows[0], "id": "empty", "messages": []}), json.dumps({**rows[0], "id": "\ud800"}),
+        "{",
+        json.dumps({**rows[0], "id": "empty", "messages": []}),
+        json.dumps({**rows[0], "id": "\ud800"}),
         json.dumps({"id": "long", "prompt_id": "x", "effort": "low", "tokens": long, "n_prompt": 1}),
         json.dumps({"id": "none", "prompt_id": "x", "effort": "low", "tokens": [], "n_prompt": 0}),
-    ]  # fmt: skip
+    ]
     lines = [json.dumps(row, ensure_ascii=False) for row in good]
     for place, line in zip((3, 20, 41, 62, 99), bad, strict=True):
         lines.insert(place, line)

@@ -27,9 +27,17 @@ COMMANDS = {
 WEIGHTED = [command for command, weight in COMMANDS.items() for _ in range(weight)]
 JSON_FILES = ["config.json", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 TEMPLATES = [
-    "", "{{", "{% for i in range(10**9) %}{% endfor %}", "{{ 'x' * 10**10 }}", "{{ messages.__class__ }}", "{{ 1 / 0 }}",
-    "{% include '/etc/passwd' %}", "{{ cycler.__init__.__globals__ }}", "\ufeff", "{{ raise_exception('no') }}",
-]  # fmt: skip
+    "",
+    "{{",
+    "{% for i in range(10**9) %}{% endfor %}",
+    "{{ 'x' * 10**10 }}",
+    "{{ messages.__class__ }}",
+    "{{ 1 / 0 }}",
+    "{% include '/etc/passwd' %}",
+    "{{ cycler.__init__.__globals__ }}",
+    "\ufeff",
+    "{{ raise_exception('no') }}",
+]
 
 
 @pytest.fixture

@@ -24,9 +24,13 @@ from playwright.sync_api import Browser, Error, Frame, Page, expect, sync_playwr
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
     "--no-first-run",
-]  # fmt: skip
+]
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
 
 UNNAMED = """() => { const found = [];

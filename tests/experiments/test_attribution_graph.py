@@ -78,11 +78,15 @@ def test_a_target_against_another_token(model: GptOss) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"tokens": [[1, 2], [3, 4]]}, "one sequence"), ({"tokens": [1, 999]}, "the vocabulary has 0 to 71"),
-        ({"at": 99}, "the sequence has"), ({"node_share": 0}, "above 0"), ({"max_nodes": 1}, "at least 2"),
-        ({"target": 999}, "the vocabulary has"), ({"target": "12"}, "12"),
+        ({"tokens": [[1, 2], [3, 4]]}, "one sequence"),
+        ({"tokens": [1, 999]}, "the vocabulary has 0 to 71"),
+        ({"at": 99}, "the sequence has"),
+        ({"node_share": 0}, "above 0"),
+        ({"max_nodes": 1}, "at least 2"),
+        ({"target": 999}, "the vocabulary has"),
+        ({"target": "12"}, "12"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_explained_is_refused(model: GptOss, asked: dict, message: str) -> None:
     with pytest.raises((InputError, ValueError), match=message):
         graph(model, **({"tokens": TEXT} | asked))

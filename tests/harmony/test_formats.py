@@ -24,18 +24,25 @@ ITEMS = [
 ]
 HARMONY = {
     "messages": [
-        {"role": "system", "content": [{"type": "system_content", "reasoning_effort": "High", "conversation_start_date": "2025-06-28"}]},
+        {
+            "role": "system",
+            "content": [
+                {"type": "system_content", "reasoning_effort": "High", "conversation_start_date": "2025-06-28"}
+            ],
+        },
         {"role": "user", "content": [{"type": "text", "text": "6*7"}]},
         {"role": "assistant", "channel": "analysis", "content": [{"type": "text", "text": "six sevens"}]},
         {"role": "assistant", "channel": "final", "content": [{"type": "text", "text": "42"}]},
     ]
-}  # fmt: skip
+}
 SHAPES: dict[str, Any] = {
     "requests with responses": {"request": {"messages": [ASK], "reasoning_effort": "high"}, "response": CHAT},
     "responses of a chat API": {"messages": [ASK], **CHAT},
     "responses of a chat API, Responses": {"input": "6*7", "output": ITEMS, "status": "completed"},
     "responses of a chat API, Ollama": {
-        "messages": [ASK], "message": {"role": "assistant", "content": "42", "thinking": "six sevens"}, "done": True,
+        "messages": [ASK],
+        "message": {"role": "assistant", "content": "42", "thinking": "six sevens"},
+        "done": True,
         "done_reason": "stop",
     },
     "ShareGPT conversations": {
@@ -44,12 +51,15 @@ SHAPES: dict[str, Any] = {
     "TRL prompts with completions": {"prompt": [ASK], "completion": [MESSAGE]},
     "simple-evals results": {"convos": [[ASK, MESSAGE]], "metadata": {"example_level_metadata": [{"score": 1.0}]}},
     "lm-eval samples": {
-        "doc_id": 3, "arguments": [["6*7", {}]], "resps": [["analysissix sevensassistantfinal42"]], "exact_match": 1.0
+        "doc_id": 3,
+        "arguments": [["6*7", {}]],
+        "resps": [["analysissix sevensassistantfinal42"]],
+        "exact_match": 1.0,
     },
     "openai_harmony conversations": HARMONY,
     "chat messages": {"messages": [ASK, {"role": "assistant", "content": "42", "thinking": "six sevens"}]},
     "prompts with answers": {"prompt": "6*7", "response": "42", "reasoning": "six sevens"},
-}  # fmt: skip
+}
 
 
 def said(row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -147,22 +157,35 @@ IRREGULAR = "I refuse.<|end|><|start|>assistant<|channel|>final<|message|>42<|re
 OUTPUTS: dict[str, tuple[dict[str, Any], list[tuple[str, str]], str]] = {
     "text before the header": ({"content": IRREGULAR}, [("", "I refuse."), ("final", "42")], "1 irregular, 1 without"),
     "a call with a type": (
-        {"content": "<|channel|>analysis to=python code<|message|>6*7<|call|>"}, [("analysis", "6*7")], "1 with tools not rendered",
+        {"content": "<|channel|>analysis to=python code<|message|>6*7<|call|>"},
+        [("analysis", "6*7")],
+        "1 with tools not rendered",
     ),
     "an unclosed tag": ({"content": "<think>six se"}, [("analysis", "six se")], "1 truncated"),
     "only the closing tag": ({"content": "six sevens</think>42"}, THINK, "1 re-rendered"),
     "an ordinary word": ({"content": "final results: 42"}, [("final", "final results: 42")], "1 without reasoning"),
     "marks that are quoted": (
-        {"content": "Write `<|start|>user<|message|>`."}, [("final", "Write `<|start|>user<|message|>`.")], "1 without reasoning",
+        {"content": "Write `<|start|>user<|message|>`."},
+        [("final", "Write `<|start|>user<|message|>`.")],
+        "1 without reasoning",
     ),
     "encrypted reasoning": (
-        {"content": "42", "reasoning_details": [{"type": "reasoning.encrypted", "data": "gAAA"}]}, [("final", "42")], "1 without",
+        {"content": "42", "reasoning_details": [{"type": "reasoning.encrypted", "data": "gAAA"}]},
+        [("final", "42")],
+        "1 without",
     ),
     "a preamble": (
-        {"content": [{"type": "text", "text": "First."}, {"type": "thinking", "thinking": "six sevens"}, {"type": "text", "text": "42"}]},
-        [("commentary", "First."), *THINK], "1 re-rendered",
+        {
+            "content": [
+                {"type": "text", "text": "First."},
+                {"type": "thinking", "thinking": "six sevens"},
+                {"type": "text", "text": "42"},
+            ]
+        },
+        [("commentary", "First."), *THINK],
+        "1 re-rendered",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("message", "wanted", "counted"), OUTPUTS.values(), ids=OUTPUTS.keys())

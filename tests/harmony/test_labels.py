@@ -123,9 +123,17 @@ def test_every_part_of_a_tool_call(o200k: Tokenizer) -> None:
     n = {part: parts_of(labels).count(part) for part in PARTS}
     words = len(o200k.encode("commentary")) + len(o200k.encode(" to=functions.x "))
     assert n == {
-        "outside": 0, "start": 1, "role": 1, "channel_mark": 1, "channel": words, "constrain_mark": 1, "constrain": 1,
-        "message_mark": 1, "content": 1, "stop": 1,
-    }  # fmt: skip
+        "outside": 0,
+        "start": 1,
+        "role": 1,
+        "channel_mark": 1,
+        "channel": words,
+        "constrain_mark": 1,
+        "constrain": 1,
+        "message_mark": 1,
+        "content": 1,
+        "stop": 1,
+    }
     (message,) = labels.messages
     assert (message.role, message.channel, message.recipient) == ("assistant", "commentary", "functions.x")
     assert (message.content_type, message.closed_by, message.flags) == ("<|constrain|>json", "call", ())
@@ -138,7 +146,10 @@ MALFORMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "<|start|>user<|message|>ab" + GOOD,
         [{"closed_by": "start", "flags": ("unclosed",), "stop": -1, "end": 5}, {"start": 5, "flags": ()}],
     ),
-    "the end of the text closes": ("<|start|>user<|message|>a<|endoftext|>" + GOOD, [{"closed_by": "eot", "end": 4}, {}]),
+    "the end of the text closes": (
+        "<|start|>user<|message|>a<|endoftext|>" + GOOD,
+        [{"closed_by": "eot", "end": 4}, {}],
+    ),
     "a new text closes": ("<|start|>user<|message|>a<|startoftext|>a", [{"closed_by": "eot", "end": 4}]),
     "a channel mark inside content stays": (
         "<|start|>user<|message|>a<|channel|>final<|message|>b<|end|>",
@@ -162,34 +173,65 @@ MALFORMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
     ),
     "a cut header has a role at most": (
         "<|start|>assistant to=user<|channel|>ana",
-        [{"role": "assistant", "channel": "", "recipient": "", "content": -1, "closed_by": "truncated", "flags": ("no_message",)}],
+        [
+            {
+                "role": "assistant",
+                "channel": "",
+                "recipient": "",
+                "content": -1,
+                "closed_by": "truncated",
+                "flags": ("no_message",),
+            }
+        ],
     ),
     "a cut role is unknown": ("<|start|>assi", [{"role": "", "author": "", "flags": ("no_message",)}]),
-    "a header without content": ("<|start|>user<|end|>", [{"role": "user", "stop": 2, "end": 3, "flags": ("no_message",)}]),
-    "a message without a role": ("<|start|><|message|>a<|end|>", [{"role": "assistant", "flags": ("no_role",), "content": 2}]),
+    "a header without content": (
+        "<|start|>user<|end|>",
+        [{"role": "user", "stop": 2, "end": 3, "flags": ("no_message",)}],
+    ),
+    "a message without a role": (
+        "<|start|><|message|>a<|end|>",
+        [{"role": "assistant", "flags": ("no_role",), "content": 2}],
+    ),
     "a padding in the header": (
         "<|start|>user<|pad|><|message|>a<|end|>",
         [{"role": "user", "flags": ("special_in_header",)}],
     ),
     "empty content": ("<|start|>user<|message|><|end|>", [{"content": 3, "stop": 3, "end": 4, "flags": ()}]),
-    "nothing after the mark": ("<|start|>user<|message|>", [{"content": 3, "stop": -1, "end": 3, "closed_by": "truncated"}]),
+    "nothing after the mark": (
+        "<|start|>user<|message|>",
+        [{"content": 3, "stop": -1, "end": 3, "closed_by": "truncated"}],
+    ),
     "text before any message is outside": ("a<|end|>" + GOOD, [{"start": 2, "end": 7}]),
     "spaces behind a message are outside": (GOOD + "  " + GOOD, [{"end": 5}, {"start": 7}]),
     "text behind a message is the assistant's": (
         GOOD + "  ab<|end|>" + GOOD,
-        [{"end": 5}, {"start": 7, "content": 7, "end": 10, "role": "assistant", "channel": "", "flags": ("no_start",)}, {"start": 10}],
+        [
+            {"end": 5},
+            {"start": 7, "content": 7, "end": 10, "role": "assistant", "channel": "", "flags": ("no_start",)},
+            {"start": 10},
+        ],
     ),
     "text behind the end of a text is outside": (GOOD + "<|endoftext|>ab", [{"end": 5}]),
     "a header without a start": (
         "<|channel|>final<|message|>a<|end|><|message|>b<|end|>",
-        [{"role": "assistant", "channel": "final", "content": 3, "flags": ("no_start",)}, {"channel": "", "content": 6, "flags": ("no_start",)}],
+        [
+            {"role": "assistant", "channel": "final", "content": 3, "flags": ("no_start",)},
+            {"channel": "", "content": 6, "flags": ("no_start",)},
+        ],
     ),
     "text instead of a header": (
         "<|start|>assistant ab c<|end|>",
         [{"role": "assistant", "channel": "", "content": 2, "flags": ("no_message",)}],
     ),
-    "text glued to the role": ("<|start|>assistantab<|end|>", [{"role": "assistant", "content": 2, "flags": ("no_message",)}]),
-    "text instead of a role": ("<|start|>ab c de<|end|>", [{"role": "assistant", "content": 1, "flags": ("no_role", "no_message")}]),
+    "text glued to the role": (
+        "<|start|>assistantab<|end|>",
+        [{"role": "assistant", "content": 2, "flags": ("no_message",)}],
+    ),
+    "text instead of a role": (
+        "<|start|>ab c de<|end|>",
+        [{"role": "assistant", "content": 1, "flags": ("no_role", "no_message")}],
+    ),
     "text behind a channel": (
         "<|start|>assistant<|channel|>final ab c<|end|>",
         [{"role": "assistant", "channel": "final", "content": 4, "flags": ("no_message",)}],
@@ -203,15 +245,25 @@ MALFORMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
         [{"role": "assistant", "channel": "final", "author": "assistantassistant", "flags": ("irregular_role",)}],
     ),
     "a channel as a role": (
-        "<|start|>final<|message|>a<|return|>", [{"role": "assistant", "channel": "", "author": "final", "flags": ("irregular_role",)}]
+        "<|start|>final<|message|>a<|return|>",
+        [{"role": "assistant", "channel": "", "author": "final", "flags": ("irregular_role",)}],
     ),
-    "a sentence as a role": ("<|start|>ab cd ef<|message|>a<|end|>", [{"role": "assistant", "flags": ("irregular_role",)}]),
-    "an unknown channel": ("<|start|>assistant<|channel|>??<|message|>a<|end|>", [{"channel": "??", "flags": ("unknown_channel",)}]),
+    "a sentence as a role": (
+        "<|start|>ab cd ef<|message|>a<|end|>",
+        [{"role": "assistant", "flags": ("irregular_role",)}],
+    ),
+    "an unknown channel": (
+        "<|start|>assistant<|channel|>??<|message|>a<|end|>",
+        [{"channel": "??", "flags": ("unknown_channel",)}],
+    ),
     "signs behind a channel": (
         "<|start|>assistant<|channel|>commentary 2?<|message|>a<|end|>",
         [{"channel": "commentary 2?", "content_type": "", "flags": ("extra_words", "unknown_channel")}],
     ),
-    "an author that is no role is a tool": ("<|start|>functions.calc<|message|>a<|end|>", [{"role": "tool", "author": "functions.calc"}]),
+    "an author that is no role is a tool": (
+        "<|start|>functions.calc<|message|>a<|end|>",
+        [{"role": "tool", "author": "functions.calc"}],
+    ),
     "a user has a name": ("<|start|>user:bob<|message|>a<|end|>", [{"role": "user", "author": "bob"}]),
     "a type without its mark": (
         "<|start|>assistant<|channel|>analysis code<|message|>a<|end|>",
@@ -226,7 +278,7 @@ MALFORMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
         [{"channel": "final", "recipient": "user", "flags": ("extra_words",)}],
     ),
     "nothing": ("", []),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("text", "expected"), MALFORMED.values(), ids=MALFORMED.keys())
@@ -342,7 +394,7 @@ IN_OUTPUT = {
         "<|start|>assistant to=functions.calc<|message|>a<|end|><|start|>functions.calc<|message|>b<|end|>",
         ("tool", "functions.calc", ()),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("output", "last"), IN_OUTPUT.values(), ids=IN_OUTPUT.keys())

@@ -293,7 +293,10 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
     ([{"role": "user", "content": [{"type": "image_url"}]}], "gpt-oss reads no images"),
     ([{"role": "user", "content": [{"type": "input_audio"}]}], "a part of type 'input_audio'"),
     ([{"role": "user", "content": "a", "mood": "good"}], "the field 'mood' of a message cannot be rendered"),
-    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}]}], "a tool call has no function's name"),
+    (
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}]}],
+        "a tool call has no function's name",
+    ),
     ([{"role": "user", "content": "a", "name": "a b"}], "name is 'a b'; wanted one word"),
     ([{"role": "user", "content": "a", "channel": "final<|message|>"}], "channel is"),
     ([{"role": "user", "content": "a", "recipient": ""}], "recipient is ''"),
@@ -304,7 +307,7 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
     ([{"role": "system", "content": "a", "channel": "final"}], "a leading system message has no channel"),
     ([{"role": "user", "content": "a\x1b[31m\n", "name": "\x1b[31m\n"}], r"name is '\x1b[31m\n'"),
     ([{"role": "user", "content": "a\ud800"}], "half a surrogate pair"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("messages", "reason"), BAD_MESSAGES, ids=[reason for _, reason in BAD_MESSAGES])

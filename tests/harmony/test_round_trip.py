@@ -27,11 +27,14 @@ WORDS = TEXT.filter(str.strip)
 NAMES = st.sampled_from(("calc", "get_weather", "lookup"))
 SPECS = st.sampled_from(
     (
-        {"type": "string"}, {"type": "integer", "description": "How many."}, {"type": "boolean", "default": True},
-        {"type": "string", "enum": ["a", "b"], "default": "a"}, {"type": "array", "items": {"type": "string"}},
+        {"type": "string"},
+        {"type": "integer", "description": "How many."},
+        {"type": "boolean", "default": True},
+        {"type": "string", "enum": ["a", "b"], "default": "a"},
+        {"type": "array", "items": {"type": "string"}},
         {"type": "string", "default": "x", "description": "A word."},
     )
-)  # fmt: skip
+)
 LIMITS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -59,7 +62,13 @@ def chat(draw: st.DrawFn) -> Messages:
 
 
 @LIMITS
-@given(chat(), st.lists(tool(), max_size=2, unique_by=lambda t: t["function"]["name"]), st.sampled_from(harmony.EFFORTS), st.sampled_from((None, "You are Ada.")), st.booleans())  # fmt: skip
+@given(
+    chat(),
+    st.lists(tool(), max_size=2, unique_by=lambda t: t["function"]["name"]),
+    st.sampled_from(harmony.EFFORTS),
+    st.sampled_from((None, "You are Ada.")),
+    st.booleans(),
+)
 def test_ids_are_the_official_templates(
     messages: Messages, tools: list[dict[str, Any]], effort: str, identity: str | None, generate: bool
 ) -> None:

@@ -30,13 +30,14 @@ TRAINERS = {
     "topk": ("top_k", "TopKTrainer", {"k": 5, "threshold_start_step": 5, "warmup_steps": 2}),
     "jumprelu": ("jumprelu", "JumpReluTrainer", {"target_l0": 5.0, "warmup_steps": 2, "sparsity_warmup_steps": 5}),
     "matryoshka": (
-        "matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer",
+        "matryoshka_batch_top_k",
+        "MatryoshkaBatchTopKTrainer",
         {"k": 4, "threshold_start_step": 5, "warmup_steps": 2, "group_fractions": [0.25, 0.75]},
     ),
     "gated": ("gdm", "GatedSAETrainer", {"warmup_steps": 2, "sparsity_warmup_steps": 5}),
     "standard": ("standard", "StandardTrainer", {"warmup_steps": 2, "sparsity_warmup_steps": 5}),
     "standard_april": ("standard", "StandardTrainerAprilUpdate", {"warmup_steps": 2, "sparsity_warmup_steps": 5}),
-}  # fmt: skip
+}
 
 
 class Activations:
@@ -69,9 +70,18 @@ def train(name: str, seed: int) -> None:
     module, trainer, options = TRAINERS[name]
     library = importlib.import_module(f"dictionary_learning.trainers.{module}")
     config: dict[str, Any] = {
-        "trainer": getattr(library, trainer), "steps": STEPS, "layer": 1, "lm_name": "tiny", "device": "cpu",
-        "seed": seed, "lr": 1e-2, "wandb_name": name, "submodule_name": "resid_post_layer_1", **SIZES, **options,
-    }  # fmt: skip
+        "trainer": getattr(library, trainer),
+        "steps": STEPS,
+        "layer": 1,
+        "lm_name": "tiny",
+        "device": "cpu",
+        "seed": seed,
+        "lr": 1e-2,
+        "wandb_name": name,
+        "submodule_name": "resid_post_layer_1",
+        **SIZES,
+        **options,
+    }
     data = Activations(seed)
     importlib.import_module("dictionary_learning.training").trainSAE(
         data, [config], STEPS, save_dir=str(HERE / name), normalize_activations=True, device="cpu"

@@ -75,10 +75,16 @@ def test_encode_and_decode_are_the_librarys_and_the_formulas_in_float64(name: st
     assert sae.cfg.hook_name == RESID
 
 
-@pytest.mark.parametrize(("name", "wrong"), [
-    ("batch_topk", {"architecture": "standard"}), ("topk", {"k": 6}), ("jumprelu", {"apply_b_dec_to_input": True}),
-    ("matryoshka", {"apply_b_dec_to_input": False}), ("standard", {"apply_b_dec_to_input": False}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("batch_topk", {"architecture": "standard"}),
+        ("topk", {"k": 6}),
+        ("jumprelu", {"apply_b_dec_to_input": True}),
+        ("matryoshka", {"apply_b_dec_to_input": False}),
+        ("standard", {"apply_b_dec_to_input": False}),
+    ],
+)
 def test_the_comparison_detects_a_wrong_computation(name: str, wrong: dict[str, Any]) -> None:
     sae, expected = load_sae(FOLDERS / name), outputs(name)
     sae.cfg = replace(sae.cfg, **wrong)
@@ -131,11 +137,18 @@ def test_autoencodernew_has_its_bias_in_the_decoder(tmp_path: Path) -> None:
     torch.testing.assert_close(sae.decode(features), features @ s["decoder.weight"].T + s["bias"])
 
 
-@pytest.mark.parametrize(("submodule", "io", "expected"), [
-    ("resid_post_layer_11", "out", "blocks.11.hook_resid_post"), ("mlp_out_layer_3", "out", "blocks.3.hook_mlp_out"),
-    ("attention_out_layer_0", "out", "blocks.0.hook_attn_out"), ("resid_post_layer_11", "in", None),
-    ("router_layer_2", "out", None), (None, "out", None), ("../resid_post_layer_1", "out", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("submodule", "io", "expected"),
+    [
+        ("resid_post_layer_11", "out", "blocks.11.hook_resid_post"),
+        ("mlp_out_layer_3", "out", "blocks.3.hook_mlp_out"),
+        ("attention_out_layer_0", "out", "blocks.0.hook_attn_out"),
+        ("resid_post_layer_11", "in", None),
+        ("router_layer_2", "out", None),
+        (None, "out", None),
+        ("../resid_post_layer_1", "out", None),
+    ],
+)
 def test_the_hook_point_is_the_configs(submodule: str | None, io: str, expected: str | None, tmp_path: Path) -> None:
     folder = changed(tmp_path, options={"submodule_name": submodule})
     config = json.loads((folder / CONFIG).read_text())
@@ -169,18 +182,21 @@ def test_spliced_features_are_hook_points_that_act_downstream(model: GptOss, nam
         )
 
 
-@pytest.mark.parametrize(("options", "tensors", "message"), [
-    ({"dict_class": "CrossCoder"}, {}, "dict_class 'CrossCoder' is not read here: expected AutoEncoder or"),
-    ({"dict_class": ["BatchTopKSAE"]}, {}, "is not read here"),
-    ({"dict_class": "JumpReluAutoEncoder"}, {}, "tensor 'W_dec' is missing"),
-    ({}, {"more": torch.zeros(2)}, "tensor 'more' is left over"),
-    ({}, {"threshold": None}, "tensor 'threshold' is missing"),
-    ({"k": 7}, {}, r"k is \[4\] in ae.pt and 7 in config.json; they must agree"),
-    ({"dict_size": 25}, {}, r"'encoder.weight' is \[32, 24\] as \[input, output\], .* make it \[32, 25\]"),
-    ({"activation_dim": "many"}, {}, "activation_dim is 'many', expected a positive whole number"),
-    ({}, {"b_dec": torch.full((32,), torch.nan)}, "'b_dec' is not of finite floating-point numbers"),
-    ({}, {"b_dec": torch.zeros(32, dtype=torch.int32)}, "'b_dec' is not of finite floating-point numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "tensors", "message"),
+    [
+        ({"dict_class": "CrossCoder"}, {}, "dict_class 'CrossCoder' is not read here: expected AutoEncoder or"),
+        ({"dict_class": ["BatchTopKSAE"]}, {}, "is not read here"),
+        ({"dict_class": "JumpReluAutoEncoder"}, {}, "tensor 'W_dec' is missing"),
+        ({}, {"more": torch.zeros(2)}, "tensor 'more' is left over"),
+        ({}, {"threshold": None}, "tensor 'threshold' is missing"),
+        ({"k": 7}, {}, r"k is \[4\] in ae.pt and 7 in config.json; they must agree"),
+        ({"dict_size": 25}, {}, r"'encoder.weight' is \[32, 24\] as \[input, output\], .* make it \[32, 25\]"),
+        ({"activation_dim": "many"}, {}, "activation_dim is 'many', expected a positive whole number"),
+        ({}, {"b_dec": torch.full((32,), torch.nan)}, "'b_dec' is not of finite floating-point numbers"),
+        ({}, {"b_dec": torch.zeros(32, dtype=torch.int32)}, "'b_dec' is not of finite floating-point numbers"),
+    ],
+)
 def test_what_does_not_fit_is_refused_by_name(
     options: dict[str, Any], tensors: dict[str, Tensor | None], message: str, tmp_path: Path
 ) -> None:

@@ -98,7 +98,7 @@ CHANGES: dict[str, tuple[Callable[[GptOss], Edit], Callable[[GptOss, Any], None]
         lambda m: steer("blocks.1.hook_mlp_out", torch.ones(64), 0.5),
         lambda m, b: b.mlp.register_forward_hook(lambda module, args, out: out + 0.5) and None,
     ),
-}  # fmt: skip
+}
 
 
 @torch.no_grad()
@@ -325,7 +325,7 @@ def test_what_an_edit_met_is_said(base: GptOss) -> None:
         (lambda: set_sinks(1), "either a probability"),
         (lambda: set_sinks(1, probability=1.5), "from 0 to 1"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_refused(base: GptOss, edit: Callable[[], Edit], message: str) -> None:
     with pytest.raises(ValueError, match=message), torch.no_grad():
         run(base, edit())

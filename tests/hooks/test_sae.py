@@ -44,12 +44,19 @@ def test_encode_and_decode_are_saelens(name: str) -> None:
     torch.testing.assert_close(sae.error(wanted["x"]), wanted["x"] - wanted["decoded"], **loose)
 
 
-@pytest.mark.parametrize(("name", "wrong"), [
-    ("standard", {"apply_b_dec_to_input": False}), ("keeps_b_dec", {"apply_b_dec_to_input": True}),
-    ("layer_norm", {"normalize_activations": "none"}), ("constant_norm", {"normalize_activations": "layer_norm"}),
-    ("jumprelu", {"architecture": "standard"}), ("batchtopk", {"architecture": "standard"}), ("topk", {"k": 6}),
-    ("topk_rescaled", {"rescale_acts_by_decoder_norm": False}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("standard", {"apply_b_dec_to_input": False}),
+        ("keeps_b_dec", {"apply_b_dec_to_input": True}),
+        ("layer_norm", {"normalize_activations": "none"}),
+        ("constant_norm", {"normalize_activations": "layer_norm"}),
+        ("jumprelu", {"architecture": "standard"}),
+        ("batchtopk", {"architecture": "standard"}),
+        ("topk", {"k": 6}),
+        ("topk_rescaled", {"rescale_acts_by_decoder_norm": False}),
+    ],
+)
 def test_the_comparison_notices_a_wrong_option(name: str, wrong: dict[str, Any]) -> None:
     sae, wanted = load_sae(SAES / name), outputs(name)
     sae.cfg = replace(sae.cfg, **wrong)
@@ -214,28 +221,31 @@ def spoilt(folder: Path, name: str, options: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"architecture": "transcoder"}, "architecture 'transcoder' is not read here: wanted standard or topk"),
-    ({"architecture": "jumprelu_skip_transcoder"}, "architecture 'jumprelu_skip_transcoder' is not read here"),
-    ({"architecture": "temporal"}, "architecture 'temporal' is not read here"),
-    ({"architecture": "batchtopk"}, "architecture 'batchtopk' .* save_inference_model makes a jumprelu"),
-    ({"normalize_activations": "expected_average_only_in"}, "its factor is not in the folder: fold it in"),
-    ({"normalize_activations": True}, "'expected_average_only_in' is not read here"),
-    ({"normalize_activations": "batch_norm"}, "normalize_activations 'batch_norm' is not read here"),
-    ({"reshape_activations": "patches"}, "reshape_activations 'patches' is not read here"),
-    ({"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu' is not read here"),
-    ({"metadata": {"hook_head_index": 3}}, "hook_head_index 3 is not read here"),
-    ({"dtype": "float8"}, "dtype 'float8' is not read here"),
-    ({"apply_b_dec_to_input": "maybe"}, "apply_b_dec_to_input 'maybe' is not read here"),
-    ({"d_in": 0}, "d_in is 0, wanted a positive whole number"),
-    ({"d_sae": "many"}, "d_sae is 'many'"),
-    ({"hook_name": 7}, "hook_name is 7, wanted the name of a hook point"),
-    ({"k": 25}, "k 25 is above d_sae 24"),
-    ({"k": None}, "k is 0, wanted a positive whole number"),
-    ({"d_in": 64}, r"'W_enc' has shape \[32, 24\], cfg.json wants \[64, 24\]"),
-    ({"architecture": "jumprelu"}, "tensor 'threshold' is missing"),
-    ({"architecture": "gated"}, "tensor 'b_enc' is left over"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architecture": "transcoder"}, "architecture 'transcoder' is not read here: wanted standard or topk"),
+        ({"architecture": "jumprelu_skip_transcoder"}, "architecture 'jumprelu_skip_transcoder' is not read here"),
+        ({"architecture": "temporal"}, "architecture 'temporal' is not read here"),
+        ({"architecture": "batchtopk"}, "architecture 'batchtopk' .* save_inference_model makes a jumprelu"),
+        ({"normalize_activations": "expected_average_only_in"}, "its factor is not in the folder: fold it in"),
+        ({"normalize_activations": True}, "'expected_average_only_in' is not read here"),
+        ({"normalize_activations": "batch_norm"}, "normalize_activations 'batch_norm' is not read here"),
+        ({"reshape_activations": "patches"}, "reshape_activations 'patches' is not read here"),
+        ({"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu' is not read here"),
+        ({"metadata": {"hook_head_index": 3}}, "hook_head_index 3 is not read here"),
+        ({"dtype": "float8"}, "dtype 'float8' is not read here"),
+        ({"apply_b_dec_to_input": "maybe"}, "apply_b_dec_to_input 'maybe' is not read here"),
+        ({"d_in": 0}, "d_in is 0, wanted a positive whole number"),
+        ({"d_sae": "many"}, "d_sae is 'many'"),
+        ({"hook_name": 7}, "hook_name is 7, wanted the name of a hook point"),
+        ({"k": 25}, "k 25 is above d_sae 24"),
+        ({"k": None}, "k is 0, wanted a positive whole number"),
+        ({"d_in": 64}, r"'W_enc' has shape \[32, 24\], cfg.json wants \[64, 24\]"),
+        ({"architecture": "jumprelu"}, "tensor 'threshold' is missing"),
+        ({"architecture": "gated"}, "tensor 'b_enc' is left over"),
+    ],
+)
 def test_what_is_not_read_is_refused_by_name(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as refused:
         load_sae(spoilt(tmp_path, "topk", options))
@@ -270,15 +280,20 @@ def of_another_size(folder: Path) -> None:
     save_file({"sparsity": torch.zeros(5)}, folder / "sparsity.safetensors")
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (without(CONFIG), "has no cfg.json"), (without(WEIGHTS), "sae_weights.safetensors is missing"),
-    (truncated, "is truncated or no safetensors file"), (not_json, "is not JSON that can be read"),
-    (a_list, "wanted an object of options, got list"),
-    (changed("b_enc", lambda b: b * torch.nan), "'b_enc' is not of finite floating-point numbers"),
-    (changed("b_enc", lambda b: b.to(torch.int32)), "'b_enc' is not of finite floating-point numbers"),
-    (changed("W_dec", lambda w: w[:-1]), r"'W_dec' has shape \[23, 32\], cfg.json wants \[24, 32\]"),
-    (of_another_size, r"sparsity.safetensors: tensor 'sparsity' has shape \[5\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without(CONFIG), "has no cfg.json"),
+        (without(WEIGHTS), "sae_weights.safetensors is missing"),
+        (truncated, "is truncated or no safetensors file"),
+        (not_json, "is not JSON that can be read"),
+        (a_list, "wanted an object of options, got list"),
+        (changed("b_enc", lambda b: b * torch.nan), "'b_enc' is not of finite floating-point numbers"),
+        (changed("b_enc", lambda b: b.to(torch.int32)), "'b_enc' is not of finite floating-point numbers"),
+        (changed("W_dec", lambda w: w[:-1]), r"'W_dec' has shape \[23, 32\], cfg.json wants \[24, 32\]"),
+        (of_another_size, r"sparsity.safetensors: tensor 'sparsity' has shape \[5\]"),
+    ],
+)
 def test_a_folder_that_is_not_whole_is_refused(spoil: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     spoil(spoilt(tmp_path, "standard", {}))
     with pytest.raises(ValueError, match=message) as refused:

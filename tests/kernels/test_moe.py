@@ -18,9 +18,13 @@ def weights(seed: int = 0, dtype: torch.dtype = torch.float64) -> Experts:
         return torch.randn(shape, generator=rng, dtype=torch.float32)
 
     return Experts(
-        Mxfp4(*quantise(normal(E, 2 * F, D))), normal(E, 2 * F).to(dtype), Mxfp4(*quantise(normal(E, D, F) / 4)),
-        normal(E, D).to(dtype), 7.0, 1.702,
-    )  # fmt: skip
+        Mxfp4(*quantise(normal(E, 2 * F, D))),
+        normal(E, 2 * F).to(dtype),
+        Mxfp4(*quantise(normal(E, D, F) / 4)),
+        normal(E, D).to(dtype),
+        7.0,
+        1.702,
+    )
 
 
 def slow(x: Tensor, experts: Tensor, gates: Tensor, w: Experts) -> Tensor:

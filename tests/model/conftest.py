@@ -12,47 +12,83 @@ from workbench.model.transformer import GptOss
 
 YARN = Rope(theta=150_000.0, factor=32.0, beta_fast=32.0, beta_slow=1.0, original_ctx=4096, truncate=False)
 BASE = Config(
-    d_model=64, n_layers=3, n_heads=8, n_key_value_heads=1, d_head=16, d_mlp=96, d_vocab=101, num_experts=8,
-    experts_per_token=4, windows=(16, None, 16), n_ctx=512, eps=1e-5, swiglu_limit=7.0, swiglu_alpha=1.702, rope=YARN,
-)  # fmt: skip
+    d_model=64,
+    n_layers=3,
+    n_heads=8,
+    n_key_value_heads=1,
+    d_head=16,
+    d_mlp=96,
+    d_vocab=101,
+    num_experts=8,
+    experts_per_token=4,
+    windows=(16, None, 16),
+    n_ctx=512,
+    eps=1e-5,
+    swiglu_limit=7.0,
+    swiglu_alpha=1.702,
+    rope=YARN,
+)
 SHAPES = {
     "ratio 8": BASE,
     "ratio 1, 5 experts": replace(BASE, n_heads=3, n_key_value_heads=3, num_experts=5, experts_per_token=3),
     "ratio 3, d_head 24": replace(BASE, n_heads=6, n_key_value_heads=2, d_head=24, windows=(33, None, 33)),
-    "short yarn, truncated": replace(BASE, rope=replace(YARN, theta=10_000.0, factor=4.0, original_ctx=128, truncate=True)),
+    "short yarn, truncated": replace(
+        BASE, rope=replace(YARN, theta=10_000.0, factor=4.0, original_ctx=128, truncate=True)
+    ),
     "top-1, window 1": replace(BASE, experts_per_token=1, windows=(1, None, 1), swiglu_limit=1.5),
-}  # fmt: skip
+}
 
 
 def hf_config(cfg: Config) -> GptOssConfig:
     window = next((w for w in cfg.windows if w is not None), None)
     rope = cfg.rope
     return GptOssConfig(
-        num_hidden_layers=cfg.n_layers, hidden_size=cfg.d_model, intermediate_size=cfg.d_mlp, vocab_size=cfg.d_vocab,
-        num_local_experts=cfg.num_experts, num_experts_per_tok=cfg.experts_per_token, head_dim=cfg.d_head,
-        num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_key_value_heads, sliding_window=window,
-        max_position_embeddings=cfg.n_ctx, rms_norm_eps=cfg.eps, swiglu_limit=cfg.swiglu_limit,
+        num_hidden_layers=cfg.n_layers,
+        hidden_size=cfg.d_model,
+        intermediate_size=cfg.d_mlp,
+        vocab_size=cfg.d_vocab,
+        num_local_experts=cfg.num_experts,
+        num_experts_per_tok=cfg.experts_per_token,
+        head_dim=cfg.d_head,
+        num_attention_heads=cfg.n_heads,
+        num_key_value_heads=cfg.n_key_value_heads,
+        sliding_window=window,
+        max_position_embeddings=cfg.n_ctx,
+        rms_norm_eps=cfg.eps,
+        swiglu_limit=cfg.swiglu_limit,
         layer_types=["full_attention" if w is None else "sliding_attention" for w in cfg.windows],
         rope_parameters=dict(
-            rope_type="yarn", rope_theta=rope.theta, factor=rope.factor, beta_fast=rope.beta_fast,
-            beta_slow=rope.beta_slow, original_max_position_embeddings=rope.original_ctx, truncate=rope.truncate,
+            rope_type="yarn",
+            rope_theta=rope.theta,
+            factor=rope.factor,
+            beta_fast=rope.beta_fast,
+            beta_slow=rope.beta_slow,
+            original_max_position_embeddings=rope.original_ctx,
+            truncate=rope.truncate,
         ),
         attn_implementation="eager",
-    )  # fmt: skip
+    )
 
 
 def to_hf(model: GptOss, dtype: torch.dtype = torch.float32) -> GptOssForCausalLM:
     """transformers' implementation on our weights."""
     hf = GptOssForCausalLM._from_config(hf_config(model.cfg), torch_dtype=dtype).eval()
     names = {
-        "embed.weight": "model.embed_tokens.weight", "unembed.weight": "lm_head.weight", "ln_final.weight": "model.norm.weight",
-    }  # fmt: skip
+        "embed.weight": "model.embed_tokens.weight",
+        "unembed.weight": "lm_head.weight",
+        "ln_final.weight": "model.norm.weight",
+    }
     parts = [
-        ("ln1.", "input_layernorm."), ("ln2.", "post_attention_layernorm."), ("attn.sinks", "self_attn.sinks"),
-        *((f"attn.{p}.", f"self_attn.{p}_proj.") for p in "qkvo"), ("mlp.router.", "mlp.router."),
-        ("mlp.experts.gate_up.weight", "mlp.experts.gate_up_proj"), ("mlp.experts.down.weight", "mlp.experts.down_proj"),
-        ("mlp.experts.gate_up.bias", "mlp.experts.gate_up_proj_bias"), ("mlp.experts.down.bias", "mlp.experts.down_proj_bias"),
-    ]  # fmt: skip
+        ("ln1.", "input_layernorm."),
+        ("ln2.", "post_attention_layernorm."),
+        ("attn.sinks", "self_attn.sinks"),
+        *((f"attn.{p}.", f"self_attn.{p}_proj.") for p in "qkvo"),
+        ("mlp.router.", "mlp.router."),
+        ("mlp.experts.gate_up.weight", "mlp.experts.gate_up_proj"),
+        ("mlp.experts.down.weight", "mlp.experts.down_proj"),
+        ("mlp.experts.gate_up.bias", "mlp.experts.gate_up_proj_bias"),
+        ("mlp.experts.down.bias", "mlp.experts.down_proj_bias"),
+    ]
     state = {}
     for name, tensor in model.state_dict().items():
         if name not in names:

@@ -19,15 +19,30 @@ from workbench.model.cache import KVCache
 from workbench.model.transformer import ExpertMatrix, GptOss
 
 ODD = replace(
-    BASE, d_model=96, d_mlp=32, n_layers=2, windows=(5, None), n_heads=6, n_key_value_heads=2, d_head=24,
-    num_experts=5, experts_per_token=3,
-)  # fmt: skip
+    BASE,
+    d_model=96,
+    d_mlp=32,
+    n_layers=2,
+    windows=(5, None),
+    n_heads=6,
+    n_key_value_heads=2,
+    d_head=24,
+    num_experts=5,
+    experts_per_token=3,
+)
 Pass = Callable[[GptOss], Tensor]
 # Points whose tensors the fused path does not compute; on Triton, one of each kind: an interpreted pass takes a second.
 BESIDE_THE_FUSED_PATH = (
-    "attn.hook_attn_scores", "attn.hook_sink", "attn.hook_pattern", "attn.hook_result", "ln1.hook_scale",
-    "mlp.experts.hook_gate", "mlp.experts.hook_pre", "mlp.experts.hook_post", "mlp.experts.hook_out",
-)  # fmt: skip
+    "attn.hook_attn_scores",
+    "attn.hook_sink",
+    "attn.hook_pattern",
+    "attn.hook_result",
+    "ln1.hook_scale",
+    "mlp.experts.hook_gate",
+    "mlp.experts.hook_pre",
+    "mlp.experts.hook_post",
+    "mlp.experts.hook_out",
+)
 TRITON_POINTS = (
     "attn.hook_sink",
     "attn.hook_pattern",

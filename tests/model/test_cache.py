@@ -65,8 +65,10 @@ SHORT: dict[str, tuple[int, Chunks]] = {
     "two tokens at a time": (2, [(20, [3, 20]), *decode(20, new=2)]),
     "a prompt in chunks": (1, [(50, None), (33, None), (20, None), *decode(3)]),
     "unequal prompts in chunks": (
-        3, [(50, [50, 50, 31]), (45, [45, 7, 0]), (50, [30, 0, 0]), (50, [1, 1, 50]), *decode(3)]),
-}  # fmt: skip
+        3,
+        [(50, [50, 50, 31]), (45, [45, 7, 0]), (50, [30, 0, 0]), (50, [1, 1, 50]), *decode(3)],
+    ),
+}
 # With the real sizes: nano's windowed layers hold 224 positions.
 REAL: dict[str, tuple[int, Chunks]] = {
     "a prompt in chunks": (1, [(230, None), (100, None), (50, None), *decode(2)]),

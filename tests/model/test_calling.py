@@ -203,10 +203,13 @@ def test_what_a_mixture_of_experts_does_not_have_says_where_it_is(nano: GptOss) 
 def test_short_names_of_activations(nano: GptOss) -> None:
     _, cache = nano.run_with_cache("12+34")
     for short, full in (
-        (("sink", 1), "blocks.1.attn.hook_sink"), (("router", 1), "blocks.1.mlp.router.hook_out"),
-        (("post", 0), "blocks.0.mlp.experts.hook_post"), (("resid_post", -1), "blocks.3.hook_resid_post"),
-        (("scale", 0, "ln2"), "blocks.0.ln2.hook_scale"), ("embed", "hook_embed"),
-    ):  # fmt: skip
+        (("sink", 1), "blocks.1.attn.hook_sink"),
+        (("router", 1), "blocks.1.mlp.router.hook_out"),
+        (("post", 0), "blocks.0.mlp.experts.hook_post"),
+        (("resid_post", -1), "blocks.3.hook_resid_post"),
+        (("scale", 0, "ln2"), "blocks.0.ln2.hook_scale"),
+        ("embed", "hook_embed"),
+    ):
         assert cache[short] is cache[full]
 
 

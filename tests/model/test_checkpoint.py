@@ -293,8 +293,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "trailing bytes": (trailing, "7 bytes after the last tensor"),
     "index is no JSON": (index_of(lambda i: "{"), "is not an index"),
     "index without a map": (index_of(lambda i: i.clear()), "is not an index"),
-    "index names another shard": (index_of(lambda i: i["weight_map"].update({EMBED: "gone.safetensors"})), "but it is in"),
-    "index names another tensor": (index_of(lambda i: i["weight_map"].update(x="../../x")), "is in '../../x', which is missing"),
+    "index names another shard": (
+        index_of(lambda i: i["weight_map"].update({EMBED: "gone.safetensors"})),
+        "but it is in",
+    ),
+    "index names another tensor": (
+        index_of(lambda i: i["weight_map"].update(x="../../x")),
+        "is in '../../x', which is missing",
+    ),
     "overlap": (edit_header(all_at_the_same_place), "overlaps"),
     "wrong size": (edit_header(lambda h: first_tensor(h)["shape"].append(2)), "bytes, has"),
     "negative offset": (edit_header(lambda h: first_tensor(h).update(data_offsets=[-4, 4])), "are no counts"),
@@ -310,7 +316,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "the same weight twice": (same_weight_twice, "are both 'model.layers.1.mlp.experts.down_proj_scales'"),
     "int8 scales": (edit(SCALES, lambda t: t.view(torch.int8)), "dtype I8, wanted U8"),
     "tensor missing, no index": (without_index(edit(NORM, lambda t: None)), r"'model.norm.weight' \(64,\) is missing$"),
-    "tensor left over, no index": (without_index(edit(EMBED, lambda t: t, keep=True, new_name="x")), "'x' is not part of"),
+    "tensor left over, no index": (
+        without_index(edit(EMBED, lambda t: t, keep=True, new_name="x")),
+        "'x' is not part of",
+    ),
     "embedding missing, no index": (without_index(edit(EMBED, lambda t: None)), "no embedding called"),
     "one layer dense": (edit(BLOCKS, lambda t: torch.zeros(8, 96, 64, dtype=torch.bfloat16), DOWN), "lacks it"),
     "one layer dense, no index": (
@@ -320,7 +329,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "pickle": (pickles, "is a pickle"),
     "link out of the folder": (escaping_link, "link out of the checkpoint"),
     "config is a link out of the folder": (escaping_config, "link out of the checkpoint"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))

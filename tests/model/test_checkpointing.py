@@ -15,9 +15,10 @@ from workbench.model.transformer import GptOss
 X = torch.randint(BASE.d_vocab, (1, 120), generator=torch.Generator().manual_seed(6))
 LENGTHS = [70, 50]
 EDITS = (
-    ablate(1, [2], tokens=slice(5, None), how="resample"), remove_sinks(0, tokens=[3, 4, 5]),
+    ablate(1, [2], tokens=slice(5, None), how="resample"),
+    remove_sinks(0, tokens=[3, 4, 5]),
     resample("blocks.2.hook_resid_mid", torch.randn(5, 64, generator=torch.Generator().manual_seed(1)), tokens=[9, 30]),
-)  # fmt: skip
+)
 
 
 @pytest.fixture

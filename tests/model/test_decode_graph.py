@@ -123,9 +123,12 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
         return active[-1].launch(self, args, kwargs) if active else RUN(self, *args, **kwargs)
 
     for name, value in {
-        "CUDAGraph": new, "graph": graph, "Stream": lambda device: NoStream(),
-        "current_stream": lambda device: NoStream(), "stream": lambda stream: nullcontext(),
-    }.items():  # fmt: skip
+        "CUDAGraph": new,
+        "graph": graph,
+        "Stream": lambda device: NoStream(),
+        "current_stream": lambda device: NoStream(),
+        "stream": lambda stream: nullcontext(),
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(InterpretedFunction, "run", run)
     monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)

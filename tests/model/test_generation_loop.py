@@ -125,7 +125,10 @@ def widths_of(model: GptOss, run: Any) -> tuple[Any, list[tuple[int, ...]]]:
 def test_samples_share_their_prompt(base: GptOss) -> None:
     prompt, other = list(range(40)), [7, 8, 9]
     options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "stop": range(10), "seed": 5}
-    alone = [base.generate([p], **{**options, "seed": [5 * 1_000_003 + i]})[0] for i, p in enumerate([prompt] * 3 + [other] * 3)]  # fmt: skip
+    alone = [
+        base.generate([p], **{**options, "seed": [5 * 1_000_003 + i]})[0]
+        for i, p in enumerate([prompt] * 3 + [other] * 3)
+    ]
     together, passes = widths_of(base, lambda: base.generate([prompt, other], samples=3, **options))
     assert together == alone
     assert len({tuple(row) for row in together}) > 2

@@ -105,14 +105,28 @@ def test_the_gradient_is_the_finite_difference(model: GptOss, name: str) -> None
 
 
 BROKEN: dict[str, tuple[str, Callable[[GptOss, pytest.MonkeyPatch], None]]] = {
-    "a clamp that lets gradients through": ("blocks.1.mlp.experts.hook_gate", lambda model, patch: patch.setattr(
-        "workbench.kernels.moe.swiglu", lambda gate, up, limit, alpha: _straight(gate, limit) * torch.sigmoid(
-            alpha * _straight(gate, limit)) * (up.clamp(-limit, limit) + 1))),
-    "gates without gradients": ("blocks.1.ln2.hook_normalized", lambda model, patch: patch.setattr(
-        "workbench.kernels.routing.gate", lambda logits, experts: logits.gather(-1, experts).softmax(-1).detach())),
-    "a sink without gradients": ("blocks.1.attn.hook_rot_q", lambda model, patch: patch.setattr(
-        "workbench.kernels.attention.shrink", lambda z, sink: (z * (1 - sink.detach())[..., None]).to(z.dtype))),
-}  # fmt: skip
+    "a clamp that lets gradients through": (
+        "blocks.1.mlp.experts.hook_gate",
+        lambda model, patch: patch.setattr(
+            "workbench.kernels.moe.swiglu",
+            lambda gate, up, limit, alpha: (
+                _straight(gate, limit) * torch.sigmoid(alpha * _straight(gate, limit)) * (up.clamp(-limit, limit) + 1)
+            ),
+        ),
+    ),
+    "gates without gradients": (
+        "blocks.1.ln2.hook_normalized",
+        lambda model, patch: patch.setattr(
+            "workbench.kernels.routing.gate", lambda logits, experts: logits.gather(-1, experts).softmax(-1).detach()
+        ),
+    ),
+    "a sink without gradients": (
+        "blocks.1.attn.hook_rot_q",
+        lambda model, patch: patch.setattr(
+            "workbench.kernels.attention.shrink", lambda z, sink: (z * (1 - sink.detach())[..., None]).to(z.dtype)
+        ),
+    ),
+}
 
 
 def _straight(gate: Tensor, limit: float) -> Tensor:

@@ -11,9 +11,19 @@ from workbench.model.transformer import GptOss
 
 X = torch.randint(BASE.d_vocab, (2, 40), generator=torch.Generator().manual_seed(1))
 SIZES = dict(
-    batch=2, pos=40, query_pos=40, key_pos=40, head=BASE.n_heads, kv=BASE.n_key_value_heads, d_head=BASE.d_head,
-    slot=BASE.experts_per_token, expert=BASE.num_experts, d_model=BASE.d_model, d_mlp=BASE.d_mlp, d_vocab=BASE.d_vocab,
-)  # fmt: skip
+    batch=2,
+    pos=40,
+    query_pos=40,
+    key_pos=40,
+    head=BASE.n_heads,
+    kv=BASE.n_key_value_heads,
+    d_head=BASE.d_head,
+    slot=BASE.experts_per_token,
+    expert=BASE.num_experts,
+    d_model=BASE.d_model,
+    d_mlp=BASE.d_mlp,
+    d_vocab=BASE.d_vocab,
+)
 
 
 @pytest.fixture(scope="module")

@@ -46,9 +46,16 @@ TARGETS: dict[str, tuple[list[str], list[str]]] = {
 
 def with_peft(hf: GptOssForCausalLM, modules: Sequence[str], parameters: Sequence[str], **options: Any) -> PeftModel:
     """transformers' model with PEFT's adapter, loud enough to be heard."""
-    config = LoraConfig(**dict(
-        r=3, lora_alpha=7, target_modules=list(modules), target_parameters=list(parameters), init_lora_weights=False,
-    ) | options)  # fmt: skip
+    config = LoraConfig(
+        **dict(
+            r=3,
+            lora_alpha=7,
+            target_modules=list(modules),
+            target_parameters=list(parameters),
+            init_lora_weights=False,
+        )
+        | options
+    )
     peft = get_peft_model(hf, config)
     rng = torch.Generator().manual_seed(3)
     for name, p in peft.named_parameters():
@@ -115,12 +122,16 @@ def test_each_target_is_what_transformers_with_peft_computes(
     assert error(model, folder, wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("options", [
-    {"use_rslora": True},
-    {"rank_pattern": {"k_proj": 5, "experts.gate_up_proj": 2, r"layers\.[02]\..*down_proj": 1, "router.weight": 4}},
-    {"alpha_pattern": {"q_proj": 1, "down_proj": 30, "mlp.router.weight": 2.5}},
-    {"layers_to_transform": [1]},
-], ids=lambda options: next(iter(options)))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"k_proj": 5, "experts.gate_up_proj": 2, r"layers\.[02]\..*down_proj": 1, "router.weight": 4}},
+        {"alpha_pattern": {"q_proj": 1, "down_proj": 30, "mlp.router.weight": 2.5}},
+        {"layers_to_transform": [1]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
 def test_scales_and_ranks_follow_the_config(
     models: tuple[GptOss, GptOss], options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -246,10 +257,17 @@ def test_a_wrong_order_is_seen_by_the_comparison(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of models without a hub id
-@pytest.mark.parametrize("options", [
-    {"use_dora": True}, {"use_dora": True, "use_rslora": True}, {"modules_to_save": ["lm_head", "embed_tokens", "norm"]},
-    {"target_modules": ["lm_head", "q_proj"]}, {"target_modules": ["lm_head", "o_proj"], "use_dora": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True},
+        {"modules_to_save": ["lm_head", "embed_tokens", "norm"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["lm_head", "o_proj"], "use_dora": True},
+    ],
+    ids=str,
+)
 def test_magnitudes_whole_modules_and_the_unembedding(
     models: tuple[GptOss, GptOss], options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -278,8 +296,10 @@ def test_directions_of_tokens_include_an_adapter_of_the_unembedding(
     load_adapter(model, tmp_path)
     try:
         stream = torch.ones(1, 1, model.cfg.d_model)
-        near(model.tokens_to_residual_directions(torch.tensor([3, 5])) @ stream[0, 0] * stream[0, 0, 0],
-             model.unembed(stream * model.ln_final.weight)[0, 0, [3, 5]])  # fmt: skip
+        near(
+            model.tokens_to_residual_directions(torch.tensor([3, 5])) @ stream[0, 0] * stream[0, 0, 0],
+            model.unembed(stream * model.ln_final.weight)[0, 0, [3, 5]],
+        )
         assert not torch.equal(model.W_U, model.unembed.weight.mT)
     finally:
         unload_adapter(model)
@@ -393,7 +413,10 @@ Q_A, Q_B = PREFIX + "self_attn.q_proj.lora_A.weight", PREFIX + "self_attn.q_proj
 DOWN_A = PREFIX + "mlp.experts.lora_A.weight"
 REFUSED: dict[str, tuple[Spoil, str]] = {
     "another method": (option("peft_type", "LOHA"), "peft_type 'LOHA' is not read here"),
-    "DoRA without magnitudes": (option("use_dora", True), "use_dora is true, but blocks.0.attn.k has no lora_magnitude"),
+    "DoRA without magnitudes": (
+        option("use_dora", True),
+        "use_dora is true, but blocks.0.attn.k has no lora_magnitude",
+    ),
     "a magnitude without DoRA": (with_magnitude, "is a magnitude of DoRA, but use_dora is false"),
     "a bias in B": (option("lora_bias", True), "option lora_bias"),
     "trained biases": (option("bias", "lora_only"), "option bias = 'lora_only'"),
@@ -401,9 +424,18 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "whole modules": (option("modules_to_save", ["lm_head"]), "modules_to_save names 'lm_head', but the file holds no"),
     "packed experts in full": (saved_experts, "cannot replace a weight of this model: its experts are packed"),
     "an unknown order": (option("lora_B_layout", "sideways"), "lora_B_layout 'sideways' is unknown"),
-    "trained by Unsloth": (option("auto_mapping", {"unsloth_fixed": True}), "unsloth_fixed shows that Unsloth made this .* set the option lora_B_layout"),
-    "on a base of Unsloth": (option("base_model_name_or_path", "unsloth/gpt-oss-20b"), "the base model 'unsloth/gpt-oss-20b' shows"),
-    "the embedding": (rename("self_attn.q_proj.lora_A.weight", "self_attn.q_proj.lora_embedding_A"), "adapts the embedding, which is not supported"),
+    "trained by Unsloth": (
+        option("auto_mapping", {"unsloth_fixed": True}),
+        "unsloth_fixed shows that Unsloth made this .* set the option lora_B_layout",
+    ),
+    "on a base of Unsloth": (
+        option("base_model_name_or_path", "unsloth/gpt-oss-20b"),
+        "the base model 'unsloth/gpt-oss-20b' shows",
+    ),
+    "the embedding": (
+        rename("self_attn.q_proj.lora_A.weight", "self_attn.q_proj.lora_embedding_A"),
+        "adapts the embedding, which is not supported",
+    ),
     "trained tokens": (option("trainable_token_indices", [1]), "option trainable_token_indices"),
     "repeated layers": (option("layer_replication", [[0, 2]]), "option layer_replication"),
     "another base": (option("init_lora_weights", "pissa_niter_4"), "option init_lora_weights = 'pissa_niter_4'"),
@@ -412,17 +444,26 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "no alpha": (option("lora_alpha", "many"), "lora_alpha 'many', wanted a number"),
     "a broken pattern": (option("alpha_pattern", {"q_proj(": 1}), r"'q_proj\(', which is no pattern"),
     "another rank": (option("r", 4), r"lora_A.weight' has shape \[24, 64\], the model and the rank want \[32, 64\]"),
-    "the unembedding": (rename("model.layers.0.self_attn.q_proj", "lm_head"), r"'lm_head' has factors A \[3, 64\] and B \[144, 3\], the model maps 64 to 101"),
+    "the unembedding": (
+        rename("model.layers.0.self_attn.q_proj", "lm_head"),
+        r"'lm_head' has factors A \[3, 64\] and B \[144, 3\], the model maps 64 to 101",
+    ),
     "no such layer": (rename("layers.2.", "layers.7."), r"layers\.7\.[\w.]+' cannot be adapted in this model"),
     "the same twice": (twice, "mlp.experts.gate_up is adapted twice"),
     "not a factor": (unknown_tensor, "q_proj.lora_C' is not a LoRA factor and cannot replace a weight"),
     "half a pair": (drop(Q_B), "lora_A without its other factor"),
-    "another size": (change(Q_A, lambda t: t[:, :32]), r"q_proj' has factors A \[3, 32\] and B \[144, 3\], the model maps 64 to 144"),
-    "another number of experts": (change(DOWN_A, lambda t: t[:-3]), r"shape \[21, 96\], the model and the rank want \[24, 96\]"),
+    "another size": (
+        change(Q_A, lambda t: t[:, :32]),
+        r"q_proj' has factors A \[3, 32\] and B \[144, 3\], the model maps 64 to 144",
+    ),
+    "another number of experts": (
+        change(DOWN_A, lambda t: t[:-3]),
+        r"shape \[21, 96\], the model and the rank want \[24, 96\]",
+    ),
     "whole numbers": (change(Q_A, lambda t: t.to(torch.int32)), "dtype I32, wanted BF16 or F16 or F32"),
     "not finite": (change(Q_A, lambda t: t * torch.nan), "the factors of blocks.0.attn.q are not finite"),
     "nothing": (lambda config, factors: factors.clear(), "holds no LoRA factor"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
@@ -460,15 +501,24 @@ def truncated(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (without_config, "has no adapter_config.json"), (not_json, "is not JSON that can be read"),
-    (no_object, "peft_type .* is not read here"), (without_weights, "adapter_model.safetensors cannot be read"),
-    (pickled, "adapter_model.bin is a pickle"), (truncated, "beyond the file: truncated"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_config, "has no adapter_config.json"),
+        (not_json, "is not JSON that can be read"),
+        (no_object, "peft_type .* is not read here"),
+        (without_weights, "adapter_model.safetensors cannot be read"),
+        (pickled, "adapter_model.bin is a pickle"),
+        (truncated, "beyond the file: truncated"),
+    ],
+)
 def test_a_folder_that_is_not_whole_is_refused(
-    models: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]],
-    spoil: Callable[[Path], None], message: str, tmp_path: Path,
-) -> None:  # fmt: skip
+    models: tuple[GptOss, GptOss],
+    folders: dict[str, tuple[Path, Tensor]],
+    spoil: Callable[[Path], None],
+    message: str,
+    tmp_path: Path,
+) -> None:
     folder = shutil.copytree(folders["all"][0], tmp_path / "adapter")
     spoil(folder)
     with pytest.raises(InputError, match=message):

@@ -136,9 +136,13 @@ def test_each_stage_takes_what_the_plan_says(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(compute, "LOGIT_ROWS", ROWS)
     monkeypatch.setattr(chunking, "POSITIONS", POSITIONS)
     planned = memory.activations(
-        case.cfg, case.tokens, dtype=case.dtype, recorded=[f"blocks.0.{case.hook}"] if case.hook else [],
-        logits=case.tokens * (case.ends == "logits"), predictions=ROWS * (case.ends == "predictions"),
-    )  # fmt: skip
+        case.cfg,
+        case.tokens,
+        dtype=case.dtype,
+        recorded=[f"blocks.0.{case.hook}"] if case.hook else [],
+        logits=case.tokens * (case.ends == "logits"),
+        predictions=ROWS * (case.ends == "predictions"),
+    )
     peak = measured(case)
     (most, stage), (second, _) = sorted(((size, stage) for stage, size in planned.items()), reverse=True)[:2]
     assert stage == name.split(",", maxsplit=1)[0]

@@ -118,9 +118,14 @@ def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("model.layers.1.mlp.experts.down_proj_scales", 255), ("model.norm.weight", torch.inf), ("lm_head.weight", torch.nan),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.1.mlp.experts.down_proj_scales", 255),
+        ("model.norm.weight", torch.inf),
+        ("lm_head.weight", torch.nan),
+    ],
+)
 def test_a_weight_that_is_no_number_is_refused_when_a_model_is_loaded(tmp_path: Path, name: str, value: float) -> None:
     def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors[name].view(-1)[3] = value

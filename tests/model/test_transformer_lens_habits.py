@@ -70,8 +70,10 @@ def test_habits_work() -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("m.W_in", "each expert has its own"), ("m.blocks[1].mlp.W_in", "each expert has its own"),
-        ("m.W_pos", "positions are rotary"), ("m.enable_compatibility_mode()", "weights stay as published"),
+        ("m.W_in", "each expert has its own"),
+        ("m.blocks[1].mlp.W_in", "each expert has its own"),
+        ("m.W_pos", "positions are rotary"),
+        ("m.enable_compatibility_mode()", "weights stay as published"),
         ("m.process_weights_(fold_ln=True)", "weights stay as published"),
         ("m.tokenizer.apply_chat_template([])", "workbench.harmony.render"),
         ("m.tokenizer.encode('1', return_tensors='pt')", "encode returns a list"),
@@ -80,7 +82,7 @@ def test_habits_work() -> None:
         ("m.run_with_cache(T, incl_bwd=True)", "return_type='loss'"),
         ("m.run_with_hooks(T, fwd_hooks=[('blocks.1.hook_q_input', print)])", "call model.set_use_split_qkv_input"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_says_where_it_is(line: str, reason: str) -> None:
     model = wb.load("nano", dtype=torch.float32, device="cpu")
     with pytest.raises((AttributeError, InputError), match=re.escape(reason)):

@@ -25,9 +25,14 @@ def test_zarr_reads_what_we_write(name: str, fraction: float, tmp_path: Path) ->
     shape, chunks, grain, axis, start, dtype = CASES[name]
     fill = np.nan if dtype.startswith("float") else 0
     array = zarr.create_array(
-        str(tmp_path / "a"), shape=shape, dtype=dtype, chunks=chunks, shards=grain, fill_value=fill,
+        str(tmp_path / "a"),
+        shape=shape,
+        dtype=dtype,
+        chunks=chunks,
+        shards=grain,
+        fill_value=fill,
         compressors=ZstdCodec(level=shards.LEVEL, checksum=True),
-    )  # fmt: skip
+    )
     rng = np.random.default_rng(0)
     size = list(shape)
     size[axis] = max(1, int((shape[axis] - start) * fraction))
@@ -44,9 +49,13 @@ def test_zarr_reads_what_we_write(name: str, fraction: float, tmp_path: Path) ->
 
 def test_a_flipped_byte_and_a_cut_index_are_found_by_the_reader(tmp_path: Path) -> None:
     array = zarr.create_array(
-        str(tmp_path / "a"), shape=(16, 50), dtype="uint16", chunks=(4, 50), shards=(16, 50),
+        str(tmp_path / "a"),
+        shape=(16, 50),
+        dtype="uint16",
+        chunks=(4, 50),
+        shards=(16, 50),
         compressors=ZstdCodec(level=shards.LEVEL, checksum=True),
-    )  # fmt: skip
+    )
     values = np.random.default_rng(0).integers(0, 1000, (16, 50)).astype("uint16")
     for call in shards.writes(array, LocalStorage(tmp_path), "a", 0, 0, values):
         call()
@@ -68,9 +77,15 @@ def test_a_start_inside_a_shard_is_our_own_mistake(tmp_path: Path) -> None:
 def test_what_zarr_writes_we_read(name: str, tmp_path: Path) -> None:
     shape, chunks, grain, axis, start, dtype = CASES[name]
     array = zarr.create_array(
-        str(tmp_path / "a"), shape=shape, dtype=dtype, chunks=chunks, shards=grain, fill_value=0, compressors=shards.CODEC,
+        str(tmp_path / "a"),
+        shape=shape,
+        dtype=dtype,
+        chunks=chunks,
+        shards=grain,
+        fill_value=0,
+        compressors=shards.CODEC,
         config={"write_empty_chunks": grain is None},
-    )  # fmt: skip
+    )
     array[:] = np.random.default_rng(1).integers(0, 2, shape).astype(dtype) * (np.arange(shape[axis]) % 7 < 3).reshape(
         [-1 if a == axis else 1 for a in range(len(shape))]
     )  # chunks of nothing but the fill value are left out by zarr

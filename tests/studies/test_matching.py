@@ -49,9 +49,16 @@ def pooled_difference(run: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 CONFOUNDS = (
-    "task", "a task without analysis", "effort with task", "difficulty", "heavy tails", "one giant conversation",
-    "five prompts", "two hundred prompts", "duplicated prompts",
-)  # fmt: skip
+    "task",
+    "a task without analysis",
+    "effort with task",
+    "difficulty",
+    "heavy tails",
+    "one giant conversation",
+    "five prompts",
+    "two hundred prompts",
+    "duplicated prompts",
+)
 POOLED_FAILS = ("task", "a task without analysis", "effort with task", "difficulty", "duplicated prompts")
 COPIES = 4  # ids that have the same prompt, where prompts are duplicated
 

@@ -66,10 +66,15 @@ def disk_bytes(
         storage = _CountedStorage(Path(folder) / "sample.zarr")
         labels = [harmony.label(row.tokens, tokenizer=model.tokenizer, n_prompt=row.n_prompt) for row in rows]
         with open_writer(
-            storage, layout=layout, sequences=sequence_table(rows, layout, [()] * len(rows)),
-            messages=message_table(labels), model=model.cfg.to_json(), checkpoint={"digest": "", "name": ""}, spec=spec,
+            storage,
+            layout=layout,
+            sequences=sequence_table(rows, layout, [()] * len(rows)),
+            messages=message_table(labels),
+            model=model.cfg.to_json(),
+            checkpoint={"digest": "", "name": ""},
+            spec=spec,
             provenance={"transcripts": {"digest": ""}},
-        ) as writer:  # fmt: skip
+        ) as writer:
             metadata = storage.written()
             tables = sum(p.stat().st_size for t in ("sequences", "messages") for p in (storage.path / t).rglob("c/*"))
             writer.write_unit(0, computed.tokens, computed.records, summaries)
@@ -112,9 +117,12 @@ def record_of(array: str) -> str:
     kind, _, name = array.partition("/")
     own = name.rsplit("_", 1)[0] if kind == "summaries" else name
     known = {
-        "manifest": "tables and metadata", "tokens": "tokens", "attention": "sinks", "examples": "examples",
+        "manifest": "tables and metadata",
+        "tokens": "tokens",
+        "attention": "sinks",
+        "examples": "examples",
         "routing": "router_logits" if name == "logits" else "routing",
-    }  # fmt: skip
+    }
     if kind == "summaries":
         known |= {kind: "routing" if name in _OF_ROUTING else "tokens" if name in ("sequence", "tokens") else own}
     found = known.get(kind, own)

@@ -88,10 +88,19 @@ class ShapeModel:
 
     def _activation(self, hook: str, n: int) -> Tensor:
         sizes = {
-            "batch": 1, "pos": n, "query_pos": n, "key_pos": n, "1": 1, "head": self.cfg.n_heads,
-            "kv": self.cfg.n_key_value_heads, "d_head": self.cfg.d_head, "d_model": self.cfg.d_model,
-            "d_mlp": self.cfg.d_mlp, "slot": self.cfg.experts_per_token, "expert": self.cfg.num_experts,
-        }  # fmt: skip
+            "batch": 1,
+            "pos": n,
+            "query_pos": n,
+            "key_pos": n,
+            "1": 1,
+            "head": self.cfg.n_heads,
+            "kv": self.cfg.n_key_value_heads,
+            "d_head": self.cfg.d_head,
+            "d_model": self.cfg.d_model,
+            "d_mlp": self.cfg.d_mlp,
+            "slot": self.cfg.experts_per_token,
+            "expert": self.cfg.num_experts,
+        }
         shape = [sizes[axis] for axis in BLOCK[hook].split()]
         if "key_pos" in BLOCK[hook]:  # of one head, which stands for all: the others take no memory
             one = torch.randn((n, n), generator=self._random).tril()

@@ -85,9 +85,14 @@ def prompts(tmp_path: Path) -> Path:
 def write(folder: Path, n: int) -> Path:
     path = folder / "prompts.jsonl"
     rows = [
-        {"id": f"p{i}", "messages": [{"role": "user", "content": f"2*{i} é <script>"}], "expected": str(2 * i), "meta": {"task": "t"}}
+        {
+            "id": f"p{i}",
+            "messages": [{"role": "user", "content": f"2*{i} é <script>"}],
+            "expected": str(2 * i),
+            "meta": {"task": "t"},
+        }
         for i in range(n)
-    ]  # fmt: skip
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -116,14 +121,16 @@ REASONED = [("analysis", "think"), ("final", "0")]
         ({"content": "<think>think</think>\n0"}, REASONED, "verbatim"),
         ({"content": "analysisthinkassistantfinal0"}, REASONED, "verbatim"),
         (
-            {"content": "<|channel|>analysis<|message|>think<|end|><|start|>assistant<|channel|>final<|message|>0<|return|>"},
+            {
+                "content": "<|channel|>analysis<|message|>think<|end|><|start|>assistant<|channel|>final<|message|>0<|return|>"
+            },
             REASONED,
             "verbatim",
         ),
         ({"content": "0"}, [("final", "0")], "absent"),
         ({"content": "final0"}, [("final", "0")], "absent"),
     ],
-)  # fmt: skip
+)
 def test_chat_in_every_dialect(
     host: FakeHost, tmp_path: Path, message: dict[str, Any], wanted: list[tuple[str, str]], reasoning: str
 ) -> None:
@@ -412,9 +419,13 @@ def test_a_third_party_s_server_running_nano(tmp_path: Path) -> None:
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text("\n".join(chosen))
         asked = settings(
-            model=str(NANO), efforts=("low", "high"), temperature=0, max_tokens=400, concurrency=2,
+            model=str(NANO),
+            efforts=("low", "high"),
+            temperature=0,
+            max_tokens=400,
+            concurrency=2,
             body={"chat_template_kwargs": {"reasoning_effort": "{effort}"}},
-        )  # fmt: skip
+        )
         collect(f"http://127.0.0.1:{port}", prompts, tmp_path / "theirs.jsonl", asked)
     finally:
         server.terminate()
@@ -482,9 +493,12 @@ BAD_REPLIES: dict[str, tuple[bytes, dict[str, str]]] = {
     "a long number": (b'{"choices": ' + b"9" * 10_000 + b"}", {}),
     "half a pair": (b'{"choices": [{"message": {"content": "\\ud800"}}]}', {}),
     "wrong types": (b'{"choices": [{"message": {"content": {"a": 1}, "reasoning": 3, "tool_calls": 7}}]}', {}),
-    "ids too large": (b'{"choices": [{"message": {"content": "6"}, "token_ids": [99999999999]}], "prompt_token_ids": [1]}', {}),
+    "ids too large": (
+        b'{"choices": [{"message": {"content": "6"}, "token_ids": [99999999999]}], "prompt_token_ids": [1]}',
+        {},
+    ),
     "no object": (b'{"choices": [{"message": null, "finish_reason": []}], "usage": [], "model": {}}', {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(BAD_REPLIES))

@@ -35,9 +35,11 @@ def test_an_inspect_log_becomes_transcripts(form: str, tmp_path: Path) -> None:
     assert found.keys() == {"a", "2", "3"}
     assert {row["effort"] for row in rows} == {"high"}
     assert [(m["role"], m.get("channel"), m["content"]) for m in found["2"]["messages"]] == [
-        ("system", None, "Answer."), ("user", None, "7*8"), ("assistant", "analysis", "seven times eight… 56 <script>"),
+        ("system", None, "Answer."),
+        ("user", None, "7*8"),
+        ("assistant", "analysis", "seven times eight… 56 <script>"),
         ("assistant", "final", "54"),
-    ]  # fmt: skip
+    ]
     assert [found[i]["correct"] for i in ("a", "2", "3")] == [True, False, True]
     assert found["a"]["meta"]["domain"] == "arithmetic"
     assert found["a"]["meta"]["task"] == "sums"
@@ -65,11 +67,17 @@ def test_plain_lines_of_every_kind(tmp_path: Path) -> None:
         {"messages": [user, {"role": "assistant", "content": "6", "reasoning_content": "think"}], "effort": "low"},
         {"prompt": "2*3", "reasoning": "think", "answer": "6", "target": "6"},
         {"messages": [user, {"role": "assistant", "content": "<think>think</think>6"}]},
-        {"messages": [user, {"role": "assistant", "channel": "analysis", "content": "think"}, {"role": "assistant", "channel": "final", "content": "6"}]},
+        {
+            "messages": [
+                user,
+                {"role": "assistant", "channel": "analysis", "content": "think"},
+                {"role": "assistant", "channel": "final", "content": "6"},
+            ]
+        },
         {"messages": [user]},
         {"nothing": 1},
         {"messages": [user, {"role": "assistant", "content": "6"}], "id": "1"},
-    )  # fmt: skip
+    )
     kind, rows, left_out = convert(path, effort="medium")
     assert kind == "chat messages and prompts with answers"
     assert [row["effort"] for row in rows] == ["low", "medium", "medium", "medium", "medium"]

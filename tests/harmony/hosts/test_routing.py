@@ -73,8 +73,13 @@ def broken(how: str) -> np.ndarray:
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize(
     ("how", "option"),
-    [("zero", "--moe-backend marlin"), ("constant", "--moe-backend marlin"), ("zero row", "--moe-backend marlin"), ("cached", "--no-enable-prefix-caching")],
-)  # fmt: skip
+    [
+        ("zero", "--moe-backend marlin"),
+        ("constant", "--moe-backend marlin"),
+        ("zero row", "--moe-backend marlin"),
+        ("cached", "--no-enable-prefix-caching"),
+    ],
+)
 def test_experts_that_were_not_recorded_are_refused(dialect: Any, how: str, option: str) -> None:
     with pytest.raises(RoutingError, match=option) as raised:
         routed_experts(dialect(broken(how), 5), n_tokens=12)
@@ -179,9 +184,15 @@ HISTORY: list[dict[str, Any]] = [
     {"role": "user", "content": "2*3"},
     {"role": "assistant", "channel": "analysis", "content": "use calc"},
     {"role": "assistant", "channel": "commentary", "content": "One moment."},
-    {"role": "assistant", "channel": "commentary", "recipient": "functions.calc", "content_type": "json", "content": "{}"},
+    {
+        "role": "assistant",
+        "channel": "commentary",
+        "recipient": "functions.calc",
+        "content_type": "json",
+        "content": "{}",
+    },
     {"role": "tool", "name": "functions.calc", "recipient": "assistant", "channel": "commentary", "content": "6"},
-]  # fmt: skip
+]
 
 
 def test_the_history_goes_in_the_hosts_own_form(host: FakeHost, tmp_path: Path) -> None:
@@ -196,8 +207,12 @@ def test_the_history_goes_in_the_hosts_own_form(host: FakeHost, tmp_path: Path) 
     assert host.requests[0]["tools"] == tools
     items = requests.responses_input(HISTORY)
     assert [item.get("type", item.get("role")) for item in items] == [
-        "user", "reasoning", "assistant", "function_call", "function_call_output",
-    ]  # fmt: skip
+        "user",
+        "reasoning",
+        "assistant",
+        "function_call",
+        "function_call_output",
+    ]
     assert items[3]["call_id"] == items[4]["call_id"]
     again = [*HISTORY, {"role": "assistant", "channel": "final", "content": "6"}, {"role": "user", "content": "2*4"}]
     assert "use calc" not in json.dumps(requests.chat_messages(again))

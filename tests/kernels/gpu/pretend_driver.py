@@ -54,9 +54,11 @@ class PretendDriver:
 
     def get_device_properties(self, _device: int) -> dict[str, int]:
         return {
-            "max_shared_mem": self.target.shared, "multiprocessor_count": PROCESSORS, "warpSize": self.target.warp,
+            "max_shared_mem": self.target.shared,
+            "multiprocessor_count": PROCESSORS,
+            "warpSize": self.target.warp,
             "max_num_regs": self.target.registers,
-        }  # fmt: skip
+        }
 
     def get_current_target(self) -> GPUTarget:
         return self.target.triton

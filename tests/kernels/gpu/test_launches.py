@@ -62,10 +62,14 @@ def test_every_launch_on_an_h100_compiles_and_stays_within_the_budget() -> None:
 
 SPOILED = {
     "a tile that spills": (
-        "p.tiles.attention_tile = lambda *_: p.tiles.Tile({'BLOCK_M': 128, 'BLOCK_N': 128}, 4, 2)", "_forward spills"),
+        "p.tiles.attention_tile = lambda *_: p.tiles.Tile({'BLOCK_M': 128, 'BLOCK_N': 128}, 4, 2)",
+        "_forward spills",
+    ),
     "a tile too large for shared memory": (
-        "p.tiles.attention_tile = lambda *_: p.tiles.Tile({'BLOCK_M': 128, 'BLOCK_N': 256}, 8, 4)", ""),
-}  # fmt: skip
+        "p.tiles.attention_tile = lambda *_: p.tiles.Tile({'BLOCK_M': 128, 'BLOCK_N': 256}, 8, 4)",
+        "",
+    ),
+}
 
 
 @pytest.mark.slow

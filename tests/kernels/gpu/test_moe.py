@@ -53,9 +53,13 @@ def case(
         return torch.randn(shape, generator=rng)
 
     weights = Experts(
-        Mxfp4(*quantise(normal(num_experts, 2 * f, d) / 3)), 2 * normal(num_experts, 2 * f).to(dtype),
-        Mxfp4(*quantise(normal(num_experts, d, f) / 8)), 2 * normal(num_experts, d).to(dtype), 7.0, 1.702,
-    )  # fmt: skip
+        Mxfp4(*quantise(normal(num_experts, 2 * f, d) / 3)),
+        2 * normal(num_experts, 2 * f).to(dtype),
+        Mxfp4(*quantise(normal(num_experts, d, f) / 8)),
+        2 * normal(num_experts, d).to(dtype),
+        7.0,
+        1.702,
+    )
     x, logits = normal(tokens, d).to(dtype), normal(tokens, num_experts)
     chosen = routing.top_k(logits, k) if experts is None else experts
     return Case(x, chosen, routing.gate(logits, chosen), weights, logits)
@@ -115,9 +119,14 @@ def test_equals_the_slow_sum(size: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 FAULTS = [
-    "gate and up in halves", "high nibble first", "no + 1", "gate clamped from below", "gate not clamped",
-    "up not clamped", "bias after the gate",
-]  # fmt: skip
+    "gate and up in halves",
+    "high nibble first",
+    "no + 1",
+    "gate clamped from below",
+    "gate not clamped",
+    "up not clamped",
+    "bias after the gate",
+]
 
 
 @dtypes
@@ -158,8 +167,10 @@ def test_taps_see_what_torch_sees_and_change_what_it_changes(names: tuple[str, .
     reference.moe(*c.to(torch.float64).inputs, tapped(names, exact, lambda t: t))
     assert seen.keys() == set(names)
     assert all(close(seen[name], exact[name], there[name]) for name in names)
-    half = [f(*a.inputs, tapped(names, {}, lambda t: t * 0.5)) for f, a in (
-        (moe, c), (reference.moe, c.to(torch.float64)), (reference.moe, c))]  # fmt: skip
+    half = [
+        f(*a.inputs, tapped(names, {}, lambda t: t * 0.5))
+        for f, a in ((moe, c), (reference.moe, c.to(torch.float64)), (reference.moe, c))
+    ]
     assert close(*half)
     assert not close(half[0], half[1], half[2], slow(c))
 

@@ -24,9 +24,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def slow(x: Tensor, labels: Tensor, n_labels: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = [x[labels == label].double() for label in range(n_labels)]
     return (
-        torch.tensor([len(r) for r in rows]), torch.stack([r.sum(0) for r in rows]),
+        torch.tensor([len(r) for r in rows]),
+        torch.stack([r.sum(0) for r in rows]),
         torch.stack([r.square().sum(0) for r in rows]),
-    )  # fmt: skip
+    )
 
 
 def error(got: Moments, x: Tensor, labels: Tensor) -> float:

@@ -22,9 +22,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal, where NaN equals NaN and -0 does not equal 0."""
     number = ~b.isnan()
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a[number], b[number]) and torch.equal(
-        a[number].signbit(), b[number].signbit()
-    )  # fmt: skip
+    return (
+        torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a[number], b[number])
+        and torch.equal(a[number].signbit(), b[number].signbit())
+    )
 
 
 def every_byte_and_scale() -> tuple[Tensor, Tensor]:
@@ -95,9 +97,20 @@ def packed(experts: int, out: int, columns: int) -> Mxfp4:
 
 @triton.jit
 def _read(
-    blocks, scales, x, y, stride_expert, stride_tile_row, stride_tile_column, stride_row, MIXED: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    blocks,
+    scales,
+    x,
+    y,
+    stride_expert,
+    stride_tile_row,
+    stride_tile_column,
+    stride_row,
+    MIXED: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """y[expert] = x · Wᵀ for 16 rows of x, tile by tile."""
     i, expert = tl.program_id(0), tl.program_id(1)
     k, m, n = tl.arange(0, COLUMNS), tl.arange(0, 16), i * ROWS + tl.arange(0, ROWS)
@@ -106,9 +119,19 @@ def _read(
         at = j * COLUMNS + k
         a = tl.load(x + m[:, None] * K + at[None, :], mask=at[None, :] < K, other=0.0)
         w, s = load_tile(
-            blocks, scales, expert * stride_expert, i, j, stride_tile_row, stride_tile_column, stride_row,
-            N, K, ROWS, COLUMNS,
-        )  # fmt: skip
+            blocks,
+            scales,
+            expert * stride_expert,
+            i,
+            j,
+            stride_tile_row,
+            stride_tile_column,
+            stride_row,
+            N,
+            K,
+            ROWS,
+            COLUMNS,
+        )
         acc = tl.dot_scaled(a, None, "bf16", w.T, s, "e2m1", acc) if MIXED else dot_packed(a, w, s, acc)
     tl.store(y + (expert * 16 + m[:, None]) * N + n[None, :], acc, mask=n[None, :] < N)
 

@@ -47,13 +47,21 @@ def metadata(cfg: Config, arch: str, tokenizer: Path) -> dict[str, Any]:
     vocabulary = harmony.tokenizer(tokenizer)
     tokens = [vocabulary.decode([id]).replace(" ", "Ġ") for id in range(vocabulary.d_vocab)]
     own = {
-        "block_count": cfg.n_layers, "embedding_length": cfg.d_model, "feed_forward_length": cfg.d_mlp,
-        "attention.head_count": cfg.n_heads, "attention.head_count_kv": cfg.n_key_value_heads,
-        "attention.key_length": cfg.d_head, "attention.sliding_window": cfg.window_size,
-        "attention.layer_norm_rms_epsilon": cfg.eps, "expert_count": cfg.num_experts,
-        "expert_used_count": cfg.experts_per_token, "context_length": cfg.n_ctx, "rope.freq_base": cfg.rope.theta,
-        "rope.scaling.factor": cfg.rope.factor, "rope.scaling.original_context_length": cfg.rope.original_ctx,
-    }  # fmt: skip
+        "block_count": cfg.n_layers,
+        "embedding_length": cfg.d_model,
+        "feed_forward_length": cfg.d_mlp,
+        "attention.head_count": cfg.n_heads,
+        "attention.head_count_kv": cfg.n_key_value_heads,
+        "attention.key_length": cfg.d_head,
+        "attention.sliding_window": cfg.window_size,
+        "attention.layer_norm_rms_epsilon": cfg.eps,
+        "expert_count": cfg.num_experts,
+        "expert_used_count": cfg.experts_per_token,
+        "context_length": cfg.n_ctx,
+        "rope.freq_base": cfg.rope.theta,
+        "rope.scaling.factor": cfg.rope.factor,
+        "rope.scaling.original_context_length": cfg.rope.original_ctx,
+    }
     return {
         "general.architecture": arch,
         **{f"{arch}.{name}": value for name, value in own.items()},
@@ -97,7 +105,11 @@ def llama_cpp(cfg: Config, t: Mapping[str, Tensor], matrices: int = BF16) -> dic
             f"{theirs}ffn_gate_inp.weight": floats(t[ours + "mlp.router.weight"]),
             f"{theirs}ffn_gate_inp.bias": floats(t[ours + "mlp.router.bias"]),
         }
-        for own, part, rows in (("gate", "gate_up", slice(0, None, 2)), ("up", "gate_up", slice(1, None, 2)), ("down", "down", slice(None))):  # fmt: skip
+        for own, part, rows in (
+            ("gate", "gate_up", slice(0, None, 2)),
+            ("up", "gate_up", slice(1, None, 2)),
+            ("down", "down", slice(None)),
+        ):
             stem = f"{ours}mlp.experts.{part}."
             found[f"{theirs}ffn_{own}_exps.bias"] = floats(t[stem + "bias"][:, rows])
             found[f"{theirs}ffn_{own}_exps.weight"] = (

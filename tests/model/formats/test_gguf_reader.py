@@ -35,11 +35,14 @@ from workbench.model.rope import inverse_frequencies
 
 NANO = BUNDLED["nano"]
 CFG = replace(BASE, d_vocab=72, n_ctx=131_072)
-ODD = replace(CFG, n_heads=6, n_key_value_heads=2, d_head=24, num_experts=5, experts_per_token=3, rope=replace(YARN, factor=4.0))  # fmt: skip
+ODD = replace(
+    CFG, n_heads=6, n_key_value_heads=2, d_head=24, num_experts=5, experts_per_token=3, rope=replace(YARN, factor=4.0)
+)
 GENERATIONS = {
-    "llama.cpp": ("gpt-oss", files.llama_cpp), "Ollama, autumn 2025": ("gptoss", files.ollama),
+    "llama.cpp": ("gpt-oss", files.llama_cpp),
+    "Ollama, autumn 2025": ("gptoss", files.ollama),
     "Ollama, August 2025": ("gptoss", files.first_ollama),
-}  # fmt: skip
+}
 
 
 def written(path: Path, generation: str = "llama.cpp", cfg: Config = CFG, **changed: Any) -> Path:
@@ -214,9 +217,13 @@ def test_what_we_write_is_what_the_gguf_package_reads(tmp_path: Path, experts: s
     assert (back.cfg, back.experts) == (ODD, experts)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"windows": (16, 16, None)}, "GGUF cannot express windows"), ({"swiglu_limit": 5.0}, "cannot express swiglu_limit 5.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"windows": (16, 16, None)}, "GGUF cannot express windows"),
+        ({"swiglu_limit": 5.0}, "cannot express swiglu_limit 5.0"),
+    ],
+)
 def test_what_gguf_cannot_express_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     save_random(tmp_path / "model", replace(CFG, **change))
     with pytest.raises(InputError, match=message):
@@ -247,11 +254,18 @@ def test_a_model_of_ollama_is_found_by_its_name(tmp_path: Path, monkeypatch: pyt
     assert resolve("ollama:registry.ollama.ai/library/gpt-oss:20b") == resolve("ollama:gpt-oss:20b")
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("ollama:gpt-oss", "Ollama has no model 'gpt-oss' .* run `ollama pull gpt-oss`, or set OLLAMA_MODELS; there is 20b"),
-    ("ollama:../../x:y", "is no name of an Ollama model"), ("ollama:", "is no name of an Ollama model"),
-    ("ollama:a/b/c/d:e", "is no name of an Ollama model"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "ollama:gpt-oss",
+            "Ollama has no model 'gpt-oss' .* run `ollama pull gpt-oss`, or set OLLAMA_MODELS; there is 20b",
+        ),
+        ("ollama:../../x:y", "is no name of an Ollama model"),
+        ("ollama:", "is no name of an Ollama model"),
+        ("ollama:a/b/c/d:e", "is no name of an Ollama model"),
+    ],
+)
 def test_a_name_that_ollama_does_not_have_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
@@ -300,28 +314,46 @@ def patched(at: int, content: bytes) -> Damage:
 
 ONE = files.floats(torch.ones(2, 32))
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-5000]), "bytes beyond the file: truncated download"),
+    "truncated": (
+        lambda path: path.write_bytes(path.read_bytes()[:-5000]),
+        "bytes beyond the file: truncated download",
+    ),
     "truncated header": (lambda path: path.write_bytes(path.read_bytes()[:300]), "header is truncated or damaged"),
     "empty": (lambda path: path.write_bytes(b""), "does not begin with GGUF"),
     "text": (lambda path: path.write_text("hello"), "does not begin with GGUF"),
-    "pointer of git-lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a git-lfs pointer"),
+    "pointer of git-lfs": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "is a git-lfs pointer",
+    ),
     "version 1": (patched(4, struct.pack("<I", 1)), "GGUF version 1 is not read"),
     "big-endian": (patched(4, struct.pack(">I", 3)), "GGUF version 50331648 is not read"),
     "many tensors": (patched(8, struct.pack("<Q", 2**40)), "header is truncated or damaged"),
     "many values": (patched(16, struct.pack("<Q", 2**40)), "header is truncated or damaged"),
     "a long text": (patched(24, struct.pack("<Q", 2**60)), "header is truncated or damaged"),
-    "another model": (rewritten(**{"general.architecture": "llama"}), "the architecture is 'llama', expected 'gpt-oss'"),
+    "another model": (
+        rewritten(**{"general.architecture": "llama"}),
+        "the architecture is 'llama', expected 'gpt-oss'",
+    ),
     "no layers": (rewritten(**{"gpt-oss.block_count": 0}), "gpt-oss.block_count is 0, expected a number above 0"),
-    "a text for a number": (rewritten(**{"gpt-oss.block_count": "many"}), "gpt-oss.block_count is 'many', expected a number"),
+    "a text for a number": (
+        rewritten(**{"gpt-oss.block_count": "many"}),
+        "gpt-oss.block_count is 'many', expected a number",
+    ),
     "another rope": (rewritten(**{"gpt-oss.rope.scaling.type": "linear"}), "rope scaling 'linear' is not computed"),
     "another width": (rewritten(**{"gpt-oss.embedding_length": 96}), r"has shape \[.*64.*\], the metadata want"),
     "no embedding": (without("token_embd.weight"), "tensor 'token_embd.weight' is missing"),
-    "a missing tensor": (without("blk.1.attn_sinks.weight"), "tensor 'blk.1.attn_sinks.weight' or 'blk.1.attn_sinks' is missing"),
-    "a tensor too many": (without("", {"blk.0.extra.weight": ONE}), "tensor 'blk.0.extra.weight' is not part of a gpt-oss"),
+    "a missing tensor": (
+        without("blk.1.attn_sinks.weight"),
+        "tensor 'blk.1.attn_sinks.weight' or 'blk.1.attn_sinks' is missing",
+    ),
+    "a tensor too many": (
+        without("", {"blk.0.extra.weight": ONE}),
+        "tensor 'blk.0.extra.weight' is not part of a gpt-oss",
+    ),
     "an unknown type": (without("", {"x": ((2, 32), 77, b"")}), "tensor 'x' has ggml type 77, which is not read here"),
     "part of a block": (without("", {"x": ((2, 33), files.Q8_0, b"")}), "rows that are no multiple of 32"),
     "Ollama's type in another file": (without("", {"x": ((2, 32), 4, b"")}), "has ggml type 4, which is not read here"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))

@@ -116,13 +116,26 @@ def put(name: str, tensor: Tensor) -> Change:
 SCALES = "model.layers.1.mlp.experts.up_proj.scales"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (drop(SCALES), "up_proj"), (drop("model.layers.1.mlp.experts.down_proj.bias"), "down_proj.bias' is missing"),
-    (put("model.layers.0.extra", torch.ones(1)), "'model.layers.0.extra' is not part of a gpt-oss of MLX"),
-    (put(SCALES, torch.zeros(8, 96, 3, dtype=torch.uint8)), r"up_proj.scales' is U8 \[8, 96, 3\], the config wants \[8, 96, 2\]"),
-    (put("model.norm.weight", torch.zeros(64, dtype=torch.int32)), r"'model.norm.weight' is I32 \[64\], the config wants"),
-    (put("model.embed_tokens.weight", torch.zeros(72, 10, dtype=torch.int32).view(torch.uint32)), "embed_tokens.scales' is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop(SCALES), "up_proj"),
+        (drop("model.layers.1.mlp.experts.down_proj.bias"), "down_proj.bias' is missing"),
+        (put("model.layers.0.extra", torch.ones(1)), "'model.layers.0.extra' is not part of a gpt-oss of MLX"),
+        (
+            put(SCALES, torch.zeros(8, 96, 3, dtype=torch.uint8)),
+            r"up_proj.scales' is U8 \[8, 96, 3\], the config wants \[8, 96, 2\]",
+        ),
+        (
+            put("model.norm.weight", torch.zeros(64, dtype=torch.int32)),
+            r"'model.norm.weight' is I32 \[64\], the config wants",
+        ),
+        (
+            put("model.embed_tokens.weight", torch.zeros(72, 10, dtype=torch.int32).view(torch.uint32)),
+            "embed_tokens.scales' is missing",
+        ),
+    ],
+)
 def test_damage_is_refused_by_name(tmp_path: Path, change: Change, message: str) -> None:
     with pytest.raises(InputError, match=message) as refusal:
         open_checkpoint(mlx_folder(tmp_path / "model", change=change))
@@ -140,10 +153,13 @@ def test_a_folder_of_mlx_is_loaded_as_a_model(tmp_path: Path) -> None:
     assert not is_mlx({})
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"model_type": "gpt_oss_puzzle"}, "model_type 'gpt_oss_puzzle' gives layers their own numbers of experts"),
-    ({"block_configs": [{"num_local_experts": 4}]}, "block_configs gives layers their own numbers of experts"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "gpt_oss_puzzle"}, "model_type 'gpt_oss_puzzle' gives layers their own numbers of experts"),
+        ({"block_configs": [{"num_local_experts": 4}]}, "block_configs gives layers their own numbers of experts"),
+    ],
+)
 def test_numbers_of_experts_of_single_layers_are_refused(
     tmp_path: Path, fields: dict[str, object], message: str
 ) -> None:
