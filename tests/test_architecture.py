@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -234,7 +233,7 @@ def run(code: str) -> str:
 
 
 def test_importing_the_package_costs_milliseconds() -> None:
-    code = "import time; t = time.perf_counter(); import workbench; print(time.perf_counter() - t)"
+    code = "import time; t = time.process_time(); import workbench; print(time.process_time() - t)"
     assert min(float(run(code)) for _ in range(3)) < 0.1
 
 
@@ -263,11 +262,14 @@ def test_studies_leave_torch_unloaded() -> None:
 
 
 def test_help_takes_less_than_a_second() -> None:
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([Path(sys.executable).with_name("workbench"), "--help"], capture_output=True, check=False)
-        times.append(time.perf_counter() - start)
-    assert done.returncode == 0
-    assert b"capture" in done.stdout
+    """Of the processor, which other processes of the machine do not change."""
+    code = """if True:
+        import resource, subprocess, sys
+        done = subprocess.run([sys.argv[1], "--help"], capture_output=True, check=True)
+        assert b"capture" in done.stdout
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(used.ru_utime + used.ru_stime)
+    """
+    command = [sys.executable, "-c", code, Path(sys.executable).with_name("workbench")]
+    times = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
     assert min(times) < 1.0, times

@@ -173,7 +173,7 @@ def _integers(given: Any) -> Tensor:
         raise InputError(
             f"token ids are whole numbers, got {dtype} of shape {list(tensor.shape)}: convert with .long()"
         )
-    return tensor.detach()
+    return tensor.detach() if tensor.numel() else tensor.long()
 
 
 def _not_padding(model: Any, tokens: Tensor, side: str) -> Tensor:

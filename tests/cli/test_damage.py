@@ -1,0 +1,28 @@
+"""An unexpected error of a command names the damage of its run; an error of the input is left as it is."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DATA
+from workbench.cli.damage import names_damage
+from workbench.errors import InputError
+from workbench.runs.manifest import DamageError
+
+
+@names_damage
+def command(run: str, *, error: type[Exception]) -> None:
+    raise error("cannot read")
+
+
+def test_a_damaged_run_is_named_behind_an_unexpected_error(tmp_path: Path) -> None:
+    run = tmp_path / "run.zarr"
+    shutil.copytree(DATA / "demo.zarr", run)
+    with pytest.raises(KeyError, match="cannot read"):
+        command(str(run), error=KeyError)  # negative control: a valid run leaves the error as it is
+    (run / "units" / "committed" / "zarr.json").unlink()
+    with pytest.raises(DamageError, match=r"units/committed"):
+        command(str(run), error=KeyError)
+    with pytest.raises(InputError, match=r"^cannot read$"):
+        command(str(run), error=InputError)

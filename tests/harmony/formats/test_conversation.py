@@ -1,0 +1,52 @@
+"""A conversation of another program becomes a transcript row, or an error that says what it lacks."""
+
+from typing import Any
+
+import pytest
+
+from workbench.errors import InputError
+from workbench.harmony.formats.conversation import Conversation, error_text, transcript_row
+
+MESSAGES = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4", "reasoning_content": "It is 4."}]
+
+
+def row(**fields: Any) -> dict[str, Any]:
+    return transcript_row(Conversation(**{"messages": MESSAGES, "id": "a", "effort": "low"} | fields), None)
+
+
+def test_reasoning_and_answer_are_messages_of_their_channels() -> None:
+    found = row()
+    assert [(m.get("channel"), m["content"]) for m in found["messages"]] == [
+        (None, "2+2"),
+        ("analysis", "It is 4."),
+        ("final", "4"),
+    ]
+    assert (found["id"], found["prompt_id"], found["effort"]) == ("a", "a", "low")
+    assert found["meta"]["reasoning"] == "verbatim"
+
+
+def test_stored_ids_are_kept_as_they_are() -> None:
+    found = row(tokens=([1, 2, 3], 2))
+    assert (found["tokens"], found["n_prompt"]) == ([1, 2, 3], 2)
+    assert "messages" not in found
+
+
+def test_the_effort_is_never_guessed() -> None:
+    with pytest.raises(InputError, match="its effort is unknown: give --effort"):
+        row(effort=None)
+    assert transcript_row(Conversation(MESSAGES, "a"), "high")["effort"] == "high"
+
+
+def test_a_conversation_without_a_response_is_refused() -> None:
+    with pytest.raises(InputError, match="no response of an assistant"):
+        row(messages=MESSAGES[:1])
+
+
+def test_tools_that_have_no_form_are_noted() -> None:
+    assert "tools_not_rendered" in row(options={"tools": [{"type": "image_generation"}]})["notes"]
+    assert "notes" not in row()
+
+
+def test_an_error_is_one_line() -> None:
+    assert error_text(KeyError("id")) == "'id' is missing"
+    assert error_text(ValueError("no")) == "no"

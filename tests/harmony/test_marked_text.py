@@ -1,0 +1,66 @@
+"""Text of a model as messages, whatever other programs did to its marks; ordinary words are never taken for marks."""
+
+from typing import Any
+
+import pytest
+
+from workbench.harmony.marked_text import is_marked, read_output
+
+
+def pairs(text: str, **options: Any) -> list[tuple[str, str]]:
+    return [(m["channel"], m["content"]) for m in read_output(text, **options).messages]
+
+
+BOTH = [("analysis", "It is 4."), ("final", "4")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|channel|>analysis<|message|>It is 4.<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>",
+        "<|start|>assistant<|channel|>analysis<|message|>It is 4.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>4<|return|>",
+        "analysisIt is 4.assistantfinal4",
+        "<think>It is 4.</think>4",
+        "It is 4.</think>\n4",
+    ],
+)
+def test_every_form_gives_the_same_messages(text: str) -> None:
+    assert pairs(text) == BOTH
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "4",
+        "analysis of the problem: it is 4",
+        "final remarks follow",
+        "Harmony ends a message with <|end|> and starts one with <|start|>.",
+        "",
+    ],
+)
+def test_an_ordinary_text_is_one_final_answer(text: str) -> None:
+    assert not is_marked(text)
+    assert pairs(text) == [("final", text)]
+
+
+def test_the_end_of_a_text_says_whether_it_is_complete() -> None:
+    marked = "<|channel|>final<|message|>4"
+    assert read_output(marked + "<|return|>").complete is True
+    assert read_output(marked).complete is None
+    assert read_output("<think>It is").complete is False
+
+
+def test_a_cut_analysis_without_marks_is_read_only_where_it_was_cut() -> None:
+    assert pairs("analysisWe need", truncated=True) == [("analysis", "We need")]
+    assert pairs("analysisWe need") == [("final", "analysisWe need")]
+
+
+def test_a_call_without_marks_has_its_recipient_and_type() -> None:
+    text = 'analysisLook it up.assistantcommentary to=functions.search json{"q": 1}'
+    (_, call) = read_output(text).messages
+    assert (call["recipient"], call["content_type"], call["content"]) == ("functions.search", "json", '{"q": 1}')
+
+
+def test_many_tags_are_read_in_linear_time() -> None:
+    assert len(pairs("<think>a</think>" * 20_000 + "b")) == 20_001

@@ -1,0 +1,56 @@
+"""The two orders of MXFP4 are each other's inverse, and the compiled loop and numpy write the same bytes."""
+
+import numpy as np
+import pytest
+import torch
+
+from workbench.kernels import cpu
+from workbench.kernels.mxfp4 import dequantise
+from workbench.model.formats import gguf_mxfp4
+from workbench.model.formats.gguf_mxfp4 import from_ggml, new_memory, separate, to_ggml
+
+RNG = np.random.default_rng(0)
+
+
+def test_the_orders_are_inverse_and_differ() -> None:
+    published = RNG.integers(0, 256, (3, 5, 16), dtype=np.uint8)
+    back = np.empty_like(published)
+    from_ggml(to_ggml(published), back)
+    np.testing.assert_array_equal(back, published)
+    assert not np.array_equal(to_ggml(published), published)
+
+
+def test_ggml_has_value_j_and_value_j_plus_16_in_byte_j() -> None:
+    codes = RNG.integers(0, 16, 32, dtype=np.uint8)
+    ggml = (codes[:16] | codes[16:] << 4)[None, None]
+    published = np.empty_like(ggml)
+    from_ggml(ggml, published)
+    np.testing.assert_array_equal(published[0, 0], codes[0::2] | codes[1::2] << 4)
+
+
+@pytest.mark.parametrize("reorder", [True, False])
+def test_the_compiled_loop_and_numpy_write_the_same(reorder: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu.unavailable():
+        pytest.skip("numba compiles nothing here")
+    source = RNG.integers(0, 256, (4, 3, 17), dtype=np.uint8)
+
+    def separated() -> tuple[torch.Tensor, torch.Tensor]:
+        blocks, scales = torch.zeros(8, 3, 16, dtype=torch.uint8), torch.zeros(8, 3, dtype=torch.uint8)
+        separate(source, blocks, scales, 1, 2, reorder=reorder)
+        return blocks, scales
+
+    compiled = separated()
+    monkeypatch.setattr(gguf_mxfp4.cpu, "unavailable", lambda: "switched off")
+    for got, want in zip(compiled, separated(), strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(compiled[1][1::2], torch.from_numpy(source[..., 0]))
+    assert not compiled[0][0::2].any(), "other rows are left alone"
+
+
+def test_new_memory_has_its_shape_in_pages_of_either_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert new_memory((3, 5)).shape == (3, 5)
+    monkeypatch.setattr(gguf_mxfp4, "_HUGE", 1)
+    large = new_memory((3, 5))
+    assert large.shape == (3, 5)
+    assert not large.any()
+    assert dequantise(large.new_zeros(1, 1, 16), large.new_full((1, 1), 127)).shape == (1, 32)
