@@ -1,6 +1,7 @@
 """The dependency rule and start-up: imports go one way and in no cycle, and no folder shadows another package."""
 
 import ast
+import resource
 import subprocess
 import sys
 from pathlib import Path
