@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "version": set(),
     "bounded_json": {"errors", "inputs"},
     "kernels": set(),
-    "hooks": {"errors"},
+    "hooks": {"bounded_json", "errors"},
     "harmony": {"inputs", "errors", "progress", "bounded_json", "outputs", "row_output", "signals"},
     "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
     "runs": {"harmony", "errors", "progress", "file_lock", "outputs", "bounded_json"},
