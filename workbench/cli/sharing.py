@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from workbench.cli.damage import names_damage
 from workbench.cli.options import Exclude, Overwrite, RunPath, Seed
 from workbench.errors import InputError
 
@@ -12,6 +13,7 @@ app = typer.Typer()
 
 
 @app.command()
+@names_damage
 def conversation(
     run: RunPath,
     id: Annotated[str, typer.Argument(help="Id or number of a sequence, or a range of numbers such as 0-4.")],
@@ -37,6 +39,7 @@ def conversation(
 
 
 @app.command()
+@names_damage
 def publish(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("site"),
