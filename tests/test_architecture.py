@@ -1,6 +1,7 @@
 """The dependency rule and start-up: imports go one way and in no cycle, and no folder shadows another package."""
 
 import ast
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -234,7 +235,8 @@ def run(code: str) -> str:
 
 def test_importing_the_package_costs_milliseconds() -> None:
     code = "import time; t = time.process_time(); import workbench; print(time.process_time() - t)"
-    assert min(float(run(code)) for _ in range(3)) < 0.1
+    own = min(float(run(code)) for _ in range(3))
+    assert own < _cpu_seconds("-c", "import typer"), own  # 0.02 s and 0.07 s on a quiet machine
 
 
 def test_the_package_lists_its_public_names_and_has_them() -> None:
@@ -261,15 +263,19 @@ def test_studies_leave_torch_unloaded() -> None:
     assert run(code).strip() == "False"
 
 
-def test_help_takes_less_than_a_second() -> None:
-    """Of the processor, which other processes of the machine do not change."""
-    code = """if True:
-        import resource, subprocess, sys
-        done = subprocess.run([sys.argv[1], "--help"], capture_output=True, check=True)
-        assert b"capture" in done.stdout
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        print(used.ru_utime + used.ru_stime)
-    """
-    command = [sys.executable, "-c", code, Path(sys.executable).with_name("workbench")]
-    times = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
-    assert min(times) < 1.0, times
+def test_help_costs_little_more_than_the_libraries_of_a_command_line() -> None:
+    """0.24 s of CPU time, and 0.13 s for the libraries: compared with each other, as machines differ and are busy."""
+    libraries = _cpu_seconds("-c", "import typer, rich.console, rich.markdown")
+    assert _cpu_seconds("-m", "workbench.cli", "--help") < 4 * libraries
+    assert _cpu_seconds("-c", "import torch", runs=1) > 4 * libraries, "the limit does not notice an import of torch"
+
+
+def _cpu_seconds(*arguments: str, runs: int = 3) -> float:
+    """The least CPU time of some runs of Python with these arguments."""
+    times = []
+    for _ in range(runs):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(times)
