@@ -93,7 +93,7 @@ def _netloc(origin: str) -> str:
 
 
 def login_options(basic_auth: Path | None) -> dict[str, Any]:
-    """Return what Panel is told of who may log in. The key of the cookies exists in this process alone.
+    """Return the options of Panel's server for logins. The key of the cookies exists in this process alone.
 
     Raises:
         InputError: the file of passwords is no JSON object of texts, or other users of the machine can read it.

@@ -51,7 +51,7 @@ def document(
     theme: PageTheme = "light",
     view: Mapping[str, str] | None = None,
 ) -> str:
-    """Return the conversation as one HTML document that fetches nothing. view: see `frame`."""
+    """Return the conversation as one HTML document that loads nothing from the network. view: see `frame`."""
     told = data_of(run, sequence, tokenizer)
     colours = {name: dict(one.channel) for name, one in THEMES.items()}
     told |= {"theme": theme, "colours": colours, "view": dict(view or {})}
@@ -108,7 +108,7 @@ def sequence_numbers(run: Run, text: str) -> list[int]:
 
 
 def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dict[str, Any]:
-    """Return what the page shows of a conversation; numbers rounded to what can be seen."""
+    """Return the data of a conversation that the page shows; numbers are rounded to the precision that can be seen."""
     tokens = run.sequence(sequence).compute()
     ids = tokens["id"].values.tolist()
     message, channel = tokens["message"].values, tokens["channel"].values

@@ -157,7 +157,7 @@ def _csv(rows: Callable[[], pd.DataFrame], name: str) -> pn.widgets.FileDownload
 
 
 def guarded(body: Callable[[], Any]) -> Any:
-    """Return what `body` returns or, if the run is damaged or lacks something, an alert with the reason."""
+    """Return the result of `body` or, if the run is damaged or lacks something, an alert with the reason."""
     try:
         return body()
     except InputError as error:

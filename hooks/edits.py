@@ -155,7 +155,7 @@ class Positions:
 
 
 def as_set(tokens: Tokens) -> TokenSet:
-    """Return what a user may give for tokens, as a token set."""
+    """Return a token set from any form in which tokens can be given."""
     if tokens is None or isinstance(tokens, slice | Sequence):
         return Positions(slice(None) if tokens is None else tokens)
     return tokens

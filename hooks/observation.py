@@ -45,7 +45,7 @@ def replace_changed(
 
 
 def either(*changed: Bool[Tensor, "..."] | None) -> Bool[Tensor, "..."] | None:
-    """Return where any of the masks is true; None stands for a mask that is nowhere true."""
+    """Return the union of the masks; None stands for a mask that is nowhere true."""
     masks = [mask for mask in changed if mask is not None]
     out = masks[0] if masks else None
     for mask in masks[1:]:

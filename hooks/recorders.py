@@ -39,7 +39,7 @@ class Recorder:
         self._kept[hook.name].append(activation.detach().flatten(0, 1).to("cpu", dtype, copy=True))
 
     def take(self) -> dict[str, Shaped[Tensor, "tokens *feature"]]:
-        """Return what was recorded since the last call; a point that never fired is an error."""
+        """Return the values that were recorded since the last call; a hook point that never fired is an error."""
         silent = [name for name, parts in self._kept.items() if not parts]
         if silent:
             raise RuntimeError(f"these hook points never fired: {silent}")
@@ -72,7 +72,7 @@ class SequenceRecorder:
         keep(activation, hook)
 
     def take(self) -> list[dict[str, Shaped[Tensor, "pos *feature"]]]:
-        """Return what was recorded since the last call, of every sequence in its order."""
+        """Return the values that were recorded since the last call, of every sequence in its order."""
         taken = self._recorder.take()
         owners = {name: torch.cat(parts) for name, parts in self._sequences.items()}
         self._sequences = {name: [] for name in owners}

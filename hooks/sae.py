@@ -145,7 +145,7 @@ class SAE(nn.Module):
         return out.unflatten(-1, like.shape[-2:]) if self.cfg.reshape_activations == "hook_z" else out
 
     def error(self, x: Float[Tensor, "*activation"]) -> Float[Tensor, "*activation"]:
-        """Return what the reconstruction lacks: x − decode(encode(x))."""
+        """Return the reconstruction error: x − decode(encode(x))."""
         return x - self.decode(self.encode(x), x)
 
     def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:

@@ -111,7 +111,7 @@ def shrink(z: Float[Tensor, "batch query head d_head"], sink: Float[Tensor, "bat
 
 
 def spans(lengths: Sequence[int]) -> list[slice]:
-    """Return where each of several sequences lies that were put end to end; those of no length are left out."""
+    """Return the slice of each of several sequences that were put end to end; empty ones are left out."""
     ends = list(itertools.accumulate(lengths))
     return [slice(end - n, end) for end, n in zip(ends, lengths, strict=True) if n]
 

@@ -40,7 +40,7 @@ def process_start(pid: int) -> str | None:
 
 
 def process_namespace() -> str:
-    """Return what tells process ids of two containers on one host apart."""
+    """Return an identifier of the process namespace, which differs between two containers on one host."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -48,7 +48,7 @@ def process_namespace() -> str:
 
 
 def owner() -> dict[str, Any]:
-    """Return what a lock records of its holder."""
+    """Return the record that a lock file holds about the process that holds it."""
     return {
         "host": platform.node(),
         "process": os.getpid(),
@@ -125,7 +125,7 @@ class FileLock:
         return False
 
     def _read_owner(self) -> dict[str, Any]:
-        """Return what the holder wrote; it may be a moment late."""
+        """Return the record that the holder wrote, waiting a moment for it; an empty one if there is none."""
         for _ in range(20):
             with suppress(OSError, ValueError):
                 holder = parse_json(self.path.read_bytes())

@@ -328,7 +328,7 @@ def _contents(folder: Path) -> dict[Path, str]:
 
 
 def _foreign(path: Path, command: str) -> str:
-    """Return what shows that a command did not write an existing output as it is, "" if nothing does."""
+    """Return the reason why an existing output is not as this command wrote it; "" if it is."""
     if path.is_dir():
         listed = read_marker(path / MARKER)
         if not listed:

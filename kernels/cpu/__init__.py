@@ -49,7 +49,7 @@ def unavailable() -> str | None:
 
 
 def _missing() -> str | None:
-    """Return what the compiled kernels lack here."""
+    """Return the reason why the compiled kernels are not available here."""
     try:
         instructions = importlib.import_module("workbench.kernels.cpu.loops").instructions()
     except ImportError as error:

@@ -91,7 +91,7 @@ class Row:
 
 
 def problems(row: Row) -> list[str]:
-    """Return what must not be shipped.
+    """Return the failures that must not be released.
 
     A spill, products without the target's matrix instruction, a copy that can overtake another warp's products, a block
     that does not fit.
@@ -275,7 +275,7 @@ def section(target: str, rows: Iterable[Row]) -> str:
 
 
 def heading() -> str:
-    """Return what made the tables: Triton's version decides every number but the estimates' limits."""
+    """Return the versions that made the tables: Triton's decides every number but the limits of the estimates."""
     return f"Triton {version('triton')}; made by `workbench bench kernels --write`."
 
 

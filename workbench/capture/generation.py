@@ -168,7 +168,7 @@ def answer_prompts(
 
 
 def _model(model: GptOss) -> dict[str, Any]:
-    """Return what of a model decides its answers."""
+    """Return the properties of a model that decide its answers."""
     template = hashlib.sha256((model.tokenizer.chat_template or "").encode()).hexdigest()
     return {
         "model": model.checkpoint.digest,

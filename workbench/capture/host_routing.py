@@ -93,7 +93,7 @@ class HostRoutes:
         return act
 
     def take(self) -> dict[str, np.ndarray]:
-        """Return what was recorded since the hooks were made, name → [layer token ...]."""
+        """Return the values that were recorded since the hooks were made, name → [layer token ...]."""
         return {
             "own_experts": np.stack([np.concatenate(each) for each in self._choices]),
             "router_margin": np.stack([np.concatenate(each) for each in self._margins]),

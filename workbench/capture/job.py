@@ -261,7 +261,7 @@ def dry_run(
     routing: str = "own",
     tokens_per_second: float | None = None,
 ) -> estimate.Estimate:
-    """Return what `capture` with these arguments would take; nothing is written."""
+    """Return the memory, disk and time that `capture` with these arguments would take; nothing is written."""
     job = plan(
         model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
     )

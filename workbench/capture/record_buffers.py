@@ -200,7 +200,7 @@ class Buffers:
 
 
 def _summed(a: Activation | Record) -> tuple[str, ...]:
-    """Return what is added up of a record without values of single tokens."""
+    """Return the sums of a record that stores no values of single tokens."""
     if a.reduce == "mean":
         return ("sum",)
     return ("sum", "sumsq", "sketch") if isinstance(a, Activation) and a.sketch else ("sum", "sumsq")

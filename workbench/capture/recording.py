@@ -106,7 +106,7 @@ def _refuse_repeated(selected: Sequence[Activation | Record], switches: dict[str
 
 
 def _parsed(record: RecordOption, cfg: Config) -> list[tuple[Activation | Record, Any]]:
-    """Return what one record means, and its function if it has one of its own."""
+    """Return the record that a text or a Recorder asks for, and its function if it has one of its own."""
     if isinstance(record, Recorder):
         return [own_record.parse(record, cfg)]
     if not isinstance(record, str):

@@ -21,7 +21,7 @@ def graph(
         str | None, typer.Option(help="Token whose logit is explained. [default: the token of the answer]")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Token whose logit is taken off. [default: the mean of all logits]")
+        str | None, typer.Option(help="Token whose logit is subtracted. [default: the mean of all logits]")
     ] = None,
     at: Annotated[
         int | None,

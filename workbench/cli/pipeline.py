@@ -31,7 +31,7 @@ app = typer.Typer()
 @app.command()
 def generate(
     model: Model,
-    prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, expected?, meta?")],
+    prompts: Annotated[Path, typer.Argument(help="JSON Lines with id and messages, and optionally expected and meta.")],
     out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write or to complete.")],
     effort: Annotated[
         list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")
@@ -46,7 +46,7 @@ def generate(
         float | None, typer.Option(min=0, max=1, help="Least probability, relative to the most probable token.")
     ] = None,
     seed: Seed = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**9)] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**9, help="Generate at most so many tokens.")] = 512,
     batch: Annotated[int, typer.Option(min=1, max=10**6, help="Prompts generated together.")] = 64,
     adapter: Adapter = None,
     device: Device = "auto",
@@ -78,7 +78,7 @@ def generate(
 @app.command()
 def transcripts(
     url: Annotated[str, typer.Argument(help="Base URL of the API, such as http://localhost:8000/v1")],
-    prompts: Annotated[Path, typer.Argument(help="JSONL: id, messages, expected?, meta?")],
+    prompts: Annotated[Path, typer.Argument(help="JSON Lines with id and messages, and optionally expected and meta.")],
     out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write, or to complete.")],
     model: Annotated[str, typer.Option(help="Name of the model at the API.")],
     effort: Annotated[
@@ -151,8 +151,8 @@ def convert(
 ) -> None:
     """Convert conversations that other programs stored to transcripts.
 
-    Readable are OpenAI chat and Responses logs and batches, vLLM outputs, Inspect logs, Ollama, ShareGPT, TRL,
-    simple-evals, lm-eval and openai_harmony files; as JSON, JSON Lines, Parquet or a saved dataset, packed or not.
+    It reads OpenAI chat and Responses logs and batches, vLLM outputs, Inspect logs, and files of Ollama, ShareGPT, TRL,
+    simple-evals, lm-eval and openai_harmony, as JSON, JSON Lines, Parquet or a saved dataset, compressed or not.
     """
     from workbench.harmony.hosts.files import convert as read
     from workbench.harmony.hosts.files import counts
@@ -185,8 +185,10 @@ def capture(
     routing: Annotated[
         str, typer.Option(help="own, or host: force the experts that the host chose (`transcripts --routing`).")
     ] = "own",
-    workers: Annotated[int, typer.Option(max=1024, help="Processes on this machine that share the units.")] = 1,
-    dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers share them.")] = None,
+    workers: Annotated[int, typer.Option(max=1024, help="Processes on this machine that compute the units.")] = 1,
+    dask: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler whose workers compute the units.")
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(

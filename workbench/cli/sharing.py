@@ -21,7 +21,7 @@ def conversation(
     theme: Annotated[str, typer.Option(help="light or dark.")] = "light",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a conversation of a run as one HTML file that fetches nothing, to send to others."""
+    """Write a conversation of a run as one HTML file to send to others; it loads nothing from the network."""
     from workbench.dashboards.conversation import sequence_numbers, shared_page
     from workbench.figures.template import THEMES
     from workbench.outputs import check_output, staged

@@ -11,7 +11,7 @@ from workbench.registry import Experiment, Record, records
 
 
 def describe(record: Record) -> str:
-    """Return what the help says of a study or experiment, in one paragraph."""
+    """Return the help text of a study or experiment, in one paragraph."""
     needs = [f"recorded {needed}" for needed in record.requires]
     needs += ["--model"] if isinstance(record, Experiment) else []
     options = "".join(f" --option {name}=…: {text}" for name, text in record.options.items())

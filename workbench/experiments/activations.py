@@ -26,7 +26,7 @@ _DIMS = {"batch": "sequence", "pos": "position", "query_pos": "position"}
 def activations(
     model: GptOss, tokens: Int[Tensor, "batch pos"], names: Collection[str], n_real: Sequence[int] | None = None
 ) -> dict[str, Shaped[Tensor, "batch *feature"]]:
-    """Return what passes at these hook points, all edits done."""
+    """Return the activations at these hook points, after all edits."""
     found: dict[str, Tensor] = {}
     with model.hooks(fwd_hooks=[(name, record_hook(found)) for name in dict.fromkeys(names)]):
         model(tokens.to(model.device), n_real=n_real)
@@ -117,7 +117,7 @@ def axes(model: GptOss, name: str) -> list[str]:
 
 
 def dims(model: GptOss, name: str) -> tuple[str, ...]:
-    """Return what is left of the axes when the entries of a vector are summed, as dimensions of a dataset."""
+    """Return the axes that remain when the entries of a vector are summed, as dimensions of a dataset."""
     return tuple(_DIMS.get(axis, axis) for axis in axes(model, name) if axis not in _SUMMED)
 
 

@@ -100,7 +100,7 @@ def total(parts: xr.Dataset) -> xr.DataArray:
 
 
 def by_expert(parts: xr.Dataset) -> xr.DataArray:
-    """Return what each expert, not slot, adds: its matrices and its bias; 0 where it was not chosen."""
+    """Return the contribution of each expert (not slot): its matrices and its bias; 0 where it was not chosen."""
     slots = (parts.experts + parts.expert_bias).transpose("point", "layer", "slot").to_numpy()
     out = np.zeros((*slots.shape[:2], parts.attrs["num_experts"]))
     np.put_along_axis(out, parts.expert.transpose("point", "layer", "slot").to_numpy(), slots, -1)

@@ -204,7 +204,7 @@ def _columns(rows: pd.DataFrame, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def writes_of(frozen: FrozenPass, nodes: pd.DataFrame) -> Float[Tensor, "node d_model"]:
-    """Return what each node writes into the stream; the target writes nothing."""
+    """Return the vector that each node adds to the residual stream; the target adds none."""
     embedding = frozen.seen("hook_embed")
     out = embedding.new_zeros(len(nodes), embedding.shape[-1])
     for kind, layer, rows in by_layer(nodes):
@@ -227,7 +227,7 @@ def writes_of(frozen: FrozenPass, nodes: pd.DataFrame) -> Float[Tensor, "node d_
 def _edges(
     frozen: FrozenPass, flows: list[LayerFlow], nodes: pd.DataFrame, direction: Tensor
 ) -> Float[np.ndarray, "target source"]:
-    """Return what flows from every node directly into every other, in logits."""
+    """Return the direct effect of every node on every other, in logits."""
     writes = writes_of(frozen, nodes)
     order, pos = (torch.tensor(nodes[name].to_numpy(), device=writes.device) for name in ("order", "pos"))
     out = np.zeros((len(nodes), len(nodes)))

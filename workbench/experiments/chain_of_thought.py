@@ -124,7 +124,7 @@ def _summary(result: xr.Dataset) -> list[str]:
 def study(
     model: GptOss, rows: Sequence[Transcript], *, hide: Hide = "messages", n_boot: int = 2000, seed: int = 0
 ) -> xr.Dataset:
-    """Return what changes of the analysis do to the answer: its log-probability, and whether it is given again.
+    """Return the effect of changed analyses on the answer: its log-probability, and whether it is given again.
 
     Variables over `change`: logprob (nats a sequence, less that with the complete analysis), same (the same answer is
     given), accuracy_change, each with its interval; `readers` counts visible tokens that have read hidden ones; `area`
@@ -223,7 +223,7 @@ def _derange(prompts: Sequence[str], rng: np.random.Generator) -> list[int]:
 def _answers(
     model: GptOss, found: Sequence[AnsweredSequence], rows: Sequence[Transcript], *edits: Edit
 ) -> list[str | None]:
-    """Return what the model generates from the beginning of each final message's content."""
+    """Return the tokens that the model generates from the beginning of each final message's content."""
     stems = []
     for answered, row in zip(found, rows, strict=True):
         behind = len(answered.row.tokens) - answered.content

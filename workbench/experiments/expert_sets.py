@@ -51,7 +51,7 @@ class SetEffects(NamedTuple):
 
 
 def group_of(row: Transcript) -> str:
-    """Return what experts are named for: the domain of a task, or the task."""
+    """Return the group for which experts are named: the domain of a task, or the task."""
     return str(row.meta.get("domain") or row.meta.get("task") or "all")
 
 
@@ -138,7 +138,7 @@ def measure(
     sets: list[Cells],
     change: Change,
 ) -> SetEffects:
-    """Return what changing the named experts does to all sequences, and each random set to the group's own."""
+    """Return the effect of changing the named experts on all sequences, and of each random set on the group's own."""
     written, of = generated_tokens(model), final_tokens(model)
     own_rows = [row for row, mine in zip(rows, own, strict=True) if mine]
 

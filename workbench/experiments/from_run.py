@@ -43,7 +43,7 @@ def transcripts(run: Run, sequences: Sequence[int] | None = None) -> list[Transc
 
 
 def recorded(run: Run, sequence: int | str, point: str) -> dict[str, Shaped[Tensor, "1 pos *feature"]]:
-    """Return what a run recorded at a hook point, for `patch`: full name → tensor of a batch of one [1 pos …].
+    """Return the values recorded at a hook point, for `patch`: full name → tensor of a batch of one [1 pos …].
 
     point: without its layer, as `mlp.hook_expert_indices` or `hook_resid_post`; all layers recorded are given.
 

@@ -73,19 +73,19 @@ class FrozenPass:
         return self.seen("attn.hook_pattern", layer)
 
     def head_write(self, layer: int, pos: Tensor, head: Tensor) -> Float[Tensor, "node d_model"]:
-        """Return what heads [node] at positions [node] add to the stream, without the bias of the output."""
+        """Return the contribution of heads [node] at positions [node] to the stream, without the output bias."""
         z = self.seen("attn.hook_z", layer)[pos, head]
         return torch.einsum("nd,ndm->nm", z, self.model.blocks[layer].attn.W_O[head].to(self.wide))
 
     def expert_write(self, layer: int, pos: Tensor, slot: Tensor) -> Float[Tensor, "node d_model"]:
-        """Return what slots [node] at positions [node] add to the stream, without the bias of the expert's output."""
+        """Return the contribution of slots [node] at positions [node] to the stream, without the output bias."""
         bias = self.model.blocks[layer].mlp.experts.down.bias.to(self.wide)
         chosen = self.seen("mlp.hook_expert_indices", layer)[pos, slot]
         gates = self.seen("mlp.hook_expert_weights", layer)[pos, slot]
         return gates[:, None] * (self.seen("mlp.experts.hook_out", layer)[pos, slot] - bias[chosen])
 
     def expert_bias_write(self, layer: int, pos: Tensor) -> Float[Tensor, "node d_model"]:
-        """Return what the biases of the experts' outputs add to the stream at these positions [node]."""
+        """Return the contribution of the experts' output biases to the residual stream at these positions [node]."""
         bias = self.model.blocks[layer].mlp.experts.down.bias.to(self.wide)
         chosen = self.seen("mlp.hook_expert_indices", layer)[pos]
         return torch.einsum("ns,nsm->nm", self.seen("mlp.hook_expert_weights", layer)[pos], bias[chosen])

@@ -95,7 +95,7 @@ def logit_lens(
     tuned: TunedLens | None = None,
     n_real: Sequence[int] | None = None,
 ) -> xr.Dataset:
-    """Return what the model would say after every depth at the tokens `at`, by (point, depth).
+    """Return the logit lens of the tokens `at` after every depth, by (point, depth).
 
     of: whose logit, log-probability and rank are given: a token id, ids [batch pos], "next" for the token that
     follows, or several ids, which add the dimension `choice`.
@@ -170,7 +170,7 @@ def expert_writes(
     n_real: Sequence[int] | None = None,
     k: int = 10,
 ) -> xr.Dataset:
-    """Return what every expert writes, read as logits: the k tokens it raises most, over the tokens that went to it.
+    """Return the output of every expert read as logits: the k tokens it raises most, over the tokens routed to it.
 
     By (layer, expert, rank): `token`, and `logit`, the mean of its gated output through the final norm, with the scale
     that the run had, and the unembedding, less the mean over the vocabulary. `n` is how many tokens went to it; of an

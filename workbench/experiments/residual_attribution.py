@@ -65,7 +65,7 @@ class Meter:
         return hooks
 
     def parts(self) -> dict[str, Float[Tensor, "point *part"]]:
-        """Return what every part adds, and `expert` and `gate` of every slot; layers behind the points."""
+        """Return the contribution of every component [point layer …], and `expert` and `gate` of every slot."""
         kept = {name: torch.stack(values, 1) for name, values in self._found.items() if name != "embed"}
         kept["rest"] = kept["rest"].unflatten(1, (-1, 2))
         return kept | {"embed": self._found["embed"][0]}

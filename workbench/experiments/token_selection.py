@@ -82,7 +82,7 @@ def residual(model: GptOss, chosen: SelectedTokens) -> Float[Tensor, "point d_mo
 def read_out(
     model: GptOss, x: Float[Tensor, "point d_model"], column: Int[Tensor, " point"]
 ) -> Float[Tensor, "point d_vocab"]:
-    """Return what the model would say of these residual streams, in at least float32; after `residual`."""
+    """Return the logits of these residual streams, in at least float32; call it after `residual`."""
     assert model.context is not None, "logits come after residual"
     whole, model.context = model.context, model.context.at(column[None])
     try:

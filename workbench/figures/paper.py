@@ -111,7 +111,7 @@ def caption(drawing: GalleryItem, figure: go.Figure) -> str:
 
 
 def provenance(drawing: GalleryItem, column: Column) -> str:
-    """Return where the figure comes from, as JSON: enough to make it again."""
+    """Return the provenance of a figure as JSON: run, parameters and versions with which it can be made again."""
     attrs = {k: v for k, v in drawing.source.attrs.items() if k not in ("summary", "method", "not_controlled")}
     attrs["parameters"] = parse_json(attrs.get("parameters", "{}"))
     plain = {k: v if isinstance(v, str | dict) else getattr(v, "item", lambda v=v: v)() for k, v in attrs.items()}

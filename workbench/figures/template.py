@@ -193,7 +193,7 @@ def apply_theme(
 
 
 def _origin(attrs: Mapping[Any, Any]) -> str:
-    """Return where numbers come from, in one line; "" if their attributes do not name it."""
+    """Return the source of the numbers in one line; "" if their attributes do not name it."""
     for name in ("run", "checkpoint"):
         if f"{name}_digest" in attrs:
             version = f" · workbench {attrs['workbench_version']}" if "workbench_version" in attrs else ""

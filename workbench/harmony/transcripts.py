@@ -291,7 +291,7 @@ def _rendered(
 
 
 def notes_on(found: ChatMessages) -> tuple[str, ...]:
-    """Return what reading messages left out, as flags."""
+    """Return the flags of what was left out when messages were read."""
     notes = {"images_left_out": found.images, "fields_left_out": found.left_out, "reasoning_summary": found.summary}
     return tuple(name for name, value in notes.items() if value)
 

@@ -37,7 +37,7 @@ class ActivationCache(_ActivationCache):
     def get_neuron_results(
         self, layer: int, neuron_slice: Any = None, pos_slice: Any = None, project_output_onto: Tensor | None = None
     ) -> Tensor:
-        """Return what each neuron of the routed experts adds, [… pos slot·d_mlp d_model]; see `neuron_results`."""
+        """Return the contribution of each neuron of routed experts [… pos slot·d_mlp d_model]; see `neuron_results`."""
         onto, squeeze = _as_matrix(project_output_onto)
         out = neuron_results(self, layer, neuron_slice, pos_slice, onto)
         return out[..., 0] if squeeze else out
@@ -53,7 +53,7 @@ class ActivationCache(_ActivationCache):
         project_output_onto: Tensor | None = None,
         mlp_input: bool = False,
     ) -> Any:
-        """Return what each neuron of the routed experts before `layer` adds, [component … pos d_model].
+        """Return the contribution of each neuron of the routed experts before `layer` [component … pos d_model].
 
         Labels are L0S1N5: layer, slot, neuron. Arguments as in TransformerLens.
         """

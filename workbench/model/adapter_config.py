@@ -108,7 +108,7 @@ def expert_layout(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _sign_of_unsloth(config: Mapping[str, Any]) -> str | None:
-    """Return what in a config shows that Unsloth trained the adapter, or None."""
+    """Return the entry of a config that shows that Unsloth trained the adapter, or None."""
     mapping = config.get("auto_mapping")
     for name in [*config, *(mapping if isinstance(mapping, dict) else ())]:
         if "unsloth" in name.lower():

@@ -73,7 +73,7 @@ def targets(cfg: Config) -> dict[str, list[Target]]:
 
 
 def targets_of(module: str, known: Mapping[str, list[Target]]) -> list[Target]:
-    """Return what a module name can mean, an empty list if nothing."""
+    """Return the matrices that a module name can stand for; an empty list if there are none."""
     name = re.sub(r"(\.base_layer)+$", "", module)
     for other, standard in _OTHER_NAMES.items():
         name = re.sub(rf"(^|\.){re.escape(other)}$", rf"\g<1>{standard}", name)

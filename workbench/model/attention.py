@@ -51,7 +51,7 @@ class Attention(AttentionWeights, nn.Module):
         layer: int,
         inputs: Mapping[str, HeadInput] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Return what this layer's attention adds to the residual stream.
+        """Return the output of this layer's attention, which is added to the residual stream.
 
         inputs: what single heads' queries, keys and values read where a hook edited it.
 

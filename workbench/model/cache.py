@@ -249,7 +249,7 @@ class KVCache:
             raise InputError("an earlier pass with this cache raised an error half-way: continue with a new cache")
 
     def _columns(self, held: _Held, device: torch.device) -> Int[Tensor, "batch new"]:
-        """Return where the pass's tokens lie among the keys of these layers; computed once a pass and device."""
+        """Return the indices of the pass's tokens among the keys of these layers, computed once a pass and device."""
         assert self._pass is not None
         key = (held.window, device)
         if key not in self._pass.columns:

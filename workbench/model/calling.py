@@ -68,7 +68,7 @@ def forward(
     packed: Sequence[int] | None = None,
     n_real: Sequence[int] | None = None,
 ) -> Any:
-    """Return what `GptOss.forward` describes.
+    """Run a forward pass and return the result that `GptOss.forward` describes.
 
     Raises:
         InputError: the input is neither text nor ids of the vocabulary, or an option has no meaning.

@@ -148,7 +148,7 @@ def _check_link(root: Path, path: Path) -> None:
 
 
 def _index(root: Path) -> dict[str, Any]:
-    """Return what the index lists: tensor → file."""
+    """Return the files of the tensors as the index lists them: tensor → file."""
     path = root / _INDEX
     try:
         listed = read_json(path)["weight_map"]

@@ -368,7 +368,7 @@ def _hugging_face(fields: _Fields) -> Config:
 
 
 def _head_dim(fields: _Fields) -> Any:
-    """Return what transformers takes for a head size that is absent or null."""
+    """Return the head size that transformers uses when the field is absent or null."""
     if "head_dim" not in fields.nulls:
         return _HEAD_DIM
     d_model, heads = fields.values.get("hidden_size"), fields.values.get("num_attention_heads")

@@ -62,7 +62,7 @@ def read_at(point: HookPoint | None, stream: Tensor) -> Tensor:
 def head_inputs(
     block: Any, stream: Float[Tensor, "batch pos d_model"], heads: int, kv_heads: int
 ) -> dict[str, HeadInput]:
-    """Return what queries ("q"), keys ("k") and values ("v") read, for those of them whose point is hooked."""
+    """Return the inputs of queries ("q"), keys ("k") and values ("v"), for those whose hook point has a hook."""
     inputs = {}
     for part, name, n in zip("qkv", HEAD_INPUTS, (heads, kv_heads, kv_heads), strict=True):
         point = getattr(block, name)

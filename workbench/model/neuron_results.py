@@ -16,7 +16,7 @@ from transformer_lens.utilities import Slice
 def neuron_results(
     cache: Any, layer: int, neuron_slice: Any = None, pos_slice: Any = None, project_onto: Tensor | None = None
 ) -> Float[Tensor, "*batch_pos slot_neuron outputs"]:
-    """Return what each neuron of the routed experts adds to the residual stream, slots first, then neurons.
+    """Return the contribution of each neuron of the routed experts to the residual stream, slots first, then neurons.
 
     pos_slice, neuron_slice: as in TransformerLens; an int keeps its axis for neurons and removes it for positions.
     project_onto: [d_model outputs] directions to project on before the neurons are expanded, which needs d_model /
@@ -44,7 +44,7 @@ def neuron_results(
 
 
 def expert_biases(cache: Any, layer: int, pos_slice: Any = None) -> Float[Tensor, "*batch_pos d_model"]:
-    """Return what the biases of the routed experts add to the residual stream, weighted by the gates."""
+    """Return the contribution of the routed experts' biases to the residual stream, weighted by the gates."""
     experts, gates = (
         _slice(pos_slice).apply(cache[name, layer], dim=-2) for name in ("expert_indices", "expert_weights")
     )

@@ -19,7 +19,7 @@ __all__ = ["concentration", "cos_sin", "inverse_frequencies", "rotate"]
 
 
 def concentration(rope: Rope) -> float:
-    """Return what cos and sin are multiplied by: 0.1 · ln(factor) + 1, or 1 without YaRN."""
+    """Return the factor of cos and sin: 0.1 · ln(factor) + 1, or 1 without YaRN."""
     return 1.0 if rope.factor is None or rope.factor <= 1 else 0.1 * math.log(rope.factor) + 1.0
 
 

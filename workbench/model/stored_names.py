@@ -30,7 +30,7 @@ class Stored:
 
     @property
     def entry(self) -> Entry:
-        """Return what the header says of it."""
+        """Return the tensor's entry in the header."""
         return self.file.entries[self.name]
 
     def tensor(self) -> Tensor:

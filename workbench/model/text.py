@@ -100,7 +100,7 @@ class TextMethods:
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
     ) -> int:
-        """Return where a token stands in a text or in one row of ids, counted from 0.
+        """Return the position of a token in a text or in one row of ids, counted from 0.
 
         Raises: InputError if it is not there, or `input` has several rows.
         """

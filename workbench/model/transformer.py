@@ -289,7 +289,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
 
     @property
     def device(self) -> torch.device:
-        """Return where tokens go in; the whole model is there, unless it is spread over several `devices`."""
+        """Return the device of the embedding, and of the complete model unless it is spread over several `devices`."""
         return self.embed.weight.device
 
     @property

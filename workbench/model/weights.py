@@ -63,11 +63,11 @@ class ExpertWeights:
         return dense(self.gate_up.matrix, expert)[:, 0::2]
 
     def W_in(self, expert: int) -> Float[Tensor, "d_model d_mlp"]:
-        """Return what is gated; it enters as this plus one."""
+        """Return the up-projection matrix; its output plus one is multiplied by the gate's activation."""
         return dense(self.gate_up.matrix, expert)[:, 1::2]
 
     def W_out(self, expert: int) -> Float[Tensor, "d_mlp d_model"]:
-        """Return what the activation writes."""
+        """Return the down-projection matrix, which maps neurons to the residual stream."""
         return dense(self.down.matrix, expert)
 
     def b_gate(self, expert: int) -> Float[Tensor, " d_mlp"]:

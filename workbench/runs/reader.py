@@ -158,7 +158,7 @@ class Run:
 
     @property
     def path(self) -> str:
-        """Return what the run was opened by."""
+        """Return the path or URL with which the run was opened."""
         return str(self.place)
 
     def __repr__(self) -> str:
@@ -167,7 +167,7 @@ class Run:
 
     @property
     def recorded(self) -> list[str]:
-        """Return what the run holds of every token, by the names that a capture is asked with."""
+        """Return the recorded quantities of every token, by the names that `--record` uses."""
         switches = [
             n
             for n in ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "host_routing", "examples")
@@ -177,7 +177,7 @@ class Run:
 
     @cached_property
     def layout(self) -> Layout:
-        """Return where every sequence's tokens are, committed or not."""
+        """Return the position of every sequence's tokens in the store, committed or not."""
         with reading(self.place, "the layout"):
             return self._read_layout()
 

@@ -175,7 +175,7 @@ class Spec:
 
     @property
     def selected(self) -> tuple["Activation | Record", ...]:
-        """Return what is recorded at hook points of its own: activations and records."""
+        """Return the quantities that have hook points of their own: activations and records."""
         return (*self.activations, *self.records)
 
 

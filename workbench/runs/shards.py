@@ -110,7 +110,7 @@ def read(
 
 
 def _max_bytes(array: zarr.Array, grain: tuple[int, ...]) -> int:
-    """Return what a shard has at most: its values, and for each chunk what zstd adds to incompressible ones."""
+    """Return the largest size of a shard in bytes: its values, and for each chunk the overhead of zstd."""
     chunks = math.prod(-(-n // c) for n, c in zip(grain, array.chunks, strict=True))
     return math.prod(grain) * array.dtype.itemsize * 257 // 256 + 1024 * (chunks + 1)
 

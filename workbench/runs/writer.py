@@ -194,7 +194,7 @@ def _create_array(group: zarr.Group, name: str, array: ArraySpec, spec: Spec) ->
 
 
 def _attributes(name: str, spec: Spec) -> dict[str, Any]:
-    """Return what a reader of an array needs beside its dimensions: how values are stored, and which are recorded."""
+    """Return the attributes that a reader of an array needs: how values are stored, and which are recorded."""
     kind, _, own = name.partition("/")
     if kind == "tokens":
         return views.flags(own)

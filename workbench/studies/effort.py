@@ -200,7 +200,7 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
 
 
 def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset:
-    """Return what each step of effort, and the whole way, adds to tokens and accuracy, paired by prompt."""
+    """Return the change of tokens and accuracy for each step of effort and for all steps together, paired by prompt."""
     steps = list(dict.fromkeys([*pairwise(efforts), (efforts[0], efforts[-1])]))
     tasks = ["all", *sorted(set(table["task"]) - {""})]
     names = ("more_tokens", "gain", "gain_per_100")

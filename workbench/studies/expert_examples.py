@@ -114,7 +114,7 @@ def study(run: Any, *, seed: int = 0) -> dict[str, xr.Dataset]:
 
 
 def load(run: Any, *, seed: int = 0, tokenizer: Any = None) -> xr.Dataset:
-    """Return what each expert responds to, by layer and expert, and its examples by channel.
+    """Return the tokens that each expert processes most, by layer and expert, and its examples by channel.
 
     seed: of the halves in which tokens are chosen and measured. tokenizer: if that of the run is not installed.
 

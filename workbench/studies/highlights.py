@@ -86,7 +86,7 @@ def accuracy_sentences(results: Results) -> list[str]:
 
 
 def untested(results: Results) -> list[str]:
-    """Return what could not be tested: the comparisons that studies skipped, and those with too few prompts."""
+    """Return the comparisons that could not be tested: those that studies skipped, and those with too few prompts."""
     lines = []
     for sets in results.values():
         for ds in sets.values():

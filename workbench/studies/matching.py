@@ -224,7 +224,7 @@ def duplicates_warning(merged: int) -> str:
 
 
 def reads(kind: Control, finite: str) -> tuple[str, ...]:
-    """Return what has to be read of a run for its cells."""
+    """Return the recorded quantities that the cells of a run need."""
     return (*(("id",) if kind == "token" else ()), *((finite,) if finite else ()))
 
 

@@ -38,7 +38,7 @@ def selection_of(text: Selection) -> Selection:
 
 
 def recorded(run: Run, hook: str) -> Activation | Record:
-    """Return what a run recorded by this name, `hook_` being optional.
+    """Return the record of a run with this name; the prefix `hook_` is optional.
 
     Raises:
         InputError: the run recorded no values of single tokens by this name.

@@ -31,7 +31,7 @@ class Shape:
 
 
 def about(row: Row) -> dict[str, Any]:
-    """Return what rows of any shape may say beside the conversation."""
+    """Return the fields that rows of any shape may have beside the conversation."""
     id = row.get("id", row.get("custom_id", row.get("request_id", "")))
     template = _object(row.get("chat_template_kwargs")) or _object(
         _object(row.get("extra_body")).get("chat_template_kwargs")

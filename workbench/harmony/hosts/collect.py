@@ -437,7 +437,7 @@ def _filled(value: Any, effort: str) -> Any:
 
 
 def _about(job: Job, settings: Settings) -> dict[str, Any]:
-    """Return what of a request could change its answer, by name; of long texts a digest."""
+    """Return the fields of a request that could change its answer, by name; long texts are replaced by a digest."""
 
     def digest(value: Any) -> str:
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

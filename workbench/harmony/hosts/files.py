@@ -29,7 +29,7 @@ READABLE = (
 def convert(
     path: str | Path, *, effort: str | None = None, requests: str | Path | None = None
 ) -> tuple[str, list[dict[str, Any]], list[str]]:
-    """Return what the file is, a transcript row for each conversation in it, and why others were left out.
+    """Return the kind of a file, a transcript row for each conversation, and why others were left out.
 
     effort: of conversations that name none. requests: the request file of an OpenAI batch.
 

@@ -129,7 +129,7 @@ def check_experts(experts: Int[np.ndarray, "tokens layers slots"], n_tokens: int
 
 
 def sidecar(transcripts: str | Path) -> Path:
-    """Return where the routed experts of a file of transcripts are stored: a Zarr group beside it."""
+    """Return the path of the routed experts of a file of transcripts: a Zarr group beside it."""
     return Path(f"{transcripts}.routing.zarr")
 
 
