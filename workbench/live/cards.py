@@ -94,9 +94,9 @@ class InterventionCard:
         if self.kind == "steer":
             rows.append(pn.Row(self._toward, self._away))
         if self.kind == "knockout":
-            rows += [pn.pane.HTML(label("Tokens that are hidden (none: all)"), margin=(4, 10, 0)), self._keys]
+            rows += [pn.pane.HTML(label("Tokens that are hidden (none: all)"), margin=(4, 10, 0, 10)), self._keys]
         name = "Acts on channels (none: all)" if self.kind != "knockout" else "From queries in (none: all)"
-        rows += [pn.pane.HTML(label(escape(name)), margin=(4, 10, 0)), self._channels]
+        rows += [pn.pane.HTML(label(escape(name)), margin=(4, 10, 0, 10)), self._channels]
         numbers = [self._start, self._stop]
         if self.kind in ("reweight", "scale_sinks", "steer"):
             numbers.append(self._strength)

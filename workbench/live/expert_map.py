@@ -6,7 +6,7 @@ import param
 from panel.custom import JSComponent
 
 
-class ExpertMap(JSComponent):  # type: ignore[misc]
+class ExpertMap(JSComponent):
     """A grid of buttons, a row for each layer. Arrow keys move in it; a click or the space bar chooses a cell.
 
     load: of every layer, the share of slots of each expert. active: the experts of the last token of each layer.

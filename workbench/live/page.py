@@ -9,6 +9,7 @@ from typing import Any
 import panel as pn
 
 from workbench.dashboards import widgets
+from workbench.dashboards.theme import CARD_CSS, PARTS_CSS, note
 from workbench.errors import InputError
 from workbench.figures.template import ThemeName
 from workbench.harmony.messages import EFFORTS
@@ -22,6 +23,13 @@ from workbench.research.recipe import CELL_KINDS, Intervention, Recipe
 from workbench.research.recipe_python import recipe_python
 
 _REFRESH_MS = 120
+_CODE_CSS = """
+pre{margin:0;padding:10px 12px;background:var(--wb-raised);color:var(--wb-ink);border-radius:var(--wb-radius);
+overflow-x:auto;font:13px/1.5 ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}
+"""
+_PRIMARY_CSS = """
+.bk-btn,.bk-btn:hover{background:var(--wb-accent)!important;color:var(--wb-on-accent)!important;font-weight:600}
+"""
 _COPY = "navigator.clipboard.writeText(code.value)"
 
 
@@ -29,7 +37,12 @@ class LivePage:
     """The widgets of the page and what they do. remember: stores a recipe in the address."""
 
     def __init__(
-        self, server: ModelServer, recipe: Recipe, theme: ThemeName, remember: Callable[[Recipe], None], note: str = ""
+        self,
+        server: ModelServer,
+        recipe: Recipe,
+        theme: ThemeName,
+        remember: Callable[[Recipe], None],
+        problem: str = "",
     ) -> None:
         self._server, self._theme, self._remember = server, theme, remember
         self.viewer = Viewer(server)
@@ -40,8 +53,8 @@ class LivePage:
         self._cards: list[InterventionCard] = []
         self._make_widgets()
         self._fill(recipe)
-        if note:
-            self._status.object = _note(note, "danger")
+        if problem:
+            self._status.object = note(problem, "danger")
 
     def _make_widgets(self) -> None:
         cfg, limits, wide = self._server.model.cfg, self._server.limits, {"sizing_mode": "stretch_width"}
@@ -59,21 +72,23 @@ class LivePage:
             pn.widgets.Button(label=text, width=width, color=colour)
             for text, width, colour in (("Run", 90, "primary"), ("Stop", 80, "default"), ("Continue", 100, "default"))
         )
+        self._run.stylesheets = [_PRIMARY_CSS]
         self._edit = pn.widgets.Button(label="Edit the answer", width=140)
-        self._status = pn.pane.HTML("", stylesheets=[widgets.PARTS_CSS], **wide)
+        self._status = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
         load = [[0.0] * cfg.num_experts for _ in range(cfg.n_layers)]
         self._map = ExpertMap(load=load, sizing_mode="stretch_width", margin=(6, 10))
-        self._map_title = pn.pane.HTML("", stylesheets=[widgets.PARTS_CSS], **wide)
+        self._map_title = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
         self._add = [pn.widgets.Button(label=title, variant="outline", margin=3) for title in TITLES.values()]
         self._list = pn.Column(sizing_mode="stretch_width")
-        css = [widgets.PARTS_CSS, ANSWER_CSS]
+        css = [PARTS_CSS, ANSWER_CSS]
         self._answers = [pn.pane.HTML("", stylesheets=css, **wide) for _ in range(2)]
         self._comparison = pn.pane.HTML("", stylesheets=css, **wide)
-        self._python = pn.widgets.TextAreaInput(label="Python", rows=14, disabled=True, **wide)
+        self._python = pn.widgets.TextAreaInput(visible=False)  # what the browser copies
+        self._code = pn.pane.HTML("", stylesheets=[_CODE_CSS], **wide)
         self._save = pn.widgets.FileDownload(
             callback=self._recipe_file, filename="recipe.json", label="Save the recipe", width=150, variant="outline"
         )
-        self._load = pn.widgets.FileInput(accept=".json", multiple=False)
+        self._load = pn.widgets.FileInput(label="Load a recipe", accept=".json", multiple=False)
         self._copy = pn.widgets.Button(label="Copy as Python", width=150)
         self._connect()
 
@@ -94,7 +109,7 @@ class LivePage:
             self._user,
             pn.Row(pn.pane.HTML("<label>Reasoning effort</label>", margin=(10, 0, 0, 10)), self._effort),
             pn.Card(self._developer, self._begin, title="Developer message, beginning of the answer", collapsed=True,
-                    sizing_mode="stretch_width", stylesheets=[widgets.CARD_CSS], margin=(4, 6)),
+                    sizing_mode="stretch_width", stylesheets=[CARD_CSS], margin=(4, 6)),
             pn.FlexBox(self._temperature, self._seed, self._tokens, self._samples),
             pn.FlexBox(self._run, self._stop, self._continue, self._edit),
             self._status,
@@ -114,7 +129,7 @@ class LivePage:
                 "<p>The address of this page holds the recipe. A saved recipe runs with "
                 "<code>workbench apply recipe.json</code>.</p>"
             ),
-            pn.FlexBox(self._save, self._copy, self._load), self._python, sizing_mode="stretch_width",
+            pn.FlexBox(self._save, self._copy, self._load), self._python, self._code, sizing_mode="stretch_width",
         )  # fmt: skip
         return [
             widgets.beside(widgets.card("Prompt", prompt), widgets.card("Experts and interventions", experts)),
@@ -171,9 +186,7 @@ class LivePage:
         if state == self._shown:
             return
         self._shown = state
-        self._status.object = "".join(_note(text, "warning") for text in self._notes) + self._state_html(
-            job, experiment
-        )
+        self._status.object = "".join(note(text, "warning") for text in self._notes) + self._state_html(job, experiment)
         answer = experiment.original if experiment.edited is None else experiment.edited
         self._show_map(answer, "original" if experiment.edited is None else "edited")
         comparison = experiment.comparison if ended else None
@@ -204,8 +217,8 @@ class LivePage:
             State.TIMED_OUT: f"Stopped at the time limit of {self._server.limits.max_seconds:g} s.",
         }
         if job.state is State.FAILED:
-            return _note(job.reason, "danger")
-        return _note(texts[job.state], "good" if job.state is State.DONE else "")
+            return note(job.reason, "danger")
+        return note(texts[job.state], "good" if job.state is State.DONE else "")
 
     def _show_map(self, answer: Answer, name: str) -> None:
         cfg = self._server.model.cfg
@@ -266,26 +279,23 @@ class LivePage:
             recipe = Recipe.from_json(bytes(self._load.value).decode("utf-8", "replace"))
             self._fill(recipe)
             self._remember(replace(recipe, model=self._server.name))
-            self._status.object = _note("The recipe was loaded. Press Run.", "good")
+            self._status.object = note("The recipe was loaded. Press Run.", "good")
 
     def _recipe_file(self) -> io.StringIO:
         return io.StringIO(self.recipe().to_json() + "\n")
 
     def _show_python(self) -> None:
         self._python.value = recipe_python(self.recipe())
+        self._code.object = f"<pre>{escape(self._python.value)}</pre>"
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Do what a viewer asked for, or say why it is refused."""
         try:
             action()
         except InputError as error:
-            self._status.object = _note(str(error), "danger")
+            self._status.object = note(str(error), "danger")
 
 
 def _speed_html(answer: Answer) -> str:
     shared = f", {answer.shared_tokens:,} prompt tokens reused" if answer.shared_tokens else ""
     return f'<div class="wb-muted">{answer.speed.tokens:,} new tokens, {escape(str(answer.speed))}{shared}</div>'
-
-
-def _note(text: str, kind: str) -> str:
-    return f'<div class="wb-note {escape(kind)}">{escape(text)}</div>'

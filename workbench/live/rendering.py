@@ -13,7 +13,8 @@ ANSWER_CSS = """
 .lv-message{border-left:4px solid var(--lv-channel);background:color-mix(in srgb,var(--lv-channel) 9%,transparent);
 border-radius:4px;padding:4px 10px;margin:0 0 8px}
 .lv-head{font-size:var(--wb-small);color:var(--wb-muted);font-weight:600}
-.lv-text{white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}
+.lv-text{white-space:pre-wrap;overflow-wrap:anywhere;
+font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}
 .lv-text span{border-radius:2px}
 .lv-first{outline:2px solid var(--wb-bad);outline-offset:1px}
 .lv-bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:4px 10px;align-items:center}
