@@ -98,7 +98,7 @@ def entropy_by_layer(
     figure = make_subplots(cols=len(present), shared_yaxes=True, subplot_titles=present, horizontal_spacing=0.02)
     figure.update_annotations(font={"size": 13})
     named: set[str] = set()
-    n_experts = ds["share"].count("expert").max(["channel", "effort"]).values
+    n_experts = experts_of_layers(ds["share"].max(["channel", "effort"]).values)
     for column, label in enumerate(present, start=1):
         for line in map(str, ds[lines].values):
             cell = ds.sel({panels: label, lines: line})
