@@ -30,6 +30,7 @@ from workbench.studies.comparison import (
     sum_by,
 )
 from workbench.studies.divergence import N_BOOT, N_PERMUTATIONS, divergence
+from workbench.studies.intervals import MIN_PROMPTS
 from workbench.studies.layer_experts import layer_experts
 from workbench.studies.resampling import (
     IntervalMethod,
@@ -90,7 +91,7 @@ DEFINITIONS = {
 METHOD = (
     "Load is pooled over the tokens of a cell; its sampling unit is the prompt. Cells with no token are missing. "
     "E is the number of experts of the layer. "
-    "Intervals need two prompts, are too narrow below about fifty, and cannot see what no prompt did: that of an "
+    "Intervals need five prompts, are too narrow below about fifty, and cannot see what no prompt did: that of an "
     "expert which nobody used is [0, 0]. Whether two cells' intervals overlap is no test; divergence() tests."
 )
 NOT_CONTROLLED = "Cells are not matched on task, position, length or words."
@@ -159,7 +160,7 @@ def _describe(
     interval: IntervalMethod,
 ) -> dict[str, np.ndarray]:
     """Every measure of one cell, by layer; all missing when it has no token. own: the experts of each layer."""
-    weights = bootstrap_weights(len(counts), n_boot, rng) if len(counts) > 1 else None
+    weights = bootstrap_weights(len(counts), n_boot, rng) if len(counts) >= MIN_PROMPTS else None
     layers = [_describe_layer(counts[:, i, :n], gates[i, :n], weights, interval) for i, n in enumerate(own)]
     widest = counts.shape[-1]
     return {name: np.stack([_padded(layer[name], widest) for layer in layers]) for name in layers[0]}
