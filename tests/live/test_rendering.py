@@ -54,7 +54,7 @@ def test_an_answer_is_shown_by_message_and_as_text() -> None:
     assert "lv-first" not in answer_html(experiment, answer, "dark")
 
 
-def test_characters_of_several_tokens_are_whole() -> None:
+def test_characters_of_several_tokens_are_complete() -> None:
     experiment, answer = finished("<|channel|>final<|message|>𓂀 naïve<|return|>")
     shown = "".join(
         piece.split(">")[1].split("<")[0] for piece in answer_html(experiment, answer, "light").split("<span")[1:]
