@@ -181,8 +181,4 @@ def _curve(session: Session) -> Any:
     if not costs:
         return widgets.html("")
     drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=session.theme)
-    return pn.Column(
-        widgets.figure(drawn, f"{session.name}-accuracy_by_tokens"),
-        widgets.card("Accuracy vs. reasoning length", widgets.html(content.findings({"g": costs["gain"]}))),
-        sizing_mode="stretch_width",
-    )
+    return widgets.figure(drawn, f"{session.name}-accuracy_by_tokens")
