@@ -72,9 +72,9 @@ def graph_data(content: Any) -> dict[str, Any]:
     known = {node["id"]: number for number, node in enumerate(shown)}
     inside = [(known[s], known[t], w) for s, t, w in edges if s in known and t in known]
     drawn = sorted(inside, key=lambda edge: -abs(edge[2]))[:MOST_EDGES]
-    top = max((node["layer"] for node in shown if node["kind"] != "logit"), default=0)
+    top = max((node["layer"] for node in shown if node["kind"] not in ("logit", "error")), default=0)
     for node in shown:
-        node["layer"] = top + 1 if node["kind"] == "logit" else node["layer"]
+        node["layer"] = top + 1 if node["kind"] == "logit" else min(node["layer"], top + 1)
     return {
         "tokens": tokens,
         "nodes": shown,

@@ -57,9 +57,13 @@ def method(study: Mapping[str, xr.Dataset]) -> str:
 
 
 def findings(study: Mapping[str, xr.Dataset]) -> str:
-    """Return HTML with the summaries of a study."""
-    lines = ((r.attrs["title"], r.attrs["summary"].splitlines()) for r in study.values())
-    return "".join(f"<h4>{escape(title)}</h4><p>{'<br>'.join(map(escape, text))}</p>" for title, text in lines)
+    """Return HTML with the summaries of a study, folded but for the first."""
+    lines = [(r.attrs["title"], r.attrs["summary"].splitlines()) for r in study.values()]
+    return "".join(
+        f"<details{' open' if number == 0 else ''}><summary><b>{escape(title)}</b></summary>"
+        f"<p>{'<br>'.join(map(escape, text))}</p></details>"
+        for number, (title, text) in enumerate(lines)
+    )
 
 
 def progress(run: Run) -> str:
@@ -106,7 +110,9 @@ def figure_names(names: Iterable[str]) -> dict[str, str]:
     """Return labels of figures → names, the most informative first."""
     every = list(names)
     last = [name for name in every if name.startswith(("mass_frame", "mass_prompt", "load_")) or name.endswith("naive")]
-    order = [name for name in every if name not in last and ("sizes" in name or "accuracy" in name)]
+    order = [name for name in every if name not in last and "accuracy" in name]
+    order += [name for name in every if name == "routing_analysis_vs_final_matched"]
+    order += [name for name in every if name not in (*last, *order) and "sizes" in name]
     order += [name for name in every if name not in (*order, *last)]
     return {name.replace("_", " "): name for name in (*order, *last)}
 

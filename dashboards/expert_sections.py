@@ -140,6 +140,8 @@ def measured_effects(session: Session, layer: int, expert: int) -> list[Any]:
                 change, low, high = (
                     float(ds[part].isel(layer=layer, expert=expert)) for part in ("change", "low", "high")
                 )
+                if not np.isfinite(low * high):
+                    continue  # the experiment measured nothing of this expert
                 effect = f"{change:+.3f} [{low:+.3f}, {high:+.3f}] {ds.attrs.get('units', '')}"
                 rows.append({"experiment": registry.find(name).title, "effect [95 % interval]": effect})
     if not rows:

@@ -25,7 +25,7 @@ from workbench.studies import quick_look
 
 
 def channels(session: Session) -> Page:
-    """Return the page that compares the analysis and final channels: sums first, then the study."""
+    """Return the page that compares the analysis and final channels: tested differences, then those of a selection."""
     run, name = session.run, session.name
     chosen = Selectors(session, "effort", "task")
     raw = box()
@@ -49,7 +49,9 @@ def channels(session: Session) -> Page:
         ]
 
     chosen.watch(show, "effort", "task")
-    return Page(chosen.sidebar(), [widgets.html(content.about(run)), raw, *study(session, "channels")])
+    tested = study(session, "channels", heading="Tested differences, all efforts and tasks")
+    title = widgets.html("<h2>Differences of the selected effort and task, not tested</h2>")
+    return Page(chosen.sidebar(), [widgets.html(content.about(run)), *tested, title, raw])
 
 
 def effort(session: Session) -> Page:

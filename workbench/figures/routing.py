@@ -41,7 +41,7 @@ def load_heatmap(
     figure = grid.loads(share, np.stack([relative, *intervals], axis=-1), hover, clip)
     subtitle = (
         f"Share of routed slots over 1/{n_experts}; {int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts; "
-        "95 % intervals on hover"
+        "the table has 95 % intervals"
     )
     title = f"Expert load: {channel}, {effort} effort"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
