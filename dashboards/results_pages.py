@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -16,7 +17,7 @@ from workbench import registry
 from workbench.dashboards import attribution_graph, content, theme, widgets
 from workbench.dashboards.session import Page, Session, box
 from workbench.dashboards.stored_results import StoredResults
-from workbench.figures.gallery import Gallery
+from workbench.figures.gallery import Gallery, GalleryItem
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
@@ -73,33 +74,35 @@ def _largest(ds: xr.Dataset) -> dict[str, Any]:
 def _experiment(session: Session, name: str, stored: StoredResults) -> pn.Column:
     """Return the sections of one experiment: question, figures, null distributions, numbers, findings and methods."""
     record, sets = registry.find(name), stored.experiments[name]
-    parts: list[Any] = [
-        widgets.html(f"<h2>{escape(record.title)}</h2><p class='wb-lead'>{escape(record.question)}</p>")
-    ]
     gallery: Gallery = record.load_figures().gallery(sets)
-    for key, item in gallery.items():
-        label = f"{session.name}-{name}-{key}"
-        parts.append(
-            widgets.guarded(
-                lambda item=item, label=label: widgets.figure(item.draw(theme=session.theme), label, item.table)
-            )
-        )
-    for key, ds in sets.items():
-        if "random" in ds and "change" in ds:
-            label = f"{session.name}-{name}-{key}-null"
-            rows = tables(ds[["random"]])
-            drawn = null_figure(ds, theme=session.theme)
-            parts.append(widgets.figure(drawn, label, lambda rows=rows: next(iter(rows.values()))))
-        for table_name, rows_ in tables(ds.drop_vars([v for v in ("each", "base", "random") if v in ds])).items():
-            if "random" not in table_name and len(rows_):
-                title = f"{key.replace('_', ' ')} by {table_name.replace('_', ' and ')}"
-                numbers = rows_.map(lambda v: f"{v:.4g}" if isinstance(v, float) else v)
-                parts.append(widgets.table(title, numbers, f"{session.name}-{name}-{key}-{table_name}", collapsed=True))
-    parts += [
+    label = f"{session.name}-{name}"
+    return pn.Column(
+        widgets.html(f"<h2>{escape(record.title)}</h2><p class='wb-lead'>{escape(record.question)}</p>"),
+        *(widgets.guarded(partial(_drawn, session, item, f"{label}-{key}")) for key, item in gallery.items()),
+        *(_null(session, ds, f"{label}-{key}-null") for key, ds in sets.items() if {"random", "change"} <= set(ds)),
+        *(part for key, ds in sets.items() for part in _numbers(ds, key.replace("_", " "), f"{label}-{key}")),
         widgets.card("Findings", widgets.html(content.findings(sets))),
         widgets.card("Methods", widgets.html(content.method(sets)), collapsed=True),
-    ]
-    return pn.Column(*parts, sizing_mode="stretch_width")
+        sizing_mode="stretch_width",
+    )
+
+
+def _drawn(session: Session, item: GalleryItem, name: str) -> pn.Column:
+    return widgets.figure(item.draw(theme=session.theme), name, item.table)
+
+
+def _null(session: Session, ds: xr.Dataset, name: str) -> pn.Column:
+    rows = ds[["random"]].to_dataframe().reset_index()
+    return widgets.figure(null_figure(ds, theme=session.theme), name, rows.copy)
+
+
+def _numbers(ds: xr.Dataset, title: str, name: str) -> Iterator[Any]:
+    """Yield a folded table for each set of axes; single sequences and random sets are in the files only."""
+    shown = ds.drop_vars([variable for variable in ("each", "base", "random", "random_load_ratio") if variable in ds])
+    for axes, rows in tables(shown).items():
+        texts = rows.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
+        heading = f"{title} by {axes.replace('_', ' and ')}"
+        yield widgets.table(heading, texts, f"{name}-{axes}", collapsed=True)
 
 
 def null_figure(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:

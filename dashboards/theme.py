@@ -96,7 +96,7 @@ padding:10px 14px}
 .wb-examples a:hover{text-decoration:underline}
 mark{background:var(--wb-accent);color:var(--wb-on-accent);border-radius:3px;padding:0 2px}
 pre{white-space:pre-wrap;background:var(--wb-raised);border-radius:6px;padding:8px 12px}
-th[data-sort]{cursor:pointer}th[aria-sort=ascending]::after{content:" \25B4"}
+summary{cursor:pointer;padding:3px 0}th[data-sort]{cursor:pointer}th[aria-sort=ascending]::after{content:" \25B4"}
 th[aria-sort=descending]::after{content:" \25BE"}tr:has(a){cursor:pointer}tbody tr:hover{background:var(--wb-raised)}
 .wb-note{border-left:4px solid var(--wb-control);background:var(--wb-raised);border-radius:4px;padding:8px 12px;
 margin:4px 0}
