@@ -22,20 +22,21 @@ def load_with_intervals(session: Session, layer: int, expert: int) -> pn.Column:
     """Return the section with the load of an expert by channel and effort, with intervals, when the study is ready."""
 
     def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        rows = load_table(found["load"], layer, expert)
+        own = session.run.model.get("layer_experts") or [session.run.model["num_experts"]] * (layer + 1)
+        rows = load_table(found["load"], layer, expert, own[layer])
         title = "Load relative to uniform with 95 % intervals, all tasks"
         return [widgets.table(title, rows, f"{session.name}-layer-{layer}-expert-{expert}-load-intervals")]
 
     return widgets.awaited(session.registry.study("routing", session.name, exclude=session.exclude), show)
 
 
-def load_table(load: xr.Dataset, layer: int, expert: int) -> pd.DataFrame:
+def load_table(load: xr.Dataset, layer: int, expert: int, n_experts: int) -> pd.DataFrame:
     """Return the load relative to uniform with its interval as text: a row for each channel, a column an effort."""
     cell = load.sel(layer=layer, expert=expert)
     values = np.stack(
         [cell[name].transpose("channel", "effort").values for name in ("share", "share_low", "share_high")]
     )
-    values = values * load.sizes["expert"]
+    values = values * n_experts
     texts = [
         ["–" if np.isnan(row[0]) else f"{row[0]:.2f} [{row[1]:.2f}, {row[2]:.2f}]" for row in values[:, i].T]
         for i in range(load.sizes["channel"])

@@ -71,7 +71,8 @@ def sentence(run: Run) -> str:
     table, model = run.sequences, run.model
     efforts = in_order([effort for effort in table["effort"].unique() if effort])
     prompts = table["prompt_id"].replace("", pd.NA).nunique() or len(table)
-    size = f"{model['n_layers']} layers, {model['num_experts']} experts, {model['experts_per_token']} per token"
+    experts = content.number_of_experts(model)
+    size = f"{model['n_layers']} layers, {experts} experts, {model['experts_per_token']} per token"
     at = f" at {', '.join(efforts)} effort" if efforts else ""
     quantities = ", ".join(run.recorded).replace("_", " ")
     return (

@@ -85,7 +85,7 @@ def test_loads_are_told_with_intervals_relative_to_uniform() -> None:
          (("share", 1.0), ("share_low", 0.5), ("share_high", 1.5))},
         {"channel": ["final", "other"], "effort": ["low"], "layer": [0], "expert": range(4)},
     )  # fmt: skip
-    table = expert_sections.load_table(load, 0, 2)
+    table = expert_sections.load_table(load, 0, 2, 4)
     assert table.to_dict("records") == [{"channel": "final", "low": "2.00 [1.00, 3.00]"}]
 
 
