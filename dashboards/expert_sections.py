@@ -13,6 +13,7 @@ from workbench import registry
 from workbench.dashboards import widgets
 from workbench.dashboards.session import Selectors, Session
 from workbench.errors import InputError
+from workbench.studies.layer_experts import layer_experts
 from workbench.studies.quick_look import ALL
 
 _SHOWN = 8  # examples of each kind
@@ -22,8 +23,8 @@ def load_with_intervals(session: Session, layer: int, expert: int) -> pn.Column:
     """Return the section with the load of an expert by channel and effort, with intervals, when the study is ready."""
 
     def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        own = session.run.model.get("layer_experts") or [session.run.model["num_experts"]] * (layer + 1)
-        rows = load_table(found["load"], layer, expert, own[layer])
+        n_experts = layer_experts(session.run, layer + 1, session.run.model["num_experts"])[layer]
+        rows = load_table(found["load"], layer, expert, int(n_experts))
         title = "Load relative to uniform with 95 % intervals, all tasks"
         return [widgets.table(title, rows, f"{session.name}-layer-{layer}-expert-{expert}-load-intervals")]
 

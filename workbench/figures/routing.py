@@ -1,7 +1,8 @@
 """Figures of the routing study: load and its differences by layer and expert, entropy and divergence by layer.
 
 Each takes a dataset of `workbench.studies.routing` and returns a plotly figure. Missing, zero and clipped cells never
-look like a small or a large value; every interval the study computed is drawn, or in the table and under the pointer where there is no room.
+look like a small or a large value; every interval that the study computed is drawn, or in the table where there is no
+room.
 """
 
 from collections.abc import Mapping
