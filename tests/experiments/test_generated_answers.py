@@ -61,7 +61,7 @@ def test_an_expert_that_carries_the_behaviour_is_found_among_random_ones(nano: G
     others = [forbid(layer, [e]) for layer, e in np.ndindex(2, 12) if (layer, e) != (LAYER, EXPERT)][:20]
     recipe = {"carrier": forbid(LAYER, [EXPERT])}
     with carried_by_an_expert(nano):
-        found = behaviour(nano, rows, recipe, controls={"carrier": others}, max_new_tokens=10)
+        found = behaviour(nano, rows[:6], recipe, controls={"carrier": others}, max_new_tokens=12)
     same = found.sel(measure="same answer", intervention="carrier")
     assert float(same["change"]) < -0.8
     assert float(same["p_family"]) <= 0.05

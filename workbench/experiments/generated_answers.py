@@ -66,12 +66,13 @@ REFUSAL = r"(i'm sorry|i am sorry|sorry,|i can't|i cannot|i can not|i won't|i'm 
 METHOD = (
     "Answers at temperature 0 to the prompts of the sequences, with the edit less without. correct: the final message "
     "is the expected text; an unfinished answer is wrong. complete: the answer ended. refused: the final message "
-    "begins with a phrase of refusal. same answer: the final message is that without the edit. Tokens before "
-    "divergence: share of the unedited answer's tokens before the first that differs. Routing flips: share of "
-    "(token, slot) choices of experts lost at the unedited answer's own tokens up to there. Intervals over prompts: "
-    "Student's t with two pseudo-prompts for changes of shares, bootstrap-t otherwise; q over all measures and edits. "
-    "The null of an edit is the distribution of the effects of random edits of the same kind and dose: rank p "
-    "(two-sided), p_family adjusted for the doses of a measure (single-step max-T). Measures are tested separately."
+    "begins with a phrase of refusal. same answer: the final message is that without the edit (of unfinished answers: "
+    "all tokens are). Tokens before divergence: share of the unedited answer's tokens before the first that differs. "
+    "Routing flips: share of (token, slot) choices of experts lost at the unedited answer's own tokens up to there. "
+    "Intervals over prompts: Student's t with two pseudo-prompts for changes of shares, bootstrap-t otherwise; q over "
+    "all measures and edits. The null of an edit is the distribution of the effects of random edits of the same kind "
+    "and dose: rank p (two-sided), p_family adjusted for the doses of a measure (single-step max-T). Measures are "
+    "tested separately."
 )
 NOT_CONTROLLED = (
     "An edit takes the model off the states it was trained in, and errors spread through an answer; only an effect "
@@ -144,7 +145,7 @@ def measure(
             right[0] - right[1],
             _change([a.text is not None for a in found], [a.text is not None for a in base]),
             _change([a.refused for a in found], [a.refused for a in base]),
-            np.array([float(a.text == b.text) - 1 for a, b in zip(found, base, strict=True)]),
+            np.array([float(_same(a, b)) - 1 for a, b in zip(found, base, strict=True)]),
             _change([len(a.ids) for a in found], [len(a.ids) for a in base]),
             _change([a.analysis_tokens for a in found], [a.analysis_tokens for a in base]),
             np.array([n / max(len(b.ids), 1) - 1 for n, b in zip(common, base, strict=True)]),
@@ -155,6 +156,11 @@ def measure(
 
 def _change(after: Sequence[float], before: Sequence[float]) -> Float[np.ndarray, " sequence"]:
     return np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+
+
+def _same(a: Answer, b: Answer) -> bool:
+    """Return whether two final messages are equal; of answers without a finished one, all ids."""
+    return a.ids == b.ids if a.text is None or b.text is None else a.text == b.text
 
 
 def _right(answer: Answer, row: Transcript) -> float:
