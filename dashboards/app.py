@@ -1,7 +1,6 @@
 """Serve the dashboard by a command, by `panel serve`, or in a notebook. The pages are in `pages`.
 
-Everything a page needs comes from this server. Bootstrap's template, because it is the one of Panel's that asks no
-other host for a font.
+Everything a page needs comes from this server. The frame of a page is in `layout`, its look in `theme`.
 """
 
 import socket
@@ -9,89 +8,69 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import panel as pn
 
 from workbench.dashboards import widgets
 from workbench.dashboards.access import guard, login_options
+from workbench.dashboards.layout import PageTemplate, page_template
 from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 
-_CSS = """
-body { font-family: system-ui, 'DejaVu Sans', sans-serif; }
-a:focus-visible, button:focus-visible { outline: 3px solid #5b9bcb; outline-offset: 2px; }
-"""
 
-
-def _template(registry: RunRegistry, page: str, link: Callable[[str, str], str]) -> pn.template.BootstrapTemplate:
-    """A page in its frame. link: (page, query) → address."""
+def _template(registry: RunRegistry, page: str, *, one_path: bool = False) -> PageTemplate:
+    """Return a page in its frame. one_path: all pages have the same path, and the query names the page."""
     query = {
         name: values[0].decode("utf-8", "replace") for name, values in (pn.state.session_args or {}).items() if values
     }
     choice = Selection(query)
-    nav = pn.pane.HTML("", width=widgets.WIDTH)
+
+    def address_query() -> str:
+        return urlencode(({"page": page} if one_path else {}) | choice.values)
 
     def remember() -> None:
         if pn.state.location:
-            pn.state.location.search = "?" + link(page, choice.query()).partition("?")[2]
-        nav.object = _links(page, choice, link)
+            pn.state.location.search = "?" + address_query()
 
-    session = Session(registry, choice, remember)
-    pick = widgets.select("Run", registry.names, session.name)
+    address = "?page={}&{}".format if one_path else "./{}?{}".format
+    session = Session(registry, choice, remember, address)
+    pick = widgets.select("Run", registry.names, session.name, visible=len(registry.names) > 1)
     pick.param.watch(lambda event: session.put(run=str(event.new), sequence=""), "value")
     pick.jscallback(value="setTimeout(() => window.location.reload(), 150)")  # another run is another page
     exclude = widgets.exclude(session.registry.run(session.name), session.exclude)
     exclude.param.watch(lambda event: session.put(exclude=str(event.new)), "value")
     exclude.jscallback(value="setTimeout(() => window.location.reload(), 150)")
     shown = made(page, session)
-    nav.object = _links(page, choice, link)
-    # Panel gives what comes after the first drawing a style sheet of its own each, slower and unlike the page's
-    pn.state.execute(partial(setattr, pn.config, "design", None), schedule=True)
-    return pn.template.BootstrapTemplate(
-        site="gpt-oss workbench",
-        title=escape(f"{session.name}: {page_titles()[page].lower()}"),  # the template does not escape it
-        sidebar=[nav, pick, *shown.sidebar, exclude],
+    return page_template(
+        page,
+        page_titles(),
+        session.name,
+        sidebar=[pick, *shown.sidebar, exclude],
         main=shown.main,
-        sidebar_width=275,
-        raw_css=[_CSS],
-        theme=pn.theme.DarkTheme if session.theme == "dark" else pn.theme.DefaultTheme,
+        query=address_query(),
+        theme=session.theme,
+        one_path=one_path,
     )
 
 
-def _links(page: str, choice: Selection, link: Callable[[str, str], str]) -> str:
-    """Links to all pages with what is chosen, and to this page in the other colours."""
-    style = "display:block;padding:.15rem 0;color:inherit;"
-    rows = [
-        f'<a href="{escape(link(path, choice.query(figure="", measure="")))}" style="{style}'
-        f'{"font-weight:700" if path == page else ""}"'
-        f"{' aria-current=page' if path == page else ''}>{escape(title)}</a>"
-        for path, title in page_titles().items()
-    ]
-    other = "light" if choice.text("theme") == "dark" else "dark"
-    rows.append(
-        f'<a href="{escape(link(page, choice.query(theme=other)))}" style="{style}opacity:.75">{other} theme</a>'
-    )
-    return f'<nav aria-label="pages">{"".join(rows)}</nav>'
-
-
-def pages(registry: RunRegistry) -> dict[str, Callable[[], pn.template.BootstrapTemplate]]:
+def pages(registry: RunRegistry) -> dict[str, Callable[[], PageTemplate]]:
     """Return path → page; an address without a path opens the overview, too."""
 
-    def of(page: str) -> Callable[[], pn.template.BootstrapTemplate]:
-        def show() -> pn.template.BootstrapTemplate:  # a plain function: Panel shows any other callable as an object
-            return _template(registry, page, lambda path, query: f"./{path}?{query}")
+    def of(page: str) -> Callable[[], PageTemplate]:
+        def show() -> PageTemplate:  # a plain function: Panel shows any other callable as an object
+            return _template(registry, page)
 
         return show
 
     return {"/": of("overview"), **{page: of(page) for page in page_titles()}}
 
 
-def servable(paths: Sequence[str | Path]) -> pn.template.BootstrapTemplate:
+def servable(paths: Sequence[str | Path]) -> PageTemplate:
     """Return the whole dashboard as one address, its page in the query: for `panel serve`.
 
     panel serve workbench/dashboards/app.py --args RUN.zarr
@@ -99,7 +78,7 @@ def servable(paths: Sequence[str | Path]) -> pn.template.BootstrapTemplate:
     registry = pn.state.as_cached("workbench-registry", lambda: RunRegistry(paths))
     asked = (pn.state.session_args or {}).get("page", [b"overview"])[0].decode("utf-8", "replace")
     page = asked if asked in page_titles() else "overview"
-    return _template(registry, page, lambda path, query: f"?page={path}&{query}").servable()
+    return _template(registry, page, one_path=True).servable()
 
 
 def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Column:
@@ -110,7 +89,7 @@ def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Co
     """
     if page not in page_titles():
         raise InputError(f"no page is called {page!r}; the pages are {', '.join(page_titles())}")
-    pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
+    pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     registry, choice = RunRegistry(paths), Selection(chosen)
     body = pn.Column(sizing_mode="stretch_width")
     pick = pn.widgets.RadioButtonGroup(
@@ -147,7 +126,7 @@ def serve(
     origins = [*_origins(address, port), *allow_origin]
     registry = RunRegistry(runs)
     _check_free(address, port)
-    pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
+    pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     threading.Thread(target=_warm, args=(registry,), daemon=True).start()
     print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
     try:
@@ -195,5 +174,5 @@ def _check_free(address: str, port: int) -> None:
 
 
 if __name__.startswith("bokeh_app"):  # what `panel serve` calls a script
-    pn.extension("plotly", notifications=False, inline=True)  # nothing from another host
+    pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     servable(sys.argv[1:])

@@ -97,6 +97,7 @@ def about_sequence(run: Run, number: int) -> str:
         "Tokens": f"{int(row['length']):,}",
         "Expected": row["answer"] or "–",
         "Answer": right,
+        **({"Irregular": str(row["flags"])} if row.get("flags") else {}),
     }
     return " &ensp; ".join(f"<b>{name}</b> {escape(str(text))}" for name, text in parts.items())
 

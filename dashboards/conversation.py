@@ -8,7 +8,7 @@ import base64
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,35 @@ from workbench.runs import Run
 
 _PAGE = Path(__file__).with_name("conversation.html")
 HEIGHT = 760
+VIEW = ("colour", "layer", "expert", "position", "pin")  # what can be chosen in the frame
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 
 
-def frame(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None, theme: ThemeName = "light") -> str:
-    """Return HTML of the frame with the conversation in it."""
+def frame(
+    run: Run,
+    sequence: int,
+    tokenizer: harmony.Tokenizer | None,
+    theme: ThemeName = "light",
+    view: Mapping[str, str] | None = None,
+) -> str:
+    """Return HTML of the frame with the conversation in it. view: what is chosen in it at first, see `VIEW`."""
     return (
         f'<iframe title="conversation" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0" '
-        f'srcdoc="{html.escape(document(run, sequence, tokenizer, theme), quote=True)}"></iframe>'
+        f'srcdoc="{html.escape(document(run, sequence, tokenizer, theme, view), quote=True)}"></iframe>'
     )
 
 
-def document(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None, theme: ThemeName = "light") -> str:
-    """Return the conversation as one HTML document that fetches nothing."""
-    told = data_of(run, sequence, tokenizer) | {"theme": theme, "colours": dict(THEMES[theme].channel)}
+def document(
+    run: Run,
+    sequence: int,
+    tokenizer: harmony.Tokenizer | None,
+    theme: ThemeName = "light",
+    view: Mapping[str, str] | None = None,
+) -> str:
+    """Return the conversation as one HTML document that fetches nothing. view: see `frame`."""
+    told = data_of(run, sequence, tokenizer)
+    told |= {"theme": theme, "colours": dict(THEMES[theme].channel), "view": dict(view or {})}
     data = json.dumps(told, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return _PAGE.read_text(encoding="utf-8").replace("__DATA__", data)
 

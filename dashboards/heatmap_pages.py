@@ -1,10 +1,11 @@
 """The expert and head pages: a heat map by layer, the details of one expert or head, and the study."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
+import pandas as pd
 import panel as pn
 import xarray as xr
 
@@ -37,20 +38,21 @@ def _cells(session: Session, cells: Cells, folded: Callable[[Selectors], Any] | 
 
     def clicked(data: Any) -> None:
         if point := ((data or {}).get("points") or [None])[0]:
-            chosen.widgets["layer"].value, chosen.widgets[cells.column].value = str(point["y"]), str(point["x"])
+            chosen.select(layer=str(point["y"]), **{cells.column: str(point["x"])})
 
     def show_heat() -> None:
         def body() -> Any:
             ds = cells.sums(run, **chosen.cell)
-            drawn = draw.heatmap(ds, measure.value, theme=session.theme)
+            cell = (chosen.number("layer"), chosen.number(cells.column))
+            drawn = draw.heatmap(ds, measure.value, marked=cell, theme=session.theme)
             label = "-".join([name, str(measure.value), *chosen.cell.values()])
             return widgets.figure(drawn, label, lambda: ds.to_dataframe().reset_index(), click=clicked)
 
         heat[:] = [widgets.guarded(body)]  # a new pane: plotly fails when a figure changes while it is drawn
 
     def show_one() -> None:
-        title = f"## Layer {chosen['layer']}, {cells.column} {chosen[cells.column]}"
-        one[:] = [pn.pane.Markdown(title, margin=(10, 10, 0, 10)), widgets.guarded(lambda: cells.one(session, chosen))]
+        title = f"<h2>Layer {chosen['layer']}, {cells.column} {chosen[cells.column]}</h2>"
+        one[:] = [widgets.html(title), widgets.guarded(lambda: cells.one(session, chosen))]
 
     def show_more() -> None:
         if folded is not None:
@@ -62,8 +64,8 @@ def _cells(session: Session, cells: Cells, folded: Callable[[Selectors], Any] | 
         session.put(measure=str(measure.value))
         show_heat()
 
-    chosen.watch(show_heat, "channel", "effort", "task")
-    chosen.watch(show_one, "channel", "task", "layer", cells.column)
+    chosen.watch(show_heat, "channel", "effort", "task", "layer", cells.column)
+    chosen.watch(show_one, "channel", "effort", "task", "layer", cells.column)
     chosen.watch(show_more, "channel", "layer")
     measure.param.watch(remember, "value")
     side = chosen.sidebar()
@@ -84,10 +86,11 @@ def experts(session: Session) -> Page:
         raise InputError(f"{session.name} has no recorded routing. It contains {', '.join(run.recorded)}")
 
     def folded(chosen: Selectors) -> pn.Card:
-        title = f"Co-activation in layer {chosen['layer']} and transitions to the next"
+        title = f"Co-activation in layer {chosen['layer']} and transitions to the next, all efforts and tasks"
         return widgets.folded(title, lambda: _pairs(session, chosen))
 
     measures: dict[str, draw.Measure] = {
+        "load relative to uniform (log₂)": "relative",
         "load": "load",
         "gate weight": "gates",
         "load relative to the whole run": "lift",
@@ -101,17 +104,33 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
     words = search.vocabulary(run)
     label = f"{session.name}-layer-{layer}-expert-{expert}"
     acts = quick_look.by_channel_and_effort(run, "load", layer, expert, chosen["task"]).round(2)
-    cards: list[Any] = [widgets.table("Load relative to uniform, by channel and effort", acts, f"{label}-load")]
+    title = f"Load relative to uniform, by channel and effort{_of_task(chosen)}"
+    cards: list[Any] = [widgets.table(title, acts, f"{label}-load")]
     together = session.registry.pairs(session.name, session.exclude)
     if together is not None and chosen["channel"] != ALL:
         partners = content.partners(together, chosen["channel"], layer, expert)
-        cards.append(widgets.table(f"Co-activated experts in {chosen['channel']}", partners, f"{label}-with"))
+        links = [session.link("experts", expert=str(other)) for other in partners["with expert"]]
+        title = f"Co-activated experts in {chosen['channel']}, all efforts and tasks"
+        cards.append(widgets.table(title, partners, f"{label}-with", {"with expert": links}))
 
     def tokens() -> Any:
-        rows = search.expert_tokens(run, layer, expert, lambda i: search.shown(i, words))
-        return widgets.table("Overrepresented tokens", rows, f"{label}-tokens")
+        within = search.TokenSelection(**chosen.cell)
+        rows = search.expert_tokens(run, layer, expert, lambda i: search.shown(i, words), within=within)
+        return _examples(session, f"Overrepresented tokens: {chosen.description}", rows, f"{label}-tokens", "expert")
 
     return pn.Column(widgets.beside(*cards), widgets.later(tokens), sizing_mode="stretch_width")
+
+
+def _of_task(chosen: Selectors) -> str:
+    return "" if chosen["task"] == ALL else f", {chosen['task']}"
+
+
+def _examples(session: Session, title: str, rows: pd.DataFrame, name: str, colour: str) -> Any:
+    """Return the table of tokens; each example opens its conversation at the token, in the colours of `colour`."""
+    at = zip(rows["sequence"], rows["position"], strict=True)
+    links = [session.link("transcript", sequence=str(s), pin=str(p), position="", colour=colour) for s, p in at]
+    shown = rows.drop(columns=["sequence", "position"])
+    return widgets.table(title, shown, name, {"for example": links})
 
 
 def _pairs(session: Session, chosen: Selectors) -> pn.Column:
@@ -147,9 +166,10 @@ def _head(session: Session, chosen: Selectors) -> pn.Column:
     words = search.vocabulary(run)
     label = f"{session.name}-layer-{layer}-head-{head}"
     mass = quick_look.by_channel_and_effort(run, "mass", layer, head, chosen["task"]).round(4)
+    within = search.TokenSelection(**chosen.cell)
     cards: list[Any] = [
         widgets.html(escape(content.about_head(run, layer, head))),
-        widgets.table("Mean sink attention by channel and effort", mass, f"{label}-mass"),
+        widgets.table(f"Mean sink attention by channel and effort{_of_task(chosen)}", mass, f"{label}-mass"),
     ]
     if "sinks" not in run.recorded:
         cards.append(
@@ -158,12 +178,13 @@ def _head(session: Session, chosen: Selectors) -> pn.Column:
         return pn.Column(*cards, sizing_mode="stretch_width")
 
     def position() -> Any:
-        rows = search.head_by_position(run, layer, head)
+        rows = search.head_by_position(run, layer, head, within=replace(within, channel=""))
         drawn = draw.position_curve(rows, run.digest, layer, head, theme=session.theme)
         return widgets.figure(drawn, f"{label}-position", rows.reset_index)
 
     def tokens() -> Any:
-        rows = search.head_tokens(run, layer, head, lambda i: search.shown(i, words))
-        return widgets.table("Tokens with high sink attention (top 10 %)", rows, f"{label}-tokens")
+        rows = search.head_tokens(run, layer, head, lambda i: search.shown(i, words), within=within)
+        title = f"Tokens with high sink attention (top 10 %): {chosen.description}"
+        return _examples(session, title, rows, f"{label}-tokens", "sink")
 
     return pn.Column(*cards, widgets.later(position), widgets.later(tokens), sizing_mode="stretch_width")

@@ -3,7 +3,6 @@
 Sums are shown immediately. Studies are computed in a separate process and shown when they are ready (see `study_jobs`).
 """
 
-import io
 from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
@@ -13,15 +12,14 @@ import panel as pn
 import xarray as xr
 
 from workbench import registry
-from workbench.dashboards import content, search, widgets
-from workbench.dashboards.conversation import HEIGHT, conversation_file, frame
+from workbench.dashboards import content, widgets
+from workbench.dashboards.conversation_page import transcript
 from workbench.dashboards.heatmap_pages import experts, sinks
 from workbench.dashboards.session import Page, Selectors, Session, box, study
 from workbench.errors import InputError
 from workbench.figures import effort as draw_effort
 from workbench.figures import quick_look as draw
 from workbench.studies import quick_look
-from workbench.studies.quick_look import ALL
 
 
 def overview(session: Session) -> Page:
@@ -134,91 +132,6 @@ def effort(session: Session) -> Page:
         chosen.sidebar(),
         [widgets.html(content.about(run)), curve, *study(session, "effort", above=["accuracy_by_tokens"])],
     )
-
-
-def transcript(session: Session) -> Page:
-    """Return the conversations page: one conversation, coloured by a recorded quantity and replayed token by token.
-
-    Raises:
-        InputError: no unit of the run is committed yet.
-    """
-    run = session.run
-    if run.sequences.empty:
-        raise InputError("the run contains no complete conversation yet: wait until the first unit is committed")
-    words = search.vocabulary(run)
-    chosen = Selectors(session, "task", "effort", "channel", "layer", "expert")
-    for name, value in (("channel", ALL), ("effort", quick_look.options(run)["effort"][-1])):
-        if not session.choice.text(name):
-            chosen.widgets[name].value = value
-    find = pn.widgets.TextInput(
-        label="Id, answer or text contains", value=session.choice.text("find"), width=widgets.WIDTH
-    )
-    orders = (
-        {"order of capture": "", "load of the expert": "expert"}
-        if "routing" in run.recorded
-        else {"order of capture": ""}
-    )
-    order = widgets.select("Order", orders, session.choice.get("order", list(orders.values())))
-    pick = widgets.select("Conversation", {}, None, size=12)
-    before, after = (pn.widgets.Button(label=text, width=widgets.WIDTH // 2 - 8) for text in ("‹ previous", "next ›"))
-    shown = box()
-
-    def fill() -> None:
-        session.put(find=str(find.value), order=str(order.value))
-
-        def body() -> dict[str, int]:
-            expert = (chosen.number("layer"), chosen.number("expert")) if order.value else None
-            return search.conversations(
-                run,
-                task=chosen["task"],
-                effort=chosen["effort"],
-                channel=chosen["channel"],
-                text=str(find.value),
-                expert=expert,
-            )
-
-        pick.loading = True
-        found = widgets.guarded(body)
-        pick.loading = False
-        if not isinstance(found, dict):
-            shown[:] = [found]
-            return
-        wanted = int(session.choice.text("sequence")) if session.choice.text("sequence").isdecimal() else None
-        pick.param.update(options=found, value=wanted if wanted in found.values() else next(iter(found.values()), None))
-        if not found:
-            shown[:] = [widgets.alert("No matching conversations. Change the filters or the search text.", "info")]
-
-    def show(*_: Any) -> None:
-        if pick.value is None:
-            return
-        number = int(pick.value)
-        session.put(sequence=str(number))
-
-        def body() -> Any:
-            text = frame(run, number, words, session.theme)
-            return pn.pane.HTML(text, height=HEIGHT + 10, sizing_mode="stretch_width")
-
-        shown[:] = [widgets.html(content.about_sequence(run, number)), widgets.guarded(body)]
-
-    def step(by: int) -> None:
-        values = list(pick.options.values())
-        if values:
-            pick.value = values[(values.index(pick.value) + by) % len(values)]
-
-    pick.param.watch(show, "value")
-    chosen.watch(fill, *chosen.widgets)
-    for widget in (find, order):
-        widget.param.watch(lambda _: fill(), "value")
-    before.on_click(lambda _: step(-1))
-    after.on_click(lambda _: step(1))
-    share = pn.widgets.FileDownload(
-        callback=lambda: io.BytesIO(conversation_file(run, int(pick.value), session.theme)),
-        filename="conversation.html",
-        label="Download this page",
-        width=widgets.WIDTH,
-        variant="outline",
-    )
-    return Page([find, pick, pn.Row(before, after), share, order, *chosen.sidebar()], [shown])
 
 
 def compare(session: Session) -> Page:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -48,63 +49,117 @@ def texts(ids: Sequence[int], tokenizer: harmony.Tokenizer | None) -> list[str]:
     return found
 
 
-def expert_tokens(run: Run, layer: int, expert: int, text: Callable[[int], str], *, rows: int = 20) -> pd.DataFrame:
+@dataclass(frozen=True)
+class TokenSelection:
+    """The tokens of a channel, effort and task; `all` channels are all content, and `""` also the frame tokens."""
+
+    channel: str = ""
+    effort: str = ALL
+    task: str = ALL
+
+    def mask(self, run: Run, block: dict[str, np.ndarray]) -> Bool[np.ndarray, " token"]:
+        """Return which tokens of a block of the run are selected."""
+        inside = np.ones(len(block["channel"]), dtype=bool)
+        if self.channel == ALL:
+            inside = block["channel"] != CHANNELS.index("frame")
+        elif self.channel:
+            inside = block["channel"] == CHANNELS.index(self.channel)
+        for column, value in (("effort", self.effort), ("task", self.task)):
+            if value != ALL:
+                table = run.sequences[column]
+                inside &= np.isin(block["sequence"], table.index[table == value])
+        return inside
+
+
+EVERYTHING = TokenSelection()
+
+
+def expert_tokens(
+    run: Run,
+    layer: int,
+    expert: int,
+    text: Callable[[int], str],
+    *,
+    rows: int = 20,
+    within: TokenSelection = EVERYTHING,
+) -> pd.DataFrame:
     """Return tokens that are routed to an expert more often than tokens on average, with an example each.
 
-    Only the first tokens of the run are read.
+    Only the first tokens of the run are read. within: the tokens that are counted. Columns `sequence` and `position`
+    tell where the example is.
     """
 
-    def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
         for block in run.blocks("id", "experts", layer=layer):
-            yield block, (block["experts"][0] == expert).any(-1)
+            yield block, (block["experts"][0] == expert).any(-1), within.mask(run, block)
 
     return _overrepresented_tokens(chosen(), text, rows)
 
 
-def head_tokens(run: Run, layer: int, head: int, text: Callable[[int], str], *, rows: int = 20) -> pd.DataFrame:
+def head_tokens(
+    run: Run,
+    layer: int,
+    head: int,
+    text: Callable[[int], str],
+    *,
+    rows: int = 20,
+    within: TokenSelection = EVERYTHING,
+) -> pd.DataFrame:
     """Return tokens that are overrepresented among those with high sink attention (top 10 %) in a head."""
 
-    def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
         edge = None
         for block in run.blocks("id", "sink", layer=layer):
-            mass = block["sink"][0][:, head].astype(np.float32)
-            edge = float(np.quantile(mass, 0.9)) if edge is None else edge
-            yield block, mass > edge
+            mass, inside = block["sink"][0][:, head].astype(np.float32), within.mask(run, block)
+            if edge is None and inside.any():
+                edge = float(np.quantile(mass[inside], 0.9))
+            yield block, mass > (np.inf if edge is None else edge), inside
 
     return _overrepresented_tokens(chosen(), text, rows)
 
 
 def _overrepresented_tokens(
-    blocks: Iterator[tuple[dict[str, np.ndarray], Bool[np.ndarray, " token"]]], text: Callable[[int], str], rows: int
+    blocks: Iterator[tuple[dict[str, np.ndarray], Bool[np.ndarray, " token"], Bool[np.ndarray, " token"]]],
+    text: Callable[[int], str],
+    rows: int,
 ) -> pd.DataFrame:
     """Return tokens by the ratio of their frequency among the selected tokens to that among all tokens."""
-    seen = 0
+    seen = counted = 0
     every: Counter[int] = Counter()
     times: Counter[int] = Counter()
-    example: dict[int, str] = {}
-    for block, hit in blocks:
-        ids, sequence = block["id"], block["sequence"]
-        every.update(ids.tolist())
+    example: dict[int, tuple[str, int, int]] = {}
+    for block, matching, inside in blocks:
+        ids, hit = block["id"], matching & inside
+        every.update(ids[inside].tolist())
         times.update(ids[hit].tolist())
         for at in np.flatnonzero(hit)[:: max(1, int(hit.sum()) // 2000)]:
             if int(ids[at]) not in example:
-                near = [i for i in range(max(0, at - 8), min(len(ids), at + 5)) if sequence[i] == sequence[at]]
-                words = (f"[{text(int(ids[i]))}]" if i == at else text(int(ids[i])) for i in near)
-                example[int(ids[at])] = "".join(words)
-        seen += len(ids)
+                example[int(ids[at])] = _example(block, int(at), text)
+        seen, counted = seen + len(ids), counted + int(inside.sum())
         if seen >= _MOST_TOKENS:
             break
-    share = sum(times.values()) / max(seen, 1)
+    share = sum(times.values()) / max(counted, 1)
     found = [
-        (text(i), n, n / every[i], n / every[i] / share, example.get(i, ""))
+        (text(i), n, n / every[i], n / every[i] / share, *example.get(i, ("", -1, -1)))
         for i, n in times.items()
         if n >= 5 and share > 0
     ]
-    table = pd.DataFrame(found, columns=["token", "times", "share of its uses", "lift", "for example"])
+    columns = ["token", "times", "share of its uses", "lift", "for example", "sequence", "position"]
+    table = pd.DataFrame(found, columns=columns)
     return table.sort_values(["lift", "times"], ascending=False).head(rows).round(3)
 
 
-def head_by_position(run: Run, layer: int, head: int) -> Float[pd.DataFrame, "bin channel"]:
+def _example(block: dict[str, np.ndarray], at: int, text: Callable[[int], str]) -> tuple[str, int, int]:
+    """Return a token in brackets between its neighbours, with its sequence and its position in it."""
+    ids, sequence = block["id"], block["sequence"]
+    near = [i for i in range(max(0, at - 8), min(len(ids), at + 5)) if sequence[i] == sequence[at]]
+    words = (f"[{text(int(ids[i]))}]" if i == at else text(int(ids[i])) for i in near)
+    return "".join(words), int(sequence[at]), int(block["position"][at])
+
+
+def head_by_position(
+    run: Run, layer: int, head: int, *, within: TokenSelection = EVERYTHING
+) -> Float[pd.DataFrame, "bin channel"]:
     """Return a head's mean sink attention by position (bins of doubling width) and channel.
 
     Only the first tokens of the run are read.
@@ -112,8 +167,10 @@ def head_by_position(run: Run, layer: int, head: int) -> Float[pd.DataFrame, "bi
     shape = (len(_POSITION_BINS), len(CHANNELS))
     sums, counts, seen = np.zeros(shape), np.zeros(shape), 0
     for block in run.blocks("sink", layer=layer):
-        place = (np.searchsorted(_POSITION_BINS, np.maximum(block["position"], 1), side="right") - 1, block["channel"])
-        np.add.at(sums, place, block["sink"][0][:, head].astype(np.float64))
+        inside = within.mask(run, block)
+        bins = np.searchsorted(_POSITION_BINS, np.maximum(block["position"], 1), side="right") - 1
+        place = (bins[inside], block["channel"][inside])
+        np.add.at(sums, place, block["sink"][0][inside, head].astype(np.float64))
         np.add.at(counts, place, 1)
         seen += len(block["position"])
         if seen >= _MOST_TOKENS:
@@ -136,7 +193,8 @@ def conversations(
     """Return conversations as label → number.
 
     text: contained in the id, the answer, or the tokens of the channel. expert: sort by the share of tokens (of the
-    channel) that are routed to this (layer, expert), largest first.
+    channel) that are routed to this (layer, expert), largest first. most: the search in tokens ends when so many
+    conversations are found; without a text all are returned.
     """
     table = run.sequences
     wanted = pd.Series(True, index=table.index)
@@ -151,7 +209,6 @@ def conversations(
     rows = table[wanted]
     if share is not None:
         rows = rows.loc[share.reindex(rows.index).sort_values(ascending=False, kind="stable").index]
-    rows = rows.head(most)
     marks = {1: " ✓", 0: " ✗"}
     labels = [
         f"{i}{marks.get(right, '')}" for i, right in zip(rows["id"].tolist(), rows["correct"].tolist(), strict=True)

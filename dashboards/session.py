@@ -25,10 +25,13 @@ class Session:
     registry: RunRegistry
     choice: Selection
     remember: Callable[[], None]  # called when the choice has changed
+    address: Callable[[str, str], str] = "./{}?{}".format  # of a page and a query
     name: str = field(init=False)  # of the run
 
     def __post_init__(self) -> None:
         self.name = self.choice.get("run", self.registry.names)
+        if self.choice.text("run") != self.name:
+            self.choice.put(run="")
 
     @property
     def run(self) -> Run:
@@ -49,6 +52,10 @@ class Session:
         """Return the theme, light by default."""
         return "dark" if self.choice.text("theme") == "dark" else "light"
 
+    def link(self, page: str, **chosen: str) -> str:
+        """Return the address of a page with the selection, some of it replaced."""
+        return self.address(page, self.choice.query(figure="", measure="", **chosen))
+
     def put(self, **chosen: str) -> None:
         """Change the selection and store it in the address."""
         self.choice.put(**chosen)
@@ -67,7 +74,8 @@ class Selectors:
     """The selectors that pages share: channel, effort, task, layer, expert and head."""
 
     def __init__(self, session: Session, *names: str) -> None:
-        self.session = session
+        self.session, self._several = session, False
+        self._shows: list[Callable[[], None]] = []
         known = quick_look.options(session.run)
         model = session.run.model
         options = {
@@ -97,6 +105,24 @@ class Selectors:
         """Return the selected channel, effort and task."""
         return {name: self[name] for name in ("channel", "effort", "task")}
 
+    @property
+    def description(self) -> str:
+        """Return the selected channel, effort and task as a text."""
+        return ", ".join(value for value in self.cell.values() if value != ALL) or "all content"
+
+    def select(self, **values: str) -> None:
+        """Change several selectors at once: the address changes once, and so does what shows them."""
+        self._several = True
+        for name, value in values.items():
+            self.widgets[name].value = value
+        self._several = False
+        self._store()
+        for show in self._shows:
+            show()
+
+    def _store(self) -> None:
+        self.session.put(**{name: self[name] for name in self.widgets})
+
     def sidebar(self) -> list[Any]:
         """Return the widgets for the sidebar."""
         rows: list[Any] = []
@@ -110,9 +136,12 @@ class Selectors:
         """Call `show` now and whenever one of the named selectors changes, after the selection was stored."""
 
         def changed(*_: Any) -> None:
-            self.session.put(**{name: self[name] for name in self.widgets})
+            if self._several:
+                return
+            self._store()
             show()
 
+        self._shows.append(show)
         for name in names:
             self.widgets[name].param.watch(changed, "value")
         changed()

@@ -43,6 +43,9 @@ class Selection:
         "sequence",
         "theme",
         "exclude",
+        "colour",
+        "position",
+        "pin",
     )
 
     def __init__(self, query: Mapping[str, str]) -> None:
@@ -61,6 +64,11 @@ class Selection:
         """Change the selection; an empty text removes a value."""
         assert set(chosen) <= set(self.NAMES)
         self._chosen = {n: v for n, v in (self._chosen | chosen).items() if v}
+
+    @property
+    def values(self) -> dict[str, str]:
+        """Return the selected values by name."""
+        return dict(self._chosen)
 
     def query(self, **other: str) -> str:
         """Return the query string for a link, with some values replaced."""

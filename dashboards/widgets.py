@@ -14,11 +14,13 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.dashboards.study_jobs import Answer
+from workbench.dashboards.theme import CARD_CSS, PARTS_CSS, TABULATOR_CSS
 from workbench.errors import InputError
 from workbench.harmony.flags import SEQUENCE_FLAGS
 from workbench.runs import Run
 
-WIDTH = 235  # pixels, of widgets in the sidebar
+WIDTH = 218  # pixels, of widgets in the sidebar
+_PLAIN_ROWS = 15  # longer tables are paged
 _SAVE = """
 const found = [];
 const walk = root => { for (const e of root.querySelectorAll('*')) {
@@ -29,14 +31,16 @@ if (found.length) window.Plotly.downloadImage(found[0],
   {format: 'FORMAT', filename: NAME, width: 920, height: found[0].layout.height || 500, scale: FORMAT_SCALE});
 """
 _TABLE = """
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { text-align: right; padding: .18rem .9rem .18rem 0; border-bottom: 1px solid #8884; white-space: pre-wrap; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+td, th { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--wb-line);
+  white-space: pre-wrap; }
+th { color: var(--wb-muted); font-weight: 600; }
 """
 
 
 def html(text: str) -> pn.pane.HTML:
     """Return an HTML pane. The caller must have escaped all text that came from a run or checkpoint."""
-    return pn.pane.HTML(text, sizing_mode="stretch_width")
+    return pn.pane.HTML(text, sizing_mode="stretch_width", stylesheets=[PARTS_CSS], margin=(4, 10))
 
 
 def alert(text: str, kind: str = "warning") -> pn.pane.Alert:
@@ -46,7 +50,14 @@ def alert(text: str, kind: str = "warning") -> pn.pane.Alert:
 
 def card(title: str, content: pn.viewable.Viewable, *, collapsed: bool = False) -> pn.Card:
     """Return a titled card that can be collapsed."""
-    return pn.Card(content, title=title, sizing_mode="stretch_width", collapsed=collapsed)
+    return pn.Card(
+        content,
+        title=title,
+        sizing_mode="stretch_width",
+        collapsed=collapsed,
+        stylesheets=[CARD_CSS],
+        margin=(6, 6),
+    )
 
 
 def beside(*pieces: pn.viewable.Viewable) -> pn.FlexBox:
@@ -56,15 +67,59 @@ def beside(*pieces: pn.viewable.Viewable) -> pn.FlexBox:
     return pn.FlexBox(*pieces, flex_wrap="wrap", align_items="flex-start", gap="8px", sizing_mode="stretch_width")
 
 
-def table(title: str, rows: pd.DataFrame, name: str) -> pn.Card:
-    """Return a card with a table and a button that saves it as CSV."""
-    markup = rows.rename_axis(columns=None).to_html(
-        index=False, escape=True, border=0, na_rep="–", formatters=_formats(rows)
+def table(
+    title: str,
+    rows: pd.DataFrame,
+    name: str,
+    links: Mapping[str, Sequence[str]] | None = None,
+    *,
+    collapsed: bool = False,
+) -> pn.Card:
+    """Return a card with a table and a button that saves it as CSV; long tables can be sorted, filtered and paged.
+
+    links: the address that each cell of a column opens.
+    """
+    shown = rows.copy()
+    for column, addresses in (links or {}).items():
+        texts = [escape(str(text)) for text in rows[column]]
+        pairs = zip(addresses, texts, strict=True)
+        shown[column] = [f'<a href="{escape(address)}">{text}</a>' for address, text in pairs]
+    drawn = _plain_table(shown, set(links or ())) if len(rows) <= _PLAIN_ROWS else _long_table(shown, set(links or ()))
+    return card(title, pn.Column(drawn, _csv(lambda: rows, name), sizing_mode="stretch_width"), collapsed=collapsed)
+
+
+def _plain_table(rows: pd.DataFrame, markup: set[str]) -> pn.pane.HTML:
+    """Return a table of few rows; columns named in `markup` hold HTML."""
+    safe = rows.copy()
+    for column in rows.columns:
+        if rows[column].dtype.kind not in "biuf" and column not in markup:
+            safe[column] = [escape(str(text)) for text in rows[column]]
+    safe.columns = [escape(str(column)) for column in rows.columns]
+    text = safe.rename_axis(columns=None).to_html(
+        index=False, escape=False, border=0, na_rep="–", formatters=_formats(safe)
     )
     words = (i for i, column in enumerate(rows.columns, 1) if rows[column].dtype.kind not in "biuf")
     left = "".join(f"td:nth-child({i}), th:nth-child({i}) {{ text-align: left; }}\n" for i in words)
-    shown = html(f"<style>{_TABLE}{left}</style><div style='overflow-x:auto'>{markup}</div>")
-    return card(title, pn.Column(shown, _csv(lambda: rows, name), sizing_mode="stretch_width"))
+    return html(f"<style>{_TABLE}{left}</style><div style='overflow-x:auto'>{text}</div>")
+
+
+def _long_table(rows: pd.DataFrame, markup: set[str]) -> pn.widgets.Tabulator:
+    """Return a table that is sorted, filtered and paged in the browser; columns named in `markup` hold HTML."""
+    texts = [c for c in rows.columns if rows[c].dtype.kind not in "biuf"]
+    return pn.widgets.Tabulator(
+        rows.reset_index(drop=True),
+        show_index=False,
+        disabled=True,
+        selectable=False,
+        layout="fit_data_stretch",
+        pagination="local",
+        page_size=_PLAIN_ROWS,
+        sizing_mode="stretch_width",
+        formatters={column: {"type": "html" if column in markup else "plaintext"} for column in texts},
+        header_filters={column: {"type": "input", "placeholder": "filter"} for column in texts},
+        theme="simple",
+        stylesheets=[TABULATOR_CSS],
+    )
 
 
 def _formats(rows: pd.DataFrame) -> dict[str, Callable[[Any], str]]:

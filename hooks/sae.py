@@ -1,9 +1,11 @@
-"""Sparse autoencoders in SAELens' folder format, and their features spliced into a model as hook points.
+"""Sparse autoencoders of SAELens and dictionary_learning, and their features spliced into a model as hook points.
 
-A folder holds cfg.json and sae_weights.safetensors; sparsity.safetensors may lie beside them. Read are the
-architectures standard, topk, jumprelu (which BatchTopK and Matryoshka autoencoders are saved as) and gated.
+A folder of SAELens holds cfg.json and sae_weights.safetensors; sparsity.safetensors may lie beside them. Its
+architectures standard, topk, jumprelu (which BatchTopK and Matryoshka autoencoders are saved as) and gated are read.
+A folder of dictionary_learning holds config.json and ae.pt (`hooks.dictionary_learning`).
 
-Reference: SAELens 6.54, saes/*.py; JumpReLU, arXiv 2407.14435; gated, arXiv 2404.16014; topk, arXiv 2406.04093.
+Reference: SAELens 6.54, saes/*.py; JumpReLU, arXiv 2407.14435; gated, arXiv 2404.16014; topk, arXiv 2406.04093;
+BatchTopK, arXiv 2412.06410.
 """
 
 import json
@@ -23,6 +25,8 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from workbench.errors import InputError
+from workbench.hooks.dictionary_learning import WEIGHTS as DICTIONARY_WEIGHTS
+from workbench.hooks.dictionary_learning import read_dictionary
 
 _CONFIG, _WEIGHTS, _SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -205,8 +209,21 @@ def splice(model: HookedRootModule, sae: SAE, at: str | None = None, *, use_erro
 
 
 def load_sae(folder: str | Path, *, device: str | torch.device = "cpu") -> SAE:
-    """Return the autoencoder in a folder that SAELens wrote, in the dtype that its configuration names."""
+    """Return the autoencoder in a folder that SAELens or dictionary_learning wrote.
+
+    Of SAELens it has the dtype that cfg.json names; of dictionary_learning it has float32, as that library reads it.
+
+    Raises:
+        InputError: the folder is incomplete or damaged, or the autoencoder is of a kind that is not read here.
+    """
     root = Path(folder)
+    if (root / DICTIONARY_WEIGHTS).exists() and not (root / _CONFIG).exists():
+        options, weights = read_dictionary(root)
+        return SAE(SAEConfig(**options), weights).to(device)
+    return _load_saelens(root).to(device)
+
+
+def _load_saelens(root: Path) -> SAE:
     cfg = _read_config(root / _CONFIG)
     shapes = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
     shapes |= dict.fromkeys(_VECTORS[cfg.architecture], (cfg.d_sae,))
@@ -221,14 +238,19 @@ def load_sae(folder: str | Path, *, device: str | torch.device = "cpu") -> SAE:
         found = _read_tensors(root / _SPARSITY)
         _check_tensors(root / _SPARSITY, found, {"sparsity": (cfg.d_sae,)}, finite=False)
         sparsity = found["sparsity"].float()
-    return SAE(cfg, {name: weights[name].to(cfg.dtype) for name in shapes}, sparsity).to(device)
+    return SAE(cfg, {name: weights[name].to(cfg.dtype) for name in shapes}, sparsity)
 
 
 def _read_config(path: Path) -> SAEConfig:
     try:
         raw = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path.parent} has no {_CONFIG}: name a folder that SAELens wrote") from error
+        below = sorted({str(found.parent) for found in path.parent.glob(f"*/{DICTIONARY_WEIGHTS}")})
+        hint = f"; there is one in {below[0]!r}" if below else ""
+        raise InputError(
+            f"{path.parent} has no {_CONFIG} (SAELens) and no {DICTIONARY_WEIGHTS} (dictionary_learning): name a "
+            f"folder that one of them wrote{hint}"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON that can be read: {error}") from error
     if not isinstance(raw, dict):

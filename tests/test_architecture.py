@@ -24,11 +24,11 @@ MAY_IMPORT = {
     "version": set(),
     "bounded_json": {"errors", "inputs"},
     "kernels": set(),
-    "hooks": {"errors"},
+    "hooks": {"bounded_json", "errors"},
     "harmony": {"inputs", "errors", "progress", "bounded_json", "outputs", "row_output", "signals"},
     "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
     "runs": {"harmony", "errors", "progress", "file_lock", "outputs", "bounded_json"},
-    "studies": {"outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
+    "studies": {"progress", "outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
     "figures": {"outputs", "registry", "studies", "harmony", "errors"},
     "dashboards": {"child_processes", "bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
     "capture": {
@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "experiments": {
         "version",
         "registry",
+        "row_output",
         "model",
         "kernels",
         "hooks",

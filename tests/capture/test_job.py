@@ -1,6 +1,7 @@
 """What a capture writes is what the model does; killed and resumed it writes the same."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zarr
 
 import workbench as wb
 from workbench.capture import pipeline, recording
 from workbench.errors import InputError, JobError
 from workbench.harmony.transcripts import read_transcripts
 from workbench.model.transformer import GptOss
+from workbench.runs import examples
 from workbench.runs.verify import verify
 
 Stored = Callable[[Path], dict[str, bytes]]
-EVERYTHING = ["routing", "router_logits", "sinks", "logprobs", "resid_post:1,3", "attn.z:0", "mlp_out:2"]
+EVERYTHING = ["routing", "examples", "router_logits", "sinks", "logprobs", "resid_post:1,3", "attn.z:0", "mlp_out:2"]
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +159,25 @@ def test_a_hook_point_may_be_named_with_or_without_hook(nano: GptOss) -> None:
     assert short == full
     assert short.activations[0].d == nano.cfg.n_heads * nano.cfg.d_head
     assert recording.parse(["mlp.experts.post"], nano.cfg).activations[0].layers == (0, 1, 2, 3)
+
+
+def test_recorded_examples_are_those_of_the_routing_whatever_the_units(
+    nano: GptOss, transcripts: Path, run_path: Path, tmp_path: Path
+) -> None:
+    lists = examples.of_run(wb.open_run(run_path))
+    plain = wb.capture(nano, transcripts, tmp_path / "plain", record=["routing"])
+    large = wb.capture(nano, transcripts, tmp_path / "large", record=["routing", "examples"])
+    assert len(large.committed) < len(wb.open_run(run_path).committed)
+    for run in (plain, large):
+        found = examples.of_run(run)
+        assert all(np.array_equal(found[name], values) for name, values in lists.items())
+
+
+def test_examples_that_are_not_those_of_the_tokens_are_found(nano: GptOss, transcripts: Path, tmp_path: Path) -> None:
+    run = wb.capture(nano, transcripts, tmp_path / "r", record=["routing", "examples"])
+    assert verify(run.path, recompute=True) == []
+    shutil.rmtree(tmp_path / "r" / "manifest")
+    group = zarr.open_group(run.path)
+    group.attrs["schema"] = 2
+    group["examples/top_position"][0, 2, 1, 0, 0] += 1
+    assert any("examples/top_position" in problem.what for problem in verify(run.path))

@@ -151,6 +151,8 @@ def test_nan_in_a_sum_is_refused(nano: GptOss, transcripts: Path, tmp_path: Path
         ("attn.k:1 heads=4", "has key-value heads 0 to 0"),
         ("resid_post:1 last=0", "last takes a number from 1"),
         ("logprobs channel=final", "record 'logprobs', and select when you read"),
+        ("examples", "also record routing"),
+        ("examples layers=0", "examples takes no options"),
         ("sink_sums layers=0", "record 'sinks reduce=moments'"),
         ("top_experts", "top_experts is recorded as routing"),
         ("mlp.router.out channel=final", "recorded as router_logits"),

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -11,9 +12,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
 
+import workbench as wb
 from tests.serving import free_port, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -25,6 +28,18 @@ FLAGS = [
     "--no-first-run",
 ]  # fmt: skip
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
+
+UNNAMED = """() => { const found = [];
+  const text = e => [...e.childNodes, ...(e.shadowRoot ? e.shadowRoot.childNodes : [])].map(
+    c => c.nodeType === 3 ? c.data : c.nodeType === 1 ? text(c) : '').join('').trim();
+  const walk = root => { for (const e of root.querySelectorAll('*')) {
+  if (/^(SELECT|INPUT|BUTTON|TEXTAREA|A|IMG|IFRAME)$/.test(e.tagName) && e.type !== 'hidden'
+      && e.getClientRects().length && !e.closest('.js-plotly-plot')) {
+    const label = e.getAttribute('aria-label') || e.title || e.alt || text(e) && e.tagName !== 'SELECT'
+      || (e.labels && [...e.labels].some(l => l.textContent.trim()));
+    if (!label) found.push(e.tagName); }
+  if (e.tabIndex > 0) found.push('tabindex');
+  if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
 
 expect.set_options(timeout=60_000)  # five seconds, the default, are too few on a busy machine
 pytestmark = pytest.mark.browser
@@ -106,18 +121,9 @@ def heat(page: Page) -> list[list[float]]:
     return json.loads(values.split("|", 1)[1])  # type: ignore[no-any-return]
 
 
-def heavy(page: Page) -> list[str]:
-    """The elements that bring all of Bootstrap along for themselves: what is added later must look like what was first."""
-    return page.evaluate(  # type: ignore[no-any-return]
-        """() => { const found = []; const walk = root => { for (const e of root.querySelectorAll('*')) {
-             if (e.shadowRoot) { if (e.shadowRoot.querySelector('link[href*="bootstrap.min.css"]')) found.push(e.className);
-               walk(e.shadowRoot); } } }; walk(document); return found }"""
-    )
-
-
 def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/experts").drawn(2)
-    expect(session.page.get_by_text(": experts").first).to_be_visible()
+    expect(session.page.get_by_role("heading", name="Experts", level=1)).to_be_visible()
     expect(session.page.get_by_text("16 experts").first).to_be_visible()
     for words in ("Findings", "Methods"):
         expect(session.page.get_by_text(words).first).to_be_attached()
@@ -209,7 +215,6 @@ def test_every_page_shows_its_figures_and_methods(
     expect(session.page.get_by_text(words).first).to_be_attached()
     session.page.wait_for_timeout(800)
     session.page.screenshot(path=SCREENSHOTS / f"{page}-{theme}-1280.png")
-    assert heavy(session.page) == []
     assert session.foreign == []
     assert session.errors == []
 
@@ -240,7 +245,7 @@ def frame_of(session: "Session") -> Frame:
 
 
 def test_a_conversation_is_coloured_told_of_searched_and_replayed(demo: str, browser: Browser) -> None:
-    session = Session(browser, f"{demo}/transcript?task=product")
+    session = Session(browser, f"{demo}/transcript?task=product&effort=high")
     frame = frame_of(session)
     tokens = frame.locator(".t")
     assert tokens.count() > 60
@@ -267,6 +272,104 @@ def test_a_conversation_is_coloured_told_of_searched_and_replayed(demo: str, bro
     frame.wait_for_function("now >= n && timer === null", timeout=20_000)
     assert session.errors == []
     assert session.foreign == []
+
+
+def link_of(rng: random.Random) -> tuple[str, dict[str, str]]:
+    """A random page with what can be chosen on it."""
+    layer, expert = str(rng.randrange(4)), str(rng.randrange(16))
+    effort = rng.choice(("low", "medium", "high"))
+    if rng.random() < 0.3:
+        return "experts", {
+            "channel": rng.choice(("prompt", "final")),
+            "effort": effort,
+            "layer": layer,
+            "expert": expert,
+        }
+    colour = rng.choice(("expert", "surprisal", "sink", "gates", "channel"))
+    seen = {"sequence": str(rng.randrange(600)), "colour": colour, "layer": layer, "expert": expert, "effort": effort}
+    return "transcript", seen | {"pin": str(rng.randrange(20)), "position": str(rng.randrange(1, 20))}
+
+
+def test_random_links_reopen_what_they_name(demo: str, demo_run: Path, browser: Browser, long: bool) -> None:
+    """Also where the filters of the link do not contain its conversation."""
+    run, rng = wb.open_run(demo_run), random.Random(7)
+    session = Session(browser, f"{demo}/overview")
+    outside = 0
+    for _ in range(30 if long else 8):
+        page, asked = link_of(rng)
+        session.page.goto(f"{demo}/{page}?{urlencode(asked)}")
+        if page == "experts":
+            title = f"Layer {asked['layer']}, expert {asked['expert']}"
+            expect(session.page.get_by_role("heading", name=title)).to_be_visible()
+            expect(session.page.get_by_label("Channel")).to_have_value(asked["channel"])
+        else:
+            number = int(asked["sequence"])
+            outside += run.sequences.loc[number, "effort"] != asked["effort"]
+            expect(session.page.get_by_text(f"Id {run.sequences.loc[number, 'id']}").first).to_be_visible()
+            view = frame_of(session).evaluate(
+                "[$('by').value, $('layer').value, $('expert').value, String(pinned), String(now)]"
+            )
+            assert view == [asked[name] for name in ("colour", "layer", "expert", "pin", "position")]
+        query = dict(parse_qsl(urlsplit(session.page.url).query))
+        assert asked.items() <= query.items()
+    assert outside, "otherwise the links prove nothing about filters"
+    assert session.errors == []
+
+
+def test_back_and_forward_change_the_page(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/experts?channel=final&effort=high").drawn()
+    before = heat(session.page)
+    session.page.get_by_role("button", name="low", exact=True).click()
+    session.page.wait_for_url(re.compile("effort=low"))
+    expect(session.page.get_by_text("uniform: final, low").first).to_be_visible()
+    after = heat(session.page)
+    assert after != before
+    session.page.go_back()
+    session.page.wait_for_url(re.compile("effort=high"))
+    expect(session.page.get_by_text("uniform: final, high").first).to_be_visible()
+    session.drawn()
+    assert heat(session.page) == before
+    session.page.go_forward()
+    session.page.wait_for_url(re.compile("effort=low"))
+    expect(session.page.get_by_text("uniform: final, low").first).to_be_visible()
+    session.drawn()
+    assert heat(session.page) == after
+    assert session.errors == []
+
+
+def test_from_a_cell_to_the_token_of_an_example(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/experts?channel=analysis").drawn()
+    session.page.wait_for_timeout(500)
+    session.page.evaluate(
+        """() => { let found = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
+             if (!found && e.classList.contains('js-plotly-plot')) found = e; if (e.shadowRoot) walk(e.shadowRoot); } };
+           walk(document); found.emit('plotly_click', {points: [{x: 5, y: 1, curveNumber: 0, pointNumber: [1, 5]}]}) }"""
+    )
+    expect(session.page.get_by_role("heading", name="Layer 1, expert 5")).to_be_visible()
+    session.page.wait_for_url(re.compile("expert=5"))
+    link = session.page.locator("a[href*='transcript'][href*='pin=']").first
+    address = dict(parse_qsl(urlsplit(link.get_attribute("href") or "").query))
+    link.click()
+    frame = frame_of(session)
+    pin, by, layer, expert = frame.evaluate("[pinned, $('by').value, $('layer').value, $('expert').value]")
+    assert (str(pin), by, layer, expert) == (address["pin"], "expert", "1", "5")
+    assert frame.evaluate("experts(1, pinned).includes(5)"), "the example was routed to the expert"
+    assert frame.locator(".t.pin").count() == 1
+    frame.locator("#by").select_option("surprisal")
+    session.page.wait_for_url(re.compile("colour=surprisal"))
+    assert session.errors == []
+
+
+def test_every_control_and_picture_of_a_page_has_a_name(demo: str, browser: Browser) -> None:
+    """What a screen reader needs: names of controls, one main heading, a language, no positive tab index."""
+    session = Session(browser, f"{demo}/experts").drawn()
+    unnamed = session.page.evaluate(UNNAMED)
+    assert unnamed == []
+    assert session.page.locator("h1").count() == 1
+    assert session.page.evaluate("document.documentElement.lang") == "en"
+    session.page.evaluate("document.body.append(document.createElement('select'))")
+    found = session.page.evaluate(UNNAMED)
+    assert found == ["SELECT"], "negative control: one without a name"
 
 
 def test_next_goes_on_and_the_link_reopens_the_conversation(demo: str, browser: Browser) -> None:
@@ -347,7 +450,7 @@ def test_a_figure_is_taken_home(demo: str, browser: Browser, label: str, start: 
     with session.page.expect_download(timeout=30_000) as download:
         session.page.get_by_role("button", name=label, exact=True).first.click()
     assert Path(download.value.path()).read_bytes().startswith(start)
-    assert download.value.suggested_filename == f"demo-load-final-all-all.{label.lower()}"
+    assert download.value.suggested_filename == f"demo-relative-final-all-all.{label.lower()}"
     assert session.errors == []
 
 
@@ -356,7 +459,9 @@ def test_what_is_chosen_goes_along_to_the_next_page_by_keyboard(demo: str, brows
     for name, choice in (("Channel", "final"), ("Task", "product"), ("Layer", "2")):
         session.page.get_by_label(name, exact=True).select_option(label=choice)
         session.page.wait_for_url(re.compile(f"{name.lower()}={choice}"), timeout=30_000)
-    expect(session.page.get_by_text("Expert load: final, product").first).to_be_visible(timeout=30_000)
+    expect(session.page.get_by_text("Expert load relative to uniform: final, product").first).to_be_visible(
+        timeout=30_000
+    )
     session.page.wait_for_timeout(500)
     session.page.get_by_role("link", name="Attention sinks").focus()
     session.page.keyboard.press("Enter")

@@ -30,6 +30,10 @@ FEW = pytest.mark.filterwarnings("ignore:only .* prompts")
 
 
 # experiments that need more than a few prompts of a group
+FAST: dict[str, dict[str, object]] = {
+    "generated-answers": {"doses": "0", "max_new_tokens": 24},
+    "thought-anchors": {"conversations": 2, "samples": 10, "max_new_tokens": 60},
+}
 LARGE = ("expert-ablation", "expert-forcing", "expert-reweighting", "steering", "logit-attribution", "chain-of-thought")
 
 
@@ -39,7 +43,7 @@ LARGE = ("expert-ablation", "expert-forcing", "expert-reweighting", "steering", 
 def test_every_experiment_has_a_summary_and_can_be_drawn_and_saved(name, run, nano, tmp_path):
     record = registry.find(name)
     options = {"controls": 20} if "controls" in record.options else {}
-    options |= {"doses": "0", "max_new_tokens": 24} if name == "generated-answers" else {}
+    options |= FAST.get(name, {})
     found = run_experiment(name, nano, run, sequences=60 if name in LARGE else 20, **options)
     drawn = record.load_figures().gallery(found)
     assert drawn.keys() == found.keys()

@@ -58,11 +58,67 @@ def test_an_attention_mask_marks_padding_on_the_left(nano: GptOss) -> None:
     assert not torch.allclose(nano(padded)[:, 2:], nano(ids), atol=1e-2), "without the mask they are tokens"
 
 
-def test_hooks_and_padding_on_the_left_are_refused_together(nano: GptOss) -> None:
-    with pytest.raises(InputError, match="padded on the left"):
-        nano.run_with_cache(["12+34", "7*8"], padding_side="left")
-    _, cache = nano.run_with_cache(["12+34", "7*8"], padding_side="right")
-    assert cache["resid_post", 0].shape[1] == 5
+def test_hooks_see_rows_that_are_padded_on_the_left_as_they_were_passed(
+    nano: GptOss, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every hook point, on every axis of positions."""
+    texts = ["12+34", "7*8"]
+
+    def largest_difference() -> float:
+        _, cache = nano.run_with_cache(texts, padding_side="left")
+        worst = 0.0
+        for row, text in enumerate(texts):
+            _, alone = nano.run_with_cache(text)
+            start = 5 - nano.to_tokens(text).shape[1]
+            for name, axes in hook_points(nano.cfg.n_layers).items():
+                index = [
+                    slice(start, None) if axis in ("pos", "query_pos", "key_pos") else slice(None)
+                    for axis in axes.split()
+                ]
+                got, want = cache[name][row : row + 1][tuple(index)], alone[name]
+                if want.is_floating_point():
+                    both = torch.isfinite(want)  # scores of later keys are -inf
+                    worst = max(worst, float((got - want)[both].abs().max()))
+                else:
+                    assert torch.equal(got, want), name
+        return worst
+
+    assert largest_difference() < 1e-3
+    monkeypatch.setattr(calling, "_moved", lambda module, inputs, value, **options: value)
+    with pytest.raises(AssertionError):  # negative control: hooks see the rows as they are computed
+        assert largest_difference() < 1e-3
+
+
+def test_an_edit_of_rows_that_are_padded_on_the_left_acts_on_the_tokens_that_it_names(nano: GptOss) -> None:
+    def edit(stream: Tensor, hook: Any) -> Tensor:
+        stream[:, -2] *= 3
+        return stream
+
+    hooks = [("blocks.1.hook_resid_pre", edit)]
+    together = nano.run_with_hooks(["12+34", "7*8"], padding_side="left", fwd_hooks=hooks)
+    for row, text in zip(together, ["12+34", "7*8"], strict=True):
+        alone = nano.run_with_hooks(text, fwd_hooks=hooks)[0]
+        torch.testing.assert_close(row[-len(alone) :], alone, **CLOSE)
+        assert not torch.allclose(alone, nano(text)[0], atol=1e-2)
+
+
+def test_token_masks_follow_rows_that_are_padded_on_the_left(nano: GptOss) -> None:
+    seen = {}
+
+    def read_context(stream: Tensor, hook: Any) -> None:
+        assert nano.context is not None
+        seen["mask"] = nano.context.mask(lambda ids: ids == nano.to_single_token("7"))
+        seen["positions"], seen["sequence"] = nano.context.positions, nano.context.sequence
+
+    nano.run_with_hooks(["12+34", "7*8"], padding_side="left", fwd_hooks=[("hook_embed", read_context)])
+    assert seen["mask"].tolist() == [[False] * 5, [False, False, True, False, False]]
+    assert seen["positions"][1, 2:].tolist() == [0, 1, 2]
+    assert seen["sequence"].tolist() == [[0] * 5, [-1, -1, 1, 1, 1]]
+
+
+def test_backward_hooks_on_rows_that_are_padded_on_the_left_are_refused(nano: GptOss) -> None:
+    with pytest.raises(InputError, match="backward hooks on rows that are padded on the left"):
+        nano.run_with_hooks(["1", "12"], padding_side="left", bwd_hooks=[("hook_embed", lambda grad, hook: None)])
 
 
 @pytest.mark.parametrize("chosen", [-1, (1, 4), [0, 2]])

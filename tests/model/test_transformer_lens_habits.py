@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 import transformer_lens
+import transformer_lens.patching
+import transformer_lens.utilities
 
 import workbench as wb
 from workbench.errors import InputError
@@ -27,6 +29,16 @@ c["resid_post", 1]; c["resid_post", -1]; c["sink", 1]; c["router", 1]; c["post",
 m.all_composition_scores("Q"); m.get_params(); m.set_use_hook_mlp_in(True); m.set_use_attn_in(True); m.set_use_split_qkv_input(True)
 m.set_ungroup_grouped_query_attention(True); c.stack_neuron_results(layer=1); c.get_neuron_results(0)
 c.get_full_resid_decomposition(expand_neurons=True); tl.SVDInterpreter(m).get_singular_vectors("OV", 1, 4, 0)
+m.run_with_cache([S, "7"], padding_side="left"); m.blocks[0](m.embed(T)); m.blocks[0].attn.cfg.d_head; m.blocks[0].mlp.router.W
+m.unembed.b_U; m.cfg.use_split_qkv_input; m.cfg.attention_dir; m.cfg.attn_scale; m.cfg.rotary_base; m.cfg.n_devices; m.cfg.final_rms
+m.cfg.use_local_attn; m.cfg.output_logits_soft_cap; m.tokenizer.encode(S, add_special_tokens=False)
+m.tokenizer(S, return_tensors="pt", truncation=True, max_length=3); m.run_with_cache(T, names_filter=lambda n: n.endswith("pattern"))
+m.run_with_cache(T, names_filter=[ut.get_act_name("resid_post", l) for l in range(4)], return_type=None)
+c[ut.get_act_name("pattern", 2)]; c.apply_ln_to_stack(c.accumulated_resid(pos_slice=-1), pos_slice=-1); c.apply_slice_to_batch_dim(0)
+c.stack_head_results(layer=2, pos_slice=-1, incl_remainder=True); c.stack_activation("sink"); c.to("cpu"); len(c); c.keys()
+m.add_hook("hook_embed", lambda v, hook: v); m.add_perma_hook("hook_embed", lambda v, hook: v); m.reset_hooks(including_permanent=True)
+m.add_caching_hooks("hook_embed"); m.get_caching_hooks(lambda n: "resid" in n); m.hook_dict["blocks.0.attn.hook_pattern"].name
+m.eval() and patching.get_act_patch_resid_pre(m, m.to_tokens("1"), m.run_with_cache("3")[1], lambda l: l[0, -1, 7]); ut.lm_accuracy(m(T), T); ut.test_prompt("12+3", "4", m)
 c.decompose_resid(return_labels=True); c.accumulated_resid(return_labels=True); c.logit_attrs(c.decompose_resid(), tokens="7")
 """
 
@@ -43,6 +55,8 @@ def test_habits_work() -> None:
             "c": model.run_with_cache(tokens)[1],
             "torch": torch,
             "tl": transformer_lens,
+            "ut": transformer_lens.utilities,
+            "patching": transformer_lens.patching,
         }
         for line in lines:
             try:
@@ -50,7 +64,7 @@ def test_habits_work() -> None:
             except Exception as error:
                 failed.append(f"{line}: {error}")
     assert failed == []
-    assert len(lines) >= 70
+    assert len(lines) >= 110
 
 
 @pytest.mark.parametrize(
@@ -59,6 +73,10 @@ def test_habits_work() -> None:
         ("m.W_in", "each expert has its own"), ("m.blocks[1].mlp.W_in", "each expert has its own"),
         ("m.W_pos", "positions are rotary"), ("m.enable_compatibility_mode()", "weights stay as published"),
         ("m.process_weights_(fold_ln=True)", "weights stay as published"),
+        ("m.tokenizer.apply_chat_template([])", "workbench.harmony.render"),
+        ("m.tokenizer.encode('1', return_tensors='pt')", "encode returns a list"),
+        ("m.run_with_hooks(T, fwd_hooks=[(['hook_embed'], print)])", "is no hook point"),
+        ("m.run_with_cache(T, names_filter=[0])", "0 is no hook point"),
         ("m.run_with_cache(T, incl_bwd=True)", "return_type='loss'"),
         ("m.run_with_hooks(T, fwd_hooks=[('blocks.1.hook_q_input', print)])", "call model.set_use_split_qkv_input"),
     ],

@@ -137,6 +137,19 @@ def reading(
 
 
 @app.command()
+def studies(
+    run: Annotated[str, typer.Argument(help="Run to study, such as one that `bench reading` wrote.")],
+    out: Json = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure how long each study of a run takes."""
+    save = _output(out, overwrite)
+    from workbench.bench.studies import measure
+
+    save(measure(run))
+
+
+@app.command()
 def dashboard(
     run: Annotated[str, typer.Argument(help="Run to show, such as one that `bench reading` wrote.")],
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each page.")] = 3,

@@ -20,6 +20,7 @@ from workbench.harmony.transcripts import Transcript
 from workbench.kernels.logits import predict
 from workbench.model.packing import FORWARD_TOKENS, pack, passes
 from workbench.model.transformer import GptOss
+from workbench.runs.examples import of_tokens
 from workbench.runs.schema import Spec, Unit
 from workbench.runs.summaries import summarise
 
@@ -33,12 +34,16 @@ class Computed(NamedTuple):
     tokens: dict[str, np.ndarray]
     records: dict[str, np.ndarray]
     sums: dict[str, np.ndarray]
+    examples: bool = False
 
     def summarised(self, num_experts: int) -> dict[str, np.ndarray]:
-        """Return sums [sequence channel ...], including those computed on the device."""
+        """Return sums [sequence channel ...], including those computed on the device, and examples of experts."""
         found = summarise(self.records, self.tokens["sequence"], self.tokens["channel"], num_experts=num_experts)
         if wrong := [name for name, values in self.sums.items() if not np.isfinite(values).all()]:
             raise JobError(f"{wrong[0]} of unit {self.unit.index} is not finite: it was not written; check the weights")
+        if self.examples:
+            lists = of_tokens(self.records["experts"], self.records["gates"], self.tokens, num_experts=num_experts)
+            found |= {f"examples/{name}": values for name, values in lists.items()}
         return found | self.sums
 
 
@@ -82,7 +87,7 @@ def compute(
         records |= {"logprob": torch.cat(logprobs).numpy(), "entropy": torch.cat(entropies).numpy()}
     if routes is not None:
         records |= routes.take()
-    return Computed(unit, tokens, records, sums)
+    return Computed(unit, tokens, records, sums, spec.examples)
 
 
 def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:

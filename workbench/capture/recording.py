@@ -1,8 +1,9 @@
 """Parse what a user asks to record into hook points and arrays of the store.
 
 A record is `routing`, `router_logits`, `sinks`, `logprobs`, `sink_sums` (of the sinks only sums by sequence and
-channel), a hook point of the blocks, or a user's own (`workbench.capture.recorder`). Options behind the name select
-from it, the same for every record:
+channel), `examples` (of every expert, the tokens of its largest gate weights and a random sample), a hook point of the
+blocks, or a user's own (`workbench.capture.recorder`). Options behind the name select from it, the same for every
+record:
 
     resid_post                                     every layer, every token
     resid_post:3,7                                 these layers, as resid_post layers=3,7
@@ -32,7 +33,7 @@ from workbench.model.config import Config
 from workbench.runs.schema import Activation, Record, Spec
 
 DEFAULT = ("routing", "sinks", "logprobs")
-_SWITCHES = ("routing", "router_logits", "sinks", "sink_sums", "logprobs")
+_SWITCHES = ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "examples")
 PER_TOKEN = {name: axes.split()[2:] for name, axes in BLOCK.items() if axes.startswith("batch pos ")}
 _HAS_ITS_OWN_NAME = {
     "mlp.router.hook_out": "router_logits",
@@ -79,6 +80,8 @@ def parse(record: Sequence[RecordOption] | str, cfg: Config, routing: str = "own
         raise InputError(f"--routing {routing}: choose own or host")
     if routing == "host" and not switches["routing"]:
         raise InputError("--routing host: also record routing, without options: it holds the experts that were forced")
+    if switches["examples"] and not switches["routing"]:
+        raise InputError("--record examples: also record routing, without options: examples are chosen by gate weight")
     points = tuple(a for a in selected if isinstance(a, Activation))
     own = tuple(a for a in selected if isinstance(a, Record))
     return Spec(activations=points, records=own, functions=functions, host_routing=routing == "host", **switches)
@@ -134,7 +137,7 @@ def _hook_of(point: str) -> str | None:
 def _selected(text: str, name: str, options: dict[str, Any], cfg: Config) -> list[Record]:
     """Return the records of a built-in quantity with options: of routing two, experts and gate weights."""
     where = f"--record {text}"
-    if name in ("logprobs", "sink_sums"):
+    if name in ("logprobs", "sink_sums", "examples"):
         instead = "sinks reduce=moments" if name == "sink_sums" else name
         raise InputError(f"{where}: {name} takes no options: record {instead!r}, and select when you read")
     layers = record_options.layers(where, options.pop("layers", ()), cfg.n_layers)

@@ -99,6 +99,8 @@ def _totals(summaries: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Return the bytes of each summary added up: of a group, or of the run."""
     sizes = {}
     for name, values in summaries.items():
+        if name.startswith("examples/"):
+            continue
         wide = np.float64 if values.dtype.kind == "f" else np.int64
         total = values if _of_run(name) else values.sum(0, dtype=wide)
         sizes[name] = len(Zstd(level=shards.LEVEL).encode(np.ascontiguousarray(total.astype(wide))))
@@ -110,7 +112,7 @@ def record_of(array: str) -> str:
     kind, _, name = array.partition("/")
     own = name.rsplit("_", 1)[0] if kind == "summaries" else name
     known = {
-        "manifest": "tables and metadata", "tokens": "tokens", "attention": "sinks",
+        "manifest": "tables and metadata", "tokens": "tokens", "attention": "sinks", "examples": "examples",
         "routing": "router_logits" if name == "logits" else "routing",
     }  # fmt: skip
     if kind == "summaries":

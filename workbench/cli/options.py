@@ -20,8 +20,9 @@ Adapter = Annotated[Path | None, typer.Option(help="PEFT folder with a LoRA adap
 Record = Annotated[
     list[str] | None,
     typer.Option(
-        help="routing, router_logits, sinks, sink_sums, logprobs, a hook point, or FILE.py:NAME of a recorder, with "
-        "options as in 'resid_post layers=0-3'; see `workbench capture`. [default: routing, sinks, logprobs]"
+        help="routing, router_logits, sinks, sink_sums, logprobs, examples, a hook point, or FILE.py:NAME of a "
+        "recorder, with options as in 'resid_post layers=0-3'; see `workbench capture`. "
+        "[default: routing, sinks, logprobs]"
     ),
 ]
 Exclude = Annotated[str | None, typer.Option(help="Leave sequences with these flags out, as in irregular,truncated.")]

@@ -37,6 +37,13 @@ def generate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, max=10**6, help="Samples for each prompt and effort.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, max=1e6, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the most probable tokens only.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample among the fewest tokens of this total probability.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least probability, relative to the most probable token.")
+    ] = None,
     seed: Seed = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=10**9)] = 512,
     batch: Annotated[int, typer.Option(min=1, max=10**6, help="Prompts generated together.")] = 64,
@@ -57,6 +64,9 @@ def generate(
         efforts=effort or ["low", "medium", "high"],
         samples=samples,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         seed=seed,
         max_new_tokens=max_new_tokens,
         batch=batch,
@@ -192,11 +202,11 @@ def capture(
 ) -> None:
     """Record activations of a model on transcripts into a run. Rerun the command to resume.
 
-    --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, a hook point such as
-    resid_post, or FILE.py:NAME of a wb.Recorder, whose file is executed. Options behind it select: "resid_post:0-3",
-    "router_logits layers=0-3 channel=final", "sinks heads=0,12 role=assistant", "attn.z:5 heads=0 every=4" (also
-    experts, slots, part, message, position, last), and reduce: "mlp_out reduce=norm" (raw, norm, mean, moments,
-    message; "reduce=moments sketch=64"). See docs/howto/record.md.
+    --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, examples (tokens of each
+    expert), a hook point such as resid_post, or FILE.py:NAME of a wb.Recorder, whose file is executed. Options behind
+    it select: "resid_post:0-3", "router_logits layers=0-3 channel=final", "sinks heads=0,12 role=assistant",
+    "attn.z:5 heads=0 every=4" (also experts, slots, part, message, position, last), and reduce: "mlp_out reduce=norm"
+    (raw, norm, mean, moments, message; "reduce=moments sketch=64"). See docs/howto/record.md.
     """
     from workbench.capture import cluster, estimate, job, recording
     from workbench.capture.shape_model import ShapeModel, published_name

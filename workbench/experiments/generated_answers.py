@@ -25,13 +25,6 @@ from workbench.errors import InputError
 from workbench.experiments.effects import load_of, routed_slots, routing
 from workbench.experiments.expert_sets import Cells, group_of, matched_sets, named_experts
 from workbench.experiments.final_channel import ALPHA, generated_tokens
-from workbench.experiments.intervals import (
-    MIN_PROMPTS,
-    false_discovery,
-    mean_effect,
-    prompt_means,
-    share_change_interval,
-)
 from workbench.experiments.random_controls import MIN_CONTROLS, check_controls, family_p, rank
 from workbench.experiments.steering import channel_direction, random_directions
 from workbench.harmony.token_sets import token_set
@@ -40,6 +33,13 @@ from workbench.hooks.edits import Edit, applied
 from workbench.hooks.interventions import forbid, reweight, steer
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
+from workbench.studies.intervals import (
+    MIN_PROMPTS,
+    mean_effect,
+    prompt_means,
+    share_change_interval,
+)
+from workbench.studies.statistics import false_discovery
 
 EXPERIMENT = Experiment(
     name="generated-answers",

@@ -109,6 +109,12 @@ class LayerHeatmap:
         if name:
             self._key(marker(9, self.theme.muted), name)
 
+    def frame(self, layer: int, column: int) -> None:
+        """Draw a frame around one cell."""
+        line = {"color": self.theme.ink, "width": 3}
+        corners = {"x0": column - 0.5, "x1": column + 0.5, "y0": layer - 0.5, "y1": layer + 0.5}
+        self.figure.add_shape(type="rect", line=line, **corners)
+
     def finish(self, column_name: str, scale: Mapping[str, Any]) -> go.Figure:
         """Draw the figure, with its axes and its colour scale."""
         every = max(1, len(self.columns) // 16)

@@ -11,9 +11,10 @@ from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme
 from workbench.studies.result import provenance
 
-Measure = Literal["load", "gates", "lift", "mass", "spread"]
+Measure = Literal["relative", "load", "gates", "lift", "mass", "spread"]
 _CLIP = 4.0  # of loads relative to uniform
 _TITLES = {
+    "relative": "Expert load relative to uniform",
     "load": "Expert load",
     "gates": "Gate weight by expert",
     "lift": "Expert load relative to the whole run",
@@ -22,11 +23,17 @@ _TITLES = {
 }
 
 
-def heatmap(ds: xr.Dataset, measure: Measure, *, theme: ThemeName = "light") -> go.Figure:
-    """Return a measure of every layer and expert (or head); loads relative to uniform, lift in doublings."""
+def heatmap(
+    ds: xr.Dataset, measure: Measure, *, marked: tuple[int, int] | None = None, theme: ThemeName = "light"
+) -> go.Figure:
+    """Return a measure of every layer and expert (or head); `relative` and lift in doublings.
+
+    marked: the (layer, column) that gets a frame.
+    """
     colours = THEMES[theme]
-    column = str(ds[measure].dims[1])
-    values = ds[measure].values
+    variable = ds["load" if measure == "relative" else measure]
+    column = str(variable.dims[1])
+    values = variable.values
     grid = LayerHeatmap(ds["layer"].values, ds[column].values, colours)
     where = f"layer %{{y}}, {column} %{{x}}<br>"
     bar: dict[str, Any]
@@ -34,11 +41,14 @@ def heatmap(ds: xr.Dataset, measure: Measure, *, theme: ThemeName = "light") -> 
         detail = np.stack([values * ds.sizes[column], 100 * values], -1)
         hover = where + "%{customdata[0]:.2f} × uniform<br>%{customdata[1]:.2f} %<extra></extra>"
         figure = grid.loads(values, detail, hover, _CLIP)
-    elif measure == "lift":
+    elif measure in ("lift", "relative"):
+        ratio = values * (ds.sizes[column] if measure == "relative" else 1)
+        title = "lift" if measure == "lift" else "× uniform"
         with np.errstate(divide="ignore"):
-            doublings = np.clip(np.log2(values), -2, 2)
-        grid.colour(doublings, values[..., None], where + "lift %{customdata[0]:.2f}<extra></extra>")
-        bar = {"title": {"text": "lift"}, "tickvals": [-2, -1, 0, 1, 2], "ticktext": ["≤ ¼", "½", "1", "2", "≥ 4"]}
+            doublings = np.clip(np.log2(ratio), -2, 2)
+        grid.colour(doublings, ratio[..., None], where + f"{title} %{{customdata[0]:.2f}}<extra></extra>")
+        grid.fill(ratio == 0, colours.zero, "never selected")
+        bar = {"title": {"text": title}, "tickvals": [-2, -1, 0, 1, 2], "ticktext": ["≤ ¼", "½", "1", "2", "≥ 4"]}
         grid.missing(np.isnan(values))
         figure = grid.finish_differences(column, 2, bar)
     else:
@@ -48,7 +58,9 @@ def heatmap(ds: xr.Dataset, measure: Measure, *, theme: ThemeName = "light") -> 
         grid.missing(np.isnan(values))
         scale = {"cmin": 0, "cmax": top, "colorscale": colours.sequential, "colorbar": {"title": {"text": title}}}
         figure = grid.finish(column, scale)
-    subtitle = f"{ds.attrs['tokens']:,} tokens, pooled; {ds[measure].attrs['definition']}"
+    if marked is not None:
+        grid.frame(*marked)
+    subtitle = f"{ds.attrs['tokens']:,} tokens, pooled; {variable.attrs['definition']}"
     title = f"{_TITLES[measure]}: {ds.attrs['title']}"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
 

@@ -1,16 +1,16 @@
-"""The report: results, figures and methods of all studies of a run in one self-contained HTML page."""
+"""The report: the answers of all studies of a run first, then their figures, tables and methods, in one HTML page."""
 
-import html
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
-import plotly.graph_objects as go
+import numpy as np
 import xarray as xr
-from plotly.offline import get_plotlyjs
 
 from workbench.errors import InputError
-from workbench.figures.export import PAGE_CONFIG
+from workbench.figures import page
 from workbench.figures.gallery import Gallery
 from workbench.harmony.flags import counted_in
 from workbench.outputs import MARKER, check_files, write_files
@@ -18,26 +18,32 @@ from workbench.registry import find, studies
 from workbench.studies import run_study
 from workbench.studies.comparison import Run
 from workbench.studies.error_rate import statement
+from workbench.studies.highlights import Highlight, Results, accuracy_sentences, highlights, is_comparison, untested
 
-_SHOWN = 6  # figures of a study; all are written by `workbench figures`
+_FIGURES = 6  # of a study; `workbench figures` writes all of them
+_SENTENCES = 3  # lines of a summary that are shown before it is unfolded
 _FIRST = ("accuracy_by_tokens", "entropy_by_layer", "divergence_", "sizes", "routing_sizes", "sinks_sizes", "geometry")
 _LAST = ("load_frame", "load_prompt", "mass_frame", "mass_prompt")
-_STYLE = """
-body{font:16px/1.55 Inter,Helvetica,Arial,sans-serif;max-width:980px;margin:2rem auto;padding:0 1rem;
-color:#1f2430;background:#fff}
-h1{font-size:1.7rem}h2{margin-top:2.6rem;border-bottom:1px solid #d4d7dc;padding-bottom:.2rem}
-h3{font-size:1.02rem;margin:1.4rem 0 .2rem}
-pre{white-space:pre-wrap;font:inherit;margin:.2rem 0 .8rem}table{border-collapse:collapse;font-size:.92rem}
-td,th{border-bottom:1px solid #e3e7ec;padding:.25rem .7rem;text-align:left;vertical-align:top}
-.note{color:#5b6472;font-size:.92rem}nav a{margin-right:1rem}figure{margin:1.2rem 0;overflow-x:auto}
-"""
+_BARS = "Bars show the difference relative to the mean of the layer, with its 95 % interval; the line is zero."
+_CHOSEN = (
+    "These are the largest of many tested differences. Being chosen for their size, they are probably larger here than "
+    "in new data. An association is not a cause: what an expert is needed for is measured by the experiments."
+)
+
+
+class Contents(NamedTuple):
+    """What a report is made of: the run, the results by study and dataset, and why studies were skipped."""
+
+    run: Run
+    results: Results
+    skipped: Sequence[str]
 
 
 def write_report(
     run: Run,
     out: str | os.PathLike[str],
     *,
-    results: Mapping[str, Mapping[str, xr.Dataset]] | None = None,
+    results: Results | None = None,
     seed: int = 0,
     inputs: Iterable[str | Path] = (),
     overwrite: bool = False,
@@ -57,106 +63,207 @@ def write_report(
     names = [target.name, target.with_suffix(".md").name]
     marker = f".{target.name}{MARKER}"
     check_files(names, target.parent, command="report", inputs=inputs, overwrite=overwrite, marker=marker)
-    told: dict[str, Mapping[str, xr.Dataset]] = {}
-    left_out = []
-    for study in studies(runs=1):
-        try:
-            told[study.name] = run_study(study.name, run, seed=seed)
-        except InputError as error:
-            left_out.append(f"{study.title}: {error}.")
-    given = {find(name).name: sets for name, sets in (results or {}).items()}
-    told |= {name: sets for name, sets in given.items() if name not in told}
-    if not told:
-        raise InputError(" ".join(left_out))
-    page, text = _html(run, told, left_out), _markdown(run, told, left_out)
-    files = dict(zip(names, (page, text), strict=True))
+    contents = gather(run, results=results, seed=seed)
+    files = dict(zip(names, (html(contents), markdown(contents)), strict=True))
     return write_files(files, target.parent, command="report", inputs=inputs, overwrite=overwrite, marker=marker)
 
 
-def _figures(name: str, sets: Mapping[str, xr.Dataset]) -> list[tuple[str, go.Figure]]:
-    """The most telling figures of a study."""
+def gather(run: Run, *, results: Results | None = None, seed: int = 0) -> Contents:
+    """Return the results of all studies of a run, and those of experiments that are given.
+
+    Raises:
+        InputError: no study can be made of the run.
+    """
+    made: dict[str, Mapping[str, xr.Dataset]] = {}
+    skipped = []
+    for study in studies(runs=1):
+        try:
+            made[study.name] = run_study(study.name, run, seed=seed)
+        except InputError as error:
+            skipped.append(f"{study.title}: {error}.")
+    given = {find(name).name: sets for name, sets in (results or {}).items()}
+    made |= {name: sets for name, sets in given.items() if name not in made}
+    if not made:
+        raise InputError(" ".join(skipped))
+    return Contents(run, made, skipped)
+
+
+def html(contents: Contents) -> str:
+    """Return the report as one HTML page that fetches nothing."""
+    title = f"Report on run {contents.run.digest[:16]}"
+    return page.document(title, [f"<h1>{escape(title)}</h1>", *body(contents)])
+
+
+def body(contents: Contents) -> Iterator[str]:
+    """Yield the HTML of the report below its title: answers, a section for each study, and where it comes from."""
+    links = "".join(f'<a href="#{escape(n)}">{escape(find(n).title)}</a>' for n in contents.results)
+    yield f"<p>{escape('. '.join(_facts(contents.run)))}.</p><nav>{links}</nav>"
+    yield from answers(contents)
+    for name, sets in contents.results.items():
+        yield from section(name, sets)
+    yield "<h2>Provenance</h2>"
+    yield page.folded("Run, checkpoint and software", page.table(("", ""), _provenance(contents)))
+
+
+def answers(contents: Contents) -> Iterator[str]:
+    """Yield the HTML of the answers: accuracy, the largest verified differences, and what could not be tested."""
+    yield "<h2>Answers</h2>"
+    for sets in contents.results.values():
+        if {"gain", "cost"} <= set(sets):
+            yield _accuracy_table(sets["cost"])
+    yield "".join(f"<p>{escape(text)}</p>" for text in accuracy_sentences(contents.results))
+    found = highlights(contents.results)
+    yield "<h3>Largest verified differences</h3>"
+    if found:
+        widest = 1.1 * max(max(abs(h.low), abs(h.high)) / h.level for h in found)
+        items = "".join(f"<li>{_highlight(h, widest)}</li>" for h in found)
+        yield f'<ul class="highlights">{items}</ul><p class="note">{escape(_BARS)} {escape(_CHOSEN)}</p>'
+    else:
+        yield "<p>No difference is shown within prompts and at equal position.</p>"
+    yield f'<p class="note">{escape(statement(contents.results))}</p>'
+    if problems := _problems(contents.run):
+        yield f"<h3>Irregular or excluded data</h3>{page.table(('', ''), problems)}"
+    if missing := [*untested(contents.results), *contents.skipped]:
+        yield page.folded(f"Not tested ({len(missing)})", page.paragraphs("\n".join(missing)))
+
+
+def _highlight(h: Highlight, widest: float) -> str:
+    source = f'<a href="#{escape(h.study)}">{escape(find(h.study).title)}</a>'
+    bar = page.bar(h.difference / h.level, h.low / h.level, h.high / h.level, widest)
+    return f"{bar}<span>{escape(h.sentence)} {source}</span>"
+
+
+def section(name: str, sets: Mapping[str, xr.Dataset]) -> Iterator[str]:
+    """Yield the HTML of a study: its question, its first figure, a table of comparisons, and the rest folded."""
+    record = find(name)
+    yield f'<h2 id="{escape(name)}">{escape(record.title)}</h2><p class="question">{escape(record.question)}</p>'
+    first, *others = _figures(name, sets) or [""]
+    yield first
+    yield _comparison_table(sets)
+    for ds in sets.values():
+        if not is_comparison(ds):
+            lines = str(ds.attrs["summary"]).splitlines()
+            yield f"<h3>{escape(ds.attrs['title'])}</h3>{page.paragraphs(chr(10).join(lines[:_SENTENCES]), 'line')}"
+            if len(lines) > _SENTENCES:
+                more = len(lines) - _SENTENCES
+                rest = page.paragraphs("\n".join(lines[_SENTENCES:]))
+                yield page.folded(f"{more} more line{'s' * (more > 1)}", rest)
+    if compared := [ds for ds in sets.values() if is_comparison(ds)]:
+        full = "".join(f"<h3>{escape(d.attrs['title'])}</h3><pre>{escape(d.attrs['summary'])}</pre>" for d in compared)
+        yield page.folded("Comparisons in full", full)
+    if others:
+        yield page.folded(f"{len(others)} more figures", *others)
+    notes = "".join(f"<p><b>{escape(k)}.</b> {escape(v)}</p>" for k, v in _notes(sets))
+    yield page.folded("Methods", notes)
+
+
+def _accuracy_table(cost: xr.Dataset) -> str:
+    """Accuracy and analysis tokens of each effort over all tasks, with intervals."""
+    header = ("effort", "accuracy (%)", "analysis tokens per answer", "sequences")
+    rows = []
+    for effort in map(str, cost["effort"].values):
+        one = cost.sel(task="all", effort=effort)
+        accuracy, tokens = _interval(one, "accuracy", 100), _interval(one, "analysis_tokens", 1)
+        rows.append((effort, accuracy, tokens, f"{int(one['sequences']):,}"))
+    return page.table(header, rows, numbers=header[1:])
+
+
+def _interval(one: xr.Dataset, name: str, factor: float) -> str:
+    value, low, high = (factor * float(one[n]) for n in (name, f"{name}_low", f"{name}_high"))
+    if not np.isfinite(value):
+        return "not graded"
+    return f"{value:,.1f} [{low:,.1f}, {high:,.1f}]" if np.isfinite(low) else f"{value:,.1f}"
+
+
+def _comparison_table(sets: Mapping[str, xr.Dataset]) -> str:
+    """A row for each comparison: how many cells differ within prompts and at equal position."""
+    header = ("comparison", "prompts", "cells that differ", "at equal position")
+    rows = []
+    for ds in sets.values():
+        if is_comparison(ds) and "none" in ds["control"].values:
+            plain = ds.sel(control="none")
+            matched = ds.sel(control="position") if "position" in ds["control"].values else None
+            cells = [_differing(plain), "–" if matched is None else _differing(matched)]
+            rows.append((ds.attrs["title"], int(plain["prompts"]), *cells))
+    return page.table(header, rows, numbers=header[1:]) if rows else ""
+
+
+def _differing(one: xr.Dataset) -> str:
+    tested = int(np.isfinite(one["low"].values).sum())
+    return f"{int(one['different'].values.sum())} of {tested}" if tested else "cannot be tested"
+
+
+def _figures(name: str, sets: Mapping[str, xr.Dataset]) -> list[str]:
+    """The most telling figures of a study as HTML."""
     figures: Gallery = find(name).load_figures().gallery(sets)
 
     def rank(label: str) -> tuple[int, int]:
         first = next((i for i, start in enumerate(_FIRST) if label.startswith(start)), len(_FIRST))
-        return (
-            len(_FIRST) + 1 if label.startswith(_LAST) or label.endswith("naive") else first,
-            list(figures).index(label),
-        )
+        last = label.startswith(_LAST) or label.endswith("naive")
+        return (len(_FIRST) + 1 if last else first, list(figures).index(label))
 
-    return [(label, figures[label].draw()) for label in sorted(figures, key=rank)[:_SHOWN]]
+    chosen = sorted(figures, key=rank)[:_FIGURES]
+    return [page.figure(f"{name}_{label}", figures[label].draw) for label in chosen]
 
 
-def _about(run: Run) -> list[tuple[str, str]]:
-    rows = [("run", str(getattr(run, "path", run.digest))), ("digest", run.digest)]
-    provenance = getattr(run, "provenance", {})
-    if provenance:
-        rows += [
-            (
-                "captured",
-                f"{provenance.get('started', '')} on {provenance.get('host', '')}, {provenance.get('dtype', '')}",
-            ),
-            ("checkpoint", f"{run.checkpoint.get('name', '')} ({str(run.checkpoint['digest'])[:16]})"),  # type: ignore[attr-defined]
-            ("transcripts", str(provenance.get("transcripts", {}).get("name", ""))),
-        ]
-        done, total = run.progress  # type: ignore[attr-defined]
-        rows.append(("units", f"{done} of {total}" + ("" if done == total else ": this run is not finished")))
-        rows.append(("sequences", f"{len(run.sequences):,}"))  # type: ignore[attr-defined]
-        if found := counted_in(run.sequences):  # type: ignore[attr-defined]
-            rows.append(("flags", found))
-        if run.exclusion:  # type: ignore[attr-defined]
-            rows.append(("excluded", run.exclusion))  # type: ignore[attr-defined]
+def _facts(run: Run) -> list[str]:
+    """What the run is, in short sentences."""
+    facts = []
+    if provenance := getattr(run, "provenance", {}):
+        transcripts = provenance.get("transcripts", {}).get("name", "transcripts")
+        facts.append(f"{run.checkpoint.get('name', 'A model')} on {transcripts}")  # type: ignore[attr-defined]
+    table = run.sequences  # type: ignore[attr-defined]
+    return [*facts, f"{len(table):,} sequences, {int(table['length'].sum()):,} tokens"]
+
+
+def _problems(run: Run) -> list[tuple[str, str]]:
+    """What a reader should know before the numbers: unfinished units, flags and exclusions."""
+    rows = []
+    done, total = getattr(run, "progress", (0, 0))
+    if done != total:
+        rows.append(("Not finished", f"{done} of {total} units are captured"))
+    if found := counted_in(run.sequences):  # type: ignore[attr-defined]
+        rows.append(("Flags", found))
+    if exclusion := getattr(run, "exclusion", ""):
+        rows.append(("Excluded", exclusion))
     return rows
 
 
-def _notes(sets: Mapping[str, xr.Dataset]) -> list[tuple[str, str]]:
-    notes = []
+def _provenance(contents: Contents) -> Iterator[tuple[str, str]]:
+    run = contents.run
+    yield "run", str(getattr(run, "path", run.digest))
+    yield "digest", run.digest
+    if provenance := getattr(run, "provenance", {}):
+        started, host, dtype = (provenance.get(n, "") for n in ("started", "host", "dtype"))
+        yield "captured", f"{started} on {host}, {dtype}"
+        checkpoint = run.checkpoint  # type: ignore[attr-defined]
+        yield "checkpoint", f"{checkpoint.get('name', '')} ({str(checkpoint['digest'])[:16]})"
+        yield "transcripts", str(provenance.get("transcripts", {}).get("name", ""))
+        done, total = run.progress  # type: ignore[attr-defined]
+        yield "units", f"{done} of {total}"
+    first = next(iter(next(iter(contents.results.values())).values())).attrs
+    yield "workbench", f"{first['workbench_version']}, seed {first['seed']}"
+
+
+def _notes(sets: Mapping[str, xr.Dataset]) -> Iterator[tuple[str, str]]:
     for heading, attribute in (("Method", "method"), ("Not controlled", "not_controlled")):
-        notes += [
-            (heading, text)
-            for text in dict.fromkeys(str(ds.attrs[attribute]) for ds in sets.values() if ds.attrs.get(attribute))
-        ]
-    return notes
+        texts = dict.fromkeys(str(ds.attrs[attribute]) for ds in sets.values() if ds.attrs.get(attribute))
+        yield from ((heading, text) for text in texts)
 
 
-def _html(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequence[str]) -> str:
-    safe = html.escape
-    parts = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>Report on {safe(run.digest)}</title><style>{_STYLE}</style>",
-        f"<script>{get_plotlyjs()}</script>",
-        "<h1>Report on this run</h1><table>",
-        *(f"<tr><th>{safe(k)}</th><td>{safe(v)}</td></tr>" for k, v in _about(run)),
-        "</table><nav>",
-        *(f'<a href="#{safe(name)}">{safe(find(name).title)}</a>' for name in told),
-        "</nav><p class='note'>Nothing is called different whose interval includes zero; differences come first "
-        "without, then with the control of position. Association is not causation: what an expert is used for and what "
-        f"it is needed for are told apart by the experiments.</p><p class='note'>{safe(statement(told))}</p>",
-    ]
-    for name, sets in told.items():
-        parts.append(f'<h2 id="{safe(name)}">{safe(find(name).title)}</h2>')
-        for ds in sets.values():
-            parts.append(f"<h3>{safe(ds.attrs['title'])}</h3><pre>{safe(ds.attrs['summary'])}</pre>")
-        for label, figure in _figures(name, sets):
-            drawn = figure.to_html(
-                full_html=False, include_plotlyjs=False, div_id=f"{name}_{label}", config=PAGE_CONFIG
-            )
-            parts.append(f"<figure>{drawn}</figure>")
-        parts += [f"<p class='note'><b>{safe(k)}.</b> {safe(v)}</p>" for k, v in _notes(sets)]
-    if left_out:
-        parts.append("<h2>Skipped</h2>" + "".join(f"<p>{safe(text)}</p>" for text in left_out))
-    first = next(iter(next(iter(told.values())).values())).attrs
-    parts.append(f"<p class='note'>workbench {safe(str(first['workbench_version']))}, seed {first['seed']}.</p></html>")
-    return "\n".join(parts)
-
-
-def _markdown(run: Run, told: Mapping[str, Mapping[str, xr.Dataset]], left_out: Sequence[str]) -> str:
-    lines = ["# Report on this run", "", *(f"- {k}: {v}" for k, v in _about(run)), "", statement(told), ""]
-    for name, sets in told.items():
-        lines += [f"## {find(name).title}", ""]
+def markdown(contents: Contents) -> str:
+    """Return the report as Markdown, without figures."""
+    lines = [f"# Report on run {contents.run.digest[:16]}", "", f"{'. '.join(_facts(contents.run))}.", ""]
+    lines += ["## Answers", ""]
+    lines += [f"- {text}" for text in accuracy_sentences(contents.results)]
+    lines += [f"- {h.sentence}" for h in highlights(contents.results)]
+    lines += ["", _CHOSEN, "", statement(contents.results), ""]
+    lines += [f"- {name}: {text}" for name, text in _problems(contents.run)]
+    lines += [f"- Not tested: {text}" for text in (*untested(contents.results), *contents.skipped)]
+    for name, sets in contents.results.items():
+        lines += ["", f"## {find(name).title}", "", find(name).question, ""]
         for ds in sets.values():
             lines += [f"### {ds.attrs['title']}", "", "```", str(ds.attrs["summary"]), "```", ""]
         lines += [text for k, v in _notes(sets) for text in (f"*{k}.* {v}", "")]
-    if left_out:
-        lines += ["## Skipped", "", *left_out, ""]
+    lines += ["## Provenance", "", *(f"- {k}: {v}" for k, v in _provenance(contents)), ""]
     return "\n".join(lines)

@@ -47,7 +47,7 @@ class TokenizerNames:
     all_special_ids = property(lambda self: list(self.special.values()))
     additional_special_tokens = property(lambda self: list(self.special))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = False, return_tensors: None = None) -> list[int]:
         raise NotImplementedError
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
@@ -62,22 +62,35 @@ class TokenizerNames:
     def __bool__(self) -> bool:
         return True
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "apply_chat_template":
+            raise AttributeError(
+                "the tokenizer has no apply_chat_template: workbench.harmony.render(messages, tokenizer=tokenizer) "
+                "returns the ids of a conversation"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __call__(
         self,
         text: str | Sequence[str],
         *,
         padding: bool = False,
+        truncation: bool = False,
+        max_length: int | None = None,
         return_tensors: Literal["pt", "np"] | None = None,
         add_special_tokens: bool = False,
     ) -> dict[str, Any]:
         """Return `input_ids` and `attention_mask` of a text or of a list of texts.
 
-        padding: fill rows of unequal length with `pad_token_id` on `padding_side`. return_tensors: "pt" for torch
-        tensors, "np" for arrays, both [batch, pos]. add_special_tokens changes nothing: harmony adds none.
+        padding: fill rows of unequal length with `pad_token_id` on `padding_side`. truncation: cut rows that are longer
+        than `max_length`. return_tensors: "pt" for torch tensors, "np" for arrays, both [batch, pos].
+        add_special_tokens changes nothing: harmony adds none.
         Raises: InputError for text that the vocabulary cannot express, or rows of unequal length without padding.
         """
+        if truncation != (max_length is not None):
+            raise InputError("truncation needs both truncation=True and max_length")
         one = isinstance(text, str)
-        rows = [self.encode_with_special(t) for t in ([text] if isinstance(text, str) else text)]
+        rows = [self.encode_with_special(t)[:max_length] for t in ([text] if isinstance(text, str) else text)]
         width = max((len(row) for row in rows), default=0)
         if return_tensors is not None and not padding and any(len(row) < width for row in rows):
             raise InputError(

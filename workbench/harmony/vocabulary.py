@@ -51,12 +51,16 @@ class Tokenizer(TokenizerNames, ABC):
         names = ("<|return|>", "<|call|>", "<|endoftext|>")
         return frozenset(self.special[name] for name in names if name in self.special)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = False, return_tensors: None = None) -> list[int]:
         """Return the ids of a text, all of it as ordinary text, never as special tokens.
 
+        The options are Hugging Face's: add_special_tokens changes nothing, as harmony adds none.
+
         Raises:
-            InputError: the text has half of a surrogate pair.
+            InputError: the text has half of a surrogate pair, or tensors are asked for.
         """
+        if return_tensors is not None:
+            raise InputError(f"encode returns a list: tokenizer(text, return_tensors={return_tensors!r}) has tensors")
         if lone := _SURROGATE.search(text):
             raise InputError(f"the text has half a surrogate pair, {lone[0]!r}, at character {lone.start()}: remove it")
         return self._encode(text)

@@ -31,7 +31,7 @@ class Attention(AttentionWeights, nn.Module):
 
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()
-        self.d_head, self.window = cfg.d_head, cfg.windows[layer]
+        self.cfg, self.d_head, self.window = cfg, cfg.d_head, cfg.windows[layer]
         self.n_heads, self.n_key_value_heads = cfg.n_heads, cfg.n_key_value_heads
         self.ungrouped = False  # whether keys and values are repeated for every query head
         self.q = Linear(cfg.d_model, cfg.n_heads * cfg.d_head)

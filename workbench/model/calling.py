@@ -1,13 +1,14 @@
 """Calling the model as TransformerLens' users do: text or ids in, logits or loss out, parts of the layers alone.
 
-Rows that are padded on the left run with their padding on the right, where it changes nothing, and results are moved
-back. Hooks would see the rows before they are moved back, at other positions than their tokens, so the two are refused
-together.
+Rows that are padded on the left are computed with their padding on the right, where it changes nothing. Results are
+moved back, and so is what hooks see: the position of a token is its column in the rows that were passed.
 
 Reference: TransformerLens 4.3, HookedTransformer.forward, for names and meanings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError
+from workbench.hooks.names import hook_points
 from workbench.kernels.logits import logprob
 from workbench.model.inputs import Batch, read_batch
 
@@ -83,23 +85,22 @@ def forward(
         batch = read_batch(
             model, given, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
         )
-    if batch.padded_left and any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()):
-        raise InputError(
-            "hooks on rows that are padded on the left would see tokens at other positions: pad on the right "
-            "(padding_side='right') and read each row's last token by its length"
-        )
     ids = _shifted(batch.tokens, batch, left=True)
     if stream is not None:
         stream = _shifted(stream, batch, left=True)
     padded = any(n < ids.shape[1] for n in batch.n_real)
     lengths = list(n_real) if n_real is not None else batch.n_real if padded else None
-    x = model.residual(ids, cache=cache, packed=packed, n_real=lengths, layers=layers, stream=stream)
-    if stop_at_layer is not None:
-        return _shifted(x, batch, left=False)
-    x = model.ln_final(x)
-    if return_type is None:
-        return None
-    logits = _shifted(model.unembed(x), batch, left=False)
+    columns = _columns(batch, left=False) if batch.padded_left else None
+    with _hooks_on_rows_as_passed(model, batch, cache):
+        x = model.residual(
+            ids, cache=cache, packed=packed, n_real=lengths, layers=layers, stream=stream, hook_columns=columns
+        )
+        if stop_at_layer is not None:
+            return _shifted(x, batch, left=False)
+        x = model.ln_final(x)
+        if return_type is None:
+            return None
+        logits = _shifted(model.unembed(x), batch, left=False)
     if return_type == "logits":
         return logits
     mask = _mask(batch) if padded else None
@@ -116,13 +117,52 @@ def _residual_stream(model: Any, given: Any) -> Tensor:
     return given
 
 
+@contextmanager
+def _hooks_on_rows_as_passed(model: Any, batch: Batch, cache: Any) -> Iterator[None]:
+    """Give hooks, within the context, their values in the columns of the rows as these were passed.
+
+    Raises:
+        InputError: a backward hook or a cache meets padding on the left.
+    """
+    points = {name: point for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks}
+    if not batch.padded_left or not points:
+        yield
+        return
+    if cache is not None or any(point.bwd_hooks for point in points.values()):
+        what = "a cache with hooks" if cache is not None else "backward hooks"
+        raise InputError(f"{what} on rows that are padded on the left: pad on the right (padding_side='right')")
+    axes, handles = hook_points(model.cfg.n_layers), []
+    for name, point in points.items():
+        moved = partial(_moved, batch=batch, axes=axes.get(name, "batch pos").split())
+        handles.append(point.register_forward_hook(partial(moved, left=False), prepend=True))
+        handles.append(point.register_forward_hook(partial(moved, left=True)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _moved(_module: Any, _inputs: Any, value: Tensor, *, batch: Batch, axes: list[str], left: bool) -> Tensor:
+    """Return a hooked value with each axis of positions rolled."""
+    for dim, axis in enumerate(axes):
+        if axis in ("pos", "query_pos", "key_pos"):
+            value = _shifted(value.movedim(dim, 1), batch, left=left).movedim(1, dim)
+    return value
+
+
+def _columns(batch: Batch, *, left: bool) -> Int[Tensor, "batch pos"]:
+    """Return from which column each column of the rolled rows comes."""
+    by = torch.tensor(batch.n_left, device=batch.tokens.device)[:, None]
+    column = torch.arange(batch.tokens.shape[1], device=by.device)
+    return (column + by if left else column - by) % batch.tokens.shape[1]
+
+
 def _shifted(x: Tensor, batch: Batch, *, left: bool) -> Tensor:
-    """Roll every row by its padding on the left: to the front, or back."""
+    """Roll every row [batch pos ...] by its padding on the left: to the front, or back."""
     if not batch.padded_left:
         return x
-    by = torch.tensor(batch.n_left, device=x.device)[:, None]
-    column = torch.arange(x.shape[1], device=x.device)
-    index = (column + by if left else column - by) % x.shape[1]
+    index = _columns(batch, left=left).to(x.device)
     return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(x.shape))
 
 

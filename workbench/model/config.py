@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, ClassVar
+from typing import Any
 
 from workbench.bounded_json import read_json
 from workbench.errors import InputError
+from workbench.model.config_names import ConfigNames
 
 GROUP = 32  # values that share an MXFP4 scale: widths are multiples of it
 
@@ -36,7 +37,7 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ConfigNames):
     """Sizes and constants of a model. `windows`: the number of keys a query attends to in each layer, itself included;
     None means full attention.
     """
@@ -57,73 +58,11 @@ class Config:
     swiglu_alpha: float
     rope: Rope
 
-    # What TransformerLens' tools ask a config beside sizes.
-    attn_only: ClassVar[bool] = False
-    use_attn_result: ClassVar[bool] = False  # attn.hook_result is there when it is hooked
-    normalization_type: ClassVar[str] = "RMS"
-    positional_embedding_type: ClassVar[str] = "rotary"
-    act_fn: ClassVar[str] = "swiglu"
-    gated_mlp: ClassVar[bool] = True
-    parallel_attn_mlp: ClassVar[bool] = False
-    default_prepend_bos: ClassVar[bool] = False  # harmony has no token that begins a text
-    original_architecture: ClassVar[str] = "GptOssForCausalLM"
-    seed: ClassVar[int | None] = None
-
     def of(self, model: Any) -> "Config":
         """Return the config of a model, which also has its device and dtype."""
         own = replace(self)
         object.__setattr__(own, "_model", model)  # no field: two configs are equal wherever their models are
         return own
-
-    @property
-    def device(self) -> Any:
-        """Return the device of the model's embedding. A config without a model has none."""
-        return self._its_model.device
-
-    @property
-    def dtype(self) -> Any:
-        """Return the dtype of the model's residual stream."""
-        return self._its_model.dtype
-
-    @property
-    def _its_model(self) -> Any:
-        if "_model" not in self.__dict__:
-            raise AttributeError("a config alone has no device and no dtype: ask a model's, model.cfg")
-        return self.__dict__["_model"]
-
-    @property
-    def model_name(self) -> str:
-        """Return the name of the checkpoint's folder; a config without a checkpoint has none."""
-        return str(self._its_model.checkpoint.path.name)
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Return the name of the model's tokenizer."""
-        return str(self._its_model.tokenizer.name)
-
-    @property
-    def d_vocab_out(self) -> int:
-        """Return the number of logits: the vocabulary."""
-        return self.d_vocab
-
-    @property
-    def rotary_dim(self) -> int:
-        """Return the number of dimensions of a head that rotate: all."""
-        return self.d_head
-
-    @property
-    def window_size(self) -> int | None:
-        """Return the window of the layers that have one; see `windows` for each layer."""
-        return next((window for window in self.windows if window is not None), None)
-
-    @property
-    def attn_types(self) -> list[str]:
-        """Return the kind of attention of each layer, under TransformerLens' names."""
-        return ["global" if window is None else "local" for window in self.windows]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the sizes and constants by name, as plain values."""
-        return self.to_json()
 
     @property
     def n_params(self) -> int:

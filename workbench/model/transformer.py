@@ -6,7 +6,7 @@ inside of the experts) is materialised only while it is hooked, in that layer; t
 Reference: openai/gpt-oss, gpt_oss/torch/model.py (commit 7b58334); the OpenAI gpt-oss model card, arXiv 2508.10925.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -31,7 +31,8 @@ from workbench.model.attention import Attention
 from workbench.model.cache import KVCache
 from workbench.model.calling import ReturnType
 from workbench.model.config import Config
-from workbench.model.generate import generate
+from workbench.model.generate import generate, generate_stream
+from workbench.model.generation_loop import GenerationStep
 from workbench.model.low_rank import LowRank
 from workbench.model.pass_context import PassContext
 from workbench.model.rope import inverse_frequencies
@@ -76,6 +77,16 @@ class Router(nn.Module):
         self.lora: LowRank | None
         self.register_module("lora", None)
         self.hook_out = HookPoint()
+
+    @property
+    def W(self) -> Float[Tensor, "d_model expert"]:  # noqa: N802 - TransformerLens' name
+        """Return the matrix in TransformerLens' order, without the update of an adapter."""
+        return self.weight.mT
+
+    @property
+    def b(self) -> Float[Tensor, " expert"]:
+        """Return the bias, under TransformerLens' name."""
+        return self.bias
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert"]:
         return self.hook_out(chunked(self._scores, x, dim=1))
@@ -168,7 +179,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Config, layer: int, packed: bool) -> None:
         super().__init__()
-        self.layer = layer
+        self.cfg, self.layer = cfg, layer
         self.ln1, self.ln2 = RMSNorm(cfg.d_model, cfg.eps), RMSNorm(cfg.d_model, cfg.eps)
         self.attn, self.mlp = Attention(cfg, layer), MoE(cfg, packed)
         self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
@@ -176,11 +187,16 @@ class Block(nn.Module):
         for name in (*input_points.MLP_IN, *input_points.ATTENTION_IN, *input_points.HEAD_INPUTS):
             self.register_module(name, None)  # see workbench.model.input_points
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"], where: PassContext) -> Float[Tensor, "batch pos d_model"]:
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], context: PassContext | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return the residual stream after this block; without a context, that of rows which begin at position 0."""
+        if context is None:
+            context = PassContext(self.cfg, torch.zeros(x.shape[:2], dtype=torch.long, device=x.device))
         x = self.hook_resid_pre(x)
         stream = input_points.read_at(self.get_point("hook_attn_in"), x)
         inputs = input_points.head_inputs(self, stream, self.attn.n_heads, self.attn.n_key_value_heads)
-        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(stream), where, self.layer, inputs)))
+        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(stream), context, self.layer, inputs)))
         stream = input_points.read_at(self.get_point("hook_mlp_in"), x)
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(stream))))
 
@@ -213,6 +229,11 @@ class Unembed(nn.Module):
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # noqa: N802 - TransformerLens' name
         """Return the matrix with the update of an adapter, under TransformerLens' name and in its order."""
         return self.weight.mT if self.lora is None else self.weight.mT + self.lora.a @ self.lora.scaled_b
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:  # noqa: N802 - TransformerLens' name
+        """Return zeros: gpt-oss has no bias here."""
+        return torch.zeros(len(self.weight), device=self.weight.device)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         out = dense.linear(x, self.weight)
@@ -291,13 +312,16 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         n_real: Sequence[int] | None = None,
         layers: range | None = None,
         stream: Float[Tensor, "batch pos d_model"] | None = None,
+        hook_columns: Int[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return the residual stream after the last block, before the final norm; arguments as `forward` has them.
 
-        layers: only these blocks. stream: what enters the first of them, in place of the embedding.
+        layers: only these blocks. stream: what enters the first of them, in place of the embedding. hook_columns: the
+        column of this pass that each column of the tensors which hooks see comes from, where it is another.
         """
         tokens = tokens.to(self.device)  # ids from anywhere: `device="auto"` may have put the model on a GPU
-        self.context = where = PassContext(self.cfg, tokens, cache, packed, n_real, self._frequencies())
+        where = PassContext(self.cfg, tokens, cache, packed, n_real, self._frequencies())
+        self.context = where if hook_columns is None else where.at(hook_columns)
         x = self.hook_embed(self.embed(tokens)) if stream is None else stream.to(self.dtype)
         chosen = range(self.cfg.n_layers) if layers is None else layers
         for block, device in [
@@ -315,11 +339,12 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
 
     def _checkpointed(self, block: nn.Module, x: Tensor, where: PassContext) -> Tensor:
         """The block, whose inside the backward pass computes again: with the hooks and the tokens of this pass."""
-        hooks = snapshot_hooks(block)
+        hooks, context = snapshot_hooks(block), self.context
+        assert context is not None
 
         @contextmanager
         def again() -> Iterator[None]:
-            with self.within(where), hooks():
+            with self.within(context), hooks():
                 yield
 
         return checkpoint(block, x, where, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
@@ -334,7 +359,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
             return self.unembed(self.ln_final(kept))
 
     @contextmanager
-    def within(self, context: PassContext) -> Iterator[None]:
+    def within(self, context: PassContext | None) -> Iterator[None]:
         """Replace, within the context, the pass context that hooks see."""
         before, self.context = self.context, context
         try:
@@ -409,7 +434,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
             InputError: `names_filter` names no hook point of the model, or `incl_bwd` has no scalar to start from.
         """
         names = options.get("names_filter")
-        for name in [names] if isinstance(names, str) else names if isinstance(names, list | tuple) else ():
+        for name in names if isinstance(names, list | tuple) else () if names is None else (names,):
             self._check_hook_name(name)
         try:
             out, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **options)
@@ -448,11 +473,14 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
             InputError: the model has no hook point of this name.
         """
         for name, _ in (*fwd_hooks, *bwd_hooks):
-            if isinstance(name, str):
-                self._check_hook_name(name)
+            self._check_hook_name(name)
         return super().run_with_hooks(*args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **options)
 
-    def _check_hook_name(self, name: str) -> None:
+    def _check_hook_name(self, name: Any) -> None:
+        if callable(name):
+            return
+        if not isinstance(name, str):
+            raise InputError(f"{name!r:.80} is no hook point: expected its name, or a function of names")
         if name not in self.hook_dict:
             if switch := input_points.SWITCHES.get(name.rpartition(".")[2]):
                 raise InputError(f"the model has no hook point {name!r}: call model.{switch}(True) first")
@@ -500,3 +528,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
     def generate(self, tokens: Any, **options: Any) -> Any:
         """Generate continuations of prompts; see `workbench.model.generate.generate`."""
         return generate(self, tokens, **options)
+
+    def generate_stream(self, tokens: Any, **options: Any) -> Generator[GenerationStep, None, None]:
+        """Return an iterator over the steps of a generation; see `workbench.model.generate.generate_stream`."""
+        return generate_stream(self, tokens, **options)

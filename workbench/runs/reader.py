@@ -141,7 +141,7 @@ class Run:
         """Return what the run holds of every token, by the names that a capture is asked with."""
         switches = [
             n
-            for n in ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "host_routing")
+            for n in ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "host_routing", "examples")
             if getattr(self.spec, n)
         ]
         return switches + [a.name for a in self.spec.selected]

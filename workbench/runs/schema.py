@@ -16,6 +16,9 @@ from workbench.harmony.labels import CHANNELS
 SCHEMA = 4
 MANIFESTS = 3  # the first schema that has them
 CHUNK = 1024  # token rows of an inner chunk
+N_EXAMPLES = 16  # of an expert, in each list
+EXAMPLE_KINDS = ("top", "random")
+EXAMPLE_FIELDS = {"gate": ("float16", 0), "sequence": ("int32", -1), "position": ("int32", -1)}  # dtype, no example
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class Record:
 class Spec:
     """What a capture records.
 
+    examples: the tokens of each expert's largest gate weights, and a random sample (`workbench.runs.examples`).
     sink_sums: of the sinks only the sums by sequence and channel. host_routing: the experts are those that a host
     chose; the router's own choices, the margin between its k-th and (k+1)-th logit, and which tokens were forced are
     beside. functions: of records that reduce by a user's function, by their names; not stored, and of no meaning to a
@@ -147,6 +151,7 @@ class Spec:
     activations: tuple[Activation, ...] = ()
     sink_sums: bool = False
     host_routing: bool = False
+    examples: bool = False
     records: tuple[Record, ...] = ()
     functions: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -154,8 +159,9 @@ class Spec:
         """Return the plain values, as a run of this schema holds them."""
         switches = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("functions", "records")}
         values = switches | {"activations": [_plain(a) for a in self.activations]}
-        if not self.host_routing:  # runs that were begun before there was this field can be resumed
-            del values["host_routing"]
+        for name in ("host_routing", "examples"):  # runs that were begun before there was this field can be resumed
+            if not values[name]:
+                del values[name]
         for a in values["activations"] if schema < 4 else ():
             del a["dims"]
         return values | ({"records": [_plain(r) for r in self.records]} if self.records else {})
@@ -263,6 +269,8 @@ def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int = S
         found["routing/logits"] = per_token(("layer", "token", "expert"), (layers, n, experts), "float16")
     if spec.sinks:
         found["attention/sink"] = per_token(("layer", "token", "head"), (layers, n, heads), "float16")
+    if spec.examples:
+        found |= _examples(layers, experts, len(layout.units))
     for a in spec.selected:
         at_layers, features = stored_dims(a, layers, schema)
         if a.per_token:
@@ -273,6 +281,16 @@ def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int = S
         if a.sparse:
             found[f"selected/{a.name}"] = per_token(("token",), (n,), "bool")
     return found | _summaries(model, spec, layout, schema)
+
+
+def _examples(layers: int, num_experts: int, units: int) -> dict[str, ArraySpec]:
+    dims = ("unit", "channel", "layer", "expert", "example")
+    shape = (units, len(CHANNELS), layers, num_experts, N_EXAMPLES)
+    return {
+        f"examples/{kind}_{name}": ArraySpec(dims, shape, dtype, fill, 0, 1, 1)
+        for kind in EXAMPLE_KINDS
+        for name, (dtype, fill) in EXAMPLE_FIELDS.items()
+    }
 
 
 def _summaries(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int) -> dict[str, ArraySpec]:

@@ -16,6 +16,7 @@ import numpy as np
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
 from workbench.runs import manifest, shards
+from workbench.runs.examples import of_tokens
 from workbench.runs.reader import Run, open_run
 from workbench.runs.schema import ArraySpec, Layout, Unit, arrays
 from workbench.runs.storage import Storage
@@ -268,9 +269,20 @@ def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> 
         got = got[0] if name in ("coactivation", "transition") else got[: len(unit.sequences)]
         if got.shape != wanted.shape or not np.allclose(got, wanted, rtol=1e-5, atol=1e-5):
             yield f"summaries/{name} is not the sum of the tokens"
+    if run.spec.examples:
+        yield from _examples(run, values, records, used)
     rows = values["summaries/sequence"]
     if rows[: len(unit.sequences)].tolist() != list(unit.sequences) or (rows[len(unit.sequences) :] != -1).any():
         yield "summaries/sequence does not name the unit's sequences"
+
+
+def _examples(run: Run, values: Mapping[str, np.ndarray], records: Mapping[str, Any], used: int) -> Iterator[str]:
+    """Examples of a unit that are not those of its tokens."""
+    tokens = {name: values[f"tokens/{name}"][:used] for name in ("sequence", "position", "channel")}
+    again = of_tokens(records["experts"], records["gates"], tokens, num_experts=run.model["num_experts"])
+    for name, wanted in again.items():
+        if not np.array_equal(values[f"examples/{name}"][0], wanted):
+            yield f"examples/{name} are not those of the tokens"
 
 
 _RECORDS = (

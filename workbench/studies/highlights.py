@@ -30,7 +30,7 @@ class Highlight:
     """One verified difference. difference, low, high: a − b within prompts, in the unit of the comparison's dataset.
 
     study, dataset: where it comes from. cell: its coordinates, such as {"layer": 2, "expert": 6}; empty for a quantity
-    that a token has once. strength: what highlights are ordered by, without unit.
+    that a token has once. level: mean of the quantity in the layer. strength: what highlights are ordered by, no unit.
     """
 
     sentence: str
@@ -40,6 +40,7 @@ class Highlight:
     difference: float
     low: float
     high: float
+    level: float
     strength: float
 
 
@@ -51,7 +52,7 @@ def highlights(results: Results, most: int = 5) -> list[Highlight]:
     strongest: dict[tuple[str, str, str], Highlight] = {}
     for study, sets in results.items():
         for name, ds in sets.items():
-            if not _is_comparison(ds):
+            if not is_comparison(ds):
                 continue
             key = (str(ds.attrs["what"]), str(ds.attrs["a"]), str(ds.attrs["b"]))
             highlight = _strongest(study, name, ds)
@@ -96,7 +97,7 @@ def untested(results: Results) -> list[str]:
 
 
 def _untested_controls(ds: xr.Dataset) -> Iterator[str]:
-    if not _is_comparison(ds):
+    if not is_comparison(ds):
         return
     for control in map(str, ds["control"].values):
         one = ds.sel(control=control)
@@ -105,7 +106,8 @@ def _untested_controls(ds: xr.Dataset) -> Iterator[str]:
             yield f"{label}: {int(one['prompts'])} prompts have both sides, which are too few"
 
 
-def _is_comparison(ds: xr.Dataset) -> bool:
+def is_comparison(ds: xr.Dataset) -> bool:
+    """Return whether a dataset is a comparison of two sides under controls, as `contrast` returns."""
     return set(ds.data_vars) >= _NEEDED and "control" in ds.dims and {"what", "a", "b"} <= ds.attrs.keys()
 
 
@@ -131,7 +133,7 @@ def _strongest(study: str, name: str, ds: xr.Dataset) -> Highlight | None:
     one = plain.isel(where)
     difference, low, high = (float(one[n]) for n in ("difference", "low", "high"))
     sentence = _sentence(ds, cell, one, None if matched is None else matched.isel(where))
-    return Highlight(sentence, study, name, cell, difference, low, high, float(strength[at]))
+    return Highlight(sentence, study, name, cell, difference, low, high, float(level[at]), float(strength[at]))
 
 
 def _nearest(cells: xr.Dataset) -> np.ndarray:

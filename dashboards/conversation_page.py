@@ -1,0 +1,167 @@
+"""The conversations page: a list that is searched and filtered, and one conversation with what was recorded of it."""
+
+import io
+import json
+import re
+from typing import Any
+
+import panel as pn
+
+from workbench.dashboards import content, search, widgets
+from workbench.dashboards.conversation import HEIGHT, VIEW, conversation_file, frame
+from workbench.dashboards.session import Page, Selectors, Session, box
+from workbench.errors import InputError
+from workbench.studies.quick_look import ALL
+
+LISTED = 500  # conversations in one page of the list
+_VALUE = re.compile(r"[\w .]{0,80}")
+
+
+def transcript(session: Session) -> Page:
+    """Return the page: one conversation, coloured by a recorded quantity and replayed token by token.
+
+    Raises:
+        InputError: no unit of the run is committed yet.
+    """
+    if session.run.sequences.empty:
+        raise InputError("the run contains no complete conversation yet: wait until the first unit is committed")
+    page = _Conversations(session)
+    return Page(page.sidebar(), [page.shown, page.view])
+
+
+class _Conversations:
+    """The widgets of the page and what happens when they change."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.words = session, search.vocabulary(session.run)
+        self.filters = Selectors(session, "task", "effort", "channel")
+        if not session.choice.text("channel"):
+            self.filters.widgets["channel"].value = ALL
+        self.find = pn.widgets.TextInput(
+            label="Id, answer or text contains", value=session.choice.text("find"), width=widgets.WIDTH
+        )
+        orders = {"order of capture": ""}
+        if "routing" in session.run.recorded:
+            orders["load of the expert"] = "expert"
+        self.order = widgets.select("Order", orders, session.choice.get("order", list(orders.values())))
+        self.pick = widgets.select("Conversation", {}, None, size=10)
+        self.count = widgets.html("")
+        self.shown = box()
+        # what is chosen in the frame; the script of page.html sets it
+        self.view = pn.widgets.TextInput(css_classes=["wb-view"], visible=False)
+        self.found: dict[str, int] = {}
+        self.first = 0  # of the list's page
+        linked = session.choice.text("sequence")
+        self.linked = int(linked) if linked.isdecimal() and int(linked) in session.run.sequences.index else None
+        self.pick.param.watch(lambda _: self.show(), "value")
+        self.view.param.watch(self.viewed, "value")
+        self.filters.watch(self.fill, *self.filters.widgets)
+        for widget in (self.find, self.order):
+            widget.param.watch(lambda _: self.fill(), "value")
+
+    def sidebar(self) -> list[Any]:
+        """Return the widgets for the sidebar."""
+        before, after = (pn.widgets.Button(label=text, width=102) for text in ("‹ previous", "next ›"))
+        earlier, later = (pn.widgets.Button(label=text, width=102) for text in ("« page", "page »"))
+        before.on_click(lambda _: self.step(-1))
+        after.on_click(lambda _: self.step(1))
+        earlier.on_click(lambda _: self.turn(-LISTED))
+        later.on_click(lambda _: self.turn(LISTED))
+        turns = pn.Row(earlier, later, visible=len(self.session.run.sequences) > LISTED)
+        share = pn.widgets.FileDownload(
+            callback=lambda: io.BytesIO(conversation_file(self.session.run, int(self.pick.value), self.session.theme)),
+            filename="conversation.html",
+            label="Download this page",
+            width=widgets.WIDTH,
+            variant="outline",
+        )
+        row = pn.Row(before, after)
+        return [self.find, self.pick, self.count, turns, row, share, self.order, *self.filters.sidebar()]
+
+    def fill(self) -> None:
+        """Find the conversations again. That of a link stays first chosen, whatever the filters are."""
+        self.session.put(find=str(self.find.value), order=str(self.order.value))
+        self.pick.loading = True
+        found = widgets.guarded(self._search)
+        self.pick.loading = False
+        if not isinstance(found, dict):
+            self.shown[:] = [found]
+            return
+        linked, self.linked = self.linked, None
+        if linked is not None and linked not in found.values():
+            found = {f"{self.session.run.sequences.loc[linked, 'id']!s} (linked)": linked, **found}
+        self.found = found
+        numbers = list(found.values())
+        wanted = linked if linked is not None else self.pick.value
+        wanted = wanted if wanted in numbers else next(iter(numbers), None)
+        self.first = numbers.index(wanted) // LISTED * LISTED if numbers else 0
+        self._list(wanted)
+        if not found:
+            text = "No matching conversations. Change the filters or the search text."
+            self.shown[:] = [widgets.alert(text, "info")]
+
+    def _search(self) -> dict[str, int]:
+        expert = (self._number("layer", "n_layers"), self._number("expert", "num_experts"))
+        return search.conversations(
+            self.session.run,
+            task=self.filters["task"],
+            effort=self.filters["effort"],
+            channel=self.filters["channel"],
+            text=str(self.find.value),
+            expert=expert if self.order.value else None,
+        )
+
+    def _number(self, name: str, size: str) -> int:
+        return int(self.session.choice.get(name, [str(i) for i in range(self.session.run.model[size])]))
+
+    def _list(self, wanted: int | None) -> None:
+        page = dict(list(self.found.items())[self.first : self.first + LISTED])
+        total, all_ = len(self.found), len(self.session.run.sequences)
+        shown = f"{self.first + bool(total):,}–{min(self.first + LISTED, total):,} of {total:,} shown"
+        self.count.object = f"<span class='wb-muted'>{shown} ({all_:,} in the run)</span>"
+        self.pick.param.update(options=page, value=wanted)
+
+    def turn(self, by: int) -> None:
+        """Show another page of the list."""
+        first = self.first + by
+        if 0 <= first < len(self.found):
+            self.first = first
+            self._list(list(self.found.values())[first])
+
+    def step(self, by: int) -> None:
+        """Show the next conversation of the list, or the one before."""
+        numbers = list(self.found.values())
+        if not numbers:
+            return
+        at = (numbers.index(self.pick.value) + by) % len(numbers)
+        self.first = at // LISTED * LISTED
+        self._list(numbers[at])
+
+    def show(self) -> None:
+        """Show the chosen conversation; what its frame had chosen of another is forgotten, but for the colouring."""
+        if self.pick.value is None:
+            return
+        number, choice = int(self.pick.value), self.session.choice
+        if choice.text("sequence") != str(number):
+            self.session.put(sequence=str(number), position="", pin="")
+        view = {name: choice.text(name) for name in VIEW if choice.text(name)}
+
+        def body() -> Any:
+            text = frame(self.session.run, number, self.words, self.session.theme, view)
+            return pn.pane.HTML(text, height=HEIGHT + 10, sizing_mode="stretch_width")
+
+        self.shown[:] = [widgets.html(content.about_sequence(self.session.run, number)), widgets.guarded(body)]
+
+    def viewed(self, event: Any) -> None:
+        """Store what was chosen in the frame. Anything that a frame does not send is passed over."""
+        try:
+            view = json.loads(str(event.new)[:2000])
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(view, dict):
+            return
+        known = {n: str(v) for n, v in view.items() if n in VIEW and _VALUE.fullmatch(str(v))}
+        if "expert" in known and self.order.value and known["expert"] != self.session.choice.text("expert"):
+            self.session.put(**known)
+            self.fill()
+        self.session.put(**known)

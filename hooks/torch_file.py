@@ -1,0 +1,26 @@
+"""Read a file that `torch.save` wrote: tensors and plain values only, nothing in it is executed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workbench.errors import InputError, refuse_lfs_pointer
+
+
+def read_torch_file(path: Path) -> Any:
+    """Return the content of a .pt file, with its tensors on the CPU.
+
+    Raises:
+        InputError: the file is missing, a git-lfs pointer, damaged, or holds objects other than tensors, numbers,
+            text, lists and dicts; those could run code, so PyTorch's restricted reader refuses them.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is {'not a file' if path.exists() else 'missing: the folder is incomplete'}")
+    with path.open("rb") as file:
+        refuse_lfs_pointer(path, file.read(64))
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle may raise nearly anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{path} is no file of tensors that can be read safely: {reason}") from error
