@@ -117,6 +117,9 @@ def branch_points(one: Analysis, edits: Sequence[Kind] = (), filler: int | None 
 
     continue: the model writes on. forced: the analysis is closed and the final message opened. Edits: `filler`
     replaces the sentence before the point by as many tokens `filler`; `removed` leaves it out and keeps the next one.
+
+    Raises:
+        InputError: `filler` is asked for without a token.
     """
     name, points = one.row.id, []
     for i in range(one.n_sentences + 1):
