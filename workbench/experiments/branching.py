@@ -5,7 +5,7 @@ written to a file row by row, so that the same call resumes; without a file they
 
     branches = sample(model, points, samples=50, temperature=1.0, store="run.branches.jsonl")
 
-Reference: Bogdan et al. 2025, Thought Anchors, arXiv 2506.19143; Thought Branches, arXiv 2510.27484.
+Reference: Bogdan et al. 2025, arXiv 2506.19143; arXiv 2510.27484.
 """
 
 import hashlib

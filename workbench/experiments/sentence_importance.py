@@ -1,11 +1,11 @@
-"""Thought anchors: which sentences of an analysis decide the answer, by sampling the rest again from each of them.
+"""Sentence importance: which sentences of an analysis decide the answer, by sampling the rest again from each.
 
 Continuations from before a sentence write another sentence in its place, or a similar one. The answers of those whose
 sentence differs are set against those after the kept sentence. Forced answers close the analysis after each sentence:
 they show from where on the answer is settled.
 
-Reference: Bogdan et al. 2025, Thought Anchors, arXiv 2506.19143 (counterfactual importance); Lanham et al. 2023, arXiv
-2307.13702 (early answering, filler); Thought Branches, arXiv 2510.27484.
+Reference: Bogdan et al. 2025, arXiv 2506.19143 (counterfactual importance); Lanham et al. 2023, arXiv
+2307.13702 (early answering, filler); arXiv 2510.27484.
 """
 
 from collections import Counter
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Int
 
 from workbench.capture.generation import final_text
 from workbench.errors import InputError
@@ -43,8 +44,8 @@ from workbench.studies.intervals import MIN_PROMPTS, mean_effect, wilson
 from workbench.studies.statistics import false_discovery
 
 EXPERIMENT = Experiment(
-    name="thought-anchors",
-    title="Thought anchors",
+    name="sentence-importance",
+    title="Importance of the sentences of the analysis",
     question="Which sentences of the analysis decide the answer, and from which sentence on is it settled?",
     compute="sampled continuations: for each conversation, twice `samples` from every sentence of its analysis",
     options={
@@ -57,8 +58,8 @@ EXPERIMENT = Experiment(
         "max_new_tokens": "Most tokens of a continuation (default: 512).",
         "store": "JSONL file for the continuations; the same command resumes from it (default: none).",
     },
-    figures="workbench.figures.thought_anchors",
-    aliases=("branching",),
+    figures="workbench.figures.sentence_importance",
+    aliases=("branching", "anchors"),
     order=115,
 )
 METHOD = (
@@ -171,7 +172,7 @@ class Answered:
                 self.alike[point.sentence] = np.array([similarity(own, first) >= similar for first in firsts])
         self.texts = [model.tokenizer.decode(one.sentence(i)).strip() for i in range(one.n_sentences)]
 
-    def sides(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def sides(self, number: int) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " other"]]:
         """Return the answers with the sentence kept or rewritten alike, and those with another in its place."""
         before, alike = self.answers["continue", number], self.alike[number]
         return np.concatenate([self.answers["continue", number + 1], before[alike]]), before[~alike]

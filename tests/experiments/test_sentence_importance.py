@@ -12,11 +12,11 @@ import pytest
 import workbench as wb
 from tests.conftest import DATA
 from workbench.errors import InputError
-from workbench.experiments import thought_anchors
+from workbench.experiments import sentence_importance
 from workbench.experiments.branch_importance import commitment, difference_of_shares, importance, similarity
 from workbench.experiments.branching import BranchPoint, analysis_of, branch_points, sample, sentence_ends
 from workbench.experiments.from_run import transcripts
-from workbench.figures import thought_anchors as figures
+from workbench.figures import sentence_importance as figures
 from workbench.harmony.transcripts import Transcript
 
 DECISIVE = 2  # of five sentences
@@ -28,7 +28,7 @@ OPEN, CLOSE, END = (
 
 
 class Writer:
-    """A stand-in for a model: it writes five one-letter sentences, and its answer is the letter of one of them.
+    """A fake model: it writes five one-letter sentences, and its answer is the letter of one of them.
 
     Each letter is x or y at random. Without a decisive sentence the answer is random, too.
     """
@@ -83,7 +83,7 @@ def rows(writer: Writer) -> list[Transcript]:
 
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_the_sentence_that_decides_is_found_and_no_other(writer: Writer, rows: list[Transcript]) -> None:
-    found = thought_anchors.experiment(writer, rows, samples=40, edits="filler,removed")  # type: ignore[arg-type]
+    found = sentence_importance.experiment(writer, rows, samples=40, edits="filler,removed")  # type: ignore[arg-type]
     sentences = found["sentences"]
     assert sentences.sizes["sentence"] == 30
     decisive = sentences["number"].values == DECISIVE
@@ -107,7 +107,7 @@ def test_the_sentence_that_decides_is_found_and_no_other(writer: Writer, rows: l
 
 def test_answers_that_no_sentence_decides_have_no_decisive_sentence(rows: list[Transcript]) -> None:
     writer = Writer(decisive=None)
-    found = thought_anchors.experiment(writer, rows[:4], samples=30)["sentences"]  # type: ignore[arg-type]
+    found = sentence_importance.experiment(writer, rows[:4], samples=30)["sentences"]  # type: ignore[arg-type]
     assert float(found["q"].min()) > 0.01
 
 
@@ -117,7 +117,7 @@ def test_comparing_with_the_wrong_sentence_would_miss_it(writer: Writer, rows: l
     assert one is not None
     points = branch_points(one)
     branches = sample(writer, points, samples=40)  # type: ignore[arg-type]
-    answered = thought_anchors.Answered(writer, one, points, branches, 1.0)  # type: ignore[arg-type]
+    answered = sentence_importance.Answered(writer, one, points, branches, 1.0)  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     assert importance(*answered.sides(DECISIVE), 0, rng).p < 0.01
     shifted = (answered.answers["continue", DECISIVE], answered.answers["continue", DECISIVE - 1])
@@ -198,4 +198,4 @@ def test_wrong_options_are_refused(
     writer: Writer, rows: list[Transcript], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        thought_anchors.experiment(writer, rows, **options)  # type: ignore[arg-type]
+        sentence_importance.experiment(writer, rows, **options)  # type: ignore[arg-type]

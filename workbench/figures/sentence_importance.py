@@ -1,4 +1,4 @@
-"""Figures of thought anchors: the sentences of a conversation with their importance, and the forced answers between."""
+"""Figures of sentence importance: the sentences of a conversation with their effects, and the forced answers."""
 
 from collections.abc import Mapping
 from functools import partial
