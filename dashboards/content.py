@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from html import escape
+from typing import Any
 
 import pandas as pd
 import xarray as xr
@@ -19,13 +20,19 @@ def about(run: Run) -> str:
     recorded = [name for name, on in vars(run.spec).items() if on is True] + [a.hook for a in run.spec.activations]
     efforts = ", ".join(f"{n} {effort}" for effort, n in sequences["effort"].value_counts(sort=False).items())
     parts = {
-        "Model": f"{run.checkpoint['name']}: {run.model['n_layers']} layers, {run.model['num_experts']} experts, "
+        "Model": f"{run.checkpoint['name']}: {run.model['n_layers']} layers, {_experts(run.model)} experts, "
         f"{run.model['experts_per_token']} a token",
         "Transcripts": f"{len(sequences):,} ({efforts}), {int(sequences['length'].sum()):,} tokens",
         "Recorded": ", ".join(recorded).replace("_", " "),
         "State": state,
     }
     return " &ensp; ".join(f"<b>{name}</b> {escape(text)}" for name, text in parts.items())
+
+
+def _experts(model: Mapping[str, Any]) -> str:
+    """Return the number of experts of a layer as text, or the least and the most where layers differ."""
+    own = model.get("layer_experts")
+    return f"{min(own)} to {max(own)}" if own else str(model["num_experts"])
 
 
 def accuracy_by_effort(run: Run) -> pd.DataFrame:
