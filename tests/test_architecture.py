@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "experiments": {
         "version",
         "registry",
+        "row_output",
         "model",
         "kernels",
         "hooks",
