@@ -11,9 +11,10 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import pytest
 
 pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
-from tests.dashboards.test_app import CHROMIUM, FLAGS, SCREENSHOTS, UNNAMED, Session
+from tests.browser import launched
+from tests.dashboards.browsing import SCREENSHOTS, UNNAMED, Session
 from tests.serving import free_port, wait_for
 from workbench.research.recipe import Intervention, Recipe
 from workbench.research.recipe_python import recipe_python
@@ -44,10 +45,7 @@ def run_to_the_end(page: Page) -> None:
 
 @pytest.mark.slow
 def test_prompt_forbid_compare_and_copy(url: str, tmp_path: Path) -> None:
-    if CHROMIUM is None:
-        pytest.fail("no Chromium: apt-get install chromium")
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with launched() as browser:
         session = Session(browser, f"{url}?theme=dark")
         page = session.page
         page.get_by_label("User message").fill("<img src=x onerror=alert(1)>", timeout=LONG)
@@ -93,4 +91,3 @@ def test_prompt_forbid_compare_and_copy(url: str, tmp_path: Path) -> None:
         )
         broken = Session(browser, f"{url}?{urlencode({'recipe': json.dumps({'recipe': 1, 'users': '<b>x'})})}")
         expect(broken.page.get_by_text("'users' is unknown")).to_be_visible(timeout=LONG)
-        browser.close()

@@ -20,7 +20,7 @@ from workbench.research.recipe import Intervention, Recipe, Scope
 from workbench.research.recipe_python import recipe_python
 
 FORBID = Intervention("forbid", cells=tuple((1, e) for e in range(12)), scope=Scope(channel=("analysis",)))
-RECIPE = Recipe(user="12+7", effort="high", max_new_tokens=40, interventions=(FORBID,))
+RECIPE = Recipe(user="12+7", effort="medium", max_new_tokens=40, interventions=(FORBID,))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def done(nano: GptOss) -> Experiment:
 
 
 def test_both_answers_are_those_of_the_library(nano: GptOss, done: Experiment) -> None:
-    prompt = wb.harmony.render([{"role": "user", "content": "12+7"}], effort="high", tokenizer=nano.tokenizer)
+    prompt = wb.harmony.render([{"role": "user", "content": "12+7"}], effort="medium", tokenizer=nano.tokenizer)
     assert done.original.rows == nano.generate([prompt], max_new_tokens=40)
     with applied(nano, *RECIPE.edits(nano)):
         want = nano.generate([prompt], max_new_tokens=40)
@@ -55,9 +55,7 @@ def test_both_answers_are_those_of_the_library(nano: GptOss, done: Experiment) -
 def test_the_python_of_a_recipe_makes_its_answers(
     nano: GptOss, done: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steered = replace(
-        RECIPE, interventions=(FORBID, Intervention("steer", layers=(2,), strength=0.5)), max_new_tokens=90
-    )
+    steered = replace(RECIPE, interventions=(FORBID, Intervention("steer", layers=(2,), strength=0.5)))
     for recipe, experiment in ((RECIPE, done), (steered, finished(nano, steered))):
         monkeypatch.setattr(wb, "load", lambda name: nano, raising=False)
         namespace: dict[str, Any] = {}

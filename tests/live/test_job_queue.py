@@ -110,6 +110,9 @@ def test_a_full_queue_refuses(queue: JobQueue) -> None:
     jobs = [queue.submit(str(i), work.body(str(i), 1)) for i in range(MAX_WAITING)]
     with pytest.raises(InputError, match="try again later"):
         queue.submit("another", work.body("another"))
-    queue.close()
-    assert {job.state for job in jobs} == {State.WAITING}
-    assert all(job.is_cancelled for job in jobs)
+    for job in jobs:
+        job.cancel()
+    work.gate.set()
+    assert all(job.ended.wait(60) for job in jobs)
+    assert {job.state for job in jobs} == {State.CANCELLED}
+    assert set(work.order) == {"first"}
