@@ -32,7 +32,7 @@ from workbench.studies.statistics import false_discovery
 EXPERIMENT = Experiment(
     name="counterfactual-routing",
     title="Counterfactual routing",
-    question="In which layers does the next token depend on the experts that a token takes, and are other routes better?",
+    question="In which layers does the next token depend on the experts that a token takes, and do others do better?",
     compute="forward passes over the sequences: for each layer two, and one for each random route",
     options={
         "routes": "Random routes for each layer, at least 2 (default: 8).",
@@ -110,7 +110,10 @@ def next_logprobs(
 
 
 def replaced(rank: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a router without its choice of this rank (0: the strongest), for which the next-best expert enters."""
+    """Return a router without its choice of this rank (0: the strongest), for which the next-best expert enters.
+
+    The router takes what it reads [batch pos d_model] and its logits [batch pos expert], and returns logits.
+    """
 
     def other(x: Tensor, logits: Tensor) -> Tensor:
         chosen = logits.topk(rank + 1, -1).indices[..., -1:]
@@ -120,7 +123,7 @@ def replaced(rank: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def random_experts(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a router with the same logits in a random order, so that gate weights stay and experts change."""
+    """Return a router with the same logits [batch pos expert] in a random order: gate weights stay, experts change."""
 
     def other(x: Tensor, logits: Tensor) -> Tensor:
         rng = torch.Generator().manual_seed(seed)
