@@ -1,7 +1,8 @@
 """Figures of the routing study: load and its differences by layer and expert, entropy and divergence by layer.
 
 Each takes a dataset of `workbench.studies.routing` and returns a plotly figure. Missing, zero and clipped cells never
-look like a small or a large value; every interval the study computed is drawn, or on hover where there is no room.
+look like a small or a large value; every interval that the study computed is drawn, or in the table where there is no
+room.
 """
 
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ def load_heatmap(
     figure = grid.loads(share, np.stack([relative, *intervals], axis=-1), hover, clip)
     subtitle = (
         f"Share of routed slots over 1/{number_range(n_experts)}; {int(cell['tokens']):,} tokens of "
-        f"{int(cell['prompts'])} prompts; 95 % intervals on hover"
+        f"{int(cell['prompts'])} prompts; the table has 95 % intervals"
     )
     title = f"Expert load: {channel}, {effort} effort"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
