@@ -3,9 +3,9 @@
     ds = wb.studies.expert_examples.load(run)
     ds["top_token"].sel(channel="analysis", layer=2, expert=5)
 
-Examples are those of `workbench.runs.examples`, and labels those of `workbench.studies.expert_labels`. Over-represented tokens are chosen in one half of the prompts and
-measured in the other one, so that the choice does not bias the measurement. The load of experts by channel and effort,
-with intervals, is that of the study `routing`.
+Examples are those of `workbench.runs.examples`, and labels those of `workbench.studies.expert_labels`. Over-represented
+tokens are chosen in one half of the prompts and measured in the other one, so that the choice does not bias the
+measurement. The load of experts by channel and effort, with intervals, is that of the study `routing`.
 
 Reference: log-odds with a count added to each cell, Haldane 1956; delete-one jackknife over prompts, Efron & Tibshirani
 1993, chapter 11.

@@ -9,7 +9,7 @@ Reference: `AnthropicFeatureDetail` in hijohnnylin/neuronpedia, apps/webapp/app/
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,13 @@ def pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = None, *, t
         InputError: the run's tokenizer is not known.
     """
     contexts = _Contexts(run, examples, conversations.tokenizer(run, tokenizer))
+    names = [f"{kind}_{name}" for kind in ("top", "random") for name in ("gate", "sequence", "position")]
+    lists = {name: examples[name].transpose("layer", "expert", "channel", "example").values for name in names}
+    channels, label = examples["channel"].values.tolist(), examples["label"].values
     for layer in examples["layer"].values.tolist():
         for expert in examples["expert"].values.tolist():
-            cell = examples.sel(layer=layer, expert=expert)
-            quantiles = _quantiles(cell, layer, expert, contexts)
+            cell = {name: values[layer, expert] for name, values in lists.items()}
+            quantiles = _quantiles(cell, channels, layer, expert, contexts)
             if not quantiles:
                 continue
             number = expert_number(run.model, layer, expert)
@@ -55,7 +58,7 @@ def pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = None, *, t
                 "index": number,
                 "layer": layer,
                 "expert": expert,
-                "label": str(cell["label"].values),
+                "label": str(label[layer, expert]),
                 "examples_quantiles": quantiles,
                 "top_logits": _logits(logits, "top", layer, expert),
                 "bottom_logits": _logits(logits, "bottom", layer, expert),
@@ -79,7 +82,8 @@ def write_pages(
     with staged(out, command="export", inputs=[run.path], overwrite=overwrite) as part:
         part.mkdir()
         n = 0
-        for n, page in enumerate(pages(run, examples, logits, tokenizer=tokenizer), 1):
+        for page in pages(run, examples, logits, tokenizer=tokenizer):
+            n += 1
             text = json.dumps(page, ensure_ascii=False, allow_nan=False)
             (part / f"{page['index']}.json").write_text(text + "\n", encoding="utf-8")
         if not n:
@@ -136,20 +140,25 @@ def _places(examples: xr.Dataset, kind: str) -> np.ndarray:
     return np.stack([examples[f"{kind}_{name}"].values.ravel() for name in ("sequence", "position")], axis=1)
 
 
-def _quantiles(cell: xr.Dataset, layer: int, expert: int, contexts: _Contexts) -> list[dict[str, Any]]:
-    """Return lists of examples: the largest gate weights of all content, then both lists of each channel."""
+def _quantiles(
+    cell: Mapping[str, np.ndarray], channels: Sequence[str], layer: int, expert: int, contexts: _Contexts
+) -> list[dict[str, Any]]:
+    """Return lists of examples: the largest gate weights of all content, then both lists of each channel.
+
+    cell: of one expert, values [channel example].
+    """
     found, best = [], []
-    for channel in cell["channel"].values.tolist():
+    for c, channel in enumerate(channels):
         for kind, title in (("top", "Largest gate weights"), ("random", "Random sample")):
-            rows = [cell.sel(channel=channel)[f"{kind}_{name}"].values for name in ("gate", "sequence", "position")]
-            places = [(float(g), s, p) for g, s, p in zip(*(r.tolist() for r in rows), strict=True) if s >= 0]
+            rows = [cell[f"{kind}_{name}"][c].tolist() for name in ("gate", "sequence", "position")]
+            places = [(g, s, p) for g, s, p in zip(*rows, strict=True) if s >= 0]
             if places:
                 shown = [contexts.example(s, p, layer, expert) for _, s, p in places]
                 found.append({"quantile_name": f"{title}, {channel}", "examples": shown})
             if kind == "top" and channel != "frame":
                 best += places
     if best:
-        first = sorted(best, key=lambda row: (-row[0], row[1], row[2]))[: cell.sizes["example"]]
+        first = sorted(best, key=lambda row: (-row[0], row[1], row[2]))[: cell["top_gate"].shape[1]]
         shown = [contexts.example(s, p, layer, expert) for _, s, p in first]
         found.insert(0, {"quantile_name": "Largest gate weights", "examples": shown})
     return found

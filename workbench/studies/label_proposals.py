@@ -114,11 +114,12 @@ def with_proposals(labels: pd.DataFrame, proposals: Sequence[dict[str, Any]]) ->
 
 def _examples(examples: xr.Dataset, layer: int, expert: int) -> list[_Example]:
     """Return examples of an expert's content: top and random ones of each channel in turn, each token once."""
-    cell = examples.sel(layer=layer, expert=expert)
-    columns = []
-    for channel in cell["channel"].values.tolist():
-        if channel != "frame":
-            columns += [_column(cell.sel(channel=channel), kind) for kind in ("top", "random")]
+    columns = [
+        _column(examples, kind, c, layer, expert)
+        for c, channel in enumerate(examples["channel"].values.tolist())
+        if channel != "frame"
+        for kind in ("top", "random")
+    ]
     found: dict[tuple[int, int], _Example] = {}
     for rank in range(max(map(len, columns), default=0)):
         for column in columns:
@@ -127,10 +128,10 @@ def _examples(examples: xr.Dataset, layer: int, expert: int) -> list[_Example]:
     return list(found.values())
 
 
-def _column(cell: xr.Dataset, kind: str) -> list[_Example]:
+def _column(examples: xr.Dataset, kind: str, channel: int, layer: int, expert: int) -> list[_Example]:
     names = ("sequence", "position", "before", "token", "after")
-    rows = zip(*(cell[f"{kind}_{name}"].values.tolist() for name in names), strict=True)
-    return [_Example(s, p, f"{before}<<{token}>>{after}") for s, p, before, token, after in rows if s >= 0]
+    rows = (examples[f"{kind}_{name}"].values[channel, layer, expert].tolist() for name in names)
+    return [_Example(s, p, f"{t0}<<{t1}>>{t2}") for s, p, t0, t1, t2 in zip(*rows, strict=True) if s >= 0]
 
 
 def _listed(rows: Sequence[_Example]) -> str:
@@ -138,10 +139,8 @@ def _listed(rows: Sequence[_Example]) -> str:
 
 
 def _tokens(examples: xr.Dataset, layer: int, expert: int) -> str:
-    cell = examples.sel(layer=layer, expert=expert)
-    words = [
-        str(w) for w, low in zip(cell["token_text"].values, cell["token_log_odds_low"].values, strict=True) if low > 0
-    ]
+    texts, lows = (examples[name].values[layer, expert].tolist() for name in ("token_text", "token_log_odds_low"))
+    words = [str(text) for text, low in zip(texts, lows, strict=True) if low > 0]
     return f"\n\nMore often than elsewhere: {json.dumps(words, ensure_ascii=False)}" if words else ""
 
 
