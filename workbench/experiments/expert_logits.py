@@ -69,7 +69,8 @@ _FIELDS = {"token": -1, "logit": np.nan}
 def mean_directions(
     model: GptOss, sequences: Sequence[Any]
 ) -> tuple[list[Float[Tensor, "expert d_model"]], np.ndarray]:
-    """Return for each layer the mean direct effect of its experts before the unembedding, and their tokens.
+    """Return for each layer the mean direct effect of its experts before the unembedding, and
+    their tokens [layer expert].
 
     Raises:
         InputError: there is no sequence.

@@ -68,6 +68,9 @@ def propose(
 
     examples: of `expert_examples.load`. ask: answers a prompt. name: of the model, kept beside the label. Experts with
     fewer than two examples, and those for which no answer can be read, are left out.
+
+    Raises:
+        InputError: the host refuses a request or gives up.
     """
     routed = _Routing(run, examples)
     rng = np.random.default_rng(seed)
