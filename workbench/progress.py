@@ -3,7 +3,7 @@
 import datetime
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -15,18 +15,21 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Advance]:
-    """Yield a function that reports how many more `unit`s are done. Only one thread may call it at a time."""
+def progress(label: str, total: int, unit: str, detail: Callable[[], str] | None = None) -> Iterator[Advance]:
+    """Yield a function that reports how many more `unit`s are done. Only one thread may call it at a time.
+
+    detail: returns what to show in place of units a second; call the function with 0 to show it during a long unit.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
     if console.is_terminal:
-        yield from _bar(console, label, total, unit)
+        yield from _bar(console, label, total, unit, detail)
     else:
-        yield from _lines(label, total, unit)
+        yield from _lines(label, total, unit, detail)
 
 
-def _bar(console: object, label: str, total: int, unit: str) -> Iterator[Advance]:
+def _bar(console: object, label: str, total: int, unit: str, detail: Callable[[], str] | None) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -39,7 +42,7 @@ def _bar(console: object, label: str, total: int, unit: str) -> Iterator[Advance
     )
     with Progress(*columns, console=console) as bar:  # type: ignore[arg-type]
         task = bar.add_task(label, total=total, speed="")
-        speed = _Speed(total, unit)
+        speed = _Speed(total, unit, detail)
 
         def advance(n: int, size: int = 0, /) -> None:
             speed.add(n, size)
@@ -48,9 +51,9 @@ def _bar(console: object, label: str, total: int, unit: str) -> Iterator[Advance
         yield advance
 
 
-def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
+def _lines(label: str, total: int, unit: str, detail: Callable[[], str] | None) -> Iterator[Advance]:
     """Print a line when ten seconds have passed, and one at the end."""
-    speed, last = _Speed(total, unit), time.monotonic()
+    speed, last = _Speed(total, unit, detail), time.monotonic()
 
     def advance(n: int, size: int = 0, /) -> None:
         nonlocal last
@@ -66,8 +69,8 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
 class _Speed:
     """Units and bytes a second since the start, and the remaining time at this speed."""
 
-    def __init__(self, total: int, unit: str) -> None:
-        self._total, self._unit, self._begun = total, unit, time.monotonic()
+    def __init__(self, total: int, unit: str, detail: Callable[[], str] | None) -> None:
+        self._total, self._unit, self._detail, self._begun = total, unit, detail, time.monotonic()
         self.done = self._bytes = 0
 
     def add(self, n: int, size: int) -> None:
@@ -80,9 +83,10 @@ class _Speed:
 
     def __str__(self) -> str:
         written = f", {self._bytes / self._seconds / 1e6:,.1f} MB/s" if self._bytes else ""
-        return f"{self.done / self._seconds:,.0f} {self._unit}/s{written}"
+        rate = f"{self.done / self._seconds:,.0f} {self._unit}/s{written}"
+        return rate if self._detail is None else self._detail()
 
     @property
     def left(self) -> str:
         seconds = (self._total - self.done) * self._seconds / max(self.done, 1)
-        return f", {datetime.timedelta(seconds=round(seconds))} left" if self.done < self._total else ""
+        return f", {datetime.timedelta(seconds=round(seconds))} left" if 0 < self.done < self._total else ""

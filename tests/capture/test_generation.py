@@ -84,3 +84,26 @@ def test_an_unfinished_answer_is_wrong_not_an_error(nano: GptOss) -> None:
     assert final_text(nano.tokenizer.encode("12"), nano.tokenizer) is None
     prompt = wb.harmony.render([{"role": "user", "content": "say a"}], effort="low", tokenizer=nano.tokenizer)
     assert final_text(prompt, nano.tokenizer) is None
+
+
+def test_sampling_is_restricted_and_the_speed_is_printed(
+    nano: GptOss, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def texts(**options: float) -> list[list[int]]:
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        made = generate_transcripts(nano, prompts, out, efforts=["low"], max_new_tokens=6, **options)  # type: ignore[arg-type]
+        return [t.tokens.tolist() for t in made]
+
+    greedy, hot = texts(), texts(temperature=8.0)
+    assert "new tokens" in (err := capsys.readouterr().err)
+    assert "tokens/s, first token after" in err
+    assert texts(temperature=8.0, top_k=1) == greedy
+    assert texts(temperature=8.0, top_p=1e-9) == greedy
+    assert texts(temperature=8.0, min_p=1.0) == greedy
+    assert hot != greedy, "a negative control: without a restriction the answers differ"
+    with pytest.raises(InputError, match="--top-k restricts sampling"):
+        texts(top_k=3)
+    texts(temperature=1.0, top_k=2)
+    begun = max(tmp_path.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+    with pytest.raises(InputError, match="begun with top_k 2"):
+        generate_transcripts(nano, prompts, begun, efforts=["low"], max_new_tokens=6, temperature=1.0, top_k=3)

@@ -12,9 +12,9 @@ from workbench.experiments.effects import load_of, logprobs, paired, routed_slot
 from workbench.experiments.expert_sets import SetEffects, group_of, matched_sets, measure, named_experts
 from workbench.experiments.final_channel import answered_rows, final_tokens, generated_tokens
 from workbench.experiments.from_run import transcripts
-from workbench.experiments.intervals import prompt_means
 from workbench.experiments.random_controls import check_controls, family_p, rank
 from workbench.hooks.interventions import forbid
+from workbench.studies.intervals import prompt_means
 
 
 def test_a_rank_is_exact_and_two_sided() -> None:

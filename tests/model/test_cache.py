@@ -14,8 +14,7 @@ from tests.model.test_attention import ODD
 from workbench.errors import InputError
 from workbench.hooks.recorders import SequenceRecorder
 from workbench.model import cache as cache_module
-from workbench.model import generate as generation
-from workbench.model import load, memory
+from workbench.model import generation_loop, load, memory
 from workbench.model.cache import ALIGNMENT, BACK, SLACK, KVCache, held_positions
 from workbench.model.config import PUBLISHED, Config
 from workbench.model.transformer import GptOss
@@ -251,8 +250,8 @@ def test_generation_reads_prompts_in_chunks(small: GptOss, little_room: None, mo
     want, records = recorded()
     widths: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "PREFILL_TOKENS", 100)
-        patch.setattr(generation, "_LEAST_COLUMNS", 1)
+        patch.setattr(generation_loop, "PREFILL_TOKENS", 100)
+        patch.setattr(generation_loop, "_LEAST_COLUMNS", 1)
         with small.hooks(fwd_hooks=[("hook_embed", lambda t, hook: widths.append(t.shape[1]))]):
             chunked, records_chunked = recorded()
     assert chunked == want

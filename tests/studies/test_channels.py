@@ -66,3 +66,38 @@ def test_debiased_cka_against_the_plain_formula_and_its_bias():
     centred = [v - v.mean(0) for v in (x, y)]
     biased = np.linalg.norm(centred[0].T @ centred[1]) ** 2 / np.prod([np.linalg.norm(v.T @ v) for v in centred])
     assert biased > 0.5, "what the debiasing is for"
+
+
+def test_permuting_prompts_shows_the_bias_of_cka_on_clustered_tokens():
+    """Of unrelated layers. Negative control: the debiased CKA alone is far above 0, as tokens of a prompt are alike."""
+    biased, corrected, related = [], [], []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers(8, 25, 20)
+        prompt = np.repeat(np.arange(20), sizes)
+        x, y = (rng.normal(size=(20, 12))[prompt] + 0.5 * rng.normal(size=(len(prompt), 12)) for _ in range(2))
+        values = np.stack([x, y, x @ rng.normal(size=(12, 12))])
+        bias = channels.permuted_cka(values, prompt, rng, permutations=8)
+        biased.append(channels.debiased_cka(x, y))
+        corrected.append(biased[-1] - bias[0, 1])
+        related.append(channels.debiased_cka(x, values[2]) - bias[0, 2])
+    assert np.mean(biased) > 0.2, "negative control"
+    assert abs(np.mean(corrected)) < 0.08
+    assert np.mean(related) > 0.3
+
+
+def test_prompts_are_exchanged_as_units():
+    prompt = np.repeat(np.arange(6), [3, 5, 4, 1, 6, 2])
+    moved = channels.exchange_prompts(prompt, np.random.default_rng(0))
+    taken = [np.unique(prompt[moved[prompt == one]]) for one in range(6)]
+    assert sorted(int(one[0]) for one in taken) == list(range(6))
+    assert all(len(one) == 1 for one in taken)
+
+
+def test_a_few_outliers_make_cka_and_not_its_robust_variant():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 200, 20))
+    x[:6] += 100
+    y[:6] += 100
+    assert channels.debiased_cka(x, y) > 0.9, "negative control"
+    assert channels.debiased_cka(channels.unit_tokens(x), channels.unit_tokens(y)) < 0.2

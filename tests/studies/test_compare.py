@@ -50,3 +50,21 @@ def test_runs_of_other_sequences_are_not_compared():
         compare.study(a, b)
     with pytest.raises(InputError, match="takes 2 runs, 1 given"):
         run_study("compare", a)
+
+
+def test_differences_of_two_runs_are_tested_together():
+    """Negative control: the intervals alone exclude zero in some head of a run that differs by noise."""
+    run = complete(planted_tokens(n_layers=2, n_heads=8, n_prompts=30))
+    noise = np.random.default_rng(1).normal(0, 0.05, run.tokens["sink"].shape)
+
+    def against(sink):
+        other = SyntheticTokens("other", run.sequences, run.model, dict(run.tokens) | {"sink": sink}, run.truth)
+        return compare.study(run, other)["agreement"]
+
+    found = against(run.tokens["sink"] + noise)
+    assert not found["sink_difference_different"].any()
+    assert (found["sink_difference_low"] * found["sink_difference_high"] > 0).any(), "negative control"
+    found = against(run.tokens["sink"] + noise + 0.03 * (np.arange(8) == 3))
+    shown = found["sink_difference_different"].any(("channel", "layer"))
+    assert np.flatnonzero(shown).tolist() == [3]
+    assert "no difference of log-probability shown" in found.attrs["summary"]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import xarray as xr
@@ -72,3 +73,37 @@ def test_p_of_the_effort_contrasts_is_uniform_without_an_effect():
         for s in range(150)
     ]
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_gains_of_tasks_are_tested_together_and_have_a_width_where_nothing_changes():
+    """Negative control: the intervals alone exclude zero in some of nine tasks without a gain far oftener."""
+    wrong = alone = 0
+    run = with_summaries(planted_tokens(n_prompts=5))
+    for seed in range(40):
+        found = effort.gain(run, null_answers(np.random.default_rng(seed)), ["low", "high"])
+        tasks = found.drop_sel(task="all")
+        wrong += bool(tasks["gain_different"].any())
+        alone += bool((tasks["gain_low"] * tasks["gain_high"] > 0).any())
+        assert ((found["gain_high"] - found["gain_low"]) > 0.01).all()
+        assert (found["gain_low"] >= -1).all()
+        assert (found["gain_high"] <= 1).all()
+    assert wrong <= 5
+    assert alone >= 7, "negative control"
+    certain = null_answers(np.random.default_rng(0)).assign(correct=1.0)
+    cell = effort.gain(run, certain, ["low", "high"]).sel(task="t0").squeeze()
+    assert cell["gain_low"] < 0 < cell["gain_high"]
+    assert float(cell["gain_p"]) == 1
+    few = effort.gain(run, certain[certain["prompt_id"].isin([f"t0/{i}" for i in range(4)])], ["low", "high"])
+    assert np.isnan(few["gain_low"]).all()
+    assert "too few graded prompts for a test" in few.attrs["summary"]
+
+
+def null_answers(rng: np.random.Generator, n_tasks: int = 9, n_prompts: int = 20) -> pd.DataFrame:
+    """Answers at two efforts that are right by chance alone."""
+    rows = [
+        {"prompt_id": f"t{task}/{i}", "task": f"t{task}", "effort": effort, "analysis": length + rng.integers(9)}
+        for task in range(n_tasks)
+        for i in range(n_prompts)
+        for effort, length in (("low", 10), ("high", 60))
+    ]
+    return pd.DataFrame(rows).assign(correct=lambda t: (rng.random(len(t)) < 0.5).astype(float))

@@ -4,11 +4,11 @@ import numpy as np
 import xarray as xr
 
 from workbench.studies.error_rate import families, statement
-from workbench.studies.resampling import benjamini_hochberg
+from workbench.studies.statistics import false_discovery
 
 
 def comparison(p: np.ndarray) -> xr.Dataset:
-    q = np.stack([benjamini_hochberg(row) for row in p])
+    q = np.stack([false_discovery(row) for row in p])
     dims = ("control", "head")
     variables = {"p": (dims, p), "q": (dims, q), "different": (dims, q < 0.05)}
     return xr.Dataset(variables, {"control": ["none", "position"]})

@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 import scipy.stats
 
+from workbench.studies import matching
 from workbench.studies.comparison import prompt_numbers
 from workbench.studies.contrast import contrast
+from workbench.studies.matching import sums_by_prompt, token_blocks
 from workbench.studies.statistics import false_discovery
 from workbench.studies.synthetic import SyntheticTokens
 
@@ -48,13 +50,14 @@ def pooled_difference(run: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 CONFOUNDS = (
     "task", "a task without analysis", "effort with task", "difficulty", "heavy tails", "one giant conversation",
-    "five prompts", "two hundred prompts",
+    "five prompts", "two hundred prompts", "duplicated prompts",
 )  # fmt: skip
-POOLED_FAILS = ("task", "a task without analysis", "effort with task", "difficulty")
+POOLED_FAILS = ("task", "a task without analysis", "effort with task", "difficulty", "duplicated prompts")
+COPIES = 4  # ids that have the same prompt, where prompts are duplicated
 
 
 def confounded(seed: int, kind: str) -> SyntheticTokens:
-    """Conversations in which analysis and final do not differ, while lengths, tasks and prompts do."""
+    """Conversations in which analysis and final do not differ on average, while lengths, tasks and prompts do."""
     rng = np.random.default_rng(seed)
     n_prompts = {"five prompts": 5, "two hundred prompts": 200}.get(kind, 40)
     rows: list[dict[str, Any]] = []
@@ -63,6 +66,8 @@ def confounded(seed: int, kind: str) -> SyntheticTokens:
         hard = rng.random()
         task = prompt % 2
         level = rng.normal(0.3, 0.05, 4)
+        if kind != "duplicated prompts" or prompt % COPIES == 0:
+            own_shift = rng.normal(0, 0.05, 4) if kind == "duplicated prompts" else np.zeros(4)
         if kind in ("task", "a task without analysis", "effort with task"):
             level = level + 0.2 * task
         if kind == "difficulty":
@@ -84,10 +89,11 @@ def confounded(seed: int, kind: str) -> SyntheticTokens:
                 n_analysis = 3000
             channel = np.repeat([1, 2, 4], [4, n_analysis, n_final])
             n = len(channel)
-            sink = level + rng.normal(0, 0.1, (1, n, 4))
-            parts.append((np.full(n, len(rows)), np.arange(n), channel, sink, rng.integers(0, 4, (1, n, 1))))
+            sink = level + rng.normal(0, 0.1, (1, n, 4)) + own_shift * (channel == 4)[:, None]
+            ids = np.full(n, prompt // COPIES if kind == "duplicated prompts" else prompt)
+            parts.append((np.full(n, len(rows)), np.arange(n), channel, sink, rng.integers(0, 4, (1, n, 1)), ids))
             rows.append({"id": f"{prompt}/{effort}", "prompt_id": f"{prompt}", "effort": effort, "task": f"t{task}"})
-    names, axes = ("sequence", "position", "channel", "sink", "experts"), (0, 0, 0, 1, 1)
+    names, axes = ("sequence", "position", "channel", "sink", "experts", "id"), (0, 0, 0, 1, 1, 0)
     joined = {n: np.concatenate([p[i] for p in parts], a) for i, (n, a) in enumerate(zip(names, axes, strict=True))}
     model = {"n_layers": 1, "n_heads": 4, "num_experts": 4, "experts_per_token": 1, "windows": [None]}
     return SyntheticTokens(f"c{seed}", pd.DataFrame(rows).rename_axis("sequence"), model, joined, {})
@@ -105,8 +111,36 @@ def test_confounds_are_not_called_differences(kind: str, long: bool) -> None:
             wrong[control] += bool(found["different"].sel(control=control).any())
         wrong["pooled"] += bool(pooled_difference(run, "sink")[1].any())
     allowed = scipy.stats.binom.ppf(0.999, seeds, 0.06)  # 6 of 25, 84 of 1,000
-    print(kind, {control: n / seeds for control, n in wrong.items()})
+    print(f"| {kind} | {' | '.join(f'{n / seeds:.3f}' for n in wrong.values())} |")
     assert wrong["none"] <= allowed
     assert wrong["position"] <= allowed
     if kind in POOLED_FAILS:
         assert wrong["pooled"] > allowed  # negative control
+
+
+def test_sums_of_weighted_cells_are_those_of_plain_addition() -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(3, 40)) * (rng.random((3, 40)) < 0.3)
+    weights[2] = 0
+    prompt, values = rng.integers(0, 9, 40), rng.normal(size=(40, 6))
+    for weight, (present, sums) in zip(weights, sums_by_prompt(weights, prompt, values), strict=True):
+        expected = np.zeros((9, 6))
+        np.add.at(expected, prompt, weight[:, None] * values)
+        found = np.zeros((9, 6))
+        found[present] = sums
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+        assert set(present) == set(prompt[weight != 0])
+
+
+def test_a_large_run_reports_progress_and_a_small_one_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = confounded(0, "five prompts")
+    run.sequences["length"] = np.bincount(run.tokens["sequence"])
+    list(token_blocks(run, "count tokens", "sink"))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(matching, "_LARGE", 1)
+    blocks = list(token_blocks(run, "count tokens", "sink"))
+    total = int(run.sequences["length"].sum())
+    assert sum(len(block["sequence"]) for block in blocks) == total
+    assert f"count tokens: {total}" in capsys.readouterr().err.replace(",", "")

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from workbench.errors import InputError
 from workbench.studies import resampling, statistics
-from workbench.studies.resampling import Independent, Paired, ratio
+from workbench.studies.resampling import Independent, Paired
 
 N_BOOT = 400
 
@@ -182,86 +181,3 @@ def test_entropy_needs_the_recentred_interval_when_units_are_few(method, covers,
 
     found = coverage(counts, statistics.entropy(truth), interval)
     assert found > 0.9 if covers else found < 0.6
-
-
-def test_with_equal_tokens_it_is_the_t_interval_of_a_mean():
-    x = np.random.default_rng(0).normal(size=30)
-    value, low, high = ratio(x, np.ones(30))
-    theirs = scipy.stats.ttest_1samp(x, 0).confidence_interval()
-    assert value == pytest.approx(x.mean())
-    assert (low, high) == pytest.approx((theirs.low, theirs.high))
-
-
-def test_it_covers_a_ratio_of_clustered_sums():
-    rng, inside = np.random.default_rng(1), 0
-    for _ in range(400):
-        tokens = rng.integers(5, 60, 40)
-        habit = rng.normal(0.3, 0.05, 40)
-        sums = np.array([rng.normal(h, 0.1, n).sum() for h, n in zip(habit, tokens, strict=True)])
-        _, low, high = ratio(sums, tokens)
-        inside += bool(low <= 0.3 <= high)
-    assert 0.925 <= inside / 400 <= 0.98
-
-
-def test_nothing_is_missing_and_one_prompt_has_no_interval():
-    assert np.isnan(ratio(np.zeros((3, 2)), np.zeros(3))[0]).all()
-    value, low, _ = ratio(np.array([4.0, 0.0]), np.array([2.0, 0.0]))
-    assert value == 2
-    assert np.isnan(low)
-
-
-def _covers(draw, truth, interval, n_units, n_runs, seed=0):
-    values = draw(np.random.default_rng(seed), (n_runs, n_units))
-    found = interval(values)
-    return float(((found.low <= truth) & (truth <= found.high)).mean())
-
-
-def test_t_and_bootstrap_t_cover_the_mean_where_the_percentile_bootstrap_does_not():
-    def percentile(values):
-        weights = resampling.bootstrap_weights(values.shape[-1], 400, np.random.default_rng(1))
-        low, high = resampling.percentile_interval(weights @ values.T)
-        return resampling.Estimate(values.mean(-1), low, high, low, low, "")
-
-    def normal(rng, shape):
-        return rng.normal(size=shape)
-
-    def skewed(rng, shape):
-        return rng.lognormal(0, 0.8, size=shape)
-
-    for n_units in (12, 50):
-        assert 0.93 <= _covers(normal, 0, resampling.t_interval, n_units, 3000) <= 0.97
-    assert 0.92 <= _covers(skewed, np.exp(0.32), resampling.bootstrap_t_interval, 20, 1500) <= 0.97
-    assert _covers(normal, 0, percentile, 5, 1500) < 0.9, "the negative control"
-
-
-def test_proportions_have_an_interval_within_0_and_1_that_never_has_zero_width():
-    rng = np.random.default_rng(0)
-    for rate, least in ((0.02, 0.93), (0.5, 0.93), (0.95, 0.93)):
-        values = (rng.random((3000, 40)) < rate).astype(float)
-        found = resampling.wilson_interval(values)
-        assert ((found.low >= 0) & (found.low < found.high) & (found.high <= 1)).all()
-        assert ((found.low <= rate) & (rate <= found.high)).mean() >= least
-    assert resampling.t_interval(np.ones(9)).high == 1, (
-        "a t interval of equal values has no width: the negative control"
-    )
-    with pytest.raises(InputError, match="no proportion"):
-        resampling.wilson_interval(np.full(9, 1.5))
-
-
-def test_few_units_are_refused_or_warned_of():
-    for interval in (resampling.t_interval, resampling.bootstrap_t_interval, resampling.wilson_interval):
-        with pytest.raises(InputError, match="at least 5"):
-            interval(np.zeros((3, 4)))
-        assert "12 units" in interval(np.linspace(0, 1, 12)).warning
-        assert not interval(np.linspace(0, 1, 20)).warning
-    assert np.isnan(resampling.t_interval(np.array([[1.0, 2, 3, 4, np.nan]])).low).all()
-
-
-def test_equivalence_is_shown_only_for_a_mean_well_within_the_bounds():
-    rng = np.random.default_rng(0)
-    none, at_bound = (rng.normal(mean, 1, (2000, 50)) for mean in (0, 0.5))
-    assert resampling.equivalence(none, 0.5).equivalent.mean() > 0.9
-    assert resampling.equivalence(at_bound, 0.5).equivalent.mean() <= 0.07
-    assert resampling.equivalence(rng.normal(0, 1, (200, 6)), 0.3).equivalent.mean() < 0.1, "too few to show absence"
-    with pytest.raises(InputError, match="above 0"):
-        resampling.equivalence(none, 0.0)

@@ -130,7 +130,7 @@ def test_bca_of_a_share_is_scipys_where_every_prompt_has_as_many_tokens():
 
 
 def test_limits_of_effective_experts_stay_between_one_and_all():
-    found = load(planted_run(n_prompts=3, n_layers=40, n_experts=4), n_boot=100)
+    found = load(planted_run(n_prompts=5, n_layers=40, n_experts=4), n_boot=100)
     known = np.isfinite(found.effective_experts_high.values)
     assert (found.effective_experts_low.values[known] >= 1).all()
     # near evenness the correction of the bias alone would go beyond

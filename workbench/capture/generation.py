@@ -17,6 +17,8 @@ from workbench.errors import InputError
 from workbench.harmony.rendering import EFFORTS
 from workbench.harmony.transcripts import Prompt, Transcript, read_prompts, read_transcripts, row_of
 from workbench.inputs import regular_file
+from workbench.model.generation_loop import GenerationSpeed, GenerationStep
+from workbench.model.sampling import Sampling
 from workbench.model.transformer import GptOss
 from workbench.outputs import sha256
 from workbench.progress import progress
@@ -34,6 +36,9 @@ def generate_transcripts(
     efforts: Sequence[str] = EFFORTS,
     samples: int = 1,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
     seed: int = 0,
     max_new_tokens: int = 512,
     batch: int = 64,
@@ -41,8 +46,10 @@ def generate_transcripts(
 ) -> list[Transcript]:
     """Generate an answer to every prompt at every effort and write the transcripts to `out` (JSONL).
 
-    With several samples a temperature above 0 is needed. A row whose prompt has an answer is marked correct when
-    the text of its final message is that answer. Rows that `out` has of the same job are not generated again.
+    With several samples a temperature above 0 is needed; top_k, top_p and min_p restrict the sampling, as in
+    `generate`. A row whose prompt has an answer is marked correct when the text of its final message is that answer.
+    Rows that `out` has of the same job are not generated again. Speed and time to the first token are printed on
+    standard error.
 
     Raises:
         InputError: an option or a prompt is invalid, or `out` is another job's or another command's.
@@ -57,6 +64,12 @@ def generate_transcripts(
         raise InputError(
             f"--samples {samples} at temperature 0 would give {samples} equal transcripts: set --temperature"
         )
+    truncation = {
+        name: value for name, value in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p)) if value is not None
+    }
+    if truncation and temperature == 0:
+        raise InputError(f"--{next(iter(truncation)).replace('_', '-')} restricts sampling: set --temperature above 0")
+    Sampling.of(temperature, do_sample=None, top_k=top_k, top_p=top_p, min_p=min_p)
     with regular_file(prompts) as file:
         digest = sha256(file)
         try:
@@ -75,6 +88,7 @@ def generate_transcripts(
         "temperature": float(temperature),
         "seed": seed,
         "max_new_tokens": max_new_tokens,
+        **truncation,
     }
     # Prompts of like length together: a batch pads to its longest and runs until its last row stops.
     order = sorted(range(len(jobs)), key=lambda i: (jobs[i][1], len(rendered[i])))
@@ -84,7 +98,14 @@ def generate_transcripts(
         left = {i for i in order if ids[i] not in rows.known}
         if rows.known:
             print(f"{out}: {len(left):,} of {len(jobs):,} transcripts are missing", file=sys.stderr, flush=True)
-        with StopSignal(str(out)) as interrupt, progress("generate", len(left), "transcripts") as advance:
+        speed = GenerationSpeed()
+        report = progress("generate", len(left), "transcripts", lambda: str(speed))
+        with StopSignal(str(out)) as interrupt, report as advance:
+
+            def heard(step: GenerationStep) -> None:
+                speed.add(step)
+                advance(0)
+
             # always the same batches, so that a resumed file equals an uninterrupted one
             for chosen in (order[start : start + batch] for start in range(0, len(order), batch)):
                 missing = left.intersection(chosen)
@@ -96,12 +117,16 @@ def generate_transcripts(
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     seed=[seed * 1_000_003 + i for i in chosen],
+                    on_step=heard,
+                    **truncation,
                 )
                 for i in sorted(missing):
                     new = continued[chosen.index(i)]
                     rows.write(stamp(row_of(_transcript(model, jobs[i], rendered[i], new)), "generate", **about))
                 advance(len(missing))
         rows.finish(ids)
+        if speed.tokens:
+            print(f"{out}: {speed.tokens:,} new tokens, {speed}", file=sys.stderr, flush=True)
     return read_transcripts(out, tokenizer=model.tokenizer)[0]
 
 

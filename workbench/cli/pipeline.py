@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from workbench.cli.damage import names_damage
 from workbench.cli.options import (
     Adapter,
     Device,
@@ -37,6 +38,13 @@ def generate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, max=10**6, help="Samples for each prompt and effort.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, max=1e6, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the most probable tokens only.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample among the fewest tokens of this total probability.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least probability, relative to the most probable token.")
+    ] = None,
     seed: Seed = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=10**9)] = 512,
     batch: Annotated[int, typer.Option(min=1, max=10**6, help="Prompts generated together.")] = 64,
@@ -57,6 +65,9 @@ def generate(
         efforts=effort or ["low", "medium", "high"],
         samples=samples,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         seed=seed,
         max_new_tokens=max_new_tokens,
         batch=batch,
@@ -89,7 +100,7 @@ def transcripts(
         float | None, typer.Option(min=0.01, max=1e9, help="Rate limit. [default: none]")
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, max=1e6, help="Timeout of a request in seconds.")] = 600,
-    retries: Annotated[int, typer.Option(min=0, help="Retries of a failed request.")] = 6,
+    retries: Annotated[int, typer.Option(min=0, max=1000, help="Retries of a failed request.")] = 6,
     key_env: Annotated[str, typer.Option(help="Environment variable with the key; it is stored nowhere.")] = (
         "OPENAI_API_KEY"
     ),
@@ -163,6 +174,7 @@ def convert(
 
 
 @app.command()
+@names_damage
 def capture(
     model: Model,
     transcripts: Annotated[Path, typer.Argument(help="JSONL of transcripts.")],
@@ -282,6 +294,7 @@ def verify(
 
 
 @app.command()
+@names_damage
 def export(
     run: RunPath,
     target: Annotated[str, typer.Argument(help="File or folder to write; with --out, the format.")],

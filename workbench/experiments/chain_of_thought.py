@@ -23,19 +23,19 @@ from workbench.errors import InputError
 from workbench.experiments.effects import logprobs, paired
 from workbench.experiments.final_channel import ALPHA
 from workbench.experiments.hidden_messages import Hidden, Hide, add_readers, layer_kinds, message_tokens
-from workbench.experiments.intervals import (
-    MIN_PROMPTS,
-    false_discovery,
-    mean_effect,
-    share_change_interval,
-    share_interval,
-)
 from workbench.harmony.token_sets import token_set
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit, applied
 from workbench.hooks.interventions import knockout
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
+from workbench.studies.intervals import (
+    MIN_PROMPTS,
+    mean_effect,
+    share_change_interval,
+    share_interval,
+)
+from workbench.studies.statistics import false_discovery
 
 EXPERIMENT = Experiment(
     name="chain-of-thought",

@@ -3,7 +3,7 @@
 Two measures. The log-probability of given tokens (a transcript's answer, computed with the changed model) is
 continuous, cheap and paired token by token. Accuracy of the answers that the changed model generates is the measure of
 interest, in which an early error spreads. The sampling unit is the prompt, whose sequences are averaged; intervals and
-tests are those of `workbench.experiments.intervals`.
+tests are those of `workbench.studies.intervals`.
 
 Reference: arXiv 2309.16042 and 2404.15255 on metrics for patching; OLMoE (arXiv 2409.02060) and `science.md` on
 matching ablations by load.
@@ -21,15 +21,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 from workbench import harmony
 from workbench.capture.generation import final_text
 from workbench.errors import InputError
-from workbench.experiments.intervals import (
-    MIN_PROMPTS,
-    SMALLEST_EFFECT,
-    MeanEffect,
-    Method,
-    false_discovery,
-    mean_effect,
-    share_interval,
-)
 from workbench.harmony.transcripts import Prompt, Transcript
 from workbench.hooks.edits import Edit, TokenSet, applied
 from workbench.hooks.interventions import ablate, forbid
@@ -38,6 +29,15 @@ from workbench.kernels.logits import logprob
 from workbench.model.packing import FORWARD_TOKENS, pack, passes
 from workbench.model.transformer import GptOss
 from workbench.progress import progress
+from workbench.studies.intervals import (
+    MIN_PROMPTS,
+    SMALLEST_EFFECT,
+    MeanEffect,
+    Method,
+    mean_effect,
+    share_interval,
+)
+from workbench.studies.statistics import false_discovery
 from workbench.version import version
 
 _SCORED_TOKENS = 512  # where an edit needs all scores of a pass, heads × tokens² of them, fewer tokens are faster

@@ -11,11 +11,11 @@ import xarray as xr
 
 from workbench.errors import InputError
 from workbench.experiments.effects import effects
-from workbench.experiments.intervals import ENOUGH_PROMPTS, MIN_PROMPTS, SMALLEST_EFFECT
 from workbench.harmony.token_sets import TokenSet, token_set
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit
 from workbench.model.transformer import GptOss
+from workbench.studies.intervals import MIN_PROMPTS, SMALLEST_EFFECT, few_prompts
 
 ALPHA = 0.05  # false discovery rate at which an effect is called shown
 METHOD = (
@@ -79,8 +79,8 @@ def describe_effects(result: xr.Dataset) -> str:
     for i in order:
         one = result.isel(intervention=int(i))
         lines.append(f"  {one['intervention'].item()}: {verdict(one, result.attrs)}")
-    if (n := result.attrs["prompts"]) < ENOUGH_PROMPTS:
-        lines.append(f"Only {n} prompts: the intervals depend on the shape of the distribution.")
+    if warning := few_prompts(result.attrs["prompts"]):
+        lines.append(f"Warning: {warning}.")
     return "\n".join(lines)
 
 

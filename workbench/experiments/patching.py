@@ -25,11 +25,12 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.experiments.final_channel import ALPHA, generated_tokens
-from workbench.experiments.intervals import MIN_PROMPTS, false_discovery, mean_effect
 from workbench.harmony.transcripts import Transcript
 from workbench.kernels.logits import logprob
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
+from workbench.studies.intervals import MIN_PROMPTS, mean_effect
+from workbench.studies.statistics import false_discovery
 
 EXPERIMENT = Experiment(
     name="patching",

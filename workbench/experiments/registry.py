@@ -14,11 +14,11 @@ from workbench import registry
 from workbench.errors import InputError
 from workbench.experiments.final_channel import METHOD, NOT_CONTROLLED
 from workbench.experiments.from_run import transcripts
-from workbench.experiments.intervals import MIN_PROMPTS
 from workbench.experiments.sampling import composition, spread
 from workbench.model.transformer import GptOss
 from workbench.runs import Run
 from workbench.studies.comparison import prompt_ids
+from workbench.studies.intervals import MIN_PROMPTS
 from workbench.version import version
 
 SEQUENCES = 200  # about so many, of prompts spread over tasks and efforts

@@ -15,7 +15,6 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.experiments.effects import logprobs
 from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens
-from workbench.experiments.intervals import mean_effect, prompt_means
 from workbench.experiments.random_controls import MIN_CONTROLS, check_controls, family_p, rank
 from workbench.experiments.sampling import halves
 from workbench.harmony.token_sets import TokenSet, token_set
@@ -23,6 +22,7 @@ from workbench.harmony.transcripts import Transcript
 from workbench.hooks.interventions import steer
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
+from workbench.studies.intervals import mean_effect, prompt_means
 
 EXPERIMENT = Experiment(
     name="steering",

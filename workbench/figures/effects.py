@@ -5,16 +5,16 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures.heatmap import LayerHeatmap
-from workbench.figures.intervals import rows
+from workbench.figures.intervals import rows, shown_effects
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 
 
 def ablation_heatmap(ds: xr.Dataset, group: str, *, clip: float | None = None, theme: ThemeName = "light") -> go.Figure:
-    """Draw what taking each expert away does to one group of sequences; hatched where the interval includes zero."""
+    """Draw what taking each expert away does to one group of sequences; hatched where no effect is shown."""
     colours = THEMES[theme]
     cell = ds.sel(group=group)
     change, low, high = (cell[name].values for name in ("change", "low", "high"))
-    sure = (low > 0) | (high < 0)
+    sure, rule = shown_effects(cell, "change", "low", "high")
     limit = float(np.nanmax(np.abs(change)) or 1.0) if clip is None else clip
     detail = np.stack([change, low, high, 100 * cell["share"].values], axis=-1)
     hover = (
@@ -22,7 +22,7 @@ def ablation_heatmap(ds: xr.Dataset, group: str, *, clip: float | None = None, t
         "%{customdata[3]:.1f} % of slots<extra></extra>"
     )
     grid = LayerHeatmap(cell["layer"].values, cell["expert"].values, colours)
-    grid.differences(change, sure, detail, hover, limit, "the interval includes zero")
+    grid.differences(change, sure, detail, hover, limit, f"not shown, as not: {rule}")
     grid.clipped(change, limit)
     bar = {"title": {"text": "nats a sequence"}}
     figure = grid.finish_differences("expert", limit, bar)
@@ -32,8 +32,9 @@ def ablation_heatmap(ds: xr.Dataset, group: str, *, clip: float | None = None, t
 
 
 def effect_bars(ds: xr.Dataset, *, title: str, theme: ThemeName = "light") -> go.Figure:
-    """Return the change that each intervention makes, with its 95 % interval; open where the interval includes zero."""
-    subtitle = f"{ds.attrs['rests_on']}; 95 % intervals, bootstrap over prompts; open: the interval includes zero"
+    """Return the change that each intervention makes, with its 95 % interval; open where no effect is shown."""
+    rule = shown_effects(ds, "change", "low", "high")[1]
+    subtitle = f"{ds.attrs['rests_on']}; 95 % intervals over prompts; filled where {rule}"
     x_title = "change of log-probability (nats a sequence)"
     return rows(
         ds,

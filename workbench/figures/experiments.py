@@ -8,11 +8,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
+from jaxtyping import Bool
 
 from workbench.figures.gallery import Gallery, GalleryItem
 from workbench.figures.heatmap import LayerHeatmap
-from workbench.figures.intervals import lines, rows
+from workbench.figures.intervals import lines, rows, shown_effects
 from workbench.figures.template import THEMES, ThemeName, apply_theme
+from workbench.studies.contrast import ALPHA
 from workbench.studies.result import tables
 
 
@@ -31,22 +33,30 @@ def figure(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
             theme=theme,
         )
     unit = ds.attrs.get("units", ds.attrs.get("unit", "nat"))
-    subtitle = f"{ds.attrs.get('rests_on', 'means over prompts')}; 95 % intervals, filled where they exclude zero"
+    subtitle = f"{ds.attrs.get('rests_on', 'means over prompts')}; 95 % intervals"
     shared: Any = {"title": title, "subtitle": subtitle, "low": "low", "high": "high", "theme": theme}
     if dims == ("intervention",):
+        shared["subtitle"] += f", filled where {shown_effects(ds, 'change', 'low', 'high')[1]}"
         return rows(ds, "change", "intervention", x_title=f"change ({unit})", **shared)
     if dims == ("group", "which"):
-        flat = ds.stack(row=("group", "which"))
+        flat = ds.drop_vars("q", errors="ignore").stack(row=("group", "which"))
         flat = flat.drop_vars(("row", "group", "which")).assign_coords(row=[f"{g}: {w}" for g, w in flat["row"].values])
-        return rows(flat, "change", "row", x_title=f"change ({unit})", **shared)
+        shared["subtitle"] += f", filled where the named experts differ from random sets (q of at most {ALPHA})"
+        return rows(flat, "change", "row", x_title=f"change ({unit})", shown=_named_differ(ds), **shared)
     if len(dims) == 2 and dims[0] == "which":
         return lines(ds, "change", dims[1], "which", y_title=f"change ({unit})", **shared)
     return _cells(ds, str(dims[1]), unit, theme)
 
 
+def _named_differ(ds: xr.Dataset) -> Bool[np.ndarray, " row"]:
+    """Return the rows (group, which) of named experts whose rank among random sets is shown to be extreme."""
+    differ = ds["q"].values <= ALPHA if "q" in ds else np.zeros(ds.sizes["group"], dtype=bool)
+    return (differ[:, None] & (np.arange(ds.sizes["which"]) == 0)).ravel()
+
+
 def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
     colours = THEMES[theme]
-    values, shown = ds["change"].values, ds["low"].values * ds["high"].values > 0
+    values, (shown, rule) = ds["change"].values, shown_effects(ds, "change", "low", "high")
     limit = float(np.abs(values).max(initial=1e-6))
     grid = LayerHeatmap(
         ds["layer"].values if "layer" in ds.coords else np.arange(len(values)), np.arange(values.shape[1]), colours
@@ -56,7 +66,7 @@ def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
         f"layer %{{y}}, {kind} %{{x}}: %{{customdata[0]:+.3f}} [%{{customdata[1]:+.3f}}, "
         f"%{{customdata[2]:+.3f}}]<extra></extra>"
     )
-    grid.differences(values, shown, detail, hover, limit, "not shown to differ from 0")
+    grid.differences(values, shown, detail, hover, limit, f"not shown to differ from 0, as not: {rule}")
     made = grid.finish_differences(kind, limit, {"title": {"text": unit}})
     return apply_theme(
         made,

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
+from jaxtyping import Bool
 
 from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme, band, translucent
+from workbench.studies.contrast import ALPHA
 
 
 def lines(
@@ -73,6 +75,21 @@ def lines(
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=460)
 
 
+def shown_effects(
+    ds: xr.Dataset, name: str = "change", low: str = "", high: str = ""
+) -> tuple[Bool[np.ndarray, " *cells"], str]:
+    """Return which effects are shown, as the summaries say it, and the rule in words for a caption.
+
+    Effects that were tested together have `q` (`name_q`), at most 0.05 where an effect is shown; estimates without a
+    test are marked by their intervals.
+    """
+    tested = next((ds[q] for q in (f"{name}_q", "q") if q in ds and ds[q].dims == ds[name].dims), None)
+    if tested is not None:
+        return np.asarray(tested.values <= ALPHA), f"q is at most {ALPHA}"
+    lows, highs = ds[low or f"{name}_low"].values, ds[high or f"{name}_high"].values
+    return np.asarray(lows * highs > 0), "the interval excludes zero"
+
+
 def rows(
     ds: xr.Dataset,
     name: str,
@@ -83,12 +100,16 @@ def rows(
     x_title: str,
     low: str = "",
     high: str = "",
+    shown: Bool[np.ndarray, " row"] | None = None,
     theme: ThemeName = "light",
 ) -> go.Figure:
-    """Draw a row a label: point and 95 % bar, filled where the bar excludes zero, with a line at zero."""
+    """Draw a row a label: point and 95 % bar, filled where an effect is shown, with a line at zero.
+
+    shown: which points are filled, by default those of `shown_effects`.
+    """
     colours = THEMES[theme]
     values, lows, highs = (ds[n].values.astype(float) for n in (name, low or f"{name}_low", high or f"{name}_high"))
-    shown = lows * highs > 0
+    filled = shown_effects(ds, name, low, high)[0] if shown is None else shown
     blue = colours.colour("channel", "analysis")
     labels = [str(v) for v in ds[axis].values]
     figure = go.Figure(
@@ -97,7 +118,7 @@ def rows(
             y=labels,
             mode="markers",
             error_x={"array": highs - values, "arrayminus": values - lows, "color": blue, "thickness": 1.6, "width": 4},
-            marker={"size": 9, "color": np.where(shown, blue, colours.paper), "line": {"color": blue, "width": 1.6}},
+            marker={"size": 9, "color": np.where(filled, blue, colours.paper), "line": {"color": blue, "width": 1.6}},
             customdata=np.stack([lows, highs], -1),
             hovertemplate="%{y}<br>%{x:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}]<extra></extra>",
         )

@@ -1,28 +1,27 @@
 """Generation: batches of unequal prompts, greedy or sampled, each row as if it were alone.
 
-A row's samples come from a generator seeded with (seed, row), so neither the batch nor the rows that stop earlier
-change what it generates. The choice is made on the model's device; one step copies one number a row to the host.
-Prompts are read in chunks of `PREFILL_TOKENS`, which bounds the memory of a pass.
+    for step in model.generate_stream(prompt, temperature=1.0, samples=4):
+        print(step.rows, step.tokens, step.elapsed_s)
+
+`generate` returns everything at the end, `generate_stream` one step after the other; both choose the same tokens. A
+row's samples come from a generator seeded with (seed, row), so neither the batch nor the rows that stop earlier change
+what it generates. The choice is made on the model's device; one step copies one number a row to the host.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.model.cache import KVCache
-from workbench.model.decode_graph import DecodeStep
+from workbench.model.generation_loop import GenerationStep, Request, generation_steps
 from workbench.model.inputs import need_tokenizer, read_batch
+from workbench.model.prompt_cache import PromptCache
 from workbench.model.sampling import Sampling
 
-PREFILL_TOKENS = 16_384  # of all rows of a pass; more gain no speed, and take memory
-_LEAST_COLUMNS = 256  # of one pass, however many rows there are
 
-
-@torch.no_grad()
 def generate(
     model: Any,
     prompts: Any,
@@ -33,6 +32,7 @@ def generate(
     top_k: int | None = None,
     top_p: int | float | None = None,
     min_p: int | float | None = None,
+    samples: int = 1,
     seed: int | Sequence[int] = 0,
     stop: Collection[int] | None = None,
     stop_at_eos: bool = True,
@@ -40,6 +40,8 @@ def generate(
     prepend_bos: bool | None = None,
     padding_side: Literal["left", "right"] | None = None,
     return_type: Literal["input", "str", "tokens", "new_tokens"] = "input",
+    prompt_cache: PromptCache | None = None,
+    on_step: Callable[[GenerationStep], None] | None = None,
     verbose: bool = False,
 ) -> Any:
     """Generate continuations of prompts.
@@ -50,24 +52,96 @@ def generate(
 
     temperature 0, the default, takes the most probable token. `do_sample`, `top_k`, `top_p` or `min_p` without a
     temperature sample at temperature 1. `stop` and `eos_token_id` replace the tokenizer's stop tokens; with
-    `stop_at_eos=False` only `stop` ends a row. `seed` is one number for the call, or one for each prompt.
-    A row also ends at max_new_tokens, or at the end of the context. verbose shows a progress bar.
+    `stop_at_eos=False` only `stop` ends a row. `seed` is one number for the call, or one for each row. With several
+    `samples`, every prompt is read once and has that many rows, one after the other. A row also ends at
+    max_new_tokens, or at the end of the context. prompt_cache: reuse what an earlier call with it has read of the
+    prompt. on_step: called with every step as it is generated. verbose shows a progress bar.
 
     Raises:
         InputError: a prompt or an option is not valid, or the model's logits are not finite.
     """
-    if type(max_new_tokens) is not int or max_new_tokens < 0:
-        raise InputError(f"max_new_tokens {max_new_tokens!r}: expected a whole number from 0")
     if return_type not in ("input", "str", "tokens", "new_tokens"):
         raise InputError(f"return_type {return_type!r} is unknown: use 'input', 'str', 'tokens' or 'new_tokens'")
     sampling = Sampling.of(temperature, do_sample=do_sample, top_k=top_k, top_p=top_p, min_p=min_p)
-    rows = read_batch(model, prompts, prepend_bos=prepend_bos, padding_side=padding_side).rows()
+    stops = _stops(model, stop, eos_token_id, stop_at_eos)
+    given = read_batch(model, prompts, prepend_bos=prepend_bos, padding_side=padding_side).rows()
+    request = _request(given, max_new_tokens, sampling, samples, seed, stops)
+    _check_prompt_cache(request, prompt_cache)
+    new: list[list[int]] = [[] for _ in request.rows]
+    bar = _progress(max_new_tokens, verbose)
+    for step in generation_steps(model, request, prompt_cache):
+        for row, token in zip(step.rows, step.tokens, strict=True):
+            new[row].append(token)
+        bar.update(1)
+        if on_step is not None:
+            on_step(step)
+    bar.close()
+    return _returned(model, prompts, request.rows, new, return_type, samples)
+
+
+def generate_stream(
+    model: Any,
+    prompts: Any,
+    *,
+    max_new_tokens: int = 256,
+    temperature: int | float | None = None,
+    do_sample: bool | None = None,
+    top_k: int | None = None,
+    top_p: int | float | None = None,
+    min_p: int | float | None = None,
+    samples: int = 1,
+    seed: int | Sequence[int] = 0,
+    stop: Collection[int] | None = None,
+    stop_at_eos: bool = True,
+    eos_token_id: int | Collection[int] | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: Literal["left", "right"] | None = None,
+    prompt_cache: PromptCache | None = None,
+    logprobs: bool = True,
+) -> Generator[GenerationStep, None, None]:
+    """Return an iterator over the steps of a generation; the options are those of `generate`.
+
+    Options are checked at once, and the prompt is read when the first step is asked for. Closing the iterator, or
+    leaving a loop over it, ends the work. Hooks and interventions act on the steps that are taken while they are on
+    the model. logprobs: with the log-probability of every token.
+
+    Raises:
+        InputError: a prompt or an option is not valid; at a step, the model's logits are not finite.
+    """
+    sampling = Sampling.of(temperature, do_sample=do_sample, top_k=top_k, top_p=top_p, min_p=min_p)
+    stops = _stops(model, stop, eos_token_id, stop_at_eos)
+    given = read_batch(model, prompts, prepend_bos=prepend_bos, padding_side=padding_side).rows()
+    request = replace(_request(given, max_new_tokens, sampling, samples, seed, stops), logprobs=logprobs)
+    _check_prompt_cache(request, prompt_cache)
+    return generation_steps(model, request, prompt_cache)
+
+
+def _request(
+    given: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    samples: int,
+    seed: int | Sequence[int],
+    stops: frozenset[int],
+) -> Request:
+    """Return the checked request, with a row and a seed for each sample."""
+    if type(max_new_tokens) is not int or max_new_tokens < 0:
+        raise InputError(f"max_new_tokens {max_new_tokens!r}: expected a whole number from 0")
+    if type(samples) is not int or samples < 1:
+        raise InputError(f"samples {samples!r}: expected a whole number from 1")
+    if samples > 1 and sampling.temperature == 0:
+        raise InputError(f"samples={samples} at temperature 0 would give {samples} equal answers: set temperature")
+    rows = [row for row in given for _ in range(samples)]
     seeds = [seed * 1_000_003 + i for i in range(len(rows))] if isinstance(seed, int) else [int(s) for s in seed]
     if len(seeds) != len(rows):
         raise InputError(f"{len(seeds)} seeds for {len(rows)} prompts: pass one number, or one for each prompt")
-    stops = _stops(model, stop, eos_token_id, stop_at_eos)
-    new = _continue(model, rows, max_new_tokens, sampling, seeds, stops, verbose)
-    return _returned(model, prompts, rows, new, return_type)
+    return Request(rows, seeds, max_new_tokens, sampling, stops)
+
+
+def _check_prompt_cache(request: Request, prompt_cache: PromptCache | None) -> None:
+    """Raise an InputError if a prompt cache is given for more than one prompt."""
+    if prompt_cache is not None and any(row != request.rows[0] for row in request.rows):
+        raise InputError("a prompt cache is for one prompt, or several samples of it, and the prompts differ")
 
 
 def _stops(
@@ -79,80 +153,16 @@ def _stops(
     return frozenset(stop or ()) | (ending if stop_at_eos else frozenset())
 
 
-def _continue(
-    model: Any,
-    rows: list[list[int]],
-    most: int,
-    sampling: Sampling,
-    seeds: list[int],
-    stops: frozenset[int],
-    verbose: bool,
-) -> list[list[int]]:
-    """Return the new tokens of every row."""
-    rngs = [torch.Generator().manual_seed(s) for s in seeds]
-    room = [min(most, model.cfg.n_ctx - len(row)) for row in rows]
-    out: list[list[int]] = [[] for _ in rows]
-    live = [i for i, n in enumerate(room) if n > 0]
-    if not live:
-        return out
-    capacity = max(len(rows[i]) + room[i] for i in live)
-    cache = KVCache(model.cfg, len(live), capacity, dtype=model.dtype, device=model.devices)
-    cache.rows = torch.tensor(live)
-    logits, step = _read_prompts(model, cache, [rows[i] for i in live]), DecodeStep(model, cache)
-    bar = _progress(max(room), verbose)
-    while True:
-        chosen = sampling.choose(logits, [rngs[i] for i in live])
-        tokens = _finite(model, chosen, len(out[live[0]]))
-        bar.update(1)
-        for i, token in zip(live, tokens, strict=True):
-            out[i].append(token)
-        going = [j for j, i in enumerate(live) if tokens[j] not in stops and len(out[i]) < room[i]]
-        if not going:
-            bar.close()
-            return out
-        if len(going) < len(live):
-            kept = torch.tensor(going)
-            cache.select(kept)
-            live, chosen = [live[j] for j in going], chosen[kept.to(chosen.device)]
-        logits = step(chosen)
-
-
-def _read_prompts(model: Any, cache: KVCache, prompts: list[list[int]]) -> Float[Tensor, "row d_vocab"]:
-    """Fill the cache with prompts, chunk by chunk, and return the logits behind the last token of each."""
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in prompts], batch_first=True)
-    columns = max(_LEAST_COLUMNS, PREFILL_TOKENS // len(prompts))
-    last: Tensor | None = None
-    for start in range(0, padded.shape[1], columns):
-        chunk = padded[:, start : start + columns]
-        n_real = [min(max(len(row) - start, 0), chunk.shape[1]) for row in prompts]
-        residual = model.residual(chunk, cache=cache, n_real=n_real)
-        real = torch.tensor(n_real).to(residual.device, non_blocking=True)[:, None, None]
-        here = residual.gather(1, (real - 1).clamp(min=0).expand(-1, 1, residual.shape[2]))
-        last = here if last is None else torch.where(real > 0, here, last)
-    with model.within(model.context.last_tokens()):
-        return model.unembed(model.ln_final(last))[:, 0]
-
-
-def _finite(model: Any, chosen: Int[Tensor, " row"], step: int) -> list[int]:
-    """Return the chosen ids. `Sampling.choose` marks a row whose logits are not finite with −1."""
-    tokens: list[int] = chosen.tolist()
-    if -1 in tokens:
-        if model.checkpoint is not None:
-            model.checkpoint.check_values()  # names the tensor if it is a weight
-        raise InputError(
-            f"the logits of new token {step} of a prompt are not finite: an intervention, an adapter or changed "
-            "weights hold NaN or infinity"
-        )
-    return tokens
-
-
 def _progress(total: int, verbose: bool) -> Any:
     from tqdm.auto import tqdm  # late: a tenth of a second
 
     return tqdm(total=total, disable=not verbose, desc="generate", unit="token")
 
 
-def _returned(model: Any, given: Any, rows: list[list[int]], new: list[list[int]], return_type: str) -> Any:
+def _returned(
+    model: Any, given: Any, rows: list[list[int]], new: list[list[int]], return_type: str, samples: int
+) -> Any:
+    """Return what `return_type` asks for; one text or row of ids gives one, unless there are several samples of it."""
     texts = isinstance(given, str) or (isinstance(given, Sequence) and bool(given) and isinstance(given[0], str))
     if return_type == "input":
         return_type = "str" if texts else "tokens" if isinstance(given, Tensor) else "new_tokens"
@@ -161,9 +171,9 @@ def _returned(model: Any, given: Any, rows: list[list[int]], new: list[list[int]
     every = [row + more for row, more in zip(rows, new, strict=True)]
     if return_type == "str":
         decoded = [need_tokenizer(model).decode(row) for row in every]
-        one = isinstance(given, str) or (isinstance(given, Tensor) and given.dim() == 1)
+        one = samples == 1 and (isinstance(given, str) or (isinstance(given, Tensor) and given.dim() == 1))
         return decoded[0] if one else decoded
     filler = 0 if model.tokenizer is None else model.tokenizer.pad_token_id or 0
     tensors = [torch.tensor(row) for row in every]
     padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler).to(model.device)
-    return padded[0] if isinstance(given, Tensor) and given.dim() == 1 else padded
+    return padded[0] if isinstance(given, Tensor) and given.dim() == 1 and samples == 1 else padded

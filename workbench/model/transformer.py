@@ -6,7 +6,7 @@ inside of the experts) is materialised only while it is hooked, in that layer; t
 Reference: openai/gpt-oss, gpt_oss/torch/model.py (commit 7b58334); the OpenAI gpt-oss model card, arXiv 2508.10925.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -31,7 +31,8 @@ from workbench.model.attention import Attention
 from workbench.model.cache import KVCache
 from workbench.model.calling import ReturnType
 from workbench.model.config import Config
-from workbench.model.generate import generate
+from workbench.model.generate import generate, generate_stream
+from workbench.model.generation_loop import GenerationStep
 from workbench.model.low_rank import LowRank
 from workbench.model.pass_context import PassContext
 from workbench.model.rope import inverse_frequencies
@@ -358,7 +359,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
             return self.unembed(self.ln_final(kept))
 
     @contextmanager
-    def within(self, context: PassContext) -> Iterator[None]:
+    def within(self, context: PassContext | None) -> Iterator[None]:
         """Replace, within the context, the pass context that hooks see."""
         before, self.context = self.context, context
         try:
@@ -527,3 +528,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
     def generate(self, tokens: Any, **options: Any) -> Any:
         """Generate continuations of prompts; see `workbench.model.generate.generate`."""
         return generate(self, tokens, **options)
+
+    def generate_stream(self, tokens: Any, **options: Any) -> Generator[GenerationStep, None, None]:
+        """Return an iterator over the steps of a generation; see `workbench.model.generate.generate_stream`."""
+        return generate_stream(self, tokens, **options)

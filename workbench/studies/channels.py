@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
@@ -20,6 +20,7 @@ from workbench.registry import Study
 from workbench.studies import probes
 from workbench.studies.comparison import in_second_half, prompt_numbers
 from workbench.studies.contrast import Plan, TokenRun, contrasts
+from workbench.studies.matching import token_blocks
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -36,6 +37,8 @@ STUDY = Study(
 )
 PROBE_TOKENS = 4000  # at most, of a layer
 _FOLDS = probes.FOLDS
+PERMUTATIONS = 20
+_PERMUTED_TOKENS = 1000  # at most, as every permutation costs the square of the tokens
 
 DEFINITIONS = {
     "cosine": Definition("cosine of channel means", "1", "between mean activations of a and b, prompts weighing alike"),
@@ -52,12 +55,20 @@ DEFINITIONS = {
     "auc_position": Definition("position AUC", "1", "predicted from the position alone, in twenty bins"),
     "auc_bigram": Definition("bigram AUC", "1", "predicted from the token and the one before it"),
     "cka": Definition("debiased linear CKA", "1", "between layers' centred activations, unbiased HSIC; may be below 0"),
+    "cka_permuted": Definition(
+        "CKA of permuted prompts", "1", f"mean of {PERMUTATIONS} permutations of one layer's prompts: the bias of cka"
+    ),
+    "cka_robust": Definition(
+        "outlier-robust CKA", "1", "cka of tokens scaled to length 1 about the median, so that none dominates"
+    ),
     "tokens": Definition("tokens", "tokens", "tokens that take part"),
 }
 METHOD = (
     "Probes are logistic regressions on standardised activations, folds split by prompt; selectivity subtracts "
     "the AUC on a control task, a random label for each token type. Baselines predict the channel from the token, its "
-    "position and its bigram alone. Distances are in units of the spread within channels."
+    "position and its bigram alone. Distances are in units of the spread within channels. Tokens of a prompt resemble "
+    "each other, so that even the debiased CKA of unrelated activations is above 0. Beside it stands its mean over "
+    "permutations, in which the tokens of every prompt are compared with those of another."
 )
 NOT_CONTROLLED = "A probe may read position or words; its halves of the analysis show how much of that there is."
 
@@ -159,7 +170,15 @@ def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.D
     }
     found = {n: np.mean(probes.category_auc(c, side, prompt)) for n, c in baselines.items()}
     variables |= {n: ((), np.asarray(v)) for n, v in found.items()}
-    variables |= {"cka": (("layer", "layer_2"), cka), "tokens": ((), np.asarray(len(side)))}
+    unit = [unit_tokens(x) for x in values.astype(np.float64)]
+    of_layers = {
+        "cka": cka,
+        "cka_permuted": permuted_cka(values, prompt, rng),
+        "cka_robust": np.array([[debiased_cka(x, y) for y in unit] for x in unit]),
+    }
+    variables |= {name: (("layer", "layer_2"), v) for name, v in of_layers.items()} | {
+        "tokens": ((), np.asarray(len(side)))
+    }
     attrs = provenance("channels", f"{hook}: {a} against {b}", run.digest, seed, {"hook": hook, "a": a, "b": b})
     best = int(np.argmax(rows["auc"]))
     attrs |= {
@@ -172,9 +191,17 @@ def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.D
         f"{rows['auc_low'][best]:.3f} to {rows['auc_high'][best]:.3f}; halves of {a}: {rows['auc_half'][best]:.3f}; "
         f"selectivity {rows['selectivity'][best]:.3f}); from the token alone {found['auc_token']:.3f}, its position "
         f"{found['auc_position']:.3f}, its bigram {found['auc_bigram']:.3f}; "
-        f"the means lie {rows['distance'][best]:.2f} spreads apart.",
+        f"the means lie {rows['distance'][best]:.2f} spreads apart. CKA of neighbouring layers is "
+        f"{_neighbours(of_layers['cka'])}, with prompts permuted {_neighbours(of_layers['cka_permuted'])}, robust "
+        f"{_neighbours(of_layers['cka_robust'])} on average.",
     }
     return dataset(variables, {"layer": list(layers), "layer_2": list(layers)}, DEFINITIONS, attrs)
+
+
+def _neighbours(cka: Float[np.ndarray, "layer layer_2"]) -> str:
+    """Return the mean of a layer and the next in words."""
+    between = np.diagonal(cka, 1)
+    return f"{float(between.mean()):.3f}" if len(between) else "not defined (one layer)"
 
 
 def _sample(run: TokenRun, hook: str, pair: tuple[str, str], seed: int) -> tuple[np.ndarray, ...]:
@@ -184,11 +211,11 @@ def _sample(run: TokenRun, hook: str, pair: tuple[str, str], seed: int) -> tuple
     codes = [CHANNELS.index(c) for c in pair]
     rng = np.random.default_rng(seed)
     counts = np.zeros(2, dtype=np.int64)
-    for block in run.blocks():
+    for block in token_blocks(run, "count tokens"):
         counts += [int((block["channel"] == c).sum()) for c in codes]
     keep = np.minimum(1.0, PROBE_TOKENS / 2 / np.maximum(counts, 1))
     parts: list[tuple[np.ndarray, ...]] = []
-    for block in run.blocks(hook, "id"):
+    for block in token_blocks(run, f"sample {hook}", hook, "id"):
         chosen = np.zeros(len(block["channel"]), dtype=bool)
         for code, share in zip(codes, keep, strict=True):
             chosen |= (block["channel"] == code) & (rng.random(len(chosen)) < share)
@@ -237,6 +264,64 @@ def debiased_cka(x: Float[np.ndarray, "token d"], y: Float[np.ndarray, "token e"
     """Return the linear CKA with the unbiased estimator of HSIC: about 0 for independent data whatever the width."""
     xx, xy, yy = _hsic(x, x), _hsic(x, y), _hsic(y, y)
     return float(xy / np.sqrt(xx * yy)) if xx > 0 and yy > 0 else float("nan")
+
+
+def unit_tokens(x: Float[np.ndarray, "token d"]) -> Float[np.ndarray, "token d"]:
+    """Return activations less their median, every token scaled to length 1, so that no token dominates a CKA."""
+    centred = x - np.median(x, axis=0)
+    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+
+
+def permuted_cka(
+    values: Float[np.ndarray, "layer token d"],
+    prompt: Int[np.ndarray, " token"],
+    rng: np.random.Generator,
+    *,
+    permutations: int = PERMUTATIONS,
+) -> Float[np.ndarray, "layer layer_2"]:
+    """Return the mean debiased CKA of two layers when the prompts of one are permuted: its bias on clustered tokens.
+
+    Computed on at most 1,000 tokens, of whole prompts as far as they fit.
+    """
+    order = rng.permutation(np.unique(prompt))
+    at = np.concatenate([np.flatnonzero(prompt == one) for one in order])[:_PERMUTED_TOKENS]
+    grams = []
+    for x in values[:, at].astype(np.float64):
+        gram = (x - x.mean(0)) @ (x - x.mean(0)).T
+        np.fill_diagonal(gram, 0)
+        grams.append(gram)
+    own = [_hsic_of_grams(gram, gram) for gram in grams]
+    total = np.zeros((len(grams), len(grams)))
+    for _ in range(permutations):
+        moved = exchange_prompts(prompt[at], rng)
+        shuffled = [gram[np.ix_(moved, moved)] for gram in grams]
+        for gram in shuffled:
+            np.fill_diagonal(gram, 0)
+        spread = [_hsic_of_grams(gram, gram) for gram in shuffled]
+        for i, j in np.ndindex(total.shape):
+            scale = own[i] * spread[j]
+            total[i, j] += _hsic_of_grams(grams[i], shuffled[j]) / np.sqrt(scale) if scale > 0 else np.nan
+    return total / permutations
+
+
+def exchange_prompts(prompt: Int[np.ndarray, " token"], rng: np.random.Generator) -> Int[np.ndarray, " token"]:
+    """Return for every token one of another prompt: prompts are permuted, and their tokens drawn in random order.
+
+    A prompt with fewer tokens than the one that it replaces gives some of them more than once.
+    """
+    members = [np.flatnonzero(prompt == one) for one in np.unique(prompt)]
+    moved = np.empty(len(prompt), dtype=np.int64)
+    for own, other in zip(members, rng.permutation(len(members)), strict=True):
+        moved[own] = np.resize(rng.permutation(members[other]), len(own))
+    return moved
+
+
+def _hsic_of_grams(k: Float[np.ndarray, "token token_2"], m: Float[np.ndarray, "token token_2"]) -> float:
+    """Unbiased HSIC of two Gram matrices whose diagonals are zero."""
+    n = len(k)
+    rows_k, rows_m = k.sum(1), m.sum(1)
+    total = rows_k.sum() * rows_m.sum() / ((n - 1) * (n - 2))
+    return float((np.vdot(k, m) + total - 2 * rows_k @ rows_m / (n - 2)) / (n * (n - 3)))
 
 
 def _hsic(x: np.ndarray, y: np.ndarray) -> float:

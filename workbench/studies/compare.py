@@ -17,9 +17,10 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import prompt_numbers
 from workbench.studies.contrast import Block, TokenRun
-from workbench.studies.resampling import ratio
+from workbench.studies.intervals import ratio_test
+from workbench.studies.matching import token_blocks
 from workbench.studies.result import Definition, dataset, provenance
-from workbench.studies.statistics import entropy, share
+from workbench.studies.statistics import entropy, false_discovery, share
 
 STUDY = Study(
     name="compare",
@@ -33,7 +34,8 @@ STUDY = Study(
     page_title="Compare runs",
     order=50,
 )
-_CI = "95 %, delete-one jackknife over prompts"
+ALPHA = 0.05
+_CI = "95 %, delete-one jackknife over prompts, corrected for skewness"
 DEFINITIONS = {
     "agreement": Definition(
         "agreement of routers", "1", "|experts of a ∩ experts of b| / k, mean over tokens", ci=_CI, null="k/E"
@@ -54,10 +56,17 @@ DEFINITIONS = {
     "logprob_difference_high": Definition("difference of log-probability, upper limit", "nat", "upper limit", ci=_CI),
     "tokens": Definition("tokens", "tokens", "tokens of the channel"),
 }
+for _name, _label in (("sink_difference", "sink attention"), ("logprob_difference", "log-probability")):
+    DEFINITIONS |= {
+        f"{_name}_p": Definition(f"p of the difference of {_label}", "1", "two-sided, over prompts"),
+        f"{_name}_q": Definition(f"q of the difference of {_label}", "1", "Benjamini–Hochberg over all of its cells"),
+        f"{_name}_different": Definition(f"{_label} differs", "1", f"q < {ALPHA} and the interval excludes zero"),
+    }
 METHOD = (
     "The same tokens in two runs. Agreement is |top-k ∩ top-k| / k, beside what it would be if each router drew "
     "with its "
-    "own load and no regard to the token; sums by prompt, intervals by the jackknife over prompts."
+    "own load and no regard to the token; sums by prompt, intervals by the jackknife over prompts. Differences have q "
+    "(Benjamini–Hochberg over channels, layers and heads)."
 )
 NOT_CONTROLLED = "Agreement supposes that expert numbers correspond; between models trained apart they do not."
 
@@ -84,9 +93,15 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     }
 
     def put(name: str, values: np.ndarray, counts: np.ndarray, *dims: str) -> None:
-        found = [ratio(values[:, c], counts[:, c]) for c in range(n_channels)]
-        for end, which in (("", 0), ("_low", 1), ("_high", 2)):
-            variables[name + end] = (("channel", *dims), np.stack([v[which] for v in found]))
+        found = [ratio_test(values[:, c], counts[:, c]) for c in range(n_channels)]
+        cells = {"": np.stack([value for value, _ in found])}
+        cells |= {f"_{part}": np.stack([getattr(tested, part) for _, tested in found]) for part in ("low", "high")}
+        if name.endswith("difference"):
+            cells["_p"] = np.stack([tested.p for _, tested in found])
+            cells["_q"] = np.asarray(false_discovery(cells["_p"]))
+            cells["_different"] = (cells["_q"] < ALPHA) & (cells["_low"] * cells["_high"] > 0)
+        for end, of_cells in cells.items():
+            variables[name + end] = (("channel", *dims), of_cells)
 
     effective = [np.exp(entropy(share(load))) for load in sums.loads]
     if effective[0].shape == effective[1].shape:
@@ -152,7 +167,7 @@ def _has(run: TokenRun, other: TokenRun, name: str) -> bool:
 
 def _together(run: TokenRun, other: TokenRun, sinks: bool) -> Iterator[tuple[Block, Block]]:
     names = ("id", "experts", "logprob", *(("sink",) if sinks else ()))
-    for x, y in zip(run.blocks(*names), other.blocks(*names), strict=True):
+    for x, y in zip(token_blocks(run, "compare runs", *names), other.blocks(*names), strict=True):
         if not np.array_equal(x["id"], y["id"]):
             raise InputError(
                 "the two runs are laid out differently: capture the same transcripts with the same --unit-tokens"
@@ -182,8 +197,12 @@ def _words(result: xr.Dataset, same: bool) -> str:
             )
         if "logprob_difference" in cell:
             low, high = float(cell["logprob_difference_low"]), float(cell["logprob_difference_high"])
-            words = "log-probability differs by" if low * high > 0 else "no difference of log-probability shown:"
-            sentences.append(f"{words} {float(cell['logprob_difference']):+.4f} nat a token [{low:+.4f}, {high:+.4f}].")
+            verdict = "no difference of log-probability shown:" if np.isfinite(low) else "too few prompts for a test:"
+            if cell["logprob_difference_different"]:
+                verdict = "log-probability differs by"
+            sentences.append(
+                f"{verdict} {float(cell['logprob_difference']):+.4f} nat a token [{low:+.4f}, {high:+.4f}]."
+            )
         lines.append(" ".join(sentences))
     if not same:
         lines.append("The architectures differ, so experts do not correspond: no agreement is given.")

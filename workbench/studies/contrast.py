@@ -6,6 +6,7 @@ tokens weighs m / (m + 10), so that one with a single matched token counts littl
 
 The sampling unit is the prompt. The standard error is the delete-one jackknife of the weighted mean, which for equal
 weights is that of Student's one-sample t-test; its degrees of freedom are Kish's effective number of prompts less one.
+Intervals and tests are corrected for skewness (`workbench.studies.intervals.mean_test`).
 
 Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 11; Kish 1965, Survey Sampling.
 """
@@ -16,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
-import scipy.stats
 import xarray as xr
 from jaxtyping import Float
 
 from workbench.errors import InputError
+from workbench.studies.intervals import MIN_PROMPTS, few_prompts, mean_test
 from workbench.studies.matching import (
     HALF_WEIGHT,
     SLACK,
@@ -36,13 +37,15 @@ from workbench.studies.matching import (
     check_plan,
     check_prompts,
     duplicates_warning,
-    gather,
     index_of,
     match,
     reads,
+    sums_by_prompt,
+    token_blocks,
 )
-from workbench.studies.resampling import LEAST_UNITS, LEVEL, benjamini_hochberg, small_sample_warning
+from workbench.studies.resampling import LEVEL
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.statistics import false_discovery
 
 __all__ = ["Between", "Block", "Plan", "TokenRun", "contrast", "contrasts", "describe", "uncomparable"]
 
@@ -51,14 +54,14 @@ CONTROLS: tuple[Control, ...] = ("none", "position")
 _LABELS = {"none": "Within prompts", "position": "At equal position", "token": "At the same token ids"}
 _MOST_SUMS = 32_000_000  # numbers of a block's sums at once
 
-_CI = f"{LEVEL:.0%}, delete-one jackknife over prompts, Student's t"
+_CI = f"{LEVEL:.0%}, delete-one jackknife over prompts, Student's t corrected for skewness"
 DEFINITIONS = {
     "mean_a": Definition("mean in a", "1", "mean over prompts of the mean in each prompt; adjusted to b under control"),
     "mean_b": Definition("mean in b", "1", "mean over prompts of the mean in each prompt"),
     "difference": Definition("difference", "1", "mean over prompts of a − b within each prompt", ci=_CI),
     "low": Definition("difference, lower limit", "1", "lower limit of difference", ci=_CI),
     "high": Definition("difference, upper limit", "1", "upper limit of difference", ci=_CI),
-    "p": Definition("p", "1", "two-sided, Student's t over prompts; missing: cannot be tested", null="no difference"),
+    "p": Definition("p", "1", "two-sided, as the interval; missing: cannot be tested", null="no difference"),
     "q": Definition("q", "1", "Benjamini–Hochberg over all cells of this comparison and control"),
     "different": Definition("differs", "1", f"q < {ALPHA} and the interval excludes zero"),
     "bound": Definition(
@@ -80,8 +83,8 @@ METHOD = (
     f"sequences. Control 'position': efforts within strata of at most {SLACK} positions or {WIDEST - 1:.0%}; channels "
     "and halves by a least-squares fit in each prompt on side, sequence and stratum. Control 'token': within the same "
     f"token id. With a control, a prompt with m matched tokens weighs m / (m + {HALF_WEIGHT}). The sampling unit is "
-    "the prompt (jackknife, Student's t). A cell is called different only if q < 0.05 (Benjamini–Hochberg) and its "
-    "interval excludes zero."
+    "the prompt (jackknife, Student's t corrected for skewness). A cell is called different only if q < 0.05 "
+    "(Benjamini–Hochberg) and its interval excludes zero."
 )
 NOT_CONTROLLED = "Words are not matched (but by the control 'token'), and what comes before a token is not."
 UNPAIRED = (
@@ -228,9 +231,11 @@ def _prompt_sums(
         used = np.logical_or.reduce([(m.side_a != 0) | (m.side_b != 0) | (m.difference != 0) for m in own.values()])
         for at, sums in _cell_sums(index, measure, kind, used):
             for key, m in own.items():
-                for total, weight in zip(found[key], (m.difference, m.side_a, m.side_b), strict=True):
-                    product = gather(weight, m.prompt, at, n_prompts) @ sums.reshape(len(at), -1)
-                    np.add(total, np.asarray(product).reshape(total.shape), out=total)
+                weights = np.stack([m.difference[at], m.side_a[at], m.side_b[at]])
+                for total, (present, of_prompts) in zip(
+                    found[key], sums_by_prompt(weights, m.prompt[at], sums.reshape(len(at), -1)), strict=True
+                ):
+                    total[present] += of_prompts.reshape(-1, *measure.shape)
     return found
 
 
@@ -243,7 +248,7 @@ def _cell_sums(
         return
     names = dict.fromkeys((*reads(kind, measure.finite), measure.name))
     most = max(1, _MOST_SUMS // max(1, int(np.prod(measure.shape))))
-    for block in index.run.blocks(*names):
+    for block in token_blocks(index.run, f"compare {measure.name}", *names):
         code, known = cell_codes(block, kind, measure.finite)
         cell = np.minimum(np.searchsorted(cells.code, code), len(cells.code) - 1)
         at = np.flatnonzero(known & used[cell])
@@ -277,7 +282,7 @@ def _test(measure: Measure, plan: Plan, matching: Matching, sums: Sums) -> dict[
             scale = 1 / np.sqrt(m * (m - 1)) if m > 1 else np.nan
             influence[present] += sign * scale * (v[present] - mean)
         freedom = n - 1.0
-    found = _tested(np.asarray(means[0]), influence, freedom, n >= LEAST_UNITS)
+    found = _tested(np.asarray(means[0]), influence, freedom, n >= MIN_PROMPTS)
     return found | {
         "mean_a": means[1],
         "mean_b": means[2],
@@ -295,7 +300,7 @@ def paired_test(difference: Float[np.ndarray, "prompt *cells"]) -> dict[str, Any
     """Return limits, p, q and verdict of every cell's mean of differences within prompts, which weigh alike."""
     influence, freedom = _paired_influence(difference, np.ones(len(difference)))
     mean = difference.mean(0)
-    return _tested(mean, influence, freedom, len(difference) >= LEAST_UNITS)
+    return _tested(mean, influence, freedom, len(difference) >= MIN_PROMPTS)
 
 
 def unpaired_test(a: Float[np.ndarray, "prompt_a *cells"], b: Float[np.ndarray, "prompt_b *cells"]) -> dict[str, Any]:
@@ -304,7 +309,7 @@ def unpaired_test(a: Float[np.ndarray, "prompt_a *cells"], b: Float[np.ndarray, 
     scaled = [v / np.sqrt(len(v) * max(len(v) - 1, 1)) for v in parts]
     n = min(len(a), len(b))
     influence = np.concatenate([scaled[0], -scaled[1]])
-    return _tested(np.asarray(a.mean(0) - b.mean(0)), influence, n - 1.0, n >= LEAST_UNITS)
+    return _tested(np.asarray(a.mean(0) - b.mean(0)), influence, n - 1.0, n >= MIN_PROMPTS)
 
 
 def _weighted_mean(values: Float[np.ndarray, "prompt *cells"], weight: Float[np.ndarray, " prompt"]) -> np.ndarray:
@@ -328,21 +333,14 @@ def _paired_influence(
 
 def _tested(difference: np.ndarray, influence: np.ndarray, freedom: float, enough: bool) -> dict[str, Any]:
     """Limits, p, q and verdict of every cell; missing where there are too few prompts for a test."""
-    error = np.sqrt((influence**2).sum(0)) if enough else np.full(difference.shape, np.nan)
-    freedom = max(freedom, 1.0)
-    # a cell in which no prompt has a difference has been measured, and is no difference
-    t = np.divide(
-        difference, error, out=np.where(error == 0, np.where(difference == 0, 0, np.inf), np.nan), where=error > 0
-    )
-    p = 2 * scipy.stats.t.sf(np.abs(t), freedom)
-    half = scipy.stats.t.ppf((1 + LEVEL) / 2, freedom) * error
-    low, high = difference - half, difference + half
-    q = np.asarray(benjamini_hochberg(p))
-    bound = np.abs(difference) + scipy.stats.t.ppf(1 - ALPHA, freedom) * error
-    found = {"difference": difference, "low": low, "high": high, "p": p, "q": q, "bound": bound}
-    found["different"] = (q < ALPHA) & (low * high > 0)
+    if not enough:
+        influence = np.full((1, *difference.shape), np.nan)
+    tested = mean_test(difference, influence, max(freedom, 1.0))
+    q = np.asarray(false_discovery(tested.p))
+    found = {"difference": difference, **tested._asdict(), "q": q}
+    found["different"] = (q < ALPHA) & (tested.low * tested.high > 0)
     if difference.ndim:
-        found |= {"size": np.sqrt((difference**2).sum(-1)), "noise": np.sqrt((error**2).sum(-1))}
+        found |= {"size": np.sqrt((difference**2).sum(-1)), "noise": np.sqrt((influence**2).sum((0, -1)))}
     return found
 
 
@@ -409,7 +407,7 @@ def _describe_control(cell: xr.Dataset, control: str, paired: bool) -> list[str]
     if not paired and control != "none":
         return [f"{_LABELS[control]}: not possible between different prompts."]
     if not np.isfinite(cell["p"].values).any():
-        return [f"{label}: cannot be tested, as {n} prompts have both sides and at least {LEAST_UNITS} are needed."]
+        return [f"{label}: cannot be tested, as {n} prompts have both sides and at least {MIN_PROMPTS} are needed."]
     rests = f"{n} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
     if left_out := int(cell["tokens_excluded"]):
         rests += (
@@ -433,7 +431,7 @@ def _describe_control(cell: xr.Dataset, control: str, paired: bool) -> list[str]
             lines.append(f"  layer {int(one['layer'])} {kind} {int(one[kind])}: {_with_interval(one)}")
         if not different.all():
             lines.append(f"  In the other cells, {absent} one by one.")
-    return lines + ([f"  {warning}"] if (warning := small_sample_warning(n)) else [])
+    return lines + ([f"  Warning: {warning}."] if (warning := few_prompts(n)) else [])
 
 
 def _with_interval(cell: xr.Dataset) -> str:

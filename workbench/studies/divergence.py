@@ -4,8 +4,9 @@ Both are computed on means over prompts of each prompt's own load shares, so eve
 sums would be dominated by the longest texts, and swapping labels inside a pair would then mix long with short ones: the
 test loses nearly all its power where analysis is twenty times as long as final.
 
-Difference, interval and verdict of an expert are those of `workbench.studies.contrast` (Student's t over prompts), so
-that the same question has the same answer in every study, and no number of permutations limits the smallest p.
+Difference, interval and verdict of an expert are those of `workbench.studies.contrast` (Student's t over prompts,
+corrected for skewness), so that the same question has the same answer in every study, and no number of permutations
+limits the smallest p.
 
 The p-value of a layer rests on the squared Euclidean distance between the two mean shares. Under swapping its null is
 calibrated whatever the token counts; that of the divergence itself is not when one side has very few tokens (a rarely
@@ -22,9 +23,9 @@ from jaxtyping import Float
 from workbench.errors import InputError
 from workbench.studies.comparison import Between, Comparison, Condition, Run, compare, conditions, has_tokens, places
 from workbench.studies.contrast import paired_test, unpaired_test
+from workbench.studies.intervals import MIN_PROMPTS, few_prompts
 from workbench.studies.matching import duplicates_warning, merged_prompts
 from workbench.studies.resampling import (
-    LEAST_UNITS,
     TAILS,
     Independent,
     IntervalMethod,
@@ -33,7 +34,6 @@ from workbench.studies.resampling import (
     mean_interval,
     permutation_p,
     recentred_interval,
-    small_sample_warning,
 )
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import Array, false_discovery, jensen_shannon
@@ -48,7 +48,7 @@ DifferenceInterval = Literal["t", "bca", "percentile"]
 _SHARE = "fraction of a sequence's routed slots that went to this expert, averaged over sequences, then over prompts"
 _NULL = "the two conditions swapped within prompts (paired), or prompts reassigned to the two groups (tasks)"
 _SHIFTED = "95 %, bootstrap over prompts, percentiles recentred on the excess (replicates repeat the plug-in bias)"
-_T = "Student's t over prompts (paired: of the differences within prompts)"
+_T = "Student's t over prompts, corrected for skewness (paired: of the differences within prompts)"
 _FAMILY = f"Benjamini–Hochberg over all layers × experts of this comparison; different means below {ALPHA}"
 
 DEFINITIONS = {
@@ -290,7 +290,10 @@ def _words(result: xr.Dataset) -> str:
             f"Excluded, as not paired: {attrs['prompts_excluded']} prompts, {attrs['sequences_excluded']} sequences, "
             f"{attrs['tokens_excluded']:,} tokens."
         )
-    lines += [w for w in (duplicates_warning(attrs["duplicate_prompts"]), small_sample_warning(attrs["prompts"])) if w]
+    if warning := duplicates_warning(attrs["duplicate_prompts"]):
+        lines.append(warning)
+    if warning := few_prompts(attrs["prompts"]):
+        lines.append(f"Warning: {warning}.")
     if different.any():
         most = int(np.argmax(np.where(different, result["excess"].values, -np.inf)))
         top = result.isel(layer=most)
@@ -307,8 +310,8 @@ def _words(result: xr.Dataset) -> str:
     if missing.any():
         lines.append(f"Missing, as nothing was counted: {_named(layers[missing])}.")
     cells = result["expert_different"].values
-    if attrs["prompts"] < LEAST_UNITS:
-        return "\n".join([*lines, f"Experts cannot be tested: at least {LEAST_UNITS} prompts are needed."])
+    if attrs["prompts"] < MIN_PROMPTS:
+        return "\n".join([*lines, f"Experts cannot be tested: at least {MIN_PROMPTS} prompts are needed."])
     lines.append(f"Used differently: {cells.sum()} of {cells.size} experts (layer × expert).")
     size = np.where(cells, np.abs(result["difference"].values), -np.inf)
     for place in np.argsort(-size, axis=None)[: min(3, cells.sum())]:

@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 import xarray as xr
+from jaxtyping import Float
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run
 from workbench.studies.contrast import Plan, TokenRun, contrasts, uncomparable
-from workbench.studies.resampling import LEAST_UNITS, ratio, wilson_interval
+from workbench.studies.intervals import MIN_PROMPTS, mean_test, ratio, ratio_test, share_change, wilson
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.statistics import false_discovery
 
 STUDY = Study(
     name="effort",
@@ -35,25 +36,29 @@ STUDY = Study(
     page_title="Effort",
     order=40,
 )
-_CI = "95 %, delete-one jackknife over prompts"
+ALPHA = 0.05
+_CI = "95 %, delete-one jackknife over prompts, corrected for skewness"
+_GAIN = "95 %, Student's t over prompts with two pseudo-prompts (Agresti & Min)"
+_WILSON = "95 %, Wilson, with the sample size that the variance between prompts implies"
 DEFINITIONS = {
     "analysis_tokens": Definition("analysis tokens", "tokens", "mean over sequences of the tokens of analysis", ci=_CI),
     "analysis_tokens_low": Definition("analysis tokens, lower limit", "tokens", "lower limit", ci=_CI),
     "analysis_tokens_high": Definition("analysis tokens, upper limit", "tokens", "upper limit", ci=_CI),
-    "accuracy": Definition(
-        "accuracy", "1", "mean over prompts of their share of right answers", ci="95 %, Wilson, a prompt is a trial"
-    ),
-    "accuracy_low": Definition("accuracy, lower limit", "1", "lower limit; within [0, 1]", ci=_CI),
-    "accuracy_high": Definition("accuracy, upper limit", "1", "upper limit; within [0, 1]", ci=_CI),
+    "accuracy": Definition("accuracy", "1", "mean over prompts of their share of right answers", ci=_WILSON),
+    "accuracy_low": Definition("accuracy, lower limit", "1", "lower limit; within [0, 1]", ci=_WILSON),
+    "accuracy_high": Definition("accuracy, upper limit", "1", "upper limit; within [0, 1]", ci=_WILSON),
     "sequences": Definition("sequences", "sequences", "sequences of the cell"),
     "more_tokens": Definition(
         "more analysis tokens", "tokens", "paired by prompt: mean of the second less the first", ci=_CI
     ),
     "more_tokens_low": Definition("more analysis tokens, lower limit", "tokens", "lower limit", ci=_CI),
     "more_tokens_high": Definition("more analysis tokens, upper limit", "tokens", "upper limit", ci=_CI),
-    "gain": Definition("gain of accuracy", "1", "paired by prompt: mean of the second less the first", ci=_CI),
-    "gain_low": Definition("gain of accuracy, lower limit", "1", "lower limit", ci=_CI),
-    "gain_high": Definition("gain of accuracy, upper limit", "1", "upper limit", ci=_CI),
+    "gain": Definition("gain of accuracy", "1", "paired by prompt: mean of the second less the first", ci=_GAIN),
+    "gain_p": Definition("p of the gain", "1", "two-sided, over prompts; missing: cannot be tested", null="no gain"),
+    "gain_q": Definition("q of the gain", "1", "Benjamini–Hochberg over all tasks and steps"),
+    "gain_different": Definition("accuracy changes", "1", f"q < {ALPHA} and the interval excludes zero"),
+    "gain_low": Definition("gain of accuracy, lower limit", "1", "lower limit", ci=_GAIN),
+    "gain_high": Definition("gain of accuracy, upper limit", "1", "upper limit", ci=_GAIN),
     "gain_per_100": Definition(
         "gain per 100 tokens", "1", "gain over more tokens, times 100: a ratio of means", ci=_CI
     ),
@@ -71,8 +76,9 @@ DEFINITIONS = {
 }
 METHOD = (
     "Means over sequences, differences paired by prompt (samples of a prompt averaged first), intervals by the "
-    "jackknife over prompts; those of accuracy are Wilson's, with a trial for each prompt. The model of accuracy is a "
-    "logistic GEE on the logarithm of analysis tokens and the effort, clustered by prompt."
+    "jackknife over prompts, corrected for skewness; those of accuracy are Wilson's, with the sample size that the "
+    "variance between prompts implies. The model of accuracy is a logistic GEE on the logarithm of analysis tokens and "
+    "the effort, clustered by prompt."
 )
 NOT_CONTROLLED = (
     "Whether more tokens cause more right answers is not shown by their going together: hard prompts make both longer "
@@ -154,10 +160,10 @@ def _accuracy(table: pd.DataFrame) -> tuple[float, float, float]:
     right, known = _of_prompts(table, "correct")
     if not len(known):
         return np.nan, np.nan, np.nan
-    if len(known) < LEAST_UNITS:
+    if len(known) < MIN_PROMPTS:
         return float((right / known).mean()), np.nan, np.nan
-    found = wilson_interval(right / known)
-    return float(found.mean), float(found.low), float(found.high)
+    share, low, high = wilson(right / known, int(known.sum()))
+    return float(share), float(low), float(high)
 
 
 def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset:
@@ -198,7 +204,7 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
     steps = list(dict.fromkeys([*pairwise(efforts), (efforts[0], efforts[-1])]))
     tasks = ["all", *sorted(set(table["task"]) - {""})]
     names = ("more_tokens", "gain", "gain_per_100")
-    parts: dict[str, list[Any]] = {n: [] for n in names}
+    parts: dict[str, list[Any]] = {n: [] for n in (*names, "gain_p")}
     means = table.groupby(["prompt_id", "effort"])[["analysis", "correct"]].mean()
     task_of = table.groupby("prompt_id")["task"].first()
     for task in tasks:
@@ -210,7 +216,8 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
             ones = np.ones(len(change))
             known = change[change["correct"].notna()]
             parts["more_tokens"].append(ratio(change["analysis"].to_numpy(), ones))
-            parts["gain"].append(ratio(known["correct"].to_numpy(), np.ones(len(known))))
+            parts["gain"].append(_gain(known["correct"].to_numpy()))
+            parts["gain_p"].append(ratio_test(known["correct"].to_numpy(), np.ones(len(known)))[1].p)
             parts["gain_per_100"].append(
                 _ratio_of_means(100 * known["correct"].to_numpy(), known["analysis"].to_numpy())
             )
@@ -219,13 +226,19 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
     for name in names:
         values = np.array(parts[name], dtype=np.float64).reshape(*shape, 3)
         variables |= {f"{name}{end}": (("task", "step"), values[..., i]) for i, end in enumerate(("", "_low", "_high"))}
+    p = np.array(parts["gain_p"], dtype=np.float64).reshape(shape)
+    q = np.asarray(false_discovery(p))
+    differs = (q < ALPHA) & (variables["gain_low"][1] * variables["gain_high"][1] > 0)
+    for name, of_steps in (("gain_p", p), ("gain_q", q), ("gain_different", differs)):
+        variables[name] = (("task", "step"), of_steps)
     labels = [f"{a} → {b}" for a, b in steps]
     attrs = provenance("effort", "What effort adds", run.digest, seed, {})
     result = dataset(variables, {"task": tasks, "step": labels}, DEFINITIONS, attrs)
     lines = []
     for label in labels:
         c = {str(k): float(v) for k, v in result.sel(task="all", step=label).data_vars.items()}
-        changed = "accuracy changes by" if c["gain_low"] * c["gain_high"] > 0 else "no change of accuracy shown:"
+        changed = "accuracy changes by" if c["gain_different"] else "no change of accuracy shown:"
+        changed = changed if np.isfinite(c["gain_p"]) else "too few graded prompts for a test:"
         lines.append(
             f"{label}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, "
             f"{c['more_tokens_high']:+.1f}]; "
@@ -236,6 +249,14 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
     return result
 
 
+def _gain(change: Float[np.ndarray, " prompt"]) -> tuple[float, float, float]:
+    """Return the mean change of a share and its interval, which has a width also where no answer changed."""
+    if len(change) < MIN_PROMPTS:
+        return float(change.mean()) if len(change) else np.nan, np.nan, np.nan
+    value, low, high = share_change(change)
+    return float(value), float(low), float(high)
+
+
 def _ratio_of_means(over: np.ndarray, under: np.ndarray) -> tuple[Any, Any, Any]:
     """Σ over / Σ under, where under may be of either sign; NaN unless the denominator is clearly above zero."""
     _, low, _ = ratio(under, np.ones(len(under)))
@@ -244,8 +265,8 @@ def _ratio_of_means(over: np.ndarray, under: np.ndarray) -> tuple[Any, Any, Any]
     n, total = len(over), under.sum()
     value = over.sum() / total
     influence = (over - value * under) / (total - under)
-    half = scipy.stats.t.ppf(0.975, n - 1) * np.sqrt(((influence - influence.mean()) ** 2).sum() * (n - 1) / n)
-    return value, value - half, value + half
+    found = mean_test(value, (influence - influence.mean()) * np.sqrt((n - 1) / n), n - 1.0)
+    return value, found.low, found.high
 
 
 def accuracy_model(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset | None:

@@ -9,11 +9,15 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import xarray as xr
 
-from workbench.studies.resampling import benjamini_hochberg
+from workbench.studies.statistics import false_discovery
 
 ALPHA = 0.05
 # p, q and verdict of a family in a dataset
-_FAMILIES = (("p", "q", "different"), ("difference_p", "difference_q", "expert_different"))
+_FAMILIES = (
+    ("p", "q", "different"),
+    ("difference_p", "difference_q", "expert_different"),
+    *((f"{name}_p", f"{name}_q", f"{name}_different") for name in ("sink_difference", "logprob_difference", "gain")),
+)
 
 
 def families(datasets: Mapping[str, xr.Dataset]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -36,7 +40,7 @@ def statement(results: Mapping[str, Mapping[str, xr.Dataset]]) -> str:
     if not tested:
         return "No comparison was tested."
     p, different = (np.concatenate([family[i] for family in tested]) for i in (0, 1))
-    remaining = int((different & (benjamini_hochberg(p) < ALPHA)).sum())
+    remaining = int((different & (false_discovery(p) < ALPHA)).sum())
     called, expected = int(different.sum()), ALPHA * different.sum()
     return (
         f"{len(tested)} families of comparisons with {len(p):,} cells were tested; {called:,} cells are called "

@@ -28,7 +28,8 @@ from workbench.runs.schema import EXAMPLE_KINDS
 from workbench.studies.comparison import prompt_numbers
 from workbench.studies.expert_labels import read as read_labels
 from workbench.studies.expert_labels import with_labels
-from workbench.studies.resampling import LEAST_UNITS, TAILS
+from workbench.studies.intervals import MIN_PROMPTS
+from workbench.studies.resampling import TAILS
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -324,7 +325,7 @@ def _jackknifed(
 ) -> tuple[Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]]:
     """Return an estimate from sums [prompt *cells] and its limits, from leaving out one prompt after another.
 
-    units: prompts that have something in a cell; with fewer than `LEAST_UNITS` it has no limits. Cells that some prompt
+    units: prompts that have something in a cell; with fewer than `MIN_PROMPTS` it has no limits. Cells that some prompt
     alone fills have no estimate without it, and no limits either.
     """
     totals = [part.sum(0) for part in sums]
@@ -337,7 +338,7 @@ def _jackknifed(
         square += change**2 / n
     error = np.sqrt(np.maximum(square - mean**2, 0) * max(n - 1, 0))
     width = scipy.stats.t.ppf(TAILS[1], np.maximum(units - 1, 1)) * error
-    width = np.where(units >= LEAST_UNITS, width, np.nan)
+    width = np.where(units >= MIN_PROMPTS, width, np.nan)
     return found, found - width, found + width
 
 

@@ -25,8 +25,9 @@ from jaxtyping import Bool, Float, Int
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.progress import progress
 from workbench.studies.comparison import in_second_half, prompt_numbers, prompts
-from workbench.studies.resampling import LEAST_UNITS
+from workbench.studies.intervals import MIN_PROMPTS
 
 Between = Literal["channel", "effort", "task", "half"]
 Control = Literal["none", "position", "token"]
@@ -37,6 +38,7 @@ WIDEST = 1.1  # last over first position of a stratum
 HALF_WEIGHT = 10  # matched tokens with which a prompt has half its full weight
 _LONGEST = 1 << 20  # positions
 _MOST_IDS = 1 << 20  # token ids
+_LARGE = 1_000_000  # tokens from which a pass reports its progress
 
 
 @runtime_checkable
@@ -53,6 +55,18 @@ class TokenRun(Protocol):
     def model(self) -> Mapping[str, Any]: ...
 
     def blocks(self, *names: str) -> Iterator[Block]: ...
+
+
+def token_blocks(run: TokenRun, label: str, *names: str) -> Iterator[Block]:
+    """Yield the blocks of a run, with a progress bar or lines where it is large."""
+    total = int(run.sequences["length"].sum()) if "length" in run.sequences else 0
+    if total < _LARGE:
+        yield from run.blocks(*names)
+        return
+    with progress(label, total, "tokens") as advance:
+        for block in run.blocks(*names):
+            yield block
+            advance(len(block["sequence"]))
 
 
 class Plan(NamedTuple):
@@ -132,7 +146,7 @@ class RunIndex:
         pieces: dict[int, list[bytes]] = {}
         prompt = CHANNELS.index("prompt")
         try:
-            for block in self.run.blocks("id"):
+            for block in token_blocks(self.run, "prompts", "id"):
                 for sequence, at in _runs(block["sequence"]):
                     own = block["id"][at][block["channel"][at] == prompt]
                     pieces.setdefault(sequence, []).append(np.ascontiguousarray(own).tobytes())
@@ -145,7 +159,7 @@ class RunIndex:
         if (kind, finite) not in self._cells:
             codes: list[np.ndarray] = []
             counts: list[np.ndarray] = []
-            for block in self.run.blocks(*reads(kind, finite)):
+            for block in token_blocks(self.run, "count tokens", *reads(kind, finite)):
                 code, known = cell_codes(block, kind, finite)
                 unique, n = np.unique(code[known], return_counts=True)
                 codes.append(unique)
@@ -351,13 +365,13 @@ def check_prompts(plan: Plan, matching: Matching) -> None:
     """Refuse a comparison of too few prompts.
 
     Raises:
-        InputError: fewer than `LEAST_UNITS` prompts have both sides (unpaired: either side).
+        InputError: fewer than `MIN_PROMPTS` prompts have both sides (unpaired: either side).
     """
     n_a, n_b = int(matching.in_a.sum()), int(matching.in_b.sum())
-    if min(n_a, n_b) < LEAST_UNITS:
+    if min(n_a, n_b) < MIN_PROMPTS:
         counted = f"{n_a} prompts with both" if plan.paired else f"{n_a} and {n_b} prompts"
         raise InputError(
-            f"{plan.label(0)} cannot be compared with {plan.label(1)}: {counted}, and at least {LEAST_UNITS} are needed"
+            f"{plan.label(0)} cannot be compared with {plan.label(1)}: {counted}, and at least {MIN_PROMPTS} are needed"
         )
 
 
@@ -435,9 +449,12 @@ def _adjusted(
     return out, information
 
 
-def gather(
-    weight: Float[np.ndarray, " cell"], prompt: Int[np.ndarray, " cell"], at: Int[np.ndarray, " local"], n_prompts: int
-) -> scipy.sparse.csr_array:
-    """Return the matrix that turns sums over some cells into sums over prompts."""
-    shape = (n_prompts, len(at))
-    return scipy.sparse.csr_array((weight[at], (prompt[at], np.arange(len(at)))), shape=shape)
+def sums_by_prompt(
+    weights: Float[np.ndarray, "sum cell"], prompt: Int[np.ndarray, " cell"], values: Float[np.ndarray, "cell d"]
+) -> Iterator[tuple[Int[np.ndarray, " local"], Float[np.ndarray, "local d"]]]:
+    """Yield for each row of weights the prompts that have a weight, and the weighted sums of their cells' values."""
+    for weight in weights:
+        at = np.flatnonzero(weight)
+        present, local = np.unique(prompt[at], return_inverse=True)
+        matrix = scipy.sparse.csr_array((weight[at], (local, at)), shape=(len(present), len(values)))
+        yield present, np.asarray(matrix @ values)

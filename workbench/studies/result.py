@@ -114,6 +114,11 @@ def save(
     inputs: paths that the results were made of, which are never replaced. overwrite: replace results of the same names.
     The JSON has everything, with NaN as null, in the form that `xarray.Dataset.from_dict` reads.
     """
+    return write_files(files_of(datasets), out_dir, command="study", inputs=inputs, overwrite=overwrite)
+
+
+def files_of(datasets: Mapping[str, xr.Dataset]) -> dict[str, str]:
+    """Return the files of results by name: JSON and CSV of each dataset, and a text for each study (see `save`)."""
     files: dict[str, str] = {}
     for name, result in datasets.items():
         stem = f"{result.attrs['study']}_{name}"
@@ -122,7 +127,7 @@ def save(
             files[f"{stem}_{dims}.csv"] = csv_text(table)
     for study in dict.fromkeys(result.attrs["study"] for result in datasets.values()):
         files[f"{study}.txt"] = summary({name: ds for name, ds in datasets.items() if ds.attrs["study"] == study})
-    return write_files(files, out_dir, command="study", inputs=inputs, overwrite=overwrite)
+    return files
 
 
 def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:

@@ -25,8 +25,8 @@ from jaxtyping import Float, Int
 from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.studies.contrast import paired_test
+from workbench.studies.intervals import MIN_PROMPTS, few_prompts
 from workbench.studies.matching import Block, TokenRun, duplicates_warning, index_of
-from workbench.studies.resampling import LEAST_UNITS, small_sample_warning
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.token_labels import TOKEN_LABELS, Selection, mask, selection_of
 
@@ -49,14 +49,14 @@ CONTROLS = ("pooled", "prompt", "token", "prompt and token")
 GROUPS = 40  # of prompts; each is left out once
 _IDS = 1 << 20  # more than any vocabulary has
 _NAMED = 5  # experts of each side that the summary lists
-_CI = f"95 %, delete-a-group jackknife over at most {GROUPS} groups of prompts, Student's t"
+_CI = f"95 %, delete-a-group jackknife over at most {GROUPS} groups of prompts, Student's t corrected for skewness"
 DEFINITIONS = {
     "rate_a": Definition("selection rate in a", "1", "fraction of side a's tokens that select the expert"),
     "rate_b": Definition("selection rate in b", "1", "fraction of side b's tokens that select the expert"),
     "difference": Definition("risk difference", "1", "rate in a less rate in b within strata", ci=_CI, null="0"),
     "low": Definition("risk difference, lower limit", "1", "lower limit of difference", ci=_CI),
     "high": Definition("risk difference, upper limit", "1", "upper limit of difference", ci=_CI),
-    "p": Definition("p", "1", "two-sided, Student's t over groups of prompts; missing: cannot be tested", null="0"),
+    "p": Definition("p", "1", "two-sided, as the interval; missing: cannot be tested", null="0"),
     "q": Definition("q", "1", "Benjamini–Hochberg over all layers × experts of this control"),
     "different": Definition("differs", "1", "q < 0.05 and the interval excludes zero"),
     "bound": Definition("equivalence bound", "1", "smallest bound within which it is shown to lie (TOST, p < 0.05)"),
@@ -258,7 +258,7 @@ def _by_expert(
 def _test(left_out: Float[np.ndarray, "config layer expert"], n_prompts: int, n_groups: int) -> dict[str, Any]:
     """Return the difference with limits, p, q and verdict from its values without each group (pseudo-values)."""
     whole, without = left_out[0], left_out[1:]
-    if n_prompts < LEAST_UNITS or not np.isfinite(left_out).all():
+    if n_prompts < MIN_PROMPTS or not np.isfinite(left_out).all():
         missing = np.full(whole.shape, np.nan)
         return {n: missing for n in ("low", "high", "p", "q", "bound")} | {
             "difference": whole,
@@ -295,14 +295,14 @@ def _summary(result: xr.Dataset) -> str:
         rests = f"{n} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
         label = "pooled" if control == "pooled" else f"within {control}"
         if not np.isfinite(cell["p"]).any():
-            lines.append(f"{label} ({rests}): cannot be tested, at least {LEAST_UNITS} prompts are needed.")
+            lines.append(f"{label} ({rests}): cannot be tested, at least {MIN_PROMPTS} prompts are needed.")
             continue
         large = [int((cell["different"] & (np.abs(cell["difference"]) > size)).sum()) for size in (0, 0.1, 0.3)]
         lines.append(
             f"{label} ({rests}): {large[0]} of {cell['different'].size} experts differ, {large[1]} by more than 10 and "
             f"{large[2]} by more than 30 percentage points."
         )
-        lines += [f"  {text}" for text in (small_sample_warning(n),) if text]
+        lines += [f"  Warning: {text}." for text in (few_prompts(n),) if text]
     control = strictest(result)
     cell = result.sel(control=control)
     for sign, side in ((1, "a"), (-1, "b")):

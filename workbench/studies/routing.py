@@ -30,6 +30,7 @@ from workbench.studies.comparison import (
     sum_by,
 )
 from workbench.studies.divergence import N_BOOT, N_PERMUTATIONS, divergence
+from workbench.studies.intervals import MIN_PROMPTS
 from workbench.studies.resampling import (
     IntervalMethod,
     bias_corrected,
@@ -88,7 +89,7 @@ DEFINITIONS = {
 
 METHOD = (
     "Load is pooled over the tokens of a cell; its sampling unit is the prompt. Cells with no token are missing. "
-    "Intervals need two prompts, are too narrow below about fifty, and cannot see what no prompt did: that of an "
+    "Intervals need five prompts, are too narrow below about fifty, and cannot see what no prompt did: that of an "
     "expert which nobody used is [0, 0]. Whether two cells' intervals overlap is no test; divergence() tests."
 )
 NOT_CONTROLLED = "Cells are not matched on task, position, length or words."
@@ -168,7 +169,7 @@ def _describe(
         "cv": statistics.coefficient_of_variation(share),
         "never_selected": np.where(np.isnan(entropy), np.nan, (share == 0).sum(axis=-1)),
     }
-    if len(counts) > 1:
+    if len(counts) >= MIN_PROMPTS:
         weights = bootstrap_weights(len(counts), n_boot, rng)
         layers = [_intervals(counts[:, layer].astype(np.float64), weights, interval) for layer in range(len(share))]
         found |= {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}

@@ -18,7 +18,8 @@ from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.contrast import Block, TokenRun
-from workbench.studies.resampling import ratio
+from workbench.studies.intervals import ratio
+from workbench.studies.matching import token_blocks
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -82,7 +83,9 @@ def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
     """Return how far the host's experts agree with the router's own, by layer, channel, effort, position, margin."""
     blocks = (
         (block, block["own_experts"], block["experts"], block["router_margin"], block["forced"].astype(bool))
-        for block in run.blocks("experts", "own_experts", "router_margin", "forced", "logprob")
+        for block in token_blocks(
+            run, "routing agreement", "experts", "own_experts", "router_margin", "forced", "logprob"
+        )
     )
     attrs = provenance("routing-agreement", "Routing agreement with the host", run.digest, seed, {})
     return {"agreement": agreement(run, blocks, attrs, "host and own router")}

@@ -8,7 +8,8 @@ import xarray as xr
 from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.studies.contrast import TokenRun
-from workbench.studies.resampling import ratio
+from workbench.studies.intervals import ratio
+from workbench.studies.matching import token_blocks
 from workbench.studies.result import Definition, provenance
 from workbench.studies.routing_agreement import Compared, agreement
 
@@ -56,7 +57,9 @@ def _compared(run: TokenRun, other: TokenRun, effect: list[tuple[np.ndarray, np.
     logprobs = ["logprob"] if all("logprobs" in names for names in recorded) else []
     own = ["router_logits"] if "router_logits" in recorded[0] else []
     for x, y in zip(
-        run.blocks("id", "experts", *logprobs, *own), other.blocks("id", "experts", *logprobs), strict=True
+        token_blocks(run, "compare runs", "id", "experts", *logprobs, *own),
+        other.blocks("id", "experts", *logprobs),
+        strict=True,
     ):
         if not np.array_equal(x["id"], y["id"]):
             raise InputError("the two runs are laid out differently: capture both with the same --unit-tokens")

@@ -16,8 +16,8 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompt_numbers, sum_by
 from workbench.studies.contrast import Plan, TokenRun, contrasts
-from workbench.studies.matching import merged_prompts
-from workbench.studies.resampling import ratio
+from workbench.studies.intervals import ratio
+from workbench.studies.matching import merged_prompts, token_blocks
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -133,7 +133,7 @@ def by_position(run: TokenRun, *, seed: int = 0) -> xr.Dataset:
     n_prompts, n_cells = int(number.max()) + 1, len(CHANNELS) * len(edges)
     sums = np.zeros((n_prompts, n_cells, layers))
     above, tokens = np.zeros((n_cells, layers)), np.zeros((n_prompts, n_cells))
-    for block in run.blocks("sink"):
+    for block in token_blocks(run, "sinks by position", "sink"):
         bins = np.searchsorted(edges, block["position"], side="right") - 1
         cell = block["channel"].astype(np.int64) * len(edges) + bins
         place = number[block["sequence"]] * n_cells + cell

@@ -59,6 +59,7 @@ def false_discovery(p: Float[Array, "*cells"]) -> Float[Array, "*cells"]:
     """Return Benjamini–Hochberg q over every cell that was tested (all axes are one family; NaN was not tested)."""
     from scipy.stats import false_discovery_control
 
+    p = np.asarray(p)
     q = np.full(p.shape, np.nan)
     tested = ~np.isnan(p)
     if tested.any():

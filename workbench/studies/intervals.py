@@ -1,12 +1,15 @@
-"""Intervals and tests for effects of interventions; the sampling unit is the prompt, whose sequences are averaged.
+"""Intervals and tests of means over prompts, for every study and experiment; the sampling unit is the prompt.
 
-Damage by an intervention is skewed and rare: most prompts change little and a few change much. A percentile bootstrap
-then covers the mean far too seldom (0.49 at 2 prompts, 0.84 at 5). `mean_effect` studentizes: the bootstrap-t interval,
-nowhere narrower than Student's t. Shares have `share_interval` and differences of shares `share_change_interval`; both
-stay within their bounds and have a width also where all prompts agree.
+Differences between channels and efforts, and changes by an intervention, are often skewed or rare: most prompts change
+little and a few change much. Student's t interval then covers the mean too seldom (0.80 to 0.93 where 10 to 30 % of 8
+to 50 prompts change), and a percentile bootstrap even less. Two estimators correct this, both nowhere narrower than
+Student's t: `mean_test` by Hall's transformation, in closed form for thousands of cells and for prompts that do not
+weigh alike, and `mean_effect` by the bootstrap-t. Shares have `share_interval` and differences of shares
+`share_change_interval`; both stay within their bounds and have a width also where all prompts agree.
 
-Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 12 (bootstrap-t); Schuirmann 1987 (two
-one-sided tests); Wilson 1927; Korn & Graubard 1998 (effective sample size of clustered shares); Agresti & Min 2005.
+Reference: Hall 1992, On the removal of skewness by transformation; Efron & Tibshirani 1993, An Introduction to the
+Bootstrap, chapters 11 (jackknife) and 12 (bootstrap-t); Schuirmann 1987 (two one-sided tests); Wilson 1927; Korn &
+Graubard 1998 (effective sample size of clustered shares); Agresti & Min 2005.
 """
 
 import warnings
@@ -15,10 +18,11 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import scipy.stats
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 
 from workbench.errors import InputError
 from workbench.studies.resampling import LEVEL, bootstrap_weights
+from workbench.studies.statistics import Array
 
 MIN_PROMPTS, ENOUGH_PROMPTS = 5, 20  # fewer than MIN_PROMPTS are refused, fewer than ENOUGH_PROMPTS give a warning
 SMALLEST_EFFECT = 0.1  # nats: about 10 % of a probability; an effect within ± this is called absent
@@ -31,6 +35,80 @@ _PRIOR_OBSERVATIONS = 0.3
 
 class FewPromptsWarning(UserWarning):
     """Intervals over so few prompts depend on the shape of the distribution."""
+
+
+class MeanTest(NamedTuple):
+    """Limits of the 95 % interval of a mean, p of "the mean is zero", and the equivalence bound, for every cell.
+
+    bound: the smallest bound within which the mean is shown to lie (two one-sided tests, 5 %).
+    """
+
+    low: Float[Array, "*cells"]
+    high: Float[Array, "*cells"]
+    p: Float[Array, "*cells"]
+    bound: Float[Array, "*cells"]
+
+
+def mean_test(mean: Float[Array, "*cells"], influence: Float[np.ndarray, "prompt *cells"], freedom: float) -> MeanTest:
+    """Return the interval and test of a mean over prompts: Student's t corrected for skewness, nowhere narrower than t.
+
+    influence: deviations of the prompts whose root sum of squares is the standard error. Hall's transformation
+    g(t) = t + k t² / 3 + k² t³ / 27 + k / 6, with k the skewness of the mean, is closer to Student's distribution than
+    t itself where values are skewed; the interval holds all means that either statistic does not reject. A cell in
+    which all prompts agree has that value as its interval, and p of 1 if it is zero, else 0.
+
+    Reference: Hall 1992, On the removal of skewness by transformation, J. R. Stat. Soc. B 54.
+    """
+    error = np.sqrt((influence**2).sum(0))
+    varies = ~(error == 0)  # an unknown error stays unknown
+    safe = np.where(varies, error, 1.0)
+    k = (influence**3).sum(0) / safe**3
+    t = np.where(varies, mean / safe, np.where(mean == 0, 0.0, np.inf))
+    p_t = 2 * scipy.stats.t.sf(np.abs(t), freedom)
+    t = np.where(varies, t, 0.0)
+    p_hall = 2 * scipy.stats.t.sf(np.abs(t + k * t**2 / 3 + k**2 * t**3 / 27 + k / 6), freedom)
+
+    def limits(level: float) -> tuple[np.ndarray, np.ndarray]:
+        edge = scipy.stats.t.ppf((1 + level) / 2, freedom)
+        most, least = np.maximum(edge, _without_skewness(edge, k)), np.minimum(-edge, _without_skewness(-edge, k))
+        return np.asarray(mean - error * most), np.asarray(mean - error * least)
+
+    (low, high), (low_90, high_90) = limits(LEVEL), limits(2 * LEVEL - 1)
+    return MeanTest(low, high, np.where(varies, np.maximum(p_t, p_hall), p_t), np.maximum(-low_90, high_90))
+
+
+def _without_skewness(g: float, k: Float[Array, "*cells"]) -> Float[Array, "*cells"]:
+    """Return the t that Hall's transformation with skewness k takes to g."""
+    straight = np.abs(k) < 1e-8
+    k = np.where(straight, 1.0, k)
+    return np.asarray(np.where(straight, g, 3 / k * (np.cbrt(1 + k * (g - k / 6)) - 1)))
+
+
+def ratio(
+    sums: Num[np.ndarray, "prompt *cells"], tokens: Num[np.ndarray, " prompt"]
+) -> tuple[Float[Array, "*cells"], Float[Array, "*cells"], Float[Array, "*cells"]]:
+    """Return Σ sums / Σ tokens and its 95 % interval; NaN without tokens, no interval below five prompts."""
+    value, tested = ratio_test(sums, tokens)
+    return value, tested.low, tested.high
+
+
+def ratio_test(
+    sums: Num[np.ndarray, "prompt *cells"], tokens: Num[np.ndarray, " prompt"]
+) -> tuple[Float[Array, "*cells"], MeanTest]:
+    """Return Σ sums / Σ tokens with interval and test: delete-one jackknife, corrected for skewness (`mean_test`).
+
+    Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
+    """
+    used = tokens > 0
+    sums, tokens = sums[used].astype(np.float64), tokens[used].astype(np.float64)
+    cells, n = sums.shape[1:], len(tokens)
+    value = sums.sum(0) / tokens.sum() if n else np.full(cells, np.nan)
+    if n < MIN_PROMPTS:
+        missing = np.full(cells, np.nan)
+        return value, MeanTest(missing, missing, missing, missing)
+    per_token = tokens.reshape(-1, *[1] * len(cells))
+    influence = (sums - value * per_token) / np.maximum(tokens.sum() - per_token, 1)
+    return value, mean_test(value, (influence - influence.mean(0)) * np.sqrt((n - 1) / n), n - 1.0)
 
 
 class MeanEffect(NamedTuple):
@@ -59,6 +137,13 @@ def prompt_means(
     return np.asarray((values[..., present] @ members) / members.sum(0))
 
 
+def few_prompts(n: int) -> str:
+    """Return the warning that goes with an interval over n prompts; empty from `ENOUGH_PROMPTS` on."""
+    if n >= ENOUGH_PROMPTS:
+        return ""
+    return f"only {n} prompts: intervals of fewer than {ENOUGH_PROMPTS} depend on the shape of the distribution"
+
+
 def check_prompts(n: int) -> None:
     """Refuse fewer than five prompts, and warn of fewer than twenty.
 
@@ -67,8 +152,7 @@ def check_prompts(n: int) -> None:
     """
     if n < MIN_PROMPTS:
         raise InputError(f"{n} prompts have a value, and an interval needs at least {MIN_PROMPTS}: add prompts")
-    if n < ENOUGH_PROMPTS:
-        text = f"only {n} prompts: intervals of fewer than {ENOUGH_PROMPTS} depend on the shape of the distribution"
+    if text := few_prompts(n):
         warnings.warn(text, FewPromptsWarning, stacklevel=3)
 
 
@@ -132,14 +216,6 @@ def _studentized(
     return np.divide(shift, error, out=np.zeros_like(shift), where=error > 0)
 
 
-def false_discovery(p: Float[np.ndarray, " *cells"]) -> Float[np.ndarray, " *cells"]:
-    """Return q of each cell of a family (Benjamini–Hochberg): the false discovery rate at which it is rejected."""
-    q, tested = np.full(np.shape(p), np.nan), ~np.isnan(p)
-    if tested.any():
-        q[tested] = scipy.stats.false_discovery_control(np.asarray(p)[tested])
-    return q
-
-
 def share_interval(
     values: Float[np.ndarray, "*cells sequence"], units: Sequence[str] | np.ndarray
 ) -> tuple[Cells, Cells, Cells]:
@@ -147,16 +223,23 @@ def share_interval(
 
     Sequences of a prompt are not independent: the sample size is the one at which independent answers would vary as
     much as the prompts do; where all answers agree, the number of prompts.
+
+    Raises:
+        InputError: fewer than five prompts have a value.
     """
     means = prompt_means(values, units)
+    check_prompts(means.shape[-1])
+    return wilson(means, int((~np.isnan(values.reshape(-1, values.shape[-1])).all(0)).sum()))
+
+
+def wilson(means: Float[np.ndarray, "*cells prompt"], answers: int) -> tuple[Cells, Cells, Cells]:
+    """Return the mean of the prompts' fractions, of so many answers in all, and its 95 % Wilson interval."""
     n = means.shape[-1]
-    check_prompts(n)
     share, variance = means.mean(-1), means.var(-1, ddof=1) / n
     binomial = share * (1 - share)
-    present = int((~np.isnan(values.reshape(-1, values.shape[-1])).all(0)).sum())
     size = np.divide(binomial, variance, out=np.full(share.shape, float(n)), where=variance > 0)
-    size = np.where(binomial <= 0, n, np.clip(size, 1.0, present))
-    z = scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1) if present > n else scipy.stats.norm.ppf((1 + LEVEL) / 2)
+    size = np.where(binomial <= 0, n, np.clip(size, 1.0, answers))
+    z = scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1) if answers > n else scipy.stats.norm.ppf((1 + LEVEL) / 2)
     middle = (share + z**2 / (2 * size)) / (1 + z**2 / size)
     half = z / (1 + z**2 / size) * np.sqrt(binomial / size + z**2 / (4 * size**2))
     return share, np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
@@ -167,12 +250,21 @@ def share_change_interval(
 ) -> tuple[Cells, Cells, Cells]:
     """Return the mean over prompts (units [sequence]) of a change of 1 and 0, −1 to 1, and its 95 % interval.
 
+    Raises:
+        InputError: fewer than five prompts have a value.
+    """
+    means = prompt_means(values, units)
+    check_prompts(means.shape[-1])
+    return share_change(means)
+
+
+def share_change(means: Float[np.ndarray, "*cells prompt"]) -> tuple[Cells, Cells, Cells]:
+    """Return the mean of the prompts' changes of a fraction, −1 to 1, and its 95 % interval.
+
     Two pseudo-prompts are added, half a prompt each for better and for worse and one unchanged, so that the interval
     has a width also where no answer changed.
     """
-    means = prompt_means(values, units)
     n = means.shape[-1]
-    check_prompts(n)
     middle = means.sum(-1) / (n + 2)
     variance = ((means**2).sum(-1) + 1) / (n + 2) - middle**2
     half = scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.sqrt(variance / (n + 2))
