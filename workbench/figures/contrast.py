@@ -78,7 +78,10 @@ def volcano(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     figure.add_hline(y=-np.log10(0.05), line={"dash": "dot", "color": colours.muted})
     figure.update_xaxes(title=f"percentage points, {ds.attrs['a']} − {ds.attrs['b']}")
     figure.update_yaxes(title="−log₁₀ q", rangemode="tozero")
-    subtitle = f"{_CONTROL[control]}; {int(different.sum())} of {different.size} differ; dotted: q = 0.05; labels: layer.{kind}"
+    subtitle = (
+        f"{_CONTROL[control]}; {int(different.sum())} of {different.size} differ; dotted: q = 0.05; labels: "
+        f"layer.{kind}"
+    )
     return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=520)
 
 
