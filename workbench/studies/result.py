@@ -139,7 +139,7 @@ def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:
     found: dict[str, dict[str, xr.Dataset]] = {}
     for path in sorted(Path(folder).glob("*.json")):
         try:
-            ds = xr.Dataset.from_dict(_numbers(read_json(path)))
+            ds = from_json(read_json(path))
             study = str(ds.attrs["study"])
         except (ValueError, KeyError, TypeError):
             continue
@@ -147,6 +147,11 @@ def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:
     if not found:
         raise InputError(f"{folder} holds no results: write some with `workbench study NAME RUN --out {folder}`")
     return found
+
+
+def from_json(content: Mapping[str, Any]) -> xr.Dataset:
+    """Return the dataset that a JSON object of `save` holds."""
+    return xr.Dataset.from_dict(_numbers(content))
 
 
 def _numbers(value: Any) -> Any:
