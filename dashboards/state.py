@@ -3,6 +3,7 @@
 The paths of runs come from the command line only; a browser selects among their names.
 """
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -88,7 +89,11 @@ class RunRegistry:
         self._paths: dict[str, str | Path] = {}
         for path in paths:
             where = place(path)
-            last = where.path.resolve().name if isinstance(where, LocalStorage) else str(where).rsplit("/", 1)[-1]
+            last = (
+                Path(os.path.realpath(where.path)).name
+                if isinstance(where, LocalStorage)
+                else str(where).rsplit("/", 1)[-1]
+            )
             name = last.removesuffix(".zarr")
             if name in self._paths:
                 raise InputError(f"two runs are called {name!r}: {self._paths[name]} and {path}; rename one of them")

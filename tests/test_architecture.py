@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "hooks": {"bounded_json", "errors"},
     "harmony": {"inputs", "errors", "progress", "bounded_json", "outputs", "row_output", "signals"},
     "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
-    "runs": {"harmony", "errors", "progress", "file_lock", "outputs", "bounded_json"},
+    "runs": {"harmony", "inputs", "errors", "progress", "file_lock", "outputs", "bounded_json"},
     "studies": {"progress", "outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
     "figures": {"outputs", "registry", "studies", "harmony", "errors"},
     "dashboards": {"child_processes", "bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},

@@ -4,6 +4,7 @@ A device has no end, and a named pipe to which nobody writes never has a beginni
 read once only, so its content is copied to a temporary file.
 """
 
+import errno
 import os
 import select
 import shutil
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from workbench.errors import InputError
 
@@ -42,6 +44,19 @@ def regular_file(path: str | Path) -> Iterator[Path]:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
         yield Path(copy.name)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read, without waiting for a pipe or reading a device.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file", str(path))
 
 
 def refuse_devices(path: str | Path) -> None:

@@ -47,7 +47,7 @@ def snapshot(folder: Path) -> dict[str, str]:
             path = Path(at, name)
             if path.is_symlink():
                 what = f"link to {os.readlink(path)}"
-            elif path.is_file():
+            elif path.is_file() and path.stat().st_size < 2**30:
                 what = hashlib.sha256(path.read_bytes()).hexdigest()
             else:
                 what = "folder" if path.is_dir() else "special"

@@ -32,6 +32,7 @@ OUTPUTS: dict[tuple[str, str], str] = {
     ("bench capture", "out"): "bench capture --json OUT",
     ("bench store", "out"): "bench store --json OUT",
     ("bench reading", "out"): "bench reading run.zarr --json OUT",
+    ("bench studies", "out"): "bench studies run.zarr --json OUT",
     ("bench dashboard", "out"): "bench dashboard run.zarr --json OUT",
     ("bench kernels", "out"): "bench kernels --json OUT",
     ("bench gpu", "out"): "bench gpu --json OUT",

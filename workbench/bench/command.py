@@ -94,8 +94,12 @@ def capture(
     import torch
 
     from workbench.bench.capture import run
+    from workbench.errors import InputError
 
-    save(run(checkpoint, tokens, rounds, {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]))
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in dtypes:
+        raise InputError(f"--dtype {dtype!r}: choose one of {', '.join(dtypes)}")
+    save(run(checkpoint, tokens, rounds, dtypes[dtype]))
 
 
 @app.command()
@@ -117,7 +121,7 @@ def reading(
     run: Annotated[str, typer.Argument(help="Run to read; a run of random numbers is written if it does not exist.")],
     tokens: Annotated[int, typer.Option(min=1000, help="Tokens of the random run: 10 million are 2 GB.")] = 10_000_000,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each query.")] = 5,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of random numbers.")] = 0,
     out: Json = None,
     overwrite: Overwrite = False,
 ) -> None:

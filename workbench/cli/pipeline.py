@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from workbench.cli.damage import names_damage
 from workbench.cli.options import (
     Adapter,
     Device,
@@ -99,7 +100,7 @@ def transcripts(
         float | None, typer.Option(min=0.01, max=1e9, help="Rate limit. [default: none]")
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, max=1e6, help="Timeout of a request in seconds.")] = 600,
-    retries: Annotated[int, typer.Option(min=0, help="Retries of a failed request.")] = 6,
+    retries: Annotated[int, typer.Option(min=0, max=1000, help="Retries of a failed request.")] = 6,
     key_env: Annotated[str, typer.Option(help="Environment variable with the key; it is stored nowhere.")] = (
         "OPENAI_API_KEY"
     ),
@@ -173,6 +174,7 @@ def convert(
 
 
 @app.command()
+@names_damage
 def capture(
     model: Model,
     transcripts: Annotated[Path, typer.Argument(help="JSONL of transcripts.")],
@@ -292,6 +294,7 @@ def verify(
 
 
 @app.command()
+@names_damage
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(help="File (parquet) or folder to write.")],

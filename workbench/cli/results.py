@@ -5,6 +5,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from workbench.cli.damage import names_damage
 from workbench.cli.options import MAX_SEED, Device, Dtype, Exclude, IgnoreField, Overwrite, RunPath, Seed, load_model
 from workbench.cli.study_help import StudyCommand, parse_options
 from workbench.errors import InputError
@@ -13,6 +14,7 @@ app = typer.Typer()
 
 
 @app.command(cls=StudyCommand)
+@names_damage
 def study(
     name: Annotated[str, typer.Argument(help="Name of the study or experiment; see the list below.")],
     run: RunPath,
@@ -61,6 +63,7 @@ def study(
 
 
 @app.command()
+@names_damage
 def summary(run: RunPath, exclude: Exclude = None) -> None:
     """Summarize a run in the terminal."""
     from rich.console import Console
@@ -72,6 +75,7 @@ def summary(run: RunPath, exclude: Exclude = None) -> None:
 
 
 @app.command()
+@names_damage
 def report(
     run: RunPath,
     out: Annotated[
@@ -96,6 +100,7 @@ def report(
 
 
 @app.command()
+@names_damage
 def figures(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
@@ -125,6 +130,7 @@ def figures(
 
 
 @app.command()
+@names_damage
 def dashboard(
     runs: Annotated[list[str], typer.Argument(help="Runs to show, as folders or URLs.")],
     port: Annotated[int, typer.Option(min=1, max=65_535, help="Port to listen on.")] = 5006,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from workbench.cli.damage import names_damage
 from workbench.cli.options import Overwrite, RunPath
 from workbench.errors import InputError
 
@@ -12,6 +13,7 @@ app = typer.Typer()
 
 
 @app.command()
+@names_damage
 def conversation(
     run: RunPath,
     id: Annotated[str, typer.Argument(help="Id or number of a sequence, or a range of numbers such as 0-4.")],

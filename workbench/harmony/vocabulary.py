@@ -14,8 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from workbench.bounded_json import MAX_BYTES
 from workbench.errors import InputError, refuse_lfs_pointer
 from workbench.harmony.tokenizer_names import TokenizerNames, plain_ids
+from workbench.inputs import open_regular
 
 Mark = Literal["start", "end", "message", "channel", "constrain", "return", "call"]
 MARKS: tuple[Mark, ...] = get_args(Mark)
@@ -145,8 +147,12 @@ class _FromFile(Tokenizer):
         content = _read(path) if content is None else content
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises no narrower class
+        except BaseException as error:  # the library raises no narrower class, and a panic is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise InputError(f"{path} is no tokenizer: {error}") from error
+        self._tokenizer.no_padding()  # it may be to a length that ends the process, for which a text has no use here
+        self._tokenizer.no_truncation()
         for mark in MARKS:
             pieces = self._tokenizer.encode(f"<|{mark}|>", add_special_tokens=False).ids
             if pieces != [self._tokenizer.token_to_id(f"<|{mark}|>")]:
@@ -285,8 +291,11 @@ def _chat_template(folder: Path) -> str | None:
 
 def _read(path: Path) -> str:
     try:
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read(MAX_BYTES + 1)
         refuse_lfs_pointer(path, content)
+        if len(content) > MAX_BYTES:
+            raise InputError(f"{path} is larger than {MAX_BYTES:,} bytes: is it a tokenizer's file?")
         return content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error

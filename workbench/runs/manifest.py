@@ -13,17 +13,19 @@ their own, so a flipped bit elsewhere is found when its chunk is decoded.
 import asyncio
 import hashlib
 import json
+import stat
 import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import google_crc32c
 import numpy as np
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import WrapperStore
+from zarr.storage import LocalStore, WrapperStore
 
 from workbench.errors import InputError
 from workbench.runs.schema import ArraySpec, Layout, Spec, Unit, arrays
@@ -31,6 +33,7 @@ from workbench.runs.storage import Storage
 
 CREATED, COMPLETE = "manifest/created.json", "manifest/complete.json"
 TAIL_BYTES = 16_384
+MAX_METADATA_BYTES = 2**30  # of a manifest, and of a zarr.json
 FLAG = b"\x01"  # content of the file that commits a unit
 
 
@@ -88,12 +91,12 @@ def read(storage: Storage, key: str) -> tuple[str, dict[str, Entry]]:
         DamageError: the manifest is missing, changed, or that of something else.
     """
     try:
-        content = json.loads(storage.read(key))
+        content = json.loads(storage.read(key, MAX_METADATA_BYTES))
         listed, digest = content["files"], content["digest"]
         files = {str(name): Entry(int(size), int(tail), str(sha)) for name, (size, tail, sha) in listed.items()}
     except FileNotFoundError as error:
         raise DamageError(storage, f"{key} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         raise DamageError(storage, f"{key} cannot be read") from error
     if content.get("manifest") != key or digest != _digest(key, listed):
         raise DamageError(storage, f"{key} was changed")
@@ -138,7 +141,7 @@ class Manifest:
         """The units, without the sequences' offsets and lengths: all that the shapes of arrays depend on."""
         key = "units/committed/zarr.json"
         self.check(key)
-        about = json.loads(self._storage.read(key))["attributes"]
+        about = json.loads(self._storage.read(key, MAX_METADATA_BYTES))["attributes"]
         columns = zip(about["starts"], about["capacities"], about["sequences"], strict=True)
         units = (Unit(i, start, capacity, tuple(range(n))) for i, (start, capacity, n) in enumerate(columns))
         return Layout(self._attributes["unit_tokens"], tuple(units), (), ())
@@ -211,7 +214,7 @@ class Manifest:
         if known is None:
             return
         if data is None and self._full:
-            data = self._content(key)
+            data = self._content(key, known)
         if data is None:
             size, tail = self._ending(key)
         else:
@@ -221,21 +224,25 @@ class Manifest:
             raise DamageError(self._storage, f"{key} is not the file that was written")
         self._checked.add(key)
 
-    def _content(self, key: str) -> bytes:
+    def _content(self, key: str, known: Entry | None) -> bytes:
         try:
-            return self._storage.read(key)
+            return self._storage.read(key, None if known is None else known.size)
         except OSError as error:
-            raise DamageError(self._storage, f"{key} is missing") from error
+            raise self._unreadable(key, error) from error
 
     def _ending(self, key: str) -> tuple[int, bytes]:
         try:
             return self._storage.ending(key, TAIL_BYTES)
         except OSError as error:
-            raise DamageError(self._storage, f"{key} is missing") from error
+            raise self._unreadable(key, error) from error
 
-    def read(self, key: str) -> bytes:
+    def _unreadable(self, key: str, error: OSError) -> DamageError:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
+        return DamageError(self._storage, f"{key} {what}")
+
+    def read(self, key: str, max_bytes: int | None = None) -> bytes:
         """Return the content of a file that is checked."""
-        data = self._content(key)
+        data = self._content(key, self.find(key))
         self.check(key, data)
         return data
 
@@ -269,5 +276,23 @@ class CheckedStore(WrapperStore[Any]):
             yield key, await self.get(key, prototype, byte_range)
 
     async def _check(self, key: str) -> None:
+        if isinstance(self._store, LocalStore):
+            _refuse_special(self._store.root / key)
         if self.manifest is not None and not self.manifest.is_checked(key):
             await asyncio.to_thread(self.manifest.check, key)
+
+
+def _refuse_special(path: Path) -> None:
+    """Check that zarr, which opens whatever lies at a path, waits for no pipe, reads no device and no absurd metadata.
+
+    Raises:
+        DamageError: it is one.
+    """
+    try:
+        about = path.stat()
+    except OSError:
+        return  # missing: whether it may be is not decided here
+    if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+        raise DamageError(path, "it is a pipe, a device or a socket, not a file")
+    if path.name == "zarr.json" and about.st_size > MAX_METADATA_BYTES:
+        raise DamageError(path, f"it is larger than {MAX_METADATA_BYTES:,} bytes")

@@ -23,12 +23,30 @@ from workbench.harmony.flags import read_flags
 from workbench.harmony.labels import CHANNELS
 from workbench.harmony.vocabulary import Tokenizer
 from workbench.runs import conversations, shards, totals, views
-from workbench.runs.manifest import CheckedStore, DamageError, Manifest, attributes_digest, reading
-from workbench.runs.schema import MANIFESTS, SCHEMA, TOKEN_COLUMNS, Layout, Spec, Unit, arrays
+from workbench.runs.manifest import (
+    MAX_METADATA_BYTES,
+    CheckedStore,
+    DamageError,
+    Manifest,
+    attributes_digest,
+    reading,
+)
+from workbench.runs.schema import MANIFESTS, SCHEMA, TOKEN_COLUMNS, ArraySpec, Layout, Spec, Unit, arrays
 from workbench.runs.storage import ROOT, LocalStorage, Storage, place
 from workbench.runs.summaries import expert_pairs, float32_of
 
 _KEPT_BYTES = 256_000_000  # of a summary that is kept for the next question
+_ATTRIBUTES = {
+    "status": str,
+    "model": dict,
+    "checkpoint": dict,
+    "spec": dict,
+    "identity": dict,
+    "provenance": dict,
+    "unit_tokens": int,
+}
+_SIZES = ("n_layers", "num_experts", "experts_per_token", "n_heads")
+_MAX_SIZE = 2**16
 
 
 def open_run(
@@ -61,13 +79,13 @@ def open_group(where: Storage, mode: Literal["r", "r+"] = "r", check: Literal["f
         store = CheckedStore(_store(where, read_only=mode == "r"))
         group = zarr.open_group(store, mode=mode, zarr_format=3, use_consolidated=False)
         schema = group.attrs["schema"]
-        known = {"status", "model", "checkpoint", "spec", "identity"} <= set(group.attrs)
+        known = _are_known(group.attrs)
     except (FileNotFoundError, FileExistsError, NotADirectoryError, KeyError, ValueError) as error:
         raise InputError(f"{where} is not a run: no Zarr group with a run's attributes is in it") from error
     except PermissionError as error:
         raise InputError(f"{where} cannot be opened: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DamageError(where, "its zarr.json is no text") from error
+    except (UnicodeDecodeError, TypeError, RecursionError, MemoryError) as error:
+        raise DamageError(where, "its zarr.json cannot be read") from error
     if not isinstance(schema, int) or not known:
         raise InputError(f"{where} is a Zarr group, but not a run: it lacks a run's attributes")
     if schema > SCHEMA:
@@ -75,9 +93,17 @@ def open_group(where: Storage, mode: Literal["r", "r+"] = "r", check: Literal["f
     if schema >= MANIFESTS:
         # zarr may wrap the store again, read-only: the manifest belongs to the store that it reads through
         group.store.manifest = Manifest(where, dict(group.attrs), full=check == "full")
-        if group.attrs.get("digest") != attributes_digest(where.read(ROOT)):
+        if group.attrs.get("digest") != attributes_digest(where.read(ROOT, MAX_METADATA_BYTES)):
             raise DamageError(where, "its attributes are not those that were written")
     return group
+
+
+def _are_known(attributes: Mapping[str, Any]) -> bool:
+    """Return whether a run's attributes are there, of their types, and its model has sizes that a model may have."""
+    if not all(isinstance(attributes.get(name), kind) for name, kind in _ATTRIBUTES.items()):
+        return False
+    sizes = [attributes["model"].get(name) for name in _SIZES]
+    return all(type(n) is int and 0 < n <= _MAX_SIZE for n in sizes)
 
 
 def _store(where: Storage, *, read_only: bool) -> Any:
@@ -112,7 +138,9 @@ class Run:
             InputError: a flag is unknown, the run stores no flags, or no sequence is left.
         """
         names = read_flags(flags if isinstance(flags, str) else ",".join(flags))
-        if names and "flags" not in self.group["sequences"]:
+        with reading(self.place, "the table sequences"):
+            has_flags = "flags" in self.group["sequences"]
+        if names and not has_flags:
             raise InputError(f"{self.path} stores no flags of its sequences: capture it again to exclude some")
         run = Run(self.place, self.group, tuple(dict.fromkeys((*self.excluded, *names))))
         if run.excluded and not len(run._visible) and len(Run(self.place, self.group)._visible):
@@ -280,32 +308,46 @@ class Run:
         for rows in self._unit_spans:
             block = {}
             for name, path in wanted.items():
-                array = self.group[path]
-                axis = array.metadata.dimension_names.index("token")
-                grain = (array.shards or array.chunks)[axis]
-                end = -(-rows.stop // grain) * grain
                 with reading(self.place, path):
+                    array = self._array(path)
+                    axis = array.metadata.dimension_names.index("token")
+                    grain = (array.shards or array.chunks)[axis]
+                    end = -(-rows.stop // grain) * grain
                     values = shards.read(array, self.checked, path, rows.start, end, axis, layer if axis else None)
                 values = values[(*(slice(None),) * axis, slice(rows.stop - rows.start))]
                 block[name] = float32_of(values) if path.startswith("activations/") else values
                 if name in sparse and block[name].dtype.kind == "f":  # tokens that were not recorded have no value
-                    there = np.asarray(self.group[f"selected/{name}"][rows])
+                    with reading(self.place, f"selected/{name}"):
+                        there = np.asarray(self._array(f"selected/{name}")[rows])
                     block[name] = np.where(
                         there.reshape(1, -1, *(1,) * (values.ndim - 2)), block[name], np.float32(np.nan)
                     )
             if self.excluded:
                 visible = np.isin(block["sequence"], self._visible)
                 for name, path in wanted.items():
-                    axis = self.group[path].metadata.dimension_names.index("token")
+                    axis = self._array(path).metadata.dimension_names.index("token")
                     block[name] = np.compress(visible, block[name], axis)
             if len(block["sequence"]):
                 yield block
+
+    def _array(self, path: str) -> zarr.Array:
+        """Return an array that units write, after a check that its shape and dtype are those of the run's layout."""
+        array, spec = self.group[path], self._specs.get(path)
+        if spec is None or (array.shape, str(array.dtype)) != (spec.shape, spec.dtype):
+            raise DamageError(self.place, f"{path} has another shape or dtype than the run's layout")
+        return array
+
+    @cached_property
+    def _specs(self) -> dict[str, ArraySpec]:
+        return arrays(self.model, self.spec, self.layout)
 
     @cached_property
     def _stored(self) -> dict[str, str]:
         """Path in the store → name in the dataset, of all that tokens have."""
         columns = {*TOKEN_COLUMNS, "logprob", "entropy"}  # others add columns of their own
-        names = {f"tokens/{n}": n for n in sorted(n for n, _ in self.group["tokens"].arrays() if n in columns)}
+        with reading(self.place, "tokens"):
+            there = [n for n, _ in self.group["tokens"].arrays()]
+        names = {f"tokens/{n}": n for n in sorted(columns.intersection(there))}
         names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
         names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}
         if self.spec.host_routing:
@@ -331,7 +373,8 @@ class Run:
         """Return the tokens of one sequence, by number or id; reads its own chunks only."""
         row: Any = self.sequences.loc[self._number(which)]
         offset = int(row["offset"])
-        return self._dataset([slice(offset, offset + int(row["length"]))])
+        with reading(self.place, f"sequence {which!r}"):
+            return self._dataset([slice(offset, offset + int(row["length"]))])
 
     def text(self, which: int | str, *, tokenizer: Tokenizer | None = None, channel: str | None = None) -> str:
         """Return the text of a sequence, by number or id: with its marks, or only the contents of one channel.
@@ -386,10 +429,10 @@ class Run:
 
     def _dataset(self, spans: list[slice]) -> xr.Dataset:
         selected = {a.name: a for a in self.spec.selected}
-        sparse = {a.name: _rows(self.group[f"selected/{a.name}"], 0, spans) for a in self.spec.selected if a.sparse}
+        sparse = {a.name: _rows(self._array(f"selected/{a.name}"), 0, spans) for a in self.spec.selected if a.sparse}
         variables: dict[str, Any] = {}
         for stored, name in self._stored.items():
-            array = self.group[stored]
+            array = self._array(stored)
             dims = tuple(array.metadata.dimension_names)
             lazy = _rows(array, dims.index("token"), spans)
             if name in selected:
@@ -406,7 +449,7 @@ class Run:
     def summaries(self) -> list[str]:
         """Return names of the sums that `summary` and `total` give."""
         with reading(self.place, "summaries"):
-            known = {n.removeprefix("summaries/") for n in arrays(self.model, self.spec, self.layout)}
+            known = {n.removeprefix("summaries/") for n in self._specs}
             there = (n for n, _ in self.group["summaries"].arrays())
             return sorted(n for n in there if n in known and n != "sequence")
 
@@ -518,7 +561,7 @@ class Run:
     def _summary(self, name: str) -> zarr.Array:
         if name not in self.summaries:
             raise InputError(f"summary {name!r} is not in {self.path}; it holds {', '.join(self.summaries)}")
-        return self.group[f"summaries/{name}"]
+        return self._array(f"summaries/{name}")
 
     def _axes(self, array: zarr.Array) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Dimensions of a summary behind the first, and their coordinates."""

@@ -10,6 +10,7 @@ own choice 559 (`workbench bench store`).
 Reference: Zarr v3 core specification; sharding_indexed codec, version 1.0.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ from workbench.runs.storage import Storage
 class Readable(Protocol):
     """What shards are read from: a storage, or a manifest that checks what it reads."""
 
-    def read(self, key: str) -> bytes: ...
+    def read(self, key: str, max_bytes: int | None = None) -> bytes: ...
 
 
 LEVEL = 1  # of zstd; its checksum finds a flipped byte that still decompresses
@@ -101,10 +102,17 @@ def read(
         assert axis > 0 == grain[0] - 1
         shape, first[0] = (1, *shape[1:]), layer
     out = np.empty(shape, dtype=array.dtype)
+    most = _max_bytes(array, grain)
     for key, part in _shards(shape, grain, first):
-        data = place.read("/".join((name, "c", *map(str, key))))
+        data = place.read("/".join((name, "c", *map(str, key))), most)
         _unpack(data, array, grain, out[part])
     return out
+
+
+def _max_bytes(array: zarr.Array, grain: tuple[int, ...]) -> int:
+    """Return what a shard has at most: its values, and for each chunk what zstd adds to incompressible ones."""
+    chunks = math.prod(-(-n // c) for n, c in zip(grain, array.chunks, strict=True))
+    return math.prod(grain) * array.dtype.itemsize * 257 // 256 + 1024 * (chunks + 1)
 
 
 def _unpack(data: bytes, array: zarr.Array, grain: tuple[int, ...], into: np.ndarray) -> None:

@@ -4,6 +4,7 @@ A key is a path inside the run, with slashes. In a folder a run is made beside i
 store cannot move, so there the root's `zarr.json`, without which nothing is a run, is the last object to be put.
 """
 
+import errno
 import glob
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from workbench.errors import InputError
+from workbench.inputs import open_regular
 from workbench.runs.lock import LOCK, FileLock, ObjectLock
 
 ROOT = "zarr.json"
@@ -33,8 +35,13 @@ class Storage(Protocol):
     def exists(self, key: str = "") -> bool:
         """Return whether the key, or anything below it, exists."""
 
-    def read(self, key: str) -> bytes:
-        """Return the bytes of a file; FileNotFoundError if it does not exist."""
+    def read(self, key: str, max_bytes: int | None = None) -> bytes:
+        """Return the bytes of a file.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+            OSError: it cannot be read, is larger than `max_bytes`, or is no regular file.
+        """
 
     def ending(self, key: str, length: int) -> tuple[int, bytes]:
         """Return a file's size and its last bytes, at most `length`; FileNotFoundError if it is not there."""
@@ -87,6 +94,11 @@ def place(path: "str | Path | Storage") -> Storage:
     return ObjectStorage(str(path).rstrip("/"), fs)
 
 
+def _refuse_larger(key: str, size: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and size > max_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than the {max_bytes:,} bytes that it should have", key)
+
+
 class LocalStorage:
     """A run in a folder."""
 
@@ -103,11 +115,13 @@ class LocalStorage:
         target = self.path / key
         return target.exists() and (not target.is_dir() or any(target.iterdir()))
 
-    def read(self, key: str) -> bytes:
-        return (self.path / key).read_bytes()
+    def read(self, key: str, max_bytes: int | None = None) -> bytes:
+        with open_regular(self.path / key) as file:
+            _refuse_larger(key, os.fstat(file.fileno()).st_size, max_bytes)
+            return file.read()
 
     def ending(self, key: str, length: int) -> tuple[int, bytes]:
-        with open(self.path / key, "rb") as file:
+        with open_regular(self.path / key) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - length))
             return size, file.read()
@@ -191,8 +205,12 @@ class ObjectStorage:
         except PermissionError as error:
             raise InputError(f"{self} cannot be opened: {error}; credentials come from the environment") from error
 
-    def read(self, key: str) -> bytes:
-        return bytes(self.fs.cat_file(self._at(key)))
+    def read(self, key: str, max_bytes: int | None = None) -> bytes:
+        if max_bytes is None:
+            return bytes(self.fs.cat_file(self._at(key)))
+        found = bytes(self.fs.cat_file(self._at(key), start=0, end=max_bytes + 1))
+        _refuse_larger(key, len(found), max_bytes)
+        return found
 
     def ending(self, key: str, length: int) -> tuple[int, bytes]:
         self.fs.invalidate_cache()

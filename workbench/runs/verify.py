@@ -126,7 +126,7 @@ def _changed(run: Run, where: str, files: Mapping[str, manifest.Entry], there: s
             yield Problem(where, f"{key} is missing")
             continue
         try:
-            data = run.place.read(key)
+            data = run.place.read(key, entry.size)
         except OSError as error:
             yield Problem(where, f"{key} cannot be read: {error.strerror or error}")
             continue

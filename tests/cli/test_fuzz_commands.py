@@ -1,0 +1,81 @@
+"""Random command lines end with 0, 1 or 2 and one line, change no input and leave nothing half-written.
+
+`--long` runs thirty times as many cases, and the slow commands too.
+"""
+
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from hypothesis import given
+
+from tests.cli.fuzzing import BASES, SLOW, Checked, add_traps, cases, command_lines, without_long_work
+from workbench.cli import app, bench
+from workbench.errors import InputError
+
+QUICK = 60
+
+
+def option_names() -> dict[str, dict[str, Any]]:
+    """Command → name of an option → its type, without None and list."""
+    names: dict[str, dict[str, Any]] = {}
+    groups = {"": (app, typer.main.get_command(app)), "bench ": (bench, typer.main.get_command(bench))}
+    for prefix, (group, built) in groups.items():
+        for command in group.registered_commands:
+            assert command.callback is not None
+            name = command.name or command.callback.__name__
+            hints = typing.get_type_hints(command.callback)
+            params: Any = built.commands[name].params  # type: ignore[attr-defined]
+            names[prefix + name] = {
+                option: plain(hints[param.name]) for param in params for option in param.opts if option.startswith("-")
+            }
+    return names
+
+
+def plain(hint: Any) -> Any:
+    """The type in `list[int] | None`."""
+    inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    return plain(inner[0]) if inner else hint
+
+
+def test_every_command_is_tested() -> None:
+    assert set(option_names()) == set(BASES)
+
+
+@pytest.fixture
+def checked(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
+    add_traps(workplace)
+    without_long_work(monkeypatch)
+    return Checked(workplace)
+
+
+def test_random_command_lines(checked: Checked, long: bool) -> None:
+    options = option_names()
+    commands = [name for name in BASES if long or name not in SLOW]
+
+    @cases(QUICK, long=long)
+    @given(command_lines(options, commands))
+    def check(words: list[str]) -> None:
+        checked.run(*words)
+
+    check()
+
+
+def test_a_traceback_and_a_changed_input_are_noticed(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative controls: a command with an error of its own, and one that is refused after it wrote."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    def writes_and_refuses(file: Path, **_: object) -> None:
+        file.write_text("")
+        raise InputError("refused")
+
+    monkeypatch.setattr("workbench.harmony.hosts.files.convert", fails)
+    with pytest.raises(ZeroDivisionError):
+        checked.run("convert", "transcripts.jsonl", "out.jsonl")
+    monkeypatch.setattr("workbench.harmony.hosts.files.convert", writes_and_refuses)
+    with pytest.raises(AssertionError, match=r"transcripts.jsonl"):
+        checked.run("convert", "transcripts.jsonl", "out.jsonl")
