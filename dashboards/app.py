@@ -15,8 +15,8 @@ from urllib.parse import urlencode
 import panel as pn
 
 from workbench.dashboards import widgets
-from workbench.dashboards.access import guard, login_options
-from workbench.dashboards.layout import PageTemplate, page_template
+from workbench.dashboards.access import answer_unknown, guard, login_options
+from workbench.dashboards.layout import PageTemplate, missing_page, page_template
 from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
@@ -143,6 +143,7 @@ def serve(
             **access,
         )
         guard(server._tornado, origins)
+        answer_unknown(server._tornado, missing_page(page_titles()))
         server.start()
         server.io_loop.start()
     finally:

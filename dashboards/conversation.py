@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -22,6 +22,7 @@ from workbench.figures.template import THEMES, ThemeName
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run
 
+PageTheme = ThemeName | Literal["auto"]  # auto: that of the reader's browser
 _PAGE = Path(__file__).with_name("conversation.html")
 HEIGHT = 760
 VIEW = ("colour", "layer", "expert", "position", "pin")  # what can be chosen in the frame
@@ -33,7 +34,7 @@ def frame(
     run: Run,
     sequence: int,
     tokenizer: harmony.Tokenizer | None,
-    theme: ThemeName = "light",
+    theme: PageTheme = "light",
     view: Mapping[str, str] | None = None,
 ) -> str:
     """Return HTML of the frame with the conversation in it. view: what is chosen in it at first, see `VIEW`."""
@@ -47,17 +48,18 @@ def document(
     run: Run,
     sequence: int,
     tokenizer: harmony.Tokenizer | None,
-    theme: ThemeName = "light",
+    theme: PageTheme = "light",
     view: Mapping[str, str] | None = None,
 ) -> str:
     """Return the conversation as one HTML document that fetches nothing. view: see `frame`."""
     told = data_of(run, sequence, tokenizer)
-    told |= {"theme": theme, "colours": dict(THEMES[theme].channel), "view": dict(view or {})}
+    colours = {name: dict(one.channel) for name, one in THEMES.items()}
+    told |= {"theme": theme, "colours": colours, "view": dict(view or {})}
     data = json.dumps(told, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return _PAGE.read_text(encoding="utf-8").replace("__DATA__", data)
 
 
-def shared_page(run: Run, sequences: Sequence[int], theme: ThemeName = "light") -> str:
+def shared_page(run: Run, sequences: Sequence[int], theme: PageTheme = "light") -> str:
     """Return one HTML file with these conversations: the replay of one, or each behind its title."""
     tokenizer = vocabulary(run)
     if len(sequences) == 1:
@@ -73,7 +75,7 @@ def shared_page(run: Run, sequences: Sequence[int], theme: ThemeName = "light") 
     return head + "\n".join(parts)
 
 
-def conversation_file(run: Run, id: str | int, theme: ThemeName = "light") -> bytes:
+def conversation_file(run: Run, id: str | int, theme: PageTheme = "light") -> bytes:
     """Return one HTML file with a conversation by its id or number, or with a range of numbers as in "0-4".
 
     Raises:

@@ -98,6 +98,9 @@ def _plain_table(rows: pd.DataFrame, markup: set[str]) -> pn.pane.HTML:
     text = safe.rename_axis(columns=None).to_html(
         index=False, escape=False, border=0, na_rep="–", formatters=_formats(safe)
     )
+    for column in rows.columns:  # pandas writes the headings in this order
+        kind = "number" if rows[column].dtype.kind in "biuf" else "text"
+        text = text.replace("<th>", f'<th scope="col" tabindex="0" aria-sort="none" data-sort="{kind}">', 1)
     words = (i for i, column in enumerate(rows.columns, 1) if rows[column].dtype.kind not in "biuf")
     left = "".join(f"td:nth-child({i}), th:nth-child({i}) {{ text-align: left; }}\n" for i in words)
     return html(f"<style>{_TABLE}{left}</style><div style='overflow-x:auto'>{text}</div>")

@@ -1,9 +1,9 @@
 """The dependency rule and start-up: imports go one way and in no cycle, and no folder shadows another package."""
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "experiments": {
         "version",
         "registry",
+        "row_output",
         "model",
         "kernels",
         "hooks",
@@ -216,8 +217,9 @@ def run(code: str) -> str:
 
 
 def test_importing_the_package_costs_milliseconds() -> None:
-    code = "import time; t = time.perf_counter(); import workbench; print(time.perf_counter() - t)"
-    assert min(float(run(code)) for _ in range(3)) < 0.1
+    code = "import time; t = time.process_time(); import workbench; print(time.process_time() - t)"
+    own = min(float(run(code)) for _ in range(3))
+    assert own < _cpu_seconds("-c", "import typer"), own  # 0.02 s and 0.07 s on a quiet machine
 
 
 def test_the_package_lists_its_public_names_and_has_them() -> None:
@@ -244,12 +246,19 @@ def test_studies_leave_torch_unloaded() -> None:
     assert run(code).strip() == "False"
 
 
-def test_help_takes_less_than_a_second() -> None:
+def test_help_costs_little_more_than_the_libraries_of_a_command_line() -> None:
+    """0.24 s of CPU time, and 0.13 s for the libraries: compared with each other, as machines differ and are busy."""
+    libraries = _cpu_seconds("-c", "import typer, rich.console, rich.markdown")
+    assert _cpu_seconds("-m", "workbench.cli", "--help") < 4 * libraries
+    assert _cpu_seconds("-c", "import torch", runs=1) > 4 * libraries, "the limit does not notice an import of torch"
+
+
+def _cpu_seconds(*arguments: str, runs: int = 3) -> float:
+    """The least CPU time of some runs of Python with these arguments."""
     times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([Path(sys.executable).with_name("workbench"), "--help"], capture_output=True, check=False)
-        times.append(time.perf_counter() - start)
-    assert done.returncode == 0
-    assert b"capture" in done.stdout
-    assert min(times) < 1.0, times
+    for _ in range(runs):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(times)

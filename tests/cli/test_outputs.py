@@ -27,6 +27,7 @@ OUTPUTS: dict[tuple[str, str], str] = {
     ("finetune", "out"): "nano transcripts.jsonl --out OUT --steps 1 --batch 1 --rank 1",
     ("graph", "out"): "nano --prompt 2+2= --out OUT --max-new-tokens 4",
     ("conversation", "out"): "run.zarr 0 --out OUT",
+    ("publish", "out"): "run.zarr --out OUT",
     ("bench cpu", "out"): "bench cpu --json OUT",
     ("bench full", "out"): "bench full --json OUT",
     ("bench capture", "out"): "bench capture --json OUT",

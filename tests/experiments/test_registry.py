@@ -12,7 +12,6 @@ from workbench.experiments import chain_of_thought
 from workbench.experiments.expert_sets import named_experts
 from workbench.experiments.from_run import transcripts
 from workbench.experiments.registry import independent_rows, run_experiment
-from workbench.figures import experiments as figures
 from workbench.registry import experiments
 from workbench.studies import save
 from workbench.studies.matching import index_of
@@ -31,14 +30,24 @@ def nano():
 FEW = pytest.mark.filterwarnings("ignore:only .* prompts")
 
 
+# experiments that need more than a few prompts of a group
+FAST: dict[str, dict[str, object]] = {
+    "generated-answers": {"change": "direction", "doses": "1", "max_new_tokens": 6},
+    "sentence-importance": {"conversations": 2, "samples": 10, "max_new_tokens": 60},
+}
+LARGE = ("expert-ablation", "expert-forcing", "expert-reweighting", "steering", "logit-attribution", "chain-of-thought")
+
+
 @FEW
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [record.name for record in experiments()])
 def test_every_experiment_has_a_summary_and_can_be_drawn_and_saved(name, run, nano, tmp_path):
-    options = {"controls": 20} if "controls" in registry.find(name).options else {}
-    found = run_experiment(name, nano, run, sequences=60, **options)
-    drawn = figures.gallery(found)
-    assert drawn.keys() == found.keys()
+    record = registry.find(name)
+    options = {"controls": 20} if "controls" in record.options else {}
+    options |= FAST.get(name, {})
+    found = run_experiment(name, nano, run, sequences=60 if name in LARGE else 20, **options)
+    drawn = record.load_figures().gallery(found)
+    assert {item.source.attrs["title"] for item in drawn.values()} == {ds.attrs["title"] for ds in found.values()}
     assert all(len(d.table()) and d.draw().data for d in drawn.values())
     for dataset in found.values():
         assert {

@@ -392,7 +392,7 @@ def test_vocabularies_give_a_conversation_the_same_messages(
     assert all(told(o200k, seed) == told(byte, seed) for seed in range(30))
 
 
-def test_a_million_tokens_take_less_than_a_second(o200k: Tokenizer) -> None:
+def test_a_million_tokens_take_little_processor_time(o200k: Tokenizer) -> None:
     rng = np.random.default_rng(0)
     ids: list[int] = []
     while len(ids) < 1_000_000:
@@ -401,9 +401,9 @@ def test_a_million_tokens_take_less_than_a_second(o200k: Tokenizer) -> None:
         ids += rng.integers(0, 199_998, rng.integers(20, 400)).tolist()
         ids.append(o200k.mark("end"))
     array = np.array(ids, dtype=np.int32)
-    walls = []
+    spent = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         label(array, tokenizer=o200k)
-        walls.append(time.perf_counter() - start)
-    assert min(walls) < 1.0, walls
+        spent.append(time.process_time() - start)
+    assert min(spent) < 1.0, spent

@@ -7,6 +7,7 @@ chooses.
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -21,15 +22,20 @@ Draw = Callable[..., go.Figure]  # takes theme=
 
 
 def document(title: str, body: Iterable[str], *, plotly: str | None = None) -> str:
-    """Return a complete HTML page. plotly: address of plotly.js beside the page; it is part of the page if None."""
-    library = f"<script>{get_plotlyjs()}</script>" if plotly is None else f'<script src="{escape(plotly)}"></script>'
+    """Return a complete HTML page.
+
+    plotly: the address of plotly.js beside the page; None: it is part of the page; "": the page has no figures.
+    """
+    scripts = [f"<script>{get_plotlyjs()}</script>" if plotly is None else f'<script src="{escape(plotly)}"></script>']
+    scripts.append(f"<script>{_SCRIPT.read_text(encoding='utf-8')}</script>")
+    library = "" if plotly == "" else "".join(scripts)
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width">',
             f"<title>{escape(title)}</title><style>{_style()}</style></head><body><main>",
             *body,
-            f"</main>{library}<script>{_SCRIPT.read_text(encoding='utf-8')}</script></body></html>",
+            f"</main>{library}</body></html>",
         ]
     )
 
@@ -63,15 +69,28 @@ def _json(drawn: go.Figure) -> str:
     return text.replace("<", "\\u003c")
 
 
+class Link(NamedTuple):
+    """A cell of a table that leads to another page."""
+
+    text: str
+    address: str
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[str] = ()) -> str:
     """Return an HTML table. numbers: the columns that are aligned to the right."""
 
     def cells(row: Sequence[object], tag: str) -> str:
         kinds = [' class="number"' if column in numbers else "" for column in header]
-        return "".join(f"<{tag}{kind}>{escape(str(c))}</{tag}>" for kind, c in zip(kinds, row, strict=True))
+        return "".join(f"<{tag}{kind}>{_cell(c)}</{tag}>" for kind, c in zip(kinds, row, strict=True))
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{cells(header, "th")}</tr>{body}</table></div>'
+
+
+def _cell(content: object) -> str:
+    if isinstance(content, Link):
+        return f'<a href="{escape(content.address)}">{escape(content.text)}</a>'
+    return escape(str(content))
 
 
 def folded(title: str, *parts: str) -> str:

@@ -101,12 +101,28 @@ def body(contents: Contents) -> Iterator[str]:
     yield from answers(contents)
     for name, sets in contents.results.items():
         yield from section(name, sets)
-    yield "<h2>Provenance</h2>"
-    yield page.folded("Run, checkpoint and software", page.table(("", ""), _provenance(contents)))
+    yield _origin(contents)
 
 
-def answers(contents: Contents) -> Iterator[str]:
-    """Yield the HTML of the answers: accuracy, the largest verified differences, and what could not be tested."""
+def overview(contents: Contents, *, findings: str) -> Iterator[str]:
+    """Yield the HTML of a page of answers. findings: address of the page with a section for each study."""
+    yield f"<h1>Run {escape(contents.run.digest[:16])}</h1><p>{escape('. '.join(_facts(contents.run)))}.</p>"
+    yield from answers(contents, findings)
+    yield _origin(contents, published=True)
+
+
+def _origin(contents: Contents, *, published: bool = False) -> str:
+    """Where the numbers come from; a published page does not name the folder and the machine."""
+    rows = [(k, v) for k, v in _provenance(contents) if not (published and k in ("run", "captured"))]
+    table = page.table(("", ""), rows)
+    return f"<h2>Provenance</h2>{page.folded('Run, checkpoint and software', table)}"
+
+
+def answers(contents: Contents, findings: str = "") -> Iterator[str]:
+    """Yield the HTML of the answers: accuracy, the largest verified differences, and what could not be tested.
+
+    findings: address of the page with the sections of studies, if it is another one.
+    """
     yield "<h2>Answers</h2>"
     for sets in contents.results.values():
         if {"gain", "cost"} <= set(sets):
@@ -116,7 +132,7 @@ def answers(contents: Contents) -> Iterator[str]:
     yield "<h3>Largest verified differences</h3>"
     if found:
         widest = 1.1 * max(max(abs(h.low), abs(h.high)) / h.level for h in found)
-        items = "".join(f"<li>{_highlight(h, widest)}</li>" for h in found)
+        items = "".join(f"<li>{_highlight(h, widest, findings)}</li>" for h in found)
         yield f'<ul class="highlights">{items}</ul><p class="note">{escape(_BARS)} {escape(_CHOSEN)}</p>'
     else:
         yield "<p>No difference is shown within prompts and at equal position.</p>"
@@ -127,8 +143,8 @@ def answers(contents: Contents) -> Iterator[str]:
         yield page.folded(f"Not tested ({len(missing)})", page.paragraphs("\n".join(missing)))
 
 
-def _highlight(h: Highlight, widest: float) -> str:
-    source = f'<a href="#{escape(h.study)}">{escape(find(h.study).title)}</a>'
+def _highlight(h: Highlight, widest: float, findings: str) -> str:
+    source = f'<a href="{escape(findings)}#{escape(h.study)}">{escape(find(h.study).title)}</a>'
     bar = page.bar(h.difference / h.level, h.low / h.level, h.high / h.level, widest)
     return f"{bar}<span>{escape(h.sentence)} {source}</span>"
 

@@ -33,6 +33,8 @@ def run_study(name: str, *runs: "Run", **options: Any) -> "dict[str, xr.Dataset]
     Raises:
         InputError: no study has this name or option, or the runs do not have what the study needs.
     """
+    from workbench.studies.layer_experts import mask_absent
+
     record = registry.find(name)
     if not isinstance(record, registry.Study):
         raise InputError(f"{name} is an experiment and needs the model: use workbench.experiments.registry")
@@ -42,6 +44,7 @@ def run_study(name: str, *runs: "Run", **options: Any) -> "dict[str, xr.Dataset]
         record.check_recorded(run)
     study = record.load().study
     datasets: dict[str, xr.Dataset] = study(*runs, **record.checked_options(study, options))
+    datasets = {name: mask_absent(result, runs[0]) for name, result in datasets.items()}
     _name_duplicates(datasets, *runs)
     return _name_excluded(datasets, *runs)
 

@@ -78,7 +78,7 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     """
     a, b = run.model, other.model
     keys = ("n_layers", "num_experts", "experts_per_token")
-    same = all(a[k] == b[k] for k in keys)
+    same = all(a[k] == b[k] for k in keys) and a.get("layer_experts") == b.get("layer_experts")
     heads = a["n_layers"] == b["n_layers"] and a["n_heads"] == b["n_heads"]
     table = run.sequences
     if list(table["id"]) != list(other.sequences["id"]):

@@ -24,6 +24,7 @@ from workbench.errors import InputError
 from workbench.studies.comparison import Between, Comparison, Condition, Run, compare, conditions, has_tokens, places
 from workbench.studies.contrast import paired_test, unpaired_test
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts
+from workbench.studies.layer_experts import mask_absent
 from workbench.studies.matching import duplicates_warning, merged_prompts
 from workbench.studies.resampling import (
     TAILS,
@@ -153,7 +154,7 @@ def divergence(
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED[between],
     }
-    result = dataset(variables, places(counts), DEFINITIONS, attrs)
+    result = mask_absent(dataset(variables, places(counts), DEFINITIONS, attrs), run)
     for name in ("difference", "difference_low", "difference_high"):
         how = (
             "jackknife over prompts, Student's t corrected for skewness"
@@ -317,7 +318,7 @@ def _words(result: xr.Dataset) -> str:
     cells = result["expert_different"].values
     if attrs["prompts"] < MIN_PROMPTS:
         return "\n".join([*lines, f"Experts cannot be tested: at least {MIN_PROMPTS} prompts are needed."])
-    lines.append(f"Used differently: {cells.sum()} of {cells.size} experts (layer × expert).")
+    lines.append(f"Used differently: {cells.sum()} of {int(result['share_a'].count())} experts (layer × expert).")
     size, words = np.where(cells, np.abs(result["difference"].values), -np.inf), wording("experts")
     for place in np.argsort(-size, axis=None)[: min(3, cells.sum())]:
         layer, expert = np.unravel_index(place, size.shape)

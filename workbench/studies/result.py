@@ -95,6 +95,11 @@ def save(
     inputs: paths that the results were made of, which are never replaced. overwrite: replace results of the same names.
     The JSON has everything, with NaN as null, in the form that `xarray.Dataset.from_dict` reads.
     """
+    return write_files(files_of(datasets), out_dir, command="study", inputs=inputs, overwrite=overwrite)
+
+
+def files_of(datasets: Mapping[str, xr.Dataset]) -> dict[str, str]:
+    """Return the files of results by name: JSON and CSV of each dataset, and a text for each study (see `save`)."""
     files: dict[str, str] = {}
     for name, result in datasets.items():
         stem = f"{result.attrs['study']}_{name}"
@@ -103,7 +108,7 @@ def save(
             files[f"{stem}_{dims}.csv"] = table.to_csv(index=False, lineterminator="\n")
     for study in dict.fromkeys(result.attrs["study"] for result in datasets.values()):
         files[f"{study}.txt"] = summary({name: ds for name, ds in datasets.items() if ds.attrs["study"] == study})
-    return write_files(files, out_dir, command="study", inputs=inputs, overwrite=overwrite)
+    return files
 
 
 def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:
@@ -115,7 +120,7 @@ def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:
     found: dict[str, dict[str, xr.Dataset]] = {}
     for path in sorted(Path(folder).glob("*.json")):
         try:
-            ds = xr.Dataset.from_dict(_numbers(read_json(path)))
+            ds = from_json(read_json(path))
             study = str(ds.attrs["study"])
         except (ValueError, KeyError, TypeError):
             continue
@@ -123,6 +128,11 @@ def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:
     if not found:
         raise InputError(f"{folder} holds no results: write some with `workbench study NAME RUN --out {folder}`")
     return found
+
+
+def from_json(content: Mapping[str, Any]) -> xr.Dataset:
+    """Return the dataset that a JSON object of `save` holds."""
+    return xr.Dataset.from_dict(_numbers(content))
 
 
 def _numbers(value: Any) -> Any:

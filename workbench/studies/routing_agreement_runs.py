@@ -35,8 +35,8 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     """
     if list(run.sequences["id"]) != list(other.sequences["id"]):
         raise InputError("the two runs hold different sequences: capture the same transcripts with both")
-    keys = ("n_layers", "num_experts", "experts_per_token")
-    if any(run.model[key] != other.model[key] for key in keys):
+    keys = ("n_layers", "num_experts", "experts_per_token", "layer_experts")
+    if any(run.model.get(key) != other.model.get(key) for key in keys):
         raise InputError("the two models differ in layers or experts: their experts do not correspond")
     effect: list[tuple[np.ndarray, np.ndarray]] = []
     title = "Routing agreement of two runs"
@@ -70,7 +70,8 @@ def _compared(run: TokenRun, other: TokenRun, effect: list[tuple[np.ndarray, np.
 
 
 def _margin(logits: np.ndarray, k: int) -> np.ndarray:
-    """The k-th less the (k+1)-th largest logit."""
+    """The k-th less the (k+1)-th largest logit; NaN is an expert that the layer does not have."""
+    logits = np.where(np.isnan(logits), -np.inf, logits)
     last = logits.shape[-1] - k
     ordered = np.partition(logits.astype(np.float32), (last - 1, last), axis=-1)
     margin: np.ndarray = ordered[..., last] - ordered[..., last - 1]
