@@ -76,10 +76,12 @@ MAY_IMPORT = {
         "errors",
         "progress",
     },
-    "research": {"experiments", "model", "hooks", "capture", "runs", "studies", "harmony", "errors"},
+    "research": {"bounded_json", "experiments", "model", "hooks", "capture", "runs", "studies", "harmony", "errors"},
+    "live": {"dashboards", "figures", "research", "capture", "model", "hooks", "kernels", "harmony", "errors"},
     "adapters": {"kernels", "model", "harmony", "outputs", "file_lock", "signals", "version", "errors", "progress"},
     "cli": {
         "adapters",
+        "live",
         "research",
         "outputs",
         "row_output",

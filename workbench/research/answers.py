@@ -21,6 +21,7 @@ from workbench.harmony.transcripts import Prompt, Transcript, read_prompts, read
 from workbench.hooks.edits import Edit
 from workbench.hooks.interventions import applied
 from workbench.model.transformer import GptOss
+from workbench.research.recipe import Recipe
 from workbench.runs import Run
 from workbench.studies.intervals import few_prompts, ratio, share_of_answers
 from workbench.studies.matching import independent_prompts
@@ -48,7 +49,7 @@ class Answers:
 def answers(
     model: GptOss,
     prompts: Prompts,
-    recipe: Edit | Sequence[Edit] = (),
+    recipe: Recipe | Edit | Sequence[Edit] = (),
     *,
     effort: str | Sequence[str] = EFFORTS,
     samples: int = 1,
@@ -61,12 +62,16 @@ def answers(
     """Return the answers of a model to prompts at one or several efforts, under a recipe of interventions.
 
     prompts: a file, texts, or rows with messages and perhaps `expected`. recipe: edits of `wb.hooks.interventions`, as
-    steer(…) or forbid(…), in force while the model generates. correct(text, expected): another rule of correctness.
+    steer(…) or forbid(…), or a `Recipe`, of which the interventions are used; in force while the model generates.
+    correct(text, expected): another rule of correctness.
 
     Raises:
         InputError: an effort is unknown, a prompt is too long, or samples at temperature 0 would be equal.
     """
-    edits = [recipe] if isinstance(recipe, Edit) else list(recipe)
+    if isinstance(recipe, Recipe):
+        edits = recipe.edits(model)
+    else:
+        edits = [recipe] if isinstance(recipe, Edit) else list(recipe)
     efforts = [effort] if isinstance(effort, str) else list(effort)
     with applied(model, *edits) if edits else nullcontext():
         rows = answer_prompts(
