@@ -25,8 +25,8 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.runs import conversations, examples
 from workbench.runs.schema import EXAMPLE_KINDS
-from workbench.studies.comparison import prompt_numbers
 from workbench.studies.intervals import MIN_PROMPTS
+from workbench.studies.matching import independent_prompts
 from workbench.studies.resampling import TAILS
 from workbench.studies.result import Definition, dataset, provenance
 
@@ -171,7 +171,7 @@ def _places(lists: Mapping[str, np.ndarray], kind: str) -> Int[np.ndarray, "plac
 
 def _tokens_and_positions(run: Any, tokenizer: Any, seed: int) -> Variables:
     """Return over-represented tokens [layer expert token_rank] and mean positions [layer expert], with intervals."""
-    number = prompt_numbers(run.sequences)
+    number = independent_prompts(run)
     n_prompts = int(number.max()) + 1
     choosing = np.random.default_rng(seed).permutation(n_prompts) % 2 == 0
     blocks = _Content(run, number)
