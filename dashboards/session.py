@@ -154,7 +154,11 @@ def box() -> pn.Column:
 
 
 def study(
-    session: Session, name: str, *names: str, above: Sequence[str] = (), heading: str = "Statistical tests"
+    session: Session,
+    name: str,
+    *names: str,
+    above: Sequence[str] = (),
+    heading: str = "Statistical tests, all efforts and tasks",
 ) -> list[Any]:
     """Return the section of a study: figures, findings and methods. `above` names figures that are shown already."""
 

@@ -113,7 +113,7 @@ border-bottom:1px solid var(--wb-line)}.wb-table th{color:var(--wb-muted);font-w
 _COMPONENT_CSS = """
 :host{font-family:var(--wb-font);font-size:var(--wb-text);color:var(--wb-ink);color-scheme:var(--wb-scheme)}
 .bk-input{background:var(--wb-surface);color:var(--wb-ink);border:1px solid var(--wb-control);border-radius:6px}
-select.bk-input{appearance:auto;background-image:none}
+select.bk-input{appearance:auto!important;background-image:none!important}
 .bk-input:focus{border-color:var(--wb-accent);box-shadow:0 0 0 2px var(--wb-accent-soft)}
 .bk-btn,.bk-btn-default{background:var(--wb-surface)!important;color:var(--wb-ink)!important;
 border:1px solid var(--wb-control)!important;border-radius:6px;font-size:13px}

@@ -119,7 +119,7 @@ def _long_table(rows: pd.DataFrame, markup: set[str]) -> pn.widgets.Tabulator:
         page_size=_PLAIN_ROWS,
         sizing_mode="stretch_width",
         formatters={column: {"type": "html" if column in markup else "plaintext"} for column in texts},
-        header_filters={column: {"type": "input", "placeholder": "filter"} for column in texts},
+        header_filters={column: {"type": "input", "placeholder": f"filter {column}"} for column in texts},
         theme="simple",
         stylesheets=[TABULATOR_CSS],
     )

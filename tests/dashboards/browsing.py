@@ -31,7 +31,7 @@ UNNAMED = """() => { const found = [];
   const walk = root => { for (const e of root.querySelectorAll('*')) {
   if (/^(SELECT|INPUT|BUTTON|TEXTAREA|A|IMG|IFRAME)$/.test(e.tagName) && e.type !== 'hidden'
       && e.getClientRects().length && !e.closest('.js-plotly-plot')) {
-    const label = e.getAttribute('aria-label') || e.title || e.alt || text(e) && e.tagName !== 'SELECT'
+    const label = e.getAttribute('aria-label') || e.title || e.alt || e.placeholder || text(e) && e.tagName !== 'SELECT'
       || (e.labels && [...e.labels].some(l => l.textContent.trim()));
     if (!label) found.push(e.tagName); }
   if (e.tabIndex > 0) found.push('tabindex');
