@@ -77,13 +77,13 @@ def table(
 ) -> pn.Card:
     """Return a card with a table and a button that saves it as CSV; long tables can be sorted, filtered and paged.
 
-    links: the address that each cell of a column opens.
+    links: the address that each cell of a column opens, or "".
     """
     shown = rows.copy()
     for column, addresses in (links or {}).items():
         texts = [escape(str(text)) for text in rows[column]]
         pairs = zip(addresses, texts, strict=True)
-        shown[column] = [f'<a href="{escape(address)}">{text}</a>' for address, text in pairs]
+        shown[column] = [f'<a href="{escape(address)}">{text}</a>' if address else text for address, text in pairs]
     drawn = _plain_table(shown, set(links or ())) if len(rows) <= _PLAIN_ROWS else _long_table(shown, set(links or ()))
     return card(title, pn.Column(drawn, _csv(lambda: rows, name), sizing_mode="stretch_width"), collapsed=collapsed)
 
