@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.dashboards.study_jobs import Answer
-from workbench.dashboards.theme import CARD_CSS, PARTS_CSS, TABULATOR_CSS
+from workbench.dashboards.theme import ALERT_CSS, CARD_CSS, PARTS_CSS, TABULATOR_CSS
 from workbench.errors import InputError
 from workbench.harmony.flags import SEQUENCE_FLAGS
 from workbench.runs import Run
@@ -45,7 +45,7 @@ def html(text: str) -> pn.pane.HTML:
 
 def alert(text: str, kind: str = "warning") -> pn.pane.Alert:
     """Return an alert with escaped text."""
-    return pn.pane.Alert(escape(text), alert_type=kind)
+    return pn.pane.Alert(escape(text), alert_type=kind, stylesheets=[ALERT_CSS])
 
 
 def card(title: str, content: pn.viewable.Viewable, *, collapsed: bool = False) -> pn.Card:
