@@ -133,11 +133,10 @@ box-shadow:none;outline:none}
 """
 # of alerts by kind; the second colours are for notebooks, where no page sets the variables
 ALERT_CSS = """
-.alert{background:var(--wb-accent-soft,#dfeaf5);color:var(--wb-ink,#1f2430);border:0;border-radius:4px;
+:host(.alert){background:var(--wb-accent-soft,#dfeaf5);color:var(--wb-ink,#1f2430);border:0;border-radius:4px;
 border-left:4px solid var(--wb-accent,#14508c);padding:8px 12px}
-.alert-warning{background:var(--wb-warn-soft,#fbf0d9);border-left-color:var(--wb-warn,#7a4f00)}
-.alert-danger{background:var(--wb-bad-soft,#fbe7e4);border-left-color:var(--wb-bad,#a82a1f)}
-.alert a{color:inherit}
+:host(.alert-warning){background:var(--wb-warn-soft,#fbf0d9);border-left-color:var(--wb-warn,#7a4f00)}
+:host(.alert-danger){background:var(--wb-bad-soft,#fbe7e4);border-left-color:var(--wb-bad,#a82a1f)}
 """
 TABULATOR_CSS = """
 .tabulator{background:var(--wb-surface);color:var(--wb-ink);border:0;font-size:var(--wb-text)}
