@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
-import pandas as pd
 import panel as pn
 import xarray as xr
 
@@ -25,7 +24,11 @@ from workbench.studies import quick_look
 
 
 def channels(session: Session) -> Page:
-    """Return the page that compares the analysis and final channels: tested differences, then those of a selection."""
+    """Return the page that compares the analysis and final channels: tested differences, then sums of a selection.
+
+    The difference of the sums is not drawn: final has tasks and efforts without analysis, so that its sign may be that
+    of a task. The study compares the channels within prompts.
+    """
     run, name = session.run, session.name
     chosen = Selectors(session, "effort", "task")
     raw = box()
@@ -34,10 +37,13 @@ def channels(session: Session) -> Page:
         cell = {"effort": chosen["effort"], "task": chosen["task"]}
 
         def body(kind: Callable[..., xr.Dataset], measure: draw.Measure) -> Any:
-            a, b = (kind(run, channel=channel, **cell) for channel in ("analysis", "final"))
-            drawn = draw.difference(a, b, measure, theme=session.theme)
-            rows = pd.concat([d[[measure]].to_dataframe().reset_index().assign(of=d.attrs["title"]) for d in (a, b)])
-            return widgets.figure(drawn, f"{name}-analysis-final-{measure}", lambda: rows)
+            of_channels = {channel: kind(run, channel=channel, **cell) for channel in ("analysis", "final")}
+            return widgets.beside(
+                *(
+                    widgets.figure(draw.heatmap(ds, measure, theme=session.theme), f"{name}-{channel}-{measure}")
+                    for channel, ds in of_channels.items()
+                )
+            )
 
         raw[:] = [
             *([widgets.guarded(lambda: body(quick_look.routing, "load"))] if "routing" in run.recorded else []),
@@ -50,7 +56,7 @@ def channels(session: Session) -> Page:
 
     chosen.watch(show, "effort", "task")
     tested = study(session, "channels", heading="Tested differences, all efforts and tasks")
-    title = widgets.html("<h2>Differences of the selected effort and task, not tested</h2>")
+    title = widgets.html("<h2>Either channel at the selected effort and task, all tokens pooled</h2>")
     return Page(chosen.sidebar(), [widgets.html(content.about(run)), *tested, title, raw])
 
 

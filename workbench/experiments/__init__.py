@@ -18,6 +18,7 @@ _FUNCTIONS = {"graph": "attribution_graph"}  # public functions, and the module 
 _MODULES = (
     "attribution",
     "effects",
+    "expert_logits",
     "expert_sets",
     "final_channel",
     "from_run",

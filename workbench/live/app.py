@@ -95,8 +95,8 @@ def serve(
     options: dict[str, Any] = {
         "websocket_origin": origins,
         "num_threads": 4,
-        "unused_session_lifetime": _LEFT_MS,
-        "check_unused_sessions": 1_000,
+        "unused_session_lifetime_milliseconds": _LEFT_MS,
+        "check_unused_sessions_milliseconds": 1_000,
     }
     try:
         panel = pn.serve(

@@ -32,6 +32,7 @@ from workbench.studies.comparison import (
 from workbench.studies.divergence import N_BOOT, N_PERMUTATIONS, divergence
 from workbench.studies.intervals import MIN_PROMPTS
 from workbench.studies.layer_experts import layer_experts
+from workbench.studies.matching import merged_prompts
 from workbench.studies.resampling import (
     IntervalMethod,
     bias_corrected,
@@ -111,7 +112,7 @@ def load(
     `channels` selects some (all by default); what `by` does not name is pooled. `interval` is that of the shares.
     """
     counts, gates, tokens = (run.summary(name) for name in ("expert_count", "gate_sum", "tokens"))
-    split, prompt = axes(tokens, by, channels), prompts(tokens)
+    split, prompt = axes(tokens, by, channels), merged_prompts(run, tokens)[0]
     own = layer_experts(run, counts.sizes["layer"], counts.sizes["expert"])
     found = []
     for cell in cells(tokens, by, channels):

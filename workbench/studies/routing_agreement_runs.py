@@ -9,7 +9,7 @@ from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.studies.contrast import TokenRun
 from workbench.studies.intervals import ratio
-from workbench.studies.matching import token_blocks
+from workbench.studies.matching import independent_prompts, token_blocks
 from workbench.studies.result import Definition, provenance
 from workbench.studies.routing_agreement import Compared, agreement
 
@@ -44,8 +44,8 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     result = agreement(run, _compared(run, other, effect), attrs, "both runs")
     sequence, difference = (np.concatenate(each) for each in zip(*effect, strict=True))
     known = np.isfinite(difference)
-    sums = np.bincount(sequence[known], difference[known])
-    value = ratio(sums, np.bincount(sequence[known]))
+    prompt = independent_prompts(run)[sequence[known]]
+    value = ratio(np.bincount(prompt, difference[known]), np.bincount(prompt))
     for end, number in zip(("", "_low", "_high"), value, strict=True):
         result[f"logprob_effect{end}"] = ((), np.asarray(number), _EFFECT.attrs())
     result.attrs["summary"] += f"\nLog-probabilities differ by {float(value[0]):.4f} nat a token on average."

@@ -13,8 +13,9 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Num
 
-from workbench.studies.comparison import Run, in_order, labels, places, prompts, sum_by
+from workbench.studies.comparison import Run, in_order, labels, places, sum_by
 from workbench.studies.layer_experts import layer_experts, mask_absent
+from workbench.studies.matching import merged_prompts
 from workbench.studies.resampling import count_at_least, permutation_p
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import entropy, false_discovery, share
@@ -143,7 +144,7 @@ def mutual_information(
 def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> xr.Dataset | None:
     """Return the information on a label (channel, effort, task) in expert choices; None where there is only one."""
     counts = run.summary("expert_count").transpose("sequence", "channel", "layer", "expert")
-    prompt = prompts(counts)
+    prompt = merged_prompts(run, counts)[0]
     if axis == "channel":
         names = [
             c for c in map(str, counts["channel"].values) if c not in ("frame", "other") and counts.sel(channel=c).any()
