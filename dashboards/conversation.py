@@ -136,7 +136,7 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
         "heads": heads,
         "bands": bands,
         "irregular": irregular,
-        "n_prompt": int(run.sequences.loc[sequence, "n_prompt"]),
+        "n_prompt": int(run.sequences["n_prompt"][sequence]),
         "n_layers": run.model["n_layers"],
         "n_experts": run.model["num_experts"],
         "slots": tokens["experts"].shape[-1] if "experts" in tokens else 0,
