@@ -104,7 +104,11 @@ def _features(run: Run, hook: str, kept: Int[np.ndarray, " row"]) -> dict[int, F
     about = token_labels.recorded(run, hook)
     found = {}
     for index, layer in enumerate(about.layers):
-        values = np.concatenate([v for _, v in token_labels.blocks(run, about, index)])[kept]
+        parts, start = [], 0
+        for columns, values in token_labels.blocks(run, about, index):
+            parts.append(values[kept[(kept >= start) & (kept < start + len(columns))] - start])
+            start += len(columns)
+        values = np.concatenate(parts)
         if np.isnan(values).any():
             raise InputError(f"{hook} was recorded for some tokens only: record it without options")
         found[int(layer)] = values
