@@ -32,7 +32,7 @@ FEW = pytest.mark.filterwarnings("ignore:only .* prompts")
 
 # experiments that need more than a few prompts of a group
 FAST: dict[str, dict[str, object]] = {
-    "generated-answers": {"change": "direction", "doses": "1", "max_new_tokens": 6},
+    "generated-answers": {"change": "direction", "doses": "1", "max_new_tokens": 4},
     "sentence-importance": {"conversations": 2, "samples": 10, "max_new_tokens": 60},
 }
 LARGE = ("expert-ablation", "expert-forcing", "expert-reweighting", "steering", "logit-attribution", "chain-of-thought")
