@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _FUNCTIONS = {"graph": "attribution_graph"}  # public functions, and the module that has them
 _MODULES = (
     "attribution",
+    "circuits",
     "effects",
     "expert_logits",
     "expert_sets",
@@ -24,6 +25,7 @@ _MODULES = (
     "from_run",
     "gradients",
     "graph_checks",
+    "graph_details",
     "graph_export",
     "hidden_messages",
     "intervals",

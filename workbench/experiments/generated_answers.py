@@ -129,7 +129,8 @@ def measure(
     """Return every measure of the answers with the edits, less that without: `MEASURES` by sequence.
 
     For "same answer", "tokens before divergence" and "routing flips" the value without an edit is 1, 1 and 0. "correct"
-    is NaN where the expected text is not known. routes: the experts of the unedited answers, if they are known already.
+    is NaN where the expected text is not known. routes: the experts [layer pos slot]
+    of each unedited answer, if they are known already.
     """
     found = generate_answers(model, rows, *edits, max_new_tokens=max_new_tokens)
     common = [_common(b.ids, f.ids) for b, f in zip(base, found, strict=True)]
