@@ -31,6 +31,24 @@ def guard(application: Application, origins: Sequence[str]) -> None:
     application.default_router.rules.insert(0, refused)
 
 
+def answer_unknown(application: Application, page: str) -> None:
+    """Answer addresses that are no page with a page that says so. page: HTML of it."""
+    application.settings["default_handler_class"] = Unknown
+    application.settings["default_handler_args"] = {"page": page}
+
+
+class Unknown(RequestHandler):
+    """Answers an address that is no page."""
+
+    def initialize(self, page: str) -> None:
+        self._page = page
+
+    def prepare(self) -> None:
+        """Answer, whatever the method is."""
+        self.set_status(404)
+        self.finish(self._page)
+
+
 class Refused(Matcher):
     """Matches the requests that are refused, with the status and the reason."""
 

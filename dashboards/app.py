@@ -15,8 +15,8 @@ from urllib.parse import urlencode
 import panel as pn
 
 from workbench.dashboards import widgets
-from workbench.dashboards.access import guard, login_options
-from workbench.dashboards.layout import PageTemplate, page_template
+from workbench.dashboards.access import answer_unknown, guard, login_options
+from workbench.dashboards.layout import PageTemplate, missing_page, page_template
 from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
@@ -123,9 +123,9 @@ def serve(
     basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look.
     """
     access = login_options(basic_auth)
-    origins = [*_origins(address, port), *allow_origin]
+    origins = [*local_origins(address, port), *allow_origin]
     registry = RunRegistry(runs)
-    _check_free(address, port)
+    check_free(address, port)
     pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     threading.Thread(target=_warm, args=(registry,), daemon=True).start()
     print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
@@ -143,6 +143,7 @@ def serve(
             **access,
         )
         guard(server._tornado, origins)
+        answer_unknown(server._tornado, missing_page(page_titles()))
         server.start()
         server.io_loop.start()
     finally:
@@ -155,13 +156,19 @@ def _warm(registry: RunRegistry) -> None:
         widgets.guarded(partial(registry.costs, name))
 
 
-def _origins(address: str, port: int) -> list[str]:
+def local_origins(address: str, port: int) -> list[str]:
+    """Return the origins (HOST:PORT) under which a server at this address is reached."""
     local = {"localhost", "127.0.0.1"}
     names = {address, *local} if address in (*local, "0.0.0.0", "::", "") else {address}
     return [f"{name}:{port}" for name in sorted(names)]
 
 
-def _check_free(address: str, port: int) -> None:
+def check_free(address: str, port: int) -> None:
+    """Check that a server can listen there.
+
+    Raises:
+        InputError: the port or the address cannot be used.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

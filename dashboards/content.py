@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from html import escape
+from typing import Any
 
 import pandas as pd
 import xarray as xr
@@ -19,13 +20,19 @@ def about(run: Run) -> str:
     recorded = [name for name, on in vars(run.spec).items() if on is True] + [a.hook for a in run.spec.activations]
     efforts = ", ".join(f"{n} {effort}" for effort, n in sequences["effort"].value_counts(sort=False).items())
     parts = {
-        "Model": f"{run.checkpoint['name']}: {run.model['n_layers']} layers, {run.model['num_experts']} experts, "
+        "Model": f"{run.checkpoint['name']}: {run.model['n_layers']} layers, {number_of_experts(run.model)} experts, "
         f"{run.model['experts_per_token']} a token",
         "Transcripts": f"{len(sequences):,} ({efforts}), {int(sequences['length'].sum()):,} tokens",
         "Recorded": ", ".join(recorded).replace("_", " "),
         "State": state,
     }
     return " &ensp; ".join(f"<b>{name}</b> {escape(text)}" for name, text in parts.items())
+
+
+def number_of_experts(model: Mapping[str, Any]) -> str:
+    """Return the number of experts of a layer as text, or the least and the most where layers differ."""
+    own = model.get("layer_experts")
+    return f"{min(own)} to {max(own)}" if own else str(model["num_experts"])
 
 
 def accuracy_by_effort(run: Run) -> pd.DataFrame:
@@ -57,9 +64,13 @@ def method(study: Mapping[str, xr.Dataset]) -> str:
 
 
 def findings(study: Mapping[str, xr.Dataset]) -> str:
-    """Return HTML with the summaries of a study."""
-    lines = ((r.attrs["title"], r.attrs["summary"].splitlines()) for r in study.values())
-    return "".join(f"<h4>{escape(title)}</h4><p>{'<br>'.join(map(escape, text))}</p>" for title, text in lines)
+    """Return HTML with the summaries of a study, folded but for the first."""
+    lines = [(r.attrs["title"], r.attrs["summary"].splitlines()) for r in study.values()]
+    return "".join(
+        f"<details{' open' if number == 0 else ''}><summary><b>{escape(title)}</b></summary>"
+        f"<p>{'<br>'.join(map(escape, text))}</p></details>"
+        for number, (title, text) in enumerate(lines)
+    )
 
 
 def progress(run: Run) -> str:
@@ -106,7 +117,9 @@ def figure_names(names: Iterable[str]) -> dict[str, str]:
     """Return labels of figures → names, the most informative first."""
     every = list(names)
     last = [name for name in every if name.startswith(("mass_frame", "mass_prompt", "load_")) or name.endswith("naive")]
-    order = [name for name in every if name not in last and ("sizes" in name or "accuracy" in name)]
+    order = [name for name in every if name not in last and "accuracy" in name]
+    order += [name for name in every if name == "routing_analysis_vs_final_matched"]
+    order += [name for name in every if name not in (*last, *order) and "sizes" in name]
     order += [name for name in every if name not in (*order, *last)]
     return {name.replace("_", " "): name for name in (*order, *last)}
 

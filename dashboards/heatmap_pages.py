@@ -9,7 +9,7 @@ import pandas as pd
 import panel as pn
 import xarray as xr
 
-from workbench.dashboards import content, search, widgets
+from workbench.dashboards import content, expert_sections, search, widgets
 from workbench.dashboards.session import Page, Selectors, Session, box, study
 from workbench.errors import InputError
 from workbench.figures import quick_look as draw
@@ -118,7 +118,14 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
         rows = search.expert_tokens(run, layer, expert, lambda i: search.shown(i, words), within=within)
         return _examples(session, f"Overrepresented tokens: {chosen.description}", rows, f"{label}-tokens", "expert")
 
-    return pn.Column(widgets.beside(*cards), widgets.later(tokens), sizing_mode="stretch_width")
+    cards += expert_sections.measured_effects(session, layer, expert)
+    return pn.Column(
+        widgets.beside(*cards),
+        expert_sections.examples(session, chosen),
+        expert_sections.load_with_intervals(session, layer, expert),
+        widgets.later(tokens),
+        sizing_mode="stretch_width",
+    )
 
 
 def _of_task(chosen: Selectors) -> str:

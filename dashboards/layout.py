@@ -63,3 +63,18 @@ def page_template(
             "one_path": "true" if one_path else "false",
         },
     )
+
+
+def missing_page(titles: Mapping[str, str]) -> str:
+    """Return the document for an address that is no page: it says so and links to those that are. titles: of them."""
+    links = "".join(
+        f'<li><a href="/{escape(path)}">{look.icon(path)} {escape(title)}</a></li>' for path, title in titles.items()
+    )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>No such page – gpt-oss workbench</title><style>{look.style('light')}"
+        f"@media(prefers-color-scheme:dark){{{look.variables('dark')}}}</style>"
+        '<header class="wb-header"><a class="wb-brand" href="/overview">gpt-oss workbench</a></header>'
+        '<main class="wb-main"><h1>There is no page at this address</h1><p>The pages of this dashboard are:</p>'
+        f'<ul class="wb-answers">{links}</ul></main></html>'
+    )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
-import pandas as pd
 import panel as pn
 import xarray as xr
 
@@ -15,6 +14,8 @@ from workbench import registry
 from workbench.dashboards import content, widgets
 from workbench.dashboards.conversation_page import transcript
 from workbench.dashboards.heatmap_pages import experts, sinks
+from workbench.dashboards.overview import overview
+from workbench.dashboards.results_pages import causal, graph
 from workbench.dashboards.session import Page, Selectors, Session, box, study
 from workbench.errors import InputError
 from workbench.figures import effort as draw_effort
@@ -22,55 +23,12 @@ from workbench.figures import quick_look as draw
 from workbench.studies import quick_look
 
 
-def overview(session: Session) -> Page:
-    """Return the overview: what the run contains, its progress, and accuracy and tokens by effort."""
-    run, name = session.run, session.name
-    progress = widgets.html(content.progress(run))
-
-    def refresh() -> None:
-        try:
-            progress.object = content.progress(session.run)
-        except InputError as error:
-            progress.object = f"<b>{escape(str(error))}</b>"
-
-    if run.status != "complete":
-        pn.state.add_periodic_callback(refresh, period=2000)
-
-    def tokens() -> Any:
-        return widgets.table("Tokens by channel and effort", quick_look.tokens(run).reset_index(), f"{name}-tokens")
-
-    def roles() -> Any:
-        return widgets.table("Content tokens by role and channel", content.tokens_by_role(run), f"{name}-roles")
-
-    def accuracy() -> Any:
-        return widgets.table("Accuracy and new tokens by effort", content.accuracy_by_effort(run), f"{name}-accuracy")
-
-    def gains() -> Any:
-        costs = session.registry.costs(name, session.exclude)
-        if not costs:
-            return widgets.html("")
-        drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=session.theme)
-        return pn.Column(
-            widgets.figure(drawn, f"{name}-accuracy_by_tokens"),
-            widgets.card("Accuracy vs. reasoning length", widgets.html(content.findings({"g": costs["gain"]}))),
-            sizing_mode="stretch_width",
-        )
-
-    return Page(
-        [],
-        [
-            widgets.html(content.about(run)),
-            progress,
-            widgets.beside(widgets.guarded(tokens), widgets.guarded(accuracy)),
-            widgets.later(gains),
-            widgets.later(roles),
-            widgets.card("Provenance", widgets.html(content.provenance(run)), collapsed=True),
-        ],
-    )
-
-
 def channels(session: Session) -> Page:
-    """Return the page that compares the analysis and final channels: sums first, then the study."""
+    """Return the page that compares the analysis and final channels: tested differences, then sums of a selection.
+
+    The difference of the sums is not drawn: final has tasks and efforts without analysis, so that its sign may be that
+    of a task. The study compares the channels within prompts.
+    """
     run, name = session.run, session.name
     chosen = Selectors(session, "effort", "task")
     raw = box()
@@ -79,10 +37,13 @@ def channels(session: Session) -> Page:
         cell = {"effort": chosen["effort"], "task": chosen["task"]}
 
         def body(kind: Callable[..., xr.Dataset], measure: draw.Measure) -> Any:
-            a, b = (kind(run, channel=channel, **cell) for channel in ("analysis", "final"))
-            drawn = draw.difference(a, b, measure, theme=session.theme)
-            rows = pd.concat([d[[measure]].to_dataframe().reset_index().assign(of=d.attrs["title"]) for d in (a, b)])
-            return widgets.figure(drawn, f"{name}-analysis-final-{measure}", lambda: rows)
+            of_channels = {channel: kind(run, channel=channel, **cell) for channel in ("analysis", "final")}
+            return widgets.beside(
+                *(
+                    widgets.figure(draw.heatmap(ds, measure, theme=session.theme), f"{name}-{channel}-{measure}")
+                    for channel, ds in of_channels.items()
+                )
+            )
 
         raw[:] = [
             *([widgets.guarded(lambda: body(quick_look.routing, "load"))] if "routing" in run.recorded else []),
@@ -94,7 +55,9 @@ def channels(session: Session) -> Page:
         ]
 
     chosen.watch(show, "effort", "task")
-    return Page(chosen.sidebar(), [widgets.html(content.about(run)), raw, *study(session, "channels")])
+    tested = study(session, "channels", heading="Tested differences, all efforts and tasks")
+    title = widgets.html("<h2>Either channel at the selected effort and task, all tokens pooled</h2>")
+    return Page(chosen.sidebar(), [widgets.html(content.about(run)), *tested, title, raw])
 
 
 def effort(session: Session) -> Page:
@@ -187,9 +150,11 @@ _OWN_PAGES: Mapping[str, Callable[[Session], Page]] = {
     "effort": effort,
     "transcript": transcript,
     "compare": compare,
+    "causal": causal,
+    "graph": graph,
 }
 _BEFORE = {"overview": "Overview"}
-_AFTER = {"transcript": "Conversations"}
+_AFTER = {"transcript": "Conversations", "causal": "Causal results", "graph": "Why this token"}
 
 
 def page_titles() -> dict[str, str]:

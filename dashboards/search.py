@@ -58,7 +58,7 @@ class TokenSelection:
     task: str = ALL
 
     def mask(self, run: Run, block: dict[str, np.ndarray]) -> Bool[np.ndarray, " token"]:
-        """Return which tokens of a block of the run are selected."""
+        """Return which tokens [token] of a block of the run are selected."""
         inside = np.ones(len(block["channel"]), dtype=bool)
         if self.channel == ALL:
             inside = block["channel"] != CHANNELS.index("frame")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import panel as pn
@@ -153,7 +154,11 @@ def box() -> pn.Column:
 
 
 def study(
-    session: Session, name: str, *names: str, above: Sequence[str] = (), heading: str = "Statistical tests"
+    session: Session,
+    name: str,
+    *names: str,
+    above: Sequence[str] = (),
+    heading: str = "Statistical tests, all efforts and tasks",
 ) -> list[Any]:
     """Return the section of a study: figures, findings and methods. `above` names figures that are shown already."""
 
@@ -188,6 +193,6 @@ def study(
         return [pick, shown, *about]
 
     return [
-        pn.pane.Markdown(f"## {heading}", margin=(10, 10, 0, 10)),
+        widgets.html(f"<h2>{escape(heading)}</h2>"),
         widgets.awaited(session.registry.study(name, *(names or (session.name,)), exclude=session.exclude), show),
     ]

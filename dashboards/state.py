@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 
 import xarray as xr
 
+from workbench.dashboards.stored_results import StoredResults, stored_beside
 from workbench.dashboards.study_jobs import Answer, Desk
 from workbench.errors import InputError
 from workbench.runs import Run, open_run
@@ -47,6 +48,10 @@ class Selection:
         "colour",
         "position",
         "pin",
+        "experiment",
+        "graph",
+        "threshold",
+        "pins",
     )
 
     def __init__(self, query: Mapping[str, str]) -> None:
@@ -124,6 +129,11 @@ class RunRegistry:
         if run.status == "complete":
             self._runs[name, exclude] = (where.read("zarr.json"), run)
         return run
+
+    def stored(self, name: str) -> StoredResults:
+        """Return the results that are stored beside a run; none beside a run in an object store."""
+        where = place(self._paths[name])
+        return stored_beside(where.path, self.run(name).digest) if isinstance(where, LocalStorage) else StoredResults()
 
     def study(self, study: str, *names: str, exclude: str = "") -> Callable[[], Answer]:
         """Return a function that asks for a study of the run(s) in their current state, without waiting for it.

@@ -85,12 +85,19 @@ a{color:var(--wb-accent)}
 a:focus-visible,button:focus-visible,summary:focus-visible{outline:3px solid var(--wb-accent);outline-offset:2px}
 h2{font-size:var(--wb-title);line-height:1.3;margin:.2em 0}h3{font-size:var(--wb-lead);margin:.2em 0}
 .wb-lead{font-size:var(--wb-lead);margin:0}.wb-muted{color:var(--wb-muted)}
-.wb-tiles{display:flex;flex-wrap:wrap;gap:var(--wb-space)}
+.wb-tiles{display:flex;flex-wrap:wrap;gap:var(--wb-space);margin:10px 0}
 .wb-tile{flex:1 1 150px;background:var(--wb-surface);border:1px solid var(--wb-line);border-radius:var(--wb-radius);
 padding:10px 14px}
 .wb-tile b{display:block;font-size:var(--wb-figure);font-weight:600;line-height:1.2;font-variant-numeric:tabular-nums}
 .wb-tile span{color:var(--wb-muted);font-size:var(--wb-small)}
 .wb-answers{margin:0;padding-left:1.3em}.wb-answers li{margin:.35em 0;line-height:1.5}
+.wb-examples{margin:0;padding-left:1.2em;font-family:'DejaVu Sans Mono',monospace;font-size:13px}
+.wb-examples li{margin:.25em 0}.wb-examples a{color:var(--wb-ink);text-decoration:none;white-space:pre-wrap}
+.wb-examples a:hover{text-decoration:underline}
+mark{background:var(--wb-accent);color:var(--wb-on-accent);border-radius:3px;padding:0 2px}
+pre{white-space:pre-wrap;background:var(--wb-raised);border-radius:6px;padding:8px 12px}
+summary{cursor:pointer;padding:3px 0}th[data-sort]{cursor:pointer}th[aria-sort=ascending]::after{content:" \25B4"}
+th[aria-sort=descending]::after{content:" \25BE"}tr:has(a){cursor:pointer}tbody tr:hover{background:var(--wb-raised)}
 .wb-note{border-left:4px solid var(--wb-control);background:var(--wb-raised);border-radius:4px;padding:8px 12px;
 margin:4px 0}
 .wb-note.good{border-color:var(--wb-good);background:var(--wb-good-soft)}
@@ -106,6 +113,7 @@ border-bottom:1px solid var(--wb-line)}.wb-table th{color:var(--wb-muted);font-w
 _COMPONENT_CSS = """
 :host{font-family:var(--wb-font);font-size:var(--wb-text);color:var(--wb-ink);color-scheme:var(--wb-scheme)}
 .bk-input{background:var(--wb-surface);color:var(--wb-ink);border:1px solid var(--wb-control);border-radius:6px}
+select.bk-input{appearance:auto!important;background-image:none!important}
 .bk-input:focus{border-color:var(--wb-accent);box-shadow:0 0 0 2px var(--wb-accent-soft)}
 .bk-btn,.bk-btn-default{background:var(--wb-surface)!important;color:var(--wb-ink)!important;
 border:1px solid var(--wb-control)!important;border-radius:6px;font-size:13px}
@@ -113,6 +121,7 @@ border:1px solid var(--wb-control)!important;border-radius:6px;font-size:13px}
 .bk-btn.bk-active{background:var(--wb-accent)!important;color:var(--wb-on-accent)!important;
 border-color:var(--wb-accent)!important}
 .bk-btn:focus-visible,.bk-input:focus-visible{outline:3px solid var(--wb-accent);outline-offset:1px}
+:host(.card-title){text-align:left!important}:host(.card-title) h3{margin:0;text-align:left}
 label{color:var(--wb-muted);font-size:var(--wb-small)}a{color:var(--wb-accent)}
 """
 CARD_CSS = """
@@ -121,6 +130,13 @@ box-shadow:none;outline:none}
 .card-header{background:transparent;color:var(--wb-ink);border:0;padding:9px 12px 3px;min-height:0}
 .card-header:focus-visible{outline:3px solid var(--wb-accent)}
 .card-title,.card-title *{font-size:var(--wb-lead);font-weight:600;text-align:left!important}
+"""
+# of alerts by kind; the second colours are for notebooks, where no page sets the variables
+ALERT_CSS = """
+:host(.alert){background:var(--wb-accent-soft,#dfeaf5);color:var(--wb-ink,#1f2430);border:0;border-radius:4px;
+border-left:4px solid var(--wb-accent,#14508c);padding:8px 12px}
+:host(.alert-warning){background:var(--wb-warn-soft,#fbf0d9);border-left-color:var(--wb-warn,#7a4f00)}
+:host(.alert-danger){background:var(--wb-bad-soft,#fbe7e4);border-left-color:var(--wb-bad,#a82a1f)}
 """
 TABULATOR_CSS = """
 .tabulator{background:var(--wb-surface);color:var(--wb-ink);border:0;font-size:var(--wb-text)}

@@ -94,8 +94,10 @@ _SEEN_AT = {
 
 
 @contextmanager
-def applied(model: Any, *edits: Edit) -> Iterator[list[Matched]]:
+def applied(model: Any, *edits: Edit, need_match: bool = True) -> Iterator[list[Matched]]:
     """Apply edits to the model within the context, and yield how many tokens each has matched so far.
+
+    need_match: refuse an edit that met no token. Switch it off where the report is shown instead.
 
     Raises:
         InputError: an edit has matched no token by the end of the context.
@@ -129,7 +131,7 @@ def applied(model: Any, *edits: Edit) -> Iterator[list[Matched]]:
     between = [(name, hook(act, matched, _layer(name))) for name, act, matched in acts]
     with model.hooks(fwd_hooks=[*before, *between, *after]):
         yield report
-    if unmatched := [matched.description for matched in report if not matched.tokens]:
+    if need_match and (unmatched := [matched.description for matched in report if not matched.tokens]):
         raise InputError(
             f"no token was met by: {'; '.join(unmatched)}. Nothing was run inside, or the token set is empty there: "
             "check it with token_set(ids)"

@@ -26,8 +26,8 @@ def forbid(layers: Layers, experts: Collection[int], tokens: Tokens = None) -> E
     experts, members = sorted(set(experts)), as_set(tokens)
 
     def act(logits: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
-        if at.model.cfg.num_experts - len(experts) < (k := at.model.cfg.experts_per_token):
-            raise InputError(f"forbidding {len(experts)} of {at.model.cfg.num_experts} experts leaves fewer than {k}")
+        if logits.shape[-1] - len(experts) < (k := at.model.cfg.experts_per_token):
+            raise InputError(f"forbidding {len(experts)} of {logits.shape[-1]} experts leaves fewer than {k}")
         selected = at.selected(members)
         mask = selected.to(logits.device)[..., None] & among(experts, logits)
         choice = torch.zeros_like(mask).scatter_(-1, logits.topk(k, -1).indices, True)

@@ -45,7 +45,10 @@ def at_routers(layers: Layers, experts: Sequence[int], point: str, act: Act, *, 
     """
 
     def points(model: Any) -> list[tuple[str, Act]]:
-        _check("expert", experts, model.cfg.num_experts)
+        for layer in numbers(layers):
+            if 0 <= layer < model.cfg.n_layers:  # `at_layers` refuses the others
+                where = "the model" if model.cfg.layer_experts is None else f"layer {layer}"
+                _check("expert", experts, model.cfg.experts_of(layer), where)
         if at_most_k and len(experts) > model.cfg.experts_per_token:
             raise InputError(f"a token goes to {model.cfg.experts_per_token} experts, not to {len(experts)}")
         return at_layers(layers, point, act)(model)
@@ -53,10 +56,10 @@ def at_routers(layers: Layers, experts: Sequence[int], point: str, act: Act, *, 
     return points
 
 
-def _check(what: str, numbers: Sequence[int], n: int) -> None:
+def _check(what: str, numbers: Sequence[int], n: int, where: str = "the model") -> None:
     wrong = [i for i in numbers if not 0 <= i < n]
     if wrong or not numbers:
-        raise InputError(f"{what}s {wrong or 'none'}: the model has {what}s 0 to {n - 1}")
+        raise InputError(f"{what}s {wrong or 'none'}: {where} has {what}s 0 to {n - 1}")
 
 
 def at_points(points: str | Collection[str], act: Act) -> Points:

@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "experiments": {
         "version",
         "registry",
+        "row_output",
         "model",
         "kernels",
         "hooks",
@@ -75,7 +76,8 @@ MAY_IMPORT = {
         "errors",
         "progress",
     },
-    "research": {"experiments", "model", "hooks", "capture", "runs", "studies", "harmony", "errors"},
+    "research": {"bounded_json", "experiments", "model", "hooks", "capture", "runs", "studies", "harmony", "errors"},
+    "live": {"dashboards", "figures", "research", "capture", "model", "hooks", "kernels", "harmony", "errors"},
     "adapters": {
         "bounded_json",
         "kernels",
@@ -91,6 +93,7 @@ MAY_IMPORT = {
     "cli": {
         "bounded_json",
         "adapters",
+        "live",
         "research",
         "outputs",
         "row_output",

@@ -122,7 +122,7 @@ def run(words: list[str], cwd: Path) -> None:
     assert words[0] in ("workbench", "panel"), f"a command that no test runs: {shlex.join(words)}"
     module = {"workbench": "workbench.cli", "panel": "panel"}[words[0]]
     command = [sys.executable, "-m", module, *words[1:]]
-    if words[1] not in ("dashboard", "serve"):
+    if words[1] not in ("dashboard", "live", "serve"):
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
         assert done.returncode == 0, (shlex.join(words), done.stderr[-2000:])
         return

@@ -7,9 +7,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # tests of several modules together, or of what is not a module of the workbench
 ACROSS_MODULES = {
+    "capture/test_damage.py",
     "capture/test_exact_records.py",
     "capture/test_excluding.py",
     "capture/test_faults.py",
+    "capture/test_layer_experts.py",
     "capture/test_memory.py",
     "cli/test_cli.py",
     "cli/test_fuzz.py",
@@ -26,6 +28,7 @@ ACROSS_MODULES = {
     "model/test_checkpointing.py",
     "model/test_gradients.py",
     "model/test_hooks.py",
+    "model/test_layer_experts.py",
     "model/test_parity.py",
     "model/test_paths.py",
     "model/test_synchronisation.py",

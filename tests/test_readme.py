@@ -48,9 +48,9 @@ def test_tokens_that_are_not_moved_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 def test_the_commands_run_in_their_order(tmp_path: Path) -> None:
-    """All but the dashboard, which does not end; a sixteenth of the prompts, as time is short."""
+    """All but the dashboard and the live page, which do not end; a sixteenth of the prompts, as time is short."""
     lines = [line.split("#")[0].strip() for line in blocks("sh")[1].splitlines()]
-    commands = [line.split() for line in lines if line and not line.startswith("workbench dashboard")]
+    commands = [line.split() for line in lines if line and line.split()[1] not in ("dashboard", "live")]
     assert [c[1] for c in commands] == [
         "info",
         "generate",

@@ -132,10 +132,26 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "generate", "nano", "a", "b", "--samples", "0")[0] == 2
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{Path(sys.executable).with_name('workbench')} info nano | head -1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("command", "code", "lines"),
+    [
+        ("summary RUN | true", 0, 0),
+        ("verify RUN | true", 0, 0),
+        ("verify RUN > /dev/full", 1, 1),
+        ("study --help >&-", 0, 0),
+        ("LC_ALL=C summary RUN | tail -1", 0, 0),
+    ],
+)
+def test_an_output_that_is_closed_full_or_ascii_is_no_traceback(command: str, code: int, lines: int) -> None:
+    words = command.replace("RUN", str(DATA / "demo.zarr"))
+    environment, words = (words[:9], words[9:]) if words.startswith("LC_ALL=C ") else ("", words)
+    script = f"{environment} PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {sys.executable} -m workbench.cli {words}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {script}"], capture_output=True, text=True, check=False, errors="replace"
+    )
     assert "Traceback" not in done.stderr
+    assert done.returncode == code
+    assert len([line for line in done.stderr.splitlines() if line.startswith("workbench: ")]) == lines
 
 
 @pytest.mark.parametrize(("module", "command", "extra"), [("panel", ["dashboard", "RUN"], "dashboard")])

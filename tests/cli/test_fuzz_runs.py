@@ -27,7 +27,8 @@ READING = {
     "conversation run.zarr 0 --out out.html": 1,
     "export run.zarr out --format parquet": 2,
     "dashboard run.zarr --port 45006": 2,
-    "capture nano transcripts.jsonl run.zarr --unit-tokens 1024 --dtype float32": 1,
+    "capture nano transcripts.jsonl run.zarr --unit-tokens 1024 --dtype float32 --record routing --record sinks "
+    "--record logprobs --record resid_post:1": 1,
 }
 COMMANDS = [command for command, weight in READING.items() for _ in range(weight)]
 WAYS = ["as it is", "forged", "schema 2"]
@@ -105,6 +106,19 @@ def test_no_regular_files(runs: dict[str, Path], workplace: Path, long: bool, mo
 def special_case(folder: Path, command: str, name: str, kind: str) -> None:
     with replaced(folder / "run.zarr" / name, kind):
         Checked(folder).run(*command.split(), may_change="run.zarr" if command.startswith("capture") else "")
+
+
+@pytest.mark.parametrize("part", ["sequences", "messages", "tokens", "units", "summaries", "routing/gates", "manifest"])
+def test_half_deleted_runs(runs: dict[str, Path], workplace: Path, part: str, long: bool) -> None:
+    """A folder of the run is gone: each command ends in one line, or does not need it."""
+    for way in ("as it is", "schema 2")[: 1 + long]:
+        shutil.copytree(runs[way], workplace / "run.zarr")
+        shutil.rmtree(workplace / "run.zarr" / part, ignore_errors=True)
+        commands = READING if long else ["summary run.zarr", "export run.zarr out --format parquet"]
+        assert Checked(workplace).run("verify", "run.zarr").code == (0 if part == "manifest" and "2" in way else 1)
+        for command in commands:
+            Checked(workplace).run(*command.split(), may_change="run.zarr" if command.startswith("capture") else "")
+        shutil.rmtree(workplace / "run.zarr")
 
 
 def test_a_reader_that_waits_is_noticed(

@@ -40,6 +40,7 @@ OUTPUTS: dict[tuple[str, str], str] = {
     ("bench gpu", "autotune"): "bench gpu --autotune OUT",
 }
 INPUTS = {
+    "recipe",
     "prompts",
     "transcripts",
     "file",

@@ -1,128 +1,26 @@
 """The dashboard in a real browser: what is drawn, what a link reopens, that nothing is fetched from elsewhere."""
 
-import contextlib
 import json
 import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
 
 import workbench as wb
+from tests.dashboards.browsing import SCREENSHOTS, UNNAMED, Session, frame_of, heat, serve, stop
 from tests.serving import free_port, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, Error, Frame, Page, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, expect  # noqa: E402
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
-
-UNNAMED = """() => { const found = [];
-  const text = e => [...e.childNodes, ...(e.shadowRoot ? e.shadowRoot.childNodes : [])].map(
-    c => c.nodeType === 3 ? c.data : c.nodeType === 1 ? text(c) : '').join('').trim();
-  const walk = root => { for (const e of root.querySelectorAll('*')) {
-  if (/^(SELECT|INPUT|BUTTON|TEXTAREA|A|IMG|IFRAME)$/.test(e.tagName) && e.type !== 'hidden'
-      && e.getClientRects().length && !e.closest('.js-plotly-plot')) {
-    const label = e.getAttribute('aria-label') || e.title || e.alt || text(e) && e.tagName !== 'SELECT'
-      || (e.labels && [...e.labels].some(l => l.textContent.trim()));
-    if (!label) found.push(e.tagName); }
-  if (e.tabIndex > 0) found.push('tabindex');
-  if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
-
-expect.set_options(timeout=60_000)  # five seconds, the default, are too few on a busy machine
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.fail("no Chromium: apt-get install chromium")
-    with sync_playwright() as p:
-        yield p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-
-
-def serve(*arguments: str) -> tuple[subprocess.Popen[bytes], str]:
-    """`workbench dashboard` as a user starts it; returns when it answers."""
-    port = free_port()
-    command = [sys.executable, "-m", "workbench.cli", "dashboard", *arguments, "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(port, server)
-    return server, f"http://localhost:{port}"
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory, demo_run: Path) -> Iterator[str]:
-    server, url = serve(str(demo_run))
-    yield url
-    stop(server)
-
-
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C does."""
-    server.send_signal(signal.SIGINT)
-    assert server.wait(30) in (0, 130)
-
-
-class Session:
-    """A page that remembers what it asked for and complained of."""
-
-    def __init__(self, browser: Browser, url: str, width: int = 1280) -> None:
-        self.page: Page = browser.new_page(viewport={"width": width, "height": 900})
-        self.foreign: list[str] = []
-        self.errors: list[str] = []
-        self.page.on("request", self._request)
-        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
-        self.page.on("pageerror", self._page_error)
-        self.page.goto(url, timeout=90_000)
-
-    def _page_error(self, error: object) -> None:
-        # Panel 1.9 now and then tells the wrong element to resize while a figure is drawn; it is drawn all the same.
-        if "_guiEditing" not in str(error):
-            self.errors.append(str(error))
-
-    def _request(self, request: object) -> None:
-        url = request.url  # type: ignore[attr-defined]
-        if not re.match(r"(http://localhost:|http://127\.0\.0\.1:|ws://localhost:|data:|blob:)", url):
-            self.foreign.append(url)
-
-    def drawn(self, count: int = 1) -> "Session":
-        """Wait until that many figures are there."""
-        self.page.wait_for_function(
-            """count => { const all = []; const walk = root => { for (const e of root.querySelectorAll('*')) {
-                 if (e.classList.contains('js-plotly-plot') && e.querySelector('.main-svg')) all.push(e);
-                 if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return all.length >= count }""",
-            arg=count,
-            timeout=90_000,
-        )
-        return self
-
-
-def heat(page: Page) -> list[list[float]]:
-    """The numbers of the first heat map, as the browser holds them."""
-    values = page.evaluate(
-        """() => { let found = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
-             if (!found && e.classList.contains('js-plotly-plot')) { const t = (e.data || []).find(t => t.type === 'heatmap');
-               if (t) found = Array.from(t.customdata || t.z).length + '|' + JSON.stringify((t.z._inputArray || t.z)); }
-             if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
-    )
-    assert values, "no heat map"
-    return json.loads(values.split("|", 1)[1])  # type: ignore[no-any-return]
 
 
 def test_the_page_draws_the_study_without_complaint_or_outside_help(demo: str, browser: Browser) -> None:
@@ -238,16 +136,6 @@ def test_another_figure_is_in_the_link_and_its_numbers_can_be_had(demo: str, bro
     assert session.errors == []
 
 
-def frame_of(session: "Session") -> Frame:
-    for _ in range(120):
-        found = [f for f in session.page.frames if f != session.page.main_frame]
-        with contextlib.suppress(Error):  # a frame that was replaced meanwhile
-            if found and found[0].locator(".t").count():
-                return found[0]
-        session.page.wait_for_timeout(250)
-    pytest.fail("no conversation is shown")
-
-
 def test_a_conversation_is_coloured_told_of_searched_and_replayed(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/transcript?task=product&effort=high")
     frame = frame_of(session)
@@ -264,6 +152,8 @@ def test_a_conversation_is_coloured_told_of_searched_and_replayed(demo: str, bro
     coloured = frame.evaluate("spans.filter(s => s.style.background).length")
     experts_ = frame.evaluate("spans.filter((s, i) => experts(0, i).includes(5)).length")
     assert coloured == experts_ > 0
+    frame.select_option("#by", "surprisal")
+    assert re.fullmatch(r"0\.00\s+≥ [1-9].*\(scale of the answer\)", frame.locator("#scale").inner_text().strip())
     frame.fill("#find", "reasoning: high")
     assert frame.locator(".t.hit").count() >= 2
     frame.select_option("#speed", "100")

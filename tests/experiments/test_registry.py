@@ -11,10 +11,10 @@ from workbench.errors import InputError
 from workbench.experiments import chain_of_thought
 from workbench.experiments.expert_sets import named_experts
 from workbench.experiments.from_run import transcripts
-from workbench.experiments.registry import run_experiment
-from workbench.figures import experiments as figures
+from workbench.experiments.registry import independent_rows, run_experiment
 from workbench.registry import experiments
 from workbench.studies import save
+from workbench.studies.matching import index_of
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +30,21 @@ def nano():
 FEW = pytest.mark.filterwarnings("ignore:only .* prompts")
 
 
+# docs/gallery.md runs these by name, and their own tests draw them
+ON_THE_GALLERY_PAGE = ("generated-answers", "sentence-importance", "super-experts")
+# these need more than a few prompts of a group
+LARGE = ("expert-ablation", "expert-forcing", "expert-reweighting", "steering", "logit-attribution", "chain-of-thought")
+
+
 @FEW
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [record.name for record in experiments()])
+@pytest.mark.parametrize("name", [record.name for record in experiments() if record.name not in ON_THE_GALLERY_PAGE])
 def test_every_experiment_has_a_summary_and_can_be_drawn_and_saved(name, run, nano, tmp_path):
-    options = {"controls": 20} if "controls" in registry.find(name).options else {}
-    found = run_experiment(name, nano, run, sequences=60, **options)
-    drawn = figures.gallery(found)
-    assert drawn.keys() == found.keys()
+    record = registry.find(name)
+    options = {name: n for name, n in {"controls": 20, "routes": 2}.items() if name in record.options}
+    found = run_experiment(name, nano, run, sequences=60 if name in LARGE else 20, **options)
+    drawn = record.load_figures().gallery(found)
+    assert {item.source.attrs["title"] for item in drawn.values()} == {ds.attrs["title"] for ds in found.values()}
     assert all(len(d.table()) and d.draw().data for d in drawn.values())
     for dataset in found.values():
         assert {
@@ -95,3 +102,23 @@ def test_what_is_refused(run, nano):
         run_experiment("nonsense", nano, run)
     with pytest.raises(InputError, match="at least 5 are needed"):
         chain_of_thought.study(nano, [r for r in transcripts(run) if r.effort == "low"][:5])
+
+
+def test_duplicated_prompts_are_one_sampling_unit(run, monkeypatch):
+    number = index_of(run).prompts[0]
+    chosen = list(run.sequences.index[:12])
+    rows, merged = independent_rows(run, chosen)
+    assert merged == 0
+    assert [row.prompt_id for row in rows] == [row.prompt_id for row in transcripts(run, chosen)]
+
+    class Merged:
+        prompts = (number // 2, 100)
+
+    monkeypatch.setattr("workbench.experiments.registry.index_of", lambda run: Merged)
+    paired, merged = independent_rows(run, chosen)
+    of_pairs = {}
+    for sequence, row in zip(chosen, paired, strict=True):
+        of_pairs.setdefault(int(number[sequence]) // 2, set()).add(row.prompt_id)
+    assert all(len(ids) == 1 for ids in of_pairs.values())
+    assert merged == len({row.prompt_id for row in rows}) - len(of_pairs) > 0
+    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(rows, paired, strict=True))

@@ -112,7 +112,6 @@ def test_plain_rope_survives_both_layouts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "layout", "said"),
     [
-        ({"windows": (16, None, 8)}, "huggingface", "cannot say windows"),
         ({"windows": (None, None, None)}, "original", "cannot say windows"),
         ({"eps": 1e-6}, "original", "cannot say eps"),
         ({"swiglu_alpha": 1.0}, "original", "cannot say swiglu_alpha"),

@@ -14,6 +14,7 @@ from workbench.errors import InputError
 from workbench.experiments.from_run import transcripts
 from workbench.model.transformer import GptOss
 from workbench.runs.reader import Run
+from workbench.studies import run_study
 
 
 @pytest.fixture(scope="module")
@@ -64,26 +65,29 @@ def test_a_probe_reads_the_channel_and_not_random_labels(run: Run) -> None:
     random = pd.Series(np.random.default_rng(0).choice(["a", "b"], len(run.sequences)), index=run.sequences.index)
     chance = wb.probe(run, random, layers=[2], max_tokens=900).sel(layer=2, group="all")
     assert abs(float(chance["accuracy"]) - 0.5) < 0.15, "the negative control: labels that mean nothing"
+    assert float(everywhere["selectivity"]) == float(everywhere["accuracy"]) - float(everywhere["control"])
+    assert float(everywhere["accuracy_bigram"]) > float(everywhere["baseline"]), "words alone tell much of the channel"
     with pytest.raises(InputError, match="'colour' is no label"):
         wb.probe(run, "colour")
 
 
 def test_answers_have_texts_lengths_and_correctness_with_intervals(nano: GptOss, tmp_path: Path) -> None:
     rows = [
-        {"id": f"p{i}", "messages": [{"role": "user", "content": f"{i}*7"}], "expected": str(i * 7)} for i in (12, 13)
+        {"id": f"p{i}", "messages": [{"role": "user", "content": f"{i}*7"}], "expected": str(i * 7)}
+        for i in range(12, 17)
     ]
     found = wb.answers(nano, rows, effort=["low", "medium"], samples=2, temperature=0.7, max_new_tokens=60)
     table = found.table
-    assert len(table) == 8
+    assert len(table) == 20
     final = table[table["complete"]]
     assert (final["correct"] == (final["text"] == final["expected"])).all()
     assert (table["new_tokens"] == [len(t.tokens) - t.n_prompt for t in found.transcripts]).all()
     accuracy = found.accuracy()
     assert accuracy["effort"].tolist() == ["low", "medium"]
-    assert accuracy["answers"].tolist() == [4, 4]
+    assert accuracy["answers"].tolist() == [10, 10]
     for row in accuracy.itertuples():
         own = table[table["effort"] == row.effort]
-        assert row.accuracy == own["correct"].mean()
+        np.testing.assert_allclose(row.accuracy, own["correct"].mean())
         assert row.accuracy_low <= row.accuracy <= row.accuracy_high
     always = wb.answers(nano, rows, effort="low", max_new_tokens=60, correct=lambda text, expected: True)
     assert always.table["correct"].all()
@@ -101,9 +105,22 @@ def test_answers_have_texts_lengths_and_correctness_with_intervals(nano: GptOss,
 def test_accuracy_counts_prompts_not_samples() -> None:
     table = pd.DataFrame({"prompt_id": ["a", "b"] * 50, "correct": [1, 0] * 50, "effort": "low"})
     one = wb.accuracy(table).iloc[0]
-    assert (one["accuracy_low"], one["accuracy_high"]) == (0.0, 1.0), "100 samples of two prompts are two prompts"
+    assert np.isnan([one["accuracy_low"], one["accuracy_high"]]).all(), "100 samples of two prompts are two prompts"
+    assert one["note"] == "only 2 prompts: an interval needs at least 5"
     many = wb.accuracy(table.assign(prompt_id=range(100))).iloc[0]
     assert many["accuracy_high"] - many["accuracy_low"] < 0.25
+    assert many["note"] == ""
+
+
+def test_accuracy_is_that_of_the_effort_study_and_has_a_width_where_all_answers_agree() -> None:
+    demo = wb.open_run(DATA / "demo.zarr")
+    cost = run_study("effort", demo)["cost"].sel(task="all")
+    table = wb.accuracy(demo).set_index("effort")
+    for name in ("accuracy", "accuracy_low", "accuracy_high"):
+        np.testing.assert_allclose(table.loc[list(cost["effort"].values), name], cost[name])
+    always = wb.accuracy(pd.DataFrame({"prompt_id": range(12), "correct": 1, "effort": "high"})).iloc[0]
+    assert always["accuracy_low"] < 0.8 < always["accuracy_high"] == 1, "a percentile bootstrap has no width here"
+    assert always["note"].startswith("only 12 prompts")
 
 
 def test_top_experts_are_those_of_the_largest_lift(run: Run) -> None:

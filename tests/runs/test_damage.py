@@ -29,13 +29,17 @@ def flip(file: Path, _: Path) -> None:
     file.write_bytes(bytes(content))
 
 
+def grow(file: Path, _: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
 def swap(file: Path, other: Path) -> None:
     one, two = file.read_bytes(), other.read_bytes()
     file.write_bytes(two)
     other.write_bytes(one)
 
 
-DAMAGES: dict[str, Callable[[Path, Path], None]] = {f.__name__: f for f in (delete, truncate, flip, swap)}
+DAMAGES: dict[str, Callable[[Path, Path], None]] = {f.__name__: f for f in (delete, truncate, grow, flip, swap)}
 
 
 @pytest.fixture(scope="module")

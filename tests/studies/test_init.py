@@ -1,5 +1,6 @@
 """All studies: each runs on the bundled run, describes itself, and is saved and loaded with its parameters."""
 
+import contextlib
 import json
 import warnings
 
@@ -10,8 +11,9 @@ import xarray as xr
 
 import workbench as wb
 from tests.conftest import DATA
+from workbench import registry
 from workbench.errors import InputError
-from workbench.studies import run_study, save, sinks
+from workbench.studies import matching, quick_look, run_study, save, sinks
 from workbench.studies.result import load as load_results
 from workbench.studies.statistics import false_discovery
 
@@ -60,3 +62,115 @@ def test_false_discovery_is_statsmodels():
 
 def test_parameters_are_kept(demo):
     assert json.loads(sinks.mass(demo).attrs["parameters"]) == {"by": ["channel", "effort"]}
+
+
+def one_run(run: wb.Run) -> dict[str, dict[str, xr.Dataset]]:
+    """Results of every registered study that needs nothing but this run; of two runs, the run with itself."""
+    found = {}
+    for record in registry.studies():
+        with contextlib.suppress(InputError):  # it lacks a record
+            found[record.name] = run_study(record.name, *[run] * record.runs)
+    return found
+
+
+Answers = dict[tuple[str, ...], list[tuple[str, dict[str, np.ndarray]]]]
+
+
+def answers_by_question(results: dict[str, dict[str, xr.Dataset]]) -> Answers:
+    """What studies say about the same question: a difference of two sides under a control, or routers' agreement."""
+    answers: Answers = {}
+    for study, sets in results.items():
+        for name, ds in sets.items():
+            for question, values in _answers(ds):
+                answers.setdefault(question, []).append((f"{study}/{name}", values))
+    return answers
+
+
+def _answers(ds: xr.Dataset):
+    if {"what", "paired"} <= ds.attrs.keys():
+        names = ("difference", "low", "high", "p", "q", "different")
+        for control in map(str, ds["control"].values):
+            one = ds.sel(control=control)
+            question = (ds.attrs["what"], ds.attrs["a"], ds.attrs["b"], control)
+            yield question, {name: one[name].values for name in names}
+    if "expert_different" in ds:
+        sides = [ds.attrs[side] for side in "ab"]
+        if ds.attrs["between"] == "effort":
+            sides = [f"{ds.attrs['within']} at {side} effort" for side in sides]
+        values = {name: ds[f"difference_{name}"].values for name in ("low", "high", "p", "q")}
+        values |= {"difference": ds["difference"].values, "different": ds["expert_different"].values}
+        yield ("experts", *sides, "none"), values
+    if {"agreement", "agreement_low"} <= set(ds.data_vars):
+        yield ("agreement",), {name: ds[name].values for name in ("agreement", "agreement_low", "agreement_high")}
+
+
+def disagreements(results: dict[str, dict[str, xr.Dataset]]) -> list[str]:
+    found = []
+    for question, answers in answers_by_question(results).items():
+        (first, values), *others = answers
+        for other, theirs in others:
+            for name in sorted(values.keys() | theirs.keys()):
+                if not np.allclose(values[name].astype(float), theirs[name].astype(float), atol=1e-9, equal_nan=True):
+                    found.append(f"{' '.join(question)}: {name} of {first} and {other}")
+    return found
+
+
+def test_every_question_has_one_answer_in_all_registered_studies(demo):
+    results = one_run(demo)
+    assert {"routing", "channels", "sinks", "effort", "compare", "routing-agreement-runs"} <= results.keys()
+    several = {question for question, answers in answers_by_question(results).items() if len(answers) > 1}
+    assert {
+        ("experts", "analysis", "final", "none"),
+        ("experts", "prompt at low effort", "prompt at high effort", "none"),
+        ("experts", "analysis at medium effort", "analysis at high effort", "none"),
+        ("experts", "final at low effort", "final at high effort", "none"),
+        ("sink", "analysis", "final", "none"),
+        ("sink", "analysis", "final", "position"),
+        ("sink", "the first half of analysis", "the second half of analysis", "none"),
+        ("sink", "prompt at low effort", "prompt at high effort", "position"),
+        ("agreement",),
+    } <= several
+    assert disagreements(results) == []
+    # negative control: the difference of all tokens of either side, which one study had instead
+    sides = [quick_look.routing(demo, channel=channel)["load"].values for channel in ("analysis", "final")]
+    pooled = results["channels"]["routing_analysis_vs_final"].copy(deep=True)
+    pooled["difference"].loc[{"control": "none"}] = sides[0] - sides[1]
+    broken = results | {"channels": results["channels"] | {"routing_analysis_vs_final": pooled}}
+    assert any("experts analysis final none: difference" in text for text in disagreements(broken))
+    assert results["routing"]["analysis_vs_final"]["difference"][1, 8] > 0 > pooled["difference"][0, 1, 8]
+
+
+def test_the_same_difference_has_the_same_unit_in_every_summary(demo):
+    texts = {"channels": "routing_analysis_vs_final", "routing": "analysis_vs_final"}
+    lines = {
+        study: [x for x in run_study(study, demo)[name].attrs["summary"].splitlines() if "layer 0 expert 15" in x]
+        for study, name in texts.items()
+    }
+    assert lines["channels"][0] == lines["routing"][0]
+    assert lines["channels"][0].endswith("points")
+
+
+def test_duplicated_prompts_count_once_in_every_study(monkeypatch):
+    """A run whose every prompt has a copy under another id has the intervals of a run of half as many prompts."""
+    run = wb.open_run(DATA / "demo.zarr")
+    number = matching.index_of(run).prompts[0]
+    plain = {name: run_study(name, run) for name in ("sinks", "effort")} | {"compare": run_study("compare", run, run)}
+    index = matching.RunIndex(run)
+    index.__dict__["prompts"] = (number // 2, int(number.max() + 1) // 2)
+    monkeypatch.setattr(matching, "index_of", lambda run: index)
+    monkeypatch.setattr("workbench.studies.contrast.index_of", lambda run: index)
+    merged = {name: run_study(name, run) for name in ("sinks", "effort")} | {"compare": run_study("compare", run, run)}
+    for study, sets in merged.items():
+        for name, ds in sets.items():
+            assert "repeat the tokens of others" in ds.attrs["summary"], (study, name)
+            assert "repeat" not in plain[study][name].attrs["summary"]
+    for study, name, variable in (
+        ("sinks", "mass", "mass"),
+        ("sinks", "position", "mass"),
+        ("effort", "cost", "accuracy"),
+        ("effort", "gain", "gain"),
+    ):
+        widths = [
+            sets[study][name][f"{variable}_high"] - sets[study][name][f"{variable}_low"] for sets in (plain, merged)
+        ]
+        assert not np.allclose(widths[0], widths[1], equal_nan=True), (study, name)

@@ -34,7 +34,8 @@ def with_host_routes(rows: Sequence[Transcript], transcripts: str | Path, cfg: C
     for row in rows:
         experts = read_experts(transcripts, row.id)
         shape = (cfg.n_layers, cfg.experts_per_token)
-        if experts.shape[1:] != shape or int(experts.max(initial=0)) >= cfg.num_experts:
+        own = np.array([cfg.experts_of(layer) for layer in range(cfg.n_layers)])[:, None]
+        if experts.shape[1:] != shape or (experts >= own).any():
             raise InputError(
                 f"the host's experts of {ascii(row.id)[:60]} have {experts.shape[1]} layers and {experts.shape[2]} "
                 "experts "

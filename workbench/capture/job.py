@@ -369,7 +369,7 @@ def _logged(target: Path | None) -> Iterator[None]:
         yield
         return
     with made_parents(target):
-        handler = logging.FileHandler(target, encoding="utf-8")
+        handler = logging.FileHandler(target, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = log.level
     log.addHandler(handler)

@@ -51,6 +51,20 @@ def axis_sizes(axes: Sequence[str], cfg: Config) -> dict[str, int]:
     return {names.get(axis, axis): counted.get(axis) or int(getattr(cfg, axis)) for axis in axes}
 
 
+def check_expert_axis(where: str, axes: Mapping[str, int], layers: Sequence[int], cfg: Config) -> None:
+    """Refuse the axis `expert` in layers whose numbers of experts are not the model's largest.
+
+    Raises:
+        InputError: a layer has fewer experts than the array would have.
+    """
+    narrow = [layer for layer in layers if cfg.experts_of(layer) < cfg.num_experts]
+    if "expert" in axes and narrow:
+        raise InputError(
+            f"{where}: layers {narrow[:4]} have fewer than {cfg.num_experts} experts, and an array has one number for "
+            "all: record 'router_logits' without options, or name layers= that have them"
+        )
+
+
 def parse(recorder: Recorder, cfg: Config) -> tuple[Record, Function | None]:
     """Return the record of a recorder and its function, if it reduces by one.
 
@@ -70,6 +84,7 @@ def parse(recorder: Recorder, cfg: Config) -> tuple[Record, Function | None]:
     layers = record_options.layers(where, options.pop("layers", ()) or inside, cfg.n_layers)
     per_token = BLOCK[hook].startswith("batch pos ")
     axes = axis_sizes(BLOCK[hook].split()[2:], cfg) if per_token else {"head": cfg.n_heads}
+    check_expert_axis(where, axes, layers, cfg)
     index, index_dim = record_options.index(where, recorder.hook, axes, options)
     chosen = record_options.tokens(where, options)
     if recorder.dtype not in _DTYPES:

@@ -142,6 +142,9 @@ class Buffers:
             rows = torch.from_numpy(self._rows_of(a, self._at)).to(x.device)[:, None]
             x = torch.where(rows, x, torch.zeros((), dtype=x.dtype, device=x.device))
         target = self._arrays[name][place, self._at]
+        if name == "router_logits" and x.shape[-1] < target.shape[-1]:  # a layer with fewer experts than another
+            target[:, x.shape[-1] :] = torch.nan
+            target = target[:, : x.shape[-1]]
         if not self._pinned:
             target.copy_(x)
             return

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from workbench.capture import own_record, record_options
-from workbench.capture.own_record import axis_sizes
+from workbench.capture.own_record import axis_sizes, check_expert_axis
 from workbench.capture.recorder import Recorder, from_file
 from workbench.errors import InputError
 from workbench.hooks.names import BLOCK
@@ -147,6 +147,7 @@ def _selected(text: str, name: str, options: dict[str, Any], cfg: Config) -> lis
         "sinks": (("sink", "attn.hook_sink"),),
     }[name]
     axes = axis_sizes(PER_TOKEN[hooks[0][1]], cfg)
+    check_expert_axis(where, axes, layers, cfg)
     if name == "routing" and "experts" in options:
         raise InputError(
             f"{where}: routing has no experts= (it holds the numbers of the chosen ones): leave it out, and select "
@@ -185,6 +186,7 @@ def _activation(text: str, point: str, options: dict[str, Any], cfg: Config) -> 
     assert hook is not None
     layers = record_options.layers(where, options.pop("layers", ()), cfg.n_layers)
     axes = axis_sizes(PER_TOKEN[hook], cfg)
+    check_expert_axis(where, axes, layers, cfg)
     index, index_dim = record_options.index(where, point, axes, options)
     chosen, reduce = record_options.tokens(where, options), record_options.reduction(where, options)
     sketch = int(options.pop("sketch", 0))

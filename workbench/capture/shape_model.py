@@ -109,8 +109,9 @@ class ShapeModel:
         return torch.sigmoid(values - 1) if hook == "attn.hook_sink" else values.to(self.dtype)
 
     def _router_logits(self, tokens: Tensor, layer: int) -> Tensor:
-        of_token = torch.randn((_TABLE, self.cfg.num_experts), generator=torch.Generator().manual_seed(layer))
-        noise = torch.randn((tokens.shape[1], self.cfg.num_experts), generator=self._random)
+        num_experts = self.cfg.experts_of(layer)
+        of_token = torch.randn((_TABLE, num_experts), generator=torch.Generator().manual_seed(layer))
+        noise = torch.randn((tokens.shape[1], num_experts), generator=self._random)
         return (_OF_TOKEN * of_token[tokens[0] % _TABLE] + (1 - _OF_TOKEN**2) ** 0.5 * noise)[None]
 
     def _routed(self, hook: str, logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from workbench.bench.command import app as bench
-from workbench.cli import finetuning, graphs, models, pipeline, results, sharing
+from workbench.cli import finetuning, graphs, labels, live, models, pipeline, results, sharing
 from workbench.errors import InputError, JobError
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for commands in (models, pipeline, results, graphs, finetuning, sharing):
+for commands in (models, pipeline, results, live, graphs, labels, finetuning, sharing):
     app.registered_commands += commands.app.registered_commands
 app.add_typer(bench, name="bench")
 
@@ -37,10 +37,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a locale without a character shows its escape
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(_run())
     except _USAGE_ERRORS as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
@@ -63,6 +60,19 @@ def main() -> None:
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, 130)
+
+
+def _run() -> int:
+    """Run the command and return its exit code, after all of its output is written."""
+    try:
+        code = app(standalone_mode=False)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # typer itself ends at a closed pipe, with 1
+            raise ended.__context__ from None
+        raise
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return code if isinstance(code, int) else 0
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -182,7 +182,15 @@ def expert_ablations(
     (layer, expert, group): change, low, high in nats a sequence, p, q (Benjamini–Hochberg over all cells), and share,
     its load as a share of the layer's slots. Groups of fewer than five prompts have NaN, and the attribute
     `not_tested` names them.
+
+    Raises:
+        InputError: layers of the model have different numbers of experts.
     """
+    if model.cfg.layer_experts is not None:
+        raise InputError(
+            "this experiment ablates every expert of every layer, and needs layers of equally many: this model has "
+            f"{min(model.cfg.layer_experts)} to {model.cfg.num_experts}; name experts, as in hooks.interventions.forbid"
+        )
     groups = np.array([group(row) for row in rows])
     names, units = sorted(set(groups)), np.array([row.prompt_id for row in rows])
     shape = (model.cfg.n_layers, model.cfg.num_experts)

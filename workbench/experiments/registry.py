@@ -5,6 +5,8 @@ describe themselves as those of studies do (method, what is not controlled, summ
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -15,10 +17,12 @@ from workbench.errors import InputError
 from workbench.experiments.final_channel import METHOD, NOT_CONTROLLED
 from workbench.experiments.from_run import transcripts
 from workbench.experiments.sampling import composition, spread
+from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.runs import Run
 from workbench.studies.comparison import prompt_ids
 from workbench.studies.intervals import MIN_PROMPTS
+from workbench.studies.matching import duplicates_warning, index_of
 from workbench.version import version
 
 SEQUENCES = 200  # about so many, of prompts spread over tasks and efforts
@@ -41,7 +45,7 @@ def run_experiment(
         raise InputError(f"{run.path} was captured from another checkpoint than {model.checkpoint.path}: load that one")
     experiment = record.load().experiment
     options = record.checked_options(experiment, options)
-    rows = transcripts(run, chosen_sequences(run, model.cfg.n_ctx, sequences))
+    rows, merged = independent_rows(run, chosen_sequences(run, model.cfg.n_ctx, sequences))
     results: dict[str, xr.Dataset] = experiment(model, rows, seed=seed, **options)
     for title, result in results.items():
         result.attrs |= {
@@ -55,6 +59,9 @@ def run_experiment(
             "parameters": json.dumps({"sequences": len(rows), **options}),
             "sample": json.dumps(composition(rows)),
         }
+        if merged:
+            result.attrs["duplicate_prompts"] = merged
+            result.attrs["summary"] = f"{duplicates_warning(merged)}\n{result.attrs['summary']}"
         result.attrs.setdefault("method", METHOD)
         result.attrs.setdefault("not_controlled", NOT_CONTROLLED)
     return results
@@ -77,6 +84,20 @@ def chosen_sequences(run: Run, n_ctx: int, most: int) -> list[int]:
     names = prompts.drop_duplicates()
     kept = names.iloc[spread(strata, max(MIN_PROMPTS, most * len(names) // len(table)))]
     return [int(n) for n in table.index[prompts.isin(kept)]]
+
+
+def independent_rows(run: Run, sequences: Sequence[int]) -> tuple[list[Transcript], int]:
+    """Return sequences of a run, and how many of their prompts repeat the tokens of others under another id.
+
+    Those have the id of the first of their kind, so that they are one sampling unit.
+    """
+    rows, number = transcripts(run, sequences), index_of(run).prompts[0]
+    first: dict[int, str] = {}
+    merged = [
+        replace(row, prompt_id=first.setdefault(int(number[sequence]), row.prompt_id))
+        for sequence, row in zip(sequences, rows, strict=True)
+    ]
+    return merged, len({row.prompt_id for row in rows}) - len(first)
 
 
 def _task(table: pd.DataFrame) -> str:

@@ -60,8 +60,7 @@ def experiment(
     train, test = halves(answered_rows(model, rows))
     test = answered_rows(model, test)
     point = f"blocks.{model.cfg.n_layers // 2}.hook_resid_post"
-    means = [_mean(model, train, point, token_set(tokenizer=model.tokenizer, channel=c)) for c in ("analysis", "final")]
-    direction = means[1] - means[0]
+    direction = channel_direction(model, train, point)
     each = _dose_effects(model, test, point, [direction, *random_directions(direction, controls, seed)])
     units = [row.prompt_id for row in test]
     named, random = each[0], prompt_means(each[1:], units).mean(-1)
@@ -89,6 +88,16 @@ def experiment(
         "norm": float(direction.norm()),
     }
     return {"direction": result.assign_attrs(attrs, summary=_summary(result, rests_on, controls))}
+
+
+def channel_direction(model: GptOss, rows: Sequence[Transcript], point: str) -> Float[Tensor, " d"]:
+    """Return the mean activation at a hook point over final tokens less that over analysis tokens.
+
+    Raises:
+        InputError: no sequence has tokens in one of the channels.
+    """
+    means = [_mean(model, rows, point, token_set(tokenizer=model.tokenizer, channel=c)) for c in ("analysis", "final")]
+    return means[1] - means[0]
 
 
 def random_directions(like: Float[Tensor, " d"], n: int, seed: int) -> list[Float[Tensor, " d"]]:

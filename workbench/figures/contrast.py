@@ -13,6 +13,7 @@ from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
+_LABELLED = 8  # points of a volcano plot with their names
 _CONTROL = {"none": "within prompts", "position": "within prompts, at equal position"}
 
 
@@ -54,11 +55,16 @@ def volcano(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     different = cell["different"].values.ravel()
     layer, column = (v.ravel() for v in np.indices(cell["difference"].shape))
     blue = colours.colour("channel", "analysis")
+    largest = np.argsort(-np.abs(np.nan_to_num(points)) * different)[: min(_LABELLED, int(different.sum()))]
+    text = np.full(len(points), "", dtype=object)
+    text[largest] = [f"{cell['layer'].values[layer[i]]}.{cell[kind].values[column[i]]}" for i in largest]
     figure = go.Figure(
         go.Scatter(
             x=points,
             y=-np.log10(q),
-            mode="markers",
+            mode="markers+text",
+            text=text,
+            textposition="top center",
             customdata=np.stack([cell["layer"].values[layer], column, q], -1),
             marker={
                 "size": 7,
@@ -72,7 +78,10 @@ def volcano(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     figure.add_hline(y=-np.log10(0.05), line={"dash": "dot", "color": colours.muted})
     figure.update_xaxes(title=f"percentage points, {ds.attrs['a']} − {ds.attrs['b']}")
     figure.update_yaxes(title="−log₁₀ q", rangemode="tozero")
-    subtitle = f"{_CONTROL[control]}; {int(different.sum())} of {different.size} differ; dotted: q = 0.05"
+    subtitle = (
+        f"{_CONTROL[control]}; {int(different.sum())} of {different.size} differ; dotted: q = 0.05; labels: "
+        f"layer.{kind}"
+    )
     return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=520)
 
 

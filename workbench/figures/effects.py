@@ -26,7 +26,10 @@ def ablation_heatmap(ds: xr.Dataset, group: str, *, clip: float | None = None, t
     grid.clipped(change, limit)
     bar = {"title": {"text": "nats a sequence"}}
     figure = grid.finish_differences("expert", limit, bar)
-    subtitle = f"{ds.attrs['study']}; change of log-probability; {ds.attrs['rests_on']} in all; 95 % intervals on hover"
+    subtitle = (
+        f"{ds.attrs['study']}; change of log-probability; {ds.attrs['rests_on']} in all; hatched: the 95 % interval "
+        "includes zero"
+    )
     title = f"Expert ablation: {group}"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
 

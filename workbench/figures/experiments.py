@@ -73,7 +73,7 @@ def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
         colours,
         ds,
         title=ds.attrs["title"],
-        subtitle="Means over prompts; intervals on hover",
+        subtitle="Means over prompts; pale, hatched: the 95 % interval includes zero",
         height=grid.height,
     )
 

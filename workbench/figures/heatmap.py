@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, WIDTH, Theme
 
@@ -16,6 +16,18 @@ PLOT_HEIGHT = 420
 CELL_HEIGHT = (11, 48)
 LEAST_PLOT_HEIGHT = 190
 SIGN_SIZE = 0.5
+
+
+def experts_of_layers(load: Float[np.ndarray, "layer expert"]) -> Int[np.ndarray, " layer"]:
+    """Return the number of experts of each layer: those whose load is a number; all of a layer without any."""
+    n: np.ndarray = np.isfinite(load).sum(-1)
+    return np.where(n > 0, n, load.shape[-1])
+
+
+def number_range(numbers: Int[np.ndarray, " n"]) -> str:
+    """Return the numbers as text: one, or the least and the most."""
+    least, most = int(numbers.min()), int(numbers.max())
+    return str(most) if least == most else f"{least} to {most}"
 
 
 class LayerHeatmap:
@@ -50,13 +62,17 @@ class LayerHeatmap:
         self.sign(~shown & ~np.isnan(values), "line-ne", self.theme.band, f"pale, hatched: {unshown}")
 
     def loads(self, load: Float[np.ndarray, "layer column"], detail: np.ndarray, hover: str, clip: float) -> go.Figure:
-        """Return a figure of loads relative to uniform [layer column]; unused experts and clipped cells are marked."""
-        relative = load * load.shape[1]
+        """Return a figure of loads relative to uniform [layer column]; unused experts and clipped cells are marked.
+
+        Uniform is one over the number of experts of the layer; NaN is an expert that the layer does not have.
+        """
+        experts = experts_of_layers(load)
+        relative = load * experts[:, None]
         self.colour(np.where(load > 0, np.minimum(relative, clip), np.nan), detail, hover)
         self.fill(load == 0, self.theme.zero, "never selected")
         self.missing(np.isnan(load))
         self.sign(relative > clip, "triangle-up", self.theme.on_scale, f"clipped: more than {clip:g} × uniform")
-        bar = {"title": {"text": f"load relative to uniform (× 1/{load.shape[1]})"}}
+        bar = {"title": {"text": f"load relative to uniform (× 1/{number_range(experts)})"}}
         return self.finish("expert", {"cmin": 0, "cmax": clip, "colorscale": self.theme.sequential, "colorbar": bar})
 
     def less(self, where: Bool[np.ndarray, "layer column"]) -> None:

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
-from workbench.figures.heatmap import LayerHeatmap
+from workbench.figures.heatmap import LayerHeatmap, experts_of_layers
 from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme
 from workbench.studies.result import provenance
 
@@ -38,11 +38,11 @@ def heatmap(
     where = f"layer %{{y}}, {column} %{{x}}<br>"
     bar: dict[str, Any]
     if measure in ("load", "gates"):
-        detail = np.stack([values * ds.sizes[column], 100 * values], -1)
+        detail = np.stack([values * experts_of_layers(values)[:, None], 100 * values], -1)
         hover = where + "%{customdata[0]:.2f} × uniform<br>%{customdata[1]:.2f} %<extra></extra>"
         figure = grid.loads(values, detail, hover, _CLIP)
     elif measure in ("lift", "relative"):
-        ratio = values * (ds.sizes[column] if measure == "relative" else 1)
+        ratio = values * (experts_of_layers(values)[:, None] if measure == "relative" else 1)
         title = "lift" if measure == "lift" else "× uniform"
         with np.errstate(divide="ignore"):
             doublings = np.clip(np.log2(ratio), -2, 2)

@@ -1,7 +1,8 @@
 """Figures of the routing study: load and its differences by layer and expert, entropy and divergence by layer.
 
 Each takes a dataset of `workbench.studies.routing` and returns a plotly figure. Missing, zero and clipped cells never
-look like a small or a large value; every interval the study computed is drawn, or on hover where there is no room.
+look like a small or a large value; every interval that the study computed is drawn, or in the table where there is no
+room.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from plotly.subplots import make_subplots
 
 from workbench.errors import InputError
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
-from workbench.figures.heatmap import LayerHeatmap
+from workbench.figures.heatmap import LayerHeatmap, experts_of_layers, number_range
 from workbench.figures.template import MARKERS, THEMES, Theme, ThemeName, apply_theme, band, translucent
 
 # the colours of loads relative to uniform end here unless told otherwise
@@ -30,8 +31,9 @@ def load_heatmap(
     """Return the load of each expert of each layer relative to uniform, in one channel and effort."""
     colours = THEMES[theme]
     cell = _select(ds, channel=channel, effort=effort)
-    share, n_experts = cell["share"].values, cell.sizes["expert"]
-    relative = share * n_experts
+    share = cell["share"].values
+    n_experts = experts_of_layers(share)
+    relative = share * n_experts[:, None]
     grid = LayerHeatmap(cell["layer"].values, cell["expert"].values, colours)
     intervals = [100 * cell[f"share{end}"].values for end in ("", "_low", "_high")]
     hover = (
@@ -40,8 +42,8 @@ def load_heatmap(
     )
     figure = grid.loads(share, np.stack([relative, *intervals], axis=-1), hover, clip)
     subtitle = (
-        f"Share of routed slots over 1/{n_experts}; {int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts; "
-        "95 % intervals on hover"
+        f"Share of routed slots over 1/{number_range(n_experts)}; {int(cell['tokens']):,} tokens of "
+        f"{int(cell['prompts'])} prompts; the table has 95 % intervals"
     )
     title = f"Expert load: {channel}, {effort} effort"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
@@ -97,6 +99,7 @@ def entropy_by_layer(
     figure = make_subplots(cols=len(present), shared_yaxes=True, subplot_titles=present, horizontal_spacing=0.02)
     figure.update_annotations(font={"size": 13})
     named: set[str] = set()
+    n_experts = experts_of_layers(ds["share"].max(["channel", "effort"]).values)
     for column, label in enumerate(present, start=1):
         for line in map(str, ds[lines].values):
             cell = ds.sel({panels: label, lines: line})
@@ -105,14 +108,18 @@ def entropy_by_layer(
                 for trace in _line_with_band(cell, colours.colour(lines, line), MARKERS.get(line, "circle"), style):
                     figure.add_trace(trace, row=1, col=column)
                 named.add(line)
-        even = np.log(ds.sizes["expert"])
-        figure.add_hline(y=even, line={"dash": "dot", "width": 1.5, "color": colours.muted}, row=1, col=column)
+        style = {"dash": "dot", "width": 1.5, "color": colours.muted}
+        if n_experts.min() == n_experts.max():
+            figure.add_hline(y=np.log(n_experts[0]), line=style, row=1, col=column)
+        else:
+            steps = {"x": ds["layer"].values, "y": np.log(n_experts), "line": {**style, "shape": "hvh"}}
+            figure.add_trace(go.Scatter(**steps, mode="lines", showlegend=False, hoverinfo="skip"), row=1, col=column)
     figure.update_xaxes(title="layer", **_layer_axis(ds))
     figure.update_yaxes(title="entropy of expert load (nat)", col=1)
     figure.update_layout(legend={"title": {"text": lines}})
     subtitle = (
-        f"Bias-corrected entropy with 95 % intervals, bootstrap over prompts; dotted: all {ds.sizes['expert']} experts "
-        "equally used"
+        f"Bias-corrected entropy with 95 % intervals, bootstrap over prompts; dotted: all {number_range(n_experts)} "
+        "experts equally used"
     )
     title = "How evenly experts are used, by layer, channel and effort"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=430)

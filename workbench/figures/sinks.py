@@ -35,7 +35,7 @@ def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName 
     windowed = [str(int(v)) for v, w in zip(ds["layer"].values, ds["window"].values, strict=True) if w]
     subtitle = (
         f"{int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts; layers with a window: "
-        f"{', '.join(windowed) or 'none'}; intervals on hover"
+        f"{', '.join(windowed) or 'none'}; the table has intervals"
     )
     return apply_theme(
         figure, colours, ds, title=f"Sink attention: {channel}, {effort} effort", subtitle=subtitle, height=grid.height

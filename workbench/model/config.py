@@ -39,7 +39,8 @@ class Rope:
 @dataclass(frozen=True)
 class Config(ConfigNames):
     """Sizes and constants of a model. `windows`: the number of keys a query attends to in each layer, itself included;
-    None means full attention.
+    None means full attention. `layer_experts`: the number of experts of each layer, where layers differ, as in pruned
+    models; `num_experts` is then the largest.
     """
 
     d_model: int
@@ -57,6 +58,16 @@ class Config(ConfigNames):
     swiglu_limit: float
     swiglu_alpha: float
     rope: Rope
+    layer_experts: tuple[int, ...] | None = None
+
+    def experts_of(self, layer: int) -> int:
+        """Return the number of experts of a layer."""
+        return self.num_experts if self.layer_experts is None else self.layer_experts[layer]
+
+    @property
+    def all_experts(self) -> int:
+        """Return the number of experts of all layers together."""
+        return sum(self.experts_of(layer) for layer in range(self.n_layers))
 
     def of(self, model: Any) -> "Config":
         """Return the config of a model, which also has its device and dtype."""
@@ -67,7 +78,7 @@ class Config(ConfigNames):
     @property
     def n_params(self) -> int:
         """Return the number of parameters, experts counted unpacked."""
-        return self._outside_experts + self.n_layers * self.num_experts * self._expert
+        return self._outside_experts + self.all_experts * self._expert
 
     @property
     def n_active_params(self) -> int:
@@ -83,18 +94,25 @@ class Config(ConfigNames):
     def _outside_experts(self) -> int:
         q, kv = self.n_heads * self.d_head, self.n_key_value_heads * self.d_head
         attention = self.d_model * (2 * q + 2 * kv) + q + 2 * kv + self.d_model + self.n_heads
-        router = self.num_experts * (self.d_model + 1)
-        layer = attention + router + 2 * self.d_model
-        return 2 * self.d_vocab * self.d_model + self.d_model + self.n_layers * layer
+        routers = self.all_experts * (self.d_model + 1)
+        layer = attention + 2 * self.d_model
+        return 2 * self.d_vocab * self.d_model + self.d_model + self.n_layers * layer + routers
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a run's attributes."""
-        return asdict(self) | {"windows": list(self.windows)}
+        values = asdict(self) | {"windows": list(self.windows)}
+        if self.layer_experts is None:  # as in runs that were begun before there was this field
+            del values["layer_experts"]
+            return values
+        return values | {"layer_experts": list(self.layer_experts)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Config":
         """Return the config from the values of `to_json`."""
-        return cls(**{**values, "windows": tuple(values["windows"]), "rope": Rope(**values["rope"])})
+        read = {"windows": tuple(values["windows"]), "rope": Rope(**values["rope"])}
+        if values.get("layer_experts") is not None:
+            read["layer_experts"] = tuple(values["layer_experts"])
+        return cls(**{**values, **read})
 
 
 def _published(n_layers: int, num_experts: int) -> Config:
@@ -214,7 +232,7 @@ _DEFAULT_YARN = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-_MOST_LAYERS = 10_000  # a guard against a config that names a billion
+_MOST_LAYERS, _MOST_EXPERTS = 10_000, 65_536  # guards against a config that names a billion
 
 
 class _Fields:
@@ -325,22 +343,11 @@ def read_config(folder: Path, ignore_fields: Collection[str] = ()) -> Config:
 
 def _hugging_face(fields: _Fields) -> Config:
     kind = fields.values.get("model_type")
-    if kind == "gpt_oss_puzzle":
-        raise InputError(
-            f"{fields.path}: model_type 'gpt_oss_puzzle' gives layers their own numbers of experts and windows, which "
-            "is "
-            "not supported: only models with one number of experts for all layers load"
-        )
-    if kind != "gpt_oss":
-        raise InputError(f"{fields.path}: model_type is {short(kind)}, wanted 'gpt_oss'")
+    if kind not in ("gpt_oss", "gpt_oss_puzzle"):
+        raise InputError(f"{fields.path}: model_type is {short(kind)}, wanted 'gpt_oss' or 'gpt_oss_puzzle'")
     for name, computed in _FIXED.items():
         if (value := fields.take(name, default=computed)) != computed:
             raise InputError(f"{fields.path}: {name} is {short(value)}; this project computes {computed!r} only")
-    if "block_configs" in fields.values:
-        raise InputError(
-            f"{fields.path}: block_configs gives layers their own numbers of experts; one number for all layers is "
-            "supported"
-        )
     if "quantization" in fields.values:  # MLX's, which it writes under both names; the tensors tell what is quantised
         fields.take("quantization")
         fields.take("quantization_config", default=None)
@@ -353,18 +360,55 @@ def _hugging_face(fields: _Fields) -> Config:
         fields.values.pop("experts_per_token", None)
     n_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
     fields.values.setdefault("head_dim", _head_dim(fields))
+    blocks = "block_configs" in fields.values or kind == "gpt_oss_puzzle"
+    experts, windows = _block_configs(fields, n_layers) if blocks else (_layer_experts(fields, n_layers), None)
     return Config(
         **_sizes(fields),
         n_layers=n_layers,
-        num_experts=fields.integer("num_local_experts", "num_experts"),
+        num_experts=max(experts),
+        layer_experts=experts if len(set(experts)) > 1 else None,
         experts_per_token=fields.integer("num_experts_per_tok", "experts_per_token"),
-        windows=_windows(fields, n_layers),
+        windows=_windows(fields, n_layers) if windows is None else windows,
         n_ctx=fields.integer("max_position_embeddings"),
         eps=fields.number("rms_norm_eps"),
         swiglu_limit=fields.number("swiglu_limit", default=fields.default_if_absent("swiglu_limit", _SWIGLU_LIMIT)),
         swiglu_alpha=fields.number("swiglu_alpha", default=1.702),
         rope=_hugging_face_rope(fields),
     )
+
+
+def _layer_experts(fields: _Fields, n_layers: int) -> tuple[int, ...]:
+    """Return the number of experts of each layer from one number for all, or a list with one for each."""
+    value = fields.take("num_local_experts", "num_experts")
+    experts = value if isinstance(value, list) else [value] * n_layers
+    if len(experts) != n_layers or not all(type(one) is int and 1 <= one <= _MOST_EXPERTS for one in experts):
+        raise fields._refusal(
+            "num_local_experts", value, f"a whole number from 1 to {_MOST_EXPERTS:,}, or {n_layers} of them"
+        )
+    return tuple(experts)
+
+
+def _block_configs(fields: _Fields, n_layers: int) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+    """Return experts and window of each layer from `block_configs`, as nvidia/gpt-oss-puzzle-88B has them.
+
+    The top-level fields are those of the model that it was made from, and yield to the blocks' own.
+    """
+    for name in ("num_local_experts", "num_experts", "sliding_window"):
+        fields.take(name, default=None)
+    value = fields.take("block_configs")
+    if not isinstance(value, list) or len(value) != n_layers or not all(isinstance(block, dict) for block in value):
+        raise fields._refusal("block_configs", value, f"a list of {n_layers} objects, one for each layer")
+    blocks = [_Fields(fields.path, block, f"block_configs[{layer}].") for layer, block in enumerate(value)]
+    fields.nested += blocks
+    experts = tuple(block.integer("num_local_experts", most=_MOST_EXPERTS) for block in blocks)
+    windows = tuple(
+        None if "sliding_window" in block.nulls else block.integer("sliding_window", most=_MOST_LAYERS * 1_000)
+        for block in blocks
+    )
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    if (types := fields.take("layer_types", default=kinds)) != kinds:
+        raise InputError(f"{fields.path}: layer_types {short(types)} contradict the sliding_window of block_configs")
+    return experts, windows
 
 
 def _head_dim(fields: _Fields) -> Any:
@@ -375,7 +419,7 @@ def _head_dim(fields: _Fields) -> Any:
     return d_model // heads if isinstance(d_model, int) and isinstance(heads, int) and heads > 0 else None
 
 
-def _sizes(fields: _Fields) -> dict[str, int]:
+def _sizes(fields: _Fields) -> dict[str, Any]:
     """Return the sizes that both formats name alike."""
     names = {
         "d_model": "hidden_size",
@@ -498,6 +542,8 @@ def check_sizes(path: Path, cfg: Config) -> Config:
         raise InputError(
             f"{path}: {cfg.rope} wants theta above 1, a factor of at least 1, and beta_fast above beta_slow"
         )
-    if cfg.experts_per_token > cfg.num_experts:
-        raise InputError(f"{path}: a token goes to {cfg.experts_per_token} experts, but there are {cfg.num_experts}")
+    fewest = min(cfg.layer_experts or (cfg.num_experts,))
+    if cfg.experts_per_token > fewest:
+        layer = "" if cfg.layer_experts is None else f" in layer {cfg.layer_experts.index(fewest)}"
+        raise InputError(f"{path}: a token goes to {cfg.experts_per_token} experts, but there are {fewest}{layer}")
     return cfg

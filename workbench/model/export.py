@@ -206,6 +206,17 @@ def _original(cfg: Config) -> dict[str, Any]:
     }
 
 
+def _kind(cfg: Config) -> dict[str, Any]:
+    """Return the model type; that of Puzzle names experts and window of each layer, and gpt_oss one for all."""
+    if cfg.layer_experts is None and len(set(cfg.windows) - {None}) < 2:
+        return {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+    blocks = [
+        {"num_local_experts": cfg.experts_of(layer), "sliding_window": window}
+        for layer, window in enumerate(cfg.windows)
+    ]
+    return {"architectures": ["GptOssPuzzleForCausalLM"], "model_type": "gpt_oss_puzzle", "block_configs": blocks}
+
+
 def _hugging_face(cfg: Config, experts: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     rope = cfg.rope
     yarn = {
@@ -217,8 +228,7 @@ def _hugging_face(cfg: Config, experts: str, tensors: Mapping[str, Tensor]) -> d
         "truncate": rope.truncate,
     }
     written = {
-        "architectures": ["GptOssForCausalLM"],
-        "model_type": "gpt_oss",
+        **_kind(cfg),
         **_sizes(cfg),
         "num_local_experts": cfg.num_experts,
         "num_experts_per_tok": cfg.experts_per_token,

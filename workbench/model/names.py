@@ -58,7 +58,18 @@ def name_in(layout: str, canonical: str) -> str:
 
 def shapes(cfg: Config, experts: str) -> dict[str, tuple[int, ...]]:
     """Return canonical name → shape of every tensor of a model with "mxfp4" or "dense" experts."""
-    d, e, q = cfg.d_model, cfg.num_experts, cfg.n_heads * cfg.d_head
+    layers = {
+        f"blocks.{layer}.{name}": shape
+        for layer in range(cfg.n_layers)
+        for name, shape in _block_shapes(cfg, experts, cfg.experts_of(layer)).items()
+    }
+    ends = {"unembed.weight": (cfg.d_vocab, cfg.d_model), "ln_final.weight": (cfg.d_model,)}
+    return {"embed.weight": (cfg.d_vocab, cfg.d_model)} | layers | ends
+
+
+def _block_shapes(cfg: Config, experts: str, e: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer with `e` experts."""
+    d, q = cfg.d_model, cfg.n_heads * cfg.d_head
     kv = cfg.n_key_value_heads * cfg.d_head
     block: dict[str, tuple[int, ...]] = {"ln1.weight": (d,)}
     for part, rows in (("q", q), ("k", kv), ("v", kv)):
@@ -72,6 +83,4 @@ def shapes(cfg: Config, experts: str) -> dict[str, tuple[int, ...]]:
             block[f"mlp.experts.{part}.blocks"] = (e, outputs, inputs // GROUP, 16)
             block[f"mlp.experts.{part}.scales"] = (e, outputs, inputs // GROUP)
         block[f"mlp.experts.{part}.bias"] = (e, outputs)
-    layers = {f"blocks.{layer}.{name}": shape for layer in range(cfg.n_layers) for name, shape in block.items()}
-    ends = {"unembed.weight": (cfg.d_vocab, d), "ln_final.weight": (d,)}
-    return {"embed.weight": (cfg.d_vocab, d)} | layers | ends
+    return block

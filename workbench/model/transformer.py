@@ -70,10 +70,10 @@ class RMSNorm(nn.Module):
 class Router(nn.Module):
     """A score for every expert, in at least float32: rounding to bfloat16 would tie scores and flip choices."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(cfg.num_experts, cfg.d_model))
-        self.bias = nn.Parameter(torch.zeros(cfg.num_experts))
+        self.weight = nn.Parameter(torch.empty(cfg.experts_of(layer), cfg.d_model))
+        self.bias = nn.Parameter(torch.zeros(cfg.experts_of(layer)))
         self.lora: LowRank | None
         self.register_module("lora", None)
         self.hook_out = HookPoint()
@@ -125,11 +125,12 @@ class ExpertMatrix(nn.Module):
 class ExpertLayer(ExpertWeights, nn.Module):
     """All experts of a layer, run on the slots that chose them."""
 
-    def __init__(self, cfg: Config, packed: bool) -> None:
+    def __init__(self, cfg: Config, layer: int, packed: bool) -> None:
         super().__init__()
         self.cfg = cfg
-        self.gate_up = ExpertMatrix(cfg.num_experts, cfg.d_model, 2 * cfg.d_mlp, packed)
-        self.down = ExpertMatrix(cfg.num_experts, cfg.d_mlp, cfg.d_model, packed)
+        num_experts = cfg.experts_of(layer)
+        self.gate_up = ExpertMatrix(num_experts, cfg.d_model, 2 * cfg.d_mlp, packed)
+        self.down = ExpertMatrix(num_experts, cfg.d_mlp, cfg.d_model, packed)
         self.hook_gate, self.hook_pre, self.hook_post, self.hook_out = (HookPoint() for _ in range(4))
 
     def forward(self, x: Tensor, experts: Int[Tensor, "batch pos slot"], gates: Tensor) -> Tensor:
@@ -155,11 +156,11 @@ class ExpertLayer(ExpertWeights, nn.Module):
 class MoE(nn.Module):
     """Router, choice, gates, experts. An edit of the scores re-routes; an edit of the choice changes who computes."""
 
-    def __init__(self, cfg: Config, packed: bool) -> None:
+    def __init__(self, cfg: Config, layer: int, packed: bool) -> None:
         super().__init__()
         self.k = cfg.experts_per_token
-        self.router = Router(cfg)
-        self.experts = ExpertLayer(cfg, packed)
+        self.router = Router(cfg, layer)
+        self.experts = ExpertLayer(cfg, layer, packed)
         self.hook_expert_indices, self.hook_expert_weights = HookPoint(), HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
@@ -181,7 +182,7 @@ class Block(nn.Module):
         super().__init__()
         self.cfg, self.layer = cfg, layer
         self.ln1, self.ln2 = RMSNorm(cfg.d_model, cfg.eps), RMSNorm(cfg.d_model, cfg.eps)
-        self.attn, self.mlp = Attention(cfg, layer), MoE(cfg, packed)
+        self.attn, self.mlp = Attention(cfg, layer), MoE(cfg, layer, packed)
         self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
         self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
         for name in (*input_points.MLP_IN, *input_points.ATTENTION_IN, *input_points.HEAD_INPUTS):

@@ -21,10 +21,11 @@ from workbench.harmony.transcripts import Prompt, Transcript, read_prompts, read
 from workbench.hooks.edits import Edit
 from workbench.hooks.interventions import applied
 from workbench.model.transformer import GptOss
+from workbench.research.recipe import Recipe
 from workbench.runs import Run
-from workbench.studies.resampling import bootstrap_weights, percentile_interval
+from workbench.studies.intervals import few_prompts, ratio, share_of_answers
+from workbench.studies.matching import independent_prompts
 
-_RESAMPLES = 2000
 Prompts = str | Path | Sequence[str] | Sequence[Mapping[str, Any]] | Sequence[Prompt]
 
 
@@ -48,7 +49,7 @@ class Answers:
 def answers(
     model: GptOss,
     prompts: Prompts,
-    recipe: Edit | Sequence[Edit] = (),
+    recipe: Recipe | Edit | Sequence[Edit] = (),
     *,
     effort: str | Sequence[str] = EFFORTS,
     samples: int = 1,
@@ -61,12 +62,16 @@ def answers(
     """Return the answers of a model to prompts at one or several efforts, under a recipe of interventions.
 
     prompts: a file, texts, or rows with messages and perhaps `expected`. recipe: edits of `wb.hooks.interventions`, as
-    steer(…) or forbid(…), in force while the model generates. correct(text, expected): another rule of correctness.
+    steer(…) or forbid(…), or a `Recipe`, of which the interventions are used; in force while the model generates.
+    correct(text, expected): another rule of correctness.
 
     Raises:
         InputError: an effort is unknown, a prompt is too long, or samples at temperature 0 would be equal.
     """
-    edits = [recipe] if isinstance(recipe, Edit) else list(recipe)
+    if isinstance(recipe, Recipe):
+        edits = recipe.edits(model)
+    else:
+        edits = [recipe] if isinstance(recipe, Edit) else list(recipe)
     efforts = [effort] if isinstance(effort, str) else list(effort)
     with applied(model, *edits) if edits else nullcontext():
         rows = answer_prompts(
@@ -89,13 +94,14 @@ def accuracy(
     *,
     by: str | Sequence[str] = "effort",
     model: GptOss | None = None,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Return a row for each effort (or other labels): accuracy and mean new tokens with 95 % intervals, and counts.
 
     source: a run, transcripts or their file (tokens of another vocabulary than o200k_harmony need `model`), or a table
-    with prompt_id and correct. Intervals resample prompts: several samples of one prompt are not independent. Answers
-    of unknown correctness count in `unknown` alone.
+    with prompt_id and correct. The accuracy of a row is the mean over its prompts with Wilson's interval, whose sample
+    size the variance between prompts implies, as in the study `effort`: several samples of one prompt are not
+    independent, and neither are prompts of a run with the same tokens. Fewer than five prompts have no interval (NaN),
+    and `note` says so, as it does of fewer than twenty. Answers of unknown correctness count in `unknown` alone.
 
     Raises:
         InputError: a label is missing, or no answer is known to be correct or wrong.
@@ -111,29 +117,26 @@ def accuracy(
     for values, own in table.assign(_known=known).groupby(names, sort=False):
         counted = own[own["_known"]]
         row = dict(zip(names, values if isinstance(values, tuple) else (values,), strict=True))
-        row |= _mean(counted, "correct", "accuracy", seed) | {
-            "answers": len(counted),
-            "unknown": len(own) - len(counted),
-        }
-        row |= {"prompts": counted["prompt_id"].nunique()}
+        right, n = _by_prompt(counted, "correct")
+        row |= _with_limits("accuracy", share_of_answers(right, n))
+        row |= {"answers": len(counted), "unknown": len(own) - len(counted), "prompts": len(n)}
         if "new_tokens" in table:
-            row |= _mean(counted, "new_tokens", "new_tokens", seed)
-        rows.append(row)
+            row |= _with_limits("new_tokens", ratio(*_by_prompt(counted, "new_tokens")))
+        rows.append(row | {"note": few_prompts(len(n))})
     ranks = {effort: i for i, effort in enumerate(EFFORTS)}
     return pd.DataFrame(rows).sort_values(
         names, key=lambda column: column.map(lambda v: ranks.get(v, v)), ignore_index=True
     )
 
 
-def _mean(table: pd.DataFrame, column: str, name: str, seed: int) -> dict[str, float]:
-    """Return the mean of a column and its interval, prompts drawn with replacement."""
-    if not len(table):
-        return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
-    grouped = table.astype({column: float}).groupby("prompt_id")[column].agg(["sum", "count"])
-    weights = bootstrap_weights(len(grouped), _RESAMPLES, np.random.default_rng(seed))
-    replicates = (weights @ grouped["sum"].to_numpy()) / (weights @ grouped["count"].to_numpy())
-    low, high = percentile_interval(replicates)
-    return {name: float(table[column].astype(float).mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+def _by_prompt(table: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return sum and number of a column's values by prompt."""
+    grouped = table.astype({column: float}).groupby("prompt_id")[column]
+    return grouped.sum().to_numpy(), grouped.count().to_numpy()
+
+
+def _with_limits(name: str, values: Sequence[Any]) -> dict[str, float]:
+    return {f"{name}{end}": float(value) for end, value in zip(("", "_low", "_high"), values, strict=True)}
 
 
 def _prompts(prompts: Prompts) -> list[Prompt]:
@@ -197,7 +200,9 @@ def _rows_of(source: Any, model: GptOss | None) -> pd.DataFrame:
     if isinstance(source, Run):
         table = source.sequences
         return table.assign(
-            correct=table["correct"].where(table["correct"] >= 0), new_tokens=table["length"] - table["n_prompt"]
+            prompt_id=independent_prompts(source)[table.index],
+            correct=table["correct"].where(table["correct"] >= 0),
+            new_tokens=table["length"] - table["n_prompt"],
         )
     if isinstance(source, str | Path):
         if Path(source).is_dir():

@@ -8,6 +8,7 @@ import errno
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import zarr
+from jaxtyping import Bool
 
 from workbench.errors import InputError, JobError
 from workbench.runs import manifest, shards, views
@@ -298,10 +300,19 @@ class RunWriter:
                 finite = np.isfinite(values)
                 if name in _MAY_BE_NAN:
                     finite[starts] = True
+                elif name == "router_logits":
+                    finite |= self._absent_experts
             else:
                 continue
             if not finite.all():
                 self._refuse(unit, name, np.argwhere(~finite)[0], starts)
+
+    @cached_property
+    def _absent_experts(self) -> Bool[np.ndarray, "layer token expert"]:
+        """Where a layer has no expert of this number, as in models whose layers differ: NaN is right there."""
+        model = self.group.attrs["model"]
+        own = model.get("layer_experts") or [model["num_experts"]] * model["n_layers"]
+        return np.arange(model["num_experts"]) >= np.array(own)[:, None, None]
 
     def _refuse(self, unit: Unit, name: str, where: np.ndarray, starts: np.ndarray) -> None:
         row = where[0] if name in _MAY_BE_NAN else where[1]

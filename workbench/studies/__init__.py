@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from workbench.studies.result import summary as summary
 
 # modules that are no studies themselves
-_MODULES = ("contrast", "quick_look", "resampling", "result", "specialization", "statistics", "synthetic")
+_MODULES = (
+    "contrast",
+    "expert_labels",
+    "feature_pages",
+    "label_proposals",
+    "quick_look",
+    "resampling",
+    "result",
+    "specialization",
+    "statistics",
+    "synthetic",
+)
 
 __all__ = ["result", "run_study", "save", "statistics", "summary"]
 
@@ -33,6 +44,8 @@ def run_study(name: str, *runs: "Run", **options: Any) -> "dict[str, xr.Dataset]
     Raises:
         InputError: no study has this name or option, or the runs do not have what the study needs.
     """
+    from workbench.studies.layer_experts import mask_absent
+
     record = registry.find(name)
     if not isinstance(record, registry.Study):
         raise InputError(f"{name} is an experiment and needs the model: use workbench.experiments.registry")
@@ -42,7 +55,20 @@ def run_study(name: str, *runs: "Run", **options: Any) -> "dict[str, xr.Dataset]
         record.check_recorded(run)
     study = record.load().study
     datasets: dict[str, xr.Dataset] = study(*runs, **record.checked_options(study, options))
+    datasets = {name: mask_absent(result, runs[0]) for name, result in datasets.items()}
+    _name_duplicates(datasets, *runs)
     return _name_excluded(datasets, *runs)
+
+
+def _name_duplicates(datasets: "dict[str, xr.Dataset]", *runs: "Run") -> None:
+    """Warn in every dataset that does not yet of prompts that repeat the tokens of others; they count as one."""
+    from workbench.studies.matching import TokenRun, duplicates_warning, index_of
+
+    merged = max(index_of(run).prompts[1] if isinstance(run, TokenRun) else 0 for run in runs)
+    for result in datasets.values() if merged else ():
+        if "duplicate_prompts" not in result.attrs:
+            result.attrs["duplicate_prompts"] = merged
+            result.attrs["summary"] = f"{duplicates_warning(merged)}\n{result.attrs['summary']}"
 
 
 def _name_excluded(datasets: "dict[str, xr.Dataset]", *runs: "Run") -> "dict[str, xr.Dataset]":

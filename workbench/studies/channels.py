@@ -18,9 +18,9 @@ from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies import probes
-from workbench.studies.comparison import in_second_half, prompt_numbers
+from workbench.studies.comparison import in_second_half
 from workbench.studies.contrast import Plan, TokenRun, contrasts
-from workbench.studies.matching import token_blocks
+from workbench.studies.matching import independent_prompts, token_blocks
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -206,8 +206,7 @@ def _neighbours(cka: Float[np.ndarray, "layer layer_2"]) -> str:
 
 def _sample(run: TokenRun, hook: str, pair: tuple[str, str], seed: int) -> tuple[np.ndarray, ...]:
     """Activations [layer, token, d] of at most PROBE_TOKENS tokens of both channels, and their labels."""
-    table = run.sequences
-    number = prompt_numbers(table)
+    number = independent_prompts(run)
     codes = [CHANNELS.index(c) for c in pair]
     rng = np.random.default_rng(seed)
     counts = np.zeros(2, dtype=np.int64)

@@ -15,10 +15,9 @@ import xarray as xr
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
-from workbench.studies.comparison import prompt_numbers
 from workbench.studies.contrast import Block, TokenRun
 from workbench.studies.intervals import ratio_test
-from workbench.studies.matching import token_blocks
+from workbench.studies.matching import independent_prompts, token_blocks
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import entropy, false_discovery, share
 
@@ -79,7 +78,7 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     """
     a, b = run.model, other.model
     keys = ("n_layers", "num_experts", "experts_per_token")
-    same = all(a[k] == b[k] for k in keys)
+    same = all(a[k] == b[k] for k in keys) and a.get("layer_experts") == b.get("layer_experts")
     heads = a["n_layers"] == b["n_layers"] and a["n_heads"] == b["n_heads"]
     table = run.sequences
     if list(table["id"]) != list(other.sequences["id"]):
@@ -126,8 +125,8 @@ class _Sums:
     """Of two runs' tokens, by prompt and channel: what they share and how they differ."""
 
     def __init__(self, run: TokenRun, other: TokenRun, agree: bool, sinks: bool) -> None:
-        table, a = run.sequences, run.model
-        self.number = prompt_numbers(table)
+        a = run.model
+        self.number = independent_prompts(run)
         self.shape = (int(self.number.max()) + 1, len(CHANNELS))
         self.tokens = np.zeros(self.shape)
         self.logprob_sum, self.n_logprobs = np.zeros((2, *self.shape))

@@ -46,6 +46,7 @@ from workbench.studies.matching import (
 from workbench.studies.resampling import LEVEL
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import false_discovery
+from workbench.studies.wording import wording
 
 __all__ = ["Between", "Block", "Plan", "TokenRun", "contrast", "contrasts", "describe", "uncomparable"]
 
@@ -386,7 +387,7 @@ def describe(result: xr.Dataset) -> str:
     if warning := duplicates_warning(int(result.attrs["duplicate_prompts"])):
         lines.append(warning)
     for control in map(str, result["control"].values):
-        lines += _describe_control(result.sel(control=control), control, bool(result.attrs["paired"]))
+        lines += _describe_control(result.sel(control=control), control, result.attrs)
     controls = [c for c in map(str, result["control"].values) if c != "none"]
     for control in controls if "none" in result["control"] else ():
         naive, matched = (result.sel(control=c) for c in ("none", control))
@@ -400,8 +401,9 @@ def describe(result: xr.Dataset) -> str:
     return "\n".join(lines)
 
 
-def _describe_control(cell: xr.Dataset, control: str, paired: bool) -> list[str]:
+def _describe_control(cell: xr.Dataset, control: str, attrs: Mapping[str, Any]) -> list[str]:
     """The lines of one control."""
+    paired = bool(attrs["paired"])
     label = _LABELS[control] if paired else "Between prompts"
     n = int(cell["prompts"])
     if not paired and control != "none":
@@ -416,11 +418,11 @@ def _describe_control(cell: xr.Dataset, control: str, paired: bool) -> list[str]
         )
     different = cell["different"].values
     largest = float(np.nanmax(np.where(different, np.nan, cell["bound"].values))) if not different.all() else np.nan
-    absent = f"differences beyond ±{largest:.3f} are excluded (equivalence test, 5 %)"
+    absent = f"differences beyond {wording(attrs['what']).bound(largest)} are excluded (equivalence test, 5 %)"
     lines = []
     if not cell["difference"].dims:
         verdict = "differs" if different else f"no difference shown, {absent}"
-        lines.append(f"{label} ({rests}): {verdict}; {_with_interval(cell)}.")
+        lines.append(f"{label} ({rests}): {verdict}; {_with_interval(cell, attrs)}.")
     else:
         lines.append(f"{label} ({rests}): {different.sum()} of {different.size} cells differ.")
         ranked = np.argsort(-np.where(different, np.abs(cell["difference"].values), -np.inf), axis=None)
@@ -428,12 +430,13 @@ def _describe_control(cell: xr.Dataset, control: str, paired: bool) -> list[str]
             layer, column = np.unravel_index(place, different.shape)
             kind = str(cell["difference"].dims[1])
             one = cell.isel({"layer": int(layer), kind: int(column)})
-            lines.append(f"  layer {int(one['layer'])} {kind} {int(one[kind])}: {_with_interval(one)}")
+            lines.append(f"  layer {int(one['layer'])} {kind} {int(one[kind])}: {_with_interval(one, attrs)}")
         if not different.all():
             lines.append(f"  In the other cells, {absent} one by one.")
     return lines + ([f"  Warning: {warning}."] if (warning := few_prompts(n)) else [])
 
 
-def _with_interval(cell: xr.Dataset) -> str:
-    numbers = [float(cell[name]) for name in ("mean_a", "mean_b", "difference", "low", "high")]
-    return "{:.3f} against {:.3f}, difference {:+.3f} [{:+.3f}, {:+.3f}]".format(*numbers)
+def _with_interval(cell: xr.Dataset, attrs: Mapping[str, Any]) -> str:
+    words = wording(attrs["what"])
+    sides = words.sides(float(cell["mean_a"]), float(cell["mean_b"]), attrs["a"], attrs["b"])
+    return f"{sides}; difference {words.interval(*(float(cell[n]) for n in ('difference', 'low', 'high')))}"

@@ -24,6 +24,7 @@ from workbench.errors import InputError
 from workbench.studies.comparison import Between, Comparison, Condition, Run, compare, conditions, has_tokens, places
 from workbench.studies.contrast import paired_test, unpaired_test
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts
+from workbench.studies.layer_experts import mask_absent
 from workbench.studies.matching import duplicates_warning, merged_prompts
 from workbench.studies.resampling import (
     TAILS,
@@ -37,6 +38,7 @@ from workbench.studies.resampling import (
 )
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import Array, false_discovery, jensen_shannon
+from workbench.studies.wording import wording
 
 ALPHA = 0.05
 # one changed expert among gpt-oss-20b's 768 cells can reach q < 0.05
@@ -152,9 +154,13 @@ def divergence(
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED[between],
     }
-    result = dataset(variables, places(counts), DEFINITIONS, attrs)
+    result = mask_absent(dataset(variables, places(counts), DEFINITIONS, attrs), run)
     for name in ("difference", "difference_low", "difference_high"):
-        how = "Student's t over prompts" if interval == "t" else f"bootstrap over prompts, {interval}"
+        how = (
+            "jackknife over prompts, Student's t corrected for skewness"
+            if interval == "t"
+            else f"bootstrap over prompts, {interval}"
+        )
         result[name].attrs["ci"] = f"95 %, {how}"
     result.attrs["summary"] = _words(result)
     return result
@@ -312,16 +318,14 @@ def _words(result: xr.Dataset) -> str:
     cells = result["expert_different"].values
     if attrs["prompts"] < MIN_PROMPTS:
         return "\n".join([*lines, f"Experts cannot be tested: at least {MIN_PROMPTS} prompts are needed."])
-    lines.append(f"Used differently: {cells.sum()} of {cells.size} experts (layer × expert).")
-    size = np.where(cells, np.abs(result["difference"].values), -np.inf)
+    lines.append(f"Used differently: {cells.sum()} of {int(result['share_a'].count())} experts (layer × expert).")
+    size, words = np.where(cells, np.abs(result["difference"].values), -np.inf), wording("experts")
     for place in np.argsort(-size, axis=None)[: min(3, cells.sum())]:
         layer, expert = np.unravel_index(place, size.shape)
         cell = result.isel(layer=int(layer), expert=int(expert))
-        lines.append(
-            f"  layer {layers[layer]} expert {expert}: {cell.share_a:.1%} of slots in {attrs['a']}, {cell.share_b:.1%} "
-            f"in {attrs['b']}; difference {100 * cell.difference:+.1f} points "
-            f"[{100 * cell.difference_low:+.1f}, {100 * cell.difference_high:+.1f}]"
-        )
+        sides = words.sides(float(cell.share_a), float(cell.share_b), attrs["a"], attrs["b"])
+        interval = words.interval(*(float(cell[f"difference{end}"]) for end in ("", "_low", "_high")))
+        lines.append(f"  layer {layers[layer]} expert {expert}: {sides}; difference {interval}")
     return "\n".join(lines)
 
 

@@ -21,7 +21,8 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run
 from workbench.studies.contrast import Plan, TokenRun, contrasts, uncomparable
-from workbench.studies.intervals import MIN_PROMPTS, mean_test, ratio, ratio_test, share_change, wilson
+from workbench.studies.intervals import MIN_PROMPTS, mean_test, ratio, ratio_test, share_change, share_of_answers
+from workbench.studies.matching import merged_prompts
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import false_discovery
 
@@ -139,9 +140,13 @@ def widest_first(efforts: list[str]) -> list[tuple[str, str]]:
 
 
 def sequences_of(run: Run) -> pd.DataFrame:
-    """Return a row for each sequence: prompt, effort, task, tokens of every channel, and correctness (NaN: unknown)."""
+    """Return a row for each sequence: prompt, effort, task, tokens of every channel, and correctness (NaN: unknown).
+
+    Prompts under different ids whose tokens are equal have one number.
+    """
     tokens = run.summary("tokens")
-    table = pd.DataFrame({c: np.asarray(tokens[c].values) for c in ("id", "prompt_id", "effort", "task")})
+    table = pd.DataFrame({c: np.asarray(tokens[c].values) for c in ("id", "effort", "task")})
+    table = table.assign(prompt_id=merged_prompts(run, tokens)[0])
     for channel in CHANNELS:
         table[channel] = tokens.sel(channel=channel).values.astype(np.float64)
     known = getattr(run, "sequences", None)
@@ -155,17 +160,6 @@ def _of_prompts(table: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarra
     return known.sum().to_numpy(), known.count().to_numpy()
 
 
-def _accuracy(table: pd.DataFrame) -> tuple[float, float, float]:
-    """Return the mean over prompts of their share of right answers, with Wilson's interval; NaN: cannot be given."""
-    right, known = _of_prompts(table, "correct")
-    if not len(known):
-        return np.nan, np.nan, np.nan
-    if len(known) < MIN_PROMPTS:
-        return float((right / known).mean()), np.nan, np.nan
-    share, low, high = wilson(right / known, int(known.sum()))
-    return float(share), float(low), float(high)
-
-
 def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset:
     """Return analysis tokens and accuracy of every task and effort; the task `all` is everything."""
     tasks = ["all", *sorted(set(table["task"]) - {""})]
@@ -174,7 +168,7 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
         for effort in efforts:
             own = table[(table["effort"] == effort) & ((table["task"] == task) | (task == "all"))]
             parts["analysis_tokens"].append(ratio(*_of_prompts(own, "analysis")))
-            parts["accuracy"].append(_accuracy(own))
+            parts["accuracy"].append(share_of_answers(*_of_prompts(own, "correct")))
             parts["sequences"].append(len(own))
     shape = (len(tasks), len(efforts))
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}

@@ -12,16 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from workbench.studies.wording import wording
+
 Results = Mapping[str, Mapping[str, xr.Dataset]]
 
-# a sentence about two sides, the factor of its numbers, and the unit of their difference
-_WORDING = {
-    "experts": ("{a:.1f} % of routed slots in {side_a}, {b:.1f} % in {side_b}", 100.0, "points"),
-    "sink": ("sink attention {a:.1f} % in {side_a}, {b:.1f} % in {side_b}", 100.0, "points"),
-    "entropy": ("entropy of the prediction {a:.3f} nat in {side_a}, {b:.3f} in {side_b}", 1.0, "nat"),
-    "logprob": ("log-probability of the token {a:.3f} nat in {side_a}, {b:.3f} in {side_b}", 1.0, "nat"),
-}
-_OTHER = ("{a:.3f} in {side_a}, {b:.3f} in {side_b}", 1.0, "")
 _NEEDED = {"mean_a", "mean_b", "difference", "low", "high", "different"}
 
 
@@ -148,25 +142,22 @@ def _level(cells: xr.Dataset) -> np.ndarray:
 
 
 def _sentence(ds: xr.Dataset, cell: Mapping[str, int], one: xr.Dataset, matched: xr.Dataset | None) -> str:
-    wording, factor, unit = _WORDING.get(str(ds.attrs["what"]), _OTHER)
-    mean_a, mean_b = (factor * float(one[n]) for n in ("mean_a", "mean_b"))
-    levels = wording.format(a=mean_a, b=mean_b, side_a=ds.attrs["a"], side_b=ds.attrs["b"])
+    words = wording(ds.attrs["what"])
+    levels = words.sides(float(one["mean_a"]), float(one["mean_b"]), ds.attrs["a"], ds.attrs["b"])
     where = ", ".join(f"{axis} {number}" for axis, number in cell.items())
     text = f"{where}: {levels}" if where else levels
-    text += f"; difference {_effect(one, factor)} {unit}".rstrip() + f" within {int(one['prompts'])} prompts"
+    text += f"; difference {_effect(ds, one)} within {int(one['prompts'])} prompts"
     if matched is None:
         control = ""
     elif np.isfinite(float(matched["low"])):
-        control = f", {_effect(matched, factor)} at equal position"
+        control = f", {_effect(ds, matched)} at equal position"
     else:
         control = "; not tested at equal position"
     return f"{text[:1].upper()}{text[1:]}{control}."
 
 
-def _effect(one: xr.Dataset, factor: float) -> str:
-    digits = 1 if factor == 100 else 3
-    difference, low, high = (factor * float(one[n]) for n in ("difference", "low", "high"))
-    return f"{difference:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+def _effect(ds: xr.Dataset, one: xr.Dataset) -> str:
+    return wording(ds.attrs["what"]).interval(*(float(one[n]) for n in ("difference", "low", "high")))
 
 
 def _interval(factor: float, low: float, high: float) -> str:

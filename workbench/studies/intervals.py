@@ -141,6 +141,8 @@ def few_prompts(n: int) -> str:
     """Return the warning that goes with an interval over n prompts; empty from `ENOUGH_PROMPTS` on."""
     if n >= ENOUGH_PROMPTS:
         return ""
+    if n < MIN_PROMPTS:
+        return f"only {n} prompts: an interval needs at least {MIN_PROMPTS}"
     return f"only {n} prompts: intervals of fewer than {ENOUGH_PROMPTS} depend on the shape of the distribution"
 
 
@@ -243,6 +245,21 @@ def wilson(means: Float[np.ndarray, "*cells prompt"], answers: int) -> tuple[Cel
     middle = (share + z**2 / (2 * size)) / (1 + z**2 / size)
     half = z / (1 + z**2 / size) * np.sqrt(binomial / size + z**2 / (4 * size**2))
     return share, np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
+
+
+def share_of_answers(
+    right: Float[np.ndarray, " prompt"], known: Num[np.ndarray, " prompt"]
+) -> tuple[float, float, float]:
+    """Return the mean over prompts of their share of right answers, with Wilson's interval.
+
+    Without an answer all are NaN, and with fewer than five prompts the limits are.
+    """
+    if not len(known):
+        return np.nan, np.nan, np.nan
+    if len(known) < MIN_PROMPTS:
+        return float((right / known).mean()), np.nan, np.nan
+    share, low, high = wilson(right / known, int(known.sum()))
+    return float(share), float(low), float(high)
 
 
 def share_change_interval(

@@ -204,6 +204,11 @@ def merge_duplicates(
     return np.where(number >= 0, renumbered[number] if len(roots) else number, -1), len(roots) - len(kept)
 
 
+def independent_prompts(run: TokenRun) -> Int[np.ndarray, " sequence"]:
+    """Return the number of every sequence's prompt, duplicates merged; −1 where it is not written."""
+    return index_of(run).prompts[0]
+
+
 def merged_prompts(run: object, tokens: xr.DataArray) -> tuple[Int[np.ndarray, " sequence"], int]:
     """Return the prompt number of every sequence of a run's sums, duplicates merged, and how many were merged."""
     own = prompts(tokens)

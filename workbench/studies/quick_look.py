@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from workbench.errors import InputError
 from workbench.studies.comparison import in_order
+from workbench.studies.layer_experts import layer_experts, mask_absent
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import share
 
@@ -67,7 +68,8 @@ def routing(run: Totals, channel: str = ALL, effort: str = ALL, task: str = ALL)
     everything = share(_pooled(counts, ALL, ALL, ALL))
     lift = np.divide(load, everything, out=np.full(load.shape, np.nan), where=everything > 0)
     values = {"load": load, "gates": share(_pooled(gates, channel, effort, task)), "lift": lift}
-    return _labelled(run, "routing", values, "expert", {"channel": channel, "effort": effort, "task": task})
+    labels = {"channel": channel, "effort": effort, "task": task}
+    return mask_absent(_labelled(run, "routing", values, "expert", labels), run)
 
 
 def sinks(run: Totals, channel: str = ALL, effort: str = ALL, task: str = ALL) -> xr.Dataset:
@@ -87,7 +89,10 @@ def by_channel_and_effort(
     """Return one cell of `routing` (load relative to uniform) or `sinks` (sink attention) by channel and effort."""
     known = options(run)
     sums = run.total("sink_sum" if measure == "mass" else "expert_count").sel(layer=[layer])
-    over = run.total("tokens") if measure == "mass" else sums.sum("expert") / sums.sizes["expert"]
+    if measure == "mass":
+        over = run.total("tokens")
+    else:
+        over = sums.sum("expert") / layer_experts(run, layer + 1, sums.sizes["expert"])[layer]
     rows = {}
     for channel in known["channel"]:
         cells = [(_pooled(sums, channel, e, task)[0, column], _pooled(over, channel, e, task)) for e in known["effort"]]

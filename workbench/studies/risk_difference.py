@@ -48,6 +48,7 @@ STUDY = Study(
 CONTROLS = ("pooled", "prompt", "token", "prompt and token")
 GROUPS = 40  # of prompts; each is left out once
 _IDS = 1 << 20  # more than any vocabulary has
+_POOLED = "Unpaired, all tokens pooled (the sides may differ by task, effort, words and position)"
 _NAMED = 5  # experts of each side that the summary lists
 _CI = f"95 %, delete-a-group jackknife over at most {GROUPS} groups of prompts, Student's t corrected for skewness"
 DEFINITIONS = {
@@ -293,7 +294,7 @@ def _summary(result: xr.Dataset) -> str:
         cell = result.sel(control=control)
         n = int(cell["prompts"])
         rests = f"{n} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
-        label = "pooled" if control == "pooled" else f"within {control}"
+        label = _POOLED if control == "pooled" else f"Within {control}"
         if not np.isfinite(cell["p"]).any():
             lines.append(f"{label} ({rests}): cannot be tested, at least {MIN_PROMPTS} prompts are needed.")
             continue

@@ -12,7 +12,7 @@ from itertools import combinations
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 
 from workbench.registry import Study
 from workbench.studies import statistics
@@ -31,6 +31,8 @@ from workbench.studies.comparison import (
 )
 from workbench.studies.divergence import N_BOOT, N_PERMUTATIONS, divergence
 from workbench.studies.intervals import MIN_PROMPTS
+from workbench.studies.layer_experts import layer_experts
+from workbench.studies.matching import merged_prompts
 from workbench.studies.resampling import (
     IntervalMethod,
     bias_corrected,
@@ -89,6 +91,7 @@ DEFINITIONS = {
 
 METHOD = (
     "Load is pooled over the tokens of a cell; its sampling unit is the prompt. Cells with no token are missing. "
+    "E is the number of experts of the layer. "
     "Intervals need five prompts, are too narrow below about fifty, and cannot see what no prompt did: that of an "
     "expert which nobody used is [0, 0]. Whether two cells' intervals overlap is no test; divergence() tests."
 )
@@ -109,7 +112,8 @@ def load(
     `channels` selects some (all by default); what `by` does not name is pooled. `interval` is that of the shares.
     """
     counts, gates, tokens = (run.summary(name) for name in ("expert_count", "gate_sum", "tokens"))
-    split, prompt = axes(tokens, by, channels), prompts(tokens)
+    split, prompt = axes(tokens, by, channels), merged_prompts(run, tokens)[0]
+    own = layer_experts(run, counts.sizes["layer"], counts.sizes["expert"])
     found = []
     for cell in cells(tokens, by, channels):
         pooled = [
@@ -121,6 +125,7 @@ def load(
         described = _describe(
             sum_by(pooled[0].transpose("sequence", "layer", "expert").values, prompt[cell.sequences]),
             pooled[1].transpose("sequence", "layer", "expert").values.sum(axis=0),
+            own,
             n_boot,
             rng,
             interval,
@@ -150,15 +155,34 @@ def load(
 def _describe(
     counts: Num[np.ndarray, "prompt layer expert"],
     gates: Num[np.ndarray, "layer expert"],
+    own: Int[np.ndarray, " layer"],
     n_boot: int,
     rng: np.random.Generator,
     interval: IntervalMethod,
 ) -> dict[str, np.ndarray]:
-    """Every measure of one cell, by layer; all missing when it has no token."""
+    """Every measure of one cell, by layer; all missing when it has no token. own: the experts of each layer."""
+    weights = bootstrap_weights(len(counts), n_boot, rng) if len(counts) >= MIN_PROMPTS else None
+    layers = [_describe_layer(counts[:, i, :n], gates[i, :n], weights, interval) for i, n in enumerate(own)]
+    widest = counts.shape[-1]
+    return {name: np.stack([_padded(layer[name], widest) for layer in layers]) for name in layers[0]}
+
+
+def _padded(values: statistics.Array, n: int) -> statistics.Array:
+    """Values by expert with NaN up to n, where a layer has fewer; a value of the layer as it is."""
+    return values if np.ndim(values) == 0 else np.pad(values, (0, n - len(values)), constant_values=np.nan)
+
+
+def _describe_layer(
+    counts: Num[np.ndarray, "prompt expert"],
+    gates: Num[np.ndarray, " expert"],
+    weights: Float[np.ndarray, "replicate prompt"] | None,
+    interval: IntervalMethod,
+) -> dict[str, statistics.Array]:
+    """Every measure of one layer of a cell, with intervals if there are weights of a bootstrap."""
     share = statistics.share(counts.sum(axis=0))
     entropy = statistics.entropy(share)
     most = np.log(share.shape[-1])
-    found = {
+    found: dict[str, statistics.Array] = {
         "share": share,
         "gate_share": statistics.share(gates),
         "entropy": entropy,
@@ -169,13 +193,11 @@ def _describe(
         "cv": statistics.coefficient_of_variation(share),
         "never_selected": np.where(np.isnan(entropy), np.nan, (share == 0).sum(axis=-1)),
     }
-    if len(counts) >= MIN_PROMPTS:
-        weights = bootstrap_weights(len(counts), n_boot, rng)
-        layers = [_intervals(counts[:, layer].astype(np.float64), weights, interval) for layer in range(len(share))]
-        found |= {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+    if weights is not None:
+        found |= _intervals(counts.astype(np.float64), weights, interval)
     else:
         found |= dict.fromkeys(("share_low", "share_high"), np.full_like(share, np.nan))
-        found |= dict.fromkeys(("entropy_corrected", "entropy_low", "entropy_high"), np.full_like(entropy, np.nan))
+        found |= dict.fromkeys(("entropy_corrected", "entropy_low", "entropy_high"), np.asarray(np.nan))
     for name in ("entropy_corrected", "entropy_low", "entropy_high"):
         found[name] = np.clip(found[name], 0, most)
     for edge in ("low", "high"):
@@ -262,8 +284,15 @@ def _words(result: xr.Dataset) -> str:
             continue
         effective = cell["effective_experts"].values
         lines.append(
-            f"{name}: {np.nanmean(effective):.1f} effective experts of {cell.sizes['expert']} on average over layers "
-            f"(from {np.nanmin(effective):.1f} to {np.nanmax(effective):.1f}); {np.nansum(cell['never_selected']):.0f} "
-            f"of {cell['share'].size} never selected; {int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts."
+            f"{name}: {np.nanmean(effective):.1f} effective experts of {_range_of_experts(cell)} on average over "
+            f"layers (from {np.nanmin(effective):.1f} to {np.nanmax(effective):.1f}); "
+            f"{np.nansum(cell['never_selected']):.0f} of {int(cell['share'].count())} never selected; "
+            f"{int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts."
         )
     return "\n".join([*lines, *([f"No tokens: {'; '.join(empty)}."] if empty else [])])
+
+
+def _range_of_experts(cell: xr.Dataset) -> str:
+    """The number of experts of a layer, or the least and the most of any layer."""
+    n = cell["share"].count("expert")
+    return str(int(n.max())) if n.min() == n.max() else f"{int(n.min())} to {int(n.max())}"

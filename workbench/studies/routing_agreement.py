@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Num
 
@@ -19,7 +18,7 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.contrast import Block, TokenRun
 from workbench.studies.intervals import ratio
-from workbench.studies.matching import token_blocks
+from workbench.studies.matching import independent_prompts, token_blocks
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -126,10 +125,8 @@ class _Sums:
 
     def __init__(self, run: TokenRun) -> None:
         table = run.sequences
-        named = table["prompt_id"].where(table["prompt_id"] != "", table["id"])
         size, layers = int(table.index.max()) + 1, int(run.model["n_layers"])
-        self.prompt = np.zeros(size, dtype=np.int64)
-        self.prompt[table.index] = pd.factorize(named)[0]
+        self.prompt = independent_prompts(run)
         self.effort = np.full(size, len(EFFORTS) - 1)
         self.effort[table.index] = [EFFORTS.index(e) if e in EFFORTS else len(EFFORTS) - 1 for e in table["effort"]]
         self.order = table.index

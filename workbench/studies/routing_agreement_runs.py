@@ -9,7 +9,7 @@ from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.studies.contrast import TokenRun
 from workbench.studies.intervals import ratio
-from workbench.studies.matching import token_blocks
+from workbench.studies.matching import independent_prompts, token_blocks
 from workbench.studies.result import Definition, provenance
 from workbench.studies.routing_agreement import Compared, agreement
 
@@ -35,8 +35,8 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     """
     if list(run.sequences["id"]) != list(other.sequences["id"]):
         raise InputError("the two runs hold different sequences: capture the same transcripts with both")
-    keys = ("n_layers", "num_experts", "experts_per_token")
-    if any(run.model[key] != other.model[key] for key in keys):
+    keys = ("n_layers", "num_experts", "experts_per_token", "layer_experts")
+    if any(run.model.get(key) != other.model.get(key) for key in keys):
         raise InputError("the two models differ in layers or experts: their experts do not correspond")
     effect: list[tuple[np.ndarray, np.ndarray]] = []
     title = "Routing agreement of two runs"
@@ -44,8 +44,8 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     result = agreement(run, _compared(run, other, effect), attrs, "both runs")
     sequence, difference = (np.concatenate(each) for each in zip(*effect, strict=True))
     known = np.isfinite(difference)
-    sums = np.bincount(sequence[known], difference[known])
-    value = ratio(sums, np.bincount(sequence[known]))
+    prompt = independent_prompts(run)[sequence[known]]
+    value = ratio(np.bincount(prompt, difference[known]), np.bincount(prompt))
     for end, number in zip(("", "_low", "_high"), value, strict=True):
         result[f"logprob_effect{end}"] = ((), np.asarray(number), _EFFECT.attrs())
     result.attrs["summary"] += f"\nLog-probabilities differ by {float(value[0]):.4f} nat a token on average."
@@ -70,7 +70,8 @@ def _compared(run: TokenRun, other: TokenRun, effect: list[tuple[np.ndarray, np.
 
 
 def _margin(logits: np.ndarray, k: int) -> np.ndarray:
-    """The k-th less the (k+1)-th largest logit."""
+    """The k-th less the (k+1)-th largest logit; NaN is an expert that the layer does not have."""
+    logits = np.where(np.isnan(logits), -np.inf, logits)
     last = logits.shape[-1] - k
     ordered = np.partition(logits.astype(np.float32), (last - 1, last), axis=-1)
     margin: np.ndarray = ordered[..., last] - ordered[..., last - 1]

@@ -14,10 +14,10 @@ import xarray as xr
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
-from workbench.studies.comparison import EFFORTS, Run, axes, cells, prompt_numbers, sum_by
+from workbench.studies.comparison import EFFORTS, Run, axes, cells, sum_by
 from workbench.studies.contrast import Plan, TokenRun, contrasts
 from workbench.studies.intervals import ratio
-from workbench.studies.matching import merged_prompts, token_blocks
+from workbench.studies.matching import independent_prompts, merged_prompts, token_blocks
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -128,8 +128,7 @@ def by_position(run: TokenRun, *, seed: int = 0) -> xr.Dataset:
     """Return sink attention and rate [channel, layer, position bin], mean over heads, by the number of visible keys."""
     layers, heads = run.model["n_layers"], run.model["n_heads"]
     edges = np.array(_BINS)
-    table = run.sequences
-    number = prompt_numbers(table)
+    number = independent_prompts(run)
     n_prompts, n_cells = int(number.max()) + 1, len(CHANNELS) * len(edges)
     sums = np.zeros((n_prompts, n_cells, layers))
     above, tokens = np.zeros((n_cells, layers)), np.zeros((n_prompts, n_cells))

@@ -13,7 +13,9 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Num
 
-from workbench.studies.comparison import Run, in_order, labels, places, prompts, sum_by
+from workbench.studies.comparison import Run, in_order, labels, places, sum_by
+from workbench.studies.layer_experts import layer_experts, mask_absent
+from workbench.studies.matching import merged_prompts
 from workbench.studies.resampling import count_at_least, permutation_p
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import entropy, false_discovery, share
@@ -39,7 +41,9 @@ DEFINITIONS = {
         "mutual information of a slot's expert in one layer and in the next, plug-in",
     ),
     "information_corrected": Definition(
-        "information between layers, corrected", "bit", "less (E − 1)² / (2 N ln 2), the bias of N independent pairs"
+        "information between layers, corrected",
+        "bit",
+        "less (E − 1) (E₂ − 1) / (2 N ln 2), the bias of N independent pairs; E, E₂: experts of the two layers",
     ),
     "label_information": Definition(
         "information about a label", "bit", "mutual information of a slot's expert and the label, plug-in"
@@ -79,8 +83,9 @@ def together(run: Run, *, seed: int = 0) -> xr.Dataset:
         lift = counts * n[..., None] / (k_times_n[..., None] * k_times_n[..., None, :])
     joint = follows.values.astype(np.float64)
     next_given = share(joint)
-    information, corrected = mutual_information(joint)
     e = joint.shape[-1]
+    own = layer_experts(run, counts.shape[1], e)
+    information, corrected = mutual_information(joint, own[:-1], own[1:])
     channel = [str(c) for c in pairs["channel"].values]
     layers = np.arange(counts.shape[1])
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
@@ -115,25 +120,31 @@ def together(run: Run, *, seed: int = 0) -> xr.Dataset:
                     f"{off[layer, i, j]:.2f}); {between}."
                 )
     attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
-    return dataset(variables, coords, DEFINITIONS, attrs)
+    return mask_absent(dataset(variables, coords, DEFINITIONS, attrs), run)
 
 
 def mutual_information(
     joint: Num[np.ndarray, "*cells a b"],
+    n_a: Num[np.ndarray, "..."] | None = None,
+    n_b: Num[np.ndarray, "..."] | None = None,
 ) -> tuple[Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]]:
-    """Return the mutual information of counts: plug-in in bits, and less its first-order bias (Miller–Madow)."""
+    """Return the mutual information of counts: plug-in in bits, and less its first-order bias (Miller–Madow).
+
+    n_a, n_b: how many values the two can take, where cells [*cells] have fewer than the table.
+    """
+    n_a, n_b = (joint.shape[axis] if n is None else n for axis, n in ((-2, n_a), (-1, n_b)))
     total = joint.sum((-2, -1))
     flat = share(joint.reshape(*joint.shape[:-2], -1))
     found = (entropy(share(joint.sum(-1))) + entropy(share(joint.sum(-2))) - entropy(flat)) / np.log(2)
     with np.errstate(divide="ignore", invalid="ignore"):
-        bias = (joint.shape[-2] - 1) * (joint.shape[-1] - 1) / (2 * total * np.log(2))
+        bias = (n_a - 1) * (n_b - 1) / (2 * total * np.log(2))
     return np.maximum(found, 0), found - bias
 
 
 def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> xr.Dataset | None:
     """Return the information on a label (channel, effort, task) in expert choices; None where there is only one."""
     counts = run.summary("expert_count").transpose("sequence", "channel", "layer", "expert")
-    prompt = prompts(counts)
+    prompt = merged_prompts(run, counts)[0]
     if axis == "channel":
         names = [
             c for c in map(str, counts["channel"].values) if c not in ("frame", "other") and counts.sel(channel=c).any()
@@ -175,7 +186,7 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
         seed,
         {"axis": axis, "n_permutations": n_permutations},
     )
-    result = dataset(variables, {axis: names} | places(counts), DEFINITIONS, attrs)
+    result = mask_absent(dataset(variables, {axis: names} | places(counts), DEFINITIONS, attrs), run)
     known = result["q"].values < 0.05
     layer = int(np.argmax(result["nmi"].values))
     summary = (

@@ -151,20 +151,3 @@ def test_a_folder_of_mlx_is_loaded_as_a_model(tmp_path: Path) -> None:
     x = torch.arange(60)[None]
     assert torch.equal(wb.load(folder, device="cpu")(x), wb.load(tmp_path / "published", device="cpu")(x))
     assert not is_mlx({})
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"model_type": "gpt_oss_puzzle"}, "model_type 'gpt_oss_puzzle' gives layers their own numbers of experts"),
-        ({"block_configs": [{"num_local_experts": 4}]}, "block_configs gives layers their own numbers of experts"),
-    ],
-)
-def test_numbers_of_experts_of_single_layers_are_refused(
-    tmp_path: Path, fields: dict[str, object], message: str
-) -> None:
-    folder = save_random(tmp_path / "model", CFG)
-    config = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=message):
-        open_checkpoint(folder)

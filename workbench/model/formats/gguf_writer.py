@@ -80,6 +80,8 @@ def write_gguf(checkpoint: Checkpoint, target: str | Path) -> Path:
 def _check(cfg: Config) -> None:
     """Refuse what the readers of GGUF files take for granted."""
     window = cfg.window_size
+    if cfg.layer_experts is not None:
+        raise InputError("GGUF has one number of experts for all layers; this model has several: export safetensors")
     if window is None or cfg.windows != tuple(window if layer % 2 == 0 else None for layer in range(cfg.n_layers)):
         raise InputError(f"GGUF cannot express windows {cfg.windows}: one window in layers 0, 2, … is expected")
     for name, expected in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):

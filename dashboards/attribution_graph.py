@@ -1,0 +1,112 @@
+"""An attribution graph as a page of its own: tokens along x, layers along y, drawn as SVG by the script of graph.html.
+
+Graphs are files in circuit-tracer's format (`workbench graph … --out FILE.json`). The page is a document in a sandboxed
+frame; texts go into it as JSON whose `<` are escaped, and onto the screen as text nodes.
+
+Reference: the schema in safety-research/circuit-tracer, circuit_tracer/frontend/graph_models.py (schema version 1).
+"""
+
+import html
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workbench.bounded_json import read_json
+from workbench.errors import InputError
+from workbench.figures.template import ThemeName
+
+_PAGE = Path(__file__).with_name("graph.html")
+HEIGHT = 760
+VIEW = ("threshold", "pins")  # what can be chosen in the frame
+MOST_NODES, MOST_EDGES = 3_000, 12_000  # that are drawn; of more, those with the largest influence or weight
+OURS = "gpt-oss"  # the scan that `workbench graph` names
+_LAYER = re.compile(r"-?[0-9]{1,4}")
+
+
+def frame(path: Path, theme: ThemeName = "light", view: Mapping[str, str] | None = None) -> str:
+    """Return HTML of the frame with the graph in it. view: what is chosen in it at first, see `VIEW`.
+
+    Raises:
+        InputError: the file is no attribution graph.
+    """
+    text = html.escape(document(graph_data(read_json(path)), path.stem, theme, view), quote=True)
+    return (
+        '<iframe title="attribution graph" sandbox="allow-scripts allow-downloads" allow="fullscreen" '
+        f'style="width:100%;height:{HEIGHT}px;border:0" srcdoc="{text}"></iframe>'
+    )
+
+
+def document(
+    graph: Mapping[str, Any], name: str, theme: ThemeName = "light", view: Mapping[str, str] | None = None
+) -> str:
+    """Return one HTML document that draws what `graph_data` returned and fetches nothing. view: see `frame`."""
+    data = json.dumps({**graph, "name": name, "theme": theme, "view": dict(view or {})}, separators=(",", ":"))
+    return _PAGE.read_text(encoding="utf-8").replace("__DATA__", data.replace("<", "\\u003c"))
+
+
+def graph_data(content: Any) -> dict[str, Any]:
+    """Return what the page draws of a graph in circuit-tracer's format: tokens, nodes, edges and how it was made.
+
+    Nodes and edges beyond `MOST_NODES` and `MOST_EDGES` are left out, the weakest first; `left_out` says how many.
+
+    Raises:
+        InputError: it has another form.
+    """
+    try:
+        # circuit-tracer writes the share of influence that is reached with a node: small for the strongest
+        cumulative = content["metadata"].get("scan") != OURS
+        nodes = [_node(node, cumulative=cumulative) for node in content["nodes"]]
+        edges = [(str(link["source"]), str(link["target"]), _number(link["weight"])) for link in content["links"]]
+        tokens = [str(token) for token in content["metadata"]["prompt_tokens"]]
+        info = content["metadata"].get("info") or {}
+        about = {str(k): v for k, v in info.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"the file is no attribution graph ({type(error).__name__}: {error}): expected circuit-tracer's JSON with "
+            "metadata.prompt_tokens, nodes and links; make one with `workbench graph MODEL --prompt TEXT --out FILE`"
+        ) from error
+    shown = sorted(nodes, key=lambda node: (node["kind"] != "logit", -node["influence"]))[:MOST_NODES]
+    known = {node["id"]: number for number, node in enumerate(shown)}
+    inside = [(known[s], known[t], w) for s, t, w in edges if s in known and t in known]
+    drawn = sorted(inside, key=lambda edge: -abs(edge[2]))[:MOST_EDGES]
+    top = max((node["layer"] for node in shown if node["kind"] not in ("logit", "error")), default=0)
+    for node in shown:
+        node["layer"] = top + 1 if node["kind"] == "logit" else min(node["layer"], top + 1)
+    return {
+        "tokens": tokens,
+        "nodes": shown,
+        "edges": drawn,
+        "n_layers": top + 1,
+        "about": {k: v for k, v in about.items() if not isinstance(v, float) or math.isfinite(v)},
+        "left_out": [len(nodes) - len(shown), len(edges) - len(drawn)],
+    }
+
+
+def _node(node: Mapping[str, Any], *, cumulative: bool) -> dict[str, Any]:
+    layer, kind = str(node["layer"]), str(node["feature_type"])
+    if layer != "E" and not _LAYER.fullmatch(layer):
+        raise ValueError(f"layer {layer!r} of node {node['node_id']!r}")
+    kinds = {"embedding": "embedding", "logit": "logit", "mlp reconstruction error": "error"}
+    label = str(node.get("clerp") or node["node_id"])
+    inner = "expert" if " expert " in label else "head" if " head " in label else "feature"
+    value = node.get("activation")
+    influence = abs(_number(node.get("influence") or 0.0))
+    return {
+        "id": str(node["node_id"]),
+        "layer": -1 if layer == "E" else int(layer),
+        "position": int(node["ctx_idx"]),
+        "kind": kinds.get(kind, inner),
+        "label": label,
+        "influence": max(0.0, 1 - influence) if cumulative else influence,
+        "value": None if value is None else _number(value),
+    }
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not a finite number")
+    return number

@@ -1,0 +1,153 @@
+"""What studies and experiments say of one expert: load with intervals, examples, tokens, and measured effects."""
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import panel as pn
+import xarray as xr
+
+from workbench import registry
+from workbench.dashboards import widgets
+from workbench.dashboards.session import Selectors, Session
+from workbench.errors import InputError
+from workbench.studies.layer_experts import layer_experts
+from workbench.studies.quick_look import ALL
+
+_SHOWN = 8  # examples of each kind
+
+
+def load_with_intervals(session: Session, layer: int, expert: int) -> pn.Column:
+    """Return the section with the load of an expert by channel and effort, with intervals, when the study is ready."""
+
+    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
+        n_experts = layer_experts(session.run, layer + 1, session.run.model["num_experts"])[layer]
+        rows = load_table(found["load"], layer, expert, int(n_experts))
+        title = "Load relative to uniform with 95 % intervals, all tasks"
+        return [widgets.table(title, rows, f"{session.name}-layer-{layer}-expert-{expert}-load-intervals")]
+
+    return widgets.awaited(session.registry.study("routing", session.name, exclude=session.exclude), show)
+
+
+def load_table(load: xr.Dataset, layer: int, expert: int, n_experts: int) -> pd.DataFrame:
+    """Return the load relative to uniform with its interval as text: a row for each channel, a column an effort."""
+    cell = load.sel(layer=layer, expert=expert)
+    values = np.stack(
+        [cell[name].transpose("channel", "effort").values for name in ("share", "share_low", "share_high")]
+    )
+    values = values * n_experts
+    texts = [
+        ["–" if np.isnan(row[0]) else f"{row[0]:.2f} [{row[1]:.2f}, {row[2]:.2f}]" for row in values[:, i].T]
+        for i in range(load.sizes["channel"])
+    ]
+    table = pd.DataFrame(texts, columns=[str(e) for e in load["effort"].values])
+    table.insert(0, "channel", [str(c) for c in load["channel"].values])
+    return table[(table.drop(columns="channel") != "–").any(axis=1)]
+
+
+def examples(session: Session, chosen: Selectors) -> pn.Column:
+    """Return the section with examples of an expert and its over-represented tokens, when the study is ready."""
+    layer, expert = chosen.number("layer"), chosen.number("expert")
+    try:
+        registry.find("expert-examples").check_recorded(session.run)
+    except InputError as error:
+        return pn.Column(widgets.alert(str(error), "info"))
+
+    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
+        ds = found["examples"].sel(layer=layer, expert=expert)
+        parts: list[Any] = []
+        if label := str(ds["label"].item()):
+            parts.append(widgets.html(f"<p><b>Automatic description</b> {escape(label)}</p>"))
+        title = f"Examples in {chosen['channel']}" if chosen["channel"] != ALL else "Examples in all channels"
+        text = "".join(_list(session, ds, kind, chosen["channel"]) for kind in ("top", "random"))
+        parts.append(widgets.card(f"{title}, all efforts and tasks", widgets.html(text)))
+        rows = tokens_table(ds)
+        if len(rows):
+            name = f"{session.name}-layer-{layer}-expert-{expert}-tokens"
+            parts.append(widgets.table("Over-represented tokens, with 95 % intervals", rows, name))
+        return parts
+
+    return widgets.awaited(session.registry.study("expert-examples", session.name, exclude=session.exclude), show)
+
+
+def _list(session: Session, ds: xr.Dataset, kind: str, channel: str) -> str:
+    """Return HTML of the examples of a kind, the largest gate weight first; each opens its conversation."""
+    title = {"top": "Largest gate weights", "random": "Random sample"}[kind]
+    rows = example_rows(ds, kind, channel)
+    if not rows:
+        return f"<h3>{title}</h3><p class='wb-muted'>No token of this channel was routed to the expert.</p>"
+    items = []
+    for row in rows[:_SHOWN]:
+        address = session.link(
+            "transcript", sequence=str(row["sequence"]), pin=str(row["position"]), position="", colour="expert"
+        )
+        before, token, after = (escape(str(row[part])) for part in ("before", "token", "after"))
+        items.append(
+            f"<li><a href='{escape(address)}'>{before}<mark>{token or '▫'}</mark>{after}</a> "
+            f"<span class='wb-muted'>{escape(str(row['channel']))}, gate {row['gate']:.2f}</span></li>"
+        )
+    return f"<h3>{title}</h3><ul class='wb-examples'>{''.join(items)}</ul>"
+
+
+def example_rows(ds: xr.Dataset, kind: str, channel: str) -> list[dict[str, Any]]:
+    """Return the examples of one expert as rows, those of all channels or of one, by gate weight."""
+    rows = []
+    for name in map(str, ds["channel"].values):
+        if channel not in (ALL, name) or (channel == ALL and name == "frame"):
+            continue
+        cell = ds.sel(channel=name)
+        for i in range(ds.sizes["example"]):
+            values = {part: cell[f"{kind}_{part}"].values[i] for part in ("sequence", "position", "gate")}
+            if int(values["sequence"]) < 0:
+                continue
+            texts = {part: str(cell[f"{kind}_{part}"].values[i]) for part in ("before", "token", "after")}
+            rows.append(
+                {"channel": name, "sequence": int(values["sequence"]), "position": int(values["position"])}
+                | {"gate": float(values["gate"])}
+                | texts
+            )
+    return sorted(rows, key=lambda row: -row["gate"])
+
+
+def tokens_table(ds: xr.Dataset) -> pd.DataFrame:
+    """Return the over-represented tokens of one expert with their log-odds and intervals."""
+    rows = []
+    for i in range(ds.sizes["token_rank"]):
+        if int(ds["token_id"].values[i]) < 0:
+            continue
+        odds, low, high = (float(ds[f"token_log_odds{end}"].values[i]) for end in ("", "_low", "_high"))
+        rows.append(
+            {
+                "token": str(ds["token_text"].values[i]),
+                "log-odds (nat)": f"{odds:+.2f} [{low:+.2f}, {high:+.2f}]",
+                "occurrences": int(ds["token_count"].values[i]),
+                "prompts": int(ds["token_prompts"].values[i]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def measured_effects(session: Session, layer: int, expert: int) -> list[Any]:
+    """Return a table of what experiments that are stored beside the run measured of an expert; none without."""
+    rows = []
+    for name, sets in session.registry.stored(session.name).experiments.items():
+        for ds in sets.values():
+            if (
+                "change" in ds
+                and set(map(str, ds["change"].dims)) == {"layer", "expert"}
+                and {"low", "high"} <= set(ds)
+            ):
+                change, low, high = (
+                    float(ds[part].isel(layer=layer, expert=expert)) for part in ("change", "low", "high")
+                )
+                if not np.isfinite(low * high):
+                    continue  # the experiment measured nothing of this expert
+                effect = f"{change:+.3f} [{low:+.3f}, {high:+.3f}] {ds.attrs.get('units', '')}"
+                rows.append({"experiment": registry.find(name).title, "effect [95 % interval]": effect})
+    if not rows:
+        return []
+    links = [session.link("causal")] * len(rows)
+    title = "Measured effects of this expert"
+    return [widgets.table(title, pd.DataFrame(rows), f"{session.name}-{layer}-{expert}-effects", {"experiment": links})]

@@ -1,0 +1,188 @@
+"""The overview: what the run is, accuracy and tokens by effort, the largest verified differences, and problems."""
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import pandas as pd
+import panel as pn
+import xarray as xr
+
+from workbench import registry
+from workbench.dashboards import content, theme, widgets
+from workbench.dashboards.session import Page, Session
+from workbench.dashboards.study_jobs import Answer
+from workbench.errors import InputError
+from workbench.figures import effort as draw_effort
+from workbench.harmony.flags import SEQUENCE_FLAGS
+from workbench.runs import Run
+from workbench.studies import quick_look
+from workbench.studies.comparison import in_order
+from workbench.studies.highlights import Highlight, accuracy_sentences, highlights, untested
+
+_STUDIES = ("channels", "effort")  # whose comparisons are paired within prompts
+_COLUMNS = {"experts": "expert", "sink": "head"}  # of a cell, by the page that shows it in detail
+
+
+def overview(session: Session) -> Page:
+    """Return the page that answers first: the run in one sentence, its numbers, differences and problems."""
+    run, name = session.run, session.name
+    head = widgets.html(_head(run))
+
+    def refresh() -> None:
+        try:
+            head.object = _head(session.run)
+        except InputError as error:
+            head.object = theme.note(str(error), "danger")
+
+    if run.status != "complete":
+        pn.state.add_periodic_callback(refresh, period=2000)
+
+    def accuracy() -> Any:
+        rows = content.accuracy_by_effort(run)
+        known = set(run.sequences["task"])
+        links = [session.link("transcript", task=task) if task in known else "" for task in rows["task"]]
+        return widgets.table("Accuracy and new tokens by effort", rows, f"{name}-accuracy", {"task": links})
+
+    def tokens() -> Any:
+        return widgets.table("Tokens by channel and effort", quick_look.tokens(run).reset_index(), f"{name}-tokens")
+
+    def roles() -> Any:
+        return widgets.table("Content tokens by role and channel", content.tokens_by_role(run), f"{name}-roles")
+
+    return Page(
+        [],
+        [
+            head,
+            widgets.card("Largest verified differences", _differences(session)),
+            widgets.card("Problems", widgets.html(problems(run))),
+            widgets.beside(widgets.later(lambda: _curve(session)), widgets.guarded(accuracy)),
+            widgets.beside(widgets.guarded(tokens), widgets.later(roles)),
+            widgets.card("Provenance", widgets.html(content.provenance(run)), collapsed=True),
+        ],
+    )
+
+
+def _head(run: Run) -> str:
+    """Return the sentence about the run and its numbers as tiles."""
+    tiles = "".join(theme.tile(value, label) for label, value in numbers(run).items())
+    return f"<p class='wb-lead'>{escape(sentence(run))}</p><div class='wb-tiles'>{tiles}</div>{content.progress(run)}"
+
+
+def sentence(run: Run) -> str:
+    """Return one sentence that says what the run is."""
+    table, model = run.sequences, run.model
+    efforts = in_order([effort for effort in table["effort"].unique() if effort])
+    prompts = table["prompt_id"].replace("", pd.NA).nunique() or len(table)
+    experts = content.number_of_experts(model)
+    size = f"{model['n_layers']} layers, {experts} experts, {model['experts_per_token']} per token"
+    at = f" at {', '.join(efforts)} effort" if efforts else ""
+    quantities = ", ".join(run.recorded).replace("_", " ")
+    return (
+        f"{len(table):,} conversations of {prompts:,} prompts{at}, recorded with {run.checkpoint['name']} ({size}): "
+        f"{quantities}."
+    )
+
+
+def numbers(run: Run) -> dict[str, str]:
+    """Return the numbers that a reader looks for first, by label."""
+    table = run.sequences
+    found = {"tokens": f"{int(table['length'].sum()):,}"}
+    graded = table[table["correct"] >= 0]
+    efforts = in_order([effort for effort in graded["effort"].unique() if effort])
+    ends = list(dict.fromkeys([*efforts[:1], *efforts[-1:]]))
+    if ends:
+        shares = [f"{100 * graded.loc[graded['effort'] == effort, 'correct'].mean():.0f} %" for effort in ends]
+        found[f"accuracy, {' → '.join(ends)} effort"] = " → ".join(shares)
+    efforts = in_order([effort for effort in table["effort"].unique() if effort])
+    ends = list(dict.fromkeys([*efforts[:1], *efforts[-1:]]))
+    if ends:
+        new = table["length"] - table["n_prompt"]
+        means = [f"{new[table['effort'] == effort].mean():,.0f}" for effort in ends]
+        found[f"new tokens per answer, {' → '.join(ends)} effort"] = " → ".join(means)
+    return found
+
+
+def problems(run: Run) -> str:
+    """Return HTML that lists what a reader should know before using the numbers."""
+    table, lines = run.sequences, list[tuple[str, str]]()
+    done, total = run.progress
+    if done < total:
+        lines.append((f"The run is in progress: {done} of {total} units are recorded.", "warning"))
+    if ungraded := int((table["correct"] < 0).sum()):
+        lines.append((f"{ungraded:,} of {len(table):,} conversations are not graded; accuracy leaves them out.", ""))
+    flags = pd.Series([flag for text in table.get("flags", ()) for flag in str(text).split()], dtype=str)
+    for flag, count in flags.value_counts().items():
+        told = SEQUENCE_FLAGS.get(str(flag), str(flag))
+        lines.append((f"{count:,} conversations: {told}. They can be left out in the sidebar.", "warning"))
+    if run.exclusion:
+        lines.append((f"Left out: {run.exclusion}", "warning"))
+    if not lines:
+        return theme.note("No irregular, truncated or ungraded conversations; all units are complete.", "good")
+    return "".join(theme.note(text, kind) for text, kind in lines)
+
+
+def _differences(session: Session) -> pn.Column:
+    """Return the verified differences as sentences with links, when the studies are ready."""
+    asks = {name: session.registry.study(name, session.name, exclude=session.exclude) for name in _STUDIES}
+    known = {record.name for record in registry.studies(runs=1)}
+    asks = {name: ask for name, ask in asks.items() if name in known}
+
+    def ask() -> Answer:
+        answers = {name: asked() for name, asked in asks.items()}
+        waiting = [a.seconds for a in answers.values() if a.datasets is None and not a.reason]
+        if waiting:
+            return Answer(seconds=max(waiting))
+        found = {f"{name}/{key}": ds for name, a in answers.items() for key, ds in (a.datasets or {}).items()}
+        reasons = [a.reason for a in answers.values() if a.reason]
+        return Answer(found) if found else Answer(reason="; ".join(reasons))
+
+    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
+        results: dict[str, dict[str, xr.Dataset]] = {}
+        for key, ds in found.items():
+            study, _, name = key.partition("/")
+            results.setdefault(study, {})[name] = ds
+        return [widgets.html(answers(session, results))]
+
+    return widgets.awaited(ask, show)
+
+
+def answers(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], most: int = 3) -> str:
+    """Return HTML: the gain of accuracy, the largest verified differences with links, and what was not tested."""
+    items = [
+        f"<li>{escape(text)} <a href='{escape(session.link('effort'))}'>Effort</a></li>"
+        for text in accuracy_sentences(results)
+    ]
+    for found in highlights(results, most):
+        address, title = _shows(session, results, found)
+        items.append(f"<li>{escape(found.sentence)} <a href='{escape(address)}'>{escape(title)}</a></li>")
+    if not items:
+        return theme.note("No difference was verified: every interval includes zero, or nothing could be paired.")
+    text = f"<ul class='wb-answers'>{''.join(items)}</ul>"
+    text += (
+        "<p class='wb-muted'>Paired within prompts; square brackets: 95 % intervals. A difference is verified if it "
+    )
+    text += "also holds at equal position, where that could be tested.</p>"
+    if skipped := untested(results):
+        lines = "".join(f"<li>{escape(line)}</li>" for line in skipped)
+        text += f"<details><summary>Not tested ({len(skipped)})</summary><ul>{lines}</ul></details>"
+    return text
+
+
+def _shows(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], found: Highlight) -> tuple[str, str]:
+    """Return the address and the title of the page that shows a difference."""
+    what = str(results[found.study][found.dataset].attrs["what"])
+    page = {"experts": "experts", "sink": "sinks"}.get(what)
+    if page is not None and _COLUMNS[what] in found.cell:
+        cell = {name: str(number) for name, number in found.cell.items()}
+        return session.link(page, **cell), f"Layer {cell['layer']}, {_COLUMNS[what]} {cell[_COLUMNS[what]]}"
+    record = registry.find(found.study)
+    return session.link(getattr(record, "page", "") or record.name), record.title
+
+
+def _curve(session: Session) -> Any:
+    costs = session.registry.costs(session.name, session.exclude)
+    if not costs:
+        return widgets.html("")
+    drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=session.theme)
+    return widgets.figure(drawn, f"{session.name}-accuracy_by_tokens")

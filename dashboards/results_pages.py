@@ -1,0 +1,220 @@
+"""The pages of what is stored beside a run: effects of experiments, and attribution graphs."""
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import panel as pn
+import plotly.graph_objects as go
+import xarray as xr
+
+from workbench import registry
+from workbench.bounded_json import parse_json
+from workbench.dashboards import attribution_graph, content, theme, widgets
+from workbench.dashboards.session import Page, Session, box
+from workbench.dashboards.stored_results import StoredResults
+from workbench.errors import InputError
+from workbench.figures.gallery import Gallery, GalleryItem
+from workbench.figures.template import THEMES, ThemeName, apply_theme
+from workbench.studies.result import tables
+
+_VALUE = re.compile(r"[\w -]{0,900}")
+_EFFECT = ("change", "same")  # names of the effect in a result; its interval is low and high
+
+
+def causal(session: Session) -> Page:
+    """Return the page of experiments whose results are stored beside the run: effects, intervals and null."""
+    stored = session.registry.stored(session.name)
+    notes = _notes(stored)
+    if not stored.experiments:
+        return Page([], [widgets.html(_how_to_store(session.name)), *notes])
+    titles = {registry.find(name).title: name for name in stored.experiments}
+    pick = widgets.select("Experiment", titles, session.choice.get("experiment", list(titles.values())))
+    shown = box()
+
+    def show(*_: Any) -> None:
+        session.put(experiment=str(pick.value))
+        shown[:] = [widgets.guarded(lambda: _experiment(session, str(pick.value), stored))]
+
+    show()
+    pick.param.watch(show, "value")
+    summary = widgets.table("All experiments", overview_table(stored.experiments), f"{session.name}-experiments")
+    return Page([pick], [summary, shown, *notes])
+
+
+def overview_table(experiments: Mapping[str, Mapping[str, xr.Dataset]]) -> pd.DataFrame:
+    """Return a row for each result: its largest effect with its interval, and how many effects exclude zero."""
+    rows = []
+    for name, sets in experiments.items():
+        for key, ds in sets.items():
+            rows.append({"experiment": registry.find(name).title, "result": key.replace("_", " "), **_largest(ds)})
+    return pd.DataFrame(rows)
+
+
+def _largest(ds: xr.Dataset) -> dict[str, Any]:
+    effect = next((effect for effect in _EFFECT if effect in ds), None)
+    if effect is None or not {"low", "high"} <= set(ds.data_vars):
+        return {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals without zero": "–"}
+    values, low, high = (ds[name].values.astype(float) for name in (effect, "low", "high"))
+    if not np.isfinite(values).any():
+        return {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals without zero": "–"}
+    at = np.unravel_index(int(np.nanargmax(np.abs(values))), values.shape)
+    sure = int((low * high > 0).sum())
+    return {
+        "largest effect": f"{values[at]:+.3g}",
+        "95 % interval": f"[{low[at]:+.3g}, {high[at]:+.3g}]",
+        "unit": str(ds.attrs.get("units", "")),
+        "intervals without zero": f"{sure} of {int(np.isfinite(values).sum())}",
+    }
+
+
+def _experiment(session: Session, name: str, stored: StoredResults) -> pn.Column:
+    """Return the sections of one experiment: question, figures, null distributions, numbers, findings and methods."""
+    record, sets = registry.find(name), stored.experiments[name]
+    gallery: Gallery = record.load_figures().gallery(sets)
+    label = f"{session.name}-{name}"
+    return pn.Column(
+        widgets.html(f"<h2>{escape(record.title)}</h2><p class='wb-lead'>{escape(record.question)}</p>"),
+        *(widgets.guarded(partial(_drawn, session, item, f"{label}-{key}")) for key, item in gallery.items()),
+        *(_null(session, ds, f"{label}-{key}-null") for key, ds in sets.items() if {"random", "change"} <= set(ds)),
+        *(part for key, ds in sets.items() for part in _numbers(ds, key.replace("_", " "), f"{label}-{key}")),
+        widgets.card("Findings", widgets.html(content.findings(sets))),
+        widgets.card("Methods", widgets.html(content.method(sets)), collapsed=True),
+        sizing_mode="stretch_width",
+    )
+
+
+def _drawn(session: Session, item: GalleryItem, name: str) -> pn.Column:
+    return widgets.figure(item.draw(theme=session.theme), name, item.table)
+
+
+def _null(session: Session, ds: xr.Dataset, name: str) -> pn.Column:
+    rows = ds[["random"]].to_dataframe().reset_index()
+    return widgets.figure(null_figure(ds, theme=session.theme), name, rows.copy)
+
+
+def _numbers(ds: xr.Dataset, title: str, name: str) -> Iterator[Any]:
+    """Yield a folded table for each set of axes; single sequences and random sets are in the files only."""
+    shown = ds.drop_vars([variable for variable in ("each", "base", "random", "random_load_ratio") if variable in ds])
+    for axes, rows in tables(shown).items():
+        texts = rows.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
+        heading = f"{title} by {axes.replace('_', ' and ')}"
+        yield widgets.table(heading, texts, f"{name}-{axes}", collapsed=True)
+
+
+def null_figure(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
+    """Return the effects of random sets as points beside the effect of the named set, a row for each group."""
+    colours = THEMES[theme]
+    groups = [str(group) for group in ds["random"][ds["random"].dims[0]].values]
+    figure = go.Figure()
+    rng = np.random.default_rng(0)
+    for row, group in enumerate(groups):
+        values = ds["random"].values[row].astype(float)
+        values = values[np.isfinite(values)]
+        figure.add_trace(
+            go.Scatter(
+                x=values,
+                y=row + rng.uniform(-0.22, 0.22, len(values)),
+                mode="markers",
+                name="random sets",
+                legendgroup="random",
+                showlegend=row == 0,
+                marker={"size": 6, "color": colours.muted, "opacity": 0.6},
+                hovertemplate=f"{group}: random set %{{x:+.3f}}<extra></extra>",
+            )
+        )
+    own = _own_effect(ds)
+    figure.add_trace(
+        go.Scatter(
+            x=own["change"].values,
+            y=list(range(len(groups))),
+            mode="markers",
+            name="named set, 95 % interval",
+            marker={"size": 11, "symbol": "diamond", "color": colours.colour("channel", "final")},
+            error_x={
+                "type": "data",
+                "array": own["high"].values - own["change"].values,
+                "arrayminus": own["change"].values - own["low"].values,
+                "thickness": 1.6,
+            },
+            hovertemplate="%{x:+.3f}<extra></extra>",
+        )
+    )
+    figure.add_vline(x=0, line={"dash": "dot", "color": colours.muted})
+    figure.update_yaxes(tickvals=list(range(len(groups))), ticktext=groups, autorange="reversed")
+    figure.update_xaxes(title=f"change ({ds.attrs.get('units', 'nat')})")
+    subtitle = "Grey: random sets of about the same load; diamonds: the named set"
+    title = f"{ds.attrs['title']}: null distribution"
+    return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=230 + 46 * len(groups))
+
+
+def _own_effect(ds: xr.Dataset) -> xr.Dataset:
+    """Return change, low and high of the named set, by group; the first label of further axes is the named set."""
+    group = str(ds["random"].dims[0])
+    further = {str(dim): 0 for dim in ds["change"].dims if dim != group}
+    return ds[["change", "low", "high"]].isel(further)
+
+
+def graph(session: Session) -> Page:
+    """Return the page of attribution graphs that are stored beside the run."""
+    stored = session.registry.stored(session.name)
+    if not stored.graphs:
+        command = f"workbench graph MODEL --prompt TEXT --out {session.name}-graph.json"
+        text = (
+            "<h2>No attribution graph is stored beside this run</h2><p>Make one with the command below, in the folder "
+            f"that holds the run, and open this page again.</p><pre>{escape(command)}</pre>"
+        )
+        return Page([], [widgets.html(text), *_notes(stored)])
+    names = list(stored.graphs)
+    pick = widgets.select("Graph", names, session.choice.get("graph", names))
+    view = pn.widgets.TextInput(css_classes=["wb-view"], visible=False)
+    shown = box()
+
+    def show(*_: Any) -> None:
+        if session.choice.text("graph") != str(pick.value):
+            session.put(graph=str(pick.value), pins="")
+        chosen = {name: session.choice.text(name) for name in attribution_graph.VIEW if session.choice.text(name)}
+
+        def body() -> Any:
+            text = attribution_graph.frame(stored.graphs[str(pick.value)], session.theme, chosen)
+            return pn.pane.HTML(text, height=attribution_graph.HEIGHT + 10, sizing_mode="stretch_width")
+
+        shown[:] = [widgets.guarded(body)]
+
+    def viewed(event: Any) -> None:
+        try:
+            chosen = parse_json(str(event.new)[:2000])
+        except InputError:
+            return
+        if isinstance(chosen, dict):
+            known = {n: str(v) for n, v in chosen.items() if n in attribution_graph.VIEW}
+            session.put(**{n: v for n, v in known.items() if _VALUE.fullmatch(v)})
+
+    show()
+    pick.param.watch(show, "value")
+    view.param.watch(viewed, "value")
+    lead = "<p>Why did the model give this logit? Each node is an embedding, a head or a routed expert at a token.</p>"
+    return Page([pick], [widgets.html(lead), shown, view, *_notes(stored)])
+
+
+def _how_to_store(name: str) -> str:
+    commands = "\n".join(
+        f"workbench study {record.name} {name}.zarr --model MODEL --out results" for record in registry.experiments()
+    )
+    return (
+        "<h2>No experiment is stored beside this run</h2><p>Experiments change the model and measure what follows. Run "
+        "one in the folder that holds the run and open this page again.</p>"
+        f"<pre>{escape(commands)}</pre>"
+    )
+
+
+def _notes(stored: StoredResults) -> list[Any]:
+    """Return what could not be shown of the files beside the run."""
+    notes = [theme.note(f"{name} could not be read: {why}", "warning") for name, why in stored.unreadable.items()]
+    if stored.omitted:
+        notes.append(theme.note(f"{stored.omitted:,} further JSON files beside the run were not looked at.", "warning"))
+    return [widgets.html("".join(notes))] if notes else []

@@ -1,0 +1,113 @@
+"""A browser for tests of the dashboard: a server as a user starts it, and a page that remembers its complaints."""
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.serving import free_port, wait_for
+
+playwright = pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Browser, Error, Frame, Page, expect  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+expect.set_options(timeout=60_000)  # five seconds, the default, are too few on a busy machine
+SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
+
+# names of controls that a screen reader would not find
+UNNAMED = """() => { const found = [];
+  const text = e => [...e.childNodes, ...(e.shadowRoot ? e.shadowRoot.childNodes : [])].map(
+    c => c.nodeType === 3 ? c.data : c.nodeType === 1 ? text(c) : '').join('').trim();
+  const walk = root => { for (const e of root.querySelectorAll('*')) {
+  if (/^(SELECT|INPUT|BUTTON|TEXTAREA|A|IMG|IFRAME)$/.test(e.tagName) && e.type !== 'hidden'
+      && e.getClientRects().length && !e.closest('.js-plotly-plot')) {
+    const label = e.getAttribute('aria-label') || e.title || e.alt || e.placeholder || text(e) && e.tagName !== 'SELECT'
+      || (e.labels && [...e.labels].some(l => l.textContent.trim()));
+    if (!label) found.push(e.tagName); }
+  if (e.tabIndex > 0) found.push('tabindex');
+  if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
+
+
+def serve(*arguments: str) -> tuple[subprocess.Popen[bytes], str]:
+    """`workbench dashboard` as a user starts it; returns when it answers."""
+    port = free_port()
+    command = [sys.executable, "-m", "workbench.cli", "dashboard", *arguments, "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(port, server)
+    return server, f"http://localhost:{port}"
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C does."""
+    server.send_signal(signal.SIGINT)
+    assert server.wait(30) in (0, 130)
+
+
+class Session:
+    """A page that remembers what it asked for and complained of."""
+
+    def __init__(self, browser: Browser, url: str, width: int = 1280) -> None:
+        self.page: Page = browser.new_page(viewport={"width": width, "height": 900})
+        self.foreign: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", self._request)
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", self._page_error)
+        self.page.goto(url, timeout=90_000)
+
+    def _page_error(self, error: object) -> None:
+        # Panel 1.9 now and then tells the wrong element to resize while a figure is drawn; it is drawn all the same.
+        if "_guiEditing" not in str(error):
+            self.errors.append(str(error))
+
+    def _request(self, request: object) -> None:
+        url = request.url  # type: ignore[attr-defined]
+        if not re.match(r"(http://localhost:|http://127\.0\.0\.1:|ws://localhost:|data:|blob:)", url):
+            self.foreign.append(url)
+
+    def drawn(self, count: int = 1) -> "Session":
+        """Wait until that many figures are there."""
+        self.page.wait_for_function(
+            """count => { const all = []; const walk = root => { for (const e of root.querySelectorAll('*')) {
+                 if (e.classList.contains('js-plotly-plot') && e.querySelector('.main-svg')) all.push(e);
+                 if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return all.length >= count }""",
+            arg=count,
+            timeout=90_000,
+        )
+        return self
+
+
+def heat(page: Page) -> list[list[float]]:
+    """The numbers of the first heat map, as the browser holds them."""
+    values = page.evaluate(
+        """() => { let found = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
+             if (!found && e.classList.contains('js-plotly-plot')) { const t = (e.data || []).find(t => t.type === 'heatmap');
+               if (t) found = Array.from(t.customdata || t.z).length + '|' + JSON.stringify((t.z._inputArray || t.z)); }
+             if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
+    )
+    assert values, "no heat map"
+    return json.loads(values.split("|", 1)[1])  # type: ignore[no-any-return]
+
+
+def frame_of(session: Session) -> Frame:
+    for _ in range(120):
+        found = [f for f in session.page.frames if f != session.page.main_frame]
+        with contextlib.suppress(Error):  # a frame that was replaced meanwhile
+            if found and found[0].locator(".t").count():
+                return found[0]
+        session.page.wait_for_timeout(250)
+    pytest.fail("no conversation is shown")

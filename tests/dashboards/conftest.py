@@ -1,0 +1,24 @@
+"""One browser and one server of the demo run for all browser tests of a module."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from tests.dashboards.browsing import CHROMIUM, FLAGS, Browser, serve, stop
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.fail("no Chromium: apt-get install chromium")
+    with sync_playwright() as p:
+        yield p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory, demo_run: Path) -> Iterator[str]:
+    server, url = serve(str(demo_run))
+    yield url
+    stop(server)

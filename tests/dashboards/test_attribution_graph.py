@@ -1,0 +1,96 @@
+"""Graphs in circuit-tracer's format: what is drawn, what is left out and said so, and what is refused."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workbench.dashboards import attribution_graph
+from workbench.errors import InputError
+
+
+def graph(scan: str = "gpt-oss") -> dict[str, Any]:
+    """An embedding that feeds an expert and a head, which feed a logit."""
+
+    def node(id: str, layer: str, position: int, kind: str, label: str, influence: float | None) -> dict[str, Any]:
+        return {"node_id": id, "layer": layer, "ctx_idx": position, "feature_type": kind, "clerp": label} | {
+            "influence": influence,
+            "activation": 1.5,
+        }
+
+    inner = "cross layer transcoder"
+    nodes = [
+        node("E_1_0", "E", 0, "embedding", "embedding of 'a'", 0.2),
+        node("0_9_1", "0", 1, inner, "layer 0 expert 5", 0.5),
+        node("1_2_1", "1", 1, inner, "layer 1 head 2", 0.3),
+        node("2_-1_1", "2", 1, "mlp reconstruction error", "not explained", None),
+        node("3_7_1", "3", 1, "logit", 'logit of "</script><b>"', 0.0),
+    ]
+    pairs = [("E_1_0", "0_9_1", 0.5), ("0_9_1", "1_2_1", -2.0), ("1_2_1", "3_7_1", 1.0), ("2_-1_1", "3_7_1", 0.1)]
+    links = [{"source": s, "target": t, "weight": w} for s, t, w in pairs]
+    return {
+        "metadata": {"scan": scan, "prompt_tokens": ["a", "<b>"], "info": {"logit": 2.0}},
+        "nodes": nodes,
+        "links": links,
+    }
+
+
+def test_nodes_come_by_influence_and_edges_by_weight() -> None:
+    drawn = attribution_graph.graph_data(graph())
+    assert [node["id"] for node in drawn["nodes"]] == ["3_7_1", "0_9_1", "1_2_1", "E_1_0", "2_-1_1"]
+    assert [node["kind"] for node in drawn["nodes"]] == ["logit", "expert", "head", "embedding", "error"]
+    assert [node["layer"] for node in drawn["nodes"]] == [2, 0, 1, -1, 2], "the logit above the last layer"
+    ids = [node["id"] for node in drawn["nodes"]]
+    source, target, weight = drawn["edges"][0]
+    assert (ids[source], ids[target], weight) == ("0_9_1", "1_2_1", -2.0)
+    assert drawn["left_out"] == [0, 0]
+
+
+def test_the_influence_of_circuit_tracer_is_cumulative() -> None:
+    """There a node's number is the share that is reached with it: the strongest node has the smallest."""
+    drawn = attribution_graph.graph_data(graph(scan="gemma-2-2b"))
+    inner = [node["id"] for node in drawn["nodes"] if node["kind"] in ("expert", "head", "embedding")]
+    assert inner == ["E_1_0", "1_2_1", "0_9_1"]
+
+
+def test_what_is_left_out_of_a_large_graph_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attribution_graph, "MOST_NODES", 3)
+    monkeypatch.setattr(attribution_graph, "MOST_EDGES", 1)
+    drawn = attribution_graph.graph_data(graph())
+    assert [node["id"] for node in drawn["nodes"]] == ["3_7_1", "0_9_1", "1_2_1"]
+    assert drawn["left_out"] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("nodes",), 3),
+        (("nodes", 0, "layer"), "../../x"),
+        (("nodes", 0, "ctx_idx"), "one"),
+        (("nodes", 0, "influence"), float("nan")),
+        (("links", 0, "weight"), float("inf")),
+        (("links", 0), 7),
+        (("metadata",), None),
+        (("metadata", "prompt_tokens"), None),
+    ],
+)
+def test_another_form_is_refused(where: tuple[Any, ...], value: Any) -> None:
+    content = copy.deepcopy(graph())
+    assert attribution_graph.graph_data(content)["nodes"], "the unchanged one is read"
+    inner: Any = content
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    with pytest.raises(InputError, match="no attribution graph"):
+        attribution_graph.graph_data(content)
+
+
+def test_texts_of_a_graph_end_no_script(tmp_path: Path) -> None:
+    path = tmp_path / "g.json"
+    path.write_text(json.dumps(graph()))
+    text = attribution_graph.document(attribution_graph.graph_data(graph()), "g")
+    assert text.count("</script>") == 2, "those of the page itself"
+    assert "<b>" not in text
+    assert 'sandbox="allow-scripts allow-downloads"' in attribution_graph.frame(path)

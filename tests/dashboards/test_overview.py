@@ -1,0 +1,110 @@
+"""The overview's sentence, numbers, problems and answers agree with the run's tables and the studies' datasets."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+import workbench as wb
+from workbench.dashboards import expert_sections, overview
+from workbench.dashboards.session import Session
+from workbench.dashboards.state import RunRegistry, Selection
+
+
+def test_the_sentence_and_the_numbers_are_those_of_the_tables(demo_run: Path) -> None:
+    run = wb.open_run(demo_run)
+    assert overview.sentence(run).startswith(
+        "600 conversations of 200 prompts at low, medium, high effort, recorded with nano (4 layers, 16 experts, 4 per "
+    )
+    table = run.sequences
+    low, high = (100 * table.loc[table["effort"] == e, "correct"].mean() for e in ("low", "high"))
+    found = overview.numbers(run)
+    assert found["tokens"] == f"{int(table['length'].sum()):,}"
+    assert found["accuracy, low → high effort"] == f"{low:.0f} % → {high:.0f} %"
+
+
+def test_problems_are_listed_and_none_is_said_only_where_there_is_none() -> None:
+    table = pd.DataFrame({"correct": [1, -1, -1], "flags": ["", "truncated", "irregular truncated"]})
+    bad = SimpleNamespace(sequences=table, progress=(1, 3), exclusion="")
+    told = overview.problems(bad)  # type: ignore[arg-type]
+    for part in (
+        "1 of 3 units",
+        "2 of 3 conversations are not graded",
+        "2 conversations: truncated",
+        "1 conversations: ",
+    ):
+        assert part in told
+    good = SimpleNamespace(sequences=table.assign(correct=1, flags=""), progress=(3, 3), exclusion="")
+    assert "No irregular" in overview.problems(good)  # type: ignore[arg-type]
+    assert "No irregular" not in told
+
+
+def contrast(digest: str) -> xr.Dataset:
+    """Two cells of which one differs, without and with control of position."""
+    shape = (2, 1, 2)
+
+    def both(a: float, b: float) -> np.ndarray:
+        return np.broadcast_to(np.array([a, b]), shape).copy()
+
+    cells = {"mean_a": both(0.1, 0.5), "mean_b": both(0.1, 0.2), "difference": both(0.0, 0.3)}
+    cells |= {"low": both(-0.1, 0.2), "high": both(0.1, 0.4), "different": both(0, 1).astype(bool)}
+    return xr.Dataset(
+        {name: (("control", "layer", "expert"), values) for name, values in cells.items()}
+        | {"prompts": (("control",), np.array([30, 20]))},
+        {"control": ["none", "position"], "layer": [3], "expert": [4, 7]},
+        {
+            "what": "experts",
+            "a": "analysis",
+            "b": "final",
+            "paired": 1,
+            "title": "t",
+            "summary": "",
+            "run_digest": digest,
+        },
+    )
+
+
+def test_an_answer_leads_to_the_cell_that_it_is_about(demo_run: Path) -> None:
+    session = Session(RunRegistry([demo_run]), Selection({"theme": "dark"}), lambda: None)
+    text = overview.answers(session, {"channels": {"routing": contrast("x")}})
+    assert "50.0 % of routed slots in analysis" in text
+    assert "theme=dark&amp;layer=3&amp;expert=7" in text
+    none = contrast("x")
+    none["different"][:] = False
+    assert "No difference was verified" in overview.answers(session, {"channels": {"routing": none}})
+
+
+def test_loads_are_told_with_intervals_relative_to_uniform() -> None:
+    share = np.full((2, 1, 1, 4), np.nan)
+    share[0] = 0.5
+    load = xr.Dataset(
+        {
+            n: (("channel", "effort", "layer", "expert"), share * f)
+            for n, f in (("share", 1.0), ("share_low", 0.5), ("share_high", 1.5))
+        },
+        {"channel": ["final", "other"], "effort": ["low"], "layer": [0], "expert": range(4)},
+    )
+    table = expert_sections.load_table(load, 0, 2, 4)
+    assert table.to_dict("records") == [{"channel": "final", "low": "2.00 [1.00, 3.00]"}]
+
+
+@pytest.mark.parametrize(("channel", "tokens"), [("all", ["c", "a"]), ("frame", ["f"]), ("final", ["a"])])
+def test_examples_are_those_of_the_channel_by_gate(channel: str, tokens: list[str]) -> None:
+    def part(values: list[list[object]]) -> tuple[tuple[str, str], np.ndarray]:
+        return ("channel", "example"), np.array(values, dtype=object)
+
+    ds = xr.Dataset(
+        {
+            "top_sequence": part([[1, -1], [2, -1], [3, -1]]),
+            "top_position": part([[4, -1], [5, -1], [6, -1]]),
+            "top_gate": part([[0.9, 0], [0.3, 0], [0.7, 0]]),
+            "top_token": part([["f", ""], ["a", ""], ["c", ""]]),
+            "top_before": part([["", ""]] * 3),
+            "top_after": part([["", ""]] * 3),
+        },
+        {"channel": ["frame", "final", "commentary"]},
+    )
+    assert [row["token"] for row in expert_sections.example_rows(ds, "top", channel)] == tokens

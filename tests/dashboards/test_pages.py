@@ -1,0 +1,190 @@
+"""The pages in a real browser: the overview answers, results beside a run are shown, tables sort, text can be read."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+import pytest
+
+import workbench as wb
+from tests.dashboards.browsing import UNNAMED, Session, frame_of, serve, stop
+from tests.dashboards.test_attribution_graph import graph
+from tests.dashboards.test_stored_results import effects
+from workbench.studies.result import save
+
+playwright = pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Browser, Frame, expect  # noqa: E402
+
+pytestmark = pytest.mark.browser
+
+# texts whose colour on the nearest opaque ground has less contrast than WCAG's AA asks for; figures are not text here
+PALE = """() => { const found = [];
+  const rgb = text => (text.match(/[0-9.]+/g) || []).map(Number);
+  const lum = c => { const v = c.slice(0, 3).map(x => x / 255).map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
+    return .2126 * v[0] + .7152 * v[1] + .0722 * v[2]; };
+  const up = e => e.parentElement || (e.getRootNode().host ?? null);
+  const ground = e => { for (; e; e = up(e)) { const c = rgb(getComputedStyle(e).backgroundColor);
+    if (c.length === 3 || c[3] === 1) return c; } return [255, 255, 255]; };
+  const walk = root => { for (const e of root.querySelectorAll('*')) {
+    if (e.shadowRoot) walk(e.shadowRoot);
+    const own = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+    if (!own || !e.getClientRects().length || e.closest('svg, .js-plotly-plot, script, style, [disabled]')) continue;
+    const s = getComputedStyle(e), a = lum(rgb(s.color)), b = lum(ground(e));
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    const large = parseFloat(s.fontSize) >= 24 || (parseFloat(s.fontSize) >= 18.66 && +s.fontWeight >= 700);
+    if (ratio < (large ? 3 : 4.5) - .01) found.push(e.textContent.trim().slice(0, 30) + ' ' + ratio.toFixed(2)); } };
+  walk(document); return found }"""
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory, demo_run: Path) -> Iterator[str]:
+    """A dashboard of a run that has an experiment and a graph beside it, and a file that is neither."""
+    folder = tmp_path_factory.mktemp("stored")
+    shutil.copytree(demo_run, folder / "demo.zarr")
+    digest = wb.open_run(demo_run).digest
+    save({"sinks": effects(digest)}, folder / "results")
+    (folder / "why.json").write_text(json.dumps(graph()))
+    (folder / "broken.json").write_text("{")
+    server, url = serve(str(folder / "demo.zarr"))
+    yield url
+    stop(server)
+
+
+def test_an_experiment_beside_the_run_is_shown_with_its_interval(stored: str, browser: Browser) -> None:
+    session = Session(browser, f"{stored}/causal").drawn()
+    expect(session.page.get_by_role("heading", name="Sink ablation", level=2)).to_be_visible()
+    expect(session.page.get_by_text("[-3, -1]").first).to_be_visible()
+    expect(session.page.get_by_text("broken.json could not be read").first).to_be_visible()
+    assert session.errors == session.foreign == []
+
+
+def node(frame: Frame, id: str) -> int:
+    found = frame.evaluate("id => N.findIndex(n => n.id === id)", id)
+    assert found >= 0
+    return int(found)
+
+
+def graph_frame(session: Session) -> Frame:
+    session.page.wait_for_function("document.querySelector('main') !== null")
+    for _ in range(240):
+        frames = [f for f in session.page.frames if f != session.page.main_frame]
+        if frames and frames[0].locator(".node").count():
+            return frames[0]
+        session.page.wait_for_timeout(250)
+    pytest.fail("no graph is drawn")
+
+
+def test_a_graph_is_explored_and_its_view_is_in_the_link(stored: str, browser: Browser) -> None:
+    session = Session(browser, f"{stored}/graph")
+    frame = graph_frame(session)
+    assert frame.locator(".node").count() == 5
+    expert = node(frame, "0_9_1")
+    frame.locator(f".node[data-i='{expert}']").click()
+    side = frame.locator("#side")
+    expect(side.get_by_role("heading", name="layer 0 expert 5")).to_be_visible()
+    expect(side.get_by_text("layer 1 head 2 at 1")).to_be_visible()
+    expect(side.get_by_text("−2.00")).to_be_visible()
+    side.get_by_role("button", name="Pin", exact=True).click()
+    session.page.wait_for_url(re.compile("pins=0_9_1"))
+    before = frame.evaluate("view.k")
+    frame.locator("#graph").focus()
+    session.page.keyboard.press("+")
+    assert frame.evaluate("view.k") > before
+    with session.page.expect_download() as download:
+        frame.get_by_role("button", name="SVG").click()
+    drawn = Path(download.value.path()).read_text()
+    assert drawn.startswith("<svg")
+    assert "var(--" not in drawn, "colours are written out: the file is on its own"
+    again = graph_frame(Session(browser, session.page.url))
+    assert again.locator(".node.pin").count() == 1
+    assert again.locator(f".node.pin[data-i='{expert}']").count() == 1
+    again.locator("#threshold").evaluate("e => { e.value = 20; e.oninput(); }")
+    assert again.locator(".node").count() == 2, "the strongest one, and the pinned one"
+    assert session.errors == session.foreign == []
+
+
+def test_the_overview_answers_with_links_to_what_it_names(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/overview?theme=dark")
+    item = session.page.locator("li", has_text="of routed slots in").first
+    expect(item).to_be_visible(timeout=240_000)  # the studies may have to be made first
+    assert session.page.locator(".wb-tile").count() == 3
+    link = item.locator("a")
+    query = dict(parse_qsl(urlsplit(link.get_attribute("href") or "").query))
+    link.click()
+    heading = f"Layer {query['layer']}, expert {query['expert']}"
+    expect(session.page.get_by_role("heading", name=heading)).to_be_visible()
+    assert "theme=dark" in session.page.url
+    assert session.errors == []
+
+
+def test_a_heading_sorts_a_table_and_a_row_opens_its_link(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/experts?channel=analysis&layer=1&expert=5").drawn()
+    heading = session.page.locator("th", has_text="P(with | this)")
+    table = session.page.locator("table", has=heading)
+    heading.focus()
+    session.page.keyboard.press("Enter")
+    given = [float(text) for text in table.locator("td:nth-child(3)").all_text_contents()]
+    assert given == sorted(given)
+    assert len(set(given)) > 3
+    heading.click()
+    assert [float(text) for text in table.locator("td:nth-child(3)").all_text_contents()] == given[::-1]
+    partner = table.locator("tbody tr").first.locator("a").text_content()
+    table.locator("tbody tr").first.locator("td").nth(2).click()
+    expect(session.page.get_by_role("heading", name=f"Layer 1, expert {partner}")).to_be_visible()
+    assert session.errors == []
+
+
+def test_an_address_that_is_no_page_says_so_and_links_to_pages(demo: str, browser: Browser) -> None:
+    page = browser.new_page()
+    answer = page.goto(f"{demo}/nosuch")
+    assert answer is not None
+    assert answer.status == 404
+    expect(page.get_by_role("heading", name="There is no page at this address")).to_be_visible()
+    page.get_by_role("link", name="Conversations").click()
+    page.wait_for_url(re.compile("/transcript"))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_pages_have_landmarks_names_and_contrast(stored: str, browser: Browser, theme: str) -> None:
+    session = Session(browser, f"{stored}/overview?theme={theme}").drawn()
+    for page in ("overview", "causal", "graph"):
+        session.page.goto(f"{stored}/{page}?theme={theme}")
+        expect(session.page.locator(".bk-btn, iframe, pre").first).to_be_attached()
+        session.page.wait_for_timeout(500)
+        for landmark in ("banner", "navigation", "main"):
+            assert session.page.get_by_role(landmark).count() == 1, (page, landmark)
+        assert session.page.locator("[aria-current=page]").count() == 1
+        assert session.page.evaluate(UNNAMED) == [], page
+        for frame in session.page.frames:
+            assert frame.evaluate(PALE) == [], (page, frame.url)
+    session.page.evaluate(
+        """() => { document.body.append("faint");
+                   document.body.style.color = getComputedStyle(document.body).backgroundColor; }"""
+    )
+    assert any("1.00" in text for text in session.page.evaluate(PALE)), "negative control: a text as its ground"
+    assert session.errors == []
+
+
+def test_a_narrow_window_has_a_menu_and_nothing_beyond_its_edge(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/overview", width=900).drawn()
+    assert session.page.evaluate("document.documentElement.scrollWidth") <= 900
+    navigation = session.page.get_by_role("link", name="Attention sinks")
+    expect(navigation).to_be_hidden()
+    session.page.get_by_role("button", name="Menu").click()
+    expect(navigation).to_be_visible()
+    navigation.click()
+    session.page.wait_for_url(re.compile("/sinks"))
+
+
+def test_the_small_map_of_a_conversation_colours_by_the_clicked_expert(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/transcript?sequence=3")
+    frame = frame_of(session)
+    box = frame.locator("#heat").bounding_box()
+    assert box is not None
+    frame.locator("#heat").click(position={"x": box["width"] * 5.5 / 16, "y": box["height"] * 2.5 / 4})
+    assert frame.evaluate("[$('by').value, $('layer').value, $('expert').value]") == ["expert", "2", "5"]
+    session.page.wait_for_url(re.compile("layer=2"))
+    assert dict(parse_qsl(urlsplit(session.page.url).query)).items() >= {"expert": "5", "colour": "expert"}.items()

@@ -1,0 +1,83 @@
+"""Results beside a run are found by the run's digest; what is not theirs, hidden or unreadable is not shown as theirs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from workbench.dashboards import results_pages
+from workbench.dashboards.stored_results import stored_beside
+from workbench.studies.result import save
+
+
+def effects(digest: str, *, study: str = "sink-ablation", shift: float = 0.0) -> xr.Dataset:
+    """A result as experiments store it: two interventions, one with an interval that excludes zero."""
+    values = {"change": [-2.0 + shift, 0.1], "low": [-3.0 + shift, -0.2], "high": [-1.0 + shift, 0.4]}
+    attrs = {"study": study, "title": "Without sinks", "summary": "s", "method": "m", "not_controlled": "n"}
+    return xr.Dataset(
+        {name: (("intervention",), np.array(v)) for name, v in values.items()},
+        {"intervention": ["all", "one"]},
+        attrs | {"run_digest": digest, "workbench_version": "0", "seed": 0, "units": "nat"},
+    )
+
+
+@pytest.fixture
+def run_path(tmp_path: Path) -> Path:
+    path = tmp_path / "runs" / "r.zarr"
+    path.mkdir(parents=True)
+    return path
+
+
+def test_results_of_the_run_are_found_and_those_of_another_are_not(run_path: Path) -> None:
+    save({"sinks": effects("mine")}, run_path.parent / "results")
+    save({"sinks": effects("another")}, run_path.parent / "others")
+    save({"own": effects("mine", study="routing")}, run_path.parent / "studies")  # no experiment
+    found = stored_beside(run_path, "mine").experiments
+    assert {name: list(sets) for name, sets in found.items()} == {"sink-ablation": ["sinks"]}
+    np.testing.assert_array_equal(found["sink-ablation"]["sinks"]["change"], [-2.0, 0.1])
+    assert stored_beside(run_path, "nobody's").experiments == {}
+
+
+def test_a_result_that_is_replaced_is_read_again(run_path: Path) -> None:
+    save({"sinks": effects("mine")}, run_path.parent / "results")
+    assert stored_beside(run_path, "mine").experiments
+    save({"sinks": effects("mine", shift=1.0)}, run_path.parent / "results", overwrite=True)
+    assert float(stored_beside(run_path, "mine").experiments["sink-ablation"]["sinks"]["change"][0]) == -1.0
+
+
+def test_what_cannot_be_read_is_named_and_what_is_hidden_or_linked_is_passed_over(run_path: Path) -> None:
+    folder = run_path.parent
+    (folder / "broken.json").write_text("{")
+    (folder / "list.json").write_text("[1]")
+    (folder / "deep.json").write_text("[" * 1000)
+    (folder / "result.json").write_text(json.dumps({"attrs": {"study": "sink-ablation"}, "data_vars": 3}))
+    (folder / ".hidden.json").write_text("{")
+    secret = folder.parent / "secret.json"
+    secret.write_text(json.dumps({"nodes": [], "links": [], "metadata": {}}))
+    (folder / "link.json").symlink_to(secret)
+    (run_path / "zarr.json").write_text("{")
+    found = stored_beside(run_path, "mine")
+    assert set(found.unreadable) == {"broken.json", "deep.json", "result.json"}
+    assert found.graphs == {}, "a link may lead anywhere"
+
+
+def test_the_table_of_experiments_names_the_largest_effect_and_counts_intervals() -> None:
+    table = results_pages.overview_table({"sink-ablation": {"sinks": effects("mine")}})
+    row: dict[str, Any] = table.to_dict("records")[0]
+    assert row["largest effect"] == "-2"
+    assert row["95 % interval"] == "[-3, -1]"
+    assert row["intervals without zero"] == "1 of 2"
+
+
+def test_the_null_figure_has_every_random_set_and_the_named_one() -> None:
+    ds = effects("mine").rename({"intervention": "group"})
+    ds = ds.expand_dims({"which": ["named", "random"]}).transpose("group", "which").copy(deep=True)
+    ds["change"][:, 1] = 99.0
+    ds["random"] = (("group", "set"), np.array([[0.1, np.nan, -0.3], [0.0, 0.2, 0.4]]))
+    figure = results_pages.null_figure(ds)
+    random = [sorted(trace.x) for trace in figure.data[:2]]
+    assert random == [[-0.3, 0.1], [0.0, 0.2, 0.4]]
+    assert list(figure.data[2].x) == [-2.0, 0.1], "the named set, not the mean of random ones"

@@ -1,0 +1,95 @@
+"""Counterfactual routes: the router's own changes nothing, equal experts change nothing, others do, where they should."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+import workbench as wb
+from tests.conftest import DATA
+from workbench.errors import InputError
+from workbench.experiments import counterfactual_routing as routing
+from workbench.experiments.from_run import transcripts
+from workbench.harmony.transcripts import Transcript
+from workbench.hooks.interventions import route
+from workbench.model.transformer import GptOss
+
+LAYER = 1  # whose experts are made equal
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Transcript]:
+    every = transcripts(wb.open_run(DATA / "demo.zarr"))
+    return [row for row in every if row.effort == "low" and row.meta["task"] in ("recall", "sort", "reverse")][::3]
+
+
+@pytest.fixture(scope="module")
+def nano() -> GptOss:
+    return wb.load("nano", dtype=torch.float32)
+
+
+@contextmanager
+def equal_experts(model: GptOss) -> Iterator[None]:
+    """All experts of a layer are copies of its first."""
+    experts = model.blocks[LAYER].mlp.experts
+    held = [t for part in (experts.gate_up, experts.down) for t in (part.bias, part.blocks, part.scales)]
+    before = [t.detach().clone() for t in held]
+    with torch.no_grad():
+        for t in held:
+            t.copy_(t[:1].expand_as(t).clone())
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for t, old in zip(held, before, strict=True):
+                t.copy_(old)
+
+
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_equal_experts_make_every_random_route_equal_and_others_do_not(nano: GptOss, rows: list[Transcript]) -> None:
+    with equal_experts(nano):
+        found = routing.experiment(nano, rows, routes=3)["routes"]
+    random = found.sel(which="random experts")["change"]
+    assert abs(float(random.sel(layer=LAYER))) < 1e-5
+    assert float(np.abs(random.drop_sel(layer=LAYER)).max()) > 0.05, "the negative control: layers whose experts differ"
+    assert float(random.sel(layer=3)) < 0
+    assert float(found["q"].sel(which="random experts", layer=LAYER)) > 0.05
+    assert "of random routes are better" in found.attrs["summary"]
+
+
+def test_the_routers_own_route_changes_nothing_and_only_one_token_is_rerouted(
+    nano: GptOss, rows: list[Transcript]
+) -> None:
+    kept, positions = routing.drawn_positions(nano, rows, "final", np.random.default_rng(0))
+    where = routing._Positions(kept, positions)
+    base = routing.next_logprobs(nano, kept, positions)
+    same = routing.next_logprobs(nano, kept, positions, route(2, lambda x, logits: logits, where))
+    np.testing.assert_allclose(same, base, atol=1e-5)
+    earlier = [max(at - 1, 0) for at in positions]
+    rerouted = route(0, routing.random_experts(1), where)
+    before, after = (routing.next_logprobs(nano, kept, earlier, *edits) for edits in ((), (rerouted,)))
+    np.testing.assert_allclose(before, after, atol=1e-5)
+    changed = routing.next_logprobs(nano, kept, positions, rerouted)
+    assert np.abs(changed - base).max() > 1e-3
+    for row, at, value in list(zip(kept, positions, base, strict=True))[:3]:
+        logits = nano(torch.from_numpy(row.tokens.astype(np.int64))[None])[0, at].log_softmax(-1)
+        assert value == pytest.approx(float(logits[int(row.tokens[at + 1])]), abs=1e-4)
+
+
+def test_routers() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
+    assert routing.replaced(0)(logits, logits).topk(2).indices.tolist() == [[2, 1]]
+    assert routing.replaced(1)(logits, logits).topk(2).indices.tolist() == [[0, 1]]
+    random = routing.random_experts(0)(logits, logits)
+    assert sorted(random[0].tolist()) == [0, 1, 2, 3]
+
+
+def test_wrong_options_are_refused(nano: GptOss, rows: list[Transcript]) -> None:
+    with pytest.raises(InputError, match="routes=1: at least 2"):
+        routing.experiment(nano, rows, routes=1)
+    with pytest.raises(InputError, match="channel='prompt': use analysis or final"):
+        routing.experiment(nano, rows, channel="prompt")
+    with pytest.raises(InputError, match="0 prompts have tokens of the analysis channel"):
+        routing.experiment(nano, [r for r in rows if r.meta["task"] == "recall"], channel="analysis")

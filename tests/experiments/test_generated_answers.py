@@ -1,0 +1,111 @@
+"""Generated answers: an expert that carries a behaviour is found among random ones; what changes nothing is no effect."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+import workbench as wb
+from tests.conftest import DATA
+from workbench.errors import InputError
+from workbench.experiments import generated_answers
+from workbench.experiments.from_run import transcripts
+from workbench.experiments.generated_answers import behaviour, generate_answers, measure
+from workbench.experiments.random_controls import rank
+from workbench.figures import generated_answers as figures
+from workbench.harmony.transcripts import Transcript
+from workbench.hooks.interventions import forbid, reweight
+from workbench.model.transformer import GptOss
+
+LAYER, EXPERT = 1, 3
+FEW = pytest.mark.filterwarnings("ignore:only .* prompts")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Transcript]:
+    every = transcripts(wb.open_run(DATA / "demo.zarr"))
+    return [row for row in every if row.effort == "low" and row.meta["task"] in ("recall", "reverse")][::5]
+
+
+@pytest.fixture(scope="module")
+def nano() -> GptOss:
+    return wb.load("nano", dtype=torch.float32)
+
+
+@contextmanager
+def carried_by_an_expert(model: GptOss) -> Iterator[None]:
+    """Every token goes to one expert; where it does not, its residual stream is turned around."""
+    here: dict[str, torch.Tensor] = {}
+
+    def promote(logits: torch.Tensor, hook: object) -> torch.Tensor:
+        out = logits.clone()
+        out[..., EXPERT] = logits.amax(-1) - 1e-3
+        return out
+
+    def chosen(x: torch.Tensor, hook: object) -> None:
+        here["chosen"] = x
+
+    def turn(x: torch.Tensor, hook: object) -> torch.Tensor:
+        return torch.where((here["chosen"] == EXPERT).any(-1)[..., None], x, -x)
+
+    at = f"blocks.{LAYER}"
+    hooks = {"mlp.router.hook_out": promote, "mlp.hook_expert_indices": chosen, "hook_resid_post": turn}
+    with model.hooks(fwd_hooks=[(f"{at}.{name}", hook) for name, hook in hooks.items()]):
+        yield
+
+
+@FEW
+def test_an_expert_that_carries_the_behaviour_is_found_among_random_ones(nano: GptOss, rows: list[Transcript]) -> None:
+    others = [forbid(layer, [e]) for layer, e in np.ndindex(2, 12) if (layer, e) != (LAYER, EXPERT)][:20]
+    recipe = {"carrier": forbid(LAYER, [EXPERT])}
+    with carried_by_an_expert(nano):
+        found = behaviour(nano, rows[:5], recipe, controls={"carrier": others}, max_new_tokens=4)
+    same = found.sel(measure="same answer", intervention="carrier")
+    assert float(same["change"]) < -0.8
+    assert float(same["p_family"]) <= 0.05
+    random = same["random"].values
+    assert rank(random[0], random[1:]).p > 0.05, "the negative control: an ordinary expert among the others"
+    assert "same answer" in found.attrs["summary"]
+    assert "beyond random controls" in found.attrs["summary"]
+    drawn = figures.gallery({"answers": found})
+    assert "answers_same_answer" in drawn
+    assert all(item.draw().data and len(item.table()) == 1 for item in drawn.values())
+
+
+def test_gates_times_one_change_nothing_and_every_measure_has_its_zero(nano: GptOss, rows: list[Transcript]) -> None:
+    base = generate_answers(nano, rows[:6], max_new_tokens=6)
+    unchanged = measure(nano, rows[:6], base, reweight(1, [0, 1, 2], 1.0), max_new_tokens=6)
+    np.testing.assert_array_equal(np.nan_to_num(unchanged), 0)
+    changed = measure(nano, rows[:6], base, reweight(range(4), range(16), 0.0), max_new_tokens=6)
+    by_name = dict(zip(generated_answers.MEASURES, changed, strict=True))
+    assert by_name["same answer"].min() == -1
+    assert by_name["tokens before divergence"].mean() < 0
+    assert by_name["routing flips"].mean() > 0
+
+
+def test_refusals_and_divergence_are_counted(nano: GptOss) -> None:
+    assert generated_answers._common([1, 2, 3], [1, 2, 4]) == 2
+    assert generated_answers._common([1, 2], [1, 2, 4]) == 2
+    pattern = generated_answers.re.compile(generated_answers.REFUSAL)
+    assert all(pattern.match(text) for text in ("i'm sorry, but", "i cannot help", "as an ai"))
+    assert not any(pattern.match(text) for text in ("i canter", "the answer: i can't", "sorry day"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"doses": "0,much"}, "doses='0,much': expected numbers"),
+        ({"doses": "1,1"}, "expected different finite numbers"),
+        ({"doses": "-1"}, r"doses=\[-1.0\]: gate weights"),
+        ({"change": "sinks"}, "change='sinks': use experts or direction"),
+        ({"group": "poetry"}, "group='poetry': the sequences have facts, strings"),
+        ({"controls": 5}, "controls=5: at least 20"),
+    ],
+)
+def test_wrong_options_are_refused(
+    nano: GptOss, rows: list[Transcript], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        generated_answers.experiment(nano, rows, **options)  # type: ignore[arg-type]

@@ -1,0 +1,201 @@
+"""Branching: a planted decisive sentence is found, nothing else is, nulls are calibrated, and files resume."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import workbench as wb
+from tests.conftest import DATA
+from workbench.errors import InputError
+from workbench.experiments import sentence_importance
+from workbench.experiments.branch_importance import commitment, difference_of_shares, importance, similarity
+from workbench.experiments.branching import BranchPoint, analysis_of, branch_points, sample, sentence_ends
+from workbench.experiments.from_run import transcripts
+from workbench.figures import sentence_importance as figures
+from workbench.harmony.transcripts import Transcript
+
+DECISIVE = 2  # of five sentences
+OPEN, CLOSE, END = (
+    "<|channel|>analysis<|message|>",
+    "<|end|><|start|>assistant<|channel|>final<|message|>",
+    "<|return|>",
+)
+
+
+class Writer:
+    """A fake model: it writes five one-letter sentences, and its answer is the letter of one of them.
+
+    Each letter is x or y at random. Without a decisive sentence the answer is random, too.
+    """
+
+    def __init__(self, decisive: int | None = DECISIVE) -> None:
+        nano = wb.load("nano")
+        self.tokenizer, self.cfg = nano.tokenizer, nano.cfg
+        self.checkpoint, self.decisive, self.calls = SimpleNamespace(digest="writer"), decisive, 0
+
+    def generate(self, prompts: list[list[int]], *, samples: int, seed: list[int], **_: Any) -> list[list[int]]:
+        self.calls += 1
+        rows = [ids for ids in prompts for _ in range(samples)]
+        return [self._continue(ids, np.random.default_rng(s)) for ids, s in zip(rows, seed, strict=True)]
+
+    def _continue(self, ids: Sequence[int], rng: np.random.Generator) -> list[int]:
+        _, _, written = self.tokenizer.decode(list(ids)).partition(OPEN)
+        analysis, closed, _ = written.partition(CLOSE)
+        letters = [s for s in analysis.split(";") if s]
+        new = ""
+        while not closed and len(letters) < 5:
+            letters.append(str(rng.choice(["x", "y"])))
+            new += letters[-1] + ";"
+        if self.decisive is None:
+            answer = str(rng.choice(["x", "y"]))
+        else:
+            answer = letters[self.decisive] if len(letters) > self.decisive else "z"
+        return self.ids(f"{new}{'' if closed else CLOSE}{answer}{END}")
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text with special tokens."""
+        special = self.tokenizer.special
+        parts = re.split(f"({'|'.join(map(re.escape, special))})", text)
+        return [i for p in parts if p for i in ([special[p]] if p in special else self.tokenizer.encode(p))]
+
+    def transcript(self, name: str, letters: str, answer: str) -> Transcript:
+        start = "<|start|>user<|message|>say x<|end|><|start|>assistant"
+        text = f"{start}{OPEN}{''.join(c + ';' for c in letters)}{CLOSE}{answer}{END}"
+        ids = np.array(self.ids(text), np.int32)
+        return Transcript(name, name, "high", ids, len(self.ids(start)), "x")
+
+
+@pytest.fixture(scope="module")
+def writer() -> Writer:
+    return Writer()
+
+
+@pytest.fixture(scope="module")
+def rows(writer: Writer) -> list[Transcript]:
+    letters = ("xyxyx", "yxyxx", "xxxxx", "yyyyy", "xyyxy", "yyxxy")
+    return [writer.transcript(f"c{i}", text, text[DECISIVE]) for i, text in enumerate(letters)]
+
+
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_the_sentence_that_decides_is_found_and_no_other(writer: Writer, rows: list[Transcript]) -> None:
+    found = sentence_importance.experiment(writer, rows, samples=40, edits="filler,removed")  # type: ignore[arg-type]
+    sentences = found["sentences"]
+    assert sentences.sizes["sentence"] == 30
+    decisive = sentences["number"].values == DECISIVE
+    assert (sentences["q"].values[decisive] <= 0.05).all()
+    assert (sentences["low"].values[decisive] > 0.5).all()
+    assert (sentences["high"].values[decisive] >= 0.95).all(), "the truth, an effect of 1, is near the interval"
+    assert (sentences["q"].values[~decisive] <= 0.05).sum() <= 1
+    covers = (sentences["low"] <= 0) & (sentences["high"] >= 0)
+    assert covers.values[~decisive].mean() > 0.8
+    forced = sentences["forced"].values
+    assert (forced[sentences["number"].values >= DECISIVE] == 1).all()
+    assert (forced[sentences["number"].values < DECISIVE] == 0).all()
+    np.testing.assert_allclose(found["conversations"]["committed"], 3 / 5)
+    assert np.median(sentences["filler_effect"].values[decisive]) > 0.2
+    assert np.isfinite(sentences["removed_p"].values[sentences["number"].values < 4][1:]).any()
+    assert "change the distribution of answers" in sentences.attrs["summary"]
+    drawn = figures.gallery(found)
+    assert len(drawn) == 7
+    assert all(item.draw().data and len(item.table()) for item in drawn.values())
+
+
+def test_answers_that_no_sentence_decides_have_no_decisive_sentence(rows: list[Transcript]) -> None:
+    writer = Writer(decisive=None)
+    found = sentence_importance.experiment(writer, rows[:4], samples=30)["sentences"]  # type: ignore[arg-type]
+    assert float(found["q"].min()) > 0.01
+
+
+def test_comparing_with_the_wrong_sentence_would_miss_it(writer: Writer, rows: list[Transcript]) -> None:
+    """Negative control: sides shifted by one sentence give the decisive one no effect."""
+    one = analysis_of(rows[0], writer.tokenizer)
+    assert one is not None
+    points = branch_points(one)
+    branches = sample(writer, points, samples=40)  # type: ignore[arg-type]
+    answered = sentence_importance.Answered(writer, one, points, branches, 1.0)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    assert importance(*answered.sides(DECISIVE), 0, rng).p < 0.01
+    shifted = (answered.answers["continue", DECISIVE], answered.answers["continue", DECISIVE - 1])
+    assert importance(*shifted, 0, rng).p > 0.05
+
+
+def test_p_is_uniform_without_a_difference_and_intervals_cover() -> None:
+    rng = np.random.default_rng(1)
+    p, covered = [], []
+    for _ in range(300):
+        kept, other = rng.choice(4, 40, p=[0.5, 0.2, 0.2, 0.1]), rng.choice(4, 15, p=[0.5, 0.2, 0.2, 0.1])
+        found = importance(kept, other, 0, rng, permutations=199)
+        p.append(found.p)
+        covered.append(found.low <= 0 <= found.high)
+    assert 0.02 < np.mean(np.array(p) <= 0.05) < 0.085
+    assert np.mean(covered) > 0.92
+    assert np.isnan(importance(kept, other[:4], 0, rng).p)
+    effect, low, high = difference_of_shares(30, 30, 0, 30)
+    assert (effect, high) == (1, pytest.approx(1))
+    assert low < 0.95
+
+
+def test_a_file_resumes_and_is_refused_to_another_job(writer: Writer, rows: list[Transcript], tmp_path: Path) -> None:
+    one = analysis_of(rows[0], writer.tokenizer)
+    assert one is not None
+    points, store = branch_points(one), tmp_path / "run.branches.jsonl"
+    whole = sample(writer, points, samples=10)  # type: ignore[arg-type]
+    sample(writer, points[:5], samples=10, store=store)  # type: ignore[arg-type]
+    before = writer.calls
+    assert sample(writer, points, samples=10, store=store) == whole  # type: ignore[arg-type]
+    assert 0 < writer.calls - before < 12
+    before = writer.calls
+    assert sample(writer, points, samples=10, store=store) == whole  # type: ignore[arg-type]
+    assert writer.calls == before
+    with pytest.raises(InputError, match=r"was begun with samples 10, this call has 20: name another file"):
+        sample(writer, points, samples=20, store=store)  # type: ignore[arg-type]
+    other = [BranchPoint(p.conversation, p.sentence, p.kind, (*p.ids, 1)) for p in points[:1]]
+    with pytest.raises(InputError, match="with another prefix"):
+        sample(writer, other, samples=10, store=store)  # type: ignore[arg-type]
+
+
+def test_sentences_end_at_marks_and_not_in_numbers() -> None:
+    assert sentence_ends(["So", " 3", ".", "5", ".", " Then", "?", " done"]) == [5, 7, 8]
+    assert sentence_ends(["a", ";", "b", "\n\n", "c", ".”", " d"]) == [2, 4, 6, 7]
+    assert sentence_ends(["计算", "。", "好"]) == [2, 3]
+    assert similarity([1, 2, 3, 4], [1, 2, 3, 5]) == 0.75
+    assert similarity([], []) == 1
+    assert commitment([True, False, True, True]) == 2
+    assert commitment([True, True]) == 0
+
+
+def test_sentences_of_nano_join_to_its_analysis_and_long_ones_are_grouped() -> None:
+    tokenizer = wb.load("nano").tokenizer
+    row = next(r for r in transcripts(wb.open_run(DATA / "demo.zarr")) if r.id == "product-00/high/0")
+    one = analysis_of(row, tokenizer)
+    assert one is not None
+    assert one.n_sentences == 8
+    assert one.answer == "696"
+    assert tokenizer.decode(one.sentence(1)) == "2*9=81;"
+    grouped = analysis_of(row, tokenizer, most=3)
+    assert grouped is not None
+    assert grouped.n_sentences == 3
+    assert [t for i in range(3) for t in grouped.sentence(i)] == [t for i in range(8) for t in one.sentence(i)]
+    low = next(r for r in transcripts(wb.open_run(DATA / "demo.zarr")) if r.id == "product-00/low/0")
+    assert analysis_of(low, tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 5}, "samples=5, similar=1: expected at least 10"),
+        ({"similar": 2.0}, "similar=2: expected"),
+        ({"temperature": 0.0}, "at temperature 0: expected"),
+        ({"edits": "shuffled"}, "edits='shuffled': expected filler, removed"),
+    ],
+)
+def test_wrong_options_are_refused(
+    writer: Writer, rows: list[Transcript], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        sentence_importance.experiment(writer, rows, **options)  # type: ignore[arg-type]

@@ -1,0 +1,93 @@
+"""The live page in a real browser: prompt, forbid experts, both answers, the recipe, and a viewer who leaves."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+import pytest
+
+pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Page, expect
+
+from tests.browser import launched
+from tests.dashboards.browsing import SCREENSHOTS, UNNAMED, Session
+from tests.serving import free_port, wait_for
+from workbench.research.recipe import Intervention, Recipe
+from workbench.research.recipe_python import recipe_python
+
+pytestmark = pytest.mark.browser
+LONG = 120_000  # milliseconds; nothing here depends on the machine being fast
+CELLS = tuple((1, expert) for expert in range(3, 12))
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", "workbench.cli", "live", "nano", "--dtype", "float32", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(port, server)
+    yield f"http://localhost:{port}/live"
+    server.send_signal(signal.SIGINT)
+    assert server.wait(60) in (0, 130)
+
+
+def run_to_the_end(page: Page) -> None:
+    page.get_by_role("button", name="Run", exact=True).click()
+    expect(
+        page.get_by_text("Generating the").or_(page.get_by_text("Waiting:")).or_(page.get_by_text("Done."))
+    ).to_be_visible(timeout=LONG)
+    expect(page.get_by_text("Done.")).to_be_visible(timeout=LONG)
+
+
+@pytest.mark.slow
+def test_prompt_forbid_compare_and_copy(url: str, tmp_path: Path) -> None:
+    with launched() as browser:
+        session = Session(browser, f"{url}?theme=dark")
+        page = session.page
+        page.get_by_label("User message").fill("<img src=x onerror=alert(1)>", timeout=LONG)
+        page.get_by_role("button", name="Run", exact=True).click()
+        expect(page.get_by_text("cannot express the character '<'")).to_be_visible(
+            timeout=LONG
+        )  # nano's vocabulary is small
+        page.get_by_label("User message").fill("12+7")
+        page.get_by_role("button", name="low", exact=True).click()
+        run_to_the_end(page)
+        expect(page.get_by_text("No interventions.")).to_be_visible(timeout=LONG)
+        for layer, expert in CELLS:
+            page.get_by_role("button", name=f"layer {layer}, expert {expert}:").click()
+        page.get_by_role("button", name="Forbid experts").click()
+        expect(page.get_by_label("Experts (layer:expert)")).to_have_value(
+            "1:3 1:4 1:5 1:6 1:7 1:8 1:9 1:10 1:11", timeout=LONG
+        )
+        run_to_the_end(page)
+        expect(page.get_by_text("The interventions change the log-probability")).to_be_visible(timeout=LONG)
+        expect(page.get_by_text("assistant · final")).to_have_count(2)
+        expect(page.get_by_text("layer 3", exact=True)).to_be_visible()
+        page.get_by_role("button", name="Copy as Python").click()
+        expect(page.get_by_text("import workbench as wb")).to_be_visible(timeout=LONG)
+        shown = page.locator("pre").inner_text()
+        recipe = Recipe.from_json(parse_qs(urlsplit(page.url).query)["recipe"][0])
+        assert recipe.interventions == (Intervention("forbid", cells=CELLS),)
+        assert (recipe.user, recipe.effort) == ("12+7", "low")
+        assert shown.strip() == recipe_python(recipe).strip()
+        with page.expect_download(timeout=LONG) as saved:
+            page.get_by_role("link", name="Save the recipe").or_(
+                page.get_by_role("button", name="Save the recipe")
+            ).click()
+        saved.value.save_as(tmp_path / "recipe.json")
+        assert Recipe.from_file(tmp_path / "recipe.json") == recipe
+        SCREENSHOTS.mkdir(exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / "live-dark-1280.png")
+        spinners = "!e.classList.contains('bk-spin-btn') && e.type"  # Bokeh's, which do what arrow keys do in the field
+        assert page.evaluate(UNNAMED.replace("e.type", spinners, 1)) == []
+        assert (session.errors, session.foreign) == ([], [])
+        again = Session(browser, page.url)  # the address repeats the experiment
+        expect(again.page.get_by_label("Experts (layer:expert)")).to_have_value(
+            "1:3 1:4 1:5 1:6 1:7 1:8 1:9 1:10 1:11", timeout=LONG
+        )
+        broken = Session(browser, f"{url}?{urlencode({'recipe': json.dumps({'recipe': 1, 'users': '<b>x'})})}")
+        expect(broken.page.get_by_text("'users' is unknown")).to_be_visible(timeout=LONG)

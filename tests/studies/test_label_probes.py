@@ -1,0 +1,120 @@
+"""Label probes: a planted label is read from its layer on, words are no activation, and nulls are calibrated."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from workbench.errors import InputError
+from workbench.figures import default
+from workbench.studies.label_probes import ridge, study
+from workbench.studies.result import save
+
+D, PLANTED = 12, 2  # width, and the layer from which the label can be read
+
+
+class Run:
+    """A run of three layers: from PLANTED on, a direction holds the label of each sequence's task; ids are unrelated."""
+
+    path, digest, model = "run.zarr", "planted", {"n_layers": 3}
+
+    def __init__(self, seed: int, n_prompts: int = 24, size: float = 2.0, words: bool = False) -> None:
+        rng = np.random.default_rng(seed)
+        length = 10
+        self.sequences = pd.DataFrame(
+            {
+                "id": [f"s{i}" for i in range(n_prompts)],
+                "prompt_id": [f"p{i}" for i in range(n_prompts)],
+                "task": ["sort" if i % 2 else "sum" for i in range(n_prompts)],
+                "effort": "low",
+                "domain": "d",
+                "correct": 1,
+            }
+        )
+        sequence = np.repeat(np.arange(n_prompts), length)
+        own = sequence % 2
+        noise = rng.normal(size=(n_prompts, 3, D))[sequence].transpose(1, 0, 2)  # shared by a prompt's tokens
+        x = rng.normal(size=(3, len(sequence), D)) + 0.5 * noise
+        x[PLANTED:, :, 0] += size * (2 * own - 1)
+        ids = rng.integers(0, 8, len(sequence))
+        if words:
+            ids = 2 * (ids // 2) + np.where(rng.random(len(ids)) < 0.95, own, 1 - own)
+        zeros = np.zeros(len(sequence), np.int64)
+        self._block = {
+            "sequence": sequence,
+            "position": np.tile(np.arange(length), n_prompts),
+            "channel": zeros,
+            "role": zeros,
+            "part": zeros,
+            "id": ids,
+        }
+        self._x = x.astype(np.float32)
+        about = SimpleNamespace(name="hook_resid_post", layers=(0, 1, 2), per_token=True)
+        self.spec = SimpleNamespace(selected=[about])
+
+    def blocks(self, *names: str, layer: int = 0) -> Iterator[dict[str, Any]]:
+        yield {**self._block, "hook_resid_post": self._x[layer][None]}
+
+
+def probes(run: Run, **options: Any) -> Any:
+    return study(run, **options)["probes"]  # type: ignore[arg-type]
+
+
+def test_a_label_is_read_from_its_layer_on_and_thresholds_hold(tmp_path: Any) -> None:
+    found = probes(Run(0))
+    shown = (found["q"] <= 0.05) & (found["beyond_words_low"] > 0)
+    assert shown.values.tolist() == [False, False, True]
+    assert float(found["auc"].sel(layer=PLANTED, source="activation")) > 0.95
+    assert float(found["auc"].sel(layer=PLANTED, source="control task")) < 0.7
+    assert float(found["hits"].sel(layer=PLANTED).mean()) > 0.7
+    assert float(found["false_alarms"].sel(layer=PLANTED).mean()) < 0.15
+    assert "beyond the best baseline" in found.attrs["summary"]
+    drawn = default.gallery({"probes": found})
+    assert all(item.draw().data for item in drawn.values())
+    assert save({"probes": found}, tmp_path)
+
+
+def test_a_label_that_the_words_tell_is_not_beyond_them() -> None:
+    found = probes(Run(1, size=1.2, words=True))
+    assert float(found["auc"].sel(source="token")[0]) > 0.9
+    assert not bool(((found["q"] <= 0.05) & (found["beyond_words_low"] > 0)).any())
+    naive = found["auc_low"].sel(layer=PLANTED, source="activation")
+    assert float(naive) > 0.5, "the negative control: beside chance alone, the words would look like an activation"
+
+
+def test_nothing_is_beyond_the_baseline_without_a_label_in_activations() -> None:
+    false = [bool((probes(Run(seed, size=0.0))["q"] <= 0.05).any()) for seed in range(2, 14)]
+    assert sum(false) <= 3
+
+
+def test_sequences_are_pooled_and_labels_can_be_given() -> None:
+    run = Run(3)
+    last = probes(run, pool="last", label=["a" if i % 2 else "b" for i in range(24)])
+    assert "24 sequences of 24 prompts" in last.attrs["rests_on"]
+    mean = probes(run, pool="mean")
+    assert float(mean["auc"].sel(layer=PLANTED, source="activation")) > 0.95
+
+
+def test_ridge_is_the_same_in_both_forms() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 29)), rng.random((30, 2)) < 0.5
+    wide = np.concatenate([x, np.zeros((30, 5))], 1)
+    np.testing.assert_allclose(ridge(x, y)(x), ridge(wide, y)(wide), atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pool": "max"}, "pool='max': use token, mean or last"),
+        ({"label": "effort"}, "the tokens have 1 label"),
+        ({"label": "mood"}, "'mood' is no label"),
+        ({"hook": "hook_mlp_out"}, "'hook_mlp_out' is not in run.zarr"),
+        ({"false_positives": 2.0}, "false_positives=2.0"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        probes(Run(0), **options)

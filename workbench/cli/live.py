@@ -1,0 +1,94 @@
+"""Commands of the live page: serve a model to browsers, and run a saved recipe."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from workbench.cli.options import Adapter, Device, Dtype, IgnoreField, Model, load_model
+
+app = typer.Typer()
+
+
+@app.command()
+def live(
+    model: Model,
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port to listen on.")] = 5007,
+    address: Annotated[
+        str, typer.Option(help="Address to listen on; any but localhost is open to other machines.")
+    ] = "localhost",
+    show: Annotated[bool, typer.Option(help="Open a browser.")] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="HOST:PORT of another origin that may connect, such as a proxy; repeat for several."),
+    ] = None,
+    basic_auth: Annotated[Path | None, typer.Option(help="JSON file of user names and passwords.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="Most new tokens of an answer.")] = 2048,
+    max_samples: Annotated[int, typer.Option(min=1, max=256, help="Most samples of a prompt.")] = 16,
+    max_seconds: Annotated[float, typer.Option(min=1, max=1e6, help="Longest time of one request.")] = 120,
+    adapter: Adapter = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    ignore_field: IgnoreField = None,
+) -> None:
+    """Serve a page that generates live: interventions by click, original and edited answers side by side."""
+    from workbench.live.app import Limits, serve
+
+    loaded = load_model(model, device, dtype, ignore_field, adapter)
+    limits = Limits(max_new_tokens, max_samples, max_seconds)
+    serve(
+        loaded,
+        model,
+        limits=limits,
+        port=port,
+        address=address,
+        show=show,
+        allow_origin=allow_origin or (),
+        basic_auth=basic_auth,
+    )
+
+
+@app.command()
+def apply(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (JSON), as the live page saves it.")],
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint to use. [default: the one that the recipe names]")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts: compare accuracy on them without and with the interventions.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    python: Annotated[
+        bool, typer.Option("--python", help="Print the recipe as a Python program, and run nothing.")
+    ] = False,
+    adapter: Adapter = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    ignore_field: IgnoreField = None,
+) -> None:
+    """Run a recipe of the live page: print the original and the edited answer, and how they differ."""
+    from workbench.research.recipe import Recipe
+    from workbench.research.recipe_python import recipe_python
+
+    read = Recipe.from_file(recipe)
+    if python:
+        print(recipe_python(read), end="")
+        return
+    loaded = load_model(model or read.model, device, dtype, ignore_field, adapter)
+    if prompts is not None:
+        from workbench.live.prompts import accuracy_table
+
+        print(accuracy_table(loaded, read, prompts).to_string(index=False, na_rep="-", float_format="{:.3f}".format))
+        return
+    from workbench.live.experiment import Experiment
+    from workbench.live.result import result_of, text_of
+
+    experiment = Experiment(loaded, read)
+    for _ in experiment.steps():
+        pass
+    if json:
+        from json import dumps
+
+        print(dumps(result_of(experiment), ensure_ascii=False))
+    else:
+        print(text_of(experiment))

@@ -1,0 +1,121 @@
+"""Serve the live page: one model, many viewers. Everything a page needs comes from this server."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import panel as pn
+
+from workbench.dashboards.access import guard, login_options
+from workbench.dashboards.app import check_free, local_origins
+from workbench.dashboards.layout import PageTemplate, page_template
+from workbench.errors import InputError
+from workbench.figures.template import ThemeName
+from workbench.live.model_server import Limits, ModelServer
+from workbench.live.page import _REFRESH_MS, LivePage
+from workbench.model.transformer import GptOss
+from workbench.research.recipe import Recipe
+
+__all__ = ["Limits", "live_page", "serve"]
+
+_MAX_ADDRESS = 16_000  # characters of a recipe in an address; browsers and proxies refuse much longer ones
+_LEFT_MS = 5_000  # a browser that does not come back within this time has left
+# refreshing the page would switch the busy indicator on all the time; the page says itself what it does
+_CSS = ".wb-right > span[aria-hidden]{display:none}"
+_EXAMPLES = {"nano": "12+7"}
+
+
+def live_page(server: ModelServer) -> Callable[[], PageTemplate]:
+    """Return a function that makes the page of one session."""
+
+    def show() -> PageTemplate:
+        given = {name: values[0].decode("utf-8", "replace") for name, values in (pn.state.session_args or {}).items()}
+        theme: ThemeName = "dark" if given.get("theme") == "dark" else "light"
+        recipe, problem = _recipe(given.get("recipe", ""), server)
+
+        def query(recipe: Recipe) -> str:
+            text = recipe.to_json(indent=None)
+            values = {"theme": theme} if theme == "dark" else {}
+            return urlencode(values | ({"recipe": text} if len(text) <= _MAX_ADDRESS else {}))
+
+        def remember(recipe: Recipe) -> None:
+            if pn.state.location:
+                pn.state.location.search = "?" + query(recipe)
+
+        page = LivePage(server, recipe, theme, remember, problem)
+        pn.state.on_session_destroyed(lambda _: page.viewer.leave())
+        pn.state.add_periodic_callback(page.refresh, period=_REFRESH_MS)
+        own = (
+            query(recipe)
+            if given.get("recipe") and not problem
+            else urlencode({"theme": theme} if theme == "dark" else {})
+        )
+        template = page_template(
+            "live", {"live": "Live"}, server.title, sidebar=[], main=page.main(), query=own, theme=theme
+        )
+        template.config.raw_css = [*template.config.raw_css, _CSS]
+        return template
+
+    return show
+
+
+def _recipe(text: str, server: ModelServer) -> tuple[Recipe, str]:
+    """Return the recipe of an address, or a first one and what is wrong with that of the address."""
+    first = Recipe(
+        user=_EXAMPLES.get(server.name, ""), model=server.name, max_new_tokens=min(256, server.limits.max_new_tokens)
+    )
+    if not text:
+        return first, ""
+    try:
+        return Recipe.from_json(text), ""
+    except InputError as error:
+        return first, f"The recipe in the address cannot be used: {error}"
+
+
+def serve(
+    model: GptOss,
+    name: str,
+    *,
+    limits: Limits | None = None,
+    port: int = 5007,
+    address: str = "localhost",
+    show: bool = False,
+    allow_origin: Sequence[str] = (),
+    basic_auth: Path | None = None,
+) -> None:
+    """Serve the live page until interrupted. Only pages from `address`, and of the origins allowed, may connect.
+
+    name: how `wb.load` finds the model. basic_auth: a JSON file of names and passwords; without it everybody who
+    reaches the address may use the model.
+    """
+    access = login_options(basic_auth)
+    origins = [*local_origins(address, port), *allow_origin]
+    check_free(address, port)
+    pn.extension(notifications=False, inline=True)  # nothing from another host
+    server = ModelServer(model, name, limits)
+    page = live_page(server)
+    print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
+    options: dict[str, Any] = {
+        "websocket_origin": origins,
+        "num_threads": 4,
+        "unused_session_lifetime_milliseconds": _LEFT_MS,
+        "check_unused_sessions_milliseconds": 1_000,
+    }
+    try:
+        panel = pn.serve(
+            {"/": page, "live": page},
+            address=address,
+            port=port,
+            show=show,
+            verbose=False,
+            title="gpt-oss workbench",
+            start=False,
+            **options,
+            **access,
+        )
+        guard(panel._tornado, origins)
+        panel.start()
+        panel.io_loop.start()
+    finally:
+        server.close()

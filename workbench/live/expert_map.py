@@ -1,0 +1,82 @@
+"""The map of layers by experts: loads of the tokens so far, the experts of the last token, and cells to choose."""
+
+from typing import Any, ClassVar
+
+import param
+from panel.custom import JSComponent
+
+
+class ExpertMap(JSComponent):
+    """A grid of buttons, a row for each layer. Arrow keys move in it; a click or the space bar chooses a cell.
+
+    load: of every layer, the share of slots of each expert. active: the experts of the last token of each layer.
+    chosen: pairs of layer and expert.
+    """
+
+    load = param.List(default=[])
+    active = param.List(default=[])
+    chosen = param.List(default=[])
+    _esm = """
+export function render({ model, el }) {
+  const grid = document.createElement("div");
+  grid.className = "map"; grid.setAttribute("role", "group"); grid.setAttribute("aria-label", "layers by experts");
+  let cells = [];
+  function draw() {
+    const load = model.load, columns = load.length ? load[0].length : 0;
+    grid.style.gridTemplateColumns = `max-content repeat(${columns}, minmax(9px, 1fr))`;
+    grid.replaceChildren(); cells = [];
+    load.forEach((row, layer) => {
+      const label = document.createElement("span");
+      label.className = "label"; label.textContent = layer; grid.append(label);
+      cells.push(row.map((_, expert) => {
+        const cell = document.createElement("button");
+        cell.type = "button"; cell.tabIndex = layer || expert ? -1 : 0;
+        cell.onclick = () => toggle(layer, expert);
+        cell.onkeydown = event => move(event, layer, expert);
+        grid.append(cell); return cell;
+      }));
+    });
+    fill();
+  }
+  function fill() {
+    const active = new Set(model.active.flatMap((row, layer) => row.map(expert => `${layer}:${expert}`)));
+    const chosen = new Set(model.chosen.map(pair => pair.join(":")));
+    cells.forEach((row, layer) => row.forEach((cell, expert) => {
+      const key = `${layer}:${expert}`, relative = (model.load[layer][expert] || 0) * row.length;
+      cell.style.setProperty("--share", `${Math.round(Math.min(relative / 4, 1) * 100)}%`);
+      cell.classList.toggle("active", active.has(key));
+      cell.classList.toggle("chosen", chosen.has(key));
+      cell.setAttribute("aria-pressed", chosen.has(key));
+      const text = `layer ${layer}, expert ${expert}: ${relative.toFixed(2)} × uniform`;
+      cell.title = text; cell.setAttribute("aria-label", text);
+    }));
+  }
+  function toggle(layer, expert) {
+    const rest = model.chosen.filter(([l, e]) => l !== layer || e !== expert);
+    model.chosen = rest.length < model.chosen.length ? rest : [...rest, [layer, expert]];
+  }
+  function move(event, layer, expert) {
+    const step = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[event.key];
+    const next = step && cells[layer + step[0]] && cells[layer + step[0]][expert + step[1]];
+    if (!next) return;
+    event.preventDefault(); cells[layer][expert].tabIndex = -1; next.tabIndex = 0; next.focus();
+  }
+  model.on("load", () => cells.length === model.load.length ? fill() : draw());
+  model.on("active", fill); model.on("chosen", fill);
+  draw();
+  return grid;
+}
+"""
+    _stylesheets: ClassVar[list[Any]] = [
+        """
+.map{display:grid;gap:2px;width:100%}
+.label{color:var(--wb-muted);font-size:var(--wb-small);padding-right:6px;text-align:right;line-height:18px}
+button{all:unset;box-sizing:border-box;height:18px;border-radius:3px;cursor:pointer;border:1px solid transparent;
+background:color-mix(in srgb,var(--wb-accent) var(--share,0%),var(--wb-raised))}
+button:hover{border-color:var(--wb-control)}
+button:focus-visible{outline:3px solid var(--wb-accent);outline-offset:1px}
+button.active{border:2px solid var(--wb-warn)}
+button.chosen{border:2px solid var(--wb-bad);background-image:linear-gradient(45deg,transparent 44%,var(--wb-bad) 45%,
+var(--wb-bad) 55%,transparent 56%)}
+"""
+    ]

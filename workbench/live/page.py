@@ -1,0 +1,314 @@
+"""The live page of one browser session: prompt, map of experts, interventions, both answers, and the recipe."""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from html import escape
+from typing import Any
+
+import panel as pn
+
+from workbench.dashboards import widgets
+from workbench.dashboards.theme import CARD_CSS, PARTS_CSS, note
+from workbench.errors import InputError
+from workbench.figures.template import ThemeName
+from workbench.harmony.messages import EFFORTS
+from workbench.live.cards import TITLES, InterventionCard
+from workbench.live.experiment import Answer, Experiment, summarize
+from workbench.live.expert_map import ExpertMap
+from workbench.live.job_queue import Job, State
+from workbench.live.model_server import ModelServer, Viewer
+from workbench.live.rendering import ANSWER_CSS, answer_html, comparison_html, samples_html
+from workbench.research.recipe import CELL_KINDS, Intervention, Recipe
+from workbench.research.recipe_python import recipe_python
+
+_REFRESH_MS = 120
+_CODE_CSS = """
+pre{margin:0;padding:10px 12px;background:var(--wb-raised);color:var(--wb-ink);border-radius:var(--wb-radius);
+overflow-x:auto;font:13px/1.5 ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}
+"""
+_PRIMARY_CSS = """
+.bk-btn,.bk-btn:hover{background:var(--wb-accent)!important;color:var(--wb-on-accent)!important;font-weight:600}
+"""
+_COPY = "navigator.clipboard.writeText(code.value)"
+
+
+class LivePage:
+    """The widgets of the page and what they do. remember: stores a recipe in the address."""
+
+    def __init__(
+        self,
+        server: ModelServer,
+        recipe: Recipe,
+        theme: ThemeName,
+        remember: Callable[[Recipe], None],
+        problem: str = "",
+    ) -> None:
+        self._server, self._theme, self._remember = server, theme, remember
+        self.viewer = Viewer(server)
+        self._job: Job | None = None
+        self._experiment: Experiment | None = None
+        self._notes: list[str] = []
+        self._shown: tuple[Any, ...] = ()
+        self._cards: list[InterventionCard] = []
+        self._make_widgets()
+        self._fill(recipe)
+        if problem:
+            self._status.object = note(problem, "danger")
+
+    def _make_widgets(self) -> None:
+        cfg, limits, wide = self._server.model.cfg, self._server.limits, {"sizing_mode": "stretch_width"}
+        self._user = pn.widgets.TextAreaInput(label="User message", rows=3, max_length=100_000, **wide)
+        self._developer = pn.widgets.TextAreaInput(label="Developer message", rows=2, max_length=100_000, **wide)
+        self._effort = pn.widgets.RadioButtonGroup(label="Reasoning effort", options=list(EFFORTS), value="medium")
+        self._begin = pn.widgets.TextAreaInput(
+            label="The answer begins with (edit the analysis here)", rows=3, max_length=100_000, **wide
+        )
+        self._temperature = pn.widgets.FloatInput(label="Temperature", start=0, end=10, step=0.1, width=100)
+        self._seed = pn.widgets.IntInput(label="Seed", start=0, end=2**31 - 1, width=100)
+        self._tokens = pn.widgets.IntInput(label="New tokens", start=1, end=limits.max_new_tokens, width=100)
+        self._samples = pn.widgets.IntInput(label="Samples", start=1, end=limits.max_samples, width=90)
+        self._run, self._stop, self._continue = (
+            pn.widgets.Button(label=text, width=width, color=colour)
+            for text, width, colour in (("Run", 90, "primary"), ("Stop", 80, "default"), ("Continue", 100, "default"))
+        )
+        self._run.stylesheets = [_PRIMARY_CSS]
+        self._edit = pn.widgets.Button(label="Edit the answer", width=140)
+        self._status = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
+        load = [[0.0] * cfg.num_experts for _ in range(cfg.n_layers)]
+        self._map = ExpertMap(load=load, sizing_mode="stretch_width", margin=(6, 10))
+        self._map_title = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
+        self._add = [pn.widgets.Button(label=title, variant="outline", margin=3) for title in TITLES.values()]
+        self._list = pn.Column(sizing_mode="stretch_width")
+        css = [PARTS_CSS, ANSWER_CSS]
+        self._answers = [pn.pane.HTML("", stylesheets=css, **wide) for _ in range(2)]
+        self._comparison = pn.pane.HTML("", stylesheets=css, **wide)
+        self._python = pn.widgets.TextAreaInput(visible=False)  # what the browser copies
+        self._code = pn.pane.HTML("", stylesheets=[_CODE_CSS], **wide)
+        self._save = pn.widgets.FileDownload(
+            callback=self._recipe_file, filename="recipe.json", label="Save the recipe", width=150, variant="outline"
+        )
+        self._load = pn.widgets.FileInput(label="Load a recipe", accept=".json", multiple=False)
+        self._copy = pn.widgets.Button(label="Copy as Python", width=150)
+        self._connect()
+
+    def _connect(self) -> None:
+        self._run.on_click(lambda _: self.run())
+        self._stop.on_click(lambda _: self.viewer.leave())
+        self._continue.on_click(lambda _: self.continue_answer())
+        self._edit.on_click(lambda _: self.edit_answer())
+        for kind, button in zip(TITLES, self._add, strict=True):
+            button.on_click(lambda _, kind=kind: self._guarded(lambda: self._add_intervention(kind)))
+        self._copy.on_click(lambda _: self._guarded(self._show_python))
+        self._copy.js_on_click(args={"code": self._python}, code=f"setTimeout(() => {_COPY}, 400)")
+        self._load.param.watch(lambda event: self._guarded(self._load_recipe), "value")
+
+    def main(self) -> list[Any]:
+        """Return the parts of the main area."""
+        prompt = pn.Column(
+            self._user,
+            pn.Row(pn.pane.HTML("<label>Reasoning effort</label>", margin=(10, 0, 0, 10)), self._effort),
+            pn.Card(
+                self._developer,
+                self._begin,
+                title="Developer message, beginning of the answer",
+                collapsed=True,
+                sizing_mode="stretch_width",
+                stylesheets=[CARD_CSS],
+                margin=(4, 6),
+            ),
+            pn.FlexBox(self._temperature, self._seed, self._tokens, self._samples),
+            pn.FlexBox(self._run, self._stop, self._continue, self._edit),
+            self._status,
+            sizing_mode="stretch_width",
+        )
+        experts = pn.Column(
+            self._map_title,
+            self._map,
+            widgets.html('<p class="wb-muted">Click cells to choose experts, then add an intervention.</p>'),
+            pn.FlexBox(*self._add),
+            self._list,
+            sizing_mode="stretch_width",
+        )
+        sides = [
+            widgets.card(title, pane)
+            for title, pane in zip(("Original answer", "Edited answer"), self._answers, strict=True)
+        ]
+        recipe = pn.Column(
+            widgets.html(
+                "<p>The address of this page holds the recipe. A saved recipe runs with "
+                "<code>workbench apply recipe.json</code>.</p>"
+            ),
+            pn.FlexBox(self._save, self._copy, self._load),
+            self._python,
+            self._code,
+            sizing_mode="stretch_width",
+        )
+        return [
+            widgets.beside(widgets.card("Prompt", prompt), widgets.card("Experts and interventions", experts)),
+            widgets.beside(*sides),
+            widgets.card("Difference", self._comparison),
+            widgets.card("Recipe", recipe),
+        ]
+
+    def recipe(self) -> Recipe:
+        """Return the recipe that the widgets describe.
+
+        Raises:
+            InputError: a field cannot be read.
+        """
+        recipe = Recipe(
+            user=str(self._user.value),
+            developer=str(self._developer.value),
+            effort=str(self._effort.value),
+            begin=str(self._begin.value),
+            model=self._server.name,
+            temperature=float(self._temperature.value or 0),
+            seed=int(self._seed.value or 0),
+            max_new_tokens=int(self._tokens.value or 1),
+            samples=int(self._samples.value or 1),
+            interventions=tuple(card.intervention() for card in self._cards),
+            **self._truncation,
+        )
+        return Recipe.from_json(recipe.to_json())  # the same checks as for a file
+
+    def run(self) -> None:
+        """Put the recipe into the queue and show the answers as they grow."""
+        self._guarded(self._start)
+
+    def continue_answer(self) -> None:
+        """Generate more from where the original answer ended."""
+
+        def go() -> None:
+            self._begin.value = str(self._begin.value) + self._answer_text()
+            self._start()
+
+        self._guarded(go)
+
+    def edit_answer(self) -> None:
+        """Put the original answer into the field of what the answer begins with, to be edited there."""
+        self._guarded(lambda: setattr(self._begin, "value", str(self._begin.value) + self._answer_text()))
+
+    def refresh(self) -> None:
+        """Show what has changed since the last call."""
+        job, experiment = self._job, self._experiment
+        if job is None or experiment is None:
+            return
+        ended, position = job.ended.is_set(), self._server.queue.position(job)
+        state = (job.steps, job.state, position, ended, id(job))
+        if state == self._shown:
+            return
+        self._shown = state
+        self._status.object = "".join(note(text, "warning") for text in self._notes) + self._state_html(job, experiment)
+        answer = experiment.original if experiment.edited is None else experiment.edited
+        self._show_map(answer, "original" if experiment.edited is None else "edited")
+        comparison = experiment.comparison if ended else None
+        changes = (comparison.original_change, comparison.edited_change) if comparison else ((), ())
+        first = None if comparison is None else comparison.first_difference
+        for pane, side, change in zip(self._answers, (experiment.original, experiment.edited), changes, strict=True):
+            text = answer_html(experiment, side, self._theme, change=change, first_difference=first) if side else ""
+            pane.object = (text + _speed_html(side)) if side else '<p class="wb-muted">No interventions.</p>'
+        if ended:
+            self._comparison.object = self._comparison_html(experiment)
+
+    def _start(self) -> None:
+        recipe = self.recipe()
+        self._remember(recipe)
+        self._job, self._experiment, self._notes = self.viewer.run(recipe)
+        self._comparison.object = ""
+        self.refresh()
+
+    def _state_html(self, job: Job, experiment: Experiment) -> str:
+        position = self._server.queue.position(job)
+        answer = experiment.edited or experiment.original
+        texts = {
+            State.WAITING: f"Waiting: {position} request{'s' if position != 1 else ''} before this one.",
+            State.RUNNING: f"Generating the {'edited' if experiment.edited else 'original'} answer: "
+            f"{len(answer.tokens)} tokens.",
+            State.DONE: "Done.",
+            State.CANCELLED: "Stopped.",
+            State.TIMED_OUT: f"Stopped at the time limit of {self._server.limits.max_seconds:g} s.",
+        }
+        if job.state is State.FAILED:
+            return note(job.reason, "danger")
+        return note(texts[job.state], "good" if job.state is State.DONE else "")
+
+    def _show_map(self, answer: Answer, name: str) -> None:
+        cfg = self._server.model.cfg
+        if answer.experts:
+            self._map.param.update(
+                load=answer.load(cfg.n_layers, cfg.num_experts).tolist(), active=answer.experts[-1].tolist()
+            )
+        about = f"Load of {len(answer.experts)} tokens of the {name} answer; framed: experts of the last token"
+        self._map_title.object = f'<span class="wb-muted">{escape(about)}</span>'
+
+    def _comparison_html(self, experiment: Experiment) -> str:
+        text = comparison_html(experiment, experiment.comparison) if experiment.comparison else ""
+        n = experiment.recipe.samples
+        if n > 1 and all(side is None or all(side.finished) for side in (experiment.original, experiment.edited)):
+            sides = {"original": experiment.original} | ({"edited": experiment.edited} if experiment.edited else {})
+            text += samples_html({name: summarize(experiment, side) for name, side in sides.items()}, n)
+        return text or '<p class="wb-muted">Add an intervention to compare two answers.</p>'
+
+    def _answer_text(self) -> str:
+        if self._experiment is None or not self._experiment.original.tokens:
+            raise InputError("there is no answer yet: press Run first")
+        tokens = list(self._experiment.original.tokens)
+        if tokens[-1] in self._server.model.tokenizer.stop_ids:
+            tokens.pop()  # what ended the answer would end it again
+        text: str = self._server.model.tokenizer.decode(tokens)
+        return text
+
+    def _add_intervention(self, kind: str) -> None:
+        cells = tuple((int(layer), int(expert)) for layer, expert in self._map.chosen)
+        if kind in CELL_KINDS and not cells:
+            raise InputError("no experts are chosen: click cells of the map first")
+        middle = self._server.model.cfg.n_layers // 2
+        layers = () if kind in CELL_KINDS else (middle,) if kind == "steer" else tuple(range(middle + 1))
+        strength = {"reweight": 0.5, "scale_sinks": 0.5}.get(kind, 1.0)
+        one = Intervention(kind, cells=cells if kind in CELL_KINDS else (), layers=layers, strength=strength)
+        self._put_cards([*self._cards, InterventionCard(one, self._remove_card)])
+        self._map.chosen = []
+
+    def _remove_card(self, card: InterventionCard) -> None:
+        self._put_cards([other for other in self._cards if other is not card])
+
+    def _put_cards(self, cards: list[InterventionCard]) -> None:
+        self._cards = cards
+        self._list[:] = [card.view for card in cards]
+
+    def _fill(self, recipe: Recipe) -> None:
+        limits = self._server.limits
+        self._user.value, self._developer.value = recipe.user, recipe.developer
+        self._effort.value, self._begin.value = recipe.effort, recipe.begin
+        self._temperature.value, self._seed.value = recipe.temperature, recipe.seed
+        self._tokens.value = min(recipe.max_new_tokens, limits.max_new_tokens)
+        self._samples.value = min(recipe.samples, limits.max_samples)
+        self._truncation: dict[str, Any] = {name: getattr(recipe, name) for name in ("top_k", "top_p", "min_p")}
+        self._put_cards([InterventionCard(one, self._remove_card) for one in recipe.interventions])
+
+    def _load_recipe(self) -> None:
+        if self._load.value:
+            recipe = Recipe.from_json(bytes(self._load.value).decode("utf-8", "replace"))
+            self._fill(recipe)
+            self._remember(replace(recipe, model=self._server.name))
+            self._status.object = note("The recipe was loaded. Press Run.", "good")
+
+    def _recipe_file(self) -> io.StringIO:
+        return io.StringIO(self.recipe().to_json() + "\n")
+
+    def _show_python(self) -> None:
+        self._python.value = recipe_python(self.recipe())
+        self._code.object = f"<pre>{escape(self._python.value)}</pre>"
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Do what a viewer asked for, or say why it is refused."""
+        try:
+            action()
+        except InputError as error:
+            self._status.object = note(str(error), "danger")
+
+
+def _speed_html(answer: Answer) -> str:
+    shared = f", {answer.shared_tokens:,} prompt tokens reused" if answer.shared_tokens else ""
+    return f'<div class="wb-muted">{answer.speed.tokens:,} new tokens, {escape(str(answer.speed))}{shared}</div>'

@@ -1,0 +1,26 @@
+"""A recipe on many prompts: accuracy and length of the answers without its interventions and with them."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from workbench.model.transformer import GptOss
+from workbench.research.answers import answers
+from workbench.research.recipe import Recipe
+
+
+def accuracy_table(model: GptOss, recipe: Recipe, prompts: Path) -> pd.DataFrame:
+    """Return accuracy and new tokens with 95 % intervals, a row for the original answers and one for the edited.
+
+    The recipe gives effort, sampling and interventions; its own prompt is not used. Directions come from the original
+    answers.
+
+    Raises:
+        InputError: a prompt cannot be read, none has an expected answer, or the model lacks what is named.
+    """
+    options = {name: recipe.options[name] for name in ("samples", "temperature", "max_new_tokens", "seed")}
+    original = answers(model, prompts, effort=recipe.effort, **options)
+    edits = recipe.edits(model, original.transcripts)
+    edited = answers(model, prompts, edits, effort=recipe.effort, **options)
+    tables = [found.accuracy().assign(answers_of=name) for name, found in (("original", original), ("edited", edited))]
+    return pd.concat(tables, ignore_index=True).rename(columns={"answers_of": "version"})

@@ -1,0 +1,120 @@
+"""Answers and comparisons as HTML. All text of a model or a viewer is escaped."""
+
+from collections.abc import Sequence
+from html import escape
+
+from workbench import harmony
+from workbench.dashboards.search import texts
+from workbench.figures.template import THEMES, ThemeName
+from workbench.live.experiment import Answer, Comparison, Experiment, SampleSummary
+
+_STRONG = 2.0  # nats at which the colour of a change is full
+_MOST_COLOUR = 45  # percent of a colour behind text, which stays readable in both themes (contrast above 4.5)
+ANSWER_CSS = """
+.lv-message{border-left:4px solid var(--lv-channel);background:color-mix(in srgb,var(--lv-channel) 9%,transparent);
+border-radius:4px;padding:4px 10px;margin:0 0 8px}
+.lv-head{font-size:var(--wb-small);color:var(--wb-muted);font-weight:600}
+.lv-text{white-space:pre-wrap;overflow-wrap:anywhere;
+font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}
+.lv-text span{border-radius:2px}
+.lv-first{outline:2px solid var(--wb-bad);outline-offset:1px}
+.lv-bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:4px 10px;align-items:center}
+.lv-bar{height:12px;background:var(--wb-raised);border-radius:3px;overflow:hidden}
+.lv-bar i{display:block;height:100%;background:var(--wb-accent)}
+"""
+
+
+def answer_html(
+    experiment: Experiment,
+    answer: Answer,
+    theme: ThemeName,
+    *,
+    change: Sequence[float] = (),
+    first_difference: int | None = None,
+) -> str:
+    """Return the first sample of an answer, a block for each message in the colour of its channel.
+
+    change: of every new token, what the interventions do to its log-probability; its colour shows it.
+    """
+    new, begin = list(answer.tokens), len(experiment.prompt)
+    if not new:
+        return '<p class="wb-muted">No token yet.</p>'
+    tokenizer = experiment.model.tokenizer
+    ids = [*experiment.prompt, *new]
+    labels = harmony.label(ids, tokenizer=tokenizer, n_prompt=begin)
+    words = texts(new, tokenizer)
+    blocks = []
+    for message in labels.messages:
+        if message.end <= begin or message.content < 0:
+            continue
+        start, stop = max(message.text_span.start, begin), message.text_span.stop
+        pieces = [
+            _token(words[i], i, list(answer.logprobs), change, first_difference)
+            for i in range(start - begin, max(stop, start) - begin)
+        ]
+        colour = THEMES[theme].channel.get(message.channel, THEMES[theme].channel["other"])
+        head = " · ".join(
+            filter(None, (message.role, message.channel, message.recipient and f"to {message.recipient}"))
+        )
+        blocks.append(
+            f'<div class="lv-message" style="--lv-channel:{escape(colour)}"><div class="lv-head">{escape(head)}</div>'
+            f'<div class="lv-text">{"".join(pieces)}</div></div>'
+        )
+    return "".join(blocks) or '<p class="wb-muted">The header of the first message…</p>'
+
+
+def _token(
+    text: str, number: int, logprobs: Sequence[float], change: Sequence[float], first_difference: int | None
+) -> str:
+    """Return one token with its numbers as a title, coloured by its change and framed if it is the first to differ."""
+    title = f"token {number}"
+    if number < len(logprobs):
+        title += f", log-probability {logprobs[number]:.3f}"
+    style = ""
+    if number < len(change):
+        title += f", change {change[number]:+.3f} nats"
+        strength = round(_MOST_COLOUR * min(abs(change[number]) / _STRONG, 1))
+        colour = "accent" if change[number] > 0 else "bad"
+        if strength:
+            style = f' style="background:color-mix(in srgb,var(--wb-{colour}) {strength}%,transparent)"'
+    mark = ' class="lv-first"' if number == first_difference else ""
+    return f'<span title="{escape(title)}"{mark}{style}>{escape(text)}</span>'
+
+
+def comparison_html(experiment: Experiment, comparison: Comparison) -> str:
+    """Return the comparison: the first token that differs, log-probabilities, and exchanged experts by layer."""
+    at = comparison.first_difference
+    first = "Both answers are the same." if at is None else f"The answers differ from new token {at} on."
+    total, kept = sum(comparison.original_change), len(comparison.original_change)
+    sentences = [
+        first,
+        f"The interventions change the log-probability of the original answer by {total:+.2f} nats "
+        f"({total / max(kept, 1):+.3f} a token).",
+    ]
+    bars = "".join(
+        f'<span>layer {layer}</span><span class="lv-bar"><i style="width:{share:.1%}"></i></span>'
+        f"<span>{share:.1%}</span>"
+        for layer, share in enumerate(comparison.routing_change)
+    )
+    unmatched = "".join(
+        f'<div class="wb-note warning">No token was met by: {escape(text)}</div>' for text in experiment.unmatched
+    )
+    listed = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    heading = "<h3>Chosen experts that were exchanged, on the original answer</h3>"
+    return f'{unmatched}{listed}{heading}<div class="lv-bars">{bars}</div>'
+
+
+def samples_html(summaries: dict[str, SampleSummary], n: int) -> str:
+    """Return a table of the final answers of all samples, for each side."""
+    answers = list(dict.fromkeys(text for found in summaries.values() for text, _ in found.answers))
+    heads = "".join(f"<th>{escape(name)}</th>" for name in summaries)
+    counts = {name: dict(found.answers) for name, found in summaries.items()}
+
+    def row(title: str, values: Sequence[str]) -> str:
+        cells = "".join(f"<td>{escape(value)}</td>" for value in values)
+        return f"<tr><td>{escape(title)}</td>{cells}</tr>"
+
+    rows = [row(repr(text), [str(counts[name].get(text, 0)) for name in summaries]) for text in answers[:20]]
+    rows.append(row("not complete", [str(n - found.complete) for found in summaries.values()]))
+    rows.append(row("mean new tokens", [f"{found.mean_tokens:.1f}" for found in summaries.values()]))
+    return f'<div class="wb-table"><table><tr><th>Final answer</th>{heads}</tr>{"".join(rows)}</table></div>'
