@@ -113,10 +113,18 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
     ids = tokens["id"].values.tolist()
     message, channel = tokens["message"].values, tokens["channel"].values
     table = run.messages[run.messages["sequence"] == sequence].reset_index(drop=True)
-    heads, bands = {"-1": ""}, {"-1": "frame"}
+    heads, bands, irregular = {"-1": ""}, {"-1": "frame"}, dict[str, str]()
     for number, row in table.iterrows():
-        said = [row["role"] or row["author"], row["channel"], f"to {row['recipient']}" if row["recipient"] else ""]
+        said = [
+            row["role"] or row["author"],
+            row["channel"],
+            f"to {row['recipient']}" if row["recipient"] else "",
+            row["content_type"],
+        ]
         heads[str(number)] = " · ".join(str(s) for s in said if s)
+        found = [*str(row.get("flags", "")).split(), *(["cut off"] if row["closed_by"] == "truncated" else [])]
+        if found:
+            irregular[str(number)] = ", ".join(found).replace("_", " ")
         inside = channel[(message == number) & (channel != CHANNELS.index("frame"))]
         bands[str(number)] = CHANNELS[int(inside[0])] if len(inside) else "frame"
     return {
@@ -127,6 +135,8 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
         "channels": list(CHANNELS),
         "heads": heads,
         "bands": bands,
+        "irregular": irregular,
+        "n_prompt": int(run.sequences["n_prompt"][sequence]),
         "n_layers": run.model["n_layers"],
         "n_experts": run.model["num_experts"],
         "slots": tokens["experts"].shape[-1] if "experts" in tokens else 0,

@@ -39,7 +39,10 @@ def overview(session: Session) -> Page:
         pn.state.add_periodic_callback(refresh, period=2000)
 
     def accuracy() -> Any:
-        return widgets.table("Accuracy and new tokens by effort", content.accuracy_by_effort(run), f"{name}-accuracy")
+        rows = content.accuracy_by_effort(run)
+        known = set(run.sequences["task"])
+        links = [session.link("transcript", task=task) if task in known else "" for task in rows["task"]]
+        return widgets.table("Accuracy and new tokens by effort", rows, f"{name}-accuracy", {"task": links})
 
     def tokens() -> Any:
         return widgets.table("Tokens by channel and effort", quick_look.tokens(run).reset_index(), f"{name}-tokens")

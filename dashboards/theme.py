@@ -131,6 +131,13 @@ box-shadow:none;outline:none}
 .card-header:focus-visible{outline:3px solid var(--wb-accent)}
 .card-title,.card-title *{font-size:var(--wb-lead);font-weight:600;text-align:left!important}
 """
+# of alerts by kind; the second colours are for notebooks, where no page sets the variables
+ALERT_CSS = """
+:host(.alert){background:var(--wb-accent-soft,#dfeaf5);color:var(--wb-ink,#1f2430);border:0;border-radius:4px;
+border-left:4px solid var(--wb-accent,#14508c);padding:8px 12px}
+:host(.alert-warning){background:var(--wb-warn-soft,#fbf0d9);border-left-color:var(--wb-warn,#7a4f00)}
+:host(.alert-danger){background:var(--wb-bad-soft,#fbe7e4);border-left-color:var(--wb-bad,#a82a1f)}
+"""
 TABULATOR_CSS = """
 .tabulator{background:var(--wb-surface);color:var(--wb-ink);border:0;font-size:var(--wb-text)}
 .tabulator .tabulator-header,.tabulator .tabulator-header .tabulator-col,.tabulator .tabulator-footer{

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.dashboards.study_jobs import Answer
-from workbench.dashboards.theme import CARD_CSS, PARTS_CSS, TABULATOR_CSS
+from workbench.dashboards.theme import ALERT_CSS, CARD_CSS, PARTS_CSS, TABULATOR_CSS
 from workbench.errors import InputError
 from workbench.harmony.flags import SEQUENCE_FLAGS
 from workbench.runs import Run
@@ -45,7 +45,7 @@ def html(text: str) -> pn.pane.HTML:
 
 def alert(text: str, kind: str = "warning") -> pn.pane.Alert:
     """Return an alert with escaped text."""
-    return pn.pane.Alert(escape(text), alert_type=kind)
+    return pn.pane.Alert(escape(text), alert_type=kind, stylesheets=[ALERT_CSS])
 
 
 def card(title: str, content: pn.viewable.Viewable, *, collapsed: bool = False) -> pn.Card:
@@ -77,13 +77,13 @@ def table(
 ) -> pn.Card:
     """Return a card with a table and a button that saves it as CSV; long tables can be sorted, filtered and paged.
 
-    links: the address that each cell of a column opens.
+    links: the address that each cell of a column opens, or "".
     """
     shown = rows.copy()
     for column, addresses in (links or {}).items():
         texts = [escape(str(text)) for text in rows[column]]
         pairs = zip(addresses, texts, strict=True)
-        shown[column] = [f'<a href="{escape(address)}">{text}</a>' for address, text in pairs]
+        shown[column] = [f'<a href="{escape(address)}">{text}</a>' if address else text for address, text in pairs]
     drawn = _plain_table(shown, set(links or ())) if len(rows) <= _PLAIN_ROWS else _long_table(shown, set(links or ()))
     return card(title, pn.Column(drawn, _csv(lambda: rows, name), sizing_mode="stretch_width"), collapsed=collapsed)
 

@@ -17,7 +17,7 @@ from workbench.experiments.from_run import transcripts
 from workbench.harmony.transcripts import write_transcripts
 
 HOWTO = Path(__file__).parents[1] / "docs" / "howto"
-PAGES = ["record.md", "everyday.md", "plan.md", "../formats.md", "../nano.md"]
+PAGES = ["record.md", "everyday.md", "plan.md", "../formats.md", "../nano.md", "../gallery.md"]
 _BLOCK = re.compile(r'^```(python|bash|sh)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
 
 
@@ -42,6 +42,7 @@ def private_names(code: str) -> list[str]:
     return [name for name in names if name.startswith("_") and not name.startswith("__")]
 
 
+@pytest.mark.filterwarnings("ignore:only .* prompts")  # pages use few
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs_as_a_reader_would_run_it(
     page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

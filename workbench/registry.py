@@ -80,7 +80,7 @@ class Record:
         return importlib.import_module(self.figures or "workbench.figures.default")
 
     def checked_options(self, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options for the function of the study or experiment; whole numbers become floats where needed.
+        """Return the options for the function of the study or experiment; numbers become floats or text where needed.
 
         Raises:
             InputError: it has no option of this name, or the value has another type than the option's default.
@@ -91,6 +91,8 @@ class Record:
                 raise InputError(f"{self.name} has no option {name!r}; it has {', '.join(('seed', *self.options))}")
             wanted = type(known[name].default)
             checked[name] = float(value) if wanted is float and type(value) is int else value
+            if wanted is str and type(value) in (int, float):  # doses=1 on the command line is read as a number
+                checked[name] = f"{value:g}"
             if known[name].default is not None and not isinstance(checked[name], wanted):
                 raise InputError(f"{self.name}: option {name}={value!r}: expected a value of type {wanted.__name__}")
         return checked

@@ -327,3 +327,16 @@ def test_a_run_name_is_only_text_in_the_template(tmp_path: Path) -> None:
     assert "<" not in template.title
     assert "&lt;img" in template.title
     assert "<" not in template.texts["run_name"]
+
+
+def test_irregular_messages_of_a_conversation_are_marked(demo_run: Path) -> None:
+    run = wb.open_run(demo_run)
+    tokenizer = search.vocabulary(run)
+    assert data_of(run, 0, tokenizer)["irregular"] == {}, "nothing is irregular in the demo run"
+    messages = run.messages.copy()
+    own = messages.index[messages["sequence"] == 0]
+    messages.loc[own[1], "flags"] = "no_message extra_text"
+    messages.loc[own[2], "closed_by"] = "truncated"
+    run.__dict__["messages"] = messages
+    assert data_of(run, 0, tokenizer)["irregular"] == {"1": "no message, extra text", "2": "cut off"}
+    assert data_of(run, 1, tokenizer)["irregular"] == {}

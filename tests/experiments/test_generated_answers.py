@@ -61,13 +61,12 @@ def test_an_expert_that_carries_the_behaviour_is_found_among_random_ones(nano: G
     others = [forbid(layer, [e]) for layer, e in np.ndindex(2, 12) if (layer, e) != (LAYER, EXPERT)][:20]
     recipe = {"carrier": forbid(LAYER, [EXPERT])}
     with carried_by_an_expert(nano):
-        found = behaviour(nano, rows[:6], recipe, controls={"carrier": others}, max_new_tokens=12)
+        found = behaviour(nano, rows[:5], recipe, controls={"carrier": others}, max_new_tokens=4)
     same = found.sel(measure="same answer", intervention="carrier")
     assert float(same["change"]) < -0.8
     assert float(same["p_family"]) <= 0.05
     random = same["random"].values
     assert rank(random[0], random[1:]).p > 0.05, "the negative control: an ordinary expert among the others"
-    assert float(found["change"].sel(intervention="carrier", measure="correct")) < 0
     assert "same answer" in found.attrs["summary"]
     assert "beyond random controls" in found.attrs["summary"]
     drawn = figures.gallery({"answers": found})
@@ -76,10 +75,10 @@ def test_an_expert_that_carries_the_behaviour_is_found_among_random_ones(nano: G
 
 
 def test_gates_times_one_change_nothing_and_every_measure_has_its_zero(nano: GptOss, rows: list[Transcript]) -> None:
-    base = generate_answers(nano, rows[:6], max_new_tokens=12)
-    unchanged = measure(nano, rows[:6], base, reweight(1, [0, 1, 2], 1.0), max_new_tokens=12)
+    base = generate_answers(nano, rows[:6], max_new_tokens=6)
+    unchanged = measure(nano, rows[:6], base, reweight(1, [0, 1, 2], 1.0), max_new_tokens=6)
     np.testing.assert_array_equal(np.nan_to_num(unchanged), 0)
-    changed = measure(nano, rows[:6], base, reweight(range(4), range(16), 0.0), max_new_tokens=12)
+    changed = measure(nano, rows[:6], base, reweight(range(4), range(16), 0.0), max_new_tokens=6)
     by_name = dict(zip(generated_answers.MEASURES, changed, strict=True))
     assert by_name["same answer"].min() == -1
     assert by_name["tokens before divergence"].mean() < 0

@@ -30,21 +30,18 @@ def nano():
 FEW = pytest.mark.filterwarnings("ignore:only .* prompts")
 
 
-# experiments that need more than a few prompts of a group
-FAST: dict[str, dict[str, object]] = {
-    "generated-answers": {"change": "direction", "doses": "1", "max_new_tokens": 6},
-    "sentence-importance": {"conversations": 2, "samples": 10, "max_new_tokens": 60},
-}
+# docs/gallery.md runs these by name, and their own tests draw them
+ON_THE_GALLERY_PAGE = ("generated-answers", "sentence-importance", "super-experts")
+# these need more than a few prompts of a group
 LARGE = ("expert-ablation", "expert-forcing", "expert-reweighting", "steering", "logit-attribution", "chain-of-thought")
 
 
 @FEW
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [record.name for record in experiments()])
+@pytest.mark.parametrize("name", [record.name for record in experiments() if record.name not in ON_THE_GALLERY_PAGE])
 def test_every_experiment_has_a_summary_and_can_be_drawn_and_saved(name, run, nano, tmp_path):
     record = registry.find(name)
-    options = {"controls": 20} if "controls" in record.options else {}
-    options |= FAST.get(name, {})
+    options = {name: n for name, n in {"controls": 20, "routes": 2}.items() if name in record.options}
     found = run_experiment(name, nano, run, sequences=60 if name in LARGE else 20, **options)
     drawn = record.load_figures().gallery(found)
     assert {item.source.attrs["title"] for item in drawn.values()} == {ds.attrs["title"] for ds in found.values()}

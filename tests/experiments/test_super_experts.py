@@ -13,6 +13,7 @@ from workbench.errors import InputError
 from workbench.experiments import super_experts
 from workbench.experiments.from_run import transcripts
 from workbench.experiments.super_experts import magnitudes, massive, nearest_in_load
+from workbench.figures import default
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 
@@ -56,6 +57,7 @@ def test_a_planted_super_expert_is_found_and_its_removal_takes_the_massive_activ
     assert int(found["activations"]["massive"][0]) == 0
     assert int(found["activations"]["massive"][LAYER]) > 0
     assert f"layer {LAYER}, dimension {DIMENSION}" in found["activations"].attrs["summary"]
+    assert all(item.draw().data and len(item.table()) for item in default.gallery(found).values())
     removal = found["removal"].sel(measure="log of the largest activation")
     assert float(removal["change"]) < -2
     assert float(removal["p_family"]) <= 0.05

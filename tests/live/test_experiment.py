@@ -11,6 +11,7 @@ import torch
 
 import workbench as wb
 from tests.cli.running import run_command
+from tests.conftest import DATA
 from workbench.hooks.interventions import applied
 from workbench.live.experiment import Experiment, RoutingRecorder, exchanged, first_difference, limited, summarize
 from workbench.live.result import result_of, text_of
@@ -179,3 +180,16 @@ def test_a_saved_recipe_runs_on_the_command_line(done: Experiment, tmp_path: Pat
     file.write_text('{"recipe": 1, "users": 3}')
     refused = run_command("apply", str(file))
     assert (refused.code, "'users' is unknown" in refused.err) == (2, True)
+
+
+def test_a_recipe_is_applied_to_other_prompts(tmp_path: Path) -> None:
+    cells = [[layer, expert] for layer in (0, 1, 2) for expert in range(12)]
+    recipe = {"recipe": 1, "effort": "low", "max_new_tokens": 8, "interventions": [{"kind": "forbid", "cells": cells}]}
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    rows = [line for line in (DATA / "prompts.jsonl").read_text().splitlines() if '"conflict' in line][:3]
+    (tmp_path / "p.jsonl").write_text("\n".join(rows) + "\n")
+    ran = run_command("apply", str(tmp_path / "r.json"), "--prompts", str(tmp_path / "p.jsonl"))
+    assert ran.code == 0, ran.err
+    head, original, edited = (line.split() for line in ran.out.splitlines())
+    assert float(original[head.index("accuracy")]) > float(edited[head.index("accuracy")])
+    assert (original[-1], edited[-1]) == ("original", "edited")

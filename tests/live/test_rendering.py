@@ -49,7 +49,7 @@ def test_an_answer_is_shown_by_message_and_as_text() -> None:
     (first,) = [span for span in text.split("<span")[1:] if "lv-first" in span]
     assert ">one</span>" in first
     assert "change -1.000 nats" in first
-    assert "--wb-bad) 30%" in first
+    assert "--wb-bad) 22%" in first
     assert text.count("color-mix") == 1, "tokens without a change have no colour"
     assert "lv-first" not in answer_html(experiment, answer, "dark")
 

@@ -65,6 +65,8 @@ def test_a_probe_reads_the_channel_and_not_random_labels(run: Run) -> None:
     random = pd.Series(np.random.default_rng(0).choice(["a", "b"], len(run.sequences)), index=run.sequences.index)
     chance = wb.probe(run, random, layers=[2], max_tokens=900).sel(layer=2, group="all")
     assert abs(float(chance["accuracy"]) - 0.5) < 0.15, "the negative control: labels that mean nothing"
+    assert float(everywhere["selectivity"]) == float(everywhere["accuracy"]) - float(everywhere["control"])
+    assert float(everywhere["accuracy_bigram"]) > float(everywhere["baseline"]), "words alone tell much of the channel"
     with pytest.raises(InputError, match="'colour' is no label"):
         wb.probe(run, "colour")
 

@@ -3,7 +3,14 @@
 import numpy as np
 
 from workbench.studies.channels import probe_auc
-from workbench.studies.probes import bigrams, category_auc, control_labels, position_bins, previous_ids
+from workbench.studies.probes import (
+    bigrams,
+    category_auc,
+    category_predictions,
+    control_labels,
+    position_bins,
+    previous_ids,
+)
 
 
 def test_a_control_label_belongs_to_a_token_type() -> None:
@@ -41,3 +48,14 @@ def test_baselines_find_what_is_planted_in_them_and_nothing_else() -> None:
     assert category_auc(ids, ids == 3, sequence).mean() > 0.99
     assert category_auc(position_bins(position), position > 30, sequence).mean() > 0.95
     assert abs(category_auc(ids, position > 30, sequence).mean() - 0.5) < 0.06
+
+
+def test_predictions_from_a_category_are_of_held_out_groups() -> None:
+    rng = np.random.default_rng(0)
+    group, category = np.repeat(np.arange(40), 25), rng.integers(0, 6, 1000)
+    label = np.where(rng.random(1000) < 0.9, category % 3, rng.integers(0, 3, 1000))
+    assert (category_predictions(category, label, group) == label).mean() > 0.85
+    noise = rng.integers(0, 3, 1000)
+    assert abs((category_predictions(category, noise, group) == noise).mean() - 1 / 3) < 0.07
+    # negative control: a category that names the token itself would be right in its own training data
+    assert (category_predictions(np.arange(1000), noise, group) == noise).mean() < 0.45

@@ -1,5 +1,6 @@
 """Files of a study: complete, readable by anything, and never half-written."""
 
+import io
 import json
 
 import numpy as np
@@ -69,3 +70,13 @@ def test_a_file_in_the_place_of_the_directory_is_refused(datasets, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match="is not a folder"):
         result.save(datasets, tmp_path / "out")
+
+
+def test_a_table_has_no_text_that_spreadsheets_take_for_a_formula():
+    table = pd.DataFrame({"token": ["=", "=HYPERLINK(1)", "-2", "@x", "a=b", None], "value": [-1.5, 2, 3, 4, 5, 6]})
+    text = result.csv_text(table)
+    again = pd.read_csv(io.StringIO(text), dtype={"token": str})
+    assert again.token.tolist()[:5] == ["'=", "'=HYPERLINK(1)", "'-2", "'@x", "a=b"]
+    assert again.value.tolist() == table.value.tolist(), "numbers stay numbers"
+    assert table.token[0] == "=", "the table itself is unchanged"
+    assert "\n=," in table.to_csv(index=False), "the negative control"

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from workbench.bench.command import app as bench
-from workbench.cli import finetuning, graphs, live, models, pipeline, results, sharing
+from workbench.cli import finetuning, graphs, labels, live, models, pipeline, results, sharing
 from workbench.errors import InputError, JobError
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for commands in (models, pipeline, results, live, graphs, finetuning, sharing):
+for commands in (models, pipeline, results, live, graphs, labels, finetuning, sharing):
     app.registered_commands += commands.app.registered_commands
 app.add_typer(bench, name="bench")
 

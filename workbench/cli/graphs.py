@@ -30,6 +30,9 @@ def graph(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most so many tokens.")] = 512,
     nodes: Annotated[float, typer.Option(help="Share of the influence that the nodes keep.")] = 0.8,
     edges: Annotated[float, typer.Option(help="Share of the influence that the edges keep.")] = 0.98,
+    features: Annotated[
+        str | None, typer.Option(help="URL of the pages of experts that `workbench export RUN neuronpedia` wrote.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     overwrite: Overwrite = False,
@@ -53,7 +56,7 @@ def graph(
 
             networkx.write_graphml(graph_export.to_networkx(found), part)
         else:
-            graph_export.write_json(loaded, found, part)
+            graph_export.write_json(loaded, found, part, features_url=features)
     print(f"answer: {loaded.tokenizer.decode(answer)}")
     print(_described(found))
     print(out)

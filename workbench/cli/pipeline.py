@@ -297,8 +297,15 @@ def verify(
 @names_damage
 def export(
     run: RunPath,
-    out: Annotated[Path, typer.Argument(help="File (parquet) or folder to write.")],
-    format: Annotated[str, typer.Option(help="parquet, safetensors, or datasets (Hugging Face, as SAELens reads).")],
+    target: Annotated[str, typer.Argument(help="File or folder to write; with --out, the format.")],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="parquet (a file), safetensors, datasets (Hugging Face, as SAELens reads), or neuronpedia (feature "
+            "JSON of each expert)."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File or folder to write, behind the format.")] = None,
     what: Annotated[str, typer.Option(help="tokens, or an activation as activations/resid_post.")] = "tokens",
     layers: Annotated[
         list[int] | None, typer.Option(help="Layers of an activation; repeat for several. [default: all recorded]")
@@ -311,13 +318,33 @@ def export(
     effort: Annotated[list[str] | None, typer.Option(help="Export only these sequences; repeat for several.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Export only these sequences; repeat for several.")] = None,
     context: Annotated[int, typer.Option(help="Tokens in a row of a dataset of activations.")] = 128,
+    model: Annotated[
+        str | None, typer.Option(help="neuronpedia: the run's model, for the logits that experts raise and lower.")
+    ] = None,
+    sequences: Annotated[
+        int, typer.Option(min=1, help="neuronpedia: sequences over which those logits are averaged.")
+    ] = 50,
     overwrite: Overwrite = False,
 ) -> None:
-    """Export a selection of a run for other programs."""
+    """Export a selection of a run for other programs: `export RUN FORMAT --out PATH`, or `export RUN PATH --format`.
+
+    neuronpedia writes a page for each expert with its examples, as NUMBER.json, for a graph's --features.
+    """
     from workbench.runs import open_run
     from workbench.runs.export import Selection
     from workbench.runs.export import export as write
 
+    if (out is None) == (format is None):
+        raise InputError("give a format and --out PATH, or a path and --format: see `workbench export --help`")
+    format, out = (target, out) if out is not None else (str(format), Path(target))
+    if format == "neuronpedia":
+        refused = {"--what": what != "tokens", "--layers": layers, "--channel": channel, "--role": role}
+        refused |= {"--part": part, "--effort": effort, "--task": task}
+        if wrong := [name for name, given in refused.items() if given]:
+            raise InputError(f"{wrong[0]} is for other formats: pages of experts are of the whole run")
+        return _pages(run, out, model, sequences, overwrite)
+    if model is not None:
+        raise InputError("--model is for the format neuronpedia")
     chosen = [tuple(names or ()) for names in (channel, role, part, effort, task)]
     n = write(
         open_run(run),
@@ -330,3 +357,25 @@ def export(
         overwrite=overwrite,
     )
     print(f"{out}: {n:,} tokens")
+
+
+def _pages(run: str, out: Path, model: str | None, sequences: int, overwrite: bool) -> None:
+    """Write the pages of a run's experts."""
+    from workbench.outputs import check_output
+    from workbench.runs import open_run
+    from workbench.studies import expert_examples, feature_pages
+
+    check_output(out, command="export", inputs=[run], overwrite=overwrite)
+    opened, logits = open_run(run), None
+    if model is not None:
+        from workbench.experiments import expert_logits
+        from workbench.experiments.from_run import transcripts
+        from workbench.experiments.registry import chosen_sequences
+
+        loaded = load_model(model, "auto", "bfloat16")
+        if opened.checkpoint["digest"] != loaded.checkpoint.digest:
+            raise InputError(f"{run} was captured from another checkpoint than {model}: give that one")
+        rows = transcripts(opened, chosen_sequences(opened, loaded.cfg.n_ctx, sequences))
+        logits = expert_logits.load(loaded, rows)
+    n = feature_pages.write_pages(opened, out, expert_examples.load(opened), logits, overwrite=overwrite)
+    print(f"{out}: pages of {n} experts" + ("" if logits is not None else ", without logits: give --model for them"))

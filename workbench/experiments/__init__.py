@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 _FUNCTIONS = {"graph": "attribution_graph"}  # public functions, and the module that has them
 _MODULES = (
     "attribution",
+    "circuits",
     "effects",
+    "expert_logits",
     "expert_sets",
     "final_channel",
     "from_run",
     "gradients",
     "graph_checks",
+    "graph_details",
     "graph_export",
     "hidden_messages",
     "intervals",

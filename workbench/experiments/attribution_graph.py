@@ -86,8 +86,8 @@ def graph(
     frozen = FrozenPass(model, ids[: end + 1])
     wanted = int(frozen.logits[-1].argmax()) if target is None else _token(model, target)
     other = None if against is None else _token(model, against)
-    direction = _direction(frozen, wanted, other)
-    flows, start = frozen.backward(_at_the_end(frozen, direction))
+    direction = logit_direction(frozen, wanted, other)
+    flows, start = frozen.backward(at_the_end(frozen, direction))
     candidates = _candidates(frozen, flows, start)
     chosen = candidates.loc[candidates["value"].abs().nlargest(max_nodes - 1).index].sort_values(["order", "pos"])
     chosen = pd.concat([chosen, _target_node(frozen, direction)], ignore_index=True)
@@ -139,7 +139,7 @@ def _check_options(n: int, at: int, node_share: float, edge_share: float, max_no
         raise InputError(f"max_nodes={max_nodes}: expected at least 2")
 
 
-def _direction(frozen: FrozenPass, wanted: int, other: int | None) -> Float[Tensor, " d_model"]:
+def logit_direction(frozen: FrozenPass, wanted: int, other: int | None) -> Float[Tensor, " d_model"]:
     """Return the direction at the last stream whose product with it is the logit difference."""
     matrix = frozen.model.unembed.weight
     off = matrix.to(frozen.wide).mean(0) if other is None else matrix[other].to(frozen.wide)
@@ -150,7 +150,8 @@ def _direction(frozen: FrozenPass, wanted: int, other: int | None) -> Float[Tens
     )
 
 
-def _at_the_end(frozen: FrozenPass, direction: Tensor) -> Float[Tensor, "pos d_model"]:
+def at_the_end(frozen: FrozenPass, direction: Float[Tensor, " d_model"]) -> Float[Tensor, "pos d_model"]:
+    """Return a direction at the last token, and nothing at the others."""
     end = direction.new_zeros(len(frozen.tokens), len(direction))
     end[-1] = direction
     return end

@@ -109,6 +109,15 @@ class FrozenPass:
             flows.append(LayerFlow(**heads, **experts))
         return flows[::-1], g
 
+    @torch.no_grad()
+    def direction_after(self, layer: int, end: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
+        """Return a direction at the stream after the last block as that at the stream after this one."""
+        g = end.to(self.wide)
+        for later in reversed(range(layer + 1, self.model.cfg.n_layers)):
+            _, g = self._through_experts(later, g)
+            _, g = self._through_heads(later, g)
+        return g
+
     def _through_experts(self, layer: int, g: Float[Tensor, "pos d_model"]) -> tuple[dict[str, Tensor], Tensor]:
         mlp, block = self.model.blocks[layer].mlp, self.model.blocks[layer]
         chosen, gates = (self.seen(f"mlp.hook_expert_{name}", layer) for name in ("indices", "weights"))
@@ -118,7 +127,7 @@ class FrozenPass:
         for expert, pos, slot in self._groups(chosen, g):
             gate, up = (self.seen(f"mlp.experts.hook_{name}", layer)[pos, slot] for name in ("gate", "pre"))
             v = gates[pos, slot, None] * (g[pos] @ mlp.experts.W_out(expert).to(self.wide).mT)
-            by_gate, by_up, post, fixed = _halves(gate, up, v, self.model.cfg.swiglu_limit, self.model.cfg.swiglu_alpha)
+            by_gate, by_up, post, fixed = halves(gate, up, v, self.model.cfg.swiglu_limit, self.model.cfg.swiglu_alpha)
             w_gate, w_up = mlp.experts.W_gate(expert).to(self.wide), mlp.experts.W_in(expert).to(self.wide)
             b_gate, b_up = mlp.experts.b_gate(expert).to(self.wide), mlp.experts.b_in(expert).to(self.wide)
             reads[pos, slot] = (by_gate @ w_gate.mT + by_up @ w_up.mT) * gain[pos]
@@ -154,8 +163,17 @@ class FrozenPass:
         return found, g + back * gain
 
 
-def _halves(gate: Tensor, up: Tensor, v: Tensor, limit: float, alpha: float) -> tuple[Any, ...]:
-    """Return the coefficients of gate and up, the activation, and the constant of a · (up + 1) shared out in halves."""
+def halves(
+    gate: Float[Tensor, "node neuron"],
+    up: Float[Tensor, "node neuron"],
+    v: Float[Tensor, "node neuron"],
+    limit: float,
+    alpha: float,
+) -> tuple[Any, ...]:
+    """Return the coefficients of gate and up, the activation, and the constant of a · (up + 1) shared out in halves.
+
+    v: what the target gains from each neuron's activation. The first three are [node neuron], the constant [node].
+    """
     clamped_gate, clamped_up = gate.clamp(max=limit), up.clamp(-limit, limit)
     sigmoid = torch.sigmoid(alpha * clamped_gate)
     a, b = clamped_gate * sigmoid, clamped_up + 1

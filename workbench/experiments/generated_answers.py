@@ -119,20 +119,23 @@ def _answer(model: GptOss, prompt: list[int], new: list[int], refusal: re.Patter
 
 
 def measure(
-    model: GptOss, rows: Sequence[Transcript], base: Sequence[Answer], *edits: Edit, max_new_tokens: int = 256
+    model: GptOss,
+    rows: Sequence[Transcript],
+    base: Sequence[Answer],
+    *edits: Edit,
+    max_new_tokens: int = 256,
+    routes: Sequence[np.ndarray] | None = None,
 ) -> Float[np.ndarray, "measure sequence"]:
     """Return every measure of the answers with the edits, less that without: `MEASURES` by sequence.
 
     For "same answer", "tokens before divergence" and "routing flips" the value without an edit is 1, 1 and 0. "correct"
-    is NaN where the expected text is not known.
+    is NaN where the expected text is not known. routes: the experts [layer pos slot]
+    of each unedited answer, if they are known already.
     """
     found = generate_answers(model, rows, *edits, max_new_tokens=max_new_tokens)
     common = [_common(b.ids, f.ids) for b, f in zip(base, found, strict=True)]
-    whole = [
-        Transcript(r.id, r.prompt_id, r.effort, np.array([*r.tokens[: r.n_prompt], *b.ids], np.int32), r.n_prompt)
-        for r, b in zip(rows, base, strict=True)
-    ]
-    before = routing(model, whole)
+    whole = _answered(rows, base)
+    before = routing(model, whole) if routes is None else routes
     with applied(model, *edits):
         after = routing(model, whole)
     flips = [
@@ -152,6 +155,14 @@ def measure(
             np.array(flips),
         ]
     )
+
+
+def _answered(rows: Sequence[Transcript], base: Sequence[Answer]) -> list[Transcript]:
+    """Return the sequences with the new answers in place of theirs."""
+    return [
+        Transcript(r.id, r.prompt_id, r.effort, np.array([*r.tokens[: r.n_prompt], *b.ids], np.int32), r.n_prompt)
+        for r, b in zip(rows, base, strict=True)
+    ]
 
 
 def _change(after: Sequence[float], before: Sequence[float]) -> Float[np.ndarray, " sequence"]:
@@ -202,9 +213,10 @@ def behaviour(
     for own in drawn.values():
         check_controls(len(own) if own else n_controls or MIN_CONTROLS)
     base = generate_answers(model, rows, max_new_tokens=max_new_tokens)
+    routes = routing(model, _answered(rows, base))
 
     def measured(edits: Sequence[Edit]) -> np.ndarray:
-        return measure(model, rows, base, *edits, max_new_tokens=max_new_tokens)
+        return measure(model, rows, base, *edits, max_new_tokens=max_new_tokens, routes=routes)
 
     each = np.stack([measured(_edits(recipe)) for recipe in recipes.values()])
     random = np.full((n_controls, len(recipes), len(MEASURES)), np.nan)

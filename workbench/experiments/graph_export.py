@@ -9,6 +9,7 @@ Reference: the schema in safety-research/circuit-tracer, circuit_tracer/frontend
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,35 @@ import pandas as pd
 from workbench.errors import InputError
 from workbench.experiments.attribution_graph import AttributionGraph
 from workbench.model.transformer import GptOss
+from workbench.studies.feature_pages import cantor
 
 _SLUG = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
-def to_json(model: GptOss, graph: AttributionGraph, slug: str = "graph") -> dict[str, Any]:
+def to_json(
+    model: GptOss,
+    graph: AttributionGraph,
+    slug: str = "graph",
+    *,
+    features_url: str | None = None,
+    labels: Mapping[tuple[int, int], str] | None = None,
+) -> dict[str, Any]:
     """Return the graph in the form of circuit-tracer's files.
 
+    features_url: where the pages of experts are served that `workbench export RUN neuronpedia` writes. labels: of
+    experts (layer, expert), shown behind their names.
+
     Raises:
-        InputError: the slug has other characters than letters, digits, - and _.
+        InputError: the slug has other characters than letters, digits, - and _, or the URL is none.
     """
+    if features_url is not None and not features_url.startswith(("https://", "http://")):
+        raise InputError(f"features_url {features_url!r}: expected an address that begins with https:// or http://")
     if not _SLUG.fullmatch(slug):
         raise InputError(f"slug {slug!r}: use letters, digits, - and _")
     nodes = [_node(model, graph, row) for _, row in graph.nodes.iterrows()]
+    for node, kind, layer, expert in zip(nodes, *(graph.nodes[c] for c in ("kind", "layer", "expert")), strict=True):
+        if kind == "expert" and (text := (labels or {}).get((layer, expert))):
+            node["clerp"] += f": {text}"
     links = [
         {"source": nodes[s]["node_id"], "target": nodes[t]["node_id"], "weight": float(v)}
         for s, t, v in graph.edges[["source", "target", "value"]].itertuples(index=False)
@@ -57,6 +74,8 @@ def to_json(model: GptOss, graph: AttributionGraph, slug: str = "graph") -> dict
         "schema_version": 1,
         "info": graph.metadata,
     }
+    if features_url is not None:
+        metadata["feature_details"] = {"feature_json_base_url": features_url.rstrip("/")}
     q_params = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
     return {"metadata": metadata, "qParams": q_params, "nodes": [*nodes, *errors.values()], "links": links}
 
@@ -85,7 +104,7 @@ def _node(model: GptOss, graph: AttributionGraph, row: "pd.Series[Any]") -> dict
     number = _feature(model, row)
     name = f"{layer}_{number}_{pos}"
     kind_of = {"feature_type": "cross layer transcoder", "jsNodeId": f"{layer}_{number}-{pos}"}
-    return {"node_id": name, "feature": _cantor(layer, number), "layer": str(layer)} | kind_of | shared
+    return {"node_id": name, "feature": cantor(layer, number), "layer": str(layer)} | kind_of | shared
 
 
 def _feature(model: GptOss, row: "pd.Series[Any]") -> int:
@@ -97,10 +116,6 @@ def _feature(model: GptOss, row: "pd.Series[Any]") -> int:
     if kind == "expert":
         return heads + int(row["expert"])
     return heads + experts + ("attention bias", "expert bias").index(kind)
-
-
-def _cantor(x: int, y: int) -> int:
-    return (x + y) * (x + y + 1) // 2 + y
 
 
 def _error_node(row: "pd.Series[Any]") -> dict[str, Any]:
@@ -132,12 +147,12 @@ def label(row: "pd.Series[Any]") -> str:
     return f"layer {row['layer']} {kind}" if kind != "target" else "target"
 
 
-def write_json(model: GptOss, graph: AttributionGraph, path: str | Path) -> Path:
-    """Write the graph as JSON; the file appears complete or not at all."""
+def write_json(model: GptOss, graph: AttributionGraph, path: str | Path, **options: Any) -> Path:
+    """Write the graph as JSON; the file appears complete or not at all. options: as of `to_json`."""
     path = Path(path)
     slug = re.sub(r"[^A-Za-z0-9_-]", "-", path.stem)[:100] or "graph"
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(to_json(model, graph, slug), allow_nan=False) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(to_json(model, graph, slug, **options), allow_nan=False) + "\n", encoding="utf-8")
     part.replace(path)
     return path
 

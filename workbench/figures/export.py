@@ -17,6 +17,7 @@ from workbench.figures import paper
 from workbench.figures.gallery import GalleryItem
 from workbench.outputs import check_files, refuse_paths, write_files
 from workbench.studies.comparison import Run
+from workbench.studies.result import csv_text
 
 PLOTLY_JS = "plotly.min.js"
 FORMATS = ("svg", "pdf", "png", "html")
@@ -86,9 +87,7 @@ def write(
         unpaired = sorted(figures.keys() ^ data.keys())
         raise InputError(f"every figure goes with its data; without a partner: {', '.join(unpaired)}")
     refuse_paths(figures)
-    files: dict[str, str | bytes] = {
-        f"{name}.csv": _frame(table).to_csv(index=False, lineterminator="\n") for name, table in data.items()
-    }
+    files: dict[str, str | bytes] = {f"{name}.csv": csv_text(_frame(table)) for name, table in data.items()}
     files |= beside or {}
     images = [suffix for suffix in FORMATS if suffix in formats and suffix != "html"]
     if images and figures:

@@ -21,6 +21,8 @@ __all__ = ["Limits", "live_page", "serve"]
 
 _MAX_ADDRESS = 16_000  # characters of a recipe in an address; browsers and proxies refuse much longer ones
 _LEFT_MS = 5_000  # a browser that does not come back within this time has left
+# refreshing the page would switch the busy indicator on all the time; the page says itself what it does
+_CSS = ".wb-right > span[aria-hidden]{display:none}"
 _EXAMPLES = {"nano": "12+7"}
 
 
@@ -49,9 +51,11 @@ def live_page(server: ModelServer) -> Callable[[], PageTemplate]:
             if given.get("recipe") and not problem
             else urlencode({"theme": theme} if theme == "dark" else {})
         )
-        return page_template(
+        template = page_template(
             "live", {"live": "Live"}, server.title, sidebar=[], main=page.main(), query=own, theme=theme
         )
+        template.config.raw_css = [*template.config.raw_css, _CSS]
+        return template
 
     return show
 
@@ -95,8 +99,8 @@ def serve(
     options: dict[str, Any] = {
         "websocket_origin": origins,
         "num_threads": 4,
-        "unused_session_lifetime": _LEFT_MS,
-        "check_unused_sessions": 1_000,
+        "unused_session_lifetime_milliseconds": _LEFT_MS,
+        "check_unused_sessions_milliseconds": 1_000,
     }
     try:
         panel = pn.serve(

@@ -9,6 +9,7 @@ from workbench.figures.template import THEMES, ThemeName
 from workbench.live.experiment import Answer, Comparison, Experiment, SampleSummary
 
 _STRONG = 2.0  # nats at which the colour of a change is full
+_MOST_COLOUR = 45  # percent of a colour behind text, which stays readable in both themes (contrast above 4.5)
 ANSWER_CSS = """
 .lv-message{border-left:4px solid var(--lv-channel);background:color-mix(in srgb,var(--lv-channel) 9%,transparent);
 border-radius:4px;padding:4px 10px;margin:0 0 8px}
@@ -72,7 +73,7 @@ def _token(
     style = ""
     if number < len(change):
         title += f", change {change[number]:+.3f} nats"
-        strength = round(60 * min(abs(change[number]) / _STRONG, 1))
+        strength = round(_MOST_COLOUR * min(abs(change[number]) / _STRONG, 1))
         colour = "accent" if change[number] > 0 else "bad"
         if strength:
             style = f' style="background:color-mix(in srgb,var(--wb-{colour}) {strength}%,transparent)"'

@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Float, Int
 
 from workbench.errors import InputError
 from workbench.runs import Run
 from workbench.studies import token_labels
+from workbench.studies.matching import independent_prompts
+from workbench.studies.probes import bigrams, category_predictions, position_bins, previous_ids
 from workbench.studies.token_labels import Selection
 
 _FOLDS = 5
 _POSITION_BINS = 4
+_CATEGORIES = ("token", "position", "bigram")  # what a label is also predicted from without the activation
 
 
 def probe(
@@ -35,9 +39,10 @@ def probe(
     labels: "channel", "role", "part", "effort", "task", "correct", or a value for each sequence. by: also apart for
     each "position" (quarters of the positions), "part", "channel" or "role". where: only these tokens.
 
-    accuracy is on prompts held out in five folds, baseline that of the most frequent label, control that of a probe of
-    labels shuffled between prompts, and selectivity accuracy less control. Labels of tokens that differ in words or
-    position can be read from those: compare within `by`.
+    accuracy is on prompts held out in five folds, baseline that of the most frequent label. control is the accuracy of
+    a probe on Hewitt and Liang's control task, a random label for each token type, and selectivity accuracy less
+    control. accuracy_token, accuracy_position and accuracy_bigram predict the label without the activation, from the
+    token, its position, or the token and the one before it. Prompts with the same tokens are held out together.
 
     Raises:
         InputError: the activation was not recorded, or fewer than two labels or five prompts have it.
@@ -52,9 +57,8 @@ def probe(
         )
         group = _groups(table, by)
         groups = ["all", *dict.fromkeys(sorted(set(group), key=_order))] if by else ["all"]
-        predicted, control, truth = _predicted(x, table, seed)
-        results.append(_scores(predicted, control, truth, table["label"].to_numpy(), group, groups))
-    names = ("accuracy", "baseline", "control", "tokens")
+        results.append(_scores(_right(x, table, seed), table["label"].to_numpy(), group, groups))
+    names = ("accuracy", "baseline", "control", *(f"accuracy_{name}" for name in _CATEGORIES), "tokens")
     dim = by or "group"
     variables = {
         n: (("layer", dim), np.array([[r[g][i] for g in groups] for r in results])) for i, n in enumerate(names)
@@ -67,8 +71,8 @@ def probe(
         "title": f"Probe of {labels if isinstance(labels, str) else 'labels'}",
         "method": f"{about.name}, {_FOLDS} folds held out by prompt, at most {max_tokens} tokens, seed {seed}",
     }
-    for name in ("accuracy", "baseline", "control", "selectivity"):
-        data[name].attrs = {"long_name": name, "units": "1"}
+    for name in (*names[:-1], "selectivity"):
+        data[name].attrs = {"long_name": name.replace("accuracy_", "accuracy from the "), "units": "1"}
     return data
 
 
@@ -78,13 +82,14 @@ def _sample(
     """Return the values of at most so many tokens that have a label, and the labels; the same tokens for each layer."""
     parts: list[tuple[np.ndarray, pd.DataFrame]] = []
     for columns, values in token_labels.blocks(run, about, index):
-        table = columns.assign(label=token_labels.named(labels, columns, run))
+        before = previous_ids(columns["id"].to_numpy(), columns["sequence"].to_numpy())
+        table = columns.assign(label=token_labels.named(labels, columns, run), before=before)
         there = np.isfinite(values).all(1) & (table["label"] != "").to_numpy()
         if where is not None:
             there &= token_labels.mask(where, table, run.sequences)
         parts.append((values[there], table[there]))
     x, table = np.concatenate([p[0] for p in parts]), pd.concat([p[1] for p in parts], ignore_index=True)
-    table["prompt"] = run.sequences["prompt_id"].reindex(table["sequence"]).to_numpy()
+    table["prompt"] = independent_prompts(run)[table["sequence"]]
     if table["label"].nunique() < 2:
         raise InputError(f"the tokens have {table['label'].nunique()} label: a probe needs two, see run.sequences")
     if table["prompt"].nunique() < _FOLDS:
@@ -114,47 +119,53 @@ def _order(name: str) -> tuple[int, str]:
     return (int(first), name) if first.isdecimal() else (0, name)
 
 
-def _predicted(x: np.ndarray, table: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the held-out predictions of the label, those of the control, and the control's own labels."""
+def _right(x: np.ndarray, table: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
+    """Return which held-out tokens the probe, its control task, and each category alone predict rightly [token]."""
+    names, label = np.unique(table["label"].to_numpy(dtype=str), return_inverse=True)
+    ids, prompts = table["id"].to_numpy(np.int64), table["prompt"].to_numpy()
+    # as many labels as the property has, one for each token type
+    types, which = np.unique(ids, return_inverse=True)
+    random = np.random.default_rng(seed).permutation(np.arange(len(types)) % len(names))[which]
+    right = {"accuracy": _predicted(x, label, prompts) == label, "control": _predicted(x, random, prompts) == random}
+    categories = {
+        "token": which,
+        "position": position_bins(table["position"].to_numpy()),
+        "bigram": bigrams(ids, table["before"].to_numpy()),
+    }
+    for name in _CATEGORIES:
+        right[f"accuracy_{name}"] = category_predictions(categories[name], label, prompts) == label
+    return right
+
+
+def _predicted(
+    x: Float[np.ndarray, "token d"], label: Int[np.ndarray, " token"], prompts: Int[np.ndarray, " token"]
+) -> Int[np.ndarray, " token"]:
+    """Return the label that a logistic probe fitted on other prompts gives each token."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    label = table["label"].to_numpy(dtype=object)
-    prompts = table["prompt"].to_numpy()
-    # the control's label belongs to a prompt and a true label, at random
-    key, which = np.unique(np.array([f"{p}\t{t}" for p, t in zip(prompts, label, strict=True)]), return_inverse=True)
-    shuffled = np.random.default_rng(seed).choice(label, len(key))[which]
-    predicted, control = np.empty(len(label), dtype=object), np.empty(len(label), dtype=object)
+    predicted = np.empty_like(label)
     for train, test in StratifiedGroupKFold(_FOLDS).split(x, label, prompts):
-        for truth, into in ((label, predicted), (shuffled, control)):
-            if len(set(truth[train])) < 2:
-                into[test] = truth[train][0]
-                continue
-            fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(
-                x[train], truth[train]
-            )
-            into[test] = fitted.predict(x[test])
-    return predicted, control, shuffled
+        if len(set(label[train])) < 2:
+            predicted[test] = label[train][0]
+            continue
+        fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(x[train], label[train])
+        predicted[test] = fitted.predict(x[test])
+    return predicted
 
 
 def _scores(
-    predicted: np.ndarray,
-    control: np.ndarray,
-    shuffled: np.ndarray,
-    label: np.ndarray,
-    group: np.ndarray,
-    groups: Iterable[str],
-) -> dict[str, tuple[float, float, float, int]]:
-    """Return accuracy, baseline, control and tokens of every group."""
+    right: Mapping[str, np.ndarray], label: np.ndarray, group: np.ndarray, groups: Iterable[str]
+) -> dict[str, tuple[float, ...]]:
+    """Return accuracy, baseline, control, the accuracies of the categories, and tokens of every group."""
     found = {}
     for name in groups:
         own = np.ones(len(label), dtype=bool) if name == "all" else group == name
         n = int(own.sum())
         most = max(np.unique(label[own].astype(str), return_counts=True)[1]) / n if n else np.nan
-        right, chance = (
-            float((p[own] == t[own]).mean()) if n else np.nan for p, t in ((predicted, label), (control, shuffled))
-        )
-        found[name] = (right, float(most), chance, n)
+        shares = {key: float(values[own].mean()) if n else np.nan for key, values in right.items()}
+        of_categories = (shares[f"accuracy_{category}"] for category in _CATEGORIES)
+        found[name] = (shares["accuracy"], float(most), shares["control"], *of_categories, n)
     return found

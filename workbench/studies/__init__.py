@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from workbench.studies.result import summary as summary
 
 # modules that are no studies themselves
-_MODULES = ("contrast", "quick_look", "resampling", "result", "specialization", "statistics", "synthetic")
+_MODULES = (
+    "contrast",
+    "expert_labels",
+    "feature_pages",
+    "label_proposals",
+    "quick_look",
+    "resampling",
+    "result",
+    "specialization",
+    "statistics",
+    "synthetic",
+)
 
 __all__ = ["result", "run_study", "save", "statistics", "summary"]
 

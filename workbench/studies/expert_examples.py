@@ -3,9 +3,9 @@
     ds = wb.studies.expert_examples.load(run)
     ds["top_token"].sel(channel="analysis", layer=2, expert=5)
 
-Examples are those of `workbench.runs.examples`. Over-represented tokens are chosen in one half of the prompts and
-measured in the other one, so that the choice does not bias the measurement. The load of experts by channel and effort,
-with intervals, is that of the study `routing`.
+Examples are those of `workbench.runs.examples`, and labels those of `workbench.studies.expert_labels`. Over-represented
+tokens are chosen in one half of the prompts and measured in the other one, so that the choice does not bias the
+measurement. The load of experts by channel and effort, with intervals, is that of the study `routing`.
 
 Reference: log-odds with a count added to each cell, Haldane 1956; delete-one jackknife over prompts, Efron & Tibshirani
 1993, chapter 11.
@@ -25,6 +25,8 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.runs import conversations, examples
 from workbench.runs.schema import EXAMPLE_KINDS
+from workbench.studies.expert_labels import read as read_labels
+from workbench.studies.expert_labels import with_labels
 from workbench.studies.intervals import MIN_PROMPTS
 from workbench.studies.matching import independent_prompts
 from workbench.studies.resampling import TAILS
@@ -48,6 +50,7 @@ MIN_COUNT = 20  # occurrences of a token in the half in which it is chosen
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]  # name → dimensions and values
 _FRAME = CHANNELS.index("frame")
 _CI = "95 %, delete-one jackknife over the prompts of the other half, Student's t"
+_CI_SCORE = "95 %, Wilson, over texts"
 _CI_ALL = "95 %, delete-one jackknife over prompts, Student's t"
 
 _EXAMPLE = {
@@ -83,7 +86,16 @@ DEFINITIONS = {
     "partner": Definition("co-activated expert", "1", "experts with the largest lift; −1: none"),
     "partner_given": Definition("co-activation", "1", "P(partner in the top k | expert in the top k), all content"),
     "partner_lift": Definition("lift of co-activation", "1", "P(both) / (P(expert) P(partner)), all content"),
-    "label": Definition("automatic description", "text", "over-represented tokens, channel and position"),
+    "label": Definition("label", "text", "that of the run's file of labels, else the automatic one"),
+    "label_score": Definition(
+        "detection score of the label",
+        "1",
+        "right answers on held-out texts of a proposed label; 0.5 is chance",
+        ci=_CI_SCORE,
+    ),
+    "label_score_low": Definition("detection score, lower limit", "1", "lower limit of label_score", ci=_CI_SCORE),
+    "label_score_high": Definition("detection score, upper limit", "1", "upper limit of label_score", ci=_CI_SCORE),
+    "automatic_label": Definition("automatic label", "text", "over-represented tokens, channel and position"),
 }
 METHOD = (
     "Examples are the tokens of the largest gate weights and a uniform random sample, by channel. Over-represented "
@@ -138,10 +150,13 @@ def load(run: Any, *, seed: int = 0, tokenizer: Any = None) -> xr.Dataset:
         "layer": np.arange(run.model["n_layers"]),
         "expert": np.arange(run.model["num_experts"]),
     }
-    variables["label"] = (("layer", "expert"), _labels(variables, [CHANNELS[c] for c in channels]))
+    labels = _labels(variables, [CHANNELS[c] for c in channels])
+    variables |= {name: (("layer", "expert"), labels) for name in ("label", "automatic_label")}
+    unscored = np.full(labels.shape, np.nan)
+    variables |= {f"label_score{limit}": (("layer", "expert"), unscored) for limit in ("", "_low", "_high")}
     attrs = provenance("expert-examples", STUDY.title, run.digest, seed, {"examples": lists["top_gate"].shape[-1]})
     attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": _summary(variables)}
-    return dataset(variables, coords, DEFINITIONS, attrs)
+    return with_labels(dataset(variables, coords, DEFINITIONS, attrs), read_labels(run))
 
 
 def _contexts(run: Any, lists: Mapping[str, np.ndarray], tokenizer: Any) -> dict[str, np.ndarray]:

@@ -145,34 +145,33 @@ def read(
     Raises:
         InputError: fewer than two labels or five prompts have tokens.
     """
-    parts: list[np.ndarray] = []
-    tables: list[pd.DataFrame] = []
+    x, table = np.zeros((0, 0), np.float32), pd.DataFrame()
+    rng = np.random.default_rng(seed)  # the same rows in every layer
     for columns, values in token_labels.blocks(run, about, index):
-        table = columns.assign(
+        own = columns.assign(
             label=token_labels.named(label, columns, run),
             before=previous_ids(columns["id"].to_numpy(), columns["sequence"].to_numpy()),
         )
-        there = np.isfinite(values).all(1) & (table["label"] != "").to_numpy()
+        there = np.isfinite(values).all(1) & (own["label"] != "").to_numpy()
         if where is not None:
-            there &= token_labels.mask(where, table, run.sequences)
-        x, table = values[there], table[there]
-        if pool != "token" and len(table):
-            starts = np.flatnonzero(np.diff(table["sequence"].to_numpy(), prepend=-2))
-            counts = np.diff([*starts, len(table)])
+            there &= token_labels.mask(where, own, run.sequences)
+        found, own = values[there], own[there]
+        if pool != "token" and len(own):
+            starts = np.flatnonzero(np.diff(own["sequence"].to_numpy(), prepend=-2))
+            counts = np.diff([*starts, len(own)])
             last = starts + counts - 1
-            x = x[last] if pool == "last" else np.add.reduceat(x, starts, 0) / counts[:, None]
-            table = table.iloc[last]
-        parts.append(x)
-        tables.append(table)
-    x, table = np.concatenate(parts), pd.concat(tables, ignore_index=True)
+            found = found[last] if pool == "last" else np.add.reduceat(found, starts, 0) / counts[:, None]
+            own = own.iloc[last]
+        table = pd.concat([table, own.assign(drawn=rng.random(len(own)))], ignore_index=True)
+        x = np.concatenate([x.reshape(-1, found.shape[1]), found])
+        if len(table) > max_tokens:  # so many at a time, whatever the size of the run
+            kept = np.sort(np.argsort(table["drawn"].to_numpy())[:max_tokens])
+            x, table = x[kept], table.iloc[kept].reset_index(drop=True)
     table["prompt"] = run.sequences["prompt_id"].reindex(table["sequence"]).to_numpy()
     if (n := table["label"].nunique()) < 2:
         raise InputError(f"the tokens have {n} label: a probe needs two, see run.sequences")
     if (n := table["prompt"].nunique()) < max(FOLDS, MIN_PROMPTS):
         raise InputError(f"{n} prompts have these labels: a probe needs {max(FOLDS, MIN_PROMPTS)} to hold some out")
-    if len(table) > max_tokens:
-        kept = np.sort(np.random.default_rng(seed).choice(len(table), max_tokens, replace=False))
-        x, table = x[kept], table.iloc[kept].reset_index(drop=True)
     return x, table
 
 

@@ -39,6 +39,24 @@ def bigrams(ids: Int[np.ndarray, " token"], before: Int[np.ndarray, " token"]) -
     return np.unique(np.stack([before, ids]), axis=1, return_inverse=True)[1].reshape(-1)
 
 
+def category_predictions(
+    category: Int[np.ndarray, " token"], label: Int[np.ndarray, " token"], group: Int[np.ndarray, " token"]
+) -> Int[np.ndarray, " token"]:
+    """Return the held-out prediction of a label from a category alone, folds split by group.
+
+    It is the most frequent label of the category's training tokens, and of all where these have none.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    predicted = np.empty_like(label)
+    shape = (int(category.max()) + 1, int(label.max()) + 1)
+    for train, test in StratifiedGroupKFold(FOLDS).split(category, label, group):
+        counts = np.zeros(shape)
+        np.add.at(counts, (category[train], label[train]), 1.0)
+        predicted[test] = (counts + counts.mean(0) / len(train)).argmax(1)[category[test]]
+    return predicted
+
+
 def category_auc(
     category: Int[np.ndarray, " token"], label: Bool[np.ndarray, " token"], group: Int[np.ndarray, " token"]
 ) -> Float[np.ndarray, " fold"]:

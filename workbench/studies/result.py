@@ -21,6 +21,8 @@ from workbench.errors import InputError
 from workbench.outputs import write_files
 from workbench.version import version
 
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+
 
 @dataclass(frozen=True)
 class Definition:
@@ -72,6 +74,23 @@ def tables(result: xr.Dataset) -> dict[str, pd.DataFrame]:
     }
 
 
+def csv_text(table: pd.DataFrame) -> str:
+    """Return a table as CSV, in which spreadsheets take no text for a formula.
+
+    Texts that begin with =, +, -, @ or a control character get a ' in front, which spreadsheets do not show; JSON
+    files beside it have the text itself.
+
+    Reference: OWASP, CSV injection.
+    """
+    safe = table.copy()
+    for column in safe.columns[[not pd.api.types.is_numeric_dtype(dtype) for dtype in safe.dtypes]]:
+        texts = safe[column]
+        risky = texts.map(lambda value: isinstance(value, str) and value.startswith(_FORMULA_STARTS))
+        if risky.any():
+            safe[column] = texts.astype(object).where(~risky.astype(bool), "'" + texts.astype(str))
+    return safe.to_csv(index=False, lineterminator="\n")
+
+
 def summary(datasets: Mapping[str, xr.Dataset]) -> str:
     """Return the summaries of studies with their methods and what they do not control."""
     parts = [f"{name}: {result.attrs['title']}\n{result.attrs['summary']}" for name, result in datasets.items()]
@@ -105,7 +124,7 @@ def files_of(datasets: Mapping[str, xr.Dataset]) -> dict[str, str]:
         stem = f"{result.attrs['study']}_{name}"
         files[f"{stem}.json"] = json.dumps(_plain(result.to_dict()), indent=1, allow_nan=False) + "\n"
         for dims, table in tables(result).items():
-            files[f"{stem}_{dims}.csv"] = table.to_csv(index=False, lineterminator="\n")
+            files[f"{stem}_{dims}.csv"] = csv_text(table)
     for study in dict.fromkeys(result.attrs["study"] for result in datasets.values()):
         files[f"{study}.txt"] = summary({name: ds for name, ds in datasets.items() if ds.attrs["study"] == study})
     return files

@@ -1,0 +1,66 @@
+"""Circuits of two channels are compared prompt by prompt, and equal ones are found equal."""
+
+import pytest
+import torch
+
+import workbench as wb
+from tests.conftest import DATA
+from workbench.errors import InputError
+from workbench.experiments import circuits
+from workbench.experiments.from_run import transcripts
+from workbench.model.transformer import GptOss
+
+
+@pytest.fixture(scope="module")
+def model() -> GptOss:
+    return wb.load("nano", dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs(model: GptOss) -> list[dict[str, circuits.AttributionGraph]]:
+    return circuits.paired_graphs(model, transcripts(wb.open_run(DATA / "demo.zarr"), range(2, 75, 3)), max_nodes=60)
+
+
+def test_both_graphs_explain_the_same_token(model: GptOss, pairs: list[dict[str, circuits.AttributionGraph]]) -> None:
+    assert len(pairs) >= 20
+    for pair in pairs:
+        analysis, final = pair["analysis"], pair["final"]
+        assert analysis.metadata["target_id"] == final.metadata["target_id"]
+        assert final.tokens[: len(analysis.tokens)] == analysis.tokens, "the same sequence, up to an earlier token"
+        assert final.tokens[len(analysis.tokens)] == analysis.metadata["target_id"]
+        assert "final" in "".join(final.texts[len(analysis.tokens) :])
+
+
+def test_shares_are_counts_over_prompts(pairs: list[dict[str, circuits.AttributionGraph]]) -> None:
+    table = circuits.compare(pairs)
+    row = table.iloc[0]
+    for channel in circuits.CHANNELS:
+        count = sum((row["source"], row["target"]) in circuits._edges(pair[channel]) for pair in pairs)
+        assert row[channel] == pytest.approx(count / len(pairs))
+        assert row[f"{channel}_low"] <= row[channel] <= row[f"{channel}_high"]
+    assert (table["q"] >= table["p"] - 1e-12).all()
+    equal = circuits.compare([{"analysis": pair["final"], "final": pair["final"]} for pair in pairs])
+    assert (equal["difference"] == 0).all()
+    assert (equal["p"] == 1).all()
+    assert table["q"].min() < 0.05, "the negative control: the two channels differ, and equal ones do not"
+
+
+def test_similarity_is_one_for_equal_circuits(pairs: list[dict[str, circuits.AttributionGraph]]) -> None:
+    equal = circuits.similarity([{"analysis": pair["final"], "final": pair["final"]} for pair in pairs])
+    assert equal.loc["same prompt", "cosine"] == pytest.approx(1)
+    found = circuits.similarity(pairs)
+    assert 0 < found.loc["same prompt", "cosine"] < 0.99
+    assert (found["low"] <= found["cosine"]).all()
+    assert (found["cosine"] <= found["high"]).all()
+    names = ["analysis, other prompts", "final, other prompts"]
+    wanted = found.loc["same prompt", "cosine"] - found.loc[names, "cosine"].mean()
+    assert found.loc["same prompt less other prompts", "cosine"] == pytest.approx(wanted)
+    print(found)
+
+
+def test_what_cannot_be_compared_is_refused(model: GptOss) -> None:
+    with pytest.raises(InputError, match="no sequence has the first token"):
+        circuits.paired_graphs(model, [])
+    with pytest.raises(InputError, match="at least one pair"):
+        circuits.compare([])
+    assert circuits.same_token(model, model.to_tokens("12+34=")[0].tolist()) is None

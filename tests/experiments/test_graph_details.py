@@ -1,0 +1,94 @@
+"""Neurons add up to their expert, and router edges to the logit difference that decided the choice."""
+
+import numpy as np
+import pytest
+import torch
+
+import workbench as wb
+from workbench.errors import InputError
+from workbench.experiments import graph_details
+from workbench.experiments.attribution_graph import AttributionGraph, graph
+from workbench.model.transformer import GptOss
+
+TEXT = "<|start|>user<|message|>24*29<|end|><|start|>assistant<|channel|>analysis<|message|>4*9="
+
+
+@pytest.fixture(scope="module")
+def model() -> GptOss:
+    return wb.load("nano", dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def complete(model: GptOss) -> AttributionGraph:
+    return graph(model, TEXT, node_share=1.0, edge_share=1.0, max_nodes=10**6)
+
+
+@pytest.fixture(scope="module")
+def experts(complete: AttributionGraph) -> list[int]:
+    return complete.nodes[complete.nodes["kind"] == "expert"].nlargest(6, "influence").index.tolist()
+
+
+def test_neurons_add_up_to_their_expert(model: GptOss, complete: AttributionGraph, experts: list[int]) -> None:
+    wrong = []
+    for node, other in zip(experts, experts[1:] + experts[:1], strict=True):
+        row = complete.nodes.loc[node]
+        found = graph_details.neurons(model, complete, node, top=5)
+        assert found.nodes["neuron"].tolist()[-1] == -1
+        assert len(found.nodes) == 6
+        assert found.nodes["value"].sum() == pytest.approx(row["value"], rel=1e-4, abs=1e-5)
+        assert found.nodes["bias"].sum() == pytest.approx(row["bias"], rel=1e-4, abs=1e-4)
+        assert found.nodes["error"].abs().max() < 1e-4, "edges and bias add up to every neuron"
+        ours = found.edges.groupby("source")["value"].sum()
+        theirs = complete.edges[complete.edges["target"] == node].set_index("source")["value"]
+        np.testing.assert_allclose(ours.reindex(theirs.index), theirs, rtol=1e-3, atol=1e-4)
+        wrong.append(abs(found.nodes["value"].sum() - complete.nodes.loc[other, "value"]))
+    assert max(wrong) > 0.1, "the negative control: neurons of one expert are not those of another"
+
+
+def test_all_neurons_are_shown_on_demand(model: GptOss, complete: AttributionGraph, experts: list[int]) -> None:
+    found = graph_details.neurons(model, complete, experts[0], top=10**6)
+    assert sorted(found.nodes["neuron"]) == list(range(model.cfg.d_mlp))
+    assert found.nodes["value"].abs().is_monotonic_decreasing
+
+
+def test_a_neurons_activation_is_that_of_the_pass(
+    model: GptOss, complete: AttributionGraph, experts: list[int]
+) -> None:
+    found = graph_details.neurons(model, complete, experts[0], top=3)
+    row = complete.nodes.loc[experts[0]]
+    with torch.no_grad():
+        post = model.run_with_cache(torch.tensor([complete.tokens]))[1]["post", int(row["layer"])]
+    own = post[0, int(row["pos"]), int(row["index"]), found.nodes["neuron"].tolist()[:3]]
+    np.testing.assert_allclose(found.nodes["activation"][:3], own, rtol=1e-4, atol=1e-6)
+
+
+def test_router_edges_add_up_to_the_lead_over_the_runner_up(
+    model: GptOss, complete: AttributionGraph, experts: list[int]
+) -> None:
+    leads = []
+    for node in experts:
+        row = complete.nodes.loc[node]
+        found = graph_details.router_edges(model, complete, node)
+        with torch.no_grad():
+            logits = model.run_with_cache(torch.tensor([complete.tokens]))[1]["router", int(row["layer"])][
+                0, int(row["pos"])
+            ]
+        best = logits.topk(model.cfg.experts_per_token + 1)
+        assert found.attrs["runner_up"] == int(best.indices[-1])
+        lead = float(logits[int(row["expert"])] - best.values[-1])
+        assert found.attrs["difference"] == pytest.approx(lead, abs=1e-4)
+        assert lead > 0
+        assert found["value"].sum() == pytest.approx(lead, abs=1e-4)
+        assert found.set_index("source")["value"][-2] == pytest.approx(0, abs=1e-3), "the complete graph explains all"
+        leads.append((found, lead))
+    one, lead = leads[0]
+    assert abs(one[one["source"] >= 0]["value"].abs().sum() - lead) > 1e-2  # negative control: signs matter
+
+
+def test_nodes_that_are_no_experts_are_refused(model: GptOss, complete: AttributionGraph, experts: list[int]) -> None:
+    target = len(complete.nodes) - 1
+    for call in (graph_details.neurons, graph_details.router_edges):
+        with pytest.raises(InputError, match=f"node {target} is no expert"):
+            call(model, complete, target)
+    with pytest.raises(InputError, match="top=0"):
+        graph_details.neurons(model, complete, experts[0], top=0)

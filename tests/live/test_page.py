@@ -1,0 +1,154 @@
+"""The page without a browser: five viewers of one model, limits, continuing, editing, recipes, and leaving."""
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+import workbench as wb
+from workbench.live.job_queue import Job, State
+from workbench.live.model_server import Limits, ModelServer, Viewer
+from workbench.live.page import LivePage
+from workbench.model.prompt_cache import installed_hooks
+from workbench.model.transformer import GptOss
+from workbench.research.recipe import Intervention, Recipe, Scope
+
+FORBID = Intervention("forbid", cells=tuple((1, e) for e in range(12)), scope=Scope(channel=("analysis",)))
+RECIPE = Recipe(user="12+7", effort="medium", max_new_tokens=10, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def nano() -> GptOss:
+    model: GptOss = wb.load("nano", dtype=torch.float32)
+    return model
+
+
+@pytest.fixture
+def server(nano: GptOss) -> Iterator[ModelServer]:
+    made = ModelServer(nano, "nano", Limits(max_new_tokens=12, max_samples=2, max_seconds=600))
+    yield made
+    made.close()
+    assert not installed_hooks(nano), "the model is as it was"
+
+
+def page(server: ModelServer, recipe: Recipe = RECIPE) -> tuple[LivePage, list[Recipe]]:
+    remembered: list[Recipe] = []
+    return LivePage(server, recipe, "light", remembered.append), remembered
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.02)
+    pytest.fail("nothing happened for two minutes")
+
+
+def finish(shown: LivePage) -> None:
+    job = shown._job
+    assert job is not None
+    assert job.ended.wait(120)
+    shown.refresh()
+
+
+def test_five_viewers_get_their_own_answers_in_turn(nano: GptOss, server: ModelServer) -> None:
+    texts = ["12+7", "3*4", "1+1", "20-4", "5*5"]
+    viewers = [Viewer(server) for _ in texts]
+    runs = [viewer.run(replace(RECIPE, user=text)) for viewer, text in zip(viewers, texts, strict=True)]
+    order: list[int] = []
+    until(lambda: _note_ended([job for job, _, _ in runs], order))
+    assert order == [0, 1, 2, 3, 4]
+    for text, (job, experiment, _) in zip(texts, runs, strict=True):
+        prompt = replace(RECIPE, user=text).prompt_ids(nano)
+        assert job.state is State.DONE
+        assert experiment.original.rows == nano.generate([prompt], max_new_tokens=10)
+    assert len({tuple(experiment.original.tokens) for _, experiment, _ in runs}) > 2
+
+
+def _note_ended(jobs: list[Job], order: list[int]) -> bool:
+    order += [i for i, job in enumerate(jobs) if job.ended.is_set() and i not in order]
+    return len(order) == len(jobs)
+
+
+def test_a_page_shows_both_answers_and_the_difference(server: ModelServer) -> None:
+    shown, remembered = page(server, replace(RECIPE, interventions=(FORBID,), samples=2, temperature=1.0))
+    shown.run()
+    finish(shown)
+    assert "Done." in shown._status.object
+    assert all("lv-message" in pane.object for pane in shown._answers)
+    assert "log-probability of the original answer" in shown._comparison.object
+    assert "<th>original</th><th>edited</th>" in shown._comparison.object
+    assert sum(map(sum, shown._map.load)) == pytest.approx(4)
+    assert remembered == [shown.recipe()]
+    shown._show_python()
+    assert "forbid(1, [0, 1," in shown._python.value
+
+
+def test_limits_and_errors_are_told(server: ModelServer) -> None:
+    shown, _ = page(server)
+    shown._tokens.end, shown._tokens.value = 100, 100
+    shown.run()
+    finish(shown)
+    assert "at most 12 new tokens; 100 were asked for" in shown._status.object
+    shown._user.value = "<b>"
+    shown.run()
+    assert "cannot express the character &#x27;&lt;&#x27;" in shown._status.object
+    shown._guarded(lambda: shown._add_intervention("forbid"))
+    assert "no experts are chosen" in shown._status.object
+    shown._map.chosen = [[9, 0]]
+    shown._add_intervention("forbid")
+    shown._user.value = "1+1"
+    shown.run()
+    finish(shown)
+    assert "layers 0 to 3" in shown._status.object
+
+
+def test_an_answer_is_continued_and_edited(nano: GptOss, server: ModelServer) -> None:
+    shown, _ = page(server, replace(RECIPE, max_new_tokens=6))
+    answer = nano.generate([RECIPE.prompt_ids(nano)], max_new_tokens=12)[0]
+    shown.run()
+    finish(shown)
+    shown.continue_answer()
+    finish(shown)
+    assert shown._experiment is not None
+    assert shown._begin.value == nano.tokenizer.decode(answer[:6])
+    assert shown._experiment.original.tokens == answer[6:]
+    shown.edit_answer()
+    assert shown._begin.value == nano.tokenizer.decode(answer)
+    assert shown.recipe().begin == shown._begin.value
+
+
+def test_a_recipe_is_loaded_from_a_file_and_a_broken_one_refused(server: ModelServer) -> None:
+    shown, remembered = page(server)
+    recipe = replace(RECIPE, user="3*4", top_k=4, interventions=(FORBID,))
+    shown._load.value = recipe.to_json().encode()
+    assert shown.recipe() == recipe
+    assert remembered == [recipe]
+    shown._load.value = b'{"recipe": 1, "user": 3}'
+    assert "user is 3, expected str" in shown._status.object
+    assert shown.recipe() == recipe
+    assert Recipe.from_json(shown._recipe_file().getvalue()) == recipe
+
+
+def test_a_viewer_who_leaves_ends_the_work_and_others_see_their_place(server: ModelServer) -> None:
+    first, second = page(server)[0], page(server)[0]
+    first.viewer.server.queue.submit(first.viewer.id, _endless())
+    second.run()
+    until(lambda: "Waiting: 1 request before this one." in (second.refresh() or second._status.object))
+    first.viewer.leave()
+    finish(second)
+    assert "Done." in second._status.object
+    endless = server.queue.submit(first.viewer.id, _endless())
+    first._job, first._experiment = endless, second._experiment
+    until(lambda: endless.state is State.RUNNING)
+    first._stop.clicks += 1
+    finish(first)
+    assert "Stopped." in first._status.object
+
+
+def _endless() -> Generator[None, None, None]:
+    while True:
+        time.sleep(0.01)
+        yield

@@ -1,0 +1,179 @@
+"""Labels are read as data, kept when a person wrote them, and scored only where the score is of what is shown."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from typer.testing import CliRunner
+
+import workbench as wb
+from tests.conftest import DATA
+from tests.harmony.hosts.test_collect import FakeHost, chat
+from workbench.cli import app
+from workbench.errors import InputError
+from workbench.harmony.hosts.client import HostError
+from workbench.runs.reader import Run
+from workbench.studies import expert_examples, expert_labels, label_proposals
+
+
+@pytest.fixture(scope="module")
+def demo() -> Run:
+    return wb.open_run(DATA / "demo.zarr")
+
+
+@pytest.fixture(scope="module")
+def examples(demo: Run) -> xr.Dataset:
+    return expert_examples.load(demo)
+
+
+def test_labels_are_read_as_they_were_written(demo: Run, examples: xr.Dataset, tmp_path: Path) -> None:
+    labels = expert_labels.automatic(examples)
+    file = expert_labels.write(demo, labels, tmp_path / "labels.jsonl")
+    again = expert_labels.read(demo, file)
+    assert again is not None
+    assert len(again) == demo.model["n_layers"] * demo.model["num_experts"]
+    assert again["automatic"].tolist() == labels["automatic"].tolist()
+    assert not expert_labels.is_edited(again).any()
+    assert expert_labels.read(demo) is None
+    with pytest.raises(InputError, match="is no file of labels"):
+        expert_labels.read(demo, tmp_path / "other.jsonl")
+
+
+def test_what_a_person_wrote_is_kept(demo: Run, examples: xr.Dataset, tmp_path: Path) -> None:
+    new = expert_labels.automatic(examples)
+    proposal = {"layer": 0, "expert": 1, "proposed": "digits", "proposed_by": "m", "score": 0.9, "score_low": 0.6}
+    proposal |= {"score_high": 0.99, "scored": 16.0}
+    proposed = label_proposals.with_proposals(new, [proposal])
+    edited = proposed.copy()
+    edited.loc[(edited["layer"] == 0) & (edited["expert"] == 2), "label"] = "signs\nof   <b>sums</b>"
+    file = expert_labels.write(demo, edited, tmp_path / "l.jsonl")
+    kept = expert_labels.merged(expert_labels.read(demo, file), new).set_index(["layer", "expert"])
+    assert kept.loc[(0, 2), "label"] == "signs of <b>sums</b>", "one line; pages escape it"
+    assert kept.loc[(0, 1), "label"] == "digits"
+    assert kept.loc[(0, 1), "score"] == 0.9
+    assert kept.loc[(0, 3), "label"] == kept.loc[(0, 3), "automatic"]
+    lost = expert_labels.merged(None, new)
+    assert "signs of <b>sums</b>" not in set(lost["label"]), "the negative control: without the old file it is gone"
+
+
+def test_a_score_is_shown_beside_the_label_it_is_of(examples: xr.Dataset) -> None:
+    labels = expert_labels.automatic(examples)
+    row = {"layer": 1, "expert": 3, "proposed": "digits", "proposed_by": "m", "score": 0.9}
+    labels = label_proposals.with_proposals(labels, [row])
+    shown = expert_labels.with_labels(examples, labels)
+    assert shown["label"].values[1, 3] == "digits"
+    assert float(shown["label_score"][1, 3]) == 0.9
+    assert np.isnan(shown["label_score"].values).sum() == shown["label_score"].size - 1
+    labels.loc[labels["proposed"] == "digits", "label"] = "mine"
+    own = expert_labels.with_labels(examples, labels)
+    assert own["label"].values[1, 3] == "mine"
+    assert np.isnan(float(own["label_score"][1, 3])), "the score is of another label"
+    assert examples["label"].values[1, 3] != "digits", "the dataset given is unchanged"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[1]", "expected an object"),
+        ('{"layer": 0}', "expert is None, expected 0 to 15"),
+        ('{"layer": 99, "expert": 0}', "layer is 99, expected 0 to 3"),
+        ('{"layer": true, "expert": 0}', "layer is True"),
+        ('{"layer": 0, "expert": 0, "label": 3}', "label is 3, expected a text"),
+        ('{"layer": 0, "expert": 0, "score": "x"}', "score is 'x', expected a number"),
+        ('{"layer": 0, "expert": 0}\n{"layer": 0, "expert": 0}', "has two labels"),
+        ("{", "line 1"),
+    ],
+)
+def test_lines_that_are_no_labels_are_refused(demo: Run, tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "l.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=message):
+        expert_labels.read(demo, tmp_path / "l.jsonl")
+
+
+def test_a_label_that_fits_scores_high_and_one_that_does_not_scores_half(demo: Run, examples: xr.Dataset) -> None:
+    """The mock model knows which texts are of the expert, or guesses all of them."""
+    own = {e.text for e in label_proposals._examples(examples, 2, 5)}
+
+    def knows(prompt: str) -> str:
+        if "Describe" in prompt:
+            return "a label\nof two lines"
+        texts = [line.partition(". ") for line in prompt.splitlines() if line.partition(". ")[0].isdigit()]
+        return str([int(n) for n, _, text in texts if json.loads(text) in own])
+
+    def guesses(prompt: str) -> str:
+        return "label" if "Describe" in prompt else str(list(range(1, 17)))
+
+    def rows(ask: label_proposals.Ask) -> dict[int, dict[str, Any]]:
+        return {row["expert"]: row for row in label_proposals.propose(demo, examples, ask, name="m", layers=[2])}
+
+    found = rows(knows)[5]
+    assert found["proposed"] == "a label of two lines"
+    assert (found["score"], found["scored"]) == (1.0, 16.0)
+    assert 0.7 < found["score_low"] < found["score_high"] == 1.0
+    assert rows(guesses)[5]["score"] == 0.5
+    assert np.isnan(rows(lambda prompt: "no list")[5]["score"]), "an answer that cannot be read is not counted"
+    assert rows(lambda prompt: "") == {}
+
+
+def test_held_out_texts_are_not_those_of_the_proposal(demo: Run, examples: xr.Dataset) -> None:
+    seen: list[str] = []
+
+    def ask(prompt: str) -> str:
+        seen.append(prompt)
+        return "label" if "Describe" in prompt else "[]"
+
+    (row,) = [r for r in label_proposals.propose(demo, examples, ask, name="m", layers=[2]) if r["expert"] == 5]
+    assert row["score"] == 0.5
+    proposals = [p for p in seen if "Describe" in p]
+    detections = [p for p in seen if "Describe" not in p]
+    assert len(proposals) == len(detections)
+    data = demo.dataset
+    for proposal, detection in zip(proposals, detections, strict=True):
+        shown = {line for line in proposal.splitlines() if line.startswith('"')}
+        scored = {line.partition(". ")[2] for line in detection.splitlines() if line.partition(". ")[0].isdigit()}
+        assert len(shown) >= 1
+        assert len(shown & scored) <= len(scored) // 2, "texts of other tokens may read the same"
+    assert data.sizes["token"] > 0
+
+
+def test_an_error_of_the_host_names_the_expert(demo: Run, examples: xr.Dataset) -> None:
+    def ask(prompt: str) -> str:
+        raise HostError("401: no key")
+
+    with pytest.raises(InputError, match="layer 0 expert 0: 401: no key"):
+        list(label_proposals.propose(demo, examples, ask, name="m"))
+
+
+def test_the_command(demo: Run, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "r.zarr"
+    shutil.copytree(DATA / "demo.zarr", run)
+    done = CliRunner().invoke(app, ["label", str(run)])
+    assert done.exit_code == 0, done.output
+    assert "64 experts, 0 proposed, 0 written by hand" in done.output
+    file = tmp_path / "r.zarr.labels.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[5]["label"] = "=HYPERLINK(1)"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    host = FakeHost()
+    host.reply = lambda path, body, n: (200, chat("digits" if n % 2 == 0 else "[1]"), {})
+    try:
+        arguments = ["label", str(run), "--host", host.url, "--model", "m", "--layers", "1"]
+        done = CliRunner().invoke(app, arguments)
+    finally:
+        host.server.shutdown()
+        host.server.server_close()
+    assert done.exit_code == 0, done.output
+    assert "16 proposed, 1 written by hand" in done.output
+    ds = expert_examples.load(wb.open_run(run))
+    assert ds["label"].values[0, 5] == "=HYPERLINK(1)"
+    assert ds["label"].values[1, 0] == "digits"
+    assert np.isfinite(ds["label_score"].values[1]).all()
+    wrong = CliRunner().invoke(app, ["label", str(run), "--host", host.url])
+    assert "go together" in str(wrong.exception)
+    wrong = CliRunner().invoke(app, ["label", str(run), "--host", host.url, "--model", "m", "--layers", "9"])
+    assert "layers 0 to 3" in str(wrong.exception)

@@ -1,0 +1,76 @@
+"""Prediction of the router: routing that follows tokens or bigrams is predicted by those, and noise by nothing."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import workbench as wb
+from tests.conftest import DATA
+from workbench.errors import InputError
+from workbench.figures import default
+from workbench.studies.router_prediction import study
+
+E, K, WORDS = 8, 2, 5
+
+
+class Run:
+    """Layer 0 routes by token, layer 1 by bigram, layer 2 by the experts of layer 1 alone, layer 3 at random."""
+
+    path, digest = "run.zarr", "planted"
+    model = {"n_layers": 4, "num_experts": E, "experts_per_token": K}  # noqa: RUF012 - as those of runs
+
+    def __init__(self, seed: int, n_prompts: int = 12, length: int = 60) -> None:
+        rng = np.random.default_rng(seed)
+        n = n_prompts * length
+        ids = rng.integers(0, WORDS, n)
+        before = np.roll(ids, 1)
+        table = np.array([rng.permutation(E)[:K] for _ in range(WORDS * WORDS)])
+        shuffled = np.array([rng.permutation(E)[:K] for _ in range(n)])
+        follows = rng.permutation(E)
+        first = np.where(rng.random(n)[:, None] < 0.8, table[ids], shuffled)
+        second = np.where(rng.random(n)[:, None] < 0.6, table[ids * WORDS + before], shuffled)
+        third = follows[second]
+        last = np.array([rng.permutation(E)[:K] for _ in range(n)])
+        self.sequences = pd.DataFrame(
+            {"id": [f"s{i}" for i in range(n_prompts)], "prompt_id": [f"p{i}" for i in range(n_prompts)]}
+        )
+        sequence = np.repeat(np.arange(n_prompts), length)
+        self._block = {
+            "sequence": sequence, "id": ids, "channel": np.full(n, 2), "position": np.tile(np.arange(length), n_prompts),
+            "experts": np.stack([first, second, third, last]),
+        }  # fmt: skip
+        self.spec = SimpleNamespace(selected=[])
+
+    def blocks(self, *names: str, layer: int = 0) -> Any:
+        yield self._block
+
+
+def test_routing_is_predicted_by_what_causes_it_and_noise_by_nothing() -> None:
+    found = study(Run(0))["recall"]  # type: ignore[arg-type]
+    recall = found["recall"].to_pandas()
+    assert recall.loc[0, "token"] > recall.loc[0, "load"] + 0.3
+    assert recall.loc[1, "bigram"] > recall.loc[1, "token"] + 0.15
+    better = (found["q"] < 0.05) & (found["beyond_bigram_low"] > 0)
+    assert bool(better.sel(layer=2, predictor="layer before"))
+    assert recall.loc[2, "layer before"] > 0.99
+    assert not better.sel(layer=3).any(), "the negative control: random experts"
+    assert abs(recall.loc[3] - K / E).max() < 0.06
+    assert "beyond the bigram: layer before" in found.attrs["summary"]
+    assert all(item.draw().data for item in default.gallery({"recall": found}).values())
+
+
+def test_nano_is_predicted_better_by_its_tokens_than_by_load() -> None:
+    found = study(wb.open_run(DATA / "demo.zarr"), max_tokens=1500)["recall"]
+    recall = found["recall"].to_pandas()
+    assert (recall["token"] > recall["load"]).all()
+    assert recall.loc[0, "token"] > 0.6
+
+
+def test_what_is_missing_is_refused() -> None:
+    with pytest.raises(InputError, match="3 prompts: at least 5 are needed"):
+        study(Run(0, n_prompts=3))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"'hook_resid_post' is not in run\.zarr"):
+        study(Run(0), hook="hook_resid_post")  # type: ignore[arg-type]

@@ -1,0 +1,116 @@
+"""The tokens whose logits each expert raises and lowers most, directly through the unembedding.
+
+    logits = expert_logits.load(model, sequences)
+    logits["top_text"].sel(layer=2, expert=5)
+
+An expert's direct effect on the logits of a token is its gated output, divided by the scale of the final norm at that
+token, times the unembedding, less the mean over the vocabulary. Shown is the mean over the expert's tokens: the scale
+is that of the pass, and what later layers do with the output is no part of it.
+
+Reference: direct logit attribution, Elhage et al. 2021, with the norm frozen.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.errors import InputError
+from workbench.experiments.effects import effects
+from workbench.experiments.final_channel import final_tokens
+from workbench.harmony.transcripts import Transcript
+from workbench.hooks.interventions import forbid
+from workbench.model.transformer import GptOss
+
+N_TOKENS = 10  # with the largest and the smallest effects
+_INSIDE = ("mlp.hook_expert_indices", "mlp.hook_expert_weights", "mlp.experts.hook_out")
+
+
+def load(model: GptOss, sequences: Sequence[Any], *, n: int = N_TOKENS) -> xr.Dataset:
+    """Return the tokens with the largest (`top`) and smallest (`bottom`) direct effects [layer expert rank], in logits.
+
+    sequences: ids of the texts over which each expert's output is averaged, or transcripts. An expert without a token
+    has the token −1.
+
+    Raises:
+        InputError: there is no sequence.
+    """
+    directions, tokens = mean_directions(model, sequences)
+    shape = (*tokens.shape, min(n, model.cfg.d_vocab))
+    found = {f"{kind}_{name}": np.full(shape, fill) for kind in ("top", "bottom") for name, fill in _FIELDS.items()}
+    unembedding = model.unembed.weight
+    for layer in range(model.cfg.n_layers):
+        used = tokens[layer] > 0
+        logits = directions[layer].to(unembedding.dtype) @ unembedding.mT
+        logits = logits.float() - logits.float().mean(-1, keepdim=True)
+        for kind, largest in (("top", True), ("bottom", False)):
+            values, ids = logits.topk(shape[-1], largest=largest)
+            found[f"{kind}_token"][layer] = np.where(used[:, None], ids.cpu().numpy(), -1)
+            found[f"{kind}_logit"][layer] = np.where(used[:, None], values.cpu().numpy(), np.nan)
+    dims = ("layer", "expert", "rank")
+    variables: dict[str, Any] = {name: (dims, values) for name, values in found.items()}
+    for kind in ("top", "bottom"):
+        ids = found[f"{kind}_token"]
+        texts = [model.tokenizer.decode([i]) if i >= 0 else "" for i in ids.ravel().tolist()]
+        variables[f"{kind}_text"] = (dims, np.array(texts, dtype=object).reshape(ids.shape))
+    coords = {"layer": np.arange(tokens.shape[0]), "expert": np.arange(tokens.shape[1])}
+    variables["tokens"] = (("layer", "expert"), tokens)
+    return xr.Dataset(variables, coords, {"sequences": len(sequences), "checkpoint_digest": model.checkpoint.digest})
+
+
+_FIELDS = {"token": -1, "logit": np.nan}
+
+
+@torch.no_grad()
+def mean_directions(
+    model: GptOss, sequences: Sequence[Any]
+) -> tuple[list[Float[Tensor, "expert d_model"]], np.ndarray]:
+    """Return for each layer the mean direct effect of its experts before the unembedding, and
+    their tokens [layer expert].
+
+    Raises:
+        InputError: there is no sequence.
+    """
+    if not sequences:
+        raise InputError("the direct effects of experts need at least one sequence")
+    cfg = model.cfg
+    names = [f"blocks.{layer}.{name}" for layer in range(cfg.n_layers) for name in _INSIDE]
+    sums = [torch.zeros(cfg.num_experts, cfg.d_model, device=model.device) for _ in range(cfg.n_layers)]
+    counts = torch.zeros(cfg.n_layers, cfg.num_experts, device=model.device)
+    for sequence in sequences:
+        ids = torch.as_tensor(np.asarray(getattr(sequence, "tokens", sequence)).astype(np.int64), device=model.device)
+        _, cache = model.run_with_cache(
+            ids[None], names_filter=[*names, "ln_final.hook_scale"], return_cache_object=False
+        )
+        scale = cache["ln_final.hook_scale"][0].float()
+        for layer in range(cfg.n_layers):
+            chosen, gates, out = (cache[f"blocks.{layer}.{name}"][0] for name in _INSIDE)
+            write = gates.float()[..., None] * out.float() / scale[:, None]
+            sums[layer].index_add_(0, chosen.flatten().long(), write.flatten(0, 1))
+            counts[layer] += torch.bincount(chosen.flatten(), minlength=cfg.num_experts)
+    gain = model.ln_final.weight.float()
+    means = [total / counts[layer].clamp(min=1)[:, None] * gain for layer, total in enumerate(sums)]
+    return means, counts.long().cpu().numpy()
+
+
+def ablations(
+    model: GptOss, rows: Sequence[Transcript], experts: Sequence[tuple[int, int]], *, seed: int = 0
+) -> xr.Dataset:
+    """Return what masking each expert (layer, expert) before the top-k does to the final answers' log-probability.
+
+    The dataset is that of `effects`, with `layer` and `expert` of each intervention: `change` with its interval in
+    nats a sequence, and q.
+
+    Raises:
+        InputError: there is no expert, or one that the model does not have, or fewer than five prompts.
+    """
+    if not experts:
+        raise InputError("name at least one expert to ablate, as (layer, expert)")
+    edits = {f"layer {layer} expert {expert}": forbid(layer, [expert]) for layer, expert in experts}
+    found = effects(model, rows, edits, final_tokens(model), seed=seed)
+    layers, numbers = zip(*experts, strict=True)
+    return found.assign_coords(layer=("intervention", list(layers)), expert=("intervention", list(numbers)))

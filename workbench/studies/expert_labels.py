@@ -1,0 +1,162 @@
+"""Labels of experts: a file beside the run with one line for each expert, which people and programs may edit.
+
+    labels = expert_labels.read(run)            # one row per expert; automatic lines where there is no file
+    expert_labels.write(run, labels)            # RUN.labels.jsonl
+
+A row holds `layer`, `expert`, `label` (what is shown), `automatic` (made from the run, see `expert_examples`),
+`proposed` (by a model, see `label_proposals`) with its held-out detection score, and `proposed_by`. A label that is
+neither empty nor the automatic nor the proposed one was written by a person; programs keep it.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from workbench.bounded_json import parse_json
+from workbench.errors import InputError
+from workbench.outputs import staged
+
+COLUMNS = (
+    "layer", "expert", "label", "automatic", "proposed", "proposed_by", "score", "score_low", "score_high", "scored"
+)  # fmt: skip
+MAX_LABEL = 200  # characters
+_TEXTS = ("label", "automatic", "proposed", "proposed_by")
+_NUMBERS = ("score", "score_low", "score_high", "scored")
+
+
+def path_of(run: Any) -> Path:
+    """Return the path of the labels of a run: beside it, `RUN.labels.jsonl`.
+
+    Raises:
+        InputError: the run is on an object storage.
+    """
+    if "://" in str(run.path):
+        raise InputError(f"{run.path}: labels are kept beside a run in a local folder: copy the run, or name a file")
+    path = Path(str(run.path))
+    return path.with_name(f"{path.name}.labels.jsonl")
+
+
+def automatic(examples: xr.Dataset) -> pd.DataFrame:
+    """Return a row for each expert with its automatic label, from the dataset of `expert_examples.load`."""
+    table = examples["automatic_label"].to_dataframe(name="automatic").reset_index()
+    rows = table.assign(label=table["automatic"], proposed="", proposed_by="", **dict.fromkeys(_NUMBERS, np.nan))
+    return rows[list(COLUMNS)]
+
+
+def read(run: Any, path: str | Path | None = None) -> pd.DataFrame | None:
+    """Return the labels of a run, or None if it has no file of them.
+
+    path: another file.
+
+    Raises:
+        InputError: a line is not a label of one of the run's experts, or an expert has two.
+    """
+    if path is None and "://" in str(run.path):
+        return None
+    file = path_of(run) if path is None else Path(path)
+    if not file.is_file():
+        if path is not None:
+            raise InputError(f"{file} is no file of labels")
+        return None
+    rows = [_row(run, file, n, line) for n, line in enumerate(_lines(file), 1) if line.strip()]
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    if (twice := table[table.duplicated(["layer", "expert"])]).size:
+        raise InputError(f"{file}: layer {twice['layer'].iloc[0]} expert {twice['expert'].iloc[0]} has two labels")
+    return table
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as UTF-8: {error}") from error
+
+
+def _row(run: Any, file: Path, number: int, line: str) -> dict[str, Any]:
+    where = f"{file} line {number}"
+    try:
+        row = parse_json(line)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    if not isinstance(row, dict):
+        raise InputError(f'{where}: expected an object such as {{"layer": 0, "expert": 3, "label": "digits"}}')
+    for name, size in (("layer", run.model["n_layers"]), ("expert", run.model["num_experts"])):
+        if type(row.get(name)) is not int or not 0 <= row[name] < size:
+            raise InputError(f"{where}: {name} is {row.get(name)!r}, expected 0 to {size - 1}")
+    for name in _TEXTS:
+        if not isinstance(row.setdefault(name, ""), str):
+            raise InputError(f"{where}: {name} is {row[name]!r}, expected a text")
+    for name in _NUMBERS:
+        value = row.setdefault(name, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputError(f"{where}: {name} is {value!r}, expected a number or null")
+        row[name] = np.nan if value is None else float(value)
+    row["label"] = cleaned(row["label"])
+    return {name: row[name] for name in COLUMNS}
+
+
+def cleaned(text: str) -> str:
+    """Return a label as one line of printable characters, at most 200."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MAX_LABEL]
+
+
+def is_edited(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Return whether each label was written by a person: neither empty nor the automatic nor the proposed one."""
+    label = rows["label"]
+    return (label != "") & (label != rows["automatic"].map(cleaned)) & (label != rows["proposed"])
+
+
+def merged(old: pd.DataFrame | None, new: pd.DataFrame) -> pd.DataFrame:
+    """Return new labels with those that people wrote in `old`, and its proposals where `new` has none."""
+    if old is None:
+        return new
+    keys = ["layer", "expert"]
+    kept = old.assign(edited=is_edited(old)).set_index(keys).reindex(pd.MultiIndex.from_frame(new[keys]))
+    found = new.copy()
+    proposed_before = (kept["proposed"].fillna("") != "").to_numpy() & (new["proposed"] == "").to_numpy()
+    for name in ("proposed", "proposed_by", *_NUMBERS):
+        found[name] = np.where(proposed_before, kept[name].to_numpy(), new[name].to_numpy())
+    found.loc[proposed_before, "label"] = found.loc[proposed_before, "proposed"]
+    edited = kept["edited"].fillna(False).to_numpy(dtype=bool)
+    found.loc[edited, "label"] = kept["label"].to_numpy()[edited]
+    return found
+
+
+def write(run: Any, labels: pd.DataFrame, path: str | os.PathLike[str] | None = None) -> Path:
+    """Write the labels beside the run, or to another file; the file appears complete or not at all.
+
+    Labels that people wrote into an earlier file are replaced unless they are in `labels`, see `merged`.
+    """
+    file = path_of(run) if path is None else Path(path)
+    lines = []
+    for row in labels[list(COLUMNS)].to_dict("records"):
+        plain = {str(k): None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
+        plain["label"] = cleaned(str(plain["label"]))
+        lines.append(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+    with staged(file, command="label", overwrite=True, owned=lambda _: True) as part:
+        part.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
+def with_labels(examples: xr.Dataset, labels: pd.DataFrame | None) -> xr.Dataset:
+    """Return the examples with `label`, `label_score` and its limits from these labels, where they have some."""
+    if labels is None:
+        return examples
+    found = examples.copy()
+    shown = found["label"].values.copy()
+    scores = {name: np.full(shown.shape, np.nan) for name in ("score", "score_low", "score_high")}
+    for row in labels.to_dict("records"):
+        place = int(row["layer"]), int(row["expert"])
+        shown[place] = row["label"] or shown[place]
+        if row["label"] == row["proposed"]:  # the score is that of the proposal
+            for name, values in scores.items():
+                values[place] = row[name]
+    found["label"] = (("layer", "expert"), shown, found["label"].attrs)
+    for name, values in scores.items():
+        found[f"label_{name}"] = (("layer", "expert"), values, found[f"label_{name}"].attrs)
+    return found

@@ -1,0 +1,164 @@
+"""Pages of experts as feature JSON, the form that Neuronpedia and circuit-tracer's viewer read.
+
+A page has the expert's examples with the gate weight of every token of their context, by channel, and the tokens whose
+logits its mean output raises and lowers most, if they are given. Its file is named by its number, which a graph that
+`workbench.experiments.graph_export` writes has as `feature`: heads of a layer come first, then its experts, and the
+layer and this number are made one by Cantor pairing.
+
+Reference: `AnthropicFeatureDetail` in hijohnnylin/neuronpedia, apps/webapp/app/[modelId]/graph (commit b8efe84).
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from workbench.errors import InputError
+from workbench.outputs import staged
+from workbench.runs import conversations
+from workbench.studies.expert_examples import AFTER, BEFORE
+
+Page = dict[str, Any]
+
+
+def cantor(x: int, y: int) -> int:
+    """Return the number of a pair of numbers, Cantor's pairing function."""
+    return (x + y) * (x + y + 1) // 2 + y
+
+
+def expert_number(model: Mapping[str, Any], layer: int, expert: int) -> int:
+    """Return the number of an expert's page. model: the shapes of a run's model."""
+    return cantor(layer, int(model["n_heads"]) + expert)
+
+
+def pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = None, *, tokenizer: Any = None) -> Iterator[Page]:
+    """Yield the page of every expert that has an example.
+
+    examples: of `expert_examples.load`. logits: of `workbench.experiments.expert_logits`; without them the lists of
+    logits are empty.
+
+    Raises:
+        InputError: the run's tokenizer is not known.
+    """
+    contexts = _Contexts(run, examples, conversations.tokenizer(run, tokenizer))
+    names = [f"{kind}_{name}" for kind in ("top", "random") for name in ("gate", "sequence", "position")]
+    lists = {name: examples[name].transpose("layer", "expert", "channel", "example").values for name in names}
+    channels, label = examples["channel"].values.tolist(), examples["label"].values
+    for layer in examples["layer"].values.tolist():
+        for expert in examples["expert"].values.tolist():
+            cell = {name: values[layer, expert] for name, values in lists.items()}
+            quantiles = _quantiles(cell, channels, layer, expert, contexts)
+            if not quantiles:
+                continue
+            number = expert_number(run.model, layer, expert)
+            yield {
+                "index": number,
+                "layer": layer,
+                "expert": expert,
+                "label": str(label[layer, expert]),
+                "examples_quantiles": quantiles,
+                "top_logits": _logits(logits, "top", layer, expert),
+                "bottom_logits": _logits(logits, "bottom", layer, expert),
+            }
+
+
+def write_pages(
+    run: Any,
+    out: str | Path,
+    examples: xr.Dataset,
+    logits: xr.Dataset | None = None,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> int:
+    """Write a folder of pages, `NUMBER.json`, and return how many; it appears complete or not at all.
+
+    Raises:
+        InputError: the run has no example, or the folder may not be written.
+    """
+    with staged(out, command="export", inputs=[run.path], overwrite=overwrite) as part:
+        part.mkdir()
+        n = 0
+        for page in pages(run, examples, logits, tokenizer=tokenizer):
+            n += 1
+            text = json.dumps(page, ensure_ascii=False, allow_nan=False)
+            (part / f"{page['index']}.json").write_text(text + "\n", encoding="utf-8")
+        if not n:
+            raise InputError(f"{run.path} has no example of an expert")
+    return n
+
+
+def _logits(logits: xr.Dataset | None, kind: str, layer: int, expert: int) -> list[str]:
+    if logits is None:
+        return []
+    cell = logits.sel(layer=layer, expert=expert)
+    texts, ids = cell[f"{kind}_text"].values.tolist(), cell[f"{kind}_token"].values.tolist()
+    return [str(text) for text, i in zip(texts, ids, strict=True) if i >= 0]
+
+
+class _Contexts:
+    """The tokens around every example and the experts and gate weights of each; a pass over the run reads them."""
+
+    def __init__(self, run: Any, examples: xr.Dataset, tokenizer: Any) -> None:
+        wanted = np.unique(np.concatenate([_places(examples, kind) for kind in ("top", "random")]), axis=0)
+        wanted = wanted[wanted[:, 0] >= 0]
+        self._texts: dict[int, str] = {}
+        self._tokenizer = tokenizer
+        self._found: dict[tuple[int, int], tuple[list[int], np.ndarray, np.ndarray, int]] = {}
+        for block in run.blocks("id", "experts", "gates"):
+            first, last = np.searchsorted(wanted[:, 0], (block["sequence"][0], block["sequence"][-1] + 1))
+            for sequence, position in wanted[first:last].tolist():
+                start, stop = np.searchsorted(block["sequence"], (sequence, sequence + 1)).tolist()
+                rows = slice(max(start, start + position - BEFORE), min(stop, start + position + AFTER + 1))
+                columns = block["experts"][:, rows].copy(), block["gates"][:, rows].copy()
+                at = start + position - rows.start
+                self._found[sequence, position] = (block["id"][rows].tolist(), *columns, at)
+
+    def example(self, sequence: int, position: int, layer: int, expert: int) -> dict[str, Any]:
+        """Return an example's tokens and the expert's gate weight at each, 0 where it was not chosen."""
+        ids, experts, gates, at = self._found[sequence, position]
+        weights = np.where(experts[layer] == expert, gates[layer].astype(np.float64), 0).sum(-1)
+        return {
+            "tokens": [self._text(i) for i in ids],
+            "tokens_acts_list": [round(float(w), 4) for w in weights],
+            "train_token_ind": at,
+            "is_repeated_datapoint": False,
+            "sequence": sequence,
+            "position": position,
+        }
+
+    def _text(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self._tokenizer.decode([token])
+        return self._texts[token]
+
+
+def _places(examples: xr.Dataset, kind: str) -> np.ndarray:
+    return np.stack([examples[f"{kind}_{name}"].values.ravel() for name in ("sequence", "position")], axis=1)
+
+
+def _quantiles(
+    cell: Mapping[str, np.ndarray], channels: Sequence[str], layer: int, expert: int, contexts: _Contexts
+) -> list[dict[str, Any]]:
+    """Return lists of examples: the largest gate weights of all content, then both lists of each channel.
+
+    cell: of one expert, values [channel example].
+    """
+    found, best = [], []
+    for c, channel in enumerate(channels):
+        for kind, title in (("top", "Largest gate weights"), ("random", "Random sample")):
+            rows = [cell[f"{kind}_{name}"][c].tolist() for name in ("gate", "sequence", "position")]
+            places = [(g, s, p) for g, s, p in zip(*rows, strict=True) if s >= 0]
+            if places:
+                shown = [contexts.example(s, p, layer, expert) for _, s, p in places]
+                found.append({"quantile_name": f"{title}, {channel}", "examples": shown})
+            if kind == "top" and channel != "frame":
+                best += places
+    if best:
+        first = sorted(best, key=lambda row: (-row[0], row[1], row[2]))[: cell["top_gate"].shape[1]]
+        shown = [contexts.example(s, p, layer, expert) for _, s, p in first]
+        found.insert(0, {"quantile_name": "Largest gate weights", "examples": shown})
+    return found
