@@ -14,6 +14,7 @@ from workbench.data.command import run
 from workbench.data.tasks import FAMILIES, STEPLESS, STEPWISE
 from workbench.errors import InputError
 from workbench.harmony.rendering import EFFORTS
+from workbench.outputs import staged
 
 _SHOWN = "packed, float32"
 _ASKS = {
@@ -150,7 +151,9 @@ def read(checkpoint: Path, name: str) -> dict[str, Any]:
 def main(checkpoint: Annotated[Path, typer.Argument(help="A trained and evaluated nano.")]) -> None:
     """Write README.md into the checkpoint."""
     names = ("config.json", "training.json", "accuracy.json")
-    (checkpoint / "README.md").write_text(card(*(read(checkpoint, name) for name in names)))
+    text = card(*(read(checkpoint, name) for name in names))
+    with staged(checkpoint / "README.md", command="data.card", overwrite=True, owned=Path.is_file) as part:
+        part.write_text(text)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from workbench.data.prompts import SEED, questions
 from workbench.data.tasks import Problem
 from workbench.harmony.rendering import EFFORTS
 from workbench.model import GptOss, load
+from workbench.outputs import check_output, staged
 from workbench.progress import progress
 
 _Z = 1.96
@@ -107,8 +108,11 @@ def main(
 ) -> None:
     """Evaluate nano and write accuracy.json into the checkpoint."""
     torch.set_num_threads(threads)
+    out = checkpoint / "accuracy.json"
+    check_output(out, command="data.evaluate", overwrite=True, owned=Path.is_file)
     found = evaluate(checkpoint, before, questions)
-    (checkpoint / "accuracy.json").write_text(json.dumps(found, indent=1) + "\n")
+    with staged(out, command="data.evaluate", overwrite=True, owned=Path.is_file) as part:
+        part.write_text(json.dumps(found, indent=1) + "\n")
     for name, cells in found["accuracy"].items():
         print(f"{name}\n{pd.DataFrame(cells).pivot(index='task', columns='effort', values='accuracy')[list(EFFORTS)]}")
     for change in found["comparisons"]:

@@ -4,7 +4,6 @@ The file is an input of `workbench generate`: one row for each prompt, twenty of
 """
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from workbench.data.command import run
 from workbench.data.conversations import FIRST_TURNS, prompt_messages
 from workbench.data.tasks import FAMILIES, Problem, draw
 from workbench.errors import InputError
+from workbench.outputs import staged
 
 SEED = 7
 PER_FAMILY = 20
@@ -56,9 +56,8 @@ def rows(per_family: int = PER_FAMILY) -> list[dict[str, Any]]:
 def main(out: Annotated[Path, typer.Argument(help="The file to write or to replace.")]) -> None:
     """Write the bundled prompts."""
     written = rows()
-    part = out.with_name(f".{out.name}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in written))
-    os.replace(part, out)
+    with staged(out, command="data.prompts", overwrite=True, owned=Path.is_file) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in written))
     print(f"{out}: {len(written)} prompts of {len(FAMILIES)} families")
 
 

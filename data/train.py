@@ -30,6 +30,7 @@ from workbench.kernels.mxfp4 import dequantise, quantise
 from workbench.model.config import Config, Rope
 from workbench.model.export import save_checkpoint
 from workbench.model.transformer import ExpertMatrix, GptOss
+from workbench.outputs import check_output
 from workbench.progress import progress
 
 NANO = Config(
@@ -232,8 +233,9 @@ def main(
     Raises:
         InputError: the output exists, or an unfinished training is in its folder.
     """
-    if taken := [folder for folder in (out, _beside(out, "dense")) if folder.exists()]:
-        raise InputError(f"{taken[0]} exists: name another folder, or move it away")
+    for folder in (out, _beside(out, "dense")):
+        if check_output(folder, command="data.train", overwrite=True, owned=Path.exists).exists():
+            raise InputError(f"{folder} exists: name another folder, or move it away")
     torch.set_num_threads(threads)
     training = Training(_beside(out, "training"), seed)
     if resume:

@@ -46,7 +46,7 @@ MAY_IMPORT = {
         "errors",
         "progress",
     },
-    "data": {"model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
+    "data": {"outputs", "model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
     "bench": {
         "child_processes",
         "outputs",
@@ -63,6 +63,7 @@ MAY_IMPORT = {
         "progress",
     },
     "experiments": {
+        "outputs",
         "version",
         "registry",
         "row_output",

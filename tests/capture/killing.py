@@ -1,9 +1,12 @@
-"""A process that starts captures and kills them: `python -m tests.capture.killing TRANSCRIPTS FOLDER KILLS SEED`.
+"""A process that starts commands and kills them: `python -m tests.capture.killing KIND FOLDER KILLS SEED SIGNAL`.
 
-Children are forked off a process that has the model loaded, so a kill costs a fraction of a second and falls anywhere
-between the first file of a run and the last. A run that gets to its end is left for the test, and the next begins.
+KIND: "capture", "workers" (capture by two processes), "s3" (capture into `s3://runs`), "generate" or "transcripts".
+FOLDER holds prompts.jsonl and transcripts.jsonl. SIGNAL: "KILL", "INT", or "both" in turn. Children are forked off a process that has
+imported everything, so a kill costs a fraction of a second and falls anywhere between the first file and the last. An
+output that gets to its end is left for the test, and the next begins. Prints how many kills and outputs there were.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -14,40 +17,82 @@ import numpy as np
 import torch
 
 import workbench as wb
-from workbench.capture import compute, job, pipeline  # noqa: F401  loaded before the first fork
+from tests.capture.mock_host import serving
+from workbench import cli
+from workbench.capture import compute, generation, job, pipeline  # noqa: F401  loaded before the first fork
+from workbench.harmony.hosts import collect  # noqa: F401
 
 RECORD = ["routing", "sinks", "logprobs", "resid_post:1,3", "mlp_out:2 channel=final"]
+CAPTURE = ["--unit-tokens", "1024", "--dtype", "float32", *(f"--record={name}" for name in RECORD)]
+ENDS = {"capture": "", "workers": "", "s3": "", "generate": ".jsonl", "transcripts": ".jsonl"}
+# of a command that SIGINT stopped before, while or after it was at work
+STOPPED = (1, 130, -signal.SIGINT)
 
 
-def main(transcripts: Path, folder: Path, kills: int, seed: int) -> None:
+def arguments(kind: str, folder: Path, number: int, url: str) -> list[str]:
+    """The command that makes output `number`."""
+    prompts, transcripts, out = folder / "prompts.jsonl", folder / "transcripts.jsonl", f"{kind}-{number}{ENDS[kind]}"
+    if kind == "generate":
+        return ["generate", "nano", str(prompts), str(folder / out), "--batch", "2", "--dtype", "float32",
+                "--max-new-tokens", "24"]  # fmt: skip
+    if kind == "transcripts":
+        return ["transcripts", url, str(prompts), str(folder / out), "--model", "m", "--api", "chat", "--retries", "1"]
+    target = f"s3://runs/{out}" if kind == "s3" else str(folder / out)
+    return ["capture", "nano", str(transcripts), target, *CAPTURE, *(["--workers", "2"] if kind == "workers" else [])]
+
+
+def main(kind: str, folder: Path, kills: int, seed: int, signals: list[signal.Signals]) -> None:
     torch.set_num_threads(1)  # what is forked has no other threads
-    model = wb.load("nano", dtype=torch.float32)
+    wb.load("nano", dtype=torch.float32)
     rng = np.random.default_rng(seed)
-    killed = runs = 0
+    killed = outputs = 0
     longest = 0.0
-    while killed < kills:
-        path = folder / f"run-{runs}"
-        begun = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            code = 3
-            try:
-                wb.capture(model, transcripts, path, record=RECORD, unit_tokens=1024)
-                code = 0
-            finally:
-                os._exit(code)
-        wait = rng.uniform(0, longest) if longest else 600.0
-        status = _ends_within(child, wait)
-        if status is None:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            killed += 1
-        elif status == 0:
-            longest, runs = max(longest, time.monotonic() - begun), runs + 1
-        else:
-            raise SystemExit(f"a capture failed by itself: status {status}")
-    print(f"{killed} kills, {runs} runs")
+    with serving() if kind == "transcripts" else contextlib.nullcontext("") as url:
+        while killed < kills:
+            begun = time.monotonic()
+            child = _started(arguments(kind, folder, outputs, url), folder / "stderr")
+            wait = rng.uniform(0, longest) if longest else 600.0
+            status = _ends_within(child, wait)
+            if status is None:
+                _kill(child, signals[killed % len(signals)])
+                killed += 1
+            elif status == 0:
+                longest, outputs = max(longest, time.monotonic() - begun), outputs + 1
+            else:
+                raise SystemExit(f"{kind} failed by itself: status {status}: {(folder / 'stderr').read_text()[-500:]}")
+            if "Traceback" in (text := (folder / "stderr").read_text()):
+                raise SystemExit(f"{kind}: a traceback: {text[-1500:]}")
+    print(f"{killed} kills, {outputs} outputs")
+
+
+def _started(words: list[str], errors: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()  # workers belong to the command, and are killed with it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
+    sys.argv = ["workbench", *words]
+    code = 3
+    try:
+        cli.main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    finally:
+        os._exit(code)
+
+
+def _kill(child: int, number: int) -> None:
+    """Kill a command and its workers, or ask it to stop and check how it ends."""
+    if number == signal.SIGKILL:
+        os.killpg(child, number) if os.getpgid(child) == child else os.kill(child, number)
+        os.waitpid(child, 0)
+        return
+    os.kill(child, number)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, *STOPPED):
+        raise SystemExit(f"stopped by a signal with status {code}")
 
 
 def _ends_within(child: int, seconds: float) -> int | None:
@@ -61,4 +106,5 @@ def _ends_within(child: int, seconds: float) -> int | None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    names = ("KILL", "INT") if sys.argv[5] == "both" else (sys.argv[5],)
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), [signal.Signals[f"SIG{n}"] for n in names])

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from tests.cli.running import Result, run_command, snapshot
 from workbench.errors import JobError
+from workbench.research.recipe import Recipe
 
 LIMIT_S = 300.0  # a command that takes so long waits for something that never comes
 _MEMORY_BYTES = 6 * 2**30  # that a command may add to the address space of the tests
@@ -152,6 +153,9 @@ BASES: dict[str, str] = {
     "finetune": "nano transcripts.jsonl --out out --steps 1 --batch 1 --rank 1",
     "graph": "nano --prompt 2+2= --out out.json --max-new-tokens 2 --at 0",
     "conversation": "run.zarr 0 --out out.html",
+    "publish": "run.zarr --out out --conversations 0",
+    "live": "nano --port 45007",
+    "apply": "recipe.json --python",
     "bench cpu": "--json out.json",
     "bench full": "--json out.json",
     "bench capture": "--json out.json",
@@ -162,7 +166,7 @@ BASES: dict[str, str] = {
     "bench kernels": "--json out.json",
     "bench gpu": "--json out.json",
 }
-SLOW = {"report", "figures", "finetune", "graph", "study"}
+SLOW = {"report", "figures", "finetune", "graph", "study", "publish"}
 
 
 NUMBERS = st.sampled_from(["0", "1", "2", "3", "-1", "0.5", "1e-9", "1e308", "inf", "nan", "2147483648", "9" * 30])
@@ -196,6 +200,7 @@ def add_traps(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
     (folder / "link").symlink_to(folder / "transcripts.jsonl")
     (folder / "loop").symlink_to(folder / "loop")
+    (folder / "recipe.json").write_text(Recipe(user="2+2=", max_new_tokens=2).to_json())
     (folder / "folder").mkdir()
     (folder / "folder" / "mine").write_text("precious")
     (folder / "empty").write_text("")

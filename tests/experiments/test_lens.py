@@ -92,6 +92,11 @@ def test_a_tuned_lens_says_it_better_on_text_it_has_not_seen(
     assert not (worse[:-1] < 0.7 * plain[:-1]).all()
 
     tuned.save(tmp_path / "lens.safetensors")
+    tuned.save(tmp_path / "lens.safetensors")  # a lens is replaced, and nothing else
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(InputError, match="exists and was not written by"):
+        tuned.save(tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == "precious"
     again = TunedLens.load(tmp_path / "lens.safetensors", nano)
     assert torch.equal(again.A, tuned.A)
     assert torch.equal(again.b, tuned.b)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from workbench.bench import table
 from workbench.child_processes import isolated_children
 from workbench.errors import InputError, JobError
+from workbench.outputs import staged
 from workbench.progress import progress
 
 REPORT = Path(__file__).parents[2] / "kernels" / "gpu" / "REPORT.md"
@@ -316,5 +317,6 @@ def run(
     for line in wrong:
         print(line)
     if write:
-        REPORT.write_text(markdown(rows))
+        with staged(REPORT, command="bench kernels --write", overwrite=True, owned=Path.is_file) as part:
+            part.write_text(markdown(rows))
     return [asdict(row) | {"fraction": row.fraction} for row in rows], wrong

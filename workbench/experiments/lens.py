@@ -27,6 +27,7 @@ from workbench.experiments.token_selection import ROWS, SelectedTokens, Token, r
 from workbench.hooks.edits import Tokens
 from workbench.kernels.logits import log_probabilities
 from workbench.model.transformer import GptOss
+from workbench.outputs import staged
 
 _UNITS = {"logit": "logit", "logprob": "nat", "rank": "1", "top": "id", "entropy": "nat", "kl": "nat"}
 _MEANS = {
@@ -62,10 +63,13 @@ class TunedLens:
         return (x.to(a.dtype) + x.to(a.dtype) @ a.mT + b).to(x.dtype)
 
     def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all."""
-        part = Path(path).with_name(f".{Path(path).name}.part")
-        save_file({"A": self.A.contiguous(), "b": self.b.contiguous()}, part)
-        part.replace(path)
+        """Write the file, complete or not at all; another lens is replaced, and nothing else.
+
+        Raises:
+            InputError: the path is a link or a device, or holds something that is no lens.
+        """
+        with staged(path, command="TunedLens.save", overwrite=True, owned=_is_lens) as part:
+            save_file({"A": self.A.contiguous(), "b": self.b.contiguous()}, part)
 
     @classmethod
     def load(cls, path: str | Path, model: GptOss) -> "TunedLens":
@@ -83,6 +87,13 @@ class TunedLens:
         if (got := {name: tuple(t.shape) for name, t in found.items()}) != shapes:
             raise InputError(f"{path} holds {got}, this model needs {shapes}: it is another model's lens")
         return cls(found["A"].float(), found["b"].float())
+
+
+def _is_lens(path: Path) -> bool:
+    try:
+        return set(load_file(path)) == {"A", "b"}
+    except (OSError, SafetensorError):
+        return False
 
 
 @torch.no_grad()

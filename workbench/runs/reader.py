@@ -265,7 +265,10 @@ class Run:
     def _read_table(self, name: str) -> pd.DataFrame:
         group = self.group[name]
         order = group.attrs.get("columns") or sorted(column for column, _ in group.arrays())
-        columns = {column: group[column][:] for column in order}
+        arrays_of = {column: group[column] for column in order}
+        if len({array.shape for array in arrays_of.values()}) > 1:
+            raise ValueError("columns of unequal length")
+        columns = {column: array[:] for column, array in arrays_of.items()}
         table = pd.DataFrame({c: v.astype(object) if v.dtype.kind == "T" else v for c, v in columns.items()})
         return table.rename_axis(name.removesuffix("s"))
 

@@ -204,7 +204,9 @@ def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
 def _tables(run: Run, layout: Layout) -> Iterator[Problem]:
     for name in ("sequences", "messages"):
         try:
-            lengths = {column: len(array[:]) for column, array in run.group[name].arrays()}
+            lengths = {column: array.shape[0] for column, array in run.group[name].arrays()}
+            if len(set(lengths.values())) == 1:
+                lengths = {column: len(array[:]) for column, array in run.group[name].arrays()}
         except Exception as error:  # whatever a damaged chunk makes a codec raise
             yield Problem(name, f"cannot be read: {_first_line(error)}")
             return
