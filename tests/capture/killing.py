@@ -33,8 +33,18 @@ def arguments(kind: str, folder: Path, number: int, url: str) -> list[str]:
     """The command that makes output `number`."""
     prompts, transcripts, out = folder / "prompts.jsonl", folder / "transcripts.jsonl", f"{kind}-{number}{ENDS[kind]}"
     if kind == "generate":
-        return ["generate", "nano", str(prompts), str(folder / out), "--batch", "2", "--dtype", "float32",
-                "--max-new-tokens", "24"]  # fmt: skip
+        return [
+            "generate",
+            "nano",
+            str(prompts),
+            str(folder / out),
+            "--batch",
+            "2",
+            "--dtype",
+            "float32",
+            "--max-new-tokens",
+            "24",
+        ]
     if kind == "transcripts":
         return ["transcripts", url, str(prompts), str(folder / out), "--model", "m", "--api", "chat", "--retries", "1"]
     target = f"s3://runs/{out}" if kind == "s3" else str(folder / out)
