@@ -54,7 +54,11 @@ def test_a_bad_line_is_an_error_in_its_place(tmp_path: Path) -> None:
     assert isinstance(bad, InputError)
 
 
-@pytest.mark.parametrize("content", [b"words", b"\xff\xfe", b"[" * 200, gzip.compress(LINES)[:-6]])
+@pytest.mark.parametrize(
+    "content",
+    [b"words", b"\xff\xfe", b"[" * 200, gzip.compress(LINES)[:-6]],
+    ids=["words", "no UTF-8", "deep", "cut off gzip"],  # bytes of gzip name the time
+)
 def test_what_is_no_container_is_one_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(InputError, match=str(tmp_path / "x")):
