@@ -156,6 +156,7 @@ BASES: dict[str, str] = {
     "publish": "run.zarr --out out --conversations 0",
     "live": "nano --port 45007",
     "apply": "recipe.json --python",
+    "label": "run.zarr",
     "bench cpu": "--json out.json",
     "bench full": "--json out.json",
     "bench capture": "--json out.json",
@@ -166,7 +167,7 @@ BASES: dict[str, str] = {
     "bench kernels": "--json out.json",
     "bench gpu": "--json out.json",
 }
-SLOW = {"report", "figures", "finetune", "graph", "study", "publish"}
+SLOW = {"report", "figures", "finetune", "graph", "study", "publish", "label"}
 
 
 NUMBERS = st.sampled_from(["0", "1", "2", "3", "-1", "0.5", "1e-9", "1e308", "inf", "nan", "2147483648", "9" * 30])

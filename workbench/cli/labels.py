@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli.options import RunPath
+from workbench.cli.options import MAX_SEED, RunPath
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -20,8 +20,8 @@ def label(
         list[int] | None, typer.Option(help="Propose labels in this layer; repeat for several. [default: all]")
     ] = None,
     key_env: Annotated[str, typer.Option(help="Environment variable with the API key.")] = "OPENAI_API_KEY",
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 600.0,
-    seed: Annotated[int, typer.Option(help="Seed of the drawn texts.")] = 0,
+    timeout: Annotated[float, typer.Option(min=1, max=1e6, help="Seconds to wait for an answer.")] = 600.0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the drawn texts.")] = 0,
 ) -> None:
     """Label the experts of a run, in a file beside it that you may edit.
 
