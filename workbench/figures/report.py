@@ -23,7 +23,7 @@ from workbench.studies.highlights import Highlight, Results, accuracy_sentences,
 _FIGURES = 6  # of a study; `workbench figures` writes all of them
 _SENTENCES = 3  # lines of a summary that are shown before it is unfolded
 _FIRST = ("accuracy_by_tokens", "entropy_by_layer", "divergence_", "sizes", "routing_sizes", "sinks_sizes", "geometry")
-_LAST = ("load_frame", "load_prompt", "mass_frame", "mass_prompt")
+_LAST = ("load_frame", "load_prompt", "mass_frame", "mass_prompt", "overrepresented_tokens")
 _BARS = "Bars show the difference relative to the mean of the layer, with its 95 % interval; the line is zero."
 _CHOSEN = (
     "These are the largest of many tested differences. Being chosen for their size, they are probably larger here than "
@@ -156,14 +156,10 @@ def section(name: str, sets: Mapping[str, xr.Dataset]) -> Iterator[str]:
     first, *others = _figures(name, sets) or [""]
     yield first
     yield _comparison_table(sets)
-    for ds in sets.values():
-        if not is_comparison(ds):
-            lines = str(ds.attrs["summary"]).splitlines()
-            yield f"<h3>{escape(ds.attrs['title'])}</h3>{page.paragraphs(chr(10).join(lines[:_SENTENCES]), 'line')}"
-            if len(lines) > _SENTENCES:
-                more = len(lines) - _SENTENCES
-                rest = page.paragraphs("\n".join(lines[_SENTENCES:]))
-                yield page.folded(f"{more} more line{'s' * (more > 1)}", rest)
+    described = [_described(ds) for ds in sets.values() if not is_comparison(ds)]
+    yield from described[:1]
+    if len(described) > 1:
+        yield page.folded(f"{len(described) - 1} more results", *described[1:])
     if compared := [ds for ds in sets.values() if is_comparison(ds)]:
         full = "".join(f"<h3>{escape(d.attrs['title'])}</h3><pre>{escape(d.attrs['summary'])}</pre>" for d in compared)
         yield page.folded("Comparisons in full", full)
@@ -171,6 +167,15 @@ def section(name: str, sets: Mapping[str, xr.Dataset]) -> Iterator[str]:
         yield page.folded(f"{len(others)} more figures", *others)
     notes = "".join(f"<p><b>{escape(k)}.</b> {escape(v)}</p>" for k, v in _notes(sets))
     yield page.folded("Methods", notes)
+
+
+def _described(ds: xr.Dataset) -> str:
+    """The title of a dataset and the first lines of its summary, the others folded."""
+    lines = str(ds.attrs["summary"]).splitlines()
+    text = f"<h3>{escape(ds.attrs['title'])}</h3>{page.paragraphs(chr(10).join(lines[:_SENTENCES]), 'line')}"
+    more = len(lines) - _SENTENCES
+    rest = page.paragraphs("\n".join(lines[_SENTENCES:]))
+    return text + (page.folded(f"{more} more line{'s' * (more > 1)}", rest) if more > 0 else "")
 
 
 def _accuracy_table(cost: xr.Dataset) -> str:
