@@ -262,7 +262,9 @@ def _log_odds(
 ) -> tuple[Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]]:
     """Return log-odds of words at experts from counts [*cells], and their standard error for independent tokens."""
     table = [both, word - both, expert - both, every - word - (expert - both)]
-    a, b, c, d = (np.asarray(part, dtype=np.float64) + 0.5 for part in table)
+    # ranks that hold no word have no table: their cells are missing
+    possible = np.logical_and.reduce([np.asarray(part) >= 0 for part in table])
+    a, b, c, d = (np.where(possible, np.asarray(part, dtype=np.float64) + 0.5, np.nan) for part in table)
     return np.log(a * d / (b * c)), np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)
 
 
