@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli.options import Adapter, Device, Dtype, IgnoreField, Model, load_model
+from workbench.cli.options import (
+    Adapter,
+    Address,
+    AllowOrigin,
+    BasicAuth,
+    Device,
+    Dtype,
+    IgnoreField,
+    Model,
+    Port,
+    Show,
+    load_model,
+)
 
 app = typer.Typer()
 
@@ -13,16 +25,11 @@ app = typer.Typer()
 @app.command()
 def live(
     model: Model,
-    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port to listen on.")] = 5007,
-    address: Annotated[
-        str, typer.Option(help="Address to listen on; any but localhost is open to other machines.")
-    ] = "localhost",
-    show: Annotated[bool, typer.Option(help="Open a browser.")] = False,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="HOST:PORT of another origin that may connect, such as a proxy; repeat for several."),
-    ] = None,
-    basic_auth: Annotated[Path | None, typer.Option(help="JSON file of user names and passwords.")] = None,
+    port: Port = 5007,
+    address: Address = "localhost",
+    show: Show = False,
+    allow_origin: AllowOrigin = None,
+    basic_auth: BasicAuth = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="Most new tokens of an answer.")] = 2048,
     max_samples: Annotated[int, typer.Option(min=1, max=256, help="Most samples of a prompt.")] = 16,
     max_seconds: Annotated[float, typer.Option(min=1, max=1e6, help="Longest time of one request.")] = 120,

@@ -30,6 +30,14 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace an output that exists, if this command wrote it and nobody changed it."),
 ]
+Port = Annotated[int, typer.Option(min=1, max=65_535, help="Port to listen on.")]
+Address = Annotated[str, typer.Option(help="Address to listen on; any but localhost is open to other machines.")]
+Show = Annotated[bool, typer.Option(help="Open a browser.")]
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option(help="HOST:PORT of another origin that may connect, such as a proxy; repeat for several."),
+]
+BasicAuth = Annotated[Path | None, typer.Option(help="JSON file of user names and passwords.")]
 MAX_SEED = 2**31 - 1
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of random numbers.")]
 UnitTokens = Annotated[

@@ -6,7 +6,22 @@ from typing import Annotated, Any, cast
 import typer
 
 from workbench.cli.damage import names_damage
-from workbench.cli.options import MAX_SEED, Device, Dtype, Exclude, IgnoreField, Overwrite, RunPath, Seed, load_model
+from workbench.cli.options import (
+    MAX_SEED,
+    Address,
+    AllowOrigin,
+    BasicAuth,
+    Device,
+    Dtype,
+    Exclude,
+    IgnoreField,
+    Overwrite,
+    Port,
+    RunPath,
+    Seed,
+    Show,
+    load_model,
+)
 from workbench.cli.study_help import StudyCommand, parse_options
 from workbench.errors import InputError
 
@@ -133,16 +148,11 @@ def figures(
 @names_damage
 def dashboard(
     runs: Annotated[list[str], typer.Argument(help="Runs to show, as folders or URLs.")],
-    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port to listen on.")] = 5006,
-    address: Annotated[
-        str, typer.Option(help="Address to listen on; any but localhost is open to other machines.")
-    ] = "localhost",
-    show: Annotated[bool, typer.Option(help="Open a browser.")] = False,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="HOST:PORT of another origin that may connect, such as a proxy; repeat for several."),
-    ] = None,
-    basic_auth: Annotated[Path | None, typer.Option(help="JSON file of user names and passwords.")] = None,
+    port: Port = 5006,
+    address: Address = "localhost",
+    show: Show = False,
+    allow_origin: AllowOrigin = None,
+    basic_auth: BasicAuth = None,
 ) -> None:
     """Serve the dashboard of one or several runs."""
     from workbench.dashboards.app import serve
