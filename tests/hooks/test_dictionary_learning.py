@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.model.conftest import BASE, random_model
+from tests.hooks.conftest import RESID, X
 from workbench.errors import InputError
 from workbench.hooks.sae import load_sae, splice
 from workbench.model.transformer import GptOss
@@ -21,14 +21,6 @@ from workbench.model.transformer import GptOss
 FOLDERS = Path(__file__).parent / "dictionaries"
 NAMES = sorted(path.name for path in FOLDERS.iterdir())
 CONFIG, WEIGHTS = "config.json", "ae.pt"
-CFG = replace(BASE, d_model=32, n_heads=4, n_key_value_heads=2, d_head=8, d_mlp=32, n_layers=2, windows=(16, None))
-X = torch.randint(CFG.d_vocab, (2, 20), generator=torch.Generator().manual_seed(1))
-RESID = "blocks.1.hook_resid_post"
-
-
-@pytest.fixture(scope="module")
-def model() -> GptOss:
-    return random_model(CFG).requires_grad_(False)
 
 
 def state(folder: Path) -> dict[str, Tensor]:
