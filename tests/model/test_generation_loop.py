@@ -106,6 +106,18 @@ def test_closing_a_stream_ends_the_work(base: GptOss) -> None:
         assert len(passes) == 5 + 12, "a negative control: without closing all passes run"
 
 
+def test_an_error_of_the_callback_ends_the_work_at_once(base: GptOss) -> None:
+    def failing(step: GenerationStep) -> None:
+        raise RuntimeError(f"step {step.index}")
+
+    before = torch.is_grad_enabled(), base.context
+    with pytest.raises(RuntimeError, match="step 0") as failure:
+        base.generate([PROMPTS[0]], max_new_tokens=12, stop=(), on_step=failing)
+    frames = {frame.name: frame for frame in failure.traceback}
+    assert frames["generate"].frame.f_locals["steps"].gi_frame is None, "the generator is left open"
+    assert (torch.is_grad_enabled(), base.context) == before
+
+
 def widths_of(model: GptOss, run: Any) -> tuple[Any, list[tuple[int, ...]]]:
     """Return what `run()` returns, and rows and columns of every pass, counted without a hook."""
     seen: list[tuple[int, ...]] = []

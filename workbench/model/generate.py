@@ -9,6 +9,7 @@ what it generates. The choice is made on the model's device; one step copies one
 """
 
 from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -65,17 +66,15 @@ def generate(
     sampling = Sampling.of(temperature, do_sample=do_sample, top_k=top_k, top_p=top_p, min_p=min_p)
     stops = _stops(model, stop, eos_token_id, stop_at_eos)
     given = read_batch(model, prompts, prepend_bos=prepend_bos, padding_side=padding_side).rows()
-    request = _request(given, max_new_tokens, sampling, samples, seed, stops)
-    _check_prompt_cache(request, prompt_cache)
+    request = _request(given, max_new_tokens, sampling, samples, seed, stops, prompt_cache)
     new: list[list[int]] = [[] for _ in request.rows]
-    bar = _progress(max_new_tokens, verbose)
-    for step in generation_steps(model, request, prompt_cache):
-        for row, token in zip(step.rows, step.tokens, strict=True):
-            new[row].append(token)
-        bar.update(1)
-        if on_step is not None:
-            on_step(step)
-    bar.close()
+    with _progress(max_new_tokens, verbose) as bar, closing(generation_steps(model, request, prompt_cache)) as steps:
+        for step in steps:
+            for row, token in zip(step.rows, step.tokens, strict=True):
+                new[row].append(token)
+            bar.update(1)
+            if on_step is not None:
+                on_step(step)
     return _returned(model, prompts, request.rows, new, return_type, samples)
 
 
@@ -111,9 +110,8 @@ def generate_stream(
     sampling = Sampling.of(temperature, do_sample=do_sample, top_k=top_k, top_p=top_p, min_p=min_p)
     stops = _stops(model, stop, eos_token_id, stop_at_eos)
     given = read_batch(model, prompts, prepend_bos=prepend_bos, padding_side=padding_side).rows()
-    request = replace(_request(given, max_new_tokens, sampling, samples, seed, stops), logprobs=logprobs)
-    _check_prompt_cache(request, prompt_cache)
-    return generation_steps(model, request, prompt_cache)
+    request = _request(given, max_new_tokens, sampling, samples, seed, stops, prompt_cache)
+    return generation_steps(model, replace(request, logprobs=logprobs), prompt_cache)
 
 
 def _request(
@@ -123,6 +121,7 @@ def _request(
     samples: int,
     seed: int | Sequence[int],
     stops: frozenset[int],
+    prompt_cache: PromptCache | None,
 ) -> Request:
     """Return the checked request, with a row and a seed for each sample."""
     if type(max_new_tokens) is not int or max_new_tokens < 0:
@@ -135,13 +134,9 @@ def _request(
     seeds = [seed * 1_000_003 + i for i in range(len(rows))] if isinstance(seed, int) else [int(s) for s in seed]
     if len(seeds) != len(rows):
         raise InputError(f"{len(seeds)} seeds for {len(rows)} prompts: pass one number, or one for each prompt")
-    return Request(rows, seeds, max_new_tokens, sampling, stops)
-
-
-def _check_prompt_cache(request: Request, prompt_cache: PromptCache | None) -> None:
-    """Raise an InputError if a prompt cache is given for more than one prompt."""
-    if prompt_cache is not None and any(row != request.rows[0] for row in request.rows):
+    if prompt_cache is not None and any(row != rows[0] for row in rows):
         raise InputError("a prompt cache is for one prompt, or several samples of it, and the prompts differ")
+    return Request(rows, seeds, max_new_tokens, sampling, stops)
 
 
 def _stops(
