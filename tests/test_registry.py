@@ -1,13 +1,16 @@
 """The registry: records are found without importing their modules, and wrong ones are refused."""
 
 import inspect
+import re
 import subprocess
 import sys
 
 import pytest
 
 from workbench import registry
+from workbench.capture.recording import parse
 from workbench.errors import InputError
+from workbench.model.config import PUBLISHED
 
 SOURCE = 'STUDY = Study(name="demo", title="Demo", question="What?", requires=("routing or sinks",))\nimport nothing\n'
 
@@ -70,6 +73,20 @@ def test_a_run_without_the_required_quantity_is_refused() -> None:
         record.check_recorded(Run())
     Run.recorded = ("sinks",)
     record.check_recorded(Run())
+
+
+def test_what_a_refusal_suggests_can_be_recorded() -> None:
+    class Run:
+        recorded = ("tokens",)
+
+    for record in (record for record in registry.records() if record.requires):
+        with pytest.raises(InputError, match="capture again with") as refusal:
+            record.check_recorded(Run())
+        (suggestion,) = re.findall(r"capture again with --(?:record|routing) (\w+)", str(refusal.value))
+        if suggestion != "host":
+            parse([suggestion], PUBLISHED["20b"])
+    with pytest.raises(InputError, match="cannot record 'activations'"):  # a negative control
+        parse(["activations"], PUBLISHED["20b"])
 
 
 def test_options_have_the_type_of_their_default() -> None:

@@ -32,6 +32,8 @@ from workbench.errors import InputError
 
 GROUP = "workbench.studies"  # the entry point group of studies and experiments in other packages
 _PACKAGES = ("workbench.studies", "workbench.experiments")
+# what records a quantity, where it is not `--record` with its name
+_REMEDIES = {"host_routing": "--routing host", "activations": "--record resid_post, or another hook point"}
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # a name becomes part of file names and of addresses
 
 
@@ -110,7 +112,7 @@ class Record:
             choices = needed.split(" or ")
             has_activation = "activations" in choices and any(name.startswith("hook_") for name in recorded)
             if not has_activation and not set(choices) & set(recorded):
-                remedy = "--routing host" if choices[0] == "host_routing" else f"--record {choices[0]}"
+                remedy = _REMEDIES.get(choices[0], f"--record {choices[0]}")
                 raise InputError(
                     f"{self.name} needs a run that recorded {needed}, and {getattr(run, 'path', 'this one')} recorded "
                     f"{', '.join(recorded)}: capture again with {remedy}"

@@ -177,3 +177,8 @@ def test_answers_take_a_recipe(nano: GptOss) -> None:
     assert wb.answers(nano, ["12+7"], recipe, **options).table.equals(  # type: ignore[arg-type]
         wb.answers(nano, ["12+7"], recipe.edits(nano), **options).table  # type: ignore[arg-type]
     )
+
+
+def test_a_recipe_that_is_not_there_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nope\.json cannot be read: No such file or directory; give the path"):
+        Recipe.from_file(tmp_path / "nope.json")

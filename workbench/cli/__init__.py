@@ -55,9 +55,12 @@ def main() -> None:
     except BrokenPipeError:  # `workbench … | head`
         _discard_output()
         sys.exit(0)
-    except (JobError, OSError) as error:
+    except JobError as error:
         _discard_output()
         _fail(str(error), 1)
+    except OSError as error:
+        _discard_output()
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, 130)
 

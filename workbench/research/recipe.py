@@ -172,13 +172,14 @@ class Recipe:
         """Return the recipe of a JSON file.
 
         Raises:
-            InputError: the file is no recipe.
-            OSError: it cannot be read.
+            InputError: the file is no recipe, or cannot be read.
         """
         try:
             return cls._read(read_json(path, max_bytes=MAX_BYTES, max_depth=8))
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}; give the path of a recipe") from error
 
     @classmethod
     def _read(cls, document: Any) -> "Recipe":
