@@ -12,6 +12,7 @@ import torch
 import zarr
 
 import workbench as wb
+from tests.cli.running import run_command
 from workbench.capture import pipeline, recording
 from workbench.errors import InputError, JobError
 from workbench.harmony.transcripts import read_transcripts
@@ -92,10 +93,14 @@ def test_an_interrupted_job_goes_on_and_ends_up_the_same(
     monkeypatch.setattr(pipeline, "compute", interrupted)
     with pytest.raises(KeyboardInterrupt):
         wb.capture(nano, transcripts, tmp_path / "r", record=EVERYTHING, unit_tokens=1024)
-    assert wb.open_run(tmp_path / "r").progress[0] == 1
+    done, total = wb.open_run(tmp_path / "r").progress
+    assert done == 1
+    state = f"valid, but not finished: 1 of {total} units; rerun the capture to resume"
+    assert state in run_command("verify", str(tmp_path / "r")).out
     wb.capture(nano, transcripts, tmp_path / "r", record=EVERYTHING, unit_tokens=1024)
     assert calls == 1 + wb.open_run(run_path).progress[1], "the committed unit was computed again"
     assert stored(tmp_path / "r") == stored(run_path)
+    assert "not finished" not in run_command("verify", str(tmp_path / "r")).out
 
 
 def test_rows_that_cannot_be_used_are_skipped_and_listed(

@@ -286,12 +286,17 @@ def verify(
     problems = check(run, workers=workers)
     for problem in problems:
         print(f"{problem.where}: {problem.what}")
-    print(f"{run}: {len(problems)} problems" if problems else f"{run}: valid")
-    if not problems and (found := counted_in(open_run(run).sequences)):
+    if problems:
+        print(f"{run}: {len(problems)} problem{'s' * (len(problems) > 1)}")
+        raise typer.Exit(1)
+    opened = open_run(run)
+    done, total = opened.progress
+    unfinished = f", but not finished: {done} of {total} units; rerun the capture to resume" if done < total else ""
+    print(f"{run}: valid{unfinished}")
+    if found := counted_in(opened.sequences):
         print(f"{run}: {found}")
-    if not problems and (others := other_content(open_run(run))):
+    if others := other_content(opened):
         print(f"{run}: not of this run, left alone: {', '.join(others)}")
-    raise typer.Exit(1 if problems else 0)
 
 
 @app.command()
