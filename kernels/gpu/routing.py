@@ -175,7 +175,7 @@ def group(experts: Int[Tensor, "tokens slot"], num_experts: int) -> Groups:
     Ids lie in 0 … num_experts − 1: to check that would wait for the device.
     """
     flat, device = experts.contiguous().flatten(), experts.device
-    tile = tiles.group_tile(num_experts)
+    tile = tiles.group_tile(len(flat), num_experts)
     blocks = triton.cdiv(len(flat), tile.blocks["BLOCK"])
     width = triton.next_power_of_2(num_experts)
 
@@ -198,7 +198,7 @@ def compile_cases() -> list[CompileCase]:
 
 def _compile_cases(num_experts: int, tokens: int, k: int) -> list[CompileCase]:
     problem, slots = f"{num_experts} experts, {tokens} tokens", tokens * k
-    choose, weigh, tile = tiles.top_k_tile(num_experts), tiles.top_k_tile(k), tiles.group_tile(num_experts)
+    choose, weigh, tile = tiles.top_k_tile(num_experts), tiles.top_k_tile(k), tiles.group_tile(slots, num_experts)
     routed = {"E": num_experts, "SLOTS": k}
     sizes = {key: tile.blocks[key] for key in ("BLOCK", "STEP")}
     return [
