@@ -1,7 +1,8 @@
 """The first minutes on a GPU: correctness before timings, each step in a process of its own.
 
 Steps that check run side by side, as most of their time is spent compiling and on references on the CPU. A step that
-crashes, hangs or fails is recorded, and the other steps run. Timings run alone, and only where every other step passed. The result is one JSON file and a short Markdown table of it, to be read and sent back.
+crashes, hangs or fails is recorded, and the other steps run. Timings run alone, and only where every other step passed.
+The result is one JSON file and a short Markdown table of it, to be read and sent back.
 """
 
 import json

@@ -115,7 +115,7 @@ def problems(row: Row) -> list[str]:
 @cache
 def compile_cases(module: str, target: str) -> list[Any]:
     """Return the compile cases of a kernel module, with the tiles that the target gets."""
-    make = importlib.import_module(f"workbench.kernels.gpu.{module}").compile_cases
+    make = importlib.import_module(f"workbench.kernels.gpu.compile_cases.{module}").compile_cases
     return make(target) if inspect.signature(make).parameters else make()
 
 

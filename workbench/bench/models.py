@@ -7,6 +7,7 @@ layers is then scaled to all of them, and the row says so.
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -149,7 +150,7 @@ def _decode(clock: Clock, model: GptOss, batch: int, past: int) -> tuple[float, 
         cache = KVCache(model.cfg, batch, past + room, dtype=model.dtype, device=model.device)
         cache.advance(past)
         model.cuda_graphs, step = graphs, DecodeStep(model, cache)
-        seconds.append(clock(lambda step=step: step(new[:, 0])))
+        seconds.append(clock(partial(step, new[:, 0])))
         del cache, step
     model.cuda_graphs = True
     x = model.residual(new)

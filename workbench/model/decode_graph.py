@@ -37,8 +37,8 @@ class DecodeStep:
             return _logits(self._model, self._cache, tokens[:, None])
         graph, filled = self._graph, max(self._cache.host_lengths) + 1
         if graph is None or graph.rows != len(tokens) or graph.end < filled:  # rows that end leave, and memory moves
-            self._graph = DecodeGraph(self._model, self._cache)
-        return self._graph.step(tokens)
+            graph = self._graph = DecodeGraph(self._model, self._cache)
+        return graph.step(tokens)
 
 
 class DecodeGraph:
@@ -70,7 +70,7 @@ class DecodeGraph:
 
 
 def positions_for(filled: int, capacity: int) -> int:
-    """Return how many positions a recorded step attends to: room for some hundred steps, and seldom more than twice `filled`."""
+    """Return how many positions a recorded step attends to: room for some hundred steps beyond `filled`."""
     end = _FEWEST_POSITIONS
     while end < filled + _FEWEST_STEPS:
         end *= 2
