@@ -55,8 +55,9 @@ def writes(
     """
     grain = array.shards or array.chunks
     assert start % grain[axis] == 0, f"{start=} is inside a shard of {grain[axis]}"
+    folder = f"{name}/c" if name else "c"  # the array of the storage itself has no name
     for key, part in _shards(values.shape, grain, _first(grain, start, axis)):
-        yield partial(_put_and_list, array, place, "/".join((name, "c", *map(str, key))), values[part], listed)
+        yield partial(_put_and_list, array, place, "/".join((folder, *map(str, key))), values[part], listed)
 
 
 def write(calls: Iterable[Callable[[], None]]) -> None:
