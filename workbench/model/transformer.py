@@ -314,10 +314,12 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
             raise AttributeError(f"{type(self).__name__} has no {name}: {_NOT_OFFERED[name]}")
         return super().__getattr__(name)
 
-    def generate(self, tokens: Any, **options: Any) -> Any:
+    def generate(self, input: Any, max_new_tokens: int = 256, **options: Any) -> Any:
         """Generate continuations of prompts; see `workbench.model.generate.generate`."""
-        return generate(self, tokens, **options)
+        return generate(self, input, max_new_tokens, **options)
 
-    def generate_stream(self, tokens: Any, **options: Any) -> Generator[GenerationStep, None, None]:
+    def generate_stream(
+        self, input: Any, max_new_tokens: int = 256, **options: Any
+    ) -> Generator[GenerationStep, None, None]:
         """Return an iterator over the steps of a generation; see `workbench.model.generate.generate_stream`."""
-        return generate_stream(self, tokens, **options)
+        return generate_stream(self, input, max_new_tokens, **options)
