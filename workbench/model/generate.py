@@ -56,12 +56,13 @@ def generate(
 
     temperature 0, the default, takes the most probable token. `do_sample`, `top_k`, `top_p`, `min_p` or `freq_penalty`
     without a temperature sample at temperature 1. repetition_penalty above 1 makes tokens that a row has, prompt
-    included, less probable; freq_penalty does so for each time that the row has them. `stop` and `eos_token_id` replace the tokenizer's stop tokens; with
-    `stop_at_eos=False` only `stop` ends a row. `seed` is one number for the call, or one for each row. With several
-    `samples`, every prompt is read once and has that many rows, one after the other. A row also ends at
-    max_new_tokens, or at the end of the context. prompt_cache: reuse what an earlier call with it has read of the
-    prompt. use_past_kv_cache=False computes the whole row again for every token: hooks see all of it, and the result is
-    the same but for rounding. on_step: called with every step as it is generated. verbose shows a progress bar.
+    included, less probable; freq_penalty does so for each time that the row has them. `stop` and `eos_token_id` replace
+    the tokenizer's stop tokens; with `stop_at_eos=False` only `stop` ends a row. `seed` is one number for the call, or
+    one for each row. With several `samples`, every prompt is read once and has that many rows, one after the other. A
+    row also ends at max_new_tokens, or at the end of the context. use_past_kv_cache=False computes the whole row again
+    for every token: hooks see all of it, and the result is the same but for rounding. prompt_cache: reuse what an
+    earlier call with it has read of the prompt. on_step: called with every step as it is generated. verbose shows a
+    progress bar.
 
     Raises:
         InputError: a prompt or an option is not valid, or the model's logits are not finite.
