@@ -26,7 +26,7 @@ class CommittedUnits:
 
     @contextmanager
     def failure_logged(self, path: str | Path, of: int) -> Iterator[None]:
-        """Log what ends the job early, with the number of units that were committed of those that it began with."""
+        """Add to the log what ends the job early, and how many units of those to go were committed."""
         try:
             yield
         except BaseException as error:
@@ -81,7 +81,7 @@ def _is_log(path: Path) -> bool:
 
 @contextmanager
 def logged(target: Path | None) -> Iterator[None]:
-    """Append what is logged in the block to a file, a line each; to none for None."""
+    """Write what is logged in the block to the end of a file, a line each; to none for None."""
     if target is None:
         yield
         return

@@ -110,7 +110,11 @@ class ConfigFields:
         return ... if name in self.nulls else default
 
     def take(self, *names: str, default: Any = ...) -> Any:
-        """Return the value of the first field among `names` that is present; several of them must agree."""
+        """Return the value of the first field among `names` that is present; several of them must agree.
+
+        Raises:
+            InputError: none is present and there is no default, or their values differ.
+        """
         found = {name: self.values.pop(name) for name in names if name in self.values}
         if not found and default is ...:
             raise InputError(
