@@ -55,6 +55,7 @@ def graph(
     from workbench import harmony
     from workbench.experiments import graph_details, graph_export
     from workbench.experiments.attribution_graph import graph as make
+    from workbench.experiments.dictionary_features import load_autoencoders
     from workbench.outputs import check_output, staged
 
     check_output(out, command="graph", inputs=[model, *(sae or [])], overwrite=overwrite)
@@ -64,7 +65,7 @@ def graph(
     place = _place(loaded, ids, answer, at)
     wanted: Any = answer[place] if target is None else target
     options: dict[str, Any] = {"target": wanted, "against": against, "node_share": nodes, "edge_share": edges}
-    found = make(loaded, [*ids, *answer[:place]], saes=_saes(sae or [], loaded.device), **options)
+    found = make(loaded, [*ids, *answer[:place]], saes=load_autoencoders(sae or [], loaded.device), **options)
     if neurons:
         found = graph_details.with_neurons(loaded, found, top=neurons)
     chosen = graph_details.choice_edges(loaded, found) if choices else None
@@ -78,25 +79,6 @@ def graph(
     print(f"answer: {loaded.tokenizer.decode(answer)}")
     print(_described(found))
     print(out)
-
-
-def _saes(folders: list[Path], device: Any) -> dict[str, Any]:
-    """Return autoencoders by the hook points that their folders name.
-
-    Raises:
-        InputError: a folder is damaged or names no hook point, or two name the same one.
-    """
-    from workbench.hooks.sae import load_sae
-
-    found: dict[str, Any] = {}
-    for folder in folders:
-        loaded = load_sae(folder, device=device)
-        name = loaded.cfg.hook_name
-        if name is None or name in found:
-            problem = "names no hook point" if name is None else f"is the second one at {name}"
-            raise InputError(f"--sae {folder}: its configuration {problem}: give folders of one point each")
-        found[name] = loaded
-    return found
 
 
 def _place(model: Any, ids: list[int], answer: list[int], at: int | None) -> int:

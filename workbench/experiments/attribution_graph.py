@@ -282,7 +282,7 @@ def take_shown_neurons(nodes: pd.DataFrame, vectors: Float[Tensor, "node d_model
 def reads_of(
     frozen: FrozenPass, flow: BackwardFlow, nodes: pd.DataFrame, direction: Tensor
 ) -> Float[Tensor, "node d_model"]:
-    """Return the direction at the stream that each node reads; a head's is before its pattern and the norm's scale.
+    """Return the directions [node d_model] at the stream that nodes read; a head's is before pattern and norm's scale.
 
     Neurons have none here: `graph_details` has theirs.
     """

@@ -8,15 +8,16 @@ Reference: error nodes of attribution graphs, Marks et al. 2024, arXiv 2403.1964
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.hooks.sae import SAE
+from workbench.hooks.sae import SAE, load_sae
 from workbench.model.config import Config
 
 _HOOK = re.compile(r"blocks\.(\d{1,5})\.hook_resid_(pre|mid|post)")
@@ -55,6 +56,23 @@ def places(cfg: Config, saes: Mapping[str, SAE]) -> dict[float, str]:
 def layer_of(name: str) -> int:
     """Return the layer of a hook point."""
     return int(name.split(".")[1])
+
+
+def load_autoencoders(folders: Sequence[Path], device: torch.device) -> dict[str, SAE]:
+    """Return autoencoders by the hook points that their folders name.
+
+    Raises:
+        InputError: a folder is damaged or names no hook point, or two name the same one.
+    """
+    found: dict[str, SAE] = {}
+    for folder in folders:
+        loaded = load_sae(folder, device=device)
+        name = loaded.cfg.hook_name
+        if name is None or name in found:
+            problem = "names no hook point" if name is None else f"is the second one at {name}"
+            raise InputError(f"autoencoder {folder}: its configuration {problem}: give folders of one point each")
+        found[name] = loaded
+    return found
 
 
 @dataclass
