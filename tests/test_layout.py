@@ -85,6 +85,7 @@ TESTED_BY = {
     "data/prompts": "data/test_evaluate.py",
     "experiments/activations": "experiments/test_gradients.py",
     "experiments/attention_knockout": "experiments/test_hidden_messages.py",
+    "experiments/branch_answers": "experiments/test_sentence_importance.py",
     "experiments/branch_importance": "experiments/test_sentence_importance.py",
     "experiments/branching": "experiments/test_sentence_importance.py",
     "experiments/chain_of_thought": "experiments/test_registry.py",
