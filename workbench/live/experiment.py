@@ -258,6 +258,11 @@ class SampleSummary:
     correct: int | None = None
 
 
+def final_answer(experiment: Experiment, answer: Answer) -> str | None:
+    """Return the complete final message of the first sample, None if there is none."""
+    return final_text(np.array([*experiment.prompt, *answer.tokens]), experiment.model.tokenizer)
+
+
 def summarize(experiment: Experiment, answer: Answer) -> SampleSummary:
     """Return the summary of the samples of one side; answers without a complete final message are not listed."""
     rows = [[*experiment.prompt, *row] for row in answer.rows]

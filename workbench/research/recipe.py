@@ -11,8 +11,9 @@ back; `docs/howto/live.md` describes the fields.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,10 @@ class Recipe:
     def _prompt(self, model: GptOss, user: str = "", effort: str = "") -> list[int]:
         return harmony.render(self.messages(user), effort=effort or self.effort, tokenizer=model.tokenizer)
 
+    def prompt_of(self, model: GptOss) -> Callable[[str, str], list[int]]:
+        """Return a function of a user message and an effort (empty: the recipe's) that returns the prompt's ids."""
+        return partial(self._prompt, model)
+
     @property
     def options(self) -> dict[str, Any]:
         """Return the options of `generate` and `generate_stream`."""
@@ -125,11 +130,8 @@ class Recipe:
             InputError: the model lacks a layer or an expert, a direction has no tokens, or a source is not known.
         """
         named = sources or SteeringSources()
-        found = [
-            edit
-            for one in self.interventions
-            for edit in edits_of(one, model, transcripts, named, lambda user, effort: self._prompt(model, user, effort))
-        ]
+        prompt = self.prompt_of(model)
+        found = [edit for one in self.interventions for edit in edits_of(one, model, transcripts, named, prompt)]
         for edit in found:
             edit.points(model)  # refuses what the model lacks
         return found
