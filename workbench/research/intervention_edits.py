@@ -52,7 +52,11 @@ def vectors_of(
     sources: SteeringSources,
     prompt: Prompt,
 ) -> dict[str, Float[Tensor, " d"]]:
-    """Return hook point → direction of an intervention that steers; strength 1 adds the direction as it is."""
+    """Return hook point → direction of an intervention that steers; strength 1 adds the direction as it is.
+
+    Raises:
+        InputError: a source is not known or does not name its hook point, or the means of channels have no transcripts.
+    """
     assert one.kind in STEERING_KINDS
     points = [f"blocks.{layer}.hook_resid_post" for layer in one.layers]
     if one.kind == "vector":
