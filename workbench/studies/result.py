@@ -19,7 +19,7 @@ import xarray as xr
 from workbench.bounded_json import read_json
 from workbench.errors import InputError
 from workbench.outputs import write_files
-from workbench.studies.intervals import few_prompts
+from workbench.studies.intervals import MIN_PROMPTS, few_prompts
 from workbench.version import version
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -71,9 +71,8 @@ def name_few_prompts(result: xr.Dataset, n: int) -> None:
     text = few_prompts(min(int(result.attrs.get("prompts", n)), n))
     if not text and "prompts" in result and "paired" not in result.attrs:
         counts = result["prompts"].values
-        least = int(counts[counts > 0].min(initial=n))
-        text = f"some cells rest on few prompts, the smallest on {least} ({few_prompts(least)})"
-        text = text if few_prompts(least) else ""
+        least = int(counts[counts >= MIN_PROMPTS].min(initial=n))  # cells with fewer have no interval
+        text = few_prompts(least) and f"some cells rest on few prompts, the smallest on {least} ({few_prompts(least)})"
     if text:
         result.attrs["summary"] = f"{summary}\nWarning: {text}."
 
