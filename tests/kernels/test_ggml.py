@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.kernels import cpu
+from workbench.kernels import cpu, ggml
+from workbench.kernels.ggml import from_ggml, new_memory, separate, to_ggml
 from workbench.kernels.mxfp4 import dequantise
-from workbench.model.formats import gguf_mxfp4
-from workbench.model.formats.gguf_mxfp4 import from_ggml, new_memory, separate, to_ggml
 
 RNG = np.random.default_rng(0)
 
@@ -40,7 +39,7 @@ def test_the_compiled_loop_and_numpy_write_the_same(reorder: bool, monkeypatch: 
         return blocks, scales
 
     compiled = separated()
-    monkeypatch.setattr(gguf_mxfp4.cpu, "unavailable", lambda: "switched off")
+    monkeypatch.setattr(ggml.cpu, "unavailable", lambda: "switched off")
     for got, want in zip(compiled, separated(), strict=True):
         assert torch.equal(got, want)
     assert torch.equal(compiled[1][1::2], torch.from_numpy(source[..., 0]))
@@ -49,7 +48,7 @@ def test_the_compiled_loop_and_numpy_write_the_same(reorder: bool, monkeypatch: 
 
 def test_new_memory_has_its_shape_in_pages_of_either_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert new_memory((3, 5)).shape == (3, 5)
-    monkeypatch.setattr(gguf_mxfp4, "_HUGE", 1)
+    monkeypatch.setattr(ggml, "_HUGE", 1)
     large = new_memory((3, 5))
     assert large.shape == (3, 5)
     assert not large.any()

@@ -1,29 +1,85 @@
-"""Between the two orders in which MXFP4 is stored, exactly: published, and ggml's.
+"""MXFP4 as ggml stores it, and its exact conversion to the published order.
 
 Published: byte i of a group of 32 values holds value 2i in its low and 2i + 1 in its high nibble; scales are a tensor
 of their own. ggml: a block of 17 bytes, the scale first; byte j holds value j in its low and j + 16 in its high nibble.
 
 Cost: 17 bytes read and written for each group. Measured, one thread (Zen 4), where the result has its memory already:
-15 GB/s by the compiled loop of `gguf_loops`, 0.3 GB/s by numpy. New memory costs more than that: see `new_memory`.
+15 GB/s by the compiled loop of `cpu.ggml_loops`, 0.3 GB/s by numpy. New memory costs more than that: see `new_memory`.
 """
 
 import math
 import mmap
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from workbench.kernels import cpu
+from workbench.kernels import cpu, mxfp4
+from workbench.kernels.mxfp4 import Mxfp4
+from workbench.kernels.parallel import parallel_map
 
 Bytes = npt.NDArray[np.uint8]
 _ROWS = 2048  # groups at a time: their copies stay in cache
 BLOCK_BYTES = 17
-
-
 _HUGE = 1 << 24  # bytes from which memory is asked for in huge pages
+
+
+class GgmlMxfp4(NamedTuple):
+    """The packed matrices of all experts as a GGUF file holds them, usually memory-mapped.
+
+    parts: one tensor, or those of gate and up, whose rows are the matrix's in turn. halves: byte j of a group holds
+    values j and j + 16, as in ggml, instead of 2j and 2j + 1.
+    """
+
+    parts: tuple[UInt8[Tensor, "expert out group 17"], ...]
+    halves: bool
+
+    def at(self, index: int) -> Mxfp4:
+        """Return the matrix of one expert in the published order, in new memory."""
+        _, out, groups, _ = self.parts[0].shape
+        rows = out * len(self.parts)
+        matrix = Mxfp4(
+            torch.empty(rows, groups, BLOCK_BYTES - 1, dtype=torch.uint8), torch.empty(rows, groups, dtype=torch.uint8)
+        )
+        for first, part in enumerate(self.parts):
+            separate(part[index].numpy(), *matrix, first, len(self.parts), reorder=self.halves)
+        return matrix
+
+    def published(self) -> Mxfp4:
+        """Return the matrices of all experts in the published order, in new memory."""
+        experts, out, groups, _ = self.parts[0].shape
+        shape = (experts, out * len(self.parts), groups)
+        matrices = Mxfp4(new_memory((*shape, BLOCK_BYTES - 1)), new_memory(shape))
+
+        def fill(task: tuple[int, int]) -> None:
+            expert, first = task
+            source = self.parts[first][expert].numpy()
+            separate(source, *matrices.at(expert), first, len(self.parts), reorder=self.halves)
+
+        parallel_map(fill, [(expert, first) for expert in range(experts) for first in range(len(self.parts))])
+        return matrices
+
+
+class _MappedLinear(torch.autograd.Function):
+    """x times the matrix of an expert, which the backward pass reads from the file again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, matrices: GgmlMxfp4, index: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.matrices, ctx.index = matrices, index
+        return mxfp4.linear(x, matrices.at(index))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return mxfp4.input_gradient(grad, *ctx.matrices.at(ctx.index)), None, None
+
+
+def linear(x: Float[Tensor, "rows columns"], matrices: GgmlMxfp4, index: int) -> Float[Tensor, "rows out"]:
+    """Return x times the matrix of one expert."""
+    return _MappedLinear.apply(x, matrices, index)
 
 
 def new_memory(shape: tuple[int, ...]) -> Tensor:
@@ -54,7 +110,7 @@ def separate(source: Bytes, blocks: Tensor, scales: Tensor, first: int, stride: 
             target[...] = codes
         scales[first::stride].numpy()[...] = source[..., 0]
         return
-    from workbench.model.formats.gguf_loops import separate_rows
+    from workbench.kernels.cpu.ggml_loops import separate_rows
 
     assert source.flags.c_contiguous
     assert all(tensor.is_contiguous() for tensor in (blocks, scales))

@@ -2,7 +2,7 @@
 
 numpy's vector operations reorder 0.3 GB a second and a thread, so that gpt-oss-20b would take half a minute. Here 16
 bytes are one vector, and blocks and scales are read together. numba compiles it, as `workbench.kernels.cpu` explains;
-where that is not available, `gguf_mxfp4` computes the same.
+where that is not available, `workbench.kernels.ggml` computes the same.
 
 Cost: 17 bytes read and written for each group of 32 values; the memory's speed is the limit.
 """
