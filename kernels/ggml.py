@@ -119,6 +119,16 @@ def separate(source: Bytes, blocks: Tensor, scales: Tensor, first: int, stride: 
     )
 
 
+def widen_q8_0(source: Bytes, values: Tensor) -> None:
+    """Write rows of Q8_0 [row, bytes] as bfloat16 [row, columns], rounded to the nearest, by the compiled loop."""
+    from workbench.kernels.cpu.ggml_loops import widen_blocks
+
+    assert source.flags.c_contiguous
+    assert values.is_contiguous()
+    assert (values.dtype, source.size * 32) == (torch.bfloat16, values.numel() * 34)
+    widen_blocks()(source.ctypes.data, values.numel() // 32, values.data_ptr())
+
+
 def from_ggml(blocks: Bytes, out: Bytes) -> None:
     """Reorder the nibbles of groups [row, group, 16] from ggml's order into `out` [row, group, 16]."""
     step = max(1, _ROWS // blocks.shape[1])

@@ -247,6 +247,10 @@ class Block(nn.Module):
 class Embed(nn.Embedding):
     """The embedding of tokens [d_vocab d_model]."""
 
+    def __init__(self, d_vocab: int, d_model: int) -> None:
+        # torch's own values are never used; on the meta device they take more than a second, for imports
+        super().__init__(d_vocab, d_model, _weight=torch.empty(d_vocab, d_model))
+
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802 - TransformerLens' name
         """Return the matrix, under TransformerLens' name."""

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.harmony.vocabulary import Tokenizer, tokenizer_of_tokens
-from workbench.kernels.ggml import BLOCK_BYTES, GgmlMxfp4
+from workbench.kernels import cpu
+from workbench.kernels.ggml import BLOCK_BYTES, GgmlMxfp4, widen_q8_0
 from workbench.kernels.parallel import parallel_map
 from workbench.model.config import GROUP, Config, Rope, check_sizes
 from workbench.model.formats.gguf_file import (
@@ -223,8 +224,14 @@ class _Stored:
         flat, values = rows.reshape(-1, rows.shape[-1]), out.view(-1, out.shape[-1])
         step = max(1, _DECODED // out.shape[-1])
 
+        compiled = kind == Q8_0 and dtype == torch.bfloat16 and not cpu.unavailable()
+
         def fill(start: int) -> None:
-            values[start : start + step] = torch.from_numpy(decode(np.ascontiguousarray(flat[start : start + step])))
+            some = flat[start : start + step]
+            if compiled:
+                widen_q8_0(some, values[start : start + step])
+            else:
+                values[start : start + step] = torch.from_numpy(decode(np.ascontiguousarray(some)))
 
         parallel_map(fill, range(0, len(flat), step))
         self.file.release(self.name)
