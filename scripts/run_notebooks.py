@@ -21,6 +21,7 @@ from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 MARK = "outputs_of"  # metadata: digest of the source that the outputs are of
+KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 _PICTURES = """
 import plotly.io
 plotly.io.renderers["png"].width, plotly.io.renderers["png"].scale = 920, 1
@@ -51,6 +52,7 @@ def run(path: Path) -> None:
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = _smaller(output.data["image/png"])
     notebook.metadata[MARK] = digest(notebook)
+    notebook.metadata["kernelspec"] = KERNEL  # without it JupyterLab asks for a kernel first
     nbformat.write(notebook, path)
     print(f"{path.name}: {path.stat().st_size / 1e3:,.0f} kB", flush=True)
 

@@ -1,4 +1,4 @@
-"""Whether the program runs in a notebook, where progress is a bar below the cell and figures are as wide as the cell."""
+"""Whether the program runs in a notebook, where progress is a bar and figures are as wide as the cell."""
 
 import sys
 from collections.abc import Callable
@@ -12,5 +12,5 @@ def notebook_display() -> Callable[..., Any] | None:
     from IPython import get_ipython
     from IPython.display import display
 
-    shell = get_ipython()  # type: ignore[no-untyped-call]
+    shell = get_ipython()
     return display if shell is not None and getattr(shell, "kernel", None) is not None else None

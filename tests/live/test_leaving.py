@@ -105,7 +105,11 @@ def test_without_the_call_at_its_end_a_session_would_go_on(
 ) -> None:
     """A negative control: leaving is noticed, but does nothing."""
     left: list[Viewer] = []
-    monkeypatch.setattr(Viewer, "leave", left.append)
+
+    def notice(viewer: Viewer) -> None:
+        left.append(viewer)
+
+    monkeypatch.setattr(Viewer, "leave", notice)
     job = job_of_a_closed_tab(dashboard, browser)
     until(lambda: bool(left))
     time.sleep(1)

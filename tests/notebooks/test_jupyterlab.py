@@ -19,6 +19,7 @@ from tests.serving import free_port, wait_for
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 LONG = 300_000  # milliseconds; nothing here depends on the machine being fast
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 PROGRESS = """
 import sys, time
 from workbench.progress import progress
@@ -38,10 +39,11 @@ def lab(tmp_path: Path) -> Iterator[str]:
     for cell in quickstart.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+    quickstart.metadata["kernelspec"] = KERNEL
     quickstart.cells += [nbformat.v4.new_code_cell(PROGRESS), nbformat.v4.new_code_cell("print('the ' + 'end')")]
     nbformat.write(quickstart, tmp_path / "quickstart.ipynb")
     cells = [nbformat.v4.new_code_cell(WARNING), nbformat.v4.new_code_cell("print('the ' + 'end')")]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "warning.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), tmp_path / "warning.ipynb")
     home, port = tmp_path / "home", free_port()
     folders = {name: str(home / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
     command = [
@@ -73,7 +75,9 @@ def run_all(page: Page, url: str) -> None:
 def red_outputs(page: Page) -> list[str]:
     """Return the texts that JupyterLab shows in red: standard error and tracebacks."""
     kinds = ("application/vnd.jupyter.stderr", "application/vnd.jupyter.error")
-    return [text for kind in kinds for text in page.locator(f".jp-Notebook [data-mime-type='{kind}']").all_inner_texts()]
+    return [
+        text for kind in kinds for text in page.locator(f".jp-Notebook [data-mime-type='{kind}']").all_inner_texts()
+    ]
 
 
 def test_quickstart_runs_by_clicking(lab: str) -> None:
@@ -88,7 +92,9 @@ def test_quickstart_runs_by_clicking(lab: str) -> None:
         widths = page.evaluate(WIDTHS)
         assert len(widths) == 2
         assert all(0.97 <= width <= 1.01 for width in widths), widths
-        page.set_viewport_size({"width": 1000, "height": 5000})  # a negative control: a figure of fixed width would stay
+        page.set_viewport_size(
+            {"width": 1000, "height": 5000}
+        )  # a negative control: a figure of fixed width would stay
         page.wait_for_timeout(2000)
         assert all(0.9 <= width <= 1.01 for width in page.evaluate(WIDTHS)), page.evaluate(WIDTHS)
         again = browser.new_page()

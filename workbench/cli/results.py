@@ -181,8 +181,8 @@ def dashboard(
     """Serve the dashboard of one or several runs."""
     from workbench.dashboards.app import serve
 
-    options = {"port": port, "address": address, "show": show}
-    access = {"allow_origin": allow_origin or (), "basic_auth": basic_auth}
+    options: dict[str, Any] = {"port": port, "address": address, "show": show}
+    access: dict[str, Any] = {"allow_origin": allow_origin or (), "basic_auth": basic_auth}
     if model is None:
         serve(runs, **options, **access)
         return

@@ -25,7 +25,10 @@ __all__ = ["SESSION_OPTIONS", "Limits", "dashboard_page", "live_page", "serve"]
 
 _MAX_ADDRESS = 16_000  # characters of a recipe in an address; browsers and proxies refuse much longer ones
 # of `panel.serve`: a browser that does not come back within five seconds has left, and its request is cancelled
-SESSION_OPTIONS = {"unused_session_lifetime_milliseconds": 5_000, "check_unused_sessions_milliseconds": 1_000}
+SESSION_OPTIONS: dict[str, Any] = {
+    "unused_session_lifetime_milliseconds": 5_000,
+    "check_unused_sessions_milliseconds": 1_000,
+}
 # refreshing the page would switch the busy indicator on all the time; the page says itself what it does
 _CSS = ".wb-right > span[aria-hidden]{display:none}"
 _EXAMPLES = {"nano": "12+7"}
