@@ -42,6 +42,8 @@ ACROSS_MODULES = {
     "test_docs.py",
     "test_docstrings.py",
     "test_howto.py",
+    "live/test_leaving.py",
+    "notebooks/test_jupyterlab.py",
     "test_howto_tasks.py",
     "test_language.py",
     "test_layout.py",

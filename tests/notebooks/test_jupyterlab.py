@@ -64,6 +64,8 @@ def lab(tmp_path: Path) -> Iterator[str]:
 
 def run_all(page: Page, url: str) -> None:
     """Open a notebook and click Run, Run All Cells; wait for its last cell."""
+    select = page.get_by_role("button", name="Select Kernel", exact=True)
+    page.add_locator_handler(select, lambda button: button.click())  # a slow server makes JupyterLab ask
     page.goto(url, timeout=LONG)
     expect(page.locator(".jp-Notebook:visible .jp-CodeCell").first).to_be_visible(timeout=LONG)
     page.get_by_role("menuitem", name="Run", exact=True).click(timeout=LONG)
