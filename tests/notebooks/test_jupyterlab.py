@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import plotly
 import pytest
 
 pytest.importorskip("playwright.sync_api")
@@ -51,6 +52,8 @@ def lab(tmp_path: Path) -> Iterator[str]:
         *("--IdentityProvider.token=", "--LabApp.news_url=", "--LabApp.extension_manager=readonly"),
         f"--ServerApp.root_dir={tmp_path}",
     ]
+    extensions = Path(plotly.__file__).parents[4] / "share" / "jupyter"  # of the environment that plotly is in
+    folders["JUPYTER_PATH"] = str(extensions)
     environment = os.environ | folders | {"PYTHONPATH": str(NOTEBOOKS.parent), "JUPYTER_PLATFORM_DIRS": "1"}
     server = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path
