@@ -29,8 +29,9 @@ with progress("counting", 4, "steps") as advance:
         time.sleep(0.3); advance(1)
 """
 WARNING = "import sys; print('a plain line, as without a notebook', file=sys.stderr)"
-WIDTHS = """() => [...document.querySelectorAll('.jp-OutputArea-output .js-plotly-plot')].map(
-  figure => figure.getBoundingClientRect().width / figure.closest('.jp-OutputArea-output').clientWidth)"""
+WIDTHS = """() => [...document.querySelectorAll('.jp-Notebook .js-plotly-plot')].map(figure =>
+  figure.querySelector('.main-svg').getBoundingClientRect().width
+  / figure.closest('.jp-OutputArea-output').clientWidth)"""
 
 
 @pytest.fixture
