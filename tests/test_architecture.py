@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "errors": set(),
     "_links": set(),
-    "progress": set(),
+    "notebook": set(),
+    "progress": {"notebook"},
     "file_lock": {"bounded_json", "errors"},
     "inputs": {"errors"},
     "outputs": {"bounded_json", "errors", "file_lock"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
     "runs": {"harmony", "inputs", "errors", "progress", "file_lock", "outputs", "bounded_json"},
     "studies": {"progress", "outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
-    "figures": {"bounded_json", "outputs", "registry", "studies", "harmony", "errors"},
+    "figures": {"notebook", "bounded_json", "outputs", "registry", "studies", "harmony", "errors"},
     "dashboards": {"child_processes", "bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
     "capture": {
         "child_processes",

@@ -42,6 +42,8 @@ ACROSS_MODULES = {
     "test_docs.py",
     "test_docstrings.py",
     "test_howto.py",
+    "live/test_leaving.py",
+    "notebooks/test_jupyterlab.py",
     "test_howto_tasks.py",
     "test_language.py",
     "test_layout.py",
@@ -164,6 +166,8 @@ TESTED_BY = {
     "studies/layer_experts": "capture/test_layer_experts.py",
     "studies/routing_agreement": "capture/test_host_routing.py",
     "studies/routing_agreement_runs": "capture/test_host_routing.py",
+    "research/intervention": "research/test_recipe.py",
+    "research/intervention_edits": "research/test_steering_sources.py",
     "studies/synthetic": "studies/test_routing.py",
     "studies/token_labels": "studies/test_label_probes.py",
 }

@@ -1,5 +1,6 @@
 """Commands about finished runs: studies, experiments, summary, report, figures and the dashboard."""
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -165,6 +166,12 @@ def figures(
 @names_damage
 def dashboard(
     runs: Annotated[list[str], typer.Argument(help="Runs to show, as folders or URLs.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model for the page Live, which generates and intervenes. [default: no such page]"),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
     port: Port = 5006,
     address: Address = "localhost",
     show: Show = False,
@@ -174,4 +181,20 @@ def dashboard(
     """Serve the dashboard of one or several runs."""
     from workbench.dashboards.app import serve
 
-    serve(runs, port=port, address=address, show=show, allow_origin=allow_origin or (), basic_auth=basic_auth)
+    options: dict[str, Any] = {"port": port, "address": address, "show": show}
+    access: dict[str, Any] = {"allow_origin": allow_origin or (), "basic_auth": basic_auth}
+    if model is None:
+        serve(runs, **options, **access)
+        return
+    from workbench.live.app import SESSION_OPTIONS, dashboard_page
+    from workbench.live.model_server import ModelServer
+    from workbench.runs import open_run
+
+    server = ModelServer(load_model(model, device, dtype, None), model)
+    digest = server.model.checkpoint.digest
+    if others := [path for path in runs if open_run(path).checkpoint["digest"] != digest]:
+        print(f"note: {', '.join(others)} was captured from another checkpoint than {model}", file=sys.stderr)
+    try:
+        serve(runs, extra={"live": dashboard_page(server)}, **options, **access, **SESSION_OPTIONS)
+    finally:
+        server.close()
