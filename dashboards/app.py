@@ -117,14 +117,16 @@ def serve(
     show: bool = False,
     allow_origin: Sequence[str] = (),
     basic_auth: Path | None = None,
+    model: str = "",
 ) -> None:
     """Serve the dashboard until interrupted. Only pages from `address`, and of the origins allowed, may connect.
 
-    basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look.
+    basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look. model: the
+    one that the runs were captured from, for attention patterns; loaded by processes of their own when it is needed.
     """
     access = login_options(basic_auth)
     origins = [*local_origins(address, port), *allow_origin]
-    registry = RunRegistry(runs)
+    registry = RunRegistry(runs, model=model)
     check_free(address, port)
     pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     threading.Thread(target=_warm, args=(registry,), daemon=True).start()

@@ -1,20 +1,18 @@
 """The conversations page: a list that is searched and filtered, and one conversation with what was recorded of it."""
 
 import io
-import re
 from typing import Any
 
 import panel as pn
 
-from workbench.bounded_json import parse_json
 from workbench.dashboards import content, search, widgets
 from workbench.dashboards.conversation import HEIGHT, VIEW, conversation_file, frame
+from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Selectors, Session, box
 from workbench.errors import InputError
 from workbench.studies.quick_look import ALL
 
 LISTED = 500  # conversations in one page of the list
-_VALUE = re.compile(r"[\w .]{0,80}")
 
 
 def transcript(session: Session) -> Page:
@@ -47,14 +45,13 @@ class _Conversations:
         self.pick = widgets.select("Conversation", {}, None, size=10)
         self.count = widgets.html("")
         self.shown = box()
-        # what is chosen in the frame; the script of page.html sets it
-        self.view = pn.widgets.TextInput(css_classes=["wb-view"], visible=False)
+        self.view = view_input(session, VIEW, self.viewed)
+        self.expert = session.choice.text("expert")
         self.found: dict[str, int] = {}
         self.first = 0  # of the list's page
         linked = session.choice.text("sequence")
         self.linked = int(linked) if linked.isdecimal() and int(linked) in session.run.sequences.index else None
         self.pick.param.watch(lambda _: self.show(), "value")
-        self.view.param.watch(self.viewed, "value")
         self.filters.watch(self.fill, *self.filters.widgets)
         for widget in (self.find, self.order):
             widget.param.watch(lambda _: self.fill(), "value")
@@ -152,16 +149,8 @@ class _Conversations:
 
         self.shown[:] = [widgets.html(content.about_sequence(self.session.run, number)), widgets.guarded(body)]
 
-    def viewed(self, event: Any) -> None:
-        """Store what was chosen in the frame. Anything that a frame does not send is passed over."""
-        try:
-            view = parse_json(str(event.new)[:2000])
-        except InputError:
-            return
-        if not isinstance(view, dict):
-            return
-        known = {n: str(v) for n, v in view.items() if n in VIEW and _VALUE.fullmatch(str(v))}
-        if "expert" in known and self.order.value and known["expert"] != self.session.choice.text("expert"):
-            self.session.put(**known)
+    def viewed(self, view: dict[str, str]) -> None:
+        """Sort the list again if it is sorted by the load of the expert that was chosen in the frame."""
+        if self.order.value and view.get("expert", self.expert) != self.expert:
+            self.expert = view["expert"]
             self.fill()
-        self.session.put(**known)

@@ -12,6 +12,7 @@ import xarray as xr
 
 from workbench import registry
 from workbench.dashboards import content, widgets
+from workbench.dashboards.attention_page import attention
 from workbench.dashboards.conversation_page import transcript
 from workbench.dashboards.heatmap_pages import experts, sinks
 from workbench.dashboards.overview import overview
@@ -149,12 +150,18 @@ _OWN_PAGES: Mapping[str, Callable[[Session], Page]] = {
     "channels": channels,
     "effort": effort,
     "transcript": transcript,
+    "attention": attention,
     "compare": compare,
     "causal": causal,
     "graph": graph,
 }
 _BEFORE = {"overview": "Overview"}
-_AFTER = {"transcript": "Conversations", "causal": "Causal results", "graph": "Why this token"}
+_AFTER = {
+    "transcript": "Conversations",
+    "attention": "Attention",
+    "causal": "Causal results",
+    "graph": "Why this token",
+}
 
 
 def page_titles() -> dict[str, str]:

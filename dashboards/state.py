@@ -52,6 +52,10 @@ class Selection:
         "graph",
         "threshold",
         "pins",
+        "groups",
+        "token",
+        "neuron",
+        "feature",
     )
 
     def __init__(self, query: Mapping[str, str]) -> None:
@@ -84,14 +88,17 @@ class Selection:
 class RunRegistry:
     """The runs that a dashboard was started with, and results computed once for each state of a run.
 
+    model: from which attention patterns are computed on request; nano is always at hand.
+
     Raises:
         InputError: no run is named, or two runs have the same name.
     """
 
-    def __init__(self, paths: Sequence[str | Path], *, cache: Path | None = None) -> None:
+    def __init__(self, paths: Sequence[str | Path], *, cache: Path | None = None, model: str = "") -> None:
         if not paths:
             raise InputError("name at least one run to show: workbench dashboard RUN.zarr")
         self._paths: dict[str, str | Path] = {}
+        self._model = model
         for path in paths:
             where = place(path)
             last = (
@@ -145,6 +152,16 @@ class RunRegistry:
         lasting = all(run.status == "complete" for run in runs)
         digest = "-".join(run.digest for run in runs)
         return partial(self.desk.ask, study, paths, digest, exclude=exclude, lasting=lasting)
+
+    def model(self, name: str) -> str:
+        """Return the model that can be loaded for a run, or "" if none is known; its digest is not compared yet."""
+        return self._model or ("nano" if self.run(name).checkpoint["name"] == "nano" else "")
+
+    def attention(self, name: str, sequence: int, layers: str = "") -> Callable[[], Answer]:
+        """Return a function that asks for the attention patterns of a sequence, without waiting for them."""
+        run = self.run(name)
+        path = str(self._paths[name])
+        return partial(self.desk.attention, path, run.digest, self.model(name), sequence, layers)
 
     def costs(self, name: str, exclude: str = "") -> dict[str, xr.Dataset]:
         """Return accuracy and reasoning length by effort from the tables alone; empty with fewer than two efforts."""

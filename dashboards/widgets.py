@@ -200,8 +200,17 @@ def folded(title: str, body: Callable[[], Any]) -> pn.Card:
     return box
 
 
-def awaited(ask: Callable[[], Answer], show: Callable[[dict[str, xr.Dataset]], Sequence[Any]]) -> pn.Column:
-    """Return a column with the results of a study or, until they are ready, the time it has been running."""
+def awaited(
+    ask: Callable[[], Answer],
+    show: Callable[[dict[str, xr.Dataset]], Sequence[Any]],
+    *,
+    work: str = "Running study",
+    failed: str = "This study is not available for this run",
+) -> pn.Column:
+    """Return a column with the results of a study or, until they are ready, the time it has been running.
+
+    work, failed: what is said while it runs, and before the reason why there are no results.
+    """
     box = pn.Column(sizing_mode="stretch_width")
 
     def look() -> bool:
@@ -211,9 +220,9 @@ def awaited(ask: Callable[[], Answer], show: Callable[[dict[str, xr.Dataset]], S
             shown = guarded(lambda: list(show(found)))
             box[:] = shown if isinstance(shown, list) else [shown]
         elif answer.reason:
-            box[:] = [alert(f"This study is not available for this run: {answer.reason}")]
+            box[:] = [alert(f"{failed}: {answer.reason}")]
         else:
-            text = f"Running study ({answer.seconds:.0f} s). The result will be cached."
+            text = f"{work} ({answer.seconds:.0f} s). The result will be cached."
             if box and isinstance(box[0], pn.Row):
                 box[0][1].object = text
             else:

@@ -153,8 +153,15 @@ def dashboard(
     show: Show = False,
     allow_origin: AllowOrigin = None,
     basic_auth: BasicAuth = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Model that the runs were captured from, for attention patterns. [default: nano for its runs]"
+        ),
+    ] = "",
 ) -> None:
     """Serve the dashboard of one or several runs."""
     from workbench.dashboards.app import serve
 
-    serve(runs, port=port, address=address, show=show, allow_origin=allow_origin or (), basic_auth=basic_auth)
+    origins = allow_origin or ()
+    serve(runs, port=port, address=address, show=show, allow_origin=origins, basic_auth=basic_auth, model=model)
