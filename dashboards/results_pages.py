@@ -172,8 +172,9 @@ def graph(session: Session) -> Page:
     shown = box()
 
     def show(*_: Any) -> None:
-        if session.choice.text("graph") != str(pick.value):
-            session.put(graph=str(pick.value), pins="")
+        before = session.choice.text("graph")
+        if before != str(pick.value):
+            session.put(graph=str(pick.value), **({"pins": "", "groups": ""} if before else {}))
         chosen = {name: session.choice.text(name) for name in attribution_graph.VIEW if session.choice.text(name)}
 
         def body() -> Any:

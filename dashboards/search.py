@@ -15,6 +15,7 @@ from workbench.runs.conversations import tokenizer_of
 from workbench.studies.quick_look import ALL
 
 _MOST_TOKENS = 300_000  # that a table of tokens is made from
+_GRADES = {"correct": 1, "wrong": 0, "ungraded": -1}
 _POSITION_BINS = 2.0 ** np.arange(18)
 
 
@@ -189,8 +190,11 @@ def conversations(
     channel: str = ALL,
     most: int = 500,
     expert: tuple[int, int] | None = None,
+    kind: str = "",
 ) -> dict[str, int]:
     """Return conversations as label → number.
+
+    kind: correct, wrong, ungraded or irregular; "" for all.
 
     text: contained in the id, the answer, or the tokens of the channel. expert: sort by the share of tokens (of the
     channel) that are routed to this (layer, expert), largest first. most: the search in tokens ends when so many
@@ -200,6 +204,10 @@ def conversations(
     wanted = pd.Series(True, index=table.index)
     for column, value in (("task", task), ("effort", effort)):
         wanted &= True if value == ALL else table[column] == value
+    if kind in _GRADES:
+        wanted &= table["correct"] == _GRADES[kind]
+    elif kind == "irregular":
+        wanted &= table["flags"].astype(str).str.len() > 0 if "flags" in table else False
     share = _share_of_expert(run, channel, *expert) if expert else None
     if share is not None:
         wanted &= share.reindex(table.index) > 0

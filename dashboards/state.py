@@ -42,6 +42,7 @@ class Selection:
         "figure",
         "order",
         "find",
+        "kind",
         "sequence",
         "theme",
         "exclude",

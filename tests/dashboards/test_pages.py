@@ -13,6 +13,7 @@ import workbench as wb
 from tests.dashboards.browsing import UNNAMED, Session, frame_of, serve, stop
 from tests.dashboards.test_attribution_graph import graph
 from tests.dashboards.test_stored_results import effects
+from workbench.dashboards.attribution_graph import graph_data
 from workbench.studies.result import save
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -103,6 +104,37 @@ def test_a_graph_is_explored_and_its_view_is_in_the_link(stored: str, browser: B
     assert again.locator(f".node.pin[data-i='{expert}']").count() == 1
     again.locator("#threshold").evaluate("e => { e.value = 20; e.oninput(); }")
     assert again.locator(".node").count() == 2, "the strongest one, and the pinned one"
+    assert session.errors == session.foreign == []
+
+
+def test_pinned_nodes_become_a_supernode_that_is_named_saved_and_reopened(stored: str, browser: Browser) -> None:
+    session = Session(browser, f"{stored}/graph?pins=0_9_1+1_2_1")
+    frame = graph_frame(session)
+    assert frame.locator(".node.pin").count() == 2
+    frame.get_by_label("name of the supernode").fill("carry <b>")
+    frame.get_by_role("button", name="Group 2 pinned").click()
+    expect(frame.get_by_role("heading", name="carry b")).to_be_visible()
+    assert frame.locator(".node").count() == 4, "two nodes are one"
+    lines = frame.locator("#side table").nth(1).locator("tr")
+    expect(lines).to_have_count(1)
+    assert "embedding of 'a'" in lines.first.inner_text()
+    assert "+0.50" in lines.first.inner_text(), "the edge of its member; the edge between the members is inside"
+    session.page.wait_for_url(re.compile("groups="))
+    with session.page.expect_download() as download:
+        frame.get_by_role("button", name="JSON").click()
+    saved = json.loads(Path(download.value.path()).read_text())
+    assert saved["qParams"]["supernodes"] == [["carry b", "0_9_1", "1_2_1"]]
+    assert graph_data(saved)["supernodes"] == [["carry b", "0_9_1", "1_2_1"]], "the saved file is a graph itself"
+    again = graph_frame(Session(browser, session.page.url))
+    assert again.locator(".node").count() == 4
+    again.get_by_role("button", name="Expand").click()
+    assert again.locator(".node").count() == 5
+    expect(again.locator(".hull")).to_have_count(1)
+    again.get_by_role("button", name="Collapse").click()
+    assert again.locator(".node").count() == 4
+    again.get_by_role("button", name="Ungroup").click()
+    assert again.locator(".node").count() == 5
+    assert again.locator(".node.pin").count() == 0
     assert session.errors == session.foreign == []
 
 

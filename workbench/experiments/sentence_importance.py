@@ -98,7 +98,8 @@ def experiment(
     """Return the importance of every sentence, and for every conversation from where on its answer is settled.
 
     Dataset `sentences`, over sentence: effect, low, high, kl, kl_null, p, q, accuracy_change (where the expected text
-    is known), forced with its interval before and after, samples kept and other. `conversations`: sentences, committed.
+    is known), forced with its interval before and after, samples kept and other, and `start` and `stop`, the tokens of
+    the sentence in its sequence. `conversations`: sentences, committed.
 
     Raises:
         InputError: an option is not possible, or no sequence has an analysis of two sentences and a final message.
@@ -221,6 +222,7 @@ def _sentences(found: Sequence[Answered], kinds: Sequence[Kind], rng: np.random.
             result = importance(kept, other, 0, rng)
             forced, low, high = one.forced(i + 1)
             put(conversation=one.one.row.id, number=i, text=text, kept=len(kept), other=len(other))
+            put(start=one.one.cuts[i], stop=one.one.cuts[i + 1])
             put(**{name: getattr(result, name) for name in Importance._fields})
             put(forced_before=one.forced(i)[0], forced=forced, forced_low=low, forced_high=high)
             right = float("nan")
