@@ -63,6 +63,7 @@ MAY_IMPORT = {
         "progress",
     },
     "experiments": {
+        "bounded_json",
         "outputs",
         "version",
         "registry",

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ import workbench as wb
 from docs import commands_page
 from tests import test_howto_tasks
 from tests.conftest import DATA
-from tests.harmony.hosts.test_collect import FakeHost
+from tests.harmony.hosts.test_collect import FakeHost, chat
 from tests.model.fake_gpus import run_on_gpus
 from tests.runs.conftest import write_run
 from tests.serving import free_port, wait_for
@@ -94,6 +95,7 @@ def test_the_commands_of_a_page_work_in_their_order(page: Path, workplace: Path)
     host, cluster = None, []
     if "http://localhost:8000" in text:
         host = FakeHost()
+        host.reply = reply_of_host
         text = text.replace("http://localhost:8000", host.url)
     if "tcp://localhost:8786" in text:
         port = free_port()
@@ -115,6 +117,14 @@ def test_the_commands_of_a_page_work_in_their_order(page: Path, workplace: Path)
         if host is not None:
             host.server.shutdown()
             host.server.server_close()
+
+
+def reply_of_host(path: str, body: dict[str, Any], n: int) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Return an answer to a chat, or continuations of a prefix of ids."""
+    if not path.endswith("/completions") or path.endswith("chat/completions") or isinstance(body["prompt"], str):
+        return 200, chat("6"), {}
+    text = "<|end|><|start|>assistant<|channel|>final<|message|>6<|return|>"
+    return 200, {"choices": [{"text": text, "finish_reason": "stop"} for _ in range(body["n"])]}, {}
 
 
 def run(words: list[str], cwd: Path) -> None:
