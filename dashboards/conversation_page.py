@@ -162,7 +162,7 @@ class _Conversations:
             return pn.pane.HTML(text, height=HEIGHT + 10, sizing_mode="stretch_width")
 
         link = self.session.link("attention", sequence=str(number))
-        about = f"{content.about_sequence(self.session.run, number)} &ensp; <a href='{escape(link)}'>Attention</a>"
+        about = f"{content.about_sequence(self.session.run, number)}<a href='{escape(link)}'>Attention patterns</a>"
         self.shown[:] = [widgets.html(about), widgets.guarded(body)]
 
     def viewed(self, view: dict[str, str]) -> None:

@@ -42,7 +42,7 @@ def overview(session: Session) -> Page:
         rows = content.accuracy_by_effort(run)
         known = set(run.sequences["task"])
         links = [session.link("transcript", task=task) if task in known else "" for task in rows["task"]]
-        return widgets.table("Accuracy and new tokens by effort", rows, f"{name}-accuracy", {"task": links})
+        return widgets.table("Accuracy by effort", rows, f"{name}-accuracy", {"task": links})
 
     def tokens() -> Any:
         return widgets.table("Tokens by channel and effort", quick_look.tokens(run).reset_index(), f"{name}-tokens")

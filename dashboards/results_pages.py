@@ -76,10 +76,10 @@ def _experiment(session: Session, name: str, stored: StoredResults) -> pn.Column
     label = f"{session.name}-{name}"
     return pn.Column(
         widgets.html(f"<h2>{escape(record.title)}</h2><p class='wb-lead'>{escape(record.question)}</p>"),
+        widgets.card("Findings", widgets.html(content.findings(sets))),
         *(widgets.guarded(partial(_drawn, session, item, f"{label}-{key}")) for key, item in gallery.items()),
         *(_null(session, ds, f"{label}-{key}-null") for key, ds in sets.items() if {"random", "change"} <= set(ds)),
         *(part for key, ds in sets.items() for part in _numbers(ds, key.replace("_", " "), f"{label}-{key}")),
-        widgets.card("Findings", widgets.html(content.findings(sets))),
         widgets.card("Methods", widgets.html(content.method(sets)), collapsed=True),
         sizing_mode="stretch_width",
     )

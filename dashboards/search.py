@@ -141,13 +141,13 @@ def _overrepresented_tokens(
             break
     share = sum(times.values()) / max(counted, 1)
     found = [
-        (text(i), n, n / every[i], n / every[i] / share, *example.get(i, ("", -1, -1)))
+        (text(i), n, 100 * n / every[i], n / every[i] / share, *example.get(i, ("", -1, -1)))
         for i, n in times.items()
         if n >= 5 and share > 0
     ]
-    columns = ["token", "times", "share of its uses", "lift", "for example", "sequence", "position"]
+    columns = ["token", "times", "share of its uses (%)", "lift", "for example", "sequence", "position"]
     table = pd.DataFrame(found, columns=columns)
-    return table.sort_values(["lift", "times"], ascending=False).head(rows).round(3)
+    return table.sort_values(["lift", "times"], ascending=False).head(rows).round(2)
 
 
 def _example(block: dict[str, np.ndarray], at: int, text: Callable[[int], str]) -> tuple[str, int, int]:

@@ -204,7 +204,7 @@ def _measure(run: TokenRun, what: str) -> Measure:
 
     known = {
         "experts": Measure("Share of routed slots", what, ("layer", "expert"), (layers, experts), chosen),
-        "sink": Measure("Probability on the sink", what, ("layer", "head"), (layers, heads), dense),
+        "sink": Measure("Sink attention", what, ("layer", "head"), (layers, heads), dense),
         "entropy": Measure("Entropy of the prediction, nat", what, (), (), dense),
         "logprob": Measure("Log-probability of the token, nat", what, (), (), dense),
     }
