@@ -92,7 +92,7 @@ def numbers(run: Run) -> dict[str, str]:
     efforts = in_order([effort for effort in graded["effort"].unique() if effort])
     ends = list(dict.fromkeys([*efforts[:1], *efforts[-1:]]))
     if ends:
-        shares = [f"{100 * graded.loc[graded['effort'] == effort, 'correct'].mean():.0f} %" for effort in ends]
+        shares = [f"{100 * graded.loc[graded['effort'] == effort, 'correct'].mean():.1f} %" for effort in ends]
         found[f"accuracy, {' → '.join(ends)} effort"] = " → ".join(shares)
     efforts = in_order([effort for effort in table["effort"].unique() if effort])
     ends = list(dict.fromkeys([*efforts[:1], *efforts[-1:]]))

@@ -147,7 +147,7 @@ def _overrepresented_tokens(
     ]
     columns = ["token", "times", "share of its uses (%)", "lift", "for example", "sequence", "position"]
     table = pd.DataFrame(found, columns=columns)
-    return table.sort_values(["lift", "times"], ascending=False).head(rows).round(2)
+    return table.sort_values(["lift", "times"], ascending=False).head(rows).round(3)
 
 
 def _example(block: dict[str, np.ndarray], at: int, text: Callable[[int], str]) -> tuple[str, int, int]:
