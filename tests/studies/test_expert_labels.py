@@ -1,4 +1,7 @@
-"""Labels are read as data, kept when a person wrote them, and scored only where the score is of what is shown."""
+"""Labels are read as data, kept when a person wrote them, and scored only where the score is of what is shown.
+
+Also tests `workbench.cli.labels`.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Every dialect, and every way a host can fail, against a mock server; then a third party's server running nano."""
+"""Every dialect, and every way a host can fail, against a mock server; then a third party's server running nano.
+
+Also tests `workbench.harmony.hosts.answers` and `workbench.harmony.hosts.client`.
+"""
 
 import contextlib
 import json
