@@ -22,6 +22,8 @@ from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 
+_LOCAL = ("localhost", "127.0.0.1")  # addresses that only this machine reaches
+
 
 def _template(registry: RunRegistry, page: str, *, one_path: bool = False) -> PageTemplate:
     """Return a page in its frame. one_path: all pages have the same path, and the query names the page."""
@@ -126,7 +128,7 @@ def serve(
     """
     access = login_options(basic_auth)
     origins = [*local_origins(address, port), *allow_origin]
-    registry = RunRegistry(runs, model=model)
+    registry = RunRegistry(runs, model=model, editable=address in _LOCAL)
     check_free(address, port)
     pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     threading.Thread(target=_warm, args=(registry,), daemon=True).start()
@@ -160,8 +162,7 @@ def _warm(registry: RunRegistry) -> None:
 
 def local_origins(address: str, port: int) -> list[str]:
     """Return the origins (HOST:PORT) under which a server at this address is reached."""
-    local = {"localhost", "127.0.0.1"}
-    names = {address, *local} if address in (*local, "0.0.0.0", "::", "") else {address}
+    names = {address, *_LOCAL} if address in (*_LOCAL, "0.0.0.0", "::", "") else {address}
     return [f"{name}:{port}" for name in sorted(names)]
 
 

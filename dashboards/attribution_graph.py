@@ -101,7 +101,7 @@ def _node(node: Mapping[str, Any], *, cumulative: bool) -> dict[str, Any]:
         raise ValueError(f"layer {layer!r} of node {node['node_id']!r}")
     kinds = {"embedding": "embedding", "logit": "logit", "mlp reconstruction error": "error"}
     label = str(node.get("clerp") or node["node_id"])
-    inner = "expert" if " expert " in label else "head" if " head " in label else "feature"
+    inner = next((kind for kind in ("neuron", "expert", "head") if f" {kind}" in label), "feature")
     value = node.get("activation")
     influence = abs(_number(node.get("influence") or 0.0))
     return {

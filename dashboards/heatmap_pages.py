@@ -118,6 +118,7 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
         rows = search.expert_tokens(run, layer, expert, lambda i: search.shown(i, words), within=within)
         return _examples(session, f"Overrepresented tokens: {chosen.description}", rows, f"{label}-tokens", "expert")
 
+    cards += expert_sections.logit_effects(session, layer, expert)
     cards += expert_sections.measured_effects(session, layer, expert)
     return pn.Column(
         widgets.beside(*cards),
