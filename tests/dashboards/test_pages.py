@@ -141,11 +141,12 @@ def test_pinned_nodes_become_a_supernode_that_is_named_saved_and_reopened(stored
 def test_a_label_of_an_expert_is_saved_beside_the_run(stored: str, browser: Browser) -> None:
     session = Session(browser, f"{stored}/experts?layer=1&expert=5").drawn()
     field = session.page.get_by_label("Label of this expert")
+    expect(field).to_be_visible(timeout=240_000)  # the study of examples may have to be made first
     field.fill("digits <script>")
     session.page.get_by_role("button", name="Save label").click()
     expect(session.page.get_by_text("Saved in demo.zarr.labels.jsonl")).to_be_visible()
     session.page.reload()
-    expect(session.page.get_by_label("Label of this expert")).to_have_value("digits <script>")
+    expect(session.page.get_by_label("Label of this expert")).to_have_value("digits <script>", timeout=240_000)
     expect(session.page.get_by_text("digits <script>", exact=False).first).to_be_visible()
     assert session.errors == session.foreign == []
 
