@@ -1,7 +1,7 @@
-"""The features page: activation by channel of features that a run recorded, as of a sparse autoencoder, and examples.
+"""The features page: activation by channel of features that a run recorded, and examples.
 
-A recorded quantity of the user's own (`wb.Recorder`) whose values have the one dimension `feature` is taken as features:
-a token has a feature if its value is above zero.
+Features, as of a sparse autoencoder, are a recorded quantity of the user's own (`wb.Recorder`) whose values have the
+one dimension `feature`. A token has a feature if its value is above zero.
 """
 
 from collections.abc import Mapping
@@ -96,7 +96,7 @@ def by_channel(run: Run, name: str, index: int) -> pd.DataFrame:
     index: of the layer among those recorded. The largest difference between analysis and final comes first.
     """
     about = token_labels.recorded(run, name)
-    counts: Mapping[str, Any] = {}
+    counts: dict[str, Any] = {}
     totals, largest, seen = dict.fromkeys(CHANNELS, 0), None, 0
     for labels, values in token_labels.blocks(run, about, index):
         active = values > 0  # a token that was not recorded has NaN, which is not above zero

@@ -14,6 +14,7 @@ from workbench import registry
 from workbench.dashboards import content, widgets
 from workbench.dashboards.attention_page import attention
 from workbench.dashboards.conversation_page import transcript
+from workbench.dashboards.features_page import features
 from workbench.dashboards.heatmap_pages import experts, sinks
 from workbench.dashboards.overview import overview
 from workbench.dashboards.results_pages import causal, graph
@@ -149,6 +150,7 @@ _OWN_PAGES: Mapping[str, Callable[[Session], Page]] = {
     "effort": effort,
     "transcript": transcript,
     "attention": attention,
+    "features": features,
     "compare": compare,
     "causal": causal,
     "graph": graph,
@@ -157,6 +159,7 @@ _BEFORE = {"overview": "Overview"}
 _AFTER = {
     "transcript": "Conversations",
     "attention": "Attention",
+    "features": "Features",
     "causal": "Causal results",
     "graph": "Why this token",
 }

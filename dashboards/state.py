@@ -56,8 +56,8 @@ class Selection:
         "pins",
         "groups",
         "token",
-        "neuron",
         "feature",
+        "quantity",
     )
 
     def __init__(self, query: Mapping[str, str]) -> None:
