@@ -171,7 +171,7 @@ class RunRegistry:
         return partial(self.desk.attention, path, run.digest, self.model(name), sequence, layers)
 
     def put_label(self, name: str, examples: xr.Dataset, layer: int, expert: int, label: str) -> Path:
-        """Change the label of an expert in the file beside the run, and return its path.
+        """Write the label of an expert into the file beside the run, and return its path.
 
         examples: from which the labels of all experts are made if there is no file yet.
 

@@ -1,5 +1,6 @@
 """The features page: frequencies by channel and the strongest tokens are those of a loop over the record."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     record = wb.Recorder("sae_features", hook="hook_resid_post", reduce=encode, dims=("feature",), layers="1-2")
     rows = [{"id": f"s{i}", "prompt_id": f"s{i}", "effort": "high", "messages": m} for i, m in enumerate(PROMPTS)]
     model = wb.load("nano", dtype=torch.float32, device="cpu")
-    return wb.capture(model, rows, folder / "run.zarr", record=["routing", record])
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return wb.capture(model, folder / "answers.jsonl", folder / "run.zarr", record=["routing", record])
 
 
 def test_frequencies_are_those_of_the_record(run: Run, demo_run: Path) -> None:
@@ -57,7 +59,7 @@ def test_frequencies_are_those_of_the_record(run: Run, demo_run: Path) -> None:
 
 def test_the_strongest_tokens_are_found(run: Run) -> None:
     data = run.dataset[["sae_features", "sequence"]].compute()
-    values = data["sae_features"].values[0][:, 3]
+    values = data["sae_features"].sel(layer=1).values[:, 3]
     found = features_page.strongest(run, "sae_features", 0, 3)
     assert found["value"].iloc[0] == pytest.approx(values.max(), rel=1e-3)
     assert int(found["sequence"].iloc[0]) == int(data["sequence"].values[values.argmax()])

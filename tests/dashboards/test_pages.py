@@ -14,6 +14,7 @@ from tests.dashboards.browsing import UNNAMED, Session, frame_of, serve, stop
 from tests.dashboards.test_attribution_graph import graph
 from tests.dashboards.test_stored_results import effects
 from workbench.dashboards.attribution_graph import graph_data
+from workbench.dashboards.pages import page_titles
 from workbench.studies.result import save
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -233,3 +234,45 @@ def test_the_small_map_of_a_conversation_colours_by_the_clicked_expert(demo: str
     assert frame.evaluate("[$('by').value, $('layer').value, $('expert').value]") == ["expert", "2", "5"]
     session.page.wait_for_url(re.compile("layer=2"))
     assert dict(parse_qsl(urlsplit(session.page.url).query)).items() >= {"expert": "5", "colour": "expert"}.items()
+
+
+# Tabulator draws its own table: a grid that contains a scrolled element and buttons, which ARIA does not allow
+RUN_AXE = """async rules => (await axe.run({exclude: [".tabulator"]}, {iframes: false, resultTypes: ["violations"],
+  ...(rules.length ? {runOnly: rules} : {})})).violations.filter(v => ["serious", "critical"].includes(v.impact))
+  .map(v => v.id + ": " + v.nodes.slice(0, 3).map(n => n.html.slice(0, 120)).join(" "))"""
+# the default suite looks at these, and with --long at all pages
+FEW = ("overview", "transcript", "causal")
+
+
+def violations(frame: Frame, rules: list[str]) -> list[str]:
+    axe = pytest.importorskip("axe_playwright_python")
+    frame.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+    found: list[str] = frame.evaluate(RUN_AXE, rules)
+    return found
+
+
+def opened(session: Session, url: str, title: str) -> Iterator[Frame]:
+    """The page and the frames in it, when nothing is loading any more."""
+    session.page.goto(url, timeout=90_000)
+    expect(session.page.get_by_role("heading", name=title, level=1)).to_be_visible()
+    expect(session.page.get_by_text("The result will be cached")).to_have_count(0, timeout=300_000)
+    session.page.wait_for_timeout(700)
+    yield from session.page.frames
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_no_serious_violation(demo: str, browser: Browser, theme: str, long: bool) -> None:
+    session = Session(browser, f"{demo}/overview?theme={theme}")
+    titles = page_titles()
+    rules = [] if theme == "light" else ["color-contrast"]  # the rest does not depend on the theme
+    for page in titles if long else FEW:
+        for frame in opened(session, f"{demo}/{page}?theme={theme}&sequence=2", titles[page]):
+            assert violations(frame, rules) == [], (page, frame.url)
+    assert session.errors == session.foreign == []
+    session.page.evaluate(
+        """() => { const bad = document.createElement("p"); bad.textContent = "faint"; bad.style.color = "#888";
+                   bad.style.background = "#999"; document.querySelector("main").prepend(bad); }"""
+    )
+    assert any(text.startswith("color-contrast") for text in violations(session.page.main_frame, rules)), (
+        "negative control: a text without contrast"
+    )
