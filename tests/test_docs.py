@@ -24,7 +24,7 @@ from docs import commands_page
 from tests import test_howto_tasks
 from tests.cli.running import run_command
 from tests.conftest import DATA
-from tests.harmony.hosts.test_collect import FakeHost, chat
+from tests.harmony.hosts.mock_server import FakeHost, chat
 from tests.model.fake_gpus import run_on_gpus
 from tests.runs.conftest import write_run
 from tests.serving import free_port, wait_for

@@ -1,4 +1,7 @@
-"""Recipes survive their JSON, refuse what is not one, and compile to edits that do what the library's calls do."""
+"""Recipes survive their JSON, refuse what is not one, and compile to edits that do what the library's calls do.
+
+Also tests `workbench.research.intervention` and `workbench.research.intervention_edits`.
+"""
 
 import ast
 import json

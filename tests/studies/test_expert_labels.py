@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import workbench as wb
 from tests.conftest import DATA
-from tests.harmony.hosts.test_collect import FakeHost, chat
+from tests.harmony.hosts.mock_server import FakeHost, chat
 from workbench.cli import app
 from workbench.errors import InputError
 from workbench.harmony.hosts.client import HostError
