@@ -156,7 +156,7 @@ def test_a_conversation_is_coloured_told_of_searched_and_replayed(demo: str, bro
     experts_ = frame.evaluate("spans.filter((s, i) => experts(0, i).includes(5)).length")
     assert coloured == experts_ > 0
     frame.select_option("#by", "surprisal")
-    assert re.fullmatch(r"0\.00\s+≥ [1-9].*\(scale of the answer\)", frame.locator("#scale").inner_text().strip())
+    assert re.fullmatch(r"0\.00\s+≥ [1-9].*\(answer only\)", frame.locator("#scale").inner_text().strip())
     frame.fill("#find", "reasoning: high")
     assert frame.locator(".t.hit").count() >= 2
     frame.select_option("#speed", "100")

@@ -65,5 +65,7 @@ def _compile_cases(window: int | None, target: str, heads: int = 64, kv: int = 8
     if window is None:  # the same for every window
         merge = Tile({}, num_warps=1, num_stages=1)
         types = {**parts, "sinks": number, "z": number, **statistics, "queries": "i32", "splits": "i32"}
-        found.append(case("merge", attention._merge, step, merge, types, merged, 2.0 * rows * heads * d * splits, partial, False))
+        found.append(
+            case("merge", attention._merge, step, merge, types, merged, 2.0 * rows * heads * d * splits, partial, False)
+        )
     return found

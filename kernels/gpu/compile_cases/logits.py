@@ -1,6 +1,5 @@
 """Problems of both published models to compile the log-probability kernel for."""
 
-
 from workbench.kernels.gpu import logits, tiles
 from workbench.kernels.gpu.aot import CompileCase
 

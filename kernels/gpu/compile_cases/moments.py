@@ -1,6 +1,5 @@
 """Problems of both published models to compile the moments kernels for."""
 
-
 from workbench.kernels.gpu import moments, tiles
 from workbench.kernels.gpu.aot import CompileCase
 

@@ -1,6 +1,5 @@
 """Problems of both published models to compile the norm kernels for."""
 
-
 from workbench.kernels.gpu import norm, tiles
 from workbench.kernels.gpu.aot import CompileCase
 

@@ -1,6 +1,5 @@
 """Problems of both published models to compile the rotation kernel for."""
 
-
 from workbench.kernels.gpu import rotary, tiles
 from workbench.kernels.gpu.aot import CompileCase
 

@@ -1,6 +1,5 @@
 """Problems of both published models to compile the routing kernels for."""
 
-
 from workbench.kernels.gpu import routing, tiles
 from workbench.kernels.gpu.aot import CompileCase
 
