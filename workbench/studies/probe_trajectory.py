@@ -23,7 +23,7 @@ from workbench.registry import Study
 from workbench.runs import Run
 from workbench.studies import token_labels
 from workbench.studies.contrast import paired_test
-from workbench.studies.intervals import MIN_PROMPTS, few_prompts
+from workbench.studies.intervals import MIN_PROMPTS, few_prompts, within_bounds
 from workbench.studies.label_probes import FOLDS, GROUPS, Folds, Values, pseudo_values
 from workbench.studies.result import Definition, dataset, provenance
 
@@ -74,8 +74,8 @@ METHOD = (
     "and are above the best baseline."
 )
 NOT_CONTROLLED = (
-    "That a label can be read does not show that the model uses it; ablate or steer to see. Shares of short and long "
-    "chains of thought are different numbers of tokens. Counts of tokens so far ignore their order."
+    "That a label can be read does not show that the model uses it; ablate or steer to see. Shares of a short "
+    "and a long analysis are different numbers of tokens. Counts of tokens so far ignore their order."
 )
 
 
@@ -223,6 +223,8 @@ def _variables(
         for name, values in tested.items()
         for end, key in (("", "difference"), ("_low", "low"), ("_high", "high"))
     }
+    limits = within_bounds(*(variables[f"auc{end}"][1] for end in ("", "_low", "_high")), own.shape[-1])
+    variables |= {f"auc_{end}": (cells, values) for end, values in zip(("low", "high"), limits, strict=True)}
     variables |= {name: (cells, np.asarray(tested["beyond_words"][name]).T) for name in ("p", "q")}
     shown = (variables["q"][1] <= 0.05) & (variables["beyond_words_low"][1] > 0)
     from_here = np.flip(np.logical_and.accumulate(np.flip(shown, 1), 1), 1)
