@@ -223,7 +223,7 @@ def _variables(
         for name, values in tested.items()
         for end, key in (("", "difference"), ("_low", "low"), ("_high", "high"))
     }
-    limits = within_bounds(*(variables[f"auc{end}"][1] for end in ("", "_low", "_high")), own.shape[-1])
+    limits = within_bounds(variables["auc"][1], variables["auc_low"][1], variables["auc_high"][1], own.shape[-1])
     variables |= {f"auc_{end}": (cells, values) for end, values in zip(("low", "high"), limits, strict=True)}
     variables |= {name: (cells, np.asarray(tested["beyond_words"][name]).T) for name in ("p", "q")}
     shown = (variables["q"][1] <= 0.05) & (variables["beyond_words_low"][1] > 0)
