@@ -9,6 +9,7 @@ on held-out prompts stands beside those of the token, the number of tokens so fa
 Reference: Reasoning Theater, arXiv 2603.05488; Hewitt & Liang 2019 (control tasks).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -126,6 +127,7 @@ def study(
         "rests_on": f"{len(table):,} sequences of {n_prompts} prompts, {len(names)} labels",
         "prompts": n_prompts,
         "rarest_label": f"{rarest.index[-1]}: {rarest.iloc[-1]} sequences",
+        "left_out": ", ".join(f"{name} ({n})" for name, n in read[0].rare.items()),
         "few": int(rarest.iloc[-1] < _FEW),
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,
@@ -139,7 +141,8 @@ def study(
 class _Points:
     """The activations x [sequence point d] of one layer, counts of tokens so far [sequence point type], and labels."""
 
-    def __init__(self, parts: list[tuple[np.ndarray, list[np.ndarray], dict[str, Any]]]) -> None:
+    def __init__(self, parts: list[tuple[np.ndarray, list[np.ndarray], dict[str, Any]]], rare: dict[str, int]) -> None:
+        self.rare = rare  # labels that are left out, as fewer sequences than folds have them
         self.x = np.stack([x for x, _, _ in parts]).astype(np.float32)
         self.table = pd.DataFrame([row for _, _, row in parts])
         types = {int(t): i for i, t in enumerate(_commonest([written[-1] for _, written, _ in parts]))}
@@ -191,14 +194,16 @@ def _read(run: Run, about: Any, index: int, label: Any, channel: str, points: in
             }
             drawn.append((rng.random(), (values[ends], written, row)))
         drawn = sorted(drawn, key=lambda item: item[0])[:most]
-    parts = [part for _, part in drawn]
+    found = Counter(row["label"] for _, (_, _, row) in drawn)
+    rare = {name: n for name, n in found.items() if n < FOLDS}
+    parts = [part for _, part in drawn if part[2]["label"] not in rare]
     labels, prompts = {row["label"] for *_, row in parts}, {row["prompt"] for *_, row in parts}
     if len(labels) < 2 or len(prompts) < max(FOLDS, MIN_PROMPTS):
         raise InputError(
             f"{len(parts)} sequences with at least {points} tokens in {channel} have {len(labels)} labels and "
             f"{len(prompts)} prompts: a probe needs two labels and {max(FOLDS, MIN_PROMPTS)} prompts"
         )
-    return _Points(parts)
+    return _Points(parts, rare)
 
 
 def _chance(like: Values) -> Values:
@@ -237,6 +242,8 @@ def _summary(result: xr.Dataset, channel: str) -> str:
     lines = [f"{result.attrs['rests_on']}, at {result.sizes['share']} points of {channel}."]
     if text := few_prompts(int(result.attrs["prompts"])):
         lines.append(f"Warning: {text}.")
+    if result.attrs["left_out"]:
+        lines.append(f"Left out, as fewer than {FOLDS} sequences have them: {result.attrs['left_out']}.")
     if result.attrs["few"]:
         lines.append(f"Warning: few sequences have the rarest label ({result.attrs['rarest_label']}).")
     best = result["baseline"].max("source")
