@@ -21,6 +21,7 @@ ACROSS_MODULES = {
     "cli/test_outputs.py",
     "data/test_interop.py",
     "data/test_nano.py",
+    "figures/test_one_answer.py",
     "harmony/test_round_trip.py",
     "kernels/gpu/test_launches.py",
     "kernels/gpu/test_model.py",
