@@ -34,15 +34,16 @@ def run(model: GptOss, transcripts: Path, tmp_path_factory: pytest.TempPathFacto
 def activations(model: GptOss, run: Run) -> list[tuple[int, int, int, np.ndarray]]:
     """Channel, sequence, position and activations [neuron] of every token of the expert, from passes of single rows."""
     found = []
+    codes = np.concatenate([block["channel"] for block in run.blocks("id")])
+    starts = np.concatenate([[0], run.sequences["length"].cumsum().to_numpy()])
     for s, row in enumerate(from_run.transcripts(run)):
         ids = torch.as_tensor(np.asarray(row.tokens).astype(np.int64))[None]
         names = [f"blocks.{LAYER}.mlp.{name}" for name in ("hook_expert_indices", "experts.hook_post")]
         with torch.no_grad():
             cache = model.run_with_cache(ids, names_filter=names, return_cache_object=False)[1]
         chosen, post = (cache[name][0] for name in names)
-        channel = run.dataset["channel"].values[run.dataset["sequence"].values == s]
         for pos, slot in (chosen == EXPERT).nonzero().tolist():
-            found.append((CHANNELS.index(str(channel[pos])), s, pos, post[pos, slot].numpy()))
+            found.append((int(codes[starts[s] + pos]), s, pos, post[pos, slot].numpy()))
     return found
 
 

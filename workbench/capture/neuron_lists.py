@@ -13,8 +13,7 @@ from torch import Tensor
 
 from workbench.harmony.labels import CHANNELS
 from workbench.model.config import Config
-from workbench.runs.neuron_examples import FIELDS
-from workbench.runs.schema import N_NEURON_EXAMPLES, Spec
+from workbench.runs.schema import N_NEURON_EXAMPLES, NEURON_FIELDS, Spec
 
 _CHOSEN, _POST = "mlp.hook_expert_indices", "mlp.experts.hook_post"
 
@@ -94,4 +93,4 @@ class NeuronLists:
         found = {"activation": np.where(rows < 0, np.float16(0), values)}
         for name in ("sequence", "position"):
             found[name] = np.where(rows < 0, -1, self._tokens[name][np.maximum(rows, 0)])
-        return {f"neurons/{name}": found[name].astype(dtype) for name, (dtype, _) in FIELDS.items()}
+        return {f"neurons/{name}": found[name].astype(dtype) for name, (dtype, _) in NEURON_FIELDS.items()}

@@ -18,7 +18,7 @@ from workbench.progress import progress
 from workbench.runs import manifest, neuron_examples, shards
 from workbench.runs.examples import of_tokens
 from workbench.runs.reader import Run, open_run
-from workbench.runs.schema import ArraySpec, Layout, Unit, arrays
+from workbench.runs.schema import NEURON_FIELDS, ArraySpec, Layout, Unit, arrays
 from workbench.runs.storage import Storage
 from workbench.runs.summaries import summarise
 

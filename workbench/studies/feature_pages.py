@@ -9,7 +9,8 @@ Reference: `AnthropicFeatureDetail` in hijohnnylin/neuronpedia, apps/webapp/app/
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,53 @@ def pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = None, *, t
             }
 
 
+def neuron_pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = None) -> Iterator[Page]:
+    """Yield the page of every neuron of an expert that has an example.
+
+    A run holds the activation of the example's token only: the texts before and after it are shown with 0.
+
+    examples: of `neuron_examples.load`. logits: of `workbench.experiments.neuron_logits`.
+    """
+    layer, expert = int(examples.attrs["layer"]), int(examples.attrs["expert"])
+    names = ("activation", "sequence", "position", "before", "token", "after")
+    lists = {name: examples[name].transpose("neuron", "channel", "neuron_example").values for name in names}
+    for i, neuron in enumerate(examples["neuron"].values.tolist()):
+        quantiles = []
+        for c, channel in enumerate(examples["channel"].values.tolist()):
+            rows = zip(*(lists[name][i, c].tolist() for name in names), strict=True)
+            shown = [_neuron_example(*row) for row in rows if row[1] >= 0]
+            if shown:
+                quantiles.append({"quantile_name": f"Largest activations, {channel}", "examples": shown})
+        if quantiles:
+            yield {
+                "index": neuron_number(run.model, layer, expert, neuron),
+                "layer": layer,
+                "expert": expert,
+                "neuron": neuron,
+                "label": f"neuron {neuron} of layer {layer} expert {expert}",
+                "examples_quantiles": quantiles,
+                "top_logits": _neuron_logits(logits, "top", neuron),
+                "bottom_logits": _neuron_logits(logits, "bottom", neuron),
+            }
+
+
+def _neuron_example(
+    activation: float, sequence: int, position: int, before: str, token: str, after: str
+) -> dict[str, Any]:
+    return {
+        "tokens": [before, token, after],
+        "tokens_acts_list": [0.0, round(float(activation), 4), 0.0],
+        "train_token_ind": 1,
+        "is_repeated_datapoint": False,
+        "sequence": sequence,
+        "position": position,
+    }
+
+
+def _neuron_logits(logits: xr.Dataset | None, kind: str, neuron: int) -> list[str]:
+    return [] if logits is None else [str(text) for text in logits[f"{kind}_text"].sel(neuron=neuron).values.tolist()]
+
+
 def write_pages(
     run: Any,
     out: str | Path,
@@ -98,9 +146,12 @@ def write_pages(
     logits: xr.Dataset | None = None,
     *,
     tokenizer: Any = None,
+    neurons: Iterable[Page] = (),
     overwrite: bool = False,
 ) -> int:
     """Write a folder of pages, `NUMBER.json`, and return how many; it appears complete or not at all.
+
+    neurons: further pages, of `neuron_pages`.
 
     Raises:
         InputError: the run has no example, or the folder may not be written.
@@ -108,7 +159,7 @@ def write_pages(
     with staged(out, command="export", inputs=[run.path], overwrite=overwrite) as part:
         part.mkdir()
         n = 0
-        for page in pages(run, examples, logits, tokenizer=tokenizer):
+        for page in chain(pages(run, examples, logits, tokenizer=tokenizer), neurons):
             n += 1
             text = json.dumps(page, ensure_ascii=False, allow_nan=False)
             (part / f"{page['index']}.json").write_text(text + "\n", encoding="utf-8")
