@@ -1,5 +1,6 @@
 """The recorded activations of neurons are the largest of the whole run, whatever its units, and damage is found."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 import zarr
 
 import workbench as wb
+from tests.conftest import DATA
 from workbench.capture import recording
 from workbench.errors import InputError
 from workbench.experiments import from_run
 from workbench.harmony.labels import CHANNELS
+from workbench.harmony.transcripts import write_transcripts
 from workbench.model.transformer import GptOss
 from workbench.runs import neuron_examples
 from workbench.runs.reader import Run
@@ -103,6 +106,23 @@ def test_excluded_sequences_have_no_examples(run: Run) -> None:
 def test_records_that_cannot_be_made_are_refused(model: GptOss, record: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         recording.parse(record, model.cfg)
+
+
+@pytest.mark.long
+def test_examples_cost_little(model: GptOss, tmp_path: Path) -> None:
+    """Processor time of captures that alternate, as ratios to a capture of the routing alone; printed by `pytest -s`."""
+    rows = from_run.transcripts(wb.open_run(DATA / "demo.zarr"))
+    write_transcripts(tmp_path / "rows.jsonl", rows)
+    records = {"routing": ["routing"], "examples": ["routing", "examples"], "neurons": ["routing", "neurons"]}
+    seconds: dict[str, list[float]] = {name: [] for name in records}
+    for turn in range(3):
+        for name, record in records.items():
+            begun = time.process_time()
+            wb.capture(model, tmp_path / "rows.jsonl", tmp_path / f"{name}{turn}", record=record)
+            seconds[name].append(time.process_time() - begun)
+    ratios = {n: float(np.median(np.divide(own, seconds["routing"]))) for n, own in seconds.items()}
+    print(f"{sum(len(row.tokens) for row in rows):,} tokens, processor time as a multiple of routing alone: {ratios}")
+    assert ratios["examples"] < 1.15
 
 
 def test_all_layers_by_default(model: GptOss) -> None:

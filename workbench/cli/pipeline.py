@@ -207,10 +207,11 @@ def capture(
     """Record activations of a model on transcripts into a run. Rerun the command to resume.
 
     --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, examples (tokens of each
-    expert), a hook point such as resid_post, or FILE.py:NAME of a wb.Recorder, whose file is executed. Options behind
-    it select: "resid_post:0-3", "router_logits layers=0-3 channel=final", "sinks heads=0,12 role=assistant",
-    "attn.z:5 heads=0 every=4" (also experts, slots, part, message, position, last), and reduce: "mlp_out reduce=norm"
-    (raw, norm, mean, moments, message; "reduce=moments sketch=64"). See docs/howto/record.md.
+    expert), neurons (tokens of each neuron; "neurons:3,7" in these layers), a hook point such as resid_post, or
+    FILE.py:NAME of a wb.Recorder, whose file is executed. Options behind it select: "resid_post:0-3", "router_logits
+    layers=0-3 channel=final", "sinks heads=0,12 role=assistant", "attn.z:5 heads=0 every=4" (also experts, slots,
+    part, message, position, last), and reduce: "mlp_out reduce=norm" (raw, norm, mean, moments, message;
+    "reduce=moments sketch=64"). See docs/howto/record.md.
     """
     from workbench.capture import cluster, estimate, job, recording
     from workbench.capture.shape_model import ShapeModel, published_name
