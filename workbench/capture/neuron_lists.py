@@ -36,14 +36,14 @@ class NeuronLists:
         ]
 
     def start(self, tokens: dict[str, np.ndarray]) -> None:
-        """A unit of these tokens begins."""
+        """Begin a unit of tokens: their `sequence`, `position` and `channel` [token]."""
         self._tokens, self._at = tokens, slice(0, 0)
         self._channel = torch.from_numpy(tokens["channel"].astype(np.int64))
         shape = (len(CHANNELS) * self._cfg.num_experts, N_NEURON_EXAMPLES, self._cfg.d_mlp)
         self._shape, self._values, self._rows = shape, {}, {}  # type: ignore[var-annotated]
 
     def begin(self, n: int) -> None:
-        """The next pass runs the next n tokens."""
+        """Begin a pass over the next n tokens."""
         self._at = slice(self._at.stop, self._at.stop + n)
 
     def _choose(self, x: Tensor, hook: Any) -> None:
