@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "model",
         "harmony",
         "capture",
+        "experiments",
         "runs",
         "studies",
         "dashboards",
