@@ -12,7 +12,7 @@ import workbench as wb
 from tests.cli.running import run_command
 from tests.conftest import DATA
 from tests.experiments.test_sentence_importance import DECISIVE, Writer
-from tests.harmony.hosts.test_collect import FakeHost, Reply
+from tests.harmony.hosts.mock_server import FakeHost, Reply
 from workbench.errors import InputError, JobError
 from workbench.experiments import sentence_importance
 from workbench.experiments.branch_hosts import HostModel, connected

@@ -1,4 +1,7 @@
-"""Exported graphs have the published schema, and say what the graph says."""
+"""Exported graphs have the published schema, and say what the graph says.
+
+Also tests `workbench.cli.graphs`.
+"""
 
 import json
 from pathlib import Path
