@@ -31,6 +31,8 @@ def run(
 ) -> dict[str, Any]:
     """Return seconds of each of `rounds` graphs of one target, and the most bytes they needed beyond the model.
 
+    `processor_s` counts the time of all threads on their cores, which other programs do not lengthen.
+
     checkpoint: as `load` takes it; by default random weights in the shape of 20b, with its first `layers` layers.
 
     Raises:
@@ -48,8 +50,9 @@ def run(
     if done.returncode:
         raise JobError(f"the measuring process ended with {done.returncode}; what it printed is above")
     result: dict[str, Any] = json.loads(done.stdout)
-    shown = ", ".join(f"{seconds:.2f}" for seconds in result["graph_s"])
+    shown, used = (", ".join(f"{seconds:.2f}" for seconds in result[name]) for name in ("graph_s", "processor_s"))
     print(f"{result['layers']} layers, {tokens} tokens, one target: {shown} s on {result['device']}")
+    print(f"processor time, other programs not counted: {used} s")
     print(f"{result['nodes']} of {result['nodes_in_pass']:,} nodes; completeness {result['completeness']:.1e} logits")
     if result["extra_bytes"] is not None:
         print(f"{result['extra_bytes'] / 1e9:.2f} GB beyond the loaded model")
@@ -68,11 +71,12 @@ def _work(source: str, tokens: str, device: str, rounds: str) -> dict[str, Any]:
     if on_gpu:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
+    seconds, processor = [], []
     for _ in range(int(rounds)):
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.process_time()
         found = graph(model, ids)
         seconds.append(time.perf_counter() - begun)
+        processor.append(time.process_time() - used)
     peak = torch.cuda.max_memory_allocated() if on_gpu else own.peak
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU with {len(os.sched_getaffinity(0))} cores",
@@ -80,6 +84,7 @@ def _work(source: str, tokens: str, device: str, rounds: str) -> dict[str, Any]:
         "layers": model.cfg.n_layers,
         "tokens": len(ids),
         "graph_s": seconds,
+        "processor_s": processor,
         "extra_bytes": None if peak is None or before is None else peak - before,
         "nodes": len(found.nodes),
         "nodes_in_pass": found.metadata["nodes_in_pass"],

@@ -5,7 +5,8 @@ logits its mean output raises and lowers most, if they are given. Its file is na
 `workbench.experiments.graph_export` writes has as `feature`: heads of a layer come first, then its experts, and the
 layer and this number are made one by Cantor pairing.
 
-Reference: `AnthropicFeatureDetail` in hijohnnylin/neuronpedia, apps/webapp/app/[modelId]/graph (commit b8efe84).
+Reference: `AnthropicFeatureDetail` in hijohnnylin/neuronpedia, apps/webapp/app/[modelId]/graph (commit b8efe84), and
+safety-research/circuit-tracer, circuit_tracer/frontend/feature_models.py (0.5.0).
 """
 
 import json
@@ -74,6 +75,7 @@ def pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = None, *, t
     names = [f"{kind}_{name}" for kind in ("top", "random") for name in ("gate", "sequence", "position")]
     lists = {name: examples[name].transpose("layer", "expert", "channel", "example").values for name in names}
     channels, label = examples["channel"].values.tolist(), examples["label"].values
+    load = _frequencies(run)
     for layer in examples["layer"].values.tolist():
         for expert in examples["expert"].values.tolist():
             cell = {name: values[layer, expert] for name, values in lists.items()}
@@ -89,7 +91,7 @@ def pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = None, *, t
                 "examples_quantiles": quantiles,
                 "top_logits": _logits(logits, "top", layer, expert),
                 "bottom_logits": _logits(logits, "bottom", layer, expert),
-            }
+            } | _statistics(quantiles, float(load[layer, expert]))
 
 
 def neuron_pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = None) -> Iterator[Page]:
@@ -100,6 +102,7 @@ def neuron_pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = Non
     examples: of `neuron_examples.load`. logits: of `workbench.experiments.neuron_logits`.
     """
     layer, expert = int(examples.attrs["layer"]), int(examples.attrs["expert"])
+    frequency = float(_frequencies(run)[layer, expert])  # a neuron has an activation wherever its expert is chosen
     names = ("activation", "sequence", "position", "before", "token", "after")
     lists = {name: examples[name].transpose("neuron", "channel", "neuron_example").values for name in names}
     for i, neuron in enumerate(examples["neuron"].values.tolist()):
@@ -119,7 +122,21 @@ def neuron_pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = Non
                 "examples_quantiles": quantiles,
                 "top_logits": _neuron_logits(logits, "top", neuron),
                 "bottom_logits": _neuron_logits(logits, "bottom", neuron),
-            }
+            } | _statistics(quantiles, frequency)
+
+
+def _frequencies(run: Any) -> np.ndarray:
+    """Return the share of all tokens that went to each expert [layer expert]."""
+    counts = run.total("expert_count").sum(("group", "channel")).values.astype(np.float64)
+    tokens = counts[:1].sum() / run.model["experts_per_token"]
+    return np.asarray(counts / max(float(tokens), 1.0))
+
+
+def _statistics(quantiles: Sequence[Mapping[str, Any]], frequency: float) -> dict[str, Any]:
+    """Return what circuit-tracer's pages hold beside Neuronpedia's; nothing is known of quantiles and histograms."""
+    acts = [a for quantile in quantiles for example in quantile["examples"] for a in example["tokens_acts_list"]]
+    found = {"transcoder_id": "gpt-oss", "act_min": min(acts), "act_max": max(acts)}
+    return found | {"quantile_values": [], "histogram": [], "activation_frequency": round(frequency, 6)}
 
 
 def _neuron_example(
