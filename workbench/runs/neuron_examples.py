@@ -51,7 +51,7 @@ def of_expert(run: Any, layer: int, expert: int) -> dict[str, np.ndarray]:
 
 
 def _of_unit(run: Any, path: str, unit: int) -> np.ndarray:
-    with reading(run.place, path):
+    with reading(run.storage, path):
         return shards.read(run.group[path], run.checked, path, unit, unit + 1, 0)[0]
 
 
