@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import workbench as wb
 from tests.conftest import DATA
 from tests.studies.test_feature_pages import Feature
+from workbench import registry
 from workbench.cli import app
 from workbench.errors import InputError
 from workbench.experiments import expert_logits, from_run
@@ -45,6 +46,9 @@ def test_contexts_are_those_of_the_tokens(run: Run, model: GptOss) -> None:
     size = np.abs(ds["activation"].values.astype(float))
     assert (np.diff(size, axis=-1) <= 0).all()
     np.testing.assert_allclose(ds["largest"], size.max(-1))
+    item = registry.find("neuron-examples").load_figures().gallery({"neurons": ds})["largest"]
+    assert np.sort(item.table()["largest"])[-1] == pytest.approx(float(ds["largest"].max()), rel=1e-6)
+    assert item.draw().data, "the figure of the largest activations"
     other = neuron_examples.load(run, layer=2, expert=(ds.attrs["expert"] + 1) % 16)
     assert not np.array_equal(other["largest"].values.max(0), ds["largest"].values.max(0)), "the negative control"
     assert "neuron" in ds.attrs["summary"]

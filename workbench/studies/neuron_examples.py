@@ -29,6 +29,7 @@ STUDY = Study(
         "layer": "Layer of the expert (default: the first whose neurons were recorded).",
         "expert": "Number of the expert (default: the one of that layer with the largest load).",
     },
+    figures="workbench.figures.neuron_examples",
     order=16,
 )
 _NONE = "; −1: fewer tokens than places"
