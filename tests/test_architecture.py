@@ -56,6 +56,7 @@ MAY_IMPORT = {
         "model",
         "harmony",
         "capture",
+        "experiments",
         "runs",
         "studies",
         "dashboards",

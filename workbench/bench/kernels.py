@@ -293,8 +293,9 @@ def markdown(rows: Sequence[Row]) -> str:
             "From MB on it is an **estimate**, not a measurement: a launch's bytes and flops, their time at the limits "
             "of the card, the instructions a thread issues in the main loop beside 1,000 multiply-adds, and the "
             "fraction of the nearer limit that this leaves if nothing else ever waits: an upper bound, which counts "
-            "neither barriers, nor loads that are not pipelined, nor the host's time for a launch. On an H100 the experts "
-            "reached about half of it, and attention between half and all: docs/benchmarks.md has what was measured.",
+            "neither barriers, nor loads that are not pipelined, nor the host's time for a launch. On an H100 the "
+            "experts reached about half of it, and attention between half and all: docs/benchmarks.md has what was "
+            "measured.",
             "",
             *tables,
         ]

@@ -15,10 +15,10 @@ import numpy as np
 
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
-from workbench.runs import manifest, shards
+from workbench.runs import manifest, neuron_examples, shards
 from workbench.runs.examples import of_tokens
 from workbench.runs.reader import Run, open_run
-from workbench.runs.schema import ArraySpec, Layout, Unit, arrays
+from workbench.runs.schema import NEURON_FIELDS, ArraySpec, Layout, Unit, arrays
 from workbench.runs.storage import Storage
 from workbench.runs.summaries import summarise
 
@@ -274,6 +274,10 @@ def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> 
             yield f"summaries/{name} is not the sum of the tokens"
     if run.spec.examples:
         yield from _examples(run, values, records, used)
+    if run.spec.neuron_layers:
+        lists = {name: values[f"neurons/{name}"][0] for name in NEURON_FIELDS}
+        tokens = {name: values[f"tokens/{name}"][:used] for name in ("sequence", "position", "channel")}
+        yield from neuron_examples.problems(lists, tokens, records["experts"][list(run.spec.neuron_layers)])
     rows = values["summaries/sequence"]
     if rows[: len(unit.sequences)].tolist() != list(unit.sequences) or (rows[len(unit.sequences) :] != -1).any():
         yield "summaries/sequence does not name the unit's sequences"

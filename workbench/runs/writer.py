@@ -51,6 +51,7 @@ _OWN = (
     "activations/",
     "records/",
     "examples/",
+    "neurons/",
     "sequences/",
     "messages/",
 )
@@ -247,13 +248,16 @@ class RunWriter:
     ) -> None:
         """Write the arrays of a unit [layer token ...], then its flag; values that are not finite are refused.
 
-        summaries: sums by their names, and examples as "examples/…".
+        summaries: sums by their names, and examples as "examples/…" and "neurons/…".
         """
         unit = self.layout.units[index]
         self._check(unit, records)
         stored = {f"tokens/{name}": values for name, values in tokens.items()}
         stored |= {_STORED_AS.get(name, name): values for name, values in records.items()}
-        stored |= {n if n.startswith("examples/") else f"summaries/{n}": values for n, values in summaries.items()}
+        stored |= {
+            n if n.startswith(("examples/", "neurons/")) else f"summaries/{n}": values
+            for n, values in summaries.items()
+        }
         if not self._spec.sinks:
             stored.pop("attention/sink", None)  # only its sums are kept
         stored["summaries/sequence"] = np.array(unit.sequences, dtype=np.int32)
