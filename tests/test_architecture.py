@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "errors": set(),
     "_links": set(),
     "progress": set(),
-    "compression": set(),
+    "compression": {"errors"},
     "file_lock": {"bounded_json", "errors"},
     "inputs": {"errors"},
     "outputs": {"bounded_json", "errors", "file_lock"},
@@ -94,6 +94,7 @@ MAY_IMPORT = {
     },
     "cli": {
         "bounded_json",
+        "file_lock",
         "adapters",
         "live",
         "research",

@@ -4,6 +4,7 @@
 decompresses itself; importing this module makes zarr use it in this process.
 """
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -12,25 +13,39 @@ from numcodecs import Zstd
 from zarr.codecs import ZstdCodec
 from zarr.registry import register_codec
 
+from workbench.errors import InputError
+
 MAX_TEXT_BYTES = 2**30  # of a chunk of texts, whose size no layout tells
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _SIZE_BYTES = (0, 2, 4, 8)  # of the field with a frame's content size, by its flag
 _DICTIONARY_BYTES = (0, 1, 2, 4)
 
 
-def unpack(data: bytes, size: int) -> bytes:
-    """Return what a zstd frame holds, which has this size in bytes.
+class UnpackedSizeError(InputError):
+    """A chunk that would unpack to another size than that of its values."""
+
+
+def unpack(data: Any, size: int) -> np.ndarray:
+    """Return the bytes that a zstd frame holds [size], which are so many.
 
     Raises:
-        ValueError: it is no complete frame, or holds another number of bytes.
+        UnpackedSizeError: it holds another number of bytes.
+        ValueError: it is no complete frame.
     """
-    if frame_size(data) != size:
-        raise ValueError(f"it unpacks to {frame_size(data)} bytes instead of {size:,}")
-    unpacked: bytes = Zstd().decode(data)
-    return unpacked
+    told = frame_size(data)
+    if told != size:
+        raise UnpackedSizeError(f"a chunk unpacks to {_count(told)} bytes, expected {size:,}")
+    out = np.empty(size, dtype=np.uint8)
+    if size:
+        Zstd().decode(data, out=out)  # refuses a second frame, for which there is no room
+    return out
 
 
-def frame_size(data: bytes) -> int | None:
+def _count(size: int | None) -> str:
+    return "an unknown number of" if size is None else f"{size:,}"
+
+
+def frame_size(data: Any) -> int | None:
     """Return the number of bytes that a zstd frame unpacks to by its header, None if the header does not tell.
 
     Reference: RFC 8878, section 3.1.1.1.
@@ -56,27 +71,25 @@ class SizedZstd(ZstdCodec):  # type: ignore[misc]  # zarr is not typed
     """zarr's zstd codec, which refuses a chunk that unpacks to more than its values."""
 
     def _decode_sync(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
-        _refuse_larger(chunk_bytes, chunk_spec)
-        return super()._decode_sync(chunk_bytes, chunk_spec)
+        data = chunk_bytes.as_numpy_array()
+        return chunk_spec.prototype.buffer.from_bytes(unpack(data, _size_within(data, chunk_spec)).tobytes())
 
-    async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:  # of versions without `_decode_sync`
-        _refuse_larger(chunk_bytes, chunk_spec)
-        return await super()._decode_single(chunk_bytes, chunk_spec)
+    async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
+        return await asyncio.to_thread(self._decode_sync, chunk_bytes, chunk_spec)
 
 
-def _refuse_larger(chunk: Any, spec: Any) -> None:
-    """Check the size that a chunk unpacks to.
+def _size_within(data: Any, spec: Any) -> int:
+    """Return the number of bytes that a chunk unpacks to.
 
     Raises:
-        ValueError: it is larger than the chunk's values, or not told.
+        UnpackedSizeError: it is larger than the chunk's values, or not told.
     """
     dtype = np.dtype(spec.dtype.to_native_dtype())
-    is_text = dtype.kind in "OT"
-    limit = MAX_TEXT_BYTES if is_text else int(np.prod(spec.shape, dtype=object)) * dtype.itemsize
-    size = frame_size(chunk.as_numpy_array()[:18].tobytes())
+    size = frame_size(data)
+    limit = MAX_TEXT_BYTES if dtype.kind in "OT" else int(np.prod(spec.shape, dtype=object)) * dtype.itemsize
     if size is None or size > limit:
-        told = "an unknown number of" if size is None else f"{size:,}"
-        raise ValueError(f"a chunk unpacks to {told} bytes, expected at most {limit:,}")
+        raise UnpackedSizeError(f"a chunk unpacks to {_count(size)} bytes, expected at most {limit:,}")
+    return size
 
 
 register_codec("zstd", SizedZstd, qualname=f"{SizedZstd.__module__}.{SizedZstd.__qualname__}")

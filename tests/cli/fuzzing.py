@@ -173,6 +173,10 @@ SLOW = {"report", "figures", "finetune", "graph", "study", "publish", "label"}
 NUMBERS = st.sampled_from(["0", "1", "2", "3", "-1", "0.5", "1e-9", "1e308", "inf", "nan", "2147483648", "9" * 30])
 
 
+# of what a command repeats: a large number that it accepts keeps it busy for days, as it should
+REPEATS = st.sampled_from(["0", "1", "2", "-1", "0.5", "inf", "nan", "2147483648", "9" * 30])
+
+
 @st.composite
 def command_lines(draw: st.DrawFn, options: dict[str, dict[str, Any]], commands: list[str]) -> list[str]:
     """Return a command with one to three of its words missing, changed or added; options: command → name → type."""
@@ -185,7 +189,8 @@ def command_lines(draw: st.DrawFn, options: dict[str, dict[str, Any]], commands:
             kind = options[command][name]
             words.append(name)
             if kind is not bool:
-                words.append(draw(NUMBERS if kind in (int, float) else HOSTILE_TEXT))
+                numbers = REPEATS if name in ("--samples", "--retries") else NUMBERS
+                words.append(draw(numbers if kind in (int, float) else HOSTILE_TEXT))
         elif change == "flag":
             words.append(draw(st.sampled_from(sorted(options[command]))))
         elif change == "add":

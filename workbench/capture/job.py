@@ -106,7 +106,7 @@ def capture(
     _refuse_full_disk(model, job, _pending(job, None if overwrite else path), path)
     with (
         writer_of(job, model, transcripts, path, device=worker_device, overwrite=overwrite) as writer,
-        _logged(log_path),  # a refused start leaves no log
+        _logged(log_path),
         StopSignal(str(path)) as interrupt,
     ):
         pending = writer.pending()
@@ -364,10 +364,11 @@ def _is_log(path: Path) -> bool:
 
 @contextmanager
 def _logged(target: Path | None) -> Iterator[None]:
-    """What happens goes to the log file too, a line each, behind what is there."""
+    """What happens goes to the log file too, a line each, behind what is there; a refused start leaves no new log."""
     if target is None:
         yield
         return
+    is_new = not target.exists()
     with made_parents(target):
         handler = logging.FileHandler(target, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -376,6 +377,10 @@ def _logged(target: Path | None) -> Iterator[None]:
     log.setLevel(logging.INFO)
     try:
         yield
+    except InputError:
+        if is_new:
+            target.unlink(missing_ok=True)
+        raise
     finally:
         log.removeHandler(handler)
         log.setLevel(level)

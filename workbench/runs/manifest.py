@@ -28,6 +28,7 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
+from workbench.compression import UnpackedSizeError
 from workbench.errors import InputError
 from workbench.runs.schema import ArraySpec, Layout, Spec, Unit, arrays
 from workbench.runs.storage import Storage
@@ -53,9 +54,9 @@ def reading(storage: object, what: str) -> Iterator[None]:
     """Turn whatever zarr and codecs raise at a damaged file into a `DamageError` that names what was read."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
+        if isinstance(error, InputError) and not isinstance(error, UnpackedSizeError):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise DamageError(storage, f"{what} cannot be read ({reason})") from error
 

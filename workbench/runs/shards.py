@@ -145,7 +145,7 @@ def _copy(values: np.ndarray, into: np.ndarray) -> None:
 
 
 def _decode(data: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    return np.frombuffer(unpack(data, math.prod(shape) * dtype.itemsize), dtype=dtype).reshape(shape)
+    return unpack(data, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
 
 def shard(block: np.ndarray, chunks: tuple[int, ...]) -> list[bytes]:
