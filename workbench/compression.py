@@ -67,7 +67,7 @@ def frame_size(data: Any) -> int | None:
     return int.from_bytes(head[start : start + length], "little") + (256 if length == 2 else 0)
 
 
-class SizedZstd(ZstdCodec):  # type: ignore[misc]  # zarr is not typed
+class SizedZstd(ZstdCodec):
     """zarr's zstd codec, which refuses a chunk that unpacks to more than its values."""
 
     def _decode_sync(self, chunk_bytes: Any, chunk_spec: Any) -> Any:

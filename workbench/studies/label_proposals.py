@@ -19,7 +19,7 @@ import xarray as xr
 from statsmodels.stats.proportion import proportion_confint
 
 from workbench.bounded_json import parse_json
-from workbench.errors import JobError
+from workbench.errors import InputError, JobError
 from workbench.harmony.hosts import answers
 from workbench.harmony.hosts.client import HostError
 from workbench.studies.expert_labels import cleaned
