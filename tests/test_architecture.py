@@ -81,6 +81,7 @@ MAY_IMPORT = {
     "research": {"bounded_json", "experiments", "model", "hooks", "capture", "runs", "studies", "harmony", "errors"},
     "live": {"dashboards", "figures", "research", "capture", "model", "hooks", "kernels", "harmony", "errors"},
     "adapters": {
+        "inputs",
         "bounded_json",
         "kernels",
         "model",

@@ -17,6 +17,8 @@ ACROSS_MODULES = {
     "cli/test_fuzz.py",
     "cli/test_fuzz_checkpoints.py",
     "cli/test_fuzz_commands.py",
+    "cli/test_fuzz_formats.py",
+    "cli/test_every_command.py",
     "cli/test_fuzz_runs.py",
     "cli/test_outputs.py",
     "data/test_interop.py",

@@ -94,8 +94,10 @@ class RowOutput:
 
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what could not be written cannot be flushed either
+                self._file.close()
             self._file = None
+            self._part.unlink(missing_ok=True)
         self._lock.release()
 
     def _read_existing(self) -> None:

@@ -255,9 +255,14 @@ class Checked:
         self.folder = folder
         self._before = snapshot(folder)
 
-    def run(self, *arguments: str, may_change: str = "") -> Result:
-        """Return how a command ended. may_change: an output that exists, which it may complete."""
-        with _limits():
+    def run(
+        self, *arguments: str, may_change: str = "", within: contextlib.AbstractContextManager[object] | None = None
+    ) -> Result:
+        """Return how a command ended. may_change: an output that exists, which it may complete.
+
+        within: a context in which the command runs.
+        """
+        with limits(), within or contextlib.nullcontext():
             done = run_command(*arguments)
         after = snapshot(self.folder)
         owned = {name for name in self._before if may_change and name.split("/")[0] == may_change}
@@ -274,7 +279,7 @@ class Checked:
 
 
 @contextlib.contextmanager
-def _limits() -> Iterator[None]:
+def limits() -> Iterator[None]:
     """Let a command that waits for ever, or asks for absurd memory, fail here and not the machine."""
 
     def stop(*_: object) -> None:

@@ -150,8 +150,10 @@ def capture(
                 log.error("%s: %s after %d of %d units", path, _one_line(error), done.units, len(pending))
                 raise
         writer.finish()
+        written = open_run(path)
+        _ = written.sequences  # a damaged table is refused here, where it leaves no log
         log.info("%s: complete", path)
-    return open_run(path)
+    return written
 
 
 def _worker_device(model: GptOss, wanted: str | None) -> str:

@@ -1,7 +1,7 @@
 """Labels of experts: a file beside the run with one line for each expert, which people and programs may edit.
 
     labels = expert_labels.read(run)            # one row per expert; automatic lines where there is no file
-    expert_labels.update(run, labels)           # RUN.labels.jsonl; what people wrote into it is kept
+    expert_labels.update(run, labels)           # RUN.labels.jsonl; labels that people wrote stay
 
 A row holds `layer`, `expert`, `label` (what is shown), `automatic` (made from the run, see `expert_examples`),
 `proposed` (by a model, see `label_proposals`) with its held-out detection score, and `proposed_by`. A label that is
