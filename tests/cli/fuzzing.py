@@ -256,11 +256,15 @@ class Checked:
         self._before = snapshot(folder)
 
     def run(
-        self, *arguments: str, may_change: str = "", within: contextlib.AbstractContextManager[object] | None = None
+        self,
+        *arguments: str,
+        may_change: str = "",
+        within: contextlib.AbstractContextManager[object] | None = None,
+        codes: tuple[int, ...] = (0, 1, 2),
     ) -> Result:
         """Return how a command ended. may_change: an output that exists, which it may complete.
 
-        within: a context in which the command runs.
+        within: a context in which the command runs. codes: those that it may end with.
         """
         with limits(), within or contextlib.nullcontext():
             done = run_command(*arguments)
@@ -271,7 +275,7 @@ class Checked:
         for name in new:
             path = self.folder / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-        assert not done.problem(), (arguments, done.problem())
+        assert not done.problem(codes=codes), (arguments, done.problem(codes=codes))
         assert not changed, (arguments, changed)
         assert not new or done.code != 2, (arguments, done.err, new)
         assert not [name for name in new if _HALF_WRITTEN.search(name)], (arguments, new)

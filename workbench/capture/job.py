@@ -30,7 +30,7 @@ from workbench.capture.host_routing import with_host_routes
 from workbench.capture.plan import plan_units
 from workbench.capture.shape_model import ShapeModel
 from workbench.capture.tables import message_table, sequence_table
-from workbench.errors import InputError
+from workbench.errors import InputError, JobError
 from workbench.harmony.flags import counted, read_flags, sequence_flags
 from workbench.harmony.transcripts import Reject, Transcript, read_transcripts
 from workbench.inputs import regular_file
@@ -379,8 +379,8 @@ def _logged(target: Path | None) -> Iterator[None]:
     log.setLevel(logging.INFO)
     try:
         yield
-    except InputError:
-        if is_new:
+    except Exception as error:
+        if is_new and not isinstance(error, JobError):
             target.unlink(missing_ok=True)
         raise
     finally:

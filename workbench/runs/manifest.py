@@ -47,6 +47,7 @@ class DamageError(InputError):
 
     def __init__(self, storage: object, what: str) -> None:
         super().__init__(f"{storage} is damaged: {what}; `workbench verify` lists all damage")
+        self.what = what
 
 
 @contextmanager
