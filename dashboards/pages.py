@@ -98,7 +98,7 @@ def effort(session: Session) -> Page:
 
 
 def compare(session: Session) -> Page:
-    """Return the page that compares two runs of the same transcripts."""
+    """Return the page that compares two runs of the same transcripts: tested differences, then either run's load."""
     name = session.name
     others = [other for other in session.registry.names if other != name]
     if not others:
@@ -117,8 +117,6 @@ def compare(session: Session) -> Page:
             for ds, label in zip(sets, (name, other), strict=True):
                 ds.attrs["title"] = f"{label}, {ds.attrs['title']}"
             drawn = [draw.heatmap(ds, "load", theme=session.theme) for ds in sets]
-            if sets[0]["load"].shape == sets[1]["load"].shape:
-                drawn.append(draw.difference(sets[0], sets[1], "load", theme=session.theme))
             about = [
                 widgets.html(f"<b>{escape(n)}</b> {content.about(r)}") for n, r in zip((name, other), runs, strict=True)
             ]

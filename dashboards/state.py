@@ -17,7 +17,7 @@ from workbench.dashboards.stored_results import StoredResults, stored_beside
 from workbench.dashboards.study_jobs import Answer, Desk
 from workbench.errors import InputError
 from workbench.runs import Run, open_run
-from workbench.runs.storage import LocalStorage, place
+from workbench.runs.storage import LocalStorage, storage_at
 from workbench.studies import effort
 from workbench.studies.comparison import EFFORTS
 from workbench.studies.specialization import together
@@ -93,11 +93,11 @@ class RunRegistry:
             raise InputError("name at least one run to show: workbench dashboard RUN.zarr")
         self._paths: dict[str, str | Path] = {}
         for path in paths:
-            where = place(path)
+            storage = storage_at(path)
             last = (
-                Path(os.path.realpath(where.path)).name
-                if isinstance(where, LocalStorage)
-                else str(where).rsplit("/", 1)[-1]
+                Path(os.path.realpath(storage.path)).name
+                if isinstance(storage, LocalStorage)
+                else str(storage).rsplit("/", 1)[-1]
             )
             name = last.removesuffix(".zarr")
             if name in self._paths:
@@ -120,20 +120,22 @@ class RunRegistry:
 
         exclude: flags of sequences to leave out, as in `Run.excluding`.
         """
-        where = place(self._paths[name])
+        storage = storage_at(self._paths[name])
         if (name, exclude) in self._runs:
             root, run = self._runs[name, exclude]
-            if where.exists("zarr.json") and where.read("zarr.json") == root:
+            if storage.exists("zarr.json") and storage.read("zarr.json") == root:
                 return run
         run = open_run(self._paths[name], exclude=exclude)
         if run.status == "complete":
-            self._runs[name, exclude] = (where.read("zarr.json"), run)
+            self._runs[name, exclude] = (storage.read("zarr.json"), run)
         return run
 
     def stored(self, name: str) -> StoredResults:
         """Return the results that are stored beside a run; none beside a run in an object store."""
-        where = place(self._paths[name])
-        return stored_beside(where.path, self.run(name).digest) if isinstance(where, LocalStorage) else StoredResults()
+        storage = storage_at(self._paths[name])
+        if not isinstance(storage, LocalStorage):
+            return StoredResults()
+        return stored_beside(storage.path, self.run(name).digest)
 
     def study(self, study: str, *names: str, exclude: str = "") -> Callable[[], Answer]:
         """Return a function that asks for a study of the run(s) in their current state, without waiting for it.

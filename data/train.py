@@ -29,7 +29,8 @@ from workbench.errors import InputError
 from workbench.kernels.mxfp4 import dequantise, quantise
 from workbench.model.config import Config, Rope
 from workbench.model.export import save_checkpoint
-from workbench.model.transformer import ExpertMatrix, GptOss
+from workbench.model.layers import ExpertMatrix
+from workbench.model.transformer import GptOss
 from workbench.outputs import check_output
 from workbench.progress import progress
 

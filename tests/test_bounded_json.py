@@ -86,7 +86,6 @@ OWN_JSON = {  # module -> why it reads JSON without limits
     "workbench/bounded_json.py": "it is the reader",
     "workbench/harmony/templates.py": "the request and the answer of its own child process, which imports nothing of ours",
     "workbench/runs/writer.py": "a copy of its own values",
-    "workbench/runs/manifest.py": "files of a run whose size is checked by the storage, with an error of its own",
     "workbench/bench/first.py": "results of its own child process",
     "workbench/bench/worker.py": "results of its own child process",
     "workbench/bench/cpu.py": "requests of its own parent process",

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ import zarr
 import workbench as wb
 from docs import commands_page
 from tests import test_howto_tasks
+from tests.cli.running import run_command
 from tests.conftest import DATA
-from tests.harmony.hosts.test_collect import FakeHost
+from tests.harmony.hosts.mock_server import FakeHost, chat
 from tests.model.fake_gpus import run_on_gpus
 from tests.runs.conftest import write_run
 from tests.serving import free_port, wait_for
@@ -54,8 +56,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, row in enumerate(rows)
     ]
     (folder / "conversations.jsonl").write_text("\n".join(map(json.dumps, said)) + "\n")
-    words = ["generate", "nano", "prompts.jsonl", "answers.jsonl", "--effort", "low", "--effort", "high"]
-    subprocess.run([sys.executable, "-m", "workbench.cli", *words], check=True, capture_output=True, cwd=folder)
+    prompts, answers = str(folder / "prompts.jsonl"), str(folder / "answers.jsonl")
+    assert run_command("generate", "nano", prompts, answers, "--effort", "low", "--effort", "high").code == 0
     return folder
 
 
@@ -71,11 +73,12 @@ def workplace(prepared: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # as for a reader; pages use few prompts
 @pytest.mark.parametrize("page", [p for p in WITH_CODE if blocks(p, "python")], ids=name)
-def test_the_python_of_a_page_runs_in_its_order(page: Path, workplace: Path) -> None:
-    code = "\n".join(blocks(page, "python"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=workplace)
-    assert done.returncode == 0, done.stderr
+def test_the_python_of_a_page_runs_in_its_order(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, with no names but the page's own: a process for each page would import torch as often."""
+    monkeypatch.chdir(workplace)
+    exec(compile("\n".join(blocks(page, "python")), page.name, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.slow
@@ -88,12 +91,17 @@ def test_the_hooks_of_the_how_to_run_on_a_gpu(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", [p for p in WITH_CODE if blocks(p, "sh")], ids=name)
-def test_the_commands_of_a_page_work_in_their_order(page: Path, workplace: Path) -> None:
+def test_the_commands_of_a_page_work_in_their_order(
+    page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
     text = "\n".join(blocks(page, "sh"))
     host, cluster = None, []
     if "http://localhost:8000" in text:
         host = FakeHost()
+        host.reply = reply_of_host
         text = text.replace("http://localhost:8000", host.url)
     if "tcp://localhost:8786" in text:
         port = free_port()
@@ -107,7 +115,7 @@ def test_the_commands_of_a_page_work_in_their_order(page: Path, workplace: Path)
             wait_for(port)
     try:
         for line in filter(None, (line.split(" #")[0].strip() for line in text.splitlines())):
-            run(shlex.split(line), workplace)
+            run(shlex.split(line))
     finally:
         for process in cluster:
             process.terminate()
@@ -117,19 +125,27 @@ def test_the_commands_of_a_page_work_in_their_order(page: Path, workplace: Path)
             host.server.server_close()
 
 
-def run(words: list[str], cwd: Path) -> None:
-    """One command as it stands; what serves is asked for a page and ended."""
+def reply_of_host(path: str, body: dict[str, Any], n: int) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Return an answer to a chat, or continuations of a prefix of ids."""
+    if not path.endswith("/completions") or path.endswith("chat/completions") or isinstance(body["prompt"], str):
+        return 200, chat("6"), {}
+    text = "<|end|><|start|>assistant<|channel|>final<|message|>6<|return|>"
+    return 200, {"choices": [{"text": text, "finish_reason": "stop"} for _ in range(body["n"])]}, {}
+
+
+def run(words: list[str]) -> None:
+    """One command as it stands, in this process; what serves has its own, is asked for a page and ended."""
     assert words[0] in ("workbench", "panel"), f"a command that no test runs: {shlex.join(words)}"
+    if words[1] not in ("dashboard", "live", "serve"):
+        done = run_command(*words[1:])
+        assert done.code == 0, (shlex.join(words), done.err[-2000:])
+        return
     module = {"workbench": "workbench.cli", "panel": "panel"}[words[0]]
     command = [sys.executable, "-m", module, *words[1:]]
-    if words[1] not in ("dashboard", "live", "serve"):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
-        assert done.returncode == 0, (shlex.join(words), done.stderr[-2000:])
-        return
     port = free_port()
     at = command.index("--args") if "--args" in command else len(command)
     command[at:at] = ["--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cwd)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(port)
     finally:

@@ -52,6 +52,124 @@ ACROSS_MODULES = {
     "test_readme.py",
 }
 
+# modules without a test file of their own → the test file that tests them, which imports or names them
+TESTED_BY = {
+    "_links": "test_links.py",
+    "bench/autotune": "bench/test_gpu.py",
+    "bench/cases": "bench/test_gpu.py",
+    "bench/command": "bench/test_kernels.py",
+    "bench/decode": "bench/test_cpu.py",
+    "bench/first_steps": "bench/test_first.py",
+    "bench/models": "bench/test_gpu.py",
+    "bench/worker": "bench/test_cpu.py",
+    "capture/compute": "capture/test_host_routing.py",
+    "capture/job_log": "capture/test_job.py",
+    "capture/job_plan": "capture/test_job.py",
+    "capture/own_record": "capture/test_recorder.py",
+    "capture/pipeline": "capture/test_faults.py",
+    "capture/sample": "capture/test_estimate.py",
+    "capture/shape_model": "capture/test_estimate.py",
+    "cli/finetuning": "cli/test_outputs.py",
+    "cli/graphs": "experiments/test_graph_export.py",
+    "cli/labels": "studies/test_expert_labels.py",
+    "cli/live": "live/test_experiment.py",
+    "cli/pipeline": "cli/test_cli.py",
+    "cli/results": "cli/test_cli.py",
+    "dashboards/conversation_page": "dashboards/test_app.py",
+    "dashboards/expert_sections": "dashboards/test_overview.py",
+    "dashboards/heatmap_pages": "dashboards/test_app.py",
+    "dashboards/results_pages": "dashboards/test_stored_results.py",
+    "dashboards/session": "dashboards/test_content.py",
+    "dashboards/widgets": "capture/test_excluding.py",
+    "data/card": "data/test_nano.py",
+    "data/command": "data/test_evaluate.py",
+    "data/conversations": "data/test_tasks.py",
+    "data/prompts": "data/test_evaluate.py",
+    "experiments/activations": "experiments/test_gradients.py",
+    "experiments/attention_knockout": "experiments/test_hidden_messages.py",
+    "experiments/branch_answers": "experiments/test_sentence_importance.py",
+    "experiments/branch_importance": "experiments/test_sentence_importance.py",
+    "experiments/branching": "experiments/test_sentence_importance.py",
+    "experiments/chain_of_thought": "experiments/test_registry.py",
+    "experiments/expert_ablation": "experiments/test_registry.py",
+    "experiments/expert_forcing": "experiments/test_registry.py",
+    "experiments/expert_reweighting": "experiments/test_registry.py",
+    "experiments/expert_sets": "experiments/test_random_controls.py",
+    "experiments/final_channel": "experiments/test_random_controls.py",
+    "experiments/from_run": "experiments/test_effects.py",
+    "experiments/logit_attribution": "experiments/test_registry.py",
+    "experiments/residual_attribution": "experiments/test_attribution.py",
+    "experiments/sink_ablation": "experiments/test_registry.py",
+    "figures/default": "studies/test_label_probes.py",
+    "figures/experiments": "figures/test_effects.py",
+    "figures/expert_examples": "studies/test_expert_examples.py",
+    "figures/generated_answers": "experiments/test_generated_answers.py",
+    "figures/quick_look": "studies/test_quick_look.py",
+    "figures/risk_difference": "studies/test_risk_difference.py",
+    "figures/sentence_importance": "experiments/test_sentence_importance.py",
+    "harmony/chat_messages": "harmony/test_rendering.py",
+    "harmony/formats/inspect_logs": "harmony/hosts/test_files.py",
+    "harmony/formats/shapes": "harmony/test_formats.py",
+    "harmony/grammar": "harmony/test_flags.py",
+    "harmony/hosts/answers": "harmony/hosts/test_collect.py",
+    "harmony/preamble": "harmony/test_rendering.py",
+    "harmony/templates": "harmony/test_rendering.py",
+    "hooks/activations": "hooks/test_interventions.py",
+    "hooks/attention": "hooks/test_interventions.py",
+    "hooks/edits": "hooks/test_interventions.py",
+    "hooks/experts": "hooks/test_interventions.py",
+    "hooks/hook_points": "model/test_checkpointing.py",
+    "hooks/observation": "hooks/test_interventions.py",
+    "hooks/targets": "hooks/test_interventions.py",
+    "kernels/cpu/loops": "kernels/cpu/test_products.py",
+    "kernels/cpu/threads": "kernels/cpu/test_products.py",
+    "kernels/dispatch": "kernels/gpu/test_model.py",
+    "kernels/gpu/aot": "kernels/gpu/test_launches.py",
+    "kernels/gpu/logits": "kernels/test_logits.py",
+    "kernels/gpu/norm": "kernels/test_norm.py",
+    "kernels/gpu/rotary": "kernels/test_rotary.py",
+    "kernels/gpu/tiles": "bench/test_gpu.py",
+    "kernels/moments": "kernels/gpu/test_moments.py",
+    "live/cards": "live/test_rendering.py",
+    "live/expert_map": "live/test_app.py",
+    "live/model_server": "live/test_page.py",
+    "live/result": "live/test_experiment.py",
+    "model/activation_cache": "model/test_neuron_results.py",
+    "model/config_fields": "model/test_config.py",
+    "model/config_file": "model/test_config.py",
+    "model/formats/gguf_file": "model/formats/test_gguf_reader.py",
+    "model/formats/gguf_loops": "model/formats/test_gguf_mxfp4.py",
+    "model/formats/gguf_merges": "model/formats/test_gguf_reader.py",
+    "model/formats/gguf_writer": "model/formats/test_gguf_reader.py",
+    "model/info": "cli/test_models.py",
+    "model/layers": "model/test_gradients.py",
+    "model/lazy_tensors": "model/test_loading.py",
+    "model/opened_checkpoint": "model/test_checkpoint.py",
+    "model/prompt_cache": "model/test_generation_loop.py",
+    "model/safetensors_file": "model/test_checkpoint.py",
+    "model/transformer": "model/test_transformer_lens.py",
+    "research/answers": "research/test_research.py",
+    "research/directions": "research/test_research.py",
+    "research/intervention": "research/test_recipe.py",
+    "research/intervention_edits": "research/test_recipe.py",
+    "research/probes": "research/test_research.py",
+    "research/recipe_python": "research/test_recipe.py",
+    "research/top_experts": "research/test_research.py",
+    "runs/committed": "runs/test_reader.py",
+    "runs/group": "runs/test_reader.py",
+    "runs/manifest": "runs/test_damage.py",
+    "runs/schema": "runs/test_writer.py",
+    "runs/summed": "runs/test_totals.py",
+    "runs/views": "research/test_research.py",
+    "studies/comparison": "studies/test_divergence.py",
+    "studies/label_proposals": "studies/test_expert_labels.py",
+    "studies/layer_experts": "capture/test_layer_experts.py",
+    "studies/routing_agreement": "capture/test_host_routing.py",
+    "studies/routing_agreement_runs": "capture/test_host_routing.py",
+    "studies/synthetic": "studies/test_routing.py",
+    "studies/token_labels": "studies/test_label_probes.py",
+}
+
 
 def strays(tests: Iterable[str], modules: set[str]) -> list[str]:
     """Tests that neither have the path of a module or package nor are listed above."""
@@ -72,6 +190,58 @@ def test_every_test_has_the_path_of_what_it_tests() -> None:
     modules |= {str(p.parent.relative_to(workbench)) for p in paths}
     tests = [str(p.relative_to(ROOT / "tests")) for p in (ROOT / "tests").rglob("test_*.py")]
     assert strays(tests, modules) == []
+
+
+def modules_of(workbench: Path) -> set[str]:
+    """Paths of the modules of the workbench without their suffix; packages and what starts a command have no test."""
+    paths = [p for part in workbench.iterdir() for p in ([part] if part.suffix == ".py" else part.rglob("*.py"))]
+    plain = [p for p in paths if not p.name.startswith("__")]
+    return {p.relative_to(workbench).with_suffix("").as_posix() for p in plain}
+
+
+def mirrored(module: str) -> str:
+    """Return the path of the test file of a module."""
+    folder, _, name = module.rpartition("/")
+    return f"{folder}/test_{name}.py".lstrip("/")
+
+
+def names_module(module: str, source: str) -> bool:
+    """Return whether the source of a test imports a module or has its full name."""
+    dotted = "workbench." + module.replace("/", ".")
+    package, _, name = dotted.rpartition(".")
+    imported = re.findall(rf"from {re.escape(package)} import (\([^)]*\)|[^\n]*)", source)
+    return bool(re.search(rf"{re.escape(dotted)}\b", source)) or any(
+        re.search(rf"\b{name}\b", names) for names in imported
+    )
+
+
+def untested(modules: Iterable[str], tests: dict[str, str], tested_by: dict[str, str]) -> list[str]:
+    """Modules that neither have a test file of their own nor are named in the one that is listed for them.
+
+    tests: the source of every test file. An entry of the list for a module that is not there, or that has a file of
+    its own, is wrong, too.
+    """
+    modules = set(modules)
+    wrong = sorted(module for module in tested_by if module not in modules or mirrored(module) in tests)
+    for module in sorted(modules - set(wrong)):
+        listed = tested_by.get(module)
+        if mirrored(module) not in tests and (listed not in tests or not names_module(module, tests[listed])):
+            wrong.append(module)
+    return wrong
+
+
+def test_every_module_is_tested_by_its_own_file_or_by_the_listed_one() -> None:
+    folder = ROOT / "tests"
+    tests = {p.relative_to(folder).as_posix(): p.read_text("utf-8") for p in folder.rglob("test_*.py")}
+    assert untested(modules_of(ROOT / "workbench"), tests, TESTED_BY) == []
+
+
+def test_an_untested_module_is_found() -> None:
+    tests = {"a/test_b.py": "", "a/test_all.py": "from workbench.a import (\n    c,\n    d,\n)\n", "test_e.py": ""}
+    assert untested(["a/b", "a/c", "e"], tests, {"a/c": "a/test_all.py"}) == []
+    assert untested(["a/b", "a/c"], tests, {}) == ["a/c"]
+    assert untested(["a/x", "a/c"], tests, {"a/x": "a/test_all.py", "a/c": "a/test_none.py"}) == ["a/c", "a/x"]
+    assert untested(["a/b"], tests, {"a/b": "a/test_all.py", "a/old": "a/test_all.py"}) == ["a/b", "a/old"]
 
 
 def test_a_stray_test_is_found() -> None:

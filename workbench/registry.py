@@ -135,9 +135,13 @@ class Study(Record):
 
 @dataclass(frozen=True)
 class Experiment(Record):
-    """An experiment: `experiment(model, rows, *, seed)` returns labelled datasets."""
+    """An experiment: `experiment(model, rows, *, seed)` returns labelled datasets.
+
+    host: whether the model may be one at an OpenAI-compatible host.
+    """
 
     figures: str = "workbench.figures.experiments"
+    host: bool = False
 
 
 _KINDS = {"Study": Study, "Experiment": Experiment}

@@ -1,4 +1,7 @@
-"""The report of compiled kernels: the committed one is what Triton makes today, and its checks can fail."""
+"""The report of compiled kernels: the committed one is what Triton makes today, and its checks can fail.
+
+Also tests `workbench.bench.command`.
+"""
 
 import json
 import os

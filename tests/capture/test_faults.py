@@ -29,8 +29,7 @@ from workbench.capture import pipeline, record_buffers
 from workbench.errors import InputError, JobError
 from workbench.model.transformer import GptOss
 from workbench.runs import shards
-from workbench.runs.storage import Storage
-from workbench.runs.storage import place as storage_at
+from workbench.runs.storage import Storage, storage_at
 from workbench.runs.verify import verify
 from workbench.runs.writer import RunWriter
 from workbench.signals import StopSignal

@@ -1,4 +1,7 @@
-"""Capture along a host's routes: planted routes come back exactly, and a capture that ignores them fails."""
+"""Capture along a host's routes: planted routes come back exactly, and a capture that ignores them fails.
+
+Also tests `workbench.studies.routing_agreement` and `workbench.studies.routing_agreement_runs`.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""What a capture writes is what the model does; killed and resumed it writes the same."""
+"""What a capture writes is what the model does; killed and resumed it writes the same.
+
+Also tests `workbench.capture.job_plan` and `workbench.capture.job_log`.
+"""
 
 import json
 import shutil

@@ -1,4 +1,7 @@
-"""A user's own quantity is what its function gives of the raw activations, written, resumed and verified like any other."""
+"""A user's own quantity is what its function gives of the raw activations, written, resumed and verified like any other.
+
+Tests `workbench.capture.recorder` and `workbench.capture.own_record`.
+"""
 
 import re
 import shutil

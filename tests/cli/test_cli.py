@@ -1,4 +1,7 @@
-"""The command line as it is typed: the whole way, and one line with the right exit code for each mistake."""
+"""The command line as it is typed: the whole way, and one line with the right exit code for each mistake.
+
+Tests `workbench.cli.pipeline` and `workbench.cli.results`.
+"""
 
 import json
 import subprocess
@@ -57,36 +60,6 @@ def test_the_whole_way_from_prompts_to_tables(tmp_path: Path, capsys: pytest.Cap
     assert code == 1
     assert "routing/gates" in text
     assert "was changed: its content is not what was written" in text
-
-
-def test_info_names_sizes_and_hook_points(capsys: pytest.CaptureFixture[str]) -> None:
-    code, text, _ = run(capsys, "info", "nano")
-    assert code == 0
-    for word in ("attn.hook_sink", "batch pos slot d_mlp", "parameters", "experts_per_token"):
-        assert word in text
-
-
-def test_info_plans_a_published_shape_without_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    code, text, _ = run(capsys, "info", "120b", "--tokens", "1024", "--batch", "2")
-    assert code == 0
-    assert "65,248,815,744" in text  # 60.8 GiB, as published
-    assert "This plan needs 1 such device: 65.400 GB of weights and cache" in text
-    code, text, _ = run(capsys, "info", "120b", "--memory", "24GB")
-    assert "One device of 24.000 GB does not hold it: the weights alone are 65.249 GB." in text
-    assert "This plan needs 3 such devices" in text
-    code, text, _ = run(capsys, "info", "120b", "--memory", "2GB")
-    assert "No number of devices of 2.000 GB does this plan" in text
-
-
-def test_info_plans_what_is_recorded(capsys: pytest.CaptureFixture[str]) -> None:
-    def records(*options: str) -> int:
-        text = run(capsys, "info", "20b", *options)[1]
-        return int(
-            next(line for line in text.splitlines() if "records of a unit" in line).split("│")[2].replace(",", "")
-        )
-
-    assert records("--record", "sinks") == 2 * 16_384 * 24 * 64 * 2
-    assert records("--record", "resid_post:3,7", "--unit-tokens", "1024") == 2 * 1024 * 2 * 2880 * 2
 
 
 MISTAKES = {

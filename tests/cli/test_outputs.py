@@ -1,4 +1,7 @@
-"""Every option of every command that names an output follows the one rule of `workbench.outputs`."""
+"""Every option of every command that names an output follows the one rule of `workbench.outputs`.
+
+Also tests `workbench.cli.finetuning`.
+"""
 
 import os
 import typing

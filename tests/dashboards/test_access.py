@@ -111,3 +111,17 @@ def test_passwords_that_others_can_read_are_refused(tmp_path: Path) -> None:
     assert login_options(file)["basic_auth"] == str(file)
     with pytest.raises(InputError, match="JSON object"):
         login_options(Path("/dev/zero"))
+
+
+def test_who_may_enter_is_read_from_a_file(tmp_path: Path) -> None:
+    assert login_options(None) == {}
+    file = tmp_path / "users.json"
+    for text in ("", "[]", "{}", '{"a": 1}'):
+        file.write_text(text)
+        with pytest.raises(InputError, match="names and passwords"):
+            login_options(file)
+    file.write_text(json.dumps({"ada": "secret"}))
+    file.chmod(0o600)
+    first, second = login_options(file), login_options(file)
+    assert first["basic_auth"] == str(file)
+    assert first["cookie_secret"] != second["cookie_secret"]

@@ -1,4 +1,7 @@
-"""The dashboard in a real browser: what is drawn, what a link reopens, that nothing is fetched from elsewhere."""
+"""The dashboard in a real browser: what is drawn, what a link reopens, that nothing is fetched from elsewhere.
+
+Also tests `workbench.dashboards.conversation_page` and `workbench.dashboards.heatmap_pages`.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Evaluation asks what training never saw, marks exactly, and its card says what was measured."""
+"""Evaluation asks what training never saw, marks exactly, and its card says what was measured.
+
+Also tests `workbench.data.command`.
+"""
 
 import json
 from pathlib import Path

@@ -1,12 +1,17 @@
 """Edges into every node add up to it, graphs are small and faithful, and what cannot be explained is refused."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 import workbench as wb
 from workbench.errors import InputError
+from workbench.experiments import attribution_graph
 from workbench.experiments.attribution_graph import AttributionGraph, graph
+from workbench.experiments.frozen_pass import FrozenPass
+from workbench.hooks.sae import SAE, SAEConfig
 from workbench.model.transformer import GptOss
 
 TEXT = "<|start|>user<|message|>24*29<|end|><|start|>assistant<|channel|>analysis<|message|>4*9="
@@ -40,6 +45,100 @@ def test_edges_and_bias_add_up_to_every_node(complete: AttributionGraph, model: 
     assert complete.metadata["completeness_of_paths"] < 1e-3
     wrong = into.to_numpy() + np.roll(nodes["bias"].to_numpy(), 1)  # negative control: other nodes' biases
     assert np.abs(wrong - nodes["value"])[inner].max() > 1e-2
+
+
+def _without_sink(frozen: FrozenPass) -> None:
+    for layer in range(4):
+        pattern = frozen._cache[f"blocks.{layer}.attn.hook_pattern"]
+        frozen._cache[f"blocks.{layer}.attn.hook_pattern"] = pattern / pattern.sum(-1, keepdim=True)
+
+
+def _without_gate(frozen: FrozenPass) -> None:
+    for layer in range(4):
+        gates = frozen._cache[f"blocks.{layer}.mlp.hook_expert_weights"]
+        frozen._cache[f"blocks.{layer}.mlp.hook_expert_weights"] = torch.full_like(gates, 1 / gates.shape[-1])
+
+
+def _wrong_expert(frozen: FrozenPass) -> None:
+    for layer in range(4):
+        chosen = frozen._cache[f"blocks.{layer}.mlp.hook_expert_indices"]
+        frozen._cache[f"blocks.{layer}.mlp.hook_expert_indices"] = (chosen + 1) % 16
+
+
+@pytest.mark.parametrize("damage", [None, _without_sink, _without_gate, _wrong_expert])
+def test_paths_add_up_only_with_the_sink_the_gates_and_the_right_experts(
+    model: GptOss, monkeypatch: pytest.MonkeyPatch, damage: Callable[[FrozenPass], None] | None
+) -> None:
+    """What the sink takes, the gate weights and the experts are needed: without each the sum of paths is another."""
+
+    class Damaged(FrozenPass):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **options)  # type: ignore[arg-type]
+            if damage is not None:
+                damage(self)
+
+    monkeypatch.setattr(attribution_graph, "FrozenPass", Damaged)
+    found = graph(model, TEXT, node_share=1.0, edge_share=1.0, max_nodes=10**6)
+    error = max(found.metadata["completeness_of_paths"], found.nodes["error"].abs().max())
+    assert (error < 2e-5) if damage is None else (error > 0.1)
+
+
+def _autoencoder(architecture: str, *, rescaled: bool = False, width: int = 128) -> SAE:
+    """A random autoencoder with features that are active about half of the time."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, size: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * size
+
+    weights = {"W_enc": random(width, 256, size=0.1), "W_dec": random(256, width, size=0.1), "b_dec": random(width)}
+    vectors = {"b_enc": random(256), "threshold": torch.full((256,), 0.5), "r_mag": random(256, size=0.1)}
+    vectors |= {"b_gate": random(256), "b_mag": random(256)}
+    names = {"jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}.get(architecture, ("b_enc",))
+    cfg = SAEConfig(architecture, width, 256, torch.float32, True, "none", "none", 20, rescaled, None)
+    return SAE(cfg, weights | {name: vectors[name] for name in names})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "at"),
+    [
+        ("standard", "blocks.1.hook_resid_post"),
+        ("topk", "blocks.2.hook_resid_mid"),
+        ("jumprelu", "blocks.0.hook_resid_pre"),
+        ("gated", "blocks.3.hook_resid_post"),
+    ],
+)
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_features_of_an_autoencoder_are_complete_nodes(
+    model: GptOss, complete: AttributionGraph, architecture: str, at: str, rescaled: bool
+) -> None:
+    sae = _autoencoder(architecture, rescaled=rescaled)
+    found = graph(model, TEXT, node_share=1.0, edge_share=1.0, max_nodes=10**6, saes={at: sae})
+    assert found.metadata["completeness_of_paths"] < 2e-5
+    assert found.nodes["error"].abs().max() < 2e-5
+    assert found.metadata["logit"] == complete.metadata["logit"]
+    features = found.nodes[found.nodes["kind"] == "feature"]
+    with torch.no_grad():
+        acts = sae.encode(model.run_with_cache(torch.tensor([found.tokens]))[1][at][0])
+    assert all(acts[row["pos"], row["index"]] > 0 for row in features.to_dict("records"))
+    order = features["order"].iloc[0]
+    kinds = found.nodes["order"]
+    crossing = (kinds[found.edges["source"]].to_numpy() < order) & (kinds[found.edges["target"]].to_numpy() > order)
+    assert not crossing.any(), "nothing passes the autoencoder but its features and its error"
+
+
+def test_an_autoencoder_that_cannot_be_attached_is_refused(model: GptOss) -> None:
+    sae = _autoencoder("standard")
+    for at, message in [
+        ("blocks.1.hook_mlp_out", "residual stream"),
+        ("blocks.4.hook_resid_post", "layers 0 to 3"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            graph(model, TEXT, saes={at: sae})
+    same = {"blocks.0.hook_resid_post": sae, "blocks.1.hook_resid_pre": sae}
+    with pytest.raises(InputError, match="one in a layer"):
+        graph(model, TEXT, saes=same)
+    with pytest.raises(InputError, match="reads width 64"):
+        graph(model, TEXT, saes={"blocks.1.hook_resid_post": _autoencoder("standard", width=64)})
 
 
 def test_edges_go_forward_to_tokens_that_can_be_seen(complete: AttributionGraph) -> None:

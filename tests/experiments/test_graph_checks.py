@@ -11,6 +11,7 @@ from tests.conftest import DATA
 from workbench.errors import InputError
 from workbench.experiments import graph_checks
 from workbench.experiments.attribution_graph import AttributionGraph, graph
+from workbench.hooks.sae import SAE, SAEConfig
 from workbench.kernels.moe import swiglu
 from workbench.model.transformer import GptOss
 
@@ -133,3 +134,28 @@ def test_an_edge_is_removed_from_what_its_target_reads(model: GptOss, graphs: li
     assert result["value"] == pytest.approx(edge["value"])
     with pytest.raises(InputError, match="an edge goes from"):
         graph_checks.ablate_edge(model, found, int(edge["source"]), len(nodes) - 1)
+
+
+def test_a_feature_is_ablated_in_what_the_stream_carries(model: GptOss, sequences: list[list[int]]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "W_enc": torch.randn(128, 64, generator=generator),
+        "W_dec": torch.randn(64, 128, generator=generator) / 9,
+    }
+    cfg = SAEConfig("standard", 128, 64, torch.float32, True, "none", "none", 0, False, None)
+    sae = SAE(cfg, weights | {"b_enc": torch.zeros(64), "b_dec": torch.zeros(128)})
+    at = "blocks.2.hook_resid_mid"
+    found = graph(model, sequences[0], saes={at: sae})
+    node = found.nodes[found.nodes["kind"] == "feature"]["influence"].idxmax()
+    row = found.nodes.loc[node]
+
+    def without(x: torch.Tensor, hook: object) -> torch.Tensor:
+        acts = sae.encode(x)
+        x[0, row["pos"]] -= acts[0, row["pos"], row["index"]] * sae.W_dec[row["index"]]
+        return x
+
+    plain, left = (graph_checks.logit(model, found, hooks) for hooks in ([], [(at, without)]))
+    measured = graph_checks.ablate(model, found, [node])["measured"].iloc[0]
+    assert measured == pytest.approx(plain - left, abs=1e-4)
+    assert abs(measured) > 1e-2
+    assert len(graph_checks.faithfulness(model, found, sizes=(2,), draws=1)) == 1

@@ -6,7 +6,7 @@ import torch
 
 import workbench as wb
 from workbench.errors import InputError
-from workbench.experiments import graph_details
+from workbench.experiments import graph_checks, graph_details
 from workbench.experiments.attribution_graph import AttributionGraph, graph
 from workbench.model.transformer import GptOss
 
@@ -49,6 +49,66 @@ def test_all_neurons_are_shown_on_demand(model: GptOss, complete: AttributionGra
     found = graph_details.neurons(model, complete, experts[0], top=10**6)
     assert sorted(found.nodes["neuron"]) == list(range(model.cfg.d_mlp))
     assert found.nodes["value"].abs().is_monotonic_decreasing
+
+
+def test_neurons_as_nodes_keep_every_sum(model: GptOss, complete: AttributionGraph, experts: list[int]) -> None:
+    """Edges into and out of an expert's neurons add up to its own; with other neurons' writes they do not."""
+    divided = graph_details.with_neurons(model, complete, experts[:3], top=4)
+    assert divided.nodes["error"].abs().max() < 2e-5
+    assert divided.nodes["kind"].value_counts()[["neuron", "other neurons"]].tolist() == [12, 3]
+    place = ["layer", "pos", "index"]
+    for node in experts[:3]:
+        row = complete.nodes.loc[node]
+        inner = divided.nodes[divided.nodes["kind"].isin(("neuron", "other neurons"))]
+        inner = inner[(inner[place] == row[place].tolist()).all(axis=1)]
+        assert inner["value"].sum() == pytest.approx(row["value"], rel=1e-4, abs=1e-5)
+        for end in ("source", "target"):
+            own = divided.edges[divided.edges[end].isin(inner.index)]["value"].sum()
+            assert own == pytest.approx(complete.edges[complete.edges[end] == node]["value"].sum(), rel=1e-3, abs=1e-4)
+    shuffled = graph_details.with_neurons(model, complete, experts[:1], top=4)
+    target = len(shuffled.nodes) - 1
+    into = shuffled.edges[shuffled.edges["target"] == target].set_index("source")["value"]
+    neurons = shuffled.nodes.index[shuffled.nodes["kind"] == "neuron"]
+    assert into.sum() == pytest.approx(shuffled.nodes["value"].iloc[-1], rel=1e-4)
+    assert abs(into.drop(neurons, errors="ignore").sum() - shuffled.nodes["value"].iloc[-1]) > 1e-2, "negative control"
+
+
+def test_a_neuron_is_ablated(model: GptOss, complete: AttributionGraph, experts: list[int]) -> None:
+    divided = graph_details.with_neurons(model, complete, experts[:1], top=2)
+    node = divided.nodes.index[divided.nodes["kind"] == "neuron"][0]
+    row = divided.nodes.loc[node]
+
+    def zero(x: torch.Tensor, hook: object) -> torch.Tensor:
+        x[0, int(row["pos"]), int(row["index"]), int(row["neuron"])] = 0
+        return x
+
+    name = f"blocks.{row['layer']}.mlp.experts.hook_post"
+    plain, without = (graph_checks.logit(model, divided, hooks) for hooks in ([], [(name, zero)]))
+    measured = graph_checks.ablate(model, divided, [node])["measured"].iloc[0]
+    assert measured == pytest.approx(plain - without, abs=1e-5)
+    assert abs(measured) > 1e-3
+
+
+def test_scores_are_the_sum_of_what_queries_and_keys_read(model: GptOss, complete: AttributionGraph) -> None:
+    heads = complete.nodes[(complete.nodes["kind"] == "head") & (complete.nodes["layer"] > 0)]
+    with torch.no_grad():
+        cache = model.run_with_cache(torch.tensor([complete.tokens]))[1]
+    scores = []
+    for node in heads.nlargest(3, "influence").index:
+        row = complete.nodes.loc[node]
+        found = graph_details.attention_edges(model, complete, node)
+        score = float(cache["attn_scores", row["layer"]][0, row["index"], row["pos"], found.attrs["key"]])
+        for _, side in found.groupby("side"):
+            assert side["value"].sum() == pytest.approx(score, rel=1e-4)
+            assert side.loc[side["source"] == -2, "value"].abs().item() < 1e-3, "a complete graph explains it all"
+        scores.append(score)
+        sources = complete.nodes.loc[found.loc[(found["side"] == "key") & (found["source"] >= 0), "source"]]
+        assert set(sources["pos"]) == {found.attrs["key"]}
+    assert np.ptp(scores) > 0.1, "the negative control: another head's score is another sum"
+    with pytest.raises(InputError, match="is no head"):
+        graph_details.attention_edges(model, complete, len(complete.nodes) - 1)
+    with pytest.raises(InputError, match=r"sees \d+ to \d+"):
+        graph_details.attention_edges(model, complete, heads.index[0], key=10**6)
 
 
 def test_a_neurons_activation_is_that_of_the_pass(

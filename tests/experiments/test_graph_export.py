@@ -1,4 +1,7 @@
-"""Exported graphs have the published schema, and say what the graph says."""
+"""Exported graphs have the published schema, and say what the graph says.
+
+Also tests `workbench.cli.graphs`.
+"""
 
 import json
 from pathlib import Path
@@ -13,7 +16,7 @@ from typer.testing import CliRunner
 import workbench as wb
 from workbench.cli import app
 from workbench.errors import InputError
-from workbench.experiments import graph_export
+from workbench.experiments import graph_details, graph_export
 from workbench.experiments.attribution_graph import AttributionGraph, graph
 from workbench.model.transformer import GptOss
 
@@ -97,6 +100,29 @@ def test_the_file_has_the_published_schema(model: GptOss, found: AttributionGrap
     assert into == pytest.approx(found.metadata["logit"], abs=0.5)
     with pytest.raises(InputError, match="letters, digits"):
         graph_export.to_json(model, found, "../x")
+
+
+def test_neurons_and_choices_are_exported(model: GptOss, found: AttributionGraph, tmp_path: Path) -> None:
+    divided = graph_details.with_neurons(model, found, top=2)
+    choices = graph_details.choice_edges(model, divided)
+    assert set(choices["kind"]) == {"query", "key", "router"}
+    data = graph_export.to_json(model, divided, choices=choices)
+    file = File.model_validate_json(json.dumps(data))
+    names = [node.node_id for node in file.nodes]
+    assert len(set(names)) == len(names)
+    features = [node.feature for node in file.nodes if node.feature_type == "cross layer transcoder"]
+    places = {(node.layer, node.feature) for node in file.nodes if node.feature_type == "cross layer transcoder"}
+    assert len({feature for _, feature in places}) == len(places) <= len(features), "a number is of one layer"
+    groups = file.qParams.supernodes
+    assert len(groups) == (found.nodes["kind"] == "expert").sum()
+    assert all(len(group) == 4 and set(group[1:]) <= set(names) for group in groups), "2 neurons and the others"
+    links = data["metadata"]["info"]["choices"]
+    assert {end for link in links for end in (link["source"], link["target"])} <= set(names)
+    network = graph_export.to_networkx(divided, choices)
+    nx.write_graphml(network, tmp_path / "g.graphml")
+    kinds = [kind for *_, kind in nx.read_graphml(tmp_path / "g.graphml", force_multigraph=True).edges(data="kind")]
+    assert kinds.count("direct") == len(divided.edges)
+    assert kinds.count("router") == (choices["kind"] == "router").sum()
 
 
 def test_networkx_and_graphml(found: AttributionGraph, tmp_path: Path) -> None:

@@ -1,4 +1,9 @@
-"""Experiments by name on nano: each says what it did, with intervals; what nano is known to do is found."""
+"""Experiments by name on nano: each says what it did, with intervals; what nano is known to do is found.
+
+Also tests `workbench.experiments.expert_ablation`, `workbench.experiments.expert_forcing`,
+`workbench.experiments.expert_reweighting`, `workbench.experiments.logit_attribution` and
+`workbench.experiments.sink_ablation`.
+"""
 
 import numpy as np
 import pytest
@@ -42,7 +47,7 @@ LARGE = ("expert-ablation", "expert-forcing", "expert-reweighting", "steering", 
 def test_every_experiment_has_a_summary_and_can_be_drawn_and_saved(name, run, nano, tmp_path):
     record = registry.find(name)
     options = {name: n for name, n in {"controls": 20, "routes": 2}.items() if name in record.options}
-    found = run_experiment(name, nano, run, sequences=60 if name in LARGE else 20, **options)
+    found = run_experiment(name, nano, run, sequences=36 if name in LARGE else 12, **options)
     drawn = record.load_figures().gallery(found)
     assert {item.source.attrs["title"] for item in drawn.values()} == {ds.attrs["title"] for ds in found.values()}
     assert all(len(d.table()) and d.draw().data for d in drawn.values())

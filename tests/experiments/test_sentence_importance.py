@@ -1,5 +1,6 @@
 """Branching: a planted decisive sentence is found, nothing else is, nulls are calibrated, and files resume."""
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +14,25 @@ import workbench as wb
 from tests.conftest import DATA
 from workbench.errors import InputError
 from workbench.experiments import sentence_importance
+from workbench.experiments.branch_answers import Answered
 from workbench.experiments.branch_importance import commitment, difference_of_shares, importance, similarity
-from workbench.experiments.branching import BranchPoint, analysis_of, branch_points, sample, sentence_ends
+from workbench.experiments.branching import BranchPoint, analysis_of, branch_points, sample, sentence_ends, token_points
 from workbench.experiments.from_run import transcripts
 from workbench.figures import sentence_importance as figures
 from workbench.harmony.transcripts import Transcript
 
 DECISIVE = 2  # of five sentences
+RETURNS = 0.3  # probability of the sentence q at each later place
 OPEN, CLOSE, END = (
     "<|channel|>analysis<|message|>",
     "<|end|><|start|>assistant<|channel|>final<|message|>",
     "<|return|>",
 )
+
+
+@functools.cache
+def tokenizer_of_nano() -> Any:
+    return wb.load("nano").tokenizer
 
 
 class Writer:
@@ -34,8 +42,7 @@ class Writer:
     """
 
     def __init__(self, decisive: int | None = DECISIVE) -> None:
-        nano = wb.load("nano")
-        self.tokenizer, self.cfg = nano.tokenizer, nano.cfg
+        self.tokenizer, self.cfg = tokenizer_of_nano(), SimpleNamespace(n_ctx=1024)
         self.checkpoint, self.decisive, self.calls = SimpleNamespace(digest="writer"), decisive, 0
 
     def generate(self, prompts: list[list[int]], *, samples: int, seed: list[int], **_: Any) -> list[list[int]]:
@@ -47,15 +54,20 @@ class Writer:
         _, _, written = self.tokenizer.decode(list(ids)).partition(OPEN)
         analysis, closed, _ = written.partition(CLOSE)
         letters = [s for s in analysis.split(";") if s]
-        new = ""
+        new = ";" if analysis and not closed and not analysis.endswith(";") else ""
         while not closed and len(letters) < 5:
-            letters.append(str(rng.choice(["x", "y"])))
+            letters.append(self._letter(letters, rng))
             new += letters[-1] + ";"
-        if self.decisive is None:
-            answer = str(rng.choice(["x", "y"]))
-        else:
-            answer = letters[self.decisive] if len(letters) > self.decisive else "z"
+        answer = self._answer(letters, rng)
         return self.ids(f"{new}{'' if closed else CLOSE}{answer}{END}")
+
+    def _letter(self, letters: Sequence[str], rng: np.random.Generator) -> str:
+        return str(rng.choice(["x", "y"]))
+
+    def _answer(self, letters: Sequence[str], rng: np.random.Generator) -> str:
+        if self.decisive is None:
+            return str(rng.choice(["x", "y"]))
+        return letters[self.decisive] if len(letters) > self.decisive else "z"
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text with special tokens."""
@@ -68,6 +80,17 @@ class Writer:
         text = f"{start}{OPEN}{''.join(c + ';' for c in letters)}{CLOSE}{answer}{END}"
         ids = np.array(self.ids(text), np.int32)
         return Transcript(name, name, "high", ids, len(self.ids(start)), "x")
+
+
+class Returning(Writer):
+    """It answers q where a sentence is q, wherever; after a first sentence that is not, it writes q with p of 0.3."""
+
+    def _letter(self, letters: Sequence[str], rng: np.random.Generator) -> str:
+        p = 0.5 if not letters else 0.0 if "q" in letters else RETURNS
+        return "q" if rng.random() < p else str(rng.choice(["x", "y"]))
+
+    def _answer(self, letters: Sequence[str], rng: np.random.Generator) -> str:
+        return "q" if "q" in letters else "z"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +106,9 @@ def rows(writer: Writer) -> list[Transcript]:
 
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_the_sentence_that_decides_is_found_and_no_other(writer: Writer, rows: list[Transcript]) -> None:
-    found = sentence_importance.experiment(writer, rows, samples=40, edits="filler,removed")  # type: ignore[arg-type]
+    found = sentence_importance.experiment(
+        writer, rows, samples=40, edits="filler,removed,mistake,paraphrase", rounds=2
+    )  # type: ignore[arg-type]
     sentences = found["sentences"]
     assert sentences.sizes["sentence"] == 30
     decisive = sentences["number"].values == DECISIVE
@@ -98,8 +123,14 @@ def test_the_sentence_that_decides_is_found_and_no_other(writer: Writer, rows: l
     assert (forced[sentences["number"].values < DECISIVE] == 0).all()
     np.testing.assert_allclose(found["conversations"]["committed"], 3 / 5)
     assert np.median(sentences["filler_effect"].values[decisive]) > 0.2
+    assert (sentences["mistake_low"].values[decisive] > 0.5).all(), "another letter is another answer"
+    assert np.isnan(sentences["paraphrase_effect"].values).all(), "a letter alone has no paraphrase in the list"
+    assert (sentences["kl_low"].values[decisive] > 0).all()
+    assert (found["conversations"]["boundary"] == 3).all()
     assert np.isfinite(sentences["removed_p"].values[sentences["number"].values < 4][1:]).any()
     assert "change the distribution of answers" in sentences.attrs["summary"]
+    assert "  mistake: 6 of 30 sentences change the answers" in sentences.attrs["summary"]
+    assert "  paraphrase: 0 of 0 sentences change the answers; nowhere possible." in sentences.attrs["summary"]
     drawn = figures.gallery(found)
     assert len(drawn) == 7
     assert all(item.draw().data and len(item.table()) for item in drawn.values())
@@ -111,13 +142,46 @@ def test_answers_that_no_sentence_decides_have_no_decisive_sentence(rows: list[T
     assert float(found["q"].min()) > 0.01
 
 
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_a_sentence_that_comes_back_is_important_once_it_stays_out() -> None:
+    """The planted truth: without q the answer is never q. Negative control: resampling its place alone misses that."""
+    writer = Returning()
+    rows = [writer.transcript("c0", "qxyxy", "q")]
+    found = sentence_importance.experiment(writer, rows, samples=60, rounds=8)["sentences"]  # type: ignore[arg-type]
+    first = found.isel(sentence=0)
+    assert float(first["returned"]) == pytest.approx(1 - (1 - RETURNS) ** 4, abs=0.2)
+    assert float(first["effect"]) < 0.5
+    assert float(first["absent_effect"]) == 1
+    assert float(first["absent_low"]) > 0.85
+    assert float(first["resamplings"]) > 0.5
+    assert float(first["absent"]) >= 50
+    alone = sentence_importance.experiment(writer, rows, samples=60)["sentences"]  # type: ignore[arg-type]
+    assert float(alone["absent"][0]) < float(first["absent"])
+    assert float(alone["absent_effect"][0]) == 1
+    assert float(alone["resamplings"][0]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_the_token_that_decides_is_found(writer: Writer, rows: list[Transcript]) -> None:
+    found = sentence_importance.experiment(writer, rows[:2], samples=30, unit="token")["sentences"]  # type: ignore[arg-type]
+    assert found.sizes["sentence"] == 2 * 10
+    decisive = found["number"].values == 2 * DECISIVE  # every second token is a semicolon, which is never another
+    assert (found["low"].values[decisive] > 0.5).all()
+    assert (found["other"].values[found["number"].values % 2 == 1] == 0).all()
+    assert np.isnan(found["returned"].values).all()
+    points = token_points(rows[0], [5, rows[0].n_prompt, len(rows[0].tokens)])
+    assert [len(p.ids) for p in points] == [5, rows[0].n_prompt, len(rows[0].tokens)]
+    with pytest.raises(InputError, match="position 0: c0 has"):
+        token_points(rows[0], [0])
+
+
 def test_comparing_with_the_wrong_sentence_would_miss_it(writer: Writer, rows: list[Transcript]) -> None:
     """Negative control: sides shifted by one sentence give the decisive one no effect."""
     one = analysis_of(rows[0], writer.tokenizer)
     assert one is not None
     points = branch_points(one)
     branches = sample(writer, points, samples=40)  # type: ignore[arg-type]
-    answered = sentence_importance.Answered(writer, one, points, branches, 1.0)  # type: ignore[arg-type]
+    answered = Answered(writer.tokenizer, one, points, branches, 1.0)  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     assert importance(*answered.sides(DECISIVE), 0, rng).p < 0.01
     shifted = (answered.answers["continue", DECISIVE], answered.answers["continue", DECISIVE - 1])
@@ -126,14 +190,22 @@ def test_comparing_with_the_wrong_sentence_would_miss_it(writer: Writer, rows: l
 
 def test_p_is_uniform_without_a_difference_and_intervals_cover() -> None:
     rng = np.random.default_rng(1)
-    p, covered = [], []
+    p, covered, kl_covered = [], [], []
+    truth = 0.3 * np.log(0.3 / 0.7) + 0.7 * np.log(0.7 / 0.3)
+    for _ in range(150):
+        sides = (rng.choice(2, 50, p=[0.7, 0.3]), rng.choice(2, 40, p=[0.3, 0.7]))
+        different = importance(*sides, 0, rng, permutations=199)
+        kl_covered.append(different.kl_low <= truth <= different.kl_high)
+    assert np.mean(kl_covered) > 0.88
     for _ in range(300):
         kept, other = rng.choice(4, 40, p=[0.5, 0.2, 0.2, 0.1]), rng.choice(4, 15, p=[0.5, 0.2, 0.2, 0.1])
         found = importance(kept, other, 0, rng, permutations=199)
         p.append(found.p)
         covered.append(found.low <= 0 <= found.high)
+        kl_covered.append(found.kl_low == 0)
     assert 0.02 < np.mean(np.array(p) <= 0.05) < 0.085
     assert np.mean(covered) > 0.92
+    assert np.mean(kl_covered[150:]) > 0.9, "the interval of equal sides begins at 0"
     assert np.isnan(importance(kept, other[:4], 0, rng).p)
     effect, low, high = difference_of_shares(30, 30, 0, 30)
     assert (effect, high) == (1, pytest.approx(1))
@@ -152,8 +224,12 @@ def test_a_file_resumes_and_is_refused_to_another_job(writer: Writer, rows: list
     before = writer.calls
     assert sample(writer, points, samples=10, store=store) == whole  # type: ignore[arg-type]
     assert writer.calls == before
-    with pytest.raises(InputError, match=r"was begun with samples 10, this call has 20: name another file"):
-        sample(writer, points, samples=20, store=store)  # type: ignore[arg-type]
+    more = sample(writer, points[:3], samples=14, store=store)  # type: ignore[arg-type]
+    assert more == sample(writer, points[:3], samples=14)  # type: ignore[arg-type]
+    assert more[points[0].id][:10] == whole[points[0].id]
+    assert sample(writer, points, samples=10, store=store) == whole  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"was begun with temperature 1.0, this call has 2.0: name another file"):
+        sample(writer, points, samples=10, temperature=2.0, store=store)  # type: ignore[arg-type]
     other = [BranchPoint(p.conversation, p.sentence, p.kind, (*p.ids, 1)) for p in points[:1]]
     with pytest.raises(InputError, match="with another prefix"):
         sample(writer, other, samples=10, store=store)  # type: ignore[arg-type]
@@ -191,7 +267,10 @@ def test_sentences_of_nano_join_to_its_analysis_and_long_ones_are_grouped() -> N
         ({"samples": 5}, "samples=5, similar=1: expected at least 10"),
         ({"similar": 2.0}, "similar=2: expected"),
         ({"temperature": 0.0}, "at temperature 0: expected"),
-        ({"edits": "shuffled"}, "edits='shuffled': expected filler, removed"),
+        ({"edits": "shuffled"}, "edits='shuffled': expected filler, removed, mistake, paraphrase"),
+        ({"unit": "word"}, "unit='word', rounds=0: expected sentence or token"),
+        ({"paraphrases": "host"}, "paraphrases=host needs a model at a host"),
+        ({"paraphrases": "missing.jsonl"}, "paraphrases='missing.jsonl' cannot be read"),
     ],
 )
 def test_wrong_options_are_refused(

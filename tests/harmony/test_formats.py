@@ -1,4 +1,7 @@
-"""Every readable format by its shape, in every container; what is none of them is refused with the list."""
+"""Every readable format by its shape, in every container; what is none of them is refused with the list.
+
+Tests `workbench.harmony.formats.shapes`.
+"""
 
 import gzip
 import json

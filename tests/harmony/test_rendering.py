@@ -1,4 +1,7 @@
-"""Rendering: the library's ids, the checkpoint's template, and contents that stay contents."""
+"""Rendering: the library's ids, the checkpoint's template, and contents that stay contents.
+
+Also tests `workbench.harmony.preamble` and `workbench.harmony.chat_messages`.
+"""
 
 import copy
 import datetime

@@ -1,4 +1,8 @@
-"""Each intervention equals a model that was changed by hand, on every way through the model, and leaves no trace."""
+"""Each intervention equals a model that was changed by hand, on every way through the model, and leaves no trace.
+
+Tests `workbench.hooks.activations`, `workbench.hooks.attention`, `workbench.hooks.edits`, `workbench.hooks.experts`,
+`workbench.hooks.observation` and `workbench.hooks.targets`.
+"""
 
 from collections.abc import Callable
 from copy import deepcopy

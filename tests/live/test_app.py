@@ -1,4 +1,7 @@
-"""The live page in a real browser: prompt, forbid experts, both answers, the recipe, and a viewer who leaves."""
+"""The live page in a real browser: prompt, forbid experts, both answers, the recipe, and a viewer who leaves.
+
+Tests `workbench.live.app` and `workbench.live.expert_map`.
+"""
 
 import json
 import signal

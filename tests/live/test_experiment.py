@@ -1,4 +1,7 @@
-"""An experiment gives the answers that the library gives, compares them correctly, and leaves the model as it was."""
+"""An experiment gives the answers that the library gives, compares them correctly, and leaves the model as it was.
+
+Also tests `workbench.cli.live`.
+"""
 
 import json
 from dataclasses import replace

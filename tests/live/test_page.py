@@ -8,12 +8,16 @@ import pytest
 import torch
 
 import workbench as wb
+from workbench.live.experiment import final_answer
 from workbench.live.job_queue import Job, State
 from workbench.live.model_server import Limits, ModelServer, Viewer
 from workbench.live.page import LivePage
+from workbench.live.study_command import study_command
 from workbench.model.prompt_cache import installed_hooks
 from workbench.model.transformer import GptOss
 from workbench.research.recipe import Intervention, Recipe, Scope
+from workbench.research.recipe_python import recipe_python
+from workbench.research.steering_sources import SteeringSources
 
 FORBID = Intervention("forbid", cells=tuple((1, e) for e in range(12)), scope=Scope(channel=("analysis",)))
 RECIPE = Recipe(user="12+7", effort="medium", max_new_tokens=10, temperature=0.0)
@@ -82,7 +86,7 @@ def test_a_page_shows_both_answers_and_the_difference(server: ModelServer) -> No
     assert "<th>original</th><th>edited</th>" in shown._comparison.object
     assert sum(map(sum, shown._map.load)) == pytest.approx(4)
     assert remembered == [shown.recipe()]
-    shown._show_python()
+    shown._show_code(recipe_python)
     assert "forbid(1, [0, 1," in shown._python.value
 
 
@@ -118,6 +122,60 @@ def test_an_answer_is_continued_and_edited(nano: GptOss, server: ModelServer) ->
     shown.edit_answer()
     assert shown._begin.value == nano.tokenizer.decode(answer)
     assert shown.recipe().begin == shown._begin.value
+
+
+def test_an_answer_becomes_a_turn_of_the_conversation(nano: GptOss, server: ModelServer) -> None:
+    shown, _ = page(server, replace(RECIPE, effort="low", expected="19"))
+    shown.next_turn()
+    assert "no complete final answer yet" in shown._status.object
+    shown.run()
+    finish(shown)
+    assert "correct" in shown._comparison.object
+    experiment = shown._experiment
+    assert experiment is not None
+    answered = final_answer(experiment, experiment.original)
+    assert answered
+    shown.next_turn()
+    assert (shown._user.value, shown._expected.value, shown._undo.visible) == ("", "", True)
+    assert f">{answered}</div>" in shown._turns.object
+    shown._user.value = "3*4"
+    shown.run()
+    finish(shown)
+    messages = [("user", "12+7"), ("assistant", answered), ("user", "3*4")]
+    prompt = wb.harmony.render(
+        [{"role": role, "content": text} for role, text in messages], effort="low", tokenizer=nano.tokenizer
+    )
+    assert shown._experiment is not None
+    assert shown._experiment.prompt == prompt
+    assert shown._experiment.original.rows == nano.generate([prompt], max_new_tokens=10)
+    assert shown._experiment.original.shared_tokens > 5, "what was read is not read again"
+    assert Recipe.from_json(shown.recipe().to_json()).history == (("12+7", answered),)
+    shown._undo.clicks += 1
+    assert (shown.recipe().history, shown._undo.visible) == ((), False)
+
+
+def test_cards_of_vectors_are_offered_where_the_server_has_some(nano: GptOss, server: ModelServer) -> None:
+    assert {"vector", "feature"} & page(server)[0]._add.keys() == set()
+    with_vector = ModelServer(
+        nano, "nano", Limits(max_new_tokens=4), SteeringSources({"happy": torch.ones(nano.cfg.d_model)})
+    )
+    try:
+        shown, _ = page(with_vector, replace(RECIPE, max_new_tokens=4))
+        assert {"vector", "feature"} & shown._add.keys() == {"vector"}
+        shown._add_intervention("vector")
+        shown._add_intervention("patch")
+        shown.run()
+        assert "names no other prompt" in shown._status.object
+        shown._cards[1]._source.value = "34+5"
+        shown.run()
+        finish(shown)
+        assert "Done." in shown._status.object
+        assert [one.kind for one in shown.recipe().interventions] == ["vector", "patch"]
+        shown._remove_card(shown._cards[1])
+        shown._show_code(study_command)
+        assert "--vector happy=happy.npy" in shown._python.value
+    finally:
+        with_vector.close()
 
 
 def test_a_recipe_is_loaded_from_a_file_and_a_broken_one_refused(server: ModelServer) -> None:

@@ -77,6 +77,10 @@ def test_comparison_and_samples_are_shown_as_text() -> None:
     )
     assert "<script>" not in table
     assert table.count("<tr>") == 5
+    assert "correct" not in table
+    known = {"original": SampleSummary([("8", 6)], 8, 7.5, 6), "edited": SampleSummary([("9", 8)], 8, 9.0, 0)}
+    assert "<td>correct</td><td>6 of 8 (39% to 93%)</td><td>0 of 8 (0% to 32%)</td>" in samples_html(known, 8)
+    assert "<td>0 of 4</td>" in samples_html({"original": SampleSummary([("9", 4)], 4, 9.0, 0)}, 4)
     assert {row.count("<td>") for row in table.split("<tr>")[2:]} == {3}
 
 
@@ -84,9 +88,12 @@ EXAMPLES = {
     "forbid": Intervention("forbid", cells=((1, 5), (2, 0)), scope=Scope(("analysis",), ("user",), 3, 9)),
     "force": Intervention("force", cells=((0, 3),)),
     "reweight": Intervention("reweight", cells=((1, 2),), strength=0.25),
-    "scale_sinks": Intervention("scale_sinks", layers=(0, 1), strength=2.0, scope=Scope(start=4)),
+    "scale_sinks": Intervention("scale_sinks", layers=(0, 1), heads=(1, 3), strength=2.0, scope=Scope(start=4)),
     "steer": Intervention("steer", layers=(2,), strength=-3.0, toward="analysis", away="final"),
-    "knockout": Intervention("knockout", layers=(3,), keys=Scope(("analysis",), start=2)),
+    "vector": Intervention("vector", layers=(1,), strength=4.0, source="happy", scope=Scope(role=("assistant",))),
+    "feature": Intervention("feature", strength=2.5, source="resid", feature=3),
+    "patch": Intervention("patch", layers=(0, 2), source=f"3+4 {HOSTILE}", source_effort="low"),
+    "knockout": Intervention("knockout", layers=(3,), heads=(0, 2), keys=Scope(("analysis",), ("user",), 2, 5)),
 }
 
 
@@ -97,10 +104,21 @@ def test_a_card_gives_back_its_intervention(kind: str) -> None:
     card = InterventionCard(one, removed.append)
     assert card.intervention() == one
     assert card.view.title == TITLES[kind]
-    card._channels.value = ["final"]
+    card.scope._channels.value = ["final"]
     assert card.intervention().scope.channel == ("final",) != one.scope.channel  # a negative control: widgets count
     card._remove.clicks += 1
     assert removed == [card]
+
+
+def test_efforts_make_a_direction_and_a_source_alone_another_prompt() -> None:
+    for one in (
+        Intervention("steer", layers=(1,), toward="high", away="low"),
+        Intervention("patch", layers=(1,), source_effort="high"),
+        Intervention("patch", layers=(1,), source="3+4"),
+    ):
+        assert InterventionCard(one, lambda _: None).intervention() == one
+    offered = InterventionCard(EXAMPLES["vector"], lambda _: None, ["calm", "happy"])._source
+    assert (list(offered.options), offered.value) == (["calm", "happy"], "happy")
 
 
 def test_numbers_in_cards_are_read_or_refused() -> None:
@@ -113,6 +131,6 @@ def test_numbers_in_cards_are_read_or_refused() -> None:
         with pytest.raises(InputError, match="expected numbers or ranges"):
             layers_of(text)
     card = InterventionCard(EXAMPLES["forbid"], lambda _: None)
-    card._stop.value = "last"
+    card.scope._stop.value = "last"
     with pytest.raises(InputError, match="to position 'last'"):
         card.intervention()

@@ -16,7 +16,8 @@ from workbench.kernels.mxfp4 import quantise
 from workbench.model import load
 from workbench.model.attention import Attention
 from workbench.model.cache import KVCache
-from workbench.model.transformer import ExpertMatrix, GptOss
+from workbench.model.layers import ExpertMatrix
+from workbench.model.transformer import GptOss
 
 ODD = replace(
     BASE,

@@ -1,4 +1,7 @@
-"""Both layouts give the same tensors, transformers reads what we write, and every damage is named."""
+"""Both layouts give the same tensors, transformers reads what we write, and every damage is named.
+
+Also tests `workbench.model.opened_checkpoint` and `workbench.model.safetensors_file`.
+"""
 
 import json
 import os

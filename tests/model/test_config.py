@@ -1,4 +1,7 @@
-"""Both spellings of a config give the same model, published numbers come out, and doubts are refused by name."""
+"""Both spellings of a config give the same model, published numbers come out, and doubts are refused by name.
+
+Also tests `workbench.model.config_fields` and `workbench.model.config_file`.
+"""
 
 import json
 import re
@@ -8,7 +11,8 @@ from typing import Any
 import pytest
 
 from workbench.errors import InputError
-from workbench.model.config import Config, Rope, read_config
+from workbench.model.config import Config, Rope
+from workbench.model.config_file import read_config
 
 # The published config.json of gpt-oss-20b (Hugging Face), fields that matter, and OpenAI's original beside it.
 HF_20B: dict[str, Any] = {

@@ -15,7 +15,8 @@ from tests.model.conftest import BASE, SHAPES, YARN, random_model, to_hf
 from workbench.errors import InputError
 from workbench.kernels.mxfp4 import dequantise
 from workbench.model.checkpoint import open_checkpoint
-from workbench.model.config import Config, Rope, read_config
+from workbench.model.config import Config, Rope
+from workbench.model.config_file import read_config
 from workbench.model.export import RandomTensors, save_checkpoint
 from workbench.model.names import name_in
 from workbench.model.transformer import GptOss

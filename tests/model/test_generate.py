@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformer_lens.utilities import sample_logits
 
 from tests.model.conftest import BASE, random_model
 from workbench.model.cache import KVCache
@@ -91,3 +92,32 @@ def test_samples_follow_the_model_s_distribution(base: GptOss) -> None:
 def test_an_empty_prompt_is_refused(base: GptOss) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         base.generate([[1], []])
+
+
+@torch.no_grad()
+def test_without_the_cache_hooks_see_the_whole_row_and_the_tokens_are_the_same(base: GptOss) -> None:
+    lengths: list[int] = []
+    hooks = [("hook_embed", lambda x, hook: lengths.append(x.shape[1]))]
+    with base.hooks(hooks):
+        cached = base.generate([PROMPTS[0]], 5, stop=())
+    assert lengths == [3, 1, 1, 1, 1]
+    lengths.clear()
+    with base.hooks(hooks):
+        again = base.generate(input=[PROMPTS[0]], max_new_tokens=5, stop=(), use_past_kv_cache=False)
+    assert lengths == [3, 4, 5, 6, 7]
+    assert again == cached
+    assert base.generate(PROMPTS, 5, stop=(), use_past_kv_cache=False) == base.generate(PROMPTS, 5, stop=())
+
+
+@torch.no_grad()
+def test_penalties_count_the_prompt_and_what_was_generated(base: GptOss) -> None:
+    prompt = [7, 7, 7, 9]
+    never = base.generate([prompt], 8, stop=(), repetition_penalty=1e6)[0]
+    assert len({*prompt, *never}) == 2 + len(never), "a large penalty repeats nothing"
+    for options in ({"repetition_penalty": 1.4}, {"freq_penalty": 0.8, "top_k": 1}):
+        rows, row = base.generate([prompt, PROMPTS[3]], 8, stop=(), **options), list(prompt)
+        for _ in range(8):
+            logits = base(torch.tensor([row]))[:, -1]
+            settings = {"temperature": 1.0 if "top_k" in options else 0.0, **options}
+            row.append(int(sample_logits(logits, tokens=torch.tensor([row]), **settings)))
+        assert rows[0] == row[len(prompt) :]

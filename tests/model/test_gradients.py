@@ -11,7 +11,8 @@ from tests.model.conftest import BASE, random_model
 from tests.model.live_memory import LiveBytes
 from workbench.hooks.names import hook_points
 from workbench.kernels import mxfp4
-from workbench.model.transformer import ExpertMatrix, GptOss
+from workbench.model.layers import ExpertMatrix
+from workbench.model.transformer import GptOss
 
 X = torch.randint(BASE.d_vocab, (2, 12), generator=torch.Generator().manual_seed(6))
 POINTS = [name for name in hook_points(BASE.n_layers) if not name.endswith("hook_expert_indices")]

@@ -24,6 +24,8 @@ m.cfg.gated_mlp; m.cfg.window_size; m.cfg.rotary_dim; m.cfg.original_architectur
 m.generate(S, max_new_tokens=2); m.generate([S], max_new_tokens=2); m.generate(T, max_new_tokens=2, return_type="str")
 m.generate(T, max_new_tokens=2, do_sample=False); m.generate(T, max_new_tokens=2, top_k=5); m.generate(T, max_new_tokens=2, top_p=.9)
 m.generate(T, max_new_tokens=2, stop_at_eos=False); m.generate(T, max_new_tokens=2, eos_token_id=3); m.generate(T, max_new_tokens=2, verbose=False)
+m.generate(S, 2); m.generate(input=T, max_new_tokens=2); m.generate(T, 2, use_past_kv_cache=False); m.generate(T, 2, repetition_penalty=1.2)
+m.generate(T, 2, do_sample=True, temperature=0.7, freq_penalty=0.5)
 m.set_use_attn_result(True); m.freeze(); m.tokens_to_residual_directions(["7", "8"]); m.all_head_labels()
 c["resid_post", 1]; c["resid_post", -1]; c["sink", 1]; c["router", 1]; c["post", 0]; c["pattern", 1]; c["scale", 0, "ln1"]; c["embed"]
 m.all_composition_scores("Q"); m.get_params(); m.set_use_hook_mlp_in(True); m.set_use_attn_in(True); m.set_use_split_qkv_input(True)

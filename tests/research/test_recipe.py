@@ -1,4 +1,7 @@
-"""Recipes survive their JSON, refuse what is not one, and compile to edits that do what the library's calls do."""
+"""Recipes survive their JSON, refuse what is not one, and compile to edits that do what the library's calls do.
+
+Also tests `workbench.research.intervention` and `workbench.research.intervention_edits`.
+"""
 
 import ast
 import json
@@ -34,8 +37,14 @@ EVERYTHING = Recipe(
         Intervention("reweight", cells=((1, 2),), strength=0.25),
         Intervention("scale_sinks", layers=(0, 1), strength=2.0, scope=ANALYSIS),
         Intervention("steer", layers=(2,), strength=-3.0, toward="analysis", away="final"),
-        Intervention("knockout", layers=(3,), scope=Scope(channel=("final",)), keys=ANALYSIS),
+        Intervention("steer", layers=(2,), toward="high", away="low"),
+        Intervention("vector", layers=(1,), source="happy", strength=2.0),
+        Intervention("feature", source="resid", feature=7),
+        Intervention("patch", layers=(1,), source="3*4", source_effort="low"),
+        Intervention("knockout", layers=(3,), heads=(1,), scope=Scope(channel=("final",)), keys=ANALYSIS),
     ),
+    history=(("1+1", "2"), ("2+2", '4 "</script>')),
+    expected="19",
 )
 
 
@@ -73,6 +82,21 @@ REFUSED = {
     "no layers": ('{"recipe": 1, "interventions": [{"kind": "steer", "cells": [[0, 1]]}]}', "names no layers"),
     "half a cell": ('{"recipe": 1, "interventions": [{"kind": "forbid", "cells": [[0]]}]}', "pairs"),
     "a number for a cell": ('{"recipe": 1, "interventions": [{"kind": "forbid", "cells": [3]}]}', "pairs"),
+    "a vector without a name": ('{"recipe": 1, "interventions": [{"kind": "vector", "layers": [0]}]}', "no source"),
+    "a patch from nowhere": ('{"recipe": 1, "interventions": [{"kind": "patch", "layers": [0]}]}', "no other prompt"),
+    "an effort and a channel": (
+        '{"recipe": 1, "interventions": [{"kind": "steer", "layers": [0], "toward": "high"}]}',
+        "two of low, medium, high",
+    ),
+    "heads of a router": (
+        '{"recipe": 1, "interventions": [{"kind": "forbid", "cells": [[0, 1]], "heads": [1]}]}',
+        "has no heads",
+    ),
+    "a negative feature": (
+        '{"recipe": 1, "interventions": [{"kind": "feature", "source": "a", "feature": -1}]}',
+        "counted from 0",
+    ),
+    "half a turn": ('{"recipe": 1, "history": [["1+1"]]}', "no pair of texts"),
     "an infinite strength": (
         '{"recipe": 1, "interventions": [{"kind": "reweight", "cells": [[0, 1]], "strength": Infinity}]}',
         "strength",
@@ -116,6 +140,10 @@ def test_interventions_compile_to_the_library_s_edits(nano: GptOss) -> None:
         "scale_sinks": (
             Intervention("scale_sinks", layers=(0, 1), strength=0.0, scope=ANALYSIS),
             [scale_sinks([0, 1], 0.0, tokens=tokens)],
+        ),
+        "heads": (
+            Intervention("scale_sinks", layers=(0, 1), heads=(0, 2), strength=0.0),
+            [scale_sinks([0, 1], 0.0, [0, 2])],
         ),
         "knockout": (Intervention("knockout", layers=(1, 3), keys=ANALYSIS), [knockout([1, 3], None, tokens)]),
     }
@@ -165,7 +193,7 @@ def test_texts_stay_texts_in_the_python_of_a_recipe() -> None:
     tree = ast.parse(recipe_python(recipe))
     assert [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)].count(hostile) == 4
     imported = [alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names]
-    assert set(imported) == {"workbench", "numpy"}
+    assert set(imported) == {"workbench", "numpy", "torch"}
     careless = f'user = "{hostile}"'  # a negative control
     with pytest.raises(SyntaxError):
         ast.parse(careless)

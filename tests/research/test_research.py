@@ -1,4 +1,8 @@
-"""Directions, probes, answers and top experts against plain computations, on a run of nano and in the model."""
+"""Directions, probes, answers and top experts against plain computations, on a run of nano and in the model.
+
+Tests `workbench.research.answers`, `workbench.research.directions`, `workbench.research.probes`,
+`workbench.research.top_experts` and `workbench.runs.views`.
+"""
 
 from pathlib import Path
 

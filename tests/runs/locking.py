@@ -16,7 +16,7 @@ from pathlib import Path
 
 from workbench.errors import InputError
 from workbench.runs.lock import LOCK, FileLock, Lock
-from workbench.runs.storage import place
+from workbench.runs.storage import storage_at
 
 
 class CheckThenWrite:
@@ -37,7 +37,7 @@ class CheckThenWrite:
 
 def leave_dead(path: str) -> None:
     """A lock as a killed process leaves it."""
-    target = place(path)
+    target = storage_at(path)
     dead = json.dumps(
         {"host": os.uname().nodename, "process": 2**22 + 1, "process_start": "1", "nonce": "dead"}
     ).encode()
@@ -49,7 +49,7 @@ def leave_dead(path: str) -> None:
 
 def attempt(kind: str, path: str, wait_until: float) -> str:
     """One process of a trial: whether it was admitted. It holds the lock until the end of the trial."""
-    lock = CheckThenWrite(path) if kind == "broken" else Lock(place(path))
+    lock = CheckThenWrite(path) if kind == "broken" else Lock(storage_at(path))
     time.sleep(max(0.0, wait_until - time.time() - 0.002))
     while time.time() < wait_until:
         pass
@@ -64,7 +64,7 @@ def spin(path: str, seconds: float) -> int:
     """Take the lock again and again; another holder at the same time is found by the marker."""
     inside, rounds, end = f"{path}.inside", 0, time.time() + seconds
     while time.time() < end:
-        lock = Lock(place(path))
+        lock = Lock(storage_at(path))
         try:
             lock.acquire()
         except InputError:

@@ -1,4 +1,7 @@
-"""What is read is what was written; gaps and uncommitted units are never seen; reading is lazy."""
+"""What is read is what was written; gaps and uncommitted units are never seen; reading is lazy.
+
+Also tests `workbench.runs.committed` and `workbench.runs.group`.
+"""
 
 from pathlib import Path
 from typing import Any, ClassVar

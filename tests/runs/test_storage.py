@@ -20,7 +20,7 @@ from workbench.capture.plan import plan_units
 from workbench.errors import InputError
 from workbench.runs.lock import LOCK, Lock
 from workbench.runs.reader import open_run
-from workbench.runs.storage import ROOT, ObjectStorage, place
+from workbench.runs.storage import ROOT, ObjectStorage, storage_at
 from workbench.runs.verify import verify
 from workbench.runs.writer import open_writer
 
@@ -71,7 +71,7 @@ def url(request: pytest.FixtureRequest) -> str:
 
 
 def contents(where: str | Path) -> dict[str, bytes]:
-    there = place(where)
+    there = storage_at(where)
     return {key: there.read(key) for key in there.files() if key != LOCK}
 
 
@@ -91,7 +91,7 @@ def test_a_run_in_a_bucket_equals_one_in_a_folder(url: str, tmp_path: Path) -> N
 
 def test_damage_in_a_bucket_is_found(url: str) -> None:
     write_run(url)
-    there = place(url)
+    there = storage_at(url)
     shard = next(key for key in sorted(there.files()) if key.startswith("routing/experts/c/"))
     data = bytearray(there.read(shard))
     data[len(data) // 3] ^= 4
@@ -120,11 +120,11 @@ def test_the_root_comes_last_and_a_torn_creation_is_begun_again(url: str, monkey
         open_run(url)
     write_run(url)
     assert not verify(url)
-    assert ".creating" not in place(url).files()
+    assert ".creating" not in storage_at(url).files()
 
 
 def test_what_is_not_a_run_is_left_alone(url: str) -> None:
-    there = place(url)
+    there = storage_at(url)
     there.put("thesis.txt", [b"mine"])
     with pytest.raises(InputError, match=r"not a run \(thesis.txt\)"):
         open_writer(url, **job(LAYOUT))
@@ -139,13 +139,13 @@ def test_a_second_job_is_refused_and_a_dead_one_s_lock_taken_over(url: str) -> N
         pytest.raises(InputError, match=rf"{url} is being written by process {os.getpid()} on .* since 20"),
     ):
         open_writer(url, **job(LAYOUT)).__enter__()
-    code = "import sys; from workbench.runs.lock import Lock; from workbench.runs.storage import place; "
-    code += "Lock(place(sys.argv[1])).acquire(); import os; os._exit(9)"
+    code = "import sys; from workbench.runs.lock import Lock; from workbench.runs.storage import storage_at; "
+    code += "Lock(storage_at(sys.argv[1])).acquire(); import os; os._exit(9)"
     if url.startswith("s3"):
         subprocess.run([sys.executable, "-c", code, url], check=False)
-        assert place(url).exists(LOCK)
+        assert storage_at(url).exists(LOCK)
     write_run(url)
-    assert not place(url).exists(LOCK)
+    assert not storage_at(url).exists(LOCK)
 
 
 def test_of_several_jobs_that_find_a_dead_one_s_lock_in_a_bucket_one_goes_on(s3: str, long: bool) -> None:
@@ -154,8 +154,8 @@ def test_of_several_jobs_that_find_a_dead_one_s_lock_in_a_bucket_one_goes_on(s3:
 
 
 def test_one_of_two_takes_the_lock(url: str) -> None:
-    Lock(place(url)).acquire()
-    assert not place(url).create(LOCK, b"{}")
+    Lock(storage_at(url)).acquire()
+    assert not storage_at(url).create(LOCK, b"{}")
 
 
 CHILD = """

@@ -1,4 +1,7 @@
-"""Totals of a finished run are the sums of its sequences; damage in them is found."""
+"""Totals of a finished run are the sums of its sequences; damage in them is found.
+
+Also tests `workbench.runs.summed`.
+"""
 
 from pathlib import Path
 

@@ -202,8 +202,8 @@ def test_a_dead_job_s_lock_is_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "r"
     write_run(path, units=[])
     code = (
-        "import sys; from workbench.runs.lock import Lock; from workbench.runs.storage import place; "
-        "Lock(place(sys.argv[1])).acquire(); import os; os._exit(9)"
+        "import sys; from workbench.runs.lock import Lock; from workbench.runs.storage import storage_at; "
+        "Lock(storage_at(sys.argv[1])).acquire(); import os; os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 9
     assert (tmp_path / f".r{LOCK}").exists()

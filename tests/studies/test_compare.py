@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from workbench.errors import InputError
+from workbench.harmony.labels import CHANNELS
 from workbench.studies import compare, run_study
 from workbench.studies.synthetic import SyntheticTokens, planted_tokens
 
@@ -32,9 +33,14 @@ def test_planted_agreement_between_two_runs_is_in_its_interval():
         found = compare.study(run, altered(run, 0.4, seed))["agreement"].sel(channel="analysis").isel(layer=0)
         inside += bool(found["agreement_low"] <= 0.6 + 0.4 / 8 <= found["agreement_high"])
     assert inside >= 93
-    same = compare.study(run, run)["agreement"]
-    assert (same["agreement"].dropna("channel") == 1).all()
-    assert not same["logprob_difference"].dropna("channel").any()
+    same = compare.study(run, run)
+    shares = [same["agreement"][f"agreement{end}"].dropna("channel") for end in ("", "_low", "_high")]
+    assert (shares[0] == 1).all()
+    assert (shares[1] < 0.9).all(), "25 prompts that agree are no proof of all"
+    assert (shares[2] == 1).all()
+    for name in ("logprob_in_analysis", "sinks_in_final", "routing_in_prompt"):
+        assert not same[name]["difference"].any()
+        assert not same[name]["different"].any()
 
 
 def test_unrelated_routers_agree_by_load_alone():
@@ -53,18 +59,54 @@ def test_runs_of_other_sequences_are_not_compared():
 
 
 def test_differences_of_two_runs_are_tested_together():
-    """Negative control: the intervals alone exclude zero in some head of a run that differs by noise."""
-    run = complete(planted_tokens(n_layers=2, n_heads=8, n_prompts=30))
-    noise = np.random.default_rng(1).normal(0, 0.05, run.tokens["sink"].shape)
+    """Negative control: the intervals alone exclude zero in some head of most runs that differ by noise."""
+    channels, false, alone = ("prompt", "analysis", "final"), 0, 0
+    for seed in range(8):
+        run = complete(planted_tokens(seed=seed, n_layers=2, n_heads=8, n_prompts=30))
+        noisy = run.tokens["sink"] + np.random.default_rng([1, seed]).normal(0, 0.05, run.tokens["sink"].shape)
 
-    def against(sink):
-        other = SyntheticTokens("other", run.sequences, run.model, dict(run.tokens) | {"sink": sink}, run.truth)
-        return compare.study(run, other)["agreement"]
+        def against(sink, run=run):
+            other = SyntheticTokens("other", run.sequences, run.model, dict(run.tokens) | {"sink": sink}, run.truth)
+            return compare.study(run, other)
 
-    found = against(run.tokens["sink"] + noise)
-    assert not found["sink_difference_different"].any()
-    assert (found["sink_difference_low"] * found["sink_difference_high"] > 0).any(), "negative control"
-    found = against(run.tokens["sink"] + noise + 0.03 * (np.arange(8) == 3))
-    shown = found["sink_difference_different"].any(("channel", "layer"))
-    assert np.flatnonzero(shown).tolist() == [3]
-    assert "no difference of log-probability shown" in found.attrs["summary"]
+        for ds in (against(noisy)[f"sinks_in_{channel}"] for channel in channels):
+            false += bool(ds["different"].any())
+            alone += bool((ds["low"] * ds["high"] > 0).any())
+    assert false <= 4, "of 24 families"
+    assert alone >= 8, "negative control"
+    found = against(noisy + 0.03 * (np.arange(8) == 3))
+    for channel in channels:
+        assert found[f"sinks_in_{channel}"]["different"].sel(head=3).all()
+    assert "no difference of log-probability shown" in found["agreement"].attrs["summary"]
+
+
+@pytest.mark.parametrize("quantity", ["sink", "experts"])
+def test_differences_of_two_runs_are_those_of_a_plain_estimate(quantity):
+    """Means over tokens, sequences and prompts. Negative control: all tokens of a channel pooled."""
+    run = complete(planted_tokens(n_layers=2, n_heads=3, n_prompts=12))
+    rng, n_experts = np.random.default_rng(0), run.model["num_experts"]
+    if quantity == "sink":
+        changed = run.tokens["sink"] + rng.normal(0, 0.02, run.tokens["sink"].shape)
+        values = run.tokens["sink"] - changed
+    else:
+        changed = altered(run, 0.3).tokens["experts"]
+        one_hot = np.eye(n_experts)
+        values = one_hot[run.tokens["experts"][..., 0]] - one_hot[changed[..., 0]]
+    other = SyntheticTokens("other", run.sequences, run.model, dict(run.tokens) | {quantity: changed}, run.truth)
+    label = {"sink": "sinks", "experts": "routing"}[quantity]
+    found = compare.study(run, other)[f"{label}_in_analysis"]["difference"].sel(control="none")
+    inside = run.tokens["channel"] == CHANNELS.index("analysis")
+    sequences = [values[:, inside & (run.tokens["sequence"] == s)].mean(1) for s in run.sequences.index]
+    prompts = run.sequences.groupby("prompt_id").indices.values()
+    plain = np.mean([np.mean([sequences[s] for s in own], 0) for own in prompts], 0)
+    np.testing.assert_allclose(found, plain, atol=1e-12)
+    assert not np.allclose(values[:, inside].mean(1), plain, atol=1e-5), "negative control"
+
+
+def test_fewer_than_five_prompts_are_not_tested_and_fewer_than_twenty_are_named():
+    few, some = (complete(planted_tokens(n_layers=1, n_prompts=n)) for n in (4, 9))
+    found = compare.study(few, altered(few, 0.5))
+    assert np.isnan(found["agreement"]["agreement_low"]).all()
+    assert "cannot be tested" in found["routing_in_analysis"].attrs["summary"]
+    assert "too few prompts for a test" in found["agreement"].attrs["summary"]
+    assert "only 9 prompts" in compare.study(some, altered(some, 0.5))["agreement"].attrs["summary"]

@@ -107,3 +107,18 @@ def null_answers(rng: np.random.Generator, n_tasks: int = 9, n_prompts: int = 20
         for effort, length in (("low", 10), ("high", 60))
     ]
     return pd.DataFrame(rows).assign(correct=lambda t: (rng.random(len(t)) < 0.5).astype(float))
+
+
+def test_a_run_with_sums_of_sinks_alone_keeps_the_rest_of_the_study():
+    run = with_summaries(planted_tokens(n_prompts=12))
+
+    class WithoutSinks(type(run)):
+        def blocks(self, *names):
+            if "sink" in names:
+                raise InputError("'sink' is not in this run; it recorded routing, sink_sums")
+            return super().blocks(*names)
+
+    found = effort.study(WithoutSinks(**{f.name: getattr(run, f.name) for f in dataclasses.fields(run)}))
+    assert "routing_low_vs_high_in_analysis" in found
+    assert not any(name.startswith("sinks") for name in found)
+    assert "Left out: sinks, as 'sink' is not in this run" in found["cost"].attrs["summary"]

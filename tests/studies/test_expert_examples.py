@@ -1,4 +1,7 @@
-"""Examples are tokens of the run in their context; what was planted is found, and chance is not."""
+"""Examples are tokens of the run in their context; what was planted is found, and chance is not.
+
+Also tests `workbench.figures.expert_examples`.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

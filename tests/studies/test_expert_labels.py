@@ -1,4 +1,7 @@
-"""Labels are read as data, kept when a person wrote them, and scored only where the score is of what is shown."""
+"""Labels are read as data, kept when a person wrote them, and scored only where the score is of what is shown.
+
+Also tests `workbench.cli.labels`.
+"""
 
 import json
 import os
@@ -15,7 +18,7 @@ from typer.testing import CliRunner
 import workbench as wb
 from tests.cli.running import Result, run_command, snapshot
 from tests.conftest import DATA
-from tests.harmony.hosts.test_collect import FakeHost, chat
+from tests.harmony.hosts.mock_server import FakeHost, chat
 from workbench.cli import app
 from workbench.errors import InputError, JobError
 from workbench.file_lock import FileLock

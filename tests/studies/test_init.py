@@ -100,6 +100,11 @@ def _answers(ds: xr.Dataset):
         values = {name: ds[f"difference_{name}"].values for name in ("low", "high", "p", "q")}
         values |= {"difference": ds["difference"].values, "different": ds["expert_different"].values}
         yield ("experts", *sides, "none"), values
+    if {"rate_a", "control"} <= ds.variables.keys():  # a fraction of tokens, of which each has k slots
+        one, k = ds.sel(control="prompt"), ds.attrs["experts_per_token"]
+        values = {n: one[n].values for n in ("p", "q", "different")} | {"difference": -one["difference"].values / k}
+        values |= {"low": -one["high"].values / k, "high": -one["low"].values / k}
+        yield ("experts", *(ds.attrs[side].removeprefix("channel=") for side in "ba"), "none"), values
     if {"agreement", "agreement_low"} <= set(ds.data_vars):
         yield ("agreement",), {name: ds[name].values for name in ("agreement", "agreement_low", "agreement_high")}
 
@@ -117,7 +122,10 @@ def disagreements(results: dict[str, dict[str, xr.Dataset]]) -> list[str]:
 
 def test_every_question_has_one_answer_in_all_registered_studies(demo):
     results = one_run(demo)
-    assert {"routing", "channels", "sinks", "effort", "compare", "routing-agreement-runs"} <= results.keys()
+    several = {"routing", "channels", "sinks", "effort", "compare", "routing-agreement-runs", "risk-difference"}
+    assert several <= results.keys()
+    of_experts = answers_by_question(results)["experts", "analysis", "final", "none"]
+    assert len({study.split("/")[0] for study, _ in of_experts}) == 3
     several = {question for question, answers in answers_by_question(results).items() if len(answers) > 1}
     assert {
         ("experts", "analysis", "final", "none"),

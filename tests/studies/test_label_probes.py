@@ -1,4 +1,7 @@
-"""Label probes: a planted label is read from its layer on, words are no activation, and nulls are calibrated."""
+"""Label probes: a planted label is read from its layer on, words are no activation, and nulls are calibrated.
+
+Also tests `workbench.studies.token_labels`.
+"""
 
 from collections.abc import Iterator
 from types import SimpleNamespace

@@ -72,6 +72,3 @@ def test_every_measure_is_drawn(run, theme):
         assert draw.heatmap(quick_look.routing(run, "final"), measure, theme=theme).data
     for measure in ("mass", "spread"):
         assert draw.heatmap(quick_look.sinks(run, "final"), measure, theme=theme).data
-    both = [quick_look.routing(run, c) for c in ("analysis", "final")]
-    drawn = draw.difference(*both, "load", theme=theme)
-    np.testing.assert_allclose(drawn.data[0].z, 100 * (both[0]["load"] - both[1]["load"]))

@@ -11,7 +11,8 @@ from workbench.errors import InputError
 from workbench.figures import risk_difference as figures
 from workbench.harmony.labels import CHANNELS
 from workbench.studies import risk_difference
-from workbench.studies.risk_difference import promoted_and_demoted, strictest, study
+from workbench.studies.contrast import contrast
+from workbench.studies.risk_difference import default_control, promoted_and_demoted, strictest, study
 from workbench.studies.synthetic import SyntheticTokens, planted_tokens
 
 
@@ -33,7 +34,7 @@ def test_the_pooled_difference_is_the_definition_of_steermoe() -> None:
     np.testing.assert_allclose(found["rate_a"], rates[0], atol=1e-12)
     assert strictest(found) == "prompt and token"
     assert "more in channel=final" in found.attrs["summary"]
-    assert {"pooled", "prompt", "token", "prompt and token"} == set(found["control"].values.tolist())
+    assert found["control"].values.tolist() == ["prompt", "prompt and token", "pooled", "token"]
     drawn = figures.gallery({"experts": found})
     assert len(drawn) == 5
     assert all(item.draw().data and len(item.table()) for item in drawn.values())
@@ -49,6 +50,45 @@ def test_a_planted_expert_is_found_under_every_control() -> None:
         assert ((one["low"] - 0.05 < truth) & (truth < one["high"] + 0.05)).all(), control
     assert set(promoted_and_demoted(found, 2)["promote"]) == {0, 1}
     assert all(experts[0] == 0 for experts in promoted_and_demoted(found, 2)["promote"].values())
+
+
+def test_the_default_is_taken_within_prompts_as_in_all_studies() -> None:
+    """Negative control: the pooled difference of the same tokens has other numbers and another sign somewhere."""
+    run = wb.open_run(DATA / "demo.zarr")
+    found = study(run, a="channel=final", b="channel=analysis")["experts"]
+    k = run.model["experts_per_token"]
+    theirs = contrast(run, "experts", "channel", "final", "analysis", controls=("none", "token"))
+    for control, name in (("prompt", "none"), ("prompt and token", "token")):
+        one, other = found.sel(control=control), theirs.sel(control=name)
+        for variable in ("difference", "low", "high", "bound"):
+            np.testing.assert_allclose(one[variable], k * other[variable], atol=1e-12)
+        for variable in ("p", "q", "different"):
+            np.testing.assert_allclose(one[variable], other[variable], atol=1e-12)
+        for variable in ("prompts", "prompts_excluded", "tokens_excluded", "tokens_a"):
+            assert int(one[variable]) == int(other[variable])
+    by_effort = study(run, a="channel=prompt,effort=low", b="channel=prompt,effort=high")["experts"]
+    theirs = contrast(run, "experts", "effort", "low", "high", channel="prompt").sel(control="none")
+    np.testing.assert_allclose(by_effort["low"].sel(control="prompt"), k * theirs["low"], atol=1e-12)
+    signs = np.sign(found["difference"])
+    assert (signs.sel(control="pooled") != signs.sel(control="prompt")).any(), "negative control"
+    assert default_control(found) == "prompt"
+    assert found.attrs["summary"].splitlines()[0].startswith("Within prompts (180 prompts")
+    assert "Unpaired, all tokens pooled" in found.attrs["summary"]
+
+
+@pytest.mark.parametrize(("n_prompts", "expected"), [(4, "cannot be tested"), (9, "only 9 prompts")])
+def test_few_prompts_are_not_tested_or_named(n_prompts: int, expected: str) -> None:
+    found = study(planted_tokens(n_prompts=n_prompts, n_layers=1))["experts"]
+    assert expected in found.attrs["summary"]
+    assert np.isfinite(found["p"].sel(control="prompt")).all() == (n_prompts >= 5)
+    assert np.isfinite(found["p"].sel(control="pooled")).all() == (n_prompts >= 5)
+
+
+def test_tasks_share_no_prompt_and_the_summary_says_so() -> None:
+    run = planted_tokens(n_prompts=13, n_layers=1)  # seven prompts of one task, six of the other
+    found = study(run, a="task=t0,channel=analysis", b="task=t1,channel=analysis")["experts"]
+    assert found.attrs["summary"].startswith("No prompt has both sides")
+    assert int(found["prompts"].sel(control="pooled")) == 6
 
 
 def by_words(seed: int) -> SyntheticTokens:
@@ -111,5 +151,5 @@ def test_wrong_sides_are_refused(sides: dict[str, Any], message: str) -> None:
 
 def test_a_control_that_the_result_lacks_is_refused() -> None:
     found = study(planted_tokens(n_prompts=6))["experts"]
-    with pytest.raises(InputError, match="control 'nothing': the result has pooled"):
+    with pytest.raises(InputError, match="control 'nothing': the result has prompt, prompt and token, pooled"):
         risk_difference.promoted_and_demoted(found, control="nothing")

@@ -17,11 +17,15 @@ from typing import Any
 
 import torch
 
+from workbench.capture import pipeline
+from workbench.capture.job_plan import JobPlan, job_writer, plan_job
 from workbench.capture.recorder import Recorder, for_workers
 from workbench.child_processes import isolated_children
 from workbench.errors import InputError, JobError
+from workbench.model import load
 from workbench.model.transformer import GptOss
 from workbench.runs.schema import Layout
+from workbench.runs.writer import RunWriter
 
 RETRIES = 3  # of a unit that fails
 _LOST_WORKERS = 20  # that one unit may take with it before it is given up
@@ -204,15 +208,13 @@ def compute_unit(task: Task, index: int) -> tuple[int, int, int, float]:
         tokens = len(computed.tokens["id"])
         size = sum(v.nbytes for v in (*computed.tokens.values(), *computed.records.values()))
 
-    from workbench.capture import pipeline
-
     model, job, writer = _loaded(task)
     pipeline.run(model, job.rows, job.spec, writer, [index], check=lambda: None, done=done, in_flight=1)
     return index, tokens, size, time.monotonic() - begun
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(task: Task) -> tuple[GptOss, Any, Any]:
+def _loaded(task: Task) -> tuple[GptOss, JobPlan, RunWriter]:
     """Return the model, plan and writer of a job; loaded once in each worker.
 
     Raises:
@@ -224,10 +226,7 @@ def _loaded(task: Task) -> tuple[GptOss, Any, Any]:
         raise InputError(f"worker {os.getpid()} on {platform.node()}: {error}") from error
 
 
-def _load(task: Task) -> tuple[GptOss, Any, Any]:
-    from workbench.capture import job
-    from workbench.model import load
-
+def _load(task: Task) -> tuple[GptOss, JobPlan, RunWriter]:
     torch.set_num_threads(task.threads)
     model = load(
         task.checkpoint,
@@ -236,7 +235,7 @@ def _load(task: Task) -> tuple[GptOss, Any, Any]:
         adapter=task.adapter,
         ignore_fields=task.ignore_fields,
     )
-    plan = job.plan(
+    plan = plan_job(
         model,
         task.transcripts,
         record=task.record,
@@ -244,7 +243,7 @@ def _load(task: Task) -> tuple[GptOss, Any, Any]:
         exclude=task.exclude,
         routing=task.routing,
     )
-    return model, plan, job.writer_of(plan, model, task.transcripts, task.run)
+    return model, plan, job_writer(plan, model, task.transcripts, task.run)
 
 
 def worker_device(name: str) -> str:

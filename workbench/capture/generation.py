@@ -6,7 +6,8 @@ Transcripts are written batch by batch; the same call again answers what is miss
 import hashlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,19 @@ from workbench.progress import progress
 from workbench.row_output import KEY, RowOutput, stamp
 from workbench.signals import StopSignal
 
-_Job = tuple[Prompt, str, int]  # a prompt, an effort and the number of the sample
+
+@dataclass(frozen=True)
+class _Job:
+    """A prompt that is answered at an effort. sample: the number of the answer. rendered: the ids of the prompt."""
+
+    prompt: Prompt
+    effort: str
+    sample: int
+    rendered: list[int]
+
+    @property
+    def id(self) -> str:
+        return f"{self.prompt.id}/{self.effort}/{self.sample}"
 
 
 def generate_transcripts(
@@ -55,31 +68,11 @@ def generate_transcripts(
         InputError: an option or a prompt is invalid, or `out` is another job's or another command's.
         JobError: SIGINT or SIGTERM stopped the job; the rows written are kept.
     """
+    truncation = {k: v for k, v in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p)) if v is not None}
     efforts = list(dict.fromkeys(efforts))
-    if unknown := [e for e in efforts if e not in EFFORTS]:
-        raise InputError(f"effort {unknown[0]!r}: choose from {', '.join(EFFORTS)}")
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"--temperature {temperature}: choose a finite number from 0")
-    if samples > 1 and temperature == 0:
-        raise InputError(
-            f"--samples {samples} at temperature 0 would give {samples} equal transcripts: set --temperature"
-        )
-    truncation = {
-        name: value for name, value in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p)) if value is not None
-    }
-    if truncation and temperature == 0:
-        raise InputError(f"--{next(iter(truncation)).replace('_', '-')} restricts sampling: set --temperature above 0")
-    Sampling.of(temperature, do_sample=None, top_k=top_k, top_p=top_p, min_p=min_p)
-    with regular_file(prompts) as file:
-        digest = sha256(file)
-        try:
-            asked = read_prompts(file)
-        except InputError as error:
-            raise InputError(str(error).replace(str(file), str(prompts))) from error
-    jobs: list[_Job] = [(p, e, s) for p in asked for e in efforts for s in range(samples)]
-    rendered = [harmony.render(p.messages, effort=e, tokenizer=model.tokenizer, **p.options) for p, e, _ in jobs]
-    if too_long := [p.id for (p, _, _), ids in zip(jobs, rendered, strict=True) if len(ids) >= model.cfg.n_ctx]:
-        raise InputError(f"{prompts}: prompt {too_long[0]!r} leaves no room in the context of {model.cfg.n_ctx} tokens")
+    _check_options(efforts, samples, temperature, truncation)
+    asked, digest = _read_prompts(prompts)
+    jobs = _jobs(model, asked, efforts, samples, f"{prompts}: ")
     about = {
         **_model(model),
         "prompts": digest,
@@ -90,12 +83,11 @@ def generate_transcripts(
         "max_new_tokens": max_new_tokens,
         **truncation,
     }
-    # Prompts of like length together: a batch pads to its longest and runs until its last row stops.
-    order = sorted(range(len(jobs)), key=lambda i: (jobs[i][1], len(rendered[i])))
-    ids = [_id(job) for job in jobs]
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, **truncation}
+    ids = [job.id for job in jobs]
     with RowOutput(out, command="generate", inputs=[prompts, model.checkpoint.path], overwrite=overwrite) as rows:
         _refuse_another_job(out, rows.known, ids, about)
-        left = {i for i in order if ids[i] not in rows.known}
+        left = {i for i, id in enumerate(ids) if id not in rows.known}
         if rows.known:
             print(f"{out}: {len(left):,} of {len(jobs):,} transcripts are missing", file=sys.stderr, flush=True)
         speed = GenerationSpeed()
@@ -106,23 +98,13 @@ def generate_transcripts(
                 speed.add(step)
                 advance(0)
 
-            # always the same batches, so that a resumed file equals an uninterrupted one
-            for chosen in (order[start : start + batch] for start in range(0, len(order), batch)):
-                missing = left.intersection(chosen)
-                if not missing:
+            for chosen in _batches(jobs, batch):
+                if not (missing := left.intersection(chosen)):
                     continue
                 interrupt.check()
-                continued = model.generate(
-                    [rendered[i] for i in chosen],
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    seed=[seed * 1_000_003 + i for i in chosen],
-                    on_step=heard,
-                    **truncation,
-                )
-                for i in sorted(missing):
-                    new = continued[chosen.index(i)]
-                    rows.write(stamp(row_of(_transcript(model, jobs[i], rendered[i], new)), "generate", **about))
+                for i, made in _answers(model, jobs, chosen, seed, on_step=heard, **options):
+                    if i in missing:
+                        rows.write(stamp(row_of(made), "generate", **about))
                 advance(len(missing))
         rows.finish(ids)
         if speed.tokens:
@@ -146,25 +128,83 @@ def answer_prompts(
     Raises:
         InputError: an effort is unknown, a prompt is too long, or samples would be equal.
     """
+    efforts = list(dict.fromkeys(efforts))
+    _check_options(efforts, samples, temperature, {})
+    jobs = _jobs(model, prompts, efforts, samples)
+    done: dict[int, Transcript] = {}
+    with progress("generate", len(jobs), "transcripts") as advance:
+        for chosen in _batches(jobs, batch):
+            done |= _answers(model, jobs, chosen, seed, max_new_tokens=max_new_tokens, temperature=temperature)
+            advance(len(chosen))
+    return [done[i] for i in range(len(jobs))]
+
+
+def _check_options(efforts: Sequence[str], samples: int, temperature: float, truncation: Mapping[str, Any]) -> None:
+    """Check the options of a job that generates.
+
+    Raises:
+        InputError: an effort is unknown, a number is out of range, or samples would be equal.
+    """
     if unknown := [e for e in efforts if e not in EFFORTS]:
         raise InputError(f"effort {unknown[0]!r}: choose from {', '.join(EFFORTS)}")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"--temperature {temperature}: choose a finite number from 0")
     if samples > 1 and temperature == 0:
-        raise InputError(f"samples={samples} at temperature 0 would give {samples} equal answers: set temperature")
-    jobs: list[_Job] = [(p, e, s) for p in prompts for e in dict.fromkeys(efforts) for s in range(samples)]
-    rendered = [harmony.render(p.messages, effort=e, tokenizer=model.tokenizer, **p.options) for p, e, _ in jobs]
-    if too_long := [p.id for (p, _, _), ids in zip(jobs, rendered, strict=True) if len(ids) >= model.cfg.n_ctx]:
-        raise InputError(f"prompt {too_long[0]!r} leaves no room in the context of {model.cfg.n_ctx} tokens")
-    order = sorted(range(len(jobs)), key=lambda i: (jobs[i][1], len(rendered[i])))
-    done: dict[int, list[int]] = {}
-    with progress("generate", len(jobs), "transcripts") as advance:
-        for chosen in (order[start : start + batch] for start in range(0, len(order), batch)):
-            seeds = [seed * 1_000_003 + i for i in chosen]
-            continued = model.generate(
-                [rendered[i] for i in chosen], max_new_tokens=max_new_tokens, temperature=temperature, seed=seeds
-            )
-            done.update(zip(chosen, continued, strict=True))
-            advance(len(chosen))
-    return [_transcript(model, job, rendered[i], done[i]) for i, job in enumerate(jobs)]
+        raise InputError(
+            f"--samples {samples} at temperature 0 would give {samples} equal transcripts: set --temperature"
+        )
+    if truncation and temperature == 0:
+        raise InputError(f"--{next(iter(truncation)).replace('_', '-')} restricts sampling: set --temperature above 0")
+    Sampling.of(temperature, do_sample=None, **{"top_k": None, "top_p": None, "min_p": None, **truncation})
+
+
+def _read_prompts(prompts: str | Path) -> tuple[list[Prompt], str]:
+    """Return the prompts of a file and the SHA-256 of its bytes; errors name the path that the user gave."""
+    with regular_file(prompts) as file:
+        digest = sha256(file)
+        try:
+            return read_prompts(file), digest
+        except InputError as error:
+            raise InputError(str(error).replace(str(file), str(prompts))) from error
+
+
+def _jobs(
+    model: GptOss, prompts: Sequence[Prompt], efforts: Sequence[str], samples: int, source: str = ""
+) -> list[_Job]:
+    """Return a job for each prompt, effort and sample, in this order. source: begins the error.
+
+    Raises:
+        InputError: a prompt is too long.
+    """
+    jobs = []
+    for prompt in prompts:
+        for effort in efforts:
+            ids = harmony.render(prompt.messages, effort=effort, tokenizer=model.tokenizer, **prompt.options)
+            if len(ids) >= model.cfg.n_ctx:
+                raise InputError(
+                    f"{source}prompt {prompt.id!r} leaves no room in the context of {model.cfg.n_ctx} tokens"
+                )
+            jobs += [_Job(prompt, effort, sample, ids) for sample in range(samples)]
+    return jobs
+
+
+def _batches(jobs: Sequence[_Job], batch: int) -> Iterator[list[int]]:
+    """Yield the numbers of jobs that are answered together: always the same, so that a resumed file is equal.
+
+    Prompts of like length are together: a batch pads to its longest and runs until its last row stops.
+    """
+    order = sorted(range(len(jobs)), key=lambda i: (jobs[i].effort, len(jobs[i].rendered)))
+    yield from (order[start : start + batch] for start in range(0, len(order), batch))
+
+
+def _answers(
+    model: GptOss, jobs: Sequence[_Job], chosen: Sequence[int], seed: int, **options: Any
+) -> Iterator[tuple[int, Transcript]]:
+    """Yield the transcripts of these jobs with their numbers. A job's random numbers depend on its number alone."""
+    seeds = [seed * 1_000_003 + i for i in chosen]
+    continued = model.generate([jobs[i].rendered for i in chosen], seed=seeds, **options)
+    for i, new in sorted(zip(chosen, continued, strict=True)):
+        yield i, _transcript(model, jobs[i], new)
 
 
 def _model(model: GptOss) -> dict[str, Any]:
@@ -202,21 +242,16 @@ def _shown(value: Any) -> str:
     return text[:16] if len(text) == 64 else text  # a digest
 
 
-def _id(job: _Job) -> str:
-    prompt, effort, sample = job
-    return f"{prompt.id}/{effort}/{sample}"
-
-
-def _transcript(model: GptOss, job: _Job, rendered: list[int], new: list[int]) -> Transcript:
-    prompt, effort, _ = job
-    tokens = np.array([*rendered, *new], dtype=np.int32)
+def _transcript(model: GptOss, job: _Job, new: list[int]) -> Transcript:
+    prompt = job.prompt
+    tokens = np.array([*job.rendered, *new], dtype=np.int32)
     correct = None if prompt.answer is None else final_text(tokens, model.tokenizer) == prompt.answer
     return Transcript(
-        id=_id(job),
+        id=job.id,
         prompt_id=prompt.id,
-        effort=effort,
+        effort=job.effort,
         tokens=tokens,
-        n_prompt=len(rendered),
+        n_prompt=len(job.rendered),
         answer=prompt.answer,
         correct=correct,
         meta=prompt.meta,

@@ -33,30 +33,49 @@ def graph(
     features: Annotated[
         str | None, typer.Option(help="URL of the pages of experts that `workbench export RUN neuronpedia` wrote.")
     ] = None,
+    neurons: Annotated[
+        int,
+        typer.Option(min=0, help="Divide every expert of the graph into so many neurons, and the others. 0: do not."),
+    ] = 0,
+    sae: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of an autoencoder whose features become nodes, at the point of the residual stream that it "
+            "names; repeat for several."
+        ),
+    ] = None,
+    choices: Annotated[
+        bool, typer.Option(help="Add query, key and router edges: what attention and the router chose by.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     overwrite: Overwrite = False,
 ) -> None:
     """Explain one token of the model's answer by an attribution graph."""
     from workbench import harmony
-    from workbench.experiments import graph_export
+    from workbench.experiments import graph_details, graph_export
     from workbench.experiments.attribution_graph import graph as make
+    from workbench.experiments.dictionary_features import load_autoencoders
     from workbench.outputs import check_output, staged
 
-    check_output(out, command="graph", inputs=[model], overwrite=overwrite)
+    check_output(out, command="graph", inputs=[model, *(sae or [])], overwrite=overwrite)
     loaded = load_model(model, device, dtype)
     ids = harmony.render([{"role": "user", "content": prompt}], effort=effort, tokenizer=loaded.tokenizer)
     (answer,) = loaded.generate([ids], max_new_tokens=max_new_tokens)
     place = _place(loaded, ids, answer, at)
     wanted: Any = answer[place] if target is None else target
-    found = make(loaded, [*ids, *answer[:place]], target=wanted, against=against, node_share=nodes, edge_share=edges)
-    with staged(out, command="graph", inputs=[model], overwrite=overwrite) as part:
+    options: dict[str, Any] = {"target": wanted, "against": against, "node_share": nodes, "edge_share": edges}
+    found = make(loaded, [*ids, *answer[:place]], saes=load_autoencoders(sae or [], loaded.device), **options)
+    if neurons:
+        found = graph_details.with_neurons(loaded, found, top=neurons)
+    chosen = graph_details.choice_edges(loaded, found) if choices else None
+    with staged(out, command="graph", inputs=[model, *(sae or [])], overwrite=overwrite) as part:
         if out.suffix == ".graphml":
             import networkx
 
-            networkx.write_graphml(graph_export.to_networkx(found), part)
+            networkx.write_graphml(graph_export.to_networkx(found, chosen), part)
         else:
-            graph_export.write_json(loaded, found, part, features_url=features)
+            graph_export.write_json(loaded, found, part, features_url=features, choices=chosen)
     print(f"answer: {loaded.tokenizer.decode(answer)}")
     print(_described(found))
     print(out)

@@ -14,12 +14,27 @@ from workbench.cli.options import (
     Dtype,
     IgnoreField,
     Model,
+    Overwrite,
     Port,
     Show,
     load_model,
 )
+from workbench.errors import InputError
+from workbench.outputs import check_files
 
 app = typer.Typer()
+Vectors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--vector", help="NAME=FILE (.npy, .safetensors, .pt) of a vector to steer along; repeat for several."
+    ),
+]
+Saes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sae", help="NAME=FOLDER of a sparse autoencoder (SAELens, dictionary_learning); repeat for several."
+    ),
+]
 
 
 @app.command()
@@ -33,6 +48,8 @@ def live(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="Most new tokens of an answer.")] = 2048,
     max_samples: Annotated[int, typer.Option(min=1, max=256, help="Most samples of a prompt.")] = 16,
     max_seconds: Annotated[float, typer.Option(min=1, max=1e6, help="Longest time of one request.")] = 120,
+    vector: Vectors = None,
+    sae: Saes = None,
     adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
@@ -40,13 +57,16 @@ def live(
 ) -> None:
     """Serve a page that generates live: interventions by click, original and edited answers side by side."""
     from workbench.live.app import Limits, serve
+    from workbench.research.steering_sources import read_sources
 
+    sources = read_sources(vector or (), sae or ())
     loaded = load_model(model, device, dtype, ignore_field, adapter)
     limits = Limits(max_new_tokens, max_samples, max_seconds)
     serve(
         loaded,
         model,
         limits=limits,
+        sources=sources,
         port=port,
         address=address,
         show=show,
@@ -65,6 +85,20 @@ def apply(
         Path | None, typer.Option(help="JSONL of prompts: compare accuracy on them without and with the interventions.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    controls: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=1000,
+            help="With --prompts: test the recipe beside so many random interventions of its kind and size (0: none).",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --controls: write the tables (CSV, JSON) and the summary to this folder.")
+    ] = None,
+    vector: Vectors = None,
+    sae: Saes = None,
+    overwrite: Overwrite = False,
     python: Annotated[
         bool, typer.Option("--python", help="Print the recipe as a Python program, and run nothing.")
     ] = False,
@@ -76,21 +110,40 @@ def apply(
     """Run a recipe of the live page: print the original and the edited answer, and how they differ."""
     from workbench.research.recipe import Recipe
     from workbench.research.recipe_python import recipe_python
+    from workbench.research.steering_sources import read_sources
 
     read = Recipe.from_file(recipe)
     if python:
         print(recipe_python(read), end="")
         return
+    if controls is not None and prompts is None:
+        raise InputError("--controls tests a recipe on many prompts: add --prompts with a file of them")
+    if out is not None and controls is None:
+        raise InputError("--out takes the results of --controls: add --controls 20")
+    inputs = [path for path in (recipe, prompts) if path is not None]
+    if out is not None:
+        check_files(["generated-answers.txt"], out, command="study", inputs=inputs, overwrite=overwrite)
+    sources = read_sources(vector or (), sae or ())
     loaded = load_model(model or read.model, device, dtype, ignore_field, adapter)
+    if prompts is not None and controls is not None:
+        from workbench.research.recipe_study import recipe_study
+        from workbench.studies import save, summary
+
+        found = recipe_study(loaded, read, prompts, controls=controls, sources=sources, seed=read.seed)
+        if out is not None:
+            save(found, out, inputs=inputs, overwrite=overwrite)
+        print(summary(found))
+        return
     if prompts is not None:
         from workbench.live.prompts import accuracy_table
 
-        print(accuracy_table(loaded, read, prompts).to_string(index=False, na_rep="-", float_format="{:.3f}".format))
+        table = accuracy_table(loaded, read, prompts, sources)
+        print(table.to_string(index=False, na_rep="-", float_format="{:.3f}".format))
         return
     from workbench.live.experiment import Experiment
     from workbench.live.result import result_of, text_of
 
-    experiment = Experiment(loaded, read)
+    experiment = Experiment(loaded, read, sources=sources)
     for _ in experiment.steps():
         pass
     if json:

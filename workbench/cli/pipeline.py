@@ -211,55 +211,29 @@ def capture(
     "attn.z:5 heads=0 every=4" (also experts, slots, part, message, position, last), and reduce: "mlp_out reduce=norm"
     (raw, norm, mean, moments, message; "reduce=moments sketch=64"). See docs/howto/record.md.
     """
-    from workbench.capture import cluster, estimate, job, recording
-    from workbench.capture.shape_model import ShapeModel, published_name
-    from workbench.model import load
+    from workbench.capture import job, recording
 
     if workers < 1:
         raise InputError(f"--workers {workers}: at least one has to work")
     # Workers load the model themselves: a copy in this process would take the memory that the first of them needs.
     shared = (workers > 1 or dask is not None) and not dry_run
-    worker_device = cluster.worker_device(device) if shared else None
-    size = published_name(model)
-    if size is not None and not dry_run and "/" not in model:
-        raise InputError(f"{model} names a shape without weights: add --dry-run to plan, or use openai/gpt-oss-{size}")
-    loaded: Any = (
-        ShapeModel.published(size)
-        if size is not None and dry_run
-        else load(
-            model,
-            device="meta" if shared else device,
-            dtype=torch_dtype(dtype),
-            adapter=adapter,
-            ignore_fields=ignore_field or (),
-        )
-    )
-    records = record or list(recording.DEFAULT)
+    worker_device = _worker_device(device) if shared else None
+    loaded = _model_of_capture(model, "meta" if shared else device, dtype, adapter, ignore_field, dry_run=dry_run)
+    options: dict[str, Any] = {
+        "record": record or list(recording.DEFAULT),
+        "unit_tokens": unit_tokens,
+        "strict": strict,
+        "exclude": exclude,
+        "routing": routing,
+    }
     if dry_run:
-        plan = job.dry_run(
-            loaded,
-            transcripts,
-            run,
-            record=records,
-            unit_tokens=unit_tokens,
-            strict=strict,
-            exclude=exclude,
-            routing=routing,
-            tokens_per_second=tokens_per_second,
-        )
-        without = f", {loaded.checkpoint.path} without weights" if size is not None else ""
-        estimate.show(plan, f"Capture into {run}{without}")
-        estimate.refuse_what_cannot_fit(plan, run)
+        _show_plan(loaded, transcripts, run, tokens_per_second=tokens_per_second, **options)
         return
     written = job.capture(
         loaded,
         transcripts,
         run,
-        record=records,
-        unit_tokens=unit_tokens,
-        strict=strict,
-        exclude=exclude,
-        routing=routing,
+        **options,
         workers=workers,
         dask=dask,
         log_file=log,
@@ -268,6 +242,43 @@ def capture(
     )
     rejects = written.provenance["rejects"]
     print(f"{run}: {len(written.sequences):,} sequences" + (f", {len(rejects)} rows skipped" if rejects else ""))
+
+
+def _worker_device(device: str) -> str:
+    from workbench.capture import cluster
+
+    return cluster.worker_device(device)
+
+
+def _model_of_capture(
+    model: str, device: str, dtype: str, adapter: Path | None, ignore_field: list[str] | None, *, dry_run: bool
+) -> Any:
+    """Return the model to capture, or for a plan of a published model its shape alone.
+
+    Raises:
+        InputError: the model is a shape without weights, and more than a plan is asked for.
+    """
+    from workbench.capture.shape_model import ShapeModel, published_name
+    from workbench.model import load
+
+    size = published_name(model)
+    if size is not None and dry_run:
+        return ShapeModel.published(size)
+    if size is not None and "/" not in model:
+        raise InputError(f"{model} names a shape without weights: add --dry-run to plan, or use openai/gpt-oss-{size}")
+    ignored = ignore_field or ()
+    return load(model, device=device, dtype=torch_dtype(dtype), adapter=adapter, ignore_fields=ignored)
+
+
+def _show_plan(model: Any, transcripts: Path, run: str, **options: Any) -> None:
+    """Print the plan of a capture; end with an error if the disk or the memory cannot hold it."""
+    from workbench.capture import estimate, job
+    from workbench.capture.shape_model import ShapeModel
+
+    plan = job.dry_run(model, transcripts, run, **options)
+    without = f", {model.checkpoint.path} without weights" if isinstance(model, ShapeModel) else ""
+    estimate.show(plan, f"Capture into {run}{without}")
+    estimate.refuse_what_cannot_fit(plan, run)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Commands about finished runs: studies, experiments, summary, report, figures and the dashboard."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -35,6 +36,14 @@ def study(
     run: RunPath,
     other: Annotated[str | None, typer.Argument(help="The second run, for a study that compares two.")] = None,
     model: Annotated[str | None, typer.Option(help="The captured checkpoint, which experiments need.")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="Base URL of an OpenAI-compatible API that generates, if the experiment only does that; "
+            "--model is then the model's name there."
+        ),
+    ] = None,
+    key_env: Annotated[str, typer.Option(help="Environment variable with the API key of the host.")] = "OPENAI_API_KEY",
     sequences: Annotated[int, typer.Option(min=2, help="Use at most so many sequences in an experiment.")] = 200,
     option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE of an option of the study; repeat for several.")
@@ -57,19 +66,27 @@ def study(
     from workbench.studies import summary as summarize
 
     record, options = find(name), parse_options(option or ())
+    if host is not None and not (isinstance(record, Experiment) and record.host):
+        raise InputError(f"{record.name} does not ask a host: leave --host out")
     if isinstance(record, Experiment) and model is None:
         raise InputError(f"the experiment {record.name} needs the model: add --model with the captured checkpoint")
     if isinstance(record, Experiment) and other is not None:
         raise InputError(f"the experiment {record.name} takes one run, and {other!r} is a second")
-    inputs = [path for path in (run, other, model) if path is not None]
+    inputs = [path for path in (run, other, None if host else model) if path is not None]
     runs = [open_run(path, exclude=exclude or ()) for path in (run, other) if path is not None]
     if out is not None:
         check_files([f"{record.name}.txt"], out, command="study", inputs=inputs, overwrite=overwrite)
     if model is not None and isinstance(record, Experiment):
+        from workbench.experiments.branch_hosts import connected
         from workbench.experiments.registry import run_experiment
 
-        loaded = load_model(model, device, dtype, ignore_field)
-        results = run_experiment(name, loaded, runs[0], sequences=sequences, seed=seed, **options)
+        loaded: Any
+        with ExitStack() as held:
+            if host is None:
+                loaded = load_model(model, device, dtype, ignore_field)
+            else:
+                loaded = held.enter_context(connected(host, model, runs[0], key_env=key_env))
+            results = run_experiment(name, loaded, runs[0], sequences=sequences, seed=seed, **options)
     else:
         results = run_study(name, *runs, seed=seed, **options)
     if out is not None:

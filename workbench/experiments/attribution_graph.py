@@ -4,10 +4,12 @@
     graph.nodes.head(), graph.edges.head(), graph.metadata
 
 The target is a logit, less another one or less the mean of all. A node is an embedding, a head or a routed expert at a
-position, or the biases of a layer at a position. Its `value` is what it adds to the target along all paths that the
-frozen pass has (see `frozen_pass`), in logits; the value of an edge is the part of it that comes from one source. For
-every node the edges into it, its `bias` and its `error` (what sources outside the graph feed) sum to its value, and the
-edges into the target sum to the target. Embeddings and biases alone add up to the target, as every path begins there.
+position, an active feature of an attached autoencoder, or what is constant at a position: the biases of a layer, the
+error of an autoencoder. Neurons of experts are nodes on demand (`graph_details.with_neurons`). The `value` of a node is
+what it adds to the target along all paths that the frozen pass has (see `frozen_pass`), in logits; the value of an edge
+is the part of it that comes from one source. For every node the edges into it, its `bias` and its `error` (what sources
+outside the graph feed) sum to its value, and the edges into the target sum to the target. Embeddings, biases and errors
+of autoencoders alone add up to the target, as every path begins there.
 
 Nodes and edges are chosen by their indirect influence on the target: absolute edges, divided by the sum of what flows
 into each node, multiplied along all paths.
@@ -15,7 +17,7 @@ into each node, multiplied along all paths.
 Reference: circuit tracing, Ameisen et al. 2025 (influence and pruning); the flow itself is `frozen_pass`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,14 +28,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.experiments.frozen_pass import FrozenPass, LayerFlow
+from workbench.experiments.dictionary_features import layer_of
+from workbench.experiments.frozen_pass import BackwardFlow, FrozenPass
+from workbench.hooks.sae import SAE
 from workbench.model.transformer import GptOss
 from workbench.version import version
 
-KINDS = ("embedding", "head", "expert", "attention bias", "expert bias", "target")
+SOURCES = ("embedding", "attention bias", "expert bias", "feature error")  # nothing flows into them
+READERS = ("head", "expert", "feature", "neuron", "other neurons", "target")
+KINDS = (*SOURCES, *READERS)
+COLUMNS = ("kind", "layer", "index", "expert", "neuron", "pos", "token", "value", "bias", "error", "influence", "order")
 METHOD = (
     "Attention patterns, the sink's share, scales of norms, experts and gate weights are frozen. Each factor of the "
-    "experts' activation gets half of the product; the sigmoid and the clamps count as frozen ratios."
+    "experts' activation gets half of the product; the sigmoid and the clamps count as frozen ratios. Of autoencoders "
+    "the active features are frozen, and their errors are constant."
 )
 
 
@@ -41,8 +49,9 @@ METHOD = (
 class AttributionGraph:
     """Nodes and edges that explain one logit.
 
-    nodes: kind, layer, index (head or slot), expert, pos, token, value, bias, error (logits), influence (share);
-    the last one is the target. edges: source and target (rows of nodes), value (logits), score (share of influence).
+    nodes: kind, layer, index (head, slot or feature), expert and neuron (−1: none), pos, token, value, bias, error
+    (logits), influence (share), order (of the pass: a node reads what has a smaller one); the last one is the target.
+    edges: source and target (rows of nodes), value (logits), score (share of influence).
     metadata: what was asked, how much is kept, and how far sums are from what they should be.
     """
 
@@ -51,6 +60,7 @@ class AttributionGraph:
     tokens: list[int]
     texts: list[str]
     metadata: dict[str, Any] = field(default_factory=dict)
+    saes: Mapping[str, SAE] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         m = self.metadata
@@ -70,41 +80,60 @@ def graph(
     node_share: float = 0.8,
     edge_share: float = 0.98,
     max_nodes: int = 500,
+    saes: Mapping[str, SAE] | None = None,
 ) -> AttributionGraph:
     """Return the attribution graph of a logit after the token at position `at`.
 
     tokens: a text, or the ids of one sequence. target: a token, as text or id; by default the most likely one. against:
     a token whose logit is taken off; by default the mean of all logits. node_share, edge_share: the share of the
-    influence on the target to keep. max_nodes: at most so many nodes, the largest by value, are looked at.
+    influence on the target to keep. max_nodes: at most so many nodes, the largest by value, are looked at. saes:
+    autoencoders by the hook point of the residual stream that each reads, at most one in a layer; their active features
+    become nodes, and all that passes them goes through a feature or its error.
 
     Raises:
-        InputError: the tokens are not one sequence, the target is not one token, or an option is out of range.
+        InputError: the tokens are not one sequence, the target is not one token, an option is out of range, or an
+            autoencoder cannot be attached.
     """
     ids = _sequence(model, tokens)
     _check_options(len(ids), at, node_share, edge_share, max_nodes)
     end = at % len(ids)
-    frozen = FrozenPass(model, ids[: end + 1])
+    frozen = FrozenPass(model, ids[: end + 1], saes)
     wanted = int(frozen.logits[-1].argmax()) if target is None else _token(model, target)
     other = None if against is None else _token(model, against)
     direction = logit_direction(frozen, wanted, other)
-    flows, start = frozen.backward(at_the_end(frozen, direction))
-    candidates = _candidates(frozen, flows, start)
+    flow = frozen.backward(at_the_end(frozen, direction))
+    candidates = _candidates(frozen, flow)
     chosen = candidates.loc[candidates["value"].abs().nlargest(max_nodes - 1).index].sort_values(["order", "pos"])
     chosen = pd.concat([chosen, _target_node(frozen, direction)], ignore_index=True)
-    weights = _edges(frozen, flows, chosen, direction)
-    influence = _influence(weights, chosen)
+    weights = edge_values(frozen, chosen, writes_of(frozen, chosen), reads_of(frozen, flow, chosen, direction))
+    influence = influence_of(weights, chosen)
     keep = _smallest_set(influence, node_share)
     keep[-1] = True
     nodes = chosen[keep].assign(influence=influence[keep]).reset_index(drop=True)
-    kept_weights = weights[np.ix_(keep, keep)]
-    nodes["error"] = nodes["value"] - nodes["bias"] - kept_weights.sum(1)
-    sources = nodes["kind"].isin(("embedding", "attention bias", "expert bias"))
-    nodes.loc[sources, "error"] = 0.0
-    edges = _edge_table(kept_weights, nodes, edge_share)
     texts = [model.tokenizer.decode([token]) for token in ids[: end + 1].tolist()]
-    metadata = _metadata(model, frozen, flows, candidates, nodes, (wanted, other), influence[keep], weights, chosen)
-    metadata |= {"node_share": node_share, "edge_share": edge_share, "max_nodes": max_nodes}
-    return AttributionGraph(_described(nodes, texts), edges, ids[: end + 1].tolist(), texts, metadata)
+    metadata = _metadata(model, frozen, candidates, (wanted, other))
+    kept = influence[keep][:-1].sum() / max(influence[:-1].sum(), 1e-30)
+    metadata |= {"kept_influence": float(kept)}
+    metadata |= {"node_share": node_share, "edge_share": edge_share, "max_nodes": max_nodes, "saes": list(saes or {})}
+    return assembled(nodes, weights[np.ix_(keep, keep)], ids[: end + 1].tolist(), texts, metadata, dict(saes or {}))
+
+
+def assembled(
+    nodes: pd.DataFrame,
+    weights: Float[np.ndarray, "target source"],
+    tokens: list[int],
+    texts: list[str],
+    metadata: Mapping[str, Any],
+    saes: Mapping[str, SAE],
+) -> AttributionGraph:
+    """Return the graph of these nodes, with their errors and the edges between them that carry `edge_share`."""
+    nodes = nodes.assign(error=nodes["value"] - nodes["bias"] - weights.sum(1))
+    nodes.loc[nodes["kind"].isin(SOURCES), "error"] = 0.0
+    edges = _edge_table(weights, nodes, float(metadata["edge_share"]))
+    logit = abs(metadata["logit"])
+    kept = 1 - abs(float(nodes["error"].iloc[-1])) / max(logit, 1e-30)
+    found = nodes.assign(token=[texts[pos] for pos in nodes["pos"]])[list(COLUMNS)]
+    return AttributionGraph(found, edges, tokens, texts, {**metadata, "kept_of_target": kept}, saes)
 
 
 def _sequence(model: GptOss, tokens: Any) -> Int[Tensor, " pos"]:
@@ -158,28 +187,36 @@ def at_the_end(frozen: FrozenPass, direction: Float[Tensor, " d_model"]) -> Floa
 
 
 def _table(
-    kind: str, layer: int, order: int, value: Tensor, bias: Tensor | None = None, **columns: Any
+    kind: str, layer: int, order: float, value: Tensor, bias: Tensor | None = None, **columns: Any
 ) -> pd.DataFrame:
     """Return nodes of a layer: `value` is [pos] or [pos index]."""
     value = value[:, None] if value.ndim == 1 else value
     pos, index = (axis.ravel() for axis in np.indices(value.shape))
-    frame = pd.DataFrame({"kind": kind, "layer": layer, "order": order, "index": index, "pos": pos})
+    frame = pd.DataFrame({"kind": kind, "layer": layer, "order": float(order), "index": index, "pos": pos})
     frame["value"] = value.double().cpu().numpy().ravel()
     frame["bias"] = frame["value"] if bias is None else bias.double().cpu().numpy().ravel()
-    return frame.assign(**columns)
+    return frame.assign(**{"expert": -1, "neuron": -1} | columns)
 
 
-def _candidates(frozen: FrozenPass, flows: list[LayerFlow], start: Float[Tensor, "pos d_model"]) -> pd.DataFrame:
+def _candidates(frozen: FrozenPass, flow: BackwardFlow) -> pd.DataFrame:
     """Return every node of the pass but the target; sources have their value as bias."""
-    embedding = (start * frozen.seen("hook_embed")).sum(-1)
-    tables = [_table("embedding", -1, -1, embedding, expert=-1)]
-    for layer, flow in enumerate(flows):
+    embedding = (flow.start * frozen.seen("hook_embed")).sum(-1)
+    tables = [_table("embedding", -1, -1, embedding)]
+    for layer, own in enumerate(flow.layers):
         chosen = frozen.seen("mlp.hook_expert_indices", layer).cpu().numpy().ravel()
         tables += [
-            _table("head", layer, 2 * layer, flow.heads, flow.head_bias, expert=-1),
-            _table("attention bias", layer, 2 * layer, flow.attention_bias, expert=-1),
-            _table("expert", layer, 2 * layer + 1, flow.experts, flow.expert_constants, expert=chosen),
-            _table("expert bias", layer, 2 * layer + 1, flow.expert_bias, expert=-1),
+            _table("head", layer, 2 * layer, own.heads, own.head_bias),
+            _table("attention bias", layer, 2 * layer, own.attention_bias),
+            _table("expert", layer, 2 * layer + 1, own.experts, own.expert_constants, expert=chosen),
+            _table("expert bias", layer, 2 * layer + 1, own.expert_bias),
+        ]
+    for order, features in flow.features.items():
+        active = frozen.features[order]
+        numbers = {"pos": active.pos.cpu().numpy(), "index": active.feature.cpu().numpy()}
+        layer = layer_of(active.name)
+        tables += [
+            _table("feature", layer, order, features.values, features.constants).assign(**numbers),
+            _table("feature error", layer, order, features.errors),
         ]
     every = pd.concat(tables, ignore_index=True)
     return every[every["value"] != 0]
@@ -188,7 +225,7 @@ def _candidates(frozen: FrozenPass, flows: list[LayerFlow], start: Float[Tensor,
 def _target_node(frozen: FrozenPass, direction: Tensor) -> pd.DataFrame:
     last = frozen.model.cfg.n_layers - 1
     value = (direction * frozen.seen("hook_resid_post", last)[-1]).sum()[None]
-    node = _table("target", last + 1, 2 * last + 2, value, torch.zeros_like(value), expert=-1)
+    node = _table("target", last + 1, 2 * last + 2, value, torch.zeros_like(value))
     return node.assign(pos=len(frozen.tokens) - 1)
 
 
@@ -221,35 +258,77 @@ def writes_of(frozen: FrozenPass, nodes: pd.DataFrame) -> Float[Tensor, "node d_
             out[at] = frozen.model.blocks[layer].attn.b_O.to(out.dtype).expand(len(at), -1)
         elif kind == "expert bias":
             out[at] = frozen.expert_bias_write(layer, pos)
+        elif kind in ("feature", "feature error"):
+            active = frozen.features[float(rows["order"].iloc[0])]
+            out[at] = active.error[pos] if kind == "feature error" else active.writes(active.find(pos, index))
+        elif kind == "neuron":
+            out[at] = frozen.neuron_write(layer, pos, index, torch.tensor(rows["neuron"].to_numpy(), device=out.device))
+        elif kind == "other neurons":
+            out[at] = frozen.expert_write(layer, pos, index)
+    take_shown_neurons(nodes, out)
+    return out
+
+
+def take_shown_neurons(nodes: pd.DataFrame, vectors: Float[Tensor, "node d_model"]) -> None:
+    """Subtract from the rows of other neurons, which hold their expert's vector, those of the neurons shown."""
+    places = ["layer", "pos", "index"]
+    others = nodes[nodes["kind"] == "other neurons"]
+    for node, place in zip(others.index.tolist(), others[places].to_numpy(), strict=True):
+        own = (nodes["kind"] == "neuron") & (nodes[places] == place).all(axis=1)
+        vectors[node] -= vectors[torch.tensor(own.to_numpy(), device=vectors.device)].sum(0)
+
+
+@torch.no_grad()
+def reads_of(
+    frozen: FrozenPass, flow: BackwardFlow, nodes: pd.DataFrame, direction: Tensor
+) -> Float[Tensor, "node d_model"]:
+    """Return the directions [node d_model] at the stream that nodes read; a head's is before pattern and norm's scale.
+
+    Neurons have none here: `graph_details` has theirs.
+    """
+    out = direction.new_zeros(len(nodes), len(direction))
+    for kind, layer, rows in by_layer(nodes):
+        pos, index = _columns(rows, out.device)
+        at = torch.tensor(rows.index.to_numpy(), device=out.device)
+        if kind == "head":
+            out[at] = frozen.head_reads(layer, pos, index, flow.layers[layer].head_outputs[pos, index])
+        elif kind in ("expert", "other neurons"):
+            out[at] = flow.layers[layer].expert_reads[pos, index]
+        elif kind == "feature":
+            order = float(rows["order"].iloc[0])
+            out[at] = flow.features[order].reads[frozen.features[order].find(pos, index)]
+        elif kind == "target":
+            out[at] = direction
     return out
 
 
 @torch.no_grad()
-def _edges(
-    frozen: FrozenPass, flows: list[LayerFlow], nodes: pd.DataFrame, direction: Tensor
+def edge_values(
+    frozen: FrozenPass, nodes: pd.DataFrame, writes: Float[Tensor, "node d_model"], reads: Float[Tensor, "node d_model"]
 ) -> Float[np.ndarray, "target source"]:
     """Return the direct effect of every node on every other, in logits."""
-    writes = writes_of(frozen, nodes)
-    order, pos = (torch.tensor(nodes[name].to_numpy(), device=writes.device) for name in ("order", "pos"))
+    pos = torch.tensor(nodes["pos"].to_numpy(), device=writes.device)
     out = np.zeros((len(nodes), len(nodes)))
     for kind, layer, rows in by_layer(nodes):
-        if kind not in ("head", "expert", "target"):
+        if kind not in READERS:
             continue
         at, index = _columns(rows, writes.device)
-        same = (pos[None] == at[:, None]).to(writes.dtype)
+        own = torch.tensor(rows.index.to_numpy(), device=writes.device)
+        share = (pos[None] == at[:, None]).to(writes.dtype)
         if kind == "head":
-            reads = frozen.head_reads(layer, at, index, flows[layer].head_outputs[at, index])
-            scale = frozen.seen("ln1.hook_scale", layer)[:, 0]
-            share = frozen.pattern(layer)[index, at][:, pos] / scale[pos]
-        else:
-            reads = flows[layer].expert_reads[at, index] if kind == "expert" else direction[None]
-            share = same
-        earlier = order < int(rows["order"].iloc[0])
-        out[rows.index.to_numpy()] = ((reads @ writes.mT) * share * earlier).double().cpu().numpy()
+            share = frozen.pattern(layer)[index, at][:, pos] / frozen.seen("ln1.hook_scale", layer)[:, 0][pos]
+        seen = direct(frozen, nodes, float(rows["order"].iloc[0])).to(writes.device)
+        out[rows.index.to_numpy()] = ((reads[own] @ writes.mT) * share * seen).double().cpu().numpy()
     return out
 
 
-def _influence(weights: Float[np.ndarray, "target source"], nodes: pd.DataFrame) -> Float[np.ndarray, " node"]:
+def direct(frozen: FrozenPass, nodes: pd.DataFrame, order: float) -> Bool[Tensor, " node"]:
+    """Return which nodes a node of this place in the order reads directly: earlier ones, no autoencoder between."""
+    between = [place for place in frozen.features if place < order]
+    return torch.tensor(((nodes["order"] < order) & (nodes["order"] >= max(between, default=-np.inf))).tolist())
+
+
+def influence_of(weights: Float[np.ndarray, "target source"], nodes: pd.DataFrame) -> Float[np.ndarray, " node"]:
     """Return the share of influence on the target of every node, along all paths.
 
     What flows into a node from outside the graph and from its own biases takes part in its sum, so it is lost on the
@@ -288,28 +367,13 @@ def _edge_table(weights: Float[np.ndarray, "target source"], nodes: pd.DataFrame
     return table.iloc[:kept]
 
 
-def _described(nodes: pd.DataFrame, texts: Sequence[str]) -> pd.DataFrame:
-    columns = ["kind", "layer", "index", "expert", "pos", "token", "value", "bias", "error", "influence"]
-    return nodes.assign(token=[texts[pos] for pos in nodes["pos"]])[columns]
-
-
 def _metadata(
-    model: GptOss,
-    frozen: FrozenPass,
-    flows: list[LayerFlow],
-    candidates: pd.DataFrame,
-    nodes: pd.DataFrame,
-    asked: tuple[int, int | None],
-    influence: Float[np.ndarray, " kept"],
-    weights: Float[np.ndarray, "target source"],
-    chosen: pd.DataFrame,
+    model: GptOss, frozen: FrozenPass, candidates: pd.DataFrame, asked: tuple[int, int | None]
 ) -> dict[str, Any]:
     wanted, other = asked
     last = frozen.logits[-1].double()
     logit = float(last[wanted] - (last.mean() if other is None else last[other]))
-    sources = candidates["kind"].isin(("embedding", "attention bias", "expert bias"))
-    inner = float(candidates.loc[~sources, "bias"].sum())
-    begins = float(candidates.loc[sources, "value"].sum()) + inner
+    begins = float(candidates["bias"].sum())  # every path begins at a source, whose value is its bias, or at a bias
     return {
         "model": str(getattr(model.checkpoint, "name", "")),
         "target": model.tokenizer.decode([wanted]),
@@ -318,8 +382,6 @@ def _metadata(
         "against_id": other,
         "logit": logit,
         "nodes_in_pass": len(candidates),
-        "kept_influence": float(influence[:-1].sum() / max(_influence(weights, chosen)[:-1].sum(), 1e-30)),
-        "kept_of_target": 1 - abs(float(nodes["error"].iloc[-1])) / max(abs(logit), 1e-30),
         "completeness_of_paths": abs(begins - logit),
         "method": METHOD,
         "workbench_version": version(),

@@ -19,14 +19,17 @@ class Importance(NamedTuple):
     """What keeping a sentence does to the answers, against continuations that have another one in its place.
 
     effect: probability of the conversation's own answer with it less without, with its interval (Agresti and Caffo).
-    kl: divergence of the answers without it from those with it, in nats; kl_null: its mean if there were no difference;
-    p: permutation test of kl. NaN where a side has fewer than five samples.
+    kl: divergence of the answers without it from those with it, in nats, with its interval (bootstrap of samples,
+    shifted by the bias that the bootstrap shows); kl_null: its mean if there were no difference; p: permutation test of
+    kl. NaN where a side has fewer than five samples.
     """
 
     effect: float
     low: float
     high: float
     kl: float
+    kl_low: float
+    kl_high: float
     kl_null: float
     p: float
 
@@ -44,7 +47,7 @@ def importance(
     """
     n_kept, n_other = len(kept), len(other)
     if min(n_kept, n_other) < LEAST_SAMPLES:
-        return Importance(*[float("nan")] * 6)
+        return Importance(*[float("nan")] * len(Importance._fields))
     effect, low, high = difference_of_shares((kept == own).sum(), n_kept, (other == own).sum(), n_other)
     pooled = np.unique(np.concatenate([kept, other]), return_inverse=True)[1]
     n = int(pooled.max()) + 1
@@ -52,7 +55,17 @@ def importance(
     shuffled = rng.permuted(np.tile(pooled, (permutations, 1)), axis=1)
     null = _divergence(shuffled[:, n_kept:], shuffled[:, :n_kept], n)
     p = (1 + int((null >= observed - 1e-12).sum())) / (permutations + 1)
-    return Importance(effect, low, high, float(observed), float(null.mean()), p)
+    without, with_it = (_resampled(side, permutations, rng) for side in (pooled[n_kept:], pooled[:n_kept]))
+    drawn = _divergence(without, with_it, n)
+    limits = np.quantile(drawn, (0.025, 0.975)) - (drawn.mean() - observed)
+    kl_low, kl_high = np.maximum(limits, 0)
+    return Importance(effect, low, high, float(observed), float(kl_low), float(kl_high), float(null.mean()), p)
+
+
+def _resampled(
+    codes: Int[np.ndarray, " sample"], draws: int, rng: np.random.Generator
+) -> Int[np.ndarray, "draw sample"]:
+    return np.asarray(codes[rng.integers(len(codes), size=(draws, len(codes)))])
 
 
 def difference_of_shares(x: int, n: int, y: int, m: int) -> tuple[float, float, float]:

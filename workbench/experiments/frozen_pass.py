@@ -3,13 +3,14 @@
 Frozen are attention patterns (with the sink's share), scales of the norms, and each token's experts and gate weights.
 What remains is linear but for the experts' activation, a product: each of its two factors gets half of it, and the
 sigmoid and the clamps count as the ratio of what goes out and what comes in. So a direction at the end of the stream
-can be followed backwards, and at every node what flows in equals what flows out, to rounding.
+can be followed backwards, and at every node what flows in equals what flows out, to rounding. Autoencoders may be
+attached to the residual stream (`dictionary_features`): then all that passes them is features and a constant error.
 
 Reference: LRP for products and RelP, Jafari et al. 2025, arXiv 2508.21258; frozen attention and norms as in circuit
 tracing, Ameisen et al. 2025.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.experiments.dictionary_features import ActiveFeatures, FeatureFlow, active_features, places
+from workbench.hooks.sae import SAE
+from workbench.kernels.moe import swiglu
 from workbench.model.transformer import GptOss
 
 _INSIDE = (
@@ -50,18 +54,48 @@ class LayerFlow:
     expert_reads: Float[Tensor, "pos slot d_model"]
 
 
+@dataclass
+class BackwardFlow:
+    """What a backward pass found: of each layer and autoencoder (by its place), and the direction at the embedding."""
+
+    layers: list[LayerFlow]
+    features: dict[float, FeatureFlow]
+    start: Float[Tensor, "pos d_model"]
+
+
 class FrozenPass:
-    """The recorded activations of one sequence, and the backward pass through them."""
+    """The recorded activations of one sequence, and the backward pass through them.
+
+    saes: autoencoders by the hook point of the residual stream that each reads, as "blocks.3.hook_resid_post". also:
+    further hook points of the blocks that `seen` returns.
+
+    `features` has what is active of each autoencoder, by its place in the order of the pass.
+
+    Raises:
+        InputError: an autoencoder does not fit, or is not at the residual stream.
+    """
 
     @torch.no_grad()
-    def __init__(self, model: GptOss, tokens: Int[Tensor, " pos"]) -> None:
+    def __init__(
+        self,
+        model: GptOss,
+        tokens: Int[Tensor, " pos"],
+        saes: Mapping[str, SAE] | None = None,
+        *,
+        also: Sequence[str] = (),
+    ) -> None:
         self.model, self.tokens = model, tokens
-        names = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in _INSIDE]
+        at = places(model.cfg, saes or {})
+        names = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in (*_INSIDE, *also)]
+        names += list(saes or {})
         names += ["hook_embed", "ln_final.hook_scale", f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
         logits, cache = model.run_with_cache(tokens[None], names_filter=names, return_cache_object=False)
         self.logits: Float[Tensor, "pos d_vocab"] = logits[0]
         self.wide = torch.promote_types(model.dtype, torch.float32)
         self._cache = cache
+        self.features: dict[float, ActiveFeatures] = {
+            order: active_features(name, (saes or {})[name], cache[name][0].to(self.wide)) for order, name in at.items()
+        }
 
     def seen(self, name: str, layer: int | None = None) -> Tensor:
         """Return a recorded activation of the sequence [pos ...], at least in float32."""
@@ -84,6 +118,18 @@ class FrozenPass:
         gates = self.seen("mlp.hook_expert_weights", layer)[pos, slot]
         return gates[:, None] * (self.seen("mlp.experts.hook_out", layer)[pos, slot] - bias[chosen])
 
+    def neuron_write(self, layer: int, pos: Tensor, slot: Tensor, neuron: Tensor) -> Float[Tensor, "node d_model"]:
+        """Return the contribution of neurons [node] of the experts in these slots to the stream."""
+        chosen = self.seen("mlp.hook_expert_indices", layer)[pos, slot]
+        gates = self.seen("mlp.hook_expert_weights", layer)[pos, slot]
+        gate, up = (self.seen(f"mlp.experts.hook_{name}", layer)[pos, slot, neuron] for name in ("gate", "pre"))
+        post = swiglu(gate, up, self.model.cfg.swiglu_limit, self.model.cfg.swiglu_alpha)
+        out = gates.new_zeros(len(pos), self.model.cfg.d_model)
+        for expert in chosen.unique().tolist():
+            rows = chosen == expert
+            out[rows] = self.model.blocks[layer].mlp.experts.W_out(expert).to(self.wide)[neuron[rows]]
+        return (gates * post)[:, None] * out
+
     def expert_bias_write(self, layer: int, pos: Tensor) -> Float[Tensor, "node d_model"]:
         """Return the contribution of the experts' output biases to the residual stream at these positions [node]."""
         bias = self.model.blocks[layer].mlp.experts.down.bias.to(self.wide)
@@ -97,25 +143,37 @@ class FrozenPass:
         return through * block.ln1.weight.to(self.wide)
 
     @torch.no_grad()
-    def backward(self, end: Float[Tensor, "pos d_model"]) -> tuple[list[LayerFlow], Float[Tensor, "pos d_model"]]:
-        """Propagate a direction at the stream after the last block backwards.
-
-        Returns what each layer passes on to it, and the direction at the embedding.
-        """
-        flows, g = [], end.to(self.wide)
+    def backward(self, end: Float[Tensor, "pos d_model"]) -> "BackwardFlow":
+        """Return what each layer and each feature passes on to a direction at the stream after the last block."""
+        flows: list[LayerFlow] = []
+        features: dict[float, FeatureFlow] = {}
+        g = end.to(self.wide)
         for layer in reversed(range(self.model.cfg.n_layers)):
+            g = self._through_features(2 * layer + 1.5, g, features)
             experts, g = self._through_experts(layer, g)
+            g = self._through_features(2 * layer + 0.5, g, features)
             heads, g = self._through_heads(layer, g)
             flows.append(LayerFlow(**heads, **experts))
-        return flows[::-1], g
+        return BackwardFlow(flows[::-1], features, self._through_features(-0.5, g, features))
 
     @torch.no_grad()
     def direction_after(self, layer: int, end: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
         """Return a direction at the stream after the last block as that at the stream after this one."""
         g = end.to(self.wide)
         for later in reversed(range(layer + 1, self.model.cfg.n_layers)):
-            _, g = self._through_experts(later, g)
-            _, g = self._through_heads(later, g)
+            _, g = self._through_experts(later, self._through_features(2 * later + 1.5, g))
+            _, g = self._through_heads(later, self._through_features(2 * later + 0.5, g))
+        return self._through_features(2 * layer + 1.5, g)
+
+    def _through_features(
+        self, order: float, g: Float[Tensor, "pos d_model"], found: dict[float, FeatureFlow] | None = None
+    ) -> Float[Tensor, "pos d_model"]:
+        """Return the direction before the autoencoder at this place, if there is one; `found` gets its flow."""
+        if order not in self.features:
+            return g
+        flow, g = self.features[order].backward(g)
+        if found is not None:
+            found[order] = flow
         return g
 
     def _through_experts(self, layer: int, g: Float[Tensor, "pos d_model"]) -> tuple[dict[str, Tensor], Tensor]:

@@ -18,11 +18,19 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.experiments.attribution_graph import AttributionGraph, by_layer, writes_of
+from workbench.experiments.dictionary_features import active_features, layer_of
 from workbench.experiments.frozen_pass import FrozenPass
+from workbench.hooks.sae import SAE
 from workbench.model.transformer import GptOss
 
 Hooks = list[tuple[str, Callable[..., Any]]]
-_POINTS = {"embedding": "hook_embed", "head": "attn.hook_z", "expert": "mlp.experts.hook_out"}
+_POINTS = {
+    "embedding": "hook_embed",
+    "head": "attn.hook_z",
+    "expert": "mlp.experts.hook_out",
+    "neuron": "mlp.experts.hook_post",
+}
+ABLATED = (*_POINTS, "feature")  # kinds of nodes that can be ablated
 
 
 @torch.no_grad()
@@ -38,42 +46,65 @@ def ablate(model: GptOss, graph: AttributionGraph, nodes: Sequence[int]) -> pd.D
     """Return these rows of the graph's nodes with `measured`: how much the target falls when the node writes nothing.
 
     Raises:
-        InputError: a node is no embedding, head or expert.
+        InputError: a node cannot be ablated, as a bias.
     """
     plain = logit(model, graph)
     rows = graph.nodes.loc[list(nodes)]
-    measured = [plain - logit(model, graph, ablation_hooks(model, rows.loc[[node]])) for node in rows.index]
+    measured = [plain - logit(model, graph, ablation_hooks(model, rows.loc[[node]], graph.saes)) for node in rows.index]
     return rows.assign(measured=measured)
 
 
-def ablation_hooks(model: GptOss, nodes: pd.DataFrame) -> Hooks:
+def ablation_hooks(model: GptOss, nodes: pd.DataFrame, saes: Mapping[str, SAE] | None = None) -> Hooks:
     """Return hooks that make these nodes write nothing; the bias of an expert's output stays.
+
+    saes: autoencoders whose features are among the nodes, by hook point.
 
     Raises:
         InputError: a node of this kind cannot be ablated.
     """
     hooks: Hooks = []
     for kind, layer, rows in by_layer(nodes):
-        if kind not in _POINTS:
-            raise InputError(f"a node of the kind {kind!r} cannot be ablated: choose an embedding, a head or an expert")
+        if kind not in ABLATED:
+            raise InputError(f"a node of the kind {kind!r} cannot be ablated: choose one of {', '.join(ABLATED)}")
         pos, index, expert = (torch.tensor(rows[name].to_numpy()) for name in ("pos", "index", "expert"))
+        if kind == "feature":
+            hooks.append(_feature_remover(layer, pos, index, saes or {}))
+            continue
         name = _POINTS[kind] if kind == "embedding" else f"blocks.{layer}.{_POINTS[kind]}"
-        if kind == "embedding":
-            value: Tensor | float = 0.0
-        else:
-            value = 0.0 if kind == "head" else model.blocks[layer].mlp.experts.down.bias[expert]
-        hooks.append((name, _writer(pos, None if kind == "embedding" else index, value)))
+        value = model.blocks[layer].mlp.experts.down.bias[expert] if kind == "expert" else 0.0
+        cells = (pos,) if kind == "embedding" else (pos, index)
+        if kind == "neuron":
+            cells = (*cells, torch.tensor(rows["neuron"].to_numpy()))
+        hooks.append((name, _writer(cells, value)))
     return hooks
 
 
-def _writer(pos: Tensor, index: Tensor | None, value: Tensor | float) -> Callable[..., Tensor]:
+def _writer(cells: tuple[Tensor, ...], value: Tensor | float) -> Callable[..., Tensor]:
     def write(x: Tensor, hook: Any) -> Tensor:
         out = x.clone()
-        cells = (0, pos) if index is None else (0, pos, index)
-        out[cells] = value.to(out.device, out.dtype) if isinstance(value, Tensor) else value
+        first = torch.zeros_like(cells[0])
+        out[(first, *cells)] = value.to(out.device, out.dtype) if isinstance(value, Tensor) else value
         return out
 
     return write
+
+
+def _feature_remover(
+    layer: int, pos: Tensor, feature: Tensor, saes: Mapping[str, SAE]
+) -> tuple[str, Callable[..., Tensor]]:
+    """Return the hook point of a layer's autoencoder, and a hook that takes what these features write out of it."""
+    (name,) = [name for name in saes if layer_of(name) == layer]
+
+    def remove(x: Tensor, hook: Any) -> Tensor:
+        out = x.clone()
+        active = active_features(name, saes[name], x[0])
+        places = zip(pos.tolist(), feature.tolist(), strict=True)
+        for at, number in places:
+            own = (active.pos == at) & (active.feature == number)
+            out[0, at] -= active.writes(own.nonzero()[:, 0]).sum(0).to(out.dtype)
+        return out
+
+    return name, remove
 
 
 @torch.no_grad()
@@ -88,9 +119,9 @@ def ablate_edge(model: GptOss, graph: AttributionGraph, source: int, target: int
     """
     nodes = graph.nodes
     to = nodes.loc[target].to_dict()
-    if nodes.loc[source, "kind"] not in _POINTS or to["kind"] not in ("head", "expert"):
-        raise InputError("an edge goes from an embedding, head or expert to a head or expert")
-    frozen = FrozenPass(model, torch.tensor(graph.tokens, device=model.device))
+    if nodes.loc[source, "kind"] not in ABLATED or to["kind"] not in ("head", "expert"):
+        raise InputError(f"an edge goes from one of {', '.join(ABLATED)} to a head or expert")
+    frozen = FrozenPass(model, torch.tensor(graph.tokens, device=model.device), graph.saes)
     write = writes_of(frozen, nodes.loc[[source]].reset_index(drop=True))[0]
     layer, pos, index, at = int(to["layer"]), int(to["pos"]), int(to["index"]), int(nodes["pos"].loc[source])
     block = model.blocks[layer]

@@ -1,13 +1,16 @@
-"""Details of an attribution graph on demand: the neurons of an expert, and why the router chose it.
+"""Details of an attribution graph on demand: neurons of its experts, and why attention and the router chose.
 
     found = graph_details.neurons(model, graph, node)       # a row of graph.nodes that is an expert
-    found.nodes.head(), found.edges.head()
+    divided = graph_details.with_neurons(model, graph)      # a graph in which neurons are nodes
     graph_details.router_edges(model, graph, node)
+    graph_details.attention_edges(model, graph, head)
 
-`neurons` divides an expert's node: values, biases and edges of its neurons add up to those of the expert.
-`router_edges` divides what a graph holds fixed: the expert's router logit less that of the best expert not chosen.
+`neurons` divides an expert's node: values, biases and edges of its neurons add up to those of the expert. The other two
+divide what a graph holds fixed: the expert's router logit less that of the best expert not chosen, and the attention
+score of a head at a key, by what the query reads and by what the key reads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +20,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.experiments.attribution_graph import AttributionGraph, at_the_end, logit_direction, writes_of
+from workbench.experiments.attribution_graph import (
+    AttributionGraph,
+    assembled,
+    at_the_end,
+    direct,
+    edge_values,
+    influence_of,
+    logit_direction,
+    reads_of,
+    take_shown_neurons,
+    writes_of,
+)
 from workbench.experiments.frozen_pass import FrozenPass, halves
+from workbench.model.rope import cos_sin, rotate
 from workbench.model.transformer import GptOss
+
+_CHOICES = ("mlp.router.hook_out", "attn.hook_rot_q", "attn.hook_rot_k")
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,25 @@ class ExpertNeurons:
     edges: pd.DataFrame
 
 
+@dataclass(frozen=True)
+class _Inside:
+    """All neurons of an expert at a token: value and bias in logits, activation, and the direction each reads."""
+
+    values: Float[Tensor, " neuron"]
+    biases: Float[Tensor, " neuron"]
+    activations: Float[Tensor, " neuron"]
+    reads: Float[Tensor, "neuron d_model"]
+
+
+def frozen_pass(model: GptOss, graph: AttributionGraph, also: Sequence[str] = ()) -> FrozenPass:
+    """Return the pass that a graph explains. also: further hook points of the blocks to record."""
+    return FrozenPass(model, torch.tensor(graph.tokens, device=model.device), graph.saes, also=also)
+
+
+def _direction(frozen: FrozenPass, graph: AttributionGraph) -> Float[Tensor, " d_model"]:
+    return logit_direction(frozen, graph.metadata["target_id"], graph.metadata["against_id"])
+
+
 @torch.no_grad()
 def neurons(model: GptOss, graph: AttributionGraph, node: int, *, top: int = 20) -> ExpertNeurons:
     """Return the neurons of an expert's node with the largest values, and the edges into each from the graph's nodes.
@@ -42,48 +78,108 @@ def neurons(model: GptOss, graph: AttributionGraph, node: int, *, top: int = 20)
         InputError: the node is no expert, or `top` is below 1.
     """
     layer, pos, slot, expert = _place(graph, node)
+    _check_top(top)
+    frozen = frozen_pass(model, graph)
+    after = frozen.direction_after(layer, at_the_end(frozen, _direction(frozen, graph)))[pos]
+    inside = _inside(frozen, layer, pos, slot, expert, after)
+    into = _from_sources(frozen, graph, inside.reads, 2 * layer + 1, pos)
+    values = torch.stack([inside.values, inside.biases], dim=1).double().cpu().numpy()
+    return _shown(values, inside.activations.double().cpu().numpy(), into, top)
+
+
+@torch.no_grad()
+def with_neurons(
+    model: GptOss, graph: AttributionGraph, nodes: Sequence[int] | None = None, *, top: int = 5
+) -> AttributionGraph:
+    """Return the graph with experts divided: their neurons of the largest values, and the others as one node.
+
+    nodes: rows of graph.nodes that are experts; by default all. Values, edges from and to the neurons and the other
+    ones of an expert add up to what the expert had. Influences are computed again, among the nodes of the new graph.
+
+    Raises:
+        InputError: a node is no expert, or `top` is below 1.
+    """
+    _check_top(top)
+    if nodes is None:
+        nodes = graph.nodes.index[graph.nodes["kind"] == "expert"].tolist()
+    chosen = [(node, *_place(graph, node)) for node in dict.fromkeys(nodes)]
+    frozen = frozen_pass(model, graph)
+    direction = _direction(frozen, graph)
+    tables, reads = [graph.nodes.drop(index=[place[0] for place in chosen])], []
+    for node, layer, pos, slot, expert in chosen:
+        after = frozen.direction_after(layer, at_the_end(frozen, direction))[pos]
+        inside = _inside(frozen, layer, pos, slot, expert, after)
+        largest = inside.values.abs().topk(min(top, len(inside.values))).indices
+        tables.append(_neuron_rows(graph.nodes.loc[[node]], inside, largest))
+        reads.append(inside.reads[largest])
+    table = pd.concat(tables).assign(read=-1)
+    own = (table["kind"] == "neuron").to_numpy()
+    table.loc[own, "read"] = np.arange(own.sum())
+    table = table.sort_values(["order", "pos"], kind="stable", ignore_index=True)  # the target stays the last
+    vectors = reads_of(frozen, frozen.backward(at_the_end(frozen, direction)), table, direction)
+    own = (table["kind"] == "neuron").to_numpy()
+    if own.any():
+        vectors[torch.tensor(own)] = torch.cat(reads)[torch.tensor(table.loc[own, "read"].tolist())]
+    take_shown_neurons(table, vectors)
+    weights = edge_values(frozen, table, writes_of(frozen, table), vectors)
+    table = table.assign(influence=influence_of(weights, table))
+    return assembled(table, weights, graph.tokens, graph.texts, graph.metadata | {"neurons": top}, graph.saes)
+
+
+def _neuron_rows(row: pd.DataFrame, inside: _Inside, largest: Tensor) -> pd.DataFrame:
+    """Return the rows of an expert's largest neurons, and of the others together if there are any."""
+    numbers = largest.tolist()
+    value, bias = (x[largest].double().cpu().numpy() for x in (inside.values, inside.biases))
+    own = pd.concat([row] * len(numbers)).assign(kind="neuron", neuron=numbers, value=value, bias=bias)
+    if len(numbers) == len(inside.values):
+        return own
+    rest = {"value": row["value"] - value.sum(), "bias": row["bias"] - bias.sum()}
+    return pd.concat([own, row.assign(kind="other neurons", **rest)])
+
+
+def _check_top(top: int) -> None:
     if top < 1:
         raise InputError(f"top={top}: show at least one neuron")
-    frozen = FrozenPass(model, torch.tensor(graph.tokens, device=model.device))
-    direction = logit_direction(frozen, graph.metadata["target_id"], graph.metadata["against_id"])
-    after = frozen.direction_after(layer, at_the_end(frozen, direction))[pos]
-    cfg, experts, block = model.cfg, model.blocks[layer].mlp.experts, model.blocks[layer]
+
+
+def _inside(
+    frozen: FrozenPass, layer: int, pos: int, slot: int, expert: int, after: Float[Tensor, " d_model"]
+) -> _Inside:
+    """Return the neurons of an expert at a token. after: the direction at the stream behind the experts."""
+    cfg, block = frozen.model.cfg, frozen.model.blocks[layer]
+    experts, wide = block.mlp.experts, frozen.wide
     weight = frozen.seen("mlp.hook_expert_weights", layer)[pos, slot]
-    down = weight * (experts.W_out(expert).to(frozen.wide) @ after)
+    down = weight * (experts.W_out(expert).to(wide) @ after)
     gate, up = (frozen.seen(f"mlp.experts.hook_{name}", layer)[pos, slot] for name in ("gate", "pre"))
     by_gate, by_up, post, constant = halves(
         gate[:, None], up[:, None], down[:, None], cfg.swiglu_limit, cfg.swiglu_alpha
     )
-    gain = block.ln2.weight.to(frozen.wide) / frozen.seen("ln2.hook_scale", layer)[pos]
-    reads = by_gate * experts.W_gate(expert).to(frozen.wide).mT + by_up * experts.W_in(expert).to(frozen.wide).mT
-    bias = by_gate[:, 0] * experts.b_gate(expert).to(frozen.wide) + by_up[:, 0] * experts.b_in(expert).to(frozen.wide)
-    into = _from_sources(frozen, graph, reads * gain, layer, pos)
-    values = np.stack([x.double().cpu().numpy() for x in (down * post[:, 0], bias + constant)], axis=1)
-    return _shown(values, post[:, 0].double().cpu().numpy(), into, top)
+    gain = block.ln2.weight.to(wide) / frozen.seen("ln2.hook_scale", layer)[pos]
+    reads = by_gate * experts.W_gate(expert).to(wide).mT + by_up * experts.W_in(expert).to(wide).mT
+    bias = by_gate[:, 0] * experts.b_gate(expert).to(wide) + by_up[:, 0] * experts.b_in(expert).to(wide)
+    return _Inside(down * post[:, 0], bias + constant, post[:, 0], reads * gain)
 
 
-def _place(graph: AttributionGraph, node: int) -> tuple[int, int, int, int]:
-    """Return layer, position, slot and expert of a node.
+def _place(graph: AttributionGraph, node: int, kind: str = "expert") -> tuple[int, int, int, int]:
+    """Return layer, position, index and expert of a node.
 
     Raises:
-        InputError: the node is no expert.
+        InputError: the node is not of this kind.
     """
-    if node not in graph.nodes.index or graph.nodes.loc[node, "kind"] != "expert":
-        experts = graph.nodes.index[graph.nodes["kind"] == "expert"].tolist()
-        raise InputError(f"node {node} is no expert; the experts of this graph are the nodes {experts[:10]}")
+    if node not in graph.nodes.index or graph.nodes.loc[node, "kind"] != kind:
+        known = graph.nodes.index[graph.nodes["kind"] == kind].tolist()
+        raise InputError(f"node {node} is no {kind}; the {kind}s of this graph are the nodes {known[:10]}")
     row = graph.nodes.loc[node].to_dict()
     return int(row["layer"]), int(row["pos"]), int(row["index"]), int(row["expert"])
 
 
 def _from_sources(
-    frozen: FrozenPass, graph: AttributionGraph, reads: Float[Tensor, "read d_model"], layer: int, pos: int
+    frozen: FrozenPass, graph: AttributionGraph, reads: Float[Tensor, "read d_model"], order: float, pos: int
 ) -> Float[np.ndarray, "read node"]:
-    """Return what each node of the graph writes along directions at the stream before the experts of a layer."""
-    nodes = graph.nodes
-    attention = nodes["kind"].isin(("embedding", "head", "attention bias"))
-    earlier = (nodes["layer"] < layer) | (attention & (nodes["layer"] == layer))
-    seen = torch.tensor((earlier & (nodes["pos"] == pos)).to_numpy(), device=reads.device)
-    return ((reads @ writes_of(frozen, nodes).mT) * seen).double().cpu().numpy()
+    """Return what each node of the graph writes at a position along directions that are read at this place."""
+    at_position = torch.tensor((graph.nodes["pos"] == pos).tolist())
+    seen = (direct(frozen, graph.nodes, order) & at_position).to(reads.device)
+    return ((reads @ writes_of(frozen, graph.nodes).mT) * seen).double().cpu().numpy()
 
 
 def _shown(
@@ -118,27 +214,110 @@ def router_edges(model: GptOss, graph: AttributionGraph, node: int) -> pd.DataFr
     Raises:
         InputError: the node is no expert, or every expert is chosen.
     """
-    layer, pos, _, expert = _place(graph, node)
-    if model.cfg.experts_per_token == model.cfg.num_experts:
+    _place(graph, node)
+    return _router_edges(frozen_pass(model, graph, _CHOICES), graph, node)
+
+
+def _router_edges(frozen: FrozenPass, graph: AttributionGraph, node: int) -> pd.DataFrame:
+    layer, pos, _, expert = _place(graph, node, str(graph.nodes.loc[node, "kind"]))
+    cfg, block = frozen.model.cfg, frozen.model.blocks[layer]
+    logits = frozen.seen("mlp.router.hook_out", layer)[pos]
+    if cfg.experts_per_token >= len(logits):
         raise InputError("every expert is chosen for every token: there is no runner-up")
-    frozen = FrozenPass(model, torch.tensor(graph.tokens, device=model.device))
-    block = model.blocks[layer]
-    name = f"blocks.{layer}.mlp.router.hook_out"
-    ids = torch.tensor([graph.tokens], device=model.device)
-    _, cache = model.run_with_cache(ids, names_filter=[name], return_cache_object=False)
-    logits = cache[name][0, pos].to(frozen.wide)
     rest = logits.clone()
     rest[frozen.seen("mlp.hook_expert_indices", layer)[pos].long()] = -torch.inf
     runner_up = int(rest.argmax())
     weight, offset = block.mlp.router.weight.to(frozen.wide), block.mlp.router.bias.to(frozen.wide)
     gain = block.ln2.weight.to(frozen.wide) / frozen.seen("ln2.hook_scale", layer)[pos]
     reads = ((weight[expert] - weight[runner_up]) * gain)[None]
-    values = _from_sources(frozen, graph, reads, layer, pos)[0]
+    values = _from_sources(frozen, graph, reads, 2 * layer + 1, pos)[0]
     difference, bias = float(logits[expert] - logits[runner_up]), float(offset[expert] - offset[runner_up])
-    source = np.flatnonzero(values)
-    found = pd.DataFrame({"source": source, "value": values[source]})
-    ends = pd.DataFrame({"source": [-1, -2], "value": [bias, difference - bias - values.sum()]})
-    found = pd.concat([found, ends], ignore_index=True)
-    found = found.loc[found["value"].abs().sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+    found = _summed(values, bias, difference)
     found.attrs = {"runner_up": runner_up, "difference": difference}
     return found
+
+
+def _summed(values: Float[np.ndarray, " node"], bias: float, total: float) -> pd.DataFrame:
+    """Return the sources with what each adds, the bias (−1) and the rest (−2), the largest first."""
+    source = np.flatnonzero(values)
+    rows = pd.DataFrame({"source": source, "value": values[source]})
+    ends = pd.DataFrame({"source": [-1, -2], "value": [bias, total - bias - values.sum()]})
+    found = pd.concat([rows, ends], ignore_index=True)
+    return found.loc[found["value"].abs().sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+
+
+@torch.no_grad()
+def attention_edges(model: GptOss, graph: AttributionGraph, node: int, key: int | None = None) -> pd.DataFrame:
+    """Return what each node of the graph adds to a head's attention score at a key.
+
+    A score is a product of a query and a key: rows with `side` "query" divide it by what the query's token reads, the
+    key held fixed, and rows with "key" by what the key's token reads. Columns: side, source (a row of the graph's
+    nodes; −1 is the bias of queries or keys, −2 what no node of the graph explains) and value (scores before softmax);
+    the values of each side add up to the score. attrs: `key`, `score`, and the `attention` paid to it.
+
+    key: a position; by default the one that the head attends to most.
+
+    Raises:
+        InputError: the node is no head, or the head does not see the position.
+    """
+    _place(graph, node, "head")
+    return _attention_edges(frozen_pass(model, graph, _CHOICES), graph, node, key)
+
+
+def _attention_edges(frozen: FrozenPass, graph: AttributionGraph, node: int, key: int | None) -> pd.DataFrame:
+    layer, pos, head, _ = _place(graph, node, "head")
+    pattern = frozen.pattern(layer)[head, pos]
+    key = int(pattern.argmax()) if key is None else key
+    window = frozen.model.cfg.windows[layer]
+    if not max(0, pos - window + 1 if window else 0) <= key <= pos:
+        raise InputError(f"key={key}: a head at position {pos} of layer {layer} sees {_sees(pos, window)}")
+    cfg, attn = frozen.model.cfg, frozen.model.blocks[layer].attn
+    q = frozen.seen("attn.hook_rot_q", layer)[pos, head]
+    k = frozen.seen("attn.hook_rot_k", layer)[key, head * cfg.n_key_value_heads // cfg.n_heads]
+    score = float(q @ k) / cfg.d_head**0.5
+    sides = {"query": (pos, k, attn.W_Q, attn.b_Q), "key": (key, q, attn.W_K, attn.b_K)}
+    tables = []
+    for side, (at, other, weight, bias) in sides.items():
+        turned = _turned_back(frozen, other, at) / cfg.d_head**0.5
+        gain = frozen.model.blocks[layer].ln1.weight.to(frozen.wide) / frozen.seen("ln1.hook_scale", layer)[at]
+        reads = (weight[head].to(frozen.wide) @ turned * gain)[None]
+        values = _from_sources(frozen, graph, reads, 2 * layer, at)[0]
+        found = _summed(values, float(bias[head].to(frozen.wide) @ turned), score)
+        found.insert(0, "side", side)
+        tables.append(found)
+    both = pd.concat(tables, ignore_index=True)
+    both.attrs = {"key": key, "score": score, "attention": float(pattern[key])}
+    return both
+
+
+def _sees(pos: int, window: int | None) -> str:
+    return f"{max(0, pos - window + 1 if window else 0)} to {pos}"
+
+
+def _turned_back(frozen: FrozenPass, vector: Float[Tensor, " d_head"], pos: int) -> Float[Tensor, " d_head"]:
+    """Return the vector whose product with an unrotated one is that of `vector` with one rotated to a position."""
+    cfg = frozen.model.cfg
+    cos, sin = cos_sin(cfg.rope, cfg.d_head, torch.tensor([[pos]], device=vector.device))
+    return rotate(vector[None, None, None], cos, -sin)[0, 0, 0]
+
+
+@torch.no_grad()
+def choice_edges(model: GptOss, graph: AttributionGraph) -> pd.DataFrame:
+    """Return query, key and router edges between the nodes of a graph.
+
+    Columns: source, target, kind ("query", "key" or "router"), value. Queries and keys are those of the most attended
+    key of each head, in attention scores. Router edges are in router logits above the runner-up, and lead to the node
+    of an expert, or of its other neurons where it is divided.
+    """
+    frozen = frozen_pass(model, graph, _CHOICES)
+    tables = [pd.DataFrame({"source": [], "target": [], "kind": [], "value": []})]
+    for node, kind in graph.nodes["kind"].items():
+        if kind == "head":
+            found = _attention_edges(frozen, graph, int(str(node)), None).rename(columns={"side": "kind"})
+        elif kind in ("expert", "other neurons") and model.cfg.experts_per_token < model.cfg.num_experts:
+            found = _router_edges(frozen, graph, int(str(node))).assign(kind="router")
+        else:
+            continue
+        tables.append(found[found["source"] >= 0].assign(target=int(str(node)))[["source", "target", "kind", "value"]])
+    found = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
+    return found.astype({"source": int, "target": int})

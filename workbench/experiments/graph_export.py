@@ -1,17 +1,19 @@
 """An attribution graph as circuit-tracer's and Neuronpedia's JSON, and as a networkx graph.
 
-Heads and routed experts appear as "cross layer transcoder" features, the only inner kind that the format has: heads
-have the features 0 … n_heads − 1 and experts n_heads + expert, and each has its name as label. What no node of the
-graph explains of a node is its layer's "mlp reconstruction error" at the position.
+Heads, routed experts, neurons and features of autoencoders appear as "cross layer transcoder" features, the only inner
+kind that the format has: heads have the features 0 … n_heads − 1 and experts n_heads + expert; the others follow
+(`workbench.studies.feature_pages`). Each has its name as label, and neurons are collapsed into their expert. What no
+node of the graph explains of a node is its layer's "mlp reconstruction error" at the position. The format has no
+edges of other kinds than direct ones: query, key and router edges are in `metadata.info.choices`, and in GraphML.
 
 Reference: the schema in safety-research/circuit-tracer, circuit_tracer/frontend/graph_models.py (schema version 1).
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import networkx as nx
 import pandas as pd
@@ -19,7 +21,7 @@ import pandas as pd
 from workbench.errors import InputError
 from workbench.experiments.attribution_graph import AttributionGraph
 from workbench.model.transformer import GptOss
-from workbench.studies.feature_pages import cantor
+from workbench.studies.feature_pages import cantor, numbers_of
 
 _SLUG = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
@@ -31,11 +33,12 @@ def to_json(
     *,
     features_url: str | None = None,
     labels: Mapping[tuple[int, int], str] | None = None,
+    choices: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Return the graph in the form of circuit-tracer's files.
 
     features_url: where the pages of experts are served that `workbench export RUN neuronpedia` writes. labels: of
-    experts (layer, expert), shown behind their names.
+    experts (layer, expert), shown behind their names. choices: of `graph_details.choice_edges`.
 
     Raises:
         InputError: the slug has other characters than letters, digits, - and _, or the URL is none.
@@ -72,11 +75,17 @@ def to_json(
         "prompt": "".join(graph.texts),
         "node_threshold": graph.metadata["node_share"],
         "schema_version": 1,
-        "info": graph.metadata,
+        "info": graph.metadata | ({} if choices is None else {"choices": _choices(nodes, choices)}),
     }
     if features_url is not None:
         metadata["feature_details"] = {"feature_json_base_url": features_url.rstrip("/")}
-    q_params = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    q_params = {
+        "pinnedIds": [],
+        "supernodes": _supernodes(graph, nodes),
+        "linkType": "both",
+        "clickedId": "",
+        "sg_pos": "",
+    }
     return {"metadata": metadata, "qParams": q_params, "nodes": [*nodes, *errors.values()], "links": links}
 
 
@@ -108,14 +117,35 @@ def _node(model: GptOss, graph: AttributionGraph, row: "pd.Series[Any]") -> dict
 
 
 def _feature(model: GptOss, row: "pd.Series[Any]") -> int:
-    """Return the number of a head, an expert or a layer's bias among the features of its layer."""
-    heads, experts = model.cfg.n_heads, model.cfg.num_experts
-    kind = str(row["kind"])
+    """Return the number of a node among the features of its layer."""
+    kind, index = str(row["kind"]), int(row["index"])
+    sizes = {"n_heads": model.cfg.n_heads, "num_experts": model.cfg.num_experts, "d_mlp": model.cfg.d_mlp}
     if kind == "head":
-        return int(row["index"])
+        return index
     if kind == "expert":
-        return heads + int(row["expert"])
-    return heads + experts + ("attention bias", "expert bias").index(kind)
+        return numbers_of(sizes)["expert"] + int(row["expert"])
+    if kind in ("neuron", "other neurons"):
+        place = int(row["neuron"]) if kind == "neuron" else model.cfg.d_mlp
+        return numbers_of(sizes)["neuron"] + int(row["expert"]) * (model.cfg.d_mlp + 1) + place
+    return numbers_of(sizes)[kind] + (index if kind == "feature" else 0)
+
+
+def _supernodes(graph: AttributionGraph, nodes: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the neurons of each expert as a group: its name, then its nodes."""
+    inner = graph.nodes[graph.nodes["kind"].isin(("neuron", "other neurons"))]
+    found: list[list[str]] = []
+    for place, rows in inner.groupby(["layer", "expert", "pos"], sort=False):
+        layer, expert, pos = cast(tuple[int, int, int], place)
+        found.append([f"layer {layer} expert {expert} at {pos}", *(nodes[i]["node_id"] for i in rows.index)])
+    return found
+
+
+def _choices(nodes: Sequence[Mapping[str, Any]], choices: pd.DataFrame) -> list[dict[str, Any]]:
+    columns = choices[["source", "target", "kind", "value"]].itertuples(index=False)
+    return [
+        {"source": nodes[s]["node_id"], "target": nodes[t]["node_id"], "kind": str(kind), "weight": float(value)}
+        for s, t, kind, value in columns
+    ]
 
 
 def _error_node(row: "pd.Series[Any]") -> dict[str, Any]:
@@ -144,6 +174,11 @@ def label(row: "pd.Series[Any]") -> str:
         return f"embedding of {row['token']!r}"
     if kind in ("head", "expert"):
         return f"layer {row['layer']} {kind} {row['index' if kind == 'head' else 'expert']}"
+    if kind == "feature":
+        return f"layer {row['layer']} feature {row['index']}"
+    if kind in ("neuron", "other neurons"):
+        inner = f" neuron {row['neuron']}" if kind == "neuron" else ", other neurons"
+        return f"layer {row['layer']} expert {row['expert']}{inner}"
     return f"layer {row['layer']} {kind}" if kind != "target" else "target"
 
 
@@ -157,15 +192,21 @@ def write_json(model: GptOss, graph: AttributionGraph, path: str | Path, **optio
     return path
 
 
-def to_networkx(graph: AttributionGraph) -> "nx.DiGraph[int]":
-    """Return a directed graph with the columns of nodes and edges as attributes, for GraphML and network analysis."""
-    out: nx.DiGraph[int] = nx.DiGraph()
+def to_networkx(graph: AttributionGraph, choices: pd.DataFrame | None = None) -> "nx.MultiDiGraph[int]":
+    """Return a directed graph with the columns of nodes and edges as attributes, for GraphML and network analysis.
+
+    Edges have a `kind`: "direct", or of `choices` (see `graph_details.choice_edges`) "query", "key" or "router", whose
+    values are in other units than logits.
+    """
+    out: nx.MultiDiGraph[int] = nx.MultiDiGraph()
     for number, row in graph.nodes.iterrows():
         values = {str(k): v.item() if hasattr(v, "item") else v for k, v in row.items()}
         out.add_node(int(str(number)), label=label(row), **values)
     columns = (graph.edges[name].tolist() for name in ("source", "target", "value", "score"))
     for source, target, value, score in zip(*columns, strict=True):
-        out.add_edge(int(source), int(target), value=float(value), score=float(score))
+        out.add_edge(int(source), int(target), kind="direct", value=float(value), score=float(score))
+    for edge in [] if choices is None else choices.to_dict("records"):
+        out.add_edge(int(edge["source"]), int(edge["target"]), kind=str(edge["kind"]), value=float(edge["value"]))
     return out
 
 

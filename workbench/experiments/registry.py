@@ -5,8 +5,10 @@ describe themselves as those of studies do (method, what is not controlled, summ
 """
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,6 +16,7 @@ import xarray as xr
 
 from workbench import registry
 from workbench.errors import InputError
+from workbench.experiments.branch_hosts import HostModel
 from workbench.experiments.final_channel import METHOD, NOT_CONTROLLED
 from workbench.experiments.from_run import transcripts
 from workbench.experiments.sampling import composition, spread
@@ -29,24 +32,29 @@ SEQUENCES = 200  # about so many, of prompts spread over tasks and efforts
 
 
 def run_experiment(
-    name: str, model: GptOss, run: Run, *, sequences: int = SEQUENCES, seed: int = 0, **options: Any
+    name: str, model: GptOss | HostModel, run: Run, *, sequences: int = SEQUENCES, seed: int = 0, **options: Any
 ) -> dict[str, xr.Dataset]:
     """Return the datasets of an experiment on about `sequences` sequences of the run.
 
+    model: one at a host, for an experiment that only generates; which checkpoint it serves cannot be checked.
+
     Raises:
-        InputError: no experiment has this name or option, the run lacks what it needs, or was captured from another
-            checkpoint than the model's.
+        InputError: no experiment has this name or option, the run lacks what it needs, was captured from another
+            checkpoint than the model's, or the experiment needs the weights and the model is at a host.
     """
     record = registry.find(name)
     if not isinstance(record, registry.Experiment):
         raise InputError(f"{name} is a study and needs no model: use workbench.studies.run_study")
     record.check_recorded(run)
-    if run.checkpoint["digest"] != model.checkpoint.digest:
+    if isinstance(model, HostModel):
+        if not record.host:
+            raise InputError(f"{record.name} needs the weights: leave --host out, and load the model")
+    elif run.checkpoint["digest"] != model.checkpoint.digest:
         raise InputError(f"{run.path} was captured from another checkpoint than {model.checkpoint.path}: load that one")
     experiment = record.load().experiment
     options = record.checked_options(experiment, options)
     rows, merged = independent_rows(run, chosen_sequences(run, model.cfg.n_ctx, sequences))
-    results: dict[str, xr.Dataset] = experiment(model, rows, seed=seed, **options)
+    results: dict[str, xr.Dataset] = experiment(model, rows, seed=seed, **_store(record, run, options), **options)
     for title, result in results.items():
         result.attrs |= {
             "study": record.name,
@@ -65,6 +73,14 @@ def run_experiment(
         result.attrs.setdefault("method", METHOD)
         result.attrs.setdefault("not_controlled", NOT_CONTROLLED)
     return results
+
+
+def _store(record: registry.Experiment, run: Run, options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the file of samples beside a run, for an experiment that has one and is not told another."""
+    path = Path(str(run.path))
+    if "store" not in record.options or "store" in options or not os.access(path.parent, os.W_OK):
+        return {}
+    return {"store": f"{path}.branches.jsonl"}
 
 
 def chosen_sequences(run: Run, n_ctx: int, most: int) -> list[int]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from workbench.experiments.norm_attribution import mean_gradient, normed
 from workbench.experiments.token_selection import SelectedTokens
 from workbench.model.attention import Attention
-from workbench.model.transformer import GptOss, MoE
+from workbench.model.layers import MoE
+from workbench.model.transformer import GptOss
 
 Norm = Literal["frozen", "path", "layers"]
 

@@ -1,46 +1,33 @@
 """Sentence importance: which sentences of an analysis decide the answer, by sampling the rest again from each.
 
 Continuations from before a sentence write another sentence in its place, or a similar one. The answers of those whose
-sentence differs are set against those after the kept sentence. Forced answers close the analysis after each sentence:
-they show from where on the answer is settled.
+sentence differs are set against those after the kept sentence (counterfactual importance); those that never write it
+again are set against them, too (resilience: continuations that write it are sampled again from there). Forced answers
+close the analysis after each sentence: they show from where on the answer is settled.
 
-Reference: Bogdan et al. 2025, arXiv 2506.19143 (counterfactual importance); Lanham et al. 2023, arXiv
-2307.13702 (early answering, filler); arXiv 2510.27484.
+Reference: Bogdan et al. 2025, arXiv 2506.19143 (counterfactual importance, resilience); Lanham et al. 2023, arXiv
+2307.13702 (early answering, filler, mistakes, paraphrases); arXiv 2510.27484.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Int
 
-from workbench.capture.generation import final_text
 from workbench.errors import InputError
-from workbench.experiments.branch_importance import (
-    Importance,
-    commitment,
-    difference_of_shares,
-    importance,
-    similarity,
-)
-from workbench.experiments.branching import (
-    Analysis,
-    Branches,
-    BranchPoint,
-    Kind,
-    analysis_of,
-    branch_points,
-    sample,
-    sentence_ends,
-)
+from workbench.experiments import branch_edits
+from workbench.experiments.branch_answers import Answered, Suppressed, suppressed
+from workbench.experiments.branch_edits import EditKind, Editor, Paraphrases
+from workbench.experiments.branch_hosts import HostModel
+from workbench.experiments.branch_importance import Importance, difference_of_shares, importance
+from workbench.experiments.branching import Unit, analysis_of, branch_points, sample
 from workbench.experiments.final_channel import ALPHA
 from workbench.experiments.sampling import spread_rows
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
-from workbench.studies.intervals import MIN_PROMPTS, mean_effect, wilson
+from workbench.studies.intervals import MIN_PROMPTS, mean_effect
 from workbench.studies.statistics import false_discovery
 
 EXPERIMENT = Experiment(
@@ -52,12 +39,18 @@ EXPERIMENT = Experiment(
         "conversations": "Conversations, spread over tasks and efforts (default: 10).",
         "samples": "Continuations from each sentence, at least 10 (default: 50).",
         "temperature": "Temperature of sampling (default: 1).",
+        "unit": "sentence (default), or token to continue from every token.",
         "similar": "Edit similarity from which a resampled sentence counts as kept (default: 1, equal).",
-        "edits": "Also replace each sentence: filler, removed, or both separated by commas (default: none).",
+        "rounds": "Sample again, so often, where a continuation writes the replaced sentence later (default: 0).",
+        "edits": "Also replace each sentence: filler, removed, mistake, paraphrase, separated by commas (default: "
+        "none).",
+        "paraphrases": "JSONL of sentence and paraphrase, or host to ask the host (default: a fixed list).",
         "max_sentences": "Most sentences of an analysis; longer ones are grouped (default: 20).",
         "max_new_tokens": "Most tokens of a continuation (default: 512).",
-        "store": "JSONL file for the continuations; the same command resumes from it (default: none).",
+        "store": "JSONL file of the continuations, from which the same command resumes; empty for none (default: "
+        "RUN.branches.jsonl beside the run).",
     },
+    host=True,
     figures="workbench.figures.sentence_importance",
     aliases=("branching", "anchors"),
     order=115,
@@ -67,29 +60,35 @@ METHOD = (
     "answer. kept: those after the sentence, and those from before it that wrote a similar one (edit similarity of "
     "tokens of at least `similar`); other: those from before it that wrote another. effect: probability of the "
     "conversation's own answer, kept less other (Agresti–Caffo interval over samples). kl: divergence of other's "
-    "answers from kept's, nats, counts smoothed by 0.5, tested against shuffled samples; q: Benjamini–Hochberg over "
-    "all sentences. forced: share of the own answer when the analysis is closed after the sentence and the final "
-    "message opened. committed: the share of sentences after which the most frequent forced answer is the own one and "
-    "stays so. Unfinished answers are an answer of their own."
+    "answers from kept's, nats, counts smoothed by 0.5 (interval: bootstrap of samples, shifted by its bias), tested "
+    "against shuffled samples; q: Benjamini–Hochberg over all sentences. absent: continuations that write the sentence "
+    "nowhere, set against kept in the same way; returned: share of other that writes it later; resamplings: mean "
+    "number until it stays out, at most `rounds`. Edits: kept less edited; a mistake changes one number, letter or "
+    "verb. forced: share of the own answer when the analysis is closed after the sentence and the final message "
+    "opened. committed: the share of sentences after which the most frequent forced answer is the own one and stays "
+    "so; boundary: their number. Unfinished answers are an answer of their own."
 )
 NOT_CONTROLLED = (
     "Similarity is one of tokens, not of meaning: a paraphrase counts as another sentence, which makes effects "
-    "smaller. A forced answer takes the model off its policy. Intervals of a sentence are over its samples, so that "
+    "smaller. Without `rounds`, absent holds the continuations that happen not to write the sentence. A forced answer "
+    "takes the model off its policy. Intervals of a sentence are over its samples, so that "
     "they hold for this conversation; only `committed` has an interval over prompts."
 )
 _LEAST = 10
-_UNFINISHED = "(unfinished)"
 
 
 def experiment(
-    model: GptOss,
+    model: GptOss | HostModel,
     rows: Sequence[Transcript],
     *,
     conversations: int = 10,
     samples: int = 50,
     temperature: float = 1.0,
+    unit: str = "sentence",
     similar: float = 1.0,
+    rounds: int = 0,
     edits: str = "",
+    paraphrases: str = "",
     max_sentences: int = 20,
     max_new_tokens: int = 512,
     store: str = "",
@@ -97,27 +96,32 @@ def experiment(
 ) -> dict[str, xr.Dataset]:
     """Return the importance of every sentence, and for every conversation from where on its answer is settled.
 
-    Dataset `sentences`, over sentence: effect, low, high, kl, kl_null, p, q, accuracy_change (where the expected text
-    is known), forced with its interval before and after, samples kept and other. `conversations`: sentences, committed.
+    Dataset `sentences`, over sentence: effect, low, high, kl, kl_low, kl_high, kl_null, p, q, accuracy_change (where
+    the expected text is known), forced with its interval before and after, samples kept and other; the same of
+    continuations without the sentence as absent_effect and so on, returned, resamplings; of every edit NAME_effect and
+    so on. `conversations`: sentences, committed, boundary.
 
     Raises:
         InputError: an option is not possible, or no sequence has an analysis of two sentences and a final message.
     """
     if samples < _LEAST or not 0 < similar <= 1:
         raise InputError(f"samples={samples}, similar={similar:g}: expected at least {_LEAST}, and 0 < similar <= 1")
-    kinds = _edit_kinds(edits)
-    known = [a for row in rows if (a := analysis_of(row, model.tokenizer, max_sentences)) and a.n_sentences > 1]
+    if unit not in ("sentence", "token") or rounds < 0:
+        raise InputError(f"unit={unit!r}, rounds={rounds}: expected sentence or token, and no negative number")
+    of: Unit = "token" if unit == "token" else "sentence"
+    kinds, editor = _edit_kinds(edits), Editor(model.tokenizer, _paraphrases(model, paraphrases), seed)
+    known = [a for row in rows if (a := analysis_of(row, model.tokenizer, max_sentences, of)) and a.n_sentences > 1]
     if not known:
         raise InputError("no sequence has an analysis of at least two sentences and a finished final message")
     chosen = [known[i] for i in spread_rows([one.row for one in known], conversations)]
-    filler = _filler(model) if "filler" in kinds else None
-    points = {one.row.id: branch_points(one, kinds, filler) for one in chosen}
+    points = {one.row.id: branch_points(one, kinds, editor) for one in chosen}
     every = [p for own in points.values() for p in own]
     options: dict[str, Any] = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
-    branches = sample(model, every, **options, seed=seed, store=store or None)
-    rng = np.random.default_rng(seed)
-    found = [Answered(model, one, points[one.row.id], branches, similar) for one in chosen]
-    sentences = _sentences(found, kinds, rng)
+    options |= {"seed": seed, "store": store or None}
+    branches = sample(model, every, **options)
+    found = [Answered(model.tokenizer, one, points[one.row.id], branches, similar) for one in chosen]
+    absent = suppressed(model, found, rounds, options)
+    sentences = _sentences(found, kinds, absent, np.random.default_rng(seed))
     by_conversation = _conversations(found, seed)
     about = {
         "rests_on": f"{len(chosen)} conversations, {sentences.sizes['sentence']} sentences, {samples} samples each",
@@ -131,90 +135,39 @@ def experiment(
     return {"sentences": sentences, "conversations": by_conversation}
 
 
-def _edit_kinds(text: str) -> list[Kind]:
-    kinds: list[Kind] = []
-    for name in filter(None, (part.strip() for part in text.split(","))):
-        if name not in ("filler", "removed"):
-            raise InputError(f"edits={text!r}: expected filler, removed, or both separated by a comma")
-        kinds.append("filler" if name == "filler" else "removed")
-    return kinds
+def _edit_kinds(text: str) -> list[EditKind]:
+    names = [name for part in text.split(",") if (name := part.strip())]
+    if unknown := [name for name in names if name not in branch_edits.KINDS]:
+        raise InputError(f"edits={unknown[0]!r}: expected {', '.join(branch_edits.KINDS)}, separated by commas")
+    return [kind for kind in branch_edits.KINDS if kind in names]
 
 
-def _filler(model: GptOss) -> int:
-    """Return the token of dots, or of the sign in the vocabulary that says least."""
-    for text in (" ...", "...", ".", " ", ";"):
-        try:
-            ids = model.tokenizer.encode(text)
-        except InputError:  # a small vocabulary lacks it
-            continue
-        if len(ids) == 1:
-            return int(ids[0])
-    raise InputError("edits=filler: the vocabulary has no token of dots, a space or a semicolon")
+def _paraphrases(model: GptOss | HostModel, text: str) -> Paraphrases | None:
+    """Return the source of paraphrases that an option names; None is the fixed list.
+
+    Raises:
+        InputError: a host is named and the model is loaded here, or the file cannot be read.
+    """
+    if text == "host":
+        if not isinstance(model, HostModel):
+            raise InputError("paraphrases=host needs a model at a host: add --host, or name a file")
+        return branch_edits.asked_paraphrases(model.ask)
+    return branch_edits.read_paraphrases(text).get if text else None
 
 
-class Answered:
-    """A conversation with the answers of its branches, as category numbers; 0 is its own answer."""
-
-    def __init__(
-        self, model: GptOss, one: Analysis, points: Sequence[BranchPoint], branches: Branches, similar: float
-    ) -> None:
-        self.one, self._codes = one, {one.answer: 0}
-        self.answers: dict[tuple[Kind, int], np.ndarray] = {}
-        self.alike: dict[int, np.ndarray] = {}  # whether a continuation's first sentence is like the one it replaces
-        for point in points:
-            new = branches[point.id]
-            texts = [final_text([*point.ids, *ids], model.tokenizer) for ids in new]
-            codes = [self._codes.setdefault(_UNFINISHED if t is None else t, len(self._codes)) for t in texts]
-            self.answers[point.kind, point.sentence] = np.array(codes)
-            if point.kind == "continue" and point.sentence < one.n_sentences:
-                own = one.sentence(point.sentence)
-                firsts = [first_sentence(model, ids, one.header[0]) for ids in new]
-                self.alike[point.sentence] = np.array([similarity(own, first) >= similar for first in firsts])
-        self.texts = [model.tokenizer.decode(one.sentence(i)).strip() for i in range(one.n_sentences)]
-
-    def sides(self, number: int) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " other"]]:
-        """Return the answers with the sentence kept or rewritten alike, and those with another in its place."""
-        before, alike = self.answers["continue", number], self.alike[number]
-        return np.concatenate([self.answers["continue", number + 1], before[alike]]), before[~alike]
-
-    def expected(self) -> int | None:
-        """Return the category of the expected text; −1 where no branch gave it, None where it is not known."""
-        return None if self.one.row.answer is None else self._codes.get(self.one.row.answer, -1)
-
-    def forced(self, number: int) -> tuple[float, float, float]:
-        """Return the share of the own answer, with its interval, when the analysis is closed before a sentence."""
-        own = (self.answers["forced", number] == 0).astype(np.float64)
-        share, low, high = wilson(own, len(own))
-        return float(share), float(low), float(high)
-
-    def committed(self) -> float:
-        """Return the share of sentences after which the forced answer is settled."""
-        points = range(self.one.n_sentences + 1)
-        modes = [Counter(self.answers["forced", i].tolist()).most_common(1)[0][0] == 0 for i in points]
-        return commitment(modes) / self.one.n_sentences if modes[-1] else float("nan")
-
-
-def first_sentence(model: GptOss, ids: Sequence[int], end: int) -> list[int]:
-    """Return the first sentence that a continuation writes; it also ends with the token that ends the analysis."""
-    own = [int(t) for t in ids]
-    own = own[: own.index(end)] if end in own else own
-    texts: list[str] = []
-    for i, token in enumerate(own):
-        texts.append(model.tokenizer.decode([token]))
-        ends = sentence_ends([*texts, *([model.tokenizer.decode([own[i + 1]])] if i + 1 < len(own) else [])])
-        if ends[0] <= i + 1:
-            return own[: ends[0]]
-    return own
-
-
-def _sentences(found: Sequence[Answered], kinds: Sequence[Kind], rng: np.random.Generator) -> xr.Dataset:
+def _sentences(
+    found: Sequence[Answered],
+    kinds: Sequence[EditKind],
+    absent: dict[tuple[int, int], Suppressed],
+    rng: np.random.Generator,
+) -> xr.Dataset:
     columns: dict[str, list[Any]] = {}
 
     def put(**values: Any) -> None:
         for name, value in values.items():
             columns.setdefault(name, []).append(value)
 
-    for one in found:
+    for number, one in enumerate(found):
         expected = one.expected()
         for i, text in enumerate(one.texts):
             kept, other = one.sides(i)
@@ -226,7 +179,7 @@ def _sentences(found: Sequence[Answered], kinds: Sequence[Kind], rng: np.random.
             right = float("nan")
             if expected is not None and len(kept) and len(other):
                 right = float((kept == expected).mean() - (other == expected).mean())
-            put(accuracy_change=right)
+            put(accuracy_change=right, **_without(kept, absent.get((number, i)), rng))
             for kind in kinds:
                 put(**_edited(one, kind, i, rng))
     coords = {name: ("sentence", columns.pop(name)) for name in ("conversation", "number", "text")}
@@ -236,7 +189,17 @@ def _sentences(found: Sequence[Answered], kinds: Sequence[Kind], rng: np.random.
     return result_set
 
 
-def _edited(one: Answered, kind: Kind, i: int, rng: np.random.Generator) -> dict[str, float]:
+def _without(kept: np.ndarray, absent: Suppressed | None, rng: np.random.Generator) -> dict[str, float]:
+    """Return what continuations without the sentence change: kept less absent; NaN where the unit is a token."""
+    names = ("effect", "low", "high", "kl", "kl_low", "kl_high", "p")
+    if absent is None:
+        return dict.fromkeys(("returned", "resamplings", "absent", *(f"absent_{n}" for n in names)), float("nan"))
+    result = importance(kept, absent.answers, 0, rng)
+    found = {f"absent_{name}": float(getattr(result, name)) for name in names}
+    return {"returned": absent.returned, "resamplings": absent.resamplings, "absent": len(absent.answers)} | found
+
+
+def _edited(one: Answered, kind: EditKind, i: int, rng: np.random.Generator) -> dict[str, float]:
     """Return what an edit of the sentence does to the own answer: kept less edited, with interval and p."""
     kept = one.answers["continue", i + 1]
     if (kind, i + 1) not in one.answers:
@@ -250,12 +213,15 @@ def _edited(one: Answered, kind: Kind, i: int, rng: np.random.Generator) -> dict
 
 
 def _conversations(found: Sequence[Answered], seed: int) -> xr.Dataset:
-    committed = np.array([one.committed() for one in found])
+    after = [one.boundary() for one in found]
+    boundary = np.array([np.nan if n is None else n for n in after], dtype=np.float64)
+    committed = boundary / np.array([one.one.n_sentences for one in found])
     prompts = [one.one.row.prompt_id for one in found]
     whole = [one.answers["continue", one.one.n_sentences] for one in found]
     result = xr.Dataset(
         {
             "committed": ("conversation", committed, {"long_name": "share of sentences before commitment"}),
+            "boundary": ("conversation", boundary, {"long_name": "sentences before commitment"}),
             "sentences": ("conversation", [one.one.n_sentences for one in found]),
             "own_answer": ("conversation", [float((codes == 0).mean()) for codes in whole]),
         },
@@ -283,9 +249,22 @@ def _sentence_summary(result: xr.Dataset) -> str:
         lines.append(
             f"  {one['conversation'].item()}, sentence {int(one['number']) + 1}, {text[:60]!r}: own answer "
             f"{float(one['effect']):+.2f} [{float(one['low']):+.2f}, {float(one['high']):+.2f}] with it; divergence "
-            f"{float(one['kl']):.2f} nats ({float(one['kl_null']):.2f} by chance), q {float(one['q']):.3f}."
+            f"{float(one['kl']):.2f} nats [{float(one['kl_low']):.2f}, {float(one['kl_high']):.2f}] "
+            f"({float(one['kl_null']):.2f} by chance), q {float(one['q']):.3f}."
+            + (f" Written later by {float(one['returned']):.0%} of the others." if one["returned"] > 0 else "")
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_edits_summary(result)])
+
+
+def _edits_summary(result: xr.Dataset) -> list[str]:
+    """Return a line for every edit: at how many sentences it changes the probability of the own answer."""
+    lines = []
+    for kind in (kind for kind in branch_edits.KINDS if f"{kind}_p" in result):
+        effect, q = result[f"{kind}_effect"].values, false_discovery(result[f"{kind}_p"].values)
+        n = int(np.isfinite(q).sum())
+        mean = f"own answer {np.nanmean(effect):+.2f} kept less edited on average" if n else "nowhere possible"
+        lines.append(f"  {kind}: {int((q <= ALPHA).sum())} of {n} sentences change the answers; {mean}.")
+    return lines
 
 
 def _conversation_summary(result: xr.Dataset) -> str:

@@ -6,6 +6,7 @@ from functools import partial
 import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.figures import contrast
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.intervals import lines
 from workbench.figures.template import ThemeName
@@ -21,7 +22,7 @@ def agreement(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
         "channel",
         labels=labels,
         title="Agreement of two routers",
-        subtitle="|experts of a ∩ experts of b| / k, mean over tokens; 95 % bands, jackknife over prompts",
+        subtitle="|experts of a ∩ experts of b| / k, mean over prompts; 95 % bands",
         y_title="agreement",
         theme=theme,
     )
@@ -30,8 +31,13 @@ def agreement(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Return every figure of the study and the numbers behind each."""
     ds = datasets["agreement"]
-    return (
-        {"agreement": GalleryItem(partial(agreement, ds), numbers(ds, "channel_layer"), ds)}
-        if "agreement" in ds
-        else {}
-    )
+    found: Gallery = {}
+    if "agreement" in ds:
+        found["agreement"] = GalleryItem(partial(agreement, ds), numbers(ds, "channel_layer"), ds)
+    for kind, title in (
+        ("routing", "Size of load differences by layer"),
+        ("sinks", "Size of sink differences by layer"),
+    ):
+        own = {n.removeprefix(f"{kind}_"): ds for n, ds in datasets.items() if n.startswith(f"{kind}_")}
+        found |= contrast.gallery(own, title=title, prefix=f"{kind}_")
+    return found

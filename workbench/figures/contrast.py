@@ -91,7 +91,8 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
     palette = [colours.colour("channel", c) for c in ("analysis", "final", "commentary", "prompt")]
     figure = go.Figure()
     for i, (name, ds) in enumerate(sets.items()):
-        for control, dash in (("none", "dash"), ("position", "solid")):
+        controls = [c for c in ("none", "position") if c in ds["control"].values]
+        for control in controls:
             cell = ds.sel(control=control)
             if not int(cell["prompts"]):
                 continue
@@ -102,8 +103,12 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
                     y=100 * size,
                     name=name.replace("_", " "),
                     mode="lines+markers",
-                    showlegend=control == "position",
-                    line={"color": palette[i % len(palette)], "dash": dash, "width": 1.8},
+                    showlegend=control == controls[-1],
+                    line={
+                        "color": palette[i % len(palette)],
+                        "dash": "solid" if control == controls[-1] else "dash",
+                        "width": 1.8,
+                    },
                     marker={"symbol": ("circle", "square", "diamond", "cross")[i % 4], "size": 7},
                     hovertemplate="layer %{x}: %{y:.2f} points, "
                     + _CONTROL[control]
@@ -112,10 +117,9 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
             )
     figure.update_xaxes(title="layer", dtick=max(1, len(next(iter(sets.values()))["layer"]) // 6))
     figure.update_yaxes(title="size of the difference (points)", rangemode="tozero")
-    subtitle = (
-        "Root of summed squared differences over a layer's cells, less what noise has; dashed: within "
-        "prompts, solid: at equal position too"
-    )
+    subtitle = "Root of summed squared differences over a layer's cells, less what noise has"
+    if any("position" in ds["control"].values for ds in sets.values()):
+        subtitle += "; dashed: within prompts, solid: at equal position too"
     return apply_theme(figure, colours, next(iter(sets.values())), title=title, subtitle=subtitle, height=460)
 
 
@@ -124,7 +128,7 @@ def gallery(sets: Mapping[str, xr.Dataset], *, title: str, prefix: str = "") -> 
     own = {name: ds for name, ds in sets.items() if "difference" in ds and "size" in ds}
     found: Gallery = {}
     for name, ds in own.items():
-        for control in ("none", "position"):
+        for control in (c for c in ("none", "position") if c in ds["control"].values):
             if int(ds["prompts"].sel(control=control)):
                 cells = numbers(
                     ds.sel(control=control).drop_vars("control"), "_".join(map(str, ds["difference"].dims[1:]))

@@ -65,29 +65,6 @@ def heatmap(
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
 
 
-def difference(a: xr.Dataset, b: xr.Dataset, measure: Measure, *, theme: ThemeName = "light") -> go.Figure:
-    """Draw the difference of two selections in points, without controls and tests."""
-    colours = THEMES[theme]
-    column = str(a[measure].dims[1])
-    points = 100 * (a[measure].values - b[measure].values)
-    limit = float(np.nanmax(np.abs(points), initial=0.1))
-    grid = LayerHeatmap(a["layer"].values, a[column].values, colours)
-    detail = np.stack([points, 100 * a[measure].values, 100 * b[measure].values], -1)
-    first, second = a.attrs["title"], b.attrs["title"]
-    hover = (
-        f"layer %{{y}}, {column} %{{x}}<br>%{{customdata[0]:+.2f}} points<br>{first} %{{customdata[1]:.2f}} %, "
-        f"{second} %{{customdata[2]:.2f}} %<extra></extra>"
-    )
-    grid.differences(points, np.isfinite(points), detail, hover, limit, "not shown to differ")
-    bar = {"title": {"text": "percentage points"}}
-    figure = grid.finish_differences(column, limit, bar)
-    subtitle = (
-        f"{a.attrs['tokens']:,} and {b.attrs['tokens']:,} tokens, pooled; not controlled for position, not tested"
-    )
-    title = f"{a[measure].attrs['long_name'].capitalize()}: {first} − {second}"
-    return apply_theme(figure, colours, a, title=title, subtitle=subtitle, height=grid.height)
-
-
 def position_curve(rows: pd.DataFrame, digest: str, layer: int, head: int, *, theme: ThemeName = "light") -> go.Figure:
     """Draw the one head's sink attention along position, a line a channel. rows: [position, channel]."""
     colours = THEMES[theme]

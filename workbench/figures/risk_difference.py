@@ -75,7 +75,7 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
 
 
 def _label(control: str) -> str:
-    return "pooled" if control == "pooled" else f"within {control}"
+    return {"pooled": "pooled", "token": "unpaired, at the same token ids"}.get(control, f"within {control}")
 
 
 def _rests(cell: xr.Dataset, control: str) -> str:

@@ -16,6 +16,7 @@ from workbench.live.model_server import Limits, ModelServer
 from workbench.live.page import _REFRESH_MS, LivePage
 from workbench.model.transformer import GptOss
 from workbench.research.recipe import Recipe
+from workbench.research.steering_sources import SteeringSources
 
 __all__ = ["Limits", "live_page", "serve"]
 
@@ -78,6 +79,7 @@ def serve(
     name: str,
     *,
     limits: Limits | None = None,
+    sources: SteeringSources | None = None,
     port: int = 5007,
     address: str = "localhost",
     show: bool = False,
@@ -86,14 +88,14 @@ def serve(
 ) -> None:
     """Serve the live page until interrupted. Only pages from `address`, and of the origins allowed, may connect.
 
-    name: how `wb.load` finds the model. basic_auth: a JSON file of names and passwords; without it everybody who
-    reaches the address may use the model.
+    name: how `wb.load` finds the model. sources: vectors and autoencoders to steer along. basic_auth: a JSON file of
+    names and passwords; without it everybody who reaches the address may use the model.
     """
     access = login_options(basic_auth)
     origins = [*local_origins(address, port), *allow_origin]
     check_free(address, port)
     pn.extension(notifications=False, inline=True)  # nothing from another host
-    server = ModelServer(model, name, limits)
+    server = ModelServer(model, name, limits, sources)
     page = live_page(server)
     print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
     options: dict[str, Any] = {

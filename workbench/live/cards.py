@@ -1,7 +1,7 @@
 """Cards of interventions: what each does, on which tokens, and how strongly."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -9,7 +9,17 @@ import panel as pn
 
 from workbench.dashboards.theme import CARD_CSS
 from workbench.errors import InputError
-from workbench.research.recipe import CELL_KINDS, DIRECTIONS, Intervention, Scope
+from workbench.harmony.labels import ROLES
+from workbench.harmony.messages import EFFORTS
+from workbench.research.intervention import (
+    CELL_KINDS,
+    DIRECTIONS,
+    HEAD_KINDS,
+    STRENGTH_KINDS,
+    Intervention,
+    Scope,
+)
+from workbench.research.steering_sources import SteeringSources
 
 TITLES = {
     "forbid": "Forbid experts",
@@ -17,9 +27,13 @@ TITLES = {
     "reweight": "Reweight experts",
     "scale_sinks": "Scale sinks",
     "steer": "Steer along a direction",
+    "vector": "Steer along a vector",
+    "feature": "Steer along a feature",
+    "patch": "Patch from a prompt",
     "knockout": "Knock out attention",
 }
 _CHANNELS = ["prompt", "analysis", "commentary", "final", "frame"]
+_SAME_EFFORT = "same"
 _CELL = re.compile(r"([0-9]{1,4}):([0-9]{1,4})")
 _RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
@@ -44,8 +58,8 @@ def cells_text(cells: tuple[tuple[int, int], ...]) -> str:
     return " ".join(f"{layer}:{expert}" for layer, expert in cells)
 
 
-def layers_of(text: str) -> tuple[int, ...]:
-    """Return the layers of a text such as "0-2, 5".
+def layers_of(text: str, what: str = "layers") -> tuple[int, ...]:
+    """Return the numbers of a text such as "0-2, 5". what: what they count, for the error.
 
     Raises:
         InputError: a part is neither a number nor a range.
@@ -55,29 +69,75 @@ def layers_of(text: str) -> tuple[int, ...]:
         match = _RANGE.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first or last - first > 1000:
-            raise InputError(f"layers {part!r}: expected numbers or ranges, as in 0-2 5")
+            raise InputError(f"{what} {part!r}: expected numbers or ranges, as in 0-2 5")
         found += range(first, last + 1)
     return tuple(dict.fromkeys(found))
 
 
-class InterventionCard:
-    """The widgets of one intervention."""
+def source_names(kind: str, sources: SteeringSources) -> list[str]:
+    """Return the vectors or autoencoders that an intervention of a kind can name."""
+    return sorted({"vector": sources.vectors, "feature": sources.saes}.get(kind, {}))
 
-    def __init__(self, one: Intervention, remove: Callable[["InterventionCard"], None]) -> None:
+
+class ScopeWidgets:
+    """The widgets of a scope: channels, roles, and a range of positions."""
+
+    def __init__(self, scope: Scope, what: str) -> None:
+        self._channels, self._roles = (
+            pn.widgets.CheckBoxGroup(options=list(options), value=list(value), inline=True)
+            for options, value in ((_CHANNELS, scope.channel), (ROLES, scope.role))
+        )
+        self._start = pn.widgets.IntInput(label="From position", value=scope.start, start=0, width=110)
+        stop = "" if scope.stop is None else str(scope.stop)
+        self._stop = pn.widgets.TextInput(label="To position", value=stop, placeholder="end", width=110)
+        self.numbers = [self._start, self._stop]
+        self.rows = [
+            *(_labelled(f"{what}: channels (none: all)", self._channels)),
+            *(_labelled(f"{what}: roles (none: all)", self._roles)),
+        ]
+
+    def scope(self) -> Scope:
+        """Return the scope that the widgets describe.
+
+        Raises:
+            InputError: the last position is no number.
+        """
+        text = str(self._stop.value).strip()
+        if text and not text.isdecimal():
+            raise InputError(f"to position {text!r}: expected a whole number, or nothing for the end")
+        stop = int(text) if text else None
+        return Scope(tuple(self._channels.value), tuple(self._roles.value), int(self._start.value or 0), stop)
+
+
+def _labelled(text: str, widget: Any) -> list[Any]:
+    return [pn.pane.HTML(f"<label>{escape(text)}</label>", margin=(4, 10, 0, 10)), widget]
+
+
+class InterventionCard:
+    """The widgets of one intervention. names: of the vectors or autoencoders that it can name as its source."""
+
+    def __init__(
+        self, one: Intervention, remove: Callable[["InterventionCard"], None], names: Sequence[str] = ()
+    ) -> None:
         self.kind = one.kind
         self._cells = pn.widgets.TextInput(label="Experts (layer:expert)", value=cells_text(one.cells))
-        self._layers = pn.widgets.TextInput(label="Layers", value=" ".join(map(str, one.layers)))
+        self._layers = pn.widgets.TextInput(
+            label="Layers" if one.kind != "feature" else "Layers (none: where the SAE was trained)",
+            value=" ".join(map(str, one.layers)),
+        )
+        self._heads = pn.widgets.TextInput(label="Heads (none: all)", value=" ".join(map(str, one.heads)))
         self._strength = pn.widgets.FloatInput(label="Strength", value=one.strength, step=0.25, width=100)
         self._toward, self._away = (
             pn.widgets.Select(label=label, options=list(DIRECTIONS), value=value, width=120)
             for label, value in (("Toward the mean of", one.toward), ("Away from", one.away))
         )
-        self._keys = pn.widgets.CheckBoxGroup(options=_CHANNELS, value=list(one.keys.channel), inline=True)
-        self._channels = pn.widgets.CheckBoxGroup(options=_CHANNELS, value=list(one.scope.channel), inline=True)
-        self._roles, self._other_keys = one.scope.role, one.keys  # kept as they are: the card has no widgets for them
-        self._start = pn.widgets.IntInput(label="From position", value=one.scope.start, start=0, width=110)
-        stop = "" if one.scope.stop is None else str(one.scope.stop)
-        self._stop = pn.widgets.TextInput(label="To position", value=stop, placeholder="end", width=110)
+        self._source = self._source_widget(one, names)
+        self._effort = pn.widgets.Select(
+            label="At effort", options=[_SAME_EFFORT, *EFFORTS], value=one.source_effort or _SAME_EFFORT, width=110
+        )
+        self._feature = pn.widgets.IntInput(label="Feature", value=one.feature, start=0, width=110)
+        self.scope = ScopeWidgets(one.scope, "From queries" if one.kind == "knockout" else "Acts on")
+        self.keys = ScopeWidgets(one.keys, "Hidden tokens")
         self._remove = pn.widgets.Button(label="Remove", width=80, variant="outline")
         self._remove.on_click(lambda _: remove(self))
         self.view = pn.Card(
@@ -88,19 +148,34 @@ class InterventionCard:
             margin=(4, 0),
         )
 
+    @staticmethod
+    def _source_widget(one: Intervention, names: Sequence[str]) -> Any:
+        if one.kind == "patch":
+            return pn.widgets.TextAreaInput(
+                label="Other user message (empty: the same)",
+                value=one.source,
+                rows=2,
+                max_length=100_000,
+                sizing_mode="stretch_width",
+            )
+        label = "SAE" if one.kind == "feature" else "Vector"
+        options = list(dict.fromkeys([*names, *([one.source] if one.source else [])]))
+        value = one.source or next(iter(options), None)
+        return pn.widgets.Select(label=label, options=options, value=value, width=200)
+
     def _rows(self) -> list[Any]:
-        label = "<label>{}</label>".format
         rows: list[Any] = [self._cells if self.kind in CELL_KINDS else self._layers]
+        if self.kind in HEAD_KINDS:
+            rows.append(self._heads)
         if self.kind == "steer":
             rows.append(pn.Row(self._toward, self._away))
+        if self.kind in ("vector", "feature", "patch"):
+            more = {"feature": [self._feature], "patch": [self._effort]}.get(self.kind, [])
+            rows.append(pn.FlexBox(self._source, *more))
         if self.kind == "knockout":
-            rows += [pn.pane.HTML(label("Tokens that are hidden (none: all)"), margin=(4, 10, 0, 10)), self._keys]
-        name = "Acts on channels (none: all)" if self.kind != "knockout" else "From queries in (none: all)"
-        rows += [pn.pane.HTML(label(escape(name)), margin=(4, 10, 0, 10)), self._channels]
-        numbers = [self._start, self._stop]
-        if self.kind in ("reweight", "scale_sinks", "steer"):
-            numbers.append(self._strength)
-        return [*rows, pn.Row(*numbers), self._remove]
+            rows += [*self.keys.rows, pn.Row(*self.keys.numbers)]
+        numbers = [*self.scope.numbers, *([self._strength] if self.kind in STRENGTH_KINDS else [])]
+        return [*rows, *self.scope.rows, pn.Row(*numbers), self._remove]
 
     def intervention(self) -> Intervention:
         """Return the intervention that the widgets describe.
@@ -108,22 +183,21 @@ class InterventionCard:
         Raises:
             InputError: a field cannot be read.
         """
-        text = str(self._stop.value).strip()
-        if text and not text.isdecimal():
-            raise InputError(f"to position {text!r}: expected a whole number, or nothing for the end")
-        scope = Scope(
-            tuple(self._channels.value), self._roles, int(self._start.value or 0), int(text) if text else None
-        )
-        keys = Scope(tuple(self._keys.value), self._other_keys.role, self._other_keys.start, self._other_keys.stop)
+        scope, keys = self.scope.scope(), self.keys.scope()
         cells, layers = cells_of(self._cells.value), layers_of(self._layers.value)
-        of_cells, knockout, steers = self.kind in CELL_KINDS, self.kind == "knockout", self.kind == "steer"
+        heads = layers_of(self._heads.value, "heads")
+        kind, effort = self.kind, str(self._effort.value)
         return Intervention(
-            self.kind,
-            cells=cells if of_cells else (),
-            layers=() if of_cells else layers,
-            strength=float(self._strength.value) if self.kind in ("reweight", "scale_sinks", "steer") else 1.0,
-            toward=str(self._toward.value) if steers else "final",
-            away=str(self._away.value) if steers else "analysis",
+            kind,
+            cells=cells if kind in CELL_KINDS else (),
+            layers=() if kind in CELL_KINDS else layers,
+            heads=heads if kind in HEAD_KINDS else (),
+            strength=float(self._strength.value) if kind in STRENGTH_KINDS else 1.0,
+            toward=str(self._toward.value) if kind == "steer" else "final",
+            away=str(self._away.value) if kind == "steer" else "analysis",
+            source=str(self._source.value or "") if kind in ("vector", "feature", "patch") else "",
+            source_effort=effort if kind == "patch" and effort != _SAME_EFFORT else "",
+            feature=int(self._feature.value or 0) if kind == "feature" else 0,
             scope=scope,
-            keys=keys if knockout else Scope(),
+            keys=keys if kind == "knockout" else Scope(),
         )

@@ -27,6 +27,7 @@ from workbench.model.generation_loop import GenerationSpeed, GenerationStep
 from workbench.model.prompt_cache import PromptCache
 from workbench.model.transformer import GptOss
 from workbench.research.recipe import Recipe
+from workbench.research.steering_sources import SteeringSources
 
 _ROWS = 64  # logits of so many tokens at a time
 
@@ -84,8 +85,10 @@ class Experiment:
         *,
         recorder: "RoutingRecorder | None" = None,
         prompt_cache: PromptCache | None = None,
+        sources: SteeringSources | None = None,
     ) -> None:
         self.model, self.recipe, self._recorder, self._prompt_cache = model, recipe, recorder, prompt_cache
+        self._sources = sources
         self.prompt = recipe.prompt_ids(model)
         self.original = Answer([[] for _ in range(recipe.samples)])
         self.edited: Answer | None = None
@@ -99,12 +102,14 @@ class Experiment:
             InputError: an intervention names what the model lacks, or the logits are not finite.
         """
         if not self.recipe.needs_directions:
-            self.recipe.edits(self.model)  # what the model lacks is refused before anything is generated
+            self.recipe.edits(
+                self.model, sources=self._sources
+            )  # what the model lacks is refused before anything is generated
         with recording(self.model, self._recorder) as recorder:
             yield from self._generate(self.original, recorder, self._prompt_cache)
             if not self.recipe.interventions:
                 return
-            edits = self.recipe.edits(self.model, [self._transcript()])
+            edits = self.recipe.edits(self.model, [self._transcript()], sources=self._sources)
             self.edited = Answer([[] for _ in range(self.recipe.samples)])
             with applied(self.model, *edits, need_match=False) as report:
                 yield from self._generate(self.edited, recorder, None)
@@ -242,11 +247,20 @@ def exchanged(before: list[np.ndarray], after: list[np.ndarray]) -> list[float]:
 
 @dataclass(frozen=True)
 class SampleSummary:
-    """Of the samples of one side: final answers with their number, how many are complete, mean new tokens."""
+    """Of the samples of one side: final answers with their number, how many are complete, mean new tokens.
+
+    correct: how many are the expected answer; None if the recipe expects none. An incomplete answer is not correct.
+    """
 
     answers: list[tuple[str, int]]
     complete: int
     mean_tokens: float
+    correct: int | None = None
+
+
+def final_answer(experiment: Experiment, answer: Answer) -> str | None:
+    """Return the complete final message of the first sample, None if there is none."""
+    return final_text(np.array([*experiment.prompt, *answer.tokens]), experiment.model.tokenizer)
 
 
 def summarize(experiment: Experiment, answer: Answer) -> SampleSummary:
@@ -254,7 +268,13 @@ def summarize(experiment: Experiment, answer: Answer) -> SampleSummary:
     rows = [[*experiment.prompt, *row] for row in answer.rows]
     texts = [final_text(np.array(row), experiment.model.tokenizer) for row in rows]
     counted = Counter(text for text in texts if text is not None).most_common()
-    return SampleSummary(counted, sum(t is not None for t in texts), float(np.mean([len(r) for r in answer.rows])))
+    expected = experiment.recipe.expected.strip()
+    return SampleSummary(
+        counted,
+        sum(text is not None for text in texts),
+        float(np.mean([len(row) for row in answer.rows])),
+        sum(text == expected for text in texts) if expected else None,
+    )
 
 
 def limited(recipe: Recipe, max_new_tokens: int, max_samples: int) -> tuple[Recipe, list[str]]:

@@ -9,6 +9,7 @@ from workbench.live.job_queue import Job, JobQueue
 from workbench.model.prompt_cache import PromptCache
 from workbench.model.transformer import GptOss
 from workbench.research.recipe import Recipe
+from workbench.research.steering_sources import SteeringSources
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,16 @@ class Limits:
 
 
 class ModelServer:
-    """A model with a queue. name: how `wb.load` finds the model; recipes made here name it."""
+    """A model with a queue. name: how `wb.load` finds the model; recipes made here name it.
 
-    def __init__(self, model: GptOss, name: str, limits: Limits | None = None) -> None:
+    sources: the vectors and autoencoders that recipes may steer along.
+    """
+
+    def __init__(
+        self, model: GptOss, name: str, limits: Limits | None = None, sources: SteeringSources | None = None
+    ) -> None:
         self.model, self.name, self.limits = model, name, limits or Limits()
+        self.sources = sources or SteeringSources()
         self.queue = JobQueue(self.limits.max_seconds)
         self._recorder = RoutingRecorder(model)
 
@@ -53,8 +60,13 @@ class Viewer:
             InputError: the recipe cannot be run, or the queue is full.
         """
         allowed, notes = limited(recipe, self.server.limits.max_new_tokens, self.server.limits.max_samples)
-        recorder = self.server._recorder
-        experiment = Experiment(self.server.model, allowed, recorder=recorder, prompt_cache=self._prompt_cache)
+        experiment = Experiment(
+            self.server.model,
+            allowed,
+            recorder=self.server._recorder,
+            prompt_cache=self._prompt_cache,
+            sources=self.server.sources,
+        )
         return self.server.queue.submit(self.id, experiment.steps()), experiment, notes
 
     def leave(self) -> None:

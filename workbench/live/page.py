@@ -13,13 +13,15 @@ from workbench.dashboards.theme import CARD_CSS, PARTS_CSS, note
 from workbench.errors import InputError
 from workbench.figures.template import ThemeName
 from workbench.harmony.messages import EFFORTS
-from workbench.live.cards import TITLES, InterventionCard
-from workbench.live.experiment import Answer, Experiment, summarize
+from workbench.live.cards import TITLES, InterventionCard, source_names
+from workbench.live.experiment import Answer, Experiment, final_answer, summarize
 from workbench.live.expert_map import ExpertMap
 from workbench.live.job_queue import Job, State
 from workbench.live.model_server import ModelServer, Viewer
-from workbench.live.rendering import ANSWER_CSS, answer_html, comparison_html, samples_html
-from workbench.research.recipe import CELL_KINDS, Intervention, Recipe
+from workbench.live.rendering import ANSWER_CSS, answer_html, comparison_html, history_html, samples_html
+from workbench.live.study_command import study_command
+from workbench.research.intervention import CELL_KINDS, Intervention
+from workbench.research.recipe import Recipe
 from workbench.research.recipe_python import recipe_python
 
 _REFRESH_MS = 120
@@ -51,6 +53,7 @@ class LivePage:
         self._notes: list[str] = []
         self._shown: tuple[Any, ...] = ()
         self._cards: list[InterventionCard] = []
+        self._history: tuple[tuple[str, str], ...] = ()
         self._make_widgets()
         self._fill(recipe)
         if problem:
@@ -64,6 +67,10 @@ class LivePage:
         self._begin = pn.widgets.TextAreaInput(
             label="The answer begins with (edit the analysis here)", rows=3, max_length=100_000, **wide
         )
+        self._expected = pn.widgets.TextInput(label="Known answer (to count correct ones)", max_length=10_000, **wide)
+        self._turns = pn.pane.HTML("", stylesheets=[PARTS_CSS, ANSWER_CSS], **wide)
+        self._next = pn.widgets.Button(label="Next turn", width=110)
+        self._undo = pn.widgets.Button(label="Remove the last turn", width=180, visible=False)
         self._temperature = pn.widgets.FloatInput(label="Temperature", start=0, end=10, step=0.1, width=100)
         self._seed = pn.widgets.IntInput(label="Seed", start=0, end=2**31 - 1, width=100)
         self._tokens = pn.widgets.IntInput(label="New tokens", start=1, end=limits.max_new_tokens, width=100)
@@ -78,7 +85,11 @@ class LivePage:
         load = [[0.0] * cfg.num_experts for _ in range(cfg.n_layers)]
         self._map = ExpertMap(load=load, sizing_mode="stretch_width", margin=(6, 10))
         self._map_title = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
-        self._add = [pn.widgets.Button(label=title, variant="outline", margin=3) for title in TITLES.values()]
+        self._add = {
+            kind: pn.widgets.Button(label=title, variant="outline", margin=3)
+            for kind, title in TITLES.items()
+            if kind not in ("vector", "feature") or source_names(kind, self._server.sources)
+        }
         self._list = pn.Column(sizing_mode="stretch_width")
         css = [PARTS_CSS, ANSWER_CSS]
         self._answers = [pn.pane.HTML("", stylesheets=css, **wide) for _ in range(2)]
@@ -90,6 +101,7 @@ class LivePage:
         )
         self._load = pn.widgets.FileInput(label="Load a recipe", accept=".json", multiple=False)
         self._copy = pn.widgets.Button(label="Copy as Python", width=150)
+        self._study = pn.widgets.Button(label="Copy as a study", width=150)
         self._connect()
 
     def _connect(self) -> None:
@@ -97,28 +109,34 @@ class LivePage:
         self._stop.on_click(lambda _: self.viewer.leave())
         self._continue.on_click(lambda _: self.continue_answer())
         self._edit.on_click(lambda _: self.edit_answer())
-        for kind, button in zip(TITLES, self._add, strict=True):
+        self._next.on_click(lambda _: self.next_turn())
+        self._undo.on_click(lambda _: self._put_history(self._history[:-1]))
+        for kind, button in self._add.items():
             button.on_click(lambda _, kind=kind: self._guarded(lambda: self._add_intervention(kind)))
-        self._copy.on_click(lambda _: self._guarded(self._show_python))
-        self._copy.js_on_click(args={"code": self._python}, code=f"setTimeout(() => {_COPY}, 400)")
+        self._copy.on_click(lambda _: self._guarded(lambda: self._show_code(recipe_python)))
+        self._study.on_click(lambda _: self._guarded(lambda: self._show_code(study_command)))
+        for button in (self._copy, self._study):
+            button.js_on_click(args={"code": self._python}, code=f"setTimeout(() => {_COPY}, 400)")
         self._load.param.watch(lambda event: self._guarded(self._load_recipe), "value")
 
     def main(self) -> list[Any]:
         """Return the parts of the main area."""
         prompt = pn.Column(
+            self._turns,
             self._user,
             pn.Row(pn.pane.HTML("<label>Reasoning effort</label>", margin=(10, 0, 0, 10)), self._effort),
             pn.Card(
                 self._developer,
                 self._begin,
-                title="Developer message, beginning of the answer",
+                self._expected,
+                title="Developer message, beginning of the answer, known answer",
                 collapsed=True,
                 sizing_mode="stretch_width",
                 stylesheets=[CARD_CSS],
                 margin=(4, 6),
             ),
             pn.FlexBox(self._temperature, self._seed, self._tokens, self._samples),
-            pn.FlexBox(self._run, self._stop, self._continue, self._edit),
+            pn.FlexBox(self._run, self._stop, self._continue, self._edit, self._next, self._undo),
             self._status,
             sizing_mode="stretch_width",
         )
@@ -126,7 +144,7 @@ class LivePage:
             self._map_title,
             self._map,
             widgets.html('<p class="wb-muted">Click cells to choose experts, then add an intervention.</p>'),
-            pn.FlexBox(*self._add),
+            pn.FlexBox(*self._add.values()),
             self._list,
             sizing_mode="stretch_width",
         )
@@ -137,9 +155,10 @@ class LivePage:
         recipe = pn.Column(
             widgets.html(
                 "<p>The address of this page holds the recipe. A saved recipe runs with "
-                "<code>workbench apply recipe.json</code>.</p>"
+                "<code>workbench apply recipe.json</code>. A study applies it to many prompts, beside random "
+                "interventions of the same kind and size.</p>"
             ),
-            pn.FlexBox(self._save, self._copy, self._load),
+            pn.FlexBox(self._save, self._copy, self._study, self._load),
             self._python,
             self._code,
             sizing_mode="stretch_width",
@@ -162,6 +181,8 @@ class LivePage:
             developer=str(self._developer.value),
             effort=str(self._effort.value),
             begin=str(self._begin.value),
+            history=self._history,
+            expected=str(self._expected.value),
             model=self._server.name,
             temperature=float(self._temperature.value or 0),
             seed=int(self._seed.value or 0),
@@ -188,6 +209,24 @@ class LivePage:
     def edit_answer(self) -> None:
         """Put the original answer into the field of what the answer begins with, to be edited there."""
         self._guarded(lambda: setattr(self._begin, "value", str(self._begin.value) + self._answer_text()))
+
+    def next_turn(self) -> None:
+        """Make the original answer a turn of the conversation, and ask for the next user message."""
+
+        def go() -> None:
+            experiment = self._experiment
+            answered = None if experiment is None else final_answer(experiment, experiment.original)
+            if experiment is None or answered is None:
+                raise InputError("there is no complete final answer yet: press Run or Continue first")
+            recipe = experiment.recipe
+            self._put_history((*recipe.history, (recipe.user, answered)))
+            self._user.value = self._begin.value = self._expected.value = ""
+
+        self._guarded(go)
+
+    def _put_history(self, history: tuple[tuple[str, str], ...]) -> None:
+        self._history = history
+        self._turns.object, self._undo.visible = history_html(history), bool(history)
 
     def refresh(self) -> None:
         """Show what has changed since the last call."""
@@ -245,7 +284,9 @@ class LivePage:
     def _comparison_html(self, experiment: Experiment) -> str:
         text = comparison_html(experiment, experiment.comparison) if experiment.comparison else ""
         n = experiment.recipe.samples
-        if n > 1 and all(side is None or all(side.finished) for side in (experiment.original, experiment.edited)):
+        if (n > 1 or experiment.recipe.expected) and all(
+            side is None or all(side.finished) for side in (experiment.original, experiment.edited)
+        ):
             sides = {"original": experiment.original} | ({"edited": experiment.edited} if experiment.edited else {})
             text += samples_html({name: summarize(experiment, side) for name, side in sides.items()}, n)
         return text or '<p class="wb-muted">Add an intervention to compare two answers.</p>'
@@ -264,11 +305,20 @@ class LivePage:
         if kind in CELL_KINDS and not cells:
             raise InputError("no experts are chosen: click cells of the map first")
         middle = self._server.model.cfg.n_layers // 2
-        layers = () if kind in CELL_KINDS else (middle,) if kind == "steer" else tuple(range(middle + 1))
+        layers = {"steer": (middle,), "vector": (middle,), "patch": (middle,)}.get(kind, tuple(range(middle + 1)))
         strength = {"reweight": 0.5, "scale_sinks": 0.5}.get(kind, 1.0)
-        one = Intervention(kind, cells=cells if kind in CELL_KINDS else (), layers=layers, strength=strength)
-        self._put_cards([*self._cards, InterventionCard(one, self._remove_card)])
-        self._map.chosen = []
+        one = Intervention(
+            kind,
+            cells=cells if kind in CELL_KINDS else (),
+            layers=() if kind in (*CELL_KINDS, "feature") else layers,
+            strength=strength,
+        )
+        self._put_cards([*self._cards, self._card(one)])
+        if kind in CELL_KINDS:
+            self._map.chosen = []
+
+    def _card(self, one: Intervention) -> InterventionCard:
+        return InterventionCard(one, self._remove_card, source_names(one.kind, self._server.sources))
 
     def _remove_card(self, card: InterventionCard) -> None:
         self._put_cards([other for other in self._cards if other is not card])
@@ -285,7 +335,9 @@ class LivePage:
         self._tokens.value = min(recipe.max_new_tokens, limits.max_new_tokens)
         self._samples.value = min(recipe.samples, limits.max_samples)
         self._truncation: dict[str, Any] = {name: getattr(recipe, name) for name in ("top_k", "top_p", "min_p")}
-        self._put_cards([InterventionCard(one, self._remove_card) for one in recipe.interventions])
+        self._expected.value = recipe.expected
+        self._put_history(recipe.history)
+        self._put_cards([self._card(one) for one in recipe.interventions])
 
     def _load_recipe(self) -> None:
         if self._load.value:
@@ -297,8 +349,9 @@ class LivePage:
     def _recipe_file(self) -> io.StringIO:
         return io.StringIO(self.recipe().to_json() + "\n")
 
-    def _show_python(self) -> None:
-        self._python.value = recipe_python(self.recipe())
+    def _show_code(self, code: Callable[[Recipe], str]) -> None:
+        """Show what the browser copies: a program, or commands."""
+        self._python.value = code(self.recipe())
         self._code.object = f"<pre>{escape(self._python.value)}</pre>"
 
     def _guarded(self, action: Callable[[], None]) -> None:

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
+
 from workbench import harmony
 from workbench.dashboards.search import texts
 from workbench.figures.template import THEMES, ThemeName
 from workbench.live.experiment import Answer, Comparison, Experiment, SampleSummary
+from workbench.studies.intervals import MIN_PROMPTS, wilson
 
 _STRONG = 2.0  # nats at which the colour of a change is full
 _MOST_COLOUR = 45  # percent of a colour behind text, which stays readable in both themes (contrast above 4.5)
@@ -81,6 +84,16 @@ def _token(
     return f'<span title="{escape(title)}"{mark}{style}>{escape(text)}</span>'
 
 
+def history_html(history: Sequence[tuple[str, str]]) -> str:
+    """Return the earlier turns of a conversation."""
+    turns = [
+        f'<div class="lv-head">user</div><div class="lv-text">{escape(asked)}</div>'
+        f'<div class="lv-head">assistant · final</div><div class="lv-text">{escape(answered)}</div>'
+        for asked, answered in history
+    ]
+    return "".join(f'<div class="lv-message" style="--lv-channel:var(--wb-line)">{turn}</div>' for turn in turns)
+
+
 def comparison_html(experiment: Experiment, comparison: Comparison) -> str:
     """Return the comparison: the first token that differs, log-probabilities, and exchanged experts by layer."""
     at = comparison.first_difference
@@ -104,6 +117,14 @@ def comparison_html(experiment: Experiment, comparison: Comparison) -> str:
     return f'{unmatched}{listed}{heading}<div class="lv-bars">{bars}</div>'
 
 
+def _share(right: int, n: int) -> str:
+    """Return how many of n samples are right, from five on with the 95 % interval over samples of this prompt."""
+    if n < MIN_PROMPTS:  # too few for an interval
+        return f"{right} of {n}"
+    _, low, high = wilson(np.arange(n) < right, n)
+    return f"{right} of {n} ({low:.0%} to {high:.0%})"
+
+
 def samples_html(summaries: dict[str, SampleSummary], n: int) -> str:
     """Return a table of the final answers of all samples, for each side."""
     answers = list(dict.fromkeys(text for found in summaries.values() for text, _ in found.answers))
@@ -115,6 +136,8 @@ def samples_html(summaries: dict[str, SampleSummary], n: int) -> str:
         return f"<tr><td>{escape(title)}</td>{cells}</tr>"
 
     rows = [row(repr(text), [str(counts[name].get(text, 0)) for name in summaries]) for text in answers[:20]]
+    if any(found.correct is not None for found in summaries.values()):
+        rows.append(row("correct", [_share(found.correct or 0, n) for found in summaries.values()]))
     rows.append(row("not complete", [str(n - found.complete) for found in summaries.values()]))
     rows.append(row("mean new tokens", [f"{found.mean_tokens:.1f}" for found in summaries.values()]))
     return f'<div class="wb-table"><table><tr><th>Final answer</th>{heads}</tr>{"".join(rows)}</table></div>'

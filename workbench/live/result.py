@@ -40,6 +40,7 @@ def _answer(experiment: Experiment, answer: Answer) -> dict[str, Any]:
         "texts": [tokenizer.decode(row) for row in answer.rows],
         "tokens": answer.rows,
         "finished": answer.finished,
+        "correct": summarize(experiment, answer).correct,
         "logprobs": answer.logprobs,
         "first_token_s": answer.speed.first_token_s,
         "tokens_per_s": answer.speed.tokens_per_s,
@@ -50,8 +51,10 @@ def _lines(experiment: Experiment, name: str, answer: Answer) -> list[str]:
     """Return the lines of one side: the first answer, the speed, and with several samples their summary."""
     lines = [f"{name}: {experiment.model.tokenizer.decode(answer.tokens)}"]
     lines.append(f"  {answer.speed.tokens:,} new tokens, {answer.speed}")
+    found = summarize(experiment, answer)
+    if found.correct is not None:
+        lines.append(f"  {found.correct} of {len(answer.rows)} are the expected answer {experiment.recipe.expected!r}")
     if len(answer.rows) > 1:
-        found = summarize(experiment, answer)
         texts = ", ".join(f"{text!r} {n}×" for text, n in found.answers[:5]) or "none"
         lines.append(f"  {len(answer.rows)} samples, {found.complete} complete, final answers: {texts}")
     return lines

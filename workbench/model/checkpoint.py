@@ -18,7 +18,8 @@ import torch
 from workbench import harmony
 from workbench.bounded_json import read_json
 from workbench.errors import InputError
-from workbench.model.config import Config, read_config, ties_embeddings
+from workbench.model.config import Config
+from workbench.model.config_file import read_config, ties_embeddings
 from workbench.model.formats import gguf_reader, mlx, ollama
 from workbench.model.lazy_tensors import LazyTensor, Tensors
 from workbench.model.names import LAYOUTS, name_in, shapes

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.model.checkpoint import BUNDLED
-from workbench.model.config import GROUP, PUBLISHED, Config, Rope, read_config
+from workbench.model.config import GROUP, PUBLISHED, Config, Rope
+from workbench.model.config_file import read_config
 from workbench.model.names import LAYOUTS, name_in, shapes
 
 

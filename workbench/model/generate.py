@@ -26,13 +26,16 @@ from workbench.model.sampling import Sampling
 def generate(
     model: Any,
     prompts: Any,
-    *,
     max_new_tokens: int = 256,
+    *,
     temperature: int | float | None = None,
     do_sample: bool | None = None,
     top_k: int | None = None,
     top_p: int | float | None = None,
     min_p: int | float | None = None,
+    freq_penalty: int | float = 0.0,
+    repetition_penalty: int | float = 1.0,
+    use_past_kv_cache: bool = True,
     samples: int = 1,
     seed: int | Sequence[int] = 0,
     stop: Collection[int] | None = None,
@@ -51,22 +54,33 @@ def generate(
     of rows of ids gives the new ids of each row, the stop token included. "str", "tokens" and "new_tokens" ask for
     texts, a tensor, or lists of new ids. Rows of a tensor that end early are filled with the padding token.
 
-    temperature 0, the default, takes the most probable token. `do_sample`, `top_k`, `top_p` or `min_p` without a
-    temperature sample at temperature 1. `stop` and `eos_token_id` replace the tokenizer's stop tokens; with
-    `stop_at_eos=False` only `stop` ends a row. `seed` is one number for the call, or one for each row. With several
-    `samples`, every prompt is read once and has that many rows, one after the other. A row also ends at
-    max_new_tokens, or at the end of the context. prompt_cache: reuse what an earlier call with it has read of the
-    prompt. on_step: called with every step as it is generated. verbose shows a progress bar.
+    temperature 0, the default, takes the most probable token. `do_sample`, `top_k`, `top_p`, `min_p` or `freq_penalty`
+    without a temperature sample at temperature 1. repetition_penalty above 1 makes tokens that a row has, prompt
+    included, less probable; freq_penalty does so for each time that the row has them. `stop` and `eos_token_id` replace
+    the tokenizer's stop tokens; with `stop_at_eos=False` only `stop` ends a row. `seed` is one number for the call, or
+    one for each row. With several `samples`, every prompt is read once and has that many rows, one after the other. A
+    row also ends at max_new_tokens, or at the end of the context. use_past_kv_cache=False computes the whole row again
+    for every token: hooks see all of it, and the result is the same but for rounding. prompt_cache: reuse what an
+    earlier call with it has read of the prompt. on_step: called with every step as it is generated. verbose shows a
+    progress bar.
 
     Raises:
         InputError: a prompt or an option is not valid, or the model's logits are not finite.
     """
     if return_type not in ("input", "str", "tokens", "new_tokens"):
         raise InputError(f"return_type {return_type!r} is unknown: use 'input', 'str', 'tokens' or 'new_tokens'")
-    sampling = Sampling.of(temperature, do_sample=do_sample, top_k=top_k, top_p=top_p, min_p=min_p)
+    sampling = Sampling.of(
+        temperature,
+        do_sample=do_sample,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        freq_penalty=freq_penalty,
+        repetition_penalty=repetition_penalty,
+    )
     stops = _stops(model, stop, eos_token_id, stop_at_eos)
     given = read_batch(model, prompts, prepend_bos=prepend_bos, padding_side=padding_side).rows()
-    request = _request(given, max_new_tokens, sampling, samples, seed, stops, prompt_cache)
+    request = _request(given, max_new_tokens, sampling, samples, seed, stops, prompt_cache, use_past_kv_cache)
     new: list[list[int]] = [[] for _ in request.rows]
     with _progress(max_new_tokens, verbose) as bar, closing(generation_steps(model, request, prompt_cache)) as steps:
         for step in steps:
@@ -81,13 +95,16 @@ def generate(
 def generate_stream(
     model: Any,
     prompts: Any,
-    *,
     max_new_tokens: int = 256,
+    *,
     temperature: int | float | None = None,
     do_sample: bool | None = None,
     top_k: int | None = None,
     top_p: int | float | None = None,
     min_p: int | float | None = None,
+    freq_penalty: int | float = 0.0,
+    repetition_penalty: int | float = 1.0,
+    use_past_kv_cache: bool = True,
     samples: int = 1,
     seed: int | Sequence[int] = 0,
     stop: Collection[int] | None = None,
@@ -107,10 +124,18 @@ def generate_stream(
     Raises:
         InputError: a prompt or an option is not valid; at a step, the model's logits are not finite.
     """
-    sampling = Sampling.of(temperature, do_sample=do_sample, top_k=top_k, top_p=top_p, min_p=min_p)
+    sampling = Sampling.of(
+        temperature,
+        do_sample=do_sample,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        freq_penalty=freq_penalty,
+        repetition_penalty=repetition_penalty,
+    )
     stops = _stops(model, stop, eos_token_id, stop_at_eos)
     given = read_batch(model, prompts, prepend_bos=prepend_bos, padding_side=padding_side).rows()
-    request = _request(given, max_new_tokens, sampling, samples, seed, stops, prompt_cache)
+    request = _request(given, max_new_tokens, sampling, samples, seed, stops, prompt_cache, use_past_kv_cache)
     return generation_steps(model, replace(request, logprobs=logprobs), prompt_cache)
 
 
@@ -122,6 +147,7 @@ def _request(
     seed: int | Sequence[int],
     stops: frozenset[int],
     prompt_cache: PromptCache | None,
+    use_past_kv_cache: bool,
 ) -> Request:
     """Return the checked request, with a row and a seed for each sample."""
     if type(max_new_tokens) is not int or max_new_tokens < 0:
@@ -136,7 +162,9 @@ def _request(
         raise InputError(f"{len(seeds)} seeds for {len(rows)} prompts: pass one number, or one for each prompt")
     if prompt_cache is not None and any(row != rows[0] for row in rows):
         raise InputError("a prompt cache is for one prompt, or several samples of it, and the prompts differ")
-    return Request(rows, seeds, max_new_tokens, sampling, stops)
+    if prompt_cache is not None and not use_past_kv_cache:
+        raise InputError("a prompt cache with use_past_kv_cache=False: leave one of them out")
+    return Request(rows, seeds, max_new_tokens, sampling, stops, use_past_kv_cache=use_past_kv_cache)
 
 
 def _stops(

@@ -21,7 +21,7 @@ from workbench.kernels.logits import logprob
 from workbench.model.cache import KVCache
 from workbench.model.decode_graph import DecodeStep
 from workbench.model.prompt_cache import PromptCache, installed_hooks
-from workbench.model.sampling import Sampling
+from workbench.model.sampling import Sampling, token_counts
 
 PREFILL_TOKENS = 16_384  # of all rows of a pass; more gain no speed, and take memory
 _LEAST_COLUMNS = 256  # of one pass, however many rows there are
@@ -80,7 +80,10 @@ class GenerationSpeed:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be generated: the rows of prompt ids, a seed for each, and when rows end."""
+    """What is to be generated: the rows of prompt ids, a seed for each, and when rows end.
+
+    use_past_kv_cache: whether a step computes its new token alone; otherwise it computes the whole row again.
+    """
 
     rows: list[list[int]]
     seeds: list[int]
@@ -88,6 +91,7 @@ class Request:
     sampling: Sampling
     stops: frozenset[int]
     logprobs: bool = False
+    use_past_kv_cache: bool = True
 
 
 def generation_steps(
@@ -113,12 +117,19 @@ def generation_steps(
         with _computing(model):
             cache, logits, shared = _read({i: request.rows[i] for i in live}, capacity, model, prompt_cache)
         decode = DecodeStep(model, cache)
+        rows = {i: list(request.rows[i]) for i in live}  # prompts, and what was added to them
         chosen: Int[Tensor, " row"]
         for index in itertools.count():
             with _computing(model):
-                logits = decode(chosen) if index else logits
-                chosen = request.sampling.choose(logits, [rngs[i] for i in live])
+                if index and request.use_past_kv_cache:
+                    logits = decode(chosen)
+                elif index:
+                    logits = _read({i: rows[i] for i in live}, capacity, model, None)[1]
+                counts = _counts(request, [rows[i] for i in live], logits)
+                chosen = request.sampling.choose(logits, [rngs[i] for i in live], counts)
                 tokens = _finite(model, chosen, index)
+                for i, token in zip(live, tokens, strict=True):
+                    rows[i].append(token)
                 logprobs = logprob(logits, chosen).tolist() if request.logprobs else []
             ended = [t in request.stops or index + 1 >= room[i] for i, t in zip(live, tokens, strict=True)]
             yield GenerationStep(index, live, tokens, logprobs, ended, time.perf_counter() - begun, shared)
@@ -134,6 +145,13 @@ def generation_steps(
     finally:
         if prompt_cache is not None:
             prompt_cache.release()
+
+
+def _counts(
+    request: Request, rows: Sequence[Sequence[int]], logits: Float[Tensor, "row d_vocab"]
+) -> Int[Tensor, "row d_vocab"] | None:
+    """Return how often each token is in each row, or None where no penalty needs it."""
+    return token_counts(rows, logits.shape[-1], logits.device) if request.sampling.has_penalty else None
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 One uniform number a row decides, so that a row's choice depends on its own logits and generator alone. It is drawn on
 the host, the rest happens where the logits are.
 
-Reference: top-p, Holtzman et al. 2019, arXiv 1904.09751; min-p, Nguyen et al. 2024, arXiv 2407.01082.
+Reference: top-p, Holtzman et al. 2019, arXiv 1904.09751; min-p, Nguyen et al. 2024, arXiv 2407.01082; repetition
+penalty, Keskar et al. 2019, arXiv 1909.05858.
 """
 
 import math
@@ -19,12 +20,19 @@ from workbench.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_k, top_p and min_p truncate the distribution, in this order, before sampling."""
+    """temperature 0 is greedy. top_k, top_p and min_p truncate the distribution, in this order, before sampling.
+
+    As in TransformerLens, repetition_penalty divides the positive and multiplies the negative logits of tokens that
+    the row has, and freq_penalty is subtracted from the logits, behind the temperature, for each time that the row has
+    the token.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: int | float | None = None
     min_p: int | float | None = None
+    freq_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def of(
@@ -35,15 +43,19 @@ class Sampling:
         top_k: int | None,
         top_p: int | float | None,
         min_p: int | float | None,
+        freq_penalty: int | float = 0.0,
+        repetition_penalty: int | float = 1.0,
     ) -> "Sampling":
         """Return the sampling that these options ask for.
 
         Raises:
             InputError: an option is outside its range, or they contradict each other.
         """
-        truncated = any(option is not None for option in (top_k, top_p, min_p))
+        _check_number("freq_penalty", freq_penalty, 0.0, "from 0")
+        _check_number("repetition_penalty", repetition_penalty, 1e-9, "above 0")
+        sampled = any(option is not None for option in (top_k, top_p, min_p)) or freq_penalty > 0
         if temperature is None:
-            temperature = 1.0 if do_sample or (truncated and do_sample is None) else 0.0
+            temperature = 1.0 if do_sample or (sampled and do_sample is None) else 0.0
         if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not math.isfinite(temperature):
             raise InputError(f"temperature {temperature!r}: expected a finite number from 0")
         if temperature < 0:
@@ -56,12 +68,33 @@ class Sampling:
             raise InputError(f"top_p {top_p!r}: expected a number above 0 and at most 1")
         if min_p is not None and not 0 <= min_p <= 1:
             raise InputError(f"min_p {min_p!r}: expected a number from 0 to 1")
-        return cls(0.0 if do_sample is False else float(temperature), top_k, top_p, min_p)
+        temperature = 0.0 if do_sample is False else float(temperature)
+        if freq_penalty > 0 and temperature == 0:
+            raise InputError(
+                f"freq_penalty {freq_penalty!r} has no effect on the most probable token: sample with a temperature "
+                "above 0, or use repetition_penalty"
+            )
+        return cls(temperature, top_k, top_p, min_p, float(freq_penalty), float(repetition_penalty))
 
-    def choose(self, logits: Float[Tensor, "row d_vocab"], rngs: Sequence[torch.Generator]) -> Int[Tensor, " row"]:
-        """Return a token for each row, −1 where its largest logit is not finite; greedy ties go to the smaller id."""
+    @property
+    def has_penalty(self) -> bool:
+        """Return whether `choose` needs the counts of tokens."""
+        return self.freq_penalty > 0 or self.repetition_penalty != 1
+
+    def choose(
+        self,
+        logits: Float[Tensor, "row d_vocab"],
+        rngs: Sequence[torch.Generator],
+        counts: Int[Tensor, "row d_vocab"] | None = None,
+    ) -> Int[Tensor, " row"]:
+        """Return a token for each row, −1 where its largest logit is not finite; greedy ties go to the smaller id.
+
+        counts: how often each token is in the row, prompt included; for the penalties.
+        """
         top = logits.amax(-1)
         bad = ~torch.isfinite(top)
+        if counts is not None:
+            logits = self._penalized(logits, counts)
         if self.temperature == 0:
             return torch.where(bad, -1, logits.argmax(-1))
         weight = self.weights(torch.where(bad[:, None], 0.0, logits.double()))
@@ -71,6 +104,14 @@ class Sampling:
         # The first token whose running total exceeds the draw; never one of weight 0.
         chosen = torch.searchsorted(total, (drawn * total[:, -1])[:, None], right=True)[:, 0]
         return torch.where(bad, -1, chosen.clamp(max=logits.shape[-1] - 1))
+
+    def _penalized(
+        self, logits: Float[Tensor, "row d_vocab"], counts: Int[Tensor, "row d_vocab"]
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Return the logits with both penalties; the temperature is applied to them later."""
+        penalty = self.repetition_penalty
+        repeated = torch.where(logits > 0, logits / penalty, logits * penalty)
+        return torch.where(counts > 0, repeated, logits) - self.freq_penalty * self.temperature * counts
 
     def weights(self, logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_vocab"]:
         """Return probabilities of the truncated distribution, up to a factor for each row."""
@@ -86,3 +127,14 @@ class Sampling:
         if self.min_p is not None:
             p = torch.where(p >= self.min_p * p.amax(-1, keepdim=True), p, 0.0)
         return p
+
+
+def _check_number(name: str, value: object, least: float, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+        raise InputError(f"{name} {value!r}: expected a number {wanted}")
+
+
+def token_counts(rows: Sequence[Sequence[int]], d_vocab: int, device: torch.device) -> Int[Tensor, "row d_vocab"]:
+    """Return how often each token is in each row."""
+    counts = [torch.bincount(torch.tensor(row, dtype=torch.int64), minlength=d_vocab) for row in rows]
+    return torch.stack(counts).to(device)

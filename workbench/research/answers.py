@@ -69,6 +69,7 @@ def answers(
         InputError: an effort is unknown, a prompt is too long, or samples at temperature 0 would be equal.
     """
     if isinstance(recipe, Recipe):
+        recipe.check_other_prompts()
         edits = recipe.edits(model)
     else:
         edits = [recipe] if isinstance(recipe, Edit) else list(recipe)

@@ -152,5 +152,5 @@ def _recorded(run: Any) -> Iterable[Lists]:
 
 
 def _of_unit(run: Any, path: str, unit: int) -> np.ndarray:
-    with reading(run.place, path):
+    with reading(run.storage, path):
         return shards.read(run.group[path], run.checked, path, unit, unit + 1, 0)[0]

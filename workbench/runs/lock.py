@@ -4,7 +4,7 @@ A local lock is `workbench.file_lock`. An object store has no such lock: there t
 conditional put can create, with a nonce of its owner, and only the owner or the one job that claimed that nonce after
 the owner's death deletes it.
 
-    with Lock(place("run.zarr")):
+    with Lock(storage_at("run.zarr")):
         …
 """
 

@@ -28,6 +28,7 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
+from workbench.bounded_json import parse_json
 from workbench.compression import UnpackedSizeError
 from workbench.errors import InputError
 from workbench.runs.schema import ArraySpec, Layout, Spec, Unit, arrays
@@ -97,7 +98,7 @@ def read(storage: Storage, key: str) -> tuple[str, dict[str, Entry]]:
         DamageError: the manifest is missing, changed, or that of something else.
     """
     try:
-        content = json.loads(storage.read(key, MAX_METADATA_BYTES))
+        content = parse_json(storage.read(key, MAX_METADATA_BYTES))
         listed, digest = content["files"], content["digest"]
         files = {str(name): Entry(int(size), int(tail), str(sha)) for name, (size, tail, sha) in listed.items()}
     except FileNotFoundError as error:
@@ -118,7 +119,7 @@ def attributes_digest(root: bytes) -> str:
 
     It is one of the attributes: they hold the time of the start, and manifests of equal content are to be equal.
     """
-    content = json.loads(root)
+    content = parse_json(root)
     content["attributes"] = {k: v for k, v in content["attributes"].items() if k not in ("status", "digest")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -147,7 +148,7 @@ class Manifest:
         """The units, without the sequences' offsets and lengths: all that the shapes of arrays depend on."""
         key = "units/committed/zarr.json"
         self.check(key)
-        about = json.loads(self._storage.read(key, MAX_METADATA_BYTES))["attributes"]
+        about = parse_json(self._storage.read(key, MAX_METADATA_BYTES))["attributes"]
         columns = zip(about["starts"], about["capacities"], about["sequences"], strict=True)
         units = (Unit(i, start, capacity, tuple(range(n))) for i, (start, capacity, n) in enumerate(columns))
         return Layout(self._attributes["unit_tokens"], tuple(units), (), ())
@@ -272,7 +273,7 @@ class CheckedStore(WrapperStore[Any]):
         await self._check(key)
         found = await self._store.get(key, prototype, byte_range)
         array, _, name = key.rpartition("/")
-        if name == "zarr.json" and found is not None and (reason := _unreadable(found.to_bytes())):
+        if name == "zarr.json" and found is not None and (reason := _refusal_of_array(found.to_bytes())):
             self._refused[array] = reason
         return found
 
@@ -303,10 +304,10 @@ class CheckedStore(WrapperStore[Any]):
             await asyncio.to_thread(self.manifest.check, key)
 
 
-def _unreadable(metadata: bytes) -> str:
+def _refusal_of_array(metadata: bytes) -> str:
     """Return why chunks of an array with this metadata are not read, "" if they are or if it is no array."""
     try:
-        about = json.loads(metadata)
+        about = parse_json(metadata)
         codecs = set(_codec_names(about["codecs"])) - _CODECS
         shape, chunk = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
         if codecs:

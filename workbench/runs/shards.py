@@ -41,7 +41,7 @@ CODEC = SizedZstd(level=LEVEL, checksum=True)
 
 def writes(
     array: zarr.Array,
-    place: Storage,
+    storage: Storage,
     name: str,
     start: int,
     axis: int,
@@ -55,8 +55,9 @@ def writes(
     """
     grain = array.shards or array.chunks
     assert start % grain[axis] == 0, f"{start=} is inside a shard of {grain[axis]}"
+    folder = f"{name}/c" if name else "c"  # the array of the storage itself has no name
     for key, part in _shards(values.shape, grain, _first(grain, start, axis)):
-        yield partial(_put_and_list, array, place, "/".join((name, "c", *map(str, key))), values[part], listed)
+        yield partial(_put_and_list, array, storage, "/".join((folder, *map(str, key))), values[part], listed)
 
 
 def write(calls: Iterable[Callable[[], None]]) -> None:
@@ -67,22 +68,22 @@ def write(calls: Iterable[Callable[[], None]]) -> None:
 
 
 def _put_and_list(
-    array: zarr.Array, place: Storage, key: str, values: np.ndarray, listed: dict[str, Entry] | None
+    array: zarr.Array, storage: Storage, key: str, values: np.ndarray, listed: dict[str, Entry] | None
 ) -> None:
-    entry = _put(array, place, key, values)
+    entry = _put(array, storage, key, values)
     if listed is not None:
         listed[key] = entry
 
 
-def _put(array: zarr.Array, place: Storage, key: str, values: np.ndarray) -> Entry:
+def _put(array: zarr.Array, storage: Storage, key: str, values: np.ndarray) -> Entry:
     block = _filled(values, array.shards or array.chunks, array.fill_value, array.dtype)
     parts = shard(block, array.chunks) if array.shards else [_encode(block)]
-    place.put(key, parts)
+    storage.put(key, parts)
     return entry(parts)
 
 
 def read(
-    array: zarr.Array, place: Readable, name: str, start: int, stop: int, axis: int, layer: int | None = None
+    array: zarr.Array, storage: Readable, name: str, start: int, stop: int, axis: int, layer: int | None = None
 ) -> np.ndarray:
     """Return rows [start, stop) of `axis`, complete shards each; FileNotFoundError where one is missing.
 
@@ -104,7 +105,7 @@ def read(
     out = np.empty(shape, dtype=array.dtype)
     most = _max_bytes(array, grain)
     for key, part in _shards(shape, grain, first):
-        data = place.read("/".join((name, "c", *map(str, key))), most)
+        data = storage.read("/".join((name, "c", *map(str, key))), most)
         _unpack(data, array, grain, out[part])
     return out
 

@@ -65,7 +65,7 @@ class Storage(Protocol):
         """Yield a local folder to fill, which becomes the run when it is complete. The caller holds the lock."""
 
 
-def place(path: "str | Path | Storage") -> Storage:
+def storage_at(path: "str | Path | Storage") -> Storage:
     """Return the storage at a path or URL.
 
     Raises:

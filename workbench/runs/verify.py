@@ -48,7 +48,7 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
     problems = list(_structure(run, specs))
     if problems:
         return problems
-    there = run.place.files()
+    there = run.storage.files()
     if run.manifest is not None:
         problems = _in_units(run, layout, workers, lambda unit: list(_listed(run, specs, unit, there)))
         problems += [*_listed_elsewhere(run, there), *_status(run)]
@@ -67,12 +67,12 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
 
 def other_content(run: Run) -> list[str]:
     """Return the groups and arrays that others added to a run, which no job writes and no reader of a run reads."""
-    there = run.place.files()
+    there = run.storage.files()
     own = {*arrays(run.model, run.spec, run.layout), "units/committed"}
     if run.manifest is None:  # a run before schema 3 does not tell the columns of its tables from those of others
         own |= {"/".join(key.split("/")[:2]) for key in there if key.startswith(("sequences/", "messages/"))}
     else:
-        own |= set(manifest.read(run.place, manifest.CREATED)[1])
+        own |= set(manifest.read(run.storage, manifest.CREATED)[1])
     groups = {name.partition("/")[0] for name in own}
     found = set()
     for key in there:
@@ -112,10 +112,10 @@ def _listed(run: Run, specs: dict[str, ArraySpec], unit: Unit, there: set[str]) 
             yield Problem(where, "is not committed though all its files are there: the flag was cleared")
         return
     flag = f"units/committed/c/{unit.index}"
-    if flag not in there or run.place.read(flag) != manifest.FLAG:
+    if flag not in there or run.storage.read(flag) != manifest.FLAG:
         yield Problem(where, f"{flag} is not the flag of a committed unit")
     try:
-        files = manifest.read(run.place, key)[1]
+        files = manifest.read(run.storage, key)[1]
     except manifest.DamageError as error:
         yield Problem(where, str(error))
         return
@@ -131,7 +131,7 @@ def _changed(run: Run, where: str, files: Mapping[str, manifest.Entry], there: s
             yield Problem(where, f"{key} is missing")
             continue
         try:
-            data = run.place.read(key, entry.size)
+            data = run.storage.read(key, entry.size)
         except OSError as error:
             yield Problem(where, f"{key} cannot be read: {error.strerror or error}")
             continue
@@ -143,7 +143,7 @@ def _listed_elsewhere(run: Run, there: set[str]) -> Iterator[Problem]:
     """What is wrong with tables, metadata and totals by their manifests."""
     for key in (manifest.CREATED, *([manifest.COMPLETE] if run.status == "complete" else [])):
         try:
-            files = manifest.read(run.place, key)[1]
+            files = manifest.read(run.storage, key)[1]
         except manifest.DamageError as error:
             yield Problem("manifest", str(error))
             continue
@@ -154,7 +154,7 @@ def _totals(run: Run) -> Iterator[Problem]:
     """Totals of a finished run are sums of what its units hold; runs of schema 1 have none."""
     if "totals" not in run.group:
         return
-    summed = open_run(run.place)
+    summed = open_run(run.storage)
     summed.status = "writing"  # adds up instead of reading
     for name in run.summaries:
         try:
@@ -255,7 +255,7 @@ def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> 
     for name, spec in specs.items():
         own = _place(spec, unit)
         try:
-            values[name] = shards.read(run.group[name], run.place, name, own.start, own.stop, spec.axis)
+            values[name] = shards.read(run.group[name], run.storage, name, own.start, own.stop, spec.axis)
         except Exception as error:  # whatever a damaged chunk makes a codec raise
             yield f"{name} cannot be read: {_first_line(error)}"
     if len(values) < len(specs):

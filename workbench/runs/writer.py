@@ -21,10 +21,11 @@ from jaxtyping import Bool
 from workbench.compression import MAX_TEXT_BYTES
 from workbench.errors import InputError, JobError
 from workbench.runs import manifest, shards, views
+from workbench.runs.group import open_group
 from workbench.runs.lock import Lock
-from workbench.runs.reader import open_group, open_run
+from workbench.runs.reader import open_run
 from workbench.runs.schema import MANIFESTS, SCHEMA, Activation, ArraySpec, Layout, Spec, Unit, arrays
-from workbench.runs.storage import ROOT, LocalStorage, ObjectStorage, Storage, place
+from workbench.runs.storage import ROOT, LocalStorage, ObjectStorage, Storage, storage_at
 
 _STORED_AS = {
     "experts": "routing/experts",
@@ -78,7 +79,7 @@ def open_writer(
     Raises:
         InputError: the run belongs to another job; the message names the field that differs.
     """
-    target = place(path)
+    target = storage_at(path)
     if replaces := overwrite and _is_there(target):
         open_group(target, "r")  # refuses what is no run
     identity = {
@@ -217,20 +218,20 @@ def _attributes(name: str, spec: Spec) -> dict[str, Any]:
 class RunWriter:
     """Writes units of one run; several threads may write different units."""
 
-    def __init__(self, where: Storage, group: zarr.Group, layout: Layout, sequences: pd.DataFrame) -> None:
-        self.place, self.group, self.layout = where, group, layout
+    def __init__(self, storage: Storage, group: zarr.Group, layout: Layout, sequences: pd.DataFrame) -> None:
+        self.storage, self.group, self.layout = storage, group, layout
         self._ids = list(sequences["id"])
         self._spec = Spec.from_json(group.attrs["spec"])
         self._arrays = arrays(group.attrs["model"], self._spec, layout)
-        self._lock = Lock(where)
+        self._lock = Lock(storage)
 
     def __enter__(self) -> "RunWriter":
         self._lock.acquire()
-        for key in self.place.files():
+        for key in self.storage.files():
             if key.endswith(".partial") and key.startswith(
                 _OWN
             ):  # zarr's own, of a flag or an attribute, when a job was killed at it
-                self.place.delete(key)
+                self.storage.delete(key)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -262,14 +263,14 @@ class RunWriter:
         optional = {f"tokens/{name}" for name in _MAY_BE_NAN}
         assert set(stored) | optional == set(self._arrays) | optional, set(stored) ^ set(self._arrays)
         listed: dict[str, manifest.Entry] = {}
-        with _disk_errors(self.place):
+        with _disk_errors(self.storage):
             shards.write(
                 call
                 for name, array in self._arrays.items()
                 for call in self._writes(unit, name, array, stored.get(name), listed)
             )
             if self.group.attrs["schema"] >= MANIFESTS:
-                manifest.write(self.place, manifest.unit_key(index), listed)
+                manifest.write(self.storage, manifest.unit_key(index), listed)
             self.group["units/committed"][index] = True
 
     def _writes(
@@ -291,7 +292,7 @@ class RunWriter:
         values = values[None] if array.dims[0] == "unit" else values
         if "token" in array.dims:
             start = unit.start
-        return shards.writes(self.group[name], self.place, name, start, array.axis, values, listed)
+        return shards.writes(self.group[name], self.storage, name, start, array.axis, values, listed)
 
     def _check(self, unit: Unit, records: Mapping[str, np.ndarray]) -> None:
         lengths = [self.layout.lengths[s] for s in unit.sequences]
@@ -333,10 +334,10 @@ class RunWriter:
     def finish(self) -> None:
         """Add up the totals and mark the run complete; every unit must be committed."""
         if pending := self.pending():
-            raise RuntimeError(f"{self.place}: {len(pending)} units are not committed, the run is not complete")
+            raise RuntimeError(f"{self.storage}: {len(pending)} units are not committed, the run is not complete")
         if self.group.attrs["status"] == "complete":
             return
-        with _disk_errors(self.place):
+        with _disk_errors(self.storage):
             self._write_totals()
             if self.group.attrs["schema"] >= MANIFESTS:
                 self._list_complete()
@@ -344,12 +345,12 @@ class RunWriter:
 
     def _list_complete(self) -> None:
         """Write the manifest of the totals and of all other manifests."""
-        keys = [key for key in self.place.files() if key.startswith("totals/")]
+        keys = [key for key in self.storage.files() if key.startswith("totals/")]
         keys += [manifest.CREATED, *(manifest.unit_key(unit.index) for unit in self.layout.units)]
-        manifest.write(self.place, manifest.COMPLETE, {key: manifest.entry([self.place.read(key)]) for key in keys})
+        manifest.write(self.storage, manifest.COMPLETE, {key: manifest.entry([self.storage.read(key)]) for key in keys})
 
     def _write_totals(self) -> None:
-        run = open_run(self.place)
+        run = open_run(self.storage)
         totals = self.group.create_group("totals", overwrite=True)
         _write_table(totals, "groups", run.groups, "group")
         for name in run.summaries:
@@ -367,14 +368,14 @@ class RunWriter:
 
 
 @contextmanager
-def _disk_errors(where: Storage) -> Iterator[None]:
+def _disk_errors(storage: Storage) -> Iterator[None]:
     """A full disk is the job's failure, with what to do."""
     try:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise JobError(
-                f"the disk of {where} is full; free some space and start the same job again to go on"
+                f"the disk of {storage} is full; free some space and start the same job again to go on"
             ) from error
         raise
 

@@ -21,6 +21,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from workbench.errors import InputError
+from workbench.harmony.labels import CHANNELS
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts, mean_test
 from workbench.studies.matching import (
     HALF_WEIGHT,
@@ -39,6 +40,7 @@ from workbench.studies.matching import (
     duplicates_warning,
     index_of,
     match,
+    match_runs,
     reads,
     sums_by_prompt,
     token_blocks,
@@ -48,7 +50,7 @@ from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.statistics import false_discovery
 from workbench.studies.wording import wording
 
-__all__ = ["Between", "Block", "Plan", "TokenRun", "contrast", "contrasts", "describe", "uncomparable"]
+__all__ = ["Between", "Block", "Plan", "TokenRun", "contrast", "contrasts", "describe", "run_contrasts", "uncomparable"]
 
 ALPHA = 0.05
 CONTROLS: tuple[Control, ...] = ("none", "position")
@@ -168,6 +170,34 @@ def contrasts(
             tested = [_test(measure, plan, matchings[name, c], sums[name, c]) for c in controls]
             results[name] = _result(run, measure, plan, controls, tested, study, seed)
     return results, refused
+
+
+def run_contrasts(
+    run: TokenRun, other: TokenRun, what: str, *, study: str = "compare", seed: int = 0
+) -> dict[str, xr.Dataset]:
+    """Return the difference of `what` between the same tokens of two runs (a: run, b: other), by channel.
+
+    Raises:
+        InputError: a run did not record the quantity, or the runs differ in its dimensions or in their tokens.
+    """
+    measure, index, second = _measure(run, what), index_of(run), index_of(other)
+    if measure.shape != (shape := _measure(other, what).shape):
+        raise InputError(f"{what} has {measure.shape} cells in run a and {shape} in run b: they do not correspond")
+    cells, theirs = (i.cells("position", measure.finite) for i in (index, second))
+    if not all(np.array_equal(getattr(cells, name), getattr(theirs, name)) for name in ("code", "tokens")):
+        raise InputError(f"the runs have {what} of different tokens: capture the same transcripts with both")
+    present = [name for code, name in enumerate(CHANNELS) if (cells.channel == code).any()]
+    weights: dict[tuple[str, Control], Matching] = {
+        (name, "none"): match_runs(index, name, measure.finite) for name in present
+    }
+    of_a, of_b = (_prompt_sums(i, measure, weights) for i in (index, second))
+    results = {}
+    for name in present:
+        key: tuple[str, Control] = (name, "none")
+        plan, mean_a, mean_b = Plan("run", "a", "b", name), of_a[key][0], of_b[key][0]
+        tested = _test(measure, plan, weights[key], (mean_a - mean_b, mean_a, mean_b))
+        results[name] = _result(run, measure, plan, ("none",), [tested], study, seed)
+    return results
 
 
 def uncomparable(run: TokenRun, what: str, plans: Mapping[str, Plan]) -> dict[str, str]:
@@ -297,11 +327,13 @@ def _test(measure: Measure, plan: Plan, matching: Matching, sums: Sums) -> dict[
     }
 
 
-def paired_test(difference: Float[np.ndarray, "prompt *cells"]) -> dict[str, Any]:
-    """Return limits, p, q and verdict of every cell's mean of differences within prompts, which weigh alike."""
-    influence, freedom = _paired_influence(difference, np.ones(len(difference)))
-    mean = difference.mean(0)
-    return _tested(mean, influence, freedom, len(difference) >= MIN_PROMPTS)
+def paired_test(
+    difference: Float[np.ndarray, "prompt *cells"], weight: Float[np.ndarray, " prompt"] | None = None
+) -> dict[str, Any]:
+    """Return limits, p, q and verdict of every cell's mean of differences within prompts; weight: by default alike."""
+    weight = np.ones(len(difference)) if weight is None else weight
+    influence, freedom = _paired_influence(difference, weight)
+    return _tested(_weighted_mean(difference, weight), influence, freedom, len(difference) >= MIN_PROMPTS)
 
 
 def unpaired_test(a: Float[np.ndarray, "prompt_a *cells"], b: Float[np.ndarray, "prompt_b *cells"]) -> dict[str, Any]:

@@ -122,15 +122,15 @@ def _efforts_compared(
         for channel in ("prompt", "analysis", "final")
         for a, b in widest_first(efforts)
     }
+    widest: dict[str, str] = {}
     try:
         refused = uncomparable(run, what, planned)
+        for name, plan in planned.items():
+            if name not in refused:
+                widest.setdefault(str(plan.channel), name)
+        compared, _ = contrasts(run, what, {n: planned[n] for n in widest.values()}, study="effort", seed=seed)
     except InputError as error:  # this quantity was not recorded
         return {}, [f"Left out: {label}, as {error}."]
-    widest: dict[str, str] = {}
-    for name, plan in planned.items():
-        if name not in refused:
-            widest.setdefault(str(plan.channel), name)
-    compared, _ = contrasts(run, what, {n: planned[n] for n in widest.values()}, study="effort", seed=seed)
     return compared, [f"Left out: {name}, as {reason}." for name, reason in refused.items()]
 
 

@@ -16,7 +16,7 @@ ALPHA = 0.05
 _FAMILIES = (
     ("p", "q", "different"),
     ("difference_p", "difference_q", "expert_different"),
-    *((f"{name}_p", f"{name}_q", f"{name}_different") for name in ("sink_difference", "logprob_difference", "gain")),
+    ("gain_p", "gain_q", "gain_different"),
 )
 
 

@@ -29,9 +29,35 @@ def cantor(x: int, y: int) -> int:
     return (x + y) * (x + y + 1) // 2 + y
 
 
+def numbers_of(model: Mapping[str, Any]) -> dict[str, int]:
+    """Return the first number of each kind among the features of a layer. model: the shapes of a run's model.
+
+    Heads are first, then experts, biases, errors of autoencoders, and each expert's neurons, after them one number for
+    those of its neurons that are not shown; features of autoencoders are the last.
+    """
+    heads, experts, neurons = (int(model[name]) for name in ("n_heads", "num_experts", "d_mlp"))
+    biases = heads + experts
+    found = {"head": 0, "expert": heads, "attention bias": biases, "expert bias": biases + 1}
+    return found | {
+        "feature error": biases + 2,
+        "neuron": biases + 3,
+        "feature": biases + 3 + experts * (neurons + 1),
+    }
+
+
 def expert_number(model: Mapping[str, Any], layer: int, expert: int) -> int:
     """Return the number of an expert's page. model: the shapes of a run's model."""
-    return cantor(layer, int(model["n_heads"]) + expert)
+    return cantor(layer, numbers_of(model)["expert"] + expert)
+
+
+def neuron_number(model: Mapping[str, Any], layer: int, expert: int, neuron: int) -> int:
+    """Return the number of the page of an expert's neuron. model: the shapes of a run's model."""
+    return cantor(layer, numbers_of(model)["neuron"] + expert * (int(model["d_mlp"]) + 1) + neuron)
+
+
+def dictionary_number(model: Mapping[str, Any], layer: int, feature: int) -> int:
+    """Return the number of the page of a layer's autoencoder feature. model: the shapes of a run's model."""
+    return cantor(layer, numbers_of(model)["feature"] + feature)
 
 
 def pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = None, *, tokenizer: Any = None) -> Iterator[Page]:

@@ -5,8 +5,8 @@ that add up to 1 on side a and to −1 on side b. Tokens of one sequence, channe
 a run's tokens are counted by these *cells* once (`RunIndex`), and every comparison of every study is computed from it.
 
 Two channels, and two halves of a channel, are compared within each sequence that has both; two efforts within each
-prompt that has both. Nothing else is paired: prompts with one side alone are left out and counted. Two tasks have no
-prompt in common, so they are an unpaired comparison, which every summary names so.
+prompt that has both; two runs token by token. Nothing else is paired: prompts with one side alone are left out and
+counted. Two tasks have no prompt in common, so they are an unpaired comparison, which every summary names so.
 
 Reference: Imbens & Rubin 2015, Causal Inference, chapters 9 and 10 (stratification, pairwise randomised experiments).
 """
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 import xarray as xr
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
@@ -29,7 +29,7 @@ from workbench.progress import progress
 from workbench.studies.comparison import in_second_half, prompt_numbers, prompts
 from workbench.studies.intervals import MIN_PROMPTS
 
-Between = Literal["channel", "effort", "task", "half"]
+Between = Literal["channel", "effort", "task", "half", "run"]
 Control = Literal["none", "position", "token"]
 Block = Mapping[str, np.ndarray]
 
@@ -93,6 +93,7 @@ class Plan(NamedTuple):
             "channel": label,
             "effort": f"{self.channel} at {label} effort",
             "task": f"{self.channel} in {label}",
+            "run": f"{self.channel} of run {label}",
         }
         return texts[self.between]
 
@@ -323,15 +324,32 @@ def sides(run: TokenRun, plan: Plan, cells: Cells) -> Int[np.ndarray, " cell"]:
 def match(index: RunIndex, plan: Plan, control: Control, finite: str = "") -> Matching:
     """Return the weights of a comparison with a control: none, like positions, or the same token ids."""
     cells = index.cells("token" if control == "token" else "position", finite)
-    side, number = sides(index.run, plan, cells), index.prompts[0]
+    side = sides(index.run, plan, cells)
+    within_sequence = plan.between in ("channel", "half")
+    return match_cells(cells, side, index.prompts[0], control, paired=plan.paired, within_sequence=within_sequence)
+
+
+def match_cells(
+    cells: Cells,
+    side: Int[np.ndarray, " cell"],
+    number: Int[np.ndarray, " sequence"],
+    control: Control,
+    *,
+    paired: bool = True,
+    within_sequence: bool,
+) -> Matching:
+    """Return the weights of a comparison of cells on side 0 and 1 (−1: on neither); number: every sequence's prompt.
+
+    within_sequence: take differences within each sequence that has both sides, else between means of its prompt's.
+    """
     prompt = number[cells.sequence]
     n_prompts = int(number.max(initial=-1)) + 1
-    within_sequence = plan.paired and plan.between in ("channel", "half")
+    within_sequence = paired and within_sequence
     group = cells.sequence if within_sequence else prompt
     take = side >= 0
-    if plan.paired:
+    if paired:
         take &= _has_both(group, side)[group]
-    if not plan.paired and control != "none":
+    if not paired and control != "none":
         take[:] = False
     if control == "none":
         difference, weight = _means(cells, side, prompt, take), _present(prompt, take, n_prompts).astype(np.float64)
@@ -364,6 +382,32 @@ def match(index: RunIndex, plan: Plan, control: Control, finite: str = "") -> Ma
         strata if take.any() else 0,
         (excluded[0], excluded[1], tokens_excluded),
     )
+
+
+def match_runs(index: RunIndex, channel: str, finite: str = "") -> Matching:
+    """Return the weights of a channel's tokens in the mean of each prompt: the same for both of two runs."""
+    cells, number = index.cells("position", finite), index.prompts[0]
+    take, prompt = cells.channel == CHANNELS.index(channel), number[cells.sequence]
+    present = _present(prompt, take, int(number.max(initial=-1)) + 1)
+    weight = _means(cells, np.where(take, 0, -1), prompt, take)
+    tokens, none = int(cells.tokens[take].sum()), np.zeros(len(weight))
+    return Matching(
+        weight, none, none, prompt, present.astype(np.float64), present, present, (tokens, tokens), 1, (0, 0, 0)
+    )
+
+
+def prompt_means(
+    sums: Float[np.ndarray, "sequence *cells"],
+    tokens: Num[np.ndarray, " sequence"],
+    number: Int[np.ndarray, " sequence"],
+) -> Float[np.ndarray, "prompt *cells"]:
+    """Return means over the tokens of each sequence, then over a prompt's; prompts without a token are left out."""
+    present = tokens > 0
+    means = sums[present] / tokens[present].reshape(-1, *[1] * (sums.ndim - 1))
+    _, prompt, sequences = np.unique(number[present], return_inverse=True, return_counts=True)
+    total = np.zeros((len(sequences), *sums.shape[1:]))
+    np.add.at(total, prompt, means)
+    return np.asarray(total / sequences.reshape(-1, *[1] * (sums.ndim - 1)))
 
 
 def check_prompts(plan: Plan, matching: Matching) -> None:

@@ -98,7 +98,8 @@ def summary(datasets: Mapping[str, xr.Dataset]) -> str:
         texts = dict.fromkeys(result.attrs[attribute] for result in datasets.values())
         parts.append("\n".join(f"{heading}. {text}" for text in texts))
     first = next(iter(datasets.values())).attrs
-    parts.append(f"From run {first['run_digest']}, workbench {first['workbench_version']}, seed {first['seed']}.")
+    source = f"run {first['run_digest']}" if "run_digest" in first else f"checkpoint {first['checkpoint_digest']}"
+    parts.append(f"From {source}, workbench {first['workbench_version']}, seed {first['seed']}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -3,9 +3,11 @@
 SteerMoE's risk difference of an expert is the fraction of the tokens on side a that select it, less that on side b.
 The sides are any two token selections: channels, roles, parts, efforts, tasks, right and wrong answers.
 
-The pooled difference also contains everything else that differs between the sides. It is therefore computed within
-strata as well: within prompts, within token ids, and within both. A stratum with n_a and n_b tokens has the weight
-n_a n_b / (n_a + n_b) (Mantel–Haenszel); one stratum for all tokens is SteerMoE's definition.
+By default differences are taken within prompts, by the engine of all studies (`workbench.studies.matching`): between
+two channels the result is k times the difference of the share of routed slots in the study `routing`. Under the control
+"prompt and token" they are taken at the same token ids as well. "pooled" is SteerMoE's definition: it compares all
+tokens and so contains everything else that differs between the sides. "token" matches token ids alone; there, an id
+with n_a and n_b tokens has the weight n_a n_b / (n_a + n_b) (Mantel–Haenszel).
 
     found = study(wb.open_run("run.zarr"), a="channel=final", b="channel=analysis")["experts"]
 
@@ -20,13 +22,23 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.studies.contrast import paired_test
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts
-from workbench.studies.matching import Block, TokenRun, duplicates_warning, index_of
+from workbench.studies.matching import (
+    Block,
+    Cells,
+    Control,
+    Matching,
+    TokenRun,
+    duplicates_warning,
+    index_of,
+    match_cells,
+    token_blocks,
+)
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.token_labels import TOKEN_LABELS, Selection, mask, selection_of
 
@@ -35,7 +47,7 @@ STUDY = Study(
     title="Risk difference of experts",
     question="Which experts are selected more often at tokens with one label than at tokens with another?",
     requires=("routing",),
-    compute="two passes over the run's tokens; jackknife over groups of prompts",
+    compute="two passes over the run's tokens; jackknife over prompts",
     options={
         "a": "Tokens of side a, as channel=final or role=user,part=content (default: channel=final).",
         "b": "Tokens of side b (default: channel=analysis).",
@@ -45,31 +57,46 @@ STUDY = Study(
     page_title="Experts",
     order=45,
 )
-CONTROLS = ("pooled", "prompt", "token", "prompt and token")
-GROUPS = 40  # of prompts; each is left out once
+MATCHED: dict[str, Control] = {"prompt": "none", "prompt and token": "token"}  # the engine's control of each
+CONTROLS = (*MATCHED, "pooled", "token")
+GROUPS = 40  # of prompts; each is left out once, where prompts are not matched
 _IDS = 1 << 20  # more than any vocabulary has
-_POOLED = "Unpaired, all tokens pooled (the sides may differ by task, effort, words and position)"
+_LABELS = {
+    "prompt": "Within prompts",
+    "prompt and token": "Within prompts, at the same token ids",
+    "pooled": "Unpaired, all tokens pooled (the sides may differ by task, effort, words and position)",
+    "token": "Unpaired, at the same token ids (the sides may differ by task, effort and position)",
+}
 _NAMED = 5  # experts of each side that the summary lists
-_CI = f"95 %, delete-a-group jackknife over at most {GROUPS} groups of prompts, Student's t corrected for skewness"
+_CI = (
+    "95 %, Student's t over prompts corrected for skewness; unpaired: delete-a-group jackknife over at most "
+    f"{GROUPS} groups of prompts"
+)
 DEFINITIONS = {
     "rate_a": Definition("selection rate in a", "1", "fraction of side a's tokens that select the expert"),
     "rate_b": Definition("selection rate in b", "1", "fraction of side b's tokens that select the expert"),
-    "difference": Definition("risk difference", "1", "rate in a less rate in b within strata", ci=_CI, null="0"),
+    "difference": Definition(
+        "risk difference", "1", "rate in a less rate in b, matched as the control says", ci=_CI, null="0"
+    ),
     "low": Definition("risk difference, lower limit", "1", "lower limit of difference", ci=_CI),
     "high": Definition("risk difference, upper limit", "1", "upper limit of difference", ci=_CI),
     "p": Definition("p", "1", "two-sided, as the interval; missing: cannot be tested", null="0"),
     "q": Definition("q", "1", "Benjamini–Hochberg over all layers × experts of this control"),
     "different": Definition("differs", "1", "q < 0.05 and the interval excludes zero"),
     "bound": Definition("equivalence bound", "1", "smallest bound within which it is shown to lie (TOST, p < 0.05)"),
-    "tokens_a": Definition("tokens in a", "tokens", "tokens of side a in strata that have both sides"),
-    "tokens_b": Definition("tokens in b", "tokens", "tokens of side b in strata that have both sides"),
-    "prompts": Definition("prompts", "prompts", "prompts with tokens in strata that have both sides"),
+    "tokens_a": Definition("tokens in a", "tokens", "tokens of side a that take part"),
+    "tokens_b": Definition("tokens in b", "tokens", "tokens of side b that take part"),
+    "prompts": Definition("prompts", "prompts", "prompts that take part; unpaired: of the side with fewer"),
+    "prompts_excluded": Definition("prompts excluded", "prompts", "prompts with one side that cannot be paired"),
+    "tokens_excluded": Definition("tokens excluded", "tokens", "tokens on a side that cannot be paired"),
 }
 METHOD = (
     "Risk difference of an expert: the fraction of tokens on side a that select it (among their top k) less that on "
-    "side b. 'pooled' is SteerMoE's: all tokens together. 'prompt', 'token' and 'prompt and token' compare tokens of "
-    "the same prompt, with the same token id, or both; a stratum weighs n_a n_b / (n_a + n_b). Intervals and tests "
-    "leave out one group of prompts at a time, as tokens of a prompt are not independent."
+    "side b. 'prompt': within each sequence that has both sides or, where none has, between the means of a prompt's "
+    "sequences; averaged over prompts with equal weight. 'prompt and token': the same at equal token ids; a prompt "
+    "with m matched tokens weighs m / (m + 10). 'pooled' is SteerMoE's, all tokens together, and 'token' compares "
+    "tokens with the same id of any prompt: both are unpaired. Their intervals leave out one group of prompts at a "
+    "time, as tokens of a prompt are not independent."
 )
 NOT_CONTROLLED = (
     "Position, and what comes before a token, are not matched; 'pooled' matches nothing, so that words alone may cause "
@@ -95,60 +122,73 @@ def study(
     design = _Design(run, sides, prompt)
     groups = design.groups(np.random.default_rng(seed))
     n_groups = int(groups.max()) + 1
-    weights = {control: _Weights.of(design, control, groups, n_groups) for control in CONTROLS}
-    weights = {control: w for control, w in weights.items() if control in ("pooled", "token") or w.n_prompts}
-    rates, left_out = _estimates(design, weights, n_groups)
-    tested = [_test(values, w.n_prompts, n_groups) for values, w in zip(left_out, weights.values(), strict=True)]
+    weights = {control: _Weights.of(design, control, groups, n_groups) for control in ("pooled", "token")}
+    matchings = {name: design.matching(control) for name, control in MATCHED.items()}
+    matchings = {name: m for name, m in matchings.items() if (m.prompt_weight > 0).any()}
+    rates, by_prompt, left_out = _estimates(design, matchings, weights, n_groups)
+    tested = {name: _test_matched(by_prompt[name], m) for name, m in matchings.items()}
+    tested |= {name: _test(values, w, n_groups) for values, (name, w) in zip(left_out, weights.items(), strict=True)}
     cells = ("control", "layer", "expert")
-    kept = ("difference", "low", "high", "p", "q", "different", "bound")
-    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        name: (cells, np.stack([np.asarray(one[name]) for one in tested])) for name in kept
-    }
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    for name in (n for n in DEFINITIONS if n not in ("rate_a", "rate_b")):
+        values = np.stack([np.asarray(one[name]) for one in tested.values()])
+        variables[name] = (cells[: values.ndim], values)
     variables |= {f"rate_{side}": (cells[1:], rates[i]) for i, side in enumerate("ab")}
-    for i, side in enumerate("ab"):
-        variables[f"tokens_{side}"] = (cells[:1], np.array([w.tokens[i] for w in weights.values()]))
-    variables["prompts"] = (cells[:1], np.array([w.n_prompts for w in weights.values()]))
     shape = rates.shape[1:]
     names = [_text(side) for side in sides]
     title = f"Risk difference of experts: {names[0]} against {names[1]}"
     attrs = provenance(STUDY.name, title, run.digest, seed, {"a": names[0], "b": names[1]}) | {
         "a": names[0],
         "b": names[1],
+        "experts_per_token": int(run.model["experts_per_token"]),
         "groups": n_groups,
         "duplicate_prompts": merged,
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,
     }
-    coords = {"control": list(weights), "layer": np.arange(shape[0]), "expert": np.arange(shape[1])}
+    coords = {"control": list(tested), "layer": np.arange(shape[0]), "expert": np.arange(shape[1])}
     result = dataset(variables, coords, DEFINITIONS, attrs)
     result.attrs["summary"] = _summary(result)
     return {"experts": result}
 
 
 class _Design:
-    """The tokens of both sides, as counts by prompt and token id, and a second pass over them."""
+    """The tokens of both sides, as counts by sequence and token id, and a second pass over them."""
 
-    def __init__(self, run: TokenRun, sides: tuple[Any, Any], prompt: Int[np.ndarray, " sequence"]) -> None:
-        self.run, self.sides, self.prompt = run, sides, prompt
+    def __init__(self, run: TokenRun, sides: tuple[Any, Any], number: Int[np.ndarray, " sequence"]) -> None:
+        self.run, self.sides, self.number = run, sides, number
         names = [set(side) if isinstance(side, Mapping) else set() for side in sides]
         self._labels = tuple(sorted(set.union(*names) & (TOKEN_LABELS.keys() - {"channel"})))
         parts = [np.zeros((0, 3), dtype=np.int64)]
         for block, side in self.blocks():
             code = self.codes(block)
-            for number in (0, 1):
-                value, n = np.unique(code[side == number], return_counts=True)
-                parts.append(np.stack([value, np.full(len(value), number), n], 1))
+            for place in (0, 1):
+                value, n = np.unique(code[side == place], return_counts=True)
+                parts.append(np.stack([value, np.full(len(value), place), n], 1))
         rows = np.concatenate(parts)
         self.code, of = np.unique(rows[:, 0], return_inverse=True)
-        counts = [np.bincount(of, rows[:, 2] * (rows[:, 1] == number), len(self.code)) for number in (0, 1)]
+        counts = [np.bincount(of, rows[:, 2] * (rows[:, 1] == place), len(self.code)) for place in (0, 1)]
         self.counts: Int[np.ndarray, "side code"] = np.stack(counts).astype(np.int64)
-        for number, side in enumerate(sides):
-            if not self.counts[number].sum():
-                raise InputError(f"no token of the run is on side {'ab'[number]}, {_text(side)}: choose other labels")
+        self.sequence, self.token = np.divmod(self.code, _IDS)
+        self.prompt = number[self.sequence]
+        for place, side in enumerate(sides):
+            if not self.counts[place].sum():
+                raise InputError(f"no token of the run is on side {'ab'[place]}, {_text(side)}: choose other labels")
+
+    def matching(self, control: Control) -> Matching:
+        """Return the weights within prompts of the cells, those of side a before those of side b."""
+        n = len(self.code)
+        side, none = np.repeat([0, 1], n), np.zeros(2 * n, dtype=np.int64)
+        twice = [np.tile(values, 2) for values in (self.code, self.sequence, self.token)]
+        tokens = self.counts.ravel()
+        cells = Cells(twice[0], twice[1], none, side, twice[2], tokens)
+        has = [np.bincount(self.sequence, self.counts[place], int(self.sequence.max()) + 1) > 0 for place in (0, 1)]
+        within = bool((has[0] & has[1]).any())
+        return match_cells(cells, np.where(tokens > 0, side, -1), self.number, control, within_sequence=within)
 
     def blocks(self, *names: str) -> Iterator[tuple[Block, Int[np.ndarray, " token"]]]:
         """Yield blocks, and the side of each token: 0, 1, or −1 for neither."""
-        for block in self.run.blocks("id", *self._labels, *names):
+        for block in token_blocks(self.run, "risk difference", "id", *self._labels, *names):
             columns = pd.DataFrame({k: block[k] for k in ("sequence", "position", "channel", "id", *self._labels)})
             on = [mask(side, columns, self.run.sequences) for side in self.sides]
             if (on[0] & on[1]).any():
@@ -156,14 +196,13 @@ class _Design:
             yield block, np.where(on[0], 0, np.where(on[1], 1, -1))
 
     def codes(self, block: Block) -> Int[np.ndarray, " token"]:
-        """Return prompt and token id of every token as one number."""
-        return np.asarray(self.prompt[block["sequence"]].astype(np.int64) * _IDS + block["id"].astype(np.int64))
+        """Return sequence and token id of every token as one number."""
+        return np.asarray(block["sequence"].astype(np.int64) * _IDS + block["id"].astype(np.int64))
 
     def groups(self, rng: np.random.Generator) -> Int[np.ndarray, " prompt"]:
         """Return the group of every prompt; prompts with the same sides are spread evenly over the groups."""
-        owner = self.code // _IDS
-        n_prompts = int(self.prompt.max(initial=-1)) + 1
-        has = [np.bincount(owner, self.counts[side], n_prompts) > 0 for side in (0, 1)]
+        n_prompts = int(self.number.max(initial=-1)) + 1
+        has = self.prompts_of_sides()
         used = np.flatnonzero(has[0] | has[1])
         used = rng.permutation(used)
         used = used[np.argsort(has[0][used] * 2 + has[1][used], kind="stable")]
@@ -171,15 +210,17 @@ class _Design:
         group[used] = np.arange(len(used)) % min(GROUPS, len(used))
         return group
 
+    def prompts_of_sides(self) -> list[Bool[np.ndarray, " prompt"]]:
+        """Return which prompts have tokens on either side."""
+        n_prompts = int(self.number.max(initial=-1)) + 1
+        return [np.bincount(self.prompt, self.counts[place], n_prompts) > 0 for place in (0, 1)]
+
 
 @dataclass(frozen=True)
 class _Weights:
-    """The weight of a token of each stratum on each side, with all groups of prompts and without each of them.
+    """The weight of a token of each stratum on each side, with all groups of prompts and without each of them."""
 
-    Strata within prompts lose all of their tokens or none when a group is left out, so that one share is enough.
-    """
-
-    share: Float[np.ndarray, "side stratum config"]  # config 0: all groups; one config for strata within prompts
+    share: Float[np.ndarray, "side stratum config"]  # config 0: all groups
     total: Float[np.ndarray, " config"]
     stratum: Int[np.ndarray, " code"]
     group: Int[np.ndarray, " code"]
@@ -189,30 +230,23 @@ class _Weights:
     @classmethod
     def of(cls, design: _Design, control: str, groups: Int[np.ndarray, " prompt"], n_groups: int) -> "_Weights":
         """Return the weights of one control."""
-        prompt, token = np.divmod(design.code, _IDS)
-        keys = {"pooled": np.zeros_like(token), "prompt": prompt, "token": token}
-        stratum = np.unique(keys.get(control, design.code), return_inverse=True)[1]
-        n_strata, group = int(stratum.max()) + 1, groups[prompt]
+        keys = {"pooled": np.zeros_like(design.token), "token": design.token}
+        stratum = np.unique(keys[control], return_inverse=True)[1]
+        n_strata, group = int(stratum.max()) + 1, groups[design.prompt]
         n = np.stack([np.bincount(stratum, design.counts[side], n_strata) for side in (0, 1)])[..., None]
-        within = control.startswith("prompt")
-        if not within:
-            without = np.zeros((2, n_strata, n_groups))
-            for side in (0, 1):
-                np.add.at(without[side], (stratum, group), design.counts[side])
-            n = np.concatenate([n, n - without], axis=2)
+        without = np.zeros((2, n_strata, n_groups))
+        for side in (0, 1):
+            np.add.at(without[side], (stratum, group), design.counts[side])
+        n = np.concatenate([n, n - without], axis=2)
         both = n.sum(0)
         matched = np.divide(n[0] * n[1], both, out=np.zeros_like(both), where=both > 0)
         total = matched.sum(0)
-        if within:
-            owner = np.zeros(n_strata, dtype=np.int64)
-            owner[stratum] = group
-            without_group = np.bincount(owner, matched[:, 0], n_groups)
-            total = np.append(total, np.maximum(total - without_group, 0))
         # a token of side a has n_b / (n_a + n_b), one of side b n_a / (n_a + n_b)
         share = np.divide(n[::-1], both, out=np.zeros_like(n), where=both > 0)
         used = matched[stratum, 0] > 0
         tokens = [int(design.counts[side][used].sum()) for side in (0, 1)]
-        return cls(share, total, stratum, group, (tokens[0], tokens[1]), len(np.unique(prompt[used])))
+        n_prompts = min(int(present.sum()) for present in design.prompts_of_sides())
+        return cls(share, total, stratum, group, (tokens[0], tokens[1]), n_prompts)
 
     def of_tokens(
         self, side: Int[np.ndarray, " token"], code: Int[np.ndarray, " token"]
@@ -225,48 +259,83 @@ class _Weights:
 
 
 def _estimates(
-    design: _Design, weights: Mapping[str, _Weights], n_groups: int
-) -> tuple[Float[np.ndarray, "side layer expert"], Float[np.ndarray, "control config layer expert"]]:
-    """Return the rates of both sides, and every control's differences, with all groups and without each."""
+    design: _Design, matchings: Mapping[str, Matching], weights: Mapping[str, _Weights], n_groups: int
+) -> tuple[
+    Float[np.ndarray, "side layer expert"],
+    dict[str, Float[np.ndarray, "prompt layer expert"]],
+    Float[np.ndarray, "control config layer expert"],
+]:
+    """Return the rates of both sides, matched differences by prompt, and unpaired ones with and without each group."""
     model = design.run.model
-    layers, experts = model["n_layers"], model["num_experts"]
+    layers, experts, n = model["n_layers"], model["num_experts"], len(design.code)
     rates = np.zeros((2, layers, experts))
-    found = np.zeros((len(weights), n_groups + 1, layers, experts))
+    unpaired = np.zeros((len(weights), n_groups + 1, layers, experts))
+    by_prompt = {name: np.zeros((int(design.number.max()) + 1, layers, experts)) for name in matchings}
     for block, side in design.blocks("experts"):
         at = np.flatnonzero(side >= 0)
-        place = np.searchsorted(design.code, design.codes(block)[at])
-        own = side[at]
-        token = [w.of_tokens(own, place) for w in weights.values()]
-        columns = np.concatenate([np.stack([own == 0, own == 1], 1).astype(np.float64), *token], axis=1)
+        place, own = np.searchsorted(design.code, design.codes(block)[at]), side[at]
+        columns = [scipy.sparse.csr_array(np.stack([own == 0, own == 1], 1).astype(np.float64))]
+        columns += [scipy.sparse.csr_array(w.of_tokens(own, place)) for w in weights.values()]
+        width = sum(c.shape[1] for c in columns)
+        present, local = np.unique(design.prompt[place], return_inverse=True)
+        columns += [_columns(m.difference[own * n + place], local, len(present)) for m in matchings.values()]
+        together = scipy.sparse.hstack(columns, format="csr")
         for layer, chosen in enumerate(block["experts"]):
-            sums = _by_expert(chosen[at], columns, experts)
+            sums = _by_expert(chosen[at], together, experts)
             rates[:, layer] += sums[:2]
-            found[:, :, layer] += sums[2:].reshape(len(weights), n_groups + 1, experts)
+            unpaired[:, :, layer] += sums[2:width].reshape(len(weights), n_groups + 1, experts)
+            for found, of_prompts in zip(
+                by_prompt.values(), sums[width:].reshape(-1, len(present), experts), strict=True
+            ):
+                found[present, layer] += of_prompts
     for i, w in enumerate(weights.values()):
-        found[i, w.total <= 0] = np.nan
-    return rates / design.counts.sum(1)[:, None, None], found
+        unpaired[i, w.total <= 0] = np.nan
+    return rates / design.counts.sum(1)[:, None, None], by_prompt, unpaired
+
+
+def _columns(values: Float[np.ndarray, " token"], column: Int[np.ndarray, " token"], n: int) -> scipy.sparse.csr_array:
+    """Return a matrix [token column] in which every token has its value in its column."""
+    return scipy.sparse.csr_array((values, column, np.arange(len(values) + 1)), shape=(len(values), n))
 
 
 def _by_expert(
-    chosen: Int[np.ndarray, "token slot"], columns: Float[np.ndarray, "token column"], n_experts: int
+    chosen: Int[np.ndarray, "token slot"], columns: scipy.sparse.csr_array, n_experts: int
 ) -> Float[np.ndarray, "column expert"]:
     """Return the sums of the columns over the tokens that select each expert."""
     n, k = chosen.shape
     parts = (np.ones(n * k), chosen.ravel().astype(np.int64), np.arange(0, n * k + 1, k))
-    return np.asarray((scipy.sparse.csr_array(parts, shape=(n, n_experts)).T @ columns).T)
+    return np.asarray((scipy.sparse.csr_array(parts, shape=(n, n_experts)).T @ columns).toarray().T)
 
 
-def _test(left_out: Float[np.ndarray, "config layer expert"], n_prompts: int, n_groups: int) -> dict[str, Any]:
-    """Return the difference with limits, p, q and verdict from its values without each group (pseudo-values)."""
-    whole, without = left_out[0], left_out[1:]
-    if n_prompts < MIN_PROMPTS or not np.isfinite(left_out).all():
-        missing = np.full(whole.shape, np.nan)
-        return {n: missing for n in ("low", "high", "p", "q", "bound")} | {
-            "difference": whole,
-            "different": np.zeros(whole.shape, dtype=bool),
-        }
+def _test_matched(by_prompt: Float[np.ndarray, "prompt layer expert"], matching: Matching) -> dict[str, Any]:
+    """Return difference, limits, p, q and verdict of a matched control, and what takes part."""
+    used = matching.prompt_weight > 0
+    return paired_test(by_prompt[used], matching.prompt_weight[used]) | {
+        "tokens_a": matching.tokens[0],
+        "tokens_b": matching.tokens[1],
+        "prompts": int(used.sum()),
+        "prompts_excluded": matching.excluded[0],
+        "tokens_excluded": matching.excluded[2],
+    }
+
+
+def _test(left_out: Float[np.ndarray, "config layer expert"], weights: _Weights, n_groups: int) -> dict[str, Any]:
+    """Return the same of an unpaired control, from its values without each group of prompts (pseudo-values)."""
+    estimate, without = left_out[0], left_out[1:]
+    counted = {"tokens_a": weights.tokens[0], "tokens_b": weights.tokens[1], "prompts": weights.n_prompts}
+    counted |= {"prompts_excluded": 0, "tokens_excluded": 0}
+    if weights.n_prompts < MIN_PROMPTS or not np.isfinite(left_out).all():
+        missing = np.full(estimate.shape, np.nan)
+        return (
+            counted
+            | dict.fromkeys(("low", "high", "p", "q", "bound"), missing)
+            | {
+                "difference": estimate,
+                "different": np.zeros(estimate.shape, dtype=bool),
+            }
+        )
     # Tukey's pseudo-values: the standard error of their mean is that of the jackknife
-    return paired_test(whole - (n_groups - 1) * (without - without.mean(0)))
+    return counted | paired_test(estimate - (n_groups - 1) * (without - without.mean(0)))
 
 
 def _text(side: Any) -> str:
@@ -279,32 +348,29 @@ def _text(side: Any) -> str:
 
 def strictest(result: xr.Dataset) -> str:
     """Return the control that matches most and can be tested; "pooled" if none can."""
-    for control in reversed([str(c) for c in result["control"].values]):
-        if np.isfinite(result["p"].sel(control=control)).any():
-            return control
-    return "pooled"
+    return _first_tested(result, ("prompt and token", "prompt", "token"))
+
+
+def default_control(result: xr.Dataset) -> str:
+    """Return "prompt" if differences within prompts can be tested, else what matches most."""
+    return _first_tested(result, ("prompt", "token"))
+
+
+def _first_tested(result: xr.Dataset, controls: tuple[str, ...]) -> str:
+    known = [c for c in controls if c in result["control"]]
+    return next((c for c in known if np.isfinite(result["p"].sel(control=c)).any()), "pooled")
 
 
 def _summary(result: xr.Dataset) -> str:
-    """Return the counts of each control, and the experts that differ most under the strictest one."""
+    """Return the counts of each control, and the experts that differ most within prompts."""
     lines = []
     if warning := duplicates_warning(int(result.attrs["duplicate_prompts"])):
         lines.append(warning)
+    if not set(MATCHED) & set(map(str, result["control"].values)):
+        lines.append("No prompt has both sides, so that differences cannot be taken within prompts.")
     for control in map(str, result["control"].values):
-        cell = result.sel(control=control)
-        n = int(cell["prompts"])
-        rests = f"{n} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
-        label = _POOLED if control == "pooled" else f"Within {control}"
-        if not np.isfinite(cell["p"]).any():
-            lines.append(f"{label} ({rests}): cannot be tested, at least {MIN_PROMPTS} prompts are needed.")
-            continue
-        large = [int((cell["different"] & (np.abs(cell["difference"]) > size)).sum()) for size in (0, 0.1, 0.3)]
-        lines.append(
-            f"{label} ({rests}): {large[0]} of {cell['different'].size} experts differ, {large[1]} by more than 10 and "
-            f"{large[2]} by more than 30 percentage points."
-        )
-        lines += [f"  Warning: {text}." for text in (few_prompts(n),) if text]
-    control = strictest(result)
+        lines += _describe_control(result.sel(control=control), _LABELS[control])
+    control = default_control(result)
     cell = result.sel(control=control)
     for sign, side in ((1, "a"), (-1, "b")):
         size = np.where(cell["different"], sign * cell["difference"], -np.inf)
@@ -314,8 +380,29 @@ def _summary(result: xr.Dataset) -> str:
             for layer, expert in zip(*np.unravel_index(order, size.shape), strict=True)
             if size[layer, expert] > 0
         ]
-    matched = "" if control == "pooled" else f" within {control}"
-    return "\n".join([*lines, f"Experts are listed by their difference{matched}; both rates are of all tokens."])
+    label = _LABELS[control].partition(" (")[0]
+    return "\n".join([*lines, f"Experts are listed by their difference {label.lower()}; both rates are of all tokens."])
+
+
+def _describe_control(cell: xr.Dataset, label: str) -> list[str]:
+    n = int(cell["prompts"])
+    rests = f"{n} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
+    if left_out := int(cell["tokens_excluded"]):
+        rests += f"; excluded, as not paired: {int(cell['prompts_excluded'])} prompts, {left_out:,} tokens"
+    if not np.isfinite(cell["p"]).any():
+        return [f"{label} ({rests}): cannot be tested, at least {MIN_PROMPTS} prompts are needed."]
+    different, size = cell["different"].values, np.abs(cell["difference"].values)
+    large = [int((different & (size > least)).sum()) for least in (0, 0.1, 0.3)]
+    lines = [
+        f"{label} ({rests}): {large[0]} of {different.size} experts differ, {large[1]} by more than 10 and {large[2]} "
+        "by more than 30 percentage points."
+    ]
+    if not different.all():
+        largest = float(np.nanmax(np.where(different, np.nan, cell["bound"].values)))
+        lines.append(
+            f"  In the others, differences beyond ±{100 * largest:.1f} points are excluded (equivalence test)."
+        )
+    return lines + [f"  Warning: {text}." for text in (few_prompts(n),) if text]
 
 
 def _line(cell: xr.Dataset, side: str) -> str:

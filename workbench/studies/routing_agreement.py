@@ -16,9 +16,10 @@ from jaxtyping import Bool, Num
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
+from workbench.studies.compare import shares_by_prompt
 from workbench.studies.contrast import Block, TokenRun
-from workbench.studies.intervals import ratio
-from workbench.studies.matching import independent_prompts, token_blocks
+from workbench.studies.intervals import mean_of_prompts
+from workbench.studies.matching import independent_prompts, prompt_means, token_blocks
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -35,7 +36,7 @@ POSITIONS = (0, 64, 256, 1024, 4096)
 MARGINS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 EFFORTS = ("low", "medium", "high", "")
 _SHARE = "|experts of both| / k"
-_CI = "95 %, delete-one jackknife over prompts"
+_CI = "95 %, Student's t over prompts corrected for skewness"
 
 
 def _with_limits(name: str, long_name: str, units: str, definition: str) -> dict[str, Definition]:
@@ -69,8 +70,9 @@ DEFINITIONS = {
     "choices": Definition("choices", "choices", "tokens times layers of this margin"),
 }
 METHOD = (
-    "For every token and layer, the share of the k experts that both chose. Sums by prompt, intervals by the jackknife "
-    "over prompts. The margin is the k-th less the (k+1)-th router logit of this model."
+    "For every token and layer, the share of the k experts that both chose. Means over the tokens of a sequence, then "
+    "over a prompt's sequences; intervals over prompts. The margin is the k-th less the (k+1)-th router logit of this "
+    "model."
 )
 NOT_CONTROLLED = (
     "The router's own choice is made on the path that was forced up to its layer, so disagreement does not accumulate "
@@ -121,7 +123,7 @@ def agreement(run: TokenRun, blocks: Iterator[Compared], attrs: dict[str, object
 
 
 class _Sums:
-    """Sums by prompt of the share of experts that both choices have."""
+    """Sums by sequence of the share of experts that both choices have."""
 
     def __init__(self, run: TokenRun) -> None:
         table = run.sequences
@@ -130,12 +132,12 @@ class _Sums:
         self.effort = np.full(size, len(EFFORTS) - 1)
         self.effort[table.index] = [EFFORTS.index(e) if e in EFFORTS else len(EFFORTS) - 1 for e in table["effort"]]
         self.order = table.index
-        n = int(self.prompt.max()) + 1
+        n = size
         self.tokens = np.zeros((n, len(CHANNELS)))
         self.shared = np.zeros((n, len(CHANNELS), layers))
         self.by: dict[str, tuple[np.ndarray, np.ndarray]] = {
-            name: (np.zeros((n, size)), np.zeros((n, size)))
-            for name, size in (("effort", len(EFFORTS)), ("position", len(POSITIONS)), ("margin", len(MARGINS)))
+            name: (np.zeros((n, cells)), np.zeros((n, cells)))
+            for name, cells in (("effort", len(EFFORTS)), ("position", len(POSITIONS)), ("margin", len(MARGINS)))
         }
         self.logprob = np.zeros((2, n))
         self.n_logprob = np.zeros((2, n))
@@ -152,21 +154,21 @@ class _Sums:
     ) -> None:
         """Add the tokens of a block."""
         sequence, position = block["sequence"][compared], block["position"][compared]
-        prompt, channel = self.prompt[sequence], block["channel"][compared].astype(np.int64)
+        channel = block["channel"][compared].astype(np.int64)
         shared = np.stack(
             [
                 (a[:, :, None] == b[:, None, :]).any(-1).mean(-1)
                 for a, b in zip(first[:, compared], second[:, compared], strict=True)
             ]
         )
-        np.add.at(self.tokens, (prompt, channel), 1)
-        np.add.at(self.shared, (prompt, channel), shared.T)
+        np.add.at(self.tokens, (sequence, channel), 1)
+        np.add.at(self.shared, (sequence, channel), shared.T)
         mean = shared.mean(0)
-        self._by("effort", prompt, self.effort[sequence], mean)
-        self._by("position", prompt, np.searchsorted(POSITIONS, position, side="right") - 1, mean)
+        self._by("effort", sequence, self.effort[sequence], mean)
+        self._by("position", sequence, np.searchsorted(POSITIONS, position, side="right") - 1, mean)
         if margin is not None:
             for layer, values in zip(shared, margin[:, compared], strict=True):
-                self._by("margin", prompt, np.searchsorted(MARGINS, values, side="right") - 1, layer)
+                self._by("margin", sequence, np.searchsorted(MARGINS, values, side="right") - 1, layer)
         differs = shared < 1
         any_layer = differs.any(0)
         np.add.at(self.first_layer, differs.argmax(0)[any_layer], 1)
@@ -178,13 +180,13 @@ class _Sums:
             logprob = block["logprob"][compared]
             known = np.isfinite(logprob)
             for row, mask in enumerate((~any_layer & known, any_layer & known)):
-                np.add.at(self.logprob[row], prompt[mask], logprob[mask])
-                np.add.at(self.n_logprob[row], prompt[mask], 1)
+                np.add.at(self.logprob[row], sequence[mask], logprob[mask])
+                np.add.at(self.n_logprob[row], sequence[mask], 1)
 
-    def _by(self, name: str, prompt: np.ndarray, cell: np.ndarray, values: np.ndarray) -> None:
+    def _by(self, name: str, sequence: np.ndarray, cell: np.ndarray, values: np.ndarray) -> None:
         sums, counts = self.by[name]
-        np.add.at(sums, (prompt, np.maximum(cell, 0)), values)
-        np.add.at(counts, (prompt, np.maximum(cell, 0)), 1)
+        np.add.at(sums, (sequence, np.maximum(cell, 0)), values)
+        np.add.at(counts, (sequence, np.maximum(cell, 0)), 1)
 
     def variables(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
         """Everything that was summed, with intervals."""
@@ -194,18 +196,22 @@ class _Sums:
             "first_disagreement": (("layer",), self.first_layer),
             "first_position": (("sequence",), self.first_position[self.order]),
         }
-        by_channel = [ratio(self.shared[:, c], self.tokens[:, c]) for c in range(len(CHANNELS))]
+        by_channel = [self._shares(self.shared[:, c], self.tokens[:, c]) for c in range(len(CHANNELS))]
         cells: dict[str, tuple[tuple[str, ...], list[Any]]] = {"agreement": (("channel", "layer"), by_channel)}
         for name, (sums, counts) in self.by.items():
-            values = [ratio(sums[:, i], counts[:, i]) for i in range(sums.shape[1])]
+            values = [self._shares(sums[:, i], counts[:, i]) for i in range(sums.shape[1])]
             cells[f"agreement_{name}"] = ((name,), values)
         for name, (dims, values) in cells.items():
             for index, end in enumerate(("", "_low", "_high")):
                 found[name + end] = (dims, np.stack([value[index] for value in values]))
         for row, name in enumerate(("logprob_agree", "logprob_disagree")):
-            for end, value in zip(("", "_low", "_high"), ratio(self.logprob[row], self.n_logprob[row]), strict=True):
+            means = prompt_means(self.logprob[row], self.n_logprob[row], self.prompt)
+            for end, value in zip(("", "_low", "_high"), mean_of_prompts(means), strict=True):
                 found[name + end] = ((), np.asarray(value))
         return found
+
+    def _shares(self, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return shares_by_prompt(sums, counts, self.prompt)
 
 
 def _words(result: xr.Dataset, what: str) -> str:

@@ -8,8 +8,8 @@ import xarray as xr
 from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.studies.contrast import TokenRun
-from workbench.studies.intervals import ratio
-from workbench.studies.matching import independent_prompts, token_blocks
+from workbench.studies.intervals import mean_of_prompts
+from workbench.studies.matching import independent_prompts, prompt_means, token_blocks
 from workbench.studies.result import Definition, provenance
 from workbench.studies.routing_agreement import Compared, agreement
 
@@ -24,7 +24,9 @@ STUDY = Study(
     page_title="Compare runs",
     order=61,
 )
-_EFFECT = Definition("effect on log-probability", "nat", "|a − b|, mean over tokens", ci="95 %, jackknife over prompts")
+_EFFECT = Definition(
+    "effect on log-probability", "nat", "|a − b|, mean over prompts", ci="95 %, Student's t over prompts"
+)
 
 
 def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
@@ -44,8 +46,9 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     result = agreement(run, _compared(run, other, effect), attrs, "both runs")
     sequence, difference = (np.concatenate(each) for each in zip(*effect, strict=True))
     known = np.isfinite(difference)
-    prompt = independent_prompts(run)[sequence[known]]
-    value = ratio(np.bincount(prompt, difference[known]), np.bincount(prompt))
+    number, own = independent_prompts(run), sequence[known]
+    sums, counts = (np.bincount(own, values, len(number)) for values in (difference[known], None))
+    value = mean_of_prompts(prompt_means(sums, counts, number))
     for end, number in zip(("", "_low", "_high"), value, strict=True):
         result[f"logprob_effect{end}"] = ((), np.asarray(number), _EFFECT.attrs())
     result.attrs["summary"] += f"\nLog-probabilities differ by {float(value[0]):.4f} nat a token on average."

@@ -1,108 +1,26 @@
-"""Every dialect, and every way a host can fail, against a mock server; then a third party's server running nano."""
+"""Every dialect, and every way a host can fail, against a mock server; then a third party's server running nano.
 
-import contextlib
-import json
+Also tests `workbench.harmony.hosts.answers`.
+"""
+
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.harmony.hosts.mock_server import FakeHost, Reply, chat, rows_of, settings, write
 from workbench import harmony
 from workbench.errors import InputError, JobError
-from workbench.harmony.hosts import client
-from workbench.harmony.hosts.client import Host
-from workbench.harmony.hosts.collect import Settings, collect
+from workbench.harmony.hosts.collect import collect
 from workbench.harmony.marked_text import read_output
 
 NANO = Path(__file__).parents[3] / "data/nano"
-KEY = "sk-the-key-that-must-not-appear"
-Reply = tuple[int, Any, dict[str, str]]
-
-
-class FakeHost:
-    """Answers what a test says; remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.paths: list[str] = []
-        self.reply: Callable[[str, dict[str, Any], int], Reply] = lambda path, body, n: (200, chat("6"), {})
-        self._lock = threading.Lock()
-        host = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with host._lock:
-                    n = len(host.requests)
-                    host.requests.append(body)
-                    host.headers.append(dict(self.headers))
-                    host.paths.append(self.path)
-                status, reply, headers = host.reply(self.path, body, n)
-                data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-
-
-@pytest.fixture
-def host() -> Iterator[FakeHost]:
-    fake = FakeHost()
-    yield fake
-    fake.server.shutdown()
-    fake.server.server_close()
-
-
-def chat(content: str | None, **more: Any) -> dict[str, Any]:
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content} | more}
-    return {"choices": [choice], "model": "served", "usage": {"prompt_tokens": 3, "completion_tokens": 5}}
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    return write(tmp_path, 2)
-
-
-def write(folder: Path, n: int) -> Path:
-    path = folder / "prompts.jsonl"
-    rows = [
-        {
-            "id": f"p{i}",
-            "messages": [{"role": "user", "content": f"2*{i} é <script>"}],
-            "expected": str(2 * i),
-            "meta": {"task": "t"},
-        }
-        for i in range(n)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
-def settings(**changes: Any) -> Settings:
-    return Settings(**({"model": "m", "efforts": ("low",), "retries": 2, "key_env": "TEST_KEY"} | changes))
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def said_by(row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -333,46 +251,6 @@ def test_what_hosts_say_of_missing_reasoning_is_told(
     assert "2 of 2 answers came without the model's own reasoning" in capsys.readouterr().err
 
 
-def test_the_key_travels_in_one_header_and_appears_nowhere(
-    host: FakeHost, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TEST_KEY", KEY)
-    host.reply = lambda path, body, n: (401, {"error": f"bad key {KEY}"}, {}) if n % 2 else (200, chat("0"), {})
-    with pytest.raises(JobError):
-        collect(host.url + "/v1?api-version=1", prompts, tmp_path / "o", settings())
-    heard = {name.lower(): value for name, value in host.headers[0].items()}
-    assert heard["authorization"] == f"Bearer {KEY}"
-    assert host.paths[0] == "/v1/chat/completions?api-version=1"
-    printed = capsys.readouterr()
-    everything = [p.read_text() for p in tmp_path.iterdir()] + [printed.out, printed.err]
-    assert not any(KEY in text for text in everything)
-    assert "***" in printed.err
-
-
-@pytest.mark.parametrize(
-    ("url", "said"),
-    [
-        ("localhost:8000", "no address of a host"),
-        ("ftp://x/y", "no address of a host"),
-        ("https://me:secret@host/v1", "a key in the address would be stored"),
-        ("http://example.org/v1", "would travel unencrypted"),
-    ],
-)
-def test_addresses_that_cannot_be(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEST_KEY", KEY)
-    with pytest.raises(InputError, match=said) as raised:
-        Host(url, key_env="TEST_KEY", timeout=1, retries=0, per_minute=None)
-    assert "secret" not in str(raised.value)
-
-
-def test_azure_has_its_own_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEST_KEY", KEY)
-    azure = Host("https://x.openai.azure.com/openai/v1", key_env="TEST_KEY", timeout=1, retries=0, per_minute=None)
-    assert azure._http.headers["api-key"] == KEY
-    assert "authorization" not in azure._http.headers
-    azure.close()
-
-
 def test_a_host_that_dies_midway_costs_nothing_that_was_answered(host: FakeHost, tmp_path: Path) -> None:
     prompts, out = write(tmp_path, 8), tmp_path / "o"
 
@@ -446,110 +324,6 @@ def test_a_third_party_s_server_running_nano(tmp_path: Path) -> None:
     assert any(t.correct for t in theirs)
     run = capture(nano, tmp_path / "theirs.jsonl", tmp_path / "run.zarr")
     assert len(run.sequences) == len(theirs)
-
-
-def raw_host(answer: Callable[[socket.socket], None]) -> tuple[str, socket.socket]:
-    """A host that does with each connection what a test says."""
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        while True:
-            try:
-                connection, _ = server.accept()
-            except OSError:
-                return
-            with connection, contextlib.suppress(OSError):
-                connection.recv(65536)
-                answer(connection)
-
-    threading.Thread(target=serve, daemon=True).start()
-    return f"http://127.0.0.1:{server.getsockname()[1]}", server
-
-
-@pytest.mark.parametrize("where", ["headers", "body"])
-def test_a_host_that_sends_byte_by_byte_is_given_up_in_time(tmp_path: Path, where: str) -> None:
-    """Each read comes in time, so that a limit for reads alone never ends."""
-
-    def drip(connection: socket.socket) -> None:
-        connection.sendall(b"HTTP/1.1 200 OK\r\n" + (b"content-length: 9999\r\n\r\n" if where == "body" else b"x: "))
-        for _ in range(600):
-            connection.sendall(b" ")
-            time.sleep(0.1)
-
-    url, server = raw_host(drip)
-    begun = time.monotonic()
-    with server, pytest.raises(JobError, match="1 of 1"):
-        collect(url, write(tmp_path, 1), tmp_path / "o", settings(timeout=1.0, retries=0, api="chat"))
-    assert time.monotonic() - begun < 30
-
-
-BAD_REPLIES: dict[str, tuple[bytes, dict[str, str]]] = {
-    "deep": (b"[" * 100_000, {}),
-    "deep and closed": (b"[" * 5_000 + b"]" * 5_000, {}),
-    "no gzip": (b"no gzip", {"content-encoding": "gzip"}),
-    "packed twice": (b"x", {"content-encoding": "gzip, gzip"}),
-    "another charset": ("é".encode("utf-16"), {"content-type": "application/json; charset=utf-16"}),
-    "an unknown charset": (b"\xff\xfe", {"content-type": "application/json; charset=klingon"}),
-    "a long number": (b'{"choices": ' + b"9" * 10_000 + b"}", {}),
-    "half a pair": (b'{"choices": [{"message": {"content": "\\ud800"}}]}', {}),
-    "wrong types": (b'{"choices": [{"message": {"content": {"a": 1}, "reasoning": 3, "tool_calls": 7}}]}', {}),
-    "ids too large": (
-        b'{"choices": [{"message": {"content": "6"}, "token_ids": [99999999999]}], "prompt_token_ids": [1]}',
-        {},
-    ),
-    "no object": (b'{"choices": [{"message": null, "finish_reason": []}], "usage": [], "model": {}}', {}),
-}
-
-
-@pytest.mark.parametrize("name", list(BAD_REPLIES))
-def test_a_bad_answer_is_one_failed_row(
-    host: FakeHost, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    data, headers = BAD_REPLIES[name]
-    host.reply = lambda path, body, n: (
-        (200, data, headers) if "2*1 " in body["messages"][0]["content"] else (200, chat("0", reasoning="r"), {})
-    )
-    out = tmp_path / "o"
-    with pytest.raises(JobError, match="1 of 3 were not answered"):
-        collect(host.url, write(tmp_path, 3), out, settings(retries=0, api="chat"))
-    assert [row["id"] for row in rows_of(out)] == ["p0/low/0", "p2/low/0"] or len(rows_of(out)) == 2
-    reason = [line for line in capsys.readouterr().err.splitlines() if line.startswith("p1/low/0: ")]
-    assert len(reason) == 1
-    assert len(reason[0]) > len("p1/low/0: ") + 10
-
-
-def test_a_large_answer_is_given_up(host: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "MAX_REPLY_BYTES", 10_000)
-    host.reply = lambda path, body, n: (200, chat("x" * 20_000), {})
-    with pytest.raises(JobError):
-        collect(host.url, write(tmp_path, 1), tmp_path / "o", settings(retries=0, api="chat"))
-    monkeypatch.undo()  # a negative control: without the limit it is an answer
-    collect(host.url, write(tmp_path, 1), tmp_path / "o", settings(retries=0, api="chat"))
-
-
-def test_a_key_that_the_host_repeats_is_not_stored(
-    host: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TEST_KEY", KEY)
-    reply = chat(f"the key is {KEY}", reasoning=f"hm, {KEY}") | {"model": KEY}
-    reply["choices"][0]["finish_reason"] = f"stop {KEY}"
-    escaped = json.dumps(reply).replace(KEY, KEY.replace("k", "\\u006b")).encode()
-    replies = [(200, reply, {}), (200, escaped, {}), (400, {"error": KEY}, {})]
-    host.reply = lambda path, body, n: replies[n % 3]
-    with pytest.raises(JobError):
-        collect(host.url, write(tmp_path, 3), tmp_path / "o", settings(retries=0, api="chat", concurrency=1))
-    stored = (tmp_path / "o").read_text()
-    assert stored.count("***") >= 4
-    assert KEY not in stored + capsys.readouterr().err
-    assert Host(host.url, key_env="NO_KEY", timeout=1, retries=0, per_minute=None).struck(KEY) == KEY  # a control
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [("1e9", 600.0), ("inf", 600.0), ("-5", 0.0), ("nan", None), ("x", None), ("Mon, 99 Foo", None), ("2", 2.0)],
-)
-def test_the_wait_that_a_host_asks_for_is_bounded(value: str, seconds: float | None) -> None:
-    assert client._retry_after(httpx.Headers({"retry-after": value})) == seconds
 
 
 def test_answers_are_parsed_in_linear_time() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.harmony.hosts.test_collect import FakeHost, chat, rows_of, settings
+from tests.harmony.hosts.mock_server import FakeHost, chat, rows_of, settings
 from workbench import harmony
 from workbench.errors import InputError, JobError
 from workbench.harmony.hosts import requests

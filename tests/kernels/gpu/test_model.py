@@ -10,7 +10,8 @@ from tests.model.conftest import BASE, random_model
 from workbench.hooks.names import hook_points
 from workbench.kernels import dispatch
 from workbench.kernels.mxfp4 import quantise
-from workbench.model.transformer import ExpertMatrix, GptOss
+from workbench.model.layers import ExpertMatrix
+from workbench.model.transformer import GptOss
 
 CFG = replace(BASE, n_layers=2, windows=(8, None))
 

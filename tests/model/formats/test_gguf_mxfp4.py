@@ -1,4 +1,7 @@
-"""The two orders of MXFP4 are each other's inverse, and the compiled loop and numpy write the same bytes."""
+"""The two orders of MXFP4 are each other's inverse, and the compiled loop and numpy write the same bytes.
+
+Also tests `workbench.model.formats.gguf_loops`.
+"""
 
 import numpy as np
 import pytest

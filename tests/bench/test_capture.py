@@ -1,0 +1,22 @@
+"""`bench capture` times the forward pass, captures of several records, and names the tools that are not installed."""
+
+import pytest
+import torch
+
+from workbench.bench import capture
+
+
+def test_every_way_is_timed_and_missing_tools_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent(*arguments: object) -> None:
+        raise ImportError("no such tool")
+
+    monkeypatch.setattr(capture, "_bridge", absent)
+    monkeypatch.setattr(capture, "_nnsight", absent)
+    found = capture.run("nano", tokens=32, rounds=1, dtype=torch.float32)
+    assert len(found["ways"]) >= 3
+    assert all(row["tokens_per_s"] > 0 for row in found["ways"])
+    assert set(found["missing"].values()) == {"no such tool"}
+    assert len(found["missing"]) == 2
+    assert capsys.readouterr().out.count("not installed (no such tool)") == 2

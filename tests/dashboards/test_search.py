@@ -1,0 +1,100 @@
+"""Tokens and conversations that the search finds are those of the run's own arrays."""
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import workbench as wb
+from tests.conftest import DATA
+from workbench import harmony
+from workbench.dashboards import search
+from workbench.harmony.labels import CHANNELS
+from workbench.runs import Run
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return wb.open_run(DATA / "demo.zarr")
+
+
+def test_an_expert_s_tokens_are_those_that_went_to_it(run: Run) -> None:
+    table = search.expert_tokens(run, 1, 5, str, rows=1000)
+    data = run.dataset[["id", "experts"]].compute()
+    hit = (data["experts"].values[1] == 5).any(-1)
+    every, chosen = Counter(data["id"].values.tolist()), Counter(data["id"].values[hit].tolist())
+    assert len(table) == sum(n >= 5 for n in chosen.values())
+    for row in table.head(10).to_dict("records"):
+        token = int(row["token"])
+        assert row["times"] == chosen[token]
+        assert row["lift"] == pytest.approx(chosen[token] / every[token] / hit.mean(), abs=1e-3)
+        assert f"[{token}]" in row["for example"]
+
+
+def test_tokens_of_a_selection_are_counted_in_it_alone(run: Run) -> None:
+    within = search.TokenSelection(channel="final", effort="high", task="product")
+    table = search.expert_tokens(run, 1, 5, str, rows=1000, within=within)
+    data = run.dataset[["id", "experts", "channel", "sequence"]].compute()
+    of = run.sequences.loc[data["sequence"].values]
+    inside = (data["channel"].values == CHANNELS.index("final")) & (of["effort"] == "high") & (of["task"] == "product")
+    hit = (data["experts"].values[1] == 5).any(-1) & inside.to_numpy()
+    chosen = Counter(data["id"].values[hit].tolist())
+    assert {int(row["token"]): row["times"] for row in table.to_dict("records")} == {
+        token: n for token, n in chosen.items() if n >= 5
+    }
+    for row in table.to_dict("records"):
+        there = (data["sequence"].values == row["sequence"]) & hit
+        assert row["position"] in run.sequence(row["sequence"])["position"].values
+        assert int(row["token"]) in data["id"].values[there]
+
+
+def test_a_head_s_tokens_and_its_curve_are_those_of_its_sinks(run: Run) -> None:
+    data = run.dataset[["id", "sink", "channel", "position"]].compute()
+    mass = data["sink"].values[2][:, 3].astype(np.float64)
+    curve = search.head_by_position(run, 2, 3)
+    final, where = data["channel"].values == CHANNELS.index("final"), data["position"].values
+    for low, high in ((16, 32), (32, 64)):
+        inside = final & (where >= low) & (where < high)
+        assert curve.loc[low, "final"] == pytest.approx(mass[inside].mean(), rel=1e-5)
+    table = search.head_tokens(run, 2, 3, str)
+    assert (np.diff(table["lift"]) <= 0).all()
+    best = data["id"].values == int(table["token"].iloc[0])
+    assert mass[best].mean() > np.quantile(mass, 0.8)
+
+
+def test_conversations_are_found_by_task_effort_and_text(run: Run) -> None:
+    found = search.conversations(run, task="product", effort="high")
+    assert len(found) == 20
+    assert all(run.sequences.loc[i, "task"] == "product" for i in found.values())
+    assert len(search.conversations(run, text="product-07/")) == 3
+    assert search.conversations(run, text="no such text anywhere") == {}
+    said = search.conversations(run, text="REASONING: HIGH")
+    assert set(said.values()) == set(run.sequences.index[run.sequences["effort"] == "high"])
+    assert search.conversations(run, text="reasoning: high", channel="final") == {}
+
+
+def test_conversations_are_ordered_by_an_expert_s_share(run: Run) -> None:
+    found = list(search.conversations(run, channel="analysis", expert=(1, 5)).values())
+    data = run.dataset[["sequence", "channel", "experts"]].compute()
+    inside = data["channel"].values == CHANNELS.index("analysis")
+    hit = (data["experts"].values[1] == 5).any(-1)[inside]
+    share = pd.Series(hit).groupby(data["sequence"].values[inside]).mean()
+    assert found == [i for i in found if share[i] > 0]
+    assert len(found) == (share > 0).sum()
+    np.testing.assert_allclose(share[found].to_numpy(), np.sort(share)[::-1][: len(found)])
+
+
+def test_a_character_of_several_tokens_is_shown_once() -> None:
+    words = harmony.tokenizer()
+    text = "naïve 🦜🦜 日本語 𓀀 \ufffd ok"
+    ids = words.encode(text)
+    shown = search.texts(ids, words)
+    assert len(shown) == len(ids)
+    assert "".join(shown) == text
+    assert "" in shown  # some character here takes more than one token
+    alone = [words.decode([i]) for i in ids]
+    assert "".join(alone) != text  # and one by one they cannot be read
+    broken = [ids[i] for i in range(len(ids)) if shown[i] == ""][:1] * 9
+    assert len(search.texts(broken, words)) == 9
+    assert "".join(search.texts(broken, words))
