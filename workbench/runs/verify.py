@@ -44,7 +44,8 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
         layout, _ = run.layout, run.committed
         specs = arrays(run.model, run.spec, layout)
     except Exception as error:  # whatever damaged metadata or a damaged table makes zarr raise
-        return [Problem(str(path), error.what if isinstance(error, manifest.DamageError) else _first_line(error))]
+        opened = f"cannot be opened as a run: {_first_line(error)}"
+        return [Problem(str(path), error.what if isinstance(error, manifest.DamageError) else opened)]
     problems = list(_structure(run, specs))
     if problems:
         return problems
