@@ -18,10 +18,12 @@ def heatmap(ds: xr.Dataset, control: str, *, theme: ThemeName = "light") -> go.F
     colours, cell = THEMES[theme], ds.sel(control=control)
     points, different = 100 * cell["difference"].values, cell["different"].values
     limit = float(np.abs(points[different]).max(initial=0.1))
-    detail = np.stack([100 * cell[n].values for n in ("difference", "low", "high", "rate_a", "rate_b")], -1)
+    percent = [100 * cell[n].values for n in ("difference", "low", "high", "rate_a", "rate_b")]
+    detail = np.stack([*percent, cell["q"].values], -1)
     hover = (
-        "layer %{y}, expert %{x}<br>%{customdata[0]:+.2f} points [%{customdata[1]:+.2f}, %{customdata[2]:+.2f}]"
-        "<br>selected at %{customdata[3]:.1f} % against %{customdata[4]:.1f} % of tokens<extra></extra>"
+        "layer %{y}, expert %{x}<br>%{customdata[0]:+.2f} points [%{customdata[1]:+.2f}, %{customdata[2]:+.2f}], "
+        "q = %{customdata[5]:.3g}<br>selected at %{customdata[3]:.1f} % against %{customdata[4]:.1f} % of tokens"
+        "<extra></extra>"
     )
     grid = LayerHeatmap(cell["layer"].values, cell["expert"].values, colours)
     grid.differences(points, different, detail, hover, limit, "not shown to differ")

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.stats
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
@@ -27,9 +26,8 @@ from workbench.runs import conversations, examples
 from workbench.runs.schema import EXAMPLE_KINDS
 from workbench.studies.expert_labels import read as read_labels
 from workbench.studies.expert_labels import with_labels
-from workbench.studies.intervals import MIN_PROMPTS
+from workbench.studies.intervals import MIN_PROMPTS, few_prompts, test_of_moments
 from workbench.studies.matching import independent_prompts
-from workbench.studies.resampling import TAILS
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
@@ -49,9 +47,9 @@ N_PARTNERS = 3
 MIN_COUNT = 20  # occurrences of a token in the half in which it is chosen
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]  # name → dimensions and values
 _FRAME = CHANNELS.index("frame")
-_CI = "95 %, delete-one jackknife over the prompts of the other half, Student's t"
+_CI = "95 %, delete-one jackknife over the prompts of the other half, Student's t corrected for skewness"
 _CI_SCORE = "95 %, Wilson, over texts"
-_CI_ALL = "95 %, delete-one jackknife over prompts, Student's t"
+_CI_ALL = "95 %, delete-one jackknife over prompts, Student's t corrected for skewness"
 
 _EXAMPLE = {
     "gate": ("gate weight", "1", "softmax weight of the expert among the chosen ones"),
@@ -155,7 +153,9 @@ def load(run: Any, *, seed: int = 0, tokenizer: Any = None) -> xr.Dataset:
     unscored = np.full(labels.shape, np.nan)
     variables |= {f"label_score{limit}": (("layer", "expert"), unscored) for limit in ("", "_low", "_high")}
     attrs = provenance("expert-examples", STUDY.title, run.digest, seed, {"examples": lists["top_gate"].shape[-1]})
-    attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": _summary(variables)}
+    warning = few_prompts(len(np.unique(independent_prompts(run)[run.sequences.index])))
+    summary = _summary(variables) + (f"\nWarning: {warning}." if warning else "")
+    attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": summary}
     return with_labels(dataset(variables, coords, DEFINITIONS, attrs), read_labels(run))
 
 
@@ -333,15 +333,16 @@ def _jackknifed(
     totals = [part.sum(0) for part in sums]
     found = np.asarray(estimate(*totals))
     n = len(sums[0])
-    mean, square = np.zeros(found.shape), np.zeros(found.shape)
+    mean, square, cube = (np.zeros(found.shape) for _ in range(3))
     for unit in range(n):
-        change = np.asarray(estimate(*(total - part[unit] for total, part in zip(totals, sums, strict=True)))) - found
-        mean += change / n
-        square += change**2 / n
-    error = np.sqrt(np.maximum(square - mean**2, 0) * max(n - 1, 0))
-    width = scipy.stats.t.ppf(TAILS[1], np.maximum(units - 1, 1)) * error
-    width = np.where(units >= MIN_PROMPTS, width, np.nan)
-    return found, found - width, found + width
+        # what the prompt adds to the estimate
+        part_of = found - np.asarray(estimate(*(t - part[unit] for t, part in zip(totals, sums, strict=True))))
+        mean, square, cube = mean + part_of / n, square + part_of**2 / n, cube + part_of**3 / n
+    variance = np.maximum(square - mean**2, 0)
+    third = (cube - 3 * mean * square + 2 * mean**3) * n * ((n - 1) / n) ** 1.5
+    tested = test_of_moments(found, np.sqrt(variance * (n - 1)), third, np.maximum(units - 1, 1))
+    enough = units >= MIN_PROMPTS
+    return found, np.where(enough, tested.low, np.nan), np.where(enough, tested.high, np.nan)
 
 
 def _loads(run: Any, channels: Sequence[int]) -> Variables:

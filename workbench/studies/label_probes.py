@@ -23,7 +23,7 @@ from workbench.registry import Study
 from workbench.runs import Run
 from workbench.studies import token_labels
 from workbench.studies.contrast import paired_test
-from workbench.studies.intervals import MIN_PROMPTS, few_prompts
+from workbench.studies.intervals import MIN_PROMPTS, few_prompts, within_bounds
 from workbench.studies.probes import bigrams, control_labels, position_bins, previous_ids
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.token_labels import Selection, selection_of
@@ -298,10 +298,12 @@ def _variables(
     pseudo = np.stack([[_pseudo_values(values) for values in layers] for layers in by_source], -1)  # layer group source
     tested = paired_test(np.moveaxis(pseudo, 1, 0))
     beyond = paired_test(np.stack([_pseudo_values(values) - _pseudo_values(best) for values in activation], 1))
+    auc = np.asarray(tested["difference"])
+    low, high = within_bounds(auc, np.asarray(tested["low"]), np.asarray(tested["high"]), pseudo.shape[1])
     return {
-        "auc": (("layer", "source"), np.asarray(tested["difference"])),
-        "auc_low": (("layer", "source"), np.asarray(tested["low"])),
-        "auc_high": (("layer", "source"), np.asarray(tested["high"])),
+        "auc": (("layer", "source"), auc),
+        "auc_low": (("layer", "source"), low),
+        "auc_high": (("layer", "source"), high),
         "beyond_words": (("layer",), np.asarray(beyond["difference"])),
         "beyond_words_low": (("layer",), np.asarray(beyond["low"])),
         "beyond_words_high": (("layer",), np.asarray(beyond["high"])),

@@ -59,7 +59,7 @@ STUDY = Study(
 )
 MATCHED: dict[str, Control] = {"prompt": "none", "prompt and token": "token"}  # the engine's control of each
 CONTROLS = (*MATCHED, "pooled", "token")
-GROUPS = 40  # of prompts; each is left out once, where prompts are not matched
+GROUPS = 20  # of prompts; each is left out once, where prompts are not matched
 _IDS = 1 << 20  # more than any vocabulary has
 _LABELS = {
     "prompt": "Within prompts",
@@ -122,12 +122,14 @@ def study(
     design = _Design(run, sides, prompt)
     groups = design.groups(np.random.default_rng(seed))
     n_groups = int(groups.max()) + 1
-    weights = {control: _Weights.of(design, control, groups, n_groups) for control in ("pooled", "token")}
+    weights = _Weights.of(design, groups, n_groups)
     matchings = {name: design.matching(control) for name, control in MATCHED.items()}
     matchings = {name: m for name, m in matchings.items() if (m.prompt_weight > 0).any()}
-    rates, by_prompt, left_out = _estimates(design, matchings, weights, n_groups)
+    rates, by_prompt, pooled, same_ids = _estimates(design, matchings, weights, groups)
+    n_prompts = min(int(present.sum()) for present in design.prompts_of_sides())
     tested = {name: _test_matched(by_prompt[name], m) for name, m in matchings.items()}
-    tested |= {name: _test(values, w, n_groups) for values, (name, w) in zip(left_out, weights.items(), strict=True)}
+    tested["pooled"] = _test(pooled, n_prompts, (int(design.counts[0].sum()), int(design.counts[1].sum())))
+    tested["token"] = _test(same_ids, n_prompts, weights.tokens)
     cells = ("control", "layer", "expert")
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
     for name in (n for n in DEFINITIONS if n not in ("rate_a", "rate_b")):
@@ -218,93 +220,106 @@ class _Design:
 
 @dataclass(frozen=True)
 class _Weights:
-    """The weight of a token of each stratum on each side, with all groups of prompts and without each of them."""
+    """The weight of a token of each token id on each side, with all groups of prompts and without each of them."""
 
-    share: Float[np.ndarray, "side stratum config"]  # config 0: all groups
+    share: Float[np.ndarray, "side id config"]  # config 0: all groups
     total: Float[np.ndarray, " config"]
-    stratum: Int[np.ndarray, " code"]
+    place: Int[np.ndarray, " code"]  # of the code's token id in `share`
     group: Int[np.ndarray, " code"]
     tokens: tuple[int, int]
-    n_prompts: int
 
     @classmethod
-    def of(cls, design: _Design, control: str, groups: Int[np.ndarray, " prompt"], n_groups: int) -> "_Weights":
-        """Return the weights of one control."""
-        keys = {"pooled": np.zeros_like(design.token), "token": design.token}
-        stratum = np.unique(keys[control], return_inverse=True)[1]
-        n_strata, group = int(stratum.max()) + 1, groups[design.prompt]
-        n = np.stack([np.bincount(stratum, design.counts[side], n_strata) for side in (0, 1)])[..., None]
-        without = np.zeros((2, n_strata, n_groups))
-        for side in (0, 1):
-            np.add.at(without[side], (stratum, group), design.counts[side])
-        n = np.concatenate([n, n - without], axis=2)
+    def of(cls, design: _Design, groups: Int[np.ndarray, " prompt"], n_groups: int) -> "_Weights":
+        """Return the weights; groups: of every prompt."""
+        place = np.unique(design.token, return_inverse=True)[1]
+        n_ids, group = int(place.max()) + 1, groups[design.prompt]
+        own = [
+            np.bincount(place * n_groups + group, design.counts[side], n_ids * n_groups).reshape(n_ids, n_groups)
+            for side in (0, 1)
+        ]
+        n = np.stack([np.concatenate([c.sum(1)[:, None], c.sum(1)[:, None] - c], axis=1) for c in own])
         both = n.sum(0)
         matched = np.divide(n[0] * n[1], both, out=np.zeros_like(both), where=both > 0)
-        total = matched.sum(0)
         # a token of side a has n_b / (n_a + n_b), one of side b n_a / (n_a + n_b)
         share = np.divide(n[::-1], both, out=np.zeros_like(n), where=both > 0)
-        used = matched[stratum, 0] > 0
+        used = matched[place, 0] > 0
         tokens = [int(design.counts[side][used].sum()) for side in (0, 1)]
-        n_prompts = min(int(present.sum()) for present in design.prompts_of_sides())
-        return cls(share, total, stratum, group, (tokens[0], tokens[1]), n_prompts)
+        return cls(share, matched.sum(0), place, group, (tokens[0], tokens[1]))
 
     def of_tokens(
         self, side: Int[np.ndarray, " token"], code: Int[np.ndarray, " token"]
     ) -> Float[np.ndarray, "token config"]:
         """Return the signed weights of tokens, given their places among the codes."""
-        share = self.share[side, self.stratum[code]] * np.where(side == 0, 1.0, -1.0)[:, None]
-        out = np.divide(share, self.total, out=np.zeros((len(side), len(self.total))), where=self.total > 0)
+        share = self.share[side, self.place[code]] * np.where(side == 0, 1.0, -1.0)[:, None]
+        out = np.divide(share, self.total, out=np.zeros(share.shape), where=self.total > 0)
         out[np.arange(len(side)), 1 + self.group[code]] = 0  # the token's own group is left out there
         return out
 
 
 def _estimates(
-    design: _Design, matchings: Mapping[str, Matching], weights: Mapping[str, _Weights], n_groups: int
+    design: _Design, matchings: Mapping[str, Matching], weights: _Weights, groups: Int[np.ndarray, " prompt"]
 ) -> tuple[
     Float[np.ndarray, "side layer expert"],
     dict[str, Float[np.ndarray, "prompt layer expert"]],
-    Float[np.ndarray, "control config layer expert"],
+    Float[np.ndarray, "config layer expert"],
+    Float[np.ndarray, "config layer expert"],
 ]:
-    """Return the rates of both sides, matched differences by prompt, and unpaired ones with and without each group."""
-    model = design.run.model
-    layers, experts, n = model["n_layers"], model["num_experts"], len(design.code)
-    rates = np.zeros((2, layers, experts))
-    unpaired = np.zeros((len(weights), n_groups + 1, layers, experts))
-    by_prompt = {name: np.zeros((int(design.number.max()) + 1, layers, experts)) for name in matchings}
+    """Return both sides' rates, matched differences by prompt, and pooled ones and those at the same token ids.
+
+    The last two with all groups of prompts, and without each.
+    """
+    model, n_groups, n = design.run.model, len(weights.total) - 1, len(design.code)
+    layers, experts = model["n_layers"], model["num_experts"]
+    selected = np.zeros((2, n_groups, layers, experts))
+    same_ids = np.zeros((n_groups + 1, layers, experts))
+    by_prompt = {name: np.zeros((len(groups), layers, experts)) for name in matchings}
     for block, side in design.blocks("experts"):
         at = np.flatnonzero(side >= 0)
         place, own = np.searchsorted(design.code, design.codes(block)[at]), side[at]
-        columns = [scipy.sparse.csr_array(np.stack([own == 0, own == 1], 1).astype(np.float64))]
-        columns += [scipy.sparse.csr_array(w.of_tokens(own, place)) for w in weights.values()]
-        width = sum(c.shape[1] for c in columns)
+        columns, cell = weights.of_tokens(own, place), own * n_groups + weights.group[place]
         present, local = np.unique(design.prompt[place], return_inverse=True)
-        columns += [_columns(m.difference[own * n + place], local, len(present)) for m in matchings.values()]
-        together = scipy.sparse.hstack(columns, format="csr")
-        for layer, chosen in enumerate(block["experts"]):
-            sums = _by_expert(chosen[at], together, experts)
-            rates[:, layer] += sums[:2]
-            unpaired[:, :, layer] += sums[2:width].reshape(len(weights), n_groups + 1, experts)
-            for found, of_prompts in zip(
-                by_prompt.values(), sums[width:].reshape(-1, len(present), experts), strict=True
-            ):
-                found[present, layer] += of_prompts
-    for i, w in enumerate(weights.values()):
-        unpaired[i, w.total <= 0] = np.nan
-    return rates / design.counts.sum(1)[:, None, None], by_prompt, unpaired
+        matched = [m.difference[own * n + place] for m in matchings.values()]
+        for layer, slots in enumerate(block["experts"]):
+            chosen = slots[at].astype(np.int64)
+            selected[:, :, layer] += _counted(chosen, cell, 2 * n_groups, experts).reshape(2, n_groups, experts)
+            same_ids[:, layer] += _by_expert(chosen, columns, experts)
+            for found, weight in zip(by_prompt.values(), matched, strict=True):
+                found[present, layer] += _counted(chosen, local, len(present), experts, weight)
+    same_ids[weights.total <= 0] = np.nan
+    tokens = [np.bincount(weights.group, design.counts[side], n_groups) for side in (0, 1)]
+    rates = [_with_and_without(of_side, count) for of_side, count in zip(selected, tokens, strict=True)]
+    return np.stack([rate[0] for rate in rates]), by_prompt, rates[0] - rates[1], same_ids
 
 
-def _columns(values: Float[np.ndarray, " token"], column: Int[np.ndarray, " token"], n: int) -> scipy.sparse.csr_array:
-    """Return a matrix [token column] in which every token has its value in its column."""
-    return scipy.sparse.csr_array((values, column, np.arange(len(values) + 1)), shape=(len(values), n))
+def _with_and_without(
+    sums: Float[np.ndarray, "group layer expert"], tokens: Float[np.ndarray, " group"]
+) -> Float[np.ndarray, "config layer expert"]:
+    """Return sums over tokens with all groups, and without each; NaN where no token is left."""
+    kept = np.concatenate([sums.sum(0)[None], sums.sum(0) - sums])
+    count = np.concatenate([[tokens.sum()], tokens.sum() - tokens])[:, None, None]
+    return np.divide(kept, count, out=np.full(kept.shape, np.nan), where=count > 0)
+
+
+def _counted(
+    chosen: Int[np.ndarray, "token slot"],
+    row: Int[np.ndarray, " token"],
+    n_rows: int,
+    n_experts: int,
+    weight: Float[np.ndarray, " token"] | None = None,
+) -> Float[np.ndarray, "row expert"]:
+    """Return the (weighted) number of tokens of each row that select each expert."""
+    cell = (row[:, None] * n_experts + chosen).ravel()
+    values = None if weight is None else np.repeat(weight, chosen.shape[1])
+    return np.bincount(cell, values, n_rows * n_experts).reshape(n_rows, n_experts)
 
 
 def _by_expert(
-    chosen: Int[np.ndarray, "token slot"], columns: scipy.sparse.csr_array, n_experts: int
+    chosen: Int[np.ndarray, "token slot"], columns: Float[np.ndarray, "token column"], n_experts: int
 ) -> Float[np.ndarray, "column expert"]:
     """Return the sums of the columns over the tokens that select each expert."""
     n, k = chosen.shape
-    parts = (np.ones(n * k), chosen.ravel().astype(np.int64), np.arange(0, n * k + 1, k))
-    return np.asarray((scipy.sparse.csr_array(parts, shape=(n, n_experts)).T @ columns).toarray().T)
+    parts = (np.ones(n * k), chosen.ravel(), np.arange(0, n * k + 1, k))
+    return np.asarray((scipy.sparse.csr_array(parts, shape=(n, n_experts)).T @ columns).T)
 
 
 def _test_matched(by_prompt: Float[np.ndarray, "prompt layer expert"], matching: Matching) -> dict[str, Any]:
@@ -319,23 +334,22 @@ def _test_matched(by_prompt: Float[np.ndarray, "prompt layer expert"], matching:
     }
 
 
-def _test(left_out: Float[np.ndarray, "config layer expert"], weights: _Weights, n_groups: int) -> dict[str, Any]:
-    """Return the same of an unpaired control, from its values without each group of prompts (pseudo-values)."""
+def _test(
+    left_out: Float[np.ndarray, "config layer expert"], n_prompts: int, tokens: tuple[int, int]
+) -> dict[str, Any]:
+    """Return the same of an unpaired control, from its values without each group of prompts (pseudo-values).
+
+    n_prompts: of the side with fewer.
+    """
     estimate, without = left_out[0], left_out[1:]
-    counted = {"tokens_a": weights.tokens[0], "tokens_b": weights.tokens[1], "prompts": weights.n_prompts}
+    counted: dict[str, Any] = {"tokens_a": tokens[0], "tokens_b": tokens[1], "prompts": n_prompts}
     counted |= {"prompts_excluded": 0, "tokens_excluded": 0}
-    if weights.n_prompts < MIN_PROMPTS or not np.isfinite(left_out).all():
+    if n_prompts < MIN_PROMPTS or not np.isfinite(left_out).all():
         missing = np.full(estimate.shape, np.nan)
-        return (
-            counted
-            | dict.fromkeys(("low", "high", "p", "q", "bound"), missing)
-            | {
-                "difference": estimate,
-                "different": np.zeros(estimate.shape, dtype=bool),
-            }
-        )
+        counted |= {"difference": estimate, "different": np.zeros(estimate.shape, dtype=bool)}
+        return counted | dict.fromkeys(("low", "high", "p", "q", "bound"), missing)
     # Tukey's pseudo-values: the standard error of their mean is that of the jackknife
-    return counted | paired_test(estimate - (n_groups - 1) * (without - without.mean(0)))
+    return counted | paired_test(estimate - (len(without) - 1) * (without - without.mean(0)))
 
 
 def _text(side: Any) -> str:

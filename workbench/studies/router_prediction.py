@@ -19,7 +19,7 @@ from workbench.registry import Study
 from workbench.runs import Run
 from workbench.studies import token_labels
 from workbench.studies.contrast import paired_test
-from workbench.studies.intervals import MIN_PROMPTS, few_prompts
+from workbench.studies.intervals import MIN_PROMPTS, few_prompts, within_bounds
 from workbench.studies.label_probes import ridge
 from workbench.studies.matching import index_of
 from workbench.studies.probes import bigrams, previous_ids
@@ -180,6 +180,9 @@ def _result(
     pairs = ((tested, "recall"), (beyond, "beyond_bigram"))
     ends = (("", "difference"), ("_low", "low"), ("_high", "high"))
     variables = {f"{name}{end}": (cells, np.asarray(one[key])) for one, name in pairs for end, key in ends}
+    value, low, high = (variables[f"recall{end}"][1] for end, _ in ends)
+    limits = within_bounds(value, low, high, recall.shape[2])
+    variables |= {f"recall{end}": (cells, limit) for end, limit in zip(("_low", "_high"), limits, strict=True)}
     variables["q"] = (cells, np.asarray(beyond["q"]))
     attrs = provenance(STUDY.name, "Prediction of routing", run.digest, seed, {"hook": hook, "max_tokens": max_tokens})
     attrs |= {

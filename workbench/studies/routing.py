@@ -30,7 +30,7 @@ from workbench.studies.comparison import (
     sum_by,
 )
 from workbench.studies.divergence import N_BOOT, N_PERMUTATIONS, divergence
-from workbench.studies.intervals import MIN_PROMPTS
+from workbench.studies.intervals import MIN_PROMPTS, within_bounds
 from workbench.studies.layer_experts import layer_experts
 from workbench.studies.matching import merged_prompts
 from workbench.studies.resampling import (
@@ -92,8 +92,8 @@ DEFINITIONS = {
 METHOD = (
     "Load is pooled over the tokens of a cell; its sampling unit is the prompt. Cells with no token are missing. "
     "E is the number of experts of the layer. "
-    "Intervals need five prompts, are too narrow below about fifty, and cannot see what no prompt did: that of an "
-    "expert which nobody used is [0, 0]. Whether two cells' intervals overlap is no test; divergence() tests."
+    "Intervals need five prompts and are too narrow below about fifty; that of an expert which no prompt used is "
+    "Wilson's of the number of prompts. Whether two cells' intervals overlap is no test; divergence() tests."
 )
 NOT_CONTROLLED = "Cells are not matched on task, position, length or words."
 
@@ -214,7 +214,9 @@ def _intervals(
     total = counts.sum(axis=0)
     share, replicates = statistics.share(total), statistics.share(weights @ counts)
     influence = counts - counts.sum(axis=1, keepdims=True) * share  # up to a factor, which BCa does not see
-    share_low, share_high = mean_interval(interval, share, replicates, influence)
+    share_low, share_high = within_bounds(
+        share, *mean_interval(interval, share, replicates, influence), int((counts.sum(1) > 0).sum())
+    )
     entropies = statistics.entropy(replicates)
     corrected = bias_corrected(statistics.entropy(share), entropies)
     entropy_low, entropy_high = recentred_interval(entropies, corrected)

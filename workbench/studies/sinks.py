@@ -16,7 +16,7 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run, axes, cells, sum_by
 from workbench.studies.contrast import Plan, TokenRun, contrasts
-from workbench.studies.intervals import ratio
+from workbench.studies.intervals import ratio, within_bounds
 from workbench.studies.matching import independent_prompts, merged_prompts, token_blocks
 from workbench.studies.result import Definition, dataset, provenance
 
@@ -99,8 +99,10 @@ def mass(run: Run, by: tuple[str, ...] = ("channel", "effort"), *, seed: int = 0
             for s in (sums, squares)
         )
         grouped = (sum_by(first, of), sum_by(counts, of)) if len(of) else (first, counts)
-        for name, value in zip(("mass", "mass_low", "mass_high"), ratio(*grouped), strict=True):
-            parts[name].append(np.asarray(value))
+        value, low, high = ratio(*grouped)
+        limits = within_bounds(value, low, high, len(np.unique(of)))
+        for name, values in zip(("mass", "mass_low", "mass_high"), (value, *limits), strict=True):
+            parts[name].append(np.asarray(values))
         n = max(counts.sum(), 1)
         variance = second.sum(0) / n - (first.sum(0) / n) ** 2
         parts["spread"].append(np.where(counts.sum() > 0, np.sqrt(np.maximum(variance, 0)), np.nan))
@@ -141,7 +143,8 @@ def by_position(run: TokenRun, *, seed: int = 0) -> xr.Dataset:
             values = block["sink"][layer].astype(np.float64)
             sums[..., layer] += np.bincount(place, values.mean(-1), tokens.size).reshape(tokens.shape)
             above[:, layer] += np.bincount(cell, (values > RATE_ABOVE).mean(-1), n_cells)
-    parts = [ratio(sums[:, c], tokens[:, c]) for c in range(n_cells)]
+    found = [(*ratio(sums[:, c], tokens[:, c]), int((tokens[:, c] > 0).sum())) for c in range(n_cells)]
+    parts = [(value, *within_bounds(value, low, high, n)) for value, low, high, n in found]
     counted = tokens.sum(0)
     dims = ("channel", "bin", "layer")
     shape = (len(CHANNELS), len(edges), layers)
