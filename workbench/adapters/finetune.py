@@ -31,7 +31,7 @@ from workbench.kernels.logits import logprob
 from workbench.model.adapter_config import read_adapter_config
 from workbench.model.low_rank import LowRank
 from workbench.model.transformer import GptOss
-from workbench.outputs import check_output, staged
+from workbench.outputs import check_output, sha256, staged
 from workbench.progress import progress
 from workbench.signals import StopSignal
 from workbench.version import version
@@ -231,8 +231,8 @@ def _weights_digest(folder: Path) -> str:
     read_adapter_config(folder)
     path = folder / "adapter_model.safetensors"
     try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with open_regular(path):  # no pipe, which would wait for ever
+            return sha256(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
