@@ -242,6 +242,7 @@ def without_long_work(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(reading, "make", lambda *_: None)
     patch.setattr(first, "start", lambda *_, **__: 0)
     patch.setattr("workbench.inputs.WRITER_TIMEOUT_S", 0.05)
+    patch.setattr("workbench.harmony.hosts.client._LONGEST_WAIT_S", 0.01)  # between retries
 
 
 class TooLongError(BaseException):
