@@ -1,7 +1,9 @@
 """Random models of odd shapes, and the same weights in transformers' own implementation."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,3 +129,18 @@ def tokens() -> Callable[[Config], torch.Tensor]:
         return torch.randint(cfg.d_vocab, (batch, pos), generator=torch.Generator().manual_seed(5))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards and an index."""
+    from tests.model.checkpoints import write  # late: it imports this module
+
+    folder = write(tmp_path_factory.mktemp("checkpoint") / "hf", shard_bytes=90_000)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@pytest.fixture
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "copy"))

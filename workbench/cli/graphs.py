@@ -35,7 +35,9 @@ def graph(
     ] = None,
     neurons: Annotated[
         int,
-        typer.Option(min=0, help="Divide every expert of the graph into so many neurons, and the others. 0: do not."),
+        typer.Option(
+            min=0, help="Show each expert as its N largest neurons and the sum of the others. 0: as one node."
+        ),
     ] = 0,
     sae: Annotated[
         list[Path] | None,
@@ -45,7 +47,10 @@ def graph(
         ),
     ] = None,
     choices: Annotated[
-        bool, typer.Option(help="Add query, key and router edges: what attention and the router chose by.")
+        bool,
+        typer.Option(
+            help="Add edges into queries, keys and router logits: what decided the attention and the routing."
+        ),
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",

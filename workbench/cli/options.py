@@ -14,7 +14,7 @@ Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmeti
 
 
 IgnoreField = Annotated[
-    list[str] | None, typer.Option(help="Field of config.json that changes no result; repeat for several.")
+    list[str] | None, typer.Option(help="Unknown field of config.json to accept; repeat for several.")
 ]
 Adapter = Annotated[Path | None, typer.Option(help="PEFT folder with a LoRA adapter for the model.")]
 Record = Annotated[

@@ -38,12 +38,16 @@ def generate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, max=10**6, help="Samples for each prompt and effort.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, max=1e6, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the most probable tokens only.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among this many most probable tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Sample among the fewest tokens of this total probability.")
+        float | None,
+        typer.Option(min=0, max=1, help="Sample among the most probable tokens that together have this probability."),
     ] = None,
     min_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Least probability, relative to the most probable token.")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Sample among tokens of at least this probability, relative to the most probable."
+        ),
     ] = None,
     seed: Seed = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=10**9, help="Generate at most so many tokens.")] = 512,
