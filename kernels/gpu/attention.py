@@ -24,7 +24,6 @@ from torch.autograd.function import once_differentiable
 
 from workbench.kernels.gpu import tiles
 from workbench.kernels.gpu.common import LOG2E, dot, narrow, on_device_of_first
-from workbench.kernels.gpu.tiles import Tile
 
 
 @triton.jit

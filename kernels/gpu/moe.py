@@ -23,7 +23,6 @@ from workbench.kernels.gpu import tiles
 from workbench.kernels.gpu.common import dot, narrow, on_device_of_first
 from workbench.kernels.gpu.mxfp4 import dot_packed, load_tile, operand, unpack
 from workbench.kernels.gpu.routing import Groups, group, max_tiles, tile_of
-from workbench.kernels.gpu.tiles import Tile
 from workbench.kernels.moe import ActivationHook, ActivationHooks, Experts
 from workbench.kernels.mxfp4 import Mxfp4
 

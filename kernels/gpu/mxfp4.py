@@ -10,7 +10,7 @@ Reference: OCP Microscaling Formats (MX) Specification v1.0; `workbench.kernels.
 Cost: 17 bytes read and 64 written (bfloat16) per group to dequantise; 128 read (float32) and 17 written to quantise.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton

@@ -117,24 +117,27 @@ def moe_tile(slots: int, num_experts: int, dtype: torch.dtype, target: str) -> T
         return Tile({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 1)
     if dtype == torch.float32:  # no tensor cores: bounded by the registers of the unpacked weight
         return Tile({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2)
+    if target == "sm_90":
+        return _hopper_moe_tile(slots, num_experts)
     if slots <= 32 * num_experts:  # decode, bounded by the weights' bytes: small blocks keep them coming
-        if target == "sm_90":
-            return _hopper_decode_tile(slots)
         return Tile({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}, 4, 2 if amd else 5)
     if amd:
         return Tile({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 2)
-    if target == "sm_90":
-        # Four warps: with eight (and at most 128 registers) Triton 3.6 computed wrong values on an H100, by up to 0.17
-        # of the largest, and was 2 % faster. Below 96 slots an expert, 64 a tile take 0.73 of the time of 128.
-        return Tile({"BLOCK_M": 64 if slots <= 96 * num_experts else 128, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 4)
-    return Tile({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 4)  # mma.sync: 128 slots spill with two blocks
+    return Tile({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 4)  # 128 slots spill with two blocks
 
 
-def _hopper_decode_tile(slots: int) -> Tile:
-    """Return the tile of `moe_tile` for few slots, measured on an H100: 0.85 and 0.88 of the time of 64 × 128 × 5."""
-    if slots <= 64:  # few programs, each of which waits for memory step by step: longer steps
+def _hopper_moe_tile(slots: int, num_experts: int) -> Tile:
+    """Return the tile of `moe_tile` in bfloat16 on sm_90, as measured on an H100 (docs/bench_gpu.json).
+
+    Four warps everywhere: with eight (and at most 128 registers) Triton 3.6 computed wrong values in prefills, by up to
+    0.17 of the largest, and was 2 % faster.
+    """
+    if slots <= 64:  # few programs, each of which waits for memory step by step: long steps
         return Tile({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 256}, 4, 3)
-    return Tile({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128}, 4, 4)
+    if slots <= 32 * num_experts:
+        return Tile({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128}, 4, 4)
+    # Below 96 slots an expert, 64 a tile take 0.73 of the time of 128.
+    return Tile({"BLOCK_M": 64 if slots <= 96 * num_experts else 128, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 4)
 
 
 @measured

@@ -297,9 +297,12 @@ def verify(
     """Validate a run and list damaged arrays; exit with 1 if there are any."""
     from workbench.harmony.flags import counted_in
     from workbench.runs import open_run
+    from workbench.runs.storage import storage_at
     from workbench.runs.verify import other_content
     from workbench.runs.verify import verify as check
 
+    if not storage_at(run).exists():
+        raise InputError(f"{run} is not there: name the folder of a run")
     problems = check(run, workers=workers)
     for problem in problems:
         print(f"{problem.where}: {problem.what}")

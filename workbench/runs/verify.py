@@ -44,7 +44,8 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
         layout, _ = run.layout, run.committed
         specs = arrays(run.model, run.spec, layout)
     except Exception as error:  # whatever damaged metadata or a damaged table makes zarr raise
-        return [Problem(str(path), f"cannot be opened as a run: {_first_line(error)}")]
+        opened = f"cannot be opened as a run: {_first_line(error)}"
+        return [Problem(str(path), error.what if isinstance(error, manifest.DamageError) else opened)]
     problems = list(_structure(run, specs))
     if problems:
         return problems
@@ -67,11 +68,15 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
 
 def other_content(run: Run) -> list[str]:
     """Return the groups and arrays that others added to a run, which no job writes and no reader of a run reads."""
-    created = manifest.read(run.storage, manifest.CREATED)[1]
-    own = {*arrays(run.model, run.spec, run.layout), "units/committed", *created}
+    there = run.storage.files()
+    own = {*arrays(run.model, run.spec, run.layout), "units/committed"}
+    if run.manifest is None:  # a run before schema 3 does not tell the columns of its tables from those of others
+        own |= {"/".join(key.split("/")[:2]) for key in there if key.startswith(("sequences/", "messages/"))}
+    else:
+        own |= set(manifest.read(run.storage, manifest.CREATED)[1])
     groups = {name.partition("/")[0] for name in own}
     found = set()
-    for key in run.storage.files():
+    for key in there:
         top, _, rest = key.partition("/")
         if top in ("manifest", "totals") or not rest or rest == "zarr.json":
             if rest and top not in (*groups, "manifest", "totals"):

@@ -52,7 +52,8 @@ def _compile_cases(window: int | None, target: str, heads: int = 64, kv: int = 8
     prefill, step = f"prefill of 8,192 tokens, {which}", f"decode of 64 tokens on 4,096 keys, {which}"
     gradient = {**qkv, "dz": number, "lse": wide, "delta": wide}
     found = [
-        case("forward", attention._forward, prefill, forward, {**qkv, "sinks": number, "z": number, **statistics, **places},
+        case("forward", attention._forward, prefill, forward,
+                 {**qkv, "sinks": number, "z": number, **statistics, **places},
                  {**every, "SINKS": True}, 4.0 * d * heads * pairs, activations + 8.0 * n * heads),
         case("queries' gradient", attention._queries_gradient, prefill, rows_back, {**gradient, "dq": number, **places},
                  every, 6.0 * d * heads * pairs, activations + 2.0 * n * d * heads),

@@ -11,7 +11,8 @@ def compile_cases() -> list[CompileCase]:
     constants = {"D": d, **tile.blocks}
     return [
         CompileCase(
-            norm._rms_norm, "norm.rms_norm", problem, tile, {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32"},
+            norm._rms_norm, "norm.rms_norm", problem, tile,
+            {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32"},
             constants, frozenset({"x", "weight", "out"}), flops=5.0 * tokens * d, bytes=4.0 * tokens * d,
         ),
         CompileCase(
