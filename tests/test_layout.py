@@ -62,6 +62,13 @@ TESTED_BY = {
     "bench/cases": "bench/test_gpu.py",
     "bench/command": "bench/test_kernels.py",
     "bench/decode": "bench/test_cpu.py",
+    "figures/neuron_examples": "studies/test_neuron_examples.py",
+    "figures/probe_trajectory": "studies/test_probe_trajectory.py",
+    "runs/neuron_examples": "capture/test_neuron_lists.py",
+    **{
+        f"kernels/gpu/compile_cases/{name}": "bench/test_kernels.py"
+        for name in ("attention", "logits", "moe", "moments", "mxfp4", "norm", "rotary", "routing")
+    },
     "bench/first_steps": "bench/test_first.py",
     "bench/models": "bench/test_gpu.py",
     "bench/worker": "bench/test_cpu.py",
@@ -170,7 +177,7 @@ TESTED_BY = {
     "studies/routing_agreement": "capture/test_host_routing.py",
     "studies/routing_agreement_runs": "capture/test_host_routing.py",
     "research/intervention": "research/test_recipe.py",
-    "research/intervention_edits": "research/test_steering_sources.py",
+    "research/intervention_edits": "research/test_recipe.py",
     "studies/synthetic": "studies/test_routing.py",
     "studies/token_labels": "studies/test_label_probes.py",
 }

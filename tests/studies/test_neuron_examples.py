@@ -1,4 +1,7 @@
-"""Examples of neurons are shown in their context, as a study and as pages with direct logit effects."""
+"""Examples of neurons are shown in their context, as a study and as pages with direct logit effects.
+
+Also tests `workbench.figures.neuron_examples`.
+"""
 
 import json
 from pathlib import Path
