@@ -119,6 +119,7 @@ TESTED_BY = {
     "figures/jacobian_lens": "experiments/test_jacobian_lens.py",
     "figures/quick_look": "studies/test_quick_look.py",
     "figures/risk_difference": "studies/test_risk_difference.py",
+    "figures/probe_trajectory": "studies/test_probe_trajectory.py",
     "figures/sentence_importance": "experiments/test_sentence_importance.py",
     "harmony/chat_messages": "harmony/test_rendering.py",
     "harmony/formats/inspect_logs": "harmony/hosts/test_files.py",
