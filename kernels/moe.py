@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.kernels import cpu, dispatch
+from workbench.kernels import cpu, dispatch, ggml
 from workbench.kernels.chunking import chunked
+from workbench.kernels.ggml import GgmlMxfp4
 from workbench.kernels.mxfp4 import Mxfp4, linear
 from workbench.kernels.parallel import parallel_map
 from workbench.kernels.routing import group
@@ -30,7 +31,7 @@ ActivationHook = Callable[[Tensor], Tensor]
 class LoraWeight(NamedTuple):
     """The matrices of all experts and beside each a low-rank update: x · base + x · a · b."""
 
-    base: Mxfp4 | Float[Tensor, "expert inputs outputs"]
+    base: Mxfp4 | GgmlMxfp4 | Float[Tensor, "expert inputs outputs"]
     a: Float[Tensor, "expert inputs rank"]
     b: Float[Tensor, "expert rank outputs"]
 
@@ -38,9 +39,9 @@ class LoraWeight(NamedTuple):
 class Experts(NamedTuple):
     """The weights of one layer's experts, stacked; the matrices packed, or dense as [expert, inputs, outputs]."""
 
-    gate_up: Mxfp4 | LoraWeight | Float[Tensor, "expert d_model 2*d_mlp"]
+    gate_up: Mxfp4 | GgmlMxfp4 | LoraWeight | Float[Tensor, "expert d_model 2*d_mlp"]
     gate_up_bias: Float[Tensor, "expert 2*d_mlp"]
-    down: Mxfp4 | LoraWeight | Float[Tensor, "expert d_mlp d_model"]
+    down: Mxfp4 | GgmlMxfp4 | LoraWeight | Float[Tensor, "expert d_mlp d_model"]
     down_bias: Float[Tensor, "expert d_model"]
     limit: float
     alpha: float
@@ -138,9 +139,11 @@ def _layer(
 
 
 def _linear(
-    x: Float[Tensor, "rows inputs"], matrix: Mxfp4 | LoraWeight | Tensor, e: int
+    x: Float[Tensor, "rows inputs"], matrix: Mxfp4 | GgmlMxfp4 | LoraWeight | Tensor, e: int
 ) -> Float[Tensor, "rows outputs"]:
     """x times expert e's matrix."""
+    if isinstance(matrix, GgmlMxfp4):
+        return ggml.linear(x, matrix, e)
     if isinstance(matrix, LoraWeight):
         return _linear(x, matrix.base, e) + x @ matrix.a[e].to(x.dtype) @ matrix.b[e].to(x.dtype)
     return linear(x, matrix.at(e) if isinstance(matrix, Mxfp4) else matrix[e])

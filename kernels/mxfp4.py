@@ -118,11 +118,17 @@ class _PackedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        blocks, scales = ctx.saved_tensors
-        total = grad.new_zeros(grad.shape[0], blocks.shape[1] * GROUP)
-        for start, rows in _row_chunks(blocks, scales, grad.dtype):
-            total += grad[:, start : start + len(rows)] @ rows
-        return total, None, None
+        return input_gradient(grad, *ctx.saved_tensors), None, None
+
+
+def input_gradient(
+    grad: Float[Tensor, "rows out"], blocks: UInt8[Tensor, "out group 16"], scales: UInt8[Tensor, "out group"]
+) -> Float[Tensor, "rows columns"]:
+    """Return the gradient of the inputs of `linear` from that of its outputs."""
+    total = grad.new_zeros(grad.shape[0], blocks.shape[1] * GROUP)
+    for start, rows in _row_chunks(blocks, scales, grad.dtype):
+        total += grad[:, start : start + len(rows)] @ rows
+    return total
 
 
 def _row_chunks(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

@@ -24,7 +24,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 LANES = 16
-GROUP = 32  # values of MXFP4 with one scale: 16 bytes, in each an even position's value and the next odd one's
+GROUP = 32  # values of MXFP4 with one scale: 16 bytes with two values each
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _HALF_TO_E2M1 = 2.0**14  # from float16's exponent bias of 15 to e2m1's of 1
 
@@ -113,25 +113,39 @@ def instructions() -> str | None:
     return "AVX2" if {"+avx2", "+fma", "+f16c"} <= set(features) else None
 
 
-def _mxfp4(context: Any, b: Builder, arguments: tuple[Value, ...]) -> Callable[[Value, int], tuple[Value, Value]]:
-    """Return a reader of the 32 values of a group: first all even positions, then all odd ones."""
-    blocks, scales, table, groups = arguments
+_Pair = tuple[Value, Value]
+_Reader = tuple[Callable[[Value, int], _Pair], Callable[[Value, Value], _Pair]]
+
+
+def _mxfp4(context: Any, b: Builder, arguments: tuple[Value, ...]) -> _Reader:
+    """Return a reader of the values in the low, and in the high halves of a group's 16 bytes.
+
+    These are the even and the odd positions; where `halves` is not 0, the first 16 and the last 16 positions. Sums over
+    these are put in the order of the former, so that they are added up in one order. block, scale: bytes from one group
+    to the next.
+    """
+    blocks, scales, table, block, scale, halves, groups = arguments
     unpack = _permuted if _wide_registers(context) else _converted
 
-    def read(group: Value, row: int) -> tuple[Value, Value]:
-        at = b.add(b.mul(_int(row), groups), group)
-        packed = _load(b, _bytes, blocks, b.mul(at, _int(LANES)))
-        exponent = b.zext(_load(b, _i8, scales, at), _i64)
+    def read(group: Value, row: int) -> _Pair:
+        first = b.mul(_int(row), groups)
+        packed = _load(b, _bytes, blocks, b.mul(first, block), b.mul(group, block))
+        exponent = b.zext(_load(b, _i8, scales, b.mul(first, scale), b.mul(group, scale)), _i64)
         return unpack(b, packed, _load(b, _f32, table, b.mul(exponent, _int(4))))
 
-    return read
+    def ordered(low: Value, high: Value) -> _Pair:
+        separate = b.icmp_unsigned("!=", halves, _int(0))
+        even, odd = (b.shuffle_vector(low, high, ir.Constant(_ints, list(range(start, GROUP, 2)))) for start in (0, 1))
+        return b.select(separate, even, low), b.select(separate, odd, high)
+
+    return read, ordered
 
 
-def _bfloat16(context: Any, b: Builder, arguments: tuple[Value, ...]) -> Callable[[Value, int], tuple[Value, Value]]:
+def _bfloat16(context: Any, b: Builder, arguments: tuple[Value, ...]) -> _Reader:
     """Return a reader of 32 consecutive values, in two halves."""
     matrix, groups = arguments
 
-    def read(group: Value, row: int) -> tuple[Value, Value]:
+    def read(group: Value, row: int) -> _Pair:
         at = b.mul(b.add(b.mul(_int(row), groups), group), _int(2 * GROUP))
 
         def half(offset: int) -> Value:
@@ -140,7 +154,7 @@ def _bfloat16(context: Any, b: Builder, arguments: tuple[Value, ...]) -> Callabl
 
         return half(0), half(2 * LANES)
 
-    return read
+    return read, lambda low, high: (low, high)
 
 
 def _inner_products(reader: Callable[..., Any], sources: int, ahead: int, outputs: int, rows: int) -> Any:
@@ -160,7 +174,7 @@ def _inner_products(reader: Callable[..., Any], sources: int, ahead: int, output
         def generate(context, b, signature, arguments):
             inputs, results = (cgutils.unpack_tuple(b, pair, rows) for pair in arguments[:2])
             groups, source = arguments[2], cgutils.unpack_tuple(b, arguments[3], sources)
-            read = reader(context, b, (*source, groups))
+            read, ordered = reader(context, b, (*source, groups))
             multiply_add = _function(b, "llvm.fma.v16f32", _floats, _floats, _floats, _floats)
             add_up = _function(b, "llvm.vector.reduce.fadd.v16f32", _f32, _f32, _floats)
             zero = _repeat(_floats, 0.0)
@@ -178,7 +192,7 @@ def _inner_products(reader: Callable[..., Any], sources: int, ahead: int, output
                         b.store(b.call(multiply_add, [weights[half], values[row][half], b.load(total)]), total)
             for output in range(outputs):
                 for row in range(rows):
-                    total = b.fadd(*(b.load(part) for part in sums[output][row]))
+                    total = b.fadd(*ordered(*(b.load(part) for part in sums[output][row])))
                     total = b.call(add_up, [ir.Constant(_f32, 0.0), total], fastmath=("reassoc",))
                     b.store(total, _pointer(b, _f32, results[row], _int(4 * output)), align=1)
             return context.get_dummy_value()
@@ -194,7 +208,8 @@ def _unpack_group(typingctx, source, group, result):
 
     def generate(context, b, signature, arguments):
         source, group, result = arguments
-        even, odd = _mxfp4(context, b, (*cgutils.unpack_tuple(b, source, 3), _int(0)))(group, 0)
+        layout = (_int(LANES), _int(1), _int(0), _int(0))
+        even, odd = _mxfp4(context, b, (*cgutils.unpack_tuple(b, source, 3), *layout))[0](group, 0)
         low = b.lshr(b.bitcast(even, _ints), _repeat(_ints, 16))
         high = b.and_(b.bitcast(odd, _ints), _repeat(_ints, 0xFFFF0000))
         b.store(b.or_(low, high), _pointer(b, _ints, result, b.mul(group, _int(2 * GROUP))), align=1)
@@ -227,7 +242,7 @@ def _integer(typingctx, address):
 # loads behind a few rows. With four rows of inputs, two outputs leave registers free.
 MXFP4_OUTPUTS, MXFP4_OUTPUTS_FOR_FOUR, BFLOAT16_OUTPUTS_FOR_FOUR = 4, 2, 2
 _mxfp4_by_one, _mxfp4_by_two, _mxfp4_by_four = (
-    _inner_products(_mxfp4, 3, LANES, outputs, rows)
+    _inner_products(_mxfp4, 6, LANES, outputs, rows)
     for outputs, rows in ((MXFP4_OUTPUTS, 1), (MXFP4_OUTPUTS_FOR_FOUR, 2), (MXFP4_OUTPUTS_FOR_FOUR, 4))
 )
 _bfloat16_by_one, _bfloat16_by_four = (
@@ -270,11 +285,14 @@ def _dense_rows(counter, chunk, matrix, outputs, groups, inputs, rows, results):
 
 
 def _expert_rows(
-    counter, chunk, blocks, scales, table, outputs, groups, inputs, results, order, shared, hits, experts, ends
-):
+    counter, chunk, blocks, scales, table, block, scale, halves, outputs, groups, inputs, results, order, shared, hits,
+    experts, ends,
+):  # fmt: skip
     """Inner products of every slot's row with its expert's packed matrix [outputs, groups, 16].
 
-    inputs: float32 [slots / shared, groups, 2, 16], each group's even positions before its odd ones. results: float32
+    block, scale: bytes from one group to the next, of the matrix and of its scales. halves: whether byte j holds
+    positions j and j + 16 of its group, instead of 2j and 2j + 1. inputs: float32 [slots / shared, groups, 2, 16], the
+    positions in the low halves of each group's bytes before those in the high halves. results: float32
     [slots, outputs]. order: the slots, sorted by expert. shared: slots that read one row of inputs. hits: the number of
     experts that have slots; experts, ends: which they are, and where the slots of each end in `order`.
     """
@@ -294,7 +312,8 @@ def _expert_rows(
         step = 4 if first == last else 2
         for tile in range(start, stop, step):
             n = min(tile, outputs - step)
-            source = (blocks + (base + n) * groups * 16, scales + (base + n) * groups, table)
+            at = (base + n) * groups
+            source = (blocks + at * block, scales + at * scale, table, block, scale, halves)
             if first == last:
                 slot = _integer(order + 8 * first)
                 _mxfp4_by_one(
@@ -348,4 +367,4 @@ def compile_all() -> tuple[Callable[..., None], Callable[..., None], Callable[..
         except (RuntimeError, OSError):  # no folder for the cache can be written
             return njit(signature, nogil=True)(loop)
 
-    return compiled(_dense_rows, 8), compiled(_expert_rows, 14), compiled(_unpack_groups, 5)
+    return compiled(_dense_rows, 8), compiled(_expert_rows, 17), compiled(_unpack_groups, 5)

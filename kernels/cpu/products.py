@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workbench.kernels.cpu import threads
 from workbench.kernels.cpu.loops import GROUP, SMALLEST, compile_all
+from workbench.kernels.ggml import BLOCK_BYTES, GgmlMxfp4
 from workbench.kernels.mxfp4 import Mxfp4
 
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -74,31 +75,54 @@ class Slots:
 
 def covers_experts(x: Tensor, *matrices: object) -> bool:
     """Return whether `expert_linear` can multiply x [rows d_in] by these matrices [expert d_in d_out]."""
-    return x.dtype in _DTYPES and all(
-        isinstance(matrix, Mxfp4)
-        and matrix.blocks.is_contiguous()
-        and matrix.scales.is_contiguous()
-        and matrix.blocks.device == matrix.scales.device == x.device
-        and matrix.blocks.shape[1] >= SMALLEST
-        for matrix in matrices
-    )
+    return x.dtype in _DTYPES and all(_covers(matrix, x.device) for matrix in matrices)
+
+
+def _covers(matrix: object, device: torch.device) -> bool:
+    if not isinstance(matrix, Mxfp4 | GgmlMxfp4):
+        return False
+    tensors = matrix if isinstance(matrix, Mxfp4) else matrix.parts
+    return tensors[0].shape[1] >= SMALLEST and all(t.is_contiguous() and t.device == device for t in tensors)
 
 
 def expert_linear(
-    x: Float[Tensor, "rows inputs"], weight: Mxfp4, bias: Float[Tensor, "expert outputs"], slots: Slots
+    x: Float[Tensor, "rows inputs"],
+    weight: Mxfp4 | GgmlMxfp4,
+    bias: Float[Tensor, "expert outputs"],
+    slots: Slots,
 ) -> Float[Tensor, "tokens slot outputs"]:
-    """Return x times its expert's matrix, plus its bias, for every slot; x has a row a token, or a row a slot."""
-    _, outputs, groups, _ = weight.blocks.shape
-    count = slots.experts.numel()
-    inputs = x.float().unflatten(1, (groups, GROUP // 2, 2)).mT.contiguous()
+    """Return x times its expert's matrix, plus its bias, for every slot; x has a row a token, or a row a slot.
+
+    Matrices as a GGUF file holds them are read in place, with the same results bit for bit.
+    """
+    halves = isinstance(weight, GgmlMxfp4) and weight.halves
+    groups = x.shape[1] // GROUP
+    inputs = x.float() if halves else x.float().unflatten(1, (groups, GROUP // 2, 2)).mT
+    inputs = inputs.contiguous()
+    if isinstance(weight, Mxfp4):
+        layout = (weight.blocks.data_ptr(), weight.scales.data_ptr(), GROUP // 2, 1, 0)
+        results = _expert_products(inputs, weight.blocks.shape[1], layout, slots)
+    else:  # a block is its scale and then its bytes
+        layouts = [(p.data_ptr() + 1, p.data_ptr(), BLOCK_BYTES, BLOCK_BYTES, int(halves)) for p in weight.parts]
+        found = [_expert_products(inputs, weight.parts[0].shape[1], layout, slots) for layout in layouts]
+        results = found[0] if len(found) == 1 else torch.stack(found, -1).flatten(-2)
+    return results.add_(bias[slots.experts]).to(x.dtype)
+
+
+def _expert_products(
+    inputs: Float[Tensor, "rows *inputs"], outputs: int, layout: tuple[int, int, int, int, int], slots: Slots
+) -> Float[Tensor, "tokens slot outputs"]:
+    """Return the products in float32. layout: addresses of blocks and scales, bytes between them, order of nibbles."""
+    blocks, scales, block, scale, halves = layout
+    count, groups = slots.experts.numel(), inputs[0].numel() // GROUP
     results = torch.empty(*slots.experts.shape, outputs)
     pieces = len(slots.hit) * -(-outputs // _EXPERT_CHUNK)
     threads.run(
-        _loops()[1], pieces, _EXPERT_CHUNK, weight.blocks.data_ptr(), weight.scales.data_ptr(), _scales().data_ptr(),
-        outputs, groups, inputs.data_ptr(), results.data_ptr(), slots.order.data_ptr(), count // len(x),
-        len(slots.hit), slots.hit.data_ptr(), slots.ends.data_ptr(),
+        _loops()[1], pieces, _EXPERT_CHUNK, blocks, scales, _scales().data_ptr(), block, scale, halves, outputs, groups,
+        inputs.data_ptr(), results.data_ptr(), slots.order.data_ptr(), count // len(inputs), len(slots.hit),
+        slots.hit.data_ptr(), slots.ends.data_ptr(),
     )  # fmt: skip
-    return results.add_(bias[slots.experts]).to(x.dtype)
+    return results
 
 
 def covers_unpacking(blocks: Tensor, scales: Tensor) -> bool:

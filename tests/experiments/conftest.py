@@ -9,6 +9,7 @@ from torch import Tensor
 MODULES = (
     "attribution",
     "gradients",
+    "jacobians",
     "lens",
     "residual_attribution",
     "activations",

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import workbench as wb
+from tests.model.conftest import BASE
 from workbench.live.experiment import final_answer
+from workbench.live.expert_map import shares_by_cell
 from workbench.live.job_queue import Job, State
 from workbench.live.model_server import Limits, ModelServer, Viewer
 from workbench.live.page import LivePage
@@ -210,3 +212,11 @@ def _endless() -> Generator[None, None, None]:
     while True:
         time.sleep(0.01)
         yield
+
+
+def test_the_map_has_no_cell_for_an_expert_that_a_layer_does_not_have() -> None:
+    """Its share is None, and not 0, which an expert has that is there and is not used."""
+    cfg = replace(BASE, n_layers=2, windows=(16, None), num_experts=4, layer_experts=(4, 2), experts_per_token=1)
+    load = [[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    assert shares_by_cell(load, cfg) == [[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, None, None]]
+    assert shares_by_cell(load, replace(cfg, layer_experts=None)) == load

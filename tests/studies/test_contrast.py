@@ -222,3 +222,22 @@ def test_nothing_is_called_different_whose_interval_includes_zero():
     for seed in range(20):
         found = contrast(planted_tokens(seed=seed, sink_shift={"final": 0.01}), "sink", "channel", "analysis", "final")
         assert not (found["different"] & (found["low"] * found["high"] <= 0)).any()
+
+
+def test_an_expert_that_a_layer_does_not_have_is_absent_and_in_no_family_of_tests():
+    """Layer 1 has 3 of 8 experts: its other cells are missing, and correct nothing that was tested."""
+    run = planted_tokens(seed=1, n_prompts=20, expert_shift={"final": 0.3})
+    run.tokens["experts"][1] %= 3
+    pruned = SyntheticTokens(run.digest, run.sequences, {**run.model, "layer_experts": [8, 3]}, run.tokens, run.truth)
+    full, own = (contrast(r, "experts", "channel", "analysis", "final").sel(control="none") for r in (run, pruned))
+    exists = np.arange(8) < np.array([8, 3])[:, None]
+    for name in ("difference", "low", "high", "p", "q", "mean_a", "mean_b", "bound"):
+        assert np.array_equal(np.isfinite(own[name].values), exists), name
+        assert np.isfinite(full[name].values).all(), "the negative control does not say which experts there are"
+    for name in ("difference", "p", "size", "noise"):
+        there = exists if own[name].ndim == 2 else slice(None)
+        np.testing.assert_allclose(own[name].values[there], full[name].values[there], rtol=1e-12)
+    assert (own["q"].values[exists] <= full["q"].values[exists]).all()
+    assert own["q"].values[exists].sum() < full["q"].values[exists].sum(), "a family with cells that cannot differ"
+    assert "of 11 cells differ" in own.attrs["summary"]
+    assert "of 16 cells differ" in full.attrs["summary"]

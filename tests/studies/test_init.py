@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import warnings
 
 import numpy as np
@@ -64,12 +65,13 @@ def test_parameters_are_kept(demo):
     assert json.loads(sinks.mass(demo).attrs["parameters"]) == {"by": ["channel", "effort"]}
 
 
-def one_run(run: wb.Run) -> dict[str, dict[str, xr.Dataset]]:
+def one_run(run: wb.Run, **options: int) -> dict[str, dict[str, xr.Dataset]]:
     """Results of every registered study that needs nothing but this run; of two runs, the run with itself."""
     found = {}
     for record in registry.studies():
+        own = {name: value for name, value in options.items() if name in record.options}
         with contextlib.suppress(InputError):  # it lacks a record
-            found[record.name] = run_study(record.name, *[run] * record.runs)
+            found[record.name] = run_study(record.name, *[run] * record.runs, **own)
     return found
 
 
@@ -182,3 +184,39 @@ def test_duplicated_prompts_count_once_in_every_study(monkeypatch):
             sets[study][name][f"{variable}_high"] - sets[study][name][f"{variable}_low"] for sets in (plain, merged)
         ]
         assert not np.allclose(widths[0], widths[1], equal_nan=True), (study, name)
+
+
+@pytest.fixture
+def of_prompts(monkeypatch):
+    """The bundled run as if it had so many independent prompts."""
+
+    def merged(n: int) -> wb.Run:
+        run = wb.open_run(DATA / "demo.zarr")
+        index = matching.RunIndex(run)
+        index.__dict__["prompts"] = (matching.index_of(run).prompts[0] % n, 1)
+        monkeypatch.setattr(matching, "index_of", lambda run: index)
+        for module in ("contrast", "risk_difference", "router_prediction"):
+            monkeypatch.setattr(f"workbench.studies.{module}.index_of", lambda run: index)
+        return run
+
+    return merged
+
+
+def test_fewer_than_twenty_prompts_are_named_in_every_study(demo, of_prompts):
+    assert "Warning" not in run_study("sinks", demo)["mass"].attrs["summary"]
+    results = one_run(of_prompts(12), n_boot=20, n_permutations=99)
+    assert {"routing", "expert-examples", "router-prediction", "routing-agreement-runs"} <= results.keys()
+    for study, sets in results.items():
+        for name, ds in sets.items():
+            assert re.search(r"only (\d|1\d) prompts: intervals of fewer than 20", ds.attrs["summary"]), (study, name)
+
+
+def test_fewer_than_five_prompts_have_no_interval_in_any_study(of_prompts):
+    for study, sets in one_run(of_prompts(4), n_boot=20, n_permutations=99).items():
+        for name, ds in sets.items():
+            limits = [v for v in map(str, ds.data_vars) if v.endswith(("low", "high")) and not v.startswith("null")]
+            for variable in limits:
+                assert np.isnan(ds[variable]).all(), (study, name, variable)
+            for variable in {"p", "q"} & set(ds.data_vars):
+                assert np.isnan(ds[variable]).all(), (study, name, variable)
+            assert "only 4 prompts" in ds.attrs["summary"] or "cannot be tested" in ds.attrs["summary"], (study, name)

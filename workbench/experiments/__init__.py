@@ -29,6 +29,7 @@ _MODULES = (
     "graph_export",
     "hidden_messages",
     "intervals",
+    "jacobians",
     "lens",
     "random_controls",
     "registry",

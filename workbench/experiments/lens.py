@@ -1,16 +1,19 @@
-"""Lenses: what the model would say if it stopped after each step, and what each expert writes, read as logits.
+"""Lenses: the residual stream of each depth read as logits, and what each expert writes, read as logits.
 
 A lens puts the residual stream of every depth through the final norm and the unembedding: depth 0 is the embedding,
-then every attention and every expert layer has one, and the last is the model's own answer. A tuned lens puts an
-affine map before, a map for each depth, that has learned to speak the last depth's language.
+then every attention and every expert layer has one, and the last is the model's own output. Before that, a tuned lens
+applies an affine map, fitted for each depth so that the lens predicts the model's output; a Jacobian lens
+(`jacobians`) applies the mean derivative of the last stream with respect to that of a layer.
 
-Logits are made for a few tokens and one depth at a time; what is kept is a number a token and depth.
+Logits are computed for a few tokens and one depth at a time; the result is a number for each token and depth.
 
-Reference: nostalgebraist 2020, interpreting GPT: the logit lens; Belrose et al. 2023, the tuned lens, arXiv 2303.08112.
+Reference: nostalgebraist 2020, interpreting GPT: the logit lens; Belrose et al. 2023, the tuned lens, arXiv 2303.08112;
+Gurnee et al. 2026, the Jacobian lens, Transformer Circuits Thread.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from workbench.errors import InputError
+from workbench.experiments.jacobians import JacobianLens
 from workbench.experiments.token_selection import ROWS, SelectedTokens, Token, read_out, residual, select_tokens
 from workbench.hooks.edits import Tokens
 from workbench.kernels.logits import log_probabilities
@@ -104,24 +108,32 @@ def logit_lens(
     at: Tokens = None,
     of: Token | Sequence[int],
     tuned: TunedLens | None = None,
+    jacobian: JacobianLens | None = None,
     n_real: Sequence[int] | None = None,
 ) -> xr.Dataset:
-    """Return the logit lens of the tokens `at` after every depth, by (point, depth).
+    """Return the logit lens of the tokens `at` after every depth, by (point, depth), or a tuned or Jacobian lens.
 
     of: whose logit, log-probability and rank are given: a token id, ids [batch pos], "next" for the token that
-    follows, or several ids, which add the dimension `choice`.
+    follows, or several ids, which add the dimension `choice`. A Jacobian lens has the depths after the layers for which
+    it was fitted, and the last.
+
+    Raises:
+        InputError: no token is selected, or both a tuned and a Jacobian lens are given.
     """
+    if tuned is not None and jacobian is not None:
+        raise InputError("a tuned and a Jacobian lens are given: one reading takes one of them")
     chosen = select_tokens(model, tokens, at, n_real)
     several = not isinstance(of, int | str | Tensor)
     each = [chosen.ids(one) for one in of] if several else [chosen.ids(of)]  # type: ignore[union-attr, arg-type]
     ids = torch.stack(each, 1)
     stream = streams(model, chosen)
+    maps = _maps(model, tuned, jacobian)
     found: dict[str, list[Tensor]] = {name: [] for name in _MEANS}
     for rows in torch.arange(len(ids)).split(ROWS):
         column = chosen.column[rows]
         final = log_probabilities(read_out(model, stream[-1][rows], column))
-        heard = (x[rows] if tuned is None else tuned(depth, x[rows]) for depth, x in enumerate(stream))
-        depths = [_stats(read_out(model, x, column), final, ids[rows]) for x in heard]
+        mapped = (apply(stream[depth][rows]) for depth, apply in maps.items())
+        depths = [_stats(read_out(model, x, column), final, ids[rows]) for x in mapped]
         for name, values in found.items():
             values.append(torch.stack([stats[name] for stats in depths], 1))
     data = {}
@@ -131,9 +143,22 @@ def logit_lens(
         data[name] = (dims, whole, {"long_name": _MEANS[name], "units": _UNITS[name]})
     layers = [-1, *(layer for layer in range(model.cfg.n_layers) for _ in range(2))]
     after = ["embed", *["attn", "mlp"] * model.cfg.n_layers]
-    coords = chosen.coords() | {"layer": ("depth", layers), "after": ("depth", after), "of": (("point", "choice"), ids)}
-    out = xr.Dataset(data, coords, {"lens": "logit" if tuned is None else "tuned", "dtype": str(model.dtype)})
+    depth_coords = {"layer": ("depth", [layers[d] for d in maps]), "after": ("depth", [after[d] for d in maps])}
+    coords = chosen.coords() | depth_coords | {"of": (("point", "choice"), ids)}
+    name = "tuned" if tuned is not None else "logit" if jacobian is None else "jacobian"
+    out = xr.Dataset(data, coords, {"lens": name, "dtype": str(model.dtype)})
     return out if several else out.isel(choice=0)
+
+
+def _maps(
+    model: GptOss, tuned: TunedLens | None, jacobian: JacobianLens | None
+) -> dict[int, Callable[[Tensor], Tensor]]:
+    """Return what a lens applies to the stream [point d_model] of each depth that it reads."""
+    last = 2 * model.cfg.n_layers
+    if jacobian is not None:
+        after = {2 * layer + 2: partial(jacobian, layer) for layer in jacobian.layers}
+        return {**{depth: apply for depth, apply in after.items() if depth < last}, last: lambda x: x}
+    return {depth: (lambda x: x) if tuned is None else partial(tuned, depth) for depth in range(last + 1)}
 
 
 def fit_tuned_lens(

@@ -26,6 +26,7 @@ from workbench.runs import Run
 from workbench.studies.comparison import prompt_ids
 from workbench.studies.intervals import MIN_PROMPTS
 from workbench.studies.matching import duplicates_warning, index_of
+from workbench.studies.result import name_few_prompts
 from workbench.version import version
 
 SEQUENCES = 200  # about so many, of prompts spread over tasks and efforts
@@ -70,6 +71,7 @@ def run_experiment(
         if merged:
             result.attrs["duplicate_prompts"] = merged
             result.attrs["summary"] = f"{duplicates_warning(merged)}\n{result.attrs['summary']}"
+        name_few_prompts(result, len({row.prompt_id for row in rows}))
         result.attrs.setdefault("method", METHOD)
         result.attrs.setdefault("not_controlled", NOT_CONTROLLED)
     return results

@@ -21,6 +21,7 @@ from workbench.studies.error_rate import statement
 from workbench.studies.highlights import Highlight, Results, accuracy_sentences, highlights, is_comparison, untested
 
 _FIGURES = 6  # of a study; `workbench figures` writes all of them
+_COMPARISONS = 8  # rows of a study's table that are shown before it is unfolded
 _SENTENCES = 3  # lines of a summary that are shown before it is unfolded
 _FIRST = ("accuracy_by_tokens", "entropy_by_layer", "divergence_", "sizes", "routing_sizes", "sinks_sizes", "geometry")
 _LAST = ("load_frame", "load_prompt", "mass_frame", "mass_prompt", "overrepresented_tokens")
@@ -206,7 +207,11 @@ def _comparison_table(sets: Mapping[str, xr.Dataset]) -> str:
             matched = ds.sel(control="position") if "position" in ds["control"].values else None
             cells = [_differing(plain), "–" if matched is None else _differing(matched)]
             rows.append((ds.attrs["title"], int(plain["prompts"]), *cells))
-    return page.table(header, rows, numbers=header[1:]) if rows else ""
+    if not rows:
+        return ""
+    shown, rest = (page.table(header, part, numbers=header[1:]) for part in (rows[:_COMPARISONS], rows[_COMPARISONS:]))
+    more = len(rows) - _COMPARISONS
+    return shown + (page.folded(f"{more} more comparison{'s' * (more > 1)}", rest) if more > 0 else "")
 
 
 def _differing(one: xr.Dataset) -> str:

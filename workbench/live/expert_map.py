@@ -1,16 +1,27 @@
 """The map of layers by experts: loads of the tokens so far, the experts of the last token, and cells to choose."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import param
 from panel.custom import JSComponent
 
+from workbench.model.config import Config
+
+
+def shares_by_cell(load: Sequence[Sequence[float]], cfg: Config) -> list[list[float | None]]:
+    """Return the share of slots by layer and expert, with None for experts that a layer does not have."""
+    return [
+        [share if expert < cfg.experts_of(layer) else None for expert, share in enumerate(row)]
+        for layer, row in enumerate(load)
+    ]
+
 
 class ExpertMap(JSComponent):
     """A grid of buttons, a row for each layer. Arrow keys move in it; a click or the space bar chooses a cell.
 
-    load: of every layer, the share of slots of each expert. active: the experts of the last token of each layer.
-    chosen: pairs of layer and expert.
+    load: of every layer, the share of slots of each expert, None for an expert that it does not have. active: the
+    experts of the last token of each layer. chosen: pairs of layer and expert.
     """
 
     load = param.List(default=[])
@@ -42,7 +53,9 @@ export function render({ model, el }) {
     const active = new Set(model.active.flatMap((row, layer) => row.map(expert => `${layer}:${expert}`)));
     const chosen = new Set(model.chosen.map(pair => pair.join(":")));
     cells.forEach((row, layer) => row.forEach((cell, expert) => {
-      const key = `${layer}:${expert}`, relative = (model.load[layer][expert] || 0) * row.length;
+      const load = model.load[layer], own = load.filter(share => share !== null).length;
+      const key = `${layer}:${expert}`, relative = (load[expert] || 0) * own;
+      cell.style.visibility = load[expert] === null ? "hidden" : "visible";
       cell.style.setProperty("--share", `${Math.round(Math.min(relative / 4, 1) * 100)}%`);
       cell.classList.toggle("active", active.has(key));
       cell.classList.toggle("chosen", chosen.has(key));
@@ -58,7 +71,7 @@ export function render({ model, el }) {
   function move(event, layer, expert) {
     const step = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[event.key];
     const next = step && cells[layer + step[0]] && cells[layer + step[0]][expert + step[1]];
-    if (!next) return;
+    if (!next || next.style.visibility === "hidden") return;
     event.preventDefault(); cells[layer][expert].tabIndex = -1; next.tabIndex = 0; next.focus();
   }
   model.on("load", () => cells.length === model.load.length ? fill() : draw());

@@ -15,7 +15,7 @@ from workbench.figures.template import ThemeName
 from workbench.harmony.messages import EFFORTS
 from workbench.live.cards import TITLES, InterventionCard, source_names
 from workbench.live.experiment import Answer, Experiment, final_answer, summarize
-from workbench.live.expert_map import ExpertMap
+from workbench.live.expert_map import ExpertMap, shares_by_cell
 from workbench.live.job_queue import Job, State
 from workbench.live.model_server import ModelServer, Viewer
 from workbench.live.rendering import ANSWER_CSS, answer_html, comparison_html, history_html, samples_html
@@ -83,7 +83,7 @@ class LivePage:
         self._edit = pn.widgets.Button(label="Edit the answer", width=140)
         self._status = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
         load = [[0.0] * cfg.num_experts for _ in range(cfg.n_layers)]
-        self._map = ExpertMap(load=load, sizing_mode="stretch_width", margin=(6, 10))
+        self._map = ExpertMap(load=shares_by_cell(load, cfg), sizing_mode="stretch_width", margin=(6, 10))
         self._map_title = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
         self._add = {
             kind: pn.widgets.Button(label=title, variant="outline", margin=3)
@@ -275,9 +275,8 @@ class LivePage:
     def _show_map(self, answer: Answer, name: str) -> None:
         cfg = self._server.model.cfg
         if answer.experts:
-            self._map.param.update(
-                load=answer.load(cfg.n_layers, cfg.num_experts).tolist(), active=answer.experts[-1].tolist()
-            )
+            load = answer.load(cfg.n_layers, cfg.num_experts).tolist()
+            self._map.param.update(load=shares_by_cell(load, cfg), active=answer.experts[-1].tolist())
         about = f"Load of {len(answer.experts)} tokens of the {name} answer; framed: experts of the last token"
         self._map_title.object = f'<span class="wb-muted">{escape(about)}</span>'
 

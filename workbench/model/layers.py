@@ -3,6 +3,7 @@
 Reference: openai/gpt-oss, gpt_oss/torch/model.py (commit 7b58334).
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from workbench.hooks.hook_points import hooked
 from workbench.kernels import dense, norm, routing
 from workbench.kernels.chunking import chunked
+from workbench.kernels.ggml import GgmlMxfp4
 from workbench.kernels.moe import ActivationHooks, Experts, LoraWeight, moe
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
 from workbench.model import input_points
@@ -87,7 +89,11 @@ class Router(nn.Module):
 
 
 class ExpertMatrix(nn.Module):
-    """One matrix of every expert and its bias: packed `blocks` and `scales`, or a dense, trainable `weight`."""
+    """One matrix of every expert and its bias: packed `blocks` and `scales`, or a dense, trainable `weight`.
+
+    Packed matrices may stay as a file holds them (`read_in_place`). They move to memory, in the published order, when
+    `blocks` or `scales` is asked for, and when the model is moved to another device or its state is saved or replaced.
+    """
 
     blocks: Tensor
     scales: Tensor
@@ -101,14 +107,46 @@ class ExpertMatrix(nn.Module):
         else:
             self.weight = nn.Parameter(torch.empty(num_experts, inputs, outputs))
         self.packed = packed
+        self.mapped: GgmlMxfp4 | None = None
         self.lora: LowRank | None
         self.register_module("lora", None)
 
     @property
-    def matrix(self) -> Mxfp4 | LoraWeight | Tensor:
+    def matrix(self) -> Mxfp4 | GgmlMxfp4 | LoraWeight | Tensor:
         """Return the matrices of all experts [expert inputs outputs], packed or dense."""
-        base = Mxfp4(self.blocks, self.scales) if self.packed else self.weight
+        base = self.mapped or (Mxfp4(self.blocks, self.scales) if self.packed else self.weight)
         return base if self.lora is None else LoraWeight(base, self.lora.a, self.lora.scaled_b)
+
+    def read_in_place(self, matrices: GgmlMxfp4) -> None:
+        """Use packed matrices as a file holds them, instead of `blocks` and `scales`."""
+        del self.blocks, self.scales
+        self.mapped = matrices
+
+    def _move_to_memory(self) -> None:
+        if self.mapped is not None:
+            blocks, scales = self.mapped.published()
+            self.mapped = None
+            self.register_buffer("blocks", blocks)
+            self.register_buffer("scales", scales)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("blocks", "scales") and self.__dict__.get("mapped") is not None:
+            self._move_to_memory()
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertMatrix":
+        if fn(torch.empty(0, dtype=torch.uint8)).device.type != "cpu":
+            self._move_to_memory()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any, **options: Any) -> None:
+        self._move_to_memory()
+        super()._save_to_state_dict(*args, **options)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}blocks" in state_dict:
+            self._move_to_memory()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class ExpertLayer(ExpertWeights, nn.Module):
@@ -198,6 +236,10 @@ class Block(nn.Module):
 
 class Embed(nn.Embedding):
     """The embedding of tokens [d_vocab d_model]."""
+
+    def __init__(self, d_vocab: int, d_model: int) -> None:
+        # torch's own values are never used; on the meta device they take more than a second, for imports
+        super().__init__(d_vocab, d_model, _weight=torch.empty(d_vocab, d_model))
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802 - TransformerLens' name

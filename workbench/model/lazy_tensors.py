@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from workbench.kernels.ggml import GgmlMxfp4
+
 PUBLISHED_PRECISION = ("BF16", "F32", "MXFP4")
 
 
@@ -13,7 +15,8 @@ PUBLISHED_PRECISION = ("BF16", "F32", "MXFP4")
 class LazyTensor:
     """A tensor in a file. stored: its name there; precision: its type there, such as BF16, MXFP4 or Q8_0.
 
-    decode: of a quantised tensor, reads it as another floating-point type without a float32 copy of it.
+    decode: of a quantised tensor, reads it as another floating-point type without a float32 copy of it. in_place: of
+    the blocks and scales of packed experts, their matrices as the file holds them, if the CPU kernels read these.
     """
 
     stored: str
@@ -21,6 +24,7 @@ class LazyTensor:
     precision: str
     read: Callable[[], Tensor]
     decode: Callable[[torch.dtype], Tensor] | None = None
+    in_place: Callable[[], GgmlMxfp4] | None = None
 
     def read_as(self, dtype: torch.dtype) -> Tensor:
         """Return the tensor [...], converted to `dtype` if it holds floating-point numbers."""

@@ -1,13 +1,14 @@
 """Load a checkpoint as a model with hooks, on one device or spread over several."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from workbench.errors import InputError
+from workbench.kernels import cpu
 from workbench.model import memory
 from workbench.model.checkpoint import open_checkpoint, resolve
 from workbench.model.config import Config
@@ -32,11 +33,11 @@ def load(
 ) -> GptOss:
     """Return the model in a folder or GGUF file, the bundled one ("nano"), one of Ollama's, or of a hub id.
 
-    Weights stay memory-mapped and the experts packed: what is read is what is used; a GPU gets them tensor by tensor,
-    and none of them before all are known to fit. dtype float32 does all arithmetic in float32. device "auto" is a GPU
-    where there is one, or all of them where one is too small. Several devices, as in "cuda:0,cuda:1", take contiguous
-    layers in turn. `adapter` is a PEFT folder with a LoRA for it. device "meta" has shapes and no weights: for a job
-    whose workers load the model themselves.
+    Weights stay memory-mapped and the experts packed, in GGUF files too: what is read is what is used. A GPU gets
+    tensor by tensor, and none of them before all are known to fit. dtype float32 does all arithmetic in float32. device
+    "auto" is a GPU where there is one, or all of them where one is too small. Several devices, as in "cuda:0,cuda:1",
+    take contiguous layers in turn. `adapter` is a PEFT folder with a LoRA for it. device "meta" has shapes and no
+    weights: for a job whose workers load the model themselves.
 
     Raises:
         InputError: the checkpoint is not valid, or the device is unknown, too small, or a GPU older than Ampere.
@@ -67,12 +68,25 @@ def load(
     if device == "meta":  # no weight is read: reading may mean converting
         model.to(dtype)
     else:
-        entries = checkpoint.tensors.entries
+        entries = dict(checkpoint.tensors.entries)
+        for name in _map_experts(model, entries, places):
+            del entries[name]
         model.load_state_dict({name: placed(name, tensor) for name, tensor in entries.items()}, assign=True)
     model.requires_grad_(False).eval()
     if adapter is not None:
         load_adapter(model, adapter)
     return model
+
+
+def _map_experts(model: GptOss, entries: Mapping[str, LazyTensor], places: Mapping[str, torch.device]) -> Iterator[str]:
+    """Let the CPU's layers use packed experts as the file holds them; yield the names of their tensors."""
+    if cpu.unavailable():  # every pass would reorder the bits by slower code
+        return
+    for name, tensor in list(entries.items()):
+        if tensor.in_place is not None and places[memory.part_of(name)].type == "cpu":
+            if name.endswith(".blocks"):
+                model.get_submodule(name.rpartition(".")[0]).read_in_place(tensor.in_place())
+            yield name
 
 
 def _places(name: str, cfg: Config, parts: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.device]:

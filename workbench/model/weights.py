@@ -13,6 +13,7 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.utilities import composition_scores
 
 from workbench.errors import InputError
+from workbench.kernels.ggml import GgmlMxfp4
 from workbench.kernels.moe import LoraWeight
 from workbench.kernels.mxfp4 import Mxfp4, dequantise
 from workbench.model.low_rank import Linear
@@ -83,12 +84,12 @@ class ExpertWeights:
         return self.down.bias[expert]
 
 
-def dense(matrix: Mxfp4 | LoraWeight | Tensor, expert: int) -> Float[Tensor, "inputs outputs"]:
+def dense(matrix: Mxfp4 | GgmlMxfp4 | LoraWeight | Tensor, expert: int) -> Float[Tensor, "inputs outputs"]:
     """Return the dequantised matrix of one expert [inputs outputs], including the update of an adapter."""
     if isinstance(matrix, LoraWeight):
         base = dense(matrix.base, expert)
         return base + (matrix.a[expert] @ matrix.b[expert]).to(base.dtype)
-    return dequantise(*matrix.at(expert)).mT if isinstance(matrix, Mxfp4) else matrix[expert]
+    return dequantise(*matrix.at(expert)).mT if isinstance(matrix, Mxfp4 | GgmlMxfp4) else matrix[expert]
 
 
 class ModelWeights:

@@ -45,6 +45,7 @@ def run_study(name: str, *runs: "Run", **options: Any) -> "dict[str, xr.Dataset]
         InputError: no study has this name or option, or the runs do not have what the study needs.
     """
     from workbench.studies.layer_experts import mask_absent
+    from workbench.studies.result import name_few_prompts
 
     record = registry.find(name)
     if not isinstance(record, registry.Study):
@@ -57,6 +58,9 @@ def run_study(name: str, *runs: "Run", **options: Any) -> "dict[str, xr.Dataset]
     datasets: dict[str, xr.Dataset] = study(*runs, **record.checked_options(study, options))
     datasets = {name: mask_absent(result, runs[0]) for name, result in datasets.items()}
     _name_duplicates(datasets, *runs)
+    n = min(_independent_prompts(run) for run in runs)
+    for result in datasets.values():
+        name_few_prompts(result, n)
     return _name_excluded(datasets, *runs)
 
 
@@ -69,6 +73,14 @@ def _name_duplicates(datasets: "dict[str, xr.Dataset]", *runs: "Run") -> None:
         if "duplicate_prompts" not in result.attrs:
             result.attrs["duplicate_prompts"] = merged
             result.attrs["summary"] = f"{duplicates_warning(merged)}\n{result.attrs['summary']}"
+
+
+def _independent_prompts(run: "Run") -> int:
+    """The number of prompts of a run, duplicates counted once."""
+    from workbench.studies.matching import TokenRun, index_of, merged_prompts
+
+    number = index_of(run).prompts[0] if isinstance(run, TokenRun) else merged_prompts(run, run.summary("tokens"))[0]
+    return len(set(number[number >= 0].tolist()))
 
 
 def _name_excluded(datasets: "dict[str, xr.Dataset]", *runs: "Run") -> "dict[str, xr.Dataset]":

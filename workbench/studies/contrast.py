@@ -12,17 +12,18 @@ Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 11
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts, mean_test
+from workbench.studies.layer_experts import layer_experts
 from workbench.studies.matching import (
     HALF_WEIGHT,
     SLACK,
@@ -105,6 +106,7 @@ class Measure:
     dims: tuple[str, ...]
     shape: tuple[int, ...]
     sums: Callable[[Block, np.ndarray, np.ndarray, int], np.ndarray]
+    exists: Bool[np.ndarray, " *cells"] = field(default_factory=lambda: np.array(True))  # False: no such expert
 
     @property
     def finite(self) -> str:
@@ -232,8 +234,9 @@ def _measure(run: TokenRun, what: str) -> Measure:
             out[:, layer] = counted.reshape(n, experts) / k
         return out
 
+    exists = np.arange(experts) < layer_experts(run, layers, experts)[:, None]
     known = {
-        "experts": Measure("Share of routed slots", what, ("layer", "expert"), (layers, experts), chosen),
+        "experts": Measure("Share of routed slots", what, ("layer", "expert"), (layers, experts), chosen, exists),
         "sink": Measure("Sink attention", what, ("layer", "head"), (layers, heads), dense),
         "entropy": Measure("Entropy of the prediction, nat", what, (), (), dense),
         "logprob": Measure("Log-probability of the token, nat", what, (), (), dense),
@@ -292,7 +295,7 @@ def _cell_sums(
 
 def _test(measure: Measure, plan: Plan, matching: Matching, sums: Sums) -> dict[str, Any]:
     """Difference, interval and verdict of every cell, and what takes part."""
-    difference, side_a, side_b = sums
+    difference, side_a, side_b = (np.where(measure.exists, values, np.nan) for values in sums)
     if plan.paired:
         used = matching.prompt_weight > 0
         n = int(used.sum())
@@ -373,8 +376,13 @@ def _tested(difference: np.ndarray, influence: np.ndarray, freedom: float, enoug
     found = {"difference": difference, **tested._asdict(), "q": q}
     found["different"] = (q < ALPHA) & (tested.low * tested.high > 0)
     if difference.ndim:
-        found |= {"size": np.sqrt((difference**2).sum(-1)), "noise": np.sqrt((influence**2).sum((0, -1)))}
+        found |= {"size": _root_of_sum(difference**2), "noise": _root_of_sum((influence**2).sum(0))}
     return found
+
+
+def _root_of_sum(squares: Float[np.ndarray, "*cells column"]) -> Float[np.ndarray, "*cells"]:
+    """Return the root of the sum over the columns that exist; NaN where there is none."""
+    return np.sqrt(np.where(np.isnan(squares).all(-1), np.nan, np.nansum(squares, -1)))
 
 
 def _result(
@@ -448,22 +456,23 @@ def _describe_control(cell: xr.Dataset, control: str, attrs: Mapping[str, Any]) 
             f"; excluded, as not paired: {int(cell['prompts_excluded'])} prompts, "
             f"{int(cell['sequences_excluded'])} sequences, {left_out:,} tokens"
         )
-    different = cell["different"].values
-    largest = float(np.nanmax(np.where(different, np.nan, cell["bound"].values))) if not different.all() else np.nan
+    different, tested = cell["different"].values, np.isfinite(cell["p"].values)  # experts that do not exist have no p
+    others = tested & ~different
+    largest = float(cell["bound"].values[others].max()) if others.any() else np.nan
     absent = f"differences beyond {wording(attrs['what']).bound(largest)} are excluded (equivalence test, 5 %)"
     lines = []
     if not cell["difference"].dims:
         verdict = "differs" if different else f"no difference shown, {absent}"
         lines.append(f"{label} ({rests}): {verdict}; {_with_interval(cell, attrs)}.")
     else:
-        lines.append(f"{label} ({rests}): {different.sum()} of {different.size} cells differ.")
+        lines.append(f"{label} ({rests}): {different.sum()} of {tested.sum()} cells differ.")
         ranked = np.argsort(-np.where(different, np.abs(cell["difference"].values), -np.inf), axis=None)
         for place in ranked[: min(3, int(different.sum()))]:
             layer, column = np.unravel_index(place, different.shape)
             kind = str(cell["difference"].dims[1])
             one = cell.isel({"layer": int(layer), kind: int(column)})
             lines.append(f"  layer {int(one['layer'])} {kind} {int(one[kind])}: {_with_interval(one, attrs)}")
-        if not different.all():
+        if others.any():
             lines.append(f"  In the other cells, {absent} one by one.")
     return lines + ([f"  Warning: {warning}."] if (warning := few_prompts(n)) else [])
 

@@ -182,8 +182,11 @@ def _by_layer(
         for layer in range(comparison.a.counts.shape[1])
     ]
     found = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
-    if _smallest_p(n_a, n_b, comparison.paired) > ALPHA:
+    few = min(n_a, n_b) < MIN_PROMPTS
+    if few or _smallest_p(n_a, n_b, comparison.paired) > ALPHA:
         found["p"] = np.full_like(found["p"], np.nan)
+    for name in ("excess_low", "excess_high", "difference_low", "difference_high") if few else ():
+        found[name] = np.full_like(found[name], np.nan)
     found["q"] = false_discovery(found["p"])
     found["different"] = (found["q"] < ALPHA) & (found["excess_low"] > 0)
     found |= _experts(comparison, found, interval)
@@ -311,6 +314,8 @@ def _words(result: xr.Dataset) -> str:
             lines.append(f"No difference shown in {_named(layers[~different & ~missing])}.")
     elif np.isfinite(result["p"].values).any() or missing.all():
         lines.append("No difference shown in any layer.")
+    elif attrs["prompts"] < MIN_PROMPTS:
+        lines.append(f"Layers cannot be tested: at least {MIN_PROMPTS} prompts are needed.")
     else:
         lines.append("Layers cannot be tested: no permutation of so few prompts has a p below 0.05.")
     if missing.any():

@@ -26,7 +26,7 @@ from workbench.runs import conversations, examples
 from workbench.runs.schema import EXAMPLE_KINDS
 from workbench.studies.expert_labels import read as read_labels
 from workbench.studies.expert_labels import with_labels
-from workbench.studies.intervals import MIN_PROMPTS, few_prompts, test_of_moments
+from workbench.studies.intervals import MIN_PROMPTS, test_of_moments
 from workbench.studies.matching import independent_prompts
 from workbench.studies.result import Definition, dataset, provenance
 
@@ -153,9 +153,7 @@ def load(run: Any, *, seed: int = 0, tokenizer: Any = None) -> xr.Dataset:
     unscored = np.full(labels.shape, np.nan)
     variables |= {f"label_score{limit}": (("layer", "expert"), unscored) for limit in ("", "_low", "_high")}
     attrs = provenance("expert-examples", STUDY.title, run.digest, seed, {"examples": lists["top_gate"].shape[-1]})
-    warning = few_prompts(len(np.unique(independent_prompts(run)[run.sequences.index])))
-    summary = _summary(variables) + (f"\nWarning: {warning}." if warning else "")
-    attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": summary}
+    attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": _summary(variables)}
     return with_labels(dataset(variables, coords, DEFINITIONS, attrs), read_labels(run))
 
 

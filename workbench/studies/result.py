@@ -19,6 +19,7 @@ import xarray as xr
 from workbench.bounded_json import read_json
 from workbench.errors import InputError
 from workbench.outputs import write_files
+from workbench.studies.intervals import MIN_PROMPTS, few_prompts
 from workbench.version import version
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -60,6 +61,20 @@ def provenance(study: str, title: str, digest: str, seed: int, parameters: Mappi
         "seed": seed,
         "parameters": json.dumps(dict(parameters)),
     }
+
+
+def name_few_prompts(result: xr.Dataset, n: int) -> None:
+    """Add a warning to the summary of a result that rests on fewer than 20 prompts, in all (n) or in some cells."""
+    summary = str(result.attrs.get("summary", ""))
+    if "only" in summary and "prompts: intervals of fewer" in summary:
+        return
+    text = few_prompts(min(int(result.attrs.get("prompts", n)), n))
+    if not text and "prompts" in result and "paired" not in result.attrs:
+        counts = result["prompts"].values
+        least = int(counts[counts >= MIN_PROMPTS].min(initial=n))  # cells with fewer have no interval
+        text = few_prompts(least) and f"some cells rest on few prompts, the smallest on {least} ({few_prompts(least)})"
+    if text:
+        result.attrs["summary"] = f"{summary}\nWarning: {text}."
 
 
 def tables(result: xr.Dataset) -> dict[str, pd.DataFrame]:

@@ -161,8 +161,10 @@ class _Sums:
                 for a, b in zip(first[:, compared], second[:, compared], strict=True)
             ]
         )
-        np.add.at(self.tokens, (sequence, channel), 1)
-        np.add.at(self.shared, (sequence, channel), shared.T)
+        place = sequence.astype(np.int64) * len(CHANNELS) + channel
+        self.tokens += np.bincount(place, minlength=self.tokens.size).reshape(self.tokens.shape)
+        for layer, values in enumerate(shared):
+            self.shared[..., layer] += np.bincount(place, values, self.tokens.size).reshape(self.tokens.shape)
         mean = shared.mean(0)
         self._by("effort", sequence, self.effort[sequence], mean)
         self._by("position", sequence, np.searchsorted(POSITIONS, position, side="right") - 1, mean)
@@ -185,8 +187,9 @@ class _Sums:
 
     def _by(self, name: str, sequence: np.ndarray, cell: np.ndarray, values: np.ndarray) -> None:
         sums, counts = self.by[name]
-        np.add.at(sums, (sequence, np.maximum(cell, 0)), values)
-        np.add.at(counts, (sequence, np.maximum(cell, 0)), 1)
+        place = sequence.astype(np.int64) * sums.shape[1] + np.maximum(cell, 0)
+        sums += np.bincount(place, values, sums.size).reshape(sums.shape)
+        counts += np.bincount(place, minlength=sums.size).reshape(sums.shape)
 
     def variables(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
         """Everything that was summed, with intervals."""

@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Float, Num
 
 from workbench.studies.comparison import Run, in_order, labels, places, sum_by
+from workbench.studies.intervals import MIN_PROMPTS
 from workbench.studies.layer_experts import layer_experts, mask_absent
 from workbench.studies.matching import merged_prompts
 from workbench.studies.resampling import count_at_least, permutation_p
@@ -168,7 +169,8 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
         null[start : start + len(shuffled)] = np.stack([_information(table) for table in shuffled])
         larger += count_at_least(np.stack([_spread(table) for table in shuffled]), size)
     most = np.log2(len(names))
-    p = permutation_p(larger, n_permutations)
+    tested = int(there.any(1).sum()) >= MIN_PROMPTS
+    p = permutation_p(larger, n_permutations) if tested else np.full(len(found), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         lift = observed / observed.mean(0)
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
@@ -195,6 +197,8 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
     summary += (
         f", most in layer {layer}: {float(result['nmi'][layer]):.1%} of the label's entropy." if known.any() else "."
     )
+    if not tested:
+        summary = f"Information on the {axis} cannot be tested: at least {MIN_PROMPTS} prompts are needed."
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": summary}
     return result
 

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.harmony.vocabulary import Tokenizer, tokenizer_of_tokens
+from workbench.kernels import cpu
+from workbench.kernels.ggml import BLOCK_BYTES, GgmlMxfp4, widen_q8_0
 from workbench.kernels.parallel import parallel_map
 from workbench.model.config import GROUP, Config, Rope, check_sizes
 from workbench.model.formats.gguf_file import (
@@ -39,7 +41,6 @@ from workbench.model.formats.gguf_file import (
     decoder,
     precision,
 )
-from workbench.model.formats.gguf_mxfp4 import BLOCK_BYTES, new_memory, separate
 from workbench.model.lazy_tensors import LazyTensor, Tensors
 from workbench.model.names import shapes
 from workbench.model.opened_checkpoint import Checkpoint
@@ -223,8 +224,14 @@ class _Stored:
         flat, values = rows.reshape(-1, rows.shape[-1]), out.view(-1, out.shape[-1])
         step = max(1, _DECODED // out.shape[-1])
 
+        compiled = kind == Q8_0 and dtype == torch.bfloat16 and not cpu.unavailable()
+
         def fill(start: int) -> None:
-            values[start : start + step] = torch.from_numpy(decode(np.ascontiguousarray(flat[start : start + step])))
+            some = flat[start : start + step]
+            if compiled:
+                widen_q8_0(some, values[start : start + step])
+            else:
+                values[start : start + step] = torch.from_numpy(decode(np.ascontiguousarray(some)))
 
         parallel_map(fill, range(0, len(flat), step))
         self.file.release(self.name)
@@ -313,8 +320,8 @@ class _Reader:
         if kind in ("blocks", "scales"):
             packed = self.packed_experts.setdefault(name, _PackedExperts(sources))
             if kind == "blocks":
-                return LazyTensor(name, packed.shape, stored_as, packed.blocks)
-            return LazyTensor(name, packed.shape[:-1], stored_as, packed.scales)
+                return LazyTensor(name, packed.shape, stored_as, packed.blocks, in_place=packed.in_place)
+            return LazyTensor(name, packed.shape[:-1], stored_as, packed.scales, in_place=packed.in_place)
         shape, values = ((experts, rows), _values) if kind == "bias" else ((experts, first[-1], rows), _transposed)
         decode = None if sources[0].is_float else functools.partial(values, sources)
         return LazyTensor(name, shape, stored_as, functools.partial(values, sources), decode)
@@ -332,25 +339,15 @@ class _PackedExperts:
         self.shape = (experts, rows * len(sources), columns // GROUP, GROUP // 2)
         self._scales: Tensor | None = None
 
+    def in_place(self) -> GgmlMxfp4:
+        """Return the matrices as the file holds them, memory-mapped."""
+        parts = tuple(torch.from_numpy(stored.groups()) for stored in self.sources)
+        return GgmlMxfp4(parts, self.sources[0].tensor.kind != OLLAMA_MXFP4)
+
     def blocks(self) -> Tensor:
         """Return the bytes [expert, out, group, 16] in the published order."""
-        blocks, scales = new_memory(self.shape), new_memory(self.shape[:-1])
-        groups = [stored.groups() for stored in self.sources]
-
-        def fill(task: tuple[int, int]) -> None:
-            expert, source = task
-            separate(
-                groups[source][expert],
-                blocks[expert],
-                scales[expert],
-                source,
-                len(groups),
-                reorder=self.sources[source].tensor.kind != OLLAMA_MXFP4,
-            )
-
-        parallel_map(fill, [(expert, source) for expert in range(self.shape[0]) for source in range(len(groups))])
+        blocks, self._scales = self.in_place().published()
         self._release()
-        self._scales = scales
         return blocks
 
     def scales(self) -> Tensor:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from workbench.errors import InputError
+from workbench.kernels.ggml import to_ggml
 from workbench.model.config import GROUP, PUBLISHED, Config
 from workbench.model.formats.gguf_file import BF16, F32, MXFP4, block_and_bytes
 from workbench.model.formats.gguf_merges import merges, unmerged, vocabulary_tokens
-from workbench.model.formats.gguf_mxfp4 import to_ggml
 from workbench.model.lazy_tensors import Tensors
 from workbench.model.names import shapes
 from workbench.model.opened_checkpoint import Checkpoint

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.kernels import cpu
+from workbench.kernels import cpu, ggml
+from workbench.kernels.ggml import from_ggml, new_memory, separate, to_ggml, widen_q8_0
 from workbench.kernels.mxfp4 import dequantise
-from workbench.model.formats import gguf_mxfp4
-from workbench.model.formats.gguf_mxfp4 import from_ggml, new_memory, separate, to_ggml
 
 RNG = np.random.default_rng(0)
 
@@ -43,16 +42,32 @@ def test_the_compiled_loop_and_numpy_write_the_same(reorder: bool, monkeypatch: 
         return blocks, scales
 
     compiled = separated()
-    monkeypatch.setattr(gguf_mxfp4.cpu, "unavailable", lambda: "switched off")
+    monkeypatch.setattr(ggml.cpu, "unavailable", lambda: "switched off")
     for got, want in zip(compiled, separated(), strict=True):
         assert torch.equal(got, want)
     assert torch.equal(compiled[1][1::2], torch.from_numpy(source[..., 0]))
     assert not compiled[0][0::2].any(), "other rows are left alone"
 
 
+def test_q8_0_is_rounded_to_bfloat16_as_torch_rounds_it() -> None:
+    """Every scale and code of 64 Ki blocks: also scales that are infinite, NaN, subnormal, and ties between two values."""
+    pytest.importorskip("workbench.kernels.cpu.ggml_loops", reason="numba compiles nothing here")
+    scales = np.arange(2**16, dtype=np.uint16)
+    codes = RNG.integers(-128, 128, (2**16, 32), dtype=np.int8)
+    blocks = np.concatenate([scales[:, None].view(np.uint8), codes.view(np.uint8)], 1)
+    got = torch.empty(2**16, 32, dtype=torch.bfloat16)
+    widen_q8_0(blocks, got)
+    exact = torch.from_numpy(codes).float() * torch.from_numpy(scales.view(np.float16)).float()[:, None]
+    want = exact.bfloat16()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(), want.nan_to_num())
+    truncated = (exact.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+    assert not torch.equal(truncated.nan_to_num(), want.nan_to_num()), "the negative control rounds towards zero"
+
+
 def test_new_memory_has_its_shape_in_pages_of_either_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert new_memory((3, 5)).shape == (3, 5)
-    monkeypatch.setattr(gguf_mxfp4, "_HUGE", 1)
+    monkeypatch.setattr(ggml, "_HUGE", 1)
     large = new_memory((3, 5))
     assert large.shape == (3, 5)
     assert not large.any()

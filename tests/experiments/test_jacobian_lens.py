@@ -1,0 +1,96 @@
+"""The experiment of the Jacobian lens: a Jacobian planted in one group is found, and none where both have the same."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.experiments.test_jacobians import WIDE, linear_model
+from workbench.errors import InputError
+from workbench.experiments import jacobian_lens
+from workbench.experiments.jacobian_lens import COMPARISONS, experiment
+from workbench.figures.jacobian_lens import gallery
+from workbench.harmony.transcripts import Transcript
+from workbench.model.transformer import GptOss
+
+pytestmark = pytest.mark.filterwarnings("ignore:only .* prompts")
+FLAG = 0  # the dimension of the stream that decides whether the second layer writes
+OPTIONS: dict[str, Any] = {"by": "effort", "skip_first": 2, "batch": 32}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Transcript]:
+    """Ten prompts with a sequence of tokens below 50 at low effort, and one of tokens from 50 on at high effort."""
+    rng = np.random.default_rng(0)
+    return [
+        Transcript(f"{n}/{effort}", f"prompt {n}", effort, rng.integers(first, first + 50, 9).astype(np.uint32), 3)
+        for n in range(10)
+        for effort, first in (("low", 0), ("high", 50))
+    ]
+
+
+def model_that_writes(low: bool, high: bool) -> GptOss:
+    """Every token attends to itself or to the sink alone, as its flag says; what it writes is linear in its stream."""
+    model = linear_model(windows=(1, 1))
+    model.ln_final.weight.fill_(WIDE**0.5)
+    model.embed.weight[:, FLAG] = -1.0
+    model.embed.weight[:50, FLAG], model.embed.weight[50:100, FLAG] = 2.0 * low - 1, 2.0 * high - 1
+    model.blocks[0].attn.o.weight.zero_()
+    model.blocks[0].attn.o.bias.zero_()
+    attn = model.blocks[1].attn
+    attn.sinks.zero_()
+    attn.q.bias.fill_(20.0)
+    attn.k.weight[:, FLAG] = 20.0
+    for bias in (attn.v.bias, attn.o.bias):
+        bias.zero_()
+    return model
+
+
+def test_a_group_whose_jacobian_is_another_is_found(rows: list[Transcript]) -> None:
+    found = experiment(model_that_writes(low=True, high=False), rows, tuned_steps=3, **OPTIONS)
+    lenses, comparisons = found["lenses"], found["comparisons"]
+    own = lenses["divergence"].sel(lens="Jacobian lens of the group")
+    np.testing.assert_allclose(own, 0, atol=1e-6)  # each group is linear
+    assert (lenses["agreement"].sel(lens="Jacobian lens of the group") == 1).all()
+    for which in COMPARISONS[1:]:
+        assert (comparisons["change"].sel(which=which) < -0.01).all()
+        assert (comparisons["q"].sel(which=which) <= 0.05).all()
+    logit = lenses["divergence"].sel(lens="logit lens")
+    assert float(logit.sel(group="high").max()) < 1e-6, "a layer that writes nothing has a Jacobian of 1"
+    assert float(logit.sel(group="low").min()) > 0.01
+    assert lenses["divergence"].sel(lens="tuned lens").notnull().all()
+    assert "in 2 of 2 groups and layers" in comparisons.attrs["summary"]
+    assert list(gallery(found)) == ["lenses_high", "lenses_low", *(f"comparisons_{which}" for which in COMPARISONS)]
+    assert all(item.draw().data and len(item.table()) for item in gallery(found).values())
+
+
+def test_groups_with_the_same_jacobian_are_not_told_apart(rows: list[Transcript]) -> None:
+    """Negative control of the experiment: the Jacobian lens is better than the logit lens, and no group has its own."""
+    found = experiment(model_that_writes(low=True, high=True), rows, tuned_steps=0, **OPTIONS)
+    change = found["comparisons"]["change"]
+    np.testing.assert_allclose(change.sel(which=list(COMPARISONS[1:])), 0, atol=1e-6)
+    assert (change.sel(which=COMPARISONS[0]) < -0.01).all()
+    assert found["lenses"]["divergence"].sel(lens="tuned lens").isnull().all()
+
+
+def test_prompts_that_fit_the_lenses_are_not_read(rows: list[Transcript], monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, read = jacobian_lens._halves(rows, np.random.default_rng(0))
+    assert {row.prompt_id for row in fitted} | {row.prompt_id for row in read} == {row.prompt_id for row in rows}
+    assert not {row.prompt_id for row in fitted} & {row.prompt_id for row in read}
+    used: list[str] = []
+    fit = jacobian_lens.fit_jacobian_lenses
+    monkeypatch.setattr(
+        jacobian_lens, "fit_jacobian_lenses", lambda m, r, **kw: used.extend(x.id for x in r) or fit(m, r, **kw)
+    )
+    experiment(model_that_writes(low=True, high=True), rows, tuned_steps=0, **OPTIONS)
+    assert used == [row.id for row in fitted]
+
+
+def test_wrong_options_and_too_few_prompts_are_refused(rows: list[Transcript]) -> None:
+    model = model_that_writes(low=True, high=True)
+    with pytest.raises(InputError, match="by='task'"):
+        experiment(model, rows, by="task")
+    with pytest.raises(InputError, match="tuned_steps=-1"):
+        experiment(model, rows, tuned_steps=-1)
+    with pytest.raises(InputError, match="no group by effort has a lens and 5 prompts"):
+        experiment(model, rows[:8], tuned_steps=0, **OPTIONS)

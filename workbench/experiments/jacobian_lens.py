@@ -1,0 +1,228 @@
+"""The Jacobian lens by channel and effort: how early, and by which lens, the model's next token can be read.
+
+Lenses are fitted to half of the prompts and read on the other half: the logit lens, a tuned lens, the Jacobian lens of
+all tokens, and that of the tokens of a channel at an effort, beside the Jacobian lens of another group as a control.
+
+Reference: Gurnee et al. 2026, Verbalizable Representations Form a Global Workspace in Language Models, Transformer
+Circuits Thread; Belrose et al. 2023, the tuned lens, arXiv 2303.08112.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from workbench.errors import InputError
+from workbench.experiments.final_channel import ALPHA
+from workbench.experiments.jacobians import SKIP_FIRST, JacobianLens, fit_jacobian_lenses, group_masks
+from workbench.experiments.lens import TunedLens, fit_tuned_lens, logit_lens
+from workbench.harmony.transcripts import Transcript
+from workbench.model.transformer import GptOss
+from workbench.registry import Experiment
+from workbench.studies.intervals import MIN_PROMPTS, mean_effect
+from workbench.studies.statistics import false_discovery
+
+EXPERIMENT = Experiment(
+    name="jacobian-lens",
+    title="Jacobian lens by channel and effort",
+    question="At which layer can the next token be read by each lens, and does a channel have a Jacobian of its own?",
+    compute="half of the sequences: d_model / batch backward passes of batch copies each; the others: a forward pass "
+    "for each lens",
+    options={
+        "by": "What the groups of tokens are: channel, effort, or channel,effort (default).",
+        "batch": "Rows of the Jacobian that one backward pass computes; memory grows with it (default: 16).",
+        "skip_first": "First tokens of each sequence that are neither sources nor targets (default: 16).",
+        "tuned_steps": "Steps of Adam for the tuned lens; 0 leaves it out (default: 200).",
+    },
+    figures="workbench.figures.jacobian_lens",
+    order=185,
+)
+LENSES = ("logit lens", "tuned lens", "Jacobian lens", "Jacobian lens of the group", "Jacobian lens of another group")
+COMPARISONS = ("Jacobian lens less logit lens", "group's less all tokens' Jacobian", "group's less another's Jacobian")
+_COMPARED = ((2, 0), (3, 2), (3, 4))
+METHOD = (
+    "Half of the prompts, at random, fit the lenses; the other half is read. Divergence: KL of the lens's distribution "
+    "of the next token from the model's own, in nats; agreement: share of tokens for which both have the same most "
+    "likely token. Means over a sequence's tokens of the group, then over prompts, with bootstrap-t intervals. "
+    "Change: the divergence of one lens less that of another; q: Benjamini–Hochberg over groups, layers and "
+    "comparisons. The Jacobian lens is the mean derivative of the last residual stream, summed over all later tokens, "
+    "with respect to the stream after a layer. The control is the Jacobian lens of the group that follows in the list."
+)
+NOT_CONTROLLED = (
+    "A Jacobian lens is not fitted to predict the next token: it shows what a stream leads to in this and all later "
+    "tokens, so that a larger divergence is no defect of it. Groups differ in tokens and positions, and a lens of a "
+    "small group is a mean of fewer prompts."
+)
+
+
+class _Lenses(NamedTuple):
+    """The lenses that were fitted; tuned is None where it was left out."""
+
+    tuned: TunedLens | None
+    jacobian: Mapping[str, JacobianLens]  # "all", and by group
+
+
+def experiment(
+    model: GptOss,
+    rows: Sequence[Transcript],
+    *,
+    by: str = "channel,effort",
+    batch: int = 16,
+    skip_first: int = SKIP_FIRST,
+    tuned_steps: int = 200,
+    seed: int = 0,
+) -> dict[str, xr.Dataset]:
+    """Return how far each lens is from the model's own prediction, by group and layer, on prompts that did not fit it.
+
+    Dataset `lenses`: divergence and agreement over (lens, group, layer), each with its interval. Dataset `comparisons`:
+    change, low, high, p and q over (which, group, layer).
+
+    Raises:
+        InputError: an option is not valid, or no group has enough prompts.
+    """
+    if tuned_steps < 0:
+        raise InputError(f"tuned_steps={tuned_steps}: expected 0 or more")
+    kinds = [kind.strip() for kind in by.split(",")]
+    fitted, read = _halves(rows, np.random.default_rng(seed))
+    own = {group for row in fitted for group in group_masks(model, row, kinds)}
+    jacobian = fit_jacobian_lenses(model, fitted, by=kinds, skip_first=skip_first, batch=batch)
+    tokens, lengths = _padded(fitted)
+    tuned = fit_tuned_lens(model, tokens, n_real=lengths, steps=tuned_steps, seed=seed) if tuned_steps else None
+    lenses = _Lenses(tuned, jacobian)
+    groups = _groups(model, read, kinds, sorted(own & set(jacobian)))
+    readings = {group: _readings(model, chosen, lenses, group, list(groups)) for group, chosen in groups.items()}
+    n_prompts = (len({row.prompt_id for row in half}) for half in (fitted, read))
+    rests_on = "{} prompts fit the lenses, {} are read".format(*n_prompts)
+    return _results(readings, {group: _prompts(chosen) for group, chosen in groups.items()}, jacobian, rests_on, seed)
+
+
+def _prompts(chosen: Sequence[tuple[Transcript, Bool[np.ndarray, " pos"]]]) -> list[str]:
+    """Return the prompt of each sequence."""
+    return [row.prompt_id for row, _ in chosen]
+
+
+def _halves(rows: Sequence[Transcript], rng: np.random.Generator) -> tuple[list[Transcript], list[Transcript]]:
+    """Return the sequences of a random half of the prompts, and those of the others."""
+    prompts = sorted({row.prompt_id for row in rows})
+    half = set(rng.permutation(prompts)[: len(prompts) // 2].tolist())
+    return [row for row in rows if row.prompt_id in half], [row for row in rows if row.prompt_id not in half]
+
+
+def _padded(rows: Sequence[Transcript]) -> tuple[Tensor, list[int]]:
+    """Return the tokens [sequence pos], padded on the right, and the lengths."""
+    parts = [torch.from_numpy(row.tokens.astype(np.int64)) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), [len(part) for part in parts]
+
+
+def _groups(
+    model: GptOss, rows: Sequence[Transcript], by: Sequence[str], fitted: Sequence[str]
+) -> dict[str, list[tuple[Transcript, Bool[np.ndarray, " pos"]]]]:
+    """Return, for each group with a lens and enough prompts, its sequences and their tokens of it.
+
+    Raises:
+        InputError: there is no such group.
+    """
+    found: dict[str, list[tuple[Transcript, Bool[np.ndarray, " pos"]]]] = {name: [] for name in fitted}
+    for row in rows:
+        for name, mask in group_masks(model, row, by).items():
+            if name in found:
+                found[name].append((row, mask))
+    enough = {name: chosen for name, chosen in found.items() if len(set(_prompts(chosen))) >= MIN_PROMPTS}
+    if not enough:
+        raise InputError(
+            f"no group by {','.join(by)} has a lens and {MIN_PROMPTS} prompts to read it on: use more sequences"
+        )
+    return enough
+
+
+def _readings(
+    model: GptOss,
+    chosen: Sequence[tuple[Transcript, Bool[np.ndarray, " pos"]]],
+    lenses: _Lenses,
+    group: str,
+    groups: Sequence[str],
+) -> Float[np.ndarray, "measure lens layer sequence"]:
+    """Return divergence and agreement of every lens in every layer but the last; NaN for a lens that there is not."""
+    other = groups[(groups.index(group) + 1) % len(groups)]
+    options = {
+        "logit lens": {},
+        "Jacobian lens": {"jacobian": lenses.jacobian["all"]},
+        "Jacobian lens of the group": {"jacobian": lenses.jacobian[group]},
+        **({"tuned lens": {"tuned": lenses.tuned}} if lenses.tuned else {}),
+        **({"Jacobian lens of another group": {"jacobian": lenses.jacobian[other]}} if other != group else {}),
+    }
+    out = np.full((2, len(LENSES), model.cfg.n_layers - 1, len(chosen)), np.nan)
+    for i, (row, mask) in enumerate(chosen):
+        tokens = torch.from_numpy(row.tokens.astype(np.int64))[None]
+        for name, option in options.items():
+            found = logit_lens(model, tokens, at=np.flatnonzero(mask).tolist(), of=0, **option)  # type: ignore[arg-type]
+            after = found.isel(depth=found["after"].values == "mlp")
+            agrees = after["top"] == after["top"].isel(depth=-1)
+            values = [after["kl"].mean("point").values[:-1], agrees.mean("point").values[:-1]]
+            out[:, LENSES.index(name), :, i] = values
+    return out
+
+
+def _results(
+    readings: Mapping[str, Float[np.ndarray, "measure lens layer sequence"]],
+    prompts: Mapping[str, Sequence[str]],
+    jacobian: Mapping[str, JacobianLens],
+    rests_on: str,
+    seed: int,
+) -> dict[str, xr.Dataset]:
+    groups, layers = list(readings), jacobian["all"].layers
+    measured = [mean_effect(readings[group], prompts[group], seed=seed) for group in groups]
+    means, low, high = (np.stack([getattr(m, name) for m in measured], 2) for name in ("change", "low", "high"))
+    pairs = [
+        np.stack([readings[group][0, a] - readings[group][0, b] for a, b in _COMPARED])  # divergence
+        for group in groups
+    ]
+    effects = [mean_effect(values, prompts[group], seed=seed) for group, values in zip(groups, pairs, strict=True)]
+    cells = {name: np.stack([getattr(e, name) for e in effects], 1) for name in ("change", "low", "high", "p")}
+    coords = {"group": groups, "layer": layers}
+    about = {"method": METHOD, "not_controlled": NOT_CONTROLLED, "rests_on": rests_on}
+    named = {"divergence": ("KL divergence from the model's own prediction", "nat")}
+    named["agreement"] = ("share of tokens with the model's own most likely token", "1")
+    data = {}
+    for i, (name, (long_name, unit)) in enumerate(named.items()):
+        for suffix, values in (("", means), ("_low", low), ("_high", high)):
+            data[name + suffix] = (("lens", "group", "layer"), values[i], {"long_name": long_name, "units": unit})
+    counts = [jacobian[group].n_prompts for group in groups]
+    lenses = xr.Dataset(data, {"lens": list(LENSES), **coords}, {"title": "Lenses on prompts that did not fit them"})
+    about_counts = {"long_name": "sequences in the group's Jacobian", "units": "1"}
+    lenses["n_prompts"] = xr.DataArray(counts, dims="group", attrs=about_counts)
+    dims = ("which", "group", "layer")
+    q = false_discovery(cells["p"])
+    comparisons = xr.Dataset(
+        {name: (dims, values, {"units": "nat"}) for name, values in {**cells, "q": q}.items()},
+        {"which": list(COMPARISONS), **coords},
+        {"title": "Change of divergence between lenses", "units": "nat"},
+    )
+    for ds in (lenses, comparisons):
+        ds.attrs |= about
+        ds.attrs["summary"] = _summary(lenses, comparisons)
+    return {"lenses": lenses, "comparisons": comparisons}
+
+
+def _summary(lenses: xr.Dataset, comparisons: xr.Dataset) -> str:
+    """Return, for each group, the divergences by layer, and where the group's own Jacobian is another one."""
+    lines = [f"{lenses.attrs['rests_on']}; KL divergence from the model's own prediction, nats, by layer:"]
+    for group in map(str, lenses["group"].values):
+        one = lenses["divergence"].sel(group=group)
+        parts = [
+            f"{lens} {', '.join(f'{v:.2f}' for v in one.sel(lens=lens).values)}"
+            for lens in LENSES[:4]
+            if np.isfinite(one.sel(lens=lens)).all()
+        ]
+        lines.append(f"  {group}: {'; '.join(parts)}.")
+    own = comparisons.sel(which=COMPARISONS[1])
+    better = ((own["q"] <= ALPHA) & (own["change"] < 0)).values
+    lines.append(
+        f"The group's own Jacobian lens is shown to be nearer to the model than that of all tokens in "
+        f"{int(better.sum())} of {better.size} groups and layers."
+    )
+    return "\n".join(lines)
