@@ -336,7 +336,7 @@ def test_an_expert_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
 def test_a_head_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/sinks?layer=1&head=3").drawn(3)
     expect(session.page.get_by_text("Layer 1, head 3").first).to_be_visible(timeout=30_000)
-    expect(session.page.get_by_text("Mean sink attention by channel and effort").first).to_be_attached()
+    expect(session.page.get_by_text("Mean sink attention (%) by channel and effort").first).to_be_attached()
     expect(session.page.get_by_text("Layer 1, head 3 by position").first).to_be_attached(timeout=30_000)
     assert session.errors == []
 
