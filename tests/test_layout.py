@@ -63,7 +63,6 @@ TESTED_BY = {
     "bench/command": "bench/test_kernels.py",
     "bench/decode": "bench/test_cpu.py",
     "figures/neuron_examples": "studies/test_neuron_examples.py",
-    "figures/probe_trajectory": "studies/test_probe_trajectory.py",
     "runs/neuron_examples": "capture/test_neuron_lists.py",
     **{
         f"kernels/gpu/compile_cases/{name}": "bench/test_kernels.py"
