@@ -6,10 +6,10 @@ Everything a page needs comes from this server. The frame of a page is in `layou
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import panel as pn
@@ -25,8 +25,20 @@ from workbench.errors import InputError
 _LOCAL = ("localhost", "127.0.0.1")  # addresses that only this machine reaches
 
 
-def _template(registry: RunRegistry, page: str, *, one_path: bool = False) -> PageTemplate:
-    """Return a page in its frame. one_path: all pages have the same path, and the query names the page."""
+class ExtraPage(NamedTuple):
+    """A page of another package beside those of runs. show: makes it, given the titles of all pages by address."""
+
+    title: str
+    show: Callable[[Mapping[str, str]], PageTemplate]
+
+
+def _template(
+    registry: RunRegistry, page: str, *, one_path: bool = False, titles: Mapping[str, str] | None = None
+) -> PageTemplate:
+    """Return a page in its frame. one_path: all pages have the same path, and the query names the page.
+
+    titles: of all pages by address, where there are more than those of runs.
+    """
     query = {
         name: values[0].decode("utf-8", "replace") for name, values in (pn.state.session_args or {}).items() if values
     }
@@ -50,7 +62,7 @@ def _template(registry: RunRegistry, page: str, *, one_path: bool = False) -> Pa
     shown = made(page, session)
     return page_template(
         page,
-        page_titles(),
+        titles or page_titles(),
         session.name,
         sidebar=[pick, *shown.sidebar, exclude],
         main=shown.main,
@@ -60,16 +72,23 @@ def _template(registry: RunRegistry, page: str, *, one_path: bool = False) -> Pa
     )
 
 
-def pages(registry: RunRegistry) -> dict[str, Callable[[], PageTemplate]]:
-    """Return path → page; an address without a path opens the overview, too."""
+def pages(registry: RunRegistry, extra: Mapping[str, ExtraPage] | None = None) -> dict[str, Callable[[], PageTemplate]]:
+    """Return path → page; an address without a path opens the overview, too. extra: more pages by their path."""
+    more = extra or {}
+    titles = all_titles(more)
 
     def of(page: str) -> Callable[[], PageTemplate]:
         def show() -> PageTemplate:  # a plain function: Panel shows any other callable as an object
-            return _template(registry, page)
+            return more[page].show(titles) if page in more else _template(registry, page, titles=titles)
 
         return show
 
-    return {"/": of("overview"), **{page: of(page) for page in page_titles()}}
+    return {"/": of("overview"), **{page: of(page) for page in titles}}
+
+
+def all_titles(extra: Mapping[str, ExtraPage]) -> dict[str, str]:
+    """Return the title of every page by its path."""
+    return page_titles() | {path: page.title for path, page in extra.items()}
 
 
 def servable(paths: Sequence[str | Path]) -> PageTemplate:
@@ -120,11 +139,14 @@ def serve(
     allow_origin: Sequence[str] = (),
     basic_auth: Path | None = None,
     model: str = "",
+    extra: Mapping[str, ExtraPage] | None = None,
+    **options: Any,
 ) -> None:
     """Serve the dashboard until interrupted. Only pages from `address`, and of the origins allowed, may connect.
 
     basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look. model: the
     one that the runs were captured from, for attention patterns; loaded by processes of their own when it is needed.
+    extra: pages of other packages by their path. options: of `panel.serve`, which those need.
     """
     access = login_options(basic_auth)
     origins = [*local_origins(address, port), *allow_origin]
@@ -135,7 +157,7 @@ def serve(
     print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
     try:
         server = pn.serve(
-            pages(registry),
+            pages(registry, extra),
             address=address,
             port=port,
             show=show,
@@ -144,10 +166,11 @@ def serve(
             start=False,
             websocket_origin=origins,
             num_threads=4,
+            **options,
             **access,
         )
         guard(server._tornado, origins)
-        answer_unknown(server._tornado, missing_page(page_titles()))
+        answer_unknown(server._tornado, missing_page(all_titles(extra or {})))
         server.start()
         server.io_loop.start()
     finally:

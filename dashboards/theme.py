@@ -196,6 +196,7 @@ _ICONS = {
     "channels": "M5 2v12M11 2v12M2 5h3M11 11h3",
     "effort": "M2 13V9M6 13V6M10 13V4M14 13V2",
     "transcript": "M2 3h12v8H7l-3 3v-3H2z",
+    "live": "M4 3l9 5-9 5z",
     "compare": "M5 3 2 6l3 3M2 6h8M11 7l3 3-3 3M14 10H6",
     "causal": "M3 8h7M8 5l3 3-3 3M13 3v10",
     "graph": "M3 3h3v3H3zM10 10h3v3h-3zM10 2h3v3h-3zM6 5l4 6M6 4h4",

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "errors": set(),
     "_links": set(),
-    "progress": set(),
+    "notebook": set(),
+    "progress": {"notebook"},
+    "compression": {"errors"},
     "file_lock": {"bounded_json", "errors"},
     "inputs": {"errors"},
     "outputs": {"bounded_json", "errors", "file_lock"},
@@ -27,9 +29,9 @@ MAY_IMPORT = {
     "hooks": {"bounded_json", "errors"},
     "harmony": {"inputs", "errors", "progress", "bounded_json", "outputs", "row_output", "signals"},
     "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
-    "runs": {"harmony", "inputs", "errors", "progress", "file_lock", "outputs", "bounded_json"},
+    "runs": {"compression", "harmony", "inputs", "errors", "progress", "file_lock", "outputs", "bounded_json"},
     "studies": {"progress", "outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
-    "figures": {"bounded_json", "outputs", "registry", "studies", "harmony", "errors"},
+    "figures": {"notebook", "bounded_json", "outputs", "registry", "studies", "harmony", "errors"},
     "dashboards": {"child_processes", "bounded_json", "registry", "figures", "studies", "runs", "harmony", "errors"},
     "capture": {
         "child_processes",
@@ -55,6 +57,7 @@ MAY_IMPORT = {
         "model",
         "harmony",
         "capture",
+        "experiments",
         "runs",
         "studies",
         "dashboards",
@@ -103,6 +106,7 @@ MAY_IMPORT = {
         "errors",
     },
     "adapters": {
+        "inputs",
         "bounded_json",
         "kernels",
         "model",
@@ -116,6 +120,7 @@ MAY_IMPORT = {
     },
     "cli": {
         "bounded_json",
+        "file_lock",
         "adapters",
         "live",
         "research",

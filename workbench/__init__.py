@@ -7,6 +7,7 @@ never pays for torch. `dir(workbench)` lists the public names.
 import importlib
 import importlib.util
 import types
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     __version__: str
 
 require_links(Path(__file__).parent)
+# transformer_lens imports tqdm, which warns in every notebook without ipywidgets; our own bars need none
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 _OBJECTS = {
     "load": "workbench.model",

@@ -1,11 +1,16 @@
-"""Progress of long jobs: a bar on a terminal, otherwise a plain line from time to time."""
+"""Progress of long jobs: a bar on a terminal and in a notebook, otherwise a plain line from time to time."""
 
 import datetime
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from html import escape
+from typing import Any, Protocol
+
+from workbench.notebook import notebook_display
+
+_NOTEBOOK_INTERVAL_S = 0.2  # between two updates of a bar in a notebook
 
 
 class Advance(Protocol):
@@ -23,7 +28,9 @@ def progress(label: str, total: int, unit: str, detail: Callable[[], str] | None
     from rich.console import Console
 
     console = Console(stderr=True)
-    if console.is_terminal:
+    if display := notebook_display():
+        yield from _notebook_bar(display, label, total, unit, detail)
+    elif console.is_terminal:
         yield from _bar(console, label, total, unit, detail)
     else:
         yield from _lines(label, total, unit, detail)
@@ -49,6 +56,43 @@ def _bar(console: object, label: str, total: int, unit: str, detail: Callable[[]
             bar.update(task, advance=n, speed=str(speed))
 
         yield advance
+
+
+class _NotebookBar:
+    """A bar as HTML, with the same line as plain text for programs that show no HTML. It needs no widgets."""
+
+    def __init__(self, label: str, total: int, unit: str, speed: "_Speed") -> None:
+        self._label, self._total, self._unit, self._speed = label, total, unit, speed
+
+    def __repr__(self) -> str:
+        done = f"{self._speed.done:,} of {self._total:,} {self._unit}"
+        return f"{self._label}: {done}, {self._speed}{self._speed.left}"
+
+    def _repr_html_(self) -> str:
+        bar = f'<progress max="{max(self._total, 1)}" value="{self._speed.done}" style="width:16em"></progress>'
+        return f'<div aria-label="{escape(self._label)}">{bar} {escape(repr(self))}</div>'
+
+
+def _notebook_bar(
+    display: Callable[..., Any], label: str, total: int, unit: str, detail: Callable[[], str] | None
+) -> Iterator[Advance]:
+    """Show a bar below the cell, and update it as often as somebody can follow."""
+    speed, last = _Speed(total, unit, detail), time.monotonic()
+    bar = _NotebookBar(label, total, unit, speed)
+    shown = display(bar, display_id=True)
+
+    def advance(n: int, size: int = 0, /) -> None:
+        nonlocal last
+        speed.add(n, size)
+        now = time.monotonic()
+        if now - last > _NOTEBOOK_INTERVAL_S:
+            last = now
+            shown.update(bar)
+
+    try:
+        yield advance
+    finally:
+        shown.update(bar)
 
 
 def _lines(label: str, total: int, unit: str, detail: Callable[[], str] | None) -> Iterator[Advance]:

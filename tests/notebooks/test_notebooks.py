@@ -1,6 +1,9 @@
-"""Every notebook runs from top to bottom, and is kept without outputs."""
+"""Every notebook runs from top to bottom, and is kept without outputs or with those of its present source."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import nbformat
 import pytest
@@ -36,7 +39,53 @@ def test_the_first_notebooks_run_on_a_gpu(name: str, tmp_path: Path, monkeypatch
     assert run_on_gpus(cells, monkeypatch).devices == {torch.device("cuda", 0)}
 
 
+def runner() -> ModuleType:
+    """Return the script that stores outputs."""
+    path = Path(__file__).parents[2] / "scripts" / "run_notebooks.py"
+    spec = importlib.util.spec_from_file_location("run_notebooks", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def faults(notebook: Any) -> list[str]:
+    """Return what is wrong with the stored outputs of a notebook; none are right, too."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if not any(cell.outputs or cell.execution_count for cell in cells):
+        return []
+    found = []
+    if notebook.metadata.get("outputs_of") != runner().digest(notebook):
+        found.append("the outputs are of another source: run scripts/run_notebooks.py")
+    if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
+        found.append("the cells were not run in order")
+    outputs = [output for cell in cells for output in cell.outputs]
+    if any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs):
+        found.append("an error or a warning is stored")
+    figures = [cell for cell in cells if cell.source.strip().splitlines()[-1].startswith("wb.figures.")]
+    if not all(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in figures):
+        found.append("a figure is no picture")
+    return found
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_is_kept_without_outputs(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+def test_a_notebook_has_no_outputs_or_its_own(path: Path) -> None:
+    assert faults(nbformat.read(path, as_version=4)) == []
+    assert path.stat().st_size < 600_000
+
+
+def test_outputs_that_are_old_or_have_warnings_are_found() -> None:
+    """Negative controls."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in ("1", "2")])
+    notebook.metadata["outputs_of"] = runner().digest(notebook)
+    assert faults(notebook) == []
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code, 1):
+        cell.execution_count = number
+    assert faults(notebook) == []
+    code[0].outputs = [nbformat.v4.new_output("stream", name="stderr", text="a warning")]
+    assert faults(notebook) == ["an error or a warning is stored"]
+    code[0].source = "wb.figures.routing"
+    code[0].execution_count = 2
+    assert len(faults(notebook)) == 4

@@ -1,5 +1,6 @@
 """Commands about finished runs: studies, experiments, summary, report, figures and the dashboard."""
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -165,20 +166,38 @@ def figures(
 @names_damage
 def dashboard(
     runs: Annotated[list[str], typer.Argument(help="Runs to show, as folders or URLs.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that the runs were captured from, for attention patterns and the page Live. "
+            "[default: nano's patterns for its runs, no page Live]"
+        ),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
     port: Port = 5006,
     address: Address = "localhost",
     show: Show = False,
     allow_origin: AllowOrigin = None,
     basic_auth: BasicAuth = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Model that the runs were captured from, for attention patterns. [default: nano for its runs]"
-        ),
-    ] = "",
 ) -> None:
     """Serve the dashboard of one or several runs."""
     from workbench.dashboards.app import serve
 
-    origins = allow_origin or ()
-    serve(runs, port=port, address=address, show=show, allow_origin=origins, basic_auth=basic_auth, model=model)
+    options: dict[str, Any] = {"port": port, "address": address, "show": show}
+    access: dict[str, Any] = {"allow_origin": allow_origin or (), "basic_auth": basic_auth}
+    if model is None:
+        serve(runs, **options, **access)
+        return
+    from workbench.live.app import SESSION_OPTIONS, dashboard_page
+    from workbench.live.model_server import ModelServer
+    from workbench.runs import open_run
+
+    server = ModelServer(load_model(model, device, dtype, None), model)
+    digest = server.model.checkpoint.digest
+    if others := [path for path in runs if open_run(path).checkpoint["digest"] != digest]:
+        print(f"note: {', '.join(others)} was captured from another checkpoint than {model}", file=sys.stderr)
+    try:
+        serve(runs, model=model, extra={"live": dashboard_page(server)}, **options, **access, **SESSION_OPTIONS)
+    finally:
+        server.close()

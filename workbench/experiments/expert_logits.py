@@ -102,6 +102,40 @@ def experiment(
     return {"logits": ds}
 
 
+@torch.no_grad()
+def neuron_logits(model: GptOss, layer: int, expert: int, *, n: int = N_TOKENS) -> xr.Dataset:
+    """Return the tokens with the largest (`top`) and smallest (`bottom`) direct effects of neurons [neuron rank].
+
+    A neuron's direct effect is its output weight, times the final norm's weight and the unembedding, less the mean over
+    the vocabulary: logits for an activation of 1, a gate weight of 1 and a final norm's scale of 1.
+
+    Raises:
+        InputError: the model has no such layer or expert.
+    """
+    cfg = model.cfg
+    if not 0 <= layer < cfg.n_layers or not 0 <= expert < cfg.num_experts:
+        raise InputError(
+            f"layer {layer} expert {expert}: the model has layers 0 to {cfg.n_layers - 1} and experts 0 to "
+            f"{cfg.num_experts - 1}"
+        )
+    unembedding = model.unembed.weight
+    found: dict[str, list[np.ndarray]] = {f"{k}_{name}": [] for k in ("top", "bottom") for name in _FIELDS}
+    for rows in model.blocks[layer].mlp.experts.W_out(expert).split(_NEURONS):
+        logits = ((rows.float() * model.ln_final.weight.float()).to(unembedding.dtype) @ unembedding.mT).float()
+        logits = logits - logits.mean(-1, keepdim=True)
+        for kind, largest in (("top", True), ("bottom", False)):
+            values, ids = logits.topk(min(n, cfg.d_vocab), largest=largest)
+            found[f"{kind}_token"].append(ids.cpu().numpy())
+            found[f"{kind}_logit"].append(values.cpu().numpy())
+    variables: dict[str, Any] = {name: (("neuron", "rank"), np.concatenate(parts)) for name, parts in found.items()}
+    for kind in ("top", "bottom"):
+        ids = variables[f"{kind}_token"][1]
+        texts = [model.tokenizer.decode([i]) for i in ids.ravel().tolist()]
+        variables[f"{kind}_text"] = (("neuron", "rank"), np.array(texts, dtype=object).reshape(ids.shape))
+    return xr.Dataset(variables, {"neuron": np.arange(cfg.d_mlp)}, {"layer": layer, "expert": expert})
+
+
+_NEURONS = 64  # whose logits are in memory at a time
 _FIELDS = {"token": -1, "logit": np.nan}
 
 

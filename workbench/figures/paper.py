@@ -60,16 +60,16 @@ def figures_of_run(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
 
 
 def fit(figure: go.Figure, column: Column) -> go.Figure:
-    """Return the figure at the width of a column, without title and footer, in 7-point type; `screen` changes nothing.
+    """Return the figure at the width of a column, without title and footer, in 7-point type; `screen` keeps the size.
 
     Raises:
         InputError: the column width is unknown.
     """
     if column not in get_args(Column):
         raise InputError(f"no column {column!r}; choose from {', '.join(get_args(Column))}")
-    if column == "screen":
-        return figure
     out = go.Figure(figure)
+    if column == "screen":
+        return figure if figure.layout.width else out.update_layout(width=WIDTH)  # made in a notebook, it has none
     width = round(MM[column] * PIXELS_A_MM)
     scale = max(width / WIDTH, 0.65)  # narrower columns are relatively taller: titles of axes must fit
     plot = (figure.layout.height - MARGIN_ABOVE - MARGIN_BELOW) * scale

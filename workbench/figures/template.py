@@ -14,6 +14,8 @@ import plotly.graph_objects as go
 import xarray as xr
 from jaxtyping import Float, Num
 
+from workbench.notebook import notebook_display
+
 ThemeName = Literal["light", "dark"]
 
 FONT = "Inter, Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
@@ -171,7 +173,7 @@ def apply_theme(
     figure.update_layout(
         template=template(theme),
         title={"text": title, "subtitle": {"text": subtitle}},
-        width=WIDTH,
+        width=None if notebook_display() else WIDTH,  # in a notebook as wide as the cell
         height=height,
         legend={"y": 24 / height},
     )

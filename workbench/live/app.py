@@ -1,6 +1,9 @@
-"""Serve the live page: one model, many viewers. Everything a page needs comes from this server."""
+"""Serve the live page, alone or in a dashboard: one model, many viewers.
 
-from collections.abc import Callable, Sequence
+Everything a page needs comes from this server.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -8,7 +11,7 @@ from urllib.parse import urlencode
 import panel as pn
 
 from workbench.dashboards.access import guard, login_options
-from workbench.dashboards.app import check_free, local_origins
+from workbench.dashboards.app import ExtraPage, check_free, local_origins
 from workbench.dashboards.layout import PageTemplate, page_template
 from workbench.errors import InputError
 from workbench.figures.template import ThemeName
@@ -18,17 +21,26 @@ from workbench.model.transformer import GptOss
 from workbench.research.recipe import Recipe
 from workbench.research.steering_sources import SteeringSources
 
-__all__ = ["Limits", "live_page", "serve"]
+__all__ = ["SESSION_OPTIONS", "Limits", "dashboard_page", "live_page", "serve"]
 
 _MAX_ADDRESS = 16_000  # characters of a recipe in an address; browsers and proxies refuse much longer ones
-_LEFT_MS = 5_000  # a browser that does not come back within this time has left
+# of `panel.serve`: a browser that does not come back within five seconds has left, and its request is cancelled
+SESSION_OPTIONS: dict[str, Any] = {
+    "unused_session_lifetime_milliseconds": 5_000,
+    "check_unused_sessions_milliseconds": 1_000,
+}
 # refreshing the page would switch the busy indicator on all the time; the page says itself what it does
 _CSS = ".wb-right > span[aria-hidden]{display:none}"
 _EXAMPLES = {"nano": "12+7"}
 
 
-def live_page(server: ModelServer) -> Callable[[], PageTemplate]:
-    """Return a function that makes the page of one session."""
+def dashboard_page(server: ModelServer) -> ExtraPage:
+    """Return the live page as one of a dashboard's pages."""
+    return ExtraPage("Live", lambda titles: live_page(server, titles)())
+
+
+def live_page(server: ModelServer, titles: Mapping[str, str] | None = None) -> Callable[[], PageTemplate]:
+    """Return a function that makes the page of one session. titles: of the pages beside it, by their address."""
 
     def show() -> PageTemplate:
         given = {name: values[0].decode("utf-8", "replace") for name, values in (pn.state.session_args or {}).items()}
@@ -53,7 +65,7 @@ def live_page(server: ModelServer) -> Callable[[], PageTemplate]:
             else urlencode({"theme": theme} if theme == "dark" else {})
         )
         template = page_template(
-            "live", {"live": "Live"}, server.title, sidebar=[], main=page.main(), query=own, theme=theme
+            "live", titles or {"live": "Live"}, server.title, sidebar=[], main=page.main(), query=own, theme=theme
         )
         template.config.raw_css = [*template.config.raw_css, _CSS]
         return template
@@ -101,8 +113,7 @@ def serve(
     options: dict[str, Any] = {
         "websocket_origin": origins,
         "num_threads": 4,
-        "unused_session_lifetime_milliseconds": _LEFT_MS,
-        "check_unused_sessions_milliseconds": 1_000,
+        **SESSION_OPTIONS,
     }
     try:
         panel = pn.serve(
