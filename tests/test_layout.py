@@ -176,6 +176,8 @@ TESTED_BY = {
     "studies/layer_experts": "capture/test_layer_experts.py",
     "studies/routing_agreement": "capture/test_host_routing.py",
     "studies/routing_agreement_runs": "capture/test_host_routing.py",
+    "research/intervention": "research/test_recipe.py",
+    "research/intervention_edits": "research/test_recipe.py",
     "studies/synthetic": "studies/test_routing.py",
     "studies/token_labels": "studies/test_label_probes.py",
 }
