@@ -9,6 +9,7 @@ import torch
 
 import workbench as wb
 from tests.conftest import DATA
+from workbench.research.recipe import Recipe
 
 PROMPTS = (DATA / "prompts.jsonl").read_text().splitlines()[:6]
 
@@ -39,6 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "prompts.jsonl").write_text("\n".join(PROMPTS[:2]) + "\n")
     (folder / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in transcript_rows()))
+    (folder / "recipe.json").write_text(Recipe(user="2+2=", max_new_tokens=2).to_json())
     record = ["routing", "sinks", "logprobs", "resid_post:1"]
     model = wb.load("nano", dtype=torch.float32)
     wb.capture(model, folder / "transcripts.jsonl", folder / "run.zarr", record=record, unit_tokens=1024)

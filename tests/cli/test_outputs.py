@@ -29,6 +29,7 @@ OUTPUTS: dict[tuple[str, str], str] = {
     ("figures", "out"): "run.zarr --format html --out OUT",
     ("finetune", "out"): "nano transcripts.jsonl --out OUT --steps 1 --batch 1 --rank 1",
     ("graph", "out"): "nano --prompt 2+2= --out OUT --max-new-tokens 4",
+    ("apply", "out"): "recipe.json --prompts prompts.jsonl --controls 20 --out OUT",
     ("attention", "out"): "run.zarr 0 --model nano --out OUT",
     ("conversation", "out"): "run.zarr 0 --out OUT",
     ("publish", "out"): "run.zarr --out OUT",
@@ -40,6 +41,7 @@ OUTPUTS: dict[tuple[str, str], str] = {
     ("bench studies", "out"): "bench studies run.zarr --json OUT",
     ("bench dashboard", "out"): "bench dashboard run.zarr --json OUT",
     ("bench kernels", "out"): "bench kernels --json OUT",
+    ("bench graph", "out"): "bench graph nano --json OUT",
     ("bench gpu", "out"): "bench gpu --json OUT",
     ("bench gpu", "autotune"): "bench gpu --autotune OUT",
 }
@@ -51,6 +53,7 @@ INPUTS = {
     "requests",
     "adapter",
     "results",
+    "sae",
     "basic_auth",
     "checkpoint",
     "assembler",
@@ -58,7 +61,7 @@ INPUTS = {
 }
 # outputs that are text, as they may be a URL; one run of random numbers is made where there is none
 TEXT_OUTPUTS = {("capture", "run"), ("bench reading", "run")}
-FOLDERS_OF_FILES = {("study", "out"), ("figures", "out")}
+FOLDERS_OF_FILES = {("study", "out"), ("figures", "out"), ("apply", "out")}
 
 
 def arguments(output: tuple[str, str], out: str) -> list[str]:
