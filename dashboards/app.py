@@ -22,6 +22,8 @@ from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 
+_LOCAL = ("localhost", "127.0.0.1")  # addresses that only this machine reaches
+
 
 class ExtraPage(NamedTuple):
     """A page of another package beside those of runs. show: makes it, given the titles of all pages by address."""
@@ -136,17 +138,19 @@ def serve(
     show: bool = False,
     allow_origin: Sequence[str] = (),
     basic_auth: Path | None = None,
+    model: str = "",
     extra: Mapping[str, ExtraPage] | None = None,
     **options: Any,
 ) -> None:
     """Serve the dashboard until interrupted. Only pages from `address`, and of the origins allowed, may connect.
 
-    basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look.
+    basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look. model: the
+    one that the runs were captured from, for attention patterns; loaded by processes of their own when it is needed.
     extra: pages of other packages by their path. options: of `panel.serve`, which those need.
     """
     access = login_options(basic_auth)
     origins = [*local_origins(address, port), *allow_origin]
-    registry = RunRegistry(runs)
+    registry = RunRegistry(runs, model=model, editable=address in _LOCAL)
     check_free(address, port)
     pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     threading.Thread(target=_warm, args=(registry,), daemon=True).start()
@@ -181,8 +185,7 @@ def _warm(registry: RunRegistry) -> None:
 
 def local_origins(address: str, port: int) -> list[str]:
     """Return the origins (HOST:PORT) under which a server at this address is reached."""
-    local = {"localhost", "127.0.0.1"}
-    names = {address, *local} if address in (*local, "0.0.0.0", "::", "") else {address}
+    names = {address, *_LOCAL} if address in (*_LOCAL, "0.0.0.0", "::", "") else {address}
     return [f"{name}:{port}" for name in sorted(names)]
 
 

@@ -20,9 +20,11 @@ from workbench.figures.template import ThemeName
 
 _PAGE = Path(__file__).with_name("graph.html")
 HEIGHT = 760
-VIEW = ("threshold", "pins")  # what can be chosen in the frame
+VIEW = ("threshold", "pins", "groups")  # what can be chosen in the frame
 MOST_NODES, MOST_EDGES = 3_000, 12_000  # that are drawn; of more, those with the largest influence or weight
 OURS = "gpt-oss"  # the scan that `workbench graph` names
+# of a node in the format, as they are written to the JSON that the page saves
+_FIELDS = ("node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "influence", "activation")
 _LAYER = re.compile(r"-?[0-9]{1,4}")
 
 
@@ -50,6 +52,8 @@ def document(
 def graph_data(content: Any) -> dict[str, Any]:
     """Return what the page draws of a graph in circuit-tracer's format: tokens, nodes, edges and how it was made.
 
+    Pinned nodes and supernodes of the file are the first choice of the page.
+
     Nodes and edges beyond `MOST_NODES` and `MOST_EDGES` are left out, the weakest first; `left_out` says how many.
 
     Raises:
@@ -62,6 +66,9 @@ def graph_data(content: Any) -> dict[str, Any]:
         edges = [(str(link["source"]), str(link["target"]), _number(link["weight"])) for link in content["links"]]
         tokens = [str(token) for token in content["metadata"]["prompt_tokens"]]
         info = content["metadata"].get("info") or {}
+        chosen = content.get("qParams") or {}
+        pinned = [str(id) for id in chosen.get("pinnedIds") or ()]
+        supernodes = [[str(part) for part in group] for group in chosen.get("supernodes") or () if len(group) > 1]
         about = {str(k): v for k, v in info.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
@@ -81,6 +88,9 @@ def graph_data(content: Any) -> dict[str, Any]:
         "edges": drawn,
         "n_layers": top + 1,
         "about": {k: v for k, v in about.items() if not isinstance(v, float) or math.isfinite(v)},
+        "scan": str(content["metadata"].get("scan") or ""),
+        "pinned": pinned,
+        "supernodes": supernodes,
         "left_out": [len(nodes) - len(shown), len(edges) - len(drawn)],
     }
 
@@ -91,7 +101,7 @@ def _node(node: Mapping[str, Any], *, cumulative: bool) -> dict[str, Any]:
         raise ValueError(f"layer {layer!r} of node {node['node_id']!r}")
     kinds = {"embedding": "embedding", "logit": "logit", "mlp reconstruction error": "error"}
     label = str(node.get("clerp") or node["node_id"])
-    inner = "expert" if " expert " in label else "head" if " head " in label else "feature"
+    inner = next((kind for kind in ("neuron", "expert", "head") if f" {kind}" in label), "feature")
     value = node.get("activation")
     influence = abs(_number(node.get("influence") or 0.0))
     return {
@@ -102,6 +112,7 @@ def _node(node: Mapping[str, Any], *, cumulative: bool) -> dict[str, Any]:
         "label": label,
         "influence": max(0.0, 1 - influence) if cumulative else influence,
         "value": None if value is None else _number(value),
+        "raw": {name: node[name] for name in _FIELDS if isinstance(node.get(name), str | int | float)},
     }
 
 

@@ -26,7 +26,13 @@ def about(run: Run) -> str:
         "Recorded": ", ".join(recorded).replace("_", " "),
         "State": state,
     }
-    return " &ensp; ".join(f"<b>{name}</b> {escape(text)}" for name, text in parts.items())
+    return _facts(parts)
+
+
+def _facts(parts: Mapping[str, str]) -> str:
+    """Return names and values as one line of HTML; all text is escaped."""
+    items = "".join(f"<span><b>{escape(name)}</b> {escape(text)}</span>" for name, text in parts.items())
+    return f"<div class='wb-facts'>{items}</div>"
 
 
 def number_of_experts(model: Mapping[str, Any]) -> str:
@@ -36,13 +42,13 @@ def number_of_experts(model: Mapping[str, Any]) -> str:
 
 
 def accuracy_by_effort(run: Run) -> pd.DataFrame:
-    """Return the accuracy of graded transcripts by task (rows) and effort (columns), and mean new tokens."""
-    marked = run.sequences.query("correct >= 0").assign(new_tokens=lambda t: t["length"] - t["n_prompt"])
+    """Return the accuracy (%) of graded transcripts by task (rows) and effort (columns)."""
+    marked = run.sequences.query("correct >= 0")
     order = [effort for effort in ("low", "medium", "high") if effort in set(marked["effort"])]
     by_task = marked.pivot_table(index="task", columns="effort", values="correct", aggfunc="mean")[order]
-    spent = marked.groupby("effort")["new_tokens"].mean()[order].rename("mean new tokens")
     overall = marked.groupby("effort")["correct"].mean()[order].rename("all tasks")
-    return pd.concat([by_task, overall.to_frame().T, spent.to_frame().T]).round(2).rename_axis("task").reset_index()
+    table = 100 * pd.concat([by_task, overall.to_frame().T])
+    return table.round(1).rename(columns="{} (%)".format).rename_axis("task").reset_index()
 
 
 def tokens_by_role(run: Run) -> pd.DataFrame:
@@ -64,13 +70,15 @@ def method(study: Mapping[str, xr.Dataset]) -> str:
 
 
 def findings(study: Mapping[str, xr.Dataset]) -> str:
-    """Return HTML with the summaries of a study, folded but for the first."""
-    lines = [(r.attrs["title"], r.attrs["summary"].splitlines()) for r in study.values()]
-    return "".join(
-        f"<details{' open' if number == 0 else ''}><summary><b>{escape(title)}</b></summary>"
-        f"<p>{'<br>'.join(map(escape, text))}</p></details>"
-        for number, (title, text) in enumerate(lines)
-    )
+    """Return HTML with the summaries of a study: the first one in full, the others folded."""
+    parts = []
+    for number, result in enumerate(study.values()):
+        first, *others = result.attrs["summary"].splitlines() or [""]
+        lines = "".join(f"<li>{escape(line.strip())}</li>" for line in others)
+        body = f"<p class='wb-lead'>{escape(first)}</p>" + (f"<ul class='wb-answers'>{lines}</ul>" if lines else "")
+        opened = " open" if number == 0 else ""
+        parts.append(f"<details{opened}><summary><b>{escape(result.attrs['title'])}</b></summary>{body}</details>")
+    return "".join(parts)
 
 
 def progress(run: Run) -> str:
@@ -108,9 +116,9 @@ def about_sequence(run: Run, number: int) -> str:
         "Tokens": f"{int(row['length']):,}",
         "Expected": row["answer"] or "–",
         "Answer": right,
-        **({"Irregular": str(row["flags"])} if row.get("flags") else {}),
+        **({"Irregular": str(row["flags"]).replace("_", " ")} if row.get("flags") else {}),
     }
-    return " &ensp; ".join(f"<b>{name}</b> {escape(str(text))}" for name, text in parts.items())
+    return _facts(parts)
 
 
 def figure_names(names: Iterable[str]) -> dict[str, str]:
@@ -142,7 +150,7 @@ def gains(gain: xr.Dataset, task: str) -> str:
         lines.append(
             f"{step}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, "
             f"{c['more_tokens_high']:+.1f}], "
-            f"accuracy {c['gain']:+.3f} [{c['gain_low']:+.3f}, {c['gain_high']:+.3f}]"
+            f"accuracy {100 * c['gain']:+.1f} [{100 * c['gain_low']:+.1f}, {100 * c['gain_high']:+.1f}] points"
         )
     return "<br>".join(map(escape, lines))
 

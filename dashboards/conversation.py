@@ -7,6 +7,7 @@ nodes: nothing that a transcript says can be run.
 import base64
 import html
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ PageTheme = ThemeName | Literal["auto"]  # auto: that of the reader's browser
 _PAGE = Path(__file__).with_name("conversation.html")
 HEIGHT = 760
 VIEW = ("colour", "layer", "expert", "position", "pin")  # what can be chosen in the frame
+_MEASURED = ("effect", "low", "high", "q", "forced")  # of a sentence, by the experiment sentence-importance
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 
@@ -36,11 +38,15 @@ def frame(
     tokenizer: harmony.Tokenizer | None,
     theme: PageTheme = "light",
     view: Mapping[str, str] | None = None,
+    sentences: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Return HTML of the frame with the conversation in it. view: what is chosen in it at first, see `VIEW`."""
+    """Return HTML of the frame with the conversation in it.
+
+    view: what is chosen in it at first, see `VIEW`. sentences: what `sentences_of` returned.
+    """
     return (
         f'<iframe title="conversation" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0" '
-        f'srcdoc="{html.escape(document(run, sequence, tokenizer, theme, view), quote=True)}"></iframe>'
+        f'srcdoc="{html.escape(document(run, sequence, tokenizer, theme, view, sentences), quote=True)}"></iframe>'
     )
 
 
@@ -50,9 +56,10 @@ def document(
     tokenizer: harmony.Tokenizer | None,
     theme: PageTheme = "light",
     view: Mapping[str, str] | None = None,
+    sentences: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Return the conversation as one HTML document that loads nothing from the network. view: see `frame`."""
-    told = data_of(run, sequence, tokenizer)
+    """Return the conversation as one HTML document that loads nothing from the network. See `frame`."""
+    told = data_of(run, sequence, tokenizer) | {"sentences": list(sentences)}
     colours = {name: dict(one.channel) for name, one in THEMES.items()}
     told |= {"theme": theme, "colours": colours, "view": dict(view or {})}
     data = json.dumps(told, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -151,6 +158,22 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
         "logprob": _numbers(tokens["logprob"].values),
         "entropy": _numbers(tokens["entropy"].values),
     }
+
+
+def sentences_of(results: Mapping[str, xr.Dataset], id: str) -> list[dict[str, Any]]:
+    """Return what the experiment sentence-importance measured of each sentence of a conversation; empty without.
+
+    results: its datasets. Results of earlier versions do not say where a sentence is, and give nothing.
+    """
+    ds = results.get("sentences")
+    if ds is None or not {"start", "stop", *_MEASURED} <= set(ds.data_vars) or "conversation" not in ds.coords:
+        return []
+    own = ds.isel(sentence=np.flatnonzero(ds["conversation"].values.astype(str) == id))
+    return [
+        {name: int(own[name].values[i]) for name in ("start", "stop", "kept", "other")}
+        | {name: number if math.isfinite(number := float(own[name].values[i])) else None for name in _MEASURED}
+        for i in range(own.sizes["sentence"])
+    ]
 
 
 def _bytes(values: np.ndarray) -> str:

@@ -1,20 +1,19 @@
 """The conversations page: a list that is searched and filtered, and one conversation with what was recorded of it."""
 
 import io
-import re
+from html import escape
 from typing import Any
 
 import panel as pn
 
-from workbench.bounded_json import parse_json
 from workbench.dashboards import content, search, widgets
-from workbench.dashboards.conversation import HEIGHT, VIEW, conversation_file, frame
+from workbench.dashboards.conversation import HEIGHT, VIEW, conversation_file, frame, sentences_of
+from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Selectors, Session, box
 from workbench.errors import InputError
 from workbench.studies.quick_look import ALL
 
 LISTED = 500  # conversations in one page of the list
-_VALUE = re.compile(r"[\w .]{0,80}")
 
 
 def transcript(session: Session) -> Page:
@@ -43,20 +42,24 @@ class _Conversations:
         orders = {"order of capture": ""}
         if "routing" in session.run.recorded:
             orders["load of the expert"] = "expert"
+        self.importance = session.registry.stored(session.name).experiments.get("sentence-importance", {})
+        if "sentences" in self.importance:
+            orders["measured sentence importance"] = "importance"
+        kinds = {"all": "", "correct": "correct", "wrong": "wrong", "not graded": "ungraded", "irregular": "irregular"}
+        self.kind = widgets.select("Show", kinds, session.choice.get("kind", list(kinds.values())))
         self.order = widgets.select("Order", orders, session.choice.get("order", list(orders.values())))
         self.pick = widgets.select("Conversation", {}, None, size=10)
         self.count = widgets.html("")
         self.shown = box()
-        # what is chosen in the frame; the script of page.html sets it
-        self.view = pn.widgets.TextInput(css_classes=["wb-view"], visible=False)
+        self.view = view_input(session, VIEW, self.viewed)
+        self.expert = session.choice.text("expert")
         self.found: dict[str, int] = {}
         self.first = 0  # of the list's page
         linked = session.choice.text("sequence")
         self.linked = int(linked) if linked.isdecimal() and int(linked) in session.run.sequences.index else None
         self.pick.param.watch(lambda _: self.show(), "value")
-        self.view.param.watch(self.viewed, "value")
         self.filters.watch(self.fill, *self.filters.widgets)
-        for widget in (self.find, self.order):
+        for widget in (self.find, self.order, self.kind):
             widget.param.watch(lambda _: self.fill(), "value")
 
     def sidebar(self) -> list[Any]:
@@ -76,11 +79,11 @@ class _Conversations:
             variant="outline",
         )
         row = pn.Row(before, after)
-        return [self.find, self.pick, self.count, turns, row, share, self.order, *self.filters.sidebar()]
+        return [self.find, self.pick, self.count, turns, row, self.kind, self.order, *self.filters.sidebar(), share]
 
     def fill(self) -> None:
         """Find the conversations again. That of a link stays first chosen, whatever the filters are."""
-        self.session.put(find=str(self.find.value), order=str(self.order.value))
+        self.session.put(find=str(self.find.value), order=str(self.order.value), kind=str(self.kind.value))
         self.pick.loading = True
         found = widgets.guarded(self._search)
         self.pick.loading = False
@@ -102,14 +105,20 @@ class _Conversations:
 
     def _search(self) -> dict[str, int]:
         expert = (self._number("layer", "n_layers"), self._number("expert", "num_experts"))
-        return search.conversations(
+        found = search.conversations(
             self.session.run,
             task=self.filters["task"],
             effort=self.filters["effort"],
             channel=self.filters["channel"],
             text=str(self.find.value),
-            expert=expert if self.order.value else None,
+            expert=expert if self.order.value == "expert" else None,
+            kind=str(self.kind.value),
         )
+        if self.order.value != "importance":
+            return found
+        ids = set(self.importance["sentences"]["conversation"].values.astype(str))
+        table = self.session.run.sequences["id"].to_dict()
+        return {label: number for label, number in found.items() if table[number] in ids}
 
     def _number(self, name: str, size: str) -> int:
         return int(self.session.choice.get(name, [str(i) for i in range(self.session.run.model[size])]))
@@ -142,26 +151,22 @@ class _Conversations:
         if self.pick.value is None:
             return
         number, choice = int(self.pick.value), self.session.choice
-        if choice.text("sequence") != str(number):
-            self.session.put(sequence=str(number), position="", pin="")
+        before = choice.text("sequence")
+        if before != str(number):
+            self.session.put(sequence=str(number), **({"position": "", "pin": ""} if before else {}))
         view = {name: choice.text(name) for name in VIEW if choice.text(name)}
+        sentences = sentences_of(self.importance, str(self.session.run.sequences["id"].to_dict()[number]))
 
         def body() -> Any:
-            text = frame(self.session.run, number, self.words, self.session.theme, view)
+            text = frame(self.session.run, number, self.words, self.session.theme, view, sentences)
             return pn.pane.HTML(text, height=HEIGHT + 10, sizing_mode="stretch_width")
 
-        self.shown[:] = [widgets.html(content.about_sequence(self.session.run, number)), widgets.guarded(body)]
+        link = self.session.link("attention", sequence=str(number))
+        about = f"{content.about_sequence(self.session.run, number)}<a href='{escape(link)}'>Attention patterns</a>"
+        self.shown[:] = [widgets.html(about), widgets.guarded(body)]
 
-    def viewed(self, event: Any) -> None:
-        """Store what was chosen in the frame. Anything that a frame does not send is passed over."""
-        try:
-            view = parse_json(str(event.new)[:2000])
-        except InputError:
-            return
-        if not isinstance(view, dict):
-            return
-        known = {n: str(v) for n, v in view.items() if n in VIEW and _VALUE.fullmatch(str(v))}
-        if "expert" in known and self.order.value and known["expert"] != self.session.choice.text("expert"):
-            self.session.put(**known)
+    def viewed(self, view: dict[str, str]) -> None:
+        """Sort the list again if it is sorted by the load of the expert that was chosen in the frame."""
+        if self.order.value == "expert" and view.get("expert", self.expert) != self.expert:
+            self.expert = view["expert"]
             self.fill()
-        self.session.put(**known)

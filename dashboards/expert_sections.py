@@ -13,6 +13,8 @@ from workbench import registry
 from workbench.dashboards import widgets
 from workbench.dashboards.session import Selectors, Session
 from workbench.errors import InputError
+from workbench.studies import expert_labels
+from workbench.studies.expert_labels import MAX_LABEL
 from workbench.studies.layer_experts import layer_experts
 from workbench.studies.quick_look import ALL
 
@@ -57,9 +59,7 @@ def examples(session: Session, chosen: Selectors) -> pn.Column:
 
     def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
         ds = found["examples"].sel(layer=layer, expert=expert)
-        parts: list[Any] = []
-        if label := str(ds["label"].item()):
-            parts.append(widgets.html(f"<p><b>Automatic description</b> {escape(label)}</p>"))
+        parts: list[Any] = [label_editor(session, found["examples"], layer, expert)]
         title = f"Examples in {chosen['channel']}" if chosen["channel"] != ALL else "Examples in all channels"
         text = "".join(_list(session, ds, kind, chosen["channel"]) for kind in ("top", "random"))
         parts.append(widgets.card(f"{title}, all efforts and tasks", widgets.html(text)))
@@ -70,6 +70,63 @@ def examples(session: Session, chosen: Selectors) -> pn.Column:
         return parts
 
     return widgets.awaited(session.registry.study("expert-examples", session.name, exclude=session.exclude), show)
+
+
+def label_editor(session: Session, examples: xr.Dataset, layer: int, expert: int) -> pn.Column:
+    """Return the label of an expert with a field that changes it in the run's file of labels.
+
+    A dashboard that others can reach shows the label only. Labels proposed by a model have their detection score.
+    """
+    run = session.run
+    labels = expert_labels.read(run)
+    rows = expert_labels.automatic(examples) if labels is None else labels
+    own = rows[(rows["layer"] == layer) & (rows["expert"] == expert)]
+    label = str(own["label"].iloc[0]) if len(own) else ""
+    text = f"<p><b>Label</b> {escape(label) or '–'}</p>"
+    if len(own) and label == own["proposed"].iloc[0] and np.isfinite(own["score"].iloc[0]):
+        score, low, high = (100 * float(own[name].iloc[0]) for name in ("score", "score_low", "score_high"))
+        text += f"<p class='wb-muted'>Proposed by {escape(str(own['proposed_by'].iloc[0]))}; "
+        text += f"held-out detection {score:.0f} % [{low:.0f}, {high:.0f}]</p>"
+    shown = widgets.html(text)
+    if not session.registry.editable or "://" in str(run.path):
+        return pn.Column(shown)
+    field = pn.widgets.TextInput(label="Label of this expert", value=label, width=420, max_length=MAX_LABEL)
+    save = pn.widgets.Button(label="Save label", width=110, margin=(22, 5, 5, 5))
+    told = widgets.html("")
+
+    def store(*_: Any) -> None:
+        clean = expert_labels.cleaned(str(field.value_input or field.value))
+        path = session.registry.put_label(session.name, examples, layer, expert, clean)
+        shown.object = f"<p><b>Label</b> {escape(clean) or '–'}</p>"
+        told.object = f"<p role='status' class='wb-muted'>Saved in {escape(path.name)}.</p>"
+
+    def guarded(*_: Any) -> None:
+        result = widgets.guarded(store)
+        if isinstance(result, pn.viewable.Viewable):
+            told.object = "<p role='status'>The label could not be saved: the run's folder cannot be written.</p>"
+
+    save.on_click(guarded)
+    return pn.Column(shown, pn.Row(field, save), told, sizing_mode="stretch_width")
+
+
+def logit_effects(session: Session, layer: int, expert: int) -> list[Any]:
+    """Return a table of the tokens whose logits the expert raises and lowers, if expert-logits is stored; else none."""
+    sets = session.registry.stored(session.name).experiments.get("expert-logits", {})
+    ds = sets.get("logits")
+    if ds is None or not {"top_text", "bottom_text", "top_logit", "bottom_logit"} <= set(ds):
+        return []
+    cell = ds.isel(layer=layer, expert=expert)
+    if int(cell["tokens"]) == 0:
+        return []
+    rows = pd.DataFrame(
+        {
+            "raises": [repr(str(text)) for text in cell["top_text"].values],
+            "by (logits)": cell["top_logit"].values.astype(float).round(3),
+            "lowers": [repr(str(text)) for text in cell["bottom_text"].values],
+            "by (logits) ": cell["bottom_logit"].values.astype(float).round(3),
+        }
+    )
+    return [widgets.table("Direct effects on logits", rows, f"{session.name}-{layer}-{expert}-logits")]
 
 
 def _list(session: Session, ds: xr.Dataset, kind: str, channel: str) -> str:

@@ -118,6 +118,7 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
         rows = search.expert_tokens(run, layer, expert, lambda i: search.shown(i, words), within=within)
         return _examples(session, f"Overrepresented tokens: {chosen.description}", rows, f"{label}-tokens", "expert")
 
+    cards += expert_sections.logit_effects(session, layer, expert)
     cards += expert_sections.measured_effects(session, layer, expert)
     return pn.Column(
         widgets.beside(*cards),
@@ -172,11 +173,12 @@ def _head(session: Session, chosen: Selectors) -> pn.Column:
     run, layer, head = session.run, chosen.number("layer"), chosen.number("head")
     words = search.vocabulary(run)
     label = f"{session.name}-layer-{layer}-head-{head}"
-    mass = quick_look.by_channel_and_effort(run, "mass", layer, head, chosen["task"]).round(4)
+    mass = quick_look.by_channel_and_effort(run, "mass", layer, head, chosen["task"]).set_index("channel")
+    mass = (100 * mass).round(2).reset_index()
     within = search.TokenSelection(**chosen.cell)
     cards: list[Any] = [
         widgets.html(escape(content.about_head(run, layer, head))),
-        widgets.table(f"Mean sink attention by channel and effort{_of_task(chosen)}", mass, f"{label}-mass"),
+        widgets.table(f"Mean sink attention (%) by channel and effort{_of_task(chosen)}", mass, f"{label}-mass"),
     ]
     if "sinks" not in run.recorded:
         cards.append(

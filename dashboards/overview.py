@@ -42,7 +42,7 @@ def overview(session: Session) -> Page:
         rows = content.accuracy_by_effort(run)
         known = set(run.sequences["task"])
         links = [session.link("transcript", task=task) if task in known else "" for task in rows["task"]]
-        return widgets.table("Accuracy and new tokens by effort", rows, f"{name}-accuracy", {"task": links})
+        return widgets.table("Accuracy by effort", rows, f"{name}-accuracy", {"task": links})
 
     def tokens() -> Any:
         return widgets.table("Tokens by channel and effort", quick_look.tokens(run).reset_index(), f"{name}-tokens")
@@ -92,7 +92,7 @@ def numbers(run: Run) -> dict[str, str]:
     efforts = in_order([effort for effort in graded["effort"].unique() if effort])
     ends = list(dict.fromkeys([*efforts[:1], *efforts[-1:]]))
     if ends:
-        shares = [f"{100 * graded.loc[graded['effort'] == effort, 'correct'].mean():.0f} %" for effort in ends]
+        shares = [f"{100 * graded.loc[graded['effort'] == effort, 'correct'].mean():.1f} %" for effort in ends]
         found[f"accuracy, {' → '.join(ends)} effort"] = " → ".join(shares)
     efforts = in_order([effort for effort in table["effort"].unique() if effort])
     ends = list(dict.fromkeys([*efforts[:1], *efforts[-1:]]))

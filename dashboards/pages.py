@@ -12,7 +12,9 @@ import xarray as xr
 
 from workbench import registry
 from workbench.dashboards import content, widgets
+from workbench.dashboards.attention_page import attention
 from workbench.dashboards.conversation_page import transcript
+from workbench.dashboards.features_page import features
 from workbench.dashboards.heatmap_pages import experts, sinks
 from workbench.dashboards.overview import overview
 from workbench.dashboards.results_pages import causal, graph
@@ -147,12 +149,20 @@ _OWN_PAGES: Mapping[str, Callable[[Session], Page]] = {
     "channels": channels,
     "effort": effort,
     "transcript": transcript,
+    "attention": attention,
+    "features": features,
     "compare": compare,
     "causal": causal,
     "graph": graph,
 }
 _BEFORE = {"overview": "Overview"}
-_AFTER = {"transcript": "Conversations", "causal": "Causal results", "graph": "Why this token"}
+_AFTER = {
+    "transcript": "Conversations",
+    "attention": "Attention",
+    "features": "Features",
+    "causal": "Causal results",
+    "graph": "Why this token",
+}
 
 
 def page_titles() -> dict[str, str]:

@@ -1,6 +1,5 @@
 """The pages of what is stored beside a run: effects of experiments, and attribution graphs."""
 
-import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from html import escape
@@ -13,16 +12,14 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench import registry
-from workbench.bounded_json import parse_json
 from workbench.dashboards import attribution_graph, content, theme, widgets
+from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Session, box
 from workbench.dashboards.stored_results import StoredResults
-from workbench.errors import InputError
 from workbench.figures.gallery import Gallery, GalleryItem
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
-_VALUE = re.compile(r"[\w -]{0,900}")
 _EFFECT = ("change", "same")  # names of the effect in a result; its interval is low and high
 
 
@@ -79,10 +76,10 @@ def _experiment(session: Session, name: str, stored: StoredResults) -> pn.Column
     label = f"{session.name}-{name}"
     return pn.Column(
         widgets.html(f"<h2>{escape(record.title)}</h2><p class='wb-lead'>{escape(record.question)}</p>"),
+        widgets.card("Findings", widgets.html(content.findings(sets))),
         *(widgets.guarded(partial(_drawn, session, item, f"{label}-{key}")) for key, item in gallery.items()),
         *(_null(session, ds, f"{label}-{key}-null") for key, ds in sets.items() if {"random", "change"} <= set(ds)),
         *(part for key, ds in sets.items() for part in _numbers(ds, key.replace("_", " "), f"{label}-{key}")),
-        widgets.card("Findings", widgets.html(content.findings(sets))),
         widgets.card("Methods", widgets.html(content.method(sets)), collapsed=True),
         sizing_mode="stretch_width",
     )
@@ -171,12 +168,13 @@ def graph(session: Session) -> Page:
         return Page([], [widgets.html(text), *_notes(stored)])
     names = list(stored.graphs)
     pick = widgets.select("Graph", names, session.choice.get("graph", names))
-    view = pn.widgets.TextInput(css_classes=["wb-view"], visible=False)
+    view = view_input(session, attribution_graph.VIEW)
     shown = box()
 
     def show(*_: Any) -> None:
-        if session.choice.text("graph") != str(pick.value):
-            session.put(graph=str(pick.value), pins="")
+        before = session.choice.text("graph")
+        if before != str(pick.value):
+            session.put(graph=str(pick.value), **({"pins": "", "groups": ""} if before else {}))
         chosen = {name: session.choice.text(name) for name in attribution_graph.VIEW if session.choice.text(name)}
 
         def body() -> Any:
@@ -185,18 +183,8 @@ def graph(session: Session) -> Page:
 
         shown[:] = [widgets.guarded(body)]
 
-    def viewed(event: Any) -> None:
-        try:
-            chosen = parse_json(str(event.new)[:2000])
-        except InputError:
-            return
-        if isinstance(chosen, dict):
-            known = {n: str(v) for n, v in chosen.items() if n in attribution_graph.VIEW}
-            session.put(**{n: v for n, v in known.items() if _VALUE.fullmatch(v)})
-
     show()
     pick.param.watch(show, "value")
-    view.param.watch(viewed, "value")
     lead = "<p>Why did the model give this logit? Each node is an embedding, a head or a routed expert at a token.</p>"
     return Page([pick], [widgets.html(lead), shown, view, *_notes(stored)])
 

@@ -15,6 +15,7 @@ from workbench.runs.conversations import tokenizer_of
 from workbench.studies.quick_look import ALL
 
 _MOST_TOKENS = 300_000  # that a table of tokens is made from
+_GRADES = {"correct": 1, "wrong": 0, "ungraded": -1}
 _POSITION_BINS = 2.0 ** np.arange(18)
 
 
@@ -140,11 +141,11 @@ def _overrepresented_tokens(
             break
     share = sum(times.values()) / max(counted, 1)
     found = [
-        (text(i), n, n / every[i], n / every[i] / share, *example.get(i, ("", -1, -1)))
+        (text(i), n, 100 * n / every[i], n / every[i] / share, *example.get(i, ("", -1, -1)))
         for i, n in times.items()
         if n >= 5 and share > 0
     ]
-    columns = ["token", "times", "share of its uses", "lift", "for example", "sequence", "position"]
+    columns = ["token", "times", "share of its uses (%)", "lift", "for example", "sequence", "position"]
     table = pd.DataFrame(found, columns=columns)
     return table.sort_values(["lift", "times"], ascending=False).head(rows).round(3)
 
@@ -189,8 +190,11 @@ def conversations(
     channel: str = ALL,
     most: int = 500,
     expert: tuple[int, int] | None = None,
+    kind: str = "",
 ) -> dict[str, int]:
     """Return conversations as label → number.
+
+    kind: correct, wrong, ungraded or irregular; "" for all.
 
     text: contained in the id, the answer, or the tokens of the channel. expert: sort by the share of tokens (of the
     channel) that are routed to this (layer, expert), largest first. most: the search in tokens ends when so many
@@ -200,6 +204,10 @@ def conversations(
     wanted = pd.Series(True, index=table.index)
     for column, value in (("task", task), ("effort", effort)):
         wanted &= True if value == ALL else table[column] == value
+    if kind in _GRADES:
+        wanted &= table["correct"] == _GRADES[kind]
+    elif kind == "irregular":
+        wanted &= table["flags"].astype(str).str.len() > 0 if "flags" in table else False
     share = _share_of_expert(run, channel, *expert) if expert else None
     if share is not None:
         wanted &= share.reindex(table.index) > 0

@@ -165,12 +165,10 @@ def study(
     def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
         gallery: Gallery = registry.find(name).load_figures().gallery(found)
         gallery = {name: drawing for name, drawing in gallery.items() if name not in above}
-        about = [
-            widgets.card("Findings", widgets.html(content.findings(found))),
-            widgets.card("Methods", widgets.html(content.method(found)), collapsed=True),
-        ]
+        answer = widgets.card("Findings", widgets.html(content.findings(found)))
+        method = widgets.card("Methods", widgets.html(content.method(found)), collapsed=True)
         if not gallery:
-            return about
+            return [answer, method]
         labels = content.figure_names(gallery)
         first = session.choice.get("figure", list(labels.values()))
         pick = widgets.select("Figure", labels, first, width=420)
@@ -190,7 +188,7 @@ def study(
 
         draw_it()
         pick.param.watch(picked, "value")
-        return [pick, shown, *about]
+        return [answer, pick, shown, method]
 
     return [
         widgets.html(f"<h2>{escape(heading)}</h2>"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import pandas as pd
 import xarray as xr
 
 from workbench.dashboards.stored_results import StoredResults, stored_beside
@@ -18,7 +19,7 @@ from workbench.dashboards.study_jobs import Answer, Desk
 from workbench.errors import InputError
 from workbench.runs import Run, open_run
 from workbench.runs.storage import LocalStorage, storage_at
-from workbench.studies import effort
+from workbench.studies import effort, expert_labels
 from workbench.studies.comparison import EFFORTS
 from workbench.studies.specialization import together
 
@@ -42,6 +43,7 @@ class Selection:
         "figure",
         "order",
         "find",
+        "kind",
         "sequence",
         "theme",
         "exclude",
@@ -52,6 +54,10 @@ class Selection:
         "graph",
         "threshold",
         "pins",
+        "groups",
+        "token",
+        "feature",
+        "quantity",
     )
 
     def __init__(self, query: Mapping[str, str]) -> None:
@@ -84,14 +90,20 @@ class Selection:
 class RunRegistry:
     """The runs that a dashboard was started with, and results computed once for each state of a run.
 
+    editable: labels of experts can be changed. model: from which attention patterns are computed on request; nano is
+    always at hand.
+
     Raises:
         InputError: no run is named, or two runs have the same name.
     """
 
-    def __init__(self, paths: Sequence[str | Path], *, cache: Path | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[str | Path], *, cache: Path | None = None, model: str = "", editable: bool = True
+    ) -> None:
         if not paths:
             raise InputError("name at least one run to show: workbench dashboard RUN.zarr")
         self._paths: dict[str, str | Path] = {}
+        self._model, self.editable = model, editable
         for path in paths:
             storage = storage_at(path)
             last = (
@@ -147,6 +159,38 @@ class RunRegistry:
         lasting = all(run.status == "complete" for run in runs)
         digest = "-".join(run.digest for run in runs)
         return partial(self.desk.ask, study, paths, digest, exclude=exclude, lasting=lasting)
+
+    def model(self, name: str) -> str:
+        """Return the model that can be loaded for a run, or "" if none is known; its digest is not compared yet."""
+        return self._model or ("nano" if self.run(name).checkpoint["name"] == "nano" else "")
+
+    def attention(self, name: str, sequence: int, layers: str = "") -> Callable[[], Answer]:
+        """Return a function that asks for the attention patterns of a sequence, without waiting for them."""
+        run = self.run(name)
+        path = str(self._paths[name])
+        return partial(self.desk.attention, path, run.digest, self.model(name), sequence, layers)
+
+    def put_label(self, name: str, examples: xr.Dataset, layer: int, expert: int, label: str) -> Path:
+        """Write the label of an expert into the file beside the run, and return its path.
+
+        examples: from which the labels of all experts are made if there is no file yet.
+
+        Raises:
+            InputError: labels cannot be changed here, or the file of labels is damaged.
+        """
+        if not self.editable:
+            raise InputError("labels can be changed on a dashboard that only this machine can reach")
+        with self._lock:  # two sessions do not lose each other's labels
+            run = self.run(name)
+            labels = expert_labels.read(run)
+            rows = expert_labels.automatic(examples) if labels is None else labels
+            own = (rows["layer"] == layer) & (rows["expert"] == expert)
+            if not own.any():
+                added = expert_labels.automatic(examples)
+                rows = pd.concat([rows, added[(added["layer"] == layer) & (added["expert"] == expert)]])
+                own = (rows["layer"] == layer) & (rows["expert"] == expert)
+            rows.loc[own, "label"] = label
+            return expert_labels.write(run, rows)
 
     def costs(self, name: str, exclude: str = "") -> dict[str, xr.Dataset]:
         """Return accuracy and reasoning length by effort from the tables alone; empty with fewer than two efforts."""

@@ -14,9 +14,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ import workbench
 from workbench import registry
 from workbench.child_processes import python
 from workbench.errors import InputError
+from workbench.runs import attention_file
 from workbench.studies.result import load, save
 
 _AT_ONCE = 2  # studies made at the same time; each takes a core
@@ -58,11 +59,22 @@ class Desk:
         digest: of the runs, without the excluded sequences. exclude: flags of sequences to leave out. lasting: whether
         the runs are complete.
         """
+        return self._state((study, digest), partial(self._get, study, paths, digest, exclude, lasting))
+
+    def attention(self, path: str, digest: str, model: str, sequence: int, layers: str) -> Answer:
+        """Return the state of the attention patterns of a sequence, and start `workbench attention` if nobody has yet.
+
+        The run's own digest and the model's are compared by that command. layers: as in its option; "" for all.
+        """
+        name = f"attention-{hashlib.sha256(model.encode()).hexdigest()[:8]}-{sequence}-{layers or 'all'}.npz"
+        return self._state((name, digest), partial(self._attention, path, digest, model, sequence, layers, name))
+
+    def _state(self, key: tuple[str, str], make: Callable[[], dict[str, xr.Dataset]]) -> Answer:
+        """Return the state of a piece of work, and start it if nobody has yet."""
         with self._lock:
-            if (study, digest) not in self._made:
-                work = self._pool.submit(self._get, study, paths, digest, exclude, lasting)
-                self._made[study, digest] = (time.monotonic(), work)
-            started, work = self._made[study, digest]
+            if key not in self._made:
+                self._made[key] = (time.monotonic(), self._pool.submit(make))
+            started, work = self._made[key]
         if not work.done():
             return Answer(seconds=time.monotonic() - started)
         error = work.exception()
@@ -70,7 +82,7 @@ class Desk:
             return Answer(work.result())
         with self._lock:
             if not isinstance(error, InputError):
-                self._made.pop((study, digest), None)  # whoever asks next tries again
+                self._made.pop(key, None)  # whoever asks next tries again
         return Answer(reason=str(error) or type(error).__name__)
 
     @cached_property
@@ -98,19 +110,43 @@ class Desk:
         """Write the results into a temporary folder and rename it when it is complete."""
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=kept.parent) as made:
-            command = python("-m", "workbench.dashboards.study_jobs", study, f"{made}/out", exclude, *paths)
-            environment = {"OMP_NUM_THREADS": "1", **os.environ}
-            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-            self._running.add(process)
-            _, said = process.communicate()
-            self._running.discard(process)
-            if process.returncode == 2:
-                raise InputError(said.strip().splitlines()[-1])
-            if process.returncode:
-                print(said, file=sys.stderr)
-                raise RuntimeError(f"the study ended with {process.returncode}; the server's log has the details")
+            self._run("-m", "workbench.dashboards.study_jobs", study, f"{made}/out", exclude, *paths)
             if not kept.exists():
                 os.rename(f"{made}/out", kept)
+
+    def _run(self, *arguments: str) -> None:
+        """Run Python with these arguments in a process of its own.
+
+        Raises:
+            InputError: the process refused its input.
+        """
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        process = subprocess.Popen(
+            python(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self._running.add(process)
+        _, messages = process.communicate()
+        self._running.discard(process)
+        if process.returncode == 2:
+            raise InputError(messages.strip().splitlines()[-1].removeprefix("workbench: "))
+        if process.returncode:
+            print(messages, file=sys.stderr)
+            raise RuntimeError(f"the process ended with {process.returncode}; the server's log has the details")
+
+    def _attention(
+        self, path: str, digest: str, model: str, sequence: int, layers: str, name: str
+    ) -> dict[str, xr.Dataset]:
+        kept = self._folder / f"{digest}-{_code()}" / name
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=kept.parent) as made:
+                out = f"{made}/out.npz"
+                chosen = ["--layers", layers] if layers else []
+                command = ("-m", "workbench.cli", "attention", "--model", model, "--out", out, *chosen, "--")
+                self._run(*command, path, str(sequence))
+                os.replace(out, kept)
+        os.utime(kept.parent)
+        return {"attention": attention_file.read(kept)}
 
 
 def cache_folder() -> Path:

@@ -90,6 +90,8 @@ h2{font-size:var(--wb-title);line-height:1.3;margin:.2em 0}h3{font-size:var(--wb
 padding:10px 14px}
 .wb-tile b{display:block;font-size:var(--wb-figure);font-weight:600;line-height:1.2;font-variant-numeric:tabular-nums}
 .wb-tile span{color:var(--wb-muted);font-size:var(--wb-small)}
+.wb-facts{display:flex;flex-wrap:wrap;gap:2px 18px;color:var(--wb-muted);font-size:13px}
+.wb-facts b{color:var(--wb-ink);font-weight:600}
 .wb-answers{margin:0;padding-left:1.3em}.wb-answers li{margin:.35em 0;line-height:1.5}
 .wb-examples{margin:0;padding-left:1.2em;font-family:'DejaVu Sans Mono',monospace;font-size:13px}
 .wb-examples li{margin:.25em 0}.wb-examples a{color:var(--wb-ink);text-decoration:none;white-space:pre-wrap}
@@ -130,6 +132,15 @@ box-shadow:none;outline:none}
 .card-header{background:transparent;color:var(--wb-ink);border:0;padding:9px 12px 3px;min-height:0}
 .card-header:focus-visible{outline:3px solid var(--wb-accent)}
 .card-title,.card-title *{font-size:var(--wb-lead);font-weight:600;text-align:left!important}
+"""
+FIGURE_CSS = """
+:host{background:var(--wb-surface);border:1px solid var(--wb-line);border-radius:var(--wb-radius);overflow:hidden;
+padding:4px 4px 2px}
+"""
+TOOL_CSS = """
+.bk-btn{font-size:12px!important;padding:1px 8px!important;border-color:var(--wb-line)!important;
+color:var(--wb-muted)!important;box-shadow:none!important}
+.bk-btn:hover,.bk-btn:focus-visible{border-color:var(--wb-control)!important;color:var(--wb-ink)!important}
 """
 # of alerts by kind; the second colours are for notebooks, where no page sets the variables
 ALERT_CSS = """
@@ -189,7 +200,12 @@ _ICONS = {
     "compare": "M5 3 2 6l3 3M2 6h8M11 7l3 3-3 3M14 10H6",
     "causal": "M3 8h7M8 5l3 3-3 3M13 3v10",
     "graph": "M3 3h3v3H3zM10 10h3v3h-3zM10 2h3v3h-3zM6 5l4 6M6 4h4",
-    "": "M8 2a6 6 0 1 0 .1 0M8 5v3l2 2",
+    "expert-examples": "M2 3h5v4H2zM2 10h5v4H2zM10 4h4M10 6h3M10 11h4M10 13h3",
+    "label-probes": "M2 3h6l6 5-6 5H2zM5 8h.1",
+    "router-prediction": "M2 8h4M6 8l5-4M6 8l5 4M11 4h3M11 12h3",
+    "attention": "M1 8c2-4 4-5 7-5s5 1 7 5c-2 4-4 5-7 5s-5-1-7-5M8 6a2 2 0 1 0 .1 0",
+    "features": "M8 1l2 5 5 .5-4 3.5 1.500 5L8 12l-4.500 3 1.500-5-4-3.500L6 6z",
+    "": "M3 13V8M7 13V3M11 13V6M2 13h12",
 }
 
 

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.dashboards.study_jobs import Answer
-from workbench.dashboards.theme import ALERT_CSS, CARD_CSS, PARTS_CSS, TABULATOR_CSS
+from workbench.dashboards.theme import ALERT_CSS, CARD_CSS, FIGURE_CSS, PARTS_CSS, TABULATOR_CSS, TOOL_CSS
 from workbench.errors import InputError
 from workbench.harmony.flags import SEQUENCE_FLAGS
 from workbench.runs import Run
@@ -140,13 +140,18 @@ def figure(drawn: go.Figure, name: str, numbers: Callable[[], pd.DataFrame] | No
         pane.param.watch(lambda event: click(event.new), "click_data")
     buttons: list[Any] = []
     for suffix, scale in (("svg", 1), ("png", 3)):
-        button = pn.widgets.Button(label=suffix.upper(), width=70, variant="outline")
+        button = pn.widgets.Button(
+            label=suffix.upper(), width=52, height=28, margin=(2, 4), variant="outline", stylesheets=[TOOL_CSS]
+        )
         code = _SAVE.replace("NAME", json.dumps(name)).replace("FORMAT_SCALE", str(scale)).replace("FORMAT", suffix)
         button.js_on_click(code=code)
         buttons.append(button)
     if numbers is not None:
         buttons.append(_csv(numbers, name))
-    return pn.Column(pane, pn.Row(*buttons), sizing_mode="stretch_width")
+    tools = pn.Row(*buttons, css_classes=["wb-tools"], margin=(0, 6, 4, 6))
+    return pn.Column(
+        pane, tools, sizing_mode="stretch_width", css_classes=["wb-figure"], stylesheets=[FIGURE_CSS], margin=(6, 6)
+    )
 
 
 def _csv(rows: Callable[[], pd.DataFrame], name: str) -> pn.widgets.FileDownload:
@@ -154,8 +159,11 @@ def _csv(rows: Callable[[], pd.DataFrame], name: str) -> pn.widgets.FileDownload
         callback=lambda: io.StringIO(rows().to_csv(index=False)),
         filename=f"{name}.csv",
         label="Numbers as CSV",
-        width=160,
+        width=126,
+        height=28,
+        margin=(4, 8),
         variant="outline",
+        stylesheets=[TOOL_CSS],
     )
 
 
@@ -200,8 +208,17 @@ def folded(title: str, body: Callable[[], Any]) -> pn.Card:
     return box
 
 
-def awaited(ask: Callable[[], Answer], show: Callable[[dict[str, xr.Dataset]], Sequence[Any]]) -> pn.Column:
-    """Return a column with the results of a study or, until they are ready, the time it has been running."""
+def awaited(
+    ask: Callable[[], Answer],
+    show: Callable[[dict[str, xr.Dataset]], Sequence[Any]],
+    *,
+    work: str = "Running study",
+    failed: str = "This study is not available for this run",
+) -> pn.Column:
+    """Return a column with the results of a study or, until they are ready, the time it has been running.
+
+    work, failed: what is said while it runs, and before the reason why there are no results.
+    """
     box = pn.Column(sizing_mode="stretch_width")
 
     def look() -> bool:
@@ -211,9 +228,9 @@ def awaited(ask: Callable[[], Answer], show: Callable[[dict[str, xr.Dataset]], S
             shown = guarded(lambda: list(show(found)))
             box[:] = shown if isinstance(shown, list) else [shown]
         elif answer.reason:
-            box[:] = [alert(f"This study is not available for this run: {answer.reason}")]
+            box[:] = [alert(f"{failed}: {answer.reason}")]
         else:
-            text = f"Running study ({answer.seconds:.0f} s). The result will be cached."
+            text = f"{work} ({answer.seconds:.0f} s). The result will be cached."
             if box and isinstance(box[0], pn.Row):
                 box[0][1].object = text
             else:

@@ -43,7 +43,7 @@ class Recorder:
         silent = [name for name, parts in self._kept.items() if not parts]
         if silent:
             raise RuntimeError(f"these hook points never fired: {silent}")
-        taken = {name: torch.cat(parts) for name, parts in self._kept.items()}
+        taken = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in self._kept.items()}
         self._kept = {name: [] for name in self.wanted}
         return taken
 

@@ -16,8 +16,8 @@ def free_port() -> int:
 
 
 def wait_for(port: int, server: "subprocess.Popen[Any] | None" = None) -> None:
-    """Until somebody listens there; a minute at most, and not if the server has ended."""
-    for _ in range(240):
+    """Until somebody listens there; ten minutes at most, and not if the server has ended."""
+    for _ in range(2400):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return

@@ -32,11 +32,13 @@ def test_devices_are_refused_and_files_are_themselves(tmp_path: Path) -> None:
             pass
     with pytest.raises(InputError, match="absent cannot be read: No such file"), regular_file(tmp_path / "absent"):
         pass
+    with pytest.raises(InputError, match="is a folder"), regular_file(tmp_path):
+        pass
     (tmp_path / "file").write_text("x")
     with regular_file(tmp_path / "file") as path:
         assert path == tmp_path / "file"
 
 
 def test_an_error_of_the_caller_is_not_one_of_the_input(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="disk"), regular_file(tmp_path):
+    with pytest.raises(OSError, match="disk"), regular_file(__file__):
         raise OSError("disk")

@@ -98,8 +98,12 @@ class FileLock:
             if self._locked(descriptor):
                 self._descriptor = descriptor
         record = json.dumps(owner()).encode()
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, record, 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, record, 0)
+        except OSError as error:  # a full disk
+            self.release()
+            raise InputError(f"{self._target} cannot be locked: {self.path}: {error.strerror}") from error
 
     def _locked(self, descriptor: int) -> bool:
         """Whether the descriptor is locked and still the file of that name; closed otherwise."""

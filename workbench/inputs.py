@@ -26,13 +26,15 @@ def regular_file(path: str | Path) -> Iterator[Path]:
     """Yield a regular file with the content of `path`: the file itself, or a copy of what a pipe gives.
 
     Raises:
-        InputError: it is a device, a socket or a pipe without a writer, or cannot be read.
+        InputError: it is a folder, a device, a socket or a pipe without a writer, or cannot be read.
     """
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # whoever opens a folder is told that it is one
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path} is a folder; give a file")
+    if stat.S_ISREG(mode):
         yield Path(path)
         return
     refuse_devices(path)

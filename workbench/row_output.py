@@ -70,7 +70,6 @@ class RowOutput:
     ) -> None:
         self.path, self._command, self._overwrite = Path(out), command, overwrite
         self._is_own = is_own or (lambda row: is_stamped(row, command))
-        self._part = self.path.with_name(f".{self.path.name}{_PART}")
         self._file: BinaryIO | None = None
         self._end = 0  # of the last complete row of an existing file
         self.known: dict[str, dict[str, Any]] = {}
@@ -78,6 +77,7 @@ class RowOutput:
         check_output(self.path, command=command, inputs=inputs, overwrite=True, owned=lambda path: path.is_file())
         if not self.path.parent.is_dir():
             raise InputError(f"{self.path.parent} is no folder: make it first")
+        self._part = self.path.with_name(f".{self.path.name}{_PART}")
         self._lock = FileLock(self.path)
 
     def __enter__(self) -> "RowOutput":
@@ -94,8 +94,10 @@ class RowOutput:
 
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what could not be written cannot be flushed either
+                self._file.close()
             self._file = None
+            self._part.unlink(missing_ok=True)
         self._lock.release()
 
     def _read_existing(self) -> None:

@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.kernels.gpu import tiles
-from workbench.kernels.gpu.aot import CompileCase
 from workbench.kernels.gpu.common import on_device_of_first
 from workbench.kernels.logits import Prediction
 
@@ -52,16 +51,3 @@ def predict(logits: Float[Tensor, "row d_vocab"], chosen: Int[Tensor, " row"]) -
             logits, chosen, logprob, entropy, logits.shape[1], **tile.blocks, **tile.options
         )  # fmt: skip
     return Prediction(logprob, entropy)
-
-
-def compile_cases() -> list[CompileCase]:
-    """Return the kernel on the logits of 256 tokens of gpt-oss."""
-    rows, vocabulary, tile = 256, 201_088, tiles.logits_tile()
-    return [
-        CompileCase(
-            _predict, "logits.predict", f"{rows} tokens of {vocabulary}", tile,
-            {"logits": "*bf16", "chosen": "*i64", "logprob": "*fp32", "entropy": "*fp32", "V": "i32"}, tile.blocks,
-            frozenset({"logits", "chosen", "logprob", "entropy", "V"}), flops=8.0 * rows * vocabulary,
-            bytes=2.0 * rows * vocabulary,
-        ),
-    ]  # fmt: skip

@@ -20,11 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from workbench.kernels.gpu import tiles
-from workbench.kernels.gpu.aot import CompileCase
 from workbench.kernels.gpu.common import dot, narrow, on_device_of_first
 from workbench.kernels.gpu.mxfp4 import dot_packed, load_tile, operand, unpack
 from workbench.kernels.gpu.routing import Groups, group, max_tiles, tile_of
-from workbench.kernels.gpu.tiles import Tile
 from workbench.kernels.moe import ActivationHook, ActivationHooks, Experts
 from workbench.kernels.mxfp4 import Mxfp4
 
@@ -380,78 +378,3 @@ def moe(
         post = _Inward.apply(x, layer, True)
     y = _Outward.apply(through(taps.post, post), layer)
     return _Combine.apply(through(taps.out, y), gates, layer)
-
-
-def compile_cases(target: str = "sm_90") -> list[CompileCase]:
-    """Return every kernel with the tiles that `target` gets, for both models: a prefill and a decoding step each."""
-    prefill, decode = ("prefill of 8,192 tokens", 8192 * 4), ("decode of 64 tokens", 64 * 4)
-    cases = [
-        ("gpt-oss-20b, float32", 32, prefill, torch.float32),
-        *(
-            (m, e, p, torch.bfloat16)
-            for m, e in (("gpt-oss-20b", 32), ("gpt-oss-120b", 128))
-            for p in (prefill, decode)
-        ),
-    ]
-    return [
-        case
-        for model, num_experts, (problem, slots), dtype in cases
-        for case in _compile_cases(f"{model}, {problem}", num_experts, slots, dtype, target)
-    ]
-
-
-def _compile_cases(
-    problem: str, num_experts: int, slots: int, dtype: torch.dtype, target: str, d: int = 2880, k: int = 4
-) -> list[CompileCase]:
-    """d is d_model and d_mlp."""
-    number = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    hit = num_experts * (1 - (1 - k / num_experts) ** (slots // k))  # experts, were the routing random
-    forward = tiles.moe_tile(slots, num_experts, dtype, target)
-    backward = tiles.moe_transposed_tile(slots, num_experts, dtype, target)
-    packed = {"blocks": "*u8", "scales": "*u8", "order": "*i32", "offsets": "*i32", "out": number}
-    packed |= dict.fromkeys(("stride_expert", "stride_tile_row", "stride_tile_column", "stride_row"), "i32")
-    scalars = {"limit": "fp32", "alpha": "fp32"}
-
-    def case(
-        name: str,
-        kernel: Any,
-        tile: Tile,
-        types: dict[str, str],
-        constants: dict[str, Any],
-        flops: float,
-        values: float,
-    ) -> CompileCase:
-        """values: read and written beside the packed weights, for each of the slots."""
-        aligned = frozenset(
-            a for a, kind in types.items() if kind.startswith("*") or a in ("stride_expert", "stride_tile_row", "D")
-        )
-        products = kernel in (_linear, _transposed)
-        weights = hit * constants["N"] * constants["K"] * 17 / 32 if products else 0.0
-        return CompileCase(
-            kernel, f"moe.{name}", problem, tile, types, {**constants, **tile.blocks}, aligned,
-            products and dtype == torch.bfloat16, slots * flops, weights + slots * values * dtype.itemsize,
-        )  # fmt: skip
-
-    def product(name: str, kernel: Any, tile: Tile, n: int, shared: int, activate: bool = False) -> CompileCase:
-        constants = {"E": num_experts, "N": n, "K": d, "SHARED": shared}
-        types, written = {"y": number, **packed}, d
-        if kernel is _linear:
-            constants, written = {**constants, "ACTIVATE": activate}, n // 2 if activate else n
-            types = {"x": number, "bias": number, **packed, **scalars}
-        read = (d if kernel is _linear else n) / shared
-        return case(name, kernel, tile, types, constants, 2.0 * n * d, read + written)
-
-    sums = {"y": number, "gates": "*fp32", "out": number, "D": "i32"}
-    activated = {"h": number, "post": number, **scalars}
-    activation = {"h": number, "dpost": number, "gates": "*fp32", "dh": number, "dgates": "*fp32", **scalars}
-    return [
-        product("gate_up", _linear, forward, 2 * d, k, activate=True),
-        product("gate_up tapped", _linear, forward, 2 * d, k),
-        product("down", _linear, forward, d, 1),
-        product("down backward", _transposed, backward, d, k),
-        product("gate_up backward", _transposed, backward, 2 * d, 1),
-        case("combine", _combine, tiles.combine_tile(), sums, {"SLOTS": k, "GATED": True}, 2.0 * d, d + d / k),
-        case("swiglu", _activate, tiles.swiglu_tile(), activated, {"F": d}, 8.0 * d, 3.0 * d),
-        case("swiglu backward", _swiglu_backward, tiles.swiglu_tile(), activation, {"F": d, "GATED": True},
-                 16.0 * d, 5.0 * d),
-    ]  # fmt: skip

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.kernels.gpu import tiles
-from workbench.kernels.gpu.aot import CompileCase
 from workbench.kernels.gpu.common import on_device_of_first
 from workbench.kernels.moments import Moments
 
@@ -83,23 +82,3 @@ def moments(x: Float[Tensor, "tokens d"], labels: Int[Tensor, "tokens"], n_label
     _pieces[(most, columns)](x, order, offsets, ends, owner, *partial, d, n_labels, **options)
     _add[(n_labels, columns)](*partial, ends, *out, d, **options)
     return Moments(offsets.diff(), *out)
-
-
-def compile_cases() -> list[CompileCase]:
-    """Return both kernels on a residual stream of 8,192 tokens with 64 labels."""
-    tile, tokens, d, n_labels = tiles.moments_tile(), 8192, 2880, 64
-    pieces = tokens // tile.blocks["SPLIT"] + n_labels
-    index, wide = dict.fromkeys(("ends", "offsets", "order", "owner"), "*i64"), ("sums", "squares")
-    first = {"x": "*bf16", **index, **dict.fromkeys(wide, "*fp32"), "D": "i32", "n_labels": "i32"}
-    second = dict.fromkeys((*wide, "out_sums", "out_squares"), "*fp32") | {"ends": "*i64", "D": "i32"}
-    problem = f"{tokens} tokens of {d}, {n_labels} labels"
-    return [
-        CompileCase(
-            _pieces, "moments.pieces", problem, tile, first, tile.blocks, frozenset(first) - {"n_labels"},
-            flops=3.0 * tokens * d, bytes=tokens * (2.0 * d + 8) + 8.0 * pieces * d,
-        ),
-        CompileCase(
-            _add, "moments.add", problem, tile, second, tile.blocks, frozenset(second),
-            flops=2.0 * pieces * d, bytes=8.0 * (pieces + n_labels) * d,
-        ),
-    ]  # fmt: skip

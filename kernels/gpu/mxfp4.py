@@ -10,7 +10,7 @@ Reference: OCP Microscaling Formats (MX) Specification v1.0; `workbench.kernels.
 Cost: 17 bytes read and 64 written (bfloat16) per group to dequantise; 128 read (float32) and 17 written to quantise.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,7 +19,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from workbench.kernels.gpu import tiles
-from workbench.kernels.gpu.aot import CompileCase
 from workbench.kernels.gpu.common import INTERPRETED, dot, narrow, on_device_of_first
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
 
@@ -190,20 +189,3 @@ def operand(weight: Mxfp4, rows: int, columns: int) -> Operand:
         raise ValueError("packed weights must be contiguous: call .contiguous() once when loading")
     _, out, groups = scales.shape
     return Operand(blocks, scales, out, groups * GROUP, (out * groups, rows * groups, columns // GROUP, groups))
-
-
-def compile_cases() -> list[CompileCase]:
-    """Return both codec kernels on the gate and up matrix of one expert of gpt-oss."""
-    tile, groups = tiles.codec_tile(), 5760 * 2880 // GROUP
-    aligned = frozenset({"blocks", "scales", "out", "groups"})
-    packed: dict[str, Any] = {"blocks": "*u8", "scales": "*u8", "groups": "i32"}
-    return [
-        CompileCase(
-            _dequantise, "mxfp4.dequantise", "one 5760×2880 matrix", tile, {**packed, "out": "*bf16"},
-            {**tile.blocks, "DTYPE": tl.bfloat16}, aligned, bytes=groups * 81.0,
-        ),
-        CompileCase(
-            _quantise, "mxfp4.quantise", "one 5760×2880 matrix", tile, {**packed, "weight": "*fp32"}, tile.blocks,
-            aligned - {"out"} | {"weight"}, bytes=groups * 145.0, options={"enable_fp_fusion": False},
-        ),
-    ]  # fmt: skip

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.kernels.gpu import tiles
-from workbench.kernels.gpu.aot import CompileCase
 from workbench.kernels.gpu.common import narrow, on_device_of_first
 
 
@@ -41,18 +40,3 @@ def rotate(
     if tokens := x.shape[0] * x.shape[1]:
         _rotate[(tokens,)](x, cos, sin, out, heads, half, **tile.blocks, **tile.options)
     return out
-
-
-def compile_cases() -> list[CompileCase]:
-    """Return the kernel on the queries of 8,192 tokens of gpt-oss."""
-    tokens, heads, half = 8192, 64, 32
-    tile = tiles.rotary_tile(heads, half)
-    return [
-        CompileCase(
-            _rotate, "rotary.rotate", f"{tokens} tokens, {heads} heads", tile,
-            {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "out": "*bf16"},
-            {"HEADS": heads, "HALF": half, **tile.blocks},
-            frozenset({"x", "cos", "sin", "out"}), flops=6.0 * tokens * heads * half,
-            bytes=tokens * (8.0 * heads * half + 8 * half),
-        ),
-    ]  # fmt: skip

@@ -1,6 +1,10 @@
 """The report of compiled kernels: the committed one is what Triton makes today, and its checks can fail.
 
-Also tests `workbench.bench.command`.
+Also tests `workbench.bench.command`, and the modules of compile cases:
+`workbench.kernels.gpu.compile_cases.attention`, `workbench.kernels.gpu.compile_cases.logits`,
+`workbench.kernels.gpu.compile_cases.moe`, `workbench.kernels.gpu.compile_cases.moments`,
+`workbench.kernels.gpu.compile_cases.mxfp4`, `workbench.kernels.gpu.compile_cases.norm`,
+`workbench.kernels.gpu.compile_cases.rotary` and `workbench.kernels.gpu.compile_cases.routing`.
 """
 
 import json
@@ -15,6 +19,7 @@ from typer.testing import CliRunner
 from workbench.bench import kernels
 from workbench.cli import app
 from workbench.errors import InputError
+from workbench.kernels.gpu import compile_cases
 from workbench.kernels.gpu.aot import TARGETS, _blocks, _flops, _main_loop, unguarded_copies
 
 COMMITTED = kernels.REPORT.read_text()
@@ -63,7 +68,7 @@ print(json.dumps(chosen))
 def test_a_barrier_stands_between_a_wait_for_wgmma_and_the_next_copy() -> None:
     """Of every kernel of eight warps on sm_90. Negative control: the same code without its barriers."""
     texts = json.loads(compiled(WAITS))
-    assert {"moe.gate_up", "moe.down", "attention.forward"} <= set(texts)
+    assert {"moe.gate_up backward", "moe.down backward", "attention.forward"} <= set(texts)
     for name, ptx in texts.items():
         assert unguarded_copies(ptx) == 0, name
         without = "\n".join(part for part in ptx.splitlines() if "bar.sync" not in part)
@@ -80,6 +85,17 @@ def test_the_report_covers_every_target_and_kernel() -> None:
     for target in TARGETS:
         section = COMMITTED.split(f"## {kernels.title(target)}\n")[1].split("\n## ")[0]
         assert [module for module in kernels.MODULES if f"| {module}" not in section] == []
+
+
+def test_every_module_of_kernels_has_compile_cases() -> None:
+    """One module of `workbench.kernels.gpu.compile_cases` each: attention, logits, moe, and so on."""
+    folder = Path(compile_cases.__file__).parent
+    assert sorted(path.stem for path in folder.glob("[!_]*.py")) == sorted(kernels.MODULES)
+    for module in kernels.MODULES:
+        cases = kernels.compile_cases(module, "sm_90")
+        assert cases, module
+        assert {case.name.partition(".")[0] for case in cases} == {module}
+        assert {case.kernel.fn.__module__ for case in cases} == {f"workbench.kernels.gpu.{module}"}
 
 
 def test_no_kernel_of_the_report_spills() -> None:

@@ -152,6 +152,7 @@ BASES: dict[str, str] = {
     "dashboard": "run.zarr --port 45006",
     "finetune": "nano transcripts.jsonl --out out --steps 1 --batch 1 --rank 1",
     "graph": "nano --prompt 2+2= --out out.json --max-new-tokens 2 --at 0",
+    "attention": "run.zarr 0 --model nano --out out.npz",
     "conversation": "run.zarr 0 --out out.html",
     "publish": "run.zarr --out out --conversations 0",
     "live": "nano --port 45007",
@@ -173,6 +174,10 @@ SLOW = {"report", "figures", "finetune", "graph", "study", "publish", "label"}
 NUMBERS = st.sampled_from(["0", "1", "2", "3", "-1", "0.5", "1e-9", "1e308", "inf", "nan", "2147483648", "9" * 30])
 
 
+# of what a command repeats: a large number that it accepts keeps it busy for days, as it should
+REPEATS = st.sampled_from(["0", "1", "2", "-1", "0.5", "inf", "nan", "2147483648", "9" * 30])
+
+
 @st.composite
 def command_lines(draw: st.DrawFn, options: dict[str, dict[str, Any]], commands: list[str]) -> list[str]:
     """Return a command with one to three of its words missing, changed or added; options: command → name → type."""
@@ -185,7 +190,8 @@ def command_lines(draw: st.DrawFn, options: dict[str, dict[str, Any]], commands:
             kind = options[command][name]
             words.append(name)
             if kind is not bool:
-                words.append(draw(NUMBERS if kind in (int, float) else HOSTILE_TEXT))
+                numbers = REPEATS if name in ("--samples", "--retries") else NUMBERS
+                words.append(draw(numbers if kind in (int, float) else HOSTILE_TEXT))
         elif change == "flag":
             words.append(draw(st.sampled_from(sorted(options[command]))))
         elif change == "add":
@@ -237,6 +243,7 @@ def without_long_work(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(reading, "make", lambda *_: None)
     patch.setattr(first, "start", lambda *_, **__: 0)
     patch.setattr("workbench.inputs.WRITER_TIMEOUT_S", 0.05)
+    patch.setattr("workbench.harmony.hosts.client._LONGEST_WAIT_S", 0.01)  # between retries
 
 
 class TooLongError(BaseException):
@@ -250,9 +257,18 @@ class Checked:
         self.folder = folder
         self._before = snapshot(folder)
 
-    def run(self, *arguments: str, may_change: str = "") -> Result:
-        """Return how a command ended. may_change: an output that exists, which it may complete."""
-        with _limits():
+    def run(
+        self,
+        *arguments: str,
+        may_change: str = "",
+        within: contextlib.AbstractContextManager[object] | None = None,
+        codes: tuple[int, ...] = (0, 1, 2),
+    ) -> Result:
+        """Return how a command ended. may_change: an output that exists, which it may complete.
+
+        within: a context in which the command runs. codes: those that it may end with.
+        """
+        with limits(), within or contextlib.nullcontext():
             done = run_command(*arguments)
         after = snapshot(self.folder)
         owned = {name for name in self._before if may_change and name.split("/")[0] == may_change}
@@ -261,7 +277,7 @@ class Checked:
         for name in new:
             path = self.folder / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-        assert not done.problem(), (arguments, done.problem())
+        assert not done.problem(codes=codes), (arguments, done.problem(codes=codes))
         assert not changed, (arguments, changed)
         assert not new or done.code != 2, (arguments, done.err, new)
         assert not [name for name in new if _HALF_WRITTEN.search(name)], (arguments, new)
@@ -269,7 +285,7 @@ class Checked:
 
 
 @contextlib.contextmanager
-def _limits() -> Iterator[None]:
+def limits() -> Iterator[None]:
     """Let a command that waits for ever, or asks for absurd memory, fail here and not the machine."""
 
     def stop(*_: object) -> None:

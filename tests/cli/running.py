@@ -29,14 +29,15 @@ class Result:
         return "" if "Traceback" not in self.err else f"a traceback: {self.err[-500:]}"
 
 
-def run_command(*arguments: str) -> Result:
+def run_command(*arguments: str, out: io.TextIOBase | None = None) -> Result:
     """The exit code, output and errors of `workbench …`. An error that leaves `main` leaves this function too."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = out or io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["workbench", *arguments])
         with pytest.raises(SystemExit) as left:
             cli.main()
-    return Result(int(left.value.code or 0), out.getvalue(), err.getvalue())
+    said = out.getvalue() if isinstance(out, io.StringIO) else ""
+    return Result(int(left.value.code or 0), said, err.getvalue())
 
 
 def snapshot(folder: Path) -> dict[str, str]:

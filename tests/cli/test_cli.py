@@ -151,3 +151,8 @@ def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Python 3.9.1 is too old: Python 3.11 or newer is needed" in done.stdout
     assert not (tmp_path / ".venv").exists()
+
+
+def test_a_run_of_the_first_schema_is_verified() -> None:
+    done = run_command("verify", str(DATA / "demo.zarr"))
+    assert (done.code, done.out) == (0, f"{DATA / 'demo.zarr'}: valid\n"), done

@@ -29,6 +29,7 @@ OUTPUTS: dict[tuple[str, str], str] = {
     ("figures", "out"): "run.zarr --format html --out OUT",
     ("finetune", "out"): "nano transcripts.jsonl --out OUT --steps 1 --batch 1 --rank 1",
     ("graph", "out"): "nano --prompt 2+2= --out OUT --max-new-tokens 4",
+    ("attention", "out"): "run.zarr 0 --model nano --out OUT",
     ("conversation", "out"): "run.zarr 0 --out OUT",
     ("publish", "out"): "run.zarr --out OUT",
     ("bench cpu", "out"): "bench cpu --json OUT",

@@ -156,7 +156,7 @@ def test_a_conversation_is_coloured_told_of_searched_and_replayed(demo: str, bro
     experts_ = frame.evaluate("spans.filter((s, i) => experts(0, i).includes(5)).length")
     assert coloured == experts_ > 0
     frame.select_option("#by", "surprisal")
-    assert re.fullmatch(r"0\.00\s+≥ [1-9].*\(scale of the answer\)", frame.locator("#scale").inner_text().strip())
+    assert re.fullmatch(r"0\.00\s+≥ [1-9].*\(answer only\)", frame.locator("#scale").inner_text().strip())
     frame.fill("#find", "reasoning: high")
     assert frame.locator(".t.hit").count() >= 2
     frame.select_option("#speed", "100")
@@ -336,7 +336,7 @@ def test_an_expert_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
 def test_a_head_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/sinks?layer=1&head=3").drawn(3)
     expect(session.page.get_by_text("Layer 1, head 3").first).to_be_visible(timeout=30_000)
-    expect(session.page.get_by_text("Mean sink attention by channel and effort").first).to_be_attached()
+    expect(session.page.get_by_text("Mean sink attention (%) by channel and effort").first).to_be_attached()
     expect(session.page.get_by_text("Layer 1, head 3 by position").first).to_be_attached(timeout=30_000)
     assert session.errors == []
 

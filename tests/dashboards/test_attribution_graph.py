@@ -94,3 +94,11 @@ def test_texts_of_a_graph_end_no_script(tmp_path: Path) -> None:
     assert text.count("</script>") == 2, "those of the page itself"
     assert "<b>" not in text
     assert 'sandbox="allow-scripts allow-downloads"' in attribution_graph.frame(path)
+
+
+def test_pins_and_supernodes_of_a_file_are_shown_first() -> None:
+    chosen = {"pinnedIds": ["E_1_0"], "supernodes": [["adds", "0_9_1", "1_2_1"], ["empty"]]}
+    drawn = attribution_graph.graph_data(graph() | {"qParams": chosen})
+    assert drawn["pinned"] == ["E_1_0"]
+    assert drawn["supernodes"] == [["adds", "0_9_1", "1_2_1"]]
+    assert attribution_graph.graph_data(graph())["supernodes"] == []

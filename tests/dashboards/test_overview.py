@@ -23,7 +23,7 @@ def test_the_sentence_and_the_numbers_are_those_of_the_tables(demo_run: Path) ->
     low, high = (100 * table.loc[table["effort"] == e, "correct"].mean() for e in ("low", "high"))
     found = overview.numbers(run)
     assert found["tokens"] == f"{int(table['length'].sum()):,}"
-    assert found["accuracy, low → high effort"] == f"{low:.0f} % → {high:.0f} %"
+    assert found["accuracy, low → high effort"] == f"{low:.1f} % → {high:.1f} %"
 
 
 def test_problems_are_listed_and_none_is_said_only_where_there_is_none() -> None:

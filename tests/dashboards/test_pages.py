@@ -13,6 +13,8 @@ import workbench as wb
 from tests.dashboards.browsing import UNNAMED, Session, frame_of, serve, stop
 from tests.dashboards.test_attribution_graph import graph
 from tests.dashboards.test_stored_results import effects
+from workbench.dashboards.attribution_graph import graph_data
+from workbench.dashboards.pages import page_titles
 from workbench.studies.result import save
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -106,6 +108,50 @@ def test_a_graph_is_explored_and_its_view_is_in_the_link(stored: str, browser: B
     assert session.errors == session.foreign == []
 
 
+def test_pinned_nodes_become_a_supernode_that_is_named_saved_and_reopened(stored: str, browser: Browser) -> None:
+    session = Session(browser, f"{stored}/graph?pins=0_9_1+1_2_1")
+    frame = graph_frame(session)
+    assert frame.locator(".node.pin").count() == 2
+    frame.get_by_label("name of the supernode").fill("carry <b>")
+    frame.get_by_role("button", name="Group 2 pinned").click()
+    expect(frame.get_by_role("heading", name="carry b")).to_be_visible()
+    assert frame.locator(".node").count() == 4, "two nodes are one"
+    lines = frame.locator("#side table").nth(1).locator("tr")
+    expect(lines).to_have_count(1)
+    assert "embedding of 'a'" in lines.first.inner_text()
+    assert "+0.50" in lines.first.inner_text(), "the edge of its member; the edge between the members is inside"
+    session.page.wait_for_url(re.compile("groups="))
+    with session.page.expect_download() as download:
+        frame.get_by_role("button", name="JSON").click()
+    saved = json.loads(Path(download.value.path()).read_text())
+    assert saved["qParams"]["supernodes"] == [["carry b", "0_9_1", "1_2_1"]]
+    assert graph_data(saved)["supernodes"] == [["carry b", "0_9_1", "1_2_1"]], "the saved file is a graph itself"
+    again = graph_frame(Session(browser, session.page.url))
+    assert again.locator(".node").count() == 4
+    again.get_by_role("button", name="Expand").click()
+    assert again.locator(".node").count() == 5
+    expect(again.locator(".hull")).to_have_count(1)
+    again.get_by_role("button", name="Collapse").click()
+    assert again.locator(".node").count() == 4
+    again.get_by_role("button", name="Ungroup").click()
+    assert again.locator(".node").count() == 5
+    assert again.locator(".node.pin").count() == 0
+    assert session.errors == session.foreign == []
+
+
+def test_a_label_of_an_expert_is_saved_beside_the_run(stored: str, browser: Browser) -> None:
+    session = Session(browser, f"{stored}/experts?layer=1&expert=5").drawn()
+    field = session.page.get_by_label("Label of this expert")
+    expect(field).to_be_visible(timeout=240_000)  # the study of examples may have to be made first
+    field.fill("digits <script>")
+    session.page.get_by_role("button", name="Save label").click()
+    expect(session.page.get_by_text("Saved in demo.zarr.labels.jsonl")).to_be_visible()
+    session.page.reload()
+    expect(session.page.get_by_label("Label of this expert")).to_have_value("digits <script>", timeout=240_000)
+    expect(session.page.get_by_text("digits <script>", exact=False).first).to_be_visible()
+    assert session.errors == session.foreign == []
+
+
 def test_the_overview_answers_with_links_to_what_it_names(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/overview?theme=dark")
     item = session.page.locator("li", has_text="of routed slots in").first
@@ -188,3 +234,45 @@ def test_the_small_map_of_a_conversation_colours_by_the_clicked_expert(demo: str
     assert frame.evaluate("[$('by').value, $('layer').value, $('expert').value]") == ["expert", "2", "5"]
     session.page.wait_for_url(re.compile("layer=2"))
     assert dict(parse_qsl(urlsplit(session.page.url).query)).items() >= {"expert": "5", "colour": "expert"}.items()
+
+
+# Tabulator draws its own table: a grid that contains a scrolled element and buttons, which ARIA does not allow
+RUN_AXE = """async rules => (await axe.run({exclude: [".tabulator"]}, {iframes: false, resultTypes: ["violations"],
+  ...(rules.length ? {runOnly: rules} : {})})).violations.filter(v => ["serious", "critical"].includes(v.impact))
+  .map(v => v.id + ": " + v.nodes.slice(0, 3).map(n => n.html.slice(0, 120)).join(" "))"""
+# the default suite looks at these, and with --long at all pages
+FEW = ("overview", "transcript", "causal")
+
+
+def violations(frame: Frame, rules: list[str]) -> list[str]:
+    axe = pytest.importorskip("axe_playwright_python")
+    frame.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+    found: list[str] = frame.evaluate(RUN_AXE, rules)
+    return found
+
+
+def opened(session: Session, url: str, title: str) -> Iterator[Frame]:
+    """The page and the frames in it, when nothing is loading any more."""
+    session.page.goto(url, timeout=90_000)
+    expect(session.page.get_by_role("heading", name=title, level=1)).to_be_visible()
+    expect(session.page.get_by_text("The result will be cached")).to_have_count(0, timeout=300_000)
+    session.page.wait_for_timeout(700)
+    yield from session.page.frames
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_no_serious_violation(demo: str, browser: Browser, theme: str, long: bool) -> None:
+    session = Session(browser, f"{demo}/overview?theme={theme}")
+    titles = page_titles()
+    rules = [] if theme == "light" else ["color-contrast"]  # the rest does not depend on the theme
+    for page in titles if long else FEW:
+        for frame in opened(session, f"{demo}/{page}?theme={theme}&sequence=2", titles[page]):
+            assert violations(frame, rules) == [], (page, frame.url)
+    assert session.errors == session.foreign == []
+    session.page.evaluate(
+        """() => { const bad = document.createElement("p"); bad.textContent = "faint"; bad.style.color = "#888";
+                   bad.style.background = "#999"; document.querySelector("main").prepend(bad); }"""
+    )
+    assert any(text.startswith("color-contrast") for text in violations(session.page.main_frame, rules)), (
+        "negative control: a text without contrast"
+    )

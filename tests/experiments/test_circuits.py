@@ -58,6 +58,21 @@ def test_similarity_is_one_for_equal_circuits(pairs: list[dict[str, circuits.Att
     print(found)
 
 
+def test_the_experiment_says_what_its_parts_say(model: GptOss, monkeypatch: pytest.MonkeyPatch, pairs: list) -> None:
+    monkeypatch.setattr(circuits, "paired_graphs", lambda *_, **__: pairs)
+    found = circuits.experiment(model, [])
+    table, alike = circuits.compare(pairs), circuits.similarity(pairs)
+    assert found["edges"].attrs["edges_in_all"] == len(table)
+    assert float(found["edges"]["q"].min()) == pytest.approx(table["q"].min())
+    assert found["similarity"]["cosine"].values.tolist() == pytest.approx(alike["cosine"].tolist())
+    assert "less alike than" in found["similarity"].attrs["summary"]
+    equal = [{"analysis": pair["final"], "final": pair["final"]} for pair in pairs]
+    monkeypatch.setattr(circuits, "paired_graphs", lambda *_, **__: equal)
+    control = circuits.experiment(model, [])
+    assert "0 differ between the channels" in control["edges"].attrs["summary"]
+    assert "more alike than" in control["similarity"].attrs["summary"], "the negative control: equal circuits"
+
+
 def test_what_cannot_be_compared_is_refused(model: GptOss) -> None:
     with pytest.raises(InputError, match="no sequence has the first token"):
         circuits.paired_graphs(model, [])

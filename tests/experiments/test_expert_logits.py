@@ -9,6 +9,7 @@ from tests.conftest import DATA
 from workbench.errors import InputError
 from workbench.experiments import expert_logits
 from workbench.experiments.from_run import transcripts
+from workbench.figures import expert_logits as figures
 from workbench.model.transformer import GptOss
 
 
@@ -54,3 +55,16 @@ def test_ablations_name_their_experts(model: GptOss) -> None:
     assert (found["low"] <= found["change"]).all()
     with pytest.raises(InputError, match="at least one expert"):
         expert_logits.ablations(model, rows, [])
+
+
+def test_the_experiment_is_drawn_with_the_tokens_of_the_largest_effects(model: GptOss) -> None:
+    rows = transcripts(wb.open_run(DATA / "demo.zarr"), [0, 7])
+    (ds,) = expert_logits.experiment(model, rows, tokens=2).values()
+    figure = figures.largest(ds)
+    values = next(trace for trace in figure.data if trace.type == "heatmap")
+    np.testing.assert_allclose(values.z, ds["top_logit"].isel(rank=0), rtol=1e-6)
+    layer, expert = np.unravel_index(np.nanargmax(values.z), values.z.shape)
+    assert repr(str(ds["top_text"].values[layer, expert, 0])) in values.customdata[layer, expert, 0]
+    assert f"Layer {layer}, expert {expert} raises" in ds.attrs["summary"].splitlines()[1]
+    with pytest.raises(InputError, match="at least 1"):
+        expert_logits.experiment(model, rows, tokens=0)

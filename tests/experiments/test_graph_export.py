@@ -3,7 +3,10 @@
 Also tests `workbench.cli.graphs`.
 """
 
+import gzip
 import json
+import socket
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,30 @@ def test_neurons_and_choices_are_exported(model: GptOss, found: AttributionGraph
     kinds = [kind for *_, kind in nx.read_graphml(tmp_path / "g.graphml", force_multigraph=True).edges(data="kind")]
     assert kinds.count("direct") == len(divided.edges)
     assert kinds.count("router") == (choices["kind"] == "router").sum()
+
+
+@pytest.mark.long
+def test_circuit_tracer_reads_the_file(model: GptOss, found: AttributionGraph, tmp_path: Path) -> None:
+    """Its own models and server, where it is installed: pip install --no-deps circuit-tracer."""
+    models = pytest.importorskip("circuit_tracer.frontend.graph_models")
+    frontend = pytest.importorskip("circuit_tracer.frontend")
+    divided = graph_details.with_neurons(model, found, top=2)
+    path = graph_export.write_json(model, divided, tmp_path / "g.json")
+    read = models.Model.model_validate_json(path.read_text())
+    assert len(read.nodes) >= len(divided.nodes)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = frontend.serve(str(tmp_path), port=port)
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/graph_data/g.json", timeout=30) as answer:
+            content = answer.read()
+    finally:
+        server.stop()
+    content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    assert json.loads(content) == json.loads(path.read_text())
+    with pytest.raises(ValueError, match="ctx_idx"):
+        models.Node.model_validate({"node_id": "x", "feature": 1, "layer": "1", "feature_type": "logit"})
 
 
 def test_networkx_and_graphml(found: AttributionGraph, tmp_path: Path) -> None:

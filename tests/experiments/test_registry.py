@@ -36,7 +36,13 @@ FEW = pytest.mark.filterwarnings("ignore:only .* prompts")
 
 
 # docs/gallery.md runs these by name, and their own tests draw them
-ON_THE_GALLERY_PAGE = ("generated-answers", "sentence-importance", "super-experts")
+ON_THE_GALLERY_PAGE = (
+    "expert-tracing",
+    "generated-answers",
+    "instruction-hierarchy",
+    "sentence-importance",
+    "super-experts",
+)
 # these need more than a few prompts of a group
 LARGE = ("expert-ablation", "expert-forcing", "expert-reweighting", "steering", "logit-attribution", "chain-of-thought")
 

@@ -22,8 +22,9 @@ from workbench.kernels import dispatch
 from workbench.kernels.moe import Experts, swiglu
 from workbench.kernels.mxfp4 import linear
 from workbench.model import cache as cache_module
+from workbench.model import decode_graph
 from workbench.model.cache import KVCache
-from workbench.model.decode_graph import DecodeStep, can_capture
+from workbench.model.decode_graph import DecodeGraph, DecodeStep, can_capture
 from workbench.model.transformer import GptOss
 
 RUN = InterpretedFunction.run
@@ -112,7 +113,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
         return made[-1]
 
     @contextmanager
-    def graph(recording: Recording) -> Iterator[None]:
+    def graph(recording: Recording, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local", "other threads may use the GPU while a step is recorded"
         active.append(recording)
         with recording:
             yield
@@ -172,6 +174,29 @@ def test_recorded_steps_give_the_same_logits(model: GptOss, recordings: list[Rec
     assert [recording.replays for recording in recordings] == [12, 12], "one recording for each number of rows"
 
 
+@pytest.mark.usefixtures("torch_kernels")
+def test_a_step_is_recorded_anew_when_its_positions_are_full(
+    model: GptOss, recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_graph, "_FEWEST_POSITIONS", 20)
+    monkeypatch.setattr(decode_graph, "_FEWEST_STEPS", 4)
+    assert [decode_graph.positions_for(n, 60) for n in (1, 16, 17, 40)] == [20, 20, 40, 60]
+    check(model, 30)
+    # Rows of 17 positions have 40 for 15 steps, when one leaves; the other has 30 and continues with 40, then 60.
+    assert [recording.replays for recording in recordings] == [15, 10, 5]
+
+    class Endless(DecodeGraph):
+        """Negative control: a recording that is never made anew."""
+
+        def __init__(self, model: GptOss, cache: KVCache) -> None:
+            super().__init__(model, cache)
+            self.end = 1000
+
+    monkeypatch.setattr(decode_graph, "DecodeGraph", Endless)
+    with pytest.raises(AssertionError, match="not close"):
+        check(model, 30)
+
+
 @pytest.mark.long
 def test_recorded_steps_of_triton_s_kernels_give_the_same_logits(model: GptOss, recordings: list[Recording]) -> None:
     check(model, 6)
@@ -194,7 +219,7 @@ def test_a_step_that_reads_lengths_on_the_host_fails(
 class FilledShapes(KVCache):
     """Negative control: attention to the slots that were filled when the step was recorded."""
 
-    fixed_shapes = property(lambda self: False, lambda self, value: None)  # type: ignore[assignment]
+    fixed_end = property(lambda self: None, lambda self, value: None)  # type: ignore[assignment]
 
 
 @pytest.mark.usefixtures("torch_kernels")
@@ -207,8 +232,9 @@ def test_a_step_whose_shapes_follow_the_lengths_fails(
 
 
 def test_only_plain_steps_on_one_gpu_are_recorded(model: GptOss, recordings: list[Recording]) -> None:
+    assert packed_model().cuda_graphs, "on: an H100 has shown that they are right"
     model.cuda_graphs = False
-    assert not can_capture(model), "off unless switched on"
+    assert not can_capture(model)
     model.cuda_graphs = True
     assert can_capture(model)
     with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda t, hook: None)]):

@@ -1,5 +1,9 @@
 """Every file of a finished run, damaged in every way: verify finds it, and no read gives another number."""
 
+import contextlib
+import json
+import re
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,7 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.runs.bombs import bomb, plant
 from tests.runs.conftest import make_older, write_run
+from tests.runs.forging import forge
+from workbench.compression import frame_size
+from workbench.errors import InputError
 from workbench.runs.manifest import DamageError
 from workbench.runs.reader import Run, open_run
 from workbench.runs.verify import verify
@@ -134,3 +142,61 @@ def test_a_full_check_finds_every_changed_byte(intact: Path, tmp_path: Path) -> 
     file.write_bytes(bytes(content))
     with pytest.raises(DamageError, match="is not the file that was written"):
         values(open_run(tmp_path / "run", check="full"))
+
+
+BOMBED = ["tokens/id", "routing/gates", "sequences/id", "sequences/length", "messages/start", "summaries/gate_sum"]
+
+
+@pytest.mark.parametrize("claimed", [2**32, None], ids=["told", "untold"])
+@pytest.mark.parametrize("array", BOMBED)
+def test_a_chunk_that_unpacks_to_gigabytes_is_refused(
+    intact: Path, tmp_path: Path, array: str, claimed: int | None
+) -> None:
+    run = shutil.copytree(intact, tmp_path / "run")
+    plant(run, array, bomb(2**32, claimed=claimed))
+    forge(run)
+    assert not any("changed" in problem.what for problem in verify(run)), "the manifests agree"
+    with memory_limit(2**30), pytest.raises(InputError, match="unpacks to") as error:
+        values(open_run(run))
+    assert "\n" not in str(error.value)
+    with memory_limit(2**30):
+        assert re.search("unpacks to|larger than", str(verify(run, recompute=True)))
+
+
+def test_a_reader_that_unpacks_whatever_is_there_is_noticed(
+    intact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: the sizes are not compared."""
+    monkeypatch.setattr("workbench.compression._size_within", lambda data, spec: frame_size(data))
+    with pytest.raises(AssertionError):
+        test_a_chunk_that_unpacks_to_gigabytes_is_refused(intact, tmp_path, "sequences/id", 2**32)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"codecs": [{"name": "bytes"}, {"name": "gzip", "configuration": {"level": 1}}]}, "is packed by 'gzip'"),
+        ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2**40]}}}, "has chunks of 1,099,"),
+    ],
+)
+def test_metadata_that_would_unpack_anything_is_refused(
+    intact: Path, tmp_path: Path, change: dict[str, object], reason: str
+) -> None:
+    run = shutil.copytree(intact, tmp_path / "run")
+    path = run / "tokens/id/zarr.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
+    forge(run)
+    with memory_limit(2**30), pytest.raises(DamageError, match=reason):
+        values(open_run(run))
+
+
+@contextlib.contextmanager
+def memory_limit(more: int) -> Iterator[None]:
+    """Let this process add only so many bytes to its address space."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

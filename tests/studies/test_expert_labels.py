@@ -4,6 +4,9 @@ Also tests `workbench.cli.labels`.
 """
 
 import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ import xarray as xr
 from typer.testing import CliRunner
 
 import workbench as wb
+from tests.cli.running import Result, run_command, snapshot
 from tests.conftest import DATA
 from tests.harmony.hosts.mock_server import FakeHost, chat
 from workbench.cli import app
-from workbench.errors import InputError
+from workbench.errors import InputError, JobError
+from workbench.file_lock import FileLock
 from workbench.harmony.hosts.client import HostError
 from workbench.runs.reader import Run
 from workbench.studies import expert_examples, expert_labels, label_proposals
@@ -146,13 +151,11 @@ def test_an_error_of_the_host_names_the_expert(demo: Run, examples: xr.Dataset) 
     def ask(prompt: str) -> str:
         raise HostError("401: no key")
 
-    with pytest.raises(InputError, match="layer 0 expert 0: 401: no key"):
+    with pytest.raises(JobError, match="layer 0 expert 0: 401: no key"):
         list(label_proposals.propose(demo, examples, ask, name="m"))
 
 
 def test_the_command(demo: Run, tmp_path: Path) -> None:
-    import shutil
-
     run = tmp_path / "r.zarr"
     shutil.copytree(DATA / "demo.zarr", run)
     done = CliRunner().invoke(app, ["label", str(run)])
@@ -180,3 +183,100 @@ def test_the_command(demo: Run, tmp_path: Path) -> None:
     assert "go together" in str(wrong.exception)
     wrong = CliRunner().invoke(app, ["label", str(run), "--host", host.url, "--model", "m", "--layers", "9"])
     assert "layers 0 to 3" in str(wrong.exception)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    shutil.copytree(DATA / "demo.zarr", tmp_path / "r.zarr")
+    return tmp_path / "r.zarr"
+
+
+def answered(path: str, body: Any, n: int) -> Any:
+    return 200, chat("[1]" if "JSON list" in body["messages"][0]["content"] else "digits"), {}
+
+
+def label(run: Path, *more: str) -> Result:
+    return run_command("label", str(run), *more)
+
+
+@pytest.fixture
+def host() -> Iterator[FakeHost]:
+    host = FakeHost()
+    host.reply = answered
+    yield host
+    host.server.shutdown()
+    host.server.server_close()
+
+
+def test_a_host_that_fails_costs_no_proposal_and_the_next_start_goes_on(run: Path, host: FakeHost) -> None:
+    asked: list[int] = []
+
+    def fails_later(path: str, body: Any, n: int) -> Any:
+        asked.append(n)
+        return answered(path, body, n) if n < 10 else (401, {"error": "no key"}, {})
+
+    host.reply = fails_later
+    options = ("--host", host.url, "--model", "m", "--layers", "1")
+    done = label(run, *options)
+    assert (done.code, done.problem()) == (1, ""), done
+    assert "layer 1 expert 5" in done.err
+    before = (run.parent / "r.zarr.labels.jsonl").read_text()
+    assert before.count('"proposed_by": "m"') == 5
+    host.reply, asked[:] = (lambda *given: (asked.append(0), answered(*given))[1]), []
+    done = label(run, *options)
+    assert "5 experts have labels that m proposed" in done.out
+    assert (done.code, len(asked)) == (0, 2 * 11), done
+    straight = shutil.copytree(run, run.parent / "other.zarr")
+    assert label(straight, *options).code == 0
+    other = (run.parent / "other.zarr.labels.jsonl").read_text()
+    assert other == (run.parent / "r.zarr.labels.jsonl").read_text(), "a resumed job ends with what an undisturbed does"
+
+
+def test_what_is_written_while_a_host_proposes_is_kept(run: Path, host: FakeHost) -> None:
+    assert label(run).code == 0
+    file = run.parent / "r.zarr.labels.jsonl"
+
+    def edits(path: str, body: Any, n: int) -> Any:
+        if n == 3:
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            rows[40]["label"] = "mine"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return answered(path, body, n)
+
+    host.reply = edits
+    done = label(run, "--host", host.url, "--model", "m", "--layers", "1")
+    assert "16 proposed, 1 written by hand" in done.out
+    assert json.loads(file.read_text().splitlines()[40])["label"] == "mine"
+
+
+def test_a_refused_command_writes_nothing(run: Path, host: FakeHost) -> None:
+    """What cannot be replaced and what cannot be asked: the folder is as it was."""
+    file = run.parent / "r.zarr.labels.jsonl"
+    makes: list[Callable[[], object]] = [
+        lambda: os.mkfifo(file),
+        lambda: file.symlink_to(run.parent / "elsewhere"),
+        file.mkdir,
+        lambda: file.write_text("mine"),
+        lambda: file.write_text('{"id": "a transcript"}\n'),
+        lambda: os.truncate(os.open(file, os.O_CREAT | os.O_WRONLY), 2**40),
+    ]
+    for make in makes:
+        make()
+        before = snapshot(run.parent)
+        for more in ((), ("--host", host.url, "--model", "m")):
+            done = label(run, *more)
+            assert (done.code, done.problem()) == (2, ""), done
+        assert snapshot(run.parent) == before
+        file.rmdir() if file.is_dir() else file.unlink()
+    before = snapshot(run.parent)
+    for url in ("nowhere", "ftp://x", "http://a:b@c/"):
+        assert label(run, "--host", url, "--model", "m").code == 2
+    assert snapshot(run.parent) == before
+
+
+def test_two_commands_that_ask_a_host_are_one_too_many(run: Path, host: FakeHost) -> None:
+    with FileLock(run.parent / "r.zarr.labels.jsonl.proposals"):
+        done = label(run, "--host", host.url, "--model", "m")
+    assert done.code == 2
+    assert "is being written by process" in done.err
+    assert label(run).code == 0

@@ -43,6 +43,23 @@ class Feature(BaseModel):
     examples_quantiles: list[Quantile]
 
 
+class CircuitTracerFeature(BaseModel):
+    """As circuit-tracer 0.5.0's frontend/feature_models.py has it."""
+
+    model_config = ConfigDict(strict=True)
+
+    transcoder_id: str
+    index: int
+    examples_quantiles: list[Quantile]
+    top_logits: list[str]
+    bottom_logits: list[str]
+    act_min: float
+    act_max: float
+    quantile_values: list[float]
+    histogram: list[float]
+    activation_frequency: float
+
+
 def test_pages_are_those_of_the_runs_tokens(tmp_path: Path) -> None:
     run = wb.open_run(DATA / "demo.zarr")
     ds = expert_examples.load(run)
@@ -55,6 +72,10 @@ def test_pages_are_those_of_the_runs_tokens(tmp_path: Path) -> None:
         data = json.loads(file.read_text())
         page = Feature.model_validate_json(file.read_text())
         assert file.stem == str(page.index)
+        other = CircuitTracerFeature.model_validate_json(file.read_text())
+        chosen = (data_of_run["experts"][data["layer"]] == data["expert"]).any(-1)
+        assert other.activation_frequency == pytest.approx(chosen.mean(), abs=1e-5)
+        assert 0 <= other.act_min < other.act_max <= 1
         assert page.index == feature_pages.expert_number(run.model, data["layer"], data["expert"])
         for quantile in data["examples_quantiles"]:
             for example in quantile["examples"][:3]:

@@ -26,10 +26,12 @@ from workbench.adapters.trainable import Options, attach, attach_existing, detac
 from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.file_lock import FileLock
+from workbench.inputs import open_regular
 from workbench.kernels.logits import logprob
+from workbench.model.adapter_config import read_adapter_config
 from workbench.model.low_rank import LowRank
 from workbench.model.transformer import GptOss
-from workbench.outputs import check_output, staged
+from workbench.outputs import check_output, sha256, staged
 from workbench.progress import progress
 from workbench.signals import StopSignal
 from workbench.version import version
@@ -103,7 +105,7 @@ def finetune(
         "options": dataclasses.asdict(options) | {"parts": list(options.parts)},
         "schedule": dataclasses.asdict(schedule) | {"steps": steps},
         "channels": None if channels is None else sorted(channels),
-        "adapter": adapter and hashlib.sha256((Path(adapter) / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        "adapter": adapter and _weights_digest(Path(adapter)),
         "dtype": str(model.dtype),
     }
     state = target.with_name(f"{target.name}.training.safetensors")
@@ -218,6 +220,21 @@ class Training:
             p.data.copy_(tensors[name])
             moments = {k: tensors[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
             self._optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+
+
+def _weights_digest(folder: Path) -> str:
+    """Return the SHA-256 of the weights of a PEFT folder.
+
+    Raises:
+        InputError: the folder has none, or no configuration that can be read.
+    """
+    read_adapter_config(folder)
+    path = folder / "adapter_model.safetensors"
+    try:
+        with open_regular(path):  # no pipe, which would wait for ever
+            return sha256(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def summed_loss(model: GptOss, batch: list[Example]) -> Float[Tensor, ""]:

@@ -40,6 +40,7 @@ class Case:
     reference: Callable[[torch.dtype], Results]
     bytes: float
     flops: float = 0.0
+    rounding: float = 2.0  # times the error of torch in bfloat16 is allowed
 
 
 class Layer:
@@ -173,6 +174,7 @@ def _moe_backward(layer: Layer, tokens: int, problem: str) -> Case:
         reference,
         8 / 3 * len(experts.unique()) * layer.expert_bytes + 4 * tokens * cfg.d_model * _BYTES,
         16 * tokens * cfg.experts_per_token * cfg.d_model * cfg.d_mlp,
+        4.0,  # torch's gradient keeps more in float32
     )
 
 
@@ -212,6 +214,9 @@ def _attention(
         reference,
         (3 if backward else 1) * read * cfg.d_head * _BYTES,
         (14 if backward else 4) * pairs * cfg.n_heads * cfg.d_head,
+        # Flash attention's gradient subtracts the output times its gradient, where the output has been rounded: of
+        # rows with few keys little is left. On an H100 the worst of 431 rows was 1 to 5 times as far off as torch.
+        10.0 if backward else 2.0,
     )
 
 
@@ -294,13 +299,10 @@ def row_error(got: Tensor, want: Tensor) -> float:
 
 
 def compare(case: Case) -> tuple[float, float]:
-    """Return the largest error of a row, and the allowed one: four times torch's in bfloat16, and a minimum.
-
-    Four, as flash attention's gradient rounds patterns and their gradients too, which torch keeps in float32 here.
-    """
+    """Return the largest error of a row, and the allowed one: a multiple of torch's in bfloat16, and a minimum."""
     got, want, torch_bf16 = case.launch(), case.reference(torch.float64), case.reference(torch.bfloat16)
     worst = (0.0, 1.0)
     for g, w, t in zip(got, want, torch_bf16, strict=True):
-        allowed = 4 * row_error(t, w) + (2**-9 if g.dtype == torch.bfloat16 else 1e-5)
+        allowed = case.rounding * row_error(t, w) + (2**-9 if g.dtype == torch.bfloat16 else 1e-5)
         worst = max(worst, (row_error(g, w), allowed), key=lambda pair: pair[0] / pair[1])
     return worst

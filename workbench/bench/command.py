@@ -79,6 +79,34 @@ def full(
 
 
 @app.command()
+def graph(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            help="Checkpoint folder, .gguf file, 'nano', ollama:NAME, or a Hugging Face id. "
+            "[default: random weights in the shape of 20b (13 GB of disk)]"
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the explained sequence.")] = 256,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=24, help="Layers of the random weights. [default: all]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, mps or cuda:0.")] = "cpu",
+    rounds: Annotated[int, typer.Option(min=1, help="Graphs that are made.")] = 2,
+    out: Json = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure time and memory of an attribution graph of one target."""
+    save = _output(out, overwrite)
+    from workbench.bench.graph import run
+    from workbench.errors import InputError
+
+    if checkpoint is not None and layers is not None:
+        raise InputError("--layers is for random weights: leave it out, or leave the checkpoint out")
+    save(run(checkpoint, tokens=tokens, layers=layers, device=device, rounds=rounds))
+
+
+@app.command()
 def capture(
     checkpoint: Annotated[
         str, typer.Argument(help="Checkpoint folder, .gguf file, 'nano', ollama:NAME, or a Hugging Face id.")

@@ -32,19 +32,19 @@ PAGES = {
     "overview": "Tokens by channel and effort",
     "experts": "Expert load",
     "sinks": "Sink attention",
-    "channels": "Load share",
+    "channels": "Expert load: analysis",
     "effort": "Accuracy vs. reasoning length",
     "transcript": "Expected",
 }
 CHANGES = {
     "experts": [
-        ("button", "low", "chosen: analysis, low"),
-        ("button", "high", "chosen: analysis, high"),
-        ("Channel", "final", "chosen: final, high"),
+        ("button", "low", "uniform: analysis, low"),
+        ("button", "high", "uniform: analysis, high"),
+        ("Channel", "final", "uniform: final, high"),
         ("Layer", "7", "Layer 7,"),
     ],
-    "sinks": [("Channel", "prompt", "mass: prompt"), ("Layer", "11", "Layer 11,")],
-    "effort": [("Task", "task 3", "brings: task 3")],
+    "sinks": [("Channel", "prompt", "attention: prompt"), ("Layer", "11", "Layer 11,")],
+    "effort": [("Task", "task 3", "length: task 3")],
     "transcript": [("button", "next ›", "Expected")],
 }
 _SEES = """

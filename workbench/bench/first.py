@@ -1,7 +1,8 @@
-"""The first ten minutes on a GPU: correctness before timings, each step in a process of its own.
+"""The first minutes on a GPU: correctness before timings, each step in a process of its own.
 
-A step that crashes, hangs or fails is recorded, and the other steps run. Timings run only where every step before them
-passed. The result is one JSON file and a short Markdown table of it, to be read and sent back.
+Steps that check run side by side, as most of their time is spent compiling and on references on the CPU. A step that
+crashes, hangs or fails is recorded, and the other steps run. Timings run alone, and only where every other step passed.
+The result is one JSON file and a short Markdown table of it, to be read and sent back.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +23,20 @@ from workbench.outputs import MARKER, check_files, write_files
 
 _MODULE = "workbench.bench.first_steps"
 _ERROR_CHARACTERS = 2000
+_AT_ONCE = max(1, min(6, (os.cpu_count() or 1) // 2))  # steps that check
 
 
 class Step(NamedTuple):
-    """One step: a function ("module:name") that takes a device and returns numbers, or raises where they are wrong."""
+    """One step: a function ("module:name") that takes a device and returns numbers, or raises where they are wrong.
+
+    Names are unique.
+    """
 
     name: str
     purpose: str
     function: str
     limit_s: float
-    timing: bool = False  # runs only where every earlier step passed that is not optional
-    optional: bool = False  # checks what is off unless it is switched on
+    timing: bool = False  # runs alone, and only where every other step passed
 
 
 STEPS = (
@@ -46,39 +51,45 @@ STEPS = (
     Step("sanitizer", "compute-sanitizer on a small forward and backward pass", f"{_MODULE}:sanitizer", 240),
     Step("profile", "the kernels of two layers of gpt-oss-20b, in one decode step", f"{_MODULE}:profile", 120),
     Step("memory", "weights and a pass of gpt-oss-120b's layers against the plan", f"{_MODULE}:memory", 180),
-    Step("graphs", "decode steps of nano as CUDA graphs: the same tokens", f"{_MODULE}:graphs", 120, optional=True),
+    Step("graphs", "decode steps of nano as CUDA graphs: the same tokens", f"{_MODULE}:graphs", 120),
     Step("timings", "kernels and models as fractions of the card's limits", f"{_MODULE}:timings", 600, timing=True),
 )
 
 
 def run(device: str, out: Path, steps: Sequence[Step] = STEPS, *, overwrite: bool = False) -> dict[str, Any]:
-    """Run the steps in order, and write `out` (JSON) and its Markdown after each of them.
+    """Run the steps, timings last, and write `out` (JSON) and its Markdown whenever one has ended.
 
     Raises:
         InputError: the files may not be written, see `workbench.outputs`.
     """
     page, marker = out.with_suffix(".md"), f".{out.stem}{MARKER}"
     check_files([out.name, page.name], out.parent, command="bench", overwrite=overwrite, marker=marker)
-    result: dict[str, Any] = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": device,
-        "steps": [],
-    }
-    for i, step in enumerate(steps):
-        done = zip(steps[:i], result["steps"], strict=True)
-        failed = [row["name"] for s, row in done if row["status"] in ("failed", "timeout") and not s.optional]
-        if step.timing and failed:
-            row = {
-                "status": "skipped",
-                "seconds": 0.0,
-                "error": f"not timed, as these steps failed: {', '.join(failed)}",
-            }
-        else:
-            print(f"{step.name}: {step.purpose} (at most {step.limit_s:.0f} s)", file=sys.stderr, flush=True)
-            row = _child(step, device)
-        result["steps"].append({"name": step.name, "purpose": step.purpose, "limit_s": step.limit_s, **row})
+    begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    rows: dict[str, dict[str, Any]] = {}
+
+    def ended(step: Step, row: dict[str, Any]) -> dict[str, Any]:
+        """Write what has ended so far, in the order of the steps."""
+        print(f"{step.name}: {row['status']} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
+        again = overwrite or bool(rows)
+        rows[step.name] = {"name": step.name, "purpose": step.purpose, "limit_s": step.limit_s, **row}
+        listed = [rows[s.name] for s in steps if s.name in rows]
+        result: dict[str, Any] = {"started": begun, "device": device, "steps": listed}
         files = {out.name: json.dumps(result, indent=1) + "\n", page.name: markdown(result)}
-        write_files(files, out.parent, command="bench", overwrite=overwrite or i > 0, marker=marker)
+        write_files(files, out.parent, command="bench", overwrite=again, marker=marker)
+        return result
+
+    checks = [step for step in steps if not step.timing]
+    print(f"checking: {', '.join(step.name for step in checks)}", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        running = {pool.submit(_child, step, device): step for step in checks}
+        for future in as_completed(running):
+            result = ended(running[future], future.result())
+    failed = [row["name"] for row in rows.values() if row["status"] in ("failed", "timeout")]
+    listed = ", ".join(sorted(failed, key=[step.name for step in steps].index))
+    skipped = {"status": "skipped", "seconds": 0.0, "error": f"not timed, as these steps failed: {listed}"}
+    for step in steps:
+        if step.timing:
+            result = ended(step, skipped if failed else _child(step, device))
     return result
 
 

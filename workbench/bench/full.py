@@ -64,7 +64,7 @@ def run(
     return result
 
 
-class _OwnMemory(threading.Thread):
+class OwnMemory(threading.Thread):
     """The most memory that is no file's, looked at twenty times a second; None where the system does not tell."""
 
     def __init__(self) -> None:
@@ -72,14 +72,22 @@ class _OwnMemory(threading.Thread):
         self.peak: int | None = None
 
     def run(self) -> None:
-        while _STATUS.exists():
-            fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-            self.peak = max(self.peak or 0, int(fields["RssAnon"].split()[0]) * 1024)
+        """Look, until the process ends."""
+        while (now := self.now()) is not None:
+            self.peak = max(self.peak or 0, now)
             time.sleep(0.05)
+
+    @staticmethod
+    def now() -> int | None:
+        """Return the bytes at this moment."""
+        if not _STATUS.exists():
+            return None
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return int(fields["RssAnon"].split()[0]) * 1024
 
 
 def _work(folder: str, scratch: str, tokens: str, new: str, device: str) -> dict[str, Any]:
-    own = _OwnMemory()
+    own = OwnMemory()
     own.start()
     times = [time.perf_counter()]
     model = load(folder, device=device)

@@ -7,6 +7,7 @@ layers is then scaled to all of them, and the row says so.
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from workbench.capture.recording import parse, wanted
 from workbench.hooks.recorders import Recorder
 from workbench.model.cache import KVCache
 from workbench.model.config import GROUP, Config
+from workbench.model.decode_graph import DecodeStep
 from workbench.model.export import RandomTensors
 from workbench.model.names import shapes
 from workbench.model.transformer import GptOss
@@ -35,7 +37,7 @@ def measure(
     clock: Clock, limits: Limits, name: str, cfg: Config, prefills: tuple[int, ...], batches: tuple[int, ...], past: int
 ) -> list[dict[str, Any]]:
     """Return a row for each prefill, plain and recorded, and each batch that decodes after `past` tokens."""
-    n = fitting(cfg, clock.device, max(batches) * (past + 1))
+    n = fitting(cfg, clock.device, max(batches) * (past + steps_room(clock)))
     model = random_model(replace(cfg, n_layers=n, windows=cfg.windows[:n]), clock.device)
     rows = []
     with torch.no_grad():
@@ -45,8 +47,9 @@ def measure(
             least = limits.seconds(*layers(cfg, 1, tokens, 0, distinct))
             rows.append(row | {"fraction": least / row["seconds"], "recording": recorded / plain - 1})
         for batch in batches:
-            layer_s, unembed_s, distinct = _decode(clock, model, batch, past)
-            row = _row(name, cfg, n, f"decode of {batch} after {past:,}", batch, layer_s, unembed_s)
+            step_s, eager_s, unembed_s, distinct = _decode(clock, model, batch, past)
+            row = _row(name, cfg, n, f"decode of {batch} after {past:,}", batch, step_s - unembed_s, unembed_s)
+            row |= {"eager_s": (eager_s - unembed_s) * cfg.n_layers / n + unembed_s}
             vocabulary = Work(2.0 * cfg.d_vocab * cfg.d_model, 2.0 * batch * cfg.d_vocab * cfg.d_model)
             least = limits.seconds(*map(sum, zip(layers(cfg, batch, 1, past, distinct), vocabulary, strict=True)))
             rows.append(row | {"fraction": least / row["seconds"]})
@@ -88,7 +91,7 @@ def fitting(cfg: Config, device: torch.device, cached: int) -> int:
 
 def random_model(cfg: Config, device: torch.device) -> GptOss:
     """Return a model of random weights: two layers are drawn, the others are copies of them in memory of their own."""
-    drawn = RandomTensors(replace(cfg, n_layers=2, windows=cfg.windows[:2]))
+    drawn = RandomTensors(replace(cfg, n_layers=2, windows=cfg.windows[:2]), device=device)
     first: dict[str, Tensor] = {}
     state: dict[str, Tensor] = {}
     for name in shapes(cfg, "mxfp4"):
@@ -99,7 +102,7 @@ def random_model(cfg: Config, device: torch.device) -> GptOss:
         if source in first:
             state[name] = first[source].clone()
         else:
-            state[name] = first[source] = drawn[source].to(device)
+            state[name] = first[source] = drawn[source]
     with torch.device("meta"):
         model = GptOss(cfg, packed=True)
     model.load_state_dict(state, assign=True)
@@ -139,15 +142,22 @@ def _prefill(clock: Clock, model: GptOss, tokens: int) -> tuple[float, float, fl
     return clock(plain), clock(recorded), _distinct(model, plain)
 
 
-def _decode(clock: Clock, model: GptOss, batch: int, past: int) -> tuple[float, float, float]:
-    """Seconds of the layers and of the logits, and the experts hit in a layer."""
-    new = _tokens(model, batch, 1)
-    cache = KVCache(model.cfg, batch, past + 1, dtype=model.dtype, device=model.device)
-    cache.advance(past)
+def _decode(clock: Clock, model: GptOss, batch: int, past: int) -> tuple[float, float, float, float]:
+    """Seconds of a step of `generate`, of one without CUDA graphs and of the logits; the experts hit in a layer."""
+    new, room = _tokens(model, batch, 1), steps_room(clock)
+    seconds = []
+    for graphs in (True, False):
+        cache = KVCache(model.cfg, batch, past + room, dtype=model.dtype, device=model.device)
+        cache.advance(past)
+        model.cuda_graphs, step = graphs, DecodeStep(model, cache)
+        seconds.append(clock(partial(step, new[:, 0])))
+        del cache, step
+    model.cuda_graphs = True
+    x = model.residual(new)
+    unembed = clock(lambda: model.unembed(model.ln_final(x)))
+    return seconds[0], seconds[1], unembed, _distinct(model, lambda: model.residual(new))
 
-    def step() -> Tensor:
-        cache.truncate([past] * batch)
-        return model.residual(new, cache=cache)
 
-    x = step()
-    return clock(step), clock(lambda: model.unembed(model.ln_final(x))), _distinct(model, step)
+def steps_room(clock: Clock) -> int:
+    """Return the positions that a cache needs for all steps that the clock takes."""
+    return clock.launches + 1

@@ -31,6 +31,11 @@ class Clock:
         self._flush = torch.empty(2**29 if self.on_gpu else 0, dtype=torch.uint8, device=device)
 
     @property
+    def launches(self) -> int:
+        """Return how often a launch is started, at most, to be timed."""
+        return _WARM_UP + 1 + _ROUNDS * self.repeats
+
+    @property
     def on_gpu(self) -> bool:
         """Return whether launches are timed with events."""
         return self.device.type == "cuda"

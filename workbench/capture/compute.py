@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workbench import harmony
 from workbench.capture.host_routing import HostRoutes
+from workbench.capture.neuron_lists import NeuronLists
 from workbench.capture.record_buffers import Buffers
 from workbench.errors import JobError
 from workbench.harmony.labels import Labels, channel_codes, role_codes
@@ -35,6 +36,7 @@ class Computed(NamedTuple):
     records: dict[str, np.ndarray]
     sums: dict[str, np.ndarray]
     examples: bool = False
+    neurons: dict[str, np.ndarray] | None = None
 
     def summarised(self, num_experts: int) -> dict[str, np.ndarray]:
         """Return sums [sequence channel ...], including those computed on the device, and examples of experts."""
@@ -44,7 +46,7 @@ class Computed(NamedTuple):
         if self.examples:
             lists = of_tokens(self.records["experts"], self.records["gates"], self.tokens, num_experts=num_experts)
             found |= {f"examples/{name}": values for name, values in lists.items()}
-        return found | self.sums
+        return found | (self.neurons or {}) | self.sums
 
 
 @torch.no_grad()
@@ -69,12 +71,18 @@ def compute(
     entropies: list[Tensor] = []
     buffers.start(tokens["sequence"], tokens["channel"], tokens["message"], members)
     routes = HostRoutes(model.cfg) if spec.host_routing else None
-    with model.hooks(fwd_hooks=[*buffers.fwd_hooks, *(routes.fwd_hooks if routes else [])]):
+    neurons = NeuronLists(spec, model.cfg) if spec.neuron_layers else None
+    if neurons is not None:
+        neurons.start(tokens)
+    extra = [*(routes.fwd_hooks if routes else []), *(neurons.fwd_hooks if neurons else [])]
+    with model.hooks(fwd_hooks=[*buffers.fwd_hooks, *extra]):
         for numbers in passes((len(row.tokens) for row in own), FORWARD_TOKENS):
             check()
             batch = [own[i] for i in numbers]
             tokens_of_pass, lengths = pack(batch, model.device)
             buffers.begin(tokens_of_pass.shape[1])
+            if neurons is not None:
+                neurons.begin(tokens_of_pass.shape[1])
             if routes is not None:
                 routes.begin(batch)
             residual = model.residual(tokens_of_pass, packed=lengths)
@@ -87,7 +95,7 @@ def compute(
         records |= {"logprob": torch.cat(logprobs).numpy(), "entropy": torch.cat(entropies).numpy()}
     if routes is not None:
         records |= routes.take()
-    return Computed(unit, tokens, records, sums, spec.examples)
+    return Computed(unit, tokens, records, sums, spec.examples, neurons.take() if neurons else None)
 
 
 def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -35,8 +35,9 @@ from workbench.runs.schema import CHUNK, Layout, Spec, arrays
 _SAMPLE_S = 20  # of computing a sample of the job
 _SAMPLE_BYTES = 256 * 2**20  # of its records before compression
 _SPARE = 1.1  # a plan is refused unless the disk has this many times what is expected
-# One H100: two operations a parameter in use, at 30 % of its 989 bfloat16 TFLOP/s; compression and writing at 1 GB/s,
-# of which `workbench bench store` measured 1.2 on two cores.
+# One H100: two operations a parameter in use, at 30 % of its 989 bfloat16 TFLOP/s: 41,000 tokens/s for gpt-oss-20b and
+# 29,000 for 120b. Passes of 8,192 tokens with random weights took 52,400 and 27,200, and 16 % more time when recorded,
+# see docs/benchmarks.md. Compression and writing at 1 GB/s, of which `workbench bench store` measured 1.2 on two cores.
 _H100_FLOPS = 0.3 * 989e12
 _WRITTEN_BYTES_PER_S = 1e9
 
@@ -241,7 +242,7 @@ def _estimated_rate(cfg: Config, bytes_per_token: float) -> tuple[float, str]:
     """Return tokens a second of one H100, and what limits it."""
     computing, writing = _H100_FLOPS / (2 * cfg.n_active_params), _WRITTEN_BYTES_PER_S / max(1.0, bytes_per_token)
     what = "computing" if computing <= writing else "writing at 1 GB/s before compression"
-    return min(computing, writing), f"estimated for one H100 and never measured, limited by {what}"
+    return min(computing, writing), f"estimated for one H100, limited by {what}"
 
 
 def _buffer_bytes(model: GptOss | ShapeModel, spec: Spec, layout: Layout, tokens: int) -> int:

@@ -75,7 +75,7 @@ def capture(
     _refuse_full_disk(model, job, _pending(job, None if overwrite else path), path)
     with (
         job_writer(job, model, transcripts, path, device=worker_device, overwrite=overwrite) as writer,
-        logged(log_to),  # a refused start leaves no log
+        logged(log_to),
         StopSignal(str(path)) as interrupt,
     ):
         pending = writer.pending()
@@ -94,8 +94,10 @@ def capture(
                 else:
                     pipeline.run(model, job.rows, job.spec, writer, pending, check=interrupt.check, done=done.unit)
         writer.finish()
+        written = open_run(path)
+        _ = written.sequences  # a damaged table is refused here, where it leaves no log
         log.info("%s: complete", path)
-    return open_run(path)
+    return written
 
 
 def _announce(model: GptOss, job: JobPlan, pending: Sequence[int], path: str | Path) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.capture.compute import Computed
-from workbench.errors import InputError
+from workbench.errors import InputError, JobError
 from workbench.outputs import check_output, made_parents
 
 log = logging.getLogger("workbench.capture")
@@ -81,10 +81,14 @@ def _is_log(path: Path) -> bool:
 
 @contextmanager
 def logged(target: Path | None) -> Iterator[None]:
-    """Write what is logged in the block to the end of a file, a line each; to none for None."""
+    """Write what is logged in the block to the end of a file, a line each; to none for None.
+
+    A job that is refused leaves no new file; one that stops leaves it, with the reason.
+    """
     if target is None:
         yield
         return
+    is_new = not target.exists()
     with made_parents(target):
         handler = logging.FileHandler(target, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -93,6 +97,10 @@ def logged(target: Path | None) -> Iterator[None]:
     log.setLevel(logging.INFO)
     try:
         yield
+    except Exception as error:
+        if is_new and not isinstance(error, JobError):
+            target.unlink(missing_ok=True)
+        raise
     finally:
         log.removeHandler(handler)
         log.setLevel(level)

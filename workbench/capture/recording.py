@@ -1,10 +1,11 @@
 """Parse what a user asks to record into hook points and arrays of the store.
 
 A record is `routing`, `router_logits`, `sinks`, `logprobs`, `sink_sums` (of the sinks only sums by sequence and
-channel), `examples` (of every expert, the tokens of its largest gate weights and a random sample), a hook point of the
-blocks, or a user's own (`workbench.capture.recorder`). Options behind the name select from it, the same for every
-record:
+channel), `examples` (of every expert, the tokens of its largest gate weights and a random sample), `neurons` (of every
+neuron of the experts, the tokens of its largest activations), a hook point of the blocks, or a user's own
+(`workbench.capture.recorder`). Options behind the name select from it, the same for every record:
 
+    neurons:3,7                                    the largest activations of the neurons of these layers
     resid_post                                     every layer, every token
     resid_post:3,7                                 these layers, as resid_post layers=3,7
     router_logits layers=0-3 channel=final         logits of the final channel in layers 0 to 3
@@ -71,8 +72,12 @@ def parse(record: Sequence[RecordOption] | str, cfg: Config, routing: str = "own
     record = [" ".join(r.split()) if isinstance(r, str) else r for r in record]
     if repeated := [r for i, r in enumerate(record) if r in record[:i]]:
         raise InputError(f"--record names {_shown(repeated[0])} twice: once is enough")
-    switches = {name: name in record for name in _SWITCHES}
-    parsed = [_parsed(r, cfg) for r in record if not (isinstance(r, str) and r in _SWITCHES)]
+    switches: dict[str, Any] = {name: name in record for name in _SWITCHES}
+    neurons = [r for r in record if isinstance(r, str) and r.partition(":")[0].split(" ")[0] == "neurons"]
+    if len(neurons) > 1:
+        raise InputError("--record names neurons twice: give all of its layers once, as in neurons:3,7")
+    others = [r for r in record if r not in neurons]
+    parsed = [_parsed(r, cfg) for r in others if not (isinstance(r, str) and r in _SWITCHES)]
     selected = [a for one in parsed for a, _ in one]
     functions = {a.name: function for one in parsed for a, function in one if function is not None}
     _refuse_repeated(selected, switches)
@@ -82,9 +87,23 @@ def parse(record: Sequence[RecordOption] | str, cfg: Config, routing: str = "own
         raise InputError("--routing host: also record routing, without options: it holds the experts that were forced")
     if switches["examples"] and not switches["routing"]:
         raise InputError("--record examples: also record routing, without options: examples are chosen by gate weight")
+    if neurons and not switches["routing"]:
+        raise InputError("--record neurons: also record routing, without options: it says which tokens an expert had")
+    switches["neuron_layers"] = _neuron_layers(neurons[0], cfg) if neurons else ()
     points = tuple(a for a in selected if isinstance(a, Activation))
     own = tuple(a for a in selected if isinstance(a, Record))
     return Spec(activations=points, records=own, functions=functions, host_routing=routing == "host", **switches)
+
+
+def _neuron_layers(text: str, cfg: Config) -> tuple[int, ...]:
+    """Return the layers of a record of neurons."""
+    where = f"--record {text}"
+    name, *words = text.split()
+    _, _, layers = name.partition(":")
+    options = record_options.read(text, [*([f"layers={layers}"] if layers else []), *words])
+    found = record_options.layers(where, options.pop("layers", ()), cfg.n_layers)
+    _refuse_left(where, "neurons", options)
+    return found
 
 
 def _shown(record: RecordOption) -> str:
@@ -215,7 +234,7 @@ def _refuse_unknown(where: str, point: str, hook: str | None) -> None:
     if hook is None:
         known = sorted(h.replace("hook_", "") for h in PER_TOKEN if h not in _HAS_ITS_OWN_NAME)
         raise InputError(
-            f"{where}: cannot record {point!r}: choose from {', '.join(_SWITCHES)}, or the hook points "
+            f"{where}: cannot record {point!r}: choose from {', '.join(_SWITCHES)}, neurons, or the hook points "
             f"{', '.join(known)}, or "
             "name a recorder as FILE.py:NAME"
         )

@@ -26,6 +26,7 @@ app.add_typer(bench, name="bench")
 
 # the base class of wrong usage, of click or of the copy of it that newer versions of typer bring
 _USAGE_ERRORS: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_INTERRUPT_CODE = 130
 _INTERRUPTED = "interrupted; finished work is kept, rerun the command to resume"
 # what an extra brings that a command cannot do without
 _EXTRAS = {"panel": "dashboard", "kaleido": "figures", "distributed": "cluster", "s3fs": "s3", "playwright": "dev"}
@@ -44,7 +45,7 @@ def main() -> None:
             sys.exit(2)
         _fail(error.format_message(), error.exit_code)
     except typer.Abort:
-        _fail(_INTERRUPTED, 130)
+        _fail(_INTERRUPTED, _INTERRUPT_CODE)
     except InputError as error:
         _fail(str(error), 2)
     except ModuleNotFoundError as error:
@@ -62,7 +63,7 @@ def main() -> None:
         _discard_output()
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
     except KeyboardInterrupt:
-        _fail(_INTERRUPTED, 130)
+        _fail(_INTERRUPTED, _INTERRUPT_CODE)
 
 
 def _run() -> int:
@@ -73,6 +74,8 @@ def _run() -> int:
         if isinstance(ended.__context__, BrokenPipeError):  # typer itself ends at a closed pipe, with 1
             raise ended.__context__ from None
         raise
+    if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and says nothing
+        raise KeyboardInterrupt
     if sys.stdout is not None:
         sys.stdout.flush()
     return code if isinstance(code, int) else 0

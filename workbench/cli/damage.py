@@ -44,8 +44,9 @@ def _raise_damage(arguments: dict[str, Any], error: Exception) -> None:
     from workbench.runs.verify import verify
 
     for path in _runs(arguments):
-        if problems := verify(path):
-            raise DamageError(path, f"{problems[0].where}: {problems[0].what}") from error
+        for problem in verify(path)[:1]:
+            what = problem.what if problem.where == path else f"{problem.where}: {problem.what}"
+            raise DamageError(path, what) from error
 
 
 def _runs(arguments: dict[str, Any]) -> Iterator[str]:

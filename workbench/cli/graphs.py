@@ -1,11 +1,12 @@
-"""The command that explains one token of an answer by an attribution graph."""
+"""Commands that look inside one sequence: the attribution graph of a token, and attention patterns."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from workbench.cli.options import Device, Dtype, Model, Overwrite, load_model
+from workbench.cli.damage import names_damage
+from workbench.cli.options import Device, Dtype, Model, Overwrite, RunPath, load_model
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -113,3 +114,61 @@ def _described(found: Any) -> str:
     for _, row in inner.iterrows():
         lines.append(f"  {label(row)} at token {row['pos']} ({row['token']!r}): {row['value']:+.2f} logits")
     return "\n".join(lines)
+
+
+@app.command()
+@names_damage
+def attention(
+    run: RunPath,
+    id: Annotated[str, typer.Argument(help="Id or number of a sequence.")],
+    model: Annotated[str, typer.Option(help="The model that the run was captured from, as for `capture`.")],
+    out: Annotated[Path, typer.Option(help="NumPy archive to write.")] = Path("attention.npz"),
+    layers: Annotated[str | None, typer.Option(help="Layers, as in 0-3 or 0,2. [default: all]")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens, as in 100-227. [default: from 0, as many as fit 4 million values]")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the attention patterns of one sequence, with the learned sink as a column of its own.
+
+    One forward pass of the model computes them. The dashboard's page Attention runs this command when it is opened.
+    """
+    from workbench.experiments import attention_patterns
+    from workbench.experiments.from_run import transcripts
+    from workbench.outputs import check_output, staged
+    from workbench.runs import open_run
+    from workbench.runs.attention_file import write
+
+    check_output(out, command="attention", inputs=[run, model], overwrite=overwrite)
+    opened = open_run(run)
+    known = opened.sequences
+    numbers = [int(n) for n in known.index[(known["id"] == id) | (known.index.astype(str) == id)]]
+    if not numbers:
+        raise InputError(f"{id!r} is not in {run}: it has {len(known)} sequences, such as {', '.join(known['id'][:3])}")
+    chosen = None if layers is None else [n for first, last in _ranges(layers, "--layers") for n in range(first, last)]
+    start, stop = (0, None) if tokens is None else _ranges(tokens, "--tokens")[0]
+    loaded = load_model(model, device, dtype)
+    if loaded.checkpoint.digest != opened.checkpoint["digest"]:
+        raise InputError(f"{run} was captured from another checkpoint than {model}: give that one with --model")
+    (row,) = transcripts(opened, numbers[:1])
+    found = attention_patterns.load(loaded, list(row.tokens), layers=chosen, start=start, stop=stop)
+    found.attrs |= {"run_digest": opened.digest, "sequence": numbers[0], "id": row.id}
+    with staged(out, command="attention", inputs=[run, model], overwrite=overwrite) as part:
+        write(found, part)
+    sizes = found["pattern"].sizes
+    print(f"{out}: {sizes['layer']} layers, {sizes['head']} heads, {sizes['query']} of {len(row.tokens)} tokens")
+
+
+def _ranges(text: str, option: str) -> list[tuple[int, int]]:
+    """Return each part of a text such as "0-3,7" as its first number and the one after its last."""
+    found = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and len(first) < 10 and (not dash or (last.isdecimal() and len(last) < 10))):
+            raise InputError(f"{option} {text!r}: expected numbers or ranges of numbers, as in 0-3,7")
+        found.append((int(first), int(last if dash else first) + 1))
+    if not all(first < end and end - first <= 2**20 for first, end in found):
+        raise InputError(f"{option} {text!r}: a range starts with its smaller number, as in 0-3")
+    return found

@@ -1,10 +1,12 @@
 """The command that labels the experts of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from workbench.cli.damage import names_damage
 from workbench.cli.options import MAX_SEED, RunPath
 from workbench.errors import InputError
 
@@ -12,6 +14,7 @@ app = typer.Typer()
 
 
 @app.command()
+@names_damage
 def label(
     run: RunPath,
     host: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible API that proposes labels.")] = None,
@@ -27,35 +30,45 @@ def label(
 
     Without --host each expert gets an automatic line: over-represented tokens, channel and position. A host proposes
     labels from examples and scores each on others: 0.5 is chance. Labels that you wrote into RUN.labels.jsonl are kept.
+    Rerun the command to resume.
     """
     from workbench.runs import open_run
-    from workbench.studies import expert_examples, expert_labels, label_proposals
+    from workbench.studies import expert_examples, expert_labels
 
     if (host is None) != (model is None):
         raise InputError("--host and --model go together: give both, or neither for automatic labels")
     opened = open_run(run)
-    expert_labels.path_of(opened)
+    path = expert_labels.check(opened)
     if wrong := set(layers or ()) - set(range(opened.model["n_layers"])):
         raise InputError(f"--layers {min(wrong)}: the model has layers 0 to {opened.model['n_layers'] - 1}")
-    old = expert_labels.read(opened)
-    examples = expert_examples.load(opened, seed=seed)
-    found = expert_labels.merged(old, expert_labels.automatic(examples))
-    path: Path = expert_labels.write(opened, found)
-    if host is not None and model is not None:
+    if host is None or model is None:
+        found = expert_labels.update(opened, expert_labels.automatic(expert_examples.load(opened, seed=seed)))
+    else:
         from workbench.harmony.hosts.client import Host
 
         client = Host(host, key_env=key_env, timeout=timeout, retries=4, per_minute=None)
-        ask = label_proposals.asker(client, model)
-        proposed = label_proposals.propose(opened, examples, ask, name=model, layers=layers or (), seed=seed)
-        done = []
         try:
-            for row in proposed:
-                done.append(row)
-                print(f"layer {row['layer']} expert {row['expert']}: {row['proposed']} (score {row['score']:.2f})")
-        finally:  # what was proposed before an error is kept
+            found = _propose(opened, client, model, path, layers or (), seed)
+        finally:
             client.close()
-            automatic = expert_labels.automatic(examples)
-            found = expert_labels.merged(found, label_proposals.with_proposals(automatic, done))
-            expert_labels.write(opened, found)
     edited = int(expert_labels.is_edited(found).sum())
     print(f"{path}: {len(found)} experts, {int((found['proposed'] != '').sum())} proposed, {edited} written by hand")
+
+
+def _propose(run: Any, client: Any, model: str, path: Path, layers: Sequence[int], seed: int) -> Any:
+    """Let a model propose labels, each on the disk before the next is asked for; those that it proposed are kept."""
+    from workbench.file_lock import FileLock
+    from workbench.studies import expert_examples, expert_labels, label_proposals
+
+    with FileLock(path.with_name(f"{path.name}.proposals")):
+        examples = expert_examples.load(run, seed=seed)
+        automatic = expert_labels.automatic(examples)
+        found = expert_labels.merged(expert_labels.read(run), automatic)
+        known = label_proposals.proposed_by(found, model)
+        if known:
+            print(f"{path}: {len(known)} experts have labels that {model} proposed; remove their lines to ask again")
+        ask = label_proposals.asker(client, model)
+        for row in label_proposals.propose(run, examples, ask, name=model, layers=layers, seed=seed, known=known):
+            found = expert_labels.update(run, label_proposals.with_proposals(automatic, [row]))
+            print(f"layer {row['layer']} expert {row['expert']}: {row['proposed']} (score {row['score']:.2f})")
+        return expert_labels.update(run, automatic)

@@ -1,5 +1,6 @@
 """Commands from prompts to runs: generate and collect conversations, capture, verify and export."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -210,10 +211,11 @@ def capture(
     """Record activations of a model on transcripts into a run. Rerun the command to resume.
 
     --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, examples (tokens of each
-    expert), a hook point such as resid_post, or FILE.py:NAME of a wb.Recorder, whose file is executed. Options behind
-    it select: "resid_post:0-3", "router_logits layers=0-3 channel=final", "sinks heads=0,12 role=assistant",
-    "attn.z:5 heads=0 every=4" (also experts, slots, part, message, position, last), and reduce: "mlp_out reduce=norm"
-    (raw, norm, mean, moments, message; "reduce=moments sketch=64"). See docs/howto/record.md.
+    expert), neurons (tokens of each neuron; "neurons:3,7" in these layers), a hook point such as resid_post, or
+    FILE.py:NAME of a wb.Recorder, whose file is executed. Options behind it select: "resid_post:0-3", "router_logits
+    layers=0-3 channel=final", "sinks heads=0,12 role=assistant", "attn.z:5 heads=0 every=4" (also experts, slots,
+    part, message, position, last), and reduce: "mlp_out reduce=norm" (raw, norm, mean, moments, message;
+    "reduce=moments sketch=64"). See docs/howto/record.md.
     """
     from workbench.capture import job, recording
 
@@ -295,9 +297,12 @@ def verify(
     """Validate a run and list damaged arrays; exit with 1 if there are any."""
     from workbench.harmony.flags import counted_in
     from workbench.runs import open_run
+    from workbench.runs.storage import storage_at
     from workbench.runs.verify import other_content
     from workbench.runs.verify import verify as check
 
+    if not storage_at(run).exists():
+        raise InputError(f"{run} is not there: name the folder of a run")
     problems = check(run, workers=workers)
     for problem in problems:
         print(f"{problem.where}: {problem.what}")
@@ -345,11 +350,16 @@ def export(
     sequences: Annotated[
         int, typer.Option(min=1, help="neuronpedia: sequences over which those logits are averaged.")
     ] = 50,
+    neurons: Annotated[
+        list[str] | None,
+        typer.Option(help="neuronpedia: also pages of the neurons of an expert, LAYER.EXPERT; repeat for several."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a selection of a run for other programs: `export RUN FORMAT --out PATH`, or `export RUN PATH --format`.
 
-    neuronpedia writes a page for each expert with its examples, as NUMBER.json, for a graph's --features.
+    neuronpedia writes a page for each expert with its examples, as NUMBER.json, for a graph's --features. --neurons
+    adds those of single neurons, from a run that was captured with --record neurons.
     """
     from workbench.runs import open_run
     from workbench.runs.export import Selection
@@ -363,9 +373,9 @@ def export(
         refused |= {"--part": part, "--effort": effort, "--task": task}
         if wrong := [name for name, given in refused.items() if given]:
             raise InputError(f"{wrong[0]} is for other formats: pages of experts are of the whole run")
-        return _pages(run, out, model, sequences, overwrite)
-    if model is not None:
-        raise InputError("--model is for the format neuronpedia")
+        return _pages(run, out, model, sequences, _experts(neurons or []), overwrite)
+    if model is not None or neurons:
+        raise InputError(f"{'--model' if model is not None else '--neurons'} is for the format neuronpedia")
     chosen = [tuple(names or ()) for names in (channel, role, part, effort, task)]
     n = write(
         open_run(run),
@@ -380,14 +390,30 @@ def export(
     print(f"{out}: {n:,} tokens")
 
 
-def _pages(run: str, out: Path, model: str | None, sequences: int, overwrite: bool) -> None:
-    """Write the pages of a run's experts."""
+def _experts(names: list[str]) -> list[tuple[int, int]]:
+    """Return layer and expert of each name, as 2.5.
+
+    Raises:
+        InputError: a name has another form.
+    """
+    for name in names:
+        if not re.fullmatch(r"\d{1,6}\.\d{1,6}", name):
+            raise InputError(f"--neurons {name}: name an expert by layer and number, as 2.5")
+    return [(int(layer), int(expert)) for layer, expert in (name.split(".") for name in dict.fromkeys(names))]
+
+
+def _pages(
+    run: str, out: Path, model: str | None, sequences: int, experts: list[tuple[int, int]], overwrite: bool
+) -> None:
+    """Write the pages of a run's experts, and of the neurons of some."""
     from workbench.outputs import check_output
     from workbench.runs import open_run
-    from workbench.studies import expert_examples, feature_pages
+    from workbench.studies import expert_examples, feature_pages, neuron_examples
 
     check_output(out, command="export", inputs=[run], overwrite=overwrite)
     opened, logits = open_run(run), None
+    own = [neuron_examples.load(opened, layer=layer, expert=expert) for layer, expert in experts]
+    effects: list[Any] = [None] * len(own)
     if model is not None:
         from workbench.experiments import expert_logits
         from workbench.experiments.from_run import transcripts
@@ -398,5 +424,9 @@ def _pages(run: str, out: Path, model: str | None, sequences: int, overwrite: bo
             raise InputError(f"{run} was captured from another checkpoint than {model}: give that one")
         rows = transcripts(opened, chosen_sequences(opened, loaded.cfg.n_ctx, sequences))
         logits = expert_logits.load(loaded, rows)
-    n = feature_pages.write_pages(opened, out, expert_examples.load(opened), logits, overwrite=overwrite)
-    print(f"{out}: pages of {n} experts" + ("" if logits is not None else ", without logits: give --model for them"))
+        effects = [expert_logits.neuron_logits(loaded, layer, expert) for layer, expert in experts]
+    neurons = [p for ds, e in zip(own, effects, strict=True) for p in feature_pages.neuron_pages(opened, ds, e)]
+    examples = expert_examples.load(opened)
+    n = feature_pages.write_pages(opened, out, examples, logits, neurons=neurons, overwrite=overwrite)
+    shown = f"pages of {n - len(neurons)} experts" + (f" and {len(neurons)} neurons" if neurons else "")
+    print(f"{out}: {shown}" + ("" if logits is not None else ", without logits: give --model for them"))

@@ -168,7 +168,10 @@ def dashboard(
     runs: Annotated[list[str], typer.Argument(help="Runs to show, as folders or URLs.")],
     model: Annotated[
         str | None,
-        typer.Option(help="Model for the page Live, which generates and intervenes. [default: no such page]"),
+        typer.Option(
+            help="Model that the runs were captured from, for attention patterns and the page Live. "
+            "[default: nano's patterns for its runs, no page Live]"
+        ),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
@@ -195,6 +198,6 @@ def dashboard(
     if others := [path for path in runs if open_run(path).checkpoint["digest"] != digest]:
         print(f"note: {', '.join(others)} was captured from another checkpoint than {model}", file=sys.stderr)
     try:
-        serve(runs, extra={"live": dashboard_page(server)}, **options, **access, **SESSION_OPTIONS)
+        serve(runs, model=model, extra={"live": dashboard_page(server)}, **options, **access, **SESSION_OPTIONS)
     finally:
         server.close()

@@ -38,6 +38,7 @@ SOURCES = ("embedding", "attention bias", "expert bias", "feature error")  # not
 READERS = ("head", "expert", "feature", "neuron", "other neurons", "target")
 KINDS = (*SOURCES, *READERS)
 COLUMNS = ("kind", "layer", "index", "expert", "neuron", "pos", "token", "value", "bias", "error", "influence", "order")
+_VOCABULARY_ROWS = 8192  # of the unembedding at a time
 METHOD = (
     "Attention patterns, the sink's share, scales of norms, experts and gate weights are frozen. Each factor of the "
     "experts' activation gets half of the product; the sigmoid and the clamps count as frozen ratios. Of autoencoders "
@@ -98,7 +99,7 @@ def graph(
     _check_options(len(ids), at, node_share, edge_share, max_nodes)
     end = at % len(ids)
     frozen = FrozenPass(model, ids[: end + 1], saes)
-    wanted = int(frozen.logits[-1].argmax()) if target is None else _token(model, target)
+    wanted = int(frozen.logits.argmax()) if target is None else _token(model, target)
     other = None if against is None else _token(model, against)
     direction = logit_direction(frozen, wanted, other)
     flow = frozen.backward(at_the_end(frozen, direction))
@@ -171,7 +172,9 @@ def _check_options(n: int, at: int, node_share: float, edge_share: float, max_no
 def logit_direction(frozen: FrozenPass, wanted: int, other: int | None) -> Float[Tensor, " d_model"]:
     """Return the direction at the last stream whose product with it is the logit difference."""
     matrix = frozen.model.unembed.weight
-    off = matrix.to(frozen.wide).mean(0) if other is None else matrix[other].to(frozen.wide)
+    rows = matrix.split(_VOCABULARY_ROWS)  # the whole vocabulary in float32 is 2.3 GB
+    mean = sum((part.to(frozen.wide).sum(0) for part in rows), torch.zeros((), device=matrix.device)) / len(matrix)
+    off = mean if other is None else matrix[other].to(frozen.wide)
     return (
         (matrix[wanted].to(frozen.wide) - off)
         * frozen.model.ln_final.weight.to(frozen.wide)
@@ -371,7 +374,7 @@ def _metadata(
     model: GptOss, frozen: FrozenPass, candidates: pd.DataFrame, asked: tuple[int, int | None]
 ) -> dict[str, Any]:
     wanted, other = asked
-    last = frozen.logits[-1].double()
+    last = frozen.logits.double()
     logit = float(last[wanted] - (last.mean() if other is None else last[other]))
     begins = float(candidates["bias"].sum())  # every path begins at a source, whose value is its bias, or at a bias
     return {

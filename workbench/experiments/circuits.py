@@ -4,6 +4,8 @@
     circuits.compare(pairs)                           # which edges recur in each channel
     circuits.similarity(pairs)                        # within prompts, beside other prompts of the same channel
 
+`workbench study circuits RUN --model MODEL` does all three.
+
 A node's name is its kind, layer and head or expert, without its position. The sampling unit is the prompt: of several
 sequences of a prompt the first that has both tokens counts.
 """
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from jaxtyping import Float
 from scipy.stats import binomtest
 from statsmodels.stats.proportion import proportion_confint
@@ -21,12 +24,88 @@ from workbench import harmony
 from workbench.errors import InputError
 from workbench.experiments.attribution_graph import AttributionGraph, graph
 from workbench.experiments.graph_export import label
+from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
+from workbench.registry import Experiment
 from workbench.studies.intervals import mean_effect
 from workbench.studies.statistics import false_discovery
 
+EXPERIMENT = Experiment(
+    name="circuits",
+    title="Circuits in analysis and final",
+    question="Do the analysis and the final answer use the same circuit for the same token?",
+    compute="two attribution graphs for each prompt",
+    options={"max_nodes": "Nodes of a graph that are looked at, the largest by value (default: 200)."},
+    figures="workbench.figures.default",
+    order=185,
+)
+LISTED = 100  # edges in the result, those with the smallest q and then the largest share
+METHOD = (
+    "For each prompt the first token of its last final answer is explained by an attribution graph, and so is the last "
+    "equal token of the analysis before it, each from the text before it. An edge is named by the kind, layer and head "
+    "or expert of its ends. Shares are of prompts whose graph has the edge, with 95 % Wilson intervals; p is of the "
+    "exact McNemar test over prompts, q its Benjamini-Hochberg value over all edges. Similarity is the cosine of the "
+    "influences of heads and experts, with bootstrap-t intervals over prompts."
+)
+NOT_CONTROLLED = (
+    "The two tokens are at different positions and behind different text. A difference may be of what is read (the "
+    "analysis computes what the final answer copies), not of how it is read. Values are of a frozen pass."
+)
 Pair = Mapping[str, AttributionGraph]
 CHANNELS = ("analysis", "final")
+
+
+def experiment(
+    model: GptOss, rows: Sequence[Transcript], *, max_nodes: int = 200, seed: int = 0
+) -> dict[str, xr.Dataset]:
+    """Return the edges that recur in the circuits of each channel, and how alike the circuits are.
+
+    Dataset `edges`, over edge: analysis and final (shares of prompts, with limits), difference, p and q. Dataset
+    `similarity`, over comparison: cosine with limits.
+
+    Raises:
+        InputError: fewer than five prompts have the first token of their final answer in their analysis.
+    """
+    pairs = paired_graphs(model, rows, max_nodes=max_nodes)
+    table, alike = compare(pairs), similarity(pairs, seed=seed)
+    order = table.assign(share=table[list(CHANNELS)].max(axis=1)).sort_values(["q", "share"], ascending=[True, False])
+    shown = order.head(LISTED)
+    names = [f"{a} → {b}" for a, b in zip(shown["source"], shown["target"], strict=True)]
+    long = {"analysis": "share in analysis", "final": "share in final", "difference": "analysis less final"}
+    columns = [f"{c}{limit}" for c in CHANNELS for limit in ("", "_low", "_high")] + ["difference", "p", "q"]
+    edges = xr.Dataset(
+        {c: ("edge", shown[c].to_numpy(), {"long_name": long.get(c, c), "units": "1"}) for c in columns},
+        coords={"edge": names},
+        attrs={"edges_in_all": len(table)},
+    )
+    limits = {c: ("comparison", alike[c].to_numpy(), {"long_name": c, "units": "1"}) for c in ("cosine", "low", "high")}
+    similar = xr.Dataset(limits, coords={"comparison": alike.index.tolist()})
+    about = {"rests_on": f"{len(pairs)} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED}
+    titles = {"edges": "Edges that recur, by channel", "similarity": "Similarity of circuits within and across prompts"}
+    texts = {"edges": _edges_summary(table, shown, len(pairs)), "similarity": _similarity_summary(alike)}
+    return {
+        n: ds.assign_attrs(about, title=titles[n], summary=texts[n])
+        for n, ds in {"edges": edges, "similarity": similar}.items()
+    }
+
+
+def _edges_summary(table: pd.DataFrame, shown: pd.DataFrame, n: int) -> str:
+    both = table[(table["analysis_low"] > 0.5) & (table["final_low"] > 0.5)]
+    differs = table[table["q"] <= 0.05]
+    lines = [
+        f"{n} prompts, {len(table)} edges in any graph, {len(shown)} listed. {len(both)} recur in more than half of "
+        f"the prompts in both channels; {len(differs)} differ between the channels (q ≤ 0.05)."
+    ]
+    for row in differs.head(5).to_dict("records"):
+        lines.append(f"  {row['source']} → {row['target']}: {row['analysis']:.0%} analysis, {row['final']:.0%} final")
+    return "\n".join(lines)
+
+
+def _similarity_summary(alike: pd.DataFrame) -> str:
+    rows = [f"  {name}: {r['cosine']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for name, r in alike.iterrows()]
+    low, high = alike.iloc[-1][["low", "high"]]
+    answer = "less alike than" if high < 0 else "more alike than" if low > 0 else "not shown to differ from"
+    return "\n".join([f"The two circuits of a prompt are {answer} those of one channel in other prompts:", *rows])
 
 
 def same_token(model: GptOss, tokens: Sequence[int]) -> dict[str, int] | None:

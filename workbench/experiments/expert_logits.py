@@ -25,7 +25,23 @@ from workbench.experiments.final_channel import final_tokens
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.interventions import forbid
 from workbench.model.transformer import GptOss
+from workbench.registry import Experiment
 
+EXPERIMENT = Experiment(
+    name="expert-logits",
+    title="Direct effects of experts on logits",
+    question="Which tokens' logits does each expert raise and lower directly?",
+    compute="one forward pass over the sequences",
+    options={"tokens": "Tokens with the largest and the smallest effects of each expert (default: 10)."},
+    figures="workbench.figures.expert_logits",
+    order=170,
+)
+METHOD = (
+    "The gated output of an expert at each of its tokens, divided by the scale of the final norm there, times the "
+    "unembedding, less the mean over the vocabulary; the mean over the expert's tokens, in logits. No interval is "
+    "given: the effects describe the weights and the tokens of these sequences."
+)
+NOT_CONTROLLED = "What later layers do with the output is no part of it, and neither is a change of the norm's scale."
 N_TOKENS = 10  # with the largest and the smallest effects
 _INSIDE = ("mlp.hook_expert_indices", "mlp.hook_expert_weights", "mlp.experts.hook_out")
 
@@ -62,6 +78,64 @@ def load(model: GptOss, sequences: Sequence[Any], *, n: int = N_TOKENS) -> xr.Da
     return xr.Dataset(variables, coords, {"sequences": len(sequences), "checkpoint_digest": model.checkpoint.digest})
 
 
+def experiment(
+    model: GptOss, rows: Sequence[Transcript], *, tokens: int = N_TOKENS, seed: int = 0
+) -> dict[str, xr.Dataset]:
+    """Return `load` of the rows with its title, method and summary. seed: not used, as nothing is drawn at random.
+
+    Raises:
+        InputError: `tokens` is not positive, or there is no sequence.
+    """
+    if tokens < 1:
+        raise InputError(f"tokens={tokens}: expected at least 1")
+    ds = load(model, rows, n=tokens)
+    ds.attrs |= {"title": EXPERIMENT.title, "method": METHOD, "not_controlled": NOT_CONTROLLED, "units": "logits"}
+    ds.attrs["rests_on"] = f"{len(rows)} sequences, {int(ds['tokens'].sum()):,} routed slots"
+    first = ds["top_logit"].isel(rank=0).fillna(-np.inf)
+    lines = []
+    for place in np.argsort(-first.values, axis=None)[:5]:
+        layer, expert = np.unravel_index(int(place), first.shape)
+        one = ds.isel(layer=layer, expert=expert)
+        texts = ", ".join(repr(str(text)) for text in one["top_text"].values[:3])
+        lines.append(f"Layer {layer}, expert {expert} raises {texts}: up to {float(one['top_logit'][0]):+.2f} logits.")
+    ds.attrs["summary"] = "\n".join([f"{ds.attrs['rests_on']}. The largest direct effects:", *lines])
+    return {"logits": ds}
+
+
+@torch.no_grad()
+def neuron_logits(model: GptOss, layer: int, expert: int, *, n: int = N_TOKENS) -> xr.Dataset:
+    """Return the tokens with the largest (`top`) and smallest (`bottom`) direct effects of neurons [neuron rank].
+
+    A neuron's direct effect is its output weight, times the final norm's weight and the unembedding, less the mean over
+    the vocabulary: logits for an activation of 1, a gate weight of 1 and a final norm's scale of 1.
+
+    Raises:
+        InputError: the model has no such layer or expert.
+    """
+    cfg = model.cfg
+    if not 0 <= layer < cfg.n_layers or not 0 <= expert < cfg.num_experts:
+        raise InputError(
+            f"layer {layer} expert {expert}: the model has layers 0 to {cfg.n_layers - 1} and experts 0 to "
+            f"{cfg.num_experts - 1}"
+        )
+    unembedding = model.unembed.weight
+    found: dict[str, list[np.ndarray]] = {f"{k}_{name}": [] for k in ("top", "bottom") for name in _FIELDS}
+    for rows in model.blocks[layer].mlp.experts.W_out(expert).split(_NEURONS):
+        logits = ((rows.float() * model.ln_final.weight.float()).to(unembedding.dtype) @ unembedding.mT).float()
+        logits = logits - logits.mean(-1, keepdim=True)
+        for kind, largest in (("top", True), ("bottom", False)):
+            values, ids = logits.topk(min(n, cfg.d_vocab), largest=largest)
+            found[f"{kind}_token"].append(ids.cpu().numpy())
+            found[f"{kind}_logit"].append(values.cpu().numpy())
+    variables: dict[str, Any] = {name: (("neuron", "rank"), np.concatenate(parts)) for name, parts in found.items()}
+    for kind in ("top", "bottom"):
+        ids = variables[f"{kind}_token"][1]
+        texts = [model.tokenizer.decode([i]) for i in ids.ravel().tolist()]
+        variables[f"{kind}_text"] = (("neuron", "rank"), np.array(texts, dtype=object).reshape(ids.shape))
+    return xr.Dataset(variables, {"neuron": np.arange(cfg.d_mlp)}, {"layer": layer, "expert": expert})
+
+
+_NEURONS = 64  # whose logits are in memory at a time
 _FIELDS = {"token": -1, "logit": np.nan}
 
 

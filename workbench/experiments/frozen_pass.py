@@ -22,6 +22,7 @@ from workbench.experiments.dictionary_features import ActiveFeatures, FeatureFlo
 from workbench.hooks.sae import SAE
 from workbench.kernels.moe import swiglu
 from workbench.model.transformer import GptOss
+from workbench.model.weights import dense
 
 _INSIDE = (
     "ln1.hook_scale",
@@ -90,16 +91,17 @@ class FrozenPass:
         names += list(saes or {})
         names += ["hook_embed", "ln_final.hook_scale", f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
         logits, cache = model.run_with_cache(tokens[None], names_filter=names, return_cache_object=False)
-        self.logits: Float[Tensor, "pos d_vocab"] = logits[0]
+        self.logits: Float[Tensor, " d_vocab"] = logits[0, -1].clone()  # of the last token; the others are let go
         self.wide = torch.promote_types(model.dtype, torch.float32)
         self._cache = cache
         self.features: dict[float, ActiveFeatures] = {
             order: active_features(name, (saes or {})[name], cache[name][0].to(self.wide)) for order, name in at.items()
         }
 
-    def seen(self, name: str, layer: int | None = None) -> Tensor:
-        """Return a recorded activation of the sequence [pos ...], at least in float32."""
+    def seen(self, name: str, layer: int | None = None, at: tuple[Tensor, ...] = ()) -> Tensor:
+        """Return a recorded activation of the sequence [pos ...], or of these places in it, at least in float32."""
         x: Tensor = self._cache[name if layer is None else f"blocks.{layer}.{name}"][0]
+        x = x[at] if at else x
         return x.to(self.wide) if x.is_floating_point() else x
 
     def pattern(self, layer: int) -> Float[Tensor, "head query key"]:
@@ -108,7 +110,7 @@ class FrozenPass:
 
     def head_write(self, layer: int, pos: Tensor, head: Tensor) -> Float[Tensor, "node d_model"]:
         """Return the contribution of heads [node] at positions [node] to the stream, without the output bias."""
-        z = self.seen("attn.hook_z", layer)[pos, head]
+        z = self.seen("attn.hook_z", layer, (pos, head))
         return torch.einsum("nd,ndm->nm", z, self.model.blocks[layer].attn.W_O[head].to(self.wide))
 
     def expert_write(self, layer: int, pos: Tensor, slot: Tensor) -> Float[Tensor, "node d_model"]:
@@ -116,13 +118,13 @@ class FrozenPass:
         bias = self.model.blocks[layer].mlp.experts.down.bias.to(self.wide)
         chosen = self.seen("mlp.hook_expert_indices", layer)[pos, slot]
         gates = self.seen("mlp.hook_expert_weights", layer)[pos, slot]
-        return gates[:, None] * (self.seen("mlp.experts.hook_out", layer)[pos, slot] - bias[chosen])
+        return gates[:, None] * (self.seen("mlp.experts.hook_out", layer, (pos, slot)) - bias[chosen])
 
     def neuron_write(self, layer: int, pos: Tensor, slot: Tensor, neuron: Tensor) -> Float[Tensor, "node d_model"]:
         """Return the contribution of neurons [node] of the experts in these slots to the stream."""
         chosen = self.seen("mlp.hook_expert_indices", layer)[pos, slot]
         gates = self.seen("mlp.hook_expert_weights", layer)[pos, slot]
-        gate, up = (self.seen(f"mlp.experts.hook_{name}", layer)[pos, slot, neuron] for name in ("gate", "pre"))
+        gate, up = (self.seen(f"mlp.experts.hook_{name}", layer, (pos, slot, neuron)) for name in ("gate", "pre"))
         post = swiglu(gate, up, self.model.cfg.swiglu_limit, self.model.cfg.swiglu_alpha)
         out = gates.new_zeros(len(pos), self.model.cfg.d_model)
         for expert in chosen.unique().tolist():
@@ -183,12 +185,12 @@ class FrozenPass:
         values, constants = g.new_zeros(chosen.shape), g.new_zeros(chosen.shape)
         gain = block.ln2.weight.to(self.wide) / self.seen("ln2.hook_scale", layer)
         for expert, pos, slot in self._groups(chosen, g):
-            gate, up = (self.seen(f"mlp.experts.hook_{name}", layer)[pos, slot] for name in ("gate", "pre"))
+            gate, up = (self.seen(f"mlp.experts.hook_{name}", layer, (pos, slot)) for name in ("gate", "pre"))
             v = gates[pos, slot, None] * (g[pos] @ mlp.experts.W_out(expert).to(self.wide).mT)
             by_gate, by_up, post, fixed = halves(gate, up, v, self.model.cfg.swiglu_limit, self.model.cfg.swiglu_alpha)
-            w_gate, w_up = mlp.experts.W_gate(expert).to(self.wide), mlp.experts.W_in(expert).to(self.wide)
+            both = dense(mlp.experts.gate_up.matrix, expert).to(self.wide)  # gate and up in alternation, unpacked once
             b_gate, b_up = mlp.experts.b_gate(expert).to(self.wide), mlp.experts.b_in(expert).to(self.wide)
-            reads[pos, slot] = (by_gate @ w_gate.mT + by_up @ w_up.mT) * gain[pos]
+            reads[pos, slot] = (torch.stack([by_gate, by_up], dim=-1).flatten(1) @ both.mT) * gain[pos]
             values[pos, slot] = (v * post).sum(-1)
             constants[pos, slot] = by_gate @ b_gate + by_up @ b_up + fixed
         bias = mlp.experts.down.bias.to(self.wide)

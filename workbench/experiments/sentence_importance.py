@@ -97,9 +97,10 @@ def experiment(
     """Return the importance of every sentence, and for every conversation from where on its answer is settled.
 
     Dataset `sentences`, over sentence: effect, low, high, kl, kl_low, kl_high, kl_null, p, q, accuracy_change (where
-    the expected text is known), forced with its interval before and after, samples kept and other; the same of
-    continuations without the sentence as absent_effect and so on, returned, resamplings; of every edit NAME_effect and
-    so on. `conversations`: sentences, committed, boundary.
+    the expected text is known), forced with its interval before and after, samples kept and other, the tokens
+    `start` to `stop` of the sentence in its sequence; the same of continuations without the sentence as absent_effect
+    and so on, returned, resamplings; of every edit NAME_effect and so on. `conversations`: sentences, committed,
+    boundary.
 
     Raises:
         InputError: an option is not possible, or no sequence has an analysis of two sentences and a final message.
@@ -174,6 +175,7 @@ def _sentences(
             result = importance(kept, other, 0, rng)
             forced, low, high = one.forced(i + 1)
             put(conversation=one.one.row.id, number=i, text=text, kept=len(kept), other=len(other))
+            put(start=one.one.cuts[i], stop=one.one.cuts[i + 1])
             put(**{name: getattr(result, name) for name in Importance._fields})
             put(forced_before=one.forced(i)[0], forced=forced, forced_low=low, forced_high=high)
             right = float("nan")

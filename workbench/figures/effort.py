@@ -21,22 +21,22 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
             figure.add_trace(
                 go.Scatter(
                     x=cell["analysis_tokens"].values,
-                    y=cell["accuracy"].values,
+                    y=100 * cell["accuracy"].values,
                     mode="lines",
                     line={"color": colours.band, "width": 1.2},
                     name=other,
                     showlegend=False,
-                    hovertemplate=f"{other}: %{{x:.0f}} tokens, %{{y:.2f}}<extra></extra>",
+                    hovertemplate=f"{other}: %{{x:.0f}} tokens, %{{y:.0f}} %<extra></extra>",
                 )
             )
     for effort in map(str, ds["effort"].values):
         c = {str(k): float(v) for k, v in ds.sel(task=task, effort=effort).data_vars.items()}
         colour = colours.colour("effort", effort)
 
-        def bar(name: str, c: dict[str, float] = c, colour: str = colour) -> dict[str, object]:
+        def bar(name: str, unit: float, c: dict[str, float] = c, colour: str = colour) -> dict[str, object]:
             return {
-                "array": [c[f"{name}_high"] - c[name]],
-                "arrayminus": [c[name] - c[f"{name}_low"]],
+                "array": [unit * (c[f"{name}_high"] - c[name])],
+                "arrayminus": [unit * (c[name] - c[f"{name}_low"])],
                 "color": colour,
                 "thickness": 1.8,
             }
@@ -44,13 +44,13 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
         figure.add_trace(
             go.Scatter(
                 x=[c["analysis_tokens"]],
-                y=[c["accuracy"]],
+                y=[100 * c["accuracy"]],
                 mode="markers",
                 name=effort,
-                error_x=bar("analysis_tokens"),
-                error_y=bar("accuracy"),
+                error_x=bar("analysis_tokens", 1),
+                error_y=bar("accuracy", 100),
                 marker={"color": colour, "size": 11, "symbol": MARKERS[effort]},
-                hovertemplate=f"{effort}: %{{x:.1f}} tokens, accuracy %{{y:.3f}}<extra></extra>",
+                hovertemplate=f"{effort}: %{{x:.1f}} tokens, accuracy %{{y:.1f}} %<extra></extra>",
             )
         )
     most = (
@@ -58,8 +58,8 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
         if task == "all"
         else float(ds["analysis_tokens_high"].sel(task=task).max())
     )
-    figure.update_xaxes(title="analysis tokens a sequence", range=[-0.03 * most, 1.03 * most])
-    figure.update_yaxes(title="accuracy", range=[-0.03, 1.05])
+    figure.update_xaxes(title="analysis tokens per sequence", range=[-0.03 * most, 1.03 * most])
+    figure.update_yaxes(title="accuracy (%)", range=[-3, 105])
     subtitle = "Means with 95 % intervals, jackknife over prompts" + ("; grey: single tasks" if task == "all" else "")
     return apply_theme(
         figure,

@@ -35,9 +35,9 @@ def figure(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     unit = ds.attrs.get("units", ds.attrs.get("unit", "nat"))
     subtitle = f"{ds.attrs.get('rests_on', 'means over prompts')}; 95 % intervals"
     shared: Any = {"title": title, "subtitle": subtitle, "low": "low", "high": "high", "theme": theme}
-    if dims == ("intervention",):
+    if len(dims) == 1:
         shared["subtitle"] += f", filled where {shown_effects(ds, 'change', 'low', 'high')[1]}"
-        return rows(ds, "change", "intervention", x_title=f"change ({unit})", **shared)
+        return rows(ds, "change", dims[0], x_title=f"change ({unit})", **shared)
     if dims == ("group", "which"):
         flat = ds.drop_vars("q", errors="ignore").stack(row=("group", "which"))
         flat = flat.drop_vars(("row", "group", "which")).assign_coords(row=[f"{g}: {w}" for g, w in flat["row"].values])

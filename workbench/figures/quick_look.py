@@ -21,6 +21,15 @@ _TITLES = {
     "mass": "Sink attention",
     "spread": "Spread of the sink attention over tokens",
 }
+# short enough for two figures side by side
+_MEANINGS = {
+    "relative": "share of routed slots × experts",
+    "load": "share of the selection's routed slots",
+    "gates": "share of the selection's gate weight",
+    "lift": "load here over load in all content",
+    "mass": "mean probability on the learned sink",
+    "spread": "standard deviation over tokens",
+}
 
 
 def heatmap(
@@ -54,13 +63,13 @@ def heatmap(
     else:
         grid.colour(100 * values, 100 * values[..., None], where + "%{customdata[0]:.2f} %<extra></extra>")
         top = float(np.nanmax(100 * values, initial=0.1))
-        title = "probability on the sink (%)" if measure == "mass" else "standard deviation (points)"
+        title = "sink attention (%)" if measure == "mass" else "standard deviation (points)"
         grid.missing(np.isnan(values))
         scale = {"cmin": 0, "cmax": top, "colorscale": colours.sequential, "colorbar": {"title": {"text": title}}}
         figure = grid.finish(column, scale)
     if marked is not None:
         grid.frame(*marked)
-    subtitle = f"{ds.attrs['tokens']:,} tokens, pooled; {variable.attrs['definition']}"
+    subtitle = f"{ds.attrs['tokens']:,} tokens, pooled; {_MEANINGS[measure]}"
     title = f"{_TITLES[measure]}: {ds.attrs['title']}"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
 
@@ -82,7 +91,7 @@ def position_curve(rows: pd.DataFrame, digest: str, layer: int, head: int, *, th
             )
         )
     figure.update_xaxes(title="position (first of its bin)", type="log", tickvals=list(rows.index))
-    figure.update_yaxes(title="probability on the sink (%)", rangemode="tozero")
+    figure.update_yaxes(title="sink attention (%)", rangemode="tozero")
     origin = xr.Dataset(attrs=provenance("sinks", "", digest, 0, {}))
     subtitle = "Mean over the run's first tokens, bins double; no interval"
     return apply_theme(

@@ -27,7 +27,7 @@ def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName 
     )
     grid.colour(values, detail, hover)
     grid.missing(np.isnan(values))
-    bar = {"title": {"text": "probability on the sink (%)"}}
+    bar = {"title": {"text": "sink attention (%)"}}
     figure = grid.finish(
         "head",
         {"cmin": 0, "cmax": float(np.nanmax(values, initial=0.1)), "colorscale": colours.sequential, "colorbar": bar},
@@ -45,6 +45,7 @@ def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName 
 def by_position(ds: xr.Dataset, layer: int, *, theme: ThemeName = "light") -> go.Figure:
     """Draw the sink attention along position in one layer, a line a channel."""
     cell = ds.sel(layer=layer).assign_attrs(ds.attrs)
+    cell = cell.assign({name: 100 * cell[name] for name in ("mass", "mass_low", "mass_high")})
     cell = cell.assign_coords(bin=np.maximum(cell["bin"].values, 1))
     labels = [c for c in map(str, ds["channel"].values) if int(ds["tokens"].sel(channel=c).sum()) and c != "frame"]
     return lines(
@@ -56,7 +57,7 @@ def by_position(ds: xr.Dataset, layer: int, *, theme: ThemeName = "light") -> go
         title=f"Sink attention by position, layer {layer}",
         x_title="position (first of its bin)",
         subtitle="Mean over heads; bins double; 95 % bands, jackknife over prompts",
-        y_title="probability on the sink",
+        y_title="sink attention (%)",
         log_x=True,
         theme=theme,
     )

@@ -125,7 +125,8 @@ class KVCache:
         self._lengths, self._length = [0] * batch, _zeros(batch, devices)
         self._index = {d: torch.arange(batch, device=d)[:, None] for d in self._length}  # of the rows
         self._pass: _Pass | None = None
-        self.fixed_shapes = False  # attend to all slots, filled or not: for a graph, whose shapes cannot change
+        # For a graph, whose shapes cannot change: attend to this many positions, filled or not, or to the whole window.
+        self.fixed_end: int | None = None
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
@@ -175,7 +176,7 @@ class KVCache:
         keys, values, index = self.keys[layer], self.values[layer], self._index[k.device]
         keys[index, columns], values[index, columns] = k, v
         filled = max(length - base for length, base in zip(self._lengths, held.bases, strict=True)) + now.new
-        end = held.size if self.fixed_shapes else filled
+        end = filled if self.fixed_end is None else held.size if held.moves else min(self.fixed_end, held.size)
         return CachedKeys(keys[:, :end], values[:, :end], columns, held.base[k.device] if held.moves else None)
 
     def advance(self, n: int | Sequence[int] | None = None) -> None:

@@ -24,26 +24,33 @@ class RandomTensors(Mapping[str, Tensor]):
     """Random weights of plausible size, each generated from the seed and its name when it is accessed.
 
     Norms are near 1, sinks are as large as the published ones, and gate/up rows are large enough to reach the clamp.
+    A tensor is drawn on `device`, and other devices draw other numbers from the same seed.
     """
 
     def __init__(
-        self, cfg: Config, *, seed: int = 0, experts: str = "mxfp4", dtype: torch.dtype = torch.bfloat16
+        self,
+        cfg: Config,
+        *,
+        seed: int = 0,
+        experts: str = "mxfp4",
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self._shapes, self._seed, self._dtype = shapes(cfg, experts), seed, dtype
+        self._shapes, self._seed, self._dtype, self._device = shapes(cfg, experts), seed, dtype, device
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a random tensor of the shape [...] that its name has in the checkpoint."""
         shape = self._shapes[name]
-        rng = torch.Generator().manual_seed(self._seed * 1_000_003 + list(self._shapes).index(name))
+        rng = torch.Generator(self._device).manual_seed(self._seed * 1_000_003 + list(self._shapes).index(name))
         kind = name.split(".", 2)[-1]
         if kind.endswith("blocks"):
-            return torch.randint(256, shape, dtype=torch.uint8, generator=rng)
+            return torch.randint(256, shape, dtype=torch.uint8, generator=rng, device=self._device)
         if kind.endswith("scales"):  # random codes have an r.m.s. of 2.9: about as loud as the dense weights below
             loud = 3 if "gate_up" in kind else 1
             middle = 127 + math.log2(loud / 2.9 / math.sqrt(shape[-1] * GROUP))
-            return (middle + torch.randn(shape, generator=rng) * 0.5).round().to(torch.uint8)
+            return (middle + torch.randn(shape, generator=rng, device=self._device) * 0.5).round().to(torch.uint8)
         mean, spread = self._normal(name, shape)
-        return torch.empty(shape, dtype=self._dtype).normal_(mean, spread, generator=rng)
+        return torch.empty(shape, dtype=self._dtype, device=self._device).normal_(mean, spread, generator=rng)
 
     @staticmethod
     def _normal(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -107,6 +107,7 @@ def costs_of(about: Subject, plan: Plan) -> Iterator[tuple[str, int, str]]:
         yield f"  {stage}", size, "the peak" if size == max(passed.values()) else ""
     prefill = generating(cfg, plan, plan.batch)
     yield "forward pass of a generation", max(prefill.values()), f"{plan.batch:,} prompts of {plan.tokens:,} tokens"
+    yield "cuBLAS workspace", memory.CUBLAS_WORKSPACE, "once, on a GPU"
     each = memory.records(cfg, plan.recorded)
     yield "records of a unit, on the host", 2 * plan.unit_tokens * each, f"{each:,} a token, held twice when stacked"
 
@@ -127,13 +128,14 @@ def fitting(about: Subject, plan: Plan) -> Iterator[str]:
     """Yield sentences about what fits into the available memory."""
     cfg, parts = about.cfg, memory.weights(about.cfg, about.experts, plan.dtype)
     whole = sum(parts.values())
+    fixed = whole + memory.CUBLAS_WORKSPACE
 
     def captures(tokens: int) -> bool:
-        return whole + max(capturing(cfg, plan, tokens).values()) <= plan.room
+        return fixed + max(capturing(cfg, plan, tokens).values()) <= plan.room
 
     def generates(batch: int) -> bool:
         cache = batch * plan.tokens * memory.cache(cfg, plan.dtype)
-        return whole + cache + max(generating(cfg, plan, batch).values()) <= plan.room
+        return fixed + cache + max(generating(cfg, plan, batch).values()) <= plan.room
 
     if whole > plan.room:
         yield f"One device of {human(plan.room)} does not hold it: the weights alone are {human(whole)}."
@@ -146,7 +148,7 @@ def fitting(about: Subject, plan: Plan) -> Iterator[str]:
     passed = max(*capturing(cfg, plan, plan.tokens).values(), *generating(cfg, plan, plan.batch).values())
     layer = plan.batch * plan.tokens * memory.cache(cfg, plan.dtype) // cfg.n_layers
     cached = {part: size + layer * part.startswith("blocks.") for part, size in parts.items()}
-    enough = memory.devices_for(cached, plan.room - passed)
+    enough = memory.devices_for(cached, plan.room - passed - memory.CUBLAS_WORKSPACE)
     if enough is None:
         yield f"No number of devices of {human(plan.room)} does this plan: a layer and a forward pass are too much."
     else:

@@ -102,7 +102,7 @@ def _auto(cfg: Config, parts: Mapping[str, int], dtype: torch.dtype) -> list[tor
     if not torch.cuda.is_available():
         return [torch.device("cpu")]
     one = torch.device("cuda")
-    working = max(memory.activations(cfg, _PASS_TOKENS, dtype=dtype).values())
+    working = max(memory.activations(cfg, _PASS_TOKENS, dtype=dtype).values()) + memory.CUBLAS_WORKSPACE
     fits = sum(parts.values()) + working <= memory.free(one)
     return [one] if fits else [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 

@@ -2,8 +2,9 @@
 
 Weights, cache and records are arithmetic on the config. Activations follow the lifetimes of the tensors in
 `workbench.model.transformer` and `workbench.kernels.gpu`, stage by stage: the largest is the peak. A test counts the
-bytes alive while these very launchers run, and holds the formulas to it. Not in any of them: the driver's context, and
-what an allocator rounds up. GB is 10^9 bytes, GiB 2^30.
+bytes alive while these very launchers run, and holds the formulas to it. cuBLAS takes `CUBLAS_WORKSPACE` once beside
+them, which an H100 showed. Not in any of them: the driver's context, and what an allocator rounds up. GB is 10^9 bytes,
+GiB 2^30.
 """
 
 import os
@@ -22,6 +23,7 @@ from workbench.model.config import Config
 from workbench.model.names import shapes
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+CUBLAS_WORKSPACE = 32 * 2**20  # bytes that PyTorch gives cuBLAS on Hopper and newer; 8 MiB before
 _MOST = 2**40  # more tokens or rows than any memory holds
 
 

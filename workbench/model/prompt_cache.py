@@ -64,7 +64,7 @@ class PromptCache:
             shared = min(shared_prefix(held, prompt), len(prompt) - 1)
         self._cache = self._of_capacity(model, capacity, shared)
         self._cache.truncate([shared])
-        self._cache.fixed_shapes = False
+        self._cache.fixed_end = None
         self._model, self._hooks = model, hooks
         return self._cache, shared
 

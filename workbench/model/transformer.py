@@ -50,7 +50,8 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         self.adapter: Any = None  # see workbench.model.lora
         self.context: PassContext | None = None  # of the last pass; hooks read it
         self._rotation: Tensor | None = None
-        self.cuda_graphs = False  # record unhooked steps of `generate` as CUDA graphs; see workbench.model.decode_graph
+        # Whether unhooked steps of `generate` are recorded as CUDA graphs, on a GPU: see workbench.model.decode_graph.
+        self.cuda_graphs = torch.version.hip is None
         self.checkpointing = False  # keep one stream a block for the backward pass and compute the rest again
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()

@@ -49,6 +49,7 @@ class CommittedRun:
             for n in ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "host_routing", "examples")
             if getattr(self.spec, n)
         ]
+        switches += ["neurons"] if self.spec.neuron_layers else []
         return switches + [a.name for a in self.spec.selected]
 
     @cached_property

@@ -13,6 +13,7 @@ their own, so a flipped bit elsewhere is found when its chunk is decoded.
 import asyncio
 import hashlib
 import json
+import math
 import stat
 import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
@@ -23,11 +24,12 @@ from typing import Any, NamedTuple, cast
 
 import google_crc32c
 import numpy as np
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
 from workbench.bounded_json import parse_json
+from workbench.compression import UnpackedSizeError
 from workbench.errors import InputError
 from workbench.runs.schema import ArraySpec, Layout, Spec, Unit, arrays
 from workbench.runs.storage import Storage
@@ -36,6 +38,9 @@ CREATED, COMPLETE = "manifest/created.json", "manifest/complete.json"
 TAIL_BYTES = 16_384
 MAX_METADATA_BYTES = 2**30  # of a manifest, and of a zarr.json
 FLAG = b"\x01"  # content of the file that commits a unit
+# of the arrays of a run; others may unpack a few bytes to gigabytes
+_CODECS = {"bytes", "vlen-utf8", "zstd", "sharding_indexed", "crc32c", "transpose"}
+_SMALL_ARRAY = 2**20  # values, which a chunk of an array of any size may have
 
 
 class DamageError(InputError):
@@ -43,6 +48,7 @@ class DamageError(InputError):
 
     def __init__(self, storage: object, what: str) -> None:
         super().__init__(f"{storage} is damaged: {what}; `workbench verify` lists all damage")
+        self.what = what
 
 
 @contextmanager
@@ -50,9 +56,9 @@ def reading(storage: object, what: str) -> Iterator[None]:
     """Turn whatever zarr and codecs raise at a damaged file into a `DamageError` that names what was read."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
+        if isinstance(error, InputError) and not isinstance(error, UnpackedSizeError):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise DamageError(storage, f"{what} cannot be read ({reason})") from error
 
@@ -252,15 +258,28 @@ class CheckedStore(WrapperStore[Any]):
     """What zarr reads a run through: every file passes `Manifest.check` before its first use."""
 
     manifest: Manifest | None = None
+    _supports_sync_io = False  # zarr 3.3 and newer would read past the checks below
+
+    def __init__(self, store: Any) -> None:
+        super().__init__(store)
+        self._refused: dict[str, str] = {}  # arrays whose chunks are not read → why
 
     def _with_store(self, store: Any) -> "CheckedStore":
         copy = CheckedStore(store)
-        copy.manifest = self.manifest
+        copy.manifest, copy._refused = self.manifest, self._refused
         return copy
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         await self._check(key)
-        return await self._store.get(key, prototype, byte_range)
+        found = await self._store.get(key, prototype, byte_range)
+        array, _, name = key.rpartition("/")
+        if name == "zarr.json" and found is not None and (reason := _refusal_of_array(found.to_bytes())):
+            self._refused[array] = reason
+        return found
+
+    def get_ranges(self, key: str, byte_ranges: Any, **options: Any) -> Any:
+        """Return an iterator over ranges of a file, each read by `get`; zarr 3.3 and newer asks for them."""
+        return Store.get_ranges(self, key, byte_ranges, **options)
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -279,8 +298,33 @@ class CheckedStore(WrapperStore[Any]):
     async def _check(self, key: str) -> None:
         if isinstance(self._store, LocalStore):
             _refuse_special(self._store.root / key)
+        if reason := self._refused.get(key.partition("/c/")[0]):
+            raise DamageError(self._store, f"{key.partition('/c/')[0]} {reason}")
         if self.manifest is not None and not self.manifest.is_checked(key):
             await asyncio.to_thread(self.manifest.check, key)
+
+
+def _refusal_of_array(metadata: bytes) -> str:
+    """Return why chunks of an array with this metadata are not read, "" if they are or if it is no array."""
+    try:
+        about = parse_json(metadata)
+        codecs = set(_codec_names(about["codecs"])) - _CODECS
+        shape, chunk = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
+        if codecs:
+            return f"is packed by {min(codecs)!r}, which no array of a run is"
+        if math.prod(chunk) > max(math.prod(shape), _SMALL_ARRAY):
+            return f"has chunks of {math.prod(chunk):,} values, more than the array has"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass  # zarr refuses it, or it is a group
+    return ""
+
+
+def _codec_names(codecs: Any) -> Iterator[str]:
+    """Yield the names of codecs, and of those inside a shard."""
+    for codec in codecs:
+        yield str(codec["name"])
+        for inner in ("codecs", "index_codecs"):
+            yield from _codec_names((codec.get("configuration") or {}).get(inner, ()))
 
 
 def _refuse_special(path: Path) -> None:

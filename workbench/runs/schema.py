@@ -17,6 +17,12 @@ SCHEMA = 4
 MANIFESTS = 3  # the first schema that has them
 CHUNK = 1024  # token rows of an inner chunk
 N_EXAMPLES = 16  # of an expert, in each list
+N_NEURON_EXAMPLES = 8  # of a neuron, in each channel
+NEURON_FIELDS = {
+    "activation": ("float16", 0),
+    "sequence": ("int32", -1),
+    "position": ("int32", -1),
+}  # dtype, no example
 EXAMPLE_KINDS = ("top", "random")
 EXAMPLE_FIELDS = {"gate": ("float16", 0), "sequence": ("int32", -1), "position": ("int32", -1)}  # dtype, no example
 
@@ -138,6 +144,7 @@ class Spec:
     """What a capture records.
 
     examples: the tokens of each expert's largest gate weights, and a random sample (`workbench.runs.examples`).
+    neuron_layers: those of which every neuron's largest activations are kept (`workbench.runs.neuron_examples`).
     sink_sums: of the sinks only the sums by sequence and channel. host_routing: the experts are those that a host
     chose; the router's own choices, the margin between its k-th and (k+1)-th logit, and which tokens were forced are
     beside. functions: of records that reduce by a user's function, by their names; not stored, and of no meaning to a
@@ -152,6 +159,7 @@ class Spec:
     sink_sums: bool = False
     host_routing: bool = False
     examples: bool = False
+    neuron_layers: tuple[int, ...] = ()
     records: tuple[Record, ...] = ()
     functions: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -159,7 +167,12 @@ class Spec:
         """Return the plain values, as a run of this schema holds them."""
         switches = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("functions", "records")}
         values = switches | {"activations": [_plain(a) for a in self.activations]}
-        for name in ("host_routing", "examples"):  # runs that were begun before there was this field can be resumed
+        values["neuron_layers"] = list(self.neuron_layers)
+        for name in (
+            "host_routing",
+            "examples",
+            "neuron_layers",
+        ):  # runs that were begun before there was this field can be resumed
             if not values[name]:
                 del values[name]
         for a in values["activations"] if schema < 4 else ():
@@ -171,7 +184,8 @@ class Spec:
         """Return the inverse of `to_json`, without functions."""
         points = tuple(Activation(**_tuples(a)) for a in values["activations"])
         records = tuple(Record(**_tuples(r)) for r in values.get("records", ()))
-        return cls(**{**values, "activations": points, "records": records})
+        neurons = tuple(values.get("neuron_layers", ()))
+        return cls(**{**values, "activations": points, "records": records, "neuron_layers": neurons})
 
     @property
     def selected(self) -> tuple["Activation | Record", ...]:
@@ -271,6 +285,8 @@ def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int = S
         found["attention/sink"] = per_token(("layer", "token", "head"), (layers, n, heads), "float16")
     if spec.examples:
         found |= _examples(layers, experts, len(layout.units))
+    if spec.neuron_layers:
+        found |= _neurons(model, spec, len(layout.units))
     for a in spec.selected:
         at_layers, features = stored_dims(a, layers, schema)
         if a.per_token:
@@ -290,6 +306,15 @@ def _examples(layers: int, num_experts: int, units: int) -> dict[str, ArraySpec]
         f"examples/{kind}_{name}": ArraySpec(dims, shape, dtype, fill, 0, 1, 1)
         for kind in EXAMPLE_KINDS
         for name, (dtype, fill) in EXAMPLE_FIELDS.items()
+    }
+
+
+def _neurons(model: Mapping[str, Any], spec: Spec, units: int) -> dict[str, ArraySpec]:
+    layers, experts, neurons = spec.neuron_layers, model["num_experts"], model["d_mlp"]
+    dims = ("unit", "channel", layer_dim(layers, model["n_layers"]), "expert", "d_mlp", "neuron_example")
+    shape = (units, len(CHANNELS), len(layers), experts, neurons, N_NEURON_EXAMPLES)
+    return {
+        f"neurons/{name}": ArraySpec(dims, shape, dtype, fill, 0, 1, 1) for name, (dtype, fill) in NEURON_FIELDS.items()
     }
 
 

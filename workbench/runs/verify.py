@@ -15,10 +15,10 @@ import numpy as np
 
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
-from workbench.runs import manifest, shards
+from workbench.runs import manifest, neuron_examples, shards
 from workbench.runs.examples import of_tokens
 from workbench.runs.reader import Run, open_run
-from workbench.runs.schema import ArraySpec, Layout, Unit, arrays
+from workbench.runs.schema import NEURON_FIELDS, ArraySpec, Layout, Unit, arrays
 from workbench.runs.storage import Storage
 from workbench.runs.summaries import summarise
 
@@ -44,7 +44,8 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
         layout, _ = run.layout, run.committed
         specs = arrays(run.model, run.spec, layout)
     except Exception as error:  # whatever damaged metadata or a damaged table makes zarr raise
-        return [Problem(str(path), f"cannot be opened as a run: {_first_line(error)}")]
+        opened = f"cannot be opened as a run: {_first_line(error)}"
+        return [Problem(str(path), error.what if isinstance(error, manifest.DamageError) else opened)]
     problems = list(_structure(run, specs))
     if problems:
         return problems
@@ -67,11 +68,15 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
 
 def other_content(run: Run) -> list[str]:
     """Return the groups and arrays that others added to a run, which no job writes and no reader of a run reads."""
-    created = manifest.read(run.storage, manifest.CREATED)[1]
-    own = {*arrays(run.model, run.spec, run.layout), "units/committed", *created}
+    there = run.storage.files()
+    own = {*arrays(run.model, run.spec, run.layout), "units/committed"}
+    if run.manifest is None:  # a run before schema 3 does not tell the columns of its tables from those of others
+        own |= {"/".join(key.split("/")[:2]) for key in there if key.startswith(("sequences/", "messages/"))}
+    else:
+        own |= set(manifest.read(run.storage, manifest.CREATED)[1])
     groups = {name.partition("/")[0] for name in own}
     found = set()
-    for key in run.storage.files():
+    for key in there:
         top, _, rest = key.partition("/")
         if top in ("manifest", "totals") or not rest or rest == "zarr.json":
             if rest and top not in (*groups, "manifest", "totals"):
@@ -274,6 +279,10 @@ def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> 
             yield f"summaries/{name} is not the sum of the tokens"
     if run.spec.examples:
         yield from _examples(run, values, records, used)
+    if run.spec.neuron_layers:
+        lists = {name: values[f"neurons/{name}"][0] for name in NEURON_FIELDS}
+        tokens = {name: values[f"tokens/{name}"][:used] for name in ("sequence", "position", "channel")}
+        yield from neuron_examples.problems(lists, tokens, records["experts"][list(run.spec.neuron_layers)])
     rows = values["summaries/sequence"]
     if rows[: len(unit.sequences)].tolist() != list(unit.sequences) or (rows[len(unit.sequences) :] != -1).any():
         yield "summaries/sequence does not name the unit's sequences"

@@ -18,6 +18,7 @@ import pandas as pd
 import zarr
 from jaxtyping import Bool
 
+from workbench.compression import MAX_TEXT_BYTES
 from workbench.errors import InputError, JobError
 from workbench.runs import manifest, shards, views
 from workbench.runs.group import open_group
@@ -51,6 +52,7 @@ _OWN = (
     "activations/",
     "records/",
     "examples/",
+    "neurons/",
     "sequences/",
     "messages/",
 )
@@ -159,15 +161,17 @@ def _create(
 def _write_table(group: zarr.Group, name: str, table: pd.DataFrame, dim: str) -> None:
     columns = group.create_group(name, attributes={"columns": list(table.columns)})
     for column in table.columns:
-        values = table[column].to_numpy()
+        values, rows = table[column].to_numpy(), 65_536
         text = not (np.issubdtype(values.dtype, np.number) or values.dtype == bool)
         if text:
             values = table[column].fillna("").astype(str).to_numpy(dtype=object)
+            longest = 4 + max((len(value.encode("utf-8", "replace")) for value in values), default=0)
+            rows = min(rows, MAX_TEXT_BYTES // longest)
         array = columns.create_array(
             str(column),
             shape=values.shape,
             dtype="string" if text else values.dtype,
-            chunks=(max(1, min(len(values), 65_536)),),
+            chunks=(max(1, min(len(values), rows)),),
             compressors=shards.CODEC,
             dimension_names=(dim,),
             config={"write_empty_chunks": True},
@@ -247,13 +251,16 @@ class RunWriter:
     ) -> None:
         """Write the arrays of a unit [layer token ...], then its flag; values that are not finite are refused.
 
-        summaries: sums by their names, and examples as "examples/…".
+        summaries: sums by their names, and examples as "examples/…" and "neurons/…".
         """
         unit = self.layout.units[index]
         self._check(unit, records)
         stored = {f"tokens/{name}": values for name, values in tokens.items()}
         stored |= {_STORED_AS.get(name, name): values for name, values in records.items()}
-        stored |= {n if n.startswith("examples/") else f"summaries/{n}": values for n, values in summaries.items()}
+        stored |= {
+            n if n.startswith(("examples/", "neurons/")) else f"summaries/{n}": values
+            for n, values in summaries.items()
+        }
         if not self._spec.sinks:
             stored.pop("attention/sink", None)  # only its sums are kept
         stored["summaries/sequence"] = np.array(unit.sequences, dtype=np.int32)

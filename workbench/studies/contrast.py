@@ -237,7 +237,7 @@ def _measure(run: TokenRun, what: str) -> Measure:
     exists = np.arange(experts) < layer_experts(run, layers, experts)[:, None]
     known = {
         "experts": Measure("Share of routed slots", what, ("layer", "expert"), (layers, experts), chosen, exists),
-        "sink": Measure("Probability on the sink", what, ("layer", "head"), (layers, heads), dense),
+        "sink": Measure("Sink attention", what, ("layer", "head"), (layers, heads), dense),
         "entropy": Measure("Entropy of the prediction, nat", what, (), (), dense),
         "logprob": Measure("Log-probability of the token, nat", what, (), (), dense),
     }

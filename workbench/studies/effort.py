@@ -8,6 +8,7 @@ Reference for the model of accuracy: Liang & Zeger 1986, generalised estimating 
 """
 
 import warnings
+from collections.abc import Mapping
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -187,10 +188,15 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
         lines.append(
             "{e}: {analysis_tokens:.1f} analysis tokens [{analysis_tokens_low:.1f}, "
             "{analysis_tokens_high:.1f}], accuracy "
-            "{accuracy:.3f} [{accuracy_low:.3f}, {accuracy_high:.3f}].".format(e=effort, **numbers)
+            "{accuracy:.1f} % [{accuracy_low:.1f}, {accuracy_high:.1f}].".format(e=effort, **_percent(numbers))
         )
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
     return result
+
+
+def _percent(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Return the numbers with the accuracies in percent."""
+    return {name: 100 * value if name.startswith("accuracy") else value for name, value in numbers.items()}
 
 
 def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset:
@@ -236,8 +242,8 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
         lines.append(
             f"{label}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, "
             f"{c['more_tokens_high']:+.1f}]; "
-            f"{changed} {c['gain']:+.3f} [{c['gain_low']:+.3f}, {c['gain_high']:+.3f}], "
-            f"{c['gain_per_100']:+.3f} per 100 tokens."
+            f"{changed} {100 * c['gain']:+.1f} [{100 * c['gain_low']:+.1f}, {100 * c['gain_high']:+.1f}] points, "
+            f"{100 * c['gain_per_100']:+.1f} per 100 tokens."
         )
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
     return result

@@ -159,16 +159,7 @@ def load(run: Any, *, seed: int = 0, tokenizer: Any = None) -> xr.Dataset:
 
 def _contexts(run: Any, lists: Mapping[str, np.ndarray], tokenizer: Any) -> dict[str, np.ndarray]:
     """Return the token of every example [channel layer expert example], and the text before and after it."""
-    blocks = [(block["sequence"], block["id"]) for block in run.blocks("id")]
-    owner, ids = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    wanted = np.unique(np.concatenate([_places(lists, kind) for kind in EXAMPLE_KINDS]), axis=0)
-    texts: dict[tuple[int, int], tuple[str, str, str]] = {(-1, -1): ("", "", "")}
-    for sequence, position in wanted[wanted[:, 0] >= 0].tolist():
-        start, stop = np.searchsorted(owner, (sequence, sequence + 1))
-        own = ids[start:stop].tolist()
-        spans = (own[max(0, position - BEFORE) : position], own[position : position + 1], own[position + 1 :][:AFTER])
-        before, token, after = (tokenizer.decode(span) for span in spans)
-        texts[sequence, position] = (token, before, after)
+    texts = contexts(run, np.concatenate([_places(lists, kind) for kind in EXAMPLE_KINDS]), tokenizer)
     found = {}
     for kind in EXAMPLE_KINDS:
         shape = lists[f"{kind}_sequence"].shape
@@ -176,6 +167,24 @@ def _contexts(run: Any, lists: Mapping[str, np.ndarray], tokenizer: Any) -> dict
         for column, name in enumerate(("token", "before", "after")):
             found[f"{kind}_{name}"] = rows[:, column].reshape(shape)
     return found
+
+
+def contexts(run: Any, places: Int[np.ndarray, "place 2"], tokenizer: Any) -> dict[tuple[int, int], tuple[str, ...]]:
+    """Return the token at each place (sequence, position), the text before it and the text after it.
+
+    The place (−1, −1) has empty texts.
+    """
+    blocks = [(block["sequence"], block["id"]) for block in run.blocks("id")]
+    owner, ids = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    wanted = np.unique(places, axis=0)
+    texts: dict[tuple[int, int], tuple[str, ...]] = {(-1, -1): ("", "", "")}
+    for sequence, position in wanted[wanted[:, 0] >= 0].tolist():
+        start, stop = np.searchsorted(owner, (sequence, sequence + 1))
+        own = ids[start:stop].tolist()
+        spans = (own[max(0, position - BEFORE) : position], own[position : position + 1], own[position + 1 :][:AFTER])
+        before, token, after = (tokenizer.decode(span) for span in spans)
+        texts[sequence, position] = (token, before, after)
+    return texts
 
 
 def _places(lists: Mapping[str, np.ndarray], kind: str) -> Int[np.ndarray, "place 2"]:

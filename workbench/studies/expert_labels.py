@@ -1,7 +1,7 @@
 """Labels of experts: a file beside the run with one line for each expert, which people and programs may edit.
 
     labels = expert_labels.read(run)            # one row per expert; automatic lines where there is no file
-    expert_labels.write(run, labels)            # RUN.labels.jsonl
+    expert_labels.update(run, labels)           # RUN.labels.jsonl; labels that people wrote stay
 
 A row holds `layer`, `expert`, `label` (what is shown), `automatic` (made from the run, see `expert_examples`),
 `proposed` (by a model, see `label_proposals`) with its held-out detection score, and `proposed_by`. A label that is
@@ -10,6 +10,7 @@ neither empty nor the automatic nor the proposed one was written by a person; pr
 
 import json
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import xarray as xr
 
 from workbench.bounded_json import parse_json
 from workbench.errors import InputError
-from workbench.outputs import staged
+from workbench.outputs import check_output, staged
 
 COLUMNS = (
     "layer",
@@ -34,6 +35,7 @@ COLUMNS = (
     "scored",
 )
 MAX_LABEL = 200  # characters
+_MAX_FILE_BYTES = 2**28
 _TEXTS = ("label", "automatic", "proposed", "proposed_by")
 _NUMBERS = ("score", "score_low", "score_high", "scored")
 
@@ -80,8 +82,10 @@ def read(run: Any, path: str | Path | None = None) -> pd.DataFrame | None:
 
 
 def _lines(file: Path) -> list[str]:
+    if (size := file.stat().st_size) > _MAX_FILE_BYTES:
+        raise InputError(f"{file} has {size:,} bytes, expected at most {_MAX_FILE_BYTES:,} of labels")
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8").split("\n")  # not splitlines: a label may hold other separators
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as UTF-8: {error}") from error
 
@@ -136,20 +140,63 @@ def merged(old: pd.DataFrame | None, new: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
+def check(run: Any) -> Path:
+    """Return the path of the labels of a run, after a check that they may be written there.
+
+    Raises:
+        InputError: the run is on an object storage, or something else than labels of the run is at the path.
+    """
+    path = check_output(path_of(run), command="label", inputs=[run.path], overwrite=True, owned=Path.is_file)
+    read(run)
+    return path
+
+
 def write(run: Any, labels: pd.DataFrame, path: str | os.PathLike[str] | None = None) -> Path:
     """Write the labels beside the run, or to another file; the file appears complete or not at all.
 
-    Labels that people wrote into an earlier file are replaced unless they are in `labels`, see `merged`.
+    Labels that people wrote into an earlier file are replaced unless they are in `labels`: see `update`.
+
+    Raises:
+        InputError: the path is no place for a file, or another process writes it.
     """
     file = path_of(run) if path is None else Path(path)
+    with _staged(run, file) as part:
+        part.write_text(_text(labels), encoding="utf-8")
+    return file
+
+
+def update(run: Any, labels: pd.DataFrame) -> pd.DataFrame:
+    """Write new labels beside the run, with what people wrote there meanwhile, and return all of them.
+
+    Raises:
+        InputError: the file holds something else than labels of the run, or another process writes it.
+    """
+    with _staged(run, path_of(run)) as part:
+        found = merged(read(run), labels)
+        part.write_text(_text(found), encoding="utf-8")
+    return found
+
+
+def _staged(run: Any, file: Path) -> AbstractContextManager[Path]:
+    # every line says which expert it labels, so the content tells whether the file may be replaced, not a marker
+    return staged(file, command="label", inputs=[run.path], overwrite=True, owned=lambda path: _holds_labels(run, path))
+
+
+def _holds_labels(run: Any, path: Path) -> bool:
+    try:
+        return read(run, path) is not None
+    except InputError:
+        return False
+
+
+def _text(labels: pd.DataFrame) -> str:
+    """Return labels as JSON Lines."""
     lines = []
     for row in labels[list(COLUMNS)].to_dict("records"):
         plain = {str(k): None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
         plain["label"] = cleaned(str(plain["label"]))
         lines.append(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
-    with staged(file, command="label", overwrite=True, owned=lambda _: True) as part:
-        part.write_text("".join(lines), encoding="utf-8")
-    return file
+    return "".join(lines)
 
 
 def with_labels(examples: xr.Dataset, labels: pd.DataFrame | None) -> xr.Dataset:

@@ -5,11 +5,13 @@ logits its mean output raises and lowers most, if they are given. Its file is na
 `workbench.experiments.graph_export` writes has as `feature`: heads of a layer come first, then its experts, and the
 layer and this number are made one by Cantor pairing.
 
-Reference: `AnthropicFeatureDetail` in hijohnnylin/neuronpedia, apps/webapp/app/[modelId]/graph (commit b8efe84).
+Reference: `AnthropicFeatureDetail` in hijohnnylin/neuronpedia, apps/webapp/app/[modelId]/graph (commit b8efe84), and
+safety-research/circuit-tracer, circuit_tracer/frontend/feature_models.py (0.5.0).
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,7 @@ def pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = None, *, t
     names = [f"{kind}_{name}" for kind in ("top", "random") for name in ("gate", "sequence", "position")]
     lists = {name: examples[name].transpose("layer", "expert", "channel", "example").values for name in names}
     channels, label = examples["channel"].values.tolist(), examples["label"].values
+    load = _frequencies(run)
     for layer in examples["layer"].values.tolist():
         for expert in examples["expert"].values.tolist():
             cell = {name: values[layer, expert] for name, values in lists.items()}
@@ -88,7 +91,69 @@ def pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = None, *, t
                 "examples_quantiles": quantiles,
                 "top_logits": _logits(logits, "top", layer, expert),
                 "bottom_logits": _logits(logits, "bottom", layer, expert),
-            }
+            } | _statistics(quantiles, float(load[layer, expert]))
+
+
+def neuron_pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = None) -> Iterator[Page]:
+    """Yield the page of every neuron of an expert that has an example.
+
+    A run holds the activation of the example's token only: the texts before and after it are shown with 0.
+
+    examples: of `neuron_examples.load`. logits: of `workbench.experiments.neuron_logits`.
+    """
+    layer, expert = int(examples.attrs["layer"]), int(examples.attrs["expert"])
+    frequency = float(_frequencies(run)[layer, expert])  # a neuron has an activation wherever its expert is chosen
+    names = ("activation", "sequence", "position", "before", "token", "after")
+    lists = {name: examples[name].transpose("neuron", "channel", "neuron_example").values for name in names}
+    for i, neuron in enumerate(examples["neuron"].values.tolist()):
+        quantiles = []
+        for c, channel in enumerate(examples["channel"].values.tolist()):
+            rows = zip(*(lists[name][i, c].tolist() for name in names), strict=True)
+            shown = [_neuron_example(*row) for row in rows if row[1] >= 0]
+            if shown:
+                quantiles.append({"quantile_name": f"Largest activations, {channel}", "examples": shown})
+        if quantiles:
+            yield {
+                "index": neuron_number(run.model, layer, expert, neuron),
+                "layer": layer,
+                "expert": expert,
+                "neuron": neuron,
+                "label": f"neuron {neuron} of layer {layer} expert {expert}",
+                "examples_quantiles": quantiles,
+                "top_logits": _neuron_logits(logits, "top", neuron),
+                "bottom_logits": _neuron_logits(logits, "bottom", neuron),
+            } | _statistics(quantiles, frequency)
+
+
+def _frequencies(run: Any) -> np.ndarray:
+    """Return the share of all tokens that went to each expert [layer expert]."""
+    counts = run.total("expert_count").sum(("group", "channel")).values.astype(np.float64)
+    tokens = counts[:1].sum() / run.model["experts_per_token"]
+    return np.asarray(counts / max(float(tokens), 1.0))
+
+
+def _statistics(quantiles: Sequence[Mapping[str, Any]], frequency: float) -> dict[str, Any]:
+    """Return what circuit-tracer's pages hold beside Neuronpedia's; nothing is known of quantiles and histograms."""
+    acts = [a for quantile in quantiles for example in quantile["examples"] for a in example["tokens_acts_list"]]
+    found = {"transcoder_id": "gpt-oss", "act_min": min(acts), "act_max": max(acts)}
+    return found | {"quantile_values": [], "histogram": [], "activation_frequency": round(frequency, 6)}
+
+
+def _neuron_example(
+    activation: float, sequence: int, position: int, before: str, token: str, after: str
+) -> dict[str, Any]:
+    return {
+        "tokens": [before, token, after],
+        "tokens_acts_list": [0.0, round(float(activation), 4), 0.0],
+        "train_token_ind": 1,
+        "is_repeated_datapoint": False,
+        "sequence": sequence,
+        "position": position,
+    }
+
+
+def _neuron_logits(logits: xr.Dataset | None, kind: str, neuron: int) -> list[str]:
+    return [] if logits is None else [str(text) for text in logits[f"{kind}_text"].sel(neuron=neuron).values.tolist()]
 
 
 def write_pages(
@@ -98,9 +163,12 @@ def write_pages(
     logits: xr.Dataset | None = None,
     *,
     tokenizer: Any = None,
+    neurons: Iterable[Page] = (),
     overwrite: bool = False,
 ) -> int:
     """Write a folder of pages, `NUMBER.json`, and return how many; it appears complete or not at all.
+
+    neurons: further pages, of `neuron_pages`.
 
     Raises:
         InputError: the run has no example, or the folder may not be written.
@@ -108,7 +176,7 @@ def write_pages(
     with staged(out, command="export", inputs=[run.path], overwrite=overwrite) as part:
         part.mkdir()
         n = 0
-        for page in pages(run, examples, logits, tokenizer=tokenizer):
+        for page in chain(pages(run, examples, logits, tokenizer=tokenizer), neurons):
             n += 1
             text = json.dumps(page, ensure_ascii=False, allow_nan=False)
             (part / f"{page['index']}.json").write_text(text + "\n", encoding="utf-8")

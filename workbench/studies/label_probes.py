@@ -108,7 +108,7 @@ def study(
     ]
     table = samples[0][1]
     names = sorted(set(table["label"]))
-    design = _Folds(table, pool, seed)
+    design = Folds(table, pool, seed)
     by_layer = [design.activation(x, names, false_positives) for x, _ in samples]
     fixed = {source: design.category(source, names) for source in SOURCES[1:4]}
     best = max(fixed.values(), key=lambda values: float(np.nan_to_num(values[0])))
@@ -178,8 +178,11 @@ def read(
 Values = tuple[float, Float[np.ndarray, " group"]]  # an AUC, and it without each group of prompts
 
 
-class _Folds:
-    """The folds of some labelled rows, shared by all layers and baselines."""
+class Folds:
+    """The folds of some labelled rows, shared by all layers and baselines.
+
+    table: label, prompt, id, before (the id before it) and position of every row. pool: whether rows are tokens.
+    """
 
     def __init__(self, table: pd.DataFrame, pool: str, seed: int) -> None:
         from sklearn.model_selection import StratifiedGroupKFold
@@ -295,9 +298,9 @@ def _variables(
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """Return the AUC by layer and source, and the difference from the best baseline, with intervals."""
     by_source = [activation, *([values] * len(activation) for values in fixed.values()), control]
-    pseudo = np.stack([[_pseudo_values(values) for values in layers] for layers in by_source], -1)  # layer group source
+    pseudo = np.stack([[pseudo_values(values) for values in layers] for layers in by_source], -1)  # layer group source
     tested = paired_test(np.moveaxis(pseudo, 1, 0))
-    beyond = paired_test(np.stack([_pseudo_values(values) - _pseudo_values(best) for values in activation], 1))
+    beyond = paired_test(np.stack([pseudo_values(values) - pseudo_values(best) for values in activation], 1))
     auc = np.asarray(tested["difference"])
     low, high = within_bounds(auc, np.asarray(tested["low"]), np.asarray(tested["high"]), pseudo.shape[1])
     return {
@@ -312,7 +315,7 @@ def _variables(
     }
 
 
-def _pseudo_values(values: Values) -> Float[np.ndarray, " group"]:
+def pseudo_values(values: Values) -> Float[np.ndarray, " group"]:
     """Return pseudo-values with the mean of the estimate, whose standard error is that of the jackknife."""
     whole, without = values
     n = len(without)

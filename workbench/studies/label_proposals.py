@@ -9,7 +9,7 @@ Reference: detection scoring, Paulo et al. 2024, arXiv 2410.13928.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import xarray as xr
 from statsmodels.stats.proportion import proportion_confint
 
 from workbench.bounded_json import parse_json
-from workbench.errors import InputError
+from workbench.errors import InputError, JobError
 from workbench.harmony.hosts import answers
 from workbench.harmony.hosts.client import HostError
 from workbench.studies.expert_labels import cleaned
@@ -62,20 +62,30 @@ def asker(host: Any, model: str, *, max_tokens: int | None = None) -> Ask:
 
 
 def propose(
-    run: Any, examples: xr.Dataset, ask: Ask, *, name: str, layers: Sequence[int] = (), seed: int = 0
+    run: Any,
+    examples: xr.Dataset,
+    ask: Ask,
+    *,
+    name: str,
+    layers: Sequence[int] = (),
+    seed: int = 0,
+    known: Container[tuple[int, int]] = (),
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each expert: proposed label, detection score with its interval, and the number of texts scored.
 
-    examples: of `expert_examples.load`. ask: answers a prompt. name: of the model, kept beside the label. Experts with
-    fewer than two examples, and those for which no answer can be read, are left out.
+    examples: of `expert_examples.load`. ask: answers a prompt. name: of the model, kept beside the label. known: layer
+    and expert of labels that are left out. So are experts with fewer than two examples, and those for which no answer
+    can be read. What an expert is asked does not depend on the others.
 
     Raises:
-        InputError: the host refuses a request or gives up.
+        JobError: the host refuses a request or gives up.
     """
     routed = _Routing(run, examples)
-    rng = np.random.default_rng(seed)
     for layer in layers or examples["layer"].values.tolist():
         for expert in examples["expert"].values.tolist():
+            if (layer, expert) in known:
+                continue
+            rng = np.random.default_rng([seed, layer, expert])
             own = _examples(examples, layer, expert)
             shown, held_out = own[:SHOWN], own[SHOWN : SHOWN + SCORED]
             if len(own) < 2:
@@ -89,7 +99,7 @@ def propose(
                 others = routed.others(layer, expert, len(held_out), rng)
                 right, n = _detected(label, held_out, others, ask, rng)
             except (HostError, answers.NoAnswerError) as error:
-                raise InputError(f"layer {layer} expert {expert}: {error}") from error
+                raise JobError(f"layer {layer} expert {expert}: {error}") from error
             low, high = proportion_confint(right, n, method="wilson") if n else (np.nan, np.nan)
             yield {
                 "layer": layer,
@@ -101,6 +111,12 @@ def propose(
                 "score_high": float(high),
                 "scored": float(n),
             }
+
+
+def proposed_by(labels: pd.DataFrame, name: str) -> set[tuple[int, int]]:
+    """Return layer and expert of the labels that a model proposed."""
+    own = labels[(labels["proposed"] != "") & (labels["proposed_by"] == cleaned(name))]
+    return set(zip(own["layer"].tolist(), own["expert"].tolist(), strict=True))
 
 
 def with_proposals(labels: pd.DataFrame, proposals: Sequence[dict[str, Any]]) -> pd.DataFrame:

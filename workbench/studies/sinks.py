@@ -176,12 +176,14 @@ def _words(result: xr.Dataset) -> str:
     for label, where in (("full layers", windows == 0), ("layers with a window", windows > 0)):
         if where.any() and "effort" in result.dims:
             lines.append(
-                f"Mean sink attention in {label}: {float(pooled.isel(layer=np.flatnonzero(where)).mean()):.3f}."
+                f"Mean sink attention in {label}: {100 * float(pooled.isel(layer=np.flatnonzero(where)).mean()):.1f} %."
             )
     if "effort" in result.dims:
         ranked = np.argsort(-np.nan_to_num(pooled.transpose("layer", "head").values), axis=None)[:5]
         places = [np.unravel_index(i, pooled.shape) for i in ranked]
-        named = ", ".join(f"{int(layer)}.{int(head)} ({float(pooled[layer, head]):.2f})" for layer, head in places)
+        named = ", ".join(
+            f"{int(layer)}.{int(head)} ({100 * float(pooled[layer, head]):.0f} %)" for layer, head in places
+        )
         lines.append(f"Heads that leave most on their sink (layer.head): {named}.")
     for channel in map(str, result["channel"].values):
         cell = result.sel(channel=channel)
@@ -191,6 +193,6 @@ def _words(result: xr.Dataset) -> str:
                 cell["mass"].weighted(cell["tokens"]).mean([d for d in cell["mass"].dims if d not in ("layer", "head")])
             )
             lines.append(
-                f"{channel}: mean sink attention {float(weighted.mean()):.3f} over all heads; {total:,} tokens."
+                f"{channel}: mean sink attention {100 * float(weighted.mean()):.1f} % over all heads; {total:,} tokens."
             )
     return "\n".join(lines)

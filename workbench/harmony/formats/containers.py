@@ -17,7 +17,7 @@ from workbench.errors import InputError
 
 _LONGEST_DOCUMENT = 1_000_000_000  # bytes, unpacked
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_BATCH_ROWS = 256
+_BATCH_ROWS, _BATCH_BYTES = 256, 4_000_000_000
 
 Objects = Iterator[tuple[str, Any]]
 
@@ -116,9 +116,23 @@ def _documents(path: Path, content: bytes) -> Objects:
 def _parquet(path: Path) -> Objects:
     try:
         with pq.ParquetFile(path) as file:
-            yield from _batches(file.iter_batches(_BATCH_ROWS))
+            yield from _batches(file.iter_batches(_rows_of_a_batch(path, file.metadata)))
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path} is no complete Parquet file: {_line(error)}") from error
+
+
+def _rows_of_a_batch(path: Path, metadata: pq.FileMetaData) -> int:
+    """Return so many rows that they fit in memory though each may repeat the longest value of the file.
+
+    Raises:
+        InputError: a column of a row group unpacks to more bytes than a document may have.
+    """
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    sizes = (group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
+    largest = max(sizes, default=0)
+    if largest > _LONGEST_DOCUMENT:
+        raise InputError(f"{path} unpacks to {largest:,} bytes in one column: write it in smaller row groups")
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
 
 
 def _arrow(path: Path) -> Objects:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.harmony.formats.conversation import Conversation, error_text
@@ -41,7 +43,7 @@ def read_zip(path: Path) -> Iterator[tuple[str, Conversation]]:
             header = parse_json(_member(log, "header.json" if "header.json" in names else "_journal/start.json"))
             for name in sorted(n for n in names if n.startswith("samples/") and n.endswith(".json")):
                 yield name, from_sample(parse_json(_member(log, name)), header)
-    except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
+    except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError, OSError, pa.ArrowException) as error:
         raise InputError(f"{path} is a zip, but not a complete Inspect log: {error_text(error)}") from error
 
 
@@ -56,14 +58,14 @@ def _member(log: zipfile.ZipFile, name: str) -> bytes:
     if info.file_size > _LONGEST_MEMBER:
         raise ValueError(f"{name} unpacks to {info.file_size:,} bytes")
     if info.compress_type != _ZSTD:
-        return log.read(name)
-    from numcodecs import Zstd
-
+        with log.open(info) as member:  # `log.read` unpacks all of it, whatever size the member is said to have
+            return member.read(info.file_size)
     assert log.fp is not None
     log.fp.seek(info.header_offset + 26)
     lengths = log.fp.read(4)  # of the name and the extra field, which stand before the data
     log.fp.seek(int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little"), 1)
-    unpacked: bytes = Zstd().decode(log.fp.read(info.compress_size))
+    with pa.input_stream(pa.BufferReader(log.fp.read(info.compress_size)), compression="zstd") as stream:
+        unpacked: bytes = stream.read(info.file_size + 1)
     if len(unpacked) != info.file_size:
         raise ValueError(f"{name} is damaged")
     return unpacked

@@ -6,6 +6,7 @@ them is refused with the list of those that can be read.
 
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from workbench.harmony.formats.shapes import SHAPES, has_messages, paired, shape
 from workbench.harmony.labels import label
 from workbench.harmony.messages import EFFORTS, shown
 from workbench.harmony.vocabulary import Tokenizer, tokenizer
-from workbench.inputs import refuse_devices
+from workbench.inputs import regular_file
 
 READABLE = (
     "an Inspect log (.eval or .json), " + ", ".join(shape.name for shape in SHAPES) + "; as JSON Lines, a JSON array, "
@@ -36,14 +37,25 @@ def convert(
     Raises:
         InputError: an unknown effort, or a file that is in none of the formats that can be read.
     """
-    path = Path(path)
     if effort is not None and effort not in EFFORTS:
         raise InputError(f"--effort {effort}: choose from {', '.join(EFFORTS)}")
+    with _readable(path) as source, _readable(requests) if requests else nullcontext() as asked:
+        try:
+            return _converted(source, asked, effort)
+        except InputError as error:
+            raise InputError(str(error).replace(str(source), str(path)).replace(str(asked), str(requests))) from error
+
+
+def _readable(path: str | Path) -> AbstractContextManager[Path]:
+    """Yield a folder as it is, of anything else a regular file with its content."""
+    return nullcontext(Path(path)) if Path(path).is_dir() else regular_file(path)
+
+
+def _converted(path: Path, requests: Path | None, effort: str | None) -> tuple[str, list[dict[str, Any]], list[str]]:
+    """Return what `convert` does, of files that can be read."""
     kinds: dict[str, None] = {}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
-    for given in (path, *([] if requests is None else [requests])):
-        refuse_devices(given)
     for kind, where, conversation in _conversations(path, requests):
         if kind:
             kinds[kind] = None

@@ -8,6 +8,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,9 @@ def write_gguf(checkpoint: Checkpoint, target: str | Path) -> Path:
         writer.close()
         os.replace(staging, path)
     finally:
+        for file in writer.fout or ():
+            with suppress(OSError):  # a full disk, which the error names
+                file.close()
         staging.unlink(missing_ok=True)
     return path
 

@@ -1,0 +1,1 @@
+"""Problems to compile every kernel for, ahead of time: one module for each module of kernels."""

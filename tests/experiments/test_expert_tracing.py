@@ -1,0 +1,109 @@
+"""Expert tracing: the only expert that a layer has left restores all that the layer does, and silent ones nothing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import workbench as wb
+from tests.conftest import DATA
+from workbench.errors import InputError
+from workbench.experiments import expert_tracing as tracing
+from workbench.experiments.effects import logprobs
+from workbench.experiments.final_channel import final_tokens
+from workbench.experiments.from_run import transcripts
+from workbench.figures import experiments as figures
+from workbench.harmony.transcripts import Transcript
+from workbench.model.transformer import GptOss
+
+LAYER, EXPERT = 3, 14  # of nano's last layer, chosen by many tokens of answers
+GENERATED = tracing.CLASSES.index("generated tokens")
+
+
+@pytest.fixture(scope="module")
+def nano() -> GptOss:
+    return wb.load("nano", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Transcript]:
+    every = transcripts(wb.open_run(DATA / "demo.zarr"))
+    return [r for r in every if r.effort == "low" and r.meta["task"] in ("recall", "sort", "reverse")][::4][:14]
+
+
+@contextmanager
+def only_expert(model: GptOss, layer: int, expert: int) -> Iterator[None]:
+    """All experts of a layer but one write nothing."""
+    down = model.blocks[layer].mlp.experts.down
+    held = [down.bias, down.blocks, down.scales]
+    before = [t.detach().clone() for t in held]
+    with torch.no_grad():
+        for t in (down.bias, down.blocks):
+            kept = t[expert].clone()
+            t.zero_()
+            t[expert] = kept
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for t, old in zip(held, before, strict=True):
+                t.copy_(old)
+
+
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_the_expert_that_carries_a_layer_is_found(nano: GptOss, rows: list[Transcript]) -> None:
+    with only_expert(nano, LAYER, EXPERT):
+        found = tracing.experiment(nano, rows, cells=1)["experts"]
+        estimates = tracing._screened(nano, rows[:2], 3.0, 0)
+        one = tracing.traced(nano, rows[0], 3.0, 0)
+        silent = [(LAYER, one.difference(LAYER, expert)) for expert in range(16) if expert != EXPERT]
+        values = tracing.restored(nano, one, [(0, torch.zeros_like(one.noise)), *silent])
+    own = found.isel(cell=0)
+    assert str(own["cell"].item()) == f"layer {LAYER} expert {EXPERT}, generated tokens"
+    assert float(own["change"]) == pytest.approx(float(own["layer"]), abs=1e-3), "alone, it is all of its layer"
+    assert float(own["low"]) > 0
+    assert float(own["p_rank"]) <= 0.05
+    assert float(own["recovery"]) > 0.1
+    np.testing.assert_array_equal(np.delete(estimates[:, LAYER], EXPERT, 1), 0)
+    np.testing.assert_allclose(values[1:], values[0], atol=1e-4, err_msg="the negative control: silent experts")
+    assert "more than controls" in found.attrs["summary"]
+    assert all(item.draw().data for item in figures.gallery({"experts": found}).values())
+
+
+def test_the_clean_value_is_that_of_an_ordinary_pass_and_everything_restored_is_clean(
+    nano: GptOss, rows: list[Transcript]
+) -> None:
+    one = tracing.traced(nano, rows[1], 3.0, 1)
+    clean = float(logprobs(nano, [rows[1]], final_tokens(nano))[0])
+    assert tracing._clean(nano, one) == pytest.approx(clean, abs=1e-3)
+    noisy = tracing.restored(nano, one, [(0, torch.zeros_like(one.noise))])[0]
+    assert noisy < clean - 1
+    last = nano.cfg.n_layers - 1
+    quiet = tracing._Traced(one.row, one.tokens, one.noise, one.kind, (one.experts[1],) * 2, (one.wrote[1],) * 2)
+    nothing = tracing.restored(nano, quiet, [(last, quiet.difference(last, None))])[0]
+    assert nothing == pytest.approx(noisy, abs=1e-4)
+    words = nano.tokenizer.decode(rows[1].tokens[one.kind.numpy() == 0].tolist())
+    assert words.split()[0] in ("home", "sort", "reverse")
+
+
+def test_controls_have_the_norm_and_come_from_other_sequences(nano: GptOss, rows: list[Transcript]) -> None:
+    every = [tracing.traced(nano, row, 3.0, i) for i, row in enumerate(rows[:3])]
+    pools = tracing._directions(every, LAYER)
+    for pool in pools:
+        np.testing.assert_allclose(pool.norm(dim=-1).numpy(), 1, atol=1e-5)
+    own = tracing._directions(every[:1] + every[:1], LAYER)[0]
+    assert not any((pools[0] @ v).max() > 1 - 1e-6 for v in own[:20])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"noise": 0.0}, "noise=0, cells=5"), ({"cells": 0}, "cells=0"), ({"controls": 5}, "controls=5: at least 20")],
+)
+def test_wrong_options_are_refused(nano: GptOss, rows: list[Transcript], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tracing.experiment(nano, rows, **options)
+    with pytest.raises(InputError, match="prompts in one half"):
+        tracing.experiment(nano, rows[:6])

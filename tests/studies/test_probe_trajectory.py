@@ -1,0 +1,102 @@
+"""Probes along the analysis: a planted label is read from its point and layer on, words are none, nulls are calibrated."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from workbench.errors import InputError
+from workbench.figures import probe_trajectory as figures
+from workbench.harmony.labels import CHANNELS
+from workbench.studies.probe_trajectory import study
+from workbench.studies.result import save
+
+D, LAYER, FROM = 10, 1, 0.6  # width; the label can be read from this layer and share of the analysis on
+
+
+class Run:
+    """Sequences of 5 prompt tokens and 10 of analysis; from FROM on, layer LAYER holds whether the answer is right."""
+
+    path, digest, model = "run.zarr", "planted", {"n_layers": 2}
+
+    def __init__(self, seed: int, n: int = 80, size: float = 3.0, words: bool = False) -> None:
+        rng = np.random.default_rng(seed)
+        right = rng.permutation(np.arange(n) % 2)
+        names = {"id": [f"s{i}" for i in range(n)], "prompt_id": [f"p{i}" for i in range(n)]}
+        self.sequences = pd.DataFrame({**names, "task": "t", "effort": "low", "domain": "d", "correct": right})
+        sequence, position = np.repeat(np.arange(n), 15), np.tile(np.arange(15), n)
+        own, late = right[sequence], (position - 5 + 1) / 10 >= FROM - 1e-9
+        x = rng.normal(size=(2, len(sequence), D))
+        x[LAYER, :, 0] += size * (2 * own - 1) * late
+        ids = rng.integers(0, 6, len(sequence))
+        ids = np.where(late & words, 10 + own, ids)
+        self._x = x.astype(np.float32)
+        channel = np.where(position >= 5, CHANNELS.index("analysis"), CHANNELS.index("prompt"))
+        zeros = np.zeros(len(sequence), np.int64)
+        self._block = {"sequence": sequence, "position": position, "channel": channel, "role": zeros, "part": zeros}
+        self._block["id"] = ids
+        about = SimpleNamespace(name="hook_resid_post", layers=(0, 1), per_token=True)
+        self.spec = SimpleNamespace(selected=[about])
+
+    def blocks(self, *names: str, layer: int = 0) -> Iterator[dict[str, Any]]:
+        yield {**self._block, "hook_resid_post": self._x[layer][None]}
+
+
+def trajectory(run: Run, **options: Any) -> Any:
+    return study(run, **options)["trajectory"]  # type: ignore[arg-type]
+
+
+def test_the_label_is_read_from_its_point_and_layer_on(tmp_path: Any) -> None:
+    found = trajectory(Run(0))
+    assert found["share"].values.tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert np.isnan(float(found["onset"].sel(layer=0)))
+    assert float(found["onset"].sel(layer=LAYER)) == pytest.approx(FROM)
+    late = found.sel(layer=LAYER).isel(share=slice(3, None))
+    assert (late["auc"] > 0.95).all()
+    assert (late["gain_low"] > 0).all()
+    assert (found["baseline"] < 0.75).all()
+    assert (found["control"] < 0.75).all()
+    assert "beyond the best baseline from 60% on" in found.attrs["summary"]
+    drawn = figures.gallery({"trajectory": found})["trajectory"]
+    assert len(drawn.draw().data) == 3
+    assert len(drawn.table()) == 12
+    assert save({"trajectory": found}, tmp_path)
+
+
+def test_what_the_tokens_tell_is_no_finding() -> None:
+    found = trajectory(Run(1, words=True))
+    assert float(found["baseline"].sel(source="tokens so far")[-1]) > 0.95
+    assert np.isnan(found["onset"].values).all()
+    chance = found["auc_low"].sel(layer=LAYER).values[3:]
+    assert (chance > 0.5).all(), "the negative control: beside chance alone, an onset would be shown"
+
+
+def test_nothing_is_shown_without_a_label_in_activations() -> None:
+    false = [np.isfinite(trajectory(Run(seed, size=0.0), points=2)["onset"].values).any() for seed in range(2, 8)]
+    assert sum(false) <= 1
+
+
+def test_labels_can_be_given_and_some_left_out() -> None:
+    run = Run(3)
+    labels = ["" if i < 10 else "right" if right else "wrong" for i, right in enumerate(run.sequences["correct"])]
+    found = trajectory(run, label=labels, points=2)
+    rare = trajectory(run, label=["rare" if i < 3 else label for i, label in enumerate(labels)], points=2)
+    assert "Left out, as fewer than 5 sequences have them: rare (3)." in rare.attrs["summary"]
+    assert found.attrs["rests_on"] == "70 sequences of 70 prompts, 2 labels"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label": "role"}, "label='role' is one of tokens"),
+        ({"channel": "prompt"}, "channel='prompt', points=5"),
+        ({"points": 11}, "0 sequences with at least 11 tokens in analysis"),
+        ({"label": "task"}, "have 1 labels and 80 prompts"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        trajectory(Run(0), **options)
