@@ -36,7 +36,7 @@ WIDTHS = """() => [...document.querySelectorAll('.jp-Notebook .js-plotly-plot')]
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[str]:
-    """JupyterLab with two notebooks: quickstart with a progress bar at its end, and one with a warning."""
+    """Start JupyterLab with two notebooks: quickstart with a progress bar at its end, and one with a warning."""
     quickstart = nbformat.read(NOTEBOOKS / "quickstart.ipynb", as_version=4)
     for cell in quickstart.cells:
         if cell.cell_type == "code":
@@ -72,6 +72,7 @@ def run_all(page: Page, url: str) -> None:
     page.add_locator_handler(select, lambda button: button.click())  # a slow server makes JupyterLab ask
     page.goto(url, timeout=LONG)
     expect(page.locator(".jp-Notebook:visible .jp-CodeCell").first).to_be_visible(timeout=LONG)
+    expect(page.get_by_role("button", name="(ipykernel) | Idle")).to_be_visible(timeout=LONG)  # else cells are not sent
     page.get_by_role("menuitem", name="Run", exact=True).click(timeout=LONG)
     page.get_by_text("Run All Cells", exact=True).click(timeout=LONG)
     end = page.locator(".jp-Notebook:visible .jp-OutputArea-output", has_text="the end")
@@ -104,5 +105,5 @@ def test_quickstart_runs_by_clicking(lab: str) -> None:
         page.wait_for_timeout(2000)
         assert all(0.9 <= width <= 1.01 for width in page.evaluate(WIDTHS)), page.evaluate(WIDTHS)
         again = browser.new_page()
-        run_all(again, f"{lab}/warning.ipynb")
+        run_all(again, f"{lab.replace('/lab/', '/lab/workspaces/other/')}/warning.ipynb")
         assert len(red_outputs(again)) == 1, "a negative control: red outputs are found"
