@@ -227,9 +227,10 @@ FLOAT32_DECODE = """
 from dataclasses import replace
 import torch
 from workbench.kernels.gpu import attention, tiles
+from workbench.kernels.gpu.compile_cases import attention as cases
 from workbench.kernels.gpu.aot import TARGETS, resources
 for target in ("sm_90", "sm_100", "sm_120"):
-    case = next(c for c in attention.compile_cases(target) if c.kernel is attention._split)
+    case = next(c for c in cases.compile_cases(target) if c.kernel is attention._split)
     types = {name: "*fp32" if kind == "*bf16" else kind for name, kind in case.types.items()}
     own = tiles.decode_tile(8, torch.float32, target)
     for tile in (own, own._replace(blocks={"BLOCK_M": 16, "BLOCK_N": 64})):

@@ -167,6 +167,7 @@ BASES: dict[str, str] = {
     "bench dashboard": "run.zarr --json out.json",
     "bench kernels": "--json out.json",
     "bench gpu": "--json out.json",
+    "bench graph": "nano --json out.json",
 }
 SLOW = {"report", "figures", "finetune", "graph", "study", "publish", "label"}
 
@@ -224,7 +225,7 @@ def without_long_work(patch: pytest.MonkeyPatch) -> None:
         path.mkdir()
         (path / "config.json").write_text("{}")
 
-    from workbench.bench import capture, cpu, dashboard, first, full, gpu, kernels, reading, store, studies
+    from workbench.bench import capture, cpu, dashboard, first, full, gpu, graph, kernels, reading, store, studies
     from workbench.capture import cluster
     from workbench.dashboards import app
     from workbench.model import export
@@ -233,7 +234,7 @@ def without_long_work(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(app, "_warm", lambda registry: None)
     patch.setattr(cluster, "run", ends)
     patch.setattr(export, "save_random", random_weights)
-    for module in (capture, cpu, full, store):
+    for module in (capture, cpu, full, graph, store):
         patch.setattr(module, "run", lambda *_, **__: {})
     patch.setattr(gpu, "run", lambda **_: {"tiles": {}})
     patch.setattr(kernels, "run", lambda *_, **__: ([], []))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.running import run_command
 from tests.conftest import DATA
 from workbench import cli
 
