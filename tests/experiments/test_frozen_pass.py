@@ -15,14 +15,14 @@ def model() -> GptOss:
 
 def followed(frozen: FrozenPass, *, without: str = "") -> tuple[float, float]:
     """The logit less the mean of all, and the sum of everything that begins a path to it."""
-    model, logits = frozen.model, frozen.logits[-1].double()
+    model, logits = frozen.model, frozen.logits.double()
     target = int(logits.argmax())
     rows = (model.unembed.weight[target] - model.unembed.weight.mean(0)).to(frozen.wide)
     end = torch.zeros(len(frozen.tokens), model.cfg.d_model)
     end[-1] = rows * model.ln_final.weight / frozen.seen("ln_final.hook_scale")[-1]
-    flows, start = frozen.backward(end)
-    total = float((start * frozen.seen("hook_embed")).sum())
-    for flow in flows:
+    flow_back = frozen.backward(end)
+    total = float((flow_back.start * frozen.seen("hook_embed")).sum())
+    for flow in flow_back.layers:
         parts = {n: getattr(flow, n) for n in ("head_bias", "attention_bias", "expert_constants", "expert_bias")}
         total += sum(float(part.sum()) for name, part in parts.items() if name != without)
     return float(logits[target] - logits.mean()), total
@@ -41,9 +41,8 @@ def test_each_node_passes_on_what_it_takes_in(model: GptOss) -> None:
     frozen = FrozenPass(model, model.to_tokens("12+34=")[0])
     end = torch.zeros(len(frozen.tokens), model.cfg.d_model)
     end[-1] = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0))
-    flows, _ = frozen.backward(end)
     stream = model.run_with_cache(frozen.tokens[None])[1]["resid_mid", 2][0]
-    flow = flows[2]
+    flow = frozen.backward(end).layers[2]
     taken = torch.einsum("psm,pm->ps", flow.expert_reads, stream) + flow.expert_constants
     torch.testing.assert_close(taken, flow.experts, rtol=1e-4, atol=1e-4)
     assert (taken - flow.expert_constants - flow.experts).abs().max() > 1e-3  # negative control
