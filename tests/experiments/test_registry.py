@@ -44,7 +44,15 @@ ON_THE_GALLERY_PAGE = (
     "super-experts",
 )
 # these need more than a few prompts of a group
-LARGE = ("expert-ablation", "expert-forcing", "expert-reweighting", "steering", "logit-attribution", "chain-of-thought")
+LARGE = (
+    "expert-ablation",
+    "expert-forcing",
+    "expert-reweighting",
+    "steering",
+    "logit-attribution",
+    "chain-of-thought",
+    "jacobian-lens",
+)
 
 
 @FEW

@@ -20,12 +20,12 @@ def cost() -> xr.Dataset:
 
 def test_points_are_the_means_and_bars_their_intervals(cost: xr.Dataset) -> None:
     grey, low, high = effort.accuracy_by_tokens(cost).data
-    assert (grey.mode, list(grey.y)) == ("lines", [0.2, 0.6])
-    assert (low.name, low.x[0], low.y[0]) == ("low", 10, 0.4)
-    assert (high.name, high.x[0], high.y[0]) == ("high", 50, 0.8)
+    assert (grey.mode, list(grey.y)) == ("lines", [20, 60])
+    assert (low.name, low.x[0], low.y[0]) == ("low", 10, 40)
+    assert (high.name, high.x[0], high.y[0]) == ("high", 50, 80)
     for point in (low, high):
-        assert point.error_y.array[0] == pytest.approx(0.05)
-        assert point.error_y.arrayminus[0] == pytest.approx(0.1)
+        assert point.error_y.array[0] == pytest.approx(5)
+        assert point.error_y.arrayminus[0] == pytest.approx(10)
         assert (point.error_x.array[0], point.error_x.arrayminus[0]) == (4, 2)
 
 

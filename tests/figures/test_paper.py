@@ -21,8 +21,8 @@ SCRIPTS = sorted((Path(__file__).parents[2] / "notebooks" / "figures").glob("*.p
 @pytest.fixture(scope="module")
 def found():
     drawn, left_out = paper.figures_of_run(wb.open_run(DATA / "demo.zarr"))
-    # two studies need other captures: with --routing host, and with --record of activations
-    needed = ("recorded host_routing", "recorded activations")
+    # some studies need other captures: with --routing host, and with --record of activations or neurons
+    needed = ("recorded host_routing", "recorded activations", "recorded neurons")
     assert [why for why in left_out if not any(text in why for text in needed)] == []
     return drawn
 
