@@ -38,4 +38,4 @@ def test_the_gallery_has_the_cells_with_tokens_and_a_figure_for_each_layer(mass:
     assert set(found) == {"mass_final_low", "position_layer_0", "position_layer_1"}
     lines = [trace for trace in found["position_layer_1"].draw().data if trace.mode == "lines+markers"]
     assert [line.name for line in lines] == ["final"], "a channel without tokens has no line"
-    np.testing.assert_allclose(lines[0].y, values[0, 1])
+    np.testing.assert_allclose(lines[0].y, 100 * values[0, 1], err_msg="in percent")
