@@ -223,7 +223,7 @@ def test_a_file_without_rows_is_refused(
             reader(tmp_path / "empty.jsonl", small)
     with pytest.raises(InputError, match=r"absent\.jsonl cannot be read: No such file"):
         reader(tmp_path / "absent.jsonl", small)
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+    with pytest.raises(InputError, match="is a folder; give a file"):
         reader(tmp_path, small)
 
 
