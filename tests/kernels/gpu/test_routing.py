@@ -117,6 +117,9 @@ def test_every_tile_is_scheduled_once_and_the_rest_know_it(counts: list[int], bl
 @pytest.mark.parametrize("num_experts", COUNTS)
 def test_tiles_fit_every_number_of_experts(num_experts: int) -> None:
     assert tiles.fits(tiles.top_k_tile(num_experts))
-    assert tiles.fits(tiles.group_tile(num_experts))
+    for slots in (1, 4, 100, 8192, 65536, 10**6):
+        tile = tiles.group_tile(slots, num_experts)
+        assert tiles.fits(tile)
+        assert tile.blocks["BLOCK"] % tile.blocks["STEP"] == 0, "no step goes beyond the slots of a program"
     if num_experts not in (128, 4096):
         assert not tiles.fits(tiles.Tile({"BLOCK": 2048 // num_experts}, 4, 1)), "the size before the correction"
