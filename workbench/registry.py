@@ -33,7 +33,11 @@ from workbench.errors import InputError
 GROUP = "workbench.studies"  # the entry point group of studies and experiments in other packages
 _PACKAGES = ("workbench.studies", "workbench.experiments")
 # what records a quantity, where it is not `--record` with its name
-_REMEDIES = {"host_routing": "--routing host", "activations": "--record resid_post, or another hook point"}
+_REMEDIES = {
+    "host_routing": "--routing host",
+    "activations": "--record resid_post, or another hook point",
+    "neurons": "--record routing --record neurons",
+}
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # a name becomes part of file names and of addresses
 
 
