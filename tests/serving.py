@@ -15,13 +15,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(port: int, server: "subprocess.Popen[Any] | None" = None) -> None:
-    """Until somebody listens there; ten minutes at most, and not if the server has ended."""
+def wait_for(port: int, server: "subprocess.Popen[Any]") -> None:
+    """Wait until the server listens there: ten minutes at most, and not after it has ended."""
     for _ in range(2400):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
-        if server is not None and server.poll() is not None:
+        if server.poll() is not None:
             pytest.fail(f"the server ended with {server.returncode}")
         time.sleep(0.25)
     pytest.fail(f"nothing answers at port {port}")

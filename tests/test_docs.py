@@ -69,6 +69,8 @@ def workplace(prepared: Path, tmp_path: Path) -> Path:
     for model in ("gpt-oss-20b", "gpt-oss-120b"):  # the hub ids that the pages name
         (tmp_path / "openai" / model).symlink_to(DATA / "nano")
     (tmp_path / "dashboards").symlink_to(ROOT / "dashboards")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "demo.zarr").symlink_to(DATA / "demo.zarr")
     return tmp_path
 
 
@@ -112,7 +114,7 @@ def test_the_commands_of_a_page_work_in_their_order(
         ):
             begin = [sys.executable, "-m", f"distributed.cli.{words[0]}", *words[1:], "--no-dashboard"]
             cluster.append(subprocess.Popen(begin, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-            wait_for(port)
+            wait_for(port, cluster[0])
     try:
         for line in filter(None, (line.split(" #")[0].strip() for line in text.splitlines())):
             run(shlex.split(line))
@@ -145,9 +147,9 @@ def run(words: list[str]) -> None:
     port = free_port()
     at = command.index("--args") if "--args" in command else len(command)
     command[at:at] = ["--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        wait_for(port)
+        wait_for(port, server)
     finally:
         server.terminate()
         server.wait(30)

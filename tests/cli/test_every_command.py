@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.cli.fuzzing import BASES, SLOW, Checked, add_traps, without_long_work
 from tests.cli.running import Result, run_command
 from tests.cli.test_fuzz_commands import option_names
 from tests.cli.test_outputs import OUTPUTS
+from workbench import cli
 
 COMMANDS = list(BASES)
 OPTIONS = option_names()
@@ -119,10 +121,13 @@ def test_a_damaged_run(
 
 @contextlib.contextmanager
 def interrupted(after_s: float) -> Iterator[None]:
-    """SIGINT as Ctrl-C sends it, after so much processor time of the command."""
+    """SIGINT as Ctrl-C sends it, after so much processor time, if the command still runs then: not to pytest."""
 
-    def interrupt(*_: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        while frame is not None and frame.f_code is not cli._run.__code__:
+            frame = frame.f_back
+        if frame is not None:
+            signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGPROF, interrupt), signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_PROF, after_s)
