@@ -1,4 +1,4 @@
-"""Shapes in signatures are checked while the tests run; one thread a process, as two cores share them.
+"""Shapes in signatures are checked in the tests of the model; one thread a process, as two cores share them.
 
 Triton interprets its kernels, so that their real launchers run on CPU tensors. It has to know before the first kernel
 is defined; tests that compile kernels do so in a process of their own.
@@ -9,10 +9,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRITON_INTERPRET"] = "1"
 
+from collections.abc import Generator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
+
+from tests import typechecking
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
@@ -24,7 +28,10 @@ MODEL = [
     for path in (ROOT / "workbench" / "model").rglob("[!_]*.py")
     if not path.stem.endswith("_loops")
 ]
-install_import_hook([*KERNELS, "workbench.hooks", *MODEL], "beartype.beartype")
+CHECK = f"{typechecking.__name__}.check_calls"
+install_import_hook([*KERNELS, "workbench.hooks", *MODEL], CHECK)
+# Tests of these packages run with the checks, which double the time of a short pass; others only use the model.
+CHECKED = ("adapters", "capture", "experiments", "hooks", "kernels", "model")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +52,14 @@ def long(pytestconfig: pytest.Config) -> bool:
 def demo_run() -> Path:
     """The finished run that comes with the project; read only."""
     return DATA / "demo.zarr"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Check shapes, or not, in a test and its fixtures."""
+    package = item.path.relative_to(ROOT / "tests").parts[0] if item.path.is_relative_to(ROOT / "tests") else ""
+    jaxtyping.config.update("jaxtyping_disable", package not in CHECKED)
+    return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import install_import_hook
 from torch import Tensor
 
+from tests.conftest import CHECK, DATA
+
 MODULES = (
     "attribution",
     "gradients",
@@ -16,10 +18,9 @@ MODULES = (
     "token_selection",
     "norm_attribution",
 )
-install_import_hook([f"workbench.experiments.{name}" for name in MODULES], "beartype.beartype")
+install_import_hook([f"workbench.experiments.{name}" for name in MODULES], CHECK)
 
 import workbench as wb  # noqa: E402
-from tests.conftest import DATA  # noqa: E402
 from tests.model.conftest import BASE, random_model  # noqa: E402
 from workbench.experiments.from_run import transcripts  # noqa: E402
 from workbench.model.transformer import GptOss  # noqa: E402

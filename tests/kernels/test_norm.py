@@ -1,5 +1,6 @@
 """RMSNorm in torch and in Triton against float64, and the hooked path equal to the fused one bit for bit."""
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -64,3 +65,10 @@ def test_gradients_take_the_reference_path(monkeypatch: pytest.MonkeyPatch) -> N
     (grad,) = torch.autograd.grad(reference.rms_norm(x, weight, EPS).square().sum(), x)
     assert torch.isfinite(grad).all()
     assert grad.abs().sum() > 0
+
+
+def test_a_shape_that_the_signature_does_not_admit_is_noticed() -> None:
+    """The checks that `tests/conftest.py` installs are there."""
+    x, weight = case((4, 96), torch.float32)
+    with pytest.raises(jaxtyping.TypeCheckError, match="weight"):
+        reference.rms_norm(x, weight[:5], EPS)

@@ -186,11 +186,16 @@ def _environment(folder: str) -> None:
 
 
 def report(
-    targets: Sequence[str] = tuple(CARDS), kernels: Sequence[str] = (), processes: int | None = None
+    targets: Sequence[str] = tuple(CARDS),
+    kernels: Sequence[str] = (),
+    processes: int | None = None,
+    *,
+    first_problem: bool = False,
 ) -> list[Row]:
     """Return the resources of every kernel, or of the named ones, for every target, in order.
 
-    Compiled by as many processes as there are cores, unless told.
+    Compiled by as many processes as there are cores, unless told. first_problem: of each kernel only the first of the
+    problems that it is compiled for.
 
     Raises:
         InputError: Triton is not installed, or a target or kernel is unknown.
@@ -215,7 +220,7 @@ def report(
             (*pair, i)
             for pair, its in zip(pairs, names, strict=True)
             for i, name in enumerate(its)
-            if not kernels or name in kernels
+            if (not kernels or name in kernels) and (not first_problem or name not in its[:i])
         ]
         rows = []
         with progress("bench kernels", len(items), "kernels") as advance:
