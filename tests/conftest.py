@@ -30,7 +30,7 @@ MODEL = [
 ]
 CHECK = f"{typechecking.__name__}.check_calls"
 install_import_hook([*KERNELS, "workbench.hooks", *MODEL], CHECK)
-# Tests of these packages run with the checks, which double the time of a short pass; others only use the model.
+# Tests of these packages run with the checks, which double the time of a short pass; others, and slow ones, do not.
 CHECKED = ("adapters", "capture", "experiments", "hooks", "kernels", "model")
 
 
@@ -58,7 +58,8 @@ def demo_run() -> Path:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Check shapes, or not, in a test and its fixtures."""
     package = item.path.relative_to(ROOT / "tests").parts[0] if item.path.is_relative_to(ROOT / "tests") else ""
-    jaxtyping.config.update("jaxtyping_disable", package not in CHECKED)
+    checked = package in CHECKED and item.get_closest_marker("slow") is None
+    jaxtyping.config.update("jaxtyping_disable", not checked)
     return (yield)
 
 
