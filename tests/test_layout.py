@@ -171,6 +171,7 @@ TESTED_BY = {
     "runs/schema": "runs/test_writer.py",
     "runs/summed": "runs/test_totals.py",
     "runs/views": "research/test_research.py",
+    "studies/contrast_summary": "studies/test_contrast.py",
     "studies/comparison": "studies/test_divergence.py",
     "studies/label_proposals": "studies/test_expert_labels.py",
     "studies/layer_experts": "capture/test_layer_experts.py",
@@ -178,6 +179,7 @@ TESTED_BY = {
     "studies/routing_agreement_runs": "capture/test_host_routing.py",
     "research/intervention": "research/test_recipe.py",
     "research/intervention_edits": "research/test_recipe.py",
+    "studies/selection_rates": "studies/test_risk_difference.py",
     "studies/synthetic": "studies/test_routing.py",
     "studies/token_labels": "studies/test_label_probes.py",
 }

@@ -8,7 +8,7 @@ import xarray as xr
 from jaxtyping import Bool
 
 from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme, band, translucent
-from workbench.studies.contrast import ALPHA
+from workbench.studies.difference_tests import ALPHA
 
 
 def lines(

@@ -24,7 +24,7 @@ from workbench.model.transformer import GptOss
 from workbench.research.recipe import Recipe
 from workbench.runs import Run
 from workbench.studies.intervals import few_prompts, ratio, share_of_answers
-from workbench.studies.matching import independent_prompts
+from workbench.studies.run_index import independent_prompts
 
 Prompts = str | Path | Sequence[str] | Sequence[Mapping[str, Any]] | Sequence[Prompt]
 

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from workbench.errors import InputError
 from workbench.runs import Run
 from workbench.studies import token_labels
-from workbench.studies.matching import independent_prompts
 from workbench.studies.probes import bigrams, category_predictions, position_bins, previous_ids
+from workbench.studies.run_index import independent_prompts
 from workbench.studies.token_labels import Selection
 
 _FOLDS = 5

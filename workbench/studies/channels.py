@@ -19,9 +19,9 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies import probes
 from workbench.studies.comparison import in_second_half
-from workbench.studies.contrast import Plan, TokenRun, contrasts
-from workbench.studies.matching import independent_prompts, token_blocks
+from workbench.studies.contrast import Plan, contrasts
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import TokenRun, independent_prompts, token_blocks
 
 STUDY = Study(
     name="channels",

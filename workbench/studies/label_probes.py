@@ -22,7 +22,7 @@ from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.runs import Run
 from workbench.studies import token_labels
-from workbench.studies.contrast import paired_test
+from workbench.studies.difference_tests import paired_test
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts, within_bounds
 from workbench.studies.probes import bigrams, control_labels, position_bins, previous_ids
 from workbench.studies.result import Definition, dataset, provenance

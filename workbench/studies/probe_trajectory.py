@@ -23,7 +23,7 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.runs import Run
 from workbench.studies import token_labels
-from workbench.studies.contrast import paired_test
+from workbench.studies.difference_tests import paired_test
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts, within_bounds
 from workbench.studies.label_probes import FOLDS, GROUPS, Folds, Values, pseudo_values
 from workbench.studies.result import Definition, dataset, provenance

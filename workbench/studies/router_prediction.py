@@ -18,12 +18,12 @@ from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.runs import Run
 from workbench.studies import token_labels
-from workbench.studies.contrast import paired_test
+from workbench.studies.difference_tests import paired_test
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts, within_bounds
 from workbench.studies.label_probes import ridge
-from workbench.studies.matching import index_of
 from workbench.studies.probes import bigrams, previous_ids
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import index_of
 
 STUDY = Study(
     name="router-prediction",

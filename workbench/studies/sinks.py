@@ -15,10 +15,10 @@ from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run, axes, cells, sum_by
-from workbench.studies.contrast import Plan, TokenRun, contrasts
+from workbench.studies.contrast import Plan, contrasts
 from workbench.studies.intervals import ratio, within_bounds
-from workbench.studies.matching import independent_prompts, merged_prompts, token_blocks
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import TokenRun, independent_prompts, merged_prompts, token_blocks
 
 STUDY = Study(
     name="sinks",
