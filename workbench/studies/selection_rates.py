@@ -45,7 +45,7 @@ class TokenSides:
         for which, side in enumerate(sides):
             if not self.counts[which].sum():
                 raise InputError(
-                    f"no token of the run is on side {'ab'[number]}, {selection_text(side)}: choose other labels"
+                    f"no token of the run is on side {'ab'[which]}, {selection_text(side)}: choose other labels"
                 )
 
     def matching(self, control: Control) -> Matching:
