@@ -1,7 +1,7 @@
 """A pass neither waits for the GPU nor copies from the host, and launches few kernels.
 
 Meta tensors stand for those of a GPU: they have no values, so whatever reads one is noticed, and tensors of the host
-are told apart. Operations of torch are counted as they are dispatched, launches of Triton's kernels where the launchers
+are distinguished. Operations of torch are counted as they are dispatched, launches of Triton's kernels where the launchers
 start them; kernels are not run.
 """
 

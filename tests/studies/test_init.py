@@ -188,7 +188,7 @@ def test_duplicated_prompts_count_once_in_every_study(monkeypatch):
 
 @pytest.fixture
 def of_prompts(monkeypatch):
-    """The bundled run as if it had so many independent prompts."""
+    """Return a function that opens the bundled run as if it had n independent prompts."""
 
     def merged(n: int) -> wb.Run:
         run = wb.open_run(DATA / "demo.zarr")

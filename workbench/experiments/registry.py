@@ -29,7 +29,7 @@ from workbench.studies.result import name_few_prompts
 from workbench.studies.run_index import duplicates_warning, index_of
 from workbench.version import version
 
-SEQUENCES = 200  # about so many, of prompts spread over tasks and efforts
+SEQUENCES = 200  # about this many, of prompts spread over tasks and efforts
 
 
 def run_experiment(

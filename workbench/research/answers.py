@@ -31,8 +31,8 @@ Prompts = str | Path | Sequence[str] | Sequence[Mapping[str, Any]] | Sequence[Pr
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers to prompts. table: a row an answer, with prompt_id, effort, analysis, text, expected, correct, complete,
-    new_tokens. transcripts: the same as ids, for `capture` and `write_transcripts`."""
+    """Answers to prompts. table: one row for each answer, with prompt_id, effort, analysis, text, expected, correct,
+    complete, new_tokens. transcripts: the same as ids, for `capture` and `write_transcripts`."""
 
     table: pd.DataFrame
     transcripts: list[Transcript]

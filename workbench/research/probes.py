@@ -79,7 +79,7 @@ def probe(
 def _sample(
     run: Run, about: Any, index: int, labels: Any, where: Selection | None, max_tokens: int, seed: int
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """Return the values of at most so many tokens that have a label, and the labels; the same tokens for each layer."""
+    """Return the values of at most this many tokens with a label, and the labels; the same tokens for each layer."""
     parts: list[tuple[np.ndarray, pd.DataFrame]] = []
     for columns, values in token_labels.blocks(run, about, index):
         before = previous_ids(columns["id"].to_numpy(), columns["sequence"].to_numpy())

@@ -1,7 +1,7 @@
 """The sinks study: attention to the learned sinks by layer, head and position, channel and effort.
 
 Sink attention is the probability 1 − Σ attention of a head at a token. With equal logits it falls with the number
-of keys that a head sees, so layers with a window and full layers are told apart, and every comparison of channels or
+of keys that a head sees, so layers with a window and full layers are distinguished, and every comparison of channels or
 efforts is made at equal position too. Means of cells are over tokens, differences are within prompts; the sampling
 unit is the prompt.
 

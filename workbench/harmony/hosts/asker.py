@@ -118,7 +118,7 @@ class Asker:
             answer = replace(answer, ids=(prompt, marked_ids(text, encoding)))
             about["ids"] = "from text"
         elif ids is None and not has_analysis:  # the host strips marks: only the messages can be had back
-            raise answers.NoAnswerError("the host strips harmony's marks and the channels cannot be told apart")
+            raise answers.NoAnswerError("the host strips harmony's marks, so that the channels cannot be distinguished")
         return self._row(job, answer, reply)
 
     def _generate(self, job: Job) -> dict[str, Any]:

@@ -135,8 +135,8 @@ _Result = dict[str, Any] | Exception
 def _asked(host: Host, left: list[Job], settings: Settings, interrupt: StopSignal) -> Iterator[tuple[Job, _Result]]:
     """Yield rows or reasons as they come; at most `concurrency` requests at a time.
 
-    Whatever is wrong with one answer is the reason of one row. After a signal nothing more is asked, and the answers
-    under way are waited for.
+    Whatever is wrong with one answer is the reason of one row. After a signal no further request is sent, and running
+    requests are waited for.
     """
     ask = Asker(host, settings)
     queue = iter(left)
@@ -151,7 +151,7 @@ def _asked(host: Host, left: list[Job], settings: Settings, interrupt: StopSigna
 
     try:
         while True:
-            room = settings.concurrency if ask.api != "auto" else 1  # the first finds out what the host speaks
+            room = settings.concurrency if ask.api != "auto" else 1  # the first determines the API
             while running < room and not interrupt.asked and (job := next(queue, None)) is not None:
                 # daemons, so that a second Ctrl-C need not wait for the host
                 threading.Thread(target=work, args=(job,), daemon=True).start()
