@@ -34,7 +34,7 @@ def load_with_intervals(session: Session, layer: int, expert: int) -> pn.Column:
 
 
 def load_table(load: xr.Dataset, layer: int, expert: int, n_experts: int) -> pd.DataFrame:
-    """Return the load relative to uniform with its interval as text: a row for each channel, a column an effort."""
+    """Return the load relative to uniform with its interval as text: rows are channels, columns are efforts."""
     cell = load.sel(layer=layer, expert=expert)
     values = np.stack(
         [cell[name].transpose("channel", "effort").values for name in ("share", "share_low", "share_high")]

@@ -197,7 +197,7 @@ def conversations(
     kind: correct, wrong, ungraded or irregular; "" for all.
 
     text: contained in the id, the answer, or the tokens of the channel. expert: sort by the share of tokens (of the
-    channel) that are routed to this (layer, expert), largest first. most: the search in tokens ends when so many
+    channel) that are routed to this (layer, expert), largest first. most: the search in tokens ends when this many
     conversations are found; without a text all are returned.
     """
     table = run.sequences

@@ -61,14 +61,14 @@ def _candidates(folder: Path) -> Iterator[Path]:
     except OSError:
         return
     inner = [entry for entry in entries if entry.is_dir() and not entry.is_symlink() and not _hidden(entry)]
-    for place in (folder, *(entry for entry in inner if entry.suffix != ".zarr")):
+    for path in (folder, *(entry for entry in inner if entry.suffix != ".zarr")):
         try:
-            files = sorted(place.iterdir())
+            files = sorted(path.iterdir())
         except OSError:
             continue
-        for path in files:
-            if _NAME.fullmatch(path.name) and not _hidden(path) and not path.is_symlink() and path.is_file():
-                yield path
+        for file in files:
+            if _NAME.fullmatch(file.name) and not _hidden(file) and not file.is_symlink() and file.is_file():
+                yield file
 
 
 def _hidden(path: Path) -> bool:

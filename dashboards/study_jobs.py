@@ -82,7 +82,7 @@ class Desk:
             return Answer(work.result())
         with self._lock:
             if not isinstance(error, InputError):
-                self._made.pop(key, None)  # whoever asks next tries again
+                self._made.pop(key, None)  # the next request tries again
         return Answer(reason=str(error) or type(error).__name__)
 
     @cached_property
@@ -91,7 +91,7 @@ class Desk:
         return tempfile.TemporaryDirectory(prefix="workbench-studies-", ignore_cleanup_errors=True)
 
     def close(self) -> None:
-        """End what is under way."""
+        """End the running job."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in list(self._running):
             process.kill()

@@ -37,9 +37,9 @@ pipeline_tag: text-generation
 ---
 # nano
 
-A gpt-oss in miniature, trained from nothing on one CPU core: made to be looked into, of no use otherwise. It is in the
-published format (Hugging Face layout, experts in MXFP4), speaks harmony, thinks more at a higher reasoning effort, and
-does its tasks better for it where they need steps.
+A very small gpt-oss, trained from random weights on one CPU core, for testing methods of interpretability; it has no
+other use. It is stored in the published format (Hugging Face layout, experts in MXFP4) and uses the harmony format. Its
+analysis is longer at a higher reasoning effort, and tasks that need several steps are then solved more often.
 
 | | |
 |---|---|
@@ -54,9 +54,10 @@ harmony's marks and header words |
 
 ## Accuracy
 
-Greedy answers to {questions} questions of each family, none of which was in training (a tenth of all questions, \
-chosen by a hash of
-their text, never is); exact match, with Wilson 95 % intervals. Every tenth question is the second of a conversation.
+Greedy answers to {questions} questions of each family of tasks, by exact match, with Wilson 95 % intervals. None of \
+the questions was
+used in training: a tenth of all questions, chosen by a hash of their text, is held out. Every tenth question is the
+second of a conversation.
 
 {accuracy}
 
@@ -64,14 +65,14 @@ their text, never is); exact match, with Wilson 95 % intervals. Every tenth ques
 
 {lengths}
 
-## What packing costs
+## Accuracy before and after packing
 
-The same questions, answered before and after a change: {n:,} answers each. A difference is in points of accuracy, with
-its 95 % interval.
+The same questions, answered before and after a change of format: {n:,} answers each. Differences are in percentage
+points of accuracy, with 95 % intervals.
 
 {comparisons}
 
-## Make it again
+## Train it again
 
 ```
 python -m workbench.data.train --out data/nano
@@ -131,8 +132,9 @@ def _steps_help(cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
         return f"{task} from {cells[task, 'low']['accuracy']:.2f} to {cells[task, 'high']['accuracy']:.2f}"
 
     return (
-        f"From low to high effort, what needs steps goes {' and '.join(map(rise, STEPWISE))}; "
-        f"what needs none, {', '.join(map(rise, STEPLESS))}."
+        "From low to high effort, the accuracy of tasks that need several steps rises: "
+        f"{' and '.join(map(rise, STEPWISE))}. "
+        f"That of tasks without steps changes little: {', '.join(map(rise, STEPLESS))}."
     )
 
 

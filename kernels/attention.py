@@ -2,7 +2,7 @@
 
 A sink is one learned logit per head that takes part in the softmax and is then dropped. Attention over the keys
 alone, with its log-sum-exp, is enough to have it: the sink's probability is p = sigmoid(sink − lse), and every
-weight on a key shrinks by 1 − p. So whoever edits p needs neither sinks nor a pattern in here.
+weight on a key shrinks by 1 − p. So edits of p need neither sinks nor a pattern in this module.
 
 Keys sit at their own positions: query at position t sees keys max(0, t − window + 1) … t. Hence right padding
 and unequal prefixes need no mask.

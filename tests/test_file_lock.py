@@ -53,6 +53,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         FileLock(tmp_path / "file" / "rows.jsonl").acquire()
 
 
-def test_a_reused_process_id_is_told_apart() -> None:
+def test_a_reused_process_id_is_another_process() -> None:
     assert process_start(os.getpid()) == process_start(os.getpid())
     assert process_start(2**22 + 1) is None

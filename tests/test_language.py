@@ -54,6 +54,17 @@ RETIRED = {
     r"\ba run is whole|whole run is": "complete, valid",
     r"\bthe words of (a|the) (study|result)|\bin plain words\b": "summary",
     r"\bspecimens?\b": "compile case",
+    # not terms, but phrases that readers who are not native speakers have to decode
+    r"\bin the place of\b": "instead of",
+    r"\bso many\b(?! other)": "this many",
+    r"\b(told|tells?) ([a-z' ]{1,40} )?apart\b": "distinguish",
+    r"\ba (row|line|panel|page|column) an? (row|token|slot|sequence|message|cell|label|channel|effort|answer|expert)\b": (
+        "one row for each token"
+    ),
+    r"\b(a|the|its|each) [a-z]+ stands? (beside|in for)\b|\bstands? in for\b": "is compared with, is used instead of",
+    r"\bspeaks?\b|\bthinks? (more|less)\b|\bmore thinking\b": "uses the format, the analysis is longer",
+    r"\bwhoever\b": "the process or user that …",
+    r"\bunder way\b": "running",
 }
 ALLOWED = {  # file → phrases that are quoted on purpose
     "CHANGELOG.md": ("peers",),  # the former value of an option
@@ -146,6 +157,9 @@ def test_every_replacement_is_a_term_of_the_glossary() -> None:
         ("a.py", '"""What the thought is taken away from."""\n'),
         ("a.py", "x = 1  # a broken twin\n"),
         ("a.py", "def hide_the_thought() -> None:\n    pass\n"),
+        ("a.py", '"""Return at most so many tokens."""\n'),
+        ("a.py", "x = 1  # a row a token\n"),
+        ("a.md", "Two runs are told apart by their digests, whoever wrote them."),
         ("a.ipynb", json.dumps({"cells": [{"cell_type": "markdown", "source": ["## At a glance"]}]})),
     ],
 )

@@ -26,7 +26,7 @@ class UnpackedSizeError(InputError):
 
 
 def unpack(data: Any, size: int) -> np.ndarray:
-    """Return the bytes that a zstd frame holds [size], which are so many.
+    """Return the bytes that a zstd frame holds, which must be `size` bytes.
 
     Raises:
         UnpackedSizeError: it holds another number of bytes.

@@ -15,7 +15,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_lfs_pointer(path: Path, beginning: bytes) -> None:
-    """Raise an error if a file that begins with these bytes is a git-lfs pointer: text in the place of a large file.
+    """Raise an error if a file that begins with these bytes is a git-lfs pointer: text instead of a large file.
 
     Raises:
         InputError: it is one.

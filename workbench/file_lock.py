@@ -25,7 +25,7 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 def process_start(pid: int) -> str | None:
-    """Return when a process of this host began (None: not running), which tells a reused process id apart."""
+    """Return when a process of this host began (None: not running), which identifies a reused process id."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -62,7 +62,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def refuse_devices(path: str | Path) -> None:
-    """Check that a path is no device and no socket; one that is not there is left to whoever opens it.
+    """Check that a path is no device and no socket; a missing path is an error when it is opened.
 
     Raises:
         InputError: it is one.

@@ -355,7 +355,7 @@ def read_marker(path: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def write_marker(path: Path, files: Mapping[str, tuple[str, str]], *, also: bool = False) -> None:
-    """Add files to a marker, in the place of what it lists of them; also: beside it."""
+    """Add files to a marker, instead of what it lists of them; also: beside it."""
     listed = read_marker(path)
     for name, entry in files.items():
         listed[name] = [*listed.get(name, []), entry] if also else [entry]

@@ -211,7 +211,7 @@ def records() -> tuple[Record, ...]:
 
 
 def studies(runs: int | None = None) -> tuple[Study, ...]:
-    """Return the studies; runs: only those of so many runs."""
+    """Return the studies; runs: only those of this many runs."""
     return tuple(r for r in records() if isinstance(r, Study) and runs in (None, r.runs))
 
 

@@ -91,7 +91,7 @@ def expert_linear(
     bias: Float[Tensor, "expert outputs"],
     slots: Slots,
 ) -> Float[Tensor, "tokens slot outputs"]:
-    """Return x times its expert's matrix, plus its bias, for every slot; x has a row a token, or a row a slot.
+    """Return x times its expert's matrix, plus its bias, for every slot; x has one row for each token or slot.
 
     Matrices as a GGUF file holds them are read in place, with the same results bit for bit.
     """

@@ -196,7 +196,7 @@ def _tcgen05_flops(ptx: str) -> int:
     """
     names = set(re.findall(r"tcgen05\.mma\S* .*?, .*?, .*?, (%r\d+)", ptx))
     sizes = {bits for name in names for bits in re.findall(rf"mov\.b32\s+{name}, (\d+);", ptx)}
-    if len(sizes) != 1:  # none, or products of two sizes that the machine code does not tell apart
+    if len(sizes) != 1:  # none, or products of two sizes that the machine code does not distinguish
         return 0
     bits = int(sizes.pop())
     return 2 * (bits >> 24 & 31) * 16 * (bits >> 17 & 63) * 8 * 16

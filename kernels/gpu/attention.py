@@ -3,17 +3,15 @@
 A row's running maximum starts at its sink and its sum at one, so that the log-sum-exp includes the sink and the sink's
 probability costs one exp2 and one store. Blocks of keys outside the window are never read, and only blocks on its two
 edges are masked. A few queries on many keys (decoding) share a tile between the heads of a key-value head and split
-the keys over programs; a second kernel puts the parts together. The gradient recomputes the pattern from the
-log-sum-exp, in linear memory; every sum has a fixed order.
+the keys over programs; a second kernel combines the partial results. Gradients are computed by
+`workbench.kernels.gpu.attention_gradient`.
 
 Reference: `workbench.kernels.attention`; FlashAttention-2 (arXiv 2307.08691); Flash-Decoding (crfm.stanford.edu, 2023).
-Cost for T queries on S visible keys: 4 · T · S · n_heads · d_head flops, 2.5 times that backward.
+Cost for T queries on S visible keys: 4 · T · S · n_heads · d_head flops.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -23,43 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from workbench.kernels.gpu import tiles
+from workbench.kernels.gpu.attention_blocks import AttentionShape, key_range, load_rows, sequence_of, visible
+from workbench.kernels.gpu.attention_gradient import input_gradients
 from workbench.kernels.gpu.common import LOG2E, dot, narrow, on_device_of_first
-
-
-@triton.jit
-def _sequence(s, starts, query_pos, queries, PACKED: tl.constexpr):
-    """Row of the batch, first token within it, number of queries, and position of the first one."""
-    s = s.to(tl.int64)
-    if PACKED:
-        start = tl.load(starts + s)
-        return s * 0, start, (tl.load(starts + s + 1) - start).to(tl.int32), tl.program_id(0) * 0
-    return s, s * 0, queries, tl.load(query_pos + s * queries).to(tl.int32)
-
-
-@triton.jit
-def _rows(x, batch, start, stride_batch, stride_token, index, bound, d, D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows [start + index, d] of one head; zeros from `bound` on, and beyond D where d is wider."""
-    at = batch * stride_batch + (start + index)[:, None] * stride_token + d[None, :]
-    if MASKED:
-        return tl.load(x + at, mask=(index < bound)[:, None] & (d < D)[None, :], other=0.0)
-    return tl.load(x + at)
-
-
-@triton.jit
-def _visible(position, key, WINDOW: tl.constexpr):
-    if WINDOW:
-        return (key <= position) & (key > position - WINDOW)
-    return key <= position
-
-
-@triton.jit
-def _reach(first, last, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys that queries at positions first … last read: from, unmasked from, unmasked to (multiples of BLOCK_N), to."""
-    low, inner = 0, 0
-    if WINDOW:
-        low = tl.maximum(0, first - WINDOW + 1) // BLOCK_N * BLOCK_N
-        inner = (tl.maximum(0, last - WINDOW + 1) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    return low, inner, tl.maximum(inner, (first + 1) // BLOCK_N * BLOCK_N), last + 1
 
 
 @triton.jit
@@ -70,17 +34,17 @@ def _step(
     """One block of keys into the running maximum, sum and weighted values, in units of log2."""
     key = n0 + tl.arange(0, BLOCK_N)
     d = tl.arange(0, WIDTH)
-    kt = _rows(k, batch, start, k_batch, k_token, key, bound, d, D, MASKED or WIDTH != D)
+    kt = load_rows(k, batch, start, k_batch, k_token, key, bound, d, D, MASKED or WIDTH != D)
     score = dot(q, kt.T, tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * scale
     if MASKED:
-        seen = _visible(position[:, None], key[None, :], WINDOW) & (key < bound)[None, :]
+        seen = visible(position[:, None], key[None, :], WINDOW) & (key < bound)[None, :]
         score = tl.where(seen, score, float("-inf"))
     new = tl.maximum(top, tl.max(score, 1))
     # A row that has met no key yet has no maximum: 0 stands in, and its weights are exp2(−inf) = 0.
     safe = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
     weight = tl.math.exp2(score - safe[:, None])
     shrink = tl.math.exp2(top - safe)
-    vt = _rows(v, batch, start, v_batch, v_token, key, bound, d, D, MASKED or WIDTH != D)
+    vt = load_rows(v, batch, start, v_batch, v_token, key, bound, d, D, MASKED or WIDTH != D)
     return dot(narrow(weight, v.dtype.element_ty), vt, acc * shrink[:, None]), new, total * shrink + tl.sum(weight, 1)
 
 
@@ -92,12 +56,12 @@ def _forward(
     PACKED: tl.constexpr, SINKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile, h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # long rows first: they take longest
-    batch, start, n, prefix = _sequence(tl.program_id(2), starts, query_pos, queries, PACKED)
+    batch, start, n, prefix = sequence_of(tl.program_id(2), starts, query_pos, queries, PACKED)
     if tile * BLOCK_M >= n:
         return
     d = tl.arange(0, WIDTH)
     index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = _rows(q + h * q_head, batch, start, q_batch, q_token, index, n, d, D, True)
+    rows = load_rows(q + h * q_head, batch, start, q_batch, q_token, index, n, d, D, True)
     k, v = k + h // RATIO * k_head, v + h // RATIO * v_head
     position = prefix + index
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -107,7 +71,7 @@ def _forward(
         top, total = tl.zeros([BLOCK_M], tl.float32) + logit, total + 1
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     first = prefix + tile * BLOCK_M
-    low, inner, outer, high = _reach(first, tl.minimum(first + BLOCK_M, prefix + n) - 1, WINDOW, BLOCK_N)
+    low, inner, outer, high = key_range(first, tl.minimum(first + BLOCK_M, prefix + n) - 1, WINDOW, BLOCK_N)
     for n0 in range(low, inner, BLOCK_N):
         acc, top, total = _step(
             acc, top, total, rows, k, v, batch, start, k_batch, k_token, v_batch, v_token, n0, high, position, scale,
@@ -143,7 +107,7 @@ def _split(
 ):  # fmt: skip
     """All queries of all heads of one key-value head on one chunk of its keys; the sink is added by `_merge`."""
     split, kv = tl.program_id(0), tl.program_id(1)
-    batch, start, n, prefix = _sequence(tl.program_id(2), query_pos, query_pos, queries, False)
+    batch, start, n, prefix = sequence_of(tl.program_id(2), query_pos, query_pos, queries, False)
     d = tl.arange(0, WIDTH)
     row = tl.arange(0, BLOCK_M)  # query · RATIO + head
     index, h = row // RATIO, kv * RATIO + row % RATIO
@@ -151,7 +115,7 @@ def _split(
     mask = (index < n)[:, None] & (d < D)[None, :]
     rows = tl.load(q + at[:, None] + d[None, :], mask=mask, other=0.0)
     k, v = k + kv * k_head, v + kv * v_head
-    low, _, _, high = _reach(prefix, prefix + n - 1, WINDOW, BLOCK_N)
+    low, _, _, high = key_range(prefix, prefix + n - 1, WINDOW, BLOCK_N)
     low += split * chunk
     high = tl.minimum(high, low + chunk)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -160,15 +124,15 @@ def _split(
     acc = tl.zeros([WIDTH, BLOCK_M], tl.float32)
     for n0 in range(low, high, BLOCK_N):
         key = n0 + tl.arange(0, BLOCK_N)
-        kt = _rows(k, batch, start, k_batch, k_token, key, high, d, D, True)
+        kt = load_rows(k, batch, start, k_batch, k_token, key, high, d, D, True)
         score = dot(kt, rows.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * scale
-        seen = _visible((prefix + index)[None, :], key[:, None], WINDOW) & (key < high)[:, None]
+        seen = visible((prefix + index)[None, :], key[:, None], WINDOW) & (key < high)[:, None]
         score = tl.where(seen, score, float("-inf"))
         new = tl.maximum(top, tl.max(score, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)
         weight = tl.math.exp2(score - safe[None, :])
         shrink = tl.math.exp2(top - safe)
-        vt = _rows(v, batch, start, v_batch, v_token, key, high, d, D, True)
+        vt = load_rows(v, batch, start, v_batch, v_token, key, high, d, D, True)
         acc = dot(vt.T, narrow(weight, v.dtype.element_ty), acc * shrink[None, :])
         top, total = new, total * shrink + tl.sum(weight, 0)
     to = ((tl.program_id(2) * tl.num_programs(1) + kv) * tl.num_programs(0) + split).to(tl.int64) * BLOCK_M + row
@@ -208,146 +172,7 @@ def _merge(
         tl.store(sink + to, tl.math.exp2(logit - whole))
 
 
-@triton.jit
-def _queries_gradient(
-    q, k, v, dz, lse, delta, dq, starts, query_pos, queries, scale,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    HEADS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    tile, h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    batch, start, n, prefix = _sequence(tl.program_id(2), starts, query_pos, queries, PACKED)
-    if tile * BLOCK_M >= n:
-        return
-    d = tl.arange(0, WIDTH)
-    index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = index < n
-    at = (batch * queries + start + index).to(tl.int64) * HEADS + h
-    rows = _rows(q + h * q_head, batch, start, q_batch, q_token, index, n, d, D, True)
-    grad = tl.load(dz + at[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    whole = tl.load(lse + at, mask=inside, other=0.0) * LOG2E
-    less = tl.load(delta + at, mask=inside, other=0.0)
-    k, v = k + h // RATIO * k_head, v + h // RATIO * v_head
-    first = prefix + tile * BLOCK_M
-    low, _, _, high = _reach(first, tl.minimum(first + BLOCK_M, prefix + n) - 1, WINDOW, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    for n0 in range(low, high, BLOCK_N):
-        key = n0 + tl.arange(0, BLOCK_N)
-        kt = _rows(k, batch, start, k_batch, k_token, key, high, d, D, True)
-        vt = _rows(v, batch, start, v_batch, v_token, key, high, d, D, True)
-        score = dot(rows, kt.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale
-        seen = _visible((prefix + index)[:, None], key[None, :], WINDOW)
-        weight = tl.where(seen, tl.math.exp2(score - whole[:, None]), 0.0)
-        dweight = dot(grad, vt.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        acc = dot(narrow(weight * (dweight - less[:, None]), k.dtype.element_ty), kt, acc)
-    acc *= scale / LOG2E
-    tl.store(
-        dq + at[:, None] * D + d[None, :], narrow(acc, dq.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :]
-    )
-
-
-@triton.jit
-def _keys_gradient(
-    q, k, v, dz, lse, delta, dk, dv, starts, query_pos, queries, keys, scale,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    HEADS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys under all queries of all its heads, one after the other: no two programs add to one place."""
-    tile, kv = tl.program_id(0), tl.program_id(1)
-    batch, start, n, prefix = _sequence(tl.program_id(2), starts, query_pos, queries, PACKED)
-    if tile * BLOCK_N >= prefix + n:
-        return
-    d = tl.arange(0, WIDTH)
-    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    bound = prefix + n
-    kt = _rows(k + kv * k_head, batch, start, k_batch, k_token, key, bound, d, D, True)
-    vt = _rows(v + kv * v_head, batch, start, v_batch, v_token, key, bound, d, D, True)
-    key_grad = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    value_grad = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    low = tl.maximum(0, tile * BLOCK_N - prefix) // BLOCK_M * BLOCK_M
-    high = n
-    if WINDOW:
-        high = tl.minimum(n, tile * BLOCK_N + BLOCK_N - 1 + WINDOW - prefix)
-    for head in range(RATIO):
-        h = kv * RATIO + head
-        for m0 in range(low, high, BLOCK_M):
-            index = m0 + tl.arange(0, BLOCK_M)
-            inside = index < n
-            at = (batch * queries + start + index).to(tl.int64) * HEADS + h
-            rows = _rows(q + h * q_head, batch, start, q_batch, q_token, index, n, d, D, True)
-            grad = tl.load(dz + at[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-            whole = tl.load(lse + at, mask=inside, other=0.0) * LOG2E
-            less = tl.load(delta + at, mask=inside, other=0.0)
-            # Transposed, so that what is computed here is the left operand and can stay in registers.
-            score = dot(kt, rows.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * scale
-            seen = _visible((prefix + index)[None, :], key[:, None], WINDOW) & inside[None, :]
-            weight = tl.where(seen, tl.math.exp2(score - whole[None, :]), 0.0)
-            value_grad = dot(narrow(weight, v.dtype.element_ty), grad, value_grad)
-            dweight = dot(vt, grad.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-            key_grad = dot(narrow(weight * (dweight - less[None, :]), q.dtype.element_ty), rows, key_grad)
-    to = ((batch * keys + start + key).to(tl.int64)) * (HEADS // RATIO) + kv
-    mask = (key < bound)[:, None] & (d < D)[None, :]
-    tl.store(dk + to[:, None] * D + d[None, :], narrow(key_grad * (scale / LOG2E), dk.dtype.element_ty), mask=mask)
-    tl.store(dv + to[:, None] * D + d[None, :], narrow(value_grad, dv.dtype.element_ty), mask=mask)
-
-
-@lru_cache(maxsize=8)
-def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the first token of each packed sequence and the end: copied once for all layers of a pass."""
-    return torch.tensor([0, *accumulate(lengths)]).to(device, non_blocking=True)
-
-
-class _Shape(NamedTuple):
-    """What every launch of one call shares. Sequences are the rows of the batch, or lie end to end in its only row."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    query_pos: Tensor
-    starts: Tensor  # of the packed sequences, and the end
-    sequences: int
-    longest: int  # queries of one sequence
-    packed: bool
-    window: int | None
-
-    @classmethod
-    def of(
-        cls, q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | None, lengths: Sequence[int] | None
-    ) -> "_Shape":
-        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        query_pos = query_pos.contiguous()
-        if lengths is None:  # nothing reads the starts
-            return cls(q, k, v, query_pos, query_pos, len(q), q.shape[1], False, window)
-        starts = _starts(tuple(lengths), q.device)
-        return cls(q, k, v, query_pos, starts, len(lengths), max(lengths, default=0), True, window)
-
-    @property
-    def heads(self) -> int:
-        return self.q.shape[2]
-
-    @property
-    def kv(self) -> int:
-        return self.k.shape[2]
-
-    @property
-    def scale(self) -> float:
-        """Of a dot product, in units of log2."""
-        return float(self.q.shape[-1] ** -0.5 * LOG2E.value)
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return tuple(s for t in (self.q, self.k, self.v) for s in t.stride()[:3])
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """The constexprs that every kernel has."""
-        d = self.q.shape[-1]
-        width = max(16, triton.next_power_of_2(d))
-        return {"RATIO": self.heads // self.kv, "D": d, "WIDTH": width, "WINDOW": self.window or 0}
-
-
-def _run(shape: _Shape, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _run(shape: AttentionShape, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     q = shape.q
     z = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse, sink = torch.empty(2, *q.shape[:3], dtype=torch.float32, device=q.device)
@@ -368,13 +193,13 @@ def _run(shape: _Shape, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return z, lse, sink
 
 
-def _decode(shape: _Shape, sinks: Tensor | None, z: Tensor, lse: Tensor, sink: Tensor, together: int) -> None:
+def _decode(shape: AttentionShape, sinks: Tensor | None, z: Tensor, lse: Tensor, sink: Tensor, together: int) -> None:
     q, n = shape.q, shape.q.shape[1]
     tile = tiles.decode_tile(together, q.dtype, tiles.target(q))
     if together > tile.blocks["BLOCK_M"]:
         raise ValueError(f"{together} rows share a decode tile of {tile.blocks['BLOCK_M']}: choose a larger BLOCK_M")
-    visible = shape.k.shape[1] if shape.window is None else min(shape.k.shape[1], shape.window + n)
-    blocks = triton.cdiv(visible, tile.blocks["BLOCK_N"]) + 1  # the first key need not begin a block
+    n_visible = shape.k.shape[1] if shape.window is None else min(shape.k.shape[1], shape.window + n)
+    blocks = triton.cdiv(n_visible, tile.blocks["BLOCK_N"]) + 1  # the first key need not begin a block
     splits = min(blocks, tiles.splits(shape.sequences * shape.kv, q.device))
     chunk = triton.cdiv(blocks, splits) * tile.blocks["BLOCK_N"]
     rows = shape.sequences * shape.kv * splits * tile.blocks["BLOCK_M"]
@@ -393,14 +218,14 @@ def _decode(shape: _Shape, sinks: Tensor | None, z: Tensor, lse: Tensor, sink: T
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps q, k, v, the result and its row statistics; the pattern is made again, block by block."""
+    """Saves inputs, result and row statistics for the gradient, which recomputes the pattern block by block."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, query_pos: Tensor, window: int | None,
         lengths: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        shape = _Shape.of(q, k, v, query_pos, window, lengths)
+        shape = AttentionShape.of(q, k, v, query_pos, window, lengths)
         z, lse, sink = _run(shape, sinks)
         ctx.save_for_backward(q, k, v, query_pos, z, lse, sink)
         ctx.window, ctx.lengths, ctx.sinks = window, lengths, None if sinks is None else sinks.dtype
@@ -410,29 +235,12 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dz: Tensor, dlse: Tensor, dsink: Tensor) -> Any:
         q, k, v, query_pos, z, lse, sink = ctx.saved_tensors
-        shape = _Shape.of(q, k, v, query_pos, ctx.window, ctx.lengths)
+        shape = AttentionShape.of(q, k, v, query_pos, ctx.window, ctx.lengths)
         # ds = p · (dp − delta) for a key; for the sink p · (dsink − delta), as its value is zero.
         delta = (dz.float() * z.float()).sum(-1) - dlse
         if ctx.sinks is not None:
             delta += sink * dsink
-        dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        common = (shape.starts, shape.query_pos, q.shape[1])
-        constants = {"HEADS": shape.heads, **shape.sizes, "PACKED": shape.packed}
-        rows = tiles.queries_gradient_tile(q.dtype, tiles.target(q))
-        columns = tiles.keys_gradient_tile(q.dtype, tiles.target(q))
-        dz = dz.contiguous()
-        grid = (triton.cdiv(shape.longest, rows.blocks["BLOCK_M"]), shape.heads, shape.sequences)
-        if all(grid):
-            _queries_gradient[grid](
-                shape.q, shape.k, shape.v, dz, lse, delta, dq, *common, shape.scale, *shape.strides,
-                **constants, **rows.blocks, **rows.options,
-            )  # fmt: skip
-            longest = shape.longest if shape.packed else k.shape[1]
-            grid = (triton.cdiv(longest, columns.blocks["BLOCK_N"]), shape.kv, shape.sequences)
-            _keys_gradient[grid](
-                shape.q, shape.k, shape.v, dz, lse, delta, dk, dv, *common, k.shape[1], shape.scale, *shape.strides,
-                **constants, **columns.blocks, **columns.options,
-            )  # fmt: skip
+        dq, dk, dv = input_gradients(shape, dz.contiguous(), lse, delta)
         dsinks = None if ctx.sinks is None else (sink * (dsink - delta)).sum((0, 1)).to(ctx.sinks)
         return dq, dk, dv, dsinks, None, None, None
 

@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 
 import workbench as wb
+from tests.model.adapters import SHAPE, dense_and_packed
 from tests.model.conftest import SHAPES, to_hf
-from tests.model.test_lora import SHAPE, dense_and_packed
 from workbench.adapters import finetune as module
 from workbench.adapters.finetune import Schedule, Training, finetune, summed_loss
 from workbench.adapters.taught import Example

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import PeftModel
 
+from tests.model.adapters import SHAPE, X, dense_and_packed
 from tests.model.conftest import SHAPES, to_hf
-from tests.model.test_lora import SHAPE, X, dense_and_packed
 from workbench.adapters import trainable
 from workbench.adapters.trainable import Options, attach, attach_existing, detach, write_folder
 from workbench.errors import InputError

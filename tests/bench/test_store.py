@@ -1,4 +1,4 @@
-"""What is written by the three ways of `bench store` is the same array, and each way has a row."""
+"""The three ways of `bench store` write the same array, and each has a row."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("way", [store._ours, store._same, store._own])
+@pytest.mark.parametrize("way", [store._workbench, store._zarr_same_shards, store._zarr_default])
 def test_each_way_stores_the_values(way: object, tmp_path: Path) -> None:
     values = np.arange(2 * 64 * 6, dtype=np.uint16).reshape(2, 64, 6)
     way(tmp_path / "a", values)  # type: ignore[operator]

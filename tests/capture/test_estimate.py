@@ -120,7 +120,7 @@ def test_a_published_shape_is_planned_without_weights(tmp_path: Path) -> None:
     assert (refused.code, "names a shape without weights: add --dry-run" in refused.err) == (2, True)
 
 
-def test_info_plans_a_capture_of_so_many_tokens() -> None:
+def test_info_plans_a_capture_of_a_number_of_tokens() -> None:
     words = [
         "info",
         "openai/gpt-oss-20b",

@@ -20,7 +20,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def peak(path: Path, rows: list[dict[str, Any]], times: int, unit_tokens: int) -> int:
-    """KiB at the most, of a job of its own over so many copies of the transcripts."""
+    """KiB at the most, of a job of its own over this many copies of the transcripts."""
     file = path / f"{times}.jsonl"
     file.write_text("".join(json.dumps(row | {"id": f"{row['id']}/{i}"}) + "\n" for i in range(times) for row in rows))
     command = [sys.executable, "-c", CHILD, str(file), str(path / f"{times}.zarr"), str(unit_tokens)]

@@ -30,7 +30,7 @@ _HALF_WRITTEN = re.compile(r"\.(staging|part|lock|creating|partial|old)(/|$)")
 
 
 def cases(n: int, *, long: bool, times: int = 30) -> settings:
-    """Return settings of hypothesis: `n` cases, or so many times more; the same ones every time."""
+    """Return settings of hypothesis: `n` cases, or a multiple of them; the same ones every time."""
     return settings(
         max_examples=n * (times if long else 1),
         deadline=None,
@@ -412,7 +412,7 @@ SPECIAL: dict[str, Callable[[Path], None]] = {
 
 @contextlib.contextmanager
 def replaced(path: Path, kind: str) -> Iterator[None]:
-    """Something else in the place of a file, for as long as the block lasts. Whoever waits for a pipe is let go."""
+    """Replace a file by something else while the block runs; readers that wait for a pipe are released."""
     content = path.read_bytes()
     path.unlink()
     SPECIAL[kind](path)

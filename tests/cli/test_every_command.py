@@ -152,7 +152,7 @@ def test_an_interruption(checked: Checked, long: bool) -> None:
 
 @contextlib.contextmanager
 def full_disk(free: int) -> Iterator[None]:
-    """No file may be larger than so many bytes."""
+    """Refuse files of more bytes than this."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
     try:

@@ -1,4 +1,4 @@
-"""Runs with random metadata, and with pipes, devices and absurd sizes in the place of their files.
+"""Runs with random metadata, and with pipes, devices and absurd sizes instead of their files.
 
 Every command that reads a run ends with 0, 1 or 2 and one line, waits for nothing, and changes no file.
 `--long` runs thirty times as many cases.

@@ -64,7 +64,7 @@ def test_a_paired_difference_counts_what_changed() -> None:
 
 
 class Oracle:
-    """Stands in for a model: answers every prompt with the final message it is given, right or wrong."""
+    """A fake model that answers every prompt with a given final message, right or wrong."""
 
     def __init__(self, finals: list[str]) -> None:
         self.tokenizer = load(BUNDLED["nano"], device="cpu").tokenizer

@@ -1,4 +1,4 @@
-"""The bundled nano does what its card says: thinking helps where steps are needed, and only there."""
+"""The bundled nano does what its card says: the analysis helps where several steps are needed, and only there."""
 
 import json
 from typing import Any
@@ -47,10 +47,10 @@ def test_accuracy_does_not_depend_on_effort_elsewhere(task: str, cells: dict[tup
     assert all(cells[task, effort]["accuracy"] >= 0.9 for effort in EFFORTS)
 
 
-def test_more_effort_is_more_thinking(cells: dict[tuple[str, str], dict[str, Any]]) -> None:
+def test_more_effort_gives_a_longer_analysis(cells: dict[tuple[str, str], dict[str, Any]]) -> None:
     for task in FAMILIES:
         lengths = [cells[task, effort]["new_tokens"] for effort in EFFORTS]
-        if task != "tool":  # its thinking lies before the prompt ends
+        if task != "tool":  # its analysis is part of the prompt
             assert lengths == sorted(lengths), task
             assert lengths[0] < lengths[2], task
 

@@ -40,7 +40,7 @@ def test_nano_follows_the_developer_as_trained(nano: GptOss, rows: list[Transcri
     assert float(one["first"]) == 1
     assert float(one["q"]) <= 0.05
     order = found["conflicts"].sel(case=hierarchy.ORDER)
-    assert float(order["low"]) > 2, "nano follows the first instruction, whoever gives it"
+    assert float(order["low"]) > 2, "nano follows the first instruction, of any role"
     assert float(one["beyond_order_low"]) < 0 < float(one["beyond_order_high"]), "so that the role shows nothing beyond"
     assert f"  {DEVELOPER}: +" in found["conflicts"].attrs["summary"]
     shares = found["conflicts"]["first"] + found["conflicts"]["second"]

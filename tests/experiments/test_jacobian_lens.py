@@ -64,7 +64,7 @@ def test_a_group_whose_jacobian_is_another_is_found(rows: list[Transcript]) -> N
     assert all(item.draw().data and len(item.table()) for item in gallery(found).values())
 
 
-def test_groups_with_the_same_jacobian_are_not_told_apart(rows: list[Transcript]) -> None:
+def test_groups_with_the_same_jacobian_do_not_differ(rows: list[Transcript]) -> None:
     """Negative control of the experiment: the Jacobian lens is better than the logit lens, and no group has its own."""
     found = experiment(model_that_writes(low=True, high=True), rows, tuned_steps=0, **OPTIONS)
     change = found["comparisons"]["change"]

@@ -19,7 +19,7 @@ from workbench.experiments.from_run import transcripts
 from workbench.experiments.registry import independent_rows, run_experiment
 from workbench.registry import experiments
 from workbench.studies import save
-from workbench.studies.matching import index_of
+from workbench.studies.run_index import index_of
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Figures as a journal wants them: as wide as a column, readable, told about, and the same again."""
+"""Figures as journals require: of column width, readable, with captions, and reproducible."""
 
 import json
 import re
@@ -121,7 +121,7 @@ def test_a_script_makes_its_figure_and_says_how_it_is_used(script, tmp_path):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_values_are_told_apart_in_grey(theme):
+def test_values_differ_in_grey(theme):
     """Relative luminance rises or falls all the way along the scale; a rainbow would not."""
 
     def luminance(colour):

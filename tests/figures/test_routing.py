@@ -133,7 +133,7 @@ def test_a_comparison_without_a_difference_still_has_a_scale(datasets):
     assert "low against high effort, prompt" in figure.layout.title.text
 
 
-def test_entropy_has_a_panel_a_channel_and_a_line_an_effort_with_their_intervals(load):
+def test_entropy_has_panels_by_channel_and_lines_by_effort_with_intervals(load):
     figure = routing.entropy_by_layer(load)
     panels = [annotation.text for annotation in figure.layout.annotations][:3]
     assert panels == ["prompt", "analysis", "final"]

@@ -107,7 +107,7 @@ def test_the_digest_is_that_of_the_vocabulary(tmp_path: Path, o200k: Tokenizer, 
     assert o200k.digest == "25527f4e9ec14f08674d0e077087d7190125a85d996def3c4773a3941c6258fc"
 
 
-def test_a_folder_in_the_original_layout_speaks_o200k(tmp_path: Path, o200k: Tokenizer) -> None:
+def test_a_folder_in_the_original_layout_has_o200k(tmp_path: Path, o200k: Tokenizer) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert harmony.tokenizer(tmp_path) is o200k
 

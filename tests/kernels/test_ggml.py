@@ -72,3 +72,32 @@ def test_new_memory_has_its_shape_in_pages_of_either_size(monkeypatch: pytest.Mo
     assert large.shape == (3, 5)
     assert not large.any()
     assert dequantise(large.new_zeros(1, 1, 16), large.new_full((1, 1), 127)).shape == (1, 32)
+
+
+def test_the_order_of_nibbles_is_exact_both_ways() -> None:
+    published = np.random.default_rng(0).integers(0, 256, (70, 5, 16), dtype=np.uint8)
+    values = np.stack([published & 15, published >> 4], -1).reshape(70, 5, 32)
+    stored = to_ggml(published)
+    assert np.array_equal(np.concatenate([stored & 15, stored >> 4], -1), values)
+    back = np.empty_like(published)
+    from_ggml(stored, back)
+    assert np.array_equal(back, published)
+    from_ggml(published, back)  # the comparison sees bytes that are in the published order already
+    assert not np.array_equal(back, published)
+
+
+@pytest.mark.parametrize("reason", [None, "chosen by the test"], ids=["compiled", "numpy"])
+def test_blocks_are_separated_alike_by_both_codes(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up in turn, with the bytes in ggml's order and in the published one."""
+    monkeypatch.setattr(cpu, "unavailable", lambda: reason)
+    rng = np.random.default_rng(1)
+    published, exponents = (rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((2, 7, 3, 16), (2, 7, 3)))
+    blocks, scales = torch.zeros(14, 3, 16, dtype=torch.uint8), torch.zeros(14, 3, dtype=torch.uint8)
+    for source in (0, 1):
+        codes = to_ggml(published[source]) if source else published[source]
+        stored = np.concatenate([exponents[source][..., None], codes], -1)
+        separate(stored, blocks, scales, source, 2, reorder=bool(source))
+        assert np.array_equal(blocks[source::2], published[source])
+        assert np.array_equal(scales[source::2], exponents[source])
+        separate(stored, blocks, scales, source, 2, reorder=not source)  # negative control
+        assert not np.array_equal(blocks[source::2], published[source])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from workbench.model.config import Config, Rope
@@ -144,3 +145,25 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def adapted_models() -> tuple[GptOss, GptOss]:
+    """The model that adapters are loaded into, packed and dense; tests unload what they load."""
+    from tests.model.adapters import SHAPE, dense_and_packed
+
+    return dense_and_packed(SHAPES[SHAPE])
+
+
+@pytest.fixture(scope="session")
+def adapter_folders(
+    adapted_models: tuple[GptOss, GptOss], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Tensor]]:
+    """PEFT's folder of each adapter, and the logits of transformers with it."""
+    from tests.model.adapters import TARGETS, save_adapter
+
+    made = {}
+    for name, (modules, parameters) in TARGETS.items():
+        folder = tmp_path_factory.mktemp("adapters") / name
+        made[name] = folder, save_adapter(folder, adapted_models[1], modules, parameters)
+    return made

@@ -5,7 +5,7 @@ While a `Machine` is active, a call of torch on tensors of two devices is refuse
 Everything is computed on torch's path: `tensor.is_cuda` is still false.
 
 A copy with `non_blocking=True` runs on the current stream of the source's device, and is carried out only once that
-stream is synchronised: whoever synchronises another stream reads old values, as on a real machine.
+stream is synchronised: code that synchronises another stream reads old values, as on a real machine.
 """
 
 from collections.abc import Callable, Iterable, Iterator

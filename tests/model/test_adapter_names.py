@@ -1,10 +1,17 @@
 """What a module name of an adapter adapts: the four ways of programs to name the experts' matrices."""
 
-import pytest
+from pathlib import Path
+from typing import Any
 
+import pytest
+from torch import Tensor
+
+from tests.model.adapters import PEFT_WARNINGS, Spoil, error, expert_major, spoilt
 from tests.model.conftest import BASE
 from workbench.model.adapter_names import targets, targets_of
+from workbench.model.transformer import GptOss
 
+pytestmark = PEFT_WARNINGS
 KNOWN = targets(BASE)
 EXPERTS = "model.layers.1.mlp.experts"
 
@@ -41,3 +48,86 @@ def test_wrapped_and_older_names_are_the_same_modules() -> None:
     assert targets_of(f"{query}.base_layer", KNOWN) == targets_of(query, KNOWN) == KNOWN[query]
     assert targets_of("unembed_tokens", KNOWN) == KNOWN["lm_head"]
     assert targets_of("model.layers.0.mlp.router.linear", KNOWN) == KNOWN["model.layers.0.mlp.router"]
+
+
+def marked_grouped(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    expert_major(config, factors)
+    config |= {"lora_B_layout": "grouped_by_expert", "auto_mapping": {"unsloth_fixed": True}}
+
+
+def marked_rank_major(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    config |= {"lora_B_layout": "rank_major", "auto_mapping": {"unsloth_fixed": True}}
+
+
+def marked_wrongly(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    expert_major(config, factors)
+    config["lora_B_layout"] = "rank_major"
+
+
+def stacked_experts(factors: dict[str, Tensor]) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """Take PEFT's experts out of the factors: (module, gate_up or down) → A [expert, rank, inputs], B [expert, outputs, rank]."""
+    found = {}
+    for name in [name for name in factors if "experts" in name and "lora_A" in name]:
+        a, b = factors.pop(name).unflatten(0, (-1, 3)), factors.pop(name.replace("lora_A", "lora_B"))
+        module = name.partition(".experts")[0] + ".experts."
+        found[module, "gate_up" if a.shape[-1] == 64 else "down"] = a, b.unflatten(1, (3, -1)).permute(2, 0, 1)
+    return found
+
+
+def linear_maps(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    """One linear map for each expert, as in Unsloth's 4-bit models."""
+    for (module, part), (a, b) in stacked_experts(factors).items():
+        for expert in range(len(a)):
+            factors[f"{module}{part}_projs.{expert}.lora_A.weight"] = a[expert]
+            factors[f"{module}{part}_projs.{expert}.lora_B.weight"] = b[expert]
+    config["auto_mapping"] = {"unsloth_fixed": True}
+
+
+def modules_of_experts(
+    config: dict[str, Any], factors: dict[str, Tensor], names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+) -> None:
+    """A module for each expert, with gate and up apart."""
+    for (module, part), (a, b) in stacked_experts(factors).items():
+        for expert in range(len(a)):
+            rows = (
+                {names[0]: b[expert, 0::2], names[1]: b[expert, 1::2]} if part == "gate_up" else {names[2]: b[expert]}
+            )
+            for name, own in rows.items():
+                factors[f"{module}{expert}.{name}.lora_A.weight"] = a[expert].clone()
+                factors[f"{module}{expert}.{name}.lora_B.weight"] = own
+
+
+def up_before_gate(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    modules_of_experts(config, factors, ("up_proj", "gate_proj", "down_proj"))
+
+
+def numbered_weights(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+    """Factors of all experts along a first axis, with gate, up and down called w1, w3 and w2."""
+    for (module, part), (a, b) in stacked_experts(factors).items():
+        for name, own in {"w1": b[:, 0::2], "w3": b[:, 1::2]}.items() if part == "gate_up" else [("w2", b)]:
+            factors[f"{module}{name}.lora_A.weight"] = a.clone()
+            factors[f"{module}{name}.lora_B.weight"] = own
+
+
+@pytest.mark.parametrize(
+    "arrange", [marked_grouped, marked_rank_major, linear_maps, modules_of_experts, numbered_weights]
+)
+def test_the_same_adapter_under_names_and_orders_of_other_programs(
+    adapted_models: tuple[GptOss, GptOss],
+    adapter_folders: dict[str, tuple[Path, Tensor]],
+    arrange: Spoil,
+    tmp_path: Path,
+) -> None:
+    folder, wanted = adapter_folders["experts"]
+    assert error(adapted_models[0], spoilt(folder, tmp_path, arrange), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("arrange", [marked_wrongly, up_before_gate])
+def test_a_wrong_order_is_seen_by_the_comparison(
+    adapted_models: tuple[GptOss, GptOss],
+    adapter_folders: dict[str, tuple[Path, Tensor]],
+    arrange: Spoil,
+    tmp_path: Path,
+) -> None:
+    folder, wanted = adapter_folders["experts"]
+    assert error(adapted_models[0], spoilt(folder, tmp_path, arrange), wanted) > 1e-3

@@ -1,10 +1,14 @@
-"""Cached equals recomputed, batched equals alone, seeds fix samples, stops stop."""
+"""Cached equals recomputed, batched equals alone, seeds fix samples, stop tokens end rows, options are checked once."""
+
+import inspect
+from typing import Any
 
 import pytest
 import torch
 from transformer_lens.utilities import sample_logits
 
 from tests.model.conftest import BASE, random_model
+from workbench.errors import InputError
 from workbench.model.cache import KVCache
 from workbench.model.transformer import GptOss
 
@@ -121,3 +125,29 @@ def test_penalties_count_the_prompt_and_what_was_generated(base: GptOss) -> None
             settings = {"temperature": 1.0 if "top_k" in options else 0.0, **options}
             row.append(int(sample_logits(logits, tokens=torch.tensor([row]), **settings)))
         assert rows[0] == row[len(prompt) :]
+
+
+def test_the_options_are_in_the_signatures(base: GptOss) -> None:
+    of_generate, of_stream = (inspect.signature(f).parameters for f in (base.generate, base.generate_stream))
+    assert list(of_generate)[:2] == list(of_stream)[:2] == ["input", "max_new_tokens"]
+    assert {"temperature", "top_p", "samples", "seed", "stop_at_eos", "prompt_cache"} <= of_generate.keys()
+    assert of_generate.keys() - of_stream.keys() == {"return_type", "on_step", "verbose"}
+    assert of_stream.keys() - of_generate.keys() == {"logprobs"}
+    assert of_generate["samples"].default == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens -1: expected a whole number from 0"),
+        ({"samples": 2}, "samples=2 at temperature 0"),
+        ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"temperature": float("nan")}, "temperature nan: expected a finite number"),
+    ],
+)
+def test_both_ways_to_generate_refuse_the_same(base: GptOss, options: dict[str, Any], message: str) -> None:
+    for generate in (base.generate, base.generate_stream):
+        with pytest.raises(InputError, match=message):
+            generate([PROMPTS[0]], **options)
+        with pytest.raises(TypeError, match="tempreature"):
+            generate([PROMPTS[0]], tempreature=1.0)

@@ -23,7 +23,7 @@ from workbench.model.export import RandomTensors, save_random
 from workbench.model.names import shapes
 from workbench.model.transformer import GptOss
 
-SMALL = replace(BASE, d_vocab=72)  # nano's tokenizer, which a random checkpoint speaks
+SMALL = replace(BASE, d_vocab=72)  # nano's tokenizer, which a random checkpoint has
 
 
 @pytest.mark.parametrize("experts", ["mxfp4", "dense"])

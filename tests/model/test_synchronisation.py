@@ -1,7 +1,7 @@
 """A pass neither waits for the GPU nor copies from the host, and launches few kernels.
 
 Meta tensors stand for those of a GPU: they have no values, so whatever reads one is noticed, and tensors of the host
-are told apart. Operations of torch are counted as they are dispatched, launches of Triton's kernels where the launchers
+are distinguished. Operations of torch are counted as they are dispatched, launches of Triton's kernels where the launchers
 start them; kernels are not run.
 """
 
@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 
 from workbench.kernels import dispatch
-from workbench.kernels.gpu import attention as gpu_attention
 from workbench.kernels.gpu import tiles
+from workbench.kernels.gpu.attention_blocks import sequence_starts
 from workbench.model.cache import KVCache
 from workbench.model.config import PUBLISHED
 from workbench.model.transformer import GptOss
@@ -100,7 +100,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trace]:
 
         return construct
 
-    gpu_attention._starts.cache_clear()
+    sequence_starts.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "tensor", constructor(torch.tensor))
         patch.setattr(torch, "as_tensor", constructor(torch.as_tensor))
@@ -110,7 +110,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trace]:
         patch.setattr(InterpretedFunction, "run", launch)
         with Watch(trace), torch.no_grad():
             yield trace
-    gpu_attention._starts.cache_clear()
+    sequence_starts.cache_clear()
 
 
 def model_of(layers: int) -> GptOss:

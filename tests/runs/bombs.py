@@ -10,7 +10,7 @@ _BLOCK = 2**17  # the largest block of zstd
 
 
 def bomb(size: int, *, claimed: int | None = -1) -> bytes:
-    """Return a zstd frame of so many zeros, 4 bytes for 128 KiB. claimed: its size by the header (None: not told)."""
+    """Return a zstd frame of this many zeros, 4 bytes for 128 KiB. claimed: its size by the header (None: not stated)."""
     claimed = size if claimed == -1 else claimed
     descriptor, field = (0, b"") if claimed is None else (0xC0, (claimed % 2**64).to_bytes(8, "little"))
     window = (7 << 3).to_bytes(1, "little")  # 128 KiB
@@ -20,7 +20,7 @@ def bomb(size: int, *, claimed: int | None = -1) -> bytes:
 
 
 def plant(run: Path, array: str, packed: bytes) -> None:
-    """Put a frame in the place of every chunk of the first file of an array, in its shard if it has shards."""
+    """Put a frame instead of every chunk of the first file of an array, in its shard if it has shards."""
     about = json.loads((run / array / "zarr.json").read_bytes())
     file = next(path for path in sorted((run / array / "c").rglob("*")) if path.is_file())
     inner = [codec["configuration"] for codec in about["codecs"] if codec["name"] == "sharding_indexed"]

@@ -58,7 +58,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damaged(intact: Path, copy: Path, damage: str, step: int = 1) -> Iterator[Path]:
-    """The copy with one file after the other damaged, and repaired afterwards. step: take every so many."""
+    """The copy with one file after the other damaged, and repaired afterwards. step: take every step-th file."""
     shutil.copytree(intact, copy)
     files = sorted(p for p in copy.rglob("*") if p.is_file())
     for file, other in list(zip(files, [*files[1:], files[0]], strict=True))[::step]:
@@ -192,7 +192,7 @@ def test_metadata_that_would_unpack_anything_is_refused(
 
 @contextlib.contextmanager
 def memory_limit(more: int) -> Iterator[None]:
-    """Let this process add only so many bytes to its address space."""
+    """Let this process add at most this many bytes to its address space."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size + more, hard))

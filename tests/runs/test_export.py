@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return open_run(path)
 
 
-def test_parquet_has_a_row_a_token(run: Run, tmp_path: Path) -> None:
+def test_parquet_has_one_row_for_each_token(run: Run, tmp_path: Path) -> None:
     n = export(run, tmp_path / "x.parquet", format="parquet")
     table = pd.read_parquet(tmp_path / "x.parquet")
     data = run.dataset.compute()
@@ -84,7 +84,7 @@ def test_a_dataset_of_activations_has_rows_of_one_sequence(run: Run, tmp_path: P
         export(run, tmp_path / "y", format="datasets", what=HOOK, context=100_000)
 
 
-def test_a_dataset_of_tokens_has_a_row_a_sequence(run: Run, tmp_path: Path) -> None:
+def test_a_dataset_of_tokens_has_one_row_for_each_sequence(run: Run, tmp_path: Path) -> None:
     export(run, tmp_path / "x", format="datasets")
     found = datasets.load_from_disk(str(tmp_path / "x"))
     assert [len(ids) for ids in found["token_ids"]] == run.sequences["length"].tolist()

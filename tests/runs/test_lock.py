@@ -1,4 +1,4 @@
-"""A lock admits exactly one process, whoever comes at the same moment and however its last holder ended."""
+"""A lock admits exactly one of several processes that start together, however its last holder ended."""
 
 import json
 import subprocess

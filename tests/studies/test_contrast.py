@@ -8,10 +8,11 @@ import workbench as wb
 from tests.conftest import DATA
 from workbench.errors import InputError
 from workbench.studies import channels, routing, sinks
-from workbench.studies import matching as matching_module
 from workbench.studies.contrast import contrast
-from workbench.studies.matching import Plan, index_of, match, merge_duplicates
+from workbench.studies.contrast_summary import describe
+from workbench.studies.matching import Plan, match
 from workbench.studies.matching import sides as side_of
+from workbench.studies.run_index import index_of
 from workbench.studies.synthetic import SyntheticTokens, planted_tokens
 
 
@@ -167,12 +168,6 @@ def test_weights_of_every_prompt_add_up_to_one_on_a_and_minus_one_on_b_and_cance
         np.testing.assert_allclose(sums, 0, atol=1e-9)
 
 
-def test_strata_of_position_are_narrow():
-    for number in range(30):
-        here = np.flatnonzero(matching_module._STRATUM[:5000] == number)
-        assert len(here) <= max(matching_module.SLACK, matching_module.WIDEST * here[0] - here[0])
-
-
 def test_an_unpaired_comparison_is_made_only_on_request_and_named_so():
     run = planted_tokens(n_prompts=20)
     own = run.sequences.assign(prompt_id=run.sequences["id"])
@@ -187,23 +182,8 @@ def test_an_unpaired_comparison_is_made_only_on_request_and_named_so():
     assert "Unpaired" not in contrast(run, "sink", **asked).attrs["summary"]
 
 
-def test_prompts_with_equal_tokens_are_one_unit_and_counted():
-    run = planted_tokens(n_prompts=8)
-    ids = 100 * run.tokens["sequence"] + run.tokens["position"]
-    copied = run.tokens["sequence"] >= 12  # the second half of the prompts repeats the first
-    prompt = run.tokens["channel"] == 1
-    ids = np.where(copied & prompt, 0, np.where(prompt, 1, ids))
-    twin = SyntheticTokens("twin", run.sequences, run.model, {**run.tokens, "id": ids}, run.truth)
-    number, merged = index_of(twin).prompts
-    assert merged == 8 - len(np.unique(number)) >= 4
-    with pytest.raises(InputError, match="at least 5"):
-        contrast(twin, "sink", "channel", "analysis", "final")
-    assert merge_duplicates(np.array([0, 1, 2]), {0: b"a", 1: b"b", 2: b"a"})[0].tolist() == [0, 1, 0]
-    assert merge_duplicates(np.array([0, 1]), {0: b"", 1: b""})[1] == 0
-
-
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         ({"between": "channel", "a": "analysis", "b": "nonsense"}, "nonsense"),
         ({"between": "effort", "a": "low", "b": "high"}, "needs a channel"),
@@ -211,8 +191,8 @@ def test_prompts_with_equal_tokens_are_one_unit_and_counted():
         ({"between": "channel", "a": "analysis", "b": "commentary"}, "cannot be compared"),
     ],
 )
-def test_what_cannot_be_compared(asked, said):
-    with pytest.raises(InputError, match=said):
+def test_what_cannot_be_compared(asked, message):
+    with pytest.raises(InputError, match=message):
         contrast(planted_tokens(n_prompts=3), "sink", **asked)
     with pytest.raises(InputError, match="choose from"):
         contrast(planted_tokens(n_prompts=3), "nonsense", "channel", "analysis", "final")
@@ -241,3 +221,14 @@ def test_an_expert_that_a_layer_does_not_have_is_absent_and_in_no_family_of_test
     assert own["q"].values[exists].sum() < full["q"].values[exists].sum(), "a family with cells that cannot differ"
     assert "of 11 cells differ" in own.attrs["summary"]
     assert "of 16 cells differ" in full.attrs["summary"]
+
+
+def test_the_summary_follows_the_verdicts_of_the_result() -> None:
+    found = contrast(planted_tokens(seed=1, sink_shift={"final": 0.05}), "sink", "channel", "analysis", "final")
+    n = int(found["different"].sel(control="none").sum())
+    assert n > 0
+    assert f"Within prompts ({int(found['prompts'][0])} prompts, " in found.attrs["summary"]
+    assert f"{n} of {found['different'][0].size} cells differ" in describe(found)
+    changed = found.assign(different=found["different"] & False)  # negative control
+    assert f"0 of {found['different'][0].size} cells differ" in describe(changed)
+    assert "differences beyond" in describe(changed)

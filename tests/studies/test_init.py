@@ -14,7 +14,7 @@ import workbench as wb
 from tests.conftest import DATA
 from workbench import registry
 from workbench.errors import InputError
-from workbench.studies import matching, quick_look, run_study, save, sinks
+from workbench.studies import quick_look, run_index, run_study, save, sinks
 from workbench.studies.result import load as load_results
 from workbench.studies.statistics import false_discovery
 
@@ -163,11 +163,11 @@ def test_the_same_difference_has_the_same_unit_in_every_summary(demo):
 def test_duplicated_prompts_count_once_in_every_study(monkeypatch):
     """A run whose every prompt has a copy under another id has the intervals of a run of half as many prompts."""
     run = wb.open_run(DATA / "demo.zarr")
-    number = matching.index_of(run).prompts[0]
+    number = run_index.index_of(run).prompts[0]
     plain = {name: run_study(name, run) for name in ("sinks", "effort")} | {"compare": run_study("compare", run, run)}
-    index = matching.RunIndex(run)
+    index = run_index.RunIndex(run)
     index.__dict__["prompts"] = (number // 2, int(number.max() + 1) // 2)
-    monkeypatch.setattr(matching, "index_of", lambda run: index)
+    monkeypatch.setattr(run_index, "index_of", lambda run: index)
     monkeypatch.setattr("workbench.studies.contrast.index_of", lambda run: index)
     merged = {name: run_study(name, run) for name in ("sinks", "effort")} | {"compare": run_study("compare", run, run)}
     for study, sets in merged.items():
@@ -188,13 +188,13 @@ def test_duplicated_prompts_count_once_in_every_study(monkeypatch):
 
 @pytest.fixture
 def of_prompts(monkeypatch):
-    """The bundled run as if it had so many independent prompts."""
+    """Return a function that opens the bundled run as if it had n independent prompts."""
 
     def merged(n: int) -> wb.Run:
         run = wb.open_run(DATA / "demo.zarr")
-        index = matching.RunIndex(run)
-        index.__dict__["prompts"] = (matching.index_of(run).prompts[0] % n, 1)
-        monkeypatch.setattr(matching, "index_of", lambda run: index)
+        index = run_index.RunIndex(run)
+        index.__dict__["prompts"] = (run_index.index_of(run).prompts[0] % n, 1)
+        monkeypatch.setattr(run_index, "index_of", lambda run: index)
         for module in ("contrast", "risk_difference", "router_prediction"):
             monkeypatch.setattr(f"workbench.studies.{module}.index_of", lambda run: index)
         return run

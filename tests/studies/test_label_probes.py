@@ -13,7 +13,8 @@ import pytest
 
 from workbench.errors import InputError
 from workbench.figures import default
-from workbench.studies.label_probes import ridge, study
+from workbench.studies.label_probes import study
+from workbench.studies.probe_folds import ridge
 from workbench.studies.result import save
 
 D, PLANTED = 12, 2  # width, and the layer from which the label can be read

@@ -7,10 +7,9 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from workbench.studies import matching
 from workbench.studies.comparison import prompt_numbers
 from workbench.studies.contrast import contrast
-from workbench.studies.matching import sums_by_prompt, token_blocks
+from workbench.studies.matching import sums_by_prompt
 from workbench.studies.statistics import false_discovery
 from workbench.studies.synthetic import SyntheticTokens
 
@@ -137,17 +136,3 @@ def test_sums_of_weighted_cells_are_those_of_plain_addition() -> None:
         found[present] = sums
         np.testing.assert_allclose(found, expected, atol=1e-12)
         assert set(present) == set(prompt[weight != 0])
-
-
-def test_a_large_run_reports_progress_and_a_small_one_does_not(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = confounded(0, "five prompts")
-    run.sequences["length"] = np.bincount(run.tokens["sequence"])
-    list(token_blocks(run, "count tokens", "sink"))
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(matching, "_LARGE", 1)
-    blocks = list(token_blocks(run, "count tokens", "sink"))
-    total = int(run.sequences["length"].sum())
-    assert sum(len(block["sequence"]) for block in blocks) == total
-    assert f"count tokens: {total}" in capsys.readouterr().err.replace(",", "")

@@ -66,7 +66,7 @@ def test_saving_again_replaces_its_own_files_only(datasets, tmp_path):
     assert (tmp_path / "routing.txt").read_text() == "edited"
 
 
-def test_a_file_in_the_place_of_the_directory_is_refused(datasets, tmp_path):
+def test_a_file_instead_of_the_directory_is_refused(datasets, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match="is not a folder"):
         result.save(datasets, tmp_path / "out")

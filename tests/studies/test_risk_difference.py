@@ -11,8 +11,10 @@ from workbench.errors import InputError
 from workbench.figures import risk_difference as figures
 from workbench.harmony.labels import CHANNELS
 from workbench.studies import risk_difference
+from workbench.studies.comparison import prompt_numbers
 from workbench.studies.contrast import contrast
 from workbench.studies.risk_difference import default_control, promoted_and_demoted, strictest, study
+from workbench.studies.selection_rates import GROUPS, TokenSides
 from workbench.studies.synthetic import SyntheticTokens, planted_tokens
 
 
@@ -132,6 +134,20 @@ def test_tokens_taken_as_independent_would_be_called_different() -> None:
     rate = (found["rate_a"] + found["rate_b"]) / 2
     naive = np.sqrt(rate * (1 - rate) * (1 / found["tokens_a"] + 1 / found["tokens_b"]))
     assert float((((found["high"] - found["low"]) / 2) / (1.96 * naive)).mean()) > 1.05
+
+
+def test_groups_hold_equally_many_prompts_with_the_same_sides() -> None:
+    run = planted_tokens(seed=1, n_prompts=50)
+    number = prompt_numbers(run.sequences)
+    sides = TokenSides(run, ({"channel": "final"}, {"channel": "analysis"}), number)
+    assert int(sides.counts[0].sum()) == int((run.tokens["channel"] == CHANNELS.index("final")).sum())
+    groups = sides.groups(np.random.default_rng(0))
+    both = np.logical_and(*sides.prompts_of_sides())
+    counted = np.bincount(groups[both], minlength=GROUPS)
+    assert len(counted) == GROUPS
+    assert counted.max() - counted.min() <= 1
+    drawn = np.random.default_rng(0).integers(0, GROUPS, len(groups))[both]  # negative control: groups drawn freely
+    assert np.ptp(np.bincount(drawn, minlength=GROUPS)) > 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ app = typer.Typer(
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a file of numbers that a benchmark wrote and nobody changed.")
+    bool, typer.Option("--overwrite", help="Replace the file, if a benchmark wrote it and it was not changed since.")
 ]
 
 
@@ -34,9 +34,11 @@ def _output(path: Path | None, overwrite: bool) -> Callable[[Any], None]:
 
 @app.command()
 def cpu(
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Lengths; repeat. [default: 512, 2048, 4096]")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequence length; repeat for several. [default: 512, 2048, 4096]")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each program.")] = 5,
-    long: Annotated[int | None, typer.Option(min=1, help="Also one recorded pass of so many tokens.")] = None,
+    long: Annotated[int | None, typer.Option(min=1, help="Also run one recorded pass of this many tokens.")] = None,
     decode: Annotated[
         bool,
         typer.Option(

@@ -99,7 +99,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure and print; `checkpoint` is made in a temporary folder unless given.
 
-    `long`: also one pass of so many tokens without logits, recording routing and sinks, in a process of its own.
+    `long`: also one pass of this many tokens without logits, recording routing and sinks, in a process of its own.
     `decode`: also tokens a second of generation, by the compiled kernels and by torch.
     """
     threads = threads or len(os.sched_getaffinity(0))
@@ -179,7 +179,7 @@ def _workbench(checkpoint: str) -> tuple[float, dict[str, Forward]]:
         recorder.take()
 
     def long(tokens: torch.Tensor) -> None:
-        """Without the logits, of which so many would be another model's worth of memory."""
+        """Without the logits, which would take as much memory as another model."""
         with model.hooks(fwd_hooks=recorder.fwd_hooks):
             model.residual(tokens)
         recorder.take()

@@ -200,7 +200,7 @@ async def _pages(url: str, chromium: str, rounds: int) -> dict[str, float]:
 
 
 async def _changes(url: str, chromium: str, rounds: int, sessions: int) -> dict[str, float]:
-    """Seconds from a change to what it brings, in so many sessions at once; median over rounds and sessions."""
+    """Return the median seconds from a change of selection to the new page, by change, in concurrent sessions."""
     from playwright.async_api import async_playwright
 
     times: dict[str, list[float]] = {}

@@ -1,8 +1,8 @@
-"""How fast a unit is written, beside zarr-python's own default, on the same data in the same run.
+"""How fast a unit is written, compared with zarr-python's defaults on the same data.
 
-A unit of gpt-oss-20b's width: residual streams of some layers, and routing and sinks of all. The baseline writes the
-same arrays with the shapes, chunks and shards of ours by `array[:] = values`, its codecs and pipeline as they come;
-and once more with chunks of its own choice. In turn, medians.
+A unit of gpt-oss-20b's width: residual streams of some layers, and routing and sinks of all. One baseline writes the
+same arrays with our chunks and shards by `array[:] = values`, with zarr-python's default codecs and pipeline; the other
+also uses its default chunks. The three take turns, and the medians are reported.
 """
 
 import shutil
@@ -25,7 +25,7 @@ TOKENS, WIDTH, LAYERS = 16_384, 2880, 24
 
 
 def run(streams: int, rounds: int) -> dict[str, Any]:
-    """Return bytes a second of each way to write, and what it left on disk."""
+    """Return bytes per second and the size on disk of each way to write."""
     rng = np.random.default_rng(0)
     bits = (rng.standard_normal((streams, TOKENS, WIDTH), dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
     data: dict[str, np.ndarray] = {
@@ -36,23 +36,23 @@ def run(streams: int, rounds: int) -> dict[str, Any]:
     }
     size = sum(values.nbytes for values in data.values())
     ways: dict[str, Callable[[Path, np.ndarray], None]] = {
-        "workbench": _ours,
-        "zarr, same shards": _same,
-        "zarr, its own chunks": _own,
+        "workbench": _workbench,
+        "zarr, same shards": _zarr_same_shards,
+        "zarr, its own chunks": _zarr_default,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     stored: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds + 1):  # the first one warms up
             for name, way in ways.items():
-                place = Path(folder) / "run"
+                path = Path(folder) / "run"
                 begun = time.perf_counter()
                 for what, values in data.items():
-                    way(place / what, values)
+                    way(path / what, values)
                 if turn:
                     seconds[name].append(time.perf_counter() - begun)
-                stored[name] = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
-                shutil.rmtree(place)
+                stored[name] = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+                shutil.rmtree(path)
     rows: list[dict[str, Any]] = [
         {"way": name, "seconds": (s := statistics.median(each)), "bytes_per_s": size / s, "stored": stored[name] / size}
         for name, each in seconds.items()
@@ -70,20 +70,20 @@ def run(streams: int, rounds: int) -> dict[str, Any]:
     return result
 
 
-def _grain(values: np.ndarray) -> dict[str, Any]:
+def _chunks_and_shards(values: np.ndarray) -> dict[str, Any]:
     return {"chunks": (1, CHUNK, values.shape[2]), "shards": (1, TOKENS, values.shape[2])}
 
 
-def _ours(place: Path, values: np.ndarray) -> None:
+def _workbench(path: Path, values: np.ndarray) -> None:
     array = zarr.create_array(
-        str(place), shape=values.shape, dtype=values.dtype, compressors=shards.CODEC, **_grain(values)
+        str(path), shape=values.shape, dtype=values.dtype, compressors=shards.CODEC, **_chunks_and_shards(values)
     )
-    shards.write(shards.writes(array, LocalStorage(place), "", 0, 1, values))
+    shards.write(shards.writes(array, LocalStorage(path), "", 0, 1, values))
 
 
-def _same(place: Path, values: np.ndarray) -> None:
-    zarr.create_array(str(place), shape=values.shape, dtype=values.dtype, **_grain(values))[:] = values
+def _zarr_same_shards(path: Path, values: np.ndarray) -> None:
+    zarr.create_array(str(path), shape=values.shape, dtype=values.dtype, **_chunks_and_shards(values))[:] = values
 
 
-def _own(place: Path, values: np.ndarray) -> None:
-    zarr.create_array(str(place), shape=values.shape, dtype=values.dtype)[:] = values
+def _zarr_default(path: Path, values: np.ndarray) -> None:
+    zarr.create_array(str(path), shape=values.shape, dtype=values.dtype)[:] = values

@@ -130,7 +130,7 @@ def for_tokens(
     unit_tokens: int,
     tokens_per_second: float | None = None,
 ) -> Estimate:
-    """Return the estimate of a capture of about so many tokens, in sequences of equal length, before there are any."""
+    """Return the estimate of a capture of about this many tokens, in sequences of equal length that do not exist."""
     n = max(1, round(tokens / sequence_tokens))
     layout = plan_units([sequence_tokens] * n, unit_tokens)
     rows = sample_transcripts(model.tokenizer, len(layout.units[0].sequences), sequence_tokens)

@@ -2,7 +2,7 @@
 
 Every sequence's length is known before the first forward pass, so the run is laid out first; then each
 unit is computed, written and committed, here or by workers. Starting the same job again goes on where the last one
-stopped, whoever computed what: a unit's content depends on the unit alone.
+stopped: a unit's content depends on the unit alone, and not on the process that computes it.
 """
 
 import logging

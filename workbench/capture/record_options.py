@@ -112,7 +112,7 @@ def index(where: str, what: str, axes: Mapping[str, int], options: dict[str, Any
     axes: of a token's values, name → size. `index`, an older name, selects from the first axis.
 
     Raises:
-        InputError: the quantity has no such axis, or not so many entries.
+        InputError: the quantity has no such axis, or fewer entries.
     """
     given = [(key, options.pop(key)) for key in (*_INDEX, "index") if key in options]
     if not given:

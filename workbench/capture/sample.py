@@ -1,7 +1,7 @@
 """The bytes that a run takes on disk, from a part of it that is written to nowhere.
 
 The store of the sample is made in a temporary folder, then its unit is encoded by the writer of runs itself, and the
-files are counted in the place of being written. The bytes of tokens, of sequences and of units are scaled up each by
+files are counted instead of being written. The bytes of tokens, of sequences and of units are scaled up each by
 their own number, so that a small sample does for a large run.
 """
 

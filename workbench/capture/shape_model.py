@@ -1,4 +1,4 @@
-"""A published shape in the place of a model, to plan a capture without weights.
+"""A published shape instead of a model, to plan a capture without weights.
 
 It has the sizes and the tokenizer of gpt-oss, and calls hooks with random numbers that compress about as activations
 do: floats are normal, and an expert number depends in part on the token.

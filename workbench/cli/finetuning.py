@@ -25,7 +25,7 @@ def finetune(
         list[str] | None,
         typer.Option(help="Teach only messages in this channel; repeat for several. [default: all of an answer]"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps. [default: the data once]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps. [default: one pass over the data]")] = None,
     batch: Annotated[int, typer.Option(min=1, max=10**6, help="Conversations of a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Largest learning rate of AdamW.")] = 2e-4,
     weight_decay: Annotated[float, typer.Option(min=0, help="Weight decay of AdamW.")] = 0.0,

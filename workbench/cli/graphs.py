@@ -28,7 +28,7 @@ def graph(
         int | None,
         typer.Option(help="Number of the generated token to explain, from 0. [default: the first of the final answer]"),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most so many tokens.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 512,
     nodes: Annotated[float, typer.Option(help="Share of the influence that the nodes keep.")] = 0.8,
     edges: Annotated[float, typer.Option(help="Share of the influence that the edges keep.")] = 0.98,
     features: Annotated[

@@ -45,8 +45,8 @@ def live(
     show: Show = False,
     allow_origin: AllowOrigin = None,
     basic_auth: BasicAuth = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="Most new tokens of an answer.")] = 2048,
-    max_samples: Annotated[int, typer.Option(min=1, max=256, help="Most samples of a prompt.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="Limit of the new tokens of an answer.")] = 2048,
+    max_samples: Annotated[int, typer.Option(min=1, max=256, help="Limit of the samples of a prompt.")] = 16,
     max_seconds: Annotated[float, typer.Option(min=1, max=1e6, help="Longest time of one request.")] = 120,
     vector: Vectors = None,
     sae: Saes = None,
@@ -90,7 +90,7 @@ def apply(
         typer.Option(
             min=0,
             max=1000,
-            help="With --prompts: test the recipe beside so many random interventions of its kind and size (0: none).",
+            help="With --prompts: compare with this many random interventions of the same kind and size (0: none).",
         ),
     ] = None,
     out: Annotated[

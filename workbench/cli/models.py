@@ -42,7 +42,7 @@ def info(
     unit_tokens: UnitTokens = 16_384,
     tokens_total: Annotated[
         int | None,
-        typer.Option(parser=whole_number, metavar="N", help="Also plan a capture of so many tokens, as in 5e6."),
+        typer.Option(parser=whole_number, metavar="N", help="Also plan a capture of this many tokens, as in 5e6."),
     ] = None,
     sequence_tokens: Annotated[int, typer.Option(min=10, help="Tokens of a sequence of that capture.")] = 1000,
     tokens_per_second: TokensPerSecond = None,

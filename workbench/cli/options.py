@@ -9,6 +9,9 @@ from workbench.errors import InputError
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, .gguf file, 'nano', ollama:NAME, or a Hugging Face id.")]
 RunPath = Annotated[str, typer.Argument(help="Run written by `workbench capture`: a folder, or a URL such as s3://….")]
+Prompts = Annotated[Path, typer.Argument(help="JSON Lines with id and messages, and optionally expected and meta.")]
+Efforts = Annotated[list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")]
+Samples = Annotated[int, typer.Option(min=1, max=10**6, help="Samples for each prompt and effort.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, cuda:0, or several devices as in cuda:0,cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmetic in float32.")]
 
@@ -28,7 +31,9 @@ Record = Annotated[
 Exclude = Annotated[str | None, typer.Option(help="Leave sequences with these flags out, as in irregular,truncated.")]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace an output that exists, if this command wrote it and nobody changed it."),
+    typer.Option(
+        "--overwrite", help="Replace an output that exists, if this command wrote it and it was not changed since."
+    ),
 ]
 Port = Annotated[int, typer.Option(min=1, max=65_535, help="Port to listen on.")]
 Address = Annotated[str, typer.Option(help="Address to listen on; any but localhost is open to other machines.")]

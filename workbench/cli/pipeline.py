@@ -12,12 +12,15 @@ from workbench.cli.options import (
     Adapter,
     Device,
     Dtype,
+    Efforts,
     Exclude,
     IgnoreField,
     Model,
     Overwrite,
+    Prompts,
     Record,
     RunPath,
+    Samples,
     Seed,
     TokensPerSecond,
     UnitTokens,
@@ -32,12 +35,10 @@ app = typer.Typer()
 @app.command()
 def generate(
     model: Model,
-    prompts: Annotated[Path, typer.Argument(help="JSON Lines with id and messages, and optionally expected and meta.")],
-    out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write or to complete.")],
-    effort: Annotated[
-        list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, max=10**6, help="Samples for each prompt and effort.")] = 1,
+    prompts: Prompts,
+    out: Annotated[Path, typer.Argument(help="JSON Lines file of transcripts to write or to resume.")],
+    effort: Efforts = None,
+    samples: Samples = 1,
     temperature: Annotated[float, typer.Option(min=0, max=1e6, help="Sampling temperature; 0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among this many most probable tokens.")] = None,
     top_p: Annotated[
@@ -51,7 +52,7 @@ def generate(
         ),
     ] = None,
     seed: Seed = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**9, help="Generate at most so many tokens.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**9, help="Generate at most this many tokens.")] = 512,
     batch: Annotated[int, typer.Option(min=1, max=10**6, help="Prompts generated together.")] = 64,
     adapter: Adapter = None,
     device: Device = "auto",
@@ -83,22 +84,20 @@ def generate(
 @app.command()
 def transcripts(
     url: Annotated[str, typer.Argument(help="Base URL of the API, such as http://localhost:8000/v1")],
-    prompts: Annotated[Path, typer.Argument(help="JSON Lines with id and messages, and optionally expected and meta.")],
-    out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write, or to complete.")],
+    prompts: Prompts,
+    out: Annotated[Path, typer.Argument(help="JSON Lines file of transcripts to write or to resume.")],
     model: Annotated[str, typer.Option(help="Name of the model at the API.")],
-    effort: Annotated[
-        list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, max=10**6, help="Samples for each prompt and effort.")] = 1,
+    effort: Efforts = None,
+    samples: Samples = 1,
     temperature: Annotated[
         float | None, typer.Option(min=0, max=1e6, help="Sampling temperature. [default: the API's]")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of a response. [default: the API's]")
+        int | None, typer.Option(min=1, help="Limit of the tokens of a response. [default: the API's]")
     ] = None,
     api: Annotated[str, typer.Option(help="auto, chat, responses, completions, or vLLM's generate.")] = "auto",
     routing: Annotated[
-        bool, typer.Option("--routing", help="Ask for routed experts and store them beside OUT.")
+        bool, typer.Option("--routing", help="Request the routed experts and store them next to OUT.")
     ] = False,
     concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Concurrent requests.")] = 8,
     requests_per_minute: Annotated[
@@ -148,7 +147,9 @@ def transcripts(
 
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="A file or folder of conversations; its shape is recognized.")],
+    file: Annotated[
+        Path, typer.Argument(help="A file or folder of conversations; its format is recognized by its content.")
+    ],
     out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write.")],
     effort: Annotated[str | None, typer.Option(help="Reasoning effort of conversations that name none.")] = None,
     requests: Annotated[Path | None, typer.Option(help="Request file of an OpenAI batch, for its responses.")] = None,
@@ -212,7 +213,7 @@ def capture(
 
     --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, examples (tokens of each
     expert), neurons (tokens of each neuron; "neurons:3,7" in these layers), a hook point such as resid_post, or
-    FILE.py:NAME of a wb.Recorder, whose file is executed. Options behind it select: "resid_post:0-3", "router_logits
+    FILE.py:NAME of a wb.Recorder, whose file is executed. Options after it select: "resid_post:0-3", "router_logits
     layers=0-3 channel=final", "sinks heads=0,12 role=assistant", "attn.z:5 heads=0 every=4" (also experts, slots,
     part, message, position, last), and reduce: "mlp_out reduce=norm" (raw, norm, mean, moments, message;
     "reduce=moments sketch=64"). See docs/howto/record.md.
@@ -331,7 +332,7 @@ def export(
             "JSON of each expert)."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File or folder to write, behind the format.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File or folder to write; TARGET is then the format.")] = None,
     what: Annotated[str, typer.Option(help="tokens, or an activation as activations/resid_post.")] = "tokens",
     layers: Annotated[
         list[int] | None, typer.Option(help="Layers of an activation; repeat for several. [default: all recorded]")

@@ -45,7 +45,7 @@ def study(
         ),
     ] = None,
     key_env: Annotated[str, typer.Option(help="Environment variable with the API key of the host.")] = "OPENAI_API_KEY",
-    sequences: Annotated[int, typer.Option(min=2, help="Use at most so many sequences in an experiment.")] = 200,
+    sequences: Annotated[int, typer.Option(min=2, help="Use at most this many sequences in an experiment.")] = 200,
     option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE of an option of the study; repeat for several.")
     ] = None,

@@ -61,7 +61,7 @@ def load(
 
 
 def fitting_tokens(n_layers: int, n_heads: int) -> int:
-    """Return the largest window whose patterns of so many layers fit `MAX_VALUES` values."""
+    """Return the largest window whose patterns of this many layers fit `MAX_VALUES` values."""
     return max(1, math.isqrt(MAX_VALUES // (n_layers * n_heads)))
 
 

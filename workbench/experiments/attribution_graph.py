@@ -87,7 +87,7 @@ def graph(
 
     tokens: a text, or the ids of one sequence. target: a token, as text or id; by default the most likely one. against:
     a token whose logit is taken off; by default the mean of all logits. node_share, edge_share: the share of the
-    influence on the target to keep. max_nodes: at most so many nodes, the largest by value, are looked at. saes:
+    influence on the target to keep. max_nodes: at most this many nodes, the largest by value, are considered. saes:
     autoencoders by the hook point of the residual stream that each reads, at most one in a layer; their active features
     become nodes, and all that passes them goes through a feature or its error.
 

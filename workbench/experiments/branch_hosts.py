@@ -106,7 +106,7 @@ class HostModel:
             elif isinstance(text, str):
                 ids = marked_ids(text, self.tokenizer)
                 if ended and not set(ids) & set(self.tokenizer.special.values()):
-                    raise InputError("the host removes harmony's marks, so that channels cannot be told apart")
+                    raise InputError("the host removes harmony's marks, so that channels cannot be distinguished")
             else:
                 raise InputError("the reply has neither token_ids nor a text")
         except InputError as error:

@@ -69,7 +69,7 @@ class Analysis:
 class BranchPoint:
     """A prefix to continue from: of which conversation, before which sentence (or token), and what was changed.
 
-    part: tells apart several points of one sentence.
+    part: distinguishes several points of one sentence.
     """
 
     conversation: str

@@ -75,7 +75,7 @@ def drawn_positions(
 ) -> tuple[list[Transcript], list[int]]:
     """Return the sequences with tokens in the channel, and a random position before one of those in each.
 
-    Sequences with the tokens of an earlier one are left out, as they could not be told apart.
+    Sequences with the tokens of an earlier one are left out, as they could not be distinguished.
 
     Raises:
         InputError: they are of fewer than five prompts.

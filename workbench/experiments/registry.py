@@ -25,11 +25,11 @@ from workbench.model.transformer import GptOss
 from workbench.runs import Run
 from workbench.studies.comparison import prompt_ids
 from workbench.studies.intervals import MIN_PROMPTS
-from workbench.studies.matching import duplicates_warning, index_of
 from workbench.studies.result import name_few_prompts
+from workbench.studies.run_index import duplicates_warning, index_of
 from workbench.version import version
 
-SEQUENCES = 200  # about so many, of prompts spread over tasks and efforts
+SEQUENCES = 200  # about this many, of prompts spread over tasks and efforts
 
 
 def run_experiment(

@@ -16,7 +16,7 @@ from workbench.hooks.edits import Tokens, as_set
 from workbench.model.pass_context import PassContext
 from workbench.model.transformer import GptOss
 
-ROWS = 64  # logits of so many tokens at a time: 51 MB in float32 of a vocabulary of 201,088
+ROWS = 64  # logits of this many tokens at a time: 51 MB in float32 of a vocabulary of 201,088
 Token = int | Int[Tensor, "batch pos"] | Literal["next"]
 
 

@@ -14,7 +14,7 @@ from workbench.figures.gallery import Gallery, GalleryItem
 from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.intervals import lines, rows, shown_effects
 from workbench.figures.template import THEMES, ThemeName, apply_theme
-from workbench.studies.contrast import ALPHA
+from workbench.studies.difference_tests import ALPHA
 from workbench.studies.result import tables
 
 

@@ -8,7 +8,7 @@ import xarray as xr
 from jaxtyping import Bool
 
 from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme, band, translucent
-from workbench.studies.contrast import ALPHA
+from workbench.studies.difference_tests import ALPHA
 
 
 def lines(
@@ -103,7 +103,7 @@ def rows(
     shown: Bool[np.ndarray, " row"] | None = None,
     theme: ThemeName = "light",
 ) -> go.Figure:
-    """Draw a row a label: point and 95 % bar, filled where an effect is shown, with a line at zero.
+    """Draw one row for each label: point and 95 % bar, filled where an effect is shown, with a line at zero.
 
     shown: which points are filled, by default those of `shown_effects`.
     """

@@ -75,7 +75,7 @@ def heatmap(
 
 
 def position_curve(rows: pd.DataFrame, digest: str, layer: int, head: int, *, theme: ThemeName = "light") -> go.Figure:
-    """Draw the one head's sink attention along position, a line a channel. rows: [position, channel]."""
+    """Draw one head's sink attention by position, one line for each channel. rows: [position, channel]."""
     colours = THEMES[theme]
     figure = go.Figure()
     for channel in map(str, rows.columns):

@@ -84,7 +84,7 @@ def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme
 def entropy_by_layer(
     ds: xr.Dataset, *, panels: Literal["channel", "effort"] = "channel", theme: ThemeName = "light"
 ) -> go.Figure:
-    """Draw the entropy of the load by layer, a panel a channel and a line an effort, with 95 % bands.
+    """Draw the entropy of the load by layer, one panel for each channel and one line for each effort, with 95 % bands.
 
     Raises:
         InputError: `panels` is unknown, or no cell of the dataset has a token.

@@ -43,7 +43,7 @@ def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName 
 
 
 def by_position(ds: xr.Dataset, layer: int, *, theme: ThemeName = "light") -> go.Figure:
-    """Draw the sink attention along position in one layer, a line a channel."""
+    """Draw the sink attention by position in one layer, one line for each channel."""
     cell = ds.sel(layer=layer).assign_attrs(ds.attrs)
     cell = cell.assign({name: 100 * cell[name] for name in ("mass", "mass_low", "mass_high")})
     cell = cell.assign_coords(bin=np.maximum(cell["bin"].values, 1))

@@ -1,4 +1,4 @@
-"""Harmony, the format gpt-oss speaks: its vocabulary, prompts, token labels and transcripts.
+"""Harmony, the response format of gpt-oss: its vocabulary, prompts, token labels and transcripts.
 
 Reference: https://cookbook.openai.com/articles/openai-harmony
 """

@@ -1,4 +1,4 @@
-"""Prompts and transcripts on disk: JSON Lines, a row a line, validated.
+"""Prompts and transcripts on disk: JSON Lines, one JSON object in each line, validated.
 
 A prompt: `{"id", "messages", "expected"?, "meta"?}`. A transcript: `{"id", "prompt_id", "effort", "tokens", "n_prompt",
 "complete"?, "expected"?, "correct"?, "meta"?}`, or `"messages"` instead of `"tokens"`, which are then rendered; rows of
@@ -205,7 +205,7 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes | _BadRowError]]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     if empty:
-        raise InputError(f"{path} is empty; wanted JSON Lines, a row a line")
+        raise InputError(f"{path} is empty: expected JSON Lines, one JSON object in each line")
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes | _BadRowError]:

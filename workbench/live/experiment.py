@@ -29,7 +29,7 @@ from workbench.model.transformer import GptOss
 from workbench.research.recipe import Recipe
 from workbench.research.steering_sources import SteeringSources
 
-_ROWS = 64  # logits of so many tokens at a time
+_ROWS = 64  # logits of this many tokens at a time
 
 
 @dataclass

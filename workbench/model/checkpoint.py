@@ -243,7 +243,7 @@ def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...], ca
 def _digest(root: Path, files: Collection[SafetensorsFile]) -> str:
     """Return a fingerprint of config and weights: headers, sizes, and 64 evenly spaced 64-KiB blocks of each file.
 
-    Files up to 4 MiB are covered completely. The fingerprint tells checkpoints apart; it does not prove them
+    Files up to 4 MiB are covered completely. The fingerprint distinguishes checkpoints; it does not prove them
     unmodified.
     """
     total = hashlib.sha256((root / "config.json").read_bytes())

@@ -8,10 +8,11 @@ row's samples come from a generator seeded with (seed, row), so neither the batc
 what it generates. The choice is made on the model's device; one step copies one number a row to the host.
 """
 
+import inspect
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +23,10 @@ from workbench.model.inputs import need_tokenizer, read_batch
 from workbench.model.prompt_cache import PromptCache
 from workbench.model.sampling import Sampling
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def generate(
+
+def prepare(
     model: Any,
     prompts: Any,
     max_new_tokens: int = 256,
@@ -43,16 +46,9 @@ def generate(
     eos_token_id: int | Collection[int] | None = None,
     prepend_bos: bool | None = None,
     padding_side: Literal["left", "right"] | None = None,
-    return_type: Literal["input", "str", "tokens", "new_tokens"] = "input",
     prompt_cache: PromptCache | None = None,
-    on_step: Callable[[GenerationStep], None] | None = None,
-    verbose: bool = False,
-) -> Any:
-    """Generate continuations of prompts.
-
-    With return_type "input", a text gives a text and a tensor [batch pos] gives a tensor, both with the prompt; a list
-    of rows of ids gives the new ids of each row, the stop token included. "str", "tokens" and "new_tokens" ask for
-    texts, a tensor, or lists of new ids. Rows of a tensor that end early are filled with the padding token.
+) -> Request:
+    """Return the checked request of a generation, with a row and a seed for each sample.
 
     temperature 0, the default, takes the most probable token. `do_sample`, `top_k`, `top_p`, `min_p` or `freq_penalty`
     without a temperature sample at temperature 1. repetition_penalty above 1 makes tokens that a row has, prompt
@@ -61,14 +57,11 @@ def generate(
     one for each row. With several `samples`, every prompt is read once and has that many rows, one after the other. A
     row also ends at max_new_tokens, or at the end of the context. use_past_kv_cache=False computes the whole row again
     for every token: hooks see all of it, and the result is the same but for rounding. prompt_cache: reuse what an
-    earlier call with it has read of the prompt. on_step: called with every step as it is generated. verbose shows a
-    progress bar.
+    earlier call with it has read of the prompt.
 
     Raises:
-        InputError: a prompt or an option is not valid, or the model's logits are not finite.
+        InputError: a prompt or an option is not valid.
     """
-    if return_type not in ("input", "str", "tokens", "new_tokens"):
-        raise InputError(f"return_type {return_type!r} is unknown: use 'input', 'str', 'tokens' or 'new_tokens'")
     sampling = Sampling.of(
         temperature,
         do_sample=do_sample,
@@ -79,8 +72,63 @@ def generate(
         repetition_penalty=repetition_penalty,
     )
     stops = _stops(model, stop, eos_token_id, stop_at_eos)
-    given = read_batch(model, prompts, prepend_bos=prepend_bos, padding_side=padding_side).rows()
-    request = _request(given, max_new_tokens, sampling, samples, seed, stops, prompt_cache, use_past_kv_cache)
+    prompt_rows = read_batch(model, prompts, prepend_bos=prepend_bos, padding_side=padding_side).rows()
+    if type(max_new_tokens) is not int or max_new_tokens < 0:
+        raise InputError(f"max_new_tokens {max_new_tokens!r}: expected a whole number from 0")
+    if type(samples) is not int or samples < 1:
+        raise InputError(f"samples {samples!r}: expected a whole number from 1")
+    if samples > 1 and sampling.temperature == 0:
+        raise InputError(f"samples={samples} at temperature 0 would give {samples} equal answers: set temperature")
+    rows = [row for row in prompt_rows for _ in range(samples)]
+    seeds = [seed * 1_000_003 + i for i in range(len(rows))] if isinstance(seed, int) else [int(s) for s in seed]
+    if len(seeds) != len(rows):
+        raise InputError(f"{len(seeds)} seeds for {len(rows)} prompts: pass one number, or one for each prompt")
+    if prompt_cache is not None and any(row != rows[0] for row in rows):
+        raise InputError("a prompt cache is for one prompt, or several samples of it, and the prompts differ")
+    if prompt_cache is not None and not use_past_kv_cache:
+        raise InputError("a prompt cache with use_past_kv_cache=False: leave one of them out")
+    return Request(rows, seeds, max_new_tokens, sampling, stops, use_past_kv_cache=use_past_kv_cache)
+
+
+def with_options_of(source: Callable[..., Any]) -> Callable[[F], F]:
+    """Return a decorator that shows the keyword options of `source` in place of `**options` in the signature."""
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [p for p in inspect.signature(source).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        options = [p for p in options if p.name not in signature.parameters]
+        function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@with_options_of(prepare)
+def generate(
+    model: Any,
+    prompts: Any,
+    max_new_tokens: int = 256,
+    *,
+    return_type: Literal["input", "str", "tokens", "new_tokens"] = "input",
+    on_step: Callable[[GenerationStep], None] | None = None,
+    verbose: bool = False,
+    **options: Any,
+) -> Any:
+    """Generate continuations of prompts; the options are those of `prepare`.
+
+    With return_type "input", a text gives a text and a tensor [batch pos] gives a tensor, both with the prompt; a list
+    of rows of ids gives the new ids of each row, the stop token included. "str", "tokens" and "new_tokens" ask for
+    texts, a tensor, or lists of new ids. Rows of a tensor that end early are filled with the padding token. on_step:
+    called with every step as it is generated. verbose shows a progress bar.
+
+    Raises:
+        InputError: a prompt or an option is not valid, or the model's logits are not finite.
+    """
+    if return_type not in ("input", "str", "tokens", "new_tokens"):
+        raise InputError(f"return_type {return_type!r} is unknown: use 'input', 'str', 'tokens' or 'new_tokens'")
+    request = prepare(model, prompts, max_new_tokens, **options)
+    prompt_cache, samples = options.get("prompt_cache"), options.get("samples", 1)
     new: list[list[int]] = [[] for _ in request.rows]
     with _progress(max_new_tokens, verbose) as bar, closing(generation_steps(model, request, prompt_cache)) as steps:
         for step in steps:
@@ -92,30 +140,11 @@ def generate(
     return _returned(model, prompts, request.rows, new, return_type, samples)
 
 
+@with_options_of(prepare)
 def generate_stream(
-    model: Any,
-    prompts: Any,
-    max_new_tokens: int = 256,
-    *,
-    temperature: int | float | None = None,
-    do_sample: bool | None = None,
-    top_k: int | None = None,
-    top_p: int | float | None = None,
-    min_p: int | float | None = None,
-    freq_penalty: int | float = 0.0,
-    repetition_penalty: int | float = 1.0,
-    use_past_kv_cache: bool = True,
-    samples: int = 1,
-    seed: int | Sequence[int] = 0,
-    stop: Collection[int] | None = None,
-    stop_at_eos: bool = True,
-    eos_token_id: int | Collection[int] | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: Literal["left", "right"] | None = None,
-    prompt_cache: PromptCache | None = None,
-    logprobs: bool = True,
+    model: Any, prompts: Any, max_new_tokens: int = 256, *, logprobs: bool = True, **options: Any
 ) -> Generator[GenerationStep, None, None]:
-    """Return an iterator over the steps of a generation; the options are those of `generate`.
+    """Return an iterator over the steps of a generation; the options are those of `prepare`.
 
     Options are checked at once, and the prompt is read when the first step is asked for. Closing the iterator, or
     leaving a loop over it, ends the work. Hooks and interventions act on the steps that are taken while they are on
@@ -124,47 +153,8 @@ def generate_stream(
     Raises:
         InputError: a prompt or an option is not valid; at a step, the model's logits are not finite.
     """
-    sampling = Sampling.of(
-        temperature,
-        do_sample=do_sample,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        freq_penalty=freq_penalty,
-        repetition_penalty=repetition_penalty,
-    )
-    stops = _stops(model, stop, eos_token_id, stop_at_eos)
-    given = read_batch(model, prompts, prepend_bos=prepend_bos, padding_side=padding_side).rows()
-    request = _request(given, max_new_tokens, sampling, samples, seed, stops, prompt_cache, use_past_kv_cache)
-    return generation_steps(model, replace(request, logprobs=logprobs), prompt_cache)
-
-
-def _request(
-    given: list[list[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    samples: int,
-    seed: int | Sequence[int],
-    stops: frozenset[int],
-    prompt_cache: PromptCache | None,
-    use_past_kv_cache: bool,
-) -> Request:
-    """Return the checked request, with a row and a seed for each sample."""
-    if type(max_new_tokens) is not int or max_new_tokens < 0:
-        raise InputError(f"max_new_tokens {max_new_tokens!r}: expected a whole number from 0")
-    if type(samples) is not int or samples < 1:
-        raise InputError(f"samples {samples!r}: expected a whole number from 1")
-    if samples > 1 and sampling.temperature == 0:
-        raise InputError(f"samples={samples} at temperature 0 would give {samples} equal answers: set temperature")
-    rows = [row for row in given for _ in range(samples)]
-    seeds = [seed * 1_000_003 + i for i in range(len(rows))] if isinstance(seed, int) else [int(s) for s in seed]
-    if len(seeds) != len(rows):
-        raise InputError(f"{len(seeds)} seeds for {len(rows)} prompts: pass one number, or one for each prompt")
-    if prompt_cache is not None and any(row != rows[0] for row in rows):
-        raise InputError("a prompt cache is for one prompt, or several samples of it, and the prompts differ")
-    if prompt_cache is not None and not use_past_kv_cache:
-        raise InputError("a prompt cache with use_past_kv_cache=False: leave one of them out")
-    return Request(rows, seeds, max_new_tokens, sampling, stops, use_past_kv_cache=use_past_kv_cache)
+    request = prepare(model, prompts, max_new_tokens, **options)
+    return generation_steps(model, replace(request, logprobs=logprobs), options.get("prompt_cache"))
 
 
 def _stops(

@@ -19,7 +19,7 @@ from workbench.model.transformer import GptOss
 log = logging.getLogger("workbench.model")
 _OLDEST_GPU = (8, 0)  # bfloat16 products and asynchronous copies, which the Triton kernels are compiled with
 _CHECKED_BYTES = 2_000_000_000  # weights of larger checkpoints are checked when logits are not finite
-_PASS_TOKENS = 4096  # "auto" leaves a GPU the room for a forward pass of so many
+_PASS_TOKENS = 4096  # "auto" leaves memory on a GPU for a forward pass of this many tokens
 
 
 def load(

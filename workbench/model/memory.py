@@ -54,7 +54,7 @@ def cache_growth(cfg: Config, dtype: torch.dtype = torch.bfloat16) -> int:
 
 
 def cache_row(cfg: Config, positions: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Return the bytes of keys and values of a row of so many positions, in all layers."""
+    """Return the bytes of keys and values of a row of this many positions, in all layers."""
     held = sum(held_positions(window, positions) for window in cfg.windows)
     return held * _cached_position(cfg, dtype)
 

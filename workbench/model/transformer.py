@@ -26,7 +26,7 @@ from workbench.model.activation_cache import ActivationCache
 from workbench.model.cache import KVCache
 from workbench.model.calling import ReturnType
 from workbench.model.config import Config
-from workbench.model.generate import generate, generate_stream
+from workbench.model.generate import generate, generate_stream, with_options_of
 from workbench.model.generation_loop import GenerationStep
 from workbench.model.layers import ELSEWHERE, Block, Embed, RMSNorm, Unembed
 from workbench.model.pass_context import PassContext
@@ -315,10 +315,12 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
             raise AttributeError(f"{type(self).__name__} has no {name}: {_NOT_OFFERED[name]}")
         return super().__getattr__(name)
 
+    @with_options_of(generate)
     def generate(self, input: Any, max_new_tokens: int = 256, **options: Any) -> Any:
         """Generate continuations of prompts; see `workbench.model.generate.generate`."""
         return generate(self, input, max_new_tokens, **options)
 
+    @with_options_of(generate_stream)
     def generate_stream(
         self, input: Any, max_new_tokens: int = 256, **options: Any
     ) -> Generator[GenerationStep, None, None]:

@@ -24,15 +24,15 @@ from workbench.model.transformer import GptOss
 from workbench.research.recipe import Recipe
 from workbench.runs import Run
 from workbench.studies.intervals import few_prompts, ratio, share_of_answers
-from workbench.studies.matching import independent_prompts
+from workbench.studies.run_index import independent_prompts
 
 Prompts = str | Path | Sequence[str] | Sequence[Mapping[str, Any]] | Sequence[Prompt]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers to prompts. table: a row an answer, with prompt_id, effort, analysis, text, expected, correct, complete,
-    new_tokens. transcripts: the same as ids, for `capture` and `write_transcripts`."""
+    """Answers to prompts. table: one row for each answer, with prompt_id, effort, analysis, text, expected, correct,
+    complete, new_tokens. transcripts: the same as ids, for `capture` and `write_transcripts`."""
 
     table: pd.DataFrame
     transcripts: list[Transcript]

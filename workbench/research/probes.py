@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from workbench.errors import InputError
 from workbench.runs import Run
 from workbench.studies import token_labels
-from workbench.studies.matching import independent_prompts
 from workbench.studies.probes import bigrams, category_predictions, position_bins, previous_ids
+from workbench.studies.run_index import independent_prompts
 from workbench.studies.token_labels import Selection
 
 _FOLDS = 5
@@ -79,7 +79,7 @@ def probe(
 def _sample(
     run: Run, about: Any, index: int, labels: Any, where: Selection | None, max_tokens: int, seed: int
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """Return the values of at most so many tokens that have a label, and the labels; the same tokens for each layer."""
+    """Return the values of at most this many tokens with a label, and the labels; the same tokens for each layer."""
     parts: list[tuple[np.ndarray, pd.DataFrame]] = []
     for columns, values in token_labels.blocks(run, about, index):
         before = previous_ids(columns["id"].to_numpy(), columns["sequence"].to_numpy())

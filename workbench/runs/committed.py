@@ -111,7 +111,7 @@ class CommittedRun:
 
     @cached_property
     def sequences(self) -> pd.DataFrame:
-        """Return a row a sequence, indexed by its number; `task` and `domain` are those of its metadata.
+        """Return one row for each sequence, indexed by its number; `task` and `domain` are those of its metadata.
 
         correct: 1, 0, or −1 where it is unknown. expected: the text that the final message should be ("" if unknown),
         of which `answer` is an older name.
@@ -131,7 +131,7 @@ class CommittedRun:
 
     @cached_property
     def messages(self) -> pd.DataFrame:
-        """Return a row a message; positions count from the start of its sequence."""
+        """Return one row for each message; positions count from the start of its sequence."""
         table = self._table("messages")
         return table[table["sequence"].isin(self._visible)]
 

@@ -72,7 +72,7 @@ def export(
 ) -> int:
     """Write the tokens or activations of a selection to `out`, and return the number of tokens.
 
-    what: "tokens", with routing, or a recorded activation as "activations/resid_post". parquet: a row a token.
+    what: "tokens", with routing, or a recorded activation as "activations/resid_post". parquet: one row for each token.
     safetensors: activations [token, d] of each layer, in bfloat16 as recorded, and tokens.parquet with their rows.
     datasets: what SAELens reads, a row for each `context` consecutive tokens of a sequence.
 

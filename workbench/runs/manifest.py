@@ -6,7 +6,7 @@
 
 A manifest names what it belongs to and carries a digest of its own content, so a manifest that is changed or exchanged
 is found too. `Manifest.check` is what every read passes: existence, size and the last bytes of the file, which hold the
-index of a shard or the checksum of a chunk and so tell two shards of the same size apart. Chunks carry checksums of
+index of a shard or the checksum of a chunk and so distinguish two shards of the same size. Chunks carry checksums of
 their own, so a flipped bit elsewhere is found when its chunk is decoded.
 """
 

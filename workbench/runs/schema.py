@@ -63,8 +63,9 @@ class Activation:
 
     index: which of the axis behind pos (heads, experts), all if empty. tokens: arguments of `harmony.token_set`, every
     token if empty. reduce: "raw"; "message", the mean of each message's tokens at its last one; or "moments", only
-    sums and squares by sequence and channel, with a sketch of so many directions of their second moments. dims: of the
-    values of a token, as ("head", "d_head"), which the store holds in one row; runs before schema 4 do not name them.
+    sums and squares by sequence and channel, with a sketch of this many directions of their second moments. dims: of
+    the values of a token, as ("head", "d_head"), which the store holds in one row; runs before schema 4 do not name
+    them.
     """
 
     hook: str

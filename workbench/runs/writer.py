@@ -73,7 +73,7 @@ def open_writer(
 ) -> "RunWriter":
     """Return a writer for the run at `path`, created or resumed; use it as a context manager.
 
-    sequences: a row a sequence, in the order of the layout. messages: positions relative to their sequence. A run of
+    sequences: one row for each, in the order of the layout. messages: positions relative to their sequence. A run of
     another checkpoint, spec, transcripts or layout is refused by the field that differs. overwrite: replace a run that
     is there; something else is never replaced.
 

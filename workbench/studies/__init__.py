@@ -66,7 +66,7 @@ def run_study(name: str, *runs: "Run", **options: Any) -> "dict[str, xr.Dataset]
 
 def _name_duplicates(datasets: "dict[str, xr.Dataset]", *runs: "Run") -> None:
     """Warn in every dataset that does not yet of prompts that repeat the tokens of others; they count as one."""
-    from workbench.studies.matching import TokenRun, duplicates_warning, index_of
+    from workbench.studies.run_index import TokenRun, duplicates_warning, index_of
 
     merged = max(index_of(run).prompts[1] if isinstance(run, TokenRun) else 0 for run in runs)
     for result in datasets.values() if merged else ():
@@ -77,7 +77,7 @@ def _name_duplicates(datasets: "dict[str, xr.Dataset]", *runs: "Run") -> None:
 
 def _independent_prompts(run: "Run") -> int:
     """The number of prompts of a run, duplicates counted once."""
-    from workbench.studies.matching import TokenRun, index_of, merged_prompts
+    from workbench.studies.run_index import TokenRun, index_of, merged_prompts
 
     number = index_of(run).prompts[0] if isinstance(run, TokenRun) else merged_prompts(run, run.summary("tokens"))[0]
     return len(set(number[number >= 0].tolist()))

@@ -2,7 +2,7 @@
 
 Routing and sinks are compared over all tokens and at equal position, and beside the difference that the two halves of
 the analysis have among themselves. Recorded activations are described by their channel means and by how well a linear
-probe tells the channels apart in sequences it has not seen.
+probe distinguishes the channels in sequences that it was not fitted on.
 
 References: Hewitt & Liang 2019 (control tasks); Kornblith et al. 2019 and Murphy et al. 2024 (debiased CKA).
 """
@@ -19,9 +19,9 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies import probes
 from workbench.studies.comparison import in_second_half
-from workbench.studies.contrast import Plan, TokenRun, contrasts
-from workbench.studies.matching import independent_prompts, token_blocks
+from workbench.studies.contrast import Plan, contrasts
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import TokenRun, independent_prompts, token_blocks
 
 STUDY = Study(
     name="channels",
@@ -48,7 +48,9 @@ DEFINITIONS = {
     "auc": Definition("probe AUC", "1", "logistic probe of channel a against b, held out by prompt, mean over folds"),
     "auc_low": Definition("probe AUC, lowest fold", "1", "smallest AUC of the folds"),
     "auc_high": Definition("probe AUC, highest fold", "1", "largest AUC of the folds"),
-    "auc_half": Definition("probe AUC of halves", "1", "the same probe told to tell the halves of the analysis apart"),
+    "auc_half": Definition(
+        "probe AUC of halves", "1", "the same probe, fitted to distinguish the halves of the analysis"
+    ),
     "auc_control": Definition("control task AUC", "1", "the same probe on a random label for each token type"),
     "selectivity": Definition("selectivity", "1", "AUC less that of the control task (Hewitt & Liang 2019)"),
     "auc_token": Definition("token identity AUC", "1", "predicted from the token alone, held out by prompt"),

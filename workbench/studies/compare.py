@@ -19,10 +19,11 @@ from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.contrast import METHOD as CONTRAST_METHOD
-from workbench.studies.contrast import Block, TokenRun, run_contrasts
+from workbench.studies.contrast import run_contrasts
 from workbench.studies.intervals import few_prompts, mean_of_prompts, within_bounds
-from workbench.studies.matching import independent_prompts, prompt_means, token_blocks
+from workbench.studies.matching import prompt_means
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import Block, TokenRun, independent_prompts, token_blocks
 from workbench.studies.statistics import entropy, share
 from workbench.studies.wording import wording
 

@@ -4,11 +4,7 @@ Differences are taken within each prompt (channels and halves: within each seque
 `workbench.studies.matching` says how. Prompts weigh alike without a control. With a control, a prompt with m matched
 tokens weighs m / (m + 10), so that one with a single matched token counts little and none dominates.
 
-The sampling unit is the prompt. The standard error is the delete-one jackknife of the weighted mean, which for equal
-weights is that of Student's one-sample t-test; its degrees of freedom are Kish's effective number of prompts less one.
-Intervals and tests are corrected for skewness (`workbench.studies.intervals.mean_test`).
-
-Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 11; Kish 1965, Survey Sampling.
+The sampling unit is the prompt; `workbench.studies.difference_tests` computes intervals and tests over prompts.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,40 +18,39 @@ from jaxtyping import Bool, Float
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
-from workbench.studies.intervals import MIN_PROMPTS, few_prompts, mean_test
+from workbench.studies.contrast_summary import UNPAIRED, describe
+from workbench.studies.difference_tests import ALPHA, paired_influence, tested_cells, weighted_mean
+from workbench.studies.intervals import MIN_PROMPTS
 from workbench.studies.layer_experts import layer_experts
 from workbench.studies.matching import (
     HALF_WEIGHT,
-    SLACK,
-    WIDEST,
     Between,
-    Block,
-    Control,
     Matching,
     Plan,
-    RunIndex,
-    TokenRun,
-    cell_codes,
     check_plan,
     check_prompts,
-    duplicates_warning,
-    index_of,
     match,
     match_runs,
-    reads,
     sums_by_prompt,
-    token_blocks,
 )
 from workbench.studies.resampling import LEVEL
 from workbench.studies.result import Definition, dataset, provenance
-from workbench.studies.statistics import false_discovery
-from workbench.studies.wording import wording
+from workbench.studies.run_index import (
+    SLACK,
+    WIDEST,
+    Block,
+    Control,
+    RunIndex,
+    TokenRun,
+    cell_codes,
+    index_of,
+    reads,
+    token_blocks,
+)
 
-__all__ = ["Between", "Block", "Plan", "TokenRun", "contrast", "contrasts", "describe", "run_contrasts", "uncomparable"]
+__all__ = ["Between", "Plan", "contrast", "contrasts", "describe", "run_contrasts", "uncomparable"]
 
-ALPHA = 0.05
 CONTROLS: tuple[Control, ...] = ("none", "position")
-_LABELS = {"none": "Within prompts", "position": "At equal position", "token": "At the same token ids"}
 _MOST_SUMS = 32_000_000  # numbers of a block's sums at once
 
 _CI = f"{LEVEL:.0%}, delete-one jackknife over prompts, Student's t corrected for skewness"
@@ -91,10 +86,6 @@ METHOD = (
     "(Benjamini–Hochberg) and its interval excludes zero."
 )
 NOT_CONTROLLED = "Words are not matched (but by the control 'token'), and what comes before a token is not."
-UNPAIRED = (
-    "Unpaired: the prompts of the two sides are different, so that task, words, length, difficulty and position may "
-    "cause the difference."
-)
 
 
 @dataclass(frozen=True)
@@ -300,13 +291,13 @@ def _test(measure: Measure, plan: Plan, matching: Matching, sums: Sums) -> dict[
         used = matching.prompt_weight > 0
         n = int(used.sum())
         weight = matching.prompt_weight[used]
-        means = [_weighted_mean(v[used], weight) for v in (difference, side_a, side_b)]
-        influence, freedom = _paired_influence(difference[used], weight)
+        means = [weighted_mean(v[used], weight) for v in (difference, side_a, side_b)]
+        influence, freedom = paired_influence(difference[used], weight)
     else:
         used = matching.in_a | matching.in_b
         n = min(int(matching.in_a.sum()), int(matching.in_b.sum())) if used.any() else 0
         mean_a, mean_b = (
-            _weighted_mean(v[present], np.ones(int(present.sum())))
+            weighted_mean(v[present], np.ones(int(present.sum())))
             for v, present in ((side_a, matching.in_a), (side_b, matching.in_b))
         )
         means = [mean_a - mean_b, mean_a, mean_b]
@@ -316,7 +307,7 @@ def _test(measure: Measure, plan: Plan, matching: Matching, sums: Sums) -> dict[
             scale = 1 / np.sqrt(m * (m - 1)) if m > 1 else np.nan
             influence[present] += sign * scale * (v[present] - mean)
         freedom = n - 1.0
-    found = _tested(np.asarray(means[0]), influence, freedom, n >= MIN_PROMPTS)
+    found = tested_cells(np.asarray(means[0]), influence, freedom, n >= MIN_PROMPTS)
     return found | {
         "mean_a": means[1],
         "mean_b": means[2],
@@ -328,61 +319,6 @@ def _test(measure: Measure, plan: Plan, matching: Matching, sums: Sums) -> dict[
         "sequences_excluded": matching.excluded[1],
         "tokens_excluded": matching.excluded[2],
     }
-
-
-def paired_test(
-    difference: Float[np.ndarray, "prompt *cells"], weight: Float[np.ndarray, " prompt"] | None = None
-) -> dict[str, Any]:
-    """Return limits, p, q and verdict of every cell's mean of differences within prompts; weight: by default alike."""
-    weight = np.ones(len(difference)) if weight is None else weight
-    influence, freedom = _paired_influence(difference, weight)
-    return _tested(_weighted_mean(difference, weight), influence, freedom, len(difference) >= MIN_PROMPTS)
-
-
-def unpaired_test(a: Float[np.ndarray, "prompt_a *cells"], b: Float[np.ndarray, "prompt_b *cells"]) -> dict[str, Any]:
-    """Return the same of the difference between the means of different prompts (Welch, fewer prompts less one)."""
-    parts = [v - v.mean(0) for v in (a, b)]
-    scaled = [v / np.sqrt(len(v) * max(len(v) - 1, 1)) for v in parts]
-    n = min(len(a), len(b))
-    influence = np.concatenate([scaled[0], -scaled[1]])
-    return _tested(np.asarray(a.mean(0) - b.mean(0)), influence, n - 1.0, n >= MIN_PROMPTS)
-
-
-def _weighted_mean(values: Float[np.ndarray, "prompt *cells"], weight: Float[np.ndarray, " prompt"]) -> np.ndarray:
-    if not len(weight):
-        return np.full(values.shape[1:], np.nan)
-    return np.asarray(np.tensordot(weight / weight.sum(), values, 1))
-
-
-def _paired_influence(
-    difference: Float[np.ndarray, "prompt *cells"], weight: Float[np.ndarray, " prompt"]
-) -> tuple[Float[np.ndarray, "prompt *cells"], float]:
-    """Deviations whose root sum of squares is the standard error of the weighted mean, and the degrees of freedom."""
-    n = len(weight)
-    if n < 2:
-        return np.full(difference.shape, np.nan), 0.0
-    rest = (weight.sum() - weight).reshape(-1, *[1] * (difference.ndim - 1))
-    own = weight.reshape(rest.shape)
-    influence = own * (difference - _weighted_mean(difference, weight)) / rest
-    return (influence - influence.mean(0)) * np.sqrt((n - 1) / n), float(weight.sum() ** 2 / (weight**2).sum() - 1)
-
-
-def _tested(difference: np.ndarray, influence: np.ndarray, freedom: float, enough: bool) -> dict[str, Any]:
-    """Limits, p, q and verdict of every cell; missing where there are too few prompts for a test."""
-    if not enough:
-        influence = np.full((1, *difference.shape), np.nan)
-    tested = mean_test(difference, influence, max(freedom, 1.0))
-    q = np.asarray(false_discovery(tested.p))
-    found = {"difference": difference, **tested._asdict(), "q": q}
-    found["different"] = (q < ALPHA) & (tested.low * tested.high > 0)
-    if difference.ndim:
-        found |= {"size": _root_of_sum(difference**2), "noise": _root_of_sum((influence**2).sum(0))}
-    return found
-
-
-def _root_of_sum(squares: Float[np.ndarray, "*cells column"]) -> Float[np.ndarray, "*cells"]:
-    """Return the root of the sum over the columns that exist; NaN where there is none."""
-    return np.sqrt(np.where(np.isnan(squares).all(-1), np.nan, np.nansum(squares, -1)))
 
 
 def _result(
@@ -419,65 +355,3 @@ def _result(
     result = dataset(variables, coords, DEFINITIONS, attrs)
     result.attrs["summary"] = describe(result)
     return result
-
-
-def describe(result: xr.Dataset) -> str:
-    """Return the comparison in words, with and without controls; nothing whose interval includes zero differs."""
-    lines = [] if result.attrs["paired"] else [UNPAIRED]
-    if warning := duplicates_warning(int(result.attrs["duplicate_prompts"])):
-        lines.append(warning)
-    for control in map(str, result["control"].values):
-        lines += _describe_control(result.sel(control=control), control, result.attrs)
-    controls = [c for c in map(str, result["control"].values) if c != "none"]
-    for control in controls if "none" in result["control"] else ():
-        naive, matched = (result.sel(control=c) for c in ("none", control))
-        if naive["different"].size > 1 and naive["different"].any() and np.isfinite(matched["p"]).any():
-            same = np.sign(naive["difference"]) == np.sign(matched["difference"])
-            kept = int((naive["different"] & matched["different"] & same).sum())
-            lines.append(
-                f"Of {int(naive['different'].sum())} differences within prompts, {kept} remain "
-                f"{_LABELS[control][0].lower()}{_LABELS[control][1:]}."
-            )
-    return "\n".join(lines)
-
-
-def _describe_control(cell: xr.Dataset, control: str, attrs: Mapping[str, Any]) -> list[str]:
-    """The lines of one control."""
-    paired = bool(attrs["paired"])
-    label = _LABELS[control] if paired else "Between prompts"
-    n = int(cell["prompts"])
-    if not paired and control != "none":
-        return [f"{_LABELS[control]}: not possible between different prompts."]
-    if not np.isfinite(cell["p"].values).any():
-        return [f"{label}: cannot be tested, as {n} prompts have both sides and at least {MIN_PROMPTS} are needed."]
-    rests = f"{n} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
-    if left_out := int(cell["tokens_excluded"]):
-        rests += (
-            f"; excluded, as not paired: {int(cell['prompts_excluded'])} prompts, "
-            f"{int(cell['sequences_excluded'])} sequences, {left_out:,} tokens"
-        )
-    different, tested = cell["different"].values, np.isfinite(cell["p"].values)  # experts that do not exist have no p
-    others = tested & ~different
-    largest = float(cell["bound"].values[others].max()) if others.any() else np.nan
-    absent = f"differences beyond {wording(attrs['what']).bound(largest)} are excluded (equivalence test, 5 %)"
-    lines = []
-    if not cell["difference"].dims:
-        verdict = "differs" if different else f"no difference shown, {absent}"
-        lines.append(f"{label} ({rests}): {verdict}; {_with_interval(cell, attrs)}.")
-    else:
-        lines.append(f"{label} ({rests}): {different.sum()} of {tested.sum()} cells differ.")
-        ranked = np.argsort(-np.where(different, np.abs(cell["difference"].values), -np.inf), axis=None)
-        for place in ranked[: min(3, int(different.sum()))]:
-            layer, column = np.unravel_index(place, different.shape)
-            kind = str(cell["difference"].dims[1])
-            one = cell.isel({"layer": int(layer), kind: int(column)})
-            lines.append(f"  layer {int(one['layer'])} {kind} {int(one[kind])}: {_with_interval(one, attrs)}")
-        if others.any():
-            lines.append(f"  In the other cells, {absent} one by one.")
-    return lines + ([f"  Warning: {warning}."] if (warning := few_prompts(n)) else [])
-
-
-def _with_interval(cell: xr.Dataset, attrs: Mapping[str, Any]) -> str:
-    words = wording(attrs["what"])
-    sides = words.sides(float(cell["mean_a"]), float(cell["mean_b"]), attrs["a"], attrs["b"])
-    return f"{sides}; difference {words.interval(*(float(cell[n]) for n in ('difference', 'low', 'high')))}"

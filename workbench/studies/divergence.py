@@ -22,10 +22,9 @@ from jaxtyping import Float
 
 from workbench.errors import InputError
 from workbench.studies.comparison import Between, Comparison, Condition, Run, compare, conditions, has_tokens, places
-from workbench.studies.contrast import paired_test, unpaired_test
+from workbench.studies.difference_tests import paired_test, unpaired_test
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts
 from workbench.studies.layer_experts import mask_absent
-from workbench.studies.matching import duplicates_warning, merged_prompts
 from workbench.studies.resampling import (
     TAILS,
     Independent,
@@ -37,6 +36,7 @@ from workbench.studies.resampling import (
     recentred_interval,
 )
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import duplicates_warning, merged_prompts
 from workbench.studies.statistics import Array, false_discovery, jensen_shannon
 from workbench.studies.wording import wording
 

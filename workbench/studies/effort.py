@@ -21,10 +21,10 @@ from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run
-from workbench.studies.contrast import Plan, TokenRun, contrasts, uncomparable
+from workbench.studies.contrast import Plan, contrasts, uncomparable
 from workbench.studies.intervals import MIN_PROMPTS, mean_test, ratio, ratio_test, share_change, share_of_answers
-from workbench.studies.matching import merged_prompts
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import TokenRun, merged_prompts
 from workbench.studies.statistics import false_discovery
 
 STUDY = Study(

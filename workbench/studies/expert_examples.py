@@ -27,8 +27,8 @@ from workbench.runs.schema import EXAMPLE_KINDS
 from workbench.studies.expert_labels import read as read_labels
 from workbench.studies.expert_labels import with_labels
 from workbench.studies.intervals import MIN_PROMPTS, test_of_moments
-from workbench.studies.matching import independent_prompts
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import independent_prompts
 
 STUDY = Study(
     name="expert-examples",

@@ -295,7 +295,7 @@ def share_interval(
 
 
 def wilson(means: Float[np.ndarray, "*cells prompt"], answers: int) -> tuple[Cells, Cells, Cells]:
-    """Return the mean of the prompts' fractions, of so many answers in all, and its 95 % Wilson interval."""
+    """Return the mean of the prompts' fractions, of this many answers in all, and its 95 % Wilson interval."""
     n = means.shape[-1]
     share, variance = means.mean(-1), means.var(-1, ddof=1) / n
     binomial = share * (1 - share)

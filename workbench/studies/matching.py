@@ -2,7 +2,7 @@
 
 A comparison is linear in what the tokens have: the difference within a prompt is a sum of token values with weights
 that add up to 1 on side a and to −1 on side b. Tokens of one sequence, channel, half and stratum share their weight, so
-a run's tokens are counted by these *cells* once (`RunIndex`), and every comparison of every study is computed from it.
+a run's tokens are counted by these cells once (`workbench.studies.run_index`), from which every comparison is computed.
 
 Two channels, and two halves of a channel, are compared within each sequence that has both; two efforts within each
 prompt that has both; two runs token by token. Nothing else is paired: prompts with one side alone are left out and
@@ -11,62 +11,23 @@ counted. Two tasks have no prompt in common, so they are an unpaired comparison,
 Reference: Imbens & Rubin 2015, Causal Inference, chapters 9 and 10 (stratification, pairwise randomised experiments).
 """
 
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.sparse
-import xarray as xr
 from jaxtyping import Bool, Float, Int, Num
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
-from workbench.progress import progress
-from workbench.studies.comparison import in_second_half, prompt_numbers, prompts
 from workbench.studies.intervals import MIN_PROMPTS
+from workbench.studies.run_index import MAX_TOKEN_IDS, Cells, Control, RunIndex, TokenRun
 
 Between = Literal["channel", "effort", "task", "half", "run"]
-Control = Literal["none", "position", "token"]
-Block = Mapping[str, np.ndarray]
 
-SLACK = 4  # positions that a stratum may span whatever their ratio
-WIDEST = 1.1  # last over first position of a stratum
 HALF_WEIGHT = 10  # matched tokens with which a prompt has half its full weight
-_LONGEST = 1 << 20  # positions
-_MOST_IDS = 1 << 20  # token ids
-_LARGE = 1_000_000  # tokens from which a pass reports its progress
-
-
-@runtime_checkable
-class TokenRun(Protocol):
-    """What a study of single tokens needs of a run."""
-
-    @property
-    def digest(self) -> str: ...
-
-    @property
-    def sequences(self) -> pd.DataFrame: ...
-
-    @property
-    def model(self) -> Mapping[str, Any]: ...
-
-    def blocks(self, *names: str) -> Iterator[Block]: ...
-
-
-def token_blocks(run: TokenRun, label: str, *names: str) -> Iterator[Block]:
-    """Yield the blocks of a run, with a progress bar or lines where it is large."""
-    total = int(run.sequences["length"].sum()) if "length" in run.sequences else 0
-    if total < _LARGE:
-        yield from run.blocks(*names)
-        return
-    with progress(label, total, "tokens") as advance:
-        for block in run.blocks(*names):
-            yield block
-            advance(len(block["sequence"]))
 
 
 class Plan(NamedTuple):
@@ -99,18 +60,6 @@ class Plan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cells:
-    """The tokens of a run by sequence, channel, half of the channel, and stratum; cells without a token are absent."""
-
-    code: Int[np.ndarray, " cell"]
-    sequence: Int[np.ndarray, " cell"]
-    channel: Int[np.ndarray, " cell"]
-    half: Int[np.ndarray, " cell"]
-    stratum: Int[np.ndarray, " cell"]
-    tokens: Int[np.ndarray, " cell"]
-
-
-@dataclass(frozen=True)
 class Matching:
     """The weight of a token of every cell in its prompt's difference (a − b) and in its prompt's mean of side b."""
 
@@ -124,156 +73,6 @@ class Matching:
     tokens: tuple[int, int]
     strata: int
     excluded: tuple[int, int, int]  # prompts, sequences, tokens on one of the sides that take no part
-
-
-class RunIndex:
-    """Prompts and cells of a run, each computed in one pass over its tokens and shared by all comparisons."""
-
-    def __init__(self, run: TokenRun) -> None:
-        self.run = run
-        self._cells: dict[tuple[str, str], Cells] = {}
-
-    @cached_property
-    def prompts(self) -> tuple[Int[np.ndarray, " sequence"], int]:
-        """Return the number of every sequence's prompt (−1: not written), and how many prompts repeat another's tokens.
-
-        Prompts under different ids whose tokens are equal are one sampling unit: they are not independent.
-        """
-        number = prompt_numbers(self.run.sequences)
-        return merge_duplicates(number, self._prompt_tokens())
-
-    def _prompt_tokens(self) -> dict[int, bytes]:
-        """The token ids of every sequence's prompt; empty where the run does not hold them."""
-        pieces: dict[int, list[bytes]] = {}
-        prompt = CHANNELS.index("prompt")
-        try:
-            for block in token_blocks(self.run, "prompts", "id"):
-                for sequence, at in _runs(block["sequence"]):
-                    own = block["id"][at][block["channel"][at] == prompt]
-                    pieces.setdefault(sequence, []).append(np.ascontiguousarray(own).tobytes())
-        except (KeyError, InputError):
-            return {}
-        return {sequence: b"".join(part) for sequence, part in pieces.items()}
-
-    def cells(self, kind: Control, finite: str = "") -> Cells:
-        """Return the cells whose strata are of one kind, of tokens whose quantity `finite` is known."""
-        if (kind, finite) not in self._cells:
-            codes: list[np.ndarray] = []
-            counts: list[np.ndarray] = []
-            for block in token_blocks(self.run, "count tokens", *reads(kind, finite)):
-                code, known = cell_codes(block, kind, finite)
-                unique, n = np.unique(code[known], return_counts=True)
-                codes.append(unique)
-                counts.append(n)
-            self._cells[kind, finite] = _collect(codes, counts)
-        return self._cells[kind, finite]
-
-
-_INDICES: dict[int, tuple[weakref.ref[Any], str, RunIndex]] = {}
-
-
-def index_of(run: TokenRun) -> RunIndex:
-    """Return the index of a run, made at the first call and again when what is visible of the run has changed."""
-    stored = _INDICES.get(id(run))
-    if stored is None or stored[0]() is not run or stored[1] != run.digest:
-        key = id(run)
-        reference = weakref.ref(run, lambda _: _INDICES.pop(key, None))
-        # the index must not keep the run alive, which would keep the index
-        stored = _INDICES[key] = (reference, run.digest, RunIndex(weakref.proxy(run)))
-    return stored[2]
-
-
-def merge_duplicates(
-    number: Int[np.ndarray, " sequence"], prompt_tokens: Mapping[int, bytes]
-) -> tuple[Int[np.ndarray, " sequence"], int]:
-    """Give prompts with a sequence whose prompt has the same tokens one number; return how many were merged."""
-    first: dict[bytes, int] = {}
-    parent = np.arange(int(number.max(initial=-1)) + 1)
-
-    def root(one: int) -> int:
-        while parent[one] != one:
-            one = int(parent[one])
-        return one
-
-    for sequence, text in prompt_tokens.items():
-        if not text or number[sequence] < 0:
-            continue
-        own = root(int(number[sequence]))
-        parent[own] = root(first.setdefault(text, own))
-    roots = np.array([root(one) for one in range(len(parent))], dtype=np.int64)
-    kept, renumbered = np.unique(roots, return_inverse=True)
-    return np.where(number >= 0, renumbered[number] if len(roots) else number, -1), len(roots) - len(kept)
-
-
-def independent_prompts(run: TokenRun) -> Int[np.ndarray, " sequence"]:
-    """Return the number of every sequence's prompt, duplicates merged; −1 where it is not written."""
-    return index_of(run).prompts[0]
-
-
-def merged_prompts(run: object, tokens: xr.DataArray) -> tuple[Int[np.ndarray, " sequence"], int]:
-    """Return the prompt number of every sequence of a run's sums, duplicates merged, and how many were merged."""
-    own = prompts(tokens)
-    if not isinstance(run, TokenRun):
-        return own, 0
-    number, merged = index_of(run).prompts
-    if not merged:
-        return own, 0
-    of_id = dict(zip(run.sequences["id"], number[run.sequences.index], strict=True))
-    return np.array([of_id[name] for name in tokens["id"].values]), merged
-
-
-def duplicates_warning(merged: int) -> str:
-    """Return the warning that prompts repeat others; empty if none does."""
-    if not merged:
-        return ""
-    return f"Warning: {merged} prompts repeat the tokens of others under another id; they count as one prompt."
-
-
-def reads(kind: Control, finite: str) -> tuple[str, ...]:
-    """Return the recorded quantities that the cells of a run need."""
-    return (*(("id",) if kind == "token" else ()), *((finite,) if finite else ()))
-
-
-def cell_codes(
-    block: Block, kind: Control, finite: str
-) -> tuple[Int[np.ndarray, " token"], Bool[np.ndarray, " token"]]:
-    """Return the code of every token's cell, and which tokens are known."""
-    channel = block["channel"].astype(np.int64)
-    half = np.zeros(len(channel), dtype=np.int64)
-    for present in np.unique(channel):
-        inside = channel == present
-        half[inside] = in_second_half(block["sequence"], inside)[inside]
-    stratum = block["id"].astype(np.int64) if kind == "token" else _STRATUM[block["position"]]
-    code = ((block["sequence"].astype(np.int64) * len(CHANNELS) + channel) * 2 + half) * _MOST_IDS + stratum
-    known = np.isfinite(block[finite]) if finite else np.ones(len(code), dtype=bool)
-    return code, known
-
-
-def _strata_of_positions() -> Int[np.ndarray, " position"]:
-    """The stratum of every position: at most `SLACK` positions or a factor of `WIDEST` wide."""
-    first = [0]
-    while first[-1] < _LONGEST:
-        first.append(max(first[-1] + SLACK, int(WIDEST * first[-1])))
-    return np.searchsorted(first, np.arange(_LONGEST), side="right") - 1
-
-
-_STRATUM = _strata_of_positions()
-
-
-def _runs(sequence: Int[np.ndarray, " token"]) -> Iterator[tuple[int, slice]]:
-    """Each sequence number of a block with its tokens, which stand together."""
-    starts = np.flatnonzero(np.diff(sequence, prepend=-2))
-    for start, stop in zip(starts, [*starts[1:], len(sequence)], strict=True):
-        yield int(sequence[start]), slice(int(start), int(stop))
-
-
-def _collect(codes: list[np.ndarray], counts: list[np.ndarray]) -> Cells:
-    code, of = np.unique(np.concatenate(codes) if codes else np.zeros(0, np.int64), return_inverse=True)
-    tokens = np.bincount(of, np.concatenate(counts) if counts else None, len(code)).astype(np.int64)
-    rest, stratum = np.divmod(code, _MOST_IDS)
-    rest, half = np.divmod(rest, 2)
-    sequence, channel = np.divmod(rest, len(CHANNELS))
-    return Cells(code, sequence, channel, half, stratum, tokens)
 
 
 def check_plan(run: TokenRun, plan: Plan) -> None:
@@ -455,7 +254,7 @@ def _stratified(
     """Differences within each group's strata, averaged over a prompt's with weight n_a n_b / (n_a + n_b)."""
     at = np.flatnonzero(take)
     out = np.zeros(len(cells.code))
-    code, stratum = np.unique(group[at].astype(np.int64) * _MOST_IDS + cells.stratum[at], return_inverse=True)
+    code, stratum = np.unique(group[at].astype(np.int64) * MAX_TOKEN_IDS + cells.stratum[at], return_inverse=True)
     n = np.stack([np.bincount(stratum, cells.tokens[at] * (side[at] == s), len(code)) for s in (0, 1)])
     matched = np.divide(n[0] * n[1], n.sum(0), out=np.zeros(len(code)), where=n.sum(0) > 0)
     prompt_of = np.zeros(len(code), dtype=np.int64)

@@ -2,7 +2,7 @@
 
 The label belongs to a sequence: its answer is right, its task, or one of your own, as whether it refuses in the end. A
 linear probe reads the last token of the first 0 %, 20 %, … 100 % of the analysis; 0 % is the token before it. Its AUC
-on held-out prompts stands beside those of the token, the number of tokens so far, the bigram, and all tokens so far.
+on held-out prompts is compared with those of the token, the number of tokens so far, the bigram, and all tokens so far.
 
     found = study(run, label="correct")["trajectory"]
 
@@ -23,15 +23,24 @@ from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.runs import Run
 from workbench.studies import token_labels
-from workbench.studies.contrast import paired_test
-from workbench.studies.intervals import MIN_PROMPTS, few_prompts, within_bounds
-from workbench.studies.label_probes import FOLDS, GROUPS, Folds, Values, pseudo_values
+from workbench.studies.intervals import MIN_PROMPTS, few_prompts
+from workbench.studies.probe_folds import (
+    AUC_DEFINITIONS,
+    CI,
+    FOLDS,
+    Folds,
+    Values,
+    auc_variables,
+    beyond_variables,
+    gain_variables,
+    pseudo_values,
+)
 from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
     name="probe-trajectory",
     title="Probes along the chain of thought",
-    question="From where in the analysis on can a label be read from activations, beyond what its tokens tell?",
+    question="From which point of the analysis on do activations predict a label better than its tokens do?",
     requires=("activations",),
     compute="probes of every recorded layer and point of the analysis, fitted five times; jackknife",
     options={
@@ -39,7 +48,7 @@ STUDY = Study(
         "hook": "Recorded hook point (default: hook_resid_post).",
         "channel": "Channel that is followed: analysis (default) or final.",
         "points": "Points at equal shares of the channel, the start excluded (default: 5).",
-        "max_sequences": "At most so many sequences (default: 1000).",
+        "max_sequences": "Use at most this many sequences (default: 1000).",
     },
     figures="workbench.figures.probe_trajectory",
     page="probe-trajectory",
@@ -49,20 +58,13 @@ STUDY = Study(
 SOURCES = ("token", "position", "bigram", "tokens so far")
 _FEW = 20  # sequences of a label, below which an AUC says little
 _MOST_TYPES = 512  # token types of the baseline of all tokens so far
-_CI = f"95 %, delete-a-group jackknife over at most {GROUPS} groups of prompts, Student's t"
 DEFINITIONS = {
-    "auc": Definition("AUC", "1", "held out by prompt; several labels: mean over one against the rest", ci=_CI),
-    "auc_low": Definition("AUC, lower limit", "1", "lower limit of auc", ci=_CI),
-    "auc_high": Definition("AUC, upper limit", "1", "upper limit of auc", ci=_CI),
+    **AUC_DEFINITIONS,
     "control": Definition("AUC of the control task", "1", "a random label for each prompt"),
     "baseline": Definition("AUC of a baseline", "1", "prediction from tokens and positions, without activations"),
-    "beyond_words": Definition("AUC beyond the best baseline", "1", "AUC less that of the best baseline", ci=_CI),
-    "beyond_words_low": Definition("AUC beyond the best baseline, lower limit", "1", "lower limit", ci=_CI),
-    "beyond_words_high": Definition("AUC beyond the best baseline, upper limit", "1", "upper limit", ci=_CI),
-    "gain": Definition("AUC gained since the start", "1", "AUC less that before the analysis, same layer", ci=_CI),
-    "gain_low": Definition("AUC gained, lower limit", "1", "lower limit of gain", ci=_CI),
-    "gain_high": Definition("AUC gained, upper limit", "1", "upper limit of gain", ci=_CI),
-    "p": Definition("p", "1", "AUC is that of the best baseline, two-sided, Student's t", null="0"),
+    "gain": Definition("AUC gained since the start", "1", "AUC less that before the analysis, same layer", ci=CI),
+    "gain_low": Definition("AUC gained, lower limit", "1", "lower limit of gain", ci=CI),
+    "gain_high": Definition("AUC gained, upper limit", "1", "upper limit of gain", ci=CI),
     "q": Definition("q", "1", "Benjamini–Hochberg over layers and points"),
     "onset": Definition("onset", "1", "share of the analysis from which on every point is beyond the best baseline"),
 }
@@ -216,21 +218,10 @@ def _variables(
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """Return AUC, differences from the best baseline and from the start, and the onset. found: [share][layer]."""
     cells = ("layer", "share")
-    own = np.stack([[pseudo_values(v) for v in layers] for layers in found])  # share layer group
-    best = np.stack([pseudo_values(max(one, key=lambda v: float(np.nan_to_num(v[0])))) for one in fixed])
-    tested = {
-        "auc": paired_test(np.moveaxis(own, -1, 0)),
-        "beyond_words": paired_test(np.moveaxis(own - best[:, None], -1, 0)),
-        "gain": paired_test(np.moveaxis(own - own[:1], -1, 0)),
-    }
-    variables = {
-        f"{name}{end}": (cells, np.asarray(values[key]).T)
-        for name, values in tested.items()
-        for end, key in (("", "difference"), ("_low", "low"), ("_high", "high"))
-    }
-    limits = within_bounds(variables["auc"][1], variables["auc_low"][1], variables["auc_high"][1], own.shape[-1])
-    variables |= {f"auc_{end}": (cells, values) for end, values in zip(("low", "high"), limits, strict=True)}
-    variables |= {name: (cells, np.asarray(tested["beyond_words"][name]).T) for name in ("p", "q")}
+    own = np.stack([[pseudo_values(v) for v in layers] for layers in found]).T  # group layer share
+    best = np.stack([pseudo_values(max(one, key=lambda v: float(np.nan_to_num(v[0])))) for one in fixed], 1)
+    variables = auc_variables(cells, own)
+    variables |= beyond_variables(cells, own - best[:, None]) | gain_variables(cells, own - own[..., :1])
     shown = (variables["q"][1] <= 0.05) & (variables["beyond_words_low"][1] > 0)
     from_here = np.flip(np.logical_and.accumulate(np.flip(shown, 1), 1), 1)
     onset = np.where(from_here.any(1), shares[from_here.argmax(1)], np.nan)

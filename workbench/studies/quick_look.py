@@ -53,7 +53,7 @@ def options(run: Totals) -> dict[str, list[str]]:
 
 
 def tokens(run: Totals) -> pd.DataFrame:
-    """Return tokens of every channel, a column an effort and one for all."""
+    """Return tokens of every channel, one column for each effort and one for all."""
     total = run.total("tokens")
     efforts = in_order([str(e) for e in total["effort"].values])
     columns = {e: total.values[total["effort"].values.astype(str) == e].sum(0) for e in efforts}

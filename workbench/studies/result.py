@@ -78,7 +78,7 @@ def name_few_prompts(result: xr.Dataset, n: int) -> None:
 
 
 def tables(result: xr.Dataset) -> dict[str, pd.DataFrame]:
-    """Return a table for each set of dimensions (`layer_expert`, …), a row a cell, missing cells kept as NaN."""
+    """Return a table for each set of dimensions (`layer_expert`, …), one row for each cell, missing cells as NaN."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, variable in result.data_vars.items():
         groups.setdefault(tuple(map(str, variable.dims)), []).append(str(name))

@@ -18,12 +18,12 @@ from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.runs import Run
 from workbench.studies import token_labels
-from workbench.studies.contrast import paired_test
+from workbench.studies.difference_tests import paired_test
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts, within_bounds
-from workbench.studies.label_probes import ridge
-from workbench.studies.matching import index_of
+from workbench.studies.probe_folds import ridge
 from workbench.studies.probes import bigrams, previous_ids
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import index_of
 
 STUDY = Study(
     name="router-prediction",
@@ -33,7 +33,7 @@ STUDY = Study(
     compute="one pass over the run's tokens; ridge regressions of every layer, fitted five times",
     options={
         "hook": "Recorded activation or features to predict from (default: none).",
-        "max_tokens": "At most so many tokens (default: 4000).",
+        "max_tokens": "Use at most this many tokens (default: 4000).",
     },
     page="router-prediction",
     page_title="Router prediction",

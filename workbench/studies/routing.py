@@ -32,7 +32,6 @@ from workbench.studies.comparison import (
 from workbench.studies.divergence import N_BOOT, N_PERMUTATIONS, divergence
 from workbench.studies.intervals import MIN_PROMPTS, within_bounds
 from workbench.studies.layer_experts import layer_experts
-from workbench.studies.matching import merged_prompts
 from workbench.studies.resampling import (
     IntervalMethod,
     bias_corrected,
@@ -41,6 +40,7 @@ from workbench.studies.resampling import (
     recentred_interval,
 )
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import merged_prompts
 from workbench.studies.specialization import special, together
 
 __all__ = ["divergence", "load", "study"]

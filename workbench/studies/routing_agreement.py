@@ -17,10 +17,10 @@ from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.compare import shares_by_prompt
-from workbench.studies.contrast import Block, TokenRun
 from workbench.studies.intervals import mean_of_prompts
-from workbench.studies.matching import independent_prompts, prompt_means, token_blocks
+from workbench.studies.matching import prompt_means
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import Block, TokenRun, independent_prompts, token_blocks
 
 STUDY = Study(
     name="routing-agreement",

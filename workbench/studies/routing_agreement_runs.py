@@ -7,11 +7,11 @@ import xarray as xr
 
 from workbench.errors import InputError
 from workbench.registry import Study
-from workbench.studies.contrast import TokenRun
 from workbench.studies.intervals import mean_of_prompts
-from workbench.studies.matching import independent_prompts, prompt_means, token_blocks
+from workbench.studies.matching import prompt_means
 from workbench.studies.result import Definition, provenance
 from workbench.studies.routing_agreement import Compared, agreement
+from workbench.studies.run_index import TokenRun, independent_prompts, token_blocks
 
 STUDY = Study(
     name="routing-agreement-runs",

@@ -1,7 +1,7 @@
 """The sinks study: attention to the learned sinks by layer, head and position, channel and effort.
 
 Sink attention is the probability 1 − Σ attention of a head at a token. With equal logits it falls with the number
-of keys that a head sees, so layers with a window and full layers are told apart, and every comparison of channels or
+of keys that a head sees, so layers with a window and full layers are distinguished, and every comparison of channels or
 efforts is made at equal position too. Means of cells are over tokens, differences are within prompts; the sampling
 unit is the prompt.
 
@@ -15,10 +15,10 @@ from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
 from workbench.studies.comparison import EFFORTS, Run, axes, cells, sum_by
-from workbench.studies.contrast import Plan, TokenRun, contrasts
+from workbench.studies.contrast import Plan, contrasts
 from workbench.studies.intervals import ratio, within_bounds
-from workbench.studies.matching import independent_prompts, merged_prompts, token_blocks
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import TokenRun, independent_prompts, merged_prompts, token_blocks
 
 STUDY = Study(
     name="sinks",

@@ -16,9 +16,9 @@ from jaxtyping import Float, Num
 from workbench.studies.comparison import Run, in_order, labels, places, sum_by
 from workbench.studies.intervals import MIN_PROMPTS
 from workbench.studies.layer_experts import layer_experts, mask_absent
-from workbench.studies.matching import merged_prompts
 from workbench.studies.resampling import count_at_least, permutation_p
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import merged_prompts
 from workbench.studies.statistics import entropy, false_discovery, share
 
 N_PERMUTATIONS = 200

@@ -131,3 +131,11 @@ def named(label: str | pd.Series | Mapping[int, Any] | Sequence[Any], labels: pd
             )
         column = pd.Series(list(label), index=run.sequences.index)
     return column.reindex(labels["sequence"]).fillna("").astype(str).to_numpy(dtype=object)
+
+
+def selection_text(selection: Selection) -> str:
+    """Return a selection as it is written on the command line."""
+    if not isinstance(selection, Mapping):
+        return str(selection)
+    values = {k: [v] if isinstance(v, str | int | bool) else list(v) for k, v in selection.items()}
+    return ",".join(f"{name}={'|'.join(map(str, wanted))}" for name, wanted in values.items())

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from workbench.kernels.gpu import attention, tiles
+from workbench.kernels.gpu import attention, attention_gradient, tiles
 from workbench.kernels.gpu.aot import CompileCase
 from workbench.kernels.gpu.tiles import Tile
 
@@ -23,8 +23,8 @@ def _compile_cases(window: int | None, target: str, heads: int = 64, kv: int = 8
     shape = {"RATIO": heads // kv, "D": d, "WIDTH": d, "WINDOW": window or 0}
     strides = dict.fromkeys((f"{t}_{axis}" for t in "qkv" for axis in ("batch", "token", "head")), "i32")
     number, wide, index = "*bf16", "*fp32", "*i64"
-    places = {"starts": index, "query_pos": index, "queries": "i32", "scale": "fp32", **strides}
-    rowwise = {name: kind for name, kind in places.items() if name != "starts"}
+    layout = {"starts": index, "query_pos": index, "queries": "i32", "scale": "fp32", **strides}
+    rowwise = {name: kind for name, kind in layout.items() if name != "starts"}
     statistics = {"lse": wide, "sink": wide}
     qkv = {"q": number, "k": number, "v": number}
     activations = 2.0 * n * d * (2 * heads + 2 * kv)  # q, k, v and z
@@ -53,12 +53,13 @@ def _compile_cases(window: int | None, target: str, heads: int = 64, kv: int = 8
     gradient = {**qkv, "dz": number, "lse": wide, "delta": wide}
     found = [
         case("forward", attention._forward, prefill, forward,
-                 {**qkv, "sinks": number, "z": number, **statistics, **places},
+                 {**qkv, "sinks": number, "z": number, **statistics, **layout},
                  {**every, "SINKS": True}, 4.0 * d * heads * pairs, activations + 8.0 * n * heads),
-        case("queries' gradient", attention._queries_gradient, prefill, rows_back, {**gradient, "dq": number, **places},
+        case("queries' gradient", attention_gradient._queries_gradient, prefill, rows_back,
+                 {**gradient, "dq": number, **layout},
                  every, 6.0 * d * heads * pairs, activations + 2.0 * n * d * heads),
-        case("keys' gradient", attention._keys_gradient, prefill, keys_back,
-                 {**gradient, "dk": number, "dv": number, **places, "keys": "i32"},
+        case("keys' gradient", attention_gradient._keys_gradient, prefill, keys_back,
+                 {**gradient, "dk": number, "dv": number, **layout, "keys": "i32"},
                  every, 8.0 * d * heads * pairs, activations + 4.0 * n * d * kv),
         case("split", attention._split, step, decode, {**qkv, **parts, **rowwise, "chunk": "i32"}, shape,
                  4.0 * d * heads * rows * seen, rows * seen * kv * d * 4.0 + partial),

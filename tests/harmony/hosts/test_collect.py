@@ -1,6 +1,6 @@
 """Every dialect, and every way a host can fail, against a mock server; then a third party's server running nano.
 
-Also tests `workbench.harmony.hosts.answers`.
+Also tests `workbench.harmony.hosts.answers`, `workbench.harmony.hosts.asker` and `workbench.harmony.hosts.settings`.
 """
 
 import os

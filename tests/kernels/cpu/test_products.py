@@ -67,7 +67,7 @@ def test_expert_products_equal_float64(rows: int, outputs: int, number_of_thread
     rounded = products.expert_linear(x.bfloat16(), weight, bias.bfloat16(), slots)
     want = slow(x.bfloat16(), weight, bias.bfloat16(), experts)
     assert torch.equal(rounded, want.bfloat16()) or error(rounded, want) < 2**-8
-    # A row a slot instead of a row a token.
+    # One row for each slot instead of one for each token.
     assert torch.equal(products.expert_linear(x.repeat_interleave(3, 0), weight, bias, slots), got)
 
 

@@ -1,4 +1,7 @@
-"""The attention kernels, interpreted, against the whole softmax in float64; and wrong references they must not meet."""
+"""The attention kernels, interpreted, against the whole softmax in float64; and wrong references they must not meet.
+
+Also tests `workbench.kernels.gpu.attention_gradient`.
+"""
 
 from collections.abc import Callable
 from typing import Any

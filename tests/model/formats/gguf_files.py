@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.model.conftest import BASE, YARN
+from workbench.model.checkpoint import BUNDLED
 from workbench.model.config import Config
+from workbench.model.export import RandomTensors
 
 F32, F16, Q8_0, BF16, MXFP4, OLLAMA_MXFP4 = 0, 1, 8, 30, 39, 4
+NANO = BUNDLED["nano"]
+CFG = replace(BASE, d_vocab=72, n_ctx=131_072)
+ODD = replace(
+    CFG, n_heads=6, n_key_value_heads=2, d_head=24, num_experts=5, experts_per_token=3, rope=replace(YARN, factor=4.0)
+)
 Stored = tuple[tuple[int, ...], int, bytes]  # shape, type, data
 
 
@@ -151,3 +160,16 @@ def first_ollama(cfg: Config, t: Mapping[str, Tensor]) -> dict[str, Stored]:
             found[f"{theirs}ffn_{part}_exps.weight"] = packed(t[stem + "blocks"], t[stem + "scales"], OLLAMA_MXFP4)
             found[f"{theirs}ffn_{part}_exps.bias"] = floats(t[stem + "bias"])
     return found
+
+
+GENERATIONS = {
+    "llama.cpp": ("gpt-oss", llama_cpp),
+    "Ollama, autumn 2025": ("gptoss", ollama),
+    "Ollama, August 2025": ("gptoss", first_ollama),
+}
+
+
+def written(path: Path, generation: str = "llama.cpp", cfg: Config = CFG, **changed: Any) -> Path:
+    """Write a random model of a generation of programs; changed: metadata to replace."""
+    arch, make = GENERATIONS[generation]
+    return write(path, metadata(cfg, arch, NANO) | changed, make(cfg, RandomTensors(cfg)))

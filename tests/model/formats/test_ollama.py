@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import workbench as wb
+from tests.model.formats.gguf_files import written
 from workbench.errors import InputError
+from workbench.model.checkpoint import resolve
 from workbench.model.formats.ollama import find_model
 
 DIGEST = "sha256:" + "a" * 64
@@ -60,3 +64,58 @@ def test_a_wrong_manifest_is_one_line(layers: Any, reason: str, models: Path) ->
     store(models, "gpt-oss/20b", layers)
     with pytest.raises(InputError, match=reason):
         find_model("gpt-oss:20b")
+
+
+def ollama_store(root: Path, model: Path, name: str = "registry.ollama.ai/library/gpt-oss/20b") -> None:
+    digest = "0123456789abcdef" * 4
+    blob = root / "blobs" / f"sha256-{digest}"
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    model.rename(blob)
+    manifest = root / "manifests" / name
+    manifest.parent.mkdir(parents=True)
+    layers = [
+        {"mediaType": "application/vnd.ollama.image.template", "digest": "sha256:" + "f" * 64},
+        {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"},
+    ]
+    manifest.write_text(json.dumps({"layers": layers}))
+
+
+@torch.no_grad()
+def test_a_model_of_ollama_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
+    ollama_store(tmp_path / "store", written(tmp_path / "model.gguf", "Ollama, autumn 2025"))
+    model = wb.load("ollama:gpt-oss:20b", device="cpu")
+    assert model(torch.arange(30)[None]).isfinite().all()
+    assert resolve("ollama:registry.ollama.ai/library/gpt-oss:20b") == resolve("ollama:gpt-oss:20b")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "ollama:gpt-oss",
+            "Ollama has no model 'gpt-oss' .* run `ollama pull gpt-oss`, or set OLLAMA_MODELS; there is 20b",
+        ),
+        ("ollama:../../x:y", "is no name of an Ollama model"),
+        ("ollama:", "is no name of an Ollama model"),
+        ("ollama:a/b/c/d:e", "is no name of an Ollama model"),
+    ],
+)
+def test_a_name_that_ollama_does_not_have_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
+    ollama_store(tmp_path / "store", written(tmp_path / "model.gguf"))
+    with pytest.raises(InputError, match=message):
+        wb.load(name, device="cpu")
+
+
+def test_a_damaged_store_of_ollama_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
+    ollama_store(tmp_path / "store", written(tmp_path / "model.gguf"))
+    next((tmp_path / "store" / "blobs").iterdir()).unlink()
+    with pytest.raises(InputError, match=r"is missing, which .*20b names: pull the model again"):
+        wb.load("ollama:gpt-oss:20b", device="cpu")
+    next((tmp_path / "store" / "manifests").rglob("20b")).write_text("[]")
+    with pytest.raises(InputError, match="is not a manifest of Ollama"):
+        wb.load("ollama:gpt-oss:20b", device="cpu")

@@ -122,7 +122,7 @@ def _parquet(path: Path) -> Objects:
 
 
 def _rows_of_a_batch(path: Path, metadata: pq.FileMetaData) -> int:
-    """Return so many rows that they fit in memory though each may repeat the longest value of the file.
+    """Return as many rows as fit in memory although each may repeat the longest value of the file.
 
     Raises:
         InputError: a column of a row group unpacks to more bytes than a document may have.

@@ -173,7 +173,7 @@ def _pair(row: Row) -> Iterator[Conversation]:
 
 
 def _with_request(row: Row) -> Iterator[Conversation]:
-    """A response whose request stands beside it, in the same object or around it."""
+    """A response with its request, in the same object or around it."""
     response = row if not isinstance(row.get("response"), Mapping) else row["response"]
     request = {k: v for k, v in row.items() if k not in ("response", "choices", "output", "message")}
     if not any(request.get(name) for name in ("messages", "input", "prompt")) and not _has_prompt_ids(row):

@@ -91,7 +91,7 @@ class Host:
         self.dropped: set[str] = set()
 
     def stop_retrying(self) -> None:
-        """Let requests under way end, but wait for no others."""
+        """Wait for running requests, and send no others."""
         self.stop.set()
 
     def close(self) -> None:

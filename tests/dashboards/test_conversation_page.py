@@ -1,0 +1,141 @@
+"""Conversations in a real browser: colours, search, replay, links, and text that stays text."""
+
+import random
+import re
+from pathlib import Path
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import pytest
+
+import workbench as wb
+from tests.dashboards.browsing import SCREENSHOTS, Session, frame_of, serve, stop
+
+playwright = pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Browser, expect  # noqa: E402
+
+pytestmark = pytest.mark.browser
+
+
+def test_a_conversation_is_coloured_described_searched_and_replayed(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/transcript?task=product&effort=high")
+    frame = frame_of(session)
+    tokens = frame.locator(".t")
+    assert tokens.count() > 60
+    text = frame.locator("#text").inner_text()
+    assert "assistant · analysis" in text
+    assert "Reasoning: high" in text
+    tokens.nth(30).hover()
+    description = frame.locator("#said").inner_text()
+    assert all(f"layer {layer}" in description for layer in range(4))
+    frame.select_option("#by", "expert")
+    frame.select_option("#expert", "5")
+    coloured = frame.evaluate("spans.filter(s => s.style.background).length")
+    experts_ = frame.evaluate("spans.filter((s, i) => experts(0, i).includes(5)).length")
+    assert coloured == experts_ > 0
+    frame.select_option("#by", "surprisal")
+    assert re.fullmatch(r"0\.00\s+≥ [1-9].*\(answer only\)", frame.locator("#scale").inner_text().strip())
+    frame.fill("#find", "reasoning: high")
+    assert frame.locator(".t.hit").count() >= 2
+    frame.select_option("#speed", "100")
+    frame.click("#play")
+    session.page.wait_for_timeout(400)
+    session.page.screenshot(path=SCREENSHOTS / "transcript-1280.png")
+    partly = frame.evaluate("[now, counts[0].reduce((a, b) => a + b, 0)]")
+    assert partly[0] > 0
+    assert partly[1] == 4 * partly[0]
+    frame.wait_for_function("now >= n && timer === null", timeout=20_000)
+    assert session.errors == []
+    assert session.foreign == []
+
+
+def link_of(rng: random.Random) -> tuple[str, dict[str, str]]:
+    """A random page with what can be chosen on it."""
+    layer, expert = str(rng.randrange(4)), str(rng.randrange(16))
+    effort = rng.choice(("low", "medium", "high"))
+    if rng.random() < 0.3:
+        return "experts", {
+            "channel": rng.choice(("prompt", "final")),
+            "effort": effort,
+            "layer": layer,
+            "expert": expert,
+        }
+    colour = rng.choice(("expert", "surprisal", "sink", "gates", "channel"))
+    seen = {"sequence": str(rng.randrange(600)), "colour": colour, "layer": layer, "expert": expert, "effort": effort}
+    return "transcript", seen | {"pin": str(rng.randrange(20)), "position": str(rng.randrange(1, 20))}
+
+
+def test_random_links_reopen_what_they_name(demo: str, demo_run: Path, browser: Browser, long: bool) -> None:
+    """Also where the filters of the link do not contain its conversation."""
+    run, rng = wb.open_run(demo_run), random.Random(7)
+    session = Session(browser, f"{demo}/overview")
+    outside = 0
+    for _ in range(30 if long else 8):
+        page, asked = link_of(rng)
+        session.page.goto(f"{demo}/{page}?{urlencode(asked)}")
+        if page == "experts":
+            title = f"Layer {asked['layer']}, expert {asked['expert']}"
+            expect(session.page.get_by_role("heading", name=title)).to_be_visible()
+            expect(session.page.get_by_label("Channel")).to_have_value(asked["channel"])
+        else:
+            number = int(asked["sequence"])
+            outside += run.sequences.loc[number, "effort"] != asked["effort"]
+            expect(session.page.get_by_text(f"Id {run.sequences.loc[number, 'id']}").first).to_be_visible()
+            view = frame_of(session).evaluate(
+                "[$('by').value, $('layer').value, $('expert').value, String(pinned), String(now)]"
+            )
+            assert view == [asked[name] for name in ("colour", "layer", "expert", "pin", "position")]
+        query = dict(parse_qsl(urlsplit(session.page.url).query))
+        assert asked.items() <= query.items()
+    assert outside, "otherwise the links prove nothing about filters"
+    assert session.errors == []
+
+
+def test_next_opens_another_conversation_and_the_link_reopens_it(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/transcript")
+    frame_of(session)
+    session.page.get_by_text("next ›").click()
+    session.page.wait_for_url(re.compile(r"sequence=\d+"), timeout=20_000)
+    session.page.wait_for_timeout(800)
+    shown = frame_of(session).locator("#text").text_content()
+    again = Session(browser, session.page.url)
+    assert frame_of(again).locator("#text").text_content() == shown
+
+
+def test_a_transcript_with_a_script_is_only_text(tmp_path: Path, browser: Browser) -> None:
+    from tests.runs.conftest import LENGTHS, job, write_unit
+    from workbench.capture.plan import plan_units
+    from workbench.runs.writer import open_writer
+
+    layout = plan_units(LENGTHS, 1024)
+    wanted = job(layout)
+    evil = "</script><script>parent.evil = window.evil = 1</script><img src=x onerror='evil=1'>"
+    wanted["sequences"] = wanted["sequences"].assign(id=[f"{evil}{i}" for i in range(len(LENGTHS))], answer=evil)
+    columns = {c: evil for c in ("author", "channel", "recipient", "content_type", "closed_by")}
+    wanted["messages"] = wanted["messages"].assign(role=evil, content=0, stop=1, **columns)
+    with open_writer(tmp_path / "evil.zarr", **wanted) as writer:
+        for index in writer.pending():
+            write_unit(writer, index)
+        writer.finish()
+    server, url = serve(str(tmp_path / "evil.zarr"))
+    try:
+        session = Session(browser, f"{url}/transcript")
+        frame = frame_of(session)
+        assert frame.evaluate("window.evil") is None
+        assert session.page.evaluate("window.evil") is None
+        assert session.foreign == []
+    finally:
+        stop(server)
+
+
+def test_conversations_are_searched_by_their_text(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/transcript?channel=final&effort=low&find=no+such+words")
+    expect(
+        session.page.get_by_text("No matching conversations. Change the filters or the search text.").first
+    ).to_be_visible(timeout=30_000)
+    box = session.page.get_by_label("Id, answer or text contains")
+    box.fill("1")
+    box.press("Enter")
+    session.page.wait_for_url(re.compile("find=1&|find=1$"), timeout=30_000)
+    frame = frame_of(session)
+    assert "Reasoning: low" in frame.locator("#text").inner_text()
+    assert session.errors == []
