@@ -20,7 +20,7 @@ from workbench.bounded_json import read_json
 from workbench.errors import InputError
 from workbench.model.config import Config
 from workbench.model.config_file import read_config, ties_embeddings
-from workbench.model.formats import gguf_reader, mlx, ollama
+from workbench.model.formats import gguf_reader, gguf_split, mlx, ollama
 from workbench.model.lazy_tensors import LazyTensor, Tensors
 from workbench.model.names import LAYOUTS, name_in, shapes
 from workbench.model.opened_checkpoint import Checkpoint
@@ -41,7 +41,7 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
         says.
     """
     given = Path(source)
-    if parts := gguf_reader.find_files(given):
+    if parts := gguf_split.find_files(given):
         return gguf_reader.open_gguf(parts)
     root = _root(given)
     for name in ("config.json", _INDEX):

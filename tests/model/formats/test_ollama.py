@@ -49,7 +49,12 @@ def test_a_name_cannot_lead_elsewhere(name: str, models: Path) -> None:
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        ([], "names 0 files of weights"),
+        ([], "names no GGUF file, it has nothing: a cloud model has no weights here"),
+        ([{**WEIGHTS, "mediaType": "application/vnd.ollama.image.tensor"}], "names no GGUF file, it has tensor:"),
+        (
+            [WEIGHTS, {"mediaType": "application/vnd.ollama.image.adapter", "digest": DIGEST}],
+            "'gpt-oss:20b' is a model with an adapter in GGUF, which is not read",
+        ),
         ([WEIGHTS, WEIGHTS], "names 2 files of weights"),
         ([{**WEIGHTS, "digest": "sha256:../x"}], "expected one by its SHA-256"),
         ([{**WEIGHTS, "digest": "sha256:" + "b" * 64}], "is missing, which"),

@@ -15,7 +15,8 @@ from workbench.bounded_json import read_json
 from workbench.errors import InputError
 
 PREFIX = "ollama:"
-_WEIGHTS = "application/vnd.ollama.image.model"
+_MEDIA = "application/vnd.ollama.image."
+_WEIGHTS, _ADAPTER = f"{_MEDIA}model", f"{_MEDIA}adapter"
 _NAME = re.compile(
     r"(?:(?:(?P<host>[\w.:-]+)/)?(?P<namespace>[\w.-]+)/)?(?P<model>[\w.-]+)(?::(?P<tag>[\w.-]+))?", re.ASCII
 )
@@ -36,6 +37,7 @@ def find_model(name: str) -> Path:
     manifest = root / "manifests" / host / namespace / match["model"] / (match["tag"] or "latest")
     try:
         layers = read_json(manifest)["layers"]
+        kinds = [str(layer["mediaType"]) for layer in layers]
         digests = [str(layer["digest"]) for layer in layers if layer["mediaType"] == _WEIGHTS]
     except FileNotFoundError:
         raise InputError(
@@ -43,6 +45,17 @@ def find_model(name: str) -> Path:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{manifest} is not a manifest of Ollama: {error!r}") from error
+    if _ADAPTER in kinds:
+        raise InputError(
+            f"{manifest}: {name!r} is a model with an adapter in GGUF, which is not read: load the model alone, with "
+            "adapter= and the adapter's folder of PEFT"
+        )
+    if not digests:
+        held = ", ".join(sorted({kind.removeprefix(_MEDIA) for kind in kinds})) or "nothing"
+        raise InputError(
+            f"{manifest} names no GGUF file, it has {held}: a cloud model has no weights here, and models in other "
+            "forms are not read; pull one in GGUF, such as gpt-oss:20b"
+        )
     return _blob(root, manifest, digests)
 
 
