@@ -3,7 +3,7 @@
 import pytest
 
 from tests.model.conftest import BASE
-from workbench.model.adapter_names import targets, targets_of
+from workbench.model.adapter_names import module_name, targets, targets_of
 
 KNOWN = targets(BASE)
 EXPERTS = "model.layers.1.mlp.experts"
@@ -41,3 +41,19 @@ def test_wrapped_and_older_names_are_the_same_modules() -> None:
     assert targets_of(f"{query}.base_layer", KNOWN) == targets_of(query, KNOWN) == KNOWN[query]
     assert targets_of("unembed_tokens", KNOWN) == KNOWN["lm_head"]
     assert targets_of("model.layers.0.mlp.router.linear", KNOWN) == KNOWN["model.layers.0.mlp.router"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "module"),
+    [
+        ("base_model.model.model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"),
+        ("layers.0.mlp.experts.base_layer", "model.layers.0.mlp.experts.base_layer"),
+        ("module._orig_mod.model.layers.0.mlp.router", "model.layers.0.mlp.router"),
+        ("base_model.model.lm_head", "lm_head"),
+        ("unembed_tokens", "unembed_tokens"),
+        ("vision_tower.layers.0.self_attn.q_proj", "model.vision_tower.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_what_programs_put_before_a_name_is_left_out(stored: str, module: str) -> None:
+    assert module_name(stored) == module
+    assert bool(targets_of(module_name(stored), KNOWN)) != stored.startswith("vision")

@@ -1,6 +1,7 @@
 """PEFT's LoRA folders act here as they do in transformers with PEFT, on weights that stay as they are."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -248,6 +249,34 @@ def test_the_same_adapter_under_names_and_orders_of_other_programs(
     assert error(models[0], spoilt(folder, tmp_path, arrange), wanted) <= 1e-5
 
 
+def renamed(pattern: str, replacement: str) -> Spoil:
+    def spoil(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+        for name in list(factors):
+            factors[re.sub(pattern, replacement, name)] = factors.pop(name)
+
+    return spoil
+
+
+BEGINNINGS = {
+    "without PEFT's": renamed(r"^base_model\.model\.", ""),
+    "of the backbone alone": renamed(r"^base_model\.model\.model\.", "base_model.model."),
+    "of the bare backbone": renamed(r"^base_model\.model\.model\.", ""),
+    "of torch.compile": renamed(r"^base_model\.model\.", "base_model.model._orig_mod."),
+    "of distributed training": renamed(r"^", "module."),
+    "of a larger model": renamed(r"^base_model\.model\.", "base_model.model.language_model."),
+    "of checkpointed layers": renamed(r"(layers\.\d+)\.", r"\1._checkpoint_wrapped_module."),
+    "with the adapter's name": renamed(r"(lora_[AB])\.", r"\1.my_adapter."),
+}
+
+
+@pytest.mark.parametrize("kind", list(BEGINNINGS))
+def test_the_same_adapter_under_other_beginnings_of_names(
+    models: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], kind: str, tmp_path: Path
+) -> None:
+    folder, wanted = folders["all"]
+    assert error(models[0], spoilt(folder, tmp_path, BEGINNINGS[kind]), wanted) <= 1e-5
+
+
 @pytest.mark.parametrize("arrange", [marked_wrongly, up_before_gate])
 def test_a_wrong_order_is_seen_by_the_comparison(
     models: tuple[GptOss, GptOss], folders: dict[str, tuple[Path, Tensor]], arrange: Spoil, tmp_path: Path
@@ -450,6 +479,11 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     ),
     "no such layer": (rename("layers.2.", "layers.7."), r"layers\.7\.[\w.]+' cannot be adapted in this model"),
     "the same twice": (twice, "mlp.experts.gate_up is adapted twice"),
+    "two adapters": (
+        lambda config, factors: factors.update({Q_A.replace("lora_A", "lora_A.other"): factors[Q_A].clone()}),
+        "adapt the same module: save one adapter",
+    ),
+    "an adapter of MLX": (option("fine_tune_type", "lora"), r"is of an adapter of MLX: fuse it \(mlx_lm.fuse\)"),
     "not a factor": (unknown_tensor, "q_proj.lora_C' is not a LoRA factor and cannot replace a weight"),
     "half a pair": (drop(Q_B), "lora_A without its other factor"),
     "another size": (

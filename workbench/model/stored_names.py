@@ -80,18 +80,19 @@ def hugging_face_names(root: Path, files: Mapping[str, SafetensorsFile]) -> tupl
 def _beginning(names: Collection[str]) -> str:
     """Return what stands before the names of the backbone's tensors: `model.`, unless the one embedding says else."""
     found = {
-        name.removesuffix(_EMBEDDING) for name in map(_unwrapped, names) if re.search(rf"(^|\.){_EMBEDDING}$", name)
+        name.removesuffix(_EMBEDDING) for name in map(unwrapped, names) if re.search(rf"(^|\.){_EMBEDDING}$", name)
     }
     return found.pop() if len(found) == 1 else _MODEL
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """Return a name without those of the wrappers of torch.compile and of distributed training."""
     return _WRAPPER.sub("", name)
 
 
 def _with_standard_beginning(name: str, beginning: str) -> str:
     """Return a name of the backbone with `model.` before it, and that of the unembedding with nothing."""
-    name, outer = _unwrapped(name), re.sub(rf"(^|\.){_MODEL}$", r"\1", beginning)
+    name, outer = unwrapped(name), re.sub(rf"(^|\.){_MODEL}$", r"\1", beginning)
     for before, after in ((beginning, _MODEL), (outer, "")):
         if name.startswith(before):
             rest = name.removeprefix(before)

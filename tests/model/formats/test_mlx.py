@@ -19,6 +19,7 @@ import workbench as wb
 from tests.model.conftest import BASE
 from workbench.errors import InputError
 from workbench.model.checkpoint import BUNDLED, open_checkpoint
+from workbench.model.config import Config
 from workbench.model.export import RandomTensors, save_random
 from workbench.model.formats.mlx import is_mlx
 
@@ -26,9 +27,9 @@ CFG = replace(BASE, d_vocab=72, n_ctx=131_072)
 Change = Callable[[dict[str, Tensor]], object]
 
 
-def mlx_folder(folder: Path, experts: str = "mxfp4", change: Change = lambda tensors: None) -> Path:
+def mlx_folder(folder: Path, experts: str = "mxfp4", change: Change = lambda tensors: None, cfg: Config = CFG) -> Path:
     """The same model as MLX stores it."""
-    save_random(folder, CFG, experts=experts)
+    save_random(folder, cfg, experts=experts)
     path = folder / "model.safetensors"
     found: dict[str, Tensor] = {}
     for name, tensor in load_file(path).items():
@@ -64,6 +65,21 @@ def test_a_folder_of_mlx_holds_the_same_tensors(tmp_path: Path, experts: str) ->
     assert not checkpoint.tensors.other_precision()
     for name, tensor in RandomTensors(CFG, experts=experts).items():
         assert torch.equal(checkpoint.tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("experts", ["mxfp4", "dense"])
+def test_layers_with_different_numbers_of_experts_hold_the_same_tensors(tmp_path: Path, experts: str) -> None:
+    pruned = replace(CFG, layer_experts=(8, 5, 6))
+    folder = mlx_folder(tmp_path / "model", experts, cfg=pruned)
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.layout, checkpoint.cfg) == ("mlx", pruned)
+    for name, tensor in RandomTensors(pruned, experts=experts).items():
+        assert torch.equal(checkpoint.tensors[name], tensor), name
+    config = json.loads((folder / "config.json").read_text())
+    del config["block_configs"]
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt_oss"}))
+    with pytest.raises(InputError, match=r"has layers with \[8, 5, 6\] experts, and its config says 8"):
+        open_checkpoint(folder)
 
 
 def test_gate_and_up_exchanged_are_another_model(tmp_path: Path) -> None:
