@@ -25,6 +25,7 @@ from workbench.model.lazy_tensors import LazyTensor, Tensors
 from workbench.model.names import LAYOUTS, name_in, shapes
 from workbench.model.opened_checkpoint import Checkpoint
 from workbench.model.safetensors_file import Entry, SafetensorsFile
+from workbench.model.separate_experts import stack_experts
 from workbench.model.stored_names import Stored, hugging_face_names
 
 BUNDLED = {"nano": Path(__file__).parents[1] / "data" / "nano"}
@@ -53,6 +54,7 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
     _check_index(root, stored)
     found, notes_of_names = hugging_face_names(root, stored)
     notes += notes_of_names
+    found = stack_experts(root, found)
     layout = next((n for n in LAYOUTS if name_in(n, "embed.weight") in found), None)
     if layout is None:
         raise InputError(
@@ -267,11 +269,6 @@ def _explanation(stored: str, found: Collection[str]) -> str:
     stem = re.sub(r"_(blocks|scales)$", "", stored)
     if other := next((name for name in (f"{stem}_blocks", stem) if name != stored and name in found), None):
         return f", but {other!r} is there: all experts must be packed, or all dense"
-    one = next((name for name in sorted(found) if re.search(r"\.experts(\.\w+)?\.\d+\.", name)), None)
-    if ".experts." in stored and one:
-        return (
-            f", but {one!r} is there: experts that are stored one by one are not read, stack them as transformers does"
-        )
     return ""
 
 
