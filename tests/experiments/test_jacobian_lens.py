@@ -110,7 +110,7 @@ def test_a_saved_lens_is_read_in_place_of_a_fit(rows: list[Transcript], tmp_path
     assert abs(other["lenses"]["divergence"].sel(lens="Jacobian lens") - all_tokens[0]).max() > 0.01
     assert read["lenses"]["divergence"].sel(lens="Jacobian lens of the group").isnull().all()
     assert read["comparisons"]["change"].sel(which=COMPARISONS[0]).notnull().all()
-    assert "all.pt, fitted to 5 prompts" in read["lenses"].attrs["summary"]
+    assert "all.pt, fitted to 10 prompts" in read["lenses"].attrs["summary"]
     assert "own Jacobian" not in read["lenses"].attrs["summary"]
     assert all(item.draw().data and len(item.table()) for item in gallery(read).values())
     for wrong in ({"save": str(folder)}, {"save": "x", "jacobian": str(folder / "all.pt")}):

@@ -6,17 +6,16 @@ mlx-lm 0.32 wrote on Linux.
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import workbench as wb
 from tests.model.conftest import BASE
+from tests.model.formats.mlx_files import Change, as_mlx
 from workbench.errors import InputError
 from workbench.model.checkpoint import BUNDLED, open_checkpoint
 from workbench.model.config import Config
@@ -24,38 +23,12 @@ from workbench.model.export import RandomTensors, save_random
 from workbench.model.formats.mlx import is_mlx
 
 CFG = replace(BASE, d_vocab=72, n_ctx=131_072)
-Change = Callable[[dict[str, Tensor]], object]
 
 
 def mlx_folder(folder: Path, experts: str = "mxfp4", change: Change = lambda tensors: None, cfg: Config = CFG) -> Path:
-    """The same model as MLX stores it."""
+    """A random model as MLX stores it."""
     save_random(folder, cfg, experts=experts)
-    path = folder / "model.safetensors"
-    found: dict[str, Tensor] = {}
-    for name, tensor in load_file(path).items():
-        stem, experts_, rest = name.partition(".mlp.experts.")
-        if not experts_:
-            found[name] = tensor
-            continue
-        part, _, kind = rest.replace("_proj", "|").partition("|")
-        for own, rows in (
-            [("gate", slice(0, None, 2)), ("up", slice(1, None, 2))] if part == "gate_up" else [("down", slice(None))]
-        ):
-            module = f"{stem}.mlp.experts.{own}_proj"
-            if kind == "_blocks":
-                words = tensor[:, rows].flatten(2).contiguous().view(torch.uint32)
-                found[f"{module}.weight"] = words
-            elif kind in ("_scales", "_bias"):
-                found[module + kind.replace("_", ".")] = tensor[:, rows].contiguous()
-            else:
-                found[f"{module}.weight"] = tensor.mT[:, rows].contiguous()
-    change(found)
-    save_file(found, path)
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("quantization_config", None)
-    config["quantization"] = config["quantization_config"] = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return as_mlx(folder, change)
 
 
 @pytest.mark.parametrize("experts", ["mxfp4", "dense"])

@@ -1,12 +1,14 @@
 """A model of Ollama is found by its name; names cannot lead outside its folder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from workbench.errors import InputError
+from workbench.model.formats import ollama
 from workbench.model.formats.ollama import find_model
 
 DIGEST = "sha256:" + "a" * 64
@@ -38,6 +40,22 @@ def test_a_missing_model_lists_the_tags_that_are_there(models: Path) -> None:
     store(models, "gpt-oss/20b", [WEIGHTS])
     with pytest.raises(InputError, match=r"run `ollama pull gpt-oss:120b`.*there is 20b"):
         find_model("gpt-oss:120b")
+
+
+def test_without_a_chosen_folder_the_users_and_the_services_are_read(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(models, "gpt-oss/20b", [WEIGHTS])
+    monkeypatch.delenv("OLLAMA_MODELS")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(InputError, match=r"has no model 'gpt-oss:20b' in .*home/\.ollama/models"):
+        find_model("gpt-oss:20b")
+    monkeypatch.setattr(ollama, "_SERVICE", models)
+    assert find_model("gpt-oss:20b").is_relative_to(models)
+    own = tmp_path / "home" / ".ollama" / "models"
+    own.parent.mkdir(parents=True)
+    shutil.copytree(models, own, ignore=shutil.ignore_patterns("home"))
+    assert find_model("gpt-oss:20b").is_relative_to(own), "the user's own come first"
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a/../b", "", "a b", "/a", "a:b:c"])

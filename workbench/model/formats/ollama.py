@@ -1,7 +1,7 @@
 """Find the GGUF file of a model that Ollama downloaded.
 
-$OLLAMA_MODELS, or ~/.ollama/models, holds manifests/HOST/NAMESPACE/MODEL/TAG, a JSON file whose layers name
-blobs/sha256-….
+$OLLAMA_MODELS, or else ~/.ollama/models or the folder of the service on Linux, holds manifests/HOST/NAMESPACE/MODEL/TAG,
+a JSON file whose layers name blobs/sha256-….
 
 Reference: https://github.com/ollama/ollama, types/model/name.go and manifest/manifest.go.
 """
@@ -17,6 +17,7 @@ from workbench.errors import InputError
 PREFIX = "ollama:"
 _MEDIA = "application/vnd.ollama.image."
 _WEIGHTS, _ADAPTER = f"{_MEDIA}model", f"{_MEDIA}adapter"
+_SERVICE = Path("/usr/share/ollama/.ollama/models")  # of the service that Ollama's installer makes on Linux
 _NAME = re.compile(
     r"(?:(?:(?P<host>[\w.:-]+)/)?(?P<namespace>[\w.-]+)/)?(?P<model>[\w.-]+)(?::(?P<tag>[\w.-]+))?", re.ASCII
 )
@@ -32,9 +33,10 @@ def find_model(name: str) -> Path:
     match = _NAME.fullmatch(name)
     if match is None or ".." in name:
         raise InputError(f"'{PREFIX}{name}' is no name of an Ollama model: expected one such as ollama:gpt-oss:20b")
-    root = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
     host, namespace = match["host"] or "registry.ollama.ai", match["namespace"] or "library"
-    manifest = root / "manifests" / host / namespace / match["model"] / (match["tag"] or "latest")
+    named = Path("manifests", host, namespace, match["model"], match["tag"] or "latest")
+    root = next((root for root in _roots() if os.path.isfile(root / named)), _roots()[0])
+    manifest = root / named
     try:
         layers = read_json(manifest)["layers"]
         kinds = [str(layer["mediaType"]) for layer in layers]
@@ -57,6 +59,13 @@ def find_model(name: str) -> Path:
             "forms are not read; pull one in GGUF, such as gpt-oss:20b"
         )
     return _blob(root, manifest, digests)
+
+
+def _roots() -> list[Path]:
+    """Return the folders in which Ollama keeps its models."""
+    if chosen := os.environ.get("OLLAMA_MODELS"):
+        return [Path(chosen)]
+    return [Path.home() / ".ollama" / "models", _SERVICE]
 
 
 def _blob(root: Path, manifest: Path, digests: list[str]) -> Path:
