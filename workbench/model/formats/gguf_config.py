@@ -2,7 +2,10 @@
 
 Constants of the architecture that no file states are the published ones: SwiGLU limit and alpha, a window in every
 other layer, and a YaRN ramp that is not truncated (llama.cpp truncates it). Numbers of experts and windows may be lists
-with one for each layer, as in the files that llama.cpp makes of gpt-oss-puzzle-88B; a window of 0 is full attention.
+with one for each layer, as a proposed change of llama.cpp writes them for gpt-oss-puzzle-88B; a window of 0 is full
+attention.
+
+Reference: https://github.com/ggml-org/llama.cpp/pull/21032 for the lists.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Find the GGUF file of a model that Ollama downloaded.
 
-$OLLAMA_MODELS, or else ~/.ollama/models or the folder of the service on Linux, holds manifests/HOST/NAMESPACE/MODEL/TAG,
-a JSON file whose layers name blobs/sha256-….
+$OLLAMA_MODELS, or else ~/.ollama/models or the folder of the service on Linux, holds manifests/HOST/NAMESPACE/MODEL/
+TAG, a JSON file whose layers name blobs/sha256-….
 
 Reference: https://github.com/ollama/ollama, types/model/name.go and manifest/manifest.go.
 """
