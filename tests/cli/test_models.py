@@ -1,9 +1,22 @@
-"""`workbench info` prints sizes and hook points, and plans published shapes without their weights.
+"""Commands about models: `workbench info` plans them, and every kind of file that holds nano answers alike.
 
 Also tests `workbench.model.info`.
 """
 
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
 from tests.cli.running import run_command
+from tests.model.formats import gguf_files as files
+from tests.model.formats.mlx_files import as_mlx
+from workbench.model.checkpoint import BUNDLED, open_checkpoint
+from workbench.model.export import save_checkpoint
+
+NANO = BUNDLED["nano"]
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def test_info_names_sizes_and_hook_points() -> None:
@@ -32,3 +45,57 @@ def test_info_plans_what_is_recorded() -> None:
 
     assert records("--record", "sinks") == 2 * 16_384 * 24 * 64 * 2
     assert records("--record", "resid_post:3,7", "--unit-tokens", "1024") == 2 * 1024 * 2 * 2880 * 2
+
+
+def every_kind(folder: Path) -> list[str]:
+    """Nano as llama.cpp, LM Studio, Ollama, MLX and OpenAI store it: what each is called on the command line."""
+    nano = open_checkpoint(NANO)
+    cfg, tensors = nano.cfg, dict(nano.tensors.items())
+    stored, about = list(files.llama_cpp(cfg, tensors).items()), files.metadata(cfg, "gpt-oss", NANO)
+    files.write(folder / "publisher" / "nano" / "nano.gguf", about, dict(stored))
+    files.write(folder / "m-00001-of-00002.gguf", about | {"split.count": 2}, dict(stored[:40]))
+    files.write(folder / "m-00002-of-00002.gguf", {"split.no": 1, "split.count": 2}, dict(stored[40:]))
+    old = files.write(folder / "old", files.metadata(cfg, "gptoss", NANO), files.first_ollama(cfg, tensors))
+    blob = folder / "ollama" / "blobs" / f"sha256-{'a' * 64}"
+    blob.parent.mkdir(parents=True)
+    old.rename(blob)
+    manifest = folder / "ollama" / "manifests" / "registry.ollama.ai" / "library" / "nano" / "latest"
+    manifest.parent.mkdir(parents=True)
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{'a' * 64}"}
+    manifest.write_text(json.dumps({"layers": [layer]}))
+    as_mlx(Path(shutil.copytree(NANO, folder / "mlx")))
+    save_checkpoint(folder / "published" / "original", cfg, tensors, layout="original")
+    for name in TOKENIZER:
+        shutil.copy(NANO / name, folder / "published")
+    gguf, split = folder / "publisher" / "nano", folder / "m-00002-of-00002.gguf"
+    return [
+        str(gguf),
+        str(gguf / "nano.gguf"),
+        str(split),
+        "ollama:nano",
+        str(folder / "mlx"),
+        str(folder / "published"),
+    ]
+
+
+def test_every_kind_of_file_answers_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generated, written as GGUF and generated again: the same tokens as nano's own folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
+    Path("prompts.jsonl").write_text((NANO.parent / "prompts.jsonl").read_text().splitlines()[0] + "\n")
+
+    def answer(model: str, out: str) -> list[int]:
+        done = run_command("generate", model, "prompts.jsonl", out, "--effort", "low", "--max-new-tokens", "12")
+        assert done.code == 0, done.err
+        tokens: list[int] = json.loads(Path(out).read_text())["tokens"]
+        return tokens
+
+    expected = answer("nano", "nano.jsonl")
+    for number, model in enumerate(every_kind(tmp_path)):
+        assert answer(model, f"{number}.jsonl") == expected, model
+        assert "layout" in run_command("info", model).out
+        assert run_command("convert-weights", model, f"{number}.gguf").code == 0
+        assert answer(f"{number}.gguf", f"again-{number}.jsonl") == expected, model
+    other = json.loads((NANO / "config.json").read_text()) | {"swiglu_limit": 0.5}  # negative control
+    Path(shutil.copytree(NANO, "other"), "config.json").write_text(json.dumps(other))
+    assert answer("other", "other.jsonl") != expected

@@ -1,10 +1,13 @@
 """Edges into every node add up to it, graphs are small and faithful, and what cannot be explained is refused."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import workbench as wb
 from workbench.errors import InputError
@@ -45,6 +48,33 @@ def test_edges_and_bias_add_up_to_every_node(complete: AttributionGraph, model: 
     assert complete.metadata["completeness_of_paths"] < 1e-3
     wrong = into.to_numpy() + np.roll(nodes["bias"].to_numpy(), 1)  # negative control: other nodes' biases
     assert np.abs(wrong - nodes["value"])[inner].max() > 1e-2
+
+
+def test_the_updates_of_an_adapter_are_in_the_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the unembedding, attention and the experts: nodes add up to the logit of the adapted model."""
+    cfg, rng = wb.load("nano", device="meta").cfg, torch.Generator().manual_seed(0)
+    heads = cfg.n_heads * cfg.d_head
+    sizes = {"lm_head": (cfg.d_model, cfg.d_vocab, 1)}
+    for layer in range(cfg.n_layers):
+        sizes[f"model.layers.{layer}.self_attn.o_proj"] = heads, cfg.d_model, 1
+        sizes[f"model.layers.{layer}.mlp.experts.down_proj"] = cfg.d_mlp, cfg.d_model, cfg.num_experts
+    factors = {}
+    for module, (inputs, outputs, experts) in sizes.items():
+        for name, shape in {"A": (2 * experts, inputs), "B": (outputs, 2 * experts)}.items():
+            factors[f"base_model.model.{module}.lora_{name}.weight"] = torch.randn(shape, generator=rng) * 0.05
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    adapted = wb.load("nano", dtype=torch.float32, device="cpu", adapter=tmp_path)
+    found = graph(adapted, TEXT, target="5", node_share=1.0, edge_share=1.0, max_nodes=10**6)
+    assert found.nodes["error"].abs().max() < 1e-4
+    assert found.metadata["completeness_of_paths"] < 1e-3
+    with torch.no_grad():
+        logits = adapted(TEXT)[0, -1].double()
+    logit = float(logits[adapted.to_single_token("5")] - logits.mean())
+    assert found.nodes["value"].iloc[-1] == pytest.approx(logit, rel=1e-4)
+    monkeypatch.setattr(type(adapted.unembed), "W_U", property(lambda self: self.weight.mT))  # negative control
+    without = graph(adapted, TEXT, target="5", node_share=1.0, edge_share=1.0, max_nodes=10**6)
+    assert without.nodes["value"].iloc[-1] != pytest.approx(logit, rel=1e-2)
 
 
 def _without_sink(frozen: FrozenPass) -> None:

@@ -1,14 +1,17 @@
 """The experiment of the Jacobian lens: a Jacobian planted in one group is found, and none where both have the same."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.experiments.test_jacobians import WIDE, linear_model
 from workbench.errors import InputError
 from workbench.experiments import jacobian_lens
 from workbench.experiments.jacobian_lens import COMPARISONS, experiment
+from workbench.experiments.jacobians import fit_jacobian_lens
 from workbench.figures.jacobian_lens import gallery
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
@@ -94,3 +97,32 @@ def test_wrong_options_and_too_few_prompts_are_refused(rows: list[Transcript]) -
         experiment(model, rows, tuned_steps=-1)
     with pytest.raises(InputError, match="no group by effort has a lens and 5 prompts"):
         experiment(model, rows[:8], tuned_steps=0, **OPTIONS)
+
+
+def test_a_saved_lens_is_read_in_place_of_a_fit(rows: list[Transcript], tmp_path: Path) -> None:
+    model, folder = model_that_writes(low=True, high=False), tmp_path / "lenses"
+    fitted = experiment(model, rows, tuned_steps=0, save=str(folder), **OPTIONS)
+    assert sorted(path.name for path in folder.iterdir()) == ["all.pt", "high.pt", "low.pt"]
+    read = experiment(model, rows, tuned_steps=0, jacobian=str(folder / "all.pt"), **OPTIONS)
+    all_tokens = [found["lenses"]["divergence"].sel(lens="Jacobian lens") for found in (fitted, read)]
+    np.testing.assert_allclose(*all_tokens, atol=1e-3)  # the file is float16
+    other = experiment(model, rows, tuned_steps=0, jacobian=str(folder / "high.pt"), **OPTIONS)
+    assert abs(other["lenses"]["divergence"].sel(lens="Jacobian lens") - all_tokens[0]).max() > 0.01
+    assert read["lenses"]["divergence"].sel(lens="Jacobian lens of the group").isnull().all()
+    assert read["comparisons"]["change"].sel(which=COMPARISONS[0]).notnull().all()
+    assert "all.pt, fitted to 10 prompts" in read["lenses"].attrs["summary"]
+    assert "own Jacobian" not in read["lenses"].attrs["summary"]
+    assert all(item.draw().data and len(item.table()) for item in gallery(read).values())
+    for wrong in ({"save": str(folder)}, {"save": "x", "jacobian": str(folder / "all.pt")}):
+        with pytest.raises(InputError, match=r"exists: name a new folder|no Jacobian lens is fitted"):
+            experiment(model, rows, tuned_steps=0, **wrong, **OPTIONS)
+
+
+def test_a_lens_of_some_layers_is_read_in_these(rows: list[Transcript], tmp_path: Path) -> None:
+    model = model_that_writes(low=True, high=True)
+    tokens = torch.from_numpy(np.stack([row.tokens.astype(np.int64) for row in rows]))
+    last = model.cfg.n_layers - 1
+    fit_jacobian_lens(model, tokens, layers=[last - 1], skip_first=2).save(tmp_path / "some.pt")
+    found = experiment(model, rows, tuned_steps=0, jacobian=str(tmp_path / "some.pt"), **OPTIONS)
+    assert found["lenses"]["layer"].values.tolist() == [last - 1]
+    assert found["lenses"]["divergence"].sel(lens=["logit lens", "Jacobian lens"]).notnull().all()

@@ -50,3 +50,15 @@ def test_an_ambiguous_folder_of_unsloth_asks_for_its_layout(tmp_path: Path) -> N
 def test_a_folder_without_a_config_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no adapter_config\.json"):
         read_adapter_config(tmp_path)
+
+
+def test_a_file_and_a_folder_above_the_adapter_are_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"adapter\.gguf is a file: name a folder that PEFT"):
+        read_adapter_config(tmp_path / "adapter.gguf")
+    (tmp_path / "checkpoint-60").mkdir()
+    read(tmp_path / "checkpoint-60")
+    with pytest.raises(
+        InputError, match=r"has no adapter_config.json, but its folder checkpoint-60 has: name a folder"
+    ):
+        read_adapter_config(tmp_path)

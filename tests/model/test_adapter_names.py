@@ -1,5 +1,6 @@
 """What a module name of an adapter adapts: the four ways of programs to name the experts' matrices."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from tests.model.adapters import PEFT_WARNINGS, Spoil, error, expert_major, spoilt
 from tests.model.conftest import BASE
-from workbench.model.adapter_names import targets, targets_of
+from workbench.model.adapter_names import module_name, targets, targets_of
 from workbench.model.transformer import GptOss
 
 pytestmark = PEFT_WARNINGS
@@ -122,6 +123,34 @@ def test_the_same_adapter_under_names_and_orders_of_other_programs(
     assert error(adapted_models[0], spoilt(folder, tmp_path, arrange), wanted) <= 1e-5
 
 
+def renamed(pattern: str, replacement: str) -> Spoil:
+    def spoil(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
+        for name in list(factors):
+            factors[re.sub(pattern, replacement, name)] = factors.pop(name)
+
+    return spoil
+
+
+BEGINNINGS = {
+    "without PEFT's": renamed(r"^base_model\.model\.", ""),
+    "of the backbone alone": renamed(r"^base_model\.model\.model\.", "base_model.model."),
+    "of the bare backbone": renamed(r"^base_model\.model\.model\.", ""),
+    "of torch.compile": renamed(r"^base_model\.model\.", "base_model.model._orig_mod."),
+    "of distributed training": renamed(r"^", "module."),
+    "of a larger model": renamed(r"^base_model\.model\.", "base_model.model.language_model."),
+    "of checkpointed layers": renamed(r"(layers\.\d+)\.", r"\1._checkpoint_wrapped_module."),
+    "with the adapter's name": renamed(r"(lora_[AB])\.", r"\1.my_adapter."),
+}
+
+
+@pytest.mark.parametrize("kind", list(BEGINNINGS))
+def test_the_same_adapter_under_other_beginnings_of_names(
+    adapted_models: tuple[GptOss, GptOss], adapter_folders: dict[str, tuple[Path, Tensor]], kind: str, tmp_path: Path
+) -> None:
+    folder, wanted = adapter_folders["all"]
+    assert error(adapted_models[0], spoilt(folder, tmp_path, BEGINNINGS[kind]), wanted) <= 1e-5
+
+
 @pytest.mark.parametrize("arrange", [marked_wrongly, up_before_gate])
 def test_a_wrong_order_is_seen_by_the_comparison(
     adapted_models: tuple[GptOss, GptOss],
@@ -131,3 +160,19 @@ def test_a_wrong_order_is_seen_by_the_comparison(
 ) -> None:
     folder, wanted = adapter_folders["experts"]
     assert error(adapted_models[0], spoilt(folder, tmp_path, arrange), wanted) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("stored", "module"),
+    [
+        ("base_model.model.model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"),
+        ("layers.0.mlp.experts.base_layer", "model.layers.0.mlp.experts.base_layer"),
+        ("module._orig_mod.model.layers.0.mlp.router", "model.layers.0.mlp.router"),
+        ("base_model.model.lm_head", "lm_head"),
+        ("unembed_tokens", "unembed_tokens"),
+        ("vision_tower.layers.0.self_attn.q_proj", "model.vision_tower.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_what_programs_put_before_a_name_is_left_out(stored: str, module: str) -> None:
+    assert module_name(stored) == module
+    assert bool(targets_of(module_name(stored), KNOWN)) != stored.startswith("vision")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import workbench as wb
 from tests.model.conftest import BASE, random_model, to_hf
@@ -107,8 +108,29 @@ def test_a_list_of_numbers_says_the_same(full: GptOss, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "model", cfg, tensors)
     listed = changed(folder, model_type="gpt_oss", block_configs=..., num_local_experts=list(KEEP))
     assert open_checkpoint(listed).cfg == cfg
-    with pytest.raises(InputError, match=r"blocks\.1|layers\.1"):  # tensors of layer 1 are not of 8 experts
+    with pytest.raises(InputError, match=r"layers with \[8, 5, 6\] experts, and its config says 8: .* write this list"):
         open_checkpoint(changed(listed, num_local_experts=8))
+    with pytest.raises(InputError, match=r"layers with \[8, 5, 6\] experts, and its config says \[8, 6, 5\]"):
+        open_checkpoint(changed(listed, num_local_experts=[8, 6, 5]))
+
+
+def test_a_pruned_model_with_the_number_from_before_is_told_its_own(full: GptOss, tmp_path: Path) -> None:
+    cfg, tensors = without_last_experts(replace(CFG, windows=(16, None, 16)), full.state_dict(), (5, 5, 5))
+    folder = save_checkpoint(tmp_path / "model", replace(cfg, layer_experts=None), tensors)
+    with pytest.raises(
+        InputError, match=r"has 5 experts in every layer, and its config says 8: .* write 5 as the number"
+    ):
+        open_checkpoint(changed(folder, num_local_experts=8))
+    assert open_checkpoint(changed(folder, num_local_experts=5)).cfg.num_experts == 5
+
+
+def test_the_original_layout_with_other_numbers_is_told_what_holds_them(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "model", replace(CFG, windows=(16, None, 16)), RandomTensors(CFG), layout="original")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"block.1.mlp.gate.weight": tensors["block.1.mlp.gate.weight"][:5].clone()}, path)
+    with pytest.raises(InputError, match="the original layout has one number: use the Hugging Face layout"):
+        open_checkpoint(tmp_path / "model")
 
 
 BLOCKS = [{"num_local_experts": n, "sliding_window": w} for n, w in zip(KEEP, CFG.windows, strict=True)]

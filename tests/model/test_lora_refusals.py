@@ -99,6 +99,11 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     ),
     "no such layer": (rename("layers.2.", "layers.7."), r"layers\.7\.[\w.]+' cannot be adapted in this model"),
     "the same twice": (twice, "mlp.experts.gate_up is adapted twice"),
+    "two adapters": (
+        lambda config, factors: factors.update({Q_A.replace("lora_A", "lora_A.other"): factors[Q_A].clone()}),
+        "adapt the same module: save one adapter",
+    ),
+    "an adapter of MLX": (option("fine_tune_type", "lora"), r"is of an adapter of MLX: fuse it \(mlx_lm.fuse\)"),
     "not a factor": (unknown_tensor, "q_proj.lora_C' is not a LoRA factor and cannot replace a weight"),
     "half a pair": (drop(Q_B), "lora_A without its other factor"),
     "another size": (

@@ -1,6 +1,7 @@
 """Checkpoints as releases of transformers and other programs write them give the same tensors, and say what they ignore."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,8 @@ def with_unused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         "model.rotary_emb.inv_freq": torch.ones(8),
         "model.layers.0.self_attn.k_scale": torch.ones(1),
         "model.layers.0.self_attn.v_scale": torch.ones(1),
+        "model.rotary_emb.original_inv_freq": torch.ones(8),
+        "score.weight": torch.ones(1, 64),
     }
     return tensors | extra
 
@@ -108,7 +111,84 @@ def test_files_that_are_not_the_models_are_ignored_and_noted(tmp_path: Path, ind
 
 def test_notes_are_logged_when_a_model_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     load(written(tmp_path / "model", "mxfp4", with_unused), device="meta")
-    assert "4 tensors that the model does not use are ignored: model.layers.0.self_attn.k_scale" in caplog.text
+    assert "tensors that the model does not use are ignored: model.layers.0.self_attn.k_scale" in caplog.text
+
+
+BEGINNINGS: dict[str, tuple[Callable[[str], str], str | None]] = {
+    "torch.compile": (lambda name: f"_orig_mod.{name}", None),
+    "distributed training": (lambda name: f"module.{name}", None),
+    "fully sharded training": (lambda name: re.sub(r"(layers\.\d+\.)", r"\1_fsdp_wrapped_module.", name), None),
+    "checkpointed layers": (lambda name: re.sub(r"(layers\.2\.)", r"\1_checkpoint_wrapped_module.", name), None),
+    "a merged adapter": (lambda name: f"base_model.model.{name}", "'base_model.model.model.'"),
+    "a part of another model": (lambda name: f"language_model.{name}", "'language_model.model.'"),
+    "a backbone with its unembedding": (lambda name: name.removeprefix("model."), "''"),
+    "a backbone under another name": (lambda name: name.replace("model.", "backbone."), "'backbone.'"),
+}
+
+
+@pytest.mark.parametrize("experts", ["dense", "mxfp4"])
+@pytest.mark.parametrize("kind", list(BEGINNINGS))
+def test_other_beginnings_of_names_are_the_same_tensors(tmp_path: Path, kind: str, experts: str) -> None:
+    rename, noted = BEGINNINGS[kind]
+    folder = written(tmp_path / "model", experts, lambda tensors: {rename(n): t for n, t in tensors.items()})
+    checkpoint = open_checkpoint(folder)
+    for name, tensor in RandomTensors(CFG, experts=experts).items():
+        assert torch.equal(checkpoint.tensors[name], tensor), name
+    assert [noted in note for note in checkpoint.notes] == ([] if noted is None else [True])
+
+
+def test_two_tensors_that_differ_in_their_beginning_only_are_refused(tmp_path: Path) -> None:
+    def twice(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors | {"module.model.norm.weight": torch.ones(64)}
+
+    with pytest.raises(InputError, match=r"'module.model.norm.weight' and 'model.norm.weight' are both"):
+        open_checkpoint(written(tmp_path / "model", "mxfp4", twice))
+
+
+def without_unembedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t for name, t in tensors.items() if name != "lm_head.weight"}
+
+
+def backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("model."): t for name, t in without_unembedding(tensors).items()}
+
+
+@pytest.mark.parametrize("change", [without_unembedding, backbone])
+def test_a_backbone_without_an_unembedding_is_named_unless_it_is_tied(tmp_path: Path, change: Change) -> None:
+    with pytest.raises(
+        InputError, match=r"'lm_head.weight' .* is missing: this is a backbone or a classifier"
+    ) as refusal:
+        open_checkpoint(written(tmp_path / "model", "mxfp4", change))
+    assert "\n" not in str(refusal.value)
+    checkpoint = open_checkpoint(written(tmp_path / "tied", "mxfp4", change, tie_word_embeddings=True))
+    assert torch.equal(checkpoint.tensors["unembed.weight"], RandomTensors(CFG)["embed.weight"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
+        "model.layers.0.self_attn.q_proj.base_layer.weight",
+        "model.layers.0.mlp.experts.lora_B.weight",
+    ],
+)
+def test_an_adapter_that_was_not_merged_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name}' belongs to an adapter that was not merged: save the merged model"):
+        open_checkpoint(written(tmp_path / "model", "mxfp4", lambda tensors: tensors | {name: torch.ones(2, 2)}))
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_gguf_file_beside_safetensors_is_noted(tmp_path: Path, index: bool) -> None:
+    folder = save_checkpoint(tmp_path / "model", CFG, RandomTensors(CFG), shard_bytes=90_000 if index else 10**9)
+    (folder / "model-Q8_0.gguf").write_bytes(b"GGUF")
+    assert "GGUF files are ignored, as there are safetensors: model-Q8_0.gguf" in open_checkpoint(folder).notes
+
+
+def test_a_pointer_in_the_place_of_the_index_is_named(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "model", CFG, RandomTensors(CFG), shard_bytes=90_000)
+    (folder / "model.safetensors.index.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match=r"index.json is a git-lfs pointer: run git lfs pull$"):
+        open_checkpoint(folder)
 
 
 def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:

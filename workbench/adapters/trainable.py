@@ -151,6 +151,8 @@ def write_folder(model: GptOss, updates: dict[str, LowRank], options: Options, f
         "target_modules": [name for name in names if "." not in name],
         "target_parameters": [name for name in names if "." in name],
     }
+    if "unsloth" in str(base).lower():  # such a name alone would make the order of lora_B's columns ambiguous
+        config["lora_B_layout"] = "rank_major"
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -38,10 +38,13 @@ def run(checkpoint: str, tokens: int, rounds: int, dtype: torch.dtype) -> dict[s
     }
     missing = {}
     for name, make in {"TransformerLens bridge, run_with_cache": _bridge, "nnsight, trace": _nnsight}.items():
+        if model.checkpoint is None or model.checkpoint.layout != "huggingface":
+            missing[name] = "reads folders in the Hugging Face layout only"
+            continue
         try:
             ways[name] = make(checkpoint, ids, dtype)
         except ImportError as error:
-            missing[name] = str(error)
+            missing[name] = f"not installed ({error})"
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():
         for turn in range(rounds + 1):  # the first one warms up
@@ -60,7 +63,7 @@ def run(checkpoint: str, tokens: int, rounds: int, dtype: torch.dtype) -> dict[s
         [(str(r["way"]), f"{r['tokens_per_s']:,.0f}", f"{r['tokens_per_s'] / base:.0%}") for r in rows],
     )
     for name, why in missing.items():
-        print(f"{name}: not installed ({why})")
+        print(f"{name}: {why}")
     return {"checkpoint": checkpoint, "tokens": tokens, "rounds": rounds, "ways": rows, "missing": missing}
 
 

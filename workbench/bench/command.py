@@ -47,7 +47,8 @@ def cpu(
         ),
     ] = False,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder to use instead of two random layers.")
+        Path | None,
+        typer.Option(help="Checkpoint folder in the Hugging Face layout to use instead of two random layers."),
     ] = None,
     out: Json = None,
     overwrite: Overwrite = False,
@@ -63,8 +64,11 @@ def cpu(
 @app.command()
 def full(
     checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint folder to use instead of a random one in the shape of 20b (13 GB of disk)."),
+        str | None,
+        typer.Option(
+            help="Checkpoint folder, .gguf file, 'nano', ollama:NAME, or a Hugging Face id. "
+            "[default: random weights in the shape of 20b (13 GB of disk)]"
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the captured sequence.")] = 1024,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, mps or cuda:0.")] = "cpu",

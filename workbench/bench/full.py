@@ -32,7 +32,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def run(
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     *,
     cfg: Config = PUBLISHED["20b"],
     tokens: int = 1024,
@@ -42,7 +42,7 @@ def run(
 ) -> dict[str, Any]:
     """Load, generate `new` tokens, capture a sequence of `tokens`; a peak of `limit` bytes or more is a JobError.
 
-    A random checkpoint of `cfg` is made in a temporary folder unless one is given.
+    checkpoint: as `load` takes it; without one, a random model of `cfg` is made in a temporary folder.
     """
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()

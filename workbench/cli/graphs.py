@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from workbench.cli.damage import names_damage
-from workbench.cli.options import Device, Dtype, Model, Overwrite, RunPath, load_model
+from workbench.cli.options import Adapter, Device, Dtype, IgnoreField, Model, Overwrite, RunPath, load_model
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -55,6 +55,8 @@ def graph(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    ignore_field: IgnoreField = None,
+    adapter: Adapter = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Explain one token of the model's answer by an attribution graph."""
@@ -64,8 +66,9 @@ def graph(
     from workbench.experiments.dictionary_features import load_autoencoders
     from workbench.outputs import check_output, staged
 
-    check_output(out, command="graph", inputs=[model, *(sae or [])], overwrite=overwrite)
-    loaded = load_model(model, device, dtype)
+    inputs = [model, *(sae or []), *([adapter] if adapter else [])]
+    check_output(out, command="graph", inputs=inputs, overwrite=overwrite)
+    loaded = load_model(model, device, dtype, ignore_field, adapter)
     ids = harmony.render([{"role": "user", "content": prompt}], effort=effort, tokenizer=loaded.tokenizer)
     (answer,) = loaded.generate([ids], max_new_tokens=max_new_tokens)
     place = _place(loaded, ids, answer, at)
@@ -75,7 +78,7 @@ def graph(
     if neurons:
         found = graph_details.with_neurons(loaded, found, top=neurons)
     chosen = graph_details.choice_edges(loaded, found) if choices else None
-    with staged(out, command="graph", inputs=[model, *(sae or [])], overwrite=overwrite) as part:
+    with staged(out, command="graph", inputs=inputs, overwrite=overwrite) as part:
         if out.suffix == ".graphml":
             import networkx
 
@@ -129,6 +132,8 @@ def attention(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    ignore_field: IgnoreField = None,
+    adapter: Adapter = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the attention patterns of one sequence, with the learned sink as a column of its own.
@@ -141,7 +146,8 @@ def attention(
     from workbench.runs import open_run
     from workbench.runs.attention_file import write
 
-    check_output(out, command="attention", inputs=[run, model], overwrite=overwrite)
+    inputs = [run, model, *([adapter] if adapter else [])]
+    check_output(out, command="attention", inputs=inputs, overwrite=overwrite)
     opened = open_run(run)
     known = opened.sequences
     numbers = [int(n) for n in known.index[(known["id"] == id) | (known.index.astype(str) == id)]]
@@ -149,13 +155,13 @@ def attention(
         raise InputError(f"{id!r} is not in {run}: it has {len(known)} sequences, such as {', '.join(known['id'][:3])}")
     chosen = None if layers is None else [n for first, last in _ranges(layers, "--layers") for n in range(first, last)]
     start, stop = (0, None) if tokens is None else _ranges(tokens, "--tokens")[0]
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, ignore_field, adapter)
     if loaded.checkpoint.digest != opened.checkpoint["digest"]:
         raise InputError(f"{run} was captured from another checkpoint than {model}: give that one with --model")
     (row,) = transcripts(opened, numbers[:1])
     found = attention_patterns.load(loaded, list(row.tokens), layers=chosen, start=start, stop=stop)
     found.attrs |= {"run_digest": opened.digest, "sequence": numbers[0], "id": row.id}
-    with staged(out, command="attention", inputs=[run, model], overwrite=overwrite) as part:
+    with staged(out, command="attention", inputs=inputs, overwrite=overwrite) as part:
         write(found, part)
     sizes = found["pattern"].sizes
     print(f"{out}: {sizes['layer']} layers, {sizes['head']} heads, {sizes['query']} of {len(row.tokens)} tokens")

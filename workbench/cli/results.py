@@ -10,6 +10,7 @@ import typer
 from workbench.cli.damage import names_damage
 from workbench.cli.options import (
     MAX_SEED,
+    Adapter,
     Address,
     AllowOrigin,
     BasicAuth,
@@ -56,6 +57,7 @@ def study(
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
     ignore_field: IgnoreField = None,
+    adapter: Adapter = None,
     exclude: Exclude = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -69,11 +71,13 @@ def study(
     record, options = find(name), parse_options(option or ())
     if host is not None and not (isinstance(record, Experiment) and record.host):
         raise InputError(f"{record.name} does not ask a host: leave --host out")
+    if adapter is not None and (host is not None or not isinstance(record, Experiment)):
+        raise InputError(f"--adapter {str(adapter)!r}: {record.name} loads no model here, leave it out")
     if isinstance(record, Experiment) and model is None:
         raise InputError(f"the experiment {record.name} needs the model: add --model with the captured checkpoint")
     if isinstance(record, Experiment) and other is not None:
         raise InputError(f"the experiment {record.name} takes one run, and {other!r} is a second")
-    inputs = [path for path in (run, other, None if host else model) if path is not None]
+    inputs = [path for path in (run, other, None if host else model, adapter) if path is not None]
     runs = [open_run(path, exclude=exclude or ()) for path in (run, other) if path is not None]
     if out is not None:
         check_files([f"{record.name}.txt"], out, command="study", inputs=inputs, overwrite=overwrite)
@@ -84,7 +88,7 @@ def study(
         loaded: Any
         with ExitStack() as held:
             if host is None:
-                loaded = load_model(model, device, dtype, ignore_field)
+                loaded = load_model(model, device, dtype, ignore_field, adapter)
             else:
                 loaded = held.enter_context(connected(host, model, runs[0], key_env=key_env))
             results = run_experiment(name, loaded, runs[0], sequences=sequences, seed=seed, **options)

@@ -171,7 +171,7 @@ def _check_options(n: int, at: int, node_share: float, edge_share: float, max_no
 
 def logit_direction(frozen: FrozenPass, wanted: int, other: int | None) -> Float[Tensor, " d_model"]:
     """Return the direction at the last stream whose product with it is the logit difference."""
-    matrix = frozen.model.unembed.weight
+    matrix = frozen.model.unembed.W_U.mT  # with the update of an adapter
     rows = matrix.split(_VOCABULARY_ROWS)  # the whole vocabulary in float32 is 2.3 GB
     mean = sum((part.to(frozen.wide).sum(0) for part in rows), torch.zeros((), device=matrix.device)) / len(matrix)
     off = mean if other is None else matrix[other].to(frozen.wide)

@@ -58,7 +58,7 @@ def load(model: GptOss, sequences: Sequence[Any], *, n: int = N_TOKENS) -> xr.Da
     directions, tokens = mean_directions(model, sequences)
     shape = (*tokens.shape, min(n, model.cfg.d_vocab))
     found = {f"{kind}_{name}": np.full(shape, fill) for kind in ("top", "bottom") for name, fill in _FIELDS.items()}
-    unembedding = model.unembed.weight
+    unembedding = model.unembed.W_U.mT
     for layer in range(model.cfg.n_layers):
         used = tokens[layer] > 0
         logits = directions[layer].to(unembedding.dtype) @ unembedding.mT
@@ -118,7 +118,7 @@ def neuron_logits(model: GptOss, layer: int, expert: int, *, n: int = N_TOKENS) 
             f"layer {layer} expert {expert}: the model has layers 0 to {cfg.n_layers - 1} and experts 0 to "
             f"{cfg.num_experts - 1}"
         )
-    unembedding = model.unembed.weight
+    unembedding = model.unembed.W_U.mT
     found: dict[str, list[np.ndarray]] = {f"{k}_{name}": [] for k in ("top", "bottom") for name in _FIELDS}
     for rows in model.blocks[layer].mlp.experts.W_out(expert).split(_NEURONS):
         logits = ((rows.float() * model.ln_final.weight.float()).to(unembedding.dtype) @ unembedding.mT).float()

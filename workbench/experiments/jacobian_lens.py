@@ -8,7 +8,8 @@ Circuits Thread; Belrose et al. 2023, the tuned lens, arXiv 2303.08112.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ EXPERIMENT = Experiment(
         "batch": "Rows of the Jacobian that one backward pass computes; memory grows with it (default: 16).",
         "skip_first": "First tokens of each sequence that are neither sources nor targets (default: 16).",
         "tuned_steps": "Steps of Adam for the tuned lens; 0 leaves it out (default: 200).",
+        "jacobian": "File of a Jacobian lens of all tokens to read instead of fitting one; no group has its own then.",
+        "save": "New folder for the fitted Jacobian lenses, a .pt file for all tokens and one for each group.",
     },
     figures="workbench.figures.jacobian_lens",
     order=185,
@@ -63,7 +66,11 @@ class _Lenses(NamedTuple):
     """The lenses that were fitted; tuned is None where it was left out."""
 
     tuned: TunedLens | None
-    jacobian: Mapping[str, JacobianLens]  # "all", and by group
+    jacobian: Mapping[str, JacobianLens]  # "all", and by group where they were fitted
+
+    def layers(self, last: int) -> list[int]:
+        """Return the layers before the last that the Jacobian lens has."""
+        return [layer for layer in self.jacobian["all"].layers if layer < last]
 
 
 def experiment(
@@ -74,10 +81,13 @@ def experiment(
     batch: int = 16,
     skip_first: int = SKIP_FIRST,
     tuned_steps: int = 200,
+    jacobian: str = "",
+    save: str = "",
     seed: int = 0,
 ) -> dict[str, xr.Dataset]:
     """Return how far each lens is from the model's own prediction, by group and layer, on prompts that did not fit it.
 
+    jacobian: a file that `JacobianLens.load` reads, instead of a fit. save: a new folder for the fitted lenses.
     Dataset `lenses`: divergence and agreement over (lens, group, layer), each with its interval. Dataset `comparisons`:
     change, low, high, p and q over (which, group, layer).
 
@@ -86,18 +96,40 @@ def experiment(
     """
     if tuned_steps < 0:
         raise InputError(f"tuned_steps={tuned_steps}: expected 0 or more")
+    if jacobian and save:
+        raise InputError(f"save={save!r}: with jacobian={jacobian!r} no Jacobian lens is fitted, leave one of them out")
+    if save and Path(save).exists():
+        raise InputError(f"save={save!r} exists: name a new folder")
     kinds = [kind.strip() for kind in by.split(",")]
     fitted, read = _halves(rows, np.random.default_rng(seed))
     own = {group for row in fitted for group in group_masks(model, row, kinds)}
-    jacobian = fit_jacobian_lenses(model, fitted, by=kinds, skip_first=skip_first, batch=batch)
+    if jacobian:
+        by_group = {"all": JacobianLens.load(jacobian, model)}
+        if by_group["all"].layers[0] == model.cfg.n_layers - 1:
+            raise InputError(f"{jacobian} has the last layer only, whose Jacobian is 1: name a lens of earlier layers")
+    else:
+        by_group = fit_jacobian_lenses(model, fitted, by=kinds, skip_first=skip_first, batch=batch)
+        own &= set(by_group)
+        _save(by_group, save)
     tokens, lengths = _padded(fitted)
     tuned = fit_tuned_lens(model, tokens, n_real=lengths, steps=tuned_steps, seed=seed) if tuned_steps else None
-    lenses = _Lenses(tuned, jacobian)
-    groups = _groups(model, read, kinds, sorted(own & set(jacobian)))
+    lenses = _Lenses(tuned, by_group)
+    groups = _groups(model, read, kinds, sorted(own))
     readings = {group: _readings(model, chosen, lenses, group, list(groups)) for group, chosen in groups.items()}
     n_prompts = (len({row.prompt_id for row in half}) for half in (fitted, read))
     rests_on = "{} prompts fit the lenses, {} are read".format(*n_prompts)
-    return _results(readings, {group: _prompts(chosen) for group, chosen in groups.items()}, jacobian, rests_on, seed)
+    if jacobian:
+        rests_on += f"; the Jacobian lens is that of {jacobian}, fitted to {by_group['all'].n_prompts} prompts"
+    prompts = {group: _prompts(chosen) for group, chosen in groups.items()}
+    return _results(readings, prompts, by_group, lenses.layers(model.cfg.n_layers - 1), rests_on, seed)
+
+
+def _save(lenses: Mapping[str, JacobianLens], folder: str) -> None:
+    """Write a file for each lens, as in analysis-high.pt, unless there is no folder."""
+    if folder:
+        Path(folder).mkdir(parents=True)
+        for name, lens in lenses.items():
+            lens.save(Path(folder) / f"{name.replace(', ', '-').replace(' ', '-')}.pt")
 
 
 def _prompts(chosen: Sequence[tuple[Transcript, Bool[np.ndarray, " pos"]]]) -> list[str]:
@@ -146,24 +178,24 @@ def _readings(
     group: str,
     groups: Sequence[str],
 ) -> Float[np.ndarray, "measure lens layer sequence"]:
-    """Return divergence and agreement of every lens in every layer but the last; NaN for a lens that there is not."""
+    """Return divergence and agreement of every lens in every layer that it has; NaN for a lens that there is not."""
     other = groups[(groups.index(group) + 1) % len(groups)]
-    options = {
-        "logit lens": {},
-        "Jacobian lens": {"jacobian": lenses.jacobian["all"]},
-        "Jacobian lens of the group": {"jacobian": lenses.jacobian[group]},
-        **({"tuned lens": {"tuned": lenses.tuned}} if lenses.tuned else {}),
-        **({"Jacobian lens of another group": {"jacobian": lenses.jacobian[other]}} if other != group else {}),
-    }
-    out = np.full((2, len(LENSES), model.cfg.n_layers - 1, len(chosen)), np.nan)
+    options: dict[str, Any] = {"logit lens": {}, "Jacobian lens": {"jacobian": lenses.jacobian["all"]}}
+    if lenses.tuned:
+        options["tuned lens"] = {"tuned": lenses.tuned}
+    if group in lenses.jacobian:
+        options["Jacobian lens of the group"] = {"jacobian": lenses.jacobian[group]}
+        if other != group:
+            options["Jacobian lens of another group"] = {"jacobian": lenses.jacobian[other]}
+    layers = lenses.layers(model.cfg.n_layers - 1)
+    out = np.full((2, len(LENSES), len(layers), len(chosen)), np.nan)
     for i, (row, mask) in enumerate(chosen):
         tokens = torch.from_numpy(row.tokens.astype(np.int64))[None]
         for name, option in options.items():
-            found = logit_lens(model, tokens, at=np.flatnonzero(mask).tolist(), of=0, **option)  # type: ignore[arg-type]
-            after = found.isel(depth=found["after"].values == "mlp")
-            agrees = after["top"] == after["top"].isel(depth=-1)
-            values = [after["kl"].mean("point").values[:-1], agrees.mean("point").values[:-1]]
-            out[:, LENSES.index(name), :, i] = values
+            found = logit_lens(model, tokens, at=np.flatnonzero(mask).tolist(), of=0, **option)
+            read = found.isel(depth=(found["after"].values == "mlp") & np.isin(found["layer"].values, layers))
+            agrees = read["top"] == found["top"].isel(depth=-1)
+            out[:, LENSES.index(name), :, i] = [read["kl"].mean("point").values, agrees.mean("point").values]
     return out
 
 
@@ -171,10 +203,11 @@ def _results(
     readings: Mapping[str, Float[np.ndarray, "measure lens layer sequence"]],
     prompts: Mapping[str, Sequence[str]],
     jacobian: Mapping[str, JacobianLens],
+    layers: Sequence[int],
     rests_on: str,
     seed: int,
 ) -> dict[str, xr.Dataset]:
-    groups, layers = list(readings), jacobian["all"].layers
+    groups = list(readings)
     measured = [mean_effect(readings[group], prompts[group], seed=seed) for group in groups]
     means, low, high = (np.stack([getattr(m, name) for m in measured], 2) for name in ("change", "low", "high"))
     pairs = [
@@ -183,7 +216,7 @@ def _results(
     ]
     effects = [mean_effect(values, prompts[group], seed=seed) for group, values in zip(groups, pairs, strict=True)]
     cells = {name: np.stack([getattr(e, name) for e in effects], 1) for name in ("change", "low", "high", "p")}
-    coords = {"group": groups, "layer": layers}
+    coords = {"group": groups, "layer": list(layers)}
     about = {"method": METHOD, "not_controlled": NOT_CONTROLLED, "rests_on": rests_on}
     named = {"divergence": ("KL divergence from the model's own prediction", "nat")}
     named["agreement"] = ("share of tokens with the model's own most likely token", "1")
@@ -191,7 +224,7 @@ def _results(
     for i, (name, (long_name, unit)) in enumerate(named.items()):
         for suffix, values in (("", means), ("_low", low), ("_high", high)):
             data[name + suffix] = (("lens", "group", "layer"), values[i], {"long_name": long_name, "units": unit})
-    counts = [jacobian[group].n_prompts for group in groups]
+    counts = [jacobian[group].n_prompts if group in jacobian else 0 for group in groups]
     lenses = xr.Dataset(data, {"lens": list(LENSES), **coords}, {"title": "Lenses on prompts that did not fit them"})
     about_counts = {"long_name": "sequences in the group's Jacobian", "units": "1"}
     lenses["n_prompts"] = xr.DataArray(counts, dims="group", attrs=about_counts)
@@ -220,6 +253,8 @@ def _summary(lenses: xr.Dataset, comparisons: xr.Dataset) -> str:
         ]
         lines.append(f"  {group}: {'; '.join(parts)}.")
     own = comparisons.sel(which=COMPARISONS[1])
+    if own["change"].isnull().all():  # no group has a Jacobian of its own
+        return "\n".join(lines)
     better = ((own["q"] <= ALPHA) & (own["change"] < 0)).values
     lines.append(
         f"The group's own Jacobian lens is shown to be nearer to the model than that of all tokens in "

@@ -30,8 +30,10 @@ class Tokenizer(TokenizerNames, ABC):
     """A vocabulary with harmony's marks.
 
     special: ids of the tokens that no text encodes to, by name (`"<|start|>"`). chat_template: the checkpoint's
-    own, a jinja text, or None.
+    own, a jinja text, or None. tokenizer_json: the content of the file that defines it; None for o200k_harmony.
     """
+
+    tokenizer_json: str | None = None
 
     def __init__(self, name: str, d_vocab: int, special: dict[str, int], chat_template: str | None = None) -> None:
         self.name = name
@@ -166,6 +168,7 @@ class _FromFile(Tokenizer):
         self._tokenizer.encode_special_tokens = True  # read the characters of special tokens as text
         self._bytes = "ByteLevel" in repr(self._tokenizer.decoder)  # its tokens are in GPT-2's characters already
         self._digest = hashlib.sha256(content.encode()).hexdigest()
+        self.tokenizer_json = content
         super().__init__(path.parent.resolve().name, max(ids.values()) + 1, special, chat_template)
 
     def _encode(self, text: str) -> list[int]:

@@ -62,10 +62,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = read_json(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {CONFIG}: name a folder that PEFT's save_pretrained wrote") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{folder} {_what_it_is(folder)}: name a folder that PEFT's save_pretrained wrote") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON that can be read: {error}") from error
+    if isinstance(config, dict) and "fine_tune_type" in config:
+        raise InputError(
+            f"{path} is of an adapter of MLX: fuse it (mlx_lm.fuse), and load the fused folder as the model"
+        )
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else config
         raise InputError(f"{path}: peft_type {kind!r} is not read here, only 'LORA'")
@@ -79,6 +83,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     _check_numbers(path, config)
     _check_choices(path, config)
     return config
+
+
+def _what_it_is(folder: Path) -> str:
+    """Return what is wrong with a path that holds no adapter's config."""
+    if folder.is_file():
+        return "is a file"
+    below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    return f"has no {CONFIG}" + (f", but its folder {', '.join(below[:3])} has" if below else "")
 
 
 def _check_choices(path: Path, config: Mapping[str, Any]) -> None:

@@ -3,6 +3,9 @@
 Programs name the experts in four ways: PEFT adapts the stacked parameters of `mlp.experts`; Unsloth's 4-bit models have
 a linear map for each expert, `experts.gate_up_projs.N`; others `experts.N.gate_proj` or `experts.N.w1`; and some stack
 the factors of all experts along a first axis, `experts.w1`. w1 is the gate, w3 the up, w2 the down projection.
+
+PEFT puts `base_model.model.` before the names of a model's modules; other programs leave it out or add their own, and
+an adapter of the backbone alone lacks `model.`.
 """
 
 import re
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 
 from workbench.model.config import Config
 from workbench.model.names import name_in, shapes
+from workbench.model.stored_names import unwrapped
 
 _PARTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.router", "mlp.experts.gate_up", "mlp.experts.down")
 _ALL, _GATE, _UP = (0, 1), (0, 2), (1, 2)  # first row and step: gate and up alternate in the published matrix
@@ -27,6 +31,8 @@ _EXPERT_MATRICES = {
 }
 _NAMES = "|".join(_EXPERT_MATRICES)
 _EXPERT = re.compile(rf"(?P<module>.+\.experts)\.(?:(?P<n>\d+)\.)?(?P<name>{_NAMES})(?:\.(?P<last>\d+))?")
+_BEGINNING = re.compile(r"((base_model|model|module|_orig_mod|language_model|pretrained_model)\.)*")
+_OUTSIDE = ("lm_head", "unembed_tokens")  # the modules that are not in the backbone
 _OTHER_NAMES = {"mlp.router.linear": "mlp.router", "unembed_tokens": "lm_head"}
 
 
@@ -55,6 +61,12 @@ class Target:
     def adapted_outputs(self) -> int:
         """Return the number of outputs that are adapted."""
         return len(range(self.outputs)[self.columns])
+
+
+def module_name(stored: str) -> str:
+    """Return a stored name of a module or tensor as the model has it, whatever the programs put before or into it."""
+    rest = _BEGINNING.sub("", unwrapped(stored), count=1)
+    return rest if rest.startswith(_OUTSIDE) else f"model.{rest}"
 
 
 def targets(cfg: Config) -> dict[str, list[Target]]:

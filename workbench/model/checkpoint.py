@@ -20,11 +20,12 @@ from workbench.bounded_json import read_json
 from workbench.errors import InputError
 from workbench.model.config import Config
 from workbench.model.config_file import read_config, ties_embeddings
-from workbench.model.formats import gguf_reader, mlx, ollama
+from workbench.model.formats import gguf_reader, gguf_split, mlx, ollama
 from workbench.model.lazy_tensors import LazyTensor, Tensors
 from workbench.model.names import LAYOUTS, name_in, shapes
 from workbench.model.opened_checkpoint import Checkpoint
 from workbench.model.safetensors_file import Entry, SafetensorsFile
+from workbench.model.separate_experts import stack_experts
 from workbench.model.stored_names import Stored, hugging_face_names
 
 BUNDLED = {"nano": Path(__file__).parents[1] / "data" / "nano"}
@@ -41,7 +42,7 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
         says.
     """
     given = Path(source)
-    if parts := gguf_reader.find_files(given):
+    if parts := gguf_split.find_files(given):
         return gguf_reader.open_gguf(parts)
     root = _root(given)
     for name in ("config.json", _INDEX):
@@ -51,9 +52,9 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
     files = [SafetensorsFile.open(path) for path in paths]
     stored = _stored_tensors(root, files)
     _check_index(root, stored)
-    found, ignored = hugging_face_names(root, stored)
-    if ignored:
-        notes.append(f"{len(ignored)} tensors that the model does not use are ignored: {', '.join(ignored[:3])}")
+    found, notes_of_names = hugging_face_names(root, stored)
+    notes += notes_of_names
+    found = stack_experts(root, found)
     layout = next((n for n in LAYOUTS if name_in(n, "embed.weight") in found), None)
     if layout is None:
         raise InputError(
@@ -61,6 +62,7 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
         )
     if layout == "huggingface" and ties_embeddings(root):
         notes += _tie(found)
+    _check_expert_counts(root, cfg, layout, found)
     dense = layout == "huggingface" and name_in(layout, "blocks.0.mlp.experts.down.weight") in found
     experts = "dense" if dense else "mxfp4"
     if mlx.is_mlx(found):
@@ -121,8 +123,15 @@ def _weight_files(root: Path) -> tuple[list[Path], list[str]]:
         _check_link(root, root / name)
     left = sorted(names - wanted)
     reason = "its index does not name them" if (root / _INDEX).exists() else "they are not files of the model"
-    notes = [f"{len(left)} files are ignored, as {reason}: {', '.join(left[:3])}"] if left else []
+    notes = [f"files are ignored, as {reason}: {_listed(left)}"] if left else []
+    if beside := sorted(path.name for path in root.glob("*.gguf")):
+        notes.append(f"GGUF files are ignored, as there are safetensors: {_listed(beside)}")
     return [root / name for name in sorted(wanted)], notes
+
+
+def _listed(names: list[str]) -> str:
+    """Return the first names of a list for a message, and how many there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _stored_tensors(root: Path, files: Collection[SafetensorsFile]) -> dict[str, SafetensorsFile]:
@@ -154,6 +163,8 @@ def _index(root: Path) -> dict[str, Any]:
     try:
         listed = read_json(path)["weight_map"]
         return dict(listed.items())
+    except InputError as error:
+        raise InputError(f"{path} is not an index of tensors: {error}") from error
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not an index of tensors: {error!r}") from error
 
@@ -195,6 +206,30 @@ def _tie(found: dict[str, Stored]) -> list[str]:
     return [f"tie_word_embeddings is true, but {unembed} differs from the embedding: it is used"]
 
 
+def _check_expert_counts(root: Path, cfg: Config, layout: str, found: Mapping[str, Stored]) -> None:
+    """Refuse routers of other numbers of experts than the config's, as of a pruned model with the config from before.
+
+    Raises:
+        InputError: a router has another number of experts.
+    """
+    layers = range(cfg.n_layers)
+    routers = [found.get(name_in(layout, f"blocks.{layer}.mlp.router.weight")) for layer in layers]
+    counts = [router.entry.shape[0] for router in routers if router is not None and len(router.entry.shape) == 2]
+    if len(counts) < cfg.n_layers or counts == [cfg.experts_of(layer) for layer in layers]:
+        return
+    stated = cfg.num_experts if cfg.layer_experts is None else list(cfg.layer_experts)
+    if len(set(counts)) == 1:
+        held, remedy = f"{counts[0]} experts in every layer", f"write {counts[0]} as the number in config.json"
+    elif layout == "original":
+        held, remedy = (
+            f"layers with {counts} experts",
+            "the original layout has one number: use the Hugging Face layout",
+        )
+    else:
+        held, remedy = f"layers with {counts} experts", "write this list as num_local_experts in config.json"
+    raise InputError(f"{root} has {held}, and its config says {stated}: if the model was pruned, {remedy}")
+
+
 def _locations(
     root: Path, cfg: Config, layout: str, experts: str, found: Mapping[str, Stored]
 ) -> dict[str, LazyTensor]:
@@ -207,7 +242,7 @@ def _locations(
     for stored, parts in fused.items():
         shape = (sum(rows for _, rows in parts), *wanted[parts[0][0]][1:])
         if stored not in found:
-            raise InputError(f"{root}: tensor {stored!r} {shape} is missing{_other_form(stored, found)}")
+            raise InputError(f"{root}: tensor {stored!r} {shape} is missing{_explanation(stored, found)}")
         location = found[stored]
         _check_entry(location.file.path, location.name, location.entry, shape, parts[0][0])
         whole = LazyTensor(location.name, shape, _precision(stored, location.entry), location.tensor)
@@ -224,11 +259,17 @@ def _precision(stored: str, entry: Entry) -> str:
     return "MXFP4" if stored.endswith(("blocks", "scales")) else entry.dtype
 
 
-def _other_form(stored: str, found: Collection[str]) -> str:
-    """Return a hint for the error message if the same weight is present in the other form (packed or dense)."""
+def _explanation(stored: str, found: Collection[str]) -> str:
+    """Return what a missing tensor may mean, for the error message."""
+    if stored == name_in("huggingface", "unembed.weight"):
+        return (
+            ": this is a backbone or a classifier without an unembedding; save the GptOssForCausalLM, or set "
+            "tie_word_embeddings in config.json if its unembedding is the embedding"
+        )
     stem = re.sub(r"_(blocks|scales)$", "", stored)
-    other = next((name for name in (f"{stem}_blocks", stem) if name != stored and name in found), None)
-    return f", but {other!r} is there: all experts must be packed, or all dense" if other else ""
+    if other := next((name for name in (f"{stem}_blocks", stem) if name != stored and name in found), None):
+        return f", but {other!r} is there: all experts must be packed, or all dense"
+    return ""
 
 
 def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...], canonical: str) -> None:

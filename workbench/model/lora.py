@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from workbench.errors import InputError
 from workbench.model.adapter_config import CONFIG, expert_layout, rank_and_scale, read_adapter_config
-from workbench.model.adapter_names import Target, targets, targets_of
+from workbench.model.adapter_names import Target, module_name, targets, targets_of
 from workbench.model.low_rank import LowRank
 from workbench.model.names import name_in
 from workbench.model.opened_checkpoint import Checkpoint
@@ -38,9 +38,8 @@ from workbench.model.safetensors_file import SafetensorsFile
 from workbench.model.transformer import GptOss
 
 _WEIGHTS = "adapter_model.safetensors"
-_PREFIX = r"base_model\.model\.(?P<module>.+?)"
-_FACTOR = re.compile(_PREFIX + r"\.lora_(?P<factor>[AB])(\.default)?\.weight")
-_MAGNITUDE = re.compile(_PREFIX + r"\.lora_magnitude_vector(\.default)?(\.weight)?")
+_FACTOR = re.compile(r"(?P<module>.+?)\.lora_(?P<factor>[AB])(\.\w+)?\.weight")
+_MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(\.default)?(\.weight)?")
 _WRAPPERS = re.compile(r"\.(modules_to_save|default|base_layer)(?=\.|$)")
 _FLOATS = ("BF16", "F16", "F32")
 
@@ -133,7 +132,10 @@ def _read_pairs(file: SafetensorsFile, config: Mapping[str, Any], known: Mapping
     modules: dict[str, dict[str, str]] = {}
     for name in file.entries:
         if match := _FACTOR.fullmatch(name):
-            modules.setdefault(match["module"], {})[match["factor"]] = name
+            own = modules.setdefault(module_name(match["module"]), {})
+            if other := own.get(match["factor"]):
+                raise InputError(f"{file.path}: tensors {other!r} and {name!r} adapt the same module: save one adapter")
+            own[match["factor"]] = name
         elif "lora_embedding" in name:
             raise InputError(f"{file.path}: tensor {name!r} adapts the embedding, which is not supported: merge it")
     if not modules and not config.get("modules_to_save"):
@@ -259,7 +261,7 @@ def _saved_weights(model: GptOss, file: SafetensorsFile, config: Mapping[str, An
     for stored in file.entries:
         if _FACTOR.fullmatch(stored) or _MAGNITUDE.fullmatch(stored):
             continue
-        own = _WRAPPERS.sub("", stored.removeprefix("base_model.model."))
+        own = module_name(_WRAPPERS.sub("", stored))
         left -= {name for name in wanted if re.search(rf"(^|\.){re.escape(name)}(\.|$)", own)}
         if (name := names.get(own)) is None:
             why = "its experts are packed" if f"{own}_blocks" in packed else "it has no such weight"
@@ -288,7 +290,7 @@ def _dora(
     replacements: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Return parameter name → the weight with its update, its rows scaled to DoRA's magnitudes."""
-    magnitudes = {match["module"]: name for name in file.entries if (match := _MAGNITUDE.fullmatch(name))}
+    magnitudes = {module_name(match["module"]): name for name in file.entries if (match := _MAGNITUDE.fullmatch(name))}
     if not config.get("use_dora"):
         if magnitudes:
             raise InputError(f"{file.path}: {min(magnitudes.values())!r} is a magnitude of DoRA, but use_dora is false")

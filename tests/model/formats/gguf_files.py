@@ -34,6 +34,8 @@ def write(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Stored]
     def value_of(value: Any) -> bytes:
         if isinstance(value, str):
             return struct.pack("<I", 8) + text(value)
+        if isinstance(value, list) and all(isinstance(one, int) for one in value):
+            return struct.pack("<IIQ", 9, 5, len(value)) + b"".join(struct.pack("<i", one) for one in value)
         if isinstance(value, list):
             return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
         return struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<II", 4, value)

@@ -161,22 +161,6 @@ def test_experts_that_are_not_packed_are_dense(tmp_path: Path, kind: int) -> Non
         assert (checkpoint.tensors[name].float() - expected).abs().max() <= tolerance
 
 
-def test_a_split_is_read_from_any_of_its_files_and_from_its_folder(tmp_path: Path) -> None:
-    tensors = list(files.llama_cpp(CFG, RandomTensors(CFG)).items())
-    about = files.metadata(CFG, "gpt-oss", NANO)
-    first = files.write(tmp_path / "m-00001-of-00002.gguf", about, dict(tensors[:20]))
-    second = files.write(tmp_path / "m-00002-of-00002.gguf", {"general.architecture": "gpt-oss"}, dict(tensors[20:]))
-    digests = set()
-    for source in (first, second, tmp_path):
-        checkpoint = open_checkpoint(source)
-        assert torch.equal(checkpoint.tensors["unembed.weight"], RandomTensors(CFG)["unembed.weight"])
-        digests.add(checkpoint.digest)
-    assert len(digests) == 1
-    first.unlink()
-    with pytest.raises(InputError, match=r"is one of 2 files, and m-00001-of-00002\.gguf is missing"):
-        open_checkpoint(second)
-
-
 def test_a_folder_of_two_models_asks_for_one(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         written(tmp_path / name)

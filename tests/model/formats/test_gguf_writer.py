@@ -37,6 +37,9 @@ def test_nano_survives_gguf_bit_for_bit(tmp_path: Path, capsys: pytest.CaptureFi
     assert theirs.tokenizer.encode(text) == ours.tokenizer.encode(text)
     assert theirs.tokenizer.digest == ours.tokenizer.digest
     assert theirs.tokenizer.chat_template == ours.tokenizer.chat_template
+    again = open_checkpoint(write_gguf(open_checkpoint(path), tmp_path / "again.gguf"))
+    assert again.tokenizer().digest == ours.tokenizer.digest
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in open_checkpoint(path).tensors.items())
     assert run(capsys, "convert-weights", "nano", str(path))[0] == 2  # it exists
     assert run(capsys, "convert-weights", "nano", str(tmp_path / "folder"))[0] == 2
 

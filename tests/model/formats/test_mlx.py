@@ -6,55 +6,29 @@ mlx-lm 0.32 wrote on Linux.
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import workbench as wb
 from tests.model.conftest import BASE
+from tests.model.formats.mlx_files import Change, as_mlx
 from workbench.errors import InputError
 from workbench.model.checkpoint import BUNDLED, open_checkpoint
+from workbench.model.config import Config
 from workbench.model.export import RandomTensors, save_random
 from workbench.model.formats.mlx import is_mlx
 
 CFG = replace(BASE, d_vocab=72, n_ctx=131_072)
-Change = Callable[[dict[str, Tensor]], object]
 
 
-def mlx_folder(folder: Path, experts: str = "mxfp4", change: Change = lambda tensors: None) -> Path:
-    """The same model as MLX stores it."""
-    save_random(folder, CFG, experts=experts)
-    path = folder / "model.safetensors"
-    found: dict[str, Tensor] = {}
-    for name, tensor in load_file(path).items():
-        stem, experts_, rest = name.partition(".mlp.experts.")
-        if not experts_:
-            found[name] = tensor
-            continue
-        part, _, kind = rest.replace("_proj", "|").partition("|")
-        for own, rows in (
-            [("gate", slice(0, None, 2)), ("up", slice(1, None, 2))] if part == "gate_up" else [("down", slice(None))]
-        ):
-            module = f"{stem}.mlp.experts.{own}_proj"
-            if kind == "_blocks":
-                words = tensor[:, rows].flatten(2).contiguous().view(torch.uint32)
-                found[f"{module}.weight"] = words
-            elif kind in ("_scales", "_bias"):
-                found[module + kind.replace("_", ".")] = tensor[:, rows].contiguous()
-            else:
-                found[f"{module}.weight"] = tensor.mT[:, rows].contiguous()
-    change(found)
-    save_file(found, path)
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("quantization_config", None)
-    config["quantization"] = config["quantization_config"] = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+def mlx_folder(folder: Path, experts: str = "mxfp4", change: Change = lambda tensors: None, cfg: Config = CFG) -> Path:
+    """A random model as MLX stores it."""
+    save_random(folder, cfg, experts=experts)
+    return as_mlx(folder, change)
 
 
 @pytest.mark.parametrize("experts", ["mxfp4", "dense"])
@@ -64,6 +38,21 @@ def test_a_folder_of_mlx_holds_the_same_tensors(tmp_path: Path, experts: str) ->
     assert not checkpoint.tensors.other_precision()
     for name, tensor in RandomTensors(CFG, experts=experts).items():
         assert torch.equal(checkpoint.tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("experts", ["mxfp4", "dense"])
+def test_layers_with_different_numbers_of_experts_hold_the_same_tensors(tmp_path: Path, experts: str) -> None:
+    pruned = replace(CFG, layer_experts=(8, 5, 6))
+    folder = mlx_folder(tmp_path / "model", experts, cfg=pruned)
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.layout, checkpoint.cfg) == ("mlx", pruned)
+    for name, tensor in RandomTensors(pruned, experts=experts).items():
+        assert torch.equal(checkpoint.tensors[name], tensor), name
+    config = json.loads((folder / "config.json").read_text())
+    del config["block_configs"]
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt_oss"}))
+    with pytest.raises(InputError, match=r"has layers with \[8, 5, 6\] experts, and its config says 8"):
+        open_checkpoint(folder)
 
 
 def test_gate_and_up_exchanged_are_another_model(tmp_path: Path) -> None:

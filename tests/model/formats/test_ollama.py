@@ -1,6 +1,7 @@
 """A model of Ollama is found by its name; names cannot lead outside its folder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import workbench as wb
 from tests.model.formats.gguf_files import written
 from workbench.errors import InputError
 from workbench.model.checkpoint import resolve
+from workbench.model.formats import ollama
 from workbench.model.formats.ollama import find_model
 
 DIGEST = "sha256:" + "a" * 64
@@ -44,6 +46,22 @@ def test_a_missing_model_lists_the_tags_that_are_there(models: Path) -> None:
         find_model("gpt-oss:120b")
 
 
+def test_without_a_chosen_folder_the_users_and_the_services_are_read(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(models, "gpt-oss/20b", [WEIGHTS])
+    monkeypatch.delenv("OLLAMA_MODELS")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(InputError, match=r"has no model 'gpt-oss:20b' in .*home/\.ollama/models"):
+        find_model("gpt-oss:20b")
+    monkeypatch.setattr(ollama, "_SERVICE", models)
+    assert find_model("gpt-oss:20b").is_relative_to(models)
+    own = tmp_path / "home" / ".ollama" / "models"
+    own.parent.mkdir(parents=True)
+    shutil.copytree(models, own, ignore=shutil.ignore_patterns("home"))
+    assert find_model("gpt-oss:20b").is_relative_to(own), "the user's own come first"
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a/../b", "", "a b", "/a", "a:b:c"])
 def test_a_name_cannot_lead_elsewhere(name: str, models: Path) -> None:
     with pytest.raises(InputError, match="is no name of an Ollama model"):
@@ -53,7 +71,12 @@ def test_a_name_cannot_lead_elsewhere(name: str, models: Path) -> None:
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        ([], "names 0 files of weights"),
+        ([], "names no GGUF file, it has nothing: a cloud model has no weights here"),
+        ([{**WEIGHTS, "mediaType": "application/vnd.ollama.image.tensor"}], "names no GGUF file, it has tensor:"),
+        (
+            [WEIGHTS, {"mediaType": "application/vnd.ollama.image.adapter", "digest": DIGEST}],
+            "'gpt-oss:20b' is a model with an adapter in GGUF, which is not read",
+        ),
         ([WEIGHTS, WEIGHTS], "names 2 files of weights"),
         ([{**WEIGHTS, "digest": "sha256:../x"}], "expected one by its SHA-256"),
         ([{**WEIGHTS, "digest": "sha256:" + "b" * 64}], "is missing, which"),

@@ -4,9 +4,6 @@ The experts stay packed where they are MXFP4. All other quantised tensors are de
 checkpoint names the stored type of each. llama.cpp stores gate and up apart, rows 0, 2, … and 1, 3, … of the published
 matrix. Ollama's files of August 2025 have architecture `gptoss`, fused q, k, v and gate and up, and MXFP4 in the
 published order under the type number 4; later ones have llama.cpp's types under Ollama's names.
-
-Constants of the architecture that no file states are the published ones: SwiGLU limit and alpha, a window in every
-other layer, and a YaRN ramp that is not truncated (llama.cpp truncates it).
 """
 
 import functools
@@ -27,12 +24,12 @@ from workbench.harmony.vocabulary import Tokenizer, tokenizer_of_tokens
 from workbench.kernels import cpu
 from workbench.kernels.ggml import BLOCK_BYTES, GgmlMxfp4, widen_q8_0
 from workbench.kernels.parallel import parallel_map
-from workbench.model.config import GROUP, Config, Rope, check_sizes
+from workbench.model.config import GROUP, Config
+from workbench.model.formats.gguf_config import read_gguf_config
 from workbench.model.formats.gguf_file import (
     BF16,
     F16,
     F32,
-    MAGIC,
     MXFP4,
     OLLAMA_MXFP4,
     Q8_0,
@@ -41,12 +38,12 @@ from workbench.model.formats.gguf_file import (
     decoder,
     precision,
 )
+from workbench.model.formats.gguf_split import check_split
 from workbench.model.lazy_tensors import LazyTensor, Tensors
 from workbench.model.names import shapes
 from workbench.model.opened_checkpoint import Checkpoint
 
-ARCHITECTURES = ("gpt-oss", "gptoss")
-_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+ARCHITECTURES = ("gpt-oss", "gptoss", "gpt-oss-puzzle")
 _NAMES = {
     "ln1.weight": ("attn_norm.weight",),
     "ln2.weight": ("post_attention_norm.weight", "ffn_norm.weight"),
@@ -67,42 +64,6 @@ _ENDS = {
 }
 
 
-def find_files(source: Path) -> list[Path]:
-    """Return the GGUF files of a source: a file with the others of its split, those of a folder, or none.
-
-    Raises:
-        InputError: a part of a split is missing, or a folder holds several models.
-    """
-    try:
-        if source.is_file():
-            with source.open("rb") as file:
-                is_gguf = source.suffix.lower() == ".gguf" or file.read(4) == MAGIC
-            return _parts(source) if is_gguf else []
-        if not source.is_dir() or (source / "config.json").exists() or any(source.glob("*.safetensors")):
-            return []
-        files = sorted(path for path in source.glob("*.gguf") if not path.name.startswith("mmproj"))
-    except OSError as error:
-        raise InputError(f"{source} cannot be read: {error.strerror}") from error
-    models = {match["stem"] if (match := _SPLIT.fullmatch(path.name)) else path.name: path for path in files}
-    if len(models) > 1:
-        raise InputError(
-            f"{source} holds {len(models)} GGUF models, {', '.join(sorted(models)[:4])}: name one of its files"
-        )
-    return _parts(next(iter(models.values()))) if models else []
-
-
-def _parts(path: Path) -> list[Path]:
-    """Return all files of the split to which a file belongs."""
-    match = _SPLIT.fullmatch(path.name)
-    if match is None:
-        return [path]
-    count = int(match["count"])
-    parts = [path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
-    if missing := [part.name for part in parts if not part.is_file()]:
-        raise InputError(f"{path} is one of {count} files, and {missing[0]} is missing: download it")
-    return parts
-
-
 def open_gguf(paths: Sequence[Path]) -> Checkpoint:
     """Open and validate the files of a model; weights are read when they are used.
 
@@ -110,8 +71,12 @@ def open_gguf(paths: Sequence[Path]) -> Checkpoint:
         InputError: a file is damaged or no gpt-oss, or a tensor is missing, unexpected or has another shape.
     """
     files = [GgufFile.open(path) for path in paths]
+    check_split(files)
     metadata = files[0].metadata
-    arch = metadata.get("general.architecture")
+    kind, arch = metadata.get("general.type", "model"), metadata.get("general.architecture")
+    if kind != "model":
+        remedy = "load the model with adapter=, a folder of PEFT" if kind == "adapter" else "name the model's own file"
+        raise InputError(f"{paths[0]} holds no model, its general.type is {kind!r}: {remedy}")
     if arch not in ARCHITECTURES:
         raise InputError(f"{paths[0]}: the architecture is {arch!r}, expected 'gpt-oss'")
     found: dict[str, _Stored] = {}
@@ -120,7 +85,7 @@ def open_gguf(paths: Sequence[Path]) -> Checkpoint:
             if name in found:
                 raise InputError(f"tensor {name!r} is both in {found[name].file.path.name} and in {file.path}")
             found[name] = _Stored(file, name)
-    cfg = _config(paths[0], metadata, str(arch), found)
+    cfg = read_gguf_config(paths[0], metadata, str(arch), {name: stored.tensor.shape for name, stored in found.items()})
     reader = _Reader(paths[0], cfg, found)
     tensors = Tensors(reader.read_all())
     experts = "mxfp4" if reader.packed else "dense"
@@ -134,59 +99,6 @@ def open_gguf(paths: Sequence[Path]) -> Checkpoint:
         lambda: _tokenizer(paths[0], metadata, cfg.d_vocab),
         tuple(reader.notes),
     )
-
-
-def _config(path: Path, metadata: Mapping[str, Any], arch: str, found: Mapping[str, "_Stored"]) -> Config:
-    def read(name: str, kind: type, default: Any = None) -> Any:
-        value = metadata.get(f"{arch}.{name}", default)
-        if value is None or isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-            raise InputError(f"{path}: {arch}.{name} is {value!r}, expected a number")
-        if value <= 0:
-            raise InputError(f"{path}: {arch}.{name} is {value}, expected a number above 0")
-        return kind(value)
-
-    if "token_embd.weight" not in found:
-        raise InputError(f"{path}: tensor 'token_embd.weight' is missing")
-    n_layers, heads, factor = read("block_count", int), read("attention.head_count", int), 1.0
-    if metadata.get(f"{arch}.rope.scaling.type", "yarn") == "yarn":
-        factor = read("rope.scaling.factor", float, 1.0)
-    elif metadata[f"{arch}.rope.scaling.type"] != "none":
-        raise InputError(f"{path}: rope scaling {metadata[f'{arch}.rope.scaling.type']!r} is not computed, only yarn")
-    theta = read("rope.freq_base", float)
-    rope = Rope.plain(theta)
-    if factor > 1:
-        rope = Rope(
-            theta,
-            factor,
-            read("rope.scaling.yarn_beta_fast", float, 32.0),
-            read("rope.scaling.yarn_beta_slow", float, 1.0),
-            read("rope.scaling.original_context_length", int),
-            False,
-        )
-    window = read("attention.sliding_window", int)
-    cfg = Config(
-        d_model=read("embedding_length", int),
-        n_layers=n_layers,
-        n_heads=heads,
-        n_key_value_heads=read("attention.head_count_kv", int, heads),
-        d_head=read("attention.key_length", int, 64),
-        d_mlp=read("expert_feed_forward_length", int, metadata.get(f"{arch}.feed_forward_length")),
-        d_vocab=found["token_embd.weight"].tensor.shape[0],
-        num_experts=read("expert_count", int),
-        experts_per_token=metadata.get(f"{arch}.expert_used_count") or 4,
-        windows=tuple(window if layer % 2 == 0 else None for layer in range(n_layers)),
-        n_ctx=read("context_length", int),
-        eps=_rounded(read("attention.layer_norm_rms_epsilon", float)),
-        swiglu_limit=7.0,
-        swiglu_alpha=1.702,
-        rope=rope,
-    )
-    return check_sizes(path, cfg)
-
-
-def _rounded(value: float) -> float:
-    """Return the shortest decimal that is this number in float32, in which GGUF stores it."""
-    return float(str(np.float32(value)))
 
 
 @dataclass(frozen=True)

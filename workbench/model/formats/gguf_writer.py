@@ -146,9 +146,8 @@ def _add_vocabulary(writer: Any, checkpoint: Checkpoint) -> None:
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
-    own = checkpoint.path / "tokenizer.json"
-    if len(tokens) != D_VOCAB and own.is_file():
-        writer.add_string("tokenizer.huggingface.json", own.read_text(encoding="utf-8"))
+    if len(tokens) != D_VOCAB and tokenizer.tokenizer_json is not None:
+        writer.add_string("tokenizer.huggingface.json", tokenizer.tokenizer_json)
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...], int, Callable[[], npt.NDArray[Any]]]]:

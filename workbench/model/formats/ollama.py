@@ -1,7 +1,7 @@
 """Find the GGUF file of a model that Ollama downloaded.
 
-$OLLAMA_MODELS, or ~/.ollama/models, holds manifests/HOST/NAMESPACE/MODEL/TAG, a JSON file whose layers name
-blobs/sha256-….
+$OLLAMA_MODELS, or else ~/.ollama/models or the folder of the service on Linux, holds manifests/HOST/NAMESPACE/MODEL/
+TAG, a JSON file whose layers name blobs/sha256-….
 
 Reference: https://github.com/ollama/ollama, types/model/name.go and manifest/manifest.go.
 """
@@ -15,7 +15,9 @@ from workbench.bounded_json import read_json
 from workbench.errors import InputError
 
 PREFIX = "ollama:"
-_WEIGHTS = "application/vnd.ollama.image.model"
+_MEDIA = "application/vnd.ollama.image."
+_WEIGHTS, _ADAPTER = f"{_MEDIA}model", f"{_MEDIA}adapter"
+_SERVICE = Path("/usr/share/ollama/.ollama/models")  # of the service that Ollama's installer makes on Linux
 _NAME = re.compile(
     r"(?:(?:(?P<host>[\w.:-]+)/)?(?P<namespace>[\w.-]+)/)?(?P<model>[\w.-]+)(?::(?P<tag>[\w.-]+))?", re.ASCII
 )
@@ -31,11 +33,13 @@ def find_model(name: str) -> Path:
     match = _NAME.fullmatch(name)
     if match is None or ".." in name:
         raise InputError(f"'{PREFIX}{name}' is no name of an Ollama model: expected one such as ollama:gpt-oss:20b")
-    root = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
     host, namespace = match["host"] or "registry.ollama.ai", match["namespace"] or "library"
-    manifest = root / "manifests" / host / namespace / match["model"] / (match["tag"] or "latest")
+    named = Path("manifests", host, namespace, match["model"], match["tag"] or "latest")
+    root = next((root for root in _roots() if os.path.isfile(root / named)), _roots()[0])
+    manifest = root / named
     try:
         layers = read_json(manifest)["layers"]
+        kinds = [str(layer["mediaType"]) for layer in layers]
         digests = [str(layer["digest"]) for layer in layers if layer["mediaType"] == _WEIGHTS]
     except FileNotFoundError:
         raise InputError(
@@ -43,7 +47,25 @@ def find_model(name: str) -> Path:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{manifest} is not a manifest of Ollama: {error!r}") from error
+    if _ADAPTER in kinds:
+        raise InputError(
+            f"{manifest}: {name!r} is a model with an adapter in GGUF, which is not read: load the model alone, with "
+            "adapter= and the adapter's folder of PEFT"
+        )
+    if not digests:
+        held = ", ".join(sorted({kind.removeprefix(_MEDIA) for kind in kinds})) or "nothing"
+        raise InputError(
+            f"{manifest} names no GGUF file, it has {held}: a cloud model has no weights here, and models in other "
+            "forms are not read; pull one in GGUF, such as gpt-oss:20b"
+        )
     return _blob(root, manifest, digests)
+
+
+def _roots() -> list[Path]:
+    """Return the folders in which Ollama keeps its models."""
+    if chosen := os.environ.get("OLLAMA_MODELS"):
+        return [Path(chosen)]
+    return [Path.home() / ".ollama" / "models", _SERVICE]
 
 
 def _blob(root: Path, manifest: Path, digests: list[str]) -> Path:
