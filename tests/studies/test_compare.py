@@ -1,10 +1,15 @@
 """The comparison of two runs: planted agreement is in its interval, unrelated routers agree by load alone."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import xarray as xr
 
 from workbench.errors import InputError
+from workbench.figures import compare as figures
 from workbench.harmony.labels import CHANNELS
+from workbench.runs.schema import Activation
 from workbench.studies import compare, run_study
 from workbench.studies.synthetic import SyntheticTokens, planted_tokens
 
@@ -101,6 +106,81 @@ def test_differences_of_two_runs_are_those_of_a_plain_estimate(quantity):
     plain = np.mean([np.mean([sequences[s] for s in own], 0) for own in prompts], 0)
     np.testing.assert_allclose(found, plain, atol=1e-12)
     assert not np.allclose(values[:, inside].mean(1), plain, atol=1e-5), "negative control"
+
+
+def test_a_change_at_one_effort_is_found_there_alone():
+    """The planted truth is 0.5 nat in final at high effort. Negative control: pooled over efforts, it is smaller."""
+    run = complete(planted_tokens(n_layers=2, n_experts=8, n_heads=1, n_prompts=30))
+    high = (run.sequences["effort"] == "high").to_numpy()[run.tokens["sequence"]]
+    final = run.tokens["channel"] == CHANNELS.index("final")
+    noise = np.random.default_rng(3).normal(0, 0.2, len(final))
+    shifted = run.tokens["logprob"] - (0.5 * (high & final) + noise)
+    other = SyntheticTokens("other", run.sequences, run.model, dict(run.tokens) | {"logprob": shifted}, run.truth)
+    found = compare.study(run, other)
+    efforts = found["efforts"]
+    different = efforts["logprob_difference_different"]
+    assert bool(different.sel(effort="high", channel="final"))
+    assert int(different.sum()) == 1
+    cell = efforts.sel(effort="high", channel="final")
+    assert cell["logprob_difference_low"] < 0.5 < cell["logprob_difference_high"]
+    assert found["logprob_in_final"]["difference"].item() < 0.25, "negative control"
+    assert int(efforts["tokens"].sum()) == len(final)
+    assert not efforts["sink_difference_different"].any()
+    assert "high, final" in efforts.attrs["summary"]
+    assert efforts.attrs["summary"].count("not shown to differ") == 5
+    drawn = figures.gallery(found)["efforts"].draw().data[0]
+    assert list(drawn.y) == [f"{e}, {c}" for e in ("low", "medium", "high") for c in ("analysis", "final")]
+    assert drawn.x[-1] == pytest.approx(0.5, abs=0.1)
+
+
+class Recorded(SyntheticTokens):
+    """A run that also recorded an activation of layers 1 and 3, four features wide."""
+
+    path = "run.zarr"
+    spec = SimpleNamespace(selected=[Activation("hook_resid_post", (1, 3), 4)])
+
+
+def recorded(change: np.ndarray | float) -> Recorded:
+    run = complete(planted_tokens(n_layers=4, n_heads=1, n_prompts=20))
+    x = np.random.default_rng(5).normal(size=(2, len(run.tokens["channel"]), 4)) + change
+    return Recorded("r", run.sequences, run.model, dict(run.tokens) | {"hook_resid_post": x}, run.truth)
+
+
+def test_features_of_two_runs_are_compared_by_channel():
+    """Feature 2 of layer 3 is planted 0.5 lower in b. Negative control: runs that are equal but for noise."""
+    planted, noise = np.zeros((2, 1, 4)), np.random.default_rng(6)
+    planted[1, 0, 2] = -0.5
+    n = len(recorded(0.0).tokens["channel"])
+    noisy = noise.normal(0, 0.3, (2, n, 4))
+    found = compare.study(recorded(0.0), recorded(planted + noisy), hook="resid_post")["features_in_analysis"]
+    assert np.argwhere(found["different"].sel(control="none").values).tolist() == [[1, 2]]
+    cell = found.sel(control="none", layer=3, feature=2)
+    assert cell["low"] < 0.5 < cell["high"]
+    assert found["layer"].values.tolist() == [1, 3]
+    drawn = figures.gallery({"agreement": xr.Dataset(), "features_in_analysis": found})["features_in_analysis"].draw()
+    assert drawn.data[0].y[0] == "layer 3 feature 2"
+    none = compare.study(recorded(0.0), recorded(noisy), hook="resid_post")["features_in_analysis"]
+    assert not none["different"].any(), "negative control"
+    with pytest.raises(InputError, match="is not in run"):
+        compare.study(recorded(0.0), recorded(0.0), hook="hook_z")
+    run = complete(planted_tokens(n_prompts=6))
+    with pytest.raises(InputError, match="holds no recorded activations"):
+        compare.study(run, run, hook="resid_post")
+
+
+def test_differences_by_effort_are_calibrated():
+    """Runs that differ by noise alone: at most one in twenty families has a difference, and intervals hold zero."""
+    false, inside, cells = 0, 0, 0
+    for seed in range(40):
+        run = complete(planted_tokens(seed=seed, n_layers=1, n_experts=4, n_heads=1, n_prompts=12))
+        noisy = run.tokens["logprob"] + np.random.default_rng([2, seed]).normal(0, 1, len(run.tokens["channel"]))
+        other = SyntheticTokens("other", run.sequences, run.model, dict(run.tokens) | {"logprob": noisy}, run.truth)
+        efforts = compare.study(run, other)["efforts"].sel(channel=["prompt", "analysis", "final"])
+        false += bool(efforts["logprob_difference_different"].any())
+        inside += int(((efforts["logprob_difference_low"] < 0) & (efforts["logprob_difference_high"] > 0)).sum())
+        cells += efforts["logprob_difference"].size
+    assert false <= 6, "of 40 families"
+    assert 0.92 <= inside / cells <= 0.99
 
 
 def test_fewer_than_five_prompts_are_not_tested_and_fewer_than_twenty_are_named():

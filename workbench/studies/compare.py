@@ -4,12 +4,13 @@ Two sizes, a fine-tune and its base, two precisions. Where expert numbers mean t
 made from the other) the routers' agreement is the share of chosen experts that both chose, and the load of every expert
 is compared; where they do not, only distributions can be: how concentrated routing is, and what was predicted.
 
-Differences of loads, sinks and log-probabilities are those of the engine of all studies (`contrast.run_contrasts`).
+Differences of loads, sinks, log-probabilities and recorded features are those of the engine of all studies
+(`contrast.run_contrasts`); agreement, sinks and log-probabilities are also given by effort (`compare_efforts`).
 
 Reference: router saturation, OLMoE, arXiv 2409.02060.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import xarray as xr
@@ -18,6 +19,8 @@ from jaxtyping import Float, Int
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
+from workbench.studies import compare_efforts
+from workbench.studies.comparison import UNSTATED
 from workbench.studies.contrast import METHOD as CONTRAST_METHOD
 from workbench.studies.contrast import run_contrasts
 from workbench.studies.intervals import few_prompts, mean_of_prompts, within_bounds
@@ -33,6 +36,7 @@ STUDY = Study(
     question="Where do two models, or two versions of one, treat the same tokens differently?",
     requires=("routing", "logprobs"),
     compute="one pass over the tokens of both runs",
+    options={"hook": "Recorded activation or features to compare as well, by channel (default: none)."},
     figures="workbench.figures.compare",
     runs=2,
     page="compare",
@@ -67,11 +71,13 @@ NOT_CONTROLLED = "Agreement supposes that expert numbers correspond; between mod
 _QUANTITIES = {"routing": "experts", "sinks": "sink", "logprob": "logprob"}
 
 
-def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Compare `run` (a) with `other` (b): routing agreement, and loads, sinks and predictions by channel.
+def study(run: TokenRun, other: TokenRun, *, hook: str = "", seed: int = 0) -> dict[str, xr.Dataset]:
+    """Compare `run` (a) with `other` (b): routing agreement, and loads, sinks and predictions by channel and effort.
+
+    hook: a hook point, or the features of an autoencoder, that both runs recorded.
 
     Raises:
-        InputError: the runs hold different sequences.
+        InputError: the runs hold different sequences, or one did not record the hook.
     """
     a, b = run.model, other.model
     keys = ("n_layers", "num_experts", "experts_per_token")
@@ -79,9 +85,11 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     if list(run.sequences["id"]) != list(other.sequences["id"]):
         raise InputError("the two runs hold different sequences: capture the same transcripts with both")
     sums = _Sums(run, other, same)
-    for x, y in _together(run, other):
+    for x, y in _together(run, other, sums.reads):
         sums.add(x, y)
     compared, left_out = _differences(run, other, same, seed)
+    if hook:
+        compared |= {f"features_in_{c}": _noted(ds) for c, ds in run_contrasts(run, other, hook, seed=seed).items()}
     layers, variables = a["n_layers"], sums.variables(a["experts_per_token"])
     coords = {"channel": list(CHANNELS), "layer": np.arange(layers), "run": ["a", "b"]}
     attrs = provenance("compare", "Two runs, token by token", run.digest, seed, {"other": other.digest})
@@ -89,7 +97,22 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     warning = few_prompts(len(np.unique(sums.number[sums.number >= 0])))
     words = [*([f"Warning: {warning}."] if warning else []), _words(result, compared), *left_out]
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(words)}
-    return {"agreement": result} | compared
+    return {"agreement": result, "efforts": _by_effort(run, other, sums, seed)} | compared
+
+
+def _by_effort(run: TokenRun, other: TokenRun, sums: "_Sums", seed: int) -> xr.Dataset:
+    """Return agreement and differences by effort and channel."""
+    effort = np.full(len(sums.number), UNSTATED, dtype=object)
+    effort[run.sequences.index] = run.sequences["effort"].where(run.sequences["effort"] != "", UNSTATED)
+    written = sums.number >= 0
+    quantities = {name: (total[written], count[written]) for name, (total, count) in sums.quantities().items()}
+    efforts, variables = compare_efforts.variables(list(effort[written]), sums.number[written], quantities)
+    counted = np.stack([sums.tokens[written][effort[written] == one].sum(0) for one in efforts])
+    variables["tokens"] = (("effort", "channel"), counted.astype(np.int64))
+    coords = {"effort": efforts, "channel": list(CHANNELS), "layer": np.arange(run.model["n_layers"])}
+    attrs = provenance("compare", "Two runs by effort", run.digest, seed, {"other": other.digest})
+    result = dataset(variables, coords, DEFINITIONS | compare_efforts.DEFINITIONS, attrs)
+    return _noted(result).assign_attrs(summary=compare_efforts.summary(result))
 
 
 def _differences(run: TokenRun, other: TokenRun, same: bool, seed: int) -> tuple[dict[str, xr.Dataset], list[str]]:
@@ -107,36 +130,71 @@ def _differences(run: TokenRun, other: TokenRun, same: bool, seed: int) -> tuple
         except InputError as error:
             left_out.append(f"Left out: {label}, as {error}.")
             continue
-        for channel, ds in compared.items():
-            ds.attrs |= {"method": f"{METHOD} {CONTRAST_METHOD}", "not_controlled": NOT_CONTROLLED}
-            found[f"{label}_in_{channel}"] = ds
+        found |= {f"{label}_in_{channel}": _noted(ds) for channel, ds in compared.items()}
     return found, left_out
 
 
+def _noted(ds: xr.Dataset) -> xr.Dataset:
+    """Return a difference of two runs with its method and what is not controlled."""
+    return ds.assign_attrs(method=f"{METHOD} {CONTRAST_METHOD}", not_controlled=NOT_CONTROLLED)
+
+
 class _Sums:
-    """Of two runs' tokens: the experts that both chose, by sequence and channel, and the load of either by channel."""
+    """Of two runs' tokens, by sequence and channel: the experts that both chose, differences, and the load of either.
+
+    agree: whether experts correspond.
+    """
 
     def __init__(self, run: TokenRun, other: TokenRun, agree: bool) -> None:
         layers = run.model["n_layers"]
         self.number = independent_prompts(run)
         self.shape = (len(self.number), len(CHANNELS))
-        self.tokens = np.zeros(self.shape)
+        self.tokens, self.predicted, self.logprob = (np.zeros(self.shape) for _ in range(3))
         self.agree = np.zeros((*self.shape, layers)) if agree else None
+        sinks = agree and _has(run, other, "sinks") and run.model["n_heads"] == other.model["n_heads"]
+        self.sink = np.zeros((*self.shape, layers)) if sinks else None
         self.loads = [np.zeros((len(CHANNELS), m["n_layers"], m["num_experts"])) for m in (run.model, other.model)]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Return the recorded quantities that `add` needs."""
+        return ("experts", "logprob", *(["sink"] if self.sink is not None else []))
 
     def add(self, x: Block, y: Block) -> None:
         """Add the same tokens of both runs."""
         channel = x["channel"].astype(np.int64)
-        place, size = x["sequence"].astype(np.int64) * len(CHANNELS) + channel, self.tokens.size
-        self.tokens += np.bincount(place, minlength=size).reshape(self.shape)
+        place = x["sequence"].astype(np.int64) * len(CHANNELS) + channel
+        self.tokens += self._by_place(place)
         for load, block in zip(self.loads, (x, y), strict=True):
             for layer, chosen in enumerate(block["experts"]):
                 flat = (channel[:, None] * load.shape[2] + chosen).ravel()
                 load[:, layer] += np.bincount(flat, minlength=load[:, layer].size).reshape(load[:, layer].shape)
+        changed = x["logprob"].astype(np.float64) - y["logprob"].astype(np.float64)
+        known = np.isfinite(changed)  # a first token has no prediction
+        self.predicted += self._by_place(place[known])
+        self.logprob += self._by_place(place[known], changed[known])
         if self.agree is not None:
             for layer, (one, two) in enumerate(zip(x["experts"], y["experts"], strict=True)):
                 shared = (one[:, :, None] == two[:, None, :]).any(-1).mean(-1)
-                self.agree[..., layer] += np.bincount(place, shared, size).reshape(self.shape)
+                self.agree[..., layer] += self._by_place(place, shared)
+        if self.sink is not None:
+            for layer, (one, two) in enumerate(zip(x["sink"], y["sink"], strict=True)):
+                self.sink[..., layer] += self._by_place(place, (one.astype(np.float64) - two).mean(-1))
+
+    def _by_place(
+        self, place: Int[np.ndarray, " token"], values: Float[np.ndarray, " token"] | None = None
+    ) -> Float[np.ndarray, "sequence channel"]:
+        """Return the sums of values, by default of ones, over the tokens of each sequence and channel."""
+        return np.bincount(place, values, self.tokens.size).reshape(self.shape).astype(np.float64)
+
+    def quantities(self) -> dict[str, compare_efforts.Sums]:
+        """Return the sums of everything that is compared by effort, with how many tokens they are of."""
+        found: dict[str, compare_efforts.Sums] = {"logprob_difference": (self.logprob, self.predicted)}
+        if self.agree is not None:
+            found["agreement"] = (self.agree, self.tokens)
+        if self.sink is not None:
+            found["sink_difference"] = (self.sink, self.tokens)
+        return found
 
     def variables(self, k: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
         """Return tokens, effective experts, and agreement with its interval. k: experts of a token."""
@@ -170,8 +228,8 @@ def _has(run: TokenRun, other: TokenRun, name: str) -> bool:
     return all(name in getattr(r, "recorded", [name]) for r in (run, other))
 
 
-def _together(run: TokenRun, other: TokenRun) -> Iterator[tuple[Block, Block]]:
-    names = ("id", "experts")
+def _together(run: TokenRun, other: TokenRun, names: Sequence[str]) -> Iterator[tuple[Block, Block]]:
+    names = ("id", *names)
     for x, y in zip(token_blocks(run, "compare runs", *names), other.blocks(*names), strict=True):
         if not np.array_equal(x["id"], y["id"]):
             raise InputError(

@@ -9,7 +9,8 @@ The sampling unit is the prompt; `workbench.studies.difference_tests` computes i
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import scipy.sparse
@@ -18,6 +19,9 @@ from jaxtyping import Bool, Float
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.runs import Run
+from workbench.runs.schema import Activation
+from workbench.studies import token_labels
 from workbench.studies.contrast_summary import UNPAIRED, describe
 from workbench.studies.difference_tests import ALPHA, paired_influence, tested_cells, weighted_mean
 from workbench.studies.intervals import MIN_PROMPTS
@@ -52,6 +56,8 @@ __all__ = ["Between", "Plan", "contrast", "contrasts", "describe", "run_contrast
 
 CONTROLS: tuple[Control, ...] = ("none", "position")
 _MOST_SUMS = 32_000_000  # numbers of a block's sums at once
+_COLUMNS = 512  # of a recorded activation, summed at once in float64
+_KNOWN = ("experts", "sink", "entropy", "logprob")
 
 _CI = f"{LEVEL:.0%}, delete-one jackknife over prompts, Student's t corrected for skewness"
 DEFINITIONS = {
@@ -98,6 +104,7 @@ class Measure:
     shape: tuple[int, ...]
     sums: Callable[[Block, np.ndarray, np.ndarray, int], np.ndarray]
     exists: Bool[np.ndarray, " *cells"] = field(default_factory=lambda: np.array(True))  # False: no such expert
+    layers: tuple[int, ...] = ()  # of an activation that not all layers have
 
     @property
     def finite(self) -> str:
@@ -170,12 +177,17 @@ def run_contrasts(
 ) -> dict[str, xr.Dataset]:
     """Return the difference of `what` between the same tokens of two runs (a: run, b: other), by channel.
 
+    what: as in `contrast`, or an activation that both recorded at all tokens.
+
     Raises:
         InputError: a run did not record the quantity, or the runs differ in its dimensions or in their tokens.
     """
-    measure, index, second = _measure(run, what), index_of(run), index_of(other)
-    if measure.shape != (shape := _measure(other, what).shape):
-        raise InputError(f"{what} has {measure.shape} cells in run a and {shape} in run b: they do not correspond")
+    measure, theirs_measure = (_measure(r, what) if what in _KNOWN else _recorded(r, what) for r in (run, other))
+    index, second = index_of(run), index_of(other)
+    if (measure.shape, measure.layers) != (theirs_measure.shape, theirs_measure.layers):
+        raise InputError(
+            f"{what} has {measure.shape} cells in run a and {theirs_measure.shape} in run b: they do not correspond"
+        )
     cells, theirs = (i.cells("position", measure.finite) for i in (index, second))
     if not all(np.array_equal(getattr(cells, name), getattr(theirs, name)) for name in ("code", "tokens")):
         raise InputError(f"the runs have {what} of different tokens: capture the same transcripts with both")
@@ -206,16 +218,44 @@ def uncomparable(run: TokenRun, what: str, plans: Mapping[str, Plan]) -> dict[st
     return refused
 
 
+def _dense(what: str, block: Block, at: np.ndarray, group: np.ndarray, n: int) -> np.ndarray:
+    """Sums of values [token] or [layer, token, column] over groups of tokens: [group] or [group, layer, column]."""
+    values = block[what]
+    if values.ndim == 1:
+        return np.bincount(group, values[at].astype(np.float64), n)
+    take = scipy.sparse.csr_array((np.ones(len(at)), (group, at)), shape=(n, values.shape[1]))
+    return np.stack([np.asarray(take @ layer.astype(np.float64)) for layer in values], axis=1)
+
+
+def _recorded(run: TokenRun, hook: str) -> Measure:
+    """Return the measure of an activation that a run recorded at all tokens, by layer and feature."""
+    if not hasattr(run, "spec"):
+        raise InputError(f"{hook!r} cannot be compared: a run holds no recorded activations")
+    about = token_labels.recorded(cast(Run, run), hook)
+    if about.sparse:
+        raise InputError(f"{about.name} was recorded at some tokens only: record it without options to compare it")
+    width = about.d if isinstance(about, Activation) else int(np.prod(about.shape))
+
+    def flat(block: Block, at: np.ndarray, group: np.ndarray, n: int) -> np.ndarray:
+        values = block[about.name].reshape(len(about.layers), len(block["sequence"]), width)
+        columns = range(0, width, _COLUMNS)
+        return np.concatenate(
+            [_dense("part", {"part": values[..., c : c + _COLUMNS]}, at, group, n) for c in columns], axis=-1
+        )
+
+    return Measure(
+        f"Activation {about.name}",
+        about.name,
+        ("layer", "feature"),
+        (len(about.layers), width),
+        flat,
+        layers=about.layers,
+    )
+
+
 def _measure(run: TokenRun, what: str) -> Measure:
     model = run.model
     layers, experts, heads, k = (model[n] for n in ("n_layers", "num_experts", "n_heads", "experts_per_token"))
-
-    def dense(block: Block, at: np.ndarray, group: np.ndarray, n: int) -> np.ndarray:
-        values = block[what]
-        if values.ndim == 1:
-            return np.bincount(group, values[at].astype(np.float64), n)
-        take = scipy.sparse.csr_array((np.ones(len(at)), (group, at)), shape=(n, values.shape[1]))
-        return np.stack([np.asarray(take @ layer.astype(np.float64)) for layer in values], axis=1)
 
     def chosen(block: Block, at: np.ndarray, group: np.ndarray, n: int) -> np.ndarray:
         out = np.empty((n, layers, experts))
@@ -228,12 +268,12 @@ def _measure(run: TokenRun, what: str) -> Measure:
     exists = np.arange(experts) < layer_experts(run, layers, experts)[:, None]
     known = {
         "experts": Measure("Share of routed slots", what, ("layer", "expert"), (layers, experts), chosen, exists),
-        "sink": Measure("Sink attention", what, ("layer", "head"), (layers, heads), dense),
-        "entropy": Measure("Entropy of the prediction, nat", what, (), (), dense),
-        "logprob": Measure("Log-probability of the token, nat", what, (), (), dense),
+        "sink": Measure("Sink attention", what, ("layer", "head"), (layers, heads), partial(_dense, what)),
+        "entropy": Measure("Entropy of the prediction, nat", what, (), (), partial(_dense, what)),
+        "logprob": Measure("Log-probability of the token, nat", what, (), (), partial(_dense, what)),
     }
     if what not in known:
-        raise InputError(f"what={what!r} is not possible; choose from {', '.join(known)}")
+        raise InputError(f"what={what!r} is not possible; choose from {', '.join(_KNOWN)}")
     return known[what]
 
 
@@ -352,6 +392,8 @@ def _result(
         "not_controlled": NOT_CONTROLLED if plan.paired else f"{UNPAIRED} {NOT_CONTROLLED}",
     }
     coords = {"control": list(controls)} | {d: np.arange(n) for d, n in zip(measure.dims, measure.shape, strict=True)}
+    if measure.layers:
+        coords["layer"] = np.array(measure.layers)
     result = dataset(variables, coords, DEFINITIONS, attrs)
     result.attrs["summary"] = describe(result)
     return result

@@ -17,6 +17,8 @@ _FAMILIES = (
     ("p", "q", "different"),
     ("difference_p", "difference_q", "expert_different"),
     ("gain_p", "gain_q", "gain_different"),
+    ("logprob_difference_p", "logprob_difference_q", "logprob_difference_different"),
+    ("sink_difference_p", "sink_difference_q", "sink_difference_different"),
 )
 
 
