@@ -47,11 +47,9 @@ def features(session: Session) -> Page:
     run = session.run
     known = names(run)
     if not known:
-        text = (
-            "<h2>This run has no recorded features</h2><p>Record the features of a sparse autoencoder as a quantity of "
-            f"your own, with the dimension <code>feature</code>:</p><pre>{escape(_HOW)}</pre>"
-        )
-        return Page([], [widgets.html(text)])
+        text = "Record the features of a sparse autoencoder as a quantity of your own, with the dimension feature:"
+        about = widgets.html(content.about(run))
+        return Page([], [about, widgets.empty_state("This run has no recorded features", text, _HOW)])
     name = widgets.select("Features", known, session.choice.get("quantity", known))
     layers = {n: [str(layer) for layer in token_labels.recorded(run, n).layers] for n in known}
     layer = widgets.select("Layer", layers[str(name.value)], session.choice.get("layer", layers[str(name.value)]))
