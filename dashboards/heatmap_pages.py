@@ -10,7 +10,7 @@ import pandas as pd
 import panel as pn
 import xarray as xr
 
-from workbench.dashboards import content, expert_sections, search, widgets
+from workbench.dashboards import content, expert_sections, neurons_page, search, widgets
 from workbench.dashboards.session import Page, Selectors, Session, box, study
 from workbench.errors import InputError
 from workbench.figures import quick_look as draw
@@ -135,6 +135,7 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
     return pn.Column(
         widgets.beside(*cards),
         expert_sections.examples(session, chosen),
+        *neurons_page.strongest(session, layer, expert),
         expert_sections.load_with_intervals(session, layer, expert),
         widgets.later(tokens),
         sizing_mode="stretch_width",

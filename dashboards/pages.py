@@ -17,6 +17,8 @@ from workbench.dashboards.conversation_page import transcript
 from workbench.dashboards.features_page import features
 from workbench.dashboards.features_page import names as feature_names
 from workbench.dashboards.heatmap_pages import experts, sinks
+from workbench.dashboards.expert_sections import expert_gallery
+from workbench.dashboards.neurons_page import neurons
 from workbench.dashboards.overview import overview
 from workbench.dashboards.results_pages import causal, graph
 from workbench.dashboards.session import Page, Selectors, Session, box, missing_record, study
@@ -146,6 +148,8 @@ def compare(session: Session) -> Page:
 _OWN_PAGES: Mapping[str, Callable[[Session], Page]] = {
     "overview": overview,
     "experts": experts,
+    "expert-examples": expert_gallery,
+    "neuron-examples": neurons,
     "sinks": sinks,
     "channels": channels,
     "effort": effort,

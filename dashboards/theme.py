@@ -97,6 +97,8 @@ padding:10px 14px}
 .wb-examples li{margin:.25em 0}.wb-examples a{color:var(--wb-ink);text-decoration:none;white-space:pre-wrap}
 .wb-examples a:hover{text-decoration:underline}
 mark{background:var(--wb-accent);color:var(--wb-on-accent);border-radius:3px;padding:0 2px}
+mark.wb-shade{background:color-mix(in srgb,var(--wb-accent-soft) calc(100% - var(--share)),var(--wb-warn-soft));
+color:var(--wb-ink);box-shadow:inset 0 -3px 0 color-mix(in srgb,var(--wb-accent) var(--share),transparent)}
 pre{white-space:pre-wrap;background:var(--wb-raised);border-radius:6px;padding:8px 12px}
 summary{cursor:pointer;padding:3px 0}th[data-sort]{cursor:pointer}th[aria-sort=ascending]::after{content:" \25B4"}
 th[aria-sort=descending]::after{content:" \25BE"}tr:has(a){cursor:pointer}tbody tr:hover{background:var(--wb-raised)}
