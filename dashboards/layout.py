@@ -69,6 +69,7 @@ def page_template(
             "page_links": navigation(page, titles, absent),
             "query": escape(query),
             "one_path": "true" if one_path else "false",
+            "alone": "wb-alone" if len(titles) == 1 and not sidebar else "",
         },
     )
 

@@ -189,6 +189,7 @@ text-decoration:none}
 .wb-nav a:hover{background:var(--wb-raised)}
 .wb-nav a[aria-current=page]{background:var(--wb-accent-soft);color:var(--wb-accent);font-weight:600}
 .wb-nav svg{flex:none}
+.wb-alone .wb-side,.wb-alone .wb-menu{display:none}.wb-alone .wb-main{margin:0 auto}
 .wb-main{flex:1 1 0;min-width:0;padding:10px 16px 60px;max-width:1640px}
 @media (max-width:1000px){.wb-menu{display:inline-flex}.wb-side{display:none;position:fixed;left:0;z-index:9}
 .wb-side.open{display:block;box-shadow:0 0 0 100vmax #0006}}
