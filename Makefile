@@ -40,7 +40,10 @@ demo: .venv/.user
 	@rm -rf runs/demo.zarr runs/demo; mkdir -p runs
 	$(call step,nano answers 200 problems at three efforts,$(BIN)/workbench generate nano data/prompts.jsonl \
 	  runs/demo.jsonl --batch 200 --overwrite --effort low --effort medium --effort high)
-	$(call step,its routing and sinks are recorded,$(BIN)/workbench capture nano runs/demo.jsonl runs/demo.zarr)
+	$(call step,its routing and sinks and neurons are recorded,$(BIN)/workbench capture nano runs/demo.jsonl \
+	  runs/demo.zarr --record routing --record sinks --record logprobs --record neurons:2)
+	$(call step,a graph explains one token,$(BIN)/workbench graph nano --prompt "24*29" --effort high \
+	  --out runs/demo-graph.json --overwrite > /dev/null)
 	$(call step,the run is checked,$(BIN)/workbench verify runs/demo.zarr)
 	$(call step,studies and their report,$(BIN)/workbench report runs/demo.zarr --out runs/demo/report.html --overwrite)
 	$(call step,every figure as a page,$(BIN)/workbench figures runs/demo.zarr --out runs/demo --format html --overwrite > /dev/null)

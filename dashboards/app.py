@@ -17,7 +17,7 @@ import panel as pn
 from workbench.dashboards import widgets
 from workbench.dashboards.access import answer_unknown, guard, login_options
 from workbench.dashboards.layout import PageTemplate, missing_page, page_template
-from workbench.dashboards.pages import made, page_titles
+from workbench.dashboards.pages import absent_pages, made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
@@ -69,6 +69,7 @@ def _template(
         query=address_query(),
         theme=session.theme,
         one_path=one_path,
+        absent=absent_pages(session),
     )
 
 

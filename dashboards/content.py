@@ -70,9 +70,12 @@ def method(study: Mapping[str, xr.Dataset]) -> str:
 
 
 def findings(study: Mapping[str, xr.Dataset]) -> str:
-    """Return HTML with the summaries of a study: the first one in full, the others folded."""
+    """Return HTML with the summaries of a study: the first one in full, the others folded.
+
+    Models of the results, which need more explanation, come after what they explain.
+    """
     parts = []
-    for number, result in enumerate(study.values()):
+    for number, result in enumerate(sorted(study.values(), key=lambda ds: "model" in str(ds.attrs["title"]).lower())):
         first, *others = result.attrs["summary"].splitlines() or [""]
         lines = "".join(f"<li>{escape(line.strip())}</li>" for line in others)
         body = f"<p class='wb-lead'>{escape(first)}</p>" + (f"<ul class='wb-answers'>{lines}</ul>" if lines else "")
@@ -122,14 +125,21 @@ def about_sequence(run: Run, number: int) -> str:
 
 
 def figure_names(names: Iterable[str]) -> dict[str, str]:
-    """Return labels of figures → names, the most informative first."""
+    """Return labels of figures → names, the most informative first.
+
+    First accuracy, then the map of differences between analysis and final or else between efforts, then sizes.
+    """
     every = list(names)
     last = [name for name in every if name.startswith(("mass_frame", "mass_prompt", "load_")) or name.endswith("naive")]
-    order = [name for name in every if name not in last and "accuracy" in name]
-    order += [name for name in every if name == "routing_analysis_vs_final_matched"]
-    order += [name for name in every if name not in (*last, *order) and "sizes" in name]
-    order += [name for name in every if name not in (*order, *last)]
-    return {name.replace("_", " "): name for name in (*order, *last)}
+    kinds = ("accuracy", "analysis_vs_final_matched", "difference_analysis_vs_final", "in_final_matched", "sizes")
+    order = [name for kind in kinds for name in every if name not in last and kind in name]
+    return {_label(name): name for name in dict.fromkeys((*order, *(n for n in every if n not in last), *last))}
+
+
+def _label(name: str) -> str:
+    """Return the name of a figure in sentence case, without a word that is there twice in a row."""
+    words = name.split("_")
+    return " ".join(word for before, word in zip(["", *words], words, strict=False) if word != before).capitalize()
 
 
 def partners(pairs: xr.Dataset, channel: str, layer: int, expert: int, most: int = 6) -> pd.DataFrame:

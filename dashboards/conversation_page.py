@@ -14,6 +14,7 @@ from workbench.errors import InputError
 from workbench.studies.quick_look import ALL
 
 LISTED = 500  # conversations in one page of the list
+READABLE = 160  # tokens of the conversation that is shown first, at most
 
 
 def transcript(session: Session) -> Page:
@@ -96,12 +97,22 @@ class _Conversations:
         self.found = found
         numbers = list(found.values())
         wanted = linked if linked is not None else self.pick.value
-        wanted = wanted if wanted in numbers else next(iter(numbers), None)
+        wanted = wanted if wanted in numbers else self._first(numbers)
         self.first = numbers.index(wanted) // LISTED * LISTED if numbers else 0
         self._list(wanted)
         if not found:
             text = "No matching conversations. Change the filters or the search text."
             self.shown[:] = [widgets.alert(text, "info")]
+
+    def _first(self, numbers: list[int]) -> int | None:
+        """Return the conversation that is shown when none is chosen: a short one with an analysis, if the list has one.
+
+        Sorted lists and searches begin with their first conversation.
+        """
+        if self.order.value or str(self.find.value) or not numbers:
+            return next(iter(numbers), None)
+        lengths = self.session.run.sequences["length"].to_dict()
+        return max((n for n in numbers[:LISTED] if lengths[n] <= READABLE), key=lengths.__getitem__, default=numbers[0])
 
     def _search(self) -> dict[str, int]:
         expert = (self._number("layer", "n_layers"), self._number("expert", "num_experts"))

@@ -10,8 +10,9 @@ import panel as pn
 import xarray as xr
 
 from workbench import registry
-from workbench.dashboards import widgets
-from workbench.dashboards.session import Selectors, Session
+from workbench.dashboards import content, widgets
+from workbench.dashboards.example_lists import example, list_of
+from workbench.dashboards.session import Page, Selectors, Session, missing_record, study
 from workbench.errors import InputError
 from workbench.studies import expert_labels
 from workbench.studies.expert_labels import MAX_LABEL
@@ -19,6 +20,7 @@ from workbench.studies.layer_experts import layer_experts
 from workbench.studies.quick_look import ALL
 
 _SHOWN = 8  # examples of each kind
+_LABEL = ["layer", "expert", "label"]
 
 
 def load_with_intervals(session: Session, layer: int, expert: int) -> pn.Column:
@@ -70,6 +72,48 @@ def examples(session: Session, chosen: Selectors) -> pn.Column:
         return parts
 
     return widgets.awaited(session.registry.study("expert-examples", session.name, exclude=session.exclude), show)
+
+
+def expert_gallery(session: Session) -> Page:
+    """Return the page of all experts: label, load by channel, an example of each, and the study's results."""
+    run, record = session.run, registry.find("expert-examples")
+    about = [widgets.html(content.about(run)), widgets.html(f"<p class='wb-lead'>{escape(record.question)}</p>")]
+    if (missing := missing_record(record, run)) is not None:
+        return Page([], [*about, missing])
+
+    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
+        rows = gallery_table(found["examples"], expert_labels.read(run))
+        links = [
+            session.link("experts", layer=str(layer), expert=str(expert), channel="all")
+            for layer, expert in zip(rows["layer"], rows["expert"], strict=True)
+        ]
+        return [widgets.table("All experts", rows, f"{session.name}-experts", {"label": links, "example": links})]
+
+    ask = session.registry.study("expert-examples", session.name, exclude=session.exclude)
+    return Page([], [*about, widgets.awaited(ask, show), *study(session, "expert-examples", heading="Results")])
+
+
+def gallery_table(examples: xr.Dataset, labels: pd.DataFrame | None) -> pd.DataFrame:
+    """Return a row for each expert that has a token: label, strongest example, and load in analysis and final."""
+    known = expert_labels.automatic(examples) if labels is None else labels
+    text = {(int(layer), int(expert)): str(label) for layer, expert, label in known[_LABEL].itertuples(index=False)}
+    content_channels = [name for name in examples["channel"].values.tolist() if name != "frame"]
+    own = examples.sel(channel=content_channels)
+    first = own.isel(example=0)  # the largest gate weight of each channel
+    gate = np.where(first["top_sequence"].values >= 0, first["top_gate"].values, -1)
+    parts = {name: first[f"top_{name}"].values for name in ("before", "token", "after")}
+    lift = {c: own["channel_lift"].sel(channel=c).values for c in ("analysis", "final") if c in content_channels}
+    rows = []
+    for layer, expert in np.argwhere((gate >= 0).any(0)).tolist():
+        best = int(gate[:, layer, expert].argmax())
+        before, token, after = (str(parts[name][best, layer, expert]) for name in ("before", "token", "after"))
+        number = int(own["layer"].values[layer]), int(own["expert"].values[expert])
+        rows.append(
+            {"layer": number[0], "expert": number[1], "label": text.get(number, "")}
+            | {"example": f"{before[-24:]}[{token}]{after}"}
+            | {f"{c} (× mean load)": round(float(values[layer, expert]), 2) for c, values in lift.items()}
+        )
+    return pd.DataFrame(rows)
 
 
 def label_editor(session: Session, examples: xr.Dataset, layer: int, expert: int) -> pn.Column:
@@ -135,17 +179,8 @@ def _list(session: Session, ds: xr.Dataset, kind: str, channel: str) -> str:
     rows = example_rows(ds, kind, channel)
     if not rows:
         return f"<h3>{title}</h3><p class='wb-muted'>No token of this channel was routed to the expert.</p>"
-    items = []
-    for row in rows[:_SHOWN]:
-        address = session.link(
-            "transcript", sequence=str(row["sequence"]), pin=str(row["position"]), position="", colour="expert"
-        )
-        before, token, after = (escape(str(row[part])) for part in ("before", "token", "after"))
-        items.append(
-            f"<li><a href='{escape(address)}'>{before}<mark>{token or '▫'}</mark>{after}</a> "
-            f"<span class='wb-muted'>{escape(str(row['channel']))}, gate {row['gate']:.2f}</span></li>"
-        )
-    return f"<h3>{title}</h3><ul class='wb-examples'>{''.join(items)}</ul>"
+    items = [example(session, row, f"{row['channel']}, gate {row['gate']:.2f}") for row in rows[:_SHOWN]]
+    return f"<h3>{title}</h3>{list_of(items)}"
 
 
 def example_rows(ds: xr.Dataset, kind: str, channel: str) -> list[dict[str, Any]]:

@@ -14,10 +14,13 @@ import panel as pn
 from jaxtyping import Float
 
 from workbench.dashboards import content, search, widgets
+from workbench.dashboards.example_lists import coloured_example, list_of
 from workbench.dashboards.session import Page, Session, box
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run
+from workbench.runs.examples import sample_keys
 from workbench.studies import token_labels
+from workbench.studies.expert_examples import AFTER, BEFORE
 
 MOST_TOKENS = 300_000  # that are read
 MOST_ROWS = 500  # features in the table
@@ -47,11 +50,9 @@ def features(session: Session) -> Page:
     run = session.run
     known = names(run)
     if not known:
-        text = (
-            "<h2>This run has no recorded features</h2><p>Record the features of a sparse autoencoder as a quantity of "
-            f"your own, with the dimension <code>feature</code>:</p><pre>{escape(_HOW)}</pre>"
-        )
-        return Page([], [widgets.html(text)])
+        text = "Record the features of a sparse autoencoder as a quantity of your own, with the dimension feature:"
+        about = widgets.html(content.about(run))
+        return Page([], [about, widgets.empty_state("This run has no recorded features", text, _HOW)])
     name = widgets.select("Features", known, session.choice.get("quantity", known))
     layers = {n: [str(layer) for layer in token_labels.recorded(run, n).layers] for n in known}
     layer = widgets.select("Layer", layers[str(name.value)], session.choice.get("layer", layers[str(name.value)]))
@@ -76,8 +77,8 @@ def _section(session: Session, name: str, index: int) -> pn.Column:
     table = by_channel(session.run, name, index)
     label = f"{session.name}-{name}"
     parts: list[Any] = []
-    chosen = session.choice.text("feature")
-    if chosen.isdecimal() and int(chosen) in set(table["feature"]):
+    chosen = session.choice.get("feature", [str(feature) for feature in table["feature"]])
+    if chosen:
         parts += [widgets.html(f"<h2>Feature {escape(chosen)}</h2>"), _examples(session, name, index, int(chosen))]
     rows = table.head(MOST_ROWS)
     links = [session.link("features", feature=str(feature)) for feature in rows["feature"]]
@@ -127,33 +128,64 @@ def _table(counts: Mapping[str, Any], totals: Mapping[str, int], largest: Any) -
     return table[table["largest value"] > 0].reset_index(drop=True)
 
 
-def strongest(
-    run: Run, name: str, index: int, feature: int, most: int = _EXAMPLES
-) -> Float[pd.DataFrame, "example column"]:
-    """Return the tokens with the largest values of a feature, at most one of a sequence: value, sequence, position."""
+def examples(
+    run: Run, name: str, index: int, feature: int, kind: str = "top", most: int = _EXAMPLES
+) -> list[dict[str, Any]]:
+    """Return tokens that have a feature, at most one of a sequence, with the values of the tokens around each.
+
+    kind: "top" for the largest values, "random" for a random sample of the tokens with a value above zero. A row has
+    `value`, `sequence`, `position`, `channel`, `ids` and `values` [token of the context], and `start`, the context's
+    first position.
+    """
     about = token_labels.recorded(run, name)
-    best, seen = pd.DataFrame(columns=["value", "sequence", "position", "channel"]), 0
+    best, seen = list[tuple[float, dict[str, Any]]](), 0
     for labels, values in token_labels.blocks(run, about, index):
-        own = labels[["sequence", "position", "channel"]].assign(value=values[:, feature])
-        own = own[own["value"] > 0].nlargest(most * 8, "value")
-        best = pd.concat([best, own]) if len(best) else own
-        best = best.sort_values("value", ascending=False, kind="stable").drop_duplicates("sequence").head(most)
+        own = np.nan_to_num(values[:, feature])
+        rows = np.flatnonzero(own > 0)
+        place = [labels[column].to_numpy()[rows] for column in ("sequence", "position")]
+        key = -own[rows] if kind == "top" else sample_keys(*place, about.layers[index], feature).astype(np.float64)
+        order = rows[np.argsort(key, kind="stable")][: most * 8]
+        ranks = np.sort(key, kind="stable")[: most * 8]
+        best += [(float(rank), _context(labels, own, int(row))) for rank, row in zip(ranks, order, strict=True)]
+        best = _one_of_each_sequence(best)[:most]
         if (seen := seen + len(labels)) >= MOST_TOKENS:
             break
-    return best.reset_index(drop=True)
+    return [row for _, row in best]
 
 
-def _examples(session: Session, name: str, index: int, feature: int) -> Any:
-    run, words = session.run, search.vocabulary(session.run)
-    items = []
-    for row in strongest(run, name, index, feature).to_dict("records"):
-        sequence, at = int(row["sequence"]), int(row["position"])
-        ids = run.sequence(sequence)["id"].values.tolist()
-        texts = search.texts(ids, words)
-        before, after = "".join(texts[max(0, at - 12) : at]), "".join(texts[at + 1 : at + 6])
-        link = session.link("transcript", sequence=str(sequence), pin=str(at), position="")
-        items.append(
-            f"<li><a href='{escape(link)}'>{escape(before)}<mark>{escape(texts[at]) or '▫'}</mark>{escape(after)}</a> "
-            f"<span class='wb-muted'>{escape(CHANNELS[int(row['channel'])])}, {float(row['value']):.2f}</span></li>"
-        )
-    return widgets.card("Largest values", widgets.html(f"<ul class='wb-examples'>{''.join(items)}</ul>"))
+def _one_of_each_sequence(rows: list[tuple[float, dict[str, Any]]]) -> list[tuple[float, dict[str, Any]]]:
+    first: dict[int, tuple[float, dict[str, Any]]] = {}
+    for rank, row in sorted(rows, key=lambda pair: pair[0]):
+        first.setdefault(int(row["sequence"]), (rank, row))
+    return list(first.values())
+
+
+def _context(labels: pd.DataFrame, values: Float[np.ndarray, " token"], at: int) -> dict[str, Any]:
+    """Return a token of a block, and the ids and values of those around it in its sequence."""
+    sequence, position = labels["sequence"].to_numpy(), labels["position"].to_numpy()
+    around = np.arange(max(0, at - BEFORE), min(len(labels), at + AFTER + 1))
+    around = around[sequence[around] == sequence[at]]
+    return {
+        "value": float(values[at]),
+        "sequence": int(sequence[at]),
+        "position": int(position[at]),
+        "channel": CHANNELS[int(labels["channel"].to_numpy()[at])],
+        "ids": labels["id"].to_numpy()[around].tolist(),
+        "values": values[around].tolist(),
+        "start": int(position[around[0]]),
+    }
+
+
+def _examples(session: Session, name: str, index: int, feature: int) -> pn.FlexBox:
+    """Return two cards with the feature's largest values and a random sample, each token coloured by its value."""
+    words = search.vocabulary(session.run)
+    cards, largest = [], 0.0
+    for kind, title in (("top", "Largest values"), ("random", "Random sample of its tokens")):
+        items = []
+        for row in examples(session.run, name, index, feature, kind):
+            largest = largest or row["value"]  # the first of the largest values
+            texts = search.texts(row["ids"], words)
+            strengths = [value / largest for value in row["values"]]
+            items.append(coloured_example(session, row, texts, strengths, f"{row['channel']}, {row['value']:.2f}"))
+        cards.append(widgets.card(title, widgets.html(list_of(items))))
+    return widgets.beside(*cards)

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import panel as pn
 import xarray as xr
 
-from workbench.dashboards import content, expert_sections, search, widgets
+from workbench.dashboards import content, expert_sections, neurons_page, search, widgets
 from workbench.dashboards.session import Page, Selectors, Session, box, study
 from workbench.errors import InputError
 from workbench.figures import quick_look as draw
@@ -27,6 +28,7 @@ class Cells:
     measures: Mapping[str, draw.Measure]
     sums: Callable[..., xr.Dataset]
     one: Callable[[Session, Selectors], Any]  # the page of one expert or head
+    first: str  # the variable of `sums` whose largest value is shown in detail at first
 
 
 def _cells(session: Session, cells: Cells, folded: Callable[[Selectors], Any] | None = None) -> Page:
@@ -35,6 +37,8 @@ def _cells(session: Session, cells: Cells, folded: Callable[[Selectors], Any] | 
     chosen = Selectors(session, "channel", "effort", "task", "layer", cells.column)
     measure = widgets.select("Measure", cells.measures, session.choice.get("measure", list(cells.measures.values())))
     heat, one, more = box(), box(), box()
+    if not (session.choice.text("layer") or session.choice.text(cells.column)):
+        _choose_largest(session, chosen, cells)
 
     def clicked(data: Any) -> None:
         if point := ((data or {}).get("points") or [None])[0]:
@@ -75,6 +79,14 @@ def _cells(session: Session, cells: Cells, folded: Callable[[Selectors], Any] | 
     )
 
 
+def _choose_largest(session: Session, chosen: Selectors, cells: Cells) -> None:
+    """Select the layer and the expert or head with the largest value in the selected channel, effort and task."""
+    values = cells.sums(session.run, **chosen.cell)[cells.first].values
+    if np.isfinite(values).any():
+        layer, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
+        chosen.widgets["layer"].value, chosen.widgets[cells.column].value = str(layer), str(column)
+
+
 def experts(session: Session) -> Page:
     """Return the expert page: load heat map, one expert, co-activated experts, and the routing study.
 
@@ -95,7 +107,7 @@ def experts(session: Session) -> Page:
         "gate weight": "gates",
         "load relative to the whole run": "lift",
     }
-    return _cells(session, Cells("routing", "expert", measures, quick_look.routing, _expert), folded)
+    return _cells(session, Cells("routing", "expert", measures, quick_look.routing, _expert, "load"), folded)
 
 
 def _expert(session: Session, chosen: Selectors) -> pn.Column:
@@ -123,6 +135,7 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
     return pn.Column(
         widgets.beside(*cards),
         expert_sections.examples(session, chosen),
+        *neurons_page.strongest(session, layer, expert),
         expert_sections.load_with_intervals(session, layer, expert),
         widgets.later(tokens),
         sizing_mode="stretch_width",
@@ -165,7 +178,7 @@ def sinks(session: Session) -> Page:
     if not {"sinks", "sink_sums"} & set(run.recorded):
         raise InputError(f"{session.name} has no recorded sink attention. It contains {', '.join(run.recorded)}")
     measures: dict[str, draw.Measure] = {"mean sink attention": "mass", "standard deviation over tokens": "spread"}
-    return _cells(session, Cells("sinks", "head", measures, quick_look.sinks, _head))
+    return _cells(session, Cells("sinks", "head", measures, quick_look.sinks, _head, "mass"))
 
 
 def _head(session: Session, chosen: Selectors) -> pn.Column:

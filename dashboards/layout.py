@@ -1,6 +1,6 @@
 """The frame of a page: header with the run, navigation, sidebar and main area. The look is in `theme`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +12,17 @@ from panel.theme import Design
 
 from workbench.dashboards import theme as look
 from workbench.figures.template import ThemeName
+
+
+# the navigation: headings, and the pages under each; pages that no group names, as of other packages, come last
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "": ("overview", "transcript", "live"),
+    "Experts and neurons": ("experts", "expert-examples", "neuron-examples", "features", "router-prediction"),
+    "Attention": ("sinks", "attention"),
+    "Comparisons": ("channels", "effort", "compare"),
+    "Causes": ("causal", "graph"),
+    "Probes": ("label-probes", "probe-trajectory"),
+}
 
 
 class PageTemplate(BasicTemplate):
@@ -37,16 +48,13 @@ def page_template(
     query: str = "",
     theme: ThemeName = "light",
     one_path: bool = False,
+    absent: Collection[str] = (),
 ) -> PageTemplate:
     """Return a page in its frame.
 
     titles: of all pages by address. query: of the page's own address. one_path: the page is named in the query.
+    absent: addresses of pages for which the run recorded nothing.
     """
-    links = "".join(
-        f'<a data-page="{escape(path)}" href="./{escape(path)}"{" aria-current=page" if path == page else ""}>'
-        f"{look.icon(path)}{escape(title)}</a>"
-        for path, title in titles.items()
-    )
     return PageTemplate(
         title=escape(f"{run_name}: {titles[page]} – gpt-oss workbench"),
         sidebar=sidebar,
@@ -58,11 +66,32 @@ def page_template(
             "page_title": escape(titles[page]),
             "run_name": escape(run_name),
             "other_theme": "light" if theme == "dark" else "dark",
-            "page_links": links,
+            "page_links": navigation(page, titles, absent),
             "query": escape(query),
             "one_path": "true" if one_path else "false",
+            "alone": "wb-alone" if len(titles) == 1 and not sidebar else "",
         },
     )
+
+
+def navigation(page: str, titles: Mapping[str, str], absent: Collection[str] = ()) -> str:
+    """Return HTML with links to all pages under the headings of `GROUPS`; those of absent pages are grey."""
+    named = {path for paths in GROUPS.values() for path in paths}
+    groups = {**GROUPS, "More studies": tuple(path for path in titles if path not in named)}
+    parts = []
+    for heading, paths in groups.items():
+        links = "".join(
+            _page_link(path, titles[path], path == page, path in absent) for path in paths if path in titles
+        )
+        parts.append((f"<h2>{escape(heading)}</h2>" if heading else "") + links if links else "")
+    return "".join(parts)
+
+
+def _page_link(path: str, title: str, current: bool, absent: bool) -> str:
+    more = (" aria-current=page" if current else "") + (
+        ' class="wb-absent" title="Not recorded in this run"' if absent else ""
+    )
+    return f'<a data-page="{escape(path)}" href="./{escape(path)}"{more}>{look.icon(path)}{escape(title)}</a>'
 
 
 def missing_page(titles: Mapping[str, str]) -> str:

@@ -142,9 +142,20 @@ def _differences(session: Session) -> pn.Column:
         for key, ds in found.items():
             study, _, name = key.partition("/")
             results.setdefault(study, {})[name] = ds
-        return [widgets.html(answers(session, results))]
+        return [widgets.html(answers(session, results)), *_difference_map(session, results)]
 
     return widgets.awaited(ask, show)
+
+
+def _difference_map(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]]) -> list[Any]:
+    """Return the map of the tested differences of expert load between analysis and final, if it was made."""
+    ds = results.get("channels", {}).get("routing_analysis_vs_final")
+    gallery = registry.find("channels").load_figures().gallery(results["channels"]) if ds is not None else {}
+    item = gallery.get("routing_analysis_vs_final_matched")
+    if item is None:
+        return []
+    name = f"{session.name}-routing_analysis_vs_final_matched"
+    return [widgets.figure(item.draw(theme=session.theme), name, item.table)]
 
 
 def answers(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], most: int = 3) -> str:

@@ -15,10 +15,13 @@ from workbench.dashboards import content, widgets
 from workbench.dashboards.attention_page import attention
 from workbench.dashboards.conversation_page import transcript
 from workbench.dashboards.features_page import features
+from workbench.dashboards.features_page import names as feature_names
 from workbench.dashboards.heatmap_pages import experts, sinks
+from workbench.dashboards.expert_sections import expert_gallery
+from workbench.dashboards.neurons_page import neurons
 from workbench.dashboards.overview import overview
 from workbench.dashboards.results_pages import causal, graph
-from workbench.dashboards.session import Page, Selectors, Session, box, study
+from workbench.dashboards.session import Page, Selectors, Session, box, missing_record, study
 from workbench.errors import InputError
 from workbench.figures import effort as draw_effort
 from workbench.figures import quick_look as draw
@@ -145,6 +148,8 @@ def compare(session: Session) -> Page:
 _OWN_PAGES: Mapping[str, Callable[[Session], Page]] = {
     "overview": overview,
     "experts": experts,
+    "expert-examples": expert_gallery,
+    "neuron-examples": neurons,
     "sinks": sinks,
     "channels": channels,
     "effort": effort,
@@ -177,7 +182,7 @@ def study_page(session: Session, page: str) -> Page:
     Raises:
         InputError: the study compares two runs, and the dashboard has one.
     """
-    record = next(r for r in registry.studies() if (r.page or r.name) == page)
+    record = _study_of(page)
     names = (
         [session.name]
         if record.runs == 1
@@ -185,8 +190,31 @@ def study_page(session: Session, page: str) -> Page:
     )
     if len(names) < record.runs:
         raise InputError(f"{record.title} compares two runs: start the dashboard with two")
-    about = [widgets.html(content.about(session.run)), widgets.html(f"<p>{escape(record.question)}</p>")]
-    return Page([], [*about, *study(session, record.name, *names)])
+    about = [
+        widgets.html(content.about(session.run)),
+        widgets.html(f"<p class='wb-lead'>{escape(record.question)}</p>"),
+    ]
+    if (missing := missing_record(record, session.run)) is not None:
+        return Page([], [*about, missing])
+    return Page([], [*about, *study(session, record.name, *names, heading="Results")])
+
+
+def _study_of(page: str) -> registry.Study:
+    return next(r for r in registry.studies() if (r.page or r.name) == page)
+
+
+def absent_pages(session: Session) -> set[str]:
+    """Return the addresses of pages for which the run recorded nothing; none if the run cannot be read."""
+    try:
+        run = session.run
+    except InputError:
+        return set()
+    absent = {page for page in page_titles() if page == "compare" and len(session.registry.names) < 2}
+    for record in registry.studies(runs=1):
+        page = record.page or record.name
+        if _study_of(page) == record and missing_record(record, run) is not None:
+            absent.add(page)
+    return absent | (set() if feature_names(run) else {"features"})
 
 
 def made(page: str, session: Session) -> Page:

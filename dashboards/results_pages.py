@@ -28,7 +28,7 @@ def causal(session: Session) -> Page:
     stored = session.registry.stored(session.name)
     notes = _notes(stored)
     if not stored.experiments:
-        return Page([], [widgets.html(_how_to_store(session.name)), *notes])
+        return Page([], [*_how_to_store(session), *notes])
     titles = {registry.find(name).title: name for name in stored.experiments}
     pick = widgets.select("Experiment", titles, session.choice.get("experiment", list(titles.values())))
     shown = box()
@@ -162,10 +162,10 @@ def graph(session: Session) -> Page:
     if not stored.graphs:
         command = f"workbench graph MODEL --prompt TEXT --out {session.name}-graph.json"
         text = (
-            "<h2>No attribution graph is stored beside this run</h2><p>Make one with the command below, in the folder "
-            f"that holds the run, and open this page again.</p><pre>{escape(command)}</pre>"
+            "An attribution graph shows which tokens, heads and experts made the model give a token. Make one in the "
+            "folder that holds the run, and open this page again:"
         )
-        return Page([], [widgets.html(text), *_notes(stored)])
+        return Page([], [widgets.empty_state("No attribution graph beside this run", text, command), *_notes(stored)])
     names = list(stored.graphs)
     pick = widgets.select("Graph", names, session.choice.get("graph", names))
     view = view_input(session, attribution_graph.VIEW)
@@ -189,15 +189,19 @@ def graph(session: Session) -> Page:
     return Page([pick], [widgets.html(lead), shown, view, *_notes(stored)])
 
 
-def _how_to_store(name: str) -> str:
-    commands = "\n".join(
-        f"workbench study {record.name} {name}.zarr --model MODEL --out results" for record in registry.experiments()
+def _how_to_store(session: Session) -> list[Any]:
+    """Return how to run an experiment, and a table of those that there are."""
+    model = session.registry.model(session.name) or "MODEL"
+    command = f"workbench study expert-ablation {session.name}.zarr --model {model} --out results"
+    text = (
+        "Experiments change the model and measure what follows. Run one in the folder that holds the run, and open "
+        "this page again:"
     )
-    return (
-        "<h2>No experiment is stored beside this run</h2><p>Experiments change the model and measure what follows. Run "
-        "one in the folder that holds the run and open this page again.</p>"
-        f"<pre>{escape(commands)}</pre>"
-    )
+    rows = pd.DataFrame([{"name": record.name, "question": record.question} for record in registry.experiments()])
+    return [
+        widgets.empty_state("No experiment beside this run", text, command),
+        widgets.table("Experiments", rows, "experiments"),
+    ]
 
 
 def _notes(stored: StoredResults) -> list[Any]:

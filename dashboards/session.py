@@ -11,6 +11,7 @@ import xarray as xr
 from workbench import registry
 from workbench.dashboards import content, widgets
 from workbench.dashboards.state import RunRegistry, Selection
+from workbench.errors import InputError
 from workbench.figures.gallery import Gallery
 from workbench.figures.template import ThemeName
 from workbench.harmony.flags import SEQUENCE_FLAGS
@@ -146,6 +147,19 @@ class Selectors:
         for name in names:
             self.widgets[name].param.watch(changed, "value")
         changed()
+
+
+def missing_record(record: registry.Record, run: Run) -> Any:
+    """Return what a page shows if the run lacks what a study needs: how to record it; None if nothing is missing."""
+    try:
+        record.check_recorded(run)
+    except InputError as error:
+        reason, _, remedy = str(error).rpartition(": ")
+        needed = " and ".join(record.requires)
+        command = f"workbench capture MODEL TRANSCRIPTS RUN.zarr {remedy.removeprefix('capture again with ')}"
+        title = f"This run has no recorded {needed}"
+        return widgets.empty_state(title, f"{reason}. Capture again with:", command)
+    return None
 
 
 def box() -> pn.Column:

@@ -56,6 +56,7 @@ class Selection:
         "pins",
         "groups",
         "token",
+        "neuron",
         "feature",
         "quantity",
     )
@@ -149,7 +150,9 @@ class RunRegistry:
             return StoredResults()
         return stored_beside(storage.path, self.run(name).digest)
 
-    def study(self, study: str, *names: str, exclude: str = "") -> Callable[[], Answer]:
+    def study(
+        self, study: str, *names: str, exclude: str = "", options: Mapping[str, int] | None = None
+    ) -> Callable[[], Answer]:
         """Return a function that asks for a study of the run(s) in their current state, without waiting for it.
 
         A run in progress is not studied again after every unit: open the page again for the newer state.
@@ -158,7 +161,8 @@ class RunRegistry:
         paths = [str(self._paths[name]) for name in names]
         lasting = all(run.status == "complete" for run in runs)
         digest = "-".join(run.digest for run in runs)
-        return partial(self.desk.ask, study, paths, digest, exclude=exclude, lasting=lasting)
+        more = {"options": options} if options else {}
+        return partial(self.desk.ask, study, paths, digest, exclude=exclude, lasting=lasting, **more)
 
     def model(self, name: str) -> str:
         """Return the model that can be loaded for a run, or "" if none is known; its digest is not compared yet."""

@@ -7,6 +7,7 @@ server, reads it back.
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ import xarray as xr
 
 import workbench
 from workbench import registry
+from workbench.bounded_json import parse_json
 from workbench.child_processes import python
 from workbench.errors import InputError
 from workbench.runs import attention_file
@@ -53,13 +55,24 @@ class Desk:
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
 
-    def ask(self, study: str, paths: Sequence[str], digest: str, *, exclude: str = "", lasting: bool = True) -> Answer:
+    def ask(
+        self,
+        study: str,
+        paths: Sequence[str],
+        digest: str,
+        *,
+        exclude: str = "",
+        lasting: bool = True,
+        options: Mapping[str, int] | None = None,
+    ) -> Answer:
         """Return the state of the study of the run(s) at these paths, and start it if nobody has yet.
 
         digest: of the runs, without the excluded sequences. exclude: flags of sequences to leave out. lasting: whether
-        the runs are complete.
+        the runs are complete. options: of the study, numbers only: they are part of the name of what is kept.
         """
-        return self._state((study, digest), partial(self._get, study, paths, digest, exclude, lasting))
+        name = "-".join([study, *(f"{option}-{int(value)}" for option, value in sorted((options or {}).items()))])
+        make = partial(self._get, study, name, paths, digest, exclude, lasting, dict(options or {}))
+        return self._state((name, digest), make)
 
     def attention(self, path: str, digest: str, model: str, sequence: int, layers: str) -> Answer:
         """Return the state of the attention patterns of a sequence, and start `workbench attention` if nobody has yet.
@@ -98,19 +111,29 @@ class Desk:
         if "_passing" in self.__dict__:
             self._passing.cleanup()
 
-    def _get(self, study: str, paths: Sequence[str], digest: str, exclude: str, lasting: bool) -> dict[str, xr.Dataset]:
+    def _get(
+        self,
+        study: str,
+        name: str,
+        paths: Sequence[str],
+        digest: str,
+        exclude: str,
+        lasting: bool,
+        options: dict[str, int],
+    ) -> dict[str, xr.Dataset]:
         folder = self._folder if lasting else Path(self._passing.name)
-        kept = folder / f"{digest}-{_code()}" / study
+        kept = folder / f"{digest}-{_code()}" / name
         if not kept.exists():
-            self._make(study, paths, exclude, kept)
+            self._make(study, paths, exclude, kept, options)
         os.utime(kept.parent)
         return load(kept)[study]
 
-    def _make(self, study: str, paths: Sequence[str], exclude: str, kept: Path) -> None:
+    def _make(self, study: str, paths: Sequence[str], exclude: str, kept: Path, options: dict[str, int]) -> None:
         """Write the results into a temporary folder and rename it when it is complete."""
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=kept.parent) as made:
-            self._run("-m", "workbench.dashboards.study_jobs", study, f"{made}/out", exclude, *paths)
+            values = json.dumps(options)
+            self._run("-m", "workbench.dashboards.study_jobs", study, f"{made}/out", exclude, values, *paths)
             if not kept.exists():
                 os.rename(f"{made}/out", kept)
 
@@ -178,9 +201,9 @@ def _main() -> None:
     from workbench.runs import open_run
     from workbench.studies import run_study
 
-    study, out, exclude, *paths = sys.argv[1:]
+    study, out, exclude, options, *paths = sys.argv[1:]
     try:
-        found = run_study(study, *(open_run(path, exclude=exclude) for path in paths))
+        found = run_study(study, *(open_run(path, exclude=exclude) for path in paths), **parse_json(options))
         save({name: ds for name, ds in found.items() if name not in _NOT_KEPT}, out)
     except InputError as error:
         print(error, file=sys.stderr)

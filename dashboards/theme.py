@@ -97,9 +97,13 @@ padding:10px 14px}
 .wb-examples li{margin:.25em 0}.wb-examples a{color:var(--wb-ink);text-decoration:none;white-space:pre-wrap}
 .wb-examples a:hover{text-decoration:underline}
 mark{background:var(--wb-accent);color:var(--wb-on-accent);border-radius:3px;padding:0 2px}
+mark.wb-shade{background:color-mix(in srgb,var(--wb-accent-soft) calc(100% - var(--share)),var(--wb-warn-soft));
+color:var(--wb-ink);box-shadow:inset 0 -3px 0 color-mix(in srgb,var(--wb-accent) var(--share),transparent)}
 pre{white-space:pre-wrap;background:var(--wb-raised);border-radius:6px;padding:8px 12px}
 summary{cursor:pointer;padding:3px 0}th[data-sort]{cursor:pointer}th[aria-sort=ascending]::after{content:" \25B4"}
 th[aria-sort=descending]::after{content:" \25BE"}tr:has(a){cursor:pointer}tbody tr:hover{background:var(--wb-raised)}
+.wb-empty{background:var(--wb-surface);border:1px solid var(--wb-line);border-radius:var(--wb-radius);
+padding:14px 20px;max-width:860px}
 .wb-note{border-left:4px solid var(--wb-control);background:var(--wb-raised);border-radius:4px;padding:8px 12px;
 margin:4px 0}
 .wb-note.good{border-color:var(--wb-good);background:var(--wb-good-soft)}
@@ -178,11 +182,14 @@ cursor:pointer}
 .wb-side{flex:0 0 256px;padding:10px 8px 30px;border-right:1px solid var(--wb-line);background:var(--wb-surface);
 position:sticky;top:48px;height:calc(100vh - 48px);overflow-y:auto}
 .wb-nav{display:block;margin-bottom:8px;padding-bottom:8px;border-bottom:1px solid var(--wb-line)}
-.wb-nav a{display:flex;align-items:center;gap:9px;padding:4px 10px;border-radius:6px;color:var(--wb-ink);
+.wb-nav h2{font-size:11px;font-weight:600;color:var(--wb-muted);margin:9px 10px 2px;line-height:1.4}
+.wb-nav a{display:flex;align-items:center;gap:9px;padding:2px 10px;border-radius:6px;color:var(--wb-ink);
 text-decoration:none}
+.wb-nav a.wb-absent{color:var(--wb-muted)}.wb-nav a.wb-absent svg{opacity:.55}
 .wb-nav a:hover{background:var(--wb-raised)}
 .wb-nav a[aria-current=page]{background:var(--wb-accent-soft);color:var(--wb-accent);font-weight:600}
 .wb-nav svg{flex:none}
+.wb-alone .wb-side,.wb-alone .wb-menu{display:none}.wb-alone .wb-main{margin:0 auto}
 .wb-main{flex:1 1 0;min-width:0;padding:10px 16px 60px;max-width:1640px}
 @media (max-width:1000px){.wb-menu{display:inline-flex}.wb-side{display:none;position:fixed;left:0;z-index:9}
 .wb-side.open{display:block;box-shadow:0 0 0 100vmax #0006}}
@@ -204,6 +211,8 @@ _ICONS = {
     "label-probes": "M2 3h6l6 5-6 5H2zM5 8h.1",
     "router-prediction": "M2 8h4M6 8l5-4M6 8l5 4M11 4h3M11 12h3",
     "attention": "M1 8c2-4 4-5 7-5s5 1 7 5c-2 4-4 5-7 5s-5-1-7-5M8 6a2 2 0 1 0 .1 0",
+    "neuron-examples": "M8 5a3 3 0 1 0 .1 0M8 1v4M8 11v4M1 8h4M11 8h4",
+    "probe-trajectory": "M2 13c3 0 3-8 6-8s3 4 6-2M2 2v12h12",
     "features": "M8 1l2 5 5 .5-4 3.5 1.500 5L8 12l-4.500 3 1.500-5-4-3.500L6 6z",
     "": "M3 13V8M7 13V3M11 13V6M2 13h12",
 }

@@ -48,6 +48,12 @@ def alert(text: str, kind: str = "warning") -> pn.pane.Alert:
     return pn.pane.Alert(escape(text), alert_type=kind, stylesheets=[ALERT_CSS])
 
 
+def empty_state(title: str, text: str, command: str = "") -> pn.pane.HTML:
+    """Return what a page shows instead of results: why there are none, and the command that makes some. All escaped."""
+    code = f"<pre>{escape(command)}</pre>" if command else ""
+    return html(f"<div class='wb-empty'><h2>{escape(title)}</h2><p>{escape(text)}</p>{code}</div>")
+
+
 def card(title: str, content: pn.viewable.Viewable, *, collapsed: bool = False) -> pn.Card:
     """Return a titled card that can be collapsed."""
     return pn.Card(

@@ -84,6 +84,7 @@ TESTED_BY = {
     "cli/live": "live/test_experiment.py",
     "cli/pipeline": "cli/test_cli.py",
     "cli/results": "cli/test_cli.py",
+    "dashboards/example_lists": "dashboards/test_neurons_page.py",
     "dashboards/expert_sections": "dashboards/test_overview.py",
     "dashboards/frame_view": "dashboards/test_attention_page.py",
     "dashboards/heatmap_pages": "dashboards/test_app.py",

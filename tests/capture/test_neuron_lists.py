@@ -17,6 +17,7 @@ from workbench.harmony.labels import CHANNELS
 from workbench.harmony.transcripts import write_transcripts
 from workbench.model.transformer import GptOss
 from workbench.runs import neuron_examples
+from workbench.runs.examples import sample_keys
 from workbench.runs.reader import Run
 from workbench.runs.verify import verify
 
@@ -75,6 +76,24 @@ def test_lists_hold_the_largest_activations_of_the_run(model: GptOss, run: Run) 
     assert signed > 0
 
 
+def test_the_random_sample_is_that_of_the_smallest_keys_of_the_run(model: GptOss, run: Run) -> None:
+    lists = neuron_examples.of_expert(run, LAYER, EXPERT)
+    every = activations(model, run)
+    unlike = 0
+    for c in range(len(CHANNELS)):
+        own = [row for row in every if row[0] == c]
+        keys = [int(sample_keys(np.array(s), np.array(p), LAYER, EXPERT)) for _, s, p, _ in own]
+        order = np.argsort(keys, kind="stable")[: lists["random_sequence"].shape[-1]]
+        places = list(zip(lists["random_sequence"][c].tolist(), lists["random_position"][c].tolist(), strict=True))
+        assert places[: len(order)] == [own[i][1:3] for i in order]
+        assert all(place == (-1, -1) for place in places[len(order) :])
+        for i, row in enumerate(order):
+            np.testing.assert_allclose(lists["random_activation"][c, :, i], own[row][3], rtol=2e-3, atol=1e-4)
+        if len(own) > 50:  # negative control: the tokens of the largest activations are others
+            unlike += int((lists["random_sequence"][c] != lists["sequence"][c, 7, : len(places)]).any())
+    assert unlike > 0
+
+
 def test_damaged_lists_are_found(model: GptOss, transcripts: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     wb.capture(model, transcripts, path, record=["routing", "neurons:0"], unit_tokens=1024)
@@ -82,7 +101,11 @@ def test_damaged_lists_are_found(model: GptOss, transcripts: Path, tmp_path: Pat
     group = zarr.open_group(str(path), mode="r+")
     filled = np.argwhere(group["neurons/sequence"][0] >= 0)[0]
     group["neurons/position"][(0, *filled)] += 1
-    assert any("neurons/position" in problem.what for problem in verify(path, recompute=True))
+    sampled = np.argwhere(group["neurons/random_sequence"][0] >= 0)[0]
+    group["neurons/random_position"][(0, *sampled)] += 1
+    found = [problem.what for problem in verify(path, recompute=True)]
+    for name in ("neurons/position", "neurons/random_position"):
+        assert any(name in what for what in found), found
 
 
 def test_excluded_sequences_have_no_examples(run: Run) -> None:

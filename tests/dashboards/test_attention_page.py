@@ -2,16 +2,23 @@
 
 import base64
 import re
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
+from typer.testing import CliRunner
 
 import workbench as wb
+from tests.conftest import DATA
+from workbench.cli import app
 from workbench.dashboards import attention_page
 from workbench.dashboards.frame_view import chosen_view
 from workbench.dashboards.search import vocabulary
+from workbench.dashboards.state import RunRegistry
+from workbench.dashboards.study_jobs import Desk
 
 
 def patterns(start: int, n: int) -> xr.Dataset:
@@ -75,3 +82,29 @@ def test_patterns_are_computed_on_request_and_the_address_reopens_them(demo: str
     expect(shown.get_by_role("heading", name="Layer 1, head 5")).to_be_visible()
     expect(shown.get_by_text("position 60")).to_be_visible()
     assert session.errors == session.foreign == again.errors == []
+
+
+@pytest.mark.parametrize("model", ["nano", None])
+def test_one_model_serves_the_patterns_and_the_live_page(
+    model: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`workbench dashboard RUN --model M`; without a model there is no live page (the negative control)."""
+    commands, seen = list[tuple[str, ...]](), dict[str, Any]()
+
+    def serve(runs: list[str], **options: Any) -> None:
+        seen.update(options)
+        if "extra" in options:  # while the model's server is open, as in the real one
+            template = options["extra"]["live"].show({"live": "Live"})
+            seen["title"], seen["main"] = template.texts["run_name"], len(template.main)
+        registry = RunRegistry(runs, cache=tmp_path, model=options.get("model", "other"))
+        with suppress(FileNotFoundError):  # the command that is not run writes no file
+            registry.desk._attention(runs[0], "digest", registry.model("demo"), 0, "", "out.npz")
+        registry.desk.close()
+
+    monkeypatch.setattr("workbench.dashboards.app.serve", serve)
+    monkeypatch.setattr(Desk, "_run", lambda self, *arguments: commands.append(arguments))
+    done = CliRunner().invoke(app, ["dashboard", str(DATA / "demo.zarr"), *(["--model", model] if model else [])])
+    assert done.exit_code == 0, done.output
+    (command,) = commands
+    assert command[command.index("--model") + 1] == (model or "other")
+    assert (seen.get("title"), seen.get("main", 0) > 0) == ((model, True) if model else (None, False))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tests.conftest import DATA
 from workbench.dashboards import app
-from workbench.dashboards.layout import missing_page
+from workbench.dashboards.layout import GROUPS, missing_page, navigation
+from workbench.dashboards.pages import page_titles
 from workbench.dashboards.state import RunRegistry
 
 
@@ -27,3 +28,16 @@ def test_the_page_for_an_unknown_address_links_to_the_pages() -> None:
     assert '<a href="/overview">' in text
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
+
+
+def test_the_navigation_has_every_page_once_under_a_heading() -> None:
+    titles = page_titles() | {"live": "Live", "of-another": "<b>Another"}
+    text = navigation("experts", titles, {"features"})
+    for path in titles:
+        assert text.count(f'data-page="{path}"') == 1, path
+    assert text.count("aria-current=page") == 1
+    assert text.count("wb-absent") == 1
+    assert text.index("More studies") < text.index("&lt;b&gt;Another"), "a page that no group names"
+    named = {path for paths in GROUPS.values() for path in paths}
+    assert named - {"live"} <= set(page_titles()), "every page of a group exists"
+    assert navigation("experts", {"experts": "Experts"}).count("<h2>") == 1, "no heading without a page"

@@ -108,3 +108,29 @@ def test_examples_are_those_of_the_channel_by_gate(channel: str, tokens: list[st
         {"channel": ["frame", "final", "commentary"]},
     )
     assert [row["token"] for row in expert_sections.example_rows(ds, "top", channel)] == tokens
+
+
+def test_the_gallery_has_the_strongest_example_of_each_expert_that_has_a_token() -> None:
+    def part(
+        values: list[list[object]] | list[list[float]] | list[list[int]], kind: type = object
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        return ("channel", "layer", "expert", "example"), np.array(values, dtype=kind)[:, None, :, None]
+
+    gates = [[0.9, 0.1, 0.0], [0.2, 0.4, 0.0], [0.5, 0.3, 0.0]]
+    tokens = [["f", "f", ""], ["a", "b", ""], ["c", "d", ""]]
+    ds = xr.Dataset(
+        {
+            "top_sequence": part([[1, 2, -1]] * 3, int),
+            "top_gate": part(gates, float),
+            "top_token": part(tokens),
+            "top_before": part([["x", "y", ""]] * 3),
+            "top_after": part([["", "", ""]] * 3),
+            "channel_lift": (("channel", "layer", "expert"), np.array([[[1.0, 1, 1]], [[2, 0.5, 1]], [[3, 4, 1]]])),
+        },
+        {"channel": ["frame", "analysis", "final"], "layer": [0], "expert": [0, 1, 2]},
+    )
+    labels = pd.DataFrame({"layer": [0, 0], "expert": [1, 0], "label": ["second", "first"]})
+    rows = expert_sections.gallery_table(ds, labels)
+    assert rows["label"].tolist() == ["first", "second"], "an expert without a token has no row"
+    assert rows["example"].tolist() == ["x[c]", "y[b]"], "frame tokens are no examples"
+    assert rows["final (× mean load)"].tolist() == [3.0, 4.0]

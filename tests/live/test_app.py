@@ -46,6 +46,35 @@ def run_to_the_end(page: Page) -> None:
     expect(page.get_by_text("Done.")).to_be_visible(timeout=LONG)
 
 
+# presses Run and returns the seconds until the first text of an answer is on the page
+FIRST_TOKEN = """async () => {
+  const find = (root, test) => { for (const e of root.querySelectorAll('*')) { if (test(e)) return e;
+    const inner = e.shadowRoot && find(e.shadowRoot, test); if (inner) return inner; } return null; };
+  const text = () => find(document, e => e.classList.contains('lv-text') && e.textContent.trim());
+  const run = find(document, e => e.tagName === 'BUTTON' && e.textContent.trim() === 'Run');
+  if (text()) return -1;
+  const start = performance.now(); run.click();
+  while (!text()) await new Promise(next => setTimeout(next, 5));
+  return (performance.now() - start) / 1000; }"""
+
+
+@pytest.mark.long
+def test_seconds_until_the_first_token(url: str) -> None:
+    """Print them for new pages; the docs have the numbers of `pytest -s --long tests/live/test_app.py -k seconds`."""
+    seconds = []
+    with launched() as browser:
+        for number in range(6):
+            page = Session(browser, url).page
+            page.get_by_label("User message").fill(f"{number + 11}*7", timeout=LONG)
+            page.wait_for_timeout(1500)
+            seconds.append(float(page.evaluate(FIRST_TOKEN)))
+            expect(page.get_by_text("Done.")).to_be_visible(timeout=LONG)
+            assert page.evaluate(FIRST_TOKEN) == -1, "negative control: there is a text already"
+            page.close()
+    print(f"first token on the live page (s): {', '.join(f'{value:.2f}' for value in seconds)}")
+    assert min(seconds) > 0
+
+
 @pytest.mark.slow
 def test_prompt_forbid_compare_and_copy(url: str, tmp_path: Path) -> None:
     with launched() as browser:

@@ -46,6 +46,9 @@ def test_contexts_are_those_of_the_tokens(run: Run, model: GptOss) -> None:
         at = starts[ds["sequence"].values[place]] + ds["position"].values[place]
         assert ds["token"].values[place] == model.tokenizer.decode([int(ids[at])])
         assert ds["token"].values[place] != ds["before"].values[place][-1:] or len(set(ids)) < 3
+    for place in map(tuple, np.argwhere(ds["random_sequence"].values >= 0)[::3]):
+        at = starts[ds["random_sequence"].values[place]] + ds["random_position"].values[place]
+        assert ds["random_token"].values[place] == model.tokenizer.decode([int(ids[at])])
     size = np.abs(ds["activation"].values.astype(float))
     assert (np.diff(size, axis=-1) <= 0).all()
     np.testing.assert_allclose(ds["largest"], size.max(-1))
@@ -85,6 +88,10 @@ def test_the_command_writes_pages_of_neurons(run: Run, tmp_path: Path) -> None:
         Feature.model_validate(page)
         assert page["index"] == feature_pages.neuron_number(run.model, 2, 5, page["neuron"])
         assert page["top_logits"]
+        assert {q["quantile_name"].split(",")[0] for q in page["examples_quantiles"]} == {
+            "Largest activations",
+            "Random sample",
+        }
     assert len({page["index"] for page in pages}) == len(pages)
     wrong = CliRunner().invoke(app, [*arguments, "--neurons", "2", "--overwrite"])
     assert "by layer and number" in str(wrong.exception)

@@ -36,7 +36,8 @@ def figure(ds: xr.Dataset, name: str, *, theme: ThemeName = "light") -> go.Figur
     variable = ds[name]
     title = str(ds.attrs.get("title", name))
     subtitle = str(variable.attrs.get("definition", "")) + ("; 95 % intervals" if f"{name}_low" in ds else "")
-    value = f"{variable.attrs.get('long_name', name)} ({variable.attrs.get('units', '1')})"
+    units = str(variable.attrs.get("units", "1"))
+    value = str(variable.attrs.get("long_name", name)) + (f" ({units})" if units != "1" else "")
     shared: Any = {"title": title, "subtitle": subtitle, "theme": theme}
     dims = sorted(map(str, variable.dims), key=lambda dim: (_is_text(ds, dim), -ds.sizes[dim]))
     if len(dims) == 1 and _is_text(ds, dims[0]) and f"{name}_low" in ds:

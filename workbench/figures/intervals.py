@@ -10,6 +10,8 @@ from jaxtyping import Bool
 from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme, band, translucent
 from workbench.studies.difference_tests import ALPHA
 
+_MOST_TICKS = 40  # whole numbers that are all named on an axis
+
 
 def lines(
     ds: xr.Dataset,
@@ -68,6 +70,8 @@ def lines(
             )
         )
     ticks = {"tickvals": list(place), "ticktext": [str(v) for v in at]} if at.dtype.kind in "OU" else {}
+    if at.dtype.kind in "iu" and not log_x and np.ptp(at) <= _MOST_TICKS:
+        ticks = {"dtick": 1}  # no half layers
     figure.update_xaxes(title=x_title or x, **ticks)
     if log_x:
         figure.update_xaxes(type="log", range=[-0.1, float(np.log10(max(at[-1], 2))) + 0.1])

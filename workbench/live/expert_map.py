@@ -83,8 +83,8 @@ export function render({ model, el }) {
     _stylesheets: ClassVar[list[Any]] = [
         """
 .map{display:grid;gap:2px;width:100%}
-.label{color:var(--wb-muted);font-size:var(--wb-small);padding-right:6px;text-align:right;line-height:18px}
-button{all:unset;box-sizing:border-box;height:18px;border-radius:3px;cursor:pointer;border:1px solid transparent;
+.label{color:var(--wb-muted);font-size:var(--wb-small);padding-right:6px;text-align:right;line-height:22px}
+button{all:unset;box-sizing:border-box;height:22px;border-radius:3px;cursor:pointer;border:1px solid transparent;
 background:color-mix(in srgb,var(--wb-accent) var(--share,0%),var(--wb-raised))}
 button:hover{border-color:var(--wb-control)}
 button:focus-visible{outline:3px solid var(--wb-accent);outline-offset:1px}

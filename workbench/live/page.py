@@ -32,6 +32,12 @@ overflow-x:auto;font:13px/1.5 ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',mon
 _PRIMARY_CSS = """
 .bk-btn,.bk-btn:hover{background:var(--wb-accent)!important;color:var(--wb-on-accent)!important;font-weight:600}
 """
+# what the answers and their comparison show before there are any
+_NO_ANSWER = (
+    "Press Run. The answer appears here token by token, and the map shows the experts that compute it.",
+    "Choose experts in the map, add an intervention and press Run: the same prompt with the intervention appears here.",
+)
+_NO_COMPARISON = "Add an intervention to compare two answers."
 _COPY = "navigator.clipboard.writeText(code.value)"
 
 
@@ -84,7 +90,8 @@ class LivePage:
         self._status = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
         load = [[0.0] * cfg.num_experts for _ in range(cfg.n_layers)]
         self._map = ExpertMap(load=shares_by_cell(load, cfg), sizing_mode="stretch_width", margin=(6, 10))
-        self._map_title = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
+        about = "Rows: layers; columns: experts. Colour: load of the tokens so far, darker for more."
+        self._map_title = pn.pane.HTML(_muted(about), stylesheets=[PARTS_CSS], **wide)
         self._add = {
             kind: pn.widgets.Button(label=title, variant="outline", margin=3)
             for kind, title in TITLES.items()
@@ -92,8 +99,8 @@ class LivePage:
         }
         self._list = pn.Column(sizing_mode="stretch_width")
         css = [PARTS_CSS, ANSWER_CSS]
-        self._answers = [pn.pane.HTML("", stylesheets=css, **wide) for _ in range(2)]
-        self._comparison = pn.pane.HTML("", stylesheets=css, **wide)
+        self._answers = [pn.pane.HTML(_muted(text), stylesheets=css, **wide) for text in _NO_ANSWER]
+        self._comparison = pn.pane.HTML(_muted(_NO_COMPARISON), stylesheets=css, **wide)
         self._python = pn.widgets.TextAreaInput(visible=False)  # what the browser copies
         self._code = pn.pane.HTML("", stylesheets=[_CODE_CSS], **wide)
         self._save = pn.widgets.FileDownload(
@@ -246,7 +253,7 @@ class LivePage:
         first = None if comparison is None else comparison.first_difference
         for pane, side, change in zip(self._answers, (experiment.original, experiment.edited), changes, strict=True):
             text = answer_html(experiment, side, self._theme, change=change, first_difference=first) if side else ""
-            pane.object = (text + _speed_html(side)) if side else '<p class="wb-muted">No interventions.</p>'
+            pane.object = (text + _speed_html(side)) if side else _muted("No interventions.")
         if ended:
             self._comparison.object = self._comparison_html(experiment)
 
@@ -288,7 +295,7 @@ class LivePage:
         ):
             sides = {"original": experiment.original} | ({"edited": experiment.edited} if experiment.edited else {})
             text += samples_html({name: summarize(experiment, side) for name, side in sides.items()}, n)
-        return text or '<p class="wb-muted">Add an intervention to compare two answers.</p>'
+        return text or _muted(_NO_COMPARISON)
 
     def _answer_text(self) -> str:
         if self._experiment is None or not self._experiment.original.tokens:
@@ -359,6 +366,10 @@ class LivePage:
             action()
         except InputError as error:
             self._status.object = note(str(error), "danger")
+
+
+def _muted(text: str) -> str:
+    return f'<p class="wb-muted">{escape(text)}</p>'
 
 
 def _speed_html(answer: Answer) -> str:

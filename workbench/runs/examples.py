@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, UInt64
 
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import shards
@@ -88,16 +88,22 @@ def _first(
     values: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """Return values [cell example] of the n smallest keys of each cell."""
-    sorted_keys = cell << np.uint64(_KEY_BITS) | key
-    order = np.argsort(sorted_keys)
+    picked, there = smallest(cell, key, n_cells, n)
+    return {
+        name: np.where(there, values[name][picked] if len(cell) else fill, np.array(fill, dtype))
+        for name, (dtype, fill) in FIELDS.items()
+    }
+
+
+def smallest(
+    cell: UInt64[np.ndarray, " slot"], key: UInt64[np.ndarray, " slot"], n_cells: int, n: int
+) -> tuple[Int[np.ndarray, "cell example"], Bool[np.ndarray, "cell example"]]:
+    """Return the slots with the n smallest keys of each cell, in ascending order, and which of them there are."""
+    order = np.argsort(cell << np.uint64(_KEY_BITS) | key)
     edges = np.searchsorted(cell[order], np.arange(n_cells + 1, dtype=np.uint64))
     rows = edges[:-1, None] + np.arange(n)
     there = rows < edges[1:, None]
-    picked = order[np.where(there, rows, 0)] if len(order) else np.zeros(rows.shape, dtype=np.intp)
-    return {
-        name: np.where(there, values[name][picked] if len(order) else fill, np.array(fill, dtype))
-        for name, (dtype, fill) in FIELDS.items()
-    }
+    return order[np.where(there, rows, 0)] if len(order) else np.zeros(rows.shape, dtype=np.intp), there
 
 
 def merged(parts: Iterable[Lists]) -> Lists:

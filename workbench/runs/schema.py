@@ -18,6 +18,7 @@ MANIFESTS = 3  # the first schema that has them
 CHUNK = 1024  # token rows of an inner chunk
 N_EXAMPLES = 16  # of an expert, in each list
 N_NEURON_EXAMPLES = 8  # of a neuron, in each channel
+N_NEURON_RANDOM = 4  # tokens of an expert in each channel, at which the activations of all its neurons are kept
 NEURON_FIELDS = {
     "activation": ("float16", 0),
     "sequence": ("int32", -1),
@@ -314,9 +315,14 @@ def _neurons(model: Mapping[str, Any], spec: Spec, units: int) -> dict[str, Arra
     layers, experts, neurons = spec.neuron_layers, model["num_experts"], model["d_mlp"]
     dims = ("unit", "channel", layer_dim(layers, model["n_layers"]), "expert", "d_mlp", "neuron_example")
     shape = (units, len(CHANNELS), len(layers), experts, neurons, N_NEURON_EXAMPLES)
-    return {
+    found = {
         f"neurons/{name}": ArraySpec(dims, shape, dtype, fill, 0, 1, 1) for name, (dtype, fill) in NEURON_FIELDS.items()
     }
+    for name, (dtype, fill) in NEURON_FIELDS.items():  # the places of a random sample are those of all neurons
+        axes = 5 if name == "activation" else 4
+        random_dims, random_shape = (*dims[:axes], "neuron_random"), (*shape[:axes], N_NEURON_RANDOM)
+        found[f"neurons/random_{name}"] = ArraySpec(random_dims, random_shape, dtype, fill, 0, 1, 1)
+    return found
 
 
 def _summaries(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int) -> dict[str, ArraySpec]:

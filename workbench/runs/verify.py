@@ -280,7 +280,7 @@ def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> 
     if run.spec.examples:
         yield from _examples(run, values, records, used)
     if run.spec.neuron_layers:
-        lists = {name: values[f"neurons/{name}"][0] for name in NEURON_FIELDS}
+        lists = {n: values[f"neurons/{n}"][0] for name in NEURON_FIELDS for n in (name, f"random_{name}")}
         tokens = {name: values[f"tokens/{name}"][:used] for name in ("sequence", "position", "channel")}
         yield from neuron_examples.problems(lists, tokens, records["experts"][list(run.spec.neuron_layers)])
     rows = values["summaries/sequence"]

@@ -104,14 +104,21 @@ def neuron_pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = Non
     layer, expert = int(examples.attrs["layer"]), int(examples.attrs["expert"])
     frequency = float(_frequencies(run)[layer, expert])  # a neuron has an activation wherever its expert is chosen
     names = ("activation", "sequence", "position", "before", "token", "after")
+    n_neurons = examples.sizes["neuron"]
     lists = {name: examples[name].transpose("neuron", "channel", "neuron_example").values for name in names}
+    for name in names:  # the tokens of the random sample are those of all neurons
+        sample = examples[f"random_{name}"]
+        sample = sample if "neuron" in sample.dims else sample.expand_dims(neuron=n_neurons)
+        lists[f"random_{name}"] = sample.transpose("neuron", "channel", "random_example").values
+    titles = {"": "Largest activations", "random_": "Random sample"}
     for i, neuron in enumerate(examples["neuron"].values.tolist()):
         quantiles = []
         for c, channel in enumerate(examples["channel"].values.tolist()):
-            rows = zip(*(lists[name][i, c].tolist() for name in names), strict=True)
-            shown = [_neuron_example(*row) for row in rows if row[1] >= 0]
-            if shown:
-                quantiles.append({"quantile_name": f"Largest activations, {channel}", "examples": shown})
+            for kind, title in titles.items():
+                rows = zip(*(lists[f"{kind}{name}"][i, c].tolist() for name in names), strict=True)
+                shown = [_neuron_example(*row) for row in rows if row[1] >= 0]
+                if shown:
+                    quantiles.append({"quantile_name": f"{title}, {channel}", "examples": shown})
         if quantiles:
             yield {
                 "index": neuron_number(run.model, layer, expert, neuron),

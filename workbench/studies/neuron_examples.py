@@ -1,4 +1,4 @@
-"""What single neurons of an expert respond to: the tokens of their largest activations, in context, by channel.
+"""What single neurons of an expert respond to: their largest activations and a random sample, in context, by channel.
 
     ds = wb.studies.neuron_examples.load(run, layer=2, expert=5)
     ds[["activation", "before", "token"]].sel(channel="analysis", neuron=77).to_dataframe()
@@ -40,12 +40,21 @@ DEFINITIONS = {
     "token": Definition("token", "text", "the token at which the neuron had this activation"),
     "before": Definition("text before", "text", f"up to {BEFORE} tokens before it, of the same sequence"),
     "after": Definition("text after", "text", f"up to {AFTER} tokens after it, of the same sequence"),
+    "random_activation": Definition("activation, random token", "1", "activation at a random token of the expert"),
+    "random_sequence": Definition("sequence, random token", "1", f"number of the sequence in the run{_NONE}"),
+    "random_position": Definition("position, random token", "tokens", f"position in its sequence{_NONE}"),
+    "random_token": Definition("random token", "text", "a random token of the expert, the same for all its neurons"),
+    "random_before": Definition("text before, random token", "text", f"up to {BEFORE} tokens before it"),
+    "random_after": Definition("text after, random token", "text", f"up to {AFTER} tokens after it"),
     "largest": Definition("largest activation", "1", "largest absolute activation in the channel"),
 }
-METHOD = "The tokens of the largest absolute activations of every neuron among the tokens of its expert, by channel."
+METHOD = (
+    "The tokens of the largest absolute activations of every neuron among the tokens of its expert, by channel, and "
+    "its activations at a random sample of these tokens, the same tokens for all neurons of the expert."
+)
 NOT_CONTROLLED = (
-    "Largest activations show the extreme, not what the neuron does at most tokens. A neuron whose largest activations "
-    "have both signs may respond to two unlike things."
+    "Largest activations show the extreme; the random sample shows what the neuron does at most tokens. A neuron whose "
+    "largest activations have both signs may respond to two unlike things."
 )
 _SHOWN = 5
 
@@ -72,13 +81,20 @@ def load(run: Any, *, layer: int = -1, expert: int = -1, seed: int = 0, tokenize
     lists = neuron_examples.of_expert(run, layer, expert)
     channels = [c for c in range(len(CHANNELS)) if (lists["sequence"][c] >= 0).any()]
     lists = {name: values[channels] for name, values in lists.items()}
-    places = np.stack([lists[name].ravel() for name in ("sequence", "position")], axis=1)
-    texts = contexts(run, places, conversations.tokenizer(run, tokenizer))
-    rows = np.array([texts[s, p] for s, p in places.tolist()], dtype=object).reshape(*lists["sequence"].shape, 3)
-    dims = ("channel", "neuron", "neuron_example")
-    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {n: (dims, values) for n, values in lists.items()}
-    variables |= {name: (dims, rows[..., i]) for i, name in enumerate(("token", "before", "after"))}
-    variables["largest"] = (dims[:2], np.abs(lists["activation"]).max(-1).astype(np.float64))
+    kinds = {"": ("channel", "neuron", "neuron_example"), "random_": ("channel", "random_example")}
+    places = {
+        kind: np.stack([lists[f"{kind}{name}"].ravel() for name in ("sequence", "position")], axis=1) for kind in kinds
+    }
+    texts = contexts(run, np.concatenate(list(places.values())), conversations.tokenizer(run, tokenizer))
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    for kind, dims in kinds.items():
+        shape = lists[f"{kind}sequence"].shape
+        rows = np.array([texts[s, p] for s, p in places[kind].tolist()], dtype=object).reshape(*shape, 3)
+        variables |= {f"{kind}{name}": (dims, lists[f"{kind}{name}"]) for name in ("sequence", "position")}
+        variables |= {f"{kind}{name}": (dims, rows[..., i]) for i, name in enumerate(("token", "before", "after"))}
+    variables["activation"] = (kinds[""], lists["activation"])
+    variables["random_activation"] = (("channel", "neuron", "random_example"), lists["random_activation"])
+    variables["largest"] = (kinds[""][:2], np.abs(lists["activation"]).max(-1).astype(np.float64))
     coords = {"channel": [CHANNELS[c] for c in channels], "neuron": np.arange(run.model["d_mlp"])}
     attrs = provenance("neuron-examples", STUDY.title, run.digest, seed, {"layer": layer, "expert": expert})
     attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "layer": layer, "expert": expert}
