@@ -13,7 +13,6 @@ from panel.theme import Design
 from workbench.dashboards import theme as look
 from workbench.figures.template import ThemeName
 
-
 # the navigation: headings, and the pages under each; pages that no group names, as of other packages, come last
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "": ("overview", "transcript", "live"),

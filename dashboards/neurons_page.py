@@ -99,7 +99,7 @@ def examples(session: Session, layer: int, expert: int) -> pn.Column:
 
 
 def strongest(session: Session, layer: int, expert: int) -> list[Any]:
-    """Return the section of the expert page with its neurons of the largest activations; nothing if none is recorded."""
+    """Return the section of the expert page with its most active neurons; nothing if none is recorded."""
     if layer not in getattr(session.run.spec, "neuron_layers", ()):
         return []
 
@@ -138,7 +138,8 @@ def table(ds: xr.Dataset) -> pd.DataFrame:
 def lists(session: Session, ds: xr.Dataset, neuron: int, kind: str) -> str:
     """Return HTML of a neuron's examples by channel, each with its activation; each opens its conversation.
 
-    The token is the darker, the larger its activation. kind: "" for the largest activations, "random_" for the random sample.
+    The larger its activation, the darker the token. kind: "" for the largest activations, "random_" for the random
+    sample.
     """
     parts = []
     largest = max(float(ds["largest"].sel(neuron=neuron).max()), 1e-9)

@@ -14,10 +14,10 @@ from workbench import registry
 from workbench.dashboards import content, widgets
 from workbench.dashboards.attention_page import attention
 from workbench.dashboards.conversation_page import transcript
+from workbench.dashboards.expert_sections import expert_gallery
 from workbench.dashboards.features_page import features
 from workbench.dashboards.features_page import names as feature_names
 from workbench.dashboards.heatmap_pages import experts, sinks
-from workbench.dashboards.expert_sections import expert_gallery
 from workbench.dashboards.neurons_page import neurons
 from workbench.dashboards.overview import overview
 from workbench.dashboards.results_pages import causal, graph

@@ -181,6 +181,27 @@ def test_every_link_leads_somewhere(tmp_path: Path) -> None:
     assert broken_links(tmp_path / "page.md") == ["gone.md"]
 
 
+def missing_tests(text: str) -> list[str]:
+    """The tests that a page names as `tests/FILE.py::TEST` or as a file, and that are not there."""
+    missing = []
+    for file, test in re.findall(r"`(tests/[\w/*]+(?:\.py)?)(?:::(\w+))?`", text):
+        path = ROOT / file
+        if not path.exists() or (test and not re.search(rf"^def {test}\(", path.read_text(), re.MULTILINE)):
+            missing.append(f"{file}::{test}")
+    return missing
+
+
+def test_the_tests_that_the_page_on_security_names_are_there() -> None:
+    """Every promise names a test; one that was renamed is noticed."""
+    text = (ROOT / "docs" / "security.md").read_text()
+    table = text.partition("## What is promised")[2].partition("\n## ")[0]
+    promises = [line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    assert len(promises) > 30
+    assert all("::test_" in line for line in promises)
+    assert missing_tests(text) == []
+    assert missing_tests("`tests/test_docs.py::test_nothing`") == ["tests/test_docs.py::test_nothing"]
+
+
 @pytest.mark.parametrize("page", ["commands.md", "benchmarks.md", "studies.md"])
 def test_generated_parts_are_written_into_the_pages(page: str) -> None:
     """`python -m docs.commands_page` writes them, so that the repository shows what the site shows."""

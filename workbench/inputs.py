@@ -7,17 +7,18 @@ read once only, so its content is copied to a temporary file.
 import errno
 import os
 import select
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from workbench.errors import InputError
 
 WRITER_TIMEOUT_S = 10.0  # within which a named pipe must have a writer
+MAX_PIPE_BYTES = 16 * 2**30
+_CHUNK_BYTES = 2**20
 _ANONYMOUS = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
 
 
@@ -41,11 +42,25 @@ def regular_file(path: str | Path) -> Iterator[Path]:
     with tempfile.NamedTemporaryFile(suffix=Path(path).suffix) as copy:
         try:
             with os.fdopen(_open_pipe(path), "rb") as pipe:
-                shutil.copyfileobj(pipe, copy)
+                _copy(path, pipe, copy)
             copy.flush()
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
         yield Path(copy.name)
+
+
+def _copy(path: str | Path, pipe: BinaryIO, copy: IO[bytes]) -> None:
+    """Copy what a pipe gives, which may never end.
+
+    Raises:
+        InputError: it gives more than `MAX_PIPE_BYTES`.
+    """
+    size = 0
+    while chunk := pipe.read(_CHUNK_BYTES):
+        size += len(chunk)
+        if size > MAX_PIPE_BYTES:
+            raise InputError(f"{path} is a pipe that gives more than {MAX_PIPE_BYTES:,} bytes; give a file")
+        copy.write(chunk)
 
 
 def open_regular(path: Path) -> BinaryIO:

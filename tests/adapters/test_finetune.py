@@ -1,6 +1,8 @@
 """Training makes PEFT's steps on weights that stay packed, resumes bit for bit, and teaches what it is shown."""
 
 import json
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import workbench as wb
 from tests.model.adapters import SHAPE, dense_and_packed
@@ -201,11 +205,119 @@ def test_a_stopped_training_goes_on_bit_for_bit(
     assert other["losses"] != whole["losses"]
 
 
-def test_a_damaged_state_is_refused(nano: Any, rows: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.training.safetensors").write_bytes(b"\0" * 100)
+def test_other_rows_through_a_pipe_and_another_template_are_refused(
+    nano: Any, rows: Path, tmp_path: Path, stop_after: type[_StopAfter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe gives its bytes once: hashed a second time, every one would be the empty text."""
+    schedule, options, lines = Schedule(2, batch=1), Options(("attention",), rank=1), rows.read_text().splitlines(True)
+
+    def train(text: str) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text(text))
+        writer.start()
+        try:
+            finetune(nano, tmp_path / "pipe", tmp_path / "out", options=options, schedule=schedule)
+        finally:
+            writer.join()
+            (tmp_path / "pipe").unlink()
+
+    stop_after.left = 1
+    with pytest.raises(JobError):
+        train("".join(lines))
+    stop_after.left = 10**9
+    with pytest.raises(InputError, match=r"whose data was \w{64}, and is now"):
+        train("".join(lines[:-1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(nano.tokenizer, "chat_template", nano.tokenizer.chat_template + "{# another #}")
+        with pytest.raises(InputError, match="whose chat template was"):
+            train("".join(lines))
+    train("".join(lines))
+    assert (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["noise", "a pipe", "no losses", "too many steps", "a missing tensor", "a list"])
+def test_a_damaged_state_is_refused(nano: Any, rows: Path, tmp_path: Path, stop_after: Any, damage: str) -> None:
+    state, options = tmp_path / "out.training.safetensors", Options(("attention",), rank=1)
+    stop_after.left = 1
+    with pytest.raises(JobError):
+        finetune(nano, rows, tmp_path / "out", options=options, schedule=Schedule(2, batch=1))
+    stop_after.left = 10**9
+    with safe_open(state, "pt") as file:
+        told = json.loads(file.metadata()["training"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    state.unlink()
+    if damage == "noise":
+        state.write_bytes(bytes(100))
+    elif damage == "a pipe":
+        os.mkfifo(state)
+    else:
+        told["losses"] = {"no losses": None, "too many steps": [1.0] * 9}.get(damage, told["losses"])
+        if damage == "a missing tensor":
+            tensors.pop(min(tensors))
+        save_file(tensors, state, metadata={"training": json.dumps([] if damage == "a list" else told)})
     with pytest.raises(InputError, match=r"is damaged .*remove it to begin anew"):
-        finetune(nano, rows, tmp_path / "out", schedule=Schedule(1))
+        finetune(nano, rows, tmp_path / "out", options=options, schedule=Schedule(2, batch=1))
     assert nano.blocks[0].attn.q.lora is None
+
+
+class _InTheMiddle(torch.optim.AdamW):
+    """Is interrupted when it has updated half of the factors of a step: a second Ctrl-C falls anywhere."""
+
+    left = 2
+
+    def step(self, closure: Any = None) -> Any:
+        type(self).left -= 1
+        if self.left == 0:
+            del self.param_groups[0]["params"][1:]
+            super().step(closure)
+            raise KeyboardInterrupt
+        return super().step(closure)
+
+
+def test_half_a_step_is_not_saved(nano: Any, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is resumed is the last complete step; the negative control saves what half a step left."""
+    schedule, options = Schedule(3, batch=2, learning_rate=1e-2), Options(("attention",), rank=1)
+    whole = finetune(nano, rows, tmp_path / "whole", options=options, schedule=schedule)
+    for always in (False, True):
+        out = tmp_path / f"always {always}"
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_SAVE_S", 0.0)
+            patch.setattr(torch.optim, "AdamW", _InTheMiddle)
+            if always:
+                patch.setattr(Training, "_between_steps", property(lambda _: True, lambda *_: None), raising=False)
+            _InTheMiddle.left = 2
+            with pytest.raises(KeyboardInterrupt):
+                finetune(nano, rows, out, options=options, schedule=schedule)
+        parts = finetune(nano, rows, out, options=options, schedule=schedule)
+        assert (parts["losses"] == whole["losses"]) != always
+
+
+def test_a_training_that_was_killed_behind_its_last_step_is_done(
+    nano: Any, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state is removed; an adapter that another training wrote is not taken for its result."""
+    schedule, options, out = Schedule(1, batch=1), Options(("attention",), rank=1), tmp_path / "out"
+    unlink = Path.unlink
+
+    def dies_at_the_state(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "out.training.safetensors":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_SAVE_S", -1.0)
+        patch.setattr(Path, "unlink", dies_at_the_state)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(nano, rows, out, options=options, schedule=schedule)
+    state = module.state_path(out)
+    assert state.exists()
+    with pytest.raises(InputError, match=r"out exists: choose another name"):
+        finetune(nano, rows, out, options=options, schedule=replace(schedule, seed=1))
+    written = (out / "adapter_model.safetensors").read_bytes()
+    done = finetune(nano, rows, out, options=options, schedule=schedule)
+    assert done == json.loads((out / "training.json").read_text())
+    assert (out / "adapter_model.safetensors").read_bytes() == written
+    assert not state.exists()
 
 
 def test_nano_learns_another_answer(nano: Any, rows: Path, tmp_path: Path) -> None:

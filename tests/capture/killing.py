@@ -1,9 +1,11 @@
 """A process that starts commands and kills them: `python -m tests.capture.killing KIND FOLDER KILLS SEED SIGNAL`.
 
-KIND: "capture", "workers" (capture by two processes), "s3" (capture into `s3://runs`), "generate" or "transcripts".
-FOLDER holds prompts.jsonl and transcripts.jsonl. SIGNAL: "KILL", "INT", or "both" in turn. Children are forked off a process that has
-imported everything, so a kill costs a fraction of a second and falls anywhere between the first file and the last. An
-output that gets to its end is left for the test, and the next begins. Prints how many kills and outputs there were.
+KIND: "capture", "workers" (capture by two processes), "s3" (capture into `s3://runs`), "generate", "transcripts",
+"finetune", or "branching" (the study sentence-importance with its stored continuations). FOLDER holds prompts.jsonl,
+transcripts.jsonl and, for "branching", run.zarr. SIGNAL: "KILL", "INT", or "both" in turn. Children are forked off a
+process that has imported everything, so a kill costs a fraction of a second and falls anywhere between the first file
+and the last. An output that gets to its end is left for the test, and the next begins. Prints how many kills and
+outputs there were.
 """
 
 import contextlib
@@ -19,19 +21,39 @@ import torch
 import workbench as wb
 from tests.capture.mock_host import serving
 from workbench import cli
+from workbench.adapters import finetune
 from workbench.capture import compute, generation, job, pipeline  # noqa: F401  loaded before the first fork
+from workbench.experiments import sentence_importance  # noqa: F401
 from workbench.harmony.hosts import collect  # noqa: F401
 
 RECORD = ["routing", "sinks", "logprobs", "resid_post:1,3", "mlp_out:2 channel=final"]
 CAPTURE = ["--unit-tokens", "1024", "--dtype", "float32", *(f"--record={name}" for name in RECORD)]
-ENDS = {"capture": "", "workers": "", "s3": "", "generate": ".jsonl", "transcripts": ".jsonl"}
+ENDS = {"generate": ".jsonl", "transcripts": ".jsonl"}
+TRAINING = ["--steps", "4", "--batch", "2", "--rank", "1", "--part", "attention", "--dtype", "float32"]
+BRANCHING = [
+    "--dtype",
+    "float32",
+    "--sequences",
+    "2",
+    "--option",
+    "conversations=2",
+    "--option",
+    "samples=10",
+    "--option",
+    "rounds=1",
+]
+BRANCHING += ["--option", "max_sentences=3", "--option", "max_new_tokens=12", "--overwrite"]
 # of a command that SIGINT stopped before, while or after it was at work
 STOPPED = (1, 130, -signal.SIGINT)
 
 
 def arguments(kind: str, folder: Path, number: int, url: str) -> list[str]:
     """The command that makes output `number`."""
-    prompts, transcripts, out = folder / "prompts.jsonl", folder / "transcripts.jsonl", f"{kind}-{number}{ENDS[kind]}"
+    prompts, transcripts, out = (
+        folder / "prompts.jsonl",
+        folder / "transcripts.jsonl",
+        f"{kind}-{number}{ENDS.get(kind, '')}",
+    )
     if kind == "generate":
         return [
             "generate",
@@ -47,6 +69,11 @@ def arguments(kind: str, folder: Path, number: int, url: str) -> list[str]:
         ]
     if kind == "transcripts":
         return ["transcripts", url, str(prompts), str(folder / out), "--model", "m", "--api", "chat", "--retries", "1"]
+    if kind == "finetune":
+        return ["finetune", "nano", str(transcripts), "--out", str(folder / out), *TRAINING]
+    if kind == "branching":
+        where = ["--out", str(folder / out), "--option", f"store={folder / out}.jsonl"]
+        return ["study", "sentence-importance", str(folder / "run.zarr"), "--model", "nano", *where, *BRANCHING]
     target = f"s3://runs/{out}" if kind == "s3" else str(folder / out)
     return ["capture", "nano", str(transcripts), target, *CAPTURE, *(["--workers", "2"] if kind == "workers" else [])]
 
@@ -54,6 +81,7 @@ def arguments(kind: str, folder: Path, number: int, url: str) -> list[str]:
 def main(kind: str, folder: Path, kills: int, seed: int, signals: list[signal.Signals]) -> None:
     torch.set_num_threads(1)  # what is forked has no other threads
     wb.load("nano", dtype=torch.float32)
+    finetune._SAVE_S = 0.0  # after every step, not every two minutes
     rng = np.random.default_rng(seed)
     killed = outputs = 0
     longest = 0.0

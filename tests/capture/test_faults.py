@@ -78,11 +78,16 @@ def kill(kind: str, folder: Path, kills: int) -> int:
     return outputs
 
 
-def leftovers(folder: Path, kind: str) -> list[str]:
-    """Names in a folder that are no input, no output and no log: a lock of the last job that was killed may be there."""
+def leftovers(folder: Path, kind: str, unfinished: int | None = None) -> list[str]:
+    """Names in a folder that are no input, no output and no log: a lock of the last job that was killed may be there.
+
+    unfinished: an output that is not looked at, as nobody resumed it.
+    """
     names = (path.name for path in folder.iterdir())
-    own = re.compile(rf"{kind}-\d+(\.jsonl|\.log)?|prompts\.jsonl|transcripts\.jsonl|stderr|\.{kind}-\d+.*\.lock")
-    return [name for name in names if not own.fullmatch(name)]
+    inputs = r"prompts\.jsonl|transcripts\.jsonl|run\.zarr|stderr"
+    own = rf"{kind}-\d+(\.jsonl|\.log)?|{inputs}|\.{kind}-\d+.*\.lock|\.{kind}-\d+\.workbench"
+    own += "" if unfinished is None else rf"|\.?{kind}-{unfinished}\..*"
+    return [name for name in names if not re.fullmatch(own, name)]
 
 
 @pytest.mark.slow
@@ -110,6 +115,41 @@ def test_kills_of_a_file_of_rows_lose_nothing(tmp_path: Path, kind: str, long: b
     (text,) = found
     assert [json.loads(line)["id"].split("/")[1] for line in text.splitlines()] == ["low", "medium", "high"] * 3
     assert not leftovers(tmp_path, kind)
+
+
+def written(folder: Path, name: str) -> dict[str, bytes]:
+    """Return the files of an output that is a folder or a file, and of what lies beside it by the same name."""
+    found = {}
+    for path in sorted(folder.glob(f"{name}*")):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                found[str(file.relative_to(folder)).replace(name, "OUT")] = file.read_bytes().replace(
+                    name.encode(), b"OUT"
+                )
+    return found
+
+
+@pytest.mark.slow
+def test_kills_of_a_training_lose_nothing(transcripts: Path, tmp_path: Path, long: bool) -> None:
+    """The weights and the losses of every adapter are those of a training that nobody disturbed."""
+    shutil.copy(transcripts, tmp_path / "transcripts.jsonl")
+    outputs = kill("finetune", tmp_path, 30 if long else 3)
+    found = [written(tmp_path, f"finetune-{number}") for number in range(outputs)]
+    assert {"OUT/adapter_model.safetensors", "OUT/training.json"} <= found[0].keys()
+    assert all(each == found[0] for each in found)
+    assert not leftovers(tmp_path, "finetune", outputs)
+
+
+@pytest.mark.slow
+def test_kills_of_a_study_of_branches_lose_nothing(whole: Path, tmp_path: Path, long: bool) -> None:
+    """The stored continuations and the tables of every study are those of one that nobody disturbed."""
+    shutil.copytree(whole, tmp_path / "run.zarr")
+    outputs = kill("branching", tmp_path, 30 if long else 3)
+    found = [written(tmp_path, f"branching-{number}") for number in range(outputs)]
+    assert "OUT.jsonl" in found[0]
+    assert any(name.startswith("OUT/") and name.endswith(".csv") for name in found[0])
+    assert all(each == found[0] for each in found)
+    assert not leftovers(tmp_path, "branching", outputs)
 
 
 @pytest.mark.long

@@ -80,6 +80,22 @@ def test_refusals_write_nothing(nano: GptOss, prompts: Path, tmp_path: Path) -> 
     assert out.read_text() == "mine"
 
 
+def test_another_template_or_other_prompts_do_not_resume_a_file(
+    nano: GptOss, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = tmp_path / "out.jsonl", {"efforts": ["low"], "max_new_tokens": 2}
+    generate_transcripts(nano, prompts, out, **options)
+    begun = out.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(nano.tokenizer, "chat_template", f"{nano.tokenizer.chat_template}{{# another #}}")
+        with pytest.raises(InputError, match="was begun with chat_template"):
+            generate_transcripts(nano, prompts, out, **options)
+    prompts.write_text("".join(prompts.read_text().splitlines(True)[:-1]))
+    with pytest.raises(InputError, match="was begun with prompts"):
+        generate_transcripts(nano, prompts, out, **options)
+    assert out.read_bytes() == begun
+
+
 def test_an_unfinished_answer_is_wrong_not_an_error(nano: GptOss) -> None:
     assert final_text(nano.tokenizer.encode("12"), nano.tokenizer) is None
     prompt = wb.harmony.render([{"role": "user", "content": "say a"}], effort="low", tokenizer=nano.tokenizer)

@@ -6,6 +6,7 @@ nothing when it is refused, and leaves no file that is half written.
 
 import contextlib
 import copy
+import io
 import os
 import re
 import resource
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 from tests.cli.running import Result, run_command, snapshot
 from workbench.errors import JobError
+from workbench.registry import Experiment, records
 from workbench.research.recipe import Recipe
 
 LIMIT_S = 300.0  # a command that takes so long waits for something that never comes
@@ -184,6 +186,11 @@ def command_lines(draw: st.DrawFn, options: dict[str, dict[str, Any]], commands:
     """Return a command with one to three of its words missing, changed or added; options: command → name → type."""
     command = draw(st.sampled_from(commands))
     words = BASES[command].split()
+    if command == "study":
+        record = draw(st.sampled_from(records()))
+        words = [record.name, "run.zarr", *(["--model", "nano"] if isinstance(record, Experiment) else [])]
+        if record.options and draw(st.booleans()):
+            words += ["--option", f"{draw(st.sampled_from(sorted(record.options)))}={draw(HOSTILE_TEXT)}"]
     for _ in range(draw(st.integers(1, 3))):
         change = draw(st.sampled_from(["option", "option", "replace", "replace", "drop", "add", "flag"]))
         if change == "option":
@@ -264,13 +271,14 @@ class Checked:
         may_change: str = "",
         within: contextlib.AbstractContextManager[object] | None = None,
         codes: tuple[int, ...] = (0, 1, 2),
+        out: io.TextIOBase | None = None,
     ) -> Result:
         """Return how a command ended. may_change: an output that exists, which it may complete.
 
-        within: a context in which the command runs. codes: those that it may end with.
+        within: a context in which the command runs. codes: those that it may end with. out: its standard output.
         """
         with limits(), within or contextlib.nullcontext():
-            done = run_command(*arguments)
+            done = run_command(*arguments, out=out)
         after = snapshot(self.folder)
         owned = {name for name in self._before if may_change and name.split("/")[0] == may_change}
         changed = [n for n, what in self._before.items() if after.get(n) != what and (done.code == 2 or n not in owned)]

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,22 @@ def run_command(*arguments: str, out: io.TextIOBase | None = None) -> Result:
     return Result(int(left.value.code or 0), said, err.getvalue())
 
 
+_SETTLED_S = 0.1  # after this time a change of a file shows in its times, however coarse they are
+_digests: dict[tuple[int, ...], str] = {}
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, from an earlier call if the file was not changed since."""
+    about = path.stat()
+    key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+    if key in _digests:
+        return _digests[key]
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if time.time() - about.st_ctime > _SETTLED_S:
+        _digests[key] = found
+    return found
+
+
 def snapshot(folder: Path) -> dict[str, str]:
     """What every entry of a folder is: the target of a link, the digest of a file, the kind of anything else."""
     found = {}
@@ -49,7 +66,7 @@ def snapshot(folder: Path) -> dict[str, str]:
             if path.is_symlink():
                 what = f"link to {os.readlink(path)}"
             elif path.is_file() and path.stat().st_size < 2**30:
-                what = hashlib.sha256(path.read_bytes()).hexdigest()
+                what = digest(path)
             else:
                 what = "folder" if path.is_dir() else "special"
             found[str(path.relative_to(folder))] = what

@@ -5,6 +5,7 @@ that says how it succeeds, `test_every_command_is_tested` fails. `--long` runs e
 """
 
 import contextlib
+import inspect
 import io
 import os
 import resource
@@ -19,10 +20,12 @@ from typing import Any
 import pytest
 
 from tests.cli.fuzzing import BASES, SLOW, Checked, add_traps, without_long_work
-from tests.cli.running import Result, run_command
+from tests.cli.running import Result
 from tests.cli.test_fuzz_commands import option_names
 from tests.cli.test_outputs import OUTPUTS
 from workbench import cli
+from workbench.errors import InputError
+from workbench.registry import Experiment, Record, records
 
 COMMANDS = list(BASES)
 OPTIONS = option_names()
@@ -38,11 +41,36 @@ UNREAD = {("apply", "--prompts"), ("apply", "--adapter"), ("convert", "--request
 STAND_IN = "workbench: the test ends here"  # of a server, see `without_long_work`
 
 
+@pytest.fixture(scope="module")
+def checked(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checked]:
+    """Runs commands in one folder for all tests, as it checks that each command leaves the folder as it was."""
+    folder = tmp_path_factory.mktemp("every") / "work"
+    shutil.copytree(inputs, folder)
+    add_traps(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        without_long_work(patch)
+        patch.chdir(folder)
+        yield Checked(folder)
+
+
 @pytest.fixture
-def checked(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
-    add_traps(workplace)
+def damaged(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of inputs that a test may damage."""
     without_long_work(monkeypatch)
-    return Checked(workplace)
+    return workplace
+
+
+_took: dict[str, float] = {}
+
+
+def undisturbed_s(checked: Checked, command: str) -> float:
+    """Run a command to its end, in a locale without most characters; return its processor time, in seconds."""
+    if command not in _took:
+        begun = time.process_time()
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        ends(checked.run(*words(command), out=stream), words(command), 0, 1)
+        _took[command] = time.process_time() - begun
+    return _took[command]
 
 
 def words(command: str) -> list[str]:
@@ -107,16 +135,33 @@ def remove_table(run: Path) -> None:
 
 @pytest.mark.parametrize("damage", [damage_root, damage_chunk, remove_table])
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "run.zarr" in BASES[command]])
-def test_a_damaged_run(
-    checked: Checked, workplace: Path, command: str, damage: Callable[[Path], None], long: bool
-) -> None:
+def test_a_damaged_run(damaged: Path, command: str, damage: Callable[[Path], None], long: bool) -> None:
     if command in SLOW and damage is damage_chunk and not long:
         return
-    damage(workplace / "run.zarr")
+    damage(damaged / "run.zarr")
     # what reads no damaged file may succeed
     unread = damage is damage_chunk or command.startswith(("bench", "dashboard"))
     codes = (1,) if command in REPORTS else (0, 2) if unread else (2,)
-    ends(Checked(workplace).run(*words(command)), words(command), *codes)
+    ends(Checked(damaged).run(*words(command)), words(command), *codes)
+
+
+@pytest.mark.parametrize("record", records(), ids=lambda record: record.name)
+def test_every_study_and_experiment(checked: Checked, record: Record) -> None:
+    """A run that is something else, a value of a wrong type, and an option that it does not have."""
+    model = ["--model", "nano"] if isinstance(record, Experiment) else []
+    runs = ["run.zarr"] * getattr(record, "runs", 1)
+    for wrong in ("missing", "transcripts.jsonl", "pipe", "folder"):
+        arguments = ["study", record.name, wrong, *runs[1:], *model]
+        ends(checked.run(*arguments), arguments, 2)
+    wrong_options = ["nosuch=1", "seed=1", "x", *(f"{name}=[[1]]" for name in list(record.options)[:1])]
+    for option in wrong_options:
+        arguments = ["study", record.name, *runs, *model, "--option", option]
+        ends(checked.run(*arguments), arguments, 2)
+    function = getattr(record.load(), "experiment" if isinstance(record, Experiment) else "study")
+    defaults = {name: inspect.signature(function).parameters[name].default for name in record.options}
+    for name in (name for name, default in defaults.items() if default is not None):
+        with pytest.raises(InputError, match=rf"option {name}="):
+            record.checked_options(function, {name: {"x": 1}})
 
 
 @contextlib.contextmanager
@@ -139,12 +184,10 @@ def interrupted(after_s: float) -> Iterator[None]:
         signal.signal(signal.SIGINT, before[1])
 
 
-def test_an_interruption(checked: Checked, long: bool) -> None:
+def test_an_interruption_and_a_locale_without_the_characters(checked: Checked, long: bool) -> None:
+    """Everything is printed in ASCII, what has no character there as its escape."""
     for command in commands(long):
-        arguments = words(command)
-        begun = time.process_time()
-        checked.run(*arguments)
-        took = time.process_time() - begun
+        arguments, took = words(command), undisturbed_s(checked, command)
         for part in (0.2, 0.5, 0.8) if long else (0.5,):
             done = checked.run(*arguments, within=interrupted(max(0.001, part * took)), codes=(0, 1, 130))
             ends(done, arguments, 0, 1, 130)
@@ -184,26 +227,13 @@ def closed() -> io.TextIOWrapper:
     return io.TextIOWrapper(os.fdopen(write, "wb"), encoding="utf-8")
 
 
-def test_a_closed_standard_output(checked: Checked, workplace: Path, long: bool) -> None:
+def test_a_closed_standard_output(checked: Checked, long: bool) -> None:
     for command in commands(long):
-        shutil.rmtree(workplace.parent / "own", ignore_errors=True)
-        shutil.copytree(workplace, workplace.parent / "own", ignore=shutil.ignore_patterns("pipe", "loop"))
-        with contextlib.chdir(workplace.parent / "own"):
-            stream = closed()
-            done = run_command(*words(command), out=stream)
-            with contextlib.suppress(OSError):
-                stream.close()
+        stream = closed()
+        done = checked.run(*words(command), out=stream)
+        with contextlib.suppress(OSError):
+            stream.close()
         ends(done, words(command), 0, 1)
-
-
-def test_a_locale_without_the_characters(checked: Checked, workplace: Path, long: bool) -> None:
-    """Everything is printed in ASCII, what has no character there as its escape."""
-    for command in commands(long):
-        shutil.rmtree(workplace.parent / "own", ignore_errors=True)
-        shutil.copytree(workplace, workplace.parent / "own", ignore=shutil.ignore_patterns("pipe", "loop"))
-        with contextlib.chdir(workplace.parent / "own"):
-            stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-            ends(run_command(*words(command), out=stream), words(command), 0, 1)
 
 
 @pytest.mark.parametrize(

@@ -12,25 +12,20 @@ import typer
 from hypothesis import given
 
 from tests.cli.fuzzing import BASES, SLOW, Checked, add_traps, cases, command_lines, without_long_work
-from workbench.cli import app, bench
+from tests.cli.registered import registered_commands
+from workbench.cli import app
 from workbench.errors import InputError
 
 QUICK = 60
 
 
-def option_names() -> dict[str, dict[str, Any]]:
+def option_names(of: typer.Typer = app) -> dict[str, dict[str, Any]]:
     """Command → name of an option → its type, without None and list."""
     names: dict[str, dict[str, Any]] = {}
-    groups = {"": (app, typer.main.get_command(app)), "bench ": (bench, typer.main.get_command(bench))}
-    for prefix, (group, built) in groups.items():
-        for command in group.registered_commands:
-            assert command.callback is not None
-            name = command.name or command.callback.__name__
-            hints = typing.get_type_hints(command.callback)
-            params: Any = built.commands[name].params  # type: ignore[attr-defined]
-            names[prefix + name] = {
-                option: plain(hints[param.name]) for param in params for option in param.opts if option.startswith("-")
-            }
+    for command in registered_commands(of):
+        hints = command.hints()
+        options = [(option, param.name) for param in command.params for option in param.opts if option.startswith("-")]
+        names[command.name] = {option: plain(hints[name]) for option, name in options}
     return names
 
 
@@ -42,6 +37,23 @@ def plain(hint: Any) -> Any:
 
 def test_every_command_is_tested() -> None:
     assert set(option_names()) == set(BASES)
+    assert {name.split()[0] for name in option_names()} == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def test_a_command_in_a_group_of_a_group_is_found() -> None:
+    """The negative control: one that is in no group is all that the root alone lists."""
+    root, outer, inner = typer.Typer(), typer.Typer(), typer.Typer()
+
+    @root.command()
+    def first(count: int = 1) -> None: ...
+
+    @inner.command("the-deep-one")
+    def deep(names: list[str] | None = None) -> None: ...
+
+    outer.add_typer(inner, name="inner")
+    root.add_typer(outer, name="outer")
+    assert option_names(root) == {"first": {"--count": int}, "outer inner the-deep-one": {"--names": str}}
+    assert len(root.registered_commands) == 1
 
 
 @pytest.fixture

@@ -1,16 +1,21 @@
-"""GGUF files, MLX folders, adapters and dictionaries with random damage are read or refused in one line.
+"""Models, adapters, dictionaries and files of conversations with random damage are read or refused in one line.
 
-Each is damaged in its bytes, most of them in the header, in its JSON, and by pipes, devices and absurd sizes in the
+Models are GGUF files and MLX folders. Each is damaged in its bytes, most of them in the header, in its JSON, and by pipes, devices and absurd sizes in the
 place of its files. `--long` runs thirty times as many cases.
 """
 
 import contextlib
+import gzip
+import io
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -105,6 +110,70 @@ def test_random_damage(folder: Path, kind: str, long: bool) -> None:
             Checked(folder).run(*command.split())
 
     check()
+
+
+@pytest.fixture
+def conversations(workplace: Path) -> list[Path]:
+    """Conversations in every container that `convert` reads."""
+    rows = [json.loads(line) for line in (workplace / "transcripts.jsonl").read_text().splitlines()]
+    table = pa.table({name: [json.dumps(row[name]) for row in rows] for name in ("id", "messages")})
+    nested = pa.Table.from_pylist([{"id": row["id"], "effort": "low", "messages": row["messages"]} for row in rows])
+    pq.write_table(nested, workplace / "rows.parquet", compression="zstd")
+    pq.write_table(table, workplace / "texts.parquet")
+    with pa.OSFile(str(workplace / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, nested.schema) as writer:
+        writer.write_table(nested)
+    content = (workplace / "transcripts.jsonl").read_bytes()
+    (workplace / "rows.jsonl.gz").write_bytes(gzip.compress(content, mtime=0))
+    (workplace / "rows.json").write_text(json.dumps(rows))
+    log = {"version": 2, "eval": {"task": "t"}, "plan": {"config": {"reasoning_effort": "low"}}}
+    samples = [{"id": row["id"], "epoch": 1, "messages": row["messages"], "attachments": {}} for row in rows]
+    (workplace / "log.json").write_text(json.dumps({**log, "samples": samples}))
+    with zipfile.ZipFile(workplace / "log.eval", "w", zipfile.ZIP_DEFLATED) as made:
+        for name, value in {"header": log, "samples/0": samples[0], "samples/1": samples[1]}.items():
+            made.writestr(zipfile.ZipInfo(f"{name}.json"), json.dumps(value), zipfile.ZIP_DEFLATED)
+    names = ["rows.parquet", "texts.parquet", "rows.arrow", "rows.jsonl.gz", "rows.json", "log.json", "log.eval"]
+    return [workplace / name for name in names]
+
+
+@st.composite
+def damaged_log(draw: st.DrawFn, path: Path) -> bytes:
+    """An Inspect log of which one member has another JSON value."""
+    chosen, change = draw(st.integers(0, 2)), draw(changes())
+    content = io.BytesIO()
+    with zipfile.ZipFile(path) as log, zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as made:
+        for number, name in enumerate(log.namelist()):
+            value = json.loads(log.read(name))
+            made.writestr(name, json.dumps(change(value) if number == chosen else value))
+    return content.getvalue()
+
+
+def test_random_files_of_conversations(workplace: Path, conversations: list[Path], long: bool) -> None:
+    """Bytes of tables, archives and packed files, and JSON in the place of rows and samples."""
+
+    @cases(3 * QUICK, long=long)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        path = data.draw(st.sampled_from(conversations), "file")
+        inside = path.suffix == ".eval" and data.draw(st.booleans(), "inside")
+        content = data.draw(damaged_log(path), "log") if inside else b""
+        with written(path, content) if inside else damaged(data.draw(damages(path), "damage")):
+            Checked(workplace).run("convert", path.name, "out.jsonl")
+
+    check()
+
+
+def test_a_reader_of_conversations_that_fails_is_noticed(
+    workplace: Path, conversations: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: a reader that takes a sample for what it should be."""
+    path = conversations[-1]
+    with zipfile.ZipFile(path, "a") as log:
+        log.writestr("samples/2.json", "[]")
+    assert Checked(workplace).run("convert", path.name, "out.jsonl").code == 0
+    monkeypatch.setattr("workbench.harmony.formats.inspect_logs._MALFORMED", ZeroDivisionError)
+    monkeypatch.setattr("workbench.harmony.formats.inspect_logs._DAMAGE", ZeroDivisionError)
+    with pytest.raises(AttributeError):
+        Checked(workplace).run("convert", path.name, "out.jsonl")
 
 
 def read_dictionary(folder: Path) -> None:

@@ -5,14 +5,14 @@ Also tests `workbench.cli.finetuning`.
 
 import os
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.cli.registered import registered_commands
 from tests.cli.running import run_command, snapshot
-from workbench.cli import app, bench, sharing
+from workbench.cli import sharing
 
 # what each output's command is called with; OUT is the output. Benchmarks are refused before they measure anything.
 OUTPUTS: dict[tuple[str, str], str] = {
@@ -72,13 +72,10 @@ def arguments(output: tuple[str, str], out: str) -> list[str]:
 
 def path_options() -> Iterator[tuple[str, str]]:
     """Command and name of every argument and option that is a path."""
-    for group, commands in (("", app), ("bench ", bench)):
-        for command in commands.registered_commands:
-            callback: Callable[..., Any] | None = command.callback
-            assert callback is not None
-            for name, hint in typing.get_type_hints(callback).items():
-                if Path in (hint, *typing.get_args(hint)) or hint == list[Path] | None:
-                    yield f"{group}{command.name or callback.__name__}", name
+    for command in registered_commands():
+        for name, hint in command.hints().items():
+            if Path in (hint, *typing.get_args(hint)) or hint == list[Path] | None:
+                yield command.name, name
 
 
 def test_every_path_is_known_as_an_input_or_an_output() -> None:

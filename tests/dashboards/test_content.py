@@ -1,5 +1,6 @@
 """What pages say is what the run holds; no widget, no browser."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import panel as pn
 import pytest
 
 import workbench as wb
+from tests.cli.running import run_command
 from tests.conftest import DATA
+from tests.runs.conftest import LENGTHS, job, write_unit
+from workbench.capture.plan import plan_units
 from workbench.dashboards import content
 from workbench.dashboards.app import notebook
 from workbench.dashboards.pages import made, page_titles
@@ -17,6 +21,7 @@ from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS, ROLES
 from workbench.runs import Run
+from workbench.runs.writer import open_writer
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,79 @@ def test_what_is_damaged_is_said_on_every_page_and_the_rest_is_shown(page: str, 
     gone = made(page, Session(registry, Selection({}), lambda: None)) if page != "compare" else None
     assert gone is None or "is not" in str(gone.main[0].object)
     registry.desk.close()
+
+
+EVIL = "</script><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def evil_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of which every text is hostile: of sequences, messages, checkpoint and provenance, and its name."""
+    path = tmp_path_factory.mktemp("evil") / "<img src=x onerror=alert(1)>.zarr"
+    layout = plan_units(LENGTHS, 1024)
+    wanted = job(layout)
+    n = len(LENGTHS)
+    sequences = wanted["sequences"]
+    meta = json.dumps({"task": EVIL, "domain": EVIL, EVIL: EVIL})
+    wanted["sequences"] = sequences.assign(
+        id=[f"{EVIL}{i}" for i in range(n)],
+        prompt_id=[f"{EVIL}{p}" for p in sequences["prompt_id"]],
+        answer=EVIL,
+        meta=[meta] * n,
+        notes=EVIL,
+    )
+    columns = ("role", "author", "channel", "recipient", "content_type", "closed_by", "flags")
+    wanted["messages"] = wanted["messages"].assign(content=0, stop=1, **dict.fromkeys(columns, EVIL))
+    wanted["checkpoint"] = {"digest": EVIL, "name": EVIL}
+    wanted["model"] = wanted["model"] | {"model_type": EVIL, "name": EVIL}
+    software = {"workbench": EVIL, EVIL: EVIL}
+    told = {"command": EVIL, "started": EVIL, "host": EVIL, "software": software, "device": EVIL, "harmony": EVIL}
+    wanted["provenance"] |= told | {"rejects": [{"line": 1, "id": EVIL, "reason": EVIL}]}
+    with open_writer(path, **wanted) as writer:
+        for index in writer.pending():
+            write_unit(writer, index)
+        writer.finish()
+    return path
+
+
+def markup(page: pn.viewable.Viewable | object) -> str:
+    """What a browser gets as HTML or Markdown of a part of a page."""
+    if not hasattr(page, "select"):
+        return ""
+    panes = page.select(lambda part: isinstance(part, pn.pane.markup.HTMLBasePane | pn.pane.Alert))
+    return "\n".join(str(pane.object) for pane in panes)
+
+
+@pytest.mark.parametrize("page", page_titles())
+def test_texts_of_a_run_are_only_text_on_every_page(page: str, evil_run: Path, tmp_path: Path) -> None:
+    registry = RunRegistry([evil_run], cache=tmp_path / "cache")
+    try:
+        shown = made(page, Session(registry, Selection({}), lambda: None))
+        text = "\n".join(markup(part) for part in [*shown.main, *getattr(shown, "sidebar", [])])
+    finally:
+        registry.desk.close()
+    assert "<img src=x" not in text
+    if page == "overview":
+        assert "&lt;img src=x" in text, "the texts do reach the page"
+
+
+@pytest.mark.parametrize("command", ["report {run} --out out.html", "conversation {run} 0 --out out.html", "publish"])
+def test_texts_of_a_run_are_only_text_in_every_file(
+    command: str, evil_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = "publish {run} --out out --conversations 0" if command == "publish" else command
+    done = run_command(*(word.replace("{run}", str(evil_run)) for word in command.split()))
+    assert done.code == 0, done.err
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".html", ".md", ".svg")]
+    assert written
+    assert not [text for text in written if "<img src=x" in text]
+    assert any("img src=x" in text for text in written), "the texts do reach the files"
+
+
+def test_a_text_that_is_not_escaped_is_noticed(evil_run: Path) -> None:
+    """The negative control: a pane of the name of a run as it is."""
+    assert "<img src=x" in markup(pn.Column(pn.pane.HTML(f"<p>{evil_run.name}</p>")))
 
 
 def test_a_notebook_shows_every_page() -> None:

@@ -35,6 +35,12 @@ def nano():
 FEW = pytest.mark.filterwarnings("ignore:only .* prompts")
 
 
+def test_continuations_are_not_stored_in_the_run_or_in_its_place(run, nano):
+    for store in (run.path, f"{run.path}/new.jsonl"):
+        with pytest.raises(InputError, match=r"is an input|lies in the input"):
+            run_experiment("sentence-importance", nano, run, store=str(store))
+
+
 # docs/gallery.md runs these by name, and their own tests draw them
 ON_THE_GALLERY_PAGE = (
     "expert-tracing",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import workbench as wb
 from tests.conftest import DATA
@@ -233,6 +234,14 @@ def test_a_file_resumes_and_is_refused_to_another_job(writer: Writer, rows: list
     other = [BranchPoint(p.conversation, p.sentence, p.kind, (*p.ids, 1)) for p in points[:1]]
     with pytest.raises(InputError, match="with another prefix"):
         sample(writer, other, samples=10, store=store)  # type: ignore[arg-type]
+
+
+def test_a_file_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    row = transcripts(wb.open_run(DATA / "demo.zarr"))[0]
+    points, options = token_points(row, [5]), {"samples": 1, "max_new_tokens": 1, "store": tmp_path / "s.jsonl"}
+    sample(wb.load("nano", dtype=torch.float32), points, **options)
+    with pytest.raises(InputError, match="was begun with dtype float32, this call has bfloat16"):
+        sample(wb.load("nano", dtype=torch.bfloat16), points, **options)
 
 
 def test_sentences_end_at_marks_and_not_in_numbers() -> None:

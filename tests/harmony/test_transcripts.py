@@ -151,8 +151,8 @@ def test_blank_lines_bom_and_crlf_are_fine(tmp_path: Path, small: Tokenizer) -> 
 
 
 def test_a_row_too_long_is_passed_over(tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert transcripts._LONGEST_ROW_BYTES == 50_000_000
-    monkeypatch.setattr(transcripts, "_LONGEST_ROW_BYTES", 1000)
+    assert transcripts.LONGEST_ROW_BYTES == 50_000_000
+    monkeypatch.setattr(transcripts, "LONGEST_ROW_BYTES", 1000)
     monkeypatch.setattr(transcripts, "_READ_BYTES", 64)
     long = row(meta={"x": "y" * 1000})
     fits = row(id="b", meta={"x": "y" * 850})

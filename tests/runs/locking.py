@@ -1,38 +1,42 @@
 """Processes that compete for locks: `python -m tests.runs.locking KIND ROOT PROCESSES TRIALS`.
 
-KIND: "start" takes a new lock, "dead" takes one whose holder was killed, "spin" takes and releases one lock as fast as
-possible, "broken" is the negative control. Prints how many processes each trial admitted at the same time, summed up.
+KIND: "start" takes a new lock, "dead" takes one whose holder was killed, "mixed" does both in turn, "spin" takes and
+releases one lock as fast as possible, "broken" is the negative control. ROOT is a folder or the URL of an object
+store. The same processes make all trials, as opening an object store takes a moment. Prints how many trials admitted
+how many processes at the same time.
 """
 
 import json
+import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from typing import Any
 
 from workbench.errors import InputError
 from workbench.runs.lock import LOCK, FileLock, Lock
-from workbench.runs.storage import storage_at
+from workbench.runs.storage import Storage, storage_at
+
+LONGEST_S = 120.0  # of a trial: another process ended, and nobody may wait for it
+REFUSED, ADMITTED, BADLY_REFUSED = range(3)
 
 
 class CheckThenWrite:
-    """The negative control: two processes may both find no file."""
+    """The negative control: two processes may both find no lock."""
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path).with_name(f"{Path(path).name}{LOCK}")
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
 
     def acquire(self) -> None:
-        if self.path.exists():
+        if self._storage.exists(LOCK):
             raise InputError("held")
         time.sleep(0.002)
-        self.path.write_text("mine")
+        self._storage.put(LOCK, [b"mine"])
 
     def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """Leave the lock, as no other trial has its path."""
 
 
 def leave_dead(path: str) -> None:
@@ -47,17 +51,36 @@ def leave_dead(path: str) -> None:
         FileLock(path).path.write_bytes(dead)
 
 
-def attempt(kind: str, path: str, wait_until: float) -> str:
-    """One process of a trial: whether it was admitted. It holds the lock until the end of the trial."""
-    lock = CheckThenWrite(path) if kind == "broken" else Lock(storage_at(path))
-    time.sleep(max(0.0, wait_until - time.time() - 0.002))
-    while time.time() < wait_until:
-        pass
+def compete(number: int, kind: str, root: str, trials: int, barrier: Any, begin: Any, outcomes: Any) -> Counter[int]:
+    """Make all trials as one of the processes; return how many trials admitted how many, for the first of them."""
+    admitted: Counter[int] = Counter()
+    for trial in range(trials):
+        path = f"{root}/{kind}-{len(outcomes)}-{trial}"
+        if number == 0:
+            if kind == "dead" or (kind == "mixed" and trial % 2):
+                leave_dead(path)
+            begin.value = time.time() + 0.001 * len(outcomes)
+        lock = CheckThenWrite(storage_at(path)) if kind == "broken" else Lock(storage_at(path))
+        barrier.wait(LONGEST_S)
+        while time.time() < begin.value:
+            pass
+        outcomes[number] = attempt(lock)
+        barrier.wait(LONGEST_S)  # the holder holds until everybody has tried
+        if number == 0:
+            assert BADLY_REFUSED not in list(outcomes)
+            admitted[list(outcomes).count(ADMITTED)] += 1
+        if outcomes[number] == ADMITTED:
+            lock.release()
+    return admitted
+
+
+def attempt(lock: Lock | CheckThenWrite) -> int:
+    """How one process fares."""
     try:
         lock.acquire()
     except InputError as error:
-        return "refused" if "\n" not in str(error) else "badly refused"
-    return "admitted"
+        return BADLY_REFUSED if "\n" in str(error) else REFUSED
+    return ADMITTED
 
 
 def spin(path: str, seconds: float) -> int:
@@ -76,48 +99,36 @@ def spin(path: str, seconds: float) -> int:
     return rounds
 
 
+def results(jobs: list[Callable[[], Any]]) -> list[Any]:
+    """What each job returns, which runs in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def run(number: int) -> None:
+        queue.put((number, jobs[number]()))
+
+    children = [context.Process(target=run, args=(number,)) for number in range(len(jobs))]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    if any(child.exitcode for child in children):
+        raise SystemExit("a process failed")
+    return [result for _, result in sorted(queue.get() for _ in jobs)]
+
+
 def main(kind: str, root: str, processes: int, trials: int) -> None:
-    admitted: Counter[int] = Counter()
     if kind == "spin":
-        print(
-            json.dumps({"rounds": sum(map(int, _run([lambda: str(spin(f"{root}/spin", trials / 100))] * processes)))})
-        )
+        print(json.dumps({"rounds": sum(results([lambda: spin(f"{root}/spin", trials / 100)] * processes))}))
         return
-    for trial in range(trials):
-        path = f"{root}/{kind}-{processes}-{trial}"
-        if kind == "dead":
-            leave_dead(path)
-        # the start is far enough away for all children to be there
-        begin = time.time() + 0.004 * processes + (0.25 if "://" in path else 0)
-        results = _run([partial(attempt, kind, path, begin)] * processes)
-        assert set(results) <= {"admitted", "refused"}, results
-        admitted[results.count("admitted")] += 1
+    context = multiprocessing.get_context("fork")
+    shared = context.Barrier(processes), context.Value("d", 0.0), context.Array("i", processes)
+
+    def job(number: int) -> Callable[[], dict[int, int]]:
+        return lambda: dict(compete(number, kind, root, trials, *shared))
+
+    admitted = results([job(number) for number in range(processes)])[0]
     print(json.dumps({str(k): v for k, v in sorted(admitted.items())}))
-
-
-def _run(jobs: list[Callable[[], str]]) -> list[str]:
-    """Results of a process each. They are killed when all have a result, so a holder holds until everybody has tried."""
-    children = [_child(job) for job in jobs]
-    results = [os.read(read, 100).decode() for _, read in children]
-    for pid, read in children:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(read)
-    return results
-
-
-def _child(job: Callable[[], str]) -> tuple[int, int]:
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.write(write, job().encode())
-            os.close(write)
-            signal.pause()
-        finally:
-            os._exit(1)
-    os.close(write)
-    return pid, read
 
 
 if __name__ == "__main__":

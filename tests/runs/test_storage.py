@@ -35,7 +35,7 @@ def s3() -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        [sys.executable, "-m", "tests.runs.s3_server", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -148,9 +148,16 @@ def test_a_second_job_is_refused_and_a_dead_one_s_lock_taken_over(url: str) -> N
     assert not storage_at(url).exists(LOCK)
 
 
-def test_of_several_jobs_that_find_a_dead_one_s_lock_in_a_bucket_one_goes_on(s3: str, long: bool) -> None:
-    trials = 100 if long else 3
-    assert compete("dead", f"{s3}/{uuid.uuid4().hex}", 4, trials) == {"1": trials}
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_of_several_jobs_at_a_lock_in_a_bucket_one_goes_on(s3: str, processes: int, long: bool) -> None:
+    """The lock is new and one that a killed job left, in turn."""
+    trials = 2000 if long else 6
+    assert compete("mixed", f"{s3}/{uuid.uuid4().hex}", processes, trials) == {"1": trials}
+
+
+def test_the_trials_find_a_lock_in_a_bucket_that_looks_before_it_writes(s3: str) -> None:
+    """The negative control: a put without a condition."""
+    assert compete("broken", f"{s3}/{uuid.uuid4().hex}", 2, 10).get("1", 0) < 10
 
 
 def test_one_of_two_takes_the_lock(url: str) -> None:

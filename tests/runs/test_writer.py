@@ -107,12 +107,17 @@ def test_no_two_units_share_a_file(tmp_path: Path) -> None:
     assert set(owners.values()) == set(range(len(LAYOUT.units)))
 
 
+PROVENANCE = {"transcripts": {"digest": "def"}, "dtype": "float32"}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"checkpoint": {"digest": "other", "name": "x"}}, "checkpoint digest abc, this job has other"),
         ({"provenance": {"transcripts": {"digest": "new"}, "dtype": "float32"}}, "transcripts digest def"),
         ({"provenance": {"transcripts": {"digest": "def"}, "dtype": "bfloat16"}}, "dtype float32"),
+        ({"provenance": PROVENANCE | {"tokenizer": {"digest": "new"}}}, "tokenizer digest"),
+        ({"provenance": PROVENANCE | {"tokenizer": {"chat_template": "new"}}}, "chat template digest"),
         ({"spec": replace(SPEC, sinks=False)}, "spec"),
         ({"layout": plan_units(LENGTHS, 2048)}, "unit_tokens 1024"),
     ],

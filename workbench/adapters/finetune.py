@@ -6,6 +6,7 @@ state is kept in a file beside the output, from which a job that was stopped res
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import math
@@ -23,10 +24,10 @@ from torch import Tensor
 
 from workbench.adapters.taught import Example, read_examples
 from workbench.adapters.trainable import Options, attach, attach_existing, detach, parameters, write_folder
-from workbench.bounded_json import parse_json
+from workbench.bounded_json import parse_json, read_json
 from workbench.errors import InputError
 from workbench.file_lock import FileLock
-from workbench.inputs import open_regular
+from workbench.inputs import open_regular, regular_file
 from workbench.kernels.logits import logprob
 from workbench.model.adapter_config import read_adapter_config
 from workbench.model.low_rank import LowRank
@@ -39,6 +40,8 @@ from workbench.version import version
 COMMAND = "finetune"
 _PASS_TOKENS = 4096  # padded tokens of a pass
 _SAVE_S = 120.0
+_STATE = ".training.safetensors"  # behind the name of the output
+_PART = ".part"
 _WARMUP = 0.05  # of all steps
 
 
@@ -88,7 +91,7 @@ def finetune(
 
     The model is as before afterwards: load it with `adapter=out`. channels: of the answers only these are taught, as in
     {"final"}; None teaches all. adapter: continue from the factors of this folder. The same call resumes a
-    training that was interrupted.
+    training that was interrupted, and only returns what was done if it was killed after its last step.
 
     Raises:
         InputError: an option, the data or the output cannot be used, or an unfinished training has other options.
@@ -96,24 +99,32 @@ def finetune(
     """
     options, schedule = options or Options(), schedule or Schedule()
     inputs = [data, *([adapter] if adapter else [])]
-    target = check_output(out, command=COMMAND, inputs=inputs, overwrite=overwrite)
-    examples = read_examples(data, tokenizer=model.tokenizer, n_ctx=model.cfg.n_ctx, channels=channels)
+    state = state_path(out)
+    unfinished = os.path.exists(state)
+    check_output(out, command=COMMAND, inputs=inputs, overwrite=overwrite or unfinished)
+    examples, digest = _read_data(model, data, channels)
     steps = schedule.steps or -(-len(examples) // schedule.batch)
     about = {
         "model": model.checkpoint.digest if model.checkpoint is not None else "",
-        "data": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
+        "tokenizer": model.tokenizer.digest,
+        "chat template": hashlib.sha256((model.tokenizer.chat_template or "").encode()).hexdigest(),
+        "data": digest,
         "options": dataclasses.asdict(options) | {"parts": list(options.parts)},
         "schedule": dataclasses.asdict(schedule) | {"steps": steps},
         "channels": None if channels is None else sorted(channels),
         "adapter": adapter and _weights_digest(Path(adapter)),
         "dtype": str(model.dtype),
     }
-    state = target.with_name(f"{target.name}.training.safetensors")
+    if unfinished and (result := _finished(Path(out), about)) is not None:
+        state.unlink(missing_ok=True)
+        return result
+    target = check_output(out, command=COMMAND, inputs=inputs, overwrite=overwrite)
     updates = attach_existing(model, options, adapter) if adapter else attach(model, options, schedule.seed)
     before = model.checkpointing
     try:
         model.checkpointing = True
         with FileLock(state), StopSignal("the training") as stop:
+            _remove_parts(state)
             training = Training(model, updates, schedule, steps, state, about)
             training.run(examples, stop)
             with staged(target, command=COMMAND, inputs=inputs, overwrite=overwrite) as folder:
@@ -125,6 +136,42 @@ def finetune(
         model.checkpointing = before
         detach(model, updates)
     return result
+
+
+def _read_data(model: GptOss, data: str | Path, channels: Collection[str] | None) -> tuple[list[Example], str]:
+    """Return the conversations of a file or pipe, and the SHA-256 of the bytes that were read.
+
+    Raises:
+        InputError: it cannot be read, or a row cannot be used.
+    """
+    path = Path(data)
+    try:
+        with regular_file(data) as path:  # a pipe gives its bytes once
+            examples = read_examples(path, tokenizer=model.tokenizer, n_ctx=model.cfg.n_ctx, channels=channels)
+            return examples, sha256(path)
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), str(data))) from error
+
+
+def state_path(out: str | Path) -> Path:
+    """Return the path of the state of a training that writes to `out`."""
+    return Path(f"{Path(out)}{_STATE}")
+
+
+def _finished(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the result of a training that wrote its adapter and was killed before it removed its state."""
+    try:
+        found = read_json(out / "training.json")
+    except (OSError, InputError):
+        return None
+    same = isinstance(found, dict) and all(found.get(name) == value for name, value in about.items())
+    return found if same and isinstance(found.get("losses"), list) else None
+
+
+def _remove_parts(state: Path) -> None:
+    """Remove the states that killed processes had begun to write; the caller holds the lock."""
+    for part in state.parent.glob(f".{glob.escape(state.name)}.*{_PART}"):
+        part.unlink(missing_ok=True)
 
 
 class Training:
@@ -146,7 +193,8 @@ class Training:
         )
         self.losses: list[float] = []
         self.tokens = 0
-        if state.exists():
+        self._between_steps = True  # no factor or moment is half updated
+        if os.path.lexists(state):
             self._resume()
 
     def run(self, examples: list[Example], stop: StopSignal) -> None:
@@ -169,7 +217,7 @@ class Training:
                         self._save()
                         saved = time.monotonic()
         except BaseException:
-            if len(self.losses) > done:
+            if self._between_steps and len(self.losses) > done:
                 self._save()
             raise
 
@@ -186,9 +234,11 @@ class Training:
         if not math.isfinite(total):
             raise InputError(f"step {step + 1}: the loss is {total}; use a lower learning rate, or check the data")
         torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self._schedule.clip)
+        self._between_steps = False
         self._optimizer.step()
         self.losses.append(total)
         self.tokens += sum(len(example.ids) for example in batch)
+        self._between_steps = True
 
     def _save(self) -> None:
         """Write the state to a temporary file and rename it."""
@@ -196,30 +246,64 @@ class Training:
         for name, p in self._parameters.items():
             tensors |= {f"{name}.{k}": v.cpu().contiguous() for k, v in self._optimizer.state[p].items()}
         told = json.dumps(self._about | {"losses": self.losses, "tokens": self.tokens})
-        part = self._state.with_name(f".{self._state.name}.{os.getpid()}")
-        save_file(tensors, part, metadata={"training": told})
-        os.replace(part, self._state)
+        part = self._state.with_name(f".{self._state.name}.{os.getpid()}{_PART}")
+        try:
+            save_file(tensors, part, metadata={"training": told})
+            os.replace(part, self._state)
+        finally:
+            part.unlink(missing_ok=True)
 
     def _resume(self) -> None:
-        try:
-            with safe_open(self._state, "pt") as file:
-                told = parse_json((file.metadata() or {})["training"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise InputError(f"{self._state} is damaged ({error}): remove it to begin anew") from error
-        except Exception as error:  # SafetensorError is no subclass of any of these
-            raise InputError(f"{self._state} is damaged ({error}): remove it to begin anew") from error
+        """Take over what an earlier process has done.
+
+        Raises:
+            InputError: the state cannot be read, or belongs to another training.
+        """
+        told, tensors = _read_state(self._state)
         for name, value in self._about.items():
             if told.get(name) != value:
                 raise InputError(
                     f"{self._state} is an unfinished training whose {name} was {told.get(name)}, and is now {value}: "
                     "name the same, or remove the file to begin anew"
                 )
-        self.losses, self.tokens = list(told["losses"]), int(told["tokens"])
+        try:
+            self._take_over(told, tensors)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:  # RuntimeError: another shape
+            raise _damaged_state(self._state, error) from error
+
+    def _take_over(self, told: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        losses = [float(loss) for loss in told["losses"]]
+        if not 0 < len(losses) <= self._steps:
+            raise ValueError(f"{len(losses)} of {self._steps} steps")
         for name, p in self._parameters.items():
             p.data.copy_(tensors[name])
             moments = {k: tensors[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            if any(v.shape != p.shape for k, v in moments.items() if k != "step"):
+                raise ValueError(f"{name} has another shape")
             self._optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+        self.losses, self.tokens = losses, int(told["tokens"])
+
+
+def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a state tells of its training, and its tensors.
+
+    Raises:
+        InputError: it is no state, or is damaged.
+    """
+    try:
+        open_regular(path).close()  # no pipe, which would wait for ever
+        with safe_open(path, "pt") as file:
+            told = parse_json((file.metadata() or {})["training"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except Exception as error:  # SafetensorError is no subclass of anything narrower
+        raise _damaged_state(path, error) from error
+    if not isinstance(told, dict):
+        raise _damaged_state(path, ValueError("it tells nothing of its training"))
+    return told, tensors
+
+
+def _damaged_state(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is damaged ({error}): remove it to begin anew")
 
 
 def _weights_digest(folder: Path) -> str:

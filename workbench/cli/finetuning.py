@@ -1,5 +1,6 @@
 """The command that trains an adapter."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,14 +38,15 @@ def finetune(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a LoRA adapter on conversations; the weights stay packed. Rerun the command to resume."""
-    from workbench.adapters.finetune import Schedule
+    from workbench.adapters.finetune import Schedule, state_path
     from workbench.adapters.finetune import finetune as train
     from workbench.adapters.trainable import Options
     from workbench.outputs import check_output
 
     options = Options(tuple(part or Options.parts), rank, alpha)
     schedule = Schedule(steps, batch, learning_rate, weight_decay, seed=seed)
-    check_output(out, command="finetune", inputs=[data, *([adapter] if adapter else [])], overwrite=overwrite)
+    replaced = overwrite or os.path.exists(state_path(out))  # perhaps of this training: `train` compares them
+    check_output(out, command="finetune", inputs=[data, *([adapter] if adapter else [])], overwrite=replaced)
     loaded = load_model(model, device, dtype, ignore_field)
     done = train(
         loaded, data, out, options=options, schedule=schedule, channels=channel, adapter=adapter, overwrite=overwrite

@@ -14,8 +14,9 @@ from typing import Literal
 import numpy as np
 
 from workbench import harmony
-from workbench.bounded_json import parse_json
+from workbench.bounded_json import MAX_BYTES, parse_json
 from workbench.errors import InputError
+from workbench.inputs import regular_file
 
 EditKind = Literal["filler", "removed", "mistake", "paraphrase"]
 KINDS: tuple[EditKind, ...] = ("filler", "removed", "mistake", "paraphrase")
@@ -143,7 +144,10 @@ def read_paraphrases(path: str | Path) -> Mapping[str, str]:
     """
     found: dict[str, str] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        with regular_file(path) as file:
+            if (size := file.stat().st_size) > MAX_BYTES:
+                raise InputError(f"{path} has {size:,} bytes, expected at most {MAX_BYTES:,} of paraphrases")
+            lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"paraphrases={str(path)!r} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):

@@ -195,6 +195,8 @@ def sample(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
+    if isinstance(model, GptOss):
+        about["dtype"] = str(model.dtype).removeprefix("torch.")
     with _rows(store) as rows:
         found = _known(rows, points, about) if rows is not None else {}
         left = sorted((p for p in points if len(found.get(p.id, [])) < samples), key=lambda p: len(p.ids))

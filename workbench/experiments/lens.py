@@ -29,6 +29,7 @@ from workbench.errors import InputError
 from workbench.experiments.jacobians import JacobianLens
 from workbench.experiments.token_selection import ROWS, SelectedTokens, Token, read_out, residual, select_tokens
 from workbench.hooks.edits import Tokens
+from workbench.inputs import open_regular
 from workbench.kernels.logits import log_probabilities
 from workbench.model.transformer import GptOss
 from workbench.outputs import staged
@@ -83,6 +84,7 @@ class TunedLens:
             InputError: the file is missing, unreadable, or of another model.
         """
         try:
+            open_regular(Path(path)).close()  # no pipe, which would wait for ever
             found = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is missing or no safetensors file: {error}") from error

@@ -22,6 +22,7 @@ from workbench.experiments.from_run import transcripts
 from workbench.experiments.sampling import composition, spread
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
+from workbench.outputs import refuse_inputs
 from workbench.runs import Run
 from workbench.studies.comparison import prompt_ids
 from workbench.studies.intervals import MIN_PROMPTS
@@ -54,6 +55,8 @@ def run_experiment(
         raise InputError(f"{run.path} was captured from another checkpoint than {model.checkpoint.path}: load that one")
     experiment = record.load().experiment
     options = record.checked_options(experiment, options)
+    if "store" in record.options and options.get("store"):
+        refuse_inputs(Path(options["store"]), [run.path])
     rows, merged = independent_rows(run, chosen_sequences(run, model.cfg.n_ctx, sequences))
     results: dict[str, xr.Dataset] = experiment(model, rows, seed=seed, **_store(record, run, options), **options)
     for title, result in results.items():

@@ -30,7 +30,7 @@ from workbench.inputs import regular_file
 from workbench.outputs import staged
 from workbench.row_output import stamp, written_by
 
-_LONGEST_ROW_BYTES = 50_000_000
+LONGEST_ROW_BYTES = 50_000_000
 _READ_BYTES = 1 << 20
 OPTIONS = ("tools", "builtin_tools", "model_identity", "knowledge_cutoff", "date")
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -213,9 +213,9 @@ def _lines(file: BinaryIO) -> Iterator[bytes | _BadRowError]:
         pieces, length = [first], len(first)
         while not pieces[-1].endswith(b"\n") and (more := file.readline(_READ_BYTES)):
             length += len(more)
-            pieces = [*pieces, more] if length <= _LONGEST_ROW_BYTES else [more]
-        if length > _LONGEST_ROW_BYTES:
-            yield _BadRowError(f"the row has {length:,} bytes; wanted at most {_LONGEST_ROW_BYTES:,}")
+            pieces = [*pieces, more] if length <= LONGEST_ROW_BYTES else [more]
+        if length > LONGEST_ROW_BYTES:
+            yield _BadRowError(f"the row has {length:,} bytes; wanted at most {LONGEST_ROW_BYTES:,}")
         else:
             yield b"".join(pieces)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from workbench.errors import InputError, refuse_lfs_pointer
 from workbench.hooks.sae import SAE, load_sae
 from workbench.hooks.torch_file import read_torch_file
+from workbench.inputs import open_regular
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _MAX_BYTES = 64_000_000
@@ -110,13 +111,14 @@ def read_vector(path: str | Path) -> Float[Tensor, " d"]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise InputError(f"{path} has {path.stat().st_size:,} bytes, a vector at most {_MAX_BYTES:,}")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             refuse_lfs_pointer(path, file.read(64))
         found = readers[path.suffix](path)
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, TypeError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as a vector: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, EOFError, TypeError, MemoryError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be read as a vector: {reason}") from error
     if not isinstance(found, Tensor) or found.dim() != 1 or not found.is_floating_point() or not len(found):
         shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise InputError(f"{path} holds {shape}, expected one vector [d_model] of floating-point numbers")

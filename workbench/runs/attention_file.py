@@ -8,17 +8,31 @@
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xarray as xr
 
 from workbench.bounded_json import parse_json
 from workbench.errors import InputError
+from workbench.inputs import open_regular
 
 MAX_VALUES = 2**22  # of the pattern: layers × heads × queries × keys
 MAX_CONTEXT = 2**30  # values of one layer's pattern before the window is cut out: heads × keys × keys
+# what a file that is no archive of these arrays raises; MemoryError: of a shape that is absurd
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _DIMS = {
     "pattern": ("layer", "head", "query", "key"),
     "sink": ("layer", "head", "query"),
@@ -41,23 +55,25 @@ def read(path: Path) -> xr.Dataset:
         InputError: it is not such a file, or it holds more values than `MAX_VALUES`.
     """
     try:
-        _check_size(path)
-        with np.load(path, allow_pickle=False) as archive:
-            attributes = parse_json(bytes(archive["attributes"]).decode())
-            arrays = {name: archive[name].astype(np.float32) for name in _DIMS}
+        with open_regular(path) as file:
+            _check_size(file)
+            with np.load(file, allow_pickle=False) as archive:
+                attributes = parse_json(bytes(archive["attributes"]).decode())
+                arrays = {name: archive[name].astype(np.float32) for name in _DIMS}
         layers, start = attributes.pop("layers"), int(attributes.pop("start"))
         queries = np.arange(start, start + arrays["pattern"].shape[2])
         coords = {"layer": layers, "head": np.arange(arrays["pattern"].shape[1]), "query": queries, "key": queries}
         return xr.Dataset({name: (dims, arrays[name]) for name, dims in _DIMS.items()}, coords, attributes)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         reason = str(error) or type(error).__name__
         raise InputError(
             f"{path} cannot be read as attention patterns ({reason}): write it with `workbench attention`"
         ) from error
 
 
-def _check_size(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
+def _check_size(file: BinaryIO) -> None:
+    with zipfile.ZipFile(file) as archive:
         size = sum(item.file_size for item in archive.infolist())
     if size > 8 * MAX_VALUES:
         raise InputError(f"it would take {size:,} bytes")
+    file.seek(0)

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from workbench.errors import InputError
+from workbench.harmony.formats import containers
 from workbench.harmony.formats.containers import objects
 
 ROWS: list[dict[str, Any]] = [{"id": "a", "n": 1}, {"id": "b", "n": 2}]
@@ -63,3 +67,132 @@ def test_what_is_no_container_is_one_error(content: bytes, tmp_path: Path) -> No
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(InputError, match=str(tmp_path / "x")):
         list(objects(tmp_path / "x")[1])
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------
+
+LONGEST_S = 20.0  # of processor time, within which what is too large is refused
+
+
+def refusal(path: Path) -> str:
+    """Return why a file is refused: in one line, soon, and without much memory of Arrow's."""
+    begun = time.process_time()
+    with pytest.raises(InputError) as raised:
+        list(objects(path)[1])
+    assert time.process_time() - begun < LONGEST_S
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> None:
+    pq.write_table(pa.table(columns), path, **options)
+
+
+def write_arrow(path: Path, columns: dict[str, Any]) -> None:
+    table = pa.table(columns)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+TABLES = pytest.mark.parametrize("write", [write_parquet, write_arrow], ids=["Parquet", "Arrow"])
+Write = Callable[[Path, dict[str, Any]], None]
+
+
+@TABLES
+def test_an_absurd_number_of_rows_is_refused(write: Write, tmp_path: Path) -> None:
+    """A column without values takes no bytes for any number of rows."""
+    write(tmp_path / "x", {"messages": pa.nulls(containers.MAX_ROWS + 1)})
+    assert (tmp_path / "x").stat().st_size < 100_000
+    assert "10,000,001 rows" in refusal(tmp_path / "x")
+
+
+@TABLES
+def test_too_many_columns_are_refused(write: Write, tmp_path: Path) -> None:
+    write(tmp_path / "x", {f"c{i}": [1] for i in range(10_001)})
+    assert "10,001 columns" in refusal(tmp_path / "x")
+
+
+def nested(levels: int) -> pa.Array:
+    kind = pa.int32()
+    for _ in range(levels):
+        kind = pa.struct([("a", kind)])
+    return pa.nulls(1, kind)
+
+
+def test_tables_that_nest_too_deep_are_refused(tmp_path: Path) -> None:
+    """Arrow's own writer refuses such a table."""
+    write_parquet(tmp_path / "x", {"messages": nested(200)})
+    assert "no complete Parquet file" in refusal(tmp_path / "x")
+    for write in (write_parquet, write_arrow):
+        write(tmp_path / "x", {"messages": nested(50)})
+        assert len(list(objects(tmp_path / "x")[1])) == 1, "the negative control"
+
+
+def test_a_row_group_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = pa.array(["x" * 1_000_000] * 8)
+    write_parquet(tmp_path / "x", {"a": text, "b": text}, use_dictionary=False, compression="zstd")
+    assert (tmp_path / "x").stat().st_size < 100_000
+    monkeypatch.setattr(containers, "_LONGEST_DOCUMENT", 10_000_000)
+    assert "in one row group" in refusal(tmp_path / "x"), "no column alone is too large"
+
+
+@TABLES
+def test_a_value_that_many_rows_share_is_not_copied_for_all_of_them(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary of one text makes a thousand rows of it; the negative control makes them at once."""
+    indices = pa.array([0] * 1000, pa.int32())
+    write(tmp_path / "x", {"text": pa.DictionaryArray.from_arrays(indices, pa.array(["x" * 1_000_000]))})
+    assert (tmp_path / "x").stat().st_size < 3_000_000
+    most = []
+    monkeypatch.setattr(containers, "_BATCH_ROWS", 1000)
+    slices = containers._rows_at_once
+    monkeypatch.setattr(containers, "_rows_at_once", lambda size: most.append(slices(size)) or most[-1])
+    for budget in (50_000_000, 10**12):
+        monkeypatch.setattr(containers, "_BATCH_BYTES", budget)
+        most.clear()
+        _, row = next(objects(tmp_path / "x")[1])
+        assert row == {"text": "x" * 1_000_000}
+        assert (max(most[-1:]) <= 50) == (budget < 10**12)
+
+
+def test_texts_that_are_no_utf8_are_one_error(tmp_path: Path) -> None:
+    bad = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    for write in (write_parquet, write_arrow):
+        write(tmp_path / "x", {"text": bad})
+        assert "UTF8" in refusal(tmp_path / "x")
+
+
+def test_offsets_that_lead_out_of_the_file_are_one_error(tmp_path: Path) -> None:
+    write_arrow(tmp_path / "x", {"text": ["abc", "def", "ghi"]})
+    data = (tmp_path / "x").read_bytes()
+    offsets = bytes.fromhex("00000000 03000000 06000000 09000000")
+    assert data.count(offsets) == 1
+    (tmp_path / "x").write_bytes(data.replace(offsets, bytes.fromhex("00000000 03000000 ffffff7f 09000000")))
+    assert "no complete Arrow file" in refusal(tmp_path / "x")
+
+
+def test_a_bomb_in_gzip_or_zstd_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "_LONGEST_DOCUMENT", 1_000_000)
+    for packed in (gzip.compress(bytes(50_000_000)), pa.compress(bytes(50_000_000), "zstd", asbytes=True)):
+        (tmp_path / "x").write_bytes(packed)
+        before = pa.total_allocated_bytes()
+        assert "unpacks to more than 1,000,000 bytes" in refusal(tmp_path / "x")
+        assert pa.total_allocated_bytes() - before < 10_000_000
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path) -> None:
+    """A file of a terabyte of zeros, and one that begins as JSON Lines."""
+    for start, why in ((b"", "in one document"), (LINES + b"\n", "line 3 has more than")):
+        with (tmp_path / "x").open("wb") as file:
+            file.write(start)
+            file.truncate(2**40)
+        assert why in refusal(tmp_path / "x")
+
+
+def test_a_pipe_in_a_folder_of_files_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("x.jsonl", "x.arrow"):
+        os.mkfifo(tmp_path / name)
+        assert "pipe" in refusal(tmp_path)
+        (tmp_path / name).unlink()

@@ -98,6 +98,8 @@ BAD_REPLIES: dict[str, tuple[bytes, dict[str, str]]] = {
     "deep and closed": (b"[" * 5_000 + b"]" * 5_000, {}),
     "no gzip": (b"no gzip", {"content-encoding": "gzip"}),
     "packed twice": (b"x", {"content-encoding": "gzip, gzip"}),
+    "packed by zstd": (json.dumps(chat("6", reasoning="r")).encode(), {"content-encoding": "zstd"}),
+    "packed by brotli": (json.dumps(chat("6", reasoning="r")).encode(), {"content-encoding": "br"}),
     "another charset": ("é".encode("utf-16"), {"content-type": "application/json; charset=utf-16"}),
     "an unknown charset": (b"\xff\xfe", {"content-type": "application/json; charset=klingon"}),
     "a long number": (b'{"choices": ' + b"9" * 10_000 + b"}", {}),

@@ -12,6 +12,7 @@ from workbench import harmony
 from workbench.cli import app
 from workbench.errors import InputError
 from workbench.harmony.formats.inspect_logs import _member
+from workbench.harmony.hosts import files
 from workbench.harmony.hosts.files import convert
 
 LOG = Path(__file__).with_name("inspect.eval")
@@ -117,3 +118,33 @@ def test_a_damaged_log_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.eval").write_bytes(LOG.read_bytes()[:-30])
     with pytest.raises(InputError, match="not a complete Inspect log"):
         convert(tmp_path / "x.eval")
+
+
+def test_too_many_rows_that_cannot_be_used_end_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_MOST_LEFT_OUT", 10)
+    (tmp_path / "x").write_text('{"a": 1}\n' * 10)
+    with pytest.raises(InputError, match="no file of conversations"):
+        convert(tmp_path / "x")
+    (tmp_path / "x").write_text('{"a": 1}\n' * 11)
+    with pytest.raises(InputError, match=r"more than 10 rows that cannot be used; line 1: "):
+        convert(tmp_path / "x")
+
+
+def test_rows_that_are_too_long_for_a_transcript_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"messages": [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4" * 2000}]}
+    (tmp_path / "x").write_text((json.dumps(row) + "\n") * 3)
+    monkeypatch.setattr(files, "_MOST_BYTES", 5000)
+    with pytest.raises(InputError, match="holds more than 5,000 bytes of conversations"):
+        convert(tmp_path / "x", effort="low")
+    monkeypatch.setattr(files, "LONGEST_ROW_BYTES", 1000)
+    _, rows, left_out = convert(tmp_path / "x", effort="low")
+    assert not rows
+    assert "expected at most 1,000" in left_out[0]
+
+
+def test_rows_of_one_id_get_ids_that_no_other_row_has() -> None:
+    ids = ["a", "a", "b", "a/2", "a", "a/2", "a"]
+    found = [row["id"] for row in files._distinct([{"id": id} for id in ids])]
+    assert len(set(found)) == len(ids)
+    assert [found[0], found[2], found[3]] == ["a", "b", "a/2"]
+    assert files._distinct([{"id": "a"}, {"id": "a"}])[1]["id"] == "a/2"

@@ -5,7 +5,8 @@ path outside its folder.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import pyarrow.parquet as pq
 
 from workbench.bounded_json import parse_documents, parse_json, read_json
 from workbench.errors import InputError
+from workbench.harmony.transcripts import LONGEST_ROW_BYTES
+from workbench.inputs import open_regular
 
 _LONGEST_DOCUMENT = 1_000_000_000  # bytes, unpacked
+MAX_ROWS = 10_000_000  # of a file: columns of one value repeated take a few bytes for any number of rows
+_MAX_COLUMNS = 10_000  # of a table, counting those of nested values
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _BATCH_ROWS, _BATCH_BYTES = 256, 4_000_000_000
 
@@ -41,7 +46,7 @@ def objects(path: Path) -> tuple[str, Objects]:
 
 def _first_bytes(path: Path) -> tuple[bytes, str | None]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:  # a folder of files may hold a pipe
             start = file.read(8)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
@@ -63,10 +68,10 @@ def _json(path: Path, content: bytes | None) -> Objects:
     """Objects of JSON Lines, of an array, or of documents one after the other."""
     file = path.open("rb") if content is None else io.BytesIO(content)
     with file:
-        first = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
+        first = file.readline(LONGEST_ROW_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
         file.seek(0)
         if _is_object(first):
-            yield from _lines(file)
+            yield from _lines(path, file)
             return
         if content is None and path.stat().st_size > _LONGEST_DOCUMENT:
             raise InputError(f"{path} has more than {_LONGEST_DOCUMENT:,} bytes in one document: use JSON Lines")
@@ -80,8 +85,12 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _lines(file: Any) -> Objects:
-    for number, line in enumerate(file, 1):
+def _lines(path: Path, file: Any) -> Objects:
+    number = 0
+    while line := file.readline(LONGEST_ROW_BYTES + 1):
+        number += 1
+        if len(line) > LONGEST_ROW_BYTES:
+            raise InputError(f"{path}, line {number} has more than {LONGEST_ROW_BYTES:,} bytes: split it")
         text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if text.strip():
             try:
@@ -114,46 +123,69 @@ def _documents(path: Path, content: bytes) -> Objects:
 
 
 def _parquet(path: Path) -> Objects:
+    with _complete(path, "Parquet"), pq.ParquetFile(path) as file:
+        metadata = file.metadata
+        _refuse_large(path, metadata.num_rows, metadata.num_columns)
+        groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+        sizes = (sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)) for group in groups)
+        if (largest := max(sizes, default=0)) > _LONGEST_DOCUMENT:
+            raise InputError(f"{path} unpacks to {largest:,} bytes in one row group: write it in smaller ones")
+        yield from _rows(path, file.iter_batches(_rows_at_once(largest)))
+
+
+@contextmanager
+def _complete(path: Path, kind: str) -> Iterator[None]:
+    """Make every error of reading a table an `InputError`."""
     try:
-        with pq.ParquetFile(path) as file:
-            yield from _batches(file.iter_batches(_rows_of_a_batch(path, file.metadata)))
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} is no complete Parquet file: {_line(error)}") from error
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # ValueError: a date that Python lacks
+        raise InputError(f"{path} is no complete {kind} file: {_line(error)}") from error
 
 
-def _rows_of_a_batch(path: Path, metadata: pq.FileMetaData) -> int:
-    """Return as many rows as fit in memory although each may repeat the longest value of the file.
+def _rows_at_once(size: int) -> int:
+    """Return a number of rows that fits in memory though each may repeat the longest value among so many bytes."""
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, size)))
 
-    Raises:
-        InputError: a column of a row group unpacks to more bytes than a document may have.
-    """
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    sizes = (group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
-    largest = max(sizes, default=0)
-    if largest > _LONGEST_DOCUMENT:
-        raise InputError(f"{path} unpacks to {largest:,} bytes in one column: write it in smaller row groups")
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
+
+def _refuse_large(path: Path, rows: int, columns: int) -> None:
+    if not 0 <= rows <= MAX_ROWS or columns > _MAX_COLUMNS:
+        raise InputError(
+            f"{path} has {rows:,} rows of {columns:,} columns, expected at most {MAX_ROWS:,} rows of "
+            f"{_MAX_COLUMNS:,} columns: split it"
+        )
 
 
 def _arrow(path: Path) -> Objects:
-    try:
+    with _complete(path, "Arrow"):
+        open_regular(path).close()  # no pipe, which would wait for ever
         with pa.memory_map(str(path)) as source:
             try:
-                yield from _batches(pa.ipc.open_stream(source))
+                batches: Iterable[pa.RecordBatch] = pa.ipc.open_stream(source)
             except pa.ArrowInvalid:
                 source.seek(0)
                 reader = pa.ipc.open_file(source)
-                yield from _batches(reader.get_batch(i) for i in range(reader.num_record_batches))
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} is no complete Arrow file: {_line(error)}") from error
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            yield from _rows(path, batches)
 
 
-def _batches(batches: Any) -> Objects:
+def _rows(path: Path, batches: Iterable[pa.RecordBatch]) -> Objects:
+    """Yield the rows of batches, after a check of what each batch holds.
+
+    Raises:
+        InputError: there are too many rows or columns.
+        pa.ArrowInvalid: values lie outside of the file, or texts are not UTF-8.
+    """
     number = 0
     for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield f"row {number}", row
+        _refuse_large(path, number + batch.num_rows, batch.num_columns)
+        batch.validate(full=True)
+        step = _rows_at_once(batch.nbytes)
+        for start in range(0, batch.num_rows, step):
+            for row in batch.slice(start, step).to_pylist():
+                number += 1
+                yield f"row {number}", row
 
 
 def _folder(path: Path) -> tuple[str, Objects]:

@@ -42,6 +42,8 @@ _LONGEST_REASON = 1000  # characters
 _SHORTEST_SECRET = 8  # characters
 _CHUNK_BYTES = 64 * 2**10
 MAX_REPLY_BYTES = 64 * 2**20
+# of these a chunk unpacks to at most a thousand times its size; of zstd and brotli to gigabytes
+_ENCODINGS = ("", "identity", "gzip", "deflate")
 
 
 class HostError(Exception):
@@ -78,10 +80,10 @@ class Host:
         azure = parts.hostname.endswith(".azure.com")
         if self._key and parts.scheme == "http" and not local:
             raise InputError(f"{self.name}: {key_env} would travel unencrypted: use https, or unset it")
-        headers = {"api-key": self._key} if azure else {"authorization": f"Bearer {self._key}"}
+        key = {"api-key": self._key} if azure else {"authorization": f"Bearer {self._key}"}
         self._http = httpx.Client(
             timeout=timeout,
-            headers=headers if self._key else {},
+            headers={"accept-encoding": "gzip, deflate"} | (key if self._key else {}),
             trust_env=not local,
             limits=httpx.Limits(max_connections=threads, max_keepalive_connections=0),  # see _exchange
         )
@@ -141,7 +143,7 @@ class Host:
         httpx limits the wait for each read only, so a timer shuts the connection of a host that sends byte by byte.
 
         Raises:
-            TransferError: the reply takes longer, is larger, or is packed more than once.
+            TransferError: the reply takes longer, is larger, or is packed in another way than asked for.
         """
         connection = _Connection()
         timer = threading.Timer(self._timeout, connection.shut)
@@ -149,8 +151,8 @@ class Host:
         timer.start()
         try:
             with self._http.stream("POST", url, json=body, extensions={"trace": connection.trace}) as response:
-                if "," in response.headers.get("content-encoding", ""):
-                    raise TransferError("the reply is packed more than once")
+                if (encoding := response.headers.get("content-encoding", "").strip().lower()) not in _ENCODINGS:
+                    raise TransferError(f"the reply is packed by {shown(encoding)}, expected gzip or deflate, once")
                 content = bytearray()
                 for chunk in response.iter_bytes(_CHUNK_BYTES):
                     content += chunk

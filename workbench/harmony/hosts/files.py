@@ -18,9 +18,12 @@ from workbench.harmony.formats.conversation import Conversation, error_text, tra
 from workbench.harmony.formats.shapes import SHAPES, has_messages, paired, shape_of
 from workbench.harmony.labels import label
 from workbench.harmony.messages import EFFORTS, shown
+from workbench.harmony.transcripts import LONGEST_ROW_BYTES
 from workbench.harmony.vocabulary import Tokenizer, tokenizer
 from workbench.inputs import regular_file
 
+_MOST_LEFT_OUT = 100_000  # rows: a file of others is no file of conversations
+_MOST_BYTES = 4_000_000_000  # of all rows, which are held until they are written
 READABLE = (
     "an Inspect log (.eval or .json), " + ", ".join(shape.name for shape in SHAPES) + "; as JSON Lines, a JSON array, "
     "JSON documents, Parquet or a saved dataset, plain or packed by gzip or zstd"
@@ -56,6 +59,7 @@ def _converted(path: Path, requests: Path | None, effort: str | None) -> tuple[s
     kinds: dict[str, None] = {}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
+    size = 0
     for kind, where, conversation in _conversations(path, requests):
         if kind:
             kinds[kind] = None
@@ -64,11 +68,20 @@ def _converted(path: Path, requests: Path | None, effort: str | None) -> tuple[s
                 raise conversation
             conversation.id = conversation.id or str(len(rows) + len(left_out) + 1)
             row = transcript_row(conversation, effort)
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair could not be written
+            text = json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair could not be written
+            if len(text) > LONGEST_ROW_BYTES:
+                raise InputError(f"its row has {len(text):,} bytes, expected at most {LONGEST_ROW_BYTES:,}")
         except (InputError, LookupError, TypeError, ValueError, AttributeError) as error:
             left_out.append(f"{where}: {error_text(error)}")
+            if len(left_out) > _MOST_LEFT_OUT:
+                raise InputError(
+                    f"{path} has more than {_MOST_LEFT_OUT:,} rows that cannot be used; {left_out[0]}"
+                ) from None
         else:
             rows.append(row)
+            size += len(text)
+            if size > _MOST_BYTES:
+                raise InputError(f"{path} holds more than {_MOST_BYTES:,} bytes of conversations: split it")
     if not kinds:
         raise InputError(f"{path} is no file of conversations that can be read. Readable: {READABLE}")
     return " and ".join(kinds), _distinct(rows), left_out
@@ -87,11 +100,17 @@ def _flags(row: dict[str, Any], vocabulary: Tokenizer | None) -> tuple[str, ...]
 
 
 def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows whose id another has too get its count behind it."""
-    seen: dict[str, int] = {}
+    """Return the rows, those whose id an earlier one has with a number behind it that makes an id of no other row."""
+    taken, counts = {row["id"] for row in rows}, dict[str, int]()
     for row in rows:
-        n = seen[row["id"]] = seen.get(row["id"], 0) + 1
-        row["id"] += f"/{n}" if n > 1 else ""
+        id = row["id"]
+        n = counts.get(id, 0) + 1
+        if n > 1:
+            while (own := f"{id}/{n}") in taken:
+                n += 1
+            row["id"] = own
+            taken.add(own)
+        counts[id] = n
     return rows
 
 

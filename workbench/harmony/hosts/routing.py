@@ -85,7 +85,7 @@ def _int32(text: str, n_tokens: int, experts_per_token: int) -> Int[np.ndarray, 
 def _npy(text: str) -> Int[np.ndarray, "tokens layers slots"]:
     try:
         array = np.load(io.BytesIO(_bytes(text)), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, MemoryError) as error:  # MemoryError: of a shape that is absurd
         raise RoutingError("the routed experts are no .npy array of numbers") from error
     return _integers(array)
 
