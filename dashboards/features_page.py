@@ -143,7 +143,11 @@ def examples(
         own = np.nan_to_num(values[:, feature])
         rows = np.flatnonzero(own > 0)
         place = [labels[column].to_numpy()[rows] for column in ("sequence", "position")]
-        key = -own[rows] if kind == "top" else sample_keys(*place, about.layers[index], feature).astype(np.float64)
+        key = (
+            -own[rows]
+            if kind == "top"
+            else sample_keys(place[0], place[1], about.layers[index], feature).astype(np.float64)
+        )
         order = rows[np.argsort(key, kind="stable")][: most * 8]
         ranks = np.sort(key, kind="stable")[: most * 8]
         best += [(float(rank), _context(labels, own, int(row))) for rank, row in zip(ranks, order, strict=True)]

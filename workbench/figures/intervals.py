@@ -69,7 +69,7 @@ def lines(
                 **style,
             )
         )
-    ticks = {"tickvals": list(place), "ticktext": [str(v) for v in at]} if at.dtype.kind in "OU" else {}
+    ticks: dict[str, Any] = {"tickvals": list(place), "ticktext": [str(v) for v in at]} if at.dtype.kind in "OU" else {}
     if at.dtype.kind in "iu" and not log_x and np.ptp(at) <= _MOST_TICKS:
         ticks = {"dtick": 1}  # no half layers
     figure.update_xaxes(title=x_title or x, **ticks)
