@@ -1,6 +1,7 @@
 """Figures of numbers with intervals: lines by layer or position with bands, and rows of effects with bars."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
