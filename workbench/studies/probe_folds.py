@@ -10,6 +10,7 @@ Reference: Hewitt & Liang 2019, Designing and Interpreting Probes with Control T
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -181,7 +182,9 @@ def gain_variables(dims: tuple[str, ...], differences: Float[np.ndarray, "group 
     return _with_limits("gain", dims, differences)[0]
 
 
-def _with_limits(name: str, dims: tuple[str, ...], pseudo: Float[np.ndarray, "group *cells"]) -> tuple[Variables, dict]:
+def _with_limits(
+    name: str, dims: tuple[str, ...], pseudo: Float[np.ndarray, "group *cells"]
+) -> tuple[Variables, dict[str, Any]]:
     tested = paired_test(pseudo)
     keys = {name: "difference", f"{name}_low": "low", f"{name}_high": "high"}
     return {variable: (dims, np.asarray(tested[key])) for variable, key in keys.items()}, tested
