@@ -26,7 +26,7 @@ class UnpackedSizeError(InputError):
 
 
 def unpack(data: Any, size: int) -> np.ndarray:
-    """Return the bytes that a zstd frame holds, which must be `size` bytes.
+    """Return the bytes that a zstd frame holds [size]; it must hold this many.
 
     Raises:
         UnpackedSizeError: it holds another number of bytes.

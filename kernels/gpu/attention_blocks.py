@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Int
 from torch import Tensor
 
 from workbench.kernels.gpu.common import LOG2E
@@ -51,7 +52,7 @@ def key_range(first, last, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @lru_cache(maxsize=8)
-def sequence_starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+def sequence_starts(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " boundary"]:
     """Return the first token of each packed sequence and the end: copied once for all layers of a pass."""
     return torch.tensor([0, *accumulate(lengths)]).to(device, non_blocking=True)
 
@@ -73,7 +74,7 @@ class AttentionShape(NamedTuple):
     def of(
         cls, q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | None, lengths: Sequence[int] | None
     ) -> "AttentionShape":
-        """Return the arguments of a call; lengths: of packed sequences."""
+        """Return the arguments of a call: q [batch query head d_head], k and v [batch key kv d_head]."""
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         query_pos = query_pos.contiguous()
         if lengths is None:  # nothing reads the starts

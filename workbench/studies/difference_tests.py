@@ -38,7 +38,9 @@ def unpaired_test(a: Float[np.ndarray, "prompt_a *cells"], b: Float[np.ndarray, 
     return tested_cells(np.asarray(a.mean(0) - b.mean(0)), influence, n - 1.0, n >= MIN_PROMPTS)
 
 
-def weighted_mean(values: Float[np.ndarray, "prompt *cells"], weight: Float[np.ndarray, " prompt"]) -> np.ndarray:
+def weighted_mean(
+    values: Float[np.ndarray, "prompt *cells"], weight: Float[np.ndarray, " prompt"]
+) -> Float[np.ndarray, "*cells"]:
     """Return the weighted mean over prompts of every cell; NaN where there is no prompt."""
     if not len(weight):
         return np.full(values.shape[1:], np.nan)
@@ -48,7 +50,7 @@ def weighted_mean(values: Float[np.ndarray, "prompt *cells"], weight: Float[np.n
 def paired_influence(
     difference: Float[np.ndarray, "prompt *cells"], weight: Float[np.ndarray, " prompt"]
 ) -> tuple[Float[np.ndarray, "prompt *cells"], float]:
-    """Deviations whose root sum of squares is the standard error of the weighted mean, and the degrees of freedom."""
+    """Return deviations whose root sum of squares is the error of the weighted mean, and the degrees of freedom."""
     n = len(weight)
     if n < 2:
         return np.full(difference.shape, np.nan), 0.0
@@ -58,8 +60,10 @@ def paired_influence(
     return (influence - influence.mean(0)) * np.sqrt((n - 1) / n), float(weight.sum() ** 2 / (weight**2).sum() - 1)
 
 
-def tested_cells(difference: np.ndarray, influence: np.ndarray, freedom: float, enough: bool) -> dict[str, Any]:
-    """Limits, p, q and verdict of every cell; missing where there are too few prompts for a test."""
+def tested_cells(
+    difference: Float[np.ndarray, "*cells"], influence: Float[np.ndarray, "prompt *cells"], freedom: float, enough: bool
+) -> dict[str, Any]:
+    """Return limits, p, q and verdict of every cell; missing if there are not enough prompts for a test."""
     if not enough:
         influence = np.full((1, *difference.shape), np.nan)
     tested = mean_test(difference, influence, max(freedom, 1.0))

@@ -24,7 +24,11 @@ GROUPS = 20  # of prompts; each is left out once, where prompts are not matched
 
 
 class TokenSides:
-    """The tokens of both sides, as counts by sequence and token id, and a second pass over them."""
+    """The tokens of both sides, as counts by sequence and token id, and a second pass over them.
+
+    Raises:
+        InputError: a side has no token, or a token is on both sides.
+    """
 
     def __init__(self, run: TokenRun, sides: tuple[Any, Any], number: Int[np.ndarray, " sequence"]) -> None:
         self.run, self.sides, self.number = run, sides, number
@@ -60,7 +64,11 @@ class TokenSides:
         return match_cells(cells, np.where(tokens > 0, side, -1), self.number, control, within_sequence=within)
 
     def blocks(self, *names: str) -> Iterator[tuple[Block, Int[np.ndarray, " token"]]]:
-        """Yield blocks, and the side of each token: 0, 1, or −1 for neither."""
+        """Yield blocks, and the side of each token: 0, 1, or −1 for neither.
+
+        Raises:
+            InputError: a token is on both sides.
+        """
         for block in token_blocks(self.run, "risk difference", "id", *self._labels, *names):
             columns = pd.DataFrame({k: block[k] for k in ("sequence", "position", "channel", "id", *self._labels)})
             on = [mask(side, columns, self.run.sequences) for side in self.sides]

@@ -19,7 +19,12 @@ from workbench.row_output import KEY
 
 
 class Asker:
-    """Requests the response of a job; the first job determines which API the host has."""
+    """Requests the response of a job; the first job determines which API the host has.
+
+    Raises:
+        InputError: the host has none of the APIs, or takes no reasoning effort.
+        NoAnswerError: the reply cannot be used.
+    """
 
     def __init__(self, host: Host, settings: Settings) -> None:
         self.host, self.settings, self.api = host, settings, settings.api
