@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from workbench.kernels import dispatch
+from workbench.kernels import cpu, dispatch
 from workbench.kernels.chunking import chunked
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -94,6 +94,9 @@ def attention(
     """
     if gpu := dispatch.triton("attention", q):
         return gpu.attention(q, k, v, query_pos, window, lengths=lengths, sinks=sinks)
+    layer = cpu.few_rows(q[:, 0, 0], q, k, v, sinks) if q.shape[1] == 1 and lengths is None else None
+    if layer and layer.covers_attention(q, k):
+        return layer.attention(q, k, v, query_pos, window, sinks)
     if lengths is None:
         z, lse = _over_keys(q, k, v, query_pos, window)
     else:

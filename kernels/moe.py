@@ -117,13 +117,23 @@ def _layer(
         h = gate_up(e, rows)
         return activation(h[:, 0::2], h[:, 1::2])
 
+    def activated_pairs(pairs: Tensor) -> Tensor:
+        layer = cpu.few_rows(x, pairs) if pairs.shape[-1] % 64 == 0 else None
+        if layer is None:
+            return activation(through(taps.gate, pairs[..., 0::2]), through(taps.up, pairs[..., 1::2]))
+        if taps.gate or taps.up:
+            pairs = torch.stack([through(taps.gate, pairs[..., 0::2]), through(taps.up, pairs[..., 1::2])], -1).flatten(
+                -2
+            )
+        return layer.swiglu(pairs, weights.limit, weights.alpha)
+
     def through(tap: ActivationHook | None, slots: Tensor) -> Tensor:
         return slots if tap is None else tap(slots)
 
     wide = torch.promote_types(x.dtype, torch.float32)
     if products or taps.gate or taps.up:
         h = products.expert_linear(x, weights.gate_up, weights.gate_up_bias, slots) if products else per_expert(gate_up)
-        post = activation(through(taps.gate, h[..., 0::2]), through(taps.up, h[..., 1::2]))
+        post = activated_pairs(h)
     elif taps.post:
         post = per_expert(activated)
     if products or taps.gate or taps.up or taps.post:
@@ -135,6 +145,8 @@ def _layer(
     else:
         out = per_expert(lambda e, rows: down(e, activated(e, rows)))
     out = through(taps.out, out)
+    if x.shape[1] % 16 == 0 and (layer := cpu.few_rows(x, out, gates)):
+        return layer.combine(out, gates)
     return chunked(lambda y, g: torch.einsum("tsd,ts->td", y.to(wide), g.to(wide)).to(x.dtype), out, gates, dim=0)
 
 

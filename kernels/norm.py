@@ -8,13 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.kernels import dispatch
+from workbench.kernels import cpu, dispatch
 
 
 def rms_scale(x: Float[Tensor, "*batch d"], eps: float) -> Float[Tensor, "*batch 1"]:
     """Return √(mean of squares + eps) of each row, in at least float32."""
     if (gpu := dispatch.triton("norm", x)) and dispatch.without_gradient(x):
         return gpu.rms_scale(x, eps)
+    if x.shape[-1] % 16 == 0 and (layer := cpu.few_rows(x)):
+        return layer.rms_scale(x, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
     return (square / x.shape[-1] + eps).sqrt()

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.kernels import dispatch
+from workbench.kernels import cpu, dispatch
 
 
 def top_k(logits: Float[Tensor, "tokens expert"], k: int) -> Int[Tensor, "tokens slot"]:
@@ -24,6 +24,11 @@ def gate(logits: Float[Tensor, "tokens expert"], experts: Int[Tensor, "tokens sl
     """Return weights of the selected experts: softmax over their logits alone; rows sum to 1."""
     if gpu := dispatch.triton("routing", logits):
         return gpu.gate(logits, experts)
+    few = 0 < len(logits) <= cpu.FEW_ROWS and logits.dtype == torch.float32
+    if few and cpu.compiled(logits, experts):
+        from workbench.kernels.cpu import layer
+
+        return layer.gate(logits, experts)
     return logits.gather(-1, experts).softmax(-1)
 
 

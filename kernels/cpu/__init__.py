@@ -29,6 +29,7 @@ from torch import Tensor
 from workbench.kernels import dispatch
 
 VARIABLE = "WORKBENCH_CPU_KERNELS"
+FEW_ROWS = 32
 _CHOICES = ("auto", "compiled", "torch")
 
 
@@ -69,6 +70,14 @@ def compiled(*tensors: Tensor | None) -> ModuleType | None:
     if not all(tensor is None or _plain(tensor) for tensor in tensors) or _followed() or unavailable():
         return None
     return importlib.import_module("workbench.kernels.cpu.products")
+
+
+def few_rows(x: Tensor, *tensors: Tensor | None) -> ModuleType | None:
+    """Return `workbench.kernels.cpu.layer` if x [... d] is a few rows of bfloat16 and all tensors can be used."""
+    few = x.dtype == torch.bfloat16 and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+    if not few or not compiled(x, *tensors):
+        return None
+    return importlib.import_module("workbench.kernels.cpu.layer")
 
 
 def _plain(tensor: Tensor) -> bool:

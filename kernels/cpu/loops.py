@@ -219,17 +219,17 @@ def _unpack_group(typingctx, source, group, result):
 
 
 @intrinsic
-def _take(typingctx, address, amount):
+def take(typingctx, address, amount):
     """Add to a 64-bit counter that threads share and return its value before."""
 
     def generate(context, b, signature, arguments):
-        return b.atomic_rmw("add", _pointer(b, _i64, arguments[0]), arguments[1], "monotonic")
+        return b.atomic_rmw("add", _pointer(b, _i64, arguments[0]), arguments[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic
-def _integer(typingctx, address):
+def integer(typingctx, address):
     """Load a 64-bit integer."""
 
     def generate(context, b, signature, arguments):
@@ -251,104 +251,123 @@ _bfloat16_by_one, _bfloat16_by_four = (
 SMALLEST = 4  # outputs of a matrix: the last tile is moved back instead of being cut
 
 
-def _dense_rows(counter, chunk, matrix, outputs, groups, inputs, rows, results):
-    """Inner products of `rows` rows with a bfloat16 matrix [outputs, 32 · groups]; `chunk` outputs are taken at a time.
+@njit(nogil=True)
+def dense_chunk(start, stop, matrix, outputs, groups, inputs, rows, results):
+    """Inner products of `rows` rows with rows `start` to `stop` of a bfloat16 matrix [outputs, 32 · groups].
 
     inputs: float32 [rows, 32 · groups]. results: float32 [rows, outputs].
     """
     width = groups * 32
+    if rows == 1:
+        for n in range(start, stop):
+            _bfloat16_by_one((inputs,), (results + 4 * n,), groups, (matrix + 2 * n * width,))
+        return
+    for tile in range(start, stop, 2):
+        n = min(tile, outputs - 2)
+        source = (matrix + 2 * n * width,)
+        for row in range(0, rows, 4):
+            a, b, c, d = row, min(row + 1, rows - 1), min(row + 2, rows - 1), min(row + 3, rows - 1)
+            _bfloat16_by_four(
+                (inputs + 4 * a * width, inputs + 4 * b * width, inputs + 4 * c * width, inputs + 4 * d * width),
+                (
+                    results + 4 * (a * outputs + n),
+                    results + 4 * (b * outputs + n),
+                    results + 4 * (c * outputs + n),
+                    results + 4 * (d * outputs + n),
+                ),
+                groups,
+                source,
+            )
+
+
+def _dense_rows(counter, chunk, matrix, outputs, groups, inputs, rows, results):
+    """Inner products of `rows` rows with a bfloat16 matrix, of which `chunk` outputs are taken at a time."""
     while True:
-        start = _take(counter, chunk)
+        start = take(counter, chunk)
         if start >= outputs:
             return
-        stop = min(start + chunk, outputs)
-        if rows == 1:
-            for n in range(start, stop):
-                _bfloat16_by_one((inputs,), (results + 4 * n,), groups, (matrix + 2 * n * width,))
+        dense_chunk(start, min(start + chunk, outputs), matrix, outputs, groups, inputs, rows, results)
+
+
+@njit(nogil=True)
+def expert_chunk(
+    item, chunk, blocks, scales, table, block, scale, halves, outputs, groups, inputs, results, order, shared, experts,
+    ends,
+):  # fmt: skip
+    """Inner products of the slots of one expert with `chunk` rows of its packed matrix [outputs, groups, 16].
+
+    item: the chunk, counted over all experts that have slots. block, scale: bytes from one group to the next, of the
+    matrix and of its scales. halves: whether byte j holds positions j and j + 16 of its group, instead of 2j and
+    2j + 1. inputs: float32 [slots / shared, groups, 2, 16], the positions in the low halves of each group's bytes
+    before those in the high halves. results: float32 [slots, outputs]. order: the slots, sorted by expert. shared:
+    slots that read one row of inputs. experts, ends: which experts have slots, and where the slots of each end in
+    `order`.
+    """
+    chunks = (outputs + chunk - 1) // chunk
+    width = groups * 32
+    hit = item // chunks
+    start = item % chunks * chunk
+    stop = min(start + chunk, outputs)
+    expert = integer(experts + 8 * hit)
+    first = integer(ends + 8 * hit - 8) if hit else 0
+    last = integer(ends + 8 * hit) - 1
+    base = expert * outputs
+    step = 4 if first == last else 2
+    for tile in range(start, stop, step):
+        n = min(tile, outputs - step)
+        at = (base + n) * groups
+        source = (blocks + at * block, scales + at * scale, table, block, scale, halves)
+        if first == last:
+            slot = integer(order + 8 * first)
+            _mxfp4_by_one(
+                (inputs + 4 * (slot // shared) * width,), (results + 4 * (slot * outputs + n),), groups, source
+            )
             continue
-        for tile in range(start, stop, 2):
-            n = min(tile, outputs - 2)
-            source = (matrix + 2 * n * width,)
-            for row in range(0, rows, 4):
-                a, b, c, d = row, min(row + 1, rows - 1), min(row + 2, rows - 1), min(row + 3, rows - 1)
-                _bfloat16_by_four(
-                    (inputs + 4 * a * width, inputs + 4 * b * width, inputs + 4 * c * width, inputs + 4 * d * width),
-                    (
-                        results + 4 * (a * outputs + n),
-                        results + 4 * (b * outputs + n),
-                        results + 4 * (c * outputs + n),
-                        results + 4 * (d * outputs + n),
-                    ),
+        for position in range(first, last + 1, 4):
+            a = integer(order + 8 * position)
+            b = integer(order + 8 * min(position + 1, last))
+            if last - position < 2:
+                _mxfp4_by_two(
+                    (inputs + 4 * (a // shared) * width, inputs + 4 * (b // shared) * width),
+                    (results + 4 * (a * outputs + n), results + 4 * (b * outputs + n)),
                     groups,
                     source,
                 )
+                continue
+            c = integer(order + 8 * (position + 2))
+            d = integer(order + 8 * min(position + 3, last))
+            _mxfp4_by_four(
+                (
+                    inputs + 4 * (a // shared) * width,
+                    inputs + 4 * (b // shared) * width,
+                    inputs + 4 * (c // shared) * width,
+                    inputs + 4 * (d // shared) * width,
+                ),
+                (
+                    results + 4 * (a * outputs + n),
+                    results + 4 * (b * outputs + n),
+                    results + 4 * (c * outputs + n),
+                    results + 4 * (d * outputs + n),
+                ),
+                groups,
+                source,
+            )
 
 
 def _expert_rows(
     counter, chunk, blocks, scales, table, block, scale, halves, outputs, groups, inputs, results, order, shared, hits,
     experts, ends,
 ):  # fmt: skip
-    """Inner products of every slot's row with its expert's packed matrix [outputs, groups, 16].
-
-    block, scale: bytes from one group to the next, of the matrix and of its scales. halves: whether byte j holds
-    positions j and j + 16 of its group, instead of 2j and 2j + 1. inputs: float32 [slots / shared, groups, 2, 16], the
-    positions in the low halves of each group's bytes before those in the high halves. results: float32
-    [slots, outputs]. order: the slots, sorted by expert. shared: slots that read one row of inputs. hits: the number of
-    experts that have slots; experts, ends: which they are, and where the slots of each end in `order`.
-    """
-    chunks = (outputs + chunk - 1) // chunk
-    width = groups * 32
+    """Inner products of every slot's row with its expert's packed matrix, where `hits` experts have slots."""
+    items = hits * ((outputs + chunk - 1) // chunk)
     while True:
-        item = _take(counter, 1)
-        if item >= hits * chunks:
+        item = take(counter, 1)
+        if item >= items:
             return
-        hit = item // chunks
-        start = item % chunks * chunk
-        stop = min(start + chunk, outputs)
-        expert = _integer(experts + 8 * hit)
-        first = _integer(ends + 8 * hit - 8) if hit else 0
-        last = _integer(ends + 8 * hit) - 1
-        base = expert * outputs
-        step = 4 if first == last else 2
-        for tile in range(start, stop, step):
-            n = min(tile, outputs - step)
-            at = (base + n) * groups
-            source = (blocks + at * block, scales + at * scale, table, block, scale, halves)
-            if first == last:
-                slot = _integer(order + 8 * first)
-                _mxfp4_by_one(
-                    (inputs + 4 * (slot // shared) * width,), (results + 4 * (slot * outputs + n),), groups, source
-                )
-                continue
-            for position in range(first, last + 1, 4):
-                a = _integer(order + 8 * position)
-                b = _integer(order + 8 * min(position + 1, last))
-                if last - position < 2:
-                    _mxfp4_by_two(
-                        (inputs + 4 * (a // shared) * width, inputs + 4 * (b // shared) * width),
-                        (results + 4 * (a * outputs + n), results + 4 * (b * outputs + n)),
-                        groups,
-                        source,
-                    )
-                    continue
-                c = _integer(order + 8 * (position + 2))
-                d = _integer(order + 8 * min(position + 3, last))
-                _mxfp4_by_four(
-                    (
-                        inputs + 4 * (a // shared) * width,
-                        inputs + 4 * (b // shared) * width,
-                        inputs + 4 * (c // shared) * width,
-                        inputs + 4 * (d // shared) * width,
-                    ),
-                    (
-                        results + 4 * (a * outputs + n),
-                        results + 4 * (b * outputs + n),
-                        results + 4 * (c * outputs + n),
-                        results + 4 * (d * outputs + n),
-                    ),
-                    groups,
-                    source,
-                )
+        expert_chunk(
+            item, chunk, blocks, scales, table, block, scale, halves, outputs, groups, inputs, results, order, shared,
+            experts, ends,
+        )  # fmt: skip
 
 
 def _unpack_groups(blocks, scales, table, groups, results):

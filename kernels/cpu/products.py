@@ -26,7 +26,7 @@ _loops = functools.cache(compile_all)
 
 
 @functools.cache
-def _scales() -> Float[Tensor, "256"]:
+def scale_table() -> Float[Tensor, "256"]:
     """Scale byte → its power of two: 255 is NaN, and 0 the subnormal 2^-127."""
     return torch.ldexp(torch.ones(256), torch.arange(256) - 127).where(torch.arange(256) < 255, torch.nan)
 
@@ -118,8 +118,8 @@ def _expert_products(
     results = torch.empty(*slots.experts.shape, outputs)
     pieces = len(slots.hit) * -(-outputs // _EXPERT_CHUNK)
     threads.run(
-        _loops()[1], pieces, _EXPERT_CHUNK, blocks, scales, _scales().data_ptr(), block, scale, halves, outputs, groups,
-        inputs.data_ptr(), results.data_ptr(), slots.order.data_ptr(), count // len(inputs), len(slots.hit),
+        _loops()[1], pieces, _EXPERT_CHUNK, blocks, scales, scale_table().data_ptr(), block, scale, halves, outputs,
+        groups, inputs.data_ptr(), results.data_ptr(), slots.order.data_ptr(), count // len(inputs), len(slots.hit),
         slots.hit.data_ptr(), slots.ends.data_ptr(),
     )  # fmt: skip
     return results
@@ -139,4 +139,4 @@ def unpack(
 
     Measured, one thread (Zen 4), 5760 × 2880 in chunks of 256 rows: 1.0 ms, torch 7.4 ms.
     """
-    _loops()[2](blocks.data_ptr(), scales.data_ptr(), _scales().data_ptr(), scales.numel(), values.data_ptr())
+    _loops()[2](blocks.data_ptr(), scales.data_ptr(), scale_table().data_ptr(), scales.numel(), values.data_ptr())

@@ -9,21 +9,23 @@ import os
 from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Lock, Thread
+from typing import Any
 
 import torch
 
 _Loop = Callable[..., None]
+_Arguments = tuple[Any, ...]  # integers, and arrays of numpy
 
 
 class _Helpers:
     """Threads that run a loop when they are given one. They end with the process."""
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[tuple[_Loop, tuple[int, ...], Lock]] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[_Loop, _Arguments, Lock]] = SimpleQueue()
         self._count = 0
         self._starting = Lock()
 
-    def give(self, loop: _Loop, arguments: tuple[int, ...], helpers: int) -> list[Lock]:
+    def give(self, loop: _Loop, arguments: _Arguments, helpers: int) -> list[Lock]:
         """Let `helpers` threads run the loop; return a lock for each, which it releases when it has finished."""
         with self._starting:
             for _ in range(self._count, helpers):
@@ -57,7 +59,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_helpers)
 
 
-def run(loop: _Loop, pieces: int, *arguments: int) -> None:
+def run(loop: _Loop, pieces: int, *arguments: Any) -> None:
     """Run `loop(counter, *arguments)` on as many threads as torch may use, but no more than there are pieces."""
     counter = ctypes.c_int64(0)
     every = (ctypes.addressof(counter), *arguments)

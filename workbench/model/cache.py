@@ -167,17 +167,29 @@ class KVCache:
         self, layer: int, k: Float[Tensor, "batch new kv d_head"], v: Float[Tensor, "batch new kv d_head"]
     ) -> CachedKeys:
         """Store the keys and values of the pass that has begun, and return all that this layer attends to."""
-        assert self._pass is not None, "extend comes after begin"
-        held, now = self._held[self._windows[layer]], self._pass
-        now.done.add(layer)
-        if held.window in now.longer:
+        reserved = self.reserve(layer)
+        held = self._held[self._windows[layer]]
+        if reserved is None:
             return self._extend_longer(layer, held, k, v)
-        columns = self._columns(held, k.device)
-        keys, values, index = self.keys[layer], self.values[layer], self._index[k.device]
+        keys, values, columns, base = reserved
+        index = self._index[k.device]
         keys[index, columns], values[index, columns] = k, v
-        filled = max(length - base for length, base in zip(self._lengths, held.bases, strict=True)) + now.new
+        filled = max(length - start for length, start in zip(self._lengths, held.bases, strict=True)) + k.shape[1]
         end = filled if self.fixed_end is None else held.size if held.moves else min(self.fixed_end, held.size)
-        return CachedKeys(keys[:, :end], values[:, :end], columns, held.base[k.device] if held.moves else None)
+        return CachedKeys(keys[:, :end], values[:, :end], columns, base)
+
+    def reserve(self, layer: int) -> CachedKeys | None:
+        """Return all keys and values that this layer holds; the caller must write those of the pass at `positions`.
+
+        None: the layer cannot hold what the pass attends to, and `extend` is needed.
+        """
+        assert self._pass is not None, "a pass is prepared by begin"
+        held = self._held[self._windows[layer]]
+        self._pass.done.add(layer)
+        if held.window in self._pass.longer:
+            return None
+        columns, device = self._columns(held, self._devices[layer]), self._devices[layer]
+        return CachedKeys(self.keys[layer], self.values[layer], columns, held.base[device] if held.moves else None)
 
     def advance(self, n: int | Sequence[int] | None = None) -> None:
         """Count `n` more positions in every row, or in each row its own number; None: the real tokens of the pass."""

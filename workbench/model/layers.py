@@ -17,7 +17,7 @@ from workbench.kernels.chunking import chunked
 from workbench.kernels.ggml import GgmlMxfp4
 from workbench.kernels.moe import ActivationHooks, Experts, LoraWeight, moe
 from workbench.kernels.mxfp4 import GROUP, Mxfp4
-from workbench.model import input_points
+from workbench.model import fused_block, input_points
 from workbench.model.attention import Attention
 from workbench.model.config import Config
 from workbench.model.low_rank import LowRank
@@ -222,9 +222,18 @@ class Block(nn.Module):
         if context is None:
             context = PassContext(self.cfg, torch.zeros(x.shape[:2], dtype=torch.long, device=x.device))
         x = self.hook_resid_pre(x)
+        if known := fused_block.fused(self, x, context):
+            return fused_block.fused_forward(self, known, x, context)
+        return self.add_experts(self.add_attention(x, context))
+
+    def add_attention(self, x: Float[Tensor, "batch pos d_model"], context: PassContext) -> Tensor:
+        """Return the residual stream between attention and the experts [batch pos d_model]."""
         stream = input_points.read_at(self.get_point("hook_attn_in"), x)
         inputs = input_points.head_inputs(self, stream, self.attn.n_heads, self.attn.n_key_value_heads)
-        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(stream), context, self.layer, inputs)))
+        return self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(stream), context, self.layer, inputs)))
+
+    def add_experts(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return the residual stream behind the experts."""
         stream = input_points.read_at(self.get_point("hook_mlp_in"), x)
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(stream))))
 
