@@ -138,14 +138,36 @@ class Study(Record):
 
 
 @dataclass(frozen=True)
+class Work:
+    """What an experiment computes with its default options: passes over its sequences, and tokens that it generates.
+
+    layer_passes, width_passes: passes without and with gradients, times the number of layers and the width of the
+    model. new_tokens: whatever the number of sequences is; sequence_new_tokens: of each sequence.
+    """
+
+    passes: float = 0
+    layer_passes: float = 0
+    gradient_passes: float = 0
+    width_passes: float = 0
+    new_tokens: float = 0
+    sequence_new_tokens: float = 0
+
+
+@dataclass(frozen=True)
 class Experiment(Record):
     """An experiment: `experiment(model, rows, *, seed)` returns labelled datasets.
 
-    host: whether the model may be one at an OpenAI-compatible host.
+    host: whether the model may be one at an OpenAI-compatible host. cost: the fields of `Work`, by name.
     """
 
     figures: str = "workbench.figures.experiments"
     host: bool = False
+    cost: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Work | None:
+        """Return what it computes, or None if the record does not say."""
+        return Work(**self.cost) if self.cost else None
 
 
 _KINDS = {"Study": Study, "Experiment": Experiment}

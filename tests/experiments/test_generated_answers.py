@@ -12,7 +12,7 @@ from tests.conftest import DATA
 from workbench.errors import InputError
 from workbench.experiments import generated_answers
 from workbench.experiments.from_run import transcripts
-from workbench.experiments.generated_answers import behaviour, generate_answers, measure
+from workbench.experiments.generated_answers import behaviour, between_models, generate_answers, measure
 from workbench.experiments.random_controls import rank
 from workbench.figures import generated_answers as figures
 from workbench.harmony.transcripts import Transcript
@@ -109,3 +109,20 @@ def test_wrong_options_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         generated_answers.experiment(nano, rows, **options)  # type: ignore[arg-type]
+
+
+@FEW
+def test_two_models_are_compared_by_their_answers(nano: GptOss, rows: list[Transcript]) -> None:
+    """The negative control is the model itself, which changes nothing."""
+    other = wb.load("nano", dtype=torch.float32)
+    other.add_hook(f"blocks.{LAYER}.hook_resid_post", lambda x, hook: -x)
+    found = between_models(nano, other, rows[:6], max_new_tokens=4).isel(intervention=0)
+    assert float(found["high"].sel(measure="same answer")) < 0
+    assert float(found["change"].sel(measure="tokens before divergence")) < -0.5
+    assert float(found["change"].sel(measure="routing flips")) > 0.1
+    assert "random" not in found.attrs["summary"]
+    same = between_models(nano, nano, rows[:6], max_new_tokens=4)
+    np.testing.assert_array_equal(np.nan_to_num(same["change"].values), 0)
+    assert all(item.draw().data for item in figures.gallery({"answers": same}).values())
+    with pytest.raises(InputError, match="4 prompts, and an interval needs 5"):
+        between_models(nano, nano, rows[:4])

@@ -44,18 +44,30 @@ def info(
         int | None,
         typer.Option(parser=whole_number, metavar="N", help="Also plan a capture of this many tokens, as in 5e6."),
     ] = None,
-    sequence_tokens: Annotated[int, typer.Option(min=10, help="Tokens of a sequence of that capture.")] = 1000,
+    sequence_tokens: Annotated[
+        int, typer.Option(min=10, help="Tokens of a sequence of that capture, or of an experiment.")
+    ] = 1000,
     tokens_per_second: TokensPerSecond = None,
+    experiments: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Also estimate the time of every experiment on N sequences of --sequence-tokens, on one H100.",
+        ),
+    ] = None,
     dtype: Dtype = "bfloat16",
     ignore_field: IgnoreField = None,
 ) -> None:
     """Show the sizes, memory plan and hook points of a model without loading it.
 
-    With --tokens-total, also show the disk of each record, the host memory and the time of a capture.
+    With --tokens-total, also show the disk of each record, the host memory and the time of a capture; with
+    --experiments, the tokens and the time of every experiment.
     """
     from workbench.capture import estimate, recording
     from workbench.capture.compute import LOGIT_ROWS
     from workbench.capture.shape_model import ShapeModel, published_name
+    from workbench.experiments import costs
     from workbench.model.info import Plan, describe, subject
     from workbench.model.memory import parse
     from workbench.model.packing import FORWARD_TOKENS
@@ -84,6 +96,8 @@ def info(
             tokens_per_second=tokens_per_second,
         )
         estimate.show(capture, f"A capture of sequences of {sequence_tokens:,} tokens")
+    if experiments is not None:
+        costs.show(size, sequences=experiments, sequence_tokens=sequence_tokens)
 
 
 @app.command("convert-weights")

@@ -24,6 +24,7 @@ EXPERIMENT = Experiment(
     title="Attention knockout between channels",
     question="Does the final answer depend on attention to the analysis, and on attention to the user's message?",
     compute="forward passes over the sequences: seven",
+    cost={"passes": 7},
     options={"hide": "What is hidden: messages, with their frame tokens (default), or their content alone."},
     aliases=("knockout",),
     order=160,

@@ -42,6 +42,7 @@ EXPERIMENT = Experiment(
     title="Chain-of-thought ablation",
     question="Does the final answer depend on the chain of thought before it?",
     compute="forward passes and new answers for the sequences: one for each of about nine changes",
+    cost={"passes": 9, "sequence_new_tokens": 576},
     options={"hide": "What is hidden: messages, with their frame tokens (default), or their content alone."},
     aliases=("cot",),
     order=110,

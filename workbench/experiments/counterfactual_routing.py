@@ -34,6 +34,7 @@ EXPERIMENT = Experiment(
     title="Counterfactual routing",
     question="In which layers does the next token depend on the experts that a token takes, and do others do better?",
     compute="forward passes over the sequences: for each layer two, and one for each random route",
+    cost={"layer_passes": 10},
     options={
         "routes": "Random routes for each layer, at least 2 (default: 8).",
         "channel": "Channel whose tokens are predicted: final (default) or analysis.",

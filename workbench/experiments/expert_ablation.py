@@ -17,6 +17,7 @@ EXPERIMENT = Experiment(
     question="Does the model need the experts that routing associates with a domain more than random experts of "
     "equal load?",
     compute="forward passes over the sequences: one for each group of prompts, and 99 for its random sets",
+    cost={"passes": 100},
     options={"controls": "Random sets of experts of the same load for each group, at least 20 (default: 99)."},
     aliases=("ablate",),
     order=120,

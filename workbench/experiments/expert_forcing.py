@@ -16,6 +16,7 @@ EXPERIMENT = Experiment(
     title="Forced experts",
     question="What changes when the expert that routing associates most with a domain is selected at every token?",
     compute="forward passes over the sequences: one for each group of prompts, and 99 for its random sets",
+    cost={"passes": 100},
     options={"controls": "Random sets of experts of the same load for each group, at least 20 (default: 99)."},
     aliases=("force",),
     order=130,

@@ -32,6 +32,7 @@ EXPERIMENT = Experiment(
     title="Direct effects of experts on logits",
     question="Which tokens' logits does each expert raise and lower directly?",
     compute="one forward pass over the sequences",
+    cost={"passes": 1},
     options={"tokens": "Tokens with the largest and the smallest effects of each expert (default: 10)."},
     figures="workbench.figures.expert_logits",
     order=170,

@@ -16,6 +16,7 @@ EXPERIMENT = Experiment(
     title="Halved gate weights",
     question="What changes when the gate weights of the experts that routing associates with a domain are halved?",
     compute="forward passes over the sequences: one for each group of prompts, and 99 for its random sets",
+    cost={"passes": 100},
     options={"controls": "Random sets of experts of the same load for each group, at least 20 (default: 99)."},
     aliases=("reweight",),
     order=140,

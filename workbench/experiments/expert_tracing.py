@@ -37,6 +37,7 @@ EXPERIMENT = Experiment(
     title="Expert-aware causal tracing",
     question="Which experts, at which tokens, restore the answer when the question is corrupted?",
     compute="of half of the sequences two passes and a backward pass; of the others 22 passes for each of five experts",
+    cost={"passes": 57, "gradient_passes": 0.5},
     options={
         "noise": "Standard deviation of the noise, in those of the embeddings (default: 3).",
         "cells": "Experts at a class of tokens that are restored on held-out prompts (default: 5).",

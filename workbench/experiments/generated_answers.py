@@ -47,6 +47,7 @@ EXPERIMENT = Experiment(
     question="What do interventions change of accuracy, length and refusals of newly generated answers, beyond what "
     "random ones of the same size do?",
     compute="new answers to the prompts of the sequences: for each of about three doses, one and 20 of random controls",
+    cost={"passes": 128, "sequence_new_tokens": 16384},
     options={
         "change": "experts: gate weights of a group's experts times the dose, 0 masking them before the top-k "
         "selection (default); direction: the channel direction times the dose.",
@@ -133,11 +134,25 @@ def measure(
     of each unedited answer, if they are known already.
     """
     found = generate_answers(model, rows, *edits, max_new_tokens=max_new_tokens)
-    common = [_common(b.ids, f.ids) for b, f in zip(base, found, strict=True)]
-    whole = _answered(rows, base)
-    before = routing(model, whole) if routes is None else routes
+    answered = _answered(rows, base)
+    before = routing(model, answered) if routes is None else routes
     with applied(model, *edits):
-        after = routing(model, whole)
+        after = routing(model, answered)
+    return _changes(rows, base, found, before, after)
+
+
+def _changes(
+    rows: Sequence[Transcript],
+    base: Sequence[Answer],
+    found: Sequence[Answer],
+    before: Sequence[np.ndarray],
+    after: Sequence[np.ndarray],
+) -> Float[np.ndarray, "measure sequence"]:
+    """Return every measure of the answers `found`, less that of `base`.
+
+    before, after: the experts [layer pos slot] of each sequence with its base answer, without and with what is changed.
+    """
+    common = [_common(b.ids, f.ids) for b, f in zip(base, found, strict=True)]
     flips = [
         _flips(x[:, : r.n_prompt + n], y[:, : r.n_prompt + n])
         for x, y, r, n in zip(before, after, rows, common, strict=True)
@@ -234,6 +249,37 @@ def behaviour(
     return result.assign_attrs(title="Generated answers under interventions", summary=describe(result))
 
 
+def between_models(
+    model: GptOss, other: GptOss, rows: Sequence[Transcript], *, max_new_tokens: int = 256, seed: int = 0
+) -> xr.Dataset:
+    """Return what the answers of another model, such as a fine-tuned one, change: as `behaviour`, without controls.
+
+    other: has the vocabulary of the first. Both answer the prompts of the sequences; "same answer" and divergence are
+    those from the first model's answers, and routing flips are counted on the first model's tokens.
+
+    Raises:
+        InputError: the sequences are of fewer than five prompts, or the models differ in vocabulary or routing.
+    """
+    units = [row.prompt_id for row in rows]
+    if (n := len(set(units))) < MIN_PROMPTS:
+        raise InputError(f"{n} prompts, and an interval needs {MIN_PROMPTS}: use more sequences")
+    for name in ("d_vocab", "n_layers", "num_experts", "experts_per_token"):
+        if (a := getattr(model.cfg, name)) != (b := getattr(other.cfg, name)):
+            raise InputError(f"the models differ in {name} ({a} and {b}): their answers and experts do not correspond")
+    base, found = (generate_answers(m, rows, max_new_tokens=max_new_tokens) for m in (model, other))
+    answered = _answered(rows, base)
+    each = _changes(rows, base, found, routing(model, answered), routing(other, answered))[None]
+    cells, none = ("intervention", "measure"), np.full((0, 1, len(MEASURES)), np.nan)
+    result = xr.Dataset(
+        {name: (cells, values) for name, values in _tested(each, units, seed).items()}
+        | {name: (cells, values) for name, values in _ranked(each, units, none).items()}
+        | {"random": (("control", *cells), none), "unedited": ("measure", _unedited(rows, base, units))},
+        coords={"intervention": ["other model"], "measure": list(MEASURES), "control": range(0)},
+        attrs={"rests_on": f"{len(rows)} sequences of {n} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED},
+    )
+    return result.assign_attrs(title="Generated answers of two models", summary=describe(result))
+
+
 def _edits(recipe: Recipe) -> list[Edit]:
     return [recipe] if isinstance(recipe, Edit) else list(recipe)
 
@@ -296,7 +342,8 @@ def describe(result: xr.Dataset) -> str:
     """Return the summary: what each intervention changes, and whether random controls do the same."""
     shown = [m for m in MEASURES if np.isfinite(result["change"].sel(measure=m)).any()]
     unedited = ", ".join(f"{m} {float(result['unedited'].sel(measure=m)):.3g}" for m in shown)
-    lines = [f"{result.attrs['rests_on']}, {result.sizes['control']} random controls. Without an edit: {unedited}."]
+    controls = f", {n} random controls" if (n := result.sizes["control"]) else ""
+    lines = [f"{result.attrs['rests_on']}{controls}. Without an edit: {unedited}."]
     for name in map(str, result["intervention"].values):
         lines.append(f"{name}:")
         for m in shown:

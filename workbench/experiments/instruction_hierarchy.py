@@ -34,6 +34,7 @@ EXPERIMENT = Experiment(
     title="Instruction hierarchy",
     question="Which of two conflicting instructions is followed: that of the system, developer, user or tool?",
     compute="new answers to about 300 short prompts, and two forward passes over each; two over sequences with tools",
+    cost={"new_tokens": 38400},
     options={
         "instruction": "Text of an instruction, {} being the word (default: say {}).",
         "words": "Words, separated by commas; two neighbours make a pair (default: the letters).",

@@ -33,6 +33,7 @@ EXPERIMENT = Experiment(
     question="At which layer can the next token be read by each lens, and does a channel have a Jacobian of its own?",
     compute="half of the sequences: d_model / batch backward passes of batch copies each; the others: a forward pass "
     "for each lens",
+    cost={"passes": 1.5, "width_passes": 0.5},
     options={
         "by": "What the groups of tokens are: channel, effort, or channel,effort (default).",
         "batch": "Rows of the Jacobian that one backward pass computes; memory grows with it (default: 16).",

@@ -20,6 +20,7 @@ EXPERIMENT = Experiment(
     title="Direct logit attribution of the answer",
     question="Which experts and heads write the first token of the final answer?",
     compute="one forward pass for each of at most 100 sequences, spread over tasks and efforts",
+    cost={"passes": 0.5},
     aliases=("attribution",),
     order=190,
 )

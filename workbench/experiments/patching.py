@@ -37,6 +37,7 @@ EXPERIMENT = Experiment(
     title="Patching reasoning effort",
     question="At which tokens of the prompt, and at which layer, do its states carry the reasoning effort?",
     compute="forward passes over the sequences: one for each class of tokens and layer, for each pair of efforts",
+    cost={"layer_passes": 9},
     aliases=("patch",),
     order=180,
 )

@@ -6,12 +6,14 @@ describe themselves as those of studies do (method, what is not controlled, summ
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 import xarray as xr
 
 from workbench import registry
@@ -69,6 +71,7 @@ def run_experiment(
             "checkpoint_digest": model.checkpoint.digest,
             "workbench_version": version(),
             "parameters": json.dumps({"sequences": len(rows), **options}),
+            "command": command(record.name, model, sequences, seed, options),
             "sample": json.dumps(composition(rows)),
         }
         if merged:
@@ -78,6 +81,18 @@ def run_experiment(
         result.attrs.setdefault("method", METHOD)
         result.attrs.setdefault("not_controlled", NOT_CONTROLLED)
     return results
+
+
+def command(name: str, model: GptOss | HostModel, sequences: int, seed: int, options: Mapping[str, Any]) -> str:
+    """Return the command that makes the same results; RUN, MODEL and URL stand for the reader's."""
+    words = ["workbench", "study", name, "RUN", "--model", "MODEL", "--sequences", str(sequences), "--seed", str(seed)]
+    if isinstance(model, HostModel):
+        words += ["--host", "URL"]
+    elif model.dtype != torch.bfloat16:
+        words += ["--dtype", str(model.dtype).removeprefix("torch.")]
+    for option, value in options.items():
+        words += ["--option", f"{option}={value}"]
+    return shlex.join(words)
 
 
 def _store(record: registry.Experiment, run: Run, options: Mapping[str, Any]) -> dict[str, str]:

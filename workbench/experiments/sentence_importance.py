@@ -35,6 +35,7 @@ EXPERIMENT = Experiment(
     title="Importance of the sentences of the analysis",
     question="Which sentences of the analysis decide the answer, and from which sentence on is it settled?",
     compute="sampled continuations: for each conversation, twice `samples` from every sentence of its analysis",
+    cost={"new_tokens": 5120000},
     options={
         "conversations": "Conversations, spread over tasks and efforts (default: 10).",
         "samples": "Continuations from each sentence, at least 10 (default: 50).",

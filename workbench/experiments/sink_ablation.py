@@ -16,6 +16,7 @@ EXPERIMENT = Experiment(
     title="Sink ablation",
     question="What does the final answer lose when heads have no attention sink?",
     compute="forward passes over the sequences: one for each layer and four more",
+    cost={"passes": 4, "layer_passes": 1},
     aliases=("silence",),
     order=150,
 )

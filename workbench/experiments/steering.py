@@ -30,6 +30,7 @@ EXPERIMENT = Experiment(
     question="Does moving final tokens along the direction between the channels change the answer more than random "
     "directions of the same norm?",
     compute="forward passes over half of the sequences: six doses, of the direction and of 20 random ones",
+    cost={"passes": 63},
     options={"controls": "Random directions of the same norm, at least 20 (default: 20)."},
     aliases=("steer",),
     order=170,

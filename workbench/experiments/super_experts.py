@@ -35,6 +35,7 @@ EXPERIMENT = Experiment(
     question="Which experts write massive activations, and does the model need them more than random experts of equal "
     "load?",
     compute="forward passes over the sequences: two, and two for each of 20 random sets of experts",
+    cost={"passes": 44},
     options={
         "controls": "Random sets of experts of the same load, at least 20 (default: 20).",
         "magnitude": "Least magnitude of a massive activation (default: 100).",

@@ -272,7 +272,7 @@ def _provenance(contents: Contents) -> Iterator[tuple[str, str]]:
 
 
 def _notes(sets: Mapping[str, xr.Dataset]) -> Iterator[tuple[str, str]]:
-    for heading, attribute in (("Method", "method"), ("Not controlled", "not_controlled")):
+    for heading, attribute in (("Method", "method"), ("Not controlled", "not_controlled"), ("Command", "command")):
         texts = dict.fromkeys(str(ds.attrs[attribute]) for ds in sets.values() if ds.attrs.get(attribute))
         yield from ((heading, text) for text in texts)
 
