@@ -163,7 +163,8 @@ def _add(digest: Any, value: Any, seen: set[int]) -> None:
         digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
     elif hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
         _add(digest, (value.func, value.args, value.keywords), seen)
-    elif type(value).__module__.split(".")[0] in ("torch", "numpy"):  # a dtype, a device, a function of theirs
+    elif type(value).__module__.split(".")[0] in ("torch", "numpy") and not hasattr(value, "state_dict"):
+        # a dtype, a device, a function of theirs
         digest.update(str(getattr(value, "__name__", value)).encode())
     else:
         _add_object(digest, value, seen)
@@ -176,7 +177,8 @@ def _add_object(digest: Any, value: Any, seen: set[int]) -> None:
         _add(digest, value.__self__, seen)
     elif hasattr(value, "state_dict") and hasattr(value, "named_modules"):
         seen.add(id(value))
-        digest.update(_class_source(type(value)))
+        for kind in dict.fromkeys(type(module) for module in value.modules()):
+            digest.update(_class_source(kind))
         settings = {name: own for name, own in vars(value).items() if not name.startswith("_") and name != "training"}
         _add(digest, (dict(value.state_dict()), settings), seen)
     elif is_dataclass(value):
@@ -191,7 +193,7 @@ def _add_object(digest: Any, value: Any, seen: set[int]) -> None:
 def _class_source(kind: type) -> bytes:
     """Return the source of a class and of those that it inherits from, without torch's."""
     own = [c for c in kind.__mro__ if c.__module__.split(".")[0] not in ("torch", "builtins")]
-    texts = []
+    texts = [f"{kind.__module__}.{kind.__qualname__}"]
     for each in own:
         try:
             texts.append(inspect.getsource(each))
