@@ -142,12 +142,7 @@ def examples(
     for labels, values in token_labels.blocks(run, about, index):
         own = np.nan_to_num(values[:, feature])
         rows = np.flatnonzero(own > 0)
-        place = [labels[column].to_numpy()[rows] for column in ("sequence", "position")]
-        key = (
-            -own[rows]
-            if kind == "top"
-            else sample_keys(place[0], place[1], about.layers[index], feature).astype(np.float64)
-        )
+        key = -own[rows] if kind == "top" else _random_keys(labels.iloc[rows], about.layers[index], feature)
         order = rows[np.argsort(key, kind="stable")][: most * 8]
         ranks = np.sort(key, kind="stable")[: most * 8]
         best += [(float(rank), _context(labels, own, int(row))) for rank, row in zip(ranks, order, strict=True)]
@@ -155,6 +150,12 @@ def examples(
         if (seen := seen + len(labels)) >= MOST_TOKENS:
             break
     return [row for _, row in best]
+
+
+def _random_keys(labels: pd.DataFrame, layer: int, feature: int) -> Float[np.ndarray, " token"]:
+    """Return the places of tokens in the random order of a layer's feature."""
+    sequence, position = labels["sequence"].to_numpy(), labels["position"].to_numpy()
+    return sample_keys(sequence, position, layer, feature).astype(np.float64)
 
 
 def _one_of_each_sequence(rows: list[tuple[float, dict[str, Any]]]) -> list[tuple[float, dict[str, Any]]]:

@@ -41,8 +41,10 @@ def neurons(session: Session) -> Page:
         shown[:] = [examples(session, int(layer.value), int(expert.value))]
 
     def other_layer(event: Any) -> None:
+        before = expert.value
         expert.param.update(options=experts_of(run, int(layer.value)), value=most_used(run, int(layer.value)))
-        other_expert(event)
+        if expert.value == before:  # otherwise its own change shows the examples
+            other_expert(event)
 
     def other_expert(event: Any) -> None:
         session.put(neuron="")

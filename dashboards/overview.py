@@ -66,7 +66,8 @@ def overview(session: Session) -> Page:
 def _head(run: Run) -> str:
     """Return the sentence about the run and its numbers as tiles."""
     tiles = "".join(theme.tile(value, label) for label, value in numbers(run).items())
-    return f"<p class='wb-lead'>{escape(sentence(run))}</p><div class='wb-tiles'>{tiles}</div>{content.progress(run)}"
+    progress = "" if run.status == "complete" else content.progress(run)
+    return f"<p class='wb-lead'>{escape(sentence(run))}</p><div class='wb-tiles'>{tiles}</div>{progress}"
 
 
 def sentence(run: Run) -> str:

@@ -19,6 +19,7 @@ from tests.cli.test_cli import run as command
 from workbench.capture import recording
 from workbench.capture.recorder import source_digest
 from workbench.errors import InputError
+from workbench.hooks.sae import SAE, SAEConfig
 from workbench.model.transformer import GptOss
 from workbench.runs.reader import Run
 from workbench.runs.verify import other_content, verify
@@ -103,6 +104,29 @@ def test_a_job_that_is_stopped_resumes_and_another_function_is_refused(nano: Gpt
     ):
         with pytest.raises(InputError, match="was begun with spec records"):
             wb.capture(nano, few, tmp_path / "b", record=[changed], unit_tokens=1024)
+
+
+def test_a_method_of_an_autoencoder_can_be_recorded(nano: GptOss) -> None:
+    def features(bias: float, k: int = 2) -> wb.Recorder:
+        weights = {
+            "W_enc": torch.eye(128),
+            "W_dec": torch.eye(128),
+            "b_enc": torch.zeros(128),
+            "b_dec": torch.zeros(128),
+        }
+        weights["b_enc"] += bias
+        sae = SAE(SAEConfig("topk", 128, 128, torch.float32, True, "none", "none", k, False, None), weights)
+        return wb.Recorder("f", hook="resid_post", reduce=sae.encode, dims=("feature",), layers="2", dtype="float16")
+
+    (record,) = recording.parse(["routing", features(0.0)], nano.cfg).records
+    assert (record.dims, record.shape, record.layers) == (("feature",), (128,), (2,))
+    digest = source_digest(features(0.0).reduce)  # type: ignore[arg-type]
+    assert digest == record.digest
+    for other in (features(0.5), features(0.0, k=3)):  # negative control: other weights, other settings
+        assert source_digest(other.reduce) != digest  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    one, two = torch.nn.Linear(128, 2), torch.nn.Linear(128, 2)
+    assert source_digest(lambda x: one(x)) != source_digest(lambda x: two(x)), "modules of torch itself, by weights"
 
 
 def test_a_recorder_of_a_file_that_the_command_line_names(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -111,9 +112,7 @@ def test_examples_are_those_of_the_channel_by_gate(channel: str, tokens: list[st
 
 
 def test_the_gallery_has_the_strongest_example_of_each_expert_that_has_a_token() -> None:
-    def part(
-        values: list[list[object]] | list[list[float]] | list[list[int]], kind: type = object
-    ) -> tuple[tuple[str, ...], np.ndarray]:
+    def part(values: Any, kind: type = object) -> tuple[tuple[str, ...], np.ndarray]:
         return ("channel", "layer", "expert", "example"), np.array(values, dtype=kind)[:, None, :, None]
 
     gates = [[0.9, 0.1, 0.0], [0.2, 0.4, 0.0], [0.5, 0.3, 0.0]]

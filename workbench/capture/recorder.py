@@ -18,7 +18,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,14 +163,43 @@ def _add(digest: Any, value: Any, seen: set[int]) -> None:
         digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
     elif hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
         _add(digest, (value.func, value.args, value.keywords), seen)
-    elif type(value).__module__.split(".")[0] in ("torch", "numpy"):  # a dtype, a device, a function of theirs
+    elif type(value).__module__.split(".")[0] in ("torch", "numpy") and not hasattr(value, "state_dict"):
+        # a dtype, a device, a function of theirs
         digest.update(str(getattr(value, "__name__", value)).encode())
+    else:
+        _add_object(digest, value, seen)
+
+
+def _add_object(digest: Any, value: Any, seen: set[int]) -> None:
+    """Add an object to a digest: a method, a module of torch by class, weights and settings, or a dataclass."""
+    if isinstance(value, types.MethodType):  # as `sae.encode`
+        digest.update(value.__func__.__qualname__.encode())
+        _add(digest, value.__self__, seen)
+    elif hasattr(value, "state_dict") and hasattr(value, "named_modules"):
+        seen.add(id(value))
+        for kind in dict.fromkeys(type(module) for module in value.modules()):
+            digest.update(_class_source(kind))
+        settings = {name: own for name, own in vars(value).items() if not name.startswith("_") and name != "training"}
+        _add(digest, (dict(value.state_dict()), settings), seen)
+    elif is_dataclass(value):
+        _add(digest, (type(value), [(f.name, getattr(value, f.name)) for f in fields(value)]), seen)
     else:
         raise InputError(
             f"the recorder's function reads {type(value).__name__!r} from outside, whose content cannot be compared "
-            "when the "
-            "job resumes: use functions, numbers, text, tensors or arrays"
+            "when the job resumes: use functions, numbers, text, tensors, arrays or modules of torch"
         )
+
+
+def _class_source(kind: type) -> bytes:
+    """Return the source of a class and of those that it inherits from, without torch's."""
+    own = [c for c in kind.__mro__ if c.__module__.split(".")[0] not in ("torch", "builtins")]
+    texts = [f"{kind.__module__}.{kind.__qualname__}"]
+    for each in own:
+        try:
+            texts.append(inspect.getsource(each))
+        except (OSError, TypeError):  # no source, as in an interpreter
+            texts.append(f"{each.__module__}.{each.__qualname__}")
+    return "\n".join(texts).encode()
 
 
 def _source(function: types.FunctionType) -> bytes:
