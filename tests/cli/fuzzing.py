@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,43 @@ _MEMORY_BYTES = 6 * 2**30  # that a command may add to the address space of the 
 _HALF_WRITTEN = re.compile(r"\.(staging|part|lock|creating|partial|old)(/|$)")
 
 
-def cases(n: int, *, long: bool, times: int = 30) -> settings:
-    """Return settings of hypothesis: `n` cases, or a multiple of them; the same ones every time."""
-    return settings(
-        max_examples=n * (times if long else 1),
+def cases(n: int, *, long: bool, times: int = 30) -> Callable[[Any], Any]:
+    """Return a decorator for a test of hypothesis: `n` cases, or so many times more; the same ones every time.
+
+    FUZZ_MINUTES in the environment ends a long test after that time; how many cases there were is printed.
+    """
+    given_cases = n * (times if long else 1)
+    configured = settings(
+        max_examples=given_cases,
         deadline=None,
         derandomize=True,
         database=None,
         phases=(Phase.explicit, Phase.generate),  # a smaller failing case takes longer to find than to read
         suppress_health_check=list(HealthCheck),
     )
+    minutes = float(os.environ.get("FUZZ_MINUTES", "inf")) if long else float("inf")
+
+    def decorate(test: Any) -> Callable[[], None]:
+        check, begun, done = test.hypothesis.inner_test, time.monotonic(), 0
+
+        def counted(*arguments: Any, **named: Any) -> None:
+            nonlocal done
+            if time.monotonic() - begun < 60 * minutes:
+                check(*arguments, **named)
+                done += 1
+
+        test.hypothesis.inner_test = counted
+        run = configured(test)
+
+        def every() -> None:
+            try:
+                run()
+            finally:
+                print(f"{done:,} of {given_cases:,} cases in {time.monotonic() - begun:.0f} s")
+
+        return every
+
+    return decorate
 
 
 HOSTILE_TEXT = st.one_of(

@@ -165,7 +165,7 @@ def _finished(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     except (OSError, InputError):
         return None
     same = isinstance(found, dict) and all(found.get(name) == value for name, value in about.items())
-    return found if same and isinstance(found.get("losses"), list) else None
+    return found if same and found.get("losses") else None
 
 
 def _remove_parts(state: Path) -> None:
