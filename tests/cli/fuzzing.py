@@ -33,7 +33,7 @@ _HALF_WRITTEN = re.compile(r"\.(staging|part|lock|creating|partial|old)(/|$)")
 
 
 def cases(n: int, *, long: bool, times: int = 30) -> Callable[[Any], Any]:
-    """Return a decorator for a test of hypothesis: `n` cases, or so many times more; the same ones every time.
+    """Return a decorator for a test of hypothesis: `n` cases, or a multiple of them; the same ones every time.
 
     FUZZ_MINUTES in the environment ends a long test after that time; how many cases there were is printed.
     """

@@ -148,7 +148,7 @@ def damaged_log(draw: st.DrawFn, path: Path) -> bytes:
 
 
 def test_random_files_of_conversations(workplace: Path, conversations: list[Path], long: bool) -> None:
-    """Bytes of tables, archives and packed files, and JSON in the place of rows and samples."""
+    """Bytes of tables, archives and packed files, and JSON instead of rows and samples."""
 
     @cases(3 * QUICK, long=long)
     @given(st.data())

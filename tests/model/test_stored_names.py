@@ -184,7 +184,7 @@ def test_a_gguf_file_beside_safetensors_is_noted(tmp_path: Path, index: bool) ->
     assert "GGUF files are ignored, as there are safetensors: model-Q8_0.gguf" in open_checkpoint(folder).notes
 
 
-def test_a_pointer_in_the_place_of_the_index_is_named(tmp_path: Path) -> None:
+def test_a_pointer_instead_of_the_index_is_named(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "model", CFG, RandomTensors(CFG), shard_bytes=90_000)
     (folder / "model.safetensors.index.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(InputError, match=r"index.json is a git-lfs pointer: run git lfs pull$"):

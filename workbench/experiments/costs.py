@@ -40,7 +40,7 @@ class Cost:
 
 
 def cost(work: registry.Work, size: str, *, sequences: int, sequence_tokens: int) -> Cost:
-    """Return the estimated cost of an experiment on so many sequences. size: 20b or 120b."""
+    """Return the estimated cost of an experiment on a number of sequences. size: 20b or 120b."""
     cfg, speed, tokens = PUBLISHED[size], SPEEDS[size], sequences * sequence_tokens
     forward = tokens * (work.passes + work.layer_passes * cfg.n_layers)
     gradient = tokens * (work.gradient_passes + work.width_passes * cfg.d_model)

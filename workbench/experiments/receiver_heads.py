@@ -22,7 +22,7 @@ from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.progress import progress
 from workbench.registry import Experiment
-from workbench.studies.contrast import ALPHA
+from workbench.studies.difference_tests import ALPHA
 from workbench.studies.intervals import MIN_PROMPTS, mean_effect
 from workbench.studies.statistics import false_discovery
 
@@ -33,7 +33,7 @@ EXPERIMENT = Experiment(
     compute="one forward pass over the sequences, with the attention patterns of one layer at a time in memory",
     cost={"passes": 1},
     options={
-        "apart": "Sentences between which attention counts are at least so many apart (default: 4).",
+        "apart": "Smallest distance, in sentences, between two sentences whose attention counts (default: 4).",
         "max_sentences": "Most sentences of an analysis; longer ones are grouped (default: 40).",
         "shuffles": "Shuffles of the rows for the kurtosis of chance, at least 20 (default: 100).",
     },

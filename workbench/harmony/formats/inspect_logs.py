@@ -130,7 +130,7 @@ class Attachments:
         self._texts, self._left = texts, _LONGEST_MEMBER
 
     def inserted(self, value: Any) -> Any:
-        """Return a JSON value with the texts in the place of their names.
+        """Return a JSON value with the texts inserted instead of their names.
 
         Raises:
             InputError: the texts of a sample are too long together.
