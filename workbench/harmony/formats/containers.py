@@ -145,7 +145,7 @@ def _complete(path: Path, kind: str) -> Iterator[None]:
 
 
 def _rows_at_once(size: int) -> int:
-    """Return a number of rows that fits in memory though each may repeat the longest value of a batch of `size` bytes."""
+    """Return how many rows fit in memory if each repeats the longest value of a batch of `size` bytes."""
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, size)))
 
 
