@@ -49,6 +49,7 @@ ON_THE_GALLERY_PAGE = (
     "expert-tracing",
     "generated-answers",
     "instruction-hierarchy",
+    "jacobian-lens",
     "sentence-importance",
     "super-experts",
 )
@@ -60,7 +61,6 @@ LARGE = (
     "steering",
     "logit-attribution",
     "chain-of-thought",
-    "jacobian-lens",
 )
 
 
