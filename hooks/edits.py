@@ -152,12 +152,19 @@ class Positions:
     def __call__(self, ids: Int[np.ndarray, " pos"]) -> Bool[np.ndarray, " pos"]:
         n = len(ids)
         if isinstance(self._which, slice):
-            return np.isin(np.arange(n), np.arange(n)[self._which])
+            chosen = np.zeros(n, dtype=bool)
+            chosen[self._which] = True
+            return chosen
         return np.isin(np.arange(n), [i % n for i in self._which if -n <= i < n])
+
+
+_EVERY_TOKEN = Positions(slice(None))  # one object, so that a pass asks it once for all edits
 
 
 def as_set(tokens: Tokens) -> TokenSet:
     """Return a token set from any form in which tokens can be given."""
-    if tokens is None or isinstance(tokens, slice | Sequence):
-        return Positions(slice(None) if tokens is None else tokens)
+    if tokens is None:
+        return _EVERY_TOKEN
+    if isinstance(tokens, slice | Sequence):
+        return Positions(tokens)
     return tokens

@@ -137,6 +137,8 @@ TESTED_BY = {
     "hooks/targets": "hooks/test_interventions.py",
     "kernels/cpu/ggml_loops": "kernels/test_ggml.py",
     "kernels/cpu/loops": "kernels/cpu/test_products.py",
+    "kernels/cpu/layer_loops": "kernels/cpu/test_layer.py",
+    "kernels/cpu/row_loops": "kernels/cpu/test_layer.py",
     "kernels/cpu/threads": "kernels/cpu/test_products.py",
     "kernels/dispatch": "kernels/gpu/test_model.py",
     "kernels/gpu/aot": "kernels/gpu/test_launches.py",

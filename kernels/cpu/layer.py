@@ -166,9 +166,9 @@ class LayerStep:
         first, self._next = self._next, int(end)
         counters = np.zeros((end - first) * COUNTER_BYTES // 8, np.int64)
         step = self._addresses.view(STEP)
-        threads.run(
-            _phases(), torch.get_num_threads(), counters.ctypes.data, self._weights.record, step, first, int(end)
-        )
+        small = first >= Phase.EXPERT_NORM and end <= Phase.GATE_UP  # waking a helper would take longer
+        number = 1 if small else torch.get_num_threads()
+        threads.run(_phases(), number, counters.ctypes.data, self._weights.record, step, first, int(end))
 
 
 _INDEX = {name: i for i, name in enumerate((*VALUES, *GIVEN))}

@@ -10,7 +10,7 @@ pytest.importorskip("numba")
 if cpu.unavailable():
     pytest.skip(f"the compiled kernels are not available: {cpu.unavailable()}", allow_module_level=True)
 
-from workbench.kernels.cpu import layer
+from workbench.kernels.cpu import layer, layer_loops, row_loops
 
 HALF_ULP = 2.0**-8  # of bfloat16, relative
 
@@ -104,6 +104,15 @@ def test_activations(rows: int) -> None:
     exchanged = pairs.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     for broken in (exchanged, pairs.roll(2, -1), pairs.clamp(max=5)):
         assert error(got, slow(broken)) > 4 * HALF_ULP
+
+
+def test_sizes_that_the_loops_cannot_compute_are_refused() -> None:
+    sizes = layer.LayerSizes(2880, 64, 8, 64, 128, 32, 4, 2880, 1e-5, 7.0, 1.702)
+    assert sizes.covered
+    wrong = ({"d_head": 24}, {"d_model": 2896}, {"d_mlp": 80}, {"num_experts": 5}, {"num_experts": 2})
+    assert not any(sizes._replace(**change).covered for change in wrong)
+    assert list(layer_loops.Phase) == list(range(len(layer_loops.Phase)))
+    assert layer_loops.BLOCK % row_loops.LANES == 0
 
 
 def test_the_sum_over_slots() -> None:
