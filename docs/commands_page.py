@@ -75,7 +75,6 @@ def dashboard_table() -> str:
     pages = [f"| {p} | {s:.2f} | {found['page_s'][p]:.2f} |" for p, s in found["first_visit_s"].items()]
     many = next(name for name in found if name.startswith("change_of_"))
     changes = [f"| {name} | {s:.2f} | {found[many][name]:.2f} |" for name, s in found["change_s"].items()]
-    studies = [f"| {name} | {s:.0f} |" for name, s in found["studies_s"].items()]
     return "\n".join(
         [
             f"{found['machine']}; browser and server share it. The server's peak was {found['server_peak_gb']:.2f} GB.",
@@ -88,11 +87,21 @@ def dashboard_table() -> str:
             "|---|---|---|",
             *changes,
             "",
-            "| study, made beside the server | s |",
-            "|---|---|",
-            *studies,
+            studies_times(),
         ]
     )
+
+
+def studies_times() -> str:
+    """What `workbench bench studies` wrote, as a table."""
+    found = json.loads((HERE / "bench_studies.json").read_text())
+    rows = [f"| {row['study']} | {row['seconds']:.0f} |" for row in found["studies"]]
+    about = (
+        f"Studies of that run, {found['tokens']:,} tokens of {found['sequences']:,} sequences, on "
+        f"{found['processor']}, measured by `workbench bench studies RUN`. The last one reads the run twice, as the "
+        "two that it compares."
+    )
+    return "\n".join([about, "", "| study | s |", "|---|---|", *rows])
 
 
 def decode_table(path: Path = HERE / "bench_decode.json") -> str:
