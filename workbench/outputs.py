@@ -48,7 +48,7 @@ def check_output(
     command wrote an existing file, if its content tells; the marker does otherwise.
 
     Raises:
-        InputError: the path is an input, is no place for a file or folder, or exists and may not be replaced.
+        InputError: the path is an input, cannot be a file or folder, or exists and may not be replaced.
     """
     path = Path(out)
     if path.name in ("", "..") or "\0" in str(path):

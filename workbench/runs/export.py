@@ -1,6 +1,6 @@
 """A selection of a run for other programs: Parquet, safetensors, or a Hugging Face dataset.
 
-Unit by unit, so that memory does not depend on the run; in a temporary place, renamed when it is complete.
+Unit by unit, so that memory does not depend on the run; in a temporary folder, renamed when it is complete.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Where a run lies: a folder of this machine, or a prefix of an object store, named by an fsspec URL.
 
-A key is a path inside the run, with slashes. In a folder a run is made beside its place and moved there; an object
-store cannot move, so there the root's `zarr.json`, without which nothing is a run, is the last object to be put.
+A key is a path inside the run, with slashes. In a folder a run is written beside its path and renamed; an object
+store cannot rename, so there the root's `zarr.json`, without which nothing is a run, is the last object to be put.
 """
 
 import errno

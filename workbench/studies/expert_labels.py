@@ -157,7 +157,7 @@ def write(run: Any, labels: pd.DataFrame, path: str | os.PathLike[str] | None = 
     Labels that people wrote into an earlier file are replaced unless they are in `labels`: see `update`.
 
     Raises:
-        InputError: the path is no place for a file, or another process writes it.
+        InputError: the path cannot be a file, or another process writes it.
     """
     file = path_of(run) if path is None else Path(path)
     with _staged(run, file) as part:
