@@ -66,7 +66,7 @@ def graph(
     from workbench.experiments.dictionary_features import load_autoencoders
     from workbench.outputs import check_output, staged
 
-    inputs = [model, *(sae or []), *([adapter] if adapter else [])]
+    inputs: list[str | Path] = [model, *(sae or []), *([adapter] if adapter else [])]
     check_output(out, command="graph", inputs=inputs, overwrite=overwrite)
     loaded = load_model(model, device, dtype, ignore_field, adapter)
     ids = harmony.render([{"role": "user", "content": prompt}], effort=effort, tokenizer=loaded.tokenizer)
@@ -146,7 +146,7 @@ def attention(
     from workbench.runs import open_run
     from workbench.runs.attention_file import write
 
-    inputs = [run, model, *([adapter] if adapter else [])]
+    inputs: list[str | Path] = [run, model, *([adapter] if adapter else [])]
     check_output(out, command="attention", inputs=inputs, overwrite=overwrite)
     opened = open_run(run)
     known = opened.sequences
