@@ -51,11 +51,13 @@ def every_kind(folder: Path) -> list[str]:
     """Nano as llama.cpp, LM Studio, Ollama, MLX and OpenAI store it: what each is called on the command line."""
     nano = open_checkpoint(NANO)
     cfg, tensors = nano.cfg, dict(nano.tensors.items())
-    stored, about = list(files.llama_cpp(cfg, tensors).items()), files.metadata(cfg, "gpt-oss", NANO)
+    stored = list(files.llama_cpp(cfg, tensors).items())
+    template = {"tokenizer.chat_template": (NANO / "chat_template.jinja").read_text()}
+    about = files.metadata(cfg, "gpt-oss", NANO) | template
     files.write(folder / "publisher" / "nano" / "nano.gguf", about, dict(stored))
     files.write(folder / "m-00001-of-00002.gguf", about | {"split.count": 2}, dict(stored[:40]))
     files.write(folder / "m-00002-of-00002.gguf", {"split.no": 1, "split.count": 2}, dict(stored[40:]))
-    old = files.write(folder / "old", files.metadata(cfg, "gptoss", NANO), files.first_ollama(cfg, tensors))
+    old = files.write(folder / "old", files.metadata(cfg, "gptoss", NANO) | template, files.first_ollama(cfg, tensors))
     blob = folder / "ollama" / "blobs" / f"sha256-{'a' * 64}"
     blob.parent.mkdir(parents=True)
     old.rename(blob)

@@ -67,7 +67,7 @@ def test_the_updates_of_an_adapter_are_in_the_sums(tmp_path: Path, monkeypatch: 
     adapted = wb.load("nano", dtype=torch.float32, device="cpu", adapter=tmp_path)
     found = graph(adapted, TEXT, target="5", node_share=1.0, edge_share=1.0, max_nodes=10**6)
     assert found.nodes["error"].abs().max() < 1e-4
-    assert found.metadata["completeness_of_paths"] < 1e-3
+    assert found.metadata["completeness_of_paths"] < 1e-2
     with torch.no_grad():
         logits = adapted(TEXT)[0, -1].double()
     logit = float(logits[adapted.to_single_token("5")] - logits.mean())

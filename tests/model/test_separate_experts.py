@@ -29,7 +29,7 @@ def separate(tensors: Tensors, names: Callable[[str, int], str], *, fused: bool)
             rows = own.mT if kind == "weight" else own
             halves = {"gate": rows[0::2], "up": rows[1::2]} if part == "gate_up" and not fused else {part: rows}
             for half, values in halves.items():
-                found[f"{module}.mlp.experts.{names(half, n)}.{kind}"] = values
+                found[f"{module}.mlp.experts.{names(half, n)}.{kind}"] = values.contiguous()
     return found
 
 

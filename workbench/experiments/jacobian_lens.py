@@ -236,6 +236,8 @@ def _results(
         {"which": list(COMPARISONS), **coords},
         {"title": "Change of divergence between lenses", "units": "nat"},
     )
+    if set(jacobian) == {"all"}:  # a lens of a file: no group has its own
+        comparisons = comparisons.sel(which=[COMPARISONS[0]])
     for ds in (lenses, comparisons):
         ds.attrs |= about
         ds.attrs["summary"] = _summary(lenses, comparisons)
@@ -253,9 +255,9 @@ def _summary(lenses: xr.Dataset, comparisons: xr.Dataset) -> str:
             if np.isfinite(one.sel(lens=lens)).all()
         ]
         lines.append(f"  {group}: {'; '.join(parts)}.")
-    own = comparisons.sel(which=COMPARISONS[1])
-    if own["change"].isnull().all():  # no group has a Jacobian of its own
+    if COMPARISONS[1] not in comparisons["which"].values:
         return "\n".join(lines)
+    own = comparisons.sel(which=COMPARISONS[1])
     better = ((own["q"] <= ALPHA) & (own["change"] < 0)).values
     lines.append(
         f"The group's own Jacobian lens is shown to be nearer to the model than that of all tokens in "

@@ -93,4 +93,4 @@ def _stacked(root: Path, name: str, parts: Mapping[tuple[int, int], Stored]) -> 
                 f"{first.name!r} is {first.entry.dtype} {list(first.entry.shape)}: experts of a layer have one shape"
             )
     experts = tuple(tuple(parts[n, part] for part in range(n_parts)) for n in range(n_experts))
-    return Stacked(first.file, first.name, experts)
+    return Stacked(first.file, name, experts)
