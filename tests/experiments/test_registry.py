@@ -128,13 +128,13 @@ def test_named_experts_are_those_used_more(run, nano):
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_results_hold_the_command_that_makes_them(run, nano):
     """The command is run and gives the same summary. Negative control: with another number of sequences it does not."""
-    (found,) = run_experiment("receiver-heads", nano, run, sequences=60, shuffles=20).values()
+    (found,) = run_experiment("receiver-heads", nano, run, sequences=90, apart=2).values()
     words = shlex.split(found.attrs["command"])
-    assert words[-2:] == ["--option", "shuffles=20"]
+    assert words[-2:] == ["--option", "apart=2"]
     assert "--dtype" in words, "nano is in float32"
     words = [{"RUN": str(DATA / "demo.zarr"), "MODEL": "nano"}.get(word, word) for word in words[1:]]
     assert found.attrs["summary"].splitlines()[0] in run_command(*words).out
-    words[words.index("--sequences") + 1] = "90"
+    words[words.index("--sequences") + 1] = "150"
     assert found.attrs["summary"].splitlines()[0] not in run_command(*words).out
 
 
