@@ -126,7 +126,7 @@ def test_a_method_of_an_autoencoder_can_be_recorded(nano: GptOss) -> None:
         assert source_digest(other.reduce) != digest  # type: ignore[arg-type]
     torch.manual_seed(0)
     one, two = torch.nn.Linear(128, 2), torch.nn.Linear(128, 2)
-    assert source_digest(lambda x: one(x)) != source_digest(lambda x: two(x)), "modules of torch itself, by weights"
+    assert source_digest(one) != source_digest(two), "modules of torch itself, by weights"
 
 
 def test_a_recorder_of_a_file_that_the_command_line_names(
