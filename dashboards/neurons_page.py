@@ -120,8 +120,9 @@ def table(ds: xr.Dataset) -> pd.DataFrame:
     columns = ["neuron", "activation", "channel", "at token"]
     if not own.sizes["channel"]:
         return pd.DataFrame(columns=columns)
-    first = own.isel(neuron_example=0).transpose("channel", "neuron")
-    best = np.where(first["sequence"].values >= 0, own["largest"].transpose("channel", "neuron").values, -1).argmax(0)
+    parts = ["sequence", "activation", "before", "token", "after", "largest"]
+    first = own[parts].isel(neuron_example=0).transpose("channel", "neuron")
+    best = np.where(first["sequence"].values >= 0, first["largest"].values, -1).argmax(0)
     each = np.arange(len(best))
     activation, before, token, after = (
         first[name].values[best, each].tolist() for name in ("activation", "before", "token", "after")
