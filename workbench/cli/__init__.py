@@ -62,6 +62,8 @@ def main() -> None:
     except OSError as error:
         _discard_output()
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
+    except MemoryError as error:
+        _fail(f"not enough memory: use smaller numbers, or another machine ({error})", 1)
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, _INTERRUPT_CODE)
 
