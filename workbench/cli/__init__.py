@@ -62,8 +62,6 @@ def main() -> None:
     except OSError as error:
         _discard_output()
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
-    except MemoryError as error:
-        _fail(f"not enough memory: use smaller numbers, or another machine ({error})", 1)
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, _INTERRUPT_CODE)
 
@@ -76,6 +74,8 @@ def _run() -> int:
         if isinstance(ended.__context__, BrokenPipeError):  # typer itself ends at a closed pipe, with 1
             raise ended.__context__ from None
         raise
+    except MemoryError as error:
+        raise JobError(f"not enough memory: use smaller numbers, or another machine ({error})") from error
     if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and says nothing
         raise KeyboardInterrupt
     if sys.stdout is not None:
