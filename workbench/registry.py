@@ -38,6 +38,7 @@ _REMEDIES = {
     "activations": "--record resid_post, or another hook point",
     "neurons": "--record routing --record neurons",
 }
+_LARGEST = 10**9  # of an option: a count that no machine could hold
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # a name becomes part of file names and of addresses
 
 
@@ -89,7 +90,8 @@ class Record:
         """Return the options for the function of the study or experiment; numbers become floats or text where needed.
 
         Raises:
-            InputError: it has no option of this name, or the value has another type than the option's default.
+            InputError: it has no option of this name, or the value has another type than the option's default or is
+                absurdly large.
         """
         known, checked = inspect.signature(function).parameters, {}
         for name, value in options.items():
@@ -99,6 +101,8 @@ class Record:
             checked[name] = float(value) if wanted is float and type(value) is int else value
             if wanted is str and type(value) in (int, float):  # doses=1 on the command line is read as a number
                 checked[name] = f"{value:g}"
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                raise InputError(f"{self.name}: option {name}={value!r}: expected a number of at most {_LARGEST:,}")
             if known[name].default is not None and not isinstance(checked[name], wanted):
                 raise InputError(f"{self.name}: option {name}={value!r}: expected a value of type {wanted.__name__}")
         return checked

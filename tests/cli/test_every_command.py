@@ -236,6 +236,13 @@ def test_a_closed_standard_output(checked: Checked, long: bool) -> None:
         ends(done, words(command), 0, 1)
 
 
+def test_what_memory_cannot_hold(checked: Checked) -> None:
+    """A number beyond all counts is refused; one that only this machine lacks the memory for fails in one line."""
+    for value, code in (("27264404024892", 2), ("1000000000", 1)):
+        arguments = ["study", "routing", "run.zarr", "--option", f"n_boot={value}"]
+        ends(checked.run(*arguments), arguments, code)
+
+
 @pytest.mark.parametrize(
     "broken",
     [ZeroDivisionError, KeyboardInterrupt, BrokenPipeError],

@@ -74,6 +74,8 @@ def _run() -> int:
         if isinstance(ended.__context__, BrokenPipeError):  # typer itself ends at a closed pipe, with 1
             raise ended.__context__ from None
         raise
+    except MemoryError as error:
+        raise JobError(f"not enough memory: use smaller numbers, or another machine ({error})") from error
     if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and says nothing
         raise KeyboardInterrupt
     if sys.stdout is not None:
