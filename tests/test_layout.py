@@ -121,7 +121,6 @@ TESTED_BY = {
     "figures/probe_trajectory": "studies/test_probe_trajectory.py",
     "figures/sentence_importance": "experiments/test_sentence_importance.py",
     "harmony/chat_messages": "harmony/test_rendering.py",
-    "harmony/formats/inspect_logs": "harmony/hosts/test_files.py",
     "harmony/formats/shapes": "harmony/test_formats.py",
     "harmony/grammar": "harmony/test_flags.py",
     "harmony/hosts/answers": "harmony/hosts/test_collect.py",
