@@ -67,6 +67,7 @@ MAY_IMPORT = {
     },
     "experiments": {
         "bounded_json",
+        "inputs",
         "outputs",
         "version",
         "registry",
@@ -84,6 +85,7 @@ MAY_IMPORT = {
     "research": {
         "version",
         "bounded_json",
+        "inputs",
         "experiments",
         "model",
         "hooks",
