@@ -52,7 +52,7 @@ class FusedBlock:
 
     @property
     def current(self) -> bool:
-        """Whether the block still has these modules and weights, where they were."""
+        """Return whether the block still has these modules and weights, where they were."""
         return all(of.get(name) is one for of, name, one in self._links) and _addresses(self._links) == self._addresses
 
 
@@ -144,7 +144,7 @@ def fused(block: Any, x: Tensor, context: PassContext) -> FusedBlock | None:
 
 
 def fused_forward(block: Any, known: FusedBlock, x: BFloat16[Tensor, "row 1 d_model"], context: PassContext) -> Tensor:
-    """Return the residual stream behind the block; `x` is what its first hook point let through."""
+    """Return the residual stream behind the block [row 1 d_model]; `x` is what its first hook point let through."""
     from workbench.kernels.cpu.layer import LayerStep, Phase
 
     in_experts = not known.experts.observed and block.get_point("hook_mlp_in") is None
