@@ -125,7 +125,7 @@ class LayerStep:
         self._weights, self._next = weights, int(begin)
         self._values, offsets, size = _layout(weights.sizes, rows)
         self._memory = torch.empty(size, dtype=torch.uint8)
-        self._addresses = np.zeros(len(STEP), np.int64)
+        self._addresses = np.zeros(len(VALUES) + len(GIVEN), np.int64)
         np.add(offsets, self._memory.data_ptr(), out=self._addresses[: len(VALUES)])
         self.give(rows=rows, adds=1, rotates=1)
         self._kept: list[Tensor] = []
