@@ -67,7 +67,7 @@ class LayerSizes(NamedTuple):
 
 
 class LayerWeights:
-    """The addresses of a layer's weights. The tensors must stay where they are while this is used."""
+    """Hold the addresses of a layer's weights [...]. The tensors must stay where they are while this is used."""
 
     def __init__(self, sizes: LayerSizes, weights: Sequence[Tensor]) -> None:
         self.sizes = sizes
@@ -77,7 +77,7 @@ class LayerWeights:
 
     @staticmethod
     def covers(weights: Sequence[Tensor]) -> bool:
-        """Return whether the loops can read these weights, in the order of `WEIGHTS`."""
+        """Return whether the loops can read these weights [...], in the order of `WEIGHTS`."""
         kinds = [torch.uint8 if name.endswith(("blocks", "scales")) else torch.bfloat16 for name in WEIGHTS]
         return all(
             weight.dtype == kind and weight.is_contiguous() and weight.device.type == "cpu"
@@ -125,7 +125,7 @@ class LayerStep:
         self._weights, self._next = weights, int(begin)
         self._values, offsets, size = _layout(weights.sizes, rows)
         self._memory = torch.empty(size, dtype=torch.uint8)
-        self._addresses = np.zeros(len(STEP), np.int64)
+        self._addresses = np.zeros(len(VALUES) + len(GIVEN), np.int64)
         np.add(offsets, self._memory.data_ptr(), out=self._addresses[: len(VALUES)])
         self.give(rows=rows, adds=1, rotates=1)
         self._kept: list[Tensor] = []
@@ -136,7 +136,7 @@ class LayerStep:
             self._addresses[_INDEX[name]] = number
 
     def give_tensors(self, **given: Tensor) -> None:
-        """Set addresses to those of tensors, which are kept."""
+        """Set addresses to those of tensors [...], which are kept."""
         for name, tensor in given.items():
             self._addresses[_INDEX[name]] = tensor.data_ptr()
             self._kept.append(tensor)
@@ -158,7 +158,7 @@ class LayerStep:
         return self._memory[at.offset : at.offset + size].view(at.dtype).view(at.shape)
 
     def set(self, name: str, value: Tensor) -> None:
-        """Replace a value."""
+        """Replace a value [row ...]."""
         self.value(name).copy_(value.view(self._values[name].shape))
 
     def run_to(self, end: Phase) -> None:

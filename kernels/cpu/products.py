@@ -27,7 +27,7 @@ _loops = functools.cache(compile_all)
 
 @functools.cache
 def scale_table() -> Float[Tensor, "256"]:
-    """Scale byte → its power of two: 255 is NaN, and 0 the subnormal 2^-127."""
+    """Return for each scale byte its power of two [256]: 255 is NaN, and 0 the subnormal 2^-127."""
     return torch.ldexp(torch.ones(256), torch.arange(256) - 127).where(torch.arange(256) < 255, torch.nan)
 
 

@@ -52,7 +52,7 @@ class FusedBlock:
 
     @property
     def current(self) -> bool:
-        """Whether the block still has these modules and weights, where they were."""
+        """Return whether the block still has these modules and weights, where they were."""
         return all(of.get(name) is one for of, name, one in self._links) and _addresses(self._links) == self._addresses
 
 
@@ -69,9 +69,18 @@ def _sizes(block: Any) -> Any:
 
     cfg, attn, mlp = block.cfg, block.attn, block.mlp
     return LayerSizes(
-        cfg.d_model, cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, -1 if attn.window is None else attn.window,
-        len(mlp.router.bias), mlp.k, cfg.d_mlp, block.ln1.eps, cfg.swiglu_limit, cfg.swiglu_alpha,
-    )  # fmt: skip
+        cfg.d_model,
+        cfg.n_heads,
+        cfg.n_key_value_heads,
+        cfg.d_head,
+        -1 if attn.window is None else attn.window,
+        len(mlp.router.bias),
+        mlp.k,
+        cfg.d_mlp,
+        block.ln1.eps,
+        cfg.swiglu_limit,
+        cfg.swiglu_alpha,
+    )
 
 
 def _links(block: Any) -> list[tuple[dict[str, Any], str, Any]]:
@@ -97,10 +106,26 @@ def _prepare(block: Any) -> FusedBlock | None:
     if any(module.lora is not None for module in (*linears, mlp.router, gate_up, down)):
         return None
     weights = [
-        block.ln1.weight, attn.q.weight, attn.q.bias, attn.k.weight, attn.k.bias, attn.v.weight, attn.v.bias,
-        attn.sinks, attn.o.weight, attn.o.bias, block.ln2.weight, mlp.router.weight, mlp.router.bias, gate_up.blocks,
-        gate_up.scales, gate_up.bias, down.blocks, down.scales, down.bias,
-    ]  # fmt: skip
+        block.ln1.weight,
+        attn.q.weight,
+        attn.q.bias,
+        attn.k.weight,
+        attn.k.bias,
+        attn.v.weight,
+        attn.v.bias,
+        attn.sinks,
+        attn.o.weight,
+        attn.o.bias,
+        block.ln2.weight,
+        mlp.router.weight,
+        mlp.router.bias,
+        gate_up.blocks,
+        gate_up.scales,
+        gate_up.bias,
+        down.blocks,
+        down.scales,
+        down.bias,
+    ]
     if not LayerWeights.covers(weights) or not _sizes(block).covered:
         return None
     return FusedBlock(block, weights, _links(block))
@@ -119,7 +144,7 @@ def fused(block: Any, x: Tensor, context: PassContext) -> FusedBlock | None:
 
 
 def fused_forward(block: Any, known: FusedBlock, x: BFloat16[Tensor, "row 1 d_model"], context: PassContext) -> Tensor:
-    """Return the residual stream behind the block; `x` is what its first hook point let through."""
+    """Return the residual stream behind the block [row 1 d_model]; `x` is what its first hook point let through."""
     from workbench.kernels.cpu.layer import LayerStep, Phase
 
     in_experts = not known.experts.observed and block.get_point("hook_mlp_in") is None
