@@ -1,4 +1,7 @@
-"""The comparison of two runs: planted agreement is in its interval, unrelated routers agree by load alone."""
+"""The comparison of two runs: planted agreement is in its interval, unrelated routers agree by load alone.
+
+Also tests `workbench.studies.compare_efforts`.
+"""
 
 from types import SimpleNamespace
 
