@@ -171,6 +171,7 @@ TESTED_BY = {
     "runs/schema": "runs/test_writer.py",
     "runs/summed": "runs/test_totals.py",
     "runs/views": "research/test_research.py",
+    "studies/compare_efforts": "studies/test_compare.py",
     "studies/comparison": "studies/test_divergence.py",
     "studies/label_proposals": "studies/test_expert_labels.py",
     "studies/layer_experts": "capture/test_layer_experts.py",
