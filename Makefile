@@ -69,7 +69,7 @@ run: .venv/.user
 	$(BIN)/workbench generate nano data/prompts.jsonl runs/bundled.jsonl --dtype float32 --batch 200 --overwrite
 	$(BIN)/workbench capture nano runs/bundled.jsonl data/demo.zarr --dtype float32
 
-# What the studies and experiments say of the finished run: data/findings.md, in half an hour.
+# What the studies and experiments say of the finished run: data/findings.md, in a quarter of an hour.
 ON_NANO := data/demo.zarr --model nano --dtype float32 --out runs/findings --overwrite
 findings: .venv/.user
 	mkdir -p runs
@@ -79,11 +79,6 @@ findings: .venv/.user
 	$(BIN)/workbench study steering $(ON_NANO) --sequences 40 > /dev/null
 	for name in sink-ablation attention-knockout patching logit-attribution; do \
 	  $(BIN)/workbench study $$name $(ON_NANO) > /dev/null || exit 1; done
-	for name in instruction-hierarchy counterfactual-routing super-experts expert-tracing; do \
-	  $(BIN)/workbench study $$name $(ON_NANO) --sequences 60 > /dev/null || exit 1; done
-	$(BIN)/workbench study generated-answers $(ON_NANO) --sequences 30 --option change=direction --option max_new_tokens=40 > /dev/null
-	$(BIN)/workbench study sentence-importance $(ON_NANO) --sequences 15 --option conversations=2 --option samples=20 --option max_new_tokens=80 --option store= > /dev/null
-	$(BIN)/workbench study jacobian-lens $(ON_NANO) --sequences 30 --option by=channel --option batch=128 --option skip_first=8 --option tuned_steps=5 > /dev/null
 	$(BIN)/workbench report data/demo.zarr --out runs/findings/findings.html --results runs/findings --overwrite
 	cp runs/findings/findings.md data/findings.md
 
