@@ -1,8 +1,8 @@
 """One new token of each of a few rows through a layer: phases that threads compute together, compiled as one loop.
 
 A layer has thirteen phases. In each, threads take pieces of work from a counter until none is left, and go on when all
-pieces are finished, the code that finished them; so any number of threads may take part, and none waits for one that has not
-begun. A launch computes neighbouring phases: all of them where no hook needs a value in between.
+pieces are finished by any thread; so any number of threads may take part, and none waits for one that has not begun. A
+launch computes neighbouring phases: all of them where no hook needs a value in between.
 
 `LAYER` says where the weights of a layer are and how large it is; `STEP` where the values of a step are. All are
 addresses and sizes in elements, except the bytes between keys. Values are float32, rounded where the reference rounds
