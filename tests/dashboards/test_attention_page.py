@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import workbench as wb
 from tests.conftest import DATA
 from workbench.cli import app
+from workbench.dashboards import app as dashboards_app
 from workbench.dashboards import attention_page
 from workbench.dashboards.frame_view import chosen_view
 from workbench.dashboards.search import vocabulary
@@ -101,7 +102,7 @@ def test_one_model_serves_the_patterns_and_the_live_page(
             registry.desk._attention(runs[0], "digest", registry.model("demo"), 0, "", "out.npz")
         registry.desk.close()
 
-    monkeypatch.setattr("workbench.dashboards.app.serve", serve)
+    monkeypatch.setattr(dashboards_app, "serve", serve)
     monkeypatch.setattr(Desk, "_run", lambda self, *arguments: commands.append(arguments))
     done = CliRunner().invoke(app, ["dashboard", str(DATA / "demo.zarr"), *(["--model", model] if model else [])])
     assert done.exit_code == 0, done.output

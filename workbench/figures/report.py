@@ -278,18 +278,23 @@ def _notes(sets: Mapping[str, xr.Dataset]) -> Iterator[tuple[str, str]]:
 
 
 def markdown(contents: Contents) -> str:
-    """Return the report as Markdown, without figures."""
-    lines = [f"# Report on run {contents.run.digest[:16]}", "", f"{'. '.join(_facts(contents.run))}.", ""]
+    """Return the report as Markdown, without figures; texts of the run are escaped, as Markdown may hold HTML."""
+    lines = [f"# Report on run {contents.run.digest[:16]}", "", f"{_text('. '.join(_facts(contents.run)))}.", ""]
     lines += ["## Answers", ""]
-    lines += [f"- {text}" for text in accuracy_sentences(contents.results)]
-    lines += [f"- {h.sentence}" for h in highlights(contents.results)]
-    lines += ["", _CHOSEN, "", statement(contents.results), ""]
-    lines += [f"- {name}: {text}" for name, text in _problems(contents.run)]
-    lines += [f"- Not tested: {text}" for text in (*untested(contents.results), *contents.skipped)]
+    lines += [f"- {_text(text)}" for text in accuracy_sentences(contents.results)]
+    lines += [f"- {_text(h.sentence)}" for h in highlights(contents.results)]
+    lines += ["", _CHOSEN, "", _text(statement(contents.results)), ""]
+    lines += [f"- {name}: {_text(text)}" for name, text in _problems(contents.run)]
+    lines += [f"- Not tested: {_text(text)}" for text in (*untested(contents.results), *contents.skipped)]
     for name, sets in contents.results.items():
         lines += ["", f"## {find(name).title}", "", find(name).question, ""]
         for ds in sets.values():
-            lines += [f"### {ds.attrs['title']}", "", "```", str(ds.attrs["summary"]), "```", ""]
-        lines += [text for k, v in _notes(sets) for text in (f"*{k}.* {v}", "")]
-    lines += ["## Provenance", "", *(f"- {k}: {v}" for k, v in _provenance(contents)), ""]
+            summary = str(ds.attrs["summary"]).replace("```", "` ` `")  # it ends no block of code
+            lines += [f"### {_text(ds.attrs['title'])}", "", "```", summary, "```", ""]
+        lines += [text for k, v in _notes(sets) for text in (f"*{k}.* {_text(v)}", "")]
+    lines += ["## Provenance", "", *(f"- {k}: {_text(v)}" for k, v in _provenance(contents)), ""]
     return "\n".join(lines)
+
+
+def _text(value: str) -> str:
+    return escape(" ".join(value.split()), quote=False)
