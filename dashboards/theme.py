@@ -153,16 +153,22 @@ border-left:4px solid var(--wb-accent,#14508c);padding:8px 12px}
 :host(.alert-warning){background:var(--wb-warn-soft,#fbf0d9);border-left-color:var(--wb-warn,#7a4f00)}
 :host(.alert-danger){background:var(--wb-bad-soft,#fbe7e4);border-left-color:var(--wb-bad,#a82a1f)}
 """
+# Twice the class: Tabulator's own style sheet comes later and would win
 TABULATOR_CSS = """
-.tabulator{background:var(--wb-surface);color:var(--wb-ink);border:0;font-size:var(--wb-text)}
-.tabulator .tabulator-header,.tabulator .tabulator-header .tabulator-col,.tabulator .tabulator-footer{
-background:var(--wb-surface);color:var(--wb-muted);border-color:var(--wb-line)}
-.tabulator .tabulator-row,.tabulator .tabulator-row.tabulator-row-even{background:var(--wb-surface);color:var(--wb-ink);
-border-bottom:1px solid var(--wb-line)}.tabulator .tabulator-row:hover{background:var(--wb-raised)!important}
-.tabulator .tabulator-cell{border-color:transparent}
-.tabulator input{background:var(--wb-surface);color:var(--wb-ink);border:1px solid var(--wb-control);border-radius:4px}
-.tabulator .tabulator-footer .tabulator-page{background:var(--wb-surface);color:var(--wb-ink);
-border:1px solid var(--wb-control)}.tabulator .tabulator-footer .tabulator-page.active{color:var(--wb-accent)}
+.tabulator.tabulator{background:var(--wb-surface);color:var(--wb-ink);border:0;font-size:var(--wb-text)}
+.tabulator.tabulator .tabulator-header,.tabulator.tabulator .tabulator-header .tabulator-col,
+.tabulator.tabulator .tabulator-footer{background:var(--wb-surface);color:var(--wb-muted);border-color:var(--wb-line)}
+.tabulator.tabulator .tabulator-header .tabulator-col .tabulator-col-content{background:var(--wb-surface)}
+.tabulator.tabulator .tabulator-row,.tabulator.tabulator .tabulator-row.tabulator-row-even{
+background:var(--wb-surface);color:var(--wb-ink);border-bottom:1px solid var(--wb-line)}
+.tabulator.tabulator .tabulator-row:hover{background:var(--wb-raised)!important}
+.tabulator.tabulator .tabulator-cell{border-color:transparent}
+.tabulator.tabulator input{background:var(--wb-surface);color:var(--wb-ink);border:1px solid var(--wb-control);
+border-radius:4px}.tabulator.tabulator input::placeholder{color:var(--wb-muted);opacity:1}
+.tabulator.tabulator .tabulator-footer .tabulator-page{background:var(--wb-surface);color:var(--wb-ink);
+border:1px solid var(--wb-control);opacity:1}
+.tabulator.tabulator .tabulator-footer .tabulator-page.active{color:var(--wb-accent);font-weight:700}
+.tabulator.tabulator .tabulator-footer .tabulator-page[disabled]{color:var(--wb-muted)}
 """
 _FRAME_CSS = """
 *{box-sizing:border-box}

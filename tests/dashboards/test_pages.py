@@ -237,9 +237,10 @@ def test_the_small_map_of_a_conversation_colours_by_the_clicked_expert(demo: str
 
 
 # Tabulator draws its own table: a grid that contains a scrolled element and buttons, which ARIA does not allow
-RUN_AXE = """async rules => (await axe.run({exclude: [".tabulator"]}, {iframes: false, resultTypes: ["violations"],
+RUN_AXE = """async rules => (await axe.run(document, {iframes: false, resultTypes: ["violations"],
   ...(rules.length ? {runOnly: rules} : {})})).violations.filter(v => ["serious", "critical"].includes(v.impact))
-  .map(v => v.id + ": " + v.nodes.slice(0, 3).map(n => n.html.slice(0, 120)).join(" "))"""
+  .map(v => ({id: v.id, nodes: v.nodes.filter(n => v.id === "color-contrast" || !n.html.includes("tabulator"))}))
+  .filter(v => v.nodes.length).map(v => v.id + ": " + v.nodes.slice(0, 3).map(n => n.html.slice(0, 120)).join(" "))"""
 # the default suite looks at these, and with --long at all pages
 FEW = ("overview", "transcript", "causal")
 

@@ -108,7 +108,8 @@ def _answers(ds: xr.Dataset):
         values |= {"low": -one["high"].values / k, "high": -one["low"].values / k}
         yield ("experts", *(ds.attrs[side].removeprefix("channel=") for side in "ba"), "none"), values
     if {"agreement", "agreement_low"} <= set(ds.data_vars):
-        yield ("agreement",), {name: ds[name].values for name in ("agreement", "agreement_low", "agreement_high")}
+        by = ("by effort",) if "effort" in ds["agreement"].dims else ()
+        yield ("agreement", *by), {name: ds[name].values for name in ("agreement", "agreement_low", "agreement_high")}
 
 
 def disagreements(results: dict[str, dict[str, xr.Dataset]]) -> list[str]:
