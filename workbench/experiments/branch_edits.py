@@ -146,9 +146,9 @@ def read_paraphrases(path: str | Path) -> Mapping[str, str]:
     try:
         with regular_file(path) as file:
             if (size := file.stat().st_size) > MAX_BYTES:
-                raise InputError(f"{path} has {size:,} bytes, expected at most {MAX_BYTES:,} of paraphrases")
+                raise InputError(f"it has {size:,} bytes, expected at most {MAX_BYTES:,}")
             lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (InputError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"paraphrases={str(path)!r} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
         row = parse_json(line) if line.strip() else {"sentence": "", "paraphrase": ""}
