@@ -219,7 +219,7 @@ def test_a_file_without_rows_is_refused(
 ) -> None:
     for content in (b"", b"\n\r\n  \n", b"\xef\xbb\xbf"):
         (tmp_path / "empty.jsonl").write_bytes(content)
-        with pytest.raises(InputError, match=r"empty\.jsonl is empty; wanted JSON Lines"):
+        with pytest.raises(InputError, match=r"empty\.jsonl is empty: expected JSON Lines"):
             reader(tmp_path / "empty.jsonl", small)
     with pytest.raises(InputError, match=r"absent\.jsonl cannot be read: No such file"):
         reader(tmp_path / "absent.jsonl", small)
