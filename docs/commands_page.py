@@ -106,7 +106,7 @@ def studies_times() -> str:
 
 def decode_table(path: Path = HERE / "bench_decode.json") -> str:
     """What `workbench bench cpu --decode --json` wrote, as a table."""
-    command = "`workbench bench cpu --decode --checkpoint FOLDER --json docs/bench_decode.json`"
+    command = "`workbench bench cpu --decode --json docs/bench_decode.json`"
     if not path.exists():
         return f"{command} measures it; **no numbers of a quiet machine are committed yet.**"
     from workbench.bench.decode import table  # late: torch
