@@ -96,5 +96,6 @@ def _asked(problem: Problem) -> list[dict[str, str]]:
     if problem.call:
         call = {"role": "assistant", "channel": "commentary", "recipient": "functions.calc", "content": problem.call}
         reply = {"role": "tool", "name": "functions.calc", "recipient": "assistant", "channel": "commentary"}
-        messages += [call, {**reply, "content": problem.answer}]
+        text = f"<|start|>functions.calc<|channel|>commentary to=assistant<|message|>{problem.answer}<|end|>"
+        messages += [call, {**reply, "content": problem.answer, "raw": text}]  # in the order that nano was trained on
     return messages

@@ -4,10 +4,12 @@ Also tests `workbench.data.command`.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from workbench.data import prompts
 from workbench.data.card import card
@@ -16,7 +18,7 @@ from workbench.data.evaluate import accuracy, answers, evaluate, paired
 from workbench.data.prompts import questions, rows
 from workbench.data.tasks import FAMILIES
 from workbench.data.train import Training, write
-from workbench.harmony.rendering import EFFORTS
+from workbench.harmony.rendering import EFFORTS, render
 from workbench.harmony.transcripts import read_prompts
 from workbench.model import load
 from workbench.model.checkpoint import BUNDLED
@@ -108,3 +110,19 @@ def test_a_checkpoint_is_evaluated_before_and_after_packing(tmp_path: Path, monk
 def test_the_calculator_has_replied_in_a_prompt() -> None:
     tool = next(turns for turns in questions(1) if turns[-1].call)
     assert prompt_messages(*tool)[-1]["content"] == tool[-1].answer
+
+
+def right_after_calls(change: Callable[[dict[str, str]], dict[str, str]]) -> int:
+    """Return how many of nano's eight questions with a call are answered right. change: of the message of the tool."""
+    model = load("nano", dtype=torch.float32, device="cpu")
+    asked = [turns for turns in questions(8) if turns[-1].task == "tool"]
+    rows = [[change(m) if m["role"] == "tool" else m for m in prompt_messages(*turns)] for turns in asked]
+    written = model.generate([render(row, effort="low", tokenizer=model.tokenizer) for row in rows], max_new_tokens=30)
+    texts = [model.tokenizer.decode(answer) for answer in written]
+    return sum(f"<|message|>{turns[-1].answer}<|return|>" in text for turns, text in zip(asked, texts, strict=True))
+
+
+def test_prompts_show_the_result_of_a_call_as_nano_was_trained_on_it() -> None:
+    """Negative control: the order of the published format, which nano never saw."""
+    assert right_after_calls(lambda message: message) >= 6
+    assert right_after_calls(lambda message: {k: v for k, v in message.items() if k != "raw"}) <= 3
