@@ -41,7 +41,7 @@ def metric(logits: Tensor) -> Tensor:
 
 def near(model: GptOss, point: str, part: float) -> dict[str, Tensor]:
     """Activations that lie this part of the way from the corrupt to the clean run."""
-    corrupt, clean = (activations.activations(model, x, activations.named(model, point)) for x in (CORRUPT, CLEAN))
+    corrupt, clean = (activations.activations(model, x, activations.hook_names(model, point)) for x in (CORRUPT, CLEAN))
     return {name: torch.where(x == clean[name], x, x + part * (clean[name] - x)) for name, x in corrupt.items()}
 
 
