@@ -122,16 +122,16 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
     table = run.messages[run.messages["sequence"] == sequence].reset_index(drop=True)
     heads, bands, irregular = {"-1": ""}, {"-1": "frame"}, dict[str, str]()
     for number, row in table.iterrows():
-        said = [
+        about = [
             row["role"] or row["author"],
             row["channel"],
             f"to {row['recipient']}" if row["recipient"] else "",
             row["content_type"],
         ]
-        heads[str(number)] = " · ".join(str(s) for s in said if s)
-        found = [*str(row.get("flags", "")).split(), *(["cut off"] if row["closed_by"] == "truncated" else [])]
-        if found:
-            irregular[str(number)] = ", ".join(found).replace("_", " ")
+        heads[str(number)] = " · ".join(str(s) for s in about if s)
+        problems = [*str(row.get("flags", "")).split(), *(["cut off"] if row["closed_by"] == "truncated" else [])]
+        if problems:
+            irregular[str(number)] = ", ".join(problems).replace("_", " ")
         inside = channel[(message == number) & (channel != CHANNELS.index("frame"))]
         bands[str(number)] = CHANNELS[int(inside[0])] if len(inside) else "frame"
     return {

@@ -26,9 +26,9 @@ _LABEL = ["layer", "expert", "label"]
 def load_with_intervals(session: Session, layer: int, expert: int) -> pn.Column:
     """Return the section with the load of an expert by channel and effort, with intervals, when the study is ready."""
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
+    def show(datasets: Mapping[str, xr.Dataset]) -> list[Any]:
         n_experts = layer_experts(session.run, layer + 1, session.run.model["num_experts"])[layer]
-        rows = load_table(found["load"], layer, expert, int(n_experts))
+        rows = load_table(datasets["load"], layer, expert, int(n_experts))
         title = "Load relative to uniform with 95 % intervals, all tasks"
         return [widgets.table(title, rows, f"{session.name}-layer-{layer}-expert-{expert}-load-intervals")]
 
@@ -59,9 +59,9 @@ def examples(session: Session, chosen: Selectors) -> pn.Column:
     except InputError as error:
         return pn.Column(widgets.alert(str(error), "info"))
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        ds = found["examples"].sel(layer=layer, expert=expert)
-        parts: list[Any] = [label_editor(session, found["examples"], layer, expert)]
+    def show(datasets: Mapping[str, xr.Dataset]) -> list[Any]:
+        ds = datasets["examples"].sel(layer=layer, expert=expert)
+        parts: list[Any] = [label_editor(session, datasets["examples"], layer, expert)]
         title = f"Examples in {chosen['channel']}" if chosen["channel"] != ALL else "Examples in all channels"
         text = "".join(_list(session, ds, kind, chosen["channel"]) for kind in ("top", "random"))
         parts.append(widgets.card(f"{title}, all efforts and tasks", widgets.html(text)))
@@ -81,8 +81,8 @@ def expert_gallery(session: Session) -> Page:
     if (missing := missing_record(record, run)) is not None:
         return Page([], [*about, missing])
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        rows = gallery_table(found["examples"], expert_labels.read(run))
+    def show(datasets: Mapping[str, xr.Dataset]) -> list[Any]:
+        rows = gallery_table(datasets["examples"], expert_labels.read(run))
         links = [
             session.link("experts", layer=str(layer), expert=str(expert), channel="all")
             for layer, expert in zip(rows["layer"], rows["expert"], strict=True)

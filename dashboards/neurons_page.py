@@ -74,8 +74,8 @@ def _asked(session: Session, layer: int, expert: int) -> Any:
 def examples(session: Session, layer: int, expert: int) -> pn.Column:
     """Return one neuron by example, and the table of all neurons of the expert, when the study is ready."""
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        ds = found["neurons"]
+    def show(datasets: Mapping[str, xr.Dataset]) -> list[Any]:
+        ds = datasets["neurons"]
         rows = table(ds)
         if rows.empty:
             text = f"No token was routed to expert {expert} of layer {layer}. Choose another one in the sidebar."
@@ -94,7 +94,7 @@ def examples(session: Session, layer: int, expert: int) -> pn.Column:
                 widgets.card("Random tokens of its expert", widgets.html(lists(session, ds, neuron, "random_"))),
             ),
             widgets.table(title, rows, f"{session.name}-{layer}-{expert}-neurons", {"neuron": links}),
-            widgets.card("Methods", widgets.html(content.method(found)), collapsed=True),
+            widgets.card("Methods", widgets.html(content.method(datasets)), collapsed=True),
         ]
 
     return widgets.awaited(_asked(session, layer, expert), show)
@@ -105,8 +105,8 @@ def strongest(session: Session, layer: int, expert: int) -> list[Any]:
     if layer not in getattr(session.run.spec, "neuron_layers", ()):
         return []
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        rows = table(found["neurons"]).head(_ON_EXPERT_PAGE)
+    def show(datasets: Mapping[str, xr.Dataset]) -> list[Any]:
+        rows = table(datasets["neurons"]).head(_ON_EXPERT_PAGE)
         links = [session.link("neuron-examples", neuron=str(n)) for n in rows["neuron"]]
         title = "Neurons with the largest activations"
         return [widgets.table(title, rows, f"{session.name}-{layer}-{expert}-strongest", {"neuron": links})]
@@ -123,9 +123,9 @@ def table(ds: xr.Dataset) -> pd.DataFrame:
     parts = ["sequence", "activation", "before", "token", "after", "largest"]
     first = own[parts].isel(neuron_example=0).transpose("channel", "neuron")
     best = np.where(first["sequence"].values >= 0, first["largest"].values, -1).argmax(0)
-    each = np.arange(len(best))
+    rows_of_best = np.arange(len(best))
     activation, before, token, after = (
-        first[name].values[best, each].tolist() for name in ("activation", "before", "token", "after")
+        first[name].values[best, rows_of_best].tolist() for name in ("activation", "before", "token", "after")
     )
     channels = own["channel"].values[best].tolist()
     rows = [
@@ -133,9 +133,9 @@ def table(ds: xr.Dataset) -> pd.DataFrame:
         for i, neuron in enumerate(own["neuron"].values.tolist())
         if token[i]
     ]
-    found = pd.DataFrame(rows, columns=columns)
-    order = np.argsort(-found["activation"].abs().to_numpy(), kind="stable")
-    return found.iloc[order].reset_index(drop=True)
+    frame = pd.DataFrame(rows, columns=columns)
+    order = np.argsort(-frame["activation"].abs().to_numpy(), kind="stable")
+    return frame.iloc[order].reset_index(drop=True)
 
 
 def lists(session: Session, ds: xr.Dataset, neuron: int, kind: str) -> str:

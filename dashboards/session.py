@@ -176,11 +176,11 @@ def study(
 ) -> list[Any]:
     """Return the section of a study: figures, findings and methods. `above` names figures that are shown already."""
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        gallery: Gallery = registry.find(name).load_figures().gallery(found)
+    def show(datasets: Mapping[str, xr.Dataset]) -> list[Any]:
+        gallery: Gallery = registry.find(name).load_figures().gallery(datasets)
         gallery = {name: drawing for name, drawing in gallery.items() if name not in above}
-        answer = widgets.card("Findings", widgets.html(content.findings(found)))
-        method = widgets.card("Methods", widgets.html(content.method(found)), collapsed=True)
+        answer = widgets.card("Findings", widgets.html(content.findings(datasets)))
+        method = widgets.card("Methods", widgets.html(content.method(datasets)), collapsed=True)
         if not gallery:
             return [answer, method]
         labels = content.figure_names(gallery)

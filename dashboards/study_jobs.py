@@ -122,20 +122,20 @@ class Desk:
         options: dict[str, int],
     ) -> dict[str, xr.Dataset]:
         folder = self._folder if lasting else Path(self._passing.name)
-        kept = folder / f"{digest}-{_code()}" / name
-        if not kept.exists():
-            self._make(study, paths, exclude, kept, options)
-        os.utime(kept.parent)
-        return load(kept)[study]
+        result = folder / f"{digest}-{_code()}" / name
+        if not result.exists():
+            self._make(study, paths, exclude, result, options)
+        os.utime(result.parent)
+        return load(result)[study]
 
-    def _make(self, study: str, paths: Sequence[str], exclude: str, kept: Path, options: dict[str, int]) -> None:
+    def _make(self, study: str, paths: Sequence[str], exclude: str, result: Path, options: dict[str, int]) -> None:
         """Write the results into a temporary folder and rename it when it is complete."""
-        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as made:
+        result.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=result.parent) as made:
             values = json.dumps(options)
             self._run("-m", "workbench.dashboards.study_jobs", study, f"{made}/out", exclude, values, *paths)
-            if not kept.exists():
-                os.rename(f"{made}/out", kept)
+            if not result.exists():
+                os.rename(f"{made}/out", result)
 
     def _run(self, *arguments: str) -> None:
         """Run Python with these arguments in a process of its own.
@@ -159,17 +159,17 @@ class Desk:
     def _attention(
         self, path: str, digest: str, model: str, sequence: int, layers: str, name: str
     ) -> dict[str, xr.Dataset]:
-        kept = self._folder / f"{digest}-{_code()}" / name
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=kept.parent) as made:
+        result = self._folder / f"{digest}-{_code()}" / name
+        if not result.exists():
+            result.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=result.parent) as made:
                 out = f"{made}/out.npz"
                 chosen = ["--layers", layers] if layers else []
                 command = ("-m", "workbench.cli", "attention", "--model", model, "--out", out, *chosen, "--")
                 self._run(*command, path, str(sequence))
-                os.replace(out, kept)
-        os.utime(kept.parent)
-        return {"attention": attention_file.read(kept)}
+                os.replace(out, result)
+        os.utime(result.parent)
+        return {"attention": attention_file.read(result)}
 
 
 def cache_folder() -> Path:
@@ -203,8 +203,8 @@ def _main() -> None:
 
     study, out, exclude, options, *paths = sys.argv[1:]
     try:
-        found = run_study(study, *(open_run(path, exclude=exclude) for path in paths), **parse_json(options))
-        save({name: ds for name, ds in found.items() if name not in _NOT_KEPT}, out)
+        datasets = run_study(study, *(open_run(path, exclude=exclude) for path in paths), **parse_json(options))
+        save({name: ds for name, ds in datasets.items() if name not in _NOT_KEPT}, out)
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -132,8 +132,8 @@ def _long_table(rows: pd.DataFrame, markup: set[str]) -> pn.widgets.Tabulator:
 
 
 def _formats(rows: pd.DataFrame) -> dict[str, Callable[[Any], str]]:
-    whole = [str(c) for c in rows.columns if rows[c].dtype.kind in "iu"]
-    return {column: "{:,}".format for column in whole}
+    integers = [str(c) for c in rows.columns if rows[c].dtype.kind in "iu"]
+    return {column: "{:,}".format for column in integers}
 
 
 def figure(drawn: go.Figure, name: str, numbers: Callable[[], pd.DataFrame] | None = None, **more: Any) -> pn.Column:
@@ -230,8 +230,8 @@ def awaited(
     def look() -> bool:
         answer = ask()
         if answer.datasets is not None:
-            found = answer.datasets
-            shown = guarded(lambda: list(show(found)))
+            datasets = answer.datasets
+            shown = guarded(lambda: list(show(datasets)))
             box[:] = shown if isinstance(shown, list) else [shown]
         elif answer.reason:
             box[:] = [alert(f"{failed}: {answer.reason}")]

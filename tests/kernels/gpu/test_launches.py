@@ -30,15 +30,15 @@ def measured(target: str, *scenarios: str, spoil: str = "") -> dict[str, Any]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
-def problems(found: dict[str, Any], target: str) -> list[str]:
+def problems(report: dict[str, Any], target: str) -> list[str]:
     """Return kernels that spill, do not fit, or lack the matrix instruction."""
     facts = TARGETS[target]
     wrong = []
-    for kernel in found["kernels"]:
+    for kernel in report["kernels"]:
         name = kernel["kernel"]
         if kernel["spilled"]:
             wrong.append(f"{name} spills {kernel['spilled']} bytes a thread")
@@ -51,9 +51,9 @@ def problems(found: dict[str, Any], target: str) -> list[str]:
 
 @pytest.mark.slow
 def test_every_launch_on_an_h100_compiles_and_stays_within_the_budget() -> None:
-    found = measured("sm_90", *QUICK)
-    assert problems(found, "sm_90") == []
-    per_layer = {name: len(launched) / found["layers"] for name, launched in found["launches"].items()}
+    report = measured("sm_90", *QUICK)
+    assert problems(report, "sm_90") == []
+    per_layer = {name: len(launched) / report["layers"] for name, launched in report["launches"].items()}
     assert per_layer["decode"] <= DECODE_LAUNCHES
     assert per_layer["prefill of 100 tokens"] <= PREFILL_LAUNCHES
     assert per_layer["prefill of 1,030 tokens"] == per_layer["prefill of 100 tokens"], "independent of the length"
