@@ -83,6 +83,27 @@ def test_a_bad_tile_is_noticed(name: str) -> None:
             measured("sm_90", "prefill of 100 tokens", spoil=spoil)
 
 
+SPILLS = """
+from workbench.kernels.gpu.spills import spilled
+model = p.model_of("20b", layers=1)
+with p.pretending("sm_90"):
+    p.SCENARIOS["decode"](*model)
+    before = spilled()
+    p.PretendDriver.load_binary = lambda self, name, *_: (1, 1, 0, 7 * (name == "_linear"), 1024)
+    p.SCENARIOS["prefill of 100 tokens"](*model)  # other variants: loaded after the change
+print(json.dumps([before, spilled()]))
+"""
+
+
+@pytest.mark.slow
+def test_spills_of_loaded_kernels_are_listed() -> None:
+    code = f"import json\nfrom tests.kernels.gpu import pretend_driver as p\n{SPILLS}"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [{}, {"_linear": 7}], "none before, and one then"
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_every_launch_compiles_for_every_target(target: str) -> None:
