@@ -68,6 +68,7 @@ RETIRED = {
     r"\bspeaks?\b|\bthinks? (more|less)\b|\bmore thinking\b": "uses the format, the analysis is longer",
     r"\bwhoever\b": "the process or user that …",
     r"\bunder way\b": "running",
+    r"\bbehind\b": "after, follows; of data: the data of a figure",
 }
 ALLOWED = {  # file → phrases that are quoted on purpose
     "CHANGELOG.md": ("peers",),  # the former value of an option
