@@ -88,20 +88,20 @@ def sentence(run: Run) -> str:
 def numbers(run: Run) -> dict[str, str]:
     """Return the numbers that a reader looks for first, by label."""
     table = run.sequences
-    rows = {"tokens": f"{int(table['length'].sum()):,}"}
+    tiles = {"tokens": f"{int(table['length'].sum()):,}"}
     graded = table[table["correct"] >= 0]
     efforts = in_order([effort for effort in graded["effort"].unique() if effort])
     ends = list(dict.fromkeys([*efforts[:1], *efforts[-1:]]))
     if ends:
         shares = [f"{100 * graded.loc[graded['effort'] == effort, 'correct'].mean():.1f} %" for effort in ends]
-        rows[f"accuracy, {' → '.join(ends)} effort"] = " → ".join(shares)
+        tiles[f"accuracy, {' → '.join(ends)} effort"] = " → ".join(shares)
     efforts = in_order([effort for effort in table["effort"].unique() if effort])
     ends = list(dict.fromkeys([*efforts[:1], *efforts[-1:]]))
     if ends:
         new = table["length"] - table["n_prompt"]
         means = [f"{new[table['effort'] == effort].mean():,.0f}" for effort in ends]
-        rows[f"new tokens per answer, {' → '.join(ends)} effort"] = " → ".join(means)
-    return rows
+        tiles[f"new tokens per answer, {' → '.join(ends)} effort"] = " → ".join(means)
+    return tiles
 
 
 def problems(run: Run) -> str:
@@ -111,13 +111,15 @@ def problems(run: Run) -> str:
     if done < total:
         lines.append((f"The run is in progress: {done} of {total} units are recorded.", "warning"))
     if ungraded := int((table["correct"] < 0).sum()):
-        lines.append((f"{ungraded:,} of {len(table):,} conversations are not graded; accuracy leaves them out.", ""))
+        lines.append(
+            (f"{ungraded:,} of {len(table):,} conversations are not graded; accuracy does not include them.", "")
+        )
     flags = pd.Series([flag for text in table.get("flags", ()) for flag in str(text).split()], dtype=str)
     for flag, count in flags.value_counts().items():
-        told = SEQUENCE_FLAGS.get(str(flag), str(flag))
-        lines.append((f"{count:,} conversations: {told}. They can be left out in the sidebar.", "warning"))
+        description = SEQUENCE_FLAGS.get(str(flag), str(flag))
+        lines.append((f"{count:,} conversations: {description}. Exclude them in the sidebar.", "warning"))
     if run.exclusion:
-        lines.append((f"Left out: {run.exclusion}", "warning"))
+        lines.append((f"Excluded: {run.exclusion}", "warning"))
     if not lines:
         return theme.note("No irregular, truncated or ungraded conversations; all units are complete.", "good")
     return "".join(theme.note(text, kind) for text, kind in lines)
@@ -134,9 +136,9 @@ def _differences(session: Session) -> pn.Column:
         waiting = [a.seconds for a in answers.values() if a.datasets is None and not a.reason]
         if waiting:
             return Answer(seconds=max(waiting))
-        datasets = {f"{name}/{key}": ds for name, a in answers.items() for key, ds in (a.datasets or {}).items()}
+        results = {f"{name}/{key}": ds for name, a in answers.items() for key, ds in (a.datasets or {}).items()}
         reasons = [a.reason for a in answers.values() if a.reason]
-        return Answer(datasets) if datasets else Answer(reason="; ".join(reasons))
+        return Answer(results) if results else Answer(reason="; ".join(reasons))
 
     def show(datasets: Mapping[str, xr.Dataset]) -> list[Any]:
         results: dict[str, dict[str, xr.Dataset]] = {}

@@ -207,8 +207,8 @@ class RunRegistry:
                 return {}
             return {"cost": effort.cost(run, table, known), "gain": effort.gain(run, table, known)}
 
-        costs: dict[str, xr.Dataset] = self._once(("costs", name, exclude), run.digest, make)
-        return costs
+        results: dict[str, xr.Dataset] = self._once(("costs", name, exclude), run.digest, make)
+        return results
 
     def pairs(self, name: str, exclude: str = "") -> xr.Dataset | None:
         """Return co-activation and transitions from sums, or None if the run has none."""
@@ -223,8 +223,8 @@ class RunRegistry:
         with self._lock:
             own = self._locks.setdefault(key, threading.Lock())
         with own:
-            known, value = self._made.get(key, ("", None))
+            known, result = self._made.get(key, ("", None))
             if known != digest:
-                value = make()
-                self._made[key] = (digest, value)
-            return value
+                result = make()
+                self._made[key] = (digest, result)
+            return result

@@ -64,14 +64,14 @@ def layers_of(text: str, what: str = "layers") -> tuple[int, ...]:
     Raises:
         InputError: a part is neither a number nor a range.
     """
-    layers: list[int] = []
+    numbers: list[int] = []
     for part in filter(None, re.split(r"[\s,]+", text)):
         match = _RANGE.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first or last - first > 1000:
             raise InputError(f"{what} {part!r}: expected numbers or ranges, as in 0-2 5")
-        layers += range(first, last + 1)
-    return tuple(dict.fromkeys(layers))
+        numbers += range(first, last + 1)
+    return tuple(dict.fromkeys(numbers))
 
 
 def source_names(kind: str, sources: SteeringSources) -> list[str]:

@@ -26,7 +26,5 @@ def accuracy_table(
     original = answers(model, prompts, effort=recipe.effort, **options)
     edits = recipe.edits(model, original.transcripts, sources=sources)
     edited = answers(model, prompts, edits, effort=recipe.effort, **options)
-    tables = [
-        summary.accuracy().assign(answers_of=name) for name, summary in (("original", original), ("edited", edited))
-    ]
+    tables = [side.accuracy().assign(answers_of=name) for name, side in (("original", original), ("edited", edited))]
     return pd.concat(tables, ignore_index=True).rename(columns={"answers_of": "version"})

@@ -65,7 +65,7 @@ def answer_html(
             f'<div class="lv-message" style="--lv-channel:{escape(colour)}"><div class="lv-head">{escape(head)}</div>'
             f'<div class="lv-text">{"".join(pieces)}</div></div>'
         )
-    return "".join(blocks) or '<p class="wb-muted">The header of the first message…</p>'
+    return "".join(blocks) or '<p class="wb-muted">Generating the header of the first message.</p>'
 
 
 def _token(
@@ -99,12 +99,12 @@ def history_html(history: Sequence[tuple[str, str]]) -> str:
 def comparison_html(experiment: Experiment, comparison: Comparison) -> str:
     """Return the comparison: the first token that differs, log-probabilities, and exchanged experts by layer."""
     at = comparison.first_difference
-    first = "Both answers are the same." if at is None else f"The answers differ from new token {at} on."
+    first = "Both answers are equal." if at is None else f"The answers differ from new token {at} on."
     total, n_tokens = sum(comparison.original_change), len(comparison.original_change)
     sentences = [
         first,
         f"The interventions change the log-probability of the original answer by {total:+.2f} nats "
-        f"({total / max(n_tokens, 1):+.3f} a token).",
+        f"({total / max(n_tokens, 1):+.3f} per token).",
     ]
     bars = "".join(
         f'<span>layer {layer}</span><span class="lv-bar"><i style="width:{share:.1%}"></i></span>'
@@ -112,10 +112,14 @@ def comparison_html(experiment: Experiment, comparison: Comparison) -> str:
         for layer, share in enumerate(comparison.routing_change)
     )
     unmatched = "".join(
-        f'<div class="wb-note warning">No token was met by: {escape(text)}</div>' for text in experiment.unmatched
+        f'<div class="wb-note warning">No token is in the scope of: {escape(text)}</div>'
+        for text in experiment.unmatched
     )
     listed = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
-    heading = "<h3>Chosen experts that were exchanged, on the original answer</h3>"
+    heading = (
+        "<h3>Exchanged experts by layer</h3><p class='wb-muted'>Share of the selected experts that the interventions "
+        "replace while the model reads the original answer</p>"
+    )
     return f'{unmatched}{listed}{heading}<div class="lv-bars">{bars}</div>'
 
 

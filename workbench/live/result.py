@@ -53,9 +53,8 @@ def _lines(experiment: Experiment, name: str, answer: Answer) -> list[str]:
     lines.append(f"  {answer.speed.tokens:,} new tokens, {answer.speed}")
     summary = summarize(experiment, answer)
     if summary.correct is not None:
-        lines.append(
-            f"  {summary.correct} of {len(answer.rows)} are the expected answer {experiment.recipe.expected!r}"
-        )
+        expected = experiment.recipe.expected
+        lines.append(f"  {summary.correct} of {len(answer.rows)} are the expected answer {expected!r}")
     if len(answer.rows) > 1:
         texts = ", ".join(f"{text!r} {n}×" for text, n in summary.answers[:5]) or "none"
         lines.append(f"  {len(answer.rows)} samples, {summary.complete} complete, final answers: {texts}")
