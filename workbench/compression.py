@@ -55,7 +55,7 @@ def frame_size(data: Any) -> int | None:
     """
     head = bytes(data[:18])
     if not head.startswith(_MAGIC) or len(head) < 6:
-        raise ValueError("it is no zstd frame")
+        raise ValueError("it is not a zstd frame")
     descriptor = head[4]
     flag, single_segment = descriptor >> 6, bool(descriptor & 0x20)
     length = 1 if flag == 0 and single_segment else _SIZE_BYTES[flag]
@@ -63,7 +63,7 @@ def frame_size(data: Any) -> int | None:
     if length == 0:
         return None
     if len(head) < start + length:
-        raise ValueError("its zstd frame is cut off")
+        raise ValueError("its zstd frame is truncated")
     return int.from_bytes(head[start : start + length], "little") + (256 if length == 2 else 0)
 
 

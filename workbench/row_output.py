@@ -76,7 +76,7 @@ class RowOutput:
         # what exists is looked at below, under the lock
         check_output(self.path, command=command, inputs=inputs, overwrite=True, owned=lambda path: path.is_file())
         if not self.path.parent.is_dir():
-            raise InputError(f"{self.path.parent} is no folder: make it first")
+            raise InputError(f"{self.path.parent} is not a folder: create it first")
         self._part = self.path.with_name(f".{self.path.name}{_PART}")
         self._lock = FileLock(self.path)
 

@@ -187,7 +187,7 @@ def refuse_what_cannot_fit(plan: Estimate, path: str | Path) -> None:
     if not plan.fits:
         assert plan.free_bytes is not None
         raise InputError(
-            f"{path}: about {human(plan.disk_bytes)} are to be written and the disk has {human(plan.free_bytes)}: "
+            f"{path}: about {human(plan.disk_bytes)} would be written, and the disk has {human(plan.free_bytes)}: "
             "record "
             "less (layers, every=, reduce=), or write elsewhere"
         )

@@ -180,4 +180,4 @@ class ConfigFields:
 
     def refusal(self, name: str, value: object, wanted: str) -> InputError:
         """Return the error for a field whose value is not what is wanted."""
-        return InputError(f"{self.path}: {self.where}{name} is {short(value)}, wanted {wanted}")
+        return InputError(f"{self.path}: {self.where}{name} is {short(value)}, expected {wanted}")

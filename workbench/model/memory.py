@@ -184,7 +184,7 @@ def parse(text: str) -> int:
     """
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS:
-        raise InputError(f"memory {text[:40]!r}: wanted a number and its unit, as in 80GB or 24GiB")
+        raise InputError(f"memory {text[:40]!r}: expected a number and its unit, as in 80GB or 24GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

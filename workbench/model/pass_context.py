@@ -147,7 +147,7 @@ class PassContext:
             return torch.arange(pos, device=tokens.device).expand(batch, pos).contiguous()
         if self.cache is not None or batch != 1 or sum(self.lengths) != pos:
             raise InputError(
-                f"packed sequences lie in one row without a cache and fill it: got {batch} rows of {pos} tokens, "
+                f"packed sequences need one row that they fill, and no cache: got {batch} rows of {pos} tokens, "
                 f"lengths that sum to {sum(self.lengths)}, {'a' if self.cache is not None else 'no'} cache"
             )
         return torch.cat([torch.arange(n) for n in self.lengths])[None].to(tokens.device, non_blocking=True)

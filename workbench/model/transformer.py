@@ -192,7 +192,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
             InputError: the input is neither text nor ids of the vocabulary, or an option has no meaning.
         """
         if cache is not None and past_kv_cache is not None:
-            raise InputError("cache and past_kv_cache are the same thing: pass one of them")
+            raise InputError("cache and past_kv_cache are two names of one option: pass one of them")
         return calling.forward(
             self,
             input,
@@ -270,7 +270,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         if callable(name):
             return
         if not isinstance(name, str):
-            raise InputError(f"{name!r:.80} is no hook point: expected its name, or a function of names")
+            raise InputError(f"{name!r:.80} is not a hook point: expected its name, or a function of names")
         if name not in self.hook_dict:
             if switch := input_points.SWITCHES.get(name.rpartition(".")[2]):
                 raise InputError(f"the model has no hook point {name!r}: call model.{switch}(True) first")

@@ -57,7 +57,9 @@ class Run(SummedRun):
         with reading(self.storage, "the table sequences"):
             has_flags = "flags" in self.group["sequences"]
         if names and not has_flags:
-            raise InputError(f"{self.path} stores no flags of its sequences: capture it again to exclude some")
+            raise InputError(
+                f"{self.path} stores no flags of its sequences: capture it again to be able to exclude sequences"
+            )
         run = Run(self.storage, self.group, tuple(dict.fromkeys((*self.excluded, *names))))
         if run.excluded and not len(run._visible) and len(Run(self.storage, self.group)._visible):
             raise InputError(f"{self.path}: excluding {', '.join(run.excluded)} leaves no sequence")

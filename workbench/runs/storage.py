@@ -80,11 +80,12 @@ def storage_at(path: "str | Path | Storage") -> Storage:
 
     if scheme not in fsspec.available_protocols():
         raise InputError(
-            f"{path}: unknown scheme {scheme!r}; a run lies in a folder, or at s3://, gs://, az://, memory://"
+            f"{path}: unknown scheme {scheme!r}; expected a local folder, or a URL that begins with s3://, gs://, "
+            "az:// or memory://"
         )
     if scheme in ("http", "https"):
         raise InputError(
-            f"{path}: a web server cannot list a run's files; copy the run, or name its s3:// or gs:// URL"
+            f"{path}: a web server cannot list a run's files: copy the run, or give its s3:// or gs:// URL"
         )
     try:
         fs = fsspec.filesystem(scheme)
@@ -250,7 +251,7 @@ class ObjectStorage:
         with tempfile.TemporaryDirectory() as folder:
             there = self.files()
             if there and not there & {_CREATING, ROOT}:
-                raise InputError(f"{self} holds something that is not a run ({min(there)}): name another path")
+                raise InputError(f"{self} holds something that is not a run ({min(there)}): choose another path")
             yield Path(folder)
             # of an earlier run, which the caller was told to replace, its root last: without it, it is no run
             for key in [*(there - {ROOT, _CREATING}), *(there & {ROOT})]:

@@ -53,7 +53,7 @@ def write_gguf(checkpoint: Checkpoint, target: str | Path) -> Path:
 
     path = Path(target)
     if path.exists():
-        raise InputError(f"{path} exists: name another file, or move it away")
+        raise InputError(f"{path} exists: choose another file, or move it away")
     _check(checkpoint.cfg)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}.writing")

@@ -48,7 +48,7 @@ def mlx_tensors(root: Path, cfg: Config, available: Mapping[str, Stored]) -> tup
         else:
             tensors[name] = _matrix(root, available, name_in("huggingface", name), shape, used)
     if left := sorted(set(available) - used):
-        raise InputError(f"{root}: tensor {left[0]!r} is not part of a gpt-oss of MLX ({len(left)} left over)")
+        raise InputError(f"{root}: tensor {left[0]!r} is not part of a gpt-oss of MLX ({len(left)} unexpected tensors)")
     return experts, tensors
 
 
