@@ -1,4 +1,4 @@
-"""Where studies are made for a dashboard: in processes of their own, kept by what they are made of.
+"""Run the studies of a dashboard in processes of their own, and cache their results by run, code and options.
 
 A study of ten million tokens takes minutes and a gigabyte; the server gives neither. A result is kept as the files that
 `workbench study --out` writes, under the run's digest and that of the code, so that a second session, or a second

@@ -1,4 +1,4 @@
-"""Edits of attention: the sink's share, and who sees whom; see `workbench.hooks.interventions`.
+"""Edits of attention: the sink's probability, and which keys a query sees; see `workbench.hooks.interventions`.
 
 Reference: Geva et al. (arXiv 2304.14767) for knockout.
 """

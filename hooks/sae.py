@@ -262,7 +262,7 @@ def _read_config(path: Path) -> SAEConfig:
 
 
 def _modern(raw: dict[str, Any]) -> dict[str, Any]:
-    """The options as SAELens 6 calls them; before, they had other names and no metadata apart."""
+    """Return the options under the names of SAELens 6; earlier versions had other names and no separate metadata."""
     metadata = raw.get("metadata")
     options = (metadata if isinstance(metadata, dict) else {}) | raw
     options["dtype"] = str(options.get("dtype", "float32")).removeprefix("torch.")
@@ -280,7 +280,7 @@ def _modern(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_options(path: Path, options: Mapping[str, Any]) -> None:
-    """Refuse by name what would be computed differently."""
+    """Refuse, by name, options that this module would compute differently."""
     for name, read in _READ.items():
         if (value := options[name]) not in read:
             why = _REFUSED.get(str(value), f"expected {' or '.join(map(str, read))}")

@@ -1,4 +1,4 @@
-"""zstd with a limit: a few bytes that unpack to gigabytes are refused before they are unpacked.
+"""Unpack zstd with a limit of size: data that would unpack to more is refused before it is unpacked.
 
 `unpack` reads one frame of a known size. `SizedZstd` is zarr's zstd codec with the same check, for the chunks that zarr
 decompresses itself; importing this module makes zarr use it in this process.

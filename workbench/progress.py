@@ -1,4 +1,4 @@
-"""Progress of long jobs: a bar on a terminal and in a notebook, otherwise a plain line from time to time."""
+"""Progress of long jobs: a bar on a terminal and in a notebook, otherwise a plain line every few seconds."""
 
 import datetime
 import sys

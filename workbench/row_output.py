@@ -1,4 +1,4 @@
-"""JSON Lines that a long command appends to: resumed, locked, and replaced only where the same command wrote them.
+"""JSON Lines files to which a long command appends: resumable, locked, and replaced only if the command wrote them.
 
 Every row says in `meta.workbench` which command wrote it and what the job was, so a file tells by itself whether it
 can be resumed. A row is on the disk before the next is begun; half a row that a kill left is cut off when the next is

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a job runs: what is being written is finished, what is being computed is dropped."""
+"""Handle SIGINT and SIGTERM during a job: finish the writes in progress, and drop the computation in progress."""
 
 import signal
 import sys

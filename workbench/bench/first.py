@@ -1,4 +1,4 @@
-"""The first minutes on a GPU: correctness before timings, each step in a process of its own.
+"""The first checks on a new GPU: correctness before timings, each step in a process of its own.
 
 Steps that check run side by side, as most of their time is spent compiling and on references on the CPU. A step that
 crashes, hangs or fails is recorded, and the other steps run. Timings run alone, and only where every other step passed.

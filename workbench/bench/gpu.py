@@ -1,4 +1,4 @@
-"""The kernels and the whole model on a card: right first, then as fractions of what this card can do.
+"""Benchmark the kernels and the whole model on a GPU: correctness first, then speed as a fraction of its limits.
 
 The limits are measured on the card itself, a plain copy and a plain product, so that a fraction means the same on
 every card. Nothing is timed before every kernel has agreed with plain torch.

@@ -210,7 +210,7 @@ def _measured(model: GptOss, first: Sequence[Transcript], spec: Spec) -> tuple[f
 
 
 def _shaped(model: ShapeModel, first: Sequence[Transcript], spec: Spec) -> tuple[float, Computed, Sequence[Transcript]]:
-    """Return a sample of random numbers with its transcripts, and a speed that means nothing."""
+    """Return a sample of random numbers with its transcripts, and a speed that is not meaningful."""
     part = _sample(first, spec, model.cfg)
     return 1.0, _computed(model, part, spec), part
 

@@ -1,4 +1,4 @@
-"""Prompts to transcripts: our own model answers each prompt at each effort, and is marked where the answer is known.
+"""Generate transcripts from prompts: one answer for each prompt and effort, graded where the answer is known.
 
 Transcripts are written batch by batch; the same call again answers what is missing.
 """

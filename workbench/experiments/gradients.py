@@ -1,4 +1,4 @@
-"""Estimates by gradient: what every patch would do, from two passes; and a metric's change shared out along a way.
+"""Gradient estimates: the effect of every patch from two passes, and integrated gradients along a path.
 
 A metric takes logits [batch pos d_vocab] to a number for each sequence. Only what is differentiable is seen: the choice
 of experts has no gradient. Where a patch would send tokens to other experts, an estimate by gradient misses that; so

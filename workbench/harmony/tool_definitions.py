@@ -1,4 +1,4 @@
-"""Definitions of tools, as people have them, for the messages that tell the model which tools there are.
+"""Definitions of tools in their usual forms, for the messages that list the tools for the model.
 
 Functions come as chat completions have them (`{"type": "function", "function": {…}}`), as Responses and Inspect have
 them (`{"name", "description", "parameters"}`), or with an `input_schema`. Browser and python are built in: gpt-oss

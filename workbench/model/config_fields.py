@@ -1,4 +1,4 @@
-"""The fields of a checkpoint's config, each read once with its type; a field that nobody reads is refused."""
+"""The fields of a checkpoint's config, each read once with its type; a field that is not read is refused."""
 
 import math
 from collections.abc import Collection, Mapping

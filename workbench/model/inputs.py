@@ -1,4 +1,4 @@
-"""What a forward pass is given: text, lists of text or ids in any container, as one checked tensor on the device.
+"""Inputs of a forward pass: text, lists of text or ids in any container, as one checked tensor on the device.
 
 This is the one place where ids are checked and moved to the model's device.
 """

@@ -1,4 +1,4 @@
-"""Memory before it is taken: bytes of a model's weights, cache and records, and of a forward pass on a GPU.
+"""Estimate memory before it is allocated: bytes of weights, cache and records, and of a forward pass on a GPU.
 
 Weights, cache and records are arithmetic on the config. Activations follow the lifetimes of the tensors in
 `workbench.model.transformer` and `workbench.kernels.gpu`, stage by stage: the largest is the peak. A test counts the

@@ -1,4 +1,4 @@
-"""Where the tokens of one forward pass stand: sequence, position, rotation, what lies before them and beside them.
+"""The context of one forward pass: the sequence, position and rotation of each token, and the keys before it.
 
 A pass sees sequences in one of three ways: a padded batch, sequences packed end to end in one row, or the next tokens
 of sequences whose beginnings a cache holds. Hooks need not care: `sequence` and `positions` say what every token is,
@@ -55,7 +55,7 @@ class PassContext:
             cache.begin(tokens, n_real)
 
     def to(self, device: torch.device) -> "PassContext":
-        """Return the same on another device; a cache stays where it is, for its layers lie apart."""
+        """Return the same on another device; the cache is not moved, as its layers may be on several devices."""
         if self.positions.device == device:
             return self
         there = copy(self)

@@ -1,4 +1,4 @@
-"""gpt-oss with every step open: a TransformerLens HookedRootModule that computes what the checkpoint means.
+"""gpt-oss with a hook point at every step, as a HookedRootModule of TransformerLens.
 
 You pay for what you hook. A point that the fast path has no tensor for (scores, patterns, per-head results, the
 inside of the experts) is materialised only while it is hooked, in that layer; the numbers are the same either way.
@@ -128,7 +128,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         return x.to(self.unembed.weight.device)
 
     def _checkpointed(self, block: nn.Module, x: Tensor, where: PassContext) -> Tensor:
-        """The block, whose inside the backward pass computes again: with the hooks and the tokens of this pass."""
+        """Return the block's output; the backward pass computes it again with the hooks and the tokens of this pass."""
         hooks, context = snapshot_hooks(block), self.context
         assert context is not None
 

@@ -116,7 +116,7 @@ def _what(run: Run, what: str, layers: Sequence[int]) -> tuple[str | None, tuple
 
 
 def _blocks(run: Run, selection: Selection) -> Iterator[tuple[slice, np.ndarray, pd.DataFrame]]:
-    """Rows of every committed unit in the store, which of them are meant, and the columns of those."""
+    """Rows of every committed unit in the store, which of them are selected, and the columns of those."""
     sequences = run.sequences
     for rows in run.spans:
         group = run.group["tokens"]

@@ -1,4 +1,4 @@
-"""The Zarr group of a run, opened with its checks: that it is a run, of a known schema, with the attributes it had."""
+"""Open the Zarr group of a run after checks that it is a run of a known schema and with valid attributes."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

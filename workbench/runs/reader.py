@@ -140,7 +140,7 @@ class Run(SummedRun):
         return int(rows[0])
 
     def __getattr__(self, name: str) -> Any:
-        """Raise an error that says where something is that has another name here."""
+        """Raise an error that states the name under which a run has the quantity."""
         instead = _INSTEAD.get(name)
         raise AttributeError(f"a run has no {name!r}" + (f": use {instead}" if instead else ""))
 

@@ -1,4 +1,4 @@
-"""Where a run lies: a folder of this machine, or a prefix of an object store, named by an fsspec URL.
+"""The storage of a run: a local folder, or a prefix of object storage, given as an fsspec URL.
 
 A key is a path inside the run, with slashes. In a folder a run is written beside its path and renamed; an object
 store cannot rename, so there the root's `zarr.json`, without which nothing is a run, is the last object to be put.
@@ -27,7 +27,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3"}  # of pip install 'gpt-oss-workbench[…]'
 
 
 class Storage(Protocol):
-    """What a run needs of the storage it lies in; `str` of it is what a user calls it."""
+    """The operations that a run needs of its storage; `str` of it is the path or URL that the user gave."""
 
     def store(self) -> Any:
         """Return the store that zarr opens."""

@@ -1,4 +1,4 @@
-"""Validation of a run: every file against the manifests, or every value against what the store promises.
+"""Validation of a run: every file against the manifests, or every value against the format of the store.
 
 Runs of schema 3 list the SHA-256 of all files, so reading them once finds every change. Older runs have no manifests:
 their values are checked against each other (sums against tokens, labels against tables), as are those of a newer run

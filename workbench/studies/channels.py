@@ -1,4 +1,4 @@
-"""The channels study: what differs between analysis and final, beyond where they stand.
+"""The channels study: what differs between analysis and final, beyond their positions.
 
 Routing and sinks are compared over all tokens and at equal position, and beside the difference that the two halves of
 the analysis have among themselves. Recorded activations are described by their channel means and by how well a linear

@@ -1,4 +1,4 @@
-"""Which sequences and tokens a number rests on: cells of a run, and pairs or groups to compare.
+"""The sequences and tokens of an estimate: cells of a run, and pairs or groups to compare.
 
 A *cell* is the tokens of some channels in the sequences of one effort or task. A *comparison* sets two conditions side
 by side, with as much held equal as the run allows: two channels of the same sequence, two efforts of the same prompt

@@ -1,4 +1,4 @@
-"""Asking a host, patiently: retries where that helps, no faster than allowed, without the parameters it refuses.
+"""Send requests to a host: with retries, within a rate limit, and without the parameters that it refuses.
 
 The key comes from the environment, goes into one header, and is struck out of whatever a host says.
 """
@@ -51,7 +51,7 @@ class HostError(Exception):
 
 
 class TransferError(Exception):
-    """Why no reply came; asked again."""
+    """The reason why no reply came; the request is sent again."""
 
 
 class AbsentError(HostError):

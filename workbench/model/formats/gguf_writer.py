@@ -184,7 +184,7 @@ def _floats(tensor: Tensor, wide: bool) -> npt.NDArray[Any]:
 def _experts(
     tensors: Tensors, name: str, prefix: str, part: str, kind: str, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, tuple[int, ...], int, Callable[[], npt.NDArray[Any]]]]:
-    """Yield the tensors of one matrix of the experts: gate and up apart."""
+    """Yield the tensors of one matrix of the experts: gate and up separately."""
     parts = {"gate": 0, "up": 1} if part == "gate_up" else {"down": None}
     for own, first in parts.items():
         rows = slice(None) if first is None else slice(first, None, 2)

@@ -1,4 +1,4 @@
-"""Read folders that MLX wrote: gate and up apart, packed words of 32 bits, and affine-quantised matrices.
+"""Read folders that MLX wrote: gate and up in separate tensors, packed words of 32 bits, and affine-quantised matrices.
 
 MXFP4 words hold the published nibbles in the published order, so the experts are views with gate and up put in turn.
 An affine matrix is `weight` (words, lowest bits first) · `scales` + `biases`, in groups along the inputs; it is
