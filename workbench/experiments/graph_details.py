@@ -1,4 +1,4 @@
-"""Details of an attribution graph on demand: neurons of its experts, and what attention scores and router logits consist of.
+"""Details of an attribution graph on demand: neurons of experts, and the parts of attention scores and router logits.
 
     found = graph_details.neurons(model, graph, node)       # a row of graph.nodes that is an expert
     divided = graph_details.with_neurons(model, graph)      # a graph in which neurons are nodes
