@@ -32,7 +32,7 @@ def guard(application: Application, origins: Sequence[str]) -> None:
 
 
 def answer_unknown(application: Application, page: str) -> None:
-    """Answer addresses that are no page with a page that says so. page: HTML of it."""
+    """Answer addresses that are no page with a page of their own. page: its HTML."""
     application.settings["default_handler_class"] = Unknown
     application.settings["default_handler_args"] = {"page": page}
 

@@ -87,7 +87,7 @@ def expert_tokens(
     """Return tokens that are routed to an expert more often than tokens on average, with an example each.
 
     Only the first tokens of the run are read. within: the tokens that are counted. Columns `sequence` and `position`
-    tell where the example is.
+    state where the example is.
     """
 
     def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:

@@ -1,6 +1,6 @@
 """Inputs: the files and pipes that a command may read.
 
-A device has no end, and a named pipe to which nobody writes never has a beginning: both are refused. A pipe can be
+A device has no end, and a named pipe to which no process writes never has a beginning: both are refused. A pipe can be
 read once only, so its content is copied to a temporary file.
 """
 

@@ -1,7 +1,7 @@
 """Outputs: what a command may write. Every command that writes files asks here.
 
 - Everything that can be checked is checked before anything is written.
-- An output never is, contains or lies in an input, and never is a link, a device, a pipe or a socket.
+- An output never is, contains or is inside an input, and never is a link, a device, a pipe or a socket.
 - Files are written beside their destination and renamed when they are complete.
 - Something that exists is refused. With `--overwrite` it is replaced, but only if the same command wrote it and nobody
   changed it since: a marker lists the command and the SHA-256 of each file it wrote. The marker lies beside the output

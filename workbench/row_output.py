@@ -26,7 +26,7 @@ _PART = ".part"
 
 
 def stamp(row: Mapping[str, Any], command: str, **job: Any) -> dict[str, Any]:
-    """Return a row that says which command wrote it, and for which job."""
+    """Return a row that states which command wrote it, and for which job."""
     return {**row, "meta": {**(row.get("meta") or {}), KEY: {"command": command, **job}}}
 
 

@@ -206,7 +206,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "duplicate in two files": (without_index(copied_shard), "is both in"),
     "tensor missing": (edit(EMBED, lambda t: None), "lacks it"),
     "tensor left over": (edit(EMBED, lambda t: t, "lm_head.extra"), "lacks it|unexpected"),
-    "wrong shape": (edit(EMBED, lambda t: t[:-1]), r"shape \[103, 64\], the config wants \[104, 64\]"),
+    "wrong shape": (edit(EMBED, lambda t: t[:-1]), r"shape \[103, 64\], the config requires \[104, 64\]"),
     "wrong dtype": (edit(EMBED, lambda t: t.double()), "dtype F64, wanted BF16 or F16 or F32"),
     "pointer of git-lfs": (
         lfs_pointer,

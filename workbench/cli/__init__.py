@@ -76,7 +76,7 @@ def _run() -> int:
         raise
     except MemoryError as error:
         raise JobError(f"not enough memory: use smaller numbers, or another machine ({error})") from error
-    if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and says nothing
+    if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and shows nothing
         raise KeyboardInterrupt
     if sys.stdout is not None:
         sys.stdout.flush()

@@ -220,7 +220,7 @@ def _differing(one: xr.Dataset) -> str:
 
 
 def _figures(name: str, sets: Mapping[str, xr.Dataset]) -> list[str]:
-    """The most telling figures of a study as HTML."""
+    """The most important figures of a study as HTML."""
     figures: Gallery = find(name).load_figures().gallery(sets)
 
     def rank(label: str) -> tuple[int, int]:

@@ -222,7 +222,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "gpt-oss.block_count is 'many', expected a number",
     ),
     "another rope": (rewritten(**{"gpt-oss.rope.scaling.type": "linear"}), "rope scaling 'linear' is not computed"),
-    "another width": (rewritten(**{"gpt-oss.embedding_length": 96}), r"has shape \[.*64.*\], the metadata want"),
+    "another width": (rewritten(**{"gpt-oss.embedding_length": 96}), r"has shape \[.*64.*\], the metadata require"),
     "no embedding": (without("token_embd.weight"), "tensor 'token_embd.weight' is missing"),
     "a missing tensor": (
         without("blk.1.attn_sinks.weight"),

@@ -1,6 +1,6 @@
 """Send requests to a host: with retries, within a rate limit, and without the parameters that it refuses.
 
-The key comes from the environment, goes into one header, and is struck out of whatever a host says.
+The key comes from the environment, goes into one header, and is struck out of whatever a host replies.
 """
 
 import email.utils

@@ -66,7 +66,7 @@ class GgufFile:
                     f"{path} does not begin with GGUF: it is not a GGUF file, or an incomplete download; "
                     "download it again"
                 )
-            # copy on write: torch wants writable memory, and nothing is written
+            # copy on write: torch requires writable memory, and nothing is written
             mapped = np.memmap(path, dtype=np.uint8, mode="c")
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
