@@ -67,7 +67,7 @@ def document(
 
 
 def shared_page(run: Run, sequences: Sequence[int], theme: PageTheme = "light") -> str:
-    """Return one HTML file with these conversations: the replay of one, or each behind its title."""
+    """Return one HTML file with these conversations: the replay of one, or a list of titles that open."""
     tokenizer = vocabulary(run)
     if len(sequences) == 1:
         return document(run, sequences[0], tokenizer, theme)

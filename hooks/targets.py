@@ -106,16 +106,16 @@ def among(which: Sequence[int], like: Shaped[Tensor, "*any n"]) -> Bool[Tensor, 
 
 
 def along(index: int | Collection[int] | None, x: Shaped[Tensor, "batch pos *feature"]) -> Bool[Tensor, "*any"]:
-    """Return a mask of indices along the axis behind pos, which broadcasts to x; all of them without indices.
+    """Return a mask of indices along the axis after pos, which broadcasts to x; all of them without indices.
 
     Raises:
-        InputError: an index does not fit the axis behind pos.
+        InputError: an index does not fit the axis after pos.
     """
     if index is None:
         return torch.ones((), dtype=torch.bool, device=x.device)
     which = [index] if isinstance(index, int) else list(index)
     if x.dim() < 3 or not all(0 <= i < x.shape[2] for i in which):
-        raise InputError(f"index {which} does not fit the axis behind pos of activations of {tuple(x.shape)}")
+        raise InputError(f"index {which} does not fit the axis after pos of activations of {tuple(x.shape)}")
     return among(which, x[0, 0].movedim(0, -1)).view(-1, *[1] * (x.dim() - 3))
 
 

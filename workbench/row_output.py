@@ -131,7 +131,7 @@ class RowOutput:
             raise InputError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
     def _open(self, fresh: bool) -> BinaryIO:
-        """Return the file to append to: a new one beside the path, or the one that is resumed, cut behind its rows."""
+        """Return the file to append to: a new one beside the path, or the one to resume, cut after its last row."""
         if fresh:
             return open(self._part, "xb")
         file = open(self.path, "r+b")  # noqa: SIM115  closed by __exit__

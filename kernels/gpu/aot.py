@@ -127,7 +127,7 @@ _LABEL, _BRANCH = re.compile(r"\s*(\$L\w+):"), re.compile(r"\bbra(?:\.uni)?\s+(\
 
 
 def unguarded_copies(ptx: str) -> int:
-    """Return how many asynchronous copies come behind a wait for wgmma without a barrier between the two.
+    """Return how many asynchronous copies follow a wait for wgmma without a barrier between the two.
 
     A warp that has waited for its own products could otherwise overwrite shared memory that another warp's products
     still read. The text is followed in its order, and every loop once more from its beginning.

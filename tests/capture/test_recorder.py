@@ -277,7 +277,7 @@ def test_recorders_that_cannot_work_are_refused(nano: GptOss, recorder: wb.Recor
 @pytest.mark.parametrize(
     ("tried", "message"),
     [
-        ("layers=0-3", "is an option: write it behind a record, as in 'router_logits layers=0-3'"),
+        ("layers=0-3", "is an option: write it after a record, as in 'router_logits layers=0-3'"),
         ("top_experts", "is recorded as routing"),
         ("router_logits chanel=final", "'chanel' is no option; use layers="),
         ("router_logits channel=thought", "thought"),

@@ -85,7 +85,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", list(MISTAKES))
-def test_a_mistake_is_one_line_exit_2_and_nothing_left_behind(
+def test_a_mistake_is_one_line_exit_2_and_no_file_remains(
     mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments, message = MISTAKES[mistake]

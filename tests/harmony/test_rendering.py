@@ -78,7 +78,7 @@ def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
 
 
 def library_message(message: Mapping[str, Any]) -> Any:
-    """A message of the library. It writes a tool's recipient behind the channel, and gpt-oss's format before it."""
+    """A message of the library. It writes a tool's recipient after the channel, and gpt-oss's format before it."""
     from openai_harmony import Author, DeveloperContent, Message, Role
 
     author = Author(role=Role(message["role"]), name=message.get("name"))

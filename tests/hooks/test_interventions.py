@@ -279,7 +279,7 @@ def test_edits_act_in_their_order_and_nest(base: GptOss) -> None:
 
 
 @torch.no_grad()
-def test_nothing_stays_behind_not_even_after_a_failure(base: GptOss) -> None:
+def test_no_hook_remains_not_even_after_a_failure(base: GptOss) -> None:
     plain = base(X)
 
     class StopError(Exception):

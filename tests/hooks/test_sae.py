@@ -188,7 +188,7 @@ def test_two_saes_nest_and_outlive_a_reset_of_the_users_hooks(model: GptOss) -> 
     assert torch.equal(model(X), plain)
 
 
-def test_a_splice_that_fails_leaves_nothing_behind(model: GptOss) -> None:
+def test_a_splice_that_fails_leaves_no_hook(model: GptOss) -> None:
     before = list(model.hook_dict)
     with (
         pytest.raises(ValueError, match="width 32, got 8"),

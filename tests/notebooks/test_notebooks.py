@@ -26,7 +26,7 @@ def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
-    assert list(tmp_path.iterdir()) == [], "a notebook leaves nothing behind"
+    assert list(tmp_path.iterdir()) == [], "a notebook leaves no file"
 
 
 @pytest.mark.slow

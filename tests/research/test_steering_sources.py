@@ -46,7 +46,7 @@ def write_sae(folder: Path, d_in: int, **more: object) -> torch.Tensor:
 
 
 def moved(model: GptOss, recipe: Recipe, sources: SteeringSources | None = None) -> torch.Tensor:
-    """Return what the interventions add to the stream behind LAYER, at each token of the prompt."""
+    """Return what the interventions add to the stream after LAYER, at each token of the prompt."""
     ids = torch.tensor([recipe.prompt_ids(model)])
     point = f"blocks.{LAYER}.hook_resid_post"
     with torch.no_grad():

@@ -40,7 +40,7 @@ from workbench.version import version
 COMMAND = "finetune"
 _PASS_TOKENS = 4096  # padded tokens of a pass
 _SAVE_S = 120.0
-_STATE = ".training.safetensors"  # behind the name of the output
+_STATE = ".training.safetensors"  # appended to the name of the output
 _PART = ".part"
 _WARMUP = 0.05  # of all steps
 

@@ -181,7 +181,7 @@ def _moe_backward(layer: Layer, tokens: int, problem: str) -> Case:
 def _attention(
     layer: Layer, batch: int, new: int, past: int, window: int | None, problem: str, *, backward: bool = False
 ) -> Case:
-    """`new` queries a row behind `past` keys. With its gradient: 4 flops a pair forward, and 10 backward."""
+    """`new` queries a row that follow `past` keys. With its gradient: 4 flops a pair forward, and 10 backward."""
     cfg, keys = layer.cfg, past + new
     q, grad = (layer.normal(batch, new, cfg.n_heads, cfg.d_head) for _ in range(2))
     k, v = (layer.normal(batch, keys, cfg.n_key_value_heads, cfg.d_head) for _ in range(2))

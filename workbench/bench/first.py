@@ -42,7 +42,7 @@ class Step(NamedTuple):
 STEPS = (
     Step("versions", "GPUs, driver, torch, and the Triton that torch requires", f"{_MODULE}:versions", 60),
     Step("nano", "nano on the GPU against the CPU: logits, generation, gradients", f"{_MODULE}:nano", 180),
-    Step("variants", "nano packed, in two rows, behind a cache and hooked; quantisation", f"{_MODULE}:variants", 120),
+    Step("variants", "nano packed, in two rows, after a cache and hooked; quantisation", f"{_MODULE}:variants", 120),
     Step(
         "synchronisation", "a prefill and a decode step that never wait for the GPU", f"{_MODULE}:synchronisation", 90
     ),

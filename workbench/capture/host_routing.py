@@ -65,7 +65,7 @@ class HostRoutes:
 
     @property
     def fwd_hooks(self) -> list[tuple[str, Any]]:
-        """Return the hooks for `model.hooks(fwd_hooks=…)`, behind hooks that record router logits."""
+        """Return the hooks for `model.hooks(fwd_hooks=…)`, after hooks that record router logits."""
         return [(f"blocks.{layer}.mlp.router.hook_out", self._force(layer)) for layer in range(self._n_layers)]
 
     def begin(self, batch: Sequence[Transcript]) -> None:

@@ -181,14 +181,14 @@ def _tried(where: str, recorder: Recorder, hook: str, sizes: Mapping[str, int], 
         raise InputError(
             f"{where}: its function returns {tuple(got.shape)} of activations {tuple(example.shape)} ({BLOCK[hook]}); "
             "dims="
-            f"{recorder.dims} means [batch, pos{axes}]: return that, or name the dimensions behind pos in dims"
+            f"{recorder.dims} means [batch, pos{axes}]: return that, or name the dimensions after pos in dims"
         )
     if got.is_complex():
         raise InputError(f"{where}: its function returns complex numbers: return real ones, such as x.abs()")
     if fewer is not None and not torch.allclose(got[:, : _TRIED - 1].float(), fewer.float(), atol=1e-4, equal_nan=True):
         raise InputError(
             f"{where}: its function mixes tokens (their values change with what follows), and a pass packs several "
-            "sequences: reduce over the dimensions behind pos only"
+            "sequences: reduce over the dimensions after pos only"
         )
     return tuple(got.shape[2:])
 

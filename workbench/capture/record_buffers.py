@@ -219,7 +219,7 @@ def values_of(
     """
     axes = BLOCK[a.hook].split()[1:] if a is not None else []
     if a is not None and a.index:
-        # the axis of an activation is the first behind pos; [batch head query key] has its heads before
+        # the axis of an activation is the first after pos; [batch head query key] has its heads before
         axis = axes.index(a.index_dim) + 1 if isinstance(a, Record) else 2
         activation = activation.index_select(axis, torch.tensor(a.index, device=activation.device))
     if not isinstance(a, Record) or a.reduce not in ("norm", "own"):

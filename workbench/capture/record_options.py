@@ -14,7 +14,7 @@ _RANGE = re.compile(r"(-?\d+)(?:-(\d+))?")
 
 
 def read(text: str, words: Sequence[str]) -> dict[str, Any]:
-    """Return the options behind a name in `--record`, as "layers=0-3 channel=final".
+    """Return the options that follow a name in `--record`, as "layers=0-3 channel=final".
 
     Raises:
         InputError: an option is unknown, has no value or a wrong one, or is given twice.

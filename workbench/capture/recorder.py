@@ -34,7 +34,7 @@ class Recorder:
 
     hook: a hook point of the blocks, as "mlp.experts.hook_out". reduce: a function of its activations [batch pos …]
     that returns [batch pos, dims…], each token by itself (a pass packs several sequences), or one of raw, norm, mean,
-    moments. dims: names of the dimensions that the function returns behind pos; one of the model's own names (slot,
+    moments. dims: names of the dimensions that the function returns after pos; one of the model's own names (slot,
     expert, head, kv, d_model, d_head, d_mlp) has the model's size. dtype: in the store, float32 or float16. The other
     fields select layers ("0-3,7"), heads, experts and tokens, as `--record` does; description and unit are stored for
     readers.

@@ -3,7 +3,7 @@
 A record is `routing`, `router_logits`, `sinks`, `logprobs`, `sink_sums` (of the sinks only sums by sequence and
 channel), `examples` (of every expert, the tokens of its largest gate weights and a random sample), `neurons` (of every
 neuron of the experts, the tokens of its largest activations), a hook point of the blocks, or a user's own
-(`workbench.capture.recorder`). Options behind the name select from it, the same for every record:
+(`workbench.capture.recorder`). Options after the name select from it, the same for every record:
 
     neurons:3,7                                    the largest activations of the neurons of these layers
     resid_post                                     every layer, every token
@@ -221,7 +221,7 @@ def _activation(text: str, point: str, options: dict[str, Any], cfg: Config) -> 
 
 def _refuse_unknown(where: str, point: str, hook: str | None) -> None:
     if "=" in point:
-        raise InputError(f"{where}: {point} is an option: write it behind a record, as in 'router_logits {point}'")
+        raise InputError(f"{where}: {point} is an option: write it after a record, as in 'router_logits {point}'")
     if point in _INSTEAD or hook in _HAS_ITS_OWN_NAME:
         instead = _INSTEAD.get(point) or _HAS_ITS_OWN_NAME[str(hook)]
         raise InputError(f"{where}: {point} is recorded as {instead}: write --record {instead!r}")

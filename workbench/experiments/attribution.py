@@ -1,6 +1,6 @@
 """Direct logit attribution: what the embedding, every head and every routed expert add to a logit, in logits.
 
-The residual stream is a sum, and behind it stand the final norm and a matrix. So a logit, a difference of logits, or
+The residual stream is a sum, and the final norm and a matrix follow it. So a logit, a difference of logits, or
 any other linear function of them is a sum over what was written into the stream. One norm, three ways to share it out:
 
 | norm | a part's share | reads |
@@ -174,7 +174,7 @@ def _logits(
 def _ends(
     model: GptOss, chosen: SelectedTokens
 ) -> tuple[Float[Tensor, "point d_model"], Float[Tensor, "point d_model"]]:
-    """The points' embedding and their stream behind the last block."""
+    """The points' embedding and their stream after the last block."""
     begin: list[Tensor] = []
 
     def keep(x: Tensor, hook: object) -> None:

@@ -130,7 +130,7 @@ def token_points(row: Transcript, positions: Sequence[int]) -> list[BranchPoint]
     """Return a branch point before each of these tokens of a transcript, of whatever channel.
 
     Raises:
-        InputError: a position is not within the transcript behind its first token.
+        InputError: a position is not within the transcript after its first token.
     """
     if wrong := [at for at in positions if not 0 < at <= len(row.tokens)]:
         raise InputError(f"position {wrong[0]}: {row.id} has {len(row.tokens)} tokens; expected 1 to {len(row.tokens)}")

@@ -48,7 +48,7 @@ METHOD = (
     "influences of heads and experts, with bootstrap-t intervals over prompts."
 )
 NOT_CONTROLLED = (
-    "The two tokens are at different positions and behind different text. A difference may be of what is read (the "
+    "The two tokens are at different positions and follow different text. A difference may be of what is read (the "
     "analysis computes what the final answer copies), not of how it is read. Values are of a frozen pass."
 )
 Pair = Mapping[str, AttributionGraph]

@@ -116,7 +116,7 @@ def integrated_gradients(
     """Return the difference of the metric between a baseline and the run, divided over the activation at a hook point.
 
     baseline: other tokens [batch pos], whose activation it is, or an activation that broadcasts to the run's. Zeros in
-    the stream are a poor one: every norm behind them turns within √eps of zero, where no step looks. The way is
+    the stream are a poor one: every norm after them turns within √eps of zero, where no step looks. The way is
     straight, its integral by Gauss and Legendre with `steps` gradients. routing: "held" keeps the run's choice of
     experts all the way, so that `attribution` sums to `metric` − `baseline` as steps grow; `jump` is how far the
     baseline with its own choice is from that. With "free" the metric jumps wherever a choice flips, which no gradient

@@ -111,7 +111,7 @@ def _feature_remover(
 def ablate_edge(model: GptOss, graph: AttributionGraph, source: int, target: int) -> dict[str, float]:
     """Return the edge's value and how much the target of the graph falls without it, `measured`.
 
-    What the source writes is taken out of what the target node reads, behind its norm as it is; other nodes still
+    What the source writes is taken out of what the target node reads, after its norm as it is; other nodes still
     read it.
 
     Raises:

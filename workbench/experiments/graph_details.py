@@ -145,7 +145,7 @@ def _check_top(top: int) -> None:
 def _inside(
     frozen: FrozenPass, layer: int, pos: int, slot: int, expert: int, after: Float[Tensor, " d_model"]
 ) -> _Inside:
-    """Return the neurons of an expert at a token. after: the direction at the stream behind the experts."""
+    """Return the neurons of an expert at a token. after: the direction at the stream after the experts."""
     cfg, block = frozen.model.cfg, frozen.model.blocks[layer]
     experts, wide = block.mlp.experts, frozen.wide
     weight = frozen.seen("mlp.hook_expert_weights", layer)[pos, slot]

@@ -33,6 +33,6 @@ def largest(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return the figure and the numbers behind it."""
+    """Return the figure and its data."""
     ds = datasets["logits"]
     return {"largest": GalleryItem(partial(largest, ds), numbers(ds, "layer_expert_rank"), ds)}

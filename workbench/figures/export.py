@@ -1,4 +1,4 @@
-"""Figures as files for a paper: SVG, PDF, PNG and HTML that fetches nothing, each with the numbers behind it as CSV."""
+"""Figures as files for a paper: SVG, PDF, PNG and HTML that fetches nothing, each with its data as CSV."""
 
 import os
 import sys

@@ -101,7 +101,7 @@ def _own(leading: Sequence[Mapping[str, Any]], options: PromptOptions) -> list[t
     functions = options.tools.functions
     if functions and not instructions:
         instructions = [""]
-    for i, text in enumerate(instructions):  # tools are told once, behind all instructions
+    for i, text in enumerate(instructions):  # tools are told once, after all instructions
         last = i == len(instructions) - 1
         texts.append(("developer", developer_text(text, options.tools if last else NO_TOOLS)))
     return texts
@@ -155,10 +155,10 @@ def _developer_form(has_instructions: bool, tools: Tools) -> str:
 def instructions_of(text: str) -> str:
     """Return the instructions in a developer message's text, the inverse of `developer_text` without tools."""
     before, after = _developer_form(True, NO_TOOLS).split(_PLACEHOLDER)
-    behind = text.find("\n\n# Tools\n\n## functions\n\nnamespace functions {")
+    tools_start = text.find("\n\n# Tools\n\n## functions\n\nnamespace functions {")
     if text.startswith("# Tools\n\n## functions"):
         return ""
-    return text[: behind if behind >= 0 else None].removeprefix(before).removesuffix(after)
+    return text[: tools_start if tools_start >= 0 else None].removeprefix(before).removesuffix(after)
 
 
 def _text_of(message: Any, role: str, options: Any = None) -> str:

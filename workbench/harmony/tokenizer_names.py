@@ -2,7 +2,7 @@
 
 `encode` reads every text as ordinary characters, so that a conversation's text never becomes a mark. What is here is
 for the researcher's own text: `tokenizer(text)` and `encode_with_special` read the name of a special token, as in
-`<|start|>`, as that token. Nothing is put before or behind a text.
+`<|start|>`, as that token. Nothing is added before or after a text.
 
 Reference: transformers 5.23, tokenization_utils_base.py, for the names.
 """

@@ -39,7 +39,7 @@ class Job:
         self.ended = threading.Event()
 
     def cancel(self) -> None:
-        """End the job: at once if it waits, else behind the present step."""
+        """End the job: at once if it waits, else after the present step."""
         self._cancelled.set()
 
     @property

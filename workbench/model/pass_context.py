@@ -63,7 +63,7 @@ class PassContext:
         return there
 
     def at(self, columns: Int[Tensor, "batch kept"]) -> "PassContext":
-        """Return the same for some of the tokens; it places hooks behind the last block, where not every token goes."""
+        """Return the same for some of the tokens; it places hooks after the last block, where not every token goes."""
         there = copy(self)
         there.positions = self.positions.gather(1, columns.to(self.positions.device))
         there._columns = columns.cpu()

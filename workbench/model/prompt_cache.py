@@ -55,7 +55,7 @@ class PromptCache:
     def prepare(self, model: Any, prompt: Sequence[int], capacity: int) -> tuple[KVCache, int]:
         """Return a cache of at least `capacity` positions, and how many tokens of the prompt it holds already.
 
-        The last token of the prompt is always read again, for the logits behind it.
+        The last token of the prompt is always read again, for the logits after it.
         """
         hooks = installed_hooks(model)
         shared = 0

@@ -62,7 +62,7 @@ class Layout:
 class Activation:
     """A hook point inside the blocks, the layers it is recorded in, and the values a token has there.
 
-    index: which of the axis behind pos (heads, experts), all if empty. tokens: arguments of `harmony.token_set`, every
+    index: which of the axis after pos (heads, experts), all if empty. tokens: arguments of `harmony.token_set`, every
     token if empty. reduce: "raw"; "message", the mean of each message's tokens at its last one; or "moments", only
     sums and squares by sequence and channel, with a sketch of this many directions of their second moments. dims: of
     the values of a token, as ("head", "d_head"), which the store holds in one row; runs before schema 4 do not name
@@ -249,7 +249,7 @@ def _ranges(numbers: tuple[int, ...]) -> list[tuple[int, int]]:
 def stored_dims(recorded: "Activation | Record", n_layers: int, schema: int = SCHEMA) -> tuple[str, tuple[str, ...]]:
     """Return the dimension of the layers, and those of a token's values, as they are in the store.
 
-    Values of an activation are stored in a row, those of a head behind each other: "head_d_head".
+    Values of an activation are stored in a row, those of the heads one after another: "head_d_head".
     """
     if schema < 4:
         return f"{recorded.name}_layer", (f"{recorded.name}_d",)

@@ -112,7 +112,7 @@ def chosen(run: Any, labels: Mapping[str, Any]) -> np.ndarray:
 
 
 def summary_dims(about: Activation | Record, stored: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names for the dimensions of a summary behind the layer, without what of them was recorded."""
+    """Return names for the dimensions of a summary after the layer, without what of them was recorded."""
     if isinstance(about, Record):
         return about.dims
     own = "_".join(about.dims or ("feature",))

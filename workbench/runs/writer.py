@@ -285,7 +285,7 @@ class RunWriter:
         values: np.ndarray | None,
         listed: dict[str, manifest.Entry],
     ) -> Iterator[Callable[[], None]]:
-        """Whole shards of an array, a unit's rows in them and the fill value behind; chunks of nothing else too.
+        """Whole shards of an array, a unit's rows in them and the fill value after them; chunks of nothing else too.
 
         A file that is not there is then damage.
         """

@@ -102,7 +102,7 @@ class Host:
     def post(self, path: str, body: dict[str, Any], *, root: bool = False) -> Any:
         """Return the reply of a request, however often it takes; HostError where it never comes.
 
-        root: the path begins where the host does, not behind its /v1.
+        root: the path starts at the host's root, not at its /v1.
         """
         base = self.name.removesuffix("/v1") if root else self.name
         attempt = 0

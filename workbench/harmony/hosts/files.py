@@ -100,7 +100,7 @@ def _flags(row: dict[str, Any], vocabulary: Tokenizer | None) -> tuple[str, ...]
 
 
 def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows, those whose id an earlier one has with a number behind it that makes an id of no other row."""
+    """Return the rows; a row whose id an earlier row has gets a number appended that makes its id unique."""
     taken, counts = {row["id"] for row in rows}, dict[str, int]()
     for row in rows:
         id = row["id"]
