@@ -161,7 +161,8 @@ class LivePage:
             widgets.html(
                 "<p>The recipe is the prompt, the sampling options and the interventions. The address of this page "
                 "contains it, and <code>workbench apply recipe.json</code> runs a saved one. <i>Copy as a study</i> "
-                "gives the commands that test it on your prompts beside random interventions of the same kind and size.</p>"
+                "gives the commands that test it on your prompts beside random interventions of the same kind "
+                "and size.</p>"
             ),
             pn.FlexBox(self._save, self._copy, self._study, self._load),
             self._python,
