@@ -70,9 +70,7 @@ class LivePage:
         self._user = pn.widgets.TextAreaInput(label="User message", rows=3, max_length=100_000, **wide)
         self._developer = pn.widgets.TextAreaInput(label="Developer message", rows=2, max_length=100_000, **wide)
         self._effort = pn.widgets.RadioButtonGroup(label="Reasoning effort", options=list(EFFORTS), value="medium")
-        self._begin = pn.widgets.TextAreaInput(
-            label="Beginning of the answer", rows=3, max_length=100_000, **wide
-        )
+        self._begin = pn.widgets.TextAreaInput(label="Beginning of the answer", rows=3, max_length=100_000, **wide)
         self._expected = pn.widgets.TextInput(label="Known answer", max_length=10_000, **wide)
         self._turns = pn.pane.HTML("", stylesheets=[PARTS_CSS, ANSWER_CSS], **wide)
         self._next = pn.widgets.Button(label="Next turn", width=110)
@@ -161,8 +159,8 @@ class LivePage:
         ]
         recipe = pn.Column(
             widgets.html(
-                "<p>The recipe is the prompt, the sampling options and the interventions. The address of this page contains "
-                "it, and <code>workbench apply recipe.json</code> runs a saved one. <i>Copy as a study</i> gives the "
+                "<p>The recipe is the prompt, the sampling options and the interventions. The address of this page "
+                "contains it, and <code>workbench apply recipe.json</code> runs a saved one. <i>Copy as a study</i> gives the "
                 "commands that test it on your prompts beside random interventions of the same kind and size.</p>"
             ),
             pn.FlexBox(self._save, self._copy, self._study, self._load),
@@ -284,7 +282,9 @@ class LivePage:
         if answer.experts:
             load = answer.load(cfg.n_layers, cfg.num_experts).tolist()
             self._map.param.update(load=shares_by_cell(load, cfg), active=answer.experts[-1].tolist())
-        about = f"Expert load over {len(answer.experts)} tokens of the {name} answer. Framed: experts of the last token."
+        about = (
+            f"Expert load over {len(answer.experts)} tokens of the {name} answer. Framed: experts of the last token."
+        )
         self._map_title.object = f'<span class="wb-muted">{escape(about)}</span>'
 
     def _comparison_html(self, experiment: Experiment) -> str:
