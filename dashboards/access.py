@@ -122,9 +122,11 @@ def login_options(basic_auth: Path | None) -> dict[str, Any]:
         mode = basic_auth.stat().st_mode
         known = read_json(basic_auth)
     except (OSError, ValueError) as error:
-        raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords ({error})") from error
+        raise InputError(
+            f"--basic-auth {basic_auth}: expected a JSON object of names and passwords ({error})"
+        ) from error
     if not isinstance(known, dict) or not known or not all(isinstance(v, str) and v for v in known.values()):
-        raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords")
+        raise InputError(f"--basic-auth {basic_auth}: expected a JSON object of names and passwords")
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise InputError(
             f"--basic-auth {basic_auth}: other users of this machine can read it (mode {stat.S_IMODE(mode):o}): "
