@@ -1,4 +1,4 @@
-"""Access to the dashboard: which addresses may name it, who may log in, and how often one may try.
+"""Access to the dashboard: the host names at which it answers, logins, and the limit of attempts.
 
 A page of another site can make a browser resolve its own name to this machine (DNS rebinding). Its requests then carry
 that name as host and as origin, so both are compared with the names under which the dashboard is served.

@@ -33,7 +33,7 @@ def frame(path: Path, theme: ThemeName = "light", view: Mapping[str, str] | None
     """Return HTML of the frame with the graph in it. view: what is chosen in it at first, see `VIEW`.
 
     Raises:
-        InputError: the file is no attribution graph.
+        InputError: the file is not an attribution graph.
     """
     text = html.escape(document(graph_data(read_json(path)), path.stem, theme, view), quote=True)
     return (
@@ -73,7 +73,8 @@ def graph_data(content: Any) -> dict[str, Any]:
         about = {str(k): v for k, v in info.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
-            f"the file is no attribution graph ({type(error).__name__}: {error}): expected circuit-tracer's JSON with "
+            f"the file is not an attribution graph ({type(error).__name__}: {error}): expected circuit-tracer's JSON "
+            "with "
             "metadata.prompt_tokens, nodes and links; make one with `workbench graph MODEL --prompt TEXT --out FILE`"
         ) from error
     shown = sorted(nodes, key=lambda node: (node["kind"] != "logit", -node["influence"]))[:MOST_NODES]

@@ -1,4 +1,4 @@
-"""The overview: what the run is, accuracy and tokens by effort, the largest verified differences, and problems."""
+"""The overview: a summary of the run, accuracy and tokens by effort, the largest verified differences, and problems."""
 
 from collections.abc import Mapping
 from html import escape

@@ -102,7 +102,7 @@ class RunRegistry:
         self, paths: Sequence[str | Path], *, cache: Path | None = None, model: str = "", editable: bool = True
     ) -> None:
         if not paths:
-            raise InputError("name at least one run to show: workbench dashboard RUN.zarr")
+            raise InputError("no run was given: give at least one, as in `workbench dashboard RUN.zarr`")
         self._paths: dict[str, str | Path] = {}
         self._model, self.editable = model, editable
         for path in paths:
@@ -114,7 +114,7 @@ class RunRegistry:
             )
             name = last.removesuffix(".zarr")
             if name in self._paths:
-                raise InputError(f"two runs are called {name!r}: {self._paths[name]} and {path}; rename one of them")
+                raise InputError(f"two runs have the name {name!r}: {self._paths[name]} and {path}; rename one of them")
             self._paths[name] = path
         self._runs: dict[tuple[str, str], tuple[bytes, Run]] = {}
         self._made: dict[tuple[str, ...], tuple[str, Any]] = {}
@@ -183,7 +183,10 @@ class RunRegistry:
             InputError: labels cannot be changed here, or the file of labels is damaged.
         """
         if not self.editable:
-            raise InputError("labels can be changed on a dashboard that only this machine can reach")
+            raise InputError(
+                "labels cannot be changed here: the dashboard can be reached from other machines; "
+                "start it on 127.0.0.1 to edit labels"
+            )
         with self._lock:  # two sessions do not lose each other's labels
             run = self.run(name)
             labels = expert_labels.read(run)

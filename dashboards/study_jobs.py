@@ -1,4 +1,4 @@
-"""Compute the studies of a dashboard in processes of their own, and cache the results.
+"""Run the studies of a dashboard in processes of their own, and cache their results by run, code and options.
 
 A study of ten million tokens takes minutes and a gigabyte of memory, so the server does not compute it itself. A result
 is stored as the files that `workbench study --out` writes, under the digest of the run and that of the code, and a

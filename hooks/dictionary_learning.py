@@ -148,7 +148,7 @@ def _read_state(path: Path, kind: _DictionaryClass) -> dict[str, Tensor]:
     if missing := sorted(set(kind.names.values()) - state.keys()):
         raise InputError(f"{path}: tensor {missing[0]!r} is missing")
     if surplus := sorted(state.keys() - set(kind.names.values()) - kind.other):
-        raise InputError(f"{path}: tensor {surplus[0]!r} is left over: config.json names another class")
+        raise InputError(f"{path}: tensor {surplus[0]!r} is unexpected: config.json states another class")
     return state
 
 

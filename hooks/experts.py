@@ -137,7 +137,10 @@ def ablate(
         selected, hit = _slots(at, members, experts)
         known = means[at.layer].to(out.device, out.dtype)
         if (hit & known.isnan().any(-1)[at.seen["experts"]]).any():
-            raise InputError(f"layer {at.layer}: no mean is known of one of experts {experts}: no token went to it")
+            raise InputError(
+                f"layer {at.layer}: one of the experts {experts} was selected by no token, so it has no mean: "
+                "compute expert_means on more tokens"
+            )
         return torch.where(hit[..., None], known[at.seen["experts"]], out), selected, hit.sum()
 
     def another(out: Tensor, at: At) -> tuple[Tensor, int, Tensor]:

@@ -1,4 +1,4 @@
-"""Recorders: hooks that keep what passes, one tensor a hook point, tokens first, on the CPU.
+"""Recorders: hooks that store activations on the CPU, one tensor for each hook point, tokens on the first axis.
 
 A recorder sees the model as any other hook does, so recording costs what hooking costs and nothing else.
 """

@@ -72,7 +72,7 @@ def at_points(points: str | Collection[str], act: Act) -> Points:
     def checked(model: Any) -> list[tuple[str, Act]]:
         square = [name for name in points_of(model, points) if name.endswith(("hook_attn_scores", "hook_pattern"))]
         if square:
-            raise InputError(f"{square[0]} is query by key: use knockout, or patch")
+            raise InputError(f"{square[0]} has a value for each query and key: use knockout or patch")
         return [(name, act) for name in points_of(model, points)]
 
     return checked
@@ -82,7 +82,7 @@ def points_of(model: Any, points: str | Collection[str]) -> list[str]:
     """Return hook points of the model by name.
 
     Raises:
-        InputError: no hook point is named, or the model does not have it.
+        InputError: no hook point was given, or the model does not have it.
     """
     names = [points] if isinstance(points, str) else list(points)
     for name in names:
@@ -90,7 +90,7 @@ def points_of(model: Any, points: str | Collection[str]) -> list[str]:
             near = difflib.get_close_matches(name, model.hook_dict, 3, 0.4)
             raise InputError(f"the model has no hook point {name!r}; near it: {', '.join(near) or 'none'}")
     if not names:
-        raise InputError("no hook point is named")
+        raise InputError("no hook point was given: give at least one name")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Compiling a kernel for a GPU that is not there, and reading what it would take.
+"""Compile kernels ahead of time for GPUs that this machine does not have, and read the resources that they need.
 
 Triton compiles for every target without a driver. The disassembler in its wheel tells registers and spills of the
 machine code itself, its metadata the shared memory; the assembly tells which matrix instruction was used, and what the
@@ -85,7 +85,7 @@ class Loop(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes; registers and spill bytes a thread, shared bytes a block."""
+    """The resources of a compiled kernel; registers and spill bytes a thread, shared bytes a block."""
 
     registers: int
     spilled: int

@@ -197,7 +197,9 @@ def test_a_signal_stops_a_job_cleanly_and_says_how_to_go_on(
     child.send_signal(number)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 1, err
-    assert f"was stopped by {number.name}; what was written is kept, start it again to go on" in err.splitlines()[-1]
+    assert (
+        f"was stopped by {number.name}; what was written is saved: rerun the command to resume" in err.splitlines()[-1]
+    )
     assert not path.with_name(".run.lock").exists()
     run = wb.open_run(path)
     assert 0 < run.progress[0] < run.progress[1]
@@ -233,7 +235,7 @@ def test_a_full_disk_leaves_its_unit_out_and_the_job_goes_on_later(
         return put(array, where, key, values)
 
     monkeypatch.setattr(shards, "_put", full)
-    with pytest.raises(JobError, match=r"disk of .* is full; free some space and start the same job again"):
+    with pytest.raises(JobError, match=r"disk of .* is full; free some space, then rerun the command"):
         wb.capture(nano, transcripts, path, **OPTIONS)
     assert wb.open_run(path).committed.tolist()[:2] == [True, False]
     monkeypatch.undo()

@@ -38,7 +38,7 @@ def test_the_whole_way_from_prompts_to_tables(tmp_path: Path, capsys: pytest.Cap
     assert (code, transcripts.read_bytes()) == (0, before)
     code, _, err = run(capsys, *generate, "--seed", "1")
     assert code == 2
-    assert "was begun with seed 0, this command has 1" in err
+    assert "was started with seed 0, and this command has 1" in err
     assert run(capsys, "capture", "nano", str(transcripts), str(store))[0] == 0
     code, text, _ = run(capsys, "verify", str(store))
     assert (code, text.splitlines()[0]) == (0, f"{store}: valid")

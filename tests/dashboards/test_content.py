@@ -155,5 +155,5 @@ def test_a_text_that_is_not_escaped_is_noticed(evil_run: Path) -> None:
 def test_a_notebook_shows_every_page() -> None:
     for page in page_titles():
         assert len(notebook(DATA / "demo.zarr", page=page)) == 2
-    with pytest.raises(InputError, match="no page is called"):
+    with pytest.raises(InputError, match="does not exist; the pages are"):
         notebook(DATA / "demo.zarr", page="none")

@@ -135,7 +135,7 @@ def test_a_reading_is_the_norm_and_unembedding_of_the_mapped_stream(exact: GptOs
     np.testing.assert_array_equal(result["logit"].isel(depth=-1), plain["logit"].isel(depth=-1))
     same = logit_lens(exact, X, of=7, jacobian=JacobianLens({0: torch.eye(64)}, 1))
     np.testing.assert_allclose(same["kl"].isel(depth=0), plain["kl"].isel(depth=2), atol=1e-6)
-    with pytest.raises(InputError, match="takes one of them"):
+    with pytest.raises(InputError, match="give one of them"):
         logit_lens(exact, X, of=7, jacobian=lens, tuned=TunedLens.identity(exact))
 
 

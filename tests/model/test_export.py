@@ -135,7 +135,7 @@ def test_tensors_that_do_not_fit_the_config_are_not_written(tmp_path: Path) -> N
     name = "blocks.1.attn.k.bias"
     wrong: list[tuple[Mapping[str, Tensor], str]] = [
         ({n: t for n, t in good.items() if n != name}, f"'{name}' is missing"),
-        (good | {"blocks.3.ln1.weight": good["ln_final.weight"]}, "left over"),
+        (good | {"blocks.3.ln1.weight": good["ln_final.weight"]}, "unexpected"),
         (good | {name: good[name][:-1]}, r"\[15\], the config wants \[16\]"),
         (good | {name: good[name].half()}, "is torch.float16"),
         (

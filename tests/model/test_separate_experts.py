@@ -77,8 +77,8 @@ def with_one(name: str, tensor: Tensor) -> Callable[[Tensors], Tensors]:
             with_one("2.up_proj.weight", torch.ones(3, 64)),
             r"2.up_proj.weight' is F32 \[3, 64\], and .* BF16 \[96, 64\]",
         ),
-        (with_one("gate_up_proj", torch.ones(8, 64, 192)), "which is there already: remove one"),
-        (with_one("gate_up_projs.0.weight", torch.ones(192, 64)), "which is there already: remove one"),
+        (with_one("gate_up_proj", torch.ones(8, 64, 192)), "which is stored too: remove one of them"),
+        (with_one("gate_up_projs.0.weight", torch.ones(192, 64)), "which is stored too: remove one of them"),
     ],
 )
 def test_what_is_not_there_for_every_expert_is_one_line(

@@ -74,7 +74,7 @@ def test_vectors_and_features_are_added(nano: GptOss, vector: torch.Tensor, tmp_
         other = replace(one, strength=1.0)  # a negative control
         assert not torch.allclose(moved(nano, Recipe(user="12+7", interventions=(other,)), sources), got, atol=1e-2)
     for one, reason in (
-        (replace(kinds["vector"][0], source="/etc/passwd"), "not known here .known: happy."),
+        (replace(kinds["vector"][0], source="/etc/passwd"), "was not given .given: happy."),
         (replace(kinds["feature"][0], feature=3), "features 0 to 2"),
         (replace(kinds["vector"][0], layers=(9,)), "9"),
     ):

@@ -94,4 +94,4 @@ def test_the_command_writes_pages_of_neurons(run: Run, tmp_path: Path) -> None:
         }
     assert len({page["index"] for page in pages}) == len(pages)
     wrong = CliRunner().invoke(app, [*arguments, "--neurons", "2", "--overwrite"])
-    assert "by layer and number" in str(wrong.exception)
+    assert "a layer and the number of an expert" in str(wrong.exception)

@@ -157,7 +157,7 @@ def test_groups_hold_equally_many_prompts_with_the_same_sides() -> None:
         ({"a": "channel=final", "b": "channel=final"}, "tokens are on both sides"),
         ({"a": "effort=high,effort=low"}, "expected NAME=VALUE, each name once"),
         ({"a": "channel=commentary"}, "no token of the run is on side a"),
-        ({"a": "weather=fine"}, "'weather' is no label"),
+        ({"a": "weather=fine"}, "'weather' is not a label"),
     ],
 )
 def test_wrong_sides_are_refused(sides: dict[str, Any], message: str) -> None:

@@ -149,8 +149,8 @@ def test_every_variable_says_what_it_is(loaded):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"by": ("layer",)}, "each of channel, effort and task may be named once"),
-        ({"by": ("effort", "effort")}, "may be named once"),
+        ({"by": ("layer",)}, "give each of channel, effort and task at most once"),
+        ({"by": ("effort", "effort")}, "at most once"),
         ({"channels": ("thought",)}, "channel 'thought' is not in this run"),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_run_of_one_prompt_is_described_and_nothing_is_compared():
 
 
 def test_an_unknown_study_is_refused():
-    with pytest.raises(InputError, match="no study or experiment is called 'sinkz'; choose from routing"):
+    with pytest.raises(InputError, match=r"study or experiment .* does not exist 'sinkz'; choose from routing"):
         studies.run_study("sinkz", None)
 
 

@@ -1,4 +1,4 @@
-"""Every kernel on problems of a model's own shape: how to launch it, what plain torch says, what it must move.
+"""Every kernel on problems of a model's own shape: its launch, torch's result, and the bytes that it moves.
 
 Inputs are random and always the same. References run on the CPU, where `workbench.kernels` is plain torch.
 """

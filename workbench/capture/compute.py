@@ -42,7 +42,7 @@ class Computed(NamedTuple):
         """Return sums [sequence channel ...], including those computed on the device, and examples of experts."""
         summary = summarise(self.records, self.tokens["sequence"], self.tokens["channel"], num_experts=num_experts)
         if wrong := [name for name, values in self.sums.items() if not np.isfinite(values).all()]:
-            raise JobError(f"{wrong[0]} of unit {self.unit.index} is not finite: it was not written; check the weights")
+            raise JobError(f"{wrong[0]} of unit {self.unit.index} is not finite: it was not written: check the weights")
         if self.examples:
             lists = of_tokens(self.records["experts"], self.records["gates"], self.tokens, num_experts=num_experts)
             summary |= {f"examples/{name}": values for name, values in lists.items()}

@@ -1,4 +1,4 @@
-"""Capture along the routes that a host took: every router's choice is replaced by the host's experts.
+"""Capture with the routing of a host: every router's choice is replaced by the experts that the host selected.
 
 Gates, sinks and activations then belong to the host's path. The router's own choice on this path is recorded beside
 it, with the margin by which it was made: the k-th less the (k+1)-th router logit.

@@ -160,7 +160,7 @@ def _check_run_path(path: str | Path, inputs: Sequence[str | Path], *, overwrite
     if overwrite or not target.is_dir():
         check_kind(target)
     if target.is_file():
-        raise InputError(f"{path} is a file: a run is a folder")
+        raise InputError(f"{path} is a file, expected a folder: a run is stored as a folder")
     refuse_inputs(target, inputs)
 
 

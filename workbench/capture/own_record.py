@@ -74,7 +74,7 @@ def parse(recorder: Recorder, cfg: Config) -> tuple[Record, Function | None]:
     where = f"recorder {recorder.name!r}"
     if not _NAME.fullmatch(str(recorder.name)) or recorder.name in _TAKEN:
         why = "is taken by another quantity" if recorder.name in _TAKEN else "is not letters, digits and underscores"
-        raise InputError(f"{where}: its name {why}: choose another")
+        raise InputError(f"{where}: its name {why}: choose another name")
     hook, inside = _hook(where, recorder.hook)
     options = {key: getattr(recorder, key) for key in ("layers", "heads", "experts", "slots", "message", "position")}
     options = {key: record_options.numbers(where, key, value) for key, value in options.items() if value is not None}
@@ -147,7 +147,7 @@ def _hook(where: str, name: str) -> tuple[str, tuple[int, ...]]:
     point = match[2] if match else str(name)
     hook = block_hook(point)
     if hook is None:
-        raise InputError(f"{where}: {name!r} is no hook point of the blocks: choose from {', '.join(sorted(BLOCK))}")
+        raise InputError(f"{where}: {name!r} is not a hook point of the blocks: choose from {', '.join(sorted(BLOCK))}")
     return hook, (int(match[1]),) if match else ()
 
 
@@ -200,7 +200,7 @@ def _check_sizes(
     known = axis_sizes(("head", "kv", "slot", "expert", "d_model", "d_head", "d_mlp"), cfg) | dict(sizes)
     for dim, size in zip(dims, shape, strict=True):
         if not _NAME.fullmatch(str(dim)) or dim in ("layer", "token", "channel", "sequence") or dims.count(dim) > 1:
-            raise InputError(f"{where}: {dim!r} cannot name a dimension: use a word of its own, once")
+            raise InputError(f"{where}: {dim!r} cannot be the name of a dimension: use a word that is not used yet")
         if dim in known and size != known[dim]:
             raise InputError(
                 f"{where}: its function returns {size} values along {dim!r}, which has {known[dim]} in this model: "

@@ -27,12 +27,12 @@ def read(text: str, words: Sequence[str]) -> dict[str, Any]:
         )
         if key not in _READS:
             raise InputError(
-                f"--record {text}: {key!r} is no option; use {', '.join(f'{o}=' for o in _READS if o != 'index')}"
+                f"--record {text}: {key!r} is not an option: use {', '.join(f'{o}=' for o in _READS if o != 'index')}"
             )
         if not value:
             raise InputError(f"--record {text}: {key!r} has no value: write {key}={_EXAMPLES.get(key, '1')}")
         if key in options:
-            raise InputError(f"--record {text}: {key}= is given twice: once is enough, with commas between values")
+            raise InputError(f"--record {text}: {key}= is given twice: give it once, with commas between values")
         options[key] = _READS[key](f"--record {text}", key, value)
     return options
 

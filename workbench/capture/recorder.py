@@ -82,7 +82,7 @@ def from_file(text: str) -> Recorder:
     path, name = _file_of(text)
     if not path.is_file():
         raise InputError(
-            f"--record {text}: there is no file {str(path)!r}; name a Python file, as in my_records.py:{name}"
+            f"--record {text}: there is no file {str(path)!r}; give a Python file, as in my_records.py:{name}"
         )
     module = _executed(path.resolve(), text)
     recorder = getattr(module, name, None)

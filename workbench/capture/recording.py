@@ -71,7 +71,7 @@ def parse(record: Sequence[RecordOption] | str, cfg: Config, routing: str = "own
     record = [record] if isinstance(record, str | Recorder) else list(record)
     record = [" ".join(r.split()) if isinstance(r, str) else r for r in record]
     if repeated := [r for i, r in enumerate(record) if r in record[:i]]:
-        raise InputError(f"--record names {_shown(repeated[0])} twice: once is enough")
+        raise InputError(f"--record names {_shown(repeated[0])} twice: give it once")
     switches: dict[str, Any] = {name: name in record for name in _SWITCHES}
     neurons = [r for r in record if isinstance(r, str) and r.partition(":")[0].split(" ")[0] == "neurons"]
     if len(neurons) > 1:
@@ -84,11 +84,15 @@ def parse(record: Sequence[RecordOption] | str, cfg: Config, routing: str = "own
     if routing not in ("own", "host"):
         raise InputError(f"--routing {routing}: choose own or host")
     if routing == "host" and not switches["routing"]:
-        raise InputError("--routing host: also record routing, without options: it holds the experts that were forced")
+        raise InputError(
+            "--routing host: also record routing, without options: it records the experts that were forced"
+        )
     if switches["examples"] and not switches["routing"]:
         raise InputError("--record examples: also record routing, without options: examples are chosen by gate weight")
     if neurons and not switches["routing"]:
-        raise InputError("--record neurons: also record routing, without options: it says which tokens an expert had")
+        raise InputError(
+            "--record neurons: also record routing, without options: it states which tokens selected an expert"
+        )
     switches["neuron_layers"] = _neuron_layers(neurons[0], cfg) if neurons else ()
     points = tuple(a for a in selected if isinstance(a, Activation))
     own = tuple(a for a in selected if isinstance(a, Record))

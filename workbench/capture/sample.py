@@ -1,4 +1,4 @@
-"""The bytes that a run takes on disk, from a part of it that is written to nowhere.
+"""Estimate the bytes of a run on disk from a sample that is compressed and not stored.
 
 The store of the sample is made in a temporary folder, then its unit is encoded by the writer of runs itself, and the
 files are counted instead of being written. The bytes of tokens, of sequences and of units are scaled up each by

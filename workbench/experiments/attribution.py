@@ -137,7 +137,7 @@ def _term(model: GptOss, chosen: SelectedTokens, of: Of | Literal["mean"]) -> Te
     d_vocab = model.cfg.d_vocab
     if isinstance(of, Tensor) and of.is_floating_point():
         if of.shape != (d_vocab,):
-            raise InputError(f"weights over the vocabulary have the shape {tuple(of.shape)}, wanted ({d_vocab},)")
+            raise InputError(f"weights over the vocabulary have the shape {tuple(of.shape)}, expected ({d_vocab},)")
         return of.cpu().double()
     if isinstance(of, str) and of == "mean":
         return torch.full((d_vocab,), 1 / d_vocab, dtype=torch.float64)

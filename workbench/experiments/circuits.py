@@ -1,4 +1,4 @@
-"""Circuits: what the attribution graphs of many prompts have in common, and whether two channels share it.
+"""Circuits: nodes and edges that the attribution graphs of many prompts share, and how they differ between channels.
 
     pairs = circuits.paired_graphs(model, rows)       # the same digit in analysis and in final, one pair a prompt
     circuits.compare(pairs)                           # which edges recur in each channel

@@ -184,7 +184,7 @@ def ablations(
         InputError: there is no expert, or one that the model does not have, or fewer than five prompts.
     """
     if not experts:
-        raise InputError("name at least one expert to ablate, as (layer, expert)")
+        raise InputError("no expert was given: give at least one to ablate, as (layer, expert)")
     edits = {f"layer {layer} expert {expert}": forbid(layer, [expert]) for layer, expert in experts}
     results = effects(model, rows, edits, final_tokens(model), seed=seed)
     layers, numbers = zip(*experts, strict=True)

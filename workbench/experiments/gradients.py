@@ -1,4 +1,4 @@
-"""Estimates by gradient: what every patch would do, from two passes; and a metric's change shared out along a way.
+"""Gradient estimates: the effect of every patch from two passes, and integrated gradients along a path.
 
 A metric takes logits [batch pos d_vocab] to a number for each sequence. Only what is differentiable is seen: the choice
 of experts has no gradient. Where a patch would send tokens to other experts, an estimate by gradient misses that; so
@@ -134,7 +134,7 @@ def integrated_gradients(
     end = seen[at]
     begin = torch.as_tensor(baseline).to(end.device, end.dtype).expand_as(end)
     if not (end.is_floating_point() and bool((end.isfinite() & begin.isfinite()).all())):
-        raise InputError(f"{at}: not all of its values are finite numbers, there is no straight way between them")
+        raise InputError(f"{at}: not all of its values are finite numbers, so no straight path connects them")
     held = [(name, activations.replace_hook(seen[name])) for name in activations.choices(model)]
     hooks = held if routing == "held" else []
 

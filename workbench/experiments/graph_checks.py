@@ -65,7 +65,7 @@ def ablation_hooks(model: GptOss, nodes: pd.DataFrame, saes: Mapping[str, SAE] |
     hooks: Hooks = []
     for kind, layer, rows in by_layer(nodes):
         if kind not in ABLATED:
-            raise InputError(f"a node of the kind {kind!r} cannot be ablated: choose one of {', '.join(ABLATED)}")
+            raise InputError(f"a node of kind {kind!r} cannot be ablated: choose one of {', '.join(ABLATED)}")
         pos, index, expert = (torch.tensor(rows[name].to_numpy()) for name in ("pos", "index", "expert"))
         if kind == "feature":
             hooks.append(_feature_remover(layer, pos, index, saes or {}))

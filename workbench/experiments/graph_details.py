@@ -1,4 +1,4 @@
-"""Details of an attribution graph on demand: neurons of its experts, and why attention and the router chose.
+"""Details of an attribution graph on demand: neurons of experts, and the parts of attention scores and router logits.
 
     found = graph_details.neurons(model, graph, node)       # a row of graph.nodes that is an expert
     divided = graph_details.with_neurons(model, graph)      # a graph in which neurons are nodes
@@ -168,7 +168,7 @@ def _place(graph: AttributionGraph, node: int, kind: str = "expert") -> tuple[in
     """
     if node not in graph.nodes.index or graph.nodes.loc[node, "kind"] != kind:
         known = graph.nodes.index[graph.nodes["kind"] == kind].tolist()
-        raise InputError(f"node {node} is no {kind}; the {kind}s of this graph are the nodes {known[:10]}")
+        raise InputError(f"node {node} is not of kind {kind}; nodes of this kind are {known[:10]}")
     row = graph.nodes.loc[node].to_dict()
     return int(row["layer"]), int(row["pos"]), int(row["index"]), int(row["expert"])
 
@@ -223,7 +223,7 @@ def _router_edges(frozen: FrozenPass, graph: AttributionGraph, node: int) -> pd.
     cfg, block = frozen.model.cfg, frozen.model.blocks[layer]
     logits = frozen.seen("mlp.router.hook_out", layer)[pos]
     if cfg.experts_per_token >= len(logits):
-        raise InputError("every expert is chosen for every token: there is no runner-up")
+        raise InputError("every expert is selected for every token, so there is no runner-up to compare with")
     rest = logits.clone()
     rest[frozen.seen("mlp.hook_expert_indices", layer)[pos].long()] = -torch.inf
     runner_up = int(rest.argmax())

@@ -123,7 +123,7 @@ def logit_lens(
         InputError: no token is selected, or both a tuned and a Jacobian lens are given.
     """
     if tuned is not None and jacobian is not None:
-        raise InputError("a tuned and a Jacobian lens are given: one reading takes one of them")
+        raise InputError("both a tuned and a Jacobian lens are given: give one of them")
     chosen = select_tokens(model, tokens, at, n_real)
     several = not isinstance(of, int | str | Tensor)
     choices = [chosen.ids(one) for one in of] if several else [chosen.ids(of)]  # type: ignore[union-attr, arg-type]

@@ -58,7 +58,7 @@ def write_report(
     """
     target = Path(out)
     if target.suffix != ".html" or target.name == ".html":
-        raise InputError(f"{out}: a report is an .html file, its Markdown is written beside it")
+        raise InputError(f"{out}: expected a file that ends in .html; the Markdown is written beside it")
     if path := getattr(run, "path", None):
         inputs = [*inputs, path]
     names = [target.name, target.with_suffix(".md").name]

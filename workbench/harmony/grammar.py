@@ -1,4 +1,4 @@
-"""The grammar of one message: its ids, and the way back from labelled ids to messages."""
+"""The grammar of one message: from a message to ids, and from labelled ids to messages."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Messages to ids: what a model is shown, and the way back.
+"""Render messages as token ids.
 
 Messages may be harmony's own or those of any chat API; see `workbench.harmony.chat_messages`. The preamble is
 `workbench.harmony.preamble`'s. Everything after it is written here, by ids, so that no content can turn into a mark.

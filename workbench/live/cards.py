@@ -1,4 +1,4 @@
-"""Cards of interventions: what each does, on which tokens, and how strongly."""
+"""Cards of interventions: the kind, the tokens and the strength of each."""
 
 import re
 from collections.abc import Callable, Sequence

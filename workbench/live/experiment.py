@@ -1,4 +1,4 @@
-"""A recipe as it runs: the original answer token by token, then the edited one, then how they differ.
+"""Run a recipe: generate the original answer token by token, then the edited one, then compare them.
 
     experiment = Experiment(model, recipe)
     for _ in experiment.steps():

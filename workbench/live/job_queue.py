@@ -96,7 +96,7 @@ class JobQueue:
         with self._changed:
             self._cancel(viewer)
             if len(self._waiting) >= MAX_WAITING:
-                raise InputError(f"{MAX_WAITING} requests wait already: try again later")
+                raise InputError(f"{MAX_WAITING} requests are waiting already: try again later")
             self._waiting.append(job)
             self._changed.notify_all()
         return job

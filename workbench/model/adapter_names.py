@@ -64,7 +64,7 @@ class Target:
 
 
 def module_name(stored: str) -> str:
-    """Return a stored name of a module or tensor as the model has it, whatever the programs put before or into it."""
+    """Return a stored name of a module or tensor as the model has it, without what programs add to it."""
     rest = _BEGINNING.sub("", unwrapped(stored), count=1)
     return rest if rest.startswith(_OUTSIDE) else f"model.{rest}"
 

@@ -88,7 +88,9 @@ def _root(folder: Path) -> Path:
     """Return the folder with the weights: this one, or the folder `original` in it."""
     try:
         if not folder.is_dir():
-            raise InputError(f"{folder} is {'a file' if folder.exists() else 'not there'}: name a checkpoint folder")
+            raise InputError(
+                f"{folder} is {'a file' if folder.exists() else 'not there'}: give the folder of a checkpoint"
+            )
         original = folder / "original"
         return original if (original / "config.json").exists() and not any(folder.glob("*.safetensors")) else folder
     except OSError as error:
@@ -251,7 +253,9 @@ def _locations(
             places[name] = tensor if len(parts) == 1 else tensor.rows(end - rows, end)
     if left := sorted(set(available) - set(fused)):
         path = available[left[0]].file.path
-        raise InputError(f"{path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} left over)")
+        raise InputError(
+            f"{path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} unexpected tensors)"
+        )
     return {name: places[name] for name in wanted}
 
 
@@ -278,7 +282,7 @@ def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...], ca
     if entry.shape != shape:
         raise InputError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, the config wants {list(shape)}")
     if entry.dtype not in dtypes:
-        raise InputError(f"{path}: tensor {name!r} has dtype {entry.dtype}, wanted {' or '.join(dtypes)}")
+        raise InputError(f"{path}: tensor {name!r} has dtype {entry.dtype}, expected {' or '.join(dtypes)}")
 
 
 def _digest(root: Path, files: Collection[SafetensorsFile]) -> str:
@@ -317,20 +321,21 @@ def resolve(source: str | Path, *, revision: str | None = None) -> Path:
         raise InputError(f"{short(name)} cannot be read: {error.strerror}") from error
     if name in BUNDLED or there or not hub_id:
         if revision is not None:
-            raise InputError(f"revision {revision!r}: only a hub id has revisions, and {short(name)} is none")
+            raise InputError(
+                f"revision {revision!r}: only models on the hub have revisions, and {short(name)} is not the id of one"
+            )
         if not (name in BUNDLED or there):
             raise InputError(
-                f"{short(name)} is neither a folder, nor {' or '.join(BUNDLED)}, nor a hub id such as "
-                "openai/gpt-oss-20b"
+                f"{short(name)} is neither a folder nor {' or '.join(BUNDLED)}, nor a hub id such as openai/gpt-oss-20b"
             )
         return BUNDLED.get(name) or Path(source)
     if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision):
-        raise InputError(f"revision {short(revision)} is no branch, tag or commit")
+        raise InputError(f"revision {short(revision)} is not a branch, a tag or a commit: check its name on the hub")
     folder = _download(name, revision, allow=_HUB_FILES, ignore=["*/*"])
     if not any(folder.glob("*.safetensors")):
         folder = _download(name, revision, allow=[f"original/{pattern}" for pattern in _HUB_FILES], ignore=None)
         if not any(folder.glob("original/*.safetensors")):
-            raise InputError(f"{name} has no safetensors; of GGUF files download one, and name the file")
+            raise InputError(f"{name} has no safetensors; download one of its GGUF files, and give that file")
     return folder
 
 
@@ -342,7 +347,9 @@ def _download(source: str, revision: str | None, *, allow: list[str], ignore: li
         return Path(snapshot_download(source, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         at = f" at revision {revision!r}" if revision else ""
-        raise InputError(f"the hub has no {source}{at}, or it needs a login (hf auth login)") from error
+        raise InputError(
+            f"the hub has no {source}{at}, or it requires a login: check the name, or run `hf auth login`"
+        ) from error
     except Exception as error:  # a network error is one of the HTTP library's own, and that library changes
         cause = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise InputError(

@@ -1,4 +1,4 @@
-"""The fields of a checkpoint's config, each read once with its type; a field that nobody reads is refused."""
+"""The fields of a checkpoint's config, each read once with its type; a field that is not read is refused."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -180,4 +180,4 @@ class ConfigFields:
 
     def refusal(self, name: str, value: object, wanted: str) -> InputError:
         """Return the error for a field whose value is not what is wanted."""
-        return InputError(f"{self.path}: {self.where}{name} is {short(value)}, wanted {wanted}")
+        return InputError(f"{self.path}: {self.where}{name} is {short(value)}, expected {wanted}")

@@ -228,6 +228,6 @@ def _check_experts(experts: Tensor, num_experts: int) -> None:
     wrong = experts[(experts < 0) | (experts >= num_experts)]
     if len(wrong):
         raise InputError(
-            f"a hook left expert {int(wrong[0])} in mlp.hook_expert_indices: expected 0 to {num_experts - 1}, the "
+            f"a hook set expert {int(wrong[0])} in mlp.hook_expert_indices: expected 0 to {num_experts - 1}, the "
             "experts of the layer"
         )

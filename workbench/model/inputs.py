@@ -1,4 +1,4 @@
-"""What a forward pass is given: text, lists of text or ids in any container, as one checked tensor on the device.
+"""Inputs of a forward pass: text, lists of text or ids in any container, as one checked tensor on the device.
 
 This is the one place where ids are checked and moved to the model's device.
 """
@@ -118,7 +118,7 @@ def pad(
 def plain_row(row: Any, model: Any) -> list[int]:
     """Return one row of ids as a list. Raises: InputError for anything else."""
     if isinstance(row, str):
-        raise InputError(f"texts and ids cannot be mixed in one list, got the text {row!r:.60}")
+        raise InputError(f"expected a list of texts or of ids, not both: got the text {row!r:.60}")
     if len(row) == 0:
         return []
     tensor = _integers(row)
@@ -147,7 +147,7 @@ def _texts(given: Any) -> list[str] | None:
         given = given.tolist()
     if isinstance(given, Sequence) and len(given) and isinstance(given[0], str):
         if wrong := [item for item in given if not isinstance(item, str)]:
-            raise InputError(f"texts and ids cannot be mixed in one list, got {wrong[0]!r:.60} among texts")
+            raise InputError(f"expected a list of texts or of ids, not both: got {wrong[0]!r:.60} among texts")
         return list(given)
     return None
 

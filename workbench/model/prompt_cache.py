@@ -45,7 +45,9 @@ class PromptCache:
             InputError: a generation with this cache has not ended.
         """
         if self._busy:
-            raise InputError("another generation with this prompt cache has not ended: close it, or use another cache")
+            raise InputError(
+                "the prompt cache is in use by a generation that has not ended: close that one, or use another cache"
+            )
         self._busy = True
 
     def release(self) -> None:

@@ -80,7 +80,7 @@ def hugging_face_names(root: Path, files: Mapping[str, SafetensorsFile]) -> tupl
 
 
 def _beginning(names: Collection[str]) -> str:
-    """Return what stands before the names of the backbone's tensors: `model.`, unless the one embedding says else."""
+    """Return what stands before the names of the backbone's tensors: `model.`, or what the embedding's name has."""
     prefixes = {
         name.removesuffix(_EMBEDDING) for name in map(unwrapped, names) if re.search(rf"(^|\.){_EMBEDDING}$", name)
     }

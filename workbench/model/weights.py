@@ -93,7 +93,7 @@ def dense(matrix: Mxfp4 | GgmlMxfp4 | LoraWeight | Tensor, expert: int) -> Float
 
 
 class ModelWeights:
-    """Of all layers, stacked on the first one's device; and tokens as TransformerLens' tools ask for them."""
+    """Weights of all layers, stacked on the first layer's device, and token helpers for TransformerLens' tools."""
 
     blocks: Any
     embed: Any

@@ -110,7 +110,7 @@ def accuracy(
     table = _rows_of(source, model)
     names = [by] if isinstance(by, str) else list(by)
     if missing := [n for n in (*names, "prompt_id", "correct") if n not in table]:
-        raise InputError(f"{missing[0]!r} is no column: the table has {', '.join(map(str, table.columns))}")
+        raise InputError(f"{missing[0]!r} is not a column: the table has {', '.join(map(str, table.columns))}")
     known = table["correct"].notna() & (table["correct"].astype(float) >= 0)
     if not known.any():
         raise InputError("no row has `correct`: give prompts `expected` before generating, or rows `correct`")

@@ -110,7 +110,7 @@ class Recipe:
         """
         if any(one.kind == "patch" for one in self.interventions):
             raise InputError(
-                "a recipe that patches is of its own prompt: remove the intervention 'patch', or use "
+                "a recipe with a patch applies to its own prompt only: remove the intervention 'patch', or use "
                 "`workbench study patching` for many prompts"
             )
 
@@ -194,5 +194,5 @@ def _read_history(turns: list[Any]) -> tuple[tuple[str, str], ...]:
         raise InputError(f"a recipe has at most {MAX_TURNS} earlier turns, this one has {len(turns)}")
     for turn in turns:
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise InputError(f"history: {turn!r:.60} is no pair of texts, [user message, final answer]")
+            raise InputError(f"history: {turn!r:.60} is not a pair of texts, [user message, final answer]")
     return tuple((asked, answered) for asked, answered in turns)

@@ -82,7 +82,7 @@ class ObjectLock:
                 self._nonce = record["nonce"]
                 return
             self._remove_if_dead()
-        raise InputError(f"{self._storage} cannot be locked: other jobs took it at the same moment; try again")
+        raise InputError(f"{self._storage} cannot be locked: other jobs locked it at the same moment: try again")
 
     def _remove_if_dead(self) -> None:
         """Delete the lock of a dead owner. A claim of its nonce, which one job gets, keeps others from doing the same.

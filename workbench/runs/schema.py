@@ -1,4 +1,4 @@
-"""Schema 4 of a run: what is in it, in which shapes, and the grain in which it is written.
+"""Schema 4 of a run: its arrays with their shapes, and the units in which they are written.
 
 A run is a Zarr v3 group. Token rows are laid out in *units*: a unit consists of complete shards that no other unit
 writes, so units can be written in any order by anybody, and each is committed by one flag after everything else of it.
@@ -30,7 +30,7 @@ EXAMPLE_FIELDS = {"gate": ("float16", 0), "sequence": ("int32", -1), "position":
 
 @dataclass(frozen=True)
 class Unit:
-    """The grain of work, of files and of commit: token rows [start, start + capacity) and the sequences in them."""
+    """The unit of work, of files and of commits: token rows [start, start + capacity) and the sequences in them."""
 
     index: int
     start: int
@@ -132,7 +132,7 @@ class Record:
 
     @property
     def summed(self) -> bool:
-        """Return whether sums by sequence and channel mean something: not those of expert numbers."""
+        """Return whether sums by sequence and channel are meaningful; those of expert numbers are not."""
         return self.dtype not in ("uint8", "uint16")
 
     @property

@@ -1,4 +1,4 @@
-"""Validation of a run: every file against the manifests, or every value against what the store promises.
+"""Validation of a run: every file against the manifests, or every value against the format of the store.
 
 Runs of schema 3 list the SHA-256 of all files, so reading them once finds every change. Older runs have no manifests:
 their values are checked against each other (sums against tokens, labels against tables), as are those of a newer run
@@ -186,7 +186,7 @@ def _first_line(error: Exception) -> str:
 def _status(run: Run) -> Iterator[Problem]:
     done, total = run.progress
     if run.status not in _STATUSES:
-        yield Problem("attributes", f"status is {run.status!r}, wanted one of {_STATUSES}")
+        yield Problem("attributes", f"status is {run.status!r}, expected one of {_STATUSES}")
     if run.status == "complete" and done < total:
         yield Problem("attributes", f"status is complete, but {total - done} of {total} units are not committed")
 
@@ -204,7 +204,9 @@ def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
             continue
         got = (array.shape, str(array.dtype), tuple(array.metadata.dimension_names or ()))
         if got[:2] != (spec.shape, spec.dtype) or got[2] not in (spec.dims, older[name].dims):
-            yield Problem(name, f"has shape, dtype and dimensions {got}, wanted {(spec.shape, spec.dtype, spec.dims)}")
+            yield Problem(
+                name, f"has shape, dtype and dimensions {got}, expected {(spec.shape, spec.dtype, spec.dims)}"
+            )
 
 
 def _tables(run: Run, layout: Layout) -> Iterator[Problem]:

@@ -99,7 +99,7 @@ def chosen(run: Any, labels: Mapping[str, Any]) -> np.ndarray:
         known: Any = CODES.get(name)
         if known is None and (name in CODES or of_sequence not in table):
             labels_known = (*CODES, *_OF_SEQUENCES, "domain", "prompt_id", "correct", "sequence")
-            raise InputError(f"{name!r} is no label of a run's tokens: use {', '.join(labels_known)}")
+            raise InputError(f"{name!r} is not a label of a run's tokens: use {', '.join(labels_known)}")
         known = list(dict.fromkeys(table[of_sequence])) if known is None else known
         if unknown := [w for w in wanted if w not in known]:
             raise InputError(f"{name}={unknown[0]!r}: the run has {', '.join(map(str, known[:12]))}")

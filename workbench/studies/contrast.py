@@ -273,7 +273,7 @@ def _measure(run: TokenRun, what: str) -> Measure:
         "logprob": Measure("Log-probability of the token, nat", what, (), (), partial(_dense, what)),
     }
     if what not in known:
-        raise InputError(f"what={what!r} is not possible; choose from {', '.join(_KNOWN)}")
+        raise InputError(f"what={what!r} is unknown; choose from {', '.join(_KNOWN)}")
     return known[what]
 
 

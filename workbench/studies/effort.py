@@ -97,7 +97,10 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
     table = sequences_of(run)
     efforts = [e for e in EFFORTS if e in set(table["effort"])]
     if len(efforts) < 2:
-        raise InputError(f"the run has {len(efforts)} effort, and the effort study compares at least 2")
+        raise InputError(
+            f"the run has {len(efforts)} effort, and the effort study compares at least 2: "
+            "capture answers at several efforts"
+        )
     datasets = {"cost": cost(run, table, efforts, seed), "gain": gain(run, table, efforts, seed)}
     left_out = []
     fitted = accuracy_model(run, table, efforts, seed)

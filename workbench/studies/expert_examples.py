@@ -134,7 +134,7 @@ def load(run: Any, *, seed: int = 0, tokenizer: Any = None) -> xr.Dataset:
     if "routing" not in getattr(run, "recorded", ()) or not hasattr(run, "blocks"):  # sums have no single tokens
         raise InputError("examples of experts need a stored run with its routing: capture with --record routing")
     if not len(run.sequences):
-        raise InputError(f"{run.path} holds no sequence yet; a study needs at least one")
+        raise InputError(f"{run.path} holds no sequence yet; a study needs at least one: wait for its capture")
     known = conversations.tokenizer(run, tokenizer)
     lists = examples.of_run(run)
     channels = [c for c, name in enumerate(CHANNELS) if (lists["top_sequence"][c] >= 0).any()]

@@ -72,7 +72,7 @@ def read(run: Any, path: str | Path | None = None) -> pd.DataFrame | None:
     file = path_of(run) if path is None else Path(path)
     if not file.is_file():
         if path is not None:
-            raise InputError(f"{file} is no file of labels")
+            raise InputError(f"{file} is not a file of labels")
         return None
     rows = [_row(run, file, n, line) for n, line in enumerate(_lines(file), 1) if line.strip()]
     table = pd.DataFrame(rows, columns=list(COLUMNS))

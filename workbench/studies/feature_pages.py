@@ -188,7 +188,7 @@ def write_pages(
             text = json.dumps(page, ensure_ascii=False, allow_nan=False)
             (part / f"{page['index']}.json").write_text(text + "\n", encoding="utf-8")
         if not n:
-            raise InputError(f"{run.path} has no example of an expert")
+            raise InputError(f"{run.path} has no example of an expert: wait for its capture")
     return n
 
 

@@ -102,7 +102,10 @@ def study(
         InputError: the run holds no tokens, a label is unknown, a side has no token, or the sides share tokens.
     """
     if not isinstance(run, TokenRun):
-        raise InputError("the risk difference needs the tokens of a run, and this one holds sums only")
+        raise InputError(
+            "the risk difference needs the tokens of a run, and this run holds only sums: "
+            "capture again with --record routing"
+        )
     sides = (selection_of(a), selection_of(b))
     prompt, merged = index_of(run).prompts
     token_sides = TokenSides(run, sides, prompt)

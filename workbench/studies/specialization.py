@@ -1,4 +1,4 @@
-"""How experts go together, how layers follow each other, and what each expert is special in.
+"""Coactivation of experts, dependence between layers, and the specialization of each expert.
 
 Co-activation and transitions are sums over the run, so they come without intervals. Specialisation is the mutual
 information of a token's expert and a label, whose plug-in value is positive by chance: beside it stands what shuffled

@@ -83,7 +83,7 @@ def _converted(path: Path, requests: Path | None, effort: str | None) -> tuple[s
             if size > _MOST_BYTES:
                 raise InputError(f"{path} holds more than {_MOST_BYTES:,} bytes of conversations: split it")
     if not kinds:
-        raise InputError(f"{path} is no file of conversations that can be read. Readable: {READABLE}")
+        raise InputError(f"{path} is not a file of conversations that can be read; expected {READABLE}")
     return " and ".join(kinds), _distinct(rows), left_out
 
 
@@ -161,6 +161,6 @@ def _requests(path: Path) -> dict[str, Any]:
     bodies: dict[str, Any] = {}
     for where, value in objects(path)[1]:
         if not isinstance(value, dict) or "custom_id" not in value or not isinstance(value.get("body"), dict):
-            raise InputError(f"{path}, {where}: wanted a request with custom_id and body")
+            raise InputError(f"{path}, {where}: expected a request with custom_id and body")
         bodies[str(value["custom_id"])] = value["body"]
     return bodies

@@ -62,7 +62,10 @@ class GgufFile:
                 beginning = file.read(64)
             refuse_lfs_pointer(path, beginning)
             if not beginning.startswith(MAGIC):
-                raise InputError(f"{path} does not begin with GGUF: it is no GGUF file, or an incomplete download")
+                raise InputError(
+                    f"{path} does not begin with GGUF: it is not a GGUF file, or an incomplete download; "
+                    "download it again"
+                )
             # copy on write: torch wants writable memory, and nothing is written
             mapped = np.memmap(path, dtype=np.uint8, mode="c")
         except OSError as error:
@@ -151,7 +154,7 @@ def _parse(path: Path, mapped: Any) -> GgufFile:
     tensors: dict[str, GgufTensor] = {}
     for name, kind, shape, offset in described:
         if name in tensors:
-            raise InputError(f"{path}: tensor {name!r} is there twice")
+            raise InputError(f"{path}: tensor {name!r} is stored twice")
         tensor = GgufTensor(kind, shape, data + offset, _size(path, name, kind, shape, old_types))
         if tensor.start + tensor.size > len(mapped):
             missing = tensor.start + tensor.size - len(mapped)

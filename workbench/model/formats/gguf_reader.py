@@ -76,7 +76,7 @@ def open_gguf(paths: Sequence[Path]) -> Checkpoint:
     kind, arch = metadata.get("general.type", "model"), metadata.get("general.architecture")
     if kind != "model":
         remedy = "load the model with adapter=, a folder of PEFT" if kind == "adapter" else "name the model's own file"
-        raise InputError(f"{paths[0]} holds no model, its general.type is {kind!r}: {remedy}")
+        raise InputError(f"{paths[0]} is not a model: its general.type is {kind!r}: {remedy}")
     if arch not in ARCHITECTURES:
         raise InputError(f"{paths[0]}: the architecture is {arch!r}, expected 'gpt-oss'")
     stored: dict[str, _Stored] = {}
@@ -130,7 +130,10 @@ class _Stored:
         if self.is_float:
             return torch.from_numpy(self.file.bytes_of(self.name)).view(_FLOATS[kind]).view(self.tensor.shape)
         if kind == OLLAMA_MXFP4:
-            raise InputError(f"{self.file.path}: tensor {self.name!r} is MXFP4 of Ollama's order beside dense experts")
+            raise InputError(
+                f"{self.file.path}: tensor {self.name!r} is MXFP4 in Ollama's order, but other experts are "
+                "dense: convert the model again"
+            )
         rows, out = self.rows(), torch.empty(self.tensor.shape, dtype=dtype)
         decode = _q8_0 if kind == Q8_0 else decoder(kind)
         flat, values = rows.reshape(-1, rows.shape[-1]), out.view(-1, out.shape[-1])
@@ -177,7 +180,9 @@ class _Reader:
                     f"want {list(shape)}"
                 )
         if left := sorted(set(self.stored) - self.used - {"rope_freqs.weight"}):
-            raise InputError(f"{self.path}: tensor {left[0]!r} is not part of a gpt-oss ({len(left)} left over)")
+            raise InputError(
+                f"{self.path}: tensor {left[0]!r} is not part of a gpt-oss ({len(left)} unexpected tensors)"
+            )
         return tensors
 
     def _tensor(self, name: str) -> LazyTensor:
@@ -303,7 +308,8 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any], d_vocab: int) -> Tokeniz
         raise InputError(f"{path}: tokenizer.ggml.tokens is missing: the file has no vocabulary")
     if len(tokens) != d_vocab:
         raise InputError(
-            f"{path}: {len(tokens):,} tokens for an embedding of {d_vocab:,} rows: they do not belong together"
+            f"{path}: {len(tokens):,} tokens for an embedding of {d_vocab:,} rows: they do not match, "
+            "convert the model again"
         )
     own = metadata.get("tokenizer.huggingface.json")
     return tokenizer_of_tokens(
