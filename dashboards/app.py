@@ -175,7 +175,7 @@ def serve(
         server.start()
         server.io_loop.start()
     finally:
-        registry.desk.close()
+        registry.jobs.close()
 
 
 def _warm(registry: RunRegistry) -> None:

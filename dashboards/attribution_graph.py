@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.bounded_json import read_json
+from workbench.dashboards.theme import BORDER
 from workbench.errors import InputError
 from workbench.figures.template import ThemeName
 
@@ -37,7 +38,7 @@ def frame(path: Path, theme: ThemeName = "light", view: Mapping[str, str] | None
     text = html.escape(document(graph_data(read_json(path)), path.stem, theme, view), quote=True)
     return (
         '<iframe title="attribution graph" sandbox="allow-scripts allow-downloads" allow="fullscreen" '
-        f'style="width:100%;height:{HEIGHT}px;border:0" srcdoc="{text}"></iframe>'
+        f'style="width:100%;height:{HEIGHT}px;{BORDER}" srcdoc="{text}"></iframe>'
     )
 
 

@@ -18,6 +18,7 @@ import xarray as xr
 
 from workbench import harmony
 from workbench.dashboards.search import texts, vocabulary
+from workbench.dashboards.theme import BORDER
 from workbench.errors import InputError
 from workbench.figures.template import THEMES, ThemeName
 from workbench.harmony.labels import CHANNELS
@@ -45,7 +46,7 @@ def frame(
     view: what is chosen in it at first, see `VIEW`. sentences: what `sentences_of` returned.
     """
     return (
-        f'<iframe title="conversation" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0" '
+        f'<iframe title="conversation" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;{BORDER}" '
         f'srcdoc="{html.escape(document(run, sequence, tokenizer, theme, view, sentences), quote=True)}"></iframe>'
     )
 

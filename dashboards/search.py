@@ -213,7 +213,9 @@ def conversations(
         wanted &= share.reindex(table.index) > 0
     if text:
         named = table["id"].str.contains(text, regex=False) | table["answer"].str.contains(text, regex=False)
-        wanted &= named | table.index.isin(_said(run, text, channel, set(table.index[wanted].tolist()), most))
+        wanted &= named | table.index.isin(
+            _containing_text(run, text, channel, set(table.index[wanted].tolist()), most)
+        )
     rows = table[wanted]
     if share is not None:
         rows = rows.loc[share.reindex(rows.index).sort_values(ascending=False, kind="stable").index]
@@ -235,7 +237,7 @@ def _share_of_expert(run: Run, channel: str, layer: int, expert: int) -> Float[p
     return pd.Series(np.divide(chosen, of, out=np.zeros(len(of)), where=of > 0), index=tokens["sequence"].values)
 
 
-def _said(run: Run, text: str, channel: str, among: set[int], most: int) -> list[int]:
+def _containing_text(run: Run, text: str, channel: str, among: set[int], most: int) -> list[int]:
     """Return sequences that contain a text, ignoring case; stops when enough are found."""
     words = vocabulary(run)
     if words is None:

@@ -15,7 +15,7 @@ import pandas as pd
 import xarray as xr
 
 from workbench.dashboards.stored_results import StoredResults, stored_beside
-from workbench.dashboards.study_jobs import Answer, Desk
+from workbench.dashboards.study_jobs import Answer, StudyJobs
 from workbench.errors import InputError
 from workbench.runs import Run, open_run
 from workbench.runs.storage import LocalStorage, storage_at
@@ -121,7 +121,7 @@ class RunRegistry:
         self._lock, self._locks = threading.Lock(), dict[tuple[str, ...], threading.Lock]()
         for name in self.names:
             self.run(name)  # a path that is no run is refused before anything is served
-        self.desk = Desk(cache)
+        self.jobs = StudyJobs(cache)
 
     @property
     def names(self) -> list[str]:
@@ -162,7 +162,7 @@ class RunRegistry:
         lasting = all(run.status == "complete" for run in runs)
         digest = "-".join(run.digest for run in runs)
         more = {"options": options} if options else {}
-        return partial(self.desk.ask, study, paths, digest, exclude=exclude, lasting=lasting, **more)
+        return partial(self.jobs.ask, study, paths, digest, exclude=exclude, lasting=lasting, **more)
 
     def model(self, name: str) -> str:
         """Return the model that can be loaded for a run, or "" if none is known; its digest is not compared yet."""
@@ -172,7 +172,7 @@ class RunRegistry:
         """Return a function that asks for the attention patterns of a sequence, without waiting for them."""
         run = self.run(name)
         path = str(self._paths[name])
-        return partial(self.desk.attention, path, run.digest, self.model(name), sequence, layers)
+        return partial(self.jobs.attention, path, run.digest, self.model(name), sequence, layers)
 
     def put_label(self, name: str, examples: xr.Dataset, layer: int, expert: int, label: str) -> Path:
         """Write the label of an expert into the file beside the run, and return its path.

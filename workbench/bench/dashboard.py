@@ -174,7 +174,7 @@ def _studies(path: str, cache: Path) -> dict[str, float]:
         while (answer := ask()).datasets is None and not answer.reason:
             time.sleep(0.2)
         seconds[study] = time.monotonic() - start
-    registry.desk.close()
+    registry.jobs.close()
     return seconds
 
 
