@@ -212,8 +212,8 @@ def conversations(
     if share is not None:
         wanted &= share.reindex(table.index) > 0
     if text:
-        named = table["id"].str.contains(text, regex=False) | table["answer"].str.contains(text, regex=False)
-        wanted &= named | table.index.isin(
+        in_table = table["id"].str.contains(text, regex=False) | table["answer"].str.contains(text, regex=False)
+        wanted &= in_table | table.index.isin(
             _containing_text(run, text, channel, set(table.index[wanted].tolist()), most)
         )
     rows = table[wanted]
