@@ -30,7 +30,7 @@ def unpack(data: Any, size: int) -> np.ndarray:
 
     Raises:
         UnpackedSizeError: it holds another number of bytes.
-        ValueError: it is no complete frame.
+        ValueError: it is not a complete frame.
     """
     told = frame_size(data)
     if told != size:

@@ -170,7 +170,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """Return the complete rows of a file by id, and where the last of them ends.
 
     Raises:
-        InputError: a line is no row with an id.
+        InputError: a line is not a row with an id.
     """
     rows: dict[str, dict[str, Any]] = {}
     end = 0

@@ -288,14 +288,14 @@ def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what a state records about its training, and its tensors.
 
     Raises:
-        InputError: it is no state, or is damaged.
+        InputError: it is not a state, or is damaged.
     """
     try:
         open_regular(path).close()  # no pipe, which would wait for ever
         with safe_open(path, "pt") as file:
             told = parse_json((file.metadata() or {})["training"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except Exception as error:  # SafetensorError is no subclass of anything narrower
+    except Exception as error:  # SafetensorError is not a subclass of anything narrower
         raise _damaged_state(path, error) from error
     if not isinstance(told, dict):
         raise _damaged_state(path, ValueError("it states nothing about its training"))

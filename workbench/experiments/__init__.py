@@ -13,7 +13,7 @@ from workbench.registry import experiments
 if TYPE_CHECKING:
     from workbench.experiments import registry as registry
 
-# modules that are no experiments themselves
+# modules that are not experiments themselves
 _FUNCTIONS = {"graph": "attribution_graph"}  # public functions, and the module that has them
 _MODULES = (
     "attribution",

@@ -5,7 +5,7 @@
 
 An expert's direct effect on the logits of a token is its gated output, divided by the scale of the final norm at that
 token, times the unembedding, less the mean over the vocabulary. Shown is the mean over the expert's tokens: the scale
-is that of the pass, and what later layers do with the output is no part of it.
+is that of the pass, and what later layers do with the output is not part of it.
 
 Reference: direct logit attribution, Elhage et al. 2021, with the norm frozen.
 """
@@ -42,7 +42,7 @@ METHOD = (
     "unembedding, less the mean over the vocabulary; the mean over the expert's tokens, in logits. No interval is "
     "given: the effects describe the weights and the tokens of these sequences."
 )
-NOT_CONTROLLED = "What later layers do with the output is no part of it, and neither is a change of the norm's scale."
+NOT_CONTROLLED = "What later layers do with the output is not part of it, and neither is a change of the norm's scale."
 N_TOKENS = 10  # with the largest and the smallest effects
 _INSIDE = ("mlp.hook_expert_indices", "mlp.hook_expert_weights", "mlp.experts.hook_out")
 

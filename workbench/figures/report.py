@@ -54,7 +54,7 @@ def write_report(
     inputs: paths that the report is made of, beside the run's. overwrite: replace an earlier report.
 
     Raises:
-        InputError: the output is no .html file or exists, or no study can be made of the run.
+        InputError: the output is not an .html file or exists, or no study can be made of the run.
     """
     target = Path(out)
     if target.suffix != ".html" or target.name == ".html":

@@ -366,7 +366,7 @@ class _Labeller:
 
 
 def _role(words: list[str], flags: list[str]) -> tuple[str, str, list[str]]:
-    """Role, author and the words left. An author that is no role is a tool if a tool's header can begin so."""
+    """Role, author and the words left. An author that is not a role is a tool if a tool's header can begin so."""
     if not words or words[0].startswith("to="):
         flags.append("no_role")
         return "assistant", "", words

@@ -331,4 +331,4 @@ def _ranges(records: dict[str, Any]) -> Iterator[str]:
         if (np.diff(gates, axis=-1) > 0).any():
             yield "routing/gates: gates that do not descend"
     if "sink" in records and not ((records["sink"] >= 0) & (records["sink"] <= 1)).all():
-        yield "attention/sink: a value that is no probability"
+        yield "attention/sink: a value that is not a probability"

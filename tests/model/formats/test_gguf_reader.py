@@ -233,7 +233,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "tensor 'blk.0.extra.weight' is not part of a gpt-oss",
     ),
     "an unknown type": (without("", {"x": ((2, 32), 77, b"")}), "tensor 'x' has ggml type 77, which is not read here"),
-    "part of a block": (without("", {"x": ((2, 33), files.Q8_0, b"")}), "rows that are no multiple of 32"),
+    "part of a block": (without("", {"x": ((2, 33), files.Q8_0, b"")}), "rows that are not a multiple of 32"),
     "Ollama's type in another file": (without("", {"x": ((2, 32), 4, b"")}), "has ggml type 4, which is not read here"),
 }
 

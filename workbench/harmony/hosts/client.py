@@ -171,8 +171,8 @@ class Host:
     def struck(self, value: Any) -> Any:
         """Return a value of JSON with the key struck out of every text in it, names of fields included.
 
-        A key of fewer than eight characters, as the placeholders that local hosts take, is no secret and might be part
-        of an answer.
+        A key of fewer than eight characters, as the placeholders that local hosts take, is not a secret and might be
+        part of an answer.
         """
         if len(self._key) < _SHORTEST_SECRET:
             return value

@@ -177,7 +177,7 @@ def _size(path: Path, name: str, kind: int, shape: tuple[int, ...], old_types: b
     if not block:
         raise InputError(f"{path}: tensor {name!r} has ggml type {kind}, which is not read here")
     if shape[-1] % block:
-        raise InputError(f"{path}: tensor {name!r} of shape {list(shape)} has rows that are no multiple of {block}")
+        raise InputError(f"{path}: tensor {name!r} of shape {list(shape)} has rows that are not a multiple of {block}")
     return math.prod(shape) // block * size
 
 
