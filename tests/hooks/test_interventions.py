@@ -315,7 +315,7 @@ def test_what_an_edit_met_is_said(base: GptOss) -> None:
         (lambda: forbid(1, [8]), r"experts \[8\]: the model has experts 0 to 7"),
         (lambda: forbid(1, []), "experts none"),
         (lambda: forbid(1, range(5)), "leaves fewer than 4"),
-        (lambda: force(1, range(5)), "goes to 4 experts, not to 5"),
+        (lambda: force(1, range(5)), "goes to 4 experts: expected at most 5"),
         (lambda: remove_sinks(0, [8]), r"heads \[8\]"),
         (lambda: steer("blocks.1.hook_resid_pos", torch.ones(64)), "blocks.1.hook_resid_post"),
         (lambda: steer("blocks.1.hook_resid_post", torch.ones(63)), r"\(63,\) does not fit .*64"),
