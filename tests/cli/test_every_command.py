@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.fuzzing import BASES, SLOW, Checked, add_traps, without_long_work
+from tests.cli.checks import Checked
+from tests.cli.random_commands import BASES, SLOW, add_traps, without_long_work
 from tests.cli.running import Result
 from tests.cli.test_fuzz_commands import option_names
 from tests.cli.test_outputs import OUTPUTS
