@@ -182,13 +182,13 @@ def test_host_answers(workplace: Path, host: RawHost, monkeypatch: pytest.Monkey
         accepted += bool(rows)
         are_transcripts(rows)
 
-    @cases(2 * QUICK, long=long)
+    @cases(QUICK, long=long)
     @given(st.sampled_from(["chat", "responses", "completions"]), raw_replies())
     def check(api: str, reply: bytes) -> None:
         ask(workplace, host, api, reply, counted)
 
     check()
-    assert accepted > QUICK / 8, "nearly all replies were no replies at all"
+    assert accepted > QUICK / 10, "nearly all replies were no replies at all"
 
 
 @pytest.mark.parametrize("api", ["chat", "responses", "completions"])
