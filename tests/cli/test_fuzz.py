@@ -22,6 +22,8 @@ from tests.cli.damaged_files import damaged_bytes
 from tests.cli.fuzzing import cases
 from tests.cli.hostile_values import HOSTILE_TEXT, changes
 from tests.cli.random_commands import without_long_work
+from tests.dashboards.test_attribution_graph import graph
+from tests.dashboards.test_stored_results import effects
 from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
@@ -29,6 +31,8 @@ from workbench.dashboards.study_jobs import Answer
 from workbench.errors import InputError
 from workbench.harmony.hosts import answers
 from workbench.harmony.hosts.answers import NoAnswerError
+from workbench.studies import expert_labels
+from workbench.studies.result import save
 
 QUICK = 40  # cases of each kind
 
@@ -258,6 +262,46 @@ def test_addresses_of_pages(workplace: Path, monkeypatch: pytest.MonkeyPatch, lo
         with limits():
             shown = made(page, Session(registry, Selection(query), lambda: None))
         assert not problems([*shown.main, *shown.sidebar]), (page, query)
+
+    try:
+        check()
+    finally:
+        registry.desk.close()
+
+
+LABELS = [{"layer": 0, "expert": n, "label": "digits", "automatic": "0 1 2", "score": 0.5} for n in range(3)]
+
+
+def test_files_beside_a_run(workplace: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
+    """Results of experiments, attribution graphs and labels that are not as the workbench writes them."""
+    nothing = Answer(reason="studies are not computed here")
+    monkeypatch.setattr("workbench.dashboards.study_jobs.Desk._state", lambda *_: nothing)
+    registry = RunRegistry([workplace / "run.zarr"], cache=workplace / "cache")
+    save({"sinks": effects(registry.run("run").digest)}, workplace / "results")
+    files: dict[str, tuple[Path, Any]] = {
+        "causal": (workplace / "results" / "sink-ablation_sinks.json", None),
+        "graph": (workplace / "graph.json", graph()),
+        "labels": (workplace / "run.zarr.labels.jsonl", LABELS),
+    }
+    right = files["causal"][0].read_bytes()
+    files["causal"] = (files["causal"][0], json.loads(right))
+
+    @cases(QUICK, long=long)
+    @given(st.sampled_from(sorted(files)), changes(), changes(), st.booleans())
+    def check(page: str, first: Callable[[Any], Any], second: Callable[[Any], Any], twice: bool) -> None:
+        path, content = files[page]
+        content = second(first(content)) if twice else first(content)
+        text = json.dumps(content)
+        if page == "labels" and isinstance(content, list):
+            text = "\n".join(map(json.dumps, content))
+        path.write_text(text)
+        with limits():
+            if page == "labels":
+                with contextlib.suppress(InputError):
+                    expert_labels.read(registry.run("run"))
+                return
+            shown = made(page, Session(registry, Selection({}), lambda: None))
+        assert not problems([*shown.main, *shown.sidebar]), (page, text[:500])
 
     try:
         check()
