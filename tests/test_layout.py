@@ -20,6 +20,7 @@ ACROSS_MODULES = {
     "cli/test_fuzz_formats.py",
     "cli/test_every_command.py",
     "cli/test_fuzz_runs.py",
+    "cli/test_fuzzing.py",
     "cli/test_outputs.py",
     "data/test_interop.py",
     "data/test_nano.py",
