@@ -231,4 +231,4 @@ def test_the_summary_follows_the_verdicts_of_the_result() -> None:
     assert f"{n} of {found['different'][0].size} cells differ" in describe(found)
     changed = found.assign(different=found["different"] & False)  # negative control
     assert f"0 of {found['different'][0].size} cells differ" in describe(changed)
-    assert "differences beyond" in describe(changed)
+    assert "a difference beyond" in describe(changed)

@@ -76,4 +76,4 @@ def test_sums_alone_give_the_mass_and_say_what_is_left_out(demo):
 
     found = sinks.study(Sums())
     assert set(found) == {"mass"}
-    assert "Left out" in found["mass"].attrs["summary"]
+    assert "Skipped" in found["mass"].attrs["summary"]
