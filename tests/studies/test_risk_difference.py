@@ -128,7 +128,7 @@ def test_p_is_calibrated_for_prompts_of_two_tasks(n_prompts: int, long: bool) ->
     """Jackknife over at most 20 groups of prompts. Printed: p below 0.05, and families with a difference."""
     p: dict[str, list[np.ndarray]] = {"pooled": [], "token": []}
     families = dict.fromkeys(p, 0)
-    seeds = 300 if long else {12: 10, 24: 25}.get(n_prompts, 0)
+    seeds = 200 if long else {12: 10, 24: 25}.get(n_prompts, 0)
     for seed in range(seeds):
         run = planted_tokens(seed=seed, n_prompts=n_prompts, n_layers=1)
         found = study(run, a="task=t0,channel=analysis", b="task=t1,channel=analysis")["experts"]

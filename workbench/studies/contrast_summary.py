@@ -69,7 +69,10 @@ def _describe_control(cell: xr.Dataset, control: str, attrs: Mapping[str, Any]) 
             one = cell.isel({"layer": int(layer), kind: int(column)})
             lines.append(f"  layer {int(one['layer'])} {kind} {int(one[kind])}: {_with_interval(one, attrs)}")
         if others.any():
-            lines.append(f"  In each of the {others.sum()} other cells, {absent}.")
+            n_others = int(others.sum())
+            lines.append(
+                f"  In {'the other cell' if n_others == 1 else f'each of the {n_others} other cells'}, {absent}."
+            )
     return lines + ([f"  Warning: {warning}."] if (warning := few_prompts(n)) else [])
 
 
