@@ -94,6 +94,9 @@ def test_groups_that_cannot_be_tested_stay_in_the_result() -> None:
     assert "facts" in found.attrs["not_tested"]
     assert "1 of 3 groups cannot be tested: facts" in found.attrs["summary"]
     assert np.isnan(found["p"].sel(group="facts"))
+    assert "q of at least 0.095" in found.attrs["summary"], "two groups with 20 random sets each"
+    assert "use at least 39 controls" in found.attrs["summary"]
+    assert expert_sets._too_few_sets(np.array([39, 0, 39])) == [], "negative control: enough random sets"
     assert found["random"].sizes == {"group": 3, "set": 20}
     ratio = found["random_load_ratio"].sel(group="arithmetic")
     assert float(ratio.mean()) == pytest.approx(float(found["load_ratio"].sel(group="arithmetic")))
