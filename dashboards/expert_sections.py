@@ -12,6 +12,7 @@ import xarray as xr
 from workbench import registry
 from workbench.dashboards import content, widgets
 from workbench.dashboards.example_lists import example, list_of
+from workbench.dashboards.neurons_page import effects_table
 from workbench.dashboards.session import Page, Selectors, Session, missing_record, study
 from workbench.errors import InputError
 from workbench.studies import expert_labels
@@ -68,7 +69,7 @@ def examples(session: Session, chosen: Selectors) -> pn.Column:
         rows = tokens_table(ds)
         if len(rows):
             name = f"{session.name}-layer-{layer}-expert-{expert}-tokens"
-            parts.append(widgets.table("Over-represented tokens, with 95 % intervals", rows, name))
+            parts.append(widgets.table("Over-represented tokens in all content, with 95 % intervals", rows, name))
         return parts
 
     return widgets.awaited(session.registry.study("expert-examples", session.name, exclude=session.exclude), show)
@@ -162,14 +163,7 @@ def logit_effects(session: Session, layer: int, expert: int) -> list[Any]:
     cell = ds.isel(layer=layer, expert=expert)
     if int(cell["tokens"]) == 0:
         return []
-    rows = pd.DataFrame(
-        {
-            "raises": [repr(str(text)) for text in cell["top_text"].values],
-            "by (logits)": cell["top_logit"].values.astype(float).round(3),
-            "lowers": [repr(str(text)) for text in cell["bottom_text"].values],
-            "by (logits) ": cell["bottom_logit"].values.astype(float).round(3),
-        }
-    )
+    rows = effects_table(cell)
     return [widgets.table("Direct effects on logits", rows, f"{session.name}-{layer}-{expert}-logits")]
 
 

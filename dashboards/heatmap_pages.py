@@ -111,9 +111,8 @@ def experts(session: Session) -> Page:
 
 
 def _expert(session: Session, chosen: Selectors) -> pn.Column:
-    """Return the details of one expert: load by channel and effort, co-activated experts, overrepresented tokens."""
+    """Return the details of one expert: load by channel and effort, co-activated experts, effects and examples."""
     run, layer, expert = session.run, chosen.number("layer"), chosen.number("expert")
-    words = search.vocabulary(run)
     label = f"{session.name}-layer-{layer}-expert-{expert}"
     acts = quick_look.by_channel_and_effort(run, "load", layer, expert, chosen["task"]).round(2)
     title = f"Load relative to uniform, by channel and effort{_of_task(chosen)}"
@@ -124,12 +123,6 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
         links = [session.link("experts", expert=str(other)) for other in partners["with expert"]]
         title = f"Co-activated experts in {chosen['channel']}, all efforts and tasks"
         cards.append(widgets.table(title, partners, f"{label}-with", {"with expert": links}))
-
-    def tokens() -> Any:
-        within = search.TokenSelection(**chosen.cell)
-        rows = search.expert_tokens(run, layer, expert, lambda i: search.shown(i, words), within=within)
-        return _examples(session, f"Overrepresented tokens: {chosen.description}", rows, f"{label}-tokens", "expert")
-
     cards += expert_sections.logit_effects(session, layer, expert)
     cards += expert_sections.measured_effects(session, layer, expert)
     return pn.Column(
@@ -137,7 +130,6 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
         expert_sections.examples(session, chosen),
         *neurons_page.strongest(session, layer, expert),
         expert_sections.load_with_intervals(session, layer, expert),
-        widgets.later(tokens),
         sizing_mode="stretch_width",
     )
 
