@@ -63,7 +63,9 @@ TESTED_BY = {
     "bench/cases": "bench/test_gpu.py",
     "bench/command": "bench/test_kernels.py",
     "bench/decode": "bench/test_cpu.py",
+    "figures/feature_examples": "studies/test_feature_examples.py",
     "figures/neuron_examples": "studies/test_neuron_examples.py",
+    "runs/feature_examples": "capture/test_feature_lists.py",
     "runs/neuron_examples": "capture/test_neuron_lists.py",
     **{
         f"kernels/gpu/compile_cases/{name}": "bench/test_kernels.py"

@@ -221,7 +221,7 @@ def _summary(result: xr.Dataset, not_tested: dict[str, str]) -> list[str]:
         )
         if abs(float(one["load_ratio"]) - 1) > MATCHED:
             lines.append("  Load is not matched: a difference from these sets may be one of load.")
-    lines += _too_few_sets(found["random_sets"].values)
+    lines += _too_few_sets(result["random_sets"].values)
     if not_tested:
         lines.append(f"{len(not_tested)} of {result.sizes['group']} groups cannot be tested: {', '.join(not_tested)}.")
     return lines

@@ -106,7 +106,10 @@ def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
         except InputError as error:
             left_out.append(f"Skipped: {hook}, as {error}.")
     if not datasets:
-        raise InputError(" ".join(left_out) or "the run has no recorded quantity by which channels can be compared: record routing or sinks")
+        raise InputError(
+            " ".join(left_out)
+            or "the run has no recorded quantity by which channels can be compared: record routing or sinks"
+        )
     first = next(iter(datasets.values()))
     first.attrs["summary"] = "\n".join([first.attrs["summary"], _beside_halves(datasets), *left_out]).strip()
     return datasets

@@ -75,7 +75,7 @@ class Host:
         self._query = f"?{parts.query}" if parts.query else ""
         self._key = os.environ.get(key_env, "")
         local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        azure = parts.hostname.endswith(".azure.com")
+        azure = (parts.hostname or "").endswith(".azure.com")
         if self._key and parts.scheme == "http" and not local:
             raise InputError(f"{self.name}: {key_env} would be sent unencrypted: use https, or unset the variable")
         key = {"api-key": self._key} if azure else {"authorization": f"Bearer {self._key}"}
