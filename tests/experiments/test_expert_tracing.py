@@ -98,6 +98,56 @@ def test_controls_have_the_norm_and_come_from_other_sequences(nano: GptOss, rows
     assert not any((pools[0] @ v).max() > 1 - 1e-6 for v in own[:20])
 
 
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_restorations_that_are_random_are_rarely_called_more_than_controls(
+    nano: GptOss, rows: list[Transcript], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Null: what each expert restores is drawn as its controls are, so that its rank p is uniform.
+
+    Negative control: the interval alone would call many of these experts.
+
+    `pytest --long -s -k random_are_rarely tests/experiments/test_expert_tracing.py` prints the rates.
+    """
+    real, directions = tracing._Traced.difference, tracing._directions
+    pools: dict[int, dict[int, torch.Tensor]] = {}
+    rng = torch.Generator().manual_seed(0)
+
+    def drawn(one: tracing._Traced, layer: int, expert: int | None) -> torch.Tensor:
+        own = real(one, layer, expert)
+        if expert is None:
+            return own
+        pool = pools[layer][id(one)]
+        chosen = pool[torch.randint(len(pool), (len(own),), generator=rng)]
+        return chosen.to(own) * own.norm(dim=-1, keepdim=True)
+
+    def remembered(every: list[tracing._Traced], layer: int, most: int = 256) -> list[torch.Tensor]:
+        found = directions(every, layer, most)
+        pools[layer] = {id(one): pool for one, pool in zip(every, found, strict=True)}
+        return found
+
+    monkeypatch.setattr(tracing._Traced, "difference", drawn)
+    monkeypatch.setattr(tracing, "_directions", remembered)
+    cells = [tracing.Cell(GENERATED, layer, expert) for layer, expert in ((1, 5), (2, 9), (LAYER, EXPERT))]
+    trials = 40
+    families = alone = 0
+    ranks: list[float] = []
+    for seed in range(trials):
+        found = tracing._confirmed(nano, rows[:8], cells, 3.0, 20, seed)
+        families += bool(((found["p_family"] <= 0.05) & (found["distance"] > 0) & (found["low"] > 0)).any())
+        ranks += found["p_rank"].values.tolist()
+        alone += int((found["low"] * found["high"] > 0).sum())
+    ranked = np.mean(np.array(ranks) <= 0.05)
+    quarters = np.quantile(ranks, [0.25, 0.5, 0.75])
+    print(
+        f"families called {families / trials:.3f}, rank p ≤ 0.05 {ranked:.3f}, quartiles of p {quarters.round(2)}, "
+        f"intervals alone {alone / len(ranks):.3f}"
+    )
+    assert families <= 5, "of 40: 5 % and chance"
+    assert ranked <= 0.1
+    np.testing.assert_allclose(quarters, [0.25, 0.5, 0.75], atol=0.15)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"noise": 0.0}, "noise=0, cells=5"), ({"cells": 0}, "cells=0"), ({"controls": 5}, "controls=5: at least 20")],
