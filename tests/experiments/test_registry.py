@@ -128,7 +128,7 @@ def test_named_experts_are_those_used_more(run, nano):
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_results_hold_the_command_that_makes_them(run, nano):
     """The command is run and gives the same summary. Negative control: with another number of sequences it does not."""
-    (found,) = run_experiment("receiver-heads", nano, run, sequences=90, apart=2).values()
+    found = run_experiment("receiver-heads", nano, run, sequences=90, apart=2)["heads"]
     words = shlex.split(found.attrs["command"])
     assert words[-2:] == ["--option", "apart=2"]
     assert "--dtype" in words, "nano is in float32"
