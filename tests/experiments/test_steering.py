@@ -47,7 +47,7 @@ def test_a_dose_curve_beside_random_directions(rows: list[Transcript], monkeypat
 def test_steering_by_role_finds_what_a_planted_direction_does(
     rows: list[Transcript], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planted: what is added at user tokens along one axis destroys the answer. Negative control: other directions."""
+    """Planted: what is added at final tokens along one axis destroys the answer. Negative control: other directions."""
     monkeypatch.setattr(steering, "DOSES", (1.0,))
     nano = wb.load("nano", dtype=torch.float32)
     axis = torch.zeros(nano.cfg.d_model)
@@ -63,7 +63,7 @@ def test_steering_by_role_finds_what_a_planted_direction_does(
     ) -> torch.Tensor:  # the planted mechanism: this axis turns the stream around
         return torch.where(x[..., 5:6] > 35, -x, x)
 
-    options = {"a": "role=user", "b": "role=system", "at": "role=user", "controls": 20}
+    options = {"a": "role=user", "b": "role=system", "at": "channel=final,part=content", "controls": 20}
     with monkeypatch.context() as patch, nano.hooks(fwd_hooks=[("blocks.3.hook_resid_pre", reader)]):
         patch.setattr(steering, "_mean", mean)
         found = steering.experiment(nano, rows, **options)["direction"]  # type: ignore[arg-type]

@@ -76,7 +76,7 @@ def test_p_is_calibrated_without_a_difference() -> None:
 @pytest.mark.parametrize(
     ("sides", "message"),
     [
-        ({"a": "channel=finale"}, "channel 'finale': choose from"),
+        ({"a": "channel=finale", "b": "channel=analysis"}, "channel 'finale': choose from"),
         ({"a": "channel=final", "b": "channel=final"}, "tokens are on both sides"),
         ({"a": "task=t0,channel=final", "b": "task=t1,channel=final"}, "no prompt has tokens of both sides"),
     ],
