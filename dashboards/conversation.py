@@ -59,10 +59,10 @@ def document(
     sentences: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Return the conversation as one HTML document that loads nothing from the network. See `frame`."""
-    told = data_of(run, sequence, tokenizer) | {"sentences": list(sentences)}
+    page_data = data_of(run, sequence, tokenizer) | {"sentences": list(sentences)}
     colours = {name: dict(one.channel) for name, one in THEMES.items()}
-    told |= {"theme": theme, "colours": colours, "view": dict(view or {})}
-    data = json.dumps(told, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    page_data |= {"theme": theme, "colours": colours, "view": dict(view or {})}
+    data = json.dumps(page_data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return _PAGE.read_text(encoding="utf-8").replace("__DATA__", data)
 
 
@@ -122,16 +122,16 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
     table = run.messages[run.messages["sequence"] == sequence].reset_index(drop=True)
     heads, bands, irregular = {"-1": ""}, {"-1": "frame"}, dict[str, str]()
     for number, row in table.iterrows():
-        said = [
+        heading = [
             row["role"] or row["author"],
             row["channel"],
             f"to {row['recipient']}" if row["recipient"] else "",
             row["content_type"],
         ]
-        heads[str(number)] = " · ".join(str(s) for s in said if s)
-        found = [*str(row.get("flags", "")).split(), *(["cut off"] if row["closed_by"] == "truncated" else [])]
-        if found:
-            irregular[str(number)] = ", ".join(found).replace("_", " ")
+        heads[str(number)] = " · ".join(str(s) for s in heading if s)
+        flags = [*str(row.get("flags", "")).split(), *(["cut off"] if row["closed_by"] == "truncated" else [])]
+        if flags:
+            irregular[str(number)] = ", ".join(flags).replace("_", " ")
         inside = channel[(message == number) & (channel != CHANNELS.index("frame"))]
         bands[str(number)] = CHANNELS[int(inside[0])] if len(inside) else "frame"
     return {

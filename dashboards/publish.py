@@ -79,8 +79,8 @@ def described(files: Mapping[str, bytes]) -> Iterator[str]:
     for name, content in files.items():
         folder = name.rpartition("/")[0]
         sizes.setdefault(folder or ("plotly.js" if name == PLOTLY_JS else "pages"), []).append(len(content))
-    for kind, those in sizes.items():
-        yield f"{kind}: {len(those)} file{'s' * (len(those) > 1)}, {sum(those) / 1e6:.1f} MB"
+    for kind, lengths in sizes.items():
+        yield f"{kind}: {len(lengths)} file{'s' * (len(lengths) > 1)}, {sum(lengths) / 1e6:.1f} MB"
     yield f"total: {len(files)} files, {sum(map(len, files.values())) / 1e6:.1f} MB"
 
 

@@ -207,24 +207,24 @@ class RunRegistry:
                 return {}
             return {"cost": effort.cost(run, table, known), "gain": effort.gain(run, table, known)}
 
-        found: dict[str, xr.Dataset] = self._once(("costs", name, exclude), run.digest, make)
-        return found
+        results: dict[str, xr.Dataset] = self._once(("costs", name, exclude), run.digest, make)
+        return results
 
     def pairs(self, name: str, exclude: str = "") -> xr.Dataset | None:
         """Return co-activation and transitions from sums, or None if the run has none."""
         run = self.run(name, exclude)
         if not {"coactivation", "transition"} <= set(run.summaries):
             return None
-        found: xr.Dataset = self._once(("pairs", name, exclude), run.digest, lambda: together(run))
-        return found
+        pairs: xr.Dataset = self._once(("pairs", name, exclude), run.digest, lambda: together(run))
+        return pairs
 
     def _once(self, key: tuple[str, ...], digest: str, make: Callable[[], Any]) -> Any:
         """Return a result for this state of the runs; concurrent sessions wait for one computation."""
         with self._lock:
             own = self._locks.setdefault(key, threading.Lock())
         with own:
-            known, found = self._made.get(key, ("", None))
+            known, result = self._made.get(key, ("", None))
             if known != digest:
-                found = make()
-                self._made[key] = (digest, found)
-            return found
+                result = make()
+                self._made[key] = (digest, result)
+            return result

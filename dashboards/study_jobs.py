@@ -32,9 +32,9 @@ from workbench.runs import attention_file
 from workbench.studies.result import load, save
 
 _AT_ONCE = 2  # studies made at the same time; each takes a core
-_KEPT_DAYS = 30
+_CACHED_DAYS = 30
 # pairs of experts are many (at 120b a hundred megabytes as text) and come from sums at once
-_NOT_KEPT = ("together",)
+_NOT_CACHED = ("together",)
 
 
 class Answer(NamedTuple):
@@ -122,20 +122,20 @@ class Desk:
         options: dict[str, int],
     ) -> dict[str, xr.Dataset]:
         folder = self._folder if lasting else Path(self._passing.name)
-        kept = folder / f"{digest}-{_code()}" / name
-        if not kept.exists():
-            self._make(study, paths, exclude, kept, options)
-        os.utime(kept.parent)
-        return load(kept)[study]
+        cached = folder / f"{digest}-{_code()}" / name
+        if not cached.exists():
+            self._make(study, paths, exclude, cached, options)
+        os.utime(cached.parent)
+        return load(cached)[study]
 
-    def _make(self, study: str, paths: Sequence[str], exclude: str, kept: Path, options: dict[str, int]) -> None:
+    def _make(self, study: str, paths: Sequence[str], exclude: str, cached: Path, options: dict[str, int]) -> None:
         """Write the results into a temporary folder and rename it when it is complete."""
-        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as made:
+        cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as made:
             values = json.dumps(options)
             self._run("-m", "workbench.dashboards.study_jobs", study, f"{made}/out", exclude, values, *paths)
-            if not kept.exists():
-                os.rename(f"{made}/out", kept)
+            if not cached.exists():
+                os.rename(f"{made}/out", cached)
 
     def _run(self, *arguments: str) -> None:
         """Run Python with these arguments in a process of its own.
@@ -159,17 +159,17 @@ class Desk:
     def _attention(
         self, path: str, digest: str, model: str, sequence: int, layers: str, name: str
     ) -> dict[str, xr.Dataset]:
-        kept = self._folder / f"{digest}-{_code()}" / name
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=kept.parent) as made:
+        cached = self._folder / f"{digest}-{_code()}" / name
+        if not cached.exists():
+            cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=cached.parent) as made:
                 out = f"{made}/out.npz"
                 chosen = ["--layers", layers] if layers else []
                 command = ("-m", "workbench.cli", "attention", "--model", model, "--out", out, *chosen, "--")
                 self._run(*command, path, str(sequence))
-                os.replace(out, kept)
-        os.utime(kept.parent)
-        return {"attention": attention_file.read(kept)}
+                os.replace(out, cached)
+        os.utime(cached.parent)
+        return {"attention": attention_file.read(cached)}
 
 
 def cache_folder() -> Path:
@@ -180,7 +180,7 @@ def cache_folder() -> Path:
     except OSError:
         return Path(tempfile.mkdtemp(prefix="workbench-studies-"))
     for entry in root.iterdir():
-        if time.time() - entry.stat().st_mtime > _KEPT_DAYS * 86400:
+        if time.time() - entry.stat().st_mtime > _CACHED_DAYS * 86400:
             shutil.rmtree(entry, ignore_errors=True)
     return root
 
@@ -203,8 +203,8 @@ def _main() -> None:
 
     study, out, exclude, options, *paths = sys.argv[1:]
     try:
-        found = run_study(study, *(open_run(path, exclude=exclude) for path in paths), **parse_json(options))
-        save({name: ds for name, ds in found.items() if name not in _NOT_KEPT}, out)
+        results = run_study(study, *(open_run(path, exclude=exclude) for path in paths), **parse_json(options))
+        save({name: ds for name, ds in results.items() if name not in _NOT_CACHED}, out)
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

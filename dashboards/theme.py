@@ -85,6 +85,7 @@ a{color:var(--wb-accent)}
 a:focus-visible,button:focus-visible,summary:focus-visible{outline:3px solid var(--wb-accent);outline-offset:2px}
 h2{font-size:var(--wb-title);line-height:1.3;margin:.2em 0}h3{font-size:var(--wb-lead);margin:.2em 0}
 .wb-lead{font-size:var(--wb-lead);margin:0}.wb-muted{color:var(--wb-muted)}
+.wb-under{color:var(--wb-muted);font-size:13px;margin:-2px 0 2px 2px}
 .wb-tiles{display:flex;flex-wrap:wrap;gap:var(--wb-space);margin:10px 0}
 .wb-tile{flex:1 1 150px;background:var(--wb-surface);border:1px solid var(--wb-line);border-radius:var(--wb-radius);
 padding:10px 14px}

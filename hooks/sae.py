@@ -203,7 +203,7 @@ def splice(model: HookedRootModule, sae: SAE, at: str | None = None, *, use_erro
         yield next(iter(points))
     finally:
         handle.hook.remove()
-        place.fwd_hooks = [kept for kept in place.fwd_hooks if kept is not handle]
+        place.fwd_hooks = [other for other in place.fwd_hooks if other is not handle]
         for name in points:
             del model.hook_dict[name], model.mod_dict[name]
 
@@ -235,9 +235,9 @@ def _load_saelens(root: Path) -> SAE:
     _check_tensors(root / _WEIGHTS, weights, shapes)
     sparsity = None
     if (root / _SPARSITY).exists():
-        found = _read_tensors(root / _SPARSITY)
-        _check_tensors(root / _SPARSITY, found, {"sparsity": (cfg.d_sae,)}, finite=False)
-        sparsity = found["sparsity"].float()
+        tensors = _read_tensors(root / _SPARSITY)
+        _check_tensors(root / _SPARSITY, tensors, {"sparsity": (cfg.d_sae,)}, finite=False)
+        sparsity = tensors["sparsity"].float()
     return SAE(cfg, {name: weights[name].to(cfg.dtype) for name in shapes}, sparsity)
 
 
@@ -245,7 +245,7 @@ def _read_config(path: Path) -> SAEConfig:
     try:
         raw = read_json(path)
     except FileNotFoundError as error:
-        below = sorted({str(found.parent) for found in path.parent.glob(f"*/{DICTIONARY_WEIGHTS}")})
+        below = sorted({str(weights_file.parent) for weights_file in path.parent.glob(f"*/{DICTIONARY_WEIGHTS}")})
         hint = f"; there is one in {below[0]!r}" if below else ""
         raise InputError(
             f"{path.parent} has no {_CONFIG} (SAELens) and no {DICTIONARY_WEIGHTS} (dictionary_learning): name a "
@@ -305,14 +305,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_tensors(
-    path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, finite: bool = True
+    path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, finite: bool = True
 ) -> None:
-    if wrong := sorted(found.keys() ^ shapes.keys()):
-        raise InputError(f"{path}: tensor {wrong[0]!r} is {'left over' if wrong[0] in found else 'missing'}")
+    if wrong := sorted(tensors.keys() ^ shapes.keys()):
+        raise InputError(f"{path}: tensor {wrong[0]!r} is {'left over' if wrong[0] in tensors else 'missing'}")
     for name, shape in shapes.items():
-        if tuple(found[name].shape) != shape:
+        if tuple(tensors[name].shape) != shape:
             raise InputError(
-                f"{path}: tensor {name!r} has shape {list(found[name].shape)}, cfg.json wants {list(shape)}"
+                f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, cfg.json wants {list(shape)}"
             )
-        if not found[name].is_floating_point() or (finite and not found[name].isfinite().all()):
+        if not tensors[name].is_floating_point() or (finite and not tensors[name].isfinite().all()):
             raise InputError(f"{path}: tensor {name!r} is not of finite floating-point numbers")

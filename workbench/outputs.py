@@ -317,14 +317,14 @@ def sha256(path: Path) -> str:
 
 def _contents(folder: Path) -> dict[Path, str]:
     """Return the digest of every file in a folder by its relative path; a link or device counts as changed."""
-    found = {}
+    digests = {}
     for at, folders, names in os.walk(folder):
         for name in [*names, *(f for f in folders if os.path.islink(os.path.join(at, f)))]:
             path = Path(at, name)
             key = path.relative_to(folder)
             if str(key) != MARKER:
-                found[key] = sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "not a regular file"
-    return found
+                digests[key] = sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "not a regular file"
+    return digests
 
 
 def _foreign(path: Path, command: str) -> str:

@@ -135,8 +135,8 @@ def unguarded_copies(ptx: str) -> int:
     Reference: triton-lang/triton issues 11047 and 11056.
     """
     lines = ptx.splitlines()
-    labels = {found[1]: i for i, line in enumerate(lines) if (found := _LABEL.match(line))}
-    jumps = [(i, labels.get(found[1], i)) for i, line in enumerate(lines) if (found := _BRANCH.search(line))]
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := _LABEL.match(line))}
+    jumps = [(i, labels.get(match[1], i)) for i, line in enumerate(lines) if (match := _BRANCH.search(line))]
     bodies = [lines[start : end + 1] * 2 for end, start in jumps if start < end]
     return max(map(_unguarded, [lines, *bodies]))
 
@@ -221,8 +221,8 @@ def _flops(line: str, tensor: int) -> int:
     if "UTCHMMA" in line:
         return tensor
     for pattern, warps in _PRODUCTS:
-        if found := re.search(pattern, line):
-            m, n, k = map(int, found.groups())
+        if match := re.search(pattern, line):
+            m, n, k = map(int, match.groups())
             return 2 * m * n * k // warps
     return 0
 
@@ -232,9 +232,9 @@ def _main_loop(lines: Sequence[str], spans: Sequence[tuple[int, int]], tensor: i
     flops = [_flops(line, tensor) for line in lines]
     loops = {span for span in spans if any(flops[span[0] : span[1] + 1])}
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    found = []
+    candidates = []
     for start, end in inner:
         others = [line for line, f in zip(lines[start : end + 1], flops[start : end + 1], strict=True) if not f]
         vector = [line for line in others if line.startswith("v_")]
-        found.append(Loop(len(vector or others), sum(flops[start : end + 1])))
-    return max(found, key=lambda loop: loop.flops / loop.instructions, default=None)
+        candidates.append(Loop(len(vector or others), sum(flops[start : end + 1])))
+    return max(candidates, key=lambda loop: loop.flops / loop.instructions, default=None)

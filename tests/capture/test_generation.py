@@ -36,8 +36,8 @@ def test_every_prompt_is_answered_at_every_effort_and_marked(nano: GptOss, promp
     ]
     assert len(read) == 8
     for transcript in read:
-        said = final_text(transcript.tokens, nano.tokenizer)
-        assert transcript.correct == (said == transcript.answer)
+        answer = final_text(transcript.tokens, nano.tokenizer)
+        assert transcript.correct == (answer == transcript.answer)
         assert transcript.meta["task"] == "conflict"
         thought = "analysis" in nano.tokenizer.decode(transcript.tokens.tolist())
         assert thought == (transcript.effort == "high")

@@ -55,11 +55,11 @@ def cases(n: int, *, long: bool, times: int = 30) -> Callable[[Any], Any]:
     def decorate(test: Any) -> Callable[[], None]:
         check, begun, done = test.hypothesis.inner_test, time.monotonic(), 0
 
-        def counted(*arguments: Any, **named: Any) -> None:
+        def counted(*arguments: Any, **options: Any) -> None:
             nonlocal done
             if time.monotonic() - begun > 60 * minutes:
                 raise TimeIsUpError
-            check(*arguments, **named)
+            check(*arguments, **options)
             done += 1
 
         test.hypothesis.inner_test = counted

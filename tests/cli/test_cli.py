@@ -89,7 +89,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line_exit_2_and_nothing_left_behind(
     mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments, said = MISTAKES[mistake]
+    arguments, message = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)
     row = {"id": "a", "prompt_id": "a", "effort": "low", "tokens": [6, 11], "n_prompt": 1}
     transcripts = tmp_path / "rows.jsonl"
@@ -97,7 +97,7 @@ def test_a_mistake_is_one_line_exit_2_and_nothing_left_behind(
     before = sorted(tmp_path.rglob("*"))
     code, _, err = run(capsys, *[str(transcripts) if a == "TRANSCRIPTS" else a for a in arguments])
     assert code == 2, err
-    assert said in err
+    assert message in err
     assert len(err.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -25,7 +25,7 @@ def test_a_conversation_is_coloured_described_searched_and_replayed(demo: str, b
     assert "assistant · analysis" in text
     assert "Reasoning: high" in text
     tokens.nth(30).hover()
-    description = frame.locator("#said").inner_text()
+    description = frame.locator("#details").inner_text()
     assert all(f"layer {layer}" in description for layer in range(4))
     frame.select_option("#by", "expert")
     frame.select_option("#expert", "5")

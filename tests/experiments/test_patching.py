@@ -62,13 +62,13 @@ def test_a_patched_effort_word_is_the_other_word(
 
 
 def test_the_datasets_hold_each_class_with_increments(nano: GptOss, rows: list[Transcript]) -> None:
-    found = patching.experiment(nano, rows)
-    assert list(found) == ["effort_word", "neighbours", "rest"]
-    for result in found.values():
+    results = patching.experiment(nano, rows)
+    assert list(results) == ["effort_word", "neighbours", "rest"]
+    for result in results.values():
         assert result["layer"].values.tolist() == ["embedding", "0", "1", "2", "3"]
         np.testing.assert_allclose(result["increment"].sum("layer"), result["change"].isel(layer=-1), atol=1e-9)
         assert "generated at its own effort" in result.attrs["method"]
-    word = found["effort_word"]["change"]
+    word = results["effort_word"]["change"]
     assert float(np.abs(word.sel(layer="embedding")).min()) > 1
     with pytest.raises(InputError, match="fewer than 5 prompts"):
         patching.experiment(nano, rows[:8])

@@ -175,8 +175,8 @@ def test_no_content_turns_into_a_mark(template: str | None, o200k: Tokenizer, by
         labels = harmony.label(ids, tokenizer=tokenizer)
         assert [m.role for m in labels.messages] == ["system", "developer", "user", "assistant", "tool"]
         assert not any(m.flags for m in labels.messages)
-        for message, found in zip(messages, labels.messages[1:], strict=True):
-            text = tokenizer.decode(ids[found.content : found.stop])
+        for message, one in zip(messages, labels.messages[1:], strict=True):
+            text = tokenizer.decode(ids[one.content : one.stop])
             assert text.strip() == f"# Instructions\n\n{evil}" if message["role"] == "developer" else text == evil
 
 

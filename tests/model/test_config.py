@@ -116,7 +116,7 @@ def test_a_config_survives_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"hidden_size": 2870}, "multiple of 32"),
@@ -173,8 +173,8 @@ def test_a_config_survives_json(tmp_path: Path) -> None:
         ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
     ],
 )
-def test_a_config_we_do_not_compute_is_refused_by_field(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=re.escape(said)) as refusal:
+def test_a_config_we_do_not_compute_is_refused_by_field(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)) as refusal:
         read(tmp_path, HF_20B | change)
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value).replace(str(tmp_path), "")) < 250
@@ -255,7 +255,7 @@ def test_an_unknown_field_can_be_declared_harmless(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (b"", "cannot be read as JSON"),
         (b"{", "cannot be read as JSON"),
@@ -264,8 +264,8 @@ def test_an_unknown_field_can_be_declared_harmless(tmp_path: Path) -> None:
         (b"[1]", "holds a list"),
     ],
 )
-def test_what_is_no_config_is_refused(tmp_path: Path, text: bytes, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_what_is_no_config_is_refused(tmp_path: Path, text: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         read(tmp_path, text)
 
 

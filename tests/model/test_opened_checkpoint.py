@@ -231,9 +231,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("damage", list(DAMAGES))
 def test_damage_is_refused_in_one_line_that_names_it(folder: Path, damage: str) -> None:
-    spoil, said = DAMAGES[damage]
+    spoil, message = DAMAGES[damage]
     spoil(folder)
-    with pytest.raises(InputError, match=said) as refusal:
+    with pytest.raises(InputError, match=message) as refusal:
         open_checkpoint(folder)
     assert "\n" not in str(refusal.value)
     assert "Traceback" not in str(refusal.value)

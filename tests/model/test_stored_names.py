@@ -79,11 +79,11 @@ def test_float16_is_read_and_named(tmp_path: Path) -> None:
         assert torch.equal(checkpoint.tensors[name], tensor.half()), name
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_tied_unembedding_is_the_embedding(tmp_path: Path, kept: bool) -> None:
+@pytest.mark.parametrize("with_unembedding", [True, False])
+def test_a_tied_unembedding_is_the_embedding(tmp_path: Path, with_unembedding: bool) -> None:
     def tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        return tensors if kept else {name: t for name, t in tensors.items() if name != "lm_head.weight"}
+        return tensors if with_unembedding else {name: t for name, t in tensors.items() if name != "lm_head.weight"}
 
     checkpoint = open_checkpoint(written(tmp_path / "model", "mxfp4", tied, tie_word_embeddings=True))
     assert torch.equal(checkpoint.tensors["unembed.weight"], RandomTensors(CFG)["embed.weight"])

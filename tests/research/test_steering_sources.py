@@ -53,8 +53,8 @@ def moved(model: GptOss, recipe: Recipe, sources: SteeringSources | None = None)
         _, before = model.run_with_cache(ids, names_filter=point)
         with applied(model, *recipe.edits(model, sources=sources)):
             _, after = model.run_with_cache(ids, names_filter=point)
-    found: torch.Tensor = (after[point] - before[point])[0]
-    return found
+    change: torch.Tensor = (after[point] - before[point])[0]
+    return change
 
 
 def test_vectors_and_features_are_added(nano: GptOss, vector: torch.Tensor, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ Families = dict[str, Callable[..., Tile]]
 
 def families() -> Families:
     """Return every function of `tiles` that chooses a tile, by name."""
-    found = inspect.getmembers(tiles, inspect.isfunction)
-    return {name: f for name, f in found if inspect.signature(f).return_annotation is Tile}
+    members = inspect.getmembers(tiles, inspect.isfunction)
+    return {name: f for name, f in members if inspect.signature(f).return_annotation is Tile}
 
 
 @contextmanager

@@ -145,20 +145,20 @@ def check(configs: Mapping[str, Config], device: torch.device, sizes: Sizes) -> 
 
     rows: list[dict[str, Any]] = []
     for name, cfg in configs.items():
-        found = list(cases(Layer(cfg, device), sizes.checked, sizes.batches, sizes.checked_past))
-        with progress(f"correct, {name}", len(found), "kernels") as advance, torch.no_grad():
-            for case in found:
+        checked = list(cases(Layer(cfg, device), sizes.checked, sizes.batches, sizes.checked_past))
+        with progress(f"correct, {name}", len(checked), "kernels") as advance, torch.no_grad():
+            for case in checked:
                 error, allowed = compare(case)
                 rows.append(
                     {"kernel": case.kernel, "model": name, "problem": case.problem, "error": error, "allowed": allowed}
                 )
                 advance(1)
     if wrong := [row for row in rows if not row["error"] <= row["allowed"]]:
-        said = "; ".join(
+        differences = "; ".join(
             f"{r['kernel']} ({r['model']}, {r['problem']}): {r['error']:.2g} where {r['allowed']:.2g} is allowed"
             for r in wrong
         )
-        raise JobError(f"nothing was timed, as these kernels differ from torch: {said}")
+        raise JobError(f"nothing was timed, as these kernels differ from torch: {differences}")
     return rows
 
 

@@ -171,8 +171,10 @@ def show(plan: Estimate, title: str) -> None:
     for column in sizes.columns[1:]:
         column.justify = "right"
     for name in plan.raw | plan.disk:
-        each = f"{plan.per_token[name]:,}" if name in plan.per_token else ""
-        sizes.add_row(name, each, human(plan.raw[name]) if name in plan.raw else "", human(plan.disk.get(name, 0)))
+        token_bytes = f"{plan.per_token[name]:,}" if name in plan.per_token else ""
+        sizes.add_row(
+            name, token_bytes, human(plan.raw[name]) if name in plan.raw else "", human(plan.disk.get(name, 0))
+        )
     console.print(sizes)
 
 
@@ -215,8 +217,8 @@ def _shaped(model: ShapeModel, first: Sequence[Transcript], spec: Spec) -> tuple
 
 def _sample(first: Sequence[Transcript], spec: Spec, cfg: Config) -> list[Transcript]:
     """Return the first of these transcripts that together are small enough to hold; at least one."""
-    each = sum(recording.bytes_per_token(spec, cfg).values())
-    total = np.cumsum([len(row.tokens) for row in first]) * each
+    token_bytes = sum(recording.bytes_per_token(spec, cfg).values())
+    total = np.cumsum([len(row.tokens) for row in first]) * token_bytes
     return list(first[: max(1, int(np.searchsorted(total, _SAMPLE_BYTES, side="right")))])
 
 

@@ -30,7 +30,7 @@ def with_host_routes(rows: Sequence[Transcript], transcripts: str | Path, cfg: C
         raise InputError(
             f"{sidecar(transcripts)} is missing: collect the transcripts with `workbench transcripts --routing`"
         )
-    found = []
+    routed = []
     for row in rows:
         experts = read_experts(transcripts, row.id)
         shape = (cfg.n_layers, cfg.experts_per_token)
@@ -47,8 +47,8 @@ def with_host_routes(rows: Sequence[Transcript], transcripts: str | Path, cfg: C
                 f"the host's experts of {ascii(row.id)[:60]} are of {len(experts)} tokens, the row has "
                 f"{len(row.tokens)}"
             )
-        found.append(replace(row, experts=experts))
-    return found
+        routed.append(replace(row, experts=experts))
+    return routed
 
 
 class HostRoutes:
@@ -96,7 +96,7 @@ class HostRoutes:
     def take(self) -> dict[str, np.ndarray]:
         """Return the values that were recorded since the hooks were made, name → [layer token ...]."""
         return {
-            "own_experts": np.stack([np.concatenate(each) for each in self._choices]),
-            "router_margin": np.stack([np.concatenate(each) for each in self._margins]),
+            "own_experts": np.stack([np.concatenate(choices) for choices in self._choices]),
+            "router_margin": np.stack([np.concatenate(margins) for margins in self._margins]),
             "forced": np.concatenate(self._masks),
         }

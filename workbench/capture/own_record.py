@@ -99,13 +99,13 @@ def parse(recorder: Recorder, cfg: Config) -> tuple[Record, Function | None]:
             raise InputError(f"{where}: {recorder.hook} has a value for each pair of tokens: reduce it by a function")
         if recorder.dims and recorder.dims != tuple(sizes)[: -1 if reduce == "norm" else None]:
             raise InputError(f"{where}: reduce={reduce} gives the dimensions {', '.join(sizes)}: leave dims out")
-        kept = dict(list(sizes.items())[:-1]) if reduce == "norm" else sizes
+        stored = dict(list(sizes.items())[:-1]) if reduce == "norm" else sizes
         record = Record(
             recorder.name,
             hook,
             layers,
-            tuple(kept),
-            tuple(kept.values()),
+            tuple(stored),
+            tuple(stored.values()),
             recorder.dtype,
             index,
             index_dim,

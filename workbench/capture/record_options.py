@@ -42,13 +42,13 @@ def _names(text: str, key: str, value: str) -> list[str]:
 
 
 def _integers(text: str, key: str, value: str) -> tuple[int, ...]:
-    found: list[int] = []
+    numbers: list[int] = []
     for part in value.split(","):
         match = _RANGE.fullmatch(part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise InputError(f"{text}: {key} takes numbers and ranges, as in {key}=0-3,7; got {part!r}")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return tuple(dict.fromkeys(found))
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(dict.fromkeys(numbers))
 
 
 def _number(text: str, key: str, value: str) -> int:
@@ -155,7 +155,7 @@ def reduction(where: str, options: dict[str, Any], allowed: Sequence[str] = REDU
     Raises:
         InputError: it is unknown, or this quantity does not have it.
     """
-    found = str(options.pop("reduce", "raw"))
-    if found not in allowed:
-        raise InputError(f"{where}: reduce={found}: use one of {', '.join(allowed)}{why}")
-    return found
+    reduce = str(options.pop("reduce", "raw"))
+    if reduce not in allowed:
+        raise InputError(f"{where}: reduce={reduce}: use one of {', '.join(allowed)}{why}")
+    return reduce

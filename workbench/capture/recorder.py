@@ -85,12 +85,12 @@ def from_file(text: str) -> Recorder:
             f"--record {text}: there is no file {str(path)!r}; name a Python file, as in my_records.py:{name}"
         )
     module = _executed(path.resolve(), text)
-    found = getattr(module, name, None)
-    if not isinstance(found, Recorder):
+    recorder = getattr(module, name, None)
+    if not isinstance(recorder, Recorder):
         others = sorted(key for key, value in vars(module).items() if isinstance(value, Recorder))
         known = f"its recorders are {', '.join(others)}" if others else "define it as wb.Recorder(…) there"
         raise InputError(f"--record {text}: {str(path)!r} has no recorder {name!r}: {known}")
-    return found
+    return recorder
 
 
 def for_workers(record: str | Recorder) -> str | Recorder:
@@ -194,11 +194,11 @@ def _class_source(kind: type) -> bytes:
     """Return the source of a class and of those that it inherits from, without torch's."""
     own = [c for c in kind.__mro__ if c.__module__.split(".")[0] not in ("torch", "builtins")]
     texts = [f"{kind.__module__}.{kind.__qualname__}"]
-    for each in own:
+    for ancestor in own:
         try:
-            texts.append(inspect.getsource(each))
+            texts.append(inspect.getsource(ancestor))
         except (OSError, TypeError):  # no source, as in an interpreter
-            texts.append(f"{each.__module__}.{each.__qualname__}")
+            texts.append(f"{ancestor.__module__}.{ancestor.__qualname__}")
     return "\n".join(texts).encode()
 
 

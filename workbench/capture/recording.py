@@ -101,9 +101,9 @@ def _neuron_layers(text: str, cfg: Config) -> tuple[int, ...]:
     name, *words = text.split()
     _, _, layers = name.partition(":")
     options = record_options.read(text, [*([f"layers={layers}"] if layers else []), *words])
-    found = record_options.layers(where, options.pop("layers", ()), cfg.n_layers)
+    selected = record_options.layers(where, options.pop("layers", ()), cfg.n_layers)
     _refuse_left(where, "neurons", options)
-    return found
+    return selected
 
 
 def _shown(record: RecordOption) -> str:

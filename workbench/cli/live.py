@@ -129,10 +129,10 @@ def apply(
         from workbench.research.recipe_study import recipe_study
         from workbench.studies import save, summary
 
-        found = recipe_study(loaded, read, prompts, controls=controls, sources=sources, seed=read.seed)
+        study = recipe_study(loaded, read, prompts, controls=controls, sources=sources, seed=read.seed)
         if out is not None:
-            save(found, out, inputs=inputs, overwrite=overwrite)
-        print(summary(found))
+            save(study, out, inputs=inputs, overwrite=overwrite)
+        print(summary(study))
         return
     if prompts is not None:
         from workbench.live.prompts import accuracy_table

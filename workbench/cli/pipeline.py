@@ -314,8 +314,8 @@ def verify(
     done, total = opened.progress
     unfinished = f", but not finished: {done} of {total} units; rerun the capture to resume" if done < total else ""
     print(f"{run}: valid{unfinished}")
-    if found := counted_in(opened.sequences):
-        print(f"{run}: {found}")
+    if flags := counted_in(opened.sequences):
+        print(f"{run}: {flags}")
     if others := other_content(opened):
         print(f"{run}: not of this run, left alone: {', '.join(others)}")
 

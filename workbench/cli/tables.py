@@ -29,8 +29,8 @@ def summary(run: Run) -> Group:
     about.add_row("state", "complete" if done == total else f"{done} of {total} units")
     about.add_row("recorded", ", ".join(run.recorded))
     about.add_row("sequences", f"{len(run.sequences):,}, {int(run.sequences['length'].sum()):,} tokens")
-    if found := counted_in(run.sequences):
-        about.add_row("flags", found)
+    if flags := counted_in(run.sequences):
+        about.add_row("flags", flags)
     if run.exclusion:
         about.add_row("excluded", run.exclusion)
     if run.sequences.empty:

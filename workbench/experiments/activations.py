@@ -27,10 +27,10 @@ def activations(
     model: GptOss, tokens: Int[Tensor, "batch pos"], names: Collection[str], n_real: Sequence[int] | None = None
 ) -> dict[str, Shaped[Tensor, "batch *feature"]]:
     """Return the activations at these hook points, after all edits."""
-    found: dict[str, Tensor] = {}
-    with model.hooks(fwd_hooks=[(name, record_hook(found)) for name in dict.fromkeys(names)]):
+    values: dict[str, Tensor] = {}
+    with model.hooks(fwd_hooks=[(name, record_hook(values)) for name in dict.fromkeys(names)]):
         model(tokens.to(model.device), n_real=n_real)
-    return found
+    return values
 
 
 def slopes(
@@ -71,11 +71,11 @@ def scalar(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[
     return values
 
 
-def record_hook(found: dict[str, Tensor]) -> Hook:
+def record_hook(values: dict[str, Tensor]) -> Hook:
     """Return a hook that stores the activation [batch pos ...] by the name of its hook point."""
 
     def look(x: Tensor, hook: Any) -> None:
-        found[hook.name] = x.detach()
+        values[hook.name] = x.detach()
 
     return look
 
@@ -98,7 +98,7 @@ def flipped(
     return lost.double().mean(-1).cpu().numpy()
 
 
-def named(model: GptOss, point: str) -> list[str]:
+def hook_names(model: GptOss, point: str) -> list[str]:
     """Return the full names of a hook point of the blocks in every layer, or of one hook point.
 
     Raises:

@@ -16,10 +16,10 @@ from workbench.experiments.answer_measures import (
     MEASURES,
     SHARES,
     Answer,
-    changes,
     correctness,
     generate_answers,
     measure,
+    measure_changes,
     with_answers,
 )
 from workbench.experiments.effects import routing
@@ -84,15 +84,15 @@ def behaviour(
     def measured(edits: Sequence[Edit]) -> np.ndarray:
         return measure(model, rows, base, *edits, max_new_tokens=max_new_tokens, routes=routes)
 
-    each = np.stack([measured(_edits(recipe)) for recipe in recipes.values()])
+    changes = np.stack([measured(_edits(recipe)) for recipe in recipes.values()])
     random = np.full((n_controls, len(recipes), len(MEASURES)), np.nan)
     for i, own in enumerate(drawn.values()):
         for j, edits in enumerate(own):
             random[j, i] = _means(measured(edits), units)
     cells = ("intervention", "measure")
     result = xr.Dataset(
-        {name: (cells, values) for name, values in _tested(each, units, seed).items()}
-        | {name: (cells, values) for name, values in _ranked(each, units, random).items()}
+        {name: (cells, values) for name, values in _tested(changes, units, seed).items()}
+        | {name: (cells, values) for name, values in _ranked(changes, units, random).items()}
         | {"random": (("control", *cells), random), "unedited": ("measure", _unedited(rows, base, units))},
         coords={"intervention": list(recipes), "measure": list(MEASURES), "control": range(n_controls)},
         attrs={"rests_on": f"{len(rows)} sequences of {n} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED},
@@ -117,13 +117,13 @@ def between_models(
     for name in ("d_vocab", "n_layers", "num_experts", "experts_per_token"):
         if (a := getattr(model.cfg, name)) != (b := getattr(other.cfg, name)):
             raise InputError(f"the models differ in {name} ({a} and {b}): their answers and experts do not correspond")
-    base, found = (generate_answers(m, rows, max_new_tokens=max_new_tokens) for m in (model, other))
+    base, others = (generate_answers(m, rows, max_new_tokens=max_new_tokens) for m in (model, other))
     answered = with_answers(rows, base)
-    each = changes(rows, base, found, routing(model, answered), routing(other, answered))[None]
+    changes = measure_changes(rows, base, others, routing(model, answered), routing(other, answered))[None]
     cells, none = ("intervention", "measure"), np.full((0, 1, len(MEASURES)), np.nan)
     result = xr.Dataset(
-        {name: (cells, values) for name, values in _tested(each, units, seed).items()}
-        | {name: (cells, values) for name, values in _ranked(each, units, none).items()}
+        {name: (cells, values) for name, values in _tested(changes, units, seed).items()}
+        | {name: (cells, values) for name, values in _ranked(changes, units, none).items()}
         | {"random": (("control", *cells), none), "unedited": ("measure", _unedited(rows, base, units))},
         coords={"intervention": ["other model"], "measure": list(MEASURES), "control": range(0)},
         attrs={"rests_on": f"{len(rows)} sequences of {n} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED},
@@ -155,37 +155,37 @@ def _unedited(rows: Sequence[Transcript], base: Sequence[Answer], units: Sequenc
 
 
 def _tested(
-    each: Float[np.ndarray, "intervention measure sequence"], units: Sequence[str], seed: int
+    changes: Float[np.ndarray, "intervention measure sequence"], units: Sequence[str], seed: int
 ) -> dict[str, np.ndarray]:
     """Return change, low, high, p and q over prompts; measures without a value stay NaN."""
-    shape = each.shape[:2]
+    shape = changes.shape[:2]
     out = {name: np.full(shape, np.nan) for name in ("change", "low", "high", "p")}
     for i, name in enumerate(MEASURES):
-        if not np.isfinite(each[:, i]).any() or len(set(np.array(units)[np.isfinite(each[0, i])])) < MIN_PROMPTS:
+        if not np.isfinite(changes[:, i]).any() or len(set(np.array(units)[np.isfinite(changes[0, i])])) < MIN_PROMPTS:
             continue
-        found = mean_effect(each[:, i], units, seed=seed)
-        limits = share_change_interval(each[:, i], units) if name in SHARES else found[:3]
+        effect = mean_effect(changes[:, i], units, seed=seed)
+        limits = share_change_interval(changes[:, i], units) if name in SHARES else effect[:3]
         for key, values in zip(("change", "low", "high"), limits, strict=True):
             out[key][:, i] = values
-        out["p"][:, i] = found.p
+        out["p"][:, i] = effect.p
     return out | {"q": false_discovery(out["p"])}
 
 
 def _ranked(
-    each: Float[np.ndarray, "intervention measure sequence"],
+    changes: Float[np.ndarray, "intervention measure sequence"],
     units: Sequence[str],
     random: Float[np.ndarray, "control intervention measure"],
 ) -> dict[str, np.ndarray]:
     """Return rank p, p adjusted for the interventions of a measure, and distance; NaN without controls."""
-    change = np.stack([_means(one, units) for one in each])
+    change = np.stack([_means(one, units) for one in changes])
     out = {name: np.full(change.shape, np.nan) for name in ("p_rank", "p_family", "distance")}
     known = np.isfinite(random).all(0) & np.isfinite(change) if len(random) else np.zeros(change.shape, dtype=bool)
     for column in np.flatnonzero(known.any(0)):
         of = known[:, column]
         out["p_family"][of, column] = family_p(change[of, column], random[:, of, column])
     for cell in zip(*np.nonzero(known), strict=True):
-        found = rank(float(change[cell]), random[(slice(None), *cell)])
-        out["p_rank"][cell], out["distance"][cell] = found.p, found.distance
+        ranked = rank(float(change[cell]), random[(slice(None), *cell)])
+        out["p_rank"][cell], out["distance"][cell] = ranked.p, ranked.distance
     return out
 
 

@@ -58,8 +58,8 @@ def _answer(model: GptOss, prompt: list[int], new: list[int], refusal: re.Patter
     labels = harmony.label(ids, tokenizer=model.tokenizer, n_prompt=len(prompt))
     analysis = sum(m.stop - m.content for m in labels.messages if m.channel == "analysis" and m.content >= len(prompt))
     text = final_text(ids, model.tokenizer)
-    plain = (text or "").replace("’", "'").lower()
-    return Answer(new, text, analysis, refusal.match(plain) is not None)
+    lowered = (text or "").replace("’", "'").lower()
+    return Answer(new, text, analysis, refusal.match(lowered) is not None)
 
 
 def measure(
@@ -76,39 +76,41 @@ def measure(
     is NaN where the expected text is not known. routes: the experts [layer pos slot]
     of each unedited answer, if they are known already.
     """
-    found = generate_answers(model, rows, *edits, max_new_tokens=max_new_tokens)
+    answers = generate_answers(model, rows, *edits, max_new_tokens=max_new_tokens)
     answered = with_answers(rows, base)
     before = routing(model, answered) if routes is None else routes
     with applied(model, *edits):
         after = routing(model, answered)
-    return changes(rows, base, found, before, after)
+    return measure_changes(rows, base, answers, before, after)
 
 
-def changes(
+def measure_changes(
     rows: Sequence[Transcript],
     base: Sequence[Answer],
-    found: Sequence[Answer],
+    after_edits: Sequence[Answer],
     before: Sequence[np.ndarray],
     after: Sequence[np.ndarray],
 ) -> Float[np.ndarray, "measure sequence"]:
-    """Return every measure of the answers `found`, less that of `base`.
+    """Return every measure of the answers `after_edits`, less that of `base`.
 
     before, after: the experts [layer pos slot] of each sequence with its base answer, without and with what is changed.
     """
-    common = [_common(b.ids, f.ids) for b, f in zip(base, found, strict=True)]
+    common = [_common(b.ids, f.ids) for b, f in zip(base, after_edits, strict=True)]
     flips = [
         _flips(x[:, : r.n_prompt + n], y[:, : r.n_prompt + n])
         for x, y, r, n in zip(before, after, rows, common, strict=True)
     ]
-    right = np.array([[correctness(a, row) for a, row in zip(answers, rows, strict=True)] for answers in (found, base)])
+    right = np.array(
+        [[correctness(a, row) for a, row in zip(answers, rows, strict=True)] for answers in (after_edits, base)]
+    )
     return np.array(
         [
             right[0] - right[1],
-            _change([a.text is not None for a in found], [a.text is not None for a in base]),
-            _change([a.refused for a in found], [a.refused for a in base]),
-            np.array([float(_same(a, b)) - 1 for a, b in zip(found, base, strict=True)]),
-            _change([len(a.ids) for a in found], [len(a.ids) for a in base]),
-            _change([a.analysis_tokens for a in found], [a.analysis_tokens for a in base]),
+            _change([a.text is not None for a in after_edits], [a.text is not None for a in base]),
+            _change([a.refused for a in after_edits], [a.refused for a in base]),
+            np.array([float(_same(a, b)) - 1 for a, b in zip(after_edits, base, strict=True)]),
+            _change([len(a.ids) for a in after_edits], [len(a.ids) for a in base]),
+            _change([a.analysis_tokens for a in after_edits], [a.analysis_tokens for a in base]),
             np.array([n / max(len(b.ids), 1) - 1 for n, b in zip(common, base, strict=True)]),
             np.array(flips),
         ]

@@ -28,12 +28,12 @@ def read_doses(text: str | float) -> list[float]:
         InputError: a part is no finite number, or two are equal.
     """
     try:
-        found = [float(part) for part in str(text).split(",")]
+        doses = [float(part) for part in str(text).split(",")]
     except ValueError as error:
         raise InputError(f"doses={text!r}: expected numbers separated by commas, such as 0,0.5,2") from error
-    if len(set(found)) < len(found) or not np.isfinite(found).all():
+    if len(set(doses)) < len(doses) or not np.isfinite(doses).all():
         raise InputError(f"doses={text!r}: expected different finite numbers")
-    return found
+    return doses
 
 
 def expert_recipes(
@@ -53,9 +53,9 @@ def expert_recipes(
     if min(doses) < 0:
         raise InputError(f"doses={list(doses)}: gate weights are multiplied by 0 or more")
     own = [row for row, name in zip(rows, names, strict=True) if name == group]
-    named = named_experts(model, rows, group)
+    own_set = named_experts(model, rows, group)
     load = np.nan_to_num(load_of(routed_slots(model, own, generated_tokens(model))))
-    sets = matched_sets(load, named, n, seed)
+    sets = matched_sets(load, own_set, n, seed)
     if len(sets) < MIN_CONTROLS:
         raise InputError(f"fewer than {MIN_CONTROLS} random sets have the load of the experts of {group}: no null")
     written = generated_tokens(model)
@@ -66,8 +66,8 @@ def expert_recipes(
             return [forbid(layer, experts, written) for layer, experts in sorted(layers.items())]
         return [reweight(layer, experts, dose, written) for layer, experts in sorted(layers.items())]
 
-    listed = ", ".join(f"{layer}.{expert}" for layer, expert in named)
-    recipes = {f"gates × {dose:g}" if dose else "masked before top-k": edits(named, dose) for dose in doses}
+    listed = ", ".join(f"{layer}.{expert}" for layer, expert in own_set)
+    recipes = {f"gates × {dose:g}" if dose else "masked before top-k": edits(own_set, dose) for dose in doses}
     null = {name: [edits(cells, dose) for cells in sets] for name, dose in zip(recipes, doses, strict=True)}
     return recipes, null, {"what": f"changes of the experts of {group} ({listed})", "group": group}
 

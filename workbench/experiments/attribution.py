@@ -117,8 +117,8 @@ def ranked(parts: xr.Dataset, n: int = 20, point: int = 0) -> pd.DataFrame:
         if here[name].dims
     ]
     alone = pd.DataFrame({"part": name, "logits": float(here[name])} for name in PARTS if not here[name].dims)
-    named = [frame.assign(part=name) for name, frame in zip((p for p in PARTS if here[p].dims), frames, strict=True)]
-    every = pd.concat([alone, *named], ignore_index=True)
+    tables = [frame.assign(part=name) for name, frame in zip((p for p in PARTS if here[p].dims), frames, strict=True)]
+    every = pd.concat([alone, *tables], ignore_index=True)
     every["expert"] = np.nan
     slots = every["slot"].notna()
     where = (every.loc[slots, axis].astype(int).to_numpy() for axis in ("layer", "slot"))

@@ -55,13 +55,13 @@ class HostModel:
         options = {"model": self.name, "temperature": temperature, "max_tokens": max_new_tokens}
 
         def continued(i: int) -> list[list[int]]:
-            found: list[list[int]] = []
-            while len(found) < samples:  # a host may give fewer choices than it was asked for
-                own = int(seed[i * samples + len(found)]) % 2**31
-                body = options | {"prompt": list(map(int, tokens[i])), "n": samples - len(found), "seed": own}
+            continuations: list[list[int]] = []
+            while len(continuations) < samples:  # a host may give fewer choices than it was asked for
+                own = int(seed[i * samples + len(continuations)]) % 2**31
+                body = options | {"prompt": list(map(int, tokens[i])), "n": samples - len(continuations), "seed": own}
                 body |= {"skip_special_tokens": False, "return_token_ids": True}
-                found += self._continuations(body)
-            return found[:samples]
+                continuations += self._continuations(body)
+            return continuations[:samples]
 
         with ThreadPoolExecutor(self.concurrency) as pool:
             return [ids for own in pool.map(continued, range(len(tokens))) for ids in own]

@@ -198,10 +198,10 @@ def sample(
     if isinstance(model, GptOss):
         about["dtype"] = str(model.dtype).removeprefix("torch.")
     with _rows(store) as rows:
-        found = _known(rows, points, about) if rows is not None else {}
-        left = sorted((p for p in points if len(found.get(p.id, [])) < samples), key=lambda p: len(p.ids))
+        branches = _known(rows, points, about) if rows is not None else {}
+        left = sorted((p for p in points if len(branches.get(p.id, [])) < samples), key=lambda p: len(p.ids))
         with progress("branch", len(left), "branch points") as advance:
-            for chosen, begun in _batches(left, found, samples, getattr(model, "concurrency", 0)):
+            for chosen, begun in _batches(left, branches, samples, getattr(model, "concurrency", 0)):
                 new = model.generate(
                     [list(p.ids) for p in chosen],
                     samples=samples - begun,
@@ -211,20 +211,20 @@ def sample(
                     return_type="new_tokens",
                 )
                 for i, point in enumerate(chosen):
-                    found[point.id] = found.get(point.id, []) + new[i * (samples - begun) :][: samples - begun]
+                    branches[point.id] = branches.get(point.id, []) + new[i * (samples - begun) :][: samples - begun]
                     if rows is not None:
-                        row = {"id": point.id, "prefix": list(point.ids), "branches": found[point.id]}
+                        row = {"id": point.id, "prefix": list(point.ids), "branches": branches[point.id]}
                         rows.write(stamp(row, COMMAND, **about))
                 advance(len(chosen))
-    return {p.id: found[p.id][:samples] for p in points}
+    return {p.id: branches[p.id][:samples] for p in points}
 
 
 def _batches(
-    left: Sequence[BranchPoint], found: Branches, samples: int, concurrency: int
+    left: Sequence[BranchPoint], branches: Branches, samples: int, concurrency: int
 ) -> Iterator[tuple[list[BranchPoint], int]]:
     """Yield points that are sampled at once, and how many samples each of them has. concurrency: of a host, else 0."""
-    for begun in sorted({len(found.get(p.id, [])) for p in left}):
-        own = [p for p in left if len(found.get(p.id, [])) == begun]
+    for begun in sorted({len(branches.get(p.id, [])) for p in left}):
+        own = [p for p in left if len(branches.get(p.id, [])) == begun]
         size = concurrency or max(1, ROWS // (samples - begun))
         for start in range(0, len(own), size):
             yield own[start : start + size], begun
@@ -246,7 +246,7 @@ def _known(rows: RowOutput, points: Sequence[BranchPoint], about: Mapping[str, A
         InputError: a row of the file is another job's.
     """
     by_id = {p.id: p for p in points}
-    found: Branches = {}
+    branches: Branches = {}
     for id, row in rows.known.items():
         for name, wanted in about.items():
             if (begun := row["meta"][KEY].get(name)) != wanted:
@@ -256,8 +256,8 @@ def _known(rows: RowOutput, points: Sequence[BranchPoint], about: Mapping[str, A
         if id in by_id:
             if tuple(row["prefix"]) != by_id[id].ids:
                 raise InputError(f"{rows.path} has the row {id!r} with another prefix: name another file")
-            found[id] = row["branches"]
-    return found
+            branches[id] = row["branches"]
+    return branches
 
 
 def _seed(seed: int, point: BranchPoint, number: int) -> int:

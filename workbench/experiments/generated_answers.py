@@ -67,8 +67,8 @@ def experiment(
     else:
         recipes, null, about = direction_recipes(model, rows, wanted, controls, seed)
     rows = [row for row in rows if not group or group_of(row) == group] if change == "experts" else rows
-    found = behaviour(model, rows, recipes, controls=null, max_new_tokens=max_new_tokens, seed=seed)
-    found = found.assign_coords(dose=("intervention", list(wanted)))
+    result = behaviour(model, rows, recipes, controls=null, max_new_tokens=max_new_tokens, seed=seed)
+    result = result.assign_coords(dose=("intervention", list(wanted)))
     title = f"Generated answers under {about['what']}"
-    summary = f"{about['what']}.\n{found.attrs['summary']}"
-    return {"answers": found.assign_attrs(title=title, summary=summary, null=json.dumps(about))}
+    summary = f"{about['what']}.\n{result.attrs['summary']}"
+    return {"answers": result.assign_attrs(title=title, summary=summary, null=json.dumps(about))}

@@ -135,9 +135,9 @@ def ablate_edge(model: GptOss, graph: AttributionGraph, source: int, target: int
         normed = write * block.ln1.weight.to(write.dtype) / frozen.seen("ln1.hook_scale", layer)[at]
         value = frozen.pattern(layer)[index, pos, at] * (normed @ block.attn.W_V[index].to(normed.dtype))
         hooks = [(f"blocks.{layer}.attn.hook_z", _taker(pos, index, value))]
-    found = graph.edges.query("source == @source and target == @target")["value"]
+    matching = graph.edges.query("source == @source and target == @target")["value"]
     measured = logit(model, graph) - logit(model, graph, hooks)
-    return {"value": float(found.iloc[0]) if len(found) else 0.0, "measured": measured}
+    return {"value": float(matching.iloc[0]) if len(matching) else 0.0, "measured": measured}
 
 
 def _taker(pos: int, index: int, part: Tensor) -> Callable[..., Tensor]:

@@ -137,8 +137,8 @@ def _is_lens(path: Path) -> bool:
 
 def _metadata(content: Mapping[str, Any]) -> dict[str, Any]:
     known = content.get("metadata")
-    found = dict(known) if isinstance(known, dict) else {}
-    return found | ({"target_layer": content["target_layer"]} if "target_layer" in content else {})
+    metadata = dict(known) if isinstance(known, dict) else {}
+    return metadata | ({"target_layer": content["target_layer"]} if "target_layer" in content else {})
 
 
 def _layer(path: str | Path, layer: object, model: GptOss) -> int:
@@ -245,8 +245,8 @@ def _fit(
             sources = {name: mask & valid for name, mask in masks.items() if (mask & valid).any()}
             if sources:
                 own = torch.from_numpy(np.stack(list(sources.values())))
-                found = jacobians(model, ids, torch.from_numpy(valid), own, chosen, batch)
-                for name, J in zip(sources, found, strict=True):
+                matrices = jacobians(model, ids, torch.from_numpy(valid), own, chosen, batch)
+                for name, J in zip(sources, matrices, strict=True):
                     sums[name], counts[name] = sums.get(name, 0) + J, counts.get(name, 0) + 1
             advance(1)
     if not sums:

@@ -74,7 +74,7 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
     units = {kind: [own.prompt_id for own, _ in pairs] for kind, pairs in kinds.items()}
     left_out = [f"Not tested: {kind}, of {n} prompts; {MIN_PROMPTS} are needed." for kind, n in few.items()]
     return {
-        name: _result(title, {kind: each[i] for kind, each in changes.items()}, units, seed, left_out)
+        name: _result(title, {kind: change[i] for kind, change in changes.items()}, units, seed, left_out)
         for i, (name, title) in enumerate(CLASSES.items())
     }
 
@@ -137,11 +137,12 @@ def _result(
     left_out: list[str],
 ) -> xr.Dataset:
     """Return the dataset of one class of tokens."""
-    found = {kind: mean_effect(each, units[kind], seed=seed) for kind, each in changes.items()}
+    effects = {kind: mean_effect(change, units[kind], seed=seed) for kind, change in changes.items()}
     steps = {
-        kind: mean_effect(np.diff(each, axis=0, prepend=0), units[kind], seed=seed) for kind, each in changes.items()
+        kind: mean_effect(np.diff(change, axis=0, prepend=0), units[kind], seed=seed)
+        for kind, change in changes.items()
     }
-    cells = {name: np.stack([getattr(f, name) for f in found.values()]) for name in ("change", "low", "high", "p")}
+    cells = {name: np.stack([getattr(f, name) for f in effects.values()]) for name in ("change", "low", "high", "p")}
     cells["q"] = false_discovery(cells["p"])
     for name, field in (("increment", "change"), ("increment_low", "low"), ("increment_high", "high")):
         cells[name] = np.stack([getattr(f, field) for f in steps.values()])
@@ -150,7 +151,7 @@ def _result(
         {name: (("which", "layer"), values) for name, values in cells.items()},
         coords={"which": list(changes), "layer": depths},
     )
-    prompts = {kind: f.prompts for kind, f in found.items()}
+    prompts = {kind: f.prompts for kind, f in effects.items()}
     lines = [_sentence(result.sel(which=kind), kind, prompts[kind]) for kind in changes]
     attrs = {"units": "nat", "method": METHOD, "family": f"{cells['p'].size} pairs of efforts and layers"}
     title = f"Reasoning effort patched at {tokens}"

@@ -84,9 +84,9 @@ def read_out(
 ) -> Float[Tensor, "point d_vocab"]:
     """Return the logits of these residual streams, in at least float32; call it after `residual`."""
     assert model.context is not None, "logits come after residual"
-    whole, model.context = model.context, model.context.at(column[None])
+    context, model.context = model.context, model.context.at(column[None])
     try:
         logits = model.unembed(model.ln_final(x[None].to(model.unembed.weight.device, model.dtype)))[0]
     finally:
-        model.context = whole
+        model.context = context
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -85,6 +85,6 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
 
 def _main_table(ds: xr.Dataset) -> pd.DataFrame:
     """Return the table of the effects, or the longest one of a dataset that names its effects otherwise."""
-    found = list(tables(ds.drop_vars([v for v in ("each", "base") if v in ds])).values())
-    effects = [table for table in found if ("same" if "same" in ds else "change") in table]
-    return effects[0] if effects else max(found, key=len)
+    candidates = list(tables(ds.drop_vars([v for v in ("each", "base") if v in ds])).values())
+    effects = [table for table in candidates if ("same" if "same" in ds else "change") in table]
+    return effects[0] if effects else max(candidates, key=len)

@@ -39,7 +39,7 @@ def figures_of_run(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
     """
     if which not in get_args(Which):
         raise InputError(f"no set {which!r}; choose from {', '.join(get_args(Which))}")
-    found: Gallery = {}
+    figures: Gallery = {}
     left_out = []
     for study in studies(runs=1):
         try:
@@ -48,15 +48,15 @@ def figures_of_run(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
             left_out.append(str(error))
             continue
         drawn: Gallery = study.load_figures().gallery(sets)
-        found |= {f"{study.name}_{name}": drawing for name, drawing in drawn.items()}
-    if not found:
+        figures |= {f"{study.name}_{name}": drawing for name, drawing in drawn.items()}
+    if not figures:
         raise InputError(f"no study can be made of this run: {'; '.join(left_out)}")
-    main = [name for name in main_figures() if name in found]
-    order = {"all": [*main, *(n for n in found if n not in main)], "main": main}
-    chosen = order.get(which, [n for n in found if n not in main])
+    main = [name for name in main_figures() if name in figures]
+    order = {"all": [*main, *(n for n in figures if n not in main)], "main": main}
+    chosen = order.get(which, [n for n in figures if n not in main])
     if not chosen:
         raise InputError(f"this run has none of the {which} figures; --set all writes what there is")
-    return {name: found[name] for name in chosen}, left_out
+    return {name: figures[name] for name in chosen}, left_out
 
 
 def fit(figure: go.Figure, column: Column) -> go.Figure:

@@ -129,11 +129,11 @@ def answers(contents: Contents, findings: str = "") -> Iterator[str]:
         if {"gain", "cost"} <= set(sets):
             yield _accuracy_table(sets["cost"])
     yield "".join(f"<p>{escape(text)}</p>" for text in accuracy_sentences(contents.results))
-    found = highlights(contents.results)
+    effects = highlights(contents.results)
     yield "<h3>Largest verified differences</h3>"
-    if found:
-        widest = 1.1 * max(max(abs(h.low), abs(h.high)) / h.level for h in found)
-        items = "".join(f"<li>{_highlight(h, widest, findings)}</li>" for h in found)
+    if effects:
+        widest = 1.1 * max(max(abs(h.low), abs(h.high)) / h.level for h in effects)
+        items = "".join(f"<li>{_highlight(h, widest, findings)}</li>" for h in effects)
         yield f'<ul class="highlights">{items}</ul><p class="note">{escape(_BARS)} {escape(_CHOSEN)}</p>'
     else:
         yield "<p>No difference is shown within prompts and at equal position.</p>"
@@ -248,8 +248,8 @@ def _problems(run: Run) -> list[tuple[str, str]]:
     done, total = getattr(run, "progress", (0, 0))
     if done != total:
         rows.append(("Not finished", f"{done} of {total} units are captured"))
-    if found := counted_in(run.sequences):  # type: ignore[attr-defined]
-        rows.append(("Flags", found))
+    if flags := counted_in(run.sequences):  # type: ignore[attr-defined]
+        rows.append(("Flags", flags))
     if exclusion := getattr(run, "exclusion", ""):
         rows.append(("Excluded", exclusion))
     return rows

@@ -35,7 +35,7 @@ def parse_text(text: str) -> list[dict[str, Any]]:
 
 def messages_of(ids: Sequence[int], labels: Labels, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Return messages of a labelled stream."""
-    found = []
+    messages = []
     for m in labels.messages:
         end = m.end if m.stop < 0 else m.stop
         content = tokenizer.decode(list(ids[m.content : end])) if m.content >= 0 else ""
@@ -47,8 +47,8 @@ def messages_of(ids: Sequence[int], labels: Labels, tokenizer: Tokenizer) -> lis
         text = tokenizer.decode(list(ids[m.start : m.end]))
         if m.role not in ("system", "developer") and not _is_regular(message, m.closed_by, text, tokenizer):
             message["raw"] = text
-        found.append(message)
-    return found
+        messages.append(message)
+    return messages
 
 
 def _is_regular(message: Mapping[str, Any], closed_by: str, text: str, tokenizer: Tokenizer) -> bool:

@@ -74,7 +74,7 @@ def _stripped(text: str, truncated: bool) -> list[dict[str, Any]] | None:
     start = text.removeprefix("assistant")
     if not start.startswith(_CHANNELS):
         return None
-    cuts = [0, *(found.start() for found in _REMAINS.finditer(text, len(text) - len(start) + 1))]
+    cuts = [0, *(match.start() for match in _REMAINS.finditer(text, len(text) - len(start) + 1))]
     cut_analysis = truncated and start.startswith("analysis") and start[len("analysis") :][:1].isupper()
     if len(cuts) == 1 and not cut_analysis and not _REMAINS.match(text) and not _is_glued_final(start):
         return None

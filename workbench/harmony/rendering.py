@@ -42,20 +42,20 @@ def render(
 
     Raises: InputError for messages and options that cannot be rendered.
     """
-    found = from_chat_messages(messages, builtin=builtin_tools or ())
-    if found.left_out:
-        raise InputError(f"{found.left_out[0]} cannot be rendered: remove it")
-    if found.images:
+    chat = from_chat_messages(messages, builtin=builtin_tools or ())
+    if chat.left_out:
+        raise InputError(f"{chat.left_out[0]} cannot be rendered: remove it")
+    if chat.images:
         raise InputError("gpt-oss reads no images: remove the image parts")
     options = prompt_options(
-        effort=settled_effort(effort, found.messages) or "medium",
+        effort=settled_effort(effort, chat.messages) or "medium",
         tools=tools,
         builtin_tools=builtin_tools,
         model_identity=model_identity,
         knowledge_cutoff=knowledge_cutoff,
         date=date,
     )
-    pieces = _pieces(without_earlier_analysis(found.messages, generation_prompt), options, tokenizer)
+    pieces = _pieces(without_earlier_analysis(chat.messages, generation_prompt), options, tokenizer)
     if generation_prompt:
         pieces.append(generation_prompt_ids(tokenizer))
     return [id for piece in pieces for id in piece]

@@ -73,9 +73,9 @@ def token_set(
             mask &= np.isin(labels.message, _numbers(message, len(labels.messages)))
         if position is not None:
             mask &= np.isin(np.arange(len(ids)), _numbers(position, len(ids)))
-        kept = np.flatnonzero(mask)[::every]
-        kept = kept if last is None else kept[-last:]
-        return np.isin(np.arange(len(ids)), kept)
+        selected = np.flatnonzero(mask)[::every]
+        selected = selected if last is None else selected[-last:]
+        return np.isin(np.arange(len(ids)), selected)
 
     given: dict[str, Any] = dict(role=role, channel=channel, part=part, message=message, position=position, last=last)
     given = {name: value for name, value in given.items() if value is not None} | (

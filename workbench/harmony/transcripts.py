@@ -250,9 +250,9 @@ def _transcript(fields: dict[str, Any], seen: dict[str, int], tokenizer: Tokeniz
         tokens = _tokens(fields["tokens"], tokenizer)
         n_prompt = fields.get("n_prompt")
     else:
-        effort, ids, answered, found = _rendered(fields, tokenizer, complete)
-        complete = found.complete if complete is None else complete
-        notes = (*notes, *notes_on(found), "re_rendered")
+        effort, ids, answered, chat = _rendered(fields, tokenizer, complete)
+        complete = chat.complete if complete is None else complete
+        notes = (*notes, *notes_on(chat), "re_rendered")
         tokens, n_prompt = np.array(ids, dtype=np.int32), fields.get("n_prompt", answered)
     if type(n_prompt) is not int or not 0 <= n_prompt <= len(tokens):
         raise _BadRowError(f"n_prompt is {shown(n_prompt)}; wanted how many of the {len(tokens)} tokens are the prompt")
@@ -273,26 +273,26 @@ def _rendered(
     given = fields.get("effort")
     if given not in (None, ""):
         given = _effort(given)
-    found = _chat_messages(fields, split=True, truncated=complete is False)
+    chat = _chat_messages(fields, split=True, truncated=complete is False)
     try:
-        effort = settled_effort(given, found.messages)
+        effort = settled_effort(given, chat.messages)
         if effort is None:
             raise _BadRowError("the effort is missing: messages cannot be rendered without")
-        ended = found.complete if complete is None else complete
+        ended = chat.complete if complete is None else complete
         ids, answered = render_transcript(
-            found.messages,
+            chat.messages,
             options=prompt_options(effort=effort, **options),
             tokenizer=tokenizer,
             complete=ended is not False,
         )
     except InputError as error:
         raise _BadRowError(str(error)) from error
-    return effort, ids, answered, found
+    return effort, ids, answered, chat
 
 
-def notes_on(found: ChatMessages) -> tuple[str, ...]:
+def notes_on(chat: ChatMessages) -> tuple[str, ...]:
     """Return the flags of what was left out when messages were read."""
-    notes = {"images_left_out": found.images, "fields_left_out": found.left_out, "reasoning_summary": found.summary}
+    notes = {"images_left_out": chat.images, "fields_left_out": chat.left_out, "reasoning_summary": chat.summary}
     return tuple(name for name, value in notes.items() if value)
 
 
@@ -364,11 +364,11 @@ def _chat_messages(fields: dict[str, Any], *, split: bool, truncated: bool = Fal
 
 def _prompt_messages(fields: dict[str, Any]) -> list[dict[str, Any]]:
     """Messages of which nothing is left out: a prompt is to be exactly what was asked."""
-    found = _chat_messages(fields, split=False)
-    if found.images or found.left_out:
-        what = found.left_out[0] if found.left_out else "an image"
+    chat = _chat_messages(fields, split=False)
+    if chat.images or chat.left_out:
+        what = chat.left_out[0] if chat.left_out else "an image"
         raise _BadRowError(f"{what} cannot be part of a prompt: remove it")
-    return found.messages
+    return chat.messages
 
 
 def expected_text(fields: Mapping[str, Any]) -> str | None:

@@ -157,9 +157,9 @@ class _FromFile(Tokenizer):
         for mark in MARKS:
             pieces = self._tokenizer.encode(f"<|{mark}|>", add_special_tokens=False).ids
             if pieces != [self._tokenizer.token_to_id(f"<|{mark}|>")]:
-                found = f"splits in {len(pieces)}" if len(pieces) > 1 else "is missing"
+                problem = f"splits in {len(pieces)}" if len(pieces) > 1 else "is missing"
                 raise InputError(
-                    f"{path}: <|{mark}|> {found}; harmony needs it as one token: is this a gpt-oss tokenizer?"
+                    f"{path}: <|{mark}|> {problem}; harmony needs it as one token: is this a gpt-oss tokenizer?"
                 )
         added = self._tokenizer.get_added_tokens_decoder()
         names = {f"<|{mark}|>" for mark in MARKS} | {token.content for token in added.values() if token.special}

@@ -156,5 +156,5 @@ def rank_and_scale(config: Mapping[str, Any], key: str) -> tuple[int, float]:
 
 def _by_pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
     """Return the value of the first pattern that the end of the key matches, from a dot on."""
-    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", key))
-    return next(found, default)
+    matching_values = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", key))
+    return next(matching_values, default)

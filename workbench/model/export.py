@@ -252,6 +252,6 @@ def _hugging_face(cfg: Config, experts: str, tensors: Mapping[str, Tensor]) -> d
         "torch_dtype": str(tensors["blocks.0.attn.q.weight"].dtype).removeprefix("torch."),
     }
     if experts == "mxfp4":
-        kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-        written["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+        unquantized = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        written["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": unquantized}
     return written

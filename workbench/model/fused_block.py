@@ -85,11 +85,11 @@ def _sizes(block: Any) -> Any:
 
 def _links(block: Any) -> list[tuple[dict[str, Any], str, Any]]:
     """Return every module and weight of the block, and where it is held: (dictionary, name, module or tensor)."""
-    found: list[tuple[dict[str, Any], str, Any]] = []
+    links: list[tuple[dict[str, Any], str, Any]] = []
     for module in block.modules():
         for held in (module._modules, module._parameters, module._buffers):
-            found += [(held, name, one) for name, one in held.items()]
-    return found
+            links += [(held, name, one) for name, one in held.items()]
+    return links
 
 
 def _prepare(block: Any) -> FusedBlock | None:

@@ -137,9 +137,9 @@ def generation_steps(
             if not going:
                 return
             if len(going) < len(live):
-                kept = torch.tensor(going)
-                cache.select(kept)
-                live, chosen = [live[j] for j in going], chosen[kept.to(chosen.device)]
+                unfinished = torch.tensor(going)
+                cache.select(unfinished)
+                live, chosen = [live[j] for j in going], chosen[unfinished.to(chosen.device)]
             if prompt_cache is not None:
                 prompt_cache.note_hooks(model)
     finally:

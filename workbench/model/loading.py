@@ -56,8 +56,8 @@ def load(
         model = GptOss(checkpoint.cfg, packed=checkpoint.experts == "mxfp4", tokenizer=tokenizer, checkpoint=checkpoint)
     parts = memory.weights(checkpoint.cfg, checkpoint.experts, dtype)
     places = _places(device, checkpoint.cfg, parts, dtype)
-    for each in dict.fromkeys(places.values()):
-        _check_capability(each)
+    for used in dict.fromkeys(places.values()):
+        _check_capability(used)
     _check_room(folder, parts, places)
     if device != "meta" and sum(parts.values()) <= _CHECKED_BYTES:
         checkpoint.check_values()

@@ -37,8 +37,8 @@ def weights(cfg: Config, experts: str = "mxfp4", dtype: torch.dtype = torch.bflo
     """Return bytes of each part as loaded, in the order in which a forward pass meets them."""
     parts: dict[str, int] = {}
     for name, shape in shapes(cfg, experts).items():
-        each = 1 if name.endswith((".blocks", ".scales")) else dtype.itemsize
-        parts[part_of(name)] = parts.get(part_of(name), 0) + prod(shape) * each
+        element_bytes = 1 if name.endswith((".blocks", ".scales")) else dtype.itemsize
+        parts[part_of(name)] = parts.get(part_of(name), 0) + prod(shape) * element_bytes
     order = ["embed", *(f"blocks.{layer}" for layer in range(cfg.n_layers)), "unembed"]
     return {part: parts[part] for part in order}
 

@@ -77,8 +77,8 @@ class SafetensorsFile:
 
     def tensor(self, name: str) -> Tensor:
         """Return the tensor [...] in its stored shape, memory-mapped."""
-        found: Tensor = self._mapped.get_tensor(name)
-        return found
+        tensor: Tensor = self._mapped.get_tensor(name)
+        return tensor
 
     def samples(self, blocks: int = 64, block_bytes: int = 65_536) -> Iterator[bytes]:
         """Yield evenly spaced blocks of the file, or all of it if it is not larger than they are together."""

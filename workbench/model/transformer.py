@@ -144,9 +144,9 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
     ) -> Float[Tensor, "batch kept d_vocab"]:
         """Return logits from what `residual` returned, of these columns of every row only."""
         assert self.context is not None, "logits come after residual"
-        kept = residual.gather(1, columns[..., None].to(residual.device).expand(-1, -1, residual.shape[-1]))
+        selected = residual.gather(1, columns[..., None].to(residual.device).expand(-1, -1, residual.shape[-1]))
         with self.within(self.context.at(columns)):
-            return self.unembed(self.ln_final(kept))
+            return self.unembed(self.ln_final(selected))
 
     @contextmanager
     def within(self, context: PassContext | None) -> Iterator[None]:
@@ -250,11 +250,11 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         chosen, axes = Slice.unwrap(pos_slice), hook_points(self.cfg.n_layers)
 
         def sliced(name: str, save: Any) -> Any:
-            named = axes.get(name, "batch pos").split()
-            dim = next(i for i, axis in enumerate(named) if axis in ("pos", "query_pos"))
+            axis_names = axes.get(name, "batch pos").split()
+            dim = next(i for i, axis in enumerate(axis_names) if axis in ("pos", "query_pos"))
             return lambda tensor, hook: save(chosen.apply(tensor, dim=dim), hook=hook)
 
-        return cache, *([(name, sliced(name, save)) for name, save in each] for each in hooks)
+        return cache, *([(name, sliced(name, save)) for name, save in direction] for direction in hooks)
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **options: Any) -> Any:
         """Return the output of a pass with these hooks, each a pair of a hook point's name or a filter and a function.

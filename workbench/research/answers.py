@@ -146,21 +146,21 @@ def _prompts(prompts: Prompts) -> list[Prompt]:
         if not Path(prompts).exists() and isinstance(prompts, str) and not prompts.endswith((".jsonl", ".json")):
             raise InputError(f"prompts {prompts[:40]!r}: give a file, or a list of texts, as in [{prompts[:20]!r}]")
         return read_prompts(prompts)
-    found = []
+    read = []
     rows: Sequence[Any] = prompts
     for number, row in enumerate(rows):
         if isinstance(row, Prompt):
-            found.append(row)
+            read.append(row)
         elif isinstance(row, str):
-            found.append(Prompt(f"prompt-{number}", [{"role": "user", "content": row}]))
+            read.append(Prompt(f"prompt-{number}", [{"role": "user", "content": row}]))
         else:
             expected = row.get("expected", row.get("answer"))
-            found.append(
+            read.append(
                 Prompt(
                     str(row.get("id", f"prompt-{number}")), list(row["messages"]), expected, dict(row.get("meta", {}))
                 )
             )
-    return found
+    return read
 
 
 def _judged(row: Transcript, correct: Callable[[str, str], bool], tokenizer: harmony.Tokenizer) -> Transcript:

@@ -74,10 +74,10 @@ class Recipe:
 
     def messages(self, user: str = "") -> list[dict[str, str]]:
         """Return the messages of the prompt, with another last user message if one is given."""
-        found = [{"role": "developer", "content": self.developer}] if self.developer else []
+        turns = [{"role": "developer", "content": self.developer}] if self.developer else []
         for asked, answered in self.history:
-            found += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        return [*found, {"role": "user", "content": user or self.user}]
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return [*turns, {"role": "user", "content": user or self.user}]
 
     def prompt_ids(self, model: GptOss) -> list[int]:
         """Return the ids of the prompt, and of what the answer begins with."""
@@ -129,12 +129,12 @@ class Recipe:
         Raises:
             InputError: the model lacks a layer or an expert, a direction has no tokens, or a source is not known.
         """
-        named = sources or SteeringSources()
+        steering = sources or SteeringSources()
         prompt = self.prompt_of(model)
-        found = [edit for one in self.interventions for edit in edits_of(one, model, transcripts, named, prompt)]
-        for edit in found:
+        edits = [edit for one in self.interventions for edit in edits_of(one, model, transcripts, steering, prompt)]
+        for edit in edits:
             edit.points(model)  # refuses what the model lacks
-        return found
+        return edits
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the recipe as JSON; fields that have their defaults are left out."""

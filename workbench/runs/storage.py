@@ -151,8 +151,8 @@ class LocalStorage:
 
     def files(self) -> set[str]:
         skip = len(str(self.path)) + 1
-        found = {os.path.join(at, name)[skip:] for at, _, names in os.walk(self.path) for name in names}
-        return {key for key in found if not key.startswith(LOCK)}
+        keys = {os.path.join(at, name)[skip:] for at, _, names in os.walk(self.path) for name in names}
+        return {key for key in keys if not key.startswith(LOCK)}
 
     def lock(self) -> FileLock:
         return FileLock(self.path)
@@ -208,9 +208,9 @@ class ObjectStorage:
     def read(self, key: str, max_bytes: int | None = None) -> bytes:
         if max_bytes is None:
             return bytes(self.fs.cat_file(self._at(key)))
-        found = bytes(self.fs.cat_file(self._at(key), start=0, end=max_bytes + 1))
-        _refuse_larger(key, len(found), max_bytes)
-        return found
+        data = bytes(self.fs.cat_file(self._at(key), start=0, end=max_bytes + 1))
+        _refuse_larger(key, len(data), max_bytes)
+        return data
 
     def ending(self, key: str, length: int) -> tuple[int, bytes]:
         self.fs.invalidate_cache()
@@ -239,8 +239,8 @@ class ObjectStorage:
 
     def files(self) -> set[str]:
         self.fs.invalidate_cache()
-        found = {name[len(self.prefix) + 1 :] for name in self.fs.find(self.prefix)}
-        return {key for key in found if not key.startswith(LOCK)}
+        keys = {name[len(self.prefix) + 1 :] for name in self.fs.find(self.prefix)}
+        return {key for key in keys if not key.startswith(LOCK)}
 
     def lock(self) -> ObjectLock:
         return ObjectLock(self)

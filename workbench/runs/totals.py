@@ -25,9 +25,9 @@ def groups(sequences: pd.DataFrame) -> tuple[pd.DataFrame, Int[np.ndarray, " seq
     keys = sequences[["effort", "task"]].astype(str)
     if len(keys.drop_duplicates()) > _MOST_GROUPS:
         keys = keys.assign(task="")
-    found = keys.drop_duplicates().sort_values(["effort", "task"], ignore_index=True)
-    which = keys.merge(found.reset_index(names="group"), how="left", on=["effort", "task"])["group"]
-    return found, which.to_numpy(dtype=np.int64)
+    pairs = keys.drop_duplicates().sort_values(["effort", "task"], ignore_index=True)
+    which = keys.merge(pairs.reset_index(names="group"), how="left", on=["effort", "task"])["group"]
+    return pairs, which.to_numpy(dtype=np.int64)
 
 
 def total(

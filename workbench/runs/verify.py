@@ -75,19 +75,19 @@ def other_content(run: Run) -> list[str]:
     else:
         own |= set(manifest.read(run.storage, manifest.CREATED)[1])
     groups = {name.partition("/")[0] for name in own}
-    found = set()
+    unknown = set()
     for key in there:
         top, _, rest = key.partition("/")
         if top in ("manifest", "totals") or not rest or rest == "zarr.json":
             if rest and top not in (*groups, "manifest", "totals"):
-                found.add(top)
+                unknown.add(top)
             continue
         array = "/".join(key.split("/")[:2])
         if top not in groups:
-            found.add(top)
+            unknown.add(top)
         elif array not in own and f"{array}/zarr.json" not in own:
-            found.add(array)
-    return sorted(found)
+            unknown.add(array)
+    return sorted(unknown)
 
 
 def _in_units(run: Run, layout: Layout, workers: int | None, check: Callable[[Unit], list[Problem]]) -> list[Problem]:
@@ -96,8 +96,8 @@ def _in_units(run: Run, layout: Layout, workers: int | None, check: Callable[[Un
     pool = ThreadPoolExecutor(workers or shards.threads(), thread_name_prefix="verify")
     try:
         with progress("verify", len(layout.units), "units") as advance:
-            for found in pool.map(check, layout.units):
-                problems += found
+            for unit_problems in pool.map(check, layout.units):
+                problems += unit_problems
                 advance(1)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -66,18 +66,18 @@ def flags(name: str) -> dict[str, Any]:
 
 def names(labels: Mapping[str, Variable], sequences: pd.DataFrame) -> dict[str, Variable]:
     """Return labels of tokens as text: `channel_name`, `role_name`, `part_name`, `effort` and `task`; lazily."""
-    found: dict[str, Variable] = {}
+    variables: dict[str, Variable] = {}
     for name, known in CODES.items():
         if name in labels:
             dims, codes, _ = labels[name]
-            found[f"{name}_name"] = (dims, _looked_up(codes, np.array([*known, ""])), {})
+            variables[f"{name}_name"] = (dims, _looked_up(codes, np.array([*known, ""])), {})
     dims, owner, _ = labels["sequence"]
     size = int(sequences.index.max()) + 2 if len(sequences) else 1
     for name in _OF_SEQUENCES:
         values = np.full(size, "", dtype=f"<U{max([1, *map(len, sequences[name].astype(str))])}")
         values[sequences.index] = sequences[name].astype(str)
-        found[name] = (dims, _looked_up(owner, values), {})
-    return found
+        variables[name] = (dims, _looked_up(owner, values), {})
+    return variables
 
 
 def _looked_up(codes: da.Array, values: np.ndarray) -> da.Array:

@@ -358,17 +358,17 @@ class RunWriter:
         totals = self.group.create_group("totals", overwrite=True)
         _write_table(totals, "groups", run.groups, "group")
         for name in run.summaries:
-            found = run.total(name)
+            total = run.total(name)
             array = totals.create_array(
                 name,
-                shape=found.shape,
-                dtype=found.dtype,
-                chunks=found.shape,
+                shape=total.shape,
+                dtype=total.dtype,
+                chunks=total.shape,
                 compressors=shards.CODEC,
-                dimension_names=found.dims,
+                dimension_names=total.dims,
                 config={"write_empty_chunks": True},
             )
-            array[:] = found.to_numpy()
+            array[:] = total.to_numpy()
 
 
 @contextmanager

@@ -131,12 +131,12 @@ def cells(tokens: xr.DataArray, by: Sequence[str], channels: Sequence[str] | Non
     """Yield every cell of a run, also without a token; sequences without a token in a cell are left out."""
     split = axes(tokens, by, channels)
     for place in product(*split.values()):
-        named = dict(zip(split, place, strict=True))
-        within = (named["channel"],) if "channel" in named else tuple(known_channels(tokens, channels))
+        label_of = dict(zip(split, place, strict=True))
+        within = (label_of["channel"],) if "channel" in label_of else tuple(known_channels(tokens, channels))
         chosen = tokens.sel(channel=list(within)).sum("channel").values > 0
-        for axis in set(named) - {"channel"}:
-            chosen &= labels(tokens, axis) == named[axis]
-        yield Cell(named, within, np.flatnonzero(chosen))
+        for axis in set(label_of) - {"channel"}:
+            chosen &= labels(tokens, axis) == label_of[axis]
+        yield Cell(label_of, within, np.flatnonzero(chosen))
 
 
 def conditions(
@@ -176,21 +176,21 @@ def has_tokens(tokens: xr.DataArray, side: Condition) -> Bool[np.ndarray, "seque
         InputError: the run does not have a channel, effort or task.
     """
     known_channels(tokens, [side.channel])
-    found = np.asarray(tokens.sel(channel=side.channel).values > 0)
+    present = np.asarray(tokens.sel(channel=side.channel).values > 0)
     for name, wanted in (("effort", side.effort), ("task", side.task)):
         if wanted is not None:
             known = in_order(list(labels(tokens, name)))
             if wanted not in known:
                 raise InputError(f"{name} {wanted!r} is not in this run; it has {', '.join(known)}")
-            found &= labels(tokens, name) == wanted
-    return found
+            present &= labels(tokens, name) == wanted
+    return present
 
 
 def prompts(tokens: xr.DataArray) -> Int[np.ndarray, "sequence"]:
     """Return the number of every sequence's prompt; a sequence that names none stands for itself."""
-    named = labels(tokens, "prompt_id")
-    alone = [f"{UNSTATED} {number}" for number in range(len(named))]
-    _, number = np.unique(np.where(named == UNSTATED, alone, named).astype(str), return_inverse=True)
+    prompt_ids = labels(tokens, "prompt_id")
+    alone = [f"{UNSTATED} {number}" for number in range(len(prompt_ids))]
+    _, number = np.unique(np.where(prompt_ids == UNSTATED, alone, prompt_ids).astype(str), return_inverse=True)
     return number
 
 
@@ -265,8 +265,8 @@ def compare(
     )
     paired = between != "task"
     if min(a.n_prompts, b.n_prompts) < 2:
-        found = f"{a.n_prompts} prompts with both" if paired else f"{a.n_prompts} and {b.n_prompts} prompts"
-        raise InputError(f"{sides[0]} cannot be compared with {sides[1]}: {found}, and at least 2 are needed")
+        available = f"{a.n_prompts} prompts with both" if paired else f"{a.n_prompts} and {b.n_prompts} prompts"
+        raise InputError(f"{sides[0]} cannot be compared with {sides[1]}: {available}, and at least 2 are needed")
     return Comparison(a, b, paired)
 
 

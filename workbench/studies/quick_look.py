@@ -46,10 +46,10 @@ def options(run: Totals) -> dict[str, list[str]]:
     """Return channels, efforts and tasks that have a token, each with `all` first."""
     tokens = run.total("tokens")
     some = tokens.values.sum(1) > 0
-    found = {"channel": [str(c) for c in tokens["channel"].values[tokens.values.sum(0) > 0]]}
+    labels_of = {"channel": [str(c) for c in tokens["channel"].values[tokens.values.sum(0) > 0]]}
     for axis in ("effort", "task"):
-        found[axis] = in_order([str(v) for v in tokens[axis].values[some] if v])
-    return {axis: [ALL, *labels] for axis, labels in found.items()}
+        labels_of[axis] = in_order([str(v) for v in tokens[axis].values[some] if v])
+    return {axis: [ALL, *labels] for axis, labels in labels_of.items()}
 
 
 def tokens(run: Totals) -> pd.DataFrame:

@@ -251,11 +251,11 @@ def promoted_and_demoted(
     if control not in result["control"]:
         raise InputError(f"control {control!r}: the result has {', '.join(map(str, result['control'].values))}")
     cell = result.sel(control=control)
-    found: dict[str, dict[int, list[int]]] = {"promote": {}, "demote": {}}
+    experts: dict[str, dict[int, list[int]]] = {"promote": {}, "demote": {}}
     for name, sign in (("promote", 1), ("demote", -1)):
         size = np.where(cell["different"], sign * cell["difference"], -np.inf)
         for cell_index in np.argsort(-size, axis=None)[:n]:
             layer, expert = np.unravel_index(cell_index, size.shape)
             if size[layer, expert] > 0:
-                found[name].setdefault(int(layer), []).append(int(expert))
-    return found
+                experts[name].setdefault(int(layer), []).append(int(expert))
+    return experts

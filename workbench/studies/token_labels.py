@@ -28,13 +28,15 @@ def selection_of(text: Selection) -> Selection:
         return text
     if "=" not in text:
         return {"channel": text}
-    found: dict[str, list[Any]] = {}
+    selection: dict[str, list[Any]] = {}
     for part in text.split(","):
         name, equals, values = (piece.strip() for piece in part.partition("="))
-        if not equals or not values or name in found:
+        if not equals or not values or name in selection:
             raise InputError(f"{text!r}: expected NAME=VALUE, each name once, as in channel=final,effort=low|high")
-        found[name] = [int(v) if name in ("position", "correct") and v.isdecimal() else v for v in values.split("|")]
-    return found
+        selection[name] = [
+            int(v) if name in ("position", "correct") and v.isdecimal() else v for v in values.split("|")
+        ]
+    return selection
 
 
 def recorded(run: Run, hook: str) -> Activation | Record:
@@ -104,7 +106,7 @@ def mask(selection: Selection, labels: pd.DataFrame, sequences: pd.DataFrame) ->
     return chosen
 
 
-def named(label: str | pd.Series | Mapping[int, Any] | Sequence[Any], labels: pd.DataFrame, run: Run) -> np.ndarray:
+def values_of(label: str | pd.Series | Mapping[int, Any] | Sequence[Any], labels: pd.DataFrame, run: Run) -> np.ndarray:
     """Return the label of each token [token] as text, "" where there is none.
 
     label: a column's name, or a value for each sequence: by its number, or in the order of `run.sequences`.

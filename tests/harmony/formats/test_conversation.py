@@ -15,20 +15,20 @@ def row(**fields: Any) -> dict[str, Any]:
 
 
 def test_reasoning_and_answer_are_messages_of_their_channels() -> None:
-    found = row()
-    assert [(m.get("channel"), m["content"]) for m in found["messages"]] == [
+    transcript = row()
+    assert [(m.get("channel"), m["content"]) for m in transcript["messages"]] == [
         (None, "2+2"),
         ("analysis", "It is 4."),
         ("final", "4"),
     ]
-    assert (found["id"], found["prompt_id"], found["effort"]) == ("a", "a", "low")
-    assert found["meta"]["reasoning"] == "verbatim"
+    assert (transcript["id"], transcript["prompt_id"], transcript["effort"]) == ("a", "a", "low")
+    assert transcript["meta"]["reasoning"] == "verbatim"
 
 
 def test_stored_ids_are_kept_as_they_are() -> None:
-    found = row(tokens=([1, 2, 3], 2))
-    assert (found["tokens"], found["n_prompt"]) == ([1, 2, 3], 2)
-    assert "messages" not in found
+    transcript = row(tokens=([1, 2, 3], 2))
+    assert (transcript["tokens"], transcript["n_prompt"]) == ([1, 2, 3], 2)
+    assert "messages" not in transcript
 
 
 def test_the_effort_is_never_guessed() -> None:

@@ -35,7 +35,7 @@ def test_the_key_travels_in_one_header_and_appears_nowhere(
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("localhost:8000", "no address of a host"),
         ("ftp://x/y", "no address of a host"),
@@ -43,9 +43,9 @@ def test_the_key_travels_in_one_header_and_appears_nowhere(
         ("http://example.org/v1", "would travel unencrypted"),
     ],
 )
-def test_addresses_that_cannot_be(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_that_cannot_be(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_KEY", KEY)
-    with pytest.raises(InputError, match=said) as raised:
+    with pytest.raises(InputError, match=message) as raised:
         Host(url, key_env="TEST_KEY", timeout=1, retries=0, per_minute=None)
     assert "secret" not in str(raised.value)
 

@@ -116,7 +116,7 @@ def _documents(path: Path, content: bytes) -> Objects:
             yield f"document {number}", error
             return
         if isinstance(value, list):
-            yield from ((f"entry {i}", each) for i, each in enumerate(value, 1))
+            yield from ((f"entry {i}", entry) for i, entry in enumerate(value, 1))
         else:
             yield f"document {number}", value
         number += 1

@@ -205,14 +205,14 @@ class Host:
         """Whether the host named a parameter that can be left out; it then is, from now on."""
         if status not in (400, 422):
             return False
-        named = [name for name in OPTIONAL if name in sent and name in text]
-        if not named:
+        refused = [name for name in OPTIONAL if name in sent and name in text]
+        if not refused:
             return False
         with self._lock:
-            new = named[0] not in self.dropped
-            self.dropped.add(named[0])
+            new = refused[0] not in self.dropped
+            self.dropped.add(refused[0])
         if new:
-            print(f"{self.name} does not take {named[0]}: going on without", file=sys.stderr)
+            print(f"{self.name} does not take {refused[0]}: going on without", file=sys.stderr)
         return True
 
     def _clean(self, text: str) -> str:

@@ -119,8 +119,8 @@ def _collect(host: Host, left: list[Job], rows: RowOutput, settings: Settings, i
             "absent or summary): analysis cannot be studied in them",
             file=sys.stderr,
         )
-    if found := counted(flags):
-        print(f"{rows.path}: {len(flags):,} answers, {found}", file=sys.stderr)
+    if summary := counted(flags):
+        print(f"{rows.path}: {len(flags):,} answers, {summary}", file=sys.stderr)
     interrupt.check()
     if failed:
         raise JobError(

@@ -120,7 +120,7 @@ Found = Iterator[tuple[str, str, Conversation | Exception]]
 def _conversations(path: Path, requests: str | Path | None) -> Found:
     """The kind of each conversation, where it is, and the conversation, or why there is none."""
     if path.is_file() and inspect_logs.is_zip(path):
-        yield from (("an Inspect log", *found) for found in inspect_logs.read_zip(path))
+        yield from (("an Inspect log", *conversation) for conversation in inspect_logs.read_zip(path))
         return
     asked = _requests(Path(requests)) if requests is not None else {}
     container, values = objects(path)
@@ -128,7 +128,7 @@ def _conversations(path: Path, requests: str | Path | None) -> Found:
     first = True
     for where, value in values:
         if first and inspect_logs.is_log(value):
-            yield from (("an Inspect log" + form, *found) for found in inspect_logs.read_document(value))
+            yield from (("an Inspect log" + form, *conversation) for conversation in inspect_logs.read_document(value))
             return
         first = False
         yield from _of_value(value, where, form, asked)

@@ -45,10 +45,10 @@ def find_files(source: Path) -> list[Path]:
 
 def _below(folder: Path) -> list[str]:
     """Return the GGUF files in the folders of a model folder or of a model in the hub's cache."""
-    found = [
+    files = [
         path for pattern in ("*/*.gguf", "snapshots/*/*.gguf", "snapshots/*/*/*.gguf") for path in folder.glob(pattern)
     ]
-    return sorted(str(path) for path in found)
+    return sorted(str(path) for path in files)
 
 
 def _model_of(path: Path) -> str:

@@ -34,9 +34,9 @@ def find_model(name: str) -> Path:
     if match is None or ".." in name:
         raise InputError(f"'{PREFIX}{name}' is no name of an Ollama model: expected one such as ollama:gpt-oss:20b")
     host, namespace = match["host"] or "registry.ollama.ai", match["namespace"] or "library"
-    named = Path("manifests", host, namespace, match["model"], match["tag"] or "latest")
-    root = next((root for root in _roots() if os.path.isfile(root / named)), _roots()[0])
-    manifest = root / named
+    relative = Path("manifests", host, namespace, match["model"], match["tag"] or "latest")
+    root = next((root for root in _roots() if os.path.isfile(root / relative)), _roots()[0])
+    manifest = root / relative
     try:
         layers = read_json(manifest)["layers"]
         kinds = [str(layer["mediaType"]) for layer in layers]
