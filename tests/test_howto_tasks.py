@@ -49,7 +49,7 @@ def private_names(code: str) -> list[str]:
 def check_finetuning(names: dict[str, Any]) -> None:
     """What the worked example concludes, from its own numbers; negative controls are the base and the other adapter."""
     accuracy = {name: names[name].accuracy().iloc[0] for name in ("before", "after")}
-    assert accuracy["before"]["high"] < accuracy["after"]["low"], "the task is learned"
+    assert accuracy["before"]["accuracy_high"] < accuracy["after"]["accuracy_low"], "the task is learned"
     assert np.mean(names["marked"]) > 0.9, "the style is learned"
     same = {
         name: names[name].sel(measure="same answer", intervention="other model") for name in ("forgotten", "restyled")

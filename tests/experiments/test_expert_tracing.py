@@ -15,6 +15,7 @@ from workbench.experiments import expert_tracing as tracing
 from workbench.experiments.effects import logprobs
 from workbench.experiments.final_channel import final_tokens
 from workbench.experiments.from_run import transcripts
+from workbench.experiments.random_controls import rank
 from workbench.figures import experiments as figures
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
@@ -105,7 +106,7 @@ def test_restorations_that_are_random_are_rarely_called_more_than_controls(
 ) -> None:
     """Null: what each expert restores is drawn as its controls are, so that its rank p is uniform.
 
-    Negative control: the interval alone would call many of these experts.
+    Negative control: beside controls of a third of the norm, to first order, many of them would be called.
 
     `pytest --long -s -k random_are_rarely tests/experiments/test_expert_tracing.py` prints the rates.
     """
@@ -130,22 +131,25 @@ def test_restorations_that_are_random_are_rarely_called_more_than_controls(
     monkeypatch.setattr(tracing, "_directions", remembered)
     cells = [tracing.Cell(GENERATED, layer, expert) for layer, expert in ((1, 5), (2, 9), (LAYER, EXPERT))]
     trials = 24
-    families = alone = 0
+    families = 0
     ranks: list[float] = []
+    smaller: list[float] = []
     for seed in range(trials):
         found = tracing._confirmed(nano, rows[:6], cells, 3.0, 20, seed)
         families += bool(((found["p_family"] <= 0.05) & (found["distance"] > 0) & (found["low"] > 0)).any())
         ranks += found["p_rank"].values.tolist()
-        alone += int((found["low"] * found["high"] > 0).sum())
+        sides = zip(found["change"].values, found["random"].values.T, strict=True)
+        smaller += [rank(float(change), random / 3).p for change, random in sides]
     ranked = np.mean(np.array(ranks) <= 0.05)
     quarters = np.quantile(ranks, [0.25, 0.5, 0.75])
     print(
         f"families called {families / trials:.3f}, rank p ≤ 0.05 {ranked:.3f}, quartiles of p {quarters.round(2)}, "
-        f"intervals alone {alone / len(ranks):.3f}"
+        f"beside controls of a third of the norm {np.mean(np.array(smaller) <= 0.05):.3f}"
     )
     assert families <= 4, "of 24: 5 % and chance"
     assert ranked <= 0.1
     np.testing.assert_allclose(quarters, [0.25, 0.5, 0.75], atol=0.15)
+    assert np.mean(np.array(smaller) <= 0.05) > 0.25, "negative control"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 `behaviour` takes any edits of `wb.hooks.interventions` and any controls; `between_models` compares two models.
 
-    found = behaviour(model, rows, {"no sinks": remove_sinks(range(4))}, controls={"no sinks": [...]})
+    result = behaviour(model, rows, {"no sinks": remove_sinks(range(4))}, controls={"no sinks": [...]})
 """
 
 from collections.abc import Mapping, Sequence

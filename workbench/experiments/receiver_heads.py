@@ -23,7 +23,7 @@ from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.progress import progress
 from workbench.registry import Experiment
-from workbench.studies.contrast import ALPHA
+from workbench.studies.difference_tests import ALPHA
 from workbench.studies.intervals import MIN_PROMPTS, mean_effect
 from workbench.studies.statistics import false_discovery
 
@@ -101,10 +101,10 @@ def experiment(
                 values[:, layer, :, number] = kurtosis(scored, apart, shuffles, rng)
             vertical.append(np.stack([vertical_scores(scored, apart) for scored in rows_by_layer]))
             advance(1)
-    found = mean_effect(values[0] - values[1], units, seed=seed)
+    effect = mean_effect(values[0] - values[1], units, seed=seed)
     cells = ("layer", "head")
-    variables = {name: (cells, getattr(found, name)) for name in ("change", "low", "high", "p")}
-    variables |= {"q": (cells, false_discovery(found.p)), "kurtosis": (cells, values[0].mean(-1))}
+    variables = {name: (cells, getattr(effect, name)) for name in ("change", "low", "high", "p")}
+    variables |= {"q": (cells, false_discovery(effect.p)), "kurtosis": (cells, values[0].mean(-1))}
     result = xr.Dataset(variables | {"shuffled": (cells, values[1].mean(-1))})
     about = {
         "rests_on": f"{len(chosen)} analyses of {n} prompts",
@@ -113,7 +113,7 @@ def experiment(
     }
     result.attrs = about | {"title": "Kurtosis of vertical attention scores beyond chance", "units": "1"}
     result.attrs["summary"] = _summary(result)
-    sentences = _sentences(model, chosen, vertical, np.argsort(-found.change, axis=None)[:heads])
+    sentences = _sentences(model, chosen, vertical, np.argsort(-effect.change, axis=None)[:heads])
     sentences.attrs |= about | {"title": "Sentences that receiver heads attend to"}
     return {"heads": result, "sentences": sentences}
 
@@ -152,17 +152,17 @@ def sentence_attention(model: GptOss, one: Analysis) -> list[Float[np.ndarray, "
     lengths = torch.tensor(np.diff(one.cuts), device=model.device)
     member = torch.zeros(stop - start, one.n_sentences, device=model.device)
     member[torch.arange(stop - start), torch.repeat_interleave(torch.arange(one.n_sentences), lengths.cpu())] = 1
-    found: list[np.ndarray] = []
+    by_layer: list[np.ndarray] = []
 
     def keep(pattern: Tensor, hook: object) -> None:
         inside = pattern[0, :, start:stop, start:stop].float()
         summed = torch.einsum("hqk,qi,kj->hij", inside, member, member)
-        found.append((summed / (lengths[:, None] * lengths[None])).cpu().numpy())
+        by_layer.append((summed / (lengths[:, None] * lengths[None])).cpu().numpy())
 
     tokens = torch.from_numpy(one.row.tokens[:stop].astype(np.int64))[None].to(model.device)
     hooks = [(f"blocks.{layer}.attn.hook_pattern", keep) for layer in range(model.cfg.n_layers)]
     model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)
-    return found
+    return by_layer
 
 
 def far_sentences(n: int, apart: int) -> Bool[np.ndarray, "sentence sentence"]:

@@ -40,8 +40,8 @@ def sentences(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Return a heat map of heads, and the sentences with the largest scores."""
-    found = experiments.gallery({name: ds for name, ds in datasets.items() if name != "sentences"})
+    items = experiments.gallery({name: ds for name, ds in datasets.items() if name != "sentences"})
     if "sentences" in datasets:
         ds = datasets["sentences"]
-        found["sentences"] = GalleryItem(partial(sentences, ds), numbers(ds, "sentence"), ds)
-    return found
+        items["sentences"] = GalleryItem(partial(sentences, ds), numbers(ds, "sentence"), ds)
+    return items

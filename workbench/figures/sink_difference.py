@@ -37,9 +37,9 @@ def heatmap(ds: xr.Dataset, control: str, *, theme: ThemeName = "light") -> go.F
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Return a heat map for each control."""
-    found: Gallery = {}
+    items: Gallery = {}
     for name, ds in datasets.items():
         for control in map(str, ds["control"].values):
             key = f"{name}_{control.replace(' ', '_')}"
-            found[key] = GalleryItem(partial(heatmap, ds, control), numbers(ds, "control_layer_head"), ds)
-    return found
+            items[key] = GalleryItem(partial(heatmap, ds, control), numbers(ds, "control_layer_head"), ds)
+    return items

@@ -4,7 +4,7 @@ The sides are any two token selections, as in the risk difference of experts: ro
 wrong answers. Differences are taken within prompts, by the engine of all studies (`workbench.studies.matching`), and
 under the control "prompt and token" at the same token ids as well.
 
-    found = study(wb.open_run("run.zarr"), a="role=developer", b="role=user")["heads"]
+    heads = study(wb.open_run("run.zarr"), a="role=developer", b="role=user")["heads"]
 """
 
 from collections.abc import Mapping
