@@ -32,13 +32,13 @@ def guard(application: Application, origins: Sequence[str]) -> None:
 
 
 def answer_unknown(application: Application, page: str) -> None:
-    """Answer addresses that are no page with a page that says so. page: HTML of it."""
+    """Answer addresses that are not a page with a page of their own. page: its HTML."""
     application.settings["default_handler_class"] = Unknown
     application.settings["default_handler_args"] = {"page": page}
 
 
 class Unknown(RequestHandler):
-    """Answers an address that is no page."""
+    """Answers an address that is not a page."""
 
     def initialize(self, page: str) -> None:
         self._page = page
@@ -130,7 +130,7 @@ def login_options(basic_auth: Path | None) -> dict[str, Any]:
     """Return the options of Panel's server for logins. The key of the cookies exists in this process alone.
 
     Raises:
-        InputError: the file of passwords is no JSON object of texts, or other users of the machine can read it.
+        InputError: the file of passwords is not a JSON object of texts, or other users of the machine can read it.
     """
     if basic_auth is None:
         return {}

@@ -55,7 +55,7 @@ def graph_data(content: Any) -> dict[str, Any]:
 
     Pinned nodes and supernodes of the file are the first choice of the page.
 
-    Nodes and edges beyond `MOST_NODES` and `MOST_EDGES` are left out, the weakest first; `left_out` says how many.
+    Nodes and edges beyond `MOST_NODES` and `MOST_EDGES` are left out, the weakest first; `left_out` states how many.
 
     Raises:
         InputError: it has another form.

@@ -1,6 +1,6 @@
 """Sparse autoencoders of SAELens and dictionary_learning, and their features spliced into a model as hook points.
 
-A folder of SAELens holds cfg.json and sae_weights.safetensors; sparsity.safetensors may lie beside them. Its
+A folder of SAELens holds cfg.json and sae_weights.safetensors; sparsity.safetensors may be beside them. Its
 architectures standard, topk, jumprelu (which BatchTopK and Matryoshka autoencoders are saved as) and gated are read.
 A folder of dictionary_learning holds config.json and ae.pt (`hooks.dictionary_learning`).
 
@@ -312,7 +312,7 @@ def _check_tensors(
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise InputError(
-                f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, cfg.json wants {list(shape)}"
+                f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, cfg.json requires {list(shape)}"
             )
         if not tensors[name].is_floating_point() or (finite and not tensors[name].isfinite().all()):
             raise InputError(f"{path}: tensor {name!r} is not of finite floating-point numbers")

@@ -319,7 +319,7 @@ def test_the_store_page_names_the_recorded_quantities(tmp_path: Path) -> None:
 
 
 def changelog_problems(text: str) -> list[str]:
-    """Return lines of a changelog that are no heading of a version or a change, nor a change of one line, stated once."""
+    """Return lines of a changelog that are not a heading of a version or a change, nor a change of one line, stated once."""
     lines = [line for line in text.splitlines() if line]
     headings = ("# Changelog", "## ", "### Added", "### Changed", "### Fixed")
     changes = [line for line in lines if line.startswith("- ")]

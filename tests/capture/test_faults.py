@@ -79,7 +79,7 @@ def kill(kind: str, folder: Path, kills: int) -> int:
 
 
 def leftovers(folder: Path, kind: str, unfinished: int | None = None) -> list[str]:
-    """Names in a folder that are no input, no output and no log: a lock of the last job that was killed may be there.
+    """Names in a folder that are not an input, no output and no log: a lock of the last job that was killed may be there.
 
     unfinished: an output that is not looked at, as nobody resumed it.
     """

@@ -1,7 +1,7 @@
 """Every registered command at every kind of trouble: it ends with one line and the right exit code.
 
 The commands are those that typer has registered, so one that is added later is tested too: without a line in `BASES`
-that says how it succeeds, `test_every_command_is_tested` fails. `--long` runs every command to its end, not some.
+that states how it succeeds, `test_every_command_is_tested` fails. `--long` runs every command to its end, not some.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Exported graphs have the published schema, and say what the graph says.
+"""Exported graphs have the published schema, and state what the graph says.
 
 Also tests `workbench.cli.graphs`.
 """

@@ -1,4 +1,4 @@
-"""Experiments by name on nano: each says what it did, with intervals; what nano is known to do is found.
+"""Experiments by name on nano: each states what it did, with intervals; what nano is known to do is found.
 
 Also tests `workbench.experiments.expert_ablation`, `workbench.experiments.expert_forcing`,
 `workbench.experiments.expert_reweighting`, `workbench.experiments.logit_attribution` and

@@ -153,7 +153,7 @@ def dry_run(
 
 
 def _check_run_path(path: str | Path, inputs: Sequence[str | Path], *, overwrite: bool) -> None:
-    """Check that the path of a run is no input and no file, device or pipe; a link to a run can be resumed."""
+    """Check that the path of a run is not an input, a file, a device or a pipe; a link to a run can be resumed."""
     if "://" in str(path):
         return
     target = Path(path)

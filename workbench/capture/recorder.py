@@ -78,7 +78,7 @@ def from_file(text: str) -> Recorder:
     """Return the recorder that "FILE.py:NAME" or "MODULE:NAME" names; the file is executed.
 
     Raises:
-        InputError: there is no such file or name, the file fails, or the name is no recorder.
+        InputError: there is no such file or name, the file fails, or the name is not a recorder.
     """
     path, name = _file_of(text)
     if not path.is_file():

@@ -81,7 +81,7 @@ def _run() -> int:
         if isinstance(error, RuntimeError) and not _lacks_memory(error):
             raise
         raise JobError(f"not enough memory: use smaller numbers, or another machine ({error})") from error
-    if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and says nothing
+    if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and shows nothing
         raise KeyboardInterrupt
     if sys.stdout is not None:
         sys.stdout.flush()

@@ -5,7 +5,7 @@
 
 An expert's direct effect on the logits of a token is its gated output, divided by the scale of the final norm at that
 token, times the unembedding, less the mean over the vocabulary. Shown is the mean over the expert's tokens: the scale
-is that of the pass, and what later layers do with the output is no part of it.
+is that of the pass, and what later layers do with the output is not part of it.
 
 Reference: direct logit attribution, Elhage et al. 2021, with the norm frozen.
 """
@@ -51,7 +51,7 @@ NEURON_METHOD = (
     "A neuron's output weights, times the weight of the final norm and the unembedding, less the mean over the "
     "vocabulary: logits for an activation of 1, a gate weight of 1 and a final norm's scale of 1."
 )
-NOT_CONTROLLED = "What later layers do with the output is no part of it, and neither is a change of the norm's scale."
+NOT_CONTROLLED = "What later layers do with the output is not part of it, and neither is a change of the norm's scale."
 N_TOKENS = 10  # with the largest and the smallest effects
 _INSIDE = ("mlp.hook_expert_indices", "mlp.hook_expert_weights", "mlp.experts.hook_out")
 

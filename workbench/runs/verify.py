@@ -70,7 +70,7 @@ def other_content(run: Run) -> list[str]:
     """Return the groups and arrays that others added to a run, which no job writes and no reader of a run reads."""
     there = run.storage.files()
     own = {*arrays(run.model, run.spec, run.layout), "units/committed"}
-    if run.manifest is None:  # a run before schema 3 does not tell the columns of its tables from those of others
+    if run.manifest is None:  # a run before schema 3 does not state it the columns of its tables from those of others
         own |= {"/".join(key.split("/")[:2]) for key in there if key.startswith(("sequences/", "messages/"))}
     else:
         own |= set(manifest.read(run.storage, manifest.CREATED)[1])
@@ -334,4 +334,4 @@ def _ranges(records: dict[str, Any]) -> Iterator[str]:
         if (np.diff(gates, axis=-1) > 0).any():
             yield "routing/gates: gates that do not descend"
     if "sink" in records and not ((records["sink"] >= 0) & (records["sink"] <= 1)).all():
-        yield "attention/sink: a value that is no probability"
+        yield "attention/sink: a value that is not a probability"

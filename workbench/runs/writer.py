@@ -83,7 +83,7 @@ def open_writer(
     """
     target = storage_at(path)
     if replaces := overwrite and _is_there(target):
-        open_group(target, "r")  # refuses what is no run
+        open_group(target, "r")  # refuses what is not a run
     identity = {
         "checkpoint digest": checkpoint["digest"],
         "transcripts digest": provenance["transcripts"]["digest"],

@@ -119,12 +119,12 @@ def pointer(folder: Path) -> Path:
     [
         (
             exchanged,
-            r"m-00001-of-00003.gguf is part 2 of 3 .*, and its name says 1 of 3: restore the original names of the parts",
+            r"m-00001-of-00003.gguf is part 2 of 3 .*, and its name states 1 of 3: restore the original names of the parts",
         ),
-        (last_two_exchanged, r"m-00002-of-00003.gguf is part 3 of 3 of a split model, and its name says 2 of 3"),
+        (last_two_exchanged, r"m-00002-of-00003.gguf is part 3 of 3 of a split model, and its name states 2 of 3"),
         (renamed, r"model.gguf is part 1 of 3 of a split model: rename the parts to NAME-00001-of-0000N.gguf"),
         (missing, r"is one of 3 files, and m-00003-of-00003\.gguf is missing: download it"),
-        (of_another_count, r"m-00002-of-00003.gguf is part 2 of 2 of a split model, and its name says 2 of 3"),
+        (of_another_count, r"m-00002-of-00003.gguf is part 2 of 2 of a split model, and its name states 2 of 3"),
         (of_another_model, r"m-00002-of-00003.gguf belongs to another model than m-00001-.*: split.tensors.count is"),
         (of_another_architecture, r"is a part of another model .*: general.architecture is 'llama', not 'gpt-oss'"),
         (with_fewer_tensors, r"the parts hold \d+ tensors, the model has \d+: a part is of another model"),

@@ -1,6 +1,6 @@
 """Send requests to a host: with retries, within a rate limit, and without the parameters that it refuses.
 
-The key comes from the environment, goes into one header, and is struck out of whatever a host says.
+The key comes from the environment, goes into one header, and is struck out of whatever a host replies.
 """
 
 import email.utils
@@ -169,8 +169,8 @@ class Host:
     def struck(self, value: Any) -> Any:
         """Return a value of JSON with the key struck out of every text in it, names of fields included.
 
-        A key of fewer than eight characters, as the placeholders that local hosts take, is no secret and might be part
-        of an answer.
+        A key of fewer than eight characters, as the placeholders that local hosts take, is not a secret and might be
+        part of an answer.
         """
         if len(self._key) < _SHORTEST_SECRET:
             return value

@@ -88,7 +88,7 @@ def check_split(files: Sequence[GgufFile]) -> None:
             raise InputError(f"{stated}: rename the parts to NAME-00001-of-0000N.gguf and so on, in one folder")
         if count != len(files) or own != number:
             raise InputError(
-                f"{stated}, and its name says {number + 1} of {len(files)}: restore the original names of the parts"
+                f"{stated}, and its name states {number + 1} of {len(files)}: restore the original names of the parts"
             )
         for key in ("general.architecture", "general.name", _TENSORS):
             first, here = files[0].metadata.get(key), file.metadata.get(key)
