@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bokeh.server.util import check_allowlist
+from bokeh.server.util import check_allowlist, create_hosts_allowlist
 from tornado.httputil import HTTPServerRequest
 from tornado.routing import Matcher, Rule
 from tornado.web import Application, RequestHandler
@@ -108,6 +108,22 @@ def _netloc(origin: str) -> str:
         return urlsplit(origin).netloc
     except ValueError:
         return ""
+
+
+def checked_origins(origins: Sequence[str]) -> Sequence[str]:
+    """Return the values of `--allow-origin`.
+
+    Raises:
+        InputError: one is not HOST or HOST:PORT, or allows every host.
+    """
+    for origin in origins:
+        try:
+            (allowed,) = create_hosts_allowlist([origin], 80)
+        except ValueError as error:
+            raise InputError(f"--allow-origin {origin!r}: {error}; give HOST or HOST:PORT, without https://") from error
+        if not allowed.rpartition(":")[0].strip("*."):
+            raise InputError(f"--allow-origin {origin!r} allows every page of every host: give HOST or HOST:PORT")
+    return origins
 
 
 def login_options(basic_auth: Path | None) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def graph_data(content: Any) -> dict[str, Any]:
         pinned = [str(id) for id in chosen.get("pinnedIds") or ()]
         supernodes = [[str(part) for part in group] for group in chosen.get("supernodes") or () if len(group) > 1]
         about = {str(k): v for k, v in info.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"the file is not an attribution graph ({type(error).__name__}: {error}): expected circuit-tracer's JSON "
             "with "

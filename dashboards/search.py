@@ -75,28 +75,6 @@ class TokenSelection:
 EVERYTHING = TokenSelection()
 
 
-def expert_tokens(
-    run: Run,
-    layer: int,
-    expert: int,
-    text: Callable[[int], str],
-    *,
-    rows: int = 20,
-    within: TokenSelection = EVERYTHING,
-) -> pd.DataFrame:
-    """Return tokens that are routed to an expert more often than tokens on average, with an example each.
-
-    Only the first tokens of the run are read. within: the tokens that are counted. Columns `sequence` and `position`
-    state where the example is.
-    """
-
-    def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
-        for block in run.blocks("id", "experts", layer=layer):
-            yield block, (block["experts"][0] == expert).any(-1), within.mask(run, block)
-
-    return _overrepresented_tokens(chosen(), text, rows)
-
-
 def head_tokens(
     run: Run,
     layer: int,

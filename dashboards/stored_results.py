@@ -23,6 +23,9 @@ MOST_FILES = 500  # that are looked at
 MOST_BYTES = 32 * 2**20  # of one of them
 _NAME = re.compile(r"[^/\\\x00]{1,200}\.json")
 
+# what reading a result raises that is none
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, MemoryError, RecursionError)
+
 
 @dataclass(frozen=True)
 class StoredResults:
@@ -97,9 +100,10 @@ def _kind(path: Path, changed: int, size: int) -> tuple[str, Any]:
         return "other", None
     if {"nodes", "links", "metadata"} <= content.keys():
         return "graph", None
-    if not {"attrs", "data_vars"} <= content.keys() or "study" not in (content["attrs"] or {}):
+    attrs = content.get("attrs")
+    if "data_vars" not in content or not isinstance(attrs, dict) or not isinstance(attrs.get("study"), str):
         return "other", None
     try:
         return "result", from_json(content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGE as error:
         return "unreadable", f"not a result of the workbench: {type(error).__name__}"

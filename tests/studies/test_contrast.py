@@ -231,4 +231,4 @@ def test_the_summary_follows_the_verdicts_of_the_result() -> None:
     assert f"{n} of {result['different'][0].size} cells differ" in describe(result)
     changed = result.assign(different=result["different"] & False)  # negative control
     assert f"0 of {result['different'][0].size} cells differ" in describe(changed)
-    assert "differences beyond" in describe(changed)
+    assert "a difference beyond" in describe(changed)

@@ -193,7 +193,7 @@ def test_the_study_takes_the_widest_efforts_that_have_pairs_and_says_what_it_lef
     results = study(dataclasses.replace(run, summaries=summaries), **FAST)
     assert "medium_vs_high_in_analysis" in results
     assert "analysis_vs_final" not in results
-    assert "Left out: channels, as fewer than two prompts have tokens of both." in results["load"].summary
+    assert "Skipped: channels, as fewer than two prompts have tokens of both." in results["load"].summary
 
 
 def test_a_run_of_one_effort_is_studied_without_efforts():
@@ -204,7 +204,7 @@ def test_a_run_of_one_effort_is_studied_without_efforts():
 def test_a_run_of_one_prompt_is_described_and_nothing_is_compared():
     results = study(planted_run(n_prompts=1), **FAST)
     assert [name for name in results if "special" not in name] == ["load"]
-    assert results["load"].summary.count("Left out: ") == 4
+    assert results["load"].summary.count("Skipped: ") == 4
 
 
 def test_an_unknown_study_is_refused():

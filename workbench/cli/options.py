@@ -23,8 +23,8 @@ Adapter = Annotated[Path | None, typer.Option(help="PEFT folder with a LoRA adap
 Record = Annotated[
     list[str] | None,
     typer.Option(
-        help="routing, router_logits, sinks, sink_sums, logprobs, examples, neurons, a hook point, or FILE.py:NAME of "
-        "a recorder, with options as in 'resid_post layers=0-3'; see `workbench capture`. "
+        help="routing, router_logits, sinks, sink_sums, logprobs, examples, neurons, features:FOLDER, a hook point, or "
+        "FILE.py:NAME of a recorder, with options as in 'resid_post layers=0-3'; see `workbench capture`. "
         "[default: routing, sinks, logprobs]"
     ),
 ]

@@ -221,6 +221,19 @@ def _summary(result: xr.Dataset, not_tested: dict[str, str]) -> list[str]:
         )
         if abs(float(one["load_ratio"]) - 1) > MATCHED:
             lines.append("  Load is not matched: a difference from these sets may be one of load.")
+    lines += _too_few_sets(result["random_sets"].values)
     if not_tested:
         lines.append(f"{len(not_tested)} of {result.sizes['group']} groups cannot be tested: {', '.join(not_tested)}.")
     return lines
+
+
+def _too_few_sets(random_sets: Int[np.ndarray, " group"]) -> list[str]:
+    """Return a warning if one group alone cannot have q below 0.05, however extreme it is among its random sets."""
+    tested = random_sets[random_sets > 0]
+    smallest = len(tested) / (tested.max(initial=0) + 1)
+    if not len(tested) or smallest <= ALPHA:
+        return []
+    return [
+        f"Warning: with {tested.max()} random sets, a group that alone differs has q of at least {smallest:.3f} and "
+        f"cannot be shown to differ: use at least {int(np.ceil(len(tested) / ALPHA)) - 1} controls."
+    ]

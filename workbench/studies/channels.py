@@ -98,13 +98,13 @@ def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
         except InputError as error:  # this quantity was not recorded
             compared, refused = {}, {name: str(error) for name in planned}
         datasets |= compared
-        left_out += [f"Left out: {name}, as {reason}." for name, reason in refused.items()]
+        left_out += [f"Skipped: a comparison of {label}, as {reason}." for reason in dict.fromkeys(refused.values())]
     hooks = [a.hook for a in getattr(getattr(run, "spec", None), "activations", ()) if a.reduce == "raw"]
     for hook in hooks:
         try:
             datasets[f"geometry_{hook.removeprefix('hook_')}"] = geometry(run, hook, "analysis", "final", seed=seed)
         except InputError as error:
-            left_out.append(f"Left out: {hook}, as {error}.")
+            left_out.append(f"Skipped: {hook}, as {error}.")
     if not datasets:
         raise InputError(
             " ".join(left_out)

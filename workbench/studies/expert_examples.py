@@ -346,7 +346,7 @@ def _jackknifed(
         part_of = full_estimate - np.asarray(estimate(*(t - part[unit] for t, part in zip(totals, sums, strict=True))))
         mean, square, cube = mean + part_of / n, square + part_of**2 / n, cube + part_of**3 / n
     variance = np.maximum(square - mean**2, 0)
-    third = (cube - 3 * mean * square + 2 * mean**3) * n * ((n - 1) / n) ** 1.5
+    third = (cube - 3 * mean * square + 2 * mean**3) * n * (max(n - 1, 0) / max(n, 1)) ** 1.5
     tested = test_of_moments(full_estimate, np.sqrt(variance * (n - 1)), third, np.maximum(units - 1, 1))
     enough = units >= MIN_PROMPTS
     return full_estimate, np.where(enough, tested.low, np.nan), np.where(enough, tested.high, np.nan)

@@ -234,7 +234,7 @@ def _summary(result: xr.Dataset, channel: str) -> str:
     if text := few_prompts(int(result.attrs["prompts"])):
         lines.append(f"Warning: {text}.")
     if result.attrs["left_out"]:
-        lines.append(f"Left out, as fewer than {FOLDS} sequences have them: {result.attrs['left_out']}.")
+        lines.append(f"Skipped, as fewer than {FOLDS} sequences have them: {result.attrs['left_out']}.")
     if result.attrs["few"]:
         lines.append(f"Warning: few sequences have the rarest label ({result.attrs['rarest_label']}).")
     best = result["baseline"].max("source")

@@ -248,7 +248,7 @@ def study(
                 run, between, a, b, channel=channel, n_boot=n_boot, n_permutations=n_permutations, seed=seed
             )
         else:
-            left_out.append(f"Left out: {between}s{within}, as fewer than two prompts have tokens of both.")
+            left_out.append(f"Skipped: {between}s{within}, as fewer than two prompts have tokens of both.")
     for axis in ("channel", "effort", "task"):
         if (about := special(run, axis, seed=seed)) is not None:
             datasets[f"special_in_{axis}"] = about
