@@ -84,7 +84,10 @@ def study(
             prompt has both.
     """
     if not isinstance(run, TokenRun):
-        raise InputError("the sink difference needs the tokens of a run, and this one holds sums only")
+        raise InputError(
+            "the sink difference needs the tokens of a run, and this run holds only sums: "
+            "capture again with --record routing --record sinks"
+        )
     sides = (selection_of(a), selection_of(b))
     names = [selection_text(side) for side in sides]
     prompt, merged = index_of(run).prompts
