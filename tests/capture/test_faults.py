@@ -182,7 +182,7 @@ def test_kills_of_a_capture_into_s3_lose_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_a_job_cleanly_and_says_how_to_go_on(
+def test_a_signal_stops_a_job_cleanly_and_states_how_to_go_on(
     nano: GptOss, transcripts: Path, undisturbed: Path, tmp_path: Path, stored: Stored, number: signal.Signals
 ) -> None:
     path = tmp_path / "run"

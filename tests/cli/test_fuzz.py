@@ -251,7 +251,7 @@ def problems(parts: list[Any]) -> list[str]:
 
 
 def test_addresses_of_pages(workplace: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
-    """A page shows what it knows of an address; what it does not know is neither an error nor markup."""
+    """A page shows the valid parts of an address; the others are neither an error nor markup."""
     nothing = Answer(reason="studies are not computed here")
     monkeypatch.setattr("workbench.dashboards.study_jobs.Desk._state", lambda *_: nothing)
     registry = RunRegistry([workplace / "run.zarr"], cache=workplace / "cache")

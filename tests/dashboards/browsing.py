@@ -70,7 +70,7 @@ class Session:
         self.page.goto(url, timeout=90_000)
 
     def _page_error(self, error: object) -> None:
-        # Panel 1.9 now and then tells the wrong element to resize while a figure is drawn; it is drawn all the same.
+        # Panel 1.9 now and then resizes the wrong element while a figure is drawn; it is drawn all the same.
         if "_guiEditing" not in str(error):
             self.errors.append(str(error))
 

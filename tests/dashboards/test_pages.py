@@ -183,7 +183,7 @@ def test_a_heading_sorts_a_table_and_a_row_opens_its_link(demo: str, browser: Br
     assert session.errors == []
 
 
-def test_an_address_that_is_no_page_says_so_and_links_to_pages(demo: str, browser: Browser) -> None:
+def test_an_address_that_is_no_page_reports_it_and_links_to_pages(demo: str, browser: Browser) -> None:
     page = browser.new_page()
     answer = page.goto(f"{demo}/nosuch")
     assert answer is not None

@@ -1,4 +1,4 @@
-"""Exported graphs have the published schema, and state what the graph says.
+"""Exported graphs have the published schema, and state what the graph has.
 
 Also tests `workbench.cli.graphs`.
 """

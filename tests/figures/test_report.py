@@ -33,7 +33,7 @@ def chromium() -> Iterator[Browser]:
         yield launched
 
 
-def test_it_tells_of_every_study_and_needs_nothing_else(page: Path) -> None:
+def test_it_describes_every_study_and_needs_nothing_else(page: Path) -> None:
     text = page.read_text()
     for study in studies(runs=1):
         made = f'id="{study.name}"' in text
@@ -89,7 +89,7 @@ def test_it_is_short_and_draws_in_the_readers_theme(page: Path, theme: ThemeName
         assert errors == []
 
 
-def test_the_markdown_says_the_same(page: Path) -> None:
+def test_the_markdown_has_the_same_content(page: Path) -> None:
     text = page.with_suffix(".md").read_text()
     for name in ("routing", "sinks", "channels", "effort"):
         for dataset in run_study(name, wb.open_run(DATA / "demo.zarr")).values():

@@ -85,7 +85,7 @@ def test_habits_work() -> None:
         ("m.run_with_hooks(T, fwd_hooks=[('blocks.1.hook_q_input', print)])", "call model.set_use_split_qkv_input"),
     ],
 )
-def test_what_cannot_be_says_where_it_is(line: str, reason: str) -> None:
+def test_what_cannot_be_states_where_it_is(line: str, reason: str) -> None:
     model = wb.load("nano", dtype=torch.float32, device="cpu")
     with pytest.raises((AttributeError, InputError), match=re.escape(reason)):
         eval(line, {"m": model, "T": model.to_tokens("12+34")})

@@ -29,7 +29,7 @@ SESSION_OPTIONS: dict[str, Any] = {
     "unused_session_lifetime_milliseconds": 5_000,
     "check_unused_sessions_milliseconds": 1_000,
 }
-# refreshing the page would switch the busy indicator on all the time; the page says itself what it does
+# refreshing the page would switch the busy indicator on all the time; the page shows its own status
 _CSS = ".wb-right > span[aria-hidden]{display:none}"
 _EXAMPLES = {"nano": "24*29"}  # of the tasks it was trained on
 

@@ -45,7 +45,7 @@ _CI = "95 %, delete-one jackknife over prompts, Student's t corrected for skewne
 DEFINITIONS = {
     "mean_a": Definition("sink attention in a", "1", "mean attention probability on the sink at tokens of side a"),
     "mean_b": Definition("sink attention in b", "1", "mean attention probability on the sink at tokens of side b"),
-    "difference": Definition("difference", "1", "mean in a less mean in b, matched as the control says", ci=_CI),
+    "difference": Definition("difference", "1", "mean in a less mean in b, matched as the control specifies", ci=_CI),
     "low": Definition("difference, lower limit", "1", "lower limit of difference", ci=_CI),
     "high": Definition("difference, upper limit", "1", "upper limit of difference", ci=_CI),
     "p": Definition("p", "1", "two-sided, as the interval; missing: cannot be tested", null="0"),

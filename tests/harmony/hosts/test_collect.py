@@ -142,7 +142,7 @@ def test_refused_parameters_are_left_out_and_recorded(
     assert capsys.readouterr().err.count("does not take temperature") == 1
 
 
-def test_a_host_without_effort_is_refused_unless_the_body_says_how(
+def test_a_host_without_effort_is_refused_unless_the_body_states_how(
     host: FakeHost, prompts: Path, tmp_path: Path
 ) -> None:
     def reply(path: str, body: dict[str, Any], n: int) -> Reply:
