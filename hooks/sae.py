@@ -180,11 +180,11 @@ def splice(model: HookedRootModule, sae: SAE, at: str | None = None, *, use_erro
         raise InputError("the SAE's folder does not state its hook point: give a hook point with `at`")
     if at not in model.hook_dict:
         near = ", ".join(get_close_matches(at, model.hook_dict)) or "none of a similar name"
-        raise InputError(f"hook point {at!r} does not exist; there is {near}")
+        raise InputError(f"hook point {at!r} does not exist; near it: {near}")
     kinds = ("hook_sae_acts_post", "hook_sae_error") if use_error_term else ("hook_sae_acts_post",)
     points = {f"{at}.{kind}": HookPoint() for kind in kinds}
     if taken := model.hook_dict.keys() & points.keys():
-        raise InputError(f"an SAE is spliced in at {at!r} already: {min(taken)!r} exists")
+        raise InputError(f"an SAE is spliced in at {at!r} already: {min(taken)!r} exists; leave that context first")
     acts, *error = points.values()
 
     def reconstruct(x: Tensor, hook: HookPoint) -> Tensor:
@@ -248,7 +248,7 @@ def _read_config(path: Path) -> SAEConfig:
         below = sorted({str(weights_file.parent) for weights_file in path.parent.glob(f"*/{DICTIONARY_WEIGHTS}")})
         hint = f"; there is one in {below[0]!r}" if below else ""
         raise InputError(
-            f"{path.parent} has no {_CONFIG} (SAELens) and no {DICTIONARY_WEIGHTS} (dictionary_learning): name a "
+            f"{path.parent} has no {_CONFIG} (SAELens) and no {DICTIONARY_WEIGHTS} (dictionary_learning): give a "
             f"folder that one of them wrote{hint}"
         ) from error
     except (OSError, InputError) as error:

@@ -369,7 +369,7 @@ def test_a_lost_scheduler_ends_the_job_and_the_next_goes_on(
     if job.returncode != 0:  # it may have been done by then
         assert job.returncode == 1, err
         assert "scheduler" in err.splitlines()[-1]
-        assert "start the job again" in err.splitlines()[-1]
+        assert "rerun the command to resume" in err.splitlines()[-1]
     wb.capture(nano, transcripts, path, **OPTIONS)
     assert stored(path) == stored(undisturbed)
 

@@ -197,7 +197,7 @@ def test_a_splice_that_fails_leaves_no_hook(model: GptOss) -> None:
         model(X)
     with (
         pytest.raises(
-            ValueError, match=r"'blocks\.9\.hook_resid_post' does not exist; there is .*blocks\.1\.hook_resid_post"
+            ValueError, match=r"'blocks\.9\.hook_resid_post' does not exist; near it: .*blocks\.1\.hook_resid_post"
         ),
         splice(model, load_sae(SAES / "topk"), at="blocks.9.hook_resid_post"),
     ):

@@ -97,7 +97,7 @@ def test_an_expert_that_a_layer_does_not_have_is_refused(folder: Path) -> None:
     with applied(model, forbid(0, [7])):
         model(X)
     with (
-        pytest.raises(InputError, match="forbidding 2 of 5 experts leaves fewer than 4"),
+        pytest.raises(InputError, match="forbidding 2 of 5 experts leaves fewer than the 4"),
         applied(model, forbid(1, [0, 1])),
     ):
         model(X)

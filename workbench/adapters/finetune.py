@@ -264,7 +264,7 @@ class Training:
             if told.get(name) != value:
                 raise InputError(
                     f"{self._state} is an unfinished training whose {name} was {told.get(name)}, and is now {value}: "
-                    "name the same, or remove the file to begin anew"
+                    "give the same value, or remove the file to start again"
                 )
         try:
             self._take_over(told, tensors)

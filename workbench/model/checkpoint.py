@@ -108,7 +108,7 @@ def _weight_files(root: Path) -> tuple[list[Path], list[str]]:
             raise InputError(
                 f"{root}: {pickles[0]} is a pickle, which can run code when it is read; convert it to safetensors"
             )
-        raise InputError(f"{root} has a config.json but no *.safetensors: the weights are missing")
+        raise InputError(f"{root} has a config.json but no *.safetensors: the weights are missing: download them")
     names = {path.name for path in paths}
     if (root / _INDEX).exists():
         wanted = names & {str(file) for file in _index(root).values()}
@@ -142,7 +142,8 @@ def _stored_tensors(root: Path, files: Collection[SafetensorsFile]) -> dict[str,
         for name in file.entries:
             if name in by_name:
                 raise InputError(
-                    f"tensor {name!r} is both in {by_name[name].path.name} and in {file.path.name} of {root}"
+                    f"tensor {name!r} is both in {by_name[name].path.name} and in {file.path.name} of {root}: "
+                    "remove one of them"
                 )
             by_name[name] = file
     return by_name
@@ -355,5 +356,5 @@ def _download(source: str, revision: str | None, *, allow: list[str], ignore: li
         cause = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise InputError(
             f"{source} is incomplete in the local cache and cannot be downloaded ({cause}); download it elsewhere and "
-            "name the folder, or point HF_HOME at a cache that has it"
+            "give its folder, or point HF_HOME at a cache that has it"
         ) from error

@@ -99,8 +99,8 @@ def check_split(files: Sequence[GgufFile]) -> None:
     total, held = files[0].metadata.get(_TENSORS), sum(len(file.tensors) for file in files)
     if total is not None and total != held:
         raise InputError(
-            f"{files[0].path}: the parts hold {held} tensors, the model has {total}: a part is of another model, "
-            "download them again"
+            f"{files[0].path}: the parts hold {held} tensors, the model has {total}: a part belongs to another "
+            "model: download all parts again"
         )
 
 
