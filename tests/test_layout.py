@@ -43,6 +43,7 @@ ACROSS_MODULES = {
     "runs/test_damage.py",
     "scripts/test_install_torch.py",
     "test_architecture.py",
+    "test_deferred_packages.py",
     "test_docs.py",
     "test_docstrings.py",
     "test_howto.py",
@@ -58,6 +59,7 @@ ACROSS_MODULES = {
 
 # modules without a test file of their own → the test file that tests them, which imports or names them
 TESTED_BY = {
+    "_deferred_packages": "test_deferred_packages.py",
     "_links": "test_links.py",
     "bench/autotune": "bench/test_gpu.py",
     "bench/cases": "bench/test_gpu.py",

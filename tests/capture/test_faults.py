@@ -95,7 +95,7 @@ def test_kills_of_a_capture_at_random_moments_lose_nothing(
     nano: GptOss, transcripts: Path, undisturbed: Path, tmp_path: Path, stored: Stored, long: bool
 ) -> None:
     shutil.copy(transcripts, tmp_path / "transcripts.jsonl")
-    outputs = kill("capture", tmp_path, 50 if long else 16)
+    outputs = kill("capture", tmp_path, 50 if long else 8)
     last = tmp_path / f"capture-{outputs}"
     wb.capture(nano, transcripts, last, **OPTIONS)
     want = stored(undisturbed)

@@ -13,7 +13,8 @@ import pytest
 
 from tests.cli.running import run_command
 from tests.conftest import DATA
-from workbench import cli
+from workbench import cli, registry
+from workbench.figures import paper
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -27,7 +28,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 @pytest.mark.slow
-def test_the_whole_way_from_prompts_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_way_from_prompts_to_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
+    if not long:  # figures of all studies are made by the command of the README, whose test runs it
+        monkeypatch.setattr(paper, "studies", lambda runs: [registry.find("routing")])
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join((DATA / "prompts.jsonl").read_text().splitlines()[::8]) + "\n")
     transcripts, store, out = tmp_path / "t.jsonl", tmp_path / "run.zarr", tmp_path / "out"

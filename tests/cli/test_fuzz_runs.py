@@ -125,6 +125,25 @@ def test_half_deleted_runs(runs: dict[str, Path], workplace: Path, part: str, lo
         shutil.rmtree(workplace / "run.zarr")
 
 
+SHAPES = {"exabytes": 2**62, "gigabytes": 10**9}
+SHAPED = ["tokens/id", "routing/gates", "sequences/id", "messages/start", "summaries/gate_sum", "totals/gate_sum"]
+
+
+@pytest.mark.parametrize("size", SHAPES.values(), ids=list(SHAPES))
+def test_arrays_that_claim_to_be_large(runs: dict[str, Path], workplace: Path, size: int, long: bool) -> None:
+    """Every array of a run without manifests, of which nothing but the layout tells how large it should be."""
+    source = runs["schema 2"]
+    metadata = (path for path in sorted(source.rglob("zarr.json")) if b'"array"' in path.read_bytes())
+    every = [str(path.parent.relative_to(source)) for path in metadata]
+    assert set(SHAPED) < set(every)
+    for axis in (0, -1) if long else (0,):
+        for name in every if long else SHAPED:
+            content = json.loads((source / name / "zarr.json").read_bytes())
+            content["shape"][axis] = size
+            for command in READING if long else ["summary run.zarr"]:
+                run_case(source, workplace, "schema 2", command, f"{name}/zarr.json", content)
+
+
 def test_a_reader_that_waits_is_noticed(
     runs: dict[str, Path], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
