@@ -1,4 +1,4 @@
-"""The how-to pages of everyday research: files, commands and Python of a page, executed in their order, public names only."""
+"""The how-to pages of everyday research: files, commands and Python of a page, executed in order."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""What `--record` selects is what is stored: which heads, which tokens, reduced how; each against the raw activations."""
+"""What `--record` selects is what is stored: which heads and tokens, and how reduced; each against the raw activations."""
 
 from pathlib import Path
 

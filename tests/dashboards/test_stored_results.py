@@ -1,4 +1,4 @@
-"""Results beside a run are found by the run's digest; what is not theirs, hidden or unreadable is not shown as theirs."""
+"""Results beside a run are found by the run's digest; what is of another run, hidden or unreadable is not shown."""
 
 import json
 from pathlib import Path

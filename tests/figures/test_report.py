@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, safe text, findings of every study, and nothing claimed without an interval."""
+"""The report: one page that needs nothing else, safe text, findings of every study, no claim without an interval."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Runs whose prompts and efforts are confounded: no study fails, and what cannot be compared is named and not tested."""
+"""Runs whose prompts and efforts are confounded: no study fails, and comparisons that cannot be made are named."""
 
 import dataclasses
 

@@ -40,7 +40,8 @@ REASONED = [("analysis", "think"), ("final", "0")]
         ({"content": "analysisthinkassistantfinal0"}, REASONED, "verbatim"),
         (
             {
-                "content": "<|channel|>analysis<|message|>think<|end|><|start|>assistant<|channel|>final<|message|>0<|return|>"
+                "content": "<|channel|>analysis<|message|>think<|end|>"
+                "<|start|>assistant<|channel|>final<|message|>0<|return|>"
             },
             REASONED,
             "verbatim",
