@@ -1,4 +1,4 @@
-"""What `--record` selects is what is stored: which heads and tokens, and how reduced; each against the raw activations."""
+"""The options of `--record` decide what is stored: heads, tokens, reductions; each against the raw activations."""
 
 from pathlib import Path
 
