@@ -1,4 +1,4 @@
-"""Access to the dashboard: which addresses may name it, who may log in, and how often one may try.
+"""Access to the dashboard: the host names at which it answers, logins, and the limit of attempts.
 
 A page of another site can make a browser resolve its own name to this machine (DNS rebinding). Its requests then carry
 that name as host and as origin, so both are compared with the names under which the dashboard is served.
@@ -32,13 +32,13 @@ def guard(application: Application, origins: Sequence[str]) -> None:
 
 
 def answer_unknown(application: Application, page: str) -> None:
-    """Answer addresses that are no page with a page that says so. page: HTML of it."""
+    """Answer addresses that are not a page with a page of their own. page: its HTML."""
     application.settings["default_handler_class"] = Unknown
     application.settings["default_handler_args"] = {"page": page}
 
 
 class Unknown(RequestHandler):
-    """Answers an address that is no page."""
+    """Answers an address that is not a page."""
 
     def initialize(self, page: str) -> None:
         self._page = page
@@ -130,7 +130,7 @@ def login_options(basic_auth: Path | None) -> dict[str, Any]:
     """Return the options of Panel's server for logins. The key of the cookies exists in this process alone.
 
     Raises:
-        InputError: the file of passwords is no JSON object of texts, or other users of the machine can read it.
+        InputError: the file of passwords is not a JSON object of texts, or other users of the machine can read it.
     """
     if basic_auth is None:
         return {}
@@ -138,9 +138,11 @@ def login_options(basic_auth: Path | None) -> dict[str, Any]:
         mode = basic_auth.stat().st_mode
         known = read_json(basic_auth)
     except (OSError, ValueError) as error:
-        raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords ({error})") from error
+        raise InputError(
+            f"--basic-auth {basic_auth}: expected a JSON object of names and passwords ({error})"
+        ) from error
     if not isinstance(known, dict) or not known or not all(isinstance(v, str) and v for v in known.values()):
-        raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords")
+        raise InputError(f"--basic-auth {basic_auth}: expected a JSON object of names and passwords")
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise InputError(
             f"--basic-auth {basic_auth}: other users of this machine can read it (mode {stat.S_IMODE(mode):o}): "

@@ -2,7 +2,7 @@
 
 `workbench study NAME RUN --model MODEL --out FOLDER` writes the first, `workbench graph … --out FILE.json` the second.
 Both are found in the folder that holds the run and in the folders in it, whatever their names are. A result belongs to
-a run if it names the run's digest; a graph names no run, so every graph that lies there is offered.
+a run if it names the run's digest; a graph names no run, so every graph there is listed.
 """
 
 import re

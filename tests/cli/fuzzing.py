@@ -53,16 +53,16 @@ def cases(n: int, *, long: bool, times: int = 30) -> Callable[[Any], Any]:
     def decorate(test: Any) -> Callable[[], None]:
         check, begun, done, failures = test.hypothesis.inner_test, time.monotonic(), 0, Failures()
 
-        def counted(*arguments: Any, **named: Any) -> None:
+        def counted(*arguments: Any, **options: Any) -> None:
             nonlocal done
             if time.monotonic() - begun > 60 * minutes:
                 raise TimeIsUpError
             try:
-                check(*arguments, **named)
+                check(*arguments, **options)
             except (Exception, SystemExit, TooLongError) as error:
                 if not long or type(error).__module__.startswith("hypothesis"):
                     raise
-                failures.add(error, named or arguments)
+                failures.add(error, options or arguments)
             done += 1
 
         test.hypothesis.inner_test = counted

@@ -1,7 +1,7 @@
 """Every registered command at every kind of trouble: it ends with one line and the right exit code.
 
 The commands are those that typer has registered, so one that is added later is tested too: without a line in `BASES`
-that says how it succeeds, `test_every_command_is_tested` fails. `--long` runs every command to its end, not some.
+that states how it succeeds, `test_every_command_is_tested` fails. `--long` runs every command to its end, not some.
 """
 
 import contextlib
@@ -223,7 +223,7 @@ def test_a_folder_in_which_nothing_can_be_made(checked: Checked, long: bool) -> 
 
 
 def closed() -> io.TextIOWrapper:
-    """A standard output whose reader is gone, as behind `| head`."""
+    """A standard output whose reader has exited, as with `| head`."""
     read, write = os.pipe()
     os.close(read)
     return io.TextIOWrapper(os.fdopen(write, "wb"), encoding="utf-8")
