@@ -55,7 +55,7 @@ def features(session: Session) -> Page:
         text = "Record examples of the features of a sparse autoencoder, from the folder that holds it:"
         about = widgets.html(content.about(run))
         return Page([], [about, widgets.empty_state("This run has no recorded features", text, _HOW)])
-    name = widgets.select("Features", known, session.choice.get("quantity", known))
+    name = widgets.select("Recorded features", known, session.choice.get("quantity", known))
     layers = {n: layers_of(run, n) for n in known}
     layer = widgets.select("Layer", layers[str(name.value)], session.choice.get("layer", layers[str(name.value)]))
     shown = box()
@@ -84,12 +84,15 @@ def _section(session: Session, name: str, index: int) -> pn.Column:
         parts += [widgets.html(f"<h2>Feature {escape(chosen)}</h2>"), _examples(session, name, index, int(chosen))]
     rows = table.head(MOST_ROWS)
     links = [session.link("features", feature=str(feature)) for feature in rows["feature"]]
-    title = f"{len(rows):,} of {len(table):,} features, the largest difference between analysis and final first"
-    parts.append(widgets.table(title, rows, f"{label}-features", {"feature": links}))
-    of = "" if _has_lists(session.run, name) else f", of the first {MOST_TOKENS:,} tokens"
-    note = f"Tokens with a value above zero{of}, pooled and not tested: `workbench study label-probes` compares labels "
-    note += "with controls."
-    return pn.Column(*parts, widgets.html(f"<p class='wb-muted'>{escape(note)}</p>"), sizing_mode="stretch_width")
+    note = (
+        f"Tokens with a value above zero, in % of the tokens of a channel; {len(rows):,} of {len(table):,} features, "
+        "sorted by the difference between analysis and final"
+    )
+    parts.append(widgets.table("Features by channel", rows, f"{label}-features", {"feature": links}, note=note))
+    pooled = "all tokens" if _has_lists(session.run, name) else f"the first {MOST_TOKENS:,} tokens"
+    method = f"Pooled over {pooled} and not tested. To compare labels with controls: "
+    method = f"<p class='wb-muted'>{escape(method)}<code>workbench study label-probes</code></p>"
+    return pn.Column(*parts, widgets.html(method), sizing_mode="stretch_width")
 
 
 def by_channel(run: Run, name: str, index: int) -> pd.DataFrame:
@@ -99,8 +102,8 @@ def by_channel(run: Run, name: str, index: int) -> pd.DataFrame:
     """
     if _has_lists(run, name):
         lists = feature_examples.of_run(run, name)
-        by_name = (dict(zip(CHANNELS, lists[part], strict=True)) for part in ("count", "tokens"))
-        return _table(*by_name, lists["top_activation"].max((0, 2)))
+        counted, all_tokens = (dict(zip(CHANNELS, lists[part], strict=True)) for part in ("count", "tokens"))
+        return _table(counted, all_tokens, lists["top_activation"].max((0, 2)))
     about = token_labels.recorded(run, name)
     counts: dict[str, Any] = {}
     totals, largest, seen = dict.fromkeys(CHANNELS, 0), None, 0

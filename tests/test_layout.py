@@ -20,6 +20,7 @@ ACROSS_MODULES = {
     "cli/test_fuzz_formats.py",
     "cli/test_every_command.py",
     "cli/test_fuzz_runs.py",
+    "cli/test_fuzzing.py",
     "cli/test_outputs.py",
     "data/test_interop.py",
     "data/test_nano.py",
@@ -99,6 +100,9 @@ TESTED_BY = {
     "data/prompts": "data/test_evaluate.py",
     "experiments/activations": "experiments/test_gradients.py",
     "experiments/attention_knockout": "experiments/test_hidden_messages.py",
+    "experiments/answer_effects": "experiments/test_generated_answers.py",
+    "experiments/answer_measures": "experiments/test_generated_answers.py",
+    "experiments/answer_recipes": "experiments/test_generated_answers.py",
     "experiments/branch_answers": "experiments/test_sentence_importance.py",
     "experiments/branch_importance": "experiments/test_sentence_importance.py",
     "experiments/branching": "experiments/test_sentence_importance.py",
@@ -119,6 +123,8 @@ TESTED_BY = {
     "figures/generated_answers": "experiments/test_generated_answers.py",
     "figures/jacobian_lens": "experiments/test_jacobian_lens.py",
     "figures/quick_look": "studies/test_quick_look.py",
+    "figures/receiver_heads": "experiments/test_receiver_heads.py",
+    "figures/sink_difference": "studies/test_sink_difference.py",
     "figures/risk_difference": "studies/test_risk_difference.py",
     "figures/probe_trajectory": "studies/test_probe_trajectory.py",
     "figures/sentence_importance": "experiments/test_sentence_importance.py",
@@ -194,14 +200,14 @@ TESTED_BY = {
 
 def strays(tests: Iterable[str], modules: set[str]) -> list[str]:
     """Tests that neither have the path of a module or package nor are listed above."""
-    found = []
+    stray = []
     for test in sorted(set(tests) - ACROSS_MODULES):
         folder, _, name = test.rpartition("/")
         subject = f"{folder}/{name}".strip("/").replace("test_", "", 1).removesuffix(".py")
         subject = subject.removesuffix("init").rstrip("/") if name == "test_init.py" else subject
         if subject not in modules:
-            found.append(test)
-    return found
+            stray.append(test)
+    return stray
 
 
 def test_every_test_has_the_path_of_what_it_tests() -> None:

@@ -13,7 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cli.fuzzing import SPECIAL, Checked, TooLongError, cases, changes, replaced, without_long_work
+from tests.cli.checks import Checked, TooLongError
+from tests.cli.damaged_files import SPECIAL, replaced
+from tests.cli.fuzzing import cases
+from tests.cli.hostile_values import changes
+from tests.cli.random_commands import without_long_work
 from tests.runs.forging import forge, make_schema_2
 from workbench.runs.storage import LocalStorage
 
@@ -126,7 +130,7 @@ def test_a_reader_that_waits_is_noticed(
 ) -> None:
     """The negative control: zarr itself, which opens a pipe and waits for somebody who writes to it."""
     monkeypatch.setattr("workbench.runs.manifest._refuse_special", lambda path: None)
-    monkeypatch.setattr("tests.cli.fuzzing.LIMIT_S", 1.0)
+    monkeypatch.setattr("tests.cli.checks.LIMIT_S", 1.0)
     shutil.copytree(runs["schema 2"], workplace / "run.zarr")
     with pytest.raises(TooLongError):
         special_case(workplace, "summary run.zarr", "zarr.json", "pipe")

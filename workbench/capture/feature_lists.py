@@ -179,11 +179,11 @@ class FeatureRecorder:
     def take(self) -> dict[str, np.ndarray]:
         """Return the lists [channel feature example] and counts [channel feature] by the names of their arrays."""
         shape = (len(CHANNELS), self._about.d_sae)
-        found = {f"features/{self._about.hook}_count": self._count.reshape(shape)}
+        arrays: dict[str, np.ndarray] = {f"features/{self._about.hook}_count": self._count.reshape(shape)}
         for kind, lists in self._lists.items():
             rows, filled = np.maximum(lists.rows, 0), lists.rows >= 0
             values = {"activation": lists.values, **{n: self._tokens[n][rows] for n in ("sequence", "position")}}
             for name, (dtype, fill) in FEATURE_FIELDS.items():
                 own = np.where(filled, values[name], fill).astype(dtype)
-                found[f"features/{self._about.hook}_{kind}_{name}"] = own.reshape(*shape, -1)
-        return found
+                arrays[f"features/{self._about.hook}_{kind}_{name}"] = own.reshape(*shape, -1)
+        return arrays

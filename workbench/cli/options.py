@@ -88,7 +88,7 @@ def torch_dtype(name: str) -> Any:
 def load_model(
     model: str, device: str, dtype: str, ignore_fields: list[str] | None = None, adapter: Path | None = None
 ) -> Any:
-    """Load a checkpoint as the options of a command say."""
+    """Load a checkpoint as the options of a command specify."""
     from workbench.model import load
 
     return load(model, device=device, dtype=torch_dtype(dtype), adapter=adapter, ignore_fields=ignore_fields or ())

@@ -117,8 +117,8 @@ def load(
         variables |= {name: (("neuron", "rank"), logits[name].transpose("neuron", "rank").values) for name in names}
     attrs = provenance("neuron-examples", STUDY.title, run.digest, seed, {"layer": layer, "expert": expert})
     attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "layer": layer, "expert": expert}
-    found = dataset(variables, coords, DEFINITIONS, attrs)
-    return found.assign_attrs(summary=_summary(found))
+    examples = dataset(variables, coords, DEFINITIONS, attrs)
+    return examples.assign_attrs(summary=_summary(examples))
 
 
 def _summary(ds: xr.Dataset) -> str:
