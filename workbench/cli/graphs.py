@@ -53,13 +53,21 @@ def graph(
             help="Add edges into queries, keys and router logits: what decided the attention and the routing."
         ),
     ] = False,
+    ablate: Annotated[
+        int,
+        typer.Option(min=0, help="Also ablate the N most influential heads and experts, each by itself, in the model."),
+    ] = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
     ignore_field: IgnoreField = None,
     adapter: Adapter = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Explain one token of the model's answer by an attribution graph."""
+    """Explain one token of the model's answer by an attribution graph.
+
+    The values that are printed are contributions to the logit while attention, norms and routing are held fixed.
+    --ablate also prints by how much the logit falls when a node writes nothing and nothing is held fixed.
+    """
     from workbench import harmony
     from workbench.experiments import graph_details, graph_export
     from workbench.experiments.attribution_graph import graph as make
@@ -112,13 +120,14 @@ def _place(model: Any, ids: list[int], answer: list[int], at: int | None) -> int
     return starts[0]
 
 
-def _described(attributed: Any) -> str:
+def _described(found: Any, inner: Any, measured: list[float]) -> str:
+    """Return the graph in a line, and each of its most influential nodes; some of them were ablated."""
     from workbench.experiments.graph_export import label
 
-    lines = [repr(attributed).strip("<>")]
-    inner = attributed.nodes[attributed.nodes["kind"].isin(("head", "expert"))].nlargest(5, "influence")
-    for _, row in inner.iterrows():
-        lines.append(f"  {label(row)} at token {row['pos']} ({row['token']!r}): {row['value']:+.2f} logits")
+    lines = [repr(found).strip("<>")]
+    for i, (_, row) in enumerate(inner.iterrows()):
+        text = f"  {label(row)} at token {row['pos']} ({row['token']!r}): {row['value']:+.2f} logits"
+        lines.append(text + (f", measured by ablation {measured[i]:+.2f}" if i < len(measured) else ""))
     return "\n".join(lines)
 
 

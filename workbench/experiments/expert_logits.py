@@ -158,10 +158,11 @@ def neuron_logits(model: GptOss, layer: int, expert: int, *, n: int = N_TOKENS) 
         InputError: the model has no such layer or expert.
     """
     cfg = model.cfg
-    if not 0 <= layer < cfg.n_layers or not 0 <= expert < cfg.num_experts:
+    n_experts = cfg.experts_of(layer) if 0 <= layer < cfg.n_layers else cfg.num_experts
+    if not 0 <= layer < cfg.n_layers or not 0 <= expert < n_experts:
         raise InputError(
             f"layer {layer} expert {expert}: the model has layers 0 to {cfg.n_layers - 1} and experts 0 to "
-            f"{cfg.num_experts - 1}"
+            f"{n_experts - 1}"
         )
     unembedding = model.unembed.W_U.mT
     columns: dict[str, list[np.ndarray]] = {f"{k}_{name}": [] for k in ("top", "bottom") for name in _FIELDS}
