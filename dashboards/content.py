@@ -131,7 +131,9 @@ def figure_names(names: Iterable[str]) -> dict[str, str]:
     First accuracy, then the map of differences between analysis and final or else between efforts, then sizes.
     """
     every = list(names)
-    last = [name for name in every if name.startswith(("mass_frame", "mass_prompt", "load_")) or name.endswith("naive")]
+    # sizes of samples, and maps of all tokens
+    last = [name for name in every if name.startswith(("mass_frame", "mass_prompt", "load_"))]
+    last += [name for name in every if name.endswith(("naive", "_tokens", "_prompts", "_sequences"))]
     kinds = ("accuracy", "analysis_vs_final_matched", "difference_analysis_vs_final", "in_final_matched", "sizes")
     order = [name for kind in kinds for name in every if name not in last and kind in name]
     return {_label(name): name for name in dict.fromkeys((*order, *(n for n in every if n not in last), *last))}
