@@ -236,6 +236,7 @@ def _xllamacpp(path: str) -> tuple[float, dict[str, Forward]]:
     params = CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = path, CONTEXTS[-1] + 1024, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.verbosity = 0
     start = time.perf_counter()
     server = Server(params)
     load_s = time.perf_counter() - start
