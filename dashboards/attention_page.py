@@ -19,6 +19,7 @@ from workbench import harmony
 from workbench.dashboards import search, widgets
 from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Session, box
+from workbench.dashboards.theme import BORDER
 from workbench.errors import InputError
 from workbench.figures.template import ThemeName
 from workbench.runs import Run
@@ -119,7 +120,7 @@ def frame(
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = html.escape(_PAGE.read_text(encoding="utf-8").replace("__DATA__", text), quote=True)
     return (
-        f'<iframe title="attention patterns" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0" '
+        f'<iframe title="attention patterns" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;{BORDER}" '
         f'srcdoc="{page}"></iframe>'
     )
 

@@ -18,6 +18,7 @@ import xarray as xr
 
 from workbench import harmony
 from workbench.dashboards.search import texts, vocabulary
+from workbench.dashboards.theme import BORDER
 from workbench.errors import InputError
 from workbench.figures.template import THEMES, ThemeName
 from workbench.harmony.labels import CHANNELS
@@ -45,7 +46,7 @@ def frame(
     view: what is chosen in it at first, see `VIEW`. sentences: what `sentences_of` returned.
     """
     return (
-        f'<iframe title="conversation" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0" '
+        f'<iframe title="conversation" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;{BORDER}" '
         f'srcdoc="{html.escape(document(run, sequence, tokenizer, theme, view, sentences), quote=True)}"></iframe>'
     )
 
@@ -67,7 +68,7 @@ def document(
 
 
 def shared_page(run: Run, sequences: Sequence[int], theme: PageTheme = "light") -> str:
-    """Return one HTML file with these conversations: the replay of one, or each behind its title."""
+    """Return one HTML file with these conversations: the replay of one, or a list of titles that open."""
     tokenizer = vocabulary(run)
     if len(sequences) == 1:
         return document(run, sequences[0], tokenizer, theme)
@@ -163,7 +164,7 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
 def sentences_of(results: Mapping[str, xr.Dataset], id: str) -> list[dict[str, Any]]:
     """Return what the experiment sentence-importance measured of each sentence of a conversation; empty without.
 
-    results: its datasets. Results of earlier versions do not say where a sentence is, and give nothing.
+    results: its datasets. Results of earlier versions do not state where a sentence is, and give nothing.
     """
     ds = results.get("sentences")
     if ds is None or not {"start", "stop", *_MEASURED} <= set(ds.data_vars) or "conversation" not in ds.coords:

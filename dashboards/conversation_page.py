@@ -65,8 +65,8 @@ class _Conversations:
 
     def sidebar(self) -> list[Any]:
         """Return the widgets for the sidebar."""
-        before, after = (pn.widgets.Button(label=text, width=102) for text in ("‹ previous", "next ›"))
-        earlier, later = (pn.widgets.Button(label=text, width=102) for text in ("« page", "page »"))
+        before, after = _pair("‹ previous", "next ›")
+        earlier, later = _pair("« page", "page »")
         before.on_click(lambda _: self.step(-1))
         after.on_click(lambda _: self.step(1))
         earlier.on_click(lambda _: self.turn(-LISTED))
@@ -181,3 +181,12 @@ class _Conversations:
         if self.order.value == "expert" and view.get("expert", self.expert) != self.expert:
             self.expert = view["expert"]
             self.fill()
+
+
+def _pair(*texts: str) -> list[pn.widgets.Button]:
+    """Return two buttons that are together as wide as a widget of the sidebar."""
+    margins = ((5, 5, 5, 10), (5, 10, 5, 5))
+    return [
+        pn.widgets.Button(label=text, width=widgets.WIDTH // 2 - 5, margin=margin)
+        for text, margin in zip(texts, margins, strict=True)
+    ]

@@ -1,8 +1,8 @@
-"""Where studies are made for a dashboard: in processes of their own, kept by what they are made of.
+"""Run the studies of a dashboard in processes of their own, and cache their results by run, code and options.
 
-A study of ten million tokens takes minutes and a gigabyte; the server gives neither. A result is kept as the files that
-`workbench study --out` writes, under the run's digest and that of the code, so that a second session, or a second
-server, reads it back.
+A study of ten million tokens takes minutes and a gigabyte of memory, so the server does not compute it itself. A result
+is stored as the files that `workbench study --out` writes, under the digest of the run and that of the code, and a
+second session or a second server reads it from there.
 """
 
 import hashlib
@@ -45,8 +45,8 @@ class Answer(NamedTuple):
     seconds: float = 0.0
 
 
-class Desk:
-    """Studies asked for by name and paths; asking again is how one learns that they are done."""
+class StudyJobs:
+    """Studies that run in processes of their own. Ask again for a study to learn whether it is finished."""
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self._folder = Path(folder) if folder is not None else cache_folder()
@@ -65,17 +65,17 @@ class Desk:
         lasting: bool = True,
         options: Mapping[str, int] | None = None,
     ) -> Answer:
-        """Return the state of the study of the run(s) at these paths, and start it if nobody has yet.
+        """Return the state of the study of the run(s) at these paths, and start it if needed.
 
         digest: of the runs, without the excluded sequences. exclude: flags of sequences to leave out. lasting: whether
-        the runs are complete. options: of the study, numbers only: they are part of the name of what is kept.
+        the runs are complete. options: of the study, numbers only: they are part of the name of the cached result.
         """
         name = "-".join([study, *(f"{option}-{int(value)}" for option, value in sorted((options or {}).items()))])
         make = partial(self._get, study, name, paths, digest, exclude, lasting, dict(options or {}))
         return self._state((name, digest), make)
 
     def attention(self, path: str, digest: str, model: str, sequence: int, layers: str) -> Answer:
-        """Return the state of the attention patterns of a sequence, and start `workbench attention` if nobody has yet.
+        """Return the state of the attention patterns of a sequence, and start `workbench attention` if needed.
 
         The run's own digest and the model's are compared by that command. layers: as in its option; "" for all.
         """
@@ -83,7 +83,7 @@ class Desk:
         return self._state((name, digest), partial(self._attention, path, digest, model, sequence, layers, name))
 
     def _state(self, key: tuple[str, str], make: Callable[[], dict[str, xr.Dataset]]) -> Answer:
-        """Return the state of a piece of work, and start it if nobody has yet."""
+        """Return the state of a piece of work, and start it if needed."""
         with self._lock:
             if key not in self._made:
                 self._made[key] = (time.monotonic(), self._pool.submit(make))
@@ -99,8 +99,8 @@ class Desk:
         return Answer(reason=str(error) or type(error).__name__)
 
     @cached_property
-    def _passing(self) -> "tempfile.TemporaryDirectory[str]":
-        """Where studies of runs that still grow are kept: made when it is needed, removed when the process ends."""
+    def _temporary(self) -> "tempfile.TemporaryDirectory[str]":
+        """Folder for studies of runs in progress: created when it is needed, removed when the process ends."""
         return tempfile.TemporaryDirectory(prefix="workbench-studies-", ignore_cleanup_errors=True)
 
     def close(self) -> None:
@@ -108,8 +108,8 @@ class Desk:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in list(self._running):
             process.kill()
-        if "_passing" in self.__dict__:
-            self._passing.cleanup()
+        if "_temporary" in self.__dict__:
+            self._temporary.cleanup()
 
     def _get(
         self,
@@ -121,7 +121,7 @@ class Desk:
         lasting: bool,
         options: dict[str, int],
     ) -> dict[str, xr.Dataset]:
-        folder = self._folder if lasting else Path(self._passing.name)
+        folder = self._folder if lasting else Path(self._temporary.name)
         cached = folder / f"{digest}-{_code()}" / name
         if not cached.exists():
             self._make(study, paths, exclude, cached, options)
@@ -173,7 +173,7 @@ class Desk:
 
 
 def cache_folder() -> Path:
-    """Return `gpt-oss-workbench/studies` in the user's cache; what was not used for a month is removed."""
+    """Return `gpt-oss-workbench/studies` in the user's cache; remove results that were not used for a month."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-oss-workbench" / "studies"
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -189,10 +189,10 @@ def cache_folder() -> Path:
 def _code() -> str:
     """Digest of the code that makes studies: another version's results are not taken for ours."""
     sha = hashlib.sha256()
-    room = Path(workbench.__file__).parent
+    package = Path(workbench.__file__).parent
     specs = [importlib.util.find_spec(record.module) for record in registry.studies()]  # other packages' too
     others = {Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None}
-    for path in sorted({*(room / "studies").glob("*.py"), *(room / "runs").glob("*.py"), *others}):
+    for path in sorted({*(package / "studies").glob("*.py"), *(package / "runs").glob("*.py"), *others}):
         sha.update(path.read_bytes())
     return sha.hexdigest()[:12]
 

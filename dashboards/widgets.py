@@ -67,11 +67,14 @@ def card(title: str, content: pn.viewable.Viewable, *, note: str = "", collapsed
     )
 
 
-def beside(*pieces: pn.viewable.Viewable) -> pn.FlexBox:
-    """Return panes side by side where the window is wide enough, otherwise below each other."""
-    for piece in pieces:
-        piece.styles = {"flex": "1 1 400px", "width": "auto"}
-    return pn.FlexBox(*pieces, flex_wrap="wrap", align_items="flex-start", gap="8px", sizing_mode="stretch_width")
+def beside(*pieces: pn.viewable.Viewable, width: int = 440) -> pn.FlexBox:
+    """Return panes side by side where each has this width (pixels) at least, otherwise below each other."""
+    # in columns of their own, so that margins do not make some wider than others
+    columns = [
+        pn.Column(piece, sizing_mode="stretch_width", styles={"flex": f"1 1 {width}px", "width": "auto"})
+        for piece in pieces
+    ]
+    return pn.FlexBox(*columns, flex_wrap="wrap", align_items="flex-start", gap="0", sizing_mode="stretch_width")
 
 
 def table(

@@ -33,7 +33,7 @@ def questions(per_family: int) -> list[tuple[Problem, ...]]:
         rng = random.Random(f"{SEED} {family}")
         drawn = list(dict.fromkeys(draw(rng, family, test=True) for _ in range(_DRAWS * per_family)))[:per_family]
         if len(drawn) < per_family:
-            raise InputError(f"{family} has {len(drawn)} test questions, {per_family} were asked for: ask for fewer")
+            raise InputError(f"{family} has {len(drawn)} test questions, {per_family} were requested: request fewer")
         for i, problem in enumerate(drawn):
             second = i % _TWO_TURNS == _TWO_TURNS - 1
             asked.append((draw(rng, rng.choice(FIRST_TURNS), test=True), problem) if second else (problem,))

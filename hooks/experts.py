@@ -27,7 +27,9 @@ def forbid(layers: Layers, experts: Collection[int], tokens: Tokens = None) -> E
 
     def act(logits: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
         if logits.shape[-1] - len(experts) < (k := at.model.cfg.experts_per_token):
-            raise InputError(f"forbidding {len(experts)} of {logits.shape[-1]} experts leaves fewer than {k}")
+            raise InputError(
+                f"forbidding {len(experts)} of {logits.shape[-1]} experts leaves fewer than the {k} of a token"
+            )
         selected = at.selected(members)
         mask = selected.to(logits.device)[..., None] & among(experts, logits)
         choice = torch.zeros_like(mask).scatter_(-1, logits.topk(k, -1).indices, True)
@@ -137,7 +139,10 @@ def ablate(
         selected, hit = _slots(at, members, experts)
         known = means[at.layer].to(out.device, out.dtype)
         if (hit & known.isnan().any(-1)[at.seen["experts"]]).any():
-            raise InputError(f"layer {at.layer}: no mean is known of one of experts {experts}: no token went to it")
+            raise InputError(
+                f"layer {at.layer}: one of the experts {experts} was selected by no token, so it has no mean: "
+                "compute expert_means on more tokens"
+            )
         return torch.where(hit[..., None], known[at.seen["experts"]], out), selected, hit.sum()
 
     def another(out: Tensor, at: At) -> tuple[Tensor, int, Tensor]:

@@ -48,7 +48,7 @@ class Experts(NamedTuple):
 
 
 class ActivationHooks(NamedTuple):
-    """What to do with the inside of the layer, each tensor as [tokens, slot, …]; what is returned is used."""
+    """Hooks on activations inside the layer, each [tokens, slot, …]; the layer goes on with what they return."""
 
     gate: ActivationHook | None = None
     up: ActivationHook | None = None

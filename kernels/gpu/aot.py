@@ -1,4 +1,4 @@
-"""Compiling a kernel for a GPU that is not there, and reading what it would take.
+"""Compile kernels ahead of time for GPUs that this machine does not have, and read the resources that they need.
 
 Triton compiles for every target without a driver. The disassembler in its wheel tells registers and spills of the
 machine code itself, its metadata the shared memory; the assembly tells which matrix instruction was used, and what the
@@ -85,14 +85,14 @@ class Loop(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes; registers and spill bytes a thread, shared bytes a block."""
+    """The resources of a compiled kernel; registers and spill bytes a thread, shared bytes a block."""
 
     registers: int
     spilled: int
     shared: int
     blocks_per_sm: int
     instructions: tuple[str, ...]  # the distinct matrix instructions
-    loop: Loop | None = None  # none without a matrix instruction whose size its name tells
+    loop: Loop | None = None  # none without a matrix instruction whose size its name states
     unguarded: int = 0  # copies into shared memory that no barrier divides from a wait for wgmma before them
 
 
@@ -127,7 +127,7 @@ _LABEL, _BRANCH = re.compile(r"\s*(\$L\w+):"), re.compile(r"\bbra(?:\.uni)?\s+(\
 
 
 def unguarded_copies(ptx: str) -> int:
-    """Return how many asynchronous copies come behind a wait for wgmma without a barrier between the two.
+    """Return how many asynchronous copies follow a wait for wgmma without a barrier between the two.
 
     A warp that has waited for its own products could otherwise overwrite shared memory that another warp's products
     still read. The text is followed in its order, and every loop once more from its beginning.
@@ -190,7 +190,7 @@ def _nvidia(asm: Mapping[str, Any], warps: int) -> tuple[int, int, list[str], Lo
 
 
 def _tcgen05_flops(ptx: str) -> int:
-    """Of one UTCHMMA, whose size only its descriptor tells (bits 17 … 22: columns / 8; 24 … 28: rows / 16).
+    """Of one UTCHMMA, whose size only its descriptor states (bits 17 … 22: columns / 8; 24 … 28: rows / 16).
 
     Reference: PTX ISA, tcgen05, instruction descriptor of .kind::f16, whose depth is 16.
     """

@@ -292,7 +292,7 @@ def test_half_a_step_is_not_saved(nano: Any, rows: Path, tmp_path: Path, monkeyp
         assert (parts["losses"] == uninterrupted["losses"]) != always
 
 
-def test_a_training_that_was_killed_behind_its_last_step_is_done(
+def test_a_training_that_was_killed_after_its_last_step_is_done(
     nano: Any, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its state is removed; an adapter that another training wrote is not taken for its result."""

@@ -25,7 +25,7 @@ def taught(text: str, **options: object) -> str:
     return TOKENIZER.decode(list(np.array(ids)[taught_tokens(ids, n_prompt, tokenizer=TOKENIZER, **options)]))
 
 
-def test_everything_behind_the_prompt_is_taught_but_what_tools_return() -> None:
+def test_everything_after_the_prompt_is_taught_but_what_tools_return() -> None:
     text = PROMPT + ANALYSIS + CALL + REPLY + FINAL
     assert taught(text) == ANALYSIS + CALL + FINAL
 

@@ -1,4 +1,4 @@
-"""A plan says what a job will take, writes nothing, and refuses what cannot fit."""
+"""A plan states what a job will take, writes nothing, and refuses what cannot fit."""
 
 import re
 from collections import Counter
@@ -117,7 +117,7 @@ def test_a_published_shape_is_planned_without_weights(tmp_path: Path) -> None:
     assert "estimated for one H100" in flat.replace("│ ", "")
     assert not (tmp_path / "r").exists()
     refused = run_command("capture", "20b", *words[2:])
-    assert (refused.code, "names a shape without weights: add --dry-run" in refused.err) == (2, True)
+    assert (refused.code, "is a shape without weights: add --dry-run" in refused.err) == (2, True)
 
 
 def test_info_plans_a_capture_of_a_number_of_tokens() -> None:
@@ -146,7 +146,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
     monkeypatch.setattr(estimate, "free_bytes", lambda path: 10_000)
     plan = planned(nano, transcripts, tmp_path / "r")
     assert not plan.fits
-    with pytest.raises(InputError, match="are to be written and the disk has"):
+    with pytest.raises(InputError, match="would be written, and the disk has"):
         estimate.refuse_what_cannot_fit(plan, tmp_path / "r")
     with pytest.raises(InputError, match="the disk has"):
         wb.capture(nano, transcripts, tmp_path / "r", record=RECORD, unit_tokens=1024)
@@ -173,7 +173,7 @@ def test_a_job_into_memory_is_read_and_verified_there_and_not_shared(
     run = wb.capture(nano, transcripts, "memory://jobs/r.zarr", unit_tokens=1024)
     assert not verify("memory://jobs/r.zarr")
     assert np.array_equal(run.dataset["experts"], local.dataset["experts"])
-    with pytest.raises(InputError, match="seen by one process alone"):
+    with pytest.raises(InputError, match="in the memory of one process"):
         wb.capture(nano, transcripts, "memory://jobs/other.zarr", unit_tokens=1024, workers=2)
 
 

@@ -79,7 +79,7 @@ def kill(kind: str, folder: Path, kills: int) -> int:
 
 
 def leftovers(folder: Path, kind: str, unfinished: int | None = None) -> list[str]:
-    """Names in a folder that are no input, no output and no log: a lock of the last job that was killed may be there.
+    """Names in a folder that are not an input, no output and no log: a lock of the last job that was killed may be there.
 
     unfinished: an output that is not looked at, as nobody resumed it.
     """
@@ -95,7 +95,7 @@ def test_kills_of_a_capture_at_random_moments_lose_nothing(
     nano: GptOss, transcripts: Path, undisturbed: Path, tmp_path: Path, stored: Stored, long: bool
 ) -> None:
     shutil.copy(transcripts, tmp_path / "transcripts.jsonl")
-    outputs = kill("capture", tmp_path, 50 if long else 16)
+    outputs = kill("capture", tmp_path, 50 if long else 8)
     last = tmp_path / f"capture-{outputs}"
     wb.capture(nano, transcripts, last, **OPTIONS)
     want = stored(undisturbed)
@@ -197,7 +197,9 @@ def test_a_signal_stops_a_job_cleanly_and_says_how_to_go_on(
     child.send_signal(number)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 1, err
-    assert f"was stopped by {number.name}; what was written is kept, start it again to go on" in err.splitlines()[-1]
+    assert (
+        f"was stopped by {number.name}; what was written is saved: rerun the command to resume" in err.splitlines()[-1]
+    )
     assert not path.with_name(".run.lock").exists()
     run = wb.open_run(path)
     assert 0 < run.progress[0] < run.progress[1]
@@ -233,7 +235,7 @@ def test_a_full_disk_leaves_its_unit_out_and_the_job_goes_on_later(
         return put(array, where, key, values)
 
     monkeypatch.setattr(shards, "_put", full)
-    with pytest.raises(JobError, match=r"disk of .* is full; free some space and start the same job again"):
+    with pytest.raises(JobError, match=r"disk of .* is full; free some space, then rerun the command"):
         wb.capture(nano, transcripts, path, **OPTIONS)
     assert wb.open_run(path).committed.tolist()[:2] == [True, False]
     monkeypatch.undo()
@@ -367,7 +369,7 @@ def test_a_lost_scheduler_ends_the_job_and_the_next_goes_on(
     if job.returncode != 0:  # it may have been done by then
         assert job.returncode == 1, err
         assert "scheduler" in err.splitlines()[-1]
-        assert "start the job again" in err.splitlines()[-1]
+        assert "rerun the command to resume" in err.splitlines()[-1]
     wb.capture(nano, transcripts, path, **OPTIONS)
     assert stored(path) == stored(undisturbed)
 

@@ -71,7 +71,7 @@ def test_refusals_write_nothing(nano: GptOss, prompts: Path, tmp_path: Path) -> 
         generate_transcripts(nano, prompts, out, samples=2)
     long = {"id": "long", "messages": [{"role": "user", "content": "1" * 1100}]}
     (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
-    with pytest.raises(InputError, match="'long' leaves no room in the context of 1024"):
+    with pytest.raises(InputError, match="'long' fills the context of 1024"):
         generate_transcripts(nano, tmp_path / "long.jsonl", out)
     assert not out.exists()
     out.write_text("mine")

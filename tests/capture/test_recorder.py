@@ -251,7 +251,7 @@ def test_a_quantity_of_pairs_of_tokens_can_be_reduced_by_a_function(nano: GptOss
     [
         (wb.Recorder("experts", hook="mlp.hook_out"), "name is taken by another quantity"),
         (wb.Recorder("a b", hook="hook_mlp_out"), "not letters, digits"),
-        (wb.Recorder("a", hook="mlp.hook_out"), "'mlp.hook_out' is no hook point"),
+        (wb.Recorder("a", hook="mlp.hook_out"), "'mlp.hook_out' is not a hook point"),
         (wb.Recorder("a", hook="hook_mlp_out", reduce="max"), "use one of raw, norm, mean, moments or a function"),
         (
             wb.Recorder("a", hook="hook_mlp_out", reduce=lambda x: x.sum(-1), dims=("b",)),
@@ -277,9 +277,9 @@ def test_recorders_that_cannot_work_are_refused(nano: GptOss, recorder: wb.Recor
 @pytest.mark.parametrize(
     ("tried", "message"),
     [
-        ("layers=0-3", "is an option: write it behind a record, as in 'router_logits layers=0-3'"),
+        ("layers=0-3", "is an option: write it after a record, as in 'router_logits layers=0-3'"),
         ("top_experts", "is recorded as routing"),
-        ("router_logits chanel=final", "'chanel' is no option; use layers="),
+        ("router_logits chanel=final", "'chanel' is not an option: use layers="),
         ("router_logits channel=thought", "thought"),
     ],
 )

@@ -135,7 +135,7 @@ def test_nan_in_a_sum_is_refused(nano: GptOss, transcripts: Path, tmp_path: Path
         ("router_logits heads=2", "router_logits has no heads: use experts="),
         ("sinks experts=2", "sinks has no experts: use heads="),
         ("routing experts=2", "routing has no experts=.*select when you read"),
-        ("resid_post:1 head_index=2", "'head_index' is no option; use layers=, heads="),
+        ("resid_post:1 head_index=2", "'head_index' is not an option: use layers=, heads="),
         ("resid_post:1 every", "'every' has no value: write every=1"),
         ("resid_post:1 every=two", "every takes a number from 1"),
         ("resid_post:1 every=2 every=3", "every= is given twice"),

@@ -1,4 +1,4 @@
-"""Commands of the workbench in this process, and what they leave behind."""
+"""Runs commands of the workbench in this process, and lists the files that they leave."""
 
 import contextlib
 import hashlib

@@ -13,7 +13,8 @@ import pytest
 
 from tests.cli.running import run_command
 from tests.conftest import DATA
-from workbench import cli
+from workbench import cli, registry
+from workbench.figures import paper
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -27,7 +28,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 @pytest.mark.slow
-def test_the_whole_way_from_prompts_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_way_from_prompts_to_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
+    if not long:  # figures of all studies are made by the command of the README, whose test runs it
+        monkeypatch.setattr(paper, "studies", lambda runs: [registry.find("routing")])
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join((DATA / "prompts.jsonl").read_text().splitlines()[::8]) + "\n")
     transcripts, store, out = tmp_path / "t.jsonl", tmp_path / "run.zarr", tmp_path / "out"
@@ -39,7 +44,7 @@ def test_the_whole_way_from_prompts_to_tables(tmp_path: Path, capsys: pytest.Cap
     assert (code, transcripts.read_bytes()) == (0, before)
     code, _, err = run(capsys, *generate, "--seed", "1")
     assert code == 2
-    assert "was begun with seed 0, this command has 1" in err
+    assert "was started with seed 0, and this command has 1" in err
     assert run(capsys, "capture", "nano", str(transcripts), str(store))[0] == 0
     code, text, _ = run(capsys, "verify", str(store))
     assert (code, text.splitlines()[0]) == (0, f"{store}: valid")
@@ -86,7 +91,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", list(MISTAKES))
-def test_a_mistake_is_one_line_exit_2_and_nothing_left_behind(
+def test_a_mistake_is_one_line_exit_2_and_no_file_remains(
     mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments, message = MISTAKES[mistake]

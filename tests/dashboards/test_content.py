@@ -76,7 +76,7 @@ def test_what_is_damaged_is_said_on_every_page_and_the_rest_is_shown(page: str, 
     (damaged / "zarr.json").unlink()
     gone = made(page, Session(registry, Selection({}), lambda: None)) if page != "compare" else None
     assert gone is None or "is not" in str(gone.main[0].object)
-    registry.desk.close()
+    registry.jobs.close()
 
 
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -127,7 +127,7 @@ def test_texts_of_a_run_are_only_text_on_every_page(page: str, evil_run: Path, t
         shown = made(page, Session(registry, Selection({}), lambda: None))
         text = "\n".join(markup(part) for part in [*shown.main, *getattr(shown, "sidebar", [])])
     finally:
-        registry.desk.close()
+        registry.jobs.close()
     assert "<img src=x" not in text
     if page == "overview":
         assert "&lt;img src=x" in text, "the texts do reach the page"
@@ -155,5 +155,5 @@ def test_a_text_that_is_not_escaped_is_noticed(evil_run: Path) -> None:
 def test_a_notebook_shows_every_page() -> None:
     for page in page_titles():
         assert len(notebook(DATA / "demo.zarr", page=page)) == 2
-    with pytest.raises(InputError, match="no page is called"):
+    with pytest.raises(InputError, match="does not exist; the pages are"):
         notebook(DATA / "demo.zarr", page="none")

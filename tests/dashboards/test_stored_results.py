@@ -69,7 +69,7 @@ def test_the_table_of_experiments_names_the_largest_effect_and_counts_intervals(
     row: dict[str, Any] = table.to_dict("records")[0]
     assert row["largest effect"] == "-2"
     assert row["95 % interval"] == "[-3, -1]"
-    assert row["intervals without zero"] == "1 of 2"
+    assert row["intervals excluding zero"] == "1 of 2"
 
 
 def test_the_null_figure_has_every_random_set_and_the_named_one() -> None:

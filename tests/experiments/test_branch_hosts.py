@@ -124,6 +124,6 @@ def test_the_command_asks_the_host_and_experiments_on_weights_refuse_it(
     assert len(host.requests) == asked, "resumed from the file"
     refused = run_command("study", "super-experts", run, "--model", "m", "--host", host.url)
     assert refused.code == 2
-    assert "super-experts does not ask a host: leave --host out" in refused.err
+    assert "super-experts does not use a host: leave --host out" in refused.err
     with pytest.raises(InputError, match="super-experts needs the weights: leave --host out"):
         run_experiment("super-experts", served, wb.open_run(run))

@@ -147,7 +147,7 @@ def test_forcing_every_recorded_choice_undoes_a_random_router(nano: GptOss, arit
     assert got.attrs["family"] == "2 interventions"
     assert bool((got["q"] >= got["p"]).all())
     assert float(got["change"].sel(intervention="forced")) > 0.5 * float(got["change"].sel(intervention="lost"))
-    with pytest.raises(InputError, match="no known routing"):
+    with pytest.raises(InputError, match="was not recorded"):
         effects.RoutedTo(rows, routes, 2, 0)([1, 2, 3])
 
 

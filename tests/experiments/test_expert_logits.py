@@ -53,7 +53,7 @@ def test_ablations_name_their_experts(model: GptOss) -> None:
     assert result["expert"].values.tolist() == [1, 2]
     assert np.isfinite(result["change"].values).all()
     assert (result["low"] <= result["change"]).all()
-    with pytest.raises(InputError, match="at least one expert"):
+    with pytest.raises(InputError, match="no expert was given: give at least one"):
         expert_logits.ablations(model, rows, [])
 
 

@@ -198,13 +198,13 @@ def test_what_is_linear_needs_one_step(exact: GptOss) -> None:
 def test_what_has_no_gradient_is_refused(exact: GptOss) -> None:
     with pytest.raises(InputError, match="no gradient"):
         attribution_patching(exact, CORRUPT, CLEAN, metric, "mlp.hook_expert_indices")
-    with pytest.raises(InputError, match="wanted a number for each"):
+    with pytest.raises(InputError, match="expected a number for each"):
         attribution_patching(exact, CORRUPT, CLEAN, lambda x: x.sum(), "hook_resid_pre")
-    with pytest.raises(InputError, match="pad them alike"):
+    with pytest.raises(InputError, match="pad both to one length"):
         attribution_patching(exact, CORRUPT, CLEAN[:, :5], metric)
     with pytest.raises(InputError, match=r"clean activations lack 'blocks\.0\.attn\.hook_z'"):
         attribution_patching(exact, CORRUPT, {}, metric, "attn.hook_z")
-    with pytest.raises(InputError, match="no straight way"):
+    with pytest.raises(InputError, match="no straight path"):
         integrated_gradients(exact, CORRUPT, metric, CLEAN, at="blocks.0.attn.hook_attn_scores")
     with pytest.raises(ValueError, match="no hook point 'hook_embedding'"):
         attribution_patching(exact, CORRUPT, CLEAN, metric, "hook_embedding")

@@ -114,7 +114,7 @@ def test_a_saved_lens_is_read_in_place_of_a_fit(rows: list[Transcript], tmp_path
     assert "own Jacobian" not in read["lenses"].attrs["summary"]
     assert all(item.draw().data and len(item.table()) for item in gallery(read).values())
     for wrong in ({"save": str(folder)}, {"save": "x", "jacobian": str(folder / "all.pt")}):
-        with pytest.raises(InputError, match=r"exists: name a new folder|no Jacobian lens is fitted"):
+        with pytest.raises(InputError, match=r"exists: choose a new folder|no Jacobian lens is fitted"):
             experiment(model, rows, tuned_steps=0, **wrong, **OPTIONS)
 
 

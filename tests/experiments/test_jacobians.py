@@ -135,7 +135,7 @@ def test_a_reading_is_the_norm_and_unembedding_of_the_mapped_stream(exact: GptOs
     np.testing.assert_array_equal(result["logit"].isel(depth=-1), plain["logit"].isel(depth=-1))
     same = logit_lens(exact, X, of=7, jacobian=JacobianLens({0: torch.eye(64)}, 1))
     np.testing.assert_allclose(same["kl"].isel(depth=0), plain["kl"].isel(depth=2), atol=1e-6)
-    with pytest.raises(InputError, match="takes one of them"):
+    with pytest.raises(InputError, match="give one of them"):
         logit_lens(exact, X, of=7, jacobian=lens, tuned=TunedLens.identity(exact))
 
 
@@ -169,8 +169,8 @@ def test_files_of_the_reference_implementation_and_of_transformer_lens_are_read_
 
 EYE = torch.eye(64)
 WRONG = {
-    "no lens": ({"weights": EYE}, "is no Jacobian lens"),
-    "a list": ([EYE], "is no Jacobian lens"),
+    "no lens": ({"weights": EYE}, "is not a Jacobian lens"),
+    "a list": ([EYE], "is not a Jacobian lens"),
     "no matrices": ({"J": {}}, "expected a matrix for each layer"),
     "another width": ({"J": {0: torch.eye(32)}}, r"layer 0 is \[32, 32\], this model needs \[64, 64\]"),
     "more layers": ({"J": {7: EYE}}, "has layer 7, this model has layers 0 to 2"),

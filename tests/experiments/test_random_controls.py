@@ -94,6 +94,9 @@ def test_groups_that_cannot_be_tested_stay_in_the_result() -> None:
     assert "facts" in result.attrs["not_tested"]
     assert "1 of 3 groups cannot be tested: facts" in result.attrs["summary"]
     assert np.isnan(result["p"].sel(group="facts"))
+    assert "q of at least 0.095" in result.attrs["summary"], "two groups with 20 random sets each"
+    assert "use at least 39 controls" in result.attrs["summary"]
+    assert expert_sets._too_few_sets(np.array([39, 0, 39])) == [], "negative control: enough random sets"
     assert result["random"].sizes == {"group": 3, "set": 20}
     ratio = result["random_load_ratio"].sel(group="arithmetic")
     assert float(ratio.mean()) == pytest.approx(float(result["load_ratio"].sel(group="arithmetic")))

@@ -1,4 +1,4 @@
-"""Experiments by name on nano: each says what it did, with intervals; what nano is known to do is found.
+"""Experiments by name on nano: each states what it did, with intervals; what nano is known to do is found.
 
 Also tests `workbench.experiments.expert_ablation`, `workbench.experiments.expert_forcing`,
 `workbench.experiments.expert_reweighting`, `workbench.experiments.logit_attribution` and
@@ -40,7 +40,7 @@ FEW = pytest.mark.filterwarnings("ignore:only .* prompts")
 
 def test_continuations_are_not_stored_in_the_run_or_in_its_place(run, nano):
     for store in (run.path, f"{run.path}/new.jsonl"):
-        with pytest.raises(InputError, match=r"is an input|lies in the input"):
+        with pytest.raises(InputError, match=r"is an input|is inside the input"):
             run_experiment("sentence-importance", nano, run, store=str(store))
 
 
@@ -139,7 +139,7 @@ def test_results_hold_the_command_that_makes_them(run, nano):
 
 
 def test_what_is_refused(run, nano):
-    with pytest.raises(InputError, match="no study or experiment is called"):
+    with pytest.raises(InputError, match=r"study or experiment .* does not exist"):
         run_experiment("nonsense", nano, run)
     with pytest.raises(InputError, match="at least 5 are needed"):
         chain_of_thought.study(nano, [r for r in transcripts(run) if r.effort == "low"][:5])

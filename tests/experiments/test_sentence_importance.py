@@ -229,7 +229,9 @@ def test_a_file_resumes_and_is_refused_to_another_job(writer: Writer, rows: list
     assert more == sample(writer, points[:3], samples=14)  # type: ignore[arg-type]
     assert more[points[0].id][:10] == complete[points[0].id]
     assert sample(writer, points, samples=10, store=store) == complete  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"was begun with temperature 1.0, this call has 2.0: name another file"):
+    with pytest.raises(
+        InputError, match=r"was started with temperature 1.0, and this call has 2.0: choose another file"
+    ):
         sample(writer, points, samples=10, temperature=2.0, store=store)  # type: ignore[arg-type]
     other = [BranchPoint(p.conversation, p.sentence, p.kind, (*p.ids, 1)) for p in points[:1]]
     with pytest.raises(InputError, match="with another prefix"):

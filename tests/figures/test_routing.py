@@ -179,7 +179,7 @@ def test_what_a_dataset_lacks_is_refused_by_name(load):
         routing.entropy_by_layer(load.sel(channel=["commentary"]))
 
 
-def test_the_gallery_has_every_cell_and_comparison_and_the_numbers_behind(datasets):
+def test_the_gallery_has_every_cell_and_comparison_and_their_data(datasets):
     figures = routing.gallery(datasets)
     assert sum(name.startswith("load_") for name in figures) == 9
     assert sum(name.startswith(("divergence_", "difference_")) for name in figures) == 2 * sum(

@@ -145,7 +145,7 @@ def test_every_container_is_opened(how: str, tmp_path: Path) -> None:
 
 def test_a_dataset_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../../etc/passwd"}]}))
-    with pytest.raises(InputError, match="no file beside it"):
+    with pytest.raises(InputError, match="not a file in its folder"):
         convert(tmp_path)
 
 

@@ -62,14 +62,14 @@ def disagreements(ids: list[int], labels: Labels) -> list[str]:
         elif before == StreamState.CONTENT:
             expected = ("content",) if after == StreamState.CONTENT else ("stop",)
         if part not in expected:
-            lines.append(f"token {at} is {part}, wanted {expected}")
+            lines.append(f"token {at} is {part}, expected {expected}")
         message = labels.messages[labels.message[at]] if labels.message[at] >= 0 else None
         if part == "content" and message is not None:
             role = parser.current_role
             ours = (message.role, message.channel or None, message.recipient or None)
             theirs = (role.value if role else None, parser.current_channel, parser.current_recipient)
             if ours != theirs:
-                lines.append(f"token {at}: {ours}, wanted {theirs}")
+                lines.append(f"token {at}: {ours}, expected {theirs}")
         before = after
     texts = [harmony_encoding().decode(ids[m.content : m.stop]) for m in labels.messages if m.stop >= 0]
     parsed = parser.messages

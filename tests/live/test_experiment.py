@@ -161,7 +161,7 @@ def test_an_intervention_without_tokens_is_reported(nano: GptOss) -> None:
     assert len(experiment.unmatched) == 1
     assert experiment.edited is not None
     assert experiment.edited.rows == experiment.original.rows
-    assert "no token was met by: forbid experts" in text_of(experiment)
+    assert "no token matched forbid experts" in text_of(experiment)
 
 
 def test_limits_are_told() -> None:

@@ -145,7 +145,7 @@ def model() -> GptOss:
 
 
 def logits_of(model: GptOss, steps: int, *, graphs: bool) -> list[Tensor]:
-    """The logits of each step behind two rows of unequal length, one of which leaves after half the steps."""
+    """The logits of each step for two rows of unequal length, one of which leaves after half the steps."""
     model.cuda_graphs = graphs
     cache = KVCache(model.cfg, 2, 60, dtype=model.dtype, device=model.device)
     tokens = torch.randint(model.cfg.d_vocab, (2, 17 + steps), generator=torch.Generator().manual_seed(1))

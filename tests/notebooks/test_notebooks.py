@@ -26,7 +26,7 @@ def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
-    assert list(tmp_path.iterdir()) == [], "a notebook leaves nothing behind"
+    assert list(tmp_path.iterdir()) == [], "a notebook leaves no file"
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def faults(notebook: Any) -> list[str]:
         problems.append("an error or a warning is stored")
     figures = [cell for cell in cells if cell.source.strip().splitlines()[-1].startswith("wb.figures.")]
     if not all(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in figures):
-        problems.append("a figure is no picture")
+        problems.append("a figure is not a picture")
     return problems
 
 

@@ -71,7 +71,7 @@ def test_a_probe_reads_the_channel_and_not_random_labels(run: Run) -> None:
     assert abs(float(chance["accuracy"]) - 0.5) < 0.15, "the negative control: labels that mean nothing"
     assert float(everywhere["selectivity"]) == float(everywhere["accuracy"]) - float(everywhere["control"])
     assert float(everywhere["accuracy_bigram"]) > float(everywhere["baseline"]), "words alone tell much of the channel"
-    with pytest.raises(InputError, match="'colour' is no label"):
+    with pytest.raises(InputError, match="'colour' is not a label"):
         wb.probe(run, "colour")
 
 
@@ -147,7 +147,7 @@ def test_labels_are_named_in_the_view_and_in_the_store(run: Run) -> None:
     assert set(chosen["channel_name"].values) == {"final"}
     assert set(chosen["effort"].values) == {"low", "high"}
     assert chosen.sizes["token"] == int(((data["channel_name"] == "final") & (data["effort"] != "medium")).sum())
-    for wrong, message in (({"channel": "thinking"}, "the run has frame"), ({"colour": "red"}, "no label")):
+    for wrong, message in (({"channel": "thinking"}, "the run has frame"), ({"colour": "red"}, "not a label")):
         with pytest.raises(InputError, match=message):
             run.select(**wrong)
 

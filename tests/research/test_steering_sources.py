@@ -1,4 +1,4 @@
-"""Vectors and features steer as the library does; files that are no vector are refused, and a recipe names no path."""
+"""Vectors and features steer as the library does; files that are not a vector are refused, and a recipe names no path."""
 
 import json
 import pickle
@@ -46,7 +46,7 @@ def write_sae(folder: Path, d_in: int, **more: object) -> torch.Tensor:
 
 
 def moved(model: GptOss, recipe: Recipe, sources: SteeringSources | None = None) -> torch.Tensor:
-    """Return what the interventions add to the stream behind LAYER, at each token of the prompt."""
+    """Return what the interventions add to the stream after LAYER, at each token of the prompt."""
     ids = torch.tensor([recipe.prompt_ids(model)])
     point = f"blocks.{LAYER}.hook_resid_post"
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_vectors_and_features_are_added(nano: GptOss, vector: torch.Tensor, tmp_
         other = replace(one, strength=1.0)  # a negative control
         assert not torch.allclose(moved(nano, Recipe(user="12+7", interventions=(other,)), sources), got, atol=1e-2)
     for one, reason in (
-        (replace(kinds["vector"][0], source="/etc/passwd"), "not known here .known: happy."),
+        (replace(kinds["vector"][0], source="/etc/passwd"), "was not given .given: happy."),
         (replace(kinds["feature"][0], feature=3), "features 0 to 2"),
         (replace(kinds["vector"][0], layers=(9,)), "9"),
     ):

@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_the_unit_uncommitted_and_says_so(tmp_path: Path, mon
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(shards, "_put", full)
-        with pytest.raises(JobError, match="is full; free some space and start the same job again"):
+        with pytest.raises(JobError, match="is full; free some space, then rerun the command"):
             write_unit(writer, 0)
         monkeypatch.undo()
         assert 0 in writer.pending()

@@ -221,7 +221,7 @@ def test_percentile_intervals_are_an_option():
         ({"a": "thought"}, r"channel 'thought' is not in this run; it has frame"),
         ({"b": "analysis"}, r"cannot be compared with itself"),
         ({"between": "layer"}, r"choose channel, effort or task"),
-        ({"channel": "final"}, r"cannot be held fixed"),
+        ({"channel": "final"}, r"cannot be fixed"),
         ({"between": "effort", "a": "low", "b": "high"}, r"needs the channel"),
         ({"between": "effort", "a": "low", "b": "max", "channel": "final"}, r"effort 'max' is not in this run"),
         ({"task": "sorting"}, r"task 'sorting' is not in this run; it has recall, sums"),

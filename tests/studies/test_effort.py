@@ -121,4 +121,4 @@ def test_a_run_with_sums_of_sinks_alone_keeps_the_rest_of_the_study():
     result = effort.study(WithoutSinks(**{f.name: getattr(run, f.name) for f in dataclasses.fields(run)}))
     assert "routing_low_vs_high_in_analysis" in result
     assert not any(name.startswith("sinks") for name in result)
-    assert "Left out: sinks, as 'sink' is not in this run" in result["cost"].attrs["summary"]
+    assert "Skipped: sinks, as 'sink' is not in this run" in result["cost"].attrs["summary"]

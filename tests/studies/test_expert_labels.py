@@ -46,7 +46,7 @@ def test_labels_are_read_as_they_were_written(demo: Run, examples: xr.Dataset, t
     assert again["automatic"].tolist() == labels["automatic"].tolist()
     assert not expert_labels.is_edited(again).any()
     assert expert_labels.read(demo) is None
-    with pytest.raises(InputError, match="is no file of labels"):
+    with pytest.raises(InputError, match="is not a file of labels"):
         expert_labels.read(demo, tmp_path / "other.jsonl")
 
 

@@ -1,4 +1,4 @@
-"""Label probes: a planted label is read from its layer on, words are no activation, and nulls are calibrated.
+"""Label probes: a planted label is read from its layer on, words are not an activation, and nulls are calibrated.
 
 Also tests `workbench.studies.token_labels`.
 """
@@ -114,7 +114,7 @@ def test_ridge_is_the_same_in_both_forms() -> None:
     [
         ({"pool": "max"}, "pool='max': use token, mean or last"),
         ({"label": "effort"}, "the tokens have 1 label"),
-        ({"label": "mood"}, "'mood' is no label"),
+        ({"label": "mood"}, "'mood' is not a label"),
         ({"hook": "hook_mlp_out"}, "'hook_mlp_out' is not in run.zarr"),
         ({"false_positives": 2.0}, "false_positives=2.0"),
     ],

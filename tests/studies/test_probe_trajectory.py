@@ -84,7 +84,7 @@ def test_labels_can_be_given_and_some_left_out() -> None:
     labels = ["" if i < 10 else "right" if right else "wrong" for i, right in enumerate(run.sequences["correct"])]
     result = trajectory(run, label=labels, points=2)
     rare = trajectory(run, label=["rare" if i < 3 else label for i, label in enumerate(labels)], points=2)
-    assert "Left out, as fewer than 5 sequences have them: rare (3)." in rare.attrs["summary"]
+    assert "Skipped, as fewer than 5 sequences have them: rare (3)." in rare.attrs["summary"]
     assert result.attrs["rests_on"] == "70 sequences of 70 prompts, 2 labels"
 
 

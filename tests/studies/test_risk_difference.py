@@ -34,6 +34,13 @@ def test_the_pooled_difference_is_the_definition_of_steermoe() -> None:
     rates = [counts.sel(channel=c) / tokens.sel(channel=c) for c in ("final", "analysis")]
     np.testing.assert_allclose(result["difference"].sel(control="pooled"), rates[0] - rates[1], atol=1e-12)
     np.testing.assert_allclose(result["rate_a"], rates[0], atol=1e-12)
+    for control in ("prompt", "prompt and token", "pooled"):  # the rates that are printed differ by the difference
+        one = result.sel(control=control)
+        np.testing.assert_allclose(one["mean_a"] - one["mean_b"], one["difference"], atol=1e-12)
+    of_prompts, opposite = result.sel(control="prompt"), rates[0].values - rates[1].values
+    assert (np.sign(opposite) != np.sign(of_prompts["difference"].values))[of_prompts["different"].values].any(), (
+        "negative control: rates of all tokens, printed before, contradict the sign"
+    )
     assert strictest(result) == "prompt and token"
     assert "more in channel=final" in result.attrs["summary"]
     assert result["control"].values.tolist() == ["prompt", "prompt and token", "pooled", "token"]
@@ -116,15 +123,27 @@ def test_a_difference_of_words_disappears_within_tokens_and_is_called_one_when_p
     assert false <= 4, f"{false} of {2 * trials} families have a false difference at q < 0.05"
 
 
-def test_p_is_calibrated_for_prompts_of_two_tasks(long: bool) -> None:
-    p = []
-    for seed in range(200 if long else 25):
-        run = planted_tokens(seed=seed, n_prompts=24, n_layers=1)
+@pytest.mark.parametrize("n_prompts", [12, 24, 60, 200])
+def test_p_is_calibrated_for_prompts_of_two_tasks(n_prompts: int, long: bool) -> None:
+    """Jackknife over at most 20 groups of prompts. Printed: p below 0.05, and families with a difference."""
+    p: dict[str, list[np.ndarray]] = {"pooled": [], "token": []}
+    families = dict.fromkeys(p, 0)
+    seeds = 200 if long else {12: 10, 24: 25}.get(n_prompts, 0)
+    for seed in range(seeds):
+        run = planted_tokens(seed=seed, n_prompts=n_prompts, n_layers=1)
         result = study(run, a="task=t0,channel=analysis", b="task=t1,channel=analysis")["experts"]
         assert list(result["control"].values) == ["pooled", "token"]
-        p.append(result["p"].sel(control="pooled").values.ravel())
-    rate = float((np.concatenate(p) < 0.05).mean())
-    assert 0.005 <= rate <= 0.12, rate
+        for control, values in p.items():
+            values.append(result["p"].sel(control=control).values.ravel())
+            families[control] += bool(result["different"].sel(control=control).any())
+    if not seeds:
+        pytest.skip("with --long")
+    rates = {control: float((np.concatenate(values) < 0.05).mean()) for control, values in p.items()}
+    shares = {control: n / seeds for control, n in families.items()}
+    print(f"| {n_prompts} prompts | {' | '.join(f'{rates[c]:.3f}, {shares[c]:.3f}' for c in p)} |")
+    for control in p:
+        assert 0.005 <= rates[control] <= (0.07 if long else 0.12), (control, rates)
+        assert shares[control] <= (0.08 if long else 0.2), (control, shares)
 
 
 def test_tokens_taken_as_independent_would_be_called_different() -> None:
@@ -157,7 +176,7 @@ def test_groups_hold_equally_many_prompts_with_the_same_sides() -> None:
         ({"a": "channel=final", "b": "channel=final"}, "tokens are on both sides"),
         ({"a": "effort=high,effort=low"}, "expected NAME=VALUE, each name once"),
         ({"a": "channel=commentary"}, "no token of the run is on side a"),
-        ({"a": "weather=fine"}, "'weather' is no label"),
+        ({"a": "weather=fine"}, "'weather' is not a label"),
     ],
 )
 def test_wrong_sides_are_refused(sides: dict[str, Any], message: str) -> None:

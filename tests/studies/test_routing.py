@@ -59,7 +59,7 @@ def test_a_cell_without_tokens_is_missing_and_an_unused_expert_is_zero():
     assert few.never_selected.sum() == (few.share == 0).sum() > 0
     unused = few.share.values == 0
     assert (few.share_low.values[unused] == 0).all()
-    assert (few.share_high.values[unused] > 0.01).all(), "12 prompts that do not use an expert are no proof"
+    assert (few.share_high.values[unused] > 0.01).all(), "12 prompts that do not use an expert are not proof"
 
 
 def test_one_prompt_gives_a_load_without_an_interval():
@@ -149,8 +149,8 @@ def test_every_variable_says_what_it_is(loaded):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"by": ("layer",)}, "each of channel, effort and task may be named once"),
-        ({"by": ("effort", "effort")}, "may be named once"),
+        ({"by": ("layer",)}, "give each of channel, effort and task at most once"),
+        ({"by": ("effort", "effort")}, "at most once"),
         ({"channels": ("thought",)}, "channel 'thought' is not in this run"),
     ],
 )
@@ -193,7 +193,7 @@ def test_the_study_takes_the_widest_efforts_that_have_pairs_and_says_what_it_lef
     results = study(dataclasses.replace(run, summaries=summaries), **FAST)
     assert "medium_vs_high_in_analysis" in results
     assert "analysis_vs_final" not in results
-    assert "Left out: channels, as fewer than two prompts have tokens of both." in results["load"].summary
+    assert "Skipped: channels, as fewer than two prompts have tokens of both." in results["load"].summary
 
 
 def test_a_run_of_one_effort_is_studied_without_efforts():
@@ -204,11 +204,11 @@ def test_a_run_of_one_effort_is_studied_without_efforts():
 def test_a_run_of_one_prompt_is_described_and_nothing_is_compared():
     results = study(planted_run(n_prompts=1), **FAST)
     assert [name for name in results if "special" not in name] == ["load"]
-    assert results["load"].summary.count("Left out: ") == 4
+    assert results["load"].summary.count("Skipped: ") == 4
 
 
 def test_an_unknown_study_is_refused():
-    with pytest.raises(InputError, match="no study or experiment is called 'sinkz'; choose from routing"):
+    with pytest.raises(InputError, match=r"study or experiment .* does not exist 'sinkz'; choose from routing"):
         studies.run_study("sinkz", None)
 
 

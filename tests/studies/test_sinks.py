@@ -76,4 +76,4 @@ def test_sums_alone_give_the_mass_and_say_what_is_left_out(demo):
 
     result = sinks.study(Sums())
     assert set(result) == {"mass"}
-    assert "Left out" in result["mass"].attrs["summary"]
+    assert "Skipped" in result["mass"].attrs["summary"]

@@ -99,7 +99,7 @@ def attach_existing(model: GptOss, options: Options, folder: str | Path) -> dict
     given = {"rank": config["r"], "alpha": float(config["lora_alpha"])}
     wanted = {"rank": options.rank, "alpha": float(options.alpha)}
     if given != wanted or config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise InputError(f"{folder} has {given}, and {wanted} is asked for: name the options of the folder")
+        raise InputError(f"{folder} has {given}, and {wanted} was requested: give the options of the folder")
     adapter = load_adapter(model, folder)
     attached = {part: model.get_submodule(part).lora for part in adapter.parts}
     replaced = bool(adapter.replaced)
@@ -107,7 +107,7 @@ def attach_existing(model: GptOss, options: Options, folder: str | Path) -> dict
     chosen = {t.part for t in _chosen(model.cfg, options)}
     if replaced or set(attached) != chosen:
         other = min(set(attached) ^ chosen) if set(attached) != chosen else "weights that are replaced"
-        raise InputError(f"{folder} and the parts that are to be trained differ in {other}")
+        raise InputError(f"{folder} and the parts to train differ in {other}: choose the parts of the folder")
     updates: dict[str, LowRank] = {}
     for part, loaded in attached.items():
         assert isinstance(loaded, LowRank)

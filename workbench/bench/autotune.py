@@ -1,4 +1,4 @@
-"""Better tiles by measurement: from every tile that a case uses, downhill in its time, one change after another."""
+"""Tune tiles by measurement: from each tile that a case uses, change one option at a time while the time falls."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator

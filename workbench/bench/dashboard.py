@@ -174,7 +174,7 @@ def _studies(path: str, cache: Path) -> dict[str, float]:
         while (answer := ask()).datasets is None and not answer.reason:
             time.sleep(0.2)
         seconds[study] = time.monotonic() - start
-    registry.desk.close()
+    registry.jobs.close()
     return seconds
 
 
@@ -216,7 +216,7 @@ async def _changes(url: str, chromium: str, rounds: int, sessions: int) -> dict[
                 for change in changes:
                     took = await asyncio.gather(*(visitor.evaluate(_CHANGE, list(change)) for visitor in visitors))
                     if None in took:
-                        raise InputError(f"{page}: {change[0]} {change[1]} brought no {change[2]!r} in 30 s")
+                        raise InputError(f"{page}: {change[0]} {change[1]} did not show {change[2]!r} within 30 s")
                     times.setdefault(f"{page}: {change[0]} {change[1]}", []).extend(took)
                     await visitors[0].wait_for_timeout(1200)
                 for visitor in visitors:

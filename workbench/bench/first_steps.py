@@ -113,7 +113,7 @@ def _two_rows(model: Any, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _continued(model: Any, tokens: Tensor, first: int) -> Tensor:
-    """The logits of a row whose tokens are given in two passes and then one by one, behind a cache."""
+    """The logits of a row whose tokens are given in two passes and then one by one, after a cache."""
     from workbench.model.cache import KVCache
 
     n = tokens.shape[1]

@@ -51,7 +51,7 @@ def run(
         command = python("-m", "workbench.bench.full", str(folder), scratch, str(tokens), str(new), device)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise JobError(f"the model's process ended with {done.returncode}; what it said is above")
+        raise JobError(f"the model's process ended with {done.returncode}; its output is above")
     result: dict[str, Any] = {"made_s": made_s if checkpoint is None else None, **json.loads(done.stdout)}
     for name in ("load_s", "generate_s", "capture_s"):
         print(f"{name.removesuffix('_s'):9}{result[name]:8.1f} s")
@@ -65,7 +65,7 @@ def run(
 
 
 class OwnMemory(threading.Thread):
-    """The most memory that is no file's, looked at twenty times a second; None where the system does not tell."""
+    """The largest memory that is not a file's, read twenty times a second; None where the system does not state it."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

@@ -48,7 +48,7 @@ def run(
         command = python("-m", "workbench.bench.graph", source, str(tokens), device, str(rounds))
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise JobError(f"the measuring process ended with {done.returncode}; what it printed is above")
+        raise JobError(f"the measuring process ended with {done.returncode}; its output is above")
     result: dict[str, Any] = json.loads(done.stdout)
     shown, used = (", ".join(f"{seconds:.2f}" for seconds in result[name]) for name in ("graph_s", "processor_s"))
     print(f"{result['layers']} layers, {tokens} tokens, one target: {shown} s on {result['device']}")

@@ -187,7 +187,7 @@ def refuse_what_cannot_fit(plan: Estimate, path: str | Path) -> None:
     if not plan.fits:
         assert plan.free_bytes is not None
         raise InputError(
-            f"{path}: about {human(plan.disk_bytes)} are to be written and the disk has {human(plan.free_bytes)}: "
+            f"{path}: about {human(plan.disk_bytes)} would be written, and the disk has {human(plan.free_bytes)}: "
             "record "
             "less (layers, every=, reduce=), or write elsewhere"
         )
@@ -210,7 +210,7 @@ def _measured(model: GptOss, first: Sequence[Transcript], spec: Spec) -> tuple[f
 
 
 def _shaped(model: ShapeModel, first: Sequence[Transcript], spec: Spec) -> tuple[float, Computed, Sequence[Transcript]]:
-    """Return a sample of random numbers with its transcripts, and a speed that means nothing."""
+    """Return a sample of random numbers with its transcripts, and a speed that is not meaningful."""
     part = _sample(first, spec, model.cfg)
     return 1.0, _computed(model, part, spec), part
 

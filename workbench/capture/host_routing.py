@@ -1,4 +1,4 @@
-"""Capture along the routes that a host took: every router's choice is replaced by the host's experts.
+"""Capture with the routing of a host: every router's choice is replaced by the experts that the host selected.
 
 Gates, sinks and activations then belong to the host's path. The router's own choice on this path is recorded beside
 it, with the margin by which it was made: the k-th less the (k+1)-th router logit.
@@ -65,7 +65,7 @@ class HostRoutes:
 
     @property
     def fwd_hooks(self) -> list[tuple[str, Any]]:
-        """Return the hooks for `model.hooks(fwd_hooks=…)`, behind hooks that record router logits."""
+        """Return the hooks for `model.hooks(fwd_hooks=…)`, after hooks that record router logits."""
         return [(f"blocks.{layer}.mlp.router.hook_out", self._force(layer)) for layer in range(self._n_layers)]
 
     def begin(self, batch: Sequence[Transcript]) -> None:

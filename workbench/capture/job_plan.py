@@ -92,7 +92,7 @@ def _read(model: GptOss | ShapeModel, transcripts: str | Path) -> tuple[list[Tra
     except InputError as error:
         raise InputError(str(error).replace(str(path), str(transcripts))) from error
     if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
-        raise InputError(f"{transcripts} was changed while it was read; start again when it is complete")
+        raise InputError(f"{transcripts} changed while it was being read: rerun the command when the file is complete")
     return rows, rejects, digest
 
 

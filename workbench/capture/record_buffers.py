@@ -165,7 +165,7 @@ class Buffers:
         return self._streams[device]
 
     def _rows_of(self, a: Activation | Record, at: slice) -> Bool[np.ndarray, " token"]:
-        """Tokens with a row of their own: those meant, or of each message that has any the last."""
+        """Tokens with a row of their own: the selected ones, or the last one of each message that has any."""
         members = self._members[a.name][at]
         if a.reduce != "message":
             return members
@@ -219,7 +219,7 @@ def values_of(
     """
     axes = BLOCK[a.hook].split()[1:] if a is not None else []
     if a is not None and a.index:
-        # the axis of an activation is the first behind pos; [batch head query key] has its heads before
+        # the axis of an activation is the first after pos; [batch head query key] has its heads before
         axis = axes.index(a.index_dim) + 1 if isinstance(a, Record) else 2
         activation = activation.index_select(axis, torch.tensor(a.index, device=activation.device))
     if not isinstance(a, Record) or a.reduce not in ("norm", "own"):

@@ -14,7 +14,7 @@ _RANGE = re.compile(r"(-?\d+)(?:-(\d+))?")
 
 
 def read(text: str, words: Sequence[str]) -> dict[str, Any]:
-    """Return the options behind a name in `--record`, as "layers=0-3 channel=final".
+    """Return the options that follow a name in `--record`, as "layers=0-3 channel=final".
 
     Raises:
         InputError: an option is unknown, has no value or a wrong one, or is given twice.
@@ -27,12 +27,12 @@ def read(text: str, words: Sequence[str]) -> dict[str, Any]:
         )
         if key not in _READS:
             raise InputError(
-                f"--record {text}: {key!r} is no option; use {', '.join(f'{o}=' for o in _READS if o != 'index')}"
+                f"--record {text}: {key!r} is not an option: use {', '.join(f'{o}=' for o in _READS if o != 'index')}"
             )
         if not value:
             raise InputError(f"--record {text}: {key!r} has no value: write {key}={_EXAMPLES.get(key, '1')}")
         if key in options:
-            raise InputError(f"--record {text}: {key}= is given twice: once is enough, with commas between values")
+            raise InputError(f"--record {text}: {key}= is given twice: give it once, with commas between values")
         options[key] = _READS[key](f"--record {text}", key, value)
     return options
 

@@ -77,13 +77,20 @@ def _run() -> int:
         if isinstance(ended.__context__, BrokenPipeError):  # typer itself ends at a closed pipe, with 1
             raise ended.__context__ from None
         raise
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _lacks_memory(error):
+            raise
         raise JobError(f"not enough memory: use smaller numbers, or another machine ({error})") from error
-    if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and says nothing
+    if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and shows nothing
         raise KeyboardInterrupt
     if sys.stdout is not None:
         sys.stdout.flush()
     return code if isinstance(code, int) else 0
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    """Return whether torch could not allocate memory, of the machine or of a GPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -105,7 +105,10 @@ def _place(model: Any, ids: list[int], answer: list[int], at: int | None) -> int
     labels = harmony.label([*ids, *answer], tokenizer=model.tokenizer, n_prompt=len(ids))
     starts = [m.content - len(ids) for m in labels.messages if m.channel == "final" and m.content >= len(ids)]
     if not starts or starts[0] >= len(answer):
-        raise InputError("the answer has no final channel: raise --max-new-tokens, or choose a token with --at")
+        raise InputError(
+            "the answer has no final channel to explain: raise --max-new-tokens, "
+            "or choose a token of another channel with --at"
+        )
     return starts[0]
 
 
@@ -157,7 +160,7 @@ def attention(
     start, stop = (0, None) if tokens is None else _ranges(tokens, "--tokens")[0]
     loaded = load_model(model, device, dtype, ignore_field, adapter)
     if loaded.checkpoint.digest != opened.checkpoint["digest"]:
-        raise InputError(f"{run} was captured from another checkpoint than {model}: give that one with --model")
+        raise InputError(f"{run} was captured from another checkpoint than {model}: give the captured one with --model")
     (row,) = transcripts(opened, numbers[:1])
     patterns = attention_patterns.load(loaded, list(row.tokens), layers=chosen, start=start, stop=stop)
     patterns.attrs |= {"run_digest": opened.digest, "sequence": numbers[0], "id": row.id}

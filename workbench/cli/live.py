@@ -117,7 +117,7 @@ def apply(
         print(recipe_python(read), end="")
         return
     if controls is not None and prompts is None:
-        raise InputError("--controls tests a recipe on many prompts: add --prompts with a file of them")
+        raise InputError("--controls needs many prompts: add --prompts with a file of prompts")
     if out is not None and controls is None:
         raise InputError("--out takes the results of --controls: add --controls 20")
     inputs = [path for path in (recipe, prompts) if path is not None]

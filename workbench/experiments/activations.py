@@ -67,7 +67,10 @@ def scalar(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[
     """
     values = metric(logits)
     if values.shape != logits.shape[:1]:
-        raise InputError(f"the metric gives {tuple(values.shape)} of {len(logits)} sequences: wanted a number for each")
+        raise InputError(
+            f"the metric returns values of shape {tuple(values.shape)} for {len(logits)} sequences: "
+            "expected a number for each"
+        )
     return values
 
 
@@ -106,7 +109,7 @@ def hook_names(model: GptOss, point: str) -> list[str]:
     """
     names = [f"blocks.{layer}.{point}" for layer in range(model.cfg.n_layers)] if point in BLOCK else [point]
     if any(name.endswith("hook_expert_indices") for name in names):
-        raise InputError(f"{point}: a choice of experts has no gradient; patch it and measure")
+        raise InputError(f"{point}: a choice of experts has no gradient: measure its effect by patching")
     return points_of(model, names)
 
 
@@ -131,7 +134,7 @@ def dot(model: GptOss, name: str, end: Tensor, begin: Tensor, slope: Tensor) -> 
 
 
 def real(tokens: Int[Tensor, "batch pos"], n_real: Sequence[int] | None) -> Bool[np.ndarray, "batch pos"]:
-    """Return which tokens are no padding."""
+    """Return which tokens are not padding."""
     lengths = np.array([tokens.shape[1]] * len(tokens) if n_real is None else n_real)
     return np.arange(tokens.shape[1]) < lengths[:, None]
 
@@ -151,7 +154,7 @@ def source(
     if isinstance(given, Tensor):
         if given.shape != like.shape:
             raise InputError(
-                f"clean tokens of {tuple(given.shape)} and corrupt ones of {tuple(like.shape)}: pad them alike"
+                f"clean tokens of {tuple(given.shape)} and corrupt ones of {tuple(like.shape)}: pad both to one length"
             )
         return activations(model, given, [*names, *choices(model)], n_real)
     if missing := [name for name in names if name not in given]:

@@ -1,4 +1,4 @@
-"""Attribution graphs: which embeddings, heads and routed experts, at which tokens, made the model give this logit.
+"""Attribution graphs: the embeddings, heads and routed experts, by token, that a logit is the sum of.
 
     graph = wb.experiments.graph(model, "24*29=", target="6", against="7")
     graph.nodes.head(), graph.edges.head(), graph.metadata

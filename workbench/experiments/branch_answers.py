@@ -74,7 +74,7 @@ class Answered:
         return commitment(modes) if modes[-1] else None
 
     def found_again(self, number: int, ids: Sequence[int], start: int) -> int | None:
-        """Return where a sequence has a sentence like this one at or behind a position, within its analysis."""
+        """Return where a sequence has a sentence like this one at or after a position, within its analysis."""
         own, end = self.one.sentence(number), self.one.header[0]
         rest = [int(t) for t in ids[start:]]
         rest = rest[: rest.index(end)] if end in rest else rest

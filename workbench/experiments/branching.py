@@ -130,7 +130,7 @@ def token_points(row: Transcript, positions: Sequence[int]) -> list[BranchPoint]
     """Return a branch point before each of these tokens of a transcript, of whatever channel.
 
     Raises:
-        InputError: a position is not within the transcript behind its first token.
+        InputError: a position is not within the transcript after its first token.
     """
     if wrong := [at for at in positions if not 0 < at <= len(row.tokens)]:
         raise InputError(f"position {wrong[0]}: {row.id} has {len(row.tokens)} tokens; expected 1 to {len(row.tokens)}")
@@ -188,7 +188,7 @@ def sample(
     if samples < 1 or not temperature > 0:
         raise InputError(f"samples={samples} at temperature {temperature:g}: expected at least 1, above temperature 0")
     if too_long := [p.id for p in points if len(p.ids) >= model.cfg.n_ctx]:
-        raise InputError(f"branch point {too_long[0]!r} leaves no room in the context of {model.cfg.n_ctx} tokens")
+        raise InputError(f"branch point {too_long[0]!r} fills the context of {model.cfg.n_ctx} tokens: shorten it")
     about = {
         "model": model.checkpoint.digest,
         "temperature": float(temperature),
@@ -251,11 +251,11 @@ def _known(rows: RowOutput, points: Sequence[BranchPoint], about: Mapping[str, A
         for name, wanted in about.items():
             if (begun := row["meta"][KEY].get(name)) != wanted:
                 raise InputError(
-                    f"{rows.path} was begun with {name} {begun}, this call has {wanted}: name another file"
+                    f"{rows.path} was started with {name} {begun}, and this call has {wanted}: choose another file"
                 )
         if id in by_id:
             if tuple(row["prefix"]) != by_id[id].ids:
-                raise InputError(f"{rows.path} has the row {id!r} with another prefix: name another file")
+                raise InputError(f"{rows.path} has the row {id!r} with another prefix: choose another file")
             branches[id] = row["branches"]
     return branches
 

@@ -227,8 +227,8 @@ def _answers(
     """Return the tokens that the model generates from the beginning of each final message's content."""
     stems = []
     for answered, row in zip(sequences, rows, strict=True):
-        behind = len(answered.row.tokens) - answered.content
-        stems.append([int(t) for t in row.tokens[: len(row.tokens) - behind]])
+        n_after = len(answered.row.tokens) - answered.content
+        stems.append([int(t) for t in row.tokens[: len(row.tokens) - n_after]])
     texts: list[str | None] = []
     with applied(model, *edits):
         for start in range(0, len(stems), 64):

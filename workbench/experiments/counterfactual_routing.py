@@ -67,7 +67,9 @@ class _Positions:
         own = np.asarray(ids, dtype=np.int64)
         at = self._known.get(own.tobytes())
         if at is None:
-            raise InputError("a sequence that was not among the given ones has no position to reroute")
+            raise InputError(
+                "a sequence was not among the given ones, so it has no position to reroute: pass the same sequences"
+            )
         return np.arange(len(own)) == at
 
 

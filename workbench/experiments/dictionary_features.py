@@ -102,7 +102,7 @@ class ActiveFeatures:
     error: Float[Tensor, "pos d_model"]
 
     def backward(self, g: Float[Tensor, "pos d_model"]) -> tuple[FeatureFlow, Float[Tensor, "pos d_model"]]:
-        """Return the flow to a direction behind the autoencoder, and the direction before it."""
+        """Return the flow to a direction after the autoencoder, and the direction before it."""
         gain = (self.decoder * g[self.pos]).sum(-1)
         reads = gain[:, None] * self.encoder
         before = torch.zeros_like(g).index_add_(0, self.pos, reads)

@@ -280,7 +280,7 @@ class RoutedTo:
         for known, hit in self._known:
             if np.array_equal(known[: len(ids)], ids):
                 return hit[: len(ids)]
-        raise InputError("a sequence that was not among those whose routing was taken has no known routing")
+        raise InputError("the routing of a sequence was not recorded: record the routing of these sequences first")
 
 
 def load_matched(
@@ -303,8 +303,8 @@ def load_matched(
     close = np.flatnonzero(np.abs(loads - wanted) <= tolerance * wanted)[:n]
     if len(close) < n:
         raise InputError(
-            f"only {len(close)} of {n} sets have a load within {tolerance:.0%} of {wanted:.3f}: choose fewer experts, "
-            "or a larger tolerance"
+            f"only {len(close)} of {n} random sets have a load within {tolerance:.0%} of {wanted:.3f}: "
+            "choose fewer experts, or a larger tolerance"
         )
     return [[(int(layer), int(expert)) for layer, expert in sets[i]] for i in close]
 
@@ -318,7 +318,10 @@ def _random_sets(
         own = [expert for other, expert in chosen if other == layer]
         others = np.setdiff1d(np.arange(load.shape[1]), own)
         if len(others) < len(own):
-            raise InputError(f"{len(own)} of {load.shape[1]} experts of layer {layer} are chosen: choose fewer")
+            raise InputError(
+                f"{len(own)} of {load.shape[1]} experts of layer {layer} are selected, so few are left "
+                "for controls: select fewer"
+            )
         drawn = np.sort(others[np.argsort(rng.random((n, len(others))), axis=1)[:, : len(own)]], axis=1)
         parts.append(np.stack([np.full_like(drawn, layer), drawn], -1))
     sets = np.concatenate(parts, axis=1)

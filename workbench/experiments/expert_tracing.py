@@ -296,7 +296,7 @@ def _directions(every: Sequence[_Traced], layer: int, most: int = 256) -> list[F
         own.append(directions[:: max(1, len(directions) // most)])
     pools = [torch.cat([*own[:i], *own[i + 1 :]]) for i in range(len(own))]
     if any(not len(pool) for pool in pools):
-        raise InputError(f"layer {layer} writes the same with and without noise: use more noise")
+        raise InputError(f"layer {layer} writes the same with and without noise: use a larger noise")
     return pools
 
 

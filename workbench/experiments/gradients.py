@@ -1,8 +1,8 @@
-"""Estimates by gradient: what every patch would do, from two passes; and a metric's change shared out along a way.
+"""Gradient estimates: the effect of every patch from two passes, and integrated gradients along a path.
 
 A metric takes logits [batch pos d_vocab] to a number for each sequence. Only what is differentiable is seen: the choice
 of experts has no gradient. Where a patch would send tokens to other experts, an estimate by gradient misses that; so
-every result says how often the choices of the two runs differ, and `verify` measures the largest estimates by patching.
+every result states how often the choices of the two runs differ. `verify` measures the largest estimates by patching.
 
 Reference: Nanda 2023, attribution patching; Syed et al., arXiv 2310.10348; integrated gradients, arXiv 1703.01365.
 """
@@ -116,7 +116,7 @@ def integrated_gradients(
     """Return the difference of the metric between a baseline and the run, divided over the activation at a hook point.
 
     baseline: other tokens [batch pos], whose activation it is, or an activation that broadcasts to the run's. Zeros in
-    the stream are a poor one: every norm behind them turns within √eps of zero, where no step looks. The way is
+    the stream are a poor one: every norm after them turns within √eps of zero, where no step looks. The way is
     straight, its integral by Gauss and Legendre with `steps` gradients. routing: "held" keeps the run's choice of
     experts all the way, so that `attribution` sums to `metric` − `baseline` as steps grow; `jump` is how far the
     baseline with its own choice is from that. With "free" the metric jumps wherever a choice flips, which no gradient
@@ -134,7 +134,7 @@ def integrated_gradients(
     end = seen[at]
     begin = torch.as_tensor(baseline).to(end.device, end.dtype).expand_as(end)
     if not (end.is_floating_point() and bool((end.isfinite() & begin.isfinite()).all())):
-        raise InputError(f"{at}: not all of its values are finite numbers, there is no straight way between them")
+        raise InputError(f"{at}: not all of its values are finite numbers, so no straight path connects them")
     held = [(name, activations.replace_hook(seen[name])) for name in activations.choices(model)]
     hooks = held if routing == "held" else []
 

@@ -38,7 +38,7 @@ def to_json(
     """Return the graph in the form of circuit-tracer's files.
 
     features_url: where the pages of experts are served that `workbench export RUN neuronpedia` writes. labels: of
-    experts (layer, expert), shown behind their names. choices: of `graph_details.choice_edges`.
+    experts (layer, expert), shown after their names. choices: of `graph_details.choice_edges`.
 
     Raises:
         InputError: the slug has other characters than letters, digits, - and _, or the URL is none.

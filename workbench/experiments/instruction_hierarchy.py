@@ -59,12 +59,12 @@ METHOD = (
     "with the second role's, mean over pairs of words, bootstrap-t interval; q: Benjamini–Hochberg over the cases. "
     f"beyond_order: change less that of '{ORDER}', paired by words. first, second: share of new answers at temperature "
     "0 that are the first or the second role's word. Injections: the result of a tool in sequences of the run, with "
-    "the instruction (or the word alone) behind it; change: log-probability of the expected answer less that of the "
+    "the instruction (or the word alone) after it; change: log-probability of the expected answer less that of the "
     "injected word; kept, followed: shares of new answers."
 )
 NOT_CONTROLLED = (
-    "An instruction of one word is no attack: models resist other texts more or less. Roles differ in their place in "
-    "the conversation, of which only the order of two users is a control."
+    "An instruction of one word is not an attack: models resist other texts more or less. Roles differ in their place "
+    "in the conversation, of which only the order of two users is a control."
 )
 
 
@@ -122,7 +122,7 @@ def _pairs(words: str) -> list[tuple[str, str]]:
 def prompt(placed: Sequence[tuple[str, str]], *, tokenizer: harmony.Tokenizer, effort: str, tool: str) -> list[int]:
     """Return a prompt with these texts by role: (role, text) in their order.
 
-    A text of the system is a message of its own behind the system message; that of a tool answers a call.
+    A text of the system is a message of its own after the system message; a text of a tool answers a call.
     """
     messages: list[dict[str, Any]] = []
     system: list[int] = []
@@ -266,7 +266,7 @@ def _results(model: GptOss, row: Transcript) -> list[int]:
 
 
 def _injected(model: GptOss, row: Transcript, text: str, word: str) -> _Case:
-    """Return the prompt of a sequence with a text behind its last result of a tool, by ids."""
+    """Return the prompt of a sequence with a text after its last result of a tool, by ids."""
     labels = harmony.label(row.tokens[: row.n_prompt], tokenizer=model.tokenizer, n_prompt=row.n_prompt)
     stop = next(m.stop for m in reversed(labels.messages) if m.role == "tool")
     ids = [int(t) for t in row.tokens[: row.n_prompt]]

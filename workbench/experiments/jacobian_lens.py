@@ -58,7 +58,7 @@ METHOD = (
 )
 NOT_CONTROLLED = (
     "A Jacobian lens is not fitted to predict the next token: it shows what a stream leads to in this and all later "
-    "tokens, so that a larger divergence is no defect of it. Groups differ in tokens and positions, and a lens of a "
+    "tokens, so that a larger divergence is not a defect of it. Groups differ in tokens and positions, and a lens of a "
     "small group is a mean of fewer prompts."
 )
 
@@ -100,14 +100,16 @@ def experiment(
     if jacobian and save:
         raise InputError(f"save={save!r}: with jacobian={jacobian!r} no Jacobian lens is fitted, leave one of them out")
     if save and Path(save).exists():
-        raise InputError(f"save={save!r} exists: name a new folder")
+        raise InputError(f"save={save!r} exists: choose a new folder")
     kinds = [kind.strip() for kind in by.split(",")]
     fitted, read = _halves(rows, np.random.default_rng(seed))
     own = {group for row in fitted for group in group_masks(model, row, kinds)}
     if jacobian:
         by_group = {"all": JacobianLens.load(jacobian, model)}
         if by_group["all"].layers[0] == model.cfg.n_layers - 1:
-            raise InputError(f"{jacobian} has the last layer only, whose Jacobian is 1: name a lens of earlier layers")
+            raise InputError(
+                f"{jacobian} has the last layer only, whose Jacobian is the identity: give a lens of earlier layers"
+            )
     else:
         by_group = fit_jacobian_lenses(model, fitted, by=kinds, skip_first=skip_first, batch=batch)
         own &= set(by_group)

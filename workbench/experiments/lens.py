@@ -71,7 +71,7 @@ class TunedLens:
         """Write the file, complete or not at all; another lens is replaced, and nothing else.
 
         Raises:
-            InputError: the path is a link or a device, or holds something that is no lens.
+            InputError: the path is a link or a device, or holds something that is not a lens.
         """
         with staged(path, command="TunedLens.save", overwrite=True, owned=_is_lens) as part:
             save_file({"A": self.A.contiguous(), "b": self.b.contiguous()}, part)
@@ -123,7 +123,7 @@ def logit_lens(
         InputError: no token is selected, or both a tuned and a Jacobian lens are given.
     """
     if tuned is not None and jacobian is not None:
-        raise InputError("a tuned and a Jacobian lens are given: one reading takes one of them")
+        raise InputError("both a tuned and a Jacobian lens are given: give one of them")
     chosen = select_tokens(model, tokens, at, n_real)
     several = not isinstance(of, int | str | Tensor)
     choices = [chosen.ids(one) for one in of] if several else [chosen.ids(of)]  # type: ignore[union-attr, arg-type]

@@ -1,4 +1,4 @@
-"""What every part of a model writes into the residual stream, weighed by a direction while a pass goes on.
+"""The projection on a direction of what every part of a model writes into the residual stream, during one pass.
 
 A part is weighed where it passes: a layer's activations at the points are all that is ever kept, and numbers. Heads
 are weighed through the output matrix, so that no head's output is made; experts by what their slots put out.

@@ -1,4 +1,4 @@
-"""Which tokens an experiment looks at, and a pass over them: the rows of a batch end to end, without their padding.
+"""The tokens that an experiment selects, and a pass over them: the rows of a batch end to end, without padding.
 
 `at` is what interventions take for tokens: a token set (`harmony.token_set`), positions, a slice of them, or None for
 every token; negative positions count from a sequence's end.

@@ -42,7 +42,7 @@ def probe(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the data of each."""
     items: Gallery = {}
     for kind, title in (
         ("routing", "Size of routing differences by layer"),

@@ -80,7 +80,7 @@ def features(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the data of each."""
     ds = datasets["agreement"]
     items: Gallery = {}
     if "agreement" in ds:

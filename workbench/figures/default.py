@@ -22,7 +22,7 @@ _MOST_LINES = 8  # more labels than this are a heat map
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return a figure for each variable of each dataset that has an axis, and the numbers behind it."""
+    """Return a figure for each variable of each dataset that has an axis, and its data."""
     items: Gallery = {}
     for name, ds in datasets.items():
         for label, cell, variable in _cells(ds):

@@ -72,7 +72,7 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the data of each."""
     cost = datasets["cost"]
     items = {"accuracy_by_tokens": GalleryItem(partial(accuracy_by_tokens, cost), numbers(cost, "task_effort"), cost)}
     for kind, title in (

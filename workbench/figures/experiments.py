@@ -79,7 +79,7 @@ def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return a figure for each dataset of an experiment, and the numbers behind it."""
+    """Return a figure for each dataset of an experiment, and its data."""
     return {name: GalleryItem(partial(figure, ds), partial(_main_table, ds), ds) for name, ds in datasets.items()}
 
 

@@ -42,7 +42,7 @@ def strongest_tokens(ds: xr.Dataset) -> xr.Dataset:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the data of each."""
     ds = datasets["examples"]
     items = {"position": GalleryItem(partial(default.figure, ds, "position"), numbers(ds, "layer_expert"), ds)}
     if np.isfinite(ds["token_log_odds_low"].values).any():

@@ -1,4 +1,4 @@
-"""Figures as files for a paper: SVG, PDF, PNG and HTML that fetches nothing, each with the numbers behind it as CSV."""
+"""Figures as files for a paper: SVG, PDF, PNG and HTML without network requests, each with its data as CSV."""
 
 import os
 import sys
@@ -85,7 +85,7 @@ def write(
     _check(formats)
     if figures.keys() != data.keys():
         unpaired = sorted(figures.keys() ^ data.keys())
-        raise InputError(f"every figure goes with its data; without a partner: {', '.join(unpaired)}")
+        raise InputError(f"every figure needs its data file and the reverse; missing the other: {', '.join(unpaired)}")
     refuse_paths(figures)
     files: dict[str, str | bytes] = {f"{name}.csv": csv_text(_frame(table)) for name, table in data.items()}
     files |= beside or {}
@@ -106,7 +106,7 @@ def _frame(data: pd.DataFrame | xr.Dataset) -> pd.DataFrame:
 def _check(formats: Sequence[str]) -> None:
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
-        raise InputError(f"no format {', '.join(unknown) or 'given'}; choose from {', '.join(FORMATS)}")
+        raise InputError(f"format {', '.join(unknown) or 'given'} is unknown; choose from {', '.join(FORMATS)}")
 
 
 def _images(figures: Mapping[str, go.Figure], formats: Sequence[str]) -> dict[str, str | bytes]:

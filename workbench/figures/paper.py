@@ -38,7 +38,7 @@ def figures_of_run(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
         InputError: the set is unknown, or the run has no figure of it.
     """
     if which not in get_args(Which):
-        raise InputError(f"no set {which!r}; choose from {', '.join(get_args(Which))}")
+        raise InputError(f"set {which!r} is unknown; choose from {', '.join(get_args(Which))}")
     figures: Gallery = {}
     left_out = []
     for study in studies(runs=1):
@@ -50,12 +50,12 @@ def figures_of_run(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
         drawn: Gallery = study.load_figures().gallery(sets)
         figures |= {f"{study.name}_{name}": drawing for name, drawing in drawn.items()}
     if not figures:
-        raise InputError(f"no study can be made of this run: {'; '.join(left_out)}")
+        raise InputError(f"no study can be computed from this run: {'; '.join(left_out)}")
     main = [name for name in main_figures() if name in figures]
     order = {"all": [*main, *(n for n in figures if n not in main)], "main": main}
     chosen = order.get(which, [n for n in figures if n not in main])
     if not chosen:
-        raise InputError(f"this run has none of the {which} figures; --set all writes what there is")
+        raise InputError(f"this run has none of the {which} figures; use --set all for every figure that it has")
     return {name: figures[name] for name in chosen}, left_out
 
 
@@ -66,7 +66,7 @@ def fit(figure: go.Figure, column: Column) -> go.Figure:
         InputError: the column width is unknown.
     """
     if column not in get_args(Column):
-        raise InputError(f"no column {column!r}; choose from {', '.join(get_args(Column))}")
+        raise InputError(f"column {column!r} is unknown; choose from {', '.join(get_args(Column))}")
     out = go.Figure(figure)
     if column == "screen":
         return figure if figure.layout.width else out.update_layout(width=WIDTH)  # made in a notebook, it has none

@@ -18,7 +18,8 @@ def heatmap(ds: xr.Dataset, control: str, *, theme: ThemeName = "light") -> go.F
     colours, cell = THEMES[theme], ds.sel(control=control)
     points, different = 100 * cell["difference"].values, cell["different"].values
     limit = float(np.abs(points[different]).max(initial=0.1))
-    percent = [100 * cell[n].values for n in ("difference", "low", "high", "rate_a", "rate_b")]
+    rates = ("mean_a", "mean_b") if "mean_a" in cell and np.isfinite(cell["mean_a"]).any() else ("rate_a", "rate_b")
+    percent = [100 * cell[n].values for n in ("difference", "low", "high", *rates)]
     detail = np.stack([*percent, cell["q"].values], -1)
     hover = (
         "layer %{y}, expert %{x}<br>%{customdata[0]:+.2f} points [%{customdata[1]:+.2f}, %{customdata[2]:+.2f}], "

@@ -91,11 +91,11 @@ def entropy_by_layer(
     """
     colours = THEMES[theme]
     if panels not in ("channel", "effort"):
-        raise InputError(f"panels={panels!r} is not possible; choose channel or effort")
+        raise InputError(f"panels={panels!r} is unknown; choose channel or effort")
     lines = "effort" if panels == "channel" else "channel"
     present = [str(label) for label in ds[panels].values if ds["tokens"].sel({panels: label}).any()]
     if not present:
-        raise InputError("no cell of this dataset has a token; there is no entropy to draw")
+        raise InputError("no cell of this dataset has a token, so there is no entropy to draw: record more sequences")
     figure = make_subplots(cols=len(present), shared_yaxes=True, subplot_titles=present, horizontal_spacing=0.02)
     figure.update_annotations(font={"size": 13})
     in_legend: set[str] = set()
@@ -153,7 +153,7 @@ def divergence_by_layer(div: xr.Dataset, *, theme: ThemeName = "light") -> go.Fi
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each, under the names of their files."""
+    """Return every figure of the study and its data, under the names of their files."""
     load = datasets["load"]
     items = {
         "entropy_by_layer": GalleryItem(partial(entropy_by_layer, load), numbers(load, "channel_effort_layer"), load)

@@ -64,7 +64,7 @@ def by_position(ds: xr.Dataset, layer: int, *, theme: ThemeName = "light") -> go
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the data of each."""
     mass = datasets["mass"]
     items: Gallery = {}
     for channel in map(str, mass["channel"].values):

@@ -157,7 +157,7 @@ class _Reader:
 
     def read(self, message: Any, truncated: bool, following: Sequence[Any]) -> None:
         if not isinstance(message, Mapping):
-            raise _MessageError(f"got {shown(message)}; wanted an object with role and content")
+            raise _MessageError(f"got {shown(message)}; expected an object with role and content")
         message = _with_role(message)
         role = message.get("role")
         if role is None and message.get("type") == "message":
@@ -251,7 +251,7 @@ class _Reader:
         if isinstance(message.get("function_call"), Mapping):
             calls = [*calls, {"function": message["function_call"]}]
         if not isinstance(calls, Sequence) or isinstance(calls, str):
-            raise _MessageError(f"tool_calls is {shown(calls)}; wanted a list of calls")
+            raise _MessageError(f"tool_calls is {shown(calls)}; expected a list of calls")
         segments += [_Segment("call", "", self._call(call)) for call in calls]
         self._append(segments, message)
 
@@ -296,7 +296,7 @@ class _Reader:
                 return self._split_text(content, truncated)
             return [_Segment("text", content)]
         if not isinstance(content, list):
-            raise _MessageError(f"its content is {shown(content)}; wanted text")
+            raise _MessageError(f"its content is {shown(content)}; expected text")
         return [segment for part in content for segment in self._part(part)]
 
     def _split_text(self, content: str, truncated: bool) -> list[_Segment]:
@@ -324,14 +324,14 @@ class _Reader:
         if kind in _IMAGE_PARTS:
             self.result.images += 1
             return []
-        raise _MessageError(f"its content has a part of type {shown(kind)}; wanted text, reasoning, images or calls")
+        raise _MessageError(f"its content has a part of type {shown(kind)}; expected text, reasoning, images or calls")
 
     def _text(self, content: Any) -> str:
         """The text of a message that is given to a model."""
         if isinstance(content, str):
             return content
         if not isinstance(content, list):
-            raise _MessageError(f"its content is {shown(content)}; wanted text")
+            raise _MessageError(f"its content is {shown(content)}; expected text")
         segments = [segment for part in content for segment in self._part(part)]
         if any(segment.kind != "text" for segment in segments):
             raise _MessageError("its content has reasoning or a call, which only an assistant's has")
@@ -367,7 +367,7 @@ class _Reader:
         self._last = call
 
     def _item(self, item: Mapping[str, Any], truncated: bool, following: Sequence[Any]) -> None:
-        """An item of Responses that is no message."""
+        """An item of Responses that is not a message."""
         kind = item["type"]
         if kind == "reasoning":
             text, summary = _reasoning_text(item.get("content"))

@@ -1,4 +1,4 @@
-"""The grammar of one message: its ids, and the way back from labelled ids to messages."""
+"""The grammar of one message: from a message to ids, and from labelled ids to messages."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -94,11 +94,11 @@ def message_ids(message: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
     if name is not None and role != "tool":
         ids += encode(f":{name}")
     addressed = [] if recipient in (None, "all") else encode(f" to={recipient}")
-    behind = role == "assistant" and channel == "commentary"
-    ids += [] if behind else addressed
+    channel_first = role == "assistant" and channel == "commentary"
+    ids += [] if channel_first else addressed
     if channel is not None:
         ids += [mark("channel"), *encode(channel)]
-    ids += addressed if behind else []
+    ids += addressed if channel_first else []
     if (content_type := message.get("content_type")) is not None:
         ids += [*encode(" "), mark("constrain"), *encode(content_type.removeprefix(CONSTRAIN))]
     call = role == "assistant" and recipient not in (None, "all")

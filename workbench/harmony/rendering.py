@@ -1,7 +1,7 @@
-"""Messages to ids: what a model is shown, and the way back.
+"""Render messages as token ids.
 
 Messages may be harmony's own or those of any chat API; see `workbench.harmony.chat_messages`. The preamble is
-`workbench.harmony.preamble`'s. Everything behind it is written here, by ids, so that no content can turn into a mark.
+`workbench.harmony.preamble`'s. Everything after it is written here, by ids, so that no content can turn into a mark.
 The choices where the official chat template and the harmony library differ are in docs/conversations.md.
 
 Reference: https://cookbook.openai.com/articles/openai-harmony

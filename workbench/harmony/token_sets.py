@@ -93,7 +93,7 @@ def check_token_set(*, every: int = 1, last: int | None = None, **which: Any) ->
     for name, known in (("role", ROLES), ("channel", CHANNELS), ("part", PARTS)):
         _codes(name, which.get(name), known)
     if every < 1 or (last is not None and last < 1):
-        raise InputError(f"every={every} and last={last}: both count tokens, from 1 on")
+        raise InputError(f"every={every} and last={last}: expected whole numbers from 1")
 
 
 def _numbers(which: int | Iterable[int] | slice, n: int) -> list[int]:

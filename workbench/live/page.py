@@ -149,7 +149,7 @@ class LivePage:
             self._map_title,
             self._map,
             widgets.html('<p class="wb-muted">Click cells to select experts, then add an intervention.</p>'),
-            pn.FlexBox(*self._add.values()),
+            pn.FlexBox(*self._add.values(), margin=(0, 7, 8, 7)),
             self._list,
             sizing_mode="stretch_width",
         )
@@ -160,17 +160,20 @@ class LivePage:
         recipe = pn.Column(
             widgets.html(
                 "<p>The recipe is the prompt, the sampling options and the interventions. The address of this page "
-                "contains it, and <code>workbench apply recipe.json</code> runs a saved one. <i>Copy as a study</i> gives the "
-                "commands that test it on your prompts beside random interventions of the same kind and size.</p>"
+                "contains it, and <code>workbench apply recipe.json</code> runs a saved one. <i>Copy as a study</i> "
+                "gives the commands that test it on your prompts beside random interventions of the same kind and "
+                "size.</p>"
             ),
-            pn.FlexBox(self._save, self._copy, self._study, self._load),
+            pn.FlexBox(self._save, self._copy, self._study, self._load, align_items="flex-end"),
             self._python,
             self._code,
             sizing_mode="stretch_width",
         )
         return [
-            widgets.beside(widgets.card("Prompt", prompt), widgets.card("Experts and interventions", experts)),
-            widgets.beside(*sides),
+            widgets.beside(
+                widgets.card("Prompt", prompt), widgets.card("Experts and interventions", experts), width=400
+            ),
+            widgets.beside(*sides, width=400),
             widgets.card("Difference", self._comparison),
             widgets.card("Recipe", recipe),
         ]
@@ -282,7 +285,9 @@ class LivePage:
         if answer.experts:
             load = answer.load(cfg.n_layers, cfg.num_experts).tolist()
             self._map.param.update(load=shares_by_cell(load, cfg), active=answer.experts[-1].tolist())
-        about = f"Expert load over {len(answer.experts)} tokens of the {name} answer. Framed: the last token's experts."
+        about = (
+            f"Expert load over {len(answer.experts)} tokens of the {name} answer. Framed: experts of the last token."
+        )
         self._map_title.object = f'<span class="wb-muted">{escape(about)}</span>'
 
     def _comparison_html(self, experiment: Experiment) -> str:

@@ -69,7 +69,7 @@ class _Held:
 
 class _Longer(NamedTuple):
     """Columns of a pass that attends to more than its layers hold: of every row the position of its first key, what it
-    takes of the stored keys, where its own keys go behind those, and which of all it stores.
+    takes of the stored keys, where its own keys are appended to those, and which of all it stores.
     """
 
     base: Int[Tensor, " batch"]

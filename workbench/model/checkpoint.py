@@ -38,8 +38,7 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
     """Open and validate a checkpoint, a folder or a .gguf file; weights are read when they are used.
 
     Raises:
-        InputError: a file or tensor is missing, unexpected, truncated, or has another shape or dtype than the config
-        says.
+        InputError: a file or tensor is missing, unexpected, truncated, or of another shape or dtype than in the config.
     """
     given = Path(source)
     if parts := gguf_split.find_files(given):
@@ -88,7 +87,9 @@ def _root(folder: Path) -> Path:
     """Return the folder with the weights: this one, or the folder `original` in it."""
     try:
         if not folder.is_dir():
-            raise InputError(f"{folder} is {'a file' if folder.exists() else 'not there'}: name a checkpoint folder")
+            raise InputError(
+                f"{folder} is {'a file' if folder.exists() else 'not there'}: give the folder of a checkpoint"
+            )
         original = folder / "original"
         return original if (original / "config.json").exists() and not any(folder.glob("*.safetensors")) else folder
     except OSError as error:
@@ -107,7 +108,7 @@ def _weight_files(root: Path) -> tuple[list[Path], list[str]]:
             raise InputError(
                 f"{root}: {pickles[0]} is a pickle, which can run code when it is read; convert it to safetensors"
             )
-        raise InputError(f"{root} has a config.json but no *.safetensors: the weights are missing")
+        raise InputError(f"{root} has a config.json but no *.safetensors: the weights are missing: download them")
     names = {path.name for path in paths}
     if (root / _INDEX).exists():
         wanted = names & {str(file) for file in _index(root).values()}
@@ -141,7 +142,8 @@ def _stored_tensors(root: Path, files: Collection[SafetensorsFile]) -> dict[str,
         for name in file.entries:
             if name in by_name:
                 raise InputError(
-                    f"tensor {name!r} is both in {by_name[name].path.name} and in {file.path.name} of {root}"
+                    f"tensor {name!r} is both in {by_name[name].path.name} and in {file.path.name} of {root}: "
+                    "remove one of them"
                 )
             by_name[name] = file
     return by_name
@@ -177,9 +179,11 @@ def _check_index(root: Path, stored: Mapping[str, SafetensorsFile]) -> None:
     for name, file in _index(root).items():
         if name not in stored:
             state = "lacks it" if (root / Path(str(file)).name).exists() else "is missing: download it again"
-            raise InputError(f"{path} says tensor {name!r} is in {file!r}, which {state}")
+            raise InputError(f"{path} states that tensor {name!r} is in {file!r}, which {state}")
         if file != stored[name].path.name:
-            raise InputError(f"{path} says tensor {name!r} is in {file!r}, but it is in {stored[name].path.name!r}")
+            raise InputError(
+                f"{path} states that tensor {name!r} is in {file!r}, but it is in {stored[name].path.name!r}"
+            )
 
 
 def _check_shards(root: Path, names: set[str]) -> None:
@@ -227,7 +231,7 @@ def _check_expert_counts(root: Path, cfg: Config, layout: str, stored: Mapping[s
         )
     else:
         held, remedy = f"layers with {counts} experts", "write this list as num_local_experts in config.json"
-    raise InputError(f"{root} has {held}, and its config says {stated}: if the model was pruned, {remedy}")
+    raise InputError(f"{root} has {held}, and its config states {stated}: if the model was pruned, {remedy}")
 
 
 def _locations(
@@ -251,7 +255,9 @@ def _locations(
             places[name] = tensor if len(parts) == 1 else tensor.rows(end - rows, end)
     if left := sorted(set(available) - set(fused)):
         path = available[left[0]].file.path
-        raise InputError(f"{path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} left over)")
+        raise InputError(
+            f"{path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} unexpected tensors)"
+        )
     return {name: places[name] for name in wanted}
 
 
@@ -276,9 +282,9 @@ def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...], ca
     packed = canonical.endswith((".blocks", ".scales"))
     dtypes = ("U8",) if packed else _FLOATS
     if entry.shape != shape:
-        raise InputError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, the config wants {list(shape)}")
+        raise InputError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, the config requires {list(shape)}")
     if entry.dtype not in dtypes:
-        raise InputError(f"{path}: tensor {name!r} has dtype {entry.dtype}, wanted {' or '.join(dtypes)}")
+        raise InputError(f"{path}: tensor {name!r} has dtype {entry.dtype}, expected {' or '.join(dtypes)}")
 
 
 def _digest(root: Path, files: Collection[SafetensorsFile]) -> str:
@@ -317,20 +323,21 @@ def resolve(source: str | Path, *, revision: str | None = None) -> Path:
         raise InputError(f"{short(name)} cannot be read: {error.strerror}") from error
     if name in BUNDLED or there or not hub_id:
         if revision is not None:
-            raise InputError(f"revision {revision!r}: only a hub id has revisions, and {short(name)} is none")
+            raise InputError(
+                f"revision {revision!r}: only models on the hub have revisions, and {short(name)} is not the id of one"
+            )
         if not (name in BUNDLED or there):
             raise InputError(
-                f"{short(name)} is neither a folder, nor {' or '.join(BUNDLED)}, nor a hub id such as "
-                "openai/gpt-oss-20b"
+                f"{short(name)} is neither a folder nor {' or '.join(BUNDLED)}, nor a hub id such as openai/gpt-oss-20b"
             )
         return BUNDLED.get(name) or Path(source)
     if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision):
-        raise InputError(f"revision {short(revision)} is no branch, tag or commit")
+        raise InputError(f"revision {short(revision)} is not a branch, a tag or a commit: check its name on the hub")
     folder = _download(name, revision, allow=_HUB_FILES, ignore=["*/*"])
     if not any(folder.glob("*.safetensors")):
         folder = _download(name, revision, allow=[f"original/{pattern}" for pattern in _HUB_FILES], ignore=None)
         if not any(folder.glob("original/*.safetensors")):
-            raise InputError(f"{name} has no safetensors; of GGUF files download one, and name the file")
+            raise InputError(f"{name} has no safetensors; download one of its GGUF files, and give that file")
     return folder
 
 
@@ -342,10 +349,12 @@ def _download(source: str, revision: str | None, *, allow: list[str], ignore: li
         return Path(snapshot_download(source, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         at = f" at revision {revision!r}" if revision else ""
-        raise InputError(f"the hub has no {source}{at}, or it needs a login (hf auth login)") from error
+        raise InputError(
+            f"the hub has no {source}{at}, or it requires a login: check the name, or run `hf auth login`"
+        ) from error
     except Exception as error:  # a network error is one of the HTTP library's own, and that library changes
         cause = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise InputError(
             f"{source} is incomplete in the local cache and cannot be downloaded ({cause}); download it elsewhere and "
-            "name the folder, or point HF_HOME at a cache that has it"
+            "give its folder, or point HF_HOME at a cache that has it"
         ) from error

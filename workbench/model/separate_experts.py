@@ -73,7 +73,7 @@ def stack_experts(root: Path, stored_tensors: Mapping[str, Stored]) -> dict[str,
         key = int(match["n"] or match["last"]), place
         if key in stacks.setdefault(stack, {}) or stack in stored_tensors:
             raise InputError(
-                f"{root}: tensor {stored.name!r} is a part of {stack!r}, which is there already: remove one"
+                f"{root}: tensor {stored.name!r} is a part of {stack!r}, which is stored too: remove one of them"
             )
         stacks[stack][key] = stored
     return tensors | {name: _stacked(root, name, parts) for name, parts in stacks.items()}
@@ -83,7 +83,8 @@ def _stacked(root: Path, name: str, parts: Mapping[tuple[int, int], Stored]) -> 
     n_experts, n_parts = (max(key[i] for key in parts) + 1 for i in (0, 1))
     if len(parts) != n_experts * n_parts:
         raise InputError(
-            f"{root}: {len(parts)} of {n_experts * n_parts} tensors of {name!r} are there: some are missing"
+            f"{root}: {len(parts)} of {n_experts * n_parts} tensors of {name!r} are stored, the others are "
+            "missing: download the checkpoint again"
         )
     first = parts[0, 0]
     for stored in parts.values():

@@ -2,7 +2,7 @@
 
 transformers 5.5.2 and newer save a model that was dequantised while loading under the names of packed tensors: bfloat16
 with three axes in `…_proj_blocks`. Releases 5.3 to 5.5 doubled the endings: `…_proj_blocks_blocks`, `…_blocks_scales`.
-Value heads of reinforcement learning, classifiers, rotary frequencies and scales of quantised caches are no weights of
+Value heads of reinforcement learning, classifiers, rotary frequencies and scales of quantised caches are not weights of
 the model. torch.compile and distributed training put names of their wrappers before or into the names of tensors; a
 model that is part of another one, or a backbone that was saved alone, has another beginning than `model.`.
 """
@@ -80,7 +80,7 @@ def hugging_face_names(root: Path, files: Mapping[str, SafetensorsFile]) -> tupl
 
 
 def _beginning(names: Collection[str]) -> str:
-    """Return what stands before the names of the backbone's tensors: `model.`, unless the one embedding says else."""
+    """Return what stands before the names of the backbone's tensors: `model.`, or what the embedding's name has."""
     prefixes = {
         name.removesuffix(_EMBEDDING) for name in map(unwrapped, names) if re.search(rf"(^|\.){_EMBEDDING}$", name)
     }

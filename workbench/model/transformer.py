@@ -1,4 +1,4 @@
-"""gpt-oss with every step open: a TransformerLens HookedRootModule that computes what the checkpoint means.
+"""gpt-oss with a hook point at every step, as a HookedRootModule of TransformerLens.
 
 You pay for what you hook. A point that the fast path has no tensor for (scores, patterns, per-head results, the
 inside of the experts) is materialised only while it is hooked, in that layer; the numbers are the same either way.
@@ -128,7 +128,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         return x.to(self.unembed.weight.device)
 
     def _checkpointed(self, block: nn.Module, x: Tensor, where: PassContext) -> Tensor:
-        """The block, whose inside the backward pass computes again: with the hooks and the tokens of this pass."""
+        """Return the block's output; the backward pass computes it again with the hooks and the tokens of this pass."""
         hooks, context = snapshot_hooks(block), self.context
         assert context is not None
 
@@ -178,7 +178,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
 
         return_type: "logits", "loss" (the mean cross-entropy in nats; of every token with `loss_per_token`), "both",
         or None. Ids are moved to the model's device. Rows of unequal length are padded; `attention_mask` or
-        `padding_side` say where a tensor has padding, on either side. prepend_bos: True puts `<|startoftext|>` before
+        `padding_side` state where a tensor has padding, on either side. prepend_bos: True puts `<|startoftext|>` before
         a text; harmony has no such token, so None and False add nothing.
 
         start_at_layer: `input` is a residual stream [batch pos d_model] that enters this layer; `tokens` are then its
@@ -192,7 +192,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
             InputError: the input is neither text nor ids of the vocabulary, or an option has no meaning.
         """
         if cache is not None and past_kv_cache is not None:
-            raise InputError("cache and past_kv_cache are the same thing: pass one of them")
+            raise InputError("cache and past_kv_cache are two names of one option: pass one of them")
         return calling.forward(
             self,
             input,
@@ -270,7 +270,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         if callable(name):
             return
         if not isinstance(name, str):
-            raise InputError(f"{name!r:.80} is no hook point: expected its name, or a function of names")
+            raise InputError(f"{name!r:.80} is not a hook point: expected its name, or a function of names")
         if name not in self.hook_dict:
             if switch := input_points.SWITCHES.get(name.rpartition(".")[2]):
                 raise InputError(f"the model has no hook point {name!r}: call model.{switch}(True) first")

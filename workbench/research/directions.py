@@ -45,7 +45,9 @@ def direction(
     )
     for selection, vectors in zip((a, b), means, strict=True):
         if not vectors:
-            raise InputError(f"no token is {selection!r}: choose labels that the sequences have, as in run.messages")
+            raise InputError(
+                f"no token has the labels {selection!r}: choose labels that the sequences have, as in run.messages"
+            )
     first, second = (np.mean(vectors, axis=0) for vectors in means)
     return torch.from_numpy((first - second).astype(np.float32))
 

@@ -12,7 +12,7 @@
 | patch | layers, source: residual stream of the prompt with another user message, or at another effort | – |
 | knockout | layers, heads, keys: tokens that the scope's tokens cannot attend to | – |
 
-Layers mean the residual stream behind them. Without heads every head is meant.
+Layers mean the residual stream after them. Without heads every head is meant.
 """
 
 import math

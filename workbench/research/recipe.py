@@ -110,7 +110,7 @@ class Recipe:
         """
         if any(one.kind == "patch" for one in self.interventions):
             raise InputError(
-                "a recipe that patches is of its own prompt: remove the intervention 'patch', or use "
+                "a recipe with a patch applies to its own prompt only: remove the intervention 'patch', or use "
                 "`workbench study patching` for many prompts"
             )
 
@@ -145,7 +145,7 @@ class Recipe:
         """Return the recipe of a JSON text.
 
         Raises:
-            InputError: the text is no recipe, or a field is unknown or not valid.
+            InputError: the text is not a recipe, or a field is unknown or not valid.
         """
         if len(text.encode()) > MAX_BYTES:
             raise InputError(f"a recipe has at most {MAX_BYTES:,} bytes, this one has {len(text.encode()):,}")
@@ -156,7 +156,7 @@ class Recipe:
         """Return the recipe of a JSON file.
 
         Raises:
-            InputError: the file is no recipe, or cannot be read.
+            InputError: the file is not a recipe, or cannot be read.
         """
         try:
             return cls._read(read_json(path, max_bytes=MAX_BYTES, max_depth=8))
@@ -188,11 +188,11 @@ def _read_history(turns: list[Any]) -> tuple[tuple[str, str], ...]:
     """Return the earlier turns of a document.
 
     Raises:
-        InputError: there are too many, or one is no pair of texts.
+        InputError: there are too many, or one is not a pair of texts.
     """
     if len(turns) > MAX_TURNS:
         raise InputError(f"a recipe has at most {MAX_TURNS} earlier turns, this one has {len(turns)}")
     for turn in turns:
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise InputError(f"history: {turn!r:.60} is no pair of texts, [user message, final answer]")
+            raise InputError(f"history: {turn!r:.60} is not a pair of texts, [user message, final answer]")
     return tuple((asked, answered) for asked, answered in turns)

@@ -62,14 +62,16 @@ class SteeringSources:
         if feature >= len(sae.W_dec):
             raise InputError(f"feature {feature} of SAE {name!r}: it has features 0 to {len(sae.W_dec) - 1}")
         if sae.cfg.reshape_activations != "none" or sae.cfg.normalize_activations != "none":
-            raise InputError(f"SAE {name!r} normalizes or flattens its input: its decoder vectors are no directions")
+            raise InputError(
+                f"SAE {name!r} normalizes or flattens its input: its decoder vectors are not directions of the stream"
+            )
         return sae.W_dec[feature].detach().float()
 
 
 def _loaded(loaded: Mapping[str, Source], name: str, what: str, option: str) -> Source:
     if name not in loaded:
         known = ", ".join(sorted(loaded)) or "none"
-        raise InputError(f"{what} {name!r} is not known here (known: {known}): give it with {option}")
+        raise InputError(f"{what} {name!r} was not given (given: {known}): give it with {option}")
     return loaded[name]
 
 

@@ -88,7 +88,7 @@ def export(
     if hook is None and format == "safetensors":
         raise InputError("--format safetensors is for activations: name one, as in --what activations/resid_post")
     if context < 1:
-        raise InputError(f"--context {context}: a row has at least one token")
+        raise InputError(f"--context {context}: expected at least 1 token")
     selection.check(run)
     writers: dict[str, Callable[[Path], int]] = {
         "parquet": lambda part: _parquet(run, part, selection),
@@ -98,7 +98,7 @@ def export(
     with staged(out, command="export", inputs=[run.path], overwrite=overwrite) as part:
         n = writers[format](part)
         if not n:
-            raise InputError("the selection holds no token of this run")
+            raise InputError("no token of this run matches the selection: choose other labels")
     return n
 
 
@@ -116,7 +116,7 @@ def _what(run: Run, what: str, layers: Sequence[int]) -> tuple[str | None, tuple
 
 
 def _blocks(run: Run, selection: Selection) -> Iterator[tuple[slice, np.ndarray, pd.DataFrame]]:
-    """Rows of every committed unit in the store, which of them are meant, and the columns of those."""
+    """Rows of every committed unit in the store, which of them are selected, and the columns of those."""
     sequences = run.sequences
     for rows in run.spans:
         group = run.group["tokens"]

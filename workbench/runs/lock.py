@@ -82,7 +82,7 @@ class ObjectLock:
                 self._nonce = record["nonce"]
                 return
             self._remove_if_dead()
-        raise InputError(f"{self._storage} cannot be locked: other jobs took it at the same moment; try again")
+        raise InputError(f"{self._storage} cannot be locked: other jobs locked it at the same moment: try again")
 
     def _remove_if_dead(self) -> None:
         """Delete the lock of a dead owner. A claim of its nonce, which one job gets, keeps others from doing the same.
@@ -106,7 +106,7 @@ class ObjectLock:
             self._storage.delete(claim)
 
     def _read_owner(self) -> dict[str, Any] | None:
-        """Return the owner, or None if the lock is gone. An object is written whole, so no JSON is no lock of ours."""
+        """Return the owner; None if the lock is gone. Objects are complete, so what is not JSON is not our lock."""
         try:
             holder = parse_json(self._storage.read(LOCK))
         except FileNotFoundError:

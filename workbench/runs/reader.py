@@ -57,7 +57,9 @@ class Run(SummedRun):
         with reading(self.storage, "the table sequences"):
             has_flags = "flags" in self.group["sequences"]
         if names and not has_flags:
-            raise InputError(f"{self.path} stores no flags of its sequences: capture it again to exclude some")
+            raise InputError(
+                f"{self.path} stores no flags of its sequences: capture it again to be able to exclude sequences"
+            )
         run = Run(self.storage, self.group, tuple(dict.fromkeys((*self.excluded, *names))))
         if run.excluded and not len(run._visible) and len(Run(self.storage, self.group)._visible):
             raise InputError(f"{self.path}: excluding {', '.join(run.excluded)} leaves no sequence")
@@ -138,7 +140,7 @@ class Run(SummedRun):
         return int(rows[0])
 
     def __getattr__(self, name: str) -> Any:
-        """Raise an error that says where something is that has another name here."""
+        """Raise an error that states the name under which a run has the quantity."""
         instead = _INSTEAD.get(name)
         raise AttributeError(f"a run has no {name!r}" + (f": use {instead}" if instead else ""))
 

@@ -1,4 +1,4 @@
-"""The sufficient statistics of a unit: per sequence and channel, what studies resample instead of tokens.
+"""The sufficient statistics of a unit by sequence and channel, which studies resample instead of tokens.
 
 Sums over the tokens of each (sequence, channel); channels are those of `workbench.harmony.labels.CHANNELS`, which
 partition the tokens, so that summing over channels gives the sequence.

@@ -141,7 +141,7 @@ class SummedRun(CommittedRun):
         return self._array(f"summaries/{name}")
 
     def _axes(self, array: zarr.Array) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """Dimensions of a summary behind the first, and their coordinates."""
+        """Dimensions of a summary after the first, and their coordinates."""
         dims = tuple(array.metadata.dimension_names)[1:]
         coords: dict[str, Any] = {"channel": list(CHANNELS)}
         coords |= {"layer": np.arange(self.model["n_layers"])} if "layer" in dims else {}

@@ -1,4 +1,4 @@
-"""Summaries summed over all sequences of an effort and task: what a dashboard asks for first, kept ready.
+"""Summaries summed over all sequences of an effort and task, stored because dashboards read them first.
 
 They are written when a run is finished, so that a question about ten million tokens reads a few kilobytes; of a run
 that is not, they are summed when asked for.

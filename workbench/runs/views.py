@@ -25,7 +25,7 @@ _SIZES = {
     "expert": "num_experts",
 }
 LABELS = ("sequence", "position", "message", "part", "role", "channel")  # coordinates of the tokens
-# what codes of a label mean, from 0; −1 is no role
+# what codes of a label mean, from 0; −1 is not a role
 CODES = {"part": PARTS, "role": ROLES, "channel": CHANNELS}
 _OF_SEQUENCES = ("effort", "task")
 Variable = tuple[tuple[str, ...], da.Array, dict[str, Any]]
@@ -99,7 +99,7 @@ def chosen(run: Any, labels: Mapping[str, Any]) -> np.ndarray:
         known: Any = CODES.get(name)
         if known is None and (name in CODES or of_sequence not in table):
             labels_known = (*CODES, *_OF_SEQUENCES, "domain", "prompt_id", "correct", "sequence")
-            raise InputError(f"{name!r} is no label of a run's tokens: use {', '.join(labels_known)}")
+            raise InputError(f"{name!r} is not a label of a run's tokens: use {', '.join(labels_known)}")
         known = list(dict.fromkeys(table[of_sequence])) if known is None else known
         if unknown := [w for w in wanted if w not in known]:
             raise InputError(f"{name}={unknown[0]!r}: the run has {', '.join(map(str, known[:12]))}")
@@ -112,7 +112,7 @@ def chosen(run: Any, labels: Mapping[str, Any]) -> np.ndarray:
 
 
 def summary_dims(about: Activation | Record, stored: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names for the dimensions of a summary behind the layer, without what of them was recorded."""
+    """Return names for the dimensions of a summary after the layer, without what of them was recorded."""
     if isinstance(about, Record):
         return about.dims
     own = "_".join(about.dims or ("feature",))

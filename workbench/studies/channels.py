@@ -1,4 +1,4 @@
-"""The channels study: what differs between analysis and final, beyond where they stand.
+"""The channels study: what differs between analysis and final, beyond their positions.
 
 Routing and sinks are compared over all tokens and at equal position, and beside the difference that the two halves of
 the analysis have among themselves. Recorded activations are described by their channel means and by how well a linear
@@ -82,7 +82,10 @@ def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
         InputError: the run has no single tokens, or nothing to compare channels by.
     """
     if not isinstance(run, TokenRun):
-        raise InputError("the channels study needs a run's single tokens, and this one has sums alone")
+        raise InputError(
+            "the channels study needs a run's single tokens, and this run has only sums: "
+            "capture again with --record routing"
+        )
     datasets: dict[str, xr.Dataset] = {}
     left_out = []
     for what, label in (("experts", "routing"), ("sink", "sinks")):
@@ -95,15 +98,18 @@ def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
         except InputError as error:  # this quantity was not recorded
             compared, refused = {}, {name: str(error) for name in planned}
         datasets |= compared
-        left_out += [f"Left out: {name}, as {reason}." for name, reason in refused.items()]
+        left_out += [f"Skipped: a comparison of {label}, as {reason}." for reason in dict.fromkeys(refused.values())]
     hooks = [a.hook for a in getattr(getattr(run, "spec", None), "activations", ()) if a.reduce == "raw"]
     for hook in hooks:
         try:
             datasets[f"geometry_{hook.removeprefix('hook_')}"] = geometry(run, hook, "analysis", "final", seed=seed)
         except InputError as error:
-            left_out.append(f"Left out: {hook}, as {error}.")
+            left_out.append(f"Skipped: {hook}, as {error}.")
     if not datasets:
-        raise InputError(" ".join(left_out) or "the run holds nothing that channels could be compared by")
+        raise InputError(
+            " ".join(left_out)
+            or "the run has no recorded quantity by which channels can be compared: record routing or sinks"
+        )
     first = next(iter(datasets.values()))
     first.attrs["summary"] = "\n".join([first.attrs["summary"], _beside_halves(datasets), *left_out]).strip()
     return datasets

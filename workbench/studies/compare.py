@@ -123,12 +123,12 @@ def _differences(run: TokenRun, other: TokenRun, same: bool, seed: int) -> tuple
         if what == "experts" and not same:
             continue
         if what == "sink" and not _has(run, other, "sinks"):
-            left_out.append("Left out: sinks, as not both runs recorded them.")
+            left_out.append("Skipped: sinks, as not both runs recorded them.")
             continue
         try:
             compared = run_contrasts(run, other, what, seed=seed)
         except InputError as error:
-            left_out.append(f"Left out: {label}, as {error}.")
+            left_out.append(f"Skipped: {label}, as {error}.")
             continue
         datasets |= {f"{label}_in_{channel}": _noted(ds) for channel, ds in compared.items()}
     return datasets, left_out

@@ -1,4 +1,4 @@
-"""Which sequences and tokens a number rests on: cells of a run, and pairs or groups to compare.
+"""The sequences and tokens of an estimate: cells of a run, and pairs or groups to compare.
 
 A *cell* is the tokens of some channels in the sequences of one effort or task. A *comparison* sets two conditions side
 by side, with as much held equal as the run allows: two channels of the same sequence, two efforts of the same prompt
@@ -120,9 +120,9 @@ def axes(summary: xr.DataArray, by: Sequence[str], channels: Sequence[str] | Non
     """
     wrong = [axis for axis in by if axis not in ("channel", "effort", "task")]
     if wrong or len(set(by)) != len(by):
-        raise InputError(f"by={tuple(by)!r} is not possible; each of channel, effort and task may be named once")
+        raise InputError(f"by={tuple(by)!r} is not valid; give each of channel, effort and task at most once")
     if not summary.sizes["sequence"]:
-        raise InputError("the run holds no sequence yet; a study needs at least one")
+        raise InputError("the run holds no sequence yet; a study needs at least one: wait for its capture")
     chosen = known_channels(summary, channels)
     return {axis: chosen if axis == "channel" else in_order(list(labels(summary, axis))) for axis in by}
 
@@ -155,11 +155,13 @@ def conditions(
     """
     fixed = {"channel": channel, "effort": effort, "task": task}
     if between not in fixed:
-        raise InputError(f"between={between!r} is not possible; choose channel, effort or task")
+        raise InputError(f"between={between!r} is unknown; choose channel, effort or task")
     if fixed[between] is not None:
-        raise InputError(f"{between}={fixed[between]!r} cannot be held fixed between {between}s; leave it out")
+        raise InputError(
+            f"{between}={fixed[between]!r} cannot be fixed in a comparison between {between}s: leave it out"
+        )
     if a == b:
-        raise InputError(f"{between} {a!r} cannot be compared with itself; name two different ones")
+        raise InputError(f"{between} {a!r} cannot be compared with itself; give two different ones")
     if between == "channel":
         return Condition(a, effort, task), Condition(b, effort, task)
     if channel is None:

@@ -119,7 +119,7 @@ def divergence(
     if n_permutations < 1:
         raise InputError(f"n_permutations={n_permutations}; a test needs at least 1 permutation")
     if interval not in get_args(DifferenceInterval):
-        raise InputError(f"interval={interval!r} is not possible; choose t, bca or percentile")
+        raise InputError(f"interval={interval!r} is unknown; choose t, bca or percentile")
     sides = conditions(between, a, b, channel=channel, effort=effort, task=task)
     counts = run.summary("expert_count")
     tokens = run.summary("tokens")

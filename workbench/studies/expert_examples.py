@@ -134,7 +134,7 @@ def load(run: Any, *, seed: int = 0, tokenizer: Any = None) -> xr.Dataset:
     if "routing" not in getattr(run, "recorded", ()) or not hasattr(run, "blocks"):  # sums have no single tokens
         raise InputError("examples of experts need a stored run with its routing: capture with --record routing")
     if not len(run.sequences):
-        raise InputError(f"{run.path} holds no sequence yet; a study needs at least one")
+        raise InputError(f"{run.path} holds no sequence yet; a study needs at least one: wait for its capture")
     known = conversations.tokenizer(run, tokenizer)
     lists = examples.of_run(run)
     channels = [c for c, name in enumerate(CHANNELS) if (lists["top_sequence"][c] >= 0).any()]
@@ -346,7 +346,7 @@ def _jackknifed(
         part_of = full_estimate - np.asarray(estimate(*(t - part[unit] for t, part in zip(totals, sums, strict=True))))
         mean, square, cube = mean + part_of / n, square + part_of**2 / n, cube + part_of**3 / n
     variance = np.maximum(square - mean**2, 0)
-    third = (cube - 3 * mean * square + 2 * mean**3) * n * ((n - 1) / n) ** 1.5
+    third = (cube - 3 * mean * square + 2 * mean**3) * n * (max(n - 1, 0) / max(n, 1)) ** 1.5
     tested = test_of_moments(full_estimate, np.sqrt(variance * (n - 1)), third, np.maximum(units - 1, 1))
     enough = units >= MIN_PROMPTS
     return full_estimate, np.where(enough, tested.low, np.nan), np.where(enough, tested.high, np.nan)

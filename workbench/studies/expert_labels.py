@@ -72,7 +72,7 @@ def read(run: Any, path: str | Path | None = None) -> pd.DataFrame | None:
     file = path_of(run) if path is None else Path(path)
     if not file.is_file():
         if path is not None:
-            raise InputError(f"{file} is no file of labels")
+            raise InputError(f"{file} is not a file of labels")
         return None
     rows = [_row(run, file, n, line) for n, line in enumerate(_lines(file), 1) if line.strip()]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -178,7 +178,7 @@ def update(run: Any, labels: pd.DataFrame) -> pd.DataFrame:
 
 
 def _staged(run: Any, file: Path) -> AbstractContextManager[Path]:
-    # every line says which expert it labels, so the content tells whether the file may be replaced, not a marker
+    # every line states which expert it labels, so the content tells whether the file may be replaced, not a marker
     return staged(file, command="label", inputs=[run.path], overwrite=True, owned=lambda path: _holds_labels(run, path))
 
 

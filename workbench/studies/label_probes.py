@@ -1,4 +1,4 @@
-"""The label probes study: from which layer on do activations predict a label, beyond what the words predict?
+"""The label probes study: from which layer on do activations predict a label, beyond what the tokens predict?
 
 The label is any of a run's: role, channel, part, effort, task, domain, right or wrong answers, or one of your own for
 each sequence. A linear probe is fitted on some prompts and tested on others. Its AUC is compared with those of the

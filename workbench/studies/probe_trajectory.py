@@ -56,7 +56,7 @@ STUDY = Study(
     order=49,
 )
 SOURCES = ("token", "position", "bigram", "tokens so far")
-_FEW = 20  # sequences of a label, below which an AUC says little
+_FEW = 20  # sequences of a label, below which an AUC shows little
 _MOST_TYPES = 512  # token types of the baseline of all tokens so far
 DEFINITIONS = {
     **AUC_DEFINITIONS,
@@ -234,7 +234,7 @@ def _summary(result: xr.Dataset, channel: str) -> str:
     if text := few_prompts(int(result.attrs["prompts"])):
         lines.append(f"Warning: {text}.")
     if result.attrs["left_out"]:
-        lines.append(f"Left out, as fewer than {FOLDS} sequences have them: {result.attrs['left_out']}.")
+        lines.append(f"Skipped, as fewer than {FOLDS} sequences have them: {result.attrs['left_out']}.")
     if result.attrs["few"]:
         lines.append(f"Warning: few sequences have the rarest label ({result.attrs['rarest_label']}).")
     best = result["baseline"].max("source")

@@ -1,4 +1,4 @@
-"""What sums alone say at once: shares and means of any selection, without intervals.
+"""Shares and means of any selection, computed from stored sums at once and without intervals.
 
 A finished run keeps its sums by channel, effort and task, so these cost milliseconds at ten million tokens. Numbers
 with intervals, nulls and controls are those of the studies.

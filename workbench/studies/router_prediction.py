@@ -71,7 +71,10 @@ def study(run: Run, *, hook: str = "", max_tokens: int = 4000, seed: int = 0) ->
         InputError: the run has sums only, fewer than five prompts, or did not record the hook point.
     """
     if not hasattr(run, "blocks"):
-        raise InputError("the prediction of the router needs the tokens of a run, and this one holds sums only")
+        raise InputError(
+            "the prediction of the router needs the tokens of a run, and this run holds only sums: "
+            "capture again with --record routing"
+        )
     parts = [(b["id"], b["sequence"], b["experts"]) for b in run.blocks("id", "experts")]
     ids, sequence, experts = (np.concatenate([p[i] for p in parts], axis=1 if i == 2 else 0) for i in range(3))
     prompt = np.unique(index_of(run).prompts[0][sequence], return_inverse=True)[1]

@@ -234,7 +234,7 @@ def study(
 ) -> dict[str, xr.Dataset]:
     """Load by channel and effort, analysis against final, and the most distant efforts in each channel.
 
-    A comparison for which the run has no pairs is left out; the load's summary says which and why.
+    A comparison for which the run has no pairs is left out; the load's summary states which and why.
     """
     tokens = run.summary("tokens")
     datasets = {"load": load(run, n_boot=n_boot, seed=seed)}
@@ -248,7 +248,7 @@ def study(
                 run, between, a, b, channel=channel, n_boot=n_boot, n_permutations=n_permutations, seed=seed
             )
         else:
-            left_out.append(f"Left out: {between}s{within}, as fewer than two prompts have tokens of both.")
+            left_out.append(f"Skipped: {between}s{within}, as fewer than two prompts have tokens of both.")
     for axis in ("channel", "effort", "task"):
         if (about := special(run, axis, seed=seed)) is not None:
             datasets[f"special_in_{axis}"] = about

@@ -107,7 +107,9 @@ def agreement(run: TokenRun, blocks: Iterator[Compared], attrs: dict[str, object
     for compared in blocks:
         sums.add(*compared)
     if not sums.tokens.any():
-        raise InputError("no token was routed by both: there is nothing to compare")
+        raise InputError(
+            "no token was routed by both, so nothing can be compared: capture the same transcripts with both"
+        )
     variables = sums.variables()
     coords = {
         "channel": list(CHANNELS),

@@ -56,7 +56,7 @@ NOT_CONTROLLED = "Cells are not matched on words, task or position; the comparis
 def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
     """Return the mass by channel and effort; by position; analysis against final, halves of analysis, and efforts.
 
-    A comparison for which the run has no tokens or no pairs is left out; the summary of `mass` says which and why.
+    A comparison for which the run has no tokens or no pairs is left out; the summary of `mass` states which and why.
     """
     datasets = {"mass": mass(run, seed=seed)}
     if not isinstance(run, TokenRun):
@@ -64,7 +64,7 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
     try:
         datasets["position"] = by_position(run, seed=seed)
     except InputError as error:  # sums alone were recorded
-        datasets["mass"].attrs["summary"] += f"\nLeft out, what needs single tokens: {error}"
+        datasets["mass"].attrs["summary"] += f"\nSkipped: what needs single tokens, as {error}"
         return datasets
     efforts = [e for e in EFFORTS if e in set(run.sequences["effort"])]
     planned = {
@@ -78,7 +78,7 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
         }
     compared, refused = contrasts(run, "sink", planned, study="sinks", seed=seed)
     datasets |= compared
-    left_out = [f"Left out: {name}, as {reason}." for name, reason in refused.items()]
+    left_out = [f"Skipped: a comparison of sinks, as {reason}." for reason in dict.fromkeys(refused.values())]
     datasets["mass"].attrs["summary"] = "\n".join([datasets["mass"].attrs["summary"], *left_out])
     return datasets
 

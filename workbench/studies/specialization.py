@@ -1,4 +1,4 @@
-"""How experts go together, how layers follow each other, and what each expert is special in.
+"""Coactivation of experts, dependence between layers, and the specialization of each expert.
 
 Co-activation and transitions are sums over the run, so they come without intervals. Specialisation is the mutual
 information of a token's expert and a label, whose plug-in value is positive by chance: beside it stands what shuffled
@@ -169,7 +169,9 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
         null[start : start + len(shuffled)] = np.stack([_information(table) for table in shuffled])
         larger += count_at_least(np.stack([_spread(table) for table in shuffled]), size)
     most = np.log2(len(names))
-    tested = int(there.any(1).sum()) >= MIN_PROMPTS
+    # channels and efforts are exchanged within prompts: one with a single label has nothing to exchange
+    exchanged = int((there.any(1) if axis == "task" else there.sum(1) > 1).sum())
+    tested = exchanged >= MIN_PROMPTS
     p = permutation_p(larger, n_permutations) if tested else np.full(len(information), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         lift = observed / observed.mean(0)
@@ -198,7 +200,9 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
         f", most in layer {layer}: {float(result['nmi'][layer]):.1%} of the label's entropy." if known.any() else "."
     )
     if not tested:
-        summary = f"Information on the {axis} cannot be tested: at least {MIN_PROMPTS} prompts are needed."
+        has = "" if axis == "task" else f" have tokens of two {axis}s"
+        needed = f"at least {MIN_PROMPTS} are needed"
+        summary = f"Information on the {axis} cannot be tested: {exchanged} prompts{has}, and {needed}."
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": summary}
     return result
 

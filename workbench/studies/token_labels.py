@@ -102,7 +102,7 @@ def mask(selection: Selection, labels: pd.DataFrame, sequences: pd.DataFrame) ->
                 raise InputError(f"{name} {unknown[0]!r}: the run has {', '.join(map(str, sorted(set(known))[:10]))}")
             chosen &= known.isin(values).reindex(labels["sequence"]).to_numpy(dtype=bool)
         else:
-            raise InputError(f"{name!r} is no label: use {', '.join((*TOKEN_LABELS, 'position', *SEQUENCE_LABELS))}")
+            raise InputError(f"{name!r} is not a label: use {', '.join((*TOKEN_LABELS, 'position', *SEQUENCE_LABELS))}")
     return chosen
 
 
@@ -119,7 +119,7 @@ def values_of(label: str | pd.Series | Mapping[int, Any] | Sequence[Any], labels
             return np.array([*TOKEN_LABELS[label], ""], dtype=object)[labels[label].to_numpy(np.int64)]
         if label not in run.sequences:
             names = ", ".join((*TOKEN_LABELS, *SEQUENCE_LABELS))
-            raise InputError(f"{label!r} is no label: use {names}, or a value for each sequence")
+            raise InputError(f"{label!r} is not a label: use {names}, or a value for each sequence")
         column = run.sequences[label]
         column = column.map({1: "correct", 0: "wrong"}) if label == "correct" else column
     elif isinstance(label, pd.Series):

@@ -1,4 +1,4 @@
-"""A conversation of another program becomes a transcript row, or an error that says what it lacks."""
+"""A conversation of another program becomes a transcript row, or an error that states what it lacks."""
 
 from typing import Any
 
@@ -32,13 +32,13 @@ def test_stored_ids_are_kept_as_they_are() -> None:
 
 
 def test_the_effort_is_never_guessed() -> None:
-    with pytest.raises(InputError, match="its effort is unknown: give --effort"):
+    with pytest.raises(InputError, match="its effort is not stated: give --effort"):
         row(effort=None)
     assert transcript_row(Conversation(MESSAGES, "a"), "high")["effort"] == "high"
 
 
 def test_a_conversation_without_a_response_is_refused() -> None:
-    with pytest.raises(InputError, match="no response of an assistant"):
+    with pytest.raises(InputError, match="it has no message of an assistant"):
         row(messages=MESSAGES[:1])
 
 

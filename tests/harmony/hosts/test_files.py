@@ -123,7 +123,7 @@ def test_a_damaged_log_is_one_line(tmp_path: Path) -> None:
 def test_too_many_rows_that_cannot_be_used_end_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_MOST_LEFT_OUT", 10)
     (tmp_path / "x").write_text('{"a": 1}\n' * 10)
-    with pytest.raises(InputError, match="no file of conversations"):
+    with pytest.raises(InputError, match="not a file of conversations"):
         convert(tmp_path / "x")
     (tmp_path / "x").write_text('{"a": 1}\n' * 11)
     with pytest.raises(InputError, match=r"more than 10 rows that cannot be used; line 1: "):

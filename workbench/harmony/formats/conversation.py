@@ -47,10 +47,10 @@ def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, 
         c.messages, builtin=options.get("builtin_tools", ()), truncated=c.complete is False, split=True
     )
     if not any(m["role"] == "assistant" for m in chat.messages):
-        raise InputError("no response of an assistant")
+        raise InputError("it has no message of an assistant")
     stated = settled_effort(c.effort, chat.messages) or effort
     if stated is None:
-        raise InputError(f"its effort is unknown: give --effort with one of {', '.join(EFFORTS)}")
+        raise InputError(f"its effort is not stated: give --effort, one of {', '.join(EFFORTS)}")
     prompt_options(effort=stated, **options)
     if c.complete is None:
         about["complete"] = chat.complete

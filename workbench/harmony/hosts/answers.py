@@ -49,7 +49,7 @@ def from_responses(reply: Any) -> Answer:
 
 
 def from_completion(reply: Any) -> tuple[str, bool, dict[str, Any], tuple[list[int], list[int]] | None]:
-    """Return the text of `/completions` behind the prompt, whether it ended by itself, its metadata, and its ids."""
+    """Return the text of `/completions` after the prompt, whether it ended by itself, its metadata, and its ids."""
     choice = _first(_get(reply, "choices", list), "choices")
     return _get(choice, "text", str), choice.get("finish_reason") == "stop", _about(choice, reply), _ids(choice, reply)
 

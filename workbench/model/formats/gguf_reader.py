@@ -76,14 +76,16 @@ def open_gguf(paths: Sequence[Path]) -> Checkpoint:
     kind, arch = metadata.get("general.type", "model"), metadata.get("general.architecture")
     if kind != "model":
         remedy = "load the model with adapter=, a folder of PEFT" if kind == "adapter" else "name the model's own file"
-        raise InputError(f"{paths[0]} holds no model, its general.type is {kind!r}: {remedy}")
+        raise InputError(f"{paths[0]} is not a model: its general.type is {kind!r}: {remedy}")
     if arch not in ARCHITECTURES:
         raise InputError(f"{paths[0]}: the architecture is {arch!r}, expected 'gpt-oss'")
     stored: dict[str, _Stored] = {}
     for file in files:
         for name in file.tensors:
             if name in stored:
-                raise InputError(f"tensor {name!r} is both in {stored[name].file.path.name} and in {file.path}")
+                raise InputError(
+                    f"tensor {name!r} is both in {stored[name].file.path.name} and in {file.path}: remove one"
+                )
             stored[name] = _Stored(file, name)
     cfg = read_gguf_config(paths[0], metadata, str(arch), {name: one.tensor.shape for name, one in stored.items()})
     reader = _Reader(paths[0], cfg, stored)
@@ -130,7 +132,10 @@ class _Stored:
         if self.is_float:
             return torch.from_numpy(self.file.bytes_of(self.name)).view(_FLOATS[kind]).view(self.tensor.shape)
         if kind == OLLAMA_MXFP4:
-            raise InputError(f"{self.file.path}: tensor {self.name!r} is MXFP4 of Ollama's order beside dense experts")
+            raise InputError(
+                f"{self.file.path}: tensor {self.name!r} is MXFP4 in Ollama's order, but other experts are "
+                "dense: convert the model again"
+            )
         rows, out = self.rows(), torch.empty(self.tensor.shape, dtype=dtype)
         decode = _q8_0 if kind == Q8_0 else decoder(kind)
         flat, values = rows.reshape(-1, rows.shape[-1]), out.view(-1, out.shape[-1])
@@ -174,10 +179,12 @@ class _Reader:
             if tensors[name].shape != shape:
                 raise InputError(
                     f"{self.path}: tensor {tensors[name].stored!r} has shape {list(tensors[name].shape)}, the metadata "
-                    f"want {list(shape)}"
+                    f"require {list(shape)}"
                 )
         if left := sorted(set(self.stored) - self.used - {"rope_freqs.weight"}):
-            raise InputError(f"{self.path}: tensor {left[0]!r} is not part of a gpt-oss ({len(left)} left over)")
+            raise InputError(
+                f"{self.path}: tensor {left[0]!r} is not part of a gpt-oss ({len(left)} unexpected tensors)"
+            )
         return tensors
 
     def _tensor(self, name: str) -> LazyTensor:
@@ -303,7 +310,8 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any], d_vocab: int) -> Tokeniz
         raise InputError(f"{path}: tokenizer.ggml.tokens is missing: the file has no vocabulary")
     if len(tokens) != d_vocab:
         raise InputError(
-            f"{path}: {len(tokens):,} tokens for an embedding of {d_vocab:,} rows: they do not belong together"
+            f"{path}: {len(tokens):,} tokens for an embedding of {d_vocab:,} rows: they do not match, "
+            "convert the model again"
         )
     own = metadata.get("tokenizer.huggingface.json")
     return tokenizer_of_tokens(

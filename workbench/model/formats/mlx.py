@@ -1,4 +1,4 @@
-"""Read folders that MLX wrote: gate and up apart, packed words of 32 bits, and affine-quantised matrices.
+"""Read folders that MLX wrote: gate and up in separate tensors, packed words of 32 bits, and affine-quantised matrices.
 
 MXFP4 words hold the published nibbles in the published order, so the experts are views with gate and up put in turn.
 An affine matrix is `weight` (words, lowest bits first) · `scales` + `biases`, in groups along the inputs; it is
@@ -48,7 +48,7 @@ def mlx_tensors(root: Path, cfg: Config, available: Mapping[str, Stored]) -> tup
         else:
             tensors[name] = _matrix(root, available, name_in("huggingface", name), shape, used)
     if left := sorted(set(available) - used):
-        raise InputError(f"{root}: tensor {left[0]!r} is not part of a gpt-oss of MLX ({len(left)} left over)")
+        raise InputError(f"{root}: tensor {left[0]!r} is not part of a gpt-oss of MLX ({len(left)} unexpected tensors)")
     return experts, tensors
 
 
@@ -138,8 +138,8 @@ def _check(root: Path, stored: Stored, shape: tuple[int, ...], dtypes: tuple[str
     entry = stored.entry
     if entry.shape != shape or entry.dtype not in dtypes:
         raise InputError(
-            f"{root}: tensor {stored.name!r} is {entry.dtype} {list(entry.shape)}, the config wants {list(shape)} of "
-            f"{' or '.join(dtypes)}"
+            f"{root}: tensor {stored.name!r} is {entry.dtype} {list(entry.shape)}, the config requires {list(shape)} "
+            f"of {' or '.join(dtypes)}"
         )
 
 
