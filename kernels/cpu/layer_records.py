@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Phase(IntEnum):
-    """The phases of a layer in their order; `END` is behind the last."""
+    """The phases of a layer in their order; `END` follows the last."""
 
     ATTENTION_NORM = 0
     PROJECT = 1

@@ -58,9 +58,8 @@ def test_steering_by_role_finds_what_a_planted_direction_does(
     def mean(model: object, rows: object, point: str, where: object) -> torch.Tensor:
         return axis if repr(where) == repr(user) else torch.zeros_like(axis)
 
-    def reader(
-        x: torch.Tensor, hook: object
-    ) -> torch.Tensor:  # the planted mechanism: this axis turns the stream around
+    def reader(x: torch.Tensor, hook: object) -> torch.Tensor:
+        """The planted mechanism: a large value on the axis turns the stream around."""
         return torch.where(x[..., 5:6] > 35, -x, x)
 
     options = {"a": "role=user", "b": "role=system", "at": "channel=final,part=content", "controls": 20}
@@ -68,7 +67,7 @@ def test_steering_by_role_finds_what_a_planted_direction_does(
         patch.setattr(steering, "_mean", mean)
         result = steering.experiment(nano, rows, **options)["direction"]  # type: ignore[arg-type]
     assert str(result["which"].values[0]) == "user − system"
-    assert float(result["high"].isel(which=0, dose=0)) < 0
+    assert float(result["change"].isel(which=0, dose=0)) < -1
     assert float(result["p"]) <= 0.05
     assert float(np.abs(result["random"]).max()) < float(np.abs(result["change"].isel(which=0)).max())
     assert "+1 × (user − system)" in result.attrs["summary"]

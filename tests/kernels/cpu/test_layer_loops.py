@@ -62,7 +62,12 @@ code = re.sub(r'"target-(cpu|features)"="[^"]*"', "", code)
 module = llvm.parse_assembly(f'target triple = "{triple}"\\ntarget datalayout = "{machine.target_data}"\\n{code}')
 module.verify()
 assembly = machine.emit_assembly(module)
-for name, pattern in (("multiply-adds", r"fmla\\s+v\\d+\\.4s"), ("conversions", r"fcvtl2?\\s"), ("foreign", r"\\bbl\\s+(?:fma|__ext)")):
+patterns = {
+    "multiply-adds": r"fmla\\s+v\\d+\\.4s",
+    "conversions": r"fcvtl2?\\s",
+    "foreign": r"\\bbl\\s+(?:fma|__ext)",
+}
+for name, pattern in patterns.items():
     print(name, len(re.findall(pattern, assembly)))
 """
 
