@@ -120,11 +120,11 @@ def _place(model: Any, ids: list[int], answer: list[int], at: int | None) -> int
     return starts[0]
 
 
-def _described(found: Any, inner: Any, measured: list[float]) -> str:
+def _described(attributed: Any, inner: Any, measured: list[float]) -> str:
     """Return the graph in a line, and each of its most influential nodes; some of them were ablated."""
     from workbench.experiments.graph_export import label
 
-    lines = [repr(found).strip("<>")]
+    lines = [repr(attributed).strip("<>")]
     for i, (_, row) in enumerate(inner.iterrows()):
         text = f"  {label(row)} at token {row['pos']} ({row['token']!r}): {row['value']:+.2f} logits"
         lines.append(text + (f", measured by ablation {measured[i]:+.2f}" if i < len(measured) else ""))
