@@ -87,7 +87,7 @@ def graph(
         made = graph_details.with_neurons(loaded, made, top=neurons)
     chosen = graph_details.choice_edges(loaded, made) if choices else None
     inner = made.nodes[made.nodes["kind"].isin(("head", "expert"))].nlargest(max(5, ablate), "influence")
-    measured = graph_checks.ablate(loaded, made, inner.index[:ablate])["measured"].tolist() if ablate else []
+    measured = graph_checks.ablate(loaded, made, inner.index[:ablate].tolist())["measured"].tolist() if ablate else []
     with staged(out, command="graph", inputs=inputs, overwrite=overwrite) as part:
         if out.suffix == ".graphml":
             import networkx
