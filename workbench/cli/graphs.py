@@ -69,7 +69,7 @@ def graph(
     --ablate also prints by how much the logit falls when a node writes nothing and nothing is held fixed.
     """
     from workbench import harmony
-    from workbench.experiments import graph_details, graph_export
+    from workbench.experiments import graph_checks, graph_details, graph_export
     from workbench.experiments.attribution_graph import graph as make
     from workbench.experiments.dictionary_features import load_autoencoders
     from workbench.outputs import check_output, staged
@@ -86,6 +86,8 @@ def graph(
     if neurons:
         made = graph_details.with_neurons(loaded, made, top=neurons)
     chosen = graph_details.choice_edges(loaded, made) if choices else None
+    inner = made.nodes[made.nodes["kind"].isin(("head", "expert"))].nlargest(max(5, ablate), "influence")
+    measured = graph_checks.ablate(loaded, made, inner.index[:ablate].tolist())["measured"].tolist() if ablate else []
     with staged(out, command="graph", inputs=inputs, overwrite=overwrite) as part:
         if out.suffix == ".graphml":
             import networkx
@@ -94,7 +96,7 @@ def graph(
         else:
             graph_export.write_json(loaded, made, part, features_url=features, choices=chosen)
     print(f"answer: {loaded.tokenizer.decode(answer)}")
-    print(_described(made))
+    print(_described(made, inner, measured))
     print(out)
 
 
