@@ -115,7 +115,7 @@ def test_a_list_of_numbers_states_the_same(full: GptOss, tmp_path: Path) -> None
     folder = save_checkpoint(tmp_path / "model", cfg, tensors)
     listed = changed(folder, model_type="gpt_oss", block_configs=..., num_local_experts=list(KEEP))
     assert open_checkpoint(listed).cfg == cfg
-    with pytest.raises(InputError, match=r"layers with \[8, 5, 6\] experts, and its config says 8: .* write this list"):
+    with pytest.raises(InputError, match=r"layers with \[8, 5, 6\] experts, and its config states 8: .* write this list"):
         open_checkpoint(changed(listed, num_local_experts=8))
     with pytest.raises(InputError, match=r"layers with \[8, 5, 6\] experts, and its config says \[8, 6, 5\]"):
         open_checkpoint(changed(listed, num_local_experts=[8, 6, 5]))
@@ -125,7 +125,7 @@ def test_a_pruned_model_with_the_number_from_before_is_told_its_own(full: GptOss
     cfg, tensors = without_last_experts(replace(CFG, windows=(16, None, 16)), full.state_dict(), (5, 5, 5))
     folder = save_checkpoint(tmp_path / "model", replace(cfg, layer_experts=None), tensors)
     with pytest.raises(
-        InputError, match=r"has 5 experts in every layer, and its config says 8: .* write 5 as the number"
+        InputError, match=r"has 5 experts in every layer, and its config states 8: .* write 5 as the number"
     ):
         open_checkpoint(changed(folder, num_local_experts=8))
     assert open_checkpoint(changed(folder, num_local_experts=5)).cfg.num_experts == 5
@@ -187,5 +187,5 @@ def test_formats_that_cannot_express_it_refuse(folder: Path, tmp_path: Path) -> 
     cfg = replace(CFG, windows=(16, None, 16), layer_experts=KEEP)
     with pytest.raises(InputError, match="GGUF has one number of experts for all layers"):
         write_gguf(open_checkpoint(folder), tmp_path / "model.gguf")
-    with pytest.raises(InputError, match="the original layout cannot say layer_experts"):
+    with pytest.raises(InputError, match="the original layout cannot store layer_experts"):
         save_checkpoint(tmp_path / "original", cfg, RandomTensors(cfg), layout="original")
