@@ -88,10 +88,10 @@ def test_another_template_or_other_prompts_do_not_resume_a_file(
     begun = out.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(nano.tokenizer, "chat_template", f"{nano.tokenizer.chat_template}{{# another #}}")
-        with pytest.raises(InputError, match="was begun with chat_template"):
+        with pytest.raises(InputError, match="was started with chat_template"):
             generate_transcripts(nano, prompts, out, **options)
     prompts.write_text("".join(prompts.read_text().splitlines(True)[:-1]))
-    with pytest.raises(InputError, match="was begun with prompts"):
+    with pytest.raises(InputError, match="was started with prompts"):
         generate_transcripts(nano, prompts, out, **options)
     assert out.read_bytes() == begun
 

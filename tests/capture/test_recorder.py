@@ -102,7 +102,7 @@ def test_a_job_that_is_stopped_resumes_and_another_function_is_refused(nano: Gpt
         wb.Recorder("expert_norm", hook=NORMS.hook, reduce=other, dims=("slot",), layers="0-1"),
         factor(1.0),
     ):
-        with pytest.raises(InputError, match="was begun with spec records"):
+        with pytest.raises(InputError, match="was started with spec records"):
             wb.capture(nano, few, tmp_path / "b", record=[changed], unit_tokens=1024)
 
 

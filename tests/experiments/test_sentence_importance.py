@@ -242,7 +242,7 @@ def test_a_file_of_another_dtype_is_refused(tmp_path: Path) -> None:
     row = transcripts(wb.open_run(DATA / "demo.zarr"))[0]
     points, options = token_points(row, [5]), {"samples": 1, "max_new_tokens": 1, "store": tmp_path / "s.jsonl"}
     sample(wb.load("nano", dtype=torch.float32), points, **options)
-    with pytest.raises(InputError, match="was begun with dtype float32, this call has bfloat16"):
+    with pytest.raises(InputError, match="was started with dtype float32, and this call has bfloat16"):
         sample(wb.load("nano", dtype=torch.bfloat16), points, **options)
 
 

@@ -54,11 +54,11 @@ def test_a_folder_without_a_config_is_one_line(tmp_path: Path) -> None:
 
 def test_a_file_and_a_folder_above_the_adapter_are_named(tmp_path: Path) -> None:
     (tmp_path / "adapter.gguf").write_bytes(b"GGUF")
-    with pytest.raises(InputError, match=r"adapter\.gguf is a file: name a folder that PEFT"):
+    with pytest.raises(InputError, match=r"adapter\.gguf is a file: give a folder that PEFT"):
         read_adapter_config(tmp_path / "adapter.gguf")
     (tmp_path / "checkpoint-60").mkdir()
     read(tmp_path / "checkpoint-60")
     with pytest.raises(
-        InputError, match=r"has no adapter_config.json, but its folder checkpoint-60 has: name a folder"
+        InputError, match=r"has no adapter_config.json, but its folder checkpoint-60 has: give a folder"
     ):
         read_adapter_config(tmp_path)

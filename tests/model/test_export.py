@@ -113,11 +113,11 @@ def test_plain_rope_survives_both_layouts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "layout", "message"),
     [
-        ({"windows": (None, None, None)}, "original", "cannot say windows"),
-        ({"eps": 1e-6}, "original", "cannot say eps"),
-        ({"swiglu_alpha": 1.0}, "original", "cannot say swiglu_alpha"),
-        ({"n_ctx": 512}, "original", "cannot say n_ctx"),
-        ({"rope": replace(YARN, truncate=True)}, "original", "cannot say rope"),
+        ({"windows": (None, None, None)}, "original", "cannot store windows"),
+        ({"eps": 1e-6}, "original", "cannot store eps"),
+        ({"swiglu_alpha": 1.0}, "original", "cannot store swiglu_alpha"),
+        ({"n_ctx": 512}, "original", "cannot store n_ctx"),
+        ({"rope": replace(YARN, truncate=True)}, "original", "cannot store rope"),
         ({"num_experts": 3}, "huggingface", "3"),
     ],
 )

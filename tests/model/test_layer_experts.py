@@ -117,7 +117,7 @@ def test_a_list_of_numbers_states_the_same(full: GptOss, tmp_path: Path) -> None
     assert open_checkpoint(listed).cfg == cfg
     with pytest.raises(InputError, match=r"layers with \[8, 5, 6\] experts, and its config states 8: .* write this list"):
         open_checkpoint(changed(listed, num_local_experts=8))
-    with pytest.raises(InputError, match=r"layers with \[8, 5, 6\] experts, and its config says \[8, 6, 5\]"):
+    with pytest.raises(InputError, match=r"layers with \[8, 5, 6\] experts, and its config states \[8, 6, 5\]"):
         open_checkpoint(changed(listed, num_local_experts=[8, 6, 5]))
 
 

@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         change(DOWN_A, lambda t: t[:-3]),
         r"shape \[21, 96\], the model and the rank want \[24, 96\]",
     ),
-    "whole numbers": (change(Q_A, lambda t: t.to(torch.int32)), "dtype I32, wanted BF16 or F16 or F32"),
+    "whole numbers": (change(Q_A, lambda t: t.to(torch.int32)), "dtype I32, expected BF16 or F16 or F32"),
     "not finite": (change(Q_A, lambda t: t * torch.nan), "the factors of blocks.0.attn.q are not finite"),
     "nothing": (
         lambda config, factors: factors.clear(),

@@ -207,7 +207,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "tensor missing": (edit(EMBED, lambda t: None), "lacks it"),
     "tensor left over": (edit(EMBED, lambda t: t, "lm_head.extra"), "lacks it|unexpected"),
     "wrong shape": (edit(EMBED, lambda t: t[:-1]), r"shape \[103, 64\], the config requires \[104, 64\]"),
-    "wrong dtype": (edit(EMBED, lambda t: t.double()), "dtype F64, wanted BF16 or F16 or F32"),
+    "wrong dtype": (edit(EMBED, lambda t: t.double()), "dtype F64, expected BF16 or F16 or F32"),
     "pointer of git-lfs": (
         lfs_pointer,
         "model-00001-of-.* is a pointer of git-lfs instead of the file: run `git lfs pull`",
@@ -217,7 +217,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "config.json is a pointer of git-lfs instead of the file: run `git lfs pull`",
     ),
     "the same weight twice": (same_weight_twice, "are both 'model.layers.1.mlp.experts.down_proj_scales'"),
-    "int8 scales": (edit(SCALES, lambda t: t.view(torch.int8)), "dtype I8, wanted U8"),
+    "int8 scales": (edit(SCALES, lambda t: t.view(torch.int8)), "dtype I8, expected U8"),
     "tensor missing, no index": (without_index(edit(NORM, lambda t: None)), r"'model.norm.weight' \(64,\) is missing$"),
     "tensor left over, no index": (
         without_index(edit(EMBED, lambda t: t, keep=True, new_name="x")),

@@ -51,7 +51,7 @@ def test_layers_with_different_numbers_of_experts_hold_the_same_tensors(tmp_path
     config = json.loads((folder / "config.json").read_text())
     del config["block_configs"]
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt_oss"}))
-    with pytest.raises(InputError, match=r"has layers with \[8, 5, 6\] experts, and its config says 8"):
+    with pytest.raises(InputError, match=r"has layers with \[8, 5, 6\] experts, and its config states 8"):
         open_checkpoint(folder)
 
 
