@@ -113,7 +113,7 @@ PROVENANCE = {"transcripts": {"digest": "def"}, "dtype": "float32"}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"checkpoint": {"digest": "other", "name": "x"}}, "checkpoint digest abc, this job has other"),
+        ({"checkpoint": {"digest": "other", "name": "x"}}, "checkpoint digest abc, and this job has other"),
         ({"provenance": {"transcripts": {"digest": "new"}, "dtype": "float32"}}, "transcripts digest def"),
         ({"provenance": {"transcripts": {"digest": "def"}, "dtype": "bfloat16"}}, "dtype float32"),
         ({"provenance": PROVENANCE | {"tokenizer": {"digest": "new"}}}, "tokenizer digest"),
