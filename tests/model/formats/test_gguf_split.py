@@ -126,7 +126,7 @@ def pointer(folder: Path) -> Path:
         (missing, r"is one of 3 files, and m-00003-of-00003\.gguf is missing: download it"),
         (of_another_count, r"m-00002-of-00003.gguf is part 2 of 2 of a split model, and its name states 2 of 3"),
         (of_another_model, r"m-00002-of-00003.gguf belongs to another model than m-00001-.*: split.tensors.count is"),
-        (of_another_architecture, r"is a part of another model .*: general.architecture is 'llama', not 'gpt-oss'"),
+        (of_another_architecture, r"belongs to another model .*: general.architecture is 'llama', not 'gpt-oss'"),
         (with_fewer_tensors, r"the parts hold \d+ tensors, the model has \d+: a part belongs to another model"),
         (two_splits_of_one_name, r"holds 2 GGUF models, m-…-of-00002.gguf, m-…-of-00003.gguf: give one of its files"),
         (beyond_the_count, r"there is no part 4 of 3: restore the file's original name"),
