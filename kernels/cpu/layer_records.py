@@ -1,6 +1,6 @@
 """What compiled loops are given of a layer and of a step: phases, sizes, addresses of weights and of values.
 
-`LAYER` says where the weights of a layer are and how large it is; `STEP` where the values of a step are. All are
+`LAYER` states where the weights of a layer are and how large it is; `STEP` where the values of a step are. All are
 addresses and sizes in elements, except the bytes between keys.
 """
 

@@ -184,26 +184,28 @@ def test_graphs_of_other_checkpoints_are_complete(kind: str, tmp_path: Path) -> 
     else:
         path = pruned_nano(tmp_path / "pruned", (16, 5, 9, 12))
     other = wb.load(path, dtype=torch.float32, device="cpu")
-    found = graph(other, TEXT)
-    assert found.metadata["completeness_of_paths"] < 1e-3
-    experts = found.nodes[found.nodes["kind"] == "expert"]
+    attributed = graph(other, TEXT)
+    assert attributed.metadata["completeness_of_paths"] < 1e-3
+    experts = attributed.nodes[attributed.nodes["kind"] == "expert"]
     assert (experts["expert"] < np.array([other.cfg.experts_of(layer) for layer in experts["layer"]])).all()
-    divided = graph_details.with_neurons(other, found, top=2)
-    assert divided.nodes["value"].iloc[-1] == pytest.approx(found.nodes["value"].iloc[-1])
+    divided = graph_details.with_neurons(other, attributed, top=2)
+    assert divided.nodes["value"].iloc[-1] == pytest.approx(attributed.nodes["value"].iloc[-1])
     node = int(experts["influence"].idxmax())
-    measured = graph_checks.ablate(other, found, [node])["measured"].iloc[0]
+    measured = graph_checks.ablate(other, attributed, [node])["measured"].iloc[0]
     assert np.isfinite(measured)
-    assert measured != pytest.approx(graph_checks.ablate(other, found, [int(found.nodes.index[0])])["measured"].iloc[0])
-    assert len(graph_details.router_edges(other, found, node))
+    assert measured != pytest.approx(
+        graph_checks.ablate(other, attributed, [int(attributed.nodes.index[0])])["measured"].iloc[0]
+    )
+    assert len(graph_details.router_edges(other, attributed, node))
     written = json.loads(graph_export.write_json(other, divided, tmp_path / "graph.json").read_text())
     assert len({one["node_id"] for one in written["nodes"]}) == len(written["nodes"])
 
 
 def test_the_first_token_alone_is_explained(model: GptOss) -> None:
-    found = graph(model, "2", node_share=1.0, edge_share=1.0)
-    assert len(found.tokens) == 1
-    assert set(found.nodes["pos"]) == {0}
-    assert found.metadata["completeness_of_paths"] < 1e-3
+    attributed = graph(model, "2", node_share=1.0, edge_share=1.0)
+    assert len(attributed.tokens) == 1
+    assert set(attributed.nodes["pos"]) == {0}
+    assert attributed.metadata["completeness_of_paths"] < 1e-3
 
 
 def test_edges_go_forward_to_tokens_that_can_be_seen(complete: AttributionGraph) -> None:

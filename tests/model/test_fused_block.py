@@ -206,10 +206,10 @@ def edited_at_last(name: str, in_place: bool) -> tuple[str, Callable[..., Tensor
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("name", INNER)
-def test_a_change_behind_the_point_is_computed_again(
+def test_a_change_after_the_point_is_computed_again(
     model: GptOss, name: str, in_place: bool, runs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Points behind an edit see what follows from it, though the launch had gone on with the value before it."""
+    """Points after an edit see what follows from it, though the launch had gone on with the value before it."""
     seen: list[Tensor] = []
 
     def run() -> Tensor:

@@ -235,7 +235,7 @@ def _run_with_hooks(known: FusedBlock, step: Any, points: Iterable[_InnerPoint],
 
     A launch ends at a point whose hooks may change its value. Where the same hooks left the value as it was the last
     time, the launch goes on beyond the point, and they are called afterwards, with the value that it has recorded. If
-    they do change it then, the phases behind the point are computed again, and from then on a launch ends there.
+    they do change it then, the phases after the point are computed again, and from then on a launch ends there.
     """
     observed = [inner for inner in points if _observed(inner.point)]
     dividing = [inner.phase for inner in observed if not known.reads_only(inner.point)]
@@ -250,7 +250,7 @@ def _run_with_hooks(known: FusedBlock, step: Any, points: Iterable[_InnerPoint],
 
 
 def _attention_points(block: Any, x: Tensor) -> Iterable[_InnerPoint]:
-    """Return the points of attention, behind which the residual stream `x` [row 1 d_model] has its output added."""
+    """Return the points of attention, after which the residual stream `x` [row 1 d_model] has its output added."""
     from workbench.kernels.cpu.layer import Phase
 
     def sink(step: Any) -> bool:
