@@ -1,7 +1,7 @@
-"""The documentation is true: every code block runs, every command works, every link leads somewhere, the site builds clean.
+"""The documentation is true: every code block runs, every command works, every link leads somewhere, the site builds.
 
-Blocks run in a folder that has what a reader would have: nano stands for the real checkpoints, a slice of the demo run for
-theirs, and a mock server for vLLM.
+Blocks run in a folder that has what a reader would have: nano stands for the real checkpoints, a slice of the demo run
+for theirs, and a mock server for vLLM.
 """
 
 import json
@@ -53,11 +53,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(DATA / "demo.zarr", folder / "run.zarr")
     rows = (DATA / "prompts.jsonl").read_text().splitlines()[::40]
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
-    said = [
+    conversations = [
         {"id": f"c{i}", "messages": [*json.loads(row)["messages"], {"role": "assistant", "content": "7"}]}
         for i, row in enumerate(rows)
     ]
-    (folder / "conversations.jsonl").write_text("\n".join(map(json.dumps, said)) + "\n")
+    (folder / "conversations.jsonl").write_text("\n".join(map(json.dumps, conversations)) + "\n")
     prompts, answers = str(folder / "prompts.jsonl"), str(folder / "answers.jsonl")
     assert run_command("generate", "nano", prompts, answers, "--effort", "low", "--effort", "high").code == 0
     return folder
@@ -175,8 +175,8 @@ def run(words: list[str]) -> None:
 
 def broken_links(page: Path) -> list[str]:
     """Links of a page to files that are not there."""
-    found = re.findall(r"\]\(([^)#\s]+)", page.read_text())
-    return [target for target in found if "://" not in target and not (page.parent / target).exists()]
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    return [target for target in targets if "://" not in target and not (page.parent / target).exists()]
 
 
 def test_every_link_leads_somewhere(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_the_store_page_names_the_recorded_quantities(tmp_path: Path) -> None:
 
 
 def changelog_problems(text: str) -> list[str]:
-    """Return lines of a changelog that are no heading of a version or a change, nor a change of one line, stated once."""
+    """Return lines of a changelog that are neither a heading nor a change of one line that is stated once."""
     lines = [line for line in text.splitlines() if line]
     headings = ("# Changelog", "## ", "### Added", "### Changed", "### Fixed")
     changes = [line for line in lines if line.startswith("- ")]

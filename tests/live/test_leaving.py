@@ -40,7 +40,7 @@ class Dashboard:
         monkeypatch.setattr(app, "LivePage", Noted)
         pn.extension("plotly", "tabulator", notifications=False, inline=True)
         registry, port = RunRegistry([DATA / "demo.zarr"]), free_port()
-        options = {"websocket_origin": f"localhost:{port}", "threaded": True, **app.SESSION_OPTIONS}
+        options = {"websocket_origin": f"localhost:{port}", "threaded": True}
         made = pages(registry, {"live": app.dashboard_page(self.server)})
         self.panel = pn.serve(made, port=port, show=False, verbose=False, **options)
         self.url = f"http://localhost:{port}"
@@ -94,7 +94,7 @@ def until(condition: object) -> None:
 
 @pytest.mark.slow
 def test_a_closed_tab_ends_its_request(dashboard: Dashboard, browser: Browser) -> None:
-    # longer than a session without a browser lives: it is the tab that keeps the request
+    # longer than a browser may be away: it is the tab that keeps the request
     job = job_of_a_closed_tab(dashboard, browser, open_s=8)
     assert job.ended.wait(120)
     assert job.state is State.CANCELLED

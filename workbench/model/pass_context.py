@@ -1,7 +1,7 @@
-"""Where the tokens of one forward pass stand: sequence, position, rotation, what lies before them and beside them.
+"""The context of one forward pass: the sequence, position and rotation of each token, and the keys before it.
 
 A pass sees sequences in one of three ways: a padded batch, sequences packed end to end in one row, or the next tokens
-of sequences whose beginnings a cache holds. Hooks need not care: `sequence` and `positions` say what every token is,
+of sequences whose beginnings a cache holds. Hooks need not care: `sequence` and `positions` state what every token is,
 `mask` which tokens of the pass are in a token set, `key_mask` which keys. These and `sequence` lie on the CPU.
 """
 
@@ -50,21 +50,28 @@ class PassContext:
         self._tokens, self._n_real = tokens, list(n_real or [tokens.shape[1]] * len(tokens))
         self._columns: Tensor | None = None
         self._inside: dict[TokenSet, dict[int, np.ndarray]] = {}
+        self._masks: dict[TokenSet, Tensor] = {}
         self._among: tuple[PassContext, CachedKeys] | None = None
         if cache is not None:
             cache.begin(tokens, n_real)
 
+    def _copy(self) -> "PassContext":
+        """Return the same, to be changed: its masks are computed anew."""
+        there = copy(self)
+        there._masks = {}
+        return there
+
     def to(self, device: torch.device) -> "PassContext":
-        """Return the same on another device; a cache stays where it is, for its layers lie apart."""
+        """Return the same on another device; the cache is not moved, as its layers may be on several devices."""
         if self.positions.device == device:
             return self
-        there = copy(self)
+        there = self._copy()
         there.positions, there.cos, there.sin = (t.to(device) for t in (self.positions, self.cos, self.sin))
         return there
 
     def at(self, columns: Int[Tensor, "batch kept"]) -> "PassContext":
-        """Return the same for some of the tokens; it places hooks behind the last block, where not every token goes."""
-        there = copy(self)
+        """Return the same for some of the tokens; it places hooks after the last block, where not every token goes."""
+        there = self._copy()
         there.positions = self.positions.gather(1, columns.to(self.positions.device))
         there._columns = columns.cpu()
         return there
@@ -72,7 +79,7 @@ class PassContext:
     def last_tokens(self) -> "PassContext":
         """Return the same for the last token of every row in the cache, after the pass."""
         assert self.cache is not None
-        there, lengths = copy(self), self.cache.host_lengths
+        there, lengths = self._copy(), self.cache.host_lengths
         there.positions = self.cache.next_positions(1) - 1
         there._past, there._n_real, there._width = [n - 1 for n in lengths], [1] * len(lengths), max(lengths)
         there._tokens, there._inside = self.cache.tokens[:, :1], {}
@@ -80,7 +87,7 @@ class PassContext:
 
     def among(self, cached: CachedKeys) -> "PassContext":
         """Return the same for a layer whose keys come from a cache: positions count from its first key."""
-        there = copy(self)
+        there = self._copy()
         there.positions, there._among = cached.positions, (self, cached)
         return there
 
@@ -111,6 +118,11 @@ class PassContext:
 
     def mask(self, members: TokenSet) -> Bool[Tensor, "batch pos"]:
         """Return which tokens of this pass are in the set; padding never is."""
+        if members not in self._masks:  # asked again by every layer that is edited
+            self._masks[members] = self._mask(members)
+        return self._masks[members].clone()
+
+    def _mask(self, members: TokenSet) -> Bool[Tensor, "batch pos"]:
         inside = self._members(members)
         begins, end = torch.zeros(max(inside, default=0) + 1, dtype=torch.long), 0
         for sequence, part in inside.items():
@@ -147,7 +159,7 @@ class PassContext:
             return torch.arange(pos, device=tokens.device).expand(batch, pos).contiguous()
         if self.cache is not None or batch != 1 or sum(self.lengths) != pos:
             raise InputError(
-                f"packed sequences lie in one row without a cache and fill it: got {batch} rows of {pos} tokens, "
+                f"packed sequences need one row that they fill, and no cache: got {batch} rows of {pos} tokens, "
                 f"lengths that sum to {sum(self.lengths)}, {'a' if self.cache is not None else 'no'} cache"
             )
         return torch.cat([torch.arange(n) for n in self.lengths])[None].to(tokens.device, non_blocking=True)
