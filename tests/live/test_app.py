@@ -35,7 +35,7 @@ def url() -> Iterator[str]:
     wait_for(port, server)
     yield f"http://localhost:{port}/live"
     server.send_signal(signal.SIGINT)
-    assert server.wait(60) in (0, 130)
+    assert server.wait(300) in (0, 130)
 
 
 def run_to_the_end(page: Page) -> None:
