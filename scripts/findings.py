@@ -35,7 +35,7 @@ RECORD = ("routing", "neurons", "hook_resid_post")  # of the second run, from wh
 
 @dataclass(frozen=True)
 class Section:
-    """What is computed: on about so many sequences, spread over tasks and efforts, with these options."""
+    """What is computed: on about this many sequences, spread over tasks and efforts, with these options."""
 
     sequences: int
     options: Mapping[str, Any] = field(default_factory=dict)
