@@ -1,4 +1,4 @@
-"""Access to the dashboard: which addresses may name it, who may log in, and how often one may try.
+"""Access to the dashboard: the host names at which it answers, logins, and the limit of attempts.
 
 A page of another site can make a browser resolve its own name to this machine (DNS rebinding). Its requests then carry
 that name as host and as origin, so both are compared with the names under which the dashboard is served.
@@ -122,9 +122,11 @@ def login_options(basic_auth: Path | None) -> dict[str, Any]:
         mode = basic_auth.stat().st_mode
         known = read_json(basic_auth)
     except (OSError, ValueError) as error:
-        raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords ({error})") from error
+        raise InputError(
+            f"--basic-auth {basic_auth}: expected a JSON object of names and passwords ({error})"
+        ) from error
     if not isinstance(known, dict) or not known or not all(isinstance(v, str) and v for v in known.values()):
-        raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords")
+        raise InputError(f"--basic-auth {basic_auth}: expected a JSON object of names and passwords")
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise InputError(
             f"--basic-auth {basic_auth}: other users of this machine can read it (mode {stat.S_IMODE(mode):o}): "

@@ -110,7 +110,7 @@ def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Co
         InputError: no page has this name.
     """
     if page not in page_titles():
-        raise InputError(f"no page is called {page!r}; the pages are {', '.join(page_titles())}")
+        raise InputError(f"page {page!r} does not exist; the pages are {', '.join(page_titles())}")
     pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     registry, choice = RunRegistry(paths), Selection(chosen)
     body = pn.Column(sizing_mode="stretch_width")
@@ -175,7 +175,7 @@ def serve(
         server.start()
         server.io_loop.start()
     finally:
-        registry.desk.close()
+        registry.jobs.close()
 
 
 def _warm(registry: RunRegistry) -> None:

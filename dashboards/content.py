@@ -53,19 +53,21 @@ def accuracy_by_effort(run: Run) -> pd.DataFrame:
 
 def tokens_by_role(run: Run) -> pd.DataFrame:
     """Return content tokens by role and channel (rows) and effort (columns)."""
-    said = run.messages.assign(tokens=lambda t: (t["stop"] - t["content"]).clip(lower=0))
-    said = said.assign(effort=said["sequence"].map(run.sequences["effort"]).replace("", "unstated"))
-    table = said.pivot_table(index=["role", "channel"], columns="effort", values="tokens", aggfunc="sum", fill_value=0)
+    messages = run.messages.assign(tokens=lambda t: (t["stop"] - t["content"]).clip(lower=0))
+    messages = messages.assign(effort=messages["sequence"].map(run.sequences["effort"]).replace("", "unstated"))
+    table = messages.pivot_table(
+        index=["role", "channel"], columns="effort", values="tokens", aggfunc="sum", fill_value=0
+    )
     table = table[in_order(list(table.columns))]
     return table.assign(all=table.sum(axis=1)).reset_index()
 
 
 def method(study: Mapping[str, xr.Dataset]) -> str:
     """Return HTML with the method of a study and what it does not control."""
-    said = dict.fromkeys((r.attrs["method"], r.attrs["not_controlled"]) for r in study.values())
+    methods = dict.fromkeys((r.attrs["method"], r.attrs["not_controlled"]) for r in study.values())
     first = next(iter(study.values())).attrs
     origin = f"Run {first['run_digest']}, workbench {first['workbench_version']}, seed {first['seed']}."
-    paragraphs = [f"{escape(how)} <i>Not controlled:</i> {escape(limits)}" for how, limits in said]
+    paragraphs = [f"{escape(how)} <i>Not controlled:</i> {escape(limits)}" for how, limits in methods]
     return "".join(f"<p>{text}</p>" for text in [*paragraphs, escape(origin)])
 
 
@@ -100,8 +102,8 @@ def provenance(run: Run) -> str:
     """Return HTML with the provenance of a run as a table."""
     rows = {**run.provenance, "digest": run.digest, "checkpoint": run.checkpoint}
     rows.pop("rejects", None)
-    if found := counted_in(run.sequences):
-        rows["flags of sequences"] = found
+    if flags := counted_in(run.sequences):
+        rows["flags of sequences"] = flags
     if run.exclusion:
         rows["excluded"] = run.exclusion
     cells = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
@@ -137,7 +139,7 @@ def figure_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _label(name: str) -> str:
-    """Return the name of a figure in sentence case, without a word that is there twice in a row."""
+    """Return the name of a figure in sentence case, without words that repeat the one before."""
     words = name.split("_")
     return " ".join(word for before, word in zip(["", *words], words, strict=False) if word != before).capitalize()
 

@@ -53,7 +53,7 @@ def features(session: Session) -> Page:
         text = "Record the features of a sparse autoencoder as a quantity of your own, with the dimension feature:"
         about = widgets.html(content.about(run))
         return Page([], [about, widgets.empty_state("This run has no recorded features", text, _HOW)])
-    name = widgets.select("Features", known, session.choice.get("quantity", known))
+    name = widgets.select("Recorded features", known, session.choice.get("quantity", known))
     layers = {n: [str(layer) for layer in token_labels.recorded(run, n).layers] for n in known}
     layer = widgets.select("Layer", layers[str(name.value)], session.choice.get("layer", layers[str(name.value)]))
     shown = box()
@@ -82,13 +82,14 @@ def _section(session: Session, name: str, index: int) -> pn.Column:
         parts += [widgets.html(f"<h2>Feature {escape(chosen)}</h2>"), _examples(session, name, index, int(chosen))]
     rows = table.head(MOST_ROWS)
     links = [session.link("features", feature=str(feature)) for feature in rows["feature"]]
-    title = f"{len(rows):,} of {len(table):,} features, the largest difference between analysis and final first"
-    parts.append(widgets.table(title, rows, f"{label}-features", {"feature": links}))
     note = (
-        f"Tokens with a value above zero, of the first {MOST_TOKENS:,} tokens, pooled and not tested: `workbench study "
+        f"Tokens with a value above zero, in % of the tokens of a channel; {len(rows):,} of {len(table):,} features, "
+        "sorted by the difference between analysis and final"
     )
-    note += "label-probes` compares labels with controls."
-    return pn.Column(*parts, widgets.html(f"<p class='wb-muted'>{escape(note)}</p>"), sizing_mode="stretch_width")
+    parts.append(widgets.table("Features by channel", rows, f"{label}-features", {"feature": links}, note=note))
+    method = f"Pooled over the first {MOST_TOKENS:,} tokens and not tested. To compare labels with controls: "
+    method = f"<p class='wb-muted'>{escape(method)}<code>workbench study label-probes</code></p>"
+    return pn.Column(*parts, widgets.html(method), sizing_mode="stretch_width")
 
 
 def by_channel(run: Run, name: str, index: int) -> pd.DataFrame:

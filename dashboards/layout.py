@@ -75,8 +75,8 @@ def page_template(
 
 def navigation(page: str, titles: Mapping[str, str], absent: Collection[str] = ()) -> str:
     """Return HTML with links to all pages under the headings of `GROUPS`; those of absent pages are grey."""
-    named = {path for paths in GROUPS.values() for path in paths}
-    groups = {**GROUPS, "More studies": tuple(path for path in titles if path not in named)}
+    in_groups = {path for paths in GROUPS.values() for path in paths}
+    groups = {**GROUPS, "More studies": tuple(path for path in titles if path not in in_groups)}
     parts = []
     for heading, paths in groups.items():
         links = "".join(

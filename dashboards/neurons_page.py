@@ -74,8 +74,8 @@ def _asked(session: Session, layer: int, expert: int) -> Any:
 def examples(session: Session, layer: int, expert: int) -> pn.Column:
     """Return one neuron by example, and the table of all neurons of the expert, when the study is ready."""
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        ds = found["neurons"]
+    def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
+        ds = results["neurons"]
         rows = table(ds)
         if rows.empty:
             text = f"No token was routed to expert {expert} of layer {layer}. Choose another one in the sidebar."
@@ -83,18 +83,20 @@ def examples(session: Session, layer: int, expert: int) -> pn.Column:
         known = [str(n) for n in rows["neuron"]]
         neuron = int(session.choice.get("neuron", known))
         links = [session.link("neuron-examples", neuron=str(n)) for n in rows["neuron"]]
-        title = f"Neurons of layer {layer}, expert {expert}, the largest activation first"
+        note = f"Layer {layer}, expert {expert}; sorted by the largest activation"
         back = session.link("experts", layer=str(layer), expert=str(expert))
         heading = f"<h2>Neuron {neuron} of layer {layer}, expert {expert}</h2>"
         heading += f"<a href='{escape(back)}'>Load, examples and effects of the expert</a>"
         return [
             widgets.html(heading),
             widgets.beside(
-                widgets.card("Largest activations, by channel", widgets.html(lists(session, ds, neuron, ""))),
-                widgets.card("Random tokens of its expert", widgets.html(lists(session, ds, neuron, "random_"))),
+                widgets.card("Largest activations", widgets.html(lists(session, ds, neuron, ""))),
+                widgets.card("Random sample", widgets.html(lists(session, ds, neuron, "random_"))),
             ),
-            widgets.table(title, rows, f"{session.name}-{layer}-{expert}-neurons", {"neuron": links}),
-            widgets.card("Methods", widgets.html(content.method(found)), collapsed=True),
+            widgets.table(
+                "Neurons of the expert", rows, f"{session.name}-{layer}-{expert}-neurons", {"neuron": links}, note=note
+            ),
+            widgets.card("Methods", widgets.html(content.method(results)), collapsed=True),
         ]
 
     return widgets.awaited(_asked(session, layer, expert), show)
@@ -105,11 +107,11 @@ def strongest(session: Session, layer: int, expert: int) -> list[Any]:
     if layer not in getattr(session.run.spec, "neuron_layers", ()):
         return []
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        rows = table(found["neurons"]).head(_ON_EXPERT_PAGE)
+    def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
+        rows = table(results["neurons"]).head(_ON_EXPERT_PAGE)
         links = [session.link("neuron-examples", neuron=str(n)) for n in rows["neuron"]]
-        title = "Neurons with the largest activations"
-        return [widgets.table(title, rows, f"{session.name}-{layer}-{expert}-strongest", {"neuron": links})]
+        name = f"{session.name}-{layer}-{expert}-strongest"
+        return [widgets.table("Neurons with largest activations", rows, name, {"neuron": links})]
 
     return [widgets.awaited(_asked(session, layer, expert), show)]
 
@@ -123,9 +125,9 @@ def table(ds: xr.Dataset) -> pd.DataFrame:
     parts = ["sequence", "activation", "before", "token", "after", "largest"]
     first = own[parts].isel(neuron_example=0).transpose("channel", "neuron")
     best = np.where(first["sequence"].values >= 0, first["largest"].values, -1).argmax(0)
-    each = np.arange(len(best))
+    number = np.arange(len(best))
     activation, before, token, after = (
-        first[name].values[best, each].tolist() for name in ("activation", "before", "token", "after")
+        first[name].values[best, number].tolist() for name in ("activation", "before", "token", "after")
     )
     channels = own["channel"].values[best].tolist()
     rows = [
@@ -133,9 +135,9 @@ def table(ds: xr.Dataset) -> pd.DataFrame:
         for i, neuron in enumerate(own["neuron"].values.tolist())
         if token[i]
     ]
-    found = pd.DataFrame(rows, columns=columns)
-    order = np.argsort(-found["activation"].abs().to_numpy(), kind="stable")
-    return found.iloc[order].reset_index(drop=True)
+    rows_table = pd.DataFrame(rows, columns=columns)
+    order = np.argsort(-rows_table["activation"].abs().to_numpy(), kind="stable")
+    return rows_table.iloc[order].reset_index(drop=True)
 
 
 def lists(session: Session, ds: xr.Dataset, neuron: int, kind: str) -> str:
@@ -155,7 +157,7 @@ def lists(session: Session, ds: xr.Dataset, neuron: int, kind: str) -> str:
         ]
         if items:
             parts.append(f"<h3>{escape(channel)}</h3>{list_of(items)}")
-    return "".join(parts) or "<p class='wb-muted'>No token of content.</p>"
+    return "".join(parts) or "<p class='wb-muted'>No content tokens.</p>"
 
 
 def example_rows(ds: xr.Dataset, neuron: int, kind: str, channel: str) -> list[dict[str, Any]]:

@@ -55,17 +55,17 @@ def overview_table(experiments: Mapping[str, Mapping[str, xr.Dataset]]) -> pd.Da
 def _largest(ds: xr.Dataset) -> dict[str, Any]:
     effect = next((effect for effect in _EFFECT if effect in ds), None)
     if effect is None or not {"low", "high"} <= set(ds.data_vars):
-        return {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals without zero": "–"}
+        return {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals excluding zero": "–"}
     values, low, high = (ds[name].values.astype(float) for name in (effect, "low", "high"))
     if not np.isfinite(values).any():
-        return {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals without zero": "–"}
+        return {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals excluding zero": "–"}
     at = np.unravel_index(int(np.nanargmax(np.abs(values))), values.shape)
     sure = int((low * high > 0).sum())
     return {
         "largest effect": f"{values[at]:+.3g}",
         "95 % interval": f"[{low[at]:+.3g}, {high[at]:+.3g}]",
         "unit": str(ds.attrs.get("units", "")),
-        "intervals without zero": f"{sure} of {int(np.isfinite(values).sum())}",
+        "intervals excluding zero": f"{sure} of {int(np.isfinite(values).sum())}",
     }
 
 
@@ -208,5 +208,5 @@ def _notes(stored: StoredResults) -> list[Any]:
     """Return what could not be shown of the files beside the run."""
     notes = [theme.note(f"{name} could not be read: {why}", "warning") for name, why in stored.unreadable.items()]
     if stored.omitted:
-        notes.append(theme.note(f"{stored.omitted:,} further JSON files beside the run were not looked at.", "warning"))
+        notes.append(theme.note(f"{stored.omitted:,} further JSON files beside the run were not read.", "warning"))
     return [widgets.html("".join(notes))] if notes else []

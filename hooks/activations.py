@@ -43,7 +43,7 @@ def replace(
 ) -> Edit:
     """Return an edit that replaces the activation by a value: a mean for mean ablation, 0.0 for zero ablation.
 
-    value: of the shape that follows [batch pos], or its last axes. index: along the axis behind pos (heads, slots),
+    value: of the shape that follows [batch pos], or its last axes. index: along the axis after pos (heads, slots),
     only these.
 
     Raises:

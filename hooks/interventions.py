@@ -1,4 +1,4 @@
-"""Interventions: change what the model does, and see what follows.
+"""Interventions: change activations, attention or routing of a model within a context.
 
     with applied(model, forbid(3, [1, 7], tokens=analysis), remove_sinks(range(4))) as report:
         model.generate(prompts)

@@ -23,4 +23,4 @@ def read_torch_file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may raise nearly anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{path} is no file of tensors that can be read safely: {reason}") from error
+        raise InputError(f"{path} is not a file of tensors that can be read safely: {reason}") from error

@@ -110,9 +110,9 @@ def calls_json(source: str) -> bool:
 
 def test_json_from_outside_is_read_with_limits() -> None:
     paths = [p for package in ("workbench", "kernels", "hooks", "dashboards") for p in (ROOT / package).rglob("*.py")]
-    found = {p.relative_to(ROOT).as_posix() for p in paths if calls_json(p.read_text("utf-8"))}
-    assert sorted(found - OWN_JSON.keys()) == []
-    assert "workbench/runs/writer.py" in found
+    readers = {p.relative_to(ROOT).as_posix() for p in paths if calls_json(p.read_text("utf-8"))}
+    assert sorted(readers - OWN_JSON.keys()) == []
+    assert "workbench/runs/writer.py" in readers
 
 
 @pytest.mark.parametrize("source", ["import json\nx = json.loads(y)", "from json import load", "map(json.loads, y)"])

@@ -34,7 +34,7 @@ def test_what_is_no_frame_is_refused(data: bytes) -> None:
         frame_size(data)
 
 
-def test_a_second_frame_behind_the_first_is_not_unpacked() -> None:
+def test_a_second_frame_after_the_first_is_not_unpacked() -> None:
     packed = Zstd().encode(b"1234") + bomb(2**28)
     with pytest.raises(ValueError, match="too small"):
         unpack(packed, 4)

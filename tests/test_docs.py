@@ -52,11 +52,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(DATA / "demo.zarr", folder / "run.zarr")
     rows = (DATA / "prompts.jsonl").read_text().splitlines()[::40]
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
-    said = [
+    conversations = [
         {"id": f"c{i}", "messages": [*json.loads(row)["messages"], {"role": "assistant", "content": "7"}]}
         for i, row in enumerate(rows)
     ]
-    (folder / "conversations.jsonl").write_text("\n".join(map(json.dumps, said)) + "\n")
+    (folder / "conversations.jsonl").write_text("\n".join(map(json.dumps, conversations)) + "\n")
     prompts, answers = str(folder / "prompts.jsonl"), str(folder / "answers.jsonl")
     assert run_command("generate", "nano", prompts, answers, "--effort", "low", "--effort", "high").code == 0
     return folder
@@ -170,8 +170,8 @@ def run(words: list[str]) -> None:
 
 def broken_links(page: Path) -> list[str]:
     """Links of a page to files that are not there."""
-    found = re.findall(r"\]\(([^)#\s]+)", page.read_text())
-    return [target for target in found if "://" not in target and not (page.parent / target).exists()]
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    return [target for target in targets if "://" not in target and not (page.parent / target).exists()]
 
 
 def test_every_link_leads_somewhere(tmp_path: Path) -> None:

@@ -29,8 +29,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = (DATA / "prompts.jsonl").read_text().splitlines()[::40]
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     run = wb.open_run(folder / "run.zarr")
-    said = [{"id": "c", "messages": [{"role": "user", "content": "2+3"}, {"role": "assistant", "content": "5"}]}]
-    (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    conversations = [
+        {"id": "c", "messages": [{"role": "user", "content": "2+3"}, {"role": "assistant", "content": "5"}]}
+    ]
+    (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations))
     write_transcripts(folder / "for-gpt-oss.jsonl", sample_transcripts(wb.harmony.tokenizer(), 3, 100))
     write_transcripts(folder / "answers.jsonl", transcripts(run, run.sequences.index[::8].tolist()))
     return folder

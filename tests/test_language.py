@@ -2,6 +2,9 @@
 
 Each entry of RETIRED is a phrase that the glossary replaces, with the term to use instead. The test reads every string,
 docstring and comment of the packages, the names of functions and classes, the Markdown pages and the notebooks' text.
+
+NO_NAMES are words that say nothing about the value that they would name. Another test reads every name that the sources,
+the tests and the notebooks give: variables, parameters, attributes, functions, classes, imports and keywords.
 """
 
 import ast
@@ -65,6 +68,7 @@ RETIRED = {
     r"\bspeaks?\b|\bthinks? (more|less)\b|\bmore thinking\b": "uses the format, the analysis is longer",
     r"\bwhoever\b": "the process or user that …",
     r"\bunder way\b": "running",
+    r"\bbehind\b": "after, follows; of data: the data of a figure",
 }
 ALLOWED = {  # file → phrases that are quoted on purpose
     "CHANGELOG.md": ("peers",),  # the former value of an option
@@ -89,6 +93,13 @@ SOURCES = (
 )
 
 PLAIN = (".md", ".toml", ".yml", ".cff")
+
+NO_NAMES = ("said", "found", "kept", "whole", "each", "through", "named")
+ALLOWED_NAMES = {  # file → names that are not ours to choose, with the reason
+    "workbench/experiments/sentence_importance.py": {
+        "kept": "a column of the result, which files of earlier versions have"
+    },
+}
 
 
 def strings(path: Path) -> Iterator[tuple[int, str]]:
@@ -130,6 +141,47 @@ def retired_phrases(path: Path) -> list[str]:
     ]
 
 
+def names_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Return line numbers and names of everything that a syntax tree names, where it is defined or given by keyword."""
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 1)
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield line, name
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()) | ast.arg(arg=name):
+                yield line, name
+            case ast.keyword(arg=str(name), value=value):
+                yield value.lineno, name
+            case ast.alias(asname=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                yield line, name
+            case ast.MatchMapping(rest=str(name)) | ast.ExceptHandler(name=str(name)):
+                yield line, name
+
+
+def code_of(path: Path) -> Iterator[str]:
+    """Return the Python code of a module or of the cells of a notebook, without the commands of IPython."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        yield text
+    elif path.suffix == ".ipynb":
+        for cell in json.loads(text)["cells"]:
+            if cell["cell_type"] == "code":
+                yield re.sub(r"^\s*[%!].*$", "", "".join(cell["source"]), flags=re.MULTILINE)
+    elif path.suffix == ".md":
+        yield from re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def unhelpful_names(path: Path) -> list[str]:
+    """Return the names of a file's code that say nothing about their value, with their lines."""
+    name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    return [
+        f"{name}:{line}: {given!r}: name the thing that it is"
+        for code in code_of(path)
+        for line, given in names_in(ast.parse(code))
+        if given.strip("_") in NO_NAMES and given not in ALLOWED_NAMES.get(name, {})
+    ]
+
+
 def tracked() -> list[Path]:
     names = subprocess.run(["git", "ls-files", *SOURCES], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     paths = [ROOT / name for name in names.splitlines()]
@@ -142,6 +194,46 @@ def tracked() -> list[Path]:
 
 def test_texts_use_the_terms_of_the_glossary() -> None:
     assert [hit for path in tracked() for hit in retired_phrases(path)] == []
+
+
+def test_names_say_what_the_thing_is() -> None:
+    assert [hit for path in tracked() for hit in unhelpful_names(path)] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "found = 1",
+        "rows, kept = 1, 2",
+        "for each in rows: pass",
+        "[whole for whole in rows]",
+        "def f(said): pass",
+        "def through(): pass",
+        "self._kept = []",
+        "f(found=1)",
+        "import x as named",
+        "if (found := f()): pass",
+        "lambda *each: 1",
+        "try:\n    pass\nexcept ValueError as said:\n    pass",
+        "match x:\n    case [1, *kept]: pass",
+    ],
+)
+def test_a_name_that_says_nothing_is_noticed(code: str, tmp_path: Path) -> None:
+    """Negative control, as a module, as a cell of a notebook and as an example on a page; longer names are not hit."""
+    cells = [{"cell_type": "code", "source": ["%matplotlib inline\n", code]}]
+    files = {"a.py": code, "a.ipynb": json.dumps({"cells": cells}), "a.md": f"```python\n{code}\n```\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        assert len(unhelpful_names(tmp_path / name)) == 1
+        longer = re.sub(r"\b(_?)(said|found|kept|whole|each|through|named)\b", r"\1\2_rows", text)
+        (tmp_path / name).write_text(longer)
+        assert unhelpful_names(tmp_path / name) == []
+
+
+def test_allowed_names_are_still_used() -> None:
+    for name, allowed in ALLOWED_NAMES.items():
+        given = {n for code in code_of(ROOT / name) for _, n in names_in(ast.parse(code))}
+        assert set(allowed) <= given
 
 
 def test_every_replacement_is_a_term_of_the_glossary() -> None:

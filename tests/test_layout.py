@@ -192,14 +192,14 @@ TESTED_BY = {
 
 def strays(tests: Iterable[str], modules: set[str]) -> list[str]:
     """Tests that neither have the path of a module or package nor are listed above."""
-    found = []
+    stray = []
     for test in sorted(set(tests) - ACROSS_MODULES):
         folder, _, name = test.rpartition("/")
         subject = f"{folder}/{name}".strip("/").replace("test_", "", 1).removesuffix(".py")
         subject = subject.removesuffix("init").rstrip("/") if name == "test_init.py" else subject
         if subject not in modules:
-            found.append(test)
-    return found
+            stray.append(test)
+    return stray
 
 
 def test_every_test_has_the_path_of_what_it_tests() -> None:

@@ -87,8 +87,8 @@ class _LinkedPackage(types.ModuleType):
         return importlib.import_module(dotted)
 
     def __dir__(self) -> list[str]:
-        found = {path.stem for folder in self.__path__ for path in Path(folder).glob("*.py")}
-        return sorted(found | {path.name for folder in self.__path__ for path in Path(folder).glob("gpu")})
+        modules = {path.stem for folder in self.__path__ for path in Path(folder).glob("*.py")}
+        return sorted(modules | {path.name for folder in self.__path__ for path in Path(folder).glob("gpu")})
 
 
 def __getattr__(name: str) -> Any:

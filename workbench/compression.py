@@ -1,4 +1,4 @@
-"""zstd with a limit: a few bytes that unpack to gigabytes are refused before they are unpacked.
+"""Unpack zstd with a limit of size: data that would unpack to more is refused before it is unpacked.
 
 `unpack` reads one frame of a known size. `SizedZstd` is zarr's zstd codec with the same check, for the chunks that zarr
 decompresses itself; importing this module makes zarr use it in this process.
@@ -55,7 +55,7 @@ def frame_size(data: Any) -> int | None:
     """
     head = bytes(data[:18])
     if not head.startswith(_MAGIC) or len(head) < 6:
-        raise ValueError("it is no zstd frame")
+        raise ValueError("it is not a zstd frame")
     descriptor = head[4]
     flag, single_segment = descriptor >> 6, bool(descriptor & 0x20)
     length = 1 if flag == 0 and single_segment else _SIZE_BYTES[flag]
@@ -63,7 +63,7 @@ def frame_size(data: Any) -> int | None:
     if length == 0:
         return None
     if len(head) < start + length:
-        raise ValueError("its zstd frame is cut off")
+        raise ValueError("its zstd frame is truncated")
     return int.from_bytes(head[start : start + length], "little") + (256 if length == 2 else 0)
 
 

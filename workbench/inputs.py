@@ -99,6 +99,6 @@ def _open_pipe(path: str | Path) -> int:
     poll.register(descriptor, select.POLLIN)
     if not poll.poll(WRITER_TIMEOUT_S * 1000):
         os.close(descriptor)
-        raise InputError(f"{path} is a pipe to which nothing was written for {WRITER_TIMEOUT_S:.0f} s; give a file")
+        raise InputError(f"{path} is a pipe to which nothing was written for {WRITER_TIMEOUT_S:.0f} s: give a file")
     os.set_blocking(descriptor, True)
     return descriptor

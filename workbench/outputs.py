@@ -52,7 +52,7 @@ def check_output(
     """
     path = Path(out)
     if path.name in ("", "..") or "\0" in str(path):
-        raise InputError(f"{str(out)!r} is no name for an output: give the path of a file or folder")
+        raise InputError(f"{str(out)!r} is not a name for an output: give the path of a file or folder")
     _check_parents(path)
     mode = check_kind(path)
     refuse_inputs(path, inputs)
@@ -64,7 +64,7 @@ def check_output(
         changed = "" if owned else f" {_foreign(path, command)}"
         raise InputError(
             f"{path} exists and was not written by `workbench {command}`, or was changed since{changed}: "
-            "choose another name, or remove it yourself"
+            "choose another name, or remove it"
         )
     return path
 
@@ -108,7 +108,7 @@ def refuse_inputs(path: Path, inputs: Iterable[str | Path], *, holds_files: bool
         if real in source.parents and not holds_files:
             raise InputError(f"{path} contains the input {given}: choose another output")
         if source in real.parents and (_is_run(source) or not holds_files):
-            raise InputError(f"{path} lies in the input {given}: choose another output")
+            raise InputError(f"{path} is inside the input {given}: choose another output")
 
 
 def _is_run(folder: Path) -> bool:
@@ -317,14 +317,14 @@ def sha256(path: Path) -> str:
 
 def _contents(folder: Path) -> dict[Path, str]:
     """Return the digest of every file in a folder by its relative path; a link or device counts as changed."""
-    found = {}
+    digests = {}
     for at, folders, names in os.walk(folder):
         for name in [*names, *(f for f in folders if os.path.islink(os.path.join(at, f)))]:
             path = Path(at, name)
             key = path.relative_to(folder)
             if str(key) != MARKER:
-                found[key] = sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "not a regular file"
-    return found
+                digests[key] = sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "not a regular file"
+    return digests
 
 
 def _foreign(path: Path, command: str) -> str:

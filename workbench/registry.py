@@ -192,7 +192,9 @@ def record_in(source: str, module: str) -> Record | None:
                 fields = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in value.keywords}
                 return replace(_KINDS[value.func.id](**fields), module=module)
             except (TypeError, ValueError) as error:
-                raise InputError(f"the record of {module} cannot be read: {error}; it takes literals only") from error
+                raise InputError(
+                    f"the record of {module} cannot be read: {error}; only literals are allowed"
+                ) from error
     return None
 
 
@@ -256,7 +258,7 @@ def find(name: str) -> Record:
         if name in (record.name, *record.aliases):
             return record
     known = ", ".join(record.name for record in records())
-    raise InputError(f"no study or experiment is called {name!r}; choose from {known}")
+    raise InputError(f"study or experiment {name!r} does not exist; choose from {known}")
 
 
 def attributes() -> dict[str, Record]:

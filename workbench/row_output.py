@@ -1,4 +1,4 @@
-"""JSON Lines that a long command appends to: resumed, locked, and replaced only where the same command wrote them.
+"""JSON Lines files to which a long command appends: resumable, locked, and replaced only if the command wrote them.
 
 Every row says in `meta.workbench` which command wrote it and what the job was, so a file tells by itself whether it
 can be resumed. A row is on the disk before the next is begun; half a row that a kill left is cut off when the next is
@@ -76,7 +76,7 @@ class RowOutput:
         # what exists is looked at below, under the lock
         check_output(self.path, command=command, inputs=inputs, overwrite=True, owned=lambda path: path.is_file())
         if not self.path.parent.is_dir():
-            raise InputError(f"{self.path.parent} is no folder: make it first")
+            raise InputError(f"{self.path.parent} is not a folder: create it first")
         self._part = self.path.with_name(f".{self.path.name}{_PART}")
         self._lock = FileLock(self.path)
 
@@ -131,7 +131,7 @@ class RowOutput:
             raise InputError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
     def _open(self, fresh: bool) -> BinaryIO:
-        """Return the file to append to: a new one beside the path, or the one that is resumed, cut behind its rows."""
+        """Return the file to append to: a new one beside the path, or the one to resume, cut after its last row."""
         if fresh:
             return open(self._part, "xb")
         file = open(self.path, "r+b")  # noqa: SIM115  closed by __exit__

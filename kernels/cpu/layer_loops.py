@@ -55,7 +55,7 @@ from workbench.kernels.cpu.row_loops import (
 
 
 class Phase(IntEnum):
-    """The phases of a layer in their order; `END` is behind the last."""
+    """The phases of a layer in their order; `END` follows the last."""
 
     ATTENTION_NORM = 0
     PROJECT = 1
@@ -278,7 +278,7 @@ def _sum_values(scores, values, value_bytes, n, heads, vectors, sums):
 
 @_inline
 def _output(piece, w, s):
-    """The output projection of all rows, and the residual stream behind it."""
+    """The output projection of all rows, and the residual stream after it."""
     _dense(piece, w.o, w.o_bias, w.d_model, w.n_heads * w.d_head, s.z, s.rows, s.attention_out)
     start = piece * _DENSE_CHUNK
     vectors = min(_DENSE_CHUNK, w.d_model - start) // LANES
@@ -412,7 +412,7 @@ def _down(piece, w, s):
 
 @_inline
 def _combine(piece, w, s):
-    """A chunk of a row's sum over its slots, and the residual stream behind it."""
+    """A chunk of a row's sum over its slots, and the residual stream after it."""
     chunks = _ceil(w.d_model, _COMBINE_CHUNK)
     row, start = piece // chunks, piece % chunks * _COMBINE_CHUNK
     vectors = (min(start + _COMBINE_CHUNK, w.d_model) - start) // LANES

@@ -37,7 +37,7 @@ def run(model: GptOss, transcripts: Path, tmp_path_factory: pytest.TempPathFacto
 
 def activations(model: GptOss, run: Run) -> list[tuple[int, int, int, np.ndarray]]:
     """Channel, sequence, position and activations [neuron] of every token of the expert, from passes of single rows."""
-    found = []
+    entries = []
     codes = np.concatenate([block["channel"] for block in run.blocks("id")])
     starts = np.concatenate([[0], run.sequences["length"].cumsum().to_numpy()])
     for s, row in enumerate(from_run.transcripts(run)):
@@ -47,8 +47,8 @@ def activations(model: GptOss, run: Run) -> list[tuple[int, int, int, np.ndarray
             cache = model.run_with_cache(ids, names_filter=names, return_cache_object=False)[1]
         chosen, post = (cache[name][0] for name in names)
         for pos, slot in (chosen == EXPERT).nonzero().tolist():
-            found.append((int(codes[starts[s] + pos]), s, pos, post[pos, slot].numpy()))
-    return found
+            entries.append((int(codes[starts[s] + pos]), s, pos, post[pos, slot].numpy()))
+    return entries
 
 
 def test_lists_hold_the_largest_activations_of_the_run(model: GptOss, run: Run) -> None:
@@ -103,9 +103,9 @@ def test_damaged_lists_are_found(model: GptOss, transcripts: Path, tmp_path: Pat
     group["neurons/position"][(0, *filled)] += 1
     sampled = np.argwhere(group["neurons/random_sequence"][0] >= 0)[0]
     group["neurons/random_position"][(0, *sampled)] += 1
-    found = [problem.what for problem in verify(path, recompute=True)]
+    problems = [problem.what for problem in verify(path, recompute=True)]
     for name in ("neurons/position", "neurons/random_position"):
-        assert any(name in what for what in found), found
+        assert any(name in what for what in problems), problems
 
 
 def test_excluded_sequences_have_no_examples(run: Run) -> None:

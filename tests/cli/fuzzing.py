@@ -55,11 +55,11 @@ def cases(n: int, *, long: bool, times: int = 30) -> Callable[[Any], Any]:
     def decorate(test: Any) -> Callable[[], None]:
         check, begun, done = test.hypothesis.inner_test, time.monotonic(), 0
 
-        def counted(*arguments: Any, **named: Any) -> None:
+        def counted(*arguments: Any, **options: Any) -> None:
             nonlocal done
             if time.monotonic() - begun > 60 * minutes:
                 raise TimeIsUpError
-            check(*arguments, **named)
+            check(*arguments, **options)
             done += 1
 
         test.hypothesis.inner_test = counted
@@ -293,7 +293,7 @@ class TooLongError(BaseException):
 
 
 class Checked:
-    """Runs commands in a folder and checks what each leaves behind; the folder is then as it was."""
+    """Runs commands in a folder and checks the files that each leaves; the folder is then restored."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

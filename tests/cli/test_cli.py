@@ -38,7 +38,7 @@ def test_the_whole_way_from_prompts_to_tables(tmp_path: Path, capsys: pytest.Cap
     assert (code, transcripts.read_bytes()) == (0, before)
     code, _, err = run(capsys, *generate, "--seed", "1")
     assert code == 2
-    assert "was begun with seed 0, this command has 1" in err
+    assert "was started with seed 0, and this command has 1" in err
     assert run(capsys, "capture", "nano", str(transcripts), str(store))[0] == 0
     code, text, _ = run(capsys, "verify", str(store))
     assert (code, text.splitlines()[0]) == (0, f"{store}: valid")
@@ -85,10 +85,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", list(MISTAKES))
-def test_a_mistake_is_one_line_exit_2_and_nothing_left_behind(
+def test_a_mistake_is_one_line_exit_2_and_no_file_remains(
     mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments, said = MISTAKES[mistake]
+    arguments, message = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)
     row = {"id": "a", "prompt_id": "a", "effort": "low", "tokens": [6, 11], "n_prompt": 1}
     transcripts = tmp_path / "rows.jsonl"
@@ -96,7 +96,7 @@ def test_a_mistake_is_one_line_exit_2_and_nothing_left_behind(
     before = sorted(tmp_path.rglob("*"))
     code, _, err = run(capsys, *[str(transcripts) if a == "TRANSCRIPTS" else a for a in arguments])
     assert code == 2, err
-    assert said in err
+    assert message in err
     assert len(err.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -221,7 +221,7 @@ def test_a_folder_in_which_nothing_can_be_made(checked: Checked, long: bool) -> 
 
 
 def closed() -> io.TextIOWrapper:
-    """A standard output whose reader is gone, as behind `| head`."""
+    """A standard output whose reader has exited, as with `| head`."""
     read, write = os.pipe()
     os.close(read)
     return io.TextIOWrapper(os.fdopen(write, "wb"), encoding="utf-8")

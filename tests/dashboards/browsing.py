@@ -105,9 +105,9 @@ def heat(page: Page) -> list[list[float]]:
 
 def frame_of(session: Session) -> Frame:
     for _ in range(120):
-        found = [f for f in session.page.frames if f != session.page.main_frame]
+        frames = [f for f in session.page.frames if f != session.page.main_frame]
         with contextlib.suppress(Error):  # a frame that was replaced meanwhile
-            if found and found[0].locator(".t").count():
-                return found[0]
+            if frames and frames[0].locator(".t").count():
+                return frames[0]
         session.page.wait_for_timeout(250)
     pytest.fail("no conversation is shown")

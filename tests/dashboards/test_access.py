@@ -64,7 +64,7 @@ class _Page(RequestHandler):
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A server with one page behind the guard."""
+    """A server with one page that the guard protects."""
     ready, ports, loops = threading.Event(), [0], list[IOLoop]()
 
     def serve() -> None:
@@ -88,7 +88,7 @@ def port() -> Iterator[int]:
     thread.join(60)
 
 
-def test_a_server_behind_the_guard_answers_its_own_name_only(port: int) -> None:
+def test_a_guarded_server_answers_its_own_name_only(port: int) -> None:
     def status(host: str, method: str = "GET") -> int:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         with closing(connection):

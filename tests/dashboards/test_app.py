@@ -189,8 +189,8 @@ def test_every_control_and_picture_of_a_page_has_a_name(demo: str, browser: Brow
     assert session.page.locator("h1").count() == 1
     assert session.page.evaluate("document.documentElement.lang") == "en"
     session.page.evaluate("document.body.append(document.createElement('select'))")
-    found = session.page.evaluate(UNNAMED)
-    assert found == ["SELECT"], "negative control: one without a name"
+    reported = session.page.evaluate(UNNAMED)
+    assert reported == ["SELECT"], "negative control: one without a name"
 
 
 def test_a_password_file_requires_a_password(demo_run: Path, tmp_path: Path, browser: Browser) -> None:

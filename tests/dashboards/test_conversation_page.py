@@ -25,7 +25,7 @@ def test_a_conversation_is_coloured_described_searched_and_replayed(demo: str, b
     assert "assistant · analysis" in text
     assert "Reasoning: high" in text
     tokens.nth(30).hover()
-    description = frame.locator("#said").inner_text()
+    description = frame.locator("#details").inner_text()
     assert all(f"layer {layer}" in description for layer in range(4))
     frame.select_option("#by", "expert")
     frame.select_option("#expert", "5")
@@ -99,6 +99,25 @@ def test_next_opens_another_conversation_and_the_link_reopens_it(demo: str, brow
     shown = frame_of(session).locator("#text").text_content()
     again = Session(browser, session.page.url)
     assert frame_of(again).locator("#text").text_content() == shown
+
+
+# whether the selected entry of the list is in sight; with `up`, after the list was scrolled to its beginning
+_IN_SIGHT = """up => { let inside = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
+  if (e.matches('select[size]') && e.selectedOptions[0]) {
+    if (up) e.scrollTop = 0;
+    const list = e.getBoundingClientRect(), own = e.selectedOptions[0].getBoundingClientRect();
+    inside = list.height > 0 && own.top >= list.top && own.bottom <= list.bottom; }
+  if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return inside }"""
+
+
+def test_the_list_scrolls_to_the_conversation_that_is_shown(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/transcript?sequence=300")
+    frame_of(session)
+    session.page.wait_for_function(_IN_SIGHT, arg=False, timeout=30_000)
+    assert session.page.evaluate(_IN_SIGHT, True) is False, "negative control: it begins with other conversations"
+    session.page.get_by_text("next ›").click()
+    session.page.wait_for_url(re.compile("sequence=301"), timeout=30_000)
+    session.page.wait_for_function(_IN_SIGHT, arg=False, timeout=30_000)
 
 
 def test_a_transcript_with_a_script_is_only_text(tmp_path: Path, browser: Browser) -> None:

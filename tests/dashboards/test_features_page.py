@@ -61,28 +61,28 @@ def test_the_strongest_tokens_are_found_with_the_values_around_them(run: Run) ->
     data = run.dataset[["sae_features", "sequence", "position", "id"]].compute()
     values = data["sae_features"].sel(layer=1).values[:, 3].astype(np.float32)
     sequence, position = data["sequence"].values, data["position"].values
-    found = features_page.examples(run, "sae_features", 0, 3)
-    assert found[0]["value"] == pytest.approx(values.max(), rel=1e-3)
-    assert found[0]["sequence"] == int(sequence[values.argmax()])
-    assert len({row["sequence"] for row in found}) == len(found)
-    for row in found:
+    strongest = features_page.examples(run, "sae_features", 0, 3)
+    assert strongest[0]["value"] == pytest.approx(values.max(), rel=1e-3)
+    assert strongest[0]["sequence"] == int(sequence[values.argmax()])
+    assert len({row["sequence"] for row in strongest}) == len(strongest)
+    for row in strongest:
         around = (sequence == row["sequence"]) & (position >= row["start"])
         around &= position < row["start"] + len(row["ids"])
         assert row["ids"] == data["id"].values[around].tolist()
         np.testing.assert_allclose(row["values"], values[around], rtol=1e-3)
     other = features_page.examples(run, "sae_features", 1, 3)
-    assert other[0]["value"] != found[0]["value"], "negative control: another layer"
+    assert other[0]["value"] != strongest[0]["value"], "negative control: another layer"
 
 
 def test_the_random_sample_is_of_tokens_that_have_the_feature(run: Run) -> None:
     data = run.dataset[["sae_features", "sequence", "position"]].compute()
     values = data["sae_features"].sel(layer=1).values[:, 3].astype(np.float32)
-    found = features_page.examples(run, "sae_features", 0, 3, "random")
-    assert len(found) == len(PROMPTS)
-    for row in found:
+    sampled = features_page.examples(run, "sae_features", 0, 3, "random")
+    assert len(sampled) == len(PROMPTS)
+    for row in sampled:
         own = (data["sequence"].values == row["sequence"]) & (data["position"].values == row["position"])
         assert values[own].item() == pytest.approx(row["value"], rel=1e-3)
         assert row["value"] > 0
-    assert found == features_page.examples(run, "sae_features", 0, 3, "random"), "the same sample again"
+    assert sampled == features_page.examples(run, "sae_features", 0, 3, "random"), "the same sample again"
     top = features_page.examples(run, "sae_features", 0, 3)
-    assert {row["position"] for row in found} != {row["position"] for row in top}, "negative control: the largest"
+    assert {row["position"] for row in sampled} != {row["position"] for row in top}, "negative control: the largest"

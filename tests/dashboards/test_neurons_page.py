@@ -99,4 +99,4 @@ def test_pages_without_a_record_are_grey_and_say_how_to_record_it(run: Run) -> N
     assert [widget.label for widget in page.sidebar] == ["Layer", "Expert"]
     assert page.sidebar[0].options == ["1", "2"]
     for session in (without, with_neurons):
-        session.registry.desk.close()
+        session.registry.jobs.close()

@@ -22,9 +22,9 @@ def test_the_sentence_and_the_numbers_are_those_of_the_tables(demo_run: Path) ->
     )
     table = run.sequences
     low, high = (100 * table.loc[table["effort"] == e, "correct"].mean() for e in ("low", "high"))
-    found = overview.numbers(run)
-    assert found["tokens"] == f"{int(table['length'].sum()):,}"
-    assert found["accuracy, low → high effort"] == f"{low:.1f} % → {high:.1f} %"
+    shown = overview.numbers(run)
+    assert shown["tokens"] == f"{int(table['length'].sum()):,}"
+    assert shown["accuracy, low → high effort"] == f"{low:.1f} % → {high:.1f} %"
 
 
 def test_problems_are_listed_and_none_is_said_only_where_there_is_none() -> None:

@@ -64,9 +64,9 @@ def test_an_experiment_beside_the_run_is_shown_with_its_interval(stored: str, br
 
 
 def node(frame: Frame, id: str) -> int:
-    found = frame.evaluate("id => N.findIndex(n => n.id === id)", id)
-    assert found >= 0
-    return int(found)
+    number = frame.evaluate("id => N.findIndex(n => n.id === id)", id)
+    assert number >= 0
+    return int(number)
 
 
 def graph_frame(session: Session) -> Frame:
@@ -248,8 +248,8 @@ FEW = ("overview", "transcript", "causal")
 def violations(frame: Frame, rules: list[str]) -> list[str]:
     axe = pytest.importorskip("axe_playwright_python")
     frame.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
-    found: list[str] = frame.evaluate(RUN_AXE, rules)
-    return found
+    violated: list[str] = frame.evaluate(RUN_AXE, rules)
+    return violated
 
 
 def opened(session: Session, url: str, title: str) -> Iterator[Frame]:

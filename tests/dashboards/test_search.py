@@ -64,25 +64,25 @@ def test_a_head_s_tokens_and_its_curve_are_those_of_its_sinks(run: Run) -> None:
 
 
 def test_conversations_are_found_by_task_effort_and_text(run: Run) -> None:
-    found = search.conversations(run, task="product", effort="high")
-    assert len(found) == 20
-    assert all(run.sequences.loc[i, "task"] == "product" for i in found.values())
+    matching = search.conversations(run, task="product", effort="high")
+    assert len(matching) == 20
+    assert all(run.sequences.loc[i, "task"] == "product" for i in matching.values())
     assert len(search.conversations(run, text="product-07/")) == 3
     assert search.conversations(run, text="no such text anywhere") == {}
-    said = search.conversations(run, text="REASONING: HIGH")
-    assert set(said.values()) == set(run.sequences.index[run.sequences["effort"] == "high"])
+    by_text = search.conversations(run, text="REASONING: HIGH")
+    assert set(by_text.values()) == set(run.sequences.index[run.sequences["effort"] == "high"])
     assert search.conversations(run, text="reasoning: high", channel="final") == {}
 
 
 def test_conversations_are_ordered_by_an_expert_s_share(run: Run) -> None:
-    found = list(search.conversations(run, channel="analysis", expert=(1, 5)).values())
+    ordered = list(search.conversations(run, channel="analysis", expert=(1, 5)).values())
     data = run.dataset[["sequence", "channel", "experts"]].compute()
     inside = data["channel"].values == CHANNELS.index("analysis")
     hit = (data["experts"].values[1] == 5).any(-1)[inside]
     share = pd.Series(hit).groupby(data["sequence"].values[inside]).mean()
-    assert found == [i for i in found if share[i] > 0]
-    assert len(found) == (share > 0).sum()
-    np.testing.assert_allclose(share[found].to_numpy(), np.sort(share)[::-1][: len(found)])
+    assert ordered == [i for i in ordered if share[i] > 0]
+    assert len(ordered) == (share > 0).sum()
+    np.testing.assert_allclose(share[ordered].to_numpy(), np.sort(share)[::-1][: len(ordered)])
 
 
 def test_a_character_of_several_tokens_is_shown_once() -> None:

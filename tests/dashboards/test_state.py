@@ -28,6 +28,6 @@ def test_two_sessions_wait_for_one_computation() -> None:
     registry = RunRegistry([DATA / "demo.zarr"])
     made: list[None] = []
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: registry._once(("x",), "d", lambda: made.append(1) or object()), range(8)))
+        values = list(pool.map(lambda _: registry._once(("x",), "d", lambda: made.append(1) or object()), range(8)))
     assert len(made) == 1
-    assert len({id(f) for f in found}) == 1
+    assert len({id(f) for f in values}) == 1

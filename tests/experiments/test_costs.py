@@ -32,9 +32,9 @@ def test_the_speeds_are_those_that_were_measured() -> None:
 
 def test_the_time_is_that_of_tokens_over_speeds() -> None:
     speed = costs.SPEEDS["20b"]
-    found = costs.cost(Work(passes=2, layer_passes=1, new_tokens=100), "20b", sequences=3, sequence_tokens=10)
-    assert (found.forward, found.gradient, found.new_tokens) == (30 * 26, 0, 100)
-    assert found.seconds == pytest.approx(costs.RECORDING * 780 / speed.forward + 100 / speed.decode)
+    result = costs.cost(Work(passes=2, layer_passes=1, new_tokens=100), "20b", sequences=3, sequence_tokens=10)
+    assert (result.forward, result.gradient, result.new_tokens) == (30 * 26, 0, 100)
+    assert result.seconds == pytest.approx(costs.RECORDING * 780 / speed.forward + 100 / speed.decode)
     wide = costs.cost(Work(width_passes=0.5), "20b", sequences=3, sequence_tokens=10)
     assert wide.gradient == 30 * 1440
     assert wide.seconds == pytest.approx(costs.GRADIENT * wide.gradient / speed.forward)
@@ -52,8 +52,8 @@ def test_an_experiment_computes_what_its_record_says(name: str, monkeypatch: pyt
         return residual(self, tokens, **others)
 
     monkeypatch.setattr(GptOss, "residual", count)
-    found = run_experiment(name, model, run, sequences=15)
-    sequences = json.loads(next(iter(found.values())).attrs["parameters"])["sequences"]
+    result = run_experiment(name, model, run, sequences=15)
+    sequences = json.loads(next(iter(result.values())).attrs["parameters"])["sequences"]
     tokens = run.sequences["length"].mean() * sequences
     record = registry.find(name)
     assert isinstance(record, registry.Experiment)

@@ -42,9 +42,9 @@ def only_expert(model: GptOss, layer: int, expert: int) -> Iterator[None]:
     before = [t.detach().clone() for t in held]
     with torch.no_grad():
         for t in (down.bias, down.blocks):
-            kept = t[expert].clone()
+            own_tensor = t[expert].clone()
             t.zero_()
-            t[expert] = kept
+            t[expert] = own_tensor
     try:
         yield
     finally:
@@ -56,12 +56,12 @@ def only_expert(model: GptOss, layer: int, expert: int) -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_the_expert_that_carries_a_layer_is_found(nano: GptOss, rows: list[Transcript]) -> None:
     with only_expert(nano, LAYER, EXPERT):
-        found = tracing.experiment(nano, rows, cells=1)["experts"]
+        result = tracing.experiment(nano, rows, cells=1)["experts"]
         estimates = tracing._screened(nano, rows[:2], 3.0, 0)
         one = tracing.traced(nano, rows[0], 3.0, 0)
         silent = [(LAYER, one.difference(LAYER, expert)) for expert in range(16) if expert != EXPERT]
         values = tracing.restored(nano, one, [(0, torch.zeros_like(one.noise)), *silent])
-    own = found.isel(cell=0)
+    own = result.isel(cell=0)
     assert str(own["cell"].item()) == f"layer {LAYER} expert {EXPERT}, generated tokens"
     assert float(own["change"]) == pytest.approx(float(own["layer"]), abs=1e-3), "alone, it is all of its layer"
     assert float(own["low"]) > 0
@@ -69,8 +69,8 @@ def test_the_expert_that_carries_a_layer_is_found(nano: GptOss, rows: list[Trans
     assert float(own["recovery"]) > 0.1
     np.testing.assert_array_equal(np.delete(estimates[:, LAYER], EXPERT, 1), 0)
     np.testing.assert_allclose(values[1:], values[0], atol=1e-4, err_msg="the negative control: silent experts")
-    assert "more than controls" in found.attrs["summary"]
-    assert all(item.draw().data for item in figures.gallery({"experts": found}).values())
+    assert "more than controls" in result.attrs["summary"]
+    assert all(item.draw().data for item in figures.gallery({"experts": result}).values())
 
 
 def test_the_clean_value_is_that_of_an_ordinary_pass_and_everything_restored_is_clean(

@@ -61,15 +61,15 @@ def test_an_expert_that_carries_the_behaviour_is_found_among_random_ones(nano: G
     others = [forbid(layer, [e]) for layer, e in np.ndindex(2, 12) if (layer, e) != (LAYER, EXPERT)][:20]
     recipe = {"carrier": forbid(LAYER, [EXPERT])}
     with carried_by_an_expert(nano):
-        found = behaviour(nano, rows[:5], recipe, controls={"carrier": others}, max_new_tokens=4)
-    same = found.sel(measure="same answer", intervention="carrier")
+        result = behaviour(nano, rows[:5], recipe, controls={"carrier": others}, max_new_tokens=4)
+    same = result.sel(measure="same answer", intervention="carrier")
     assert float(same["change"]) < -0.8
     assert float(same["p_family"]) <= 0.05
     random = same["random"].values
     assert rank(random[0], random[1:]).p > 0.05, "the negative control: an ordinary expert among the others"
-    assert "same answer" in found.attrs["summary"]
-    assert "beyond random controls" in found.attrs["summary"]
-    drawn = figures.gallery({"answers": found})
+    assert "same answer" in result.attrs["summary"]
+    assert "beyond random controls" in result.attrs["summary"]
+    drawn = figures.gallery({"answers": result})
     assert "answers_same_answer" in drawn
     assert all(item.draw().data and len(item.table()) == 1 for item in drawn.values())
 
@@ -116,11 +116,11 @@ def test_two_models_are_compared_by_their_answers(nano: GptOss, rows: list[Trans
     """The negative control is the model itself, which changes nothing."""
     other = wb.load("nano", dtype=torch.float32)
     other.add_hook(f"blocks.{LAYER}.hook_resid_post", lambda x, hook: -x)
-    found = between_models(nano, other, rows[:6], max_new_tokens=4).isel(intervention=0)
-    assert float(found["high"].sel(measure="same answer")) < 0
-    assert float(found["change"].sel(measure="tokens before divergence")) < -0.5
-    assert float(found["change"].sel(measure="routing flips")) > 0.1
-    assert "random" not in found.attrs["summary"]
+    result = between_models(nano, other, rows[:6], max_new_tokens=4).isel(intervention=0)
+    assert float(result["high"].sel(measure="same answer")) < 0
+    assert float(result["change"].sel(measure="tokens before divergence")) < -0.5
+    assert float(result["change"].sel(measure="routing flips")) > 0.1
+    assert "random" not in result.attrs["summary"]
     same = between_models(nano, nano, rows[:6], max_new_tokens=4)
     np.testing.assert_array_equal(np.nan_to_num(same["change"].values), 0)
     assert all(item.draw().data for item in figures.gallery({"answers": same}).values())

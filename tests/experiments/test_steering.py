@@ -31,13 +31,13 @@ def rows() -> list[Transcript]:
 def test_a_dose_curve_beside_random_directions(rows: list[Transcript], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steering, "DOSES", (0.0, 4.0))
     nano = wb.load("nano", dtype=torch.float32)
-    found = steering.experiment(nano, rows, controls=20)["direction"]
-    assert found["random"].sizes == {"control": 20, "dose": 2}
-    none = found.sel(dose=0.0)
+    result = steering.experiment(nano, rows, controls=20)["direction"]
+    assert result["random"].sizes == {"control": 20, "dose": 2}
+    none = result.sel(dose=0.0)
     assert float(np.abs(none["change"]).max()) < 1e-3
     assert float(none["p_family"]) > 0.05, "a dose of zero does nothing, and random directions neither"
-    assert float(found["change"].sel(dose=4.0).max()) < -0.01
-    np.testing.assert_allclose(found["change"].values[1], found["random"].mean("control"), rtol=1e-6, atol=1e-9)
-    assert "rank p" in found.attrs["summary"]
+    assert float(result["change"].sel(dose=4.0).max()) < -0.01
+    np.testing.assert_allclose(result["change"].values[1], result["random"].mean("control"), rtol=1e-6, atol=1e-9)
+    assert "rank p" in result.attrs["summary"]
     with pytest.raises(InputError, match="controls=8: at least 20 random controls"):
         steering.experiment(nano, rows, controls=8)

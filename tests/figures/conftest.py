@@ -1,4 +1,4 @@
-"""The datasets behind the figures: one with everything in it, and a layer and a channel that are missing."""
+"""The datasets of the figures: one with everything in it, and a layer and a channel that are missing."""
 
 import dataclasses
 

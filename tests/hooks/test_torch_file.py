@@ -30,7 +30,7 @@ def test_tensors_and_plain_values_are_read(tmp_path: Path) -> None:
 def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     path, target = tmp_path / "x.pt", tmp_path / "executed"
     torch.save({"weight": torch.ones(2), "attack": Attack(target)}, path)
-    with pytest.raises(InputError, match="no file of tensors that can be read safely"):
+    with pytest.raises(InputError, match="not a file of tensors that can be read safely"):
         read_torch_file(path)
     assert not target.exists()
     torch.load(path, weights_only=False)
@@ -40,8 +40,8 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot|no file of tensors"),
-        (b"PK\x03\x04 cut off", "no file of tensors"),
+        (b"", "cannot|not a file of tensors"),
+        (b"PK\x03\x04 cut off", "not a file of tensors"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git-lfs"),
     ],
 )

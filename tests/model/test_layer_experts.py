@@ -140,7 +140,7 @@ BLOCKS = [{"num_local_experts": n, "sliding_window": w} for n, w in zip(KEEP, CF
     ("fields", "message"),
     [
         ({"block_configs": ...}, "field 'block_configs' is missing"),
-        ({"block_configs": BLOCKS[:2]}, "block_configs is .*wanted a list of 3 objects, one for each layer"),
+        ({"block_configs": BLOCKS[:2]}, "block_configs is .*expected a list of 3 objects, one for each layer"),
         (
             {"block_configs": [*BLOCKS[:2], {"num_local_experts": 6}]},
             r"field block_configs\[2\]\.'sliding_window' is missing",

@@ -93,11 +93,11 @@ def test_parts_of_the_stream_sum_to_it(base: GptOss) -> None:
 
 @torch.no_grad()
 def test_heads_are_computed_from_z_as_the_model_computes_them(base: GptOss) -> None:
-    _, whole = base.run_with_cache(X)
+    _, complete = base.run_with_cache(X)
     _, cache = base.run_with_cache(X, names_filter=lambda name: "hook_result" not in name)
     cache.compute_head_results()
     for layer in range(BASE.n_layers):
-        torch.testing.assert_close(cache["result", layer], whole["result", layer], **CLOSE)
+        torch.testing.assert_close(cache["result", layer], complete["result", layer], **CLOSE)
     assert cache.stack_head_results().shape == (BASE.n_layers * BASE.n_heads, *X.shape, BASE.d_model)
 
 
@@ -187,10 +187,10 @@ def test_the_head_detector_finds_a_head_that_looks_back_by_one(nano: GptOss) -> 
 
     text = "12+34;56*78=9"
     with nano.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", back)]):
-        found = detect_head(nano, text, "previous_token_head", exclude_bos=False)
-    assert found.shape == (nano.cfg.n_layers, nano.cfg.n_heads)
-    assert divmod(int(found.argmax()), nano.cfg.n_heads) == (1, 5)
-    assert float(found.max()) == pytest.approx(1)
+        result = detect_head(nano, text, "previous_token_head", exclude_bos=False)
+    assert result.shape == (nano.cfg.n_layers, nano.cfg.n_heads)
+    assert divmod(int(result.argmax()), nano.cfg.n_heads) == (1, 5)
+    assert float(result.max()) == pytest.approx(1)
 
 
 @torch.no_grad()

@@ -118,8 +118,8 @@ def test_what_is_no_recipe_is_refused(text: str, reason: str) -> None:
 
 def logits(model: GptOss, ids: list[int], *edits: Edit) -> torch.Tensor:
     with torch.no_grad(), applied(model, *edits, need_match=False):
-        found: torch.Tensor = model(torch.tensor([ids]))
-    return found
+        out: torch.Tensor = model(torch.tensor([ids]))
+    return out
 
 
 def test_interventions_compile_to_the_library_s_edits(nano: GptOss) -> None:

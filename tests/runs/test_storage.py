@@ -198,15 +198,15 @@ def test_killed_in_a_bucket_and_begun_again(s3: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("nowhere://b/r", "unknown scheme 'nowhere'"),
         ("https://example.org/r.zarr", "web server"),
         ("gs://b/r", "needs a package that is not installed"),
     ],
 )
-def test_what_cannot_be_reached_is_one_line(url: str, said: str) -> None:
+def test_what_cannot_be_reached_is_one_line(url: str, message: str) -> None:
     for opener in (open_run, lambda where: open_writer(where, **job(LAYOUT))):
-        with pytest.raises(InputError, match=said) as raised:
+        with pytest.raises(InputError, match=message) as raised:
             opener(url)
         assert "\n" not in str(raised.value)

@@ -111,13 +111,13 @@ LIES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("lie", list(LIES))
 def test_each_lie_is_found(run_path: Path, lie: str) -> None:
-    tell, said = LIES[lie]
+    tell, message = LIES[lie]
     make_older(run_path)
     assert verify(run_path) == []
     tell(run_path)
     problems = verify(run_path)
     assert problems
-    assert any(__import__("re").search(said, problem.what) for problem in problems), problems
+    assert any(__import__("re").search(message, problem.what) for problem in problems), problems
 
 
 @pytest.mark.parametrize("lie", list(LIES))

@@ -63,14 +63,14 @@ def test_contexts_are_those_of_the_tokens(run: Run, model: GptOss) -> None:
 
 
 def test_direct_effects_are_those_of_the_output_weights(model: GptOss) -> None:
-    found = expert_logits.neuron_logits(model, 2, 5, n=3)
+    neurons = expert_logits.neuron_logits(model, 2, 5, n=3)
     weight = model.blocks[2].mlp.experts.W_out(5).float()[7] * model.ln_final.weight.float()
     logits = model.unembed.weight.float() @ weight
     logits = logits - logits.mean()
-    own = found.sel(neuron=7)
+    own = neurons.sel(neuron=7)
     np.testing.assert_allclose(own["top_logit"], logits.topk(3).values.detach(), rtol=0.02, atol=1e-3)
     np.testing.assert_allclose(own["bottom_logit"], -(-logits).topk(3).values.detach(), rtol=0.02, atol=1e-3)
-    assert not np.allclose(found.sel(neuron=8)["top_logit"], own["top_logit"], rtol=0.02), "the negative control"
+    assert not np.allclose(neurons.sel(neuron=8)["top_logit"], own["top_logit"], rtol=0.02), "the negative control"
     with pytest.raises(InputError, match="experts 0 to 15"):
         expert_logits.neuron_logits(model, 2, 16)
 
@@ -94,4 +94,4 @@ def test_the_command_writes_pages_of_neurons(run: Run, tmp_path: Path) -> None:
         }
     assert len({page["index"] for page in pages}) == len(pages)
     wrong = CliRunner().invoke(app, [*arguments, "--neurons", "2", "--overwrite"])
-    assert "by layer and number" in str(wrong.exception)
+    assert "a layer and the number of an expert" in str(wrong.exception)

@@ -40,7 +40,7 @@ from workbench.version import version
 COMMAND = "finetune"
 _PASS_TOKENS = 4096  # padded tokens of a pass
 _SAVE_S = 120.0
-_STATE = ".training.safetensors"  # behind the name of the output
+_STATE = ".training.safetensors"  # appended to the name of the output
 _PART = ".part"
 _WARMUP = 0.05  # of all steps
 
@@ -161,11 +161,11 @@ def state_path(out: str | Path) -> Path:
 def _finished(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     """Return the result of a training that wrote its adapter and was killed before it removed its state."""
     try:
-        found = read_json(out / "training.json")
+        recorded = read_json(out / "training.json")
     except (OSError, InputError):
         return None
-    same = isinstance(found, dict) and all(found.get(name) == value for name, value in about.items())
-    return found if same and found.get("losses") else None
+    same = isinstance(recorded, dict) and all(recorded.get(name) == value for name, value in about.items())
+    return recorded if same and recorded.get("losses") else None
 
 
 def _remove_parts(state: Path) -> None:
@@ -336,8 +336,8 @@ def summed_loss(model: GptOss, batch: list[Example]) -> Float[Tensor, ""]:
         )
     )
     residual = model.residual(tokens, n_real=[len(example.ids) for example in batch])
-    kept = residual[rows.to(residual.device), columns.to(residual.device)]
-    logits = model.unembed(model.ln_final(kept[None]))[0]
+    selected = residual[rows.to(residual.device), columns.to(residual.device)]
+    logits = model.unembed(model.ln_final(selected[None]))[0]
     return -logprob(logits, tokens[rows, columns + 1].to(logits.device)).sum()
 
 

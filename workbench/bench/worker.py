@@ -44,5 +44,5 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self.__exit__()
-            raise JobError(f"the {self.name} process ended; what it said is above")
+            raise JobError(f"the {self.name} process ended; its output is above")
         return json.loads(line)

@@ -40,13 +40,13 @@ class Computed(NamedTuple):
 
     def summarised(self, num_experts: int) -> dict[str, np.ndarray]:
         """Return sums [sequence channel ...], including those computed on the device, and examples of experts."""
-        found = summarise(self.records, self.tokens["sequence"], self.tokens["channel"], num_experts=num_experts)
+        summary = summarise(self.records, self.tokens["sequence"], self.tokens["channel"], num_experts=num_experts)
         if wrong := [name for name, values in self.sums.items() if not np.isfinite(values).all()]:
-            raise JobError(f"{wrong[0]} of unit {self.unit.index} is not finite: it was not written; check the weights")
+            raise JobError(f"{wrong[0]} of unit {self.unit.index} is not finite: it was not written: check the weights")
         if self.examples:
             lists = of_tokens(self.records["experts"], self.records["gates"], self.tokens, num_experts=num_experts)
-            found |= {f"examples/{name}": values for name, values in lists.items()}
-        return found | (self.neurons or {}) | self.sums
+            summary |= {f"examples/{name}": values for name, values in lists.items()}
+        return summary | (self.neurons or {}) | self.sums
 
 
 @torch.no_grad()
@@ -107,8 +107,8 @@ def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequen
     first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     predicted = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
     for rows in predicted.split(LOGIT_ROWS):
-        found = predict(model.logits(residual, rows[None] - 1)[0], tokens[rows])  # one chunk of logits is alive
-        logprob[rows], entropy[rows] = found.logprob.float().cpu(), found.entropy.float().cpu()
+        prediction = predict(model.logits(residual, rows[None] - 1)[0], tokens[rows])  # one chunk of logits is alive
+        logprob[rows], entropy[rows] = prediction.logprob.float().cpu(), prediction.entropy.float().cpu()
     return logprob, entropy
 
 
@@ -120,9 +120,9 @@ def token_table(unit: Unit, own: Sequence[Transcript], labels: Sequence[Labels])
         "id": np.concatenate([row.tokens for row in own]).astype(np.int32),
         "sequence": np.repeat(np.array(unit.sequences, dtype=np.int32), lengths),
         "position": position,
-        "message": np.concatenate([each.message for each in labels]).astype(np.int32),
-        "part": np.concatenate([each.part for each in labels]),
-        "role": np.concatenate([role_codes(each) for each in labels]),
-        "channel": np.concatenate([channel_codes(each) for each in labels]),
+        "message": np.concatenate([label.message for label in labels]).astype(np.int32),
+        "part": np.concatenate([label.part for label in labels]),
+        "role": np.concatenate([role_codes(label) for label in labels]),
+        "channel": np.concatenate([channel_codes(label) for label in labels]),
         "is_prompt": position < np.repeat([row.n_prompt for row in own], lengths),
     }

@@ -104,15 +104,15 @@ def _announce(model: GptOss, job: JobPlan, pending: Sequence[int], path: str | P
     """Log and print what is computed and how large it is; return the tokens of the pending units."""
     n = sum(len(job.rows[s].tokens) for u in pending for s in job.layout.units[u].sequences)
     sizes = recording.bytes_per_token(job.spec, model.cfg)
-    each = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     begins = (
         f"{len(pending):,} of {len(job.layout.units):,} units to go, {n:,} tokens, each {sum(sizes.values()):,} bytes"
     )
-    log.info("%s: %s before compression: %s", path, begins, each)
-    print(f"capture: {begins} before compression ({each})", file=sys.stderr, flush=True)
-    if found := counted(job.flags):
-        log.info("%s: %d sequences, %s", path, len(job.rows), found)
-        print(f"capture: {len(job.rows):,} sequences, {found}", file=sys.stderr, flush=True)
+    log.info("%s: %s before compression: %s", path, begins, listed)
+    print(f"capture: {begins} before compression ({listed})", file=sys.stderr, flush=True)
+    if flags := counted(job.flags):
+        log.info("%s: %d sequences, %s", path, len(job.rows), flags)
+        print(f"capture: {len(job.rows):,} sequences, {flags}", file=sys.stderr, flush=True)
     return n
 
 
@@ -160,7 +160,7 @@ def _check_run_path(path: str | Path, inputs: Sequence[str | Path], *, overwrite
     if overwrite or not target.is_dir():
         check_kind(target)
     if target.is_file():
-        raise InputError(f"{path} is a file: a run is a folder")
+        raise InputError(f"{path} is a file, expected a folder: a run is stored as a folder")
     refuse_inputs(target, inputs)
 
 
@@ -190,5 +190,5 @@ def _refuse_full_disk(model: GptOss, job: JobPlan, pending: Sequence[int], path:
             free,
         )
     else:
-        found = estimate.estimate(model, job.rows, job.spec, job.layout, pending, path)
-        estimate.refuse_what_cannot_fit(found, path)
+        expected = estimate.estimate(model, job.rows, job.spec, job.layout, pending, path)
+        estimate.refuse_what_cannot_fit(expected, path)

@@ -125,7 +125,7 @@ def transcripts(
     except InputError as error:
         raise InputError(f"--body: {error}") from error
     if not isinstance(more, dict):
-        raise InputError("--body: wanted a JSON object")
+        raise InputError("--body: expected a JSON object")
     settings = Settings(
         model,
         tuple(dict.fromkeys(effort or ("low", "medium", "high"))),
@@ -221,7 +221,7 @@ def capture(
     from workbench.capture import job, recording
 
     if workers < 1:
-        raise InputError(f"--workers {workers}: at least one has to work")
+        raise InputError(f"--workers {workers}: expected at least 1")
     # Workers load the model themselves: a copy in this process would take the memory that the first of them needs.
     shared = (workers > 1 or dask is not None) and not dry_run
     worker_device = _worker_device(device) if shared else None
@@ -272,7 +272,9 @@ def _model_of_capture(
     if size is not None and dry_run:
         return ShapeModel.published(size)
     if size is not None and "/" not in model:
-        raise InputError(f"{model} names a shape without weights: add --dry-run to plan, or use openai/gpt-oss-{size}")
+        raise InputError(
+            f"{model} is a shape without weights: add --dry-run to plan the capture, or use openai/gpt-oss-{size}"
+        )
     ignored = ignore_field or ()
     return load(model, device=device, dtype=torch_dtype(dtype), adapter=adapter, ignore_fields=ignored)
 
@@ -303,7 +305,7 @@ def verify(
     from workbench.runs.verify import verify as check
 
     if not storage_at(run).exists():
-        raise InputError(f"{run} is not there: name the folder of a run")
+        raise InputError(f"{run} does not exist: give the folder of a run")
     problems = check(run, workers=workers)
     for problem in problems:
         print(f"{problem.where}: {problem.what}")
@@ -314,8 +316,8 @@ def verify(
     done, total = opened.progress
     unfinished = f", but not finished: {done} of {total} units; rerun the capture to resume" if done < total else ""
     print(f"{run}: valid{unfinished}")
-    if found := counted_in(opened.sequences):
-        print(f"{run}: {found}")
+    if flags := counted_in(opened.sequences):
+        print(f"{run}: {flags}")
     if others := other_content(opened):
         print(f"{run}: not of this run, left alone: {', '.join(others)}")
 
@@ -373,7 +375,7 @@ def export(
         refused = {"--what": what != "tokens", "--layers": layers, "--channel": channel, "--role": role}
         refused |= {"--part": part, "--effort": effort, "--task": task}
         if wrong := [name for name, given in refused.items() if given]:
-            raise InputError(f"{wrong[0]} is for other formats: pages of experts are of the whole run")
+            raise InputError(f"{wrong[0]} is not an option of this format: its pages describe the complete run")
         return _pages(run, out, model, sequences, _experts(neurons or []), overwrite)
     if model is not None or neurons:
         raise InputError(f"{'--model' if model is not None else '--neurons'} is for the format neuronpedia")
@@ -399,7 +401,7 @@ def _experts(names: list[str]) -> list[tuple[int, int]]:
     """
     for name in names:
         if not re.fullmatch(r"\d{1,6}\.\d{1,6}", name):
-            raise InputError(f"--neurons {name}: name an expert by layer and number, as 2.5")
+            raise InputError(f"--neurons {name}: expected a layer and the number of an expert, as in 2.5")
     return [(int(layer), int(expert)) for layer, expert in (name.split(".") for name in dict.fromkeys(names))]
 
 
@@ -422,7 +424,9 @@ def _pages(
 
         loaded = load_model(model, "auto", "bfloat16")
         if opened.checkpoint["digest"] != loaded.checkpoint.digest:
-            raise InputError(f"{run} was captured from another checkpoint than {model}: give that one")
+            raise InputError(
+                f"{run} was captured from another checkpoint than {model}: give the checkpoint that was captured"
+            )
         rows = transcripts(opened, chosen_sequences(opened, loaded.cfg.n_ctx, sequences))
         logits = expert_logits.load(loaded, rows)
         effects = [expert_logits.neuron_logits(loaded, layer, expert) for layer, expert in experts]

@@ -44,9 +44,9 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"workbench.experiments.{_FUNCTIONS[name]}"), name)
     if name in _MODULES:  # late: nobody pays for torch before it is used
         return importlib.import_module(f"workbench.experiments.{name}")
-    found = {record.attribute: record for record in experiments()}
-    if name in found:
-        return found[name].load()
+    records = {record.attribute: record for record in experiments()}
+    if name in records:
+        return records[name].load()
     raise AttributeError(f"module 'workbench.experiments' has no attribute {name!r}")
 
 

@@ -142,7 +142,7 @@ def read_paraphrases(path: str | Path) -> Mapping[str, str]:
     Raises:
         InputError: the file cannot be read, or a row is another.
     """
-    found: dict[str, str] = {}
+    paraphrases: dict[str, str] = {}
     try:
         with regular_file(path) as file:
             if (size := file.stat().st_size) > MAX_BYTES:
@@ -155,8 +155,8 @@ def read_paraphrases(path: str | Path) -> Mapping[str, str]:
         texts = [row.get(name) for name in ("sentence", "paraphrase")] if isinstance(row, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f'{path}, line {number}: expected {{"sentence": "…", "paraphrase": "…"}}')
-        found[str(texts[0]).strip()] = str(texts[1]).strip()
-    return found
+        paraphrases[str(texts[0]).strip()] = str(texts[1]).strip()
+    return paraphrases
 
 
 def asked_paraphrases(ask: Callable[[str], str]) -> Paraphrases:

@@ -1,4 +1,4 @@
-"""Circuits: what the attribution graphs of many prompts have in common, and whether two channels share it.
+"""Circuits: nodes and edges that the attribution graphs of many prompts share, and how they differ between channels.
 
     pairs = circuits.paired_graphs(model, rows)       # the same digit in analysis and in final, one pair a prompt
     circuits.compare(pairs)                           # which edges recur in each channel
@@ -48,7 +48,7 @@ METHOD = (
     "influences of heads and experts, with bootstrap-t intervals over prompts."
 )
 NOT_CONTROLLED = (
-    "The two tokens are at different positions and behind different text. A difference may be of what is read (the "
+    "The two tokens are at different positions and follow different text. A difference may be of what is read (the "
     "analysis computes what the final answer copies), not of how it is read. Values are of a frozen pass."
 )
 Pair = Mapping[str, AttributionGraph]
@@ -160,25 +160,25 @@ def compare(pairs: Sequence[Pair]) -> pd.DataFrame:
     sets = {channel: [_edges(pair[channel]) for pair in pairs] for channel in CHANNELS}
     every = sorted(set().union(*sets["analysis"], *sets["final"]))
     there = {c: np.array([[edge in own for own in sets[c]] for edge in every], dtype=bool) for c in CHANNELS}
-    found = pd.DataFrame(every, columns=["source", "target"])
+    edges = pd.DataFrame(every, columns=["source", "target"])
     for channel, values in there.items():
         low, high = proportion_confint(values.sum(1), len(pairs), method="wilson")
-        found = found.assign(**{channel: values.mean(1), f"{channel}_low": low, f"{channel}_high": high})
+        edges = edges.assign(**{channel: values.mean(1), f"{channel}_low": low, f"{channel}_high": high})
     more, fewer = ((there[a] & ~there[b]).sum(1) for a, b in (CHANNELS, CHANNELS[::-1]))
-    found["difference"] = found["analysis"] - found["final"]
-    found["p"] = [binomtest(int(a), int(a + b)).pvalue if a + b else 1.0 for a, b in zip(more, fewer, strict=True)]
-    found["q"] = false_discovery(found["p"].to_numpy())
-    return found.sort_values(["q", "difference"], ascending=[True, False], ignore_index=True)
+    edges["difference"] = edges["analysis"] - edges["final"]
+    edges["p"] = [binomtest(int(a), int(a + b)).pvalue if a + b else 1.0 for a, b in zip(more, fewer, strict=True)]
+    edges["q"] = false_discovery(edges["p"].to_numpy())
+    return edges.sort_values(["q", "difference"], ascending=[True, False], ignore_index=True)
 
 
-def _edges(found: AttributionGraph) -> set[tuple[str, str]]:
-    names = _names(found)
-    ends = (found.edges[end].tolist() for end in ("source", "target"))
+def _edges(graph: AttributionGraph) -> set[tuple[str, str]]:
+    names = _names(graph)
+    ends = (graph.edges[end].tolist() for end in ("source", "target"))
     return {(names[int(s)], names[int(t)]) for s, t in zip(*ends, strict=True)}
 
 
-def _names(found: AttributionGraph) -> list[str]:
-    return ["embedding" if row["kind"] == "embedding" else label(row) for _, row in found.nodes.iterrows()]
+def _names(graph: AttributionGraph) -> list[str]:
+    return ["embedding" if row["kind"] == "embedding" else label(row) for _, row in graph.nodes.iterrows()]
 
 
 def similarity(pairs: Sequence[Pair], *, seed: int = 0) -> pd.DataFrame:
@@ -206,12 +206,12 @@ def similarity(pairs: Sequence[Pair], *, seed: int = 0) -> pd.DataFrame:
 
 def _influences(graphs: Sequence[AttributionGraph], pairs: Sequence[Pair]) -> Float[np.ndarray, "prompt name"]:
     """Return the influence of heads and experts by name, each prompt's of length 1."""
-    names = sorted({name for pair in pairs for found in pair.values() for name in _inner(found).index})
-    rows = np.stack([_inner(found).reindex(names, fill_value=0.0).to_numpy() for found in graphs])
+    names = sorted({name for pair in pairs for one in pair.values() for name in _inner(one).index})
+    rows = np.stack([_inner(one).reindex(names, fill_value=0.0).to_numpy() for one in graphs])
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
 
 
-def _inner(found: AttributionGraph) -> "pd.Series[float]":
-    nodes = found.nodes.assign(name=_names(found))
+def _inner(graph: AttributionGraph) -> "pd.Series[float]":
+    nodes = graph.nodes.assign(name=_names(graph))
     inner = nodes[nodes["kind"].isin(("head", "expert"))]
     return inner.groupby("name")["influence"].sum()

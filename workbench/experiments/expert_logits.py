@@ -58,7 +58,7 @@ def load(model: GptOss, sequences: Sequence[Any], *, n: int = N_TOKENS) -> xr.Da
     """
     directions, tokens = mean_directions(model, sequences)
     shape = (*tokens.shape, min(n, model.cfg.d_vocab))
-    found = {f"{kind}_{name}": np.full(shape, fill) for kind in ("top", "bottom") for name, fill in _FIELDS.items()}
+    columns = {f"{kind}_{name}": np.full(shape, fill) for kind in ("top", "bottom") for name, fill in _FIELDS.items()}
     unembedding = model.unembed.W_U.mT
     for layer in range(model.cfg.n_layers):
         used = tokens[layer] > 0
@@ -66,12 +66,12 @@ def load(model: GptOss, sequences: Sequence[Any], *, n: int = N_TOKENS) -> xr.Da
         logits = logits.float() - logits.float().mean(-1, keepdim=True)
         for kind, largest in (("top", True), ("bottom", False)):
             values, ids = logits.topk(shape[-1], largest=largest)
-            found[f"{kind}_token"][layer] = np.where(used[:, None], ids.cpu().numpy(), -1)
-            found[f"{kind}_logit"][layer] = np.where(used[:, None], values.cpu().numpy(), np.nan)
+            columns[f"{kind}_token"][layer] = np.where(used[:, None], ids.cpu().numpy(), -1)
+            columns[f"{kind}_logit"][layer] = np.where(used[:, None], values.cpu().numpy(), np.nan)
     dims = ("layer", "expert", "rank")
-    variables: dict[str, Any] = {name: (dims, values) for name, values in found.items()}
+    variables: dict[str, Any] = {name: (dims, values) for name, values in columns.items()}
     for kind in ("top", "bottom"):
-        ids = found[f"{kind}_token"]
+        ids = columns[f"{kind}_token"]
         texts = [model.tokenizer.decode([i]) if i >= 0 else "" for i in ids.ravel().tolist()]
         variables[f"{kind}_text"] = (dims, np.array(texts, dtype=object).reshape(ids.shape))
     coords = {"layer": np.arange(tokens.shape[0]), "expert": np.arange(tokens.shape[1])}
@@ -120,15 +120,15 @@ def neuron_logits(model: GptOss, layer: int, expert: int, *, n: int = N_TOKENS) 
             f"{cfg.num_experts - 1}"
         )
     unembedding = model.unembed.W_U.mT
-    found: dict[str, list[np.ndarray]] = {f"{k}_{name}": [] for k in ("top", "bottom") for name in _FIELDS}
+    columns: dict[str, list[np.ndarray]] = {f"{k}_{name}": [] for k in ("top", "bottom") for name in _FIELDS}
     for rows in model.blocks[layer].mlp.experts.W_out(expert).split(_NEURONS):
         logits = ((rows.float() * model.ln_final.weight.float()).to(unembedding.dtype) @ unembedding.mT).float()
         logits = logits - logits.mean(-1, keepdim=True)
         for kind, largest in (("top", True), ("bottom", False)):
             values, ids = logits.topk(min(n, cfg.d_vocab), largest=largest)
-            found[f"{kind}_token"].append(ids.cpu().numpy())
-            found[f"{kind}_logit"].append(values.cpu().numpy())
-    variables: dict[str, Any] = {name: (("neuron", "rank"), np.concatenate(parts)) for name, parts in found.items()}
+            columns[f"{kind}_token"].append(ids.cpu().numpy())
+            columns[f"{kind}_logit"].append(values.cpu().numpy())
+    variables: dict[str, Any] = {name: (("neuron", "rank"), np.concatenate(parts)) for name, parts in columns.items()}
     for kind in ("top", "bottom"):
         ids = variables[f"{kind}_token"][1]
         texts = [model.tokenizer.decode([i]) for i in ids.ravel().tolist()]
@@ -184,8 +184,8 @@ def ablations(
         InputError: there is no expert, or one that the model does not have, or fewer than five prompts.
     """
     if not experts:
-        raise InputError("name at least one expert to ablate, as (layer, expert)")
+        raise InputError("no expert was given: give at least one to ablate, as (layer, expert)")
     edits = {f"layer {layer} expert {expert}": forbid(layer, [expert]) for layer, expert in experts}
-    found = effects(model, rows, edits, final_tokens(model), seed=seed)
+    results = effects(model, rows, edits, final_tokens(model), seed=seed)
     layers, numbers = zip(*experts, strict=True)
-    return found.assign_coords(layer=("intervention", list(layers)), expert=("intervention", list(numbers)))
+    return results.assign_coords(layer=("intervention", list(layers)), expert=("intervention", list(numbers)))

@@ -141,8 +141,8 @@ class FrozenPass:
     def head_reads(self, layer: int, pos: Tensor, head: Tensor, outputs: Float[Tensor, "node d_head"]) -> Tensor:
         """Return the directions [node d_model] that heads with these outputs read, before scale and pattern."""
         block = self.model.blocks[layer]
-        through = torch.einsum("nmd,nd->nm", block.attn.W_V[head].to(self.wide), outputs)
-        return through * block.ln1.weight.to(self.wide)
+        read = torch.einsum("nmd,nd->nm", block.attn.W_V[head].to(self.wide), outputs)
+        return read * block.ln1.weight.to(self.wide)
 
     @torch.no_grad()
     def backward(self, end: Float[Tensor, "pos d_model"]) -> "BackwardFlow":
@@ -168,14 +168,14 @@ class FrozenPass:
         return self._through_features(2 * layer + 1.5, g)
 
     def _through_features(
-        self, order: float, g: Float[Tensor, "pos d_model"], found: dict[float, FeatureFlow] | None = None
+        self, order: float, g: Float[Tensor, "pos d_model"], flows: dict[float, FeatureFlow] | None = None
     ) -> Float[Tensor, "pos d_model"]:
-        """Return the direction before the autoencoder at this place, if there is one; `found` gets its flow."""
+        """Return the direction before the autoencoder at this place, if there is one; `flows` gets its flow."""
         if order not in self.features:
             return g
         flow, g = self.features[order].backward(g)
-        if found is not None:
-            found[order] = flow
+        if flows is not None:
+            flows[order] = flow
         return g
 
     def _through_experts(self, layer: int, g: Float[Tensor, "pos d_model"]) -> tuple[dict[str, Tensor], Tensor]:
@@ -195,8 +195,8 @@ class FrozenPass:
             constants[pos, slot] = by_gate @ b_gate + by_up @ b_up + fixed
         bias = mlp.experts.down.bias.to(self.wide)
         expert_bias = (gates * (g @ bias.mT).gather(-1, chosen)).sum(-1)
-        found = {"experts": values, "expert_constants": constants, "expert_bias": expert_bias, "expert_reads": reads}
-        return found, g + reads.sum(1)
+        parts = {"experts": values, "expert_constants": constants, "expert_bias": expert_bias, "expert_reads": reads}
+        return parts, g + reads.sum(1)
 
     def _groups(self, chosen: Int[Tensor, "pos slot"], g: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each expert with the positions and slots that chose it, where the direction is not zero."""
@@ -214,13 +214,13 @@ class FrozenPass:
         back = torch.einsum("qhd,hmd->qm", read, attn.W_V.to(self.wide))
         gain = block.ln1.weight.to(self.wide) / self.seen("ln1.hook_scale", layer)
         bias = torch.einsum("phd,hd->ph", outputs, attn.b_V.to(self.wide)) * pattern.sum(-1).mT
-        found = {
+        parts = {
             "heads": (outputs * z).sum(-1),
             "head_bias": bias,
             "attention_bias": g @ attn.b_O.to(self.wide),
             "head_outputs": outputs,
         }
-        return found, g + back * gain
+        return parts, g + back * gain
 
 
 def halves(

@@ -115,8 +115,8 @@ def _answer(model: GptOss, prompt: list[int], new: list[int], refusal: re.Patter
     labels = harmony.label(ids, tokenizer=model.tokenizer, n_prompt=len(prompt))
     analysis = sum(m.stop - m.content for m in labels.messages if m.channel == "analysis" and m.content >= len(prompt))
     text = final_text(ids, model.tokenizer)
-    said = (text or "").replace("’", "'").lower()
-    return Answer(new, text, analysis, refusal.match(said) is not None)
+    lowered = (text or "").replace("’", "'").lower()
+    return Answer(new, text, analysis, refusal.match(lowered) is not None)
 
 
 def measure(
@@ -133,39 +133,41 @@ def measure(
     is NaN where the expected text is not known. routes: the experts [layer pos slot]
     of each unedited answer, if they are known already.
     """
-    found = generate_answers(model, rows, *edits, max_new_tokens=max_new_tokens)
+    answers = generate_answers(model, rows, *edits, max_new_tokens=max_new_tokens)
     answered = _answered(rows, base)
     before = routing(model, answered) if routes is None else routes
     with applied(model, *edits):
         after = routing(model, answered)
-    return _changes(rows, base, found, before, after)
+    return _changes(rows, base, answers, before, after)
 
 
 def _changes(
     rows: Sequence[Transcript],
     base: Sequence[Answer],
-    found: Sequence[Answer],
+    after_edits: Sequence[Answer],
     before: Sequence[np.ndarray],
     after: Sequence[np.ndarray],
 ) -> Float[np.ndarray, "measure sequence"]:
-    """Return every measure of the answers `found`, less that of `base`.
+    """Return every measure of the answers `after_edits`, less that of `base`.
 
     before, after: the experts [layer pos slot] of each sequence with its base answer, without and with what is changed.
     """
-    common = [_common(b.ids, f.ids) for b, f in zip(base, found, strict=True)]
+    common = [_common(b.ids, f.ids) for b, f in zip(base, after_edits, strict=True)]
     flips = [
         _flips(x[:, : r.n_prompt + n], y[:, : r.n_prompt + n])
         for x, y, r, n in zip(before, after, rows, common, strict=True)
     ]
-    right = np.array([[_right(a, row) for a, row in zip(answers, rows, strict=True)] for answers in (found, base)])
+    right = np.array(
+        [[_right(a, row) for a, row in zip(answers, rows, strict=True)] for answers in (after_edits, base)]
+    )
     return np.array(
         [
             right[0] - right[1],
-            _change([a.text is not None for a in found], [a.text is not None for a in base]),
-            _change([a.refused for a in found], [a.refused for a in base]),
-            np.array([float(_same(a, b)) - 1 for a, b in zip(found, base, strict=True)]),
-            _change([len(a.ids) for a in found], [len(a.ids) for a in base]),
-            _change([a.analysis_tokens for a in found], [a.analysis_tokens for a in base]),
+            _change([a.text is not None for a in after_edits], [a.text is not None for a in base]),
+            _change([a.refused for a in after_edits], [a.refused for a in base]),
+            np.array([float(_same(a, b)) - 1 for a, b in zip(after_edits, base, strict=True)]),
+            _change([len(a.ids) for a in after_edits], [len(a.ids) for a in base]),
+            _change([a.analysis_tokens for a in after_edits], [a.analysis_tokens for a in base]),
             np.array([n / max(len(b.ids), 1) - 1 for n, b in zip(common, base, strict=True)]),
             np.array(flips),
         ]
@@ -233,15 +235,15 @@ def behaviour(
     def measured(edits: Sequence[Edit]) -> np.ndarray:
         return measure(model, rows, base, *edits, max_new_tokens=max_new_tokens, routes=routes)
 
-    each = np.stack([measured(_edits(recipe)) for recipe in recipes.values()])
+    changes = np.stack([measured(_edits(recipe)) for recipe in recipes.values()])
     random = np.full((n_controls, len(recipes), len(MEASURES)), np.nan)
     for i, own in enumerate(drawn.values()):
         for j, edits in enumerate(own):
             random[j, i] = _means(measured(edits), units)
     cells = ("intervention", "measure")
     result = xr.Dataset(
-        {name: (cells, values) for name, values in _tested(each, units, seed).items()}
-        | {name: (cells, values) for name, values in _ranked(each, units, random).items()}
+        {name: (cells, values) for name, values in _tested(changes, units, seed).items()}
+        | {name: (cells, values) for name, values in _ranked(changes, units, random).items()}
         | {"random": (("control", *cells), random), "unedited": ("measure", _unedited(rows, base, units))},
         coords={"intervention": list(recipes), "measure": list(MEASURES), "control": range(n_controls)},
         attrs={"rests_on": f"{len(rows)} sequences of {n} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED},
@@ -266,13 +268,13 @@ def between_models(
     for name in ("d_vocab", "n_layers", "num_experts", "experts_per_token"):
         if (a := getattr(model.cfg, name)) != (b := getattr(other.cfg, name)):
             raise InputError(f"the models differ in {name} ({a} and {b}): their answers and experts do not correspond")
-    base, found = (generate_answers(m, rows, max_new_tokens=max_new_tokens) for m in (model, other))
+    base, others = (generate_answers(m, rows, max_new_tokens=max_new_tokens) for m in (model, other))
     answered = _answered(rows, base)
-    each = _changes(rows, base, found, routing(model, answered), routing(other, answered))[None]
+    changes = _changes(rows, base, others, routing(model, answered), routing(other, answered))[None]
     cells, none = ("intervention", "measure"), np.full((0, 1, len(MEASURES)), np.nan)
     result = xr.Dataset(
-        {name: (cells, values) for name, values in _tested(each, units, seed).items()}
-        | {name: (cells, values) for name, values in _ranked(each, units, none).items()}
+        {name: (cells, values) for name, values in _tested(changes, units, seed).items()}
+        | {name: (cells, values) for name, values in _ranked(changes, units, none).items()}
         | {"random": (("control", *cells), none), "unedited": ("measure", _unedited(rows, base, units))},
         coords={"intervention": ["other model"], "measure": list(MEASURES), "control": range(0)},
         attrs={"rests_on": f"{len(rows)} sequences of {n} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED},
@@ -304,37 +306,37 @@ def _unedited(rows: Sequence[Transcript], base: Sequence[Answer], units: Sequenc
 
 
 def _tested(
-    each: Float[np.ndarray, "intervention measure sequence"], units: Sequence[str], seed: int
+    changes: Float[np.ndarray, "intervention measure sequence"], units: Sequence[str], seed: int
 ) -> dict[str, np.ndarray]:
     """Return change, low, high, p and q over prompts; measures without a value stay NaN."""
-    shape = each.shape[:2]
+    shape = changes.shape[:2]
     out = {name: np.full(shape, np.nan) for name in ("change", "low", "high", "p")}
     for i, name in enumerate(MEASURES):
-        if not np.isfinite(each[:, i]).any() or len(set(np.array(units)[np.isfinite(each[0, i])])) < MIN_PROMPTS:
+        if not np.isfinite(changes[:, i]).any() or len(set(np.array(units)[np.isfinite(changes[0, i])])) < MIN_PROMPTS:
             continue
-        found = mean_effect(each[:, i], units, seed=seed)
-        limits = share_change_interval(each[:, i], units) if name in SHARES else found[:3]
+        effect = mean_effect(changes[:, i], units, seed=seed)
+        limits = share_change_interval(changes[:, i], units) if name in SHARES else effect[:3]
         for key, values in zip(("change", "low", "high"), limits, strict=True):
             out[key][:, i] = values
-        out["p"][:, i] = found.p
+        out["p"][:, i] = effect.p
     return out | {"q": false_discovery(out["p"])}
 
 
 def _ranked(
-    each: Float[np.ndarray, "intervention measure sequence"],
+    changes: Float[np.ndarray, "intervention measure sequence"],
     units: Sequence[str],
     random: Float[np.ndarray, "control intervention measure"],
 ) -> dict[str, np.ndarray]:
     """Return rank p, p adjusted for the interventions of a measure, and distance; NaN without controls."""
-    change = np.stack([_means(one, units) for one in each])
+    change = np.stack([_means(one, units) for one in changes])
     out = {name: np.full(change.shape, np.nan) for name in ("p_rank", "p_family", "distance")}
     known = np.isfinite(random).all(0) & np.isfinite(change) if len(random) else np.zeros(change.shape, dtype=bool)
     for column in np.flatnonzero(known.any(0)):
         of = known[:, column]
         out["p_family"][of, column] = family_p(change[of, column], random[:, of, column])
     for cell in zip(*np.nonzero(known), strict=True):
-        found = rank(float(change[cell]), random[(slice(None), *cell)])
-        out["p_rank"][cell], out["distance"][cell] = found.p, found.distance
+        ranked = rank(float(change[cell]), random[(slice(None), *cell)])
+        out["p_rank"][cell], out["distance"][cell] = ranked.p, ranked.distance
     return out
 
 
@@ -386,21 +388,21 @@ def experiment(
     else:
         recipes, null, about = _direction_recipes(model, rows, wanted, controls, seed)
     rows = [row for row in rows if not group or group_of(row) == group] if change == "experts" else rows
-    found = behaviour(model, rows, recipes, controls=null, max_new_tokens=max_new_tokens, seed=seed)
-    found = found.assign_coords(dose=("intervention", list(wanted)))
+    result = behaviour(model, rows, recipes, controls=null, max_new_tokens=max_new_tokens, seed=seed)
+    result = result.assign_coords(dose=("intervention", list(wanted)))
     title = f"Generated answers under {about['what']}"
-    summary = f"{about['what']}.\n{found.attrs['summary']}"
-    return {"answers": found.assign_attrs(title=title, summary=summary, null=json.dumps(about))}
+    summary = f"{about['what']}.\n{result.attrs['summary']}"
+    return {"answers": result.assign_attrs(title=title, summary=summary, null=json.dumps(about))}
 
 
 def _doses(text: str | float) -> list[float]:
     try:
-        found = [float(part) for part in str(text).split(",")]
+        doses = [float(part) for part in str(text).split(",")]
     except ValueError as error:
         raise InputError(f"doses={text!r}: expected numbers separated by commas, such as 0,0.5,2") from error
-    if len(set(found)) < len(found) or not np.isfinite(found).all():
+    if len(set(doses)) < len(doses) or not np.isfinite(doses).all():
         raise InputError(f"doses={text!r}: expected different finite numbers")
-    return found
+    return doses
 
 
 Recipes = tuple[dict[str, list[Edit]], dict[str, list[list[Edit]]], dict[str, str]]
@@ -418,9 +420,9 @@ def _expert_recipes(
     if min(doses) < 0:
         raise InputError(f"doses={list(doses)}: gate weights are multiplied by 0 or more")
     own = [row for row, name in zip(rows, names, strict=True) if name == group]
-    named = named_experts(model, rows, group)
+    own_set = named_experts(model, rows, group)
     load = np.nan_to_num(load_of(routed_slots(model, own, generated_tokens(model))))
-    sets = matched_sets(load, named, n, seed)
+    sets = matched_sets(load, own_set, n, seed)
     if len(sets) < MIN_CONTROLS:
         raise InputError(f"fewer than {MIN_CONTROLS} random sets have the load of the experts of {group}: no null")
     written = generated_tokens(model)
@@ -431,8 +433,8 @@ def _expert_recipes(
             return [forbid(layer, experts, written) for layer, experts in sorted(layers.items())]
         return [reweight(layer, experts, dose, written) for layer, experts in sorted(layers.items())]
 
-    listed = ", ".join(f"{layer}.{expert}" for layer, expert in named)
-    recipes = {f"gates × {dose:g}" if dose else "masked before top-k": edits(named, dose) for dose in doses}
+    listed = ", ".join(f"{layer}.{expert}" for layer, expert in own_set)
+    recipes = {f"gates × {dose:g}" if dose else "masked before top-k": edits(own_set, dose) for dose in doses}
     null = {name: [edits(cells, dose) for cells in sets] for name, dose in zip(recipes, doses, strict=True)}
     return recipes, null, {"what": f"changes of the experts of {group} ({listed})", "group": group}
 

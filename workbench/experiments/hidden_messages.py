@@ -116,8 +116,8 @@ def add_readers(
 def _sentences(counts: Mapping[str, dict[str, int]], sequences: int) -> list[str]:
     """Say which visible tokens have read the hidden ones, knockouts with the same answer together."""
     by_answer: dict[str, list[str]] = {}
-    for name, found in counts.items():
-        by_answer.setdefault(_describe(found, sequences), []).append(name)
+    for name, counted in counts.items():
+        by_answer.setdefault(_describe(counted, sequences), []).append(name)
     return [f"{answer} ({'; '.join(names)})." for answer, names in by_answer.items()]
 
 

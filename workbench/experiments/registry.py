@@ -121,8 +121,8 @@ def chosen_sequences(run: Run, n_ctx: int, most: int) -> list[int]:
     rows = table.assign(prompt=prompts).groupby("prompt", sort=False)
     strata = [(_task(rows_of_prompt), *sorted(set(rows_of_prompt["effort"]))) for _, rows_of_prompt in rows]
     names = prompts.drop_duplicates()
-    kept = names.iloc[spread(strata, max(MIN_PROMPTS, most * len(names) // len(table)))]
-    return [int(n) for n in table.index[prompts.isin(kept)]]
+    selected = names.iloc[spread(strata, max(MIN_PROMPTS, most * len(names) // len(table)))]
+    return [int(n) for n in table.index[prompts.isin(selected)]]
 
 
 def independent_rows(run: Run, sequences: Sequence[int]) -> tuple[list[Transcript], int]:

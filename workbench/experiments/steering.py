@@ -62,24 +62,24 @@ def experiment(
     test = answered_rows(model, test)
     point = f"blocks.{model.cfg.n_layers // 2}.hook_resid_post"
     direction = channel_direction(model, train, point)
-    each = _dose_effects(model, test, point, [direction, *random_directions(direction, controls, seed)])
+    changes = _dose_effects(model, test, point, [direction, *random_directions(direction, controls, seed)])
     units = [row.prompt_id for row in test]
-    named, random = each[0], prompt_means(each[1:], units).mean(-1)
-    ranks = [rank(float(prompt_means(named[i], units).mean()), random[:, i]) for i in range(len(DOSES))]
-    found = mean_effect(np.stack([named, each[1:].mean(0)]), units, seed=seed)
-    cells = {name: (("which", "dose"), getattr(found, name)) for name in ("change", "low", "high")}
+    own_changes, random = changes[0], prompt_means(changes[1:], units).mean(-1)
+    ranks = [rank(float(prompt_means(own_changes[i], units).mean()), random[:, i]) for i in range(len(DOSES))]
+    effect = mean_effect(np.stack([own_changes, changes[1:].mean(0)]), units, seed=seed)
+    cells = {name: (("which", "dose"), getattr(effect, name)) for name in ("change", "low", "high")}
     p = np.array([r.p for r in ranks])
     result = xr.Dataset(
         cells
         | {
             "p": ("dose", p),
-            "p_family": ("dose", family_p(prompt_means(named, units).mean(-1), random)),
+            "p_family": ("dose", family_p(prompt_means(own_changes, units).mean(-1), random)),
             "distance": ("dose", [r.distance for r in ranks]),
         }
         | {"as_low": ("dose", [r.as_low for r in ranks]), "random": (("control", "dose"), random)},
         coords={"which": ["final − analysis", "mean of random directions"], "dose": list(DOSES)},
     )
-    rests_on = f"{len(test)} sequences of {found.prompts} prompts"
+    rests_on = f"{len(test)} sequences of {effect.prompts} prompts"
     attrs = {
         "title": f"Steering the final message along the channel direction at {point}",
         "units": "nat",

@@ -17,9 +17,13 @@ def largest(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     colours = THEMES[theme]
     values = ds["top_logit"].isel(rank=0).values.astype(float)
     texts = ds["top_text"].values
-    named = np.array([[", ".join(repr(str(text)) for text in cell[:5]) for cell in row] for row in texts], dtype=object)
+    promoted = np.array(
+        [[", ".join(repr(str(text)) for text in cell[:5]) for cell in row] for row in texts], dtype=object
+    )
     grid = LayerHeatmap(ds["layer"].values, ds["expert"].values, colours)
-    grid.colour(values, named[..., None], "layer %{y}, expert %{x}: %{z:.2f} logits<br>%{customdata[0]}<extra></extra>")
+    grid.colour(
+        values, promoted[..., None], "layer %{y}, expert %{x}: %{z:.2f} logits<br>%{customdata[0]}<extra></extra>"
+    )
     grid.missing(np.isnan(values))
     bar = {"title": {"text": "largest effect (logits)"}}
     top = float(np.nanmax(values, initial=0.01))
@@ -29,6 +33,6 @@ def largest(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return the figure and the numbers behind it."""
+    """Return the figure and its data."""
     ds = datasets["logits"]
     return {"largest": GalleryItem(partial(largest, ds), numbers(ds, "layer_expert_rank"), ds)}

@@ -59,7 +59,7 @@ def write_report(
     """
     target = Path(out)
     if target.suffix != ".html" or target.name == ".html":
-        raise InputError(f"{out}: a report is an .html file, its Markdown is written beside it")
+        raise InputError(f"{out}: expected a file that ends in .html; the Markdown is written beside it")
     if path := getattr(run, "path", None):
         inputs = [*inputs, path]
     names = [target.name, target.with_suffix(".md").name]
@@ -131,11 +131,11 @@ def answers(contents: Contents, findings: str = "") -> Iterator[str]:
         if {"gain", "cost"} <= set(sets):
             yield _accuracy_table(sets["cost"])
     yield "".join(f"<p>{escape(text)}</p>" for text in accuracy_sentences(contents.results))
-    found = highlights(contents.results)
+    effects = highlights(contents.results)
     yield "<h3>Largest verified differences</h3>"
-    if found:
-        widest = 1.1 * max(max(abs(h.low), abs(h.high)) / h.level for h in found)
-        items = "".join(f"<li>{_highlight(h, widest, findings)}</li>" for h in found)
+    if effects:
+        widest = 1.1 * max(max(abs(h.low), abs(h.high)) / h.level for h in effects)
+        items = "".join(f"<li>{_highlight(h, widest, findings)}</li>" for h in effects)
         yield f'<ul class="highlights">{items}</ul><p class="note">{escape(_BARS)} {escape(_CHOSEN)}</p>'
     else:
         yield "<p>No difference is shown within prompts and at equal position.</p>"
@@ -250,8 +250,8 @@ def _problems(run: Run) -> list[tuple[str, str]]:
     done, total = getattr(run, "progress", (0, 0))
     if done != total:
         rows.append(("Not finished", f"{done} of {total} units are captured"))
-    if found := counted_in(run.sequences):  # type: ignore[attr-defined]
-        rows.append(("Flags", found))
+    if flags := counted_in(run.sequences):  # type: ignore[attr-defined]
+        rows.append(("Flags", flags))
     if exclusion := getattr(run, "exclusion", ""):
         rows.append(("Excluded", exclusion))
     return rows

@@ -68,13 +68,13 @@ def matched(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Return the heat map of each control, and the comparison of the pooled with the strictest one."""
-    found: Gallery = {}
+    items: Gallery = {}
     for name, ds in datasets.items():
         for control in map(str, ds["control"].values):
             cells = numbers(ds.sel(control=control).drop_vars("control"), "layer_expert")
-            found[f"{name}_{control.replace(' ', '_')}"] = GalleryItem(partial(heatmap, ds, control), cells, ds)
-        found[f"{name}_matched"] = GalleryItem(partial(matched, ds), numbers(ds, "control_layer_expert"), ds)
-    return found
+            items[f"{name}_{control.replace(' ', '_')}"] = GalleryItem(partial(heatmap, ds, control), cells, ds)
+        items[f"{name}_matched"] = GalleryItem(partial(matched, ds), numbers(ds, "control_layer_expert"), ds)
+    return items
 
 
 def _label(control: str) -> str:

@@ -39,7 +39,7 @@ class Job:
         self.ended = threading.Event()
 
     def cancel(self) -> None:
-        """End the job: at once if it waits, else behind the present step."""
+        """End the job: at once if it waits, else after the present step."""
         self._cancelled.set()
 
     @property
@@ -96,7 +96,7 @@ class JobQueue:
         with self._changed:
             self._cancel(viewer)
             if len(self._waiting) >= MAX_WAITING:
-                raise InputError(f"{MAX_WAITING} requests wait already: try again later")
+                raise InputError(f"{MAX_WAITING} requests are waiting already: try again later")
             self._waiting.append(job)
             self._changed.notify_all()
         return job

@@ -1,4 +1,4 @@
-"""What TransformerLens' users and tools ask a config, beside its own fields.
+"""The attributes that users and tools of TransformerLens expect of a config, beside its own fields.
 
 Reference: TransformerLens 4.3, config/transformer_lens_config.py, for names and meanings.
 """

@@ -233,7 +233,7 @@ class Block(nn.Module):
         return self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(stream), context, self.layer, inputs)))
 
     def add_experts(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return the residual stream behind the experts."""
+        """Return the residual stream after the experts."""
         stream = input_points.read_at(self.get_point("hook_mlp_in"), x)
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(stream))))
 

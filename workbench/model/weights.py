@@ -93,7 +93,7 @@ def dense(matrix: Mxfp4 | GgmlMxfp4 | LoraWeight | Tensor, expert: int) -> Float
 
 
 class ModelWeights:
-    """Of all layers, stacked on the first one's device; and tokens as TransformerLens' tools ask for them."""
+    """Weights of all layers, stacked on the first layer's device, and token helpers for TransformerLens' tools."""
 
     blocks: Any
     embed: Any
@@ -127,7 +127,7 @@ class ModelWeights:
     def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head later_layer later_head"]:
         """Return how much each head writes into what later heads read: mode "Q", "K" or "V" as in TransformerLens.
 
-        ‖OV · M‖ / (‖OV‖ ‖M‖) in the Frobenius norm, with M the later head's QK, QKᵀ or OV behind the gain of its norm;
+        ‖OV · M‖ / (‖OV‖ ‖M‖) in the Frobenius norm, with M the later head's QK, QKᵀ or OV after the gain of its norm;
         zero where the second layer is not later. Rotary positions are left out, so Q and K hold for tokens at
         one position.
 

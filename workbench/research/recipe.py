@@ -74,10 +74,10 @@ class Recipe:
 
     def messages(self, user: str = "") -> list[dict[str, str]]:
         """Return the messages of the prompt, with another last user message if one is given."""
-        found = [{"role": "developer", "content": self.developer}] if self.developer else []
+        turns = [{"role": "developer", "content": self.developer}] if self.developer else []
         for asked, answered in self.history:
-            found += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        return [*found, {"role": "user", "content": user or self.user}]
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return [*turns, {"role": "user", "content": user or self.user}]
 
     def prompt_ids(self, model: GptOss) -> list[int]:
         """Return the ids of the prompt, and of what the answer begins with."""
@@ -110,7 +110,7 @@ class Recipe:
         """
         if any(one.kind == "patch" for one in self.interventions):
             raise InputError(
-                "a recipe that patches is of its own prompt: remove the intervention 'patch', or use "
+                "a recipe with a patch applies to its own prompt only: remove the intervention 'patch', or use "
                 "`workbench study patching` for many prompts"
             )
 
@@ -129,12 +129,12 @@ class Recipe:
         Raises:
             InputError: the model lacks a layer or an expert, a direction has no tokens, or a source is not known.
         """
-        named = sources or SteeringSources()
+        steering = sources or SteeringSources()
         prompt = self.prompt_of(model)
-        found = [edit for one in self.interventions for edit in edits_of(one, model, transcripts, named, prompt)]
-        for edit in found:
+        edits = [edit for one in self.interventions for edit in edits_of(one, model, transcripts, steering, prompt)]
+        for edit in edits:
             edit.points(model)  # refuses what the model lacks
-        return found
+        return edits
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the recipe as JSON; fields that have their defaults are left out."""
@@ -194,5 +194,5 @@ def _read_history(turns: list[Any]) -> tuple[tuple[str, str], ...]:
         raise InputError(f"a recipe has at most {MAX_TURNS} earlier turns, this one has {len(turns)}")
     for turn in turns:
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise InputError(f"history: {turn!r:.60} is no pair of texts, [user message, final answer]")
+            raise InputError(f"history: {turn!r:.60} is not a pair of texts, [user message, final answer]")
     return tuple((asked, answered) for asked, answered in turns)

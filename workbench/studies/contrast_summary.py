@@ -29,9 +29,9 @@ def describe(result: xr.Dataset) -> str:
         naive, matched = (result.sel(control=c) for c in ("none", control))
         if naive["different"].size > 1 and naive["different"].any() and np.isfinite(matched["p"]).any():
             same = np.sign(naive["difference"]) == np.sign(matched["difference"])
-            kept = int((naive["different"] & matched["different"] & same).sum())
+            remaining = int((naive["different"] & matched["different"] & same).sum())
             lines.append(
-                f"Of {int(naive['different'].sum())} differences within prompts, {kept} remain "
+                f"Of {int(naive['different'].sum())} differences within prompts, {remaining} remain "
                 f"{_LABELS[control][0].lower()}{_LABELS[control][1:]}."
             )
     return "\n".join(lines)

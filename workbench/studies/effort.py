@@ -97,21 +97,24 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
     table = sequences_of(run)
     efforts = [e for e in EFFORTS if e in set(table["effort"])]
     if len(efforts) < 2:
-        raise InputError(f"the run has {len(efforts)} effort, and the effort study compares at least 2")
-    found = {"cost": cost(run, table, efforts, seed), "gain": gain(run, table, efforts, seed)}
+        raise InputError(
+            f"the run has {len(efforts)} effort, and the effort study compares at least 2: "
+            "capture answers at several efforts"
+        )
+    datasets = {"cost": cost(run, table, efforts, seed), "gain": gain(run, table, efforts, seed)}
     left_out = []
     fitted = accuracy_model(run, table, efforts, seed)
     if fitted is None:
         left_out.append("Skipped: the model of accuracy, as it cannot be fitted to these answers.")
     else:
-        found["accuracy_model"] = fitted
+        datasets["accuracy_model"] = fitted
     if isinstance(run, TokenRun):
         for what, label in (("experts", "routing"), ("sink", "sinks")):
             compared, reasons = _efforts_compared(run, what, label, efforts, seed)
-            found |= compared
+            datasets |= compared
             left_out += reasons
-    found["cost"].attrs["summary"] = "\n".join([found["cost"].attrs["summary"], *left_out])
-    return found
+    datasets["cost"].attrs["summary"] = "\n".join([datasets["cost"].attrs["summary"], *left_out])
+    return datasets
 
 
 def _efforts_compared(
@@ -276,8 +279,8 @@ def _ratio_of_means(over: np.ndarray, under: np.ndarray) -> tuple[Any, Any, Any]
     n, total = len(over), under.sum()
     value = over.sum() / total
     influence = (over - value * under) / (total - under)
-    found = mean_test(value, (influence - influence.mean()) * np.sqrt((n - 1) / n), n - 1.0)
-    return value, found.low, found.high
+    tested = mean_test(value, (influence - influence.mean()) * np.sqrt((n - 1) / n), n - 1.0)
+    return value, tested.low, tested.high
 
 
 def accuracy_model(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset | None:

@@ -39,8 +39,8 @@ def numbers_of(model: Mapping[str, Any]) -> dict[str, int]:
     """
     heads, experts, neurons = (int(model[name]) for name in ("n_heads", "num_experts", "d_mlp"))
     biases = heads + experts
-    found = {"head": 0, "expert": heads, "attention bias": biases, "expert bias": biases + 1}
-    return found | {
+    numbers = {"head": 0, "expert": heads, "attention bias": biases, "expert bias": biases + 1}
+    return numbers | {
         "feature error": biases + 2,
         "neuron": biases + 3,
         "feature": biases + 3 + experts * (neurons + 1),
@@ -142,8 +142,8 @@ def _frequencies(run: Any) -> np.ndarray:
 def _statistics(quantiles: Sequence[Mapping[str, Any]], frequency: float) -> dict[str, Any]:
     """Return what circuit-tracer's pages hold beside Neuronpedia's; nothing is known of quantiles and histograms."""
     acts = [a for quantile in quantiles for example in quantile["examples"] for a in example["tokens_acts_list"]]
-    found = {"transcoder_id": "gpt-oss", "act_min": min(acts), "act_max": max(acts)}
-    return found | {"quantile_values": [], "histogram": [], "activation_frequency": round(frequency, 6)}
+    statistics = {"transcoder_id": "gpt-oss", "act_min": min(acts), "act_max": max(acts)}
+    return statistics | {"quantile_values": [], "histogram": [], "activation_frequency": round(frequency, 6)}
 
 
 def _neuron_example(
@@ -188,7 +188,7 @@ def write_pages(
             text = json.dumps(page, ensure_ascii=False, allow_nan=False)
             (part / f"{page['index']}.json").write_text(text + "\n", encoding="utf-8")
         if not n:
-            raise InputError(f"{run.path} has no example of an expert")
+            raise InputError(f"{run.path} has no example of an expert: wait for its capture")
     return n
 
 
@@ -208,7 +208,7 @@ class _Contexts:
         wanted = wanted[wanted[:, 0] >= 0]
         self._texts: dict[int, str] = {}
         self._tokenizer = tokenizer
-        self._found: dict[tuple[int, int], tuple[list[int], np.ndarray, np.ndarray, int]] = {}
+        self._contexts: dict[tuple[int, int], tuple[list[int], np.ndarray, np.ndarray, int]] = {}
         for block in run.blocks("id", "experts", "gates"):
             first, last = np.searchsorted(wanted[:, 0], (block["sequence"][0], block["sequence"][-1] + 1))
             for sequence, position in wanted[first:last].tolist():
@@ -216,11 +216,11 @@ class _Contexts:
                 rows = slice(max(start, start + position - BEFORE), min(stop, start + position + AFTER + 1))
                 columns = block["experts"][:, rows].copy(), block["gates"][:, rows].copy()
                 at = start + position - rows.start
-                self._found[sequence, position] = (block["id"][rows].tolist(), *columns, at)
+                self._contexts[sequence, position] = (block["id"][rows].tolist(), *columns, at)
 
     def example(self, sequence: int, position: int, layer: int, expert: int) -> dict[str, Any]:
         """Return an example's tokens and the expert's gate weight at each, 0 where it was not chosen."""
-        ids, experts, gates, at = self._found[sequence, position]
+        ids, experts, gates, at = self._contexts[sequence, position]
         weights = np.where(experts[layer] == expert, gates[layer].astype(np.float64), 0).sum(-1)
         return {
             "tokens": [self._text(i) for i in ids],
@@ -248,18 +248,18 @@ def _quantiles(
 
     cell: of one expert, values [channel example].
     """
-    found, best = [], []
+    groups, best = [], []
     for c, channel in enumerate(channels):
         for kind, title in (("top", "Largest gate weights"), ("random", "Random sample")):
             rows = [cell[f"{kind}_{name}"][c].tolist() for name in ("gate", "sequence", "position")]
             places = [(g, s, p) for g, s, p in zip(*rows, strict=True) if s >= 0]
             if places:
                 shown = [contexts.example(s, p, layer, expert) for _, s, p in places]
-                found.append({"quantile_name": f"{title}, {channel}", "examples": shown})
+                groups.append({"quantile_name": f"{title}, {channel}", "examples": shown})
             if kind == "top" and channel != "frame":
                 best += places
     if best:
         first = sorted(best, key=lambda row: (-row[0], row[1], row[2]))[: cell["top_gate"].shape[1]]
         shown = [contexts.example(s, p, layer, expert) for _, s, p in first]
-        found.insert(0, {"quantile_name": "Largest gate weights", "examples": shown})
-    return found
+        groups.insert(0, {"quantile_name": "Largest gate weights", "examples": shown})
+    return groups

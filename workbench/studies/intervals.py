@@ -273,8 +273,8 @@ def _studentized(
     weights = bootstrap_weights(n, n_boot, np.random.default_rng(seed)).T
     shift = centred @ weights
     variance = np.maximum((centred**2) @ weights - shift**2, 0)
-    whole = (centred**2).mean(-1, keepdims=True)
-    error = np.sqrt((n * variance + _PRIOR_OBSERVATIONS * whole) / (n + _PRIOR_OBSERVATIONS) / (n - 1))
+    full_variance = (centred**2).mean(-1, keepdims=True)
+    error = np.sqrt((n * variance + _PRIOR_OBSERVATIONS * full_variance) / (n + _PRIOR_OBSERVATIONS) / (n - 1))
     return np.divide(shift, error, out=np.zeros_like(shift), where=error > 0)
 
 

@@ -98,8 +98,8 @@ def load(run: Any, *, layer: int = -1, expert: int = -1, seed: int = 0, tokenize
     coords = {"channel": [CHANNELS[c] for c in channels], "neuron": np.arange(run.model["d_mlp"])}
     attrs = provenance("neuron-examples", STUDY.title, run.digest, seed, {"layer": layer, "expert": expert})
     attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "layer": layer, "expert": expert}
-    found = dataset(variables, coords, DEFINITIONS, attrs)
-    return found.assign_attrs(summary=_summary(found))
+    examples = dataset(variables, coords, DEFINITIONS, attrs)
+    return examples.assign_attrs(summary=_summary(examples))
 
 
 def _summary(ds: xr.Dataset) -> str:

@@ -107,7 +107,10 @@ def study(
         InputError: the run holds no tokens, a label is unknown, a side has no token, or the sides share tokens.
     """
     if not isinstance(run, TokenRun):
-        raise InputError("the risk difference needs the tokens of a run, and this one holds sums only")
+        raise InputError(
+            "the risk difference needs the tokens of a run, and this run holds only sums: "
+            "capture again with --record routing"
+        )
     sides = (selection_of(a), selection_of(b))
     prompt, merged = index_of(run).prompts
     token_sides = TokenSides(run, sides, prompt)
@@ -268,11 +271,11 @@ def promoted_and_demoted(
     if control not in result["control"]:
         raise InputError(f"control {control!r}: the result has {', '.join(map(str, result['control'].values))}")
     cell = result.sel(control=control)
-    found: dict[str, dict[int, list[int]]] = {"promote": {}, "demote": {}}
+    experts: dict[str, dict[int, list[int]]] = {"promote": {}, "demote": {}}
     for name, sign in (("promote", 1), ("demote", -1)):
         size = np.where(cell["different"], sign * cell["difference"], -np.inf)
         for cell_index in np.argsort(-size, axis=None)[:n]:
             layer, expert = np.unravel_index(cell_index, size.shape)
             if size[layer, expert] > 0:
-                found[name].setdefault(int(layer), []).append(int(expert))
-    return found
+                experts[name].setdefault(int(layer), []).append(int(expert))
+    return experts

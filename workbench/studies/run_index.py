@@ -198,8 +198,8 @@ def merge_duplicates(
         own = root(int(number[sequence]))
         parent[own] = root(first.setdefault(text, own))
     roots = np.array([root(one) for one in range(len(parent))], dtype=np.int64)
-    kept, renumbered = np.unique(roots, return_inverse=True)
-    return np.where(number >= 0, renumbered[number] if len(roots) else number, -1), len(roots) - len(kept)
+    unique_roots, renumbered = np.unique(roots, return_inverse=True)
+    return np.where(number >= 0, renumbered[number] if len(roots) else number, -1), len(roots) - len(unique_roots)
 
 
 def independent_prompts(run: TokenRun) -> Int[np.ndarray, " sequence"]:

@@ -166,8 +166,8 @@ def selection_rates(
             chosen = slots[at].astype(np.int64)
             selected[:, :, layer] += _counted(chosen, cell, 2 * n_groups, experts).reshape(2, n_groups, experts)
             same_ids[:, layer] += _by_expert(chosen, columns, experts)
-            for found, weights_of in zip(by_prompt.values(), matched, strict=True):
-                for sums, weight in zip(found, weights_of, strict=True):
+            for counts, weights_of in zip(by_prompt.values(), matched, strict=True):
+                for sums, weight in zip(counts, weights_of, strict=True):
                     sums[present, layer] += _counted(chosen, local, len(present), experts, weight)
     same_ids[weights.total <= 0] = np.nan
     tokens = [np.bincount(weights.group, sides.counts[side], n_groups) for side in (0, 1)]
@@ -179,9 +179,9 @@ def _with_and_without(
     sums: Float[np.ndarray, "group layer expert"], tokens: Float[np.ndarray, " group"]
 ) -> Float[np.ndarray, "config layer expert"]:
     """Return sums over tokens with all groups, and without each; NaN where no token is left."""
-    kept = np.concatenate([sums.sum(0)[None], sums.sum(0) - sums])
+    totals = np.concatenate([sums.sum(0)[None], sums.sum(0) - sums])
     count = np.concatenate([[tokens.sum()], tokens.sum() - tokens])[:, None, None]
-    return np.divide(kept, count, out=np.full(kept.shape, np.nan), where=count > 0)
+    return np.divide(totals, count, out=np.full(totals.shape, np.nan), where=count > 0)
 
 
 def _counted(

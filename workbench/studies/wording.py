@@ -1,4 +1,4 @@
-"""Differences in words: every quantity has one wording and one unit, in all summaries, highlights and reports."""
+"""The wording of differences: one phrase and one unit for each quantity in all summaries, highlights and reports."""
 
 import math
 from typing import NamedTuple

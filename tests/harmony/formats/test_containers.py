@@ -45,9 +45,9 @@ WRITERS = {
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_container_gives_the_same_objects(kind: str, tmp_path: Path) -> None:
     WRITERS[kind](tmp_path / "data.bin")
-    found, rows = objects(tmp_path / "data.bin")
+    container, rows = objects(tmp_path / "data.bin")
     assert [value for _, value in rows] == ROWS
-    assert kind.startswith(found)
+    assert kind.startswith(container)
 
 
 def test_a_bad_line_is_an_error_in_its_place(tmp_path: Path) -> None:

@@ -35,17 +35,17 @@ def test_the_key_travels_in_one_header_and_appears_nowhere(
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
-        ("localhost:8000", "no address of a host"),
-        ("ftp://x/y", "no address of a host"),
-        ("https://me:secret@host/v1", "a key in the address would be stored"),
-        ("http://example.org/v1", "would travel unencrypted"),
+        ("localhost:8000", "not the address of a host"),
+        ("ftp://x/y", "not the address of a host"),
+        ("https://me:secret@host/v1", "the address has a key, which would be stored"),
+        ("http://example.org/v1", "would be sent unencrypted"),
     ],
 )
-def test_addresses_that_cannot_be(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_that_cannot_be(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_KEY", KEY)
-    with pytest.raises(InputError, match=said) as raised:
+    with pytest.raises(InputError, match=message) as raised:
         Host(url, key_env="TEST_KEY", timeout=1, retries=0, per_minute=None)
     assert "secret" not in str(raised.value)
 

@@ -79,5 +79,5 @@ def test_a_pruned_file_with_the_number_from_before_is_told_its_own(tmp_path: Pat
 )
 def test_a_file_that_is_no_model_is_named(tmp_path: Path, kind: str, remedy: str) -> None:
     path = files.write(tmp_path / "m.gguf", {"general.type": kind, "general.architecture": "gpt-oss"}, {})
-    with pytest.raises(InputError, match=f"holds no model, its general.type is '{kind}': {remedy}"):
+    with pytest.raises(InputError, match=f"is not a model: its general.type is '{kind}': {remedy}"):
         open_checkpoint(path)

@@ -164,7 +164,7 @@ def test_experts_that_are_not_packed_are_dense(tmp_path: Path, kind: int) -> Non
 def test_a_folder_of_two_models_asks_for_one(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         written(tmp_path / name)
-    with pytest.raises(InputError, match=r"holds 2 GGUF models, a\.gguf, b\.gguf: name one of its files"):
+    with pytest.raises(InputError, match=r"holds 2 GGUF models, a\.gguf, b\.gguf: give one of its files"):
         open_checkpoint(tmp_path)
 
 

@@ -116,7 +116,7 @@ def _documents(path: Path, content: bytes) -> Objects:
             yield f"document {number}", error
             return
         if isinstance(value, list):
-            yield from ((f"entry {i}", each) for i, each in enumerate(value, 1))
+            yield from ((f"entry {i}", entry) for i, entry in enumerate(value, 1))
         else:
             yield f"document {number}", value
         number += 1
@@ -141,7 +141,7 @@ def _complete(path: Path, kind: str) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # ValueError: a date that Python lacks
-        raise InputError(f"{path} is no complete {kind} file: {_line(error)}") from error
+        raise InputError(f"{path} is not a complete {kind} file: {_line(error)}") from error
 
 
 def _rows_at_once(size: int) -> int:
@@ -221,7 +221,7 @@ def _names(path: Path, field: str) -> list[str]:
         raise InputError(f"{path} does not describe a dataset: {_line(error)}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-            raise InputError(f"{path} names {ascii(name)[:60]}, which is no file beside it")
+            raise InputError(f"{path} names {ascii(name)[:60]}, which is not a file in its folder")
     return names
 
 

@@ -40,7 +40,9 @@ class Asker:
                 continue
             self.api = api
             return row
-        raise InputError(f"{self.host.name} has none of /chat/completions, /responses, /completions: check the address")
+        raise InputError(
+            f"{self.host.name} answers at none of /chat/completions, /responses and /completions: check the address"
+        )
 
     def _ask(self, api: str, job: Job) -> dict[str, Any]:
         ask = {

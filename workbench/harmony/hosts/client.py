@@ -1,4 +1,4 @@
-"""Asking a host, patiently: retries where that helps, no faster than allowed, without the parameters it refuses.
+"""Send requests to a host: with retries, within a rate limit, and without the parameters that it refuses.
 
 The key comes from the environment, goes into one header, and is struck out of whatever a host says.
 """
@@ -51,7 +51,7 @@ class HostError(Exception):
 
 
 class TransferError(Exception):
-    """Why no reply came; asked again."""
+    """The reason why no reply came; the request is sent again."""
 
 
 class AbsentError(HostError):
@@ -62,7 +62,7 @@ class Host:
     """A client that sends requests to one host; it can be shared by threads.
 
     Raises:
-        InputError: the URL is no address of a host, holds a key, or would send a key unencrypted.
+        InputError: the URL is not the address of a host, holds a key, or would send a key unencrypted.
     """
 
     def __init__(
@@ -70,16 +70,16 @@ class Host:
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"{shown(url)} is no address of a host: wanted one as in http://localhost:8000/v1")
+            raise InputError(f"{shown(url)} is not the address of a host: expected one as in http://localhost:8000/v1")
         if parts.username or parts.password:
-            raise InputError(f"a key in the address would be stored: put it into the variable {key_env}")
+            raise InputError(f"the address has a key, which would be stored: put the key into the variable {key_env}")
         self.name = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
         self._query = f"?{parts.query}" if parts.query else ""
         self._key = os.environ.get(key_env, "")
         local = parts.hostname in ("localhost", "127.0.0.1", "::1")
         azure = parts.hostname.endswith(".azure.com")
         if self._key and parts.scheme == "http" and not local:
-            raise InputError(f"{self.name}: {key_env} would travel unencrypted: use https, or unset it")
+            raise InputError(f"{self.name}: {key_env} would be sent unencrypted: use https, or unset the variable")
         key = {"api-key": self._key} if azure else {"authorization": f"Bearer {self._key}"}
         self._http = httpx.Client(
             timeout=timeout,
@@ -102,7 +102,7 @@ class Host:
     def post(self, path: str, body: dict[str, Any], *, root: bool = False) -> Any:
         """Return the reply of a request, however often it takes; HostError where it never comes.
 
-        root: the path begins where the host does, not behind its /v1.
+        root: the path starts at the host's root, not at its /v1.
         """
         base = self.name.removesuffix("/v1") if root else self.name
         attempt = 0
@@ -205,14 +205,14 @@ class Host:
         """Whether the host named a parameter that can be left out; it then is, from now on."""
         if status not in (400, 422):
             return False
-        named = [name for name in OPTIONAL if name in sent and name in text]
-        if not named:
+        refused = [name for name in OPTIONAL if name in sent and name in text]
+        if not refused:
             return False
         with self._lock:
-            new = named[0] not in self.dropped
-            self.dropped.add(named[0])
+            new = refused[0] not in self.dropped
+            self.dropped.add(refused[0])
         if new:
-            print(f"{self.name} does not take {named[0]}: going on without", file=sys.stderr)
+            print(f"{self.name} does not take {refused[0]}: going on without", file=sys.stderr)
         return True
 
     def _clean(self, text: str) -> str:

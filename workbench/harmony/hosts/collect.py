@@ -78,7 +78,9 @@ def _refuse_other_requests(
     for id, row in known.items():
         meta = row["meta"]
         if id not in by_id:
-            raise InputError(f"{out} holds {id!r}, which is no request of this job: name another file, or --overwrite")
+            raise InputError(
+                f"{out} holds {id!r}, which does not belong to this job: choose another file, or --overwrite"
+            )
         if meta.get("request") == request_digest(by_id[id], settings):
             continue
         begun = meta.get(KEY) or {"model": meta.get("model")}
@@ -90,7 +92,7 @@ def _refuse_other_requests(
         ]
         raise InputError(
             f"{out} holds {id!r} of another request ({'; '.join(other) or 'its prompt or settings differ'}): "
-            "name another file, or --overwrite"
+            "choose another file, or --overwrite"
         )
 
 
@@ -119,8 +121,8 @@ def _collect(host: Host, left: list[Job], rows: RowOutput, settings: Settings, i
             "absent or summary): analysis cannot be studied in them",
             file=sys.stderr,
         )
-    if found := counted(flags):
-        print(f"{rows.path}: {len(flags):,} answers, {found}", file=sys.stderr)
+    if summary := counted(flags):
+        print(f"{rows.path}: {len(flags):,} answers, {summary}", file=sys.stderr)
     interrupt.check()
     if failed:
         raise JobError(

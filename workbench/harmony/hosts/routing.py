@@ -40,15 +40,15 @@ def routed_experts(reply: Mapping[str, Any], *, n_tokens: int, experts_per_token
     Raises: RoutingError for experts that were not recorded.
     """
     choice = reply["choices"][0] if reply.get("choices") else {}
-    found = choice.get("routed_experts")
+    routed = choice.get("routed_experts")
     extension = _extension(choice) or _extension(reply)
     if extension is not None:
         experts = _int32(extension, n_tokens, experts_per_token)
-    elif isinstance(found, str):
-        experts = _npy(found)
-    elif found is not None:
+    elif isinstance(routed, str):
+        experts = _npy(routed)
+    elif routed is not None:
         prompt = reply.get("prompt_routed_experts", choice.get("prompt_routed_experts"))
-        experts = np.concatenate([_nested(part) for part in (prompt, found) if part])
+        experts = np.concatenate([_nested(part) for part in (prompt, routed) if part])
     else:
         return None
     check_experts(experts, n_tokens)

@@ -53,7 +53,7 @@ def write_gguf(checkpoint: Checkpoint, target: str | Path) -> Path:
 
     path = Path(target)
     if path.exists():
-        raise InputError(f"{path} exists: name another file, or move it away")
+        raise InputError(f"{path} exists: choose another file, or move it away")
     _check(checkpoint.cfg)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}.writing")
@@ -184,7 +184,7 @@ def _floats(tensor: Tensor, wide: bool) -> npt.NDArray[Any]:
 def _experts(
     tensors: Tensors, name: str, prefix: str, part: str, kind: str, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, tuple[int, ...], int, Callable[[], npt.NDArray[Any]]]]:
-    """Yield the tensors of one matrix of the experts: gate and up apart."""
+    """Yield the tensors of one matrix of the experts: gate and up separately."""
     parts = {"gate": 0, "up": 1} if part == "gate_up" else {"down": None}
     for own, first in parts.items():
         rows = slice(None) if first is None else slice(first, None, 2)
