@@ -35,7 +35,7 @@ RECORD = ("routing", "neurons", "hook_resid_post")  # of the second run, from wh
 
 @dataclass(frozen=True)
 class Section:
-    """What is computed: on about so many sequences, spread over tasks and efforts, with these options."""
+    """What is computed: on about this many sequences, spread over tasks and efforts, with these options."""
 
     sequences: int
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -56,7 +56,7 @@ SECTIONS = {
     "super-experts": Section(60),
     "counterfactual-routing": Section(60, {"routes": 4}),
     "expert-tracing": Section(60),
-    "generated-answers": Section(60, {"group": "strings", "doses": "0", "max_new_tokens": 96}),
+    "generated-answers": Section(120, {"group": "strings", "doses": "0", "max_new_tokens": 96}),
     "instruction-hierarchy": Section(15, {"words": "b,d,f,h,k,m,p,t,v,x", "max_new_tokens": 12}),
     "sentence-importance": Section(60, {"conversations": 3, "samples": 20, "max_new_tokens": 100}),
     "circuits": Section(60, {"max_nodes": 100}),
