@@ -55,7 +55,7 @@ def graph_data(content: Any) -> dict[str, Any]:
 
     Pinned nodes and supernodes of the file are the first choice of the page.
 
-    Nodes and edges beyond `MOST_NODES` and `MOST_EDGES` are left out, the weakest first; `left_out` says how many.
+    Nodes and edges beyond `MOST_NODES` and `MOST_EDGES` are left out, the weakest first; `left_out` states how many.
 
     Raises:
         InputError: it has another form.
@@ -71,7 +71,7 @@ def graph_data(content: Any) -> dict[str, Any]:
         pinned = [str(id) for id in chosen.get("pinnedIds") or ()]
         supernodes = [[str(part) for part in group] for group in chosen.get("supernodes") or () if len(group) > 1]
         about = {str(k): v for k, v in info.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"the file is not an attribution graph ({type(error).__name__}: {error}): expected circuit-tracer's JSON "
             "with "

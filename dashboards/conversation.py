@@ -164,7 +164,7 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
 def sentences_of(results: Mapping[str, xr.Dataset], id: str) -> list[dict[str, Any]]:
     """Return what the experiment sentence-importance measured of each sentence of a conversation; empty without.
 
-    results: its datasets. Results of earlier versions do not say where a sentence is, and give nothing.
+    results: its datasets. Results of earlier versions do not state where a sentence is, and give nothing.
     """
     ds = results.get("sentences")
     if ds is None or not {"start", "stop", *_MEASURED} <= set(ds.data_vars) or "conversation" not in ds.coords:

@@ -94,7 +94,7 @@ def _page_link(path: str, title: str, current: bool, absent: bool) -> str:
 
 
 def missing_page(titles: Mapping[str, str]) -> str:
-    """Return the document for an address that is no page: it says so and links to those that are. titles: of them."""
+    """Return the document for an address that is not a page, with links to the pages. titles: of the pages."""
     links = "".join(
         f'<li><a href="/{escape(path)}">{look.icon(path)} {escape(title)}</a></li>' for path, title in titles.items()
     )

@@ -120,7 +120,7 @@ class RunRegistry:
         self._made: dict[tuple[str, ...], tuple[str, Any]] = {}
         self._lock, self._locks = threading.Lock(), dict[tuple[str, ...], threading.Lock]()
         for name in self.names:
-            self.run(name)  # a path that is no run is refused before anything is served
+            self.run(name)  # a path that is not a run is refused before anything is served
         self.jobs = StudyJobs(cache)
 
     @property

@@ -175,7 +175,7 @@ def _check_tensors(path: Path, kind: _DictionaryClass, weights: Mapping[str, Ten
 
 
 def _hook_name(trainer: Mapping[str, Any], read_from: str) -> str | None:
-    """The hook point of a module's name such as resid_post_layer_11, or none if the config does not tell."""
+    """The hook point of a module's name such as resid_post_layer_11, or none if the config does not state it."""
     match = re.fullmatch(r"(\w+?)_layer_(\d+)", str(trainer.get("submodule_name")))
     if match is None or match[1] not in _HOOKS or read_from != "out":
         return None

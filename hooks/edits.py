@@ -133,8 +133,8 @@ def applied(model: Any, *edits: Edit, need_match: bool = True) -> Iterator[list[
         yield report
     if need_match and (unmatched := [matched.description for matched in report if not matched.tokens]):
         raise InputError(
-            f"no token matched {'; '.join(unmatched)}. Nothing was run inside, or the token set is empty there: "
-            "check it with token_set(ids)"
+            f"no token matched {'; '.join(unmatched)}: either no pass ran inside the context, or the token set is "
+            "empty: check it with token_set(ids)"
         )
 
 

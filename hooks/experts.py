@@ -27,7 +27,9 @@ def forbid(layers: Layers, experts: Collection[int], tokens: Tokens = None) -> E
 
     def act(logits: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
         if logits.shape[-1] - len(experts) < (k := at.model.cfg.experts_per_token):
-            raise InputError(f"forbidding {len(experts)} of {logits.shape[-1]} experts leaves fewer than {k}")
+            raise InputError(
+                f"forbidding {len(experts)} of {logits.shape[-1]} experts leaves fewer than the {k} of a token"
+            )
         selected = at.selected(members)
         mask = selected.to(logits.device)[..., None] & among(experts, logits)
         choice = torch.zeros_like(mask).scatter_(-1, logits.topk(k, -1).indices, True)

@@ -42,7 +42,7 @@ class Recorder:
         """Return the values that were recorded since the last call; a hook point that never fired is an error."""
         silent = [name for name, parts in self._recorded.items() if not parts]
         if silent:
-            raise RuntimeError(f"these hook points never fired: {silent}")
+            raise RuntimeError(f"these hook points never fired: {silent}; run a pass while the hooks are on the model")
         taken = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in self._recorded.items()}
         self._recorded = {name: [] for name in self.wanted}
         return taken

@@ -1,6 +1,6 @@
 """Sparse autoencoders of SAELens and dictionary_learning, and their features spliced into a model as hook points.
 
-A folder of SAELens holds cfg.json and sae_weights.safetensors; sparsity.safetensors may lie beside them. Its
+A folder of SAELens holds cfg.json and sae_weights.safetensors; sparsity.safetensors may be beside them. Its
 architectures standard, topk, jumprelu (which BatchTopK and Matryoshka autoencoders are saved as) and gated are read.
 A folder of dictionary_learning holds config.json and ae.pt (`hooks.dictionary_learning`).
 
@@ -180,11 +180,11 @@ def splice(model: HookedRootModule, sae: SAE, at: str | None = None, *, use_erro
         raise InputError("the SAE's folder does not state its hook point: give a hook point with `at`")
     if at not in model.hook_dict:
         near = ", ".join(get_close_matches(at, model.hook_dict)) or "none of a similar name"
-        raise InputError(f"hook point {at!r} does not exist; there is {near}")
+        raise InputError(f"hook point {at!r} does not exist; near it: {near}")
     kinds = ("hook_sae_acts_post", "hook_sae_error") if use_error_term else ("hook_sae_acts_post",)
     points = {f"{at}.{kind}": HookPoint() for kind in kinds}
     if taken := model.hook_dict.keys() & points.keys():
-        raise InputError(f"an SAE is spliced in at {at!r} already: {min(taken)!r} exists")
+        raise InputError(f"an SAE is spliced in at {at!r} already: {min(taken)!r} exists; leave that context first")
     acts, *error = points.values()
 
     def reconstruct(x: Tensor, hook: HookPoint) -> Tensor:
@@ -248,7 +248,7 @@ def _read_config(path: Path) -> SAEConfig:
         below = sorted({str(weights_file.parent) for weights_file in path.parent.glob(f"*/{DICTIONARY_WEIGHTS}")})
         hint = f"; there is one in {below[0]!r}" if below else ""
         raise InputError(
-            f"{path.parent} has no {_CONFIG} (SAELens) and no {DICTIONARY_WEIGHTS} (dictionary_learning): name a "
+            f"{path.parent} has no {_CONFIG} (SAELens) and no {DICTIONARY_WEIGHTS} (dictionary_learning): give a "
             f"folder that one of them wrote{hint}"
         ) from error
     except (OSError, InputError) as error:
@@ -312,7 +312,7 @@ def _check_tensors(
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise InputError(
-                f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, cfg.json wants {list(shape)}"
+                f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, cfg.json requires {list(shape)}"
             )
         if not tensors[name].is_floating_point() or (finite and not tensors[name].isfinite().all()):
             raise InputError(f"{path}: tensor {name!r} is not of finite floating-point numbers")

@@ -50,7 +50,7 @@ def at_routers(layers: Layers, experts: Sequence[int], point: str, act: Act, *, 
                 where = "the model" if model.cfg.layer_experts is None else f"layer {layer}"
                 _check("expert", experts, model.cfg.experts_of(layer), where)
         if at_most_k and len(experts) > model.cfg.experts_per_token:
-            raise InputError(f"a token goes to {model.cfg.experts_per_token} experts, not to {len(experts)}")
+            raise InputError(f"{len(experts)} experts: expected at most the {model.cfg.experts_per_token} of a token")
         return at_layers(layers, point, act)(model)
 
     return points

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Package → packages it may import; torch and the torch-free packages meet in capture, experiments and cli.
 MAY_IMPORT = {
     "errors": set(),
+    "_deferred_packages": set(),
     "_links": set(),
     "notebook": set(),
     "progress": {"notebook"},

@@ -20,7 +20,7 @@ values = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # a busy machine is no fault
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # a busy machine is not a fault
 @given(values)
 def test_what_is_within_the_limits_is_read_as_json_reads_it(value: object) -> None:
     assert parse_json(json.dumps(value)) == value

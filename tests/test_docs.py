@@ -29,6 +29,7 @@ from tests.model.fake_gpus import run_on_gpus
 from tests.runs.conftest import write_run
 from tests.serving import free_port, wait_for
 from workbench import registry
+from workbench.figures import paper, report
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for p in (ROOT / "docs").rglob("*.md"))
@@ -97,9 +98,13 @@ def test_the_hooks_of_the_how_to_run_on_a_gpu(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", [p for p in WITH_CODE if blocks(p, "sh")], ids=name)
 def test_the_commands_of_a_page_work_in_their_order(
-    page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, long: bool
 ) -> None:
     monkeypatch.chdir(workplace)
+    if not long:  # figures and reports of all studies are made by the commands of the README, whose test runs them
+        studies = [registry.find(name) for name in ("routing", "effort")]
+        for module in (paper, report):
+            monkeypatch.setattr(module, "studies", lambda runs: studies)
     text = "\n".join(blocks(page, "sh"))
     host, cluster = None, []
     if "http://localhost:8000" in text:
@@ -319,7 +324,7 @@ def test_the_store_page_names_the_recorded_quantities(tmp_path: Path) -> None:
 
 
 def changelog_problems(text: str) -> list[str]:
-    """Return lines of a changelog that are no heading of a version or a change, nor a change of one line, stated once."""
+    """Return lines of a changelog that are not a heading of a version or a change, nor a change of one line, stated once."""
     lines = [line for line in text.splitlines() if line]
     headings = ("# Changelog", "## ", "### Added", "### Changed", "### Fixed")
     changes = [line for line in lines if line.startswith("- ")]

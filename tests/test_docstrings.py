@@ -18,7 +18,7 @@ import workbench as wb
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "hooks", "dashboards", "data", "workbench")
 HELP_TEXTS = ("workbench/cli", "workbench/bench/command.py", "data/command.py")  # docstrings of commands are their help
-NO_SHAPES = ("data", "workbench/bench")  # scripts that train, evaluate and measure; they are no interface
+NO_SHAPES = ("data", "workbench/bench")  # scripts that train, evaluate and measure; they are not an interface
 # with which the docstring of a function that returns something may begin
 VERB = (
     r"(Return|Yield|Draw|Write|Read|Run|Load|Compute|Check|Add|Remove|Create|Make|Open|Store|Measure|Compare|Estimate"

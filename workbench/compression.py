@@ -15,7 +15,7 @@ from zarr.registry import register_codec
 
 from workbench.errors import InputError
 
-MAX_TEXT_BYTES = 2**30  # of a chunk of texts, whose size no layout tells
+MAX_TEXT_BYTES = 2**30  # of a chunk of texts, whose size no layout states
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _SIZE_BYTES = (0, 2, 4, 8)  # of the field with a frame's content size, by its flag
 _DICTIONARY_BYTES = (0, 1, 2, 4)
@@ -30,7 +30,7 @@ def unpack(data: Any, size: int) -> np.ndarray:
 
     Raises:
         UnpackedSizeError: it holds another number of bytes.
-        ValueError: it is no complete frame.
+        ValueError: it is not a complete frame.
     """
     told = frame_size(data)
     if told != size:
@@ -46,7 +46,7 @@ def _count(size: int | None) -> str:
 
 
 def frame_size(data: Any) -> int | None:
-    """Return the number of bytes that a zstd frame unpacks to by its header, None if the header does not tell.
+    """Return the number of bytes that a zstd frame unpacks to by its header, None if the header does not state it.
 
     Reference: RFC 8878, section 3.1.1.1.
 

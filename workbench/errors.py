@@ -1,4 +1,4 @@
-"""Errors that a user can fix: one line that says what was wrong, what was expected and what to do."""
+"""Errors that a user can fix: one line that states what was wrong, what was expected and what to do."""
 
 from pathlib import Path
 

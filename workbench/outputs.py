@@ -1,7 +1,7 @@
 """Outputs: what a command may write. Every command that writes files asks here.
 
 - Everything that can be checked is checked before anything is written.
-- An output never is, contains or lies in an input, and never is a link, a device, a pipe or a socket.
+- An output never is, contains or is inside an input, and never is a link, a device, a pipe or a socket.
 - Files are written beside their destination and renamed when they are complete.
 - Something that exists is refused. With `--overwrite` it is replaced, but only if the same command wrote it and nobody
   changed it since: a marker lists the command and the SHA-256 of each file it wrote. The marker lies beside the output
@@ -44,7 +44,7 @@ def check_output(
 ) -> Path:
     """Return the path of an output that a command may write, after all checks that need no lock.
 
-    inputs: paths that the command reads; names that are no path of this machine are passed over. owned: whether the
+    inputs: paths that the command reads; names that are not a path of this machine are passed over. owned: whether the
     command wrote an existing file, if its content tells; the marker does otherwise.
 
     Raises:
@@ -116,7 +116,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _check_parents(path: Path) -> None:
-    """Refuse a parent that is no folder, or in which nothing can be made."""
+    """Refuse a parent that is not a folder, or in which nothing can be made."""
     for parent in path.absolute().parents:
         try:
             mode = os.stat(parent).st_mode
@@ -221,7 +221,7 @@ def write_files(
     beside the folder if None.
 
     Raises:
-        InputError: a name is no file name, or a file may not be written, see `check_output`.
+        InputError: a name is not a file name, or a file may not be written, see `check_output`.
     """
     refuse_paths(files)
     out = check_folder(out_dir, inputs=inputs)
@@ -344,7 +344,7 @@ def _foreign(path: Path, command: str) -> str:
 
 
 def read_marker(path: Path) -> dict[str, list[tuple[str, str]]]:
-    """Return the commands and digests of files as a marker lists them; a marker that is no marker lists none."""
+    """Return the commands and digests of files as a marker lists them; a marker that is not a marker lists none."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode) or os.path.getsize(path) > _MAX_MARKER_BYTES:
             return {}

@@ -26,7 +26,7 @@ _PART = ".part"
 
 
 def stamp(row: Mapping[str, Any], command: str, **job: Any) -> dict[str, Any]:
-    """Return a row that says which command wrote it, and for which job."""
+    """Return a row that states which command wrote it, and for which job."""
     return {**row, "meta": {**(row.get("meta") or {}), KEY: {"command": command, **job}}}
 
 
@@ -170,7 +170,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """Return the complete rows of a file by id, and where the last of them ends.
 
     Raises:
-        InputError: a line is no row with an id.
+        InputError: a line is not a row with an id.
     """
     rows: dict[str, dict[str, Any]] = {}
     end = 0

@@ -92,7 +92,7 @@ class Resources(NamedTuple):
     shared: int
     blocks_per_sm: int
     instructions: tuple[str, ...]  # the distinct matrix instructions
-    loop: Loop | None = None  # none without a matrix instruction whose size its name tells
+    loop: Loop | None = None  # none without a matrix instruction whose size its name states
     unguarded: int = 0  # copies into shared memory that no barrier divides from a wait for wgmma before them
 
 
@@ -190,7 +190,7 @@ def _nvidia(asm: Mapping[str, Any], warps: int) -> tuple[int, int, list[str], Lo
 
 
 def _tcgen05_flops(ptx: str) -> int:
-    """Of one UTCHMMA, whose size only its descriptor tells (bits 17 … 22: columns / 8; 24 … 28: rows / 16).
+    """Of one UTCHMMA, whose size only its descriptor states (bits 17 … 22: columns / 8; 24 … 28: rows / 16).
 
     Reference: PTX ISA, tcgen05, instruction descriptor of .kind::f16, whose depth is 16.
     """

@@ -1,4 +1,4 @@
-"""Which compiled kernels spill registers, as the driver of the GPU that runs them says.
+"""Which compiled kernels spill registers, as reported by the driver of the GPU that runs them.
 
 The ahead-of-time report reads spills from machine code of one version of Triton. Another version, or the driver's own
 assembler, can allocate registers differently: `workbench bench gpu --first` therefore asks the loaded kernels.

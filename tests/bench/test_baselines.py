@@ -1,4 +1,4 @@
-"""A baseline that is missing or fails is a row that says so; two layers agree with transformers."""
+"""A baseline that is missing or fails is a row that states it; two layers agree with transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The CPU benchmark runs whole, on a small model, and says what it measured."""
+"""The CPU benchmark runs whole, on a small model, and states what it measured."""
 
 from dataclasses import replace
 from pathlib import Path

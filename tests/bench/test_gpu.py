@@ -1,5 +1,5 @@
 """The GPU benchmark runs whole on the interpreter, on a small model: it checks first, stops when a kernel is wrong,
-and says what it measured. How fast a card is, no test can say.
+and states what it measured. How fast a card is, no test can say.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A plan says what a job will take, writes nothing, and refuses what cannot fit."""
+"""A plan states what a job will take, writes nothing, and refuses what cannot fit."""
 
 import re
 from collections import Counter

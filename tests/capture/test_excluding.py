@@ -15,7 +15,9 @@ from workbench.dashboards import widgets
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
+from workbench.figures import report
 from workbench.model.transformer import GptOss
+from workbench.registry import find
 from workbench.runs import Run
 from workbench.studies import run_study
 
@@ -87,8 +89,9 @@ def test_studies_say_what_was_excluded(runs: tuple[Run, Run]) -> None:
     assert "excluded" not in wanted.attrs
 
 
-def test_commands_exclude(runs: tuple[Run, Run], tmp_path: Path) -> None:
+def test_commands_exclude(runs: tuple[Run, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every, _ = runs
+    monkeypatch.setattr(report, "studies", lambda runs: [find("routing")])  # one study has the statement
     for command in (["summary"], ["study", "routing"], ["report", "--out", str(tmp_path / "r.html")]):
         name, *rest = command
         arguments = [name, *rest[:1], every.path, *rest[1:]] if name == "study" else [name, every.path, *rest]

@@ -79,7 +79,7 @@ def kill(kind: str, folder: Path, kills: int) -> int:
 
 
 def leftovers(folder: Path, kind: str, unfinished: int | None = None) -> list[str]:
-    """Names in a folder that are no input, no output and no log: a lock of the last job that was killed may be there.
+    """Names in a folder that are not an input, no output and no log: a lock of the last job that was killed may be there.
 
     unfinished: an output that is not looked at, as nobody resumed it.
     """
@@ -95,7 +95,7 @@ def test_kills_of_a_capture_at_random_moments_lose_nothing(
     nano: GptOss, transcripts: Path, undisturbed: Path, tmp_path: Path, stored: Stored, long: bool
 ) -> None:
     shutil.copy(transcripts, tmp_path / "transcripts.jsonl")
-    outputs = kill("capture", tmp_path, 50 if long else 16)
+    outputs = kill("capture", tmp_path, 50 if long else 8)
     last = tmp_path / f"capture-{outputs}"
     wb.capture(nano, transcripts, last, **OPTIONS)
     want = stored(undisturbed)
@@ -369,7 +369,7 @@ def test_a_lost_scheduler_ends_the_job_and_the_next_goes_on(
     if job.returncode != 0:  # it may have been done by then
         assert job.returncode == 1, err
         assert "scheduler" in err.splitlines()[-1]
-        assert "start the job again" in err.splitlines()[-1]
+        assert "rerun the command to resume" in err.splitlines()[-1]
     wb.capture(nano, transcripts, path, **OPTIONS)
     assert stored(path) == stored(undisturbed)
 

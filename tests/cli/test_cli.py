@@ -4,6 +4,7 @@ Tests `workbench.cli.pipeline` and `workbench.cli.results`.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from tests.cli.running import run_command
 from tests.conftest import DATA
-from workbench import cli
+from workbench import cli, registry
+from workbench.figures import paper
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -26,7 +28,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 @pytest.mark.slow
-def test_the_whole_way_from_prompts_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_way_from_prompts_to_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
+    if not long:  # figures of all studies are made by the command of the README, whose test runs it
+        monkeypatch.setattr(paper, "studies", lambda runs: [registry.find("routing")])
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join((DATA / "prompts.jsonl").read_text().splitlines()[::8]) + "\n")
     transcripts, store, out = tmp_path / "t.jsonl", tmp_path / "run.zarr", tmp_path / "out"
@@ -157,3 +163,17 @@ def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
 def test_a_run_of_the_first_schema_is_verified() -> None:
     done = run_command("verify", str(DATA / "demo.zarr"))
     assert (done.code, done.out) == (0, f"{DATA / 'demo.zarr'}: valid\n"), done
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also before torch is imported, which reads it then. The negative control is a choice of the user, which stays."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    run(capsys, "--help")
+    assert os.environ["OMP_WAIT_POLICY"] == expected
+    code = "import sys; from workbench.cli import main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

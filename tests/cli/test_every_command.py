@@ -1,7 +1,7 @@
 """Every registered command at every kind of trouble: it ends with one line and the right exit code.
 
 The commands are those that typer has registered, so one that is added later is tested too: without a line in `BASES`
-that says how it succeeds, `test_every_command_is_tested` fails. `--long` runs every command to its end, not some.
+that states how it succeeds, `test_every_command_is_tested` fails. `--long` runs every command to its end, not some.
 """
 
 import contextlib
@@ -18,8 +18,10 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
-from tests.cli.fuzzing import BASES, SLOW, Checked, add_traps, without_long_work
+from tests.cli.checks import Checked
+from tests.cli.random_commands import BASES, SLOW, add_traps, without_long_work
 from tests.cli.running import Result
 from tests.cli.test_fuzz_commands import option_names
 from tests.cli.test_outputs import OUTPUTS
@@ -241,6 +243,22 @@ def test_what_memory_cannot_hold(checked: Checked) -> None:
     for value, code in (("27264404024892", 2), ("1000000000", 1)):
         arguments = ["study", "routing", "run.zarr", "--option", f"n_boot={value}"]
         ends(checked.run(*arguments), arguments, code)
+
+
+def test_torch_that_lacks_memory_fails_in_one_line(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch raises a RuntimeError; the negative control is another one."""
+    command = words("convert")
+    monkeypatch.setattr("workbench.harmony.hosts.files.convert", lambda *_, **__: torch.empty(2**50))
+    done = checked.run(*command)
+    ends(done, command, 1)
+    assert "not enough memory" in done.err
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not agree")
+
+    monkeypatch.setattr("workbench.harmony.hosts.files.convert", fails)
+    with pytest.raises(RuntimeError, match="shapes"):
+        checked.run(*command)
 
 
 @pytest.mark.parametrize(

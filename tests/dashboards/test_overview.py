@@ -131,5 +131,5 @@ def test_the_gallery_has_the_strongest_example_of_each_expert_that_has_a_token()
     labels = pd.DataFrame({"layer": [0, 0], "expert": [1, 0], "label": ["second", "first"]})
     rows = expert_sections.gallery_table(ds, labels)
     assert rows["label"].tolist() == ["first", "second"], "an expert without a token has no row"
-    assert rows["example"].tolist() == ["x[c]", "y[b]"], "frame tokens are no examples"
+    assert rows["example"].tolist() == ["x[c]", "y[b]"], "frame tokens are not examples"
     assert rows["final (× mean load)"].tolist() == [3.0, 4.0]

@@ -1,4 +1,4 @@
-"""Evaluation asks what training never saw, marks exactly, and its card says what was measured.
+"""Evaluation asks what training never saw, marks exactly, and its card states what was measured.
 
 Also tests `workbench.data.command`.
 """

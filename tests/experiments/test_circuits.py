@@ -1,5 +1,6 @@
 """Circuits of two channels are compared prompt by prompt, and equal ones are found equal."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,23 @@ def test_similarity_is_one_for_equal_circuits(pairs: list[dict[str, circuits.Att
     wanted = result.loc["same prompt", "cosine"] - result.loc[names, "cosine"].mean()
     assert result.loc["same prompt less other prompts", "cosine"] == pytest.approx(wanted)
     print(result)
+
+
+def test_pairs_of_different_prompts_are_the_null(pairs: list[dict[str, circuits.AttributionGraph]]) -> None:
+    name = "same prompt less other pairs"
+    planted = circuits.similarity([{"analysis": pair["final"], "final": pair["final"]} for pair in pairs]).loc[name]
+    assert planted["low"] > 0
+    assert planted["p"] <= 0.001
+    rng = np.random.default_rng(0)
+    null = []
+    for _ in range(8):  # null data: each analysis with the final answer of a random prompt
+        order = rng.permutation(len(pairs)).tolist()
+        null.append(
+            [{"analysis": a["analysis"], "final": pairs[b]["final"]} for a, b in zip(pairs, order, strict=True)]
+        )
+    p = [circuits.similarity(shifted).loc[name, "p"] for shifted in null]
+    assert min(p) > 0.001, "the negative control: pairs that have no prompt in common are no more alike"
+    assert max(p) > 0.2
 
 
 def test_the_experiment_says_what_its_parts_say(model: GptOss, monkeypatch: pytest.MonkeyPatch, pairs: list) -> None:

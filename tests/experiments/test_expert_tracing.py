@@ -15,6 +15,7 @@ from workbench.experiments import expert_tracing as tracing
 from workbench.experiments.effects import logprobs
 from workbench.experiments.final_channel import final_tokens
 from workbench.experiments.from_run import transcripts
+from workbench.experiments.random_controls import rank
 from workbench.figures import experiments as figures
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
@@ -96,6 +97,59 @@ def test_controls_have_the_norm_and_come_from_other_sequences(nano: GptOss, rows
         np.testing.assert_allclose(pool.norm(dim=-1).numpy(), 1, atol=1e-5)
     own = tracing._directions(every[:1] + every[:1], LAYER)[0]
     assert not any((pools[0] @ v).max() > 1 - 1e-6 for v in own[:20])
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_restorations_that_are_random_are_rarely_called_more_than_controls(
+    nano: GptOss, rows: list[Transcript], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Null: what each expert restores is drawn as its controls are, so that its rank p is uniform.
+
+    Negative control: beside controls of a third of the norm, to first order, many of them would be called.
+
+    `pytest --long -s -k random_are_rarely tests/experiments/test_expert_tracing.py` prints the rates.
+    """
+    real, directions = tracing._Traced.difference, tracing._directions
+    pools: dict[int, dict[int, torch.Tensor]] = {}
+    rng = torch.Generator().manual_seed(0)
+
+    def drawn(one: tracing._Traced, layer: int, expert: int | None) -> torch.Tensor:
+        own = real(one, layer, expert)
+        if expert is None:
+            return own
+        pool = pools[layer][id(one)]
+        chosen = pool[torch.randint(len(pool), (len(own),), generator=rng)]
+        return chosen.to(own) * own.norm(dim=-1, keepdim=True)
+
+    def remembered(every: list[tracing._Traced], layer: int, most: int = 256) -> list[torch.Tensor]:
+        found = directions(every, layer, most)
+        pools[layer] = {id(one): pool for one, pool in zip(every, found, strict=True)}
+        return found
+
+    monkeypatch.setattr(tracing._Traced, "difference", drawn)
+    monkeypatch.setattr(tracing, "_directions", remembered)
+    cells = [tracing.Cell(GENERATED, layer, expert) for layer, expert in ((1, 5), (2, 9), (LAYER, EXPERT))]
+    trials = 24
+    families = 0
+    ranks: list[float] = []
+    smaller: list[float] = []
+    for seed in range(trials):
+        found = tracing._confirmed(nano, rows[:6], cells, 3.0, 20, seed)
+        families += bool(((found["p_family"] <= 0.05) & (found["distance"] > 0) & (found["low"] > 0)).any())
+        ranks += found["p_rank"].values.tolist()
+        sides = zip(found["change"].values, found["random"].values.T, strict=True)
+        smaller += [rank(float(change), random / 3).p for change, random in sides]
+    ranked = np.mean(np.array(ranks) <= 0.05)
+    quarters = np.quantile(ranks, [0.25, 0.5, 0.75])
+    print(
+        f"families called {families / trials:.3f}, rank p ≤ 0.05 {ranked:.3f}, quartiles of p {quarters.round(2)}, "
+        f"beside controls of a third of the norm {np.mean(np.array(smaller) <= 0.05):.3f}"
+    )
+    assert families <= 4, "of 24: 5 % and chance"
+    assert ranked <= 0.1
+    np.testing.assert_allclose(quarters, [0.25, 0.5, 0.75], atol=0.15)
+    assert np.mean(np.array(smaller) <= 0.05) > 0.25, "negative control"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Generated answers: an expert that carries a behaviour is found among random ones; what changes nothing is no effect."""
+"""Generated answers: an expert that carries a behaviour is found among random ones; what changes nothing is not an effect."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,10 @@ import torch
 import workbench as wb
 from tests.conftest import DATA
 from workbench.errors import InputError
-from workbench.experiments import generated_answers
+from workbench.experiments import answer_measures, generated_answers
+from workbench.experiments.answer_effects import behaviour, between_models
+from workbench.experiments.answer_measures import generate_answers, measure
 from workbench.experiments.from_run import transcripts
-from workbench.experiments.generated_answers import behaviour, between_models, generate_answers, measure
 from workbench.experiments.random_controls import rank
 from workbench.figures import generated_answers as figures
 from workbench.harmony.transcripts import Transcript
@@ -79,16 +80,16 @@ def test_gates_times_one_change_nothing_and_every_measure_has_its_zero(nano: Gpt
     unchanged = measure(nano, rows[:6], base, reweight(1, [0, 1, 2], 1.0), max_new_tokens=6)
     np.testing.assert_array_equal(np.nan_to_num(unchanged), 0)
     changed = measure(nano, rows[:6], base, reweight(range(4), range(16), 0.0), max_new_tokens=6)
-    by_name = dict(zip(generated_answers.MEASURES, changed, strict=True))
+    by_name = dict(zip(answer_measures.MEASURES, changed, strict=True))
     assert by_name["same answer"].min() == -1
     assert by_name["tokens before divergence"].mean() < 0
     assert by_name["routing flips"].mean() > 0
 
 
 def test_refusals_and_divergence_are_counted(nano: GptOss) -> None:
-    assert generated_answers._common([1, 2, 3], [1, 2, 4]) == 2
-    assert generated_answers._common([1, 2], [1, 2, 4]) == 2
-    pattern = generated_answers.re.compile(generated_answers.REFUSAL)
+    assert answer_measures._common([1, 2, 3], [1, 2, 4]) == 2
+    assert answer_measures._common([1, 2], [1, 2, 4]) == 2
+    pattern = answer_measures.re.compile(answer_measures.REFUSAL)
     assert all(pattern.match(text) for text in ("i'm sorry, but", "i cannot help", "as an ai"))
     assert not any(pattern.match(text) for text in ("i canter", "the answer: i can't", "sorry day"))
 

@@ -1,4 +1,4 @@
-"""Exported graphs have the published schema, and say what the graph says.
+"""Exported graphs have the published schema, and state what the graph says.
 
 Also tests `workbench.cli.graphs`.
 """
@@ -159,7 +159,17 @@ def test_networkx_and_graphml(attributed: AttributionGraph, tmp_path: Path) -> N
     assert nx.is_directed_acyclic_graph(out)
     assert (len(out.nodes), len(out.edges)) == (len(attributed.nodes), len(attributed.edges))
     nx.write_graphml(out, tmp_path / "g.graphml")
-    assert len(nx.read_graphml(tmp_path / "g.graphml").nodes) == len(attributed.nodes)
+    again = nx.read_graphml(tmp_path / "g.graphml", node_type=int, force_multigraph=True)
+
+    def contents(network: Any) -> tuple[list[str], list[str]]:  # as text, in which NaN equals itself
+        nodes = [f"{name} {sorted(data.items())}" for name, data in network.nodes(data=True)]
+        edges = [f"{a} {b} {sorted(data.items())}" for a, b, data in network.edges(data=True)]
+        return sorted(nodes), sorted(edges)
+
+    assert contents(again) == contents(out)
+    source, target, key = next(iter(again.edges(keys=True)))
+    again.edges[source, target, key]["value"] += 1
+    assert contents(again) != contents(out), "negative control: another weight"
 
 
 def test_edges_that_recur(model: GptOss, attributed: AttributionGraph) -> None:

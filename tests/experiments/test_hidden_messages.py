@@ -69,7 +69,7 @@ def test_hiding_the_content_alone_leaks_through_its_end_mark(nano: GptOss, rows:
     assert readers(own, last, keys["content"], nano.tokenizer) == {"<|end|> of assistant analysis": len(own)}
     as_content = wb.harmony.token_set(tokenizer=nano.tokenizer, channel="final")
     leaking = readers(own, as_content, keys["messages"], nano.tokenizer)
-    assert leaking["<|message|> of assistant final"] == len(own), "a header that is no query has read the analysis"
+    assert leaking["<|message|> of assistant final"] == len(own), "a header that is not a query has read the analysis"
 
 
 def test_readers_stand_between_hidden_tokens_and_queries(nano: GptOss) -> None:

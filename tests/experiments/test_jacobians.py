@@ -169,8 +169,8 @@ def test_files_of_the_reference_implementation_and_of_transformer_lens_are_read_
 
 EYE = torch.eye(64)
 WRONG = {
-    "no lens": ({"weights": EYE}, "is no Jacobian lens"),
-    "a list": ([EYE], "is no Jacobian lens"),
+    "no lens": ({"weights": EYE}, "is not a Jacobian lens"),
+    "a list": ([EYE], "is not a Jacobian lens"),
     "no matrices": ({"J": {}}, "expected a matrix for each layer"),
     "another width": ({"J": {0: torch.eye(32)}}, r"layer 0 is \[32, 32\], this model needs \[64, 64\]"),
     "more layers": ({"J": {7: EYE}}, "has layer 7, this model has layers 0 to 2"),

@@ -1,4 +1,4 @@
-"""A lens says what the model would say at that depth; a tuned one says it better on text it has not seen."""
+"""A lens states what the model would say at that depth; a tuned one says it better on text it has not seen."""
 
 from pathlib import Path
 

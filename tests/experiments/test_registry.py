@@ -1,15 +1,18 @@
-"""Experiments by name on nano: each says what it did, with intervals; what nano is known to do is found.
+"""Experiments by name on nano: each states what it did, with intervals; what nano is known to do is found.
 
 Also tests `workbench.experiments.expert_ablation`, `workbench.experiments.expert_forcing`,
 `workbench.experiments.expert_reweighting`, `workbench.experiments.logit_attribution` and
 `workbench.experiments.sink_ablation`.
 """
 
+import shlex
+
 import numpy as np
 import pytest
 import torch
 
 import workbench as wb
+from tests.cli.running import run_command
 from tests.conftest import DATA
 from workbench import registry
 from workbench.errors import InputError
@@ -120,6 +123,19 @@ def test_named_experts_are_those_used_more(run, nano):
     own = expert_load(nano, [r for r in rows if r.meta["domain"] == "arithmetic"])
     others = expert_load(nano, [r for r in rows if r.meta["domain"] != "arithmetic"])
     assert all(own[cell] > others[cell] for cell in experts)
+
+
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_results_hold_the_command_that_makes_them(run, nano):
+    """The command is run and gives the same summary. Negative control: with another number of sequences it does not."""
+    found = run_experiment("receiver-heads", nano, run, sequences=90, apart=2)["heads"]
+    words = shlex.split(found.attrs["command"])
+    assert words[-2:] == ["--option", "apart=2"]
+    assert "--dtype" in words, "nano is in float32"
+    words = [{"RUN": str(DATA / "demo.zarr"), "MODEL": "nano"}.get(word, word) for word in words[1:]]
+    assert found.attrs["summary"].splitlines()[0] in run_command(*words).out
+    words[words.index("--sequences") + 1] = "150"
+    assert found.attrs["summary"].splitlines()[0] not in run_command(*words).out
 
 
 def test_what_is_refused(run, nano):

@@ -14,6 +14,6 @@ def test_agreement_is_drawn_by_layer_for_channels_with_tokens() -> None:
     ds = xr.Dataset(variables | {"tokens": ("channel", [50, 0, 70])}, coords, {"title": "Two runs", "run_digest": "01"})
     items = compare.gallery({"agreement": ds})
     lines = [trace for trace in items["agreement"].draw().data if trace.mode == "lines+markers"]
-    assert [line.name for line in lines] == ["analysis"], "final has no tokens, and the frame is no channel"
+    assert [line.name for line in lines] == ["analysis"], "final has no tokens, and the frame is not a channel"
     np.testing.assert_array_equal(lines[0].y, values[0])
     assert compare.gallery({"other": ds.drop_vars("agreement")} | {"agreement": xr.Dataset()}) == {}

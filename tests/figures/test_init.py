@@ -167,7 +167,7 @@ def wrong(study: str, sets: dict[str, xr.Dataset]) -> dict[str, list[str]]:
     return problems_of
 
 
-STUDIES = ("routing", "sinks", "channels", "effort", "risk-difference", "compare")
+STUDIES = ("routing", "sinks", "channels", "effort", "risk-difference", "sink-difference", "compare")
 
 
 def test_studies_with_comparisons_are_these(results: Results) -> None:

@@ -1,7 +1,10 @@
 """Figures as journals require: of column width, readable, with captions, and reproducible."""
 
+import contextlib
+import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 
 import workbench as wb
 from tests.conftest import DATA
+from tests.figures.conftest import shared_studies
 from workbench.errors import InputError
 from workbench.figures import export, paper, routing
 from workbench.figures.template import THEMES
@@ -20,7 +24,8 @@ SCRIPTS = sorted((Path(__file__).parents[2] / "notebooks" / "figures").glob("*.p
 
 @pytest.fixture(scope="module")
 def figures():
-    drawn, left_out = paper.figures_of_run(wb.open_run(DATA / "demo.zarr"))
+    with shared_studies():
+        drawn, left_out = paper.figures_of_run(wb.open_run(DATA / "demo.zarr"))
     # some studies need other captures: with --routing host, and with --record of activations or neurons
     needed = ("recorded host_routing", "recorded activations", "recorded neurons")
     assert [why for why in left_out if not any(text in why for text in needed)] == []
@@ -98,6 +103,18 @@ def test_the_same_run_gives_the_same_bytes(figures, tmp_path):
     assert any("<svg" in text for text in written[0].values())
 
 
+def in_this_process(script, *arguments):
+    """The exit code and the standard error of a script that ends before it draws anything."""
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setattr(sys, "argv", [str(script), *arguments])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(script), run_name="__main__")
+        if isinstance(left.value.code, str):  # what Python does at the end of a process
+            print(left.value.code, file=sys.stderr)
+    return left.value.code if isinstance(left.value.code, int) else 1, errors.getvalue()
+
+
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
@@ -110,14 +127,13 @@ def test_a_script_makes_its_figure_and_says_how_it_is_used(script, tmp_path):
     made = {path.suffix for path in tmp_path.iterdir()}
     assert made == {".pdf", ".csv", ".txt", ".json", ".md"}
     assert all(path.read_bytes().startswith(b"%PDF-") for path in tmp_path.glob("*.pdf"))
-    lost = subprocess.run(
-        [*command, str(tmp_path / "none.zarr"), str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert lost.returncode == 1
-    assert "is not there" in lost.stderr
-    assert lost.stderr.count("\n") == 1
-    alone = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "RUN OUT" in alone.stderr
+    code, lost = in_this_process(script, str(tmp_path / "none.zarr"), str(tmp_path))
+    assert code == 1
+    assert "is not there" in lost
+    assert lost.count("\n") == 1
+    code, alone = in_this_process(script)
+    assert code == 1
+    assert "RUN OUT" in alone
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

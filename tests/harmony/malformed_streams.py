@@ -29,7 +29,7 @@ MALFORMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "<|start|>assistant<|channel|><|message|>a<|end|>",
         [{"channel": "", "role": "assistant", "flags": ("empty_channel",)}],
     ),
-    "a recipient is no channel": (
+    "a recipient is not a channel": (
         "<|start|>assistant<|channel|> to=user<|message|>a<|end|>",
         [{"channel": "", "recipient": "user", "flags": ("empty_channel",)}],
     ),
@@ -122,7 +122,7 @@ MALFORMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "<|start|>assistant<|channel|>commentary 2?<|message|>a<|end|>",
         [{"channel": "commentary 2?", "content_type": "", "flags": ("extra_words", "unknown_channel")}],
     ),
-    "an author that is no role is a tool": (
+    "an author that is not a role is a tool": (
         "<|start|>functions.calc<|message|>a<|end|>",
         [{"role": "tool", "author": "functions.calc"}],
     ),

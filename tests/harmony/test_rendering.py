@@ -242,7 +242,7 @@ FAILING = {
     "reads a file": ("{% include '/etc/passwd' %}", "no loader"),
     "climbs out": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     "calls what it should not": ("{{ messages.append(1) }}", "SecurityError"),
-    "is no jinja": ("{% if %}", "TemplateSyntaxError"),
+    "is not a template": ("{% if %}", "TemplateSyntaxError"),
     "raises": ("{{ raise_exception('alternate,\\n\x1b[2J please') }}", "alternate,\\n\\x1b[2J please"),
     "divides by zero": ("{{ 1 / 0 }}", "ZeroDivisionError"),
     "recurses": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),

@@ -1,4 +1,4 @@
-"""A recorder keeps what passes, once, in the dtype asked for, and says what never came."""
+"""A recorder keeps what passes, once, in the dtype asked for, and states what never came."""
 
 import pytest
 import torch

@@ -197,7 +197,7 @@ def test_a_splice_that_fails_leaves_no_hook(model: GptOss) -> None:
         model(X)
     with (
         pytest.raises(
-            ValueError, match=r"'blocks\.9\.hook_resid_post' does not exist; there is .*blocks\.1\.hook_resid_post"
+            ValueError, match=r"'blocks\.9\.hook_resid_post' does not exist; near it: .*blocks\.1\.hook_resid_post"
         ),
         splice(model, load_sae(SAES / "topk"), at="blocks.9.hook_resid_post"),
     ):
@@ -233,7 +233,7 @@ def spoilt(folder: Path, name: str, options: dict[str, Any]) -> Path:
         ({"hook_name": 7}, "hook_name is 7, expected the name of a hook point"),
         ({"k": 25}, "k 25 is above d_sae 24"),
         ({"k": None}, "k is 0, expected a positive whole number"),
-        ({"d_in": 64}, r"'W_enc' has shape \[32, 24\], cfg.json wants \[64, 24\]"),
+        ({"d_in": 64}, r"'W_enc' has shape \[32, 24\], cfg.json requires \[64, 24\]"),
         ({"architecture": "jumprelu"}, "tensor 'threshold' is missing"),
         ({"architecture": "gated"}, "tensor 'b_enc' is unexpected"),
     ],
@@ -282,7 +282,7 @@ def of_another_size(folder: Path) -> None:
         (a_list, "expected an object of options, got list"),
         (changed("b_enc", lambda b: b * torch.nan), "'b_enc' is not of finite floating-point numbers"),
         (changed("b_enc", lambda b: b.to(torch.int32)), "'b_enc' is not of finite floating-point numbers"),
-        (changed("W_dec", lambda w: w[:-1]), r"'W_dec' has shape \[23, 32\], cfg.json wants \[24, 32\]"),
+        (changed("W_dec", lambda w: w[:-1]), r"'W_dec' has shape \[23, 32\], cfg.json requires \[24, 32\]"),
         (of_another_size, r"sparsity.safetensors: tensor 'sparsity' has shape \[5\]"),
     ],
 )

@@ -1,4 +1,4 @@
-"""transformers reads what we write, we read what transformers writes, and a file says what its config says."""
+"""transformers reads what we write, we read what transformers writes, and a file states what its config says."""
 
 import math
 import warnings
@@ -136,7 +136,7 @@ def test_tensors_that_do_not_fit_the_config_are_not_written(tmp_path: Path) -> N
     wrong: list[tuple[Mapping[str, Tensor], str]] = [
         ({n: t for n, t in good.items() if n != name}, f"'{name}' is missing"),
         (good | {"blocks.3.ln1.weight": good["ln_final.weight"]}, "unexpected"),
-        (good | {name: good[name][:-1]}, r"\[15\], the config wants \[16\]"),
+        (good | {name: good[name][:-1]}, r"\[15\], the config requires \[16\]"),
         (good | {name: good[name].half()}, "is torch.float16"),
         (
             good | {"blocks.0.mlp.experts.down.scales": good["blocks.0.mlp.experts.down.scales"].view(torch.int8)},

@@ -1,4 +1,4 @@
-"""What a pass is given becomes one checked tensor; every wrong input is one error that says what was expected."""
+"""What a pass is given becomes one checked tensor; every wrong input is one error that states what was expected."""
 
 from typing import Any
 

@@ -77,6 +77,13 @@ def test_a_pruned_nano_is_nano_without_the_experts(tmp_path: Path) -> None:
     assert Config.from_json(json.loads(json.dumps(model.cfg.to_json()))) == model.cfg
 
 
+def test_biases_of_layers_of_different_sizes_have_no_stack(folder: Path) -> None:
+    model = opened(folder)
+    with pytest.raises(InputError, match=r"b_out of all layers: the layers have \d+ to \d+ experts"):
+        model.b_out  # noqa: B018
+    assert [len(block.mlp.b_out) for block in model.blocks] == list(model.cfg.layer_experts or ())
+
+
 def test_an_expert_that_a_layer_does_not_have_is_refused(folder: Path) -> None:
     model = opened(folder)
     for layer, experts in ((1, [5]), (2, [7])):
@@ -90,7 +97,7 @@ def test_an_expert_that_a_layer_does_not_have_is_refused(folder: Path) -> None:
     with applied(model, forbid(0, [7])):
         model(X)
     with (
-        pytest.raises(InputError, match="forbidding 2 of 5 experts leaves fewer than 4"),
+        pytest.raises(InputError, match="forbidding 2 of 5 experts leaves fewer than the 4"),
         applied(model, forbid(1, [0, 1])),
     ):
         model(X)

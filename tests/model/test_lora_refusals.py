@@ -91,7 +91,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "an option of tomorrow": (option("use_wonder", 2), "option use_wonder = 2"),
     "no rank": (option("r", 0), "rank 0, expected a positive whole number"),
     "no alpha": (option("lora_alpha", "many"), "lora_alpha 'many', expected a number"),
-    "a broken pattern": (option("alpha_pattern", {"q_proj(": 1}), r"'q_proj\(', which is no pattern"),
+    "a broken pattern": (option("alpha_pattern", {"q_proj(": 1}), r"'q_proj\(', which is not a pattern"),
     "another rank": (option("r", 4), r"lora_A.weight' has shape \[24, 64\], the model and the rank want \[32, 64\]"),
     "the unembedding": (
         rename("model.layers.0.self_attn.q_proj", "lm_head"),

@@ -72,7 +72,7 @@ def with_one(name: str, tensor: Tensor) -> Callable[[Tensors], Tensors]:
     ("change", "message"),
     [
         (without("3.up_proj.weight"), "15 of 16 tensors of 'model.layers.1.mlp.experts.gate_up_proj' are there"),
-        (without("7.down_proj.bias"), r"down_proj_bias' has shape \[7, 64\], the config wants \[8, 64\]"),
+        (without("7.down_proj.bias"), r"down_proj_bias' has shape \[7, 64\], the config requires \[8, 64\]"),
         (
             with_one("2.up_proj.weight", torch.ones(3, 64)),
             r"2.up_proj.weight' is F32 \[3, 64\], and .* BF16 \[96, 64\]",

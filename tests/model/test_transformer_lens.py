@@ -236,6 +236,21 @@ def test_an_experts_weights_are_unpacked_one_at_a_time(which: str, request: pyte
     torch.testing.assert_close(post @ block.W_out(e).float() + block.b_out(e), out, **CLOSE)
 
 
+@pytest.mark.parametrize("which", ["base", "nano"])
+def test_the_biases_of_all_experts_are_those_of_each(which: str, request: pytest.FixtureRequest) -> None:
+    model: GptOss = request.getfixturevalue(which)
+    layers, experts = range(model.cfg.n_layers), range(model.cfg.num_experts)
+    for name in ("b_gate", "b_in", "b_out"):
+        stacked = getattr(model, name)
+        one_by_one = torch.stack(
+            [torch.stack([getattr(model.blocks[layer].mlp.experts, name)(e) for e in experts]) for layer in layers]
+        )
+        assert torch.equal(stacked, one_by_one), name
+        assert torch.equal(model.blocks[1].mlp.__getattribute__(name), stacked[1])
+        assert not torch.equal(stacked.flip(1), one_by_one), "negative control: another order of experts"
+    assert not torch.equal(model.b_gate, model.b_in), "negative control"
+
+
 def test_words_and_ids(nano: GptOss) -> None:
     assert nano.to_str_tokens("12+3") == ["1", "2", "+", "3"]
     assert nano.to_string(torch.tensor([nano.to_single_token("7"), nano.to_single_token("<|end|>")])) == "7<|end|>"

@@ -18,7 +18,7 @@ m(S); m([S, S]); m(T, return_type="loss"); m(S, return_type="both"); m(T, stop_a
 m(T, attention_mask=torch.ones_like(T)); m(T, past_kv_cache=None); m(T, padding_side="left"); m(T, prepend_bos=False)
 m.loss_fn(m(T), T); m.run_with_cache(S); m.run_with_cache(S, return_type="loss"); m.run_with_cache(T, pos_slice=-1)
 m.run_with_cache(T, return_cache_object=False); m.run_with_hooks(S, fwd_hooks=[("blocks.1.hook_resid_post", lambda v, hook: v)])
-m.W_E.shape; m.W_U.shape; m.blocks[1].ln1.w; m.ln_final.w; m.unembed.W_U; m.embed.W_E; m.blocks[1].mlp.experts.W_in(3)
+m.W_E.shape; m.W_U.shape; m.blocks[1].ln1.w; m.ln_final.w; m.unembed.W_U; m.embed.W_E; m.blocks[1].mlp.experts.W_in(3); m.b_in.shape; m.b_out.shape; m.blocks[1].mlp.b_in
 m.cfg.model_name; m.cfg.d_vocab_out; m.cfg.default_prepend_bos; m.cfg.tokenizer_name; m.cfg.to_dict(); m.cfg.attn_types
 m.cfg.gated_mlp; m.cfg.window_size; m.cfg.rotary_dim; m.cfg.original_architecture; m.cfg.device; m.cfg.dtype
 m.generate(S, max_new_tokens=2); m.generate([S], max_new_tokens=2); m.generate(T, max_new_tokens=2, return_type="str")

@@ -65,7 +65,7 @@ def faults(notebook: Any) -> list[str]:
         problems.append("an error or a warning is stored")
     figures = [cell for cell in cells if cell.source.strip().splitlines()[-1].startswith("wb.figures.")]
     if not all(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in figures):
-        problems.append("a figure is no picture")
+        problems.append("a figure is not a picture")
     return problems
 
 

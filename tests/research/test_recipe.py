@@ -96,7 +96,7 @@ REFUSED = {
         '{"recipe": 1, "interventions": [{"kind": "feature", "source": "a", "feature": -1}]}',
         "counted from 0",
     ),
-    "half a turn": ('{"recipe": 1, "history": [["1+1"]]}', "no pair of texts"),
+    "half a turn": ('{"recipe": 1, "history": [["1+1"]]}', "not a pair of texts"),
     "an infinite strength": (
         '{"recipe": 1, "interventions": [{"kind": "reweight", "cells": [[0, 1]], "strength": Infinity}]}',
         "strength",

@@ -44,7 +44,7 @@ def test_planted_agreement_between_two_runs_is_in_its_interval():
     same = compare.study(run, run)
     shares = [same["agreement"][f"agreement{end}"].dropna("channel") for end in ("", "_low", "_high")]
     assert (shares[0] == 1).all()
-    assert (shares[1] < 0.9).all(), "25 prompts that agree are no proof of all"
+    assert (shares[1] < 0.9).all(), "25 prompts that agree are not proof of all"
     assert (shares[2] == 1).all()
     for name in ("logprob_in_analysis", "sinks_in_final", "routing_in_prompt"):
         assert not same[name]["difference"].any()

@@ -213,7 +213,7 @@ def test_an_expert_that_a_layer_does_not_have_is_absent_and_in_no_family_of_test
     exists = np.arange(8) < np.array([8, 3])[:, None]
     for name in ("difference", "low", "high", "p", "q", "mean_a", "mean_b", "bound"):
         assert np.array_equal(np.isfinite(own[name].values), exists), name
-        assert np.isfinite(full[name].values).all(), "the negative control does not say which experts there are"
+        assert np.isfinite(full[name].values).all(), "the negative control does not state which experts there are"
     for name in ("difference", "p", "size", "noise"):
         there = exists if own[name].ndim == 2 else slice(None)
         np.testing.assert_allclose(own[name].values[there], full[name].values[there], rtol=1e-12)

@@ -18,7 +18,7 @@ def test_families_cells_and_differences_are_counted():
     rng = np.random.default_rng(0)
     p = rng.uniform(0.2, 1, (2, 50))
     p[0, :10] = 1e-6
-    p[1] = np.nan  # a control that cannot be tested is no family
+    p[1] = np.nan  # a control that cannot be tested is not a family
     text = statement({"sinks": {"a": comparison(p), "table": xr.Dataset({"p": ("term", [0.01])})}})
     assert text.startswith("1 family of tests with 50 cells ")
     assert "in 10 cells a difference or an effect is shown, of which 0.5 or fewer are expected to be false" in text

@@ -1,4 +1,4 @@
-"""Label probes: a planted label is read from its layer on, words are no activation, and nulls are calibrated.
+"""Label probes: a planted label is read from its layer on, words are not an activation, and nulls are calibrated.
 
 Also tests `workbench.studies.token_labels`.
 """

@@ -1,4 +1,4 @@
-"""A glance at sums says what the tokens say, and what the studies' pooled numbers are."""
+"""A glance at sums states what the tokens say, and what the studies' pooled numbers are."""
 
 import numpy as np
 import pytest

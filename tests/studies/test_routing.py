@@ -59,7 +59,7 @@ def test_a_cell_without_tokens_is_missing_and_an_unused_expert_is_zero():
     assert few.never_selected.sum() == (few.share == 0).sum() > 0
     unused = few.share.values == 0
     assert (few.share_low.values[unused] == 0).all()
-    assert (few.share_high.values[unused] > 0.01).all(), "12 prompts that do not use an expert are no proof"
+    assert (few.share_high.values[unused] > 0.01).all(), "12 prompts that do not use an expert are not proof"
 
 
 def test_one_prompt_gives_a_load_without_an_interval():

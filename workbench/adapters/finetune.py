@@ -95,7 +95,7 @@ def finetune(
 
     Raises:
         InputError: an option, the data or the output cannot be used, or an unfinished training has other options.
-        JobError: the job was told to stop; its state is kept.
+        JobError: the job was asked to stop; its state is kept.
     """
     options, schedule = options or Options(), schedule or Schedule()
     inputs = [data, *([adapter] if adapter else [])]
@@ -201,7 +201,7 @@ class Training:
         """Make the steps that are left; the state is saved every two minutes and when the job ends early.
 
         Raises:
-            JobError: the job was told to stop.
+            JobError: the job was asked to stop.
         """
         saved = time.monotonic()
         done = len(self.losses)
@@ -264,7 +264,7 @@ class Training:
             if told.get(name) != value:
                 raise InputError(
                     f"{self._state} is an unfinished training whose {name} was {told.get(name)}, and is now {value}: "
-                    "name the same, or remove the file to begin anew"
+                    "give the same value, or remove the file to start again"
                 )
         try:
             self._take_over(told, tensors)
@@ -285,20 +285,20 @@ class Training:
 
 
 def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a state tells of its training, and its tensors.
+    """Return what a state records about its training, and its tensors.
 
     Raises:
-        InputError: it is no state, or is damaged.
+        InputError: it is not a state, or is damaged.
     """
     try:
         open_regular(path).close()  # no pipe, which would wait for ever
         with safe_open(path, "pt") as file:
             told = parse_json((file.metadata() or {})["training"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except Exception as error:  # SafetensorError is no subclass of anything narrower
+    except Exception as error:  # SafetensorError is not a subclass of anything narrower
         raise _damaged_state(path, error) from error
     if not isinstance(told, dict):
-        raise _damaged_state(path, ValueError("it tells nothing of its training"))
+        raise _damaged_state(path, ValueError("it states nothing about its training"))
     return told, tensors
 
 

@@ -65,7 +65,7 @@ def run(
 
 
 class OwnMemory(threading.Thread):
-    """The most memory that is no file's, looked at twenty times a second; None where the system does not tell."""
+    """The largest memory that is not a file's, read twenty times a second; None where the system does not state it."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

@@ -2,7 +2,7 @@
 
 Registers, spills, shared memory and instructions are read from the compiled code. The estimate is arithmetic and no
 measurement: the time at each of three limits of one card, as if nothing else ever waited. Its fraction is therefore
-an upper bound: it says where a tile cannot reach the limit, never that it does.
+an upper bound: it states where a tile cannot reach the limit, never that it does.
 
 Work is compiled in fresh processes, as Triton decides when it is imported whether it compiles or interprets.
 """

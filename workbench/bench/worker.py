@@ -13,7 +13,7 @@ from workbench.errors import JobError
 
 
 class Worker:
-    """A process that holds one model and runs it when told to."""
+    """A process that holds one model and runs it on request."""
 
     def __init__(
         self, name: str, checkpoint: Path, threads: int, environment: Mapping[str, str] = MappingProxyType({})

@@ -144,8 +144,7 @@ def run(
         except distributed.KilledWorker as error:
             raise JobError(
                 f"{_LOST_WORKERS} workers died at one unit ({error.last_worker.address} the last): see their logs; "
-                "what "
-                "was written is kept, start the job again"
+                "what was written is saved: rerun the command to resume"
             ) from error
         finally:
             client.cancel([future for future in left if not future.done()])

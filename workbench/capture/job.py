@@ -66,8 +66,8 @@ def capture(
     worker_device = _worker_device(model, worker_device) if shared else None
     if model.device.type == "meta" and not shared:
         raise InputError(
-            "the model is on the device 'meta', without weights: load it on another device, or let workers load it "
-            "with workers=2 or more"
+            "the model is on the device 'meta' and has no weights: load it on another device, or use workers=2 or "
+            "more, which load the weights themselves"
         )
     job = plan_job(
         model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
@@ -153,7 +153,7 @@ def dry_run(
 
 
 def _check_run_path(path: str | Path, inputs: Sequence[str | Path], *, overwrite: bool) -> None:
-    """Check that the path of a run is no input and no file, device or pipe; a link to a run can be resumed."""
+    """Check that the path of a run is not an input, a file, a device or a pipe; a link to a run can be resumed."""
     if "://" in str(path):
         return
     target = Path(path)

@@ -59,7 +59,7 @@ def log_path(path: str | Path, file: str | Path | None, inputs: Sequence[str | P
     """Return the file to log to: the one that was asked for, or one beside a local run.
 
     Raises:
-        InputError: it is something that no job logged to, or lies in the run.
+        InputError: it is something that no job logged to, or is inside the run.
     """
     if file is None and "://" in str(path):
         return None

@@ -196,7 +196,7 @@ def _tried(where: str, recorder: Recorder, hook: str, sizes: Mapping[str, int], 
 def _check_sizes(
     where: str, dims: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int], cfg: Config
 ) -> None:
-    """Refuse a dimension that has the name of one of the model's and another size, or a name that is no word."""
+    """Refuse a dimension that has the name of one of the model's and another size, or a name that is not a word."""
     known = axis_sizes(("head", "kv", "slot", "expert", "d_model", "d_head", "d_mlp"), cfg) | dict(sizes)
     for dim, size in zip(dims, shape, strict=True):
         if not _NAME.fullmatch(str(dim)) or dim in ("layer", "token", "channel", "sequence") or dims.count(dim) > 1:

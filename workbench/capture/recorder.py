@@ -24,6 +24,7 @@ from typing import Any
 
 from workbench.errors import InputError
 
+FEATURES = "features:"  # before the folder of an autoencoder, in a record
 Numbers = int | str | Iterable[int] | None
 Names = str | Iterable[str] | None
 
@@ -77,7 +78,7 @@ def from_file(text: str) -> Recorder:
     """Return the recorder that "FILE.py:NAME" or "MODULE:NAME" names; the file is executed.
 
     Raises:
-        InputError: there is no such file or name, the file fails, or the name is no recorder.
+        InputError: there is no such file or name, the file fails, or the name is not a recorder.
     """
     path, name = _file_of(text)
     if not path.is_file():
@@ -97,6 +98,8 @@ def for_workers(record: str | Recorder) -> str | Recorder:
     """Return a record as processes need it that run in another folder and do not have a function's source."""
     if isinstance(record, Recorder):
         return replace(record, digest=source_digest(record.reduce)) if callable(record.reduce) else record
+    if record.startswith(FEATURES):
+        return f"{FEATURES}{Path(record.removeprefix(FEATURES)).absolute()}"
     name, *options = record.split()
     path, own = _file_of(name)
     is_own = own.isidentifier() and (path.is_file() or f"{path}:{own}" == name)

@@ -2,10 +2,12 @@
 
 A record is `routing`, `router_logits`, `sinks`, `logprobs`, `sink_sums` (of the sinks only sums by sequence and
 channel), `examples` (of every expert, the tokens of its largest gate weights and a random sample), `neurons` (of every
-neuron of the experts, the tokens of its largest activations), a hook point of the blocks, or a user's own
-(`workbench.capture.recorder`). Options after the name select from it, the same for every record:
+neuron of the experts, the tokens of its largest activations), `features` (the same of the features of an autoencoder),
+a hook point of the blocks, or a user's own (`workbench.capture.recorder`). Options after the name select from it, the
+same for every record:
 
     neurons:3,7                                    the largest activations of the neurons of these layers
+    features:saes/layer2                           examples of the features of the autoencoder in this folder
     resid_post                                     every layer, every token
     resid_post:3,7                                 these layers, as resid_post layers=3,7
     router_logits layers=0-3 channel=final         logits of the final channel in layers 0 to 3
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 
-from workbench.capture import own_record, record_options
+from workbench.capture import feature_lists, own_record, record_options
 from workbench.capture.own_record import axis_sizes, check_expert_axis
 from workbench.capture.recorder import Recorder, from_file
 from workbench.errors import InputError
@@ -76,7 +78,8 @@ def parse(record: Sequence[RecordOption] | str, cfg: Config, routing: str = "own
     neurons = [r for r in record if isinstance(r, str) and r.partition(":")[0].split(" ")[0] == "neurons"]
     if len(neurons) > 1:
         raise InputError("--record names neurons twice: give all of its layers once, as in neurons:3,7")
-    others = [r for r in record if r not in neurons]
+    features = [r for r in record if isinstance(r, str) and feature_lists.is_record(r)]
+    others = [r for r in record if r not in neurons and r not in features]
     parsed = [_parsed(r, cfg) for r in others if not (isinstance(r, str) and r in _SWITCHES)]
     selected = [a for one in parsed for a, _ in one]
     functions = {a.name: function for one in parsed for a, function in one if function is not None}
@@ -93,6 +96,9 @@ def parse(record: Sequence[RecordOption] | str, cfg: Config, routing: str = "own
         raise InputError(
             "--record neurons: also record routing, without options: it states which tokens selected an expert"
         )
+    autoencoders = feature_lists.parse(features, cfg)
+    switches["features"] = tuple(autoencoders)
+    functions |= {lists.function_name: sae for lists, sae in autoencoders.items()}
     switches["neuron_layers"] = _neuron_layers(neurons[0], cfg) if neurons else ()
     points = tuple(a for a in selected if isinstance(a, Activation))
     own = tuple(a for a in selected if isinstance(a, Record))
@@ -238,8 +244,8 @@ def _refuse_unknown(where: str, point: str, hook: str | None) -> None:
     if hook is None:
         known = sorted(h.replace("hook_", "") for h in PER_TOKEN if h not in _HAS_ITS_OWN_NAME)
         raise InputError(
-            f"{where}: cannot record {point!r}: choose from {', '.join(_SWITCHES)}, neurons, or the hook points "
-            f"{', '.join(known)}, or "
+            f"{where}: cannot record {point!r}: choose from {', '.join(_SWITCHES)}, neurons, features:FOLDER, or the "
+            f"hook points {', '.join(known)}, or "
             "name a recorder as FILE.py:NAME"
         )
 

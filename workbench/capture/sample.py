@@ -104,7 +104,7 @@ def _totals(summaries: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Return the bytes of each summary added up: of a group, or of the run."""
     sizes = {}
     for name, values in summaries.items():
-        if name.startswith(("examples/", "neurons/")):
+        if name.startswith(("examples/", "neurons/", "features/")):
             continue
         wide = np.float64 if values.dtype.kind == "f" else np.int64
         total = values if _of_run(name) else values.sum(0, dtype=wide)
@@ -122,6 +122,7 @@ def record_of(array: str) -> str:
         "attention": "sinks",
         "examples": "examples",
         "neurons": "neurons",
+        "features": "features",
         "routing": "router_logits" if name == "logits" else "routing",
     }
     if kind == "summaries":

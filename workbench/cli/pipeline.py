@@ -212,8 +212,9 @@ def capture(
     """Record activations of a model on transcripts into a run. Rerun the command to resume.
 
     --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, examples (tokens of each
-    expert), neurons (tokens of each neuron; "neurons:3,7" in these layers), a hook point such as resid_post, or
-    FILE.py:NAME of a wb.Recorder, whose file is executed. Options after it select: "resid_post:0-3", "router_logits
+    expert), neurons (tokens of each neuron; "neurons:3,7" in these layers), features:FOLDER (tokens of each feature of
+    the autoencoder there), a hook point such as resid_post, or FILE.py:NAME of a wb.Recorder, whose file is executed.
+    Options after it select: "resid_post:0-3", "router_logits
     layers=0-3 channel=final", "sinks heads=0,12 role=assistant", "attn.z:5 heads=0 every=4" (also experts, slots,
     part, message, position, last), and reduce: "mlp_out reduce=norm" (raw, norm, mean, moments, message;
     "reduce=moments sketch=64"). See docs/howto/record.md.
@@ -357,12 +358,17 @@ def export(
         list[str] | None,
         typer.Option(help="neuronpedia: also pages of the neurons of an expert, LAYER.EXPERT; repeat for several."),
     ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="neuronpedia: also pages of these features of the recorded autoencoder, as 12,77."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a selection of a run for other programs: `export RUN FORMAT --out PATH`, or `export RUN PATH --format`.
 
     neuronpedia writes a page for each expert with its examples, as NUMBER.json, for a graph's --features. --neurons
-    adds those of single neurons, from a run that was captured with --record neurons.
+    adds those of single neurons, from a run that was captured with --record neurons; --features those of features of an
+    autoencoder, from one that was captured with --record features:FOLDER.
     """
     from workbench.runs import open_run
     from workbench.runs.export import Selection
@@ -376,9 +382,10 @@ def export(
         refused |= {"--part": part, "--effort": effort, "--task": task}
         if wrong := [name for name, given in refused.items() if given]:
             raise InputError(f"{wrong[0]} is not an option of this format: its pages describe the complete run")
-        return _pages(run, out, model, sequences, _experts(neurons or []), overwrite)
-    if model is not None or neurons:
-        raise InputError(f"{'--model' if model is not None else '--neurons'} is for the format neuronpedia")
+        return _pages(run, out, model, sequences, _experts(neurons or []), features, overwrite)
+    for name, given in {"--model": model, "--neurons": neurons, "--features": features}.items():
+        if given:
+            raise InputError(f"{name} is for the format neuronpedia")
     chosen = [tuple(names or ()) for names in (channel, role, part, effort, task)]
     n = write(
         open_run(run),
@@ -406,12 +413,18 @@ def _experts(names: list[str]) -> list[tuple[int, int]]:
 
 
 def _pages(
-    run: str, out: Path, model: str | None, sequences: int, experts: list[tuple[int, int]], overwrite: bool
+    run: str,
+    out: Path,
+    model: str | None,
+    sequences: int,
+    experts: list[tuple[int, int]],
+    features: str | None,
+    overwrite: bool,
 ) -> None:
-    """Write the pages of a run's experts, and of the neurons of some."""
+    """Write the pages of a run's experts, of the neurons of some, and of features of its autoencoder."""
     from workbench.outputs import check_output
     from workbench.runs import open_run
-    from workbench.studies import expert_examples, feature_pages, neuron_examples
+    from workbench.studies import expert_examples, feature_examples, feature_pages, neuron_examples
 
     check_output(out, command="export", inputs=[run], overwrite=overwrite)
     opened, logits = open_run(run), None
@@ -431,7 +444,12 @@ def _pages(
         logits = expert_logits.load(loaded, rows)
         effects = [expert_logits.neuron_logits(loaded, layer, expert) for layer, expert in experts]
     neurons = [p for ds, e in zip(own, effects, strict=True) for p in feature_pages.neuron_pages(opened, ds, e)]
-    examples = expert_examples.load(opened)
-    n = feature_pages.write_pages(opened, out, examples, logits, neurons=neurons, overwrite=overwrite)
-    shown = f"pages of {n - len(neurons)} experts" + (f" and {len(neurons)} neurons" if neurons else "")
+    of_features = []
+    if features is not None:
+        chosen = feature_examples.load(opened, feature_examples.numbers_of(features))
+        of_features = list(feature_pages.dictionary_pages(opened, chosen, feature_examples.table(opened)))
+    examples, others = expert_examples.load(opened), [*neurons, *of_features]
+    n = feature_pages.write_pages(opened, out, examples, logits, neurons=others, overwrite=overwrite)
+    shown = f"pages of {n - len(others)} experts" + (f" and {len(neurons)} neurons" if neurons else "")
+    shown += f" and {len(of_features)} features" if of_features else ""
     print(f"{out}: {shown}" + ("" if logits is not None else ", without logits: give --model for them"))

@@ -134,7 +134,7 @@ def dot(model: GptOss, name: str, end: Tensor, begin: Tensor, slope: Tensor) -> 
 
 
 def real(tokens: Int[Tensor, "batch pos"], n_real: Sequence[int] | None) -> Bool[np.ndarray, "batch pos"]:
-    """Return which tokens are no padding."""
+    """Return which tokens are not padding."""
     lengths = np.array([tokens.shape[1]] * len(tokens) if n_real is None else n_real)
     return np.arange(tokens.shape[1]) < lengths[:, None]
 

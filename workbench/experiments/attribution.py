@@ -161,7 +161,7 @@ def _direction(model: GptOss, term: Tensor) -> Float[Tensor, "#point d_model"]:
 def _logits(
     model: GptOss, chosen: SelectedTokens, final: Tensor, terms: list[tuple[float, Tensor]]
 ) -> Float[Tensor, " point"]:
-    """The model's own logits, put together as the terms say."""
+    """The model's own logits, put together as the terms specify."""
     out = torch.zeros(len(chosen.column), dtype=torch.float64)
     for part in torch.arange(len(out)).split(ROWS):
         logits = at_points.read_out(model, final[part.to(final.device)], chosen.column[part]).cpu().double()

@@ -1,6 +1,6 @@
 """What the experiments cost on one H100, before anything is run: tokens that they compute, and the time.
 
-An experiment's record says what it computes with its default options (`registry.Work`). The time is estimated from
+An experiment's record states what it computes with its default options (`registry.Work`). The time is estimated from
 speeds that `workbench bench gpu` measured once, with random weights in the published shapes (docs/bench_gpu.json).
 """
 

@@ -5,7 +5,7 @@
 
 An expert's direct effect on the logits of a token is its gated output, divided by the scale of the final norm at that
 token, times the unembedding, less the mean over the vocabulary. Shown is the mean over the expert's tokens: the scale
-is that of the pass, and what later layers do with the output is no part of it.
+is that of the pass, and what later layers do with the output is not part of it.
 
 Reference: direct logit attribution, Elhage et al. 2021, with the norm frozen.
 """
@@ -33,7 +33,12 @@ EXPERIMENT = Experiment(
     question="Which tokens' logits does each expert raise and lower directly?",
     compute="one forward pass over the sequences",
     cost={"passes": 1},
-    options={"tokens": "Tokens with the largest and the smallest effects of each expert (default: 10)."},
+    options={
+        "tokens": "Tokens with the largest and the smallest effects of each expert (default: 10).",
+        "neuron_layer": "Layer whose neurons' direct effects are added, for the dashboard's page of neurons "
+        "(default: none).",
+        "neuron_expert": "Only the neurons of this expert of the layer (default: of all).",
+    },
     figures="workbench.figures.expert_logits",
     order=170,
 )
@@ -42,7 +47,11 @@ METHOD = (
     "unembedding, less the mean over the vocabulary; the mean over the expert's tokens, in logits. No interval is "
     "given: the effects describe the weights and the tokens of these sequences."
 )
-NOT_CONTROLLED = "What later layers do with the output is no part of it, and neither is a change of the norm's scale."
+NEURON_METHOD = (
+    "A neuron's output weights, times the weight of the final norm and the unembedding, less the mean over the "
+    "vocabulary: logits for an activation of 1, a gate weight of 1 and a final norm's scale of 1."
+)
+NOT_CONTROLLED = "What later layers do with the output is not part of it, and neither is a change of the norm's scale."
 N_TOKENS = 10  # with the largest and the smallest effects
 _INSIDE = ("mlp.hook_expert_indices", "mlp.hook_expert_weights", "mlp.experts.hook_out")
 
@@ -80,15 +89,26 @@ def load(model: GptOss, sequences: Sequence[Any], *, n: int = N_TOKENS) -> xr.Da
 
 
 def experiment(
-    model: GptOss, rows: Sequence[Transcript], *, tokens: int = N_TOKENS, seed: int = 0
+    model: GptOss,
+    rows: Sequence[Transcript],
+    *,
+    tokens: int = N_TOKENS,
+    neuron_layer: int = -1,
+    neuron_expert: int = -1,
+    seed: int = 0,
 ) -> dict[str, xr.Dataset]:
     """Return `load` of the rows with its title, method and summary. seed: not used, as nothing is drawn at random.
 
+    With `neuron_layer`, the dataset `neurons` has the direct effects of the layer's neurons [expert neuron rank].
+
     Raises:
-        InputError: `tokens` is not positive, or there is no sequence.
+        InputError: `tokens` is not positive, there is no sequence, or the model has no such layer or expert.
     """
     if tokens < 1:
         raise InputError(f"tokens={tokens}: expected at least 1")
+    if neuron_expert != -1 and neuron_layer == -1:
+        raise InputError(f"neuron_expert={neuron_expert}: name its layer with neuron_layer, as neuron_layer=2")
+    of_neurons = {} if neuron_layer == -1 else {"neurons": _layer_neurons(model, neuron_layer, neuron_expert, tokens)}
     ds = load(model, rows, n=tokens)
     ds.attrs |= {"title": EXPERIMENT.title, "method": METHOD, "not_controlled": NOT_CONTROLLED, "units": "logits"}
     ds.attrs["rests_on"] = f"{len(rows)} sequences, {int(ds['tokens'].sum()):,} routed slots"
@@ -100,7 +120,31 @@ def experiment(
         texts = ", ".join(repr(str(text)) for text in one["top_text"].values[:3])
         lines.append(f"Layer {layer}, expert {expert} raises {texts}: up to {float(one['top_logit'][0]):+.2f} logits.")
     ds.attrs["summary"] = "\n".join([f"{ds.attrs['rests_on']}. The largest direct effects:", *lines])
-    return {"logits": ds}
+    return {"logits": ds} | of_neurons
+
+
+def _layer_neurons(model: GptOss, layer: int, expert: int, n: int) -> xr.Dataset:
+    """Return the direct effects of the neurons of a layer's experts [expert neuron rank], all or one."""
+    if not 0 <= layer < model.cfg.n_layers:
+        raise InputError(f"neuron_layer={layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
+    numbers = list(range(model.cfg.experts_of(layer))) if expert == -1 else [expert]
+    parts = [neuron_logits(model, layer, number, n=n) for number in numbers]
+    found = xr.concat(parts, dim="expert").assign_coords(expert=numbers)
+    shown = "all experts" if expert == -1 else f"expert {expert}"
+    first = found["top_logit"].isel(rank=0)
+    lines = [f"Direct effects of the neurons of layer {layer}, {shown}; the largest:"]
+    for place in np.argsort(-first.values, axis=None)[:5]:
+        i, neuron = np.unravel_index(int(place), first.shape)
+        text = str(found["top_text"].values[i, neuron, 0])
+        lines.append(f"  expert {numbers[int(i)]}, neuron {neuron} raises {text!r}: {float(first[i, neuron]):+.2f}")
+    attrs: dict[str, Any] = {
+        "title": "Direct effects of neurons on logits",
+        "method": NEURON_METHOD,
+        "not_controlled": NOT_CONTROLLED,
+    }
+    attrs |= {"units": "logits", "layer": layer, "rests_on": "the weights", "summary": "\n".join(lines)}
+    attrs["checkpoint_digest"] = model.checkpoint.digest
+    return found.assign_attrs(attrs)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ Cells = list[tuple[int, int]]  # (layer, expert)
 Change = Callable[[int, list[int], TokenSet], Edit]
 WHICH = ("named, own group", "random of equal load, own group", "named less random, own group", "named, other groups")
 TOLERANCES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.5)  # of the load of a random set; the first that has enough sets is used
-MATCHED = 0.25  # the mean load of the random sets may be off by so much before the summary says so
+MATCHED = 0.25  # the mean load of the random sets may be off by so much before the summary states it
 _SIZE = 6  # experts of a named set
 METHOD = (
     "Log-probability in nats of the final message, summed over its tokens, with the intervention less without, on the "
@@ -221,7 +221,7 @@ def _summary(result: xr.Dataset, not_tested: dict[str, str]) -> list[str]:
         )
         if abs(float(one["load_ratio"]) - 1) > MATCHED:
             lines.append("  Load is not matched: a difference from these sets may be one of load.")
-    lines += _too_few_sets(found["random_sets"].values)
+    lines += _too_few_sets(result["random_sets"].values)
     if not_tested:
         lines.append(f"{len(not_tested)} of {result.sizes['group']} groups cannot be tested: {', '.join(not_tested)}.")
     return lines

@@ -2,7 +2,7 @@
 
 A metric takes logits [batch pos d_vocab] to a number for each sequence. Only what is differentiable is seen: the choice
 of experts has no gradient. Where a patch would send tokens to other experts, an estimate by gradient misses that; so
-every result says how often the choices of the two runs differ, and `verify` measures the largest estimates by patching.
+every result states how often the choices of the two runs differ. `verify` measures the largest estimates by patching.
 
 Reference: Nanda 2023, attribution patching; Syed et al., arXiv 2310.10348; integrated gradients, arXiv 1703.01365.
 """

@@ -4,7 +4,7 @@
 `faithfulness` removes the most influential nodes together, beside random nodes that write as much; `kept_alone`
 replaces everything outside the graph by its mean over other tokens. The graph's values are of a frozen
 pass that gives each factor of an expert's activation half of the product, so a measured effect has another size: it
-says whether the node or edge is needed, and the value says what it contributes.
+states whether the node or edge is needed, and the value states what it contributes.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -75,7 +75,7 @@ def neurons(model: GptOss, graph: AttributionGraph, node: int, *, top: int = 20)
     """Return the neurons of an expert's node with the largest values, and the edges into each from the graph's nodes.
 
     Raises:
-        InputError: the node is no expert, or `top` is below 1.
+        InputError: the node is not an expert, or `top` is below 1.
     """
     layer, pos, slot, expert = _place(graph, node)
     _check_top(top)
@@ -97,7 +97,7 @@ def with_neurons(
     ones of an expert add up to what the expert had. Influences are computed again, among the nodes of the new graph.
 
     Raises:
-        InputError: a node is no expert, or `top` is below 1.
+        InputError: a node is not an expert, or `top` is below 1.
     """
     _check_top(top)
     if nodes is None:
@@ -212,7 +212,7 @@ def router_edges(model: GptOss, graph: AttributionGraph, node: int) -> pd.DataFr
     difference. attrs: `runner_up` and `difference`.
 
     Raises:
-        InputError: the node is no expert, or every expert is chosen.
+        InputError: the node is not an expert, or every expert is chosen.
     """
     _place(graph, node)
     return _router_edges(frozen_pass(model, graph, _CHOICES), graph, node)
@@ -258,7 +258,7 @@ def attention_edges(model: GptOss, graph: AttributionGraph, node: int, key: int 
     key: a position; by default the one that the head attends to most.
 
     Raises:
-        InputError: the node is no head, or the head does not see the position.
+        InputError: the node is not a head, or the head does not see the position.
     """
     _place(graph, node, "head")
     return _attention_edges(frozen_pass(model, graph, _CHOICES), graph, node, key)

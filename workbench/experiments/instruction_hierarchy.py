@@ -63,8 +63,8 @@ METHOD = (
     "injected word; kept, followed: shares of new answers."
 )
 NOT_CONTROLLED = (
-    "An instruction of one word is no attack: models resist other texts more or less. Roles differ in their place in "
-    "the conversation, of which only the order of two users is a control."
+    "An instruction of one word is not an attack: models resist other texts more or less. Roles differ in their place "
+    "in the conversation, of which only the order of two users is a control."
 )
 
 

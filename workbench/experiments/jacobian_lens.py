@@ -58,7 +58,7 @@ METHOD = (
 )
 NOT_CONTROLLED = (
     "A Jacobian lens is not fitted to predict the next token: it shows what a stream leads to in this and all later "
-    "tokens, so that a larger divergence is no defect of it. Groups differ in tokens and positions, and a lens of a "
+    "tokens, so that a larger divergence is not a defect of it. Groups differ in tokens and positions, and a lens of a "
     "small group is a mean of fewer prompts."
 )
 

@@ -85,7 +85,7 @@ class JacobianLens:
         dtype: of the matrices; the reference implementation writes float16, too.
 
         Raises:
-            InputError: the path is a link or a device, or holds something that is no Jacobian lens.
+            InputError: the path is a link or a device, or holds something that is not a Jacobian lens.
         """
         content: dict[str, Any] = {
             "J": {layer: self.J[layer].to(dtype) for layer in self.layers},

@@ -71,7 +71,7 @@ class TunedLens:
         """Write the file, complete or not at all; another lens is replaced, and nothing else.
 
         Raises:
-            InputError: the path is a link or a device, or holds something that is no lens.
+            InputError: the path is a link or a device, or holds something that is not a lens.
         """
         with staged(path, command="TunedLens.save", overwrite=True, owned=_is_lens) as part:
             save_file({"A": self.A.contiguous(), "b": self.b.contiguous()}, part)

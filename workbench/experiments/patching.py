@@ -159,7 +159,7 @@ def _result(
 
 
 def _sentence(one: xr.Dataset, kind: str, prompts: int) -> str:
-    """Say where a pair of efforts changes most, and which layer adds most to it."""
+    """State where a pair of efforts changes most, and which layer adds most to it."""
     if not (one["q"] <= ALPHA).any():
         return f"{kind} ({prompts} prompts): no effect shown at any layer."
     depth, step = int(np.argmax(np.abs(one["change"].values))), int(np.argmax(np.abs(one["increment"].values)))

@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.figures import default
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.template import THEMES, ThemeName, apply_theme
@@ -33,6 +34,10 @@ def largest(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return the figure and its data."""
+    """Return the figures and their data: of experts, and of a layer's neurons if they are there."""
     ds = datasets["logits"]
-    return {"largest": GalleryItem(partial(largest, ds), numbers(ds, "layer_expert_rank"), ds)}
+    items: Gallery = {"largest": GalleryItem(partial(largest, ds), numbers(ds, "layer_expert_rank"), ds)}
+    if "neurons" in datasets:
+        own = datasets["neurons"].isel(rank=0)[["top_logit", "bottom_logit"]]
+        items["neurons"] = GalleryItem(partial(default.figure, own, "top_logit"), numbers(own, "expert_neuron"), own)
+    return items

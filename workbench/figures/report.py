@@ -55,7 +55,7 @@ def write_report(
     inputs: paths that the report is made of, beside the run's. overwrite: replace an earlier report.
 
     Raises:
-        InputError: the output is no .html file or exists, or no study can be made of the run.
+        InputError: the output is not an .html file or exists, or no study can be made of the run.
     """
     target = Path(out)
     if target.suffix != ".html" or target.name == ".html":
@@ -222,7 +222,7 @@ def _differing(one: xr.Dataset) -> str:
 
 
 def _figures(name: str, sets: Mapping[str, xr.Dataset]) -> list[str]:
-    """The most telling figures of a study as HTML."""
+    """The most important figures of a study as HTML."""
     figures: Gallery = find(name).load_figures().gallery(sets)
 
     def rank(label: str) -> tuple[int, int]:

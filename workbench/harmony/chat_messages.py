@@ -367,7 +367,7 @@ class _Reader:
         self._last = call
 
     def _item(self, item: Mapping[str, Any], truncated: bool, following: Sequence[Any]) -> None:
-        """An item of Responses that is no message."""
+        """An item of Responses that is not a message."""
         kind = item["type"]
         if kind == "reasoning":
             text, summary = _reasoning_text(item.get("content"))

@@ -30,7 +30,7 @@ def sequence_flags(
 ) -> tuple[str, ...]:
     """Return flags of a sequence, in the order of SEQUENCE_FLAGS.
 
-    complete: whether the answer ended by itself, if that is known; otherwise the stop token tells. notes: flags from
+    complete: whether the answer ended by itself, if that is known; otherwise the stop token shows it. notes: flags from
     reading the sequence.
     """
     answers = [m for m in labels.messages if m.role in ("assistant", "") and m.end > n_prompt]

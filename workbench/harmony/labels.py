@@ -53,7 +53,7 @@ FLAGS = {
 _OUTSIDE, _START, _ROLE, _CHANNEL_MARK, _CHANNEL, _CONSTRAIN_MARK, _CONSTRAIN, _MESSAGE_MARK, _CONTENT, _STOP = range(
     len(PARTS)
 )
-_NEEDS_CONTENT = ("irregular_role", "unknown_channel", "extra_words")  # a cut word says nothing
+_NEEDS_CONTENT = ("irregular_role", "unknown_channel", "extra_words")  # a cut word shows nothing
 _SPECIAL, _TEXT_END = 100, 101  # kinds of special tokens beside those that are parts
 _CLOSED_BY = {"<|end|>": "end", "<|return|>": "return", "<|call|>": "call"}
 _CONTENT_TYPES = ("json", "code", "text", "python")  # words that may stand unmarked in a header without a recipient
@@ -366,7 +366,7 @@ class _Labeller:
 
 
 def _role(words: list[str], flags: list[str]) -> tuple[str, str, list[str]]:
-    """Role, author and the words left. An author that is no role is a tool if a tool's header can begin so."""
+    """Role, author and the words left. An author that is not a role is a tool if a tool's header can begin so."""
     if not words or words[0].startswith("to="):
         flags.append("no_role")
         return "assistant", "", words

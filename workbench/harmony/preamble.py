@@ -26,7 +26,7 @@ _OWN_SYSTEM_TEXT = "# Valid channels:"  # in every system message that gpt-oss w
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What a system message says beside the instructions. date: the "Current date", None where there is none."""
+    """The content of a system message beside the instructions. date: the "Current date", None where there is none."""
 
     effort: str = "medium"
     tools: Tools = NO_TOOLS

@@ -176,7 +176,7 @@ def padding_side(side: str) -> Literal["left", "right"]:
 
 
 def plain_ids(ids: Any) -> list[int]:
-    """Return ids from a number, a list, an array or a tensor. Raises: InputError for what is no whole number from 0."""
+    """Return ids from a number, list, array or tensor. Raises: InputError for anything but whole numbers from 0."""
     values = ids.tolist() if hasattr(ids, "tolist") else ids
     row = [values] if isinstance(values, int) else list(values)
     try:

@@ -3,8 +3,9 @@
 A prompt: `{"id", "messages", "expected"?, "meta"?}`. A transcript: `{"id", "prompt_id", "effort", "tokens", "n_prompt",
 "complete"?, "expected"?, "correct"?, "meta"?}`, or `"messages"` instead of `"tokens"`, which are then rendered; rows of
 messages may have `tools`, `builtin_tools`, `model_identity`, `knowledge_cutoff` and `date`, as `harmony.render` has.
-`expected` is the text that the final message should be; its older name `answer` is read too. `correct` says whether it
-was. Messages may be those of any chat API. Other fields are ignored; blank lines, a byte-order mark and CRLF are fine.
+`expected` is the text that the final message should be; its older name `answer` is read too. `correct` states whether
+it was. Messages may be those of any chat API. Other fields are ignored; blank lines, a byte-order mark and CRLF are
+allowed.
 """
 
 import datetime

@@ -74,7 +74,7 @@ class Tokenizer(TokenizerNames, ABC):
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """Return the text of an id or of a row of ids, special tokens by name; invalid UTF-8 becomes U+FFFD.
 
-        Raises: InputError for what is no whole number from 0.
+        Raises: InputError for what is not a whole number from 0.
         """
         row = plain_ids(ids)
         return self._decode([id for id in row if id not in self._special_ids] if skip_special_tokens else row)
@@ -148,7 +148,7 @@ class _FromFile(Tokenizer):
         content = _read(path) if content is None else content
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except BaseException as error:  # the library raises no narrower class, and a panic is no Exception
+        except BaseException as error:  # the library raises no narrower class, and a panic is not an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise InputError(f"{path} is not a tokenizer: {error}") from error

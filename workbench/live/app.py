@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 import panel as pn
 
-from workbench.dashboards.access import guard, login_options
+from workbench.dashboards.access import checked_origins, guard, login_options
 from workbench.dashboards.app import ExtraPage, check_free, local_origins
 from workbench.dashboards.layout import PageTemplate, page_template
 from workbench.errors import InputError
@@ -104,7 +104,7 @@ def serve(
     names and passwords; without it everybody who reaches the address may use the model.
     """
     access = login_options(basic_auth)
-    origins = [*local_origins(address, port), *allow_origin]
+    origins = [*local_origins(address, port), *checked_origins(allow_origin)]
     check_free(address, port)
     pn.extension(notifications=False, inline=True)  # nothing from another host
     server = ModelServer(model, name, limits, sources)

@@ -2,7 +2,7 @@
 
 A job is a generator. The worker takes one step after the other and ends a job that was cancelled, whose viewer has
 left, or that takes longer than the limit. A viewer who starts another job replaces the one that waits or runs, and
-goes to the end of the queue; so nobody is served twice while somebody waits.
+goes to the end of the queue; so no viewer is served twice while another waits.
 """
 
 import threading
@@ -125,7 +125,7 @@ class JobQueue:
         for job in [job for job in self._waiting if job.viewer == viewer]:
             self._waiting.remove(job)
             job.cancel()
-            job.run(self.max_seconds)  # takes no step, and says that it was cancelled
+            job.run(self.max_seconds)  # takes no step, and reports that it was cancelled
         if self._running is not None and self._running.viewer == viewer:
             self._running.cancel()
 

@@ -138,7 +138,7 @@ def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise InputError(f"{path}: {name} has {pattern!r}, which is no pattern: {error}") from error
+                raise InputError(f"{path}: {name} has {pattern!r}, which is not a pattern: {error}") from error
     for rank in (config.get("r"), *ranks.values()):
         if type(rank) is not int or rank < 1:
             raise InputError(f"{path}: rank {rank!r}, expected a positive whole number")

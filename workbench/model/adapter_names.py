@@ -77,7 +77,7 @@ def targets(cfg: Config) -> dict[str, list[Target]]:
         for part in (f"blocks.{layer}.{name}" for name in _PARTS):
             parameter, shape = name_in("huggingface", f"{part}.weight"), wanted[f"{part}.weight"]
             module = parameter.rpartition(".")[0]
-            key = module if ".attn." in part else parameter  # the router is no linear module in transformers
+            key = module if ".attn." in part else parameter  # the router is not a linear module in transformers
             experts, inputs, outputs = shape if len(shape) == 3 else (1, shape[1], shape[0])
             by_module.setdefault(module, []).append(Target(part, key, experts, inputs, outputs))
     by_module["lm_head"] = [Target("unembed", "lm_head", 1, cfg.d_model, cfg.d_vocab)]

@@ -27,7 +27,7 @@ from workbench.model.weights import AttentionWeights
 
 
 class Attention(AttentionWeights, nn.Module):
-    """Grouped-query causal attention with a learned sink per head, windowed where the config says so."""
+    """Grouped-query causal attention with a learned sink per head, windowed where the config states it."""
 
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()

@@ -38,8 +38,7 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
     """Open and validate a checkpoint, a folder or a .gguf file; weights are read when they are used.
 
     Raises:
-        InputError: a file or tensor is missing, unexpected, truncated, or has another shape or dtype than the config
-        says.
+        InputError: a file or tensor is missing, unexpected, truncated, or of another shape or dtype than in the config.
     """
     given = Path(source)
     if parts := gguf_split.find_files(given):
@@ -109,7 +108,7 @@ def _weight_files(root: Path) -> tuple[list[Path], list[str]]:
             raise InputError(
                 f"{root}: {pickles[0]} is a pickle, which can run code when it is read; convert it to safetensors"
             )
-        raise InputError(f"{root} has a config.json but no *.safetensors: the weights are missing")
+        raise InputError(f"{root} has a config.json but no *.safetensors: the weights are missing: download them")
     names = {path.name for path in paths}
     if (root / _INDEX).exists():
         wanted = names & {str(file) for file in _index(root).values()}
@@ -143,7 +142,8 @@ def _stored_tensors(root: Path, files: Collection[SafetensorsFile]) -> dict[str,
         for name in file.entries:
             if name in by_name:
                 raise InputError(
-                    f"tensor {name!r} is both in {by_name[name].path.name} and in {file.path.name} of {root}"
+                    f"tensor {name!r} is both in {by_name[name].path.name} and in {file.path.name} of {root}: "
+                    "remove one of them"
                 )
             by_name[name] = file
     return by_name
@@ -179,9 +179,11 @@ def _check_index(root: Path, stored: Mapping[str, SafetensorsFile]) -> None:
     for name, file in _index(root).items():
         if name not in stored:
             state = "lacks it" if (root / Path(str(file)).name).exists() else "is missing: download it again"
-            raise InputError(f"{path} says tensor {name!r} is in {file!r}, which {state}")
+            raise InputError(f"{path} states that tensor {name!r} is in {file!r}, which {state}")
         if file != stored[name].path.name:
-            raise InputError(f"{path} says tensor {name!r} is in {file!r}, but it is in {stored[name].path.name!r}")
+            raise InputError(
+                f"{path} states that tensor {name!r} is in {file!r}, but it is in {stored[name].path.name!r}"
+            )
 
 
 def _check_shards(root: Path, names: set[str]) -> None:
@@ -229,7 +231,7 @@ def _check_expert_counts(root: Path, cfg: Config, layout: str, stored: Mapping[s
         )
     else:
         held, remedy = f"layers with {counts} experts", "write this list as num_local_experts in config.json"
-    raise InputError(f"{root} has {held}, and its config says {stated}: if the model was pruned, {remedy}")
+    raise InputError(f"{root} has {held}, and its config states {stated}: if the model was pruned, {remedy}")
 
 
 def _locations(
@@ -280,7 +282,7 @@ def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...], ca
     packed = canonical.endswith((".blocks", ".scales"))
     dtypes = ("U8",) if packed else _FLOATS
     if entry.shape != shape:
-        raise InputError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, the config wants {list(shape)}")
+        raise InputError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, the config requires {list(shape)}")
     if entry.dtype not in dtypes:
         raise InputError(f"{path}: tensor {name!r} has dtype {entry.dtype}, expected {' or '.join(dtypes)}")
 
@@ -354,5 +356,5 @@ def _download(source: str, revision: str | None, *, allow: list[str], ignore: li
         cause = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise InputError(
             f"{source} is incomplete in the local cache and cannot be downloaded ({cause}); download it elsewhere and "
-            "name the folder, or point HF_HOME at a cache that has it"
+            "give its folder, or point HF_HOME at a cache that has it"
         ) from error

@@ -168,8 +168,8 @@ class ConfigFields:
             subject = f"fields {listed} are" if len(unknown) > 1 else f"field {listed} is"
             options = " ".join(f"--ignore-field {name}" for _, name, _ in unknown)
             raise InputError(
-                f"{self.path}: {subject} unknown and could change the mathematics; "
-                f"if not, load with ignore_fields={[name for _, name, _ in unknown]} or {options}"
+                f"{self.path}: {subject} unknown and could change the results; "
+                f"if it does not, load with ignore_fields={[name for _, name, _ in unknown]} or {options}"
             )
 
     def _is_harmless(self, name: str, value: Any, ignore: Collection[str]) -> bool:

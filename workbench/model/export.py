@@ -167,7 +167,7 @@ def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     dtypes = (torch.uint8,) if name.endswith((".blocks", ".scales")) else (torch.bfloat16, torch.float32)
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
         raise InputError(
-            f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, the config wants {list(shape)} of "
+            f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, the config requires {list(shape)} of "
             f"{' or '.join(map(str, dtypes))}"
         )
     return tensor

@@ -49,7 +49,7 @@ def read_batch(
 
     Text is tokenised as it is, names of special tokens included; a string of digits is text. prepend_bos: True puts
     `<|startoftext|>` before each text; harmony has none, so that False and None add nothing. Rows of unequal length
-    are padded on `padding_side`, by default the tokenizer's. For a tensor, `padding_side` says that `pad_token_id` at
+    are padded on `padding_side`, by default the tokenizer's. For a tensor, `padding_side` states that `pad_token_id` at
     that side is padding; without it every id counts. attention_mask [batch pos]: 1 for tokens, 0 for padding before
     or after them.
     Raises: InputError for what is neither text nor ids of the vocabulary, and for rows without a token.

@@ -4,7 +4,7 @@ A folder holds adapter_config.json and adapter_model.safetensors. An adapted mat
 W + alpha / rank · Aᵀ · Bᵀ, computed as x · W + (x · Aᵀ) · Bᵀ · alpha / rank. Linear maps have A [rank, inputs] and
 B [outputs, rank]. PEFT reaches the experts as parameters [expert, inputs, outputs] and stacks their pairs in one matrix
 each: the rows of A are expert-major [expert · rank, inputs], the columns of B rank-major [outputs, rank · expert].
-Two parameters of one module are distinguished by their shapes: PEFT's names only say which was wrapped first. Where
+Two parameters of one module are distinguished by their shapes: PEFT's names only state which was wrapped first. Where
 PEFT took the experts for [expert, outputs, inputs], as it does unless they say is_transposed, the factors have changed
 places; that is refused by their shapes, which only `down` of a d_mlp equal to d_model, adapted alone, does not show.
 

@@ -180,7 +180,7 @@ def parse(text: str) -> int:
     """Return bytes of "80GB", "24 GiB" or a plain number.
 
     Raises:
-        InputError: the text is no amount of memory.
+        InputError: the text is not an amount of memory.
     """
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS:

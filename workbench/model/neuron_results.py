@@ -2,7 +2,7 @@
 
 A neuron of a mixture of experts is a pair of a slot and a number below d_mlp: which expert's neuron it is depends on
 the token (`cache["expert_indices", layer]`). It adds gate weight × activation × its row of W_out; the expert's bias is
-added once for each slot and is no neuron's.
+added once for each slot and is not a neuron's.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """The context of one forward pass: the sequence, position and rotation of each token, and the keys before it.
 
 A pass sees sequences in one of three ways: a padded batch, sequences packed end to end in one row, or the next tokens
-of sequences whose beginnings a cache holds. Hooks need not care: `sequence` and `positions` say what every token is,
+of sequences whose beginnings a cache holds. Hooks need not care: `sequence` and `positions` state what every token is,
 `mask` which tokens of the pass are in a token set, `key_mask` which keys. These and `sequence` lie on the CPU.
 """
 

@@ -2,7 +2,7 @@
 
 transformers 5.5.2 and newer save a model that was dequantised while loading under the names of packed tensors: bfloat16
 with three axes in `…_proj_blocks`. Releases 5.3 to 5.5 doubled the endings: `…_proj_blocks_blocks`, `…_blocks_scales`.
-Value heads of reinforcement learning, classifiers, rotary frequencies and scales of quantised caches are no weights of
+Value heads of reinforcement learning, classifiers, rotary frequencies and scales of quantised caches are not weights of
 the model. torch.compile and distributed training put names of their wrappers before or into the names of tensors; a
 model that is part of another one, or a backbone that was saved alone, has another beginning than `model.`.
 """

@@ -178,7 +178,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
 
         return_type: "logits", "loss" (the mean cross-entropy in nats; of every token with `loss_per_token`), "both",
         or None. Ids are moved to the model's device. Rows of unequal length are padded; `attention_mask` or
-        `padding_side` say where a tensor has padding, on either side. prepend_bos: True puts `<|startoftext|>` before
+        `padding_side` state where a tensor has padding, on either side. prepend_bos: True puts `<|startoftext|>` before
         a text; harmony has no such token, so None and False add nothing.
 
         start_at_layer: `input` is a residual stream [batch pos d_model] that enters this layer; `tokens` are then its

@@ -102,7 +102,7 @@ def accuracy(
     with prompt_id and correct. The accuracy of a row is the mean over its prompts with Wilson's interval, whose sample
     size the variance between prompts implies, as in the study `effort`: several samples of one prompt are not
     independent, and neither are prompts of a run with the same tokens. Fewer than five prompts have no interval (NaN),
-    and `note` says so, as it does of fewer than twenty. Answers of unknown correctness count in `unknown` alone.
+    and `note` states it, as it does of fewer than twenty. Answers of unknown correctness count in `unknown` alone.
 
     Raises:
         InputError: a label is missing, or no answer is known to be correct or wrong.

@@ -145,7 +145,7 @@ class Recipe:
         """Return the recipe of a JSON text.
 
         Raises:
-            InputError: the text is no recipe, or a field is unknown or not valid.
+            InputError: the text is not a recipe, or a field is unknown or not valid.
         """
         if len(text.encode()) > MAX_BYTES:
             raise InputError(f"a recipe has at most {MAX_BYTES:,} bytes, this one has {len(text.encode()):,}")
@@ -156,7 +156,7 @@ class Recipe:
         """Return the recipe of a JSON file.
 
         Raises:
-            InputError: the file is no recipe, or cannot be read.
+            InputError: the file is not a recipe, or cannot be read.
         """
         try:
             return cls._read(read_json(path, max_bytes=MAX_BYTES, max_depth=8))
@@ -188,7 +188,7 @@ def _read_history(turns: list[Any]) -> tuple[tuple[str, str], ...]:
     """Return the earlier turns of a document.
 
     Raises:
-        InputError: there are too many, or one is no pair of texts.
+        InputError: there are too many, or one is not a pair of texts.
     """
     if len(turns) > MAX_TURNS:
         raise InputError(f"a recipe has at most {MAX_TURNS} earlier turns, this one has {len(turns)}")

@@ -3,7 +3,7 @@
     found = recipe_study(model, recipe, "prompts.jsonl", controls=20)
     print(found["recipe"].attrs["summary"])
 
-What is measured and tested is that of `workbench.experiments.generated_answers`. The random interventions have experts
+What is measured and tested is that of `workbench.experiments.answer_effects`. The random interventions have experts
 of equal load, heads of the same layers, or directions of equal norm, with the recipe's tokens and strengths.
 """
 
@@ -17,10 +17,10 @@ import numpy as np
 import xarray as xr
 
 from workbench.errors import InputError
+from workbench.experiments.answer_effects import behaviour
 from workbench.experiments.effects import load_of, routed_slots
 from workbench.experiments.expert_sets import matched_sets
 from workbench.experiments.final_channel import generated_tokens
-from workbench.experiments.generated_answers import behaviour
 from workbench.experiments.random_controls import MIN_CONTROLS, check_controls
 from workbench.experiments.steering import random_directions
 from workbench.harmony.transcripts import Transcript

@@ -106,7 +106,7 @@ class ObjectLock:
             self._storage.delete(claim)
 
     def _read_owner(self) -> dict[str, Any] | None:
-        """Return the owner, or None if the lock is gone. An object is written whole, so no JSON is no lock of ours."""
+        """Return the owner; None if the lock is gone. Objects are complete, so what is not JSON is not our lock."""
         try:
             holder = parse_json(self._storage.read(LOCK))
         except FileNotFoundError:

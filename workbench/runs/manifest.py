@@ -305,7 +305,7 @@ class CheckedStore(WrapperStore[Any]):
 
 
 def _refusal_of_array(metadata: bytes) -> str:
-    """Return why chunks of an array with this metadata are not read, "" if they are or if it is no array."""
+    """Return why chunks of an array with this metadata are not read, "" if they are or if it is not an array."""
     try:
         about = parse_json(metadata)
         codecs = set(_codec_names(about["codecs"])) - _CODECS

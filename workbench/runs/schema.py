@@ -24,6 +24,12 @@ NEURON_FIELDS = {
     "sequence": ("int32", -1),
     "position": ("int32", -1),
 }  # dtype, no example
+N_FEATURE_EXAMPLES = 8  # of a feature of an autoencoder, in each channel and list
+FEATURE_FIELDS = {
+    "activation": ("float32", 0),
+    "sequence": ("int32", -1),
+    "position": ("int32", -1),
+}  # dtype, no example
 EXAMPLE_KINDS = ("top", "random")
 EXAMPLE_FIELDS = {"gate": ("float16", 0), "sequence": ("int32", -1), "position": ("int32", -1)}  # dtype, no example
 
@@ -142,11 +148,31 @@ class Record:
 
 
 @dataclass(frozen=True)
+class FeatureLists:
+    """Lists of examples of an autoencoder's features: the hook point that it reads, its features, and its digest."""
+
+    hook: str  # with its block, as "blocks.2.hook_resid_post"
+    d_sae: int
+    digest: str
+
+    @property
+    def layer(self) -> int:
+        """Return the layer of the hook point."""
+        return int(self.hook.split(".")[1])
+
+    @property
+    def function_name(self) -> str:
+        """Return the name of the autoencoder in a specification's functions."""
+        return f"features:{self.hook}"
+
+
+@dataclass(frozen=True)
 class Spec:
     """What a capture records.
 
     examples: the tokens of each expert's largest gate weights, and a random sample (`workbench.runs.examples`).
     neuron_layers: those of which every neuron's largest activations are kept (`workbench.runs.neuron_examples`).
+    features: autoencoders of which every feature's examples are kept (`workbench.runs.feature_examples`).
     sink_sums: of the sinks only the sums by sequence and channel. host_routing: the experts are those that a host
     chose; the router's own choices, the margin between its k-th and (k+1)-th logit, and which tokens were forced are
     beside. functions: of records that reduce by a user's function, by their names; not stored, and of no meaning to a
@@ -162,6 +188,7 @@ class Spec:
     host_routing: bool = False
     examples: bool = False
     neuron_layers: tuple[int, ...] = ()
+    features: tuple[FeatureLists, ...] = ()
     records: tuple[Record, ...] = ()
     functions: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -170,11 +197,9 @@ class Spec:
         switches = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("functions", "records")}
         values = switches | {"activations": [_plain(a) for a in self.activations]}
         values["neuron_layers"] = list(self.neuron_layers)
-        for name in (
-            "host_routing",
-            "examples",
-            "neuron_layers",
-        ):  # runs that were begun before there was this field can be resumed
+        values["features"] = [asdict(lists) for lists in self.features]
+        # runs that were begun before there were these fields can be resumed
+        for name in ("host_routing", "examples", "neuron_layers", "features"):
             if not values[name]:
                 del values[name]
         for a in values["activations"] if schema < 4 else ():
@@ -187,7 +212,9 @@ class Spec:
         points = tuple(Activation(**_tuples(a)) for a in values["activations"])
         records = tuple(Record(**_tuples(r)) for r in values.get("records", ()))
         neurons = tuple(values.get("neuron_layers", ()))
-        return cls(**{**values, "activations": points, "records": records, "neuron_layers": neurons})
+        features = tuple(FeatureLists(**lists) for lists in values.get("features", ()))
+        plain = {"activations": points, "records": records, "neuron_layers": neurons, "features": features}
+        return cls(**{**values, **plain})
 
     @property
     def selected(self) -> tuple["Activation | Record", ...]:
@@ -289,6 +316,8 @@ def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int = S
         specs |= _examples(layers, experts, len(layout.units))
     if spec.neuron_layers:
         specs |= _neurons(model, spec, len(layout.units))
+    for lists in spec.features:
+        specs |= _features(lists, len(layout.units))
     for a in spec.selected:
         at_layers, features = stored_dims(a, layers, schema)
         if a.per_token:
@@ -322,6 +351,18 @@ def _neurons(model: Mapping[str, Any], spec: Spec, units: int) -> dict[str, Arra
         axes = 5 if name == "activation" else 4
         random_dims, random_shape = (*dims[:axes], "neuron_random"), (*shape[:axes], N_NEURON_RANDOM)
         specs[f"neurons/random_{name}"] = ArraySpec(random_dims, random_shape, dtype, fill, 0, 1, 1)
+    return specs
+
+
+def _features(lists: FeatureLists, units: int) -> dict[str, ArraySpec]:
+    """Return the arrays of an autoencoder: examples of each feature, and how many tokens of a channel have it."""
+    dims, shape = ("unit", "channel", f"{lists.hook}_feature"), (units, len(CHANNELS), lists.d_sae)
+    specs = {f"features/{lists.hook}_count": ArraySpec(dims, shape, "uint32", 0, 0, 1, 1)}
+    for kind in EXAMPLE_KINDS:
+        for name, (dtype, fill) in FEATURE_FIELDS.items():
+            size = (*shape, N_FEATURE_EXAMPLES)
+            own = ArraySpec((*dims, "feature_example"), size, dtype, fill, 0, 1, 1)
+            specs[f"features/{lists.hook}_{kind}_{name}"] = own
     return specs
 
 

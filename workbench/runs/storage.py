@@ -40,7 +40,7 @@ class Storage(Protocol):
 
         Raises:
             FileNotFoundError: it does not exist.
-            OSError: it cannot be read, is larger than `max_bytes`, or is no regular file.
+            OSError: it cannot be read, is larger than `max_bytes`, or is not a regular file.
         """
 
     def ending(self, key: str, length: int) -> tuple[int, bytes]:
@@ -253,7 +253,7 @@ class ObjectStorage:
             if there and not there & {_CREATING, ROOT}:
                 raise InputError(f"{self} holds something that is not a run ({min(there)}): choose another path")
             yield Path(folder)
-            # of an earlier run, which the caller was told to replace, its root last: without it, it is no run
+            # of an earlier run, which the caller was told to replace, its root last: without it, it is not a run
             for key in [*(there - {ROOT, _CREATING}), *(there & {ROOT})]:
                 self.delete(key)
             self.put(_CREATING, [b""])

@@ -15,7 +15,7 @@ import numpy as np
 
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
-from workbench.runs import manifest, neuron_examples, shards
+from workbench.runs import feature_examples, manifest, neuron_examples, shards
 from workbench.runs.examples import of_tokens
 from workbench.runs.reader import Run, open_run
 from workbench.runs.schema import NEURON_FIELDS, ArraySpec, Layout, Unit, arrays
@@ -70,7 +70,7 @@ def other_content(run: Run) -> list[str]:
     """Return the groups and arrays that others added to a run, which no job writes and no reader of a run reads."""
     there = run.storage.files()
     own = {*arrays(run.model, run.spec, run.layout), "units/committed"}
-    if run.manifest is None:  # a run before schema 3 does not tell the columns of its tables from those of others
+    if run.manifest is None:  # a run before schema 3 does not state it the columns of its tables from those of others
         own |= {"/".join(key.split("/")[:2]) for key in there if key.startswith(("sequences/", "messages/"))}
     else:
         own |= set(manifest.read(run.storage, manifest.CREATED)[1])
@@ -285,6 +285,9 @@ def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> 
         lists = {n: values[f"neurons/{n}"][0] for name in NEURON_FIELDS for n in (name, f"random_{name}")}
         tokens = {name: values[f"tokens/{name}"][:used] for name in ("sequence", "position", "channel")}
         yield from neuron_examples.problems(lists, tokens, records["experts"][list(run.spec.neuron_layers)])
+    for one in run.spec.features:
+        tokens = {name: values[f"tokens/{name}"][:used] for name in ("sequence", "position", "channel")}
+        yield from feature_examples.problems(one, {n: v[0] for n, v in values.items() if n[:9] == "features/"}, tokens)
     rows = values["summaries/sequence"]
     if rows[: len(unit.sequences)].tolist() != list(unit.sequences) or (rows[len(unit.sequences) :] != -1).any():
         yield "summaries/sequence does not name the unit's sequences"
@@ -331,4 +334,4 @@ def _ranges(records: dict[str, Any]) -> Iterator[str]:
         if (np.diff(gates, axis=-1) > 0).any():
             yield "routing/gates: gates that do not descend"
     if "sink" in records and not ((records["sink"] >= 0) & (records["sink"] <= 1)).all():
-        yield "attention/sink: a value that is no probability"
+        yield "attention/sink: a value that is not a probability"

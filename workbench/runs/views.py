@@ -25,7 +25,7 @@ _SIZES = {
     "expert": "num_experts",
 }
 LABELS = ("sequence", "position", "message", "part", "role", "channel")  # coordinates of the tokens
-# what codes of a label mean, from 0; −1 is no role
+# what codes of a label mean, from 0; −1 is not a role
 CODES = {"part": PARTS, "role": ROLES, "channel": CHANNELS}
 _OF_SEQUENCES = ("effort", "task")
 Variable = tuple[tuple[str, ...], da.Array, dict[str, Any]]

@@ -53,6 +53,7 @@ _OWN = (
     "records/",
     "examples/",
     "neurons/",
+    "features/",
     "sequences/",
     "messages/",
 )
@@ -82,7 +83,7 @@ def open_writer(
     """
     target = storage_at(path)
     if replaces := overwrite and _is_there(target):
-        open_group(target, "r")  # refuses what is no run
+        open_group(target, "r")  # refuses what is not a run
     identity = {
         "checkpoint digest": checkpoint["digest"],
         "transcripts digest": provenance["transcripts"]["digest"],
@@ -251,14 +252,14 @@ class RunWriter:
     ) -> None:
         """Write the arrays of a unit [layer token ...], then its flag; values that are not finite are refused.
 
-        summaries: sums by their names, and examples as "examples/…" and "neurons/…".
+        summaries: sums by their names, and examples as "examples/…", "neurons/…" and "features/…".
         """
         unit = self.layout.units[index]
         self._check(unit, records)
         stored = {f"tokens/{name}": values for name, values in tokens.items()}
         stored |= {_STORED_AS.get(name, name): values for name, values in records.items()}
         stored |= {
-            n if n.startswith(("examples/", "neurons/")) else f"summaries/{n}": values
+            n if n.startswith(("examples/", "neurons/", "features/")) else f"summaries/{n}": values
             for n, values in summaries.items()
         }
         if not self._spec.sinks:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from workbench.studies.result import save as save
     from workbench.studies.result import summary as summary
 
-# modules that are no studies themselves
+# modules that are not studies themselves
 _MODULES = (
     "contrast",
     "expert_labels",

@@ -1,7 +1,7 @@
 """Comparisons of what tokens have (experts, sinks, predictions), within prompts, with intervals over prompts.
 
 Differences are taken within each prompt (channels and halves: within each sequence), and then averaged over prompts;
-`workbench.studies.matching` says how. Prompts weigh alike without a control. With a control, a prompt with m matched
+`workbench.studies.matching` states how. Prompts weigh alike without a control. With a control, a prompt with m matched
 tokens weighs m / (m + 10), so that one with a single matched token counts little and none dominates.
 
 The sampling unit is the prompt; `workbench.studies.difference_tests` computes intervals and tests over prompts.
@@ -131,7 +131,7 @@ def contrast(
 
     between channels: a and b are channels. Efforts and tasks: those of `channel`'s tokens. Halves: `first` and
     `second` of `channel`'s tokens in each sequence. effort, task: hold these fixed. unpaired: also take prompts that
-    have one side alone (always so between tasks), and say so. Dimensions: control, and what a token has: (layer,
+    have one side alone (always so between tasks), and state it. Dimensions: control, and what a token has: (layer,
     expert), (layer, head) or none.
 
     Raises:

@@ -248,7 +248,7 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
         c = {str(k): float(v) for k, v in result.sel(task="all", step=label).data_vars.items()}
         if not np.isfinite(c["more_tokens_low"]):
             a, b = label.split(" → ")
-            both = int((means["analysis"].unstack("effort")[[a, b]].notna().sum(1) == 2).sum())
+            both = int(means["analysis"].unstack("effort")[[a, b]].notna().all(axis=1).sum())
             lines.append(f"{label}: cannot be tested, {both} prompts have both efforts and {MIN_PROMPTS} are needed.")
             continue
         changed = "accuracy changes by" if c["gain_different"] else "no change of accuracy shown:"

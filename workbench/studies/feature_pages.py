@@ -132,6 +132,40 @@ def neuron_pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = Non
             } | _statistics(quantiles, frequency)
 
 
+def dictionary_pages(run: Any, examples: xr.Dataset, shares: xr.Dataset) -> Iterator[Page]:
+    """Yield the page of every feature of an autoencoder that has an example.
+
+    A run holds neither the autoencoder's weights nor the activations of other tokens: logits are empty, and the texts
+    before and after a token are shown with 0.
+
+    examples: of `feature_examples.load`. shares: of `feature_examples.table`.
+    """
+    layer, hook = int(str(examples.attrs["hook"]).split(".")[1]), str(examples.attrs["hook"])
+    names = ("activation", "sequence", "position", "before", "token", "after")
+    totals = run.total("tokens").sum("group").sel(channel=shares["channel"])
+    frequency = (shares["share"] * totals).sum("channel") / totals.sum()
+    titles = {"top": "Largest activations", "random": "Random sample"}
+    for feature in examples["feature"].values.tolist():
+        quantiles = []
+        for channel in examples["channel"].values.tolist():
+            cell = examples.sel(channel=channel, feature=feature)
+            for kind, title in titles.items():
+                rows = zip(*(cell[f"{kind}_{name}"].values.tolist() for name in names), strict=True)
+                shown = [_neuron_example(*row) for row in rows if row[1] >= 0]
+                if shown:
+                    quantiles.append({"quantile_name": f"{title}, {channel}", "examples": shown})
+        if quantiles:
+            yield {
+                "index": dictionary_number(run.model, layer, feature),
+                "layer": layer,
+                "feature": feature,
+                "label": f"feature {feature} of {hook}",
+                "examples_quantiles": quantiles,
+                "top_logits": [],
+                "bottom_logits": [],
+            } | _statistics(quantiles, float(frequency.sel(feature=feature)))
+
+
 def _frequencies(run: Any) -> np.ndarray:
     """Return the share of all tokens that went to each expert [layer expert]."""
     counts = run.total("expert_count").sum(("group", "channel")).values.astype(np.float64)
@@ -175,7 +209,7 @@ def write_pages(
 ) -> int:
     """Write a folder of pages, `NUMBER.json`, and return how many; it appears complete or not at all.
 
-    neurons: further pages, of `neuron_pages`.
+    neurons: further pages, of `neuron_pages` and `dictionary_pages`.
 
     Raises:
         InputError: the run has no example, or the folder may not be written.

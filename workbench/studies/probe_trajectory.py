@@ -56,7 +56,7 @@ STUDY = Study(
     order=49,
 )
 SOURCES = ("token", "position", "bigram", "tokens so far")
-_FEW = 20  # sequences of a label, below which an AUC says little
+_FEW = 20  # sequences of a label, below which an AUC shows little
 _MOST_TYPES = 512  # token types of the baseline of all tokens so far
 DEFINITIONS = {
     **AUC_DEFINITIONS,

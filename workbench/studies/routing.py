@@ -234,7 +234,7 @@ def study(
 ) -> dict[str, xr.Dataset]:
     """Load by channel and effort, analysis against final, and the most distant efforts in each channel.
 
-    A comparison for which the run has no pairs is left out; the load's summary says which and why.
+    A comparison for which the run has no pairs is left out; the load's summary states which and why.
     """
     tokens = run.summary("tokens")
     datasets = {"load": load(run, n_boot=n_boot, seed=seed)}

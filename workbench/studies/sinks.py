@@ -56,7 +56,7 @@ NOT_CONTROLLED = "Cells are not matched on words, task or position; the comparis
 def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
     """Return the mass by channel and effort; by position; analysis against final, halves of analysis, and efforts.
 
-    A comparison for which the run has no tokens or no pairs is left out; the summary of `mass` says which and why.
+    A comparison for which the run has no tokens or no pairs is left out; the summary of `mass` states which and why.
     """
     datasets = {"mass": mass(run, seed=seed)}
     if not isinstance(run, TokenRun):

@@ -1,4 +1,4 @@
-"""A conversation of another program becomes a transcript row, or an error that says what it lacks."""
+"""A conversation of another program becomes a transcript row, or an error that states what it lacks."""
 
 from typing import Any
 

@@ -39,6 +39,10 @@ def test_the_key_travels_in_one_header_and_appears_nowhere(
     [
         ("localhost:8000", "not the address of a host"),
         ("ftp://x/y", "not the address of a host"),
+        ("http://[", "not the address of a host"),
+        ("http://x:99999/v1", "not the address of a host"),
+        ("http://x:abc/v1", "not the address of a host"),
+        ("http://127.0.0.1:9/\x1b", "not the address of a host"),
         ("https://me:secret@host/v1", "the address has a key, which would be stored"),
         ("http://example.org/v1", "would be sent unencrypted"),
     ],

@@ -151,7 +151,7 @@ def test_a_host_without_effort_is_refused_unless_the_body_says_how(
         return 200, chat("0", reasoning=str(body.get("chat_template_kwargs"))), {}
 
     host.reply = reply
-    with pytest.raises(InputError, match="takes no reasoning effort: say how"):
+    with pytest.raises(InputError, match="has no option for the reasoning effort: state how"):
         collect(host.url, prompts, tmp_path / "o", settings())
     body = {"chat_template_kwargs": {"reasoning_effort": "{effort}"}}
     collect(host.url, prompts, tmp_path / "o", settings(body=body, efforts=("low", "high")))

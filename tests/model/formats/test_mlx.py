@@ -113,11 +113,11 @@ SCALES = "model.layers.1.mlp.experts.up_proj.scales"
         (put("model.layers.0.extra", torch.ones(1)), "'model.layers.0.extra' is not part of a gpt-oss of MLX"),
         (
             put(SCALES, torch.zeros(8, 96, 3, dtype=torch.uint8)),
-            r"up_proj.scales' is U8 \[8, 96, 3\], the config wants \[8, 96, 2\]",
+            r"up_proj.scales' is U8 \[8, 96, 3\], the config requires \[8, 96, 2\]",
         ),
         (
             put("model.norm.weight", torch.zeros(64, dtype=torch.int32)),
-            r"'model.norm.weight' is I32 \[64\], the config wants",
+            r"'model.norm.weight' is I32 \[64\], the config requires",
         ),
         (
             put("model.embed_tokens.weight", torch.zeros(72, 10, dtype=torch.int32).view(torch.uint32)),

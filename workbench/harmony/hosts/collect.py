@@ -117,7 +117,7 @@ def _collect(host: Host, left: list[Job], rows: RowOutput, settings: Settings, i
         print(f"{job.id}: {why}", file=sys.stderr)
     if missing := reasoning.get("absent", 0) + reasoning.get("summary", 0):
         print(
-            f"{missing} of {sum(reasoning.values())} answers came without the model's own reasoning (their meta says "
+            f"{missing} of {sum(reasoning.values())} answers came without the model's own reasoning (their meta states "
             "absent or summary): analysis cannot be studied in them",
             file=sys.stderr,
         )
@@ -126,8 +126,8 @@ def _collect(host: Host, left: list[Job], rows: RowOutput, settings: Settings, i
     interrupt.check()
     if failed:
         raise JobError(
-            f"{len(failed)} of {len(left)} were not answered; the others are in {rows.path}, the same command asks "
-            "again"
+            f"{len(failed)} of {len(left)} were not answered; the answers are in {rows.path}: rerun the command to "
+            "request the rest"
         )
 
 

@@ -22,7 +22,7 @@ from workbench.harmony.transcripts import LONGEST_ROW_BYTES
 from workbench.harmony.vocabulary import Tokenizer, tokenizer
 from workbench.inputs import regular_file
 
-_MOST_LEFT_OUT = 100_000  # rows: a file of others is no file of conversations
+_MOST_LEFT_OUT = 100_000  # rows: a file of others is not a file of conversations
 _MOST_BYTES = 4_000_000_000  # of all rows, which are held until they are written
 READABLE = (
     "an Inspect log (.eval or .json), " + ", ".join(shape.name for shape in SHAPES) + "; as JSON Lines, a JSON array, "
@@ -142,7 +142,7 @@ def _of_value(value: Any, where: str, form: str, asked: dict[str, Any]) -> Found
         value = {"messages": value}
     shape = shape_of(value)
     if shape is None:
-        yield "", where, InputError(f"{shown(value)} is no conversation of a known shape")
+        yield "", where, InputError(f"{shown(value)} is not a conversation of a known shape")
         return
     try:
         if "custom_id" in value and str(value["custom_id"]) in asked:

@@ -86,7 +86,7 @@ def _npy(text: str) -> Int[np.ndarray, "tokens layers slots"]:
     try:
         array = np.load(io.BytesIO(_bytes(text)), allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError) as error:  # MemoryError: of a shape that is absurd
-        raise RoutingError("the routed experts are no .npy array of numbers") from error
+        raise RoutingError("the routed experts are not a .npy array of numbers") from error
     return _integers(array)
 
 
@@ -99,7 +99,7 @@ def _nested(values: Any) -> Int[np.ndarray, "tokens layers slots"]:
 
 def _integers(array: Any) -> Int[np.ndarray, "tokens layers slots"]:
     if not isinstance(array, np.ndarray) or array.ndim != 3 or not np.issubdtype(array.dtype, np.integer):
-        raise RoutingError("the routed experts are no integers of shape [tokens, layers, experts per token]")
+        raise RoutingError("the routed experts are not integers of shape [tokens, layers, experts per token]")
     return array
 
 

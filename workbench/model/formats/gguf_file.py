@@ -66,7 +66,7 @@ class GgufFile:
                     f"{path} does not begin with GGUF: it is not a GGUF file, or an incomplete download; "
                     "download it again"
                 )
-            # copy on write: torch wants writable memory, and nothing is written
+            # copy on write: torch requires writable memory, and nothing is written
             mapped = np.memmap(path, dtype=np.uint8, mode="c")
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
@@ -177,7 +177,7 @@ def _size(path: Path, name: str, kind: int, shape: tuple[int, ...], old_types: b
     if not block:
         raise InputError(f"{path}: tensor {name!r} has ggml type {kind}, which is not read here")
     if shape[-1] % block:
-        raise InputError(f"{path}: tensor {name!r} of shape {list(shape)} has rows that are no multiple of {block}")
+        raise InputError(f"{path}: tensor {name!r} of shape {list(shape)} has rows that are not a multiple of {block}")
     return math.prod(shape) // block * size
 
 

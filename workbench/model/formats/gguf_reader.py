@@ -83,7 +83,9 @@ def open_gguf(paths: Sequence[Path]) -> Checkpoint:
     for file in files:
         for name in file.tensors:
             if name in stored:
-                raise InputError(f"tensor {name!r} is both in {stored[name].file.path.name} and in {file.path}")
+                raise InputError(
+                    f"tensor {name!r} is both in {stored[name].file.path.name} and in {file.path}: remove one"
+                )
             stored[name] = _Stored(file, name)
     cfg = read_gguf_config(paths[0], metadata, str(arch), {name: one.tensor.shape for name, one in stored.items()})
     reader = _Reader(paths[0], cfg, stored)
@@ -177,7 +179,7 @@ class _Reader:
             if tensors[name].shape != shape:
                 raise InputError(
                     f"{self.path}: tensor {tensors[name].stored!r} has shape {list(tensors[name].shape)}, the metadata "
-                    f"want {list(shape)}"
+                    f"require {list(shape)}"
                 )
         if left := sorted(set(self.stored) - self.used - {"rope_freqs.weight"}):
             raise InputError(

@@ -88,7 +88,7 @@ def check_split(files: Sequence[GgufFile]) -> None:
             raise InputError(f"{stated}: rename the parts to NAME-00001-of-0000N.gguf and so on, in one folder")
         if count != len(files) or own != number:
             raise InputError(
-                f"{stated}, and its name says {number + 1} of {len(files)}: restore the original names of the parts"
+                f"{stated}, and its name states {number + 1} of {len(files)}: restore the original names of the parts"
             )
         for key in ("general.architecture", "general.name", _TENSORS):
             first, here = files[0].metadata.get(key), file.metadata.get(key)
@@ -99,8 +99,8 @@ def check_split(files: Sequence[GgufFile]) -> None:
     total, held = files[0].metadata.get(_TENSORS), sum(len(file.tensors) for file in files)
     if total is not None and total != held:
         raise InputError(
-            f"{files[0].path}: the parts hold {held} tensors, the model has {total}: a part is of another model, "
-            "download them again"
+            f"{files[0].path}: the parts hold {held} tensors, the model has {total}: a part belongs to another "
+            "model: download all parts again"
         )
 
 

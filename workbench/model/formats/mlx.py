@@ -138,8 +138,8 @@ def _check(root: Path, stored: Stored, shape: tuple[int, ...], dtypes: tuple[str
     entry = stored.entry
     if entry.shape != shape or entry.dtype not in dtypes:
         raise InputError(
-            f"{root}: tensor {stored.name!r} is {entry.dtype} {list(entry.shape)}, the config wants {list(shape)} of "
-            f"{' or '.join(dtypes)}"
+            f"{root}: tensor {stored.name!r} is {entry.dtype} {list(entry.shape)}, the config requires {list(shape)} "
+            f"of {' or '.join(dtypes)}"
         )
 
 
