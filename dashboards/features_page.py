@@ -133,7 +133,9 @@ def _table(counts: Mapping[str, Any], totals: Mapping[str, int], largest: Any) -
         "feature": np.arange(len(largest)),
         "all content (%)": 100 * sum(counts[c] for c in shown) / content_tokens,
     }
-    columns |= {f"{c} (%)": values for c, values in of.items()} | {"largest value": largest}
+    columns |= {f"{c} (%)": values for c, values in of.items()} | {
+        "largest value": np.asarray(largest, dtype=np.float64)
+    }
     table = pd.DataFrame(columns)
     order = np.abs(of["analysis"] - of["final"]) if {"analysis", "final"} <= set(of) else table["all content (%)"]
     table = table.iloc[np.argsort(-np.asarray(order), kind="stable")].round(2)

@@ -282,8 +282,8 @@ def test_the_package_lists_its_public_names_and_has_them() -> None:
         assert issubclass(wb.InputError, ValueError) and wb.Run.__name__ == "Run"
     """
     names = (
-        "InputError Recorder Run __version__ accuracy answers capture dashboards direction experiments figures finetune harmony "
-        "hooks kernels load open_run probe studies top_experts"
+        "InputError Recorder Run __version__ accuracy answers capture dashboards direction experiments figures "
+        "finetune harmony hooks kernels load open_run probe studies top_experts"
     )
     assert run(code).split() == names.split()
 

@@ -79,7 +79,7 @@ def kill(kind: str, folder: Path, kills: int) -> int:
 
 
 def leftovers(folder: Path, kind: str, unfinished: int | None = None) -> list[str]:
-    """Names in a folder that are not an input, no output and no log: a lock of the last job that was killed may be there.
+    """Names in a folder that are no input, output or log: a lock of the last job that was killed may be there.
 
     unfinished: an output that is not looked at, as nobody resumed it.
     """
@@ -182,11 +182,14 @@ def test_kills_of_a_capture_into_s3_lose_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_a_job_cleanly_and_says_how_to_go_on(
+def test_a_signal_stops_a_job_cleanly_and_states_how_to_go_on(
     nano: GptOss, transcripts: Path, undisturbed: Path, tmp_path: Path, stored: Stored, number: signal.Signals
 ) -> None:
     path = tmp_path / "run"
-    slow = "import time, workbench.capture.pipeline as p; c = p.compute; p.compute = lambda *a: (time.sleep(0.5), c(*a))[1]"
+    slow = (
+        "import time, workbench.capture.pipeline as p; c = p.compute; "
+        "p.compute = lambda *a: (time.sleep(0.5), c(*a))[1]"
+    )
     code = f"{slow}; import sys; sys.argv = ['workbench', *sys.argv[1:]]; from workbench.cli import main; main()"
     child = subprocess.Popen(
         [sys.executable, "-c", code, *command(transcripts, path)[3:]], stderr=subprocess.PIPE, text=True

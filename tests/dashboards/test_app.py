@@ -164,7 +164,8 @@ def test_from_a_cell_to_the_token_of_an_example(demo: str, browser: Browser) -> 
     session.page.evaluate(
         """() => { let found = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
              if (!found && e.classList.contains('js-plotly-plot')) found = e; if (e.shadowRoot) walk(e.shadowRoot); } };
-           walk(document); found.emit('plotly_click', {points: [{x: 5, y: 1, curveNumber: 0, pointNumber: [1, 5]}]}) }"""
+           walk(document); 
+           found.emit('plotly_click', {points: [{x: 5, y: 1, curveNumber: 0, pointNumber: [1, 5]}]}) }"""
     )
     expect(session.page.get_by_role("heading", name="Layer 1, expert 5")).to_be_visible()
     session.page.wait_for_url(re.compile("expert=5"))

@@ -58,20 +58,19 @@ def test_steering_by_role_finds_what_a_planted_direction_does(
     def mean(model: object, rows: object, point: str, where: object) -> torch.Tensor:
         return axis if repr(where) == repr(user) else torch.zeros_like(axis)
 
-    def reader(
-        x: torch.Tensor, hook: object
-    ) -> torch.Tensor:  # the planted mechanism: this axis turns the stream around
+    def reader(x: torch.Tensor, hook: object) -> torch.Tensor:
+        """The planted mechanism: a large value on the axis turns the stream around."""
         return torch.where(x[..., 5:6] > 35, -x, x)
 
     options = {"a": "role=user", "b": "role=system", "at": "channel=final,part=content", "controls": 20}
     with monkeypatch.context() as patch, nano.hooks(fwd_hooks=[("blocks.3.hook_resid_pre", reader)]):
         patch.setattr(steering, "_mean", mean)
-        found = steering.experiment(nano, rows, **options)["direction"]  # type: ignore[arg-type]
-    assert str(found["which"].values[0]) == "user − system"
-    assert float(found["high"].isel(which=0, dose=0)) < 0
-    assert float(found["p"]) <= 0.05
-    assert float(np.abs(found["random"]).max()) < float(np.abs(found["change"].isel(which=0)).max())
-    assert "+1 × (user − system)" in found.attrs["summary"]
+        result = steering.experiment(nano, rows, **options)["direction"]  # type: ignore[arg-type]
+    assert str(result["which"].values[0]) == "user − system"
+    assert float(result["change"].isel(which=0, dose=0)) < -1
+    assert float(result["p"]) <= 0.05
+    assert float(np.abs(result["random"]).max()) < float(np.abs(result["change"].isel(which=0)).max())
+    assert "+1 × (user − system)" in result.attrs["summary"]
     point = "blocks.2.hook_resid_post"
     direction = real(nano, rows[:2], point, user) - real(nano, rows[:2], point, steering.labelled_tokens(nano, "final"))
     own = steering.channel_direction(nano, rows[:2], point)
@@ -81,7 +80,7 @@ def test_steering_by_role_finds_what_a_planted_direction_does(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"a": "effort=high"}, "'effort' is no label of tokens: use channel, role, part"),
+        ({"a": "effort=high"}, "'effort' is not a label of tokens: use channel, role, part"),
         ({"b": "role=king"}, "role .*king.*: use one or several of"),
         ({"at": "channel=commentary"}, "no sequence has tokens in <tokens: channel=.*commentary"),
     ],

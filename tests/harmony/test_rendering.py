@@ -218,7 +218,8 @@ def test_a_small_vocabulary_renders_with_its_own_template(small: Tokenizer) -> N
     ]
     assert small.decode(harmony.render(messages, effort="high", tokenizer=small)) == (
         "<|start|>system<|message|>Reasoning: high<|end|><|start|>developer<|message|>calc first<|end|>"
-        "<|start|>user<|message|>2*3<|end|><|start|>assistant<|channel|>commentary to=functions.calc<|message|>2*3<|call|>"
+        "<|start|>user<|message|>2*3<|end|>"
+        "<|start|>assistant<|channel|>commentary to=functions.calc<|message|>2*3<|call|>"
         "<|start|>functions.calc to=assistant<|channel|>commentary<|message|>6<|end|><|start|>assistant"
     )
     with pytest.raises(InputError, match="cannot express the character 'Y'"):  # the library's "You are ChatGPT"

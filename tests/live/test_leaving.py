@@ -40,7 +40,7 @@ class Dashboard:
         monkeypatch.setattr(app, "LivePage", Noted)
         pn.extension("plotly", "tabulator", notifications=False, inline=True)
         registry, port = RunRegistry([DATA / "demo.zarr"]), free_port()
-        options = {"websocket_origin": f"localhost:{port}", "threaded": True, **app.SESSION_OPTIONS}
+        options = {"websocket_origin": f"localhost:{port}", "threaded": True}
         made = pages(registry, {"live": app.dashboard_page(self.server)})
         self.panel = pn.serve(made, port=port, show=False, verbose=False, **options)
         self.url = f"http://localhost:{port}"
@@ -78,7 +78,7 @@ def job_of_a_closed_tab(dashboard: Dashboard, browser: Browser) -> Job:
     (page,) = dashboard.opened
     job = dashboard.server.queue.submit(page.viewer.id, endless())
     until(lambda: job.state is State.RUNNING)
-    time.sleep(8)  # longer than a session without a browser lives: it is the tab that keeps the request
+    time.sleep(8)  # longer than a browser may be away: it is the tab that keeps the request
     assert job.state is State.RUNNING
     tab.close()
     return job

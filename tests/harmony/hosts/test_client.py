@@ -63,7 +63,7 @@ def test_azure_has_its_own_header(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def raw_host(answer: Callable[[socket.socket], None]) -> tuple[str, socket.socket]:
-    """A host that does with each connection what a test says."""
+    """A host that does with each connection what a test sets."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
