@@ -133,7 +133,7 @@ def _long_table(rows: pd.DataFrame, markup: set[str]) -> pn.widgets.Tabulator:
         sizing_mode="stretch_width",
         formatters={column: {"type": "html" if column in markup else "plaintext"} for column in texts}
         | {column: _decimals(rows[column]) for column in rows.columns if rows[column].dtype.kind == "f"},
-        configuration={"columnDefaults": {"minWidth": 90}},
+        configuration={"columnDefaults": {"minWidth": 90, "maxWidth": 400}},
         header_filters={column: {"type": "input", "placeholder": "filter"} for column in texts},
         theme="simple",
         stylesheets=[TABULATOR_CSS],
