@@ -69,18 +69,10 @@ run: .venv/.user
 	$(BIN)/workbench generate nano data/prompts.jsonl runs/bundled.jsonl --dtype float32 --batch 200 --overwrite
 	$(BIN)/workbench capture nano runs/bundled.jsonl data/demo.zarr --dtype float32
 
-# What the studies and experiments say of the finished run: data/findings.md, in a quarter of an hour.
-ON_NANO := data/demo.zarr --model nano --dtype float32 --out runs/findings --overwrite
+# What the studies and experiments say of the finished run: data/findings.md. Sample sizes are in the script, and results
+# that are in runs/findings are not made again.
 findings: .venv/.user
-	mkdir -p runs
-	$(BIN)/workbench study chain-of-thought $(ON_NANO) --sequences 600 > /dev/null
-	for name in expert-ablation expert-forcing expert-reweighting; do \
-	  $(BIN)/workbench study $$name $(ON_NANO) --sequences 60 --option controls=20 > /dev/null || exit 1; done
-	$(BIN)/workbench study steering $(ON_NANO) --sequences 40 > /dev/null
-	for name in sink-ablation attention-knockout patching logit-attribution; do \
-	  $(BIN)/workbench study $$name $(ON_NANO) > /dev/null || exit 1; done
-	$(BIN)/workbench report data/demo.zarr --out runs/findings/findings.html --results runs/findings --overwrite
-	cp runs/findings/findings.md data/findings.md
+	$(BIN)/python scripts/findings.py
 
 # The figures of a paper from a run, each as a script of its own: make paper RUN=runs/demo.zarr
 RUN ?= data/demo.zarr

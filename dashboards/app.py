@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 import panel as pn
 
 from workbench.dashboards import widgets
-from workbench.dashboards.access import answer_unknown, guard, login_options
+from workbench.dashboards.access import answer_unknown, checked_origins, guard, login_options
 from workbench.dashboards.layout import PageTemplate, missing_page, page_template
 from workbench.dashboards.pages import absent_pages, made, page_titles
 from workbench.dashboards.session import Session
@@ -112,7 +112,7 @@ def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Co
         InputError: no page has this name.
     """
     if page not in page_titles():
-        raise InputError(f"no page is called {page!r}; the pages are {', '.join(page_titles())}")
+        raise InputError(f"page {page!r} does not exist; the pages are {', '.join(page_titles())}")
     pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     registry, choice = RunRegistry(paths), Selection(chosen)
     body = pn.Column(sizing_mode="stretch_width")
@@ -151,7 +151,7 @@ def serve(
     extra: pages of other packages by their path.
     """
     access = login_options(basic_auth)
-    origins = [*local_origins(address, port), *allow_origin]
+    origins = [*local_origins(address, port), *checked_origins(allow_origin)]
     registry = RunRegistry(runs, model=model, editable=address in _LOCAL)
     check_free(address, port)
     pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
@@ -197,15 +197,18 @@ def check_free(address: str, port: int) -> None:
     Raises:
         InputError: the port or the address cannot be used.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except (OSError, OverflowError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(
-                f"port {port} of {address} cannot be used ({reason}): choose another with --port"
-            ) from error
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(
+            address or None, port, socket.AF_INET, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(target)
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: a name that no host can have
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"port {port} of {address!r} cannot be used ({reason}): choose another with --port or --address"
+        ) from error
 
 
 if __name__.startswith("bokeh_app"):  # what `panel serve` calls a script

@@ -140,7 +140,7 @@ def figure_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _label(name: str) -> str:
-    """Return the name of a figure in sentence case, without a word that is there twice in a row."""
+    """Return the name of a figure in sentence case, without words that repeat the one before."""
     words = name.split("_")
     return " ".join(word for before, word in zip(["", *words], words, strict=False) if word != before).capitalize()
 

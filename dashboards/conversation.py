@@ -1,7 +1,7 @@
 """One conversation as a page of its own: tokens coloured by what was recorded of them, replayed while experts light up.
 
 The page is a document in a sandboxed frame. Texts go into it as JSON whose `<` are escaped, and onto the screen as text
-nodes: nothing that a transcript says can be run.
+nodes: nothing in a transcript can be run.
 """
 
 import base64
@@ -68,7 +68,7 @@ def document(
 
 
 def shared_page(run: Run, sequences: Sequence[int], theme: PageTheme = "light") -> str:
-    """Return one HTML file with these conversations: the replay of one, or each behind its title."""
+    """Return one HTML file with these conversations: the replay of one, or a list of titles that open."""
     tokenizer = vocabulary(run)
     if len(sequences) == 1:
         return document(run, sequences[0], tokenizer, theme)
@@ -164,7 +164,7 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
 def sentences_of(results: Mapping[str, xr.Dataset], id: str) -> list[dict[str, Any]]:
     """Return what the experiment sentence-importance measured of each sentence of a conversation; empty without.
 
-    results: its datasets. Results of earlier versions do not say where a sentence is, and give nothing.
+    results: its datasets. Results of earlier versions do not state where a sentence is, and give nothing.
     """
     ds = results.get("sentences")
     if ds is None or not {"start", "stop", *_MEASURED} <= set(ds.data_vars) or "conversation" not in ds.coords:

@@ -12,6 +12,7 @@ import xarray as xr
 from workbench import registry
 from workbench.dashboards import content, widgets
 from workbench.dashboards.example_lists import example, list_of
+from workbench.dashboards.neurons_page import effects_table
 from workbench.dashboards.session import Page, Selectors, Session, missing_record, study
 from workbench.errors import InputError
 from workbench.studies import expert_labels
@@ -165,17 +166,9 @@ def logit_effects(session: Session, layer: int, expert: int) -> list[Any]:
     cell = ds.isel(layer=layer, expert=expert)
     if int(cell["tokens"]) == 0:
         return []
-    rows = pd.DataFrame(
-        {
-            "raises": [repr(str(text)) for text in cell["top_text"].values],
-            "by (logits)": cell["top_logit"].values.astype(float).round(3),
-            "lowers": [repr(str(text)) for text in cell["bottom_text"].values],
-            "by (logits) ": cell["bottom_logit"].values.astype(float).round(3),
-        }
-    )
     note = "Mean over the expert's tokens of what its output adds to each logit directly"
     name = f"{session.name}-{layer}-{expert}-logits"
-    return [widgets.table("Direct effects on logits", rows, name, note=note)]
+    return [widgets.table("Direct effects on logits", effects_table(cell), name, note=note)]
 
 
 def _list(session: Session, ds: xr.Dataset, kind: str, channel: str) -> str:

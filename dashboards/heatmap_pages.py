@@ -111,9 +111,8 @@ def experts(session: Session) -> Page:
 
 
 def _expert(session: Session, chosen: Selectors) -> pn.Column:
-    """Return the details of one expert: load by channel and effort, co-activated experts, overrepresented tokens."""
+    """Return the details of one expert: load by channel and effort, co-activated experts, effects and examples."""
     run, layer, expert = session.run, chosen.number("layer"), chosen.number("expert")
-    words = search.vocabulary(run)
     label = f"{session.name}-layer-{layer}-expert-{expert}"
     acts = quick_look.by_channel_and_effort(run, "load", layer, expert, chosen["task"]).round(2)
     note = f"Load relative to uniform, {_of_task(chosen)}: 1 is an equal load of all experts"
@@ -126,13 +125,6 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
         cards.append(
             widgets.table("Co-activated experts", partners, f"{label}-with", {"with expert": links}, note=note)
         )
-
-    def tokens() -> Any:
-        within = search.TokenSelection(**chosen.cell)
-        rows = search.expert_tokens(run, layer, expert, lambda i: search.shown(i, words), within=within)
-        note = f"Pooled tokens, without intervals: {chosen.description}"
-        return _examples(session, "Tokens of the selection", note, rows, f"{label}-tokens", "expert")
-
     cards += expert_sections.logit_effects(session, layer, expert)
     cards += expert_sections.measured_effects(session, layer, expert)
     return pn.Column(
@@ -140,7 +132,6 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
         expert_sections.examples(session, chosen),
         *neurons_page.strongest(session, layer, expert),
         expert_sections.load_with_intervals(session, layer, expert),
-        widgets.later(tokens),
         sizing_mode="stretch_width",
     )
 

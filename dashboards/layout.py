@@ -88,8 +88,8 @@ def _load_styles_from_this_server() -> None:
 
 def navigation(page: str, titles: Mapping[str, str], absent: Collection[str] = ()) -> str:
     """Return HTML with links to all pages under the headings of `GROUPS`; those of absent pages are grey."""
-    named = {path for paths in GROUPS.values() for path in paths}
-    groups = {**GROUPS, "More studies": tuple(path for path in titles if path not in named)}
+    in_groups = {path for paths in GROUPS.values() for path in paths}
+    groups = {**GROUPS, "More studies": tuple(path for path in titles if path not in in_groups)}
     parts = []
     for heading, paths in groups.items():
         links = "".join(
@@ -107,7 +107,7 @@ def _page_link(path: str, title: str, current: bool, absent: bool) -> str:
 
 
 def missing_page(titles: Mapping[str, str]) -> str:
-    """Return the document for an address that is no page: it says so and links to those that are. titles: of them."""
+    """Return the document for an address that is not a page, with links to the pages. titles: of the pages."""
     links = "".join(
         f'<li><a href="/{escape(path)}">{look.icon(path)} {escape(title)}</a></li>' for path, title in titles.items()
     )

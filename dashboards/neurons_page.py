@@ -6,6 +6,7 @@ Both are those that a capture recorded in bounded memory (`--record neurons`), p
 
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,7 @@ def examples(session: Session, layer: int, expert: int) -> pn.Column:
             widgets.beside(
                 widgets.card("Largest activations", widgets.html(lists(session, ds, neuron, ""))),
                 widgets.card("Random sample", widgets.html(lists(session, ds, neuron, "random_"))),
+                *logit_effects(session, layer, expert, neuron),
             ),
             widgets.table(
                 "Neurons of the expert", rows, f"{session.name}-{layer}-{expert}-neurons", {"neuron": links}, note=note
@@ -100,6 +102,33 @@ def examples(session: Session, layer: int, expert: int) -> pn.Column:
         ]
 
     return widgets.awaited(_asked(session, layer, expert), show)
+
+
+def logit_effects(session: Session, layer: int, expert: int, neuron: int) -> list[Any]:
+    """Return a table of the tokens whose logits a neuron raises and lowers directly, or the command that computes them.
+
+    They are those of the experiment expert-logits that is stored beside the run, with its option neuron_layer.
+    """
+    for name, ds in session.registry.stored(session.name).experiments.get("expert-logits", {}).items():
+        known = {"top_text", "bottom_text", "top_logit", "bottom_logit"} <= set(ds) and "neuron" in ds.dims
+        if name == "neurons" and known and ds.attrs.get("layer") == layer and expert in ds["expert"].values:
+            rows = effects_table(ds.sel(expert=expert, neuron=neuron))
+            return [widgets.table("Direct effects on logits", rows, f"{session.name}-{layer}-{expert}-{neuron}-logits")]
+    command = f"workbench study expert-logits {session.run.path} --model MODEL --option neuron_layer={layer} --out "
+    command += f"{Path(str(session.run.path)).stem}-logits"
+    text = "The tokens whose logits each neuron raises and lowers are computed from the model, beside the run:"
+    return [widgets.empty_state("Direct effects on logits are not computed", text, command)]
+
+
+def effects_table(cell: xr.Dataset) -> pd.DataFrame:
+    """Return the tokens that one neuron or expert raises and lowers directly, the largest effects first."""
+    columns = {
+        "raises": [repr(str(text)) for text in cell["top_text"].values],
+        "by (logits)": cell["top_logit"].values.astype(float).round(3),
+        "lowers": [repr(str(text)) for text in cell["bottom_text"].values],
+        "by (logits) ": cell["bottom_logit"].values.astype(float).round(3),
+    }
+    return pd.DataFrame(columns)
 
 
 def strongest(session: Session, layer: int, expert: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The overview: what the run is, accuracy and tokens by effort, the largest verified differences, and problems."""
+"""The overview: a summary of the run, accuracy and tokens by effort, the largest verified differences, and problems."""
 
 from collections.abc import Mapping
 from html import escape
@@ -71,7 +71,7 @@ def _head(run: Run) -> str:
 
 
 def sentence(run: Run) -> str:
-    """Return one sentence that says what the run is."""
+    """Return one sentence that states what the run is."""
     table, model = run.sequences, run.model
     efforts = in_order([effort for effort in table["effort"].unique() if effort])
     prompts = table["prompt_id"].replace("", pd.NA).nunique() or len(table)

@@ -219,7 +219,7 @@ def absent_pages(session: Session) -> set[str]:
         page = record.page or record.name
         if _study_of(page) == record and missing_record(record, run) is not None:
             absent.add(page)
-    return absent | (set() if feature_names(run) else {"features"})
+    return (absent - {"features"}) | (set() if feature_names(run) else {"features"})
 
 
 def made(page: str, session: Session) -> Page:

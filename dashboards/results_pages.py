@@ -1,7 +1,6 @@
 """The pages of what is stored beside a run: effects of experiments, and attribution graphs."""
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from typing import Any
 
@@ -16,6 +15,7 @@ from workbench.dashboards import attribution_graph, content, theme, widgets
 from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Session, box
 from workbench.dashboards.stored_results import StoredResults
+from workbench.errors import InputError
 from workbench.figures.gallery import Gallery, GalleryItem
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
@@ -38,14 +38,37 @@ def causal(session: Session) -> Page:
 
     def show(*_: Any) -> None:
         session.put(experiment=str(pick.value))
-        shown[:] = [widgets.guarded(lambda: _experiment(session, str(pick.value), stored))]
+        name = str(pick.value)
+        shown[:] = [widgets.guarded(lambda: _readable(name, lambda: _experiment(session, name, stored)))]
 
     show()
     pick.param.watch(show, "value")
-    rows = overview_table(stored.experiments)
-    links = [session.link("causal", experiment=titles[title]) for title in rows["experiment"]]
-    summary = widgets.table("All experiments", rows, f"{session.name}-experiments", {"experiment": links})
-    return Page([pick], [summary, shown, *notes])
+
+    def summary() -> Any:
+        rows = overview_table(stored.experiments)
+        links = [session.link("causal", experiment=titles[title]) for title in rows["experiment"]]
+        return widgets.table("All experiments", rows, f"{session.name}-experiments", {"experiment": links})
+
+    table = widgets.guarded(lambda: _readable("experiments", summary))
+    return Page([pick], [table, shown, *notes])
+
+
+def _readable(name: str, body: Callable[[], Any]) -> Any:
+    """Return what `body` makes of stored results.
+
+    Raises:
+        InputError: they are not as experiments write them.
+    """
+    try:
+        return body()
+    except InputError:
+        raise
+    except Exception as error:  # an attribute, a variable or an axis may be missing or another
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise InputError(
+            f"the results of {name} beside the run are not as `workbench study` writes them ({reason}): "
+            "write them again"
+        ) from error
 
 
 def overview_table(experiments: Mapping[str, Mapping[str, xr.Dataset]]) -> pd.DataFrame:
@@ -83,7 +106,7 @@ def _experiment(session: Session, name: str, stored: StoredResults) -> pn.Column
     return pn.Column(
         widgets.html(f"<h2>{escape(record.title)}</h2><p class='wb-lead'>{escape(record.question)}</p>"),
         widgets.card("Findings", widgets.html(content.findings(sets))),
-        *(widgets.guarded(partial(_drawn, session, item, f"{label}-{key}")) for key, item in gallery.items()),
+        *(_drawn(session, item, f"{label}-{key}") for key, item in gallery.items()),
         *(_null(session, ds, f"{label}-{key}-null") for key, ds in sets.items() if {"random", "change"} <= set(ds)),
         *(part for key, ds in sets.items() for part in _numbers(ds, key.replace("_", " "), f"{label}-{key}")),
         widgets.card("Methods", widgets.html(content.method(sets)), collapsed=True),

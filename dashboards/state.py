@@ -27,7 +27,7 @@ from workbench.studies.specialization import together
 class Selection:
     """The selected values by name. They are the query string of every page, so a link opens the same view again.
 
-    A page uses the names that it knows and passes the others on to the next page.
+    A page uses its own names and passes the others on to the next page.
     """
 
     NAMES = (
@@ -102,7 +102,7 @@ class RunRegistry:
         self, paths: Sequence[str | Path], *, cache: Path | None = None, model: str = "", editable: bool = True
     ) -> None:
         if not paths:
-            raise InputError("name at least one run to show: workbench dashboard RUN.zarr")
+            raise InputError("no run was given: give at least one, as in `workbench dashboard RUN.zarr`")
         self._paths: dict[str, str | Path] = {}
         self._model, self.editable = model, editable
         for path in paths:
@@ -114,13 +114,13 @@ class RunRegistry:
             )
             name = last.removesuffix(".zarr")
             if name in self._paths:
-                raise InputError(f"two runs are called {name!r}: {self._paths[name]} and {path}; rename one of them")
+                raise InputError(f"two runs have the name {name!r}: {self._paths[name]} and {path}; rename one of them")
             self._paths[name] = path
         self._runs: dict[tuple[str, str], tuple[bytes, Run]] = {}
         self._made: dict[tuple[str, ...], tuple[str, Any]] = {}
         self._lock, self._locks = threading.Lock(), dict[tuple[str, ...], threading.Lock]()
         for name in self.names:
-            self.run(name)  # a path that is no run is refused before anything is served
+            self.run(name)  # a path that is not a run is refused before anything is served
         self.jobs = StudyJobs(cache)
 
     @property
@@ -183,7 +183,10 @@ class RunRegistry:
             InputError: labels cannot be changed here, or the file of labels is damaged.
         """
         if not self.editable:
-            raise InputError("labels can be changed on a dashboard that only this machine can reach")
+            raise InputError(
+                "labels cannot be changed here: the dashboard can be reached from other machines; "
+                "start it on 127.0.0.1 to edit labels"
+            )
         with self._lock:  # two sessions do not lose each other's labels
             run = self.run(name)
             labels = expert_labels.read(run)

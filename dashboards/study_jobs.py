@@ -1,4 +1,4 @@
-"""Compute the studies of a dashboard in processes of their own, and cache the results.
+"""Run the studies of a dashboard in processes of their own, and cache their results by run, code and options.
 
 A study of ten million tokens takes minutes and a gigabyte of memory, so the server does not compute it itself. A result
 is stored as the files that `workbench study --out` writes, under the digest of the run and that of the code, and a
@@ -65,7 +65,7 @@ class StudyJobs:
         lasting: bool = True,
         options: Mapping[str, int] | None = None,
     ) -> Answer:
-        """Return the state of the study of the run(s) at these paths, and start it if nobody has yet.
+        """Return the state of the study of the run(s) at these paths, and start it if needed.
 
         digest: of the runs, without the excluded sequences. exclude: flags of sequences to leave out. lasting: whether
         the runs are complete. options: of the study, numbers only: they are part of the name of the cached result.
@@ -75,7 +75,7 @@ class StudyJobs:
         return self._state((name, digest), make)
 
     def attention(self, path: str, digest: str, model: str, sequence: int, layers: str) -> Answer:
-        """Return the state of the attention patterns of a sequence, and start `workbench attention` if nobody has yet.
+        """Return the state of the attention patterns of a sequence, and start `workbench attention` if needed.
 
         The run's own digest and the model's are compared by that command. layers: as in its option; "" for all.
         """
@@ -83,7 +83,7 @@ class StudyJobs:
         return self._state((name, digest), partial(self._attention, path, digest, model, sequence, layers, name))
 
     def _state(self, key: tuple[str, str], make: Callable[[], dict[str, xr.Dataset]]) -> Answer:
-        """Return the state of a piece of work, and start it if nobody has yet."""
+        """Return the state of a piece of work, and start it if needed."""
         with self._lock:
             if key not in self._made:
                 self._made[key] = (time.monotonic(), self._pool.submit(make))

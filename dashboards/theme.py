@@ -1,4 +1,4 @@
-"""The look of pages in a browser: colour tokens for light and dark, sizes, style sheets, icons and page parts.
+"""The style of pages in a browser: colour tokens for light and dark, sizes, style sheets, icons and page parts.
 
 Every colour, size and distance is a CSS variable (`--wb-ink`, `--wb-space`), so a style sheet names what a colour is
 for. `PAIRS` lists which colours lie on each other; the tests compute their contrast (WCAG 2.2, AA). Everything here is

@@ -115,7 +115,7 @@ def main() -> None:
         parser.error(f"unknown picture {', '.join(sorted(unknown))}: expected some of {', '.join(PICTURES)}")
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "demo.zarr"
-        shutil.copytree(given.run, run)  # the graph lies beside the run
+        shutil.copytree(given.run, run)  # the graph is beside the run
         if "graph" in names:
             graph = ["graph", "nano", "--prompt", "24*29", "--effort", "high", "--out", f"{folder}/why.json"]
             subprocess.run([sys.executable, "-m", "workbench.cli", *graph], check=True, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""A checkout without symbolic links says so in one line when it is imported."""
+"""A checkout without symbolic links states it in one line when it is imported."""
 
 import shutil
 import subprocess

@@ -102,9 +102,9 @@ prompt = wb.harmony.render([{"role": "user", "content": "47*68"}], effort="high"
 print(model.tokenizer.decode(model.generate([prompt], max_new_tokens=200)[0]))
 print(pathlib.Path(wb.__file__).parent, pathlib.Path(next(iter(workbench.data.__path__))) / "demo.zarr")
 """
-    said = run(str(python), "-c", code)
-    assert "<|channel|>final<|message|>3196" in said
-    where, demo = said.splitlines()[-1].split()
+    printed = run(str(python), "-c", code)
+    assert "<|channel|>final<|message|>3196" in printed
+    where, demo = printed.splitlines()[-1].split()
     assert where.startswith(str(tmp_path))
     assert "nano: 4 layers of 16 experts" in run(command, "summary", demo)
     assert (Path(where) / "py.typed").is_file()  # type checkers read the annotations, which `make test` checks

@@ -58,7 +58,7 @@ def test_a_broken_record_is_refused(broken: str, message: str) -> None:
 def test_former_names_lead_to_the_same_record() -> None:
     former = {"cot": "chain-of-thought", "ablate": "expert-ablation", "silence": "sink-ablation"}
     assert {name: registry.find(name).name for name in former} == former
-    with pytest.raises(InputError, match="no study or experiment is called 'alchemy'; choose from routing"):
+    with pytest.raises(InputError, match="study or experiment 'alchemy' does not exist; choose from routing"):
         registry.find("alchemy")
 
 

@@ -128,7 +128,7 @@ class LayerStep:
         self._addresses = np.zeros(len(VALUES) + len(GIVEN), np.int64)
         np.add(offsets, self._memory.data_ptr(), out=self._addresses[: len(VALUES)])
         self.give(rows=rows, adds=1, rotates=1)
-        self._kept: list[Tensor] = []
+        self._tensors: list[Tensor] = []
 
     def give(self, **given: int) -> None:
         """Set what a step is given: names of `GIVEN` or, to use other memory for them, of `VALUES`."""
@@ -139,7 +139,7 @@ class LayerStep:
         """Set addresses to those of tensors [...], which are kept."""
         for name, tensor in given.items():
             self._addresses[_INDEX[name]] = tensor.data_ptr()
-            self._kept.append(tensor)
+            self._tensors.append(tensor)
 
     def give_cache(
         self,

@@ -4,7 +4,7 @@ A layer has thirteen phases. In each, threads take pieces of work from a counter
 pieces are finished by any thread; so any number of threads may take part, and none waits for one that has not begun. A
 launch computes neighbouring phases: all of them where no hook needs a value in between.
 
-`LAYER` says where the weights of a layer are and how large it is; `STEP` where the values of a step are. All are
+`LAYER` states where the weights of a layer are and how large it is; `STEP` where the values of a step are. All are
 addresses and sizes in elements, except the bytes between keys. Values are float32, rounded where the reference rounds
 to bfloat16. numba compiles the loop, as `workbench.kernels.cpu` explains.
 
@@ -55,7 +55,7 @@ from workbench.kernels.cpu.row_loops import (
 
 
 class Phase(IntEnum):
-    """The phases of a layer in their order; `END` is behind the last."""
+    """The phases of a layer in their order; `END` follows the last."""
 
     ATTENTION_NORM = 0
     PROJECT = 1
@@ -278,7 +278,7 @@ def _sum_values(scores, values, value_bytes, n, heads, vectors, sums):
 
 @_inline
 def _output(piece, w, s):
-    """The output projection of all rows, and the residual stream behind it."""
+    """The output projection of all rows, and the residual stream after it."""
     _dense(piece, w.o, w.o_bias, w.d_model, w.n_heads * w.d_head, s.z, s.rows, s.attention_out)
     start = piece * _DENSE_CHUNK
     vectors = min(_DENSE_CHUNK, w.d_model - start) // LANES
@@ -412,7 +412,7 @@ def _down(piece, w, s):
 
 @_inline
 def _combine(piece, w, s):
-    """A chunk of a row's sum over its slots, and the residual stream behind it."""
+    """A chunk of a row's sum over its slots, and the residual stream after it."""
     chunks = _ceil(w.d_model, _COMBINE_CHUNK)
     row, start = piece // chunks, piece % chunks * _COMBINE_CHUNK
     vectors = (min(start + _COMBINE_CHUNK, w.d_model) - start) // LANES
@@ -488,7 +488,7 @@ def _run_phases(_, counters, layer, step, first, end):
 
 def compile_phases() -> Callable[..., None]:
     """Return the compiled `_run_phases`: from the cache on disk if it has them."""
-    # numba's cache compares the age of this file only, so that the name tells what the other files hold.
+    # numba's cache compares the age of this file only, so the name contains a digest of the other files.
     files = (Path(str(module.__file__)) for module in (loops, row_loops))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     _run_phases.__qualname__ = f"_run_phases_{digest}"

@@ -70,7 +70,7 @@ class Session:
         self.page.goto(url, timeout=90_000)
 
     def _page_error(self, error: object) -> None:
-        # Panel 1.9 now and then tells the wrong element to resize while a figure is drawn; it is drawn all the same.
+        # Panel 1.9 now and then resizes the wrong element while a figure is drawn; it is drawn all the same.
         if "_guiEditing" not in str(error):
             self.errors.append(str(error))
 
@@ -95,7 +95,8 @@ def heat(page: Page) -> list[list[float]]:
     """The numbers of the first heat map, as the browser holds them."""
     values = page.evaluate(
         """() => { let found = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
-             if (!found && e.classList.contains('js-plotly-plot')) { const t = (e.data || []).find(t => t.type === 'heatmap');
+             if (!found && e.classList.contains('js-plotly-plot')) {
+               const t = (e.data || []).find(t => t.type === 'heatmap');
                if (t) found = Array.from(t.customdata || t.z).length + '|' + JSON.stringify((t.z._inputArray || t.z)); }
              if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
     )
@@ -105,9 +106,9 @@ def heat(page: Page) -> list[list[float]]:
 
 def frame_of(session: Session) -> Frame:
     for _ in range(120):
-        found = [f for f in session.page.frames if f != session.page.main_frame]
+        frames = [f for f in session.page.frames if f != session.page.main_frame]
         with contextlib.suppress(Error):  # a frame that was replaced meanwhile
-            if found and found[0].locator(".t").count():
-                return found[0]
+            if frames and frames[0].locator(".t").count():
+                return frames[0]
         session.page.wait_for_timeout(250)
     pytest.fail("no conversation is shown")

@@ -164,7 +164,8 @@ def test_from_a_cell_to_the_token_of_an_example(demo: str, browser: Browser) -> 
     session.page.evaluate(
         """() => { let found = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
              if (!found && e.classList.contains('js-plotly-plot')) found = e; if (e.shadowRoot) walk(e.shadowRoot); } };
-           walk(document); found.emit('plotly_click', {points: [{x: 5, y: 1, curveNumber: 0, pointNumber: [1, 5]}]}) }"""
+           walk(document); 
+           found.emit('plotly_click', {points: [{x: 5, y: 1, curveNumber: 0, pointNumber: [1, 5]}]}) }"""
     )
     expect(session.page.get_by_role("heading", name="Layer 1, expert 5")).to_be_visible()
     session.page.wait_for_url(re.compile("expert=5"))
@@ -189,8 +190,8 @@ def test_every_control_and_picture_of_a_page_has_a_name(demo: str, browser: Brow
     assert session.page.locator("h1").count() == 1
     assert session.page.evaluate("document.documentElement.lang") == "en"
     session.page.evaluate("document.body.append(document.createElement('select'))")
-    found = session.page.evaluate(UNNAMED)
-    assert found == ["SELECT"], "negative control: one without a name"
+    reported = session.page.evaluate(UNNAMED)
+    assert reported == ["SELECT"], "negative control: one without a name"
 
 
 def test_a_password_file_requires_a_password(demo_run: Path, tmp_path: Path, browser: Browser) -> None:

@@ -44,8 +44,8 @@ def test_the_navigation_has_every_page_once_under_a_heading() -> None:
     assert text.count("aria-current=page") == 1
     assert text.count("wb-absent") == 1
     assert text.index("More studies") < text.index("&lt;b&gt;Another"), "a page that no group names"
-    named = {path for paths in GROUPS.values() for path in paths}
-    assert named - {"live"} <= set(page_titles()), "every page of a group exists"
+    linked = {path for paths in GROUPS.values() for path in paths}
+    assert linked - {"live"} <= set(page_titles()), "every page of a group exists"
     assert navigation("experts", {"experts": "Experts"}).count("<h2>") == 1, "no heading without a page"
 
 

@@ -1,4 +1,4 @@
-"""Results beside a run are found by the run's digest; what is not theirs, hidden or unreadable is not shown as theirs."""
+"""Results beside a run are found by the run's digest; what is of another run, hidden or unreadable is not shown."""
 
 import json
 from pathlib import Path
@@ -35,9 +35,9 @@ def test_results_of_the_run_are_found_and_those_of_another_are_not(run_path: Pat
     save({"sinks": effects("mine")}, run_path.parent / "results")
     save({"sinks": effects("another")}, run_path.parent / "others")
     save({"own": effects("mine", study="routing")}, run_path.parent / "studies")  # no experiment
-    found = stored_beside(run_path, "mine").experiments
-    assert {name: list(sets) for name, sets in found.items()} == {"sink-ablation": ["sinks"]}
-    np.testing.assert_array_equal(found["sink-ablation"]["sinks"]["change"], [-2.0, 0.1])
+    experiments = stored_beside(run_path, "mine").experiments
+    assert {name: list(sets) for name, sets in experiments.items()} == {"sink-ablation": ["sinks"]}
+    np.testing.assert_array_equal(experiments["sink-ablation"]["sinks"]["change"], [-2.0, 0.1])
     assert stored_beside(run_path, "nobody's").experiments == {}
 
 
@@ -59,9 +59,9 @@ def test_what_cannot_be_read_is_named_and_what_is_hidden_or_linked_is_passed_ove
     secret.write_text(json.dumps({"nodes": [], "links": [], "metadata": {}}))
     (folder / "link.json").symlink_to(secret)
     (run_path / "zarr.json").write_text("{")
-    found = stored_beside(run_path, "mine")
-    assert set(found.unreadable) == {"broken.json", "deep.json", "result.json"}
-    assert found.graphs == {}, "a link may lead anywhere"
+    stored = stored_beside(run_path, "mine")
+    assert set(stored.unreadable) == {"broken.json", "deep.json", "result.json"}
+    assert stored.graphs == {}, "a link may lead anywhere"
 
 
 def test_the_table_of_experiments_names_the_largest_effect_and_counts_intervals() -> None:

@@ -1,4 +1,4 @@
-"""Studies run in the background, are cached beside the run, and read again; nothing temporary is left behind."""
+"""Studies run in the background, are cached beside the run, and read again; no temporary file remains."""
 
 import tempfile
 import time
@@ -65,7 +65,7 @@ def test_what_a_run_cannot_carry_is_said_and_half_a_study_is_not_kept(tmp_path: 
     assert not [p for p in tmp_path.rglob("routing") if p.is_dir()]
 
 
-def test_no_temporary_folder_is_left_behind(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_temporary_folder_remains(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the study of a run that grows needs one."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()

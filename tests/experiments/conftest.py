@@ -44,7 +44,7 @@ def exact(models: dict[str, GptOss]) -> GptOss:
 
 
 @pytest.fixture(scope="session")
-def said() -> tuple[Tensor, list[int]]:
+def generated() -> tuple[Tensor, list[int]]:
     """What nano said: sequences of unequal length, padded on the right, and their lengths."""
     rows = transcripts(wb.open_run(DATA / "demo.zarr"), range(0, 60, 2))
     parts = [torch.from_numpy(np.asarray(row.tokens)).long() for row in rows]

@@ -1,4 +1,4 @@
-"""A notebook in a real JupyterLab, by clicking: it runs, shows progress and figures as wide as the cell, no warnings."""
+"""A notebook in JupyterLab, by clicking: it runs, shows progress and figures as wide as the cell, without warnings."""
 
 import os
 import shutil

@@ -26,7 +26,7 @@ def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
-    assert list(tmp_path.iterdir()) == [], "a notebook leaves nothing behind"
+    assert list(tmp_path.iterdir()) == [], "a notebook leaves no file"
 
 
 @pytest.mark.slow
@@ -55,18 +55,18 @@ def faults(notebook: Any) -> list[str]:
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if not any(cell.outputs or cell.execution_count for cell in cells):
         return []
-    found = []
+    problems = []
     if notebook.metadata.get("outputs_of") != runner().digest(notebook):
-        found.append("the outputs are of another source: run scripts/run_notebooks.py")
+        problems.append("the outputs are of another source: run scripts/run_notebooks.py")
     if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
-        found.append("the cells were not run in order")
+        problems.append("the cells were not run in order")
     outputs = [output for cell in cells for output in cell.outputs]
     if any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs):
-        found.append("an error or a warning is stored")
+        problems.append("an error or a warning is stored")
     figures = [cell for cell in cells if cell.source.strip().splitlines()[-1].startswith("wb.figures.")]
     if not all(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in figures):
-        found.append("a figure is no picture")
-    return found
+        problems.append("a figure is not a picture")
+    return problems
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

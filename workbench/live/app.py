@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 import panel as pn
 
-from workbench.dashboards.access import guard, login_options
+from workbench.dashboards.access import checked_origins, guard, login_options
 from workbench.dashboards.app import SESSIONS, ExtraPage, check_free, local_origins
 from workbench.dashboards.layout import PageTemplate, page_template
 from workbench.errors import InputError
@@ -25,7 +25,7 @@ __all__ = ["Limits", "dashboard_page", "live_page", "serve"]
 
 _MAX_ADDRESS = 16_000  # characters of a recipe in an address; browsers and proxies refuse much longer ones
 _AWAY_MS = 5_000  # a browser that has not reconnected after this time has left, and its request is cancelled
-# refreshing the page would switch the busy indicator on all the time; the page says itself what it does
+# refreshing the page would switch the busy indicator on all the time; the page shows its own status
 _CSS = ".wb-right > span[aria-hidden]{display:none}"
 _EXAMPLES = {"nano": "24*29"}  # of the tasks it was trained on
 
@@ -116,7 +116,7 @@ def serve(
     names and passwords; without it everybody who reaches the address may use the model.
     """
     access = login_options(basic_auth)
-    origins = [*local_origins(address, port), *allow_origin]
+    origins = [*local_origins(address, port), *checked_origins(allow_origin)]
     check_free(address, port)
     pn.extension(notifications=False, inline=True)  # nothing from another host
     server = ModelServer(model, name, limits, sources)

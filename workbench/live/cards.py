@@ -1,4 +1,4 @@
-"""Cards of interventions: what each does, on which tokens, and how strongly."""
+"""Cards of interventions: the kind, the tokens and the strength of each."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -100,7 +100,7 @@ class ScopeWidgets:
         """Return the scope that the widgets describe.
 
         Raises:
-            InputError: the last position is no number.
+            InputError: the last position is not a number.
         """
         text = str(self._stop.value).strip()
         if text and not text.isdecimal():

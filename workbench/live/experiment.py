@@ -1,4 +1,4 @@
-"""A recipe as it runs: the original answer token by token, then the edited one, then how they differ.
+"""Run a recipe: generate the original answer token by token, then the edited one, then compare them.
 
     experiment = Experiment(model, recipe)
     for _ in experiment.steps():
@@ -161,7 +161,7 @@ class Experiment:
 
     @torch.no_grad()
     def _score(self, new: list[int]) -> list[float]:
-        """Return the log-probability of every new token behind the prompt, given those before it."""
+        """Return the log-probability of every new token after the prompt, given those before it."""
         if not new:
             return []
         ids = torch.tensor([[*self.prompt, *new]], device=self.model.device)

@@ -12,7 +12,9 @@ from workbench.live.experiment import Answer, Comparison, Experiment, SampleSumm
 from workbench.studies.intervals import MIN_PROMPTS, wilson
 
 _STRONG = 2.0  # nats at which the colour of a change is full
-_MOST_COLOUR = 45  # percent of a colour behind text, which stays readable in both themes (contrast above 4.5)
+_MOST_COLOUR = (
+    45  # percent of colour in the background of text, which stays readable in both themes (contrast above 4.5)
+)
 ANSWER_CSS = """
 .lv-message{border-left:4px solid var(--lv-channel);background:color-mix(in srgb,var(--lv-channel) 9%,transparent);
 border-radius:4px;padding:4px 10px;margin:0 0 8px}

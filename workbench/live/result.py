@@ -30,7 +30,7 @@ def text_of(experiment: Experiment) -> str:
             f"log-probability of the original answer: {sum(changes):+.3f} nats with the interventions",
             "experts exchanged by layer: " + ", ".join(f"{share:.1%}" for share in comparison.routing_change),
         ]
-    lines += [f"no token was met by: {description}" for description in experiment.unmatched]
+    lines += [f"no token matched {description}" for description in experiment.unmatched]
     return "\n".join(lines)
 
 

@@ -85,11 +85,11 @@ def _sizes(block: Any) -> Any:
 
 def _links(block: Any) -> list[tuple[dict[str, Any], str, Any]]:
     """Return every module and weight of the block, and where it is held: (dictionary, name, module or tensor)."""
-    found: list[tuple[dict[str, Any], str, Any]] = []
+    links: list[tuple[dict[str, Any], str, Any]] = []
     for module in block.modules():
         for held in (module._modules, module._parameters, module._buffers):
-            found += [(held, name, one) for name, one in held.items()]
-    return found
+            links += [(held, name, one) for name, one in held.items()]
+    return links
 
 
 def _prepare(block: Any) -> FusedBlock | None:
@@ -132,7 +132,7 @@ def _prepare(block: Any) -> FusedBlock | None:
 
 
 def fused(block: Any, x: Tensor, context: PassContext) -> FusedBlock | None:
-    """Return the block's fused form if it can compute this pass: new tokens x [row 1 d_model] behind a cache."""
+    """Return the block's fused form if it can compute this pass: new tokens x [row 1 d_model] that follow a cache."""
     if context.cache is None or x.shape[1] != 1 or not 0 < len(x) <= ROWS or x.dtype != torch.bfloat16:
         return None
     if torch.is_grad_enabled() or block.attn.ungrouped or any(_GLOBAL_HOOKS) or not cpu.compiled(x):
@@ -144,7 +144,7 @@ def fused(block: Any, x: Tensor, context: PassContext) -> FusedBlock | None:
 
 
 def fused_forward(block: Any, known: FusedBlock, x: BFloat16[Tensor, "row 1 d_model"], context: PassContext) -> Tensor:
-    """Return the residual stream behind the block [row 1 d_model]; `x` is what its first hook point let through."""
+    """Return the residual stream after the block [row 1 d_model]; `x` is what its first hook point let through."""
     from workbench.kernels.cpu.layer import LayerStep, Phase
 
     in_experts = not known.experts.observed and block.get_point("hook_mlp_in") is None
@@ -228,6 +228,6 @@ def _check_experts(experts: Tensor, num_experts: int) -> None:
     wrong = experts[(experts < 0) | (experts >= num_experts)]
     if len(wrong):
         raise InputError(
-            f"a hook left expert {int(wrong[0])} in mlp.hook_expert_indices: expected 0 to {num_experts - 1}, the "
+            f"a hook set expert {int(wrong[0])} in mlp.hook_expert_indices: expected 0 to {num_experts - 1}, the "
             "experts of the layer"
         )
