@@ -215,7 +215,7 @@ def test_an_expert_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/experts?channel=analysis&layer=1&expert=5").drawn(2)
     expect(session.page.get_by_text("Layer 1, expert 5").first).to_be_visible(timeout=300_000)
     expect(session.page.get_by_text("for example").first).to_be_attached(timeout=300_000)
-    session.page.get_by_text("Co-activation in layer 1").first.click()
+    session.page.get_by_text("Co-activation and transitions").first.click()
     session.drawn(4)
     expect(session.page.get_by_text("From layer 1 to 2: analysis").first).to_be_attached(timeout=300_000)
     assert session.errors == []
@@ -224,7 +224,7 @@ def test_an_expert_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
 def test_a_head_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/sinks?layer=1&head=3").drawn(3)
     expect(session.page.get_by_text("Layer 1, head 3").first).to_be_visible(timeout=300_000)
-    expect(session.page.get_by_text("Mean sink attention (%) by channel and effort").first).to_be_attached()
+    expect(session.page.get_by_text("Mean sink attention (%)").first).to_be_attached()
     expect(session.page.get_by_text("Layer 1, head 3 by position").first).to_be_attached(timeout=300_000)
     assert session.errors == []
 
