@@ -68,7 +68,7 @@ def test_steering_by_role_finds_what_a_planted_direction_does(
         found = steering.experiment(nano, rows, **options)["direction"]  # type: ignore[arg-type]
     assert str(found["which"].values[0]) == "user − system"
     assert float(found["change"].isel(which=0, dose=0)) < -1
-    assert float(found["p"]) <= 0.05
+    assert float(found["p"].item()) <= 0.05
     assert float(np.abs(found["random"]).max()) < float(np.abs(found["change"].isel(which=0)).max())
     assert "+1 × (user − system)" in found.attrs["summary"]
     point = "blocks.2.hook_resid_post"
