@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "runs",
         "harmony",
         "errors",
+        "notebook",
         "progress",
     },
     "data": {"outputs", "model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},

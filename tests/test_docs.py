@@ -127,7 +127,7 @@ def test_the_commands_of_a_page_work_in_their_order(
     finally:
         for process in cluster:
             process.terminate()
-            process.wait(30)
+            process.wait(300)
         if host is not None:
             host.server.shutdown()
             host.server.server_close()
@@ -170,7 +170,7 @@ def run(words: list[str]) -> None:
         wait_for(port, server)
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(300)
 
 
 def broken_links(page: Path) -> list[str]:

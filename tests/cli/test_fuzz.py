@@ -253,7 +253,7 @@ def problems(parts: list[Any]) -> list[str]:
 def test_addresses_of_pages(workplace: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
     """A page shows the valid parts of an address; the others are neither an error nor markup."""
     nothing = Answer(reason="studies are not computed here")
-    monkeypatch.setattr("workbench.dashboards.study_jobs.Desk._state", lambda *_: nothing)
+    monkeypatch.setattr("workbench.dashboards.study_jobs.StudyJobs._state", lambda *_: nothing)
     registry = RunRegistry([workplace / "run.zarr"], cache=workplace / "cache")
 
     @cases(QUICK, long=long)
@@ -266,7 +266,7 @@ def test_addresses_of_pages(workplace: Path, monkeypatch: pytest.MonkeyPatch, lo
     try:
         check()
     finally:
-        registry.desk.close()
+        registry.jobs.close()
 
 
 LABELS = [{"layer": 0, "expert": n, "label": "digits", "automatic": "0 1 2", "score": 0.5} for n in range(3)]
@@ -275,7 +275,7 @@ LABELS = [{"layer": 0, "expert": n, "label": "digits", "automatic": "0 1 2", "sc
 def test_files_beside_a_run(workplace: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
     """Results of experiments, attribution graphs and labels that are not as the workbench writes them."""
     nothing = Answer(reason="studies are not computed here")
-    monkeypatch.setattr("workbench.dashboards.study_jobs.Desk._state", lambda *_: nothing)
+    monkeypatch.setattr("workbench.dashboards.study_jobs.StudyJobs._state", lambda *_: nothing)
     registry = RunRegistry([workplace / "run.zarr"], cache=workplace / "cache")
     save({"sinks": effects(registry.run("run").digest)}, workplace / "results")
     files: dict[str, tuple[Path, Any]] = {
@@ -306,4 +306,4 @@ def test_files_beside_a_run(workplace: Path, monkeypatch: pytest.MonkeyPatch, lo
     try:
         check()
     finally:
-        registry.desk.close()
+        registry.jobs.close()

@@ -255,7 +255,7 @@ def violations(frame: Frame, rules: list[str]) -> list[str]:
 
 def opened(session: Session, url: str, title: str) -> Iterator[Frame]:
     """The page and the frames in it, when nothing is loading any more."""
-    session.page.goto(url, timeout=90_000)
+    session.page.goto(url, timeout=300_000)
     expect(session.page.get_by_role("heading", name=title, level=1)).to_be_visible()
     expect(session.page.get_by_text("The result will be cached")).to_have_count(0, timeout=300_000)
     session.page.wait_for_timeout(700)

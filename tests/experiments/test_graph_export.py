@@ -144,7 +144,7 @@ def test_circuit_tracer_reads_the_file(model: GptOss, attributed: AttributionGra
         port = free.getsockname()[1]
     server = frontend.serve(str(tmp_path), port=port)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/graph_data/g.json", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/graph_data/g.json", timeout=300) as answer:
             content = answer.read()
     finally:
         server.stop()

@@ -68,7 +68,7 @@ def test_steering_by_role_finds_what_a_planted_direction_does(
         result = steering.experiment(nano, rows, **options)["direction"]  # type: ignore[arg-type]
     assert str(result["which"].values[0]) == "user − system"
     assert float(result["change"].isel(which=0, dose=0)) < -1
-    assert float(result["p"]) <= 0.05
+    assert float(result["p"].item()) <= 0.05
     assert float(np.abs(result["random"]).max()) < float(np.abs(result["change"].isel(which=0)).max())
     assert "+1 × (user − system)" in result.attrs["summary"]
     point = "blocks.2.hook_resid_post"

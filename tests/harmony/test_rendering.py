@@ -261,7 +261,7 @@ def test_a_template_that_never_ends_is_given_up(
     start = time.monotonic()
     with pytest.raises(InputError, match="the chat template of small failed: it was not done after 1 s"):
         harmony.render([{"role": "user", "content": "a"}], tokenizer=with_template(small, template))
-    assert time.monotonic() - start < 60, "the template went on after the limit"
+    assert time.monotonic() - start < 300, "the template went on after the limit"
 
 
 @pytest.mark.parametrize(("template", "reason"), FAILING.values(), ids=FAILING.keys())

@@ -244,6 +244,28 @@ def test_a_hook_that_edits_divides_its_layer_alone(model: GptOss, runs: list[Any
     assert runs[-3 * STEPS :] == [(0, 13), (0, 6), (6, 13)] * STEPS  # of block 0, then of block 1
 
 
+def test_a_pass_within_a_hook_has_memory_of_its_own(model: GptOss, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of one size use the same memory one after the other, but never at once."""
+    from workbench.kernels.cpu.layer import LayerStep
+
+    other, want = random_model(), decode(model)
+
+    def another_pass(tensor: Tensor, hook: Any) -> None:
+        decode(other, past=9)
+
+    hooks = [("blocks.0.mlp.router.hook_out", another_pass)]
+    assert torch.equal(decode(model, hooks=hooks), want)
+    begin = LayerStep.__init__
+
+    def begin_and_share(step: LayerStep, *arguments: Any) -> None:
+        begin(step, *arguments)
+        step._unused.append(step._memory)
+
+    monkeypatch.setattr(LayerStep, "__init__", begin_and_share)
+    monkeypatch.setattr(LayerStep, "release", lambda step: None)
+    assert not torch.equal(decode(model, hooks=hooks), want)
+
+
 def test_changed_weights_and_modules_are_noticed(launches: list[Any]) -> None:
     model = random_model()
     before = decode(model)

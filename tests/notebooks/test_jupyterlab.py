@@ -62,7 +62,7 @@ def lab(tmp_path: Path) -> Iterator[str]:
     wait_for(port, server)
     yield f"http://localhost:{port}/lab/tree"
     server.terminate()
-    server.wait(60)
+    server.wait(300)
     shutil.rmtree(home, ignore_errors=True)
 
 
