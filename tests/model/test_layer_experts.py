@@ -115,7 +115,7 @@ def test_a_list_of_numbers_states_the_same(full: GptOss, tmp_path: Path) -> None
     folder = save_checkpoint(tmp_path / "model", cfg, tensors)
     listed = changed(folder, model_type="gpt_oss", block_configs=..., num_local_experts=list(KEEP))
     assert open_checkpoint(listed).cfg == cfg
-    with pytest.raises(InputError, match=r"layers with \[8, 5, 6\] experts, and its config states 8: .* write this list"):
+    with pytest.raises(InputError, match=r"layers with \[8, 5, 6\] experts, and its config states 8: .* this list"):
         open_checkpoint(changed(listed, num_local_experts=8))
     with pytest.raises(InputError, match=r"layers with \[8, 5, 6\] experts, and its config states \[8, 6, 5\]"):
         open_checkpoint(changed(listed, num_local_experts=[8, 6, 5]))
