@@ -83,16 +83,16 @@ def test_wheel_and_sdist_hold_what_is_needed_and_nothing_of_ours(built: Path) ->
 
 def dependencies(package: Distribution, extra: str) -> set[str]:
     """The distributions that one needs with an extra, directly or through others, as their metadata say."""
-    found: set[tuple[str, str]] = set()
+    missing: set[tuple[str, str]] = set()
     ahead = [(package, extra)]
     while ahead:
         current, extra = ahead.pop()
         for requirement in map(Requirement, current.requires or []):
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                needed = {(canonicalize_name(requirement.name), e) for e in ("", *requirement.extras)} - found
+                needed = {(canonicalize_name(requirement.name), e) for e in ("", *requirement.extras)} - missing
                 ahead += [(distribution(name), extra) for name, extra in needed]
-                found |= needed
-    return {name for name, _ in found}
+                missing |= needed
+    return {name for name, _ in missing}
 
 
 def record(package: Distribution) -> list[str]:
