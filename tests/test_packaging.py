@@ -83,16 +83,16 @@ def test_wheel_and_sdist_hold_what_is_needed_and_nothing_of_ours(built: Path) ->
 
 def dependencies(package: Distribution, extra: str) -> set[str]:
     """The distributions that one needs with an extra, directly or through others, as their metadata say."""
-    missing: set[tuple[str, str]] = set()
+    reached: set[tuple[str, str]] = set()
     ahead = [(package, extra)]
     while ahead:
         current, extra = ahead.pop()
         for requirement in map(Requirement, current.requires or []):
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                needed = {(canonicalize_name(requirement.name), e) for e in ("", *requirement.extras)} - missing
+                needed = {(canonicalize_name(requirement.name), e) for e in ("", *requirement.extras)} - reached
                 ahead += [(distribution(name), extra) for name, extra in needed]
-                missing |= needed
-    return {name for name, _ in missing}
+                reached |= needed
+    return {name for name, _ in reached}
 
 
 def record(package: Distribution) -> list[str]:
