@@ -52,7 +52,7 @@ SECTIONS = {
     "steering": Section(120),
     "steering-by-role": Section(60, {"a": "role=system", "b": "role=user", "at": "role=user"}, study="steering"),
     "receiver-heads": Section(90, {"apart": 2}),
-    "expert-ablation": Section(180, {"controls": 39}),
+    "expert-ablation": Section(180, {"controls": 20}),
     "expert-forcing": Section(180, {"controls": 20}),
     "expert-reweighting": Section(180, {"controls": 20}),
     "super-experts": Section(60),
