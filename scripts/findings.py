@@ -9,6 +9,7 @@ Results are kept in runs/findings, and a result that is there is not made again:
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -28,7 +29,7 @@ from workbench.studies import run_study, save
 from workbench.studies.result import load
 
 ROOT = Path(__file__).parents[1]
-RUN, FINDINGS = ROOT / "data" / "demo.zarr", ROOT / "data" / "findings.md"
+RUN, FINDINGS = Path("data/demo.zarr"), Path("data/findings.md")  # from ROOT: results name them
 RECORD = ("routing", "neurons", "hook_resid_post")  # of the second run, from which activation studies are made
 
 
@@ -52,7 +53,7 @@ SECTIONS = {
     "steering": Section(120),
     "steering-by-role": Section(60, {"a": "role=system", "b": "role=user", "at": "role=user"}, study="steering"),
     "receiver-heads": Section(90, {"apart": 2}),
-    "expert-ablation": Section(180, {"controls": 39}),
+    "expert-ablation": Section(180, {"controls": 20}),
     "expert-forcing": Section(180, {"controls": 20}),
     "expert-reweighting": Section(180, {"controls": 20}),
     "super-experts": Section(60),
@@ -72,10 +73,11 @@ SECTIONS = {
 def main() -> None:
     """Make the missing results, and the report of all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "findings", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("runs/findings"), help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="make these, and no report")
     parser.add_argument("--report", action="store_true", help="make no result, only the report")
     arguments = parser.parse_args()
+    os.chdir(ROOT)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.report:
         make(arguments.out, arguments.only or list(SECTIONS))

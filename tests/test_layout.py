@@ -41,7 +41,10 @@ ACROSS_MODULES = {
     "notebooks/test_notebooks.py",
     "research/test_research.py",
     "runs/test_damage.py",
+    "scripts/test_findings.py",
     "scripts/test_install_torch.py",
+    "scripts/test_pictures.py",
+    "studies/test_confounded_runs.py",
     "test_architecture.py",
     "test_deferred_packages.py",
     "test_docs.py",
@@ -74,6 +77,7 @@ TESTED_BY = {
         f"kernels/gpu/compile_cases/{name}": "bench/test_kernels.py"
         for name in ("attention", "logits", "moe", "moments", "mxfp4", "norm", "rotary", "routing")
     },
+    "kernels/gpu/spills": "kernels/gpu/test_launches.py",
     "bench/first_steps": "bench/test_first.py",
     "bench/models": "bench/test_gpu.py",
     "bench/worker": "bench/test_cpu.py",
@@ -105,7 +109,6 @@ TESTED_BY = {
     "experiments/attention_knockout": "experiments/test_hidden_messages.py",
     "experiments/answer_effects": "experiments/test_generated_answers.py",
     "experiments/answer_measures": "experiments/test_generated_answers.py",
-    "experiments/answer_recipes": "experiments/test_generated_answers.py",
     "experiments/branch_answers": "experiments/test_sentence_importance.py",
     "experiments/branch_importance": "experiments/test_sentence_importance.py",
     "experiments/branching": "experiments/test_sentence_importance.py",
