@@ -132,7 +132,7 @@ def test_a_graph_finds_the_pages_of_its_experts(tmp_path: Path) -> None:
     [
         (["x.parquet"], "give a format and --out"),
         (["neuronpedia", "--out", "p", "--format", "parquet"], "give a format and --out"),
-        (["neuronpedia", "--out", "p", "--channel", "final"], "--channel is for other formats"),
+        (["neuronpedia", "--out", "p", "--channel", "final"], "--channel is not an option of this format"),
         (["parquet", "--out", "p", "--model", "nano"], "--model is for the format neuronpedia"),
         (["nothing", "--out", "p"], "--format nothing: choose from"),
     ],

@@ -83,11 +83,12 @@ def graph(
     wanted: Any = answer[place] if target is None else target
     options: dict[str, Any] = {"target": wanted, "against": against, "node_share": nodes, "edge_share": edges}
     made = make(loaded, [*ids, *answer[:place]], saes=load_autoencoders(sae or [], loaded.device), **options)
+    inner = made.nodes[made.nodes["kind"].isin(("head", "expert"))].nlargest(max(5, ablate), "influence")
+    measured = graph_checks.ablate(loaded, made, inner.index[:ablate].tolist())["measured"].tolist() if ablate else []
+    described = _described(made, inner, measured)  # before experts are divided into neurons
     if neurons:
         made = graph_details.with_neurons(loaded, made, top=neurons)
     chosen = graph_details.choice_edges(loaded, made) if choices else None
-    inner = made.nodes[made.nodes["kind"].isin(("head", "expert"))].nlargest(max(5, ablate), "influence")
-    measured = graph_checks.ablate(loaded, made, inner.index[:ablate].tolist())["measured"].tolist() if ablate else []
     with staged(out, command="graph", inputs=inputs, overwrite=overwrite) as part:
         if out.suffix == ".graphml":
             import networkx
@@ -96,7 +97,7 @@ def graph(
         else:
             graph_export.write_json(loaded, made, part, features_url=features, choices=chosen)
     print(f"answer: {loaded.tokenizer.decode(answer)}")
-    print(_described(made, inner, measured))
+    print(described)
     print(out)
 
 
