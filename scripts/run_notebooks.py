@@ -49,6 +49,8 @@ def run(path: Path) -> None:
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number
+            if "text/plain" in output.get("data", {}):
+                output.data["text/plain"] = output.data["text/plain"].replace(f"{FOLDER.parent}/workbench/", "")
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = _smaller(output.data["image/png"])
     notebook.metadata[MARK] = digest(notebook)
