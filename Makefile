@@ -12,6 +12,11 @@ BIN := .venv/bin
 SERVE ?= 1
 PORT ?= 5006
 
+# pip compiles one file after the other, for a minute or two. It is told not to, by a 0, and all cores compile what it
+# installed, except the packages' own tests.
+INSTALL := PIP_NO_COMPILE=0 $(BIN)/python
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/' .venv/lib || true
+
 .PHONY: demo test check dashboard nano run findings paper docs
 
 .venv/.torch-$(TORCH): constraints.txt scripts/install_torch.py
@@ -20,15 +25,17 @@ PORT ?= 5006
 	@$(PYTHON) -c 'import ensurepip' || { echo "this Python cannot make environments: apt-get install python3-venv"; exit 2; }
 	@printf '── installing into .venv: torch and the rest, one to four minutes the first time\n'
 	$(PYTHON) -m venv .venv
-	@$(BIN)/python scripts/install_torch.py $(TORCH) --constraints constraints.txt
+	@$(INSTALL) scripts/install_torch.py $(TORCH) --constraints constraints.txt
 	@rm -f .venv/.torch-*; touch $@
 
 .venv/.user: pyproject.toml constraints.txt .venv/.torch-$(TORCH)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dashboard]"
+	$(INSTALL) -m pip install -q -c constraints.txt -e ".[dashboard]"
+	@$(COMPILE)
 	touch $@
 
 .venv/.dev: .venv/.user
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(INSTALL) -m pip install -q -c constraints.txt -e ".[dev]"
+	@$(COMPILE)
 	touch $@
 
 # $(call step,WHAT,COMMAND): say what is done, do it, say how long it took
@@ -69,18 +76,10 @@ run: .venv/.user
 	$(BIN)/workbench generate nano data/prompts.jsonl runs/bundled.jsonl --dtype float32 --batch 200 --overwrite
 	$(BIN)/workbench capture nano runs/bundled.jsonl data/demo.zarr --dtype float32
 
-# What the studies and experiments say of the finished run: data/findings.md, in a quarter of an hour.
-ON_NANO := data/demo.zarr --model nano --dtype float32 --out runs/findings --overwrite
+# What the studies and experiments say of the finished run: data/findings.md. Sample sizes are in the script, and results
+# that are in runs/findings are not made again.
 findings: .venv/.user
-	mkdir -p runs
-	$(BIN)/workbench study chain-of-thought $(ON_NANO) --sequences 600 > /dev/null
-	for name in expert-ablation expert-forcing expert-reweighting; do \
-	  $(BIN)/workbench study $$name $(ON_NANO) --sequences 60 --option controls=20 > /dev/null || exit 1; done
-	$(BIN)/workbench study steering $(ON_NANO) --sequences 40 > /dev/null
-	for name in sink-ablation attention-knockout patching logit-attribution; do \
-	  $(BIN)/workbench study $$name $(ON_NANO) > /dev/null || exit 1; done
-	$(BIN)/workbench report data/demo.zarr --out runs/findings/findings.html --results runs/findings --overwrite
-	cp runs/findings/findings.md data/findings.md
+	$(BIN)/python scripts/findings.py
 
 # The figures of a paper from a run, each as a script of its own: make paper RUN=runs/demo.zarr
 RUN ?= data/demo.zarr
@@ -97,11 +96,13 @@ docs: .venv/.dev
 dashboard: .venv/.user
 	$(BIN)/workbench dashboard runs/demo.zarr --port $(PORT)
 
+# hundreds of processes of the tests import the same modules: Python may keep them compiled
+test check: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	@# types are checked beside the tests, as mypy uses one core only
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 --dist worksteal; tests=$$?; wait $$types && exit $$tests
 
 check: .venv/.dev
 	$(BIN)/ruff format .

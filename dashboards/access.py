@@ -1,4 +1,4 @@
-"""Access to the dashboard: which addresses may name it, who may log in, and how often one may try.
+"""Access to the dashboard: the host names at which it answers, logins, and the limit of attempts.
 
 A page of another site can make a browser resolve its own name to this machine (DNS rebinding). Its requests then carry
 that name as host and as origin, so both are compared with the names under which the dashboard is served.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bokeh.server.util import check_allowlist
+from bokeh.server.util import check_allowlist, create_hosts_allowlist
 from tornado.httputil import HTTPServerRequest
 from tornado.routing import Matcher, Rule
 from tornado.web import Application, RequestHandler
@@ -32,13 +32,13 @@ def guard(application: Application, origins: Sequence[str]) -> None:
 
 
 def answer_unknown(application: Application, page: str) -> None:
-    """Answer addresses that are no page with a page that says so. page: HTML of it."""
+    """Answer addresses that are not a page with a page of their own. page: its HTML."""
     application.settings["default_handler_class"] = Unknown
     application.settings["default_handler_args"] = {"page": page}
 
 
 class Unknown(RequestHandler):
-    """Answers an address that is no page."""
+    """Answers an address that is not a page."""
 
     def initialize(self, page: str) -> None:
         self._page = page
@@ -110,11 +110,27 @@ def _netloc(origin: str) -> str:
         return ""
 
 
+def checked_origins(origins: Sequence[str]) -> Sequence[str]:
+    """Return the values of `--allow-origin`.
+
+    Raises:
+        InputError: one is not HOST or HOST:PORT, or allows every host.
+    """
+    for origin in origins:
+        try:
+            (allowed,) = create_hosts_allowlist([origin], 80)
+        except ValueError as error:
+            raise InputError(f"--allow-origin {origin!r}: {error}; give HOST or HOST:PORT, without https://") from error
+        if not allowed.rpartition(":")[0].strip("*."):
+            raise InputError(f"--allow-origin {origin!r} allows every page of every host: give HOST or HOST:PORT")
+    return origins
+
+
 def login_options(basic_auth: Path | None) -> dict[str, Any]:
     """Return the options of Panel's server for logins. The key of the cookies exists in this process alone.
 
     Raises:
-        InputError: the file of passwords is no JSON object of texts, or other users of the machine can read it.
+        InputError: the file of passwords is not a JSON object of texts, or other users of the machine can read it.
     """
     if basic_auth is None:
         return {}
@@ -122,9 +138,11 @@ def login_options(basic_auth: Path | None) -> dict[str, Any]:
         mode = basic_auth.stat().st_mode
         known = read_json(basic_auth)
     except (OSError, ValueError) as error:
-        raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords ({error})") from error
+        raise InputError(
+            f"--basic-auth {basic_auth}: expected a JSON object of names and passwords ({error})"
+        ) from error
     if not isinstance(known, dict) or not known or not all(isinstance(v, str) and v for v in known.values()):
-        raise InputError(f"--basic-auth {basic_auth}: wanted a JSON object of names and passwords")
+        raise InputError(f"--basic-auth {basic_auth}: expected a JSON object of names and passwords")
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise InputError(
             f"--basic-auth {basic_auth}: other users of this machine can read it (mode {stat.S_IMODE(mode):o}): "

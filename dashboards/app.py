@@ -15,13 +15,15 @@ from urllib.parse import urlencode
 import panel as pn
 
 from workbench.dashboards import widgets
-from workbench.dashboards.access import answer_unknown, guard, login_options
+from workbench.dashboards.access import answer_unknown, checked_origins, guard, login_options
 from workbench.dashboards.layout import PageTemplate, missing_page, page_template
 from workbench.dashboards.pages import absent_pages, made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 
+# of `panel.serve`: how long a page waits for the connection of its browser, which first loads 5 MB over ssh, say
+SESSIONS: dict[str, Any] = {"unused_session_lifetime_milliseconds": 60_000}
 _LOCAL = ("localhost", "127.0.0.1")  # addresses that only this machine reaches
 
 
@@ -110,7 +112,7 @@ def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Co
         InputError: no page has this name.
     """
     if page not in page_titles():
-        raise InputError(f"no page is called {page!r}; the pages are {', '.join(page_titles())}")
+        raise InputError(f"page {page!r} does not exist; the pages are {', '.join(page_titles())}")
     pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     registry, choice = RunRegistry(paths), Selection(chosen)
     body = pn.Column(sizing_mode="stretch_width")
@@ -141,16 +143,15 @@ def serve(
     basic_auth: Path | None = None,
     model: str = "",
     extra: Mapping[str, ExtraPage] | None = None,
-    **options: Any,
 ) -> None:
     """Serve the dashboard until interrupted. Only pages from `address`, and of the origins allowed, may connect.
 
     basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look. model: the
     one that the runs were captured from, for attention patterns; loaded by processes of their own when it is needed.
-    extra: pages of other packages by their path. options: of `panel.serve`, which those need.
+    extra: pages of other packages by their path.
     """
     access = login_options(basic_auth)
-    origins = [*local_origins(address, port), *allow_origin]
+    origins = [*local_origins(address, port), *checked_origins(allow_origin)]
     registry = RunRegistry(runs, model=model, editable=address in _LOCAL)
     check_free(address, port)
     pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
@@ -167,7 +168,7 @@ def serve(
             start=False,
             websocket_origin=origins,
             num_threads=4,
-            **options,
+            **SESSIONS,
             **access,
         )
         guard(server._tornado, origins)
@@ -175,7 +176,7 @@ def serve(
         server.start()
         server.io_loop.start()
     finally:
-        registry.desk.close()
+        registry.jobs.close()
 
 
 def _warm(registry: RunRegistry) -> None:
@@ -196,15 +197,18 @@ def check_free(address: str, port: int) -> None:
     Raises:
         InputError: the port or the address cannot be used.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except (OSError, OverflowError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(
-                f"port {port} of {address} cannot be used ({reason}): choose another with --port"
-            ) from error
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(
+            address or None, port, socket.AF_INET, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(target)
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: a name that no host can have
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"port {port} of {address!r} cannot be used ({reason}): choose another with --port or --address"
+        ) from error
 
 
 if __name__.startswith("bokeh_app"):  # what `panel serve` calls a script

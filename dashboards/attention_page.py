@@ -19,6 +19,7 @@ from workbench import harmony
 from workbench.dashboards import search, widgets
 from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Session, box
+from workbench.dashboards.theme import BORDER
 from workbench.errors import InputError
 from workbench.figures.template import ThemeName
 from workbench.runs import Run
@@ -75,7 +76,7 @@ def _conversations(session: Session) -> pn.widgets.Select:
     lengths = table["length"].to_dict()
     readable = [n for n in known.values() if lengths[n] <= _READABLE]
     first = number if number is not None else max(readable or known.values(), key=lambda n: int(lengths[n]))
-    return widgets.select("Conversation", known, first, size=10)
+    return widgets.list_box("Conversation", known, first)
 
 
 def _all_layers_fit(run: Run) -> bool:
@@ -90,15 +91,15 @@ def _patterns(session: Session, number: int, layer: str) -> Any:
             f"{run.checkpoint['name']!r}: start the dashboard with `--model MODEL`, a folder or file with that model."
         )
         return widgets.alert(text, "info")
-    whole = _all_layers_fit(run)
-    ask = session.registry.attention(session.name, number, "" if whole else layer)
+    all_layers = _all_layers_fit(run)
+    ask = session.registry.attention(session.name, number, "" if all_layers else layer)
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
+    def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
         view = {name: session.choice.text(name) for name in VIEW if session.choice.text(name)}
-        text = frame(run, number, found["attention"], search.vocabulary(run), session.theme, view)
+        text = frame(run, number, results["attention"], search.vocabulary(run), session.theme, view)
         return [pn.pane.HTML(text, height=HEIGHT + 10, sizing_mode="stretch_width")]
 
-    cost = "one forward pass, and the time to load the model" + ("" if whole else ", for each layer")
+    cost = "one forward pass, and the time to load the model" + ("" if all_layers else ", for each layer")
     note = widgets.html(
         f"<p class='wb-muted'>Computed from the model for this conversation ({cost}); the result is cached.</p>"
     )
@@ -119,7 +120,7 @@ def frame(
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = html.escape(_PAGE.read_text(encoding="utf-8").replace("__DATA__", text), quote=True)
     return (
-        f'<iframe title="attention patterns" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0" '
+        f'<iframe title="attention patterns" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;{BORDER}" '
         f'srcdoc="{page}"></iframe>'
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.bounded_json import read_json
+from workbench.dashboards.theme import BORDER
 from workbench.errors import InputError
 from workbench.figures.template import ThemeName
 
@@ -32,12 +33,12 @@ def frame(path: Path, theme: ThemeName = "light", view: Mapping[str, str] | None
     """Return HTML of the frame with the graph in it. view: what is chosen in it at first, see `VIEW`.
 
     Raises:
-        InputError: the file is no attribution graph.
+        InputError: the file is not an attribution graph.
     """
     text = html.escape(document(graph_data(read_json(path)), path.stem, theme, view), quote=True)
     return (
         '<iframe title="attribution graph" sandbox="allow-scripts allow-downloads" allow="fullscreen" '
-        f'style="width:100%;height:{HEIGHT}px;border:0" srcdoc="{text}"></iframe>'
+        f'style="width:100%;height:{HEIGHT}px;{BORDER}" srcdoc="{text}"></iframe>'
     )
 
 
@@ -54,7 +55,7 @@ def graph_data(content: Any) -> dict[str, Any]:
 
     Pinned nodes and supernodes of the file are the first choice of the page.
 
-    Nodes and edges beyond `MOST_NODES` and `MOST_EDGES` are left out, the weakest first; `left_out` says how many.
+    Nodes and edges beyond `MOST_NODES` and `MOST_EDGES` are left out, the weakest first; `left_out` states how many.
 
     Raises:
         InputError: it has another form.
@@ -70,9 +71,10 @@ def graph_data(content: Any) -> dict[str, Any]:
         pinned = [str(id) for id in chosen.get("pinnedIds") or ()]
         supernodes = [[str(part) for part in group] for group in chosen.get("supernodes") or () if len(group) > 1]
         about = {str(k): v for k, v in info.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
-            f"the file is no attribution graph ({type(error).__name__}: {error}): expected circuit-tracer's JSON with "
+            f"the file is not an attribution graph ({type(error).__name__}: {error}): expected circuit-tracer's JSON "
+            "with "
             "metadata.prompt_tokens, nodes and links; make one with `workbench graph MODEL --prompt TEXT --out FILE`"
         ) from error
     shown = sorted(nodes, key=lambda node: (node["kind"] != "logit", -node["influence"]))[:MOST_NODES]

@@ -17,13 +17,12 @@ def about(run: Run) -> str:
     sequences = run.sequences
     done, total = run.progress
     state = "complete" if done == total else f"in progress: {done} of {total} units"
-    recorded = [name for name, on in vars(run.spec).items() if on is True] + [a.hook for a in run.spec.activations]
     efforts = ", ".join(f"{n} {effort}" for effort, n in sequences["effort"].value_counts(sort=False).items())
     parts = {
         "Model": f"{run.checkpoint['name']}: {run.model['n_layers']} layers, {number_of_experts(run.model)} experts, "
-        f"{run.model['experts_per_token']} a token",
+        f"{run.model['experts_per_token']} per token",
         "Transcripts": f"{len(sequences):,} ({efforts}), {int(sequences['length'].sum()):,} tokens",
-        "Recorded": ", ".join(recorded).replace("_", " "),
+        "Recorded": ", ".join(run.recorded).replace("_", " "),
         "State": state,
     }
     return _facts(parts)
@@ -53,19 +52,21 @@ def accuracy_by_effort(run: Run) -> pd.DataFrame:
 
 def tokens_by_role(run: Run) -> pd.DataFrame:
     """Return content tokens by role and channel (rows) and effort (columns)."""
-    said = run.messages.assign(tokens=lambda t: (t["stop"] - t["content"]).clip(lower=0))
-    said = said.assign(effort=said["sequence"].map(run.sequences["effort"]).replace("", "unstated"))
-    table = said.pivot_table(index=["role", "channel"], columns="effort", values="tokens", aggfunc="sum", fill_value=0)
+    messages = run.messages.assign(tokens=lambda t: (t["stop"] - t["content"]).clip(lower=0))
+    messages = messages.assign(effort=messages["sequence"].map(run.sequences["effort"]).replace("", "unstated"))
+    table = messages.pivot_table(
+        index=["role", "channel"], columns="effort", values="tokens", aggfunc="sum", fill_value=0
+    )
     table = table[in_order(list(table.columns))]
     return table.assign(all=table.sum(axis=1)).reset_index()
 
 
 def method(study: Mapping[str, xr.Dataset]) -> str:
     """Return HTML with the method of a study and what it does not control."""
-    said = dict.fromkeys((r.attrs["method"], r.attrs["not_controlled"]) for r in study.values())
+    methods = dict.fromkeys((r.attrs["method"], r.attrs["not_controlled"]) for r in study.values())
     first = next(iter(study.values())).attrs
     origin = f"Run {first['run_digest']}, workbench {first['workbench_version']}, seed {first['seed']}."
-    paragraphs = [f"{escape(how)} <i>Not controlled:</i> {escape(limits)}" for how, limits in said]
+    paragraphs = [f"{escape(how)} <i>Not controlled:</i> {escape(limits)}" for how, limits in methods]
     return "".join(f"<p>{text}</p>" for text in [*paragraphs, escape(origin)])
 
 
@@ -77,7 +78,7 @@ def findings(study: Mapping[str, xr.Dataset]) -> str:
     parts = []
     for number, result in enumerate(sorted(study.values(), key=lambda ds: "model" in str(ds.attrs["title"]).lower())):
         first, *others = result.attrs["summary"].splitlines() or [""]
-        lines = "".join(f"<li>{escape(line.strip())}</li>" for line in others)
+        lines = "".join(f"<li>{escape(line.strip())}</li>" for line in others if line.strip())
         body = f"<p class='wb-lead'>{escape(first)}</p>" + (f"<ul class='wb-answers'>{lines}</ul>" if lines else "")
         opened = " open" if number == 0 else ""
         parts.append(f"<details{opened}><summary><b>{escape(result.attrs['title'])}</b></summary>{body}</details>")
@@ -100,8 +101,8 @@ def provenance(run: Run) -> str:
     """Return HTML with the provenance of a run as a table."""
     rows = {**run.provenance, "digest": run.digest, "checkpoint": run.checkpoint}
     rows.pop("rejects", None)
-    if found := counted_in(run.sequences):
-        rows["flags of sequences"] = found
+    if flags := counted_in(run.sequences):
+        rows["flags of sequences"] = flags
     if run.exclusion:
         rows["excluded"] = run.exclusion
     cells = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
@@ -130,14 +131,16 @@ def figure_names(names: Iterable[str]) -> dict[str, str]:
     First accuracy, then the map of differences between analysis and final or else between efforts, then sizes.
     """
     every = list(names)
-    last = [name for name in every if name.startswith(("mass_frame", "mass_prompt", "load_")) or name.endswith("naive")]
+    # sizes of samples, and maps of all tokens
+    last = [name for name in every if name.startswith(("mass_frame", "mass_prompt", "load_"))]
+    last += [name for name in every if name.endswith(("naive", "_tokens", "_prompts", "_sequences"))]
     kinds = ("accuracy", "analysis_vs_final_matched", "difference_analysis_vs_final", "in_final_matched", "sizes")
     order = [name for kind in kinds for name in every if name not in last and kind in name]
     return {_label(name): name for name in dict.fromkeys((*order, *(n for n in every if n not in last), *last))}
 
 
 def _label(name: str) -> str:
-    """Return the name of a figure in sentence case, without a word that is there twice in a row."""
+    """Return the name of a figure in sentence case, without words that repeat the one before."""
     words = name.split("_")
     return " ".join(word for before, word in zip(["", *words], words, strict=False) if word != before).capitalize()
 

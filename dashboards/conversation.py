@@ -1,7 +1,7 @@
 """One conversation as a page of its own: tokens coloured by what was recorded of them, replayed while experts light up.
 
 The page is a document in a sandboxed frame. Texts go into it as JSON whose `<` are escaped, and onto the screen as text
-nodes: nothing that a transcript says can be run.
+nodes: nothing in a transcript can be run.
 """
 
 import base64
@@ -18,6 +18,7 @@ import xarray as xr
 
 from workbench import harmony
 from workbench.dashboards.search import texts, vocabulary
+from workbench.dashboards.theme import BORDER
 from workbench.errors import InputError
 from workbench.figures.template import THEMES, ThemeName
 from workbench.harmony.labels import CHANNELS
@@ -45,7 +46,7 @@ def frame(
     view: what is chosen in it at first, see `VIEW`. sentences: what `sentences_of` returned.
     """
     return (
-        f'<iframe title="conversation" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0" '
+        f'<iframe title="conversation" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;{BORDER}" '
         f'srcdoc="{html.escape(document(run, sequence, tokenizer, theme, view, sentences), quote=True)}"></iframe>'
     )
 
@@ -59,15 +60,15 @@ def document(
     sentences: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Return the conversation as one HTML document that loads nothing from the network. See `frame`."""
-    told = data_of(run, sequence, tokenizer) | {"sentences": list(sentences)}
+    page_data = data_of(run, sequence, tokenizer) | {"sentences": list(sentences)}
     colours = {name: dict(one.channel) for name, one in THEMES.items()}
-    told |= {"theme": theme, "colours": colours, "view": dict(view or {})}
-    data = json.dumps(told, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    page_data |= {"theme": theme, "colours": colours, "view": dict(view or {})}
+    data = json.dumps(page_data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return _PAGE.read_text(encoding="utf-8").replace("__DATA__", data)
 
 
 def shared_page(run: Run, sequences: Sequence[int], theme: PageTheme = "light") -> str:
-    """Return one HTML file with these conversations: the replay of one, or each behind its title."""
+    """Return one HTML file with these conversations: the replay of one, or a list of titles that open."""
     tokenizer = vocabulary(run)
     if len(sequences) == 1:
         return document(run, sequences[0], tokenizer, theme)
@@ -122,16 +123,16 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
     table = run.messages[run.messages["sequence"] == sequence].reset_index(drop=True)
     heads, bands, irregular = {"-1": ""}, {"-1": "frame"}, dict[str, str]()
     for number, row in table.iterrows():
-        said = [
+        heading = [
             row["role"] or row["author"],
             row["channel"],
             f"to {row['recipient']}" if row["recipient"] else "",
             row["content_type"],
         ]
-        heads[str(number)] = " · ".join(str(s) for s in said if s)
-        found = [*str(row.get("flags", "")).split(), *(["cut off"] if row["closed_by"] == "truncated" else [])]
-        if found:
-            irregular[str(number)] = ", ".join(found).replace("_", " ")
+        heads[str(number)] = " · ".join(str(s) for s in heading if s)
+        flags = [*str(row.get("flags", "")).split(), *(["cut off"] if row["closed_by"] == "truncated" else [])]
+        if flags:
+            irregular[str(number)] = ", ".join(flags).replace("_", " ")
         inside = channel[(message == number) & (channel != CHANNELS.index("frame"))]
         bands[str(number)] = CHANNELS[int(inside[0])] if len(inside) else "frame"
     return {
@@ -163,7 +164,7 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
 def sentences_of(results: Mapping[str, xr.Dataset], id: str) -> list[dict[str, Any]]:
     """Return what the experiment sentence-importance measured of each sentence of a conversation; empty without.
 
-    results: its datasets. Results of earlier versions do not say where a sentence is, and give nothing.
+    results: its datasets. Results of earlier versions do not state where a sentence is, and give nothing.
     """
     ds = results.get("sentences")
     if ds is None or not {"start", "stop", *_MEASURED} <= set(ds.data_vars) or "conversation" not in ds.coords:

@@ -4,7 +4,9 @@ import io
 from html import escape
 from typing import Any
 
+import numpy as np
 import panel as pn
+import xarray as xr
 
 from workbench.dashboards import content, search, widgets
 from workbench.dashboards.conversation import HEIGHT, VIEW, conversation_file, frame, sentences_of
@@ -49,12 +51,12 @@ class _Conversations:
         kinds = {"all": "", "correct": "correct", "wrong": "wrong", "not graded": "ungraded", "irregular": "irregular"}
         self.kind = widgets.select("Show", kinds, session.choice.get("kind", list(kinds.values())))
         self.order = widgets.select("Order", orders, session.choice.get("order", list(orders.values())))
-        self.pick = widgets.select("Conversation", {}, None, size=10)
+        self.pick = widgets.list_box("Conversation", {}, None)
         self.count = widgets.html("")
         self.shown = box()
         self.view = view_input(session, VIEW, self.viewed)
         self.expert = session.choice.text("expert")
-        self.found: dict[str, int] = {}
+        self.matches: dict[str, int] = {}
         self.first = 0  # of the list's page
         linked = session.choice.text("sequence")
         self.linked = int(linked) if linked.isdecimal() and int(linked) in session.run.sequences.index else None
@@ -65,8 +67,8 @@ class _Conversations:
 
     def sidebar(self) -> list[Any]:
         """Return the widgets for the sidebar."""
-        before, after = (pn.widgets.Button(label=text, width=102) for text in ("‹ previous", "next ›"))
-        earlier, later = (pn.widgets.Button(label=text, width=102) for text in ("« page", "page »"))
+        before, after = _pair("‹ previous", "next ›")
+        earlier, later = _pair("« page", "page »")
         before.on_click(lambda _: self.step(-1))
         after.on_click(lambda _: self.step(1))
         earlier.on_click(lambda _: self.turn(-LISTED))
@@ -86,21 +88,21 @@ class _Conversations:
         """Find the conversations again. That of a link stays first chosen, whatever the filters are."""
         self.session.put(find=str(self.find.value), order=str(self.order.value), kind=str(self.kind.value))
         self.pick.loading = True
-        found = widgets.guarded(self._search)
+        matches = widgets.guarded(self._search)
         self.pick.loading = False
-        if not isinstance(found, dict):
-            self.shown[:] = [found]
+        if not isinstance(matches, dict):
+            self.shown[:] = [matches]
             return
         linked, self.linked = self.linked, None
-        if linked is not None and linked not in found.values():
-            found = {f"{self.session.run.sequences.loc[linked, 'id']!s} (linked)": linked, **found}
-        self.found = found
-        numbers = list(found.values())
+        if linked is not None and linked not in matches.values():
+            matches = {f"{self.session.run.sequences.loc[linked, 'id']!s} (linked)": linked, **matches}
+        self.matches = matches
+        numbers = list(matches.values())
         wanted = linked if linked is not None else self.pick.value
         wanted = wanted if wanted in numbers else self._first(numbers)
         self.first = numbers.index(wanted) // LISTED * LISTED if numbers else 0
         self._list(wanted)
-        if not found:
+        if not matches:
             text = "No matching conversations. Change the filters or the search text."
             self.shown[:] = [widgets.alert(text, "info")]
 
@@ -116,7 +118,7 @@ class _Conversations:
 
     def _search(self) -> dict[str, int]:
         expert = (self._number("layer", "n_layers"), self._number("expert", "num_experts"))
-        found = search.conversations(
+        matches = search.conversations(
             self.session.run,
             task=self.filters["task"],
             effort=self.filters["effort"],
@@ -126,17 +128,18 @@ class _Conversations:
             kind=str(self.kind.value),
         )
         if self.order.value != "importance":
-            return found
-        ids = set(self.importance["sentences"]["conversation"].values.astype(str))
+            return matches
+        largest = largest_effects(self.importance["sentences"])
         table = self.session.run.sequences["id"].to_dict()
-        return {label: number for label, number in found.items() if table[number] in ids}
+        measured = [item for item in matches.items() if table[item[1]] in largest]
+        return dict(sorted(measured, key=lambda item: -largest[table[item[1]]]))
 
     def _number(self, name: str, size: str) -> int:
         return int(self.session.choice.get(name, [str(i) for i in range(self.session.run.model[size])]))
 
     def _list(self, wanted: int | None) -> None:
-        page = dict(list(self.found.items())[self.first : self.first + LISTED])
-        total, all_ = len(self.found), len(self.session.run.sequences)
+        page = dict(list(self.matches.items())[self.first : self.first + LISTED])
+        total, all_ = len(self.matches), len(self.session.run.sequences)
         shown = f"{self.first + bool(total):,}–{min(self.first + LISTED, total):,} of {total:,} shown"
         self.count.object = f"<span class='wb-muted'>{shown} ({all_:,} in the run)</span>"
         self.pick.param.update(options=page, value=wanted)
@@ -144,13 +147,13 @@ class _Conversations:
     def turn(self, by: int) -> None:
         """Show another page of the list."""
         first = self.first + by
-        if 0 <= first < len(self.found):
+        if 0 <= first < len(self.matches):
             self.first = first
-            self._list(list(self.found.values())[first])
+            self._list(list(self.matches.values())[first])
 
     def step(self, by: int) -> None:
         """Show the next conversation of the list, or the one before."""
-        numbers = list(self.found.values())
+        numbers = list(self.matches.values())
         if not numbers:
             return
         at = (numbers.index(self.pick.value) + by) % len(numbers)
@@ -181,3 +184,21 @@ class _Conversations:
         if self.order.value == "expert" and view.get("expert", self.expert) != self.expert:
             self.expert = view["expert"]
             self.fill()
+
+
+def largest_effects(sentences: xr.Dataset) -> dict[str, float]:
+    """Return the largest absolute effect of a sentence for each conversation by its id; 0 if none was measured."""
+    effects = np.nan_to_num(np.abs(sentences["effect"].values.astype(float)))
+    largest: dict[str, float] = {}
+    for id, effect in zip(sentences["conversation"].values.astype(str).tolist(), effects.tolist(), strict=True):
+        largest[id] = max(effect, largest.get(id, 0.0))
+    return largest
+
+
+def _pair(*texts: str) -> list[pn.widgets.Button]:
+    """Return two buttons that are together as wide as a widget of the sidebar."""
+    margins = ((5, 5, 5, 10), (5, 10, 5, 5))
+    return [
+        pn.widgets.Button(label=text, width=widgets.WIDTH // 2 - 5, margin=margin)
+        for text, margin in zip(texts, margins, strict=True)
+    ]

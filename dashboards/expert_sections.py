@@ -1,4 +1,4 @@
-"""What studies and experiments say of one expert: load with intervals, examples, tokens, and measured effects."""
+"""Results of studies and experiments for one expert: load with intervals, examples, tokens and measured effects."""
 
 from collections.abc import Mapping
 from html import escape
@@ -12,6 +12,7 @@ import xarray as xr
 from workbench import registry
 from workbench.dashboards import content, widgets
 from workbench.dashboards.example_lists import example, list_of
+from workbench.dashboards.neurons_page import effects_table
 from workbench.dashboards.session import Page, Selectors, Session, missing_record, study
 from workbench.errors import InputError
 from workbench.studies import expert_labels
@@ -26,11 +27,12 @@ _LABEL = ["layer", "expert", "label"]
 def load_with_intervals(session: Session, layer: int, expert: int) -> pn.Column:
     """Return the section with the load of an expert by channel and effort, with intervals, when the study is ready."""
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
+    def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
         n_experts = layer_experts(session.run, layer + 1, session.run.model["num_experts"])[layer]
-        rows = load_table(found["load"], layer, expert, int(n_experts))
-        title = "Load relative to uniform with 95 % intervals, all tasks"
-        return [widgets.table(title, rows, f"{session.name}-layer-{layer}-expert-{expert}-load-intervals")]
+        rows = load_table(results["load"], layer, expert, int(n_experts))
+        name = f"{session.name}-layer-{layer}-expert-{expert}-load-intervals"
+        note = "Load relative to uniform in all tasks; square brackets: 95 % intervals"
+        return [widgets.table("Load with confidence intervals", rows, name, note=note)]
 
     return widgets.awaited(session.registry.study("routing", session.name, exclude=session.exclude), show)
 
@@ -59,16 +61,18 @@ def examples(session: Session, chosen: Selectors) -> pn.Column:
     except InputError as error:
         return pn.Column(widgets.alert(str(error), "info"))
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        ds = found["examples"].sel(layer=layer, expert=expert)
-        parts: list[Any] = [label_editor(session, found["examples"], layer, expert)]
+    def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
+        ds = results["examples"].sel(layer=layer, expert=expert)
+        parts: list[Any] = [label_editor(session, results["examples"], layer, expert)]
         title = f"Examples in {chosen['channel']}" if chosen["channel"] != ALL else "Examples in all channels"
+        note = "All efforts and tasks. An example opens its conversation at the token."
         text = "".join(_list(session, ds, kind, chosen["channel"]) for kind in ("top", "random"))
-        parts.append(widgets.card(f"{title}, all efforts and tasks", widgets.html(text)))
+        parts.append(widgets.card(title, widgets.html(text), note=note))
         rows = tokens_table(ds)
         if len(rows):
             name = f"{session.name}-layer-{layer}-expert-{expert}-tokens"
-            parts.append(widgets.table("Over-represented tokens, with 95 % intervals", rows, name))
+            note = "Tokens that this expert processes more often than other tokens; square brackets: 95 % intervals"
+            parts.append(widgets.table("Over-represented tokens", rows, name, note=note))
         return parts
 
     return widgets.awaited(session.registry.study("expert-examples", session.name, exclude=session.exclude), show)
@@ -81,8 +85,8 @@ def expert_gallery(session: Session) -> Page:
     if (missing := missing_record(record, run)) is not None:
         return Page([], [*about, missing])
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        rows = gallery_table(found["examples"], expert_labels.read(run))
+    def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
+        rows = gallery_table(results["examples"], expert_labels.read(run))
         links = [
             session.link("experts", layer=str(layer), expert=str(expert), channel="all")
             for layer, expert in zip(rows["layer"], rows["expert"], strict=True)
@@ -136,25 +140,25 @@ def label_editor(session: Session, examples: xr.Dataset, layer: int, expert: int
         return pn.Column(shown)
     field = pn.widgets.TextInput(label="Label of this expert", value=label, width=420, max_length=MAX_LABEL)
     save = pn.widgets.Button(label="Save label", width=110, margin=(22, 5, 5, 5))
-    told = widgets.html("")
+    message = widgets.html("")
 
     def store(*_: Any) -> None:
         clean = expert_labels.cleaned(str(field.value_input or field.value))
         path = session.registry.put_label(session.name, examples, layer, expert, clean)
         shown.object = f"<p><b>Label</b> {escape(clean) or '–'}</p>"
-        told.object = f"<p role='status' class='wb-muted'>Saved in {escape(path.name)}.</p>"
+        message.object = f"<p role='status' class='wb-muted'>Saved in {escape(path.name)}.</p>"
 
     def guarded(*_: Any) -> None:
         result = widgets.guarded(store)
         if isinstance(result, pn.viewable.Viewable):
-            told.object = "<p role='status'>The label could not be saved: the run's folder cannot be written.</p>"
+            message.object = "<p role='status'>The label was not saved: the run's folder is not writable.</p>"
 
     save.on_click(guarded)
-    return pn.Column(shown, pn.Row(field, save), told, sizing_mode="stretch_width")
+    return pn.Column(shown, pn.Row(field, save), message, sizing_mode="stretch_width")
 
 
 def logit_effects(session: Session, layer: int, expert: int) -> list[Any]:
-    """Return a table of the tokens whose logits the expert raises and lowers, if expert-logits is stored; else none."""
+    """Return a table of the tokens whose logits the expert raises and lowers; none if expert-logits is not stored."""
     sets = session.registry.stored(session.name).experiments.get("expert-logits", {})
     ds = sets.get("logits")
     if ds is None or not {"top_text", "bottom_text", "top_logit", "bottom_logit"} <= set(ds):
@@ -162,15 +166,9 @@ def logit_effects(session: Session, layer: int, expert: int) -> list[Any]:
     cell = ds.isel(layer=layer, expert=expert)
     if int(cell["tokens"]) == 0:
         return []
-    rows = pd.DataFrame(
-        {
-            "raises": [repr(str(text)) for text in cell["top_text"].values],
-            "by (logits)": cell["top_logit"].values.astype(float).round(3),
-            "lowers": [repr(str(text)) for text in cell["bottom_text"].values],
-            "by (logits) ": cell["bottom_logit"].values.astype(float).round(3),
-        }
-    )
-    return [widgets.table("Direct effects on logits", rows, f"{session.name}-{layer}-{expert}-logits")]
+    note = "Mean over the expert's tokens of what its output adds to each logit directly"
+    name = f"{session.name}-{layer}-{expert}-logits"
+    return [widgets.table("Direct effects on logits", effects_table(cell), name, note=note)]
 
 
 def _list(session: Session, ds: xr.Dataset, kind: str, channel: str) -> str:
@@ -241,5 +239,5 @@ def measured_effects(session: Session, layer: int, expert: int) -> list[Any]:
     if not rows:
         return []
     links = [session.link("causal")] * len(rows)
-    title = "Measured effects of this expert"
-    return [widgets.table(title, pd.DataFrame(rows), f"{session.name}-{layer}-{expert}-effects", {"experiment": links})]
+    name = f"{session.name}-{layer}-{expert}-effects"
+    return [widgets.table("Measured effects", pd.DataFrame(rows), name, {"experiment": links})]

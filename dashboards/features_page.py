@@ -1,7 +1,8 @@
 """The features page: activation by channel of features that a run recorded, and examples.
 
-Features, as of a sparse autoencoder, are a recorded quantity of the user's own (`wb.Recorder`) whose values have the
-one dimension `feature`. A token has a feature if its value is above zero.
+Features, as of a sparse autoencoder, are recorded as lists of examples (`--record features:FOLDER`), or at every token
+as a quantity of the user's own (`wb.Recorder`) whose values have the one dimension `feature`. A token has a feature if
+its value is above zero.
 """
 
 from collections.abc import Mapping
@@ -11,38 +12,39 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import panel as pn
+import xarray as xr
 from jaxtyping import Float
 
 from workbench.dashboards import content, search, widgets
-from workbench.dashboards.example_lists import coloured_example, list_of
+from workbench.dashboards.example_lists import coloured_example, example, list_of
 from workbench.dashboards.session import Page, Session, box
 from workbench.harmony.labels import CHANNELS
-from workbench.runs import Run
+from workbench.runs import Run, feature_examples
 from workbench.runs.examples import sample_keys
+from workbench.studies import feature_examples as examples_study
 from workbench.studies import token_labels
 from workbench.studies.expert_examples import AFTER, BEFORE
 
 MOST_TOKENS = 300_000  # that are read
 MOST_ROWS = 500  # features in the table
 _EXAMPLES = 12
-_HOW = """record = wb.Recorder(
-    "sae_features",
-    hook="hook_resid_post",
-    reduce=sae.encode,       # sae = workbench.hooks.sae.load_sae(folder)
-    dims=("feature",),
-    layers="2",              # the layer that the autoencoder was trained on
-    dtype="float16",
-)
-wb.capture(model, "answers.jsonl", "run.zarr", record=["routing", record])"""
+_HOW = "workbench capture nano answers.jsonl run.zarr --record routing --record features:FOLDER"
 
 
 def names(run: Run) -> list[str]:
-    """Return the recorded quantities of the run that are features."""
-    return [
+    """Return the autoencoders with lists of examples, and the recorded quantities of the run that are features."""
+    of_tokens = [
         about.name
         for about in run.spec.selected
         if getattr(about, "reduce", "") == "own" and tuple(about.dims) == ("feature",)
     ]
+    return [*(lists.hook for lists in run.spec.features), *of_tokens]
+
+
+def layers_of(run: Run, name: str) -> list[str]:
+    """Return the layers of recorded features as text."""
+    lists = {lists.hook: lists for lists in run.spec.features}
+    return [str(layer) for layer in ([lists[name].layer] if name in lists else token_labels.recorded(run, name).layers)]
 
 
 def features(session: Session) -> Page:
@@ -50,11 +52,11 @@ def features(session: Session) -> Page:
     run = session.run
     known = names(run)
     if not known:
-        text = "Record the features of a sparse autoencoder as a quantity of your own, with the dimension feature:"
+        text = "Record examples of the features of a sparse autoencoder, from the folder that holds it:"
         about = widgets.html(content.about(run))
         return Page([], [about, widgets.empty_state("This run has no recorded features", text, _HOW)])
-    name = widgets.select("Features", known, session.choice.get("quantity", known))
-    layers = {n: [str(layer) for layer in token_labels.recorded(run, n).layers] for n in known}
+    name = widgets.select("Recorded features", known, session.choice.get("quantity", known))
+    layers = {n: layers_of(run, n) for n in known}
     layer = widgets.select("Layer", layers[str(name.value)], session.choice.get("layer", layers[str(name.value)]))
     shown = box()
 
@@ -82,13 +84,15 @@ def _section(session: Session, name: str, index: int) -> pn.Column:
         parts += [widgets.html(f"<h2>Feature {escape(chosen)}</h2>"), _examples(session, name, index, int(chosen))]
     rows = table.head(MOST_ROWS)
     links = [session.link("features", feature=str(feature)) for feature in rows["feature"]]
-    title = f"{len(rows):,} of {len(table):,} features, the largest difference between analysis and final first"
-    parts.append(widgets.table(title, rows, f"{label}-features", {"feature": links}))
     note = (
-        f"Tokens with a value above zero, of the first {MOST_TOKENS:,} tokens, pooled and not tested: `workbench study "
+        f"Tokens with a value above zero, in % of the tokens of a channel; {len(rows):,} of {len(table):,} features, "
+        "sorted by the difference between analysis and final"
     )
-    note += "label-probes` compares labels with controls."
-    return pn.Column(*parts, widgets.html(f"<p class='wb-muted'>{escape(note)}</p>"), sizing_mode="stretch_width")
+    parts.append(widgets.table("Features by channel", rows, f"{label}-features", {"feature": links}, note=note))
+    pooled = "all tokens" if _has_lists(session.run, name) else f"the first {MOST_TOKENS:,} tokens"
+    method = f"Pooled over {pooled} and not tested. To compare labels with controls: "
+    method = f"<p class='wb-muted'>{escape(method)}<code>workbench study label-probes</code></p>"
+    return pn.Column(*parts, widgets.html(method), sizing_mode="stretch_width")
 
 
 def by_channel(run: Run, name: str, index: int) -> pd.DataFrame:
@@ -96,6 +100,10 @@ def by_channel(run: Run, name: str, index: int) -> pd.DataFrame:
 
     index: of the layer among those recorded. The largest difference between analysis and final comes first.
     """
+    if _has_lists(run, name):
+        lists = feature_examples.of_run(run, name)
+        counted, all_tokens = (dict(zip(CHANNELS, lists[part], strict=True)) for part in ("count", "tokens"))
+        return _table(counted, all_tokens, lists["top_activation"].max((0, 2)))
     about = token_labels.recorded(run, name)
     counts: dict[str, Any] = {}
     totals, largest, seen = dict.fromkeys(CHANNELS, 0), None, 0
@@ -113,6 +121,10 @@ def by_channel(run: Run, name: str, index: int) -> pd.DataFrame:
     return _table(counts, totals, largest)
 
 
+def _has_lists(run: Run, name: str) -> bool:
+    return name in {lists.hook for lists in run.spec.features}
+
+
 def _table(counts: Mapping[str, Any], totals: Mapping[str, int], largest: Any) -> pd.DataFrame:
     shown = [c for c in CHANNELS if c != "frame" and totals[c]]
     of = {c: 100 * counts[c] / totals[c] for c in shown}
@@ -121,7 +133,9 @@ def _table(counts: Mapping[str, Any], totals: Mapping[str, int], largest: Any) -
         "feature": np.arange(len(largest)),
         "all content (%)": 100 * sum(counts[c] for c in shown) / content_tokens,
     }
-    columns |= {f"{c} (%)": values for c, values in of.items()} | {"largest value": largest}
+    columns |= {f"{c} (%)": values for c, values in of.items()} | {
+        "largest value": np.asarray(largest, dtype=np.float64)
+    }
     table = pd.DataFrame(columns)
     order = np.abs(of["analysis"] - of["final"]) if {"analysis", "final"} <= set(of) else table["all content (%)"]
     table = table.iloc[np.argsort(-np.asarray(order), kind="stable")].round(2)
@@ -183,9 +197,11 @@ def _context(labels: pd.DataFrame, values: Float[np.ndarray, " token"], at: int)
 
 def _examples(session: Session, name: str, index: int, feature: int) -> pn.FlexBox:
     """Return two cards with the feature's largest values and a random sample, each token coloured by its value."""
+    if _has_lists(session.run, name):
+        return _listed_examples(session, examples_study.load(session.run, [feature], hook=name))
     words = search.vocabulary(session.run)
     cards, largest = [], 0.0
-    for kind, title in (("top", "Largest values"), ("random", "Random sample of its tokens")):
+    for kind, title in (("top", "Largest values"), ("random", "Random sample")):
         items = []
         for row in examples(session.run, name, index, feature, kind):
             largest = largest or row["value"]  # the first of the largest values
@@ -194,3 +210,28 @@ def _examples(session: Session, name: str, index: int, feature: int) -> pn.FlexB
             items.append(coloured_example(session, row, texts, strengths, f"{row['channel']}, {row['value']:.2f}"))
         cards.append(widgets.card(title, widgets.html(list_of(items))))
     return widgets.beside(*cards)
+
+
+def _listed_examples(session: Session, ds: xr.Dataset) -> pn.FlexBox:
+    """Return two cards with the examples of one feature by channel, as a capture recorded them."""
+    cell, cards = ds.isel(feature=0), []
+    largest = max(float(cell["top_activation"].max()), 1e-9) if cell["top_activation"].size else 1.0
+    for kind, title in (("top", "Largest values"), ("random", "Random sample")):
+        parts = []
+        for channel in [channel for channel in cell["channel"].values.tolist() if channel != "frame"]:
+            rows = listed_rows(ds, kind, channel)
+            items = [
+                example(session, row, f"{row['activation']:.2f}", strength=row["activation"] / largest) for row in rows
+            ]
+            parts += [f"<h3>{escape(channel)}</h3>{list_of(items)}"] if items else []
+        none = "<p class='wb-muted'>No token of content.</p>"
+        cards.append(widgets.card(title, widgets.html("".join(parts) or none)))
+    return widgets.beside(*cards)
+
+
+def listed_rows(ds: xr.Dataset, kind: str, channel: str) -> list[dict[str, Any]]:
+    """Return the examples of the first feature in a channel: activation, sequence, position, before, token, after."""
+    parts = ("activation", "sequence", "position", "before", "token", "after")
+    columns = [ds[f"{kind}_{part}"].sel(channel=channel).isel(feature=0).values.tolist() for part in parts]
+    rows = [dict(zip(parts, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [row for row in rows if int(row["sequence"]) >= 0]

@@ -1,4 +1,4 @@
-"""What is chosen inside a frame (a conversation, a graph, attention patterns) becomes part of the page's address.
+"""Store the selection inside a frame (a conversation, a graph, attention patterns) in the page's address.
 
 The frame posts a message with its choices, the script of page.html puts them into a hidden text field as JSON, and the
 field's callback stores those that have a known name and a harmless value.

@@ -98,8 +98,8 @@ def experts(session: Session) -> Page:
         raise InputError(f"{session.name} has no recorded routing. It contains {', '.join(run.recorded)}")
 
     def folded(chosen: Selectors) -> pn.Card:
-        title = f"Co-activation in layer {chosen['layer']} and transitions to the next, all efforts and tasks"
-        return widgets.folded(title, lambda: _pairs(session, chosen))
+        note = f"Pairs of experts in layer {chosen['layer']}, and of that layer and the next; all efforts and tasks"
+        return widgets.folded("Co-activation and transitions", lambda: _pairs(session, chosen), note=note)
 
     measures: dict[str, draw.Measure] = {
         "load relative to uniform (log₂)": "relative",
@@ -111,25 +111,20 @@ def experts(session: Session) -> Page:
 
 
 def _expert(session: Session, chosen: Selectors) -> pn.Column:
-    """Return the details of one expert: load by channel and effort, co-activated experts, overrepresented tokens."""
+    """Return the details of one expert: load by channel and effort, co-activated experts, effects and examples."""
     run, layer, expert = session.run, chosen.number("layer"), chosen.number("expert")
-    words = search.vocabulary(run)
     label = f"{session.name}-layer-{layer}-expert-{expert}"
     acts = quick_look.by_channel_and_effort(run, "load", layer, expert, chosen["task"]).round(2)
-    title = f"Load relative to uniform, by channel and effort{_of_task(chosen)}"
-    cards: list[Any] = [widgets.table(title, acts, f"{label}-load")]
+    note = f"Load relative to uniform, {_of_task(chosen)}: 1 is an equal load of all experts"
+    cards: list[Any] = [widgets.table("Load by channel and effort", acts, f"{label}-load", note=note)]
     together = session.registry.pairs(session.name, session.exclude)
     if together is not None and chosen["channel"] != ALL:
         partners = content.partners(together, chosen["channel"], layer, expert)
         links = [session.link("experts", expert=str(other)) for other in partners["with expert"]]
-        title = f"Co-activated experts in {chosen['channel']}, all efforts and tasks"
-        cards.append(widgets.table(title, partners, f"{label}-with", {"with expert": links}))
-
-    def tokens() -> Any:
-        within = search.TokenSelection(**chosen.cell)
-        rows = search.expert_tokens(run, layer, expert, lambda i: search.shown(i, words), within=within)
-        return _examples(session, f"Overrepresented tokens: {chosen.description}", rows, f"{label}-tokens", "expert")
-
+        note = f"In {chosen['channel']}, all efforts and tasks; lift: relative to independent choices"
+        cards.append(
+            widgets.table("Co-activated experts", partners, f"{label}-with", {"with expert": links}, note=note)
+        )
     cards += expert_sections.logit_effects(session, layer, expert)
     cards += expert_sections.measured_effects(session, layer, expert)
     return pn.Column(
@@ -137,21 +132,20 @@ def _expert(session: Session, chosen: Selectors) -> pn.Column:
         expert_sections.examples(session, chosen),
         *neurons_page.strongest(session, layer, expert),
         expert_sections.load_with_intervals(session, layer, expert),
-        widgets.later(tokens),
         sizing_mode="stretch_width",
     )
 
 
 def _of_task(chosen: Selectors) -> str:
-    return "" if chosen["task"] == ALL else f", {chosen['task']}"
+    return "all tasks" if chosen["task"] == ALL else f"task {chosen['task']}"
 
 
-def _examples(session: Session, title: str, rows: pd.DataFrame, name: str, colour: str) -> Any:
-    """Return the table of tokens; each example opens its conversation at the token, in the colours of `colour`."""
+def _examples(session: Session, title: str, note: str, rows: pd.DataFrame, name: str, colour: str) -> Any:
+    """Return the table of tokens; an example opens its conversation at the token. colour: quantity shown there."""
     at = zip(rows["sequence"], rows["position"], strict=True)
     links = [session.link("transcript", sequence=str(s), pin=str(p), position="", colour=colour) for s, p in at]
     shown = rows.drop(columns=["sequence", "position"])
-    return widgets.table(title, shown, name, {"for example": links})
+    return widgets.table(title, shown, name, {"for example": links}, note=note)
 
 
 def _pairs(session: Session, chosen: Selectors) -> pn.Column:
@@ -191,11 +185,13 @@ def _head(session: Session, chosen: Selectors) -> pn.Column:
     within = search.TokenSelection(**chosen.cell)
     cards: list[Any] = [
         widgets.html(escape(content.about_head(run, layer, head))),
-        widgets.table(f"Mean sink attention (%) by channel and effort{_of_task(chosen)}", mass, f"{label}-mass"),
+        widgets.table(
+            "Mean sink attention (%)", mass, f"{label}-mass", note=f"By channel and effort, {_of_task(chosen)}"
+        ),
     ]
     if "sinks" not in run.recorded:
         cards.append(
-            widgets.alert("This run has sums of sink attention only, so there is no curve by position.", "info")
+            widgets.alert("This run recorded only sums of sink attention, so there is no curve by position.", "info")
         )
         return pn.Column(*cards, sizing_mode="stretch_width")
 
@@ -206,7 +202,7 @@ def _head(session: Session, chosen: Selectors) -> pn.Column:
 
     def tokens() -> Any:
         rows = search.head_tokens(run, layer, head, lambda i: search.shown(i, words), within=within)
-        title = f"Tokens with high sink attention (top 10 %): {chosen.description}"
-        return _examples(session, title, rows, f"{label}-tokens", "sink")
+        note = f"Overrepresented among the 10 % of tokens with the highest sink attention: {chosen.description}"
+        return _examples(session, "Tokens with high sink attention", note, rows, f"{label}-tokens", "sink")
 
     return pn.Column(*cards, widgets.later(position), widgets.later(tokens), sizing_mode="stretch_width")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import panel as pn
 import param
+from panel.io.resources import LOCAL_DIST
 from panel.template.base import BasicTemplate
 from panel.theme import Design
 
@@ -54,6 +55,7 @@ def page_template(
     titles: of all pages by address. query: of the page's own address. one_path: the page is named in the query.
     absent: addresses of pages for which the run recorded nothing.
     """
+    _load_styles_from_this_server()
     return PageTemplate(
         title=escape(f"{run_name}: {titles[page]} – gpt-oss workbench"),
         sidebar=sidebar,
@@ -73,10 +75,21 @@ def page_template(
     )
 
 
+def _load_styles_from_this_server() -> None:
+    """Set the address of Panel's style sheets for the document of this session.
+
+    Panel sets it only when it writes the HTML of a page. If a session expires before its browser connects, as on a slow
+    line, the browser gets a new session without HTML, and Panel would refer to the style sheets of another host.
+    """
+    if pn.state.curdoc is not None:
+        address = f"{pn.state.rel_path}/{LOCAL_DIST}" if pn.state.rel_path else LOCAL_DIST
+        pn.state.curdoc._template_variables.setdefault("dist_url", address)
+
+
 def navigation(page: str, titles: Mapping[str, str], absent: Collection[str] = ()) -> str:
     """Return HTML with links to all pages under the headings of `GROUPS`; those of absent pages are grey."""
-    named = {path for paths in GROUPS.values() for path in paths}
-    groups = {**GROUPS, "More studies": tuple(path for path in titles if path not in named)}
+    in_groups = {path for paths in GROUPS.values() for path in paths}
+    groups = {**GROUPS, "More studies": tuple(path for path in titles if path not in in_groups)}
     parts = []
     for heading, paths in groups.items():
         links = "".join(
@@ -94,7 +107,7 @@ def _page_link(path: str, title: str, current: bool, absent: bool) -> str:
 
 
 def missing_page(titles: Mapping[str, str]) -> str:
-    """Return the document for an address that is no page: it says so and links to those that are. titles: of them."""
+    """Return the document for an address that is not a page, with links to the pages. titles: of the pages."""
     links = "".join(
         f'<li><a href="/{escape(path)}">{look.icon(path)} {escape(title)}</a></li>' for path, title in titles.items()
     )

@@ -6,6 +6,7 @@ Both are those that a capture recorded in bounded memory (`--record neurons`), p
 
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,8 +75,8 @@ def _asked(session: Session, layer: int, expert: int) -> Any:
 def examples(session: Session, layer: int, expert: int) -> pn.Column:
     """Return one neuron by example, and the table of all neurons of the expert, when the study is ready."""
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        ds = found["neurons"]
+    def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
+        ds = results["neurons"]
         rows = table(ds)
         if rows.empty:
             text = f"No token was routed to expert {expert} of layer {layer}. Choose another one in the sidebar."
@@ -83,21 +84,51 @@ def examples(session: Session, layer: int, expert: int) -> pn.Column:
         known = [str(n) for n in rows["neuron"]]
         neuron = int(session.choice.get("neuron", known))
         links = [session.link("neuron-examples", neuron=str(n)) for n in rows["neuron"]]
-        title = f"Neurons of layer {layer}, expert {expert}, the largest activation first"
+        note = f"Layer {layer}, expert {expert}; sorted by the largest activation"
         back = session.link("experts", layer=str(layer), expert=str(expert))
         heading = f"<h2>Neuron {neuron} of layer {layer}, expert {expert}</h2>"
         heading += f"<a href='{escape(back)}'>Load, examples and effects of the expert</a>"
         return [
             widgets.html(heading),
             widgets.beside(
-                widgets.card("Largest activations, by channel", widgets.html(lists(session, ds, neuron, ""))),
-                widgets.card("Random tokens of its expert", widgets.html(lists(session, ds, neuron, "random_"))),
+                widgets.card("Largest activations", widgets.html(lists(session, ds, neuron, ""))),
+                widgets.card("Random sample", widgets.html(lists(session, ds, neuron, "random_"))),
+                *logit_effects(session, layer, expert, neuron),
             ),
-            widgets.table(title, rows, f"{session.name}-{layer}-{expert}-neurons", {"neuron": links}),
-            widgets.card("Methods", widgets.html(content.method(found)), collapsed=True),
+            widgets.table(
+                "Neurons of the expert", rows, f"{session.name}-{layer}-{expert}-neurons", {"neuron": links}, note=note
+            ),
+            widgets.card("Methods", widgets.html(content.method(results)), collapsed=True),
         ]
 
     return widgets.awaited(_asked(session, layer, expert), show)
+
+
+def logit_effects(session: Session, layer: int, expert: int, neuron: int) -> list[Any]:
+    """Return a table of the tokens whose logits a neuron raises and lowers directly, or the command that computes them.
+
+    They are those of the experiment expert-logits that is stored beside the run, with its option neuron_layer.
+    """
+    for name, ds in session.registry.stored(session.name).experiments.get("expert-logits", {}).items():
+        known = {"top_text", "bottom_text", "top_logit", "bottom_logit"} <= set(ds) and "neuron" in ds.dims
+        if name == "neurons" and known and ds.attrs.get("layer") == layer and expert in ds["expert"].values:
+            rows = effects_table(ds.sel(expert=expert, neuron=neuron))
+            return [widgets.table("Direct effects on logits", rows, f"{session.name}-{layer}-{expert}-{neuron}-logits")]
+    command = f"workbench study expert-logits {session.run.path} --model MODEL --option neuron_layer={layer} --out "
+    command += f"{Path(str(session.run.path)).stem}-logits"
+    text = "The tokens whose logits each neuron raises and lowers are computed from the model, beside the run:"
+    return [widgets.empty_state("Direct effects on logits are not computed", text, command)]
+
+
+def effects_table(cell: xr.Dataset) -> pd.DataFrame:
+    """Return the tokens that one neuron or expert raises and lowers directly, the largest effects first."""
+    columns = {
+        "raises": [repr(str(text)) for text in cell["top_text"].values],
+        "by (logits)": cell["top_logit"].values.astype(float).round(3),
+        "lowers": [repr(str(text)) for text in cell["bottom_text"].values],
+        "by (logits) ": cell["bottom_logit"].values.astype(float).round(3),
+    }
+    return pd.DataFrame(columns)
 
 
 def strongest(session: Session, layer: int, expert: int) -> list[Any]:
@@ -105,11 +136,11 @@ def strongest(session: Session, layer: int, expert: int) -> list[Any]:
     if layer not in getattr(session.run.spec, "neuron_layers", ()):
         return []
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        rows = table(found["neurons"]).head(_ON_EXPERT_PAGE)
+    def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
+        rows = table(results["neurons"]).head(_ON_EXPERT_PAGE)
         links = [session.link("neuron-examples", neuron=str(n)) for n in rows["neuron"]]
-        title = "Neurons with the largest activations"
-        return [widgets.table(title, rows, f"{session.name}-{layer}-{expert}-strongest", {"neuron": links})]
+        name = f"{session.name}-{layer}-{expert}-strongest"
+        return [widgets.table("Neurons with largest activations", rows, name, {"neuron": links})]
 
     return [widgets.awaited(_asked(session, layer, expert), show)]
 
@@ -123,9 +154,9 @@ def table(ds: xr.Dataset) -> pd.DataFrame:
     parts = ["sequence", "activation", "before", "token", "after", "largest"]
     first = own[parts].isel(neuron_example=0).transpose("channel", "neuron")
     best = np.where(first["sequence"].values >= 0, first["largest"].values, -1).argmax(0)
-    each = np.arange(len(best))
+    number = np.arange(len(best))
     activation, before, token, after = (
-        first[name].values[best, each].tolist() for name in ("activation", "before", "token", "after")
+        first[name].values[best, number].tolist() for name in ("activation", "before", "token", "after")
     )
     channels = own["channel"].values[best].tolist()
     rows = [
@@ -133,9 +164,9 @@ def table(ds: xr.Dataset) -> pd.DataFrame:
         for i, neuron in enumerate(own["neuron"].values.tolist())
         if token[i]
     ]
-    found = pd.DataFrame(rows, columns=columns)
-    order = np.argsort(-found["activation"].abs().to_numpy(), kind="stable")
-    return found.iloc[order].reset_index(drop=True)
+    rows_table = pd.DataFrame(rows, columns=columns)
+    order = np.argsort(-rows_table["activation"].abs().to_numpy(), kind="stable")
+    return rows_table.iloc[order].reset_index(drop=True)
 
 
 def lists(session: Session, ds: xr.Dataset, neuron: int, kind: str) -> str:
@@ -155,7 +186,7 @@ def lists(session: Session, ds: xr.Dataset, neuron: int, kind: str) -> str:
         ]
         if items:
             parts.append(f"<h3>{escape(channel)}</h3>{list_of(items)}")
-    return "".join(parts) or "<p class='wb-muted'>No token of content.</p>"
+    return "".join(parts) or "<p class='wb-muted'>No content tokens.</p>"
 
 
 def example_rows(ds: xr.Dataset, neuron: int, kind: str, channel: str) -> list[dict[str, Any]]:

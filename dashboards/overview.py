@@ -1,4 +1,4 @@
-"""The overview: what the run is, accuracy and tokens by effort, the largest verified differences, and problems."""
+"""The overview: a summary of the run, accuracy and tokens by effort, the largest verified differences, and problems."""
 
 from collections.abc import Mapping
 from html import escape
@@ -71,7 +71,7 @@ def _head(run: Run) -> str:
 
 
 def sentence(run: Run) -> str:
-    """Return one sentence that says what the run is."""
+    """Return one sentence that states what the run is."""
     table, model = run.sequences, run.model
     efforts = in_order([effort for effort in table["effort"].unique() if effort])
     prompts = table["prompt_id"].replace("", pd.NA).nunique() or len(table)
@@ -88,20 +88,20 @@ def sentence(run: Run) -> str:
 def numbers(run: Run) -> dict[str, str]:
     """Return the numbers that a reader looks for first, by label."""
     table = run.sequences
-    found = {"tokens": f"{int(table['length'].sum()):,}"}
+    tiles = {"tokens": f"{int(table['length'].sum()):,}"}
     graded = table[table["correct"] >= 0]
     efforts = in_order([effort for effort in graded["effort"].unique() if effort])
     ends = list(dict.fromkeys([*efforts[:1], *efforts[-1:]]))
     if ends:
         shares = [f"{100 * graded.loc[graded['effort'] == effort, 'correct'].mean():.1f} %" for effort in ends]
-        found[f"accuracy, {' → '.join(ends)} effort"] = " → ".join(shares)
+        tiles[f"accuracy, {' → '.join(ends)} effort"] = " → ".join(shares)
     efforts = in_order([effort for effort in table["effort"].unique() if effort])
     ends = list(dict.fromkeys([*efforts[:1], *efforts[-1:]]))
     if ends:
         new = table["length"] - table["n_prompt"]
         means = [f"{new[table['effort'] == effort].mean():,.0f}" for effort in ends]
-        found[f"new tokens per answer, {' → '.join(ends)} effort"] = " → ".join(means)
-    return found
+        tiles[f"new tokens per answer, {' → '.join(ends)} effort"] = " → ".join(means)
+    return tiles
 
 
 def problems(run: Run) -> str:
@@ -111,13 +111,17 @@ def problems(run: Run) -> str:
     if done < total:
         lines.append((f"The run is in progress: {done} of {total} units are recorded.", "warning"))
     if ungraded := int((table["correct"] < 0).sum()):
-        lines.append((f"{ungraded:,} of {len(table):,} conversations are not graded; accuracy leaves them out.", ""))
+        lines.append(
+            (f"{ungraded:,} of {len(table):,} conversations are not graded; accuracy does not include them.", "")
+        )
     flags = pd.Series([flag for text in table.get("flags", ()) for flag in str(text).split()], dtype=str)
     for flag, count in flags.value_counts().items():
-        told = SEQUENCE_FLAGS.get(str(flag), str(flag))
-        lines.append((f"{count:,} conversations: {told}. They can be left out in the sidebar.", "warning"))
+        description = SEQUENCE_FLAGS.get(str(flag), str(flag))
+        lines.append(
+            (f"{count:,} conversation{'s' * (count != 1)}: {description}. Exclude them in the sidebar.", "warning")
+        )
     if run.exclusion:
-        lines.append((f"Left out: {run.exclusion}", "warning"))
+        lines.append((f"Excluded: {run.exclusion}", "warning"))
     if not lines:
         return theme.note("No irregular, truncated or ungraded conversations; all units are complete.", "good")
     return "".join(theme.note(text, kind) for text, kind in lines)
@@ -134,13 +138,13 @@ def _differences(session: Session) -> pn.Column:
         waiting = [a.seconds for a in answers.values() if a.datasets is None and not a.reason]
         if waiting:
             return Answer(seconds=max(waiting))
-        found = {f"{name}/{key}": ds for name, a in answers.items() for key, ds in (a.datasets or {}).items()}
+        results = {f"{name}/{key}": ds for name, a in answers.items() for key, ds in (a.datasets or {}).items()}
         reasons = [a.reason for a in answers.values() if a.reason]
-        return Answer(found) if found else Answer(reason="; ".join(reasons))
+        return Answer(results) if results else Answer(reason="; ".join(reasons))
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
+    def show(datasets: Mapping[str, xr.Dataset]) -> list[Any]:
         results: dict[str, dict[str, xr.Dataset]] = {}
-        for key, ds in found.items():
+        for key, ds in datasets.items():
             study, _, name = key.partition("/")
             results.setdefault(study, {})[name] = ds
         return [widgets.html(answers(session, results)), *_difference_map(session, results)]
@@ -165,9 +169,9 @@ def answers(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], m
         f"<li>{escape(text)} <a href='{escape(session.link('effort'))}'>Effort</a></li>"
         for text in accuracy_sentences(results)
     ]
-    for found in highlights(results, most):
-        address, title = _shows(session, results, found)
-        items.append(f"<li>{escape(found.sentence)} <a href='{escape(address)}'>{escape(title)}</a></li>")
+    for highlight in highlights(results, most):
+        address, title = _shows(session, results, highlight)
+        items.append(f"<li>{escape(highlight.sentence)} <a href='{escape(address)}'>{escape(title)}</a></li>")
     if not items:
         return theme.note("No difference was verified: every interval includes zero, or nothing could be paired.")
     text = f"<ul class='wb-answers'>{''.join(items)}</ul>"
@@ -181,14 +185,14 @@ def answers(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], m
     return text
 
 
-def _shows(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], found: Highlight) -> tuple[str, str]:
+def _shows(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], highlight: Highlight) -> tuple[str, str]:
     """Return the address and the title of the page that shows a difference."""
-    what = str(results[found.study][found.dataset].attrs["what"])
+    what = str(results[highlight.study][highlight.dataset].attrs["what"])
     page = {"experts": "experts", "sink": "sinks"}.get(what)
-    if page is not None and _COLUMNS[what] in found.cell:
-        cell = {name: str(number) for name, number in found.cell.items()}
+    if page is not None and _COLUMNS[what] in highlight.cell:
+        cell = {name: str(number) for name, number in highlight.cell.items()}
         return session.link(page, **cell), f"Layer {cell['layer']}, {_COLUMNS[what]} {cell[_COLUMNS[what]]}"
-    record = registry.find(found.study)
+    record = registry.find(highlight.study)
     return session.link(getattr(record, "page", "") or record.name), record.title
 
 

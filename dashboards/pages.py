@@ -60,8 +60,11 @@ def channels(session: Session) -> Page:
         ]
 
     chosen.watch(show, "effort", "task")
-    tested = study(session, "channels", heading="Tested differences, all efforts and tasks")
-    title = widgets.html("<h2>Either channel at the selected effort and task, all tokens pooled</h2>")
+    tested = study(session, "channels", heading="Tested differences")
+    title = widgets.html(
+        "<h2>Load and sinks by channel</h2><p class='wb-under'>Pooled over all tokens of the selected effort and task, "
+        "not tested</p>"
+    )
     return Page(chosen.sidebar(), [widgets.html(content.about(run)), *tested, title, raw])
 
 
@@ -88,7 +91,9 @@ def effort(session: Session) -> Page:
             return pn.Column(
                 widgets.figure(drawn, f"{name}-accuracy_by_tokens-{task}", lambda: rows),
                 widgets.card(
-                    "Gain of each effort step, paired by prompt", widgets.html(content.gains(costs["gain"], task))
+                    "Gain by effort step",
+                    widgets.html(content.gains(costs["gain"], task)),
+                    note="Differences paired by prompt; square brackets: 95 % intervals",
                 ),
                 sizing_mode="stretch_width",
             )
@@ -111,7 +116,7 @@ def compare(session: Session) -> Page:
         return Page([], [widgets.alert(text, "info")])
     chosen = Selectors(session, "channel", "effort", "task")
     pick = widgets.select("With", others, session.choice.get("with", others))
-    shown, told = box(), box()
+    shown, tested = box(), box()
 
     def show() -> None:
         other = str(pick.value)
@@ -136,12 +141,12 @@ def compare(session: Session) -> Page:
     def another(*_: Any) -> None:
         session.put(**{"with": str(pick.value)})
         show()
-        told[:] = study(session, "compare", name, str(pick.value))
+        tested[:] = study(session, "compare", name, str(pick.value))
 
     chosen.watch(show, "channel", "effort", "task")
     pick.param.watch(another, "value")
-    told[:] = study(session, "compare", name, str(pick.value))
-    return Page([pick, *chosen.sidebar()], [told, shown])
+    tested[:] = study(session, "compare", name, str(pick.value))
+    return Page([pick, *chosen.sidebar()], [tested, shown])
 
 
 # the pages with a function of their own; every other study has one that shows its results
@@ -214,7 +219,7 @@ def absent_pages(session: Session) -> set[str]:
         page = record.page or record.name
         if _study_of(page) == record and missing_record(record, run) is not None:
             absent.add(page)
-    return absent | (set() if feature_names(run) else {"features"})
+    return (absent - {"features"}) | (set() if feature_names(run) else {"features"})
 
 
 def made(page: str, session: Session) -> Page:

@@ -79,8 +79,8 @@ def described(files: Mapping[str, bytes]) -> Iterator[str]:
     for name, content in files.items():
         folder = name.rpartition("/")[0]
         sizes.setdefault(folder or ("plotly.js" if name == PLOTLY_JS else "pages"), []).append(len(content))
-    for kind, those in sizes.items():
-        yield f"{kind}: {len(those)} file{'s' * (len(those) > 1)}, {sum(those) / 1e6:.1f} MB"
+    for kind, lengths in sizes.items():
+        yield f"{kind}: {len(lengths)} file{'s' * (len(lengths) > 1)}, {sum(lengths) / 1e6:.1f} MB"
     yield f"total: {len(files)} files, {sum(map(len, files.values())) / 1e6:.1f} MB"
 
 
@@ -115,7 +115,10 @@ def _body(name: str, contents: report.Contents, run: Run, numbers: Sequence[int]
 
 def _experts(run: Run) -> Iterator[str]:
     """The load of experts in all content and, relative to it, in each channel and effort."""
-    yield "<h1>Experts</h1><p>How many of the routed slots of a selection each expert receives, from pooled sums.</p>"
+    text = (
+        "Expert load (fraction of routed slots) of all content, then the load of each channel and effort relative to it"
+    )
+    yield f"<h1>Experts</h1><p>{text}. Loads are pooled over tokens.</p>"
     yield page.figure("load_all", _heatmap(run, "load", {}))
     choices = sums.options(run)
     selections = [{"channel": c} for c in choices["channel"] if c in CHANNELS and c != "frame"]

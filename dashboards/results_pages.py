@@ -1,7 +1,6 @@
 """The pages of what is stored beside a run: effects of experiments, and attribution graphs."""
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from typing import Any
 
@@ -16,11 +15,15 @@ from workbench.dashboards import attribution_graph, content, theme, widgets
 from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Session, box
 from workbench.dashboards.stored_results import StoredResults
+from workbench.errors import InputError
 from workbench.figures.gallery import Gallery, GalleryItem
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
-_EFFECT = ("change", "same")  # names of the effect in a result; its interval is low and high
+# names of the effect in a result, and of the limits of its interval
+_EFFECTS = (("change", "low", "high"), ("effect", "low", "high"), ("same", "same_low", "same_high"))
+_NO_EFFECT = {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals excluding zero": "–"}
+_UNITS = {"same": "share of equal answers", "effect": "probability"}  # where a result names none
 
 
 def causal(session: Session) -> Page:
@@ -35,16 +38,41 @@ def causal(session: Session) -> Page:
 
     def show(*_: Any) -> None:
         session.put(experiment=str(pick.value))
-        shown[:] = [widgets.guarded(lambda: _experiment(session, str(pick.value), stored))]
+        name = str(pick.value)
+        shown[:] = [widgets.guarded(lambda: _readable(name, lambda: _experiment(session, name, stored)))]
 
     show()
     pick.param.watch(show, "value")
-    summary = widgets.table("All experiments", overview_table(stored.experiments), f"{session.name}-experiments")
-    return Page([pick], [summary, shown, *notes])
+
+    def summary() -> Any:
+        rows = overview_table(stored.experiments)
+        links = [session.link("causal", experiment=titles[title]) for title in rows["experiment"]]
+        return widgets.table("All experiments", rows, f"{session.name}-experiments", {"experiment": links})
+
+    table = widgets.guarded(lambda: _readable("experiments", summary))
+    return Page([pick], [table, shown, *notes])
+
+
+def _readable(name: str, body: Callable[[], Any]) -> Any:
+    """Return what `body` makes of stored results.
+
+    Raises:
+        InputError: they are not as experiments write them.
+    """
+    try:
+        return body()
+    except InputError:
+        raise
+    except Exception as error:  # an attribute, a variable or an axis may be missing or another
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise InputError(
+            f"the results of {name} beside the run are not as `workbench study` writes them ({reason}): "
+            "write them again"
+        ) from error
 
 
 def overview_table(experiments: Mapping[str, Mapping[str, xr.Dataset]]) -> pd.DataFrame:
-    """Return a row for each result: its largest effect with its interval, and how many effects exclude zero."""
+    """Return a row for each result: the largest effect that has an interval, and how many intervals exclude zero."""
     rows = []
     for name, sets in experiments.items():
         for key, ds in sets.items():
@@ -53,19 +81,20 @@ def overview_table(experiments: Mapping[str, Mapping[str, xr.Dataset]]) -> pd.Da
 
 
 def _largest(ds: xr.Dataset) -> dict[str, Any]:
-    effect = next((effect for effect in _EFFECT if effect in ds), None)
-    if effect is None or not {"low", "high"} <= set(ds.data_vars):
-        return {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals without zero": "–"}
-    values, low, high = (ds[name].values.astype(float) for name in (effect, "low", "high"))
-    if not np.isfinite(values).any():
-        return {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals without zero": "–"}
-    at = np.unravel_index(int(np.nanargmax(np.abs(values))), values.shape)
-    sure = int((low * high > 0).sum())
+    names = next((names for names in _EFFECTS if set(names) <= set(ds.data_vars)), None)
+    if names is None:
+        return _NO_EFFECT
+    values, low, high = (ds[name].values.astype(float) for name in names)
+    tested = np.isfinite(values) & np.isfinite(low) & np.isfinite(high)
+    if not tested.any():
+        return _NO_EFFECT
+    at = np.unravel_index(int(np.where(tested, np.abs(values), -1).argmax()), values.shape)
+    sure = int((low * high > 0)[tested].sum())
     return {
         "largest effect": f"{values[at]:+.3g}",
         "95 % interval": f"[{low[at]:+.3g}, {high[at]:+.3g}]",
-        "unit": str(ds.attrs.get("units", "")),
-        "intervals without zero": f"{sure} of {int(np.isfinite(values).sum())}",
+        "unit": str(ds.attrs.get("units") or _UNITS.get(names[0], "")),
+        "intervals excluding zero": f"{sure} of {int(tested.sum())}",
     }
 
 
@@ -77,7 +106,7 @@ def _experiment(session: Session, name: str, stored: StoredResults) -> pn.Column
     return pn.Column(
         widgets.html(f"<h2>{escape(record.title)}</h2><p class='wb-lead'>{escape(record.question)}</p>"),
         widgets.card("Findings", widgets.html(content.findings(sets))),
-        *(widgets.guarded(partial(_drawn, session, item, f"{label}-{key}")) for key, item in gallery.items()),
+        *(_drawn(session, item, f"{label}-{key}") for key, item in gallery.items()),
         *(_null(session, ds, f"{label}-{key}-null") for key, ds in sets.items() if {"random", "change"} <= set(ds)),
         *(part for key, ds in sets.items() for part in _numbers(ds, key.replace("_", " "), f"{label}-{key}")),
         widgets.card("Methods", widgets.html(content.method(sets)), collapsed=True),
@@ -99,7 +128,7 @@ def _numbers(ds: xr.Dataset, title: str, name: str) -> Iterator[Any]:
     shown = ds.drop_vars([variable for variable in ("each", "base", "random", "random_load_ratio") if variable in ds])
     for axes, rows in tables(shown).items():
         texts = rows.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
-        heading = f"{title} by {axes.replace('_', ' and ')}"
+        heading = f"{title[:1].upper()}{title[1:]} by {axes.replace('_', ' and ')}"
         yield widgets.table(heading, texts, f"{name}-{axes}", collapsed=True)
 
 
@@ -208,5 +237,5 @@ def _notes(stored: StoredResults) -> list[Any]:
     """Return what could not be shown of the files beside the run."""
     notes = [theme.note(f"{name} could not be read: {why}", "warning") for name, why in stored.unreadable.items()]
     if stored.omitted:
-        notes.append(theme.note(f"{stored.omitted:,} further JSON files beside the run were not looked at.", "warning"))
+        notes.append(theme.note(f"{stored.omitted:,} further JSON files beside the run were not read.", "warning"))
     return [widgets.html("".join(notes))] if notes else []

@@ -31,7 +31,7 @@ def shown(id: int, tokenizer: harmony.Tokenizer | None) -> str:
 
 def texts(ids: Sequence[int], tokenizer: harmony.Tokenizer | None) -> list[str]:
     """Return the text of every token; a character that several tokens share is given to the last of them."""
-    found: list[str] = []
+    pieces: list[str] = []
     open_: list[int] = []
     alone: dict[int, str] = {}
     for id in ids:
@@ -39,15 +39,15 @@ def texts(ids: Sequence[int], tokenizer: harmony.Tokenizer | None) -> list[str]:
             alone[id] = shown(id, tokenizer)
         open_.append(id)
         text = alone[id] if tokenizer is None or len(open_) == 1 else tokenizer.decode(open_)
-        # four bytes are the longest character: what is open longer is no text
+        # four bytes are the longest character: what is open longer is not text
         if text.endswith("�") and len(open_) < 4:
-            found.append("")
+            pieces.append("")
             continue
-        found.append(text)
+        pieces.append(text)
         open_ = []
     if open_ and tokenizer is not None:
-        found[-1] = tokenizer.decode(open_)
-    return found
+        pieces[-1] = tokenizer.decode(open_)
+    return pieces
 
 
 @dataclass(frozen=True)
@@ -73,28 +73,6 @@ class TokenSelection:
 
 
 EVERYTHING = TokenSelection()
-
-
-def expert_tokens(
-    run: Run,
-    layer: int,
-    expert: int,
-    text: Callable[[int], str],
-    *,
-    rows: int = 20,
-    within: TokenSelection = EVERYTHING,
-) -> pd.DataFrame:
-    """Return tokens that are routed to an expert more often than tokens on average, with an example each.
-
-    Only the first tokens of the run are read. within: the tokens that are counted. Columns `sequence` and `position`
-    tell where the example is.
-    """
-
-    def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
-        for block in run.blocks("id", "experts", layer=layer):
-            yield block, (block["experts"][0] == expert).any(-1), within.mask(run, block)
-
-    return _overrepresented_tokens(chosen(), text, rows)
 
 
 def head_tokens(
@@ -140,13 +118,13 @@ def _overrepresented_tokens(
         if seen >= _MOST_TOKENS:
             break
     share = sum(times.values()) / max(counted, 1)
-    found = [
+    records = [
         (text(i), n, 100 * n / every[i], n / every[i] / share, *example.get(i, ("", -1, -1)))
         for i, n in times.items()
         if n >= 5 and share > 0
     ]
     columns = ["token", "times", "share of its uses (%)", "lift", "for example", "sequence", "position"]
-    table = pd.DataFrame(found, columns=columns)
+    table = pd.DataFrame(records, columns=columns)
     return table.sort_values(["lift", "times"], ascending=False).head(rows).round(3)
 
 
@@ -212,8 +190,10 @@ def conversations(
     if share is not None:
         wanted &= share.reindex(table.index) > 0
     if text:
-        named = table["id"].str.contains(text, regex=False) | table["answer"].str.contains(text, regex=False)
-        wanted &= named | table.index.isin(_said(run, text, channel, set(table.index[wanted].tolist()), most))
+        in_table = table["id"].str.contains(text, regex=False) | table["answer"].str.contains(text, regex=False)
+        wanted &= in_table | table.index.isin(
+            _containing_text(run, text, channel, set(table.index[wanted].tolist()), most)
+        )
     rows = table[wanted]
     if share is not None:
         rows = rows.loc[share.reindex(rows.index).sort_values(ascending=False, kind="stable").index]
@@ -235,20 +215,20 @@ def _share_of_expert(run: Run, channel: str, layer: int, expert: int) -> Float[p
     return pd.Series(np.divide(chosen, of, out=np.zeros(len(of)), where=of > 0), index=tokens["sequence"].values)
 
 
-def _said(run: Run, text: str, channel: str, among: set[int], most: int) -> list[int]:
+def _containing_text(run: Run, text: str, channel: str, among: set[int], most: int) -> list[int]:
     """Return sequences that contain a text, ignoring case; stops when enough are found."""
     words = vocabulary(run)
     if words is None:
         return []
-    wanted, found = text.lower(), list[int]()
+    wanted, matches = text.lower(), list[int]()
     for block in run.blocks("id"):
         for number, ids, inside in _sequences(block):
-            said = ids if channel == ALL else ids[inside == CHANNELS.index(channel)]
-            if number in among and wanted in words.decode(said.tolist()).lower():
-                found.append(number)
-        if len(found) >= most:
+            selected = ids if channel == ALL else ids[inside == CHANNELS.index(channel)]
+            if number in among and wanted in words.decode(selected.tolist()).lower():
+                matches.append(number)
+        if len(matches) >= most:
             break
-    return found
+    return matches
 
 
 def _sequences(

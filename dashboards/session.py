@@ -172,15 +172,15 @@ def study(
     name: str,
     *names: str,
     above: Sequence[str] = (),
-    heading: str = "Statistical tests, all efforts and tasks",
+    heading: str = "Statistical tests",
 ) -> list[Any]:
     """Return the section of a study: figures, findings and methods. `above` names figures that are shown already."""
 
-    def show(found: Mapping[str, xr.Dataset]) -> list[Any]:
-        gallery: Gallery = registry.find(name).load_figures().gallery(found)
+    def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
+        gallery: Gallery = registry.find(name).load_figures().gallery(results)
         gallery = {name: drawing for name, drawing in gallery.items() if name not in above}
-        answer = widgets.card("Findings", widgets.html(content.findings(found)))
-        method = widgets.card("Methods", widgets.html(content.method(found)), collapsed=True)
+        answer = widgets.card("Findings", widgets.html(content.findings(results)))
+        method = widgets.card("Methods", widgets.html(content.method(results)), collapsed=True)
         if not gallery:
             return [answer, method]
         labels = content.figure_names(gallery)
@@ -205,6 +205,6 @@ def study(
         return [answer, pick, shown, method]
 
     return [
-        widgets.html(f"<h2>{escape(heading)}</h2>"),
+        widgets.html(f"<h2>{escape(heading)}</h2><p class='wb-under'>All efforts and tasks</p>"),
         widgets.awaited(session.registry.study(name, *(names or (session.name,)), exclude=session.exclude), show),
     ]

@@ -15,7 +15,7 @@ import pandas as pd
 import xarray as xr
 
 from workbench.dashboards.stored_results import StoredResults, stored_beside
-from workbench.dashboards.study_jobs import Answer, Desk
+from workbench.dashboards.study_jobs import Answer, StudyJobs
 from workbench.errors import InputError
 from workbench.runs import Run, open_run
 from workbench.runs.storage import LocalStorage, storage_at
@@ -27,7 +27,7 @@ from workbench.studies.specialization import together
 class Selection:
     """The selected values by name. They are the query string of every page, so a link opens the same view again.
 
-    A page uses the names that it knows and passes the others on to the next page.
+    A page uses its own names and passes the others on to the next page.
     """
 
     NAMES = (
@@ -102,7 +102,7 @@ class RunRegistry:
         self, paths: Sequence[str | Path], *, cache: Path | None = None, model: str = "", editable: bool = True
     ) -> None:
         if not paths:
-            raise InputError("name at least one run to show: workbench dashboard RUN.zarr")
+            raise InputError("no run was given: give at least one, as in `workbench dashboard RUN.zarr`")
         self._paths: dict[str, str | Path] = {}
         self._model, self.editable = model, editable
         for path in paths:
@@ -114,14 +114,14 @@ class RunRegistry:
             )
             name = last.removesuffix(".zarr")
             if name in self._paths:
-                raise InputError(f"two runs are called {name!r}: {self._paths[name]} and {path}; rename one of them")
+                raise InputError(f"two runs have the name {name!r}: {self._paths[name]} and {path}; rename one of them")
             self._paths[name] = path
         self._runs: dict[tuple[str, str], tuple[bytes, Run]] = {}
         self._made: dict[tuple[str, ...], tuple[str, Any]] = {}
         self._lock, self._locks = threading.Lock(), dict[tuple[str, ...], threading.Lock]()
         for name in self.names:
-            self.run(name)  # a path that is no run is refused before anything is served
-        self.desk = Desk(cache)
+            self.run(name)  # a path that is not a run is refused before anything is served
+        self.jobs = StudyJobs(cache)
 
     @property
     def names(self) -> list[str]:
@@ -162,7 +162,7 @@ class RunRegistry:
         lasting = all(run.status == "complete" for run in runs)
         digest = "-".join(run.digest for run in runs)
         more = {"options": options} if options else {}
-        return partial(self.desk.ask, study, paths, digest, exclude=exclude, lasting=lasting, **more)
+        return partial(self.jobs.ask, study, paths, digest, exclude=exclude, lasting=lasting, **more)
 
     def model(self, name: str) -> str:
         """Return the model that can be loaded for a run, or "" if none is known; its digest is not compared yet."""
@@ -172,7 +172,7 @@ class RunRegistry:
         """Return a function that asks for the attention patterns of a sequence, without waiting for them."""
         run = self.run(name)
         path = str(self._paths[name])
-        return partial(self.desk.attention, path, run.digest, self.model(name), sequence, layers)
+        return partial(self.jobs.attention, path, run.digest, self.model(name), sequence, layers)
 
     def put_label(self, name: str, examples: xr.Dataset, layer: int, expert: int, label: str) -> Path:
         """Write the label of an expert into the file beside the run, and return its path.
@@ -183,7 +183,10 @@ class RunRegistry:
             InputError: labels cannot be changed here, or the file of labels is damaged.
         """
         if not self.editable:
-            raise InputError("labels can be changed on a dashboard that only this machine can reach")
+            raise InputError(
+                "labels cannot be changed here: the dashboard can be reached from other machines; "
+                "start it on 127.0.0.1 to edit labels"
+            )
         with self._lock:  # two sessions do not lose each other's labels
             run = self.run(name)
             labels = expert_labels.read(run)
@@ -207,24 +210,24 @@ class RunRegistry:
                 return {}
             return {"cost": effort.cost(run, table, known), "gain": effort.gain(run, table, known)}
 
-        found: dict[str, xr.Dataset] = self._once(("costs", name, exclude), run.digest, make)
-        return found
+        results: dict[str, xr.Dataset] = self._once(("costs", name, exclude), run.digest, make)
+        return results
 
     def pairs(self, name: str, exclude: str = "") -> xr.Dataset | None:
         """Return co-activation and transitions from sums, or None if the run has none."""
         run = self.run(name, exclude)
         if not {"coactivation", "transition"} <= set(run.summaries):
             return None
-        found: xr.Dataset = self._once(("pairs", name, exclude), run.digest, lambda: together(run))
-        return found
+        pairs: xr.Dataset = self._once(("pairs", name, exclude), run.digest, lambda: together(run))
+        return pairs
 
     def _once(self, key: tuple[str, ...], digest: str, make: Callable[[], Any]) -> Any:
         """Return a result for this state of the runs; concurrent sessions wait for one computation."""
         with self._lock:
             own = self._locks.setdefault(key, threading.Lock())
         with own:
-            known, found = self._made.get(key, ("", None))
+            known, result = self._made.get(key, ("", None))
             if known != digest:
-                found = make()
-                self._made[key] = (digest, found)
-            return found
+                result = make()
+                self._made[key] = (digest, result)
+            return result

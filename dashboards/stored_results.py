@@ -2,7 +2,7 @@
 
 `workbench study NAME RUN --model MODEL --out FOLDER` writes the first, `workbench graph … --out FILE.json` the second.
 Both are found in the folder that holds the run and in the folders in it, whatever their names are. A result belongs to
-a run if it names the run's digest; a graph names no run, so every graph that lies there is offered.
+a run if it names the run's digest; a graph names no run, so every graph there is listed.
 """
 
 import re
@@ -22,6 +22,9 @@ from workbench.studies.result import from_json
 MOST_FILES = 500  # that are looked at
 MOST_BYTES = 32 * 2**20  # of one of them
 _NAME = re.compile(r"[^/\\\x00]{1,200}\.json")
+
+# what reading a result raises that is none
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, MemoryError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,10 @@ def _kind(path: Path, changed: int, size: int) -> tuple[str, Any]:
         return "other", None
     if {"nodes", "links", "metadata"} <= content.keys():
         return "graph", None
-    if not {"attrs", "data_vars"} <= content.keys() or "study" not in (content["attrs"] or {}):
+    attrs = content.get("attrs")
+    if "data_vars" not in content or not isinstance(attrs, dict) or not isinstance(attrs.get("study"), str):
         return "other", None
     try:
         return "result", from_json(content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGE as error:
         return "unreadable", f"not a result of the workbench: {type(error).__name__}"

@@ -1,8 +1,8 @@
-"""Where studies are made for a dashboard: in processes of their own, kept by what they are made of.
+"""Run the studies of a dashboard in processes of their own, and cache their results by run, code and options.
 
-A study of ten million tokens takes minutes and a gigabyte; the server gives neither. A result is kept as the files that
-`workbench study --out` writes, under the run's digest and that of the code, so that a second session, or a second
-server, reads it back.
+A study of ten million tokens takes minutes and a gigabyte of memory, so the server does not compute it itself. A result
+is stored as the files that `workbench study --out` writes, under the digest of the run and that of the code, and a
+second session or a second server reads it from there.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ from workbench.runs import attention_file
 from workbench.studies.result import load, save
 
 _AT_ONCE = 2  # studies made at the same time; each takes a core
-_KEPT_DAYS = 30
+_CACHED_DAYS = 30
 # pairs of experts are many (at 120b a hundred megabytes as text) and come from sums at once
-_NOT_KEPT = ("together",)
+_NOT_CACHED = ("together",)
 
 
 class Answer(NamedTuple):
@@ -45,8 +45,8 @@ class Answer(NamedTuple):
     seconds: float = 0.0
 
 
-class Desk:
-    """Studies asked for by name and paths; asking again is how one learns that they are done."""
+class StudyJobs:
+    """Studies that run in processes of their own. Ask again for a study to learn whether it is finished."""
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self._folder = Path(folder) if folder is not None else cache_folder()
@@ -65,17 +65,17 @@ class Desk:
         lasting: bool = True,
         options: Mapping[str, int] | None = None,
     ) -> Answer:
-        """Return the state of the study of the run(s) at these paths, and start it if nobody has yet.
+        """Return the state of the study of the run(s) at these paths, and start it if needed.
 
         digest: of the runs, without the excluded sequences. exclude: flags of sequences to leave out. lasting: whether
-        the runs are complete. options: of the study, numbers only: they are part of the name of what is kept.
+        the runs are complete. options: of the study, numbers only: they are part of the name of the cached result.
         """
         name = "-".join([study, *(f"{option}-{int(value)}" for option, value in sorted((options or {}).items()))])
         make = partial(self._get, study, name, paths, digest, exclude, lasting, dict(options or {}))
         return self._state((name, digest), make)
 
     def attention(self, path: str, digest: str, model: str, sequence: int, layers: str) -> Answer:
-        """Return the state of the attention patterns of a sequence, and start `workbench attention` if nobody has yet.
+        """Return the state of the attention patterns of a sequence, and start `workbench attention` if needed.
 
         The run's own digest and the model's are compared by that command. layers: as in its option; "" for all.
         """
@@ -83,7 +83,7 @@ class Desk:
         return self._state((name, digest), partial(self._attention, path, digest, model, sequence, layers, name))
 
     def _state(self, key: tuple[str, str], make: Callable[[], dict[str, xr.Dataset]]) -> Answer:
-        """Return the state of a piece of work, and start it if nobody has yet."""
+        """Return the state of a piece of work, and start it if needed."""
         with self._lock:
             if key not in self._made:
                 self._made[key] = (time.monotonic(), self._pool.submit(make))
@@ -99,8 +99,8 @@ class Desk:
         return Answer(reason=str(error) or type(error).__name__)
 
     @cached_property
-    def _passing(self) -> "tempfile.TemporaryDirectory[str]":
-        """Where studies of runs that still grow are kept: made when it is needed, removed when the process ends."""
+    def _temporary(self) -> "tempfile.TemporaryDirectory[str]":
+        """Folder for studies of runs in progress: created when it is needed, removed when the process ends."""
         return tempfile.TemporaryDirectory(prefix="workbench-studies-", ignore_cleanup_errors=True)
 
     def close(self) -> None:
@@ -108,8 +108,8 @@ class Desk:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in list(self._running):
             process.kill()
-        if "_passing" in self.__dict__:
-            self._passing.cleanup()
+        if "_temporary" in self.__dict__:
+            self._temporary.cleanup()
 
     def _get(
         self,
@@ -121,21 +121,21 @@ class Desk:
         lasting: bool,
         options: dict[str, int],
     ) -> dict[str, xr.Dataset]:
-        folder = self._folder if lasting else Path(self._passing.name)
-        kept = folder / f"{digest}-{_code()}" / name
-        if not kept.exists():
-            self._make(study, paths, exclude, kept, options)
-        os.utime(kept.parent)
-        return load(kept)[study]
+        folder = self._folder if lasting else Path(self._temporary.name)
+        cached = folder / f"{digest}-{_code()}" / name
+        if not cached.exists():
+            self._make(study, paths, exclude, cached, options)
+        os.utime(cached.parent)
+        return load(cached)[study]
 
-    def _make(self, study: str, paths: Sequence[str], exclude: str, kept: Path, options: dict[str, int]) -> None:
+    def _make(self, study: str, paths: Sequence[str], exclude: str, cached: Path, options: dict[str, int]) -> None:
         """Write the results into a temporary folder and rename it when it is complete."""
-        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as made:
+        cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as made:
             values = json.dumps(options)
             self._run("-m", "workbench.dashboards.study_jobs", study, f"{made}/out", exclude, values, *paths)
-            if not kept.exists():
-                os.rename(f"{made}/out", kept)
+            if not cached.exists():
+                os.rename(f"{made}/out", cached)
 
     def _run(self, *arguments: str) -> None:
         """Run Python with these arguments in a process of its own.
@@ -159,28 +159,28 @@ class Desk:
     def _attention(
         self, path: str, digest: str, model: str, sequence: int, layers: str, name: str
     ) -> dict[str, xr.Dataset]:
-        kept = self._folder / f"{digest}-{_code()}" / name
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=kept.parent) as made:
+        cached = self._folder / f"{digest}-{_code()}" / name
+        if not cached.exists():
+            cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=cached.parent) as made:
                 out = f"{made}/out.npz"
                 chosen = ["--layers", layers] if layers else []
                 command = ("-m", "workbench.cli", "attention", "--model", model, "--out", out, *chosen, "--")
                 self._run(*command, path, str(sequence))
-                os.replace(out, kept)
-        os.utime(kept.parent)
-        return {"attention": attention_file.read(kept)}
+                os.replace(out, cached)
+        os.utime(cached.parent)
+        return {"attention": attention_file.read(cached)}
 
 
 def cache_folder() -> Path:
-    """Return `gpt-oss-workbench/studies` in the user's cache; what was not used for a month is removed."""
+    """Return `gpt-oss-workbench/studies` in the user's cache; remove results that were not used for a month."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-oss-workbench" / "studies"
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
         return Path(tempfile.mkdtemp(prefix="workbench-studies-"))
     for entry in root.iterdir():
-        if time.time() - entry.stat().st_mtime > _KEPT_DAYS * 86400:
+        if time.time() - entry.stat().st_mtime > _CACHED_DAYS * 86400:
             shutil.rmtree(entry, ignore_errors=True)
     return root
 
@@ -189,10 +189,10 @@ def cache_folder() -> Path:
 def _code() -> str:
     """Digest of the code that makes studies: another version's results are not taken for ours."""
     sha = hashlib.sha256()
-    room = Path(workbench.__file__).parent
+    package = Path(workbench.__file__).parent
     specs = [importlib.util.find_spec(record.module) for record in registry.studies()]  # other packages' too
     others = {Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None}
-    for path in sorted({*(room / "studies").glob("*.py"), *(room / "runs").glob("*.py"), *others}):
+    for path in sorted({*(package / "studies").glob("*.py"), *(package / "runs").glob("*.py"), *others}):
         sha.update(path.read_bytes())
     return sha.hexdigest()[:12]
 
@@ -203,8 +203,8 @@ def _main() -> None:
 
     study, out, exclude, options, *paths = sys.argv[1:]
     try:
-        found = run_study(study, *(open_run(path, exclude=exclude) for path in paths), **parse_json(options))
-        save({name: ds for name, ds in found.items() if name not in _NOT_KEPT}, out)
+        results = run_study(study, *(open_run(path, exclude=exclude) for path in paths), **parse_json(options))
+        save({name: ds for name, ds in results.items() if name not in _NOT_CACHED}, out)
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

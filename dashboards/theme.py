@@ -1,4 +1,4 @@
-"""The look of pages in a browser: colour tokens for light and dark, sizes, style sheets, icons and page parts.
+"""The style of pages in a browser: colour tokens for light and dark, sizes, style sheets, icons and page parts.
 
 Every colour, size and distance is a CSS variable (`--wb-ink`, `--wb-space`), so a style sheet names what a colour is
 for. `PAIRS` lists which colours lie on each other; the tests compute their contrast (WCAG 2.2, AA). Everything here is
@@ -81,20 +81,23 @@ _SIZES = {
 
 # of the parts of a page: numbers, sentences, tables; also used by published pages and the report
 PARTS_CSS = """
-a{color:var(--wb-accent)}
+a{color:var(--wb-accent)}.bk-clearfix>p:first-child{margin-top:0}.bk-clearfix>p:last-child{margin-bottom:0}
 a:focus-visible,button:focus-visible,summary:focus-visible{outline:3px solid var(--wb-accent);outline-offset:2px}
 h2{font-size:var(--wb-title);line-height:1.3;margin:.2em 0}h3{font-size:var(--wb-lead);margin:.2em 0}
 .wb-lead{font-size:var(--wb-lead);margin:0}.wb-muted{color:var(--wb-muted)}
+.wb-under{color:var(--wb-muted);font-size:13px;margin:-2px 0 2px 2px}
 .wb-tiles{display:flex;flex-wrap:wrap;gap:var(--wb-space);margin:10px 0}
 .wb-tile{flex:1 1 150px;background:var(--wb-surface);border:1px solid var(--wb-line);border-radius:var(--wb-radius);
 padding:10px 14px}
-.wb-tile b{display:block;font-size:var(--wb-figure);font-weight:600;line-height:1.2;font-variant-numeric:tabular-nums}
+.wb-tile b{display:block;font-size:clamp(20px,2.3vw,var(--wb-figure));font-weight:600;line-height:1.2;
+white-space:nowrap;font-variant-numeric:tabular-nums}
 .wb-tile span{color:var(--wb-muted);font-size:var(--wb-small)}
 .wb-facts{display:flex;flex-wrap:wrap;gap:2px 18px;color:var(--wb-muted);font-size:13px}
 .wb-facts b{color:var(--wb-ink);font-weight:600}
 .wb-answers{margin:0;padding-left:1.3em}.wb-answers li{margin:.35em 0;line-height:1.5}
 .wb-examples{margin:0;padding-left:1.2em;font-family:'DejaVu Sans Mono',monospace;font-size:13px}
-.wb-examples li{margin:.25em 0}.wb-examples a{color:var(--wb-ink);text-decoration:none;white-space:pre-wrap}
+.wb-examples li{margin:.25em 0}.wb-examples a{color:var(--wb-ink);text-decoration:none;white-space:pre-wrap;
+overflow-wrap:anywhere}
 .wb-examples a:hover{text-decoration:underline}
 mark{background:var(--wb-accent);color:var(--wb-on-accent);border-radius:3px;padding:0 2px}
 mark.wb-shade{background:color-mix(in srgb,var(--wb-accent-soft) calc(100% - var(--share)),var(--wb-warn-soft));
@@ -115,11 +118,14 @@ background:var(--wb-accent-soft);color:var(--wb-ink)}
 .wb-table td,.wb-table th{text-align:left;vertical-align:top;padding:5px 14px 5px 0;
 border-bottom:1px solid var(--wb-line)}.wb-table th{color:var(--wb-muted);font-weight:600}
 """
-# of every component: Panel draws each in a shadow root, which page styles do not reach
+# of every component: Panel draws each in a shadow root, which page styles do not reach. The buttons of number fields
+# have no names for screen readers; the arrow keys do the same.
 _COMPONENT_CSS = """
+.bk-spin-btn{display:none}
 :host{font-family:var(--wb-font);font-size:var(--wb-text);color:var(--wb-ink);color-scheme:var(--wb-scheme)}
 .bk-input{background:var(--wb-surface);color:var(--wb-ink);border:1px solid var(--wb-control);border-radius:6px}
-select.bk-input{appearance:auto!important;background-image:none!important}
+textarea.bk-input{padding:6px 12px}.bk-btn a{color:inherit;text-decoration:none}
+select.bk-input{padding:0 2px 0 8px;appearance:auto!important;background-image:none!important}
 .bk-input:focus{border-color:var(--wb-accent);box-shadow:0 0 0 2px var(--wb-accent-soft)}
 .bk-btn,.bk-btn-default{background:var(--wb-surface)!important;color:var(--wb-ink)!important;
 border:1px solid var(--wb-control)!important;border-radius:6px;font-size:13px}
@@ -141,6 +147,8 @@ FIGURE_CSS = """
 :host{background:var(--wb-surface);border:1px solid var(--wb-line);border-radius:var(--wb-radius);overflow:hidden;
 padding:4px 4px 2px}
 """
+# of frames with a conversation, a graph or attention patterns; published pages do not set the variable
+BORDER = "border:1px solid var(--wb-line,#d9dee5);border-radius:8px;box-sizing:border-box"
 TOOL_CSS = """
 .bk-btn{font-size:12px!important;padding:1px 8px!important;border-color:var(--wb-line)!important;
 color:var(--wb-muted)!important;box-shadow:none!important}

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import panel as pn
 import plotly.graph_objects as go
 import xarray as xr
+from jaxtyping import Float
 
 from workbench.dashboards.study_jobs import Answer
 from workbench.dashboards.theme import ALERT_CSS, CARD_CSS, FIGURE_CSS, PARTS_CSS, TABULATOR_CSS, TOOL_CSS
@@ -22,13 +24,13 @@ from workbench.runs import Run
 WIDTH = 218  # pixels, of widgets in the sidebar
 _PLAIN_ROWS = 15  # longer tables are paged
 _SAVE = """
-const found = [];
+const figures = [];
 const walk = root => { for (const e of root.querySelectorAll('*')) {
-  if (e.classList.contains('js-plotly-plot') && e.layout && e.layout.meta === NAME) found.push(e);
+  if (e.classList.contains('js-plotly-plot') && e.layout && e.layout.meta === NAME) figures.push(e);
   if (e.shadowRoot) walk(e.shadowRoot); } };
 walk(document);
-if (found.length) window.Plotly.downloadImage(found[0],
-  {format: 'FORMAT', filename: NAME, width: 920, height: found[0].layout.height || 500, scale: FORMAT_SCALE});
+if (figures.length) window.Plotly.downloadImage(figures[0],
+  {format: 'FORMAT', filename: NAME, width: 920, height: figures[0].layout.height || 500, scale: FORMAT_SCALE});
 """
 _TABLE = """
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
@@ -54,9 +56,10 @@ def empty_state(title: str, text: str, command: str = "") -> pn.pane.HTML:
     return html(f"<div class='wb-empty'><h2>{escape(title)}</h2><p>{escape(text)}</p>{code}</div>")
 
 
-def card(title: str, content: pn.viewable.Viewable, *, collapsed: bool = False) -> pn.Card:
-    """Return a titled card that can be collapsed."""
+def card(title: str, content: pn.viewable.Viewable, *, note: str = "", collapsed: bool = False) -> pn.Card:
+    """Return a titled card that can be collapsed. note: which data it shows, as a line of text under the title."""
     return pn.Card(
+        *([html(f"<p class='wb-under'>{escape(note)}</p>")] if note else []),
         content,
         title=title,
         sizing_mode="stretch_width",
@@ -66,11 +69,14 @@ def card(title: str, content: pn.viewable.Viewable, *, collapsed: bool = False) 
     )
 
 
-def beside(*pieces: pn.viewable.Viewable) -> pn.FlexBox:
-    """Return panes side by side where the window is wide enough, otherwise below each other."""
-    for piece in pieces:
-        piece.styles = {"flex": "1 1 400px", "width": "auto"}
-    return pn.FlexBox(*pieces, flex_wrap="wrap", align_items="flex-start", gap="8px", sizing_mode="stretch_width")
+def beside(*pieces: pn.viewable.Viewable, width: int = 440) -> pn.FlexBox:
+    """Return panes side by side where each has this width (pixels) at least, otherwise below each other."""
+    # in columns of their own, so that margins do not make some wider than others
+    columns = [
+        pn.Column(piece, sizing_mode="stretch_width", styles={"flex": f"1 1 {width}px", "width": "auto"})
+        for piece in pieces
+    ]
+    return pn.FlexBox(*columns, flex_wrap="wrap", align_items="flex-start", gap="0", sizing_mode="stretch_width")
 
 
 def table(
@@ -79,11 +85,12 @@ def table(
     name: str,
     links: Mapping[str, Sequence[str]] | None = None,
     *,
+    note: str = "",
     collapsed: bool = False,
 ) -> pn.Card:
     """Return a card with a table and a button that saves it as CSV; long tables can be sorted, filtered and paged.
 
-    links: the address that each cell of a column opens, or "".
+    links: the address that each cell of a column opens, or "". note: which data it shows.
     """
     shown = rows.copy()
     for column, addresses in (links or {}).items():
@@ -91,7 +98,8 @@ def table(
         pairs = zip(addresses, texts, strict=True)
         shown[column] = [f'<a href="{escape(address)}">{text}</a>' if address else text for address, text in pairs]
     drawn = _plain_table(shown, set(links or ())) if len(rows) <= _PLAIN_ROWS else _long_table(shown, set(links or ()))
-    return card(title, pn.Column(drawn, _csv(lambda: rows, name), sizing_mode="stretch_width"), collapsed=collapsed)
+    content = pn.Column(drawn, _csv(lambda: rows, name), sizing_mode="stretch_width")
+    return card(title, content, note=note, collapsed=collapsed)
 
 
 def _plain_table(rows: pd.DataFrame, markup: set[str]) -> pn.pane.HTML:
@@ -124,16 +132,25 @@ def _long_table(rows: pd.DataFrame, markup: set[str]) -> pn.widgets.Tabulator:
         pagination="local",
         page_size=_PLAIN_ROWS,
         sizing_mode="stretch_width",
-        formatters={column: {"type": "html" if column in markup else "plaintext"} for column in texts},
-        header_filters={column: {"type": "input", "placeholder": f"filter {column}"} for column in texts},
+        formatters={column: {"type": "html" if column in markup else "plaintext"} for column in texts}
+        | {column: _decimals(rows[column]) for column in rows.columns if rows[column].dtype.kind == "f"},
+        configuration={"columnDefaults": {"minWidth": 90, "maxWidth": 400}},
+        header_filters={column: {"type": "input", "placeholder": "filter"} for column in texts},
         theme="simple",
         stylesheets=[TABULATOR_CSS],
     )
 
 
+def _decimals(values: Float[pd.Series, " row"]) -> dict[str, Any]:
+    """Return the format of a column of numbers: as many decimals for all as one of them needs, three at most."""
+    known = values[np.isfinite(values)].to_numpy(dtype=np.float64).round(3)
+    precision = next((n for n in range(3) if np.array_equal(known, known.round(n))), 3)
+    return {"type": "money", "decimal": ".", "thousand": ",", "symbol": "", "precision": precision}
+
+
 def _formats(rows: pd.DataFrame) -> dict[str, Callable[[Any], str]]:
-    whole = [str(c) for c in rows.columns if rows[c].dtype.kind in "iu"]
-    return {column: "{:,}".format for column in whole}
+    integers = [str(c) for c in rows.columns if rows[c].dtype.kind in "iu"]
+    return {column: "{:,}".format for column in integers}
 
 
 def figure(drawn: go.Figure, name: str, numbers: Callable[[], pd.DataFrame] | None = None, **more: Any) -> pn.Column:
@@ -202,13 +219,14 @@ def later(body: Callable[[], Any]) -> pn.Column:
     return box
 
 
-def folded(title: str, body: Callable[[], Any]) -> pn.Card:
+def folded(title: str, body: Callable[[], Any], *, note: str = "") -> pn.Card:
     """Return a collapsed card whose content is created when it is opened."""
-    box = card(title, pn.Column(sizing_mode="stretch_width"), collapsed=True)
+    content = pn.Column(sizing_mode="stretch_width")
+    box = card(title, content, note=note, collapsed=True)
 
     def opened(*_: Any) -> None:
-        if not box.collapsed and not box[0].objects:
-            box[0].objects = [guarded(body)]
+        if not box.collapsed and not content.objects:
+            content.objects = [guarded(body)]
 
     box.param.watch(opened, "collapsed")
     return box
@@ -223,15 +241,15 @@ def awaited(
 ) -> pn.Column:
     """Return a column with the results of a study or, until they are ready, the time it has been running.
 
-    work, failed: what is said while it runs, and before the reason why there are no results.
+    work, failed: the text while it runs, and the text before the reason why there are no results.
     """
     box = pn.Column(sizing_mode="stretch_width")
 
     def look() -> bool:
         answer = ask()
         if answer.datasets is not None:
-            found = answer.datasets
-            shown = guarded(lambda: list(show(found)))
+            results = answer.datasets
+            shown = guarded(lambda: list(show(results)))
             box[:] = shown if isinstance(shown, list) else [shown]
         elif answer.reason:
             box[:] = [alert(f"{failed}: {answer.reason}")]
@@ -262,6 +280,14 @@ def exclude(run: Run, value: str) -> pn.widgets.Select:
     if value and value not in known.values():
         known[SEQUENCE_FLAGS[value]] = value
     return select("Exclude sequences", {"none": "", **known}, value)
+
+
+def list_box(name: str, options: Mapping[str, Any], value: Any) -> pn.widgets.Select:
+    """Return a list in the sidebar that scrolls to its selected entry; see `workbenchScroll` in page.html."""
+    box = select(name, options, value, size=10)
+    scroll = "setTimeout(() => window.workbenchScroll && window.workbenchScroll(), 50)"
+    box.jscallback(value=scroll, options=scroll)
+    return box
 
 
 def select(name: str, options: Sequence[str] | Mapping[str, Any], value: Any, **more: Any) -> pn.widgets.Select:

@@ -42,9 +42,9 @@ def answers(model: GptOss, asked: Sequence[tuple[Problem, ...]], label: str) -> 
                 some = asked[start : start + _BATCH]
                 prompts = [harmony.render(prompt_messages(*t), effort=effort, tokenizer=model.tokenizer) for t in some]
                 new = model.generate(prompts, max_new_tokens=_MAX_NEW_TOKENS)
-                for turns, prompt, said in zip(some, prompts, new, strict=True):
-                    right = final_text(prompt + said, model.tokenizer) == turns[-1].answer
-                    rows.append({"task": turns[-1].task, "effort": effort, "right": right, "tokens": len(said)})
+                for turns, prompt, generated in zip(some, prompts, new, strict=True):
+                    right = final_text(prompt + generated, model.tokenizer) == turns[-1].answer
+                    rows.append({"task": turns[-1].task, "effort": effort, "right": right, "tokens": len(generated)})
                 advance(len(some))
     return pd.DataFrame(rows)
 
@@ -110,12 +110,12 @@ def main(
     torch.set_num_threads(threads)
     out = checkpoint / "accuracy.json"
     check_output(out, command="data.evaluate", overwrite=True, owned=Path.is_file)
-    found = evaluate(checkpoint, before, questions)
+    result = evaluate(checkpoint, before, questions)
     with staged(out, command="data.evaluate", overwrite=True, owned=Path.is_file) as part:
-        part.write_text(json.dumps(found, indent=1) + "\n")
-    for name, cells in found["accuracy"].items():
+        part.write_text(json.dumps(result, indent=1) + "\n")
+    for name, cells in result["accuracy"].items():
         print(f"{name}\n{pd.DataFrame(cells).pivot(index='task', columns='effort', values='accuracy')[list(EFFORTS)]}")
-    for change in found["comparisons"]:
+    for change in result["comparisons"]:
         print(f"{change['before']} → {change['after']}: {100 * change['difference']:+.1f} points")
 
 

@@ -31,10 +31,10 @@ def questions(per_family: int) -> list[tuple[Problem, ...]]:
     asked: list[tuple[Problem, ...]] = []
     for family in FAMILIES:
         rng = random.Random(f"{SEED} {family}")
-        found = list(dict.fromkeys(draw(rng, family, test=True) for _ in range(_DRAWS * per_family)))[:per_family]
-        if len(found) < per_family:
-            raise InputError(f"{family} has {len(found)} test questions, {per_family} were asked for: ask for fewer")
-        for i, problem in enumerate(found):
+        drawn = list(dict.fromkeys(draw(rng, family, test=True) for _ in range(_DRAWS * per_family)))[:per_family]
+        if len(drawn) < per_family:
+            raise InputError(f"{family} has {len(drawn)} test questions, {per_family} were requested: request fewer")
+        for i, problem in enumerate(drawn):
             second = i % _TWO_TURNS == _TWO_TURNS - 1
             asked.append((draw(rng, rng.choice(FIRST_TURNS), test=True), problem) if second else (problem,))
     return asked

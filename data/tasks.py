@@ -71,9 +71,9 @@ def _long_times(number: int, digit: int) -> list[str]:
 def _product(rng: random.Random) -> Problem:
     a, b = rng.randint(11, 99), rng.randint(11, 99)
     tens, ones = divmod(b, 10)
-    whole = _add(a * ones, a * tens * 10)
-    sketch = [_times(a, ones), _times(a, tens), whole]
-    steps = [*_long_times(a, ones), *_long_times(a, tens), whole, _times(a % 10, ones)]
+    product = _add(a * ones, a * tens * 10)
+    sketch = [_times(a, ones), _times(a, tens), product]
+    steps = [*_long_times(a, ones), *_long_times(a, tens), product, _times(a % 10, ones)]
     return Problem("product", "arithmetic", f"{a}*{b}", str(a * b), ";".join(sketch), ";".join(steps))
 
 

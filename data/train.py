@@ -142,7 +142,7 @@ class Training:
             InputError: there is no training to resume.
         """
         if not (self.folder / "state.pt").exists():
-            raise InputError(f"{self.folder} holds no training to go on with: leave out --resume")
+            raise InputError(f"{self.folder} holds no training to resume: leave out --resume")
         state = torch.load(self.folder / "state.pt", weights_only=True)
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -236,7 +236,7 @@ def main(
     """
     for folder in (out, _beside(out, "dense")):
         if check_output(folder, command="data.train", overwrite=True, owned=Path.exists).exists():
-            raise InputError(f"{folder} exists: name another folder, or move it away")
+            raise InputError(f"{folder} exists: choose another folder, or move it away")
     torch.set_num_threads(threads)
     training = Training(_beside(out, "training"), seed)
     if resume:

@@ -71,13 +71,14 @@ def studies_table() -> str:
 
 def dashboard_table() -> str:
     """What `workbench bench dashboard` wrote, as tables."""
-    found = json.loads((HERE / "bench_dashboard.json").read_text())
-    pages = [f"| {p} | {s:.2f} | {found['page_s'][p]:.2f} |" for p, s in found["first_visit_s"].items()]
-    many = next(name for name in found if name.startswith("change_of_"))
-    changes = [f"| {name} | {s:.2f} | {found[many][name]:.2f} |" for name, s in found["change_s"].items()]
+    measured = json.loads((HERE / "bench_dashboard.json").read_text())
+    pages = [f"| {p} | {s:.2f} | {measured['page_s'][p]:.2f} |" for p, s in measured["first_visit_s"].items()]
+    many = next(name for name in measured if name.startswith("change_of_"))
+    changes = [f"| {name} | {s:.2f} | {measured[many][name]:.2f} |" for name, s in measured["change_s"].items()]
     return "\n".join(
         [
-            f"{found['machine']}; browser and server share it. The server's peak was {found['server_peak_gb']:.2f} GB.",
+            f"{measured['machine']}; browser and server share it. "
+            f"The server's peak was {measured['server_peak_gb']:.2f} GB.",
             "",
             "| page | first visit, s | later, s |",
             "|---|---|---|",
@@ -94,11 +95,11 @@ def dashboard_table() -> str:
 
 def studies_times() -> str:
     """What `workbench bench studies` wrote, as a table."""
-    found = json.loads((HERE / "bench_studies.json").read_text())
-    rows = [f"| {row['study']} | {row['seconds']:.0f} |" for row in found["studies"]]
+    measured = json.loads((HERE / "bench_studies.json").read_text())
+    rows = [f"| {row['study']} | {row['seconds']:.0f} |" for row in measured["studies"]]
     about = (
-        f"Studies of that run, {found['tokens']:,} tokens of {found['sequences']:,} sequences, on "
-        f"{found['processor']}, measured by `workbench bench studies RUN`. The last one reads the run twice, as the "
+        f"Studies of that run, {measured['tokens']:,} tokens of {measured['sequences']:,} sequences, on "
+        f"{measured['processor']}, measured by `workbench bench studies RUN`. The last one reads the run twice, as the "
         "two that it compares."
     )
     return "\n".join([about, "", "| study | s |", "|---|---|", *rows])
@@ -111,13 +112,14 @@ def decode_table(path: Path = HERE / "bench_decode.json") -> str:
         return f"{command} measures it; **no numbers of a quiet machine are committed yet.**"
     from workbench.bench.decode import table  # late: torch
 
-    found = json.loads(path.read_text())["decoding"]
+    measured = json.loads(path.read_text())["decoding"]
     about = (
-        f"{found['processor']}, {found['threads']} threads, {found['layers']} layers of the width of gpt-oss-20b, "
-        f"kernels {found['kernels']}; memory is read at {found['memory_bytes_per_s'] / 1e9:.0f} GB/s. Measured by "
-        f"{command}; in parentheses our speed beside the baseline's."
+        f"{measured['processor']}, {measured['threads']} threads, {measured['layers']} layers of the width of "
+        f"gpt-oss-20b, kernels {measured['kernels']}; memory is read at "
+        f"{measured['memory_bytes_per_s'] / 1e9:.0f} GB/s. Measured by {command}; "
+        "in parentheses our speed beside the baseline's."
     )
-    return f"{about}\n\n{table(found)}"
+    return f"{about}\n\n{table(measured)}"
 
 
 if __name__ == "__main__":  # python -m docs.commands_page: write the generated parts into the pages of the repository

@@ -27,7 +27,10 @@ def steer(
 
     def act(x: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
         if direction.shape != x.shape[-1:]:
-            raise InputError(f"a direction of {tuple(direction.shape)} does not fit activations of {tuple(x.shape)}")
+            raise InputError(
+                f"a direction of {tuple(direction.shape)} does not fit activations of {tuple(x.shape)}: "
+                "expected their last axes"
+            )
         selected = at.selected(members)
         mask = over_axes(selected, x)
         return torch.where(mask, x + (scale * direction).to(x.device, x.dtype), x), int(selected.sum()), selected.sum()
@@ -43,7 +46,7 @@ def replace(
 ) -> Edit:
     """Return an edit that replaces the activation by a value: a mean for mean ablation, 0.0 for zero ablation.
 
-    value: of the shape that follows [batch pos], or its last axes. index: along the axis behind pos (heads, slots),
+    value: of the shape that follows [batch pos], or its last axes. index: along the axis after pos (heads, slots),
     only these.
 
     Raises:
@@ -85,13 +88,18 @@ def patch(
         there = source if isinstance(source, Tensor) else source[name]
         here, there = (x.movedim(2, 1), there.movedim(2, 1)) if square else (x, there)
         if square and there.shape[-1] < here.shape[-1]:
-            raise InputError(f"{name}: the source has {there.shape[-1]} keys, this pass {here.shape[-1]}")
+            raise InputError(
+                f"{name}: the source has {there.shape[-1]} keys, this pass {here.shape[-1]}: use equal lengths"
+            )
         there = there[..., : here.shape[-1]] if square else there
         if there.shape[2:] != here.shape[2:]:
             raise InputError(f"{name}: source {tuple(there.shape)} does not fit activations of {tuple(x.shape)}")
         position, sequence = at.context.positions.cpu() + shift, at.context.sequence.clamp(min=0)
         if len(there) != 1 and int(sequence.max()) >= len(there):
-            raise InputError(f"{name}: the source has {len(there)} rows, this pass {int(sequence.max()) + 1} sequences")
+            raise InputError(
+                f"{name}: the source has {len(there)} rows, this pass {int(sequence.max()) + 1} sequences: "
+                "give one row, or one for each"
+            )
         selected = at.selected(members) & (position >= 0) & (position < there.shape[1])
         rows = sequence if len(there) > 1 else torch.zeros_like(sequence)
         new = there[rows.to(there.device), position.clamp(0, there.shape[1] - 1).to(there.device)]

@@ -1,4 +1,4 @@
-"""Edits of attention: the sink's share, and who sees whom; see `workbench.hooks.interventions`.
+"""Edits of attention: the sink's probability, and which keys a query sees; see `workbench.hooks.interventions`.
 
 Reference: Geva et al. (arXiv 2304.14767) for knockout.
 """
@@ -38,7 +38,7 @@ def set_sinks(
         InputError: neither or both of probability and logit are given, or the probability is outside [0, 1].
     """
     if (probability is None) == (logit is None) or not 0 <= (probability or 0) <= 1:
-        raise InputError("give either a probability from 0 to 1, or a logit")
+        raise InputError("expected either a probability from 0 to 1 or a logit, not both or neither")
     if probability is not None:
         description = f"sinks of {describe_layers(layers)} at probability {probability:g}"
         return _sinks(description, layers, heads, tokens, lambda p, s: torch.full_like(p, probability))

@@ -148,14 +148,16 @@ def _read_state(path: Path, kind: _DictionaryClass) -> dict[str, Tensor]:
     if missing := sorted(set(kind.names.values()) - state.keys()):
         raise InputError(f"{path}: tensor {missing[0]!r} is missing")
     if surplus := sorted(state.keys() - set(kind.names.values()) - kind.other):
-        raise InputError(f"{path}: tensor {surplus[0]!r} is left over: config.json names another class")
+        raise InputError(f"{path}: tensor {surplus[0]!r} is unexpected: config.json states another class")
     return state
 
 
 def _check_k(folder: Path, trainer: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     if "k" in state and (state["k"].numel() != 1 or int(state["k"]) != trainer.get("k")):
-        found = state["k"].flatten().tolist()[:3]
-        raise InputError(f"{folder}: k is {found} in {WEIGHTS} and {trainer.get('k')!r} in {CONFIG}; they must agree")
+        sparsity = state["k"].flatten().tolist()[:3]
+        raise InputError(
+            f"{folder}: k is {sparsity} in {WEIGHTS} and {trainer.get('k')!r} in {CONFIG}; they must agree"
+        )
 
 
 def _check_tensors(path: Path, kind: _DictionaryClass, weights: Mapping[str, Tensor], d_in: int, d_sae: int) -> None:
@@ -173,7 +175,7 @@ def _check_tensors(path: Path, kind: _DictionaryClass, weights: Mapping[str, Ten
 
 
 def _hook_name(trainer: Mapping[str, Any], read_from: str) -> str | None:
-    """The hook point of a module's name such as resid_post_layer_11, or none if the config does not tell."""
+    """The hook point of a module's name such as resid_post_layer_11, or none if the config does not state it."""
     match = re.fullmatch(r"(\w+?)_layer_(\d+)", str(trainer.get("submodule_name")))
     if match is None or match[1] not in _HOOKS or read_from != "out":
         return None

@@ -1,4 +1,4 @@
-"""Edits: what an intervention does at a hook point, put on a model for a while and taken off again.
+"""Edits: the functions of an intervention at hook points, applied to a model within a context.
 
 `with applied(model, edit, …) as report:` holds for whatever runs inside: a forward pass, packed or padded, a capture,
 every step of a generation. Edits at one point act in the order given; hooks added inside see what is left of them.
@@ -32,7 +32,7 @@ class PassContext(Protocol):
 
 
 class At(NamedTuple):
-    """Where an edit stands: the model and layer, the tokens of the pass, and what this layer's router has done.
+    """Where an edit acts: the model and layer, the tokens of the pass, and the choices of this layer's router.
 
     seen: the "input" of this layer's router before the norm's weight, its "logits" after all edits, the "unedited"
     choice of experts, and "experts", the choice after all edits. Only what is watched, as far as the pass has come.
@@ -53,7 +53,7 @@ Act = Callable[[Tensor, At], tuple[Tensor, int, Tensor | int]]  # edited, tokens
 
 @dataclass(frozen=True)
 class Edit:
-    """Acts at hook points, and in words what they do. `points` looks at a model and refuses what it lacks.
+    """Functions at hook points, and their description. `points` returns a model's hook points or refuses missing ones.
 
     watches: what the acts read of `At.seen`.
     """
@@ -133,8 +133,8 @@ def applied(model: Any, *edits: Edit, need_match: bool = True) -> Iterator[list[
         yield report
     if need_match and (unmatched := [matched.description for matched in report if not matched.tokens]):
         raise InputError(
-            f"no token was met by: {'; '.join(unmatched)}. Nothing was run inside, or the token set is empty there: "
-            "check it with token_set(ids)"
+            f"no token matched {'; '.join(unmatched)}: either no pass ran inside the context, or the token set is "
+            "empty: check it with token_set(ids)"
         )
 
 

@@ -27,7 +27,9 @@ def forbid(layers: Layers, experts: Collection[int], tokens: Tokens = None) -> E
 
     def act(logits: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
         if logits.shape[-1] - len(experts) < (k := at.model.cfg.experts_per_token):
-            raise InputError(f"forbidding {len(experts)} of {logits.shape[-1]} experts leaves fewer than {k}")
+            raise InputError(
+                f"forbidding {len(experts)} of {logits.shape[-1]} experts leaves fewer than the {k} of a token"
+            )
         selected = at.selected(members)
         mask = selected.to(logits.device)[..., None] & among(experts, logits)
         changed = mask.gather(-1, logits.topk(k, -1).indices).sum()
@@ -62,13 +64,13 @@ def force(
     def swap(chosen: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
         selected = at.selected(members)
         # Slots in the order of their gates: wanted ones already chosen stay, the last others go, strongest first.
-        kept = torch.isin(chosen, torch.tensor(experts, device=chosen.device))
-        out, changed = chosen, torch.zeros_like(kept)
+        already_chosen = torch.isin(chosen, torch.tensor(experts, device=chosen.device))
+        out, changed = chosen, torch.zeros_like(already_chosen)
         for expert in experts:
             absent = ~(out == expert).any(-1) & selected.to(chosen.device)
-            free = ~(kept | changed)
+            free = ~(already_chosen | changed)
             last = (free * torch.arange(1, out.shape[-1] + 1, device=out.device)).argmax(-1, keepdim=True)
-            here = torch.zeros_like(kept).scatter_(-1, last, True) & absent[..., None]
+            here = torch.zeros_like(already_chosen).scatter_(-1, last, True) & absent[..., None]
             out, changed = torch.where(here, expert, out), changed | here
         return out, int(selected.sum()), changed.sum()
 
@@ -137,7 +139,10 @@ def ablate(
         selected, hit = _slots(at, members, experts)
         known = means[at.layer].to(out.device, out.dtype)
         if (hit & known.isnan().any(-1)[at.seen["experts"]]).any():
-            raise InputError(f"layer {at.layer}: no mean is known of one of experts {experts}: no token went to it")
+            raise InputError(
+                f"layer {at.layer}: one of the experts {experts} was selected by no token, so it has no mean: "
+                "compute expert_means on more tokens"
+            )
         return torch.where(hit[..., None], known[at.seen["experts"]], out), selected, hit.sum()
 
     def another(out: Tensor, at: At) -> tuple[Tensor, int, Tensor]:

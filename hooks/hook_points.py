@@ -1,4 +1,4 @@
-"""Hook points that cost nothing until somebody hooks them.
+"""Hook points that cost no time until they are hooked.
 
 The model's fast paths never materialise, say, an attention pattern. They ask `hooked(point)` first, and take
 the path that has the tensor only when a hook is waiting for it.
@@ -26,7 +26,7 @@ _KEPT_BY_LENS = ("fwd_hooks", "bwd_hooks")
 
 
 def snapshot_hooks(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-    """Return the hooks that the points of a module have now, to be put on again for a while when they may be gone."""
+    """Return the hooks that the points of a module have now, so that they can be restored later."""
     points = [point for point in module.modules() if isinstance(point, HookPoint)]
     then = [{name: copy(getattr(point, name)) for name in (*_KEPT_BY_TORCH, *_KEPT_BY_LENS)} for point in points]
 

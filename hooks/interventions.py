@@ -1,10 +1,10 @@
-"""Interventions: change what the model does, and see what follows.
+"""Interventions: change activations, attention or routing of a model within a context.
 
     with applied(model, forbid(3, [1, 7], tokens=analysis), remove_sinks(range(4))) as report:
         model.generate(prompts)
 
-Every function here makes an `Edit`; `applied` says how they compose, end, and fail when they meet no token. `tokens` is
-a token set (see `workbench.harmony.token_set`), positions, a slice of them, or None for every token.
+Every function here makes an `Edit`; `applied` states how they compose, end, and fail when they match no token. `tokens`
+is a token set (see `workbench.harmony.token_set`), positions, a slice of them, or None for every token.
 
 An expert can be taken away in several ways that are different experiments; name the one you used:
 

@@ -1,4 +1,4 @@
-"""Recorders: hooks that keep what passes, one tensor a hook point, tokens first, on the CPU.
+"""Recorders: hooks that store activations on the CPU, one tensor for each hook point, tokens on the first axis.
 
 A recorder sees the model as any other hook does, so recording costs what hooking costs and nothing else.
 """
@@ -25,7 +25,7 @@ class Recorder:
 
     def __init__(self, wanted: Mapping[str, torch.dtype]) -> None:
         self.wanted = dict(wanted)
-        self._kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
+        self._recorded: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
     @property
     def fwd_hooks(self) -> list[tuple[str, HookFunction]]:
@@ -36,15 +36,15 @@ class Recorder:
         if recomputing():
             return
         assert hook.name is not None
-        self._kept[hook.name].append(activation.detach().flatten(0, 1).to("cpu", dtype, copy=True))
+        self._recorded[hook.name].append(activation.detach().flatten(0, 1).to("cpu", dtype, copy=True))
 
     def take(self) -> dict[str, Shaped[Tensor, "tokens *feature"]]:
         """Return the values that were recorded since the last call; a hook point that never fired is an error."""
-        silent = [name for name, parts in self._kept.items() if not parts]
+        silent = [name for name, parts in self._recorded.items() if not parts]
         if silent:
-            raise RuntimeError(f"these hook points never fired: {silent}")
-        taken = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in self._kept.items()}
-        self._kept = {name: [] for name in self.wanted}
+            raise RuntimeError(f"these hook points never fired: {silent}; run a pass while the hooks are on the model")
+        taken = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in self._recorded.items()}
+        self._recorded = {name: [] for name in self.wanted}
         return taken
 
 

@@ -1,6 +1,6 @@
 """Sparse autoencoders of SAELens and dictionary_learning, and their features spliced into a model as hook points.
 
-A folder of SAELens holds cfg.json and sae_weights.safetensors; sparsity.safetensors may lie beside them. Its
+A folder of SAELens holds cfg.json and sae_weights.safetensors; sparsity.safetensors may be beside them. Its
 architectures standard, topk, jumprelu (which BatchTopK and Matryoshka autoencoders are saved as) and gated are read.
 A folder of dictionary_learning holds config.json and ae.pt (`hooks.dictionary_learning`).
 
@@ -138,7 +138,7 @@ class SAE(nn.Module):
         out = features @ self.W_dec + self.b_dec
         if like is None:
             if (self.cfg.normalize_activations, self.cfg.reshape_activations) != ("none", "none"):
-                raise InputError("this SAE normalises or flattens its input: pass decode the activation as `like`")
+                raise InputError("this SAE normalises or flattens its input: pass the activation to decode as `like`")
             return out
         _, scale, centre = self._normalise(like)
         out = out * scale + centre
@@ -177,14 +177,14 @@ def splice(model: HookedRootModule, sae: SAE, at: str | None = None, *, use_erro
     """
     at = at or sae.cfg.hook_name
     if at is None:
-        raise InputError("the SAE's folder does not say where it belongs: name a hook point with `at`")
+        raise InputError("the SAE's folder does not state its hook point: give a hook point with `at`")
     if at not in model.hook_dict:
         near = ", ".join(get_close_matches(at, model.hook_dict)) or "none of a similar name"
-        raise InputError(f"hook point {at!r} does not exist; there is {near}")
+        raise InputError(f"hook point {at!r} does not exist; near it: {near}")
     kinds = ("hook_sae_acts_post", "hook_sae_error") if use_error_term else ("hook_sae_acts_post",)
     points = {f"{at}.{kind}": HookPoint() for kind in kinds}
     if taken := model.hook_dict.keys() & points.keys():
-        raise InputError(f"an SAE is spliced in at {at!r} already: {min(taken)!r} exists")
+        raise InputError(f"an SAE is spliced in at {at!r} already: {min(taken)!r} exists; leave that context first")
     acts, *error = points.values()
 
     def reconstruct(x: Tensor, hook: HookPoint) -> Tensor:
@@ -203,7 +203,7 @@ def splice(model: HookedRootModule, sae: SAE, at: str | None = None, *, use_erro
         yield next(iter(points))
     finally:
         handle.hook.remove()
-        place.fwd_hooks = [kept for kept in place.fwd_hooks if kept is not handle]
+        place.fwd_hooks = [other for other in place.fwd_hooks if other is not handle]
         for name in points:
             del model.hook_dict[name], model.mod_dict[name]
 
@@ -235,9 +235,9 @@ def _load_saelens(root: Path) -> SAE:
     _check_tensors(root / _WEIGHTS, weights, shapes)
     sparsity = None
     if (root / _SPARSITY).exists():
-        found = _read_tensors(root / _SPARSITY)
-        _check_tensors(root / _SPARSITY, found, {"sparsity": (cfg.d_sae,)}, finite=False)
-        sparsity = found["sparsity"].float()
+        tensors = _read_tensors(root / _SPARSITY)
+        _check_tensors(root / _SPARSITY, tensors, {"sparsity": (cfg.d_sae,)}, finite=False)
+        sparsity = tensors["sparsity"].float()
     return SAE(cfg, {name: weights[name].to(cfg.dtype) for name in shapes}, sparsity)
 
 
@@ -245,16 +245,16 @@ def _read_config(path: Path) -> SAEConfig:
     try:
         raw = read_json(path)
     except FileNotFoundError as error:
-        below = sorted({str(found.parent) for found in path.parent.glob(f"*/{DICTIONARY_WEIGHTS}")})
+        below = sorted({str(weights_file.parent) for weights_file in path.parent.glob(f"*/{DICTIONARY_WEIGHTS}")})
         hint = f"; there is one in {below[0]!r}" if below else ""
         raise InputError(
-            f"{path.parent} has no {_CONFIG} (SAELens) and no {DICTIONARY_WEIGHTS} (dictionary_learning): name a "
+            f"{path.parent} has no {_CONFIG} (SAELens) and no {DICTIONARY_WEIGHTS} (dictionary_learning): give a "
             f"folder that one of them wrote{hint}"
         ) from error
     except (OSError, InputError) as error:
         raise InputError(f"{path} is not JSON that can be read: {error}") from error
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: wanted an object of options, got {type(raw).__name__}")
+        raise InputError(f"{path}: expected an object of options, got {type(raw).__name__}")
     options = _DEFAULTS | {name: value for name, value in _modern(raw).items() if value is not None}
     _check_options(path, options)
     options["dtype"] = _DTYPES[options["dtype"]]
@@ -262,7 +262,7 @@ def _read_config(path: Path) -> SAEConfig:
 
 
 def _modern(raw: dict[str, Any]) -> dict[str, Any]:
-    """The options as SAELens 6 calls them; before, they had other names and no metadata apart."""
+    """Return the options under the names of SAELens 6; earlier versions had other names and no separate metadata."""
     metadata = raw.get("metadata")
     options = (metadata if isinstance(metadata, dict) else {}) | raw
     options["dtype"] = str(options.get("dtype", "float32")).removeprefix("torch.")
@@ -280,19 +280,19 @@ def _modern(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_options(path: Path, options: Mapping[str, Any]) -> None:
-    """Refuse by name what would be computed differently."""
+    """Refuse, by name, options that this module would compute differently."""
     for name, read in _READ.items():
         if (value := options[name]) not in read:
-            why = _REFUSED.get(str(value), f"wanted {' or '.join(map(str, read))}")
+            why = _REFUSED.get(str(value), f"expected {' or '.join(map(str, read))}")
             raise InputError(f"{path}: {name} {value!r} is not read here: {why}")
     topk = options["architecture"] == "topk"
     for name in ("d_in", "d_sae", "k") if topk else ("d_in", "d_sae"):
         if type(value := options.get(name)) is not int or value < 1:
-            raise InputError(f"{path}: {name} is {value!r}, wanted a positive whole number")
+            raise InputError(f"{path}: {name} is {value!r}, expected a positive whole number")
     if topk and options["k"] > options["d_sae"]:
         raise InputError(f"{path}: k {options['k']} is above d_sae {options['d_sae']}")
     if not isinstance(options["hook_name"], str | None):
-        raise InputError(f"{path}: hook_name is {options['hook_name']!r}, wanted the name of a hook point")
+        raise InputError(f"{path}: hook_name is {options['hook_name']!r}, expected the name of a hook point")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -305,14 +305,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_tensors(
-    path: Path, found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, finite: bool = True
+    path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, finite: bool = True
 ) -> None:
-    if wrong := sorted(found.keys() ^ shapes.keys()):
-        raise InputError(f"{path}: tensor {wrong[0]!r} is {'left over' if wrong[0] in found else 'missing'}")
+    if wrong := sorted(tensors.keys() ^ shapes.keys()):
+        raise InputError(f"{path}: tensor {wrong[0]!r} is {'unexpected' if wrong[0] in tensors else 'missing'}")
     for name, shape in shapes.items():
-        if tuple(found[name].shape) != shape:
+        if tuple(tensors[name].shape) != shape:
             raise InputError(
-                f"{path}: tensor {name!r} has shape {list(found[name].shape)}, cfg.json wants {list(shape)}"
+                f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, cfg.json requires {list(shape)}"
             )
-        if not found[name].is_floating_point() or (finite and not found[name].isfinite().all()):
+        if not tensors[name].is_floating_point() or (finite and not tensors[name].isfinite().all()):
             raise InputError(f"{path}: tensor {name!r} is not of finite floating-point numbers")

@@ -50,7 +50,7 @@ def at_routers(layers: Layers, experts: Sequence[int], point: str, act: Act, *, 
                 where = "the model" if model.cfg.layer_experts is None else f"layer {layer}"
                 _check("expert", experts, model.cfg.experts_of(layer), where)
         if at_most_k and len(experts) > model.cfg.experts_per_token:
-            raise InputError(f"a token goes to {model.cfg.experts_per_token} experts, not to {len(experts)}")
+            raise InputError(f"{len(experts)} experts: expected at most the {model.cfg.experts_per_token} of a token")
         return at_layers(layers, point, act)(model)
 
     return points
@@ -72,7 +72,7 @@ def at_points(points: str | Collection[str], act: Act) -> Points:
     def checked(model: Any) -> list[tuple[str, Act]]:
         square = [name for name in points_of(model, points) if name.endswith(("hook_attn_scores", "hook_pattern"))]
         if square:
-            raise InputError(f"{square[0]} is query by key: use knockout, or patch")
+            raise InputError(f"{square[0]} has a value for each query and key: use knockout or patch")
         return [(name, act) for name in points_of(model, points)]
 
     return checked
@@ -82,7 +82,7 @@ def points_of(model: Any, points: str | Collection[str]) -> list[str]:
     """Return hook points of the model by name.
 
     Raises:
-        InputError: no hook point is named, or the model does not have it.
+        InputError: no hook point was given, or the model does not have it.
     """
     names = [points] if isinstance(points, str) else list(points)
     for name in names:
@@ -90,7 +90,7 @@ def points_of(model: Any, points: str | Collection[str]) -> list[str]:
             near = difflib.get_close_matches(name, model.hook_dict, 3, 0.4)
             raise InputError(f"the model has no hook point {name!r}; near it: {', '.join(near) or 'none'}")
     if not names:
-        raise InputError("no hook point is named")
+        raise InputError("no hook point was given: give at least one name")
     return names
 
 
@@ -106,16 +106,16 @@ def among(which: Sequence[int], like: Shaped[Tensor, "*any n"]) -> Bool[Tensor, 
 
 
 def along(index: int | Collection[int] | None, x: Shaped[Tensor, "batch pos *feature"]) -> Bool[Tensor, "*any"]:
-    """Return a mask of indices along the axis behind pos, which broadcasts to x; all of them without indices.
+    """Return a mask of indices along the axis after pos, which broadcasts to x; all of them without indices.
 
     Raises:
-        InputError: an index does not fit the axis behind pos.
+        InputError: an index does not fit the axis after pos.
     """
     if index is None:
         return torch.ones((), dtype=torch.bool, device=x.device)
     which = [index] if isinstance(index, int) else list(index)
     if x.dim() < 3 or not all(0 <= i < x.shape[2] for i in which):
-        raise InputError(f"index {which} does not fit the axis behind pos of activations of {tuple(x.shape)}")
+        raise InputError(f"index {which} does not fit the axis after pos of activations of {tuple(x.shape)}")
     return among(which, x[0, 0].movedim(0, -1)).view(-1, *[1] * (x.dim() - 3))
 
 

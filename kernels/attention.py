@@ -122,13 +122,13 @@ def spans(lengths: Sequence[int]) -> list[slice]:
 
 def _over_keys(q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
     """One batch of sequences, over the keys alone."""
-    whole = q.shape[1] == k.shape[1] and not bool(query_pos[:, 0].any())
+    from_start = q.shape[1] == k.shape[1] and not bool(query_pos[:, 0].any())
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if q.shape[1] == 1 and not graph and q.device.type == "cpu":
         z, lse = _one_query(q, k, v, query_pos, window)
         own_keys = k[torch.arange(len(k)), query_pos[:, 0]][:, None]  # earlier ones were seen by their own queries
         return _with_nan(z, lse, _meets_nan(q, own_keys, window))
-    if not whole or graph or q.device.type != "cpu":
+    if not from_start or graph or q.device.type != "cpu":
         return _blocks(q, k, v, query_pos, window)
     if window is None or window >= q.shape[1]:
         z, lse = (t.transpose(1, 2) for t in _flash(*(t.transpose(1, 2) for t in (q, k, v)), 0.0, True))

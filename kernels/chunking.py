@@ -1,4 +1,4 @@
-"""Long prompts a few positions at a time on a CPU, where the way is wider than what comes out.
+"""Process long prompts in chunks of positions on a CPU, where intermediate values are larger than the result.
 
 A step that widens bfloat16 to float32 and makes three tensors of it on the way would need more memory than the model
 on 65,536 tokens; a thousand at a time it needs megabytes, which stay in cache.

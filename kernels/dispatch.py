@@ -1,4 +1,4 @@
-"""Who computes: Triton for tensors on a CUDA or ROCm device, torch for all others. Nothing falls back.
+"""Choose the implementation: Triton for tensors on a CUDA or ROCm device, torch for all others, without a fallback.
 
 Triton exists on Linux only and is imported when the first such tensor arrives.
 """

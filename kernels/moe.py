@@ -48,7 +48,7 @@ class Experts(NamedTuple):
 
 
 class ActivationHooks(NamedTuple):
-    """What to do with the inside of the layer, each tensor as [tokens, slot, …]; what is returned is used."""
+    """Hooks on activations inside the layer, each [tokens, slot, …]; the layer goes on with what they return."""
 
     gate: ActivationHook | None = None
     up: ActivationHook | None = None
@@ -120,14 +120,14 @@ def _layer(
     def activated_pairs(pairs: Tensor) -> Tensor:
         layer = cpu.few_rows(x, pairs) if pairs.shape[-1] % 64 == 0 else None
         if layer is None:
-            return activation(through(taps.gate, pairs[..., 0::2]), through(taps.up, pairs[..., 1::2]))
+            return activation(apply_hook(taps.gate, pairs[..., 0::2]), apply_hook(taps.up, pairs[..., 1::2]))
         if taps.gate or taps.up:
-            pairs = torch.stack([through(taps.gate, pairs[..., 0::2]), through(taps.up, pairs[..., 1::2])], -1).flatten(
-                -2
-            )
+            pairs = torch.stack(
+                [apply_hook(taps.gate, pairs[..., 0::2]), apply_hook(taps.up, pairs[..., 1::2])], -1
+            ).flatten(-2)
         return layer.swiglu(pairs, weights.limit, weights.alpha)
 
-    def through(tap: ActivationHook | None, slots: Tensor) -> Tensor:
+    def apply_hook(tap: ActivationHook | None, slots: Tensor) -> Tensor:
         return slots if tap is None else tap(slots)
 
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -137,14 +137,14 @@ def _layer(
     elif taps.post:
         post = per_expert(activated)
     if products or taps.gate or taps.up or taps.post:
-        post = through(taps.post, post).flatten(0, 1)
+        post = apply_hook(taps.post, post).flatten(0, 1)
         if products and cpu.compiled(post) and products.covers_experts(post, weights.down):
             out = products.expert_linear(post, weights.down, weights.down_bias, slots)
         else:  # a hook can have added a gradient
             out = per_expert(lambda e, rows: down(e, post[rows]))
     else:
         out = per_expert(lambda e, rows: down(e, activated(e, rows)))
-    out = through(taps.out, out)
+    out = apply_hook(taps.out, out)
     if x.shape[1] % 16 == 0 and (layer := cpu.few_rows(x, out, gates)):
         return layer.combine(out, gates)
     return chunked(lambda y, g: torch.einsum("tsd,ts->td", y.to(wide), g.to(wide)).to(x.dtype), out, gates, dim=0)

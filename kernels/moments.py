@@ -1,4 +1,4 @@
-"""Sums and sums of squares of an activation by label, so that means leave the GPU instead of tokens.
+"""Sums and sums of squares of an activation by label, so that only means are copied from the GPU, not tokens.
 
 A label is whatever an average is taken over, say sequence × channel. Means and variances of any coarser grouping
 follow by adding rows.

@@ -1,4 +1,4 @@
-"""Experts side by side: a thread computes one expert alone, instead of all threads sharing its small matmuls.
+"""Compute experts in parallel: a thread computes one expert, instead of all threads sharing its small matmuls.
 
 Unpacking and a matmul of a few dozen rows do not spread over cores by themselves. Measured, two threads (Zen 4),
 a layer of gpt-oss-20b's width: 64 tokens 1.45 × as fast, 512 tokens 1.3 ×, 2,048 tokens 1.15 ×.

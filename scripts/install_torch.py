@@ -7,7 +7,7 @@
 `auto` takes the CUDA build where an NVIDIA GPU is found, the ROCm build where an AMD GPU is found, and otherwise the
 build for CPUs, which is a tenth of the size. The ordinary wheel is CUDA on Linux, CPU on Windows, and CPU with Metal
 on macOS; the others come from PyTorch's own package index. Where that index cannot be reached, the torch that pip
-finds is installed instead, and the line says so. Only the standard library is needed: this runs before anything is
+finds is installed instead, and the line reports it. Only the standard library is needed: this runs before anything is
 installed. A LABEL is a folder of PyTorch's index, such as cu126 or rocm7.1.
 """
 
@@ -128,7 +128,7 @@ def installed_kind() -> str:
 
 
 def plan(build: Build, version: str, listed: Callable[[str, str], bool] = lists_version) -> tuple[str, str]:
-    """The folder of PyTorch's index to install from ("" for the ordinary wheel), and the line that says why."""
+    """The folder of PyTorch's index to install from ("" for the ordinary wheel), and the line that states why."""
     if not build.folders:
         return "", f"torch {version}: the ordinary wheel ({build.kind}), as {build.reason}"
     for folder in build.folders:

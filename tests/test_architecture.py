@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Package → packages it may import; torch and the torch-free packages meet in capture, experiments and cli.
 MAY_IMPORT = {
     "errors": set(),
+    "_deferred_packages": set(),
     "_links": set(),
     "notebook": set(),
     "progress": {"notebook"},
@@ -46,6 +47,7 @@ MAY_IMPORT = {
         "runs",
         "harmony",
         "errors",
+        "notebook",
         "progress",
     },
     "data": {"outputs", "model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
@@ -215,25 +217,25 @@ def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
     """What each module imports of the others: at the top, late, or for type checking only."""
     graph = {}
     for module, source in sources.items():
-        found: set[str] = set()
+        imported: set[str] = set()
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
+                imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-                found |= {dotted if dotted in sources else node.module for dotted in names.values()}
-        graph[module] = (found & sources.keys()) - {module}
+                imported |= {dotted if dotted in sources else node.module for dotted in names.values()}
+        graph[module] = (imported & sources.keys()) - {module}
     return graph
 
 
 def reached(graph: dict[str, set[str]], module: str) -> set[str]:
     """Modules that a module imports, directly or through others."""
-    found: set[str] = set()
+    modules: set[str] = set()
     ahead = list(graph[module])
     while ahead:
-        found.add(ahead[-1])
-        ahead += graph[ahead.pop()] - found
-    return found
+        modules.add(ahead[-1])
+        ahead += graph[ahead.pop()] - modules
+    return modules
 
 
 def cyclic(graph: dict[str, set[str]]) -> set[str]:
@@ -254,8 +256,8 @@ def test_linked_folders_shadow_no_package() -> None:
         assert (ROOT / "workbench" / name).is_symlink()
         # a path entry for the checkout itself offers its folders as namespace packages, which yield to real ones
         away = f"sys.path = [entry for entry in sys.path if entry != {str(ROOT)!r}]"
-        found = run(f"import importlib.util, sys; {away}; print(importlib.util.find_spec({name!r}))")
-        assert str(ROOT) not in found, f"import {name} finds our folder"
+        result = run(f"import importlib.util, sys; {away}; print(importlib.util.find_spec({name!r}))")
+        assert str(ROOT) not in result, f"import {name} finds our folder"
 
 
 def run(code: str) -> str:
@@ -281,8 +283,8 @@ def test_the_package_lists_its_public_names_and_has_them() -> None:
         assert issubclass(wb.InputError, ValueError) and wb.Run.__name__ == "Run"
     """
     names = (
-        "InputError Recorder Run __version__ accuracy answers capture dashboards direction experiments figures finetune harmony "
-        "hooks kernels load open_run probe studies top_experts"
+        "InputError Recorder Run __version__ accuracy answers capture dashboards direction experiments figures "
+        "finetune harmony hooks kernels load open_run probe studies top_experts"
     )
     assert run(code).split() == names.split()
 

@@ -20,7 +20,7 @@ values = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # a busy machine is no fault
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # a busy machine is not a fault
 @given(values)
 def test_what_is_within_the_limits_is_read_as_json_reads_it(value: object) -> None:
     assert parse_json(json.dumps(value)) == value
@@ -85,7 +85,7 @@ def test_documents_before_one_that_is_not_json_are_read() -> None:
 ROOT = Path(__file__).parents[1]
 OWN_JSON = {  # module -> why it reads JSON without limits
     "workbench/bounded_json.py": "it is the reader",
-    "workbench/harmony/templates.py": "the request and the answer of its own child process, which imports nothing of ours",
+    "workbench/harmony/templates.py": "request and answer of its own child process, which imports none of our modules",
     "workbench/runs/writer.py": "a copy of its own values",
     "workbench/bench/first.py": "results of its own child process",
     "workbench/bench/worker.py": "results of its own child process",
@@ -110,9 +110,9 @@ def calls_json(source: str) -> bool:
 
 def test_json_from_outside_is_read_with_limits() -> None:
     paths = [p for package in ("workbench", "kernels", "hooks", "dashboards") for p in (ROOT / package).rglob("*.py")]
-    found = {p.relative_to(ROOT).as_posix() for p in paths if calls_json(p.read_text("utf-8"))}
-    assert sorted(found - OWN_JSON.keys()) == []
-    assert "workbench/runs/writer.py" in found
+    readers = {p.relative_to(ROOT).as_posix() for p in paths if calls_json(p.read_text("utf-8"))}
+    assert sorted(readers - OWN_JSON.keys()) == []
+    assert "workbench/runs/writer.py" in readers
 
 
 @pytest.mark.parametrize("source", ["import json\nx = json.loads(y)", "from json import load", "map(json.loads, y)"])

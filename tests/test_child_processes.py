@@ -65,8 +65,8 @@ def _is_open_call(call: ast.Call) -> bool:
 
 
 def test_every_start_of_a_process_is_isolated() -> None:
-    found = {name: starts for name, text in sources() if (starts := starts_without_isolation(text))}
-    assert not found
+    unisolated = {name: starts for name, text in sources() if (starts := starts_without_isolation(text))}
+    assert not unisolated
 
 
 @pytest.mark.parametrize(

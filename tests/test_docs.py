@@ -1,7 +1,7 @@
-"""The documentation is true: every code block runs, every command works, every link leads somewhere, the site builds clean.
+"""The documentation is true: every code block runs, every command works, every link leads somewhere, the site builds.
 
-Blocks run in a folder that has what a reader would have: nano stands for the real checkpoints, a slice of the demo run for
-theirs, and a mock server for vLLM.
+Blocks run in a folder that has what a reader would have: nano stands for the real checkpoints, a slice of the demo run
+for theirs, and a mock server for vLLM.
 """
 
 import json
@@ -29,6 +29,7 @@ from tests.model.fake_gpus import run_on_gpus
 from tests.runs.conftest import write_run
 from tests.serving import free_port, wait_for
 from workbench import registry
+from workbench.figures import paper, report
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for p in (ROOT / "docs").rglob("*.md"))
@@ -52,11 +53,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(DATA / "demo.zarr", folder / "run.zarr")
     rows = (DATA / "prompts.jsonl").read_text().splitlines()[::40]
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
-    said = [
+    conversations = [
         {"id": f"c{i}", "messages": [*json.loads(row)["messages"], {"role": "assistant", "content": "7"}]}
         for i, row in enumerate(rows)
     ]
-    (folder / "conversations.jsonl").write_text("\n".join(map(json.dumps, said)) + "\n")
+    (folder / "conversations.jsonl").write_text("\n".join(map(json.dumps, conversations)) + "\n")
     prompts, answers = str(folder / "prompts.jsonl"), str(folder / "answers.jsonl")
     assert run_command("generate", "nano", prompts, answers, "--effort", "low", "--effort", "high").code == 0
     return folder
@@ -97,9 +98,13 @@ def test_the_hooks_of_the_how_to_run_on_a_gpu(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", [p for p in WITH_CODE if blocks(p, "sh")], ids=name)
 def test_the_commands_of_a_page_work_in_their_order(
-    page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, long: bool
 ) -> None:
     monkeypatch.chdir(workplace)
+    if not long:  # figures and reports of all studies are made by the commands of the README, whose test runs them
+        studies = [registry.find(name) for name in ("routing", "effort")]
+        for module in (paper, report):
+            monkeypatch.setattr(module, "studies", lambda runs: studies)
     text = "\n".join(blocks(page, "sh"))
     host, cluster = None, []
     if "http://localhost:8000" in text:
@@ -170,8 +175,8 @@ def run(words: list[str]) -> None:
 
 def broken_links(page: Path) -> list[str]:
     """Links of a page to files that are not there."""
-    found = re.findall(r"\]\(([^)#\s]+)", page.read_text())
-    return [target for target in found if "://" not in target and not (page.parent / target).exists()]
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    return [target for target in targets if "://" not in target and not (page.parent / target).exists()]
 
 
 def test_every_link_leads_somewhere(tmp_path: Path) -> None:
@@ -319,7 +324,7 @@ def test_the_store_page_names_the_recorded_quantities(tmp_path: Path) -> None:
 
 
 def changelog_problems(text: str) -> list[str]:
-    """Return lines of a changelog that are no heading of a version or a change, nor a change of one line, stated once."""
+    """Return lines of a changelog that are neither a heading nor a change of one line that is stated once."""
     lines = [line for line in text.splitlines() if line]
     headings = ("# Changelog", "## ", "### Added", "### Changed", "### Fixed")
     changes = [line for line in lines if line.startswith("- ")]

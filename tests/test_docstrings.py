@@ -18,7 +18,7 @@ import workbench as wb
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "hooks", "dashboards", "data", "workbench")
 HELP_TEXTS = ("workbench/cli", "workbench/bench/command.py", "data/command.py")  # docstrings of commands are their help
-NO_SHAPES = ("data", "workbench/bench")  # scripts that train, evaluate and measure; they are no interface
+NO_SHAPES = ("data", "workbench/bench")  # scripts that train, evaluate and measure; they are not an interface
 # with which the docstring of a function that returns something may begin
 VERB = (
     r"(Return|Yield|Draw|Write|Read|Run|Load|Compute|Check|Add|Remove|Create|Make|Open|Store|Measure|Compare|Estimate"
@@ -76,25 +76,25 @@ def has_bare_array(annotation: ast.expr) -> bool:
 
 def missing_raises(source: str) -> list[str]:
     """Return the names of functions that raise InputError and do not document it."""
-    found = functions(ast.parse(source))
-    return [f.name for f in found if raises_input_error(f.node) and "Raises:" not in f.docstring]
+    documented = functions(ast.parse(source))
+    return [f.name for f in documented if raises_input_error(f.node) and "Raises:" not in f.docstring]
 
 
 def missing_shapes(source: str) -> list[str]:
     """Return the names of functions with an array whose shape stands neither in the signature nor in the docstring."""
-    found = []
+    names = []
     for f in functions(ast.parse(source)):
         arguments = [*f.node.args.posonlyargs, *f.node.args.args, *f.node.args.kwonlyargs]
         annotations = [a.annotation for a in arguments if a.annotation] + ([f.node.returns] if f.node.returns else [])
         if any(map(has_bare_array, annotations)) and "[" not in f.docstring:
-            found.append(f.name)
-    return found
+            names.append(f.name)
+    return names
 
 
 def sources(*but: str) -> dict[str, str]:
     paths = [p for package in PACKAGES for p in (ROOT / package).rglob("*.py")]
-    named = {p.relative_to(ROOT).as_posix(): p for p in paths}
-    return {n: p.read_text("utf-8") for n, p in named.items() if not n.startswith(but)}
+    by_name = {p.relative_to(ROOT).as_posix(): p for p in paths}
+    return {n: p.read_text("utf-8") for n, p in by_name.items() if not n.startswith(but)}
 
 
 def test_errors_are_documented() -> None:
@@ -102,8 +102,8 @@ def test_errors_are_documented() -> None:
 
 
 def test_shapes_are_documented() -> None:
-    found = sources(*HELP_TEXTS, *NO_SHAPES)
-    assert [f"{path}: {name}" for path, text in found.items() for name in missing_shapes(text)] == []
+    texts = sources(*HELP_TEXTS, *NO_SHAPES)
+    assert [f"{path}: {name}" for path, text in texts.items() for name in missing_shapes(text)] == []
 
 
 def test_first_lines_are_sentences() -> None:
@@ -116,17 +116,17 @@ def test_first_lines_are_sentences() -> None:
 
 def without_verb(source: str) -> list[str]:
     """Return the names of functions with a result whose docstring does not begin with a verb."""
-    found = []
+    lines = []
     for f in functions(ast.parse(source)):
         own, returns = ast.get_docstring(f.node), f.node.returns
         if own and returns is not None and ast.unparse(returns) != "None" and not re.match(VERB, own):
-            found.append(f"{f.name}: {own.splitlines()[0]}")
-    return found
+            lines.append(f"{f.name}: {own.splitlines()[0]}")
+    return lines
 
 
 def test_first_lines_begin_with_a_verb() -> None:
-    found = [f"{path}: {name}" for path, text in sources(*HELP_TEXTS).items() for name in without_verb(text)]
-    assert found == []
+    lines = [f"{path}: {name}" for path, text in sources(*HELP_TEXTS).items() for name in without_verb(text)]
+    assert lines == []
     assert len(without_verb('def f(x) -> int:\n    """The largest x."""\n')) == 1  # a negative control
 
 

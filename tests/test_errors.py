@@ -8,7 +8,9 @@ from workbench.errors import InputError, JobError, refuse_lfs_pointer
 
 
 def test_a_pointer_is_refused_by_the_name_of_the_file() -> None:
-    with pytest.raises(InputError, match=r"model\.safetensors is a git-lfs pointer: run git lfs pull"):
+    with pytest.raises(
+        InputError, match=r"model\.safetensors is a pointer of git-lfs instead of the file: run `git lfs pull`"
+    ):
         refuse_lfs_pointer(Path("model.safetensors"), b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     refuse_lfs_pointer(Path("readme.md"), b"see https://git-lfs.github.com/spec/v1")  # negative control
 

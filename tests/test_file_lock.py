@@ -1,4 +1,4 @@
-"""One process at a time holds the lock of a file, under every name of the file, and leaves nothing behind."""
+"""One process at a time holds the lock of a file, under every name of the file, and leaves no file."""
 
 import os
 import subprocess

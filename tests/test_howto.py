@@ -96,7 +96,7 @@ def test_a_study_of_one_module_appears_in_every_list(
         runs, "study", lambda *_, **__: lambda: None
     )  # in a process of its own; here the page is the subject
     shown = made("busiest-expert", Session(runs, Selection({}), lambda: None))
-    runs.desk.close()
+    runs.jobs.close()
     assert question in str(shown.main[1].object)
     assert len(shown.main) == 4
     monkeypatch.setattr(registry, "_built_in", lambda: iter(()))  # the other studies take a while

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cli.fuzzing import limits
+from tests.cli.checks import limits
 from workbench import inputs
 from workbench.errors import InputError
 from workbench.experiments.branch_edits import read_paraphrases

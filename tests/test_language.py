@@ -2,6 +2,9 @@
 
 Each entry of RETIRED is a phrase that the glossary replaces, with the term to use instead. The test reads every string,
 docstring and comment of the packages, the names of functions and classes, the Markdown pages and the notebooks' text.
+
+NO_NAMES are words that do not describe the value that they would name. Another test reads every name that the
+sources, the tests and the notebooks give: variables, parameters, attributes, functions, classes, imports and keywords.
 """
 
 import ast
@@ -34,12 +37,14 @@ RETIRED = {
     r"that are meant|tokens meant|is meant for": "token selection, token mask",
     r"\bthe house\b|house style|\bthis room\b": "package, layer",
     r"take(s|n)? (experts|sinks|it|them|the thought|attention) away|thought is taken": "ablation",
-    r"while it thinks|while it answers|thinking harder|think harder|thinks through": "analysis channel, reasoning effort",
+    r"while it thinks|while it answers|thinking harder|think harder|thinks through": "analysis channel, effort",
     r"stands? in (the|for a) (softmax|real)": "takes part in",
     r"\bat a glance\b": "quick look",
     r"\bis being made\b|it is kept\b": "running study, cached",
     r"\bsilenc(e|es|ed|ing)\b(?!_logs)": "ablation",
-    r"(?<!chain of )(?<!chain-of-)\bthoughts?\b(?! of)|what (it|the model) thinks|\b(it|model) thinks\b": "analysis channel, chain of thought",
+    r"(?<!chain of )(?<!chain-of-)\bthoughts?\b(?! of)|what (it|the model) thinks|\b(it|model) thinks\b": (
+        "analysis channel, chain of thought"
+    ),
     r"\b(thinking|analysis) and answering|while answering|\banswering (channel|text)": "final channel, final answer",
     r"\brests? on the sinks?": "sink attention",
     r"share of slots it|share of slots an expert": "expert load",
@@ -48,7 +53,9 @@ RETIRED = {
     r"(?<!-to-)\bpeers?\b": "baseline",
     r"(?<!broken )(?<!wrong )\btwins?\b": "negative control, broken implementation",
     r"\bstand-ins?\b": "mock server",
-    r"\b(a|the|this|each|every|another) (wing|room|floor)s? of the (house|code|workbench)|\bthe house\b": "layer, package",
+    r"\b(a|the|this|each|every|another) (wing|room|floor)s? of the (house|code|workbench)|\bthe house\b": (
+        "layer, package"
+    ),
     r"folder or (a )?bucket|\b(place|bucket) of a run": "storage, local storage, object storage",
     r"what a run (has|holds)\b": "recorded quantities",
     r"\ba run is whole|whole run is": "complete, valid",
@@ -58,16 +65,18 @@ RETIRED = {
     r"\bin the place of\b": "instead of",
     r"\bso many\b(?! other)": "this many",
     r"\b(told|tells?) ([a-z' ]{1,40} )?apart\b": "distinguish",
-    r"\ba (row|line|panel|page|column) an? (row|token|slot|sequence|message|cell|label|channel|effort|answer|expert)\b": (
-        "one row for each token"
-    ),
+    r"\ba (row|line|panel|page|column) an? "
+    r"(row|token|slot|sequence|message|cell|label|channel|effort|answer|expert)\b": ("one row for each token"),
     r"\b(a|the|its|each) [a-z]+ stands? (beside|in for)\b|\bstands? in for\b": "is compared with, is used instead of",
     r"\bspeaks?\b|\bthinks? (more|less)\b|\bmore thinking\b": "uses the format, the analysis is longer",
     r"\bwhoever\b": "the process or user that …",
     r"\bunder way\b": "running",
+    r"\b(says|tells|wants|knows)\b": "states, shows, requires, has: a file, a run or a model is not a person",
+    r"\bbehind\b": "after, follows; of data: the data of a figure",
 }
 ALLOWED = {  # file → phrases that are quoted on purpose
     "CHANGELOG.md": ("peers",),  # the former value of an option
+    "data/tasks.py": ("says",),  # a developer, who is a person
     "workbench/experiments/sink_ablation.py": ("silence",),  # the former name of the command, accepted for one version
 }
 SOURCES = (
@@ -89,6 +98,13 @@ SOURCES = (
 )
 
 PLAIN = (".md", ".toml", ".yml", ".cff")
+
+NO_NAMES = ("said", "found", "kept", "whole", "each", "through", "named")
+ALLOWED_NAMES = {  # file → names that are not ours to choose, with the reason
+    "workbench/experiments/sentence_importance.py": {
+        "kept": "a column of the result, which files of earlier versions have"
+    },
+}
 
 
 def strings(path: Path) -> Iterator[tuple[int, str]]:
@@ -130,6 +146,47 @@ def retired_phrases(path: Path) -> list[str]:
     ]
 
 
+def names_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Return line numbers and names of everything that a syntax tree names, where it is defined or given by keyword."""
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 1)
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield line, name
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()) | ast.arg(arg=name):
+                yield line, name
+            case ast.keyword(arg=str(name), value=value):
+                yield value.lineno, name
+            case ast.alias(asname=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                yield line, name
+            case ast.MatchMapping(rest=str(name)) | ast.ExceptHandler(name=str(name)):
+                yield line, name
+
+
+def code_of(path: Path) -> Iterator[str]:
+    """Return the Python code of a module or of the cells of a notebook, without the commands of IPython."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        yield text
+    elif path.suffix == ".ipynb":
+        for cell in json.loads(text)["cells"]:
+            if cell["cell_type"] == "code":
+                yield re.sub(r"^\s*[%!].*$", "", "".join(cell["source"]), flags=re.MULTILINE)
+    elif path.suffix == ".md":
+        yield from re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def unhelpful_names(path: Path) -> list[str]:
+    """Return the names of a file's code that say nothing about their value, with their lines."""
+    name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    return [
+        f"{name}:{line}: {given!r}: name the thing that it is"
+        for code in code_of(path)
+        for line, given in names_in(ast.parse(code))
+        if given.strip("_") in NO_NAMES and given not in ALLOWED_NAMES.get(name, {})
+    ]
+
+
 def tracked() -> list[Path]:
     names = subprocess.run(["git", "ls-files", *SOURCES], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     paths = [ROOT / name for name in names.splitlines()]
@@ -142,6 +199,46 @@ def tracked() -> list[Path]:
 
 def test_texts_use_the_terms_of_the_glossary() -> None:
     assert [hit for path in tracked() for hit in retired_phrases(path)] == []
+
+
+def test_names_say_what_the_thing_is() -> None:
+    assert [hit for path in tracked() for hit in unhelpful_names(path)] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "found = 1",
+        "rows, kept = 1, 2",
+        "for each in rows: pass",
+        "[whole for whole in rows]",
+        "def f(said): pass",
+        "def through(): pass",
+        "self._kept = []",
+        "f(found=1)",
+        "import x as named",
+        "if (found := f()): pass",
+        "lambda *each: 1",
+        "try:\n    pass\nexcept ValueError as said:\n    pass",
+        "match x:\n    case [1, *kept]: pass",
+    ],
+)
+def test_a_name_that_states_nothing_is_noticed(code: str, tmp_path: Path) -> None:
+    """Negative control, as a module, as a cell of a notebook and as an example on a page; longer names are not hit."""
+    cells = [{"cell_type": "code", "source": ["%matplotlib inline\n", code]}]
+    files = {"a.py": code, "a.ipynb": json.dumps({"cells": cells}), "a.md": f"```python\n{code}\n```\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        assert len(unhelpful_names(tmp_path / name)) == 1
+        longer = re.sub(r"\b(_?)(said|found|kept|whole|each|through|named)\b", r"\1\2_rows", text)
+        (tmp_path / name).write_text(longer)
+        assert unhelpful_names(tmp_path / name) == []
+
+
+def test_allowed_names_are_still_used() -> None:
+    for name, allowed in ALLOWED_NAMES.items():
+        given = {n for code in code_of(ROOT / name) for _, n in names_in(ast.parse(code))}
+        assert set(allowed) <= given
 
 
 def test_every_replacement_is_a_term_of_the_glossary() -> None:
@@ -159,6 +256,8 @@ def test_every_replacement_is_a_term_of_the_glossary() -> None:
         ("a.py", "def hide_the_thought() -> None:\n    pass\n"),
         ("a.py", '"""Return at most so many tokens."""\n'),
         ("a.py", "x = 1  # a row a token\n"),
+        ("a.py", "raise ValueError('the header says 4 bytes')\n"),
+        ("a.md", "The residual stream behind the layer."),
         ("a.md", "Two runs are told apart by their digests, whoever wrote them."),
         ("a.ipynb", json.dumps({"cells": [{"cell_type": "markdown", "source": ["## At a glance"]}]})),
     ],

@@ -20,6 +20,7 @@ ACROSS_MODULES = {
     "cli/test_fuzz_formats.py",
     "cli/test_every_command.py",
     "cli/test_fuzz_runs.py",
+    "cli/test_fuzzing.py",
     "cli/test_outputs.py",
     "data/test_interop.py",
     "data/test_nano.py",
@@ -42,6 +43,7 @@ ACROSS_MODULES = {
     "runs/test_damage.py",
     "scripts/test_install_torch.py",
     "test_architecture.py",
+    "test_deferred_packages.py",
     "test_docs.py",
     "test_docstrings.py",
     "test_howto.py",
@@ -57,12 +59,16 @@ ACROSS_MODULES = {
 
 # modules without a test file of their own → the test file that tests them, which imports or names them
 TESTED_BY = {
+    "_deferred_packages": "test_deferred_packages.py",
     "_links": "test_links.py",
     "bench/autotune": "bench/test_gpu.py",
     "bench/cases": "bench/test_gpu.py",
     "bench/command": "bench/test_kernels.py",
     "bench/decode": "bench/test_cpu.py",
+    "cli/page_export": "studies/test_feature_pages.py",
+    "figures/feature_examples": "studies/test_feature_examples.py",
     "figures/neuron_examples": "studies/test_neuron_examples.py",
+    "runs/feature_examples": "capture/test_feature_lists.py",
     "runs/neuron_examples": "capture/test_neuron_lists.py",
     **{
         f"kernels/gpu/compile_cases/{name}": "bench/test_kernels.py"
@@ -97,6 +103,9 @@ TESTED_BY = {
     "data/prompts": "data/test_evaluate.py",
     "experiments/activations": "experiments/test_gradients.py",
     "experiments/attention_knockout": "experiments/test_hidden_messages.py",
+    "experiments/answer_effects": "experiments/test_generated_answers.py",
+    "experiments/answer_measures": "experiments/test_generated_answers.py",
+    "experiments/answer_recipes": "experiments/test_generated_answers.py",
     "experiments/branch_answers": "experiments/test_sentence_importance.py",
     "experiments/branch_importance": "experiments/test_sentence_importance.py",
     "experiments/branching": "experiments/test_sentence_importance.py",
@@ -117,6 +126,8 @@ TESTED_BY = {
     "figures/generated_answers": "experiments/test_generated_answers.py",
     "figures/jacobian_lens": "experiments/test_jacobian_lens.py",
     "figures/quick_look": "studies/test_quick_look.py",
+    "figures/receiver_heads": "experiments/test_receiver_heads.py",
+    "figures/sink_difference": "studies/test_sink_difference.py",
     "figures/risk_difference": "studies/test_risk_difference.py",
     "figures/probe_trajectory": "studies/test_probe_trajectory.py",
     "figures/sentence_importance": "experiments/test_sentence_importance.py",
@@ -195,14 +206,14 @@ TESTED_BY = {
 
 def strays(tests: Iterable[str], modules: set[str]) -> list[str]:
     """Tests that neither have the path of a module or package nor are listed above."""
-    found = []
+    stray = []
     for test in sorted(set(tests) - ACROSS_MODULES):
         folder, _, name = test.rpartition("/")
         subject = f"{folder}/{name}".strip("/").replace("test_", "", 1).removesuffix(".py")
         subject = subject.removesuffix("init").rstrip("/") if name == "test_init.py" else subject
         if subject not in modules:
-            found.append(test)
-    return found
+            stray.append(test)
+    return stray
 
 
 def test_every_test_has_the_path_of_what_it_tests() -> None:

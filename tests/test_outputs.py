@@ -71,19 +71,19 @@ def test_an_input_is_never_an_output(tmp_path: Path) -> None:
     (run / "zarr.json").write_text("{}")
     os.link(run / "zarr.json", tmp_path / "hard")
     (tmp_path / "soft").symlink_to(tmp_path / "data")
-    for out, said in (
+    for out, message in (
         (run, "is an input"),
         (run.parent, "contains the input"),
-        (run / "x", "lies in the input"),
+        (run / "x", "is inside the input"),
         (tmp_path / "soft" / "run.zarr", "is an input"),
-        (tmp_path / "soft" / ".." / "data" / "run.zarr" / "y", "lies in the input"),
+        (tmp_path / "soft" / ".." / "data" / "run.zarr" / "y", "is inside the input"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             check_output(out, command="export", inputs=[run], overwrite=True, owned=lambda path: True)
     with pytest.raises(InputError, match="is an input"):
         check_output(tmp_path / "hard", command="x", inputs=[run / "zarr.json"], overwrite=True, owned=lambda p: True)
     assert check_output(tmp_path / "free", command="export", inputs=[run, "nano", "s3://bucket/run"])
-    with pytest.raises(InputError, match="lies in the input"):
+    with pytest.raises(InputError, match="is inside the input"):
         write_files({"a": ""}, run / "tables", command="study", inputs=[run])
     write_files({"a": ""}, run.parent, command="study", inputs=[run])  # single files beside the run
 

@@ -90,8 +90,12 @@ def test_what_is_no_file_of_ones_own(tmp_path: Path) -> None:
     for out in (prompts, tmp_path / "same"):
         with pytest.raises(InputError, match="is an input"):
             RowOutput(out, command="generate", inputs=[prompts], overwrite=True)
-    for out, said in ((tmp_path / "link", "link"), (Path("/dev/full"), "device"), (tmp_path / "no" / "x", "no folder")):
-        with pytest.raises(InputError, match=said):
+    for out, message in (
+        (tmp_path / "link", "link"),
+        (Path("/dev/full"), "device"),
+        (tmp_path / "no" / "x", "no folder"),
+    ):
+        with pytest.raises(InputError, match=message):
             RowOutput(out, command="generate", overwrite=True)
     with pytest.raises(InputError, match="was not written"):
         RowOutput(tmp_path, command="generate", overwrite=True)

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench import _deferred_packages
 from workbench._links import require_links
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     __version__: str
 
 require_links(Path(__file__).parent)
+_deferred_packages.defer()
 # transformer_lens imports tqdm, which warns in every notebook without ipywidgets; our own bars need none
 warnings.filterwarnings("ignore", message="IProgress not found")
 
@@ -87,8 +89,8 @@ class _LinkedPackage(types.ModuleType):
         return importlib.import_module(dotted)
 
     def __dir__(self) -> list[str]:
-        found = {path.stem for folder in self.__path__ for path in Path(folder).glob("*.py")}
-        return sorted(found | {path.name for folder in self.__path__ for path in Path(folder).glob("gpu")})
+        modules = {path.stem for folder in self.__path__ for path in Path(folder).glob("*.py")}
+        return sorted(modules | {path.name for folder in self.__path__ for path in Path(folder).glob("gpu")})
 
 
 def __getattr__(name: str) -> Any:

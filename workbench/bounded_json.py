@@ -67,7 +67,7 @@ def refuse_deep(text: str, max_depth: int = MAX_DEPTH) -> None:
         token = match.group()
         depth += (token in "[{") - (token in "]}")
         if depth > max_depth:
-            raise InputError(f"not JSON that can be read: lists and objects are nested deeper than {max_depth} levels")
+            raise InputError(f"invalid JSON: lists and objects are nested deeper than {max_depth} levels")
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:

@@ -1,4 +1,4 @@
-"""zstd with a limit: a few bytes that unpack to gigabytes are refused before they are unpacked.
+"""Unpack zstd with a limit of size: data that would unpack to more is refused before it is unpacked.
 
 `unpack` reads one frame of a known size. `SizedZstd` is zarr's zstd codec with the same check, for the chunks that zarr
 decompresses itself; importing this module makes zarr use it in this process.
@@ -15,7 +15,7 @@ from zarr.registry import register_codec
 
 from workbench.errors import InputError
 
-MAX_TEXT_BYTES = 2**30  # of a chunk of texts, whose size no layout tells
+MAX_TEXT_BYTES = 2**30  # of a chunk of texts, whose size no layout states
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _SIZE_BYTES = (0, 2, 4, 8)  # of the field with a frame's content size, by its flag
 _DICTIONARY_BYTES = (0, 1, 2, 4)
@@ -30,7 +30,7 @@ def unpack(data: Any, size: int) -> np.ndarray:
 
     Raises:
         UnpackedSizeError: it holds another number of bytes.
-        ValueError: it is no complete frame.
+        ValueError: it is not a complete frame.
     """
     told = frame_size(data)
     if told != size:
@@ -46,7 +46,7 @@ def _count(size: int | None) -> str:
 
 
 def frame_size(data: Any) -> int | None:
-    """Return the number of bytes that a zstd frame unpacks to by its header, None if the header does not tell.
+    """Return the number of bytes that a zstd frame unpacks to by its header, None if the header does not state it.
 
     Reference: RFC 8878, section 3.1.1.1.
 
@@ -55,7 +55,7 @@ def frame_size(data: Any) -> int | None:
     """
     head = bytes(data[:18])
     if not head.startswith(_MAGIC) or len(head) < 6:
-        raise ValueError("it is no zstd frame")
+        raise ValueError("it is not a zstd frame")
     descriptor = head[4]
     flag, single_segment = descriptor >> 6, bool(descriptor & 0x20)
     length = 1 if flag == 0 and single_segment else _SIZE_BYTES[flag]
@@ -63,7 +63,7 @@ def frame_size(data: Any) -> int | None:
     if length == 0:
         return None
     if len(head) < start + length:
-        raise ValueError("its zstd frame is cut off")
+        raise ValueError("its zstd frame is truncated")
     return int.from_bytes(head[start : start + length], "little") + (256 if length == 2 else 0)
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can fix: one line that says what was wrong, what was expected and what to do."""
+"""Errors that a user can fix: one line that states what was wrong, what was expected and what to do."""
 
 from pathlib import Path
 
@@ -22,4 +22,4 @@ def refuse_lfs_pointer(path: Path, beginning: bytes) -> None:
     Reference: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
     """
     if beginning.startswith(_LFS_POINTER):
-        raise InputError(f"{path} is a git-lfs pointer: run git lfs pull")
+        raise InputError(f"{path} is a pointer of git-lfs instead of the file: run `git lfs pull`")

@@ -109,8 +109,8 @@ class FileLock:
         """Whether the descriptor is locked and still the file of that name; closed otherwise."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            opened, named = os.fstat(descriptor), os.stat(self.path, follow_symlinks=False)
-            if (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino):
+            opened, on_disk = os.fstat(descriptor), os.stat(self.path, follow_symlinks=False)
+            if (opened.st_dev, opened.st_ino) == (on_disk.st_dev, on_disk.st_ino):
                 return True
         except BlockingIOError:
             os.close(descriptor)

@@ -1,6 +1,6 @@
 """Inputs: the files and pipes that a command may read.
 
-A device has no end, and a named pipe to which nobody writes never has a beginning: both are refused. A pipe can be
+A device has no end, and a named pipe to which no process writes never has a beginning: both are refused. A pipe can be
 read once only, so its content is copied to a temporary file.
 """
 
@@ -67,7 +67,7 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a file to read, without waiting for a pipe or reading a device.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: it cannot be opened, or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -77,7 +77,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def refuse_devices(path: str | Path) -> None:
-    """Check that a path is no device and no socket; a missing path is an error when it is opened.
+    """Check that a path is neither a device nor a socket; a missing path is an error when it is opened.
 
     Raises:
         InputError: it is one.
@@ -99,6 +99,6 @@ def _open_pipe(path: str | Path) -> int:
     poll.register(descriptor, select.POLLIN)
     if not poll.poll(WRITER_TIMEOUT_S * 1000):
         os.close(descriptor)
-        raise InputError(f"{path} is a pipe to which nothing was written for {WRITER_TIMEOUT_S:.0f} s; give a file")
+        raise InputError(f"{path} is a pipe to which nothing was written for {WRITER_TIMEOUT_S:.0f} s: give a file")
     os.set_blocking(descriptor, True)
     return descriptor

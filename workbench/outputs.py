@@ -1,7 +1,7 @@
 """Outputs: what a command may write. Every command that writes files asks here.
 
 - Everything that can be checked is checked before anything is written.
-- An output never is, contains or lies in an input, and never is a link, a device, a pipe or a socket.
+- An output never is, contains or is inside an input, and never is a link, a device, a pipe or a socket.
 - Files are written beside their destination and renamed when they are complete.
 - Something that exists is refused. With `--overwrite` it is replaced, but only if the same command wrote it and nobody
   changed it since: a marker lists the command and the SHA-256 of each file it wrote. The marker lies beside the output
@@ -44,15 +44,15 @@ def check_output(
 ) -> Path:
     """Return the path of an output that a command may write, after all checks that need no lock.
 
-    inputs: paths that the command reads; names that are no path of this machine are passed over. owned: whether the
-    command wrote an existing file, if its content tells; the marker does otherwise.
+    inputs: paths that the command reads; names that are not a path of this machine are passed over. owned: whether the
+    command wrote an existing file, if its content states it; the marker does otherwise.
 
     Raises:
         InputError: the path is an input, cannot be a file or folder, or exists and may not be replaced.
     """
     path = Path(out)
     if path.name in ("", "..") or "\0" in str(path):
-        raise InputError(f"{str(out)!r} is no name for an output: give the path of a file or folder")
+        raise InputError(f"{str(out)!r} is not a name for an output: give the path of a file or folder")
     _check_parents(path)
     mode = check_kind(path)
     refuse_inputs(path, inputs)
@@ -64,7 +64,7 @@ def check_output(
         changed = "" if owned else f" {_foreign(path, command)}"
         raise InputError(
             f"{path} exists and was not written by `workbench {command}`, or was changed since{changed}: "
-            "choose another name, or remove it yourself"
+            "choose another name, or remove it"
         )
     return path
 
@@ -108,7 +108,7 @@ def refuse_inputs(path: Path, inputs: Iterable[str | Path], *, holds_files: bool
         if real in source.parents and not holds_files:
             raise InputError(f"{path} contains the input {given}: choose another output")
         if source in real.parents and (_is_run(source) or not holds_files):
-            raise InputError(f"{path} lies in the input {given}: choose another output")
+            raise InputError(f"{path} is inside the input {given}: choose another output")
 
 
 def _is_run(folder: Path) -> bool:
@@ -116,7 +116,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _check_parents(path: Path) -> None:
-    """Refuse a parent that is no folder, or in which nothing can be made."""
+    """Refuse a parent that is not a folder, or in which nothing can be made."""
     for parent in path.absolute().parents:
         try:
             mode = os.stat(parent).st_mode
@@ -221,7 +221,7 @@ def write_files(
     beside the folder if None.
 
     Raises:
-        InputError: a name is no file name, or a file may not be written, see `check_output`.
+        InputError: a name is not a file name, or a file may not be written, see `check_output`.
     """
     refuse_paths(files)
     out = check_folder(out_dir, inputs=inputs)
@@ -317,14 +317,14 @@ def sha256(path: Path) -> str:
 
 def _contents(folder: Path) -> dict[Path, str]:
     """Return the digest of every file in a folder by its relative path; a link or device counts as changed."""
-    found = {}
+    digests = {}
     for at, folders, names in os.walk(folder):
         for name in [*names, *(f for f in folders if os.path.islink(os.path.join(at, f)))]:
             path = Path(at, name)
             key = path.relative_to(folder)
             if str(key) != MARKER:
-                found[key] = sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "not a regular file"
-    return found
+                digests[key] = sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "not a regular file"
+    return digests
 
 
 def _foreign(path: Path, command: str) -> str:
@@ -344,7 +344,7 @@ def _foreign(path: Path, command: str) -> str:
 
 
 def read_marker(path: Path) -> dict[str, list[tuple[str, str]]]:
-    """Return the commands and digests of files as a marker lists them; a marker that is no marker lists none."""
+    """Return the commands and digests of files as a marker lists them; a marker that is not a marker lists none."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode) or os.path.getsize(path) > _MAX_MARKER_BYTES:
             return {}

@@ -1,4 +1,4 @@
-"""Progress of long jobs: a bar on a terminal and in a notebook, otherwise a plain line from time to time."""
+"""Progress of long jobs: a bar on a terminal and in a notebook, otherwise a plain line every ten seconds."""
 
 import datetime
 import sys
@@ -76,7 +76,7 @@ class _NotebookBar:
 def _notebook_bar(
     display: Callable[..., Any], label: str, total: int, unit: str, detail: Callable[[], str] | None
 ) -> Iterator[Advance]:
-    """Show a bar below the cell, and update it as often as somebody can follow."""
+    """Show a bar below the cell, and update it a few times a second."""
     speed, last = _Speed(total, unit, detail), time.monotonic()
     bar = _NotebookBar(label, total, unit, speed)
     shown = display(bar, display_id=True)

@@ -37,6 +37,7 @@ _REMEDIES = {
     "host_routing": "--routing host",
     "activations": "--record resid_post, or another hook point",
     "neurons": "--record routing --record neurons",
+    "features": "--record features:FOLDER of an autoencoder",
 }
 _LARGEST = 10**9  # of an option: a count that no machine could hold
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # a name becomes part of file names and of addresses
@@ -192,7 +193,9 @@ def record_in(source: str, module: str) -> Record | None:
                 fields = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in value.keywords}
                 return replace(_KINDS[value.func.id](**fields), module=module)
             except (TypeError, ValueError) as error:
-                raise InputError(f"the record of {module} cannot be read: {error}; it takes literals only") from error
+                raise InputError(
+                    f"the record of {module} cannot be read: {error}; only literals are allowed"
+                ) from error
     return None
 
 
@@ -256,7 +259,7 @@ def find(name: str) -> Record:
         if name in (record.name, *record.aliases):
             return record
     known = ", ".join(record.name for record in records())
-    raise InputError(f"no study or experiment is called {name!r}; choose from {known}")
+    raise InputError(f"study or experiment {name!r} does not exist; choose from {known}")
 
 
 def attributes() -> dict[str, Record]:

@@ -1,6 +1,6 @@
-"""JSON Lines that a long command appends to: resumed, locked, and replaced only where the same command wrote them.
+"""JSON Lines files to which a long command appends: resumable, locked, and replaced only if the command wrote them.
 
-Every row says in `meta.workbench` which command wrote it and what the job was, so a file tells by itself whether it
+Every row states in `meta.workbench` which command wrote it and what the job was, so a file alone shows whether it
 can be resumed. A row is on the disk before the next is begun; half a row that a kill left is cut off when the next is
 written, not before. With `overwrite` the rows go to a file beside the old one, which they replace with the first row.
 
@@ -26,7 +26,7 @@ _PART = ".part"
 
 
 def stamp(row: Mapping[str, Any], command: str, **job: Any) -> dict[str, Any]:
-    """Return a row that says which command wrote it, and for which job."""
+    """Return a row that states which command wrote it, and for which job."""
     return {**row, "meta": {**(row.get("meta") or {}), KEY: {"command": command, **job}}}
 
 
@@ -38,7 +38,7 @@ def is_stamped(row: Mapping[str, Any], command: str) -> bool:
 
 
 def written_by(command: str) -> Callable[[Path], bool]:
-    """Return a function that tells whether a command wrote every row of a file."""
+    """Return a function that decides whether a command wrote every row of a file."""
 
     def owned(path: Path) -> bool:
         try:
@@ -53,7 +53,7 @@ def written_by(command: str) -> Callable[[Path], bool]:
 class RowOutput:
     """A file of rows with unique ids, held by one process at a time.
 
-    is_own: whether the command wrote a row; its stamp tells by default. known: the rows that are there, by id.
+    is_own: whether the command wrote a row; its stamp decides by default. known: the rows that are there, by id.
 
     Raises:
         InputError: the file may not be written, or holds rows that another command wrote.
@@ -76,7 +76,7 @@ class RowOutput:
         # what exists is looked at below, under the lock
         check_output(self.path, command=command, inputs=inputs, overwrite=True, owned=lambda path: path.is_file())
         if not self.path.parent.is_dir():
-            raise InputError(f"{self.path.parent} is no folder: make it first")
+            raise InputError(f"{self.path.parent} is not a folder: create it first")
         self._part = self.path.with_name(f".{self.path.name}{_PART}")
         self._lock = FileLock(self.path)
 
@@ -131,7 +131,7 @@ class RowOutput:
             raise InputError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
     def _open(self, fresh: bool) -> BinaryIO:
-        """Return the file to append to: a new one beside the path, or the one that is resumed, cut behind its rows."""
+        """Return the file to append to: a new one beside the path, or the one to resume, cut after its last row."""
         if fresh:
             return open(self._part, "xb")
         file = open(self.path, "r+b")  # noqa: SIM115  closed by __exit__
@@ -170,7 +170,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """Return the complete rows of a file by id, and where the last of them ends.
 
     Raises:
-        InputError: a line is no row with an id.
+        InputError: a line is not a row with an id.
     """
     rows: dict[str, dict[str, Any]] = {}
     end = 0

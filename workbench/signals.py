@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a job runs: what is being written is finished, what is being computed is dropped."""
+"""Handle SIGINT and SIGTERM during a job: finish the writes in progress, and drop the computation in progress."""
 
 import signal
 import sys
@@ -31,7 +31,7 @@ class StopSignal:
         """Stop here if somebody asked for it."""
         if self.asked:
             raise JobError(
-                f"{self._job} was stopped by {self.asked}; what was written is kept, start it again to go on"
+                f"{self._job} was stopped by {self.asked}; what was written is saved: rerun the command to resume"
             )
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

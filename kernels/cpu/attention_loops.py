@@ -157,7 +157,7 @@ def _sum_values(scores, values, value_bytes, n, heads, vectors, sums):
 
 @inline
 def _output(piece, w, s):
-    """The output projection of all rows, and the residual stream behind it."""
+    """The output projection of all rows, and the residual stream after it."""
     dense_piece(piece, w.o, w.o_bias, w.d_model, w.n_heads * w.d_head, s.z, s.rows, s.attention_out)
     start = piece * DENSE_CHUNK
     vectors = min(DENSE_CHUNK, w.d_model - start) // LANES

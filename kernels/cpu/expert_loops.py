@@ -153,7 +153,7 @@ def _down(piece, w, s):
 
 @inline
 def _combine(piece, w, s):
-    """A chunk of a row's sum over its slots, and the residual stream behind it."""
+    """A chunk of a row's sum over its slots, and the residual stream after it."""
     chunks = ceil_divide(w.d_model, COMBINE_CHUNK)
     row, start = piece // chunks, piece % chunks * COMBINE_CHUNK
     vectors = (min(start + COMBINE_CHUNK, w.d_model) - start) // LANES

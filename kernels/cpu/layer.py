@@ -150,7 +150,7 @@ class LayerStep:
             np.copyto(self._memory.addresses, self._memory.initial)
         except IndexError:
             self._memory = _Memory(weights.sizes, rows)
-        self._kept: list[Tensor] = []
+        self._tensors: list[Tensor] = []
 
     def release(self) -> None:
         """Let another step use this memory; neither this step nor its values can be used any more."""
@@ -167,7 +167,7 @@ class LayerStep:
         """Set addresses to those of tensors [...], which are kept."""
         for name, tensor in given.items():
             self._memory.addresses[_INDEX[name]] = tensor.data_ptr()
-            self._kept.append(tensor)
+            self._tensors.append(tensor)
 
     def give_cache(
         self,

@@ -75,7 +75,7 @@ def _run_phases(_, counters, layer, step, first, end):
 
 def compile_phases() -> Callable[..., None]:
     """Return the compiled `_run_phases`: from the cache on disk if it has them."""
-    # numba's cache compares the age of this file only, so that the name tells what the other files hold.
+    # numba's cache compares the age of this file only, so the name contains a digest of the other files.
     files = (Path(str(module.__file__)) for module in _SOURCES)
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     _run_phases.__qualname__ = f"_run_phases_{digest}"

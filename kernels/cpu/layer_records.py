@@ -1,6 +1,6 @@
 """What compiled loops are given of a layer and of a step: phases, sizes, addresses of weights and of values.
 
-`LAYER` says where the weights of a layer are and how large it is; `STEP` where the values of a step are. All are
+`LAYER` states where the weights of a layer are and how large it is; `STEP` where the values of a step are. All are
 addresses and sizes in elements, except the bytes between keys.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Phase(IntEnum):
-    """The phases of a layer in their order; `END` is behind the last."""
+    """The phases of a layer in their order; `END` follows the last."""
 
     ATTENTION_NORM = 0
     PROJECT = 1

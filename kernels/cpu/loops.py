@@ -238,8 +238,8 @@ def integer(typingctx, address):
     return types.int64(types.int64), generate
 
 
-# Outputs at a time: a matrix in bfloat16 is read fastest as one stream, and unpacking MXFP4 hides the latency of
-# loads behind a few rows. With four rows of inputs, two outputs leave registers free.
+# Outputs at a time: a matrix in bfloat16 is read fastest as one stream, and unpacking a few rows of MXFP4 hides
+# the latency of loads. With four rows of inputs, two outputs leave registers free.
 MXFP4_OUTPUTS, MXFP4_OUTPUTS_FOR_FOUR, BFLOAT16_OUTPUTS_FOR_FOUR = 4, 2, 2
 _mxfp4_by_one, _mxfp4_by_two, _mxfp4_by_four = (
     _inner_products(_mxfp4, 6, LANES, outputs, rows)

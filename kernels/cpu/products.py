@@ -104,8 +104,8 @@ def expert_linear(
         results = _expert_products(inputs, weight.blocks.shape[1], layout, slots)
     else:  # a block is its scale and then its bytes
         layouts = [(p.data_ptr() + 1, p.data_ptr(), BLOCK_BYTES, BLOCK_BYTES, int(halves)) for p in weight.parts]
-        found = [_expert_products(inputs, weight.parts[0].shape[1], layout, slots) for layout in layouts]
-        results = found[0] if len(found) == 1 else torch.stack(found, -1).flatten(-2)
+        parts = [_expert_products(inputs, weight.parts[0].shape[1], layout, slots) for layout in layouts]
+        results = parts[0] if len(parts) == 1 else torch.stack(parts, -1).flatten(-2)
     return results.add_(bias[slots.experts]).to(x.dtype)
 
 

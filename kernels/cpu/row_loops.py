@@ -49,8 +49,8 @@ def _constant(kind: Any, value: float) -> Value:
 
 def _like(value: Value, bits: int) -> Any:
     """Return integers of this many bits, as many as `value` has lanes."""
-    whole = ir.IntType(bits)
-    return ir.VectorType(whole, LANES) if isinstance(value.type, ir.VectorType) else whole
+    integers = ir.IntType(bits)
+    return ir.VectorType(integers, LANES) if isinstance(value.type, ir.VectorType) else integers
 
 
 def _widened(b: Builder, bits: Value) -> Value:
@@ -80,9 +80,9 @@ def _exponential(b: Builder, x: Value) -> Value:
     x = b.select(b.fcmp_ordered("<", x, least), least, x)
     x = b.select(b.fcmp_ordered(">", x, most), most, x)
     shifted = b.call(multiply_add, [x, _repeat(_floats, _LOG2_E), _repeat(_floats, _NEAREST)])
-    whole = b.fsub(shifted, _repeat(_floats, _NEAREST))
-    rest = b.call(multiply_add, [whole, _repeat(_floats, -_LN2_HIGH), x])
-    rest = b.call(multiply_add, [whole, _repeat(_floats, -_LN2_LOW), rest])
+    integer = b.fsub(shifted, _repeat(_floats, _NEAREST))
+    rest = b.call(multiply_add, [integer, _repeat(_floats, -_LN2_HIGH), x])
+    rest = b.call(multiply_add, [integer, _repeat(_floats, -_LN2_LOW), rest])
     total = _repeat(_floats, _EXP[0])
     for coefficient in _EXP[1:]:
         total = b.call(multiply_add, [total, rest, _repeat(_floats, coefficient)])

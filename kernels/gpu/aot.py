@@ -1,7 +1,7 @@
-"""Compiling a kernel for a GPU that is not there, and reading what it would take.
+"""Compile kernels ahead of time for GPUs that this machine does not have, and read the resources that they need.
 
-Triton compiles for every target without a driver. The disassembler in its wheel tells registers and spills of the
-machine code itself, its metadata the shared memory; the assembly tells which matrix instruction was used, and what the
+Triton compiles for every target without a driver. The disassembler in its wheel shows registers and spills of the
+machine code itself, its metadata the shared memory; the assembly shows which matrix instruction was used, and what the
 main loop issues beside it. What this cannot tell is time.
 """
 
@@ -85,14 +85,14 @@ class Loop(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes; registers and spill bytes a thread, shared bytes a block."""
+    """The resources of a compiled kernel; registers and spill bytes a thread, shared bytes a block."""
 
     registers: int
     spilled: int
     shared: int
     blocks_per_sm: int
     instructions: tuple[str, ...]  # the distinct matrix instructions
-    loop: Loop | None = None  # none without a matrix instruction whose size its name tells
+    loop: Loop | None = None  # none without a matrix instruction whose size its name states
     unguarded: int = 0  # copies into shared memory that no barrier divides from a wait for wgmma before them
 
 
@@ -127,7 +127,7 @@ _LABEL, _BRANCH = re.compile(r"\s*(\$L\w+):"), re.compile(r"\bbra(?:\.uni)?\s+(\
 
 
 def unguarded_copies(ptx: str) -> int:
-    """Return how many asynchronous copies come behind a wait for wgmma without a barrier between the two.
+    """Return how many asynchronous copies follow a wait for wgmma without a barrier between the two.
 
     A warp that has waited for its own products could otherwise overwrite shared memory that another warp's products
     still read. The text is followed in its order, and every loop once more from its beginning.
@@ -135,8 +135,8 @@ def unguarded_copies(ptx: str) -> int:
     Reference: triton-lang/triton issues 11047 and 11056.
     """
     lines = ptx.splitlines()
-    labels = {found[1]: i for i, line in enumerate(lines) if (found := _LABEL.match(line))}
-    jumps = [(i, labels.get(found[1], i)) for i, line in enumerate(lines) if (found := _BRANCH.search(line))]
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := _LABEL.match(line))}
+    jumps = [(i, labels.get(match[1], i)) for i, line in enumerate(lines) if (match := _BRANCH.search(line))]
     bodies = [lines[start : end + 1] * 2 for end, start in jumps if start < end]
     return max(map(_unguarded, [lines, *bodies]))
 
@@ -190,7 +190,7 @@ def _nvidia(asm: Mapping[str, Any], warps: int) -> tuple[int, int, list[str], Lo
 
 
 def _tcgen05_flops(ptx: str) -> int:
-    """Of one UTCHMMA, whose size only its descriptor tells (bits 17 … 22: columns / 8; 24 … 28: rows / 16).
+    """Of one UTCHMMA, whose size only its descriptor states (bits 17 … 22: columns / 8; 24 … 28: rows / 16).
 
     Reference: PTX ISA, tcgen05, instruction descriptor of .kind::f16, whose depth is 16.
     """
@@ -221,8 +221,8 @@ def _flops(line: str, tensor: int) -> int:
     if "UTCHMMA" in line:
         return tensor
     for pattern, warps in _PRODUCTS:
-        if found := re.search(pattern, line):
-            m, n, k = map(int, found.groups())
+        if match := re.search(pattern, line):
+            m, n, k = map(int, match.groups())
             return 2 * m * n * k // warps
     return 0
 
@@ -232,9 +232,9 @@ def _main_loop(lines: Sequence[str], spans: Sequence[tuple[int, int]], tensor: i
     flops = [_flops(line, tensor) for line in lines]
     loops = {span for span in spans if any(flops[span[0] : span[1] + 1])}
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    found = []
+    candidates = []
     for start, end in inner:
         others = [line for line, f in zip(lines[start : end + 1], flops[start : end + 1], strict=True) if not f]
         vector = [line for line in others if line.startswith("v_")]
-        found.append(Loop(len(vector or others), sum(flops[start : end + 1])))
-    return max(found, key=lambda loop: loop.flops / loop.instructions, default=None)
+        candidates.append(Loop(len(vector or others), sum(flops[start : end + 1])))
+    return max(candidates, key=lambda loop: loop.flops / loop.instructions, default=None)

@@ -88,14 +88,14 @@ def _forward(
             D, WIDTH, WINDOW, BLOCK_N, True,
         )  # fmt: skip
     total = tl.where(index < n, total, 1.0)  # rows beyond the last query may have met no key
-    whole = top + tl.math.log2(total)
+    log_total = top + tl.math.log2(total)
     at = ((batch * queries + start + index).to(tl.int64)) * HEADS + h
     inside = index < n
     out = narrow(acc / total[:, None], z.dtype.element_ty)
     tl.store(z + at[:, None] * D + d[None, :], out, mask=inside[:, None] & (d < D)[None, :])
-    tl.store(lse + at, whole / LOG2E, mask=inside)
+    tl.store(lse + at, log_total / LOG2E, mask=inside)
     if SINKS:
-        tl.store(sink + at, tl.math.exp2(logit - whole), mask=inside)
+        tl.store(sink + at, tl.math.exp2(logit - log_total), mask=inside)
 
 
 @triton.jit
@@ -160,16 +160,16 @@ def _merge(
         logit = tl.load(sinks + h).to(tl.float32) * LOG2E
         highest = tl.maximum(highest, logit)
     weight = tl.math.exp2(top - highest)
-    whole = tl.sum(weight * total, 0)
+    denominator = tl.sum(weight * total, 0)
     if SINKS:
-        whole += tl.math.exp2(logit - highest)
+        denominator += tl.math.exp2(logit - highest)
     to = (s * queries + i) * HEADS + h
-    out = tl.sum(rows * weight[:, None], 0) / whole
+    out = tl.sum(rows * weight[:, None], 0) / denominator
     tl.store(z + to * D + d, narrow(out, z.dtype.element_ty), mask=d < D)
-    whole = highest + tl.math.log2(whole)
-    tl.store(lse + to, whole / LOG2E)
+    log_total = highest + tl.math.log2(denominator)
+    tl.store(lse + to, log_total / LOG2E)
     if SINKS:
-        tl.store(sink + to, tl.math.exp2(logit - whole))
+        tl.store(sink + to, tl.math.exp2(logit - log_total))
 
 
 def _run(shape: AttentionShape, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

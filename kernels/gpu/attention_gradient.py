@@ -35,7 +35,7 @@ def _queries_gradient(
     at = (batch * queries + start + index).to(tl.int64) * HEADS + h
     rows = load_rows(q + h * q_head, batch, start, q_batch, q_token, index, n, d, D, True)
     grad = tl.load(dz + at[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    whole = tl.load(lse + at, mask=inside, other=0.0) * LOG2E
+    log_total = tl.load(lse + at, mask=inside, other=0.0) * LOG2E
     less = tl.load(delta + at, mask=inside, other=0.0)
     k, v = k + h // RATIO * k_head, v + h // RATIO * v_head
     first = prefix + tile * BLOCK_M
@@ -47,7 +47,7 @@ def _queries_gradient(
         vt = load_rows(v, batch, start, v_batch, v_token, key, high, d, D, True)
         score = dot(rows, kt.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale
         seen = visible((prefix + index)[:, None], key[None, :], WINDOW)
-        weight = tl.where(seen, tl.math.exp2(score - whole[:, None]), 0.0)
+        weight = tl.where(seen, tl.math.exp2(score - log_total[:, None]), 0.0)
         dweight = dot(grad, vt.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         acc = dot(narrow(weight * (dweight - less[:, None]), k.dtype.element_ty), kt, acc)
     acc *= scale / LOG2E
@@ -87,12 +87,12 @@ def _keys_gradient(
             at = (batch * queries + start + index).to(tl.int64) * HEADS + h
             rows = load_rows(q + h * q_head, batch, start, q_batch, q_token, index, n, d, D, True)
             grad = tl.load(dz + at[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-            whole = tl.load(lse + at, mask=inside, other=0.0) * LOG2E
+            log_total = tl.load(lse + at, mask=inside, other=0.0) * LOG2E
             less = tl.load(delta + at, mask=inside, other=0.0)
             # Transposed, so that what is computed here is the left operand and can stay in registers.
             score = dot(kt, rows.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * scale
             seen = visible((prefix + index)[None, :], key[:, None], WINDOW) & inside[None, :]
-            weight = tl.where(seen, tl.math.exp2(score - whole[None, :]), 0.0)
+            weight = tl.where(seen, tl.math.exp2(score - log_total[None, :]), 0.0)
             value_grad = dot(narrow(weight, v.dtype.element_ty), grad, value_grad)
             dweight = dot(vt, grad.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
             key_grad = dot(narrow(weight * (dweight - less[None, :]), q.dtype.element_ty), rows, key_grad)

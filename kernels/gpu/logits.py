@@ -32,10 +32,10 @@ def _predict(logits, chosen, logprob, entropy, V, BLOCK: tl.constexpr):
         total = total * shrink + weight
         mean = mean * shrink + weight * tl.where(x == float("-inf"), 0.0, x)
         top = new
-    whole = tl.max(top, 0)
-    lane = tl.exp(top - whole)  # each lane's share, relative to the row's maximum
+    highest = tl.max(top, 0)
+    lane = tl.exp(top - highest)  # each lane's share, relative to the row's maximum
     z = tl.sum(total * lane, 0)
-    log_z = whole + tl.log(z)
+    log_z = highest + tl.log(z)
     token = tl.load(chosen + row)
     tl.store(logprob + row, tl.load(logits + row * V + token).to(tl.float32) - log_z)
     tl.store(entropy + row, log_z - tl.sum(mean * lane, 0) / z)

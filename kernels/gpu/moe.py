@@ -367,14 +367,14 @@ def moe(
     if taps is None or not any(taps):
         return _FusedMoE.apply(x, gates, experts, layer)
 
-    def through(tap: ActivationHook | None, slots: Tensor) -> Tensor:
+    def apply_hook(tap: ActivationHook | None, slots: Tensor) -> Tensor:
         return slots if tap is None else tap(slots.unflatten(0, experts.shape)).flatten(0, 1)
 
     if taps.gate or taps.up:
         h = _Inward.apply(x, layer, False)
-        pairs = torch.stack([through(taps.gate, h[:, 0::2]), through(taps.up, h[:, 1::2])], -1)
+        pairs = torch.stack([apply_hook(taps.gate, h[:, 0::2]), apply_hook(taps.up, h[:, 1::2])], -1)
         post = _Activate.apply(pairs.flatten(1), layer)
     else:
         post = _Inward.apply(x, layer, True)
-    y = _Outward.apply(through(taps.post, post), layer)
-    return _Combine.apply(through(taps.out, y), gates, layer)
+    y = _Outward.apply(apply_hook(taps.post, post), layer)
+    return _Combine.apply(apply_hook(taps.out, y), gates, layer)

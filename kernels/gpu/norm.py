@@ -1,7 +1,7 @@
 """RMSNorm on the GPU: one program a row, and its scale as a kernel of its own for hooks.
 
-Division and square root are rounded as IEEE 754 says. The fused result therefore equals, bit for bit, what a hooked
-model computes with the scale of `rms_scale` in separate steps: recording the scale does not change the model.
+Division and square root are rounded as IEEE 754 specifies. The fused result therefore equals, bit for bit, what a
+hooked model computes with the scale of `rms_scale` in separate steps: recording the scale does not change the model.
 
 Reference: `workbench.kernels.norm`.
 Cost: reads a row once and writes it once.

@@ -66,12 +66,12 @@ def measured(family: Callable[..., Tile]) -> Callable[..., Tile]:
     They are read once, from the file that WORKBENCH_TILES names or tiles.json beside this one: target → family →
     pairs of its own tile and the one to take. A tile that has changed since it was measured stands.
     """
-    named = os.environ.get("WORKBENCH_TILES")
-    path = Path(named or Path(__file__).with_name("tiles.json"))
-    found = json.loads(path.read_text()) if named or path.exists() else {}
+    configured = os.environ.get("WORKBENCH_TILES")
+    path = Path(configured or Path(__file__).with_name("tiles.json"))
+    tiles_by_target = json.loads(path.read_text()) if configured or path.exists() else {}
     winners = {
         (target, str(Tile(*own))): Tile(*taken)
-        for target, families in found.items()
+        for target, families in tiles_by_target.items()
         for own, taken in families.get(family.__name__, [])
     }
     signature = inspect.signature(family)

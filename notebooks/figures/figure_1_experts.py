@@ -15,7 +15,7 @@ def draw(run: Run) -> dict[str, GalleryItem]:
     """The panels by name."""
     load = studies.routing.load(run)
     effort = str(load["effort"].values[-1])
-    found = {
+    items = {
         "figure_1a_entropy": GalleryItem(
             partial(routing.entropy_by_layer, load), numbers(load, "channel_effort_layer"), load
         )
@@ -23,8 +23,8 @@ def draw(run: Run) -> dict[str, GalleryItem]:
     for panel, channel in (("b", "analysis"), ("c", "final")):
         cell = load.sel(channel=channel, effort=effort)
         drawing = partial(routing.load_heatmap, load, channel, effort)
-        found[f"figure_1{panel}_{channel}"] = GalleryItem(drawing, numbers(cell, "layer_expert"), load)
-    return found
+        items[f"figure_1{panel}_{channel}"] = GalleryItem(drawing, numbers(cell, "layer_expert"), load)
+    return items
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def draw(run: Run) -> dict[str, GalleryItem]:
     mass = studies.sinks.mass(run)
     effort = str(mass["effort"].values[-1])
     cell = mass.sel(channel="analysis", effort=effort)
-    found = {
+    items = {
         "figure_3a_mass": GalleryItem(
             partial(sinks.mass_heatmap, mass, "analysis", effort), numbers(cell, "layer_head"), mass
         )
@@ -24,8 +24,8 @@ def draw(run: Run) -> dict[str, GalleryItem]:
     position = studies.sinks.by_position(run)
     for panel, layer in (("b_full", 1), ("c_window", 2)):
         table = numbers(position.sel(layer=layer), "channel_bin")
-        found[f"figure_3{panel}"] = GalleryItem(partial(sinks.by_position, position, layer), table, position)
-    return found
+        items[f"figure_3{panel}"] = GalleryItem(partial(sinks.by_position, position, layer), table, position)
+    return items
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def losses_of_peft(dense: GptOss, folder: Path) -> list[float]:
     peft = PeftModel.from_pretrained(to_hf(dense), folder, is_trainable=True)
     trained = [p for p in peft.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=SCHEDULE.weight_decay)
-    found = []
+    losses = []
     for step, batch in module._batches(examples(), SCHEDULE, 0, SCHEDULE.steps):
         optimizer.param_groups[0]["lr"] = SCHEDULE.rate(step, SCHEDULE.steps)
         optimizer.zero_grad()
@@ -74,8 +74,8 @@ def losses_of_peft(dense: GptOss, folder: Path) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, SCHEDULE.clip)
         optimizer.step()
-        found.append(loss.item())
-    return found
+        losses.append(loss.item())
+    return losses
 
 
 def train(model: GptOss, updates: dict[str, LowRank], state: Path) -> list[float]:
@@ -114,13 +114,13 @@ def test_the_gradients_of_the_factors_are_central_differences(models: tuple[GptO
         for factor in updates[f"blocks.1.{part}"].parameters():
             assert factor.grad is not None
             direction = torch.randn(factor.shape, generator=rng, dtype=torch.float64)
-            step, found = 1e-5, []
+            step, losses = 1e-5, []
             for sign in (1, -1):
                 with torch.no_grad():
                     factor.add_(sign * step * direction)
-                    found.append(float(summed_loss(model, batch)))
+                    losses.append(float(summed_loss(model, batch)))
                     factor.sub_(sign * step * direction)
-            difference = (found[0] - found[1]) / (2 * step)
+            difference = (losses[0] - losses[1]) / (2 * step)
             assert float((factor.grad * direction).sum()) == pytest.approx(difference, rel=1e-5, abs=1e-7)
             assert abs(difference) > 1e-4
 
@@ -128,16 +128,16 @@ def test_the_gradients_of_the_factors_are_central_differences(models: tuple[GptO
 def test_the_size_of_a_pass_changes_no_gradient(
     models: tuple[GptOss, GptOss], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model, found = models[0], []
+    model, losses = models[0], []
     for tokens in (1, 10_000):
         monkeypatch.setattr(module, "_PASS_TOKENS", tokens)
         updates = attach(model, OPTIONS, seed=0)
         training = Training(model, updates, SCHEDULE, 4, tmp_path / f"state {tokens}", {})
         training.run(examples(), StopSignal("the test"))
-        found.append(training.losses)
+        losses.append(training.losses)
         detach(model, updates)
-    np.testing.assert_allclose(found[0], found[1], atol=2e-5)
-    assert found[0][0] != found[0][3]
+    np.testing.assert_allclose(losses[0], losses[1], atol=2e-5)
+    assert losses[0][0] != losses[0][3]
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(
 ) -> None:
     schedule = Schedule(5, batch=2, learning_rate=1e-3)
     options = Options(("attention",), rank=2)
-    whole = finetune(nano, rows, tmp_path / "whole", options=options, schedule=schedule)
+    uninterrupted = finetune(nano, rows, tmp_path / "whole", options=options, schedule=schedule)
     stop_after.left = 3
     with pytest.raises(JobError, match="stopped by SIGTERM"):
         finetune(nano, rows, tmp_path / "parts", options=options, schedule=schedule)
@@ -197,12 +197,12 @@ def test_a_stopped_training_goes_on_bit_for_bit(
     with pytest.raises(InputError, match=r"schedule was .*0.001.*, and is now .*0.002"):
         finetune(nano, rows, tmp_path / "parts", options=options, schedule=replace(schedule, learning_rate=2e-3))
     parts = finetune(nano, rows, tmp_path / "parts", options=options, schedule=schedule)
-    assert parts["losses"] == whole["losses"]
+    assert parts["losses"] == uninterrupted["losses"]
     name = "adapter_model.safetensors"
     assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not list(tmp_path.glob("*.training.safetensors"))
     other = finetune(nano, rows, tmp_path / "other", options=options, schedule=replace(schedule, seed=1))
-    assert other["losses"] != whole["losses"]
+    assert other["losses"] != uninterrupted["losses"]
 
 
 def test_other_rows_through_a_pipe_and_another_template_are_refused(
@@ -277,7 +277,7 @@ class _InTheMiddle(torch.optim.AdamW):
 def test_half_a_step_is_not_saved(nano: Any, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is resumed is the last complete step; the negative control saves what half a step left."""
     schedule, options = Schedule(3, batch=2, learning_rate=1e-2), Options(("attention",), rank=1)
-    whole = finetune(nano, rows, tmp_path / "whole", options=options, schedule=schedule)
+    uninterrupted = finetune(nano, rows, tmp_path / "whole", options=options, schedule=schedule)
     for always in (False, True):
         out = tmp_path / f"always {always}"
         with monkeypatch.context() as patch:
@@ -289,10 +289,10 @@ def test_half_a_step_is_not_saved(nano: Any, rows: Path, tmp_path: Path, monkeyp
             with pytest.raises(KeyboardInterrupt):
                 finetune(nano, rows, out, options=options, schedule=schedule)
         parts = finetune(nano, rows, out, options=options, schedule=schedule)
-        assert (parts["losses"] == whole["losses"]) != always
+        assert (parts["losses"] == uninterrupted["losses"]) != always
 
 
-def test_a_training_that_was_killed_behind_its_last_step_is_done(
+def test_a_training_that_was_killed_after_its_last_step_is_done(
     nano: Any, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its state is removed; an adapter that another training wrote is not taken for its result."""

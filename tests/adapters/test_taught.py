@@ -25,7 +25,7 @@ def taught(text: str, **options: object) -> str:
     return TOKENIZER.decode(list(np.array(ids)[taught_tokens(ids, n_prompt, tokenizer=TOKENIZER, **options)]))
 
 
-def test_everything_behind_the_prompt_is_taught_but_what_tools_return() -> None:
+def test_everything_after_the_prompt_is_taught_but_what_tools_return() -> None:
     text = PROMPT + ANALYSIS + CALL + REPLY + FINAL
     assert taught(text) == ANALYSIS + CALL + FINAL
 
@@ -51,8 +51,8 @@ def test_a_row_without_an_answer_is_refused_by_its_id(tmp_path: Path) -> None:
     }
     rows.write_text(json.dumps(good) + "\n")
     (example,) = read_examples(rows, tokenizer=TOKENIZER, n_ctx=4096)
-    said = TOKENIZER.decode(list(example.ids[example.taught]))
-    assert said == "<|channel|>final<|message|>4<|return|>"
+    answer = TOKENIZER.decode(list(example.ids[example.taught]))
+    assert answer == "<|channel|>final<|message|>4<|return|>"
     with pytest.raises(InputError, match="row 'good' has no token of an answer in the channels analysis"):
         read_examples(rows, tokenizer=TOKENIZER, n_ctx=4096, channels={"analysis"})
     rows.write_text(json.dumps(good) + "\n{}\n")

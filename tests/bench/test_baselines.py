@@ -1,4 +1,4 @@
-"""A baseline that is missing or fails is a row that says so; two layers agree with transformers."""
+"""A baseline that is missing or fails is a row that states it; two layers agree with transformers."""
 
 import pytest
 import torch
@@ -38,6 +38,6 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_two_layers_agree_with_transformers_and_a_changed_model_does_not() -> None:
     ours, theirs = baselines._two_layers(BASE, torch.device("cpu"))(6)
     with torch.no_grad():
-        expected, found = theirs().float(), ours().float()
-    assert correlation(expected, found) > 0.98
-    assert correlation(expected, found.flip(-1)) < 0.5, "the negative control"
+        expected, ours_read = theirs().float(), ours().float()
+    assert correlation(expected, ours_read) > 0.98
+    assert correlation(expected, ours_read.flip(-1)) < 0.5, "the negative control"

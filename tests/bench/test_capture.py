@@ -18,16 +18,16 @@ def test_every_way_is_timed_and_missing_tools_are_named(
 
     monkeypatch.setattr(capture, "_bridge", absent)
     monkeypatch.setattr(capture, "_nnsight", absent)
-    found = capture.run("nano", tokens=32, rounds=1, dtype=torch.float32)
-    assert len(found["ways"]) >= 3
-    assert all(row["tokens_per_s"] > 0 for row in found["ways"])
-    assert set(found["missing"].values()) == {"not installed (no such tool)"}
-    assert len(found["missing"]) == 2
+    result = capture.run("nano", tokens=32, rounds=1, dtype=torch.float32)
+    assert len(result["ways"]) >= 3
+    assert all(row["tokens_per_s"] > 0 for row in result["ways"])
+    assert set(result["missing"].values()) == {"not installed (no such tool)"}
+    assert len(result["missing"]) == 2
     assert capsys.readouterr().out.count("not installed (no such tool)") == 2
 
 
 def test_other_tools_are_left_out_for_what_they_do_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_gguf(open_checkpoint(BUNDLED["nano"]), tmp_path / "nano.gguf")
-    found = capture.run(str(path), tokens=8, rounds=1, dtype=torch.float32)
-    assert len(found["ways"]) == 3
+    result = capture.run(str(path), tokens=8, rounds=1, dtype=torch.float32)
+    assert len(result["ways"]) == 3
     assert capsys.readouterr().out.count("reads folders in the Hugging Face layout only") == 2

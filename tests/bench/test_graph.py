@@ -7,13 +7,13 @@ from workbench.errors import JobError
 
 
 def test_the_cost_of_a_graph_of_nano(capsys: pytest.CaptureFixture[str]) -> None:
-    found = graph.run("nano", tokens=12, rounds=1)
-    assert found["tokens"] == 12
-    assert found["layers"] == 4
-    assert len(found["graph_s"]) == len(found["processor_s"]) == 1
-    assert 0 < found["nodes"] <= found["nodes_in_pass"]
-    assert found["completeness"] < 1e-3
-    assert f"{found['nodes']} of {found['nodes_in_pass']:,} nodes" in capsys.readouterr().out
+    result = graph.run("nano", tokens=12, rounds=1)
+    assert result["tokens"] == 12
+    assert result["layers"] == 4
+    assert len(result["graph_s"]) == len(result["processor_s"]) == 1
+    assert 0 < result["nodes"] <= result["nodes_in_pass"]
+    assert result["completeness"] < 1e-3
+    assert f"{result['nodes']} of {result['nodes_in_pass']:,} nodes" in capsys.readouterr().out
 
 
 def test_a_model_that_is_not_there_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,9 @@ def test_the_random_run_is_valid_and_every_query_is_timed(tmp_path: Path) -> Non
     run = open_run(path)
     assert verify(path) == []
     assert set(run.sequences["effort"]) <= {"low", "medium", "high"}
-    found = ask(path, rounds=1)
-    assert found["tokens"] == int(run.sequences["length"].sum())
-    names = [row["question"] for row in found["questions"]]
+    result = ask(path, rounds=1)
+    assert result["tokens"] == int(run.sequences["length"].sum())
+    names = [row["question"] for row in result["questions"]]
     assert {"open", "tables", "one conversation, all layers"} <= set(names)
     assert {f"total {name}" for name in run.summaries} <= set(names)
     chunk = max((p for p in Path(path, "routing").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)

@@ -25,7 +25,7 @@ def test_each_way_stores_the_values(way: object, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_each_way_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
-    found = store.run(streams=1, rounds=1)
-    assert [row["way"] for row in found["ways"]] == ["workbench", "zarr, same shards", "zarr, its own chunks"]
-    assert all(row["seconds"] > 0 and 0 < row["stored"] < 20 for row in found["ways"])
+    result = store.run(streams=1, rounds=1)
+    assert [row["way"] for row in result["ways"]] == ["workbench", "zarr, same shards", "zarr, its own chunks"]
+    assert all(row["seconds"] > 0 and 0 < row["stored"] < 20 for row in result["ways"])
     assert "zarr, same shards" in capsys.readouterr().out

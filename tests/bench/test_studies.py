@@ -23,11 +23,11 @@ def test_every_study_is_timed_or_named_with_the_reason(
         return {"one": object()}
 
     monkeypatch.setattr("workbench.bench.studies.run_study", run_study)
-    found = measure(str(DEMO))
+    result = measure(str(DEMO))
     printed = capsys.readouterr().out
     assert calls == [(study.name, study.runs) for study in registry.studies()]
-    assert [row["study"] for row in found["studies"]] == [name for name, _ in calls if name != "sinks"]
-    assert all(row["seconds"] >= 0 and row["datasets"] == 1 for row in found["studies"])
+    assert [row["study"] for row in result["studies"]] == [name for name, _ in calls if name != "sinks"]
+    assert all(row["seconds"] >= 0 and row["datasets"] == 1 for row in result["studies"])
     assert "sinks: left out, as sinks needs a run that recorded sinks" in printed
-    assert found["tokens"] == 34_641
+    assert result["tokens"] == 34_641
     assert "34,641 tokens" in printed

@@ -1,4 +1,4 @@
-"""A plan says what a job will take, writes nothing, and refuses what cannot fit."""
+"""A plan states what a job will take, writes nothing, and refuses what cannot fit."""
 
 import re
 from collections import Counter
@@ -45,8 +45,8 @@ def test_its_bytes_are_those_of_the_run_and_it_writes_nothing(nano: GptOss, tran
             used += round(array.size * array.dtype.itemsize * rows)
     assert plan.raw_bytes == used
     assert plan.disk_bytes == pytest.approx(sum(disk_by_record(tmp_path / "r").values()), rel=0.2)
-    each = {name: size for name, size in plan.per_token.items() if name == "routing"}
-    assert each == {"routing": 4 * 4 * 3}
+    routing_bytes = {name: size for name, size in plan.per_token.items() if name == "routing"}
+    assert routing_bytes == {"routing": 4 * 4 * 3}
     again = planned(nano, transcripts, tmp_path / "r")
     assert (again.done, again.tokens, again.raw_bytes) == (plan.units, 0, 0)
 
@@ -68,21 +68,21 @@ EVERY = [
 
 def disk_by_record(path: Path) -> Counter[str]:
     """The bytes of a run's files by record, tables and metadata apart."""
-    found: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     for file in (p for p in path.rglob("*") if p.is_file()):
         kind, name, *rest = (*file.relative_to(path).parts, "")
         is_array = rest[:1] == ["c"] and kind not in ("sequences", "messages", "units")
         kind = "summaries" if kind == "totals" else kind
-        found[record_of(f"{kind}/{name}") if is_array and name != "groups" else "other"] += file.stat().st_size
-    return found
+        sizes[record_of(f"{kind}/{name}") if is_array and name != "groups" else "other"] += file.stat().st_size
+    return sizes
 
 
 def off_by(plan: estimate.Estimate, path: Path, least: int = 20_000) -> dict[str, float]:
     """Records of some size whose estimate is more than a fifth off, and by which factor."""
     sizes = {name: size for name, size in disk_by_record(path).items() if size >= least and name != "other"}
     factors = {name: plan.disk.get(name, 0) / size for name, size in sizes.items()}
-    whole = sum(plan.disk.values()) / sum(disk_by_record(path).values())
-    return {name: f for name, f in (factors | {"all": whole}).items() if not 0.8 <= f <= 1.2}
+    ratio_of_all = sum(plan.disk.values()) / sum(disk_by_record(path).values())
+    return {name: f for name, f in (factors | {"all": ratio_of_all}).items() if not 0.8 <= f <= 1.2}
 
 
 def test_every_record_takes_the_disk_that_was_planned(nano: GptOss, transcripts: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_published_shape_is_planned_without_weights(tmp_path: Path) -> None:
     assert "estimated for one H100" in flat.replace("│ ", "")
     assert not (tmp_path / "r").exists()
     refused = run_command("capture", "20b", *words[2:])
-    assert (refused.code, "names a shape without weights: add --dry-run" in refused.err) == (2, True)
+    assert (refused.code, "is a shape without weights: add --dry-run" in refused.err) == (2, True)
 
 
 def test_info_plans_a_capture_of_a_number_of_tokens() -> None:
@@ -146,7 +146,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
     monkeypatch.setattr(estimate, "free_bytes", lambda path: 10_000)
     plan = planned(nano, transcripts, tmp_path / "r")
     assert not plan.fits
-    with pytest.raises(InputError, match="are to be written and the disk has"):
+    with pytest.raises(InputError, match="would be written, and the disk has"):
         estimate.refuse_what_cannot_fit(plan, tmp_path / "r")
     with pytest.raises(InputError, match="the disk has"):
         wb.capture(nano, transcripts, tmp_path / "r", record=RECORD, unit_tokens=1024)
@@ -154,10 +154,10 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
 
 
 def test_the_command_prints_the_plan(transcripts: Path, tmp_path: Path) -> None:
-    said = CliRunner().invoke(app, ["capture", "nano", str(transcripts), str(tmp_path / "r"), "--dry-run"])
-    assert said.exit_code == 0, said.output
+    ran = CliRunner().invoke(app, ["capture", "nano", str(transcripts), str(tmp_path / "r"), "--dry-run"])
+    assert ran.exit_code == 0, ran.output
     for words in ("units", "bytes a token", "disk free", "tokens/s"):
-        assert words in said.output
+        assert words in ran.output
     assert not (tmp_path / "r").exists()
     url = CliRunner().invoke(app, ["capture", "nano", str(transcripts), "memory://plan/r", "--dry-run"])
     assert url.exit_code == 0
@@ -173,18 +173,18 @@ def test_a_job_into_memory_is_read_and_verified_there_and_not_shared(
     run = wb.capture(nano, transcripts, "memory://jobs/r.zarr", unit_tokens=1024)
     assert not verify("memory://jobs/r.zarr")
     assert np.array_equal(run.dataset["experts"], local.dataset["experts"])
-    with pytest.raises(InputError, match="seen by one process alone"):
+    with pytest.raises(InputError, match="in the memory of one process"):
         wb.capture(nano, transcripts, "memory://jobs/other.zarr", unit_tokens=1024, workers=2)
 
 
 def test_sinks_as_sums_alone(nano: GptOss, transcripts: Path, tmp_path: Path) -> None:
     from workbench.runs.verify import verify
 
-    whole = wb.capture(nano, transcripts, tmp_path / "whole", record=["sinks"], unit_tokens=1024)
+    uninterrupted = wb.capture(nano, transcripts, tmp_path / "whole", record=["sinks"], unit_tokens=1024)
     sums = wb.capture(nano, transcripts, tmp_path / "sums", record=["sink_sums"], unit_tokens=1024)
     assert "sink" not in sums.dataset
     assert "attention" not in sums.group
     for name in ("sink_sum", "sink_sumsq"):
-        assert np.array_equal(sums.summary(name), whole.summary(name))
-        assert np.array_equal(sums.total(name), whole.total(name))
+        assert np.array_equal(sums.summary(name), uninterrupted.summary(name))
+        assert np.array_equal(sums.total(name), uninterrupted.total(name))
     assert not verify(tmp_path / "sums")

@@ -15,7 +15,9 @@ from workbench.dashboards import widgets
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
+from workbench.figures import report
 from workbench.model.transformer import GptOss
+from workbench.registry import find
 from workbench.runs import Run
 from workbench.studies import run_study
 
@@ -39,8 +41,8 @@ def runs(nano: GptOss, marked: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The whole run, and the run that was captured without the truncated sequences."""
     folder = tmp_path_factory.mktemp("r")
     every = wb.capture(nano, marked, folder / "every.zarr", record=RECORD, unit_tokens=1024)
-    kept = wb.capture(nano, marked, folder / "kept.zarr", record=RECORD, unit_tokens=1024, exclude=EXCLUDE)
-    return every, kept
+    without_flagged = wb.capture(nano, marked, folder / "kept.zarr", record=RECORD, unit_tokens=1024, exclude=EXCLUDE)
+    return every, without_flagged
 
 
 def assert_same_reading(run: Run, other: Run) -> None:
@@ -62,33 +64,34 @@ def assert_same_reading(run: Run, other: Run) -> None:
 
 
 def test_excluding_when_reading_equals_excluding_during_capture(runs: tuple[Run, Run]) -> None:
-    every, kept = runs
-    assert 0 < len(kept.sequences) < len(every.sequences)
+    every, without_flagged = runs
+    assert 0 < len(without_flagged.sequences) < len(every.sequences)
     left = every.excluding(EXCLUDE)
-    assert_same_reading(left, kept)
+    assert_same_reading(left, without_flagged)
     with pytest.raises(AssertionError):
-        assert_same_reading(every, kept)  # negative control
+        assert_same_reading(every, without_flagged)  # negative control
     assert left.digest != every.digest
     blocks = np.concatenate([block["id"] for block in left.blocks("id")])
     np.testing.assert_array_equal(blocks, left.dataset["id"])
-    gone = len(every.sequences) - len(kept.sequences)
+    gone = len(every.sequences) - len(without_flagged.sequences)
     assert left.exclusion == f"{gone} of {len(every.sequences)} sequences excluded (truncated, no_reasoning)"
     with pytest.raises(InputError, match="is not in"):
         left.sequence(str(every.sequences["id"].iloc[0]))
 
 
 def test_studies_say_what_was_excluded(runs: tuple[Run, Run]) -> None:
-    every, kept = runs
+    every, without_flagged = runs
     left = every.excluding(EXCLUDE)
-    found, wanted = (run_study("routing", run)["load"] for run in (left, kept))
-    np.testing.assert_array_equal(found["share"], wanted["share"])
-    assert found.attrs["excluded"] == left.exclusion
-    assert left.exclusion in found.attrs["summary"]
+    result, wanted = (run_study("routing", run)["load"] for run in (left, without_flagged))
+    np.testing.assert_array_equal(result["share"], wanted["share"])
+    assert result.attrs["excluded"] == left.exclusion
+    assert left.exclusion in result.attrs["summary"]
     assert "excluded" not in wanted.attrs
 
 
-def test_commands_exclude(runs: tuple[Run, Run], tmp_path: Path) -> None:
+def test_commands_exclude(runs: tuple[Run, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every, _ = runs
+    monkeypatch.setattr(report, "studies", lambda runs: [find("routing")])  # one study has the statement
     for command in (["summary"], ["study", "routing"], ["report", "--out", str(tmp_path / "r.html")]):
         name, *rest = command
         arguments = [name, *rest[:1], every.path, *rest[1:]] if name == "study" else [name, every.path, *rest]
@@ -119,9 +122,9 @@ def test_the_dashboard_excludes(runs: tuple[Run, Run], tmp_path: Path) -> None:
         chooser = widgets.exclude(every, "")
         assert f"truncated ({len(every.sequences) - len(left.run.sequences)})" in chooser.options
         answer = registry.study("routing", registry.names[0], exclude="truncated")
-        while (found := answer()).datasets is None and not found.reason:
+        while (answered := answer()).datasets is None and not answered.reason:
             time.sleep(0.1)
-        assert found.datasets is not None, found.reason
-        assert found.datasets["load"].attrs["excluded"] == left.run.exclusion
+        assert answered.datasets is not None, answered.reason
+        assert answered.datasets["load"].attrs["excluded"] == left.run.exclusion
     finally:
         registry.desk.close()

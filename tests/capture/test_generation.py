@@ -36,8 +36,8 @@ def test_every_prompt_is_answered_at_every_effort_and_marked(nano: GptOss, promp
     ]
     assert len(read) == 8
     for transcript in read:
-        said = final_text(transcript.tokens, nano.tokenizer)
-        assert transcript.correct == (said == transcript.answer)
+        answer = final_text(transcript.tokens, nano.tokenizer)
+        assert transcript.correct == (answer == transcript.answer)
         assert transcript.meta["task"] == "conflict"
         thought = "analysis" in nano.tokenizer.decode(transcript.tokens.tolist())
         assert thought == (transcript.effort == "high")
@@ -71,7 +71,7 @@ def test_refusals_write_nothing(nano: GptOss, prompts: Path, tmp_path: Path) -> 
         generate_transcripts(nano, prompts, out, samples=2)
     long = {"id": "long", "messages": [{"role": "user", "content": "1" * 1100}]}
     (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
-    with pytest.raises(InputError, match="'long' leaves no room in the context of 1024"):
+    with pytest.raises(InputError, match="'long' fills the context of 1024"):
         generate_transcripts(nano, tmp_path / "long.jsonl", out)
     assert not out.exists()
     out.write_text("mine")

@@ -147,7 +147,7 @@ def test_nan_weights_are_refused_with_their_layer(nano: GptOss, transcripts: Pat
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "message"),
     [
         (["routing", "routing"], "twice"),
         (["resid_post:1", "hook_resid_post:2"], "twice"),
@@ -157,8 +157,8 @@ def test_nan_weights_are_refused_with_their_layer(nano: GptOss, transcripts: Pat
         (["resid_post:one"], "layers takes numbers and ranges"),
     ],
 )
-def test_what_cannot_be_recorded_is_refused(nano: GptOss, record: list[str], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_what_cannot_be_recorded_is_refused(nano: GptOss, record: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         recording.parse(record, nano.cfg)
 
 
@@ -177,8 +177,8 @@ def test_recorded_examples_are_those_of_the_routing_whatever_the_units(
     large = wb.capture(nano, transcripts, tmp_path / "large", record=["routing", "examples"])
     assert len(large.committed) < len(wb.open_run(run_path).committed)
     for run in (plain, large):
-        found = examples.of_run(run)
-        assert all(np.array_equal(found[name], values) for name, values in lists.items())
+        result = examples.of_run(run)
+        assert all(np.array_equal(result[name], values) for name, values in lists.items())
 
 
 def test_examples_that_are_not_those_of_the_tokens_are_found(nano: GptOss, transcripts: Path, tmp_path: Path) -> None:

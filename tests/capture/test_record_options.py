@@ -23,7 +23,7 @@ def test_options_are_numbers_ranges_and_names() -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["layrs=1"], "'layrs' is no option"),
+        (["layrs=1"], "'layrs' is not an option"),
         (["layers"], "'layers' has no value: write layers=0-3"),
         (["layers=1", "layer=2"], "layers= is given twice"),
         (["layers=3-1"], "takes numbers and ranges"),

@@ -1,4 +1,4 @@
-"""A user's own quantity is what its function gives of the raw activations, written, resumed and verified like any other.
+"""A user's quantity is what its function returns of the activations, written, resumed and verified like any other.
 
 Tests `workbench.capture.recorder` and `workbench.capture.own_record`.
 """
@@ -67,14 +67,14 @@ def capture(nano: GptOss, few: Path, path: Path, *record: str | wb.Recorder) -> 
 
 def test_the_values_are_those_of_the_function(both: Run) -> None:
     raw = both.dataset["mlp.experts.hook_out"].sel(layer=[0, 1]).values
-    found = both.dataset["expert_norm"]
-    assert found.dims == ("layer", "token", "slot")
-    assert found.attrs["units"] == "1"
-    np.testing.assert_allclose(found.sel(layer=[0, 1]), SCALE * np.linalg.norm(raw, axis=-1), rtol=2e-2)
-    assert np.isnan(found.sel(layer=[2, 3])).all()
+    norms = both.dataset["expert_norm"]
+    assert norms.dims == ("layer", "token", "slot")
+    assert norms.attrs["units"] == "1"
+    np.testing.assert_allclose(norms.sel(layer=[0, 1]), SCALE * np.linalg.norm(raw, axis=-1), rtol=2e-2)
+    assert np.isnan(norms.sel(layer=[2, 3])).all()
     total = both.summary("expert_norm_sum")
     assert total.dims == ("sequence", "channel", "layer", "slot")
-    np.testing.assert_allclose(total.sum(["sequence", "channel"]), found.sel(layer=[0, 1]).sum("token"), rtol=1e-4)
+    np.testing.assert_allclose(total.sum(["sequence", "channel"]), norms.sel(layer=[0, 1]).sum("token"), rtol=1e-4)
     stored = zarr.open_group(both.path)["records/expert_norm"]
     assert stored.metadata.dimension_names == ("layer_0to1", "token", "slot")
     assert not any("hook" in str(dim) for dim in both.dataset.dims)
@@ -82,14 +82,14 @@ def test_the_values_are_those_of_the_function(both: Run) -> None:
 
 
 def test_a_job_that_is_stopped_resumes_and_another_function_is_refused(nano: GptOss, few: Path, tmp_path: Path) -> None:
-    whole = capture(nano, few, tmp_path / "a", NORMS)
+    uninterrupted = capture(nano, few, tmp_path / "a", NORMS)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     group = zarr.open_group(tmp_path / "b")
     group["units/committed"][1] = False
     group.attrs["status"] = "writing"
     resumed = wb.capture(nano, few, tmp_path / "b", record=[NORMS], unit_tokens=1024)
     assert resumed.status == "complete"
-    np.testing.assert_array_equal(resumed.dataset["expert_norm"], whole.dataset["expert_norm"])
+    np.testing.assert_array_equal(resumed.dataset["expert_norm"], uninterrupted.dataset["expert_norm"])
 
     def other(x: torch.Tensor) -> torch.Tensor:
         return x.float().norm(dim=-1)
@@ -237,21 +237,21 @@ def test_a_quantity_of_pairs_of_tokens_can_be_reduced_by_a_function(nano: GptOss
         "attention_entropy", hook="attn.hook_pattern", reduce=entropy, dims=("head",), layers=[1], heads=[0, 3]
     )
     run = capture(nano, few, tmp_path / "r", own)
-    found = run.sequence(int(run.sequences.index[0]))["attention_entropy"].sel(layer=1)
+    entropies = run.sequence(int(run.sequences.index[0]))["attention_entropy"].sel(layer=1)
     ids = torch.from_numpy(run.sequence(0)["id"].values.astype(np.int64))[None]
     _, cache = nano.run_with_cache(ids, names_filter="blocks.1.attn.hook_pattern")
     np.testing.assert_allclose(
-        found.sel(head=[0, 3]), entropy(cache["blocks.1.attn.hook_pattern"])[0, :, [0, 3]], atol=1e-4
+        entropies.sel(head=[0, 3]), entropy(cache["blocks.1.attn.hook_pattern"])[0, :, [0, 3]], atol=1e-4
     )
-    assert np.isnan(found.sel(head=1)).all()
+    assert np.isnan(entropies.sel(head=1)).all()
 
 
 @pytest.mark.parametrize(
-    ("recorder", "said"),
+    ("recorder", "message"),
     [
         (wb.Recorder("experts", hook="mlp.hook_out"), "name is taken by another quantity"),
         (wb.Recorder("a b", hook="hook_mlp_out"), "not letters, digits"),
-        (wb.Recorder("a", hook="mlp.hook_out"), "'mlp.hook_out' is no hook point"),
+        (wb.Recorder("a", hook="mlp.hook_out"), "'mlp.hook_out' is not a hook point"),
         (wb.Recorder("a", hook="hook_mlp_out", reduce="max"), "use one of raw, norm, mean, moments or a function"),
         (
             wb.Recorder("a", hook="hook_mlp_out", reduce=lambda x: x.sum(-1), dims=("b",)),
@@ -269,22 +269,22 @@ def test_a_quantity_of_pairs_of_tokens_can_be_reduced_by_a_function(nano: GptOss
         (wb.Recorder("a", hook="hook_mlp_out", dtype="int8"), "use one of float32, float16"),
     ],
 )
-def test_recorders_that_cannot_work_are_refused(nano: GptOss, recorder: wb.Recorder, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_recorders_that_cannot_work_are_refused(nano: GptOss, recorder: wb.Recorder, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         recording.parse([recorder], nano.cfg)
 
 
 @pytest.mark.parametrize(
-    ("tried", "said"),
+    ("tried", "message"),
     [
-        ("layers=0-3", "is an option: write it behind a record, as in 'router_logits layers=0-3'"),
+        ("layers=0-3", "is an option: write it after a record, as in 'router_logits layers=0-3'"),
         ("top_experts", "is recorded as routing"),
-        ("router_logits chanel=final", "'chanel' is no option; use layers="),
+        ("router_logits chanel=final", "'chanel' is not an option: use layers="),
         ("router_logits channel=thought", "thought"),
     ],
 )
-def test_what_a_new_user_tries_is_answered_with_the_right_name(nano: GptOss, tried: str, said: str) -> None:
-    with pytest.raises(InputError, match=re.escape(said)):
+def test_what_a_new_user_tries_is_answered_with_the_right_name(nano: GptOss, tried: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
         recording.parse([tried], nano.cfg)
     assert recording.parse(["router_logits channel=final layers=0-3"], nano.cfg).records[0].layers == (0, 1, 2, 3)
 

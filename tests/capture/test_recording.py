@@ -1,4 +1,4 @@
-"""What `--record` says is what is stored: which heads, which tokens, reduced how; each against the raw activations."""
+"""The options of `--record` decide what is stored: heads, tokens, reductions; each against the raw activations."""
 
 from pathlib import Path
 
@@ -45,8 +45,10 @@ def off(got: np.ndarray, want: np.ndarray) -> float:
 
 def test_only_the_chosen_heads(nano: GptOss, transcripts: Path, raw: Run, tmp_path: Path) -> None:
     run = captured(nano, transcripts, tmp_path / "r", "attn.z:0 index=0,5")
-    whole = values(raw.dataset, "attn.hook_z").reshape(1, -1, nano.cfg.n_heads, nano.cfg.d_head)
-    assert np.array_equal(values(run.dataset, "attn.hook_z"), whole[:, :, [0, 5]].reshape(1, -1, 2 * nano.cfg.d_head))
+    complete = values(raw.dataset, "attn.hook_z").reshape(1, -1, nano.cfg.n_heads, nano.cfg.d_head)
+    assert np.array_equal(
+        values(run.dataset, "attn.hook_z"), complete[:, :, [0, 5]].reshape(1, -1, 2 * nano.cfg.d_head)
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,13 +109,13 @@ def test_reductions_do_not_depend_on_how_passes_are_cut(
     nano: GptOss, transcripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = ("resid_post:1 reduce=moments sketch=4", "mlp_out reduce=message", "resid_mid:2 channel=final")
-    whole = captured(nano, transcripts, tmp_path / "a", *record)
+    uninterrupted = captured(nano, transcripts, tmp_path / "a", *record)
     monkeypatch.setattr(compute, "FORWARD_TOKENS", 150)
     cut = captured(nano, transcripts, tmp_path / "b", *record)
     for name in ("hook_resid_post_sum", "hook_resid_post_sumsq", "hook_resid_post_sketch", "hook_resid_post_tokens"):
-        np.testing.assert_allclose(cut.summary(name), whole.summary(name), rtol=1e-3, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(cut.summary(name), uninterrupted.summary(name), rtol=1e-3, atol=1e-3, err_msg=name)
     for name in ("hook_mlp_out", "hook_resid_mid"):
-        a, b = values(whole.dataset, name), values(cut.dataset, name)
+        a, b = values(uninterrupted.dataset, name), values(cut.dataset, name)
         assert np.array_equal(np.isnan(a), np.isnan(b))
         np.testing.assert_allclose(np.nan_to_num(a), np.nan_to_num(b), rtol=2e-2, atol=1e-2)
 
@@ -127,13 +129,13 @@ def test_nan_in_a_sum_is_refused(nano: GptOss, transcripts: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "message"),
     [
         ("resid_post:1 heads=2", "resid_post has no heads: leave heads= out"),
         ("router_logits heads=2", "router_logits has no heads: use experts="),
         ("sinks experts=2", "sinks has no experts: use heads="),
         ("routing experts=2", "routing has no experts=.*select when you read"),
-        ("resid_post:1 head_index=2", "'head_index' is no option; use layers=, heads="),
+        ("resid_post:1 head_index=2", "'head_index' is not an option: use layers=, heads="),
         ("resid_post:1 every", "'every' has no value: write every=1"),
         ("resid_post:1 every=two", "every takes a number from 1"),
         ("resid_post:1 every=2 every=3", "every= is given twice"),
@@ -160,8 +162,8 @@ def test_nan_in_a_sum_is_refused(nano: GptOss, transcripts: Path, tmp_path: Path
         ("no_such_file.py:norms", "no file 'no_such_file.py'"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(nano: GptOss, record: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_options_that_mean_nothing_are_refused(nano: GptOss, record: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         recording.parse([record], nano.cfg)
 
 

@@ -1,4 +1,4 @@
-"""Commands of the workbench in this process, and what they leave behind."""
+"""Runs commands of the workbench in this process, and lists the files that they leave."""
 
 import contextlib
 import hashlib
@@ -37,8 +37,8 @@ def run_command(*arguments: str, out: io.TextIOBase | None = None) -> Result:
         patch.setattr(sys, "argv", ["workbench", *arguments])
         with pytest.raises(SystemExit) as left:
             cli.main()
-    said = out.getvalue() if isinstance(out, io.StringIO) else ""
-    return Result(int(left.value.code or 0), said, err.getvalue())
+    printed = out.getvalue() if isinstance(out, io.StringIO) else ""
+    return Result(int(left.value.code or 0), printed, err.getvalue())
 
 
 _SETTLED_S = 0.1  # after this time a change of a file shows in its times, however coarse they are
@@ -51,15 +51,15 @@ def digest(path: Path) -> str:
     key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
     if key in _digests:
         return _digests[key]
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
     if time.time() - about.st_ctime > _SETTLED_S:
-        _digests[key] = found
-    return found
+        _digests[key] = checksum
+    return checksum
 
 
 def snapshot(folder: Path) -> dict[str, str]:
     """What every entry of a folder is: the target of a link, the digest of a file, the kind of anything else."""
-    found = {}
+    contents = {}
     for at, folders, names in os.walk(folder):
         for name in (*folders, *names):
             path = Path(at, name)
@@ -69,5 +69,5 @@ def snapshot(folder: Path) -> dict[str, str]:
                 what = digest(path)
             else:
                 what = "folder" if path.is_dir() else "special"
-            found[str(path.relative_to(folder))] = what
-    return found
+            contents[str(path.relative_to(folder))] = what
+    return contents

@@ -4,6 +4,7 @@ Tests `workbench.cli.pipeline` and `workbench.cli.results`.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from tests.cli.running import run_command
 from tests.conftest import DATA
-from workbench import cli
+from workbench import cli, registry
+from workbench.figures import paper
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -26,7 +28,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 @pytest.mark.slow
-def test_the_whole_way_from_prompts_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_way_from_prompts_to_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
+    if not long:  # figures of all studies are made by the command of the README, whose test runs it
+        monkeypatch.setattr(paper, "studies", lambda runs: [registry.find("routing")])
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join((DATA / "prompts.jsonl").read_text().splitlines()[::8]) + "\n")
     transcripts, store, out = tmp_path / "t.jsonl", tmp_path / "run.zarr", tmp_path / "out"
@@ -38,7 +44,7 @@ def test_the_whole_way_from_prompts_to_tables(tmp_path: Path, capsys: pytest.Cap
     assert (code, transcripts.read_bytes()) == (0, before)
     code, _, err = run(capsys, *generate, "--seed", "1")
     assert code == 2
-    assert "was begun with seed 0, this command has 1" in err
+    assert "was started with seed 0, and this command has 1" in err
     assert run(capsys, "capture", "nano", str(transcripts), str(store))[0] == 0
     code, text, _ = run(capsys, "verify", str(store))
     assert (code, text.splitlines()[0]) == (0, f"{store}: valid")
@@ -85,10 +91,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", list(MISTAKES))
-def test_a_mistake_is_one_line_exit_2_and_nothing_left_behind(
+def test_a_mistake_is_one_line_exit_2_and_no_file_remains(
     mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments, said = MISTAKES[mistake]
+    arguments, message = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)
     row = {"id": "a", "prompt_id": "a", "effort": "low", "tokens": [6, 11], "n_prompt": 1}
     transcripts = tmp_path / "rows.jsonl"
@@ -96,7 +102,7 @@ def test_a_mistake_is_one_line_exit_2_and_nothing_left_behind(
     before = sorted(tmp_path.rglob("*"))
     code, _, err = run(capsys, *[str(transcripts) if a == "TRANSCRIPTS" else a for a in arguments])
     assert code == 2, err
-    assert said in err
+    assert message in err
     assert len(err.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -157,3 +163,17 @@ def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
 def test_a_run_of_the_first_schema_is_verified() -> None:
     done = run_command("verify", str(DATA / "demo.zarr"))
     assert (done.code, done.out) == (0, f"{DATA / 'demo.zarr'}: valid\n"), done
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_sleep_unless_the_user_sets_another_policy(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also before torch is imported, which reads it then. The negative control is a choice of the user, which stays."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    run(capsys, "--help")
+    assert os.environ["OMP_WAIT_POLICY"] == expected
+    code = "import sys; from workbench.cli import main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

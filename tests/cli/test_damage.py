@@ -16,7 +16,7 @@ def command(run: str, *, error: type[Exception]) -> None:
     raise error("cannot read")
 
 
-def test_a_damaged_run_is_named_behind_an_unexpected_error(tmp_path: Path) -> None:
+def test_a_damaged_run_is_named_as_the_cause_of_an_unexpected_error(tmp_path: Path) -> None:
     run = tmp_path / "run.zarr"
     shutil.copytree(DATA / "demo.zarr", run)
     with pytest.raises(KeyError, match="cannot read"):

@@ -1,7 +1,7 @@
 """Every registered command at every kind of trouble: it ends with one line and the right exit code.
 
 The commands are those that typer has registered, so one that is added later is tested too: without a line in `BASES`
-that says how it succeeds, `test_every_command_is_tested` fails. `--long` runs every command to its end, not some.
+that states how it succeeds, `test_every_command_is_tested` fails. `--long` runs every command to its end, not some.
 """
 
 import contextlib
@@ -18,8 +18,10 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
-from tests.cli.fuzzing import BASES, SLOW, Checked, add_traps, without_long_work
+from tests.cli.checks import Checked
+from tests.cli.random_commands import BASES, SLOW, add_traps, without_long_work
 from tests.cli.running import Result
 from tests.cli.test_fuzz_commands import option_names
 from tests.cli.test_outputs import OUTPUTS
@@ -221,7 +223,7 @@ def test_a_folder_in_which_nothing_can_be_made(checked: Checked, long: bool) -> 
 
 
 def closed() -> io.TextIOWrapper:
-    """A standard output whose reader is gone, as behind `| head`."""
+    """A standard output whose reader has exited, as with `| head`."""
     read, write = os.pipe()
     os.close(read)
     return io.TextIOWrapper(os.fdopen(write, "wb"), encoding="utf-8")
@@ -243,6 +245,22 @@ def test_what_memory_cannot_hold(checked: Checked) -> None:
         ends(checked.run(*arguments), arguments, code)
 
 
+def test_torch_that_lacks_memory_fails_in_one_line(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch raises a RuntimeError; the negative control is another one."""
+    command = words("convert")
+    monkeypatch.setattr("workbench.harmony.hosts.files.convert", lambda *_, **__: torch.empty(2**50))
+    done = checked.run(*command)
+    ends(done, command, 1)
+    assert "not enough memory" in done.err
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not agree")
+
+    monkeypatch.setattr("workbench.harmony.hosts.files.convert", fails)
+    with pytest.raises(RuntimeError, match="shapes"):
+        checked.run(*command)
+
+
 @pytest.mark.parametrize(
     "broken",
     [ZeroDivisionError, KeyboardInterrupt, BrokenPipeError],
@@ -250,7 +268,7 @@ def test_what_memory_cannot_hold(checked: Checked) -> None:
 def test_a_command_without_these_promises_is_noticed(
     checked: Checked, monkeypatch: pytest.MonkeyPatch, broken: type[BaseException]
 ) -> None:
-    """The negative controls: an error of its own, and a `main` that catches neither an interruption nor a closed pipe."""
+    """Negative controls: an error of its own, and a `main` that catches neither an interruption nor a closed pipe."""
 
     def fails(*_: object, **__: object) -> Any:
         raise broken

@@ -3,10 +3,8 @@
 `--long` runs thirty times as many cases.
 """
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cli.fuzzing import SPECIAL, Checked, cases, changes, replaced, without_long_work
+from tests.cli.checks import Checked
+from tests.cli.damaged_files import SPECIAL, damaged_bytes, replaced, with_header, written
+from tests.cli.fuzzing import cases
+from tests.cli.hostile_values import changes
+from tests.cli.random_commands import without_long_work
 from tests.conftest import DATA
 
 QUICK = 40
@@ -45,42 +47,6 @@ def folder(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     without_long_work(monkeypatch)
     shutil.copytree(DATA / "nano", workplace / "checkpoint")
     return workplace
-
-
-@contextlib.contextmanager
-def written(path: Path, content: bytes) -> Iterator[None]:
-    """The file with another content, for as long as the block lasts."""
-    before = path.read_bytes()
-    path.write_bytes(content)
-    try:
-        yield
-    finally:
-        path.write_bytes(before)
-
-
-def with_header(content: bytes, change: Callable[[Any], Any]) -> bytes:
-    """A safetensors file whose header is changed."""
-    size = int.from_bytes(content[:8], "little")
-    header = json.dumps(change(json.loads(content[8 : 8 + size]))).encode()
-    return len(header).to_bytes(8, "little") + header + content[8 + size :]
-
-
-@st.composite
-def damaged_bytes(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """Return a function that cuts a file, or changes some of its bytes, most of them near its start."""
-    cut = draw(st.booleans())
-    places = draw(st.lists(st.integers(0, 200) | st.integers(0, 2**21), min_size=1, max_size=4))
-    values = draw(st.binary(min_size=4, max_size=4))
-
-    def damage(content: bytes) -> bytes:
-        if cut:
-            return content[: places[0] % len(content)]
-        changed = bytearray(content)
-        for place, value in zip(places, values, strict=False):
-            changed[place % len(content)] = value
-        return bytes(changed)
-
-    return damage
 
 
 @st.composite

@@ -11,7 +11,9 @@ import pytest
 import typer
 from hypothesis import given
 
-from tests.cli.fuzzing import BASES, SLOW, Checked, add_traps, cases, command_lines, without_long_work
+from tests.cli.checks import Checked
+from tests.cli.fuzzing import cases
+from tests.cli.random_commands import BASES, SLOW, add_traps, command_lines, without_long_work
 from tests.cli.registered import registered_commands
 from workbench.cli import app
 from workbench.errors import InputError

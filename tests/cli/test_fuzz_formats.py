@@ -1,7 +1,7 @@
 """Models, adapters, dictionaries and files of conversations with random damage are read or refused in one line.
 
-Models are GGUF files and MLX folders. Each is damaged in its bytes, most of them in the header, in its JSON, and by pipes, devices and absurd sizes in the
-place of its files. `--long` runs thirty times as many cases.
+Models are GGUF files and MLX folders. Each is damaged in its bytes, most of them in the header, in its JSON, and by
+pipes, devices and absurd sizes instead of its files. `--long` runs thirty times as many cases.
 """
 
 import contextlib
@@ -21,9 +21,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cli.fuzzing import SPECIAL, Checked, cases, changes, limits, replaced, without_long_work
+from tests.cli.checks import Checked, limits
+from tests.cli.damaged_files import SPECIAL, damaged_bytes, replaced, with_header, written
+from tests.cli.fuzzing import cases
+from tests.cli.hostile_values import changes
+from tests.cli.random_commands import without_long_work
 from tests.cli.running import run_command
-from tests.cli.test_fuzz_checkpoints import damaged_bytes, with_header, written
 from tests.model.formats import gguf_files
 from tests.model.formats.test_mlx import mlx_folder
 from workbench.errors import InputError

@@ -13,7 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cli.fuzzing import SPECIAL, Checked, TooLongError, cases, changes, replaced, without_long_work
+from tests.cli.checks import Checked, TooLongError
+from tests.cli.damaged_files import SPECIAL, replaced
+from tests.cli.fuzzing import cases
+from tests.cli.hostile_values import changes
+from tests.cli.random_commands import without_long_work
 from tests.runs.forging import forge, make_schema_2
 from workbench.runs.storage import LocalStorage
 
@@ -121,12 +125,31 @@ def test_half_deleted_runs(runs: dict[str, Path], workplace: Path, part: str, lo
         shutil.rmtree(workplace / "run.zarr")
 
 
+SHAPES = {"exabytes": 2**62, "gigabytes": 10**9}
+SHAPED = ["tokens/id", "routing/gates", "sequences/id", "messages/start", "summaries/gate_sum", "totals/gate_sum"]
+
+
+@pytest.mark.parametrize("size", SHAPES.values(), ids=list(SHAPES))
+def test_arrays_that_claim_to_be_large(runs: dict[str, Path], workplace: Path, size: int, long: bool) -> None:
+    """Every array of a run without manifests, of which nothing but the layout shows how large it should be."""
+    source = runs["schema 2"]
+    metadata = (path for path in sorted(source.rglob("zarr.json")) if b'"array"' in path.read_bytes())
+    every = [str(path.parent.relative_to(source)) for path in metadata]
+    assert set(SHAPED) < set(every)
+    for axis in (0, -1) if long else (0,):
+        for name in every if long else SHAPED:
+            content = json.loads((source / name / "zarr.json").read_bytes())
+            content["shape"][axis] = size
+            for command in READING if long else ["summary run.zarr"]:
+                run_case(source, workplace, "schema 2", command, f"{name}/zarr.json", content)
+
+
 def test_a_reader_that_waits_is_noticed(
     runs: dict[str, Path], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: zarr itself, which opens a pipe and waits for somebody who writes to it."""
     monkeypatch.setattr("workbench.runs.manifest._refuse_special", lambda path: None)
-    monkeypatch.setattr("tests.cli.fuzzing.LIMIT_S", 1.0)
+    monkeypatch.setattr("tests.cli.checks.LIMIT_S", 1.0)
     shutil.copytree(runs["schema 2"], workplace / "run.zarr")
     with pytest.raises(TooLongError):
         special_case(workplace, "summary run.zarr", "zarr.json", "pipe")

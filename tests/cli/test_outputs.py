@@ -116,10 +116,10 @@ def test_devices_pipes_and_links_are_no_outputs(output: tuple[str, str], workpla
     os.mkfifo(pipe)
     (workplace / "target").write_text("mine")
     link.symlink_to(workplace / "target")
-    said = [refused(output, path.name, workplace) for path in (pipe, link)]
+    refusals = [refused(output, path.name, workplace) for path in (pipe, link)]
     if output[0] != "convert-weights":
-        said.append(refused(output, "/dev/full", workplace))
-    assert all("workbench: " in line for line in said)
+        refusals.append(refused(output, "/dev/full", workplace))
+    assert all("workbench: " in line for line in refusals)
 
 
 def inputs_of(output: tuple[str, str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The summary in a terminal says what the run holds, as text."""
+"""The summary in a terminal states what the run holds, as text."""
 
 import json
 import shutil

@@ -14,7 +14,8 @@ from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
-from workbench.dashboards.access import LOGINS_PER_MINUTE, Refused, guard, login_options
+from workbench.dashboards.access import LOGINS_PER_MINUTE, Refused, checked_origins, guard, login_options
+from workbench.dashboards.app import check_free
 from workbench.errors import InputError
 
 ORIGINS = ["localhost:5006", "127.0.0.1:5006", "dash.example:443"]
@@ -46,6 +47,22 @@ def test_host_and_origin_must_both_be_the_dashboards(host: str, origin: str | No
     assert (Refused(ORIGINS).refusal(request(host, origin)) is None) == allowed
 
 
+@pytest.mark.parametrize("origin", ["http://[", "https://x.org", "a:b:c", ":80", "", "<script>:x", "*", "*:80", "*.*"])
+def test_an_origin_that_is_no_host_or_every_host_is_refused(origin: str) -> None:
+    assert checked_origins(["x.org", "x.org:443", "*.x.org"]) == ["x.org", "x.org:443", "*.x.org"]
+    with pytest.raises(InputError, match="--allow-origin") as error:
+        checked_origins(["x.org", origin])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["::1", "\U000561d7\x12", "a" * 300, "a..b", "999.1.1.1"])
+def test_an_address_that_no_machine_has_is_refused(address: str) -> None:
+    check_free("127.0.0.1", 0)
+    with pytest.raises(InputError, match=r"port 0 of .* cannot be used") as error:
+        check_free(address, 0)
+    assert "\n" not in str(error.value)
+
+
 def test_logins_are_slowed() -> None:
     now = [0.0]
     refused = Refused(ORIGINS, clock=lambda: now[0])
@@ -64,7 +81,7 @@ class _Page(RequestHandler):
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A server with one page behind the guard."""
+    """A server with one page that the guard protects."""
     ready, ports, loops = threading.Event(), [0], list[IOLoop]()
 
     def serve() -> None:
@@ -82,13 +99,13 @@ def port() -> Iterator[int]:
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    assert ready.wait(60)
+    assert ready.wait(300)
     yield ports[0]
     loops[0].add_callback(loops[0].stop)
     thread.join(60)
 
 
-def test_a_server_behind_the_guard_answers_its_own_name_only(port: int) -> None:
+def test_a_guarded_server_answers_its_own_name_only(port: int) -> None:
     def status(host: str, method: str = "GET") -> int:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         with closing(connection):

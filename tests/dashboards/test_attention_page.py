@@ -19,7 +19,7 @@ from workbench.dashboards import attention_page
 from workbench.dashboards.frame_view import chosen_view
 from workbench.dashboards.search import vocabulary
 from workbench.dashboards.state import RunRegistry
-from workbench.dashboards.study_jobs import Desk
+from workbench.dashboards.study_jobs import StudyJobs
 
 
 def patterns(start: int, n: int) -> xr.Dataset:
@@ -99,11 +99,11 @@ def test_one_model_serves_the_patterns_and_the_live_page(
             seen["title"], seen["main"] = template.texts["run_name"], len(template.main)
         registry = RunRegistry(runs, cache=tmp_path, model=options.get("model", "other"))
         with suppress(FileNotFoundError):  # the command that is not run writes no file
-            registry.desk._attention(runs[0], "digest", registry.model("demo"), 0, "", "out.npz")
-        registry.desk.close()
+            registry.jobs._attention(runs[0], "digest", registry.model("demo"), 0, "", "out.npz")
+        registry.jobs.close()
 
     monkeypatch.setattr(dashboards_app, "serve", serve)
-    monkeypatch.setattr(Desk, "_run", lambda self, *arguments: commands.append(arguments))
+    monkeypatch.setattr(StudyJobs, "_run", lambda self, *arguments: commands.append(arguments))
     done = CliRunner().invoke(app, ["dashboard", str(DATA / "demo.zarr"), *(["--model", model] if model else [])])
     assert done.exit_code == 0, done.output
     (command,) = commands

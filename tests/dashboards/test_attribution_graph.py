@@ -83,7 +83,7 @@ def test_another_form_is_refused(where: tuple[Any, ...], value: Any) -> None:
     for key in where[:-1]:
         inner = inner[key]
     inner[where[-1]] = value
-    with pytest.raises(InputError, match="no attribution graph"):
+    with pytest.raises(InputError, match="not an attribution graph"):
         attribution_graph.graph_data(content)
 
 

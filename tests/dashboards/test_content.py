@@ -61,8 +61,8 @@ def test_what_is_damaged_is_said_on_every_page_and_the_rest_is_shown(page: str, 
     """Tables, sums and tokens are cut or gone; no page fails, and what could not be read is named."""
     damaged = shutil.copytree(DATA / "demo.zarr", tmp_path / "r.zarr")
     registry = RunRegistry([damaged], cache=tmp_path / "cache")
-    whole = made(page, Session(registry, Selection({}), lambda: None))
-    assert page == "compare" or not any(isinstance(part, pn.pane.Alert) for part in whole.main)
+    complete = made(page, Session(registry, Selection({}), lambda: None))
+    assert page == "compare" or not any(isinstance(part, pn.pane.Alert) for part in complete.main)
     for part in ("totals", "tokens", "routing", "sequences"):
         for file in sorted(p for p in (damaged / part).rglob("*") if p.is_file() and p.name != "zarr.json"):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -70,13 +70,13 @@ def test_what_is_damaged_is_said_on_every_page_and_the_rest_is_shown(page: str, 
         registry._made.clear()
         shown = made(page, Session(registry, Selection({}), lambda: None))
         assert shown.main
-    said = " ".join(str(alert.object) for part in shown.main for alert in [part] if isinstance(alert, pn.pane.Alert))
+    alerts = " ".join(str(alert.object) for part in shown.main for alert in [part] if isinstance(alert, pn.pane.Alert))
     # results beside the run need its digest alone, and this run has no features that could be damaged
-    assert "verify" in said or "two runs" in said or page in ("causal", "graph", "features")
+    assert "verify" in alerts or "two runs" in alerts or page in ("causal", "graph", "features")
     (damaged / "zarr.json").unlink()
     gone = made(page, Session(registry, Selection({}), lambda: None)) if page != "compare" else None
     assert gone is None or "is not" in str(gone.main[0].object)
-    registry.desk.close()
+    registry.jobs.close()
 
 
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -127,7 +127,7 @@ def test_texts_of_a_run_are_only_text_on_every_page(page: str, evil_run: Path, t
         shown = made(page, Session(registry, Selection({}), lambda: None))
         text = "\n".join(markup(part) for part in [*shown.main, *getattr(shown, "sidebar", [])])
     finally:
-        registry.desk.close()
+        registry.jobs.close()
     assert "<img src=x" not in text
     if page == "overview":
         assert "&lt;img src=x" in text, "the texts do reach the page"
@@ -155,5 +155,5 @@ def test_a_text_that_is_not_escaped_is_noticed(evil_run: Path) -> None:
 def test_a_notebook_shows_every_page() -> None:
     for page in page_titles():
         assert len(notebook(DATA / "demo.zarr", page=page)) == 2
-    with pytest.raises(InputError, match="no page is called"):
+    with pytest.raises(InputError, match="does not exist; the pages are"):
         notebook(DATA / "demo.zarr", page="none")

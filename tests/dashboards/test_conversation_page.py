@@ -25,7 +25,7 @@ def test_a_conversation_is_coloured_described_searched_and_replayed(demo: str, b
     assert "assistant · analysis" in text
     assert "Reasoning: high" in text
     tokens.nth(30).hover()
-    description = frame.locator("#said").inner_text()
+    description = frame.locator("#details").inner_text()
     assert all(f"layer {layer}" in description for layer in range(4))
     frame.select_option("#by", "expert")
     frame.select_option("#expert", "5")
@@ -101,6 +101,25 @@ def test_next_opens_another_conversation_and_the_link_reopens_it(demo: str, brow
     assert frame_of(again).locator("#text").text_content() == shown
 
 
+# whether the selected entry of the list is in sight; with `up`, after the list was scrolled to its beginning
+_IN_SIGHT = """up => { let inside = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
+  if (e.matches('select[size]') && e.selectedOptions[0]) {
+    if (up) e.scrollTop = 0;
+    const list = e.getBoundingClientRect(), own = e.selectedOptions[0].getBoundingClientRect();
+    inside = list.height > 0 && own.top >= list.top && own.bottom <= list.bottom; }
+  if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return inside }"""
+
+
+def test_the_list_scrolls_to_the_conversation_that_is_shown(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/transcript?sequence=300")
+    frame_of(session)
+    session.page.wait_for_function(_IN_SIGHT, arg=False, timeout=30_000)
+    assert session.page.evaluate(_IN_SIGHT, True) is False, "negative control: it begins with other conversations"
+    session.page.get_by_text("next ›").click()
+    session.page.wait_for_url(re.compile("sequence=301"), timeout=30_000)
+    session.page.wait_for_function(_IN_SIGHT, arg=False, timeout=30_000)
+
+
 def test_a_transcript_with_a_script_is_only_text(tmp_path: Path, browser: Browser) -> None:
     from tests.runs.conftest import LENGTHS, job, write_unit
     from workbench.capture.plan import plan_units
@@ -131,11 +150,11 @@ def test_conversations_are_searched_by_their_text(demo: str, browser: Browser) -
     session = Session(browser, f"{demo}/transcript?channel=final&effort=low&find=no+such+words")
     expect(
         session.page.get_by_text("No matching conversations. Change the filters or the search text.").first
-    ).to_be_visible(timeout=30_000)
+    ).to_be_visible(timeout=300_000)
     box = session.page.get_by_label("Id, answer or text contains")
     box.fill("1")
     box.press("Enter")
-    session.page.wait_for_url(re.compile("find=1&|find=1$"), timeout=30_000)
+    session.page.wait_for_url(re.compile("find=1&|find=1$"), timeout=300_000)
     frame = frame_of(session)
     assert "Reasoning: low" in frame.locator("#text").inner_text()
     assert session.errors == []

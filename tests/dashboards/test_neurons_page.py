@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from typer.testing import CliRunner
 
 import workbench as wb
 from tests.conftest import DATA
 from tests.dashboards.test_features_page import PROMPTS
+from workbench.cli import app
 from workbench.dashboards import neurons_page
 from workbench.dashboards.example_lists import coloured_example, example
 from workbench.dashboards.pages import absent_pages, made
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
+from workbench.experiments import expert_logits
 from workbench.runs import Run
 from workbench.studies import neuron_examples
 
@@ -87,6 +90,29 @@ def test_texts_of_examples_are_only_text() -> None:
     assert "--share:100%" in coloured_example(session, row, ["a"], [2.0], ""), "a strength has a largest value"
 
 
+def test_direct_effects_are_those_that_are_stored_for_the_neuron(run: Run) -> None:
+    session = session_of(Path(run.path))
+    (missing,) = neurons_page.logit_effects(session, 2, 5, 7)
+    assert "--option neuron_layer=2" in str(missing.object)
+    out = Path(run.path).parent / "logits"
+    arguments = ["study", "expert-logits", str(run.path), "--model", "nano", "--sequences", "2", "--out", str(out)]
+    done = CliRunner().invoke(app, [*arguments, "--option", "neuron_layer=2"])
+    assert done.exit_code == 0, done.output
+    session = session_of(Path(run.path))
+    (shown,) = neurons_page.logit_effects(session, 2, 5, 7)
+    assert "--option" not in str(getattr(shown, "object", ""))
+    stored = session.registry.stored(session.name).experiments["expert-logits"]["neurons"]
+    wanted = expert_logits.neuron_logits(wb.load("nano", device="cpu"), 2, 5).sel(neuron=7)
+    rows = neurons_page.effects_table(stored.sel(expert=5, neuron=7))
+    assert rows["raises"].tolist() == [repr(str(text)) for text in wanted["top_text"].values]
+    np.testing.assert_allclose(rows["by (logits)"], wanted["top_logit"], atol=0.01)
+    other = neurons_page.effects_table(stored.sel(expert=5, neuron=8))
+    assert rows["raises"].tolist() != other["raises"].tolist(), "negative control: another neuron"
+    (other_layer,) = neurons_page.logit_effects(session, 1, 5, 7)
+    assert "neuron_layer=1" in str(other_layer.object)
+    session.registry.jobs.close()
+
+
 def test_pages_without_a_record_are_grey_and_say_how_to_record_it(run: Run) -> None:
     without, with_neurons = session_of(DATA / "demo.zarr"), session_of(Path(run.path))
     assert {"neuron-examples", "features", "compare", "label-probes"} <= absent_pages(without)
@@ -99,4 +125,4 @@ def test_pages_without_a_record_are_grey_and_say_how_to_record_it(run: Run) -> N
     assert [widget.label for widget in page.sidebar] == ["Layer", "Expert"]
     assert page.sidebar[0].options == ["1", "2"]
     for session in (without, with_neurons):
-        session.registry.desk.close()
+        session.registry.jobs.close()

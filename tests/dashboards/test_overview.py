@@ -22,9 +22,9 @@ def test_the_sentence_and_the_numbers_are_those_of_the_tables(demo_run: Path) ->
     )
     table = run.sequences
     low, high = (100 * table.loc[table["effort"] == e, "correct"].mean() for e in ("low", "high"))
-    found = overview.numbers(run)
-    assert found["tokens"] == f"{int(table['length'].sum()):,}"
-    assert found["accuracy, low → high effort"] == f"{low:.1f} % → {high:.1f} %"
+    shown = overview.numbers(run)
+    assert shown["tokens"] == f"{int(table['length'].sum()):,}"
+    assert shown["accuracy, low → high effort"] == f"{low:.1f} % → {high:.1f} %"
 
 
 def test_problems_are_listed_and_none_is_said_only_where_there_is_none() -> None:
@@ -35,7 +35,7 @@ def test_problems_are_listed_and_none_is_said_only_where_there_is_none() -> None
         "1 of 3 units",
         "2 of 3 conversations are not graded",
         "2 conversations: truncated",
-        "1 conversations: ",
+        "1 conversation: ",
     ):
         assert part in told
     good = SimpleNamespace(sequences=table.assign(correct=1, flags=""), progress=(3, 3), exclusion="")
@@ -131,5 +131,5 @@ def test_the_gallery_has_the_strongest_example_of_each_expert_that_has_a_token()
     labels = pd.DataFrame({"layer": [0, 0], "expert": [1, 0], "label": ["second", "first"]})
     rows = expert_sections.gallery_table(ds, labels)
     assert rows["label"].tolist() == ["first", "second"], "an expert without a token has no row"
-    assert rows["example"].tolist() == ["x[c]", "y[b]"], "frame tokens are no examples"
+    assert rows["example"].tolist() == ["x[c]", "y[b]"], "frame tokens are not examples"
     assert rows["final (× mean load)"].tolist() == [3.0, 4.0]

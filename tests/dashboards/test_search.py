@@ -19,34 +19,19 @@ def run() -> Run:
     return wb.open_run(DATA / "demo.zarr")
 
 
-def test_an_expert_s_tokens_are_those_that_went_to_it(run: Run) -> None:
-    table = search.expert_tokens(run, 1, 5, str, rows=1000)
-    data = run.dataset[["id", "experts"]].compute()
-    hit = (data["experts"].values[1] == 5).any(-1)
-    every, chosen = Counter(data["id"].values.tolist()), Counter(data["id"].values[hit].tolist())
-    assert len(table) == sum(n >= 5 for n in chosen.values())
-    for row in table.head(10).to_dict("records"):
-        token = int(row["token"])
-        assert row["times"] == chosen[token]
-        assert row["lift"] == pytest.approx(chosen[token] / every[token] / hit.mean(), abs=1e-3)
-        assert f"[{token}]" in row["for example"]
-
-
 def test_tokens_of_a_selection_are_counted_in_it_alone(run: Run) -> None:
     within = search.TokenSelection(channel="final", effort="high", task="product")
-    table = search.expert_tokens(run, 1, 5, str, rows=1000, within=within)
-    data = run.dataset[["id", "experts", "channel", "sequence"]].compute()
+    table = search.head_tokens(run, 1, 5, str, rows=1000, within=within)
+    data = run.dataset[["id", "sink", "channel", "sequence"]].compute()
     of = run.sequences.loc[data["sequence"].values]
     inside = (data["channel"].values == CHANNELS.index("final")) & (of["effort"] == "high") & (of["task"] == "product")
-    hit = (data["experts"].values[1] == 5).any(-1) & inside.to_numpy()
+    mass = data["sink"].values[1][:, 5].astype(np.float32)
+    hit = inside.to_numpy() & (mass > np.quantile(mass[inside.to_numpy()], 0.9))
+    every = Counter(data["id"].values[mass > np.quantile(mass, 0.9)].tolist())
     chosen = Counter(data["id"].values[hit].tolist())
-    assert {int(row["token"]): row["times"] for row in table.to_dict("records")} == {
-        token: n for token, n in chosen.items() if n >= 5
-    }
-    for row in table.to_dict("records"):
-        there = (data["sequence"].values == row["sequence"]) & hit
-        assert row["position"] in run.sequence(row["sequence"])["position"].values
-        assert int(row["token"]) in data["id"].values[there]
+    counted = {int(row["token"]): row["times"] for row in table.to_dict("records")}
+    assert counted == {token: n for token, n in chosen.items() if n >= 5}
+    assert counted != {token: n for token, n in every.items() if n >= 5}, "negative control: without the selection"
 
 
 def test_a_head_s_tokens_and_its_curve_are_those_of_its_sinks(run: Run) -> None:
@@ -64,25 +49,25 @@ def test_a_head_s_tokens_and_its_curve_are_those_of_its_sinks(run: Run) -> None:
 
 
 def test_conversations_are_found_by_task_effort_and_text(run: Run) -> None:
-    found = search.conversations(run, task="product", effort="high")
-    assert len(found) == 20
-    assert all(run.sequences.loc[i, "task"] == "product" for i in found.values())
+    matching = search.conversations(run, task="product", effort="high")
+    assert len(matching) == 20
+    assert all(run.sequences.loc[i, "task"] == "product" for i in matching.values())
     assert len(search.conversations(run, text="product-07/")) == 3
     assert search.conversations(run, text="no such text anywhere") == {}
-    said = search.conversations(run, text="REASONING: HIGH")
-    assert set(said.values()) == set(run.sequences.index[run.sequences["effort"] == "high"])
+    by_text = search.conversations(run, text="REASONING: HIGH")
+    assert set(by_text.values()) == set(run.sequences.index[run.sequences["effort"] == "high"])
     assert search.conversations(run, text="reasoning: high", channel="final") == {}
 
 
 def test_conversations_are_ordered_by_an_expert_s_share(run: Run) -> None:
-    found = list(search.conversations(run, channel="analysis", expert=(1, 5)).values())
+    ordered = list(search.conversations(run, channel="analysis", expert=(1, 5)).values())
     data = run.dataset[["sequence", "channel", "experts"]].compute()
     inside = data["channel"].values == CHANNELS.index("analysis")
     hit = (data["experts"].values[1] == 5).any(-1)[inside]
     share = pd.Series(hit).groupby(data["sequence"].values[inside]).mean()
-    assert found == [i for i in found if share[i] > 0]
-    assert len(found) == (share > 0).sum()
-    np.testing.assert_allclose(share[found].to_numpy(), np.sort(share)[::-1][: len(found)])
+    assert ordered == [i for i in ordered if share[i] > 0]
+    assert len(ordered) == (share > 0).sum()
+    np.testing.assert_allclose(share[ordered].to_numpy(), np.sort(share)[::-1][: len(ordered)])
 
 
 def test_a_character_of_several_tokens_is_shown_once() -> None:

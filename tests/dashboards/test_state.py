@@ -7,7 +7,7 @@ from tests.conftest import DATA
 from workbench.dashboards.state import RunRegistry, Selection
 
 
-def test_a_choice_survives_its_link_and_knows_only_its_names() -> None:
+def test_a_choice_survives_its_link_and_has_only_its_names() -> None:
     choice = Selection({"channel": "final", "effort": "<script>", "evil": "x", "layer": "3"})
     assert choice.get("channel", ["analysis", "final"]) == "final"
     assert choice.get("effort", ["low", "high"], "high") == "high"
@@ -28,6 +28,6 @@ def test_two_sessions_wait_for_one_computation() -> None:
     registry = RunRegistry([DATA / "demo.zarr"])
     made: list[None] = []
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: registry._once(("x",), "d", lambda: made.append(1) or object()), range(8)))
+        values = list(pool.map(lambda _: registry._once(("x",), "d", lambda: made.append(1) or object()), range(8)))
     assert len(made) == 1
-    assert len({id(f) for f in found}) == 1
+    assert len({id(f) for f in values}) == 1

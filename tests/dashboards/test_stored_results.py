@@ -1,4 +1,4 @@
-"""Results beside a run are found by the run's digest; what is not theirs, hidden or unreadable is not shown as theirs."""
+"""Results beside a run are found by the run's digest; what is of another run, hidden or unreadable is not shown."""
 
 import json
 from pathlib import Path
@@ -35,9 +35,9 @@ def test_results_of_the_run_are_found_and_those_of_another_are_not(run_path: Pat
     save({"sinks": effects("mine")}, run_path.parent / "results")
     save({"sinks": effects("another")}, run_path.parent / "others")
     save({"own": effects("mine", study="routing")}, run_path.parent / "studies")  # no experiment
-    found = stored_beside(run_path, "mine").experiments
-    assert {name: list(sets) for name, sets in found.items()} == {"sink-ablation": ["sinks"]}
-    np.testing.assert_array_equal(found["sink-ablation"]["sinks"]["change"], [-2.0, 0.1])
+    experiments = stored_beside(run_path, "mine").experiments
+    assert {name: list(sets) for name, sets in experiments.items()} == {"sink-ablation": ["sinks"]}
+    np.testing.assert_array_equal(experiments["sink-ablation"]["sinks"]["change"], [-2.0, 0.1])
     assert stored_beside(run_path, "nobody's").experiments == {}
 
 
@@ -59,9 +59,9 @@ def test_what_cannot_be_read_is_named_and_what_is_hidden_or_linked_is_passed_ove
     secret.write_text(json.dumps({"nodes": [], "links": [], "metadata": {}}))
     (folder / "link.json").symlink_to(secret)
     (run_path / "zarr.json").write_text("{")
-    found = stored_beside(run_path, "mine")
-    assert set(found.unreadable) == {"broken.json", "deep.json", "result.json"}
-    assert found.graphs == {}, "a link may lead anywhere"
+    stored = stored_beside(run_path, "mine")
+    assert set(stored.unreadable) == {"broken.json", "deep.json", "result.json"}
+    assert stored.graphs == {}, "a link may lead anywhere"
 
 
 def test_the_table_of_experiments_names_the_largest_effect_and_counts_intervals() -> None:
@@ -69,7 +69,17 @@ def test_the_table_of_experiments_names_the_largest_effect_and_counts_intervals(
     row: dict[str, Any] = table.to_dict("records")[0]
     assert row["largest effect"] == "-2"
     assert row["95 % interval"] == "[-3, -1]"
-    assert row["intervals without zero"] == "1 of 2"
+    assert row["intervals excluding zero"] == "1 of 2"
+
+
+def test_an_effect_without_an_interval_is_not_the_largest() -> None:
+    ds = effects("mine").copy(deep=True)
+    for limit in ("low", "high"):
+        ds[limit][int(np.argmax(np.abs(ds["change"].values)))] = np.nan
+    row: dict[str, Any] = results_pages.overview_table({"sink-ablation": {"sinks": ds}}).to_dict("records")[0]
+    assert row["largest effect"] != "-2", "a negative control is the test above: with its interval it is"
+    assert "nan" not in row["95 % interval"]
+    assert row["intervals excluding zero"].endswith("of 1")
 
 
 def test_the_null_figure_has_every_random_set_and_the_named_one() -> None:

@@ -1,4 +1,4 @@
-"""Studies run in the background, are cached beside the run, and read again; nothing temporary is left behind."""
+"""Studies run in the background, are cached beside the run, and read again; no temporary file remains."""
 
 import tempfile
 import time
@@ -13,7 +13,7 @@ from tests.conftest import DATA
 from tests.runs.conftest import LENGTHS, job, write_unit
 from workbench.capture.plan import plan_units
 from workbench.dashboards.state import RunRegistry
-from workbench.dashboards.study_jobs import Answer, Desk
+from workbench.dashboards.study_jobs import Answer, StudyJobs
 from workbench.runs import Run
 from workbench.runs.writer import open_writer
 from workbench.studies import run_study
@@ -24,9 +24,9 @@ def run() -> Run:
     return wb.open_run(DATA / "demo.zarr")
 
 
-def wait_for(desk: Desk, *asked: Any, **how: Any) -> Answer:
+def wait_for(jobs: StudyJobs, *asked: Any, **how: Any) -> Answer:
     for _ in range(600):
-        answer = desk.ask(*asked, **how)
+        answer = jobs.ask(*asked, **how)
         if answer.datasets is not None or answer.reason:
             return answer
         time.sleep(0.1)
@@ -34,47 +34,47 @@ def wait_for(desk: Desk, *asked: Any, **how: Any) -> Answer:
 
 
 def test_a_study_is_made_beside_kept_and_read_back(tmp_path: Path, run: Run) -> None:
-    desk = Desk(tmp_path)
-    assert desk.ask("effort", [run.path], run.digest).datasets is None  # nobody waits
-    made = wait_for(desk, "effort", [run.path], run.digest)
+    jobs = StudyJobs(tmp_path)
+    assert jobs.ask("effort", [run.path], run.digest).datasets is None  # nobody waits
+    made = wait_for(jobs, "effort", [run.path], run.digest)
     assert made.datasets is not None
     here = run_study("effort", run)
     assert made.datasets.keys() == here.keys()
     for name, ds in here.items():
         xr.testing.assert_allclose(made.datasets[name], ds)
         assert made.datasets[name].attrs == ds.attrs
-    desk.close()
-    second = Desk(tmp_path)
+    jobs.close()
+    second = StudyJobs(tmp_path)
     second._make = lambda *_: pytest.fail("made again")  # type: ignore[method-assign]
     assert wait_for(second, "effort", [run.path], run.digest).datasets is not None
     second.close()
 
 
 def test_what_a_run_cannot_carry_is_said_and_half_a_study_is_not_kept(tmp_path: Path, run: Run) -> None:
-    desk = Desk(tmp_path)
-    answer = wait_for(desk, "routing", [str(tmp_path / "none.zarr")], "digest")
+    jobs = StudyJobs(tmp_path)
+    answer = wait_for(jobs, "routing", [str(tmp_path / "none.zarr")], "digest")
     assert "is not there" in answer.reason
     assert not list(tmp_path.rglob("routing*"))
-    desk.ask("routing", [run.path], run.digest)
+    jobs.ask("routing", [run.path], run.digest)
     for _ in range(100):
-        if desk._running:
+        if jobs._running:
             break
         time.sleep(0.05)
-    desk.close()  # as a server that is ended in the middle
+    jobs.close()  # as a server that is ended in the middle
     time.sleep(1)
     assert not [p for p in tmp_path.rglob("routing") if p.is_dir()]
 
 
-def test_no_temporary_folder_is_left_behind(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_temporary_folder_remains(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the study of a run that grows needs one."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
-    desk = Desk(tmp_path / "cache")
-    wait_for(desk, "effort", [run.path], run.digest)
+    jobs = StudyJobs(tmp_path / "cache")
+    wait_for(jobs, "effort", [run.path], run.digest)
     assert not list((tmp_path / "scratch").glob("workbench-studies-*"))
-    wait_for(desk, "effort", [run.path], run.digest + "grown", lasting=False)
+    wait_for(jobs, "effort", [run.path], run.digest + "grown", lasting=False)
     assert list((tmp_path / "scratch").glob("workbench-studies-*/*/effort"))
-    desk.close()
+    jobs.close()
     assert not list((tmp_path / "scratch").glob("workbench-studies-*"))
 
 
@@ -84,7 +84,7 @@ def test_a_growing_run_is_studied_once_for_each_visit(tmp_path: Path) -> None:
         write_unit(writer, 0)
         registry = RunRegistry([tmp_path / "r.zarr"], cache=tmp_path / "cache")
         asked = list[tuple[str, bool]]()
-        registry.desk.ask = lambda study, paths, digest, *, exclude, lasting: asked.append((digest, lasting))  # type: ignore[assignment,method-assign]
+        registry.jobs.ask = lambda study, paths, digest, *, exclude, lasting: asked.append((digest, lasting))  # type: ignore[assignment,method-assign]
         session = registry.study("routing", "r")
         first = registry.run("r").digest
         session()
@@ -94,4 +94,4 @@ def test_a_growing_run_is_studied_once_for_each_visit(tmp_path: Path) -> None:
         assert asked == [(first, False)] * 2
         registry.study("routing", "r")()
         assert asked[2][0] != first
-        registry.desk.close()
+        registry.jobs.close()

@@ -1,4 +1,4 @@
-"""Evaluation asks what training never saw, marks exactly, and its card says what was measured.
+"""Evaluation asks what training never saw, marks exactly, and its card states what was measured.
 
 Also tests `workbench.data.command`.
 """
@@ -74,8 +74,8 @@ class Oracle:
 
     def generate(self, rows: list[list[int]], **_: object) -> list[list[int]]:
         mark, encode = self.tokenizer.mark, self.tokenizer.encode
-        said, self.finals = self.finals[: len(rows)], self.finals[len(rows) :]
-        return [[mark("channel"), *encode("final"), mark("message"), *encode(text), mark("return")] for text in said]
+        finals, self.finals = self.finals[: len(rows)], self.finals[len(rows) :]
+        return [[mark("channel"), *encode("final"), mark("message"), *encode(text), mark("return")] for text in finals]
 
 
 def test_answers_are_right_only_if_exact() -> None:
@@ -93,16 +93,16 @@ def test_answers_are_right_only_if_exact() -> None:
 def test_a_checkpoint_is_evaluated_before_and_after_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workbench.data.evaluate._MAX_NEW_TOKENS", 3)  # untrained, it never stops
     write(Training(tmp_path / "training", seed=0), tmp_path / "nano")
-    found = evaluate(tmp_path / "nano", tmp_path / "nano.dense", 1)
-    assert list(found["accuracy"]) == ["dense, float32", "packed, float32", "packed, bfloat16"]
-    assert found["checkpoint"] == load(tmp_path / "nano", device="cpu").checkpoint.digest
-    assert [c["n"] for c in found["comparisons"]] == [3 * len(FAMILIES)] * 2
-    assert json.loads(json.dumps(found)) == found
+    result = evaluate(tmp_path / "nano", tmp_path / "nano.dense", 1)
+    assert list(result["accuracy"]) == ["dense, float32", "packed, float32", "packed, bfloat16"]
+    assert result["checkpoint"] == load(tmp_path / "nano", device="cpu").checkpoint.digest
+    assert [c["n"] for c in result["comparisons"]] == [3 * len(FAMILIES)] * 2
+    assert json.loads(json.dumps(result)) == result
 
-    cell = found["accuracy"]["packed, float32"][0]
+    cell = result["accuracy"]["packed, float32"][0]
     cell.update(accuracy=0.123, low=0.044, high=0.678)
     config, training = (json.loads((tmp_path / "nano" / f"{name}.json").read_text()) for name in ("config", "training"))
-    text = card(config, training, found)
+    text = card(config, training, result)
     assert "0.12 (0.04 to 0.68)" in text
     assert all(f"| {family} |" in text for family in FAMILIES)
 

@@ -1,4 +1,4 @@
-"""nano's problems are right, split by their own text, and rendered as harmony says."""
+"""nano's problems are right, split by their own text, and rendered in the harmony format."""
 
 import hashlib
 import random
@@ -62,8 +62,8 @@ def written(digits: str, column: bool) -> int:
     return int(digits if column else digits[::-1])
 
 
-def _number(found: re.Match[str], column: bool) -> str:
-    return str(written(found[0], column))
+def _number(match: re.Match[str], column: bool) -> str:
+    return str(written(match[0], column))
 
 
 def test_steps_with_letters_keep_count() -> None:
@@ -100,10 +100,10 @@ def test_the_splits_share_no_question(family: str) -> None:
 def test_the_split_is_the_same_in_every_process() -> None:
     """Chosen by SHA-256 of family and question, here recomputed; Python's own hash differs from run to run."""
     rng = random.Random(7)
-    found = [FAMILIES["product"](rng) for _ in range(2000)]
-    test = [p for p in found if hashlib.sha256(f"product  {p.question}".encode()).digest()[0] < 26]
-    assert [p for p in found if p.is_test] == test
-    assert len(test) / len(found) == pytest.approx(0.1, abs=0.03)
+    problems = [FAMILIES["product"](rng) for _ in range(2000)]
+    test = [p for p in problems if hashlib.sha256(f"product  {p.question}".encode()).digest()[0] < 26]
+    assert [p for p in problems if p.is_test] == test
+    assert len(test) / len(problems) == pytest.approx(0.1, abs=0.03)
 
 
 def test_effort_selects_the_length_of_the_analysis() -> None:

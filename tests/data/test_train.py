@@ -17,8 +17,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_batches_do_not_depend_on_where_one_starts() -> None:
-    whole = batches(0, 0)
-    first = [next(whole) for _ in range(20)]
+    from_start = batches(0, 0)
+    first = [next(from_start) for _ in range(20)]
     later = batches(0, 11)
     assert [next(later) for _ in range(9)] == first[11:]
 
@@ -69,11 +69,11 @@ def test_the_loss_is_that_of_every_taught_token_given_what_comes_before() -> Non
             logits, cache = model.run_with_cache(torch.tensor([ids]))
         chance = logits[0].double().log_softmax(-1)
         surprise += [-chance[i - 1, ids[i]] for i in range(1, len(ids)) if taught[i]]
-        for layer, found in enumerate(scores):
-            found.append(cache[f"blocks.{layer}.mlp.router.hook_out"][0].double())
+        for layer, layer_scores in enumerate(scores):
+            layer_scores.append(cache[f"blocks.{layer}.mlp.router.hook_out"][0].double())
     imbalance = []
-    for found in scores:
-        score = torch.cat(found)
+    for layer_scores in scores:
+        score = torch.cat(layer_scores)
         chosen = torch.bincount(score.topk(NANO.experts_per_token).indices.flatten(), minlength=NANO.num_experts)
         imbalance.append(NANO.num_experts * (chosen / chosen.sum() * score.softmax(-1).mean(0)).sum())
     entropy, balance = train.loss(model, batch)

@@ -34,10 +34,10 @@ def test_patterns_agree_with_the_recorded_sink_and_sum_to_one(model: GptOss, ids
 
 
 def test_a_window_sums_what_lies_before_it(model: GptOss, ids: list[int]) -> None:
-    whole = attention_patterns.load(model, ids, layers=[1])
+    complete = attention_patterns.load(model, ids, layers=[1])
     part = attention_patterns.load(model, ids, layers=[1], start=20, stop=50)
-    assert np.allclose(part["pattern"], whole["pattern"].sel(query=range(20, 50), key=range(20, 50)), atol=1e-6)
-    before = whole["pattern"].sel(query=range(20, 50), key=range(20)).sum("key")
+    assert np.allclose(part["pattern"], complete["pattern"].sel(query=range(20, 50), key=range(20, 50)), atol=1e-6)
+    before = complete["pattern"].sel(query=range(20, 50), key=range(20)).sum("key")
     assert np.allclose(part["earlier"], before, atol=1e-5)
     assert float(before.max()) > 0.1, "negative control: leaving it out would be seen"
 

@@ -1,4 +1,4 @@
-"""The parts of a logit sum to it, each is what its name says, and nothing is lost."""
+"""The parts of a logit sum to it, each is what its name states, and nothing is lost."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,8 +29,8 @@ NORMS = ("frozen", "path", "layers")
 TOLERANCE = {"random, float64": 1e-14, "random, float32": 5e-6, "nano, float32": 4e-5, "nano, bfloat16": 0.32}
 
 
-def parts_of(model: GptOss, said: tuple[Tensor, list[int]], name: str, **options: Any) -> xr.Dataset:
-    tokens, lengths = (X, None) if name.startswith("random") else (said[0][:3], said[1][:3])
+def parts_of(model: GptOss, generated: tuple[Tensor, list[int]], name: str, **options: Any) -> xr.Dataset:
+    tokens, lengths = (X, None) if name.startswith("random") else (generated[0][:3], generated[1][:3])
     return logit_parts(model, tokens, at=BEFORE_LAST, of="next", n_real=lengths, **options)
 
 
@@ -43,9 +43,9 @@ def unexplained(parts: xr.Dataset) -> float:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("minus", [3, "mean"])
 def test_parts_sum_to_the_logit(
-    models: dict[str, GptOss], said: tuple[Tensor, list[int]], name: str, norm: Any, minus: Any
+    models: dict[str, GptOss], generated: tuple[Tensor, list[int]], name: str, norm: Any, minus: Any
 ) -> None:
-    parts = parts_of(models[name], said, name, norm=norm, minus=minus)
+    parts = parts_of(models[name], generated, name, norm=norm, minus=minus)
     assert float(abs(total(parts) - parts.logit).max()) < 1e-11
     assert unexplained(parts) < TOLERANCE[name]
 
@@ -66,8 +66,8 @@ def ungated(mlp: Any, out: Tensor, gates: Tensor, chosen: Tensor, g: Tensor) -> 
 
 
 def without_expert_bias(mlp: Any, out: Tensor, gates: Tensor, chosen: Tensor, g: Tensor) -> dict[str, Tensor]:
-    found = meter_experts(mlp, out, gates, chosen, g)
-    return found | {"expert_bias": 0 * found["expert_bias"]}
+    parts = meter_experts(mlp, out, gates, chosen, g)
+    return parts | {"expert_bias": 0 * parts["expert_bias"]}
 
 
 def forgetting_the_norm(model: GptOss, term: Tensor) -> Tensor:
@@ -87,13 +87,13 @@ BROKEN: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", list(TOLERANCE))
 def test_the_sum_sees_broken_parts(
-    models: dict[str, GptOss], said: Any, name: str, norm: Any, broken: str, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, GptOss], generated: Any, name: str, norm: Any, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(*BROKEN[broken])
-    assert unexplained(parts_of(models[name], said, name, norm=norm)) > TOLERANCE[name]
+    assert unexplained(parts_of(models[name], generated, name, norm=norm)) > TOLERANCE[name]
 
 
-def test_frozen_parts_are_what_a_cache_says(exact: GptOss) -> None:
+def test_frozen_parts_are_those_of_a_cache(exact: GptOss) -> None:
     """Against hook_result and hook_out, by hand."""
     _, cache = exact.run_with_cache(X)
     u = exact.unembed.weight[7] * exact.ln_final.weight / cache["ln_final.hook_scale"]
@@ -132,10 +132,10 @@ def test_a_path_gives_the_embedding_its_own_logit(exact: GptOss) -> None:
 def test_weights_over_the_vocabulary_are_the_weighted_sum(exact: GptOss, norm: Any) -> None:
     weights = torch.zeros(BASE.d_vocab, dtype=torch.float64)
     weights[5], weights[9] = 2.0, -0.5
-    whole = logit_parts(exact, X, of=weights, norm=norm)
+    complete = logit_parts(exact, X, of=weights, norm=norm)
     five, nine = (logit_parts(exact, X, of=token, norm=norm) for token in (5, 9))
     for name in (*attribution.PARTS, "logit"):
-        assert abs(whole[name] - (2 * five[name] - 0.5 * nine[name])).max() < 1e-11, name
+        assert abs(complete[name] - (2 * five[name] - 0.5 * nine[name])).max() < 1e-11, name
     other = logit_parts(exact, X, of=5, minus=9, norm=norm)
     assert abs(other.heads - (five.heads - nine.heads)).max() < 1e-11
 
@@ -225,11 +225,11 @@ def growth() -> int:
 def test_one_layers_activations_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     six_layers_of_slots = 6 * 2000 * BASE.experts_per_token * BASE.d_model * 4
     assert growth() < six_layers_of_slots / 2
-    kept, see = [], residual_attribution.Meter._see
+    held, see = [], residual_attribution.Meter._see
 
     def hoard(self: Any, x: Tensor, hook: Any) -> None:
         see(self, x, hook)
-        kept.append(self._seen[hook.name.split(".", 2)[2]])
+        held.append(self._seen[hook.name.split(".", 2)[2]])
 
     monkeypatch.setattr(residual_attribution.Meter, "_see", hoard)
     assert growth() > six_layers_of_slots

@@ -10,11 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 import workbench as wb
+from tests.model.pruned import pruned_nano
 from workbench.errors import InputError
-from workbench.experiments import attribution_graph
+from workbench.experiments import attribution_graph, graph_checks, graph_details, graph_export
 from workbench.experiments.attribution_graph import AttributionGraph, graph
 from workbench.experiments.frozen_pass import FrozenPass
 from workbench.hooks.sae import SAE, SAEConfig
+from workbench.model import memory
+from workbench.model.checkpoint import BUNDLED, open_checkpoint
+from workbench.model.formats.gguf_writer import write_gguf
 from workbench.model.transformer import GptOss
 
 TEXT = "<|start|>user<|message|>24*29<|end|><|start|>assistant<|channel|>analysis<|message|>4*9="
@@ -65,13 +69,13 @@ def test_the_updates_of_an_adapter_are_in_the_sums(tmp_path: Path, monkeypatch: 
     save_file(factors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
     adapted = wb.load("nano", dtype=torch.float32, device="cpu", adapter=tmp_path)
-    found = graph(adapted, TEXT, target="5", node_share=1.0, edge_share=1.0, max_nodes=10**6)
-    assert found.nodes["error"].abs().max() < 1e-4
-    assert found.metadata["completeness_of_paths"] < 1e-2
+    attributed = graph(adapted, TEXT, target="5", node_share=1.0, edge_share=1.0, max_nodes=10**6)
+    assert attributed.nodes["error"].abs().max() < 1e-4
+    assert attributed.metadata["completeness_of_paths"] < 1e-2
     with torch.no_grad():
         logits = adapted(TEXT)[0, -1].double()
     logit = float(logits[adapted.to_single_token("5")] - logits.mean())
-    assert found.nodes["value"].iloc[-1] == pytest.approx(logit, rel=1e-4)
+    assert attributed.nodes["value"].iloc[-1] == pytest.approx(logit, rel=1e-4)
     monkeypatch.setattr(type(adapted.unembed), "W_U", property(lambda self: self.weight.mT))  # negative control
     without = graph(adapted, TEXT, target="5", node_share=1.0, edge_share=1.0, max_nodes=10**6)
     assert without.nodes["value"].iloc[-1] != pytest.approx(logit, rel=1e-2)
@@ -108,8 +112,8 @@ def test_paths_add_up_only_with_the_sink_the_gates_and_the_right_experts(
                 damage(self)
 
     monkeypatch.setattr(attribution_graph, "FrozenPass", Damaged)
-    found = graph(model, TEXT, node_share=1.0, edge_share=1.0, max_nodes=10**6)
-    error = max(found.metadata["completeness_of_paths"], found.nodes["error"].abs().max())
+    attributed = graph(model, TEXT, node_share=1.0, edge_share=1.0, max_nodes=10**6)
+    error = max(attributed.metadata["completeness_of_paths"], attributed.nodes["error"].abs().max())
     assert (error < 2e-5) if damage is None else (error > 0.1)
 
 
@@ -142,17 +146,19 @@ def test_features_of_an_autoencoder_are_complete_nodes(
     model: GptOss, complete: AttributionGraph, architecture: str, at: str, rescaled: bool
 ) -> None:
     sae = _autoencoder(architecture, rescaled=rescaled)
-    found = graph(model, TEXT, node_share=1.0, edge_share=1.0, max_nodes=10**6, saes={at: sae})
-    assert found.metadata["completeness_of_paths"] < 2e-5
-    assert found.nodes["error"].abs().max() < 2e-5
-    assert found.metadata["logit"] == complete.metadata["logit"]
-    features = found.nodes[found.nodes["kind"] == "feature"]
+    attributed = graph(model, TEXT, node_share=1.0, edge_share=1.0, max_nodes=10**6, saes={at: sae})
+    assert attributed.metadata["completeness_of_paths"] < 2e-5
+    assert attributed.nodes["error"].abs().max() < 2e-5
+    assert attributed.metadata["logit"] == complete.metadata["logit"]
+    features = attributed.nodes[attributed.nodes["kind"] == "feature"]
     with torch.no_grad():
-        acts = sae.encode(model.run_with_cache(torch.tensor([found.tokens]))[1][at][0])
+        acts = sae.encode(model.run_with_cache(torch.tensor([attributed.tokens]))[1][at][0])
     assert all(acts[row["pos"], row["index"]] > 0 for row in features.to_dict("records"))
     order = features["order"].iloc[0]
-    kinds = found.nodes["order"]
-    crossing = (kinds[found.edges["source"]].to_numpy() < order) & (kinds[found.edges["target"]].to_numpy() > order)
+    kinds = attributed.nodes["order"]
+    crossing = (kinds[attributed.edges["source"]].to_numpy() < order) & (
+        kinds[attributed.edges["target"]].to_numpy() > order
+    )
     assert not crossing.any(), "nothing passes the autoencoder but its features and its error"
 
 
@@ -169,6 +175,37 @@ def test_an_autoencoder_that_cannot_be_attached_is_refused(model: GptOss) -> Non
         graph(model, TEXT, saes=same)
     with pytest.raises(InputError, match="reads width 64"):
         graph(model, TEXT, saes={"blocks.1.hook_resid_post": _autoencoder("standard", width=64)})
+
+
+@pytest.mark.parametrize("kind", ["unequal expert counts", "gguf"])
+def test_graphs_of_other_checkpoints_are_complete(kind: str, tmp_path: Path) -> None:
+    if kind == "gguf":
+        path = write_gguf(open_checkpoint(BUNDLED["nano"]), tmp_path / "nano.gguf")
+    else:
+        path = pruned_nano(tmp_path / "pruned", (16, 5, 9, 12))
+    other = wb.load(path, dtype=torch.float32, device="cpu")
+    attributed = graph(other, TEXT)
+    assert attributed.metadata["completeness_of_paths"] < 1e-3
+    experts = attributed.nodes[attributed.nodes["kind"] == "expert"]
+    assert (experts["expert"] < np.array([other.cfg.experts_of(layer) for layer in experts["layer"]])).all()
+    divided = graph_details.with_neurons(other, attributed, top=2)
+    assert divided.nodes["value"].iloc[-1] == pytest.approx(attributed.nodes["value"].iloc[-1])
+    node = int(experts["influence"].idxmax())
+    measured = graph_checks.ablate(other, attributed, [node])["measured"].iloc[0]
+    assert np.isfinite(measured)
+    assert measured != pytest.approx(
+        graph_checks.ablate(other, attributed, [int(attributed.nodes.index[0])])["measured"].iloc[0]
+    )
+    assert len(graph_details.router_edges(other, attributed, node))
+    written = json.loads(graph_export.write_json(other, divided, tmp_path / "graph.json").read_text())
+    assert len({one["node_id"] for one in written["nodes"]}) == len(written["nodes"])
+
+
+def test_the_first_token_alone_is_explained(model: GptOss) -> None:
+    attributed = graph(model, "2", node_share=1.0, edge_share=1.0)
+    assert len(attributed.tokens) == 1
+    assert set(attributed.nodes["pos"]) == {0}
+    assert attributed.metadata["completeness_of_paths"] < 1e-3
 
 
 def test_edges_go_forward_to_tokens_that_can_be_seen(complete: AttributionGraph) -> None:
@@ -188,18 +225,18 @@ def test_a_small_graph_keeps_the_stated_influence(small: AttributionGraph, compl
     row = small.nodes.iloc[-1]
     assert into.iloc[-1] + row["error"] == pytest.approx(row["value"], abs=0.5)  # edges are pruned as well
     assert small.metadata["logit"] == pytest.approx(complete.metadata["logit"])
-    kept = small.edges["score"].sum() / small.edges["score"].sum()
-    assert kept == 1
+    carried = small.edges["score"].sum() / small.edges["score"].sum()
+    assert carried == 1
     assert "nodes" in repr(small)
 
 
 def test_a_target_against_another_token(model: GptOss) -> None:
-    found = graph(model, TEXT, target="6", against="7", at=-1)
+    attributed = graph(model, TEXT, target="6", against="7", at=-1)
     with torch.no_grad():
         logits = model(TEXT)[0, -1]
     wanted = float(logits[model.to_single_token("6")] - logits[model.to_single_token("7")])
-    assert found.metadata["logit"] == pytest.approx(wanted, rel=1e-4)
-    assert found.nodes["value"].iloc[-1] == pytest.approx(wanted, rel=1e-4)
+    assert attributed.metadata["logit"] == pytest.approx(wanted, rel=1e-4)
+    assert attributed.nodes["value"].iloc[-1] == pytest.approx(wanted, rel=1e-4)
     earlier = graph(model, TEXT, at=5)
     assert len(earlier.tokens) == 6
 
@@ -214,8 +251,13 @@ def test_a_target_against_another_token(model: GptOss) -> None:
         ({"max_nodes": 1}, "at least 2"),
         ({"target": 999}, "the vocabulary has"),
         ({"target": "12"}, "12"),
+        ({"target": 5, "against": 5}, "name another against"),
+        ({"tokens": [5] * 20_000}, "explain a token within the first"),
     ],
 )
-def test_what_cannot_be_explained_is_refused(model: GptOss, asked: dict, message: str) -> None:
+def test_what_cannot_be_explained_is_refused(
+    model: GptOss, asked: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda _: 10**9)
     with pytest.raises((InputError, ValueError), match=message):
         graph(model, **({"tokens": TEXT} | asked))

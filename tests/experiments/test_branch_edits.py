@@ -17,8 +17,8 @@ def words() -> harmony.Tokenizer:
 
 
 def edited(editor: Editor, words: harmony.Tokenizer, kind: str, text: str) -> str | None:
-    found = editor(kind, words.encode(text))  # type: ignore[arg-type]
-    return None if found is None else words.decode(found)
+    ids = editor(kind, words.encode(text))  # type: ignore[arg-type]
+    return None if ids is None else words.decode(ids)
 
 
 def test_mistakes_change_a_number_a_letter_or_a_verb(words: harmony.Tokenizer) -> None:

@@ -58,9 +58,11 @@ def test_the_ids_of_continuations(host: FakeHost, served: HostModel, options: di
     host.reply = Serving(writer, **options)
     row = writer.transcript("c", "xyx", "x")
     prefix = row.tokens[: row.n_prompt].tolist()
-    found = served.generate([prefix, prefix], samples=3, temperature=1.0, max_new_tokens=50, seed=list(range(6)))
+    continuations = served.generate(
+        [prefix, prefix], samples=3, temperature=1.0, max_new_tokens=50, seed=list(range(6))
+    )
     wanted = writer.generate([prefix, prefix], samples=3, seed=list(range(6)))
-    assert found == wanted
+    assert continuations == wanted
     assert all(body["prompt"] == prefix and body["temperature"] == 1.0 for body in host.requests)
     assert len(host.requests) == (6 if options.get("most") else 2)
 
@@ -70,9 +72,9 @@ def test_the_sentence_that_decides_is_found_through_a_host(host: FakeHost, serve
     writer = Writer()
     host.reply = Serving(writer)
     rows = [writer.transcript("c", "xyxyx", "x")]
-    found = sentence_importance.experiment(served, rows, samples=30)["sentences"]
-    assert found["q"].values.argmin() == DECISIVE
-    assert np.nanmax(np.abs(found["effect"].values[[0, 1, 3, 4]])) < 0.45 < found["low"].values[DECISIVE]
+    result = sentence_importance.experiment(served, rows, samples=30)["sentences"]
+    assert result["q"].values.argmin() == DECISIVE
+    assert np.nanmax(np.abs(result["effect"].values[[0, 1, 3, 4]])) < 0.45 < result["low"].values[DECISIVE]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,6 @@ def test_the_command_asks_the_host_and_experiments_on_weights_refuse_it(
     assert len(host.requests) == asked, "resumed from the file"
     refused = run_command("study", "super-experts", run, "--model", "m", "--host", host.url)
     assert refused.code == 2
-    assert "super-experts does not ask a host: leave --host out" in refused.err
+    assert "super-experts does not use a host: leave --host out" in refused.err
     with pytest.raises(InputError, match="super-experts needs the weights: leave --host out"):
         run_experiment("super-experts", served, wb.open_run(run))

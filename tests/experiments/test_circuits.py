@@ -1,5 +1,6 @@
 """Circuits of two channels are compared prompt by prompt, and equal ones are found equal."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,24 +49,41 @@ def test_shares_are_counts_over_prompts(pairs: list[dict[str, circuits.Attributi
 def test_similarity_is_one_for_equal_circuits(pairs: list[dict[str, circuits.AttributionGraph]]) -> None:
     equal = circuits.similarity([{"analysis": pair["final"], "final": pair["final"]} for pair in pairs])
     assert equal.loc["same prompt", "cosine"] == pytest.approx(1)
-    found = circuits.similarity(pairs)
-    assert 0 < found.loc["same prompt", "cosine"] < 0.99
-    assert (found["low"] <= found["cosine"]).all()
-    assert (found["cosine"] <= found["high"]).all()
+    result = circuits.similarity(pairs)
+    assert 0 < result.loc["same prompt", "cosine"] < 0.99
+    assert (result["low"] <= result["cosine"]).all()
+    assert (result["cosine"] <= result["high"]).all()
     names = ["analysis, other prompts", "final, other prompts"]
-    wanted = found.loc["same prompt", "cosine"] - found.loc[names, "cosine"].mean()
-    assert found.loc["same prompt less other prompts", "cosine"] == pytest.approx(wanted)
-    print(found)
+    wanted = result.loc["same prompt", "cosine"] - result.loc[names, "cosine"].mean()
+    assert result.loc["same prompt less other prompts", "cosine"] == pytest.approx(wanted)
+    print(result)
 
 
-def test_the_experiment_says_what_its_parts_say(model: GptOss, monkeypatch: pytest.MonkeyPatch, pairs: list) -> None:
+def test_pairs_of_different_prompts_are_the_null(pairs: list[dict[str, circuits.AttributionGraph]]) -> None:
+    name = "same prompt less other pairs"
+    planted = circuits.similarity([{"analysis": pair["final"], "final": pair["final"]} for pair in pairs]).loc[name]
+    assert planted["low"] > 0
+    assert planted["p"] <= 0.001
+    rng = np.random.default_rng(0)
+    null = []
+    for _ in range(8):  # null data: each analysis with the final answer of a random prompt
+        order = rng.permutation(len(pairs)).tolist()
+        null.append(
+            [{"analysis": a["analysis"], "final": pairs[b]["final"]} for a, b in zip(pairs, order, strict=True)]
+        )
+    p = [circuits.similarity(shifted).loc[name, "p"] for shifted in null]
+    assert min(p) > 0.001, "the negative control: pairs that have no prompt in common are no more alike"
+    assert max(p) > 0.2
+
+
+def test_the_experiment_gives_what_its_parts_give(model: GptOss, monkeypatch: pytest.MonkeyPatch, pairs: list) -> None:
     monkeypatch.setattr(circuits, "paired_graphs", lambda *_, **__: pairs)
-    found = circuits.experiment(model, [])
+    result = circuits.experiment(model, [])
     table, alike = circuits.compare(pairs), circuits.similarity(pairs)
-    assert found["edges"].attrs["edges_in_all"] == len(table)
-    assert float(found["edges"]["q"].min()) == pytest.approx(table["q"].min())
-    assert found["similarity"]["cosine"].values.tolist() == pytest.approx(alike["cosine"].tolist())
-    assert "less alike than" in found["similarity"].attrs["summary"]
+    assert result["edges"].attrs["edges_in_all"] == len(table)
+    assert float(result["edges"]["q"].min()) == pytest.approx(table["q"].min())
+    assert result["similarity"]["cosine"].values.tolist() == pytest.approx(alike["cosine"].tolist())
+    assert "less alike than" in result["similarity"].attrs["summary"]
     equal = [{"analysis": pair["final"], "final": pair["final"]} for pair in pairs]
     monkeypatch.setattr(circuits, "paired_graphs", lambda *_, **__: equal)
     control = circuits.experiment(model, [])

@@ -32,9 +32,9 @@ def test_the_speeds_are_those_that_were_measured() -> None:
 
 def test_the_time_is_that_of_tokens_over_speeds() -> None:
     speed = costs.SPEEDS["20b"]
-    found = costs.cost(Work(passes=2, layer_passes=1, new_tokens=100), "20b", sequences=3, sequence_tokens=10)
-    assert (found.forward, found.gradient, found.new_tokens) == (30 * 26, 0, 100)
-    assert found.seconds == pytest.approx(costs.RECORDING * 780 / speed.forward + 100 / speed.decode)
+    result = costs.cost(Work(passes=2, layer_passes=1, new_tokens=100), "20b", sequences=3, sequence_tokens=10)
+    assert (result.forward, result.gradient, result.new_tokens) == (30 * 26, 0, 100)
+    assert result.seconds == pytest.approx(costs.RECORDING * 780 / speed.forward + 100 / speed.decode)
     wide = costs.cost(Work(width_passes=0.5), "20b", sequences=3, sequence_tokens=10)
     assert wide.gradient == 30 * 1440
     assert wide.seconds == pytest.approx(costs.GRADIENT * wide.gradient / speed.forward)
@@ -42,7 +42,7 @@ def test_the_time_is_that_of_tokens_over_speeds() -> None:
 
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 @pytest.mark.parametrize("name", ["counterfactual-routing", "sink-ablation"])
-def test_an_experiment_computes_what_its_record_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_experiment_computes_what_its_record_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward tokens of nano, counted; negative control: three times as many."""
     model, run = wb.load("nano", dtype=torch.float32), wb.open_run(DATA / "demo.zarr")
     counted, residual = [0], GptOss.residual
@@ -52,8 +52,8 @@ def test_an_experiment_computes_what_its_record_says(name: str, monkeypatch: pyt
         return residual(self, tokens, **others)
 
     monkeypatch.setattr(GptOss, "residual", count)
-    found = run_experiment(name, model, run, sequences=15)
-    sequences = json.loads(next(iter(found.values())).attrs["parameters"])["sequences"]
+    result = run_experiment(name, model, run, sequences=15)
+    sequences = json.loads(next(iter(result.values())).attrs["parameters"])["sequences"]
     tokens = run.sequences["length"].mean() * sequences
     record = registry.find(name)
     assert isinstance(record, registry.Experiment)
@@ -73,7 +73,7 @@ def test_the_times_of_the_gallery_are_those_of_the_command() -> None:
     """Negative control: a changed number is noticed."""
     page = (Path(__file__).parents[2] / "docs" / "gallery.md").read_text()
     stated = times(page)
-    assert len(stated) == 7
+    assert len(stated) == 8
     estimated = {}
     for name in stated:
         record = registry.find(name)

@@ -1,4 +1,4 @@
-"""Counterfactual routes: the router's own changes nothing, equal experts change nothing, others do, where they should."""
+"""Counterfactual routes: the router's own and equal experts change nothing, others do, where they should."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,30 +50,30 @@ def equal_experts(model: GptOss) -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_equal_experts_make_every_random_route_equal_and_others_do_not(nano: GptOss, rows: list[Transcript]) -> None:
     with equal_experts(nano):
-        found = routing.experiment(nano, rows, routes=3)["routes"]
-    random = found.sel(which="random experts")["change"]
+        result = routing.experiment(nano, rows, routes=3)["routes"]
+    random = result.sel(which="random experts")["change"]
     assert abs(float(random.sel(layer=LAYER))) < 1e-5
     assert float(np.abs(random.drop_sel(layer=LAYER)).max()) > 0.05, "the negative control: layers whose experts differ"
     assert float(random.sel(layer=3)) < 0
-    assert float(found["q"].sel(which="random experts", layer=LAYER)) > 0.05
-    assert "of random routes are better" in found.attrs["summary"]
+    assert float(result["q"].sel(which="random experts", layer=LAYER)) > 0.05
+    assert "of random routes are better" in result.attrs["summary"]
 
 
 def test_the_routers_own_route_changes_nothing_and_only_one_token_is_rerouted(
     nano: GptOss, rows: list[Transcript]
 ) -> None:
-    kept, positions = routing.drawn_positions(nano, rows, "final", np.random.default_rng(0))
-    where = routing._Positions(kept, positions)
-    base = routing.next_logprobs(nano, kept, positions)
-    same = routing.next_logprobs(nano, kept, positions, route(2, lambda x, logits: logits, where))
+    sequences, positions = routing.drawn_positions(nano, rows, "final", np.random.default_rng(0))
+    where = routing._Positions(sequences, positions)
+    base = routing.next_logprobs(nano, sequences, positions)
+    same = routing.next_logprobs(nano, sequences, positions, route(2, lambda x, logits: logits, where))
     np.testing.assert_allclose(same, base, atol=1e-5)
     earlier = [max(at - 1, 0) for at in positions]
     rerouted = route(0, routing.random_experts(1), where)
-    before, after = (routing.next_logprobs(nano, kept, earlier, *edits) for edits in ((), (rerouted,)))
+    before, after = (routing.next_logprobs(nano, sequences, earlier, *edits) for edits in ((), (rerouted,)))
     np.testing.assert_allclose(before, after, atol=1e-5)
-    changed = routing.next_logprobs(nano, kept, positions, rerouted)
+    changed = routing.next_logprobs(nano, sequences, positions, rerouted)
     assert np.abs(changed - base).max() > 1e-3
-    for row, at, value in list(zip(kept, positions, base, strict=True))[:3]:
+    for row, at, value in list(zip(sequences, positions, base, strict=True))[:3]:
         logits = nano(torch.from_numpy(row.tokens.astype(np.int64))[None])[0, at].log_softmax(-1)
         assert value == pytest.approx(float(logits[int(row.tokens[at + 1])]), abs=1e-4)
 

@@ -29,8 +29,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_autoencoders_are_loaded_by_their_points(folder: Path) -> None:
-    found = load_autoencoders([folder], torch.device("cpu"))
-    assert list(found) == ["blocks.2.hook_resid_post"]
+    loaded = load_autoencoders([folder], torch.device("cpu"))
+    assert list(loaded) == ["blocks.2.hook_resid_post"]
     with pytest.raises(InputError, match="second one"):
         load_autoencoders([folder, folder], torch.device("cpu"))
     cfg = json.loads((folder / "cfg.json").read_text())

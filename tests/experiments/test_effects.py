@@ -55,8 +55,8 @@ def test_log_probabilities_are_those_of_each_sequence_alone(base: GptOss, monkey
         ids = torch.from_numpy(row.tokens).long()
         with applied(base, forbid(1, [2])):
             logp = base(ids[None])[0].log_softmax(-1)
-        said = [float(logp[i - 1, ids[i]]) for i in range(1, len(ids)) if ids[i] % 2]
-        assert value == pytest.approx(sum(said), abs=1e-3) if said else np.isnan(value)
+        own = [float(logp[i - 1, ids[i]]) for i in range(1, len(ids)) if ids[i] % 2]
+        assert value == pytest.approx(sum(own), abs=1e-3) if own else np.isnan(value)
 
 
 def test_prompts_are_the_unit_of_a_paired_mean() -> None:
@@ -147,7 +147,7 @@ def test_forcing_every_recorded_choice_undoes_a_random_router(nano: GptOss, arit
     assert got.attrs["family"] == "2 interventions"
     assert bool((got["q"] >= got["p"]).all())
     assert float(got["change"].sel(intervention="forced")) > 0.5 * float(got["change"].sel(intervention="lost"))
-    with pytest.raises(InputError, match="no known routing"):
+    with pytest.raises(InputError, match="was not recorded"):
         effects.RoutedTo(rows, routes, 2, 0)([1, 2, 3])
 
 

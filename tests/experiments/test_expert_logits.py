@@ -21,8 +21,8 @@ def model() -> GptOss:
 def test_direct_effects_are_those_of_each_token(model: GptOss) -> None:
     """A loop over tokens that takes the expert's write out of the last stream, with the norm's scale fixed."""
     rows = transcripts(wb.open_run(DATA / "demo.zarr"), [0, 7])
-    found = expert_logits.load(model, rows, n=3)
-    layer, expert = 2, int(found["tokens"].values[2].argmax())
+    result = expert_logits.load(model, rows, n=3)
+    layer, expert = 2, int(result["tokens"].values[2].argmax())
     total, n = torch.zeros(model.cfg.d_vocab), 0
     with torch.no_grad():
         for row in rows:
@@ -35,11 +35,11 @@ def test_direct_effects_are_those_of_each_token(model: GptOss) -> None:
                 total += model.unembed.weight @ normed
                 n += 1
     effect = total / n - (total / n).mean()
-    assert int(found["tokens"][layer, expert]) == n
-    cell = found.sel(layer=layer, expert=expert)
+    assert int(result["tokens"][layer, expert]) == n
+    cell = result.sel(layer=layer, expert=expert)
     assert cell["top_token"].values.tolist() == effect.topk(3).indices.tolist()
     np.testing.assert_allclose(cell["bottom_logit"].values, effect.topk(3, largest=False).values, rtol=1e-3, atol=1e-5)
-    other = found.sel(layer=layer, expert=(expert + 1) % model.cfg.num_experts)
+    other = result.sel(layer=layer, expert=(expert + 1) % model.cfg.num_experts)
     assert not np.allclose(other["top_logit"].values, effect.topk(3).values, rtol=1e-3)  # the negative control
     assert cell["top_text"].values[0] == model.tokenizer.decode([int(cell["top_token"][0])])
     with pytest.raises(InputError, match="at least one sequence"):
@@ -48,12 +48,12 @@ def test_direct_effects_are_those_of_each_token(model: GptOss) -> None:
 
 def test_ablations_name_their_experts(model: GptOss) -> None:
     rows = transcripts(wb.open_run(DATA / "demo.zarr"), range(0, 120, 5))
-    found = expert_logits.ablations(model, rows, [(0, 1), (3, 2)])
-    assert found["layer"].values.tolist() == [0, 3]
-    assert found["expert"].values.tolist() == [1, 2]
-    assert np.isfinite(found["change"].values).all()
-    assert (found["low"] <= found["change"]).all()
-    with pytest.raises(InputError, match="at least one expert"):
+    result = expert_logits.ablations(model, rows, [(0, 1), (3, 2)])
+    assert result["layer"].values.tolist() == [0, 3]
+    assert result["expert"].values.tolist() == [1, 2]
+    assert np.isfinite(result["change"].values).all()
+    assert (result["low"] <= result["change"]).all()
+    with pytest.raises(InputError, match="no expert was given: give at least one"):
         expert_logits.ablations(model, rows, [])
 
 

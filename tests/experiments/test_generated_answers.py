@@ -1,4 +1,4 @@
-"""Generated answers: an expert that carries a behaviour is found among random ones; what changes nothing is no effect."""
+"""Generated answers: an expert that carries a behaviour is found among random ones; no change is no effect."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,10 @@ import torch
 import workbench as wb
 from tests.conftest import DATA
 from workbench.errors import InputError
-from workbench.experiments import generated_answers
+from workbench.experiments import answer_measures, generated_answers
+from workbench.experiments.answer_effects import behaviour, between_models
+from workbench.experiments.answer_measures import generate_answers, measure
 from workbench.experiments.from_run import transcripts
-from workbench.experiments.generated_answers import behaviour, between_models, generate_answers, measure
 from workbench.experiments.random_controls import rank
 from workbench.figures import generated_answers as figures
 from workbench.harmony.transcripts import Transcript
@@ -61,15 +62,15 @@ def test_an_expert_that_carries_the_behaviour_is_found_among_random_ones(nano: G
     others = [forbid(layer, [e]) for layer, e in np.ndindex(2, 12) if (layer, e) != (LAYER, EXPERT)][:20]
     recipe = {"carrier": forbid(LAYER, [EXPERT])}
     with carried_by_an_expert(nano):
-        found = behaviour(nano, rows[:5], recipe, controls={"carrier": others}, max_new_tokens=4)
-    same = found.sel(measure="same answer", intervention="carrier")
+        result = behaviour(nano, rows[:5], recipe, controls={"carrier": others}, max_new_tokens=4)
+    same = result.sel(measure="same answer", intervention="carrier")
     assert float(same["change"]) < -0.8
     assert float(same["p_family"]) <= 0.05
     random = same["random"].values
     assert rank(random[0], random[1:]).p > 0.05, "the negative control: an ordinary expert among the others"
-    assert "same answer" in found.attrs["summary"]
-    assert "beyond random controls" in found.attrs["summary"]
-    drawn = figures.gallery({"answers": found})
+    assert "same answer" in result.attrs["summary"]
+    assert "beyond random controls" in result.attrs["summary"]
+    drawn = figures.gallery({"answers": result})
     assert "answers_same_answer" in drawn
     assert all(item.draw().data and len(item.table()) == 1 for item in drawn.values())
 
@@ -79,16 +80,16 @@ def test_gates_times_one_change_nothing_and_every_measure_has_its_zero(nano: Gpt
     unchanged = measure(nano, rows[:6], base, reweight(1, [0, 1, 2], 1.0), max_new_tokens=6)
     np.testing.assert_array_equal(np.nan_to_num(unchanged), 0)
     changed = measure(nano, rows[:6], base, reweight(range(4), range(16), 0.0), max_new_tokens=6)
-    by_name = dict(zip(generated_answers.MEASURES, changed, strict=True))
+    by_name = dict(zip(answer_measures.MEASURES, changed, strict=True))
     assert by_name["same answer"].min() == -1
     assert by_name["tokens before divergence"].mean() < 0
     assert by_name["routing flips"].mean() > 0
 
 
 def test_refusals_and_divergence_are_counted(nano: GptOss) -> None:
-    assert generated_answers._common([1, 2, 3], [1, 2, 4]) == 2
-    assert generated_answers._common([1, 2], [1, 2, 4]) == 2
-    pattern = generated_answers.re.compile(generated_answers.REFUSAL)
+    assert answer_measures._common([1, 2, 3], [1, 2, 4]) == 2
+    assert answer_measures._common([1, 2], [1, 2, 4]) == 2
+    pattern = answer_measures.re.compile(answer_measures.REFUSAL)
     assert all(pattern.match(text) for text in ("i'm sorry, but", "i cannot help", "as an ai"))
     assert not any(pattern.match(text) for text in ("i canter", "the answer: i can't", "sorry day"))
 
@@ -116,11 +117,11 @@ def test_two_models_are_compared_by_their_answers(nano: GptOss, rows: list[Trans
     """The negative control is the model itself, which changes nothing."""
     other = wb.load("nano", dtype=torch.float32)
     other.add_hook(f"blocks.{LAYER}.hook_resid_post", lambda x, hook: -x)
-    found = between_models(nano, other, rows[:6], max_new_tokens=4).isel(intervention=0)
-    assert float(found["high"].sel(measure="same answer")) < 0
-    assert float(found["change"].sel(measure="tokens before divergence")) < -0.5
-    assert float(found["change"].sel(measure="routing flips")) > 0.1
-    assert "random" not in found.attrs["summary"]
+    result = between_models(nano, other, rows[:6], max_new_tokens=4).isel(intervention=0)
+    assert float(result["high"].sel(measure="same answer")) < 0
+    assert float(result["change"].sel(measure="tokens before divergence")) < -0.5
+    assert float(result["change"].sel(measure="routing flips")) > 0.1
+    assert "random" not in result.attrs["summary"]
     same = between_models(nano, nano, rows[:6], max_new_tokens=4)
     np.testing.assert_array_equal(np.nan_to_num(same["change"].values), 0)
     assert all(item.draw().data for item in figures.gallery({"answers": same}).values())

@@ -41,16 +41,18 @@ def metric(logits: Tensor) -> Tensor:
 
 def near(model: GptOss, point: str, part: float) -> dict[str, Tensor]:
     """Activations that lie this part of the way from the corrupt to the clean run."""
-    corrupt, clean = (activations.activations(model, x, activations.named(model, point)) for x in (CORRUPT, CLEAN))
+    corrupt, clean = (activations.activations(model, x, activations.hook_names(model, point)) for x in (CORRUPT, CLEAN))
     return {name: torch.where(x == clean[name], x, x + part * (clean[name] - x)) for name, x in corrupt.items()}
 
 
 def worst(model: GptOss, point: str, part: float) -> float:
     """The largest relative error among the largest estimates."""
     source = near(model, point, part)
-    found = verify(model, CORRUPT, source, metric, attribution_patching(model, CORRUPT, source, metric, point), top_k=2)
-    assert len(found) == 2
-    return float(((found.estimated - found.measured).abs() / found.measured.abs()).max())
+    result = verify(
+        model, CORRUPT, source, metric, attribution_patching(model, CORRUPT, source, metric, point), top_k=2
+    )
+    assert len(result) == 2
+    return float(((result.estimated - result.measured).abs() / result.measured.abs()).max())
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -81,10 +83,10 @@ def test_the_limit_sees_a_wrong_estimate(exact: GptOss, broken: str, monkeypatch
 
 
 def test_what_is_measured_is_a_patch(exact: GptOss) -> None:
-    found = attribution_patching(exact, CORRUPT, CLEAN, metric, ["hook_resid_pre", "attn.hook_z"])
-    assert found["attn.hook_z"].dims == ("layer", "sequence", "position", "head")
-    np.testing.assert_allclose(found.metric, metric(exact(CORRUPT)))
-    table = verify(exact, CORRUPT, CLEAN, metric, found, top_k=8)
+    result = attribution_patching(exact, CORRUPT, CLEAN, metric, ["hook_resid_pre", "attn.hook_z"])
+    assert result["attn.hook_z"].dims == ("layer", "sequence", "position", "head")
+    np.testing.assert_allclose(result.metric, metric(exact(CORRUPT)))
+    table = verify(exact, CORRUPT, CLEAN, metric, result, top_k=8)
     assert table.estimated.abs().is_monotonic_decreasing
     _, cache = exact.run_with_cache(CLEAN)
     for hit in table.to_dict("records"):
@@ -105,39 +107,41 @@ def test_what_is_measured_is_a_patch(exact: GptOss) -> None:
 
 
 def test_where_the_runs_are_alike_nothing_has_an_effect_and_flips_are_counted(exact: GptOss) -> None:
-    found = attribution_patching(exact, CORRUPT, CLEAN, metric, ["attn.hook_z", "attn.hook_attn_scores"])
+    result = attribution_patching(exact, CORRUPT, CLEAN, metric, ["attn.hook_z", "attn.hook_attn_scores"])
     for name in ("attn.hook_z", "attn.hook_attn_scores", "flip"):
         # Exact but for float64's rounding: a pass with gradients takes another path through attention on a CPU.
-        assert float(abs(found[name].sel(position=slice(0, 3))).max()) < 1e-12, name
-        assert float(abs(found[name]).max()) > 1e-6, name
-        assert found[name].notnull().all()
+        assert float(abs(result[name].sel(position=slice(0, 3))).max()) < 1e-12, name
+        assert float(abs(result[name]).max()) > 1e-6, name
+        assert result[name].notnull().all()
     chosen = [activations.activations(exact, x, activations.choices(exact)) for x in (CORRUPT, CLEAN)]
     for layer, name in enumerate(activations.choices(exact)):
         mine, other = chosen[0][name][1, 3].tolist(), chosen[1][name][1, 3].tolist()
-        assert found.flip[layer, 1, 3] == len(set(mine) - set(other)) / BASE.experts_per_token
-    assert found.flip.max() > 0
+        assert result.flip[layer, 1, 3] == len(set(mine) - set(other)) / BASE.experts_per_token
+    assert result.flip.max() > 0
 
 
 def test_padding_is_no_place(exact: GptOss) -> None:
     def last(logits: Tensor) -> Tensor:
         return logits[torch.arange(2), torch.tensor([13, 8])][:, 5]
 
-    found = attribution_patching(exact, CORRUPT, CLEAN, last, ["attn.hook_z", "attn.hook_pattern"], n_real=[14, 9])
+    result = attribution_patching(exact, CORRUPT, CLEAN, last, ["attn.hook_z", "attn.hook_pattern"], n_real=[14, 9])
     for name in ("attn.hook_z", "attn.hook_pattern", "flip"):
-        assert found[name].sel(sequence=1, position=slice(9, None)).isnull().all()
-        assert found[name].sel(sequence=0).notnull().all()
+        assert result[name].sel(sequence=1, position=slice(9, None)).isnull().all()
+        assert result[name].sel(sequence=0).notnull().all()
     alone = attribution_patching(exact, CORRUPT[1:, :9], CLEAN[1:, :9], lambda x: x[:, -1, 5], "attn.hook_z")
-    np.testing.assert_allclose(found["attn.hook_z"][:, 1, :9], alone["attn.hook_z"][:, 0], atol=1e-10)
+    np.testing.assert_allclose(result["attn.hook_z"][:, 1, :9], alone["attn.hook_z"][:, 0], atol=1e-10)
 
 
-def test_packed_bfloat16_and_trainable_models_serve(models: dict[str, GptOss], said: tuple[Tensor, list[int]]) -> None:
+def test_packed_bfloat16_and_trainable_models_serve(
+    models: dict[str, GptOss], generated: tuple[Tensor, list[int]]
+) -> None:
     nano = models["nano, bfloat16"]
-    corrupt, lengths = said[0][:3], said[1][:3]
+    corrupt, lengths = generated[0][:3], generated[1][:3]
     clean = corrupt.clone()
     clean[:, 2] = 11
-    found = attribution_patching(nano, corrupt, clean, lambda x: x[:, 8, 5].float(), POINTS, n_real=lengths)
-    assert all(np.isfinite(found[point].isel(sequence=1, position=slice(0, lengths[1]))).any() for point in POINTS)
-    table = verify(nano, corrupt, clean, lambda x: x[:, 8, 5].float(), found, top_k=5, n_real=lengths)
+    result = attribution_patching(nano, corrupt, clean, lambda x: x[:, 8, 5].float(), POINTS, n_real=lengths)
+    assert all(np.isfinite(result[point].isel(sequence=1, position=slice(0, lengths[1]))).any() for point in POINTS)
+    table = verify(nano, corrupt, clean, lambda x: x[:, 8, 5].float(), result, top_k=5, n_real=lengths)
     assert table.measured.notna().all()
 
     trainable = random_model(BASE)
@@ -168,8 +172,8 @@ def test_integrated_gradients_sum_to_the_difference_as_steps_grow(exact: GptOss,
 
 def test_a_gradient_at_the_end_alone_does_not_sum(exact: GptOss, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np.polynomial.legendre, "leggauss", lambda n: (np.ones(1), 2 * np.ones(1)))
-    found = integrated_gradients(exact, CORRUPT, metric, CLEAN)
-    assert float(abs(found.gap).max()) > 0.1 * float(abs(found.metric - found.baseline).max())
+    result = integrated_gradients(exact, CORRUPT, metric, CLEAN)
+    assert float(abs(result.gap).max()) > 0.1 * float(abs(result.metric - result.baseline).max())
 
 
 def test_a_flip_on_the_way_is_a_gap_that_no_steps_close(exact: GptOss, held: xr.Dataset) -> None:
@@ -181,26 +185,26 @@ def test_a_flip_on_the_way_is_a_gap_that_no_steps_close(exact: GptOss, held: xr.
 
 
 def test_what_is_linear_needs_one_step(exact: GptOss) -> None:
-    found = integrated_gradients(exact, CORRUPT, lambda x: x[:, 4, 9], CLEAN, at="ln_final.hook_normalized", steps=1)
-    assert abs(found.gap).max() < 1e-12
+    result = integrated_gradients(exact, CORRUPT, lambda x: x[:, 4, 9], CLEAN, at="ln_final.hook_normalized", steps=1)
+    assert abs(result.gap).max() < 1e-12
     _, end = exact.run_with_cache(CORRUPT)
     _, begin = exact.run_with_cache(CLEAN)
     change = (end["ln_final.hook_normalized"] - begin["ln_final.hook_normalized"])[:, 4]
     by_hand = change @ (exact.ln_final.weight * exact.unembed.weight[9])
-    np.testing.assert_allclose(found.attribution[:, 4], by_hand, atol=1e-12)
-    assert (found.attribution[:, 5:] == 0).all()
+    np.testing.assert_allclose(result.attribution[:, 4], by_hand, atol=1e-12)
+    assert (result.attribution[:, 5:] == 0).all()
 
 
 def test_what_has_no_gradient_is_refused(exact: GptOss) -> None:
     with pytest.raises(InputError, match="no gradient"):
         attribution_patching(exact, CORRUPT, CLEAN, metric, "mlp.hook_expert_indices")
-    with pytest.raises(InputError, match="wanted a number for each"):
+    with pytest.raises(InputError, match="expected a number for each"):
         attribution_patching(exact, CORRUPT, CLEAN, lambda x: x.sum(), "hook_resid_pre")
-    with pytest.raises(InputError, match="pad them alike"):
+    with pytest.raises(InputError, match="pad both to one length"):
         attribution_patching(exact, CORRUPT, CLEAN[:, :5], metric)
     with pytest.raises(InputError, match=r"clean activations lack 'blocks\.0\.attn\.hook_z'"):
         attribution_patching(exact, CORRUPT, {}, metric, "attn.hook_z")
-    with pytest.raises(InputError, match="no straight way"):
+    with pytest.raises(InputError, match="no straight path"):
         integrated_gradients(exact, CORRUPT, metric, CLEAN, at="blocks.0.attn.hook_attn_scores")
     with pytest.raises(ValueError, match="no hook point 'hook_embedding'"):
         attribution_patching(exact, CORRUPT, CLEAN, metric, "hook_embedding")

@@ -40,15 +40,16 @@ def graphs(model: GptOss, sequences: list[list[int]]) -> list[AttributionGraph]:
 def test_influential_nodes_matter_more_than_random_ones_that_write_as_much(
     model: GptOss, graphs: list[AttributionGraph]
 ) -> None:
-    kept, random = [], []
-    for found in graphs:
-        table = graph_checks.faithfulness(model, found, sizes=(8,), draws=2)
-        kept.append(table["kept"].iloc[0])
+    left, random = [], []
+    for one in graphs:
+        table = graph_checks.faithfulness(model, one, sizes=(8,), draws=2)
+        left.append(table["kept"].iloc[0])
         random.append(table["random"].iloc[0])
     print(
-        f"8 nodes of each of {len(graphs)} graphs: {np.mean(kept):.2f} of the logit is left, {np.mean(random):.2f} at random"
+        f"8 nodes of each of {len(graphs)} graphs: {np.mean(left):.2f} of the logit is left, "
+        f"{np.mean(random):.2f} at random"
     )
-    assert np.mean(kept) < 0.5
+    assert np.mean(left) < 0.5
     assert np.mean(random) > 0.8
 
 
@@ -56,8 +57,8 @@ def test_the_graph_alone_keeps_the_answer(
     model: GptOss, graphs: list[AttributionGraph], sequences: list[list[int]]
 ) -> None:
     means = graph_checks.mean_activations(model, sequences)
-    alone = [graph_checks.kept_alone(model, found, means) for found in graphs]
-    sizes = [len(found.nodes) / found.metadata["nodes_in_pass"] for found in graphs]
+    alone = [graph_checks.kept_alone(model, one, means) for one in graphs]
+    sizes = [len(one.nodes) / one.metadata["nodes_in_pass"] for one in graphs]
     print(f"{np.mean([a['on_top'] for a in alone]):.0%} keep the answer with {np.mean(sizes):.0%} of the nodes")
     assert np.mean([a["on_top"] for a in alone]) >= 0.8
     assert np.mean(sizes) < 0.1
@@ -69,40 +70,40 @@ def test_the_graph_alone_keeps_the_answer(
 def test_ablation_measures_what_a_pass_with_the_node_removed_gives(
     model: GptOss, graphs: list[AttributionGraph]
 ) -> None:
-    found = graphs[0]
-    top = found.nodes[found.nodes["kind"] == "expert"].nlargest(1, "influence")
+    one = graphs[0]
+    top = one.nodes[one.nodes["kind"] == "expert"].nlargest(1, "influence")
     (row,) = top.to_dict("records")
-    table = graph_checks.ablate(model, found, list(top.index))
+    table = graph_checks.ablate(model, one, list(top.index))
 
     def remove(out: torch.Tensor, hook: object) -> torch.Tensor:
         out = out.clone()
         out[0, row["pos"], row["index"]] = model.blocks[row["layer"]].mlp.experts.down.bias[row["expert"]]
         return out
 
-    ids = torch.tensor([found.tokens])
+    ids = torch.tensor([one.tokens])
     name = f"blocks.{row['layer']}.mlp.experts.hook_out"
     with torch.no_grad():
         with_it, without = (
             model.run_with_hooks(ids, fwd_hooks=hooks)[0, -1].double() for hooks in ([], [(name, remove)])
         )
-    target = found.metadata["target_id"]
+    target = one.metadata["target_id"]
     wanted = (with_it[target] - with_it.mean()) - (without[target] - without.mean())
     assert table["measured"].iloc[0] == pytest.approx(float(wanted), rel=1e-4)
     with pytest.raises(InputError, match="cannot be ablated"):
-        graph_checks.ablate(model, found, [len(found.nodes) - 1])
+        graph_checks.ablate(model, one, [len(one.nodes) - 1])
 
 
 def test_an_edge_is_removed_from_what_its_target_reads(model: GptOss, graphs: list[AttributionGraph]) -> None:
     """The expert computed again without the source's write gives the same logit; with another write it does not."""
-    found = graphs[0]
-    nodes = found.nodes
+    one = graphs[0]
+    nodes = one.nodes
     experts = nodes.index[nodes["kind"] == "expert"]
     inner = nodes.index[nodes["kind"].isin(("embedding", "head"))]
-    edges = found.edges[found.edges["target"].isin(experts) & found.edges["source"].isin(inner)]
+    edges = one.edges[one.edges["target"].isin(experts) & one.edges["source"].isin(inner)]
     edge = edges.loc[edges["value"].abs().idxmax()]
     source, target = nodes.loc[edge["source"]].to_dict(), nodes.loc[edge["target"]].to_dict()
     layer, pos, slot = target["layer"], target["pos"], target["index"]
-    block, ids = model.blocks[layer], torch.tensor([found.tokens])
+    block, ids = model.blocks[layer], torch.tensor([one.tokens])
     with torch.no_grad():
         cache = model.run_with_cache(ids)[1]
         if source["kind"] == "embedding":
@@ -125,15 +126,15 @@ def test_an_edge_is_removed_from_what_its_target_reads(model: GptOss, graphs: li
                 value[0, pos, slot] = out
                 return value
 
-            return graph_checks.logit(model, found, [(f"blocks.{layer}.mlp.experts.hook_out", put)])
+            return graph_checks.logit(model, one, [(f"blocks.{layer}.mlp.experts.hook_out", put)])
 
-        plain = graph_checks.logit(model, found)
-        result = graph_checks.ablate_edge(model, found, int(edge["source"]), int(edge["target"]))
+        plain = graph_checks.logit(model, one)
+        result = graph_checks.ablate_edge(model, one, int(edge["source"]), int(edge["target"]))
         assert result["measured"] == pytest.approx(plain - logit_without(write), abs=1e-3)
         assert abs(result["measured"] - (plain - logit_without(-write))) > 1e-2  # negative control
     assert result["value"] == pytest.approx(edge["value"])
     with pytest.raises(InputError, match="an edge goes from"):
-        graph_checks.ablate_edge(model, found, int(edge["source"]), len(nodes) - 1)
+        graph_checks.ablate_edge(model, one, int(edge["source"]), len(nodes) - 1)
 
 
 def test_a_feature_is_ablated_in_what_the_stream_carries(model: GptOss, sequences: list[list[int]]) -> None:
@@ -145,17 +146,17 @@ def test_a_feature_is_ablated_in_what_the_stream_carries(model: GptOss, sequence
     cfg = SAEConfig("standard", 128, 64, torch.float32, True, "none", "none", 0, False, None)
     sae = SAE(cfg, weights | {"b_enc": torch.zeros(64), "b_dec": torch.zeros(128)})
     at = "blocks.2.hook_resid_mid"
-    found = graph(model, sequences[0], saes={at: sae})
-    node = found.nodes[found.nodes["kind"] == "feature"]["influence"].idxmax()
-    row = found.nodes.loc[node]
+    attributed = graph(model, sequences[0], saes={at: sae})
+    node = attributed.nodes[attributed.nodes["kind"] == "feature"]["influence"].idxmax()
+    row = attributed.nodes.loc[node]
 
     def without(x: torch.Tensor, hook: object) -> torch.Tensor:
         acts = sae.encode(x)
         x[0, row["pos"]] -= acts[0, row["pos"], row["index"]] * sae.W_dec[row["index"]]
         return x
 
-    plain, left = (graph_checks.logit(model, found, hooks) for hooks in ([], [(at, without)]))
-    measured = graph_checks.ablate(model, found, [node])["measured"].iloc[0]
+    plain, left = (graph_checks.logit(model, attributed, hooks) for hooks in ([], [(at, without)]))
+    measured = graph_checks.ablate(model, attributed, [node])["measured"].iloc[0]
     assert measured == pytest.approx(plain - left, abs=1e-4)
     assert abs(measured) > 1e-2
-    assert len(graph_checks.faithfulness(model, found, sizes=(2,), draws=1)) == 1
+    assert len(graph_checks.faithfulness(model, attributed, sizes=(2,), draws=1)) == 1

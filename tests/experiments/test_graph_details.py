@@ -32,23 +32,23 @@ def test_neurons_add_up_to_their_expert(model: GptOss, complete: AttributionGrap
     wrong = []
     for node, other in zip(experts, experts[1:] + experts[:1], strict=True):
         row = complete.nodes.loc[node]
-        found = graph_details.neurons(model, complete, node, top=5)
-        assert found.nodes["neuron"].tolist()[-1] == -1
-        assert len(found.nodes) == 6
-        assert found.nodes["value"].sum() == pytest.approx(row["value"], rel=1e-4, abs=1e-5)
-        assert found.nodes["bias"].sum() == pytest.approx(row["bias"], rel=1e-4, abs=1e-4)
-        assert found.nodes["error"].abs().max() < 1e-4, "edges and bias add up to every neuron"
-        ours = found.edges.groupby("source")["value"].sum()
+        expanded = graph_details.neurons(model, complete, node, top=5)
+        assert expanded.nodes["neuron"].tolist()[-1] == -1
+        assert len(expanded.nodes) == 6
+        assert expanded.nodes["value"].sum() == pytest.approx(row["value"], rel=1e-4, abs=1e-5)
+        assert expanded.nodes["bias"].sum() == pytest.approx(row["bias"], rel=1e-4, abs=1e-4)
+        assert expanded.nodes["error"].abs().max() < 1e-4, "edges and bias add up to every neuron"
+        ours = expanded.edges.groupby("source")["value"].sum()
         theirs = complete.edges[complete.edges["target"] == node].set_index("source")["value"]
         np.testing.assert_allclose(ours.reindex(theirs.index), theirs, rtol=1e-3, atol=1e-4)
-        wrong.append(abs(found.nodes["value"].sum() - complete.nodes.loc[other, "value"]))
+        wrong.append(abs(expanded.nodes["value"].sum() - complete.nodes.loc[other, "value"]))
     assert max(wrong) > 0.1, "the negative control: neurons of one expert are not those of another"
 
 
 def test_all_neurons_are_shown_on_demand(model: GptOss, complete: AttributionGraph, experts: list[int]) -> None:
-    found = graph_details.neurons(model, complete, experts[0], top=10**6)
-    assert sorted(found.nodes["neuron"]) == list(range(model.cfg.d_mlp))
-    assert found.nodes["value"].abs().is_monotonic_decreasing
+    expanded = graph_details.neurons(model, complete, experts[0], top=10**6)
+    assert sorted(expanded.nodes["neuron"]) == list(range(model.cfg.d_mlp))
+    assert expanded.nodes["value"].abs().is_monotonic_decreasing
 
 
 def test_neurons_as_nodes_keep_every_sum(model: GptOss, complete: AttributionGraph, experts: list[int]) -> None:
@@ -96,16 +96,16 @@ def test_scores_are_the_sum_of_what_queries_and_keys_read(model: GptOss, complet
     scores = []
     for node in heads.nlargest(3, "influence").index:
         row = complete.nodes.loc[node]
-        found = graph_details.attention_edges(model, complete, node)
-        score = float(cache["attn_scores", row["layer"]][0, row["index"], row["pos"], found.attrs["key"]])
-        for _, side in found.groupby("side"):
+        result = graph_details.attention_edges(model, complete, node)
+        score = float(cache["attn_scores", row["layer"]][0, row["index"], row["pos"], result.attrs["key"]])
+        for _, side in result.groupby("side"):
             assert side["value"].sum() == pytest.approx(score, rel=1e-4)
             assert side.loc[side["source"] == -2, "value"].abs().item() < 1e-3, "a complete graph explains it all"
         scores.append(score)
-        sources = complete.nodes.loc[found.loc[(found["side"] == "key") & (found["source"] >= 0), "source"]]
-        assert set(sources["pos"]) == {found.attrs["key"]}
+        sources = complete.nodes.loc[result.loc[(result["side"] == "key") & (result["source"] >= 0), "source"]]
+        assert set(sources["pos"]) == {result.attrs["key"]}
     assert np.ptp(scores) > 0.1, "the negative control: another head's score is another sum"
-    with pytest.raises(InputError, match="is no head"):
+    with pytest.raises(InputError, match="is not a head"):
         graph_details.attention_edges(model, complete, len(complete.nodes) - 1)
     with pytest.raises(InputError, match=r"sees \d+ to \d+"):
         graph_details.attention_edges(model, complete, heads.index[0], key=10**6)
@@ -114,12 +114,12 @@ def test_scores_are_the_sum_of_what_queries_and_keys_read(model: GptOss, complet
 def test_a_neurons_activation_is_that_of_the_pass(
     model: GptOss, complete: AttributionGraph, experts: list[int]
 ) -> None:
-    found = graph_details.neurons(model, complete, experts[0], top=3)
+    expanded = graph_details.neurons(model, complete, experts[0], top=3)
     row = complete.nodes.loc[experts[0]]
     with torch.no_grad():
         post = model.run_with_cache(torch.tensor([complete.tokens]))[1]["post", int(row["layer"])]
-    own = post[0, int(row["pos"]), int(row["index"]), found.nodes["neuron"].tolist()[:3]]
-    np.testing.assert_allclose(found.nodes["activation"][:3], own, rtol=1e-4, atol=1e-6)
+    own = post[0, int(row["pos"]), int(row["index"]), expanded.nodes["neuron"].tolist()[:3]]
+    np.testing.assert_allclose(expanded.nodes["activation"][:3], own, rtol=1e-4, atol=1e-6)
 
 
 def test_router_edges_add_up_to_the_lead_over_the_runner_up(
@@ -128,19 +128,19 @@ def test_router_edges_add_up_to_the_lead_over_the_runner_up(
     leads = []
     for node in experts:
         row = complete.nodes.loc[node]
-        found = graph_details.router_edges(model, complete, node)
+        result = graph_details.router_edges(model, complete, node)
         with torch.no_grad():
             logits = model.run_with_cache(torch.tensor([complete.tokens]))[1]["router", int(row["layer"])][
                 0, int(row["pos"])
             ]
         best = logits.topk(model.cfg.experts_per_token + 1)
-        assert found.attrs["runner_up"] == int(best.indices[-1])
+        assert result.attrs["runner_up"] == int(best.indices[-1])
         lead = float(logits[int(row["expert"])] - best.values[-1])
-        assert found.attrs["difference"] == pytest.approx(lead, abs=1e-4)
+        assert result.attrs["difference"] == pytest.approx(lead, abs=1e-4)
         assert lead > 0
-        assert found["value"].sum() == pytest.approx(lead, abs=1e-4)
-        assert found.set_index("source")["value"][-2] == pytest.approx(0, abs=1e-3), "the complete graph explains all"
-        leads.append((found, lead))
+        assert result["value"].sum() == pytest.approx(lead, abs=1e-4)
+        assert result.set_index("source")["value"][-2] == pytest.approx(0, abs=1e-3), "the complete graph explains all"
+        leads.append((result, lead))
     one, lead = leads[0]
     assert abs(one[one["source"] >= 0]["value"].abs().sum() - lead) > 1e-2  # negative control: signs matter
 
@@ -148,7 +148,7 @@ def test_router_edges_add_up_to_the_lead_over_the_runner_up(
 def test_nodes_that_are_no_experts_are_refused(model: GptOss, complete: AttributionGraph, experts: list[int]) -> None:
     target = len(complete.nodes) - 1
     for call in (graph_details.neurons, graph_details.router_edges):
-        with pytest.raises(InputError, match=f"node {target} is no expert"):
+        with pytest.raises(InputError, match=f"node {target} is not an expert"):
             call(model, complete, target)
     with pytest.raises(InputError, match="top=0"):
         graph_details.neurons(model, complete, experts[0], top=0)

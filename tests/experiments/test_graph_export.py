@@ -1,4 +1,4 @@
-"""Exported graphs have the published schema, and say what the graph says.
+"""Exported graphs have the published schema, and state what the graph has.
 
 Also tests `workbench.cli.graphs`.
 """
@@ -83,12 +83,14 @@ def model() -> GptOss:
 
 
 @pytest.fixture(scope="module")
-def found(model: GptOss) -> AttributionGraph:
+def attributed(model: GptOss) -> AttributionGraph:
     return graph(model, "12+34=")
 
 
-def test_the_file_has_the_published_schema(model: GptOss, found: AttributionGraph, tmp_path: Path) -> None:
-    data: dict[str, Any] = json.loads(graph_export.write_json(model, found, tmp_path / "my graph.json").read_text())
+def test_the_file_has_the_published_schema(model: GptOss, attributed: AttributionGraph, tmp_path: Path) -> None:
+    data: dict[str, Any] = json.loads(
+        graph_export.write_json(model, attributed, tmp_path / "my graph.json").read_text()
+    )
     file = File.model_validate_json(json.dumps(data))
     assert file.metadata.slug == "my-graph"
     names = [node.node_id for node in file.nodes]
@@ -100,13 +102,13 @@ def test_the_file_has_the_published_schema(model: GptOss, found: AttributionGrap
     assert all(0 <= node.ctx_idx < len(file.metadata.prompt_tokens) for node in file.nodes)
     target = next(node for node in file.nodes if node.is_target_logit)
     into = sum(link.weight for link in file.links if link.target == target.node_id)
-    assert into == pytest.approx(found.metadata["logit"], abs=0.5)
+    assert into == pytest.approx(attributed.metadata["logit"], abs=0.5)
     with pytest.raises(InputError, match="letters, digits"):
-        graph_export.to_json(model, found, "../x")
+        graph_export.to_json(model, attributed, "../x")
 
 
-def test_neurons_and_choices_are_exported(model: GptOss, found: AttributionGraph, tmp_path: Path) -> None:
-    divided = graph_details.with_neurons(model, found, top=2)
+def test_neurons_and_choices_are_exported(model: GptOss, attributed: AttributionGraph, tmp_path: Path) -> None:
+    divided = graph_details.with_neurons(model, attributed, top=2)
     choices = graph_details.choice_edges(model, divided)
     assert set(choices["kind"]) == {"query", "key", "router"}
     data = graph_export.to_json(model, divided, choices=choices)
@@ -117,7 +119,7 @@ def test_neurons_and_choices_are_exported(model: GptOss, found: AttributionGraph
     places = {(node.layer, node.feature) for node in file.nodes if node.feature_type == "cross layer transcoder"}
     assert len({feature for _, feature in places}) == len(places) <= len(features), "a number is of one layer"
     groups = file.qParams.supernodes
-    assert len(groups) == (found.nodes["kind"] == "expert").sum()
+    assert len(groups) == (attributed.nodes["kind"] == "expert").sum()
     assert all(len(group) == 4 and set(group[1:]) <= set(names) for group in groups), "2 neurons and the others"
     links = data["metadata"]["info"]["choices"]
     assert {end for link in links for end in (link["source"], link["target"])} <= set(names)
@@ -129,11 +131,11 @@ def test_neurons_and_choices_are_exported(model: GptOss, found: AttributionGraph
 
 
 @pytest.mark.long
-def test_circuit_tracer_reads_the_file(model: GptOss, found: AttributionGraph, tmp_path: Path) -> None:
+def test_circuit_tracer_reads_the_file(model: GptOss, attributed: AttributionGraph, tmp_path: Path) -> None:
     """Its own models and server, where it is installed: pip install --no-deps circuit-tracer."""
     models = pytest.importorskip("circuit_tracer.frontend.graph_models")
     frontend = pytest.importorskip("circuit_tracer.frontend")
-    divided = graph_details.with_neurons(model, found, top=2)
+    divided = graph_details.with_neurons(model, attributed, top=2)
     path = graph_export.write_json(model, divided, tmp_path / "g.json")
     read = models.Model.model_validate_json(path.read_text())
     assert len(read.nodes) >= len(divided.nodes)
@@ -142,7 +144,7 @@ def test_circuit_tracer_reads_the_file(model: GptOss, found: AttributionGraph, t
         port = free.getsockname()[1]
     server = frontend.serve(str(tmp_path), port=port)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/graph_data/g.json", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/graph_data/g.json", timeout=300) as answer:
             content = answer.read()
     finally:
         server.stop()
@@ -152,20 +154,30 @@ def test_circuit_tracer_reads_the_file(model: GptOss, found: AttributionGraph, t
         models.Node.model_validate({"node_id": "x", "feature": 1, "layer": "1", "feature_type": "logit"})
 
 
-def test_networkx_and_graphml(found: AttributionGraph, tmp_path: Path) -> None:
-    out = graph_export.to_networkx(found)
+def test_networkx_and_graphml(attributed: AttributionGraph, tmp_path: Path) -> None:
+    out = graph_export.to_networkx(attributed)
     assert nx.is_directed_acyclic_graph(out)
-    assert (len(out.nodes), len(out.edges)) == (len(found.nodes), len(found.edges))
+    assert (len(out.nodes), len(out.edges)) == (len(attributed.nodes), len(attributed.edges))
     nx.write_graphml(out, tmp_path / "g.graphml")
-    assert len(nx.read_graphml(tmp_path / "g.graphml").nodes) == len(found.nodes)
+    again = nx.read_graphml(tmp_path / "g.graphml", node_type=int, force_multigraph=True)
+
+    def contents(network: Any) -> tuple[list[str], list[str]]:  # as text, in which NaN equals itself
+        nodes = [f"{name} {sorted(data.items())}" for name, data in network.nodes(data=True)]
+        edges = [f"{a} {b} {sorted(data.items())}" for a, b, data in network.edges(data=True)]
+        return sorted(nodes), sorted(edges)
+
+    assert contents(again) == contents(out)
+    source, target, key = next(iter(again.edges(keys=True)))
+    again.edges[source, target, key]["value"] += 1
+    assert contents(again) != contents(out), "negative control: another weight"
 
 
-def test_edges_that_recur(model: GptOss, found: AttributionGraph) -> None:
+def test_edges_that_recur(model: GptOss, attributed: AttributionGraph) -> None:
     other = graph(model, "45+12=")
-    table = graph_export.recurring_edges([found, found, other])
+    table = graph_export.recurring_edges([attributed, attributed, other])
     assert table["share"].max() == 1
     assert ((table["low"] >= 0) & (table["high"] <= 1) & (table["low"] < table["high"])).all()
-    once = graph_export.recurring_edges([found])
+    once = graph_export.recurring_edges([attributed])
     assert (once["graphs"] == 1).all()
     with pytest.raises(InputError, match="at least one graph"):
         graph_export.recurring_edges([])
@@ -178,6 +190,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "logits" in done.output
     File.model_validate_json(out.read_text())
+    assert "by ablation" not in done.output
+    checked = CliRunner().invoke(app, [*arguments, "--overwrite", "--ablate", "2"])
+    assert checked.exit_code == 0, checked.output
+    lines = [line for line in checked.output.splitlines() if "by ablation" in line]
+    assert [line.partition(", measured by")[0] in done.output for line in lines] == [True, True]
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, InputError)
     assert "exists" in str(again.exception)

@@ -69,7 +69,7 @@ def test_hiding_the_content_alone_leaks_through_its_end_mark(nano: GptOss, rows:
     assert readers(own, last, keys["content"], nano.tokenizer) == {"<|end|> of assistant analysis": len(own)}
     as_content = wb.harmony.token_set(tokenizer=nano.tokenizer, channel="final")
     leaking = readers(own, as_content, keys["messages"], nano.tokenizer)
-    assert leaking["<|message|> of assistant final"] == len(own), "a header that is no query has read the analysis"
+    assert leaking["<|message|> of assistant final"] == len(own), "a header that is not a query has read the analysis"
 
 
 def test_readers_stand_between_hidden_tokens_and_queries(nano: GptOss) -> None:
@@ -84,9 +84,9 @@ def test_readers_stand_between_hidden_tokens_and_queries(nano: GptOss) -> None:
 
     assert readers([row], only(n - 1), only(n - 3), nano.tokenizer) == {"content of assistant final": 1}
     assert readers([row], only(0), only(n - 3), nano.tokenizer) == {}, "no query follows"
-    found = readers([row], only(n - 1), only(*analysis[:-1]), nano.tokenizer)
-    assert found["<|end|> of assistant analysis"] == 1
-    assert sum(found.values()) == n - 1 - analysis[-1]
+    result = readers([row], only(n - 1), only(*analysis[:-1]), nano.tokenizer)
+    assert result["<|end|> of assistant analysis"] == 1
+    assert sum(result.values()) == n - 1 - analysis[-1]
 
 
 @pytest.mark.filterwarnings("ignore:only 18 prompts")
@@ -101,5 +101,5 @@ def test_results_count_and_name_the_readers(nano: GptOss, rows: list[Transcript]
     content = attention_knockout.experiment(nano, few, hide="content")["attention"]
     assert float(content["readers"].sel(intervention=name)) == 1
     assert "<|end|> of assistant analysis 1.0" in content.attrs["summary"]
-    change = [float(found["change"].sel(intervention=name)) for found in (hidden, content)]
+    change = [float(one["change"].sel(intervention=name)) for one in (hidden, content)]
     assert change[0] < change[1] - 1

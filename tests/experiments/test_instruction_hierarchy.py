@@ -1,4 +1,4 @@
-"""Conflicts of instructions: nano follows the developer, which it was trained to; words and labels cannot feign that."""
+"""Conflicts of instructions: nano follows the developer, as it was trained to; words and labels do not cause that."""
 
 from dataclasses import replace
 from typing import Any
@@ -34,23 +34,23 @@ def rows() -> list[Transcript]:
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_nano_follows_the_developer_as_trained(nano: GptOss, rows: list[Transcript]) -> None:
     """The planted truth: in training, the developer's word is the answer to every conflict with a user."""
-    found = hierarchy.experiment(nano, rows, words=WORDS, max_new_tokens=12)
-    one = found["conflicts"].sel(case=DEVELOPER)
+    result = hierarchy.experiment(nano, rows, words=WORDS, max_new_tokens=12)
+    one = result["conflicts"].sel(case=DEVELOPER)
     assert float(one["low"]) > 2
     assert float(one["first"]) == 1
     assert float(one["q"]) <= 0.05
-    order = found["conflicts"].sel(case=hierarchy.ORDER)
+    order = result["conflicts"].sel(case=hierarchy.ORDER)
     assert float(order["low"]) > 2, "nano follows the first instruction, of any role"
     assert float(one["beyond_order_low"]) < 0 < float(one["beyond_order_high"]), "so that the role shows nothing beyond"
-    assert f"  {DEVELOPER}: +" in found["conflicts"].attrs["summary"]
-    shares = found["conflicts"]["first"] + found["conflicts"]["second"]
+    assert f"  {DEVELOPER}: +" in result["conflicts"].attrs["summary"]
+    shares = result["conflicts"]["first"] + result["conflicts"]["second"]
     assert ((shares >= 0) & (shares <= 1)).all()
-    injected = found["injections"]
+    injected = result["injections"]
     assert injected["which"].values.tolist() == ["none", "the word alone", "instruction"]
     assert float(injected["change"].sel(which="none")) == 0
     assert float(injected["change"].sel(which="instruction")) < 0
     assert float(injected["kept"].sel(which="none")) > 0.5
-    assert all(item.draw().data for item in figures.gallery(found).values())
+    assert all(item.draw().data for item in figures.gallery(result).values())
 
 
 def case(nano: GptOss, placed: list[tuple[str, str]], words: tuple[str, str]) -> hierarchy._Case:

@@ -33,7 +33,7 @@ def rows() -> list[Transcript]:
 
 
 def model_that_writes(low: bool, high: bool) -> GptOss:
-    """Every token attends to itself or to the sink alone, as its flag says; what it writes is linear in its stream."""
+    """Every token attends to itself or to the sink alone, as its flag sets; what it writes is linear in its stream."""
     model = linear_model(windows=(1, 1))
     model.ln_final.weight.fill_(WIDE**0.5)
     model.embed.weight[:, FLAG] = -1.0
@@ -50,8 +50,8 @@ def model_that_writes(low: bool, high: bool) -> GptOss:
 
 
 def test_a_group_whose_jacobian_is_another_is_found(rows: list[Transcript]) -> None:
-    found = experiment(model_that_writes(low=True, high=False), rows, tuned_steps=3, **OPTIONS)
-    lenses, comparisons = found["lenses"], found["comparisons"]
+    result = experiment(model_that_writes(low=True, high=False), rows, tuned_steps=3, **OPTIONS)
+    lenses, comparisons = result["lenses"], result["comparisons"]
     own = lenses["divergence"].sel(lens="Jacobian lens of the group")
     np.testing.assert_allclose(own, 0, atol=1e-6)  # each group is linear
     assert (lenses["agreement"].sel(lens="Jacobian lens of the group") == 1).all()
@@ -63,17 +63,17 @@ def test_a_group_whose_jacobian_is_another_is_found(rows: list[Transcript]) -> N
     assert float(logit.sel(group="low").min()) > 0.01
     assert lenses["divergence"].sel(lens="tuned lens").notnull().all()
     assert "in 2 of 2 groups and layers" in comparisons.attrs["summary"]
-    assert list(gallery(found)) == ["lenses_high", "lenses_low", *(f"comparisons_{which}" for which in COMPARISONS)]
-    assert all(item.draw().data and len(item.table()) for item in gallery(found).values())
+    assert list(gallery(result)) == ["lenses_high", "lenses_low", *(f"comparisons_{which}" for which in COMPARISONS)]
+    assert all(item.draw().data and len(item.table()) for item in gallery(result).values())
 
 
 def test_groups_with_the_same_jacobian_do_not_differ(rows: list[Transcript]) -> None:
     """Negative control of the experiment: the Jacobian lens is better than the logit lens, and no group has its own."""
-    found = experiment(model_that_writes(low=True, high=True), rows, tuned_steps=0, **OPTIONS)
-    change = found["comparisons"]["change"]
+    result = experiment(model_that_writes(low=True, high=True), rows, tuned_steps=0, **OPTIONS)
+    change = result["comparisons"]["change"]
     np.testing.assert_allclose(change.sel(which=list(COMPARISONS[1:])), 0, atol=1e-6)
     assert (change.sel(which=COMPARISONS[0]) < -0.01).all()
-    assert found["lenses"]["divergence"].sel(lens="tuned lens").isnull().all()
+    assert result["lenses"]["divergence"].sel(lens="tuned lens").isnull().all()
 
 
 def test_prompts_that_fit_the_lenses_are_not_read(rows: list[Transcript], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_a_saved_lens_is_read_in_place_of_a_fit(rows: list[Transcript], tmp_path
     fitted = experiment(model, rows, tuned_steps=0, save=str(folder), **OPTIONS)
     assert sorted(path.name for path in folder.iterdir()) == ["all.pt", "high.pt", "low.pt"]
     read = experiment(model, rows, tuned_steps=0, jacobian=str(folder / "all.pt"), **OPTIONS)
-    all_tokens = [found["lenses"]["divergence"].sel(lens="Jacobian lens") for found in (fitted, read)]
+    all_tokens = [one["lenses"]["divergence"].sel(lens="Jacobian lens") for one in (fitted, read)]
     np.testing.assert_allclose(*all_tokens, atol=1e-3)  # the file is float16
     other = experiment(model, rows, tuned_steps=0, jacobian=str(folder / "high.pt"), **OPTIONS)
     assert abs(other["lenses"]["divergence"].sel(lens="Jacobian lens") - all_tokens[0]).max() > 0.01
@@ -114,7 +114,7 @@ def test_a_saved_lens_is_read_in_place_of_a_fit(rows: list[Transcript], tmp_path
     assert "own Jacobian" not in read["lenses"].attrs["summary"]
     assert all(item.draw().data and len(item.table()) for item in gallery(read).values())
     for wrong in ({"save": str(folder)}, {"save": "x", "jacobian": str(folder / "all.pt")}):
-        with pytest.raises(InputError, match=r"exists: name a new folder|no Jacobian lens is fitted"):
+        with pytest.raises(InputError, match=r"exists: choose a new folder|no Jacobian lens is fitted"):
             experiment(model, rows, tuned_steps=0, **wrong, **OPTIONS)
 
 
@@ -123,6 +123,6 @@ def test_a_lens_of_some_layers_is_read_in_these(rows: list[Transcript], tmp_path
     tokens = torch.from_numpy(np.stack([row.tokens.astype(np.int64) for row in rows]))
     last = model.cfg.n_layers - 1
     fit_jacobian_lens(model, tokens, layers=[last - 1], skip_first=2).save(tmp_path / "some.pt")
-    found = experiment(model, rows, tuned_steps=0, jacobian=str(tmp_path / "some.pt"), **OPTIONS)
-    assert found["lenses"]["layer"].values.tolist() == [last - 1]
-    assert found["lenses"]["divergence"].sel(lens=["logit lens", "Jacobian lens"]).notnull().all()
+    result = experiment(model, rows, tuned_steps=0, jacobian=str(tmp_path / "some.pt"), **OPTIONS)
+    assert result["lenses"]["layer"].values.tolist() == [last - 1]
+    assert result["lenses"]["divergence"].sel(lens=["logit lens", "Jacobian lens"]).notnull().all()

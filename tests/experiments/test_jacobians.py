@@ -71,20 +71,20 @@ def test_the_jacobian_of_a_channel_has_its_tokens_as_sources_and_all_later_ones_
     model = linear_model(d_vocab=tokenizer.d_vocab)
     model.tokenizer = tokenizer
     row = next(r for r in transcripts(wb.open_run(DATA / "demo.zarr")) if r.effort == "medium")
-    found = fit_jacobian_lenses(model, [row], skip_first=SKIP, batch=32)
+    result = fit_jacobian_lenses(model, [row], skip_first=SKIP, batch=32)
     valid = list(range(SKIP, len(row.tokens) - 1))
     A = attention_map(model)
     for channel in ("analysis", "final"):
         mask = token_set(channel=channel, tokenizer=tokenizer)(row.tokens.astype(np.int64))
         own = [t for t in valid if mask[t]]
         expected = torch.eye(32) + mean_of_sums(own, valid) * A
-        torch.testing.assert_close(found[f"{channel}, medium"].J[0].double(), expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(result[f"{channel}, medium"].J[0].double(), expected, atol=1e-6, rtol=1e-5)
         of_channel_alone = torch.eye(32) + mean_of_sums(own, own) * A
-        same = torch.allclose(found[f"{channel}, medium"].J[0].double(), of_channel_alone, atol=1e-3)
+        same = torch.allclose(result[f"{channel}, medium"].J[0].double(), of_channel_alone, atol=1e-3)
         assert same == (channel == "final"), "the analysis has later targets, the final message has none"
     everything = torch.eye(32) + mean_of_sums(valid, valid) * A
-    torch.testing.assert_close(found["all"].J[0].double(), everything, atol=1e-6, rtol=1e-5)
-    assert {"analysis, medium", "final, medium", "all"} <= set(found)
+    torch.testing.assert_close(result["all"].J[0].double(), everything, atol=1e-6, rtol=1e-5)
+    assert {"analysis, medium", "final, medium", "all"} <= set(result)
 
 
 def test_the_jacobian_of_a_nonlinear_model_is_that_of_automatic_differentiation(exact: GptOss) -> None:
@@ -120,8 +120,8 @@ def test_prompts_weigh_alike_and_lenses_of_parts_merge_to_the_lens_of_all(exact:
 def test_a_reading_is_the_norm_and_unembedding_of_the_mapped_stream(exact: GptOss) -> None:
     rng = torch.Generator().manual_seed(3)
     lens = JacobianLens({1: torch.randn(64, 64, generator=rng)}, 1)
-    found = logit_lens(exact, X, of=7, jacobian=lens)
-    assert (found.attrs["lens"], found["layer"].values.tolist()) == ("jacobian", [1, 2])
+    result = logit_lens(exact, X, of=7, jacobian=lens)
+    assert (result.attrs["lens"], result["layer"].values.tolist()) == ("jacobian", [1, 2])
     stream = exact.run_with_cache(X)[1]["blocks.1.hook_resid_post"].flatten(0, 1)
 
     def read(x: Tensor) -> np.ndarray:
@@ -129,13 +129,13 @@ def test_a_reading_is_the_norm_and_unembedding_of_the_mapped_stream(exact: GptOs
         logits = (x / scale * exact.ln_final.weight) @ exact.unembed.weight.mT
         return np.asarray(logits[:, 7])
 
-    np.testing.assert_allclose(found["logit"].isel(depth=0), read(stream @ lens.J[1].double().mT), atol=1e-8)
-    assert not np.allclose(found["logit"].isel(depth=0), read(stream @ lens.J[1].double()), atol=1e-2)
+    np.testing.assert_allclose(result["logit"].isel(depth=0), read(stream @ lens.J[1].double().mT), atol=1e-8)
+    assert not np.allclose(result["logit"].isel(depth=0), read(stream @ lens.J[1].double()), atol=1e-2)
     plain = logit_lens(exact, X, of=7)
-    np.testing.assert_array_equal(found["logit"].isel(depth=-1), plain["logit"].isel(depth=-1))
+    np.testing.assert_array_equal(result["logit"].isel(depth=-1), plain["logit"].isel(depth=-1))
     same = logit_lens(exact, X, of=7, jacobian=JacobianLens({0: torch.eye(64)}, 1))
     np.testing.assert_allclose(same["kl"].isel(depth=0), plain["kl"].isel(depth=2), atol=1e-6)
-    with pytest.raises(InputError, match="takes one of them"):
+    with pytest.raises(InputError, match="give one of them"):
         logit_lens(exact, X, of=7, jacobian=lens, tuned=TunedLens.identity(exact))
 
 
@@ -169,8 +169,8 @@ def test_files_of_the_reference_implementation_and_of_transformer_lens_are_read_
 
 EYE = torch.eye(64)
 WRONG = {
-    "no lens": ({"weights": EYE}, "is no Jacobian lens"),
-    "a list": ([EYE], "is no Jacobian lens"),
+    "no lens": ({"weights": EYE}, "is not a Jacobian lens"),
+    "a list": ([EYE], "is not a Jacobian lens"),
     "no matrices": ({"J": {}}, "expected a matrix for each layer"),
     "another width": ({"J": {0: torch.eye(32)}}, r"layer 0 is \[32, 32\], this model needs \[64, 64\]"),
     "more layers": ({"J": {7: EYE}}, "has layer 7, this model has layers 0 to 2"),

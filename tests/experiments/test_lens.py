@@ -1,4 +1,4 @@
-"""A lens says what the model would say at that depth; a tuned one says it better on text it has not seen."""
+"""A lens states what the model would predict at that depth; a tuned one predicts better on text it has not seen."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def depths(model: GptOss, x: Tensor = X) -> list[Tensor]:
 
 
 def test_every_depth_is_read_as_by_hand(exact: GptOss) -> None:
-    found = logit_lens(exact, X, at=BEFORE_LAST, of="next")
+    result = logit_lens(exact, X, at=BEFORE_LAST, of="next")
     stream = torch.stack([x[:, :-1].flatten(0, 1) for x in depths(exact)], 1)
     scale = (stream.square().mean(-1, keepdim=True) + BASE.eps).sqrt()
     logits = (stream / scale * exact.ln_final.weight) @ exact.unembed.weight.mT
@@ -41,10 +41,12 @@ def test_every_depth_is_read_as_by_hand(exact: GptOss) -> None:
         "kl": (p[:, -1:] * (p[:, -1:] / p).log()).sum(-1),
     }
     for name, values in expected.items():
-        torch.testing.assert_close(torch.from_numpy(found[name].to_numpy()), values, msg=name)
-    assert found.layer.values.tolist() == [-1, 0, 0, 1, 1, 2, 2]
+        torch.testing.assert_close(torch.from_numpy(result[name].to_numpy()), values, msg=name)
+    assert result.layer.values.tolist() == [-1, 0, 0, 1, 1, 2, 2]
     unweighted = (stream / scale) @ exact.unembed.weight.mT
-    assert not np.allclose(found.logit, unweighted[picked], atol=1e-2), "a lens without the norm's weight must not pass"
+    assert not np.allclose(result.logit, unweighted[picked], atol=1e-2), (
+        "a lens without the norm's weight must not pass"
+    )
 
 
 @pytest.mark.parametrize("name", ["random, float32", "nano, float32", "nano, bfloat16"])
@@ -58,14 +60,14 @@ def test_the_last_depth_is_the_models_own_answer(models: dict[str, GptOss], name
 
 
 def test_rows_at_a_time_change_nothing_and_no_more_are_made(exact: GptOss, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, made = logit_lens(exact, X, of=7), []
+    complete, made = logit_lens(exact, X, of=7), []
     read = lenses.read_out
     monkeypatch.setattr(lenses, "ROWS", 7)
     monkeypatch.setattr(lenses, "read_out", lambda model, x, at: made.append(len(x)) or read(model, x, at))
     parts = logit_lens(exact, X, of=7)
     assert max(made) == 7
-    for name in whole.data_vars:
-        np.testing.assert_allclose(parts[name], whole[name], atol=1e-12)
+    for name in complete.data_vars:
+        np.testing.assert_allclose(parts[name], complete[name], atol=1e-12)
 
 
 def test_padding_points_and_choices(exact: GptOss) -> None:
@@ -76,10 +78,10 @@ def test_padding_points_and_choices(exact: GptOss) -> None:
     np.testing.assert_allclose(both.logprob.isel(point=1, choice=1), alone.logprob.isel(point=0), atol=1e-10)
 
 
-def test_a_tuned_lens_says_it_better_on_text_it_has_not_seen(
-    models: dict[str, GptOss], said: tuple[Tensor, list[int]], tmp_path: Path
+def test_a_tuned_lens_predicts_better_on_text_it_has_not_seen(
+    models: dict[str, GptOss], generated: tuple[Tensor, list[int]], tmp_path: Path
 ) -> None:
-    nano, (tokens, lengths) = models["nano, float32"], said
+    nano, (tokens, lengths) = models["nano, float32"], generated
     tuned = fit_tuned_lens(nano, tokens[:20], n_real=lengths[:20], steps=200)
     held_out = dict(at=BEFORE_LAST, of="next", n_real=lengths[20:])
     plain = logit_lens(nano, tokens[20:], **held_out).kl.mean("point")
@@ -108,13 +110,15 @@ def test_a_tuned_lens_says_it_better_on_text_it_has_not_seen(
 
 
 def test_fitting_leaves_the_model_alone_and_works_on_packed_bfloat16(
-    models: dict[str, GptOss], said: tuple[Tensor, list[int]]
+    models: dict[str, GptOss], generated: tuple[Tensor, list[int]]
 ) -> None:
     trainable, nano = random_model(BASE), models["nano, bfloat16"]
     fit_tuned_lens(trainable, X, steps=2)
     assert all(p.grad is None for p in trainable.parameters())
-    tuned = fit_tuned_lens(nano, said[0][:8], n_real=said[1][:8], steps=60)
-    kl = [logit_lens(nano, said[0][8:12], of=3, tuned=t, n_real=said[1][8:12]).kl.mean() for t in (None, tuned)]
+    tuned = fit_tuned_lens(nano, generated[0][:8], n_real=generated[1][:8], steps=60)
+    kl = [
+        logit_lens(nano, generated[0][8:12], of=3, tuned=t, n_real=generated[1][8:12]).kl.mean() for t in (None, tuned)
+    ]
     assert kl[1] < kl[0]
 
 
@@ -140,13 +144,13 @@ def by_hand(model: GptOss, gated: bool) -> Tensor:
 
 
 def test_experts_write_what_their_slots_add_to_the_logits(exact: GptOss) -> None:
-    found = expert_writes(exact, X, k=5)
-    assert found.n.sum("expert").values.tolist() == [X.numel() * BASE.experts_per_token] * BASE.n_layers
+    result = expert_writes(exact, X, k=5)
+    assert result.n.sum("expert").values.tolist() == [X.numel() * BASE.experts_per_token] * BASE.n_layers
     for gated in (True, False):
         top = by_hand(exact, gated).topk(5, -1)
-        assert np.allclose(found.logit, top.values, atol=1e-4) == gated, "ungated outputs must not pass"
-    ids = by_hand(exact, True).gather(-1, torch.from_numpy(found.token.to_numpy()))
-    np.testing.assert_allclose(ids, found.logit, atol=1e-4)
+        assert np.allclose(result.logit, top.values, atol=1e-4) == gated, "ungated outputs must not pass"
+    ids = by_hand(exact, True).gather(-1, torch.from_numpy(result.token.to_numpy()))
+    np.testing.assert_allclose(ids, result.logit, atol=1e-4)
 
 
 def test_an_expert_that_always_writes_a_token_is_found_and_an_idle_one_is_marked() -> None:
@@ -155,8 +159,8 @@ def test_an_expert_that_always_writes_a_token_is_found_and_an_idle_one_is_marked
     experts.down.weight[6] = 0
     experts.down.bias[6] = 20 * model.unembed.weight[17] / model.ln_final.weight
     router.bias[2] = -1e9
-    found = expert_writes(model, X)
-    assert found.token.sel(layer=1, expert=6)[0] == 17
-    assert (found.token.sel(layer=1, expert=2) == -1).all()
-    assert found.logit.sel(layer=1, expert=2).isnull().all()
-    assert found.n.sel(layer=1, expert=2) == 0
+    result = expert_writes(model, X)
+    assert result.token.sel(layer=1, expert=6)[0] == 17
+    assert (result.token.sel(layer=1, expert=2) == -1).all()
+    assert result.logit.sel(layer=1, expert=2).isnull().all()
+    assert result.n.sel(layer=1, expert=2) == 0

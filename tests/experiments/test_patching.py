@@ -28,7 +28,7 @@ def rows() -> list[Transcript]:
     return [row for row in every if row.effort != "medium" and row.prompt_id in [f"reverse-{i:02d}" for i in range(6)]]
 
 
-def test_classes_part_the_prompt_behind_its_first_difference(nano: GptOss, rows: list[Transcript]) -> None:
+def test_classes_divide_the_prompt_after_its_first_difference(nano: GptOss, rows: list[Transcript]) -> None:
     for own, other in patching.effort_pairs(nano, rows):
         word, near, rest = patching.token_classes(own, other)
         text = "".join(nano.tokenizer.token(int(own.tokens[i])) for i in word)
@@ -40,7 +40,7 @@ def test_classes_part_the_prompt_behind_its_first_difference(nano: GptOss, rows:
 def test_a_patched_effort_word_is_the_other_word(
     nano: GptOss, rows: list[Transcript], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the embedding the word's patch is the transcript with the other word; states behind all layers do nothing.
+    """At the embedding the word's patch is the transcript with the other word; states after all layers do nothing.
 
     Negative control: patching all positions at once, as before, makes layer 0 carry everything by construction.
     """
@@ -55,20 +55,20 @@ def test_a_patched_effort_word_is_the_other_word(
     np.testing.assert_allclose(changes[1:, 0], 0, atol=1e-3)
     np.testing.assert_allclose(changes[:, -1], 0, atol=1e-3)  # no layer reads what the last one wrote
     print(changes)
-    behind = np.arange(patching.token_classes(own, other)[0][0], own.n_prompt)
-    monkeypatch.setattr(patching, "token_classes", lambda *_: [behind])
+    later = np.arange(patching.token_classes(own, other)[0][0], own.n_prompt)
+    monkeypatch.setattr(patching, "token_classes", lambda *_: [later])
     at_once = patching._changes(nano, own, other)
     np.testing.assert_allclose(at_once[0, :2], exchanged - base, atol=1e-2)
 
 
 def test_the_datasets_hold_each_class_with_increments(nano: GptOss, rows: list[Transcript]) -> None:
-    found = patching.experiment(nano, rows)
-    assert list(found) == ["effort_word", "neighbours", "rest"]
-    for result in found.values():
+    results = patching.experiment(nano, rows)
+    assert list(results) == ["effort_word", "neighbours", "rest"]
+    for result in results.values():
         assert result["layer"].values.tolist() == ["embedding", "0", "1", "2", "3"]
         np.testing.assert_allclose(result["increment"].sum("layer"), result["change"].isel(layer=-1), atol=1e-9)
         assert "generated at its own effort" in result.attrs["method"]
-    word = found["effort_word"]["change"]
+    word = results["effort_word"]["change"]
     assert float(np.abs(word.sel(layer="embedding")).min()) > 1
     with pytest.raises(InputError, match="fewer than 5 prompts"):
         patching.experiment(nano, rows[:8])

@@ -43,7 +43,7 @@ def test_several_ranks_together_keep_the_family_wise_level() -> None:
 
 @pytest.fixture(scope="module")
 def arithmetic() -> tuple[SetEffects, list[str], np.ndarray]:
-    """Random sets of the load of the experts named for arithmetic, masked: 30 sets, with the prompts and their loads."""
+    """Random sets with the load of the experts of arithmetic, masked: 30 sets, with the prompts and their loads."""
     nano = wb.load("nano", dtype=torch.float32)
     every = answered_rows(nano, transcripts(wb.open_run(DATA / "demo.zarr")))
     short = [row for row in every if row.effort == "low"]
@@ -51,15 +51,15 @@ def arithmetic() -> tuple[SetEffects, list[str], np.ndarray]:
     rows = kinds[0][::2] + kinds[1][::7]
     own = np.array([group_of(row) == "arithmetic" for row in rows])
     load = load_of(routed_slots(nano, [r for r, mine in zip(rows, own, strict=True) if mine], generated_tokens(nano)))
-    named = named_experts(nano, rows, "arithmetic")
-    sets = matched_sets(load, named, 30, 0)
-    tested = measure(nano, rows, own, logprobs(nano, rows, final_tokens(nano)), named, sets, forbid)
+    experts = named_experts(nano, rows, "arithmetic")
+    sets = matched_sets(load, experts, 30, 0)
+    tested = measure(nano, rows, own, logprobs(nano, rows, final_tokens(nano)), experts, sets, forbid)
     return tested, [r.prompt_id for r, mine in zip(rows, own, strict=True) if mine], load
 
 
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_a_random_set_taken_as_the_named_one_is_not_called_different(arithmetic) -> None:
-    """Negative control: the interval of its difference from the others' mean, used before, excludes zero far oftener."""
+    """Negative control: the interval of its difference from the others' mean excludes zero far more often."""
     tested, prompts, _ = arithmetic
     effects = prompt_means(tested.random, prompts).mean(-1)
     pseudo = [rank(effects[i], np.delete(effects, i)).p <= 0.05 for i in range(len(effects))]
@@ -71,13 +71,13 @@ def test_a_random_set_taken_as_the_named_one_is_not_called_different(arithmetic)
 
 def test_the_experts_that_routing_names_for_arithmetic_are_extreme_among_random_sets(arithmetic) -> None:
     tested, prompts, load = arithmetic
-    named = prompt_means(tested.on_own, prompts).mean()
-    found = rank(float(named), prompt_means(tested.random, prompts).mean(-1))
-    assert found.p == pytest.approx(1 / 31)
-    assert found.distance < -2
-    assert not any(set(cells) & set(tested.named) for cells in tested.sets)
+    own_change = prompt_means(tested.on_own, prompts).mean()
+    ranked = rank(float(own_change), prompt_means(tested.random, prompts).mean(-1))
+    assert ranked.p == pytest.approx(1 / 31)
+    assert ranked.distance < -2
+    assert not any(set(cells) & set(tested.own_set) for cells in tested.sets)
     assert len({tuple(cells) for cells in tested.sets}) == 30
-    layers = sorted(layer for layer, _ in tested.named)
+    layers = sorted(layer for layer, _ in tested.own_set)
     assert all(sorted(layer for layer, _ in cells) == layers for cells in tested.sets)
     assert load.shape == (4, 16)
 
@@ -89,15 +89,18 @@ def test_groups_that_cannot_be_tested_stay_in_the_result() -> None:
     rows = [row for row in transcripts(wb.open_run(DATA / "demo.zarr")) if row.effort == "low"]
     kinds = {"reverse": 5, "sum": 5, "recall": 3}
     rows = [row for task, n in kinds.items() for row in [r for r in rows if r.meta["task"] == task][:n]]
-    found = expert_sets.change_experts(nano, rows, 0, forbid, "title", controls=20)["experts"]
-    assert list(found["group"].values) == ["arithmetic", "facts", "strings"]
-    assert "facts" in found.attrs["not_tested"]
-    assert "1 of 3 groups cannot be tested: facts" in found.attrs["summary"]
-    assert np.isnan(found["p"].sel(group="facts"))
-    assert found["random"].sizes == {"group": 3, "set": 20}
-    ratio = found["random_load_ratio"].sel(group="arithmetic")
-    assert float(ratio.mean()) == pytest.approx(float(found["load_ratio"].sel(group="arithmetic")))
-    assert bool((found["q"] >= found["p"]).sel(group="strings"))
+    result = expert_sets.change_experts(nano, rows, 0, forbid, "title", controls=20)["experts"]
+    assert list(result["group"].values) == ["arithmetic", "facts", "strings"]
+    assert "facts" in result.attrs["not_tested"]
+    assert "1 of 3 groups cannot be tested: facts" in result.attrs["summary"]
+    assert np.isnan(result["p"].sel(group="facts"))
+    assert "q of at least 0.095" in result.attrs["summary"], "two groups with 20 random sets each"
+    assert "use at least 39 controls" in result.attrs["summary"]
+    assert expert_sets._too_few_sets(np.array([39, 0, 39])) == [], "negative control: enough random sets"
+    assert result["random"].sizes == {"group": 3, "set": 20}
+    ratio = result["random_load_ratio"].sel(group="arithmetic")
+    assert float(ratio.mean()) == pytest.approx(float(result["load_ratio"].sel(group="arithmetic")))
+    assert bool((result["q"] >= result["p"]).sel(group="strings"))
     with pytest.raises(InputError, match="controls=5"):
         expert_sets.change_experts(nano, rows, 0, forbid, "title", controls=5)
     with pytest.raises(InputError, match="of one group"):

@@ -1,15 +1,18 @@
-"""Experiments by name on nano: each says what it did, with intervals; what nano is known to do is found.
+"""Experiments by name on nano: each states what it did, with intervals; what nano is known to do is found.
 
 Also tests `workbench.experiments.expert_ablation`, `workbench.experiments.expert_forcing`,
 `workbench.experiments.expert_reweighting`, `workbench.experiments.logit_attribution` and
 `workbench.experiments.sink_ablation`.
 """
 
+import shlex
+
 import numpy as np
 import pytest
 import torch
 
 import workbench as wb
+from tests.cli.running import run_command
 from tests.conftest import DATA
 from workbench import registry
 from workbench.errors import InputError
@@ -37,7 +40,7 @@ FEW = pytest.mark.filterwarnings("ignore:only .* prompts")
 
 def test_continuations_are_not_stored_in_the_run_or_in_its_place(run, nano):
     for store in (run.path, f"{run.path}/new.jsonl"):
-        with pytest.raises(InputError, match=r"is an input|lies in the input"):
+        with pytest.raises(InputError, match=r"is an input|is inside the input"):
             run_experiment("sentence-importance", nano, run, store=str(store))
 
 
@@ -67,11 +70,11 @@ LARGE = (
 def test_every_experiment_has_a_summary_and_can_be_drawn_and_saved(name, run, nano, tmp_path):
     record = registry.find(name)
     options = {name: n for name, n in {"controls": 20, "routes": 2}.items() if name in record.options}
-    found = run_experiment(name, nano, run, sequences=36 if name in LARGE else 12, **options)
-    drawn = record.load_figures().gallery(found)
-    assert {item.source.attrs["title"] for item in drawn.values()} == {ds.attrs["title"] for ds in found.values()}
+    result = run_experiment(name, nano, run, sequences=36 if name in LARGE else 12, **options)
+    drawn = record.load_figures().gallery(result)
+    assert {item.source.attrs["title"] for item in drawn.values()} == {ds.attrs["title"] for ds in result.values()}
     assert all(len(d.table()) and d.draw().data for d in drawn.values())
-    for dataset in found.values():
+    for dataset in result.values():
         assert {
             "summary",
             "method",
@@ -81,7 +84,7 @@ def test_every_experiment_has_a_summary_and_can_be_drawn_and_saved(name, run, na
             "title",
             "sample",
         } <= dataset.attrs.keys()
-    assert save(found, tmp_path)
+    assert save(result, tmp_path)
 
 
 @FEW
@@ -89,41 +92,54 @@ def test_every_experiment_has_a_summary_and_can_be_drawn_and_saved(name, run, na
 def test_the_answer_of_nano_depends_on_its_analysis(run, nano):
     rows = transcripts(run)
     rows = [row for row in rows if row.meta.get("domain") == "arithmetic" and row.effort == "high"][:40]
-    found = chain_of_thought.study(nano, rows[::2])
-    assert float(found["same_high"].sel(change="first 0%")) < 0.6
-    assert float(found["logprob_high"].sel(change="another prompt's")) < 0
-    assert float(found["logprob_high"].sel(change="hidden in all layers")) < 0
-    assert 0.2 < float(found["area"]) <= 1
+    result = chain_of_thought.study(nano, rows[::2])
+    assert float(result["same_high"].sel(change="first 0%")) < 0.6
+    assert float(result["logprob_high"].sel(change="another prompt's")) < 0
+    assert float(result["logprob_high"].sel(change="hidden in all layers")) < 0
+    assert 0.2 < float(result["area"]) <= 1
 
 
 def test_an_unchanged_analysis_changes_nothing(run, nano):
     """The oracle of the surgery: all of the analysis put back is the transcript, and the model answers as it did."""
     rows = [row for row in transcripts(run) if row.effort == "high"][:12]
-    found = chain_of_thought.answered_sequences(nano, rows)
-    assert len(found) >= 8
-    for thought in found:
-        whole = thought.row.tokens[thought.start : thought.stop]
-        np.testing.assert_array_equal(chain_of_thought._with(thought, whole).tokens, thought.row.tokens)
+    answered = chain_of_thought.answered_sequences(nano, rows)
+    assert len(answered) >= 8
+    for thought in answered:
+        analysis = thought.row.tokens[thought.start : thought.stop]
+        np.testing.assert_array_equal(chain_of_thought._with(thought, analysis).tokens, thought.row.tokens)
         text = nano.tokenizer.decode(thought.row.tokens[thought.content : thought.end].tolist())
         assert "<|" not in text
-    said = chain_of_thought._answers(nano, found, [t.row for t in found])
-    wanted = [nano.tokenizer.decode(t.row.tokens[t.content : t.end].tolist()).strip() for t in found]
-    assert said == wanted
+    answers = chain_of_thought._answers(nano, answered, [t.row for t in answered])
+    wanted = [nano.tokenizer.decode(t.row.tokens[t.content : t.end].tolist()).strip() for t in answered]
+    assert answers == wanted
 
 
 def test_named_experts_are_those_used_more(run, nano):
     rows = transcripts(run)[::10]
-    named = named_experts(nano, rows, "arithmetic", 3)
-    assert len(set(named)) == 3
+    experts = named_experts(nano, rows, "arithmetic", 3)
+    assert len(set(experts)) == 3
     from workbench.experiments.effects import expert_load
 
     own = expert_load(nano, [r for r in rows if r.meta["domain"] == "arithmetic"])
     others = expert_load(nano, [r for r in rows if r.meta["domain"] != "arithmetic"])
-    assert all(own[cell] > others[cell] for cell in named)
+    assert all(own[cell] > others[cell] for cell in experts)
+
+
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_results_hold_the_command_that_makes_them(run, nano):
+    """The command is run and gives the same summary. Negative control: with another number of sequences it does not."""
+    result = run_experiment("receiver-heads", nano, run, sequences=90, apart=2)["heads"]
+    words = shlex.split(result.attrs["command"])
+    assert words[-2:] == ["--option", "apart=2"]
+    assert "--dtype" in words, "nano is in float32"
+    words = [{"RUN": str(DATA / "demo.zarr"), "MODEL": "nano"}.get(word, word) for word in words[1:]]
+    assert result.attrs["summary"].splitlines()[0] in run_command(*words).out
+    words[words.index("--sequences") + 1] = "150"
+    assert result.attrs["summary"].splitlines()[0] not in run_command(*words).out
 
 
 def test_what_is_refused(run, nano):
-    with pytest.raises(InputError, match="no study or experiment is called"):
+    with pytest.raises(InputError, match=r"study or experiment .* does not exist"):
         run_experiment("nonsense", nano, run)
     with pytest.raises(InputError, match="at least 5 are needed"):
         chain_of_thought.study(nano, [r for r in transcripts(run) if r.effort == "low"][:5])

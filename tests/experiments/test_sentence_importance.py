@@ -107,10 +107,10 @@ def rows(writer: Writer) -> list[Transcript]:
 
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_the_sentence_that_decides_is_found_and_no_other(writer: Writer, rows: list[Transcript]) -> None:
-    found = sentence_importance.experiment(
+    result = sentence_importance.experiment(
         writer, rows, samples=40, edits="filler,removed,mistake,paraphrase", rounds=2
     )  # type: ignore[arg-type]
-    sentences = found["sentences"]
+    sentences = result["sentences"]
     assert sentences.sizes["sentence"] == 30
     decisive = sentences["number"].values == DECISIVE
     assert (sentences["q"].values[decisive] <= 0.05).all()
@@ -122,25 +122,25 @@ def test_the_sentence_that_decides_is_found_and_no_other(writer: Writer, rows: l
     forced = sentences["forced"].values
     assert (forced[sentences["number"].values >= DECISIVE] == 1).all()
     assert (forced[sentences["number"].values < DECISIVE] == 0).all()
-    np.testing.assert_allclose(found["conversations"]["committed"], 3 / 5)
+    np.testing.assert_allclose(result["conversations"]["committed"], 3 / 5)
     assert np.median(sentences["filler_effect"].values[decisive]) > 0.2
     assert (sentences["mistake_low"].values[decisive] > 0.5).all(), "another letter is another answer"
     assert np.isnan(sentences["paraphrase_effect"].values).all(), "a letter alone has no paraphrase in the list"
     assert (sentences["kl_low"].values[decisive] > 0).all()
-    assert (found["conversations"]["boundary"] == 3).all()
+    assert (result["conversations"]["boundary"] == 3).all()
     assert np.isfinite(sentences["removed_p"].values[sentences["number"].values < 4][1:]).any()
     assert "change the distribution of answers" in sentences.attrs["summary"]
     assert "  mistake: 6 of 30 sentences change the answers" in sentences.attrs["summary"]
     assert "  paraphrase: 0 of 0 sentences change the answers; nowhere possible." in sentences.attrs["summary"]
-    drawn = figures.gallery(found)
+    drawn = figures.gallery(result)
     assert len(drawn) == 7
     assert all(item.draw().data and len(item.table()) for item in drawn.values())
 
 
 def test_answers_that_no_sentence_decides_have_no_decisive_sentence(rows: list[Transcript]) -> None:
     writer = Writer(decisive=None)
-    found = sentence_importance.experiment(writer, rows[:4], samples=30)["sentences"]  # type: ignore[arg-type]
-    assert float(found["q"].min()) > 0.01
+    result = sentence_importance.experiment(writer, rows[:4], samples=30)["sentences"]  # type: ignore[arg-type]
+    assert float(result["q"].min()) > 0.01
 
 
 @pytest.mark.filterwarnings("ignore:only .* prompts")
@@ -148,8 +148,8 @@ def test_a_sentence_that_comes_back_is_important_once_it_stays_out() -> None:
     """The planted truth: without q the answer is never q. Negative control: resampling its place alone misses that."""
     writer = Returning()
     rows = [writer.transcript("c0", "qxyxy", "q")]
-    found = sentence_importance.experiment(writer, rows, samples=60, rounds=8)["sentences"]  # type: ignore[arg-type]
-    first = found.isel(sentence=0)
+    result = sentence_importance.experiment(writer, rows, samples=60, rounds=8)["sentences"]  # type: ignore[arg-type]
+    first = result.isel(sentence=0)
     assert float(first["returned"]) == pytest.approx(1 - (1 - RETURNS) ** 4, abs=0.2)
     assert float(first["effect"]) < 0.5
     assert float(first["absent_effect"]) == 1
@@ -164,12 +164,12 @@ def test_a_sentence_that_comes_back_is_important_once_it_stays_out() -> None:
 
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_the_token_that_decides_is_found(writer: Writer, rows: list[Transcript]) -> None:
-    found = sentence_importance.experiment(writer, rows[:2], samples=30, unit="token")["sentences"]  # type: ignore[arg-type]
-    assert found.sizes["sentence"] == 2 * 10
-    decisive = found["number"].values == 2 * DECISIVE  # every second token is a semicolon, which is never another
-    assert (found["low"].values[decisive] > 0.5).all()
-    assert (found["other"].values[found["number"].values % 2 == 1] == 0).all()
-    assert np.isnan(found["returned"].values).all()
+    result = sentence_importance.experiment(writer, rows[:2], samples=30, unit="token")["sentences"]  # type: ignore[arg-type]
+    assert result.sizes["sentence"] == 2 * 10
+    decisive = result["number"].values == 2 * DECISIVE  # every second token is a semicolon, which is never another
+    assert (result["low"].values[decisive] > 0.5).all()
+    assert (result["other"].values[result["number"].values % 2 == 1] == 0).all()
+    assert np.isnan(result["returned"].values).all()
     points = token_points(rows[0], [5, rows[0].n_prompt, len(rows[0].tokens)])
     assert [len(p.ids) for p in points] == [5, rows[0].n_prompt, len(rows[0].tokens)]
     with pytest.raises(InputError, match="position 0: c0 has"):
@@ -199,15 +199,15 @@ def test_p_is_uniform_without_a_difference_and_intervals_cover() -> None:
         kl_covered.append(different.kl_low <= truth <= different.kl_high)
     assert np.mean(kl_covered) > 0.88
     for _ in range(300):
-        kept, other = rng.choice(4, 40, p=[0.5, 0.2, 0.2, 0.1]), rng.choice(4, 15, p=[0.5, 0.2, 0.2, 0.1])
-        found = importance(kept, other, 0, rng, permutations=199)
-        p.append(found.p)
-        covered.append(found.low <= 0 <= found.high)
-        kl_covered.append(found.kl_low == 0)
+        with_sentence, other = rng.choice(4, 40, p=[0.5, 0.2, 0.2, 0.1]), rng.choice(4, 15, p=[0.5, 0.2, 0.2, 0.1])
+        result = importance(with_sentence, other, 0, rng, permutations=199)
+        p.append(result.p)
+        covered.append(result.low <= 0 <= result.high)
+        kl_covered.append(result.kl_low == 0)
     assert 0.02 < np.mean(np.array(p) <= 0.05) < 0.085
     assert np.mean(covered) > 0.92
     assert np.mean(kl_covered[150:]) > 0.9, "the interval of equal sides begins at 0"
-    assert np.isnan(importance(kept, other[:4], 0, rng).p)
+    assert np.isnan(importance(with_sentence, other[:4], 0, rng).p)
     effect, low, high = difference_of_shares(30, 30, 0, 30)
     assert (effect, high) == (1, pytest.approx(1))
     assert low < 0.95
@@ -217,19 +217,21 @@ def test_a_file_resumes_and_is_refused_to_another_job(writer: Writer, rows: list
     one = analysis_of(rows[0], writer.tokenizer)
     assert one is not None
     points, store = branch_points(one), tmp_path / "run.branches.jsonl"
-    whole = sample(writer, points, samples=10)  # type: ignore[arg-type]
+    complete = sample(writer, points, samples=10)  # type: ignore[arg-type]
     sample(writer, points[:5], samples=10, store=store)  # type: ignore[arg-type]
     before = writer.calls
-    assert sample(writer, points, samples=10, store=store) == whole  # type: ignore[arg-type]
+    assert sample(writer, points, samples=10, store=store) == complete  # type: ignore[arg-type]
     assert 0 < writer.calls - before < 12
     before = writer.calls
-    assert sample(writer, points, samples=10, store=store) == whole  # type: ignore[arg-type]
+    assert sample(writer, points, samples=10, store=store) == complete  # type: ignore[arg-type]
     assert writer.calls == before
     more = sample(writer, points[:3], samples=14, store=store)  # type: ignore[arg-type]
     assert more == sample(writer, points[:3], samples=14)  # type: ignore[arg-type]
-    assert more[points[0].id][:10] == whole[points[0].id]
-    assert sample(writer, points, samples=10, store=store) == whole  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"was begun with temperature 1.0, this call has 2.0: name another file"):
+    assert more[points[0].id][:10] == complete[points[0].id]
+    assert sample(writer, points, samples=10, store=store) == complete  # type: ignore[arg-type]
+    with pytest.raises(
+        InputError, match=r"was started with temperature 1.0, and this call has 2.0: choose another file"
+    ):
         sample(writer, points, samples=10, temperature=2.0, store=store)  # type: ignore[arg-type]
     other = [BranchPoint(p.conversation, p.sentence, p.kind, (*p.ids, 1)) for p in points[:1]]
     with pytest.raises(InputError, match="with another prefix"):

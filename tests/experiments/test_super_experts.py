@@ -52,26 +52,26 @@ def test_a_planted_super_expert_is_found_and_its_removal_takes_the_massive_activ
     load = super_experts.load_of(super_experts.routed_slots(nano, rows))
     expert = int(np.argsort(load[LAYER])[-4])
     with planted(nano, expert):
-        found = super_experts.experiment(nano, rows, controls=20)
-    assert found["experts"].attrs["super_experts"] == f"{LAYER}.{expert}"
-    assert int(found["activations"]["massive"][0]) == 0
-    assert int(found["activations"]["massive"][LAYER]) > 0
-    assert f"layer {LAYER}, dimension {DIMENSION}" in found["activations"].attrs["summary"]
-    assert all(item.draw().data and len(item.table()) for item in default.gallery(found).values())
-    removal = found["removal"].sel(measure="log of the largest activation")
+        result = super_experts.experiment(nano, rows, controls=20)
+    assert result["experts"].attrs["super_experts"] == f"{LAYER}.{expert}"
+    assert int(result["activations"]["massive"][0]) == 0
+    assert int(result["activations"]["massive"][LAYER]) > 0
+    assert f"layer {LAYER}, dimension {DIMENSION}" in result["activations"].attrs["summary"]
+    assert all(item.draw().data and len(item.table()) for item in default.gallery(result).values())
+    removal = result["removal"].sel(measure="log of the largest activation")
     assert float(removal["change"]) < -2
     assert float(removal["p_family"]) <= 0.05
     assert np.abs(removal["random"]).max() < 0.5, "the negative control: other experts' removal leaves them"
 
 
 def test_nano_has_no_massive_activation_and_limits_decide(nano: GptOss, rows: list[Transcript]) -> None:
-    found = magnitudes(nano, rows[:4])
-    assert found.largest.shape == (4, sum(len(row.tokens) for row in rows[:4]))
-    assert len(massive(found)) == 0
-    assert len(massive(found, magnitude=1, ratio=2)) > 0
+    result = magnitudes(nano, rows[:4])
+    assert result.largest.shape == (4, sum(len(row.tokens) for row in rows[:4]))
+    assert len(massive(result)) == 0
+    assert len(massive(result, magnitude=1, ratio=2)) > 0
     _, cache = nano.run_with_cache(torch.from_numpy(rows[0].tokens.astype(np.int64))[None])
     one = cache["blocks.2.hook_resid_post"][0].abs()
-    np.testing.assert_allclose(found.largest[2, : len(one)], one.max(-1).values.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(result.largest[2, : len(one)], one.max(-1).values.numpy(), rtol=1e-4)
     np.testing.assert_allclose(
         magnitudes(nano, rows[:1]).output[2].max(), float(cache["blocks.2.mlp.experts.hook_out"].abs().max()), rtol=1e-4
     )

@@ -1,4 +1,4 @@
-"""Tokens are selected over the rows of a batch, and reading them out leaves nothing behind in the model."""
+"""Tokens are selected over the rows of a batch, and reading them out leaves the model unchanged."""
 
 from typing import Any
 

@@ -12,9 +12,9 @@ def test_the_probe_is_drawn_beside_its_control() -> None:
     values = {"auc": auc, "auc_low": auc - 0.05, "auc_high": auc + 0.02, "auc_half": half}
     attrs = {"title": "Probe", "a": "analysis", "b": "final", "run_digest": "0123456789"}
     ds = xr.Dataset({k: ("layer", v) for k, v in values.items()}, {"layer": [0, 1, 2]}, attrs)
-    found = channels.gallery({"probe": ds, "other": xr.Dataset()})
-    assert list(found) == ["probe"]
-    figure = found["probe"].draw()
+    items = channels.gallery({"probe": ds, "other": xr.Dataset()})
+    assert list(items) == ["probe"]
+    figure = items["probe"].draw()
     lines = {trace.name: np.array(trace.y) for trace in figure.data if trace.mode == "lines+markers"}
     assert lines.keys() == {"analysis against final", "halves of analysis"}
     np.testing.assert_array_equal(lines["analysis against final"], auc)

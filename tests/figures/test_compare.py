@@ -12,8 +12,8 @@ def test_agreement_is_drawn_by_layer_for_channels_with_tokens() -> None:
     variables = {f"agreement{end}": (dims, values + d) for end, d in (("", 0), ("_low", -0.1), ("_high", 0.0))}
     coords = {"channel": ["analysis", "final", "frame"], "layer": [0, 1]}
     ds = xr.Dataset(variables | {"tokens": ("channel", [50, 0, 70])}, coords, {"title": "Two runs", "run_digest": "01"})
-    found = compare.gallery({"agreement": ds})
-    lines = [trace for trace in found["agreement"].draw().data if trace.mode == "lines+markers"]
-    assert [line.name for line in lines] == ["analysis"], "final has no tokens, and the frame is no channel"
+    items = compare.gallery({"agreement": ds})
+    lines = [trace for trace in items["agreement"].draw().data if trace.mode == "lines+markers"]
+    assert [line.name for line in lines] == ["analysis"], "final has no tokens, and the frame is not a channel"
     np.testing.assert_array_equal(lines[0].y, values[0])
     assert compare.gallery({"other": ds.drop_vars("agreement")} | {"agreement": xr.Dataset()}) == {}

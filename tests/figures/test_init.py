@@ -42,25 +42,25 @@ LINE = re.compile(
 @pytest.fixture(scope="module")
 def results() -> Results:
     """Results of every registered study that this run, or this run with itself, has the records for."""
-    run, found = wb.open_run(DATA / "demo.zarr"), {}
+    run, studies = wb.open_run(DATA / "demo.zarr"), {}
     for record in registry.studies():
         options = {name: n for name, n in FEW.items() if name in record.options}
         try:
-            found[record.name] = run_study(record.name, *[run] * record.runs, **options)
+            studies[record.name] = run_study(record.name, *[run] * record.runs, **options)
         except InputError:
             continue
-    return found
+    return studies
 
 
 def comparisons(sets: Mapping[str, xr.Dataset]) -> list[tuple[str, str, xr.Dataset]]:
     """Return dataset, control, and the cells under the names of `NAMES`, of every comparison by layer of a study."""
-    found = []
+    compared = []
     for name, ds in sets.items():
         if "layer" in ds.dims and "control" in ds.dims and set(NAMES) <= set(ds.data_vars):
-            found += [(name, c, ds.sel(control=c)) for c in map(str, ds["control"].values)]
+            compared += [(name, c, ds.sel(control=c)) for c in map(str, ds["control"].values)]
         elif "expert_different" in ds:
-            found.append((name, "", renamed(ds)))
-    return found
+            compared.append((name, "", renamed(ds)))
+    return compared
 
 
 def renamed(ds: xr.Dataset) -> xr.Dataset:
@@ -91,7 +91,7 @@ def array(values: Any) -> np.ndarray:
 
 
 def of_heatmap(figure: go.Figure) -> Numbers:
-    """Numbers under the pointer, of points as fractions; cells that are shown to differ are those of the first trace."""
+    """Numbers under the pointer, of points as fractions; cells shown to differ are those of the first trace."""
     z, detail = array(figure.data[0].z), array(figure.data[0].customdata)
     return {
         (i, j): (*(detail[i, j, :3] / 100), float(detail[i, j, 5]), float(np.isfinite(z[i, j])))
@@ -100,27 +100,27 @@ def of_heatmap(figure: go.Figure) -> Numbers:
 
 
 def differing(first: Numbers, second: Numbers) -> list[str]:
-    found = [f"{place} is missing" for place in first.keys() ^ second.keys()]
+    problems = [f"{place} is missing" for place in first.keys() ^ second.keys()]
     for place in first.keys() & second.keys():
-        found += [
+        problems += [
             f"{name} of {place}: {x} and {y}"
             for name, x, y in zip(NAMES, first[place], second[place], strict=True)
             if not np.isclose(x, y, rtol=1e-6, atol=1e-9, equal_nan=True)
         ]
-    return found
+    return problems
 
 
 def wrong_lines(cells: list[xr.Dataset], text: str) -> list[str]:
     """Return the lines that name a cell with numbers that no control has, or one that is not shown to differ."""
-    numbers, found = [of_dataset(one) for one in cells], []
+    numbers, lines = [of_dataset(one) for one in cells], []
     for line in text.splitlines():
         if match := LINE.search(line):
             layer, column, *shown = match.groups()
             place = (int(layer), int(column))
             texts = [[f"{100 * v:+.1f}" for v in one[place][:3]] for one in numbers if one.get(place, [0] * 5)[4]]
             if shown not in texts:
-                found.append(line)
-    return found
+                lines.append(line)
+    return lines
 
 
 def item_of(gallery: Gallery, name: str, control: str) -> GalleryItem:
@@ -134,13 +134,13 @@ def text_of(html: str) -> str:
 
 def wrong(study: str, sets: dict[str, xr.Dataset]) -> dict[str, list[str]]:
     """Return what differs from the datasets in each place where the results of a study are shown."""
-    found: dict[str, list[str]] = {}
+    problems_of: dict[str, list[str]] = {}
     files, gallery = files_of(sets), registry.find(study).load_figures().gallery(sets)
     html = "".join(report.section(study, sets))
     in_report = dict(re.findall(r'<script type="application/json" id="([^"]*)-light">(.*?)</script>', html, re.DOTALL))
 
     def note(place: str, problems: list[str]) -> None:
-        found[place] = found.get(place, []) + problems
+        problems_of[place] = problems_of.get(place, []) + problems
 
     for name, control, cells in comparisons(sets):
         expected = of_dataset(cells)
@@ -164,10 +164,10 @@ def wrong(study: str, sets: dict[str, xr.Dataset]) -> dict[str, list[str]]:
         one = {name: sets[name]}
         note("summary", wrong_lines(cells, summary_text(one)))
         note("dashboard", wrong_lines(cells, text_of(content.findings(one))))
-    return found
+    return problems_of
 
 
-STUDIES = ("routing", "sinks", "channels", "effort", "risk-difference", "compare")
+STUDIES = ("routing", "sinks", "channels", "effort", "risk-difference", "sink-difference", "compare")
 
 
 def test_studies_with_comparisons_are_these(results: Results) -> None:
@@ -176,10 +176,10 @@ def test_studies_with_comparisons_are_these(results: Results) -> None:
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_place_has_the_numbers_of_the_dataset(results: Results, study: str) -> None:
-    found = wrong(study, results[study])
-    assert {place: problems[:3] for place, problems in found.items() if problems} == {}
+    problems_of = wrong(study, results[study])
+    assert {place: problems[:3] for place, problems in problems_of.items() if problems} == {}
     expected = {"JSON", "CSV", "figure", "dashboard's table", "summary", "report", "dashboard"}
-    assert expected <= found.keys()
+    assert expected <= problems_of.keys()
     if study != "compare":  # a run does not differ from itself
         assert LINE.search(summary_text(results[study])), "lines with numbers are compared"
         assert LINE.search(text_of("".join(report.section(study, results[study]))))
@@ -210,5 +210,6 @@ def test_another_number_in_one_place_is_noticed(results: Results, place: str, va
     shown = {n: other[n].values.astype(float) for n in NAMES}
     broken = {p: tuple(float(shown[n][p]) for n in NAMES) for p in expected}
     assert differing(expected, broken) == [
-        f"{variable} of {tuple(map(int, at))}: {expected[at][NAMES.index(variable)]} and {broken[at][NAMES.index(variable)]}"
+        f"{variable} of {tuple(map(int, at))}: "
+        f"{expected[at][NAMES.index(variable)]} and {broken[at][NAMES.index(variable)]}"
     ]

@@ -1,7 +1,10 @@
 """Figures as journals require: of column width, readable, with captions, and reproducible."""
 
+import contextlib
+import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 
 import workbench as wb
 from tests.conftest import DATA
+from tests.figures.conftest import shared_studies
 from workbench.errors import InputError
 from workbench.figures import export, paper, routing
 from workbench.figures.template import THEMES
@@ -19,8 +23,9 @@ SCRIPTS = sorted((Path(__file__).parents[2] / "notebooks" / "figures").glob("*.p
 
 
 @pytest.fixture(scope="module")
-def found():
-    drawn, left_out = paper.figures_of_run(wb.open_run(DATA / "demo.zarr"))
+def figures():
+    with shared_studies():
+        drawn, left_out = paper.figures_of_run(wb.open_run(DATA / "demo.zarr"))
     # some studies need other captures: with --routing host, and with --record of activations or neurons
     needed = ("recorded host_routing", "recorded activations", "recorded neurons")
     assert [why for why in left_out if not any(text in why for text in needed)] == []
@@ -36,8 +41,8 @@ def points(figure):
 
 
 @pytest.mark.parametrize("column", ["single", "double"])
-def test_a_figure_is_as_wide_as_a_column_in_seven_point_type(found, column):
-    for name, drawing in found.items():
+def test_a_figure_is_as_wide_as_a_column_in_seven_point_type(figures, column):
+    for name, drawing in figures.items():
         screen = drawing.draw()
         fitted = paper.fit(screen, column)
         assert fitted.layout.width / 96 * 25.4 == pytest.approx(paper.MM[column], abs=0.2), name
@@ -48,25 +53,25 @@ def test_a_figure_is_as_wide_as_a_column_in_seven_point_type(found, column):
         assert sizes
         assert sizes == pytest.approx([7] * len(sizes))
         assert screen.layout.title.text  # what was given is not changed
-    screen = points(next(iter(found.values())).draw())
+    screen = points(next(iter(figures.values())).draw())
     assert screen
     assert screen != pytest.approx([7] * len(screen))
 
 
-def test_the_sets_are_apart_and_the_main_one_is_first(found):
+def test_the_sets_are_apart_and_the_main_one_is_first(figures):
     run = wb.open_run(DATA / "demo.zarr")
-    main = [name for name in paper.main_figures() if name in found]
-    assert list(found)[: len(main)] == main
+    main = [name for name in paper.main_figures() if name in figures]
+    assert list(figures)[: len(main)] == main
     assert len(main) >= 8
     for which in ("mian", ""):
         with pytest.raises(InputError, match="choose from all, main, supplement"):
             paper.figures_of_run(run, which)
     with pytest.raises(InputError, match="choose from screen, single, double"):
-        paper.fit(next(iter(found.values())).draw(), "triple")
+        paper.fit(next(iter(figures.values())).draw(), "triple")
 
 
-def test_each_comes_with_caption_numbers_and_provenance(found, tmp_path):
-    few = {name: found[name] for name in (*list(found)[:2], list(found)[-1])}
+def test_each_comes_with_caption_numbers_and_provenance(figures, tmp_path):
+    few = {name: figures[name] for name in (*list(figures)[:2], list(figures)[-1])}
     export.write_gallery(few, tmp_path, ("html",), column="single")
     run = wb.open_run(DATA / "demo.zarr")
     for name, drawing in few.items():
@@ -74,10 +79,10 @@ def test_each_comes_with_caption_numbers_and_provenance(found, tmp_path):
         assert drawing.draw().layout.title.text in caption
         assert drawing.source.attrs["method"] in caption
         assert "Not controlled:" in caption
-        said = json.loads((tmp_path / f"{name}.json").read_text())
-        assert said["run_digest"] == run.digest
-        assert said["column"] == "single"
-        assert isinstance(said["parameters"], dict)
+        provenance = json.loads((tmp_path / f"{name}.json").read_text())
+        assert provenance["run_digest"] == run.digest
+        assert provenance["column"] == "single"
+        assert isinstance(provenance["parameters"], dict)
         assert (tmp_path / f"{name}.csv").read_text().count("\n") == len(drawing.table()) + 1
     index = (tmp_path / "index.md").read_text()
     assert index.index("## Main text") < index.index(f"`{next(iter(few))}`") < index.index("## Supplement")
@@ -85,8 +90,8 @@ def test_each_comes_with_caption_numbers_and_provenance(found, tmp_path):
 
 
 @pytest.mark.browser
-def test_the_same_run_gives_the_same_bytes(found, tmp_path):
-    few = dict(list(found.items())[:4])
+def test_the_same_run_gives_the_same_bytes(figures, tmp_path):
+    few = dict(list(figures.items())[:4])
     written = []
     for again in ("a", "b"):
         paths = export.write_gallery(few, tmp_path / again, ("svg",), column="double")
@@ -98,10 +103,22 @@ def test_the_same_run_gives_the_same_bytes(found, tmp_path):
     assert any("<svg" in text for text in written[0].values())
 
 
+def in_this_process(script, *arguments):
+    """The exit code and the standard error of a script that ends before it draws anything."""
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setattr(sys, "argv", [str(script), *arguments])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(script), run_name="__main__")
+        if isinstance(left.value.code, str):  # what Python does at the end of a process
+            print(left.value.code, file=sys.stderr)
+    return left.value.code if isinstance(left.value.code, int) else 1, errors.getvalue()
+
+
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
-def test_a_script_makes_its_figure_and_says_how_it_is_used(script, tmp_path):
+def test_a_script_makes_its_figure_and_states_how_it_is_used(script, tmp_path):
     command = [sys.executable, str(script)]
     done = subprocess.run(
         [*command, str(DATA / "demo.zarr"), str(tmp_path), "pdf"], capture_output=True, text=True, check=False
@@ -110,14 +127,13 @@ def test_a_script_makes_its_figure_and_says_how_it_is_used(script, tmp_path):
     made = {path.suffix for path in tmp_path.iterdir()}
     assert made == {".pdf", ".csv", ".txt", ".json", ".md"}
     assert all(path.read_bytes().startswith(b"%PDF-") for path in tmp_path.glob("*.pdf"))
-    lost = subprocess.run(
-        [*command, str(tmp_path / "none.zarr"), str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert lost.returncode == 1
-    assert "is not there" in lost.stderr
-    assert lost.stderr.count("\n") == 1
-    alone = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "RUN OUT" in alone.stderr
+    code, lost = in_this_process(script, str(tmp_path / "none.zarr"), str(tmp_path))
+    assert code == 1
+    assert "is not there" in lost
+    assert lost.count("\n") == 1
+    code, alone = in_this_process(script)
+    assert code == 1
+    assert "RUN OUT" in alone
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -139,12 +155,12 @@ def test_values_differ_in_grey(theme):
     assert not (rainbow < 0).all()
 
 
-def test_less_is_marked_where_grey_cannot_tell_it_from_more(found):
+def test_less_is_marked_where_grey_cannot_tell_it_from_more(figures):
     """Both ends of a diverging scale are dark: cells that are less carry a minus."""
-    names = [n for n in found if n.startswith("routing_difference")]
+    names = [n for n in figures if n.startswith("routing_difference")]
     assert names
     for name in names:
-        div = found[name].source
+        div = figures[name].source
         less = (div["difference"].values < 0) & div["expert_different"].values
         drawn = routing.load_difference_heatmap(div)
         marks = [t for t in drawn.data if t.type == "scatter" and t.marker.symbol == "line-ew" and t.x[0] is not None]

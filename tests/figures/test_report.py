@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, safe text, findings of every study, and nothing claimed without an interval."""
+"""The report: one page that needs nothing else, safe text, findings of every study, no claim without an interval."""
 
 import re
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from playwright.sync_api import Browser
 import workbench as wb
 from tests import browser
 from tests.conftest import DATA
+from tests.figures.conftest import shared_studies, study_of_demo
 from workbench.errors import InputError
 from workbench.figures.report import answers, gather, write_report
 from workbench.figures.template import ThemeName
@@ -23,7 +24,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     run = wb.open_run(DATA / "demo.zarr")
     save(run_study("compare", run, run), folder / "results")
-    write_report(run, folder / "report.html", results=load(folder / "results"))
+    with shared_studies():
+        write_report(run, folder / "report.html", results=load(folder / "results"))
     return folder / "report.html"
 
 
@@ -33,7 +35,7 @@ def chromium() -> Iterator[Browser]:
         yield launched
 
 
-def test_it_tells_of_every_study_and_needs_nothing_else(page: Path) -> None:
+def test_it_describes_every_study_and_needs_nothing_else(page: Path) -> None:
     text = page.read_text()
     for study in studies(runs=1):
         made = f'id="{study.name}"' in text
@@ -89,10 +91,10 @@ def test_it_is_short_and_draws_in_the_readers_theme(page: Path, theme: ThemeName
         assert errors == []
 
 
-def test_the_markdown_says_the_same(page: Path) -> None:
+def test_the_markdown_has_the_same_content(page: Path) -> None:
     text = page.with_suffix(".md").read_text()
     for name in ("routing", "sinks", "channels", "effort"):
-        for dataset in run_study(name, wb.open_run(DATA / "demo.zarr")).values():
+        for dataset in study_of_demo(name).values():
             assert dataset.attrs["summary"] in text
 
 

@@ -48,7 +48,7 @@ def signs(figure, symbol):
 
 
 @pytest.mark.parametrize("theme", THEMES)
-def test_every_figure_says_what_it_shows_with_units_and_origin(datasets, theme):
+def test_every_figure_states_what_it_shows_with_units_and_origin(datasets, theme):
     for name, figure in every_figure(datasets, theme).items():
         assert figure.layout.title.text, name
         assert figure.layout.title.subtitle.text, name
@@ -150,8 +150,8 @@ def test_entropy_has_panels_by_channel_and_lines_by_effort_with_intervals(load):
 def test_panels_can_be_efforts(load):
     figure = routing.entropy_by_layer(load, panels="effort")
     assert [annotation.text for annotation in figure.layout.annotations][:3] == ["low", "medium", "high"]
-    named = [trace.name for trace in figure.data if trace.showlegend]
-    assert named == ["prompt", "analysis", "final"]
+    legend = [trace.name for trace in figure.data if trace.showlegend]
+    assert legend == ["prompt", "analysis", "final"]
 
 
 def test_divergence_is_drawn_with_its_null_and_its_interval(div):
@@ -179,7 +179,7 @@ def test_what_a_dataset_lacks_is_refused_by_name(load):
         routing.entropy_by_layer(load.sel(channel=["commentary"]))
 
 
-def test_the_gallery_has_every_cell_and_comparison_and_the_numbers_behind(datasets):
+def test_the_gallery_has_every_cell_and_comparison_and_their_data(datasets):
     figures = routing.gallery(datasets)
     assert sum(name.startswith("load_") for name in figures) == 9
     assert sum(name.startswith(("divergence_", "difference_")) for name in figures) == 2 * sum(

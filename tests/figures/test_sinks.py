@@ -34,8 +34,8 @@ def test_the_gallery_has_the_cells_with_tokens_and_a_figure_for_each_layer(mass:
     variables = {name: (bins, values) for name in ("mass", "mass_low", "mass_high")}
     coords = {"channel": ["final", "commentary"], "layer": [0, 1], "bin": [0, 16]}
     position = xr.Dataset(variables | {"tokens": (bins[:1], [40, 0])}, coords, mass.attrs)
-    found = sinks.gallery({"mass": mass, "position": position})
-    assert set(found) == {"mass_final_low", "position_layer_0", "position_layer_1"}
-    lines = [trace for trace in found["position_layer_1"].draw().data if trace.mode == "lines+markers"]
+    items = sinks.gallery({"mass": mass, "position": position})
+    assert set(items) == {"mass_final_low", "position_layer_0", "position_layer_1"}
+    lines = [trace for trace in items["position_layer_1"].draw().data if trace.mode == "lines+markers"]
     assert [line.name for line in lines] == ["final"], "a channel without tokens has no line"
     np.testing.assert_allclose(lines[0].y, 100 * values[0, 1], err_msg="in percent")

@@ -1,4 +1,4 @@
-"""Streams that break harmony's grammar or use it in rare ways, by name, with the messages that labels must give them."""
+"""Streams that break harmony's grammar or use it in rare ways, by name, with the messages that labels must give."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ MALFORMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "<|start|>assistant<|channel|><|message|>a<|end|>",
         [{"channel": "", "role": "assistant", "flags": ("empty_channel",)}],
     ),
-    "a recipient is no channel": (
+    "a recipient is not a channel": (
         "<|start|>assistant<|channel|> to=user<|message|>a<|end|>",
         [{"channel": "", "recipient": "user", "flags": ("empty_channel",)}],
     ),
@@ -65,8 +65,8 @@ MALFORMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
         [{"content": 3, "stop": -1, "end": 3, "closed_by": "truncated"}],
     ),
     "text before any message is outside": ("a<|end|>" + GOOD, [{"start": 2, "end": 7}]),
-    "spaces behind a message are outside": (GOOD + "  " + GOOD, [{"end": 5}, {"start": 7}]),
-    "text behind a message is the assistant's": (
+    "spaces after a message are outside": (GOOD + "  " + GOOD, [{"end": 5}, {"start": 7}]),
+    "text after a message is the assistant's": (
         GOOD + "  ab<|end|>" + GOOD,
         [
             {"end": 5},
@@ -74,7 +74,7 @@ MALFORMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
             {"start": 10},
         ],
     ),
-    "text behind the end of a text is outside": (GOOD + "<|endoftext|>ab", [{"end": 5}]),
+    "text after the end of a text is outside": (GOOD + "<|endoftext|>ab", [{"end": 5}]),
     "a header without a start": (
         "<|channel|>final<|message|>a<|end|><|message|>b<|end|>",
         [
@@ -94,11 +94,11 @@ MALFORMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "<|start|>ab c de<|end|>",
         [{"role": "assistant", "content": 1, "flags": ("no_role", "no_message")}],
     ),
-    "text behind a channel": (
+    "text after a channel": (
         "<|start|>assistant<|channel|>final ab c<|end|>",
         [{"role": "assistant", "channel": "final", "content": 4, "flags": ("no_message",)}],
     ),
-    "text behind a recipient": (
+    "text after a recipient": (
         "<|start|>assistant<|channel|>commentary to=functions.calc json a=1<|call|>",
         [{"channel": "commentary", "recipient": "functions.calc", "content_type": "json", "flags": ("no_message",)}],
     ),
@@ -118,11 +118,11 @@ MALFORMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "<|start|>assistant<|channel|>??<|message|>a<|end|>",
         [{"channel": "??", "flags": ("unknown_channel",)}],
     ),
-    "signs behind a channel": (
+    "signs after a channel": (
         "<|start|>assistant<|channel|>commentary 2?<|message|>a<|end|>",
         [{"channel": "commentary 2?", "content_type": "", "flags": ("extra_words", "unknown_channel")}],
     ),
-    "an author that is no role is a tool": (
+    "an author that is not a role is a tool": (
         "<|start|>functions.calc<|message|>a<|end|>",
         [{"role": "tool", "author": "functions.calc"}],
     ),

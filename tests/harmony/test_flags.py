@@ -24,7 +24,7 @@ def test_a_complete_answer_with_reasoning_has_no_flag() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         (THOUGHT + ANSWER, ("truncated",)),
         (ANSWER + "<|return|>", ("no_reasoning",)),
@@ -32,8 +32,8 @@ def test_a_complete_answer_with_reasoning_has_no_flag() -> None:
         (THOUGHT + "words without a header<|end|>" + ANSWER + "<|return|>", ("irregular",)),
     ],
 )
-def test_flags_follow_from_the_tokens(text: str, found: tuple[str, ...]) -> None:
-    assert flags(text) == found
+def test_flags_follow_from_the_tokens(text: str, expected: tuple[str, ...]) -> None:
+    assert flags(text) == expected
 
 
 def test_what_is_known_of_the_end_decides_over_the_tokens() -> None:

@@ -65,7 +65,7 @@ SHAPES: dict[str, Any] = {
 }
 
 
-def said(row: dict[str, Any]) -> list[tuple[str, str]]:
+def channel_texts(row: dict[str, Any]) -> list[tuple[str, str]]:
     return [(m["channel"], m["content"]) for m in row["messages"] if m["role"] == "assistant"]
 
 
@@ -75,7 +75,7 @@ def test_every_shape_is_recognized_and_read(name: str, row: dict[str, Any], tmp_
     path.write_text(json.dumps(row))
     kind, rows, left_out = convert(path, effort="low")
     assert (kind, left_out) == (name.partition(",")[0], [])
-    assert said(rows[0]) == THINK
+    assert channel_texts(rows[0]) == THINK
     assert rows[0]["messages"][0]["content"] == "6*7"
     write_rows(tmp_path / "out.jsonl", rows)
     (transcript,), rejects = read_transcripts(tmp_path / "out.jsonl", tokenizer=harmony.tokenizer())
@@ -110,7 +110,7 @@ def test_a_batch_needs_its_requests(tmp_path: Path) -> None:
     out.write_text(json.dumps({"id": "r", "custom_id": "q1", "response": {"status_code": 200, "body": CHAT}}))
     asked.write_text(json.dumps({"custom_id": "q1", "method": "POST", "body": {"messages": [ASK]}}))
     _, rows, left_out = convert(out, effort="low", requests=asked)
-    assert (said(rows[0]), rows[0]["id"], left_out) == (THINK, "q1", [])
+    assert (channel_texts(rows[0]), rows[0]["id"], left_out) == (THINK, "q1", [])
     assert "--requests" in convert(out, effort="low")[2][0]
 
 
@@ -139,13 +139,13 @@ def contained(how: str, folder: Path) -> Path:
 def test_every_container_is_opened(how: str, tmp_path: Path) -> None:
     kind, rows, left_out = convert(contained(how, tmp_path), effort="low")
     assert kind.startswith("chat messages")
-    assert [said(row) for row in rows] == [THINK, THINK]
+    assert [channel_texts(row) for row in rows] == [THINK, THINK]
     assert left_out == []
 
 
 def test_a_dataset_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../../etc/passwd"}]}))
-    with pytest.raises(InputError, match="no file beside it"):
+    with pytest.raises(InputError, match="not a file in its folder"):
         convert(tmp_path)
 
 

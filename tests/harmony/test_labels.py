@@ -49,7 +49,7 @@ def parsable(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def disagreements(ids: list[int], labels: Labels) -> list[str]:
     """Where the library's parser, fed token by token, sees something else."""
     parser = StreamableParser(harmony_encoding(), None)
-    found: list[str] = []
+    lines: list[str] = []
     before = parser.state
     for at, (id, part) in enumerate(zip(ids, parts_of(labels), strict=True)):
         parser.process(id)
@@ -62,23 +62,23 @@ def disagreements(ids: list[int], labels: Labels) -> list[str]:
         elif before == StreamState.CONTENT:
             expected = ("content",) if after == StreamState.CONTENT else ("stop",)
         if part not in expected:
-            found.append(f"token {at} is {part}, wanted {expected}")
+            lines.append(f"token {at} is {part}, expected {expected}")
         message = labels.messages[labels.message[at]] if labels.message[at] >= 0 else None
         if part == "content" and message is not None:
             role = parser.current_role
             ours = (message.role, message.channel or None, message.recipient or None)
             theirs = (role.value if role else None, parser.current_channel, parser.current_recipient)
             if ours != theirs:
-                found.append(f"token {at}: {ours}, wanted {theirs}")
+                lines.append(f"token {at}: {ours}, expected {theirs}")
         before = after
     texts = [harmony_encoding().decode(ids[m.content : m.stop]) for m in labels.messages if m.stop >= 0]
     parsed = parser.messages
     if texts != ["".join(getattr(c, "text", "") for c in m.content) for m in parsed]:
-        found.append("other contents")
+        lines.append("other contents")
     ours = [(m.role, m.author or None, m.content_type or None) for m in labels.messages if m.stop >= 0]
     if ours != [(m.author.role.value, m.author.name, m.content_type) for m in parsed]:
-        found.append(f"other headers: {ours}")
-    return found
+        lines.append(f"other headers: {ours}")
+    return lines
 
 
 def test_the_librarys_parser_agrees_on_every_token(o200k: Tokenizer, conversation: Make) -> None:

@@ -43,7 +43,7 @@ def test_leading_messages_are_those_before_the_conversation() -> None:
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        ("text", "wanted an object"),
+        ("text", "expected an object"),
         ({"role": "robot", "content": ""}, "unknown role 'robot'"),
         ({"role": "user", "content": None}, "its content is None"),
         ({"role": "user", "content": "", "chanel": "final"}, "unknown field 'chanel'"),
@@ -61,7 +61,7 @@ def test_a_message_that_cannot_be_rendered_is_named(message: Any, reason: str) -
 
 def test_messages_are_a_list_of_at_least_one() -> None:
     for wrong in ([], "text", None, {"role": "user"}):
-        with pytest.raises(InputError, match="wanted a list of at least one message"):
+        with pytest.raises(InputError, match="expected a list of at least one message"):
             check_messages(wrong)
     with pytest.raises(InputError, match="a leading system message has no channel"):
         check_messages([{"role": "system", "content": "", "channel": "final"}])

@@ -78,7 +78,7 @@ def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
 
 
 def library_message(message: Mapping[str, Any]) -> Any:
-    """A message of the library. It writes a tool's recipient behind the channel, and gpt-oss's format before it."""
+    """A message of the library. It writes a tool's recipient after the channel, and gpt-oss's format before it."""
     from openai_harmony import Author, DeveloperContent, Message, Role
 
     author = Author(role=Role(message["role"]), name=message.get("name"))
@@ -175,8 +175,8 @@ def test_no_content_turns_into_a_mark(template: str | None, o200k: Tokenizer, by
         labels = harmony.label(ids, tokenizer=tokenizer)
         assert [m.role for m in labels.messages] == ["system", "developer", "user", "assistant", "tool"]
         assert not any(m.flags for m in labels.messages)
-        for message, found in zip(messages, labels.messages[1:], strict=True):
-            text = tokenizer.decode(ids[found.content : found.stop])
+        for message, one in zip(messages, labels.messages[1:], strict=True):
+            text = tokenizer.decode(ids[one.content : one.stop])
             assert text.strip() == f"# Instructions\n\n{evil}" if message["role"] == "developer" else text == evil
 
 
@@ -218,7 +218,8 @@ def test_a_small_vocabulary_renders_with_its_own_template(small: Tokenizer) -> N
     ]
     assert small.decode(harmony.render(messages, effort="high", tokenizer=small)) == (
         "<|start|>system<|message|>Reasoning: high<|end|><|start|>developer<|message|>calc first<|end|>"
-        "<|start|>user<|message|>2*3<|end|><|start|>assistant<|channel|>commentary to=functions.calc<|message|>2*3<|call|>"
+        "<|start|>user<|message|>2*3<|end|>"
+        "<|start|>assistant<|channel|>commentary to=functions.calc<|message|>2*3<|call|>"
         "<|start|>functions.calc to=assistant<|channel|>commentary<|message|>6<|end|><|start|>assistant"
     )
     with pytest.raises(InputError, match="cannot express the character 'Y'"):  # the library's "You are ChatGPT"
@@ -242,7 +243,7 @@ FAILING = {
     "reads a file": ("{% include '/etc/passwd' %}", "no loader"),
     "climbs out": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     "calls what it should not": ("{{ messages.append(1) }}", "SecurityError"),
-    "is no jinja": ("{% if %}", "TemplateSyntaxError"),
+    "is not a template": ("{% if %}", "TemplateSyntaxError"),
     "raises": ("{{ raise_exception('alternate,\\n\x1b[2J please') }}", "alternate,\\n\\x1b[2J please"),
     "divides by zero": ("{{ 1 / 0 }}", "ZeroDivisionError"),
     "recurses": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
@@ -260,7 +261,7 @@ def test_a_template_that_never_ends_is_given_up(
     start = time.monotonic()
     with pytest.raises(InputError, match="the chat template of small failed: it was not done after 1 s"):
         harmony.render([{"role": "user", "content": "a"}], tokenizer=with_template(small, template))
-    assert time.monotonic() - start < 60, "the template went on after the limit"
+    assert time.monotonic() - start < 300, "the template went on after the limit"
 
 
 @pytest.mark.parametrize(("template", "reason"), FAILING.values(), ids=FAILING.keys())
@@ -286,12 +287,12 @@ def test_a_leading_message_that_the_template_drops_is_an_error(o200k: Tokenizer)
 BAD_MESSAGES: list[tuple[Any, str]] = [
     ([], "at least one message"),
     ("hello", "messages: got 'hello'"),
-    ({"role": "user"}, "wanted a list"),
+    ({"role": "user"}, "expected a list"),
     (["hello"], "message 1: got 'hello'"),
     ([{"content": "a"}], "message 1: unknown role None"),
     ([{"role": "robot", "content": "a"}], "unknown role 'robot'; choose from system, developer, user, assistant, tool"),
     ([{"role": ["user"], "content": "a"}], "unknown role"),
-    ([{"role": "user"}], "message 1: its content is None; wanted text"),
+    ([{"role": "user"}], "message 1: its content is None; expected text"),
     ([{"role": "user", "content": {"text": "a"}}], "its content is"),
     ([{"role": "user", "content": [{"type": "image_url"}]}], "gpt-oss reads no images"),
     ([{"role": "user", "content": [{"type": "input_audio"}]}], "a part of type 'input_audio'"),
@@ -300,7 +301,7 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}]}],
         "a tool call has no function's name",
     ),
-    ([{"role": "user", "content": "a", "name": "a b"}], "name is 'a b'; wanted one word"),
+    ([{"role": "user", "content": "a", "name": "a b"}], "name is 'a b'; expected one word"),
     ([{"role": "user", "content": "a", "channel": "final<|message|>"}], "channel is"),
     ([{"role": "user", "content": "a", "recipient": ""}], "recipient is ''"),
     ([{"role": "user", "content": "a", "content_type": 5}], "content_type is 5"),

@@ -71,9 +71,9 @@ def test_sets_combine(tokenizer: harmony.Tokenizer, ids: list[int]) -> None:
 
 def test_a_beginning_is_labelled_as_the_whole(tokenizer: harmony.Tokenizer, ids: list[int]) -> None:
     final = harmony.token_set(tokenizer=tokenizer, channel=["final", "analysis"], every=2)
-    whole = final(ids)
+    complete = final(ids)
     for n in range(len(ids) + 1):
-        assert np.array_equal(final(ids[:n]), whole[:n])
+        assert np.array_equal(final(ids[:n]), complete[:n])
 
 
 @pytest.mark.parametrize(

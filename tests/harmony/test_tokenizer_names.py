@@ -65,7 +65,7 @@ def test_ids_are_read_from_any_container(ids: Any) -> None:
 
 @pytest.mark.parametrize("ids", [[-1], ["7"], [7.0], "7"])
 def test_what_is_no_id_is_refused(ids: Any) -> None:
-    with pytest.raises(InputError, match="is no token id"):
+    with pytest.raises(InputError, match="is not a token id"):
         plain_ids(ids)
 
 

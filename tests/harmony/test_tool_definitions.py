@@ -34,13 +34,13 @@ def test_tools_without_a_form_are_named_and_nothing_is_invented() -> None:
 @pytest.mark.parametrize(
     ("tools", "builtin", "reason"),
     [
-        ("[{", None, "wanted a list of definitions"),
-        (3, None, "wanted a list of definitions"),
-        ([3], None, "wanted an object with a name"),
+        ("[{", None, "expected a list of definitions"),
+        (3, None, "expected a list of definitions"),
+        ([3], None, "expected an object with a name"),
         ([{"type": "function", "function": {"name": ""}}], None, "a tool's name is"),
         ([{**CHAT, "function": {"name": "f", "parameters": 3}}], None, "parameters as a JSON schema"),
         (None, ["shell"], "unknown built-in tool 'shell'"),
-        (None, "python", "wanted a list with browser, python or both"),
+        (None, "python", "expected a list with browser, python or both"),
     ],
 )
 def test_a_wrong_definition_is_one_line(tools: Any, builtin: Any, reason: str) -> None:

@@ -73,35 +73,35 @@ BAD_ROWS: dict[str, tuple[Row | bytes, str]] = {
     "a number of many digits": (b'{"id": ' + b"1" * 10_000 + b"}", "not JSON"),
     "not UTF-8": (b'{"id": "\xe4"}', "not UTF-8 at byte 8"),
     "UTF-16": ('{"id": "a"}'.encode("utf-16"), "not UTF-8 at byte 0"),
-    "no object": (b'["id"]', "wanted an object"),
+    "no object": (b'["id"]', "expected an object"),
     "no id": (row(id=...), "id is missing"),
-    "a number as id": (row(id=5), "id is 5; wanted text"),
+    "a number as id": (row(id=5), "id is 5; expected text"),
     "an empty id": (row(id=""), "id is ''"),
     "no prompt id": (row(prompt_id=...), "prompt_id is missing"),
     "unknown effort": (row(effort="extreme"), "unknown effort 'extreme': choose from low, medium, high"),
     "false effort": (row(effort=False), "unknown effort False"),
     "a list as effort": (row(effort=["low"]), "unknown effort"),
-    "neither tokens nor messages": (row(tokens=...), "wanted either tokens or messages"),
-    "tokens and messages": (row(messages=ASK), "wanted either tokens or messages"),
-    "empty tokens": (row(tokens=[]), "tokens is []; wanted a list of at least one id"),
+    "neither tokens nor messages": (row(tokens=...), "expected either tokens or messages"),
+    "tokens and messages": (row(messages=ASK), "expected either tokens or messages"),
+    "empty tokens": (row(tokens=[]), "tokens is []; expected a list of at least one id"),
     "text as tokens": (row(tokens="123"), "tokens is '123'"),
     "an id beyond the vocabulary": (row(tokens=[1, 65]), "tokens holds 65; small has ids from 0 to 64"),
     "an enormous id": (row(tokens=[1, 10**30]), "tokens holds 1000000000000000000000000000000"),
     "a negative id": (row(tokens=[1, -1]), "tokens holds -1"),
-    "a float id": (row(tokens=[1, 2.0]), "tokens holds 2.0; wanted ids"),
+    "a float id": (row(tokens=[1, 2.0]), "tokens holds 2.0; expected ids"),
     "a text id": (row(tokens=[1, "2"]), "tokens holds '2'"),
     "a bool id": (row(tokens=[1, True]), "tokens holds True"),
     "a NaN id": (b'{"id": "a", "prompt_id": "p", "tokens": [NaN], "n_prompt": 0}', "tokens holds nan"),
-    "no n_prompt": (row(n_prompt=...), "n_prompt is None; wanted how many of the 3 tokens"),
+    "no n_prompt": (row(n_prompt=...), "n_prompt is None; expected how many of the 3 tokens"),
     "n_prompt beyond the end": (row(n_prompt=4), "n_prompt is 4"),
     "negative n_prompt": (row(n_prompt=-1), "n_prompt is -1"),
     "n_prompt of a float": (row(n_prompt=2.0), "n_prompt is 2.0"),
     "n_prompt of a bool": (row(n_prompt=True), "n_prompt is True"),
     "longer than the context": (row(tokens=[1] * 41), "41 tokens; the model's context holds 40"),
-    "correct as a number": (row(correct=1), "correct is 1; wanted true, false or null"),
+    "correct as a number": (row(correct=1), "correct is 1; expected true, false or null"),
     "another answer": (row(answer="5", expected="6"), "keep expected"),
-    "a number as answer": (row(answer=42), "answer is 42; wanted text"),
-    "a list as meta": (row(meta=[]), "meta is []; wanted an object"),
+    "a number as answer": (row(answer=42), "answer is 42; expected text"),
+    "a list as meta": (row(meta=[]), "meta is []; expected an object"),
     "a lone surrogate in the id": (rb'{"id": "\ud83d"}', "half a surrogate pair"),
     "a lone surrogate in meta": (row(meta={"a": {"b": ["\udc00"]}}), "half a surrogate pair"),
     "messages without content": (row(tokens=..., messages=[{"role": "user"}]), "message 1: its content is None"),
@@ -159,7 +159,7 @@ def test_a_row_too_long_is_passed_over(tmp_path: Path, small: Tokenizer, monkeyp
     good, rejects = read_transcripts(written(tmp_path, long, fits, b"", b"x" * 5000), tokenizer=small)
     assert [t.id for t in good] == ["b"]
     assert [r.line for r in rejects] == [1, 4]
-    assert "wanted at most 1,000" in rejects[0].reason
+    assert "expected at most 1,000" in rejects[0].reason
 
 
 def test_an_enormous_row_is_not_held_in_memory(tmp_path: Path, small: Tokenizer) -> None:
@@ -289,7 +289,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="absent is no folder: make it first"):
+    with pytest.raises(InputError, match="absent is not a folder: create it first"):
         write_transcripts(tmp_path / "absent" / "rows.jsonl", [TRANSCRIPT])
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="cannot be written"):

@@ -139,7 +139,7 @@ def test_a_broken_tokenizer_is_refused(content: bytes, tmp_path: Path) -> None:
 
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", Path(__file__)):
-        with pytest.raises(InputError, match="is no folder"):
+        with pytest.raises(InputError, match="is not a folder"):
             harmony.tokenizer(path)
 
 

@@ -180,7 +180,7 @@ def test_spliced_features_are_hook_points_that_act_downstream(model: GptOss, nam
         ({"dict_class": "CrossCoder"}, {}, "dict_class 'CrossCoder' is not read here: expected AutoEncoder or"),
         ({"dict_class": ["BatchTopKSAE"]}, {}, "is not read here"),
         ({"dict_class": "JumpReluAutoEncoder"}, {}, "tensor 'W_dec' is missing"),
-        ({}, {"more": torch.zeros(2)}, "tensor 'more' is left over"),
+        ({}, {"more": torch.zeros(2)}, "tensor 'more' is unexpected"),
         ({}, {"threshold": None}, "tensor 'threshold' is missing"),
         ({"k": 7}, {}, r"k is \[4\] in ae.pt and 7 in config.json; they must agree"),
         ({"dict_size": 25}, {}, r"'encoder.weight' is \[32, 24\] as \[input, output\], .* make it \[32, 25\]"),
@@ -210,7 +210,7 @@ class RunsCode:
 def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     folder, made = changed(tmp_path / "folder"), tmp_path / "made"
     torch.save({"k": RunsCode(made)}, folder / WEIGHTS)
-    with pytest.raises(InputError, match="no file of tensors that can be read safely"):
+    with pytest.raises(InputError, match="not a file of tensors that can be read safely"):
         load_sae(folder)
     assert not made.exists()
     torch.load(folder / WEIGHTS, weights_only=False)  # the negative control: the file is as dangerous as it claims
@@ -219,12 +219,12 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
 
 def test_incomplete_and_damaged_folders_are_refused(tmp_path: Path) -> None:
     folder = changed(tmp_path / "run" / "trainer_0")
-    with pytest.raises(InputError, match=r"name a folder that one of them wrote; there is one in '.*trainer_0'"):
+    with pytest.raises(InputError, match=r"give a folder that one of them wrote; there is one in '.*trainer_0'"):
         load_sae(folder.parent)
     content = (folder / WEIGHTS).read_bytes()
     for broken in (content[:200], content[: len(content) // 2], b"no torch file", b""):
         (folder / WEIGHTS).write_bytes(broken)
-        with pytest.raises(InputError, match="no file of tensors that can be read safely") as refused:
+        with pytest.raises(InputError, match="not a file of tensors that can be read safely") as refused:
             load_sae(folder)
         assert "\n" not in str(refused.value)
     (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")

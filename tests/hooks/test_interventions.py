@@ -279,7 +279,7 @@ def test_edits_act_in_their_order_and_nest(base: GptOss) -> None:
 
 
 @torch.no_grad()
-def test_nothing_stays_behind_not_even_after_a_failure(base: GptOss) -> None:
+def test_no_hook_remains_not_even_after_a_failure(base: GptOss) -> None:
     plain = base(X)
 
     class StopError(Exception):
@@ -293,11 +293,11 @@ def test_nothing_stays_behind_not_even_after_a_failure(base: GptOss) -> None:
 
 @torch.no_grad()
 def test_an_intervention_that_meets_no_token_is_an_error(base: GptOss) -> None:
-    with pytest.raises(ValueError, match=r"no token was met by: forbid experts \[2\] in layer 1\. .*token_set"):
+    with pytest.raises(ValueError, match=r"no token matched forbid experts \[2\] in layer 1\. .*token_set"):
         run(base, forbid(1, [2], tokens=[99]))
-    with pytest.raises(ValueError, match="no token was met by: knockout"):
+    with pytest.raises(ValueError, match="no token matched knockout"):
         run(base, knockout(0, [29], [2]))  # outside its window
-    with pytest.raises(ValueError, match="no token was met"), applied(base, forbid(1, [2])):
+    with pytest.raises(ValueError, match="no token matched"), applied(base, forbid(1, [2])):
         pass
 
 
@@ -314,12 +314,12 @@ def test_what_an_edit_met_is_said(base: GptOss) -> None:
         (lambda: forbid(3, [1]), r"layers \[3\]: the model has layers 0 to 2"),
         (lambda: forbid(1, [8]), r"experts \[8\]: the model has experts 0 to 7"),
         (lambda: forbid(1, []), "experts none"),
-        (lambda: forbid(1, range(5)), "leaves fewer than 4"),
-        (lambda: force(1, range(5)), "goes to 4 experts, not to 5"),
+        (lambda: forbid(1, range(5)), "leaves fewer than the 4"),
+        (lambda: force(1, range(5)), "5 experts: expected at most the 4"),
         (lambda: remove_sinks(0, [8]), r"heads \[8\]"),
         (lambda: steer("blocks.1.hook_resid_pos", torch.ones(64)), "blocks.1.hook_resid_post"),
         (lambda: steer("blocks.1.hook_resid_post", torch.ones(63)), r"\(63,\) does not fit .*64"),
-        (lambda: steer("blocks.1.attn.hook_pattern", torch.ones(30)), "query by key"),
+        (lambda: steer("blocks.1.attn.hook_pattern", torch.ones(30)), "for each query and key"),
         (lambda: replace("blocks.1.attn.hook_z", torch.ones(7)), r"\(7,\) does not fit"),
         (lambda: replace("blocks.1.attn.hook_z", 0.0, index=8), r"index \[8\]"),
         (lambda: patch("blocks.1.hook_resid_mid", torch.ones(2, 30, 63)), "does not fit"),

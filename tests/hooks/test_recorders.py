@@ -1,4 +1,4 @@
-"""A recorder keeps what passes, once, in the dtype asked for, and says what never came."""
+"""A recorder keeps what passes, once, in the dtype asked for, and states what never came."""
 
 import pytest
 import torch
@@ -15,17 +15,17 @@ def test_it_keeps_tokens_first_over_several_passes() -> None:
     with model.hooks(fwd_hooks=recorder.fwd_hooks):
         for part in parts:
             model(part)
-    kept = recorder.take()
-    assert kept["blocks.1.hook_resid_post"].shape == (30, BASE.d_model)
-    assert kept["blocks.1.hook_resid_post"].dtype == torch.bfloat16
-    assert kept["blocks.0.mlp.hook_expert_indices"].dtype == torch.uint8
+    recorded = recorder.take()
+    assert recorded["blocks.1.hook_resid_post"].shape == (30, BASE.d_model)
+    assert recorded["blocks.1.hook_resid_post"].dtype == torch.bfloat16
+    assert recorded["blocks.0.mlp.hook_expert_indices"].dtype == torch.uint8
     _, cache = model.run_with_cache(parts[1])
     torch.testing.assert_close(
-        kept["blocks.1.hook_resid_post"][12:], cache["blocks.1.hook_resid_post"][0].bfloat16(), rtol=0, atol=0
+        recorded["blocks.1.hook_resid_post"][12:], cache["blocks.1.hook_resid_post"][0].bfloat16(), rtol=0, atol=0
     )
 
 
-def test_it_is_empty_after_taking_and_says_what_never_fired() -> None:
+def test_it_is_empty_after_taking_and_lists_what_never_fired() -> None:
     recorder = Recorder({"blocks.1.hook_resid_post": torch.float32})
     with pytest.raises(RuntimeError, match=r"never fired: .*hook_resid_post"):
         recorder.take()
@@ -38,6 +38,6 @@ def test_what_it_kept_is_a_copy() -> None:
     x = torch.arange(9)[None]
     with model.hooks(fwd_hooks=recorder.fwd_hooks):
         model(x)
-    kept = recorder.take()["hook_embed"]
-    kept.zero_()
+    recorded = recorder.take()["hook_embed"]
+    recorded.zero_()
     assert model.embed(x).abs().sum() > 0

@@ -55,7 +55,7 @@ def test_the_comparison_notices_a_wrong_option(name: str, wrong: dict[str, Any])
     assert (sae.encode(wanted["x"]) - wanted["features"]).abs().max() > 1e-2
 
 
-def test_what_the_folder_says_is_kept() -> None:
+def test_the_options_of_the_folder_are_kept() -> None:
     sae = load_sae(SAES / "standard")
     assert sae.sparsity is not None
     assert sae.sparsity.shape == (sae.cfg.d_sae,)
@@ -66,7 +66,7 @@ def test_what_the_folder_says_is_kept() -> None:
 
 
 def test_decoding_what_was_normalised_needs_the_activation() -> None:
-    with pytest.raises(ValueError, match="pass decode the activation as `like`"):
+    with pytest.raises(ValueError, match="pass the activation to decode as `like`"):
         load_sae(SAES / "layer_norm").decode(outputs("layer_norm")["features"])
     made = outputs("topk")
     torch.testing.assert_close(load_sae(SAES / "topk").decode(made["features"]), made["decoded"])
@@ -188,7 +188,7 @@ def test_two_saes_nest_and_outlive_a_reset_of_the_users_hooks(model: GptOss) -> 
     assert torch.equal(model(X), plain)
 
 
-def test_a_splice_that_fails_leaves_nothing_behind(model: GptOss) -> None:
+def test_a_splice_that_fails_leaves_no_hook(model: GptOss) -> None:
     before = list(model.hook_dict)
     with (
         pytest.raises(ValueError, match="width 32, got 8"),
@@ -197,7 +197,7 @@ def test_a_splice_that_fails_leaves_nothing_behind(model: GptOss) -> None:
         model(X)
     with (
         pytest.raises(
-            ValueError, match=r"'blocks\.9\.hook_resid_post' does not exist; there is .*blocks\.1\.hook_resid_post"
+            ValueError, match=r"'blocks\.9\.hook_resid_post' does not exist; near it: .*blocks\.1\.hook_resid_post"
         ),
         splice(model, load_sae(SAES / "topk"), at="blocks.9.hook_resid_post"),
     ):
@@ -216,7 +216,7 @@ def spoilt(folder: Path, name: str, options: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "transcoder"}, "architecture 'transcoder' is not read here: wanted standard or topk"),
+        ({"architecture": "transcoder"}, "architecture 'transcoder' is not read here: expected standard or topk"),
         ({"architecture": "jumprelu_skip_transcoder"}, "architecture 'jumprelu_skip_transcoder' is not read here"),
         ({"architecture": "temporal"}, "architecture 'temporal' is not read here"),
         ({"architecture": "batchtopk"}, "architecture 'batchtopk' .* save_inference_model makes a jumprelu"),
@@ -228,14 +228,14 @@ def spoilt(folder: Path, name: str, options: dict[str, Any]) -> Path:
         ({"metadata": {"hook_head_index": 3}}, "hook_head_index 3 is not read here"),
         ({"dtype": "float8"}, "dtype 'float8' is not read here"),
         ({"apply_b_dec_to_input": "maybe"}, "apply_b_dec_to_input 'maybe' is not read here"),
-        ({"d_in": 0}, "d_in is 0, wanted a positive whole number"),
+        ({"d_in": 0}, "d_in is 0, expected a positive whole number"),
         ({"d_sae": "many"}, "d_sae is 'many'"),
-        ({"hook_name": 7}, "hook_name is 7, wanted the name of a hook point"),
+        ({"hook_name": 7}, "hook_name is 7, expected the name of a hook point"),
         ({"k": 25}, "k 25 is above d_sae 24"),
-        ({"k": None}, "k is 0, wanted a positive whole number"),
-        ({"d_in": 64}, r"'W_enc' has shape \[32, 24\], cfg.json wants \[64, 24\]"),
+        ({"k": None}, "k is 0, expected a positive whole number"),
+        ({"d_in": 64}, r"'W_enc' has shape \[32, 24\], cfg.json requires \[64, 24\]"),
         ({"architecture": "jumprelu"}, "tensor 'threshold' is missing"),
-        ({"architecture": "gated"}, "tensor 'b_enc' is left over"),
+        ({"architecture": "gated"}, "tensor 'b_enc' is unexpected"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -279,10 +279,10 @@ def of_another_size(folder: Path) -> None:
         (without(WEIGHTS), "sae_weights.safetensors is missing"),
         (truncated, "is truncated or no safetensors file"),
         (not_json, "is not JSON that can be read"),
-        (a_list, "wanted an object of options, got list"),
+        (a_list, "expected an object of options, got list"),
         (changed("b_enc", lambda b: b * torch.nan), "'b_enc' is not of finite floating-point numbers"),
         (changed("b_enc", lambda b: b.to(torch.int32)), "'b_enc' is not of finite floating-point numbers"),
-        (changed("W_dec", lambda w: w[:-1]), r"'W_dec' has shape \[23, 32\], cfg.json wants \[24, 32\]"),
+        (changed("W_dec", lambda w: w[:-1]), r"'W_dec' has shape \[23, 32\], cfg.json requires \[24, 32\]"),
         (of_another_size, r"sparsity.safetensors: tensor 'sparsity' has shape \[5\]"),
     ],
 )
@@ -296,5 +296,5 @@ def test_a_folder_that_is_not_whole_is_refused(spoil: Callable[[Path], None], me
 def test_an_sae_without_a_home_needs_to_be_told(model: GptOss) -> None:
     sae = load_sae(SAES / "topk")
     homeless = SAE(replace(sae.cfg, hook_name=None), dict(sae.named_parameters()))
-    with pytest.raises(ValueError, match="name a hook point with `at`"), splice(model, homeless):
+    with pytest.raises(ValueError, match="give a hook point with `at`"), splice(model, homeless):
         pass

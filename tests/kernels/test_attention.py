@@ -121,10 +121,10 @@ def test_a_sink_is_one_more_score_that_leads_nowhere() -> None:
     pos = torch.arange(30).expand(2, 30)
     z, lse, p = attend.attention(q, k, v, pos, 16, sinks=sinks)
     scores = attend.scores(q, k, attend.visible(pos, pos[0], 16))
-    whole = torch.cat([scores, sinks[None, :, None, None].expand(2, 6, 30, 1)], -1)
-    torch.testing.assert_close(lse, whole.logsumexp(-1).mT)
-    torch.testing.assert_close(p, whole.softmax(-1)[..., -1].mT)
-    torch.testing.assert_close(z, attend.combine(whole.softmax(-1)[..., :-1], v))
+    complete = torch.cat([scores, sinks[None, :, None, None].expand(2, 6, 30, 1)], -1)
+    torch.testing.assert_close(lse, complete.logsumexp(-1).mT)
+    torch.testing.assert_close(p, complete.softmax(-1)[..., -1].mT)
+    torch.testing.assert_close(z, attend.combine(complete.softmax(-1)[..., :-1], v))
 
 
 def test_a_masked_row_is_zero_and_its_sink_takes_all_with_finite_gradients() -> None:

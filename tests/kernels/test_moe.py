@@ -130,6 +130,6 @@ def test_a_long_prompt_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     x = torch.randn(21, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     logits = torch.randn(21, E, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     experts = top_k(logits, 3)
-    whole = moe(x, experts, gate(logits, experts), w)
+    complete = moe(x, experts, gate(logits, experts), w)
     monkeypatch.setattr("workbench.kernels.moe._TOKENS", 8)
-    torch.testing.assert_close(moe(x, experts, gate(logits, experts), w), whole)
+    torch.testing.assert_close(moe(x, experts, gate(logits, experts), w), complete)

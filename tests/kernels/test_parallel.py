@@ -10,8 +10,8 @@ from workbench.kernels.parallel import parallel_map
 
 def test_results_are_in_the_order_of_the_items() -> None:
     x = torch.randn(40, 5)
-    found = parallel_map(lambda row: float(x[row].sum()), range(40))
-    assert found == [float(row.sum()) for row in x]
+    sums = parallel_map(lambda row: float(x[row].sum()), range(40))
+    assert sums == [float(row.sum()) for row in x]
     assert parallel_map(lambda row: row, []) == []
 
 

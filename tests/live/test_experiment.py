@@ -75,8 +75,8 @@ def test_changes_of_log_probabilities_are_those_of_two_passes(nano: GptOss, done
     def logprobs(new: list[int], edited: bool) -> torch.Tensor:
         ids = torch.tensor([[*done.prompt, *new]])
         with torch.no_grad(), applied(nano, *(RECIPE.edits(nano) if edited else [])):
-            found = nano(ids)[0, len(done.prompt) - 1 : -1].log_softmax(-1)
-        return found.gather(-1, torch.tensor(new)[:, None])[:, 0]
+            scores = nano(ids)[0, len(done.prompt) - 1 : -1].log_softmax(-1)
+        return scores.gather(-1, torch.tensor(new)[:, None])[:, 0]
 
     for answer, change in (
         (done.original, done.comparison.original_change),
@@ -123,9 +123,9 @@ def test_samples_are_summarized_on_both_sides(nano: GptOss) -> None:
     experiment = finished(nano, recipe)
     prompt = recipe.prompt_ids(nano)
     assert experiment.original.rows == nano.generate([prompt], **recipe.options)
-    found = summarize(experiment, experiment.original)
-    assert found.complete == sum(n for _, n in found.answers) <= 3
-    assert found.mean_tokens == pytest.approx(np.mean([len(row) for row in experiment.original.rows]))
+    summary = summarize(experiment, experiment.original)
+    assert summary.complete == sum(n for _, n in summary.answers) <= 3
+    assert summary.mean_tokens == pytest.approx(np.mean([len(row) for row in experiment.original.rows]))
     assert "3 samples" in text_of(experiment)
 
 
@@ -161,7 +161,7 @@ def test_an_intervention_without_tokens_is_reported(nano: GptOss) -> None:
     assert len(experiment.unmatched) == 1
     assert experiment.edited is not None
     assert experiment.edited.rows == experiment.original.rows
-    assert "no token was met by: forbid experts" in text_of(experiment)
+    assert "no token matched forbid experts" in text_of(experiment)
 
 
 def test_limits_are_told() -> None:
@@ -175,8 +175,8 @@ def test_a_saved_recipe_runs_on_the_command_line(done: Experiment, tmp_path: Pat
     file.write_text(RECIPE.to_json())
     ran = run_command("apply", str(file), "--dtype", "float32", "--json")
     assert ran.code == 0, ran.err
-    found, want = json.loads(ran.out), result_of(done)
-    assert [found[side]["tokens"] for side in ("original", "edited")] == [
+    result, want = json.loads(ran.out), result_of(done)
+    assert [result[side]["tokens"] for side in ("original", "edited")] == [
         want[side]["tokens"] for side in ("original", "edited")
     ]
     python = run_command("apply", str(file), "--python")

@@ -102,7 +102,7 @@ def test_limits_and_errors_are_told(server: ModelServer) -> None:
     shown.run()
     assert "cannot express the character &#x27;&lt;&#x27;" in shown._status.object
     shown._guarded(lambda: shown._add_intervention("forbid"))
-    assert "no experts are chosen" in shown._status.object
+    assert "no experts are selected" in shown._status.object
     shown._map.chosen = [[9, 0]]
     shown._add_intervention("forbid")
     shown._user.value = "1+1"

@@ -71,7 +71,7 @@ def test_comparison_and_samples_are_shown_as_text() -> None:
     assert "width:25.0%" in text
     assert "<script>" not in text
     same = comparison_html(experiment, Comparison(None, [], [], []))
-    assert "Both answers are the same." in same
+    assert "Both answers are equal." in same
     table = samples_html(
         {"original": SampleSummary([(HOSTILE, 2), ("8", 1)], 3, 7.5), "edited": SampleSummary([], 0, 9.0)}, 3
     )

@@ -18,7 +18,7 @@ EXPERTS = "model.layers.1.mlp.experts"
 
 
 def test_every_matrix_can_be_adapted() -> None:
-    parts = [target.part for found in KNOWN.values() for target in found]
+    parts = [target.part for one in KNOWN.values() for target in one]
     assert len(parts) == len(set(parts)) == BASE.n_layers * 7 + 1
     assert [t.part for t in KNOWN[EXPERTS]] == ["blocks.1.mlp.experts.gate_up", "blocks.1.mlp.experts.down"]
 
@@ -66,13 +66,13 @@ def marked_wrongly(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
 
 
 def stacked_experts(factors: dict[str, Tensor]) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """Take PEFT's experts out of the factors: (module, gate_up or down) → A [expert, rank, inputs], B [expert, outputs, rank]."""
-    found = {}
+    """Return PEFT's factors of experts: (module, gate_up or down) → A [expert rank inputs], B [expert outputs rank]."""
+    stacked = {}
     for name in [name for name in factors if "experts" in name and "lora_A" in name]:
         a, b = factors.pop(name).unflatten(0, (-1, 3)), factors.pop(name.replace("lora_A", "lora_B"))
         module = name.partition(".experts")[0] + ".experts."
-        found[module, "gate_up" if a.shape[-1] == 64 else "down"] = a, b.unflatten(1, (3, -1)).permute(2, 0, 1)
-    return found
+        stacked[module, "gate_up" if a.shape[-1] == 64 else "down"] = a, b.unflatten(1, (3, -1)).permute(2, 0, 1)
+    return stacked
 
 
 def linear_maps(config: dict[str, Any], factors: dict[str, Tensor]) -> None:

@@ -177,7 +177,7 @@ def test_the_same_bits_with_gradients(model: GptOss, point: str) -> None:
         leaves.append(torch.zeros_like(t, requires_grad=True))
         return t + leaves[-1]
 
-    # Layers that compute a gradient take another path on a CPU, hooked or not: a leaf behind this layer's attention
+    # Layers that compute a gradient take another path on a CPU, hooked or not: a leaf after this layer's attention
     # makes the later ones the same.
     with model.hooks(fwd_hooks=[("blocks.0.hook_attn_out", add_leaf)]):
         plain = packed(model).detach()

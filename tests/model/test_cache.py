@@ -1,4 +1,4 @@
-"""A windowed cache gives the same bits as one that holds everything, holds what it must, and refuses to go further back."""
+"""A windowed cache gives the same bits as a full one, holds what it must, and refuses to go further back."""
 
 import copy
 import itertools
@@ -44,14 +44,14 @@ def outputs(model: GptOss, batch: int, chunks: Chunks, *, windowed: bool) -> lis
     """The residual stream of the real tokens of each pass."""
     rng = torch.Generator().manual_seed(0)
     cache = new_cache(model.cfg, batch, windowed=windowed, dtype=model.dtype)
-    found = []
+    rows = []
     for new, n_real in chunks:
         x = torch.randint(model.cfg.d_vocab, (batch, new), generator=rng)
         out = model.residual(x, cache=cache, n_real=n_real)
-        found += [row[:n] for row, n in zip(out, n_real or [new] * batch, strict=True)]
+        rows += [row[:n] for row, n in zip(out, n_real or [new] * batch, strict=True)]
     moved = any(base for held in cache._held.values() for base in held.bases)
     assert moved == windowed, "the bases of windowed layers, and only theirs, should move"
-    return found
+    return rows
 
 
 def decode(steps: int, new: int = 1) -> Chunks:
@@ -139,21 +139,21 @@ def test_hooks_see_every_key_at_its_position(small: GptOss, little_room: None) -
     """Scores and patterns of windowed layers have one shape and the same bits, and reading them changes nothing."""
     names = [f"blocks.{layer}.attn.hook_{point}" for layer in range(3) for point in ("pattern", "attn_scores")]
     x = torch.randint(small.cfg.d_vocab, (2, 50), generator=torch.Generator().manual_seed(1))
-    kept: list[dict[str, Tensor]] = []
+    recorded: list[dict[str, Tensor]] = []
     results = []
     for windowed in (True, False):
         cache = new_cache(small.cfg, 2, windowed=windowed)
         small.residual(x[:, :40], cache=cache, n_real=[40, 33])
         plain = [small.residual(x[:, i : i + 1], cache=cache) for i in range(40, 49)]
-        _, found = small.run_with_cache(x[:, 49:], cache=cache, names_filter=names)
-        kept.append(dict(found))
+        _, new_keys = small.run_with_cache(x[:, 49:], cache=cache, names_filter=names)
+        recorded.append(dict(new_keys))
         results.append(torch.cat(plain, 1))
         cache.truncate([n - 1 for n in cache.host_lengths])
         small.residual(x[:, 49:], cache=cache)
     assert torch.equal(*results)
     for name in names:
-        assert kept[0][name].shape == (2, 6, 1, 50), name
-        assert torch.equal(kept[0][name], kept[1][name]), name
+        assert recorded[0][name].shape == (2, 6, 1, 50), name
+        assert torch.equal(recorded[0][name], recorded[1][name]), name
 
 
 @torch.no_grad()
@@ -234,8 +234,8 @@ def test_layers_that_a_pass_leaves_out_stay_in_step(small: GptOss, little_room: 
 
 
 def greedy(model: GptOss, prompts: list[list[int]], **options: int) -> list[list[int]]:
-    found: list[list[int]] = model.generate(prompts, max_new_tokens=12, stop=(), **options)
-    return found
+    generated: list[list[int]] = model.generate(prompts, max_new_tokens=12, stop=(), **options)
+    return generated
 
 
 def test_generation_reads_prompts_in_chunks(small: GptOss, little_room: None, monkeypatch: pytest.MonkeyPatch) -> None:

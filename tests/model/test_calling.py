@@ -124,15 +124,15 @@ def test_backward_hooks_on_rows_that_are_padded_on_the_left_are_refused(nano: Gp
 @pytest.mark.parametrize("chosen", [-1, (1, 4), [0, 2]])
 def test_positions_are_selected_on_the_axis_of_positions(nano: GptOss, chosen: Any) -> None:
     """At every hook point. The rule of the second axis from the end selects slots and heads instead."""
-    _, whole = nano.run_with_cache("12+34")
+    _, complete = nano.run_with_cache("12+34")
     _, cache = nano.run_with_cache("12+34", pos_slice=chosen)
     second_from_end = []
     for name, axes in hook_points(nano.cfg.n_layers).items():
         dim = [axis in ("pos", "query_pos") for axis in axes.split()].index(True)
         index = torch.arange(5)[slice(*chosen) if isinstance(chosen, tuple) else chosen]
-        want = whole[name].index_select(dim, index.reshape(-1))
+        want = complete[name].index_select(dim, index.reshape(-1))
         assert torch.equal(cache[name], want), name
-        second_from_end.append(dim == whole[name].dim() - 2)
+        second_from_end.append(dim == complete[name].dim() - 2)
     assert not all(second_from_end)
 
 
@@ -142,9 +142,9 @@ def test_loss_is_the_cross_entropy_of_the_next_token(nano: GptOss) -> None:
     torch.testing.assert_close(nano(ids, return_type="loss"), want)
     logits, loss = nano(ids, return_type="both")
     torch.testing.assert_close(loss, nano.loss_fn(logits, ids))
-    each = nano(ids, return_type="loss", loss_per_token=True)
-    assert each.shape == (1, ids.shape[1] - 1)
-    torch.testing.assert_close(each.mean(), want)
+    per_token = nano(ids, return_type="loss", loss_per_token=True)
+    assert per_token.shape == (1, ids.shape[1] - 1)
+    torch.testing.assert_close(per_token.mean(), want)
     assert nano(ids, return_type=None) is None
     shifted = torch.nn.functional.cross_entropy(nano(ids)[0], ids[0])
     assert not torch.allclose(shifted, want, atol=1e-2), "the loss of the same token is another number"
@@ -193,7 +193,7 @@ def test_what_has_no_meaning_is_one_clear_error(nano: GptOss, call: Any, words: 
     assert "\n" not in str(raised.value)
 
 
-def test_what_a_mixture_of_experts_does_not_have_says_where_it_is(nano: GptOss) -> None:
+def test_what_a_mixture_of_experts_does_not_have_states_where_it_is(nano: GptOss) -> None:
     with pytest.raises(AttributeError, match=r"each expert has its own, as in model.blocks\[0\].mlp.experts.W_in\(5\)"):
         _ = nano.W_in
     with pytest.raises(AttributeError, match="rotary"):

@@ -34,8 +34,8 @@ def test_the_layouts_hold_the_same_model(tmp_path: Path, cfg: Config) -> None:
 
 
 def test_shards_make_no_difference_but_to_the_digest(pristine: Path, tmp_path: Path) -> None:
-    whole, parts = open_checkpoint(write(tmp_path / "one")), open_checkpoint(pristine)
-    assert all(torch.equal(whole.tensors[name], parts.tensors[name]) for name in whole.tensors)
+    complete, parts = open_checkpoint(write(tmp_path / "one")), open_checkpoint(pristine)
+    assert all(torch.equal(complete.tensors[name], parts.tensors[name]) for name in complete.tensors)
 
 
 @pytest.mark.parametrize("experts", ["mxfp4", "dense"])
@@ -118,14 +118,14 @@ def test_without_permission_the_folder_and_the_file_are_named(folder: Path) -> N
     with tempfile.TemporaryDirectory() as open_to_all:
         os.chmod(open_to_all, 0o755)
         copy = Path(shutil.copytree(folder, Path(open_to_all) / "copy"))
-        for path, said in (
+        for path, message in (
             (copy / shard.name, "cannot be read: Permission denied"),
             (copy, "cannot be read: Permission"),
         ):
             path.chmod(0o000)
             try:
                 os.seteuid(before or 65534)
-                with pytest.raises(InputError, match=said):
+                with pytest.raises(InputError, match=message):
                     open_checkpoint(copy)
             finally:
                 os.seteuid(before)
@@ -134,8 +134,8 @@ def test_without_permission_the_folder_and_the_file_are_named(folder: Path) -> N
 
 def test_a_file_instead_of_a_folder_and_nothing_at_all_are_refused(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("")
-    for path, said in ((tmp_path / "f", "a file"), (tmp_path / "g", "not there")):
-        with pytest.raises(InputError, match=said):
+    for path, message in ((tmp_path / "f", "a file"), (tmp_path / "g", "not there")):
+        with pytest.raises(InputError, match=message):
             open_checkpoint(path)
 
 
@@ -239,7 +239,7 @@ def test_a_failing_network_of_any_kind_is_one_line(monkeypatch: pytest.MonkeyPat
         resolve("a/b")
 
 
-def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_without_a_network_states_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 

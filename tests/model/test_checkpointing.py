@@ -78,7 +78,7 @@ def test_what_is_recorded_and_counted_is_so_once(model: GptOss) -> None:
         loss(model(X, packed=LENGTHS)).backward()
         assert [matched.tokens for matched in report] == [110, 6, 4]
     assert recorders[0].take()[name].shape == (120, BASE.d_model)
-    assert [len(kept[name]) for kept in recorders[1].take()] == LENGTHS
+    assert [len(recorded[name]) for recorded in recorders[1].take()] == LENGTHS
 
 
 def test_memory_is_a_stream_a_block(model: GptOss) -> None:

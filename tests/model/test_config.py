@@ -116,7 +116,7 @@ def test_a_config_survives_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"hidden_size": 2870}, "multiple of 32"),
@@ -127,11 +127,14 @@ def test_a_config_survives_json(tmp_path: Path) -> None:
         ({"layer_types": [["full_attention"]] * 24}, "layer_types needs one of"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' is not computed"),
         ({"rope_scaling": HF_20B["rope_scaling"] | {"mscale": 0.7}}, "rope_parameters.'mscale' = 0.7 is unknown"),
-        ({"rope_scaling": HF_20B["rope_scaling"] | {"truncate": "false"}}, "truncate is 'false', wanted true or false"),
+        (
+            {"rope_scaling": HF_20B["rope_scaling"] | {"truncate": "false"}},
+            "truncate is 'false', expected true or false",
+        ),
         ({"rope_scaling": HF_20B["rope_scaling"] | {"factor": 0.5}}, "a factor of at least 1"),
         ({"rope_scaling": HF_20B["rope_scaling"] | {"beta_fast": 0.5}}, "beta_fast above beta_slow"),
         ({"rope_scaling": HF_20B["rope_scaling"] | {"rope_theta": 10000}}, "contradict each other"),
-        ({"rope_scaling": "yarn"}, "rope_parameters is 'yarn', wanted an object"),
+        ({"rope_scaling": "yarn"}, "rope_parameters is 'yarn', expected an object"),
         ({"rope_scaling": None}, "rope_scaling is null, which some releases of transformers read as YaRN"),
         (
             {"rope_scaling": HF_20B["rope_scaling"] | {"attention_factor": 1.0}},
@@ -154,7 +157,7 @@ def test_a_config_survives_json(tmp_path: Path) -> None:
         ({"initial_context_length": 8192}, "4096 and rope_parameters.../initial_context_length 8192 contradict"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": False}, "attention_bias"),
-        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, wanted true or false"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or false"),
         ({"num_experts_per_tok": 33, "experts_per_token": None}, "33 experts, but there are 32"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000"),
@@ -162,7 +165,7 @@ def test_a_config_survives_json(tmp_path: Path) -> None:
         ({"sliding_window": None}, "'sliding_window' is missing"),
         ({"head_dim": 63}, "d_head is 63"),
         ({"norm_type": "layernorm"}, "'norm_type' = 'layernorm' is unknown"),
-        ({"quantization_config": "mxfp4"}, "quantization_config is 'mxfp4', wanted an object"),
+        ({"quantization_config": "mxfp4"}, "quantization_config is 'mxfp4', expected an object"),
         ({"swiglu_limit": float("inf")}, "swiglu_limit is inf"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"motto": "x" * 10_000}, "'motto' = 'xxx"),
@@ -173,8 +176,8 @@ def test_a_config_survives_json(tmp_path: Path) -> None:
         ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
     ],
 )
-def test_a_config_we_do_not_compute_is_refused_by_field(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=re.escape(said)) as refusal:
+def test_a_config_we_do_not_compute_is_refused_by_field(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)) as refusal:
         read(tmp_path, HF_20B | change)
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value).replace(str(tmp_path), "")) < 250
@@ -255,7 +258,7 @@ def test_an_unknown_field_can_be_declared_harmless(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (b"", "cannot be read as JSON"),
         (b"{", "cannot be read as JSON"),
@@ -264,8 +267,8 @@ def test_an_unknown_field_can_be_declared_harmless(tmp_path: Path) -> None:
         (b"[1]", "holds a list"),
     ],
 )
-def test_what_is_no_config_is_refused(tmp_path: Path, text: bytes, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_what_is_no_config_is_refused(tmp_path: Path, text: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         read(tmp_path, text)
 
 

@@ -145,11 +145,11 @@ def model() -> GptOss:
 
 
 def logits_of(model: GptOss, steps: int, *, graphs: bool) -> list[Tensor]:
-    """The logits of each step behind two rows of unequal length, one of which leaves after half the steps."""
+    """The logits of each step for two rows of unequal length, one of which leaves after half the steps."""
     model.cuda_graphs = graphs
     cache = KVCache(model.cfg, 2, 60, dtype=model.dtype, device=model.device)
     tokens = torch.randint(model.cfg.d_vocab, (2, 17 + steps), generator=torch.Generator().manual_seed(1))
-    found = []
+    logits = []
     with torch.no_grad():
         model.residual(tokens[:, :17], cache=cache, n_real=[17, 15])
         step = DecodeStep(model, cache)
@@ -157,10 +157,10 @@ def logits_of(model: GptOss, steps: int, *, graphs: bool) -> list[Tensor]:
             if i == steps // 2:
                 cache.select(torch.tensor([1]))
                 tokens = tokens[1:]
-            found.append(step(tokens[:, 17 + i]).clone())
+            logits.append(step(tokens[:, 17 + i]).clone())
     assert cache.host_lengths == [15 + steps] == cache._length[model.device].tolist()
     assert any(held.bases[0] for held in cache._held.values()), "the windows should move"
-    return found
+    return logits
 
 
 def check(model: GptOss, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""transformers reads what we write, we read what transformers writes, and a file says what its config says."""
+"""transformers reads what we write, we read what transformers writes, and a file states what its config has."""
 
 import math
 import warnings
@@ -111,7 +111,7 @@ def test_plain_rope_survives_both_layouts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "layout", "said"),
+    ("change", "layout", "message"),
     [
         ({"windows": (None, None, None)}, "original", "cannot say windows"),
         ({"eps": 1e-6}, "original", "cannot say eps"),
@@ -122,10 +122,10 @@ def test_plain_rope_survives_both_layouts(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_would_be_read_as_another_is_not_written(
-    tmp_path: Path, change: dict[str, object], layout: str, said: str
+    tmp_path: Path, change: dict[str, object], layout: str, message: str
 ) -> None:
     cfg = replace(replace(BASE, n_ctx=131_072), **change)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         save_checkpoint(tmp_path / "ckpt", cfg, RandomTensors(cfg), layout=layout)
     assert list(tmp_path.iterdir()) == []
 
@@ -135,16 +135,16 @@ def test_tensors_that_do_not_fit_the_config_are_not_written(tmp_path: Path) -> N
     name = "blocks.1.attn.k.bias"
     wrong: list[tuple[Mapping[str, Tensor], str]] = [
         ({n: t for n, t in good.items() if n != name}, f"'{name}' is missing"),
-        (good | {"blocks.3.ln1.weight": good["ln_final.weight"]}, "left over"),
-        (good | {name: good[name][:-1]}, r"\[15\], the config wants \[16\]"),
+        (good | {"blocks.3.ln1.weight": good["ln_final.weight"]}, "unexpected"),
+        (good | {name: good[name][:-1]}, r"\[15\], the config requires \[16\]"),
         (good | {name: good[name].half()}, "is torch.float16"),
         (
             good | {"blocks.0.mlp.experts.down.scales": good["blocks.0.mlp.experts.down.scales"].view(torch.int8)},
             "int8",
         ),
     ]
-    for tensors, said in wrong:
-        with pytest.raises(InputError, match=said):
+    for tensors, message in wrong:
+        with pytest.raises(InputError, match=message):
             save_checkpoint(tmp_path / "ckpt", BASE, tensors)
     with pytest.raises(InputError, match="layout 'gguf' is unknown"):
         save_checkpoint(tmp_path / "ckpt", BASE, good, layout="gguf")
@@ -190,11 +190,11 @@ class Counted(Mapping[str, Tensor]):
 def test_memory_holds_a_shard_or_the_largest_tensor(tmp_path: Path) -> None:
     cfg = replace(BASE, d_vocab=4000)
     largest, everything = 4000 * 64 * 2, sum(t.nbytes for t in RandomTensors(cfg).values())
-    streamed, whole = Counted(RandomTensors(cfg)), Counted(RandomTensors(cfg))
+    streamed, unsharded = Counted(RandomTensors(cfg)), Counted(RandomTensors(cfg))
     save_checkpoint(tmp_path / "streamed", cfg, streamed, shard_bytes=100_000)
-    save_checkpoint(tmp_path / "whole", cfg, whole)
+    save_checkpoint(tmp_path / "whole", cfg, unsharded)
     assert streamed.most <= largest + 100_000
-    assert whole.most >= 0.9 * everything > 2 * streamed.most
+    assert unsharded.most >= 0.9 * everything > 2 * streamed.most
     sizes = [p.stat().st_size for p in (tmp_path / "streamed").glob("*.safetensors")]
     assert sum(size > 120_000 for size in sizes) == 2  # embedding and unembedding, one tensor each
 

@@ -206,10 +206,10 @@ def edited_at_last(name: str, in_place: bool) -> tuple[str, Callable[..., Tensor
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("name", INNER)
-def test_a_change_behind_the_point_is_computed_again(
+def test_a_change_after_the_point_is_computed_again(
     model: GptOss, name: str, in_place: bool, runs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Points behind an edit see what follows from it, though the launch had gone on with the value before it."""
+    """Points after an edit see what follows from it, though the launch had gone on with the value before it."""
     seen: list[Tensor] = []
 
     def run() -> Tensor:
@@ -293,5 +293,5 @@ def test_an_expert_that_the_layer_lacks_is_refused(model: GptOss) -> None:
     def beyond(tensor: Tensor, hook: Any) -> Tensor:
         return tensor + CFG.num_experts if tensor.shape[1] == 1 else tensor
 
-    with pytest.raises(InputError, match=r"a hook left expert \d+ in mlp.hook_expert_indices: expected 0 to 7"):
+    with pytest.raises(InputError, match=r"a hook set expert \d+ in mlp.hook_expert_indices: expected 0 to 7"):
         decode(model, hooks=[("blocks.0.mlp.hook_expert_indices", beyond)])

@@ -27,10 +27,10 @@ def new_cache(batch: int, capacity: int = 128) -> KVCache:
 @torch.no_grad()
 def test_a_prefix_in_the_cache_gives_the_same_logits(base: GptOss) -> None:
     x = torch.randint(BASE.d_vocab, (2, 60), generator=torch.Generator().manual_seed(3))
-    whole = base(x)
+    complete = base(x)
     cache = new_cache(2)
     parts = [base(part, cache=cache) for part in x.split([23, 1, 1, 35], 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, 1), complete, rtol=1e-4, atol=1e-5)
     assert cache.lengths.tolist() == [60, 60]
 
 

@@ -1,4 +1,4 @@
-"""A stream of steps gives the tokens of a batch; it restores what it changes, ends when it is closed, and shares prompts."""
+"""A stream of steps gives the tokens of a batch; it restores what it changes, ends when closed, and shares prompts."""
 
 import itertools
 import math
@@ -208,7 +208,7 @@ def test_a_prompt_cache_reuses_nothing_of_other_hooks(base: GptOss, monkeypatch:
 
 def test_misuse_of_a_prompt_cache_is_refused(base: GptOss) -> None:
     cache = PromptCache()
-    with pytest.raises(InputError, match="the prompts differ"):
+    with pytest.raises(InputError, match="these prompts differ"):
         base.generate(PROMPTS, prompt_cache=cache)
     stream = base.generate_stream([PROMPTS[0]], prompt_cache=cache)
     next(stream)

@@ -1,4 +1,4 @@
-"""Gradients of every hook point are what finite differences say, through packed weights, in every way through the model."""
+"""Gradients of every hook point are those of finite differences, through packed weights and in every path."""
 
 from collections.abc import Callable
 from typing import Any
@@ -74,10 +74,12 @@ def routes(model: GptOss, name: str, delta: Tensor) -> list[Tensor]:
 
 
 def shape_of(model: GptOss, name: str, **options: Any) -> Tensor:
-    found: list[Tensor] = []
+    activations: list[Tensor] = []
     with torch.no_grad():
-        model.run_with_hooks(options.pop("tokens", X), fwd_hooks=[(name, lambda x, hook: found.append(x))], **options)
-    return found[0]
+        model.run_with_hooks(
+            options.pop("tokens", X), fwd_hooks=[(name, lambda x, hook: activations.append(x))], **options
+        )
+    return activations[0]
 
 
 @pytest.mark.parametrize("name", POINTS)
@@ -168,16 +170,16 @@ SOME = (
 def test_packed_and_padded_sequences_have_the_gradients_of_each_alone(model: GptOss, name: str) -> None:
     lengths = [12, 5]
     rows = [X[:1], X[1:, :5]]
-    each = [gradient(model, name, tokens=row) for row in rows]
+    alone = [gradient(model, name, tokens=row) for row in rows]
     together = gradient(model, name, tokens=torch.cat(rows, 1), packed=lengths)
-    torch.testing.assert_close(together, torch.cat(each, 1), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(together, torch.cat(alone, 1), rtol=1e-6, atol=1e-8)
     like = shape_of(model, name)
     delta = torch.zeros_like(like, requires_grad=True)
     logits = model.run_with_hooks(X, fwd_hooks=[(name, lambda x, hook: x + delta)], n_real=lengths)
     (loss(logits[:1]) + loss(logits[1:, :5])).backward()
     assert delta.grad is not None
-    torch.testing.assert_close(delta.grad[:1], each[0], rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(delta.grad[1:, :5], each[1], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(delta.grad[:1], alone[0], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(delta.grad[1:, :5], alone[1], rtol=1e-6, atol=1e-8)
     assert not delta.grad[1:, 5:].any(), "padding has a gradient"
 
 

@@ -1,4 +1,4 @@
-"""What a pass is given becomes one checked tensor; every wrong input is one error that says what was expected."""
+"""What a pass is given becomes one checked tensor; every wrong input is one error that states what was expected."""
 
 from typing import Any
 
@@ -40,8 +40,8 @@ def test_padding_of_a_tensor_counts_as_tokens_until_its_side_is_named(nano: GptO
     [
         ([], "no tokens"),
         ("", "row 0 is empty"),
-        (["1", 2], "texts and ids cannot be mixed"),
-        ([[1], "2"], "texts and ids cannot be mixed"),
+        (["1", 2], "texts or of ids, not both"),
+        ([[1], "2"], "texts or of ids, not both"),
         ([[1], []], "row 1 is empty"),
         (1.5, "token ids are whole numbers, got float"),
         (np.zeros((1, 1, 1), int), "ids have the axes"),

@@ -77,6 +77,13 @@ def test_a_pruned_nano_is_nano_without_the_experts(tmp_path: Path) -> None:
     assert Config.from_json(json.loads(json.dumps(model.cfg.to_json()))) == model.cfg
 
 
+def test_biases_of_layers_of_different_sizes_have_no_stack(folder: Path) -> None:
+    model = opened(folder)
+    with pytest.raises(InputError, match=r"b_out of all layers: the layers have \d+ to \d+ experts"):
+        model.b_out  # noqa: B018
+    assert [len(block.mlp.b_out) for block in model.blocks] == list(model.cfg.layer_experts or ())
+
+
 def test_an_expert_that_a_layer_does_not_have_is_refused(folder: Path) -> None:
     model = opened(folder)
     for layer, experts in ((1, [5]), (2, [7])):
@@ -90,7 +97,7 @@ def test_an_expert_that_a_layer_does_not_have_is_refused(folder: Path) -> None:
     with applied(model, forbid(0, [7])):
         model(X)
     with (
-        pytest.raises(InputError, match="forbidding 2 of 5 experts leaves fewer than 4"),
+        pytest.raises(InputError, match="forbidding 2 of 5 experts leaves fewer than the 4"),
         applied(model, forbid(1, [0, 1])),
     ):
         model(X)
@@ -103,7 +110,7 @@ def changed(folder: Path, **fields: Any) -> Path:
     return folder
 
 
-def test_a_list_of_numbers_says_the_same(full: GptOss, tmp_path: Path) -> None:
+def test_a_list_of_numbers_states_the_same(full: GptOss, tmp_path: Path) -> None:
     cfg, tensors = without_last_experts(replace(CFG, windows=(16, None, 16)), full.state_dict(), KEEP)
     folder = save_checkpoint(tmp_path / "model", cfg, tensors)
     listed = changed(folder, model_type="gpt_oss", block_configs=..., num_local_experts=list(KEEP))
@@ -140,7 +147,7 @@ BLOCKS = [{"num_local_experts": n, "sliding_window": w} for n, w in zip(KEEP, CF
     ("fields", "message"),
     [
         ({"block_configs": ...}, "field 'block_configs' is missing"),
-        ({"block_configs": BLOCKS[:2]}, "block_configs is .*wanted a list of 3 objects, one for each layer"),
+        ({"block_configs": BLOCKS[:2]}, "block_configs is .*expected a list of 3 objects, one for each layer"),
         (
             {"block_configs": [*BLOCKS[:2], {"num_local_experts": 6}]},
             r"field block_configs\[2\]\.'sliding_window' is missing",

@@ -50,7 +50,7 @@ def spread(machine: Machine, checkpoint: Path) -> GptOss:
 
 
 @pytest.fixture
-def whole(machine: Machine, checkpoint: Path) -> GptOss:
+def on_one_device(machine: Machine, checkpoint: Path) -> GptOss:
     return load(checkpoint, device="cuda:0", dtype=torch.float32)
 
 
@@ -97,7 +97,7 @@ def test_two_devices_hold_what_one_cannot(checkpoint: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("toaster", "toaster"),
         ("cpu:0,toaster", "toaster"),
@@ -107,8 +107,8 @@ def test_two_devices_hold_what_one_cannot(checkpoint: Path, monkeypatch: pytest.
     ],
 )
 @pytest.mark.usefixtures("machine")
-def test_devices_that_make_no_sense_are_refused(name: str, said: str, checkpoint: Path) -> None:
-    with pytest.raises(InputError, match=said):
+def test_devices_that_make_no_sense_are_refused(name: str, message: str, checkpoint: Path) -> None:
+    with pytest.raises(InputError, match=message):
         load(checkpoint, device=name)
 
 
@@ -137,14 +137,14 @@ def test_every_tensor_is_on_its_stage(spread: GptOss, machine: Machine) -> None:
 
 @torch.no_grad()
 def test_the_numbers_are_the_same_and_one_tensor_of_the_stream_crosses(
-    spread: GptOss, whole: GptOss, machine: Machine, tokens: Tensor
+    spread: GptOss, on_one_device: GptOss, machine: Machine, tokens: Tensor
 ) -> None:
     got = spread(tokens.to(spread.device))
     assert machine.of(got) == torch.device("cuda", 1)
     half = CFG.d_head // 2
     # the residual stream, then the positions and their rotations
     assert machine.crossings == [(2, 37, CFG.d_model), (2, 37), (2, 37, half), (2, 37, half)]
-    assert torch.equal(got.cpu(), whole(tokens.to(whole.device)).cpu())
+    assert torch.equal(got.cpu(), on_one_device(tokens.to(on_one_device.device)).cpu())
 
 
 @torch.no_grad()
@@ -178,16 +178,16 @@ def test_hooks_see_tensors_where_their_layer_is(spread: GptOss, machine: Machine
         assert device == (layer or (first if name == "hook_embed" else last)), name
 
 
-def test_generation_keeps_each_layer_s_cache_with_it(spread: GptOss, whole: GptOss) -> None:
+def test_generation_keeps_each_layer_s_cache_with_it(spread: GptOss, on_one_device: GptOss) -> None:
     prompts = [[5, 9, 2], list(range(40)), [7]]
     stop = range(12)
     got = spread.generate(prompts, max_new_tokens=12, stop=stop)
-    assert got == whole.generate(prompts, max_new_tokens=12, stop=stop)
+    assert got == on_one_device.generate(prompts, max_new_tokens=12, stop=stop)
     assert len({len(row) for row in got}) > 1, "the rows should stop at different times, or nothing is selected"
 
 
 def test_packed_sequences_with_an_embedding_that_has_a_device_to_itself(
-    machine: Machine, checkpoint: Path, whole: GptOss, tokens: Tensor
+    machine: Machine, checkpoint: Path, on_one_device: GptOss, tokens: Tensor
 ) -> None:
     row = tokens.flatten()[None]
     many = load(checkpoint, device=",".join(f"cuda:{i}" for i in range(7)), dtype=torch.float32)
@@ -195,12 +195,12 @@ def test_packed_sequences_with_an_embedding_that_has_a_device_to_itself(
         got = many(row.to(many.device), packed=[40, 34])
     assert len({*many.devices, many.device, machine.of(got)}) > 4
     with torch.no_grad():
-        assert torch.equal(got.cpu(), whole(row.to(whole.device), packed=[40, 34]).cpu())
+        assert torch.equal(got.cpu(), on_one_device(row.to(on_one_device.device), packed=[40, 34]).cpu())
 
 
 @torch.no_grad()
 def test_an_adapter_lies_beside_what_it_adapts(
-    checkpoint: Path, machine: Machine, whole: GptOss, tokens: Tensor, tmp_path: Path
+    checkpoint: Path, machine: Machine, on_one_device: GptOss, tokens: Tensor, tmp_path: Path
 ) -> None:
     rng = torch.Generator().manual_seed(1)
     where = "base_model.model.model.layers.4.self_attn.q_proj"
@@ -216,7 +216,7 @@ def test_an_adapter_lies_beside_what_it_adapts(
     assert load(checkpoint, device="meta", adapter=tmp_path).adapter is not None  # the parent of workers
     got = apart(tokens.to(apart.device)).cpu()
     assert torch.equal(got, adapted(tokens.to(adapted.device)).cpu())
-    assert not torch.equal(got, whole(tokens.to(whole.device)).cpu())
+    assert not torch.equal(got, on_one_device(tokens.to(on_one_device.device)).cpu())
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""An adapter that cannot be applied exactly is refused in one line that names what is wrong, and nothing is attached."""
+"""An adapter that cannot be applied exactly is refused in one line that names the fault, and nothing is attached."""
 
 import shutil
 from collections.abc import Callable
@@ -89,9 +89,9 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "repeated layers": (option("layer_replication", [[0, 2]]), "option layer_replication"),
     "another base": (option("init_lora_weights", "pissa_niter_4"), "option init_lora_weights = 'pissa_niter_4'"),
     "an option of tomorrow": (option("use_wonder", 2), "option use_wonder = 2"),
-    "no rank": (option("r", 0), "rank 0, wanted a positive whole number"),
-    "no alpha": (option("lora_alpha", "many"), "lora_alpha 'many', wanted a number"),
-    "a broken pattern": (option("alpha_pattern", {"q_proj(": 1}), r"'q_proj\(', which is no pattern"),
+    "no rank": (option("r", 0), "rank 0, expected a positive whole number"),
+    "no alpha": (option("lora_alpha", "many"), "lora_alpha 'many', expected a number"),
+    "a broken pattern": (option("alpha_pattern", {"q_proj(": 1}), r"'q_proj\(', which is not a pattern"),
     "another rank": (option("r", 4), r"lora_A.weight' has shape \[24, 64\], the model and the rank want \[32, 64\]"),
     "the unembedding": (
         rename("model.layers.0.self_attn.q_proj", "lm_head"),
@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     ),
     "an adapter of MLX": (option("fine_tune_type", "lora"), r"is of an adapter of MLX: fuse it \(mlx_lm.fuse\)"),
     "not a factor": (unknown_tensor, "q_proj.lora_C' is not a LoRA factor and cannot replace a weight"),
-    "half a pair": (drop(Q_B), "lora_A without its other factor"),
+    "half a pair": (drop(Q_B), "lora_A without its other factor: the file is incomplete"),
     "another size": (
         change(Q_A, lambda t: t[:, :32]),
         r"q_proj' has factors A \[3, 32\] and B \[144, 3\], the model maps 64 to 144",
@@ -116,7 +116,10 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     ),
     "whole numbers": (change(Q_A, lambda t: t.to(torch.int32)), "dtype I32, wanted BF16 or F16 or F32"),
     "not finite": (change(Q_A, lambda t: t * torch.nan), "the factors of blocks.0.attn.q are not finite"),
-    "nothing": (lambda config, factors: factors.clear(), "holds no LoRA factor"),
+    "nothing": (
+        lambda config, factors: factors.clear(),
+        "holds no LoRA factor: expected tensors such as lora_A and lora_B",
+    ),
 }
 
 

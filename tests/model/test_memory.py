@@ -49,8 +49,8 @@ def test_published_weights(size: str, gigabytes: float) -> None:
 
 def test_cache_and_records_are_the_bytes_of_the_tensors() -> None:
     for positions in (50, 400):
-        kept = KVCache(BASE, 3, positions, dtype=torch.bfloat16, device=torch.device("cpu"))
-        assert memory.cache_row(BASE, positions) * 3 == sum(t.nbytes for t in (*kept.keys, *kept.values))
+        cache = KVCache(BASE, 3, positions, dtype=torch.bfloat16, device=torch.device("cpu"))
+        assert memory.cache_row(BASE, positions) * 3 == sum(t.nbytes for t in (*cache.keys, *cache.values))
     spec = recording.parse(["routing", "router_logits", "sinks", "resid_post:0,2", "mlp.experts.post:1"], BASE)
     points = recording.wanted(spec, BASE)
     recorder, model = Recorder(points), random_model(BASE)
@@ -130,7 +130,7 @@ def measured(case: Case) -> int:
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_each_stage_takes_what_the_plan_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_stage_takes_the_memory_of_the_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
     monkeypatch.setattr(compute, "LOGIT_ROWS", ROWS)
@@ -170,10 +170,10 @@ def fullest(sizes: list[int], devices: int) -> int:
 
 
 def test_a_plan_is_the_largest_that_fits() -> None:
-    cfg, whole = PUBLISHED["120b"], sum(memory.weights(PUBLISHED["120b"]).values())
+    cfg, weights_bytes = PUBLISHED["120b"], sum(memory.weights(PUBLISHED["120b"]).values())
 
     def fits(tokens: int) -> bool:
-        return whole + max(memory.activations(cfg, tokens, predictions=512).values()) <= 80 * 10**9
+        return weights_bytes + max(memory.activations(cfg, tokens, predictions=512).values()) <= 80 * 10**9
 
     longest = memory.largest(fits)
     assert fits(longest)

@@ -181,14 +181,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "file of four bytes": (without_index(short_file), "in a file of 4 bytes"),
     "pipe": (without_index(pipe), "is not a file"),
     "dangling link": (without_index(dangling_link), "cannot be read: No such file"),
-    "header is no JSON": (edit_header(lambda h: "{nope"), "not a safetensors header"),
+    "header is not JSON": (edit_header(lambda h: "{nope"), "not a safetensors header"),
     "header is a list": (edit_header(lambda h: "[]"), "not a safetensors header"),
     "header is deep": (edit_header(lambda h: "[" * 100_000), "not a safetensors header"),
-    "metadata is no object": (edit_header(lambda h: h.update(__metadata__=3)), "not a safetensors header"),
+    "metadata is not an object": (edit_header(lambda h: h.update(__metadata__=3)), "not a safetensors header"),
     "dtype is a list": (edit_header(lambda h: first_tensor(h).update(dtype=["U8"])), "which is not read here"),
-    "shape is a text": (edit_header(lambda h: first_tensor(h).update(shape="64")), "are no counts"),
+    "shape is a text": (edit_header(lambda h: first_tensor(h).update(shape="64")), "are not valid counts"),
     "trailing bytes": (trailing, "7 bytes after the last tensor"),
-    "index is no JSON": (index_of(lambda i: "{"), "is not an index"),
+    "index is not JSON": (index_of(lambda i: "{"), "is not an index"),
     "index without a map": (index_of(lambda i: i.clear()), "is not an index"),
     "index names another shard": (
         index_of(lambda i: i["weight_map"].update({EMBED: "gone.safetensors"})),
@@ -200,16 +200,22 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "overlap": (edit_header(all_at_the_same_place), "overlaps"),
     "wrong size": (edit_header(lambda h: first_tensor(h)["shape"].append(2)), "bytes, has"),
-    "negative offset": (edit_header(lambda h: first_tensor(h).update(data_offsets=[-4, 4])), "are no counts"),
+    "negative offset": (edit_header(lambda h: first_tensor(h).update(data_offsets=[-4, 4])), "are not valid counts"),
     "unknown dtype": (edit_header(lambda h: first_tensor(h).update(dtype="F8_E4M3")), "dtype F8_E4M3"),
-    "duplicate in one file": (edit_header(duplicated), "is there twice"),
+    "duplicate in one file": (edit_header(duplicated), "is stored twice"),
     "duplicate in two files": (without_index(copied_shard), "is both in"),
     "tensor missing": (edit(EMBED, lambda t: None), "lacks it"),
-    "tensor left over": (edit(EMBED, lambda t: t, "lm_head.extra"), "lacks it|left over"),
-    "wrong shape": (edit(EMBED, lambda t: t[:-1]), r"shape \[103, 64\], the config wants \[104, 64\]"),
+    "tensor left over": (edit(EMBED, lambda t: t, "lm_head.extra"), "lacks it|unexpected"),
+    "wrong shape": (edit(EMBED, lambda t: t[:-1]), r"shape \[103, 64\], the config requires \[104, 64\]"),
     "wrong dtype": (edit(EMBED, lambda t: t.double()), "dtype F64, wanted BF16 or F16 or F32"),
-    "pointer of git-lfs": (lfs_pointer, "model-00001-of-.* is a git-lfs pointer: run git lfs pull"),
-    "config is a pointer of git-lfs": (lfs_config, "config.json is a git-lfs pointer: run git lfs pull"),
+    "pointer of git-lfs": (
+        lfs_pointer,
+        "model-00001-of-.* is a pointer of git-lfs instead of the file: run `git lfs pull`",
+    ),
+    "config is a pointer of git-lfs": (
+        lfs_config,
+        "config.json is a pointer of git-lfs instead of the file: run `git lfs pull`",
+    ),
     "the same weight twice": (same_weight_twice, "are both 'model.layers.1.mlp.experts.down_proj_scales'"),
     "int8 scales": (edit(SCALES, lambda t: t.view(torch.int8)), "dtype I8, wanted U8"),
     "tensor missing, no index": (without_index(edit(NORM, lambda t: None)), r"'model.norm.weight' \(64,\) is missing$"),
@@ -231,9 +237,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("damage", list(DAMAGES))
 def test_damage_is_refused_in_one_line_that_names_it(folder: Path, damage: str) -> None:
-    spoil, said = DAMAGES[damage]
+    spoil, message = DAMAGES[damage]
     spoil(folder)
-    with pytest.raises(InputError, match=said) as refusal:
+    with pytest.raises(InputError, match=message) as refusal:
         open_checkpoint(folder)
     assert "\n" not in str(refusal.value)
     assert "Traceback" not in str(refusal.value)

@@ -1,4 +1,4 @@
-"""Every pass knows which sequence and position its tokens are, and recorders and token sets build on it."""
+"""Every pass has the sequence and position of its tokens, and recorders and token sets build on it."""
 
 import numpy as np
 import torch
@@ -71,15 +71,15 @@ def test_what_a_generation_records_its_replay_gives_again() -> None:
         new = model.generate(prompts, max_new_tokens=60)
     taken = recorder.take()
     assert len({len(n) for n in new}) > 1, "all rows stopped together: the test would miss a wrong row"
-    for prompt, answer, kept in zip(prompts, new, taken, strict=True):
+    for prompt, answer, recorded in zip(prompts, new, taken, strict=True):
         want = replayed(model, [*prompt, *answer[:-1]])
-        routed = kept["blocks.1.mlp.hook_expert_indices"]
+        routed = recorded["blocks.1.mlp.hook_expert_indices"]
         assert torch.equal(routed, want["blocks.1.mlp.hook_expert_indices"].to(torch.uint8))
         torch.testing.assert_close(
-            kept["blocks.2.attn.hook_sink"], want["blocks.2.attn.hook_sink"], rtol=1e-3, atol=1e-4
+            recorded["blocks.2.attn.hook_sink"], want["blocks.2.attn.hook_sink"], rtol=1e-3, atol=1e-4
         )
         last = want["ln_final.hook_normalized"][len(prompt) - 1 :]  # logits of a prompt are made of its end only
-        torch.testing.assert_close(kept["ln_final.hook_normalized"], last, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(recorded["ln_final.hook_normalized"], last, rtol=1e-3, atol=1e-3)
     assert not torch.equal(
         taken[0]["blocks.1.mlp.hook_expert_indices"][:20], taken[1]["blocks.1.mlp.hook_expert_indices"][:20]
     ), "two rows say the same: the comparison could not see them swapped"

@@ -65,14 +65,14 @@ def test_packed(base: GptOss, alone: list[dict[str, Tensor]]) -> None:
 @torch.no_grad()
 def test_step_by_step(base: GptOss, alone: list[dict[str, Tensor]]) -> None:
     """Keys and values of a step are its own; scores and patterns are a row over all keys so far."""
-    whole, n = alone[2], LENGTHS[2]
+    complete, n = alone[2], LENGTHS[2]
     held = KVCache(BASE, 1, n, dtype=torch.float32, device=torch.device("cpu"))
     begin = 0
     for step in (12, *[1] * (n - 12)):
         _, cache = base.run_with_cache(ROWS[2][:, begin : begin + step], cache=held)
         assert list(cache.keys()) == list(AXES)
         for name in AXES:
-            check(cache[name], cut(whole[name], name, 0, slice(begin, begin + step), slice(begin + step)), name)
+            check(cache[name], cut(complete[name], name, 0, slice(begin, begin + step), slice(begin + step)), name)
         begin += step
 
 

@@ -17,14 +17,14 @@ LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 def exact(top_k: int = 6, top_p: float = 1.0, min_p: float = 0.0, temperature: float = 1.0) -> Tensor:
     """The definition, token by token: LOGITS are in descending order."""
     p = [math.exp(x / temperature) for x in LOGITS.tolist()][:top_k]
-    total, kept, seen = sum(p), [], 0.0
+    total, probabilities, seen = sum(p), [], 0.0
     for value in p:
         if seen < top_p:
-            kept.append(value / total)
+            probabilities.append(value / total)
         seen += value / total
-    kept = [value for value in kept if value >= min_p * kept[0]]
+    probabilities = [value for value in probabilities if value >= min_p * probabilities[0]]
     out = torch.zeros(len(LOGITS), dtype=torch.float64)
-    out[: len(kept)] = torch.tensor(kept, dtype=torch.float64) / sum(kept)
+    out[: len(probabilities)] = torch.tensor(probabilities, dtype=torch.float64) / sum(probabilities)
     return out
 
 
@@ -41,12 +41,12 @@ def counts(sampling: Sampling, n: int = 4000, shuffle: bool = False) -> Tensor:
 )
 def test_samples_follow_the_definition(options: dict[str, float]) -> None:
     sampling = Sampling(**{"temperature": 1.0, **options})  # type: ignore[arg-type]
-    want, found = exact(**options), counts(sampling, shuffle=True)  # type: ignore[arg-type]
-    assert found[want == 0].sum() == 0
-    kept = want > 0
-    assert chisquare(found[kept], want[kept] * found.sum()).pvalue > 1e-4
+    want, drawn = exact(**options), counts(sampling, shuffle=True)  # type: ignore[arg-type]
+    assert drawn[want == 0].sum() == 0
+    possible = want > 0
+    assert chisquare(drawn[possible], want[possible] * drawn.sum()).pvalue > 1e-4
     flat = torch.full_like(want, 1 / len(want))
-    assert chisquare(found + 1e-9, flat * found.sum(), sum_check=False).pvalue < 1e-4, "a uniform sampler is noticed"
+    assert chisquare(drawn + 1e-9, flat * drawn.sum(), sum_check=False).pvalue < 1e-4, "a uniform sampler is noticed"
 
 
 def test_a_row_is_sampled_as_if_it_were_alone() -> None:

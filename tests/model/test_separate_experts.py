@@ -18,19 +18,19 @@ LAYER = "model.layers.1.mlp.experts."
 
 def separate(tensors: Tensors, names: Callable[[str, int], str], *, fused: bool) -> Tensors:
     """Give every expert linear maps of its own; names: from gate, up, gate_up or down and a number to a module."""
-    found = {}
+    tensors_written = {}
     for name, tensor in tensors.items():
         module, of_experts, rest = name.partition(".mlp.experts.")
         if not of_experts:
-            found[name.replace("mlp.router.", "mlp.router.linear.")] = tensor
+            tensors_written[name.replace("mlp.router.", "mlp.router.linear.")] = tensor
             continue
         part, kind = rest.removesuffix("_bias").removesuffix("_proj"), "bias" if rest.endswith("_bias") else "weight"
         for n, own in enumerate(tensor):
             rows = own.mT if kind == "weight" else own
             halves = {"gate": rows[0::2], "up": rows[1::2]} if part == "gate_up" and not fused else {part: rows}
             for half, values in halves.items():
-                found[f"{module}.mlp.experts.{names(half, n)}.{kind}"] = values.contiguous()
-    return found
+                tensors_written[f"{module}.mlp.experts.{names(half, n)}.{kind}"] = values.contiguous()
+    return tensors_written
 
 
 def as_unsloth(tensors: Tensors) -> Tensors:
@@ -72,13 +72,13 @@ def with_one(name: str, tensor: Tensor) -> Callable[[Tensors], Tensors]:
     ("change", "message"),
     [
         (without("3.up_proj.weight"), "15 of 16 tensors of 'model.layers.1.mlp.experts.gate_up_proj' are there"),
-        (without("7.down_proj.bias"), r"down_proj_bias' has shape \[7, 64\], the config wants \[8, 64\]"),
+        (without("7.down_proj.bias"), r"down_proj_bias' has shape \[7, 64\], the config requires \[8, 64\]"),
         (
             with_one("2.up_proj.weight", torch.ones(3, 64)),
             r"2.up_proj.weight' is F32 \[3, 64\], and .* BF16 \[96, 64\]",
         ),
-        (with_one("gate_up_proj", torch.ones(8, 64, 192)), "which is there already: remove one"),
-        (with_one("gate_up_projs.0.weight", torch.ones(192, 64)), "which is there already: remove one"),
+        (with_one("gate_up_proj", torch.ones(8, 64, 192)), "which is stored too: remove one of them"),
+        (with_one("gate_up_projs.0.weight", torch.ones(192, 64)), "which is stored too: remove one of them"),
     ],
 )
 def test_what_is_not_there_for_every_expert_is_one_line(

@@ -1,4 +1,4 @@
-"""Checkpoints as releases of transformers and other programs write them give the same tensors, and say what they ignore."""
+"""Checkpoints as releases of transformers and other programs write them give the same tensors, with notes."""
 
 import json
 import re
@@ -79,11 +79,11 @@ def test_float16_is_read_and_named(tmp_path: Path) -> None:
         assert torch.equal(checkpoint.tensors[name], tensor.half()), name
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_tied_unembedding_is_the_embedding(tmp_path: Path, kept: bool) -> None:
+@pytest.mark.parametrize("with_unembedding", [True, False])
+def test_a_tied_unembedding_is_the_embedding(tmp_path: Path, with_unembedding: bool) -> None:
     def tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        return tensors if kept else {name: t for name, t in tensors.items() if name != "lm_head.weight"}
+        return tensors if with_unembedding else {name: t for name, t in tensors.items() if name != "lm_head.weight"}
 
     checkpoint = open_checkpoint(written(tmp_path / "model", "mxfp4", tied, tie_word_embeddings=True))
     assert torch.equal(checkpoint.tensors["unembed.weight"], RandomTensors(CFG)["embed.weight"])
@@ -187,7 +187,9 @@ def test_a_gguf_file_beside_safetensors_is_noted(tmp_path: Path, index: bool) ->
 def test_a_pointer_instead_of_the_index_is_named(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "model", CFG, RandomTensors(CFG), shard_bytes=90_000)
     (folder / "model.safetensors.index.json").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(InputError, match=r"index.json is a git-lfs pointer: run git lfs pull$"):
+    with pytest.raises(
+        InputError, match=r"index.json is a pointer of git-lfs instead of the file: run `git lfs pull`$"
+    ):
         open_checkpoint(folder)
 
 
@@ -235,5 +237,5 @@ def test_a_pointer_of_git_lfs_is_named_for_every_kind_of_file(tmp_path: Path, na
     for template in folder.glob("chat_template*"):
         template.unlink() if name == "tokenizer_config.json" else None
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
-    with pytest.raises(InputError, match=f"{name} is a git-lfs pointer: run git lfs pull"):
+    with pytest.raises(InputError, match=f"{name} is a pointer of git-lfs instead of the file: run `git lfs pull`"):
         wb.load(folder, device="cpu")

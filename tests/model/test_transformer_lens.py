@@ -1,4 +1,4 @@
-"""TransformerLens' own tools work on the model as it is, and its bridge says the same, name by name."""
+"""TransformerLens' own tools work on the model as it is, and its bridge gives the same, name by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -93,11 +93,11 @@ def test_parts_of_the_stream_sum_to_it(base: GptOss) -> None:
 
 @torch.no_grad()
 def test_heads_are_computed_from_z_as_the_model_computes_them(base: GptOss) -> None:
-    _, whole = base.run_with_cache(X)
+    _, complete = base.run_with_cache(X)
     _, cache = base.run_with_cache(X, names_filter=lambda name: "hook_result" not in name)
     cache.compute_head_results()
     for layer in range(BASE.n_layers):
-        torch.testing.assert_close(cache["result", layer], whole["result", layer], **CLOSE)
+        torch.testing.assert_close(cache["result", layer], complete["result", layer], **CLOSE)
     assert cache.stack_head_results().shape == (BASE.n_layers * BASE.n_heads, *X.shape, BASE.d_model)
 
 
@@ -187,10 +187,10 @@ def test_the_head_detector_finds_a_head_that_looks_back_by_one(nano: GptOss) -> 
 
     text = "12+34;56*78=9"
     with nano.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", back)]):
-        found = detect_head(nano, text, "previous_token_head", exclude_bos=False)
-    assert found.shape == (nano.cfg.n_layers, nano.cfg.n_heads)
-    assert divmod(int(found.argmax()), nano.cfg.n_heads) == (1, 5)
-    assert float(found.max()) == pytest.approx(1)
+        result = detect_head(nano, text, "previous_token_head", exclude_bos=False)
+    assert result.shape == (nano.cfg.n_layers, nano.cfg.n_heads)
+    assert divmod(int(result.argmax()), nano.cfg.n_heads) == (1, 5)
+    assert float(result.max()) == pytest.approx(1)
 
 
 @torch.no_grad()
@@ -236,6 +236,21 @@ def test_an_experts_weights_are_unpacked_one_at_a_time(which: str, request: pyte
     torch.testing.assert_close(post @ block.W_out(e).float() + block.b_out(e), out, **CLOSE)
 
 
+@pytest.mark.parametrize("which", ["base", "nano"])
+def test_the_biases_of_all_experts_are_those_of_each(which: str, request: pytest.FixtureRequest) -> None:
+    model: GptOss = request.getfixturevalue(which)
+    layers, experts = range(model.cfg.n_layers), range(model.cfg.num_experts)
+    for name in ("b_gate", "b_in", "b_out"):
+        stacked = getattr(model, name)
+        one_by_one = torch.stack(
+            [torch.stack([getattr(model.blocks[layer].mlp.experts, name)(e) for e in experts]) for layer in layers]
+        )
+        assert torch.equal(stacked, one_by_one), name
+        assert torch.equal(model.blocks[1].mlp.__getattribute__(name), stacked[1])
+        assert not torch.equal(stacked.flip(1), one_by_one), "negative control: another order of experts"
+    assert not torch.equal(model.b_gate, model.b_in), "negative control"
+
+
 def test_words_and_ids(nano: GptOss) -> None:
     assert nano.to_str_tokens("12+3") == ["1", "2", "+", "3"]
     assert nano.to_string(torch.tensor([nano.to_single_token("7"), nano.to_single_token("<|end|>")])) == "7<|end|>"
@@ -245,7 +260,7 @@ def test_words_and_ids(nano: GptOss) -> None:
     assert torch.equal(nano.tokens_to_residual_directions(ids), nano.W_U.mT[ids] * nano.ln_final.weight)
 
 
-def test_a_config_says_where_its_model_is_and_stays_equal(base: GptOss) -> None:
+def test_a_config_states_where_its_model_is_and_stays_equal(base: GptOss) -> None:
     assert base.cfg.device == torch.device("cpu")
     assert base.cfg.dtype == torch.float32
     assert base.cfg == BASE

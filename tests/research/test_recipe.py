@@ -96,7 +96,7 @@ REFUSED = {
         '{"recipe": 1, "interventions": [{"kind": "feature", "source": "a", "feature": -1}]}',
         "counted from 0",
     ),
-    "half a turn": ('{"recipe": 1, "history": [["1+1"]]}', "no pair of texts"),
+    "half a turn": ('{"recipe": 1, "history": [["1+1"]]}', "not a pair of texts"),
     "an infinite strength": (
         '{"recipe": 1, "interventions": [{"kind": "reweight", "cells": [[0, 1]], "strength": Infinity}]}',
         "strength",
@@ -118,8 +118,8 @@ def test_what_is_no_recipe_is_refused(text: str, reason: str) -> None:
 
 def logits(model: GptOss, ids: list[int], *edits: Edit) -> torch.Tensor:
     with torch.no_grad(), applied(model, *edits, need_match=False):
-        found: torch.Tensor = model(torch.tensor([ids]))
-    return found
+        out: torch.Tensor = model(torch.tensor([ids]))
+    return out
 
 
 def test_interventions_compile_to_the_library_s_edits(nano: GptOss) -> None:

@@ -71,7 +71,7 @@ def test_a_probe_reads_the_channel_and_not_random_labels(run: Run) -> None:
     assert abs(float(chance["accuracy"]) - 0.5) < 0.15, "the negative control: labels that mean nothing"
     assert float(everywhere["selectivity"]) == float(everywhere["accuracy"]) - float(everywhere["control"])
     assert float(everywhere["accuracy_bigram"]) > float(everywhere["baseline"]), "words alone tell much of the channel"
-    with pytest.raises(InputError, match="'colour' is no label"):
+    with pytest.raises(InputError, match="'colour' is not a label"):
         wb.probe(run, "colour")
 
 
@@ -80,13 +80,13 @@ def test_answers_have_texts_lengths_and_correctness_with_intervals(nano: GptOss,
         {"id": f"p{i}", "messages": [{"role": "user", "content": f"{i}*7"}], "expected": str(i * 7)}
         for i in range(12, 17)
     ]
-    found = wb.answers(nano, rows, effort=["low", "medium"], samples=2, temperature=0.7, max_new_tokens=60)
-    table = found.table
+    answers = wb.answers(nano, rows, effort=["low", "medium"], samples=2, temperature=0.7, max_new_tokens=60)
+    table = answers.table
     assert len(table) == 20
     final = table[table["complete"]]
     assert (final["correct"] == (final["text"] == final["expected"])).all()
-    assert (table["new_tokens"] == [len(t.tokens) - t.n_prompt for t in found.transcripts]).all()
-    accuracy = found.accuracy()
+    assert (table["new_tokens"] == [len(t.tokens) - t.n_prompt for t in answers.transcripts]).all()
+    accuracy = answers.accuracy()
     assert accuracy["effort"].tolist() == ["low", "medium"]
     assert accuracy["answers"].tolist() == [10, 10]
     for row in accuracy.itertuples():
@@ -98,7 +98,7 @@ def test_answers_have_texts_lengths_and_correctness_with_intervals(nano: GptOss,
     cut = wb.answers(nano, rows, effort="high", max_new_tokens=3)
     assert not cut.table["correct"].any()
     assert not cut.table["complete"].any()
-    wb.harmony.write_transcripts(tmp_path / "t.jsonl", found.transcripts)
+    wb.harmony.write_transcripts(tmp_path / "t.jsonl", answers.transcripts)
     pd.testing.assert_frame_equal(wb.accuracy(tmp_path / "t.jsonl", model=nano), accuracy)
     with pytest.raises(InputError, match="give a file, or a list of texts"):
         wb.answers(nano, "what is 2+3")
@@ -147,8 +147,8 @@ def test_labels_are_named_in_the_view_and_in_the_store(run: Run) -> None:
     assert set(chosen["channel_name"].values) == {"final"}
     assert set(chosen["effort"].values) == {"low", "high"}
     assert chosen.sizes["token"] == int(((data["channel_name"] == "final") & (data["effort"] != "medium")).sum())
-    for wrong, said in (({"channel": "thinking"}, "the run has frame"), ({"colour": "red"}, "no label")):
-        with pytest.raises(InputError, match=said):
+    for wrong, message in (({"channel": "thinking"}, "the run has frame"), ({"colour": "red"}, "not a label")):
+        with pytest.raises(InputError, match=message):
             run.select(**wrong)
 
 
@@ -167,9 +167,9 @@ def test_texts_of_messages_are_complete_also_where_one_was_cut(nano: GptOss, run
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("top_experts", "wb.top_experts"), ("probe", "wb.probe"), ("accuracy", "wb.accuracy")]
+    ("name", "message"), [("top_experts", "wb.top_experts"), ("probe", "wb.probe"), ("accuracy", "wb.accuracy")]
 )
-def test_names_that_a_run_does_not_have_say_where_it_is(run: Run, name: str, said: str) -> None:
-    with pytest.raises(AttributeError, match=said):
+def test_names_that_a_run_does_not_have_say_where_it_is(run: Run, name: str, message: str) -> None:
+    with pytest.raises(AttributeError, match=message):
         getattr(run, name)
     assert not hasattr(run, "colour")

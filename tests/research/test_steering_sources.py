@@ -1,4 +1,4 @@
-"""Vectors and features steer as the library does; files that are no vector are refused, and a recipe names no path."""
+"""Vectors and features steer as the library does; other files are refused, and a recipe names no path."""
 
 import json
 import pickle
@@ -46,15 +46,15 @@ def write_sae(folder: Path, d_in: int, **more: object) -> torch.Tensor:
 
 
 def moved(model: GptOss, recipe: Recipe, sources: SteeringSources | None = None) -> torch.Tensor:
-    """Return what the interventions add to the stream behind LAYER, at each token of the prompt."""
+    """Return what the interventions add to the stream after LAYER, at each token of the prompt."""
     ids = torch.tensor([recipe.prompt_ids(model)])
     point = f"blocks.{LAYER}.hook_resid_post"
     with torch.no_grad():
         _, before = model.run_with_cache(ids, names_filter=point)
         with applied(model, *recipe.edits(model, sources=sources)):
             _, after = model.run_with_cache(ids, names_filter=point)
-    found: torch.Tensor = (after[point] - before[point])[0]
-    return found
+    change: torch.Tensor = (after[point] - before[point])[0]
+    return change
 
 
 def test_vectors_and_features_are_added(nano: GptOss, vector: torch.Tensor, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_vectors_and_features_are_added(nano: GptOss, vector: torch.Tensor, tmp_
         other = replace(one, strength=1.0)  # a negative control
         assert not torch.allclose(moved(nano, Recipe(user="12+7", interventions=(other,)), sources), got, atol=1e-2)
     for one, reason in (
-        (replace(kinds["vector"][0], source="/etc/passwd"), "not known here .known: happy."),
+        (replace(kinds["vector"][0], source="/etc/passwd"), "was not given .given: happy."),
         (replace(kinds["feature"][0], feature=3), "features 0 to 2"),
         (replace(kinds["vector"][0], layers=(9,)), "9"),
     ):

@@ -81,24 +81,24 @@ def test_verify_finds_all_damage_to_all_files(intact: Path, tmp_path: Path, dama
 
 def values(run: Run) -> dict[str, np.ndarray]:
     """Everything that a reader can ask for."""
-    found: dict[str, np.ndarray] = {f"dataset/{n}": v.to_numpy() for n, v in run.dataset.data_vars.items()}
+    arrays: dict[str, np.ndarray] = {f"dataset/{n}": v.to_numpy() for n, v in run.dataset.data_vars.items()}
     names = [n for n in run.dataset.data_vars if n not in ("sequence", "position", "channel")]
     for number, block in enumerate(run.blocks(*map(str, names))):
-        found |= {f"block {number}/{n}": v for n, v in block.items()}
-    found |= {f"summary/{n}": run.summary(n).to_numpy() for n in run.summaries}
-    found |= {f"total/{n}": run.total(n).to_numpy() for n in run.summaries}
+        arrays |= {f"block {number}/{n}": v for n, v in block.items()}
+    arrays |= {f"summary/{n}": run.summary(n).to_numpy() for n in run.summaries}
+    arrays |= {f"total/{n}": run.total(n).to_numpy() for n in run.summaries}
     for name, table in (("sequences", run.sequences), ("messages", run.messages), ("groups", run.groups)):
-        found |= {f"{name}/{column}": table[column].to_numpy() for column in table}
-    return found | {"model": np.array(str(run.model)), "status": np.array(run.status)}
+        arrays |= {f"{name}/{column}": table[column].to_numpy() for column in table}
+    return arrays | {"model": np.array(str(run.model)), "status": np.array(run.status)}
 
 
 def wrong(path: Path, want: dict[str, np.ndarray]) -> list[str]:
     """Names of what is read without an error and is not what was written."""
     try:
-        found = values(open_run(path))
+        result = values(open_run(path))
     except Exception:  # any error is better than a wrong number
         return []
-    return [name for name, value in want.items() if not same(found[name], value)]
+    return [name for name, value in want.items() if not same(result[name], value)]
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

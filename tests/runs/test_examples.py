@@ -38,7 +38,7 @@ def same(one: examples.Lists, other: examples.Lists) -> bool:
 def test_top_examples_are_those_of_a_plain_sort() -> None:
     data = tokens_of(600)
     chosen, gates, tokens = data
-    found = part(data, slice(None))
+    lists = part(data, slice(None))
     for channel, layer, expert in np.ndindex(len(CHANNELS), 2, EXPERTS):
         rows = [
             (-float(gates[layer, t, s]), int(tokens["sequence"][t]), int(tokens["position"][t]))
@@ -46,25 +46,25 @@ def test_top_examples_are_those_of_a_plain_sort() -> None:
             if tokens["channel"][t] == channel
         ]
         place = (channel, layer, expert)
-        columns = [found[f"top_{name}"][place] for name in ("gate", "sequence", "position")]
+        columns = [lists[f"top_{name}"][place] for name in ("gate", "sequence", "position")]
         got = [(-float(g), int(q), int(p)) for g, q, p in zip(*columns, strict=True) if q >= 0]
         assert got == sorted(rows)[:4]
         at = {(q, p) for _, q, p in rows}
-        drawn = list(zip(*(found[f"random_{name}"][place].tolist() for name in ("sequence", "position")), strict=True))
+        drawn = list(zip(*(lists[f"random_{name}"][place].tolist() for name in ("sequence", "position")), strict=True))
         assert len(set(drawn) - {(-1, -1)}) == min(4, len(rows))
         assert set(drawn) - {(-1, -1)} <= at
 
 
 def test_lists_of_any_parts_in_any_order_are_those_of_all_tokens() -> None:
     data = tokens_of(600)
-    whole = part(data, slice(None))
+    complete = part(data, slice(None))
     edges = [0, 7, 200, 201, 450, 600]
     parts = [part(data, slice(a, b)) for a, b in itertools.pairwise(edges)]
     for seed in range(5):
         random.Random(seed).shuffle(parts)
-        assert same(examples.merged(parts), whole)
+        assert same(examples.merged(parts), complete)
     wrong = examples.merged([{**p, "top_gate": -p["top_gate"]} for p in parts])
-    assert not same(wrong, whole), "a merge that prefers small gates is noticed"
+    assert not same(wrong, complete), "a merge that prefers small gates is noticed"
 
 
 def test_the_sample_is_uniform_over_tokens_and_layers_differ() -> None:
@@ -73,10 +73,10 @@ def test_the_sample_is_uniform_over_tokens_and_layers_differ() -> None:
     place = np.arange(n)
     zeros = np.zeros((layers, n, 1), dtype=np.uint8)
     tokens = {"sequence": place // 20, "position": place % 20, "channel": np.zeros(n, dtype=np.uint8)}
-    found = examples.of_tokens(zeros, zeros + np.float16(1), tokens, num_experts=1, n=size)
+    lists = examples.of_tokens(zeros, zeros + np.float16(1), tokens, num_experts=1, n=size)
     counts = {}
     for kind in ("random", "top"):
-        rows = found[f"{kind}_sequence"][0, :, 0] * 20 + found[f"{kind}_position"][0, :, 0]
+        rows = lists[f"{kind}_sequence"][0, :, 0] * 20 + lists[f"{kind}_position"][0, :, 0]
         counts[kind] = np.bincount(rows.ravel(), minlength=n)
     expected = layers * size / n
     statistic = {kind: ((c - expected) ** 2 / expected).sum() for kind, c in counts.items()}
@@ -87,6 +87,6 @@ def test_the_sample_is_uniform_over_tokens_and_layers_differ() -> None:
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_tokens_leave_places_empty(n: int) -> None:
     data = tokens_of(40)
-    found = part(data, slice(0, n))
-    assert (found["top_sequence"] >= 0).sum() == 2 * 2 * n
-    assert ((found["top_sequence"] < 0) == (found["top_position"] < 0)).all()
+    lists = part(data, slice(0, n))
+    assert (lists["top_sequence"] >= 0).sum() == 2 * 2 * n
+    assert ((lists["top_sequence"] < 0) == (lists["top_position"] < 0)).all()

@@ -72,13 +72,13 @@ def test_safetensors_keep_the_recorded_bits(run: Run, tmp_path: Path) -> None:
 
 def test_a_dataset_of_activations_has_rows_of_one_sequence(run: Run, tmp_path: Path) -> None:
     export(run, tmp_path / "x", format="datasets", what=HOOK, layers=(0,), context=16)
-    found = datasets.load_from_disk(str(tmp_path / "x")).with_format("numpy")
+    exported = datasets.load_from_disk(str(tmp_path / "x")).with_format("numpy")
     data = run.dataset[["hook_resid_post", "sequence", "id"]].compute()
     lengths = run.sequences["length"]
-    assert len(found) == int((lengths // 16).sum())
+    assert len(exported) == int((lengths // 16).sum())
     first = data["sequence"].to_numpy() == run.sequences.index[0]
-    np.testing.assert_array_equal(found[0]["blocks.0.hook_resid_post"], data["hook_resid_post"][0, first][:16])
-    np.testing.assert_array_equal(found[0]["token_ids"], data["id"][first][:16])
+    np.testing.assert_array_equal(exported[0]["blocks.0.hook_resid_post"], data["hook_resid_post"][0, first][:16])
+    np.testing.assert_array_equal(exported[0]["token_ids"], data["id"][first][:16])
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(InputError, match="smaller --context"):
         export(run, tmp_path / "y", format="datasets", what=HOOK, context=100_000)
@@ -86,13 +86,13 @@ def test_a_dataset_of_activations_has_rows_of_one_sequence(run: Run, tmp_path: P
 
 def test_a_dataset_of_tokens_has_one_row_for_each_sequence(run: Run, tmp_path: Path) -> None:
     export(run, tmp_path / "x", format="datasets")
-    found = datasets.load_from_disk(str(tmp_path / "x"))
-    assert [len(ids) for ids in found["token_ids"]] == run.sequences["length"].tolist()
-    assert found["prompt_id"][:] == run.sequences["prompt_id"].tolist()
+    exported = datasets.load_from_disk(str(tmp_path / "x"))
+    assert [len(ids) for ids in exported["token_ids"]] == run.sequences["length"].tolist()
+    assert exported["prompt_id"][:] == run.sequences["prompt_id"].tolist()
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         ({"format": "csv"}, "--format csv: choose from"),
         ({"format": "safetensors"}, "is for activations"),
@@ -102,8 +102,8 @@ def test_a_dataset_of_tokens_has_one_row_for_each_sequence(run: Run, tmp_path: P
         ({"format": "datasets", "what": HOOK, "context": 0}, "at least one token"),
     ],
 )
-def test_what_cannot_be_exported(run: Run, tmp_path: Path, asked: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_what_cannot_be_exported(run: Run, tmp_path: Path, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         export(run, tmp_path / "x", **asked)
     assert not list(tmp_path.iterdir())
 

@@ -16,8 +16,8 @@ def compete(kind: str, root: Path | str, processes: int, trials: int) -> dict[st
     command = [sys.executable, "-m", "tests.runs.locking", kind, str(root), str(processes), str(trials)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, int] = json.loads(done.stdout)
-    return found
+    result: dict[str, int] = json.loads(done.stdout)
+    return result
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
@@ -32,8 +32,8 @@ def test_a_lock_that_is_taken_and_released_is_held_by_one_at_a_time(tmp_path: Pa
 
 
 def test_the_trials_find_a_lock_that_looks_before_it_writes(tmp_path: Path) -> None:
-    found = compete("broken", tmp_path, 4, 10)
-    assert found.get("1", 0) < 10
+    result = compete("broken", tmp_path, 4, 10)
+    assert result.get("1", 0) < 10
 
 
 def test_nothing_is_left_after_a_release_and_another_object_does_not_release(tmp_path: Path) -> None:

@@ -60,9 +60,9 @@ def test_a_flipped_byte_and_a_cut_index_are_found_by_the_reader(tmp_path: Path) 
     for call in shards.writes(array, LocalStorage(tmp_path), "a", 0, 0, values):
         call()
     file = tmp_path / "a" / "c" / "0" / "0"
-    whole = file.read_bytes()
-    for place in (20, len(whole) - 10):
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    content = file.read_bytes()
+    for place in (20, len(content) - 10):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(Exception, match=r"(?i)checksum|crc|zstd|decompress"):
             zarr.open_array(str(tmp_path / "a"), mode="r")[...]
 
@@ -102,9 +102,9 @@ def test_damage_is_found_by_our_own_reading(tmp_path: Path) -> None:
     )
     array[:] = np.random.default_rng(0).integers(0, 1000, (16, 50))
     file = tmp_path / "a" / "c" / "0" / "0"
-    whole = file.read_bytes()
-    for at in (20, len(whole) - 10):
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    content = file.read_bytes()
+    for at in (20, len(content) - 10):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         with pytest.raises(Exception, match=r"(?i)checksum|zstd|decompress"):
             shards.read(array, LocalStorage(tmp_path), "a", 0, 16, 0)
     file.unlink()

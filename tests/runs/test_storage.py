@@ -14,7 +14,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from tests.runs.conftest import LENGTHS, job, write_run
+from tests.runs.conftest import job, write_run
 from tests.runs.test_lock import compete
 from workbench.capture.plan import plan_units
 from workbench.errors import InputError
@@ -24,6 +24,7 @@ from workbench.runs.storage import ROOT, ObjectStorage, storage_at
 from workbench.runs.verify import verify
 from workbench.runs.writer import open_writer
 
+LENGTHS = (700, 900, 20, 600)  # three units: an object is a request, and these are thousands
 LAYOUT = plan_units(LENGTHS, 1024)
 KEY = "testing-key-that-nobody-may-see"
 
@@ -76,10 +77,10 @@ def contents(where: str | Path) -> dict[str, bytes]:
 
 
 def test_a_run_in_a_bucket_equals_one_in_a_folder(url: str, tmp_path: Path) -> None:
-    write_run(url, units=[3, 0])
+    write_run(url, units=[2, 0], lengths=LENGTHS)
     assert open_run(url).progress == (2, len(LAYOUT.units))
-    write_run(url)
-    write_run(tmp_path / "r")
+    write_run(url, lengths=LENGTHS)
+    write_run(tmp_path / "r", lengths=LENGTHS)
     assert contents(url) == contents(tmp_path / "r")
     assert not verify(url)
     run, local = open_run(url), open_run(tmp_path / "r")
@@ -90,7 +91,7 @@ def test_a_run_in_a_bucket_equals_one_in_a_folder(url: str, tmp_path: Path) -> N
 
 
 def test_damage_in_a_bucket_is_found(url: str) -> None:
-    write_run(url)
+    write_run(url, lengths=LENGTHS)
     there = storage_at(url)
     shard = next(key for key in sorted(there.files()) if key.startswith("routing/experts/c/"))
     data = bytearray(there.read(shard))
@@ -118,7 +119,7 @@ def test_the_root_comes_last_and_a_torn_creation_is_begun_again(url: str, monkey
     assert ROOT not in written
     with pytest.raises(InputError, match="is not a run"):
         open_run(url)
-    write_run(url)
+    write_run(url, lengths=LENGTHS)
     assert not verify(url)
     assert ".creating" not in storage_at(url).files()
 
@@ -144,7 +145,7 @@ def test_a_second_job_is_refused_and_a_dead_one_s_lock_taken_over(url: str) -> N
     if url.startswith("s3"):
         subprocess.run([sys.executable, "-c", code, url], check=False)
         assert storage_at(url).exists(LOCK)
-    write_run(url)
+    write_run(url, lengths=LENGTHS)
     assert not storage_at(url).exists(LOCK)
 
 
@@ -198,15 +199,15 @@ def test_killed_in_a_bucket_and_begun_again(s3: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("nowhere://b/r", "unknown scheme 'nowhere'"),
         ("https://example.org/r.zarr", "web server"),
         ("gs://b/r", "needs a package that is not installed"),
     ],
 )
-def test_what_cannot_be_reached_is_one_line(url: str, said: str) -> None:
+def test_what_cannot_be_reached_is_one_line(url: str, message: str) -> None:
     for opener in (open_run, lambda where: open_writer(where, **job(LAYOUT))):
-        with pytest.raises(InputError, match=said) as raised:
+        with pytest.raises(InputError, match=message) as raised:
             opener(url)
         assert "\n" not in str(raised.value)

@@ -21,12 +21,12 @@ def test_totals_are_sums_over_the_sequences_of_a_group(tmp_path: Path) -> None:
     run = open_run(tmp_path / "r")
     assert set(run.group["totals"].array_keys()) == set(run.summaries)
     for name in ("tokens", "expert_count", "sink_sum"):
-        total, each = run.total(name), run.summary(name)
+        total, by_sequence = run.total(name), run.summary(name)
         for group in range(total.sizes["group"]):
-            own = each["effort"].values == str(total["effort"].values[group])
-            own &= each["task"].values == str(total["task"].values[group])
-            np.testing.assert_allclose(total[group], each.values.astype(np.float64)[own].sum(0), rtol=1e-6)
-        np.testing.assert_allclose(total.sum("group"), each.values.astype(np.float64).sum(0), rtol=1e-6)
+            own = by_sequence["effort"].values == str(total["effort"].values[group])
+            own &= by_sequence["task"].values == str(total["task"].values[group])
+            np.testing.assert_allclose(total[group], by_sequence.values.astype(np.float64)[own].sum(0), rtol=1e-6)
+        np.testing.assert_allclose(total.sum("group"), by_sequence.values.astype(np.float64).sum(0), rtol=1e-6)
 
 
 def test_an_unfinished_run_adds_up_what_is_committed(tmp_path: Path) -> None:
@@ -58,7 +58,9 @@ def test_a_wrong_total_is_found(tmp_path: Path, name: str) -> None:
 def test_blocks_of_one_layer_are_those_of_all() -> None:
     run = wb.open_run(DATA / "demo.zarr")
     for layer in (0, 3):
-        for one, whole in zip(run.blocks("experts", "sink", layer=layer), run.blocks("experts", "sink"), strict=True):
+        for one, complete in zip(
+            run.blocks("experts", "sink", layer=layer), run.blocks("experts", "sink"), strict=True
+        ):
             for name in ("experts", "sink"):
-                np.testing.assert_array_equal(one[name], whole[name][layer : layer + 1])
-            np.testing.assert_array_equal(one["sequence"], whole["sequence"])
+                np.testing.assert_array_equal(one[name], complete[name][layer : layer + 1])
+            np.testing.assert_array_equal(one["sequence"], complete["sequence"])

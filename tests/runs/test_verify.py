@@ -91,7 +91,7 @@ def other_dtype(path: Path) -> None:
 LIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "gates that do not sum to 1": (set_value("routing/gates", (0, 3, 0), 0.2), "do not sum to 1|descend"),
     "an expert twice": (set_value("routing/experts", (1, 5, slice(None)), 4), "twice to the same expert|not the sum"),
-    "a sink above 1": (set_value("attention/sink", (2, 1, 1), 1.5), "no probability"),
+    "a sink above 1": (set_value("attention/sink", (2, 1, 1), 1.5), "not a probability"),
     "a summary that is off by one": (
         set_value("summaries/expert_count", (0, 2, 1, 3), 12345),
         "expert_count is not the sum",
@@ -111,13 +111,13 @@ LIES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("lie", list(LIES))
 def test_each_lie_is_found(run_path: Path, lie: str) -> None:
-    tell, said = LIES[lie]
+    tell, message = LIES[lie]
     make_older(run_path)
     assert verify(run_path) == []
     tell(run_path)
     problems = verify(run_path)
     assert problems
-    assert any(__import__("re").search(said, problem.what) for problem in problems), problems
+    assert any(__import__("re").search(message, problem.what) for problem in problems), problems
 
 
 @pytest.mark.parametrize("lie", list(LIES))

@@ -111,7 +111,7 @@ PROVENANCE = {"transcripts": {"digest": "def"}, "dtype": "float32"}
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"checkpoint": {"digest": "other", "name": "x"}}, "checkpoint digest abc, this job has other"),
         ({"provenance": {"transcripts": {"digest": "new"}, "dtype": "float32"}}, "transcripts digest def"),
@@ -123,11 +123,11 @@ PROVENANCE = {"transcripts": {"digest": "def"}, "dtype": "float32"}
     ],
 )
 def test_resuming_another_job_is_refused_by_the_field_that_differs(
-    tmp_path: Path, change: dict[str, Any], said: str
+    tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     write_run(tmp_path / "r", units=[0])
     before = contents(tmp_path / "r")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         open_writer(tmp_path / "r", **(job(LAYOUT) | change))
     assert contents(tmp_path / "r") == before
 
@@ -138,13 +138,13 @@ def test_what_is_no_run_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "folder" / "thesis.txt").write_text("mine")
     zarr.create_group(str(tmp_path / "zarr"), attributes={"a": 1})
     before = contents(tmp_path)
-    for name, said in (
+    for name, message in (
         ("file", "a file"),
         ("folder", "not a run"),
         ("zarr", "not a run"),
         ("ipfs2://b/r", "unknown scheme 'ipfs2'"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             open_writer(name if "://" in name else tmp_path / name, **job(LAYOUT))
     assert contents(tmp_path) == before
 
@@ -178,7 +178,9 @@ def test_a_bfloat16_nan_is_found_in_its_bits(tmp_path: Path) -> None:
             writer.write_unit(0, tokens, records, {})
 
 
-def test_a_full_disk_leaves_the_unit_uncommitted_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_unit_uncommitted_and_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "r"
     with open_writer(path, **job(LAYOUT)) as writer:
 
@@ -186,7 +188,7 @@ def test_a_full_disk_leaves_the_unit_uncommitted_and_says_so(tmp_path: Path, mon
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(shards, "_put", full)
-        with pytest.raises(JobError, match="is full; free some space and start the same job again"):
+        with pytest.raises(JobError, match="is full; free some space, then rerun the command"):
             write_unit(writer, 0)
         monkeypatch.undo()
         assert 0 in writer.pending()

@@ -35,12 +35,12 @@ def with_activations(run: SyntheticTokens, seed: int, shift: float, position: fl
 
 def test_a_probe_finds_a_planted_direction_and_nothing_where_there_is_none():
     run = with_activations(planted_tokens(n_prompts=40), 0, shift=3.0)
-    found = channels.geometry(run, "hook_resid_post", "analysis", "final")
-    assert found["auc"][1] > 0.9
-    assert abs(float(found["auc"][0]) - 0.5) < 0.08
-    assert abs(float(found["selectivity"][0])) < 0.1
-    assert found["distance"][1] > 3 * found["distance"][0]
-    assert abs(float(found["cka"][0, 1]) - float(found["cka"][1, 0])) < 1e-9
+    result = channels.geometry(run, "hook_resid_post", "analysis", "final")
+    assert result["auc"][1] > 0.9
+    assert abs(float(result["auc"][0]) - 0.5) < 0.08
+    assert abs(float(result["selectivity"][0])) < 0.1
+    assert result["distance"][1] > 3 * result["distance"][0]
+    assert abs(float(result["cka"][0, 1]) - float(result["cka"][1, 0])) < 1e-9
     along = with_activations(planted_tokens(n_prompts=40), 0, shift=0.0, position=0.3)
     halves = channels.geometry(along, "hook_resid_post", "analysis", "final")
     assert halves["auc_half"][1] > 0.8, "position alone: the halves of analysis show it"

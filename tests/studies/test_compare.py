@@ -38,13 +38,13 @@ def test_planted_agreement_between_two_runs_is_in_its_interval():
     inside = 0
     for seed in range(100):
         run = complete(planted_tokens(seed=seed, n_layers=1, n_experts=8, n_heads=1, n_prompts=25))
-        found = compare.study(run, altered(run, 0.4, seed))["agreement"].sel(channel="analysis").isel(layer=0)
-        inside += bool(found["agreement_low"] <= 0.6 + 0.4 / 8 <= found["agreement_high"])
+        result = compare.study(run, altered(run, 0.4, seed))["agreement"].sel(channel="analysis").isel(layer=0)
+        inside += bool(result["agreement_low"] <= 0.6 + 0.4 / 8 <= result["agreement_high"])
     assert inside >= 93
     same = compare.study(run, run)
     shares = [same["agreement"][f"agreement{end}"].dropna("channel") for end in ("", "_low", "_high")]
     assert (shares[0] == 1).all()
-    assert (shares[1] < 0.9).all(), "25 prompts that agree are no proof of all"
+    assert (shares[1] < 0.9).all(), "25 prompts that agree are not proof of all"
     assert (shares[2] == 1).all()
     for name in ("logprob_in_analysis", "sinks_in_final", "routing_in_prompt"):
         assert not same[name]["difference"].any()
@@ -53,9 +53,9 @@ def test_planted_agreement_between_two_runs_is_in_its_interval():
 
 def test_unrelated_routers_agree_by_load_alone():
     run = complete(planted_tokens(n_layers=1, n_experts=8, n_heads=1, n_prompts=60))
-    found = compare.study(run, altered(run, 1.0))["agreement"].sel(channel="analysis").isel(layer=0)
-    assert abs(float(found["beyond_load"])) < 0.03
-    assert float(found["agreement"]) > 0.1
+    result = compare.study(run, altered(run, 1.0))["agreement"].sel(channel="analysis").isel(layer=0)
+    assert abs(float(result["beyond_load"])) < 0.03
+    assert float(result["agreement"]) > 0.1
 
 
 def test_runs_of_other_sequences_are_not_compared():
@@ -82,10 +82,10 @@ def test_differences_of_two_runs_are_tested_together():
             alone += bool((ds["low"] * ds["high"] > 0).any())
     assert false <= 4, "of 24 families"
     assert alone >= 8, "negative control"
-    found = against(noisy + 0.03 * (np.arange(8) == 3))
+    result = against(noisy + 0.03 * (np.arange(8) == 3))
     for channel in channels:
-        assert found[f"sinks_in_{channel}"]["different"].sel(head=3).all()
-    assert "no difference of log-probability shown" in found["agreement"].attrs["summary"]
+        assert result[f"sinks_in_{channel}"]["different"].sel(head=3).all()
+    assert "no difference of log-probability shown" in result["agreement"].attrs["summary"]
 
 
 @pytest.mark.parametrize("quantity", ["sink", "experts"])
@@ -102,12 +102,12 @@ def test_differences_of_two_runs_are_those_of_a_plain_estimate(quantity):
         values = one_hot[run.tokens["experts"][..., 0]] - one_hot[changed[..., 0]]
     other = SyntheticTokens("other", run.sequences, run.model, dict(run.tokens) | {quantity: changed}, run.truth)
     label = {"sink": "sinks", "experts": "routing"}[quantity]
-    found = compare.study(run, other)[f"{label}_in_analysis"]["difference"].sel(control="none")
+    result = compare.study(run, other)[f"{label}_in_analysis"]["difference"].sel(control="none")
     inside = run.tokens["channel"] == CHANNELS.index("analysis")
     sequences = [values[:, inside & (run.tokens["sequence"] == s)].mean(1) for s in run.sequences.index]
     prompts = run.sequences.groupby("prompt_id").indices.values()
     plain = np.mean([np.mean([sequences[s] for s in own], 0) for own in prompts], 0)
-    np.testing.assert_allclose(found, plain, atol=1e-12)
+    np.testing.assert_allclose(result, plain, atol=1e-12)
     assert not np.allclose(values[:, inside].mean(1), plain, atol=1e-5), "negative control"
 
 
@@ -119,19 +119,19 @@ def test_a_change_at_one_effort_is_found_there_alone():
     noise = np.random.default_rng(3).normal(0, 0.2, len(final))
     shifted = run.tokens["logprob"] - (0.5 * (high & final) + noise)
     other = SyntheticTokens("other", run.sequences, run.model, dict(run.tokens) | {"logprob": shifted}, run.truth)
-    found = compare.study(run, other)
-    efforts = found["efforts"]
+    result = compare.study(run, other)
+    efforts = result["efforts"]
     different = efforts["logprob_difference_different"]
     assert bool(different.sel(effort="high", channel="final"))
     assert int(different.sum()) == 1
     cell = efforts.sel(effort="high", channel="final")
     assert cell["logprob_difference_low"] < 0.5 < cell["logprob_difference_high"]
-    assert found["logprob_in_final"]["difference"].item() < 0.25, "negative control"
+    assert result["logprob_in_final"]["difference"].item() < 0.25, "negative control"
     assert int(efforts["tokens"].sum()) == len(final)
     assert not efforts["sink_difference_different"].any()
     assert "high, final" in efforts.attrs["summary"]
     assert efforts.attrs["summary"].count("not shown to differ") == 5
-    drawn = figures.gallery(found)["efforts"].draw().data[0]
+    drawn = figures.gallery(result)["efforts"].draw().data[0]
     assert list(drawn.y) == [f"{e}, {c}" for e in ("low", "medium", "high") for c in ("analysis", "final")]
     assert drawn.x[-1] == pytest.approx(0.5, abs=0.1)
 
@@ -155,12 +155,12 @@ def test_features_of_two_runs_are_compared_by_channel():
     planted[1, 0, 2] = -0.5
     n = len(recorded(0.0).tokens["channel"])
     noisy = noise.normal(0, 0.3, (2, n, 4))
-    found = compare.study(recorded(0.0), recorded(planted + noisy), hook="resid_post")["features_in_analysis"]
-    assert np.argwhere(found["different"].sel(control="none").values).tolist() == [[1, 2]]
-    cell = found.sel(control="none", layer=3, feature=2)
+    result = compare.study(recorded(0.0), recorded(planted + noisy), hook="resid_post")["features_in_analysis"]
+    assert np.argwhere(result["different"].sel(control="none").values).tolist() == [[1, 2]]
+    cell = result.sel(control="none", layer=3, feature=2)
     assert cell["low"] < 0.5 < cell["high"]
-    assert found["layer"].values.tolist() == [1, 3]
-    drawn = figures.gallery({"agreement": xr.Dataset(), "features_in_analysis": found})["features_in_analysis"].draw()
+    assert result["layer"].values.tolist() == [1, 3]
+    drawn = figures.gallery({"agreement": xr.Dataset(), "features_in_analysis": result})["features_in_analysis"].draw()
     assert drawn.data[0].y[0] == "layer 3 feature 2"
     none = compare.study(recorded(0.0), recorded(noisy), hook="resid_post")["features_in_analysis"]
     assert not none["different"].any(), "negative control"
@@ -188,8 +188,8 @@ def test_differences_by_effort_are_calibrated():
 
 def test_fewer_than_five_prompts_are_not_tested_and_fewer_than_twenty_are_named():
     few, some = (complete(planted_tokens(n_layers=1, n_prompts=n)) for n in (4, 9))
-    found = compare.study(few, altered(few, 0.5))
-    assert np.isnan(found["agreement"]["agreement_low"]).all()
-    assert "cannot be tested" in found["routing_in_analysis"].attrs["summary"]
-    assert "too few prompts for a test" in found["agreement"].attrs["summary"]
+    result = compare.study(few, altered(few, 0.5))
+    assert np.isnan(result["agreement"]["agreement_low"]).all()
+    assert "cannot be tested" in result["routing_in_analysis"].attrs["summary"]
+    assert "too few prompts for a test" in result["agreement"].attrs["summary"]
     assert "only 9 prompts" in compare.study(some, altered(some, 0.5))["agreement"].attrs["summary"]

@@ -17,8 +17,8 @@ from workbench.studies.synthetic import SyntheticTokens, planted_tokens
 
 
 def head0(run: SyntheticTokens, control: str, what: str = "sink", **asked: str):
-    found = contrast(run, what, **({"between": "channel", "a": "analysis", "b": "final"} | asked)).sel(control=control)
-    return found.isel({str(found["difference"].dims[1]): 0, "layer": 0})
+    result = contrast(run, what, **({"between": "channel", "a": "analysis", "b": "final"} | asked)).sel(control=control)
+    return result.isel({str(result["difference"].dims[1]): 0, "layer": 0})
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_without_a_difference_p_is_uniform_and_the_interval_covers_zero(control,
 
 
 def test_answers_of_one_prompt_taken_for_unrelated_are_too_sure_of_themselves():
-    """The negative control: each sequence as a prompt of its own. Without a difference its interval misses zero too often."""
+    """Negative control: each sequence as a prompt of its own. Under the null its interval misses zero too often."""
     honest = broken = 0
     for seed in range(100):
         run = planted_tokens(seed=seed, n_layers=1, n_heads=1)
@@ -131,8 +131,8 @@ def test_all_experts_of_the_bundled_run_agree_with_a_plain_estimate_in_both_stud
     assert wanted.shape == (4, 16)
     in_routing = routing.divergence(demo, n_boot=20, n_permutations=200)
     compared = channels.study(demo)["routing_analysis_vs_final"].sel(control="none")
-    for found in (in_routing["difference"], compared["difference"]):
-        np.testing.assert_allclose(found, wanted, atol=1e-12)
+    for one in (in_routing["difference"], compared["difference"]):
+        np.testing.assert_allclose(one, wanted, atol=1e-12)
     np.testing.assert_array_equal(in_routing["expert_different"], compared["different"])
     for name in ("low", "high", "p", "q"):
         np.testing.assert_allclose(in_routing[f"difference_{name}"], compared[name], atol=1e-9)
@@ -146,8 +146,8 @@ def test_all_heads_of_the_bundled_run_agree_with_a_plain_estimate_in_both_studie
     wanted = plain_estimate(demo, "sink")
     assert wanted.shape == (4, 8)
     for study, name in ((sinks.study, "analysis_vs_final"), (channels.study, "sinks_analysis_vs_final")):
-        found = study(demo)[name]["difference"].sel(control="none")
-        np.testing.assert_allclose(found, wanted, atol=1e-9)
+        result = study(demo)[name]["difference"].sel(control="none")
+        np.testing.assert_allclose(result, wanted, atol=1e-9)
     assert not np.allclose(pooled_estimate(demo, "sink"), wanted, atol=1e-3)
 
 
@@ -175,9 +175,9 @@ def test_an_unpaired_comparison_is_made_only_on_request_and_named_so():
     asked = {"between": "effort", "a": "low", "b": "high", "channel": "analysis"}
     with pytest.raises(InputError, match="0 prompts with both"):
         contrast(separate, "sink", **asked)
-    found = contrast(separate, "sink", **asked, unpaired=True)
-    assert found.attrs["paired"] == 0
-    assert found.attrs["summary"].startswith("Unpaired: ")
+    result = contrast(separate, "sink", **asked, unpaired=True)
+    assert result.attrs["paired"] == 0
+    assert result.attrs["summary"].startswith("Unpaired: ")
     assert "Unpaired" in contrast(run, "sink", "task", "t0", "t1", channel="analysis").attrs["summary"]
     assert "Unpaired" not in contrast(run, "sink", **asked).attrs["summary"]
 
@@ -200,8 +200,8 @@ def test_what_cannot_be_compared(asked, message):
 
 def test_nothing_is_called_different_whose_interval_includes_zero():
     for seed in range(20):
-        found = contrast(planted_tokens(seed=seed, sink_shift={"final": 0.01}), "sink", "channel", "analysis", "final")
-        assert not (found["different"] & (found["low"] * found["high"] <= 0)).any()
+        result = contrast(planted_tokens(seed=seed, sink_shift={"final": 0.01}), "sink", "channel", "analysis", "final")
+        assert not (result["different"] & (result["low"] * result["high"] <= 0)).any()
 
 
 def test_an_expert_that_a_layer_does_not_have_is_absent_and_in_no_family_of_tests():
@@ -213,7 +213,7 @@ def test_an_expert_that_a_layer_does_not_have_is_absent_and_in_no_family_of_test
     exists = np.arange(8) < np.array([8, 3])[:, None]
     for name in ("difference", "low", "high", "p", "q", "mean_a", "mean_b", "bound"):
         assert np.array_equal(np.isfinite(own[name].values), exists), name
-        assert np.isfinite(full[name].values).all(), "the negative control does not say which experts there are"
+        assert np.isfinite(full[name].values).all(), "the negative control does not state which experts there are"
     for name in ("difference", "p", "size", "noise"):
         there = exists if own[name].ndim == 2 else slice(None)
         np.testing.assert_allclose(own[name].values[there], full[name].values[there], rtol=1e-12)
@@ -224,11 +224,11 @@ def test_an_expert_that_a_layer_does_not_have_is_absent_and_in_no_family_of_test
 
 
 def test_the_summary_follows_the_verdicts_of_the_result() -> None:
-    found = contrast(planted_tokens(seed=1, sink_shift={"final": 0.05}), "sink", "channel", "analysis", "final")
-    n = int(found["different"].sel(control="none").sum())
+    result = contrast(planted_tokens(seed=1, sink_shift={"final": 0.05}), "sink", "channel", "analysis", "final")
+    n = int(result["different"].sel(control="none").sum())
     assert n > 0
-    assert f"Within prompts ({int(found['prompts'][0])} prompts, " in found.attrs["summary"]
-    assert f"{n} of {found['different'][0].size} cells differ" in describe(found)
-    changed = found.assign(different=found["different"] & False)  # negative control
-    assert f"0 of {found['different'][0].size} cells differ" in describe(changed)
-    assert "differences beyond" in describe(changed)
+    assert f"Within prompts ({int(result['prompts'][0])} prompts, " in result.attrs["summary"]
+    assert f"{n} of {result['different'][0].size} cells differ" in describe(result)
+    changed = result.assign(different=result["different"] & False)  # negative control
+    assert f"0 of {result['different'][0].size} cells differ" in describe(changed)
+    assert "a difference beyond" in describe(changed)

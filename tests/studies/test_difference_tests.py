@@ -38,8 +38,8 @@ def test_different_prompts_have_the_standard_error_of_welch() -> None:
 def test_the_standard_error_of_a_weighted_mean_is_that_of_leaving_prompts_out() -> None:
     rng = np.random.default_rng(2)
     values, weight = rng.normal(size=(9, 2)), rng.uniform(0.1, 2, 9)
-    kept = [np.arange(9) != i for i in range(9)]
-    without = np.stack([weighted_mean(values[k], weight[k]) for k in kept])
+    without_one = [np.arange(9) != i for i in range(9)]
+    without = np.stack([weighted_mean(values[k], weight[k]) for k in without_one])
     influence, freedom = paired_influence(values, weight)
     error = np.sqrt(8 / 9 * ((without - without.mean(0)) ** 2).sum(0))
     np.testing.assert_allclose(np.sqrt((influence**2).sum(0)), error, rtol=1e-12)

@@ -34,28 +34,28 @@ COMPARISONS = {
 
 @pytest.mark.parametrize("between", COMPARISONS)
 def test_p_is_uniform_where_nothing_differs(null_run, between):
-    found = divergence(null_run, between, **COMPARISONS[between], **FAST)
-    assert scipy.stats.kstest(found.p, "uniform").pvalue > 0.01
-    assert scipy.stats.kstest(found.difference_p.values[:, 0], "uniform").pvalue > 0.01
+    result = divergence(null_run, between, **COMPARISONS[between], **FAST)
+    assert scipy.stats.kstest(result.p, "uniform").pvalue > 0.01
+    assert scipy.stats.kstest(result.difference_p.values[:, 0], "uniform").pvalue > 0.01
 
 
 @pytest.mark.parametrize("between", COMPARISONS)
 def test_nothing_is_called_different_where_nothing_differs(null_run, between):
-    found = divergence(null_run, between, **COMPARISONS[between], **FAST)
-    assert not found.different.any()
-    assert found.expert_different.mean() < 0.01
-    np.testing.assert_allclose(found.q, false_discovery(found.p.values))
-    np.testing.assert_allclose(found.difference_q, false_discovery(found.difference_p.values))
-    assert (found.difference_p_family >= found.difference_p).all()
-    assert "No difference shown in any layer" in found.summary
+    result = divergence(null_run, between, **COMPARISONS[between], **FAST)
+    assert not result.different.any()
+    assert result.expert_different.mean() < 0.01
+    np.testing.assert_allclose(result.q, false_discovery(result.p.values))
+    np.testing.assert_allclose(result.difference_q, false_discovery(result.difference_p.values))
+    assert (result.difference_p_family >= result.difference_p).all()
+    assert "No difference shown in any layer" in result.summary
 
 
 def test_p_stays_calibrated_with_few_tokens_on_one_side_where_the_divergence_itself_is_not():
     run = planted_run(n_layers=400, n_experts=32, n_prompts=12, efforts=("low",), lengths={"analysis": 300, "final": 5})
-    found = divergence(run, n_boot=10, n_permutations=400)
-    assert float((found.p < 0.05).mean()) < 0.075
+    result = divergence(run, n_boot=10, n_permutations=400)
+    assert float((result.p < 0.05).mean()) < 0.075
     # the negative control: read the p-value off the null of the divergence
-    assert float((found.jsd > found.null_high).mean()) > 3 * 0.025
+    assert float((result.jsd > result.null_high).mean()) > 3 * 0.025
 
 
 def test_token_sums_swapped_within_pairs_are_not_calibrated(null_run):
@@ -98,25 +98,25 @@ def planted():
 
 
 def test_planted_divergence_is_found_and_its_size_covered(planted):
-    found = divergence(planted, n_boot=400, n_permutations=500)
+    result = divergence(planted, n_boot=400, n_permutations=500)
     truth = jensen_shannon(
         *(planted.truth.sel(channel=channel).mean("effort").values for channel in ("analysis", "final"))
     )
     moved = truth > 0.005
     assert 40 <= moved.sum() <= 60
-    assert found.different.values[moved].all()
-    assert not found.different.values[60:].any()
-    assert found.excess.values[60:].mean() == pytest.approx(0, abs=2e-4)
-    covered = (found.excess_low.values <= truth) & (truth <= found.excess_high.values)
+    assert result.different.values[moved].all()
+    assert not result.different.values[60:].any()
+    assert result.excess.values[60:].mean() == pytest.approx(0, abs=2e-4)
+    covered = (result.excess_low.values <= truth) & (truth <= result.excess_high.values)
     assert covered[moved].mean() == pytest.approx(0.95, abs=0.06)
     assert covered.mean() > 0.93
 
 
 def test_intervals_of_the_difference_cover_95_percent(planted):
-    found = divergence(planted, n_boot=400, n_permutations=10)
+    result = divergence(planted, n_boot=400, n_permutations=10)
     truth = planted.truth.sel(channel="analysis") - planted.truth.sel(channel="final")
     truth = truth.mean("effort").values
-    covered = (found.difference_low.values <= truth) & (truth <= found.difference_high.values)
+    covered = (result.difference_low.values <= truth) & (truth <= result.difference_high.values)
     assert covered.mean() == pytest.approx(0.95, abs=0.025)
 
 
@@ -129,21 +129,21 @@ def test_two_changed_experts_among_many_cells_are_found_alone():
     final[:, busy] -= stolen
     final[:, rare] += stolen
     run = dataclasses.replace(run, summaries={**run.summaries, "expert_count": counts})
-    found = divergence(run)
-    assert set(zip(*np.nonzero(found.expert_different.values), strict=True)) == {(7, busy), (7, rare)}
-    assert (found.difference_p_family.values[7, [busy, rare]] < 0.001).all()
-    assert np.flatnonzero(found.different).tolist() == [7]
-    assert f"layer 7 expert {busy}: " in found.summary
+    result = divergence(run)
+    assert set(zip(*np.nonzero(result.expert_different.values), strict=True)) == {(7, busy), (7, rare)}
+    assert (result.difference_p_family.values[7, [busy, rare]] < 0.001).all()
+    assert np.flatnonzero(result.different).tolist() == [7]
+    assert f"layer 7 expert {busy}: " in result.summary
 
 
 def test_nothing_whose_interval_includes_zero_is_called_different(monkeypatch):
     run = planted_run(channel_shift={"final": {1: 0.5}})
     assert divergence(run, **FAST).expert_different.any()
     monkeypatch.setattr(module, "mean_interval", lambda *_: (np.full(16, -1.0), np.full(16, 1.0)))
-    found = divergence(run, interval="bca", **FAST)
-    assert (found.difference_q < 0.05).any()
-    assert not found.expert_different.any()
-    assert "Used differently: 0 of 64" in found.summary
+    result = divergence(run, interval="bca", **FAST)
+    assert (result.difference_q < 0.05).any()
+    assert not result.expert_different.any()
+    assert "Used differently: 0 of 64" in result.summary
 
 
 def test_effort_is_compared_within_prompts_and_in_the_prompt_channel_it_changes_nothing():
@@ -167,13 +167,13 @@ def test_every_sample_of_a_prompt_is_the_same_unit():
 
 def test_prompts_without_one_of_the_efforts_are_left_out():
     run = planted_run(n_prompts=20, efforts=("low", "high"))
-    kept = (run.sequences.effort != "low") | (run.sequences.index < 20)
-    fewer = {name: array.isel(sequence=np.flatnonzero(kept)) for name, array in run.summaries.items()}
-    whole = {name: array.isel(sequence=slice(20)) for name, array in run.summaries.items()}
+    has_pair = (run.sequences.effort != "low") | (run.sequences.index < 20)
+    fewer = {name: array.isel(sequence=np.flatnonzero(has_pair)) for name, array in run.summaries.items()}
+    complete = {name: array.isel(sequence=slice(20)) for name, array in run.summaries.items()}
     options = {"between": "effort", "a": "low", "b": "high", "channel": "final", **FAST}
-    found, expected = (divergence(dataclasses.replace(run, summaries=s), **options) for s in (fewer, whole))
-    assert found.rests_on == "10 prompts"
-    xr.testing.assert_equal(found, expected)
+    result, expected = (divergence(dataclasses.replace(run, summaries=s), **options) for s in (fewer, complete))
+    assert result.rests_on == "10 prompts"
+    xr.testing.assert_equal(result, expected)
 
 
 def test_sequences_without_one_of_the_channels_are_left_out():
@@ -182,21 +182,21 @@ def test_sequences_without_one_of_the_channels_are_left_out():
     summaries = {name: array.copy(deep=True) for name, array in run.summaries.items()}
     for array in summaries.values():
         array.loc[{"channel": "analysis", "sequence": low}] = 0
-    found = divergence(dataclasses.replace(run, summaries=summaries), **FAST)
+    result = divergence(dataclasses.replace(run, summaries=summaries), **FAST)
     high = divergence(run, effort="high", **FAST)
-    assert found.tokens_b == high.tokens_b
-    np.testing.assert_allclose(found.jsd, high.jsd)
+    assert result.tokens_b == high.tokens_b
+    np.testing.assert_allclose(result.jsd, high.jsd)
 
 
 def test_a_layer_without_counts_is_missing_and_never_different():
     run = planted_run(channel_shift={"final": {1: 0.3}})
     counts = run.summary("expert_count").copy(deep=True)
     counts.loc[{"layer": 1}] = 0
-    found = divergence(dataclasses.replace(run, summaries={**run.summaries, "expert_count": counts}), **FAST)
+    result = divergence(dataclasses.replace(run, summaries={**run.summaries, "expert_count": counts}), **FAST)
     for name in ("jsd", "p", "q", "excess_low", "difference_p", "difference_q", "difference_p_family"):
-        assert np.isnan(found[name].sel(layer=1)).all(), name
-        assert np.isfinite(found[name].drop_sel(layer=1)).all(), name
-    assert not found.different.sel(layer=1)
+        assert np.isnan(result[name].sel(layer=1)).all(), name
+        assert np.isfinite(result[name].drop_sel(layer=1)).all(), name
+    assert not result.different.sel(layer=1)
 
 
 def test_the_seed_decides_and_is_recorded():
@@ -221,7 +221,7 @@ def test_percentile_intervals_are_an_option():
         ({"a": "thought"}, r"channel 'thought' is not in this run; it has frame"),
         ({"b": "analysis"}, r"cannot be compared with itself"),
         ({"between": "layer"}, r"choose channel, effort or task"),
-        ({"channel": "final"}, r"cannot be held fixed"),
+        ({"channel": "final"}, r"cannot be fixed"),
         ({"between": "effort", "a": "low", "b": "high"}, r"needs the channel"),
         ({"between": "effort", "a": "low", "b": "max", "channel": "final"}, r"effort 'max' is not in this run"),
         ({"task": "sorting"}, r"task 'sorting' is not in this run; it has recall, sums"),

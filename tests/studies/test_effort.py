@@ -80,13 +80,13 @@ def test_gains_of_tasks_are_tested_together_and_have_a_width_where_nothing_chang
     wrong = alone = 0
     run = with_summaries(planted_tokens(n_prompts=5))
     for seed in range(40):
-        found = effort.gain(run, null_answers(np.random.default_rng(seed)), ["low", "high"])
-        tasks = found.drop_sel(task="all")
+        result = effort.gain(run, null_answers(np.random.default_rng(seed)), ["low", "high"])
+        tasks = result.drop_sel(task="all")
         wrong += bool(tasks["gain_different"].any())
         alone += bool((tasks["gain_low"] * tasks["gain_high"] > 0).any())
-        assert ((found["gain_high"] - found["gain_low"]) > 0.01).all()
-        assert (found["gain_low"] >= -1).all()
-        assert (found["gain_high"] <= 1).all()
+        assert ((result["gain_high"] - result["gain_low"]) > 0.01).all()
+        assert (result["gain_low"] >= -1).all()
+        assert (result["gain_high"] <= 1).all()
     assert wrong <= 5
     assert alone >= 7, "negative control"
     certain = null_answers(np.random.default_rng(0)).assign(correct=1.0)
@@ -118,7 +118,7 @@ def test_a_run_with_sums_of_sinks_alone_keeps_the_rest_of_the_study():
                 raise InputError("'sink' is not in this run; it recorded routing, sink_sums")
             return super().blocks(*names)
 
-    found = effort.study(WithoutSinks(**{f.name: getattr(run, f.name) for f in dataclasses.fields(run)}))
-    assert "routing_low_vs_high_in_analysis" in found
-    assert not any(name.startswith("sinks") for name in found)
-    assert "Left out: sinks, as 'sink' is not in this run" in found["cost"].attrs["summary"]
+    result = effort.study(WithoutSinks(**{f.name: getattr(run, f.name) for f in dataclasses.fields(run)}))
+    assert "routing_low_vs_high_in_analysis" in result
+    assert not any(name.startswith("sinks") for name in result)
+    assert "Skipped: sinks, as 'sink' is not in this run" in result["cost"].attrs["summary"]

@@ -115,8 +115,8 @@ def test_excluded_sequences_have_no_examples(tmp_path: Path) -> None:
     rest = run.excluding("truncated")
     assert rest.sequences.index.tolist() == list(range(1, len(LENGTHS), 2))
     assert (examples.of_run(run)["random_sequence"] % 2 == 0).any()
-    found = examples.of_run(rest)["random_sequence"]
-    assert not (found[found >= 0] % 2 == 0).any()
+    result = examples.of_run(rest)["random_sequence"]
+    assert not (result[result >= 0] % 2 == 0).any()
     assert (load(rest)["random_sequence"] >= 0).any()
 
 

@@ -46,7 +46,7 @@ def test_labels_are_read_as_they_were_written(demo: Run, examples: xr.Dataset, t
     assert again["automatic"].tolist() == labels["automatic"].tolist()
     assert not expert_labels.is_edited(again).any()
     assert expert_labels.read(demo) is None
-    with pytest.raises(InputError, match="is no file of labels"):
+    with pytest.raises(InputError, match="is not a file of labels"):
         expert_labels.read(demo, tmp_path / "other.jsonl")
 
 
@@ -58,11 +58,11 @@ def test_what_a_person_wrote_is_kept(demo: Run, examples: xr.Dataset, tmp_path: 
     edited = proposed.copy()
     edited.loc[(edited["layer"] == 0) & (edited["expert"] == 2), "label"] = "signs\nof   <b>sums</b>"
     file = expert_labels.write(demo, edited, tmp_path / "l.jsonl")
-    kept = expert_labels.merged(expert_labels.read(demo, file), new).set_index(["layer", "expert"])
-    assert kept.loc[(0, 2), "label"] == "signs of <b>sums</b>", "one line; pages escape it"
-    assert kept.loc[(0, 1), "label"] == "digits"
-    assert kept.loc[(0, 1), "score"] == 0.9
-    assert kept.loc[(0, 3), "label"] == kept.loc[(0, 3), "automatic"]
+    merged = expert_labels.merged(expert_labels.read(demo, file), new).set_index(["layer", "expert"])
+    assert merged.loc[(0, 2), "label"] == "signs of <b>sums</b>", "one line; pages escape it"
+    assert merged.loc[(0, 1), "label"] == "digits"
+    assert merged.loc[(0, 1), "score"] == 0.9
+    assert merged.loc[(0, 3), "label"] == merged.loc[(0, 3), "automatic"]
     lost = expert_labels.merged(None, new)
     assert "signs of <b>sums</b>" not in set(lost["label"]), "the negative control: without the old file it is gone"
 
@@ -102,10 +102,10 @@ def test_lines_that_are_no_labels_are_refused(demo: Run, tmp_path: Path, line: s
 
 
 def test_a_label_that_fits_scores_high_and_one_that_does_not_scores_half(demo: Run, examples: xr.Dataset) -> None:
-    """The mock model knows which texts are of the expert, or guesses all of them."""
+    """The mock model recognizes which texts are of the expert, or guesses all of them."""
     own = {e.text for e in label_proposals._examples(examples, 2, 5)}
 
-    def knows(prompt: str) -> str:
+    def recognizes(prompt: str) -> str:
         if "Describe" in prompt:
             return "a label\nof two lines"
         texts = [line.partition(". ") for line in prompt.splitlines() if line.partition(". ")[0].isdigit()]
@@ -117,10 +117,10 @@ def test_a_label_that_fits_scores_high_and_one_that_does_not_scores_half(demo: R
     def rows(ask: label_proposals.Ask) -> dict[int, dict[str, Any]]:
         return {row["expert"]: row for row in label_proposals.propose(demo, examples, ask, name="m", layers=[2])}
 
-    found = rows(knows)[5]
-    assert found["proposed"] == "a label of two lines"
-    assert (found["score"], found["scored"]) == (1.0, 16.0)
-    assert 0.7 < found["score_low"] < found["score_high"] == 1.0
+    row = rows(recognizes)[5]
+    assert row["proposed"] == "a label of two lines"
+    assert (row["score"], row["scored"]) == (1.0, 16.0)
+    assert 0.7 < row["score_low"] < row["score_high"] == 1.0
     assert rows(guesses)[5]["score"] == 0.5
     assert np.isnan(rows(lambda prompt: "no list")[5]["score"]), "an answer that cannot be read is not counted"
     assert rows(lambda prompt: "") == {}

@@ -1,4 +1,7 @@
-"""Pages have the form that Neuronpedia's viewer reads, and their activations are the run's gate weights."""
+"""Pages have the form that Neuronpedia's viewer reads, and their activations are the run's gate weights.
+
+Also tests `workbench.cli.page_export`.
+"""
 
 import json
 from pathlib import Path
@@ -111,8 +114,8 @@ def test_a_graph_finds_the_pages_of_its_experts(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     model = wb.load("nano", dtype=torch.float32, device="cpu")
-    found = wb.experiments.graph(model, "12+34=")
-    data = graph_export.to_json(model, found, features_url="https://example.org/pages/", labels={(0, 0): "=x"})
+    attributed = wb.experiments.graph(model, "12+34=")
+    data = graph_export.to_json(model, attributed, features_url="https://example.org/pages/", labels={(0, 0): "=x"})
     assert data["metadata"]["feature_details"] == {"feature_json_base_url": "https://example.org/pages"}
     experts = [node for node in data["nodes"] if " expert " in node["clerp"] and "bias" not in node["clerp"]]
     assert experts
@@ -121,7 +124,7 @@ def test_a_graph_finds_the_pages_of_its_experts(tmp_path: Path) -> None:
         assert page.index == node["feature"]
         assert len(page.top_logits) == len(page.bottom_logits) == 10
     with pytest.raises(wb.InputError, match="begins with https"):
-        graph_export.to_json(model, found, features_url="javascript:alert(1)")
+        graph_export.to_json(model, attributed, features_url="javascript:alert(1)")
 
 
 @pytest.mark.parametrize(

@@ -84,14 +84,14 @@ def test_what_cannot_be_tested_is_listed() -> None:
     results = _compared("experts", expert_shift={"final": 0.4})
     ds = results["channels"]["compared"]
     assert untested(results) == []
-    ds.attrs["summary"] += "\nLeft out: commentary, as it has no tokens."
+    ds.attrs["summary"] += "\nSkipped: commentary, as it has no tokens."
     ds["low"] = ds["low"].where(ds["control"] == "none", np.nan)
     skipped, too_few = untested(results)
-    assert skipped == "Left out: commentary, as it has no tokens."
+    assert skipped == "commentary, as it has no tokens."
     assert too_few.startswith(f"{ds.attrs['title']}, at equal position: ")
 
 
-def test_a_highlight_says_where_equal_position_was_not_tested() -> None:
+def test_a_highlight_states_where_equal_position_was_not_tested() -> None:
     results = _compared("experts", expert_shift={"final": 0.4})
     ds = results["channels"]["compared"]
     for name in ("low", "high", "difference"):

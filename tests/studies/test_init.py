@@ -35,11 +35,11 @@ def test_every_study_runs_on_the_demo_and_has_a_summary(demo, tmp_path):
 
 
 def test_results_reload_from_their_files(demo, tmp_path):
-    found = run_study("effort", demo)
-    save(found, tmp_path)
+    result = run_study("effort", demo)
+    save(result, tmp_path)
     again = load_results(tmp_path)["effort"]
-    assert again.keys() == found.keys()
-    for name, dataset in found.items():
+    assert again.keys() == result.keys()
+    for name, dataset in result.items():
         for variable, values in dataset.data_vars.items():
             np.testing.assert_array_equal(np.asarray(again[name][variable].values, float), values.values.astype(float))
         with warnings.catch_warnings():
@@ -49,7 +49,7 @@ def test_results_reload_from_their_files(demo, tmp_path):
         xr.testing.assert_equal(stored, dataset)
         assert stored.attrs == dataset.attrs
     table = pd.read_csv(tmp_path / "effort_cost_task_effort.csv")
-    assert len(table) == found["cost"]["accuracy"].size
+    assert len(table) == result["cost"]["accuracy"].size
     with pytest.raises(InputError, match="holds no results"):
         load_results(tmp_path.parent)
 
@@ -67,12 +67,12 @@ def test_parameters_are_kept(demo):
 
 def one_run(run: wb.Run, **options: int) -> dict[str, dict[str, xr.Dataset]]:
     """Results of every registered study that needs nothing but this run; of two runs, the run with itself."""
-    found = {}
+    results = {}
     for record in registry.studies():
         own = {name: value for name, value in options.items() if name in record.options}
         with contextlib.suppress(InputError):  # it lacks a record
-            found[record.name] = run_study(record.name, *[run] * record.runs, **own)
-    return found
+            results[record.name] = run_study(record.name, *[run] * record.runs, **own)
+    return results
 
 
 Answers = dict[tuple[str, ...], list[tuple[str, dict[str, np.ndarray]]]]
@@ -113,14 +113,14 @@ def _answers(ds: xr.Dataset):
 
 
 def disagreements(results: dict[str, dict[str, xr.Dataset]]) -> list[str]:
-    found = []
+    lines = []
     for question, answers in answers_by_question(results).items():
         (first, values), *others = answers
         for other, theirs in others:
             for name in sorted(values.keys() | theirs.keys()):
                 if not np.allclose(values[name].astype(float), theirs[name].astype(float), atol=1e-9, equal_nan=True):
-                    found.append(f"{' '.join(question)}: {name} of {first} and {other}")
-    return found
+                    lines.append(f"{' '.join(question)}: {name} of {first} and {other}")
+    return lines
 
 
 def test_every_question_has_one_answer_in_all_registered_studies(demo):

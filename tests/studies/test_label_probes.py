@@ -1,4 +1,4 @@
-"""Label probes: a planted label is read from its layer on, words are no activation, and nulls are calibrated.
+"""Label probes: a planted label is read from its layer on, words are not an activation, and nulls are calibrated.
 
 Also tests `workbench.studies.token_labels`.
 """
@@ -21,7 +21,7 @@ D, PLANTED = 12, 2  # width, and the layer from which the label can be read
 
 
 class Run:
-    """A run of three layers: from PLANTED on, a direction holds the label of each sequence's task; ids are unrelated."""
+    """A run of three layers: from PLANTED on, a direction holds the label of each sequence; ids are unrelated."""
 
     path, digest, model = "run.zarr", "planted", {"n_layers": 3}
 
@@ -68,24 +68,24 @@ def probes(run: Run, **options: Any) -> Any:
 
 
 def test_a_label_is_read_from_its_layer_on_and_thresholds_hold(tmp_path: Any) -> None:
-    found = probes(Run(0))
-    shown = (found["q"] <= 0.05) & (found["beyond_words_low"] > 0)
+    result = probes(Run(0))
+    shown = (result["q"] <= 0.05) & (result["beyond_words_low"] > 0)
     assert shown.values.tolist() == [False, False, True]
-    assert float(found["auc"].sel(layer=PLANTED, source="activation")) > 0.95
-    assert float(found["auc"].sel(layer=PLANTED, source="control task")) < 0.7
-    assert float(found["hits"].sel(layer=PLANTED).mean()) > 0.7
-    assert float(found["false_alarms"].sel(layer=PLANTED).mean()) < 0.15
-    assert "beyond the best baseline" in found.attrs["summary"]
-    drawn = default.gallery({"probes": found})
+    assert float(result["auc"].sel(layer=PLANTED, source="activation")) > 0.95
+    assert float(result["auc"].sel(layer=PLANTED, source="control task")) < 0.7
+    assert float(result["hits"].sel(layer=PLANTED).mean()) > 0.7
+    assert float(result["false_alarms"].sel(layer=PLANTED).mean()) < 0.15
+    assert "beyond the best baseline" in result.attrs["summary"]
+    drawn = default.gallery({"probes": result})
     assert all(item.draw().data for item in drawn.values())
-    assert save({"probes": found}, tmp_path)
+    assert save({"probes": result}, tmp_path)
 
 
 def test_a_label_that_the_words_tell_is_not_beyond_them() -> None:
-    found = probes(Run(1, size=1.2, words=True))
-    assert float(found["auc"].sel(source="token")[0]) > 0.9
-    assert not bool(((found["q"] <= 0.05) & (found["beyond_words_low"] > 0)).any())
-    naive = found["auc_low"].sel(layer=PLANTED, source="activation")
+    result = probes(Run(1, size=1.2, words=True))
+    assert float(result["auc"].sel(source="token")[0]) > 0.9
+    assert not bool(((result["q"] <= 0.05) & (result["beyond_words_low"] > 0)).any())
+    naive = result["auc_low"].sel(layer=PLANTED, source="activation")
     assert float(naive) > 0.5, "the negative control: beside chance alone, the words would look like an activation"
 
 
@@ -114,7 +114,7 @@ def test_ridge_is_the_same_in_both_forms() -> None:
     [
         ({"pool": "max"}, "pool='max': use token, mean or last"),
         ({"label": "effort"}, "the tokens have 1 label"),
-        ({"label": "mood"}, "'mood' is no label"),
+        ({"label": "mood"}, "'mood' is not a label"),
         ({"hook": "hook_mlp_out"}, "'hook_mlp_out' is not in run.zarr"),
         ({"false_positives": 2.0}, "false_positives=2.0"),
     ],

@@ -15,7 +15,7 @@ from workbench.studies.synthetic import SyntheticTokens
 
 
 def pooled_difference(run: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The engine that this one replaced, the negative control: all tokens of a side together, jackknife over prompts."""
+    """The former engine, a negative control: all tokens of a side together, with a jackknife over prompts."""
     blocks = list(run.blocks(name))
     prompt = prompt_numbers(run.sequences)
     n_prompts = int(prompt.max()) + 1
@@ -35,9 +35,9 @@ def pooled_difference(run: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     def difference(without: int | None) -> np.ndarray:
         means = []
         for total, n in zip(sums, tokens, strict=True):
-            kept = np.ones(n_prompts, dtype=bool)
-            kept[[] if without is None else without] = False
-            means.append(np.asarray(total)[kept].sum(0) / max(n[kept].sum(), 1))
+            included = np.ones(n_prompts, dtype=bool)
+            included[[] if without is None else without] = False
+            means.append(np.asarray(total)[included].sum(0) / max(n[included].sum(), 1))
         return means[0] - means[1]
 
     value = difference(None)
@@ -112,9 +112,9 @@ def test_confounds_are_not_called_differences(kind: str, long: bool) -> None:
     wrong = {control: 0 for control in ("none", "position", "pooled")}
     for seed in range(seeds):
         run = confounded(seed, kind)
-        found = contrast(run, "sink", "channel", "analysis", "final")
+        result = contrast(run, "sink", "channel", "analysis", "final")
         for control in ("none", "position"):
-            wrong[control] += bool(found["different"].sel(control=control).any())
+            wrong[control] += bool(result["different"].sel(control=control).any())
         wrong["pooled"] += bool(pooled_difference(run, "sink")[1].any())
     allowed = scipy.stats.binom.ppf(0.999, seeds, 0.06)  # 6 of 25, 84 of 1,000
     print(f"| {kind} | {' | '.join(f'{n / seeds:.3f}' for n in wrong.values())} |")
@@ -132,7 +132,7 @@ def test_sums_of_weighted_cells_are_those_of_plain_addition() -> None:
     for weight, (present, sums) in zip(weights, sums_by_prompt(weights, prompt, values), strict=True):
         expected = np.zeros((9, 6))
         np.add.at(expected, prompt, weight[:, None] * values)
-        found = np.zeros((9, 6))
-        found[present] = sums
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+        totals = np.zeros((9, 6))
+        totals[present] = sums
+        np.testing.assert_allclose(totals, expected, atol=1e-12)
         assert set(present) == set(prompt[weight != 0])

@@ -63,16 +63,43 @@ def test_contexts_are_those_of_the_tokens(run: Run, model: GptOss) -> None:
 
 
 def test_direct_effects_are_those_of_the_output_weights(model: GptOss) -> None:
-    found = expert_logits.neuron_logits(model, 2, 5, n=3)
+    neurons = expert_logits.neuron_logits(model, 2, 5, n=3)
     weight = model.blocks[2].mlp.experts.W_out(5).float()[7] * model.ln_final.weight.float()
     logits = model.unembed.weight.float() @ weight
     logits = logits - logits.mean()
-    own = found.sel(neuron=7)
+    own = neurons.sel(neuron=7)
     np.testing.assert_allclose(own["top_logit"], logits.topk(3).values.detach(), rtol=0.02, atol=1e-3)
     np.testing.assert_allclose(own["bottom_logit"], -(-logits).topk(3).values.detach(), rtol=0.02, atol=1e-3)
-    assert not np.allclose(found.sel(neuron=8)["top_logit"], own["top_logit"], rtol=0.02), "the negative control"
+    assert not np.allclose(neurons.sel(neuron=8)["top_logit"], own["top_logit"], rtol=0.02), "the negative control"
     with pytest.raises(InputError, match="experts 0 to 15"):
         expert_logits.neuron_logits(model, 2, 16)
+
+
+def test_direct_effects_are_beside_the_examples(run: Run, model: GptOss) -> None:
+    effects = expert_logits.neuron_logits(model, 2, 5, n=3)
+    ds = neuron_examples.load(run, layer=2, expert=5, logits=effects)
+    assert ds["top_text"].sel(neuron=7).values.tolist() == effects["top_text"].sel(neuron=7).values.tolist()
+    np.testing.assert_array_equal(ds["bottom_logit"], effects["bottom_logit"])
+    assert "top_text" not in neuron_examples.load(run, layer=2, expert=5)
+    with pytest.raises(InputError, match="logits are of layer 2 expert 5"):
+        neuron_examples.load(run, layer=2, expert=4, logits=effects)
+
+
+def test_the_experiment_stores_the_effects_of_a_layer_s_neurons(model: GptOss, run: Run) -> None:
+    rows = from_run.transcripts(run)[:2]
+    datasets = expert_logits.experiment(model, rows, tokens=3, neuron_layer=2)
+    own = datasets["neurons"].sel(expert=5, neuron=7)
+    wanted = expert_logits.neuron_logits(model, 2, 5, n=3).sel(neuron=7)
+    assert own["top_text"].values.tolist() == wanted["top_text"].values.tolist()
+    other = expert_logits.experiment(model, rows, tokens=3, neuron_layer=1, neuron_expert=5)["neurons"]
+    assert other["expert"].values.tolist() == [5]
+    assert not np.allclose(other.sel(expert=5, neuron=7)["top_logit"], own["top_logit"]), "negative control: a layer"
+    items = registry.find("expert-logits").load_figures().gallery(datasets)
+    assert items["neurons"].draw().data
+    assert "neurons" not in expert_logits.experiment(model, rows)
+    for options, message in (({"neuron_layer": 4}, "layers 0 to 3"), ({"neuron_expert": 1}, "name its layer")):
+        with pytest.raises(InputError, match=message):
+            expert_logits.experiment(model, rows, **options)
 
 
 def test_the_command_writes_pages_of_neurons(run: Run, tmp_path: Path) -> None:
@@ -94,4 +121,4 @@ def test_the_command_writes_pages_of_neurons(run: Run, tmp_path: Path) -> None:
         }
     assert len({page["index"] for page in pages}) == len(pages)
     wrong = CliRunner().invoke(app, [*arguments, "--neurons", "2", "--overwrite"])
-    assert "by layer and number" in str(wrong.exception)
+    assert "a layer and the number of an expert" in str(wrong.exception)

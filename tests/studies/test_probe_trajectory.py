@@ -1,4 +1,4 @@
-"""Probes along the analysis: a planted label is read from its point and layer on, words are none, nulls are calibrated."""
+"""Probes along the analysis: a planted label is read from its point and layer on, and nulls are calibrated."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -50,27 +50,27 @@ def trajectory(run: Run, **options: Any) -> Any:
 
 
 def test_the_label_is_read_from_its_point_and_layer_on(tmp_path: Any) -> None:
-    found = trajectory(Run(0))
-    assert found["share"].values.tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert np.isnan(float(found["onset"].sel(layer=0)))
-    assert float(found["onset"].sel(layer=LAYER)) == pytest.approx(FROM)
-    late = found.sel(layer=LAYER).isel(share=slice(3, None))
+    result = trajectory(Run(0))
+    assert result["share"].values.tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert np.isnan(float(result["onset"].sel(layer=0)))
+    assert float(result["onset"].sel(layer=LAYER)) == pytest.approx(FROM)
+    late = result.sel(layer=LAYER).isel(share=slice(3, None))
     assert (late["auc"] > 0.95).all()
     assert (late["gain_low"] > 0).all()
-    assert (found["baseline"] < 0.75).all()
-    assert (found["control"] < 0.75).all()
-    assert "beyond the best baseline from 60% on" in found.attrs["summary"]
-    drawn = figures.gallery({"trajectory": found})["trajectory"]
+    assert (result["baseline"] < 0.75).all()
+    assert (result["control"] < 0.75).all()
+    assert "beyond the best baseline from 60% on" in result.attrs["summary"]
+    drawn = figures.gallery({"trajectory": result})["trajectory"]
     assert len(drawn.draw().data) == 3
     assert len(drawn.table()) == 12
-    assert save({"trajectory": found}, tmp_path)
+    assert save({"trajectory": result}, tmp_path)
 
 
 def test_what_the_tokens_tell_is_no_finding() -> None:
-    found = trajectory(Run(1, words=True))
-    assert float(found["baseline"].sel(source="tokens so far")[-1]) > 0.95
-    assert np.isnan(found["onset"].values).all()
-    chance = found["auc_low"].sel(layer=LAYER).values[3:]
+    result = trajectory(Run(1, words=True))
+    assert float(result["baseline"].sel(source="tokens so far")[-1]) > 0.95
+    assert np.isnan(result["onset"].values).all()
+    chance = result["auc_low"].sel(layer=LAYER).values[3:]
     assert (chance > 0.5).all(), "the negative control: beside chance alone, an onset would be shown"
 
 
@@ -82,10 +82,10 @@ def test_nothing_is_shown_without_a_label_in_activations() -> None:
 def test_labels_can_be_given_and_some_left_out() -> None:
     run = Run(3)
     labels = ["" if i < 10 else "right" if right else "wrong" for i, right in enumerate(run.sequences["correct"])]
-    found = trajectory(run, label=labels, points=2)
+    result = trajectory(run, label=labels, points=2)
     rare = trajectory(run, label=["rare" if i < 3 else label for i, label in enumerate(labels)], points=2)
-    assert "Left out, as fewer than 5 sequences have them: rare (3)." in rare.attrs["summary"]
-    assert found.attrs["rests_on"] == "70 sequences of 70 prompts, 2 labels"
+    assert "Skipped, as fewer than 5 sequences have them: rare (3)." in rare.attrs["summary"]
+    assert result.attrs["rests_on"] == "70 sequences of 70 prompts, 2 labels"
 
 
 @pytest.mark.parametrize(

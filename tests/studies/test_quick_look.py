@@ -1,4 +1,4 @@
-"""A glance at sums says what the tokens say, and what the studies' pooled numbers are."""
+"""A glance at sums states what the tokens say, and what the studies' pooled numbers are."""
 
 import numpy as np
 import pytest
@@ -33,14 +33,14 @@ def test_a_selection_is_counted_as_its_tokens_are(run):
         inside = inside & (True if task == "all" else (of["task"] == task).to_numpy())
         number = data["channel"].values
         inside &= number != CHANNELS.index("frame") if channel == "all" else number == CHANNELS.index(channel)
-        found = quick_look.routing(run, channel, effort, task)
-        assert found.attrs["tokens"] == inside.sum() > 0
+        result = quick_look.routing(run, channel, effort, task)
+        assert result.attrs["tokens"] == inside.sum() > 0
         for layer in range(4):
             chosen = data["experts"].values[layer][inside].ravel()
             gates = data["gates"].values[layer][inside].ravel().astype(np.float64)
-            np.testing.assert_allclose(found["load"][layer], np.bincount(chosen, minlength=16) / chosen.size)
+            np.testing.assert_allclose(result["load"][layer], np.bincount(chosen, minlength=16) / chosen.size)
             weights = np.bincount(chosen, gates, 16)
-            np.testing.assert_allclose(found["gates"][layer], weights / weights.sum(), atol=2e-3)
+            np.testing.assert_allclose(result["gates"][layer], weights / weights.sum(), atol=2e-3)
         rested = quick_look.sinks(run, channel, effort, task)
         mass = data["sink"].values[:, inside].astype(np.float64)
         np.testing.assert_allclose(rested["mass"], mass.mean(1), atol=2e-3)

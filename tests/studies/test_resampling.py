@@ -179,5 +179,5 @@ def test_entropy_needs_the_recentred_interval_when_units_are_few(method, covers,
         observed = statistics.entropy(statistics.share(sample.sum(axis=0)))
         return resampling.recentred_interval(replicates, resampling.bias_corrected(observed, replicates))
 
-    found = coverage(counts, statistics.entropy(truth), interval)
-    assert found > 0.9 if covers else found < 0.6
+    share_covered = coverage(counts, statistics.entropy(truth), interval)
+    assert share_covered > 0.9 if covers else share_covered < 0.6

@@ -52,22 +52,22 @@ class Run:
 
 
 def test_routing_is_predicted_by_what_causes_it_and_noise_by_nothing() -> None:
-    found = study(Run(0))["recall"]  # type: ignore[arg-type]
-    recall = found["recall"].to_pandas()
+    result = study(Run(0))["recall"]  # type: ignore[arg-type]
+    recall = result["recall"].to_pandas()
     assert recall.loc[0, "token"] > recall.loc[0, "load"] + 0.3
     assert recall.loc[1, "bigram"] > recall.loc[1, "token"] + 0.15
-    better = (found["q"] < 0.05) & (found["beyond_bigram_low"] > 0)
+    better = (result["q"] < 0.05) & (result["beyond_bigram_low"] > 0)
     assert bool(better.sel(layer=2, predictor="layer before"))
     assert recall.loc[2, "layer before"] > 0.99
     assert not better.sel(layer=3).any(), "the negative control: random experts"
     assert abs(recall.loc[3] - K / E).max() < 0.06
-    assert "beyond the bigram: layer before" in found.attrs["summary"]
-    assert all(item.draw().data for item in default.gallery({"recall": found}).values())
+    assert "beyond the bigram: layer before" in result.attrs["summary"]
+    assert all(item.draw().data for item in default.gallery({"recall": result}).values())
 
 
 def test_nano_is_predicted_better_by_its_tokens_than_by_load() -> None:
-    found = study(wb.open_run(DATA / "demo.zarr"), max_tokens=1500)["recall"]
-    recall = found["recall"].to_pandas()
+    result = study(wb.open_run(DATA / "demo.zarr"), max_tokens=1500)["recall"]
+    recall = result["recall"].to_pandas()
     assert (recall["token"] > recall["load"]).all()
     assert recall.loc[0, "token"] > 0.6
 

@@ -59,7 +59,7 @@ def test_a_cell_without_tokens_is_missing_and_an_unused_expert_is_zero():
     assert few.never_selected.sum() == (few.share == 0).sum() > 0
     unused = few.share.values == 0
     assert (few.share_low.values[unused] == 0).all()
-    assert (few.share_high.values[unused] > 0.01).all(), "12 prompts that do not use an expert are no proof"
+    assert (few.share_high.values[unused] > 0.01).all(), "12 prompts that do not use an expert are not proof"
 
 
 def test_one_prompt_gives_a_load_without_an_interval():
@@ -104,14 +104,14 @@ def test_a_cell_keeps_its_interval_whatever_else_is_asked_for(loaded, run):
 @pytest.mark.parametrize("interval", ["bca", "percentile"])
 def test_intervals_of_share_and_entropy_hold_the_truth_95_percent_of_the_time(interval):
     run = planted_run(seed=9, n_prompts=300, n_layers=250, n_experts=8, efforts=("low",), lengths={"final": 60})
-    found = load(run, channels=("final",), n_boot=800, interval=interval).sel(channel="final", effort="low")
+    results = load(run, channels=("final",), n_boot=800, interval=interval).sel(channel="final", effort="low")
     truth = run.truth.sel(channel="final", effort="low").values
-    covered = (found.share_low.values <= truth) & (truth <= found.share_high.values)
+    covered = (results.share_low.values <= truth) & (truth <= results.share_high.values)
     assert covered.mean() == pytest.approx(0.95, abs=0.025)
     entropy = statistics.entropy(truth)
-    covered = (found.entropy_low.values <= entropy) & (entropy <= found.entropy_high.values)
+    covered = (results.entropy_low.values <= entropy) & (entropy <= results.entropy_high.values)
     assert covered.mean() == pytest.approx(0.95, abs=0.025)
-    assert abs((found.entropy_corrected.values - entropy).mean()) < abs((found.entropy.values - entropy).mean())
+    assert abs((results.entropy_corrected.values - entropy).mean()) < abs((results.entropy.values - entropy).mean())
 
 
 def test_bca_of_a_share_is_scipys_where_every_prompt_has_as_many_tokens():
@@ -119,7 +119,7 @@ def test_bca_of_a_share_is_scipys_where_every_prompt_has_as_many_tokens():
     counts = run.summary("expert_count").copy(deep=True)
     slots = np.random.default_rng(0).multinomial(400, np.random.default_rng(1).dirichlet(np.full(16, 0.4), size=25))
     counts.loc[{"channel": "final"}] = slots[:, None]
-    found = load(
+    results = load(
         dataclasses.replace(run, summaries={**run.summaries, "expert_count": counts}),
         channels=("final",),
         n_boot=20_000,
@@ -127,19 +127,19 @@ def test_bca_of_a_share_is_scipys_where_every_prompt_has_as_many_tokens():
     for expert in range(4):
         share = slots[:, expert] / 400
         reference = scipy.stats.bootstrap((share,), np.mean, n_resamples=20_000, rng=3).confidence_interval
-        np.testing.assert_allclose([found.share_low[expert], found.share_high[expert]], reference, rtol=0.03)
+        np.testing.assert_allclose([results.share_low[expert], results.share_high[expert]], reference, rtol=0.03)
 
 
 def test_limits_of_effective_experts_stay_between_one_and_all():
-    found = load(planted_run(n_prompts=5, n_layers=40, n_experts=4), n_boot=100)
-    known = np.isfinite(found.effective_experts_high.values)
-    assert (found.effective_experts_low.values[known] >= 1).all()
+    results = load(planted_run(n_prompts=5, n_layers=40, n_experts=4), n_boot=100)
+    known = np.isfinite(results.effective_experts_high.values)
+    assert (results.effective_experts_low.values[known] >= 1).all()
     # near evenness the correction of the bias alone would go beyond
-    assert (found.effective_experts_high.values[known] <= 4 + 1e-12).all()
-    assert np.isclose(found.effective_experts_high.values[known], 4).any()
+    assert (results.effective_experts_high.values[known] <= 4 + 1e-12).all()
+    assert np.isclose(results.effective_experts_high.values[known], 4).any()
 
 
-def test_every_variable_says_what_it_is(loaded):
+def test_every_variable_states_what_it_is(loaded):
     for name, variable in loaded.data_vars.items():
         assert {"long_name", "units", "definition"} <= set(variable.attrs), name
     assert loaded.share_low.attrs["ci"].startswith("95 %")
@@ -149,8 +149,8 @@ def test_every_variable_says_what_it_is(loaded):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"by": ("layer",)}, "each of channel, effort and task may be named once"),
-        ({"by": ("effort", "effort")}, "may be named once"),
+        ({"by": ("layer",)}, "give each of channel, effort and task at most once"),
+        ({"by": ("effort", "effort")}, "at most once"),
         ({"channels": ("thought",)}, "channel 'thought' is not in this run"),
     ],
 )
@@ -166,15 +166,15 @@ def test_a_run_without_sequences_is_refused(run):
 
 
 def test_the_study_finds_what_was_planted_and_calls_nothing_else_different(run):
-    found = studies.run_study("routing", run, **FAST)
-    assert [name for name in found if "special" not in name] == [
+    results = studies.run_study("routing", run, **FAST)
+    assert [name for name in results if "special" not in name] == [
         "load",
         "analysis_vs_final",
         "low_vs_high_in_prompt",
         "low_vs_high_in_analysis",
         "low_vs_high_in_final",
     ]
-    different = {name: np.flatnonzero(found[name].different).tolist() for name in found if "jsd" in found[name]}
+    different = {name: np.flatnonzero(results[name].different).tolist() for name in results if "jsd" in results[name]}
     assert different == {
         "analysis_vs_final": [2],
         "low_vs_high_in_prompt": [],
@@ -183,32 +183,32 @@ def test_the_study_finds_what_was_planted_and_calls_nothing_else_different(run):
     }
 
 
-def test_the_study_takes_the_widest_efforts_that_have_pairs_and_says_what_it_left_out():
+def test_the_study_takes_the_widest_efforts_that_have_pairs_and_states_what_it_left_out():
     run = planted_run(n_prompts=6)
     summaries = {name: array.copy(deep=True) for name, array in run.summaries.items()}
     low = np.flatnonzero(run.sequences.effort == "low")
     for array in summaries.values():
         array.loc[{"channel": "analysis", "sequence": low}] = 0
         array.loc[{"channel": "final"}] = 0
-    found = study(dataclasses.replace(run, summaries=summaries), **FAST)
-    assert "medium_vs_high_in_analysis" in found
-    assert "analysis_vs_final" not in found
-    assert "Left out: channels, as fewer than two prompts have tokens of both." in found["load"].summary
+    results = study(dataclasses.replace(run, summaries=summaries), **FAST)
+    assert "medium_vs_high_in_analysis" in results
+    assert "analysis_vs_final" not in results
+    assert "Skipped: channels, as fewer than two prompts have tokens of both." in results["load"].summary
 
 
 def test_a_run_of_one_effort_is_studied_without_efforts():
-    found = study(planted_run(n_prompts=6, efforts=("medium",)), **FAST)
-    assert [name for name in found if "special" not in name] == ["load", "analysis_vs_final"]
+    results = study(planted_run(n_prompts=6, efforts=("medium",)), **FAST)
+    assert [name for name in results if "special" not in name] == ["load", "analysis_vs_final"]
 
 
 def test_a_run_of_one_prompt_is_described_and_nothing_is_compared():
-    found = study(planted_run(n_prompts=1), **FAST)
-    assert [name for name in found if "special" not in name] == ["load"]
-    assert found["load"].summary.count("Left out: ") == 4
+    results = study(planted_run(n_prompts=1), **FAST)
+    assert [name for name in results if "special" not in name] == ["load"]
+    assert results["load"].summary.count("Skipped: ") == 4
 
 
 def test_an_unknown_study_is_refused():
-    with pytest.raises(InputError, match="no study or experiment is called 'sinkz'; choose from routing"):
+    with pytest.raises(InputError, match=r"study or experiment .* does not exist 'sinkz'; choose from routing"):
         studies.run_study("sinkz", None)
 
 

@@ -1,6 +1,7 @@
 """The index of a run counts every token once, merges prompts with equal tokens, and reports progress on large runs."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from workbench.errors import InputError
@@ -39,6 +40,51 @@ def test_prompts_with_equal_tokens_are_one_unit_and_counted() -> None:
     with pytest.raises(InputError, match="at least 5"):
         contrast(repeated, "sink", "channel", "analysis", "final")
     assert index_of(run).prompts[1] == 0, "the negative control has other tokens in every prompt"
+
+
+def conversations(prompts: list[tuple[str, str, list[tuple[int, int]]]]) -> SyntheticTokens:
+    """A run whose prompts are a system message with an effort word, and (role, id) tokens: (prompt id, effort, …)."""
+    words = {"low": 90, "high": 91}
+    rows, parts = [], []
+    for number, (prompt, effort, answer) in enumerate(prompts):
+        tokens = [(0, 80), (0, words[effort]), *answer, (3, 7), (3, 8)]
+        channel = [1] * (2 + len(answer)) + [2, 4]
+        parts.append((np.full(len(tokens), number), np.arange(len(tokens)), np.array(channel), *np.array(tokens).T))
+        rows.append(
+            {"id": f"{number}", "prompt_id": prompt, "effort": effort, "task": "t", "n_prompt": 2 + len(answer)}
+        )
+    names = ("sequence", "position", "channel", "role", "id")
+    joined = {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(names)}
+    return SyntheticTokens("conversations", pd.DataFrame(rows).rename_axis("sequence"), {}, joined, {})
+
+
+def test_a_question_under_another_id_at_another_effort_is_the_same_prompt() -> None:
+    questions = [[(2, 10 + i), (2, 20 + i)] for i in range(4)]
+    run = conversations([(f"{effort}{i}", effort, q) for effort in ("low", "high") for i, q in enumerate(questions)])
+    number, merged = index_of(run).prompts
+    assert (number.tolist(), merged) == ([0, 1, 2, 3] * 2, 4)
+    without_roles = {name: values for name, values in run.tokens.items() if name != "role"}
+    plain = SyntheticTokens("plain", run.sequences, {}, without_roles, {})
+    assert index_of(plain).prompts[1] == 0, "negative control: with the effort word, no two prompts are equal"
+
+
+def test_the_same_words_of_other_roles_are_another_prompt() -> None:
+    """A conflict of developer and user has the words of one of two users. Negative control: ids without roles."""
+    run = conversations([("a", "low", [(1, 10), (2, 11)]), ("b", "low", [(2, 10), (2, 11)])])
+    assert index_of(run).prompts[1] == 0
+    without_roles = {name: values for name, values in run.tokens.items() if name != "role"}
+    plain = SyntheticTokens("plain", run.sequences, {}, without_roles, {})
+    assert index_of(plain).prompts[1] == 1
+
+
+def test_ids_that_have_several_prompts_are_counted() -> None:
+    same, other = [(2, 10), (2, 11)], [(2, 10), (2, 12)]
+    mixed = conversations([("a", "low", same), ("a", "high", other), ("b", "low", same[:1]), ("b", "high", same[:1])])
+    assert index_of(mixed).ambiguous_ids == 1
+    assert "of 1 prompt id have" in run_index.ambiguous_warning(1)
+    right = conversations([("a", "low", same), ("a", "high", same), ("b", "low", other), ("b", "high", other)])
+    assert index_of(right).ambiguous_ids == 0, "negative control: the effort word alone differs"
+    assert run_index.ambiguous_warning(0) == ""
 
 
 def test_prompts_are_merged_through_a_third() -> None:

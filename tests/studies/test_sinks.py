@@ -60,9 +60,9 @@ def test_sink_attention_falls_with_position_where_that_was_planted():
     run = with_summaries(planted_tokens(position_slope=0.05, n_prompts=20))
     by_position = sinks.by_position(run)["mass"].sel(channel="analysis").isel(layer=0).dropna("bin")
     assert (np.diff(by_position.values) < 0).all()
-    found = sinks.study(run)
-    assert not found["analysis_vs_final"]["different"].sel(control="position").any()
-    assert found["analysis_vs_final"]["different"].sel(control="none").any()
+    result = sinks.study(run)
+    assert not result["analysis_vs_final"]["different"].sel(control="position").any()
+    assert result["analysis_vs_final"]["different"].sel(control="none").any()
 
 
 def test_sums_alone_give_the_mass_and_say_what_is_left_out(demo):
@@ -74,6 +74,6 @@ def test_sums_alone_give_the_mass_and_say_what_is_left_out(demo):
         def blocks(*names):
             raise InputError("the run recorded sums alone")
 
-    found = sinks.study(Sums())
-    assert set(found) == {"mass"}
-    assert "Left out" in found["mass"].attrs["summary"]
+    result = sinks.study(Sums())
+    assert set(result) == {"mass"}
+    assert "Skipped" in result["mass"].attrs["summary"]

@@ -24,9 +24,9 @@ def test_the_correction_removes_the_bias_of_independent_pairs():
     plug_in, corrected = [], []
     for _ in range(200):
         table = np.histogram2d(*rng.integers(0, 8, (2, 400)), bins=8)[0]
-        found = mutual_information(table)
-        plug_in.append(found[0])
-        corrected.append(found[1])
+        pair = mutual_information(table)
+        plug_in.append(pair[0])
+        corrected.append(pair[1])
     assert np.mean(plug_in) > 0.05
     assert abs(np.mean(corrected)) < 0.01
 
@@ -55,10 +55,10 @@ def test_planted_dependence_is_found_where_it_is():
 
 def test_coactivation_is_that_of_the_tokens():
     run = wb.open_run(DATA / "demo.zarr")
-    found = together(run)
+    result = together(run)
     data = run.dataset[["experts", "channel"]].compute()
     final = data["experts"].values[2, data["channel"].values == 4]
     i, j = 3, 7
     with_i = (final == i).any(-1)
-    assert float(found["given"].sel(channel="final")[2, i, j]) == pytest.approx((final[with_i] == j).any(-1).mean())
-    assert np.nanmax(np.abs(np.diagonal(found["given"].values, axis1=-2, axis2=-1) - 1)) < 1e-9
+    assert float(result["given"].sel(channel="final")[2, i, j]) == pytest.approx((final[with_i] == j).any(-1).mean())
+    assert np.nanmax(np.abs(np.diagonal(result["given"].values, axis1=-2, axis2=-1) - 1)) < 1e-9

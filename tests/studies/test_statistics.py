@@ -39,7 +39,7 @@ def published_counts(name: str, condition: int) -> np.ndarray:
 @pytest.mark.parametrize(("name", "condition"), PUBLISHED)
 def test_balance_of_gpt_oss_20b_is_reproduced_to_the_published_digits(name, condition):
     load = statistics.share(published_counts(name, condition))
-    found = (
+    digits = (
         round((statistics.entropy(load) / np.log(32)).mean(), 3),
         round(statistics.effective_number(load).mean(), 1),
         round(statistics.gini(load).mean(), 3),
@@ -47,7 +47,7 @@ def test_balance_of_gpt_oss_20b_is_reproduced_to_the_published_digits(name, cond
         round(statistics.coefficient_of_variation(load).mean(), 2),
         int((load == 0).sum()),
     )
-    assert found == PUBLISHED[name, condition]
+    assert digits == PUBLISHED[name, condition]
 
 
 def test_entropy_of_gpt_oss_20b_by_layer_is_reproduced():

@@ -7,7 +7,11 @@ def test_shares_are_percent_and_differences_of_shares_are_points() -> None:
     words = wording("experts")
     assert words.sides(0.0572, 0.1691, "analysis", "final") == "5.7 % of routed slots in analysis, 16.9 % in final"
     assert words.interval(-0.1119, -0.1224, -0.1031) == "-11.2 [-12.2, -10.3] points"
-    assert words.bound(0.0312) == "±3.1 points"
+    assert words.bound(0.0312) == "±3.2 points", "rounded up: what is excluded lies beyond it"
+    assert words.bound(0.031) == "±3.1 points"
+    assert words.bound(0.000312) == "±0.032 points", "never ±0.0, which would exclude any difference"
+    assert words.bound(0.0) == "±0.0 points"
+    assert words.bound(float("nan")) == "±nan points"
 
 
 def test_nats_are_nats_and_other_quantities_are_as_they_are() -> None:

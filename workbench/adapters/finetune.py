@@ -40,7 +40,7 @@ from workbench.version import version
 COMMAND = "finetune"
 _PASS_TOKENS = 4096  # padded tokens of a pass
 _SAVE_S = 120.0
-_STATE = ".training.safetensors"  # behind the name of the output
+_STATE = ".training.safetensors"  # appended to the name of the output
 _PART = ".part"
 _WARMUP = 0.05  # of all steps
 
@@ -95,7 +95,7 @@ def finetune(
 
     Raises:
         InputError: an option, the data or the output cannot be used, or an unfinished training has other options.
-        JobError: the job was told to stop; its state is kept.
+        JobError: the job was asked to stop; its state is kept.
     """
     options, schedule = options or Options(), schedule or Schedule()
     inputs = [data, *([adapter] if adapter else [])]
@@ -161,11 +161,11 @@ def state_path(out: str | Path) -> Path:
 def _finished(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     """Return the result of a training that wrote its adapter and was killed before it removed its state."""
     try:
-        found = read_json(out / "training.json")
+        recorded = read_json(out / "training.json")
     except (OSError, InputError):
         return None
-    same = isinstance(found, dict) and all(found.get(name) == value for name, value in about.items())
-    return found if same and found.get("losses") else None
+    same = isinstance(recorded, dict) and all(recorded.get(name) == value for name, value in about.items())
+    return recorded if same and recorded.get("losses") else None
 
 
 def _remove_parts(state: Path) -> None:
@@ -201,7 +201,7 @@ class Training:
         """Make the steps that are left; the state is saved every two minutes and when the job ends early.
 
         Raises:
-            JobError: the job was told to stop.
+            JobError: the job was asked to stop.
         """
         saved = time.monotonic()
         done = len(self.losses)
@@ -264,7 +264,7 @@ class Training:
             if told.get(name) != value:
                 raise InputError(
                     f"{self._state} is an unfinished training whose {name} was {told.get(name)}, and is now {value}: "
-                    "name the same, or remove the file to begin anew"
+                    "give the same value, or remove the file to start again"
                 )
         try:
             self._take_over(told, tensors)
@@ -285,20 +285,20 @@ class Training:
 
 
 def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a state tells of its training, and its tensors.
+    """Return what a state records about its training, and its tensors.
 
     Raises:
-        InputError: it is no state, or is damaged.
+        InputError: it is not a state, or is damaged.
     """
     try:
         open_regular(path).close()  # no pipe, which would wait for ever
         with safe_open(path, "pt") as file:
             told = parse_json((file.metadata() or {})["training"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except Exception as error:  # SafetensorError is no subclass of anything narrower
+    except Exception as error:  # SafetensorError is not a subclass of anything narrower
         raise _damaged_state(path, error) from error
     if not isinstance(told, dict):
-        raise _damaged_state(path, ValueError("it tells nothing of its training"))
+        raise _damaged_state(path, ValueError("it states nothing about its training"))
     return told, tensors
 
 
@@ -336,8 +336,8 @@ def summed_loss(model: GptOss, batch: list[Example]) -> Float[Tensor, ""]:
         )
     )
     residual = model.residual(tokens, n_real=[len(example.ids) for example in batch])
-    kept = residual[rows.to(residual.device), columns.to(residual.device)]
-    logits = model.unembed(model.ln_final(kept[None]))[0]
+    selected = residual[rows.to(residual.device), columns.to(residual.device)]
+    logits = model.unembed(model.ln_final(selected[None]))[0]
     return -logprob(logits, tokens[rows, columns + 1].to(logits.device)).sum()
 
 

@@ -30,7 +30,7 @@ def taught_tokens(
     tokenizer: Tokenizer,
     channels: Collection[str] | None = None,
 ) -> Bool[np.ndarray, " tokens"]:
-    """Return which tokens the model itself would write: those of assistant messages behind the prompt.
+    """Return which tokens the model itself would write: those of assistant messages after the prompt.
 
     The tokens of the format belong to them, from `<|channel|>` to the token that ends a message: a model that does not
     learn them does not learn to answer. What tools return is never taught. channels: only messages in these channels.
@@ -67,6 +67,6 @@ def read_examples(
         taught = taught_tokens(row.tokens, row.n_prompt, tokenizer=tokenizer, channels=channels)
         if not taught.any():
             chosen = "" if channels is None else f" in the channels {', '.join(sorted(channels))}"
-            raise InputError(f"{path}: row {row.id!r} has no token of an answer{chosen} behind its prompt")
+            raise InputError(f"{path}: row {row.id!r} has no token of an answer{chosen} after its prompt")
         examples.append(Example(row.tokens, taught))
     return examples

@@ -99,17 +99,17 @@ def attach_existing(model: GptOss, options: Options, folder: str | Path) -> dict
     given = {"rank": config["r"], "alpha": float(config["lora_alpha"])}
     wanted = {"rank": options.rank, "alpha": float(options.alpha)}
     if given != wanted or config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise InputError(f"{folder} has {given}, and {wanted} is asked for: name the options of the folder")
+        raise InputError(f"{folder} has {given}, and {wanted} was requested: give the options of the folder")
     adapter = load_adapter(model, folder)
-    found = {part: model.get_submodule(part).lora for part in adapter.parts}
+    attached = {part: model.get_submodule(part).lora for part in adapter.parts}
     replaced = bool(adapter.replaced)
     unload_adapter(model)
     chosen = {t.part for t in _chosen(model.cfg, options)}
-    if replaced or set(found) != chosen:
-        other = min(set(found) ^ chosen) if set(found) != chosen else "weights that are replaced"
-        raise InputError(f"{folder} and the parts that are to be trained differ in {other}")
+    if replaced or set(attached) != chosen:
+        other = min(set(attached) ^ chosen) if set(attached) != chosen else "weights that are replaced"
+        raise InputError(f"{folder} and the parts to train differ in {other}: choose the parts of the folder")
     updates: dict[str, LowRank] = {}
-    for part, loaded in found.items():
+    for part, loaded in attached.items():
         assert isinstance(loaded, LowRank)
         updates[part] = LowRank(loaded.a.detach().float(), loaded.b.detach().float() / options.scale, options.scale)
         _place(model, part, updates[part])
@@ -157,7 +157,7 @@ def write_folder(model: GptOss, updates: dict[str, LowRank], options: Options, f
 
 
 def _chosen(cfg: Config, options: Options) -> list[Target]:
-    return [target for found in targets(cfg).values() for target in found if options.covers(target.part)]
+    return [target for of_module in targets(cfg).values() for target in of_module if options.covers(target.part)]
 
 
 def _untrained(target: Target, options: Options, rng: torch.Generator) -> LowRank:

@@ -1,1 +1,1 @@
-"""Measurements of ours beside others', in one run: `workbench bench`."""
+"""Benchmarks of the workbench and of baselines, measured in one run: `workbench bench`."""

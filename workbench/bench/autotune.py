@@ -1,4 +1,4 @@
-"""Better tiles by measurement: from every tile that a case uses, downhill in its time, one change after another."""
+"""Tune tiles by measurement: from each tile that a case uses, change one option at a time while the time falls."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +20,8 @@ Families = dict[str, Callable[..., Tile]]
 
 def families() -> Families:
     """Return every function of `tiles` that chooses a tile, by name."""
-    found = inspect.getmembers(tiles, inspect.isfunction)
-    return {name: f for name, f in found if inspect.signature(f).return_annotation is Tile}
+    members = inspect.getmembers(tiles, inspect.isfunction)
+    return {name: f for name, f in members if inspect.signature(f).return_annotation is Tile}
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def run(checkpoint: str, tokens: int, rounds: int, dtype: torch.dtype) -> dict[s
                 if turn:
                     seconds[name].append(time.perf_counter() - begun)
     rows: list[dict[str, Any]] = [
-        {"way": name, "tokens_per_s": tokens / statistics.median(each)} for name, each in seconds.items()
+        {"way": name, "tokens_per_s": tokens / statistics.median(times)} for name, times in seconds.items()
     ]
     base = rows[0]["tokens_per_s"]
     show(

@@ -1,4 +1,4 @@
-"""Every kernel on problems of a model's own shape: how to launch it, what plain torch says, what it must move.
+"""Every kernel on problems of a model's own shape: its launch, torch's result, and the bytes that it moves.
 
 Inputs are random and always the same. References run on the CPU, where `workbench.kernels` is plain torch.
 """
@@ -181,7 +181,7 @@ def _moe_backward(layer: Layer, tokens: int, problem: str) -> Case:
 def _attention(
     layer: Layer, batch: int, new: int, past: int, window: int | None, problem: str, *, backward: bool = False
 ) -> Case:
-    """`new` queries a row behind `past` keys. With its gradient: 4 flops a pair forward, and 10 backward."""
+    """`new` queries a row that follow `past` keys. With its gradient: 4 flops a pair forward, and 10 backward."""
     cfg, keys = layer.cfg, past + new
     q, grad = (layer.normal(batch, new, cfg.n_heads, cfg.d_head) for _ in range(2))
     k, v = (layer.normal(batch, keys, cfg.n_key_value_heads, cfg.d_head) for _ in range(2))

@@ -242,7 +242,7 @@ def _xllamacpp(path: str) -> tuple[float, dict[str, Forward]]:
     load_s = time.perf_counter() - start
 
     def decode(tokens: torch.Tensor, context: int) -> dict[str, float]:
-        """Return the time of the steps behind the prompt, as the server measures it."""
+        """Return the time of the steps after the prompt, as the server measures it."""
         prompt = [n % CFG.d_vocab for n in range(context)]
         request = {"prompt": prompt, "n_predict": STEPS + 1, "ignore_eos": True, "temperature": 0.0}
         timings = server.handle_completions(request)["timings"]

@@ -167,22 +167,22 @@ def _peak(pid: int) -> float:
 def _studies(path: str, cache: Path) -> dict[str, float]:
     """Make every study, as visitors' pages do, and how long each took."""
     registry = RunRegistry([path], cache=cache)
-    found = {}
+    seconds = {}
     for study in (record.name for record in studies(runs=1)):
         start = time.monotonic()
         ask = registry.study(study, registry.names[0])
         while (answer := ask()).datasets is None and not answer.reason:
             time.sleep(0.2)
-        found[study] = time.monotonic() - start
-    registry.desk.close()
-    return found
+        seconds[study] = time.monotonic() - start
+    registry.jobs.close()
+    return seconds
 
 
 async def _pages(url: str, chromium: str, rounds: int) -> dict[str, float]:
     """Seconds from the address to what the page is for, a fresh visitor each; median."""
     from playwright.async_api import async_playwright
 
-    found = {}
+    seconds = {}
     async with async_playwright() as p:
         browser = await p.chromium.launch(executable_path=chromium, args=FLAGS)
         for page, text in PAGES.items():
@@ -194,9 +194,9 @@ async def _pages(url: str, chromium: str, rounds: int) -> dict[str, float]:
                 await visitor.wait_for_function(_SEES, arg=text, timeout=60_000)
                 times.append(time.monotonic() - start)
                 await visitor.close()
-            found[page] = statistics.median(times)
+            seconds[page] = statistics.median(times)
         await browser.close()
-    return found
+    return seconds
 
 
 async def _changes(url: str, chromium: str, rounds: int, sessions: int) -> dict[str, float]:
@@ -216,7 +216,7 @@ async def _changes(url: str, chromium: str, rounds: int, sessions: int) -> dict[
                 for change in changes:
                     took = await asyncio.gather(*(visitor.evaluate(_CHANGE, list(change)) for visitor in visitors))
                     if None in took:
-                        raise InputError(f"{page}: {change[0]} {change[1]} brought no {change[2]!r} in 30 s")
+                        raise InputError(f"{page}: {change[0]} {change[1]} did not show {change[2]!r} within 30 s")
                     times.setdefault(f"{page}: {change[0]} {change[1]}", []).extend(took)
                     await visitors[0].wait_for_timeout(1200)
                 for visitor in visitors:

@@ -32,7 +32,7 @@ _SPEED_BYTES = 2**29
 
 
 class Decoder:
-    """Decodes `STEPS` tokens a row behind prompts of a length, as often as it is called."""
+    """Decodes `STEPS` tokens for each row after prompts of a length, as often as it is called."""
 
     def __init__(self, model: Any, hooks: dict[str, Callable[[], Any]]) -> None:
         self._model, self._hooks = model, hooks

@@ -1,4 +1,4 @@
-"""The first minutes on a GPU: correctness before timings, each step in a process of its own.
+"""The first checks on a new GPU: correctness before timings, each step in a process of its own.
 
 Steps that check run side by side, as most of their time is spent compiling and on references on the CPU. A step that
 crashes, hangs or fails is recorded, and the other steps run. Timings run alone, and only where every other step passed.
@@ -42,7 +42,7 @@ class Step(NamedTuple):
 STEPS = (
     Step("versions", "GPUs, driver, torch, and the Triton that torch requires", f"{_MODULE}:versions", 60),
     Step("nano", "nano on the GPU against the CPU: logits, generation, gradients", f"{_MODULE}:nano", 180),
-    Step("variants", "nano packed, in two rows, behind a cache and hooked; quantisation", f"{_MODULE}:variants", 120),
+    Step("variants", "nano packed, in two rows, after a cache and hooked; quantisation", f"{_MODULE}:variants", 120),
     Step(
         "synchronisation", "a prefill and a decode step that never wait for the GPU", f"{_MODULE}:synchronisation", 90
     ),
@@ -152,7 +152,9 @@ def start(device: str, out: Path | None, *, dry_run: bool, overwrite: bool = Fal
     import torch
 
     if not torch.cuda.is_available():
-        raise InputError("bench gpu --first: this torch sees no GPU; `--dry-run` lists the steps without one")
+        raise InputError(
+            "bench gpu --first: torch finds no GPU on this machine; `--dry-run` lists the steps without one"
+        )
     path = out or Path("gpu-first.json")
     result = run(device, path, overwrite=overwrite)
     rows = [[row["name"], row["status"], f"{row['seconds']:.1f} s"] for row in result["steps"]]

@@ -51,21 +51,21 @@ def run(
         command = python("-m", "workbench.bench.full", str(folder), scratch, str(tokens), str(new), device)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise JobError(f"the model's process ended with {done.returncode}; what it said is above")
+        raise JobError(f"the model's process ended with {done.returncode}; its output is above")
     result: dict[str, Any] = {"made_s": made_s if checkpoint is None else None, **json.loads(done.stdout)}
     for name in ("load_s", "generate_s", "capture_s"):
         print(f"{name.removesuffix('_s'):9}{result[name]:8.1f} s")
     print(f"resident at most {result['peak_bytes'] / 1e9:.2f} GB, the checkpoint's pages included")
-    for name, said in (("own", "of its own"), ("gpu", "on the GPU")):
+    for name, where in (("own", "of its own"), ("gpu", "on the GPU")):
         if result[f"{name}_bytes"] is not None:
-            print(f"{said} at most {result[f'{name}_bytes'] / 1e9:.2f} GB")
+            print(f"{where} at most {result[f'{name}_bytes'] / 1e9:.2f} GB")
     if result["peak_bytes"] >= limit:
         raise JobError(f"the peak of {result['peak_bytes'] / 1e9:.2f} GB is not below {limit / 1e9:.2f} GB")
     return result
 
 
 class OwnMemory(threading.Thread):
-    """The most memory that is no file's, looked at twenty times a second; None where the system does not tell."""
+    """The largest memory that is not a file's, read twenty times a second; None where the system does not state it."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -95,8 +95,8 @@ def _work(folder: str, scratch: str, tokens: str, new: str, device: str) -> dict
     # Random digits are a thousand different tokens, or in a small vocabulary at least some: many experts are hit.
     ids = model.to_tokens("".join(random.Random(0).choices("0123456789 ", k=5 * int(tokens))))[0, : int(tokens)].cpu()
     assert len(ids) == int(tokens)
-    said = model.generate([ids[:16].tolist()], max_new_tokens=int(new), stop=())[0]
-    assert len(said) == int(new)
+    generated = model.generate([ids[:16].tolist()], max_new_tokens=int(new), stop=())[0]
+    assert len(generated) == int(new)
     times.append(time.perf_counter())
     transcripts = Path(scratch) / "transcripts.jsonl"
     write_transcripts(transcripts, [Transcript("a", "a", "", ids.int().numpy(), 1)])

@@ -1,4 +1,4 @@
-"""The kernels and the whole model on a card: right first, then as fractions of what this card can do.
+"""Benchmark the kernels and the whole model on a GPU: correctness first, then speed as a fraction of its limits.
 
 The limits are measured on the card itself, a plain copy and a plain product, so that a fraction means the same on
 every card. Nothing is timed before every kernel has agreed with plain torch.
@@ -61,7 +61,7 @@ def run(
     if unknown := sorted(set(stages) - set(STAGES)):
         raise InputError(f"stage {unknown[0]!r} is unknown: choose from {', '.join(STAGES)}")
     if missing := [path for path in assemblers if not os.access(path, os.X_OK)]:
-        raise InputError(f"assembler {missing[0]} cannot be run: name a ptxas that can")
+        raise InputError(f"assembler {missing[0]} cannot be run: name a ptxas that can be run")
     where = _device(device)
     from workbench.bench import autotune, baselines, models
     from workbench.bench.timing import Clock, limits
@@ -113,7 +113,9 @@ def _kernels(clock: Any, most: Any, name: str, cfg: Config, sizes: Sizes) -> lis
 
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("bench gpu: this torch sees no GPU; run it on a machine with one and a CUDA or ROCm torch")
+        raise InputError(
+            "bench gpu: torch finds no GPU on this machine; run it on a machine with one and a CUDA or ROCm torch"
+        )
     if name == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError("bench gpu: on a CPU the kernels run interpreted only: set TRITON_INTERPRET=1")
     return torch.device(name)
@@ -145,20 +147,20 @@ def check(configs: Mapping[str, Config], device: torch.device, sizes: Sizes) -> 
 
     rows: list[dict[str, Any]] = []
     for name, cfg in configs.items():
-        found = list(cases(Layer(cfg, device), sizes.checked, sizes.batches, sizes.checked_past))
-        with progress(f"correct, {name}", len(found), "kernels") as advance, torch.no_grad():
-            for case in found:
+        checked = list(cases(Layer(cfg, device), sizes.checked, sizes.batches, sizes.checked_past))
+        with progress(f"correct, {name}", len(checked), "kernels") as advance, torch.no_grad():
+            for case in checked:
                 error, allowed = compare(case)
                 rows.append(
                     {"kernel": case.kernel, "model": name, "problem": case.problem, "error": error, "allowed": allowed}
                 )
                 advance(1)
     if wrong := [row for row in rows if not row["error"] <= row["allowed"]]:
-        said = "; ".join(
+        differences = "; ".join(
             f"{r['kernel']} ({r['model']}, {r['problem']}): {r['error']:.2g} where {r['allowed']:.2g} is allowed"
             for r in wrong
         )
-        raise JobError(f"nothing was timed, as these kernels differ from torch: {said}")
+        raise JobError(f"nothing was timed, as these kernels differ from torch: {differences}")
     return rows
 
 
@@ -171,7 +173,7 @@ def with_assembler(path: Path, repeats: int) -> list[dict[str, Any]]:
         command += ["--repeats", str(repeats), "--json", str(out)]
         done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
         if done.returncode:
-            raise JobError(f"the benchmark with {path} ended with exit code {done.returncode}; what it said is above")
+            raise JobError(f"the benchmark with {path} ended with exit code {done.returncode}; its output is above")
         return json.loads(out.read_text())["kernels"]
 
 

@@ -48,7 +48,7 @@ def run(
         command = python("-m", "workbench.bench.graph", source, str(tokens), device, str(rounds))
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise JobError(f"the measuring process ended with {done.returncode}; what it printed is above")
+        raise JobError(f"the measuring process ended with {done.returncode}; its output is above")
     result: dict[str, Any] = json.loads(done.stdout)
     shown, used = (", ".join(f"{seconds:.2f}" for seconds in result[name]) for name in ("graph_s", "processor_s"))
     print(f"{result['layers']} layers, {tokens} tokens, one target: {shown} s on {result['device']}")
@@ -74,7 +74,7 @@ def _work(source: str, tokens: str, device: str, rounds: str) -> dict[str, Any]:
     seconds, processor = [], []
     for _ in range(int(rounds)):
         begun, used = time.perf_counter(), time.process_time()
-        found = graph(model, ids)
+        made = graph(model, ids)
         seconds.append(time.perf_counter() - begun)
         processor.append(time.process_time() - used)
     peak = torch.cuda.max_memory_allocated() if on_gpu else own.peak
@@ -86,9 +86,9 @@ def _work(source: str, tokens: str, device: str, rounds: str) -> dict[str, Any]:
         "graph_s": seconds,
         "processor_s": processor,
         "extra_bytes": None if peak is None or before is None else peak - before,
-        "nodes": len(found.nodes),
-        "nodes_in_pass": found.metadata["nodes_in_pass"],
-        "completeness": found.metadata["completeness_of_paths"],
+        "nodes": len(made.nodes),
+        "nodes_in_pass": made.metadata["nodes_in_pass"],
+        "completeness": made.metadata["completeness_of_paths"],
     }
 
 

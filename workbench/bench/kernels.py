@@ -1,8 +1,8 @@
-"""What every kernel takes on every GPU we name, without one: compiled ahead of time, with an estimate beside it.
+"""The resources of every kernel on each listed GPU: compiled ahead of time without a GPU, with an estimate of time.
 
 Registers, spills, shared memory and instructions are read from the compiled code. The estimate is arithmetic and no
 measurement: the time at each of three limits of one card, as if nothing else ever waited. Its fraction is therefore
-an upper bound: it says where a tile cannot reach the limit, never that it does.
+an upper bound: it states where a tile cannot reach the limit, never that it does.
 
 Work is compiled in fresh processes, as Triton decides when it is imported whether it compiles or interprets.
 """
@@ -100,16 +100,16 @@ def problems(row: Row) -> list[str]:
     from workbench.kernels.gpu.aot import TARGETS
 
     target = TARGETS[row.target]
-    found = [f"spills {row.spilled} bytes a thread"] if row.spilled else []
+    listed = [f"spills {row.spilled} bytes a thread"] if row.spilled else []
     if row.products and target.matrix not in row.matrix:
-        found.append(f"has no {target.matrix}, but {row.matrix or 'no matrix instruction at all'}")
+        listed.append(f"has no {target.matrix}, but {row.matrix or 'no matrix instruction at all'}")
     if row.unguarded:
-        found.append(f"copies into shared memory {row.unguarded} times without a barrier after a wait for wgmma")
+        listed.append(f"copies into shared memory {row.unguarded} times without a barrier after a wait for wgmma")
     if row.shared > target.shared:
-        found.append(f"takes {row.shared:,} bytes of shared memory of {target.shared:,}")
+        listed.append(f"takes {row.shared:,} bytes of shared memory of {target.shared:,}")
     elif not row.blocks_per_sm:
-        found.append(f"does not fit a multiprocessor with {row.registers} registers a thread")
-    return found
+        listed.append(f"does not fit a multiprocessor with {row.registers} registers a thread")
+    return listed
 
 
 @cache
@@ -155,8 +155,8 @@ def _filled(case: Any) -> float:
     if not (case.products and {"E", "N", "K", "BLOCK_M"} <= set(sizes)):
         return 1.0
     slots = case.flops / (2 * sizes["N"] * sizes["K"])
-    each = slots / (sizes["E"] * (1 - (1 - 1 / sizes["E"]) ** slots))  # of an expert that has any
-    return each / (math.ceil(each / sizes["BLOCK_M"]) * sizes["BLOCK_M"])
+    rows = slots / (sizes["E"] * (1 - (1 - 1 / sizes["E"]) ** slots))  # of an expert that has any
+    return rows / (math.ceil(rows / sizes["BLOCK_M"]) * sizes["BLOCK_M"])
 
 
 def _tile(case: Any) -> str:
@@ -171,7 +171,7 @@ def _compile(item: tuple[str, str, int]) -> Row:
     case = compile_cases(module, target)[index]
     try:
         return measure(case, target)
-    except Exception as error:  # whatever Triton or the assembler says, with the kernel's name
+    except Exception as error:  # the error of Triton or the assembler, with the kernel's name
         raise JobError(f"{case.name} ({case.problem}) does not compile for {target}: {error}") from None
 
 

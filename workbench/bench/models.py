@@ -1,7 +1,7 @@
 """The whole model on a card: decoding, prefill and capture, beside the limits of that card.
 
 Weights are random and in their published shape; of a model that does not fit, as many layers as do. The time of its
-layers is then scaled to all of them, and the row says so.
+layers is then scaled to all of them, and the row states it.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""A run as large as a night on an H100 leaves behind, of random numbers, and how long it takes to ask it something.
+"""The time of queries on a run of random numbers that is as large as one night of capture on an H100.
 
 Routing of every token and the sums of everything, in conversations as harmony has them: a prompt, analysis as long as
 the effort, a final answer. Experts are drawn as real ones are, some often and most seldom.

@@ -54,8 +54,13 @@ def run(streams: int, rounds: int) -> dict[str, Any]:
                 stored[name] = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
                 shutil.rmtree(path)
     rows: list[dict[str, Any]] = [
-        {"way": name, "seconds": (s := statistics.median(each)), "bytes_per_s": size / s, "stored": stored[name] / size}
-        for name, each in seconds.items()
+        {
+            "way": name,
+            "seconds": (s := statistics.median(times)),
+            "bytes_per_s": size / s,
+            "stored": stored[name] / size,
+        }
+        for name, times in seconds.items()
     ]
     base = rows[0]["bytes_per_s"]
     result = {"bytes": size, "threads": shards.threads(), "rounds": rounds, "zarr": zarr.__version__, "ways": rows}

@@ -30,5 +30,5 @@ def processor() -> str:
     """Return the cores that this process may use, and their name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    found = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} cores of {found[0]}" if found else f"{os.cpu_count()} cores"
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(os.sched_getaffinity(0))} cores of {models[0]}" if models else f"{os.cpu_count()} cores"

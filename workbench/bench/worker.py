@@ -13,7 +13,7 @@ from workbench.errors import JobError
 
 
 class Worker:
-    """A process that holds one model and runs it when told to."""
+    """A process that holds one model and runs it on request."""
 
     def __init__(
         self, name: str, checkpoint: Path, threads: int, environment: Mapping[str, str] = MappingProxyType({})
@@ -44,5 +44,5 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self.__exit__()
-            raise JobError(f"the {self.name} process ended; what it said is above")
+            raise JobError(f"the {self.name} process ended; its output is above")
         return json.loads(line)

@@ -1,4 +1,4 @@
-"""Capture jobs: plan units, run the model over them, write a run. `workbench.capture(...)` is the whole job."""
+"""Capture jobs: plan units, run the model over them, write a run. `workbench.capture(...)` runs a job."""
 
 import inspect
 import sys

@@ -98,14 +98,16 @@ def run(
         InputError: there is no worker, dask is not installed, or other processes cannot see the run.
     """
     if workers < 1:
-        raise InputError(f"--workers {workers}: at least one worker is needed")
+        raise InputError(f"--workers {workers}: expected at least 1")
     try:
         import distributed
     except ImportError as error:
         raise InputError("several workers need dask's scheduler: pip install 'gpt-oss-workbench[cluster]'") from error
 
     if task.run.startswith("memory://"):
-        raise InputError(f"{task.run} is seen by one process alone: several workers need a folder or an object store")
+        raise InputError(
+            f"{task.run} is in the memory of one process: several workers need a local folder or object storage"
+        )
     with _client(task, workers, address) as client:
         known = client.scheduler_info()["workers"].values()
         gpus = {"GPU": 1} if any("GPU" in worker["resources"] for worker in known) else None
@@ -131,18 +133,18 @@ def run(
                 if not finished:
                     if client.status != "running":
                         raise JobError(
-                            f"the scheduler at {address} is gone; what was written is kept, start the job again"
+                            f"the scheduler at {address} is gone; what was written is saved: "
+                            "rerun the command to resume"
                         )
                     time.sleep(_POLL_S)
         except (distributed.CancelledError, distributed.comm.CommClosedError) as error:
             raise JobError(
-                f"the scheduler at {address} is gone; what was written is kept, start the job again"
+                f"the scheduler at {address} is gone; what was written is saved: rerun the command to resume"
             ) from error
         except distributed.KilledWorker as error:
             raise JobError(
                 f"{_LOST_WORKERS} workers died at one unit ({error.last_worker.address} the last): see their logs; "
-                "what "
-                "was written is kept, start the job again"
+                "what was written is saved: rerun the command to resume"
             ) from error
         finally:
             client.cancel([future for future in left if not future.done()])

@@ -4,20 +4,22 @@ The result depends on the unit alone, not on the job, worker or attempt that com
 way every time.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from workbench import harmony
+from workbench.capture.feature_lists import FeatureRecorder
 from workbench.capture.host_routing import HostRoutes
 from workbench.capture.neuron_lists import NeuronLists
 from workbench.capture.record_buffers import Buffers
 from workbench.errors import JobError
 from workbench.harmony.labels import Labels, channel_codes, role_codes
 from workbench.harmony.transcripts import Transcript
+from workbench.hooks.sae import SAE
 from workbench.kernels.logits import predict
 from workbench.model.packing import FORWARD_TOKENS, pack, passes
 from workbench.model.transformer import GptOss
@@ -36,17 +38,17 @@ class Computed(NamedTuple):
     records: dict[str, np.ndarray]
     sums: dict[str, np.ndarray]
     examples: bool = False
-    neurons: dict[str, np.ndarray] | None = None
+    lists: Mapping[str, np.ndarray] = {}  # examples of neurons and of features
 
     def summarised(self, num_experts: int) -> dict[str, np.ndarray]:
         """Return sums [sequence channel ...], including those computed on the device, and examples of experts."""
-        found = summarise(self.records, self.tokens["sequence"], self.tokens["channel"], num_experts=num_experts)
+        summary = summarise(self.records, self.tokens["sequence"], self.tokens["channel"], num_experts=num_experts)
         if wrong := [name for name, values in self.sums.items() if not np.isfinite(values).all()]:
-            raise JobError(f"{wrong[0]} of unit {self.unit.index} is not finite: it was not written; check the weights")
+            raise JobError(f"{wrong[0]} of unit {self.unit.index} is not finite: it was not written: check the weights")
         if self.examples:
             lists = of_tokens(self.records["experts"], self.records["gates"], self.tokens, num_experts=num_experts)
-            found |= {f"examples/{name}": values for name, values in lists.items()}
-        return found | (self.neurons or {}) | self.sums
+            summary |= {f"examples/{name}": values for name, values in lists.items()}
+        return summary | dict(self.lists) | self.sums
 
 
 @torch.no_grad()
@@ -71,18 +73,19 @@ def compute(
     entropies: list[Tensor] = []
     buffers.start(tokens["sequence"], tokens["channel"], tokens["message"], members)
     routes = HostRoutes(model.cfg) if spec.host_routing else None
-    neurons = NeuronLists(spec, model.cfg) if spec.neuron_layers else None
-    if neurons is not None:
-        neurons.start(tokens)
-    extra = [*(routes.fwd_hooks if routes else []), *(neurons.fwd_hooks if neurons else [])]
+    lists: list[NeuronLists | FeatureRecorder] = [NeuronLists(spec, model.cfg)] if spec.neuron_layers else []
+    lists += [FeatureRecorder(one, cast(SAE, spec.functions[one.function_name])) for one in spec.features]
+    for recorder in lists:
+        recorder.start(tokens)
+    extra = [*(routes.fwd_hooks if routes else []), *(hook for recorder in lists for hook in recorder.fwd_hooks)]
     with model.hooks(fwd_hooks=[*buffers.fwd_hooks, *extra]):
         for numbers in passes((len(row.tokens) for row in own), FORWARD_TOKENS):
             check()
             batch = [own[i] for i in numbers]
             tokens_of_pass, lengths = pack(batch, model.device)
             buffers.begin(tokens_of_pass.shape[1])
-            if neurons is not None:
-                neurons.begin(tokens_of_pass.shape[1])
+            for recorder in lists:
+                recorder.begin(tokens_of_pass.shape[1])
             if routes is not None:
                 routes.begin(batch)
             residual = model.residual(tokens_of_pass, packed=lengths)
@@ -95,7 +98,8 @@ def compute(
         records |= {"logprob": torch.cat(logprobs).numpy(), "entropy": torch.cat(entropies).numpy()}
     if routes is not None:
         records |= routes.take()
-    return Computed(unit, tokens, records, sums, spec.examples, neurons.take() if neurons else None)
+    examples = {name: values for recorder in lists for name, values in recorder.take().items()}
+    return Computed(unit, tokens, records, sums, spec.examples, examples)
 
 
 def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -107,8 +111,8 @@ def predictions(model: GptOss, residual: Tensor, tokens: Tensor, lengths: Sequen
     first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     predicted = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
     for rows in predicted.split(LOGIT_ROWS):
-        found = predict(model.logits(residual, rows[None] - 1)[0], tokens[rows])  # one chunk of logits is alive
-        logprob[rows], entropy[rows] = found.logprob.float().cpu(), found.entropy.float().cpu()
+        prediction = predict(model.logits(residual, rows[None] - 1)[0], tokens[rows])  # one chunk of logits is alive
+        logprob[rows], entropy[rows] = prediction.logprob.float().cpu(), prediction.entropy.float().cpu()
     return logprob, entropy
 
 
@@ -120,9 +124,9 @@ def token_table(unit: Unit, own: Sequence[Transcript], labels: Sequence[Labels])
         "id": np.concatenate([row.tokens for row in own]).astype(np.int32),
         "sequence": np.repeat(np.array(unit.sequences, dtype=np.int32), lengths),
         "position": position,
-        "message": np.concatenate([each.message for each in labels]).astype(np.int32),
-        "part": np.concatenate([each.part for each in labels]),
-        "role": np.concatenate([role_codes(each) for each in labels]),
-        "channel": np.concatenate([channel_codes(each) for each in labels]),
+        "message": np.concatenate([label.message for label in labels]).astype(np.int32),
+        "part": np.concatenate([label.part for label in labels]),
+        "role": np.concatenate([role_codes(label) for label in labels]),
+        "channel": np.concatenate([channel_codes(label) for label in labels]),
         "is_prompt": position < np.repeat([row.n_prompt for row in own], lengths),
     }

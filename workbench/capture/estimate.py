@@ -171,8 +171,10 @@ def show(plan: Estimate, title: str) -> None:
     for column in sizes.columns[1:]:
         column.justify = "right"
     for name in plan.raw | plan.disk:
-        each = f"{plan.per_token[name]:,}" if name in plan.per_token else ""
-        sizes.add_row(name, each, human(plan.raw[name]) if name in plan.raw else "", human(plan.disk.get(name, 0)))
+        token_bytes = f"{plan.per_token[name]:,}" if name in plan.per_token else ""
+        sizes.add_row(
+            name, token_bytes, human(plan.raw[name]) if name in plan.raw else "", human(plan.disk.get(name, 0))
+        )
     console.print(sizes)
 
 
@@ -185,7 +187,7 @@ def refuse_what_cannot_fit(plan: Estimate, path: str | Path) -> None:
     if not plan.fits:
         assert plan.free_bytes is not None
         raise InputError(
-            f"{path}: about {human(plan.disk_bytes)} are to be written and the disk has {human(plan.free_bytes)}: "
+            f"{path}: about {human(plan.disk_bytes)} would be written, and the disk has {human(plan.free_bytes)}: "
             "record "
             "less (layers, every=, reduce=), or write elsewhere"
         )
@@ -208,15 +210,15 @@ def _measured(model: GptOss, first: Sequence[Transcript], spec: Spec) -> tuple[f
 
 
 def _shaped(model: ShapeModel, first: Sequence[Transcript], spec: Spec) -> tuple[float, Computed, Sequence[Transcript]]:
-    """Return a sample of random numbers with its transcripts, and a speed that means nothing."""
+    """Return a sample of random numbers with its transcripts, and a speed that is not meaningful."""
     part = _sample(first, spec, model.cfg)
     return 1.0, _computed(model, part, spec), part
 
 
 def _sample(first: Sequence[Transcript], spec: Spec, cfg: Config) -> list[Transcript]:
     """Return the first of these transcripts that together are small enough to hold; at least one."""
-    each = sum(recording.bytes_per_token(spec, cfg).values())
-    total = np.cumsum([len(row.tokens) for row in first]) * each
+    token_bytes = sum(recording.bytes_per_token(spec, cfg).values())
+    total = np.cumsum([len(row.tokens) for row in first]) * token_bytes
     return list(first[: max(1, int(np.searchsorted(total, _SAMPLE_BYTES, side="right")))])
 
 

@@ -1,4 +1,4 @@
-"""Prompts to transcripts: our own model answers each prompt at each effort, and is marked where the answer is known.
+"""Generate transcripts from prompts: one answer for each prompt and effort, graded where the answer is known.
 
 Transcripts are written batch by batch; the same call again answers what is missing.
 """
@@ -151,7 +151,7 @@ def _check_options(efforts: Sequence[str], samples: int, temperature: float, tru
         raise InputError(f"--temperature {temperature}: choose a finite number from 0")
     if samples > 1 and temperature == 0:
         raise InputError(
-            f"--samples {samples} at temperature 0 would give {samples} equal transcripts: set --temperature"
+            f"--samples {samples} at temperature 0 would give {samples} equal transcripts: set --temperature above 0"
         )
     if truncation and temperature == 0:
         raise InputError(f"--{next(iter(truncation)).replace('_', '-')} restricts sampling: set --temperature above 0")
@@ -182,7 +182,7 @@ def _jobs(
             ids = harmony.render(prompt.messages, effort=effort, tokenizer=model.tokenizer, **prompt.options)
             if len(ids) >= model.cfg.n_ctx:
                 raise InputError(
-                    f"{source}prompt {prompt.id!r} leaves no room in the context of {model.cfg.n_ctx} tokens"
+                    f"{source}prompt {prompt.id!r} fills the context of {model.cfg.n_ctx} tokens: shorten it"
                 )
             jobs += [_Job(prompt, effort, sample, ids) for sample in range(samples)]
     return jobs
@@ -230,11 +230,13 @@ def _refuse_another_job(
         for name, wanted in about.items():
             if (begun := row["meta"][KEY].get(name)) != wanted:
                 raise InputError(
-                    f"{out} was begun with {name} {_shown(begun)}, this command has {_shown(wanted)}: "
-                    "name another file, or --overwrite"
+                    f"{out} was started with {name} {_shown(begun)}, and this command has {_shown(wanted)}: "
+                    "choose another file, or --overwrite"
                 )
         if id not in ids:
-            raise InputError(f"{out} has the row {id!r}, which is none of this job: name another file, or --overwrite")
+            raise InputError(
+                f"{out} has the row {id!r}, which does not belong to this job: choose another file, or --overwrite"
+            )
 
 
 def _shown(value: Any) -> str:

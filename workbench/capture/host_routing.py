@@ -1,4 +1,4 @@
-"""Capture along the routes that a host took: every router's choice is replaced by the host's experts.
+"""Capture with the routing of a host: every router's choice is replaced by the experts that the host selected.
 
 Gates, sinks and activations then belong to the host's path. The router's own choice on this path is recorded beside
 it, with the margin by which it was made: the k-th less the (k+1)-th router logit.
@@ -30,7 +30,7 @@ def with_host_routes(rows: Sequence[Transcript], transcripts: str | Path, cfg: C
         raise InputError(
             f"{sidecar(transcripts)} is missing: collect the transcripts with `workbench transcripts --routing`"
         )
-    found = []
+    routed = []
     for row in rows:
         experts = read_experts(transcripts, row.id)
         shape = (cfg.n_layers, cfg.experts_per_token)
@@ -47,8 +47,8 @@ def with_host_routes(rows: Sequence[Transcript], transcripts: str | Path, cfg: C
                 f"the host's experts of {ascii(row.id)[:60]} are of {len(experts)} tokens, the row has "
                 f"{len(row.tokens)}"
             )
-        found.append(replace(row, experts=experts))
-    return found
+        routed.append(replace(row, experts=experts))
+    return routed
 
 
 class HostRoutes:
@@ -65,7 +65,7 @@ class HostRoutes:
 
     @property
     def fwd_hooks(self) -> list[tuple[str, Any]]:
-        """Return the hooks for `model.hooks(fwd_hooks=…)`, behind hooks that record router logits."""
+        """Return the hooks for `model.hooks(fwd_hooks=…)`, after hooks that record router logits."""
         return [(f"blocks.{layer}.mlp.router.hook_out", self._force(layer)) for layer in range(self._n_layers)]
 
     def begin(self, batch: Sequence[Transcript]) -> None:
@@ -96,7 +96,7 @@ class HostRoutes:
     def take(self) -> dict[str, np.ndarray]:
         """Return the values that were recorded since the hooks were made, name → [layer token ...]."""
         return {
-            "own_experts": np.stack([np.concatenate(each) for each in self._choices]),
-            "router_margin": np.stack([np.concatenate(each) for each in self._margins]),
+            "own_experts": np.stack([np.concatenate(choices) for choices in self._choices]),
+            "router_margin": np.stack([np.concatenate(margins) for margins in self._margins]),
             "forced": np.concatenate(self._masks),
         }

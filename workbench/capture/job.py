@@ -20,6 +20,7 @@ from workbench.capture.shape_model import ShapeModel
 from workbench.errors import InputError
 from workbench.harmony.flags import counted
 from workbench.model.transformer import GptOss
+from workbench.notebook import notebook_display
 from workbench.outputs import check_kind, refuse_inputs
 from workbench.progress import progress
 from workbench.runs import Run, open_run
@@ -66,8 +67,8 @@ def capture(
     worker_device = _worker_device(model, worker_device) if shared else None
     if model.device.type == "meta" and not shared:
         raise InputError(
-            "the model is on the device 'meta', without weights: load it on another device, or let workers load it "
-            "with workers=2 or more"
+            "the model is on the device 'meta' and has no weights: load it on another device, or use workers=2 or "
+            "more, which load the weights themselves"
         )
     job = plan_job(
         model, transcripts, record=record, unit_tokens=unit_tokens, strict=strict, exclude=exclude, routing=routing
@@ -104,15 +105,16 @@ def _announce(model: GptOss, job: JobPlan, pending: Sequence[int], path: str | P
     """Log and print what is computed and how large it is; return the tokens of the pending units."""
     n = sum(len(job.rows[s].tokens) for u in pending for s in job.layout.units[u].sequences)
     sizes = recording.bytes_per_token(job.spec, model.cfg)
-    each = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     begins = (
         f"{len(pending):,} of {len(job.layout.units):,} units to go, {n:,} tokens, each {sum(sizes.values()):,} bytes"
     )
-    log.info("%s: %s before compression: %s", path, begins, each)
-    print(f"capture: {begins} before compression ({each})", file=sys.stderr, flush=True)
-    if found := counted(job.flags):
-        log.info("%s: %d sequences, %s", path, len(job.rows), found)
-        print(f"capture: {len(job.rows):,} sequences, {found}", file=sys.stderr, flush=True)
+    log.info("%s: %s before compression: %s", path, begins, listed)
+    plain = sys.stdout if notebook_display() else sys.stderr  # a notebook shows standard error as if it were an error
+    print(f"capture: {begins} before compression ({listed})", file=plain, flush=True)
+    if flags := counted(job.flags):
+        log.info("%s: %d sequences, %s", path, len(job.rows), flags)
+        print(f"capture: {len(job.rows):,} sequences, {flags}", file=plain, flush=True)
     return n
 
 
@@ -153,14 +155,14 @@ def dry_run(
 
 
 def _check_run_path(path: str | Path, inputs: Sequence[str | Path], *, overwrite: bool) -> None:
-    """Check that the path of a run is no input and no file, device or pipe; a link to a run can be resumed."""
+    """Check that the path of a run is not an input, a file, a device or a pipe; a link to a run can be resumed."""
     if "://" in str(path):
         return
     target = Path(path)
     if overwrite or not target.is_dir():
         check_kind(target)
     if target.is_file():
-        raise InputError(f"{path} is a file: a run is a folder")
+        raise InputError(f"{path} is a file, expected a folder: a run is stored as a folder")
     refuse_inputs(target, inputs)
 
 
@@ -190,5 +192,5 @@ def _refuse_full_disk(model: GptOss, job: JobPlan, pending: Sequence[int], path:
             free,
         )
     else:
-        found = estimate.estimate(model, job.rows, job.spec, job.layout, pending, path)
-        estimate.refuse_what_cannot_fit(found, path)
+        expected = estimate.estimate(model, job.rows, job.spec, job.layout, pending, path)
+        estimate.refuse_what_cannot_fit(expected, path)

@@ -59,14 +59,14 @@ def log_path(path: str | Path, file: str | Path | None, inputs: Sequence[str | P
     """Return the file to log to: the one that was asked for, or one beside a local run.
 
     Raises:
-        InputError: it is something that no job logged to, or lies in the run.
+        InputError: it is something that no job logged to, or is inside the run.
     """
     if file is None and "://" in str(path):
         return None
     target = Path(file) if file is not None else Path(f"{str(path).rstrip('/')}.log")
     real, run = Path(os.path.realpath(target)), Path(os.path.realpath(path))
     if "://" not in str(path) and (real == run or run in real.parents):
-        raise InputError(f"--log {target} lies in the run {path}: choose a file outside")
+        raise InputError(f"--log {target} is inside the run {path}: choose a file outside of it")
     return check_output(target, command="capture", inputs=inputs, overwrite=True, owned=_is_log)
 
 

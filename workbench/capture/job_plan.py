@@ -61,21 +61,21 @@ def plan_job(
     """
     spec = recording.parse(record, model.cfg, routing)
     unwanted = set(read_flags(exclude))
-    found, rejects, digest = _read(model, transcripts)
-    if not found:
+    read, rejects, digest = _read(model, transcripts)
+    if not read:
         raise InputError(f"{transcripts}: none of the {len(rejects)} rows can be used; the first: {_why(rejects[0])}")
     if strict and rejects:
         raise InputError(f"{transcripts}: {len(rejects)} rows cannot be used; the first: {_why(rejects[0])}")
     rows: list[Transcript] = []
     flags: list[tuple[str, ...]] = []
-    for row, has in zip(found, [_flags(row, model) for row in found], strict=True):
+    for row, has in zip(read, [_flags(row, model) for row in read], strict=True):
         if unwanted.isdisjoint(has):
             rows.append(row)
             flags.append(has)
         else:
             rejects.append(Reject(0, row.id, f"excluded: {' '.join(sorted(unwanted.intersection(has)))}"))
     if not rows:
-        raise InputError(f"{transcripts}: --exclude {exclude} leaves none of {len(found):,} sequences")
+        raise InputError(f"{transcripts}: --exclude {exclude} leaves none of {len(read):,} sequences")
     if spec.host_routing:
         rows = with_host_routes(rows, transcripts, model.cfg)
     return JobPlan(spec, digest, rows, rejects, plan_units([len(row.tokens) for row in rows], unit_tokens), flags)
@@ -92,7 +92,7 @@ def _read(model: GptOss | ShapeModel, transcripts: str | Path) -> tuple[list[Tra
     except InputError as error:
         raise InputError(str(error).replace(str(path), str(transcripts))) from error
     if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
-        raise InputError(f"{transcripts} was changed while it was read; start again when it is complete")
+        raise InputError(f"{transcripts} changed while it was being read: rerun the command when the file is complete")
     return rows, rejects, digest
 
 

@@ -88,15 +88,15 @@ class NeuronLists:
             shape = (self._shape[0], N_NEURON_RANDOM)
             empty = torch.zeros((*shape, self._cfg.d_mlp), dtype=torch.float16, device=post.device)
             self._samples[layer] = _Sample(np.full(shape, _NO_KEY), np.full(shape, -1), empty)
-        kept = self._samples[layer]
+        sample = self._samples[layer]
         row = np.repeat(np.arange(self._at.start, self._at.stop), len(cell) // max(1, self._at.stop - self._at.start))
         expert = cell % np.uint64(self._cfg.num_experts)
         key = sample_keys(self._tokens["sequence"][row], self._tokens["position"][row], layer, expert)
-        picked, there = smallest(cell, key, len(kept.keys), N_NEURON_RANDOM)
-        keys = np.concatenate([kept.keys, np.where(there, key[picked], _NO_KEY)], axis=1)
-        rows = np.concatenate([kept.rows, np.where(there, row[picked], -1)], axis=1)
+        picked, there = smallest(cell, key, len(sample.keys), N_NEURON_RANDOM)
+        keys = np.concatenate([sample.keys, np.where(there, key[picked], _NO_KEY)], axis=1)
+        rows = np.concatenate([sample.rows, np.where(there, row[picked], -1)], axis=1)
         best = np.argsort(keys, axis=1, kind="stable")[:, :N_NEURON_RANDOM]
-        both = torch.cat([kept.values, post[torch.from_numpy(picked).to(post.device)]], dim=1)
+        both = torch.cat([sample.values, post[torch.from_numpy(picked).to(post.device)]], dim=1)
         index = torch.from_numpy(best).to(post.device)[..., None].expand(-1, -1, both.shape[-1])
         self._samples[layer] = _Sample(
             np.take_along_axis(keys, best, 1), np.take_along_axis(rows, best, 1), both.gather(1, index)
@@ -127,19 +127,19 @@ class NeuronLists:
             np.stack([part[layer].cpu().numpy().reshape(shape).swapaxes(-1, -2) for layer in self._layers], axis=1)
             for part in (self._values, self._rows)
         )
-        found = {"activation": np.where(rows < 0, np.float16(0), values)}
+        lists = {"activation": np.where(rows < 0, np.float16(0), values)}
         for name in ("sequence", "position"):
-            found[name] = np.where(rows < 0, -1, self._tokens[name][np.maximum(rows, 0)])
+            lists[name] = np.where(rows < 0, -1, self._tokens[name][np.maximum(rows, 0)])
         samples = [self._samples[layer] for layer in self._layers]
         random_rows = np.stack([sample.rows.reshape(*shape[:2], -1) for sample in samples], axis=1)
         random_values = np.stack(
             [sample.values.cpu().numpy().reshape(*shape[:2], *sample.values.shape[1:]) for sample in samples], axis=1
         ).swapaxes(-1, -2)
-        found["random_activation"] = np.where(random_rows[..., None, :] < 0, np.float16(0), random_values)
+        lists["random_activation"] = np.where(random_rows[..., None, :] < 0, np.float16(0), random_values)
         for name in ("sequence", "position"):
-            found[f"random_{name}"] = np.where(random_rows < 0, -1, self._tokens[name][np.maximum(random_rows, 0)])
+            lists[f"random_{name}"] = np.where(random_rows < 0, -1, self._tokens[name][np.maximum(random_rows, 0)])
         return {
-            f"neurons/{kind}{name}": found[f"{kind}{name}"].astype(dtype)
+            f"neurons/{kind}{name}": lists[f"{kind}{name}"].astype(dtype)
             for kind in ("", "random_")
             for name, (dtype, _) in NEURON_FIELDS.items()
         }

@@ -74,7 +74,7 @@ def parse(recorder: Recorder, cfg: Config) -> tuple[Record, Function | None]:
     where = f"recorder {recorder.name!r}"
     if not _NAME.fullmatch(str(recorder.name)) or recorder.name in _TAKEN:
         why = "is taken by another quantity" if recorder.name in _TAKEN else "is not letters, digits and underscores"
-        raise InputError(f"{where}: its name {why}: choose another")
+        raise InputError(f"{where}: its name {why}: choose another name")
     hook, inside = _hook(where, recorder.hook)
     options = {key: getattr(recorder, key) for key in ("layers", "heads", "experts", "slots", "message", "position")}
     options = {key: record_options.numbers(where, key, value) for key, value in options.items() if value is not None}
@@ -99,13 +99,13 @@ def parse(recorder: Recorder, cfg: Config) -> tuple[Record, Function | None]:
             raise InputError(f"{where}: {recorder.hook} has a value for each pair of tokens: reduce it by a function")
         if recorder.dims and recorder.dims != tuple(sizes)[: -1 if reduce == "norm" else None]:
             raise InputError(f"{where}: reduce={reduce} gives the dimensions {', '.join(sizes)}: leave dims out")
-        kept = dict(list(sizes.items())[:-1]) if reduce == "norm" else sizes
+        stored = dict(list(sizes.items())[:-1]) if reduce == "norm" else sizes
         record = Record(
             recorder.name,
             hook,
             layers,
-            tuple(kept),
-            tuple(kept.values()),
+            tuple(stored),
+            tuple(stored.values()),
             recorder.dtype,
             index,
             index_dim,
@@ -147,7 +147,7 @@ def _hook(where: str, name: str) -> tuple[str, tuple[int, ...]]:
     point = match[2] if match else str(name)
     hook = block_hook(point)
     if hook is None:
-        raise InputError(f"{where}: {name!r} is no hook point of the blocks: choose from {', '.join(sorted(BLOCK))}")
+        raise InputError(f"{where}: {name!r} is not a hook point of the blocks: choose from {', '.join(sorted(BLOCK))}")
     return hook, (int(match[1]),) if match else ()
 
 
@@ -181,14 +181,14 @@ def _tried(where: str, recorder: Recorder, hook: str, sizes: Mapping[str, int], 
         raise InputError(
             f"{where}: its function returns {tuple(got.shape)} of activations {tuple(example.shape)} ({BLOCK[hook]}); "
             "dims="
-            f"{recorder.dims} means [batch, pos{axes}]: return that, or name the dimensions behind pos in dims"
+            f"{recorder.dims} means [batch, pos{axes}]: return that, or name the dimensions after pos in dims"
         )
     if got.is_complex():
         raise InputError(f"{where}: its function returns complex numbers: return real ones, such as x.abs()")
     if fewer is not None and not torch.allclose(got[:, : _TRIED - 1].float(), fewer.float(), atol=1e-4, equal_nan=True):
         raise InputError(
             f"{where}: its function mixes tokens (their values change with what follows), and a pass packs several "
-            "sequences: reduce over the dimensions behind pos only"
+            "sequences: reduce over the dimensions after pos only"
         )
     return tuple(got.shape[2:])
 
@@ -196,11 +196,11 @@ def _tried(where: str, recorder: Recorder, hook: str, sizes: Mapping[str, int], 
 def _check_sizes(
     where: str, dims: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int], cfg: Config
 ) -> None:
-    """Refuse a dimension that has the name of one of the model's and another size, or a name that is no word."""
+    """Refuse a dimension that has the name of one of the model's and another size, or a name that is not a word."""
     known = axis_sizes(("head", "kv", "slot", "expert", "d_model", "d_head", "d_mlp"), cfg) | dict(sizes)
     for dim, size in zip(dims, shape, strict=True):
         if not _NAME.fullmatch(str(dim)) or dim in ("layer", "token", "channel", "sequence") or dims.count(dim) > 1:
-            raise InputError(f"{where}: {dim!r} cannot name a dimension: use a word of its own, once")
+            raise InputError(f"{where}: {dim!r} cannot be the name of a dimension: use a word that is not used yet")
         if dim in known and size != known[dim]:
             raise InputError(
                 f"{where}: its function returns {size} values along {dim!r}, which has {known[dim]} in this model: "

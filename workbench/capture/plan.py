@@ -13,7 +13,7 @@ def plan_units(lengths: Sequence[int], unit_tokens: int = 16_384) -> Layout:
     that a unit's sequences, and what is stored for them, are neighbours; what that wastes compresses to nothing.
 
     Raises:
-        InputError: `unit_tokens` is no multiple of a chunk, or a sequence is empty.
+        InputError: `unit_tokens` is not a multiple of a chunk, or a sequence is empty.
     """
     if unit_tokens < CHUNK or unit_tokens % CHUNK:
         raise InputError(

@@ -115,14 +115,14 @@ class Buffers:
     def _moments(self, a: Activation | Record) -> dict[str, np.ndarray]:
         n_cells = len(CHANNELS) * (int(self._row.max()) + 1)
         tokens = np.bincount(self._cell[self._members[a.name]], minlength=n_cells).astype(np.uint32)
-        found = {f"{a.name}_tokens": tokens.reshape(-1, len(CHANNELS))}
+        moments = {f"{a.name}_tokens": tokens.reshape(-1, len(CHANNELS))}
         shape = (a.d,) if isinstance(a, Activation) else a.shape
         for what in _summed(a):
             total = self._sums[f"{a.name}_{what}"].float().numpy()
             if what != "sketch":
                 total = total.reshape(-1, len(CHANNELS), len(a.layers), *shape)
-            found[f"{a.name}_{what}"] = total
-        return found
+            moments[f"{a.name}_{what}"] = total
+        return moments
 
     def _record(self, activation: Tensor, hook: HookPoint) -> None:
         assert hook.name is not None
@@ -165,15 +165,15 @@ class Buffers:
         return self._streams[device]
 
     def _rows_of(self, a: Activation | Record, at: slice) -> Bool[np.ndarray, " token"]:
-        """Tokens with a row of their own: those meant, or of each message that has any the last."""
+        """Tokens with a row of their own: the selected ones, or the last one of each message that has any."""
         members = self._members[a.name][at]
         if a.reduce != "message":
             return members
         message = np.where(members, self._message[at], -1)
-        kept = np.flatnonzero(message >= 0)
+        in_message = np.flatnonzero(message >= 0)
         last = np.zeros(len(members), dtype=bool)
-        if len(kept):  # the tokens of a message are neighbours, and a pass has whole sequences
-            last[kept[np.append(message[kept][1:] != message[kept][:-1], True)]] = True
+        if len(in_message):  # the tokens of a message are neighbours, and a pass has whole sequences
+            last[in_message[np.append(message[in_message][1:] != message[in_message][:-1], True)]] = True
         return last
 
     def _weight(self, a: Activation, device: torch.device) -> Float[Tensor, "message token"]:
@@ -219,7 +219,7 @@ def values_of(
     """
     axes = BLOCK[a.hook].split()[1:] if a is not None else []
     if a is not None and a.index:
-        # the axis of an activation is the first behind pos; [batch head query key] has its heads before
+        # the axis of an activation is the first after pos; [batch head query key] has its heads before
         axis = axes.index(a.index_dim) + 1 if isinstance(a, Record) else 2
         activation = activation.index_select(axis, torch.tensor(a.index, device=activation.device))
     if not isinstance(a, Record) or a.reduce not in ("norm", "own"):

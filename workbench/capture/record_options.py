@@ -14,7 +14,7 @@ _RANGE = re.compile(r"(-?\d+)(?:-(\d+))?")
 
 
 def read(text: str, words: Sequence[str]) -> dict[str, Any]:
-    """Return the options behind a name in `--record`, as "layers=0-3 channel=final".
+    """Return the options that follow a name in `--record`, as "layers=0-3 channel=final".
 
     Raises:
         InputError: an option is unknown, has no value or a wrong one, or is given twice.
@@ -27,12 +27,12 @@ def read(text: str, words: Sequence[str]) -> dict[str, Any]:
         )
         if key not in _READS:
             raise InputError(
-                f"--record {text}: {key!r} is no option; use {', '.join(f'{o}=' for o in _READS if o != 'index')}"
+                f"--record {text}: {key!r} is not an option: use {', '.join(f'{o}=' for o in _READS if o != 'index')}"
             )
         if not value:
             raise InputError(f"--record {text}: {key!r} has no value: write {key}={_EXAMPLES.get(key, '1')}")
         if key in options:
-            raise InputError(f"--record {text}: {key}= is given twice: once is enough, with commas between values")
+            raise InputError(f"--record {text}: {key}= is given twice: give it once, with commas between values")
         options[key] = _READS[key](f"--record {text}", key, value)
     return options
 
@@ -42,13 +42,13 @@ def _names(text: str, key: str, value: str) -> list[str]:
 
 
 def _integers(text: str, key: str, value: str) -> tuple[int, ...]:
-    found: list[int] = []
+    numbers: list[int] = []
     for part in value.split(","):
         match = _RANGE.fullmatch(part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise InputError(f"{text}: {key} takes numbers and ranges, as in {key}=0-3,7; got {part!r}")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return tuple(dict.fromkeys(found))
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(dict.fromkeys(numbers))
 
 
 def _number(text: str, key: str, value: str) -> int:
@@ -155,7 +155,7 @@ def reduction(where: str, options: dict[str, Any], allowed: Sequence[str] = REDU
     Raises:
         InputError: it is unknown, or this quantity does not have it.
     """
-    found = str(options.pop("reduce", "raw"))
-    if found not in allowed:
-        raise InputError(f"{where}: reduce={found}: use one of {', '.join(allowed)}{why}")
-    return found
+    reduce = str(options.pop("reduce", "raw"))
+    if reduce not in allowed:
+        raise InputError(f"{where}: reduce={reduce}: use one of {', '.join(allowed)}{why}")
+    return reduce

@@ -24,6 +24,7 @@ from typing import Any
 
 from workbench.errors import InputError
 
+FEATURES = "features:"  # before the folder of an autoencoder, in a record
 Numbers = int | str | Iterable[int] | None
 Names = str | Iterable[str] | None
 
@@ -34,7 +35,7 @@ class Recorder:
 
     hook: a hook point of the blocks, as "mlp.experts.hook_out". reduce: a function of its activations [batch pos …]
     that returns [batch pos, dims…], each token by itself (a pass packs several sequences), or one of raw, norm, mean,
-    moments. dims: names of the dimensions that the function returns behind pos; one of the model's own names (slot,
+    moments. dims: names of the dimensions that the function returns after pos; one of the model's own names (slot,
     expert, head, kv, d_model, d_head, d_mlp) has the model's size. dtype: in the store, float32 or float16. The other
     fields select layers ("0-3,7"), heads, experts and tokens, as `--record` does; description and unit are stored for
     readers.
@@ -77,26 +78,28 @@ def from_file(text: str) -> Recorder:
     """Return the recorder that "FILE.py:NAME" or "MODULE:NAME" names; the file is executed.
 
     Raises:
-        InputError: there is no such file or name, the file fails, or the name is no recorder.
+        InputError: there is no such file or name, the file fails, or the name is not a recorder.
     """
     path, name = _file_of(text)
     if not path.is_file():
         raise InputError(
-            f"--record {text}: there is no file {str(path)!r}; name a Python file, as in my_records.py:{name}"
+            f"--record {text}: there is no file {str(path)!r}; give a Python file, as in my_records.py:{name}"
         )
     module = _executed(path.resolve(), text)
-    found = getattr(module, name, None)
-    if not isinstance(found, Recorder):
+    recorder = getattr(module, name, None)
+    if not isinstance(recorder, Recorder):
         others = sorted(key for key, value in vars(module).items() if isinstance(value, Recorder))
         known = f"its recorders are {', '.join(others)}" if others else "define it as wb.Recorder(…) there"
         raise InputError(f"--record {text}: {str(path)!r} has no recorder {name!r}: {known}")
-    return found
+    return recorder
 
 
 def for_workers(record: str | Recorder) -> str | Recorder:
     """Return a record as processes need it that run in another folder and do not have a function's source."""
     if isinstance(record, Recorder):
         return replace(record, digest=source_digest(record.reduce)) if callable(record.reduce) else record
+    if record.startswith(FEATURES):
+        return f"{FEATURES}{Path(record.removeprefix(FEATURES)).absolute()}"
     name, *options = record.split()
     path, own = _file_of(name)
     is_own = own.isidentifier() and (path.is_file() or f"{path}:{own}" == name)
@@ -194,11 +197,11 @@ def _class_source(kind: type) -> bytes:
     """Return the source of a class and of those that it inherits from, without torch's."""
     own = [c for c in kind.__mro__ if c.__module__.split(".")[0] not in ("torch", "builtins")]
     texts = [f"{kind.__module__}.{kind.__qualname__}"]
-    for each in own:
+    for ancestor in own:
         try:
-            texts.append(inspect.getsource(each))
+            texts.append(inspect.getsource(ancestor))
         except (OSError, TypeError):  # no source, as in an interpreter
-            texts.append(f"{each.__module__}.{each.__qualname__}")
+            texts.append(f"{ancestor.__module__}.{ancestor.__qualname__}")
     return "\n".join(texts).encode()
 
 

@@ -2,10 +2,12 @@
 
 A record is `routing`, `router_logits`, `sinks`, `logprobs`, `sink_sums` (of the sinks only sums by sequence and
 channel), `examples` (of every expert, the tokens of its largest gate weights and a random sample), `neurons` (of every
-neuron of the experts, the tokens of its largest activations), a hook point of the blocks, or a user's own
-(`workbench.capture.recorder`). Options behind the name select from it, the same for every record:
+neuron of the experts, the tokens of its largest activations), `features` (the same of the features of an autoencoder),
+a hook point of the blocks, or a user's own (`workbench.capture.recorder`). Options after the name select from it, the
+same for every record:
 
     neurons:3,7                                    the largest activations of the neurons of these layers
+    features:saes/layer2                           examples of the features of the autoencoder in this folder
     resid_post                                     every layer, every token
     resid_post:3,7                                 these layers, as resid_post layers=3,7
     router_logits layers=0-3 channel=final         logits of the final channel in layers 0 to 3
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 
-from workbench.capture import own_record, record_options
+from workbench.capture import feature_lists, own_record, record_options
 from workbench.capture.own_record import axis_sizes, check_expert_axis
 from workbench.capture.recorder import Recorder, from_file
 from workbench.errors import InputError
@@ -71,12 +73,13 @@ def parse(record: Sequence[RecordOption] | str, cfg: Config, routing: str = "own
     record = [record] if isinstance(record, str | Recorder) else list(record)
     record = [" ".join(r.split()) if isinstance(r, str) else r for r in record]
     if repeated := [r for i, r in enumerate(record) if r in record[:i]]:
-        raise InputError(f"--record names {_shown(repeated[0])} twice: once is enough")
+        raise InputError(f"--record names {_shown(repeated[0])} twice: give it once")
     switches: dict[str, Any] = {name: name in record for name in _SWITCHES}
     neurons = [r for r in record if isinstance(r, str) and r.partition(":")[0].split(" ")[0] == "neurons"]
     if len(neurons) > 1:
         raise InputError("--record names neurons twice: give all of its layers once, as in neurons:3,7")
-    others = [r for r in record if r not in neurons]
+    features = [r for r in record if isinstance(r, str) and feature_lists.is_record(r)]
+    others = [r for r in record if r not in neurons and r not in features]
     parsed = [_parsed(r, cfg) for r in others if not (isinstance(r, str) and r in _SWITCHES)]
     selected = [a for one in parsed for a, _ in one]
     functions = {a.name: function for one in parsed for a, function in one if function is not None}
@@ -84,11 +87,18 @@ def parse(record: Sequence[RecordOption] | str, cfg: Config, routing: str = "own
     if routing not in ("own", "host"):
         raise InputError(f"--routing {routing}: choose own or host")
     if routing == "host" and not switches["routing"]:
-        raise InputError("--routing host: also record routing, without options: it holds the experts that were forced")
+        raise InputError(
+            "--routing host: also record routing, without options: it records the experts that were forced"
+        )
     if switches["examples"] and not switches["routing"]:
         raise InputError("--record examples: also record routing, without options: examples are chosen by gate weight")
     if neurons and not switches["routing"]:
-        raise InputError("--record neurons: also record routing, without options: it says which tokens an expert had")
+        raise InputError(
+            "--record neurons: also record routing, without options: it states which tokens selected an expert"
+        )
+    autoencoders = feature_lists.parse(features, cfg)
+    switches["features"] = tuple(autoencoders)
+    functions |= {lists.function_name: sae for lists, sae in autoencoders.items()}
     switches["neuron_layers"] = _neuron_layers(neurons[0], cfg) if neurons else ()
     points = tuple(a for a in selected if isinstance(a, Activation))
     own = tuple(a for a in selected if isinstance(a, Record))
@@ -101,9 +111,9 @@ def _neuron_layers(text: str, cfg: Config) -> tuple[int, ...]:
     name, *words = text.split()
     _, _, layers = name.partition(":")
     options = record_options.read(text, [*([f"layers={layers}"] if layers else []), *words])
-    found = record_options.layers(where, options.pop("layers", ()), cfg.n_layers)
+    selected = record_options.layers(where, options.pop("layers", ()), cfg.n_layers)
     _refuse_left(where, "neurons", options)
-    return found
+    return selected
 
 
 def _shown(record: RecordOption) -> str:
@@ -221,7 +231,7 @@ def _activation(text: str, point: str, options: dict[str, Any], cfg: Config) -> 
 
 def _refuse_unknown(where: str, point: str, hook: str | None) -> None:
     if "=" in point:
-        raise InputError(f"{where}: {point} is an option: write it behind a record, as in 'router_logits {point}'")
+        raise InputError(f"{where}: {point} is an option: write it after a record, as in 'router_logits {point}'")
     if point in _INSTEAD or hook in _HAS_ITS_OWN_NAME:
         instead = _INSTEAD.get(point) or _HAS_ITS_OWN_NAME[str(hook)]
         raise InputError(f"{where}: {point} is recorded as {instead}: write --record {instead!r}")
@@ -234,8 +244,8 @@ def _refuse_unknown(where: str, point: str, hook: str | None) -> None:
     if hook is None:
         known = sorted(h.replace("hook_", "") for h in PER_TOKEN if h not in _HAS_ITS_OWN_NAME)
         raise InputError(
-            f"{where}: cannot record {point!r}: choose from {', '.join(_SWITCHES)}, neurons, or the hook points "
-            f"{', '.join(known)}, or "
+            f"{where}: cannot record {point!r}: choose from {', '.join(_SWITCHES)}, neurons, features:FOLDER, or the "
+            f"hook points {', '.join(known)}, or "
             "name a recorder as FILE.py:NAME"
         )
 

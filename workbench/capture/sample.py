@@ -1,4 +1,4 @@
-"""The bytes that a run takes on disk, from a part of it that is written to nowhere.
+"""Estimate the bytes of a run on disk from a sample that is compressed and not stored.
 
 The store of the sample is made in a temporary folder, then its unit is encoded by the writer of runs itself, and the
 files are counted instead of being written. The bytes of tokens, of sequences and of units are scaled up each by
@@ -79,14 +79,14 @@ def disk_bytes(
             tables = sum(p.stat().st_size for t in ("sequences", "messages") for p in (storage.path / t).rglob("c/*"))
             writer.write_unit(0, computed.tokens, computed.records, summaries)
     dims = {name: array.dims for name, array in arrays(model.cfg.to_json(), spec, layout).items()}
-    found: dict[str, int] = defaultdict(int)
+    sizes: dict[str, int] = defaultdict(int)
     sample = Job(len(computed.tokens["id"]), len(rows), 1, 1)
     for name, size in storage.sizes.items():
-        found[record_of(name)] += round(size * _scale(name, dims.get(name, ("unit",)), sample, job))
+        sizes[record_of(name)] += round(size * _scale(name, dims.get(name, ("unit",)), sample, job))
     for name, size in _totals(summaries).items():
-        found[record_of(f"summaries/{name}")] += size * (1 if _of_run(name) else job.groups)
-    found["tables and metadata"] += metadata - tables + round(tables * job.sequences / len(rows))
-    return dict(found)
+        sizes[record_of(f"summaries/{name}")] += size * (1 if _of_run(name) else job.groups)
+    sizes["tables and metadata"] += metadata - tables + round(tables * job.sequences / len(rows))
+    return dict(sizes)
 
 
 def _scale(name: str, dims: tuple[str, ...], sample: Job, job: Job) -> float:
@@ -104,7 +104,7 @@ def _totals(summaries: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Return the bytes of each summary added up: of a group, or of the run."""
     sizes = {}
     for name, values in summaries.items():
-        if name.startswith(("examples/", "neurons/")):
+        if name.startswith(("examples/", "neurons/", "features/")):
             continue
         wide = np.float64 if values.dtype.kind == "f" else np.int64
         total = values if _of_run(name) else values.sum(0, dtype=wide)
@@ -122,9 +122,10 @@ def record_of(array: str) -> str:
         "attention": "sinks",
         "examples": "examples",
         "neurons": "neurons",
+        "features": "features",
         "routing": "router_logits" if name == "logits" else "routing",
     }
     if kind == "summaries":
         known |= {kind: "routing" if name in _OF_ROUTING else "tokens" if name in ("sequence", "tokens") else own}
-    found = known.get(kind, own)
-    return "sinks" if found == "sink" else found
+    record = known.get(kind, own)
+    return "sinks" if record == "sink" else record

@@ -139,14 +139,14 @@ def _transcript(tokenizer: Tokenizer, i: int, ids: list[int]) -> Transcript:
     role = {name: tokenizer.encode(name) for name in ("user", "assistant", "analysis", "final")}
 
     def message(author: str, channel: str, content: list[int], close: str) -> list[int]:
-        named = [mark["channel"], *role[channel]] if channel else []
-        return [mark["start"], *role[author], *named, mark["message"], *content, mark[close]]
+        channel_marks = [mark["channel"], *role[channel]] if channel else []
+        return [mark["start"], *role[author], *channel_marks, mark["message"], *content, mark[close]]
 
     a, b = len(ids) // 5, len(ids) * 9 // 10
     asked = message("user", "", ids[:a], "end")
     thought = message("assistant", "analysis", ids[a:b], "end")
-    said = message("assistant", "final", ids[b:], "return")
-    everything = np.array([*asked, *thought, *said], dtype=np.int32)
+    answer = message("assistant", "final", ids[b:], "return")
+    everything = np.array([*asked, *thought, *answer], dtype=np.int32)
     row = everything[: max(len(ids), len(asked) + 1)]
     effort = ("low", "medium", "high")[i % 3]
     return Transcript(f"{i // 3}/{effort}", str(i // 3), effort, row, len(asked), "", meta={"task": "any"})

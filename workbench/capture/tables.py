@@ -24,7 +24,7 @@ def sequence_table(rows: Sequence[Transcript], layout: Layout, flags: Sequence[t
             "correct": np.array([-1 if row.correct is None else int(row.correct) for row in rows], dtype=np.int8),
             "answer": [row.answer or "" for row in rows],
             "meta": [json.dumps(row.meta, sort_keys=True) for row in rows],
-            "flags": [" ".join(each) for each in flags],
+            "flags": [" ".join(names) for names in flags],
             # of the metadata also as columns, which readers of Zarr and xarray see
             **{name: [str(row.meta.get(name, "")) for row in rows] for name in ("task", "domain")},
         }

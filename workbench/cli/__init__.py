@@ -34,6 +34,9 @@ _EXTRAS = {"panel": "dashboard", "kaleido": "figures", "distributed": "cluster",
 
 def main() -> None:
     """Run a command: one line for errors of the user, a traceback for errors of the workbench."""
+    # Threads of torch that wait for each other sleep: with busy waiting, a step of `finetune` took many times as long
+    # on a machine that others used too. It is read when torch is imported, which only the commands themselves do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without a character shows its escape
             stream.reconfigure(errors="backslashreplace")
@@ -74,13 +77,20 @@ def _run() -> int:
         if isinstance(ended.__context__, BrokenPipeError):  # typer itself ends at a closed pipe, with 1
             raise ended.__context__ from None
         raise
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _lacks_memory(error):
+            raise
         raise JobError(f"not enough memory: use smaller numbers, or another machine ({error})") from error
-    if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and says nothing
+    if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and shows nothing
         raise KeyboardInterrupt
     if sys.stdout is not None:
         sys.stdout.flush()
     return code if isinstance(code, int) else 0
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    """Return whether torch could not allocate memory, of the machine or of a GPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
 
 
 def _fail(message: str, code: int) -> NoReturn:

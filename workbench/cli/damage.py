@@ -1,4 +1,4 @@
-"""A damaged run behind an error: what it is that a command could not read, instead of a traceback.
+"""Damaged runs as the cause of an error: a command states what it could not read, instead of a traceback.
 
 Metadata that was changed can make a reader fail anywhere. If a command fails with an error of the workbench, its runs
 are verified; one that is damaged is named with its first problem. Otherwise the error is the workbench's own.

@@ -53,15 +53,23 @@ def graph(
             help="Add edges into queries, keys and router logits: what decided the attention and the routing."
         ),
     ] = False,
+    ablate: Annotated[
+        int,
+        typer.Option(min=0, help="Also ablate the N most influential heads and experts, each by itself, in the model."),
+    ] = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
     ignore_field: IgnoreField = None,
     adapter: Adapter = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Explain one token of the model's answer by an attribution graph."""
+    """Explain one token of the model's answer by an attribution graph.
+
+    The values that are printed are contributions to the logit while attention, norms and routing are held fixed.
+    --ablate also prints by how much the logit falls when a node writes nothing and nothing is held fixed.
+    """
     from workbench import harmony
-    from workbench.experiments import graph_details, graph_export
+    from workbench.experiments import graph_checks, graph_details, graph_export
     from workbench.experiments.attribution_graph import graph as make
     from workbench.experiments.dictionary_features import load_autoencoders
     from workbench.outputs import check_output, staged
@@ -74,19 +82,21 @@ def graph(
     place = _place(loaded, ids, answer, at)
     wanted: Any = answer[place] if target is None else target
     options: dict[str, Any] = {"target": wanted, "against": against, "node_share": nodes, "edge_share": edges}
-    found = make(loaded, [*ids, *answer[:place]], saes=load_autoencoders(sae or [], loaded.device), **options)
+    made = make(loaded, [*ids, *answer[:place]], saes=load_autoencoders(sae or [], loaded.device), **options)
     if neurons:
-        found = graph_details.with_neurons(loaded, found, top=neurons)
-    chosen = graph_details.choice_edges(loaded, found) if choices else None
+        made = graph_details.with_neurons(loaded, made, top=neurons)
+    chosen = graph_details.choice_edges(loaded, made) if choices else None
+    inner = made.nodes[made.nodes["kind"].isin(("head", "expert"))].nlargest(max(5, ablate), "influence")
+    measured = graph_checks.ablate(loaded, made, inner.index[:ablate].tolist())["measured"].tolist() if ablate else []
     with staged(out, command="graph", inputs=inputs, overwrite=overwrite) as part:
         if out.suffix == ".graphml":
             import networkx
 
-            networkx.write_graphml(graph_export.to_networkx(found, chosen), part)
+            networkx.write_graphml(graph_export.to_networkx(made, chosen), part)
         else:
-            graph_export.write_json(loaded, found, part, features_url=features, choices=chosen)
+            graph_export.write_json(loaded, made, part, features_url=features, choices=chosen)
     print(f"answer: {loaded.tokenizer.decode(answer)}")
-    print(_described(found))
+    print(_described(made, inner, measured))
     print(out)
 
 
@@ -105,17 +115,21 @@ def _place(model: Any, ids: list[int], answer: list[int], at: int | None) -> int
     labels = harmony.label([*ids, *answer], tokenizer=model.tokenizer, n_prompt=len(ids))
     starts = [m.content - len(ids) for m in labels.messages if m.channel == "final" and m.content >= len(ids)]
     if not starts or starts[0] >= len(answer):
-        raise InputError("the answer has no final channel: raise --max-new-tokens, or choose a token with --at")
+        raise InputError(
+            "the answer has no final channel to explain: raise --max-new-tokens, "
+            "or choose a token of another channel with --at"
+        )
     return starts[0]
 
 
-def _described(found: Any) -> str:
+def _described(attributed: Any, inner: Any, measured: list[float]) -> str:
+    """Return the graph in a line, and each of its most influential nodes; some of them were ablated."""
     from workbench.experiments.graph_export import label
 
-    lines = [repr(found).strip("<>")]
-    inner = found.nodes[found.nodes["kind"].isin(("head", "expert"))].nlargest(5, "influence")
-    for _, row in inner.iterrows():
-        lines.append(f"  {label(row)} at token {row['pos']} ({row['token']!r}): {row['value']:+.2f} logits")
+    lines = [repr(attributed).strip("<>")]
+    for i, (_, row) in enumerate(inner.iterrows()):
+        text = f"  {label(row)} at token {row['pos']} ({row['token']!r}): {row['value']:+.2f} logits"
+        lines.append(text + (f", measured by ablation {measured[i]:+.2f}" if i < len(measured) else ""))
     return "\n".join(lines)
 
 
@@ -157,24 +171,24 @@ def attention(
     start, stop = (0, None) if tokens is None else _ranges(tokens, "--tokens")[0]
     loaded = load_model(model, device, dtype, ignore_field, adapter)
     if loaded.checkpoint.digest != opened.checkpoint["digest"]:
-        raise InputError(f"{run} was captured from another checkpoint than {model}: give that one with --model")
+        raise InputError(f"{run} was captured from another checkpoint than {model}: give the captured one with --model")
     (row,) = transcripts(opened, numbers[:1])
-    found = attention_patterns.load(loaded, list(row.tokens), layers=chosen, start=start, stop=stop)
-    found.attrs |= {"run_digest": opened.digest, "sequence": numbers[0], "id": row.id}
+    patterns = attention_patterns.load(loaded, list(row.tokens), layers=chosen, start=start, stop=stop)
+    patterns.attrs |= {"run_digest": opened.digest, "sequence": numbers[0], "id": row.id}
     with staged(out, command="attention", inputs=inputs, overwrite=overwrite) as part:
-        write(found, part)
-    sizes = found["pattern"].sizes
+        write(patterns, part)
+    sizes = patterns["pattern"].sizes
     print(f"{out}: {sizes['layer']} layers, {sizes['head']} heads, {sizes['query']} of {len(row.tokens)} tokens")
 
 
 def _ranges(text: str, option: str) -> list[tuple[int, int]]:
     """Return each part of a text such as "0-3,7" as its first number and the one after its last."""
-    found = []
+    ranges = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not (first.isdecimal() and len(first) < 10 and (not dash or (last.isdecimal() and len(last) < 10))):
             raise InputError(f"{option} {text!r}: expected numbers or ranges of numbers, as in 0-3,7")
-        found.append((int(first), int(last if dash else first) + 1))
-    if not all(first < end and end - first <= 2**20 for first, end in found):
+        ranges.append((int(first), int(last if dash else first) + 1))
+    if not all(first < end and end - first <= 2**20 for first, end in ranges):
         raise InputError(f"{option} {text!r}: a range starts with its smaller number, as in 0-3")
-    return found
+    return ranges

@@ -42,17 +42,17 @@ def label(
     if wrong := set(layers or ()) - set(range(opened.model["n_layers"])):
         raise InputError(f"--layers {min(wrong)}: the model has layers 0 to {opened.model['n_layers'] - 1}")
     if host is None or model is None:
-        found = expert_labels.update(opened, expert_labels.automatic(expert_examples.load(opened, seed=seed)))
+        labels = expert_labels.update(opened, expert_labels.automatic(expert_examples.load(opened, seed=seed)))
     else:
         from workbench.harmony.hosts.client import Host
 
         client = Host(host, key_env=key_env, timeout=timeout, retries=4, per_minute=None)
         try:
-            found = _propose(opened, client, model, path, layers or (), seed)
+            labels = _propose(opened, client, model, path, layers or (), seed)
         finally:
             client.close()
-    edited = int(expert_labels.is_edited(found).sum())
-    print(f"{path}: {len(found)} experts, {int((found['proposed'] != '').sum())} proposed, {edited} written by hand")
+    edited = int(expert_labels.is_edited(labels).sum())
+    print(f"{path}: {len(labels)} experts, {int((labels['proposed'] != '').sum())} proposed, {edited} written by hand")
 
 
 def _propose(run: Any, client: Any, model: str, path: Path, layers: Sequence[int], seed: int) -> Any:
@@ -63,12 +63,12 @@ def _propose(run: Any, client: Any, model: str, path: Path, layers: Sequence[int
     with FileLock(path.with_name(f"{path.name}.proposals")):
         examples = expert_examples.load(run, seed=seed)
         automatic = expert_labels.automatic(examples)
-        found = expert_labels.merged(expert_labels.read(run), automatic)
-        known = label_proposals.proposed_by(found, model)
+        labels = expert_labels.merged(expert_labels.read(run), automatic)
+        known = label_proposals.proposed_by(labels, model)
         if known:
             print(f"{path}: {len(known)} experts have labels that {model} proposed; remove their lines to ask again")
         ask = label_proposals.asker(client, model)
         for row in label_proposals.propose(run, examples, ask, name=model, layers=layers, seed=seed, known=known):
-            found = expert_labels.update(run, label_proposals.with_proposals(automatic, [row]))
+            labels = expert_labels.update(run, label_proposals.with_proposals(automatic, [row]))
             print(f"layer {row['layer']} expert {row['expert']}: {row['proposed']} (score {row['score']:.2f})")
         return expert_labels.update(run, automatic)

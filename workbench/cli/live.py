@@ -117,7 +117,7 @@ def apply(
         print(recipe_python(read), end="")
         return
     if controls is not None and prompts is None:
-        raise InputError("--controls tests a recipe on many prompts: add --prompts with a file of them")
+        raise InputError("--controls needs many prompts: add --prompts with a file of prompts")
     if out is not None and controls is None:
         raise InputError("--out takes the results of --controls: add --controls 20")
     inputs = [path for path in (recipe, prompts) if path is not None]
@@ -129,10 +129,10 @@ def apply(
         from workbench.research.recipe_study import recipe_study
         from workbench.studies import save, summary
 
-        found = recipe_study(loaded, read, prompts, controls=controls, sources=sources, seed=read.seed)
+        study = recipe_study(loaded, read, prompts, controls=controls, sources=sources, seed=read.seed)
         if out is not None:
-            save(found, out, inputs=inputs, overwrite=overwrite)
-        print(summary(found))
+            save(study, out, inputs=inputs, overwrite=overwrite)
+        print(summary(study))
         return
     if prompts is not None:
         from workbench.live.prompts import accuracy_table

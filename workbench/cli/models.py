@@ -114,7 +114,7 @@ def convert_weights(
     from workbench.outputs import check_output, staged
 
     if out.suffix != ".gguf":
-        raise InputError(f"{out}: the file to write has to end in .gguf")
+        raise InputError(f"{out}: expected the name of a file that ends in .gguf")
     check_output(out, command="convert-weights", inputs=[model], overwrite=overwrite)
     checkpoint = open_checkpoint(resolve(model), ignore_fields=ignore_field or ())
     inputs: list[str | Path] = [model, checkpoint.path]

@@ -23,8 +23,8 @@ Adapter = Annotated[Path | None, typer.Option(help="PEFT folder with a LoRA adap
 Record = Annotated[
     list[str] | None,
     typer.Option(
-        help="routing, router_logits, sinks, sink_sums, logprobs, examples, neurons, a hook point, or FILE.py:NAME of "
-        "a recorder, with options as in 'resid_post layers=0-3'; see `workbench capture`. "
+        help="routing, router_logits, sinks, sink_sums, logprobs, examples, neurons, features:FOLDER, a hook point, or "
+        "FILE.py:NAME of a recorder, with options as in 'resid_post layers=0-3'; see `workbench capture`. "
         "[default: routing, sinks, logprobs]"
     ),
 ]
@@ -88,7 +88,7 @@ def torch_dtype(name: str) -> Any:
 def load_model(
     model: str, device: str, dtype: str, ignore_fields: list[str] | None = None, adapter: Path | None = None
 ) -> Any:
-    """Load a checkpoint as the options of a command say."""
+    """Load a checkpoint as the options of a command specify."""
     from workbench.model import load
 
     return load(model, device=device, dtype=torch_dtype(dtype), adapter=adapter, ignore_fields=ignore_fields or ())

@@ -1,6 +1,5 @@
 """Commands from prompts to runs: generate and collect conversations, capture, verify and export."""
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,7 +124,7 @@ def transcripts(
     except InputError as error:
         raise InputError(f"--body: {error}") from error
     if not isinstance(more, dict):
-        raise InputError("--body: wanted a JSON object")
+        raise InputError("--body: expected a JSON object")
     settings = Settings(
         model,
         tuple(dict.fromkeys(effort or ("low", "medium", "high"))),
@@ -212,8 +211,9 @@ def capture(
     """Record activations of a model on transcripts into a run. Rerun the command to resume.
 
     --record takes routing, router_logits, sinks (sink_sums: only their sums), logprobs, examples (tokens of each
-    expert), neurons (tokens of each neuron; "neurons:3,7" in these layers), a hook point such as resid_post, or
-    FILE.py:NAME of a wb.Recorder, whose file is executed. Options after it select: "resid_post:0-3", "router_logits
+    expert), neurons (tokens of each neuron; "neurons:3,7" in these layers), features:FOLDER (tokens of each feature of
+    the autoencoder there), a hook point such as resid_post, or FILE.py:NAME of a wb.Recorder, whose file is executed.
+    Options after it select: "resid_post:0-3", "router_logits
     layers=0-3 channel=final", "sinks heads=0,12 role=assistant", "attn.z:5 heads=0 every=4" (also experts, slots,
     part, message, position, last), and reduce: "mlp_out reduce=norm" (raw, norm, mean, moments, message;
     "reduce=moments sketch=64"). See docs/howto/record.md.
@@ -221,7 +221,7 @@ def capture(
     from workbench.capture import job, recording
 
     if workers < 1:
-        raise InputError(f"--workers {workers}: at least one has to work")
+        raise InputError(f"--workers {workers}: expected at least 1")
     # Workers load the model themselves: a copy in this process would take the memory that the first of them needs.
     shared = (workers > 1 or dask is not None) and not dry_run
     worker_device = _worker_device(device) if shared else None
@@ -272,7 +272,9 @@ def _model_of_capture(
     if size is not None and dry_run:
         return ShapeModel.published(size)
     if size is not None and "/" not in model:
-        raise InputError(f"{model} names a shape without weights: add --dry-run to plan, or use openai/gpt-oss-{size}")
+        raise InputError(
+            f"{model} is a shape without weights: add --dry-run to plan the capture, or use openai/gpt-oss-{size}"
+        )
     ignored = ignore_field or ()
     return load(model, device=device, dtype=torch_dtype(dtype), adapter=adapter, ignore_fields=ignored)
 
@@ -303,7 +305,7 @@ def verify(
     from workbench.runs.verify import verify as check
 
     if not storage_at(run).exists():
-        raise InputError(f"{run} is not there: name the folder of a run")
+        raise InputError(f"{run} does not exist: give the folder of a run")
     problems = check(run, workers=workers)
     for problem in problems:
         print(f"{problem.where}: {problem.what}")
@@ -314,8 +316,8 @@ def verify(
     done, total = opened.progress
     unfinished = f", but not finished: {done} of {total} units; rerun the capture to resume" if done < total else ""
     print(f"{run}: valid{unfinished}")
-    if found := counted_in(opened.sequences):
-        print(f"{run}: {found}")
+    if flags := counted_in(opened.sequences):
+        print(f"{run}: {flags}")
     if others := other_content(opened):
         print(f"{run}: not of this run, left alone: {', '.join(others)}")
 
@@ -355,12 +357,17 @@ def export(
         list[str] | None,
         typer.Option(help="neuronpedia: also pages of the neurons of an expert, LAYER.EXPERT; repeat for several."),
     ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="neuronpedia: also pages of these features of the recorded autoencoder, as 12,77."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a selection of a run for other programs: `export RUN FORMAT --out PATH`, or `export RUN PATH --format`.
 
     neuronpedia writes a page for each expert with its examples, as NUMBER.json, for a graph's --features. --neurons
-    adds those of single neurons, from a run that was captured with --record neurons.
+    adds those of single neurons, from a run that was captured with --record neurons; --features those of features of an
+    autoencoder, from one that was captured with --record features:FOLDER.
     """
     from workbench.runs import open_run
     from workbench.runs.export import Selection
@@ -373,10 +380,14 @@ def export(
         refused = {"--what": what != "tokens", "--layers": layers, "--channel": channel, "--role": role}
         refused |= {"--part": part, "--effort": effort, "--task": task}
         if wrong := [name for name, given in refused.items() if given]:
-            raise InputError(f"{wrong[0]} is for other formats: pages of experts are of the whole run")
-        return _pages(run, out, model, sequences, _experts(neurons or []), overwrite)
-    if model is not None or neurons:
-        raise InputError(f"{'--model' if model is not None else '--neurons'} is for the format neuronpedia")
+            raise InputError(f"{wrong[0]} is not an option of this format: its pages describe the complete run")
+        from workbench.cli import page_export
+
+        experts = page_export.experts_of(neurons or [])
+        return page_export.write(run, out, model, sequences, experts, features, overwrite)
+    for name, given in {"--model": model, "--neurons": neurons, "--features": features}.items():
+        if given:
+            raise InputError(f"{name} is for the format neuronpedia")
     chosen = [tuple(names or ()) for names in (channel, role, part, effort, task)]
     n = write(
         open_run(run),
@@ -389,45 +400,3 @@ def export(
         overwrite=overwrite,
     )
     print(f"{out}: {n:,} tokens")
-
-
-def _experts(names: list[str]) -> list[tuple[int, int]]:
-    """Return layer and expert of each name, as 2.5.
-
-    Raises:
-        InputError: a name has another form.
-    """
-    for name in names:
-        if not re.fullmatch(r"\d{1,6}\.\d{1,6}", name):
-            raise InputError(f"--neurons {name}: name an expert by layer and number, as 2.5")
-    return [(int(layer), int(expert)) for layer, expert in (name.split(".") for name in dict.fromkeys(names))]
-
-
-def _pages(
-    run: str, out: Path, model: str | None, sequences: int, experts: list[tuple[int, int]], overwrite: bool
-) -> None:
-    """Write the pages of a run's experts, and of the neurons of some."""
-    from workbench.outputs import check_output
-    from workbench.runs import open_run
-    from workbench.studies import expert_examples, feature_pages, neuron_examples
-
-    check_output(out, command="export", inputs=[run], overwrite=overwrite)
-    opened, logits = open_run(run), None
-    own = [neuron_examples.load(opened, layer=layer, expert=expert) for layer, expert in experts]
-    effects: list[Any] = [None] * len(own)
-    if model is not None:
-        from workbench.experiments import expert_logits
-        from workbench.experiments.from_run import transcripts
-        from workbench.experiments.registry import chosen_sequences
-
-        loaded = load_model(model, "auto", "bfloat16")
-        if opened.checkpoint["digest"] != loaded.checkpoint.digest:
-            raise InputError(f"{run} was captured from another checkpoint than {model}: give that one")
-        rows = transcripts(opened, chosen_sequences(opened, loaded.cfg.n_ctx, sequences))
-        logits = expert_logits.load(loaded, rows)
-        effects = [expert_logits.neuron_logits(loaded, layer, expert) for layer, expert in experts]
-    neurons = [p for ds, e in zip(own, effects, strict=True) for p in feature_pages.neuron_pages(opened, ds, e)]
-    examples = expert_examples.load(opened)
-    n = feature_pages.write_pages(opened, out, examples, logits, neurons=neurons, overwrite=overwrite)
-    shown = f"pages of {n - len(neurons)} experts" + (f" and {len(neurons)} neurons" if neurons else "")
-    print(f"{out}: {shown}" + ("" if logits is not None else ", without logits: give --model for them"))

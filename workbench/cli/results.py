@@ -70,13 +70,13 @@ def study(
 
     record, options = find(name), parse_options(option or ())
     if host is not None and not (isinstance(record, Experiment) and record.host):
-        raise InputError(f"{record.name} does not ask a host: leave --host out")
+        raise InputError(f"{record.name} does not use a host: leave --host out")
     if adapter is not None and (host is not None or not isinstance(record, Experiment)):
-        raise InputError(f"--adapter {str(adapter)!r}: {record.name} loads no model here, leave it out")
+        raise InputError(f"--adapter {str(adapter)!r}: {record.name} loads no model here: leave it out")
     if isinstance(record, Experiment) and model is None:
         raise InputError(f"the experiment {record.name} needs the model: add --model with the captured checkpoint")
     if isinstance(record, Experiment) and other is not None:
-        raise InputError(f"the experiment {record.name} takes one run, and {other!r} is a second")
+        raise InputError(f"the experiment {record.name} takes one run, and {other!r} is a second one: give one run")
     inputs = [path for path in (run, other, None if host else model, adapter) if path is not None]
     runs = [open_run(path, exclude=exclude or ()) for path in (run, other) if path is not None]
     if out is not None:
@@ -193,7 +193,7 @@ def dashboard(
     if model is None:
         serve(runs, **options, **access)
         return
-    from workbench.live.app import SESSION_OPTIONS, dashboard_page
+    from workbench.live.app import dashboard_page
     from workbench.live.model_server import ModelServer
     from workbench.runs import open_run
 
@@ -202,6 +202,6 @@ def dashboard(
     if others := [path for path in runs if open_run(path).checkpoint["digest"] != digest]:
         print(f"note: {', '.join(others)} was captured from another checkpoint than {model}", file=sys.stderr)
     try:
-        serve(runs, model=model, extra={"live": dashboard_page(server)}, **options, **access, **SESSION_OPTIONS)
+        serve(runs, model=model, extra={"live": dashboard_page(server)}, **options, **access)
     finally:
         server.close()

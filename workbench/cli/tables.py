@@ -29,8 +29,8 @@ def summary(run: Run) -> Group:
     about.add_row("state", "complete" if done == total else f"{done} of {total} units")
     about.add_row("recorded", ", ".join(run.recorded))
     about.add_row("sequences", f"{len(run.sequences):,}, {int(run.sequences['length'].sum()):,} tokens")
-    if found := counted_in(run.sequences):
-        about.add_row("flags", found)
+    if flags := counted_in(run.sequences):
+        about.add_row("flags", flags)
     if run.exclusion:
         about.add_row("excluded", run.exclusion)
     if run.sequences.empty:
@@ -96,6 +96,6 @@ def bars(heights: Sequence[float] | np.ndarray) -> str:
         InputError: the heights do not start at 0 or exceed 1.
     """
     if np.any(np.asarray(heights) < 0):
-        raise InputError("bars have heights from 0 to 1")
+        raise InputError("the height of a bar is out of range: expected 0 to 1")
     steps = np.minimum(np.ceil(np.asarray(heights) * (len(_BARS) - 1)), len(_BARS) - 1).astype(int)
     return "".join(_BARS[step] for step in steps)

@@ -13,7 +13,7 @@ from workbench.registry import experiments
 if TYPE_CHECKING:
     from workbench.experiments import registry as registry
 
-# modules that are no experiments themselves
+# modules that are not experiments themselves
 _FUNCTIONS = {"graph": "attribution_graph"}  # public functions, and the module that has them
 _MODULES = (
     "attribution",
@@ -42,11 +42,11 @@ __all__ = ["registry"]
 def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS:
         return getattr(importlib.import_module(f"workbench.experiments.{_FUNCTIONS[name]}"), name)
-    if name in _MODULES:  # late: nobody pays for torch before it is used
+    if name in _MODULES:  # late: torch is imported only when it is used
         return importlib.import_module(f"workbench.experiments.{name}")
-    found = {record.attribute: record for record in experiments()}
-    if name in found:
-        return found[name].load()
+    records = {record.attribute: record for record in experiments()}
+    if name in records:
+        return records[name].load()
     raise AttributeError(f"module 'workbench.experiments' has no attribute {name!r}")
 
 

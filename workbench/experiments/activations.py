@@ -27,10 +27,10 @@ def activations(
     model: GptOss, tokens: Int[Tensor, "batch pos"], names: Collection[str], n_real: Sequence[int] | None = None
 ) -> dict[str, Shaped[Tensor, "batch *feature"]]:
     """Return the activations at these hook points, after all edits."""
-    found: dict[str, Tensor] = {}
-    with model.hooks(fwd_hooks=[(name, record_hook(found)) for name in dict.fromkeys(names)]):
+    values: dict[str, Tensor] = {}
+    with model.hooks(fwd_hooks=[(name, record_hook(values)) for name in dict.fromkeys(names)]):
         model(tokens.to(model.device), n_real=n_real)
-    return found
+    return values
 
 
 def slopes(
@@ -67,15 +67,18 @@ def scalar(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[
     """
     values = metric(logits)
     if values.shape != logits.shape[:1]:
-        raise InputError(f"the metric gives {tuple(values.shape)} of {len(logits)} sequences: wanted a number for each")
+        raise InputError(
+            f"the metric returns values of shape {tuple(values.shape)} for {len(logits)} sequences: "
+            "expected a number for each"
+        )
     return values
 
 
-def record_hook(found: dict[str, Tensor]) -> Hook:
+def record_hook(values: dict[str, Tensor]) -> Hook:
     """Return a hook that stores the activation [batch pos ...] by the name of its hook point."""
 
     def look(x: Tensor, hook: Any) -> None:
-        found[hook.name] = x.detach()
+        values[hook.name] = x.detach()
 
     return look
 
@@ -98,7 +101,7 @@ def flipped(
     return lost.double().mean(-1).cpu().numpy()
 
 
-def named(model: GptOss, point: str) -> list[str]:
+def hook_names(model: GptOss, point: str) -> list[str]:
     """Return the full names of a hook point of the blocks in every layer, or of one hook point.
 
     Raises:
@@ -106,7 +109,7 @@ def named(model: GptOss, point: str) -> list[str]:
     """
     names = [f"blocks.{layer}.{point}" for layer in range(model.cfg.n_layers)] if point in BLOCK else [point]
     if any(name.endswith("hook_expert_indices") for name in names):
-        raise InputError(f"{point}: a choice of experts has no gradient; patch it and measure")
+        raise InputError(f"{point}: a choice of experts has no gradient: measure its effect by patching")
     return points_of(model, names)
 
 
@@ -131,7 +134,7 @@ def dot(model: GptOss, name: str, end: Tensor, begin: Tensor, slope: Tensor) -> 
 
 
 def real(tokens: Int[Tensor, "batch pos"], n_real: Sequence[int] | None) -> Bool[np.ndarray, "batch pos"]:
-    """Return which tokens are no padding."""
+    """Return which tokens are not padding."""
     lengths = np.array([tokens.shape[1]] * len(tokens) if n_real is None else n_real)
     return np.arange(tokens.shape[1]) < lengths[:, None]
 
@@ -151,7 +154,7 @@ def source(
     if isinstance(given, Tensor):
         if given.shape != like.shape:
             raise InputError(
-                f"clean tokens of {tuple(given.shape)} and corrupt ones of {tuple(like.shape)}: pad them alike"
+                f"clean tokens of {tuple(given.shape)} and corrupt ones of {tuple(like.shape)}: pad both to one length"
             )
         return activations(model, given, [*names, *choices(model)], n_real)
     if missing := [name for name in names if name not in given]:

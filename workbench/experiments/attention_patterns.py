@@ -39,21 +39,21 @@ def load(
         raise InputError(f"layers {list(layers or ())}: expected some of 0 to {cfg.n_layers - 1}")
     stop = min(len(ids), start + fitting_tokens(len(chosen), cfg.n_heads)) if stop is None else stop
     _check_window(start, stop, len(ids), len(chosen), cfg.n_heads)
-    found: dict[str, list[np.ndarray]] = {"pattern": [], "sink": [], "earlier": []}
+    parts: dict[str, list[np.ndarray]] = {"pattern": [], "sink": [], "earlier": []}
 
     def pattern(x: Tensor, hook: object) -> None:
         rows = x[0, :, start:stop].float()
-        found["earlier"].append(rows[:, :, :start].sum(-1).cpu().numpy())
-        found["pattern"].append(rows[:, :, start:stop].cpu().numpy())
+        parts["earlier"].append(rows[:, :, :start].sum(-1).cpu().numpy())
+        parts["pattern"].append(rows[:, :, start:stop].cpu().numpy())
 
     def sink(x: Tensor, hook: object) -> None:
-        found["sink"].append(x[0, start:stop].float().mT.cpu().numpy())
+        parts["sink"].append(x[0, start:stop].float().mT.cpu().numpy())
 
     points = {"attn.hook_sink": sink, "attn.hook_pattern": pattern}
     hooks = [(f"blocks.{layer}.{name}", hook) for layer in chosen for name, hook in points.items()]
     tokens = torch.as_tensor(np.asarray(ids[:stop]).astype(np.int64), device=model.device)[None]
     model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=chosen[-1] + 1)
-    arrays = {name: np.stack(values) for name, values in found.items()}
+    arrays = {name: np.stack(values) for name, values in parts.items()}
     dims = ("layer", "head", "query", "key")
     coords = {"layer": chosen, "head": range(cfg.n_heads), "query": range(start, stop), "key": range(start, stop)}
     about = {"checkpoint_digest": model.checkpoint.digest, "workbench_version": version()}

@@ -1,6 +1,6 @@
 """Direct logit attribution: what the embedding, every head and every routed expert add to a logit, in logits.
 
-The residual stream is a sum, and behind it stand the final norm and a matrix. So a logit, a difference of logits, or
+The residual stream is a sum, and the final norm and a matrix follow it. So a logit, a difference of logits, or
 any other linear function of them is a sum over what was written into the stream. One norm, three ways to share it out:
 
 | norm | a part's share | reads |
@@ -117,8 +117,8 @@ def ranked(parts: xr.Dataset, n: int = 20, point: int = 0) -> pd.DataFrame:
         if here[name].dims
     ]
     alone = pd.DataFrame({"part": name, "logits": float(here[name])} for name in PARTS if not here[name].dims)
-    named = [frame.assign(part=name) for name, frame in zip((p for p in PARTS if here[p].dims), frames, strict=True)]
-    every = pd.concat([alone, *named], ignore_index=True)
+    tables = [frame.assign(part=name) for name, frame in zip((p for p in PARTS if here[p].dims), frames, strict=True)]
+    every = pd.concat([alone, *tables], ignore_index=True)
     every["expert"] = np.nan
     slots = every["slot"].notna()
     where = (every.loc[slots, axis].astype(int).to_numpy() for axis in ("layer", "slot"))
@@ -137,7 +137,7 @@ def _term(model: GptOss, chosen: SelectedTokens, of: Of | Literal["mean"]) -> Te
     d_vocab = model.cfg.d_vocab
     if isinstance(of, Tensor) and of.is_floating_point():
         if of.shape != (d_vocab,):
-            raise InputError(f"weights over the vocabulary have the shape {tuple(of.shape)}, wanted ({d_vocab},)")
+            raise InputError(f"weights over the vocabulary have the shape {tuple(of.shape)}, expected ({d_vocab},)")
         return of.cpu().double()
     if isinstance(of, str) and of == "mean":
         return torch.full((d_vocab,), 1 / d_vocab, dtype=torch.float64)
@@ -161,7 +161,7 @@ def _direction(model: GptOss, term: Tensor) -> Float[Tensor, "#point d_model"]:
 def _logits(
     model: GptOss, chosen: SelectedTokens, final: Tensor, terms: list[tuple[float, Tensor]]
 ) -> Float[Tensor, " point"]:
-    """The model's own logits, put together as the terms say."""
+    """The model's own logits, put together as the terms specify."""
     out = torch.zeros(len(chosen.column), dtype=torch.float64)
     for part in torch.arange(len(out)).split(ROWS):
         logits = at_points.read_out(model, final[part.to(final.device)], chosen.column[part]).cpu().double()
@@ -174,7 +174,7 @@ def _logits(
 def _ends(
     model: GptOss, chosen: SelectedTokens
 ) -> tuple[Float[Tensor, "point d_model"], Float[Tensor, "point d_model"]]:
-    """The points' embedding and their stream behind the last block."""
+    """The points' embedding and their stream after the last block."""
     begin: list[Tensor] = []
 
     def keep(x: Tensor, hook: object) -> None:

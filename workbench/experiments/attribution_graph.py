@@ -1,4 +1,4 @@
-"""Attribution graphs: which embeddings, heads and routed experts, at which tokens, made the model give this logit.
+"""Attribution graphs: the embeddings, heads and routed experts, by token, that a logit is the sum of.
 
     graph = wb.experiments.graph(model, "24*29=", target="6", against="7")
     graph.nodes.head(), graph.edges.head(), graph.metadata
@@ -98,9 +98,12 @@ def graph(
     ids = _sequence(model, tokens)
     _check_options(len(ids), at, node_share, edge_share, max_nodes)
     end = at % len(ids)
-    frozen = FrozenPass(model, ids[: end + 1], saes)
-    wanted = int(frozen.logits.argmax()) if target is None else _token(model, target)
+    wanted = None if target is None else _token(model, target)
     other = None if against is None else _token(model, against)
+    frozen = FrozenPass(model, ids[: end + 1], saes)
+    wanted = int(frozen.logits.argmax()) if wanted is None else wanted
+    if wanted == other:
+        raise InputError(f"token {wanted} is the target, and its own logit would be taken off: name another against")
     direction = logit_direction(frozen, wanted, other)
     flow = frozen.backward(at_the_end(frozen, direction))
     candidates = _candidates(frozen, flow)
@@ -113,8 +116,8 @@ def graph(
     nodes = chosen[keep].assign(influence=influence[keep]).reset_index(drop=True)
     texts = [model.tokenizer.decode([token]) for token in ids[: end + 1].tolist()]
     metadata = _metadata(model, frozen, candidates, (wanted, other))
-    kept = influence[keep][:-1].sum() / max(influence[:-1].sum(), 1e-30)
-    metadata |= {"kept_influence": float(kept)}
+    covered = influence[keep][:-1].sum() / max(influence[:-1].sum(), 1e-30)
+    metadata |= {"kept_influence": float(covered)}
     metadata |= {"node_share": node_share, "edge_share": edge_share, "max_nodes": max_nodes, "saes": list(saes or {})}
     return assembled(nodes, weights[np.ix_(keep, keep)], ids[: end + 1].tolist(), texts, metadata, dict(saes or {}))
 
@@ -132,9 +135,9 @@ def assembled(
     nodes.loc[nodes["kind"].isin(SOURCES), "error"] = 0.0
     edges = _edge_table(weights, nodes, float(metadata["edge_share"]))
     logit = abs(metadata["logit"])
-    kept = 1 - abs(float(nodes["error"].iloc[-1])) / max(logit, 1e-30)
-    found = nodes.assign(token=[texts[pos] for pos in nodes["pos"]])[list(COLUMNS)]
-    return AttributionGraph(found, edges, tokens, texts, {**metadata, "kept_of_target": kept}, saes)
+    explained = 1 - abs(float(nodes["error"].iloc[-1])) / max(logit, 1e-30)
+    table = nodes.assign(token=[texts[pos] for pos in nodes["pos"]])[list(COLUMNS)]
+    return AttributionGraph(table, edges, tokens, texts, {**metadata, "kept_of_target": explained}, saes)
 
 
 def _sequence(model: GptOss, tokens: Any) -> Int[Tensor, " pos"]:
@@ -366,8 +369,8 @@ def _edge_table(weights: Float[np.ndarray, "target source"], nodes: pd.DataFrame
     table["score"] = score[target, source]
     table = table.sort_values("score", ascending=False, ignore_index=True)
     carried = table["score"].cumsum().to_numpy()
-    kept = int(np.searchsorted(carried, share * carried[-1] * (1 - 1e-12)) + 1) if len(table) else 0
-    return table.iloc[:kept]
+    n_edges = int(np.searchsorted(carried, share * carried[-1] * (1 - 1e-12)) + 1) if len(table) else 0
+    return table.iloc[:n_edges]
 
 
 def _metadata(

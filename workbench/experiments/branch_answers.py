@@ -74,7 +74,7 @@ class Answered:
         return commitment(modes) if modes[-1] else None
 
     def found_again(self, number: int, ids: Sequence[int], start: int) -> int | None:
-        """Return where a sequence has a sentence like this one at or behind a position, within its analysis."""
+        """Return where a sequence has a sentence like this one at or after a position, within its analysis."""
         own, end = self.one.sentence(number), self.one.header[0]
         rest = [int(t) for t in ids[start:]]
         rest = rest[: rest.index(end)] if end in rest else rest
@@ -140,7 +140,7 @@ class Suppressed:
 
 
 def suppressed(
-    model: GptOss | HostModel, found: Sequence[Answered], rounds: int, options: dict[str, Any]
+    model: GptOss | HostModel, conversations: Sequence[Answered], rounds: int, options: dict[str, Any]
 ) -> dict[tuple[int, int], Suppressed]:
     """Return the continuations without each sentence, by conversation and sentence.
 
@@ -149,26 +149,26 @@ def suppressed(
     """
     chains = {
         (i, number): _chains(one, number)
-        for i, one in enumerate(found)
+        for i, one in enumerate(conversations)
         if one.one.unit == "sentence"
         for number in range(one.one.n_sentences)
     }
-    returned = {key: _returned(found[key[0]].alike[key[1]], own) for key, own in chains.items()}
+    returned = {key: _returned(conversations[key[0]].alike[key[1]], own) for key, own in chains.items()}
     for round_ in range(rounds):
         points = {}
         for (i, number), own in chains.items():
             for chain in (chain for chain in own if chain.again is not None):
                 ids = tuple(chain.ids[: chain.again])
                 part = f".{chain.number}.{round_ + 1}"
-                points[i, number, chain.number] = BranchPoint(found[i].one.row.id, number, "again", ids, part)
+                points[i, number, chain.number] = BranchPoint(conversations[i].one.row.id, number, "again", ids, part)
         new = sample(model, list(points.values()), **options | {"samples": 1}) if points else {}
         for (i, number, which), point in points.items():
             chain = chains[i, number][which]
             chain.ids = [*point.ids, *new[point.id][0]]
-            chain.again, chain.resamplings = found[i].found_again(number, chain.ids, len(point.ids)), round_ + 1
+            chain.again, chain.resamplings = conversations[i].found_again(number, chain.ids, len(point.ids)), round_ + 1
     return {
         (i, number): Suppressed(
-            np.array([found[i].code(chain.ids) for chain in own if chain.again is None], dtype=np.int64),
+            np.array([conversations[i].code(chain.ids) for chain in own if chain.again is None], dtype=np.int64),
             returned[i, number],
             float(np.mean([chain.resamplings for chain in own])),
         )

@@ -121,7 +121,7 @@ def _other_letter(own: str, rng: np.random.Generator) -> str:
 
 
 def filler_token(tokenizer: harmony.Tokenizer) -> int:
-    """Return the token of dots, or of the sign in a small vocabulary that says least.
+    """Return the token of dots, or of the sign in a small vocabulary that has the least meaning.
 
     Raises:
         InputError: the vocabulary has none of them.
@@ -142,7 +142,7 @@ def read_paraphrases(path: str | Path) -> Mapping[str, str]:
     Raises:
         InputError: the file cannot be read, or a row is another.
     """
-    found: dict[str, str] = {}
+    paraphrases: dict[str, str] = {}
     try:
         with regular_file(path) as file:
             if (size := file.stat().st_size) > MAX_BYTES:
@@ -155,8 +155,8 @@ def read_paraphrases(path: str | Path) -> Mapping[str, str]:
         texts = [row.get(name) for name in ("sentence", "paraphrase")] if isinstance(row, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f'{path}, line {number}: expected {{"sentence": "…", "paraphrase": "…"}}')
-        found[str(texts[0]).strip()] = str(texts[1]).strip()
-    return found
+        paraphrases[str(texts[0]).strip()] = str(texts[1]).strip()
+    return paraphrases
 
 
 def asked_paraphrases(ask: Callable[[str], str]) -> Paraphrases:

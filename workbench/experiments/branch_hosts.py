@@ -55,13 +55,13 @@ class HostModel:
         options = {"model": self.name, "temperature": temperature, "max_tokens": max_new_tokens}
 
         def continued(i: int) -> list[list[int]]:
-            found: list[list[int]] = []
-            while len(found) < samples:  # a host may give fewer choices than it was asked for
-                own = int(seed[i * samples + len(found)]) % 2**31
-                body = options | {"prompt": list(map(int, tokens[i])), "n": samples - len(found), "seed": own}
+            continuations: list[list[int]] = []
+            while len(continuations) < samples:  # a host may give fewer choices than it was asked for
+                own = int(seed[i * samples + len(continuations)]) % 2**31
+                body = options | {"prompt": list(map(int, tokens[i])), "n": samples - len(continuations), "seed": own}
                 body |= {"skip_special_tokens": False, "return_token_ids": True}
-                found += self._continuations(body)
-            return found[:samples]
+                continuations += self._continuations(body)
+            return continuations[:samples]
 
         with ThreadPoolExecutor(self.concurrency) as pool:
             return [ids for own in pool.map(continued, range(len(tokens))) for ids in own]
@@ -89,7 +89,7 @@ class HostModel:
         except HostError as error:
             raise JobError(f"{self.host.name}{path}: {error}") from error
         if not isinstance(reply, dict):
-            raise JobError(f"{self.host.name}{path}: the reply is no object")
+            raise JobError(f"{self.host.name}{path}: the reply is not a JSON object")
         return reply
 
     def _ids(self, choice: dict[str, Any]) -> list[int]:
@@ -102,11 +102,14 @@ class HostModel:
         try:
             if isinstance(ids, list):
                 if not all(type(token) is int and 0 <= token < self.tokenizer.d_vocab for token in ids):
-                    raise InputError(f"its ids are none of the vocabulary of {self.tokenizer.d_vocab:,}")
+                    raise InputError(f"its ids are not in the vocabulary of {self.tokenizer.d_vocab:,}")
             elif isinstance(text, str):
                 ids = marked_ids(text, self.tokenizer)
                 if ended and not set(ids) & set(self.tokenizer.special.values()):
-                    raise InputError("the host removes harmony's marks, so that channels cannot be distinguished")
+                    raise InputError(
+                        "the host removes harmony's marks, so the channels cannot be separated: serve "
+                        "the model without parsing of channels by the host"
+                    )
             else:
                 raise InputError("the reply has neither token_ids nor a text")
         except InputError as error:
@@ -125,7 +128,7 @@ def connected(
     """Yield the model of this name at a host, with the tokenizer and the context of a run.
 
     Raises:
-        InputError: the URL is no address of a host, or the run's tokenizer is not installed.
+        InputError: the URL is not the address of a host, or the run's tokenizer is not installed.
     """
     host = Host(url, key_env=key_env, timeout=600.0, retries=4, per_minute=None, threads=concurrency)
     try:

@@ -35,7 +35,7 @@ class Importance(NamedTuple):
 
 
 def importance(
-    kept: Int[np.ndarray, " sample"],
+    with_sentence: Int[np.ndarray, " sample"],
     other: Int[np.ndarray, " sample"],
     own: int,
     rng: np.random.Generator,
@@ -45,11 +45,11 @@ def importance(
 
     own: the category of the conversation's own answer.
     """
-    n_kept, n_other = len(kept), len(other)
+    n_kept, n_other = len(with_sentence), len(other)
     if min(n_kept, n_other) < LEAST_SAMPLES:
         return Importance(*[float("nan")] * len(Importance._fields))
-    effect, low, high = difference_of_shares((kept == own).sum(), n_kept, (other == own).sum(), n_other)
-    pooled = np.unique(np.concatenate([kept, other]), return_inverse=True)[1]
+    effect, low, high = difference_of_shares((with_sentence == own).sum(), n_kept, (other == own).sum(), n_other)
+    pooled = np.unique(np.concatenate([with_sentence, other]), return_inverse=True)[1]
     n = int(pooled.max()) + 1
     observed = _divergence(pooled[None, n_kept:], pooled[None, :n_kept], n)[0]
     shuffled = rng.permuted(np.tile(pooled, (permutations, 1)), axis=1)

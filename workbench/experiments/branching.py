@@ -130,7 +130,7 @@ def token_points(row: Transcript, positions: Sequence[int]) -> list[BranchPoint]
     """Return a branch point before each of these tokens of a transcript, of whatever channel.
 
     Raises:
-        InputError: a position is not within the transcript behind its first token.
+        InputError: a position is not within the transcript after its first token.
     """
     if wrong := [at for at in positions if not 0 < at <= len(row.tokens)]:
         raise InputError(f"position {wrong[0]}: {row.id} has {len(row.tokens)} tokens; expected 1 to {len(row.tokens)}")
@@ -188,7 +188,7 @@ def sample(
     if samples < 1 or not temperature > 0:
         raise InputError(f"samples={samples} at temperature {temperature:g}: expected at least 1, above temperature 0")
     if too_long := [p.id for p in points if len(p.ids) >= model.cfg.n_ctx]:
-        raise InputError(f"branch point {too_long[0]!r} leaves no room in the context of {model.cfg.n_ctx} tokens")
+        raise InputError(f"branch point {too_long[0]!r} fills the context of {model.cfg.n_ctx} tokens: shorten it")
     about = {
         "model": model.checkpoint.digest,
         "temperature": float(temperature),
@@ -198,10 +198,10 @@ def sample(
     if isinstance(model, GptOss):
         about["dtype"] = str(model.dtype).removeprefix("torch.")
     with _rows(store) as rows:
-        found = _known(rows, points, about) if rows is not None else {}
-        left = sorted((p for p in points if len(found.get(p.id, [])) < samples), key=lambda p: len(p.ids))
+        branches = _known(rows, points, about) if rows is not None else {}
+        left = sorted((p for p in points if len(branches.get(p.id, [])) < samples), key=lambda p: len(p.ids))
         with progress("branch", len(left), "branch points") as advance:
-            for chosen, begun in _batches(left, found, samples, getattr(model, "concurrency", 0)):
+            for chosen, begun in _batches(left, branches, samples, getattr(model, "concurrency", 0)):
                 new = model.generate(
                     [list(p.ids) for p in chosen],
                     samples=samples - begun,
@@ -211,20 +211,20 @@ def sample(
                     return_type="new_tokens",
                 )
                 for i, point in enumerate(chosen):
-                    found[point.id] = found.get(point.id, []) + new[i * (samples - begun) :][: samples - begun]
+                    branches[point.id] = branches.get(point.id, []) + new[i * (samples - begun) :][: samples - begun]
                     if rows is not None:
-                        row = {"id": point.id, "prefix": list(point.ids), "branches": found[point.id]}
+                        row = {"id": point.id, "prefix": list(point.ids), "branches": branches[point.id]}
                         rows.write(stamp(row, COMMAND, **about))
                 advance(len(chosen))
-    return {p.id: found[p.id][:samples] for p in points}
+    return {p.id: branches[p.id][:samples] for p in points}
 
 
 def _batches(
-    left: Sequence[BranchPoint], found: Branches, samples: int, concurrency: int
+    left: Sequence[BranchPoint], branches: Branches, samples: int, concurrency: int
 ) -> Iterator[tuple[list[BranchPoint], int]]:
     """Yield points that are sampled at once, and how many samples each of them has. concurrency: of a host, else 0."""
-    for begun in sorted({len(found.get(p.id, [])) for p in left}):
-        own = [p for p in left if len(found.get(p.id, [])) == begun]
+    for begun in sorted({len(branches.get(p.id, [])) for p in left}):
+        own = [p for p in left if len(branches.get(p.id, [])) == begun]
         size = concurrency or max(1, ROWS // (samples - begun))
         for start in range(0, len(own), size):
             yield own[start : start + size], begun
@@ -246,18 +246,18 @@ def _known(rows: RowOutput, points: Sequence[BranchPoint], about: Mapping[str, A
         InputError: a row of the file is another job's.
     """
     by_id = {p.id: p for p in points}
-    found: Branches = {}
+    branches: Branches = {}
     for id, row in rows.known.items():
         for name, wanted in about.items():
             if (begun := row["meta"][KEY].get(name)) != wanted:
                 raise InputError(
-                    f"{rows.path} was begun with {name} {begun}, this call has {wanted}: name another file"
+                    f"{rows.path} was started with {name} {begun}, and this call has {wanted}: choose another file"
                 )
         if id in by_id:
             if tuple(row["prefix"]) != by_id[id].ids:
-                raise InputError(f"{rows.path} has the row {id!r} with another prefix: name another file")
-            found[id] = row["branches"]
-    return found
+                raise InputError(f"{rows.path} has the row {id!r} with another prefix: choose another file")
+            branches[id] = row["branches"]
+    return branches
 
 
 def _seed(seed: int, point: BranchPoint, number: int) -> int:

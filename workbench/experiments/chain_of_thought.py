@@ -63,7 +63,7 @@ class AnsweredSequence(NamedTuple):
 
 def answered_sequences(model: GptOss, rows: Sequence[Transcript]) -> list[AnsweredSequence]:
     """Return the transcripts that end in a closed final message with an analysis before it, with their positions."""
-    found = []
+    answered = []
     for row in rows:
         messages = harmony.label(row.tokens, tokenizer=model.tokenizer).messages
         final = messages[-1] if messages else None
@@ -71,8 +71,8 @@ def answered_sequences(model: GptOss, rows: Sequence[Transcript]) -> list[Answer
         if final is None or analysis is None or final.channel != "final" or final.closed_by not in ("return", "end"):
             continue
         if analysis.stop > analysis.content and final.stop > final.content:
-            found.append(AnsweredSequence(row, analysis.content, analysis.stop, final.content, final.stop))
-    return found
+            answered.append(AnsweredSequence(row, analysis.content, analysis.stop, final.content, final.stop))
+    return answered
 
 
 def _with(answered: AnsweredSequence, words: np.ndarray) -> Transcript:
@@ -134,19 +134,19 @@ def study(
     Raises:
         InputError: too few prompts have an analysis and a closed final message.
     """
-    found = answered_sequences(model, rows)
-    prompts = {t.row.prompt_id for t in found}
+    answered = answered_sequences(model, rows)
+    prompts = {t.row.prompt_id for t in answered}
     if len(prompts) < MIN_PROMPTS:
         raise InputError(
             f"{len(prompts)} prompts have an analysis and a closed final message; at least {MIN_PROMPTS} are needed"
         )
-    logp, answers, unchanged = _changed_answers(model, found, hide, np.random.default_rng(seed))
-    units = [t.row.prompt_id for t in found]
+    logp, answers, unchanged = _changed_answers(model, answered, hide, np.random.default_rng(seed))
+    units = [t.row.prompt_id for t in answered]
     same = np.array([[a == b for a, b in zip(answers[n], unchanged, strict=True)] for n in answers], dtype=np.float64)
     right = np.array(
-        [[a == t.row.answer for a, t in zip(s, found, strict=True)] for s in (*answers.values(), unchanged)], float
+        [[a == t.row.answer for a, t in zip(s, answered, strict=True)] for s in (*answers.values(), unchanged)], float
     )
-    right[:, [t.row.answer is None for t in found]] = np.nan
+    right[:, [t.row.answer is None for t in answered]] = np.nan
     variables: dict[str, tuple[str | tuple[()], np.ndarray]] = {}
     moved = mean_effect(np.stack(list(logp.values())), units, n_boot=n_boot, seed=seed)
     variables |= _with_interval("logprob", "change", moved[:3]) | {"logprob_q": ("change", false_discovery(moved.p))}
@@ -154,7 +154,7 @@ def study(
     if np.isfinite(right).any():
         variables |= _with_interval("accuracy_change", "change", share_change_interval(right[:-1] - right[-1], units))
         variables |= _with_interval("accuracy", (), share_interval(right[-1], units))
-    curve = np.append(same[: len(FRACTIONS) - 1], np.ones((1, len(found))), axis=0)
+    curve = np.append(same[: len(FRACTIONS) - 1], np.ones((1, len(answered))), axis=0)
     area = paired(1 - np.trapezoid(curve, FRACTIONS, axis=0), units, n_boot=n_boot, seed=seed)
     variables |= _with_interval("area", (), tuple(np.clip(value, 0, 1) for value in area))
     result = xr.Dataset(variables, coords={"change": list(logp)})
@@ -164,10 +164,10 @@ def study(
         "same answer; area: over the curve of same against the fraction of the analysis kept",
         "ci": f"95 % over prompts; logprob and area: bootstrap-t, {n_boot} draws; same and accuracy: Wilson with the "
         "sample size that the prompts' variance implies; accuracy_change: Student's t with two pseudo-prompts",
-        "rests_on": f"{len(found)} sequences of {len(prompts)} prompts",
+        "rests_on": f"{len(answered)} sequences of {len(prompts)} prompts",
         "summary": "",
     }
-    return add_readers(result, "change", [t.row for t in found], _hidden(model, hide), model.tokenizer)
+    return add_readers(result, "change", [t.row for t in answered], _hidden(model, hide), model.tokenizer)
 
 
 def _with_interval(
@@ -185,26 +185,26 @@ def _hidden(model: GptOss, hide: Hide) -> dict[str, Hidden]:
 
 
 def _changed_answers(
-    model: GptOss, found: Sequence[AnsweredSequence], hide: Hide, rng: np.random.Generator
+    model: GptOss, sequences: Sequence[AnsweredSequence], hide: Hide, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str | None]], list[str | None]]:
     """Return for each change the differences of log-probability and the answers, and the answers without a change."""
-    words = [t.row.tokens[t.start : t.stop] for t in found]
-    others = _derange([t.row.prompt_id for t in found], rng)
+    words = [t.row.tokens[t.start : t.stop] for t in sequences]
+    others = _derange([t.row.prompt_id for t in sequences], rng)
     changes: dict[str, Callable[[int], np.ndarray]] = {
         f"first {fraction:.0%}": partial(_beginning, words, fraction) for fraction in FRACTIONS[:-1]
     }
     changes |= {"shuffled": lambda i: rng.permutation(words[i]), "another prompt's": lambda i: words[others[i]]}
-    of, own = token_set(tokenizer=model.tokenizer, channel="final"), [t.row for t in found]
+    of, own = token_set(tokenizer=model.tokenizer, channel="final"), [t.row for t in sequences]
     base = logprobs(model, own, of)
     logp: dict[str, np.ndarray] = {}
     answers: dict[str, list[str | None]] = {}
     for name, change in changes.items():
-        changed = [_with(t, change(i)) for i, t in enumerate(found)]
-        logp[name], answers[name] = logprobs(model, changed, of) - base, _answers(model, found, changed)
+        changed = [_with(t, change(i)) for i, t in enumerate(sequences)]
+        logp[name], answers[name] = logprobs(model, changed, of) - base, _answers(model, sequences, changed)
     for name, hidden in _hidden(model, hide).items():
         edit = knockout(*hidden)
-        logp[name], answers[name] = logprobs(model, own, of, edit) - base, _answers(model, found, own, edit)
-    return logp, answers, _answers(model, found, own)
+        logp[name], answers[name] = logprobs(model, own, of, edit) - base, _answers(model, sequences, own, edit)
+    return logp, answers, _answers(model, sequences, own)
 
 
 def _beginning(words: Sequence[np.ndarray], fraction: float, i: int) -> np.ndarray:
@@ -222,13 +222,13 @@ def _derange(prompts: Sequence[str], rng: np.random.Generator) -> list[int]:
 
 @torch.no_grad()
 def _answers(
-    model: GptOss, found: Sequence[AnsweredSequence], rows: Sequence[Transcript], *edits: Edit
+    model: GptOss, sequences: Sequence[AnsweredSequence], rows: Sequence[Transcript], *edits: Edit
 ) -> list[str | None]:
     """Return the tokens that the model generates from the beginning of each final message's content."""
     stems = []
-    for answered, row in zip(found, rows, strict=True):
-        behind = len(answered.row.tokens) - answered.content
-        stems.append([int(t) for t in row.tokens[: len(row.tokens) - behind]])
+    for answered, row in zip(sequences, rows, strict=True):
+        n_after = len(answered.row.tokens) - answered.content
+        stems.append([int(t) for t in row.tokens[: len(row.tokens) - n_after]])
     texts: list[str | None] = []
     with applied(model, *edits):
         for start in range(0, len(stems), 64):

@@ -1,4 +1,4 @@
-"""Circuits: what the attribution graphs of many prompts have in common, and whether two channels share it.
+"""Circuits: nodes and edges that the attribution graphs of many prompts share, and how they differ between channels.
 
     pairs = circuits.paired_graphs(model, rows)       # the same digit in analysis and in final, one pair a prompt
     circuits.compare(pairs)                           # which edges recur in each channel
@@ -39,16 +39,19 @@ EXPERIMENT = Experiment(
     figures="workbench.figures.default",
     order=185,
 )
+_LESS_WITHIN, _LESS_PAIRS = "same prompt less other prompts", "same prompt less other pairs"
+_PAIRINGS = 9999  # random ones of the permutation test
 LISTED = 100  # edges in the result, those with the smallest q and then the largest share
 METHOD = (
     "For each prompt the first token of its last final answer is explained by an attribution graph, and so is the last "
     "equal token of the analysis before it, each from the text before it. An edge is named by the kind, layer and head "
     "or expert of its ends. Shares are of prompts whose graph has the edge, with 95 % Wilson intervals; p is of the "
     "exact McNemar test over prompts, q its Benjamini-Hochberg value over all edges. Similarity is the cosine of the "
-    "influences of heads and experts, with bootstrap-t intervals over prompts."
+    "influences of heads and experts, with bootstrap-t intervals over prompts; p is the share of random pairings of "
+    "the prompts' analyses with other prompts' final answers that are at least as alike as the true pairs."
 )
 NOT_CONTROLLED = (
-    "The two tokens are at different positions and behind different text. A difference may be of what is read (the "
+    "The two tokens are at different positions and follow different text. A difference may be of what is read (the "
     "analysis computes what the final answer copies), not of how it is read. Values are of a frozen pass."
 )
 Pair = Mapping[str, AttributionGraph]
@@ -78,7 +81,8 @@ def experiment(
         coords={"edge": names},
         attrs={"edges_in_all": len(table)},
     )
-    limits = {c: ("comparison", alike[c].to_numpy(), {"long_name": c, "units": "1"}) for c in ("cosine", "low", "high")}
+    columns = ["cosine", "low", "high", "p"]
+    limits = {c: ("comparison", alike[c].to_numpy(), {"long_name": c, "units": "1"}) for c in columns}
     similar = xr.Dataset(limits, coords={"comparison": alike.index.tolist()})
     about = {"rests_on": f"{len(pairs)} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED}
     titles = {"edges": "Edges that recur, by channel", "similarity": "Similarity of circuits within and across prompts"}
@@ -102,10 +106,18 @@ def _edges_summary(table: pd.DataFrame, shown: pd.DataFrame, n: int) -> str:
 
 
 def _similarity_summary(alike: pd.DataFrame) -> str:
-    rows = [f"  {name}: {r['cosine']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for name, r in alike.iterrows()]
-    low, high = alike.iloc[-1][["low", "high"]]
-    answer = "less alike than" if high < 0 else "more alike than" if low > 0 else "not shown to differ from"
-    return "\n".join([f"The two circuits of a prompt are {answer} those of one channel in other prompts:", *rows])
+    by_comparison = alike.to_dict("index")
+    rows = [f"  {name}: {r['cosine']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for name, r in by_comparison.items()]
+    within, pairs = (_answer(by_comparison[name]) for name in (_LESS_WITHIN, _LESS_PAIRS))
+    lines = [
+        f"The two circuits of a prompt are {within} those of one channel in other prompts, and {pairs} an analysis and "
+        f"a final answer of different prompts (p = {float(by_comparison[_LESS_PAIRS]['p']):.2g}):"
+    ]
+    return "\n".join([*lines, *rows])
+
+
+def _answer(row: Mapping[Any, Any]) -> str:
+    return "less alike than" if row["high"] < 0 else "more alike than" if row["low"] > 0 else "not shown to differ from"
 
 
 def same_token(model: GptOss, tokens: Sequence[int]) -> dict[str, int] | None:
@@ -160,25 +172,25 @@ def compare(pairs: Sequence[Pair]) -> pd.DataFrame:
     sets = {channel: [_edges(pair[channel]) for pair in pairs] for channel in CHANNELS}
     every = sorted(set().union(*sets["analysis"], *sets["final"]))
     there = {c: np.array([[edge in own for own in sets[c]] for edge in every], dtype=bool) for c in CHANNELS}
-    found = pd.DataFrame(every, columns=["source", "target"])
+    edges = pd.DataFrame(every, columns=["source", "target"])
     for channel, values in there.items():
         low, high = proportion_confint(values.sum(1), len(pairs), method="wilson")
-        found = found.assign(**{channel: values.mean(1), f"{channel}_low": low, f"{channel}_high": high})
+        edges = edges.assign(**{channel: values.mean(1), f"{channel}_low": low, f"{channel}_high": high})
     more, fewer = ((there[a] & ~there[b]).sum(1) for a, b in (CHANNELS, CHANNELS[::-1]))
-    found["difference"] = found["analysis"] - found["final"]
-    found["p"] = [binomtest(int(a), int(a + b)).pvalue if a + b else 1.0 for a, b in zip(more, fewer, strict=True)]
-    found["q"] = false_discovery(found["p"].to_numpy())
-    return found.sort_values(["q", "difference"], ascending=[True, False], ignore_index=True)
+    edges["difference"] = edges["analysis"] - edges["final"]
+    edges["p"] = [binomtest(int(a), int(a + b)).pvalue if a + b else 1.0 for a, b in zip(more, fewer, strict=True)]
+    edges["q"] = false_discovery(edges["p"].to_numpy())
+    return edges.sort_values(["q", "difference"], ascending=[True, False], ignore_index=True)
 
 
-def _edges(found: AttributionGraph) -> set[tuple[str, str]]:
-    names = _names(found)
-    ends = (found.edges[end].tolist() for end in ("source", "target"))
+def _edges(graph: AttributionGraph) -> set[tuple[str, str]]:
+    names = _names(graph)
+    ends = (graph.edges[end].tolist() for end in ("source", "target"))
     return {(names[int(s)], names[int(t)]) for s, t in zip(*ends, strict=True)}
 
 
-def _names(found: AttributionGraph) -> list[str]:
-    return ["embedding" if row["kind"] == "embedding" else label(row) for _, row in found.nodes.iterrows()]
+def _names(graph: AttributionGraph) -> list[str]:
+    return ["embedding" if row["kind"] == "embedding" else label(row) for _, row in graph.nodes.iterrows()]
 
 
 def similarity(pairs: Sequence[Pair], *, seed: int = 0) -> pd.DataFrame:
@@ -186,8 +198,9 @@ def similarity(pairs: Sequence[Pair], *, seed: int = 0) -> pd.DataFrame:
 
     Rows: the two channels of a prompt (`same prompt`), and each channel with that of other prompts (`analysis, other
     prompts`, `final, other prompts`), which is what a channel has in common with itself; then the difference of the
-    first and the mean of the others. Intervals are bootstrap-t over prompts, which the comparisons with other prompts
-    share: theirs are approximate.
+    first and the mean of the others. `other pairs` are an analysis and a final answer of different prompts, the null
+    of circuits that have the prompt or digit in common only by chance; p is of a one-sided permutation test.
+    Intervals are bootstrap-t over prompts, which the comparisons with other prompts share: theirs are approximate.
 
     Raises:
         InputError: there are fewer than five pairs.
@@ -199,19 +212,30 @@ def similarity(pairs: Sequence[Pair], *, seed: int = 0) -> pd.DataFrame:
         others = rows @ rows.T
         values[f"{channel}, other prompts"] = (others.sum(1) - np.diag(others)) / max(n - 1, 1)
     within = (values["analysis, other prompts"] + values["final, other prompts"]) / 2
-    values["same prompt less other prompts"] = values["same prompt"] - within
+    values[_LESS_WITHIN] = values["same prompt"] - within
+    cross = vectors["analysis"] @ vectors["final"].T
+    values["other pairs"] = (cross.sum(0) + cross.sum(1) - 2 * np.diag(cross)) / max(2 * (n - 1), 1)
+    values[_LESS_PAIRS] = values["same prompt"] - values["other pairs"]
     effect = mean_effect(np.stack(list(values.values())), [str(i) for i in range(n)], seed=seed)
-    return pd.DataFrame({"cosine": effect.change, "low": effect.low, "high": effect.high}, index=list(values))
+    table = pd.DataFrame({"cosine": effect.change, "low": effect.low, "high": effect.high}, index=list(values))
+    return table.assign(p=[_pairing_p(cross, seed) if name == _LESS_PAIRS else np.nan for name in values])
+
+
+def _pairing_p(cross: Float[np.ndarray, "prompt prompt"], seed: int) -> float:
+    """Return the share of random pairings of rows and columns with at least the mean of the true ones."""
+    rng, rows = np.random.default_rng(seed), np.arange(len(cross))
+    means = np.array([cross[rows, rng.permutation(len(cross))].mean() for _ in range(_PAIRINGS)])
+    return float((1 + (means >= np.diag(cross).mean() - 1e-12).sum()) / (1 + _PAIRINGS))
 
 
 def _influences(graphs: Sequence[AttributionGraph], pairs: Sequence[Pair]) -> Float[np.ndarray, "prompt name"]:
     """Return the influence of heads and experts by name, each prompt's of length 1."""
-    names = sorted({name for pair in pairs for found in pair.values() for name in _inner(found).index})
-    rows = np.stack([_inner(found).reindex(names, fill_value=0.0).to_numpy() for found in graphs])
+    names = sorted({name for pair in pairs for one in pair.values() for name in _inner(one).index})
+    rows = np.stack([_inner(one).reindex(names, fill_value=0.0).to_numpy() for one in graphs])
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
 
 
-def _inner(found: AttributionGraph) -> "pd.Series[float]":
-    nodes = found.nodes.assign(name=_names(found))
+def _inner(graph: AttributionGraph) -> "pd.Series[float]":
+    nodes = graph.nodes.assign(name=_names(graph))
     inner = nodes[nodes["kind"].isin(("head", "expert"))]
     return inner.groupby("name")["influence"].sum()

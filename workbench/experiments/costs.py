@@ -1,6 +1,6 @@
 """What the experiments cost on one H100, before anything is run: tokens that they compute, and the time.
 
-An experiment's record says what it computes with its default options (`registry.Work`). The time is estimated from
+An experiment's record states what it computes with its default options (`registry.Work`). The time is estimated from
 speeds that `workbench bench gpu` measured once, with random weights in the published shapes (docs/bench_gpu.json).
 """
 
@@ -64,10 +64,10 @@ def show(size: str | None, *, sequences: int, sequence_tokens: int) -> None:
     for column in ("forward", "with gradients", "new tokens", "time"):
         table.add_column(column, justify="right")
     for record in registry.experiments():
-        found = record.work and cost(record.work, size, sequences=sequences, sequence_tokens=sequence_tokens)
-        values = (found.forward, found.gradient, found.new_tokens) if found else ()
+        estimate = record.work and cost(record.work, size, sequences=sequences, sequence_tokens=sequence_tokens)
+        values = (estimate.forward, estimate.gradient, estimate.new_tokens) if estimate else ()
         cells = [f"{value:,.0f}" if value else "" for value in values] or [""] * 3
-        table.add_row(record.name, *cells, clock(found.seconds) if found else "not estimated")
+        table.add_row(record.name, *cells, clock(estimate.seconds) if estimate else "not estimated")
     speed = SPEEDS[size]
     Console().print(table)
     print(

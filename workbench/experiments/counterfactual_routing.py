@@ -67,7 +67,9 @@ class _Positions:
         own = np.asarray(ids, dtype=np.int64)
         at = self._known.get(own.tobytes())
         if at is None:
-            raise InputError("a sequence that was not among the given ones has no position to reroute")
+            raise InputError(
+                "a sequence was not among the given ones, so it has no position to reroute: pass the same sequences"
+            )
         return np.arange(len(own)) == at
 
 
@@ -82,15 +84,15 @@ def drawn_positions(
         InputError: they are of fewer than five prompts.
     """
     members = token_set(tokenizer=model.tokenizer, channel=channel)
-    kept: dict[bytes, tuple[Transcript, int]] = {}
+    drawn: dict[bytes, tuple[Transcript, int]] = {}
     for row in rows:
         at = np.flatnonzero(members(row.tokens.astype(np.int64)))
         at = at[at > 0]
         if len(at):
-            kept.setdefault(row.tokens.astype(np.int64).tobytes(), (row, int(rng.choice(at)) - 1))
-    if (n := len({row.prompt_id for row, _ in kept.values()})) < MIN_PROMPTS:
+            drawn.setdefault(row.tokens.astype(np.int64).tobytes(), (row, int(rng.choice(at)) - 1))
+    if (n := len({row.prompt_id for row, _ in drawn.values()})) < MIN_PROMPTS:
         raise InputError(f"{n} prompts have tokens of the {channel} channel, and {MIN_PROMPTS} are needed")
-    return [row for row, _ in kept.values()], [at for _, at in kept.values()]
+    return [row for row, _ in drawn.values()], [at for _, at in drawn.values()]
 
 
 @torch.no_grad()
@@ -161,14 +163,14 @@ def experiment(
     random = np.stack(
         [[changes(layer, random_experts(seed + 1 + layer * routes + i)) for i in range(routes)] for layer in layers]
     )
-    each = np.concatenate([fixed, random.mean(1)[None]])
+    change_of = np.concatenate([fixed, random.mean(1)[None]])
     units = [row.prompt_id for row in rows]
-    found = mean_effect(each, units, seed=seed)
-    cells = {name: (("which", "layer"), getattr(found, name)) for name in ("change", "low", "high", "p")}
+    effect = mean_effect(change_of, units, seed=seed)
+    cells = {name: (("which", "layer"), getattr(effect, name)) for name in ("change", "low", "high", "p")}
     result = xr.Dataset(
         {
             **cells,
-            "q": (("which", "layer"), false_discovery(found.p)),
+            "q": (("which", "layer"), false_discovery(effect.p)),
             "better": ("layer", (random > 0).mean((1, 2))),
             "best": ("layer", random.max(1).mean(1)),
         },
@@ -176,7 +178,7 @@ def experiment(
         attrs={
             "title": f"Other experts for one token before a token of {channel}",
             "units": "nat",
-            "rests_on": f"{len(rows)} tokens of {found.prompts} prompts, {routes} random routes",
+            "rests_on": f"{len(rows)} tokens of {effect.prompts} prompts, {routes} random routes",
             "method": METHOD,
             "not_controlled": NOT_CONTROLLED,
         },

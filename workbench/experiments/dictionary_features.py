@@ -31,7 +31,7 @@ def places(cfg: Config, saes: Mapping[str, SAE]) -> dict[float, str]:
         InputError: a hook point is not of the residual stream, two are the same place or in one layer, or an
             autoencoder normalizes its input or has another width.
     """
-    found: dict[float, str] = {}
+    by_order: dict[float, str] = {}
     for name, sae in saes.items():
         match = _HOOK.fullmatch(name)
         if match is None or int(match[1]) >= cfg.n_layers:
@@ -47,10 +47,10 @@ def places(cfg: Config, saes: Mapping[str, SAE]) -> dict[float, str]:
                 "not follow: use one with normalize_activations none"
             )
         order = 2 * int(match[1]) + _STEP[match[2]]
-        if order in found or any(layer_of(other) == int(match[1]) for other in found.values()):
+        if order in by_order or any(layer_of(other) == int(match[1]) for other in by_order.values()):
             raise InputError(f"autoencoders at {name!r} and another point of the same layer: attach one in a layer")
-        found[order] = name
-    return found
+        by_order[order] = name
+    return by_order
 
 
 def layer_of(name: str) -> int:
@@ -64,15 +64,15 @@ def load_autoencoders(folders: Sequence[Path], device: torch.device) -> dict[str
     Raises:
         InputError: a folder is damaged or names no hook point, or two name the same one.
     """
-    found: dict[str, SAE] = {}
+    autoencoders: dict[str, SAE] = {}
     for folder in folders:
         loaded = load_sae(folder, device=device)
         name = loaded.cfg.hook_name
-        if name is None or name in found:
+        if name is None or name in autoencoders:
             problem = "names no hook point" if name is None else f"is the second one at {name}"
             raise InputError(f"autoencoder {folder}: its configuration {problem}: give folders of one point each")
-        found[name] = loaded
-    return found
+        autoencoders[name] = loaded
+    return autoencoders
 
 
 @dataclass
@@ -102,7 +102,7 @@ class ActiveFeatures:
     error: Float[Tensor, "pos d_model"]
 
     def backward(self, g: Float[Tensor, "pos d_model"]) -> tuple[FeatureFlow, Float[Tensor, "pos d_model"]]:
-        """Return the flow to a direction behind the autoencoder, and the direction before it."""
+        """Return the flow to a direction after the autoencoder, and the direction before it."""
         gain = (self.decoder * g[self.pos]).sum(-1)
         reads = gain[:, None] * self.encoder
         before = torch.zeros_like(g).index_add_(0, self.pos, reads)

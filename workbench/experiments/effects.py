@@ -111,8 +111,8 @@ def paired(
     Raises:
         InputError: fewer than five prompts have a value; fewer than twenty give a warning.
     """
-    found = mean_effect(change, units, method=method, n_boot=n_boot, seed=seed)
-    return found.change, found.low, found.high
+    effect = mean_effect(change, units, method=method, n_boot=n_boot, seed=seed)
+    return effect.change, effect.low, effect.high
 
 
 def effects(
@@ -135,18 +135,18 @@ def effects(
         InputError: the sequences are of fewer than five prompts.
     """
     base = logprobs(model, rows, of)
-    each = np.stack(
+    changes = np.stack(
         [
             logprobs(model, rows, of, *([edit] if isinstance(edit, Edit) else edit)) - base
             for edit in interventions.values()
         ]
     )
     units = [row.prompt_id for row in rows]
-    found = mean_effect(each, units, smallest_effect=smallest_effect, n_boot=n_boot, seed=seed)
+    effect = mean_effect(changes, units, smallest_effect=smallest_effect, n_boot=n_boot, seed=seed)
     return xr.Dataset(
         {
-            **{name: ("intervention", values) for name, values in _tested(found).items()},
-            "each": (("intervention", "sequence"), each),
+            **{name: ("intervention", values) for name, values in _tested(effect).items()},
+            "each": (("intervention", "sequence"), changes),
             "base": ("sequence", base),
         },
         coords={"intervention": list(interventions), "sequence": [row.id for row in rows]},
@@ -154,15 +154,15 @@ def effects(
         | {
             "smallest_effect": smallest_effect,
             "family": f"{len(interventions)} interventions",
-            "prompts": found.prompts,
+            "prompts": effect.prompts,
         },
     )
 
 
-def _tested(found: MeanEffect) -> dict[str, np.ndarray]:
+def _tested(effect: MeanEffect) -> dict[str, np.ndarray]:
     """Return change, low, high, p, q and equivalent, q over all of the cells."""
-    fields = {name: getattr(found, name) for name in ("change", "low", "high", "p")}
-    return fields | {"q": false_discovery(found.p), "equivalent": found.equivalent}
+    fields = {name: getattr(effect, name) for name in ("change", "low", "high", "p")}
+    return fields | {"q": false_discovery(effect.p), "equivalent": effect.equivalent}
 
 
 def expert_ablations(
@@ -194,11 +194,11 @@ def expert_ablations(
     groups = np.array([group(row) for row in rows])
     names, units = sorted(set(groups)), np.array([row.prompt_id for row in rows])
     shape = (model.cfg.n_layers, model.cfg.num_experts)
-    base, each = logprobs(model, rows, of), np.empty((*shape, len(rows)))
+    base, changes = logprobs(model, rows, of), np.empty((*shape, len(rows)))
     with progress("ablate", shape[0] * shape[1], "experts") as advance:
         for layer, expert in np.ndindex(*shape):
             edit = forbid(layer, [expert], where) if way == "forbid" else ablate(layer, [expert], where, way)
-            each[layer, expert] = logprobs(model, rows, of, edit) - base
+            changes[layer, expert] = logprobs(model, rows, of, edit) - base
             advance(1)
     cells = {name: np.full((*shape, len(names)), np.nan) for name in ("change", "low", "high", "p")}
     not_tested = {}
@@ -207,9 +207,9 @@ def expert_ablations(
         if prompts < MIN_PROMPTS:
             not_tested[name] = f"{prompts} prompts, {MIN_PROMPTS} are needed"
             continue
-        found = mean_effect(each[..., groups == name], units[groups == name], n_boot=n_boot, seed=seed)
+        effect = mean_effect(changes[..., groups == name], units[groups == name], n_boot=n_boot, seed=seed)
         for field, values in cells.items():
-            values[..., i] = getattr(found, field)
+            values[..., i] = getattr(effect, field)
     cells["q"] = false_discovery(cells["p"])
     cells["share"] = np.stack(
         [expert_load(model, [r for r, g in zip(rows, groups, strict=True) if g == name], where) for name in names], -1
@@ -259,7 +259,7 @@ def routing(model: GptOss, rows: Sequence[Transcript]) -> list[UInt8[np.ndarray,
         for batch in passes((len(row.tokens) for row in rows), FORWARD_TOKENS):
             tokens, lengths = pack([rows[i] for i in batch], model.device)
             model.residual(tokens, packed=lengths)
-            out += [np.stack([kept[name].numpy() for name in points]) for kept in recorder.take()]
+            out += [np.stack([records[name].numpy() for name in points]) for records in recorder.take()]
     return out
 
 
@@ -280,7 +280,7 @@ class RoutedTo:
         for known, hit in self._known:
             if np.array_equal(known[: len(ids)], ids):
                 return hit[: len(ids)]
-        raise InputError("a sequence that was not among those whose routing was taken has no known routing")
+        raise InputError("the routing of a sequence was not recorded: record the routing of these sequences first")
 
 
 def load_matched(
@@ -303,8 +303,8 @@ def load_matched(
     close = np.flatnonzero(np.abs(loads - wanted) <= tolerance * wanted)[:n]
     if len(close) < n:
         raise InputError(
-            f"only {len(close)} of {n} sets have a load within {tolerance:.0%} of {wanted:.3f}: choose fewer experts, "
-            "or a larger tolerance"
+            f"only {len(close)} of {n} random sets have a load within {tolerance:.0%} of {wanted:.3f}: "
+            "choose fewer experts, or a larger tolerance"
         )
     return [[(int(layer), int(expert)) for layer, expert in sets[i]] for i in close]
 
@@ -318,7 +318,10 @@ def _random_sets(
         own = [expert for other, expert in chosen if other == layer]
         others = np.setdiff1d(np.arange(load.shape[1]), own)
         if len(others) < len(own):
-            raise InputError(f"{len(own)} of {load.shape[1]} experts of layer {layer} are chosen: choose fewer")
+            raise InputError(
+                f"{len(own)} of {load.shape[1]} experts of layer {layer} are selected, so few are left "
+                "for controls: select fewer"
+            )
         drawn = np.sort(others[np.argsort(rng.random((n, len(others))), axis=1)[:, : len(own)]], axis=1)
         parts.append(np.stack([np.full_like(drawn, layer), drawn], -1))
     sets = np.concatenate(parts, axis=1)

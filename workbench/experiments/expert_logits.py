@@ -5,7 +5,7 @@
 
 An expert's direct effect on the logits of a token is its gated output, divided by the scale of the final norm at that
 token, times the unembedding, less the mean over the vocabulary. Shown is the mean over the expert's tokens: the scale
-is that of the pass, and what later layers do with the output is no part of it.
+is that of the pass, and what later layers do with the output is not part of it.
 
 Reference: direct logit attribution, Elhage et al. 2021, with the norm frozen.
 """
@@ -33,7 +33,12 @@ EXPERIMENT = Experiment(
     question="Which tokens' logits does each expert raise and lower directly?",
     compute="one forward pass over the sequences",
     cost={"passes": 1},
-    options={"tokens": "Tokens with the largest and the smallest effects of each expert (default: 10)."},
+    options={
+        "tokens": "Tokens with the largest and the smallest effects of each expert (default: 10).",
+        "neuron_layer": "Layer whose neurons' direct effects are added, for the dashboard's page of neurons "
+        "(default: none).",
+        "neuron_expert": "Only the neurons of this expert of the layer (default: of all).",
+    },
     figures="workbench.figures.expert_logits",
     order=170,
 )
@@ -42,7 +47,11 @@ METHOD = (
     "unembedding, less the mean over the vocabulary; the mean over the expert's tokens, in logits. No interval is "
     "given: the effects describe the weights and the tokens of these sequences."
 )
-NOT_CONTROLLED = "What later layers do with the output is no part of it, and neither is a change of the norm's scale."
+NEURON_METHOD = (
+    "A neuron's output weights, times the weight of the final norm and the unembedding, less the mean over the "
+    "vocabulary: logits for an activation of 1, a gate weight of 1 and a final norm's scale of 1."
+)
+NOT_CONTROLLED = "What later layers do with the output is not part of it, and neither is a change of the norm's scale."
 N_TOKENS = 10  # with the largest and the smallest effects
 _INSIDE = ("mlp.hook_expert_indices", "mlp.hook_expert_weights", "mlp.experts.hook_out")
 
@@ -58,7 +67,7 @@ def load(model: GptOss, sequences: Sequence[Any], *, n: int = N_TOKENS) -> xr.Da
     """
     directions, tokens = mean_directions(model, sequences)
     shape = (*tokens.shape, min(n, model.cfg.d_vocab))
-    found = {f"{kind}_{name}": np.full(shape, fill) for kind in ("top", "bottom") for name, fill in _FIELDS.items()}
+    columns = {f"{kind}_{name}": np.full(shape, fill) for kind in ("top", "bottom") for name, fill in _FIELDS.items()}
     unembedding = model.unembed.W_U.mT
     for layer in range(model.cfg.n_layers):
         used = tokens[layer] > 0
@@ -66,12 +75,12 @@ def load(model: GptOss, sequences: Sequence[Any], *, n: int = N_TOKENS) -> xr.Da
         logits = logits.float() - logits.float().mean(-1, keepdim=True)
         for kind, largest in (("top", True), ("bottom", False)):
             values, ids = logits.topk(shape[-1], largest=largest)
-            found[f"{kind}_token"][layer] = np.where(used[:, None], ids.cpu().numpy(), -1)
-            found[f"{kind}_logit"][layer] = np.where(used[:, None], values.cpu().numpy(), np.nan)
+            columns[f"{kind}_token"][layer] = np.where(used[:, None], ids.cpu().numpy(), -1)
+            columns[f"{kind}_logit"][layer] = np.where(used[:, None], values.cpu().numpy(), np.nan)
     dims = ("layer", "expert", "rank")
-    variables: dict[str, Any] = {name: (dims, values) for name, values in found.items()}
+    variables: dict[str, Any] = {name: (dims, values) for name, values in columns.items()}
     for kind in ("top", "bottom"):
-        ids = found[f"{kind}_token"]
+        ids = columns[f"{kind}_token"]
         texts = [model.tokenizer.decode([i]) if i >= 0 else "" for i in ids.ravel().tolist()]
         variables[f"{kind}_text"] = (dims, np.array(texts, dtype=object).reshape(ids.shape))
     coords = {"layer": np.arange(tokens.shape[0]), "expert": np.arange(tokens.shape[1])}
@@ -80,15 +89,26 @@ def load(model: GptOss, sequences: Sequence[Any], *, n: int = N_TOKENS) -> xr.Da
 
 
 def experiment(
-    model: GptOss, rows: Sequence[Transcript], *, tokens: int = N_TOKENS, seed: int = 0
+    model: GptOss,
+    rows: Sequence[Transcript],
+    *,
+    tokens: int = N_TOKENS,
+    neuron_layer: int = -1,
+    neuron_expert: int = -1,
+    seed: int = 0,
 ) -> dict[str, xr.Dataset]:
     """Return `load` of the rows with its title, method and summary. seed: not used, as nothing is drawn at random.
 
+    With `neuron_layer`, the dataset `neurons` has the direct effects of the layer's neurons [expert neuron rank].
+
     Raises:
-        InputError: `tokens` is not positive, or there is no sequence.
+        InputError: `tokens` is not positive, there is no sequence, or the model has no such layer or expert.
     """
     if tokens < 1:
         raise InputError(f"tokens={tokens}: expected at least 1")
+    if neuron_expert != -1 and neuron_layer == -1:
+        raise InputError(f"neuron_expert={neuron_expert}: name its layer with neuron_layer, as neuron_layer=2")
+    of_neurons = {} if neuron_layer == -1 else {"neurons": _layer_neurons(model, neuron_layer, neuron_expert, tokens)}
     ds = load(model, rows, n=tokens)
     ds.attrs |= {"title": EXPERIMENT.title, "method": METHOD, "not_controlled": NOT_CONTROLLED, "units": "logits"}
     ds.attrs["rests_on"] = f"{len(rows)} sequences, {int(ds['tokens'].sum()):,} routed slots"
@@ -100,7 +120,31 @@ def experiment(
         texts = ", ".join(repr(str(text)) for text in one["top_text"].values[:3])
         lines.append(f"Layer {layer}, expert {expert} raises {texts}: up to {float(one['top_logit'][0]):+.2f} logits.")
     ds.attrs["summary"] = "\n".join([f"{ds.attrs['rests_on']}. The largest direct effects:", *lines])
-    return {"logits": ds}
+    return {"logits": ds} | of_neurons
+
+
+def _layer_neurons(model: GptOss, layer: int, expert: int, n: int) -> xr.Dataset:
+    """Return the direct effects of the neurons of a layer's experts [expert neuron rank], all or one."""
+    if not 0 <= layer < model.cfg.n_layers:
+        raise InputError(f"neuron_layer={layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
+    numbers = list(range(model.cfg.experts_of(layer))) if expert == -1 else [expert]
+    parts = [neuron_logits(model, layer, number, n=n) for number in numbers]
+    neurons = xr.concat(parts, dim="expert").assign_coords(expert=numbers)
+    shown = "all experts" if expert == -1 else f"expert {expert}"
+    first = neurons["top_logit"].isel(rank=0)
+    lines = [f"Direct effects of the neurons of layer {layer}, {shown}; the largest:"]
+    for place in np.argsort(-first.values, axis=None)[:5]:
+        i, neuron = np.unravel_index(int(place), first.shape)
+        text = str(neurons["top_text"].values[i, neuron, 0])
+        lines.append(f"  expert {numbers[int(i)]}, neuron {neuron} raises {text!r}: {float(first[i, neuron]):+.2f}")
+    attrs: dict[str, Any] = {
+        "title": "Direct effects of neurons on logits",
+        "method": NEURON_METHOD,
+        "not_controlled": NOT_CONTROLLED,
+    }
+    attrs |= {"units": "logits", "layer": layer, "rests_on": "the weights", "summary": "\n".join(lines)}
+    attrs["checkpoint_digest"] = model.checkpoint.digest
+    return neurons.assign_attrs(attrs)
 
 
 @torch.no_grad()
@@ -114,21 +158,22 @@ def neuron_logits(model: GptOss, layer: int, expert: int, *, n: int = N_TOKENS) 
         InputError: the model has no such layer or expert.
     """
     cfg = model.cfg
-    if not 0 <= layer < cfg.n_layers or not 0 <= expert < cfg.num_experts:
+    n_experts = cfg.experts_of(layer) if 0 <= layer < cfg.n_layers else cfg.num_experts
+    if not 0 <= layer < cfg.n_layers or not 0 <= expert < n_experts:
         raise InputError(
             f"layer {layer} expert {expert}: the model has layers 0 to {cfg.n_layers - 1} and experts 0 to "
-            f"{cfg.num_experts - 1}"
+            f"{n_experts - 1}"
         )
     unembedding = model.unembed.W_U.mT
-    found: dict[str, list[np.ndarray]] = {f"{k}_{name}": [] for k in ("top", "bottom") for name in _FIELDS}
+    columns: dict[str, list[np.ndarray]] = {f"{k}_{name}": [] for k in ("top", "bottom") for name in _FIELDS}
     for rows in model.blocks[layer].mlp.experts.W_out(expert).split(_NEURONS):
         logits = ((rows.float() * model.ln_final.weight.float()).to(unembedding.dtype) @ unembedding.mT).float()
         logits = logits - logits.mean(-1, keepdim=True)
         for kind, largest in (("top", True), ("bottom", False)):
             values, ids = logits.topk(min(n, cfg.d_vocab), largest=largest)
-            found[f"{kind}_token"].append(ids.cpu().numpy())
-            found[f"{kind}_logit"].append(values.cpu().numpy())
-    variables: dict[str, Any] = {name: (("neuron", "rank"), np.concatenate(parts)) for name, parts in found.items()}
+            columns[f"{kind}_token"].append(ids.cpu().numpy())
+            columns[f"{kind}_logit"].append(values.cpu().numpy())
+    variables: dict[str, Any] = {name: (("neuron", "rank"), np.concatenate(parts)) for name, parts in columns.items()}
     for kind in ("top", "bottom"):
         ids = variables[f"{kind}_token"][1]
         texts = [model.tokenizer.decode([i]) for i in ids.ravel().tolist()]
@@ -184,8 +229,8 @@ def ablations(
         InputError: there is no expert, or one that the model does not have, or fewer than five prompts.
     """
     if not experts:
-        raise InputError("name at least one expert to ablate, as (layer, expert)")
+        raise InputError("no expert was given: give at least one to ablate, as (layer, expert)")
     edits = {f"layer {layer} expert {expert}": forbid(layer, [expert]) for layer, expert in experts}
-    found = effects(model, rows, edits, final_tokens(model), seed=seed)
+    results = effects(model, rows, edits, final_tokens(model), seed=seed)
     layers, numbers = zip(*experts, strict=True)
-    return found.assign_coords(layer=("intervention", list(layers)), expert=("intervention", list(numbers)))
+    return results.assign_coords(layer=("intervention", list(layers)), expert=("intervention", list(numbers)))

@@ -28,7 +28,7 @@ Cells = list[tuple[int, int]]  # (layer, expert)
 Change = Callable[[int, list[int], TokenSet], Edit]
 WHICH = ("named, own group", "random of equal load, own group", "named less random, own group", "named, other groups")
 TOLERANCES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.5)  # of the load of a random set; the first that has enough sets is used
-MATCHED = 0.25  # the mean load of the random sets may be off by so much before the summary says so
+MATCHED = 0.25  # the mean load of the random sets may be off by so much before the summary states it
 _SIZE = 6  # experts of a named set
 METHOD = (
     "Log-probability in nats of the final message, summed over its tokens, with the intervention less without, on the "
@@ -43,7 +43,7 @@ METHOD = (
 class SetEffects(NamedTuple):
     """The named experts of a group and their random sets, with what each does to the log-probability of sequences."""
 
-    named: Cells
+    own_set: Cells
     sets: list[Cells]
     on_own: Float[np.ndarray, " sequence"]
     on_others: Float[np.ndarray, " sequence"]
@@ -69,18 +69,18 @@ def _largest_excess(
     return [(int(layer), int(expert)) for layer, expert in zip(*largest, strict=True)]
 
 
-def matched_sets(load: Float[np.ndarray, "layer expert"], named: Cells, n: int, seed: int) -> list[Cells]:
+def matched_sets(load: Float[np.ndarray, "layer expert"], own_set: Cells, n: int, seed: int) -> list[Cells]:
     """Return n random sets of the load of the named experts, at the first tolerance that has as many.
 
     Where the widest has fewer than n it gives as many as there are, and none where these are too few to be a null.
     """
     for tolerance in TOLERANCES:
         try:
-            return load_matched(load, named, n, seed=seed, tolerance=tolerance)
+            return load_matched(load, own_set, n, seed=seed, tolerance=tolerance)
         except InputError:
             continue
     try:
-        return load_matched(load, named, MIN_CONTROLS, seed=seed, tolerance=TOLERANCES[-1])
+        return load_matched(load, own_set, MIN_CONTROLS, seed=seed, tolerance=TOLERANCES[-1])
     except InputError:
         return []
 
@@ -108,17 +108,17 @@ def change_experts(
     results, not_tested = [], {}
     for name in names:
         own = groups == name
-        named, load = _largest_excess(slots, own, _SIZE), np.nan_to_num(load_of(slots[own]))
+        own_set, load = _largest_excess(slots, own, _SIZE), np.nan_to_num(load_of(slots[own]))
         prompts = len(set(units[own]))
-        sets = matched_sets(load, named, controls, seed) if prompts >= MIN_PROMPTS else []
+        sets = matched_sets(load, own_set, controls, seed) if prompts >= MIN_PROMPTS else []
         if prompts < MIN_PROMPTS:
             not_tested[name] = f"{prompts} prompts, {MIN_PROMPTS} are needed"
         elif not sets:
             not_tested[name] = f"fewer than {MIN_CONTROLS} random sets have its load within {TOLERANCES[-1]:.0%}"
-        tested = measure(model, rows, own, base, named, sets, change)
+        tested = measure(model, rows, own, base, own_set, sets, change)
         results.append(_result(tested, load, units[own], units[~own], controls, seed))
-    found = xr.concat(results, "group").assign_coords(group=names)
-    found["q"] = ("group", false_discovery(found["p"].values))
+    result = xr.concat(results, "group").assign_coords(group=names)
+    result["q"] = ("group", false_discovery(result["p"].values))
     attrs = {
         "title": title,
         "units": "nat",
@@ -126,7 +126,7 @@ def change_experts(
         "not_tested": json.dumps(not_tested),
         "family": f"{len(names) - len(not_tested)} groups",
     }
-    return {"experts": found.assign_attrs(attrs, summary="\n".join(_summary(found, not_tested)))}
+    return {"experts": result.assign_attrs(attrs, summary="\n".join(_summary(result, not_tested)))}
 
 
 def measure(
@@ -134,7 +134,7 @@ def measure(
     rows: Sequence[Transcript],
     own: Bool[np.ndarray, " sequence"],
     base: Float[np.ndarray, " sequence"],
-    named: Cells,
+    own_set: Cells,
     sets: list[Cells],
     change: Change,
 ) -> SetEffects:
@@ -145,11 +145,11 @@ def measure(
     def edits(cells: Cells) -> list[Edit]:
         return [change(layer, [e for c, e in cells if c == layer], written) for layer in sorted({c for c, _ in cells})]
 
-    on_all = logprobs(model, rows, of, *edits(named)) - base
+    on_all = logprobs(model, rows, of, *edits(own_set)) - base
     random = np.empty((len(sets), len(own_rows)))
     for i, cells in enumerate(sets):
         random[i] = logprobs(model, own_rows, of, *edits(cells)) - base[own]
-    return SetEffects(named, sets, on_all[own], on_all[~own], random)
+    return SetEffects(own_set, sets, on_all[own], on_all[~own], random)
 
 
 def _result(
@@ -170,7 +170,7 @@ def _result(
     if n:
         random[:n] = prompt_means(tested.random, own).mean(-1)
         ratio[:n] = [
-            sum(load[cell] for cell in cells) / sum(load[cell] for cell in tested.named) for cells in tested.sets
+            sum(load[cell] for cell in cells) / sum(load[cell] for cell in tested.own_set) for cells in tested.sets
         ]
         ranked, mean_random = rank(change[0], random[:n]), tested.random.mean(0)
         for i, values in enumerate((tested.on_own, mean_random, tested.on_own - mean_random)):
@@ -194,16 +194,16 @@ def _result(
         coords={
             "which": list(WHICH),
             "set": range(controls),
-            "experts": ", ".join(f"{layer}.{expert}" for layer, expert in tested.named),
+            "experts": ", ".join(f"{layer}.{expert}" for layer, expert in tested.own_set),
         },
     )
 
 
-def _summary(found: xr.Dataset, not_tested: dict[str, str]) -> list[str]:
+def _summary(result: xr.Dataset, not_tested: dict[str, str]) -> list[str]:
     """Return a sentence for each group, and one for the groups that cannot be tested."""
     lines = []
-    for name in map(str, found["group"].values):
-        one = found.sel(group=name)
+    for name in map(str, result["group"].values):
+        one = result.sel(group=name)
         own, random, less, others = (float(v) for v in one["change"].values)
         experts = one["experts"].item()
         if name in not_tested:
@@ -221,6 +221,19 @@ def _summary(found: xr.Dataset, not_tested: dict[str, str]) -> list[str]:
         )
         if abs(float(one["load_ratio"]) - 1) > MATCHED:
             lines.append("  Load is not matched: a difference from these sets may be one of load.")
+    lines += _too_few_sets(result["random_sets"].values)
     if not_tested:
-        lines.append(f"{len(not_tested)} of {found.sizes['group']} groups cannot be tested: {', '.join(not_tested)}.")
+        lines.append(f"{len(not_tested)} of {result.sizes['group']} groups cannot be tested: {', '.join(not_tested)}.")
     return lines
+
+
+def _too_few_sets(random_sets: Int[np.ndarray, " group"]) -> list[str]:
+    """Return a warning if one group alone cannot have q below 0.05, however extreme it is among its random sets."""
+    tested = random_sets[random_sets > 0]
+    smallest = len(tested) / (tested.max(initial=0) + 1)
+    if not len(tested) or smallest <= ALPHA:
+        return []
+    return [
+        f"Warning: with {tested.max()} random sets, a group that alone differs has q of at least {smallest:.3f} and "
+        f"cannot be shown to differ: use at least {int(np.ceil(len(tested) / ALPHA)) - 1} controls."
+    ]

@@ -57,9 +57,9 @@ METHOD = (
     "sequence; rank p (two-sided), p_family adjusted for the cells (single-step max-T)."
 )
 NOT_CONTROLLED = (
-    "Noise takes the model off the texts it knows; an expert that restores one corruption may not matter in another. "
-    "Tokens that change their experts under noise are restored to outputs of experts that they did not choose. The "
-    "gradient sees no change of routing, so the screening can miss experts."
+    "Noise takes the model off the texts it was trained on; an expert that restores one corruption may "
+    "not matter in another. Tokens that change their experts under noise are restored to outputs of experts that they "
+    "did not choose. The gradient sees no change of routing, so the screening can miss experts."
 )
 
 
@@ -168,8 +168,8 @@ def traced(model: GptOss, row: Transcript, noise: float, seed: int) -> _Traced:
     sides = []
     for added in (torch.zeros_like(drawn), drawn):
         with model.hooks(fwd_hooks=[("hook_embed", _add(added))]):
-            found = activations.activations(model, tokens, names)
-        layers = [[found[name][0] for name in names[3 * i : 3 * i + 3]] for i in range(model.cfg.n_layers)]
+            recorded = activations.activations(model, tokens, names)
+        layers = [[recorded[name][0] for name in names[3 * i : 3 * i + 3]] for i in range(model.cfg.n_layers)]
         sides.append(([e for e, _, _ in layers], [w.float()[..., None] * out.float() for _, w, out in layers]))
     experts, wrote = zip(*sides, strict=True)
     return _Traced(row, tokens, drawn, kind, (experts[0], experts[1]), (wrote[0], wrote[1]))
@@ -243,7 +243,7 @@ def _confirmed(
     rng = torch.Generator().manual_seed(seed)
     every = [traced(model, row, noise, seed + 10_000 + number) for number, row in enumerate(rows)]
     pools = {layer: _directions(every, layer) for layer in sorted({cell.layer for cell in chosen})}
-    each, loss = np.empty((2 + controls, len(chosen), len(rows))), np.empty(len(rows))
+    changes, loss = np.empty((2 + controls, len(chosen), len(rows))), np.empty(len(rows))
     with progress("restore", len(rows), "sequences") as advance:
         for number, one in enumerate(every):
             added = [(0, torch.zeros_like(one.noise))]
@@ -256,18 +256,18 @@ def _confirmed(
                     drawn = pool[torch.randint(len(pool), (len(own),), generator=rng)]
                     added.append((cell.layer, drawn.to(own) * own.norm(dim=-1, keepdim=True)))
             values = restored(model, one, added)
-            each[:, :, number] = (values[1:] - values[0]).reshape(len(chosen), 2 + controls).T
+            changes[:, :, number] = (values[1:] - values[0]).reshape(len(chosen), 2 + controls).T
             loss[number] = _clean(model, one) - values[0]
             advance(1)
     units = [row.prompt_id for row in rows]
-    found = mean_effect(each[0], units, seed=seed)
-    means = prompt_means(each, units).mean(-1)
+    effect = mean_effect(changes[0], units, seed=seed)
+    means = prompt_means(changes, units).mean(-1)
     ranks = [rank(float(means[0, i]), means[2:, i]) for i in range(len(chosen))]
     lost = float(prompt_means(loss[None], units).mean())
     names = ("change", "low", "high", "p")
-    variables: dict[str, Any] = {name: ("cell", getattr(found, name)) for name in names}
+    variables: dict[str, Any] = {name: ("cell", getattr(effect, name)) for name in names}
     variables |= {
-        "q": ("cell", false_discovery(found.p)),
+        "q": ("cell", false_discovery(effect.p)),
         "recovery": ("cell", means[0] / lost),
         "layer": ("cell", means[1]),
         "p_rank": ("cell", np.array([r.p for r in ranks])),
@@ -292,12 +292,12 @@ def _directions(every: Sequence[_Traced], layer: int, most: int = 256) -> list[F
         slots = [wrote[layer][one.kind >= 0].flatten(0, 1) for wrote in one.wrote]
         difference = slots[0] - slots[1]
         norm = difference.norm(dim=-1, keepdim=True)
-        kept = (difference / norm)[norm[:, 0] > 1e-6].cpu()
-        own.append(kept[:: max(1, len(kept) // most)])
-    found = [torch.cat([*own[:i], *own[i + 1 :]]) for i in range(len(own))]
-    if any(not len(pool) for pool in found):
-        raise InputError(f"layer {layer} writes the same with and without noise: use more noise")
-    return found
+        directions = (difference / norm)[norm[:, 0] > 1e-6].cpu()
+        own.append(directions[:: max(1, len(directions) // most)])
+    pools = [torch.cat([*own[:i], *own[i + 1 :]]) for i in range(len(own))]
+    if any(not len(pool) for pool in pools):
+        raise InputError(f"layer {layer} writes the same with and without noise: use a larger noise")
+    return pools
 
 
 def _summary(result: xr.Dataset) -> str:

@@ -10,6 +10,7 @@ Reference: LRP for products and RelP, Jafari et al. 2025, arXiv 2508.21258; froz
 tracing, Ameisen et al. 2025.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.errors import InputError
 from workbench.experiments.dictionary_features import ActiveFeatures, FeatureFlow, active_features, places
 from workbench.hooks.sae import SAE
 from workbench.kernels.moe import swiglu
+from workbench.model import memory
 from workbench.model.transformer import GptOss
 from workbench.model.weights import dense
 
@@ -73,7 +76,8 @@ class FrozenPass:
     `features` has what is active of each autoencoder, by its place in the order of the pass.
 
     Raises:
-        InputError: an autoencoder does not fit, or is not at the residual stream.
+        InputError: an autoencoder does not fit, or is not at the residual stream, or the sequence is so long that its
+            attention patterns exceed the memory.
     """
 
     @torch.no_grad()
@@ -86,6 +90,7 @@ class FrozenPass:
         also: Sequence[str] = (),
     ) -> None:
         self.model, self.tokens = model, tokens
+        _check_memory(model, len(tokens))
         at = places(model.cfg, saes or {})
         names = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in (*_INSIDE, *also)]
         names += list(saes or {})
@@ -141,8 +146,8 @@ class FrozenPass:
     def head_reads(self, layer: int, pos: Tensor, head: Tensor, outputs: Float[Tensor, "node d_head"]) -> Tensor:
         """Return the directions [node d_model] that heads with these outputs read, before scale and pattern."""
         block = self.model.blocks[layer]
-        through = torch.einsum("nmd,nd->nm", block.attn.W_V[head].to(self.wide), outputs)
-        return through * block.ln1.weight.to(self.wide)
+        read = torch.einsum("nmd,nd->nm", block.attn.W_V[head].to(self.wide), outputs)
+        return read * block.ln1.weight.to(self.wide)
 
     @torch.no_grad()
     def backward(self, end: Float[Tensor, "pos d_model"]) -> "BackwardFlow":
@@ -168,14 +173,14 @@ class FrozenPass:
         return self._through_features(2 * layer + 1.5, g)
 
     def _through_features(
-        self, order: float, g: Float[Tensor, "pos d_model"], found: dict[float, FeatureFlow] | None = None
+        self, order: float, g: Float[Tensor, "pos d_model"], flows: dict[float, FeatureFlow] | None = None
     ) -> Float[Tensor, "pos d_model"]:
-        """Return the direction before the autoencoder at this place, if there is one; `found` gets its flow."""
+        """Return the direction before the autoencoder at this place, if there is one; `flows` gets its flow."""
         if order not in self.features:
             return g
         flow, g = self.features[order].backward(g)
-        if found is not None:
-            found[order] = flow
+        if flows is not None:
+            flows[order] = flow
         return g
 
     def _through_experts(self, layer: int, g: Float[Tensor, "pos d_model"]) -> tuple[dict[str, Tensor], Tensor]:
@@ -195,8 +200,8 @@ class FrozenPass:
             constants[pos, slot] = by_gate @ b_gate + by_up @ b_up + fixed
         bias = mlp.experts.down.bias.to(self.wide)
         expert_bias = (gates * (g @ bias.mT).gather(-1, chosen)).sum(-1)
-        found = {"experts": values, "expert_constants": constants, "expert_bias": expert_bias, "expert_reads": reads}
-        return found, g + reads.sum(1)
+        parts = {"experts": values, "expert_constants": constants, "expert_bias": expert_bias, "expert_reads": reads}
+        return parts, g + reads.sum(1)
 
     def _groups(self, chosen: Int[Tensor, "pos slot"], g: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each expert with the positions and slots that chose it, where the direction is not zero."""
@@ -214,13 +219,24 @@ class FrozenPass:
         back = torch.einsum("qhd,hmd->qm", read, attn.W_V.to(self.wide))
         gain = block.ln1.weight.to(self.wide) / self.seen("ln1.hook_scale", layer)
         bias = torch.einsum("phd,hd->ph", outputs, attn.b_V.to(self.wide)) * pattern.sum(-1).mT
-        found = {
+        parts = {
             "heads": (outputs * z).sum(-1),
             "head_bias": bias,
             "attention_bias": g @ attn.b_O.to(self.wide),
             "head_outputs": outputs,
         }
-        return found, g + back * gain
+        return parts, g + back * gain
+
+
+def _check_memory(model: GptOss, n_tokens: int) -> None:
+    """Refuse a sequence whose attention patterns, of all layers and once more of one in float32, exceed the memory."""
+    free, cfg = memory.free(model.device), model.cfg
+    square = cfg.n_heads * (cfg.n_layers * model.dtype.itemsize + 4)  # bytes of a pair of tokens
+    if square * n_tokens**2 > free:
+        raise InputError(
+            f"{n_tokens:,} tokens: their attention patterns take {memory.human(square * n_tokens**2)}, and the memory "
+            f"is {memory.human(free)}: explain a token within the first {math.isqrt(free // square):,} tokens"
+        )
 
 
 def halves(

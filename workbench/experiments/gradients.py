@@ -1,8 +1,8 @@
-"""Estimates by gradient: what every patch would do, from two passes; and a metric's change shared out along a way.
+"""Gradient estimates: the effect of every patch from two passes, and integrated gradients along a path.
 
 A metric takes logits [batch pos d_vocab] to a number for each sequence. Only what is differentiable is seen: the choice
 of experts has no gradient. Where a patch would send tokens to other experts, an estimate by gradient misses that; so
-every result says how often the choices of the two runs differ, and `verify` measures the largest estimates by patching.
+every result states how often the choices of the two runs differ. `verify` measures the largest estimates by patching.
 
 Reference: Nanda 2023, attribution patching; Syed et al., arXiv 2310.10348; integrated gradients, arXiv 1703.01365.
 """
@@ -47,7 +47,7 @@ def attribution_patching(
     Raises:
         InputError: the shapes of the clean and corrupt activations differ.
     """
-    kinds = {kind: activations.named(model, kind) for kind in ([points] if isinstance(points, str) else points)}
+    kinds = {kind: activations.hook_names(model, kind) for kind in ([points] if isinstance(points, str) else points)}
     wanted = [name for names in kinds.values() for name in names]
     there = activations.source(model, corrupt, clean, wanted, n_real)
     chosen = activations.activations(model, corrupt, activations.choices(model), n_real)
@@ -58,8 +58,8 @@ def attribution_patching(
     data: dict[str, Any] = {"metric": ("sequence", before.double().cpu().numpy())}
     for kind, names in kinds.items():
         effects = np.stack([activations.dot(model, name, there[name], here[name], slopes[name]) for name in names])
-        found = xr.DataArray(effects, dims=("layer", *activations.dims(model, names[0])))
-        data[kind] = (found if kind in BLOCK else found[0]).where(mask)
+        array = xr.DataArray(effects, dims=("layer", *activations.dims(model, names[0])))
+        data[kind] = (array if kind in BLOCK else array[0]).where(mask)
     if all(name in there for name in chosen):
         flips = np.stack([activations.flipped(experts, there[name]) for name, experts in chosen.items()])
         data["flip"] = xr.DataArray(flips, dims=("layer", "sequence", "position")).where(mask)
@@ -116,7 +116,7 @@ def integrated_gradients(
     """Return the difference of the metric between a baseline and the run, divided over the activation at a hook point.
 
     baseline: other tokens [batch pos], whose activation it is, or an activation that broadcasts to the run's. Zeros in
-    the stream are a poor one: every norm behind them turns within √eps of zero, where no step looks. The way is
+    the stream are a poor one: every norm after them turns within √eps of zero, where no step looks. The way is
     straight, its integral by Gauss and Legendre with `steps` gradients. routing: "held" keeps the run's choice of
     experts all the way, so that `attribution` sums to `metric` − `baseline` as steps grow; `jump` is how far the
     baseline with its own choice is from that. With "free" the metric jumps wherever a choice flips, which no gradient
@@ -134,21 +134,21 @@ def integrated_gradients(
     end = seen[at]
     begin = torch.as_tensor(baseline).to(end.device, end.dtype).expand_as(end)
     if not (end.is_floating_point() and bool((end.isfinite() & begin.isfinite()).all())):
-        raise InputError(f"{at}: not all of its values are finite numbers, there is no straight way between them")
+        raise InputError(f"{at}: not all of its values are finite numbers, so no straight path connects them")
     held = [(name, activations.replace_hook(seen[name])) for name in activations.choices(model)]
-    kept = held if routing == "held" else []
+    hooks = held if routing == "held" else []
 
     slope = torch.zeros_like(end, dtype=torch.promote_types(end.dtype, torch.float32))
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        with model.hooks(fwd_hooks=[(at, activations.replace_hook(begin.lerp(end, float(node)))), *kept]):
+        with model.hooks(fwd_hooks=[(at, activations.replace_hook(begin.lerp(end, float(node)))), *hooks]):
             slope += float(weight) * activations.slopes(model, tokens, metric, [at], n_real)[2][at]
 
     def metric_value(x: Tensor, hooks: list[Any]) -> np.ndarray:
         with model.hooks(fwd_hooks=[(at, activations.replace_hook(x)), *hooks]):
             return activations.metric_value(model, tokens, metric, n_real).double().cpu().numpy()
 
-    run, start, free = metric_value(end, kept), metric_value(begin, kept), metric_value(begin, [])
+    run, start, free = metric_value(end, hooks), metric_value(begin, hooks), metric_value(begin, [])
     shares = activations.dot(model, at, end, begin, slope)
     gap = shares.reshape(len(shares), -1).sum(1) - (run - start)
     data = {"metric": run, "baseline": start, "jump": free - start, "gap": gap}
@@ -160,17 +160,17 @@ def integrated_gradients(
 def _largest(estimates: xr.Dataset, top_k: int) -> list[dict[str, Any]]:
     """The largest cells of all points: where each is, as named and as the indices of its tensor."""
     hits: list[dict[str, Any]] = []
-    for kind, found in estimates.drop_vars(["flip", "metric"], errors="ignore").data_vars.items():
-        size = np.nan_to_num(np.abs(found.to_numpy()), nan=-1.0).ravel()
+    for kind, estimate in estimates.drop_vars(["flip", "metric"], errors="ignore").data_vars.items():
+        size = np.nan_to_num(np.abs(estimate.to_numpy()), nan=-1.0).ravel()
         for flat in np.argsort(-size, kind="stable")[:top_k]:
             if size[flat] < 0:
                 break
-            cell = tuple(int(i) for i in np.unravel_index(flat, found.shape))
-            place = dict(zip(map(str, found.dims), cell, strict=True))
+            cell = tuple(int(i) for i in np.unravel_index(flat, estimate.shape))
+            place = dict(zip(map(str, estimate.dims), cell, strict=True))
             name = f"blocks.{place['layer']}.{kind}" if "layer" in place else str(kind)
             inside = tuple(i for axis, i in place.items() if axis != "layer")
             hits.append(
-                {"point": kind, "name": name, "cell": inside, **place, "estimated": float(found.to_numpy()[cell])}
+                {"point": kind, "name": name, "cell": inside, **place, "estimated": float(estimate.to_numpy()[cell])}
             )
     return sorted(hits, key=lambda hit: -abs(hit["estimated"]))[:top_k]
 

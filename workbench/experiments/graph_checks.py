@@ -4,7 +4,7 @@
 `faithfulness` removes the most influential nodes together, beside random nodes that write as much; `kept_alone`
 replaces everything outside the graph by its mean over other tokens. The graph's values are of a frozen
 pass that gives each factor of an expert's activation half of the product, so a measured effect has another size: it
-says whether the node or edge is needed, and the value says what it contributes.
+states whether the node or edge is needed, and the value states what it contributes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +65,7 @@ def ablation_hooks(model: GptOss, nodes: pd.DataFrame, saes: Mapping[str, SAE] |
     hooks: Hooks = []
     for kind, layer, rows in by_layer(nodes):
         if kind not in ABLATED:
-            raise InputError(f"a node of the kind {kind!r} cannot be ablated: choose one of {', '.join(ABLATED)}")
+            raise InputError(f"a node of kind {kind!r} cannot be ablated: choose one of {', '.join(ABLATED)}")
         pos, index, expert = (torch.tensor(rows[name].to_numpy()) for name in ("pos", "index", "expert"))
         if kind == "feature":
             hooks.append(_feature_remover(layer, pos, index, saes or {}))
@@ -111,7 +111,7 @@ def _feature_remover(
 def ablate_edge(model: GptOss, graph: AttributionGraph, source: int, target: int) -> dict[str, float]:
     """Return the edge's value and how much the target of the graph falls without it, `measured`.
 
-    What the source writes is taken out of what the target node reads, behind its norm as it is; other nodes still
+    What the source writes is taken out of what the target node reads, after its norm as it is; other nodes still
     read it.
 
     Raises:
@@ -135,9 +135,9 @@ def ablate_edge(model: GptOss, graph: AttributionGraph, source: int, target: int
         normed = write * block.ln1.weight.to(write.dtype) / frozen.seen("ln1.hook_scale", layer)[at]
         value = frozen.pattern(layer)[index, pos, at] * (normed @ block.attn.W_V[index].to(normed.dtype))
         hooks = [(f"blocks.{layer}.attn.hook_z", _taker(pos, index, value))]
-    found = graph.edges.query("source == @source and target == @target")["value"]
+    matching = graph.edges.query("source == @source and target == @target")["value"]
     measured = logit(model, graph) - logit(model, graph, hooks)
-    return {"value": float(found.iloc[0]) if len(found) else 0.0, "measured": measured}
+    return {"value": float(matching.iloc[0]) if len(matching) else 0.0, "measured": measured}
 
 
 def _taker(pos: int, index: int, part: Tensor) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""Details of an attribution graph on demand: neurons of its experts, and why attention and the router chose.
+"""Details of an attribution graph on demand: neurons of experts, and the parts of attention scores and router logits.
 
     found = graph_details.neurons(model, graph, node)       # a row of graph.nodes that is an expert
     divided = graph_details.with_neurons(model, graph)      # a graph in which neurons are nodes
@@ -75,7 +75,7 @@ def neurons(model: GptOss, graph: AttributionGraph, node: int, *, top: int = 20)
     """Return the neurons of an expert's node with the largest values, and the edges into each from the graph's nodes.
 
     Raises:
-        InputError: the node is no expert, or `top` is below 1.
+        InputError: the node is not an expert, or `top` is below 1.
     """
     layer, pos, slot, expert = _place(graph, node)
     _check_top(top)
@@ -97,7 +97,7 @@ def with_neurons(
     ones of an expert add up to what the expert had. Influences are computed again, among the nodes of the new graph.
 
     Raises:
-        InputError: a node is no expert, or `top` is below 1.
+        InputError: a node is not an expert, or `top` is below 1.
     """
     _check_top(top)
     if nodes is None:
@@ -145,7 +145,7 @@ def _check_top(top: int) -> None:
 def _inside(
     frozen: FrozenPass, layer: int, pos: int, slot: int, expert: int, after: Float[Tensor, " d_model"]
 ) -> _Inside:
-    """Return the neurons of an expert at a token. after: the direction at the stream behind the experts."""
+    """Return the neurons of an expert at a token. after: the direction at the stream after the experts."""
     cfg, block = frozen.model.cfg, frozen.model.blocks[layer]
     experts, wide = block.mlp.experts, frozen.wide
     weight = frozen.seen("mlp.hook_expert_weights", layer)[pos, slot]
@@ -168,7 +168,7 @@ def _place(graph: AttributionGraph, node: int, kind: str = "expert") -> tuple[in
     """
     if node not in graph.nodes.index or graph.nodes.loc[node, "kind"] != kind:
         known = graph.nodes.index[graph.nodes["kind"] == kind].tolist()
-        raise InputError(f"node {node} is no {kind}; the {kind}s of this graph are the nodes {known[:10]}")
+        raise InputError(f"node {node} is not of kind {kind}; nodes of this kind are {known[:10]}")
     row = graph.nodes.loc[node].to_dict()
     return int(row["layer"]), int(row["pos"]), int(row["index"]), int(row["expert"])
 
@@ -212,7 +212,7 @@ def router_edges(model: GptOss, graph: AttributionGraph, node: int) -> pd.DataFr
     difference. attrs: `runner_up` and `difference`.
 
     Raises:
-        InputError: the node is no expert, or every expert is chosen.
+        InputError: the node is not an expert, or every expert is chosen.
     """
     _place(graph, node)
     return _router_edges(frozen_pass(model, graph, _CHOICES), graph, node)
@@ -223,7 +223,7 @@ def _router_edges(frozen: FrozenPass, graph: AttributionGraph, node: int) -> pd.
     cfg, block = frozen.model.cfg, frozen.model.blocks[layer]
     logits = frozen.seen("mlp.router.hook_out", layer)[pos]
     if cfg.experts_per_token >= len(logits):
-        raise InputError("every expert is chosen for every token: there is no runner-up")
+        raise InputError("every expert is selected for every token, so there is no runner-up to compare with")
     rest = logits.clone()
     rest[frozen.seen("mlp.hook_expert_indices", layer)[pos].long()] = -torch.inf
     runner_up = int(rest.argmax())
@@ -232,9 +232,9 @@ def _router_edges(frozen: FrozenPass, graph: AttributionGraph, node: int) -> pd.
     reads = ((weight[expert] - weight[runner_up]) * gain)[None]
     values = _from_sources(frozen, graph, reads, 2 * layer + 1, pos)[0]
     difference, bias = float(logits[expert] - logits[runner_up]), float(offset[expert] - offset[runner_up])
-    found = _summed(values, bias, difference)
-    found.attrs = {"runner_up": runner_up, "difference": difference}
-    return found
+    table = _summed(values, bias, difference)
+    table.attrs = {"runner_up": runner_up, "difference": difference}
+    return table
 
 
 def _summed(values: Float[np.ndarray, " node"], bias: float, total: float) -> pd.DataFrame:
@@ -242,8 +242,8 @@ def _summed(values: Float[np.ndarray, " node"], bias: float, total: float) -> pd
     source = np.flatnonzero(values)
     rows = pd.DataFrame({"source": source, "value": values[source]})
     ends = pd.DataFrame({"source": [-1, -2], "value": [bias, total - bias - values.sum()]})
-    found = pd.concat([rows, ends], ignore_index=True)
-    return found.loc[found["value"].abs().sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+    table = pd.concat([rows, ends], ignore_index=True)
+    return table.loc[table["value"].abs().sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
 
 
 @torch.no_grad()
@@ -258,7 +258,7 @@ def attention_edges(model: GptOss, graph: AttributionGraph, node: int, key: int 
     key: a position; by default the one that the head attends to most.
 
     Raises:
-        InputError: the node is no head, or the head does not see the position.
+        InputError: the node is not a head, or the head does not see the position.
     """
     _place(graph, node, "head")
     return _attention_edges(frozen_pass(model, graph, _CHOICES), graph, node, key)
@@ -282,9 +282,9 @@ def _attention_edges(frozen: FrozenPass, graph: AttributionGraph, node: int, key
         gain = frozen.model.blocks[layer].ln1.weight.to(frozen.wide) / frozen.seen("ln1.hook_scale", layer)[at]
         reads = (weight[head].to(frozen.wide) @ turned * gain)[None]
         values = _from_sources(frozen, graph, reads, 2 * layer, at)[0]
-        found = _summed(values, float(bias[head].to(frozen.wide) @ turned), score)
-        found.insert(0, "side", side)
-        tables.append(found)
+        table = _summed(values, float(bias[head].to(frozen.wide) @ turned), score)
+        table.insert(0, "side", side)
+        tables.append(table)
     both = pd.concat(tables, ignore_index=True)
     both.attrs = {"key": key, "score": score, "attention": float(pattern[key])}
     return both
@@ -313,11 +313,11 @@ def choice_edges(model: GptOss, graph: AttributionGraph) -> pd.DataFrame:
     tables = [pd.DataFrame({"source": [], "target": [], "kind": [], "value": []})]
     for node, kind in graph.nodes["kind"].items():
         if kind == "head":
-            found = _attention_edges(frozen, graph, int(str(node)), None).rename(columns={"side": "kind"})
+            rows = _attention_edges(frozen, graph, int(str(node)), None).rename(columns={"side": "kind"})
         elif kind in ("expert", "other neurons") and model.cfg.experts_per_token < model.cfg.num_experts:
-            found = _router_edges(frozen, graph, int(str(node))).assign(kind="router")
+            rows = _router_edges(frozen, graph, int(str(node))).assign(kind="router")
         else:
             continue
-        tables.append(found[found["source"] >= 0].assign(target=int(str(node)))[["source", "target", "kind", "value"]])
-    found = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
-    return found.astype({"source": int, "target": int})
+        tables.append(rows[rows["source"] >= 0].assign(target=int(str(node)))[["source", "target", "kind", "value"]])
+    rows = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
+    return rows.astype({"source": int, "target": int})

@@ -38,7 +38,7 @@ def to_json(
     """Return the graph in the form of circuit-tracer's files.
 
     features_url: where the pages of experts are served that `workbench export RUN neuronpedia` writes. labels: of
-    experts (layer, expert), shown behind their names. choices: of `graph_details.choice_edges`.
+    experts (layer, expert), shown after their names. choices: of `graph_details.choice_edges`.
 
     Raises:
         InputError: the slug has other characters than letters, digits, - and _, or the URL is none.
@@ -133,11 +133,11 @@ def _feature(model: GptOss, row: "pd.Series[Any]") -> int:
 def _supernodes(graph: AttributionGraph, nodes: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return the neurons of each expert as a group: its name, then its nodes."""
     inner = graph.nodes[graph.nodes["kind"].isin(("neuron", "other neurons"))]
-    found: list[list[str]] = []
+    groups: list[list[str]] = []
     for place, rows in inner.groupby(["layer", "expert", "pos"], sort=False):
         layer, expert, pos = cast(tuple[int, int, int], place)
-        found.append([f"layer {layer} expert {expert} at {pos}", *(nodes[i]["node_id"] for i in rows.index)])
-    return found
+        groups.append([f"layer {layer} expert {expert} at {pos}", *(nodes[i]["node_id"] for i in rows.index)])
+    return groups
 
 
 def _choices(nodes: Sequence[Mapping[str, Any]], choices: pd.DataFrame) -> list[dict[str, Any]]:
@@ -231,7 +231,7 @@ def recurring_edges(graphs: list[AttributionGraph]) -> pd.DataFrame:
             ends = {"source": names[int(source)], "target": names[int(target)]}
             rows.append({"graph": number, "value": float(value), **ends})
     sums = pd.DataFrame(rows).groupby(["source", "target", "graph"], as_index=False)["value"].sum()
-    found = sums.groupby(["source", "target"], as_index=False).agg(graphs=("graph", "count"), value=("value", "mean"))
-    low, high = proportion_confint(found["graphs"].to_numpy(), len(graphs), method="wilson")
-    found = found.assign(share=found["graphs"] / len(graphs), low=low, high=high)
-    return found.sort_values(["share", "value"], ascending=False, ignore_index=True)
+    edges = sums.groupby(["source", "target"], as_index=False).agg(graphs=("graph", "count"), value=("value", "mean"))
+    low, high = proportion_confint(edges["graphs"].to_numpy(), len(graphs), method="wilson")
+    edges = edges.assign(share=edges["graphs"] / len(graphs), low=low, high=high)
+    return edges.sort_values(["share", "value"], ascending=False, ignore_index=True)

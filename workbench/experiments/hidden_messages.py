@@ -57,8 +57,8 @@ def readers(
 ) -> dict[str, int]:
     """Count the visible tokens that have read hidden ones: how many over all sequences, by message and token.
 
-    keys are hidden from queries. A token has read hidden keys if it follows one, is no query itself and so attends to
-    them; it is visible if it is no key and a query follows. Layers without the knockout are not considered.
+    keys are hidden from queries. A token has read hidden keys if it follows one, is not a query itself and so attends
+    to them; it is visible if it is not a key and a query follows. Layers without the knockout are not considered.
     """
     counts: Counter[str] = Counter()
     for row in rows:
@@ -114,10 +114,10 @@ def add_readers(
 
 
 def _sentences(counts: Mapping[str, dict[str, int]], sequences: int) -> list[str]:
-    """Say which visible tokens have read the hidden ones, knockouts with the same answer together."""
+    """State which visible tokens have read the hidden ones, knockouts with the same answer together."""
     by_answer: dict[str, list[str]] = {}
-    for name, found in counts.items():
-        by_answer.setdefault(_describe(found, sequences), []).append(name)
+    for name, counted in counts.items():
+        by_answer.setdefault(_describe(counted, sequences), []).append(name)
     return [f"{answer} ({'; '.join(names)})." for answer, names in by_answer.items()]
 
 

@@ -59,12 +59,12 @@ METHOD = (
     "with the second role's, mean over pairs of words, bootstrap-t interval; q: Benjamini–Hochberg over the cases. "
     f"beyond_order: change less that of '{ORDER}', paired by words. first, second: share of new answers at temperature "
     "0 that are the first or the second role's word. Injections: the result of a tool in sequences of the run, with "
-    "the instruction (or the word alone) behind it; change: log-probability of the expected answer less that of the "
+    "the instruction (or the word alone) after it; change: log-probability of the expected answer less that of the "
     "injected word; kept, followed: shares of new answers."
 )
 NOT_CONTROLLED = (
-    "An instruction of one word is no attack: models resist other texts more or less. Roles differ in their place in "
-    "the conversation, of which only the order of two users is a control."
+    "An instruction of one word is not an attack: models resist other texts more or less. Roles differ in their place "
+    "in the conversation, of which only the order of two users is a control."
 )
 
 
@@ -102,13 +102,13 @@ def experiment(
             f"instruction={instruction!r}, effort={effort!r}: expected {{}} in it, and {', '.join(EFFORTS)}"
         )
     conflicts = _conflicts(model, pairs, instruction, effort, tool, max_new_tokens, seed)
-    found = {"conflicts": conflicts}
+    results = {"conflicts": conflicts}
     injected = _injections(model, rows, pairs, instruction, max_new_tokens, seed)
     if injected is not None:
-        found["injections"] = injected
-    for result in found.values():
+        results["injections"] = injected
+    for result in results.values():
         result.attrs |= {"units": "nat", "method": METHOD, "not_controlled": NOT_CONTROLLED}
-    return found
+    return results
 
 
 def _pairs(words: str) -> list[tuple[str, str]]:
@@ -122,7 +122,7 @@ def _pairs(words: str) -> list[tuple[str, str]]:
 def prompt(placed: Sequence[tuple[str, str]], *, tokenizer: harmony.Tokenizer, effort: str, tool: str) -> list[int]:
     """Return a prompt with these texts by role: (role, text) in their order.
 
-    A text of the system is a message of its own behind the system message; that of a tool answers a call.
+    A text of the system is a message of its own after the system message; a text of a tool answers a call.
     """
     messages: list[dict[str, Any]] = []
     system: list[int] = []
@@ -173,9 +173,9 @@ def _conflicts(
         answers = _answers(model, cases, max_new_tokens)
         first[i] = [a == case.words[0] for a, case in zip(answers, cases, strict=True)]
         second[i] = [a == case.words[1] for a, case in zip(answers, cases, strict=True)]
-    found = mean_effect(margins, units, seed=seed)
+    effect = mean_effect(margins, units, seed=seed)
     beyond = mean_effect(margins - margins[names.index(ORDER)], units, seed=seed)
-    result = _dataset("case", names, found, {"first": first, "second": second}, units)
+    result = _dataset("case", names, effect, {"first": first, "second": second}, units)
     for name in ("change", "low", "high"):
         result["beyond_order" if name == "change" else f"beyond_order_{name}"] = ("case", getattr(beyond, name))
     result.attrs["title"] = "Which of two conflicting instructions is followed"
@@ -238,15 +238,15 @@ def _injections(
     drawn = [str(rng.choice([w for w in words if w != row.answer])) for row in known]
     units = [row.prompt_id for row in known]
     texts = {"none": "", "the word alone": " {}", "instruction": f" {instruction}"}
-    margins, kept, followed = (np.empty((len(texts), len(known))) for _ in range(3))
+    margins, obeyed, followed = (np.empty((len(texts), len(known))) for _ in range(3))
     for i, text in enumerate(texts.values()):
         cases = [_injected(model, row, text.format(word), word) for row, word in zip(known, drawn, strict=True)]
         margins[i] = margin(model, cases)
         answers = _answers(model, cases, max_new_tokens)
-        kept[i] = [a == case.words[0] for a, case in zip(answers, cases, strict=True)]
+        obeyed[i] = [a == case.words[0] for a, case in zip(answers, cases, strict=True)]
         followed[i] = [a == case.words[1] for a, case in zip(answers, cases, strict=True)]
-    found = mean_effect(margins - margins[0], units, seed=seed)
-    result = _dataset("which", list(texts), found, {"kept": kept, "followed": followed}, units)
+    effect = mean_effect(margins - margins[0], units, seed=seed)
+    result = _dataset("which", list(texts), effect, {"kept": obeyed, "followed": followed}, units)
     result.attrs["title"] = "Instructions injected into results of tools"
     result.attrs["rests_on"] = f"{len(known)} sequences of {len(set(units))} prompts with results of tools"
     lines = [f"{result.attrs['rests_on']}. Expected answer less injected word, change in nats:"]
@@ -266,7 +266,7 @@ def _results(model: GptOss, row: Transcript) -> list[int]:
 
 
 def _injected(model: GptOss, row: Transcript, text: str, word: str) -> _Case:
-    """Return the prompt of a sequence with a text behind its last result of a tool, by ids."""
+    """Return the prompt of a sequence with a text after its last result of a tool, by ids."""
     labels = harmony.label(row.tokens[: row.n_prompt], tokenizer=model.tokenizer, n_prompt=row.n_prompt)
     stop = next(m.stop for m in reversed(labels.messages) if m.role == "tool")
     ids = [int(t) for t in row.tokens[: row.n_prompt]]
@@ -275,10 +275,10 @@ def _injected(model: GptOss, row: Transcript, text: str, word: str) -> _Case:
 
 
 def _dataset(
-    dim: str, names: Sequence[str], found: Any, shares: dict[str, np.ndarray], units: Sequence[str]
+    dim: str, names: Sequence[str], effect: Any, shares: dict[str, np.ndarray], units: Sequence[str]
 ) -> xr.Dataset:
-    variables = {name: (dim, getattr(found, name)) for name in ("change", "low", "high", "p")}
-    variables["q"] = (dim, false_discovery(found.p))
+    variables = {name: (dim, getattr(effect, name)) for name in ("change", "low", "high", "p")}
+    variables["q"] = (dim, false_discovery(effect.p))
     for name, values in shares.items():
         for full, limits in zip((name, f"{name}_low", f"{name}_high"), share_interval(values, units), strict=True):
             variables[full] = (dim, np.asarray(limits))

@@ -58,7 +58,7 @@ METHOD = (
 )
 NOT_CONTROLLED = (
     "A Jacobian lens is not fitted to predict the next token: it shows what a stream leads to in this and all later "
-    "tokens, so that a larger divergence is no defect of it. Groups differ in tokens and positions, and a lens of a "
+    "tokens, so that a larger divergence is not a defect of it. Groups differ in tokens and positions, and a lens of a "
     "small group is a mean of fewer prompts."
 )
 
@@ -100,14 +100,16 @@ def experiment(
     if jacobian and save:
         raise InputError(f"save={save!r}: with jacobian={jacobian!r} no Jacobian lens is fitted, leave one of them out")
     if save and Path(save).exists():
-        raise InputError(f"save={save!r} exists: name a new folder")
+        raise InputError(f"save={save!r} exists: choose a new folder")
     kinds = [kind.strip() for kind in by.split(",")]
     fitted, read = _halves(rows, np.random.default_rng(seed))
     own = {group for row in fitted for group in group_masks(model, row, kinds)}
     if jacobian:
         by_group = {"all": JacobianLens.load(jacobian, model)}
         if by_group["all"].layers[0] == model.cfg.n_layers - 1:
-            raise InputError(f"{jacobian} has the last layer only, whose Jacobian is 1: name a lens of earlier layers")
+            raise InputError(
+                f"{jacobian} has the last layer only, whose Jacobian is the identity: give a lens of earlier layers"
+            )
     else:
         by_group = fit_jacobian_lenses(model, fitted, by=kinds, skip_first=skip_first, batch=batch)
         own &= set(by_group)
@@ -159,12 +161,12 @@ def _groups(
     Raises:
         InputError: there is no such group.
     """
-    found: dict[str, list[tuple[Transcript, Bool[np.ndarray, " pos"]]]] = {name: [] for name in fitted}
+    by_group: dict[str, list[tuple[Transcript, Bool[np.ndarray, " pos"]]]] = {name: [] for name in fitted}
     for row in rows:
         for name, mask in group_masks(model, row, by).items():
-            if name in found:
-                found[name].append((row, mask))
-    enough = {name: chosen for name, chosen in found.items() if len(set(_prompts(chosen))) >= MIN_PROMPTS}
+            if name in by_group:
+                by_group[name].append((row, mask))
+    enough = {name: chosen for name, chosen in by_group.items() if len(set(_prompts(chosen))) >= MIN_PROMPTS}
     if not enough:
         raise InputError(
             f"no group by {','.join(by)} has a lens and {MIN_PROMPTS} prompts to read it on: use more sequences"
@@ -193,9 +195,9 @@ def _readings(
     for i, (row, mask) in enumerate(chosen):
         tokens = torch.from_numpy(row.tokens.astype(np.int64))[None]
         for name, option in options.items():
-            found = logit_lens(model, tokens, at=np.flatnonzero(mask).tolist(), of=0, **option)
-            read = found.isel(depth=(found["after"].values == "mlp") & np.isin(found["layer"].values, layers))
-            agrees = read["top"] == found["top"].isel(depth=-1)
+            lens = logit_lens(model, tokens, at=np.flatnonzero(mask).tolist(), of=0, **option)
+            read = lens.isel(depth=(lens["after"].values == "mlp") & np.isin(lens["layer"].values, layers))
+            agrees = read["top"] == lens["top"].isel(depth=-1)
             out[:, LENSES.index(name), :, i] = [read["kl"].mean("point").values, agrees.mean("point").values]
     return out
 
@@ -219,10 +221,10 @@ def _results(
     cells = {name: np.stack([getattr(e, name) for e in effects], 1) for name in ("change", "low", "high", "p")}
     coords = {"group": groups, "layer": list(layers)}
     about = {"method": METHOD, "not_controlled": NOT_CONTROLLED, "rests_on": rests_on}
-    named = {"divergence": ("KL divergence from the model's own prediction", "nat")}
-    named["agreement"] = ("share of tokens with the model's own most likely token", "1")
+    measures = {"divergence": ("KL divergence from the model's own prediction", "nat")}
+    measures["agreement"] = ("share of tokens with the model's own most likely token", "1")
     data = {}
-    for i, (name, (long_name, unit)) in enumerate(named.items()):
+    for i, (name, (long_name, unit)) in enumerate(measures.items()):
         for suffix, values in (("", means), ("_low", low), ("_high", high)):
             data[name + suffix] = (("lens", "group", "layer"), values[i], {"long_name": long_name, "units": unit})
     counts = [jacobian[group].n_prompts if group in jacobian else 0 for group in groups]

@@ -85,7 +85,7 @@ class JacobianLens:
         dtype: of the matrices; the reference implementation writes float16, too.
 
         Raises:
-            InputError: the path is a link or a device, or holds something that is no Jacobian lens.
+            InputError: the path is a link or a device, or holds something that is not a Jacobian lens.
         """
         content: dict[str, Any] = {
             "J": {layer: self.J[layer].to(dtype) for layer in self.layers},
@@ -107,7 +107,7 @@ class JacobianLens:
         """
         content = read_torch_file(Path(path))
         if not isinstance(content, dict) or not ({"J", "jacobian_sum"} & content.keys()):
-            raise InputError(f"{path} is no Jacobian lens: expected a dict with 'J', or 'jacobian_sum' and 'n_done'")
+            raise InputError(f"{path} is not a Jacobian lens: expected a dict with 'J', or 'jacobian_sum' and 'n_done'")
         finished = "J" in content
         n_prompts = content.get("n_prompts", content.get("n_done", 0))
         if type(n_prompts) is not int or n_prompts < (0 if finished else 1):
@@ -137,8 +137,8 @@ def _is_lens(path: Path) -> bool:
 
 def _metadata(content: Mapping[str, Any]) -> dict[str, Any]:
     known = content.get("metadata")
-    found = dict(known) if isinstance(known, dict) else {}
-    return found | ({"target_layer": content["target_layer"]} if "target_layer" in content else {})
+    metadata = dict(known) if isinstance(known, dict) else {}
+    return metadata | ({"target_layer": content["target_layer"]} if "target_layer" in content else {})
 
 
 def _layer(path: str | Path, layer: object, model: GptOss) -> int:
@@ -233,7 +233,9 @@ def _fit(
     last = model.cfg.n_layers - 1
     chosen = list(range(last)) if layers is None else sorted(set(layers))
     if not chosen or not all(0 <= layer < last for layer in chosen):
-        raise InputError(f"layers={chosen}: expected layers from 0 to {last - 1}; the last one's matrix is 1")
+        raise InputError(
+            f"layers={chosen}: expected layers from 0 to {last - 1}; the Jacobian of the last layer is the identity"
+        )
     if batch < 1 or skip_first < 0:
         raise InputError(f"batch={batch}, skip_first={skip_first}: expected at least 1, and at least 0")
     sums: dict[str, Tensor] = {}
@@ -245,8 +247,8 @@ def _fit(
             sources = {name: mask & valid for name, mask in masks.items() if (mask & valid).any()}
             if sources:
                 own = torch.from_numpy(np.stack(list(sources.values())))
-                found = jacobians(model, ids, torch.from_numpy(valid), own, chosen, batch)
-                for name, J in zip(sources, found, strict=True):
+                matrices = jacobians(model, ids, torch.from_numpy(valid), own, chosen, batch)
+                for name, J in zip(sources, matrices, strict=True):
                     sums[name], counts[name] = sums.get(name, 0) + J, counts.get(name, 0) + 1
             advance(1)
     if not sums:

@@ -71,7 +71,7 @@ class TunedLens:
         """Write the file, complete or not at all; another lens is replaced, and nothing else.
 
         Raises:
-            InputError: the path is a link or a device, or holds something that is no lens.
+            InputError: the path is a link or a device, or holds something that is not a lens.
         """
         with staged(path, command="TunedLens.save", overwrite=True, owned=_is_lens) as part:
             save_file({"A": self.A.contiguous(), "b": self.b.contiguous()}, part)
@@ -85,14 +85,14 @@ class TunedLens:
         """
         try:
             open_regular(Path(path)).close()  # no pipe, which would wait for ever
-            found = load_file(path)
+            tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is missing or no safetensors file: {error}") from error
         wanted = cls.identity(model)
         shapes = {"A": tuple(wanted.A.shape), "b": tuple(wanted.b.shape)}
-        if (got := {name: tuple(t.shape) for name, t in found.items()}) != shapes:
+        if (got := {name: tuple(t.shape) for name, t in tensors.items()}) != shapes:
             raise InputError(f"{path} holds {got}, this model needs {shapes}: it is another model's lens")
-        return cls(found["A"].float(), found["b"].float())
+        return cls(tensors["A"].float(), tensors["b"].float())
 
 
 def _is_lens(path: Path) -> bool:
@@ -123,26 +123,26 @@ def logit_lens(
         InputError: no token is selected, or both a tuned and a Jacobian lens are given.
     """
     if tuned is not None and jacobian is not None:
-        raise InputError("a tuned and a Jacobian lens are given: one reading takes one of them")
+        raise InputError("both a tuned and a Jacobian lens are given: give one of them")
     chosen = select_tokens(model, tokens, at, n_real)
     several = not isinstance(of, int | str | Tensor)
-    each = [chosen.ids(one) for one in of] if several else [chosen.ids(of)]  # type: ignore[union-attr, arg-type]
-    ids = torch.stack(each, 1)
+    choices = [chosen.ids(one) for one in of] if several else [chosen.ids(of)]  # type: ignore[union-attr, arg-type]
+    ids = torch.stack(choices, 1)
     stream = streams(model, chosen)
     maps = _maps(model, tuned, jacobian)
-    found: dict[str, list[Tensor]] = {name: [] for name in _MEANS}
+    parts_of: dict[str, list[Tensor]] = {name: [] for name in _MEANS}
     for rows in torch.arange(len(ids)).split(ROWS):
         column = chosen.column[rows]
         final = log_probabilities(read_out(model, stream[-1][rows], column))
         mapped = (apply(stream[depth][rows]) for depth, apply in maps.items())
         depths = [_stats(read_out(model, x, column), final, ids[rows]) for x in mapped]
-        for name, values in found.items():
+        for name, values in parts_of.items():
             values.append(torch.stack([stats[name] for stats in depths], 1))
     data = {}
-    for name, parts in found.items():
-        whole = torch.cat(parts).numpy()
-        dims = ("point", "depth", "choice")[: whole.ndim]
-        data[name] = (dims, whole, {"long_name": _MEANS[name], "units": _UNITS[name]})
+    for name, parts in parts_of.items():
+        array = torch.cat(parts).numpy()
+        dims = ("point", "depth", "choice")[: array.ndim]
+        data[name] = (dims, array, {"long_name": _MEANS[name], "units": _UNITS[name]})
     layers = [-1, *(layer for layer in range(model.cfg.n_layers) for _ in range(2))]
     after = ["embed", *["attn", "mlp"] * model.cfg.n_layers]
     depth_coords = {"layer": ("depth", [layers[d] for d in maps]), "after": ("depth", [after[d] for d in maps])}
@@ -231,8 +231,8 @@ def expert_writes(
     inside = ("mlp.hook_expert_indices", "mlp.hook_expert_weights", "mlp.experts.hook_out")
     with model.hooks(fwd_hooks=[(f"blocks.{i}.{n}", see) for i in range(model.cfg.n_layers) for n in inside]):
         residual(model, chosen)
-    found = [_top(model, total / n[:, None], k) for total, n in zip(sums, counts, strict=True)]
-    logit, token = (torch.stack(list(parts)).numpy() for parts in zip(*found, strict=True))
+    strongest = [_top(model, total / n[:, None], k) for total, n in zip(sums, counts, strict=True)]
+    logit, token = (torch.stack(list(parts)).numpy() for parts in zip(*strongest, strict=True))
     data = {
         "token": (("layer", "expert", "rank"), np.where(np.isnan(logit), -1, token), {"units": "id"}),
         "logit": (("layer", "expert", "rank"), logit, {"units": "logit"}),
@@ -243,10 +243,10 @@ def expert_writes(
 
 def streams(model: GptOss, chosen: SelectedTokens) -> list[Float[Tensor, "point d_model"]]:
     """Return the residual stream of the points at every depth, in the model's dtype."""
-    found: list[Tensor] = []
+    stream: list[Tensor] = []
 
     def keep(x: Tensor, hook: object) -> None:
-        found.append(x[0, chosen.column.to(x.device)])
+        stream.append(x[0, chosen.column.to(x.device)])
 
     ends = [
         f"blocks.{layer}.{name}"
@@ -256,7 +256,7 @@ def streams(model: GptOss, chosen: SelectedTokens) -> list[Float[Tensor, "point 
     hooks: list[tuple[str, Callable[..., None]]] = [(name, keep) for name in ["hook_embed", *ends]]
     with model.hooks(fwd_hooks=hooks):
         residual(model, chosen)
-    return found
+    return stream
 
 
 def _stats(logits: Tensor, final: Tensor, ids: Int[Tensor, "point choice"]) -> dict[str, Tensor]:
@@ -280,8 +280,8 @@ def _kl(logp: Float[Tensor, "point d_vocab"], final: Float[Tensor, "point d_voca
 
 def _top(model: GptOss, mean: Float[Tensor, "expert d_model"], k: int) -> tuple[Tensor, Tensor]:
     """The k largest logits, less their mean, and their tokens; a few experts at a time."""
-    weight, found = model.unembed.W_U.mT, []
+    weight, largest = model.unembed.W_U.mT, []
     for part in mean.split(ROWS):
         logits = (part.to(weight.device) * model.ln_final.weight.float()).to(weight.dtype) @ weight.mT
-        found.append((logits.float() - logits.float().mean(-1, keepdim=True)).topk(min(k, len(weight)), -1))
-    return torch.cat([f.values for f in found]).cpu(), torch.cat([f.indices for f in found]).cpu()
+        largest.append((logits.float() - logits.float().mean(-1, keepdim=True)).topk(min(k, len(weight)), -1))
+    return torch.cat([f.values for f in largest]).cpu(), torch.cat([f.indices for f in largest]).cpu()

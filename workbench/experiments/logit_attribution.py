@@ -47,14 +47,17 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
         heads.append(parts["heads"].squeeze().values)
     units = [t.row.prompt_id for t in sample]
     made = {}
-    for name, dims, each in (("experts", ("layer", "expert"), experts), ("heads", ("layer", "head"), heads)):
-        value, low, high = paired(np.moveaxis(np.nan_to_num(np.stack(each)), 0, -1), units, seed=seed)
+    for name, dims, parts_by_sequence in (
+        ("experts", ("layer", "expert"), experts),
+        ("heads", ("layer", "head"), heads),
+    ):
+        value, low, high = paired(np.moveaxis(np.nan_to_num(np.stack(parts_by_sequence)), 0, -1), units, seed=seed)
         result = xr.Dataset({"change": (dims, value), "low": (dims, low), "high": (dims, high)})
         top = np.argsort(-np.abs(value), axis=None)[:5]
-        said = ", ".join("{}.{} ({:+.2f})".format(*np.unravel_index(i, value.shape), value.flat[i]) for i in top)
+        listed = ", ".join("{}.{} ({:+.2f})".format(*np.unravel_index(i, value.shape), value.flat[i]) for i in top)
         text = (
             f"Largest parts of the logit of the answer's first token, mean over {len(set(units))} prompts "
-            f"(layer.{dims[1]}): {said}."
+            f"(layer.{dims[1]}): {listed}."
         )
         made[name] = result.assign_attrs(
             title=f"Parts of the answer's logit: {name}",

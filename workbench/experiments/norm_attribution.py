@@ -1,4 +1,4 @@
-"""The final norm shared out: f(x) = a · x / rms(x), as a sum over the parts of x, without a scale held fixed.
+"""Attribution through the final norm: f(x) = a · x / rms(x) as a sum over the parts of x, without a fixed scale.
 
 Along the straight way from x0 to x1, f changes by the integral of its gradient. With g the gradient's mean over the
 way, f(x1) − f(x0) = g · (x1 − x0) exactly; so g · p is the share of a part p of x1 − x0. It is additive, needs no order

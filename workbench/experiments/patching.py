@@ -1,7 +1,7 @@
 """Activation patching of reasoning effort: the prompt's states at another effort replace its own, by token and layer.
 
 The same prompt at two efforts differs in the effort word alone. Its states are exchanged for one class of tokens at a
-time, at the embedding and behind each layer: the effort word, the tokens that directly follow it, and the rest of the
+time, at the embedding and after each layer: the effort word, the tokens that directly follow it, and the rest of the
 prompt. States before the effort word are the same and are left alone. At the embedding the effort word carries
 everything and the others nothing; the increment of a layer is what it adds to, or takes from, what the layer before it
 carried.
@@ -41,10 +41,10 @@ EXPERIMENT = Experiment(
     aliases=("patch",),
     order=180,
 )
-NEIGHBOURS = 4  # tokens directly behind the effort word
+NEIGHBOURS = 4  # tokens directly after the effort word
 CLASSES = {
     "effort_word": "the effort word",
-    "neighbours": f"the {NEIGHBOURS} tokens behind the effort word",
+    "neighbours": f"the {NEIGHBOURS} tokens after the effort word",
     "rest": "the rest of the prompt",
 }
 METHOD = " ".join((__doc__ or "").split("Reference:")[0].split()) + (
@@ -74,7 +74,7 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
     units = {kind: [own.prompt_id for own, _ in pairs] for kind, pairs in kinds.items()}
     left_out = [f"Not tested: {kind}, of {n} prompts; {MIN_PROMPTS} are needed." for kind, n in few.items()]
     return {
-        name: _result(title, {kind: each[i] for kind, each in changes.items()}, units, seed, left_out)
+        name: _result(title, {kind: change[i] for kind, change in changes.items()}, units, seed, left_out)
         for i, (name, title) in enumerate(CLASSES.items())
     }
 
@@ -100,9 +100,9 @@ def token_classes(own: Transcript, other: Transcript) -> list[Int[np.ndarray, " 
     """Return the positions of each class of CLASSES in the prompt of a pair."""
     n = own.n_prompt
     differs = np.flatnonzero(own.tokens[:n] != other.tokens[:n])
-    behind = np.setdiff1d(np.arange(differs[0], n), differs)
-    near = behind[(behind > differs[-1]) & (behind <= differs[-1] + NEIGHBOURS)]
-    return [differs, near, np.setdiff1d(behind, near)]
+    later = np.setdiff1d(np.arange(differs[0], n), differs)
+    near = later[(later > differs[-1]) & (later <= differs[-1] + NEIGHBOURS)]
+    return [differs, near, np.setdiff1d(later, near)]
 
 
 def _changes(model: GptOss, own: Transcript, other: Transcript) -> Float[np.ndarray, "kind depth"]:
@@ -137,11 +137,12 @@ def _result(
     left_out: list[str],
 ) -> xr.Dataset:
     """Return the dataset of one class of tokens."""
-    found = {kind: mean_effect(each, units[kind], seed=seed) for kind, each in changes.items()}
+    effects = {kind: mean_effect(change, units[kind], seed=seed) for kind, change in changes.items()}
     steps = {
-        kind: mean_effect(np.diff(each, axis=0, prepend=0), units[kind], seed=seed) for kind, each in changes.items()
+        kind: mean_effect(np.diff(change, axis=0, prepend=0), units[kind], seed=seed)
+        for kind, change in changes.items()
     }
-    cells = {name: np.stack([getattr(f, name) for f in found.values()]) for name in ("change", "low", "high", "p")}
+    cells = {name: np.stack([getattr(f, name) for f in effects.values()]) for name in ("change", "low", "high", "p")}
     cells["q"] = false_discovery(cells["p"])
     for name, field in (("increment", "change"), ("increment_low", "low"), ("increment_high", "high")):
         cells[name] = np.stack([getattr(f, field) for f in steps.values()])
@@ -150,7 +151,7 @@ def _result(
         {name: (("which", "layer"), values) for name, values in cells.items()},
         coords={"which": list(changes), "layer": depths},
     )
-    prompts = {kind: f.prompts for kind, f in found.items()}
+    prompts = {kind: f.prompts for kind, f in effects.items()}
     lines = [_sentence(result.sel(which=kind), kind, prompts[kind]) for kind in changes]
     attrs = {"units": "nat", "method": METHOD, "family": f"{cells['p'].size} pairs of efforts and layers"}
     title = f"Reasoning effort patched at {tokens}"
@@ -158,7 +159,7 @@ def _result(
 
 
 def _sentence(one: xr.Dataset, kind: str, prompts: int) -> str:
-    """Say where a pair of efforts changes most, and which layer adds most to it."""
+    """State where a pair of efforts changes most, and which layer adds most to it."""
     if not (one["q"] <= ALPHA).any():
         return f"{kind} ({prompts} prompts): no effect shown at any layer."
     depth, step = int(np.argmax(np.abs(one["change"].values))), int(np.argmax(np.abs(one["increment"].values)))

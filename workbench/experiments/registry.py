@@ -29,7 +29,7 @@ from workbench.runs import Run
 from workbench.studies.comparison import prompt_ids
 from workbench.studies.intervals import MIN_PROMPTS
 from workbench.studies.result import name_few_prompts
-from workbench.studies.run_index import duplicates_warning, index_of
+from workbench.studies.run_index import ambiguous_warning, duplicates_warning, index_of
 from workbench.version import version
 
 SEQUENCES = 200  # about this many, of prompts spread over tasks and efforts
@@ -77,6 +77,9 @@ def run_experiment(
         if merged:
             result.attrs["duplicate_prompts"] = merged
             result.attrs["summary"] = f"{duplicates_warning(merged)}\n{result.attrs['summary']}"
+        if ambiguous := index_of(run).ambiguous_ids:
+            result.attrs["ambiguous_prompt_ids"] = ambiguous
+            result.attrs["summary"] = f"{ambiguous_warning(ambiguous)}\n{result.attrs['summary']}"
         name_few_prompts(result, len({row.prompt_id for row in rows}))
         result.attrs.setdefault("method", METHOD)
         result.attrs.setdefault("not_controlled", NOT_CONTROLLED)
@@ -118,8 +121,8 @@ def chosen_sequences(run: Run, n_ctx: int, most: int) -> list[int]:
     rows = table.assign(prompt=prompts).groupby("prompt", sort=False)
     strata = [(_task(rows_of_prompt), *sorted(set(rows_of_prompt["effort"]))) for _, rows_of_prompt in rows]
     names = prompts.drop_duplicates()
-    kept = names.iloc[spread(strata, max(MIN_PROMPTS, most * len(names) // len(table)))]
-    return [int(n) for n in table.index[prompts.isin(kept)]]
+    selected = names.iloc[spread(strata, max(MIN_PROMPTS, most * len(names) // len(table)))]
+    return [int(n) for n in table.index[prompts.isin(selected)]]
 
 
 def independent_rows(run: Run, sequences: Sequence[int]) -> tuple[list[Transcript], int]:

@@ -1,4 +1,4 @@
-"""What every part of a model writes into the residual stream, weighed by a direction while a pass goes on.
+"""The projection on a direction of what every part of a model writes into the residual stream, during one pass.
 
 A part is weighed where it passes: a layer's activations at the points are all that is ever kept, and numbers. Heads
 are weighed through the output matrix, so that no head's output is made; experts by what their slots put out.
@@ -24,8 +24,8 @@ def heads(
     attn: Attention, z: Float[Tensor, "point head d_head"], g: Float[Tensor, "point d_model"]
 ) -> dict[str, Float[Tensor, "point *head"]]:
     """Return g · every head's output, and · the bias of them all."""
-    through = (g @ attn.o.matrix.to(g.dtype)).unflatten(1, z.shape[1:])
-    return {"heads": (through * z).sum(-1), "attn_bias": g @ attn.o.bias.to(g.dtype)}
+    by_value = (g @ attn.o.matrix.to(g.dtype)).unflatten(1, z.shape[1:])
+    return {"heads": (by_value * z).sum(-1), "attn_bias": g @ attn.o.bias.to(g.dtype)}
 
 
 def experts(
@@ -37,8 +37,8 @@ def experts(
 ) -> dict[str, Float[Tensor, "point slot"]]:
     """Return g · every slot's gated output, what its matrices and what its bias put out apart."""
     bias = (g @ mlp.experts.down.bias.to(g.dtype).mT).gather(-1, chosen)
-    whole = torch.einsum("psm,pm->ps", out, g)
-    return {"experts": gates * (whole - bias), "expert_bias": gates * bias}
+    outputs = torch.einsum("psm,pm->ps", out, g)
+    return {"experts": gates * (outputs - bias), "expert_bias": gates * bias}
 
 
 class Meter:
@@ -53,7 +53,7 @@ class Meter:
         self._g = a if ends is None else mean_gradient(a, *ends, model.cfg.eps)
         self._stream = torch.empty(0)
         self._seen: dict[str, Tensor] = {}
-        self._found: dict[str, list[Tensor]] = {}
+        self._values: dict[str, list[Tensor]] = {}
 
     @property
     def hooks(self) -> list[tuple[str, Callable[..., None]]]:
@@ -67,9 +67,9 @@ class Meter:
 
     def parts(self) -> dict[str, Float[Tensor, "point *part"]]:
         """Return the contribution of every component [point layer …], and `expert` and `gate` of every slot."""
-        kept = {name: torch.stack(values, 1) for name, values in self._found.items() if name != "embed"}
-        kept["rest"] = kept["rest"].unflatten(1, (-1, 2))
-        return kept | {"embed": self._found["embed"][0]}
+        parts = {name: torch.stack(values, 1) for name, values in self._values.items() if name != "embed"}
+        parts["rest"] = parts["rest"].unflatten(1, (-1, 2))
+        return parts | {"embed": self._values["embed"][0]}
 
     def _see(self, x: Tensor, hook: Any) -> None:
         self._seen[hook.name.split(".", 2)[2]] = x[0, self._chosen.column.to(x.device)]
@@ -103,9 +103,9 @@ class Meter:
         g = mean_gradient(self._a, before, self._stream, self._model.cfg.eps) if own else self._g
         return g.to(x.device, self._wide), (g * (self._stream - before)).sum(-1)
 
-    def _keep(self, found: dict[str, Tensor]) -> None:
-        for name, values in found.items():
-            self._found.setdefault(name, []).append(values.cpu() if name == "expert" else values.cpu().double())
+    def _keep(self, values_of: dict[str, Tensor]) -> None:
+        for name, values in values_of.items():
+            self._values.setdefault(name, []).append(values.cpu() if name == "expert" else values.cpu().double())
 
 
 def _sum(parts: dict[str, Tensor]) -> Float[Tensor, " point"]:

@@ -121,10 +121,10 @@ def experiment(
     options: dict[str, Any] = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
     options |= {"seed": seed, "store": store or None}
     branches = sample(model, every, **options)
-    found = [Answered(model.tokenizer, one, points[one.row.id], branches, similar) for one in chosen]
-    absent = suppressed(model, found, rounds, options)
-    sentences = _sentences(found, kinds, absent, np.random.default_rng(seed))
-    by_conversation = _conversations(found, seed)
+    answered = [Answered(model.tokenizer, one, points[one.row.id], branches, similar) for one in chosen]
+    absent = suppressed(model, answered, rounds, options)
+    sentences = _sentences(answered, kinds, absent, np.random.default_rng(seed))
+    by_conversation = _conversations(answered, seed)
     about = {
         "rests_on": f"{len(chosen)} conversations, {sentences.sizes['sentence']} sentences, {samples} samples each",
         "method": METHOD,
@@ -158,7 +158,7 @@ def _paraphrases(model: GptOss | HostModel, text: str) -> Paraphrases | None:
 
 
 def _sentences(
-    found: Sequence[Answered],
+    conversations: Sequence[Answered],
     kinds: Sequence[EditKind],
     absent: dict[tuple[int, int], Suppressed],
     rng: np.random.Generator,
@@ -169,20 +169,20 @@ def _sentences(
         for name, value in values.items():
             columns.setdefault(name, []).append(value)
 
-    for number, one in enumerate(found):
+    for number, one in enumerate(conversations):
         expected = one.expected()
         for i, text in enumerate(one.texts):
-            kept, other = one.sides(i)
-            result = importance(kept, other, 0, rng)
+            with_sentence, other = one.sides(i)
+            result = importance(with_sentence, other, 0, rng)
             forced, low, high = one.forced(i + 1)
-            put(conversation=one.one.row.id, number=i, text=text, kept=len(kept), other=len(other))
+            put(conversation=one.one.row.id, number=i, text=text, kept=len(with_sentence), other=len(other))
             put(start=one.one.cuts[i], stop=one.one.cuts[i + 1])
             put(**{name: getattr(result, name) for name in Importance._fields})
             put(forced_before=one.forced(i)[0], forced=forced, forced_low=low, forced_high=high)
             right = float("nan")
-            if expected is not None and len(kept) and len(other):
-                right = float((kept == expected).mean() - (other == expected).mean())
-            put(accuracy_change=right, **_without(kept, absent.get((number, i)), rng))
+            if expected is not None and len(with_sentence) and len(other):
+                right = float((with_sentence == expected).mean() - (other == expected).mean())
+            put(accuracy_change=right, **_without(with_sentence, absent.get((number, i)), rng))
             for kind in kinds:
                 put(**_edited(one, kind, i, rng))
     coords = {name: ("sentence", columns.pop(name)) for name in ("conversation", "number", "text")}
@@ -192,43 +192,45 @@ def _sentences(
     return result_set
 
 
-def _without(kept: np.ndarray, absent: Suppressed | None, rng: np.random.Generator) -> dict[str, float]:
+def _without(with_sentence: np.ndarray, absent: Suppressed | None, rng: np.random.Generator) -> dict[str, float]:
     """Return what continuations without the sentence change: kept less absent; NaN where the unit is a token."""
     names = ("effect", "low", "high", "kl", "kl_low", "kl_high", "p")
     if absent is None:
         return dict.fromkeys(("returned", "resamplings", "absent", *(f"absent_{n}" for n in names)), float("nan"))
-    result = importance(kept, absent.answers, 0, rng)
-    found = {f"absent_{name}": float(getattr(result, name)) for name in names}
-    return {"returned": absent.returned, "resamplings": absent.resamplings, "absent": len(absent.answers)} | found
+    result = importance(with_sentence, absent.answers, 0, rng)
+    values = {f"absent_{name}": float(getattr(result, name)) for name in names}
+    return {"returned": absent.returned, "resamplings": absent.resamplings, "absent": len(absent.answers)} | values
 
 
 def _edited(one: Answered, kind: EditKind, i: int, rng: np.random.Generator) -> dict[str, float]:
     """Return what an edit of the sentence does to the own answer: kept less edited, with interval and p."""
-    kept = one.answers["continue", i + 1]
+    answers = one.answers["continue", i + 1]
     if (kind, i + 1) not in one.answers:
         return {f"{kind}_{name}": float("nan") for name in ("effect", "low", "high", "p")}
     edited = one.answers[kind, i + 1]
     if kind == "removed":  # the next sentence is kept on both sides
-        kept = one.answers["continue", i + 2]
-    effect, low, high = difference_of_shares(int((kept == 0).sum()), len(kept), int((edited == 0).sum()), len(edited))
-    p = importance(kept, edited, 0, rng).p
+        answers = one.answers["continue", i + 2]
+    effect, low, high = difference_of_shares(
+        int((answers == 0).sum()), len(answers), int((edited == 0).sum()), len(edited)
+    )
+    p = importance(answers, edited, 0, rng).p
     return {f"{kind}_effect": effect, f"{kind}_low": low, f"{kind}_high": high, f"{kind}_p": p}
 
 
-def _conversations(found: Sequence[Answered], seed: int) -> xr.Dataset:
-    after = [one.boundary() for one in found]
+def _conversations(conversations: Sequence[Answered], seed: int) -> xr.Dataset:
+    after = [one.boundary() for one in conversations]
     boundary = np.array([np.nan if n is None else n for n in after], dtype=np.float64)
-    committed = boundary / np.array([one.one.n_sentences for one in found])
-    prompts = [one.one.row.prompt_id for one in found]
-    whole = [one.answers["continue", one.one.n_sentences] for one in found]
+    committed = boundary / np.array([one.one.n_sentences for one in conversations])
+    prompts = [one.one.row.prompt_id for one in conversations]
+    last_answers = [one.answers["continue", one.one.n_sentences] for one in conversations]
     result = xr.Dataset(
         {
             "committed": ("conversation", committed, {"long_name": "share of sentences before commitment"}),
             "boundary": ("conversation", boundary, {"long_name": "sentences before commitment"}),
-            "sentences": ("conversation", [one.one.n_sentences for one in found]),
-            "own_answer": ("conversation", [float((codes == 0).mean()) for codes in whole]),
+            "sentences": ("conversation", [one.one.n_sentences for one in conversations]),
+            "own_answer": ("conversation", [float((codes == 0).mean()) for codes in last_answers]),
         },
-        coords={"conversation": [one.one.row.id for one in found], "prompt": ("conversation", prompts)},
+        coords={"conversation": [one.one.row.id for one in conversations], "prompt": ("conversation", prompts)},
     )
     known = np.isfinite(committed)
     if len({p for p, k in zip(prompts, known, strict=True) if k}) >= MIN_PROMPTS:

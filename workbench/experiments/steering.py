@@ -1,10 +1,12 @@
-"""Steering: the direction from the analysis to the final channel is added to the residual stream of final tokens.
+"""Steering: a direction between two kinds of tokens is added to the residual stream, by default of the final channel.
 
-The direction is fitted on half of the prompts and applied to the other half, in several doses. Every dose is ranked
-among the effects of at least 20 random directions of the same norm in the same dose: what any push of this length does.
+By default it is the direction from the analysis to the final channel; `a` and `b` name other tokens, such as those of
+two roles, and `at` those that are steered. The direction is fitted on half of the prompts and applied to the other
+half, in several doses. Every dose is ranked among the effects of at least 20 random directions of the same norm in the
+same dose: what any push of this length does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,22 +25,29 @@ from workbench.hooks.interventions import steer
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
 from workbench.studies.intervals import mean_effect, prompt_means
+from workbench.studies.token_labels import TOKEN_LABELS, selection_of
 
 EXPERIMENT = Experiment(
     name="steering",
-    title="Steering along the channel direction",
-    question="Does moving final tokens along the direction between the channels change the answer more than random "
-    "directions of the same norm?",
+    title="Steering along a direction between channels or roles",
+    question="Does moving tokens along the direction between two channels, or two roles, change the answer more than "
+    "random directions of the same norm?",
     compute="forward passes over half of the sequences: six doses, of the direction and of 20 random ones",
     cost={"passes": 63},
-    options={"controls": "Random directions of the same norm, at least 20 (default: 20)."},
+    options={
+        "a": "Tokens that the direction leads to, as role=developer (default: channel=final).",
+        "b": "Tokens that the direction leads away from (default: channel=analysis).",
+        "at": "Tokens to which it is added (default: channel=final).",
+        "controls": "Random directions of the same norm, at least 20 (default: 20).",
+    },
     aliases=("steer",),
     order=170,
 )
 DOSES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # times the distance between the channel means
 METHOD = (
-    "The direction is the difference of mean residual streams of final and analysis tokens in the middle layer, fitted "
-    "on half of each task's prompts and added at all final tokens of the other half, times the dose. Measured is the "
+    "The direction is the difference of mean residual streams of two kinds of tokens (by default final and analysis) "
+    "in the middle layer, fitted on half of each task's prompts and added at the chosen tokens (by default all final "
+    "ones) of the other half, times the dose. Measured is the "
     "log-probability in nats of the final message, summed over its tokens, less that without steering; means over "
     "prompts, bootstrap-t intervals. The null of a dose is the distribution of the effects of random directions of the "
     "same norm in the same dose: rank p (two-sided, about the common median), p_family adjusted for all doses "
@@ -47,41 +56,54 @@ METHOD = (
 
 
 def experiment(
-    model: GptOss, rows: Sequence[Transcript], *, controls: int = MIN_CONTROLS, seed: int = 0
+    model: GptOss,
+    rows: Sequence[Transcript],
+    *,
+    a: str = "channel=final",
+    b: str = "channel=analysis",
+    at: str = "channel=final",
+    controls: int = MIN_CONTROLS,
+    seed: int = 0,
 ) -> dict[str, xr.Dataset]:
-    """Return the dose curve of steering along the channel direction, beside that of random directions.
+    """Return the dose curve of steering along the direction from b to a, beside that of random directions.
+
+    a, b, at: tokens by channel, role and part, as "role=developer,part=content".
 
     Variables over (which, dose): change, low, high in nats a sequence, of the direction and of the mean of the random
     ones. Over dose: p, p_family and distance of the direction's rank; over (control, dose): random.
 
     Raises:
-        InputError: fewer than 20 controls are asked for, or too few prompts have a final message.
+        InputError: fewer than 20 controls are asked for, a label is unknown, no sequence has such tokens, or too few
+            prompts have a final message.
     """
     check_controls(controls)
+    sides, where = (labelled_tokens(model, a), labelled_tokens(model, b)), labelled_tokens(model, at)
     train, test = halves(answered_rows(model, rows))
     test = answered_rows(model, test)
     point = f"blocks.{model.cfg.n_layers // 2}.hook_resid_post"
-    direction = channel_direction(model, train, point)
-    each = _dose_effects(model, test, point, [direction, *random_directions(direction, controls, seed)])
+    direction = _mean(model, train, point, sides[0]) - _mean(model, train, point, sides[1])
+    if not any(where(row.tokens.astype(np.int64)).any() for row in test):
+        raise InputError(f"no sequence has tokens in {where!r}")
+    changes = _dose_effects(model, test, point, where, [direction, *random_directions(direction, controls, seed)])
     units = [row.prompt_id for row in test]
-    named, random = each[0], prompt_means(each[1:], units).mean(-1)
-    ranks = [rank(float(prompt_means(named[i], units).mean()), random[:, i]) for i in range(len(DOSES))]
-    found = mean_effect(np.stack([named, each[1:].mean(0)]), units, seed=seed)
-    cells = {name: (("which", "dose"), getattr(found, name)) for name in ("change", "low", "high")}
+    own_changes, random = changes[0], prompt_means(changes[1:], units).mean(-1)
+    ranks = [rank(float(prompt_means(own_changes[i], units).mean()), random[:, i]) for i in range(len(DOSES))]
+    effect = mean_effect(np.stack([own_changes, changes[1:].mean(0)]), units, seed=seed)
+    cells = {name: (("which", "dose"), getattr(effect, name)) for name in ("change", "low", "high")}
     p = np.array([r.p for r in ranks])
     result = xr.Dataset(
         cells
         | {
             "p": ("dose", p),
-            "p_family": ("dose", family_p(prompt_means(named, units).mean(-1), random)),
+            "p_family": ("dose", family_p(prompt_means(own_changes, units).mean(-1), random)),
             "distance": ("dose", [r.distance for r in ranks]),
         }
         | {"as_low": ("dose", [r.as_low for r in ranks]), "random": (("control", "dose"), random)},
-        coords={"which": ["final − analysis", "mean of random directions"], "dose": list(DOSES)},
+        coords={"which": [_between(a, b), "mean of random directions"], "dose": list(DOSES)},
     )
-    rests_on = f"{len(test)} sequences of {found.prompts} prompts"
+    rests_on = f"{len(test)} sequences of {effect.prompts} prompts"
     attrs = {
-        "title": f"Steering the final message along the channel direction at {point}",
+        "title": f"Steering {at} along {_between(a, b)} at {point}",
         "units": "nat",
         "method": METHOD,
         "rests_on": rests_on,
@@ -108,14 +130,34 @@ def random_directions(like: Float[Tensor, " d"], n: int, seed: int) -> list[Floa
     return list(drawn.to(like))
 
 
+def labelled_tokens(model: GptOss, text: str) -> TokenSet:
+    """Return the tokens of labels written as text, such as "role=user,part=content".
+
+    Raises:
+        InputError: a label is unknown, or is not one of a token.
+    """
+    labels = selection_of(text)
+    assert isinstance(labels, Mapping)
+    if unknown := sorted(set(labels) - TOKEN_LABELS.keys()):
+        raise InputError(f"{text!r}: {unknown[0]!r} is not a label of tokens: use {', '.join(TOKEN_LABELS)}")
+    return token_set(tokenizer=model.tokenizer, **labels)
+
+
+def _between(a: str, b: str) -> str:
+    """Return the name of a direction, without the name of a label that both sides have."""
+    sides = [text.partition("=") for text in (a, b)]
+    plain = sides[0][0] == sides[1][0] and not any("," in text for text in (a, b))
+    return f"{sides[0][2]} − {sides[1][2]}" if plain and sides[0][2] else f"({a}) − ({b})"
+
+
 def _dose_effects(
-    model: GptOss, rows: Sequence[Transcript], point: str, directions: Sequence[Float[Tensor, " d"]]
+    model: GptOss, rows: Sequence[Transcript], point: str, where: TokenSet, directions: Sequence[Float[Tensor, " d"]]
 ) -> Float[np.ndarray, "direction dose sequence"]:
     """Return the change of the final message's log-probability by each direction in each dose."""
     final = final_tokens(model)
     base = logprobs(model, rows, final)
     return np.array(
-        [[logprobs(model, rows, final, steer(point, d, dose, final)) - base for dose in DOSES] for d in directions]
+        [[logprobs(model, rows, final, steer(point, d, dose, where)) - base for dose in DOSES] for d in directions]
     )
 
 
@@ -124,6 +166,7 @@ def _summary(result: xr.Dataset, rests_on: str, controls: int) -> str:
     lines = [
         f"{rests_on}; change of the final message's log-probability, nats a sequence; {controls} random directions:"
     ]
+    name = str(result["which"].values[0])
     for dose in result["dose"].values:
         one = result.sel(dose=dose)
         change, low, high = (float(one[name].values[0]) for name in ("change", "low", "high"))
@@ -131,7 +174,7 @@ def _summary(result: xr.Dataset, rests_on: str, controls: int) -> str:
         differs = "more extreme than random directions" if p_family <= ALPHA else "not shown to differ from them"
         random = [float(v) for v in (one["change"].values[1], one["random"].min(), one["random"].max())]
         lines.append(
-            f"  {dose:+g} × (final − analysis): {change:+.2f} [{low:+.2f}, {high:+.2f}], random {random[0]:+.2f} "
+            f"  {dose:+g} × ({name}): {change:+.2f} [{low:+.2f}, {high:+.2f}], random {random[0]:+.2f} "
             f"({random[1]:+.2f} to {random[2]:+.2f}); {differs}: rank p {p:.3f}, {p_family:.3f} for all doses, "
             f"{float(one['distance']):+.1f} standard deviations."
         )

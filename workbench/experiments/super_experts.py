@@ -76,7 +76,7 @@ def magnitudes(model: GptOss, rows: Sequence[Transcript], *edits: Edit, outputs:
     outputs: measure the experts' outputs too, which are zero otherwise; the fused kernels do not keep them.
     """
     n_layers, output = model.cfg.n_layers, np.zeros((model.cfg.n_layers, model.cfg.num_experts))
-    found: dict[str, list[np.ndarray]] = {name: [] for name in ("largest", "dimension", "median", "sink")}
+    collected: dict[str, list[np.ndarray]] = {name: [] for name in ("largest", "dimension", "median", "sink")}
     here: dict[str, Tensor] = {}
 
     def residual(x: Tensor, hook: object) -> None:
@@ -98,25 +98,25 @@ def magnitudes(model: GptOss, rows: Sequence[Transcript], *edits: Edit, outputs:
 
     hooks = {"hook_resid_post": residual, "attn.hook_sink": sink}
     hooks |= {"mlp.hook_expert_indices": chosen, "mlp.experts.hook_out": written} if outputs else {}
-    named = [(f"blocks.{layer}.{name}", hook) for layer in range(n_layers) for name, hook in hooks.items()]
-    with applied(model, *edits), model.hooks(fwd_hooks=named):
+    named_hooks = [(f"blocks.{layer}.{name}", hook) for layer in range(n_layers) for name, hook in hooks.items()]
+    with applied(model, *edits), model.hooks(fwd_hooks=named_hooks):
         for batch in passes((len(row.tokens) for row in rows), FORWARD_TOKENS):
             tokens, lengths = pack([rows[i] for i in batch], model.device)
             model.residual(tokens, packed=lengths)
-            for name, parts in found.items():
+            for name, parts in collected.items():
                 parts.append(torch.stack([here[f"{name}{layer}"].cpu() for layer in range(n_layers)]).numpy())
-    whole = {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
-    return Magnitudes(whole["largest"], whole["dimension"], whole["median"], whole["sink"].mean(0), output)
+    joined = {name: np.concatenate(parts, axis=1) for name, parts in collected.items()}
+    return Magnitudes(joined["largest"], joined["dimension"], joined["median"], joined["sink"].mean(0), output)
 
 
 def _layer(hook: object) -> int:
     return int(str(getattr(hook, "name", "")).split(".")[1])
 
 
-def massive(found: Magnitudes, magnitude: float = 100.0, ratio: float = 1000.0) -> Int[np.ndarray, "entry 2"]:
+def massive(sizes: Magnitudes, magnitude: float = 100.0, ratio: float = 1000.0) -> Int[np.ndarray, "entry 2"]:
     """Return layer and token of the massive activations: the largest entry of each token that is one."""
-    limit = np.maximum(magnitude, ratio * np.median(found.median, axis=1))[:, None]
-    return np.argwhere(found.largest > limit)
+    limit = np.maximum(magnitude, ratio * np.median(sizes.median, axis=1))[:, None]
+    return np.argwhere(sizes.largest > limit)
 
 
 def super_experts(output: Float[np.ndarray, "layer expert"], last_layer: int) -> Cells:
@@ -173,15 +173,15 @@ def experiment(
     if not (magnitude > 0 and ratio > 0):
         raise InputError(f"magnitude={magnitude:g}, ratio={ratio:g}: expected positive numbers")
     rows = answered_rows(model, rows)
-    found = magnitudes(model, rows)
-    entries = massive(found, magnitude, ratio)
+    sizes = magnitudes(model, rows)
+    entries = massive(sizes, magnitude, ratio)
     last_layer = int(entries[:, 0].min()) if len(entries) else -1
-    named = super_experts(found.output, last_layer)
+    super_set = super_experts(sizes.output, last_layer)
     slots = routed_slots(model, rows)
     load = np.nan_to_num(load_of(slots))
-    chosen = named or [(int(i), int(j)) for i, j in [np.unravel_index(int(found.output.argmax()), load.shape)]]
+    chosen = super_set or [(int(i), int(j)) for i, j in [np.unravel_index(int(sizes.output.argmax()), load.shape)]]
     sets = nearest_in_load(load, chosen, controls, seed)
-    removal = _removal(model, rows, found, [chosen, *sets])
+    removal = _removal(model, rows, sizes, [chosen, *sets])
     change, random = removal[0], removal[1:]
     ranks = [rank(change[i], random[:, i]) for i in range(len(MEASURES))]
     counts = np.bincount(entries[:, 0], minlength=model.cfg.n_layers)
@@ -198,30 +198,30 @@ def experiment(
     )
     by_layer = xr.Dataset(
         {
-            "largest": ("layer", found.largest.max(1), {"long_name": "largest magnitude", "units": "1"}),
-            "median": ("layer", np.median(found.median, axis=1), {"long_name": "median magnitude", "units": "1"}),
+            "largest": ("layer", sizes.largest.max(1), {"long_name": "largest magnitude", "units": "1"}),
+            "median": ("layer", np.median(sizes.median, axis=1), {"long_name": "median magnitude", "units": "1"}),
             "massive": ("layer", counts, {"long_name": "tokens with a massive activation", "units": "tokens"}),
         },
         coords={"layer": range(model.cfg.n_layers)},
     )
     by_expert = xr.Dataset(
         {
-            "output": (("layer", "expert"), found.output, {"long_name": "largest output entry", "units": "1"}),
+            "output": (("layer", "expert"), sizes.output, {"long_name": "largest output entry", "units": "1"}),
             "load": (("layer", "expert"), load, {"long_name": "expert load", "units": "1"}),
         },
         coords={"layer": range(load.shape[0]), "expert": range(load.shape[1])},
-        attrs={"super_experts": ", ".join(f"{layer}.{expert}" for layer, expert in named)},
+        attrs={"super_experts": ", ".join(f"{layer}.{expert}" for layer, expert in super_set)},
     )
-    about = {"rests_on": f"{len(rows)} sequences, {found.largest.shape[1]:,} tokens", "method": METHOD}
+    about = {"rests_on": f"{len(rows)} sequences, {sizes.largest.shape[1]:,} tokens", "method": METHOD}
     titles = {
         "activations": "Largest magnitude of the residual stream by layer",
         "experts": "Largest output of each expert",
-        "removal": f"Removal of {'super experts' if named else 'the expert with the largest output'}",
+        "removal": f"Removal of {'super experts' if super_set else 'the expert with the largest output'}",
     }
     texts = {
-        "activations": _activations(model, rows, found, entries, about["rests_on"]),
-        "experts": _experts(found, named, chosen),
-        "removal": _removed(result, chosen, bool(named)),
+        "activations": _activations(model, rows, sizes, entries, about["rests_on"]),
+        "experts": _experts(sizes, super_set, chosen),
+        "removal": _removed(result, chosen, bool(super_set)),
     }
     datasets = {"activations": by_layer, "experts": by_expert, "removal": result}
     return {n: ds.assign_attrs(about, title=titles[n], summary=texts[n]) for n, ds in datasets.items()}
@@ -249,19 +249,19 @@ def _removal(
 
 
 def _activations(
-    model: GptOss, rows: Sequence[Transcript], found: Magnitudes, entries: np.ndarray, rests_on: str
+    model: GptOss, rows: Sequence[Transcript], sizes: Magnitudes, entries: np.ndarray, rests_on: str
 ) -> str:
-    ratio = found.largest.max(1) / np.median(found.median, axis=1)
+    ratio = sizes.largest.max(1) / np.median(sizes.median, axis=1)
     layer = int(ratio.argmax())
     lines = [
-        f"{rests_on}. The largest activation is {found.largest.max():.3g}; relative to the layer's median it is "
-        f"largest in layer {layer}: {found.largest[layer].max():.3g}, {ratio[layer]:.3g} times the median."
+        f"{rests_on}. The largest activation is {sizes.largest.max():.3g}; relative to the layer's median it is "
+        f"largest in layer {layer}: {sizes.largest[layer].max():.3g}, {ratio[layer]:.3g} times the median."
     ]
     if not len(entries):
         return "\n".join([*lines, "No activation is massive by the stated limits."])
     ids = np.concatenate([row.tokens for row in rows])
     position = np.concatenate([np.arange(len(row.tokens)) for row in rows])
-    kinds = {(int(at), int(found.dimension[at, token]), int(ids[token])) for at, token in entries}
+    kinds = {(int(at), int(sizes.dimension[at, token]), int(ids[token])) for at, token in entries}
     lines.append(
         f"{len(entries)} massive activations; {(position[entries[:, 1]] == 0).mean():.0%} at the first token. Kinds:"
     )
@@ -270,16 +270,16 @@ def _activations(
     return "\n".join(lines)
 
 
-def _experts(found: Magnitudes, named: Cells, chosen: Cells) -> str:
-    if named:
-        listed = ", ".join(f"layer {at} expert {e} ({found.output[at, e]:.3g})" for at, e in named)
+def _experts(sizes: Magnitudes, super_set: Cells, chosen: Cells) -> str:
+    if super_set:
+        listed = ", ".join(f"layer {at} expert {e} ({sizes.output[at, e]:.3g})" for at, e in super_set)
         return (
-            f"Super experts, with their largest output: {listed}; the median expert's is {np.median(found.output):.3g}."
+            f"Super experts, with their largest output: {listed}; the median expert's is {np.median(sizes.output):.3g}."
         )
     at, expert = chosen[0]
     return (
-        f"No super expert by the stated limits. The largest output, {found.output[at, expert]:.3g}, is that of layer "
-        f"{at} expert {expert}; the median expert's is {np.median(found.output):.3g}."
+        f"No super expert by the stated limits. The largest output, {sizes.output[at, expert]:.3g}, is that of layer "
+        f"{at} expert {expert}; the median expert's is {np.median(sizes.output):.3g}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Which tokens an experiment looks at, and a pass over them: the rows of a batch end to end, without their padding.
+"""The tokens that an experiment selects, and a pass over them: the rows of a batch end to end, without padding.
 
 `at` is what interventions take for tokens: a token set (`harmony.token_set`), positions, a slice of them, or None for
 every token; negative positions count from a sequence's end.
@@ -84,9 +84,9 @@ def read_out(
 ) -> Float[Tensor, "point d_vocab"]:
     """Return the logits of these residual streams, in at least float32; call it after `residual`."""
     assert model.context is not None, "logits come after residual"
-    whole, model.context = model.context, model.context.at(column[None])
+    context, model.context = model.context, model.context.at(column[None])
     try:
         logits = model.unembed(model.ln_final(x[None].to(model.unembed.weight.device, model.dtype)))[0]
     finally:
-        model.context = whole
+        model.context = context
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,7 +1,7 @@
 """Figures: pure functions from a study's dataset to a plotly figure, and their export for a paper.
 
 No figure opens a run, resamples or keeps state; what it shows is in the dataset it was given. `wb.figures.STUDY` is the
-module whose `gallery(datasets)` draws the results of a study or experiment, as its record in the registry says.
+module whose `gallery(datasets)` draws the results of a study or experiment, as its record in the registry states.
 """
 
 import importlib

@@ -42,15 +42,15 @@ def probe(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each."""
-    found: Gallery = {}
+    """Return every figure of the study and the data of each."""
+    items: Gallery = {}
     for kind, title in (
         ("routing", "Size of routing differences by layer"),
         ("sinks", "Size of sink differences by layer"),
     ):
         own = {n.removeprefix(f"{kind}_"): ds for n, ds in datasets.items() if n.startswith(f"{kind}_")}
-        found |= contrast.gallery(own, title=title, prefix=f"{kind}_")
+        items |= contrast.gallery(own, title=title, prefix=f"{kind}_")
     for name, ds in datasets.items():
         if "auc" in ds:
-            found[name] = GalleryItem(partial(probe, ds), numbers(ds, "layer"), ds)
-    return found
+            items[name] = GalleryItem(partial(probe, ds), numbers(ds, "layer"), ds)
+    return items

@@ -80,20 +80,20 @@ def features(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the data of each."""
     ds = datasets["agreement"]
-    found: Gallery = {}
+    items: Gallery = {}
     if "agreement" in ds:
-        found["agreement"] = GalleryItem(partial(agreement, ds), numbers(ds, "channel_layer"), ds)
+        items["agreement"] = GalleryItem(partial(agreement, ds), numbers(ds, "channel_layer"), ds)
     if "logprob_difference" in (efforts := datasets.get("efforts", xr.Dataset())):
-        found["efforts"] = GalleryItem(partial(by_effort, efforts), numbers(efforts, "effort_channel"), efforts)
+        items["efforts"] = GalleryItem(partial(by_effort, efforts), numbers(efforts, "effort_channel"), efforts)
     for name, one in datasets.items():
         if name.startswith("features_in_"):
-            found[name] = GalleryItem(partial(features, one), numbers(one, "control_layer_feature"), one)
+            items[name] = GalleryItem(partial(features, one), numbers(one, "control_layer_feature"), one)
     for kind, title in (
         ("routing", "Size of load differences by layer"),
         ("sinks", "Size of sink differences by layer"),
     ):
         own = {n.removeprefix(f"{kind}_"): ds for n, ds in datasets.items() if n.startswith(f"{kind}_")}
-        found |= contrast.gallery(own, title=title, prefix=f"{kind}_")
-    return found
+        items |= contrast.gallery(own, title=title, prefix=f"{kind}_")
+    return items

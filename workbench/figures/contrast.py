@@ -126,7 +126,7 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
 def gallery(sets: Mapping[str, xr.Dataset], *, title: str, prefix: str = "") -> Gallery:
     """Return the heat maps of every contrast with cells, and their sizes by layer; names begin with the prefix."""
     own = {name: ds for name, ds in sets.items() if "difference" in ds and "size" in ds}
-    found: Gallery = {}
+    items: Gallery = {}
     for name, ds in own.items():
         for control in (c for c in ("none", "position") if c in ds["control"].values):
             if int(ds["prompts"].sel(control=control)):
@@ -134,13 +134,13 @@ def gallery(sets: Mapping[str, xr.Dataset], *, title: str, prefix: str = "") -> 
                     ds.sel(control=control).drop_vars("control"), "_".join(map(str, ds["difference"].dims[1:]))
                 )
                 label = f"{prefix}{name}_{'naive' if control == 'none' else 'matched'}"
-                found[label] = GalleryItem(partial(heatmap, ds, control), cells, ds)
+                items[label] = GalleryItem(partial(heatmap, ds, control), cells, ds)
                 if control == "position":
-                    found[f"{prefix}{name}_volcano"] = GalleryItem(partial(volcano, ds), cells, ds)
+                    items[f"{prefix}{name}_volcano"] = GalleryItem(partial(volcano, ds), cells, ds)
     if own:
         draw = partial(by_layer, own, title=title)
-        found[f"{prefix}sizes"] = GalleryItem(draw, partial(_sizes, own), next(iter(own.values())))
-    return found
+        items[f"{prefix}sizes"] = GalleryItem(draw, partial(_sizes, own), next(iter(own.values())))
+    return items
 
 
 def _sizes(sets: Mapping[str, xr.Dataset]) -> pd.DataFrame:

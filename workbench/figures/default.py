@@ -22,13 +22,13 @@ _MOST_LINES = 8  # more labels than this are a heat map
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return a figure for each variable of each dataset that has an axis, and the numbers behind it."""
-    found: Gallery = {}
+    """Return a figure for each variable of each dataset that has an axis, and its data."""
+    items: Gallery = {}
     for name, ds in datasets.items():
         for label, cell, variable in _cells(ds):
             draw, table = partial(figure, cell, variable), partial(_table, cell, variable)
-            found["_".join([name, variable, *label])] = GalleryItem(draw, table, cell)
-    return found
+            items["_".join([name, variable, *label])] = GalleryItem(draw, table, cell)
+    return items
 
 
 def figure(ds: xr.Dataset, name: str, *, theme: ThemeName = "light") -> go.Figure:

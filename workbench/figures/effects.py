@@ -1,4 +1,4 @@
-"""Figures of experiments: what each intervention changed, with its interval; what each expert is needed for."""
+"""Figures of experiments: the effect of each intervention with its interval, and of the ablation of each expert."""
 
 import numpy as np
 import plotly.graph_objects as go

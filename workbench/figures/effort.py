@@ -72,13 +72,13 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the data of each."""
     cost = datasets["cost"]
-    found = {"accuracy_by_tokens": GalleryItem(partial(accuracy_by_tokens, cost), numbers(cost, "task_effort"), cost)}
+    items = {"accuracy_by_tokens": GalleryItem(partial(accuracy_by_tokens, cost), numbers(cost, "task_effort"), cost)}
     for kind, title in (
         ("routing", "Size of routing differences between efforts"),
         ("sinks", "Size of sink differences between efforts"),
     ):
         own = {n.removeprefix(f"{kind}_"): ds for n, ds in datasets.items() if n.startswith(f"{kind}_")}
-        found |= contrast.gallery(own, title=title, prefix=f"{kind}_")
-    return found
+        items |= contrast.gallery(own, title=title, prefix=f"{kind}_")
+    return items

@@ -79,12 +79,12 @@ def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return a figure for each dataset of an experiment, and the numbers behind it."""
+    """Return a figure for each dataset of an experiment, and its data."""
     return {name: GalleryItem(partial(figure, ds), partial(_main_table, ds), ds) for name, ds in datasets.items()}
 
 
 def _main_table(ds: xr.Dataset) -> pd.DataFrame:
     """Return the table of the effects, or the longest one of a dataset that names its effects otherwise."""
-    found = list(tables(ds.drop_vars([v for v in ("each", "base") if v in ds])).values())
-    effects = [table for table in found if ("same" if "same" in ds else "change") in table]
-    return effects[0] if effects else max(found, key=len)
+    candidates = list(tables(ds.drop_vars([v for v in ("each", "base") if v in ds])).values())
+    effects = [table for table in candidates if ("same" if "same" in ds else "change") in table]
+    return effects[0] if effects else max(candidates, key=len)

@@ -42,10 +42,10 @@ def strongest_tokens(ds: xr.Dataset) -> xr.Dataset:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the data of each."""
     ds = datasets["examples"]
-    found = {"position": GalleryItem(partial(default.figure, ds, "position"), numbers(ds, "layer_expert"), ds)}
+    items = {"position": GalleryItem(partial(default.figure, ds, "position"), numbers(ds, "layer_expert"), ds)}
     if np.isfinite(ds["token_log_odds_low"].values).any():
         table = numbers(ds, "layer_expert_token_rank")
-        found = {"overrepresented_tokens": GalleryItem(partial(overrepresented_tokens, ds), table, ds)} | found
-    return found
+        items = {"overrepresented_tokens": GalleryItem(partial(overrepresented_tokens, ds), table, ds)} | items
+    return items

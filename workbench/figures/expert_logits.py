@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.figures import default
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.template import THEMES, ThemeName, apply_theme
@@ -17,9 +18,13 @@ def largest(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     colours = THEMES[theme]
     values = ds["top_logit"].isel(rank=0).values.astype(float)
     texts = ds["top_text"].values
-    named = np.array([[", ".join(repr(str(text)) for text in cell[:5]) for cell in row] for row in texts], dtype=object)
+    promoted = np.array(
+        [[", ".join(repr(str(text)) for text in cell[:5]) for cell in row] for row in texts], dtype=object
+    )
     grid = LayerHeatmap(ds["layer"].values, ds["expert"].values, colours)
-    grid.colour(values, named[..., None], "layer %{y}, expert %{x}: %{z:.2f} logits<br>%{customdata[0]}<extra></extra>")
+    grid.colour(
+        values, promoted[..., None], "layer %{y}, expert %{x}: %{z:.2f} logits<br>%{customdata[0]}<extra></extra>"
+    )
     grid.missing(np.isnan(values))
     bar = {"title": {"text": "largest effect (logits)"}}
     top = float(np.nanmax(values, initial=0.01))
@@ -29,6 +34,10 @@ def largest(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return the figure and the numbers behind it."""
+    """Return the figures and their data: of experts, and of a layer's neurons if they are there."""
     ds = datasets["logits"]
-    return {"largest": GalleryItem(partial(largest, ds), numbers(ds, "layer_expert_rank"), ds)}
+    items: Gallery = {"largest": GalleryItem(partial(largest, ds), numbers(ds, "layer_expert_rank"), ds)}
+    if "neurons" in datasets:
+        own = datasets["neurons"].isel(rank=0)[["top_logit", "bottom_logit"]]
+        items["neurons"] = GalleryItem(partial(default.figure, own, "top_logit"), numbers(own, "expert_neuron"), own)
+    return items

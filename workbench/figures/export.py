@@ -1,4 +1,4 @@
-"""Figures as files for a paper: SVG, PDF, PNG and HTML that fetches nothing, each with the numbers behind it as CSV."""
+"""Figures as files for a paper: SVG, PDF, PNG and HTML without network requests, each with its data as CSV."""
 
 import os
 import sys
@@ -41,12 +41,12 @@ def write_all(
     _check(formats)
     check_files(["index.md"], out, command="figures", inputs=inputs, overwrite=overwrite)
     paper.fit(go.Figure(layout={"height": 500}), column)  # refuse a wrong column before minutes of work
-    found, _ = paper.figures_of_run(run, which)
-    return write_gallery(found, out, formats, column=column, inputs=inputs, overwrite=overwrite)
+    figures, _ = paper.figures_of_run(run, which)
+    return write_gallery(figures, out, formats, column=column, inputs=inputs, overwrite=overwrite)
 
 
 def write_gallery(
-    found: Mapping[str, GalleryItem],
+    items: Mapping[str, GalleryItem],
     out: str | os.PathLike[str],
     formats: Sequence[str] = FORMATS,
     *,
@@ -55,13 +55,13 @@ def write_gallery(
     overwrite: bool = False,
 ) -> list[Path]:
     """Write each figure with its numbers, caption (`.txt`) and provenance (`.json`), and `index.md`."""
-    drawn = {name: drawing.draw() for name, drawing in found.items()}
-    captions = {name: paper.caption(drawing, drawn[name]) for name, drawing in found.items()}
+    drawn = {name: drawing.draw() for name, drawing in items.items()}
+    captions = {name: paper.caption(drawing, drawn[name]) for name, drawing in items.items()}
     beside = {f"{name}.txt": text for name, text in captions.items()}
-    beside |= {f"{name}.json": paper.provenance(drawing, column) for name, drawing in found.items()}
+    beside |= {f"{name}.json": paper.provenance(drawing, column) for name, drawing in items.items()}
     beside["index.md"] = paper.index(captions)
     figures = {name: paper.fit(figure, column) for name, figure in drawn.items()}
-    tables = {name: drawing.table() for name, drawing in found.items()}
+    tables = {name: drawing.table() for name, drawing in items.items()}
     return write(figures, tables, out, formats, beside, inputs=inputs, overwrite=overwrite)
 
 
@@ -85,7 +85,7 @@ def write(
     _check(formats)
     if figures.keys() != data.keys():
         unpaired = sorted(figures.keys() ^ data.keys())
-        raise InputError(f"every figure goes with its data; without a partner: {', '.join(unpaired)}")
+        raise InputError(f"every figure needs its data file and the reverse; missing the other: {', '.join(unpaired)}")
     refuse_paths(figures)
     files: dict[str, str | bytes] = {f"{name}.csv": csv_text(_frame(table)) for name, table in data.items()}
     files |= beside or {}
@@ -106,7 +106,7 @@ def _frame(data: pd.DataFrame | xr.Dataset) -> pd.DataFrame:
 def _check(formats: Sequence[str]) -> None:
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
-        raise InputError(f"no format {', '.join(unknown) or 'given'}; choose from {', '.join(FORMATS)}")
+        raise InputError(f"format {', '.join(unknown) or 'given'} is unknown; choose from {', '.join(FORMATS)}")
 
 
 def _images(figures: Mapping[str, go.Figure], formats: Sequence[str]) -> dict[str, str | bytes]:

@@ -1,4 +1,4 @@
-"""What a gallery holds: figures that are drawn when somebody looks, each with the numbers behind it."""
+"""Galleries: figures that are drawn when they are opened, each with its data."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -58,11 +58,11 @@ def figure(ds: xr.Dataset, measure: str, *, theme: ThemeName = "light") -> go.Fi
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Return a figure for each measure that has a value."""
-    found: Gallery = {}
+    items: Gallery = {}
     for name, ds in datasets.items():
         for measure in map(str, ds["measure"].values):
             if np.isfinite(ds["change"].sel(measure=measure)).any():
                 label = f"{name}_{measure.replace(' ', '_')}"
                 table = numbers(ds.sel(measure=measure).drop_vars("measure"), "intervention")
-                found[label] = GalleryItem(partial(figure, ds, measure), table, ds)
-    return found
+                items[label] = GalleryItem(partial(figure, ds, measure), table, ds)
+    return items

@@ -1,4 +1,4 @@
-"""A grid of layers by experts (or heads) in which missing, zero and clipped cells cannot be taken for values."""
+"""A grid of layers by experts (or heads) in which missing, zero and clipped cells look different from values."""
 
 from collections.abc import Mapping
 from typing import Any

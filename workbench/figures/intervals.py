@@ -43,8 +43,8 @@ def lines(
         if not np.isfinite(values).any():
             continue
         text = y_title if label is None else str(label)
-        named = colours.colour(str(axis), text)
-        colour = named if named != colours.ink else wheel[i % len(wheel)]
+        fixed = colours.colour(str(axis), text)
+        colour = fixed if fixed != colours.ink else wheel[i % len(wheel)]
         style = {"name": text, "legendgroup": text}
         if low in cell:
             figure.add_trace(

@@ -44,15 +44,15 @@ def change(ds: xr.Dataset, which: str, *, theme: ThemeName = "light") -> go.Figu
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Return a figure for each group, and one for each comparison of lenses."""
     lenses, comparisons = datasets["lenses"], datasets["comparisons"]
-    found: Gallery = {}
+    items: Gallery = {}
     for group in map(str, lenses["group"].values):
         own = lenses.sel(group=[group])
-        found[f"lenses_{group}"] = GalleryItem(
+        items[f"lenses_{group}"] = GalleryItem(
             partial(divergence, lenses, group), numbers(own, "lens_group_layer"), own
         )
     for which in map(str, comparisons["which"].values):
         own = comparisons.sel(which=[which])
-        found[f"comparisons_{which}"] = GalleryItem(
+        items[f"comparisons_{which}"] = GalleryItem(
             partial(change, comparisons, which), numbers(own, "which_group_layer"), own
         )
-    return found
+    return items

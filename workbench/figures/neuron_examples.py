@@ -10,6 +10,6 @@ from workbench.figures.gallery import Gallery, GalleryItem, numbers
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the data of each."""
     ds = datasets["neurons"]
     return {"largest": GalleryItem(partial(default.figure, ds, "largest"), numbers(ds, "channel_neuron"), ds)}

@@ -1,4 +1,4 @@
-"""HTML pages that fetch nothing: a style for both themes, tables, and figures that are drawn when they come into view.
+"""HTML pages without network requests: a style for both themes, tables, and figures drawn when they come into view.
 
 Every text is escaped here. Figures are embedded as JSON for the light and for the dark theme; the reader's browser
 chooses.

@@ -38,8 +38,8 @@ def figures_of_run(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
         InputError: the set is unknown, or the run has no figure of it.
     """
     if which not in get_args(Which):
-        raise InputError(f"no set {which!r}; choose from {', '.join(get_args(Which))}")
-    found: Gallery = {}
+        raise InputError(f"set {which!r} is unknown; choose from {', '.join(get_args(Which))}")
+    figures: Gallery = {}
     left_out = []
     for study in studies(runs=1):
         try:
@@ -48,15 +48,15 @@ def figures_of_run(run: Run, which: Which = "all") -> tuple[Gallery, list[str]]:
             left_out.append(str(error))
             continue
         drawn: Gallery = study.load_figures().gallery(sets)
-        found |= {f"{study.name}_{name}": drawing for name, drawing in drawn.items()}
-    if not found:
-        raise InputError(f"no study can be made of this run: {'; '.join(left_out)}")
-    main = [name for name in main_figures() if name in found]
-    order = {"all": [*main, *(n for n in found if n not in main)], "main": main}
-    chosen = order.get(which, [n for n in found if n not in main])
+        figures |= {f"{study.name}_{name}": drawing for name, drawing in drawn.items()}
+    if not figures:
+        raise InputError(f"no study can be computed from this run: {'; '.join(left_out)}")
+    main = [name for name in main_figures() if name in figures]
+    order = {"all": [*main, *(n for n in figures if n not in main)], "main": main}
+    chosen = order.get(which, [n for n in figures if n not in main])
     if not chosen:
-        raise InputError(f"this run has none of the {which} figures; --set all writes what there is")
-    return {name: found[name] for name in chosen}, left_out
+        raise InputError(f"this run has none of the {which} figures; use --set all for every figure that it has")
+    return {name: figures[name] for name in chosen}, left_out
 
 
 def fit(figure: go.Figure, column: Column) -> go.Figure:
@@ -66,7 +66,7 @@ def fit(figure: go.Figure, column: Column) -> go.Figure:
         InputError: the column width is unknown.
     """
     if column not in get_args(Column):
-        raise InputError(f"no column {column!r}; choose from {', '.join(get_args(Column))}")
+        raise InputError(f"column {column!r} is unknown; choose from {', '.join(get_args(Column))}")
     out = go.Figure(figure)
     if column == "screen":
         return figure if figure.layout.width else out.update_layout(width=WIDTH)  # made in a notebook, it has none

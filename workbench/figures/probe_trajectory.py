@@ -41,5 +41,5 @@ def trajectory(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return the figure of the trajectory, and the numbers behind it."""
+    """Return the figure of the trajectory, and its data."""
     return {name: GalleryItem(partial(trajectory, ds), numbers(ds, "layer_share"), ds) for name, ds in datasets.items()}

@@ -1,4 +1,4 @@
-"""Figures of a glance: any selection's shares or means by layer and expert (or head), without intervals."""
+"""Figures of a quick look: any selection's shares or means by layer and expert (or head), without intervals."""
 
 from typing import Any, Literal
 

@@ -1,5 +1,6 @@
 """The report: the answers of all studies of a run first, then their figures, tables and methods, in one HTML page."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -54,11 +55,11 @@ def write_report(
     inputs: paths that the report is made of, beside the run's. overwrite: replace an earlier report.
 
     Raises:
-        InputError: the output is no .html file or exists, or no study can be made of the run.
+        InputError: the output is not an .html file or exists, or no study can be made of the run.
     """
     target = Path(out)
     if target.suffix != ".html" or target.name == ".html":
-        raise InputError(f"{out}: a report is an .html file, its Markdown is written beside it")
+        raise InputError(f"{out}: expected a file that ends in .html; the Markdown is written beside it")
     if path := getattr(run, "path", None):
         inputs = [*inputs, path]
     names = [target.name, target.with_suffix(".md").name]
@@ -70,19 +71,20 @@ def write_report(
 
 
 def gather(run: Run, *, results: Results | None = None, seed: int = 0) -> Contents:
-    """Return the results of all studies of a run, and those of experiments that are given.
+    """Return the results of all studies of a run, and those that are given, of experiments or of another record.
 
     Raises:
         InputError: no study can be made of the run.
     """
     made: dict[str, Mapping[str, xr.Dataset]] = {}
     skipped = []
+    given = {find(name).name: sets for name, sets in (results or {}).items()}
     for study in studies(runs=1):
         try:
             made[study.name] = run_study(study.name, run, seed=seed)
         except InputError as error:
-            skipped.append(f"{study.title}: {error}.")
-    given = {find(name).name: sets for name, sets in (results or {}).items()}
+            if study.name not in given:
+                skipped.append(f"{study.title}: {error}.")
     made |= {name: sets for name, sets in given.items() if name not in made}
     if not made:
         raise InputError(" ".join(skipped))
@@ -129,11 +131,11 @@ def answers(contents: Contents, findings: str = "") -> Iterator[str]:
         if {"gain", "cost"} <= set(sets):
             yield _accuracy_table(sets["cost"])
     yield "".join(f"<p>{escape(text)}</p>" for text in accuracy_sentences(contents.results))
-    found = highlights(contents.results)
+    effects = highlights(contents.results)
     yield "<h3>Largest verified differences</h3>"
-    if found:
-        widest = 1.1 * max(max(abs(h.low), abs(h.high)) / h.level for h in found)
-        items = "".join(f"<li>{_highlight(h, widest, findings)}</li>" for h in found)
+    if effects:
+        widest = 1.1 * max(max(abs(h.low), abs(h.high)) / h.level for h in effects)
+        items = "".join(f"<li>{_highlight(h, widest, findings)}</li>" for h in effects)
         yield f'<ul class="highlights">{items}</ul><p class="note">{escape(_BARS)} {escape(_CHOSEN)}</p>'
     else:
         yield "<p>No difference is shown within prompts and at equal position.</p>"
@@ -220,7 +222,7 @@ def _differing(one: xr.Dataset) -> str:
 
 
 def _figures(name: str, sets: Mapping[str, xr.Dataset]) -> list[str]:
-    """The most telling figures of a study as HTML."""
+    """The most important figures of a study as HTML."""
     figures: Gallery = find(name).load_figures().gallery(sets)
 
     def rank(label: str) -> tuple[int, int]:
@@ -248,8 +250,8 @@ def _problems(run: Run) -> list[tuple[str, str]]:
     done, total = getattr(run, "progress", (0, 0))
     if done != total:
         rows.append(("Not finished", f"{done} of {total} units are captured"))
-    if found := counted_in(run.sequences):  # type: ignore[attr-defined]
-        rows.append(("Flags", found))
+    if flags := counted_in(run.sequences):  # type: ignore[attr-defined]
+        rows.append(("Flags", flags))
     if exclusion := getattr(run, "exclusion", ""):
         rows.append(("Excluded", exclusion))
     return rows
@@ -275,6 +277,9 @@ def _notes(sets: Mapping[str, xr.Dataset]) -> Iterator[tuple[str, str]]:
     for heading, attribute in (("Method", "method"), ("Not controlled", "not_controlled"), ("Command", "command")):
         texts = dict.fromkeys(str(ds.attrs[attribute]) for ds in sets.values() if ds.attrs.get(attribute))
         yield from ((heading, text) for text in texts)
+    if sample := json.loads(next((ds.attrs["sample"] for ds in sets.values() if ds.attrs.get("sample")), "{}")):
+        groups = ", ".join(f"{name.replace(', ', ' at ')} {n}" for name, n in sample.items())
+        yield "Sample", f"{sum(sample.values()):,} sequences: {groups}."
 
 
 def markdown(contents: Contents) -> str:

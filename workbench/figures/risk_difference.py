@@ -18,7 +18,8 @@ def heatmap(ds: xr.Dataset, control: str, *, theme: ThemeName = "light") -> go.F
     colours, cell = THEMES[theme], ds.sel(control=control)
     points, different = 100 * cell["difference"].values, cell["different"].values
     limit = float(np.abs(points[different]).max(initial=0.1))
-    percent = [100 * cell[n].values for n in ("difference", "low", "high", "rate_a", "rate_b")]
+    rates = ("mean_a", "mean_b") if "mean_a" in cell and np.isfinite(cell["mean_a"]).any() else ("rate_a", "rate_b")
+    percent = [100 * cell[n].values for n in ("difference", "low", "high", *rates)]
     detail = np.stack([*percent, cell["q"].values], -1)
     hover = (
         "layer %{y}, expert %{x}<br>%{customdata[0]:+.2f} points [%{customdata[1]:+.2f}, %{customdata[2]:+.2f}], "
@@ -67,13 +68,13 @@ def matched(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Return the heat map of each control, and the comparison of the pooled with the strictest one."""
-    found: Gallery = {}
+    items: Gallery = {}
     for name, ds in datasets.items():
         for control in map(str, ds["control"].values):
             cells = numbers(ds.sel(control=control).drop_vars("control"), "layer_expert")
-            found[f"{name}_{control.replace(' ', '_')}"] = GalleryItem(partial(heatmap, ds, control), cells, ds)
-        found[f"{name}_matched"] = GalleryItem(partial(matched, ds), numbers(ds, "control_layer_expert"), ds)
-    return found
+            items[f"{name}_{control.replace(' ', '_')}"] = GalleryItem(partial(heatmap, ds, control), cells, ds)
+        items[f"{name}_matched"] = GalleryItem(partial(matched, ds), numbers(ds, "control_layer_expert"), ds)
+    return items
 
 
 def _label(control: str) -> str:

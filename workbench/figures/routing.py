@@ -91,23 +91,23 @@ def entropy_by_layer(
     """
     colours = THEMES[theme]
     if panels not in ("channel", "effort"):
-        raise InputError(f"panels={panels!r} is not possible; choose channel or effort")
+        raise InputError(f"panels={panels!r} is unknown; choose channel or effort")
     lines = "effort" if panels == "channel" else "channel"
     present = [str(label) for label in ds[panels].values if ds["tokens"].sel({panels: label}).any()]
     if not present:
-        raise InputError("no cell of this dataset has a token; there is no entropy to draw")
+        raise InputError("no cell of this dataset has a token, so there is no entropy to draw: record more sequences")
     figure = make_subplots(cols=len(present), shared_yaxes=True, subplot_titles=present, horizontal_spacing=0.02)
     figure.update_annotations(font={"size": 13})
-    named: set[str] = set()
+    in_legend: set[str] = set()
     n_experts = experts_of_layers(ds["share"].max(["channel", "effort"]).values)
     for column, label in enumerate(present, start=1):
         for line in map(str, ds[lines].values):
             cell = ds.sel({panels: label, lines: line})
             if cell["tokens"]:
-                style = {"name": line, "legendgroup": line, "showlegend": line not in named}
+                style = {"name": line, "legendgroup": line, "showlegend": line not in in_legend}
                 for trace in _line_with_band(cell, colours.colour(lines, line), MARKERS.get(line, "circle"), style):
                     figure.add_trace(trace, row=1, col=column)
-                named.add(line)
+                in_legend.add(line)
         style = {"dash": "dot", "width": 1.5, "color": colours.muted}
         if n_experts.min() == n_experts.max():
             figure.add_hline(y=np.log(n_experts[0]), line=style, row=1, col=column)
@@ -153,25 +153,25 @@ def divergence_by_layer(div: xr.Dataset, *, theme: ThemeName = "light") -> go.Fi
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each, under the names of their files."""
+    """Return every figure of the study and its data, under the names of their files."""
     load = datasets["load"]
-    found = {
+    items = {
         "entropy_by_layer": GalleryItem(partial(entropy_by_layer, load), numbers(load, "channel_effort_layer"), load)
     }
     for channel, effort in product(map(str, load["channel"].values), map(str, load["effort"].values)):
         cell = load.sel(channel=channel, effort=effort)
         if cell["tokens"]:
             draw = partial(load_heatmap, load, channel, effort)
-            found[f"load_{channel}_{effort}"] = GalleryItem(draw, numbers(cell, "layer_expert"), load)
+            items[f"load_{channel}_{effort}"] = GalleryItem(draw, numbers(cell, "layer_expert"), load)
     for name, div in datasets.items():
         if "jsd" in div:
-            found[f"divergence_{name}"] = GalleryItem(partial(divergence_by_layer, div), numbers(div, "layer"), div)
+            items[f"divergence_{name}"] = GalleryItem(partial(divergence_by_layer, div), numbers(div, "layer"), div)
             cells = numbers(div, "layer_expert")
-            found[f"difference_{name}"] = GalleryItem(partial(load_difference_heatmap, div), cells, div)
+            items[f"difference_{name}"] = GalleryItem(partial(load_difference_heatmap, div), cells, div)
     for name, ds in datasets.items():
         if "nmi" in ds:
-            found[name] = GalleryItem(partial(special_by_layer, ds), numbers(ds, "layer"), ds)
-    return found
+            items[name] = GalleryItem(partial(special_by_layer, ds), numbers(ds, "layer"), ds)
+    return items
 
 
 def lift_heatmap(ds: xr.Dataset, channel: str, layer: int, *, theme: ThemeName = "light") -> go.Figure:

@@ -81,13 +81,13 @@ def settled(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Return a figure for each conversation, and one of all."""
-    found: Gallery = {}
+    items: Gallery = {}
     if "sentences" in datasets:
         ds = datasets["sentences"]
         for number, name in enumerate(dict.fromkeys(map(str, ds["conversation"].values))):
             draw = partial(conversation, ds, name)
-            found[f"conversation_{number + 1}"] = GalleryItem(draw, numbers(ds, "sentence"), ds)
+            items[f"conversation_{number + 1}"] = GalleryItem(draw, numbers(ds, "sentence"), ds)
     if "conversations" in datasets:
         ds = datasets["conversations"]
-        found["settled"] = GalleryItem(partial(settled, ds), numbers(ds, "conversation"), ds)
-    return found
+        items["settled"] = GalleryItem(partial(settled, ds), numbers(ds, "conversation"), ds)
+    return items

@@ -64,20 +64,20 @@ def by_position(ds: xr.Dataset, layer: int, *, theme: ThemeName = "light") -> go
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the data of each."""
     mass = datasets["mass"]
-    found: Gallery = {}
+    items: Gallery = {}
     for channel in map(str, mass["channel"].values):
         for effort in map(str, mass["effort"].values):
             cell = mass.sel(channel=channel, effort=effort)
             if int(cell["tokens"]):
                 draw = partial(mass_heatmap, mass, channel, effort)
-                found[f"mass_{channel}_{effort}"] = GalleryItem(draw, numbers(cell, "layer_head"), mass)
+                items[f"mass_{channel}_{effort}"] = GalleryItem(draw, numbers(cell, "layer_head"), mass)
     if "position" in datasets:
         position = datasets["position"]
         for layer in map(int, position["layer"].values):
             draw = partial(by_position, position, layer)
-            found[f"position_layer_{layer}"] = GalleryItem(
+            items[f"position_layer_{layer}"] = GalleryItem(
                 draw, numbers(position.sel(layer=layer), "channel_bin"), position
             )
-    return found | contrast.gallery(datasets, title="Size of sink differences by layer")
+    return items | contrast.gallery(datasets, title="Size of sink differences by layer")

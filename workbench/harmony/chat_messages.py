@@ -137,8 +137,8 @@ def from_chat_messages(
             reader.read(message, truncated=truncated and i == len(messages), following=messages[i : i + 1])
         except _MessageError as error:
             raise InputError(f"message {i}: {error}") from error
-    check_messages(reader.found.messages)
-    return reader.found
+    check_messages(reader.result.messages)
+    return reader.result
 
 
 class _MessageError(ValueError):
@@ -149,7 +149,7 @@ class _Reader:
     """Reads messages in order and remembers the calls that tool results answer."""
 
     def __init__(self, builtin: Sequence[str], split: bool) -> None:
-        self.found = ChatMessages()
+        self.result = ChatMessages()
         self._builtin, self._split = tuple(builtin), split
         self._calls: dict[str, _Call] = {}
         self._unanswered: list[tuple[str, _Call]] = []
@@ -157,7 +157,7 @@ class _Reader:
 
     def read(self, message: Any, truncated: bool, following: Sequence[Any]) -> None:
         if not isinstance(message, Mapping):
-            raise _MessageError(f"got {shown(message)}; wanted an object with role and content")
+            raise _MessageError(f"got {shown(message)}; expected an object with role and content")
         message = _with_role(message)
         role = message.get("role")
         if role is None and message.get("type") == "message":
@@ -172,7 +172,7 @@ class _Reader:
             )
         self._note_fields(message)
         if message.get("raw") is not None:
-            self.found.messages.append(
+            self.result.messages.append(
                 {k: v for k, v in message.items() if k in (*_OWN_FIELDS, "raw") and v is not None}
             )
         elif role == "assistant":
@@ -183,13 +183,13 @@ class _Reader:
             self._given(role, message)
 
     def _note_fields(self, message: Mapping[str, Any]) -> None:
-        self.found.left_out += [
+        self.result.left_out += [
             f"the field {shown(name)} of a message"
             for name, value in message.items()
             if name not in _USED and name not in _ABOUT and value not in (None, "", [], {})
         ]
         images = message.get("images")  # Ollama's
-        self.found.images += len(images) if isinstance(images, list) else 0
+        self.result.images += len(images) if isinstance(images, list) else 0
 
     def _given(self, role: str, message: Mapping[str, Any]) -> None:
         """A system, developer or user message."""
@@ -202,7 +202,7 @@ class _Reader:
             if not content:
                 return
         fields = {name: message[name] for name in _HEADER if message.get(name) is not None}
-        self.found.messages.append({"role": role, **fields, "content": self._text(content)})
+        self.result.messages.append({"role": role, **fields, "content": self._text(content)})
 
     def _tool(self, message: Mapping[str, Any]) -> None:
         content = message.get("content")
@@ -219,7 +219,7 @@ class _Reader:
             recipient, channel = self._tool_name(name), "commentary"
         else:
             raise _MessageError(f"a tool's message needs the tool's name, such as functions.search; got {shown(name)}")
-        self.found.messages.append(
+        self.result.messages.append(
             {
                 "role": "tool",
                 "name": recipient,
@@ -251,7 +251,7 @@ class _Reader:
         if isinstance(message.get("function_call"), Mapping):
             calls = [*calls, {"function": message["function_call"]}]
         if not isinstance(calls, Sequence) or isinstance(calls, str):
-            raise _MessageError(f"tool_calls is {shown(calls)}; wanted a list of calls")
+            raise _MessageError(f"tool_calls is {shown(calls)}; expected a list of calls")
         segments += [_Segment("call", "", self._call(call)) for call in calls]
         self._append(segments, message)
 
@@ -262,7 +262,7 @@ class _Reader:
         )
         for i, segment in enumerate(segments):
             if segment.message:
-                self.found.messages.append(segment.message)
+                self.result.messages.append(segment.message)
                 continue
             last = i == len(segments) - 1
             channel = {"analysis": "analysis", "text": "final" if last else "commentary"}[segment.kind]
@@ -271,7 +271,7 @@ class _Reader:
                 fields = {}
             elif "recipient" in fields and "channel" not in fields:
                 fields["channel"] = "commentary"
-            self.found.messages.append({"role": "assistant", "channel": channel, **fields, "content": segment.content})
+            self.result.messages.append({"role": "assistant", "channel": channel, **fields, "content": segment.content})
             if "recipient" in fields:
                 self._remember("", _Call(fields["recipient"], fields.get("channel", channel)))
 
@@ -279,7 +279,7 @@ class _Reader:
         for name in _REASONING_FIELDS:
             text, summary = _reasoning_text(message.get(name))
             if text:
-                self.found.summary |= summary
+                self.result.summary |= summary
                 return [_Segment("analysis", text)]
         return []
 
@@ -296,13 +296,13 @@ class _Reader:
                 return self._split_text(content, truncated)
             return [_Segment("text", content)]
         if not isinstance(content, list):
-            raise _MessageError(f"its content is {shown(content)}; wanted text")
+            raise _MessageError(f"its content is {shown(content)}; expected text")
         return [segment for part in content for segment in self._part(part)]
 
     def _split_text(self, content: str, truncated: bool) -> list[_Segment]:
         output = read_output(content, truncated=truncated)
         if output.complete is not None:
-            self.found.complete = output.complete
+            self.result.complete = output.complete
         if len(output.messages) == 1 and output.messages[0] == _final(content):
             return [_Segment("text", content)]
         return [_Segment("call", "", message) for message in output.messages]
@@ -317,21 +317,21 @@ class _Reader:
             return [_Segment("text", part["refusal"])]
         if kind in _REASONING_PARTS:
             text, summary = _reasoning_text([part])
-            self.found.summary |= summary
+            self.result.summary |= summary
             return [_Segment("analysis", text)] if text else []
         if kind in ("tool_use", "tool_call", "function_call"):
             return [_Segment("call", "", self._call(part))]
         if kind in _IMAGE_PARTS:
-            self.found.images += 1
+            self.result.images += 1
             return []
-        raise _MessageError(f"its content has a part of type {shown(kind)}; wanted text, reasoning, images or calls")
+        raise _MessageError(f"its content has a part of type {shown(kind)}; expected text, reasoning, images or calls")
 
     def _text(self, content: Any) -> str:
         """The text of a message that is given to a model."""
         if isinstance(content, str):
             return content
         if not isinstance(content, list):
-            raise _MessageError(f"its content is {shown(content)}; wanted text")
+            raise _MessageError(f"its content is {shown(content)}; expected text")
         segments = [segment for part in content for segment in self._part(part)]
         if any(segment.kind != "text" for segment in segments):
             raise _MessageError("its content has reasoning or a call, which only an assistant's has")
@@ -367,17 +367,17 @@ class _Reader:
         self._last = call
 
     def _item(self, item: Mapping[str, Any], truncated: bool, following: Sequence[Any]) -> None:
-        """An item of Responses that is no message."""
+        """An item of Responses that is not a message."""
         kind = item["type"]
         if kind == "reasoning":
             text, summary = _reasoning_text(item.get("content"))
             if not text:
                 text, summary = _reasoning_text(item.get("summary"))[0], True
             if text:
-                self.found.summary |= summary
-                self.found.messages.append({"role": "assistant", "channel": "analysis", "content": text})
+                self.result.summary |= summary
+                self.result.messages.append({"role": "assistant", "channel": "analysis", "content": text})
         elif kind in ("function_call", "custom_tool_call", "mcp_call"):
-            self.found.messages.append(self._call(item))
+            self.result.messages.append(self._call(item))
         elif kind in ("function_call_output", "custom_tool_call_output"):
             output = item.get("output")
             self._tool({"content": output, "tool_call_id": item.get("call_id")})
@@ -415,13 +415,13 @@ def _has_own(message: Mapping[str, Any], segment: _Segment) -> bool:
 
 def _joined(segments: list[_Segment]) -> list[_Segment]:
     """Neighbouring pieces of the same kind as one."""
-    found: list[_Segment] = []
+    joined: list[_Segment] = []
     for segment in segments:
-        if found and not segment.message and not found[-1].message and found[-1].kind == segment.kind:
-            found[-1] = _Segment(segment.kind, found[-1].content + segment.content)
+        if joined and not segment.message and not joined[-1].message and joined[-1].kind == segment.kind:
+            joined[-1] = _Segment(segment.kind, joined[-1].content + segment.content)
         else:
-            found.append(segment)
-    return found
+            joined.append(segment)
+    return joined
 
 
 def _reasoning_text(value: Any) -> tuple[str, bool]:
@@ -438,6 +438,6 @@ def _reasoning_text(value: Any) -> tuple[str, bool]:
                     return text, summary or kind in ("summary_text", "reasoning.summary")
         return _reasoning_text(value.get("summary"))[0], True
     if isinstance(value, Sequence):
-        found = [_reasoning_text(each) for each in value]
-        return "".join(text for text, _ in found), any(summary for text, summary in found if text)
+        parts = [_reasoning_text(item) for item in value]
+        return "".join(text for text, _ in parts), any(summary for text, summary in parts if text)
     return "", False

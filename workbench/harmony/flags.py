@@ -30,31 +30,31 @@ def sequence_flags(
 ) -> tuple[str, ...]:
     """Return flags of a sequence, in the order of SEQUENCE_FLAGS.
 
-    complete: whether the answer ended by itself, if that is known; otherwise the stop token tells. notes: flags from
+    complete: whether the answer ended by itself, if that is known; otherwise the stop token shows it. notes: flags from
     reading the sequence.
     """
     answers = [m for m in labels.messages if m.role in ("assistant", "") and m.end > n_prompt]
-    found = set(notes)
+    flags = set(notes)
     if any(irregular(m) for m in labels.messages):
-        found.add("irregular")
+        flags.add("irregular")
     cut = bool(answers) and labels.messages[-1] is answers[-1] and answers[-1].closed_by == "truncated"
     if complete is False or (complete is None and cut):
-        found.add("truncated")
+        flags.add("truncated")
     if answers and not any(m.channel == "analysis" for m in answers):
-        found.add("no_reasoning")
-    return tuple(flag for flag in SEQUENCE_FLAGS if flag in found)
+        flags.add("no_reasoning")
+    return tuple(flag for flag in SEQUENCE_FLAGS if flag in flags)
 
 
 def flags_of_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Return flags of a transcript row of messages, before it is rendered."""
-    found = set(row.get("notes", ()))
+    flags = set(row.get("notes", ()))
     messages = row["messages"]
     asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     answer = [m for m in messages[asked + 1 :] if m["role"] == "assistant"]
-    found |= {"irregular"} if any(_is_irregular(m["raw"]) for m in answer if m.get("raw")) else set()
-    found |= {"truncated"} if row.get("complete") is False else set()
-    found |= set() if any(m.get("channel") == "analysis" for m in answer) else {"no_reasoning"}
-    return tuple(flag for flag in SEQUENCE_FLAGS if flag in found | {"re_rendered"})
+    flags |= {"irregular"} if any(_is_irregular(m["raw"]) for m in answer if m.get("raw")) else set()
+    flags |= {"truncated"} if row.get("complete") is False else set()
+    flags |= set() if any(m.get("channel") == "analysis" for m in answer) else {"no_reasoning"}
+    return tuple(flag for flag in SEQUENCE_FLAGS if flag in flags | {"re_rendered"})
 
 
 def _is_irregular(raw: str) -> bool:
@@ -64,7 +64,7 @@ def _is_irregular(raw: str) -> bool:
 
 def counted(flags: Iterable[Iterable[str]]) -> str:
     """Return how many sequences have each flag, in words; "" if none has any."""
-    counts = Counter(flag for each in flags for flag in set(each))
+    counts = Counter(flag for names in flags for flag in set(names))
     return ", ".join(f"{counts[flag]:,} {words}" for flag, words in SEQUENCE_FLAGS.items() if counts[flag])
 
 

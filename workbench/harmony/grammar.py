@@ -1,4 +1,4 @@
-"""The grammar of one message: its ids, and the way back from labelled ids to messages."""
+"""The grammar of one message: from a message to ids, and from labelled ids to messages."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ def parse_text(text: str) -> list[dict[str, Any]]:
 
 def messages_of(ids: Sequence[int], labels: Labels, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Return messages of a labelled stream."""
-    found = []
+    messages = []
     for m in labels.messages:
         end = m.end if m.stop < 0 else m.stop
         content = tokenizer.decode(list(ids[m.content : end])) if m.content >= 0 else ""
@@ -47,8 +47,8 @@ def messages_of(ids: Sequence[int], labels: Labels, tokenizer: Tokenizer) -> lis
         text = tokenizer.decode(list(ids[m.start : m.end]))
         if m.role not in ("system", "developer") and not _is_regular(message, m.closed_by, text, tokenizer):
             message["raw"] = text
-        found.append(message)
-    return found
+        messages.append(message)
+    return messages
 
 
 def _is_regular(message: Mapping[str, Any], closed_by: str, text: str, tokenizer: Tokenizer) -> bool:
@@ -94,11 +94,11 @@ def message_ids(message: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
     if name is not None and role != "tool":
         ids += encode(f":{name}")
     addressed = [] if recipient in (None, "all") else encode(f" to={recipient}")
-    behind = role == "assistant" and channel == "commentary"
-    ids += [] if behind else addressed
+    channel_first = role == "assistant" and channel == "commentary"
+    ids += [] if channel_first else addressed
     if channel is not None:
         ids += [mark("channel"), *encode(channel)]
-    ids += addressed if behind else []
+    ids += addressed if channel_first else []
     if (content_type := message.get("content_type")) is not None:
         ids += [*encode(" "), mark("constrain"), *encode(content_type.removeprefix(CONSTRAIN))]
     call = role == "assistant" and recipient not in (None, "all")

@@ -53,7 +53,7 @@ FLAGS = {
 _OUTSIDE, _START, _ROLE, _CHANNEL_MARK, _CHANNEL, _CONSTRAIN_MARK, _CONSTRAIN, _MESSAGE_MARK, _CONTENT, _STOP = range(
     len(PARTS)
 )
-_NEEDS_CONTENT = ("irregular_role", "unknown_channel", "extra_words")  # a cut word says nothing
+_NEEDS_CONTENT = ("irregular_role", "unknown_channel", "extra_words")  # a cut word shows nothing
 _SPECIAL, _TEXT_END = 100, 101  # kinds of special tokens beside those that are parts
 _CLOSED_BY = {"<|end|>": "end", "<|return|>": "return", "<|call|>": "call"}
 _CONTENT_TYPES = ("json", "code", "text", "python")  # words that may stand unmarked in a header without a recipient
@@ -104,7 +104,7 @@ def label(
 ) -> Labels:
     """Label a stream of ids. The labels of a prefix are the prefix of the labels, an open header aside.
 
-    n_prompt: how many of the ids are the prompt, if that is known. A message behind it is the assistant's whatever its
+    n_prompt: how many of the ids are the prompt, if that is known. A message after it is the assistant's whatever its
     role, unless it answers a tool call or follows the end of a generation.
     """
     return _labeller(tokenizer).label(np.asarray(ids, dtype=np.int64), n_prompt)
@@ -167,14 +167,14 @@ class _Header(NamedTuple):
 
 
 class _Stream:
-    """What the labeller knows at a position: the messages so far, the open one, and where the last one ended."""
+    """The state of the labeller at a position: the messages so far, the open one, and where the last one ended."""
 
     def __init__(self, ids: Int[np.ndarray, " tokens"], n_prompt: int | None) -> None:
         self.ids, self.n_prompt = ids, n_prompt
         self.runs, self.messages = _Runs(), list[Message]()
         self.open: Message | None = None
-        self.outside = 0  # the first token behind the last message
-        self.seen = False  # whether a message came since the text began: text behind one is output without a header
+        self.outside = 0  # the first token after the last message
+        self.seen = False  # whether a message came since the text began: text after one is output without a header
 
     def begin(self, message: Message, part: int, then: int | None = None) -> None:
         """Open a message whose first token has one part and whose next ones have another."""
@@ -255,7 +255,7 @@ class _Labeller:
             if "special_in_content" not in message.flags:
                 message.flags += ("special_in_content",)
         elif kind != _SPECIAL:
-            stream.mark(at, kind, kind + 1)  # PARTS has the words of a mark behind it
+            stream.mark(at, kind, kind + 1)  # PARTS lists the words of a mark after the mark
             if kind == _MESSAGE_MARK:
                 self._open_content(stream, at)
 
@@ -339,8 +339,8 @@ class _Labeller:
                 current.append(id)
         texts = {section: self._tokenizer.decode(words) for section, words in sections.items()}
         role, author, rest = _role(texts[_ROLE].split(), flags)
-        channel, behind = _channel(texts[_CHANNEL], _CHANNEL in seen, flags)
-        rest += behind
+        channel, after_channel = _channel(texts[_CHANNEL], _CHANNEL in seen, flags)
+        rest += after_channel
         content_type = ""
         if _CONSTRAIN in seen:
             first, *others = texts[_CONSTRAIN].split() or [""]
@@ -355,7 +355,7 @@ class _Labeller:
         if rest:
             flags.append("extra_words")
             channel = (
-                " ".join([channel, *(word for word in rest if word in behind and not word.startswith("to="))])
+                " ".join([channel, *(word for word in rest if word in after_channel and not word.startswith("to="))])
                 if channel
                 else ""
             )
@@ -366,7 +366,7 @@ class _Labeller:
 
 
 def _role(words: list[str], flags: list[str]) -> tuple[str, str, list[str]]:
-    """Role, author and the words left. An author that is no role is a tool if a tool's header can begin so."""
+    """Role, author and the words left. An author that is not a role is a tool if a tool's header can begin so."""
     if not words or words[0].startswith("to="):
         flags.append("no_role")
         return "assistant", "", words
@@ -381,7 +381,7 @@ def _role(words: list[str], flags: list[str]) -> tuple[str, str, list[str]]:
 
 
 def _channel(text: str, marked: bool, flags: list[str]) -> tuple[str, list[str]]:
-    """The channel and the words behind it."""
+    """The channel and the words after it."""
     words = text.split()
     if words and not text[0].isspace() and not words[0].startswith("to="):
         return words[0], words[1:]
@@ -391,7 +391,7 @@ def _channel(text: str, marked: bool, flags: list[str]) -> tuple[str, list[str]]
 
 
 def _header_words(text: str, of_role: bool, cut: bool) -> int | None:
-    """How many characters of a text behind the last mark of a header belong to it; None if all of them.
+    """How many characters of a text after the last mark of a header belong to it; None if all of them.
 
     of_role: the text follows `<|start|>`, so its first word is a role; otherwise it is a channel or a type. cut: the
     stream ends with the text, so a word or two may be the beginning of what a header has.

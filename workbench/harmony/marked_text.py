@@ -74,7 +74,7 @@ def _stripped(text: str, truncated: bool) -> list[dict[str, Any]] | None:
     start = text.removeprefix("assistant")
     if not start.startswith(_CHANNELS):
         return None
-    cuts = [0, *(found.start() for found in _REMAINS.finditer(text, len(text) - len(start) + 1))]
+    cuts = [0, *(match.start() for match in _REMAINS.finditer(text, len(text) - len(start) + 1))]
     cut_analysis = truncated and start.startswith("analysis") and start[len("analysis") :][:1].isupper()
     if len(cuts) == 1 and not cut_analysis and not _REMAINS.match(text) and not _is_glued_final(start):
         return None
@@ -84,9 +84,9 @@ def _stripped(text: str, truncated: bool) -> list[dict[str, Any]] | None:
 
 def _is_glued_final(text: str) -> bool:
     """Whether a text begins as in `final144` or `finalThe`, which no word does: the answer had no analysis."""
-    behind = text.removeprefix("final")
+    rest = text.removeprefix("final")
     return text.startswith("final") and (
-        behind[:1].isdigit() or behind[:1].isupper() or (behind[:1] == "-" and behind[1:2].isdigit())
+        rest[:1].isdigit() or rest[:1].isupper() or (rest[:1] == "-" and rest[1:2].isdigit())
     )
 
 
@@ -133,10 +133,10 @@ def _between_tags(text: str, opening: str, closing: str) -> Output:
         complete = None if end >= 0 else False
         analysis = text[begin : end if end >= 0 else len(text)]
         messages.append({"role": "assistant", "channel": "analysis", "content": analysis.strip("\n")})
-        behind = end + len(closing) if end >= 0 else len(text)
-        again = text.find(opening, behind)
+        after_end = end + len(closing) if end >= 0 else len(text)
+        again = text.find(opening, after_end)
         at = again if again >= 0 else len(text)
-        if (answer := text[behind:at]).strip():
+        if (answer := text[after_end:at]).strip():
             channel = "commentary" if again >= 0 else "final"
             messages.append({"role": "assistant", "channel": channel, "content": answer.strip("\n")})
     return Output([m for m in messages if m["content"] or m["channel"] == "final"], complete)

@@ -85,7 +85,7 @@ def check_messages(messages: Any) -> None:
         InputError: the messages are not a list of messages, or one has a field that would not be rendered.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise InputError(f"messages: got {shown(messages)}; wanted a list of at least one message")
+        raise InputError(f"messages: got {shown(messages)}; expected a list of at least one message")
     for i, message in enumerate(messages, 1):
         _check_message(f"message {i}", message)
     for i, message in enumerate(messages[: leading(messages)], 1):
@@ -98,26 +98,26 @@ def check_messages(messages: Any) -> None:
 
 def _check_message(where: str, message: Any) -> None:
     if not isinstance(message, Mapping):
-        raise InputError(f"{where}: got {shown(message)}; wanted an object with role and content")
+        raise InputError(f"{where}: got {shown(message)}; expected an object with role and content")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InputError(
             f"{where}: unknown role {shown(role)}; choose from {', '.join(ROLES)}, a tool's own name is its name"
         )
     if not isinstance(content, str):
-        raise InputError(f"{where}: its content is {shown(content)}; wanted text")
+        raise InputError(f"{where}: its content is {shown(content)}; expected text")
     if unknown := [field for field in message if field not in FIELDS]:
         raise InputError(f"{where}: unknown field {shown(unknown[0])}; a message has {', '.join(FIELDS)}")
     if (raw := message.get("raw")) is not None:
         if not isinstance(raw, str) or not raw:
-            raise InputError(f"{where}: raw is {shown(raw)}; wanted the message's text with marks")
+            raise InputError(f"{where}: raw is {shown(raw)}; expected the message's text with marks")
         return
     for field in HEADER_FIELDS:
         word = message.get(field)
         if field == "content_type" and isinstance(word, str):
             word = word.removeprefix(CONSTRAIN)
         if word is not None and not (isinstance(word, str) and _is_word(word)):
-            raise InputError(f"{where}: {field} is {shown(word)}; wanted one word without < | > and spaces")
+            raise InputError(f"{where}: {field} is {shown(word)}; expected one word without < | > and spaces")
     name = message.get("name")
     if role == "tool" and (name is None or name.split(":")[0] in ROLES):
         raise InputError(

@@ -26,7 +26,7 @@ _OWN_SYSTEM_TEXT = "# Valid channels:"  # in every system message that gpt-oss w
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What a system message says beside the instructions. date: the "Current date", None where there is none."""
+    """The content of a system message beside the instructions. date: the "Current date", None where there is none."""
 
     effort: str = "medium"
     tools: Tools = NO_TOOLS
@@ -51,7 +51,7 @@ def prompt_options(
     """
     for name, value in (("model_identity", model_identity), ("knowledge_cutoff", knowledge_cutoff)):
         if not isinstance(value, str | None):
-            raise InputError(f"{name} is {shown(value)}; wanted text")
+            raise InputError(f"{name} is {shown(value)}; expected text")
     return PromptOptions(
         effort_of(effort), read_tools(tools, builtin_tools), model_identity, knowledge_cutoff, _date(date)
     )
@@ -63,7 +63,7 @@ def _date(value: Any) -> datetime.date | None:
     try:
         return datetime.date.fromisoformat(value)
     except (TypeError, ValueError):
-        raise InputError(f"date is {shown(value)}; wanted a day, such as 2025-08-05") from None
+        raise InputError(f"date is {shown(value)}; expected a day, such as 2025-08-05") from None
 
 
 def is_system_text(text: str) -> bool:
@@ -80,7 +80,7 @@ def preamble(
         InputError: a built-in tool that gpt-oss has no form for.
     """
     if options.tools.unknown:
-        raise InputError(f"gpt-oss has no form for a tool of type {shown(options.tools.unknown[0])}: leave it out")
+        raise InputError(f"gpt-oss has no format for a tool of type {shown(options.tools.unknown[0])}: remove it")
     template = tokenizer.chat_template
     if template is None:
         return _own(leading, options)
@@ -101,7 +101,7 @@ def _own(leading: Sequence[Mapping[str, Any]], options: PromptOptions) -> list[t
     functions = options.tools.functions
     if functions and not instructions:
         instructions = [""]
-    for i, text in enumerate(instructions):  # tools are told once, behind all instructions
+    for i, text in enumerate(instructions):  # tools are told once, after all instructions
         last = i == len(instructions) - 1
         texts.append(("developer", developer_text(text, options.tools if last else NO_TOOLS)))
     return texts
@@ -155,10 +155,10 @@ def _developer_form(has_instructions: bool, tools: Tools) -> str:
 def instructions_of(text: str) -> str:
     """Return the instructions in a developer message's text, the inverse of `developer_text` without tools."""
     before, after = _developer_form(True, NO_TOOLS).split(_PLACEHOLDER)
-    behind = text.find("\n\n# Tools\n\n## functions\n\nnamespace functions {")
+    tools_start = text.find("\n\n# Tools\n\n## functions\n\nnamespace functions {")
     if text.startswith("# Tools\n\n## functions"):
         return ""
-    return text[: behind if behind >= 0 else None].removeprefix(before).removesuffix(after)
+    return text[: tools_start if tools_start >= 0 else None].removeprefix(before).removesuffix(after)
 
 
 def _text_of(message: Any, role: str, options: Any = None) -> str:
@@ -234,7 +234,7 @@ def _refuse_dropped_options(pieces: Sequence[str], options: PromptOptions, token
     names += [("knowledge_cutoff", options.knowledge_cutoff)] if options.knowledge_cutoff else []
     if missing := [(what, name) for what, name in names if name not in text]:
         what, name = missing[0]
-        raise InputError(f"the chat template of {tokenizer.name} leaves the {what} {shown(name)} out: do not give it")
+        raise InputError(f"the chat template of {tokenizer.name} leaves out the {what} {shown(name)}: remove it")
 
 
 def _before_the_user(text: str, tokenizer: Tokenizer) -> list[str]:

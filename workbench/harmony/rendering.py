@@ -1,7 +1,7 @@
-"""Messages to ids: what a model is shown, and the way back.
+"""Render messages as token ids.
 
 Messages may be harmony's own or those of any chat API; see `workbench.harmony.chat_messages`. The preamble is
-`workbench.harmony.preamble`'s. Everything behind it is written here, by ids, so that no content can turn into a mark.
+`workbench.harmony.preamble`'s. Everything after it is written here, by ids, so that no content can turn into a mark.
 The choices where the official chat template and the harmony library differ are in docs/conversations.md.
 
 Reference: https://cookbook.openai.com/articles/openai-harmony
@@ -42,20 +42,20 @@ def render(
 
     Raises: InputError for messages and options that cannot be rendered.
     """
-    found = from_chat_messages(messages, builtin=builtin_tools or ())
-    if found.left_out:
-        raise InputError(f"{found.left_out[0]} cannot be rendered: remove it")
-    if found.images:
+    chat = from_chat_messages(messages, builtin=builtin_tools or ())
+    if chat.left_out:
+        raise InputError(f"{chat.left_out[0]} cannot be rendered: remove it")
+    if chat.images:
         raise InputError("gpt-oss reads no images: remove the image parts")
     options = prompt_options(
-        effort=settled_effort(effort, found.messages) or "medium",
+        effort=settled_effort(effort, chat.messages) or "medium",
         tools=tools,
         builtin_tools=builtin_tools,
         model_identity=model_identity,
         knowledge_cutoff=knowledge_cutoff,
         date=date,
     )
-    pieces = _pieces(without_earlier_analysis(found.messages, generation_prompt), options, tokenizer)
+    pieces = _pieces(without_earlier_analysis(chat.messages, generation_prompt), options, tokenizer)
     if generation_prompt:
         pieces.append(generation_prompt_ids(tokenizer))
     return [id for piece in pieces for id in piece]

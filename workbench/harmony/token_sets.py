@@ -73,9 +73,9 @@ def token_set(
             mask &= np.isin(labels.message, _numbers(message, len(labels.messages)))
         if position is not None:
             mask &= np.isin(np.arange(len(ids)), _numbers(position, len(ids)))
-        kept = np.flatnonzero(mask)[::every]
-        kept = kept if last is None else kept[-last:]
-        return np.isin(np.arange(len(ids)), kept)
+        selected = np.flatnonzero(mask)[::every]
+        selected = selected if last is None else selected[-last:]
+        return np.isin(np.arange(len(ids)), selected)
 
     given: dict[str, Any] = dict(role=role, channel=channel, part=part, message=message, position=position, last=last)
     given = {name: value for name, value in given.items() if value is not None} | (
@@ -93,7 +93,7 @@ def check_token_set(*, every: int = 1, last: int | None = None, **which: Any) ->
     for name, known in (("role", ROLES), ("channel", CHANNELS), ("part", PARTS)):
         _codes(name, which.get(name), known)
     if every < 1 or (last is not None and last < 1):
-        raise InputError(f"every={every} and last={last}: both count tokens, from 1 on")
+        raise InputError(f"every={every} and last={last}: expected whole numbers from 1")
 
 
 def _numbers(which: int | Iterable[int] | slice, n: int) -> list[int]:

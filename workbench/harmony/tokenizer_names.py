@@ -2,7 +2,7 @@
 
 `encode` reads every text as ordinary characters, so that a conversation's text never becomes a mark. What is here is
 for the researcher's own text: `tokenizer(text)` and `encode_with_special` read the name of a special token, as in
-`<|start|>`, as that token. Nothing is put before or behind a text.
+`<|start|>`, as that token. Nothing is added before or after a text.
 
 Reference: transformers 5.23, tokenization_utils_base.py, for the names.
 """
@@ -161,7 +161,9 @@ class TokenizerNames:
 
     def _filled(self, rows: list[list[int]], width: int, value: int | None) -> list[list[int]]:
         if value is None:
-            raise InputError(f"the vocabulary of {self.name} has no <|endoftext|> to fill rows with: pass them singly")
+            raise InputError(
+                f"the vocabulary of {self.name} has no <|endoftext|> to pad rows with: pass the texts one by one"
+            )
         left = padding_side(self.padding_side) == "left"
         return [[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows]
 
@@ -174,7 +176,7 @@ def padding_side(side: str) -> Literal["left", "right"]:
 
 
 def plain_ids(ids: Any) -> list[int]:
-    """Return ids from a number, a list, an array or a tensor. Raises: InputError for what is no whole number from 0."""
+    """Return ids from a number, list, array or tensor. Raises: InputError for anything but whole numbers from 0."""
     values = ids.tolist() if hasattr(ids, "tolist") else ids
     row = [values] if isinstance(values, int) else list(values)
     try:
@@ -183,7 +185,7 @@ def plain_ids(ids: Any) -> list[int]:
         numbers = [-1]
     if numbers and min(numbers) < 0:
         wrong = next(id for id in row if not hasattr(id, "__index__") or id < 0)
-        raise InputError(f"{wrong!r:.60} is no token id: expected a whole number from 0")
+        raise InputError(f"{wrong!r:.60} is not a token id: expected a whole number from 0")
     return numbers
 
 

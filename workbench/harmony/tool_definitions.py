@@ -1,4 +1,4 @@
-"""Definitions of tools, as people have them, for the messages that tell the model which tools there are.
+"""Definitions of tools in their usual forms, for the messages that list the tools for the model.
 
 Functions come as chat completions have them (`{"type": "function", "function": {…}}`), as Responses and Inspect have
 them (`{"name", "description", "parameters"}`), or with an `input_schema`. Browser and python are built in: gpt-oss
@@ -60,12 +60,12 @@ def read_tools(tools: Any, builtin_tools: Any = None) -> Tools:
     if isinstance(tools, str):
         tools = _parsed(tools)
     if tools is not None and not isinstance(tools, Sequence):
-        raise InputError(f"tools is {shown(tools)}; wanted a list of definitions")
+        raise InputError(f"tools is {shown(tools)}; expected a list of definitions")
     functions: list[Function] = []
     builtin, unknown = list(_builtin_names(builtin_tools)), list[str]()
     for tool in tools or []:
         if not isinstance(tool, Mapping):
-            raise InputError(f"a tool is {shown(tool)}; wanted an object with a name")
+            raise InputError(f"a tool is {shown(tool)}; expected an object with a name")
         kind = str(tool.get("type", "function"))
         definition = tool.get("function") if isinstance(tool.get("function"), Mapping) else tool
         if kind in _BUILTIN_TYPES:
@@ -81,14 +81,14 @@ def _parsed(text: str) -> Any:
     try:
         return parse_json(text) if text.strip() else None
     except InputError as error:
-        raise InputError(f"tools is {shown(text)}; wanted a list of definitions: {error}") from error
+        raise InputError(f"tools is {shown(text)}; expected a list of definitions: {error}") from error
 
 
 def _builtin_names(names: Any) -> list[str]:
     if names is None:
         return []
     if isinstance(names, str) or not isinstance(names, Sequence):
-        raise InputError(f"builtin_tools is {shown(names)}; wanted a list with browser, python or both")
+        raise InputError(f"builtin_tools is {shown(names)}; expected a list with browser, python or both")
     if unknown := [name for name in names if name not in BUILTIN]:
         raise InputError(f"unknown built-in tool {shown(unknown[0])}: choose from {', '.join(BUILTIN)}")
     return list(names)
@@ -98,7 +98,7 @@ def _function(definition: Any) -> Function:
     name, description = definition.get("name"), definition.get("description")
     parameters = definition.get("parameters", definition.get("input_schema"))
     if not isinstance(name, str) or not name:
-        raise InputError(f"a tool's name is {shown(name)}; wanted text")
+        raise InputError(f"a tool's name is {shown(name)}; expected text")
     if not isinstance(description, str | None) or not isinstance(parameters, Mapping | None):
         raise InputError(f"the tool {shown(name)} needs a description in text and parameters as a JSON schema")
     return Function(name, description or "", json.dumps(parameters) if parameters else "")

@@ -3,8 +3,9 @@
 A prompt: `{"id", "messages", "expected"?, "meta"?}`. A transcript: `{"id", "prompt_id", "effort", "tokens", "n_prompt",
 "complete"?, "expected"?, "correct"?, "meta"?}`, or `"messages"` instead of `"tokens"`, which are then rendered; rows of
 messages may have `tools`, `builtin_tools`, `model_identity`, `knowledge_cutoff` and `date`, as `harmony.render` has.
-`expected` is the text that the final message should be; its older name `answer` is read too. `correct` says whether it
-was. Messages may be those of any chat API. Other fields are ignored; blank lines, a byte-order mark and CRLF are fine.
+`expected` is the text that the final message should be; its older name `answer` is read too. `correct` states whether
+it was. Messages may be those of any chat API. Other fields are ignored; blank lines, a byte-order mark and CRLF are
+allowed.
 """
 
 import datetime
@@ -60,8 +61,8 @@ class Transcript:
     """A prompt and the response to it, as ids.
 
     effort: low, medium, high, or "" where it is not known. complete: whether the response ended by itself, None where
-    only its last token tells. notes: flags from reading the row, see `workbench.harmony.flags`. experts: those that a
-    host routed the tokens to, read only where a capture follows them.
+    only its last token shows it. notes: flags from reading the row, see `workbench.harmony.flags`. experts: those that
+    a host routed the tokens to, read only where a capture follows them.
     """
 
     id: str
@@ -159,7 +160,7 @@ def write_rows(
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is no folder: make it first")
+        raise InputError(f"{path.parent} is not a folder: create it first")
     if command is None and path.exists() and (path.is_dir() or not overwrite):
         why = "cannot be written: it is a folder" if path.is_dir() else "exists: choose another name, or overwrite"
         raise InputError(f"{path} {why}")
@@ -215,7 +216,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes | _BadRowError]:
             length += len(more)
             pieces = [*pieces, more] if length <= LONGEST_ROW_BYTES else [more]
         if length > LONGEST_ROW_BYTES:
-            yield _BadRowError(f"the row has {length:,} bytes; wanted at most {LONGEST_ROW_BYTES:,}")
+            yield _BadRowError(f"the row has {length:,} bytes; expected at most {LONGEST_ROW_BYTES:,}")
         else:
             yield b"".join(pieces)
 
@@ -230,7 +231,7 @@ def _object(row: bytes | _BadRowError) -> dict[str, Any]:
     except InputError as error:
         raise _BadRowError(str(error)) from error
     if not isinstance(fields, dict):
-        raise _BadRowError(f"the row is {shown(fields)}; wanted an object")
+        raise _BadRowError(f"the row is {shown(fields)}; expected an object")
     if _ESCAPED_SURROGATE.search(row):
         try:
             json.dumps(fields, ensure_ascii=False).encode()
@@ -243,19 +244,21 @@ def _transcript(fields: dict[str, Any], seen: dict[str, int], tokenizer: Tokeniz
     id = _unused_id(fields, seen)
     prompt_id = _text(fields, "prompt_id")
     if (fields.get("tokens") is None) == (fields.get("messages") is None):
-        raise _BadRowError("wanted either tokens or messages")
+        raise _BadRowError("expected either tokens or messages")
     complete, notes = _true_false(fields, "complete"), _notes(fields)
     if fields.get("tokens") is not None:
         effort = _effort(fields.get("effort"))
         tokens = _tokens(fields["tokens"], tokenizer)
         n_prompt = fields.get("n_prompt")
     else:
-        effort, ids, answered, found = _rendered(fields, tokenizer, complete)
-        complete = found.complete if complete is None else complete
-        notes = (*notes, *notes_on(found), "re_rendered")
+        effort, ids, answered, chat = _rendered(fields, tokenizer, complete)
+        complete = chat.complete if complete is None else complete
+        notes = (*notes, *notes_on(chat), "re_rendered")
         tokens, n_prompt = np.array(ids, dtype=np.int32), fields.get("n_prompt", answered)
     if type(n_prompt) is not int or not 0 <= n_prompt <= len(tokens):
-        raise _BadRowError(f"n_prompt is {shown(n_prompt)}; wanted how many of the {len(tokens)} tokens are the prompt")
+        raise _BadRowError(
+            f"n_prompt is {shown(n_prompt)}; expected how many of the {len(tokens)} tokens are the prompt"
+        )
     if n_ctx is not None and len(tokens) > n_ctx:
         raise _BadRowError(f"{len(tokens):,} tokens; the model's context holds {n_ctx:,}")
     correct = _true_false(fields, "correct")
@@ -273,26 +276,26 @@ def _rendered(
     given = fields.get("effort")
     if given not in (None, ""):
         given = _effort(given)
-    found = _chat_messages(fields, split=True, truncated=complete is False)
+    chat = _chat_messages(fields, split=True, truncated=complete is False)
     try:
-        effort = settled_effort(given, found.messages)
+        effort = settled_effort(given, chat.messages)
         if effort is None:
             raise _BadRowError("the effort is missing: messages cannot be rendered without")
-        ended = found.complete if complete is None else complete
+        ended = chat.complete if complete is None else complete
         ids, answered = render_transcript(
-            found.messages,
+            chat.messages,
             options=prompt_options(effort=effort, **options),
             tokenizer=tokenizer,
             complete=ended is not False,
         )
     except InputError as error:
         raise _BadRowError(str(error)) from error
-    return effort, ids, answered, found
+    return effort, ids, answered, chat
 
 
-def notes_on(found: ChatMessages) -> tuple[str, ...]:
+def notes_on(chat: ChatMessages) -> tuple[str, ...]:
     """Return the flags of what was left out when messages were read."""
-    notes = {"images_left_out": found.images, "fields_left_out": found.left_out, "reasoning_summary": found.summary}
+    notes = {"images_left_out": chat.images, "fields_left_out": chat.left_out, "reasoning_summary": chat.summary}
     return tuple(name for name, value in notes.items() if value)
 
 
@@ -315,23 +318,23 @@ def _options(fields: dict[str, Any]) -> dict[str, Any]:
 def _notes(fields: dict[str, Any]) -> tuple[str, ...]:
     notes = fields.get("notes") or []
     if not isinstance(notes, list) or any(note not in SEQUENCE_FLAGS for note in notes):
-        raise _BadRowError(f"notes is {shown(notes)}; wanted a list of {', '.join(SEQUENCE_FLAGS)}")
+        raise _BadRowError(f"notes is {shown(notes)}; expected a list of {', '.join(SEQUENCE_FLAGS)}")
     return tuple(notes)
 
 
 def _true_false(fields: dict[str, Any], name: str) -> bool | None:
     value = fields.get(name)
     if not isinstance(value, bool | None):
-        raise _BadRowError(f"{name} is {shown(value)}; wanted true, false or null")
+        raise _BadRowError(f"{name} is {shown(value)}; expected true, false or null")
     return value
 
 
 def _tokens(ids: Any, tokenizer: Tokenizer) -> Int32[np.ndarray, " tokens"]:
     if not isinstance(ids, list) or not ids:
-        raise _BadRowError(f"tokens is {shown(ids)}; wanted a list of at least one id")
+        raise _BadRowError(f"tokens is {shown(ids)}; expected a list of at least one id")
     if set(map(type, ids)) != {int}:
         wrong = next(id for id in ids if type(id) is not int)
-        raise _BadRowError(f"tokens holds {shown(wrong)}; wanted ids, whole numbers")
+        raise _BadRowError(f"tokens holds {shown(wrong)}; expected ids, whole numbers")
     if min(ids) < 0 or max(ids) >= tokenizer.d_vocab:
         wrong = next(id for id in ids if not 0 <= id < tokenizer.d_vocab)
         raise _BadRowError(f"tokens holds {shown(wrong)}; {tokenizer.name} has ids from 0 to {tokenizer.d_vocab - 1:,}")
@@ -348,7 +351,7 @@ def _unused_id(fields: dict[str, Any], seen: dict[str, int]) -> str:
 def _text(fields: dict[str, Any], name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or not value:
-        raise _BadRowError(f"{name} is {shown(value)}; wanted text" if name in fields else f"{name} is missing")
+        raise _BadRowError(f"{name} is {shown(value)}; expected text" if name in fields else f"{name} is missing")
     return value
 
 
@@ -364,11 +367,11 @@ def _chat_messages(fields: dict[str, Any], *, split: bool, truncated: bool = Fal
 
 def _prompt_messages(fields: dict[str, Any]) -> list[dict[str, Any]]:
     """Messages of which nothing is left out: a prompt is to be exactly what was asked."""
-    found = _chat_messages(fields, split=False)
-    if found.images or found.left_out:
-        what = found.left_out[0] if found.left_out else "an image"
+    chat = _chat_messages(fields, split=False)
+    if chat.images or chat.left_out:
+        what = chat.left_out[0] if chat.left_out else "an image"
         raise _BadRowError(f"{what} cannot be part of a prompt: remove it")
-    return found.messages
+    return chat.messages
 
 
 def expected_text(fields: Mapping[str, Any]) -> str | None:
@@ -382,7 +385,7 @@ def expected_text(fields: Mapping[str, Any]) -> str | None:
         raise InputError(f"expected is {shown(expected)} and answer, its older name, {shown(older)}; keep expected")
     answer = older if expected is None else expected
     if not isinstance(answer, str | None):
-        raise InputError(f"{'answer' if expected is None else 'expected'} is {shown(answer)}; wanted text")
+        raise InputError(f"{'answer' if expected is None else 'expected'} is {shown(answer)}; expected text")
     return answer
 
 
@@ -396,5 +399,5 @@ def _answer(fields: dict[str, Any]) -> str | None:
 def _meta(fields: dict[str, Any]) -> dict[str, Any]:
     meta = fields.get("meta")
     if not isinstance(meta, dict | None):
-        raise _BadRowError(f"meta is {shown(meta)}; wanted an object")
+        raise _BadRowError(f"meta is {shown(meta)}; expected an object")
     return meta or {}

@@ -74,7 +74,7 @@ class Tokenizer(TokenizerNames, ABC):
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """Return the text of an id or of a row of ids, special tokens by name; invalid UTF-8 becomes U+FFFD.
 
-        Raises: InputError for what is no whole number from 0.
+        Raises: InputError for what is not a whole number from 0.
         """
         row = plain_ids(ids)
         return self._decode([id for id in row if id not in self._special_ids] if skip_special_tokens else row)
@@ -120,7 +120,7 @@ class _O200kHarmony(Tokenizer):
                 if run.end() - run.start() > _LONGEST_RUN:
                     raise InputError(
                         f"the text has {run.end() - run.start():,} letters, spaces or signs in a row, from character "
-                        f"{run.start():,}; wanted at most {_LONGEST_RUN:,}: is this text?"
+                        f"{run.start():,}; expected at most {_LONGEST_RUN:,}: is this text?"
                     )
         return self._encoding.encode(text, disallowed_special=())
 
@@ -148,18 +148,18 @@ class _FromFile(Tokenizer):
         content = _read(path) if content is None else content
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except BaseException as error:  # the library raises no narrower class, and a panic is no Exception
+        except BaseException as error:  # the library raises no narrower class, and a panic is not an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            raise InputError(f"{path} is no tokenizer: {error}") from error
+            raise InputError(f"{path} is not a tokenizer: {error}") from error
         self._tokenizer.no_padding()  # it may be to a length that ends the process, for which a text has no use here
         self._tokenizer.no_truncation()
         for mark in MARKS:
             pieces = self._tokenizer.encode(f"<|{mark}|>", add_special_tokens=False).ids
             if pieces != [self._tokenizer.token_to_id(f"<|{mark}|>")]:
-                found = f"splits in {len(pieces)}" if len(pieces) > 1 else "is missing"
+                problem = f"splits in {len(pieces)}" if len(pieces) > 1 else "is missing"
                 raise InputError(
-                    f"{path}: <|{mark}|> {found}; harmony needs it as one token: is this a gpt-oss tokenizer?"
+                    f"{path}: <|{mark}|> {problem}; harmony needs it as one token: is this a gpt-oss tokenizer?"
                 )
         added = self._tokenizer.get_added_tokens_decoder()
         names = {f"<|{mark}|>" for mark in MARKS} | {token.content for token in added.values() if token.special}
@@ -210,7 +210,7 @@ def tokenizer(source: str | Path | None = None) -> Tokenizer:
         return _o200k_harmony()
     folder = Path(source)
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: give a checkpoint's folder, or nothing for o200k_harmony")
+        raise InputError(f"{folder} is not a folder: give a checkpoint's folder, or nothing for o200k_harmony")
     path = folder / "tokenizer.json"
     return _FromFile(path, _chat_template(folder)) if path.exists() else _o200k_harmony()
 
@@ -285,9 +285,9 @@ def _chat_template(folder: Path) -> str | None:
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}["default"]
     except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise InputError(f"{path} does not hold a chat template as it should: {error!r}") from error
+        raise InputError(f"{path} holds no valid chat template: {error!r}") from error
     if not isinstance(template, str | None):
-        raise InputError(f"{path}: the chat template is {type(template).__name__}; wanted text")
+        raise InputError(f"{path}: the chat template is {type(template).__name__}; expected text")
     return template
 
 

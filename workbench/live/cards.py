@@ -1,4 +1,4 @@
-"""Cards of interventions: what each does, on which tokens, and how strongly."""
+"""Cards of interventions: the kind, the tokens and the strength of each."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -44,13 +44,13 @@ def cells_of(text: str) -> tuple[tuple[int, int], ...]:
     Raises:
         InputError: a part is not LAYER:EXPERT.
     """
-    found = []
+    cells = []
     for part in filter(None, re.split(r"[\s,]+", text)):
         match = _CELL.fullmatch(part)
         if match is None:
             raise InputError(f"experts {part!r}: expected LAYER:EXPERT, as in 1:5 2:0")
-        found.append((int(match[1]), int(match[2])))
-    return tuple(dict.fromkeys(found))
+        cells.append((int(match[1]), int(match[2])))
+    return tuple(dict.fromkeys(cells))
 
 
 def cells_text(cells: tuple[tuple[int, int], ...]) -> str:
@@ -64,14 +64,14 @@ def layers_of(text: str, what: str = "layers") -> tuple[int, ...]:
     Raises:
         InputError: a part is neither a number nor a range.
     """
-    found: list[int] = []
+    numbers: list[int] = []
     for part in filter(None, re.split(r"[\s,]+", text)):
         match = _RANGE.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first or last - first > 1000:
             raise InputError(f"{what} {part!r}: expected numbers or ranges, as in 0-2 5")
-        found += range(first, last + 1)
-    return tuple(dict.fromkeys(found))
+        numbers += range(first, last + 1)
+    return tuple(dict.fromkeys(numbers))
 
 
 def source_names(kind: str, sources: SteeringSources) -> list[str]:
@@ -100,7 +100,7 @@ class ScopeWidgets:
         """Return the scope that the widgets describe.
 
         Raises:
-            InputError: the last position is no number.
+            InputError: the last position is not a number.
         """
         text = str(self._stop.value).strip()
         if text and not text.isdecimal():

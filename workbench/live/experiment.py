@@ -1,4 +1,4 @@
-"""A recipe as it runs: the original answer token by token, then the edited one, then how they differ.
+"""Run a recipe: generate the original answer token by token, then the edited one, then compare them.
 
     experiment = Experiment(model, recipe)
     for _ in experiment.steps():
@@ -161,17 +161,17 @@ class Experiment:
 
     @torch.no_grad()
     def _score(self, new: list[int]) -> list[float]:
-        """Return the log-probability of every new token behind the prompt, given those before it."""
+        """Return the log-probability of every new token after the prompt, given those before it."""
         if not new:
             return []
         ids = torch.tensor([[*self.prompt, *new]], device=self.model.device)
         residual = self.model.residual(ids)
         columns = torch.arange(len(self.prompt) - 1, ids.shape[1] - 1)
-        found: list[float] = []
+        logprobs: list[float] = []
         for part in columns.split(_ROWS):
             logits = self.model.logits(residual, part[None])[0]
-            found += logprob(logits, ids[0, part + 1].to(logits.device)).tolist()
-        return found
+            logprobs += logprob(logits, ids[0, part + 1].to(logits.device)).tolist()
+        return logprobs
 
 
 class RoutingRecorder:
@@ -241,8 +241,8 @@ def exchanged(before: list[np.ndarray], after: list[np.ndarray]) -> list[float]:
     if not before:
         return []
     shares = [~(a[:, :, None] == b[:, None, :]).any(-1) for a, b in zip(before, after, strict=True)]
-    found: list[float] = np.mean(shares, axis=(0, 2)).tolist()
-    return found
+    shares_by_layer: list[float] = np.mean(shares, axis=(0, 2)).tolist()
+    return shares_by_layer
 
 
 @dataclass(frozen=True)

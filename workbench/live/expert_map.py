@@ -36,6 +36,12 @@ export function render({ model, el }) {
     const load = model.load, columns = load.length ? load[0].length : 0;
     grid.style.gridTemplateColumns = `max-content repeat(${columns}, minmax(9px, 1fr))`;
     grid.replaceChildren(); cells = [];
+    const step = columns > 64 ? 16 : columns > 20 ? 4 : 1; // numbers of experts over the columns
+    [...Array(columns + 1).keys()].forEach(i => {
+      const label = document.createElement("span");
+      label.className = "column"; label.setAttribute("aria-hidden", "true");
+      label.textContent = i && (i - 1) % step === 0 ? i - 1 : ""; grid.append(label);
+    });
     load.forEach((row, layer) => {
       const label = document.createElement("span");
       label.className = "label"; label.textContent = layer; grid.append(label);
@@ -84,6 +90,7 @@ export function render({ model, el }) {
         """
 .map{display:grid;gap:2px;width:100%}
 .label{color:var(--wb-muted);font-size:var(--wb-small);padding-right:6px;text-align:right;line-height:22px}
+.column{color:var(--wb-muted);font-size:11px;text-align:center;line-height:16px;height:16px;white-space:nowrap}
 button{all:unset;box-sizing:border-box;height:22px;border-radius:3px;cursor:pointer;border:1px solid transparent;
 background:color-mix(in srgb,var(--wb-accent) var(--share,0%),var(--wb-raised))}
 button:hover{border-color:var(--wb-control)}

@@ -2,7 +2,7 @@
 
 A job is a generator. The worker takes one step after the other and ends a job that was cancelled, whose viewer has
 left, or that takes longer than the limit. A viewer who starts another job replaces the one that waits or runs, and
-goes to the end of the queue; so nobody is served twice while somebody waits.
+goes to the end of the queue; so no viewer is served twice while another waits.
 """
 
 import threading
@@ -39,7 +39,7 @@ class Job:
         self.ended = threading.Event()
 
     def cancel(self) -> None:
-        """End the job: at once if it waits, else behind the present step."""
+        """End the job: at once if it waits, else after the present step."""
         self._cancelled.set()
 
     @property
@@ -96,7 +96,7 @@ class JobQueue:
         with self._changed:
             self._cancel(viewer)
             if len(self._waiting) >= MAX_WAITING:
-                raise InputError(f"{MAX_WAITING} requests wait already: try again later")
+                raise InputError(f"{MAX_WAITING} requests are waiting already: try again later")
             self._waiting.append(job)
             self._changed.notify_all()
         return job
@@ -125,7 +125,7 @@ class JobQueue:
         for job in [job for job in self._waiting if job.viewer == viewer]:
             self._waiting.remove(job)
             job.cancel()
-            job.run(self.max_seconds)  # takes no step, and says that it was cancelled
+            job.run(self.max_seconds)  # takes no step, and reports that it was cancelled
         if self._running is not None and self._running.viewer == viewer:
             self._running.cancel()
 

@@ -34,10 +34,10 @@ _PRIMARY_CSS = """
 """
 # what the answers and their comparison show before there are any
 _NO_ANSWER = (
-    "Press Run. The answer appears here token by token, and the map shows the experts that compute it.",
-    "Choose experts in the map, add an intervention and press Run: the same prompt with the intervention appears here.",
+    "Press Run to generate an answer. The map shows the experts of each new token.",
+    "Add an intervention and press Run to generate a second answer to the same prompt with the same seed.",
 )
-_NO_COMPARISON = "Add an intervention to compare two answers."
+_NO_COMPARISON = "No comparison yet. Add an intervention and press Run."
 _COPY = "navigator.clipboard.writeText(code.value)"
 
 
@@ -70,10 +70,8 @@ class LivePage:
         self._user = pn.widgets.TextAreaInput(label="User message", rows=3, max_length=100_000, **wide)
         self._developer = pn.widgets.TextAreaInput(label="Developer message", rows=2, max_length=100_000, **wide)
         self._effort = pn.widgets.RadioButtonGroup(label="Reasoning effort", options=list(EFFORTS), value="medium")
-        self._begin = pn.widgets.TextAreaInput(
-            label="The answer begins with (edit the analysis here)", rows=3, max_length=100_000, **wide
-        )
-        self._expected = pn.widgets.TextInput(label="Known answer (to count correct ones)", max_length=10_000, **wide)
+        self._begin = pn.widgets.TextAreaInput(label="Beginning of the answer", rows=3, max_length=100_000, **wide)
+        self._expected = pn.widgets.TextInput(label="Known answer", max_length=10_000, **wide)
         self._turns = pn.pane.HTML("", stylesheets=[PARTS_CSS, ANSWER_CSS], **wide)
         self._next = pn.widgets.Button(label="Next turn", width=110)
         self._undo = pn.widgets.Button(label="Remove the last turn", width=180, visible=False)
@@ -90,7 +88,7 @@ class LivePage:
         self._status = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
         load = [[0.0] * cfg.num_experts for _ in range(cfg.n_layers)]
         self._map = ExpertMap(load=shares_by_cell(load, cfg), sizing_mode="stretch_width", margin=(6, 10))
-        about = "Rows: layers; columns: experts. Colour: load of the tokens so far, darker for more."
+        about = "Rows: layers. Columns: experts. The colour is the expert load over the tokens so far."
         self._map_title = pn.pane.HTML(_muted(about), stylesheets=[PARTS_CSS], **wide)
         self._add = {
             kind: pn.widgets.Button(label=title, variant="outline", margin=3)
@@ -136,7 +134,7 @@ class LivePage:
                 self._developer,
                 self._begin,
                 self._expected,
-                title="Developer message, beginning of the answer, known answer",
+                title="More prompt fields",
                 collapsed=True,
                 sizing_mode="stretch_width",
                 stylesheets=[CARD_CSS],
@@ -150,8 +148,8 @@ class LivePage:
         experts = pn.Column(
             self._map_title,
             self._map,
-            widgets.html('<p class="wb-muted">Click cells to choose experts, then add an intervention.</p>'),
-            pn.FlexBox(*self._add.values()),
+            widgets.html('<p class="wb-muted">Click cells to select experts, then add an intervention.</p>'),
+            pn.FlexBox(*self._add.values(), margin=(0, 7, 8, 7)),
             self._list,
             sizing_mode="stretch_width",
         )
@@ -161,18 +159,21 @@ class LivePage:
         ]
         recipe = pn.Column(
             widgets.html(
-                "<p>The address of this page holds the recipe. A saved recipe runs with "
-                "<code>workbench apply recipe.json</code>. A study applies it to many prompts, beside random "
-                "interventions of the same kind and size.</p>"
+                "<p>The recipe is the prompt, the sampling options and the interventions. The address of this page "
+                "contains it, and <code>workbench apply recipe.json</code> runs a saved one. <i>Copy as a study</i> "
+                "gives the commands that test it on your prompts beside random interventions of the same kind and "
+                "size.</p>"
             ),
-            pn.FlexBox(self._save, self._copy, self._study, self._load),
+            pn.FlexBox(self._save, self._copy, self._study, self._load, align_items="flex-end"),
             self._python,
             self._code,
             sizing_mode="stretch_width",
         )
         return [
-            widgets.beside(widgets.card("Prompt", prompt), widgets.card("Experts and interventions", experts)),
-            widgets.beside(*sides),
+            widgets.beside(
+                widgets.card("Prompt", prompt), widgets.card("Experts and interventions", experts), width=400
+            ),
+            widgets.beside(*sides, width=400),
             widgets.card("Difference", self._comparison),
             widgets.card("Recipe", recipe),
         ]
@@ -224,7 +225,7 @@ class LivePage:
             experiment = self._experiment
             answered = None if experiment is None else final_answer(experiment, experiment.original)
             if experiment is None or answered is None:
-                raise InputError("there is no complete final answer yet: press Run or Continue first")
+                raise InputError("there is no complete final answer yet: press Run or Continue")
             recipe = experiment.recipe
             self._put_history((*recipe.history, (recipe.user, answered)))
             self._user.value = self._begin.value = self._expected.value = ""
@@ -284,7 +285,9 @@ class LivePage:
         if answer.experts:
             load = answer.load(cfg.n_layers, cfg.num_experts).tolist()
             self._map.param.update(load=shares_by_cell(load, cfg), active=answer.experts[-1].tolist())
-        about = f"Load of {len(answer.experts)} tokens of the {name} answer; framed: experts of the last token"
+        about = (
+            f"Expert load over {len(answer.experts)} tokens of the {name} answer. Framed: experts of the last token."
+        )
         self._map_title.object = f'<span class="wb-muted">{escape(about)}</span>'
 
     def _comparison_html(self, experiment: Experiment) -> str:
@@ -299,7 +302,7 @@ class LivePage:
 
     def _answer_text(self) -> str:
         if self._experiment is None or not self._experiment.original.tokens:
-            raise InputError("there is no answer yet: press Run first")
+            raise InputError("there is no answer yet: press Run")
         tokens = list(self._experiment.original.tokens)
         if tokens[-1] in self._server.model.tokenizer.stop_ids:
             tokens.pop()  # what ended the answer would end it again
@@ -309,7 +312,7 @@ class LivePage:
     def _add_intervention(self, kind: str) -> None:
         cells = tuple((int(layer), int(expert)) for layer, expert in self._map.chosen)
         if kind in CELL_KINDS and not cells:
-            raise InputError("no experts are chosen: click cells of the map first")
+            raise InputError("no experts are selected: click cells of the map")
         middle = self._server.model.cfg.n_layers // 2
         layers = {"steer": (middle,), "vector": (middle,), "patch": (middle,)}.get(kind, tuple(range(middle + 1)))
         strength = {"reweight": 0.5, "scale_sinks": 0.5}.get(kind, 1.0)
@@ -361,7 +364,7 @@ class LivePage:
         self._code.object = f"<pre>{escape(self._python.value)}</pre>"
 
     def _guarded(self, action: Callable[[], None]) -> None:
-        """Do what a viewer asked for, or say why it is refused."""
+        """Do what a viewer asked for, or show why it is refused."""
         try:
             action()
         except InputError as error:

@@ -26,5 +26,5 @@ def accuracy_table(
     original = answers(model, prompts, effort=recipe.effort, **options)
     edits = recipe.edits(model, original.transcripts, sources=sources)
     edited = answers(model, prompts, edits, effort=recipe.effort, **options)
-    tables = [found.accuracy().assign(answers_of=name) for name, found in (("original", original), ("edited", edited))]
+    tables = [side.accuracy().assign(answers_of=name) for name, side in (("original", original), ("edited", edited))]
     return pd.concat(tables, ignore_index=True).rename(columns={"answers_of": "version"})

@@ -12,7 +12,9 @@ from workbench.live.experiment import Answer, Comparison, Experiment, SampleSumm
 from workbench.studies.intervals import MIN_PROMPTS, wilson
 
 _STRONG = 2.0  # nats at which the colour of a change is full
-_MOST_COLOUR = 45  # percent of a colour behind text, which stays readable in both themes (contrast above 4.5)
+_MOST_COLOUR = (
+    45  # percent of colour in the background of text, which stays readable in both themes (contrast above 4.5)
+)
 ANSWER_CSS = """
 .lv-message{border-left:4px solid var(--lv-channel);background:color-mix(in srgb,var(--lv-channel) 9%,transparent);
 border-radius:4px;padding:4px 10px;margin:0 0 8px}
@@ -63,7 +65,7 @@ def answer_html(
             f'<div class="lv-message" style="--lv-channel:{escape(colour)}"><div class="lv-head">{escape(head)}</div>'
             f'<div class="lv-text">{"".join(pieces)}</div></div>'
         )
-    return "".join(blocks) or '<p class="wb-muted">The header of the first message…</p>'
+    return "".join(blocks) or '<p class="wb-muted">Generating the header of the first message.</p>'
 
 
 def _token(
@@ -97,12 +99,12 @@ def history_html(history: Sequence[tuple[str, str]]) -> str:
 def comparison_html(experiment: Experiment, comparison: Comparison) -> str:
     """Return the comparison: the first token that differs, log-probabilities, and exchanged experts by layer."""
     at = comparison.first_difference
-    first = "Both answers are the same." if at is None else f"The answers differ from new token {at} on."
-    total, kept = sum(comparison.original_change), len(comparison.original_change)
+    first = "Both answers are equal." if at is None else f"The answers differ from new token {at} on."
+    total, n_tokens = sum(comparison.original_change), len(comparison.original_change)
     sentences = [
         first,
         f"The interventions change the log-probability of the original answer by {total:+.2f} nats "
-        f"({total / max(kept, 1):+.3f} a token).",
+        f"({total / max(n_tokens, 1):+.3f} per token).",
     ]
     bars = "".join(
         f'<span>layer {layer}</span><span class="lv-bar"><i style="width:{share:.1%}"></i></span>'
@@ -110,10 +112,14 @@ def comparison_html(experiment: Experiment, comparison: Comparison) -> str:
         for layer, share in enumerate(comparison.routing_change)
     )
     unmatched = "".join(
-        f'<div class="wb-note warning">No token was met by: {escape(text)}</div>' for text in experiment.unmatched
+        f'<div class="wb-note warning">No token is in the scope of: {escape(text)}</div>'
+        for text in experiment.unmatched
     )
     listed = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
-    heading = "<h3>Chosen experts that were exchanged, on the original answer</h3>"
+    heading = (
+        "<h3>Exchanged experts by layer</h3><p class='wb-muted'>Share of the selected experts that the interventions "
+        "replace while the model reads the original answer</p>"
+    )
     return f'{unmatched}{listed}{heading}<div class="lv-bars">{bars}</div>'
 
 
@@ -127,17 +133,17 @@ def _share(right: int, n: int) -> str:
 
 def samples_html(summaries: dict[str, SampleSummary], n: int) -> str:
     """Return a table of the final answers of all samples, for each side."""
-    answers = list(dict.fromkeys(text for found in summaries.values() for text, _ in found.answers))
+    answers = list(dict.fromkeys(text for summary in summaries.values() for text, _ in summary.answers))
     heads = "".join(f"<th>{escape(name)}</th>" for name in summaries)
-    counts = {name: dict(found.answers) for name, found in summaries.items()}
+    counts = {name: dict(summary.answers) for name, summary in summaries.items()}
 
     def row(title: str, values: Sequence[str]) -> str:
         cells = "".join(f"<td>{escape(value)}</td>" for value in values)
         return f"<tr><td>{escape(title)}</td>{cells}</tr>"
 
     rows = [row(repr(text), [str(counts[name].get(text, 0)) for name in summaries]) for text in answers[:20]]
-    if any(found.correct is not None for found in summaries.values()):
-        rows.append(row("correct", [_share(found.correct or 0, n) for found in summaries.values()]))
-    rows.append(row("not complete", [str(n - found.complete) for found in summaries.values()]))
-    rows.append(row("mean new tokens", [f"{found.mean_tokens:.1f}" for found in summaries.values()]))
+    if any(summary.correct is not None for summary in summaries.values()):
+        rows.append(row("correct", [_share(summary.correct or 0, n) for summary in summaries.values()]))
+    rows.append(row("not complete", [str(n - summary.complete) for summary in summaries.values()]))
+    rows.append(row("mean new tokens", [f"{summary.mean_tokens:.1f}" for summary in summaries.values()]))
     return f'<div class="wb-table"><table><tr><th>Final answer</th>{heads}</tr>{"".join(rows)}</table></div>'

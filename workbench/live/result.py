@@ -30,7 +30,7 @@ def text_of(experiment: Experiment) -> str:
             f"log-probability of the original answer: {sum(changes):+.3f} nats with the interventions",
             "experts exchanged by layer: " + ", ".join(f"{share:.1%}" for share in comparison.routing_change),
         ]
-    lines += [f"no token was met by: {description}" for description in experiment.unmatched]
+    lines += [f"no token matched {description}" for description in experiment.unmatched]
     return "\n".join(lines)
 
 
@@ -51,10 +51,11 @@ def _lines(experiment: Experiment, name: str, answer: Answer) -> list[str]:
     """Return the lines of one side: the first answer, the speed, and with several samples their summary."""
     lines = [f"{name}: {experiment.model.tokenizer.decode(answer.tokens)}"]
     lines.append(f"  {answer.speed.tokens:,} new tokens, {answer.speed}")
-    found = summarize(experiment, answer)
-    if found.correct is not None:
-        lines.append(f"  {found.correct} of {len(answer.rows)} are the expected answer {experiment.recipe.expected!r}")
+    summary = summarize(experiment, answer)
+    if summary.correct is not None:
+        expected = experiment.recipe.expected
+        lines.append(f"  {summary.correct} of {len(answer.rows)} are the expected answer {expected!r}")
     if len(answer.rows) > 1:
-        texts = ", ".join(f"{text!r} {n}×" for text, n in found.answers[:5]) or "none"
-        lines.append(f"  {len(answer.rows)} samples, {found.complete} complete, final answers: {texts}")
+        texts = ", ".join(f"{text!r} {n}×" for text, n in summary.answers[:5]) or "none"
+        lines.append(f"  {len(answer.rows)} samples, {summary.complete} complete, final answers: {texts}")
     return lines

@@ -63,7 +63,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{folder} {_what_it_is(folder)}: name a folder that PEFT's save_pretrained wrote") from error
+        raise InputError(f"{folder} {_what_it_is(folder)}: give a folder that PEFT's save_pretrained wrote") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON that can be read: {error}") from error
     if isinstance(config, dict) and "fine_tune_type" in config:
@@ -133,18 +133,18 @@ def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for name, value in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if not isinstance(value, dict):
-            raise InputError(f"{path}: {name} is {value!r}, wanted module patterns and their values")
+            raise InputError(f"{path}: {name} is {value!r}, expected module patterns and their values")
         for pattern in value:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise InputError(f"{path}: {name} has {pattern!r}, which is no pattern: {error}") from error
+                raise InputError(f"{path}: {name} has {pattern!r}, which is not a pattern: {error}") from error
     for rank in (config.get("r"), *ranks.values()):
         if type(rank) is not int or rank < 1:
-            raise InputError(f"{path}: rank {rank!r}, wanted a positive whole number")
+            raise InputError(f"{path}: rank {rank!r}, expected a positive whole number")
     for alpha in (config.get("lora_alpha"), *alphas.values()):
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise InputError(f"{path}: lora_alpha {alpha!r}, wanted a number")
+            raise InputError(f"{path}: lora_alpha {alpha!r}, expected a number")
 
 
 def rank_and_scale(config: Mapping[str, Any], key: str) -> tuple[int, float]:
@@ -156,5 +156,5 @@ def rank_and_scale(config: Mapping[str, Any], key: str) -> tuple[int, float]:
 
 def _by_pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
     """Return the value of the first pattern that the end of the key matches, from a dot on."""
-    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", key))
-    return next(found, default)
+    matching_values = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", key))
+    return next(matching_values, default)

@@ -64,24 +64,24 @@ class Target:
 
 
 def module_name(stored: str) -> str:
-    """Return a stored name of a module or tensor as the model has it, whatever the programs put before or into it."""
+    """Return a stored name of a module or tensor as the model has it, without what programs add to it."""
     rest = _BEGINNING.sub("", unwrapped(stored), count=1)
     return rest if rest.startswith(_OUTSIDE) else f"model.{rest}"
 
 
 def targets(cfg: Config) -> dict[str, list[Target]]:
     """Return PEFT's module name → what can be adapted in it: two matrices in the experts, else one."""
-    found: dict[str, list[Target]] = {}
+    by_module: dict[str, list[Target]] = {}
     wanted = shapes(cfg, "dense")
     for layer in range(cfg.n_layers):
         for part in (f"blocks.{layer}.{name}" for name in _PARTS):
             parameter, shape = name_in("huggingface", f"{part}.weight"), wanted[f"{part}.weight"]
             module = parameter.rpartition(".")[0]
-            key = module if ".attn." in part else parameter  # the router is no linear module in transformers
+            key = module if ".attn." in part else parameter  # the router is not a linear module in transformers
             experts, inputs, outputs = shape if len(shape) == 3 else (1, shape[1], shape[0])
-            found.setdefault(module, []).append(Target(part, key, experts, inputs, outputs))
-    found["lm_head"] = [Target("unembed", "lm_head", 1, cfg.d_model, cfg.d_vocab)]
-    return found
+            by_module.setdefault(module, []).append(Target(part, key, experts, inputs, outputs))
+    by_module["lm_head"] = [Target("unembed", "lm_head", 1, cfg.d_model, cfg.d_vocab)]
+    return by_module
 
 
 def targets_of(module: str, known: Mapping[str, list[Target]]) -> list[Target]:

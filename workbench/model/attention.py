@@ -27,7 +27,7 @@ from workbench.model.weights import AttentionWeights
 
 
 class Attention(AttentionWeights, nn.Module):
-    """Grouped-query causal attention with a learned sink per head, windowed where the config says so."""
+    """Grouped-query causal attention with a learned sink per head, windowed where the config states it."""
 
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Attention(AttentionWeights, nn.Module):
     def _materialized(
         self, q: Tensor, k: Tensor, v: Tensor, context: PassContext, z: Tensor, sink: Tensor
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Return `z`, but where hooks changed scores, sink or pattern what follows from those.
+        """Return `z`, computed again where hooks changed scores, sink or pattern.
 
         Scores and pattern have every position so far on their last axis, also where a cache holds the window only.
         """

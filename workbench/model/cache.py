@@ -69,13 +69,13 @@ class _Held:
 
 class _Longer(NamedTuple):
     """Columns of a pass that attends to more than its layers hold: of every row the position of its first key, what it
-    takes of the stored keys, where its own keys go behind those, and which of all it stores.
+    takes of the stored keys, where its own keys are appended to those, and which of all it stores.
     """
 
     base: Int[Tensor, " batch"]
     before: Int[Tensor, "batch before"]
     columns: Int[Tensor, "batch new"]
-    kept: Int[Tensor, "batch kept"]
+    retained: Int[Tensor, "batch retained"]
 
 
 @dataclass
@@ -281,13 +281,13 @@ class KVCache:
         moved = [max(base, held.base_for(n)) for base, n in zip(held.bases, self._lengths, strict=True)]
         if free(moved) < new:
             return False
-        kept = held.size - free(moved)
+        retained = held.size - free(moved)
         for device, base in held.base.items():
             shift = (held.base_on_device(self._length[device]) - base).clamp(min=0)
-            columns = _shifted(shift, kept, held.size)
+            columns = _shifted(shift, retained, held.size)
             for layer in self._layers(held, device):
                 for stored in (self.keys[layer], self.values[layer]):
-                    stored[:, :kept] = stored[self._index[device], columns]
+                    stored[:, :retained] = stored[self._index[device], columns]
             base.add_(shift)
         held.bases = moved
         return True
@@ -302,8 +302,11 @@ class KVCache:
                 for stored, part in ((self.keys[layer], k), (self.values[layer], v))
             )
             keys[index, plan.columns], values[index, plan.columns] = k, v
-        kept = plan.kept.shape[1]
-        self.keys[layer][:, :kept], self.values[layer][:, :kept] = keys[index, plan.kept], values[index, plan.kept]
+        retained = plan.retained.shape[1]
+        self.keys[layer][:, :retained], self.values[layer][:, :retained] = (
+            keys[index, plan.retained],
+            values[index, plan.retained],
+        )
         return CachedKeys(keys, values, plan.columns, plan.base)
 
     def _longer(self, held: _Held, device: torch.device) -> _Longer:
@@ -317,13 +320,13 @@ class KVCache:
             base = torch.maximum(stored, held.base_on_device(lengths))
             columns = (lengths - base)[:, None] + torch.arange(self._pass.new, device=device)
             ends = [n + real for n, real in zip(self._lengths, self._pass.n_real, strict=True)]
-            kept = max(n - max(b, held.base_for(n)) for n, b in zip(ends, first, strict=True))
+            retained = max(n - max(b, held.base_for(n)) for n, b in zip(ends, first, strict=True))
             last = torch.maximum(base, held.base_on_device(lengths + self._real(device))) - base
             self._pass.plans[key] = _Longer(
                 base,
                 _shifted(base - stored, before, held.size),
                 columns,
-                _shifted(last, kept, before + self._pass.new),
+                _shifted(last, retained, before + self._pass.new),
             )
         return self._pass.plans[key]
 

@@ -33,11 +33,11 @@ def loss_fn(
 
     attention_mask: 1 for tokens, 0 for padding, which is left out (0 with `per_token`).
     """
-    found = -logprob(logits[:, :-1], tokens[:, 1:])
+    loss = -logprob(logits[:, :-1], tokens[:, 1:])
     if attention_mask is None:
-        return found if per_token else found.mean()
-    counts = (attention_mask[:, 1:] * attention_mask[:, :-1]).to(found)
-    return found * counts if per_token else (found * counts).sum() / counts.sum()
+        return loss if per_token else loss.mean()
+    counts = (attention_mask[:, 1:] * attention_mask[:, :-1]).to(loss)
+    return loss * counts if per_token else (loss * counts).sum() / counts.sum()
 
 
 def layer_range(n_layers: int, start: int | None, stop: int | None) -> range:

@@ -38,8 +38,7 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
     """Open and validate a checkpoint, a folder or a .gguf file; weights are read when they are used.
 
     Raises:
-        InputError: a file or tensor is missing, unexpected, truncated, or has another shape or dtype than the config
-        says.
+        InputError: a file or tensor is missing, unexpected, truncated, or of another shape or dtype than in the config.
     """
     given = Path(source)
     if parts := gguf_split.find_files(given):
@@ -52,24 +51,24 @@ def open_checkpoint(source: str | Path, *, ignore_fields: Collection[str] = ()) 
     files = [SafetensorsFile.open(path) for path in paths]
     stored = _stored_tensors(root, files)
     _check_index(root, stored)
-    found, notes_of_names = hugging_face_names(root, stored)
+    stored_tensors, notes_of_names = hugging_face_names(root, stored)
     notes += notes_of_names
-    found = stack_experts(root, found)
-    layout = next((n for n in LAYOUTS if name_in(n, "embed.weight") in found), None)
+    stored_tensors = stack_experts(root, stored_tensors)
+    layout = next((n for n in LAYOUTS if name_in(n, "embed.weight") in stored_tensors), None)
     if layout is None:
         raise InputError(
             f"{root}: no embedding called {' or '.join(name_in(n, 'embed.weight') for n in LAYOUTS)} in its files"
         )
     if layout == "huggingface" and ties_embeddings(root):
-        notes += _tie(found)
-    _check_expert_counts(root, cfg, layout, found)
-    dense = layout == "huggingface" and name_in(layout, "blocks.0.mlp.experts.down.weight") in found
+        notes += _tie(stored_tensors)
+    _check_expert_counts(root, cfg, layout, stored_tensors)
+    dense = layout == "huggingface" and name_in(layout, "blocks.0.mlp.experts.down.weight") in stored_tensors
     experts = "dense" if dense else "mxfp4"
-    if mlx.is_mlx(found):
+    if mlx.is_mlx(stored_tensors):
         layout = "mlx"
-        experts, entries = mlx.mlx_tensors(root, cfg, found)
+        experts, entries = mlx.mlx_tensors(root, cfg, stored_tensors)
     else:
-        entries = _locations(root, cfg, layout, experts, found)
+        entries = _locations(root, cfg, layout, experts, stored_tensors)
     tensors = Tensors(entries)
     return Checkpoint(
         root,
@@ -88,7 +87,9 @@ def _root(folder: Path) -> Path:
     """Return the folder with the weights: this one, or the folder `original` in it."""
     try:
         if not folder.is_dir():
-            raise InputError(f"{folder} is {'a file' if folder.exists() else 'not there'}: name a checkpoint folder")
+            raise InputError(
+                f"{folder} is {'a file' if folder.exists() else 'not there'}: give the folder of a checkpoint"
+            )
         original = folder / "original"
         return original if (original / "config.json").exists() and not any(folder.glob("*.safetensors")) else folder
     except OSError as error:
@@ -107,7 +108,7 @@ def _weight_files(root: Path) -> tuple[list[Path], list[str]]:
             raise InputError(
                 f"{root}: {pickles[0]} is a pickle, which can run code when it is read; convert it to safetensors"
             )
-        raise InputError(f"{root} has a config.json but no *.safetensors: the weights are missing")
+        raise InputError(f"{root} has a config.json but no *.safetensors: the weights are missing: download them")
     names = {path.name for path in paths}
     if (root / _INDEX).exists():
         wanted = names & {str(file) for file in _index(root).values()}
@@ -136,15 +137,16 @@ def _listed(names: list[str]) -> str:
 
 def _stored_tensors(root: Path, files: Collection[SafetensorsFile]) -> dict[str, SafetensorsFile]:
     """Return stored name → file."""
-    found: dict[str, SafetensorsFile] = {}
+    by_name: dict[str, SafetensorsFile] = {}
     for file in files:
         for name in file.entries:
-            if name in found:
+            if name in by_name:
                 raise InputError(
-                    f"tensor {name!r} is both in {found[name].path.name} and in {file.path.name} of {root}"
+                    f"tensor {name!r} is both in {by_name[name].path.name} and in {file.path.name} of {root}: "
+                    "remove one of them"
                 )
-            found[name] = file
-    return found
+            by_name[name] = file
+    return by_name
 
 
 def _check_link(root: Path, path: Path) -> None:
@@ -169,17 +171,19 @@ def _index(root: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not an index of tensors: {error!r}") from error
 
 
-def _check_index(root: Path, found: Mapping[str, SafetensorsFile]) -> None:
+def _check_index(root: Path, stored: Mapping[str, SafetensorsFile]) -> None:
     path = root / _INDEX
     if not path.exists():
-        _check_shards(root, {file.path.name for file in found.values()})
+        _check_shards(root, {file.path.name for file in stored.values()})
         return
     for name, file in _index(root).items():
-        if name not in found:
+        if name not in stored:
             state = "lacks it" if (root / Path(str(file)).name).exists() else "is missing: download it again"
-            raise InputError(f"{path} says tensor {name!r} is in {file!r}, which {state}")
-        if file != found[name].path.name:
-            raise InputError(f"{path} says tensor {name!r} is in {file!r}, but it is in {found[name].path.name!r}")
+            raise InputError(f"{path} states that tensor {name!r} is in {file!r}, which {state}")
+        if file != stored[name].path.name:
+            raise InputError(
+                f"{path} states that tensor {name!r} is in {file!r}, but it is in {stored[name].path.name!r}"
+            )
 
 
 def _check_shards(root: Path, names: set[str]) -> None:
@@ -191,29 +195,29 @@ def _check_shards(root: Path, names: set[str]) -> None:
                 raise InputError(f"{root} holds {len(names)} of {wanted} shards: download the missing ones")
 
 
-def _tie(found: dict[str, Stored]) -> list[str]:
+def _tie(stored: dict[str, Stored]) -> list[str]:
     """Give the unembedding the embedding's weight where the config ties them and the file has only one.
 
     A file with both is read as transformers 5 reads it: the unembedding is its own.
     """
     embed, unembed = (name_in("huggingface", name) for name in ("embed.weight", "unembed.weight"))
-    if unembed not in found and embed in found:
-        found[unembed] = found[embed]
+    if unembed not in stored and embed in stored:
+        stored[unembed] = stored[embed]
         return []
-    both = [found[name].tensor() for name in (embed, unembed) if name in found]
+    both = [stored[name].tensor() for name in (embed, unembed) if name in stored]
     if len(both) < 2 or both[0].shape != both[1].shape or torch.equal(*both):
         return []
     return [f"tie_word_embeddings is true, but {unembed} differs from the embedding: it is used"]
 
 
-def _check_expert_counts(root: Path, cfg: Config, layout: str, found: Mapping[str, Stored]) -> None:
+def _check_expert_counts(root: Path, cfg: Config, layout: str, stored: Mapping[str, Stored]) -> None:
     """Refuse routers of other numbers of experts than the config's, as of a pruned model with the config from before.
 
     Raises:
         InputError: a router has another number of experts.
     """
     layers = range(cfg.n_layers)
-    routers = [found.get(name_in(layout, f"blocks.{layer}.mlp.router.weight")) for layer in layers]
+    routers = [stored.get(name_in(layout, f"blocks.{layer}.mlp.router.weight")) for layer in layers]
     counts = [router.entry.shape[0] for router in routers if router is not None and len(router.entry.shape) == 2]
     if len(counts) < cfg.n_layers or counts == [cfg.experts_of(layer) for layer in layers]:
         return
@@ -227,11 +231,11 @@ def _check_expert_counts(root: Path, cfg: Config, layout: str, found: Mapping[st
         )
     else:
         held, remedy = f"layers with {counts} experts", "write this list as num_local_experts in config.json"
-    raise InputError(f"{root} has {held}, and its config says {stated}: if the model was pruned, {remedy}")
+    raise InputError(f"{root} has {held}, and its config states {stated}: if the model was pruned, {remedy}")
 
 
 def _locations(
-    root: Path, cfg: Config, layout: str, experts: str, found: Mapping[str, Stored]
+    root: Path, cfg: Config, layout: str, experts: str, available: Mapping[str, Stored]
 ) -> dict[str, LazyTensor]:
     """Return every tensor of the config; refuse missing, unexpected or misshapen ones."""
     places: dict[str, LazyTensor] = {}
@@ -241,17 +245,19 @@ def _locations(
         fused.setdefault(name_in(layout, name), []).append((name, shape[0]))
     for stored, parts in fused.items():
         shape = (sum(rows for _, rows in parts), *wanted[parts[0][0]][1:])
-        if stored not in found:
-            raise InputError(f"{root}: tensor {stored!r} {shape} is missing{_explanation(stored, found)}")
-        location = found[stored]
+        if stored not in available:
+            raise InputError(f"{root}: tensor {stored!r} {shape} is missing{_explanation(stored, available)}")
+        location = available[stored]
         _check_entry(location.file.path, location.name, location.entry, shape, parts[0][0])
-        whole = LazyTensor(location.name, shape, _precision(stored, location.entry), location.tensor)
+        tensor = LazyTensor(location.name, shape, _precision(stored, location.entry), location.tensor)
         ends = accumulate(rows for _, rows in parts)
         for (name, rows), end in zip(parts, ends, strict=True):
-            places[name] = whole if len(parts) == 1 else whole.rows(end - rows, end)
-    if left := sorted(set(found) - set(fused)):
-        path = found[left[0]].file.path
-        raise InputError(f"{path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} left over)")
+            places[name] = tensor if len(parts) == 1 else tensor.rows(end - rows, end)
+    if left := sorted(set(available) - set(fused)):
+        path = available[left[0]].file.path
+        raise InputError(
+            f"{path}: tensor {left[0]!r} is not part of a gpt-oss of this config ({len(left)} unexpected tensors)"
+        )
     return {name: places[name] for name in wanted}
 
 
@@ -259,7 +265,7 @@ def _precision(stored: str, entry: Entry) -> str:
     return "MXFP4" if stored.endswith(("blocks", "scales")) else entry.dtype
 
 
-def _explanation(stored: str, found: Collection[str]) -> str:
+def _explanation(stored: str, available: Collection[str]) -> str:
     """Return what a missing tensor may mean, for the error message."""
     if stored == name_in("huggingface", "unembed.weight"):
         return (
@@ -267,7 +273,7 @@ def _explanation(stored: str, found: Collection[str]) -> str:
             "tie_word_embeddings in config.json if its unembedding is the embedding"
         )
     stem = re.sub(r"_(blocks|scales)$", "", stored)
-    if other := next((name for name in (f"{stem}_blocks", stem) if name != stored and name in found), None):
+    if other := next((name for name in (f"{stem}_blocks", stem) if name != stored and name in available), None):
         return f", but {other!r} is there: all experts must be packed, or all dense"
     return ""
 
@@ -276,9 +282,9 @@ def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...], ca
     packed = canonical.endswith((".blocks", ".scales"))
     dtypes = ("U8",) if packed else _FLOATS
     if entry.shape != shape:
-        raise InputError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, the config wants {list(shape)}")
+        raise InputError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, the config requires {list(shape)}")
     if entry.dtype not in dtypes:
-        raise InputError(f"{path}: tensor {name!r} has dtype {entry.dtype}, wanted {' or '.join(dtypes)}")
+        raise InputError(f"{path}: tensor {name!r} has dtype {entry.dtype}, expected {' or '.join(dtypes)}")
 
 
 def _digest(root: Path, files: Collection[SafetensorsFile]) -> str:
@@ -317,20 +323,21 @@ def resolve(source: str | Path, *, revision: str | None = None) -> Path:
         raise InputError(f"{short(name)} cannot be read: {error.strerror}") from error
     if name in BUNDLED or there or not hub_id:
         if revision is not None:
-            raise InputError(f"revision {revision!r}: only a hub id has revisions, and {short(name)} is none")
+            raise InputError(
+                f"revision {revision!r}: only models on the hub have revisions, and {short(name)} is not the id of one"
+            )
         if not (name in BUNDLED or there):
             raise InputError(
-                f"{short(name)} is neither a folder, nor {' or '.join(BUNDLED)}, nor a hub id such as "
-                "openai/gpt-oss-20b"
+                f"{short(name)} is neither a folder nor {' or '.join(BUNDLED)}, nor a hub id such as openai/gpt-oss-20b"
             )
         return BUNDLED.get(name) or Path(source)
     if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision):
-        raise InputError(f"revision {short(revision)} is no branch, tag or commit")
+        raise InputError(f"revision {short(revision)} is not a branch, a tag or a commit: check its name on the hub")
     folder = _download(name, revision, allow=_HUB_FILES, ignore=["*/*"])
     if not any(folder.glob("*.safetensors")):
         folder = _download(name, revision, allow=[f"original/{pattern}" for pattern in _HUB_FILES], ignore=None)
         if not any(folder.glob("original/*.safetensors")):
-            raise InputError(f"{name} has no safetensors; of GGUF files download one, and name the file")
+            raise InputError(f"{name} has no safetensors; download one of its GGUF files, and give that file")
     return folder
 
 
@@ -342,10 +349,12 @@ def _download(source: str, revision: str | None, *, allow: list[str], ignore: li
         return Path(snapshot_download(source, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         at = f" at revision {revision!r}" if revision else ""
-        raise InputError(f"the hub has no {source}{at}, or it needs a login (hf auth login)") from error
+        raise InputError(
+            f"the hub has no {source}{at}, or it requires a login: check the name, or run `hf auth login`"
+        ) from error
     except Exception as error:  # a network error is one of the HTTP library's own, and that library changes
         cause = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise InputError(
             f"{source} is incomplete in the local cache and cannot be downloaded ({cause}); download it elsewhere and "
-            "name the folder, or point HF_HOME at a cache that has it"
+            "give its folder, or point HF_HOME at a cache that has it"
         ) from error

@@ -151,7 +151,7 @@ def check_sizes(path: Path, cfg: Config) -> Config:
         raise InputError(f"{path}: d_head is {cfg.d_head}; rotary positions need an even number")
     if cfg.rope.theta <= 1 or (cfg.rope.factor or 1) < 1 or cfg.rope.beta_fast <= cfg.rope.beta_slow:
         raise InputError(
-            f"{path}: {cfg.rope} wants theta above 1, a factor of at least 1, and beta_fast above beta_slow"
+            f"{path}: {cfg.rope} requires theta above 1, a factor of at least 1, and beta_fast above beta_slow"
         )
     fewest = min(cfg.layer_experts or (cfg.num_experts,))
     if cfg.experts_per_token > fewest:

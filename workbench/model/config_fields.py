@@ -1,4 +1,4 @@
-"""The fields of a checkpoint's config, each read once with its type; a field that nobody reads is refused."""
+"""The fields of a checkpoint's config, each read once with its type; a field that is not read is refused."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -116,15 +116,15 @@ class ConfigFields:
         Raises:
             InputError: none is present and there is no default, or their values differ.
         """
-        found = {name: self.values.pop(name) for name in names if name in self.values}
-        if not found and default is ...:
+        given = {name: self.values.pop(name) for name in names if name in self.values}
+        if not given and default is ...:
             raise InputError(
                 f"{self.path}: field {self.where}{names[0]!r} is missing; the model cannot be built without it"
             )
-        if any(value != first for first, value in pairwise(found.values())):
-            description = " and ".join(f"{self.where}{name} {short(value)}" for name, value in found.items())
+        if any(value != first for first, value in pairwise(given.values())):
+            description = " and ".join(f"{self.where}{name} {short(value)}" for name, value in given.items())
             raise InputError(f"{self.path}: {description} contradict each other; correct one of them")
-        return next(iter(found.values()), default)
+        return next(iter(given.values()), default)
 
     def integer(self, *names: str, most: int = 1_000_000_000, default: Any = ...) -> int:
         value = self.take(*names, default=default)
@@ -168,8 +168,8 @@ class ConfigFields:
             subject = f"fields {listed} are" if len(unknown) > 1 else f"field {listed} is"
             options = " ".join(f"--ignore-field {name}" for _, name, _ in unknown)
             raise InputError(
-                f"{self.path}: {subject} unknown and could change the mathematics; "
-                f"if not, load with ignore_fields={[name for _, name, _ in unknown]} or {options}"
+                f"{self.path}: {subject} unknown and could change the results; "
+                f"if it does not, load with ignore_fields={[name for _, name, _ in unknown]} or {options}"
             )
 
     def _is_harmless(self, name: str, value: Any, ignore: Collection[str]) -> bool:
@@ -180,4 +180,4 @@ class ConfigFields:
 
     def refusal(self, name: str, value: object, wanted: str) -> InputError:
         """Return the error for a field whose value is not what is wanted."""
-        return InputError(f"{self.path}: {self.where}{name} is {short(value)}, wanted {wanted}")
+        return InputError(f"{self.path}: {self.where}{name} is {short(value)}, expected {wanted}")

@@ -44,7 +44,7 @@ def read_config(folder: Path, ignore_fields: Collection[str] = ()) -> Config:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}, wanted an object of fields")
+        raise InputError(f"{path} holds a {type(values).__name__}, expected an object of fields")
     fields = ConfigFields(path, values)
     original = "num_experts" in values and "model_type" not in values
     cfg = _original(fields) if original else _hugging_face(fields)
@@ -55,7 +55,7 @@ def read_config(folder: Path, ignore_fields: Collection[str] = ()) -> Config:
 def _hugging_face(fields: ConfigFields) -> Config:
     kind = fields.values.get("model_type")
     if kind not in ("gpt_oss", "gpt_oss_puzzle"):
-        raise InputError(f"{fields.path}: model_type is {short(kind)}, wanted 'gpt_oss' or 'gpt_oss_puzzle'")
+        raise InputError(f"{fields.path}: model_type is {short(kind)}, expected 'gpt_oss' or 'gpt_oss_puzzle'")
     for name, computed in _FIXED.items():
         if (value := fields.take(name, default=computed)) != computed:
             raise InputError(f"{fields.path}: {name} is {short(value)}; this project computes {computed!r} only")
@@ -164,7 +164,7 @@ def _hugging_face_rope(fields: ConfigFields) -> Rope:
         if null := names & fields.nulls:
             raise InputError(
                 f"{fields.path}: {min(null)} is null, which some releases of transformers read as YaRN and others as "
-                "plain rotary positions; write out the parameters"
+                "plain rotary positions: state the parameters in the config"
             )
         fields.values["rope_parameters"] = dict(_DEFAULT_YARN)
     rope = fields.fields("rope_parameters", "rope_scaling", where="rope_parameters.")

@@ -1,4 +1,4 @@
-"""What TransformerLens' users and tools ask a config, beside its own fields.
+"""The attributes that users and tools of TransformerLens expect of a config, beside its own fields.
 
 Reference: TransformerLens 4.3, config/transformer_lens_config.py, for names and meanings.
 """
@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 
 class ConfigNames:
-    """Constants of gpt-oss under TransformerLens' names, and what `model.cfg` knows of its model."""
+    """Constants of gpt-oss under TransformerLens' names, and what `model.cfg` has of its model."""
 
     d_head: int
     d_vocab: int

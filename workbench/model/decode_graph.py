@@ -25,7 +25,7 @@ _FEWEST_STEPS = 256  # that a recording serves before the next one
 
 
 class DecodeStep:
-    """Return the logits behind one more token of every row of the cache."""
+    """Return the logits after one more token of every row of the cache."""
 
     def __init__(self, model: Any, cache: KVCache) -> None:
         self._model, self._cache = model, cache
@@ -61,7 +61,7 @@ class DecodeGraph:
         cache.truncate(lengths)
 
     def step(self, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row d_vocab"]:
-        """Return the logits behind these tokens, which are added to the cache."""
+        """Return the logits after these tokens, which are added to the cache."""
         self._cache.make_room(1)
         self._tokens.copy_(tokens[:, None])
         self._graph.replay()

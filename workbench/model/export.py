@@ -102,9 +102,9 @@ def save_checkpoint(
     """
     target = Path(folder)
     if target.exists():
-        raise InputError(f"{target} exists: name another folder, or move it away")
+        raise InputError(f"{target} exists: choose another folder, or move it away")
     if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} is unknown: name one of {', '.join(LAYOUTS)}")
+        raise InputError(f"layout {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
     experts = "dense" if "blocks.0.mlp.experts.down.weight" in tensors else "mxfp4"
     if layout == "original" and experts == "dense":
         raise InputError(
@@ -112,7 +112,7 @@ def save_checkpoint(
         )
     wanted = shapes(cfg, experts)
     if wrong := sorted(set(wanted) ^ set(tensors)):
-        raise InputError(f"tensor {wrong[0]!r} is {'left over' if wrong[0] in tensors else 'missing'} for this config")
+        raise InputError(f"tensor {wrong[0]!r} is {'unexpected' if wrong[0] in tensors else 'missing'} for this config")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.{os.getpid()}.writing")
     staging.mkdir()
@@ -167,7 +167,7 @@ def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     dtypes = (torch.uint8,) if name.endswith((".blocks", ".scales")) else (torch.bfloat16, torch.float32)
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
         raise InputError(
-            f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, the config wants {list(shape)} of "
+            f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, the config requires {list(shape)} of "
             f"{' or '.join(map(str, dtypes))}"
         )
     return tensor
@@ -182,7 +182,8 @@ def _write_config(folder: Path, cfg: Config, layout: str, experts: str, tensors:
     if lost := [field.name for field in fields(Config) if getattr(back, field.name) != getattr(meant, field.name)]:
         name = lost[0]
         raise InputError(
-            f"the {layout} layout cannot say {name} {getattr(cfg, name)}: it would be read as {getattr(back, name)}"
+            f"the {layout} layout cannot store {name} {getattr(cfg, name)}: "
+            f"it would be read back as {getattr(back, name)}"
         )
 
 
@@ -252,6 +253,6 @@ def _hugging_face(cfg: Config, experts: str, tensors: Mapping[str, Tensor]) -> d
         "torch_dtype": str(tensors["blocks.0.attn.q.weight"].dtype).removeprefix("torch."),
     }
     if experts == "mxfp4":
-        kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-        written["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+        unquantized = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        written["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": unquantized}
     return written

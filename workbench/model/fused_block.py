@@ -104,11 +104,11 @@ def _sizes(block: Any) -> Any:
 
 def _links(block: Any) -> list[tuple[dict[str, Any], str, Any]]:
     """Return every module and weight of the block, and where it is held: (dictionary, name, module or tensor)."""
-    found: list[tuple[dict[str, Any], str, Any]] = []
+    links: list[tuple[dict[str, Any], str, Any]] = []
     for module in block.modules():
         for held in (module._modules, module._parameters, module._buffers):
-            found += [(held, name, one) for name, one in held.items()]
-    return found
+            links += [(held, name, one) for name, one in held.items()]
+    return links
 
 
 def _prepare(block: Any) -> FusedBlock | None:
@@ -151,7 +151,7 @@ def _prepare(block: Any) -> FusedBlock | None:
 
 
 def fused(block: Any, x: Tensor, context: PassContext) -> FusedBlock | None:
-    """Return the block's fused form if it can compute this pass: new tokens x [row 1 d_model] behind a cache."""
+    """Return the block's fused form if it can compute this pass: new tokens x [row 1 d_model] that follow a cache."""
     if context.cache is None or x.shape[1] != 1 or not 0 < len(x) <= ROWS or x.dtype != torch.bfloat16:
         return None
     if torch.is_grad_enabled() or block.attn.ungrouped or any(_GLOBAL_HOOKS) or not cpu.compiled(x):
@@ -163,7 +163,7 @@ def fused(block: Any, x: Tensor, context: PassContext) -> FusedBlock | None:
 
 
 def fused_forward(block: Any, known: FusedBlock, x: BFloat16[Tensor, "row 1 d_model"], context: PassContext) -> Tensor:
-    """Return the residual stream behind the block [row 1 d_model]; `x` is what its first hook point let through."""
+    """Return the residual stream after the block [row 1 d_model]; `x` is what its first hook point let through."""
     from workbench.kernels.cpu.layer import LayerStep, Phase
 
     in_experts = not known.experts.observed and block.get_point("hook_mlp_in") is None
@@ -235,7 +235,7 @@ def _run_with_hooks(known: FusedBlock, step: Any, points: Iterable[_InnerPoint],
 
     A launch ends at a point whose hooks may change its value. Where the same hooks left the value as it was the last
     time, the launch goes on beyond the point, and they are called afterwards, with the value that it has recorded. If
-    they do change it then, the phases behind the point are computed again, and from then on a launch ends there.
+    they do change it then, the phases after the point are computed again, and from then on a launch ends there.
     """
     observed = [inner for inner in points if _observed(inner.point)]
     dividing = [inner.phase for inner in observed if not known.reads_only(inner.point)]
@@ -250,7 +250,7 @@ def _run_with_hooks(known: FusedBlock, step: Any, points: Iterable[_InnerPoint],
 
 
 def _attention_points(block: Any, x: Tensor) -> Iterable[_InnerPoint]:
-    """Return the points of attention, behind which the residual stream `x` [row 1 d_model] has its output added."""
+    """Return the points of attention, after which the residual stream `x` [row 1 d_model] has its output added."""
     from workbench.kernels.cpu.layer import Phase
 
     def sink(step: Any) -> bool:
@@ -323,6 +323,6 @@ def _check_experts(experts: Tensor, num_experts: int) -> None:
     wrong = experts[(experts < 0) | (experts >= num_experts)]
     if len(wrong):
         raise InputError(
-            f"a hook left expert {int(wrong[0])} in mlp.hook_expert_indices: expected 0 to {num_experts - 1}, the "
+            f"a hook set expert {int(wrong[0])} in mlp.hook_expert_indices: expected 0 to {num_experts - 1}, the "
             "experts of the layer"
         )

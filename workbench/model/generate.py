@@ -78,13 +78,17 @@ def prepare(
     if type(samples) is not int or samples < 1:
         raise InputError(f"samples {samples!r}: expected a whole number from 1")
     if samples > 1 and sampling.temperature == 0:
-        raise InputError(f"samples={samples} at temperature 0 would give {samples} equal answers: set temperature")
+        raise InputError(
+            f"samples={samples} at temperature 0 would give {samples} equal answers: set a temperature above 0"
+        )
     rows = [row for row in prompt_rows for _ in range(samples)]
     seeds = [seed * 1_000_003 + i for i in range(len(rows))] if isinstance(seed, int) else [int(s) for s in seed]
     if len(seeds) != len(rows):
         raise InputError(f"{len(seeds)} seeds for {len(rows)} prompts: pass one number, or one for each prompt")
     if prompt_cache is not None and any(row != rows[0] for row in rows):
-        raise InputError("a prompt cache is for one prompt, or several samples of it, and the prompts differ")
+        raise InputError(
+            "a prompt cache serves one prompt or several samples of it, and these prompts differ: leave the cache out"
+        )
     if prompt_cache is not None and not use_past_kv_cache:
         raise InputError("a prompt cache with use_past_kv_cache=False: leave one of them out")
     return Request(rows, seeds, max_new_tokens, sampling, stops, use_past_kv_cache=use_past_kv_cache)

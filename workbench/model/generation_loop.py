@@ -137,9 +137,9 @@ def generation_steps(
             if not going:
                 return
             if len(going) < len(live):
-                kept = torch.tensor(going)
-                cache.select(kept)
-                live, chosen = [live[j] for j in going], chosen[kept.to(chosen.device)]
+                unfinished = torch.tensor(going)
+                cache.select(unfinished)
+                live, chosen = [live[j] for j in going], chosen[unfinished.to(chosen.device)]
             if prompt_cache is not None:
                 prompt_cache.note_hooks(model)
     finally:
@@ -156,7 +156,7 @@ def _counts(
 
 @contextmanager
 def _computing(model: Any) -> Iterator[None]:
-    """Switch gradients off within the context, and put the model's pass context back behind it."""
+    """Switch gradients off within the context, and restore the model's pass context at its end."""
     with torch.no_grad(), model.within(model.context):
         yield
 
@@ -164,7 +164,7 @@ def _computing(model: Any) -> Iterator[None]:
 def _read(
     prompts: dict[int, list[int]], capacity: int, model: Any, prompt_cache: PromptCache | None
 ) -> tuple[KVCache, Float[Tensor, "row d_vocab"], int]:
-    """Return a cache that holds the prompts, the logits behind each of them, and how many tokens were shared.
+    """Return a cache that holds the prompts, the logits after each of them, and how many tokens were shared.
 
     prompts: the ids of each, by the number of its row.
     """
@@ -190,7 +190,7 @@ def _read(
 
 
 def read_prompts(model: Any, cache: KVCache, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "row d_vocab"]:
-    """Return the logits behind the last token of each prompt, after adding the prompts to the cache chunk by chunk."""
+    """Return the logits after the last token of each prompt, after adding the prompts to the cache chunk by chunk."""
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in prompts], batch_first=True)
     columns = max(_LEAST_COLUMNS, PREFILL_TOKENS // len(prompts))
     last: Tensor | None = None

@@ -108,8 +108,12 @@ def costs_of(about: Subject, plan: Plan) -> Iterator[tuple[str, int, str]]:
     prefill = generating(cfg, plan, plan.batch)
     yield "forward pass of a generation", max(prefill.values()), f"{plan.batch:,} prompts of {plan.tokens:,} tokens"
     yield "cuBLAS workspace", memory.CUBLAS_WORKSPACE, "once, on a GPU"
-    each = memory.records(cfg, plan.recorded)
-    yield "records of a unit, on the host", 2 * plan.unit_tokens * each, f"{each:,} a token, held twice when stacked"
+    token_bytes = memory.records(cfg, plan.recorded)
+    yield (
+        "records of a unit, on the host",
+        2 * plan.unit_tokens * token_bytes,
+        f"{token_bytes:,} a token, held twice when stacked",
+    )
 
 
 def capturing(cfg: Config, plan: Plan, tokens: int) -> dict[str, int]:
@@ -127,8 +131,8 @@ def generating(cfg: Config, plan: Plan, batch: int) -> dict[str, int]:
 def fitting(about: Subject, plan: Plan) -> Iterator[str]:
     """Yield sentences about what fits into the available memory."""
     cfg, parts = about.cfg, memory.weights(about.cfg, about.experts, plan.dtype)
-    whole = sum(parts.values())
-    fixed = whole + memory.CUBLAS_WORKSPACE
+    total = sum(parts.values())
+    fixed = total + memory.CUBLAS_WORKSPACE
 
     def captures(tokens: int) -> bool:
         return fixed + max(capturing(cfg, plan, tokens).values()) <= plan.room
@@ -137,12 +141,12 @@ def fitting(about: Subject, plan: Plan) -> Iterator[str]:
         cache = batch * plan.tokens * memory.cache(cfg, plan.dtype)
         return fixed + cache + max(generating(cfg, plan, batch).values()) <= plan.room
 
-    if whole > plan.room:
-        yield f"One device of {human(plan.room)} does not hold it: the weights alone are {human(whole)}."
+    if total > plan.room:
+        yield f"One device of {human(plan.room)} does not hold it: the weights alone are {human(total)}."
     else:
         longest = memory.largest(captures)
         context = f"; the context is {cfg.n_ctx:,}" if longest > cfg.n_ctx else ""
-        yield f"One device of {human(plan.room)} holds the weights and {human(plan.room - whole)} more:"
+        yield f"One device of {human(plan.room)} holds the weights and {human(plan.room - total)} more:"
         yield f"  a capture with forward passes of up to {longest:,} tokens{context};"
         yield f"  a generation of up to {memory.largest(generates):,} rows of {plan.tokens:,} tokens, all prompt."
     passed = max(*capturing(cfg, plan, plan.tokens).values(), *generating(cfg, plan, plan.batch).values())

@@ -1,4 +1,4 @@
-"""What a forward pass is given: text, lists of text or ids in any container, as one checked tensor on the device.
+"""Inputs of a forward pass: text, lists of text or ids in any container, as one checked tensor on the device.
 
 This is the one place where ids are checked and moved to the model's device.
 """
@@ -49,9 +49,9 @@ def read_batch(
 
     Text is tokenised as it is, names of special tokens included; a string of digits is text. prepend_bos: True puts
     `<|startoftext|>` before each text; harmony has none, so that False and None add nothing. Rows of unequal length
-    are padded on `padding_side`, by default the tokenizer's. For a tensor, `padding_side` says that `pad_token_id` at
+    are padded on `padding_side`, by default the tokenizer's. For a tensor, `padding_side` states that `pad_token_id` at
     that side is padding; without it every id counts. attention_mask [batch pos]: 1 for tokens, 0 for padding before
-    or behind them.
+    or after them.
     Raises: InputError for what is neither text nor ids of the vocabulary, and for rows without a token.
     """
     if isinstance(given, Mapping) and "input_ids" in given:
@@ -118,7 +118,7 @@ def pad(
 def plain_row(row: Any, model: Any) -> list[int]:
     """Return one row of ids as a list. Raises: InputError for anything else."""
     if isinstance(row, str):
-        raise InputError(f"texts and ids cannot be mixed in one list, got the text {row!r:.60}")
+        raise InputError(f"expected a list of texts or of ids, not both: got the text {row!r:.60}")
     if len(row) == 0:
         return []
     tensor = _integers(row)
@@ -147,7 +147,7 @@ def _texts(given: Any) -> list[str] | None:
         given = given.tolist()
     if isinstance(given, Sequence) and len(given) and isinstance(given[0], str):
         if wrong := [item for item in given if not isinstance(item, str)]:
-            raise InputError(f"texts and ids cannot be mixed in one list, got {wrong[0]!r:.60} among texts")
+            raise InputError(f"expected a list of texts or of ids, not both: got {wrong[0]!r:.60} among texts")
         return list(given)
     return None
 

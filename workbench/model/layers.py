@@ -22,11 +22,11 @@ from workbench.model.attention import Attention
 from workbench.model.config import Config
 from workbench.model.low_rank import LowRank
 from workbench.model.pass_context import PassContext
-from workbench.model.weights import ExpertWeights
+from workbench.model.weights import ExpertBiases, ExpertWeights
 
 _EXPERT = "each expert has its own, as in model.blocks[0].mlp.experts.{}(5) of expert 5"
 # What TransformerLens' dense models have, and where it is here.
-ELSEWHERE = {name: _EXPERT.format(name) for name in ("W_in", "W_out", "W_gate", "b_in", "b_out", "b_gate")} | {
+ELSEWHERE = {name: _EXPERT.format(name) for name in ("W_in", "W_out", "W_gate")} | {
     name: "positions are rotary, see cfg.rope" for name in ("W_pos", "W_E_pos", "pos_embed")
 }
 
@@ -180,7 +180,7 @@ class ExpertLayer(ExpertWeights, nn.Module):
         return (lambda slots: point(slots.unflatten(0, batch_pos)).flatten(0, 1)) if hooked(point) else None
 
 
-class MoE(nn.Module):
+class MoE(ExpertBiases, nn.Module):
     """Router, choice, gates, experts. An edit of the scores re-routes; an edit of the choice changes who computes."""
 
     def __init__(self, cfg: Config, layer: int, packed: bool) -> None:
@@ -233,7 +233,7 @@ class Block(nn.Module):
         return self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(stream), context, self.layer, inputs)))
 
     def add_experts(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return the residual stream behind the experts."""
+        """Return the residual stream after the experts."""
         stream = input_points.read_at(self.get_point("hook_mlp_in"), x)
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(stream))))
 

@@ -61,8 +61,8 @@ class Tensors(Mapping[str, Tensor]):
 
     def other_precision(self) -> dict[str, list[str]]:
         """Return the stored types that the published checkpoints do not use, each with the names of its tensors."""
-        found: dict[str, list[str]] = {}
+        names_by_precision: dict[str, list[str]] = {}
         for name, entry in self.entries.items():
             if entry.precision not in PUBLISHED_PRECISION:
-                found.setdefault(entry.precision, []).append(name)
-        return found
+                names_by_precision.setdefault(entry.precision, []).append(name)
+        return names_by_precision

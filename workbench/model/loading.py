@@ -50,14 +50,14 @@ def load(
     if tokenizer.d_vocab > checkpoint.cfg.d_vocab:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.d_vocab} ids, the model's vocabulary {checkpoint.cfg.d_vocab}: "
-            "they do not belong together"
+            "they are not of one model: give the tokenizer of the checkpoint"
         )
     with torch.device("meta"):
         model = GptOss(checkpoint.cfg, packed=checkpoint.experts == "mxfp4", tokenizer=tokenizer, checkpoint=checkpoint)
     parts = memory.weights(checkpoint.cfg, checkpoint.experts, dtype)
     places = _places(device, checkpoint.cfg, parts, dtype)
-    for each in dict.fromkeys(places.values()):
-        _check_capability(each)
+    for used in dict.fromkeys(places.values()):
+        _check_capability(used)
     _check_room(folder, parts, places)
     if device != "meta" and sum(parts.values()) <= _CHECKED_BYTES:
         checkpoint.check_values()
@@ -93,7 +93,7 @@ def _places(name: str, cfg: Config, parts: Mapping[str, int], dtype: torch.dtype
     """Return the device of every part of the model."""
     devices = _auto(cfg, parts, dtype) if name == "auto" else [_device(one.strip()) for one in name.split(",")]
     if len(set(devices)) < len(devices):
-        raise InputError(f"device {name!r} names a device twice: name each once")
+        raise InputError(f"device {name!r} lists a device twice: list each device once")
     return {part: devices[place] for part, place in memory.spread(parts, len(devices)).items()}
 
 
@@ -116,7 +116,9 @@ def _device(name: str) -> torch.device:
             f"device {name!r} is unknown: use auto, cpu, cuda, mps, cuda:0, or several as in cuda:0,cuda:1"
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r}: this torch sees no GPU; use device='cpu' or install a CUDA build of torch")
+        raise InputError(
+            f"device {name!r}: torch finds no GPU on this machine; use device='cpu' or install a CUDA build of torch"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name!r}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device

@@ -4,7 +4,7 @@ A folder holds adapter_config.json and adapter_model.safetensors. An adapted mat
 W + alpha / rank · Aᵀ · Bᵀ, computed as x · W + (x · Aᵀ) · Bᵀ · alpha / rank. Linear maps have A [rank, inputs] and
 B [outputs, rank]. PEFT reaches the experts as parameters [expert, inputs, outputs] and stacks their pairs in one matrix
 each: the rows of A are expert-major [expert · rank, inputs], the columns of B rank-major [outputs, rank · expert].
-Two parameters of one module are distinguished by their shapes: PEFT's names only say which was wrapped first. Where
+Two parameters of one module are distinguished by their shapes: PEFT's names only state which was wrapped first. Where
 PEFT took the experts for [expert, outputs, inputs], as it does unless they say is_transposed, the factors have changed
 places; that is refused by their shapes, which only `down` of a d_mlp equal to d_model, adapted alone, does not show.
 
@@ -139,11 +139,13 @@ def _read_pairs(file: SafetensorsFile, config: Mapping[str, Any], known: Mapping
         elif "lora_embedding" in name:
             raise InputError(f"{file.path}: tensor {name!r} adapts the embedding, which is not supported: merge it")
     if not modules and not config.get("modules_to_save"):
-        raise InputError(f"{file.path} holds no LoRA factor")
+        raise InputError(f"{file.path} holds no LoRA factor: expected tensors such as lora_A and lora_B")
     pairs: dict[Target, _Pair] = {}
     for module, names in modules.items():
         if set(names) != {"A", "B"}:
-            raise InputError(f"{file.path}: {module!r} has lora_{next(iter(names))} without its other factor")
+            raise InputError(
+                f"{file.path}: {module!r} has lora_{next(iter(names))} without its other factor: the file is incomplete"
+            )
         target = _target(file, module, names, known)
         if target in pairs:
             raise InputError(f"{file.path}: {target.part} is adapted twice, the second time by {module!r}")
@@ -219,7 +221,7 @@ def _check_factors(
 
 def _check_float(file: SafetensorsFile, name: str) -> None:
     if (dtype := file.entries[name].dtype) not in _FLOATS:
-        raise InputError(f"{file.path}: tensor {name!r} has dtype {dtype}, wanted {' or '.join(_FLOATS)}")
+        raise InputError(f"{file.path}: tensor {name!r} has dtype {dtype}, expected {' or '.join(_FLOATS)}")
 
 
 def _by_part(pairs: Collection[_Pair]) -> dict[str, list[_Pair]]:

@@ -1,4 +1,4 @@
-"""Memory before it is taken: bytes of a model's weights, cache and records, and of a forward pass on a GPU.
+"""Estimate memory before it is allocated: bytes of weights, cache and records, and of a forward pass on a GPU.
 
 Weights, cache and records are arithmetic on the config. Activations follow the lifetimes of the tensors in
 `workbench.model.transformer` and `workbench.kernels.gpu`, stage by stage: the largest is the peak. A test counts the
@@ -37,8 +37,8 @@ def weights(cfg: Config, experts: str = "mxfp4", dtype: torch.dtype = torch.bflo
     """Return bytes of each part as loaded, in the order in which a forward pass meets them."""
     parts: dict[str, int] = {}
     for name, shape in shapes(cfg, experts).items():
-        each = 1 if name.endswith((".blocks", ".scales")) else dtype.itemsize
-        parts[part_of(name)] = parts.get(part_of(name), 0) + prod(shape) * each
+        element_bytes = 1 if name.endswith((".blocks", ".scales")) else dtype.itemsize
+        parts[part_of(name)] = parts.get(part_of(name), 0) + prod(shape) * element_bytes
     order = ["embed", *(f"blocks.{layer}" for layer in range(cfg.n_layers)), "unembed"]
     return {part: parts[part] for part in order}
 
@@ -180,11 +180,11 @@ def parse(text: str) -> int:
     """Return bytes of "80GB", "24 GiB" or a plain number.
 
     Raises:
-        InputError: the text is no amount of memory.
+        InputError: the text is not an amount of memory.
     """
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS:
-        raise InputError(f"memory {text[:40]!r}: wanted a number and its unit, as in 80GB or 24GiB")
+        raise InputError(f"memory {text[:40]!r}: expected a number and its unit, as in 80GB or 24GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -2,7 +2,7 @@
 
 A neuron of a mixture of experts is a pair of a slot and a number below d_mlp: which expert's neuron it is depends on
 the token (`cache["expert_indices", layer]`). It adds gate weight × activation × its row of W_out; the expert's bias is
-added once for each slot and is no neuron's.
+added once for each slot and is not a neuron's.
 """
 
 from typing import Any
@@ -31,15 +31,15 @@ def neuron_results(
         chosen = Slice([chosen.slice])
     amount = (post * gates[..., None].to(post.dtype)).flatten(0, -2)
     expert_layer = cache.model.blocks[layer].mlp.experts
-    kept = chosen.apply(amount, dim=-1)
+    selected = chosen.apply(amount, dim=-1)
     outputs = cache.model.cfg.d_model if project_onto is None else project_onto.shape[-1]
-    out = kept.new_zeros(*kept.shape, outputs)
+    out = selected.new_zeros(*selected.shape, outputs)
     for expert in experts.unique().tolist():
         rows = (experts == expert).flatten()
         directions = chosen.apply(expert_layer.W_out(expert), dim=0).to(out.dtype)
         if project_onto is not None:
             directions = directions @ project_onto.to(out.dtype)
-        out[rows] = kept[rows][..., None] * directions
+        out[rows] = selected[rows][..., None] * directions
     return out.unflatten(0, experts.shape).flatten(-3, -2)
 
 

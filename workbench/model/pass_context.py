@@ -1,7 +1,7 @@
-"""Where the tokens of one forward pass stand: sequence, position, rotation, what lies before them and beside them.
+"""The context of one forward pass: the sequence, position and rotation of each token, and the keys before it.
 
 A pass sees sequences in one of three ways: a padded batch, sequences packed end to end in one row, or the next tokens
-of sequences whose beginnings a cache holds. Hooks need not care: `sequence` and `positions` say what every token is,
+of sequences whose beginnings a cache holds. Hooks need not care: `sequence` and `positions` state what every token is,
 `mask` which tokens of the pass are in a token set, `key_mask` which keys. These and `sequence` lie on the CPU.
 """
 
@@ -62,7 +62,7 @@ class PassContext:
         return there
 
     def to(self, device: torch.device) -> "PassContext":
-        """Return the same on another device; a cache stays where it is, for its layers lie apart."""
+        """Return the same on another device; the cache is not moved, as its layers may be on several devices."""
         if self.positions.device == device:
             return self
         there = self._copy()
@@ -70,7 +70,7 @@ class PassContext:
         return there
 
     def at(self, columns: Int[Tensor, "batch kept"]) -> "PassContext":
-        """Return the same for some of the tokens; it places hooks behind the last block, where not every token goes."""
+        """Return the same for some of the tokens; it places hooks after the last block, where not every token goes."""
         there = self._copy()
         there.positions = self.positions.gather(1, columns.to(self.positions.device))
         there._columns = columns.cpu()
@@ -159,7 +159,7 @@ class PassContext:
             return torch.arange(pos, device=tokens.device).expand(batch, pos).contiguous()
         if self.cache is not None or batch != 1 or sum(self.lengths) != pos:
             raise InputError(
-                f"packed sequences lie in one row without a cache and fill it: got {batch} rows of {pos} tokens, "
+                f"packed sequences need one row that they fill, and no cache: got {batch} rows of {pos} tokens, "
                 f"lengths that sum to {sum(self.lengths)}, {'a' if self.cache is not None else 'no'} cache"
             )
         return torch.cat([torch.arange(n) for n in self.lengths])[None].to(tokens.device, non_blocking=True)

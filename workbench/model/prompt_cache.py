@@ -45,7 +45,9 @@ class PromptCache:
             InputError: a generation with this cache has not ended.
         """
         if self._busy:
-            raise InputError("another generation with this prompt cache has not ended: close it, or use another cache")
+            raise InputError(
+                "the prompt cache is in use by a generation that has not ended: close that one, or use another cache"
+            )
         self._busy = True
 
     def release(self) -> None:
@@ -55,7 +57,7 @@ class PromptCache:
     def prepare(self, model: Any, prompt: Sequence[int], capacity: int) -> tuple[KVCache, int]:
         """Return a cache of at least `capacity` positions, and how many tokens of the prompt it holds already.
 
-        The last token of the prompt is always read again, for the logits behind it.
+        The last token of the prompt is always read again, for the logits after it.
         """
         hooks = installed_hooks(model)
         shared = 0

@@ -77,8 +77,8 @@ class SafetensorsFile:
 
     def tensor(self, name: str) -> Tensor:
         """Return the tensor [...] in its stored shape, memory-mapped."""
-        found: Tensor = self._mapped.get_tensor(name)
-        return found
+        tensor: Tensor = self._mapped.get_tensor(name)
+        return tensor
 
     def samples(self, blocks: int = 64, block_bytes: int = 65_536) -> Iterator[bytes]:
         """Yield evenly spaced blocks of the file, or all of it if it is not larger than they are together."""
@@ -95,7 +95,7 @@ class SafetensorsFile:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     (name, times), *_ = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
     if times > 1:
-        raise ValueError(f"tensor {name!r} is there twice")
+        raise ValueError(f"tensor {name!r} is stored twice")
     return dict(pairs)
 
 
@@ -103,7 +103,7 @@ def _entry(value: dict[str, Any]) -> Entry:
     start, end = value["data_offsets"]
     shape = tuple(value["shape"])
     if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
-        raise ValueError(f"shape {shape} or offsets {start}, {end} are no counts")
+        raise ValueError(f"shape {shape} or offsets {start}, {end} are not valid counts")
     return Entry(str(value["dtype"]), shape, start, end)
 
 
@@ -126,4 +126,6 @@ def _check_ranges(path: Path, entries: dict[str, Entry], data_bytes: int) -> Non
             raise InputError(f"{path}: tensor {name!r} overlaps or leaves a gap after {previous or 'the header'!r}")
         position, previous = entry.end, name
     if position != data_bytes:
-        raise InputError(f"{path}: {data_bytes - position:,} bytes after the last tensor belong to none")
+        raise InputError(
+            f"{path}: {data_bytes - position:,} bytes after the last tensor belong to no tensor: the file is damaged"
+        )

@@ -23,7 +23,7 @@ class Sampling:
     """temperature 0 is greedy. top_k, top_p and min_p truncate the distribution, in this order, before sampling.
 
     As in TransformerLens, repetition_penalty divides the positive and multiplies the negative logits of tokens that
-    the row has, and freq_penalty is subtracted from the logits, behind the temperature, for each time that the row has
+    the row has, and freq_penalty is subtracted from the logits, after the temperature, for each time that the row has
     the token.
     """
 

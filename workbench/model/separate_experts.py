@@ -56,7 +56,7 @@ def _in_turn(parts: list[Tensor]) -> Tensor:
     return rows.mT if rows.dim() == 2 else rows
 
 
-def stack_experts(root: Path, found: Mapping[str, Stored]) -> dict[str, Stored]:
+def stack_experts(root: Path, stored_tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """Return the tensors with experts that are stored one by one as stacks under the layout's names.
 
     Raises:
@@ -64,16 +64,16 @@ def stack_experts(root: Path, found: Mapping[str, Stored]) -> dict[str, Stored]:
     """
     tensors: dict[str, Stored] = {}
     stacks: dict[str, dict[tuple[int, int], Stored]] = {}
-    for name, stored in found.items():
+    for name, stored in stored_tensors.items():
         if (match := _EXPERT.fullmatch(name)) is None:
             tensors[re.sub(r"\.mlp\.router\.linear\.(weight|bias)$", r".mlp.router.\1", name)] = stored
             continue
         part, place = _PARTS[match["name"] or match["stem"]]
         stack = f"{match['module']}.{part}_proj{'_bias' if match['kind'] == 'bias' else ''}"
         key = int(match["n"] or match["last"]), place
-        if key in stacks.setdefault(stack, {}) or stack in found:
+        if key in stacks.setdefault(stack, {}) or stack in stored_tensors:
             raise InputError(
-                f"{root}: tensor {stored.name!r} is a part of {stack!r}, which is there already: remove one"
+                f"{root}: tensor {stored.name!r} is a part of {stack!r}, which is stored too: remove one of them"
             )
         stacks[stack][key] = stored
     return tensors | {name: _stacked(root, name, parts) for name, parts in stacks.items()}
@@ -83,7 +83,8 @@ def _stacked(root: Path, name: str, parts: Mapping[tuple[int, int], Stored]) -> 
     n_experts, n_parts = (max(key[i] for key in parts) + 1 for i in (0, 1))
     if len(parts) != n_experts * n_parts:
         raise InputError(
-            f"{root}: {len(parts)} of {n_experts * n_parts} tensors of {name!r} are there: some are missing"
+            f"{root}: {len(parts)} of {n_experts * n_parts} tensors of {name!r} are stored, the others are "
+            "missing: download the checkpoint again"
         )
     first = parts[0, 0]
     for stored in parts.values():

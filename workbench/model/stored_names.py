@@ -2,7 +2,7 @@
 
 transformers 5.5.2 and newer save a model that was dequantised while loading under the names of packed tensors: bfloat16
 with three axes in `…_proj_blocks`. Releases 5.3 to 5.5 doubled the endings: `…_proj_blocks_blocks`, `…_blocks_scales`.
-Value heads of reinforcement learning, classifiers, rotary frequencies and scales of quantised caches are no weights of
+Value heads of reinforcement learning, classifiers, rotary frequencies and scales of quantised caches are not weights of
 the model. torch.compile and distributed training put names of their wrappers before or into the names of tensors; a
 model that is part of another one, or a backbone that was saved alone, has another beginning than `model.`.
 """
@@ -52,7 +52,7 @@ def hugging_face_names(root: Path, files: Mapping[str, SafetensorsFile]) -> tupl
     Raises:
         InputError: two stored tensors have the same standard name, or one belongs to an adapter.
     """
-    found: dict[str, Stored] = {}
+    standard_names: dict[str, Stored] = {}
     unused: list[str] = []
     beginning = _beginning(files)
     for name, file in files.items():
@@ -65,24 +65,26 @@ def hugging_face_names(root: Path, files: Mapping[str, SafetensorsFile]) -> tupl
             unused.append(name)
             continue
         standard = _standard(_with_standard_beginning(name, beginning), file.entries[name])
-        if standard in found:
-            raise InputError(f"{root}: tensors {found[standard].name!r} and {name!r} are both {standard!r}: remove one")
-        found[standard] = Stored(file, name)
+        if standard in standard_names:
+            raise InputError(
+                f"{root}: tensors {standard_names[standard].name!r} and {name!r} are both {standard!r}: remove one"
+            )
+        standard_names[standard] = Stored(file, name)
     notes = []
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         notes.append(f"tensors that the model does not use are ignored: {', '.join(unused[:3])}{more}")
     if beginning != _MODEL:
         notes.append(f"the names of the backbone's tensors begin with {beginning!r}: this is read as {_MODEL!r}")
-    return found, notes
+    return standard_names, notes
 
 
 def _beginning(names: Collection[str]) -> str:
-    """Return what stands before the names of the backbone's tensors: `model.`, unless the one embedding says else."""
-    found = {
+    """Return what stands before the names of the backbone's tensors: `model.`, or what the embedding's name has."""
+    prefixes = {
         name.removesuffix(_EMBEDDING) for name in map(unwrapped, names) if re.search(rf"(^|\.){_EMBEDDING}$", name)
     }
-    return found.pop() if len(found) == 1 else _MODEL
+    return prefixes.pop() if len(prefixes) == 1 else _MODEL
 
 
 def unwrapped(name: str) -> str:

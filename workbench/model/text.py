@@ -107,7 +107,7 @@ class TextMethods:
         token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
         rows = read_batch(self, input, prepend_bos=prepend_bos, padding_side=padding_side).tokens.tolist()
         if len(rows) != 1:
-            raise InputError(f"the position of a token is asked in one row, got {len(rows)} rows: pass one of them")
+            raise InputError(f"expected one row in which to look for the token, got {len(rows)} rows: pass one of them")
         if mode not in ("first", "last"):
             raise InputError(f"mode {mode!r} is unknown: use 'first' or 'last'")
         if token not in rows[0]:

@@ -1,4 +1,4 @@
-"""gpt-oss with every step open: a TransformerLens HookedRootModule that computes what the checkpoint means.
+"""gpt-oss with a hook point at every step, as a HookedRootModule of TransformerLens.
 
 You pay for what you hook. A point that the fast path has no tensor for (scores, patterns, per-head results, the
 inside of the experts) is materialised only while it is hooked, in that layer; the numbers are the same either way.
@@ -128,7 +128,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         return x.to(self.unembed.weight.device)
 
     def _checkpointed(self, block: nn.Module, x: Tensor, where: PassContext) -> Tensor:
-        """The block, whose inside the backward pass computes again: with the hooks and the tokens of this pass."""
+        """Return the block's output; the backward pass computes it again with the hooks and the tokens of this pass."""
         hooks, context = snapshot_hooks(block), self.context
         assert context is not None
 
@@ -144,9 +144,9 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
     ) -> Float[Tensor, "batch kept d_vocab"]:
         """Return logits from what `residual` returned, of these columns of every row only."""
         assert self.context is not None, "logits come after residual"
-        kept = residual.gather(1, columns[..., None].to(residual.device).expand(-1, -1, residual.shape[-1]))
+        selected = residual.gather(1, columns[..., None].to(residual.device).expand(-1, -1, residual.shape[-1]))
         with self.within(self.context.at(columns)):
-            return self.unembed(self.ln_final(kept))
+            return self.unembed(self.ln_final(selected))
 
     @contextmanager
     def within(self, context: PassContext | None) -> Iterator[None]:
@@ -178,21 +178,21 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
 
         return_type: "logits", "loss" (the mean cross-entropy in nats; of every token with `loss_per_token`), "both",
         or None. Ids are moved to the model's device. Rows of unequal length are padded; `attention_mask` or
-        `padding_side` say where a tensor has padding, on either side. prepend_bos: True puts `<|startoftext|>` before
+        `padding_side` state where a tensor has padding, on either side. prepend_bos: True puts `<|startoftext|>` before
         a text; harmony has no such token, so None and False add nothing.
 
         start_at_layer: `input` is a residual stream [batch pos d_model] that enters this layer; `tokens` are then its
         ids. stop_at_layer: return the residual stream that would enter this layer.
 
         With `cache` (or `past_kv_cache`) the tokens continue what it holds, and are added to it. With `packed` the
-        single row holds several sequences end to end, of these lengths, which do not see each other. `n_real` tells
+        single row holds several sequences end to end, of these lengths, which do not see each other. `n_real` gives
         hooks how many tokens of each row are not padding on the right, which changes no result; a cache keeps these.
 
         Raises:
             InputError: the input is neither text nor ids of the vocabulary, or an option has no meaning.
         """
         if cache is not None and past_kv_cache is not None:
-            raise InputError("cache and past_kv_cache are the same thing: pass one of them")
+            raise InputError("cache and past_kv_cache are two names of one option: pass one of them")
         return calling.forward(
             self,
             input,
@@ -250,11 +250,11 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         chosen, axes = Slice.unwrap(pos_slice), hook_points(self.cfg.n_layers)
 
         def sliced(name: str, save: Any) -> Any:
-            named = axes.get(name, "batch pos").split()
-            dim = next(i for i, axis in enumerate(named) if axis in ("pos", "query_pos"))
+            axis_names = axes.get(name, "batch pos").split()
+            dim = next(i for i, axis in enumerate(axis_names) if axis in ("pos", "query_pos"))
             return lambda tensor, hook: save(chosen.apply(tensor, dim=dim), hook=hook)
 
-        return cache, *([(name, sliced(name, save)) for name, save in each] for each in hooks)
+        return cache, *([(name, sliced(name, save)) for name, save in direction] for direction in hooks)
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **options: Any) -> Any:
         """Return the output of a pass with these hooks, each a pair of a hook point's name or a filter and a function.
@@ -270,7 +270,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         if callable(name):
             return
         if not isinstance(name, str):
-            raise InputError(f"{name!r:.80} is no hook point: expected its name, or a function of names")
+            raise InputError(f"{name!r:.80} is not a hook point: expected its name, or a function of names")
         if name not in self.hook_dict:
             if switch := input_points.SWITCHES.get(name.rpartition(".")[2]):
                 raise InputError(f"the model has no hook point {name!r}: call model.{switch}(True) first")

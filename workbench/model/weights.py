@@ -92,8 +92,18 @@ def dense(matrix: Mxfp4 | GgmlMxfp4 | LoraWeight | Tensor, expert: int) -> Float
     return dequantise(*matrix.at(expert)).mT if isinstance(matrix, Mxfp4 | GgmlMxfp4) else matrix[expert]
 
 
+class ExpertBiases:
+    """The biases of all experts of a layer: b_gate, b_in (up) [expert d_mlp], b_out [expert d_model]."""
+
+    experts: Any
+
+    b_gate = property(lambda self: self.experts.gate_up.bias[:, 0::2])
+    b_in = property(lambda self: self.experts.gate_up.bias[:, 1::2])
+    b_out = property(lambda self: self.experts.down.bias)
+
+
 class ModelWeights:
-    """Of all layers, stacked on the first one's device; and tokens as TransformerLens' tools ask for them."""
+    """Weights of all layers, stacked on the first layer's device, and token helpers for TransformerLens' tools."""
 
     blocks: Any
     embed: Any
@@ -115,6 +125,21 @@ class ModelWeights:
     b_O = property(lambda self: self._stacked("b_O"))
 
     @property
+    def b_gate(self) -> Float[Tensor, "layer expert d_mlp"]:
+        """Return the biases of every expert's gate. Raises: InputError if layers have different numbers of experts."""
+        return self._expert_biases("b_gate")
+
+    @property
+    def b_in(self) -> Float[Tensor, "layer expert d_mlp"]:
+        """Return the biases of what is gated. Raises: InputError if layers have different numbers of experts."""
+        return self._expert_biases("b_in")
+
+    @property
+    def b_out(self) -> Float[Tensor, "layer expert d_model"]:
+        """Return the biases of the outputs. Raises: InputError if layers have different numbers of experts."""
+        return self._expert_biases("b_out")
+
+    @property
     def QK(self) -> FactoredMatrix:
         """Return [layer head d_model d_model], in its two factors."""
         return FactoredMatrix(self.W_Q, self.W_K.mT)
@@ -127,7 +152,7 @@ class ModelWeights:
     def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head later_layer later_head"]:
         """Return how much each head writes into what later heads read: mode "Q", "K" or "V" as in TransformerLens.
 
-        ‖OV · M‖ / (‖OV‖ ‖M‖) in the Frobenius norm, with M the later head's QK, QKᵀ or OV behind the gain of its norm;
+        ‖OV · M‖ / (‖OV‖ ‖M‖) in the Frobenius norm, with M the later head's QK, QKᵀ or OV after the gain of its norm;
         zero where the second layer is not later. Rotary positions are left out, so Q and K hold for tokens at
         one position.
 
@@ -176,9 +201,8 @@ class ModelWeights:
         """
         if include_mlp_biases:
             raise InputError(
-                "experts' biases are added by the tokens that go to them, there is no sum of them: "
-                "expand_neurons=False, "
-                "include_mlp_biases=False, or workbench.experiments.attribution for every expert and its bias"
+                "an expert's bias is added only at tokens that select the expert, so the biases have no fixed sum: use "
+                "expand_neurons=False or include_mlp_biases=False, or workbench.experiments.attribution for each bias"
             )
         return sum(
             (block.attn.b_O for block in self.blocks[: layer + int(mlp_input)]), torch.zeros_like(self.ln_final.weight)
@@ -186,4 +210,13 @@ class ModelWeights:
 
     def _stacked(self, name: str) -> Tensor:
         parts = [getattr(block.attn, name) for block in self.blocks]
+        return torch.stack([part.to(parts[0].device) for part in parts])
+
+    def _expert_biases(self, name: str) -> Tensor:
+        parts = [getattr(block.mlp, name) for block in self.blocks]
+        if len(numbers := {len(part) for part in parts}) > 1:
+            raise InputError(
+                f"{name} of all layers: the layers have {min(numbers)} to {max(numbers)} experts, expected one number; "
+                f"use model.blocks[0].mlp.{name} of each layer"
+            )
         return torch.stack([part.to(parts[0].device) for part in parts])

@@ -102,7 +102,7 @@ def accuracy(
     with prompt_id and correct. The accuracy of a row is the mean over its prompts with Wilson's interval, whose sample
     size the variance between prompts implies, as in the study `effort`: several samples of one prompt are not
     independent, and neither are prompts of a run with the same tokens. Fewer than five prompts have no interval (NaN),
-    and `note` says so, as it does of fewer than twenty. Answers of unknown correctness count in `unknown` alone.
+    and `note` states it, as it does of fewer than twenty. Answers of unknown correctness count in `unknown` alone.
 
     Raises:
         InputError: a label is missing, or no answer is known to be correct or wrong.
@@ -110,7 +110,7 @@ def accuracy(
     table = _rows_of(source, model)
     names = [by] if isinstance(by, str) else list(by)
     if missing := [n for n in (*names, "prompt_id", "correct") if n not in table]:
-        raise InputError(f"{missing[0]!r} is no column: the table has {', '.join(map(str, table.columns))}")
+        raise InputError(f"{missing[0]!r} is not a column: the table has {', '.join(map(str, table.columns))}")
     known = table["correct"].notna() & (table["correct"].astype(float) >= 0)
     if not known.any():
         raise InputError("no row has `correct`: give prompts `expected` before generating, or rows `correct`")
@@ -146,21 +146,21 @@ def _prompts(prompts: Prompts) -> list[Prompt]:
         if not Path(prompts).exists() and isinstance(prompts, str) and not prompts.endswith((".jsonl", ".json")):
             raise InputError(f"prompts {prompts[:40]!r}: give a file, or a list of texts, as in [{prompts[:20]!r}]")
         return read_prompts(prompts)
-    found = []
+    read = []
     rows: Sequence[Any] = prompts
     for number, row in enumerate(rows):
         if isinstance(row, Prompt):
-            found.append(row)
+            read.append(row)
         elif isinstance(row, str):
-            found.append(Prompt(f"prompt-{number}", [{"role": "user", "content": row}]))
+            read.append(Prompt(f"prompt-{number}", [{"role": "user", "content": row}]))
         else:
             expected = row.get("expected", row.get("answer"))
-            found.append(
+            read.append(
                 Prompt(
                     str(row.get("id", f"prompt-{number}")), list(row["messages"]), expected, dict(row.get("meta", {}))
                 )
             )
-    return found
+    return read
 
 
 def _judged(row: Transcript, correct: Callable[[str, str], bool], tokenizer: harmony.Tokenizer) -> Transcript:

@@ -43,10 +43,12 @@ def direction(
         if isinstance(source, Run)
         else _of_model(source, hook, layer, (a, b), transcripts, chosen)
     )
-    for selection, found in zip((a, b), means, strict=True):
-        if not found:
-            raise InputError(f"no token is {selection!r}: choose labels that the sequences have, as in run.messages")
-    first, second = (np.mean(found, axis=0) for found in means)
+    for selection, vectors in zip((a, b), means, strict=True):
+        if not vectors:
+            raise InputError(
+                f"no token has the labels {selection!r}: choose labels that the sequences have, as in run.messages"
+            )
+    first, second = (np.mean(vectors, axis=0) for vectors in means)
     return torch.from_numpy((first - second).astype(np.float32))
 
 
@@ -61,10 +63,10 @@ def _of_run(
         there = np.isfinite(values).all(1)
         if chosen is not None:
             there &= np.isin(labels["sequence"], list(chosen))
-        for found, selection in zip(means, pair, strict=True):
+        for vectors, selection in zip(means, pair, strict=True):
             meant = token_labels.mask(selection, labels, run.sequences) & there
             for number in np.unique(labels["sequence"][meant]):
-                found.append(values[meant & (labels["sequence"] == number)].astype(np.float64).mean(0))
+                vectors.append(values[meant & (labels["sequence"] == number)].astype(np.float64).mean(0))
     return means
 
 
@@ -88,9 +90,9 @@ def _of_model(
         with torch.no_grad():
             _, cache = model.run_with_cache(torch.from_numpy(ids)[None].to(model.device), names_filter=point)
         values = cache[point][0].flatten(1).double().cpu().numpy()
-        for found, mask in zip(means, masks, strict=True):
+        for vectors, mask in zip(means, masks, strict=True):
             if mask.any():
-                found.append(values[mask].mean(0))
+                vectors.append(values[mask].mean(0))
     return means
 
 

@@ -12,7 +12,7 @@
 | patch | layers, source: residual stream of the prompt with another user message, or at another effort | – |
 | knockout | layers, heads, keys: tokens that the scope's tokens cannot attend to | – |
 
-Layers mean the residual stream behind them. Without heads every head is meant.
+Layers mean the residual stream after them. Without heads every head is meant.
 """
 
 import math
@@ -209,7 +209,7 @@ def checked_fields(kind: type, document: Any, what: str) -> dict[str, Any]:
 def plain_fields(value: Any) -> dict[str, Any]:
     """Return the fields of a dataclass that differ from their defaults."""
     default = type(value)("forbid") if isinstance(value, Intervention) else type(value)()
-    found: dict[str, Any] = {}
+    fields_by_name: dict[str, Any] = {}
     for f in fields(value):
         own = getattr(value, f.name)
         if own == getattr(default, f.name) and f.name != "kind":
@@ -220,5 +220,5 @@ def plain_fields(value: Any) -> dict[str, Any]:
             own = [
                 plain_fields(v) if isinstance(v, Intervention) else list(v) if isinstance(v, tuple) else v for v in own
             ]
-        found[f.name] = own
-    return found
+        fields_by_name[f.name] = own
+    return fields_by_name

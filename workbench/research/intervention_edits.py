@@ -41,8 +41,8 @@ def edits_of(
         return [library.knockout(one.layers, tokens, one.keys.token_set(model.tokenizer), one.heads or None)]
     if one.kind == "patch":
         return [_patch(one, model, prompt)]
-    found = vectors_of(one, model, transcripts, sources, prompt)
-    return [library.steer(point, vector, one.strength, tokens) for point, vector in found.items()]
+    vectors = vectors_of(one, model, transcripts, sources, prompt)
+    return [library.steer(point, vector, one.strength, tokens) for point, vector in vectors.items()]
 
 
 def vectors_of(

@@ -83,7 +83,7 @@ def _sample(
     parts: list[tuple[np.ndarray, pd.DataFrame]] = []
     for columns, values in token_labels.blocks(run, about, index):
         before = previous_ids(columns["id"].to_numpy(), columns["sequence"].to_numpy())
-        table = columns.assign(label=token_labels.named(labels, columns, run), before=before)
+        table = columns.assign(label=token_labels.values_of(labels, columns, run), before=before)
         there = np.isfinite(values).all(1) & (table["label"] != "").to_numpy()
         if where is not None:
             there &= token_labels.mask(where, table, run.sequences)
@@ -160,12 +160,12 @@ def _scores(
     right: Mapping[str, np.ndarray], label: np.ndarray, group: np.ndarray, groups: Iterable[str]
 ) -> dict[str, tuple[float, ...]]:
     """Return accuracy, baseline, control, the accuracies of the categories, and tokens of every group."""
-    found = {}
+    scores = {}
     for name in groups:
         own = np.ones(len(label), dtype=bool) if name == "all" else group == name
         n = int(own.sum())
         most = max(np.unique(label[own].astype(str), return_counts=True)[1]) / n if n else np.nan
         shares = {key: float(values[own].mean()) if n else np.nan for key, values in right.items()}
         of_categories = (shares[f"accuracy_{category}"] for category in _CATEGORIES)
-        found[name] = (shares["accuracy"], float(most), shares["control"], *of_categories, n)
-    return found
+        scores[name] = (shares["accuracy"], float(most), shares["control"], *of_categories, n)
+    return scores

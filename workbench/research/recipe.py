@@ -74,10 +74,10 @@ class Recipe:
 
     def messages(self, user: str = "") -> list[dict[str, str]]:
         """Return the messages of the prompt, with another last user message if one is given."""
-        found = [{"role": "developer", "content": self.developer}] if self.developer else []
+        turns = [{"role": "developer", "content": self.developer}] if self.developer else []
         for asked, answered in self.history:
-            found += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        return [*found, {"role": "user", "content": user or self.user}]
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return [*turns, {"role": "user", "content": user or self.user}]
 
     def prompt_ids(self, model: GptOss) -> list[int]:
         """Return the ids of the prompt, and of what the answer begins with."""
@@ -110,7 +110,7 @@ class Recipe:
         """
         if any(one.kind == "patch" for one in self.interventions):
             raise InputError(
-                "a recipe that patches is of its own prompt: remove the intervention 'patch', or use "
+                "a recipe with a patch applies to its own prompt only: remove the intervention 'patch', or use "
                 "`workbench study patching` for many prompts"
             )
 
@@ -129,12 +129,12 @@ class Recipe:
         Raises:
             InputError: the model lacks a layer or an expert, a direction has no tokens, or a source is not known.
         """
-        named = sources or SteeringSources()
+        steering = sources or SteeringSources()
         prompt = self.prompt_of(model)
-        found = [edit for one in self.interventions for edit in edits_of(one, model, transcripts, named, prompt)]
-        for edit in found:
+        edits = [edit for one in self.interventions for edit in edits_of(one, model, transcripts, steering, prompt)]
+        for edit in edits:
             edit.points(model)  # refuses what the model lacks
-        return found
+        return edits
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the recipe as JSON; fields that have their defaults are left out."""
@@ -145,7 +145,7 @@ class Recipe:
         """Return the recipe of a JSON text.
 
         Raises:
-            InputError: the text is no recipe, or a field is unknown or not valid.
+            InputError: the text is not a recipe, or a field is unknown or not valid.
         """
         if len(text.encode()) > MAX_BYTES:
             raise InputError(f"a recipe has at most {MAX_BYTES:,} bytes, this one has {len(text.encode()):,}")
@@ -156,7 +156,7 @@ class Recipe:
         """Return the recipe of a JSON file.
 
         Raises:
-            InputError: the file is no recipe, or cannot be read.
+            InputError: the file is not a recipe, or cannot be read.
         """
         try:
             return cls._read(read_json(path, max_bytes=MAX_BYTES, max_depth=8))
@@ -188,11 +188,11 @@ def _read_history(turns: list[Any]) -> tuple[tuple[str, str], ...]:
     """Return the earlier turns of a document.
 
     Raises:
-        InputError: there are too many, or one is no pair of texts.
+        InputError: there are too many, or one is not a pair of texts.
     """
     if len(turns) > MAX_TURNS:
         raise InputError(f"a recipe has at most {MAX_TURNS} earlier turns, this one has {len(turns)}")
     for turn in turns:
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise InputError(f"history: {turn!r:.60} is no pair of texts, [user message, final answer]")
+            raise InputError(f"history: {turn!r:.60} is not a pair of texts, [user message, final answer]")
     return tuple((asked, answered) for asked, answered in turns)

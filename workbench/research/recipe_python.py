@@ -1,4 +1,4 @@
-"""A recipe as a Python program that makes the same answers with the library alone."""
+"""Export a recipe as a Python program that generates the same answers with the library alone."""
 
 from workbench.harmony.messages import EFFORTS
 from workbench.research.intervention import CELL_KINDS, STEERING_KINDS, Intervention, Scope

@@ -3,7 +3,7 @@
     found = recipe_study(model, recipe, "prompts.jsonl", controls=20)
     print(found["recipe"].attrs["summary"])
 
-What is measured and tested is that of `workbench.experiments.generated_answers`. The random interventions have experts
+What is measured and tested is that of `workbench.experiments.answer_effects`. The random interventions have experts
 of equal load, heads of the same layers, or directions of equal norm, with the recipe's tokens and strengths.
 """
 
@@ -17,10 +17,10 @@ import numpy as np
 import xarray as xr
 
 from workbench.errors import InputError
+from workbench.experiments.answer_effects import behaviour
 from workbench.experiments.effects import load_of, routed_slots
 from workbench.experiments.expert_sets import matched_sets
 from workbench.experiments.final_channel import generated_tokens
-from workbench.experiments.generated_answers import behaviour
 from workbench.experiments.random_controls import MIN_CONTROLS, check_controls
 from workbench.experiments.steering import random_directions
 from workbench.harmony.transcripts import Transcript
@@ -61,12 +61,12 @@ def recipe_study(
     edits = recipe.edits(model, rows, sources=sources)
     drawn = _RandomInterventions(model, recipe, rows, sources or SteeringSources()).draw(controls, seed)
     null = {"recipe": drawn} if drawn else None
-    found = behaviour(model, rows, {"recipe": edits}, controls=null, max_new_tokens=recipe.max_new_tokens, seed=seed)
+    result = behaviour(model, rows, {"recipe": edits}, controls=null, max_new_tokens=recipe.max_new_tokens, seed=seed)
     what = "; ".join(one.describe() for one in recipe.interventions)
     attrs = {
         "study": "generated-answers",
         "title": "A recipe on prompts, beside random interventions",
-        "summary": f"{what}.\n{found.attrs['summary']}",
+        "summary": f"{what}.\n{result.attrs['summary']}",
         "recipe": recipe.to_json(indent=None),
         "seed": seed,
         "workbench_version": version(),
@@ -75,7 +75,7 @@ def recipe_study(
     }
     if isinstance(prompts, str | Path):
         attrs["prompts"] = Path(prompts).name
-    return {"recipe": found.assign_attrs(attrs)}
+    return {"recipe": result.assign_attrs(attrs)}
 
 
 class _RandomInterventions:
@@ -88,9 +88,9 @@ class _RandomInterventions:
         """Return n lists of edits, each with every intervention of the recipe exchanged for a random one."""
         if not n:
             return []
-        each = [self._one(one, n, seed + i) for i, one in enumerate(self._recipe.interventions)]
-        least = min(map(len, each))
-        return [[edit for drawn in each for edit in drawn[i]] for i in range(least)]
+        sets = [self._one(one, n, seed + i) for i, one in enumerate(self._recipe.interventions)]
+        least = min(map(len, sets))
+        return [[edit for drawn in sets for edit in drawn[i]] for i in range(least)]
 
     def _one(self, one: Intervention, n: int, seed: int) -> list[list[Edit]]:
         if one.kind in CELL_KINDS:
@@ -126,10 +126,10 @@ class _RandomInterventions:
                 f"there are fewer than {n} sets of {size} other heads than those of {one.kind!r}: choose fewer heads, "
                 "or --controls 0"
             )
-        random, found = np.random.default_rng(seed), dict[tuple[int, ...], None]()
-        while len(found) < n:
-            found[tuple(sorted(map(int, random.choice(others, size, replace=False))))] = None
-        return list(found)
+        random, drawn = np.random.default_rng(seed), dict[tuple[int, ...], None]()
+        while len(drawn) < n:
+            drawn[tuple(sorted(map(int, random.choice(others, size, replace=False))))] = None
+        return list(drawn)
 
     def _directions(self, one: Intervention, n: int, seed: int) -> list[list[Edit]]:
         prompt = self._recipe.prompt_of(self._model)
@@ -138,4 +138,6 @@ class _RandomInterventions:
         drawn = {
             point: random_directions(vector, n, seed + 1000 * i) for i, (point, vector) in enumerate(vectors.items())
         }
-        return [[steer(point, each[i], one.strength, tokens) for point, each in drawn.items()] for i in range(n)]
+        return [
+            [steer(point, directions[i], one.strength, tokens) for point, directions in drawn.items()] for i in range(n)
+        ]

@@ -42,7 +42,7 @@ class SteeringSources:
         Raises:
             InputError: there is none of this name.
         """
-        return _named(self.vectors, name, "vector", "--vector NAME=FILE")
+        return _loaded(self.vectors, name, "vector", "--vector NAME=FILE")
 
     def sae(self, name: str) -> SAE:
         """Return an autoencoder by its name.
@@ -50,7 +50,7 @@ class SteeringSources:
         Raises:
             InputError: there is none of this name.
         """
-        return _named(self.saes, name, "SAE", "--sae NAME=FOLDER")
+        return _loaded(self.saes, name, "SAE", "--sae NAME=FOLDER")
 
     def feature(self, name: str, feature: int) -> Float[Tensor, " d"]:
         """Return the decoder vector of a feature, in the scale of the activations that the autoencoder reads.
@@ -62,15 +62,17 @@ class SteeringSources:
         if feature >= len(sae.W_dec):
             raise InputError(f"feature {feature} of SAE {name!r}: it has features 0 to {len(sae.W_dec) - 1}")
         if sae.cfg.reshape_activations != "none" or sae.cfg.normalize_activations != "none":
-            raise InputError(f"SAE {name!r} normalizes or flattens its input: its decoder vectors are no directions")
+            raise InputError(
+                f"SAE {name!r} normalizes or flattens its input: its decoder vectors are not directions of the stream"
+            )
         return sae.W_dec[feature].detach().float()
 
 
-def _named(found: Mapping[str, Source], name: str, what: str, option: str) -> Source:
-    if name not in found:
-        known = ", ".join(sorted(found)) or "none"
-        raise InputError(f"{what} {name!r} is not known here (known: {known}): give it with {option}")
-    return found[name]
+def _loaded(loaded: Mapping[str, Source], name: str, what: str, option: str) -> Source:
+    if name not in loaded:
+        known = ", ".join(sorted(loaded)) or "none"
+        raise InputError(f"{what} {name!r} was not given (given: {known}): give it with {option}")
+    return loaded[name]
 
 
 def read_sources(vectors: Sequence[str] = (), saes: Sequence[str] = ()) -> SteeringSources:
@@ -79,19 +81,19 @@ def read_sources(vectors: Sequence[str] = (), saes: Sequence[str] = ()) -> Steer
     Raises:
         InputError: a text has another form, a name is given twice, or a file cannot be read.
     """
-    return SteeringSources(_each(vectors, "vector", read_vector), _each(saes, "sae", load_sae))
+    return SteeringSources(_read_all(vectors, "vector", read_vector), _read_all(saes, "sae", load_sae))
 
 
-def _each(texts: Sequence[str], option: str, read: Callable[[Path], Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _read_all(texts: Sequence[str], option: str, read: Callable[[Path], Any]) -> dict[str, Any]:
+    sources: dict[str, Any] = {}
     for text in texts:
         name, separator, path = text.partition("=")
         if not separator or not path or not _NAME.fullmatch(name):
             raise InputError(f"--{option} {text!r}: expected NAME=PATH with a name of letters, digits, _ . and -")
-        if name in found:
+        if name in sources:
             raise InputError(f"--{option} {name!r} is given twice: use different names")
-        found[name] = read(Path(path))
-    return found
+        sources[name] = read(Path(path))
+    return sources
 
 
 def read_vector(path: str | Path) -> Float[Tensor, " d"]:
@@ -113,18 +115,18 @@ def read_vector(path: str | Path) -> Float[Tensor, " d"]:
             raise InputError(f"{path} has {path.stat().st_size:,} bytes, a vector at most {_MAX_BYTES:,}")
         with open_regular(path) as file:
             refuse_lfs_pointer(path, file.read(64))
-        found = readers[path.suffix](path)
+        vector = readers[path.suffix](path)
     except InputError:
         raise
     except (OSError, ValueError, EOFError, TypeError, MemoryError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be read as a vector: {reason}") from error
-    if not isinstance(found, Tensor) or found.dim() != 1 or not found.is_floating_point() or not len(found):
-        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(vector, Tensor) or vector.dim() != 1 or not vector.is_floating_point() or not len(vector):
+        shape = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
         raise InputError(f"{path} holds {shape}, expected one vector [d_model] of floating-point numbers")
-    if not found.isfinite().all():
+    if not vector.isfinite().all():
         raise InputError(f"{path} holds NaN or infinity: save a vector of finite numbers")
-    return found.float()
+    return vector.float()
 
 
 def _only(tensors: dict[str, Tensor], path: Path) -> Tensor:

@@ -21,7 +21,7 @@ from workbench.inputs import open_regular
 
 MAX_VALUES = 2**22  # of the pattern: layers × heads × queries × keys
 MAX_CONTEXT = 2**30  # values of one layer's pattern before the window is cut out: heads × keys × keys
-# what a file that is no archive of these arrays raises; MemoryError: of a shape that is absurd
+# what a file that is not an archive of these arrays raises; MemoryError: of a shape that is absurd
 _UNREADABLE = (
     OSError,
     ValueError,

@@ -50,6 +50,7 @@ class CommittedRun:
             if getattr(self.spec, n)
         ]
         switches += ["neurons"] if self.spec.neuron_layers else []
+        switches += ["features"] if self.spec.features else []
         return switches + [a.name for a in self.spec.selected]
 
     @cached_property

@@ -31,13 +31,13 @@ def tokenizer(run: Any, given: harmony.Tokenizer | None = None) -> harmony.Token
     digest = run.provenance.get("tokenizer", {}).get("digest", "")
     if given is not None and digest and given.digest != digest:
         raise InputError(f"{run.path} was captured with another tokenizer: give model.tokenizer of its model")
-    found = given or tokenizer_of(digest)
-    if found is None:
+    tokenizer_used = given or tokenizer_of(digest)
+    if tokenizer_used is None:
         name = run.provenance.get("tokenizer", {}).get("name", "unknown")
         raise InputError(
             f"{run.path} was captured with the tokenizer {name!r}, not found here: give tokenizer=model.tokenizer"
         )
-    return found
+    return tokenizer_used
 
 
 def text(ids: Sequence[int] | np.ndarray, tokenizer: harmony.Tokenizer) -> str:
@@ -49,12 +49,12 @@ def conversation(run: Any, number: int, tokenizer: harmony.Tokenizer) -> list[di
     """Return the messages of a sequence as the run's table has them, with their texts and the span of each text."""
     ids = run.sequence(number)["id"].values
     table = run.messages[run.messages["sequence"] == number]
-    found = []
+    messages = []
     for row in table.to_dict("records"):
         first = max(int(row["content"]), 0)
         last = first if row["content"] < 0 else int(row["end"] if row["stop"] < 0 else row["stop"])
         message: dict[str, Any] = {
             str(k): v for k, v in row.items() if k not in ("sequence", "start", "content", "stop", "end")
         }
-        found.append(message | {"text": text(ids[first:last], tokenizer), "text_span": slice(first, last)})
-    return found
+        messages.append(message | {"text": text(ids[first:last], tokenizer), "text_span": slice(first, last)})
+    return messages

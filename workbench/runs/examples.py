@@ -41,7 +41,7 @@ def of_tokens(
     n_cells = len(CHANNELS) * num_experts
     assert n_cells <= 1 << (64 - _KEY_BITS), "an expert and a channel share 16 bits of a sort key"
     layers, _, slots = experts.shape
-    found = empty(layers, num_experts, n)
+    lists = empty(layers, num_experts, n)
     own = {name: np.repeat(np.asarray(tokens[name]), slots) for name in ("sequence", "position")}
     for layer in range(layers):
         expert, gate = experts[layer].ravel().astype(np.uint64), gates[layer].ravel().astype(np.float16)
@@ -52,8 +52,8 @@ def of_tokens(
         values = own | {"gate": gate}
         for kind, key in order.items():
             for name, rows in _first(cell, key, n_cells, n, values).items():
-                found[f"{kind}_{name}"][:, layer] = rows.reshape(len(CHANNELS), num_experts, n)
-    return found
+                lists[f"{kind}_{name}"][:, layer] = rows.reshape(len(CHANNELS), num_experts, n)
+    return lists
 
 
 def empty(layers: int, num_experts: int, n: int = N_EXAMPLES) -> Lists:
@@ -108,16 +108,16 @@ def smallest(
 
 def merged(parts: Iterable[Lists]) -> Lists:
     """Return the examples [channel layer expert example] of several parts of a run; parts of none are an error."""
-    found: Lists | None = None
+    lists: Lists | None = None
     for part in parts:
-        found = part if found is None else _merged_pair(found, part)
-    assert found is not None, "at least one part is needed"
-    return found
+        lists = part if lists is None else _merged_pair(lists, part)
+    assert lists is not None, "at least one part is needed"
+    return lists
 
 
 def _merged_pair(one: Lists, other: Lists) -> Lists:
     n = one["top_gate"].shape[-1]
-    found: Lists = {}
+    lists: Lists = {}
     for kind in KINDS:
         both = {name: np.concatenate([part[f"{kind}_{name}"] for part in (one, other)], axis=-1) for name in FIELDS}
         missing = both["sequence"] < 0
@@ -127,8 +127,8 @@ def _merged_pair(one: Lists, other: Lists) -> Lists:
             layer, expert = np.ogrid[: missing.shape[1], : missing.shape[2]]
             key = sample_keys(both["sequence"], both["position"], layer[..., None], expert[..., None])
         order = np.lexsort((both["position"], both["sequence"], key, missing), axis=-1)[..., :n]
-        found |= {f"{kind}_{name}": np.take_along_axis(values, order, -1) for name, values in both.items()}
-    return found
+        lists |= {f"{kind}_{name}": np.take_along_axis(values, order, -1) for name, values in both.items()}
+    return lists
 
 
 def of_run(run: Any) -> Lists:

@@ -88,7 +88,7 @@ def export(
     if hook is None and format == "safetensors":
         raise InputError("--format safetensors is for activations: name one, as in --what activations/resid_post")
     if context < 1:
-        raise InputError(f"--context {context}: a row has at least one token")
+        raise InputError(f"--context {context}: expected at least 1 token")
     selection.check(run)
     writers: dict[str, Callable[[Path], int]] = {
         "parquet": lambda part: _parquet(run, part, selection),
@@ -98,7 +98,7 @@ def export(
     with staged(out, command="export", inputs=[run.path], overwrite=overwrite) as part:
         n = writers[format](part)
         if not n:
-            raise InputError("the selection holds no token of this run")
+            raise InputError("no token of this run matches the selection: choose other labels")
     return n
 
 
@@ -116,7 +116,7 @@ def _what(run: Run, what: str, layers: Sequence[int]) -> tuple[str | None, tuple
 
 
 def _blocks(run: Run, selection: Selection) -> Iterator[tuple[slice, np.ndarray, pd.DataFrame]]:
-    """Rows of every committed unit in the store, which of them are meant, and the columns of those."""
+    """Rows of every committed unit in the store, which of them are selected, and the columns of those."""
     sequences = run.sequences
     for rows in run.spans:
         group = run.group["tokens"]
@@ -126,14 +126,14 @@ def _blocks(run: Run, selection: Selection) -> Iterator[tuple[slice, np.ndarray,
             yield rows, chosen, columns[chosen]
 
 
-def _named(columns: pd.DataFrame, sequences: pd.DataFrame) -> pd.DataFrame:
+def _with_names(columns: pd.DataFrame, sequences: pd.DataFrame) -> pd.DataFrame:
     """Labels by name, and what is known of the sequence."""
-    named = columns.rename(columns={"id": "token"})
+    renamed = columns.rename(columns={"id": "token"})
     for what, names in _NAMES.items():
-        named[what] = pd.Categorical.from_codes(columns[what].to_numpy(np.int64), pd.Index(names))
+        renamed[what] = pd.Categorical.from_codes(columns[what].to_numpy(np.int64), pd.Index(names))
     about = sequences.loc[columns["sequence"]]
     known = {"sequence_id": "id", "prompt_id": "prompt_id", "effort": "effort", "task": "task"}
-    return named.assign(**{name: about[column].to_numpy() for name, column in known.items()})
+    return renamed.assign(**{name: about[column].to_numpy() for name, column in known.items()})
 
 
 def _parquet(run: Run, part: Path, selection: Selection) -> int:
@@ -143,12 +143,12 @@ def _parquet(run: Run, part: Path, selection: Selection) -> int:
     writer, n = None, 0
     try:
         for rows, chosen, columns in _blocks(run, selection):
-            table = pa.Table.from_pandas(_named(columns, run.sequences), preserve_index=False)
+            table = pa.Table.from_pandas(_with_names(columns, run.sequences), preserve_index=False)
             if run.spec.routing:
                 for name in ("experts", "gates"):
                     array = run.group[f"routing/{name}"]
-                    whole = shards.read(array, run.checked, f"routing/{name}", rows.start, _end(array, rows), 1)
-                    values = whole[:, : rows.stop - rows.start][:, chosen].swapaxes(0, 1)
+                    shard = shards.read(array, run.checked, f"routing/{name}", rows.start, _end(array, rows), 1)
+                    values = shard[:, : rows.stop - rows.start][:, chosen].swapaxes(0, 1)
                     table = table.append_column(name, _lists(values))
             writer = writer or pq.ParquetWriter(part, table.schema, compression="zstd")
             writer.write_table(table)
@@ -202,15 +202,15 @@ def _safetensors(run: Run, part: Path, selection: Selection, hook: str, layers: 
         for number, (rows, chosen, columns) in enumerate(_with_values(run, hook, selection)):
             name = f"activations-{number:05d}.safetensors"
             tensors: dict[str, TensorSpec] = {}
-            kept: list[np.ndarray] = []  # the specifications only point at them
+            written_parts: list[np.ndarray] = []  # the specifications only point at them
             for layer in layers:
                 bits = np.ascontiguousarray(_activations(run, hook, layer, rows, chosen))
                 tensors[f"blocks.{layer}.{hook}"] = TensorSpec(
                     dtype="bfloat16", shape=list(bits.shape), data_ptr=bits.ctypes.data, data_len=bits.nbytes
                 )
-                kept.append(bits)
+                written_parts.append(bits)
             serialize_file(tensors, part / name, {"run": run.digest})
-            table = pa.Table.from_pandas(_named(columns, run.sequences), preserve_index=False)
+            table = pa.Table.from_pandas(_with_names(columns, run.sequences), preserve_index=False)
             writer = writer or pq.ParquetWriter(part / "tokens.parquet", table.schema, compression="zstd")
             writer.write_table(table)
             files.append({"file": name, "first_row": n, "rows": len(columns)})

@@ -1,4 +1,4 @@
-"""The Zarr group of a run, opened with its checks: that it is a run, of a known schema, with the attributes it had."""
+"""Open the Zarr group of a run after checks that it is a run of a known schema and with valid attributes."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -30,16 +30,16 @@ def open_group(storage: Storage, mode: Literal["r", "r+"] = "r", check: Literal[
         InputError: the path is missing, is not a run, or has a newer schema.
     """
     if not storage.exists():
-        raise InputError(f"{storage} is not there: name the folder of a run")
+        raise InputError(f"{storage} does not exist: give the folder of a run")
     if isinstance(storage, LocalStorage) and not storage.path.is_dir():
-        raise InputError(f"{storage} is a file: name the folder of a run")
+        raise InputError(f"{storage} is a file: give the folder of a run")
     try:
         store = CheckedStore(_store(storage, read_only=mode == "r"))
         group = zarr.open_group(store, mode=mode, zarr_format=3, use_consolidated=False)
         schema = group.attrs["schema"]
         known = _are_known(group.attrs)
     except (FileNotFoundError, FileExistsError, NotADirectoryError, KeyError, ValueError) as error:
-        raise InputError(f"{storage} is not a run: no Zarr group with a run's attributes is in it") from error
+        raise InputError(f"{storage} is not a run: expected a Zarr group with a run's attributes") from error
     except PermissionError as error:
         raise InputError(f"{storage} cannot be opened: {error.strerror}") from error
     except (UnicodeDecodeError, TypeError, RecursionError, MemoryError) as error:

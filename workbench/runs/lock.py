@@ -64,7 +64,7 @@ class Lock:
 
 
 class ObjectLock:
-    """An object that one conditional put creates; its nonce says whose it is."""
+    """An object that one conditional put creates; its nonce identifies the owner."""
 
     def __init__(self, storage: _Objects) -> None:
         self._storage = storage
@@ -82,31 +82,31 @@ class ObjectLock:
                 self._nonce = record["nonce"]
                 return
             self._remove_if_dead()
-        raise InputError(f"{self._storage} cannot be locked: other jobs took it at the same moment; try again")
+        raise InputError(f"{self._storage} cannot be locked: other jobs locked it at the same moment: try again")
 
     def _remove_if_dead(self) -> None:
         """Delete the lock of a dead owner. A claim of its nonce, which one job gets, keeps others from doing the same.
 
         A lock with that nonce cannot come back, so the claimant that still reads the nonce deletes the right lock.
         """
-        found = self._read_owner()
-        if found is None:
+        holder = self._read_owner()
+        if holder is None:
             return
         remedy = f"wait for it to finish, or delete {self._storage}/{LOCK} if you know that it has ended"
-        same_host = found.get("host") == platform.node() and found.get("namespace", "") in ("", process_namespace())
-        if not same_host or process_start(_number(found.get("process"))) == found.get("process_start"):
-            raise refusal(self._storage, found, remedy)
-        claim = f"{LOCK}.{found.get('nonce', '')}"
+        same_host = holder.get("host") == platform.node() and holder.get("namespace", "") in ("", process_namespace())
+        if not same_host or process_start(_number(holder.get("process"))) == holder.get("process_start"):
+            raise refusal(self._storage, holder, remedy)
+        claim = f"{LOCK}.{holder.get('nonce', '')}"
         if not self._storage.create(claim, json.dumps(owner()).encode()):
-            raise refusal(self._storage, found, f"{remedy}, and {self._storage}/{claim} with it")
+            raise refusal(self._storage, holder, f"{remedy}, and {self._storage}/{claim} with it")
         try:
-            if (again := self._read_owner()) and again.get("nonce") == found.get("nonce"):
+            if (again := self._read_owner()) and again.get("nonce") == holder.get("nonce"):
                 self._storage.delete(LOCK)
         finally:
             self._storage.delete(claim)
 
     def _read_owner(self) -> dict[str, Any] | None:
-        """Return the owner, or None if the lock is gone. An object is written whole, so no JSON is no lock of ours."""
+        """Return the owner; None if the lock is gone. Objects are complete, so what is not JSON is not our lock."""
         try:
             holder = parse_json(self._storage.read(LOCK))
         except FileNotFoundError:
@@ -119,8 +119,8 @@ class ObjectLock:
         """Delete the lock object, if its nonce is ours."""
         if not self._nonce:
             return
-        found = self._read_owner()
-        if found is not None and found.get("nonce") == self._nonce:
+        owner = self._read_owner()
+        if owner is not None and owner.get("nonce") == self._nonce:
             self._storage.delete(LOCK)
         self._nonce = ""
 

@@ -175,7 +175,7 @@ class Manifest:
     def digests(self, units: Iterable[int]) -> list[str]:
         """Return the digests of what was created and of these units: they change with the content of the run."""
         if self._complete:
-            return [found.sha256 for _, found in sorted(self.of(COMPLETE)[1].items())]
+            return [checksum.sha256 for _, checksum in sorted(self.of(COMPLETE)[1].items())]
         return [self.of(CREATED)[0], *(self.of(unit_key(unit))[0] for unit in units)]
 
     def find(self, key: str) -> Entry | None:
@@ -271,11 +271,11 @@ class CheckedStore(WrapperStore[Any]):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         await self._check(key)
-        found = await self._store.get(key, prototype, byte_range)
+        buffer = await self._store.get(key, prototype, byte_range)
         array, _, name = key.rpartition("/")
-        if name == "zarr.json" and found is not None and (reason := _refusal_of_array(found.to_bytes())):
+        if name == "zarr.json" and buffer is not None and (reason := _refusal_of_array(buffer.to_bytes())):
             self._refused[array] = reason
-        return found
+        return buffer
 
     def get_ranges(self, key: str, byte_ranges: Any, **options: Any) -> Any:
         """Return an iterator over ranges of a file, each read by `get`; zarr 3.3 and newer asks for them."""
@@ -305,7 +305,7 @@ class CheckedStore(WrapperStore[Any]):
 
 
 def _refusal_of_array(metadata: bytes) -> str:
-    """Return why chunks of an array with this metadata are not read, "" if they are or if it is no array."""
+    """Return why chunks of an array with this metadata are not read, "" if they are or if it is not an array."""
     try:
         about = parse_json(metadata)
         codecs = set(_codec_names(about["codecs"])) - _CODECS

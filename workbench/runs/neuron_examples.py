@@ -67,12 +67,12 @@ def _sample(run: Any, both: Mapping[str, np.ndarray], layer: int, expert: int) -
     keys = np.where(visible, sample_keys(both["sequence"], both["position"], layer, expert), np.uint64(1 << 63))
     order = np.argsort(keys, axis=-1, kind="stable")[..., :N_NEURON_RANDOM]
     shown = np.take_along_axis(visible, order, -1)
-    found = {
+    variables = {
         name: np.where(shown, np.take_along_axis(both[name], order, -1), np.array(FIELDS[name][1], FIELDS[name][0]))
         for name in ("sequence", "position")
     }
     values = np.take_along_axis(both["activation"], order[:, None], -1)
-    return found | {"activation": np.where(shown[:, None], values, np.float16(0))}
+    return variables | {"activation": np.where(shown[:, None], values, np.float16(0))}
 
 
 def _of_unit(run: Any, path: str, unit: int) -> np.ndarray:

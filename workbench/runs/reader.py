@@ -57,7 +57,9 @@ class Run(SummedRun):
         with reading(self.storage, "the table sequences"):
             has_flags = "flags" in self.group["sequences"]
         if names and not has_flags:
-            raise InputError(f"{self.path} stores no flags of its sequences: capture it again to exclude some")
+            raise InputError(
+                f"{self.path} stores no flags of its sequences: capture it again to be able to exclude sequences"
+            )
         run = Run(self.storage, self.group, tuple(dict.fromkeys((*self.excluded, *names))))
         if run.excluded and not len(run._visible) and len(Run(self.storage, self.group)._visible):
             raise InputError(f"{self.path}: excluding {', '.join(run.excluded)} leaves no sequence")
@@ -100,11 +102,11 @@ class Run(SummedRun):
         known = conversations.tokenizer(self, tokenizer)
         if channel is None:
             return conversations.text(self.sequence(which)["id"].values, known)
-        said = conversations.conversation(self, self._number(which), known)
-        names = sorted({m["channel"] for m in said if m["channel"]})
+        messages = conversations.conversation(self, self._number(which), known)
+        names = sorted({m["channel"] for m in messages if m["channel"]})
         if channel not in names:
             raise InputError(f"sequence {which!r} has no channel {channel!r}: it has {', '.join(names) or 'none'}")
-        return "\n".join(m["text"] for m in said if m["channel"] == channel)
+        return "\n".join(m["text"] for m in messages if m["channel"] == channel)
 
     def conversation(self, which: int | str, *, tokenizer: Tokenizer | None = None) -> list[dict[str, Any]]:
         """Return the messages of a sequence, by number or id: role, channel, text, closed_by, text_span and the rest.
@@ -125,20 +127,20 @@ class Run(SummedRun):
         Raises:
             InputError: a label or a name is unknown.
         """
-        found = self.dataset.isel(token=np.flatnonzero(views.chosen(self, labels)))
-        return found.assign_coords({name: found[name].compute() for name in found.coords})  # to group by
+        selected = self.dataset.isel(token=np.flatnonzero(views.chosen(self, labels)))
+        return selected.assign_coords({name: selected[name].compute() for name in selected.coords})  # to group by
 
     def _number(self, which: int | str) -> int:
         """Return the number of a sequence that is named by number or id."""
         table = self.sequences
-        found = table.index[table["id"] == which] if isinstance(which, str) else table.index[table.index == which]
-        if not len(found):
+        rows = table.index[table["id"] == which] if isinstance(which, str) else table.index[table.index == which]
+        if not len(rows):
             first = ", ".join(map(repr, table["id"][:3]))
             raise InputError(f"sequence {which!r} is not in {self.path}; it holds {len(table)}, the first {first}")
-        return int(found[0])
+        return int(rows[0])
 
     def __getattr__(self, name: str) -> Any:
-        """Raise an error that says where something is that has another name here."""
+        """Raise an error that states the name under which a run has the quantity."""
         instead = _INSTEAD.get(name)
         raise AttributeError(f"a run has no {name!r}" + (f": use {instead}" if instead else ""))
 
@@ -186,7 +188,7 @@ _INSTEAD = {
 
 def _rows(array: zarr.Array, axis: int, spans: list[slice]) -> da.Array:
     """The rows of these spans as one lazy array, a span a block along `axis`."""
-    whole = da.from_zarr(array, chunks=array.shards or array.chunks)
+    stored = da.from_zarr(array, chunks=array.shards or array.chunks)
     place = [slice(None)] * array.ndim
-    parts = [whole[(*place[:axis], span)] for span in spans]
-    return da.concatenate(parts, axis) if parts else whole[(*place[:axis], slice(0))]
+    parts = [stored[(*place[:axis], span)] for span in spans]
+    return da.concatenate(parts, axis) if parts else stored[(*place[:axis], slice(0))]

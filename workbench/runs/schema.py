@@ -1,4 +1,4 @@
-"""Schema 4 of a run: what is in it, in which shapes, and the grain in which it is written.
+"""Schema 4 of a run: its arrays with their shapes, and the units in which they are written.
 
 A run is a Zarr v3 group. Token rows are laid out in *units*: a unit consists of complete shards that no other unit
 writes, so units can be written in any order by anybody, and each is committed by one flag after everything else of it.
@@ -24,13 +24,19 @@ NEURON_FIELDS = {
     "sequence": ("int32", -1),
     "position": ("int32", -1),
 }  # dtype, no example
+N_FEATURE_EXAMPLES = 8  # of a feature of an autoencoder, in each channel and list
+FEATURE_FIELDS = {
+    "activation": ("float32", 0),
+    "sequence": ("int32", -1),
+    "position": ("int32", -1),
+}  # dtype, no example
 EXAMPLE_KINDS = ("top", "random")
 EXAMPLE_FIELDS = {"gate": ("float16", 0), "sequence": ("int32", -1), "position": ("int32", -1)}  # dtype, no example
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The grain of work, of files and of commit: token rows [start, start + capacity) and the sequences in them."""
+    """The unit of work, of files and of commits: token rows [start, start + capacity) and the sequences in them."""
 
     index: int
     start: int
@@ -62,7 +68,7 @@ class Layout:
 class Activation:
     """A hook point inside the blocks, the layers it is recorded in, and the values a token has there.
 
-    index: which of the axis behind pos (heads, experts), all if empty. tokens: arguments of `harmony.token_set`, every
+    index: which of the axis after pos (heads, experts), all if empty. tokens: arguments of `harmony.token_set`, every
     token if empty. reduce: "raw"; "message", the mean of each message's tokens at its last one; or "moments", only
     sums and squares by sequence and channel, with a sketch of this many directions of their second moments. dims: of
     the values of a token, as ("head", "d_head"), which the store holds in one row; runs before schema 4 do not name
@@ -132,7 +138,7 @@ class Record:
 
     @property
     def summed(self) -> bool:
-        """Return whether sums by sequence and channel mean something: not those of expert numbers."""
+        """Return whether sums by sequence and channel are meaningful; those of expert numbers are not."""
         return self.dtype not in ("uint8", "uint16")
 
     @property
@@ -142,11 +148,31 @@ class Record:
 
 
 @dataclass(frozen=True)
+class FeatureLists:
+    """Lists of examples of an autoencoder's features: the hook point that it reads, its features, and its digest."""
+
+    hook: str  # with its block, as "blocks.2.hook_resid_post"
+    d_sae: int
+    digest: str
+
+    @property
+    def layer(self) -> int:
+        """Return the layer of the hook point."""
+        return int(self.hook.split(".")[1])
+
+    @property
+    def function_name(self) -> str:
+        """Return the name of the autoencoder in a specification's functions."""
+        return f"features:{self.hook}"
+
+
+@dataclass(frozen=True)
 class Spec:
     """What a capture records.
 
     examples: the tokens of each expert's largest gate weights, and a random sample (`workbench.runs.examples`).
     neuron_layers: those of which every neuron's largest activations are kept (`workbench.runs.neuron_examples`).
+    features: autoencoders of which every feature's examples are kept (`workbench.runs.feature_examples`).
     sink_sums: of the sinks only the sums by sequence and channel. host_routing: the experts are those that a host
     chose; the router's own choices, the margin between its k-th and (k+1)-th logit, and which tokens were forced are
     beside. functions: of records that reduce by a user's function, by their names; not stored, and of no meaning to a
@@ -162,6 +188,7 @@ class Spec:
     host_routing: bool = False
     examples: bool = False
     neuron_layers: tuple[int, ...] = ()
+    features: tuple[FeatureLists, ...] = ()
     records: tuple[Record, ...] = ()
     functions: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -170,11 +197,9 @@ class Spec:
         switches = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("functions", "records")}
         values = switches | {"activations": [_plain(a) for a in self.activations]}
         values["neuron_layers"] = list(self.neuron_layers)
-        for name in (
-            "host_routing",
-            "examples",
-            "neuron_layers",
-        ):  # runs that were begun before there was this field can be resumed
+        values["features"] = [asdict(lists) for lists in self.features]
+        # runs that were begun before there were these fields can be resumed
+        for name in ("host_routing", "examples", "neuron_layers", "features"):
             if not values[name]:
                 del values[name]
         for a in values["activations"] if schema < 4 else ():
@@ -187,7 +212,9 @@ class Spec:
         points = tuple(Activation(**_tuples(a)) for a in values["activations"])
         records = tuple(Record(**_tuples(r)) for r in values.get("records", ()))
         neurons = tuple(values.get("neuron_layers", ()))
-        return cls(**{**values, "activations": points, "records": records, "neuron_layers": neurons})
+        features = tuple(FeatureLists(**lists) for lists in values.get("features", ()))
+        plain = {"activations": points, "records": records, "neuron_layers": neurons, "features": features}
+        return cls(**{**values, **plain})
 
     @property
     def selected(self) -> tuple["Activation | Record", ...]:
@@ -237,19 +264,19 @@ def layer_dim(layers: tuple[int, ...], n_layers: int) -> str:
 
 def _ranges(numbers: tuple[int, ...]) -> list[tuple[int, int]]:
     """Return the first and last number of each range of consecutive numbers."""
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for number in numbers:
-        if found and found[-1][1] == number - 1:
-            found[-1] = (found[-1][0], number)
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1] = (ranges[-1][0], number)
         else:
-            found.append((number, number))
-    return found
+            ranges.append((number, number))
+    return ranges
 
 
 def stored_dims(recorded: "Activation | Record", n_layers: int, schema: int = SCHEMA) -> tuple[str, tuple[str, ...]]:
     """Return the dimension of the layers, and those of a token's values, as they are in the store.
 
-    Values of an activation are stored in a row, those of a head behind each other: "head_d_head".
+    Values of an activation are stored in a row, those of the heads one after another: "head_d_head".
     """
     if schema < 4:
         return f"{recorded.name}_layer", (f"{recorded.name}_d",)
@@ -271,34 +298,36 @@ def arrays(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int = S
         axis = dims.index("token")
         return ArraySpec(dims, shape, dtype, fill, axis, size, min(CHUNK, size))
 
-    found = {f"tokens/{c}": per_token(("token",), (n,), dtype, fill) for c, (dtype, fill) in TOKEN_COLUMNS.items()}
+    specs = {f"tokens/{c}": per_token(("token",), (n,), dtype, fill) for c, (dtype, fill) in TOKEN_COLUMNS.items()}
     for column in ("logprob", "entropy"):
-        found[f"tokens/{column}"] = per_token(("token",), (n,), "float32", np.nan)
+        specs[f"tokens/{column}"] = per_token(("token",), (n,), "float32", np.nan)
     if spec.routing:
-        found["routing/experts"] = per_token(("layer", "token", "slot"), (layers, n, slots), expert_dtype)
-        found["routing/gates"] = per_token(("layer", "token", "slot"), (layers, n, slots), "float16")
+        specs["routing/experts"] = per_token(("layer", "token", "slot"), (layers, n, slots), expert_dtype)
+        specs["routing/gates"] = per_token(("layer", "token", "slot"), (layers, n, slots), "float16")
     if spec.host_routing:
-        found["routing/own_experts"] = per_token(("layer", "token", "slot"), (layers, n, slots), expert_dtype)
-        found["routing/margin"] = per_token(("layer", "token"), (layers, n), "float16")
-        found["routing/forced"] = per_token(("token",), (n,), "bool")
+        specs["routing/own_experts"] = per_token(("layer", "token", "slot"), (layers, n, slots), expert_dtype)
+        specs["routing/margin"] = per_token(("layer", "token"), (layers, n), "float16")
+        specs["routing/forced"] = per_token(("token",), (n,), "bool")
     if spec.router_logits:
-        found["routing/logits"] = per_token(("layer", "token", "expert"), (layers, n, experts), "float16")
+        specs["routing/logits"] = per_token(("layer", "token", "expert"), (layers, n, experts), "float16")
     if spec.sinks:
-        found["attention/sink"] = per_token(("layer", "token", "head"), (layers, n, heads), "float16")
+        specs["attention/sink"] = per_token(("layer", "token", "head"), (layers, n, heads), "float16")
     if spec.examples:
-        found |= _examples(layers, experts, len(layout.units))
+        specs |= _examples(layers, experts, len(layout.units))
     if spec.neuron_layers:
-        found |= _neurons(model, spec, len(layout.units))
+        specs |= _neurons(model, spec, len(layout.units))
+    for lists in spec.features:
+        specs |= _features(lists, len(layout.units))
     for a in spec.selected:
         at_layers, features = stored_dims(a, layers, schema)
         if a.per_token:
             kind, values, dtype = (
                 ("activations", (a.d,), "uint16") if isinstance(a, Activation) else ("records", a.shape, a.dtype)
             )
-            found[f"{kind}/{a.name}"] = per_token((at_layers, "token", *features), (len(a.layers), n, *values), dtype)
+            specs[f"{kind}/{a.name}"] = per_token((at_layers, "token", *features), (len(a.layers), n, *values), dtype)
         if a.sparse:
-            found[f"selected/{a.name}"] = per_token(("token",), (n,), "bool")
-    return found | _summaries(model, spec, layout, schema)
+            specs[f"selected/{a.name}"] = per_token(("token",), (n,), "bool")
+    return specs | _summaries(model, spec, layout, schema)
 
 
 def _examples(layers: int, num_experts: int, units: int) -> dict[str, ArraySpec]:
@@ -315,14 +344,26 @@ def _neurons(model: Mapping[str, Any], spec: Spec, units: int) -> dict[str, Arra
     layers, experts, neurons = spec.neuron_layers, model["num_experts"], model["d_mlp"]
     dims = ("unit", "channel", layer_dim(layers, model["n_layers"]), "expert", "d_mlp", "neuron_example")
     shape = (units, len(CHANNELS), len(layers), experts, neurons, N_NEURON_EXAMPLES)
-    found = {
+    specs = {
         f"neurons/{name}": ArraySpec(dims, shape, dtype, fill, 0, 1, 1) for name, (dtype, fill) in NEURON_FIELDS.items()
     }
     for name, (dtype, fill) in NEURON_FIELDS.items():  # the places of a random sample are those of all neurons
         axes = 5 if name == "activation" else 4
         random_dims, random_shape = (*dims[:axes], "neuron_random"), (*shape[:axes], N_NEURON_RANDOM)
-        found[f"neurons/random_{name}"] = ArraySpec(random_dims, random_shape, dtype, fill, 0, 1, 1)
-    return found
+        specs[f"neurons/random_{name}"] = ArraySpec(random_dims, random_shape, dtype, fill, 0, 1, 1)
+    return specs
+
+
+def _features(lists: FeatureLists, units: int) -> dict[str, ArraySpec]:
+    """Return the arrays of an autoencoder: examples of each feature, and how many tokens of a channel have it."""
+    dims, shape = ("unit", "channel", f"{lists.hook}_feature"), (units, len(CHANNELS), lists.d_sae)
+    specs = {f"features/{lists.hook}_count": ArraySpec(dims, shape, "uint32", 0, 0, 1, 1)}
+    for kind in EXAMPLE_KINDS:
+        for name, (dtype, fill) in FEATURE_FIELDS.items():
+            size = (*shape, N_FEATURE_EXAMPLES)
+            own = ArraySpec((*dims, "feature_example"), size, dtype, fill, 0, 1, 1)
+            specs[f"features/{lists.hook}_{kind}_{name}"] = own
+    return specs
 
 
 def _summaries(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int) -> dict[str, ArraySpec]:
@@ -332,23 +373,23 @@ def _summaries(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int
     def per_sequence(dims: tuple[str, ...], shape: tuple[int, ...], dtype: str, fill: float = 0) -> ArraySpec:
         return ArraySpec(("row", *dims), (units * rows, *shape), dtype, fill, 0, rows, rows)
 
-    found = {
+    specs = {
         "summaries/sequence": per_sequence((), (), "int32", -1),
         "summaries/tokens": per_sequence(("channel",), (channels,), "uint32"),
     }
     if spec.routing:
         shape = (channels, layers, experts)
-        found["summaries/expert_count"] = per_sequence(("channel", "layer", "expert"), shape, "uint32")
-        found["summaries/gate_sum"] = per_sequence(("channel", "layer", "expert"), shape, "float32")
+        specs["summaries/expert_count"] = per_sequence(("channel", "layer", "expert"), shape, "uint32")
+        specs["summaries/gate_sum"] = per_sequence(("channel", "layer", "expert"), shape, "float32")
         pairs = ("expert", "expert_2")
         for name, n in (("coactivation", layers), ("transition", layers - 1)):
             between = "layer" if n == layers else "layer_pair"
-            found[f"summaries/{name}"] = ArraySpec(
+            specs[f"summaries/{name}"] = ArraySpec(
                 ("unit", "channel", between, *pairs), (units, channels, n, experts, experts), "uint32", 0, 0, 1, 1
             )
     if spec.sinks or spec.sink_sums:
         for name in ("sink_sum", "sink_sumsq"):
-            found[f"summaries/{name}"] = per_sequence(
+            specs[f"summaries/{name}"] = per_sequence(
                 ("channel", "layer", "head"), (channels, layers, heads), "float32"
             )
     for a in spec.selected:
@@ -357,13 +398,13 @@ def _summaries(model: Mapping[str, Any], spec: Spec, layout: Layout, schema: int
         axes = ("channel", at_layers, *features)
         sizes: tuple[int, ...] = (channels, len(a.layers), *values)
         if a.summed:
-            found[f"summaries/{a.name}_sum"] = per_sequence(axes, sizes, "float32")
+            specs[f"summaries/{a.name}_sum"] = per_sequence(axes, sizes, "float32")
         if a.sparse:
-            found[f"summaries/{a.name}_tokens"] = per_sequence(("channel",), (channels,), "uint32")
+            specs[f"summaries/{a.name}_tokens"] = per_sequence(("channel",), (channels,), "uint32")
         if a.reduce == "moments":
-            found[f"summaries/{a.name}_sumsq"] = per_sequence(axes, sizes, "float32")
+            specs[f"summaries/{a.name}_sumsq"] = per_sequence(axes, sizes, "float32")
         if isinstance(a, Activation) and a.sketch:
             dims = ("unit", *axes, "sketch" if schema >= 4 else f"{a.hook}_sketch")
             size = (units, *sizes, a.sketch)
-            found[f"summaries/{a.name}_sketch"] = ArraySpec(dims, size, "float32", 0, 0, 1, 1)
-    return found
+            specs[f"summaries/{a.name}_sketch"] = ArraySpec(dims, size, "float32", 0, 0, 1, 1)
+    return specs

@@ -1,6 +1,6 @@
-"""Whole shards of a Zarr array, compressed side by side and put in their place: what a writer of units needs, faster.
+"""Read and write complete shards of a Zarr array, compressed in parallel.
 
-The layout is Zarr v3's own: chunks compressed by zstd, in a shard one after the other in C order and behind them the
+The layout is Zarr v3's own: chunks compressed by zstd, in a shard one after the other in C order, followed by the
 index, offset and length of each as little-endian uint64, closed by its crc32c. Any Zarr reader opens it. Writing whole
 shards ourselves saves the general writer's reading, merging and bookkeeping of chunks, and compression releases the
 interpreter.

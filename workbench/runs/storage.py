@@ -1,4 +1,4 @@
-"""Where a run lies: a folder of this machine, or a prefix of an object store, named by an fsspec URL.
+"""The storage of a run: a local folder, or a prefix of object storage, given as an fsspec URL.
 
 A key is a path inside the run, with slashes. In a folder a run is written beside its path and renamed; an object
 store cannot rename, so there the root's `zarr.json`, without which nothing is a run, is the last object to be put.
@@ -27,7 +27,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3"}  # of pip install 'gpt-oss-workbench[…]'
 
 
 class Storage(Protocol):
-    """What a run needs of the storage it lies in; `str` of it is what a user calls it."""
+    """The operations that a run needs of its storage; `str` of it is the path or URL that the user gave."""
 
     def store(self) -> Any:
         """Return the store that zarr opens."""
@@ -40,7 +40,7 @@ class Storage(Protocol):
 
         Raises:
             FileNotFoundError: it does not exist.
-            OSError: it cannot be read, is larger than `max_bytes`, or is no regular file.
+            OSError: it cannot be read, is larger than `max_bytes`, or is not a regular file.
         """
 
     def ending(self, key: str, length: int) -> tuple[int, bytes]:
@@ -80,11 +80,12 @@ def storage_at(path: "str | Path | Storage") -> Storage:
 
     if scheme not in fsspec.available_protocols():
         raise InputError(
-            f"{path}: unknown scheme {scheme!r}; a run lies in a folder, or at s3://, gs://, az://, memory://"
+            f"{path}: unknown scheme {scheme!r}; expected a local folder, or a URL that begins with s3://, gs://, "
+            "az:// or memory://"
         )
     if scheme in ("http", "https"):
         raise InputError(
-            f"{path}: a web server cannot list a run's files; copy the run, or name its s3:// or gs:// URL"
+            f"{path}: a web server cannot list a run's files: copy the run, or give its s3:// or gs:// URL"
         )
     try:
         fs = fsspec.filesystem(scheme)
@@ -151,8 +152,8 @@ class LocalStorage:
 
     def files(self) -> set[str]:
         skip = len(str(self.path)) + 1
-        found = {os.path.join(at, name)[skip:] for at, _, names in os.walk(self.path) for name in names}
-        return {key for key in found if not key.startswith(LOCK)}
+        keys = {os.path.join(at, name)[skip:] for at, _, names in os.walk(self.path) for name in names}
+        return {key for key in keys if not key.startswith(LOCK)}
 
     def lock(self) -> FileLock:
         return FileLock(self.path)
@@ -208,9 +209,9 @@ class ObjectStorage:
     def read(self, key: str, max_bytes: int | None = None) -> bytes:
         if max_bytes is None:
             return bytes(self.fs.cat_file(self._at(key)))
-        found = bytes(self.fs.cat_file(self._at(key), start=0, end=max_bytes + 1))
-        _refuse_larger(key, len(found), max_bytes)
-        return found
+        data = bytes(self.fs.cat_file(self._at(key), start=0, end=max_bytes + 1))
+        _refuse_larger(key, len(data), max_bytes)
+        return data
 
     def ending(self, key: str, length: int) -> tuple[int, bytes]:
         self.fs.invalidate_cache()
@@ -239,8 +240,8 @@ class ObjectStorage:
 
     def files(self) -> set[str]:
         self.fs.invalidate_cache()
-        found = {name[len(self.prefix) + 1 :] for name in self.fs.find(self.prefix)}
-        return {key for key in found if not key.startswith(LOCK)}
+        keys = {name[len(self.prefix) + 1 :] for name in self.fs.find(self.prefix)}
+        return {key for key in keys if not key.startswith(LOCK)}
 
     def lock(self) -> ObjectLock:
         return ObjectLock(self)
@@ -250,9 +251,9 @@ class ObjectStorage:
         with tempfile.TemporaryDirectory() as folder:
             there = self.files()
             if there and not there & {_CREATING, ROOT}:
-                raise InputError(f"{self} holds something that is not a run ({min(there)}): name another path")
+                raise InputError(f"{self} holds something that is not a run ({min(there)}): choose another path")
             yield Path(folder)
-            # of an earlier run, which the caller was told to replace, its root last: without it, it is no run
+            # of an earlier run, which the caller was told to replace, its root last: without it, it is not a run
             for key in [*(there - {ROOT, _CREATING}), *(there & {ROOT})]:
                 self.delete(key)
             self.put(_CREATING, [b""])

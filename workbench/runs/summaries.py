@@ -1,4 +1,4 @@
-"""The sufficient statistics of a unit: per sequence and channel, what studies resample instead of tokens.
+"""The sufficient statistics of a unit by sequence and channel, which studies resample instead of tokens.
 
 Sums over the tokens of each (sequence, channel); channels are those of `workbench.harmony.labels.CHANNELS`, which
 partition the tokens, so that summing over channels gives the sequence.
@@ -28,31 +28,31 @@ def summarise(
     def shaped(values: np.ndarray) -> np.ndarray:
         return values.reshape(n_rows, n_channels, *values.shape[1:])
 
-    found = {"tokens": shaped(np.bincount(cell, minlength=n_cells).astype(np.uint32))}
+    sums = {"tokens": shaped(np.bincount(cell, minlength=n_cells).astype(np.uint32))}
     if "experts" in records:
         experts = records["experts"].astype(np.int64)
-        found["expert_count"] = shaped(_count(experts, cell, n_cells, num_experts).astype(np.uint32))
+        sums["expert_count"] = shaped(_count(experts, cell, n_cells, num_experts).astype(np.uint32))
         gates = records["gates"].astype(np.float64)
-        found["gate_sum"] = shaped(_count(experts, cell, n_cells, num_experts, gates).astype(np.float32))
-        found["coactivation"] = expert_pairs(experts, experts, channel, num_experts)
-        found["transition"] = expert_pairs(experts[:-1], experts[1:], channel, num_experts)
+        sums["gate_sum"] = shaped(_count(experts, cell, n_cells, num_experts, gates).astype(np.float32))
+        sums["coactivation"] = expert_pairs(experts, experts, channel, num_experts)
+        sums["transition"] = expert_pairs(experts[:-1], experts[1:], channel, num_experts)
     if "sink" in records:
         sink = records["sink"].astype(np.float64)
-        found["sink_sum"] = shaped(_sum(sink, cell, n_cells).astype(np.float32))
-        found["sink_sumsq"] = shaped(_sum(sink**2, cell, n_cells).astype(np.float32))
+        sums["sink_sum"] = shaped(_sum(sink, cell, n_cells).astype(np.float32))
+        sums["sink_sumsq"] = shaped(_sum(sink**2, cell, n_cells).astype(np.float32))
     for name, values in records.items():
         if name.startswith("selected/"):
             counts = np.bincount(cell[values], minlength=n_cells).astype(np.uint32)
-            found[name.removeprefix("selected/") + "_tokens"] = shaped(counts)
+            sums[name.removeprefix("selected/") + "_tokens"] = shaped(counts)
         if name.startswith("activations/"):
             wide = float32_of(values).astype(np.float64)
-            found[name.removeprefix("activations/") + "_sum"] = shaped(_sum(wide, cell, n_cells).astype(np.float32))
+            sums[name.removeprefix("activations/") + "_sum"] = shaped(_sum(wide, cell, n_cells).astype(np.float32))
         if name.startswith("records/") and values.dtype.kind == "f":
             flat = values.astype(np.float64).reshape(*values.shape[:2], -1)
             total = _sum(flat, cell, n_cells).astype(np.float32)
             total = total.reshape(n_cells, len(values), *values.shape[2:])
-            found[name.removeprefix("records/") + "_sum"] = shaped(total)
-    return found
+            sums[name.removeprefix("records/") + "_sum"] = shaped(total)
+    return sums
 
 
 def float32_of(bits: Int[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:

@@ -39,8 +39,8 @@ class SummedRun(CommittedRun):
             return self._read_summary(name)
 
     def _read_summary(self, name: str) -> xr.DataArray:
-        if name in self._kept:
-            return self._kept[name]
+        if name in self._cache:
+            return self._cache[name]
         array = self._summary(name)
         if _over_the_run(name):
             return self.total(name)
@@ -49,12 +49,12 @@ class SummedRun(CommittedRun):
         table = self.sequences
         coords |= {"sequence": table.index.to_numpy()}
         coords |= {c: ("sequence", table[c].to_numpy(dtype=object)) for c in ("id", "prompt_id", "effort", "task")}
-        found = xr.DataArray(self._whole(array)[rows], dims=("sequence", *dims), coords=coords, name=name)
-        if found.nbytes <= _KEPT_BYTES:
-            self._kept[name] = found
-        return found
+        summary = xr.DataArray(self._read_array(array)[rows], dims=("sequence", *dims), coords=coords, name=name)
+        if summary.nbytes <= _KEPT_BYTES:
+            self._cache[name] = summary
+        return summary
 
-    def _whole(self, array: zarr.Array) -> np.ndarray:
+    def _read_array(self, array: zarr.Array) -> np.ndarray:
         """All rows of a summary; those of units that are not committed are the fill value."""
         out = np.full(array.shape, array.fill_value, dtype=array.dtype)
         rows = self.layout.unit_sequences
@@ -71,7 +71,7 @@ class SummedRun(CommittedRun):
         return out
 
     @cached_property
-    def _kept(self) -> dict[str, xr.DataArray]:
+    def _cache(self) -> dict[str, xr.DataArray]:
         """Summaries that were asked for once, if they are small."""
         return {}
 
@@ -109,10 +109,10 @@ class SummedRun(CommittedRun):
             if ready.nbytes <= _KEPT_BYTES:
                 self._totals[name] = ready
             return ready
-        found, which = self._groups
+        groups, which = self._groups
         of_sequence = np.full(len(self.layout.lengths), totals.NO_GROUP)
         of_sequence[self._visible] = which
-        values = totals.total(array, name, self._committed_units, of_sequence, len(found), self.layout.unit_sequences)
+        values = totals.total(array, name, self._committed_units, of_sequence, len(groups), self.layout.unit_sequences)
         return xr.DataArray(values, dims=dims, coords=coords, name=name)
 
     def _total_over_the_run(self, name: str, dims: tuple[str, ...], coords: dict[str, Any]) -> xr.DataArray:
@@ -141,15 +141,15 @@ class SummedRun(CommittedRun):
         return self._array(f"summaries/{name}")
 
     def _axes(self, array: zarr.Array) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """Dimensions of a summary behind the first, and their coordinates."""
+        """Dimensions of a summary after the first, and their coordinates."""
         dims = tuple(array.metadata.dimension_names)[1:]
         coords: dict[str, Any] = {"channel": list(CHANNELS)}
         coords |= {"layer": np.arange(self.model["n_layers"])} if "layer" in dims else {}
         name = str(array.path).rpartition("/")[2]
-        found = [a for a in self.spec.selected if name.startswith(f"{a.name}_")]
-        if not found or len(dims) < 2:
+        matching = [a for a in self.spec.selected if name.startswith(f"{a.name}_")]
+        if not matching or len(dims) < 2:
             return dims, coords
-        recorded = max(found, key=lambda a: len(a.name))
+        recorded = max(matching, key=lambda a: len(a.name))
         return (dims[0], "layer", *views.summary_dims(recorded, dims[2:])), coords | {
             "layer": np.array(recorded.layers)
         }

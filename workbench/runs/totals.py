@@ -1,4 +1,4 @@
-"""Summaries summed over all sequences of an effort and task: what a dashboard asks for first, kept ready.
+"""Summaries summed over all sequences of an effort and task, stored because dashboards read them first.
 
 They are written when a run is finished, so that a question about ten million tokens reads a few kilobytes; of a run
 that is not, they are summed when asked for.
@@ -25,9 +25,9 @@ def groups(sequences: pd.DataFrame) -> tuple[pd.DataFrame, Int[np.ndarray, " seq
     keys = sequences[["effort", "task"]].astype(str)
     if len(keys.drop_duplicates()) > _MOST_GROUPS:
         keys = keys.assign(task="")
-    found = keys.drop_duplicates().sort_values(["effort", "task"], ignore_index=True)
-    which = keys.merge(found.reset_index(names="group"), how="left", on=["effort", "task"])["group"]
-    return found, which.to_numpy(dtype=np.int64)
+    pairs = keys.drop_duplicates().sort_values(["effort", "task"], ignore_index=True)
+    which = keys.merge(pairs.reset_index(names="group"), how="left", on=["effort", "task"])["group"]
+    return pairs, which.to_numpy(dtype=np.int64)
 
 
 def total(

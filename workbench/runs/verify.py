@@ -1,4 +1,4 @@
-"""Validation of a run: every file against the manifests, or every value against what the store promises.
+"""Validation of a run: every file against the manifests, or every value against the format of the store.
 
 Runs of schema 3 list the SHA-256 of all files, so reading them once finds every change. Older runs have no manifests:
 their values are checked against each other (sums against tokens, labels against tables), as are those of a newer run
@@ -15,7 +15,7 @@ import numpy as np
 
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
-from workbench.runs import manifest, neuron_examples, shards
+from workbench.runs import feature_examples, manifest, neuron_examples, shards
 from workbench.runs.examples import of_tokens
 from workbench.runs.reader import Run, open_run
 from workbench.runs.schema import NEURON_FIELDS, ArraySpec, Layout, Unit, arrays
@@ -70,24 +70,24 @@ def other_content(run: Run) -> list[str]:
     """Return the groups and arrays that others added to a run, which no job writes and no reader of a run reads."""
     there = run.storage.files()
     own = {*arrays(run.model, run.spec, run.layout), "units/committed"}
-    if run.manifest is None:  # a run before schema 3 does not tell the columns of its tables from those of others
+    if run.manifest is None:  # a run before schema 3 does not state it the columns of its tables from those of others
         own |= {"/".join(key.split("/")[:2]) for key in there if key.startswith(("sequences/", "messages/"))}
     else:
         own |= set(manifest.read(run.storage, manifest.CREATED)[1])
     groups = {name.partition("/")[0] for name in own}
-    found = set()
+    unknown = set()
     for key in there:
         top, _, rest = key.partition("/")
         if top in ("manifest", "totals") or not rest or rest == "zarr.json":
             if rest and top not in (*groups, "manifest", "totals"):
-                found.add(top)
+                unknown.add(top)
             continue
         array = "/".join(key.split("/")[:2])
         if top not in groups:
-            found.add(top)
+            unknown.add(top)
         elif array not in own and f"{array}/zarr.json" not in own:
-            found.add(array)
-    return sorted(found)
+            unknown.add(array)
+    return sorted(unknown)
 
 
 def _in_units(run: Run, layout: Layout, workers: int | None, check: Callable[[Unit], list[Problem]]) -> list[Problem]:
@@ -96,8 +96,8 @@ def _in_units(run: Run, layout: Layout, workers: int | None, check: Callable[[Un
     pool = ThreadPoolExecutor(workers or shards.threads(), thread_name_prefix="verify")
     try:
         with progress("verify", len(layout.units), "units") as advance:
-            for found in pool.map(check, layout.units):
-                problems += found
+            for unit_problems in pool.map(check, layout.units):
+                problems += unit_problems
                 advance(1)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -186,7 +186,7 @@ def _first_line(error: Exception) -> str:
 def _status(run: Run) -> Iterator[Problem]:
     done, total = run.progress
     if run.status not in _STATUSES:
-        yield Problem("attributes", f"status is {run.status!r}, wanted one of {_STATUSES}")
+        yield Problem("attributes", f"status is {run.status!r}, expected one of {_STATUSES}")
     if run.status == "complete" and done < total:
         yield Problem("attributes", f"status is complete, but {total - done} of {total} units are not committed")
 
@@ -204,7 +204,9 @@ def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
             continue
         got = (array.shape, str(array.dtype), tuple(array.metadata.dimension_names or ()))
         if got[:2] != (spec.shape, spec.dtype) or got[2] not in (spec.dims, older[name].dims):
-            yield Problem(name, f"has shape, dtype and dimensions {got}, wanted {(spec.shape, spec.dtype, spec.dims)}")
+            yield Problem(
+                name, f"has shape, dtype and dimensions {got}, expected {(spec.shape, spec.dtype, spec.dims)}"
+            )
 
 
 def _tables(run: Run, layout: Layout) -> Iterator[Problem]:
@@ -283,6 +285,9 @@ def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> 
         lists = {n: values[f"neurons/{n}"][0] for name in NEURON_FIELDS for n in (name, f"random_{name}")}
         tokens = {name: values[f"tokens/{name}"][:used] for name in ("sequence", "position", "channel")}
         yield from neuron_examples.problems(lists, tokens, records["experts"][list(run.spec.neuron_layers)])
+    for one in run.spec.features:
+        tokens = {name: values[f"tokens/{name}"][:used] for name in ("sequence", "position", "channel")}
+        yield from feature_examples.problems(one, {n: v[0] for n, v in values.items() if n[:9] == "features/"}, tokens)
     rows = values["summaries/sequence"]
     if rows[: len(unit.sequences)].tolist() != list(unit.sequences) or (rows[len(unit.sequences) :] != -1).any():
         yield "summaries/sequence does not name the unit's sequences"
@@ -329,4 +334,4 @@ def _ranges(records: dict[str, Any]) -> Iterator[str]:
         if (np.diff(gates, axis=-1) > 0).any():
             yield "routing/gates: gates that do not descend"
     if "sink" in records and not ((records["sink"] >= 0) & (records["sink"] <= 1)).all():
-        yield "attention/sink: a value that is no probability"
+        yield "attention/sink: a value that is not a probability"

@@ -25,7 +25,7 @@ _SIZES = {
     "expert": "num_experts",
 }
 LABELS = ("sequence", "position", "message", "part", "role", "channel")  # coordinates of the tokens
-# what codes of a label mean, from 0; −1 is no role
+# what codes of a label mean, from 0; −1 is not a role
 CODES = {"part": PARTS, "role": ROLES, "channel": CHANNELS}
 _OF_SEQUENCES = ("effort", "task")
 Variable = tuple[tuple[str, ...], da.Array, dict[str, Any]]
@@ -66,18 +66,18 @@ def flags(name: str) -> dict[str, Any]:
 
 def names(labels: Mapping[str, Variable], sequences: pd.DataFrame) -> dict[str, Variable]:
     """Return labels of tokens as text: `channel_name`, `role_name`, `part_name`, `effort` and `task`; lazily."""
-    found: dict[str, Variable] = {}
+    variables: dict[str, Variable] = {}
     for name, known in CODES.items():
         if name in labels:
             dims, codes, _ = labels[name]
-            found[f"{name}_name"] = (dims, _looked_up(codes, np.array([*known, ""])), {})
+            variables[f"{name}_name"] = (dims, _looked_up(codes, np.array([*known, ""])), {})
     dims, owner, _ = labels["sequence"]
     size = int(sequences.index.max()) + 2 if len(sequences) else 1
     for name in _OF_SEQUENCES:
         values = np.full(size, "", dtype=f"<U{max([1, *map(len, sequences[name].astype(str))])}")
         values[sequences.index] = sequences[name].astype(str)
-        found[name] = (dims, _looked_up(owner, values), {})
-    return found
+        variables[name] = (dims, _looked_up(owner, values), {})
+    return variables
 
 
 def _looked_up(codes: da.Array, values: np.ndarray) -> da.Array:
@@ -99,7 +99,7 @@ def chosen(run: Any, labels: Mapping[str, Any]) -> np.ndarray:
         known: Any = CODES.get(name)
         if known is None and (name in CODES or of_sequence not in table):
             labels_known = (*CODES, *_OF_SEQUENCES, "domain", "prompt_id", "correct", "sequence")
-            raise InputError(f"{name!r} is no label of a run's tokens: use {', '.join(labels_known)}")
+            raise InputError(f"{name!r} is not a label of a run's tokens: use {', '.join(labels_known)}")
         known = list(dict.fromkeys(table[of_sequence])) if known is None else known
         if unknown := [w for w in wanted if w not in known]:
             raise InputError(f"{name}={unknown[0]!r}: the run has {', '.join(map(str, known[:12]))}")
@@ -112,7 +112,7 @@ def chosen(run: Any, labels: Mapping[str, Any]) -> np.ndarray:
 
 
 def summary_dims(about: Activation | Record, stored: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names for the dimensions of a summary behind the layer, without what of them was recorded."""
+    """Return names for the dimensions of a summary after the layer, without what of them was recorded."""
     if isinstance(about, Record):
         return about.dims
     own = "_".join(about.dims or ("feature",))

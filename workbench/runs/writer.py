@@ -53,6 +53,7 @@ _OWN = (
     "records/",
     "examples/",
     "neurons/",
+    "features/",
     "sequences/",
     "messages/",
 )
@@ -82,7 +83,7 @@ def open_writer(
     """
     target = storage_at(path)
     if replaces := overwrite and _is_there(target):
-        open_group(target, "r")  # refuses what is no run
+        open_group(target, "r")  # refuses what is not a run
     identity = {
         "checkpoint digest": checkpoint["digest"],
         "transcripts digest": provenance["transcripts"]["digest"],
@@ -115,7 +116,7 @@ def open_writer(
             continue  # older runs did not record it
         if got != wanted:
             one, other = difference(got, wanted)
-            raise InputError(f"{target} was begun with {name} {one}, this job has {other}: name another run")
+            raise InputError(f"{target} was started with {name} {one}, and this job has {other}: choose another run")
     return RunWriter(target, group, layout, sequences)
 
 
@@ -251,14 +252,14 @@ class RunWriter:
     ) -> None:
         """Write the arrays of a unit [layer token ...], then its flag; values that are not finite are refused.
 
-        summaries: sums by their names, and examples as "examples/…" and "neurons/…".
+        summaries: sums by their names, and examples as "examples/…", "neurons/…" and "features/…".
         """
         unit = self.layout.units[index]
         self._check(unit, records)
         stored = {f"tokens/{name}": values for name, values in tokens.items()}
         stored |= {_STORED_AS.get(name, name): values for name, values in records.items()}
         stored |= {
-            n if n.startswith(("examples/", "neurons/")) else f"summaries/{n}": values
+            n if n.startswith(("examples/", "neurons/", "features/")) else f"summaries/{n}": values
             for n, values in summaries.items()
         }
         if not self._spec.sinks:
@@ -285,7 +286,7 @@ class RunWriter:
         values: np.ndarray | None,
         listed: dict[str, manifest.Entry],
     ) -> Iterator[Callable[[], None]]:
-        """Whole shards of an array, a unit's rows in them and the fill value behind; chunks of nothing else too.
+        """Whole shards of an array, a unit's rows in them and the fill value after them; chunks of nothing else too.
 
         A file that is not there is then damage.
         """
@@ -338,7 +339,7 @@ class RunWriter:
     def finish(self) -> None:
         """Add up the totals and mark the run complete; every unit must be committed."""
         if pending := self.pending():
-            raise RuntimeError(f"{self.storage}: {len(pending)} units are not committed, the run is not complete")
+            raise RuntimeError(f"{self.storage}: {len(pending)} units are not committed: the run is incomplete")
         if self.group.attrs["status"] == "complete":
             return
         with _disk_errors(self.storage):
@@ -358,17 +359,17 @@ class RunWriter:
         totals = self.group.create_group("totals", overwrite=True)
         _write_table(totals, "groups", run.groups, "group")
         for name in run.summaries:
-            found = run.total(name)
+            total = run.total(name)
             array = totals.create_array(
                 name,
-                shape=found.shape,
-                dtype=found.dtype,
-                chunks=found.shape,
+                shape=total.shape,
+                dtype=total.dtype,
+                chunks=total.shape,
                 compressors=shards.CODEC,
-                dimension_names=found.dims,
+                dimension_names=total.dims,
                 config={"write_empty_chunks": True},
             )
-            array[:] = found.to_numpy()
+            array[:] = total.to_numpy()
 
 
 @contextmanager
@@ -379,7 +380,7 @@ def _disk_errors(storage: Storage) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise JobError(
-                f"the disk of {storage} is full; free some space and start the same job again to go on"
+                f"the disk of {storage} is full; free some space, then rerun the command to resume"
             ) from error
         raise
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from workbench.studies.result import save as save
     from workbench.studies.result import summary as summary
 
-# modules that are no studies themselves
+# modules that are not studies themselves
 _MODULES = (
     "contrast",
     "expert_labels",
@@ -65,9 +65,13 @@ def run_study(name: str, *runs: "Run", **options: Any) -> "dict[str, xr.Dataset]
 
 
 def _name_duplicates(datasets: "dict[str, xr.Dataset]", *runs: "Run") -> None:
-    """Warn in every dataset that does not yet of prompts that repeat the tokens of others; they count as one."""
-    from workbench.studies.run_index import TokenRun, duplicates_warning, index_of
+    """Warn in every dataset of prompts that repeat others, which count as one, and of ids that have several prompts."""
+    from workbench.studies.run_index import TokenRun, ambiguous_warning, duplicates_warning, index_of
 
+    ambiguous = max(index_of(run).ambiguous_ids if isinstance(run, TokenRun) else 0 for run in runs)
+    for result in datasets.values() if ambiguous else ():
+        result.attrs["ambiguous_prompt_ids"] = ambiguous
+        result.attrs["summary"] = f"{ambiguous_warning(ambiguous)}\n{result.attrs['summary']}"
     merged = max(index_of(run).prompts[1] if isinstance(run, TokenRun) else 0 for run in runs)
     for result in datasets.values() if merged else ():
         if "duplicate_prompts" not in result.attrs:

@@ -1,4 +1,4 @@
-"""The channels study: what differs between analysis and final, beyond where they stand.
+"""The channels study: what differs between analysis and final, beyond their positions.
 
 Routing and sinks are compared over all tokens and at equal position, and beside the difference that the two halves of
 the analysis have among themselves. Recorded activations are described by their channel means and by how well a linear
@@ -82,8 +82,11 @@ def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
         InputError: the run has no single tokens, or nothing to compare channels by.
     """
     if not isinstance(run, TokenRun):
-        raise InputError("the channels study needs a run's single tokens, and this one has sums alone")
-    found: dict[str, xr.Dataset] = {}
+        raise InputError(
+            "the channels study needs a run's single tokens, and this run has only sums: "
+            "capture again with --record routing"
+        )
+    datasets: dict[str, xr.Dataset] = {}
     left_out = []
     for what, label in (("experts", "routing"), ("sink", "sinks")):
         planned = {
@@ -94,26 +97,29 @@ def study(run: TokenRun, *, seed: int = 0) -> dict[str, xr.Dataset]:
             compared, refused = contrasts(run, what, planned, study="channels", seed=seed)
         except InputError as error:  # this quantity was not recorded
             compared, refused = {}, {name: str(error) for name in planned}
-        found |= compared
-        left_out += [f"Left out: {name}, as {reason}." for name, reason in refused.items()]
+        datasets |= compared
+        left_out += [f"Skipped: a comparison of {label}, as {reason}." for reason in dict.fromkeys(refused.values())]
     hooks = [a.hook for a in getattr(getattr(run, "spec", None), "activations", ()) if a.reduce == "raw"]
     for hook in hooks:
         try:
-            found[f"geometry_{hook.removeprefix('hook_')}"] = geometry(run, hook, "analysis", "final", seed=seed)
+            datasets[f"geometry_{hook.removeprefix('hook_')}"] = geometry(run, hook, "analysis", "final", seed=seed)
         except InputError as error:
-            left_out.append(f"Left out: {hook}, as {error}.")
-    if not found:
-        raise InputError(" ".join(left_out) or "the run holds nothing that channels could be compared by")
-    first = next(iter(found.values()))
-    first.attrs["summary"] = "\n".join([first.attrs["summary"], _beside_halves(found), *left_out]).strip()
-    return found
+            left_out.append(f"Skipped: {hook}, as {error}.")
+    if not datasets:
+        raise InputError(
+            " ".join(left_out)
+            or "the run has no recorded quantity by which channels can be compared: record routing or sinks"
+        )
+    first = next(iter(datasets.values()))
+    first.attrs["summary"] = "\n".join([first.attrs["summary"], _beside_halves(datasets), *left_out]).strip()
+    return datasets
 
 
-def _beside_halves(found: Mapping[str, xr.Dataset]) -> str:
+def _beside_halves(datasets: Mapping[str, xr.Dataset]) -> str:
     """Return sentences on whether analysis and final differ by more than the halves of analysis."""
     lines = []
     for label in ("routing", "sinks"):
-        pair = [found.get(f"{label}_{n}") for n in ("analysis_vs_final", "halves_of_analysis")]
+        pair = [datasets.get(f"{label}_{n}") for n in ("analysis_vs_final", "halves_of_analysis")]
         if pair[0] is not None and pair[1] is not None:
             sizes = [
                 np.sqrt(np.maximum(d["size"].sel(control="position") ** 2 - d["noise"].sel(control="position") ** 2, 0))
@@ -170,8 +176,8 @@ def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.D
         "auc_position": probes.position_bins(position),
         "auc_bigram": probes.bigrams(ids, before),
     }
-    found = {n: np.mean(probes.category_auc(c, side, prompt)) for n, c in baselines.items()}
-    variables |= {n: ((), np.asarray(v)) for n, v in found.items()}
+    baseline_aucs = {n: np.mean(probes.category_auc(c, side, prompt)) for n, c in baselines.items()}
+    variables |= {n: ((), np.asarray(v)) for n, v in baseline_aucs.items()}
     unit = [unit_tokens(x) for x in values.astype(np.float64)]
     of_layers = {
         "cka": cka,
@@ -188,11 +194,11 @@ def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.D
         "b": b,
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,
-        "summary": f"{hook}: a linear probe tells {a} from {b} with AUC {rows['auc'][best]:.3f} in layer "
+        "summary": f"{hook}: a linear probe distinguishes {a} from {b} with AUC {rows['auc'][best]:.3f} in layer "
         f"{layers[best]} (folds "
         f"{rows['auc_low'][best]:.3f} to {rows['auc_high'][best]:.3f}; halves of {a}: {rows['auc_half'][best]:.3f}; "
-        f"selectivity {rows['selectivity'][best]:.3f}); from the token alone {found['auc_token']:.3f}, its position "
-        f"{found['auc_position']:.3f}, its bigram {found['auc_bigram']:.3f}; "
+        f"selectivity {rows['selectivity'][best]:.3f}); from the token alone {baseline_aucs['auc_token']:.3f}, "
+        f"its position {baseline_aucs['auc_position']:.3f}, its bigram {baseline_aucs['auc_bigram']:.3f}; "
         f"the means lie {rows['distance'][best]:.2f} spreads apart. CKA of neighbouring layers is "
         f"{_neighbours(of_layers['cka'])}, with prompts permuted {_neighbours(of_layers['cka_permuted'])}, robust "
         f"{_neighbours(of_layers['cka_robust'])} on average.",

@@ -117,21 +117,21 @@ def _by_effort(run: TokenRun, other: TokenRun, sums: "_Sums", seed: int) -> xr.D
 
 def _differences(run: TokenRun, other: TokenRun, same: bool, seed: int) -> tuple[dict[str, xr.Dataset], list[str]]:
     """Return the differences of every quantity and channel by name, and why others have none."""
-    found: dict[str, xr.Dataset] = {}
+    datasets: dict[str, xr.Dataset] = {}
     left_out = [] if same else ["The architectures differ, so experts do not correspond: no agreement is given."]
     for label, what in _QUANTITIES.items():
         if what == "experts" and not same:
             continue
         if what == "sink" and not _has(run, other, "sinks"):
-            left_out.append("Left out: sinks, as not both runs recorded them.")
+            left_out.append("Skipped: sinks, as not both runs recorded them.")
             continue
         try:
             compared = run_contrasts(run, other, what, seed=seed)
         except InputError as error:
-            left_out.append(f"Left out: {label}, as {error}.")
+            left_out.append(f"Skipped: {label}, as {error}.")
             continue
-        found |= {f"{label}_in_{channel}": _noted(ds) for channel, ds in compared.items()}
-    return found, left_out
+        datasets |= {f"{label}_in_{channel}": _noted(ds) for channel, ds in compared.items()}
+    return datasets, left_out
 
 
 def _noted(ds: xr.Dataset) -> xr.Dataset:
@@ -189,28 +189,28 @@ class _Sums:
 
     def quantities(self) -> dict[str, compare_efforts.Sums]:
         """Return the sums of everything that is compared by effort, with how many tokens they are of."""
-        found: dict[str, compare_efforts.Sums] = {"logprob_difference": (self.logprob, self.predicted)}
+        by_quantity: dict[str, compare_efforts.Sums] = {"logprob_difference": (self.logprob, self.predicted)}
         if self.agree is not None:
-            found["agreement"] = (self.agree, self.tokens)
+            by_quantity["agreement"] = (self.agree, self.tokens)
         if self.sink is not None:
-            found["sink_difference"] = (self.sink, self.tokens)
-        return found
+            by_quantity["sink_difference"] = (self.sink, self.tokens)
+        return by_quantity
 
     def variables(self, k: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
         """Return tokens, effective experts, and agreement with its interval. k: experts of a token."""
-        found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        data: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
             "tokens": (("channel",), self.tokens.sum(0).astype(np.int64))
         }
         effective = [np.exp(entropy(share(load))) for load in self.loads]
         if effective[0].shape == effective[1].shape:
-            found["effective_experts"] = (("run", "channel", "layer"), np.stack(effective))
+            data["effective_experts"] = (("run", "channel", "layer"), np.stack(effective))
         if self.agree is not None:
             cells = [shares_by_prompt(self.agree[:, c], self.tokens[:, c], self.number) for c in range(len(CHANNELS))]
             for end, values in zip(("", "_low", "_high"), zip(*cells, strict=True), strict=True):
-                found[f"agreement{end}"] = (("channel", "layer"), np.stack(values))
-            chance, value = _chance(self.loads[0], self.loads[1], k), found["agreement"][1]
-            found["beyond_load"] = (("channel", "layer"), (value - chance) / (1 - chance))
-        return found
+                data[f"agreement{end}"] = (("channel", "layer"), np.stack(values))
+            chance, value = _chance(self.loads[0], self.loads[1], k), data["agreement"][1]
+            data["beyond_load"] = (("channel", "layer"), (value - chance) / (1 - chance))
+        return data
 
 
 def shares_by_prompt(

@@ -53,14 +53,14 @@ def variables(
     effort, number: of every sequence; number is that of its prompt. quantities: `agreement` and those that end in
     `_difference`, as sums over the tokens.
     """
-    known, found = in_order(effort), Variables()
+    known, estimates = in_order(effort), Variables()
     at = [np.flatnonzero([e == one for e in effort]) for one in known]
     channels = range(len(CHANNELS))
     for name, (sums, tokens) in quantities.items():
         means = [[prompt_means(sums[own, c], tokens[own, c], number[own]) for c in channels] for own in at]
         dims = ("effort", "channel", *(("layer",) if sums.ndim > 2 else ()))
-        found |= {key: (dims, values) for key, values in _estimates(name, means).items()}
-    return known, found
+        estimates |= {key: (dims, values) for key, values in _estimates(name, means).items()}
+    return known, estimates
 
 
 def _estimates(name: str, means: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Which sequences and tokens a number rests on: cells of a run, and pairs or groups to compare.
+"""The sequences and tokens of an estimate: cells of a run, and pairs or groups to compare.
 
 A *cell* is the tokens of some channels in the sequences of one effort or task. A *comparison* sets two conditions side
 by side, with as much held equal as the run allows: two channels of the same sequence, two efforts of the same prompt
@@ -120,9 +120,9 @@ def axes(summary: xr.DataArray, by: Sequence[str], channels: Sequence[str] | Non
     """
     wrong = [axis for axis in by if axis not in ("channel", "effort", "task")]
     if wrong or len(set(by)) != len(by):
-        raise InputError(f"by={tuple(by)!r} is not possible; each of channel, effort and task may be named once")
+        raise InputError(f"by={tuple(by)!r} is not valid; give each of channel, effort and task at most once")
     if not summary.sizes["sequence"]:
-        raise InputError("the run holds no sequence yet; a study needs at least one")
+        raise InputError("the run holds no sequence yet; a study needs at least one: wait for its capture")
     chosen = known_channels(summary, channels)
     return {axis: chosen if axis == "channel" else in_order(list(labels(summary, axis))) for axis in by}
 
@@ -131,12 +131,12 @@ def cells(tokens: xr.DataArray, by: Sequence[str], channels: Sequence[str] | Non
     """Yield every cell of a run, also without a token; sequences without a token in a cell are left out."""
     split = axes(tokens, by, channels)
     for place in product(*split.values()):
-        named = dict(zip(split, place, strict=True))
-        within = (named["channel"],) if "channel" in named else tuple(known_channels(tokens, channels))
+        label_of = dict(zip(split, place, strict=True))
+        within = (label_of["channel"],) if "channel" in label_of else tuple(known_channels(tokens, channels))
         chosen = tokens.sel(channel=list(within)).sum("channel").values > 0
-        for axis in set(named) - {"channel"}:
-            chosen &= labels(tokens, axis) == named[axis]
-        yield Cell(named, within, np.flatnonzero(chosen))
+        for axis in set(label_of) - {"channel"}:
+            chosen &= labels(tokens, axis) == label_of[axis]
+        yield Cell(label_of, within, np.flatnonzero(chosen))
 
 
 def conditions(
@@ -155,11 +155,13 @@ def conditions(
     """
     fixed = {"channel": channel, "effort": effort, "task": task}
     if between not in fixed:
-        raise InputError(f"between={between!r} is not possible; choose channel, effort or task")
+        raise InputError(f"between={between!r} is unknown; choose channel, effort or task")
     if fixed[between] is not None:
-        raise InputError(f"{between}={fixed[between]!r} cannot be held fixed between {between}s; leave it out")
+        raise InputError(
+            f"{between}={fixed[between]!r} cannot be fixed in a comparison between {between}s: leave it out"
+        )
     if a == b:
-        raise InputError(f"{between} {a!r} cannot be compared with itself; name two different ones")
+        raise InputError(f"{between} {a!r} cannot be compared with itself; give two different ones")
     if between == "channel":
         return Condition(a, effort, task), Condition(b, effort, task)
     if channel is None:
@@ -176,21 +178,21 @@ def has_tokens(tokens: xr.DataArray, side: Condition) -> Bool[np.ndarray, "seque
         InputError: the run does not have a channel, effort or task.
     """
     known_channels(tokens, [side.channel])
-    found = np.asarray(tokens.sel(channel=side.channel).values > 0)
+    present = np.asarray(tokens.sel(channel=side.channel).values > 0)
     for name, wanted in (("effort", side.effort), ("task", side.task)):
         if wanted is not None:
             known = in_order(list(labels(tokens, name)))
             if wanted not in known:
                 raise InputError(f"{name} {wanted!r} is not in this run; it has {', '.join(known)}")
-            found &= labels(tokens, name) == wanted
-    return found
+            present &= labels(tokens, name) == wanted
+    return present
 
 
 def prompts(tokens: xr.DataArray) -> Int[np.ndarray, "sequence"]:
     """Return the number of every sequence's prompt; a sequence that names none stands for itself."""
-    named = labels(tokens, "prompt_id")
-    alone = [f"{UNSTATED} {number}" for number in range(len(named))]
-    _, number = np.unique(np.where(named == UNSTATED, alone, named).astype(str), return_inverse=True)
+    prompt_ids = labels(tokens, "prompt_id")
+    alone = [f"{UNSTATED} {number}" for number in range(len(prompt_ids))]
+    _, number = np.unique(np.where(prompt_ids == UNSTATED, alone, prompt_ids).astype(str), return_inverse=True)
     return number
 
 
@@ -265,8 +267,8 @@ def compare(
     )
     paired = between != "task"
     if min(a.n_prompts, b.n_prompts) < 2:
-        found = f"{a.n_prompts} prompts with both" if paired else f"{a.n_prompts} and {b.n_prompts} prompts"
-        raise InputError(f"{sides[0]} cannot be compared with {sides[1]}: {found}, and at least 2 are needed")
+        available = f"{a.n_prompts} prompts with both" if paired else f"{a.n_prompts} and {b.n_prompts} prompts"
+        raise InputError(f"{sides[0]} cannot be compared with {sides[1]}: {available}, and at least 2 are needed")
     return Comparison(a, b, paired)
 
 

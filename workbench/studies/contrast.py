@@ -1,7 +1,7 @@
 """Comparisons of what tokens have (experts, sinks, predictions), within prompts, with intervals over prompts.
 
 Differences are taken within each prompt (channels and halves: within each sequence), and then averaged over prompts;
-`workbench.studies.matching` says how. Prompts weigh alike without a control. With a control, a prompt with m matched
+`workbench.studies.matching` states how. Prompts weigh alike without a control. With a control, a prompt with m matched
 tokens weighs m / (m + 10), so that one with a single matched token counts little and none dominates.
 
 The sampling unit is the prompt; `workbench.studies.difference_tests` computes intervals and tests over prompts.
@@ -131,7 +131,7 @@ def contrast(
 
     between channels: a and b are channels. Efforts and tasks: those of `channel`'s tokens. Halves: `first` and
     `second` of `channel`'s tokens in each sequence. effort, task: hold these fixed. unpaired: also take prompts that
-    have one side alone (always so between tasks), and say so. Dimensions: control, and what a token has: (layer,
+    have one side alone (always so between tasks), and state it. Dimensions: control, and what a token has: (layer,
     expert), (layer, head) or none.
 
     Raises:
@@ -273,7 +273,7 @@ def _measure(run: TokenRun, what: str) -> Measure:
         "logprob": Measure("Log-probability of the token, nat", what, (), (), partial(_dense, what)),
     }
     if what not in known:
-        raise InputError(f"what={what!r} is not possible; choose from {', '.join(_KNOWN)}")
+        raise InputError(f"what={what!r} is unknown; choose from {', '.join(_KNOWN)}")
     return known[what]
 
 
@@ -284,7 +284,7 @@ def _prompt_sums(
     index: RunIndex, measure: Measure, matchings: Mapping[tuple[str, Control], Matching]
 ) -> dict[tuple[str, Control], Sums]:
     """Every prompt's difference, mean of side a and mean of side b, in each comparison."""
-    found: dict[tuple[str, Control], Sums] = {}
+    sums_of: dict[tuple[str, Control], Sums] = {}
     for kind in ("position", "token"):
         own = {key: m for key, m in matchings.items() if (key[1] == "token") == (kind == "token")}
         if not own:
@@ -292,16 +292,16 @@ def _prompt_sums(
         n_prompts = int(index.prompts[0].max(initial=-1)) + 1
         for key in own:
             difference, side_a, side_b = (np.zeros((n_prompts, *measure.shape)) for _ in range(3))
-            found[key] = (difference, side_a, side_b)
+            sums_of[key] = (difference, side_a, side_b)
         used = np.logical_or.reduce([(m.side_a != 0) | (m.side_b != 0) | (m.difference != 0) for m in own.values()])
         for at, sums in _cell_sums(index, measure, kind, used):
             for key, m in own.items():
                 weights = np.stack([m.difference[at], m.side_a[at], m.side_b[at]])
                 for total, (present, of_prompts) in zip(
-                    found[key], sums_by_prompt(weights, m.prompt[at], sums.reshape(len(at), -1)), strict=True
+                    sums_of[key], sums_by_prompt(weights, m.prompt[at], sums.reshape(len(at), -1)), strict=True
                 ):
                     total[present] += of_prompts.reshape(-1, *measure.shape)
-    return found
+    return sums_of
 
 
 def _cell_sums(
@@ -347,8 +347,8 @@ def _test(measure: Measure, plan: Plan, matching: Matching, sums: Sums) -> dict[
             scale = 1 / np.sqrt(m * (m - 1)) if m > 1 else np.nan
             influence[present] += sign * scale * (v[present] - mean)
         freedom = n - 1.0
-    found = tested_cells(np.asarray(means[0]), influence, freedom, n >= MIN_PROMPTS)
-    return found | {
+    tested = tested_cells(np.asarray(means[0]), influence, freedom, n >= MIN_PROMPTS)
+    return tested | {
         "mean_a": means[1],
         "mean_b": means[2],
         "tokens_a": matching.tokens[0],

@@ -29,9 +29,9 @@ def describe(result: xr.Dataset) -> str:
         naive, matched = (result.sel(control=c) for c in ("none", control))
         if naive["different"].size > 1 and naive["different"].any() and np.isfinite(matched["p"]).any():
             same = np.sign(naive["difference"]) == np.sign(matched["difference"])
-            kept = int((naive["different"] & matched["different"] & same).sum())
+            remaining = int((naive["different"] & matched["different"] & same).sum())
             lines.append(
-                f"Of {int(naive['different'].sum())} differences within prompts, {kept} remain "
+                f"Of {int(naive['different'].sum())} differences within prompts, {remaining} remain "
                 f"{_LABELS[control][0].lower()}{_LABELS[control][1:]}."
             )
     return "\n".join(lines)
@@ -55,7 +55,7 @@ def _describe_control(cell: xr.Dataset, control: str, attrs: Mapping[str, Any]) 
     different, tested = cell["different"].values, np.isfinite(cell["p"].values)  # experts that do not exist have no p
     others = tested & ~different
     largest = float(cell["bound"].values[others].max()) if others.any() else np.nan
-    absent = f"differences beyond {wording(attrs['what']).bound(largest)} are excluded (equivalence test, 5 %)"
+    absent = f"a difference beyond {wording(attrs['what']).bound(largest)} is excluded (equivalence test, 5 %)"
     lines = []
     if not cell["difference"].dims:
         verdict = "differs" if different else f"no difference shown, {absent}"
@@ -69,7 +69,10 @@ def _describe_control(cell: xr.Dataset, control: str, attrs: Mapping[str, Any]) 
             one = cell.isel({"layer": int(layer), kind: int(column)})
             lines.append(f"  layer {int(one['layer'])} {kind} {int(one[kind])}: {_with_interval(one, attrs)}")
         if others.any():
-            lines.append(f"  In the other cells, {absent} one by one.")
+            n_others = int(others.sum())
+            lines.append(
+                f"  In {'the other cell' if n_others == 1 else f'each of the {n_others} other cells'}, {absent}."
+            )
     return lines + ([f"  Warning: {warning}."] if (warning := few_prompts(n)) else [])
 
 

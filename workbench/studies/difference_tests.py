@@ -68,11 +68,11 @@ def tested_cells(
         influence = np.full((1, *difference.shape), np.nan)
     tested = mean_test(difference, influence, max(freedom, 1.0))
     q = np.asarray(false_discovery(tested.p))
-    found = {"difference": difference, **tested._asdict(), "q": q}
-    found["different"] = (q < ALPHA) & (tested.low * tested.high > 0)
+    results = {"difference": difference, **tested._asdict(), "q": q}
+    results["different"] = (q < ALPHA) & (tested.low * tested.high > 0)
     if difference.ndim:
-        found |= {"size": _root_of_sum(difference**2), "noise": _root_of_sum((influence**2).sum(0))}
-    return found
+        results |= {"size": _root_of_sum(difference**2), "noise": _root_of_sum((influence**2).sum(0))}
+    return results
 
 
 def _root_of_sum(squares: Float[np.ndarray, "*cells column"]) -> Float[np.ndarray, "*cells"]:

@@ -119,14 +119,14 @@ def divergence(
     if n_permutations < 1:
         raise InputError(f"n_permutations={n_permutations}; a test needs at least 1 permutation")
     if interval not in get_args(DifferenceInterval):
-        raise InputError(f"interval={interval!r} is not possible; choose t, bca or percentile")
+        raise InputError(f"interval={interval!r} is unknown; choose t, bca or percentile")
     sides = conditions(between, a, b, channel=channel, effort=effort, task=task)
     counts = run.summary("expert_count")
     tokens = run.summary("tokens")
     prompt, merged = merged_prompts(run, tokens)
     comparison = compare(counts, tokens, between, sides, prompt)
-    found = _by_layer(comparison, n_boot, n_permutations, np.random.default_rng(seed), interval)
-    variables = {name: (("layer", "expert")[: values.ndim], values) for name, values in found.items()}
+    results = _by_layer(comparison, n_boot, n_permutations, np.random.default_rng(seed), interval)
+    variables = {name: (("layer", "expert")[: values.ndim], values) for name, values in results.items()}
     n_prompts = [side.n_prompts for side in (comparison.a, comparison.b)]
     rests_on = f"{n_prompts[0]} prompts" + ("" if comparison.paired else f" against {n_prompts[1]}")
     parameters: dict[str, Any] = {
@@ -181,19 +181,19 @@ def _by_layer(
         _layer(design, comparison.a.mean_share(layer), comparison.b.mean_share(layer), largest_z, interval)
         for layer in range(comparison.a.counts.shape[1])
     ]
-    found = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+    results = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
     few = min(n_a, n_b) < MIN_PROMPTS
     if few or _smallest_p(n_a, n_b, comparison.paired) > ALPHA:
-        found["p"] = np.full_like(found["p"], np.nan)
+        results["p"] = np.full_like(results["p"], np.nan)
     for name in ("excess_low", "excess_high", "difference_low", "difference_high") if few else ():
-        found[name] = np.full_like(found[name], np.nan)
-    found["q"] = false_discovery(found["p"])
-    found["different"] = (found["q"] < ALPHA) & (found["excess_low"] > 0)
-    found |= _experts(comparison, found, interval)
-    z = found.pop("z")
+        results[name] = np.full_like(results[name], np.nan)
+    results["q"] = false_discovery(results["p"])
+    results["different"] = (results["q"] < ALPHA) & (results["excess_low"] > 0)
+    results |= _experts(comparison, results, interval)
+    z = results.pop("z")
     as_large = n_permutations - np.searchsorted(np.sort(largest_z), z.ravel() * (1 - 1e-12)).reshape(z.shape)
-    found["difference_p_family"] = np.where(np.isnan(z), np.nan, permutation_p(as_large, n_permutations))
-    return found
+    results["difference_p_family"] = np.where(np.isnan(z), np.nan, permutation_p(as_large, n_permutations))
+    return results
 
 
 def _smallest_p(n_a: int, n_b: int, paired: bool) -> float:
@@ -204,14 +204,14 @@ def _smallest_p(n_a: int, n_b: int, paired: bool) -> float:
 
 
 def _experts(
-    comparison: Comparison, found: dict[str, np.ndarray], interval: DifferenceInterval
+    comparison: Comparison, results: dict[str, np.ndarray], interval: DifferenceInterval
 ) -> dict[str, np.ndarray]:
     """Interval, p, q and verdict of every expert, as in `contrast`."""
     layers = range(comparison.a.counts.shape[1])
     a, b = (np.stack([side.mean_share(layer) for layer in layers], 1) for side in (comparison.a, comparison.b))
     tested = paired_test(a - b) if comparison.paired else unpaired_test(a, b)
     low, high = (
-        (tested["low"], tested["high"]) if interval == "t" else (found["difference_low"], found["difference_high"])
+        (tested["low"], tested["high"]) if interval == "t" else (results["difference_low"], results["difference_high"])
     )
     return {
         "difference_low": low,
@@ -311,7 +311,7 @@ def _words(result: xr.Dataset) -> str:
             f"{layers[most]}: {top.excess:.3f} bits over chance [{top.excess_low:.3f}, {top.excess_high:.3f}]."
         )
         if not (different | missing).all():
-            lines.append(f"No difference shown in {_named(layers[~different & ~missing])}.")
+            lines.append(f"No difference shown in {_layer_names(layers[~different & ~missing])}.")
     elif np.isfinite(result["p"].values).any() or missing.all():
         lines.append("No difference shown in any layer.")
     elif attrs["prompts"] < MIN_PROMPTS:
@@ -319,7 +319,7 @@ def _words(result: xr.Dataset) -> str:
     else:
         lines.append("Layers cannot be tested: no permutation of so few prompts has a p below 0.05.")
     if missing.any():
-        lines.append(f"Missing, as nothing was counted: {_named(layers[missing])}.")
+        lines.append(f"Missing, as nothing was counted: {_layer_names(layers[missing])}.")
     cells = result["expert_different"].values
     if attrs["prompts"] < MIN_PROMPTS:
         return "\n".join([*lines, f"Experts cannot be tested: at least {MIN_PROMPTS} prompts are needed."])
@@ -334,5 +334,5 @@ def _words(result: xr.Dataset) -> str:
     return "\n".join(lines)
 
 
-def _named(layers: np.ndarray) -> str:
+def _layer_names(layers: np.ndarray) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"

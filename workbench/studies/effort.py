@@ -97,21 +97,24 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
     table = sequences_of(run)
     efforts = [e for e in EFFORTS if e in set(table["effort"])]
     if len(efforts) < 2:
-        raise InputError(f"the run has {len(efforts)} effort, and the effort study compares at least 2")
-    found = {"cost": cost(run, table, efforts, seed), "gain": gain(run, table, efforts, seed)}
+        raise InputError(
+            f"the run has {len(efforts)} effort, and the effort study compares at least 2: "
+            "capture answers at several efforts"
+        )
+    datasets = {"cost": cost(run, table, efforts, seed), "gain": gain(run, table, efforts, seed)}
     left_out = []
     fitted = accuracy_model(run, table, efforts, seed)
     if fitted is None:
-        left_out.append("Left out: the model of accuracy, as it cannot be fitted to these answers.")
+        left_out.append("Skipped: the model of accuracy, as it cannot be fitted to these answers.")
     else:
-        found["accuracy_model"] = fitted
+        datasets["accuracy_model"] = fitted
     if isinstance(run, TokenRun):
         for what, label in (("experts", "routing"), ("sink", "sinks")):
             compared, reasons = _efforts_compared(run, what, label, efforts, seed)
-            found |= compared
+            datasets |= compared
             left_out += reasons
-    found["cost"].attrs["summary"] = "\n".join([found["cost"].attrs["summary"], *left_out])
-    return found
+    datasets["cost"].attrs["summary"] = "\n".join([datasets["cost"].attrs["summary"], *left_out])
+    return datasets
 
 
 def _efforts_compared(
@@ -131,8 +134,8 @@ def _efforts_compared(
                 widest.setdefault(str(plan.channel), name)
         compared, _ = contrasts(run, what, {n: planned[n] for n in widest.values()}, study="effort", seed=seed)
     except InputError as error:  # this quantity was not recorded
-        return {}, [f"Left out: {label}, as {error}."]
-    return compared, [f"Left out: {name}, as {reason}." for name, reason in refused.items()]
+        return {}, [f"Skipped: {label}, as {error}."]
+    return compared, [f"Skipped: a comparison of {label}, as {reason}." for reason in dict.fromkeys(refused.values())]
 
 
 def widest_first(efforts: list[str]) -> list[tuple[str, str]]:
@@ -190,6 +193,12 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
             "{analysis_tokens_high:.1f}], accuracy "
             "{accuracy:.1f} % [{accuracy_low:.1f}, {accuracy_high:.1f}].".format(e=effort, **_percent(numbers))
         )
+    efforts_of = table.groupby("prompt_id")["effort"].nunique()
+    if lacking := int((efforts_of < len(efforts)).sum()):
+        lines.append(
+            f"Unpaired: {lacking} of {len(efforts_of)} prompts lack an effort, so that these means are of different "
+            "prompts; the gains below are taken within prompts that have both efforts."
+        )
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
     return result
 
@@ -237,6 +246,11 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
     lines = []
     for label in labels:
         c = {str(k): float(v) for k, v in result.sel(task="all", step=label).data_vars.items()}
+        if not np.isfinite(c["more_tokens_low"]):
+            a, b = label.split(" → ")
+            both = int(means["analysis"].unstack("effort")[[a, b]].notna().all(axis=1).sum())
+            lines.append(f"{label}: cannot be tested, {both} prompts have both efforts and {MIN_PROMPTS} are needed.")
+            continue
         changed = "accuracy changes by" if c["gain_different"] else "no change of accuracy shown:"
         changed = changed if np.isfinite(c["gain_p"]) else "too few graded prompts for a test:"
         lines.append(
@@ -265,8 +279,8 @@ def _ratio_of_means(over: np.ndarray, under: np.ndarray) -> tuple[Any, Any, Any]
     n, total = len(over), under.sum()
     value = over.sum() / total
     influence = (over - value * under) / (total - under)
-    found = mean_test(value, (influence - influence.mean()) * np.sqrt((n - 1) / n), n - 1.0)
-    return value, found.low, found.high
+    tested = mean_test(value, (influence - influence.mean()) * np.sqrt((n - 1) / n), n - 1.0)
+    return value, tested.low, tested.high
 
 
 def accuracy_model(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr.Dataset | None:

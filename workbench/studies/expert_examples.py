@@ -134,7 +134,7 @@ def load(run: Any, *, seed: int = 0, tokenizer: Any = None) -> xr.Dataset:
     if "routing" not in getattr(run, "recorded", ()) or not hasattr(run, "blocks"):  # sums have no single tokens
         raise InputError("examples of experts need a stored run with its routing: capture with --record routing")
     if not len(run.sequences):
-        raise InputError(f"{run.path} holds no sequence yet; a study needs at least one")
+        raise InputError(f"{run.path} holds no sequence yet; a study needs at least one: wait for its capture")
     known = conversations.tokenizer(run, tokenizer)
     lists = examples.of_run(run)
     channels = [c for c, name in enumerate(CHANNELS) if (lists["top_sequence"][c] >= 0).any()]
@@ -160,13 +160,13 @@ def load(run: Any, *, seed: int = 0, tokenizer: Any = None) -> xr.Dataset:
 def _contexts(run: Any, lists: Mapping[str, np.ndarray], tokenizer: Any) -> dict[str, np.ndarray]:
     """Return the token of every example [channel layer expert example], and the text before and after it."""
     texts = contexts(run, np.concatenate([_places(lists, kind) for kind in EXAMPLE_KINDS]), tokenizer)
-    found = {}
+    columns = {}
     for kind in EXAMPLE_KINDS:
         shape = lists[f"{kind}_sequence"].shape
         rows = np.array([texts[s, p] for s, p in _places(lists, kind).tolist()], dtype=object)
         for column, name in enumerate(("token", "before", "after")):
-            found[f"{kind}_{name}"] = rows[:, column].reshape(shape)
-    return found
+            columns[f"{kind}_{name}"] = rows[:, column].reshape(shape)
+    return columns
 
 
 def contexts(run: Any, places: Int[np.ndarray, "place 2"], tokenizer: Any) -> dict[tuple[int, int], tuple[str, ...]]:
@@ -206,8 +206,8 @@ def _tokens_and_positions(run: Any, tokenizer: Any, seed: int) -> Variables:
     text = np.array([tokenizer.decode([i]) if i >= 0 else "" for i in ids.ravel().tolist()], dtype=object)
     by_rank = ("layer", "expert", "token_rank")
     measured = {"token_log_odds": log_odds, "token_log_odds_low": low, "token_log_odds_high": high}
-    found: Variables = {name: (by_rank, np.where(none, np.nan, values)) for name, values in measured.items()}
-    found |= {
+    variables: Variables = {name: (by_rank, np.where(none, np.nan, values)) for name, values in measured.items()}
+    variables |= {
         "token_id": (by_rank, ids),
         "token_text": (by_rank, text.reshape(ids.shape)),
         "token_count": (by_rank, np.where(none, 0, counts.chosen_tokens[~choosing].sum(0))),
@@ -219,8 +219,8 @@ def _tokens_and_positions(run: Any, tokenizer: Any, seed: int) -> Variables:
         (counts.routed > 0).sum(0),
     )
     for name, values in (("", position), ("_low", position_low), ("_high", position_high)):
-        found[f"position{name}"] = (("layer", "expert"), values)
-    return found
+        variables[f"position{name}"] = (("layer", "expert"), values)
+    return variables
 
 
 class _Content:
@@ -232,9 +232,9 @@ class _Content:
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for block in self._run.blocks("experts", "id"):
             content = block["channel"] != _FRAME
-            found = {name: block[name][content] for name in ("id", "position")}
+            selected = {name: block[name][content] for name in ("id", "position")}
             prompt = self._prompt[block["sequence"][content]]
-            yield found | {"prompt": prompt, "experts": block["experts"][:, content].astype(np.int64)}
+            yield selected | {"prompt": prompt, "experts": block["experts"][:, content].astype(np.int64)}
 
 
 def _chosen_tokens(
@@ -338,18 +338,18 @@ def _jackknifed(
     alone fills have no estimate without it, and no limits either.
     """
     totals = [part.sum(0) for part in sums]
-    found = np.asarray(estimate(*totals))
+    full_estimate = np.asarray(estimate(*totals))
     n = len(sums[0])
-    mean, square, cube = (np.zeros(found.shape) for _ in range(3))
+    mean, square, cube = (np.zeros(full_estimate.shape) for _ in range(3))
     for unit in range(n):
         # what the prompt adds to the estimate
-        part_of = found - np.asarray(estimate(*(t - part[unit] for t, part in zip(totals, sums, strict=True))))
+        part_of = full_estimate - np.asarray(estimate(*(t - part[unit] for t, part in zip(totals, sums, strict=True))))
         mean, square, cube = mean + part_of / n, square + part_of**2 / n, cube + part_of**3 / n
     variance = np.maximum(square - mean**2, 0)
-    third = (cube - 3 * mean * square + 2 * mean**3) * n * ((n - 1) / n) ** 1.5
-    tested = test_of_moments(found, np.sqrt(variance * (n - 1)), third, np.maximum(units - 1, 1))
+    third = (cube - 3 * mean * square + 2 * mean**3) * n * (max(n - 1, 0) / max(n, 1)) ** 1.5
+    tested = test_of_moments(full_estimate, np.sqrt(variance * (n - 1)), third, np.maximum(units - 1, 1))
     enough = units >= MIN_PROMPTS
-    return found, np.where(enough, tested.low, np.nan), np.where(enough, tested.high, np.nan)
+    return full_estimate, np.where(enough, tested.low, np.nan), np.where(enough, tested.high, np.nan)
 
 
 def _loads(run: Any, channels: Sequence[int]) -> Variables:
@@ -377,10 +377,10 @@ def _partners(run: Any) -> Variables:
     order = np.argsort(-ranked, axis=-1, kind="stable")[..., :N_PARTNERS]
     none = np.take_along_axis(ranked, order, -1) == -np.inf
     dims = ("layer", "expert", "partner_rank")
-    found: Variables = {"partner": (dims, np.where(none, -1, order))}
+    variables: Variables = {"partner": (dims, np.where(none, -1, order))}
     for name, values in (("partner_given", given), ("partner_lift", lift)):
-        found[name] = (dims, np.where(none, np.nan, np.take_along_axis(values, order, -1)))
-    return found
+        variables[name] = (dims, np.where(none, np.nan, np.take_along_axis(values, order, -1)))
+    return variables
 
 
 def _labels(variables: Variables, channels: Sequence[str]) -> np.ndarray:
@@ -388,7 +388,7 @@ def _labels(variables: Variables, channels: Sequence[str]) -> np.ndarray:
     low, text = variables["token_log_odds_low"][1], variables["token_text"][1]
     content = [c for c, name in enumerate(channels) if name != "frame"]
     lift, position = variables["channel_lift"][1], variables["position"][1]
-    found = np.full(position.shape, "", dtype=object)
+    texts = np.full(position.shape, "", dtype=object)
     for layer, expert in np.ndindex(*position.shape):
         parts = []
         words = [repr(str(word)) for word in text[layer, expert][np.nan_to_num(low[layer, expert], nan=-1) > 0]]
@@ -400,8 +400,8 @@ def _labels(variables: Variables, channels: Sequence[str]) -> np.ndarray:
             parts.append(f"{channels[content[best]]} ({own[best]:.1f} × its mean load)")
         if np.isfinite(position[layer, expert]):
             parts.append(f"mean position {position[layer, expert]:.0f}")
-        found[layer, expert] = "; ".join(parts) or "no tokens"
-    return found
+        texts[layer, expert] = "; ".join(parts) or "no tokens"
+    return texts
 
 
 def _summary(variables: Variables) -> str:

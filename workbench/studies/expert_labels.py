@@ -72,7 +72,7 @@ def read(run: Any, path: str | Path | None = None) -> pd.DataFrame | None:
     file = path_of(run) if path is None else Path(path)
     if not file.is_file():
         if path is not None:
-            raise InputError(f"{file} is no file of labels")
+            raise InputError(f"{file} is not a file of labels")
         return None
     rows = [_row(run, file, n, line) for n, line in enumerate(_lines(file), 1) if line.strip()]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -129,15 +129,15 @@ def merged(old: pd.DataFrame | None, new: pd.DataFrame) -> pd.DataFrame:
     if old is None:
         return new
     keys = ["layer", "expert"]
-    kept = old.assign(edited=is_edited(old)).set_index(keys).reindex(pd.MultiIndex.from_frame(new[keys]))
-    found = new.copy()
-    proposed_before = (kept["proposed"].fillna("") != "").to_numpy() & (new["proposed"] == "").to_numpy()
+    old_rows = old.assign(edited=is_edited(old)).set_index(keys).reindex(pd.MultiIndex.from_frame(new[keys]))
+    result = new.copy()
+    proposed_before = (old_rows["proposed"].fillna("") != "").to_numpy() & (new["proposed"] == "").to_numpy()
     for name in ("proposed", "proposed_by", *_NUMBERS):
-        found[name] = np.where(proposed_before, kept[name].to_numpy(), new[name].to_numpy())
-    found.loc[proposed_before, "label"] = found.loc[proposed_before, "proposed"]
-    edited = kept["edited"].fillna(False).to_numpy(dtype=bool)
-    found.loc[edited, "label"] = kept["label"].to_numpy()[edited]
-    return found
+        result[name] = np.where(proposed_before, old_rows[name].to_numpy(), new[name].to_numpy())
+    result.loc[proposed_before, "label"] = result.loc[proposed_before, "proposed"]
+    edited = old_rows["edited"].fillna(False).to_numpy(dtype=bool)
+    result.loc[edited, "label"] = old_rows["label"].to_numpy()[edited]
+    return result
 
 
 def check(run: Any) -> Path:
@@ -172,13 +172,13 @@ def update(run: Any, labels: pd.DataFrame) -> pd.DataFrame:
         InputError: the file holds something else than labels of the run, or another process writes it.
     """
     with _staged(run, path_of(run)) as part:
-        found = merged(read(run), labels)
-        part.write_text(_text(found), encoding="utf-8")
-    return found
+        updated = merged(read(run), labels)
+        part.write_text(_text(updated), encoding="utf-8")
+    return updated
 
 
 def _staged(run: Any, file: Path) -> AbstractContextManager[Path]:
-    # every line says which expert it labels, so the content tells whether the file may be replaced, not a marker
+    # every line states which expert it labels, so the content shows whether the file may be replaced, not a marker
     return staged(file, command="label", inputs=[run.path], overwrite=True, owned=lambda path: _holds_labels(run, path))
 
 
@@ -203,8 +203,8 @@ def with_labels(examples: xr.Dataset, labels: pd.DataFrame | None) -> xr.Dataset
     """Return the examples with `label`, `label_score` and its limits from these labels, where they have some."""
     if labels is None:
         return examples
-    found = examples.copy()
-    shown = found["label"].values.copy()
+    labelled = examples.copy()
+    shown = labelled["label"].values.copy()
     scores = {name: np.full(shown.shape, np.nan) for name in ("score", "score_low", "score_high")}
     for row in labels.to_dict("records"):
         place = int(row["layer"]), int(row["expert"])
@@ -212,7 +212,7 @@ def with_labels(examples: xr.Dataset, labels: pd.DataFrame | None) -> xr.Dataset
         if row["label"] == row["proposed"]:  # the score is that of the proposal
             for name, values in scores.items():
                 values[place] = row[name]
-    found["label"] = (("layer", "expert"), shown, found["label"].attrs)
+    labelled["label"] = (("layer", "expert"), shown, labelled["label"].attrs)
     for name, values in scores.items():
-        found[f"label_{name}"] = (("layer", "expert"), values, found[f"label_{name}"].attrs)
-    return found
+        labelled[f"label_{name}"] = (("layer", "expert"), values, labelled[f"label_{name}"].attrs)
+    return labelled

@@ -39,8 +39,8 @@ def numbers_of(model: Mapping[str, Any]) -> dict[str, int]:
     """
     heads, experts, neurons = (int(model[name]) for name in ("n_heads", "num_experts", "d_mlp"))
     biases = heads + experts
-    found = {"head": 0, "expert": heads, "attention bias": biases, "expert bias": biases + 1}
-    return found | {
+    numbers = {"head": 0, "expert": heads, "attention bias": biases, "expert bias": biases + 1}
+    return numbers | {
         "feature error": biases + 2,
         "neuron": biases + 3,
         "feature": biases + 3 + experts * (neurons + 1),
@@ -132,6 +132,40 @@ def neuron_pages(run: Any, examples: xr.Dataset, logits: xr.Dataset | None = Non
             } | _statistics(quantiles, frequency)
 
 
+def dictionary_pages(run: Any, examples: xr.Dataset, shares: xr.Dataset) -> Iterator[Page]:
+    """Yield the page of every feature of an autoencoder that has an example.
+
+    A run holds neither the autoencoder's weights nor the activations of other tokens: logits are empty, and the texts
+    before and after a token are shown with 0.
+
+    examples: of `feature_examples.load`. shares: of `feature_examples.table`.
+    """
+    layer, hook = int(str(examples.attrs["hook"]).split(".")[1]), str(examples.attrs["hook"])
+    names = ("activation", "sequence", "position", "before", "token", "after")
+    totals = run.total("tokens").sum("group").sel(channel=shares["channel"])
+    frequency = (shares["share"] * totals).sum("channel") / totals.sum()
+    titles = {"top": "Largest activations", "random": "Random sample"}
+    for feature in examples["feature"].values.tolist():
+        quantiles = []
+        for channel in examples["channel"].values.tolist():
+            cell = examples.sel(channel=channel, feature=feature)
+            for kind, title in titles.items():
+                rows = zip(*(cell[f"{kind}_{name}"].values.tolist() for name in names), strict=True)
+                shown = [_neuron_example(*row) for row in rows if row[1] >= 0]
+                if shown:
+                    quantiles.append({"quantile_name": f"{title}, {channel}", "examples": shown})
+        if quantiles:
+            yield {
+                "index": dictionary_number(run.model, layer, feature),
+                "layer": layer,
+                "feature": feature,
+                "label": f"feature {feature} of {hook}",
+                "examples_quantiles": quantiles,
+                "top_logits": [],
+                "bottom_logits": [],
+            } | _statistics(quantiles, float(frequency.sel(feature=feature)))
+
+
 def _frequencies(run: Any) -> np.ndarray:
     """Return the share of all tokens that went to each expert [layer expert]."""
     counts = run.total("expert_count").sum(("group", "channel")).values.astype(np.float64)
@@ -142,8 +176,8 @@ def _frequencies(run: Any) -> np.ndarray:
 def _statistics(quantiles: Sequence[Mapping[str, Any]], frequency: float) -> dict[str, Any]:
     """Return what circuit-tracer's pages hold beside Neuronpedia's; nothing is known of quantiles and histograms."""
     acts = [a for quantile in quantiles for example in quantile["examples"] for a in example["tokens_acts_list"]]
-    found = {"transcoder_id": "gpt-oss", "act_min": min(acts), "act_max": max(acts)}
-    return found | {"quantile_values": [], "histogram": [], "activation_frequency": round(frequency, 6)}
+    statistics = {"transcoder_id": "gpt-oss", "act_min": min(acts), "act_max": max(acts)}
+    return statistics | {"quantile_values": [], "histogram": [], "activation_frequency": round(frequency, 6)}
 
 
 def _neuron_example(
@@ -175,7 +209,7 @@ def write_pages(
 ) -> int:
     """Write a folder of pages, `NUMBER.json`, and return how many; it appears complete or not at all.
 
-    neurons: further pages, of `neuron_pages`.
+    neurons: further pages, of `neuron_pages` and `dictionary_pages`.
 
     Raises:
         InputError: the run has no example, or the folder may not be written.
@@ -188,7 +222,7 @@ def write_pages(
             text = json.dumps(page, ensure_ascii=False, allow_nan=False)
             (part / f"{page['index']}.json").write_text(text + "\n", encoding="utf-8")
         if not n:
-            raise InputError(f"{run.path} has no example of an expert")
+            raise InputError(f"{run.path} has no example of an expert: wait for its capture")
     return n
 
 
@@ -208,7 +242,7 @@ class _Contexts:
         wanted = wanted[wanted[:, 0] >= 0]
         self._texts: dict[int, str] = {}
         self._tokenizer = tokenizer
-        self._found: dict[tuple[int, int], tuple[list[int], np.ndarray, np.ndarray, int]] = {}
+        self._contexts: dict[tuple[int, int], tuple[list[int], np.ndarray, np.ndarray, int]] = {}
         for block in run.blocks("id", "experts", "gates"):
             first, last = np.searchsorted(wanted[:, 0], (block["sequence"][0], block["sequence"][-1] + 1))
             for sequence, position in wanted[first:last].tolist():
@@ -216,11 +250,11 @@ class _Contexts:
                 rows = slice(max(start, start + position - BEFORE), min(stop, start + position + AFTER + 1))
                 columns = block["experts"][:, rows].copy(), block["gates"][:, rows].copy()
                 at = start + position - rows.start
-                self._found[sequence, position] = (block["id"][rows].tolist(), *columns, at)
+                self._contexts[sequence, position] = (block["id"][rows].tolist(), *columns, at)
 
     def example(self, sequence: int, position: int, layer: int, expert: int) -> dict[str, Any]:
         """Return an example's tokens and the expert's gate weight at each, 0 where it was not chosen."""
-        ids, experts, gates, at = self._found[sequence, position]
+        ids, experts, gates, at = self._contexts[sequence, position]
         weights = np.where(experts[layer] == expert, gates[layer].astype(np.float64), 0).sum(-1)
         return {
             "tokens": [self._text(i) for i in ids],
@@ -248,18 +282,18 @@ def _quantiles(
 
     cell: of one expert, values [channel example].
     """
-    found, best = [], []
+    groups, best = [], []
     for c, channel in enumerate(channels):
         for kind, title in (("top", "Largest gate weights"), ("random", "Random sample")):
             rows = [cell[f"{kind}_{name}"][c].tolist() for name in ("gate", "sequence", "position")]
             places = [(g, s, p) for g, s, p in zip(*rows, strict=True) if s >= 0]
             if places:
                 shown = [contexts.example(s, p, layer, expert) for _, s, p in places]
-                found.append({"quantile_name": f"{title}, {channel}", "examples": shown})
+                groups.append({"quantile_name": f"{title}, {channel}", "examples": shown})
             if kind == "top" and channel != "frame":
                 best += places
     if best:
         first = sorted(best, key=lambda row: (-row[0], row[1], row[2]))[: cell["top_gate"].shape[1]]
         shown = [contexts.example(s, p, layer, expert) for _, s, p in first]
-        found.insert(0, {"quantile_name": "Largest gate weights", "examples": shown})
-    return found
+        groups.insert(0, {"quantile_name": "Largest gate weights", "examples": shown})
+    return groups

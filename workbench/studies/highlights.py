@@ -85,7 +85,7 @@ def untested(results: Results) -> list[str]:
     for sets in results.values():
         for ds in sets.values():
             summary = str(ds.attrs.get("summary", "")).splitlines()
-            lines += [line.strip() for line in summary if line.startswith(("Left out", "Skipped"))]
+            lines += [line.removeprefix("Skipped: ").strip() for line in summary if line.startswith("Skipped")]
             lines += [f"{ds.attrs['title']}, {control}." for control in _untested_controls(ds)]
     return list(dict.fromkeys(lines))
 

@@ -4,7 +4,7 @@ Differences between channels and efforts, and changes by an intervention, are of
 little and a few change much. Student's t interval then covers the mean too seldom (0.80 to 0.93 where 10 to 30 % of 8
 to 50 prompts change), and a percentile bootstrap even less. Two estimators correct this, both nowhere narrower than
 Student's t: `mean_test` by Hall's transformation, in closed form for thousands of cells and for prompts that do not
-weigh alike, and `mean_effect` by the bootstrap-t, below 20 prompts together with `mean_test`. Shares of answers have
+weigh alike, and `mean_effect` by the bootstrap-t together with `mean_test`. Shares of answers have
 `share_interval` and differences of them `share_change_interval`; other quantities between 0 and 1 have `within_bounds`.
 All of these stay within their bounds and have a width also where all prompts agree.
 
@@ -29,9 +29,9 @@ MIN_PROMPTS, ENOUGH_PROMPTS = 5, 20  # fewer than MIN_PROMPTS are refused, fewer
 SMALLEST_EFFECT = 0.1  # nats: about 10 % of a probability; an effect within ± this is called absent
 Method = Literal["bootstrap-t", "t"]
 Cells = Float[np.ndarray, " *cells"]
-# The skewness of a sample of n understates that of the distribution. Times 1 + 4 / n, as simulations show, intervals of
+# The skewness of a sample of n understates that of the distribution. Times 1 + 8 / n, as simulations show, intervals of
 # skewed and rare values cover the mean in at least 93 % from 12 prompts on (docs/statistics.md).
-_SKEWNESS_OF_FEW = 4.0
+_SKEWNESS_OF_FEW = 8.0
 # The variance of a replicate is mixed with this much of one observation of the sample's variance, so that a replicate
 # without any of the rare changed prompts does not make the interval infinite.
 _PRIOR_OBSERVATIONS = 0.3
@@ -59,7 +59,7 @@ def mean_test(mean: Float[Array, "*cells"], influence: Float[np.ndarray, "prompt
     influence: deviations of the prompts whose root sum of squares is the standard error. Hall's transformation
     g(t) = t + k t² / 3 + k² t³ / 27 + k / 6, with k the skewness of the mean, is closer to Student's distribution than
     t itself where values are skewed; the interval holds all means that either statistic does not reject. k is that of
-    the sample times 1 + 4 / n, and at most the skewness with the widest interval: beyond it, a more skewed sample would
+    the sample times 1 + 8 / n, and at most the skewness with the widest interval: beyond it, a more skewed sample would
     have a narrower one. A cell in which all prompts agree has that value as its interval, and p of 1 if it is zero,
     else 0.
 
@@ -256,7 +256,7 @@ def mean_effect(
     low, high = bounds(LEVEL)
     low_90, high_90 = bounds(2 * LEVEL - 1)
     bound = np.maximum(-low_90, high_90)
-    if method == "bootstrap-t" and n < ENOUGH_PROMPTS:  # replicates of so few prompts show too little of the skewness
+    if method == "bootstrap-t":  # replicates of few prompts show too little of the skewness
         influence = np.moveaxis(means - mean[..., None], -1, 0) / np.sqrt(n * (n - 1))
         hall = mean_test(mean, influence, n - 1.0)
         low, high, p = np.minimum(low, hall.low), np.maximum(high, hall.high), np.maximum(p, hall.p)
@@ -273,8 +273,8 @@ def _studentized(
     weights = bootstrap_weights(n, n_boot, np.random.default_rng(seed)).T
     shift = centred @ weights
     variance = np.maximum((centred**2) @ weights - shift**2, 0)
-    whole = (centred**2).mean(-1, keepdims=True)
-    error = np.sqrt((n * variance + _PRIOR_OBSERVATIONS * whole) / (n + _PRIOR_OBSERVATIONS) / (n - 1))
+    full_variance = (centred**2).mean(-1, keepdims=True)
+    error = np.sqrt((n * variance + _PRIOR_OBSERVATIONS * full_variance) / (n + _PRIOR_OBSERVATIONS) / (n - 1))
     return np.divide(shift, error, out=np.zeros_like(shift), where=error > 0)
 
 

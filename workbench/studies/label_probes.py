@@ -1,4 +1,4 @@
-"""The label probes study: from which layer on do activations predict a label, beyond what the words predict?
+"""The label probes study: from which layer on do activations predict a label, beyond what the tokens predict?
 
 The label is any of a run's: role, channel, part, effort, task, domain, right or wrong answers, or one of your own for
 each sequence. A linear probe is fitted on some prompts and tested on others. Its AUC is compared with those of the
@@ -112,9 +112,11 @@ def study(
     by_layer = [design.activation(x, names, false_positives) for x, _ in samples]
     fixed = {source: design.category(source, names) for source in SOURCES[1:4]}
     best = max(fixed.values(), key=lambda values: float(np.nan_to_num(values[0])))
-    variables = _variables([found[0] for found in by_layer], fixed, [found[1] for found in by_layer], best)
+    variables = _variables(
+        [layer_values[0] for layer_values in by_layer], fixed, [layer_values[1] for layer_values in by_layer], best
+    )
     for i, name in enumerate(("hits", "false_alarms")):
-        variables[name] = (("layer", "label"), np.array([found[2 + i] for found in by_layer]))
+        variables[name] = (("layer", "label"), np.array([layer_values[2 + i] for layer_values in by_layer]))
     shown = label if isinstance(label, str) else "labels given by the caller"
     parameters = {"label": shown, "hook": hook, "where": str(where), "pool": pool, "max_tokens": max_tokens}
     unit, n_prompts = "tokens" if pool == "token" else "sequences", int(table["prompt"].nunique())
@@ -149,24 +151,24 @@ def read(
     rng = np.random.default_rng(seed)  # the same rows in every layer
     for columns, values in token_labels.blocks(run, about, index):
         own = columns.assign(
-            label=token_labels.named(label, columns, run),
+            label=token_labels.values_of(label, columns, run),
             before=previous_ids(columns["id"].to_numpy(), columns["sequence"].to_numpy()),
         )
         there = np.isfinite(values).all(1) & (own["label"] != "").to_numpy()
         if where is not None:
             there &= token_labels.mask(where, own, run.sequences)
-        found, own = values[there], own[there]
+        selected, own = values[there], own[there]
         if pool != "token" and len(own):
             starts = np.flatnonzero(np.diff(own["sequence"].to_numpy(), prepend=-2))
             counts = np.diff([*starts, len(own)])
             last = starts + counts - 1
-            found = found[last] if pool == "last" else np.add.reduceat(found, starts, 0) / counts[:, None]
+            selected = selected[last] if pool == "last" else np.add.reduceat(selected, starts, 0) / counts[:, None]
             own = own.iloc[last]
         table = pd.concat([table, own.assign(drawn=rng.random(len(own)))], ignore_index=True)
-        x = np.concatenate([x.reshape(-1, found.shape[1]), found])
+        x = np.concatenate([x.reshape(-1, selected.shape[1]), selected])
         if len(table) > max_tokens:  # no more than this, whatever the size of the run
-            kept = np.sort(np.argsort(table["drawn"].to_numpy())[:max_tokens])
-            x, table = x[kept], table.iloc[kept].reset_index(drop=True)
+            drawn = np.sort(np.argsort(table["drawn"].to_numpy())[:max_tokens])
+            x, table = x[drawn], table.iloc[drawn].reset_index(drop=True)
     table["prompt"] = run.sequences["prompt_id"].reindex(table["sequence"]).to_numpy()
     if (n := table["label"].nunique()) < 2:
         raise InputError(f"the tokens have {n} label: a probe needs two, see run.sequences")

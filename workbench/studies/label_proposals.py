@@ -2,7 +2,7 @@
 
 The model reads some examples of an expert's tokens, and over-represented tokens, and writes a label. Then it reads the
 label and other texts with one marked token each, half of them of the expert and half of other experts of the layer in
-the same channel, and says which fit. The score is the share of right answers with a 95 % interval; 0.5 is chance.
+the same channel, and states which fit. The score is the share of right answers with a 95 % interval; 0.5 is chance.
 
 Reference: detection scoring, Paulo et al. 2024, arXiv 2410.13928.
 """
@@ -121,14 +121,14 @@ def proposed_by(labels: pd.DataFrame, name: str) -> set[tuple[int, int]]:
 
 def with_proposals(labels: pd.DataFrame, proposals: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Return labels with these proposals, which are also what is shown."""
-    found = labels.set_index(["layer", "expert"])
+    by_expert = labels.set_index(["layer", "expert"])
     for row in proposals:
         place = (row["layer"], row["expert"])
         for name, value in row.items():
             if name not in ("layer", "expert"):
-                found.loc[place, name] = value
-        found.loc[place, "label"] = row["proposed"]
-    return found.reset_index()[list(labels.columns)]
+                by_expert.loc[place, name] = value
+        by_expert.loc[place, "label"] = row["proposed"]
+    return by_expert.reset_index()[list(labels.columns)]
 
 
 def _examples(examples: xr.Dataset, layer: int, expert: int) -> list[_Example]:
@@ -139,12 +139,12 @@ def _examples(examples: xr.Dataset, layer: int, expert: int) -> list[_Example]:
         if channel != "frame"
         for kind in ("top", "random")
     ]
-    found: dict[tuple[int, int], _Example] = {}
+    by_place: dict[tuple[int, int], _Example] = {}
     for rank in range(max(map(len, columns), default=0)):
         for column in columns:
             if rank < len(column):
-                found.setdefault((column[rank].sequence, column[rank].position), column[rank])
-    return list(found.values())
+                by_place.setdefault((column[rank].sequence, column[rank].position), column[rank])
+    return list(by_place.values())
 
 
 def _column(examples: xr.Dataset, kind: str, channel: int, layer: int, expert: int) -> list[_Example]:
@@ -196,10 +196,10 @@ def _detected(
     if not mixed:
         return 0, 0
     lines = "\n".join(f"{i}. {json.dumps(text, ensure_ascii=False)}" for i, (text, _) in enumerate(mixed, 1))
-    named = _numbers(ask(_DETECT.format(label=json.dumps(label, ensure_ascii=False)) + lines))
-    if named is None:
+    chosen_numbers = _numbers(ask(_DETECT.format(label=json.dumps(label, ensure_ascii=False)) + lines))
+    if chosen_numbers is None:
         return 0, 0
-    return sum((i in named) == is_own for i, (_, is_own) in enumerate(mixed, 1)), len(mixed)
+    return sum((i in chosen_numbers) == is_own for i, (_, is_own) in enumerate(mixed, 1)), len(mixed)
 
 
 def _numbers(text: str) -> set[int] | None:

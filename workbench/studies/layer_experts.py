@@ -37,6 +37,6 @@ def mask_absent(result: xr.Dataset, run: Any) -> xr.Dataset:
 
 
 def _exists(result: xr.Dataset, own: np.ndarray, layer: str, expert: str, later: int) -> xr.DataArray:
-    """Whether an expert of this number is in the layer, or `later` layers behind it."""
+    """Return whether an expert of this number is in the layer, or in the one `later` layers after it."""
     layers, experts = (np.asarray(result[name].values) for name in (layer, expert))
     return xr.DataArray(experts[None, :] < own[layers + later][:, None], dims=(layer, expert))

@@ -1,4 +1,4 @@
-"""Matched comparisons: which tokens are set against which, with what weight, within each prompt.
+"""Matched comparisons: which tokens are compared with which, and with what weight, within each prompt.
 
 A comparison is linear in what the tokens have: the difference within a prompt is a sum of token values with weights
 that add up to 1 on side a and to −1 on side b. Tokens of one sequence, channel, half and stratum share their weight, so

@@ -3,8 +3,8 @@
     ds = wb.studies.neuron_examples.load(run, layer=2, expert=5)
     ds[["activation", "before", "token"]].sel(channel="analysis", neuron=77).to_dataframe()
 
-The lists are those that a capture recorded (`--record neurons`). `workbench.experiments.neuron_logits` has the tokens
-whose logits each neuron raises and lowers directly.
+The lists are those that a capture recorded (`--record neurons`). With `logits`, of `expert_logits.neuron_logits`, the
+tokens whose logits each neuron raises and lowers directly are beside them.
 """
 
 from typing import Any
@@ -32,6 +32,7 @@ STUDY = Study(
     figures="workbench.figures.neuron_examples",
     order=16,
 )
+_EFFECT = "output weights times the final norm's weight and the unembedding, less the mean over the vocabulary"
 _NONE = "; −1: fewer tokens than places"
 DEFINITIONS = {
     "activation": Definition("activation", "1", "after SwiGLU, before the output weights; either sign"),
@@ -47,6 +48,10 @@ DEFINITIONS = {
     "random_before": Definition("text before, random token", "text", f"up to {BEFORE} tokens before it"),
     "random_after": Definition("text after, random token", "text", f"up to {AFTER} tokens after it"),
     "largest": Definition("largest activation", "1", "largest absolute activation in the channel"),
+    "top_text": Definition("token raised", "text", "token whose logit the neuron raises most directly"),
+    "top_logit": Definition("direct effect on it", "logits", f"{_EFFECT}, the largest"),
+    "bottom_text": Definition("token lowered", "text", "token whose logit the neuron lowers most directly"),
+    "bottom_logit": Definition("direct effect on it", "logits", f"{_EFFECT}, the smallest"),
 }
 METHOD = (
     "The tokens of the largest absolute activations of every neuron among the tokens of its expert, by channel, and "
@@ -64,7 +69,15 @@ def study(run: Any, *, layer: int = -1, expert: int = -1, seed: int = 0) -> dict
     return {"neurons": load(run, layer=layer, expert=expert, seed=seed)}
 
 
-def load(run: Any, *, layer: int = -1, expert: int = -1, seed: int = 0, tokenizer: Any = None) -> xr.Dataset:
+def load(
+    run: Any,
+    *,
+    layer: int = -1,
+    expert: int = -1,
+    seed: int = 0,
+    tokenizer: Any = None,
+    logits: xr.Dataset | None = None,
+) -> xr.Dataset:
     """Return the examples of an expert's neurons [channel neuron neuron_example], the largest activation first.
 
     layer, expert: −1 takes the first layer whose neurons were recorded, and its expert with the largest load. seed: of
@@ -96,10 +109,16 @@ def load(run: Any, *, layer: int = -1, expert: int = -1, seed: int = 0, tokenize
     variables["random_activation"] = (("channel", "neuron", "random_example"), lists["random_activation"])
     variables["largest"] = (kinds[""][:2], np.abs(lists["activation"]).max(-1).astype(np.float64))
     coords = {"channel": [CHANNELS[c] for c in channels], "neuron": np.arange(run.model["d_mlp"])}
+    if logits is not None:
+        if (logits.attrs.get("layer"), logits.attrs.get("expert")) != (layer, expert):
+            of = f"layer {logits.attrs.get('layer')} expert {logits.attrs.get('expert')}"
+            raise InputError(f"the logits are of {of}, and the examples of layer {layer} expert {expert}")
+        names = ("top_text", "top_logit", "bottom_text", "bottom_logit")
+        variables |= {name: (("neuron", "rank"), logits[name].transpose("neuron", "rank").values) for name in names}
     attrs = provenance("neuron-examples", STUDY.title, run.digest, seed, {"layer": layer, "expert": expert})
     attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "layer": layer, "expert": expert}
-    found = dataset(variables, coords, DEFINITIONS, attrs)
-    return found.assign_attrs(summary=_summary(found))
+    examples = dataset(variables, coords, DEFINITIONS, attrs)
+    return examples.assign_attrs(summary=_summary(examples))
 
 
 def _summary(ds: xr.Dataset) -> str:

@@ -101,9 +101,9 @@ class Folds:
     def _auc(self, scores: Float[np.ndarray, "label row"], truth: Bool[np.ndarray, "label row"]) -> Values:
         """Return the mean over labels and folds of the AUC, with all rows and without each group of prompts."""
         groups = range(int(self.group.max()) + 1)
-        kept = [np.ones(len(self.group), dtype=bool), *(self.group != g for g in groups)]
-        each = [[_fold_auc(s, t, self.fold, keep) for keep in kept] for s, t in zip(scores, truth, strict=True)]
-        values = np.nanmean(each, axis=0)
+        selections = [np.ones(len(self.group), dtype=bool), *(self.group != g for g in groups)]
+        aucs = [[_fold_auc(s, t, self.fold, keep) for keep in selections] for s, t in zip(scores, truth, strict=True)]
+        values = np.nanmean(aucs, axis=0)
         return float(values[0]), np.asarray(values[1:])
 
 
@@ -111,14 +111,14 @@ def _fold_auc(score: np.ndarray, own: np.ndarray, fold: np.ndarray, keep: np.nda
     """Return the mean over folds of the AUC, by ranks."""
     from scipy.stats import rankdata
 
-    found = []
+    aucs = []
     for number in range(FOLDS):
         at = keep & (fold == number) & np.isfinite(score)
         n = int(own[at].sum())
         if 0 < n < at.sum():
             ranks = rankdata(score[at])[own[at]].sum()
-            found.append((ranks - n * (n + 1) / 2) / (n * (at.sum() - n)))
-    return float(np.mean(found)) if found else float("nan")
+            aucs.append((ranks - n * (n + 1) / 2) / (n * (at.sum() - n)))
+    return float(np.mean(aucs)) if aucs else float("nan")
 
 
 def _held_out(
@@ -155,9 +155,9 @@ def _share(values: np.ndarray) -> float:
 
 def pseudo_values(values: Values) -> Float[np.ndarray, " group"]:
     """Return pseudo-values with the mean of the estimate, whose standard error is that of the jackknife."""
-    whole, without = values
+    estimate, without = values
     n = len(without)
-    return np.asarray(whole - (n - 1) * (without - without.mean()))
+    return np.asarray(estimate - (n - 1) * (without - without.mean()))
 
 
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]

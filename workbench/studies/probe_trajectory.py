@@ -56,7 +56,7 @@ STUDY = Study(
     order=49,
 )
 SOURCES = ("token", "position", "bigram", "tokens so far")
-_FEW = 20  # sequences of a label, below which an AUC says little
+_FEW = 20  # sequences of a label, below which an AUC shows little
 _MOST_TYPES = 512  # token types of the baseline of all tokens so far
 DEFINITIONS = {
     **AUC_DEFINITIONS,
@@ -113,15 +113,15 @@ def study(
     table = read[0].table
     names = sorted(set(table["label"]))
     shares = np.linspace(0, 1, points + 1)
-    found, fixed, control = [], [], np.empty((len(layers), len(shares)))
+    aucs, fixed, control = [], [], np.empty((len(layers), len(shares)))
     for i in range(len(shares)):
         design = Folds(read[0].at(i), "last", seed)
         probes = [design.activation(one.x[:, i], names, 0.05) for one in read]
-        found.append([probe[0] for probe in probes])
+        aucs.append([probe[0] for probe in probes])
         control[:, i] = [probe[1][0] for probe in probes]
-        words = design.activation(read[0].counts[:, i], names, 0.05)[0] if i else _chance(found[0][0])
+        words = design.activation(read[0].counts[:, i], names, 0.05)[0] if i else _chance(aucs[0][0])
         fixed.append([*(design.category(source, names) for source in SOURCES[:3]), words])
-    variables = _variables(found, fixed, shares) | {"control": (("layer", "share"), control)}
+    variables = _variables(aucs, fixed, shares) | {"control": (("layer", "share"), control)}
     shown = label if isinstance(label, str) else "labels given by the caller"
     parameters = {"label": shown, "hook": hook, "channel": channel, "points": points, "max_sequences": max_sequences}
     n_prompts, rarest = int(table["prompt"].nunique()), table["label"].value_counts()
@@ -176,19 +176,19 @@ def _read(run: Run, about: Any, index: int, label: Any, channel: str, points: in
     number, rng = CHANNELS.index(channel), np.random.default_rng(seed)
     drawn: list[tuple[float, Any]] = []  # the same sequences in every layer
     for columns, values in token_labels.blocks(run, about, index):
-        named = token_labels.named(label, columns, run)
+        label_values = token_labels.values_of(label, columns, run)
         sequence, inside = columns["sequence"].to_numpy(), columns["channel"].to_numpy() == number
         ids = columns["id"].to_numpy(np.int64)
         for own in np.split(np.arange(len(columns)), np.flatnonzero(np.diff(sequence)) + 1):
             at = own[inside[own]]
-            if len(at) < points or at[0] == own[0] or named[own[0]] == "":
+            if len(at) < points or at[0] == own[0] or label_values[own[0]] == "":
                 continue
             ends = [at[0] - 1, *(at[int(np.ceil(len(at) * k / points)) - 1] for k in range(1, points + 1))]
             if not np.isfinite(values[ends]).all():
                 continue
             written = [ids[at[at <= end]] for end in ends]
             row = {
-                "label": named[own[0]],
+                "label": label_values[own[0]],
                 "prompt": run.sequences["prompt_id"].loc[sequence[own[0]]],
                 "id": [int(ids[end]) for end in ends],
                 "before": [int(ids[end - 1]) if end > own[0] else -1 for end in ends],
@@ -196,8 +196,8 @@ def _read(run: Run, about: Any, index: int, label: Any, channel: str, points: in
             }
             drawn.append((rng.random(), (values[ends], written, row)))
         drawn = sorted(drawn, key=lambda item: item[0])[:most]
-    found = Counter(row["label"] for _, (_, _, row) in drawn)
-    rare = {name: n for name, n in found.items() if n < FOLDS}
+    counts = Counter(row["label"] for _, (_, _, row) in drawn)
+    rare = {name: n for name, n in counts.items() if n < FOLDS}
     parts = [part for _, part in drawn if part[2]["label"] not in rare]
     labels, prompts = {row["label"] for *_, row in parts}, {row["prompt"] for *_, row in parts}
     if len(labels) < 2 or len(prompts) < max(FOLDS, MIN_PROMPTS):
@@ -214,11 +214,11 @@ def _chance(like: Values) -> Values:
 
 
 def _variables(
-    found: Sequence[Sequence[Values]], fixed: Sequence[Sequence[Values]], shares: Float[np.ndarray, " share"]
+    aucs: Sequence[Sequence[Values]], fixed: Sequence[Sequence[Values]], shares: Float[np.ndarray, " share"]
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """Return AUC, differences from the best baseline and from the start, and the onset. found: [share][layer]."""
     cells = ("layer", "share")
-    own = np.stack([[pseudo_values(v) for v in layers] for layers in found]).T  # group layer share
+    own = np.stack([[pseudo_values(v) for v in layers] for layers in aucs]).T  # group layer share
     best = np.stack([pseudo_values(max(one, key=lambda v: float(np.nan_to_num(v[0])))) for one in fixed], 1)
     variables = auc_variables(cells, own)
     variables |= beyond_variables(cells, own - best[:, None]) | gain_variables(cells, own - own[..., :1])
@@ -234,7 +234,7 @@ def _summary(result: xr.Dataset, channel: str) -> str:
     if text := few_prompts(int(result.attrs["prompts"])):
         lines.append(f"Warning: {text}.")
     if result.attrs["left_out"]:
-        lines.append(f"Left out, as fewer than {FOLDS} sequences have them: {result.attrs['left_out']}.")
+        lines.append(f"Skipped, as fewer than {FOLDS} sequences have them: {result.attrs['left_out']}.")
     if result.attrs["few"]:
         lines.append(f"Warning: few sequences have the rarest label ({result.attrs['rarest_label']}).")
     best = result["baseline"].max("source")

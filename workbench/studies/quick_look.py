@@ -1,4 +1,4 @@
-"""What sums alone say at once: shares and means of any selection, without intervals.
+"""Shares and means of any selection, computed from stored sums at once and without intervals.
 
 A finished run keeps its sums by channel, effort and task, so these cost milliseconds at ten million tokens. Numbers
 with intervals, nulls and controls are those of the studies.
@@ -46,10 +46,10 @@ def options(run: Totals) -> dict[str, list[str]]:
     """Return channels, efforts and tasks that have a token, each with `all` first."""
     tokens = run.total("tokens")
     some = tokens.values.sum(1) > 0
-    found = {"channel": [str(c) for c in tokens["channel"].values[tokens.values.sum(0) > 0]]}
+    labels_of = {"channel": [str(c) for c in tokens["channel"].values[tokens.values.sum(0) > 0]]}
     for axis in ("effort", "task"):
-        found[axis] = in_order([str(v) for v in tokens[axis].values[some] if v])
-    return {axis: [ALL, *labels] for axis, labels in found.items()}
+        labels_of[axis] = in_order([str(v) for v in tokens[axis].values[some] if v])
+    return {axis: [ALL, *labels] for axis, labels in labels_of.items()}
 
 
 def tokens(run: Totals) -> pd.DataFrame:

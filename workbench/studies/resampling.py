@@ -100,7 +100,7 @@ def mean_interval(
         return bca_interval(observed, replicates, influence)
     if method == "percentile":
         return percentile_interval(replicates)
-    raise InputError(f"interval={method!r} is not possible; choose bca or percentile")
+    raise InputError(f"interval={method!r} is unknown; choose bca or percentile")
 
 
 def _quantile_of_ordered(

@@ -152,17 +152,17 @@ def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:
     Raises:
         InputError: the folder holds no results.
     """
-    found: dict[str, dict[str, xr.Dataset]] = {}
+    studies: dict[str, dict[str, xr.Dataset]] = {}
     for path in sorted(Path(folder).glob("*.json")):
         try:
             ds = from_json(read_json(path))
             study = str(ds.attrs["study"])
         except (ValueError, KeyError, TypeError):
             continue
-        found.setdefault(study, {})[path.stem.removeprefix(f"{study}_")] = ds
-    if not found:
+        studies.setdefault(study, {})[path.stem.removeprefix(f"{study}_")] = ds
+    if not studies:
         raise InputError(f"{folder} holds no results: write some with `workbench study NAME RUN --out {folder}`")
-    return found
+    return studies
 
 
 def from_json(content: Mapping[str, Any]) -> xr.Dataset:

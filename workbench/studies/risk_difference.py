@@ -22,13 +22,14 @@ from jaxtyping import Float
 
 from workbench.errors import InputError
 from workbench.registry import Study
-from workbench.studies.difference_tests import paired_test
+from workbench.studies.difference_tests import paired_test, weighted_mean
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts
 from workbench.studies.matching import Matching
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.run_index import Control, TokenRun, duplicates_warning, index_of
 from workbench.studies.selection_rates import GROUPS, TokenIdWeights, TokenSides, selection_rates
 from workbench.studies.token_labels import Selection, selection_of, selection_text
+from workbench.studies.wording import wording
 
 STUDY = Study(
     name="risk-difference",
@@ -61,8 +62,12 @@ _CI = (
 DEFINITIONS = {
     "rate_a": Definition("selection rate in a", "1", "fraction of side a's tokens that select the expert"),
     "rate_b": Definition("selection rate in b", "1", "fraction of side b's tokens that select the expert"),
+    "mean_a": Definition("matched rate in a", "1", "mean over prompts of side a's rate; adjusted to b under control"),
+    "mean_b": Definition(
+        "matched rate in b", "1", "mean over prompts of side b's rate; missing at the same ids of all"
+    ),
     "difference": Definition(
-        "risk difference", "1", "rate in a less rate in b, matched as the control says", ci=_CI, null="0"
+        "risk difference", "1", "rate in a less rate in b, matched as the control specifies", ci=_CI, null="0"
     ),
     "low": Definition("risk difference, lower limit", "1", "lower limit of difference", ci=_CI),
     "high": Definition("risk difference, upper limit", "1", "upper limit of difference", ci=_CI),
@@ -102,7 +107,10 @@ def study(
         InputError: the run holds no tokens, a label is unknown, a side has no token, or the sides share tokens.
     """
     if not isinstance(run, TokenRun):
-        raise InputError("the risk difference needs the tokens of a run, and this one holds sums only")
+        raise InputError(
+            "the risk difference needs the tokens of a run, and this run holds only sums: "
+            "capture again with --record routing"
+        )
     sides = (selection_of(a), selection_of(b))
     prompt, merged = index_of(run).prompts
     token_sides = TokenSides(run, sides, prompt)
@@ -115,7 +123,9 @@ def study(
     n_prompts = min(int(present.sum()) for present in token_sides.prompts_of_sides())
     tested = {name: _test_matched(by_prompt[name], m) for name, m in matchings.items()}
     tested["pooled"] = _test(pooled, n_prompts, (int(token_sides.counts[0].sum()), int(token_sides.counts[1].sum())))
+    tested["pooled"] |= {"mean_a": rates[0], "mean_b": rates[1]}
     tested["token"] = _test(same_ids, n_prompts, weights.tokens)
+    tested["token"] |= dict.fromkeys(("mean_a", "mean_b"), np.full(rates[0].shape, np.nan))
     cells = ("control", "layer", "expert")
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
     for name in (n for n in DEFINITIONS if n not in ("rate_a", "rate_b")):
@@ -140,10 +150,17 @@ def study(
     return {"experts": result}
 
 
-def _test_matched(by_prompt: Float[np.ndarray, "prompt layer expert"], matching: Matching) -> dict[str, Any]:
-    """Return difference, limits, p, q and verdict of a matched control, and what takes part."""
+def _test_matched(by_prompt: Float[np.ndarray, "2 prompt layer expert"], matching: Matching) -> dict[str, Any]:
+    """Return difference, limits, p, q and verdict of a matched control, the rates, and what takes part."""
     used = matching.prompt_weight > 0
-    return paired_test(by_prompt[used], matching.prompt_weight[used]) | {
+    difference, side_b = by_prompt[:, used]
+    tested, mean_b = (
+        paired_test(difference, matching.prompt_weight[used]),
+        weighted_mean(side_b, matching.prompt_weight[used]),
+    )
+    return tested | {
+        "mean_a": mean_b + tested["difference"],
+        "mean_b": mean_b,
         "tokens_a": matching.tokens[0],
         "tokens_b": matching.tokens[1],
         "prompts": int(used.sum()),
@@ -205,7 +222,8 @@ def _summary(result: xr.Dataset) -> str:
             if size[layer, expert] > 0
         ]
     label = _LABELS[control].partition(" (")[0]
-    return "\n".join([*lines, f"Experts are listed by their difference {label.lower()}; both rates are of all tokens."])
+    rates = "pooled rates" if control == "token" else "rates"
+    return "\n".join([*lines, f"Differences and {rates} of the listed experts: {label[0].lower()}{label[1:]}."])
 
 
 def _describe_control(cell: xr.Dataset, label: str) -> list[str]:
@@ -222,15 +240,17 @@ def _describe_control(cell: xr.Dataset, label: str) -> list[str]:
         "by more than 30 percentage points."
     ]
     if not different.all():
-        largest = float(np.nanmax(np.where(different, np.nan, cell["bound"].values)))
+        bound = wording("experts").bound(float(np.nanmax(np.where(different, np.nan, cell["bound"].values))))
         lines.append(
-            f"  In the others, differences beyond ±{100 * largest:.1f} points are excluded (equivalence test)."
+            f"  In each of the {(~different).sum()} others, a difference beyond {bound} is excluded (equivalence test, "
+            "5 %)."
         )
     return lines + [f"  Warning: {text}." for text in (few_prompts(n),) if text]
 
 
 def _line(cell: xr.Dataset, side: str) -> str:
-    values = [100 * float(cell[name]) for name in ("difference", "low", "high", "rate_a", "rate_b")]
+    rates = ("mean_a", "mean_b") if np.isfinite(cell["mean_a"]) else ("rate_a", "rate_b")
+    values = [100 * float(cell[name]) for name in ("difference", "low", "high", *rates)]
     return "  layer {} expert {}, more in {}: {:+.1f} points [{:+.1f}, {:+.1f}]; {:.1f} % against {:.1f} %".format(
         int(cell["layer"]), int(cell["expert"]), side, *values
     )
@@ -251,11 +271,11 @@ def promoted_and_demoted(
     if control not in result["control"]:
         raise InputError(f"control {control!r}: the result has {', '.join(map(str, result['control'].values))}")
     cell = result.sel(control=control)
-    found: dict[str, dict[int, list[int]]] = {"promote": {}, "demote": {}}
+    experts: dict[str, dict[int, list[int]]] = {"promote": {}, "demote": {}}
     for name, sign in (("promote", 1), ("demote", -1)):
         size = np.where(cell["different"], sign * cell["difference"], -np.inf)
         for cell_index in np.argsort(-size, axis=None)[:n]:
             layer, expert = np.unravel_index(cell_index, size.shape)
             if size[layer, expert] > 0:
-                found[name].setdefault(int(layer), []).append(int(expert))
-    return found
+                experts[name].setdefault(int(layer), []).append(int(expert))
+    return experts

@@ -71,48 +71,51 @@ def study(run: Run, *, hook: str = "", max_tokens: int = 4000, seed: int = 0) ->
         InputError: the run has sums only, fewer than five prompts, or did not record the hook point.
     """
     if not hasattr(run, "blocks"):
-        raise InputError("the prediction of the router needs the tokens of a run, and this one holds sums only")
+        raise InputError(
+            "the prediction of the router needs the tokens of a run, and this run holds only sums: "
+            "capture again with --record routing"
+        )
     parts = [(b["id"], b["sequence"], b["experts"]) for b in run.blocks("id", "experts")]
     ids, sequence, experts = (np.concatenate([p[i] for p in parts], axis=1 if i == 2 else 0) for i in range(3))
     prompt = np.unique(index_of(run).prompts[0][sequence], return_inverse=True)[1]
     if (n := int(prompt.max()) + 1) < max(FOLDS, MIN_PROMPTS):
         raise InputError(f"{n} prompts: at least {max(FOLDS, MIN_PROMPTS)} are needed to hold some out")
     rng = np.random.default_rng(seed)
-    kept = np.sort(rng.permutation(len(ids))[:max_tokens])
-    before = previous_ids(ids, sequence)[kept]
-    token = np.unique(ids[kept], return_inverse=True)[1]
-    pair = bigrams(ids[kept].astype(np.int64), before)
-    fold = rng.permutation(np.arange(n) % FOLDS)[prompt][kept]
-    features = _features(run, hook, kept) if hook else {}
+    sampled = np.sort(rng.permutation(len(ids))[:max_tokens])
+    before = previous_ids(ids, sequence)[sampled]
+    token = np.unique(ids[sampled], return_inverse=True)[1]
+    pair = bigrams(ids[sampled].astype(np.int64), before)
+    fold = rng.permutation(np.arange(n) % FOLDS)[prompt][sampled]
+    features = _features(run, hook, sampled) if hook else {}
     n_experts = int(run.model["num_experts"])
     names = ["load", "token", "bigram", "layer before", *(["features"] if features else [])]
     recall = np.full((len(experts), len(names), n), np.nan)
-    for layer, chosen in enumerate(experts[:, kept].astype(np.int64)):
-        x = {"layer before": _one_hot(experts[layer - 1, kept].astype(np.int64), n_experts)} if layer else {}
+    for layer, chosen in enumerate(experts[:, sampled].astype(np.int64)):
+        x = {"layer before": _one_hot(experts[layer - 1, sampled].astype(np.int64), n_experts)} if layer else {}
         if layer in features:
             x["features"] = features[layer]
         hits = _recalls(_one_hot(chosen, n_experts), chosen.shape[1], token, pair, x, fold)
         for i, name in enumerate(names):
             if name in hits:
-                counts = np.bincount(prompt[kept], minlength=n)
-                sums = np.bincount(prompt[kept], hits[name], n)
+                counts = np.bincount(prompt[sampled], minlength=n)
+                sums = np.bincount(prompt[sampled], hits[name], n)
                 recall[layer, i] = np.divide(sums, counts, out=np.full(n, np.nan), where=counts > 0)
-    return {"recall": _result(run, recall[..., ~np.isnan(recall[0, 0])], names, len(kept), hook, max_tokens, seed)}
+    return {"recall": _result(run, recall[..., ~np.isnan(recall[0, 0])], names, len(sampled), hook, max_tokens, seed)}
 
 
-def _features(run: Run, hook: str, kept: Int[np.ndarray, " row"]) -> dict[int, Float[np.ndarray, "row d"]]:
+def _features(run: Run, hook: str, sampled: Int[np.ndarray, " row"]) -> dict[int, Float[np.ndarray, "row d"]]:
     about = token_labels.recorded(run, hook)
-    found = {}
+    features = {}
     for index, layer in enumerate(about.layers):
         parts, start = [], 0
         for columns, values in token_labels.blocks(run, about, index):
-            parts.append(values[kept[(kept >= start) & (kept < start + len(columns))] - start])
+            parts.append(values[sampled[(sampled >= start) & (sampled < start + len(columns))] - start])
             start += len(columns)
         values = np.concatenate(parts)
         if np.isnan(values).any():
             raise InputError(f"{hook} was recorded for some tokens only: record it without options")
-        found[int(layer)] = values
-    return found
+        features[int(layer)] = values
+    return features
 
 
 def _one_hot(chosen: Int[np.ndarray, "row slot"], n: int) -> Float[np.ndarray, "row expert"]:
@@ -130,7 +133,7 @@ def _recalls(
     fold: Int[np.ndarray, " row"],
 ) -> dict[str, Float[np.ndarray, " row"]]:
     """Return the recall of every row, held out, by predictor."""
-    found: dict[str, np.ndarray] = {name: np.zeros(len(truth)) for name in ("load", "token", "bigram", *x)}
+    recalls: dict[str, np.ndarray] = {name: np.zeros(len(truth)) for name in ("load", "token", "bigram", *x)}
     for number in range(FOLDS):
         train, test = fold != number, fold == number
         load = truth[train].mean(0)
@@ -145,8 +148,8 @@ def _recalls(
         scores |= {name: ridge(values[train], truth[train])(values[test]) for name, values in x.items()}
         for name, score in scores.items():
             best = np.argsort(-score, axis=1, kind="stable")[:, :k]
-            found[name][test] = np.take_along_axis(truth[test], best, 1).mean(1)
-    return found
+            recalls[name][test] = np.take_along_axis(truth[test], best, 1).mean(1)
+    return recalls
 
 
 def _frequencies(
@@ -173,9 +176,9 @@ def _result(
     max_tokens: int,
     seed: int,
 ) -> xr.Dataset:
-    each = np.moveaxis(recall, 2, 0)
-    tested = paired_test(each)
-    beyond = paired_test(each - each[:, :, [names.index("bigram")]])
+    by_prompt = np.moveaxis(recall, 2, 0)
+    tested = paired_test(by_prompt)
+    beyond = paired_test(by_prompt - by_prompt[:, :, [names.index("bigram")]])
     cells = ("layer", "predictor")
     pairs = ((tested, "recall"), (beyond, "beyond_bigram"))
     ends = (("", "difference"), ("_low", "low"), ("_high", "high"))

@@ -114,7 +114,7 @@ def load(
     counts, gates, tokens = (run.summary(name) for name in ("expert_count", "gate_sum", "tokens"))
     split, prompt = axes(tokens, by, channels), merged_prompts(run, tokens)[0]
     own = layer_experts(run, counts.sizes["layer"], counts.sizes["expert"])
-    found = []
+    descriptions = []
     for cell in cells(tokens, by, channels):
         pooled = [
             block.sel(channel=list(cell.channels)).isel(sequence=cell.sequences).sum("channel")
@@ -133,11 +133,11 @@ def load(
         described["tokens"] = tokens.sel(channel=list(cell.channels)).values[cell.sequences].sum()
         described["sequences"] = np.asarray(len(cell.sequences))
         described["prompts"] = np.asarray(len(np.unique(prompt[cell.sequences])))
-        found.append(described)
+        descriptions.append(described)
     shape = tuple(len(values) for values in split.values())
     variables = {}
     for name in DEFINITIONS:
-        values = np.stack([described[name] for described in found])
+        values = np.stack([described[name] for described in descriptions])
         variables[name] = (
             (*split, "layer", "expert")[: len(split) + values.ndim - 1],
             values.reshape(shape + values.shape[1:]),
@@ -182,7 +182,7 @@ def _describe_layer(
     share = statistics.share(counts.sum(axis=0))
     entropy = statistics.entropy(share)
     most = np.log(share.shape[-1])
-    found: dict[str, statistics.Array] = {
+    description: dict[str, statistics.Array] = {
         "share": share,
         "gate_share": statistics.share(gates),
         "entropy": entropy,
@@ -194,15 +194,15 @@ def _describe_layer(
         "never_selected": np.where(np.isnan(entropy), np.nan, (share == 0).sum(axis=-1)),
     }
     if weights is not None:
-        found |= _intervals(counts.astype(np.float64), weights, interval)
+        description |= _intervals(counts.astype(np.float64), weights, interval)
     else:
-        found |= dict.fromkeys(("share_low", "share_high"), np.full_like(share, np.nan))
-        found |= dict.fromkeys(("entropy_corrected", "entropy_low", "entropy_high"), np.asarray(np.nan))
+        description |= dict.fromkeys(("share_low", "share_high"), np.full_like(share, np.nan))
+        description |= dict.fromkeys(("entropy_corrected", "entropy_low", "entropy_high"), np.asarray(np.nan))
     for name in ("entropy_corrected", "entropy_low", "entropy_high"):
-        found[name] = np.clip(found[name], 0, most)
+        description[name] = np.clip(description[name], 0, most)
     for edge in ("low", "high"):
-        found[f"effective_experts_{edge}"] = np.exp(found[f"entropy_{edge}"])
-    return found
+        description[f"effective_experts_{edge}"] = np.exp(description[f"entropy_{edge}"])
+    return description
 
 
 def _intervals(
@@ -234,28 +234,28 @@ def study(
 ) -> dict[str, xr.Dataset]:
     """Load by channel and effort, analysis against final, and the most distant efforts in each channel.
 
-    A comparison for which the run has no pairs is left out; the load's summary says which and why.
+    A comparison for which the run has no pairs is left out; the load's summary states which and why.
     """
     tokens = run.summary("tokens")
-    found = {"load": load(run, n_boot=n_boot, seed=seed)}
+    datasets = {"load": load(run, n_boot=n_boot, seed=seed)}
     left_out = []
     for between, channel, pairs in _planned(tokens):
         within = f" in {channel}" if channel else ""
         a, b = next((pair for pair in pairs if _shared(tokens, between, pair, channel) > 1), ("", ""))
         if a:
             name = f"{a}_vs_{b}" + (f"_in_{channel}" if channel else "")
-            found[name] = divergence(
+            datasets[name] = divergence(
                 run, between, a, b, channel=channel, n_boot=n_boot, n_permutations=n_permutations, seed=seed
             )
         else:
-            left_out.append(f"Left out: {between}s{within}, as fewer than two prompts have tokens of both.")
+            left_out.append(f"Skipped: {between}s{within}, as fewer than two prompts have tokens of both.")
     for axis in ("channel", "effort", "task"):
         if (about := special(run, axis, seed=seed)) is not None:
-            found[f"special_in_{axis}"] = about
+            datasets[f"special_in_{axis}"] = about
     if {"coactivation", "transition"} <= set(getattr(run, "summaries", ())):
-        found["together"] = together(run, seed=seed)
-    found["load"].attrs["summary"] = "\n".join([found["load"].attrs["summary"], *left_out])
-    return found
+        datasets["together"] = together(run, seed=seed)
+    datasets["load"].attrs["summary"] = "\n".join([datasets["load"].attrs["summary"], *left_out])
+    return datasets
 
 
 def _planned(tokens: xr.DataArray) -> list[tuple[Between, str | None, list[tuple[str, str]]]]:

@@ -107,7 +107,9 @@ def agreement(run: TokenRun, blocks: Iterator[Compared], attrs: dict[str, object
     for compared in blocks:
         sums.add(*compared)
     if not sums.tokens.any():
-        raise InputError("no token was routed by both: there is nothing to compare")
+        raise InputError(
+            "no token was routed by both, so nothing can be compared: capture the same transcripts with both"
+        )
     variables = sums.variables()
     coords = {
         "channel": list(CHANNELS),
@@ -175,9 +177,9 @@ class _Sums:
         any_layer = differs.any(0)
         np.add.at(self.first_layer, differs.argmax(0)[any_layer], 1)
         for number in np.unique(sequence[any_layer]):
-            found = int(position[any_layer & (sequence == number)].min())
+            earliest = int(position[any_layer & (sequence == number)].min())
             before = int(self.first_position[number])
-            self.first_position[number] = found if before < 0 else min(before, found)
+            self.first_position[number] = earliest if before < 0 else min(before, earliest)
         if "logprob" in block:
             logprob = block["logprob"][compared]
             known = np.isfinite(logprob)
@@ -193,7 +195,7 @@ class _Sums:
 
     def variables(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
         """Everything that was summed, with intervals."""
-        found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
             "tokens": (("channel",), self.tokens.sum(0).astype(np.int64)),
             "choices": (("margin",), self.by["margin"][1].sum(0).astype(np.int64)),
             "first_disagreement": (("layer",), self.first_layer),
@@ -206,12 +208,12 @@ class _Sums:
             cells[f"agreement_{name}"] = ((name,), values)
         for name, (dims, values) in cells.items():
             for index, end in enumerate(("", "_low", "_high")):
-                found[name + end] = (dims, np.stack([value[index] for value in values]))
+                variables[name + end] = (dims, np.stack([value[index] for value in values]))
         for row, name in enumerate(("logprob_agree", "logprob_disagree")):
             means = prompt_means(self.logprob[row], self.n_logprob[row], self.prompt)
             for end, value in zip(("", "_low", "_high"), mean_of_prompts(means), strict=True):
-                found[name + end] = ((), np.asarray(value))
-        return found
+                variables[name + end] = ((), np.asarray(value))
+        return variables
 
     def _shares(self, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return shares_by_prompt(sums, counts, self.prompt)

@@ -44,7 +44,7 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     title = "Routing agreement of two runs"
     attrs = provenance("routing-agreement-runs", title, run.digest, seed, {"other": other.digest})
     result = agreement(run, _compared(run, other, effect), attrs, "both runs")
-    sequence, difference = (np.concatenate(each) for each in zip(*effect, strict=True))
+    sequence, difference = (np.concatenate(parts) for parts in zip(*effect, strict=True))
     known = np.isfinite(difference)
     number, own = independent_prompts(run), sequence[known]
     sums, counts = (np.bincount(own, values, len(number)) for values in (difference[known], None))

@@ -19,7 +19,7 @@ import xarray as xr
 from jaxtyping import Bool, Int
 
 from workbench.errors import InputError
-from workbench.harmony.labels import CHANNELS
+from workbench.harmony.labels import CHANNELS, ROLES
 from workbench.progress import progress
 from workbench.studies.comparison import in_second_half, prompt_numbers, prompts
 
@@ -86,20 +86,50 @@ class RunIndex:
         Prompts under different ids whose tokens are equal are one sampling unit: they are not independent.
         """
         number = prompt_numbers(self.run.sequences)
-        return merge_duplicates(number, self._prompt_tokens())
+        return merge_duplicates(number, self._prompt_tokens[0])
 
-    def _prompt_tokens(self) -> dict[int, bytes]:
-        """The token ids of every sequence's prompt; empty where the run does not hold them."""
-        pieces: dict[int, list[bytes]] = {}
-        prompt = CHANNELS.index("prompt")
-        try:
-            for block in token_blocks(self.run, "prompts", "id"):
-                for sequence, at in _runs(block["sequence"]):
-                    own = block["id"][at][block["channel"][at] == prompt]
-                    pieces.setdefault(sequence, []).append(np.ascontiguousarray(own).tobytes())
-        except (KeyError, InputError):
-            return {}
-        return {sequence: b"".join(part) for sequence, part in pieces.items()}
+    @cached_property
+    def ambiguous_ids(self) -> int:
+        """Return how many prompt ids have sequences with different prompts, beyond the effort word; 0 without roles."""
+        tokens, roles = self._prompt_tokens
+        texts: dict[int, set[bytes]] = {}
+        for sequence, prompt in enumerate(prompt_numbers(self.run.sequences)):
+            if roles and prompt >= 0 and (text := tokens.get(sequence)):
+                texts.setdefault(int(prompt), set()).add(text)
+        return sum(len(different) > 1 for different in texts.values())
+
+    @cached_property
+    def _prompt_tokens(self) -> tuple[dict[int, bytes], bool]:
+        """Ids and roles of the prompts, without the effort word, by sequence, and whether roles are known."""
+        for names in (("id", "role"), ("id",)):
+            try:
+                return self._read_prompts(*names), len(names) > 1
+            except (KeyError, InputError):
+                continue
+        return {}, False
+
+    def _read_prompts(self, *names: str) -> dict[int, bytes]:
+        """The values of these names at every sequence's prompt tokens; where roles are known, without the effort word.
+
+        An effort word is a token of the system message that all sequences of one effort have and no others: the same
+        question at another effort is the same prompt, also where it has another id there.
+        """
+        pieces: dict[int, list[np.ndarray]] = {}
+        table = self.run.sequences
+        n_prompt = dict(zip(table.index, table["n_prompt"], strict=True)) if "n_prompt" in table else {}
+        for block in token_blocks(self.run, "prompts", *names):
+            for sequence, at in _runs(block["sequence"]):
+                own = block["channel"][at] == CHANNELS.index("prompt")
+                own &= block["position"][at] < (n_prompt.get(sequence) or _LONGEST)  # later ones are results of tools
+                values = np.stack([block[name][at][own].astype(np.int64) for name in names], -1)
+                pieces.setdefault(sequence, []).append(values)
+        prompts = {sequence: np.concatenate(part) for sequence, part in pieces.items()}
+        if "role" in names:
+            words = _effort_words(prompts, self.run.sequences["effort"])
+            for sequence, values in prompts.items():
+                word = (values[:, 1] == ROLES.index("system")) & np.isin(values[:, 0], words)
+                prompts[sequence] = values[~word]
+        return {sequence: values.tobytes() for sequence, values in prompts.items()}
 
     def cells(self, kind: Control, finite: str = "") -> Cells:
         """Return the cells whose strata are of one kind, of tokens whose quantity `finite` is known."""
@@ -116,6 +146,27 @@ class RunIndex:
 
 
 _INDICES: dict[int, tuple[weakref.ref[Any], str, RunIndex]] = {}
+
+
+def _effort_words(prompts: Mapping[int, np.ndarray], efforts: pd.Series) -> list[int]:
+    """Return the ids in system messages, [token, (id, role)] of sequences, that tell an effort from all others."""
+    common: dict[str, set[int]] = {}
+    seen: dict[str, set[int]] = {}
+    for sequence, values in prompts.items():
+        ids = set(values[values[:, 1] == ROLES.index("system"), 0].tolist())
+        effort = str(efforts[sequence])
+        common[effort] = common.get(effort, ids) & ids
+        seen.setdefault(effort, set()).update(ids)
+    return (
+        [
+            word
+            for effort, ids in common.items()
+            for word in ids
+            if not any(word in seen[o] for o in seen if o != effort)
+        ]
+        if len(seen) > 1
+        else []
+    )
 
 
 def index_of(run: TokenRun) -> RunIndex:
@@ -147,8 +198,8 @@ def merge_duplicates(
         own = root(int(number[sequence]))
         parent[own] = root(first.setdefault(text, own))
     roots = np.array([root(one) for one in range(len(parent))], dtype=np.int64)
-    kept, renumbered = np.unique(roots, return_inverse=True)
-    return np.where(number >= 0, renumbered[number] if len(roots) else number, -1), len(roots) - len(kept)
+    unique_roots, renumbered = np.unique(roots, return_inverse=True)
+    return np.where(number >= 0, renumbered[number] if len(roots) else number, -1), len(roots) - len(unique_roots)
 
 
 def independent_prompts(run: TokenRun) -> Int[np.ndarray, " sequence"]:
@@ -173,6 +224,16 @@ def duplicates_warning(merged: int) -> str:
     if not merged:
         return ""
     return f"Warning: {merged} prompts repeat the tokens of others under another id; they count as one prompt."
+
+
+def ambiguous_warning(n: int) -> str:
+    """Return the warning that sequences of one prompt id have different prompts; empty if none has."""
+    if not n:
+        return ""
+    return (
+        f"Warning: the sequences of {n} prompt id{'s' if n > 1 else ''} have different prompts, so that differences "
+        "within a prompt are not those of one question: give each question its own prompt_id."
+    )
 
 
 def reads(kind: Control, finite: str) -> tuple[str, ...]:

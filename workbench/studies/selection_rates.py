@@ -141,31 +141,34 @@ def selection_rates(
     sides: TokenSides, matchings: Mapping[str, Matching], weights: TokenIdWeights, groups: Int[np.ndarray, " prompt"]
 ) -> tuple[
     Float[np.ndarray, "side layer expert"],
-    dict[str, Float[np.ndarray, "prompt layer expert"]],
+    dict[str, Float[np.ndarray, "2 prompt layer expert"]],
     Float[np.ndarray, "config layer expert"],
     Float[np.ndarray, "config layer expert"],
 ]:
-    """Return both sides' rates, matched differences by prompt, and pooled ones and those at the same token ids.
+    """Return both sides' rates, matched differences and rates of side b by prompt, and differences of all tokens.
 
-    The last two with all groups of prompts, and without each.
+    The last two are pooled, and at the same token ids.
+
+    These are with all groups of prompts, and without each.
     """
     model, n_groups, n = sides.run.model, len(weights.total) - 1, len(sides.code)
     layers, experts = model["n_layers"], model["num_experts"]
     selected = np.zeros((2, n_groups, layers, experts))
     same_ids = np.zeros((n_groups + 1, layers, experts))
-    by_prompt = {name: np.zeros((len(groups), layers, experts)) for name in matchings}
+    by_prompt = {name: np.zeros((2, len(groups), layers, experts)) for name in matchings}
     for block, side in sides.blocks("experts"):
         at = np.flatnonzero(side >= 0)
         code, own = np.searchsorted(sides.code, sides.codes(block)[at]), side[at]
         columns, cell = weights.of_tokens(own, code), own * n_groups + weights.group[code]
         present, local = np.unique(sides.prompt[code], return_inverse=True)
-        matched = [m.difference[own * n + code] for m in matchings.values()]
+        matched = [[w[own * n + code] for w in (m.difference, m.side_b)] for m in matchings.values()]
         for layer, slots in enumerate(block["experts"]):
             chosen = slots[at].astype(np.int64)
             selected[:, :, layer] += _counted(chosen, cell, 2 * n_groups, experts).reshape(2, n_groups, experts)
             same_ids[:, layer] += _by_expert(chosen, columns, experts)
-            for found, weight in zip(by_prompt.values(), matched, strict=True):
-                found[present, layer] += _counted(chosen, local, len(present), experts, weight)
+            for counts, weights_of in zip(by_prompt.values(), matched, strict=True):
+                for sums, weight in zip(counts, weights_of, strict=True):
+                    sums[present, layer] += _counted(chosen, local, len(present), experts, weight)
     same_ids[weights.total <= 0] = np.nan
     tokens = [np.bincount(weights.group, sides.counts[side], n_groups) for side in (0, 1)]
     rates = [_with_and_without(of_side, count) for of_side, count in zip(selected, tokens, strict=True)]
@@ -176,9 +179,9 @@ def _with_and_without(
     sums: Float[np.ndarray, "group layer expert"], tokens: Float[np.ndarray, " group"]
 ) -> Float[np.ndarray, "config layer expert"]:
     """Return sums over tokens with all groups, and without each; NaN where no token is left."""
-    kept = np.concatenate([sums.sum(0)[None], sums.sum(0) - sums])
+    totals = np.concatenate([sums.sum(0)[None], sums.sum(0) - sums])
     count = np.concatenate([[tokens.sum()], tokens.sum() - tokens])[:, None, None]
-    return np.divide(kept, count, out=np.full(kept.shape, np.nan), where=count > 0)
+    return np.divide(totals, count, out=np.full(totals.shape, np.nan), where=count > 0)
 
 
 def _counted(

@@ -56,16 +56,16 @@ NOT_CONTROLLED = "Cells are not matched on words, task or position; the comparis
 def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
     """Return the mass by channel and effort; by position; analysis against final, halves of analysis, and efforts.
 
-    A comparison for which the run has no tokens or no pairs is left out; the summary of `mass` says which and why.
+    A comparison for which the run has no tokens or no pairs is left out; the summary of `mass` states which and why.
     """
-    found = {"mass": mass(run, seed=seed)}
+    datasets = {"mass": mass(run, seed=seed)}
     if not isinstance(run, TokenRun):
-        return found
+        return datasets
     try:
-        found["position"] = by_position(run, seed=seed)
+        datasets["position"] = by_position(run, seed=seed)
     except InputError as error:  # sums alone were recorded
-        found["mass"].attrs["summary"] += f"\nLeft out, what needs single tokens: {error}"
-        return found
+        datasets["mass"].attrs["summary"] += f"\nSkipped: what needs single tokens, as {error}"
+        return datasets
     efforts = [e for e in EFFORTS if e in set(run.sequences["effort"])]
     planned = {
         "analysis_vs_final": Plan("channel", "analysis", "final"),
@@ -77,10 +77,10 @@ def study(run: Run, *, seed: int = 0) -> dict[str, xr.Dataset]:
             for c in ("prompt", "analysis", "final")
         }
     compared, refused = contrasts(run, "sink", planned, study="sinks", seed=seed)
-    found |= compared
-    left_out = [f"Left out: {name}, as {reason}." for name, reason in refused.items()]
-    found["mass"].attrs["summary"] = "\n".join([found["mass"].attrs["summary"], *left_out])
-    return found
+    datasets |= compared
+    left_out = [f"Skipped: a comparison of sinks, as {reason}." for reason in dict.fromkeys(refused.values())]
+    datasets["mass"].attrs["summary"] = "\n".join([datasets["mass"].attrs["summary"], *left_out])
+    return datasets
 
 
 def mass(run: Run, by: tuple[str, ...] = ("channel", "effort"), *, seed: int = 0) -> xr.Dataset:
@@ -143,8 +143,8 @@ def by_position(run: TokenRun, *, seed: int = 0) -> xr.Dataset:
             values = block["sink"][layer].astype(np.float64)
             sums[..., layer] += np.bincount(place, values.mean(-1), tokens.size).reshape(tokens.shape)
             above[:, layer] += np.bincount(cell, (values > RATE_ABOVE).mean(-1), n_cells)
-    found = [(*ratio(sums[:, c], tokens[:, c]), int((tokens[:, c] > 0).sum())) for c in range(n_cells)]
-    parts = [(value, *within_bounds(value, low, high, n)) for value, low, high, n in found]
+    estimates = [(*ratio(sums[:, c], tokens[:, c]), int((tokens[:, c] > 0).sum())) for c in range(n_cells)]
+    parts = [(value, *within_bounds(value, low, high, n)) for value, low, high, n in estimates]
     counted = tokens.sum(0)
     dims = ("channel", "bin", "layer")
     shape = (len(CHANNELS), len(edges), layers)
@@ -181,10 +181,10 @@ def _words(result: xr.Dataset) -> str:
     if "effort" in result.dims:
         ranked = np.argsort(-np.nan_to_num(pooled.transpose("layer", "head").values), axis=None)[:5]
         places = [np.unravel_index(i, pooled.shape) for i in ranked]
-        named = ", ".join(
+        heads = ", ".join(
             f"{int(layer)}.{int(head)} ({100 * float(pooled[layer, head]):.0f} %)" for layer, head in places
         )
-        lines.append(f"Heads that leave most on their sink (layer.head): {named}.")
+        lines.append(f"Heads that leave most on their sink (layer.head): {heads}.")
     for channel in map(str, result["channel"].values):
         cell = result.sel(channel=channel)
         total = int(cell["tokens"].sum())

@@ -1,4 +1,4 @@
-"""How experts go together, how layers follow each other, and what each expert is special in.
+"""Coactivation of experts, dependence between layers, and the specialization of each expert.
 
 Co-activation and transitions are sums over the run, so they come without intervals. Specialisation is the mutual
 information of a token's expert and a label, whose plug-in value is positive by chance: beside it stands what shuffled
@@ -136,10 +136,10 @@ def mutual_information(
     n_a, n_b = (joint.shape[axis] if n is None else n for axis, n in ((-2, n_a), (-1, n_b)))
     total = joint.sum((-2, -1))
     flat = share(joint.reshape(*joint.shape[:-2], -1))
-    found = (entropy(share(joint.sum(-1))) + entropy(share(joint.sum(-2))) - entropy(flat)) / np.log(2)
+    information = (entropy(share(joint.sum(-1))) + entropy(share(joint.sum(-2))) - entropy(flat)) / np.log(2)
     with np.errstate(divide="ignore", invalid="ignore"):
         bias = (n_a - 1) * (n_b - 1) / (2 * total * np.log(2))
-    return np.maximum(found, 0), found - bias
+    return np.maximum(information, 0), information - bias
 
 
 def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> xr.Dataset | None:
@@ -163,20 +163,22 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
     by = np.nan_to_num(by)
     rng = np.random.default_rng(seed)
     observed = _mean(by, there)
-    found, size = _information(observed), _spread(observed)
+    information, size = _information(observed), _spread(observed)
     null, larger = np.empty((n_permutations, by.shape[2])), np.zeros(by.shape[2], dtype=np.int64)
     for start, shuffled in _shuffled(by, there, axis, n_permutations, rng):
         null[start : start + len(shuffled)] = np.stack([_information(table) for table in shuffled])
         larger += count_at_least(np.stack([_spread(table) for table in shuffled]), size)
     most = np.log2(len(names))
-    tested = int(there.any(1).sum()) >= MIN_PROMPTS
-    p = permutation_p(larger, n_permutations) if tested else np.full(len(found), np.nan)
+    # channels and efforts are exchanged within prompts: one with a single label has nothing to exchange
+    exchanged = int((there.any(1) if axis == "task" else there.sum(1) > 1).sum())
+    tested = exchanged >= MIN_PROMPTS
+    p = permutation_p(larger, n_permutations) if tested else np.full(len(information), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         lift = observed / observed.mean(0)
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        "label_information": (("layer",), found),
+        "label_information": (("layer",), information),
         "label_information_null": (("layer",), null.mean(0)),
-        "nmi": (("layer",), np.maximum(found - null.mean(0), 0) / most),
+        "nmi": (("layer",), np.maximum(information - null.mean(0), 0) / most),
         "p": (("layer",), p),
         "q": (("layer",), false_discovery(p)),
         "label_lift": ((axis, "layer", "expert"), lift),
@@ -198,7 +200,9 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
         f", most in layer {layer}: {float(result['nmi'][layer]):.1%} of the label's entropy." if known.any() else "."
     )
     if not tested:
-        summary = f"Information on the {axis} cannot be tested: at least {MIN_PROMPTS} prompts are needed."
+        has = "" if axis == "task" else f" have tokens of two {axis}s"
+        needed = f"at least {MIN_PROMPTS} are needed"
+        summary = f"Information on the {axis} cannot be tested: {exchanged} prompts{has}, and {needed}."
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": summary}
     return result
 

@@ -1,4 +1,4 @@
-"""Runs whose truth is known: planted differences of routing, to prove a study and to plan one.
+"""Synthetic runs with planted differences of routing, to validate a study and to plan one.
 
 A run is made of sums per sequence, so no model is needed. Every prompt has habits of its own (a Dirichlet draw around
 the layer's load), shared by all its efforts and channels: the dependence that a token-level test overlooks.

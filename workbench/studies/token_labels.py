@@ -28,13 +28,15 @@ def selection_of(text: Selection) -> Selection:
         return text
     if "=" not in text:
         return {"channel": text}
-    found: dict[str, list[Any]] = {}
+    selection: dict[str, list[Any]] = {}
     for part in text.split(","):
         name, equals, values = (piece.strip() for piece in part.partition("="))
-        if not equals or not values or name in found:
+        if not equals or not values or name in selection:
             raise InputError(f"{text!r}: expected NAME=VALUE, each name once, as in channel=final,effort=low|high")
-        found[name] = [int(v) if name in ("position", "correct") and v.isdecimal() else v for v in values.split("|")]
-    return found
+        selection[name] = [
+            int(v) if name in ("position", "correct") and v.isdecimal() else v for v in values.split("|")
+        ]
+    return selection
 
 
 def recorded(run: Run, hook: str) -> Activation | Record:
@@ -100,11 +102,11 @@ def mask(selection: Selection, labels: pd.DataFrame, sequences: pd.DataFrame) ->
                 raise InputError(f"{name} {unknown[0]!r}: the run has {', '.join(map(str, sorted(set(known))[:10]))}")
             chosen &= known.isin(values).reindex(labels["sequence"]).to_numpy(dtype=bool)
         else:
-            raise InputError(f"{name!r} is no label: use {', '.join((*TOKEN_LABELS, 'position', *SEQUENCE_LABELS))}")
+            raise InputError(f"{name!r} is not a label: use {', '.join((*TOKEN_LABELS, 'position', *SEQUENCE_LABELS))}")
     return chosen
 
 
-def named(label: str | pd.Series | Mapping[int, Any] | Sequence[Any], labels: pd.DataFrame, run: Run) -> np.ndarray:
+def values_of(label: str | pd.Series | Mapping[int, Any] | Sequence[Any], labels: pd.DataFrame, run: Run) -> np.ndarray:
     """Return the label of each token [token] as text, "" where there is none.
 
     label: a column's name, or a value for each sequence: by its number, or in the order of `run.sequences`.
@@ -117,7 +119,7 @@ def named(label: str | pd.Series | Mapping[int, Any] | Sequence[Any], labels: pd
             return np.array([*TOKEN_LABELS[label], ""], dtype=object)[labels[label].to_numpy(np.int64)]
         if label not in run.sequences:
             names = ", ".join((*TOKEN_LABELS, *SEQUENCE_LABELS))
-            raise InputError(f"{label!r} is no label: use {names}, or a value for each sequence")
+            raise InputError(f"{label!r} is not a label: use {names}, or a value for each sequence")
         column = run.sequences[label]
         column = column.map({1: "correct", 0: "wrong"}) if label == "correct" else column
     elif isinstance(label, pd.Series):

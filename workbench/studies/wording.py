@@ -1,6 +1,9 @@
-"""Differences in words: every quantity has one wording and one unit, in all summaries, highlights and reports."""
+"""The wording of differences: one phrase and one unit for each quantity in all summaries, highlights and reports."""
 
+import math
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Wording(NamedTuple):
@@ -25,8 +28,13 @@ class Wording(NamedTuple):
         return f"{self._signed(difference)} {limits} {self.unit}".rstrip()
 
     def bound(self, size: float) -> str:
-        """Return ± a size with its unit."""
-        return f"±{self.factor * size:.{self.digits}f} {self.unit}".rstrip()
+        """Return ± a size with its unit, rounded up: one decimal of a number, and two digits of a smaller one."""
+        scaled = self.factor * size
+        if not np.isfinite(scaled) or scaled <= 0:
+            return f"±{scaled:.{self.digits}f} {self.unit}".rstrip()
+        digits = max(self.digits, 1 - math.floor(math.log10(scaled)))
+        up = math.ceil(scaled * 10**digits * (1 - 1e-9)) / 10**digits
+        return f"±{up:.{digits}f} {self.unit}".rstrip()
 
     def _signed(self, value: float) -> str:
         return f"{self.factor * value:+.{self.digits}f}"
@@ -42,5 +50,5 @@ _OTHER = Wording("{a:.3f} in {side_a}, {b:.3f} in {side_b}", 1.0, "")
 
 
 def wording(what: object) -> Wording:
-    """Return the wording of a quantity by its name, as `contrast` knows it; any other is written as it is."""
+    """Return the wording of a quantity by its name, as `contrast` names it; any other is written as it is."""
     return _WORDINGS.get(str(what), _OTHER)

@@ -51,7 +51,7 @@ def _compile_cases(window: int | None, target: str, heads: int = 64, kv: int = 8
     merged |= {name: shape[name] for name in ("RATIO", "D", "WIDTH")}
     prefill, step = f"prefill of 8,192 tokens, {which}", f"decode of 64 tokens on 4,096 keys, {which}"
     gradient = {**qkv, "dz": number, "lse": wide, "delta": wide}
-    found = [
+    cases = [
         case("forward", attention._forward, prefill, forward,
                  {**qkv, "sinks": number, "z": number, **statistics, **layout},
                  {**every, "SINKS": True}, 4.0 * d * heads * pairs, activations + 8.0 * n * heads),
@@ -67,7 +67,7 @@ def _compile_cases(window: int | None, target: str, heads: int = 64, kv: int = 8
     if window is None:  # the same for every window
         merge = Tile({}, num_warps=1, num_stages=1)
         types = {**parts, "sinks": number, "z": number, **statistics, "queries": "i32", "splits": "i32"}
-        found.append(
+        cases.append(
             case("merge", attention._merge, step, merge, types, merged, 2.0 * rows * heads * d * splits, partial, False)
         )
-    return found
+    return cases

@@ -1,5 +1,6 @@
 """The objects of a file are the same in every container, which its first bytes tell and not its name."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.harmony.formats.lying_tables import write_lie
 from workbench.errors import InputError
 from workbench.harmony.formats import containers
 from workbench.harmony.formats.containers import objects
@@ -45,9 +47,9 @@ WRITERS = {
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_container_gives_the_same_objects(kind: str, tmp_path: Path) -> None:
     WRITERS[kind](tmp_path / "data.bin")
-    found, rows = objects(tmp_path / "data.bin")
+    container, rows = objects(tmp_path / "data.bin")
     assert [value for _, value in rows] == ROWS
-    assert kind.startswith(found)
+    assert kind.startswith(container)
 
 
 def test_a_bad_line_is_an_error_in_its_place(tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def nested(levels: int) -> pa.Array:
 def test_tables_that_nest_too_deep_are_refused(tmp_path: Path) -> None:
     """Arrow's own writer refuses such a table."""
     write_parquet(tmp_path / "x", {"messages": nested(200)})
-    assert "no complete Parquet file" in refusal(tmp_path / "x")
+    assert "is not a complete Parquet file" in refusal(tmp_path / "x")
     for write in (write_parquet, write_arrow):
         write(tmp_path / "x", {"messages": nested(50)})
         assert len(list(objects(tmp_path / "x")[1])) == 1, "the negative control"
@@ -135,6 +137,60 @@ def test_a_row_group_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeyp
     assert (tmp_path / "x").stat().st_size < 100_000
     monkeypatch.setattr(containers, "_LONGEST_DOCUMENT", 10_000_000)
     assert "in one row group" in refusal(tmp_path / "x"), "no column alone is too large"
+
+
+def test_pages_that_unpack_to_more_than_the_metadata_claim_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four columns of 20 MB in a file of some kilobytes; the negative control believes the metadata."""
+    monkeypatch.setattr(containers, "_LONGEST_DOCUMENT", 50_000_000)
+    write_lie(tmp_path / "x", 20_000_000, columns=4)
+    assert (tmp_path / "x").stat().st_size < 100_000
+    assert "unpacks to 80,0" in refusal(tmp_path / "x")
+    monkeypatch.setattr(containers.parquet_pages, "unpacked", lambda content, metadata: [])
+    assert len(list(objects(tmp_path / "x")[1])) == 1
+
+
+def test_packed_buffers_that_unpack_to_too_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 MB of one letter, and a buffer that claims an exabyte; the negative control reads what the buffers claim."""
+    monkeypatch.setattr(containers, "_LONGEST_DOCUMENT", 10_000_000)
+    table = pa.table({"text": ["x" * 20_000_000]})
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(str(tmp_path / "x"), "wb") as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
+        writer.write_table(table)
+    content = (tmp_path / "x").read_bytes()
+    assert len(content) < 100_000
+    assert "unpacks to 20,0" in refusal(tmp_path / "x")
+    size = (20_000_000).to_bytes(8, "little")
+    assert content.count(size) >= 1
+    (tmp_path / "y").write_bytes(content.replace(size, (2**60).to_bytes(8, "little")))
+    assert "unpacks to 1,15" in refusal(tmp_path / "y")
+    monkeypatch.setattr(containers, "largest_unpacked", lambda source: 0)
+    assert len(list(objects(tmp_path / "x")[1])) == 1
+
+
+@TABLES
+def test_lists_of_nothing_are_not_made(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of two million nulls takes few bytes in a file; the negative control makes all of them."""
+    length = 2_000_000
+    monkeypatch.setattr(containers, "_MAX_VALUES", length)
+    write(tmp_path / "x", {"messages": pa.ListArray.from_arrays(pa.array([0, length], pa.int32()), pa.nulls(length))})
+    assert (tmp_path / "x").stat().st_size < 100_000
+    assert "values in one" in refusal(tmp_path / "x")
+    monkeypatch.setattr(containers, "_MAX_VALUES", 2 * length)
+    assert [len(row["messages"]) for _, row in objects(tmp_path / "x")[1]] == [length]
+
+
+@pytest.mark.parametrize("damage", range(0, 60, 4))
+@pytest.mark.parametrize("kind", ["Parquet", "Arrow"])
+def test_a_changed_byte_of_a_header_is_one_error_or_read(kind: str, damage: int, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    WRITERS[kind](path)
+    content = bytearray(path.read_bytes())
+    content[4 + damage] ^= 0xFF
+    path.write_bytes(content)
+    with contextlib.suppress(InputError):
+        assert len(list(objects(path)[1])) <= len(ROWS)
 
 
 @TABLES
@@ -170,7 +226,7 @@ def test_offsets_that_lead_out_of_the_file_are_one_error(tmp_path: Path) -> None
     offsets = bytes.fromhex("00000000 03000000 06000000 09000000")
     assert data.count(offsets) == 1
     (tmp_path / "x").write_bytes(data.replace(offsets, bytes.fromhex("00000000 03000000 ffffff7f 09000000")))
-    assert "no complete Arrow file" in refusal(tmp_path / "x")
+    assert "is not a complete Arrow file" in refusal(tmp_path / "x")
 
 
 def test_a_bomb_in_gzip_or_zstd_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

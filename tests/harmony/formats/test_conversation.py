@@ -1,4 +1,4 @@
-"""A conversation of another program becomes a transcript row, or an error that says what it lacks."""
+"""A conversation of another program becomes a transcript row, or an error that states what it lacks."""
 
 from typing import Any
 
@@ -15,30 +15,30 @@ def row(**fields: Any) -> dict[str, Any]:
 
 
 def test_reasoning_and_answer_are_messages_of_their_channels() -> None:
-    found = row()
-    assert [(m.get("channel"), m["content"]) for m in found["messages"]] == [
+    transcript = row()
+    assert [(m.get("channel"), m["content"]) for m in transcript["messages"]] == [
         (None, "2+2"),
         ("analysis", "It is 4."),
         ("final", "4"),
     ]
-    assert (found["id"], found["prompt_id"], found["effort"]) == ("a", "a", "low")
-    assert found["meta"]["reasoning"] == "verbatim"
+    assert (transcript["id"], transcript["prompt_id"], transcript["effort"]) == ("a", "a", "low")
+    assert transcript["meta"]["reasoning"] == "verbatim"
 
 
 def test_stored_ids_are_kept_as_they_are() -> None:
-    found = row(tokens=([1, 2, 3], 2))
-    assert (found["tokens"], found["n_prompt"]) == ([1, 2, 3], 2)
-    assert "messages" not in found
+    transcript = row(tokens=([1, 2, 3], 2))
+    assert (transcript["tokens"], transcript["n_prompt"]) == ([1, 2, 3], 2)
+    assert "messages" not in transcript
 
 
 def test_the_effort_is_never_guessed() -> None:
-    with pytest.raises(InputError, match="its effort is unknown: give --effort"):
+    with pytest.raises(InputError, match="its effort is not stated: give --effort"):
         row(effort=None)
     assert transcript_row(Conversation(MESSAGES, "a"), "high")["effort"] == "high"
 
 
 def test_a_conversation_without_a_response_is_refused() -> None:
-    with pytest.raises(InputError, match="no response of an assistant"):
+    with pytest.raises(InputError, match="it has no message of an assistant"):
         row(messages=MESSAGES[:1])
 
 

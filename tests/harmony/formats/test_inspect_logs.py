@@ -23,8 +23,8 @@ def sample(number: int, **fields: Any) -> dict[str, Any]:
 def write_log(path: Path, *samples: Any, method: int = zipfile.ZIP_DEFLATED, header: Any = HEADER) -> Path:
     with zipfile.ZipFile(path, "w", method) as log:
         log.writestr("header.json", json.dumps(header))
-        for number, each in enumerate(samples):
-            log.writestr(f"samples/{number}_epoch_1.json", each if isinstance(each, str) else json.dumps(each))
+        for number, one in enumerate(samples):
+            log.writestr(f"samples/{number}_epoch_1.json", one if isinstance(one, str) else json.dumps(one))
     return path
 
 

@@ -35,17 +35,21 @@ def test_the_key_travels_in_one_header_and_appears_nowhere(
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
-        ("localhost:8000", "no address of a host"),
-        ("ftp://x/y", "no address of a host"),
-        ("https://me:secret@host/v1", "a key in the address would be stored"),
-        ("http://example.org/v1", "would travel unencrypted"),
+        ("localhost:8000", "not the address of a host"),
+        ("ftp://x/y", "not the address of a host"),
+        ("http://[", "not the address of a host"),
+        ("http://x:99999/v1", "not the address of a host"),
+        ("http://x:abc/v1", "not the address of a host"),
+        ("http://127.0.0.1:9/\x1b", "not the address of a host"),
+        ("https://me:secret@host/v1", "the address has a key, which would be stored"),
+        ("http://example.org/v1", "would be sent unencrypted"),
     ],
 )
-def test_addresses_that_cannot_be(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_that_cannot_be(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_KEY", KEY)
-    with pytest.raises(InputError, match=said) as raised:
+    with pytest.raises(InputError, match=message) as raised:
         Host(url, key_env="TEST_KEY", timeout=1, retries=0, per_minute=None)
     assert "secret" not in str(raised.value)
 
@@ -59,7 +63,7 @@ def test_azure_has_its_own_header(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def raw_host(answer: Callable[[socket.socket], None]) -> tuple[str, socket.socket]:
-    """A host that does with each connection what a test says."""
+    """A host that does with each connection what a test sets."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -82,7 +86,7 @@ def test_a_host_that_sends_byte_by_byte_is_given_up_in_time(tmp_path: Path, wher
 
     def drip(connection: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\n" + (b"content-length: 9999\r\n\r\n" if where == "body" else b"x: "))
-        for _ in range(600):
+        for _ in range(6_000):
             connection.sendall(b" ")
             time.sleep(0.1)
 
@@ -90,7 +94,7 @@ def test_a_host_that_sends_byte_by_byte_is_given_up_in_time(tmp_path: Path, wher
     begun = time.monotonic()
     with server, pytest.raises(JobError, match="1 of 1"):
         collect(url, write(tmp_path, 1), tmp_path / "o", settings(timeout=1.0, retries=0, api="chat"))
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 300  # what comes byte by byte takes twice as long
 
 
 BAD_REPLIES: dict[str, tuple[bytes, dict[str, str]]] = {

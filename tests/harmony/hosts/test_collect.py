@@ -40,7 +40,8 @@ REASONED = [("analysis", "think"), ("final", "0")]
         ({"content": "analysisthinkassistantfinal0"}, REASONED, "verbatim"),
         (
             {
-                "content": "<|channel|>analysis<|message|>think<|end|><|start|>assistant<|channel|>final<|message|>0<|return|>"
+                "content": "<|channel|>analysis<|message|>think<|end|>"
+                "<|start|>assistant<|channel|>final<|message|>0<|return|>"
             },
             REASONED,
             "verbatim",
@@ -142,7 +143,7 @@ def test_refused_parameters_are_left_out_and_recorded(
     assert capsys.readouterr().err.count("does not take temperature") == 1
 
 
-def test_a_host_without_effort_is_refused_unless_the_body_says_how(
+def test_a_host_without_effort_is_refused_unless_the_body_states_how(
     host: FakeHost, prompts: Path, tmp_path: Path
 ) -> None:
     def reply(path: str, body: dict[str, Any], n: int) -> Reply:
@@ -151,7 +152,7 @@ def test_a_host_without_effort_is_refused_unless_the_body_says_how(
         return 200, chat("0", reasoning=str(body.get("chat_template_kwargs"))), {}
 
     host.reply = reply
-    with pytest.raises(InputError, match="takes no reasoning effort: say how"):
+    with pytest.raises(InputError, match="has no option for the reasoning effort: state how"):
         collect(host.url, prompts, tmp_path / "o", settings())
     body = {"chat_template_kwargs": {"reasoning_effort": "{effort}"}}
     collect(host.url, prompts, tmp_path / "o", settings(body=body, efforts=("low", "high")))
@@ -201,8 +202,8 @@ def test_five_percent_that_fail_for_good_are_named_and_the_rest_kept_and_asked_a
 def test_a_half_written_line_is_cut_off_and_asked_again(host: FakeHost, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "o"
     collect(host.url, prompts, out, settings())
-    whole = out.read_bytes()
-    out.write_bytes(whole[:-20])
+    content = out.read_bytes()
+    out.write_bytes(content[:-20])
     before = len(host.requests)
     collect(host.url, prompts, out, settings())
     assert len(host.requests) - before == 1
@@ -227,7 +228,7 @@ def test_no_faster_than_allowed(host: FakeHost, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "message"),
     [
         ({}, "has no choices"),
         ({"choices": []}, "choices are empty"),
@@ -236,12 +237,12 @@ def test_no_faster_than_allowed(host: FakeHost, tmp_path: Path) -> None:
     ],
 )
 def test_answers_that_are_none_are_named(
-    host: FakeHost, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reply: Any, said: str
+    host: FakeHost, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reply: Any, message: str
 ) -> None:
     host.reply = lambda path, body, n: (200, reply, {})
     with pytest.raises(JobError, match="2 of 2"):
         collect(host.url, prompts, tmp_path / "o", settings())
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_what_hosts_say_of_missing_reasoning_is_told(

@@ -1,4 +1,4 @@
-"""Inspect's own log, as its package 0.3.285 wrote it (mock model, three samples, effort high), and plain conversations."""
+"""A log of Inspect 0.3.285 (mock model, three samples, effort high), and plain conversations."""
 
 import json
 import zipfile
@@ -32,18 +32,18 @@ def test_an_inspect_log_becomes_transcripts(form: str, tmp_path: Path) -> None:
     kind, rows, left_out = convert(LOG if form == "eval" else as_json(tmp_path / "log.json"))
     assert kind == "an Inspect log"
     assert not left_out
-    found = {row["prompt_id"]: row for row in rows}
-    assert found.keys() == {"a", "2", "3"}
+    by_prompt = {row["prompt_id"]: row for row in rows}
+    assert by_prompt.keys() == {"a", "2", "3"}
     assert {row["effort"] for row in rows} == {"high"}
-    assert [(m["role"], m.get("channel"), m["content"]) for m in found["2"]["messages"]] == [
+    assert [(m["role"], m.get("channel"), m["content"]) for m in by_prompt["2"]["messages"]] == [
         ("system", None, "Answer."),
         ("user", None, "7*8"),
         ("assistant", "analysis", "seven times eight… 56 <script>"),
         ("assistant", "final", "54"),
     ]
-    assert [found[i]["correct"] for i in ("a", "2", "3")] == [True, False, True]
-    assert found["a"]["meta"]["domain"] == "arithmetic"
-    assert found["a"]["meta"]["task"] == "sums"
+    assert [by_prompt[i]["correct"] for i in ("a", "2", "3")] == [True, False, True]
+    assert by_prompt["a"]["meta"]["domain"] == "arithmetic"
+    assert by_prompt["a"]["meta"]["task"] == "sums"
 
 
 def test_the_command_writes_what_capture_reads(tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_plain_lines_of_every_kind(tmp_path: Path) -> None:
     assert kind == "chat messages and prompts with answers"
     assert [row["effort"] for row in rows] == ["low", "medium", "medium", "medium", "medium"]
     for row in rows[:4]:
-        said = [(m["channel"], m["content"]) for m in row["messages"] if m["role"] == "assistant"]
-        assert said == [("analysis", "think"), ("final", "6")]
+        assistant = [(m["channel"], m["content"]) for m in row["messages"] if m["role"] == "assistant"]
+        assert assistant == [("analysis", "think"), ("final", "6")]
     assert [why.split(":")[0] for why in left_out] == ["line 5", "line 6"]
     assert len({row["id"] for row in rows}) == len(rows)
     assert rows[-1]["meta"]["reasoning"] == "absent"
@@ -123,7 +123,7 @@ def test_a_damaged_log_is_one_line(tmp_path: Path) -> None:
 def test_too_many_rows_that_cannot_be_used_end_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_MOST_LEFT_OUT", 10)
     (tmp_path / "x").write_text('{"a": 1}\n' * 10)
-    with pytest.raises(InputError, match="no file of conversations"):
+    with pytest.raises(InputError, match="not a file of conversations"):
         convert(tmp_path / "x")
     (tmp_path / "x").write_text('{"a": 1}\n' * 11)
     with pytest.raises(InputError, match=r"more than 10 rows that cannot be used; line 1: "):
@@ -144,7 +144,7 @@ def test_rows_that_are_too_long_for_a_transcript_are_left_out(tmp_path: Path, mo
 
 def test_rows_of_one_id_get_ids_that_no_other_row_has() -> None:
     ids = ["a", "a", "b", "a/2", "a", "a/2", "a"]
-    found = [row["id"] for row in files._distinct([{"id": id} for id in ids])]
-    assert len(set(found)) == len(ids)
-    assert [found[0], found[2], found[3]] == ["a", "b", "a/2"]
+    distinct = [row["id"] for row in files._distinct([{"id": id} for id in ids])]
+    assert len(set(distinct)) == len(ids)
+    assert [distinct[0], distinct[2], distinct[3]] == ["a", "b", "a/2"]
     assert files._distinct([{"id": "a"}, {"id": "a"}])[1]["id"] == "a/2"

@@ -51,9 +51,9 @@ DIALECTS = [vllm_21, vllm_22, sglang]
 @pytest.mark.parametrize("missing", [0, 1])
 def test_every_encoding_gives_the_planted_experts(dialect: Any, missing: int) -> None:
     experts = planted(12 - missing)
-    found = routed_experts(dialect(experts, 5), n_tokens=12)
-    assert found is not None
-    assert (found == experts).all()
+    decoded = routed_experts(dialect(experts, 5), n_tokens=12)
+    assert decoded is not None
+    assert (decoded == experts).all()
     assert routed_experts({"choices": [{}]}, n_tokens=12) is None
 
 

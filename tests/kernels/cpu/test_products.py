@@ -88,11 +88,11 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     x = torch.randn(32, INPUTS, generator=generator(1)).bfloat16()
     experts = torch.randint(EXPERTS, (32, 3), generator=generator(2))
     matrix = torch.randn(131, INPUTS, generator=generator(0)).bfloat16()
-    whole = products.expert_linear(x, weight, bias, products.Slots(experts, EXPERTS))
+    complete = products.expert_linear(x, weight, bias, products.Slots(experts, EXPERTS))
     dense = products.linear(x, matrix, None)
     for rows in (slice(0, 1), slice(3, 5), slice(7, 10), slice(1, 30)):
         alone = products.expert_linear(x[rows], weight, bias, products.Slots(experts[rows], EXPERTS))
-        assert torch.equal(alone, whole[rows])
+        assert torch.equal(alone, complete[rows])
         assert torch.equal(products.linear(x[rows], matrix, None), dense[rows])
 
 
@@ -258,9 +258,9 @@ def test_followed_and_differentiated_tensors_are_left_to_torch() -> None:
         assert not cpu.compiled(x)
     with forward_ad.dual_level():
         assert not cpu.compiled(x)
-    found = []
-    torch.func.vmap(lambda t: found.append(cpu.compiled(t)) or t)(x)
-    assert found == [None]
+    choices = []
+    torch.func.vmap(lambda t: choices.append(cpu.compiled(t)) or t)(x)
+    assert choices == [None]
     assert cpu.compiled(x)
 
 

@@ -33,7 +33,7 @@ def tensors(
     return q.to(dtype), k.to(dtype), v.to(dtype), torch.randn(heads, generator=rng).to(dtype) * 2
 
 
-def whole(
+def reference(
     q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: int | None, sinks: Tensor | None = None, lengths: Any = None
 ) -> Result:
     """All scores at once, in float64; sequences end to end are masked from each other."""
@@ -74,7 +74,7 @@ def test_prefill_equals_the_whole_softmax(shape: str, window: int | None, with_s
     q, k, v, sinks = tensors(keys=sizes["n"], **sizes)
     pos = torch.arange(q.shape[1]).expand(len(q), -1)
     got = gpu.attention(q, k, v, pos, window, sinks=sinks if with_sinks else None)
-    assert max(errors(got, whole(q, k, v, pos, window, sinks if with_sinks else None))) < 2e-6
+    assert max(errors(got, reference(q, k, v, pos, window, sinks if with_sinks else None))) < 2e-6
 
 
 @pytest.mark.parametrize("window", [None, 16])
@@ -90,7 +90,7 @@ def test_rows_that_continue_unequal_prefixes_in_a_longer_cache(n: int, window: i
     strided = cache[:, :, :70]
     for given in (None, sinks):
         got = gpu.attention(q, strided[0], strided[1], pos, window, sinks=given)
-        assert max(errors(got, whole(q, k, v, pos, window, given))) < 2e-6
+        assert max(errors(got, reference(q, k, v, pos, window, given))) < 2e-6
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -99,13 +99,13 @@ def test_sequences_end_to_end_do_not_see_each_other(window: int | None) -> None:
     q, k, v, sinks = tensors(sum(lengths), sum(lengths), heads=4, kv=2)
     pos = torch.cat([torch.arange(n) for n in lengths])[None]
     got = gpu.attention(q, k, v, pos, window, lengths=lengths, sinks=sinks)
-    assert max(errors(got, whole(q, k, v, pos, window, sinks, lengths))) < 2e-6
+    assert max(errors(got, reference(q, k, v, pos, window, sinks, lengths))) < 2e-6
 
 
 def test_bfloat16_is_within_twice_the_error_of_torch() -> None:
     q, k, v, sinks = tensors(50, 50, heads=8, kv=2, d=64, dtype=torch.bfloat16)
     pos = torch.arange(50)[None]
-    want = whole(q, k, v, pos, 16, sinks)
+    want = reference(q, k, v, pos, 16, sinks)
     ours = errors(gpu.attention(q, k, v, pos, 16, sinks=sinks), want)
     theirs = errors(attend.attention(q, k, v, pos, 16, sinks=sinks), want)
     assert all(a <= 2 * b + 1e-6 for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
@@ -159,22 +159,22 @@ def test_gradients_of_every_output_reach_every_input(case: str, with_sinks: bool
         return list(torch.autograd.grad(loss, given))
 
     got = gradients(gpu.attention, torch.float32)
-    for name, a, b in zip("qkvs", got, gradients(whole, torch.float64), strict=False):
+    for name, a, b in zip("qkvs", got, gradients(reference, torch.float64), strict=False):
         assert float((a - b).norm() / b.norm()) < 5e-6, name
 
 
 def mutants() -> dict[str, Callable[..., Result]]:
     def tiled(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Result:
         order = torch.arange(q.shape[2]).view(-1, k.shape[2]).mT.flatten()
-        z, lse, sink = whole(q[:, :, order], k, v, *rest)
+        z, lse, sink = reference(q[:, :, order], k, v, *rest)
         return z[:, :, order.argsort()], lse, sink
 
     return {
-        "sink dropped": lambda q, k, v, pos, window, sinks: (*whole(q, k, v, pos, window)[:2], None),
-        "window one longer": lambda q, k, v, pos, window, sinks: whole(q, k, v, pos, window + 1, sinks),
-        "window one shorter": lambda q, k, v, pos, window, sinks: whole(q, k, v, pos, window - 1, sinks),
+        "sink dropped": lambda q, k, v, pos, window, sinks: (*reference(q, k, v, pos, window)[:2], None),
+        "window one longer": lambda q, k, v, pos, window, sinks: reference(q, k, v, pos, window + 1, sinks),
+        "window one shorter": lambda q, k, v, pos, window, sinks: reference(q, k, v, pos, window - 1, sinks),
         "heads tiled": tiled,
-        "prefix ignored": lambda q, k, v, pos, window, sinks: whole(q, k, v, pos - pos[:, :1], window, sinks),
+        "prefix ignored": lambda q, k, v, pos, window, sinks: reference(q, k, v, pos - pos[:, :1], window, sinks),
     }
 
 
@@ -183,5 +183,5 @@ def test_a_wrong_reference_is_noticed(mutant: str) -> None:
     q, k, v, sinks = tensors(20, 45, heads=4, kv=2)
     pos = 25 + torch.arange(20)[None]
     got = gpu.attention(q, k, v, pos, 16, sinks=sinks)
-    assert max(errors(got, whole(q, k, v, pos, 16, sinks))) < 2e-6
+    assert max(errors(got, reference(q, k, v, pos, 16, sinks))) < 2e-6
     assert max(errors(got, mutants()[mutant](q, k, v, pos, 16, sinks))) > 1e-2

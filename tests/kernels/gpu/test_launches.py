@@ -1,4 +1,4 @@
-"""Every launch of the real launchers compiles for real targets, without a spill, within a budget of launches a layer."""
+"""Every launch of the launchers compiles for real targets, without a spill, within a budget of launches a layer."""
 
 import json
 import os
@@ -30,15 +30,15 @@ def measured(target: str, *scenarios: str, spoil: str = "") -> dict[str, Any]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
-def problems(found: dict[str, Any], target: str) -> list[str]:
+def problems(report: dict[str, Any], target: str) -> list[str]:
     """Return kernels that spill, do not fit, or lack the matrix instruction."""
     facts = TARGETS[target]
     wrong = []
-    for kernel in found["kernels"]:
+    for kernel in report["kernels"]:
         name = kernel["kernel"]
         if kernel["spilled"]:
             wrong.append(f"{name} spills {kernel['spilled']} bytes a thread")
@@ -51,9 +51,9 @@ def problems(found: dict[str, Any], target: str) -> list[str]:
 
 @pytest.mark.slow
 def test_every_launch_on_an_h100_compiles_and_stays_within_the_budget() -> None:
-    found = measured("sm_90", *QUICK)
-    assert problems(found, "sm_90") == []
-    per_layer = {name: len(launched) / found["layers"] for name, launched in found["launches"].items()}
+    report = measured("sm_90", *QUICK)
+    assert problems(report, "sm_90") == []
+    per_layer = {name: len(launched) / report["layers"] for name, launched in report["launches"].items()}
     assert per_layer["decode"] <= DECODE_LAUNCHES
     assert per_layer["prefill of 100 tokens"] <= PREFILL_LAUNCHES
     assert per_layer["prefill of 1,030 tokens"] == per_layer["prefill of 100 tokens"], "independent of the length"
@@ -81,6 +81,27 @@ def test_a_bad_tile_is_noticed(name: str) -> None:
     else:  # Triton itself refuses it at the launch
         with pytest.raises(AssertionError, match=r"OutOfResources|out of resource"):
             measured("sm_90", "prefill of 100 tokens", spoil=spoil)
+
+
+SPILLS = """
+from workbench.kernels.gpu.spills import spilled
+model = p.model_of("20b", layers=1)
+with p.pretending("sm_90"):
+    p.SCENARIOS["decode"](*model)
+    before = spilled()
+    p.PretendDriver.load_binary = lambda self, name, *_: (1, 1, 0, 7 * (name == "_linear"), 1024)
+    p.SCENARIOS["prefill of 100 tokens"](*model)  # other variants: loaded after the change
+print(json.dumps([before, spilled()]))
+"""
+
+
+@pytest.mark.slow
+def test_spills_of_loaded_kernels_are_listed() -> None:
+    code = f"import json\nfrom tests.kernels.gpu import pretend_driver as p\n{SPILLS}"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [{}, {"_linear": 7}], "none before, and one then"
 
 
 @pytest.mark.long

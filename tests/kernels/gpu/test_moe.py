@@ -221,7 +221,7 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
 
 @pytest.mark.parametrize("matrix", ["gate_up", "down"])
 def test_a_nan_scale_shows(matrix: str) -> None:
-    """Clamps included: a NaN is no large gate."""
+    """Clamps included: a NaN is not a large gate."""
     c = case(*SIZES[2], torch.float32)
     getattr(c.weights, matrix).scales[1, 3] = 255
     hit = (c.experts == 1).any(-1)

@@ -83,10 +83,10 @@ def test_the_better_of_two_scales_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "said"), [(torch.full((GROUP,), torch.inf), "NaN or infinity"), (torch.zeros(2, 33), "groups of 32")]
+    ("weight", "message"), [(torch.full((GROUP,), torch.inf), "NaN or infinity"), (torch.zeros(2, 33), "groups of 32")]
 )
-def test_what_the_format_cannot_hold_is_refused(weight: Tensor, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_the_format_cannot_hold_is_refused(weight: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         quantise(weight)
 
 

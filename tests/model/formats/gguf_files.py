@@ -99,7 +99,7 @@ def packed(blocks: Tensor, scales: Tensor, kind: int = MXFP4) -> Stored:
 
 def llama_cpp(cfg: Config, t: Mapping[str, Tensor], matrices: int = BF16) -> dict[str, Stored]:
     """The names of llama.cpp."""
-    found = {
+    stored = {
         "token_embd.weight": floats(t["embed.weight"], matrices),
         "output.weight": floats(t["unembed.weight"], matrices),
         "output_norm.weight": floats(t["ln_final.weight"]),
@@ -107,9 +107,9 @@ def llama_cpp(cfg: Config, t: Mapping[str, Tensor], matrices: int = BF16) -> dic
     for layer in range(cfg.n_layers):
         ours, theirs = f"blocks.{layer}.", f"blk.{layer}."
         for part, name in {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}.items():
-            found[f"{theirs}{name}.weight"] = floats(t[f"{ours}attn.{part}.weight"], matrices)
-            found[f"{theirs}{name}.bias"] = floats(t[f"{ours}attn.{part}.bias"])
-        found |= {
+            stored[f"{theirs}{name}.weight"] = floats(t[f"{ours}attn.{part}.weight"], matrices)
+            stored[f"{theirs}{name}.bias"] = floats(t[f"{ours}attn.{part}.bias"])
+        stored |= {
             f"{theirs}attn_norm.weight": floats(t[ours + "ln1.weight"]),
             f"{theirs}post_attention_norm.weight": floats(t[ours + "ln2.weight"]),
             f"{theirs}attn_sinks.weight": floats(t[ours + "attn.sinks"]),
@@ -122,13 +122,13 @@ def llama_cpp(cfg: Config, t: Mapping[str, Tensor], matrices: int = BF16) -> dic
             ("down", "down", slice(None)),
         ):
             stem = f"{ours}mlp.experts.{part}."
-            found[f"{theirs}ffn_{own}_exps.bias"] = floats(t[stem + "bias"][:, rows])
-            found[f"{theirs}ffn_{own}_exps.weight"] = (
+            stored[f"{theirs}ffn_{own}_exps.bias"] = floats(t[stem + "bias"][:, rows])
+            stored[f"{theirs}ffn_{own}_exps.weight"] = (
                 packed(t[stem + "blocks"][:, rows], t[stem + "scales"][:, rows])
                 if stem + "blocks" in t
                 else floats(t[stem + "weight"].mT[:, rows], matrices)
             )
-    return found
+    return stored
 
 
 OLLAMA_NAMES = {"attn_output": "attn_out", "attn_sinks.weight": "attn_sinks", "post_attention_norm": "ffn_norm"}
@@ -136,18 +136,18 @@ OLLAMA_NAMES = {"attn_output": "attn_out", "attn_sinks.weight": "attn_sinks", "p
 
 def ollama(cfg: Config, t: Mapping[str, Tensor]) -> dict[str, Stored]:
     """Ollama's names of autumn 2025, with llama.cpp's types."""
-    found = {}
+    renamed_tensors = {}
     for name, stored in llama_cpp(cfg, t).items():
         renamed = name
         for theirs, other in OLLAMA_NAMES.items():
             renamed = renamed.replace(theirs, other)
-        found[renamed] = stored
-    return found
+        renamed_tensors[renamed] = stored
+    return renamed_tensors
 
 
 def first_ollama(cfg: Config, t: Mapping[str, Tensor]) -> dict[str, Stored]:
     """Ollama's names of August 2025: fused matrices, and MXFP4 as type 4 in the published order."""
-    found = {
+    stored = {
         name: stored
         for name, stored in ollama(cfg, t).items()
         if "_exps" not in name and not any(f"attn_{part}." in name for part in "qkv")
@@ -156,12 +156,12 @@ def first_ollama(cfg: Config, t: Mapping[str, Tensor]) -> dict[str, Stored]:
         ours, theirs = f"blocks.{layer}.", f"blk.{layer}."
         for kind, stored_as in (("weight", BF16), ("bias", F32)):
             rows = torch.cat([t[f"{ours}attn.{part}.{kind}"] for part in "qkv"])
-            found[f"{theirs}attn_qkv.{kind}"] = floats(rows, stored_as)
+            stored[f"{theirs}attn_qkv.{kind}"] = floats(rows, stored_as)
         for part in ("gate_up", "down"):
             stem = f"{ours}mlp.experts.{part}."
-            found[f"{theirs}ffn_{part}_exps.weight"] = packed(t[stem + "blocks"], t[stem + "scales"], OLLAMA_MXFP4)
-            found[f"{theirs}ffn_{part}_exps.bias"] = floats(t[stem + "bias"])
-    return found
+            stored[f"{theirs}ffn_{part}_exps.weight"] = packed(t[stem + "blocks"], t[stem + "scales"], OLLAMA_MXFP4)
+            stored[f"{theirs}ffn_{part}_exps.bias"] = floats(t[stem + "bias"])
+    return stored
 
 
 GENERATIONS = {

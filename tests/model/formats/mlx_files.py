@@ -14,11 +14,11 @@ Change = Callable[[dict[str, Tensor]], object]
 def as_mlx(folder: Path, change: Change = lambda tensors: None) -> Path:
     """Store the model of a folder as MLX does: gate and up apart, packed experts as words."""
     path = folder / "model.safetensors"
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for name, tensor in load_file(path).items():
         stem, of_experts, rest = name.partition(".mlp.experts.")
         if not of_experts:
-            found[name] = tensor
+            stored[name] = tensor
             continue
         part, _, kind = rest.replace("_proj", "|").partition("|")
         for own, rows in (
@@ -27,13 +27,13 @@ def as_mlx(folder: Path, change: Change = lambda tensors: None) -> Path:
             module = f"{stem}.mlp.experts.{own}_proj"
             if kind == "_blocks":
                 words = tensor[:, rows].flatten(2).contiguous().view(torch.uint32)
-                found[f"{module}.weight"] = words
+                stored[f"{module}.weight"] = words
             elif kind in ("_scales", "_bias"):
-                found[module + kind.replace("_", ".")] = tensor[:, rows].contiguous()
+                stored[module + kind.replace("_", ".")] = tensor[:, rows].contiguous()
             else:
-                found[f"{module}.weight"] = tensor.mT[:, rows].contiguous()
-    change(found)
-    save_file(found, path)
+                stored[f"{module}.weight"] = tensor.mT[:, rows].contiguous()
+    change(stored)
+    save_file(stored, path)
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config", None)
     config["quantization"] = config["quantization_config"] = {"group_size": 32, "bits": 4, "mode": "mxfp4"}

@@ -49,7 +49,7 @@ def test_a_file_with_a_number_for_each_layer_is_the_same_model(tmp_path: Path, a
     [
         (
             {},
-            r"has layers with \[8, 5, 6\] experts, and gpt-oss.expert_count says 8: .* a list with one for each layer",
+            r"has layers with \[8, 5, 6\] experts, and gpt-oss.expert_count states 8: .* a list with one for each",
         ),
         ({"expert_count": [8, 6, 5]}, r"has layers with \[8, 5, 6\] experts, and .* says \[8, 6, 5\]"),
         ({"expert_count": [8, 5]}, r"expert_count is \[8, 5\], expected 3 whole numbers from 1 on"),
@@ -70,7 +70,7 @@ def test_a_pruned_file_with_the_number_from_before_is_told_its_own(tmp_path: Pat
     pruned, tensors = without_last_experts(CFG, RandomTensors(CFG), (5, 5, 5))
     about = files.metadata(CFG, "gpt-oss", NANO)
     path = files.write(tmp_path / "m.gguf", about, files.llama_cpp(pruned, tensors))
-    with pytest.raises(InputError, match=r"has 5 experts in every layer, and gpt-oss.expert_count says 8"):
+    with pytest.raises(InputError, match=r"has 5 experts in every layer, and gpt-oss.expert_count states 8"):
         open_checkpoint(path)
 
 
@@ -79,5 +79,5 @@ def test_a_pruned_file_with_the_number_from_before_is_told_its_own(tmp_path: Pat
 )
 def test_a_file_that_is_no_model_is_named(tmp_path: Path, kind: str, remedy: str) -> None:
     path = files.write(tmp_path / "m.gguf", {"general.type": kind, "general.architecture": "gpt-oss"}, {})
-    with pytest.raises(InputError, match=f"holds no model, its general.type is '{kind}': {remedy}"):
+    with pytest.raises(InputError, match=f"is not a model: its general.type is '{kind}': {remedy}"):
         open_checkpoint(path)

@@ -164,7 +164,7 @@ def test_experts_that_are_not_packed_are_dense(tmp_path: Path, kind: int) -> Non
 def test_a_folder_of_two_models_asks_for_one(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         written(tmp_path / name)
-    with pytest.raises(InputError, match=r"holds 2 GGUF models, a\.gguf, b\.gguf: name one of its files"):
+    with pytest.raises(InputError, match=r"holds 2 GGUF models, a\.gguf, b\.gguf: give one of its files"):
         open_checkpoint(tmp_path)
 
 
@@ -222,7 +222,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "gpt-oss.block_count is 'many', expected a number",
     ),
     "another rope": (rewritten(**{"gpt-oss.rope.scaling.type": "linear"}), "rope scaling 'linear' is not computed"),
-    "another width": (rewritten(**{"gpt-oss.embedding_length": 96}), r"has shape \[.*64.*\], the metadata want"),
+    "another width": (rewritten(**{"gpt-oss.embedding_length": 96}), r"has shape \[.*64.*\], the metadata require"),
     "no embedding": (without("token_embd.weight"), "tensor 'token_embd.weight' is missing"),
     "a missing tensor": (
         without("blk.1.attn_sinks.weight"),
@@ -233,7 +233,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "tensor 'blk.0.extra.weight' is not part of a gpt-oss",
     ),
     "an unknown type": (without("", {"x": ((2, 32), 77, b"")}), "tensor 'x' has ggml type 77, which is not read here"),
-    "part of a block": (without("", {"x": ((2, 33), files.Q8_0, b"")}), "rows that are no multiple of 32"),
+    "part of a block": (without("", {"x": ((2, 33), files.Q8_0, b"")}), "rows that are not a multiple of 32"),
     "Ollama's type in another file": (without("", {"x": ((2, 32), 4, b"")}), "has ggml type 4, which is not read here"),
 }
 
@@ -248,7 +248,7 @@ def test_damage_is_refused_in_one_line_that_names_it(tmp_path: Path, damage: str
     assert "\n" not in str(refusal.value)
 
 
-def test_a_file_without_an_unembedding_ties_it_and_says_so(tmp_path: Path) -> None:
+def test_a_file_without_an_unembedding_ties_it_and_reports_it(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     without("output.weight")(path)
     checkpoint = open_checkpoint(path)

@@ -117,18 +117,21 @@ def pointer(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (exchanged, r"m-00001-of-00003.gguf is part 2 of 3 .*, and its name says 1 of 3: name the parts as they were"),
-        (last_two_exchanged, r"m-00002-of-00003.gguf is part 3 of 3 of a split model, and its name says 2 of 3"),
-        (renamed, r"model.gguf is part 1 of 3 of a split model: name all parts NAME-00001-of-0000N.gguf"),
+        (
+            exchanged,
+            r"m-00001-of-00003.gguf is part 2 of 3 .*, and its name states 1 of 3: restore the original names",
+        ),
+        (last_two_exchanged, r"m-00002-of-00003.gguf is part 3 of 3 of a split model, and its name states 2 of 3"),
+        (renamed, r"model.gguf is part 1 of 3 of a split model: rename the parts to NAME-00001-of-0000N.gguf"),
         (missing, r"is one of 3 files, and m-00003-of-00003\.gguf is missing: download it"),
-        (of_another_count, r"m-00002-of-00003.gguf is part 2 of 2 of a split model, and its name says 2 of 3"),
-        (of_another_model, r"m-00002-of-00003.gguf is a part of another model than m-00001-.*: split.tensors.count is"),
+        (of_another_count, r"m-00002-of-00003.gguf is part 2 of 2 of a split model, and its name states 2 of 3"),
+        (of_another_model, r"m-00002-of-00003.gguf belongs to another model than m-00001-.*: split.tensors.count is"),
         (of_another_architecture, r"is a part of another model .*: general.architecture is 'llama', not 'gpt-oss'"),
-        (with_fewer_tensors, r"the parts hold \d+ tensors, the model has \d+: a part is of another model"),
-        (two_splits_of_one_name, r"holds 2 GGUF models, m-…-of-00002.gguf, m-…-of-00003.gguf: name one of its files"),
-        (beyond_the_count, r"there is no part 4 of 3: name the file as it was"),
-        (below, r"has GGUF files in folders below it: name one, such as .*MXFP4/m-00001-of-00003.gguf"),
-        (pointer, r"m-00002-of-00003.gguf is a git-lfs pointer: run git lfs pull"),
+        (with_fewer_tensors, r"the parts hold \d+ tensors, the model has \d+: a part belongs to another model"),
+        (two_splits_of_one_name, r"holds 2 GGUF models, m-…-of-00002.gguf, m-…-of-00003.gguf: give one of its files"),
+        (beyond_the_count, r"there is no part 4 of 3: restore the file's original name"),
+        (below, r"has GGUF files in folders below it: give one of them, such as .*MXFP4/m-00001-of-00003.gguf"),
+        (pointer, r"m-00002-of-00003.gguf is a pointer of git-lfs instead of the file: run `git lfs pull`"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_one_line(

@@ -1,4 +1,4 @@
-"""Folders of MLX hold the same tensors as the published layout; affine matrices are dequantised as MLX dequantises them.
+"""Folders of MLX hold the same tensors as the published layout; affine matrices are dequantised as MLX does it.
 
 The folders are made here from the published tensors. docs/howto/formats.md has the comparison with folders that
 mlx-lm 0.32 wrote on Linux.
@@ -66,7 +66,7 @@ def test_gate_and_up_exchanged_are_another_model(tmp_path: Path) -> None:
 
 
 def affine(tensors: dict[str, Tensor], name: str, bits: int, group: int) -> Tensor:
-    """Quantise a matrix and return its values, from the definition: code · scale + bias, the first code in the lowest bits."""
+    """Quantise a matrix and return its values by definition: code · scale + bias, the first code in the lowest bits."""
     weight = tensors[f"{name}.weight"].float()
     groups = weight.unflatten(-1, (-1, group))
     low, high = groups.amin(-1), groups.amax(-1)
@@ -113,11 +113,11 @@ SCALES = "model.layers.1.mlp.experts.up_proj.scales"
         (put("model.layers.0.extra", torch.ones(1)), "'model.layers.0.extra' is not part of a gpt-oss of MLX"),
         (
             put(SCALES, torch.zeros(8, 96, 3, dtype=torch.uint8)),
-            r"up_proj.scales' is U8 \[8, 96, 3\], the config wants \[8, 96, 2\]",
+            r"up_proj.scales' is U8 \[8, 96, 3\], the config requires \[8, 96, 2\]",
         ),
         (
             put("model.norm.weight", torch.zeros(64, dtype=torch.int32)),
-            r"'model.norm.weight' is I32 \[64\], the config wants",
+            r"'model.norm.weight' is I32 \[64\], the config requires",
         ),
         (
             put("model.embed_tokens.weight", torch.zeros(72, 10, dtype=torch.int32).view(torch.uint32)),

@@ -64,22 +64,22 @@ def test_without_a_chosen_folder_the_users_and_the_services_are_read(
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a/../b", "", "a b", "/a", "a:b:c"])
 def test_a_name_cannot_lead_elsewhere(name: str, models: Path) -> None:
-    with pytest.raises(InputError, match="is no name of an Ollama model"):
+    with pytest.raises(InputError, match="is not the name of an Ollama model"):
         find_model(name)
 
 
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        ([], "names no GGUF file, it has nothing: a cloud model has no weights here"),
-        ([{**WEIGHTS, "mediaType": "application/vnd.ollama.image.tensor"}], "names no GGUF file, it has tensor:"),
+        ([], "lists no GGUF file, only nothing: a cloud model has no weights here"),
+        ([{**WEIGHTS, "mediaType": "application/vnd.ollama.image.tensor"}], "lists no GGUF file, only tensor:"),
         (
             [WEIGHTS, {"mediaType": "application/vnd.ollama.image.adapter", "digest": DIGEST}],
             "'gpt-oss:20b' is a model with an adapter in GGUF, which is not read",
         ),
         ([WEIGHTS, WEIGHTS], "names 2 files of weights"),
         ([{**WEIGHTS, "digest": "sha256:../x"}], "expected one by its SHA-256"),
-        ([{**WEIGHTS, "digest": "sha256:" + "b" * 64}], "is missing, which"),
+        ([{**WEIGHTS, "digest": "sha256:" + "b" * 64}], "is missing, and .* lists it"),
         (3, "is not a manifest of Ollama"),
     ],
 )
@@ -119,9 +119,9 @@ def test_a_model_of_ollama_is_found_by_its_name(tmp_path: Path, monkeypatch: pyt
             "ollama:gpt-oss",
             "Ollama has no model 'gpt-oss' .* run `ollama pull gpt-oss`, or set OLLAMA_MODELS; there is 20b",
         ),
-        ("ollama:../../x:y", "is no name of an Ollama model"),
-        ("ollama:", "is no name of an Ollama model"),
-        ("ollama:a/b/c/d:e", "is no name of an Ollama model"),
+        ("ollama:../../x:y", "is not the name of an Ollama model"),
+        ("ollama:", "is not the name of an Ollama model"),
+        ("ollama:a/b/c/d:e", "is not the name of an Ollama model"),
     ],
 )
 def test_a_name_that_ollama_does_not_have_is_refused(
@@ -137,7 +137,7 @@ def test_a_damaged_store_of_ollama_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
     ollama_store(tmp_path / "store", written(tmp_path / "model.gguf"))
     next((tmp_path / "store" / "blobs").iterdir()).unlink()
-    with pytest.raises(InputError, match=r"is missing, which .*20b names: pull the model again"):
+    with pytest.raises(InputError, match=r"is missing, and .*20b lists it: pull the model again"):
         wb.load("ollama:gpt-oss:20b", device="cpu")
     next((tmp_path / "store" / "manifests").rglob("20b")).write_text("[]")
     with pytest.raises(InputError, match="is not a manifest of Ollama"):

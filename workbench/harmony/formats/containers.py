@@ -15,12 +15,17 @@ import pyarrow.parquet as pq
 
 from workbench.bounded_json import parse_documents, parse_json, read_json
 from workbench.errors import InputError
+from workbench.harmony.formats import parquet_pages
+from workbench.harmony.formats.arrow_messages import largest_unpacked
 from workbench.harmony.transcripts import LONGEST_ROW_BYTES
 from workbench.inputs import open_regular
 
 _LONGEST_DOCUMENT = 1_000_000_000  # bytes, unpacked
 MAX_ROWS = 10_000_000  # of a file: columns of one value repeated take a few bytes for any number of rows
 _MAX_COLUMNS = 10_000  # of a table, counting those of nested values
+_MAX_VALUES = 100_000_000  # of a row group or batch, those of nested lists included; they take gigabytes as objects
+_VALUE_BYTES = 8  # of a value as an entry of a list
+_ARROW_MARK = b"ARROW1\0\0"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _BATCH_ROWS, _BATCH_BYTES = 256, 4_000_000_000
 
@@ -116,7 +121,7 @@ def _documents(path: Path, content: bytes) -> Objects:
             yield f"document {number}", error
             return
         if isinstance(value, list):
-            yield from ((f"entry {i}", each) for i, each in enumerate(value, 1))
+            yield from ((f"entry {i}", entry) for i, entry in enumerate(value, 1))
         else:
             yield f"document {number}", value
         number += 1
@@ -126,10 +131,12 @@ def _parquet(path: Path) -> Objects:
     with _complete(path, "Parquet"), pq.ParquetFile(path) as file:
         metadata = file.metadata
         _refuse_large(path, metadata.num_rows, metadata.num_columns)
-        groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-        sizes = (sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)) for group in groups)
-        if (largest := max(sizes, default=0)) > _LONGEST_DOCUMENT:
+        with pa.memory_map(str(path)) as source:
+            groups = parquet_pages.unpacked(memoryview(source.read_buffer()).cast("B"), metadata)
+        if (largest := max((group.size for group in groups), default=0)) > _LONGEST_DOCUMENT:
             raise InputError(f"{path} unpacks to {largest:,} bytes in one row group: write it in smaller ones")
+        if (values := max((group.values for group in groups), default=0)) > _MAX_VALUES:
+            raise InputError(f"{path} has {values:,} values in one row group: write it in smaller ones")
         yield from _rows(path, file.iter_batches(_rows_at_once(largest)))
 
 
@@ -141,7 +148,7 @@ def _complete(path: Path, kind: str) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # ValueError: a date that Python lacks
-        raise InputError(f"{path} is no complete {kind} file: {_line(error)}") from error
+        raise InputError(f"{path} is not a complete {kind} file: {_line(error)}") from error
 
 
 def _rows_at_once(size: int) -> int:
@@ -161,13 +168,13 @@ def _arrow(path: Path) -> Objects:
     with _complete(path, "Arrow"):
         open_regular(path).close()  # no pipe, which would wait for ever
         with pa.memory_map(str(path)) as source:
-            try:
-                batches: Iterable[pa.RecordBatch] = pa.ipc.open_stream(source)
-            except pa.ArrowInvalid:
-                source.seek(0)
-                reader = pa.ipc.open_file(source)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            yield from _rows(path, batches)
+            # a file is a stream between two marks; its footer, which could name other places, is not read
+            begin = len(_ARROW_MARK) if source.read(len(_ARROW_MARK)) == _ARROW_MARK else 0
+            source.seek(begin)
+            if (largest := largest_unpacked(source)) > _LONGEST_DOCUMENT:
+                raise InputError(f"{path} unpacks to {largest:,} bytes in one batch: write it in smaller ones")
+            source.seek(begin)
+            yield from _rows(path, pa.ipc.open_stream(source))
 
 
 def _rows(path: Path, batches: Iterable[pa.RecordBatch]) -> Objects:
@@ -181,11 +188,27 @@ def _rows(path: Path, batches: Iterable[pa.RecordBatch]) -> Objects:
     for batch in batches:
         _refuse_large(path, number + batch.num_rows, batch.num_columns)
         batch.validate(full=True)
-        step = _rows_at_once(batch.nbytes)
+        if (values := sum(map(_values, batch.columns))) > _MAX_VALUES:
+            raise InputError(f"{path} has {values:,} values in one batch: write it in smaller ones")
+        step = _rows_at_once(max(batch.nbytes, _VALUE_BYTES * values))
         for start in range(0, batch.num_rows, step):
             for row in batch.slice(start, step).to_pylist():
                 number += 1
                 yield f"row {number}", row
+
+
+def _values(array: pa.Array) -> int:
+    """Return how many values a column has with those inside of it: values without content take no bytes of a file."""
+    kind = array.type
+    if isinstance(array, pa.ExtensionArray):
+        return _values(array.storage)
+    if pa.types.is_dictionary(kind):
+        return len(array) + _values(array.dictionary)
+    if pa.types.is_run_end_encoded(kind) or pa.types.is_map(kind) or hasattr(array, "values"):
+        return len(array) + _values(array.values)
+    if pa.types.is_struct(kind) or pa.types.is_union(kind):
+        return len(array) + sum(_values(array.field(i)) for i in range(kind.num_fields))
+    return len(array)
 
 
 def _folder(path: Path) -> tuple[str, Objects]:
@@ -221,7 +244,7 @@ def _names(path: Path, field: str) -> list[str]:
         raise InputError(f"{path} does not describe a dataset: {_line(error)}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-            raise InputError(f"{path} names {ascii(name)[:60]}, which is no file beside it")
+            raise InputError(f"{path} names {ascii(name)[:60]}, which is not a file in its folder")
     return names
 
 

@@ -39,27 +39,27 @@ def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, 
     row: dict[str, Any] = {"id": c.id, "prompt_id": c.prompt_id or c.id}
     about = {"complete": c.complete, "expected": c.answer, "correct": c.correct}
     if c.tokens is not None:
-        named = c.effort if c.effort not in (None, "") else effort
-        row |= {"effort": effort_of(named) if named else None, "tokens": c.tokens[0], "n_prompt": c.tokens[1]}
+        stated = c.effort if c.effort not in (None, "") else effort
+        row |= {"effort": effort_of(stated) if stated else None, "tokens": c.tokens[0], "n_prompt": c.tokens[1]}
         return _present(row | about | {"meta": c.meta or None})
     options, notes = _options(c)
-    found = from_chat_messages(
+    chat = from_chat_messages(
         c.messages, builtin=options.get("builtin_tools", ()), truncated=c.complete is False, split=True
     )
-    if not any(m["role"] == "assistant" for m in found.messages):
-        raise InputError("no response of an assistant")
-    named = settled_effort(c.effort, found.messages) or effort
-    if named is None:
-        raise InputError(f"its effort is unknown: give --effort with one of {', '.join(EFFORTS)}")
-    prompt_options(effort=named, **options)
+    if not any(m["role"] == "assistant" for m in chat.messages):
+        raise InputError("it has no message of an assistant")
+    stated = settled_effort(c.effort, chat.messages) or effort
+    if stated is None:
+        raise InputError(f"its effort is not stated: give --effort, one of {', '.join(EFFORTS)}")
+    prompt_options(effort=stated, **options)
     if c.complete is None:
-        about["complete"] = found.complete
-    if any(m.get("recipient") not in (None, "all") for m in found.messages if m["role"] == "assistant"):
+        about["complete"] = chat.complete
+    if any(m.get("recipient") not in (None, "all") for m in chat.messages if m["role"] == "assistant"):
         notes += [] if options.get("tools") or options.get("builtin_tools") else ["tools_not_rendered"]
-    notes += notes_on(found)
-    has_analysis = any(m.get("channel") == "analysis" for m in found.messages)
-    meta = c.meta | {"reasoning": ("summary" if found.summary else "verbatim") if has_analysis else "absent"}
-    row |= {"effort": named, "messages": found.messages} | about | options
+    notes += notes_on(chat)
+    has_analysis = any(m.get("channel") == "analysis" for m in chat.messages)
+    meta = c.meta | {"reasoning": ("summary" if chat.summary else "verbatim") if has_analysis else "absent"}
+    row |= {"effort": stated, "messages": chat.messages} | about | options
     return _present(row | {"notes": list(dict.fromkeys(notes)) or None, "meta": meta})
 
 

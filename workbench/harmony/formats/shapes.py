@@ -145,13 +145,13 @@ def _choice(choice: Row, response: Row) -> tuple[list[Any], bool | None, tuple[l
 
 def with_preambles(items: Sequence[Any]) -> list[Any]:
     """Return items of Responses; a message that a call or more reasoning follows is a preamble."""
-    found = []
+    with_channels = []
     for item, following in zip(items, [*items[1:], None], strict=True):
         kind = _object(following).get("type")
         before_more = kind in ("function_call", "reasoning", "custom_tool_call")
         preamble = before_more and _object(item).get("type") == "message"
-        found.append({**item, "channel": "commentary"} if preamble else item)
-    return found
+        with_channels.append({**item, "channel": "commentary"} if preamble else item)
+    return with_channels
 
 
 def paired(request: Row, response: Row, beside: Row) -> Iterator[Conversation]:

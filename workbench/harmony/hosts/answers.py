@@ -49,7 +49,7 @@ def from_responses(reply: Any) -> Answer:
 
 
 def from_completion(reply: Any) -> tuple[str, bool, dict[str, Any], tuple[list[int], list[int]] | None]:
-    """Return the text of `/completions` behind the prompt, whether it ended by itself, its metadata, and its ids."""
+    """Return the text of `/completions` after the prompt, whether it ended by itself, its metadata, and its ids."""
     choice = _first(_get(reply, "choices", list), "choices")
     return _get(choice, "text", str), choice.get("finish_reason") == "stop", _about(choice, reply), _ids(choice, reply)
 
@@ -62,15 +62,15 @@ def first_choice(reply: Any) -> Mapping[str, Any]:
 def _answer(messages: list[Any], complete: bool, choice: Mapping[str, Any], reply: Mapping[str, Any]) -> Answer:
     cut = not complete or is_complete(choice) is False
     try:
-        found = from_chat_messages(messages, truncated=cut, split=True) if messages else None
+        answer = from_chat_messages(messages, truncated=cut, split=True) if messages else None
     except InputError as error:
         raise NoAnswerError(str(error)) from error
-    written = [m for m in found.messages if m["content"] or m.get("recipient") or m.get("raw")] if found else []
-    if found is None or not written:
+    written = [m for m in answer.messages if m["content"] or m.get("recipient") or m.get("raw")] if answer else []
+    if answer is None or not written:
         raise NoAnswerError("the reply holds no text")
     has_analysis = any(m.get("channel") == "analysis" for m in written)
-    reasoning = ("summary" if found.summary else "verbatim") if has_analysis else "absent"
-    complete = complete and found.complete is not False
+    reasoning = ("summary" if answer.summary else "verbatim") if has_analysis else "absent"
+    complete = complete and answer.complete is not False
     return Answer(written, reasoning, complete, _about(choice, reply), _ids(choice, reply))
 
 

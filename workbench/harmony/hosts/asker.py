@@ -40,7 +40,9 @@ class Asker:
                 continue
             self.api = api
             return row
-        raise InputError(f"{self.host.name} has none of /chat/completions, /responses, /completions: check the address")
+        raise InputError(
+            f"{self.host.name} answers at none of /chat/completions, /responses and /completions: check the address"
+        )
 
     def _ask(self, api: str, job: Job) -> dict[str, Any]:
         ask = {
@@ -52,7 +54,7 @@ class Asker:
         fields = ask[api](job)
         if {"reasoning_effort", "reasoning"} & self.host.dropped and not self._effort_in_body:
             raise InputError(
-                f"{self.host.name} takes no reasoning effort: say how it is told, as in "
+                f"{self.host.name} has no option for the reasoning effort: state how to pass it, as in "
                 '--body \'{"chat_template_kwargs": {"reasoning_effort": "{effort}"}}\''
             )
         about = fields.pop("about")

@@ -1,6 +1,6 @@
-"""Asking a host, patiently: retries where that helps, no faster than allowed, without the parameters it refuses.
+"""Send requests to a host: with retries, within a rate limit, and without the parameters that it refuses.
 
-The key comes from the environment, goes into one header, and is struck out of whatever a host says.
+The key comes from the environment, goes into one header, and is struck out of whatever a host replies.
 """
 
 import email.utils
@@ -13,7 +13,7 @@ import threading
 import time
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
@@ -51,7 +51,7 @@ class HostError(Exception):
 
 
 class TransferError(Exception):
-    """Why no reply came; asked again."""
+    """The reason why no reply came; the request is sent again."""
 
 
 class AbsentError(HostError):
@@ -62,24 +62,22 @@ class Host:
     """A client that sends requests to one host; it can be shared by threads.
 
     Raises:
-        InputError: the URL is no address of a host, holds a key, or would send a key unencrypted.
+        InputError: the URL is not the address of a host, holds a key, or would send a key unencrypted.
     """
 
     def __init__(
         self, url: str, *, key_env: str, timeout: float, retries: int, per_minute: float | None, threads: int = 1
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"{shown(url)} is no address of a host: wanted one as in http://localhost:8000/v1")
+        parts = _address(url)
         if parts.username or parts.password:
-            raise InputError(f"a key in the address would be stored: put it into the variable {key_env}")
+            raise InputError(f"the address has a key, which would be stored: put the key into the variable {key_env}")
         self.name = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
         self._query = f"?{parts.query}" if parts.query else ""
         self._key = os.environ.get(key_env, "")
         local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        azure = parts.hostname.endswith(".azure.com")
+        azure = (parts.hostname or "").endswith(".azure.com")
         if self._key and parts.scheme == "http" and not local:
-            raise InputError(f"{self.name}: {key_env} would travel unencrypted: use https, or unset it")
+            raise InputError(f"{self.name}: {key_env} would be sent unencrypted: use https, or unset the variable")
         key = {"api-key": self._key} if azure else {"authorization": f"Bearer {self._key}"}
         self._http = httpx.Client(
             timeout=timeout,
@@ -102,7 +100,7 @@ class Host:
     def post(self, path: str, body: dict[str, Any], *, root: bool = False) -> Any:
         """Return the reply of a request, however often it takes; HostError where it never comes.
 
-        root: the path begins where the host does, not behind its /v1.
+        root: the path starts at the host's root, not at its /v1.
         """
         base = self.name.removesuffix("/v1") if root else self.name
         attempt = 0
@@ -171,8 +169,8 @@ class Host:
     def struck(self, value: Any) -> Any:
         """Return a value of JSON with the key struck out of every text in it, names of fields included.
 
-        A key of fewer than eight characters, as the placeholders that local hosts take, is no secret and might be part
-        of an answer.
+        A key of fewer than eight characters, as the placeholders that local hosts take, is not a secret and might be
+        part of an answer.
         """
         if len(self._key) < _SHORTEST_SECRET:
             return value
@@ -205,14 +203,14 @@ class Host:
         """Whether the host named a parameter that can be left out; it then is, from now on."""
         if status not in (400, 422):
             return False
-        named = [name for name in OPTIONAL if name in sent and name in text]
-        if not named:
+        refused = [name for name in OPTIONAL if name in sent and name in text]
+        if not refused:
             return False
         with self._lock:
-            new = named[0] not in self.dropped
-            self.dropped.add(named[0])
+            new = refused[0] not in self.dropped
+            self.dropped.add(refused[0])
         if new:
-            print(f"{self.name} does not take {named[0]}: going on without", file=sys.stderr)
+            print(f"{self.name} does not take {refused[0]}: going on without", file=sys.stderr)
         return True
 
     def _clean(self, text: str) -> str:
@@ -220,6 +218,25 @@ class Host:
         text = text.replace(self._key, "***") if self._key else text
         line = ascii(" ".join(text.split()))[1:-1].replace("\\'", "'")
         return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
+
+
+def _address(url: str) -> SplitResult:
+    """Return the parts of the address of a host.
+
+    Raises:
+        InputError: it has no scheme, host or port that could be one.
+    """
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  raises if it is none
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL) as error:
+        raise InputError(
+            f"{shown(url)} is not the address of a host ({error}): expected one as in http://localhost:8000/v1"
+        ) from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(f"{shown(url)} is not the address of a host: expected one as in http://localhost:8000/v1")
+    return parts
 
 
 class _Connection:

@@ -78,7 +78,9 @@ def _refuse_other_requests(
     for id, row in known.items():
         meta = row["meta"]
         if id not in by_id:
-            raise InputError(f"{out} holds {id!r}, which is no request of this job: name another file, or --overwrite")
+            raise InputError(
+                f"{out} holds {id!r}, which does not belong to this job: choose another file, or --overwrite"
+            )
         if meta.get("request") == request_digest(by_id[id], settings):
             continue
         begun = meta.get(KEY) or {"model": meta.get("model")}
@@ -90,7 +92,7 @@ def _refuse_other_requests(
         ]
         raise InputError(
             f"{out} holds {id!r} of another request ({'; '.join(other) or 'its prompt or settings differ'}): "
-            "name another file, or --overwrite"
+            "choose another file, or --overwrite"
         )
 
 
@@ -115,17 +117,17 @@ def _collect(host: Host, left: list[Job], rows: RowOutput, settings: Settings, i
         print(f"{job.id}: {why}", file=sys.stderr)
     if missing := reasoning.get("absent", 0) + reasoning.get("summary", 0):
         print(
-            f"{missing} of {sum(reasoning.values())} answers came without the model's own reasoning (their meta says "
+            f"{missing} of {sum(reasoning.values())} answers came without the model's own reasoning (their meta states "
             "absent or summary): analysis cannot be studied in them",
             file=sys.stderr,
         )
-    if found := counted(flags):
-        print(f"{rows.path}: {len(flags):,} answers, {found}", file=sys.stderr)
+    if summary := counted(flags):
+        print(f"{rows.path}: {len(flags):,} answers, {summary}", file=sys.stderr)
     interrupt.check()
     if failed:
         raise JobError(
-            f"{len(failed)} of {len(left)} were not answered; the others are in {rows.path}, the same command asks "
-            "again"
+            f"{len(failed)} of {len(left)} were not answered; the answers are in {rows.path}: rerun the command to "
+            "request the rest"
         )
 
 

@@ -1,6 +1,6 @@
 """Conversations in other programs' files as transcripts.
 
-What a file is shows in its content, not in its name; `workbench.harmony.formats` knows the shapes. A file of none of
+What a file is shows in its content, not in its name; `workbench.harmony.formats` lists the shapes. A file of none of
 them is refused with the list of those that can be read.
 """
 
@@ -22,7 +22,7 @@ from workbench.harmony.transcripts import LONGEST_ROW_BYTES
 from workbench.harmony.vocabulary import Tokenizer, tokenizer
 from workbench.inputs import regular_file
 
-_MOST_LEFT_OUT = 100_000  # rows: a file of others is no file of conversations
+_MOST_LEFT_OUT = 100_000  # rows: a file of others is not a file of conversations
 _MOST_BYTES = 4_000_000_000  # of all rows, which are held until they are written
 READABLE = (
     "an Inspect log (.eval or .json), " + ", ".join(shape.name for shape in SHAPES) + "; as JSON Lines, a JSON array, "
@@ -83,7 +83,7 @@ def _converted(path: Path, requests: Path | None, effort: str | None) -> tuple[s
             if size > _MOST_BYTES:
                 raise InputError(f"{path} holds more than {_MOST_BYTES:,} bytes of conversations: split it")
     if not kinds:
-        raise InputError(f"{path} is no file of conversations that can be read. Readable: {READABLE}")
+        raise InputError(f"{path} is not a file of conversations that can be read; expected {READABLE}")
     return " and ".join(kinds), _distinct(rows), left_out
 
 
@@ -100,7 +100,7 @@ def _flags(row: dict[str, Any], vocabulary: Tokenizer | None) -> tuple[str, ...]
 
 
 def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows, those whose id an earlier one has with a number behind it that makes an id of no other row."""
+    """Return the rows; a row whose id an earlier row has gets a number appended that makes its id unique."""
     taken, counts = {row["id"] for row in rows}, dict[str, int]()
     for row in rows:
         id = row["id"]
@@ -120,7 +120,7 @@ Found = Iterator[tuple[str, str, Conversation | Exception]]
 def _conversations(path: Path, requests: str | Path | None) -> Found:
     """The kind of each conversation, where it is, and the conversation, or why there is none."""
     if path.is_file() and inspect_logs.is_zip(path):
-        yield from (("an Inspect log", *found) for found in inspect_logs.read_zip(path))
+        yield from (("an Inspect log", *conversation) for conversation in inspect_logs.read_zip(path))
         return
     asked = _requests(Path(requests)) if requests is not None else {}
     container, values = objects(path)
@@ -128,7 +128,7 @@ def _conversations(path: Path, requests: str | Path | None) -> Found:
     first = True
     for where, value in values:
         if first and inspect_logs.is_log(value):
-            yield from (("an Inspect log" + form, *found) for found in inspect_logs.read_document(value))
+            yield from (("an Inspect log" + form, *conversation) for conversation in inspect_logs.read_document(value))
             return
         first = False
         yield from _of_value(value, where, form, asked)
@@ -142,7 +142,7 @@ def _of_value(value: Any, where: str, form: str, asked: dict[str, Any]) -> Found
         value = {"messages": value}
     shape = shape_of(value)
     if shape is None:
-        yield "", where, InputError(f"{shown(value)} is no conversation of a known shape")
+        yield "", where, InputError(f"{shown(value)} is not a conversation of a known shape")
         return
     try:
         if "custom_id" in value and str(value["custom_id"]) in asked:
@@ -161,6 +161,6 @@ def _requests(path: Path) -> dict[str, Any]:
     bodies: dict[str, Any] = {}
     for where, value in objects(path)[1]:
         if not isinstance(value, dict) or "custom_id" not in value or not isinstance(value.get("body"), dict):
-            raise InputError(f"{path}, {where}: wanted a request with custom_id and body")
+            raise InputError(f"{path}, {where}: expected a request with custom_id and body")
         bodies[str(value["custom_id"])] = value["body"]
     return bodies

@@ -64,7 +64,7 @@ def responses_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _with_call_ids(messages: Messages) -> list[tuple[Mapping[str, Any], str]]:
     """Every message with the id of the call that it is or answers: results answer the calls before them in order."""
-    found: list[tuple[Mapping[str, Any], str]] = []
+    with_ids: list[tuple[Mapping[str, Any], str]] = []
     open_calls: list[tuple[str, str]] = []
     for number, message in enumerate(messages):
         call_id = ""
@@ -76,8 +76,8 @@ def _with_call_ids(messages: Messages) -> list[tuple[Mapping[str, Any], str]]:
             if answered is not None:
                 open_calls.remove(answered)
                 call_id = answered[1]
-        found.append((message, call_id))
-    return found
+        with_ids.append((message, call_id))
+    return with_ids
 
 
 def _function(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,15 +40,15 @@ def routed_experts(reply: Mapping[str, Any], *, n_tokens: int, experts_per_token
     Raises: RoutingError for experts that were not recorded.
     """
     choice = reply["choices"][0] if reply.get("choices") else {}
-    found = choice.get("routed_experts")
+    routed = choice.get("routed_experts")
     extension = _extension(choice) or _extension(reply)
     if extension is not None:
         experts = _int32(extension, n_tokens, experts_per_token)
-    elif isinstance(found, str):
-        experts = _npy(found)
-    elif found is not None:
+    elif isinstance(routed, str):
+        experts = _npy(routed)
+    elif routed is not None:
         prompt = reply.get("prompt_routed_experts", choice.get("prompt_routed_experts"))
-        experts = np.concatenate([_nested(part) for part in (prompt, found) if part])
+        experts = np.concatenate([_nested(part) for part in (prompt, routed) if part])
     else:
         return None
     check_experts(experts, n_tokens)
@@ -86,7 +86,7 @@ def _npy(text: str) -> Int[np.ndarray, "tokens layers slots"]:
     try:
         array = np.load(io.BytesIO(_bytes(text)), allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError) as error:  # MemoryError: of a shape that is absurd
-        raise RoutingError("the routed experts are no .npy array of numbers") from error
+        raise RoutingError("the routed experts are not a .npy array of numbers") from error
     return _integers(array)
 
 
@@ -99,7 +99,7 @@ def _nested(values: Any) -> Int[np.ndarray, "tokens layers slots"]:
 
 def _integers(array: Any) -> Int[np.ndarray, "tokens layers slots"]:
     if not isinstance(array, np.ndarray) or array.ndim != 3 or not np.issubdtype(array.dtype, np.integer):
-        raise RoutingError("the routed experts are no integers of shape [tokens, layers, experts per token]")
+        raise RoutingError("the routed experts are not integers of shape [tokens, layers, experts per token]")
     return array
 
 

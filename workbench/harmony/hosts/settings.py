@@ -57,7 +57,10 @@ class Settings:
             if value is not None and not 0 <= value < math.inf:
                 raise InputError(f"{option} {value}: choose a finite number from 0")
         if self.samples > 1 and self.temperature == 0:
-            raise InputError(f"--samples {self.samples} at temperature 0 would be the same {self.samples} times")
+            raise InputError(
+                f"--samples {self.samples} at temperature 0 would give {self.samples} equal answers: "
+                "set --temperature above 0"
+            )
 
 
 @dataclass(frozen=True)

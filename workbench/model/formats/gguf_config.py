@@ -116,7 +116,7 @@ def _check_experts(path: Path, arch: str, experts: list[int], tensors: Shapes) -
     held = f"{counts[0]} experts in every layer" if len(set(counts)) == 1 else f"layers with {short(counts)} experts"
     stated = experts[0] if len(set(experts)) == 1 else short(experts)
     raise InputError(
-        f"{path} has {held}, and {arch}.expert_count says {stated}: convert the model again with its own "
+        f"{path} has {held}, and {arch}.expert_count states {stated}: convert the model again with its own "
         f"{'number' if len(set(counts)) == 1 else 'numbers, a list with one for each layer'}"
     )
 

@@ -62,8 +62,11 @@ class GgufFile:
                 beginning = file.read(64)
             refuse_lfs_pointer(path, beginning)
             if not beginning.startswith(MAGIC):
-                raise InputError(f"{path} does not begin with GGUF: it is no GGUF file, or an incomplete download")
-            # copy on write: torch wants writable memory, and nothing is written
+                raise InputError(
+                    f"{path} does not begin with GGUF: it is not a GGUF file, or an incomplete download; "
+                    "download it again"
+                )
+            # copy on write: torch requires writable memory, and nothing is written
             mapped = np.memmap(path, dtype=np.uint8, mode="c")
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
@@ -75,8 +78,8 @@ class GgufFile:
     def bytes_of(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the bytes of a tensor [byte], memory-mapped."""
         tensor = self.tensors[name]
-        found: npt.NDArray[np.uint8] = self._mapped[tensor.start : tensor.start + tensor.size]
-        return found
+        data: npt.NDArray[np.uint8] = self._mapped[tensor.start : tensor.start + tensor.size]
+        return data
 
     def release(self, name: str) -> None:
         """Tell the system that the bytes of a tensor are not needed soon; they can be read from the file again.
@@ -105,15 +108,15 @@ class _Cursor:
 
     def texts(self, count: int) -> list[str]:
         """Return texts that follow each other; in one loop, as a vocabulary and its merges are 650,000 of them."""
-        data, at, unpack, found = self.data, self.at, _LENGTH.unpack_from, []
+        data, at, unpack, texts = self.data, self.at, _LENGTH.unpack_from, []
         for _ in range(count):
             start = at + _LENGTH.size
             at = start + unpack(data, at)[0]
             if at > len(data):
                 raise struct.error(f"a text of {at - start:,} bytes")
-            found.append(str(data[start:at], "utf-8", "surrogateescape"))
+            texts.append(str(data[start:at], "utf-8", "surrogateescape"))
         self.at = at
-        return found
+        return texts
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -151,7 +154,7 @@ def _parse(path: Path, mapped: Any) -> GgufFile:
     tensors: dict[str, GgufTensor] = {}
     for name, kind, shape, offset in described:
         if name in tensors:
-            raise InputError(f"{path}: tensor {name!r} is there twice")
+            raise InputError(f"{path}: tensor {name!r} is stored twice")
         tensor = GgufTensor(kind, shape, data + offset, _size(path, name, kind, shape, old_types))
         if tensor.start + tensor.size > len(mapped):
             missing = tensor.start + tensor.size - len(mapped)
@@ -174,7 +177,7 @@ def _size(path: Path, name: str, kind: int, shape: tuple[int, ...], old_types: b
     if not block:
         raise InputError(f"{path}: tensor {name!r} has ggml type {kind}, which is not read here")
     if shape[-1] % block:
-        raise InputError(f"{path}: tensor {name!r} of shape {list(shape)} has rows that are no multiple of {block}")
+        raise InputError(f"{path}: tensor {name!r} of shape {list(shape)} has rows that are not a multiple of {block}")
     return math.prod(shape) // block * size
 
 

@@ -21,7 +21,7 @@ def merges(tokens: Sequence[str], special: Collection[int]) -> list[str]:
     Tokens that no merge of lower tokens makes have none.
     """
     ranks = {token: id for id, token in enumerate(tokens) if id not in special}
-    found = []
+    lines = []
     for token, rank in ranks.items():
         pieces = list(token)
         while len(pieces) > 2:
@@ -31,8 +31,8 @@ def merges(tokens: Sequence[str], special: Collection[int]) -> list[str]:
                 break
             pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
         if len(pieces) == 2 and all(piece in ranks for piece in pieces):
-            found.append(" ".join(pieces))
-    return found
+            lines.append(" ".join(pieces))
+    return lines
 
 
 def unmerged(tokens: Sequence[str], special: Collection[int], made: Collection[str]) -> list[int]:

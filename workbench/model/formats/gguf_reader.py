@@ -76,17 +76,19 @@ def open_gguf(paths: Sequence[Path]) -> Checkpoint:
     kind, arch = metadata.get("general.type", "model"), metadata.get("general.architecture")
     if kind != "model":
         remedy = "load the model with adapter=, a folder of PEFT" if kind == "adapter" else "name the model's own file"
-        raise InputError(f"{paths[0]} holds no model, its general.type is {kind!r}: {remedy}")
+        raise InputError(f"{paths[0]} is not a model: its general.type is {kind!r}: {remedy}")
     if arch not in ARCHITECTURES:
         raise InputError(f"{paths[0]}: the architecture is {arch!r}, expected 'gpt-oss'")
-    found: dict[str, _Stored] = {}
+    stored: dict[str, _Stored] = {}
     for file in files:
         for name in file.tensors:
-            if name in found:
-                raise InputError(f"tensor {name!r} is both in {found[name].file.path.name} and in {file.path}")
-            found[name] = _Stored(file, name)
-    cfg = read_gguf_config(paths[0], metadata, str(arch), {name: stored.tensor.shape for name, stored in found.items()})
-    reader = _Reader(paths[0], cfg, found)
+            if name in stored:
+                raise InputError(
+                    f"tensor {name!r} is both in {stored[name].file.path.name} and in {file.path}: remove one"
+                )
+            stored[name] = _Stored(file, name)
+    cfg = read_gguf_config(paths[0], metadata, str(arch), {name: one.tensor.shape for name, one in stored.items()})
+    reader = _Reader(paths[0], cfg, stored)
     tensors = Tensors(reader.read_all())
     experts = "mxfp4" if reader.packed else "dense"
     return Checkpoint(
@@ -130,7 +132,10 @@ class _Stored:
         if self.is_float:
             return torch.from_numpy(self.file.bytes_of(self.name)).view(_FLOATS[kind]).view(self.tensor.shape)
         if kind == OLLAMA_MXFP4:
-            raise InputError(f"{self.file.path}: tensor {self.name!r} is MXFP4 of Ollama's order beside dense experts")
+            raise InputError(
+                f"{self.file.path}: tensor {self.name!r} is MXFP4 in Ollama's order, but other experts are "
+                "dense: convert the model again"
+            )
         rows, out = self.rows(), torch.empty(self.tensor.shape, dtype=dtype)
         decode = _q8_0 if kind == Q8_0 else decoder(kind)
         flat, values = rows.reshape(-1, rows.shape[-1]), out.view(-1, out.shape[-1])
@@ -158,12 +163,12 @@ class _Stored:
 class _Reader:
     """Builds the canonical tensors, and notes which stored ones were used."""
 
-    def __init__(self, path: Path, cfg: Config, found: Mapping[str, _Stored]) -> None:
-        self.path, self.cfg, self.found = path, cfg, found
+    def __init__(self, path: Path, cfg: Config, stored: Mapping[str, _Stored]) -> None:
+        self.path, self.cfg, self.stored = path, cfg, stored
         self.used: set[str] = set()
         self.notes: list[str] = []
         self.packed_experts: dict[str, _PackedExperts] = {}
-        experts = [stored for name, stored in found.items() if re.search(r"_exps\.weight$", name)]
+        experts = [stored for name, stored in stored.items() if re.search(r"_exps\.weight$", name)]
         self.packed = bool(experts) and all(stored.is_mxfp4 for stored in experts)
 
     def read_all(self) -> dict[str, LazyTensor]:
@@ -174,14 +179,16 @@ class _Reader:
             if tensors[name].shape != shape:
                 raise InputError(
                     f"{self.path}: tensor {tensors[name].stored!r} has shape {list(tensors[name].shape)}, the metadata "
-                    f"want {list(shape)}"
+                    f"require {list(shape)}"
                 )
-        if left := sorted(set(self.found) - self.used - {"rope_freqs.weight"}):
-            raise InputError(f"{self.path}: tensor {left[0]!r} is not part of a gpt-oss ({len(left)} left over)")
+        if left := sorted(set(self.stored) - self.used - {"rope_freqs.weight"}):
+            raise InputError(
+                f"{self.path}: tensor {left[0]!r} is not part of a gpt-oss ({len(left)} unexpected tensors)"
+            )
         return tensors
 
     def _tensor(self, name: str) -> LazyTensor:
-        if name == "unembed.weight" and "output.weight" not in self.found:
+        if name == "unembed.weight" and "output.weight" not in self.stored:
             self.notes.append("the file has no output.weight: the unembedding is the embedding")
             return self._plain("token_embd.weight")
         if name in _ENDS:
@@ -190,16 +197,16 @@ class _Reader:
         prefix = f"blk.{layer}."
         if rest.startswith("mlp.experts.") and not rest.endswith("down.bias"):
             return self._experts(prefix, rest.removeprefix("mlp.experts."))
-        if rest[:6] in ("attn.q", "attn.k", "attn.v") and f"{prefix}attn_qkv.weight" in self.found:
+        if rest[:6] in ("attn.q", "attn.k", "attn.v") and f"{prefix}attn_qkv.weight" in self.stored:
             return self._fused(prefix, rest)
         return self._plain(*(prefix + own for own in _NAMES[rest]))
 
     def _stored(self, *names: str) -> _Stored:
-        name = next((name for name in names if name in self.found), None)
+        name = next((name for name in names if name in self.stored), None)
         if name is None:
             raise InputError(f"{self.path}: tensor {' or '.join(map(repr, names))} is missing")
         self.used.add(name)
-        return self.found[name]
+        return self.stored[name]
 
     def _plain(self, *names: str) -> LazyTensor:
         stored = self._stored(*names)
@@ -209,16 +216,16 @@ class _Reader:
     def _fused(self, prefix: str, rest: str) -> LazyTensor:
         _, part, kind = rest.split(".")
         q, kv = self.cfg.n_heads * self.cfg.d_head, self.cfg.n_key_value_heads * self.cfg.d_head
-        whole = self._plain(f"{prefix}attn_qkv.{kind}")
-        if whole.shape[0] != q + 2 * kv:
-            raise InputError(f"{self.path}: tensor {whole.stored!r} has {whole.shape[0]} rows, expected {q + 2 * kv}")
+        fused = self._plain(f"{prefix}attn_qkv.{kind}")
+        if fused.shape[0] != q + 2 * kv:
+            raise InputError(f"{self.path}: tensor {fused.stored!r} has {fused.shape[0]} rows, expected {q + 2 * kv}")
         starts = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
-        return whole.rows(*starts[part])
+        return fused.rows(*starts[part])
 
     def _experts(self, prefix: str, rest: str) -> LazyTensor:
         part, kind = rest.split(".")
         suffix = "bias" if kind == "bias" else "weight"
-        if part == "down" or f"{prefix}ffn_gate_up_exps.weight" in self.found:
+        if part == "down" or f"{prefix}ffn_gate_up_exps.weight" in self.stored:
             sources = [self._stored(f"{prefix}ffn_{part}_exps.{suffix}")]
         else:
             sources = [self._stored(f"{prefix}ffn_{own}_exps.{suffix}") for own in ("gate", "up")]
@@ -267,9 +274,9 @@ class _PackedExperts:
         scales, self._scales = self._scales, None
         if scales is not None:
             return scales
-        found = _interleaved([torch.from_numpy(stored.groups()[..., 0].copy()) for stored in self.sources])
+        by_expert = _interleaved([torch.from_numpy(stored.groups()[..., 0].copy()) for stored in self.sources])
         self._release()
-        return found
+        return by_expert
 
     def _release(self) -> None:
         for stored in self.sources:
@@ -303,7 +310,8 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any], d_vocab: int) -> Tokeniz
         raise InputError(f"{path}: tokenizer.ggml.tokens is missing: the file has no vocabulary")
     if len(tokens) != d_vocab:
         raise InputError(
-            f"{path}: {len(tokens):,} tokens for an embedding of {d_vocab:,} rows: they do not belong together"
+            f"{path}: {len(tokens):,} tokens for an embedding of {d_vocab:,} rows: they do not match, "
+            "convert the model again"
         )
     own = metadata.get("tokenizer.huggingface.json")
     return tokenizer_of_tokens(

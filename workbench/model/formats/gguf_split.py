@@ -34,21 +34,23 @@ def find_files(source: Path) -> list[Path]:
     except OSError as error:
         raise InputError(f"{source} cannot be read: {error.strerror}") from error
     if below:
-        raise InputError(f"{source} has GGUF files in folders below it: name one, such as {', '.join(below[:3])}")
+        raise InputError(
+            f"{source} has GGUF files in folders below it: give one of them, such as {', '.join(below[:3])}"
+        )
     models = {_model_of(path): path for path in files}
     if len(models) > 1:
         raise InputError(
-            f"{source} holds {len(models)} GGUF models, {', '.join(sorted(models)[:4])}: name one of its files"
+            f"{source} holds {len(models)} GGUF models, {', '.join(sorted(models)[:4])}: give one of its files"
         )
     return _parts(next(iter(models.values()))) if models else []
 
 
 def _below(folder: Path) -> list[str]:
     """Return the GGUF files in the folders of a model folder or of a model in the hub's cache."""
-    found = [
+    files = [
         path for pattern in ("*/*.gguf", "snapshots/*/*.gguf", "snapshots/*/*/*.gguf") for path in folder.glob(pattern)
     ]
-    return sorted(str(path) for path in found)
+    return sorted(str(path) for path in files)
 
 
 def _model_of(path: Path) -> str:
@@ -64,7 +66,9 @@ def _parts(path: Path) -> list[Path]:
         return [path]
     count = int(match["count"])
     if not 1 <= int(match["number"]) <= count:
-        raise InputError(f"{path}: there is no part {int(match['number'])} of {count}: name the file as it was")
+        raise InputError(
+            f"{path}: there is no part {int(match['number'])} of {count}: restore the file's original name"
+        )
     parts = [path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise InputError(f"{path} is one of {count} files, and {missing[0]} is missing: download it")
@@ -81,21 +85,22 @@ def check_split(files: Sequence[GgufFile]) -> None:
         count, own = file.metadata.get(_COUNT, len(files)), file.metadata.get(_NUMBER, number)
         stated = f"{file.path} is part {_plus_one(own)} of {count} of a split model"
         if count != len(files) and len(files) == 1:
-            raise InputError(f"{stated}: name all parts NAME-00001-of-0000N.gguf and so on, in one folder")
+            raise InputError(f"{stated}: rename the parts to NAME-00001-of-0000N.gguf and so on, in one folder")
         if count != len(files) or own != number:
-            raise InputError(f"{stated}, and its name says {number + 1} of {len(files)}: name the parts as they were")
+            raise InputError(
+                f"{stated}, and its name states {number + 1} of {len(files)}: restore the original names of the parts"
+            )
         for key in ("general.architecture", "general.name", _TENSORS):
             first, here = files[0].metadata.get(key), file.metadata.get(key)
             if None not in (first, here) and here != first:
                 raise InputError(
-                    f"{file.path} is a part of another model than {files[0].path.name}: {key} is {here!r}, not "
-                    f"{first!r}"
+                    f"{file.path} belongs to another model than {files[0].path.name}: {key} is {here!r}, not {first!r}"
                 )
     total, held = files[0].metadata.get(_TENSORS), sum(len(file.tensors) for file in files)
     if total is not None and total != held:
         raise InputError(
-            f"{files[0].path}: the parts hold {held} tensors, the model has {total}: a part is of another model, "
-            "download them again"
+            f"{files[0].path}: the parts hold {held} tensors, the model has {total}: a part belongs to another "
+            "model: download all parts again"
         )
 
 

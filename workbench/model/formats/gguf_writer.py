@@ -1,7 +1,7 @@
 """Write a model as a GGUF file that llama.cpp, LM Studio and Ollama read, without changing a value.
 
-MXFP4 experts stay MXFP4, bfloat16 matrices stay bfloat16, and vectors and the router are float32, as llama.cpp wants
-them. The vocabulary is written as tokens, and a tokenizer.json that is not o200k_harmony's as a whole.
+MXFP4 experts stay MXFP4, bfloat16 matrices stay bfloat16, and vectors and the router are float32, as llama.cpp
+expects them. The vocabulary is written as tokens, and a tokenizer.json that is not o200k_harmony's as a whole.
 """
 
 import functools
@@ -53,7 +53,7 @@ def write_gguf(checkpoint: Checkpoint, target: str | Path) -> Path:
 
     path = Path(target)
     if path.exists():
-        raise InputError(f"{path} exists: name another file, or move it away")
+        raise InputError(f"{path} exists: choose another file, or move it away")
     _check(checkpoint.cfg)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}.writing")
@@ -184,7 +184,7 @@ def _floats(tensor: Tensor, wide: bool) -> npt.NDArray[Any]:
 def _experts(
     tensors: Tensors, name: str, prefix: str, part: str, kind: str, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, tuple[int, ...], int, Callable[[], npt.NDArray[Any]]]]:
-    """Yield the tensors of one matrix of the experts: gate and up apart."""
+    """Yield the tensors of one matrix of the experts: gate and up separately."""
     parts = {"gate": 0, "up": 1} if part == "gate_up" else {"down": None}
     for own, first in parts.items():
         rows = slice(None) if first is None else slice(first, None, 2)

@@ -1,4 +1,4 @@
-"""Read folders that MLX wrote: gate and up apart, packed words of 32 bits, and affine-quantised matrices.
+"""Read folders that MLX wrote: gate and up in separate tensors, packed words of 32 bits, and affine-quantised matrices.
 
 MXFP4 words hold the published nibbles in the published order, so the experts are views with gate and up put in turn.
 An affine matrix is `weight` (words, lowest bits first) · `scales` + `biases`, in groups along the inputs; it is
@@ -26,38 +26,40 @@ _BITS = (2, 4, 8)  # whole values in a word
 _PROBE = "model.layers.0.mlp.experts.gate_proj.weight"
 
 
-def is_mlx(found: Mapping[str, Stored]) -> bool:
+def is_mlx(available: Mapping[str, Stored]) -> bool:
     """Return whether a folder with these tensors was written by MLX."""
-    return _PROBE in found
+    return _PROBE in available
 
 
-def mlx_tensors(root: Path, cfg: Config, found: Mapping[str, Stored]) -> tuple[str, dict[str, LazyTensor]]:
+def mlx_tensors(root: Path, cfg: Config, available: Mapping[str, Stored]) -> tuple[str, dict[str, LazyTensor]]:
     """Return "mxfp4" or "dense", and every tensor of the config.
 
     Raises:
         InputError: a tensor is missing, unexpected, or of a shape or dtype that is not read.
     """
-    matrices = {name.removesuffix(".weight") for name in found if ".experts." in name and name.endswith(".weight")}
-    packed = all(_is_packed(found, matrix) for matrix in matrices)
+    matrices = {name.removesuffix(".weight") for name in available if ".experts." in name and name.endswith(".weight")}
+    packed = all(_is_packed(available, matrix) for matrix in matrices)
     experts = "mxfp4" if packed else "dense"
     used: set[str] = set()
     tensors: dict[str, LazyTensor] = {}
     for name, shape in shapes(cfg, experts).items():
         if ".mlp.experts." in name:
-            tensors[name] = _expert(root, found, name, shape, used)
+            tensors[name] = _expert(root, available, name, shape, used)
         else:
-            tensors[name] = _matrix(root, found, name_in("huggingface", name), shape, used)
-    if left := sorted(set(found) - used):
-        raise InputError(f"{root}: tensor {left[0]!r} is not part of a gpt-oss of MLX ({len(left)} left over)")
+            tensors[name] = _matrix(root, available, name_in("huggingface", name), shape, used)
+    if left := sorted(set(available) - used):
+        raise InputError(f"{root}: tensor {left[0]!r} is not part of a gpt-oss of MLX ({len(left)} unexpected tensors)")
     return experts, tensors
 
 
-def _is_packed(found: Mapping[str, Stored], matrix: str) -> bool:
-    scales = found.get(f"{matrix}.scales")
+def _is_packed(available: Mapping[str, Stored], matrix: str) -> bool:
+    scales = available.get(f"{matrix}.scales")
     return scales is not None and scales.entry.dtype == "U8"
 
 
-def _expert(root: Path, found: Mapping[str, Stored], name: str, shape: tuple[int, ...], used: set[str]) -> LazyTensor:
+def _expert(
+    root: Path, available: Mapping[str, Stored], name: str, shape: tuple[int, ...], used: set[str]
+) -> LazyTensor:
     stem, _, kind = name.rpartition(".")
     prefix, _, part = stem.rpartition(".")
     folder = f"model.layers.{prefix.split('.')[1]}.mlp.experts."
@@ -66,11 +68,11 @@ def _expert(root: Path, found: Mapping[str, Stored], name: str, shape: tuple[int
     parts = []
     for matrix in matrices:
         if kind == "bias":
-            own = _matrix(root, found, f"{matrix}.bias", (shape[0], rows), used)
+            own = _matrix(root, available, f"{matrix}.bias", (shape[0], rows), used)
         elif kind == "weight":
-            own = _matrix(root, found, f"{matrix}.weight", (shape[0], rows, shape[1]), used)
+            own = _matrix(root, available, f"{matrix}.weight", (shape[0], rows, shape[1]), used)
         else:
-            own = _packed(root, found, matrix, kind, (shape[0], rows, *shape[2:]), used)
+            own = _packed(root, available, matrix, kind, (shape[0], rows, *shape[2:]), used)
         parts.append(own)
     return LazyTensor(
         " and ".join(own.stored for own in parts),
@@ -83,28 +85,30 @@ def _expert(root: Path, found: Mapping[str, Stored], name: str, shape: tuple[int
 def _in_turn(parts: Sequence[LazyTensor], *, transposed: bool) -> Tensor:
     """Return the rows of the parts in turn: of gate and up [expert, row, …] → [expert, 2 · row, …]."""
     tensors = [part.read() for part in parts]
-    whole = tensors[0] if len(tensors) == 1 else torch.stack(tensors, 2).flatten(1, 2)
-    return whole.mT.contiguous() if transposed else whole
+    tensor = tensors[0] if len(tensors) == 1 else torch.stack(tensors, 2).flatten(1, 2)
+    return tensor.mT.contiguous() if transposed else tensor
 
 
 def _packed(
-    root: Path, found: Mapping[str, Stored], matrix: str, kind: str, shape: tuple[int, ...], used: set[str]
+    root: Path, available: Mapping[str, Stored], matrix: str, kind: str, shape: tuple[int, ...], used: set[str]
 ) -> LazyTensor:
     """Return blocks or scales of MXFP4 as they are stored."""
-    stored = _stored(root, found, f"{matrix}.{'weight' if kind == 'blocks' else 'scales'}", used)
+    stored = _stored(root, available, f"{matrix}.{'weight' if kind == 'blocks' else 'scales'}", used)
     wanted = (*shape[:2], shape[2] * 4) if kind == "blocks" else shape  # 4 words hold the 16 bytes of a group
     _check(root, stored, wanted, ("U32",) if kind == "blocks" else ("U8",))
     return LazyTensor(stored.name, shape, "MXFP4", lambda: stored.tensor().view(torch.uint8).reshape(shape))
 
 
-def _matrix(root: Path, found: Mapping[str, Stored], name: str, shape: tuple[int, ...], used: set[str]) -> LazyTensor:
+def _matrix(
+    root: Path, available: Mapping[str, Stored], name: str, shape: tuple[int, ...], used: set[str]
+) -> LazyTensor:
     """Return a tensor of floats, or a quantised matrix that is dequantised when it is read."""
-    stored = _stored(root, found, name, used)
+    stored = _stored(root, available, name, used)
     if stored.entry.dtype != "U32":
         _check(root, stored, shape, ("BF16", "F16", "F32"))
         return LazyTensor(name, shape, stored.entry.dtype, stored.tensor)
     matrix = name.removesuffix(".weight")
-    scales = _stored(root, found, f"{matrix}.scales", used)
+    scales = _stored(root, available, f"{matrix}.scales", used)
     words, groups = stored.entry.shape[-1], scales.entry.shape[-1]
     bits = words * _WORD // shape[-1]
     if bits not in _BITS or bits * shape[-1] != words * _WORD or groups == 0 or shape[-1] % groups:
@@ -117,25 +121,25 @@ def _matrix(root: Path, found: Mapping[str, Stored], name: str, shape: tuple[int
         _check(root, scales, (*shape[:-1], shape[-1] // GROUP), ("U8",))
         read = functools.partial(_microscaled, stored, scales, shape)
         return LazyTensor(name, shape, "MLX mxfp4", read)
-    biases = _stored(root, found, f"{matrix}.biases", used)
+    biases = _stored(root, available, f"{matrix}.biases", used)
     for factors in (scales, biases):
         _check(root, factors, (*shape[:-1], groups), ("BF16", "F16", "F32"))
     return LazyTensor(name, shape, f"MLX {bits}-bit", functools.partial(_affine, stored, scales, biases, bits, shape))
 
 
-def _stored(root: Path, found: Mapping[str, Stored], name: str, used: set[str]) -> Stored:
-    if name not in found:
+def _stored(root: Path, available: Mapping[str, Stored], name: str, used: set[str]) -> Stored:
+    if name not in available:
         raise InputError(f"{root}: tensor {name!r} is missing")
     used.add(name)
-    return found[name]
+    return available[name]
 
 
 def _check(root: Path, stored: Stored, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
     entry = stored.entry
     if entry.shape != shape or entry.dtype not in dtypes:
         raise InputError(
-            f"{root}: tensor {stored.name!r} is {entry.dtype} {list(entry.shape)}, the config wants {list(shape)} of "
-            f"{' or '.join(dtypes)}"
+            f"{root}: tensor {stored.name!r} is {entry.dtype} {list(entry.shape)}, the config requires {list(shape)} "
+            f"of {' or '.join(dtypes)}"
         )
 
 

@@ -32,11 +32,13 @@ def find_model(name: str) -> Path:
     """
     match = _NAME.fullmatch(name)
     if match is None or ".." in name:
-        raise InputError(f"'{PREFIX}{name}' is no name of an Ollama model: expected one such as ollama:gpt-oss:20b")
+        raise InputError(
+            f"'{PREFIX}{name}' is not the name of an Ollama model: expected one such as ollama:gpt-oss:20b"
+        )
     host, namespace = match["host"] or "registry.ollama.ai", match["namespace"] or "library"
-    named = Path("manifests", host, namespace, match["model"], match["tag"] or "latest")
-    root = next((root for root in _roots() if os.path.isfile(root / named)), _roots()[0])
-    manifest = root / named
+    relative = Path("manifests", host, namespace, match["model"], match["tag"] or "latest")
+    root = next((root for root in _roots() if os.path.isfile(root / relative)), _roots()[0])
+    manifest = root / relative
     try:
         layers = read_json(manifest)["layers"]
         kinds = [str(layer["mediaType"]) for layer in layers]
@@ -55,7 +57,7 @@ def find_model(name: str) -> Path:
     if not digests:
         held = ", ".join(sorted({kind.removeprefix(_MEDIA) for kind in kinds})) or "nothing"
         raise InputError(
-            f"{manifest} names no GGUF file, it has {held}: a cloud model has no weights here, and models in other "
+            f"{manifest} lists no GGUF file, only {held}: a cloud model has no weights here, and models in other "
             "forms are not read; pull one in GGUF, such as gpt-oss:20b"
         )
     return _blob(root, manifest, digests)
@@ -74,7 +76,7 @@ def _blob(root: Path, manifest: Path, digests: list[str]) -> Path:
         raise InputError(f"{manifest} names {len(digests)} files of weights, expected one by its SHA-256")
     path = root / "blobs" / f"sha256-{match['hex']}"
     if not path.is_file():
-        raise InputError(f"{path} is missing, which {manifest} names: pull the model again")
+        raise InputError(f"{path} is missing, and {manifest} lists it: pull the model again")
     return path
 
 

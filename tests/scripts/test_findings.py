@@ -1,0 +1,38 @@
+"""The script of `make findings`: its sections are of registered studies with options that they have; it resumes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from scripts import findings
+from workbench import registry
+
+
+@pytest.mark.parametrize("name", list(findings.SECTIONS))
+def test_a_section_is_of_a_registered_study_and_its_options_are_known(name: str) -> None:
+    section = findings.SECTIONS[name]
+    record = registry.find(section.study or name)
+    assert record.name == (section.study or name)
+    assert set(section.options) <= set(record.options)
+    assert isinstance(record, registry.Experiment) == (section.sequences > 0)
+
+
+def test_results_that_are_there_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def run_experiment(name: str, *_: Any, **__: Any) -> dict[str, Any]:
+        made.append(name)
+        return {}
+
+    monkeypatch.setattr(findings.wb, "open_run", lambda _: SimpleNamespace(digest="digest"))
+    monkeypatch.setattr(findings.wb, "load", lambda *_, **__: None)
+    monkeypatch.setattr(findings, "run_experiment", run_experiment)
+    monkeypatch.setattr(findings, "save", lambda *_, **__: [])
+    for _ in range(2):
+        findings.make(tmp_path, ["steering", "patching"])
+    assert made == ["steering", "patching"]
+    monkeypatch.setitem(findings.SECTIONS, "steering", findings.Section(6))  # negative control: another sample
+    findings.make(tmp_path, ["steering", "patching"])
+    assert made == ["steering", "patching", "steering"]
