@@ -12,6 +12,11 @@ BIN := .venv/bin
 SERVE ?= 1
 PORT ?= 5006
 
+# pip compiles one file after the other, for a minute or two. It is told not to, by a 0, and all cores compile what it
+# installed, except the packages' own tests.
+INSTALL := PIP_NO_COMPILE=0 $(BIN)/python
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/' .venv/lib || true
+
 .PHONY: demo test check dashboard nano run findings paper docs
 
 .venv/.torch-$(TORCH): constraints.txt scripts/install_torch.py
@@ -20,15 +25,17 @@ PORT ?= 5006
 	@$(PYTHON) -c 'import ensurepip' || { echo "this Python cannot make environments: apt-get install python3-venv"; exit 2; }
 	@printf '── installing into .venv: torch and the rest, one to four minutes the first time\n'
 	$(PYTHON) -m venv .venv
-	@$(BIN)/python scripts/install_torch.py $(TORCH) --constraints constraints.txt
+	@$(INSTALL) scripts/install_torch.py $(TORCH) --constraints constraints.txt
 	@rm -f .venv/.torch-*; touch $@
 
 .venv/.user: pyproject.toml constraints.txt .venv/.torch-$(TORCH)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dashboard]"
+	$(INSTALL) -m pip install -q -c constraints.txt -e ".[dashboard]"
+	@$(COMPILE)
 	touch $@
 
 .venv/.dev: .venv/.user
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(INSTALL) -m pip install -q -c constraints.txt -e ".[dev]"
+	@$(COMPILE)
 	touch $@
 
 # $(call step,WHAT,COMMAND): say what is done, do it, say how long it took
@@ -89,11 +96,13 @@ docs: .venv/.dev
 dashboard: .venv/.user
 	$(BIN)/workbench dashboard runs/demo.zarr --port $(PORT)
 
+# hundreds of processes of the tests import the same modules: Python may keep them compiled
+test check: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	@# types are checked beside the tests, as mypy uses one core only
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 --dist worksteal; tests=$$?; wait $$types && exit $$tests
 
 check: .venv/.dev
 	$(BIN)/ruff format .

@@ -22,6 +22,8 @@ from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 
+# of `panel.serve`: how long a page waits for the connection of its browser, which first loads 5 MB over ssh, say
+SESSIONS: dict[str, Any] = {"unused_session_lifetime_milliseconds": 60_000}
 _LOCAL = ("localhost", "127.0.0.1")  # addresses that only this machine reaches
 
 
@@ -141,13 +143,12 @@ def serve(
     basic_auth: Path | None = None,
     model: str = "",
     extra: Mapping[str, ExtraPage] | None = None,
-    **options: Any,
 ) -> None:
     """Serve the dashboard until interrupted. Only pages from `address`, and of the origins allowed, may connect.
 
     basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look. model: the
     one that the runs were captured from, for attention patterns; loaded by processes of their own when it is needed.
-    extra: pages of other packages by their path. options: of `panel.serve`, which those need.
+    extra: pages of other packages by their path.
     """
     access = login_options(basic_auth)
     origins = [*local_origins(address, port), *checked_origins(allow_origin)]
@@ -167,7 +168,7 @@ def serve(
             start=False,
             websocket_origin=origins,
             num_threads=4,
-            **options,
+            **SESSIONS,
             **access,
         )
         guard(server._tornado, origins)

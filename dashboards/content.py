@@ -17,13 +17,12 @@ def about(run: Run) -> str:
     sequences = run.sequences
     done, total = run.progress
     state = "complete" if done == total else f"in progress: {done} of {total} units"
-    recorded = [name for name, on in vars(run.spec).items() if on is True] + [a.hook for a in run.spec.activations]
     efforts = ", ".join(f"{n} {effort}" for effort, n in sequences["effort"].value_counts(sort=False).items())
     parts = {
         "Model": f"{run.checkpoint['name']}: {run.model['n_layers']} layers, {number_of_experts(run.model)} experts, "
-        f"{run.model['experts_per_token']} a token",
+        f"{run.model['experts_per_token']} per token",
         "Transcripts": f"{len(sequences):,} ({efforts}), {int(sequences['length'].sum()):,} tokens",
-        "Recorded": ", ".join(recorded).replace("_", " "),
+        "Recorded": ", ".join(run.recorded).replace("_", " "),
         "State": state,
     }
     return _facts(parts)
@@ -79,7 +78,7 @@ def findings(study: Mapping[str, xr.Dataset]) -> str:
     parts = []
     for number, result in enumerate(sorted(study.values(), key=lambda ds: "model" in str(ds.attrs["title"]).lower())):
         first, *others = result.attrs["summary"].splitlines() or [""]
-        lines = "".join(f"<li>{escape(line.strip())}</li>" for line in others)
+        lines = "".join(f"<li>{escape(line.strip())}</li>" for line in others if line.strip())
         body = f"<p class='wb-lead'>{escape(first)}</p>" + (f"<ul class='wb-answers'>{lines}</ul>" if lines else "")
         opened = " open" if number == 0 else ""
         parts.append(f"<details{opened}><summary><b>{escape(result.attrs['title'])}</b></summary>{body}</details>")
@@ -132,7 +131,9 @@ def figure_names(names: Iterable[str]) -> dict[str, str]:
     First accuracy, then the map of differences between analysis and final or else between efforts, then sizes.
     """
     every = list(names)
-    last = [name for name in every if name.startswith(("mass_frame", "mass_prompt", "load_")) or name.endswith("naive")]
+    # sizes of samples, and maps of all tokens
+    last = [name for name in every if name.startswith(("mass_frame", "mass_prompt", "load_"))]
+    last += [name for name in every if name.endswith(("naive", "_tokens", "_prompts", "_sequences"))]
     kinds = ("accuracy", "analysis_vs_final_matched", "difference_analysis_vs_final", "in_final_matched", "sizes")
     order = [name for kind in kinds for name in every if name not in last and kind in name]
     return {_label(name): name for name in dict.fromkeys((*order, *(n for n in every if n not in last), *last))}

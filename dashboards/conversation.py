@@ -1,7 +1,7 @@
 """One conversation as a page of its own: tokens coloured by what was recorded of them, replayed while experts light up.
 
 The page is a document in a sandboxed frame. Texts go into it as JSON whose `<` are escaped, and onto the screen as text
-nodes: nothing that a transcript says can be run.
+nodes: nothing in a transcript can be run.
 """
 
 import base64

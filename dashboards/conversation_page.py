@@ -4,7 +4,9 @@ import io
 from html import escape
 from typing import Any
 
+import numpy as np
 import panel as pn
+import xarray as xr
 
 from workbench.dashboards import content, search, widgets
 from workbench.dashboards.conversation import HEIGHT, VIEW, conversation_file, frame, sentences_of
@@ -127,9 +129,10 @@ class _Conversations:
         )
         if self.order.value != "importance":
             return matches
-        ids = set(self.importance["sentences"]["conversation"].values.astype(str))
+        largest = largest_effects(self.importance["sentences"])
         table = self.session.run.sequences["id"].to_dict()
-        return {label: number for label, number in matches.items() if table[number] in ids}
+        measured = [item for item in matches.items() if table[item[1]] in largest]
+        return dict(sorted(measured, key=lambda item: -largest[table[item[1]]]))
 
     def _number(self, name: str, size: str) -> int:
         return int(self.session.choice.get(name, [str(i) for i in range(self.session.run.model[size])]))
@@ -181,6 +184,15 @@ class _Conversations:
         if self.order.value == "expert" and view.get("expert", self.expert) != self.expert:
             self.expert = view["expert"]
             self.fill()
+
+
+def largest_effects(sentences: xr.Dataset) -> dict[str, float]:
+    """Return the largest absolute effect of a sentence for each conversation by its id; 0 if none was measured."""
+    effects = np.nan_to_num(np.abs(sentences["effect"].values.astype(float)))
+    largest: dict[str, float] = {}
+    for id, effect in zip(sentences["conversation"].values.astype(str).tolist(), effects.tolist(), strict=True):
+        largest[id] = max(effect, largest.get(id, 0.0))
+    return largest
 
 
 def _pair(*texts: str) -> list[pn.widgets.Button]:

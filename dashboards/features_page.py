@@ -133,7 +133,9 @@ def _table(counts: Mapping[str, Any], totals: Mapping[str, int], largest: Any) -
         "feature": np.arange(len(largest)),
         "all content (%)": 100 * sum(counts[c] for c in shown) / content_tokens,
     }
-    columns |= {f"{c} (%)": values for c, values in of.items()} | {"largest value": largest}
+    columns |= {f"{c} (%)": values for c, values in of.items()} | {
+        "largest value": np.asarray(largest, dtype=np.float64)
+    }
     table = pd.DataFrame(columns)
     order = np.abs(of["analysis"] - of["final"]) if {"analysis", "final"} <= set(of) else table["all content (%)"]
     table = table.iloc[np.argsort(-np.asarray(order), kind="stable")].round(2)
@@ -199,7 +201,7 @@ def _examples(session: Session, name: str, index: int, feature: int) -> pn.FlexB
         return _listed_examples(session, examples_study.load(session.run, [feature], hook=name))
     words = search.vocabulary(session.run)
     cards, largest = [], 0.0
-    for kind, title in (("top", "Largest values"), ("random", "Random sample of its tokens")):
+    for kind, title in (("top", "Largest values"), ("random", "Random sample")):
         items = []
         for row in examples(session.run, name, index, feature, kind):
             largest = largest or row["value"]  # the first of the largest values
@@ -214,7 +216,7 @@ def _listed_examples(session: Session, ds: xr.Dataset) -> pn.FlexBox:
     """Return two cards with the examples of one feature by channel, as a capture recorded them."""
     cell, cards = ds.isel(feature=0), []
     largest = max(float(cell["top_activation"].max()), 1e-9) if cell["top_activation"].size else 1.0
-    for kind, title in (("top", "Largest values"), ("random", "Random sample of its tokens")):
+    for kind, title in (("top", "Largest values"), ("random", "Random sample")):
         parts = []
         for channel in [channel for channel in cell["channel"].values.tolist() if channel != "frame"]:
             rows = listed_rows(ds, kind, channel)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import panel as pn
 import param
+from panel.io.resources import LOCAL_DIST
 from panel.template.base import BasicTemplate
 from panel.theme import Design
 
@@ -54,6 +55,7 @@ def page_template(
     titles: of all pages by address. query: of the page's own address. one_path: the page is named in the query.
     absent: addresses of pages for which the run recorded nothing.
     """
+    _load_styles_from_this_server()
     return PageTemplate(
         title=escape(f"{run_name}: {titles[page]} – gpt-oss workbench"),
         sidebar=sidebar,
@@ -71,6 +73,17 @@ def page_template(
             "alone": "wb-alone" if len(titles) == 1 and not sidebar else "",
         },
     )
+
+
+def _load_styles_from_this_server() -> None:
+    """Set the address of Panel's style sheets for the document of this session.
+
+    Panel sets it only when it writes the HTML of a page. If a session expires before its browser connects, as on a slow
+    line, the browser gets a new session without HTML, and Panel would refer to the style sheets of another host.
+    """
+    if pn.state.curdoc is not None:
+        address = f"{pn.state.rel_path}/{LOCAL_DIST}" if pn.state.rel_path else LOCAL_DIST
+        pn.state.curdoc._template_variables.setdefault("dist_url", address)
 
 
 def navigation(page: str, titles: Mapping[str, str], absent: Collection[str] = ()) -> str:

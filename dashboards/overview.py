@@ -117,7 +117,9 @@ def problems(run: Run) -> str:
     flags = pd.Series([flag for text in table.get("flags", ()) for flag in str(text).split()], dtype=str)
     for flag, count in flags.value_counts().items():
         description = SEQUENCE_FLAGS.get(str(flag), str(flag))
-        lines.append((f"{count:,} conversations: {description}. Exclude them in the sidebar.", "warning"))
+        lines.append(
+            (f"{count:,} conversation{'s' * (count != 1)}: {description}. Exclude them in the sidebar.", "warning")
+        )
     if run.exclusion:
         lines.append((f"Excluded: {run.exclusion}", "warning"))
     if not lines:

@@ -20,7 +20,10 @@ from workbench.figures.gallery import Gallery, GalleryItem
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
-_EFFECT = ("change", "same")  # names of the effect in a result; its interval is low and high
+# names of the effect in a result, and of the limits of its interval
+_EFFECTS = (("change", "low", "high"), ("effect", "low", "high"), ("same", "same_low", "same_high"))
+_NO_EFFECT = {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals excluding zero": "–"}
+_UNITS = {"same": "share of equal answers", "effect": "probability"}  # where a result names none
 
 
 def causal(session: Session) -> Page:
@@ -42,7 +45,9 @@ def causal(session: Session) -> Page:
     pick.param.watch(show, "value")
 
     def summary() -> Any:
-        return widgets.table("All experiments", overview_table(stored.experiments), f"{session.name}-experiments")
+        rows = overview_table(stored.experiments)
+        links = [session.link("causal", experiment=titles[title]) for title in rows["experiment"]]
+        return widgets.table("All experiments", rows, f"{session.name}-experiments", {"experiment": links})
 
     table = widgets.guarded(lambda: _readable("experiments", summary))
     return Page([pick], [table, shown, *notes])
@@ -67,7 +72,7 @@ def _readable(name: str, body: Callable[[], Any]) -> Any:
 
 
 def overview_table(experiments: Mapping[str, Mapping[str, xr.Dataset]]) -> pd.DataFrame:
-    """Return a row for each result: its largest effect with its interval, and how many effects exclude zero."""
+    """Return a row for each result: the largest effect that has an interval, and how many intervals exclude zero."""
     rows = []
     for name, sets in experiments.items():
         for key, ds in sets.items():
@@ -76,19 +81,20 @@ def overview_table(experiments: Mapping[str, Mapping[str, xr.Dataset]]) -> pd.Da
 
 
 def _largest(ds: xr.Dataset) -> dict[str, Any]:
-    effect = next((effect for effect in _EFFECT if effect in ds), None)
-    if effect is None or not {"low", "high"} <= set(ds.data_vars):
-        return {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals excluding zero": "–"}
-    values, low, high = (ds[name].values.astype(float) for name in (effect, "low", "high"))
-    if not np.isfinite(values).any():
-        return {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals excluding zero": "–"}
-    at = np.unravel_index(int(np.nanargmax(np.abs(values))), values.shape)
-    sure = int((low * high > 0).sum())
+    names = next((names for names in _EFFECTS if set(names) <= set(ds.data_vars)), None)
+    if names is None:
+        return _NO_EFFECT
+    values, low, high = (ds[name].values.astype(float) for name in names)
+    tested = np.isfinite(values) & np.isfinite(low) & np.isfinite(high)
+    if not tested.any():
+        return _NO_EFFECT
+    at = np.unravel_index(int(np.where(tested, np.abs(values), -1).argmax()), values.shape)
+    sure = int((low * high > 0)[tested].sum())
     return {
         "largest effect": f"{values[at]:+.3g}",
         "95 % interval": f"[{low[at]:+.3g}, {high[at]:+.3g}]",
-        "unit": str(ds.attrs.get("units", "")),
-        "intervals excluding zero": f"{sure} of {int(np.isfinite(values).sum())}",
+        "unit": str(ds.attrs.get("units") or _UNITS.get(names[0], "")),
+        "intervals excluding zero": f"{sure} of {int(tested.sum())}",
     }
 
 
@@ -122,7 +128,7 @@ def _numbers(ds: xr.Dataset, title: str, name: str) -> Iterator[Any]:
     shown = ds.drop_vars([variable for variable in ("each", "base", "random", "random_load_ratio") if variable in ds])
     for axes, rows in tables(shown).items():
         texts = rows.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
-        heading = f"{title} by {axes.replace('_', ' and ')}"
+        heading = f"{title[:1].upper()}{title[1:]} by {axes.replace('_', ' and ')}"
         yield widgets.table(heading, texts, f"{name}-{axes}", collapsed=True)
 
 

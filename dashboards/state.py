@@ -27,7 +27,7 @@ from workbench.studies.specialization import together
 class Selection:
     """The selected values by name. They are the query string of every page, so a link opens the same view again.
 
-    A page uses the names that it knows and passes the others on to the next page.
+    A page uses its own names and passes the others on to the next page.
     """
 
     NAMES = (

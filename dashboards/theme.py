@@ -96,7 +96,8 @@ white-space:nowrap;font-variant-numeric:tabular-nums}
 .wb-facts b{color:var(--wb-ink);font-weight:600}
 .wb-answers{margin:0;padding-left:1.3em}.wb-answers li{margin:.35em 0;line-height:1.5}
 .wb-examples{margin:0;padding-left:1.2em;font-family:'DejaVu Sans Mono',monospace;font-size:13px}
-.wb-examples li{margin:.25em 0}.wb-examples a{color:var(--wb-ink);text-decoration:none;white-space:pre-wrap}
+.wb-examples li{margin:.25em 0}.wb-examples a{color:var(--wb-ink);text-decoration:none;white-space:pre-wrap;
+overflow-wrap:anywhere}
 .wb-examples a:hover{text-decoration:underline}
 mark{background:var(--wb-accent);color:var(--wb-on-accent);border-radius:3px;padding:0 2px}
 mark.wb-shade{background:color-mix(in srgb,var(--wb-accent-soft) calc(100% - var(--share)),var(--wb-warn-soft));
@@ -117,12 +118,14 @@ background:var(--wb-accent-soft);color:var(--wb-ink)}
 .wb-table td,.wb-table th{text-align:left;vertical-align:top;padding:5px 14px 5px 0;
 border-bottom:1px solid var(--wb-line)}.wb-table th{color:var(--wb-muted);font-weight:600}
 """
-# of every component: Panel draws each in a shadow root, which page styles do not reach
+# of every component: Panel draws each in a shadow root, which page styles do not reach. The buttons of number fields
+# have no names for screen readers; the arrow keys do the same.
 _COMPONENT_CSS = """
+.bk-spin-btn{display:none}
 :host{font-family:var(--wb-font);font-size:var(--wb-text);color:var(--wb-ink);color-scheme:var(--wb-scheme)}
 .bk-input{background:var(--wb-surface);color:var(--wb-ink);border:1px solid var(--wb-control);border-radius:6px}
 textarea.bk-input{padding:6px 12px}.bk-btn a{color:inherit;text-decoration:none}
-select.bk-input{appearance:auto!important;background-image:none!important}
+select.bk-input{padding:0 2px 0 8px;appearance:auto!important;background-image:none!important}
 .bk-input:focus{border-color:var(--wb-accent);box-shadow:0 0 0 2px var(--wb-accent-soft)}
 .bk-btn,.bk-btn-default{background:var(--wb-surface)!important;color:var(--wb-ink)!important;
 border:1px solid var(--wb-control)!important;border-radius:6px;font-size:13px}

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import panel as pn
 import plotly.graph_objects as go
 import xarray as xr
+from jaxtyping import Float
 
 from workbench.dashboards.study_jobs import Answer
 from workbench.dashboards.theme import ALERT_CSS, CARD_CSS, FIGURE_CSS, PARTS_CSS, TABULATOR_CSS, TOOL_CSS
@@ -130,11 +132,20 @@ def _long_table(rows: pd.DataFrame, markup: set[str]) -> pn.widgets.Tabulator:
         pagination="local",
         page_size=_PLAIN_ROWS,
         sizing_mode="stretch_width",
-        formatters={column: {"type": "html" if column in markup else "plaintext"} for column in texts},
-        header_filters={column: {"type": "input", "placeholder": f"filter {column}"} for column in texts},
+        formatters={column: {"type": "html" if column in markup else "plaintext"} for column in texts}
+        | {column: _decimals(rows[column]) for column in rows.columns if rows[column].dtype.kind == "f"},
+        configuration={"columnDefaults": {"minWidth": 90, "maxWidth": 400}},
+        header_filters={column: {"type": "input", "placeholder": "filter"} for column in texts},
         theme="simple",
         stylesheets=[TABULATOR_CSS],
     )
+
+
+def _decimals(values: Float[pd.Series, " row"]) -> dict[str, Any]:
+    """Return the format of a column of numbers: as many decimals for all as one of them needs, three at most."""
+    known = values[np.isfinite(values)].to_numpy(dtype=np.float64).round(3)
+    precision = next((n for n in range(3) if np.array_equal(known, known.round(n))), 3)
+    return {"type": "money", "decimal": ".", "thousand": ",", "symbol": "", "precision": precision}
 
 
 def _formats(rows: pd.DataFrame) -> dict[str, Callable[[Any], str]]:

@@ -32,8 +32,8 @@ def forbid(layers: Layers, experts: Collection[int], tokens: Tokens = None) -> E
             )
         selected = at.selected(members)
         mask = selected.to(logits.device)[..., None] & among(experts, logits)
-        choice = torch.zeros_like(mask).scatter_(-1, logits.topk(k, -1).indices, True)
-        return logits.masked_fill(mask, -torch.inf), int(selected.sum()), (mask & choice).sum()
+        changed = mask.gather(-1, logits.topk(k, -1).indices).sum()
+        return logits.masked_fill(mask, -torch.inf), int(selected.sum()), changed
 
     return Edit(
         f"forbid experts {experts} in {describe_layers(layers)}",

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 import workbench as wb
-from workbench import registry
 from workbench.experiments.from_run import transcripts
 from workbench.experiments.registry import run_experiment
 from workbench.figures.report import write_report
@@ -35,10 +34,11 @@ RECORD = ("routing", "neurons", "hook_resid_post")  # of the second run, from wh
 
 @dataclass(frozen=True)
 class Section:
-    """What is computed: on about so many sequences, spread over tasks and efforts, with these options."""
+    """What is computed: on about this many sequences, spread over tasks and efforts, with these options."""
 
     sequences: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    study: str = ""  # where the section has another name, so that one study has two
 
 
 # Experiments, and studies that need recorded activations (without sequences: all)
@@ -50,9 +50,11 @@ SECTIONS = {
     "logit-attribution": Section(200),
     "expert-logits": Section(100),
     "steering": Section(120),
-    "expert-ablation": Section(180),
-    "expert-forcing": Section(180),
-    "expert-reweighting": Section(180),
+    "steering-by-role": Section(60, {"a": "role=system", "b": "role=user", "at": "role=user"}, study="steering"),
+    "receiver-heads": Section(90, {"apart": 2}),
+    "expert-ablation": Section(180, {"controls": 39}),
+    "expert-forcing": Section(180, {"controls": 20}),
+    "expert-reweighting": Section(180, {"controls": 20}),
     "super-experts": Section(60),
     "counterfactual-routing": Section(60, {"routes": 4}),
     "expert-tracing": Section(60),
@@ -90,14 +92,15 @@ def make(out: Path, names: list[str]) -> None:
         stated = json.dumps({"sequences": section.sequences, **options, "run": run.digest})
         if done.is_file() and done.read_text() == stated:
             continue
-        begun = time.monotonic()
+        begun, study = time.monotonic(), section.study or name
         if section.sequences:
             if name == "sentence-importance":
                 options["store"] = str(out / "branches.jsonl")
-            results = run_experiment(name, model, run, sequences=section.sequences, **options)
+            results = run_experiment(study, model, run, sequences=section.sequences, **options)
         else:
-            results = run_study(name, with_activations(out, model, run), **options)
-        save(results, out, overwrite=True)
+            results = run_study(study, with_activations(out, model, run), **options)
+        suffix = name.removeprefix(study).replace("-", "_")
+        save({f"{key}{suffix}": result for key, result in results.items()}, out, overwrite=True)
         done.write_text(stated)
         print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)
 
@@ -112,10 +115,11 @@ def with_activations(out: Path, model: Any, run: Any) -> Any:
 
 def report(out: Path) -> None:
     """Write the report of the run with all results, and copy its Markdown to data/findings.md."""
-    results = {name: sets for name, sets in load(out).items() if registry.find(name).name in SECTIONS}
-    if missing := [name for name in SECTIONS if name not in results]:
+    results = load(out)
+    if missing := [name for name in SECTIONS if not (out / f"{name}.done.json").is_file()]:
         print(f"without {', '.join(missing)}: they have no results in {out}", file=sys.stderr)
-    ordered = {name: results[name] for name in SECTIONS if name in results}
+    studies = dict.fromkeys(section.study or name for name, section in SECTIONS.items())
+    ordered = {study: results[study] for study in studies if study in results}
     target = out / "findings.html"
     write_report(wb.open_run(RUN), target, results=ordered, overwrite=True)
     shutil.copyfile(target.with_suffix(".md"), FINDINGS)

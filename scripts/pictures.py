@@ -35,7 +35,12 @@ _RECIPE = {
 # name: address, width, height, and the text that is shown when the page is complete
 PICTURES = {
     "dashboard": ("overview", 1280, 960, "Paired within prompts"),
-    "transcript": ("transcript?" + urlencode({"sequence": 8, "pin": 60, "colour": "surprisal"}), 1280, 860, ""),
+    "transcript": (
+        "transcript?" + urlencode({"sequence": 8, "pin": 60, "colour": "expert", "layer": 2, "expert": 8}),
+        1280,
+        720,
+        "",
+    ),
     "graph": ("graph", 1280, 900, ""),
     "live": ("live?" + urlencode({"recipe": json.dumps(_RECIPE)}), 1280, 1180, ""),
 }

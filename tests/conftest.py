@@ -30,8 +30,21 @@ MODEL = [
 ]
 CHECK = f"{typechecking.__name__}.check_calls"
 install_import_hook([*KERNELS, "workbench.hooks", *MODEL], CHECK)
-# Tests of these packages run with the checks, which double the time of a short pass; others, and slow ones, do not.
-CHECKED = ("adapters", "capture", "experiments", "hooks", "kernels", "model")
+# Files whose tests take up to a minute each come first, so that all workers end at about the same time.
+LONGEST = ("test_packaging.py", "test_howto_tasks.py", "test_docs.py", "test_notebooks.py", "test_faults.py")
+# Tests of these packages and modules run with the checks, which double the time of a short pass; others, and slow ones,
+# do not. The modules are of `workbench.experiments`; `tests/experiments/conftest.py` decorates them.
+CHECKED = ("hooks", "kernels", "model")
+CHECKED_EXPERIMENTS = (
+    "attribution",
+    "gradients",
+    "jacobians",
+    "lens",
+    "residual_attribution",
+    "activations",
+    "token_selection",
+    "norm_attribution",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,13 +71,16 @@ def demo_run() -> Path:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Check shapes, or not, in a test and its fixtures."""
     package = item.path.relative_to(ROOT / "tests").parts[0] if item.path.is_relative_to(ROOT / "tests") else ""
-    checked = package in CHECKED and item.get_closest_marker("slow") is None
+    module = item.path.stem.removeprefix("test_")
+    wanted = package in CHECKED or (package == "experiments" and module in CHECKED_EXPERIMENTS)
+    checked = wanted and item.get_closest_marker("slow") is None
     jaxtyping.config.update("jaxtyping_disable", not checked)
     return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked long unless they are asked for with --long."""
+    """Leave out tests marked long unless they are asked for with --long; begin with the longest ones."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not config.getoption("--long"):
         left_out = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)

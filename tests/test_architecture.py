@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "runs",
         "harmony",
         "errors",
+        "notebook",
         "progress",
     },
     "data": {"outputs", "model", "kernels", "hooks", "harmony", "capture", "errors", "progress"},
@@ -282,8 +283,8 @@ def test_the_package_lists_its_public_names_and_has_them() -> None:
         assert issubclass(wb.InputError, ValueError) and wb.Run.__name__ == "Run"
     """
     names = (
-        "InputError Recorder Run __version__ accuracy answers capture dashboards direction experiments figures finetune harmony "
-        "hooks kernels load open_run probe studies top_experts"
+        "InputError Recorder Run __version__ accuracy answers capture dashboards direction experiments figures "
+        "finetune harmony hooks kernels load open_run probe studies top_experts"
     )
     assert run(code).split() == names.split()
 

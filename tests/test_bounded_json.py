@@ -85,7 +85,7 @@ def test_documents_before_one_that_is_not_json_are_read() -> None:
 ROOT = Path(__file__).parents[1]
 OWN_JSON = {  # module -> why it reads JSON without limits
     "workbench/bounded_json.py": "it is the reader",
-    "workbench/harmony/templates.py": "the request and the answer of its own child process, which imports nothing of ours",
+    "workbench/harmony/templates.py": "request and answer of its own child process, which imports none of our modules",
     "workbench/runs/writer.py": "a copy of its own values",
     "workbench/bench/first.py": "results of its own child process",
     "workbench/bench/worker.py": "results of its own child process",

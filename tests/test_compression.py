@@ -1,4 +1,4 @@
-"""What unpacks to more than it should is refused by what its header tells, and never unpacked."""
+"""What unpacks to more than it should is refused by what its header states, and never unpacked."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from workbench.compression import SizedZstd, frame_size, unpack
 
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 65_791, 65_792, 100_000])
-def test_a_header_tells_what_a_frame_unpacks_to(size: int) -> None:
+def test_a_header_states_what_a_frame_unpacks_to(size: int) -> None:
     for level in (1, 9):
         packed = Zstd(level=level, checksum=True).encode(bytes(size))
         assert frame_size(packed) == size

@@ -1,7 +1,7 @@
-"""The documentation is true: every code block runs, every command works, every link leads somewhere, the site builds clean.
+"""The documentation is true: every code block runs, every command works, every link leads somewhere, the site builds.
 
-Blocks run in a folder that has what a reader would have: nano stands for the real checkpoints, a slice of the demo run for
-theirs, and a mock server for vLLM.
+Blocks run in a folder that has what a reader would have: nano stands for the real checkpoints, a slice of the demo run
+for theirs, and a mock server for vLLM.
 """
 
 import json
@@ -127,7 +127,7 @@ def test_the_commands_of_a_page_work_in_their_order(
     finally:
         for process in cluster:
             process.terminate()
-            process.wait(30)
+            process.wait(300)
         if host is not None:
             host.server.shutdown()
             host.server.server_close()
@@ -170,7 +170,7 @@ def run(words: list[str]) -> None:
         wait_for(port, server)
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(300)
 
 
 def broken_links(page: Path) -> list[str]:
@@ -324,7 +324,7 @@ def test_the_store_page_names_the_recorded_quantities(tmp_path: Path) -> None:
 
 
 def changelog_problems(text: str) -> list[str]:
-    """Return lines of a changelog that are not a heading of a version or a change, nor a change of one line, stated once."""
+    """Return lines of a changelog that are neither a heading nor a change of one line that is stated once."""
     lines = [line for line in text.splitlines() if line]
     headings = ("# Changelog", "## ", "### Added", "### Changed", "### Fixed")
     changes = [line for line in lines if line.startswith("- ")]

@@ -1,4 +1,4 @@
-"""The how-to pages of everyday research: files, commands and Python of a page, executed in their order, public names only."""
+"""The how-to pages of everyday research: files, commands and Python of a page, executed in order."""
 
 import ast
 import json
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import workbench as wb
+from tests.capture.test_feature_lists import write_sae
 from tests.cli.test_cli import run as command
 from tests.conftest import DATA
 from workbench.capture.shape_model import sample_transcripts
@@ -36,6 +37,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations))
     write_transcripts(folder / "for-gpt-oss.jsonl", sample_transcripts(wb.harmony.tokenizer(), 3, 100))
+    write_sae(folder / "saes" / "layer2", d_in=128, d_sae=96)
     write_transcripts(folder / "answers.jsonl", transcripts(run, run.sequences.index[::8].tolist()))
     return folder
 

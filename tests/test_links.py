@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 def test_a_checkout_whose_link_is_a_text_file_is_refused(broken: str, tmp_path: Path) -> None:
     package = tmp_path / "workbench"
     package.mkdir()
-    for name in ("__init__.py", "_links.py"):
-        shutil.copy(ROOT / "workbench" / name, package)
+    for path in (ROOT / "workbench").glob("_*.py"):
+        shutil.copy(path, package)
     for name in LINKS:
         (tmp_path / name).mkdir()
         (package / name).symlink_to(f"../{name}")

@@ -9,10 +9,14 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.serving import free_port, wait_for
 
@@ -28,7 +32,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def leave(folder: str, names: list[str]) -> set[str]:
         return {
-            n for n in names if n == "__pycache__" or (Path(folder) == ROOT and (n in ours or n.endswith("egg-info")))
+            n
+            for n in names
+            if n == "__pycache__"  # and caches that mypy and pytest write meanwhile
+            or (Path(folder) == ROOT and (n in ours or n.endswith(("egg-info", "_cache")) or n == ".hypothesis"))
         }
 
     shutil.copytree(ROOT, source, symlinks=True, ignore=leave)
@@ -74,19 +81,60 @@ def test_wheel_and_sdist_hold_what_is_needed_and_nothing_of_ours(built: Path) ->
     assert {"pyproject.toml", "README.md", "LICENSE", "workbench/cli/__init__.py"} <= held
 
 
+def dependencies(package: Distribution, extra: str) -> set[str]:
+    """The distributions that one needs with an extra, directly or through others, as their metadata say."""
+    found: set[tuple[str, str]] = set()
+    ahead = [(package, extra)]
+    while ahead:
+        current, extra = ahead.pop()
+        for requirement in map(Requirement, current.requires or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                needed = {(canonicalize_name(requirement.name), e) for e in ("", *requirement.extras)} - found
+                ahead += [(distribution(name), extra) for name, extra in needed]
+                found |= needed
+    return {name for name, _ in found}
+
+
+def record(package: Distribution) -> list[str]:
+    """The files of a distribution beside the others' in site-packages; not its commands."""
+    lines = (package.read_text("RECORD") or "").splitlines()
+    return [path for path in (line.rsplit(",", 2)[0].strip('"') for line in lines) if not path.startswith(("..", "/"))]
+
+
+def link_distributions(names: set[str], site: Path) -> None:
+    """Put links to installed distributions into an environment, as if they were installed there, and to no others."""
+    owners = Counter(root for package in distributions() for root in {p.split("/")[0] for p in record(package)})
+    for name in names:
+        files = record(distribution(name))
+        assert files, f"{name} does not list its files"
+        # a folder is linked, except where several distributions share it
+        for part in {path if owners[path.split("/")[0]] > 1 else path.split("/")[0] for path in files}:
+            if not (site / part).exists():
+                (site / part).parent.mkdir(parents=True, exist_ok=True)
+                (site / part).symlink_to(Path(str(distribution(name).locate_file(part))).resolve())
+
+
 @pytest.mark.slow
-def test_the_wheel_works_in_a_clean_environment(built: Path, tmp_path: Path) -> None:
-    """Installed with its dependencies in an environment of its own, used from a folder that is not the checkout."""
+def test_the_wheel_works_in_a_clean_environment(built: Path, tmp_path: Path, long: bool) -> None:
+    """Installed with its dependencies in an environment of its own, used from a folder that is not the checkout.
+
+    Only with --long they are installed anew; else they are links to those of this environment.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {
         "XDG_CACHE_HOME": str(tmp_path)
     }
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
     python = tmp_path / "env" / "bin" / "python"
     (wheel,) = built.glob("*.whl")
     # not compiled: what is imported is compiled then, and torch has ten thousand modules that nobody imports here
-    install = [python, "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT / "constraints.txt"]
-    install += [f"{wheel}[dashboard]"]
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile"]
+    install += ["-c", ROOT / "constraints.txt", f"{wheel}[dashboard]"] if long else ["--no-deps", wheel]
     subprocess.run(list(map(str, install)), check=True, env=environment, capture_output=True)
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    if not long:
+        link_distributions(
+            dependencies(Distribution.at(*site.glob("gpt_oss_workbench-*.dist-info")), "dashboard"), site
+        )
 
     def run(*words: str) -> str:
         done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
@@ -95,6 +143,8 @@ def test_the_wheel_works_in_a_clean_environment(built: Path, tmp_path: Path) -> 
 
     command = str(python.with_name("workbench"))
     assert "attn.hook_sink" in run(command, "info", "nano")
+    undeclared = "import importlib.util; print(importlib.util.find_spec('moto'))"
+    assert run(str(python), "-c", undeclared) == "None\n", "the environment has what nothing requires"
     code = """
 import pathlib, torch, workbench as wb, workbench.data
 model = wb.load("nano", dtype=torch.float32)
@@ -135,12 +185,15 @@ print(pathlib.Path(wb.__file__).parent, pathlib.Path(next(iter(workbench.data.__
         page = run(
             str(python),
             "-c",
-            f"import httpx; print(httpx.get('http://localhost:{port}/experts', timeout=60).status_code)",
+            f"import httpx; print(httpx.get('http://localhost:{port}/experts', timeout=300).status_code)",
         )
         assert page == "200\n"
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(300)
+    shutil.move(site / "safetensors", tmp_path)
+    missing = subprocess.run([command, "info", "nano"], capture_output=True, text=True, check=False, env=environment)
+    assert missing.returncode != 0, "a negative control: a dependency that is not there is noticed"
 
 
 PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin", "x86_64-pc-windows-msvc")

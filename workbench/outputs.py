@@ -45,7 +45,7 @@ def check_output(
     """Return the path of an output that a command may write, after all checks that need no lock.
 
     inputs: paths that the command reads; names that are not a path of this machine are passed over. owned: whether the
-    command wrote an existing file, if its content tells; the marker does otherwise.
+    command wrote an existing file, if its content states it; the marker does otherwise.
 
     Raises:
         InputError: the path is an input, cannot be a file or folder, or exists and may not be replaced.

@@ -1,6 +1,6 @@
 """JSON Lines files to which a long command appends: resumable, locked, and replaced only if the command wrote them.
 
-Every row says in `meta.workbench` which command wrote it and what the job was, so a file tells by itself whether it
+Every row states in `meta.workbench` which command wrote it and what the job was, so a file alone shows whether it
 can be resumed. A row is on the disk before the next is begun; half a row that a kill left is cut off when the next is
 written, not before. With `overwrite` the rows go to a file beside the old one, which they replace with the first row.
 
@@ -38,7 +38,7 @@ def is_stamped(row: Mapping[str, Any], command: str) -> bool:
 
 
 def written_by(command: str) -> Callable[[Path], bool]:
-    """Return a function that tells whether a command wrote every row of a file."""
+    """Return a function that decides whether a command wrote every row of a file."""
 
     def owned(path: Path) -> bool:
         try:
@@ -53,7 +53,7 @@ def written_by(command: str) -> Callable[[Path], bool]:
 class RowOutput:
     """A file of rows with unique ids, held by one process at a time.
 
-    is_own: whether the command wrote a row; its stamp tells by default. known: the rows that are there, by id.
+    is_own: whether the command wrote a row; its stamp decides by default. known: the rows that are there, by id.
 
     Raises:
         InputError: the file may not be written, or holds rows that another command wrote.

@@ -18,17 +18,8 @@ from jaxtyping import BFloat16, Float, Float32, Int
 from torch import Tensor
 
 from workbench.kernels.cpu import threads
-from workbench.kernels.cpu.layer_loops import (
-    BLOCK,
-    COUNTER_BYTES,
-    GIVEN,
-    LAYER,
-    STEP,
-    VALUES,
-    WEIGHTS,
-    Phase,
-    compile_phases,
-)
+from workbench.kernels.cpu.layer_loops import compile_phases
+from workbench.kernels.cpu.layer_records import BLOCK, COUNTER_BYTES, GIVEN, LAYER, STEP, VALUES, WEIGHTS, Phase
 from workbench.kernels.cpu.loops import LANES
 from workbench.kernels.cpu.products import scale_table
 
@@ -115,6 +106,36 @@ def _layout(sizes: LayerSizes, rows: int) -> tuple[dict[str, _Value], np.ndarray
     return values, np.array([value.offset for value in values.values()], np.int64), end
 
 
+class _Memory:
+    """Memory of a step: its values, their addresses and what the step is given, and the counters of a launch."""
+
+    def __init__(self, sizes: LayerSizes, rows: int) -> None:
+        self.layout, offsets, size = _layout(sizes, rows)
+        self.bytes = torch.empty(size, dtype=torch.uint8)
+        self.addresses = np.zeros(len(VALUES) + len(GIVEN), np.int64)
+        np.add(offsets, self.bytes.data_ptr(), out=self.addresses[: len(VALUES)])
+        for name, number in (("rows", rows), ("adds", 1), ("rotates", 1)):
+            self.addresses[_INDEX[name]] = number
+        self.initial, self.step = self.addresses.copy(), self.addresses.view(STEP)
+        self.counters = np.zeros(Phase.END * COUNTER_BYTES // 8, np.int64)
+        self.counters_address = self.counters.ctypes.data
+        self.views: dict[str, Tensor] = {}
+
+    def view(self, name: str) -> Tensor:
+        """Return a value [row ...]; made once."""
+        if name not in self.views:
+            at = self.layout[name]
+            size = int(np.prod(at.shape)) * at.dtype.itemsize
+            self.views[name] = self.bytes[at.offset : at.offset + size].view(at.dtype).view(at.shape)
+        return self.views[name]
+
+
+@functools.lru_cache(16)
+def _unused(sizes: LayerSizes, rows: int) -> list[_Memory]:
+    """Return memory that steps of this size have released: a layer uses what the one before it has used."""
+    return []
+
+
 class LayerStep:
     """The values of one step of a layer, and the phases that compute them.
 
@@ -123,22 +144,29 @@ class LayerStep:
 
     def __init__(self, weights: LayerWeights, rows: int, begin: Phase = Phase.ATTENTION_NORM) -> None:
         self._weights, self._next = weights, int(begin)
-        self._values, offsets, size = _layout(weights.sizes, rows)
-        self._memory = torch.empty(size, dtype=torch.uint8)
-        self._addresses = np.zeros(len(VALUES) + len(GIVEN), np.int64)
-        np.add(offsets, self._memory.data_ptr(), out=self._addresses[: len(VALUES)])
-        self.give(rows=rows, adds=1, rotates=1)
+        self._unused = _unused(weights.sizes, rows)
+        try:
+            self._memory = self._unused.pop()
+            np.copyto(self._memory.addresses, self._memory.initial)
+        except IndexError:
+            self._memory = _Memory(weights.sizes, rows)
         self._tensors: list[Tensor] = []
+
+    def release(self) -> None:
+        """Let another step use this memory; neither this step nor its values can be used any more."""
+        memory = self._memory
+        del self._memory
+        self._unused.append(memory)
 
     def give(self, **given: int) -> None:
         """Set what a step is given: names of `GIVEN` or, to use other memory for them, of `VALUES`."""
         for name, number in given.items():
-            self._addresses[_INDEX[name]] = number
+            self._memory.addresses[_INDEX[name]] = number
 
     def give_tensors(self, **given: Tensor) -> None:
         """Set addresses to those of tensors [...], which are kept."""
         for name, tensor in given.items():
-            self._addresses[_INDEX[name]] = tensor.data_ptr()
+            self._memory.addresses[_INDEX[name]] = tensor.data_ptr()
             self._tensors.append(tensor)
 
     def give_cache(
@@ -153,22 +181,32 @@ class LayerStep:
 
     def value(self, name: str) -> Tensor:
         """Return a value [row ...] in the step's memory."""
-        at = self._values[name]
-        size = int(np.prod(at.shape)) * at.dtype.itemsize
-        return self._memory[at.offset : at.offset + size].view(at.dtype).view(at.shape)
+        return self._memory.view(name)
 
     def set(self, name: str, value: Tensor) -> None:
         """Replace a value [row ...]."""
-        self.value(name).copy_(value.view(self._values[name].shape))
+        target = self._memory.view(name)
+        target.copy_(value.view(target.shape))
 
-    def run_to(self, end: Phase) -> None:
+    @property
+    def next_phase(self) -> int:
+        """Return the first phase that has not been computed."""
+        return self._next
+
+    def go_back(self, phase: int) -> None:
+        """Let the next call compute from this phase on, also where it has been computed with other values."""
+        self._next = min(self._next, int(phase))
+
+    def run_to(self, end: int) -> None:
         """Compute the phases from where the last call ended to before `end`."""
+        if self._next >= end:
+            return
         first, self._next = self._next, int(end)
-        counters = np.zeros((end - first) * COUNTER_BYTES // 8, np.int64)
-        step = self._addresses.view(STEP)
+        memory = self._memory
+        memory.counters.fill(0)
         small = first >= Phase.EXPERT_NORM and end <= Phase.GATE_UP  # waking a helper would take longer
         number = 1 if small else torch.get_num_threads()
-        threads.run(_phases(), number, counters.ctypes.data, self._weights.record, step, first, int(end))
+        threads.run(_phases(), number, memory.counters_address, self._weights.record, memory.step, first, int(end))
 
 
 _INDEX = {name: i for i, name in enumerate((*VALUES, *GIVEN))}

@@ -1,4 +1,4 @@
-"""Operations on rows of float32 in vectors of 16, for `layer_loops`: what lies between the products of a layer.
+"""Operations on rows of float32 in vectors of 16: what lies between the products of a layer.
 
 A value that the reference rounds to bfloat16 is rounded here too, and stays in float32, which holds it exactly. Rows
 are addresses, and sizes are numbers of vectors. Exponentials are a polynomial of degree 7 (relative error 2e-7).

@@ -1,7 +1,7 @@
 """Compile kernels ahead of time for GPUs that this machine does not have, and read the resources that they need.
 
-Triton compiles for every target without a driver. The disassembler in its wheel tells registers and spills of the
-machine code itself, its metadata the shared memory; the assembly tells which matrix instruction was used, and what the
+Triton compiles for every target without a driver. The disassembler in its wheel shows registers and spills of the
+machine code itself, its metadata the shared memory; the assembly shows which matrix instruction was used, and what the
 main loop issues beside it. What this cannot tell is time.
 """
 

@@ -109,7 +109,7 @@ def test_options_without_meaning_are_refused(options: dict[str, object], reason:
         Options(**options)
 
 
-def test_a_folder_says_what_it_adapts(models: tuple[GptOss, GptOss], tmp_path: Path) -> None:
+def test_a_folder_states_what_it_adapts(models: tuple[GptOss, GptOss], tmp_path: Path) -> None:
     model = models[0]
     updates = attach(model, Options(("attention", "router")), seed=0)
     write_folder(model, updates, Options(("attention", "router")), tmp_path / "adapter")

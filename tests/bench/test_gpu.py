@@ -98,7 +98,7 @@ def test_baselines_are_measured_or_listed_as_missing(run: dict) -> None:
     assert all(row["theirs_s"] > 0 and row["difference"] < 0.1 for row in transformers)
 
 
-def test_the_result_says_where_it_was_measured(run: dict) -> None:
+def test_the_result_states_where_it_was_measured(run: dict) -> None:
     assert run["card"] == "none: interpreted on the CPU"
     assert run["versions"]["torch"] == torch.__version__
     assert min(run["limits"].values()) > 0
@@ -168,7 +168,7 @@ print(own.blocks["BLOCK"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_it_reports_it() -> None:
     done = CliRunner().invoke(app, ["bench", "gpu"])
     assert isinstance(done.exception, InputError)
     assert "sees no GPU" in str(done.exception)

@@ -66,7 +66,8 @@ WAITS = """
 import json
 from workbench.bench import kernels
 from workbench.kernels.gpu import aot
-cases = [c for m in ("moe", "attention") for c in kernels.compile_cases(m, "sm_90") if c.products and c.tile.num_warps == 8]
+every = [c for m in ("moe", "attention") for c in kernels.compile_cases(m, "sm_90")]
+cases = [c for c in every if c.products and c.tile.num_warps == 8]
 chosen = {c.name: aot.build(c, aot.TARGETS["sm_90"]).asm["ptx"] for c in cases if "120b" not in c.problem}
 print(json.dumps(chosen))
 """

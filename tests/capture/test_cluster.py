@@ -115,17 +115,19 @@ STRANGER = """
 import sys
 from distributed import Client
 from distributed.security import Security
-address, own = sys.argv[1:]
-Client(address, timeout=4, security=Security.temporary() if own == "own certificate" else None).close()
+address, own, timeout = sys.argv[1:]
+Client(address, timeout=float(timeout), security=Security.temporary() if own == "own certificate" else None).close()
 print("connected")
 """
 
 
-def strangers(address: str) -> list[str]:
-    """Ways in which another process, which has no certificate of the job, comes to be connected."""
+def strangers(address: str, timeout: float) -> list[str]:
+    """Ways in which another process, which has no certificate of the job, comes to be connected in these seconds."""
     ways = [(address, "own certificate"), (address, "none"), (address.replace("tls://", "tcp://"), "none")]
     children = [
-        subprocess.Popen(python("-c", STRANGER, *way), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        subprocess.Popen(
+            python("-c", STRANGER, *way, str(timeout)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         for way in ways
     ]
     return [" ".join(way) for way, child in zip(ways, children, strict=True) if "connected" in child.communicate()[0]]
@@ -137,7 +139,7 @@ def test_workers_of_this_machine_admit_no_other_process(nano: GptOss, transcript
         address = client.scheduler.address
         assert address.startswith("tls://127.0.0.1:")
         assert client.submit(sum, [1, 2]).result() == 3
-        assert strangers(address) == []
+        assert strangers(address, 4) == []
 
 
 def test_a_scheduler_without_certificates_admits_every_process() -> None:
@@ -145,4 +147,4 @@ def test_a_scheduler_without_certificates_admits_every_process() -> None:
     with distributed.LocalCluster(
         n_workers=0, processes=False, protocol="tcp", dashboard_address=None, host="127.0.0.1"
     ) as open_to_all:
-        assert strangers(open_to_all.scheduler_address) == [f"{open_to_all.scheduler_address} none"] * 2
+        assert strangers(open_to_all.scheduler_address, 60) == [f"{open_to_all.scheduler_address} none"] * 2

@@ -147,13 +147,13 @@ def test_planted_activations_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     values[largest, 1] = torch.arange(20, 20 - N_FEATURE_EXAMPLES, -1.0)
     values[[10, 4321], 2] = 0.5  # equal activations: in the order of the tokens
     values[:, 3] = -1  # never above 0
-    found = recorded(values, passes=7)[0].take()
+    lists = recorded(values, passes=7)[0].take()
     c = CHANNELS.index("analysis")
-    assert found[f"features/{HOOK}_top_position"][c, 1].tolist() == largest.tolist()
-    assert found[f"features/{HOOK}_top_position"][c, 2].tolist() == [10, 4321, -1, -1, -1, -1, -1, -1]
-    assert found[f"features/{HOOK}_count"][c].tolist() == [0, 5000, 2, 0, 0, 0]
-    assert (found[f"features/{HOOK}_top_sequence"][[0, 1]] == -1).all(), "other channels have no token"
-    sample = found[f"features/{HOOK}_random_position"][c, 1]
+    assert lists[f"features/{HOOK}_top_position"][c, 1].tolist() == largest.tolist()
+    assert lists[f"features/{HOOK}_top_position"][c, 2].tolist() == [10, 4321, -1, -1, -1, -1, -1, -1]
+    assert lists[f"features/{HOOK}_count"][c].tolist() == [0, 5000, 2, 0, 0, 0]
+    assert (lists[f"features/{HOOK}_top_sequence"][[0, 1]] == -1).all(), "other channels have no token"
+    sample = lists[f"features/{HOOK}_random_position"][c, 1]
     assert len(set(sample.tolist())) == N_FEATURE_EXAMPLES
     assert set(sample.tolist()) != set(largest.tolist())
     # negative control: lists that keep the largest keys have other tokens

@@ -1,4 +1,4 @@
-"""A user's own quantity is what its function gives of the raw activations, written, resumed and verified like any other.
+"""A user's quantity is what its function returns of the activations, written, resumed and verified like any other.
 
 Tests `workbench.capture.recorder` and `workbench.capture.own_record`.
 """

@@ -1,4 +1,4 @@
-"""What `--record` says is what is stored: which heads, which tokens, reduced how; each against the raw activations."""
+"""The options of `--record` decide what is stored: heads, tokens, reductions; each against the raw activations."""
 
 from pathlib import Path
 

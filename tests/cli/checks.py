@@ -25,7 +25,7 @@ class TooLongError(BaseException):
 
 
 class Checked:
-    """Runs commands in a folder and checks what each leaves behind; the folder is then as it was."""
+    """Runs commands in a folder and checks the files that each leaves; the folder is then restored."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

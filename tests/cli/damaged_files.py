@@ -1,4 +1,4 @@
-"""Files with changed bytes or headers, and what is no file in the place of one, for as long as a block lasts."""
+"""Files with changed bytes or headers, and devices, pipes or links instead of files, within a context."""
 
 import contextlib
 import json

@@ -80,7 +80,7 @@ def command_lines(draw: st.DrawFn, options: dict[str, dict[str, Any]], commands:
 
 
 def add_traps(folder: Path) -> None:
-    """Put what is no input and no output of a command beside its inputs."""
+    """Put what is not an input and no output of a command beside its inputs."""
     os.mkfifo(folder / "pipe")
     (folder / "link").symlink_to(folder / "transcripts.jsonl")
     (folder / "loop").symlink_to(folder / "loop")

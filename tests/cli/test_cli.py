@@ -166,7 +166,7 @@ def test_a_run_of_the_first_schema_is_verified() -> None:
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
-def test_threads_that_wait_sleep_unless_the_user_says_otherwise(
+def test_threads_that_wait_sleep_unless_the_user_sets_another_policy(
     given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also before torch is imported, which reads it then. The negative control is a choice of the user, which stays."""

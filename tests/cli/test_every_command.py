@@ -268,7 +268,7 @@ def test_torch_that_lacks_memory_fails_in_one_line(checked: Checked, monkeypatch
 def test_a_command_without_these_promises_is_noticed(
     checked: Checked, monkeypatch: pytest.MonkeyPatch, broken: type[BaseException]
 ) -> None:
-    """The negative controls: an error of its own, and a `main` that catches neither an interruption nor a closed pipe."""
+    """Negative controls: an error of its own, and a `main` that catches neither an interruption nor a closed pipe."""
 
     def fails(*_: object, **__: object) -> Any:
         raise broken

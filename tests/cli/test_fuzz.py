@@ -192,7 +192,7 @@ def test_host_answers(workplace: Path, host: RawHost, monkeypatch: pytest.Monkey
         ask(workplace, host, api, reply, counted)
 
     check()
-    assert accepted > QUICK / 10, "nearly all replies were no replies at all"
+    assert accepted > QUICK / 10, "nearly all replies were not replies at all"
 
 
 @pytest.mark.parametrize("api", ["chat", "responses", "completions"])
@@ -221,7 +221,7 @@ NUMERIC = ("layer", "expert", "head", "sequence", "position", "token", "neuron",
 
 @st.composite
 def addresses(draw: st.DrawFn) -> dict[str, str]:
-    """Return the values of an address by name: known ones, hostile ones, and bytes that are no UTF-8."""
+    """Return the values of an address by name: known ones, hostile ones, and bytes that are not an UTF-8."""
     known = st.sampled_from(["analysis", "final", "low", "high", "work", "all", "dark", "0", "1", "3"])
     hostile = HOSTILE_TEXT | st.just(MARK) | st.binary(max_size=12).map(lambda value: value.decode("utf-8", "replace"))
     names = draw(st.lists(st.sampled_from(Selection.NAMES), max_size=6, unique=True))
@@ -251,9 +251,9 @@ def problems(parts: list[Any]) -> list[str]:
 
 
 def test_addresses_of_pages(workplace: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
-    """A page shows what it knows of an address; what it does not know is neither an error nor markup."""
+    """A page shows the valid parts of an address; the others are neither an error nor markup."""
     nothing = Answer(reason="studies are not computed here")
-    monkeypatch.setattr("workbench.dashboards.study_jobs.Desk._state", lambda *_: nothing)
+    monkeypatch.setattr("workbench.dashboards.study_jobs.StudyJobs._state", lambda *_: nothing)
     registry = RunRegistry([workplace / "run.zarr"], cache=workplace / "cache")
 
     @cases(QUICK, long=long)
@@ -266,7 +266,7 @@ def test_addresses_of_pages(workplace: Path, monkeypatch: pytest.MonkeyPatch, lo
     try:
         check()
     finally:
-        registry.desk.close()
+        registry.jobs.close()
 
 
 LABELS = [{"layer": 0, "expert": n, "label": "digits", "automatic": "0 1 2", "score": 0.5} for n in range(3)]
@@ -275,7 +275,7 @@ LABELS = [{"layer": 0, "expert": n, "label": "digits", "automatic": "0 1 2", "sc
 def test_files_beside_a_run(workplace: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
     """Results of experiments, attribution graphs and labels that are not as the workbench writes them."""
     nothing = Answer(reason="studies are not computed here")
-    monkeypatch.setattr("workbench.dashboards.study_jobs.Desk._state", lambda *_: nothing)
+    monkeypatch.setattr("workbench.dashboards.study_jobs.StudyJobs._state", lambda *_: nothing)
     registry = RunRegistry([workplace / "run.zarr"], cache=workplace / "cache")
     save({"sinks": effects(registry.run("run").digest)}, workplace / "results")
     files: dict[str, tuple[Path, Any]] = {
@@ -306,4 +306,4 @@ def test_files_beside_a_run(workplace: Path, monkeypatch: pytest.MonkeyPatch, lo
     try:
         check()
     finally:
-        registry.desk.close()
+        registry.jobs.close()

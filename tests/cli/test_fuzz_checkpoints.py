@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cli.checks import Checked
-from tests.cli.damaged_files import SPECIAL, replaced
+from tests.cli.damaged_files import SPECIAL, damaged_bytes, replaced, with_header, written
 from tests.cli.fuzzing import cases
 from tests.cli.hostile_values import changes
 from tests.cli.random_commands import without_long_work

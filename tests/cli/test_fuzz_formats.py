@@ -1,7 +1,7 @@
 """Models, adapters, dictionaries and files of conversations with random damage are read or refused in one line.
 
-Models are GGUF files and MLX folders. Each is damaged in its bytes, most of them in the header, in its JSON, and by pipes, devices and absurd sizes in the
-place of its files. `--long` runs thirty times as many cases.
+Models are GGUF files and MLX folders. Each is damaged in its bytes, most of them in the header, in its JSON, and by
+pipes, devices and absurd sizes instead of its files. `--long` runs thirty times as many cases.
 """
 
 import contextlib

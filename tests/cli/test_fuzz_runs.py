@@ -131,7 +131,7 @@ SHAPED = ["tokens/id", "routing/gates", "sequences/id", "messages/start", "summa
 
 @pytest.mark.parametrize("size", SHAPES.values(), ids=list(SHAPES))
 def test_arrays_that_claim_to_be_large(runs: dict[str, Path], workplace: Path, size: int, long: bool) -> None:
-    """Every array of a run without manifests, of which nothing but the layout tells how large it should be."""
+    """Every array of a run without manifests, of which nothing but the layout shows how large it should be."""
     source = runs["schema 2"]
     metadata = (path for path in sorted(source.rglob("zarr.json")) if b'"array"' in path.read_bytes())
     every = [str(path.parent.relative_to(source)) for path in metadata]

@@ -25,7 +25,7 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
-expect.set_options(timeout=60_000)  # five seconds, the default, are too few on a busy machine
+expect.set_options(timeout=300_000)  # five seconds, the default, are too few on a busy machine
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
 
 # names of controls that a screen reader would not find
@@ -54,7 +54,7 @@ def serve(*arguments: str) -> tuple[subprocess.Popen[bytes], str]:
 def stop(server: subprocess.Popen[bytes]) -> None:
     """As Ctrl-C does."""
     server.send_signal(signal.SIGINT)
-    assert server.wait(30) in (0, 130)
+    assert server.wait(300) in (0, 130)
 
 
 class Session:
@@ -67,10 +67,10 @@ class Session:
         self.page.on("request", self._request)
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         self.page.on("pageerror", self._page_error)
-        self.page.goto(url, timeout=90_000)
+        self.page.goto(url, timeout=300_000)
 
     def _page_error(self, error: object) -> None:
-        # Panel 1.9 now and then tells the wrong element to resize while a figure is drawn; it is drawn all the same.
+        # Panel 1.9 now and then resizes the wrong element while a figure is drawn; it is drawn all the same.
         if "_guiEditing" not in str(error):
             self.errors.append(str(error))
 
@@ -86,7 +86,7 @@ class Session:
                  if (e.classList.contains('js-plotly-plot') && e.querySelector('.main-svg')) all.push(e);
                  if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return all.length >= count }""",
             arg=count,
-            timeout=90_000,
+            timeout=300_000,
         )
         return self
 
@@ -95,7 +95,8 @@ def heat(page: Page) -> list[list[float]]:
     """The numbers of the first heat map, as the browser holds them."""
     values = page.evaluate(
         """() => { let found = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
-             if (!found && e.classList.contains('js-plotly-plot')) { const t = (e.data || []).find(t => t.type === 'heatmap');
+             if (!found && e.classList.contains('js-plotly-plot')) {
+               const t = (e.data || []).find(t => t.type === 'heatmap');
                if (t) found = Array.from(t.customdata || t.z).length + '|' + JSON.stringify((t.z._inputArray || t.z)); }
              if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
     )

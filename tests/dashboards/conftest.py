@@ -17,6 +17,16 @@ def browser() -> Iterator[Browser]:
         yield p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
 
 
+@pytest.fixture(autouse=True)
+def _closed_pages(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Close the pages of a test at its end: an open page is drawn and asked for news as long as the browser runs."""
+    browsers = [request.getfixturevalue("browser")] if "browser" in request.fixturenames else []
+    yield
+    for used in browsers:
+        for context in used.contexts:
+            context.close()
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory, demo_run: Path) -> Iterator[str]:
     server, url = serve(str(demo_run))

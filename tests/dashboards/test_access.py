@@ -99,7 +99,7 @@ def port() -> Iterator[int]:
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    assert ready.wait(60)
+    assert ready.wait(300)
     yield ports[0]
     loops[0].add_callback(loops[0].stop)
     thread.join(60)

@@ -150,11 +150,11 @@ def test_conversations_are_searched_by_their_text(demo: str, browser: Browser) -
     session = Session(browser, f"{demo}/transcript?channel=final&effort=low&find=no+such+words")
     expect(
         session.page.get_by_text("No matching conversations. Change the filters or the search text.").first
-    ).to_be_visible(timeout=30_000)
+    ).to_be_visible(timeout=300_000)
     box = session.page.get_by_label("Id, answer or text contains")
     box.fill("1")
     box.press("Enter")
-    session.page.wait_for_url(re.compile("find=1&|find=1$"), timeout=30_000)
+    session.page.wait_for_url(re.compile("find=1&|find=1$"), timeout=300_000)
     frame = frame_of(session)
     assert "Reasoning: low" in frame.locator("#text").inner_text()
     assert session.errors == []

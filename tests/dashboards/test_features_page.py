@@ -62,7 +62,7 @@ def test_lists_of_examples_are_shown_as_the_record_of_every_token_is(listed: Run
     session = Session(RunRegistry([Path(listed.path)]), Selection({}), lambda: None)
     assert "features" not in absent_pages(session)
     assert made("features", session).sidebar[0].options == [HOOK, "sae_features"]
-    session.registry.desk.close()
+    session.registry.jobs.close()
 
 
 @pytest.fixture(scope="module")

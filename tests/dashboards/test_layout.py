@@ -3,8 +3,14 @@
 import shutil
 from pathlib import Path
 
+import panel as pn
+import pytest
+from bokeh.document import Document
+from bokeh.models import ImportedStyleSheet
+from panel.io.state import set_curdoc
+
 from tests.conftest import DATA
-from workbench.dashboards import app
+from workbench.dashboards import app, layout
 from workbench.dashboards.layout import GROUPS, missing_page, navigation
 from workbench.dashboards.pages import page_titles
 from workbench.dashboards.state import RunRegistry
@@ -41,3 +47,25 @@ def test_the_navigation_has_every_page_once_under_a_heading() -> None:
     linked = {path for paths in GROUPS.values() for path in paths}
     assert linked - {"live"} <= set(page_titles()), "every page of a group exists"
     assert navigation("experts", {"experts": "Experts"}).count("<h2>") == 1, "no heading without a page"
+
+
+def styles_from_other_hosts(registry: RunRegistry) -> set[str]:
+    """Return the addresses on other hosts of the style sheets of a session for which no HTML was written."""
+    pn.extension("plotly", "tabulator", notifications=False, inline=True)
+    document = Document()
+    with set_curdoc(document):
+        app._template(registry, "transcript").server_doc(document, location=False)
+    sheets = [sheet for root in document.roots for sheet in root.select({"type": ImportedStyleSheet})]
+    assert sheets
+    return {sheet.url for sheet in sheets if "://" in sheet.url}
+
+
+def test_a_session_without_html_loads_its_styles_from_this_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser that connects after its session expired gets such a session; tables once had no style then."""
+    registry = RunRegistry([DATA / "demo.zarr"])
+    try:
+        assert styles_from_other_hosts(registry) == set()
+        monkeypatch.setattr(layout, "_load_styles_from_this_server", lambda: None)
+        assert styles_from_other_hosts(registry), "negative control: without the address they are Panel's"
+    finally:
+        registry.jobs.close()

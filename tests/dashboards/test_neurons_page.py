@@ -110,7 +110,7 @@ def test_direct_effects_are_those_that_are_stored_for_the_neuron(run: Run) -> No
     assert rows["raises"].tolist() != other["raises"].tolist(), "negative control: another neuron"
     (other_layer,) = neurons_page.logit_effects(session, 1, 5, 7)
     assert "neuron_layer=1" in str(other_layer.object)
-    session.registry.desk.close()
+    session.registry.jobs.close()
 
 
 def test_pages_without_a_record_are_grey_and_say_how_to_record_it(run: Run) -> None:

@@ -35,7 +35,7 @@ def test_problems_are_listed_and_none_is_said_only_where_there_is_none() -> None
         "1 of 3 units",
         "2 of 3 conversations are not graded",
         "2 conversations: truncated",
-        "1 conversations: ",
+        "1 conversation: ",
     ):
         assert part in told
     good = SimpleNamespace(sequences=table.assign(correct=1, flags=""), progress=(3, 3), exclusion="")

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.browser
 # texts whose colour on the nearest opaque ground has less contrast than WCAG's AA asks for; figures are not text here
 PALE = """() => { const found = [];
   const rgb = text => (text.match(/[0-9.]+/g) || []).map(Number);
-  const lum = c => { const v = c.slice(0, 3).map(x => x / 255).map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
+  const lum = c => { const v = c.slice(0, 3).map(x => x / 255)
+      .map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
     return .2126 * v[0] + .7152 * v[1] + .0722 * v[2]; };
   const up = e => e.parentElement || (e.getRootNode().host ?? null);
   const ground = e => { for (; e; e = up(e)) { const c = rgb(getComputedStyle(e).backgroundColor);
@@ -183,7 +184,7 @@ def test_a_heading_sorts_a_table_and_a_row_opens_its_link(demo: str, browser: Br
     assert session.errors == []
 
 
-def test_an_address_that_is_no_page_says_so_and_links_to_pages(demo: str, browser: Browser) -> None:
+def test_an_address_that_is_no_page_reports_it_and_links_to_pages(demo: str, browser: Browser) -> None:
     page = browser.new_page()
     answer = page.goto(f"{demo}/nosuch")
     assert answer is not None
@@ -254,7 +255,7 @@ def violations(frame: Frame, rules: list[str]) -> list[str]:
 
 def opened(session: Session, url: str, title: str) -> Iterator[Frame]:
     """The page and the frames in it, when nothing is loading any more."""
-    session.page.goto(url, timeout=90_000)
+    session.page.goto(url, timeout=300_000)
     expect(session.page.get_by_role("heading", name=title, level=1)).to_be_visible()
     expect(session.page.get_by_text("The result will be cached")).to_have_count(0, timeout=300_000)
     session.page.wait_for_timeout(700)

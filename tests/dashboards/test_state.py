@@ -7,7 +7,7 @@ from tests.conftest import DATA
 from workbench.dashboards.state import RunRegistry, Selection
 
 
-def test_a_choice_survives_its_link_and_knows_only_its_names() -> None:
+def test_a_choice_survives_its_link_and_has_only_its_names() -> None:
     choice = Selection({"channel": "final", "effort": "<script>", "evil": "x", "layer": "3"})
     assert choice.get("channel", ["analysis", "final"]) == "final"
     assert choice.get("effort", ["low", "high"], "high") == "high"

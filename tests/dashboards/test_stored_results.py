@@ -1,4 +1,4 @@
-"""Results beside a run are found by the run's digest; what is not theirs, hidden or unreadable is not shown as theirs."""
+"""Results beside a run are found by the run's digest; what is of another run, hidden or unreadable is not shown."""
 
 import json
 from pathlib import Path
@@ -70,6 +70,16 @@ def test_the_table_of_experiments_names_the_largest_effect_and_counts_intervals(
     assert row["largest effect"] == "-2"
     assert row["95 % interval"] == "[-3, -1]"
     assert row["intervals excluding zero"] == "1 of 2"
+
+
+def test_an_effect_without_an_interval_is_not_the_largest() -> None:
+    ds = effects("mine").copy(deep=True)
+    for limit in ("low", "high"):
+        ds[limit][int(np.argmax(np.abs(ds["change"].values)))] = np.nan
+    row: dict[str, Any] = results_pages.overview_table({"sink-ablation": {"sinks": ds}}).to_dict("records")[0]
+    assert row["largest effect"] != "-2", "a negative control is the test above: with its interval it is"
+    assert "nan" not in row["95 % interval"]
+    assert row["intervals excluding zero"].endswith("of 1")
 
 
 def test_the_null_figure_has_every_random_set_and_the_named_one() -> None:

@@ -1,4 +1,4 @@
-"""The bundled nano does what its card says: the analysis helps where several steps are needed, and only there."""
+"""The bundled nano does what its card states: the analysis helps where several steps are needed, and only there."""
 
 import json
 from typing import Any

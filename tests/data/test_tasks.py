@@ -1,4 +1,4 @@
-"""nano's problems are right, split by their own text, and rendered as harmony says."""
+"""nano's problems are right, split by their own text, and rendered in the harmony format."""
 
 import hashlib
 import random

@@ -6,19 +6,9 @@ import torch
 from jaxtyping import install_import_hook
 from torch import Tensor
 
-from tests.conftest import CHECK, DATA
+from tests.conftest import CHECK, CHECKED_EXPERIMENTS, DATA
 
-MODULES = (
-    "attribution",
-    "gradients",
-    "jacobians",
-    "lens",
-    "residual_attribution",
-    "activations",
-    "token_selection",
-    "norm_attribution",
-)
-install_import_hook([f"workbench.experiments.{name}" for name in MODULES], CHECK)
+install_import_hook([f"workbench.experiments.{name}" for name in CHECKED_EXPERIMENTS], CHECK)
 
 import workbench as wb  # noqa: E402
 from tests.model.conftest import BASE, random_model  # noqa: E402

@@ -1,4 +1,4 @@
-"""The parts of a logit sum to it, each is what its name says, and nothing is lost."""
+"""The parts of a logit sum to it, each is what its name states, and nothing is lost."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,7 +93,7 @@ def test_the_sum_sees_broken_parts(
     assert unexplained(parts_of(models[name], generated, name, norm=norm)) > TOLERANCE[name]
 
 
-def test_frozen_parts_are_what_a_cache_says(exact: GptOss) -> None:
+def test_frozen_parts_are_those_of_a_cache(exact: GptOss) -> None:
     """Against hook_result and hook_out, by hand."""
     _, cache = exact.run_with_cache(X)
     u = exact.unembed.weight[7] * exact.ln_final.weight / cache["ln_final.hook_scale"]

@@ -10,11 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 import workbench as wb
+from tests.model.pruned import pruned_nano
 from workbench.errors import InputError
-from workbench.experiments import attribution_graph
+from workbench.experiments import attribution_graph, graph_checks, graph_details, graph_export
 from workbench.experiments.attribution_graph import AttributionGraph, graph
 from workbench.experiments.frozen_pass import FrozenPass
 from workbench.hooks.sae import SAE, SAEConfig
+from workbench.model import memory
+from workbench.model.checkpoint import BUNDLED, open_checkpoint
+from workbench.model.formats.gguf_writer import write_gguf
 from workbench.model.transformer import GptOss
 
 TEXT = "<|start|>user<|message|>24*29<|end|><|start|>assistant<|channel|>analysis<|message|>4*9="
@@ -173,6 +177,37 @@ def test_an_autoencoder_that_cannot_be_attached_is_refused(model: GptOss) -> Non
         graph(model, TEXT, saes={"blocks.1.hook_resid_post": _autoencoder("standard", width=64)})
 
 
+@pytest.mark.parametrize("kind", ["unequal expert counts", "gguf"])
+def test_graphs_of_other_checkpoints_are_complete(kind: str, tmp_path: Path) -> None:
+    if kind == "gguf":
+        path = write_gguf(open_checkpoint(BUNDLED["nano"]), tmp_path / "nano.gguf")
+    else:
+        path = pruned_nano(tmp_path / "pruned", (16, 5, 9, 12))
+    other = wb.load(path, dtype=torch.float32, device="cpu")
+    attributed = graph(other, TEXT)
+    assert attributed.metadata["completeness_of_paths"] < 1e-3
+    experts = attributed.nodes[attributed.nodes["kind"] == "expert"]
+    assert (experts["expert"] < np.array([other.cfg.experts_of(layer) for layer in experts["layer"]])).all()
+    divided = graph_details.with_neurons(other, attributed, top=2)
+    assert divided.nodes["value"].iloc[-1] == pytest.approx(attributed.nodes["value"].iloc[-1])
+    node = int(experts["influence"].idxmax())
+    measured = graph_checks.ablate(other, attributed, [node])["measured"].iloc[0]
+    assert np.isfinite(measured)
+    assert measured != pytest.approx(
+        graph_checks.ablate(other, attributed, [int(attributed.nodes.index[0])])["measured"].iloc[0]
+    )
+    assert len(graph_details.router_edges(other, attributed, node))
+    written = json.loads(graph_export.write_json(other, divided, tmp_path / "graph.json").read_text())
+    assert len({one["node_id"] for one in written["nodes"]}) == len(written["nodes"])
+
+
+def test_the_first_token_alone_is_explained(model: GptOss) -> None:
+    attributed = graph(model, "2", node_share=1.0, edge_share=1.0)
+    assert len(attributed.tokens) == 1
+    assert set(attributed.nodes["pos"]) == {0}
+    assert attributed.metadata["completeness_of_paths"] < 1e-3
+
+
 def test_edges_go_forward_to_tokens_that_can_be_seen(complete: AttributionGraph) -> None:
     ends = [complete.nodes.loc[complete.edges[end]].reset_index(drop=True) for end in ("source", "target")]
     source, target = ends
@@ -216,8 +251,13 @@ def test_a_target_against_another_token(model: GptOss) -> None:
         ({"max_nodes": 1}, "at least 2"),
         ({"target": 999}, "the vocabulary has"),
         ({"target": "12"}, "12"),
+        ({"target": 5, "against": 5}, "name another against"),
+        ({"tokens": [5] * 20_000}, "explain a token within the first"),
     ],
 )
-def test_what_cannot_be_explained_is_refused(model: GptOss, asked: dict, message: str) -> None:
+def test_what_cannot_be_explained_is_refused(
+    model: GptOss, asked: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda _: 10**9)
     with pytest.raises((InputError, ValueError), match=message):
         graph(model, **({"tokens": TEXT} | asked))

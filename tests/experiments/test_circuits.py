@@ -76,7 +76,7 @@ def test_pairs_of_different_prompts_are_the_null(pairs: list[dict[str, circuits.
     assert max(p) > 0.2
 
 
-def test_the_experiment_says_what_its_parts_say(model: GptOss, monkeypatch: pytest.MonkeyPatch, pairs: list) -> None:
+def test_the_experiment_gives_what_its_parts_give(model: GptOss, monkeypatch: pytest.MonkeyPatch, pairs: list) -> None:
     monkeypatch.setattr(circuits, "paired_graphs", lambda *_, **__: pairs)
     result = circuits.experiment(model, [])
     table, alike = circuits.compare(pairs), circuits.similarity(pairs)

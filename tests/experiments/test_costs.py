@@ -42,7 +42,7 @@ def test_the_time_is_that_of_tokens_over_speeds() -> None:
 
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 @pytest.mark.parametrize("name", ["counterfactual-routing", "sink-ablation"])
-def test_an_experiment_computes_what_its_record_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_experiment_computes_what_its_record_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward tokens of nano, counted; negative control: three times as many."""
     model, run = wb.load("nano", dtype=torch.float32), wb.open_run(DATA / "demo.zarr")
     counted, residual = [0], GptOss.residual

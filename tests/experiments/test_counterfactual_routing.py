@@ -1,4 +1,4 @@
-"""Counterfactual routes: the router's own changes nothing, equal experts change nothing, others do, where they should."""
+"""Counterfactual routes: the router's own and equal experts change nothing, others do, where they should."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -123,9 +123,9 @@ def test_restorations_that_are_random_are_rarely_called_more_than_controls(
         return chosen.to(own) * own.norm(dim=-1, keepdim=True)
 
     def remembered(every: list[tracing._Traced], layer: int, most: int = 256) -> list[torch.Tensor]:
-        found = directions(every, layer, most)
-        pools[layer] = {id(one): pool for one, pool in zip(every, found, strict=True)}
-        return found
+        own = directions(every, layer, most)
+        pools[layer] = {id(one): pool for one, pool in zip(every, own, strict=True)}
+        return own
 
     monkeypatch.setattr(tracing._Traced, "difference", drawn)
     monkeypatch.setattr(tracing, "_directions", remembered)
@@ -135,10 +135,10 @@ def test_restorations_that_are_random_are_rarely_called_more_than_controls(
     ranks: list[float] = []
     smaller: list[float] = []
     for seed in range(trials):
-        found = tracing._confirmed(nano, rows[:6], cells, 3.0, 20, seed)
-        families += bool(((found["p_family"] <= 0.05) & (found["distance"] > 0) & (found["low"] > 0)).any())
-        ranks += found["p_rank"].values.tolist()
-        sides = zip(found["change"].values, found["random"].values.T, strict=True)
+        result = tracing._confirmed(nano, rows[:6], cells, 3.0, 20, seed)
+        families += bool(((result["p_family"] <= 0.05) & (result["distance"] > 0) & (result["low"] > 0)).any())
+        ranks += result["p_rank"].values.tolist()
+        sides = zip(result["change"].values, result["random"].values.T, strict=True)
         smaller += [rank(float(change), random / 3).p for change, random in sides]
     ranked = np.mean(np.array(ranks) <= 0.05)
     quarters = np.quantile(ranks, [0.25, 0.5, 0.75])

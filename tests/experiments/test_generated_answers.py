@@ -1,4 +1,4 @@
-"""Generated answers: an expert that carries a behaviour is found among random ones; what changes nothing is not an effect."""
+"""Generated answers: an expert that carries a behaviour is found among random ones; no change is no effect."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -46,7 +46,8 @@ def test_influential_nodes_matter_more_than_random_ones_that_write_as_much(
         left.append(table["kept"].iloc[0])
         random.append(table["random"].iloc[0])
     print(
-        f"8 nodes of each of {len(graphs)} graphs: {np.mean(left):.2f} of the logit is left, {np.mean(random):.2f} at random"
+        f"8 nodes of each of {len(graphs)} graphs: {np.mean(left):.2f} of the logit is left, "
+        f"{np.mean(random):.2f} at random"
     )
     assert np.mean(left) < 0.5
     assert np.mean(random) > 0.8

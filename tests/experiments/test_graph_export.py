@@ -1,4 +1,4 @@
-"""Exported graphs have the published schema, and state what the graph says.
+"""Exported graphs have the published schema, and state what the graph has.
 
 Also tests `workbench.cli.graphs`.
 """
@@ -144,7 +144,7 @@ def test_circuit_tracer_reads_the_file(model: GptOss, attributed: AttributionGra
         port = free.getsockname()[1]
     server = frontend.serve(str(tmp_path), port=port)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/graph_data/g.json", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/graph_data/g.json", timeout=300) as answer:
             content = answer.read()
     finally:
         server.stop()
@@ -190,6 +190,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "logits" in done.output
     File.model_validate_json(out.read_text())
+    assert "by ablation" not in done.output
+    checked = CliRunner().invoke(app, [*arguments, "--overwrite", "--ablate", "2"])
+    assert checked.exit_code == 0, checked.output
+    lines = [line for line in checked.output.splitlines() if "by ablation" in line]
+    assert [line.partition(", measured by")[0] in done.output for line in lines] == [True, True]
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, InputError)
     assert "exists" in str(again.exception)

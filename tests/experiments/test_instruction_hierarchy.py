@@ -1,4 +1,4 @@
-"""Conflicts of instructions: nano follows the developer, which it was trained to; words and labels cannot feign that."""
+"""Conflicts of instructions: nano follows the developer, as it was trained to; words and labels do not cause that."""
 
 from dataclasses import replace
 from typing import Any

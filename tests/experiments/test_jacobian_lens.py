@@ -33,7 +33,7 @@ def rows() -> list[Transcript]:
 
 
 def model_that_writes(low: bool, high: bool) -> GptOss:
-    """Every token attends to itself or to the sink alone, as its flag says; what it writes is linear in its stream."""
+    """Every token attends to itself or to the sink alone, as its flag sets; what it writes is linear in its stream."""
     model = linear_model(windows=(1, 1))
     model.ln_final.weight.fill_(WIDE**0.5)
     model.embed.weight[:, FLAG] = -1.0

@@ -1,4 +1,4 @@
-"""A lens states what the model would say at that depth; a tuned one says it better on text it has not seen."""
+"""A lens states what the model would predict at that depth; a tuned one predicts better on text it has not seen."""
 
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def test_padding_points_and_choices(exact: GptOss) -> None:
     np.testing.assert_allclose(both.logprob.isel(point=1, choice=1), alone.logprob.isel(point=0), atol=1e-10)
 
 
-def test_a_tuned_lens_says_it_better_on_text_it_has_not_seen(
+def test_a_tuned_lens_predicts_better_on_text_it_has_not_seen(
     models: dict[str, GptOss], generated: tuple[Tensor, list[int]], tmp_path: Path
 ) -> None:
     nano, (tokens, lengths) = models["nano, float32"], generated

@@ -43,7 +43,7 @@ def test_several_ranks_together_keep_the_family_wise_level() -> None:
 
 @pytest.fixture(scope="module")
 def arithmetic() -> tuple[SetEffects, list[str], np.ndarray]:
-    """Random sets of the load of the experts named for arithmetic, masked: 30 sets, with the prompts and their loads."""
+    """Random sets with the load of the experts of arithmetic, masked: 30 sets, with the prompts and their loads."""
     nano = wb.load("nano", dtype=torch.float32)
     every = answered_rows(nano, transcripts(wb.open_run(DATA / "demo.zarr")))
     short = [row for row in every if row.effort == "low"]
@@ -59,7 +59,7 @@ def arithmetic() -> tuple[SetEffects, list[str], np.ndarray]:
 
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_a_random_set_taken_as_the_named_one_is_not_called_different(arithmetic) -> None:
-    """Negative control: the interval of its difference from the others' mean, used before, excludes zero far oftener."""
+    """Negative control: the interval of its difference from the others' mean excludes zero far more often."""
     tested, prompts, _ = arithmetic
     effects = prompt_means(tested.random, prompts).mean(-1)
     pseudo = [rank(effects[i], np.delete(effects, i)).p <= 0.05 for i in range(len(effects))]

@@ -44,7 +44,7 @@ def test_a_planted_receiver_head_has_kurtosis_beyond_chance_and_random_heads_hav
     assert np.abs(excess[:, 1:].mean(0) / error[1:]).max() < 3.5, "null: five heads that attend at random"
     late = np.tril(np.tile(np.arange(SENTENCES) ** 2.0 + 1, (1, SENTENCES, 1)))
     ordered = measured(late)
-    assert ordered[0, 0] < 0, "negative control: a gradient along the analysis is no receiver"
+    assert ordered[0, 0] < 0, "negative control: a gradient along the analysis is not a receiver"
     near = np.tril(rng.gamma(2.0, size=(1, SENTENCES, SENTENCES)))
     near[0, np.arange(APART, SENTENCES), np.arange(SENTENCES - APART)] = 0  # too near by one, which must not count
     scored = receiver_heads._scored_rows(near, APART + 1, ranked)
@@ -54,13 +54,13 @@ def test_a_planted_receiver_head_has_kurtosis_beyond_chance_and_random_heads_hav
 def test_vertical_scores_are_column_means_of_rows_that_are_far_enough() -> None:
     """A loop as the oracle. Negative control: all rows below the diagonal."""
     values = attention(np.random.default_rng(3), heads=2)
-    found = receiver_heads.vertical_scores(receiver_heads._scored_rows(values, APART, False), APART)
+    scores = receiver_heads.vertical_scores(receiver_heads._scored_rows(values, APART, False), APART)
     rows = range(APART + 1, SENTENCES)  # of fewer rows none has two sentences to compare
     plain = [
         [np.mean([head[row, column] for row in rows if row - column >= APART]) for column in range(SENTENCES - APART)]
         for head in values
     ]
-    np.testing.assert_allclose(found, plain)
+    np.testing.assert_allclose(scores, plain)
     near = receiver_heads.vertical_scores(receiver_heads._scored_rows(values, 1, False), 1)
     assert not np.allclose(near[:, : SENTENCES - APART], plain), "negative control"
 
@@ -69,13 +69,13 @@ def test_attention_of_sentences_is_that_of_their_tokens() -> None:
     """An independent mean of the pattern. Negative control: sums in place of means."""
     model = wb.load("nano", dtype=torch.float32)
     one = next(a for row in rows() if (a := analysis_of(row, model.tokenizer)) is not None)
-    found = receiver_heads.sentence_attention(model, one)
+    weights = receiver_heads.sentence_attention(model, one)
     pattern = load(model, one.row.tokens.tolist(), layers=[1])["pattern"].sel(layer=1).values
     spans = [slice(a, b) for a, b in zip(one.cuts, one.cuts[1:], strict=False)]
     plain = np.array([[pattern[:, i, j].mean((1, 2)) for j in spans] for i in spans]).transpose(2, 0, 1)
-    np.testing.assert_allclose(found[1], plain, atol=1e-5)
+    np.testing.assert_allclose(weights[1], plain, atol=1e-5)
     sums = np.array([[pattern[:, i, j].sum((1, 2)) for j in spans] for i in spans]).transpose(2, 0, 1)
-    assert not np.allclose(found[1], sums, atol=1e-2), "negative control"
+    assert not np.allclose(weights[1], sums, atol=1e-2), "negative control"
 
 
 def rows() -> list[Transcript]:
@@ -93,17 +93,17 @@ def test_a_head_of_nano_that_attends_to_one_sentence_is_found(monkeypatch: pytes
         layers[2][1, :, 1] += 30
         return layers
 
-    found = receiver_heads.experiment(model, rows(), apart=2, shuffles=20)["heads"]
-    assert found["change"].shape == (model.cfg.n_layers, model.cfg.n_heads)
+    result = receiver_heads.experiment(model, rows(), apart=2, shuffles=20)["heads"]
+    assert result["change"].shape == (model.cfg.n_layers, model.cfg.n_heads)
     monkeypatch.setattr(receiver_heads, "sentence_attention", planted)
     both = receiver_heads.experiment(model, rows(), apart=2, shuffles=20, heads=1)
-    found, sentences = both["heads"], both["sentences"]
+    result, sentences = both["heads"], both["sentences"]
     assert float(sentences["score"].where(sentences["number"] == 1).mean()) > 1.5, "the sentence that is attended to"
     assert float(sentences["score"].where(sentences["number"] != 1).max()) < 1.5
     assert all(item.draw().data for item in figures.gallery(both).values())
-    best = np.unravel_index(np.argmax(found["change"].values), found["change"].shape)
+    best = np.unravel_index(np.argmax(result["change"].values), result["change"].shape)
     assert best == (2, 1)
-    assert "layer 2 head 1" in found.attrs["summary"]
+    assert "layer 2 head 1" in result.attrs["summary"]
 
 
 def test_wrong_options_are_refused() -> None:

@@ -128,14 +128,14 @@ def test_named_experts_are_those_used_more(run, nano):
 @pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_results_hold_the_command_that_makes_them(run, nano):
     """The command is run and gives the same summary. Negative control: with another number of sequences it does not."""
-    found = run_experiment("receiver-heads", nano, run, sequences=90, apart=2)["heads"]
-    words = shlex.split(found.attrs["command"])
+    result = run_experiment("receiver-heads", nano, run, sequences=90, apart=2)["heads"]
+    words = shlex.split(result.attrs["command"])
     assert words[-2:] == ["--option", "apart=2"]
     assert "--dtype" in words, "nano is in float32"
     words = [{"RUN": str(DATA / "demo.zarr"), "MODEL": "nano"}.get(word, word) for word in words[1:]]
-    assert found.attrs["summary"].splitlines()[0] in run_command(*words).out
+    assert result.attrs["summary"].splitlines()[0] in run_command(*words).out
     words[words.index("--sequences") + 1] = "150"
-    assert found.attrs["summary"].splitlines()[0] not in run_command(*words).out
+    assert result.attrs["summary"].splitlines()[0] not in run_command(*words).out
 
 
 def test_what_is_refused(run, nano):

@@ -65,12 +65,12 @@ def test_steering_by_role_finds_what_a_planted_direction_does(
     options = {"a": "role=user", "b": "role=system", "at": "channel=final,part=content", "controls": 20}
     with monkeypatch.context() as patch, nano.hooks(fwd_hooks=[("blocks.3.hook_resid_pre", reader)]):
         patch.setattr(steering, "_mean", mean)
-        found = steering.experiment(nano, rows, **options)["direction"]  # type: ignore[arg-type]
-    assert str(found["which"].values[0]) == "user − system"
-    assert float(found["change"].isel(which=0, dose=0)) < -1
-    assert float(found["p"].item()) <= 0.05
-    assert float(np.abs(found["random"]).max()) < float(np.abs(found["change"].isel(which=0)).max())
-    assert "+1 × (user − system)" in found.attrs["summary"]
+        result = steering.experiment(nano, rows, **options)["direction"]  # type: ignore[arg-type]
+    assert str(result["which"].values[0]) == "user − system"
+    assert float(result["change"].isel(which=0, dose=0)) < -1
+    assert float(result["p"].item()) <= 0.05
+    assert float(np.abs(result["random"]).max()) < float(np.abs(result["change"].isel(which=0)).max())
+    assert "+1 × (user − system)" in result.attrs["summary"]
     point = "blocks.2.hook_resid_post"
     direction = real(nano, rows[:2], point, user) - real(nano, rows[:2], point, steering.labelled_tokens(nano, "final"))
     own = steering.channel_direction(nano, rows[:2], point)
@@ -80,7 +80,7 @@ def test_steering_by_role_finds_what_a_planted_direction_does(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"a": "effort=high"}, "'effort' is no label of tokens: use channel, role, part"),
+        ({"a": "effort=high"}, "'effort' is not a label of tokens: use channel, role, part"),
         ({"b": "role=king"}, "role .*king.*: use one or several of"),
         ({"at": "channel=commentary"}, "no sequence has tokens in <tokens: channel=.*commentary"),
     ],

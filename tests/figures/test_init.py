@@ -91,7 +91,7 @@ def array(values: Any) -> np.ndarray:
 
 
 def of_heatmap(figure: go.Figure) -> Numbers:
-    """Numbers under the pointer, of points as fractions; cells that are shown to differ are those of the first trace."""
+    """Numbers under the pointer, of points as fractions; cells shown to differ are those of the first trace."""
     z, detail = array(figure.data[0].z), array(figure.data[0].customdata)
     return {
         (i, j): (*(detail[i, j, :3] / 100), float(detail[i, j, 5]), float(np.isfinite(z[i, j])))
@@ -210,5 +210,6 @@ def test_another_number_in_one_place_is_noticed(results: Results, place: str, va
     shown = {n: other[n].values.astype(float) for n in NAMES}
     broken = {p: tuple(float(shown[n][p]) for n in NAMES) for p in expected}
     assert differing(expected, broken) == [
-        f"{variable} of {tuple(map(int, at))}: {expected[at][NAMES.index(variable)]} and {broken[at][NAMES.index(variable)]}"
+        f"{variable} of {tuple(map(int, at))}: "
+        f"{expected[at][NAMES.index(variable)]} and {broken[at][NAMES.index(variable)]}"
     ]

@@ -118,7 +118,7 @@ def in_this_process(script, *arguments):
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
-def test_a_script_makes_its_figure_and_says_how_it_is_used(script, tmp_path):
+def test_a_script_makes_its_figure_and_states_how_it_is_used(script, tmp_path):
     command = [sys.executable, str(script)]
     done = subprocess.run(
         [*command, str(DATA / "demo.zarr"), str(tmp_path), "pdf"], capture_output=True, text=True, check=False

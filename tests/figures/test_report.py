@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, safe text, findings of every study, and nothing claimed without an interval."""
+"""The report: one page that needs nothing else, safe text, findings of every study, no claim without an interval."""
 
 import re
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def chromium() -> Iterator[Browser]:
         yield launched
 
 
-def test_it_tells_of_every_study_and_needs_nothing_else(page: Path) -> None:
+def test_it_describes_every_study_and_needs_nothing_else(page: Path) -> None:
     text = page.read_text()
     for study in studies(runs=1):
         made = f'id="{study.name}"' in text
@@ -91,7 +91,7 @@ def test_it_is_short_and_draws_in_the_readers_theme(page: Path, theme: ThemeName
         assert errors == []
 
 
-def test_the_markdown_says_the_same(page: Path) -> None:
+def test_the_markdown_has_the_same_content(page: Path) -> None:
     text = page.with_suffix(".md").read_text()
     for name in ("routing", "sinks", "channels", "effort"):
         for dataset in study_of_demo(name).values():

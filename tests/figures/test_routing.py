@@ -48,7 +48,7 @@ def signs(figure, symbol):
 
 
 @pytest.mark.parametrize("theme", THEMES)
-def test_every_figure_says_what_it_shows_with_units_and_origin(datasets, theme):
+def test_every_figure_states_what_it_shows_with_units_and_origin(datasets, theme):
     for name, figure in every_figure(datasets, theme).items():
         assert figure.layout.title.text, name
         assert figure.layout.title.subtitle.text, name

@@ -1,4 +1,4 @@
-"""Colours that can be read and distinguished, in both themes and by colour-blind readers; bands that keep their gaps."""
+"""Colours that can be read and distinguished, in both themes and by colour-blind readers; bands with their gaps."""
 
 from itertools import combinations
 

@@ -1,4 +1,4 @@
-"""Streams that break harmony's grammar or use it in rare ways, by name, with the messages that labels must give them."""
+"""Streams that break harmony's grammar or use it in rare ways, by name, with the messages that labels must give."""
 
 from typing import Any
 

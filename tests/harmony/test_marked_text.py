@@ -44,7 +44,7 @@ def test_an_ordinary_text_is_one_final_answer(text: str) -> None:
     assert pairs(text) == [("final", text)]
 
 
-def test_the_end_of_a_text_says_whether_it_is_complete() -> None:
+def test_the_end_of_a_text_states_whether_it_is_complete() -> None:
     marked = "<|channel|>final<|message|>4"
     assert read_output(marked + "<|return|>").complete is True
     assert read_output(marked).complete is None

@@ -218,7 +218,8 @@ def test_a_small_vocabulary_renders_with_its_own_template(small: Tokenizer) -> N
     ]
     assert small.decode(harmony.render(messages, effort="high", tokenizer=small)) == (
         "<|start|>system<|message|>Reasoning: high<|end|><|start|>developer<|message|>calc first<|end|>"
-        "<|start|>user<|message|>2*3<|end|><|start|>assistant<|channel|>commentary to=functions.calc<|message|>2*3<|call|>"
+        "<|start|>user<|message|>2*3<|end|>"
+        "<|start|>assistant<|channel|>commentary to=functions.calc<|message|>2*3<|call|>"
         "<|start|>functions.calc to=assistant<|channel|>commentary<|message|>6<|end|><|start|>assistant"
     )
     with pytest.raises(InputError, match="cannot express the character 'Y'"):  # the library's "You are ChatGPT"
@@ -260,7 +261,7 @@ def test_a_template_that_never_ends_is_given_up(
     start = time.monotonic()
     with pytest.raises(InputError, match="the chat template of small failed: it was not done after 1 s"):
         harmony.render([{"role": "user", "content": "a"}], tokenizer=with_template(small, template))
-    assert time.monotonic() - start < 60, "the template went on after the limit"
+    assert time.monotonic() - start < 300, "the template went on after the limit"
 
 
 @pytest.mark.parametrize(("template", "reason"), FAILING.values(), ids=FAILING.keys())

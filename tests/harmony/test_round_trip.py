@@ -1,4 +1,4 @@
-"""Random conversations: equal to the official template and the library where these agree, and the same after a round."""
+"""Random conversations: equal to the official template and library where these agree, and the same after a round."""
 
 import json
 from typing import Any

@@ -1,8 +1,8 @@
 """Made the folders in tests/hooks/dictionaries with dictionary_learning 0.1.0: small autoencoders and their outputs.
 
 The library's own `trainSAE` trains each for a few steps on random activations and writes config.json and ae.pt. The
-release wants an older nnsight than this project, and wandb; neither is used to train on tensors, so empty modules take
-their names here. It ran in an environment of its own:
+release requires an older nnsight than this project, and wandb; neither is used to train on tensors, so empty modules
+take their names here. It ran in an environment of its own:
     pip install torch safetensors datasets einops tqdm zstandard && pip install --no-deps dictionary-learning==0.1.0
     python tests/hooks/make_dictionaries.py
 """

@@ -1,6 +1,6 @@
 """Made the folders in tests/hooks/saes with SAELens 6.54.12: small autoencoders, and what SAELens computes with them.
 
-SAELens wants an older transformer_lens than this project, so this ran in an environment of its own:
+SAELens requires an older transformer_lens than this project, so this ran in an environment of its own:
     pip install sae-lens==6.54.12 && python tests/hooks/make_saes.py
 """
 

@@ -25,7 +25,7 @@ def test_it_keeps_tokens_first_over_several_passes() -> None:
     )
 
 
-def test_it_is_empty_after_taking_and_says_what_never_fired() -> None:
+def test_it_is_empty_after_taking_and_lists_what_never_fired() -> None:
     recorder = Recorder({"blocks.1.hook_resid_post": torch.float32})
     with pytest.raises(RuntimeError, match=r"never fired: .*hook_resid_post"):
         recorder.take()

@@ -55,7 +55,7 @@ def test_the_comparison_notices_a_wrong_option(name: str, wrong: dict[str, Any])
     assert (sae.encode(wanted["x"]) - wanted["features"]).abs().max() > 1e-2
 
 
-def test_what_the_folder_says_is_kept() -> None:
+def test_the_options_of_the_folder_are_kept() -> None:
     sae = load_sae(SAES / "standard")
     assert sae.sparsity is not None
     assert sae.sparsity.shape == (sae.cfg.d_sae,)

@@ -62,9 +62,9 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 def test_a_compressed_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 MB of zeros in some kilobytes; the negative control reads them."""
     torch.save({"weight": torch.zeros(25_000_000)}, tmp_path / "x.pt")
-    with zipfile.ZipFile(tmp_path / "x.pt") as whole, zipfile.ZipFile(tmp_path / "y.pt", "w") as packed:
-        for name in whole.namelist():
-            packed.writestr(name, whole.read(name), zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "x.pt") as plain, zipfile.ZipFile(tmp_path / "y.pt", "w") as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
     assert (tmp_path / "y.pt").stat().st_size < 200_000
     with pytest.raises(InputError, match="is compressed, expected a file as"):
         read_torch_file(tmp_path / "y.pt")

@@ -50,7 +50,7 @@ def test_the_compiled_loop_and_numpy_write_the_same(reorder: bool, monkeypatch: 
 
 
 def test_q8_0_is_rounded_to_bfloat16_as_torch_rounds_it() -> None:
-    """Every scale and code of 64 Ki blocks: also scales that are infinite, NaN, subnormal, and ties between two values."""
+    """Every scale and code of 64 Ki blocks: also infinite, NaN and subnormal scales, and ties between two values."""
     pytest.importorskip("workbench.kernels.cpu.ggml_loops", reason="numba compiles nothing here")
     scales = np.arange(2**16, dtype=np.uint16)
     codes = RNG.integers(-128, 128, (2**16, 32), dtype=np.int8)

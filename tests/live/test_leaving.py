@@ -40,7 +40,7 @@ class Dashboard:
         monkeypatch.setattr(app, "LivePage", Noted)
         pn.extension("plotly", "tabulator", notifications=False, inline=True)
         registry, port = RunRegistry([DATA / "demo.zarr"]), free_port()
-        options = {"websocket_origin": f"localhost:{port}", "threaded": True, **app.SESSION_OPTIONS}
+        options = {"websocket_origin": f"localhost:{port}", "threaded": True}
         made = pages(registry, {"live": app.dashboard_page(self.server)})
         self.panel = pn.serve(made, port=port, show=False, verbose=False, **options)
         self.url = f"http://localhost:{port}"
@@ -69,8 +69,8 @@ def endless() -> Generator[None, None, None]:
         yield
 
 
-def job_of_a_closed_tab(dashboard: Dashboard, browser: Browser) -> Job:
-    """Open the dashboard, go to the live page, start a request that never ends, and close the tab."""
+def job_of_a_closed_tab(dashboard: Dashboard, browser: Browser, *, open_s: float) -> Job:
+    """Open the dashboard, go to the live page, start a request that never ends, and close the tab after this time."""
     tab = browser.new_page()
     tab.goto(f"{dashboard.url}/overview", timeout=120_000)
     tab.get_by_role("link", name="Live", exact=True).click(timeout=120_000)
@@ -78,7 +78,7 @@ def job_of_a_closed_tab(dashboard: Dashboard, browser: Browser) -> Job:
     (page,) = dashboard.opened
     job = dashboard.server.queue.submit(page.viewer.id, endless())
     until(lambda: job.state is State.RUNNING)
-    time.sleep(8)  # longer than a session without a browser lives: it is the tab that keeps the request
+    time.sleep(open_s)
     assert job.state is State.RUNNING
     tab.close()
     return job
@@ -94,7 +94,8 @@ def until(condition: object) -> None:
 
 @pytest.mark.slow
 def test_a_closed_tab_ends_its_request(dashboard: Dashboard, browser: Browser) -> None:
-    job = job_of_a_closed_tab(dashboard, browser)
+    # longer than a browser may be away: it is the tab that keeps the request
+    job = job_of_a_closed_tab(dashboard, browser, open_s=8)
     assert job.ended.wait(120)
     assert job.state is State.CANCELLED
 
@@ -110,7 +111,7 @@ def test_without_the_call_at_its_end_a_session_would_go_on(
         left.append(viewer)
 
     monkeypatch.setattr(Viewer, "leave", notice)
-    job = job_of_a_closed_tab(dashboard, browser)
+    job = job_of_a_closed_tab(dashboard, browser, open_s=0.5)
     until(lambda: bool(left))
     time.sleep(1)
     assert job.state is State.RUNNING

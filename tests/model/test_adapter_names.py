@@ -66,7 +66,7 @@ def marked_wrongly(config: dict[str, Any], factors: dict[str, Tensor]) -> None:
 
 
 def stacked_experts(factors: dict[str, Tensor]) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """Take PEFT's experts out of the factors: (module, gate_up or down) → A [expert, rank, inputs], B [expert, outputs, rank]."""
+    """Return PEFT's factors of experts: (module, gate_up or down) → A [expert rank inputs], B [expert outputs rank]."""
     stacked = {}
     for name in [name for name in factors if "experts" in name and "lora_A" in name]:
         a, b = factors.pop(name).unflatten(0, (-1, 3)), factors.pop(name.replace("lora_A", "lora_B"))

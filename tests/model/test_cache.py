@@ -1,4 +1,4 @@
-"""A windowed cache gives the same bits as one that holds everything, holds what it must, and refuses to go further back."""
+"""A windowed cache gives the same bits as a full one, holds what it must, and refuses to go further back."""
 
 import copy
 import itertools

@@ -193,7 +193,7 @@ def test_what_has_no_meaning_is_one_clear_error(nano: GptOss, call: Any, words: 
     assert "\n" not in str(raised.value)
 
 
-def test_what_a_mixture_of_experts_does_not_have_says_where_it_is(nano: GptOss) -> None:
+def test_what_a_mixture_of_experts_does_not_have_states_where_it_is(nano: GptOss) -> None:
     with pytest.raises(AttributeError, match=r"each expert has its own, as in model.blocks\[0\].mlp.experts.W_in\(5\)"):
         _ = nano.W_in
     with pytest.raises(AttributeError, match="rotary"):

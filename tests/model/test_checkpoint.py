@@ -239,7 +239,7 @@ def test_a_failing_network_of_any_kind_is_one_line(monkeypatch: pytest.MonkeyPat
         resolve("a/b")
 
 
-def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_without_a_network_states_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 

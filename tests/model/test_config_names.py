@@ -18,7 +18,7 @@ def test_constants_agree_with_the_fields() -> None:
     assert BASE.to_dict() == BASE.to_json()
 
 
-def test_a_models_config_knows_its_device_and_switches() -> None:
+def test_a_models_config_has_its_device_and_switches() -> None:
     model = GptOss(BASE)
     assert model.cfg == BASE
     assert (model.cfg.device, model.cfg.dtype, model.cfg.n_devices) == (torch.device("cpu"), torch.float32, 1)

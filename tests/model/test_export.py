@@ -1,4 +1,4 @@
-"""transformers reads what we write, we read what transformers writes, and a file states what its config says."""
+"""transformers reads what we write, we read what transformers writes, and a file states what its config has."""
 
 import math
 import warnings

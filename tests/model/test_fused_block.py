@@ -140,6 +140,132 @@ def test_an_edit_acts_and_in_place_changes_count(model: GptOss) -> None:
             assert torch.equal(decode(model, hooks=[(name, halve)]), got)
 
 
+INNER = [
+    "attn.hook_sink",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "mlp.router.hook_out",
+    "mlp.hook_expert_indices",
+    "mlp.hook_expert_weights",
+]
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The launches of phases of a block."""
+    from workbench.kernels.cpu.layer import LayerStep, Phase
+
+    launched: list[Any] = []
+    run_to = LayerStep.run_to
+
+    def counted(step: LayerStep, end: int) -> None:
+        if step.next_phase < end and end > Phase.PROJECT:  # the last norm of the model is a phase of its own
+            launched.append((step.next_phase, int(end)))
+        run_to(step, end)
+
+    monkeypatch.setattr(LayerStep, "run_to", counted)
+    return launched
+
+
+def test_hooks_that_read_divide_no_launch_after_their_first_step(model: GptOss, runs: list[Any]) -> None:
+    seen: list[Tensor] = []
+    hooks = [
+        (f"blocks.{layer}.{name}", lambda tensor, hook: seen.append(tensor.clone()))
+        for layer in (0, 1)
+        for name in INNER
+    ]
+    recorded = decode(model, 2, hooks=hooks)
+    assert len(runs) > 2 * STEPS
+    first, later = runs[: len(runs) - 2 * (STEPS - 1)], runs[-2 * (STEPS - 1) :]
+    assert set(later) == {(0, 13)}
+    assert len(first) == 2 * 6  # launches end at the sink, before the experts, and at each value of the router
+    values, seen[:] = list(seen), []
+    with in_modules():
+        assert torch.equal(decode(model, 2, hooks=hooks), recorded)
+    assert len(seen) == len(values)
+    assert all(torch.equal(a, b) for a, b in zip(seen, values, strict=True))
+
+
+def edited_at_last(name: str, in_place: bool) -> tuple[str, Callable[..., Tensor | None]]:
+    """Return a hook that reads in every step but the last one, in which it changes the value."""
+    calls = 0
+
+    def hook(tensor: Tensor, hook: Any) -> Tensor | None:
+        nonlocal calls
+        calls += 1
+        if calls <= STEPS:  # the prompt and every step but the last
+            return None
+        new = (tensor + 1) % CFG.num_experts if "indices" in name else tensor * 0.75
+        if not in_place:
+            return new
+        tensor.data.copy_(new)  # torch does not count this change
+        return None
+
+    return name, hook
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", INNER)
+def test_a_change_after_the_point_is_computed_again(
+    model: GptOss, name: str, in_place: bool, runs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Points after an edit see what follows from it, though the launch had gone on with the value before it."""
+    seen: list[Tensor] = []
+
+    def run() -> Tensor:
+        seen.clear()
+        edit = edited_at_last(f"blocks.0.{name}", in_place and name != "attn.hook_sink")
+        looks = [
+            (f"blocks.{layer}.{point}", lambda tensor, hook: seen.append(tensor.clone()))
+            for layer in (0, 1)
+            for point in INNER
+        ]
+        return decode(model, 2, hooks=[edit, *looks])
+
+    got, values = run(), list(seen)
+    again = [launch for launch in runs[-4:] if launch[0] and launch[1] == 13]
+    assert again  # the last step of block 0 went back
+    with in_modules():
+        want = run()
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(values, seen, strict=True))
+    plain = decode(model, 2)
+    assert torch.equal(got[:, :-1], plain[:, :-1])
+    assert not torch.equal(got[:, -1], plain[:, -1])
+
+    from workbench.kernels.cpu.layer import LayerStep
+
+    monkeypatch.setattr(LayerStep, "go_back", lambda step, phase: None)
+    assert not torch.equal(run(), want)
+
+
+def test_a_hook_that_edits_divides_its_layer_alone(model: GptOss, runs: list[Any]) -> None:
+    decode(model, hooks=[("blocks.1.mlp.router.hook_out", lambda tensor, hook: tensor * 0.5)])
+    assert runs[-3 * STEPS :] == [(0, 13), (0, 6), (6, 13)] * STEPS  # of block 0, then of block 1
+
+
+def test_a_pass_within_a_hook_has_memory_of_its_own(model: GptOss, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of one size use the same memory one after the other, but never at once."""
+    from workbench.kernels.cpu.layer import LayerStep
+
+    other, want = random_model(), decode(model)
+
+    def another_pass(tensor: Tensor, hook: Any) -> None:
+        decode(other, past=9)
+
+    hooks = [("blocks.0.mlp.router.hook_out", another_pass)]
+    assert torch.equal(decode(model, hooks=hooks), want)
+    begin = LayerStep.__init__
+
+    def begin_and_share(step: LayerStep, *arguments: Any) -> None:
+        begin(step, *arguments)
+        step._unused.append(step._memory)
+
+    monkeypatch.setattr(LayerStep, "__init__", begin_and_share)
+    monkeypatch.setattr(LayerStep, "release", lambda step: None)
+    assert not torch.equal(decode(model, hooks=hooks), want)
+
+
 def test_changed_weights_and_modules_are_noticed(launches: list[Any]) -> None:
     model = random_model()
     before = decode(model)

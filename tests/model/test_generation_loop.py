@@ -1,4 +1,4 @@
-"""A stream of steps gives the tokens of a batch; it restores what it changes, ends when it is closed, and shares prompts."""
+"""A stream of steps gives the tokens of a batch; it restores what it changes, ends when closed, and shares prompts."""
 
 import itertools
 import math

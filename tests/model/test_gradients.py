@@ -1,4 +1,4 @@
-"""Gradients of every hook point are what finite differences say, through packed weights, in every way through the model."""
+"""Gradients of every hook point are those of finite differences, through packed weights and in every path."""
 
 from collections.abc import Callable
 from typing import Any

@@ -110,7 +110,7 @@ def changed(folder: Path, **fields: Any) -> Path:
     return folder
 
 
-def test_a_list_of_numbers_says_the_same(full: GptOss, tmp_path: Path) -> None:
+def test_a_list_of_numbers_states_the_same(full: GptOss, tmp_path: Path) -> None:
     cfg, tensors = without_last_experts(replace(CFG, windows=(16, None, 16)), full.state_dict(), KEEP)
     folder = save_checkpoint(tmp_path / "model", cfg, tensors)
     listed = changed(folder, model_type="gpt_oss", block_configs=..., num_local_experts=list(KEEP))

@@ -1,4 +1,4 @@
-"""An adapter that cannot be applied exactly is refused in one line that names what is wrong, and nothing is attached."""
+"""An adapter that cannot be applied exactly is refused in one line that names the fault, and nothing is attached."""
 
 import shutil
 from collections.abc import Callable

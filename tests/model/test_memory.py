@@ -130,7 +130,7 @@ def measured(case: Case) -> int:
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_each_stage_takes_what_the_plan_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_stage_takes_the_memory_of_the_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
     monkeypatch.setattr(compute, "LOGIT_ROWS", ROWS)

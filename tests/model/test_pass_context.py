@@ -1,4 +1,4 @@
-"""Every pass knows which sequence and position its tokens are, and recorders and token sets build on it."""
+"""Every pass has the sequence and position of its tokens, and recorders and token sets build on it."""
 
 import numpy as np
 import torch

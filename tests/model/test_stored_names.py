@@ -1,4 +1,4 @@
-"""Checkpoints as releases of transformers and other programs write them give the same tensors, and state what they ignore."""
+"""Checkpoints as releases of transformers and other programs write them give the same tensors, with notes."""
 
 import json
 import re

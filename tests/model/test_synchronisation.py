@@ -1,8 +1,8 @@
 """A pass neither waits for the GPU nor copies from the host, and launches few kernels.
 
 Meta tensors stand for those of a GPU: they have no values, so whatever reads one is noticed, and tensors of the host
-are distinguished. Operations of torch are counted as they are dispatched, launches of Triton's kernels where the launchers
-start them; kernels are not run.
+are distinguished. Operations of torch are counted as they are dispatched, launches of Triton's kernels where the
+launchers start them; kernels are not run.
 """
 
 from collections import Counter

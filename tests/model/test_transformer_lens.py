@@ -1,4 +1,4 @@
-"""TransformerLens' own tools work on the model as it is, and its bridge says the same, name by name."""
+"""TransformerLens' own tools work on the model as it is, and its bridge gives the same, name by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -260,7 +260,7 @@ def test_words_and_ids(nano: GptOss) -> None:
     assert torch.equal(nano.tokens_to_residual_directions(ids), nano.W_U.mT[ids] * nano.ln_final.weight)
 
 
-def test_a_config_says_where_its_model_is_and_stays_equal(base: GptOss) -> None:
+def test_a_config_states_where_its_model_is_and_stays_equal(base: GptOss) -> None:
     assert base.cfg.device == torch.device("cpu")
     assert base.cfg.dtype == torch.float32
     assert base.cfg == BASE

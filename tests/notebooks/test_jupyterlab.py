@@ -1,4 +1,4 @@
-"""A notebook in a real JupyterLab, by clicking: it runs, shows progress and figures as wide as the cell, no warnings."""
+"""A notebook in JupyterLab, by clicking: it runs, shows progress and figures as wide as the cell, without warnings."""
 
 import os
 import shutil
@@ -62,7 +62,7 @@ def lab(tmp_path: Path) -> Iterator[str]:
     wait_for(port, server)
     yield f"http://localhost:{port}/lab/tree"
     server.terminate()
-    server.wait(60)
+    server.wait(300)
     shutil.rmtree(home, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Vectors and features steer as the library does; files that are not a vector are refused, and a recipe names no path."""
+"""Vectors and features steer as the library does; other files are refused, and a recipe names no path."""
 
 import json
 import pickle

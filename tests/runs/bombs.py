@@ -10,7 +10,7 @@ _BLOCK = 2**17  # the largest block of zstd
 
 
 def bomb(size: int, *, claimed: int | None = -1) -> bytes:
-    """Return a zstd frame of this many zeros, 4 bytes for 128 KiB. claimed: its size by the header (None: not stated)."""
+    """Return a zstd frame of this many zeros, 4 bytes for 128 KiB. claimed: its size by the header, or None."""
     claimed = size if claimed == -1 else claimed
     descriptor, field = (0, b"") if claimed is None else (0xC0, (claimed % 2**64).to_bytes(8, "little"))
     window = (7 << 3).to_bytes(1, "little")  # 128 KiB

@@ -11,7 +11,7 @@ from workbench.runs.storage import ROOT, LocalStorage
 
 
 def forge(run: Path) -> None:
-    """Write every digest of a run again, as somebody who wants to deceive its reader would.
+    """Write every digest of a run again, as an attacker would to deceive its reader.
 
     What cannot be read is left as it is.
     """

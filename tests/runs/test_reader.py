@@ -137,6 +137,6 @@ def test_plain_zarr_and_plain_xarray_open_it(run_path: Path) -> None:
     assert xr.open_zarr(run_path / "routing", consolidated=False)["experts"].dims == ("layer", "token", "slot")
 
 
-def test_the_repr_says_what_it_is(run_path: Path) -> None:
+def test_the_repr_states_what_it_is(run_path: Path) -> None:
     assert "complete, " in repr(open_run(run_path))
     assert "routing, router_logits, sinks, logprobs, hook_resid_post" in repr(open_run(run_path))

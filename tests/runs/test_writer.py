@@ -178,7 +178,9 @@ def test_a_bfloat16_nan_is_found_in_its_bits(tmp_path: Path) -> None:
             writer.write_unit(0, tokens, records, {})
 
 
-def test_a_full_disk_leaves_the_unit_uncommitted_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_unit_uncommitted_and_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "r"
     with open_writer(path, **job(LAYOUT)) as writer:
 

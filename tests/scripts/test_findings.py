@@ -12,8 +12,9 @@ from workbench import registry
 
 @pytest.mark.parametrize("name", list(findings.SECTIONS))
 def test_a_section_is_of_a_registered_study_and_its_options_are_known(name: str) -> None:
-    record, section = registry.find(name), findings.SECTIONS[name]
-    assert record.name == name
+    section = findings.SECTIONS[name]
+    record = registry.find(section.study or name)
+    assert record.name == (section.study or name)
     assert set(section.options) <= set(record.options)
     assert isinstance(record, registry.Experiment) == (section.sequences > 0)
 

@@ -1,4 +1,4 @@
-"""The script that renews the pictures of the documentation knows every picture, and refuses other names."""
+"""The script that renews the pictures of the documentation lists every picture, and refuses other names."""
 
 import importlib.util
 import subprocess

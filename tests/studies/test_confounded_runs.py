@@ -1,4 +1,4 @@
-"""Runs whose prompts and efforts are confounded: no study fails, and what cannot be compared is named and not tested."""
+"""Runs whose prompts and efforts are confounded: no study fails, and comparisons that cannot be made are named."""
 
 import dataclasses
 
@@ -15,8 +15,8 @@ from workbench.studies.synthetic import SyntheticRun, SyntheticTokens, planted_r
 def of_sequences(run: SyntheticRun, chosen: np.ndarray) -> SyntheticRun:
     """The run with these sequences alone."""
     at = np.flatnonzero(chosen)
-    kept = {name: values.isel(sequence=at) for name, values in run.summaries.items()}
-    return dataclasses.replace(run, sequences=run.sequences.iloc[at].reset_index(drop=True), summaries=kept)
+    summaries = {name: values.isel(sequence=at) for name, values in run.summaries.items()}
+    return dataclasses.replace(run, sequences=run.sequences.iloc[at].reset_index(drop=True), summaries=summaries)
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,12 @@ def by_task() -> SyntheticRun:
 
 
 def test_efforts_of_different_prompts_are_named_and_not_tested(by_task: SyntheticRun) -> None:
-    found = effort.study(by_task)
-    assert "Unpaired: 12 of 12 prompts lack an effort" in found["cost"].attrs["summary"]
+    result = effort.study(by_task)
+    assert "Unpaired: 12 of 12 prompts lack an effort" in result["cost"].attrs["summary"]
     assert (
-        found["gain"].attrs["summary"] == "low → high: cannot be tested, 0 prompts have both efforts and 5 are needed."
+        result["gain"].attrs["summary"] == "low → high: cannot be tested, 0 prompts have both efforts and 5 are needed."
     )
-    assert not found["gain"]["gain_different"].any()
+    assert not result["gain"]["gain_different"].any()
     paired = effort.study(planted_run(n_prompts=12, efforts=("low", "high")))  # negative control
     assert "Unpaired" not in paired["cost"].attrs["summary"]
     assert "nan analysis tokens" not in paired["gain"].attrs["summary"]
@@ -41,9 +41,9 @@ def test_efforts_of_different_prompts_are_named_and_not_tested(by_task: Syntheti
 
 def test_information_on_a_label_needs_prompts_that_have_two(by_task: SyntheticRun) -> None:
     """Labels are exchanged within prompts: with one label each, all permutations are equal, and p would be 1."""
-    found = special(by_task, "effort", n_permutations=99)
-    assert np.isnan(found["p"]).all()
-    assert "cannot be tested: 0 prompts have tokens of two efforts" in found.attrs["summary"]
+    result = special(by_task, "effort", n_permutations=99)
+    assert np.isnan(result["p"]).all()
+    assert "cannot be tested: 0 prompts have tokens of two efforts" in result.attrs["summary"]
     assert np.isfinite(special(by_task, "task", n_permutations=99)["p"]).all()
     paired = special(planted_run(n_prompts=12, efforts=("low", "high")), "effort", n_permutations=99)
     assert np.isfinite(paired["p"]).all(), "negative control"
@@ -51,8 +51,8 @@ def test_information_on_a_label_needs_prompts_that_have_two(by_task: SyntheticRu
 
 def test_every_question_under_one_id_is_one_prompt_without_limits() -> None:
     with np.errstate(invalid="ignore"):
-        found, low, high = expert_examples._jackknifed(lambda sums: sums, [np.ones((1, 3))], np.ones(3, dtype=int))
-    assert found.tolist() == [1, 1, 1]
+        estimate, low, high = expert_examples._jackknifed(lambda sums: sums, [np.ones((1, 3))], np.ones(3, dtype=int))
+    assert estimate.tolist() == [1, 1, 1]
     assert np.isnan([low, high]).all()
 
 
@@ -62,14 +62,14 @@ def test_channels_of_one_token_have_no_halves_and_no_position() -> None:
     sequence, channel = run.tokens["sequence"], run.tokens["channel"]
     first = np.zeros(len(sequence), dtype=bool)
     first[np.unique(sequence * 10 + channel, return_index=True)[1]] = True
-    kept = (channel != 2) | first
-    kept &= (channel != 4) | (sequence % 2 == 0)
+    included = (channel != 2) | first
+    included &= (channel != 4) | (sequence % 2 == 0)
     axes = {"sink": 1, "experts": 1}
-    tokens = {name: np.compress(kept, values, axes.get(name, 0)) for name, values in run.tokens.items()}
+    tokens = {name: np.compress(included, values, axes.get(name, 0)) for name, values in run.tokens.items()}
     short = SyntheticTokens("short", run.sequences, run.model, tokens, run.truth)
-    found = run_study("channels", short)
-    assert "routing_halves_of_analysis" not in found
-    compared = found["routing_analysis_vs_final"]
+    result = run_study("channels", short)
+    assert "routing_halves_of_analysis" not in result
+    compared = result["routing_analysis_vs_final"]
     left = compared.sel(control="none")
     assert int(left["tokens_a"]) + int(left["tokens_excluded"]) == (tokens["channel"] == 2).sum()
     assert int(left["sequences_excluded"]) == len(run.sequences) // 2

@@ -57,7 +57,7 @@ def test_without_a_difference_p_is_uniform_and_the_interval_covers_zero(control,
 
 
 def test_answers_of_one_prompt_taken_for_unrelated_are_too_sure_of_themselves():
-    """The negative control: each sequence as a prompt of its own. Without a difference its interval misses zero too often."""
+    """Negative control: each sequence as a prompt of its own. Under the null its interval misses zero too often."""
     honest = broken = 0
     for seed in range(100):
         run = planted_tokens(seed=seed, n_layers=1, n_heads=1)

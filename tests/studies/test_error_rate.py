@@ -46,7 +46,7 @@ def test_effects_of_experiments_and_ranks_among_random_controls_count():
     """They have no verdict of their own: q, or the family-wise p, is below 0.05."""
     ablation = xr.Dataset({"p": ("intervention", [0.001, 0.5]), "q": ("intervention", [0.002, 0.5])})
     steering = xr.Dataset({"p": ("dose", [0.04, 0.01]), "p_family": ("dose", [0.09, 0.02])})
-    model = xr.Dataset({"p": ("term", [0.001])})  # the terms of one regression are no family
+    model = xr.Dataset({"p": ("term", [0.001])})  # the terms of one regression are not a family
     text = statement({"ablation": {"a": ablation}, "steering": {"s": steering}, "effort": {"model": model}})
     assert text.startswith("2 families of tests with 4 cells ")
     assert "in 2 cells a difference or an effect is shown" in text

@@ -102,10 +102,10 @@ def test_lines_that_are_no_labels_are_refused(demo: Run, tmp_path: Path, line: s
 
 
 def test_a_label_that_fits_scores_high_and_one_that_does_not_scores_half(demo: Run, examples: xr.Dataset) -> None:
-    """The mock model knows which texts are of the expert, or guesses all of them."""
+    """The mock model recognizes which texts are of the expert, or guesses all of them."""
     own = {e.text for e in label_proposals._examples(examples, 2, 5)}
 
-    def knows(prompt: str) -> str:
+    def recognizes(prompt: str) -> str:
         if "Describe" in prompt:
             return "a label\nof two lines"
         texts = [line.partition(". ") for line in prompt.splitlines() if line.partition(". ")[0].isdigit()]
@@ -117,7 +117,7 @@ def test_a_label_that_fits_scores_high_and_one_that_does_not_scores_half(demo: R
     def rows(ask: label_proposals.Ask) -> dict[int, dict[str, Any]]:
         return {row["expert"]: row for row in label_proposals.propose(demo, examples, ask, name="m", layers=[2])}
 
-    row = rows(knows)[5]
+    row = rows(recognizes)[5]
     assert row["proposed"] == "a label of two lines"
     assert (row["score"], row["scored"]) == (1.0, 16.0)
     assert 0.7 < row["score_low"] < row["score_high"] == 1.0

@@ -40,8 +40,8 @@ def run(model: GptOss, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_shares_and_contexts_are_those_of_the_tokens(run: Run, model: GptOss) -> None:
-    found = registry.find("feature-examples").load().study(run)
-    table, ds = found["features"], found["examples"]
+    datasets = registry.find("feature-examples").load().study(run)
+    table, ds = datasets["features"], datasets["examples"]
     assert ((table["share"] >= 0) & (table["share"] <= 1)).all()
     gap = abs(table["share"].sel(channel="analysis") - table["share"].sel(channel="final")).values
     assert gap[int(ds["feature"][0])] == pytest.approx(gap.max())
@@ -55,7 +55,7 @@ def test_shares_and_contexts_are_those_of_the_tokens(run: Run, model: GptOss) ->
             assert ds[f"{kind}_token"].values[place] == model.tokenizer.decode([int(ids[at])])
             assert ds[f"{kind}_activation"].values[place] > 0
     assert not np.array_equal(ds["top_position"], ds["random_position"]), "negative control: the lists differ"
-    item = registry.find("feature-examples").load_figures().gallery(found)["share"]
+    item = registry.find("feature-examples").load_figures().gallery(datasets)["share"]
     assert item.draw().data
     assert "features of blocks.2.hook_resid_post are active" in table.attrs["summary"]
 
@@ -63,7 +63,7 @@ def test_shares_and_contexts_are_those_of_the_tokens(run: Run, model: GptOss) ->
 def test_features_can_be_chosen(run: Run) -> None:
     study = registry.find("feature-examples").load().study
     assert study(run, features="7, 3")["examples"]["feature"].values.tolist() == [7, 3]
-    for text, message in (("7,x", "is no number"), ("99", "features 0 to 23")):
+    for text, message in (("7,x", "is not a number"), ("99", "features 0 to 23")):
         with pytest.raises(InputError, match=message):
             study(run, features=text)
     with pytest.raises(InputError, match="name one of blocks"):
@@ -85,4 +85,4 @@ def test_the_command_writes_pages_of_features(run: Run, tmp_path: Path) -> None:
         assert page["label"] == f"feature {feature} of {HOOK}"
         assert max(page["examples_quantiles"][0]["examples"][0]["tokens_acts_list"]) > 0
     wrong = CliRunner().invoke(app, ["export", str(run.path), "neuronpedia", "--out", f"{out}2", "--features", "x"])
-    assert "is no number" in str(wrong.exception)
+    assert "is not a number" in str(wrong.exception)

@@ -1,4 +1,7 @@
-"""Pages have the form that Neuronpedia's viewer reads, and their activations are the run's gate weights."""
+"""Pages have the form that Neuronpedia's viewer reads, and their activations are the run's gate weights.
+
+Also tests `workbench.cli.page_export`.
+"""
 
 import json
 from pathlib import Path

@@ -91,7 +91,7 @@ def test_what_cannot_be_tested_is_listed() -> None:
     assert too_few.startswith(f"{ds.attrs['title']}, at equal position: ")
 
 
-def test_a_highlight_says_where_equal_position_was_not_tested() -> None:
+def test_a_highlight_states_where_equal_position_was_not_tested() -> None:
     results = _compared("experts", expert_shift={"final": 0.4})
     ds = results["channels"]["compared"]
     for name in ("low", "high", "difference"):

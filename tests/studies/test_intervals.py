@@ -119,7 +119,7 @@ def test_both_estimators_of_skewed_means_agree() -> None:
     assert np.median((ours[1] - student[1]) / width) > 0.03, "negative control: Student's t is shorter above"
 
 
-def test_the_test_of_a_mean_is_its_interval_and_knows_no_direction() -> None:
+def test_the_test_of_a_mean_is_its_interval_and_has_no_direction() -> None:
     rng = np.random.default_rng(1)
     values = np.concatenate([rng.exponential(1, (300, 15)) - rng.random((300, 1)), rng.normal(0.3, 1, (300, 15))])
     low, high, p = by_mean_test(values)

@@ -21,7 +21,7 @@ D, PLANTED = 12, 2  # width, and the layer from which the label can be read
 
 
 class Run:
-    """A run of three layers: from PLANTED on, a direction holds the label of each sequence's task; ids are unrelated."""
+    """A run of three layers: from PLANTED on, a direction holds the label of each sequence; ids are unrelated."""
 
     path, digest, model = "run.zarr", "planted", {"n_layers": 3}
 

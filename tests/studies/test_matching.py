@@ -15,7 +15,7 @@ from workbench.studies.synthetic import SyntheticTokens
 
 
 def pooled_difference(run: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The engine that this one replaced, the negative control: all tokens of a side together, jackknife over prompts."""
+    """The former engine, a negative control: all tokens of a side together, with a jackknife over prompts."""
     blocks = list(run.blocks(name))
     prompt = prompt_numbers(run.sequences)
     n_prompts = int(prompt.max()) + 1

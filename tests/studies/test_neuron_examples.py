@@ -87,14 +87,14 @@ def test_direct_effects_are_beside_the_examples(run: Run, model: GptOss) -> None
 
 def test_the_experiment_stores_the_effects_of_a_layer_s_neurons(model: GptOss, run: Run) -> None:
     rows = from_run.transcripts(run)[:2]
-    found = expert_logits.experiment(model, rows, tokens=3, neuron_layer=2)
-    own = found["neurons"].sel(expert=5, neuron=7)
+    datasets = expert_logits.experiment(model, rows, tokens=3, neuron_layer=2)
+    own = datasets["neurons"].sel(expert=5, neuron=7)
     wanted = expert_logits.neuron_logits(model, 2, 5, n=3).sel(neuron=7)
     assert own["top_text"].values.tolist() == wanted["top_text"].values.tolist()
     other = expert_logits.experiment(model, rows, tokens=3, neuron_layer=1, neuron_expert=5)["neurons"]
     assert other["expert"].values.tolist() == [5]
     assert not np.allclose(other.sel(expert=5, neuron=7)["top_logit"], own["top_logit"]), "negative control: a layer"
-    items = registry.find("expert-logits").load_figures().gallery(found)
+    items = registry.find("expert-logits").load_figures().gallery(datasets)
     assert items["neurons"].draw().data
     assert "neurons" not in expert_logits.experiment(model, rows)
     for options, message in (({"neuron_layer": 4}, "layers 0 to 3"), ({"neuron_expert": 1}, "name its layer")):

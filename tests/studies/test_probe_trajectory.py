@@ -1,4 +1,4 @@
-"""Probes along the analysis: a planted label is read from its point and layer on, words are none, nulls are calibrated."""
+"""Probes along the analysis: a planted label is read from its point and layer on, and nulls are calibrated."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace

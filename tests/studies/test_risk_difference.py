@@ -93,7 +93,7 @@ def test_few_prompts_are_not_tested_or_named(n_prompts: int, expected: str) -> N
     assert np.isfinite(result["p"].sel(control="pooled")).all() == (n_prompts >= 5)
 
 
-def test_tasks_share_no_prompt_and_the_summary_says_so() -> None:
+def test_tasks_share_no_prompt_and_the_summary_reports_it() -> None:
     run = planted_tokens(n_prompts=13, n_layers=1)  # seven prompts of one task, six of the other
     result = study(run, a="task=t0,channel=analysis", b="task=t1,channel=analysis")["experts"]
     assert result.attrs["summary"].startswith("No prompt has both sides")

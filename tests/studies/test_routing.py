@@ -139,7 +139,7 @@ def test_limits_of_effective_experts_stay_between_one_and_all():
     assert np.isclose(results.effective_experts_high.values[known], 4).any()
 
 
-def test_every_variable_says_what_it_is(loaded):
+def test_every_variable_states_what_it_is(loaded):
     for name, variable in loaded.data_vars.items():
         assert {"long_name", "units", "definition"} <= set(variable.attrs), name
     assert loaded.share_low.attrs["ci"].startswith("95 %")
@@ -183,7 +183,7 @@ def test_the_study_finds_what_was_planted_and_calls_nothing_else_different(run):
     }
 
 
-def test_the_study_takes_the_widest_efforts_that_have_pairs_and_says_what_it_left_out():
+def test_the_study_takes_the_widest_efforts_that_have_pairs_and_states_what_it_left_out():
     run = planted_run(n_prompts=6)
     summaries = {name: array.copy(deep=True) for name, array in run.summaries.items()}
     low = np.flatnonzero(run.sequences.effort == "low")

@@ -46,11 +46,13 @@ def conversations(prompts: list[tuple[str, str, list[tuple[int, int]]]]) -> Synt
     """A run whose prompts are a system message with an effort word, and (role, id) tokens: (prompt id, effort, …)."""
     words = {"low": 90, "high": 91}
     rows, parts = [], []
-    for number, (prompt, effort, said) in enumerate(prompts):
-        tokens = [(0, 80), (0, words[effort]), *said, (3, 7), (3, 8)]
-        channel = [1] * (2 + len(said)) + [2, 4]
+    for number, (prompt, effort, answer) in enumerate(prompts):
+        tokens = [(0, 80), (0, words[effort]), *answer, (3, 7), (3, 8)]
+        channel = [1] * (2 + len(answer)) + [2, 4]
         parts.append((np.full(len(tokens), number), np.arange(len(tokens)), np.array(channel), *np.array(tokens).T))
-        rows.append({"id": f"{number}", "prompt_id": prompt, "effort": effort, "task": "t", "n_prompt": 2 + len(said)})
+        rows.append(
+            {"id": f"{number}", "prompt_id": prompt, "effort": effort, "task": "t", "n_prompt": 2 + len(answer)}
+        )
     names = ("sequence", "position", "channel", "role", "id")
     joined = {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(names)}
     return SyntheticTokens("conversations", pd.DataFrame(rows).rename_axis("sequence"), {}, joined, {})

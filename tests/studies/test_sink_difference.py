@@ -21,30 +21,32 @@ SIDES = {"a": "channel=final", "b": "channel=analysis"}
 def test_between_channels_the_numbers_are_those_of_all_studies() -> None:
     """Negative control: all tokens pooled give other numbers."""
     run = wb.open_run(DATA / "demo.zarr")
-    found = study(run, **SIDES)["heads"]
+    result = study(run, **SIDES)["heads"]
     theirs = contrast(run, "sink", "channel", "final", "analysis", controls=("none", "token"))
     for control, name in (("prompt", "none"), ("prompt and token", "token")):
         for variable in ("difference", "low", "high", "p", "q", "different", "bound", "tokens_a", "prompts"):
             np.testing.assert_allclose(
-                found[variable].sel(control=control), theirs[variable].sel(control=name), atol=1e-6
+                result[variable].sel(control=control), theirs[variable].sel(control=name), atol=1e-6
             )
-    pooled = found["mean_a"] - found["mean_b"]
-    assert not np.allclose(pooled, found["difference"].sel(control="prompt"), atol=1e-3)
-    drawn = figures.gallery({"heads": found})
+    pooled = result["mean_a"] - result["mean_b"]
+    assert not np.allclose(pooled, result["difference"].sel(control="prompt"), atol=1e-3)
+    drawn = figures.gallery({"heads": result})
     assert list(drawn) == ["heads_prompt", "heads_prompt_and_token"]
     assert all(item.draw().data and len(item.table()) for item in drawn.values())
 
 
 def test_roles_of_nano_are_compared_and_their_positions_stated() -> None:
-    found = study(wb.open_run(DATA / "demo.zarr"), a="role=developer,part=content", b="role=user,part=content")["heads"]
-    assert float(found["position_a"]) < float(found["position_b"])
-    assert "Mean position of the tokens" in found.attrs["summary"]
-    assert int(found["prompts"].max()) >= 5
+    result = study(wb.open_run(DATA / "demo.zarr"), a="role=developer,part=content", b="role=user,part=content")[
+        "heads"
+    ]
+    assert float(result["position_a"]) < float(result["position_b"])
+    assert "Mean position of the tokens" in result.attrs["summary"]
+    assert int(result["prompts"].max()) >= 5
 
 
 def test_a_planted_head_is_found_and_the_others_are_not() -> None:
-    found = study(planted_tokens(seed=2, sink_shift={"final": 0.2}), **SIDES)["heads"].sel(control="prompt")
-    planted = found.sel(head=0)
+    result = study(planted_tokens(seed=2, sink_shift={"final": 0.2}), **SIDES)["heads"].sel(control="prompt")
+    planted = result.sel(head=0)
     assert planted["different"].all()
     assert ((planted["low"] < 0.2) & (planted["high"] > 0.2)).mean() > 0.5
     assert (
@@ -62,9 +64,9 @@ def test_a_difference_of_words_disappears_at_the_same_token_ids() -> None:
     sink = run.tokens["sink"].copy()
     sink[..., 1] += 0.2 * odd
     tokens = {**run.tokens, "id": 2 * rng.integers(0, 4, n) + odd, "sink": sink}
-    found = study(SyntheticTokens(run.digest, run.sequences, run.model, tokens, run.truth), **SIDES)["heads"]
-    assert found["different"].sel(control="prompt", head=1).all()
-    assert not found["different"].sel(control="prompt and token", head=1).any()
+    result = study(SyntheticTokens(run.digest, run.sequences, run.model, tokens, run.truth), **SIDES)["heads"]
+    assert result["different"].sel(control="prompt", head=1).all()
+    assert not result["different"].sel(control="prompt and token", head=1).any()
 
 
 def test_p_is_calibrated_without_a_difference() -> None:

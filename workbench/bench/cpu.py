@@ -229,7 +229,35 @@ def _llama_cpp(path: str) -> tuple[float, dict[str, Forward]]:
     return load_s, {"decode": decode}
 
 
-_MODELS = {"workbench": _workbench, "transformers": _transformers, "llama_cpp": _llama_cpp}
+def _xllamacpp(path: str) -> tuple[float, dict[str, Forward]]:
+    from xllamacpp import CommonParams, Server
+
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    params = CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = path, CONTEXTS[-1] + 1024, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.verbosity = 0
+    start = time.perf_counter()
+    server = Server(params)
+    load_s = time.perf_counter() - start
+
+    def decode(tokens: torch.Tensor, context: int) -> dict[str, float]:
+        """Return the time of the steps after the prompt, as the server measures it."""
+        prompt = [n % CFG.d_vocab for n in range(context)]
+        request = {"prompt": prompt, "n_predict": STEPS + 1, "ignore_eos": True, "temperature": 0.0}
+        timings = server.handle_completions(request)["timings"]
+        assert timings["predicted_n"] == STEPS + 1, timings  # the prompt gives the first of them
+        return {"seconds": timings["predicted_ms"] / 1000}
+
+    return load_s, {"decode": decode}
+
+
+_MODELS = {
+    "workbench": _workbench,
+    "transformers": _transformers,
+    "llama_cpp": _llama_cpp,
+    "xllamacpp": _xllamacpp,
+}
 
 
 def _work(name: str, checkpoint: str) -> None:

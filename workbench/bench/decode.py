@@ -1,7 +1,8 @@
 """Decoding on the CPU: the compiled kernels beside torch, transformers and llama.cpp, turn by turn in one run.
 
-All of them have the same weights. llama.cpp takes part where `llama_cpp` (llama-cpp-python) is installed, with one row:
-it reads a GGUF file that is written for it. transformers multiplies by experts that it has unpacked to bfloat16.
+All of them have the same weights. llama.cpp takes part where `llama_cpp` (llama-cpp-python, built when it is installed)
+or `xllamacpp` (wheels) is installed, with one row: it reads a GGUF file that is written for it. transformers multiplies
+by experts that it has unpacked to bfloat16.
 """
 
 import statistics
@@ -26,7 +27,7 @@ BATCHES = (1, 8)
 CONTEXTS = (128, 4096)
 STEPS = 4  # of one measurement
 OURS = ("plain", "recorded", "edited")
-_BASELINES = {"torch": "workbench", "transformers": "transformers", "llama.cpp": "llama_cpp"}
+_BASELINES = {"torch": ("workbench",), "transformers": ("transformers",), "llama.cpp": ("llama_cpp", "xllamacpp")}
 _SPEED_BYTES = 2**29
 
 
@@ -112,9 +113,7 @@ def measure(
             sources["llama.cpp"] = write_gguf(opened, folder / "model.gguf")
         workers = {
             name: stack.enter_context(
-                Worker(
-                    _BASELINES.get(name, name), path, threads, {cpu.VARIABLE: "torch" if name == "torch" else "auto"}
-                )
+                Worker(_module(name) or name, path, threads, {cpu.VARIABLE: "torch" if name == "torch" else "auto"})
             )
             for name, path in sources.items()
         }
@@ -149,6 +148,11 @@ def measure(
         "measured": time.strftime("%Y-%m-%d"),
         "decode": rows,
     }
+
+
+def _module(baseline: str) -> str | None:
+    """Return the module that runs a baseline, of those that are installed."""
+    return next((module for module in _BASELINES.get(baseline, ()) if find_spec(module)), None)
 
 
 def _row(
@@ -195,7 +199,7 @@ def table(result: dict[str, Any]) -> str:
 
 def run(checkpoint: Path, rounds: int, threads: int) -> dict[str, Any]:
     """Measure beside every baseline that is installed, and print."""
-    available = tuple(name for name, module in _BASELINES.items() if find_spec(module))
+    available = tuple(name for name in _BASELINES if _module(name))
     result = measure(checkpoint, rounds, threads, baselines=available)
     print(
         f"decoding, {result['layers']} layers, {result['processor']}, {threads} threads, kernels {result['kernels']}; "

@@ -171,7 +171,7 @@ def _compile(item: tuple[str, str, int]) -> Row:
     case = compile_cases(module, target)[index]
     try:
         return measure(case, target)
-    except Exception as error:  # whatever Triton or the assembler says, with the kernel's name
+    except Exception as error:  # the error of Triton or the assembler, with the kernel's name
         raise JobError(f"{case.name} ({case.problem}) does not compile for {target}: {error}") from None
 
 

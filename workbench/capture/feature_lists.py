@@ -43,17 +43,17 @@ def parse(records: Sequence[str], cfg: Config) -> dict[FeatureLists, SAE]:
         InputError: a folder is not named or holds no autoencoder, or its hook point is not named, not the model's, of
             another width, or that of another record.
     """
-    found: dict[FeatureLists, SAE] = {}
+    autoencoders: dict[FeatureLists, SAE] = {}
     for text in records:
         where, folder = f"--record {text}", text.removeprefix(FEATURES)
         if not text.startswith(FEATURES) or not folder:
             raise InputError(f"{where}: name the folder of an autoencoder, as in {FEATURES}saes/layer2")
         sae = load_sae(folder)
         hook = _checked_hook(where, sae, cfg)
-        if hook in {lists.hook for lists in found}:
+        if hook in {lists.hook for lists in autoencoders}:
             raise InputError(f"{where}: two autoencoders read {hook}: record them in two runs")
-        found[FeatureLists(hook, sae.cfg.d_sae, source_digest(sae.encode))] = sae
-    return found
+        autoencoders[FeatureLists(hook, sae.cfg.d_sae, source_digest(sae.encode))] = sae
+    return autoencoders
 
 
 def _checked_hook(where: str, sae: SAE, cfg: Config) -> str:

@@ -20,6 +20,7 @@ from workbench.capture.shape_model import ShapeModel
 from workbench.errors import InputError
 from workbench.harmony.flags import counted
 from workbench.model.transformer import GptOss
+from workbench.notebook import notebook_display
 from workbench.outputs import check_kind, refuse_inputs
 from workbench.progress import progress
 from workbench.runs import Run, open_run
@@ -109,10 +110,11 @@ def _announce(model: GptOss, job: JobPlan, pending: Sequence[int], path: str | P
         f"{len(pending):,} of {len(job.layout.units):,} units to go, {n:,} tokens, each {sum(sizes.values()):,} bytes"
     )
     log.info("%s: %s before compression: %s", path, begins, listed)
-    print(f"capture: {begins} before compression ({listed})", file=sys.stderr, flush=True)
+    plain = sys.stdout if notebook_display() else sys.stderr  # a notebook shows standard error as if it were an error
+    print(f"capture: {begins} before compression ({listed})", file=plain, flush=True)
     if flags := counted(job.flags):
         log.info("%s: %d sequences, %s", path, len(job.rows), flags)
-        print(f"capture: {len(job.rows):,} sequences, {flags}", file=sys.stderr, flush=True)
+        print(f"capture: {len(job.rows):,} sequences, {flags}", file=plain, flush=True)
     return n
 
 

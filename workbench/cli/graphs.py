@@ -53,15 +53,23 @@ def graph(
             help="Add edges into queries, keys and router logits: what decided the attention and the routing."
         ),
     ] = False,
+    ablate: Annotated[
+        int,
+        typer.Option(min=0, help="Also ablate the N most influential heads and experts, each by itself, in the model."),
+    ] = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
     ignore_field: IgnoreField = None,
     adapter: Adapter = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Explain one token of the model's answer by an attribution graph."""
+    """Explain one token of the model's answer by an attribution graph.
+
+    The values that are printed are contributions to the logit while attention, norms and routing are held fixed.
+    --ablate also prints by how much the logit falls when a node writes nothing and nothing is held fixed.
+    """
     from workbench import harmony
-    from workbench.experiments import graph_details, graph_export
+    from workbench.experiments import graph_checks, graph_details, graph_export
     from workbench.experiments.attribution_graph import graph as make
     from workbench.experiments.dictionary_features import load_autoencoders
     from workbench.outputs import check_output, staged
@@ -78,6 +86,8 @@ def graph(
     if neurons:
         made = graph_details.with_neurons(loaded, made, top=neurons)
     chosen = graph_details.choice_edges(loaded, made) if choices else None
+    inner = made.nodes[made.nodes["kind"].isin(("head", "expert"))].nlargest(max(5, ablate), "influence")
+    measured = graph_checks.ablate(loaded, made, inner.index[:ablate].tolist())["measured"].tolist() if ablate else []
     with staged(out, command="graph", inputs=inputs, overwrite=overwrite) as part:
         if out.suffix == ".graphml":
             import networkx
@@ -86,7 +96,7 @@ def graph(
         else:
             graph_export.write_json(loaded, made, part, features_url=features, choices=chosen)
     print(f"answer: {loaded.tokenizer.decode(answer)}")
-    print(_described(made))
+    print(_described(made, inner, measured))
     print(out)
 
 
@@ -112,13 +122,14 @@ def _place(model: Any, ids: list[int], answer: list[int], at: int | None) -> int
     return starts[0]
 
 
-def _described(attributed: Any) -> str:
+def _described(attributed: Any, inner: Any, measured: list[float]) -> str:
+    """Return the graph in a line, and each of its most influential nodes; some of them were ablated."""
     from workbench.experiments.graph_export import label
 
     lines = [repr(attributed).strip("<>")]
-    inner = attributed.nodes[attributed.nodes["kind"].isin(("head", "expert"))].nlargest(5, "influence")
-    for _, row in inner.iterrows():
-        lines.append(f"  {label(row)} at token {row['pos']} ({row['token']!r}): {row['value']:+.2f} logits")
+    for i, (_, row) in enumerate(inner.iterrows()):
+        text = f"  {label(row)} at token {row['pos']} ({row['token']!r}): {row['value']:+.2f} logits"
+        lines.append(text + (f", measured by ablation {measured[i]:+.2f}" if i < len(measured) else ""))
     return "\n".join(lines)
 
 

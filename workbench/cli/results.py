@@ -193,7 +193,7 @@ def dashboard(
     if model is None:
         serve(runs, **options, **access)
         return
-    from workbench.live.app import SESSION_OPTIONS, dashboard_page
+    from workbench.live.app import dashboard_page
     from workbench.live.model_server import ModelServer
     from workbench.runs import open_run
 
@@ -202,6 +202,6 @@ def dashboard(
     if others := [path for path in runs if open_run(path).checkpoint["digest"] != digest]:
         print(f"note: {', '.join(others)} was captured from another checkpoint than {model}", file=sys.stderr)
     try:
-        serve(runs, model=model, extra={"live": dashboard_page(server)}, **options, **access, **SESSION_OPTIONS)
+        serve(runs, model=model, extra={"live": dashboard_page(server)}, **options, **access)
     finally:
         server.close()

@@ -25,7 +25,7 @@ def read_doses(text: str | float) -> list[float]:
     """Return the doses of a text such as "0,0.5,2".
 
     Raises:
-        InputError: a part is no finite number, or two are equal.
+        InputError: a part is not a finite number, or two are equal.
     """
     try:
         doses = [float(part) for part in str(text).split(",")]

@@ -98,9 +98,12 @@ def graph(
     ids = _sequence(model, tokens)
     _check_options(len(ids), at, node_share, edge_share, max_nodes)
     end = at % len(ids)
-    frozen = FrozenPass(model, ids[: end + 1], saes)
-    wanted = int(frozen.logits.argmax()) if target is None else _token(model, target)
+    wanted = None if target is None else _token(model, target)
     other = None if against is None else _token(model, against)
+    frozen = FrozenPass(model, ids[: end + 1], saes)
+    wanted = int(frozen.logits.argmax()) if wanted is None else wanted
+    if wanted == other:
+        raise InputError(f"token {wanted} is the target, and its own logit would be taken off: name another against")
     direction = logit_direction(frozen, wanted, other)
     flow = frozen.backward(at_the_end(frozen, direction))
     candidates = _candidates(frozen, flow)

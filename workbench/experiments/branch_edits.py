@@ -121,7 +121,7 @@ def _other_letter(own: str, rng: np.random.Generator) -> str:
 
 
 def filler_token(tokenizer: harmony.Tokenizer) -> int:
-    """Return the token of dots, or of the sign in a small vocabulary that says least.
+    """Return the token of dots, or of the sign in a small vocabulary that has the least meaning.
 
     Raises:
         InputError: the vocabulary has none of them.

@@ -217,8 +217,8 @@ def similarity(pairs: Sequence[Pair], *, seed: int = 0) -> pd.DataFrame:
     values["other pairs"] = (cross.sum(0) + cross.sum(1) - 2 * np.diag(cross)) / max(2 * (n - 1), 1)
     values[_LESS_PAIRS] = values["same prompt"] - values["other pairs"]
     effect = mean_effect(np.stack(list(values.values())), [str(i) for i in range(n)], seed=seed)
-    found = pd.DataFrame({"cosine": effect.change, "low": effect.low, "high": effect.high}, index=list(values))
-    return found.assign(p=[_pairing_p(cross, seed) if name == _LESS_PAIRS else np.nan for name in values])
+    table = pd.DataFrame({"cosine": effect.change, "low": effect.low, "high": effect.high}, index=list(values))
+    return table.assign(p=[_pairing_p(cross, seed) if name == _LESS_PAIRS else np.nan for name in values])
 
 
 def _pairing_p(cross: Float[np.ndarray, "prompt prompt"], seed: int) -> float:

@@ -129,13 +129,13 @@ def _layer_neurons(model: GptOss, layer: int, expert: int, n: int) -> xr.Dataset
         raise InputError(f"neuron_layer={layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
     numbers = list(range(model.cfg.experts_of(layer))) if expert == -1 else [expert]
     parts = [neuron_logits(model, layer, number, n=n) for number in numbers]
-    found = xr.concat(parts, dim="expert").assign_coords(expert=numbers)
+    neurons = xr.concat(parts, dim="expert").assign_coords(expert=numbers)
     shown = "all experts" if expert == -1 else f"expert {expert}"
-    first = found["top_logit"].isel(rank=0)
+    first = neurons["top_logit"].isel(rank=0)
     lines = [f"Direct effects of the neurons of layer {layer}, {shown}; the largest:"]
     for place in np.argsort(-first.values, axis=None)[:5]:
         i, neuron = np.unravel_index(int(place), first.shape)
-        text = str(found["top_text"].values[i, neuron, 0])
+        text = str(neurons["top_text"].values[i, neuron, 0])
         lines.append(f"  expert {numbers[int(i)]}, neuron {neuron} raises {text!r}: {float(first[i, neuron]):+.2f}")
     attrs: dict[str, Any] = {
         "title": "Direct effects of neurons on logits",
@@ -144,7 +144,7 @@ def _layer_neurons(model: GptOss, layer: int, expert: int, n: int) -> xr.Dataset
     }
     attrs |= {"units": "logits", "layer": layer, "rests_on": "the weights", "summary": "\n".join(lines)}
     attrs["checkpoint_digest"] = model.checkpoint.digest
-    return found.assign_attrs(attrs)
+    return neurons.assign_attrs(attrs)
 
 
 @torch.no_grad()
@@ -158,10 +158,11 @@ def neuron_logits(model: GptOss, layer: int, expert: int, *, n: int = N_TOKENS) 
         InputError: the model has no such layer or expert.
     """
     cfg = model.cfg
-    if not 0 <= layer < cfg.n_layers or not 0 <= expert < cfg.num_experts:
+    n_experts = cfg.experts_of(layer) if 0 <= layer < cfg.n_layers else cfg.num_experts
+    if not 0 <= layer < cfg.n_layers or not 0 <= expert < n_experts:
         raise InputError(
             f"layer {layer} expert {expert}: the model has layers 0 to {cfg.n_layers - 1} and experts 0 to "
-            f"{cfg.num_experts - 1}"
+            f"{n_experts - 1}"
         )
     unembedding = model.unembed.W_U.mT
     columns: dict[str, list[np.ndarray]] = {f"{k}_{name}": [] for k in ("top", "bottom") for name in _FIELDS}

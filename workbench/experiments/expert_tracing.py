@@ -57,9 +57,9 @@ METHOD = (
     "sequence; rank p (two-sided), p_family adjusted for the cells (single-step max-T)."
 )
 NOT_CONTROLLED = (
-    "Noise takes the model off the texts it knows; an expert that restores one corruption may not matter in another. "
-    "Tokens that change their experts under noise are restored to outputs of experts that they did not choose. The "
-    "gradient sees no change of routing, so the screening can miss experts."
+    "Noise takes the model off the texts it was trained on; an expert that restores one corruption may "
+    "not matter in another. Tokens that change their experts under noise are restored to outputs of experts that they "
+    "did not choose. The gradient sees no change of routing, so the screening can miss experts."
 )
 
 

@@ -10,6 +10,7 @@ Reference: LRP for products and RelP, Jafari et al. 2025, arXiv 2508.21258; froz
 tracing, Ameisen et al. 2025.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.errors import InputError
 from workbench.experiments.dictionary_features import ActiveFeatures, FeatureFlow, active_features, places
 from workbench.hooks.sae import SAE
 from workbench.kernels.moe import swiglu
+from workbench.model import memory
 from workbench.model.transformer import GptOss
 from workbench.model.weights import dense
 
@@ -73,7 +76,8 @@ class FrozenPass:
     `features` has what is active of each autoencoder, by its place in the order of the pass.
 
     Raises:
-        InputError: an autoencoder does not fit, or is not at the residual stream.
+        InputError: an autoencoder does not fit, or is not at the residual stream, or the sequence is so long that its
+            attention patterns exceed the memory.
     """
 
     @torch.no_grad()
@@ -86,6 +90,7 @@ class FrozenPass:
         also: Sequence[str] = (),
     ) -> None:
         self.model, self.tokens = model, tokens
+        _check_memory(model, len(tokens))
         at = places(model.cfg, saes or {})
         names = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in (*_INSIDE, *also)]
         names += list(saes or {})
@@ -221,6 +226,17 @@ class FrozenPass:
             "head_outputs": outputs,
         }
         return parts, g + back * gain
+
+
+def _check_memory(model: GptOss, n_tokens: int) -> None:
+    """Refuse a sequence whose attention patterns, of all layers and once more of one in float32, exceed the memory."""
+    free, cfg = memory.free(model.device), model.cfg
+    square = cfg.n_heads * (cfg.n_layers * model.dtype.itemsize + 4)  # bytes of a pair of tokens
+    if square * n_tokens**2 > free:
+        raise InputError(
+            f"{n_tokens:,} tokens: their attention patterns take {memory.human(square * n_tokens**2)}, and the memory "
+            f"is {memory.human(free)}: explain a token within the first {math.isqrt(free // square):,} tokens"
+        )
 
 
 def halves(

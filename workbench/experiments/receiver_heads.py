@@ -34,7 +34,7 @@ EXPERIMENT = Experiment(
     compute="one forward pass over the sequences, with the attention patterns of one layer at a time in memory",
     cost={"passes": 1},
     options={
-        "apart": "Sentences between which attention counts are at least so many apart (default: 4).",
+        "apart": "Sentences between which attention counts are at least this many apart (default: 4).",
         "max_sentences": "Most sentences of an analysis; longer ones are grouped (default: 40).",
         "scores": "attention (default), or ranks of it within each row.",
         "heads": "Heads with the largest scores whose attention to each sentence is returned (default: 16).",

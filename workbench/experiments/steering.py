@@ -139,7 +139,7 @@ def labelled_tokens(model: GptOss, text: str) -> TokenSet:
     labels = selection_of(text)
     assert isinstance(labels, Mapping)
     if unknown := sorted(set(labels) - TOKEN_LABELS.keys()):
-        raise InputError(f"{text!r}: {unknown[0]!r} is no label of tokens: use {', '.join(TOKEN_LABELS)}")
+        raise InputError(f"{text!r}: {unknown[0]!r} is not a label of tokens: use {', '.join(TOKEN_LABELS)}")
     return token_set(tokenizer=model.tokenizer, **labels)
 
 

@@ -10,6 +10,6 @@ from workbench.figures.gallery import Gallery, GalleryItem, numbers
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
-    """Return every figure of the study and the numbers behind each."""
+    """Return every figure of the study and the data of each."""
     ds = datasets["features"]
     return {"share": GalleryItem(partial(default.figure, ds, "share"), numbers(ds, "channel_feature"), ds)}

@@ -167,7 +167,7 @@ class _Header(NamedTuple):
 
 
 class _Stream:
-    """What the labeller knows at a position: the messages so far, the open one, and where the last one ended."""
+    """The state of the labeller at a position: the messages so far, the open one, and where the last one ended."""
 
     def __init__(self, ids: Int[np.ndarray, " tokens"], n_prompt: int | None) -> None:
         self.ids, self.n_prompt = ids, n_prompt

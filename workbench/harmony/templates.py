@@ -22,7 +22,7 @@ class TemplateError(ValueError):
 
 
 def render_template(source: str, variables: str, date: datetime.date) -> str:
-    """Return the text of a jinja template with these variables (a JSON object); `strftime_now` tells the date."""
+    """Return the text of a jinja template with these variables (a JSON object); `strftime_now` gives the date."""
     answer = _answer(source, variables, date)
     if "error" in answer:
         raise TemplateError(answer["error"])

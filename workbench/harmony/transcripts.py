@@ -61,8 +61,8 @@ class Transcript:
     """A prompt and the response to it, as ids.
 
     effort: low, medium, high, or "" where it is not known. complete: whether the response ended by itself, None where
-    only its last token tells. notes: flags from reading the row, see `workbench.harmony.flags`. experts: those that a
-    host routed the tokens to, read only where a capture follows them.
+    only its last token shows it. notes: flags from reading the row, see `workbench.harmony.flags`. experts: those that
+    a host routed the tokens to, read only where a capture follows them.
     """
 
     id: str

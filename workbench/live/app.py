@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 import panel as pn
 
 from workbench.dashboards.access import checked_origins, guard, login_options
-from workbench.dashboards.app import ExtraPage, check_free, local_origins
+from workbench.dashboards.app import SESSIONS, ExtraPage, check_free, local_origins
 from workbench.dashboards.layout import PageTemplate, page_template
 from workbench.errors import InputError
 from workbench.figures.template import ThemeName
@@ -21,15 +21,11 @@ from workbench.model.transformer import GptOss
 from workbench.research.recipe import Recipe
 from workbench.research.steering_sources import SteeringSources
 
-__all__ = ["SESSION_OPTIONS", "Limits", "dashboard_page", "live_page", "serve"]
+__all__ = ["Limits", "dashboard_page", "live_page", "serve"]
 
 _MAX_ADDRESS = 16_000  # characters of a recipe in an address; browsers and proxies refuse much longer ones
-# of `panel.serve`: a browser that does not come back within five seconds has left, and its request is cancelled
-SESSION_OPTIONS: dict[str, Any] = {
-    "unused_session_lifetime_milliseconds": 5_000,
-    "check_unused_sessions_milliseconds": 1_000,
-}
-# refreshing the page would switch the busy indicator on all the time; the page says itself what it does
+_AWAY_MS = 5_000  # a browser that has not reconnected after this time has left, and its request is cancelled
+# refreshing the page would switch the busy indicator on all the time; the page shows its own status
 _CSS = ".wb-right > span[aria-hidden]{display:none}"
 _EXAMPLES = {"nano": "24*29"}  # of the tasks it was trained on
 
@@ -57,8 +53,15 @@ def live_page(server: ModelServer, titles: Mapping[str, str] | None = None) -> C
                 pn.state.location.search = "?" + query(recipe)
 
         page = LivePage(server, recipe, theme, remember, problem)
+        document = pn.state.curdoc
+
+        def refresh() -> None:
+            if _has_left(document):
+                page.viewer.leave()
+            page.refresh()
+
         pn.state.on_session_destroyed(lambda _: page.viewer.leave())
-        pn.state.add_periodic_callback(page.refresh, period=_REFRESH_MS)
+        pn.state.add_periodic_callback(refresh, period=_REFRESH_MS)
         own = (
             query(recipe)
             if given.get("recipe") and not problem
@@ -71,6 +74,15 @@ def live_page(server: ModelServer, titles: Mapping[str, str] | None = None) -> C
         return template
 
     return show
+
+
+def _has_left(document: Any) -> bool:
+    """Return whether the browser of a session has been disconnected for some seconds."""
+    context = getattr(document, "session_context", None)
+    session = getattr(context, "session", None)
+    if session is None or session.connection_count:
+        return False
+    return bool(session.milliseconds_since_last_unsubscribe > _AWAY_MS)
 
 
 def _recipe(text: str, server: ModelServer) -> tuple[Recipe, str]:
@@ -113,7 +125,7 @@ def serve(
     options: dict[str, Any] = {
         "websocket_origin": origins,
         "num_threads": 4,
-        **SESSION_OPTIONS,
+        **SESSIONS,
     }
     try:
         panel = pn.serve(

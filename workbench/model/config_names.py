@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 
 class ConfigNames:
-    """Constants of gpt-oss under TransformerLens' names, and what `model.cfg` knows of its model."""
+    """Constants of gpt-oss under TransformerLens' names, and what `model.cfg` has of its model."""
 
     d_head: int
     d_vocab: int

@@ -1,13 +1,16 @@
 """A block on one new token of each of a few rows, on a CPU: one launch of compiled loops in place of its modules.
 
-Between two phases a hook point is called where it has hooks: the sinks, the router's logits, choice and gates, and what
-both halves of the block add to the residual stream. A hook elsewhere inside attention or the experts sends that half
-through the modules, whose steps use the same loops and so give the same bits. So do gradients, adapters, modules that
-were replaced or that have hooks of torch's own, packed matrices that stay in a file, and all dtypes but bfloat16.
+Hook points inside the launch are called with values that it has recorded: the sinks, the router's logits, choice and
+gates, and what both halves of the block add to the residual stream. Hooks that change values divide the launch where
+they do, hooks that only read them do not (`_run_with_hooks`). A hook elsewhere inside attention or the experts sends
+that half through the modules, whose steps use the same loops and so give the same bits. So do gradients, adapters,
+modules that were replaced or that have hooks of torch's own, packed matrices that stay in a file, and all dtypes but
+bfloat16.
 
 Whether weights are still the same is asked at every step: they are read at the addresses they had.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from workbench.errors import InputError
-from workbench.hooks.observation import observe
 from workbench.kernels import attention as attend
 from workbench.kernels import cpu
 from workbench.model.low_rank import Linear
 from workbench.model.pass_context import PassContext
 
 ROWS = 4  # at most; the products of `workbench.kernels.dense` take as many
+_HookIds = tuple[int, ...]
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
 
@@ -49,11 +52,27 @@ class FusedBlock:
         self.attention = _Half(_inside(block.ln1, block.attn, without=(block.attn.hook_sink,)))
         chosen = (mlp.router.hook_out, mlp.hook_expert_indices, mlp.hook_expert_weights)
         self.experts = _Half(_inside(block.ln2, mlp, without=chosen))
+        self._changed: dict[int, tuple[_HookIds, bool]] = {}  # by point: its hooks, and whether they changed its value
 
     @property
     def current(self) -> bool:
         """Return whether the block still has these modules and weights, where they were."""
         return all(of.get(name) is one for of, name, one in self._links) and _addresses(self._links) == self._addresses
+
+    def reads_only(self, point: Any) -> bool:
+        """Return whether the point has the hooks of the last step, and these have left its value as it was."""
+        return self._changed.get(id(point)) == (_hook_ids(point), False)
+
+    def note(self, point: Any, changed: bool) -> None:
+        """Record whether the hooks of a point have changed its value: once they have, they may do so again."""
+        ids = _hook_ids(point)
+        before = self._changed.get(id(point))
+        self._changed[id(point)] = ids, changed or (before == (ids, True))
+
+
+def _hook_ids(point: Any) -> _HookIds:
+    """Return the numbers of the hooks of a point, which torch gives to no other hook."""
+    return (*point._forward_pre_hooks, *point._forward_hooks)
 
 
 def _inside(*modules: nn.Module, without: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
@@ -148,26 +167,29 @@ def fused_forward(block: Any, known: FusedBlock, x: BFloat16[Tensor, "row 1 d_mo
     from workbench.kernels.cpu.layer import LayerStep, Phase
 
     in_experts = not known.experts.observed and block.get_point("hook_mlp_in") is None
-    middle, step = None, None
+    step = None
     if not known.attention.observed and not _edits_inputs(block):
-        step = _attention(block, known, x, context)
+        step = _begin_attention(block, known, x, context)
     if step is None:
         middle = block.add_attention(x, context)
-    elif not in_experts or _observed(block.hook_attn_out, block.hook_resid_mid):
-        step.run_to(Phase.EXPERT_NORM)
-        out = block.hook_attn_out(_stream(step, "attention_out"))
-        middle = block.hook_resid_mid(x + out if _observed(block.hook_attn_out) else _stream(step, "middle"))
-    if not in_experts:
-        return block.add_experts(middle)
-    if middle is not None:
+        if not in_experts:
+            return block.add_experts(middle)
         step = LayerStep(known.weights, len(x), Phase.EXPERT_NORM)
         step.set("middle", middle)
-    assert step is not None
-    _choose_experts(block.mlp, step)
-    step.run_to(Phase.END)
-    if not _observed(block.hook_mlp_out):
-        return block.hook_resid_post(_stream(step, "result"))
-    return block.hook_resid_post(_stream(step, "middle") + block.hook_mlp_out(_stream(step, "mlp_out")))
+        _run_with_hooks(known, step, _router_points(block.mlp), Phase.END)
+    elif in_experts:
+        _run_with_hooks(known, step, (*_attention_points(block, x), *_router_points(block.mlp)), Phase.END)
+    else:
+        _run_with_hooks(known, step, _attention_points(block, x), Phase.EXPERT_NORM)
+        middle = _stream(step, "middle")
+        step.release()
+        return block.add_experts(middle)
+    if _observed(block.hook_mlp_out):
+        result = _stream(step, "middle") + block.hook_mlp_out(_stream(step, "mlp_out"))
+    else:
+        result = _stream(step, "result")
+    step.release()
+    return block.hook_resid_post(result)
 
 
 def _observed(*points: Any) -> bool:
@@ -183,9 +205,9 @@ def _stream(step: Any, name: str) -> BFloat16[Tensor, "row 1 d_model"]:
     return step.value(name)[:, None].to(torch.bfloat16)
 
 
-def _attention(block: Any, known: FusedBlock, x: Tensor, context: PassContext) -> Any:
-    """Return the step, ready to be computed to the end of attention, or None where the cache has no room for it."""
-    from workbench.kernels.cpu.layer import LayerStep, Phase
+def _begin_attention(block: Any, known: FusedBlock, x: Tensor, context: PassContext) -> Any:
+    """Return the step before its first phase, or None where the cache has no room for it."""
+    from workbench.kernels.cpu.layer import LayerStep
 
     assert context.cache is not None
     reserved = context.cache.reserve(block.layer)
@@ -194,33 +216,106 @@ def _attention(block: Any, known: FusedBlock, x: Tensor, context: PassContext) -
     step = LayerStep(known.weights, len(x))
     step.give_tensors(x=x.float().contiguous(), cos=context.cos.contiguous(), sin=context.sin.contiguous())
     step.give_cache(reserved.keys, reserved.values, reserved.positions)
-    point = block.attn.hook_sink
-    if _observed(point):
-        step.run_to(Phase.OUTPUT)
-        sink = step.value("sink")[:, None].clone()
-        p, changed = observe(point, sink.clone(), lambda: sink)
-        if changed is not None:
-            z = attend.shrink(step.value("weighted")[:, None].to(x.dtype), p)
-            step.set("z", torch.where(changed[..., None], z.float(), step.value("z")[:, None]))
     return step
 
 
-def _choose_experts(mlp: Any, step: Any) -> None:
-    """Compute the router and the choice of experts, as far as hooks see them."""
+class _InnerPoint(NamedTuple):
+    """A hook point inside a launch: before which phase its value is read, and how to call its hooks.
+
+    `call` returns whether they changed the value; then it has written what follows from it into the step.
+    """
+
+    point: Any
+    phase: int
+    call: Callable[[Any], bool]
+
+
+def _run_with_hooks(known: FusedBlock, step: Any, points: Iterable[_InnerPoint], end: int) -> None:
+    """Compute the step to before `end`, and call the hooks of these points, in their order, with its values.
+
+    A launch ends at a point whose hooks may change its value. Where the same hooks left the value as it was the last
+    time, the launch goes on beyond the point, and they are called afterwards, with the value that it has recorded. If
+    they do change it then, the phases after the point are computed again, and from then on a launch ends there.
+    """
+    observed = [inner for inner in points if _observed(inner.point)]
+    dividing = [inner.phase for inner in observed if not known.reads_only(inner.point)]
+    for inner in observed:
+        if step.next_phase < inner.phase:
+            step.run_to(min((phase for phase in dividing if phase >= inner.phase), default=end))
+        changed = inner.call(step)
+        known.note(inner.point, changed)
+        if changed:
+            step.go_back(inner.phase)
+    step.run_to(end)
+
+
+def _attention_points(block: Any, x: Tensor) -> Iterable[_InnerPoint]:
+    """Return the points of attention, after which the residual stream `x` [row 1 d_model] has its output added."""
     from workbench.kernels.cpu.layer import Phase
 
-    for phase, name, point in (
-        (Phase.CHOOSE, "logits", mlp.router.hook_out),
-        (Phase.GATE, "choice", mlp.hook_expert_indices),
-        (Phase.GROUP, "gates", mlp.hook_expert_weights),
-    ):
-        if _observed(point):
-            step.run_to(phase)
-            before = step.value(name)[:, None].clone()
-            after = point(before)
-            if name == "choice":
-                _check_experts(after, len(mlp.router.bias))
-            step.set(name, after)
+    def sink(step: Any) -> bool:
+        before = step.value("sink")[:, None]
+        p = block.attn.hook_sink(before.clone())
+        changed = p != before
+        if not bool(changed.any()):
+            return False
+        z = attend.shrink(step.value("weighted")[:, None].to(x.dtype), p)
+        step.set("z", torch.where(changed[..., None], z.float(), step.value("z")[:, None]))
+        return True
+
+    def attention_out(step: Any) -> bool:
+        before = _stream(step, "attention_out")
+        out = block.hook_attn_out(before.clone())
+        if _same(out, before):
+            return False
+        step.set("middle", x + out)
+        return True
+
+    def middle(step: Any) -> bool:
+        return _call_and_set(step, "middle", block.hook_resid_mid, _stream(step, "middle"))
+
+    return (
+        _InnerPoint(block.attn.hook_sink, Phase.OUTPUT, sink),
+        _InnerPoint(block.hook_attn_out, Phase.EXPERT_NORM, attention_out),
+        _InnerPoint(block.hook_resid_mid, Phase.EXPERT_NORM, middle),
+    )
+
+
+def _router_points(mlp: Any) -> Iterable[_InnerPoint]:
+    """Return the points of the router: its logits, the choice of experts and their gates."""
+    from workbench.kernels.cpu.layer import Phase
+
+    def logits(step: Any) -> bool:
+        return _call_and_set(step, "logits", mlp.router.hook_out, step.value("logits")[:, None])
+
+    def choice(step: Any) -> bool:
+        before = step.value("choice")[:, None]
+        return _call_and_set(step, "choice", mlp.hook_expert_indices, before, len(mlp.router.bias))
+
+    def gates(step: Any) -> bool:
+        return _call_and_set(step, "gates", mlp.hook_expert_weights, step.value("gates")[:, None])
+
+    return (
+        _InnerPoint(mlp.router.hook_out, Phase.CHOOSE, logits),
+        _InnerPoint(mlp.hook_expert_indices, Phase.GATE, choice),
+        _InnerPoint(mlp.hook_expert_weights, Phase.GROUP, gates),
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have equal values; asked of values, as torch does not count every change in place."""
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _call_and_set(step: Any, name: str, point: Any, before: Tensor, num_experts: int | None = None) -> bool:
+    """Let the hooks of a point see a value [row 1 ...]; where they change it, write it into the step."""
+    out = point(before.clone())
+    if _same(out, before):
+        return False
+    if num_experts is not None:
+        _check_experts(out, num_experts)
+    step.set(name, out)
+    return True
 
 
 def _check_experts(experts: Tensor, num_experts: int) -> None:

@@ -50,21 +50,28 @@ class PassContext:
         self._tokens, self._n_real = tokens, list(n_real or [tokens.shape[1]] * len(tokens))
         self._columns: Tensor | None = None
         self._inside: dict[TokenSet, dict[int, np.ndarray]] = {}
+        self._masks: dict[TokenSet, Tensor] = {}
         self._among: tuple[PassContext, CachedKeys] | None = None
         if cache is not None:
             cache.begin(tokens, n_real)
+
+    def _copy(self) -> "PassContext":
+        """Return the same, to be changed: its masks are computed anew."""
+        there = copy(self)
+        there._masks = {}
+        return there
 
     def to(self, device: torch.device) -> "PassContext":
         """Return the same on another device; the cache is not moved, as its layers may be on several devices."""
         if self.positions.device == device:
             return self
-        there = copy(self)
+        there = self._copy()
         there.positions, there.cos, there.sin = (t.to(device) for t in (self.positions, self.cos, self.sin))
         return there
 
     def at(self, columns: Int[Tensor, "batch kept"]) -> "PassContext":
         """Return the same for some of the tokens; it places hooks after the last block, where not every token goes."""
-        there = copy(self)
+        there = self._copy()
         there.positions = self.positions.gather(1, columns.to(self.positions.device))
         there._columns = columns.cpu()
         return there
@@ -72,7 +79,7 @@ class PassContext:
     def last_tokens(self) -> "PassContext":
         """Return the same for the last token of every row in the cache, after the pass."""
         assert self.cache is not None
-        there, lengths = copy(self), self.cache.host_lengths
+        there, lengths = self._copy(), self.cache.host_lengths
         there.positions = self.cache.next_positions(1) - 1
         there._past, there._n_real, there._width = [n - 1 for n in lengths], [1] * len(lengths), max(lengths)
         there._tokens, there._inside = self.cache.tokens[:, :1], {}
@@ -80,7 +87,7 @@ class PassContext:
 
     def among(self, cached: CachedKeys) -> "PassContext":
         """Return the same for a layer whose keys come from a cache: positions count from its first key."""
-        there = copy(self)
+        there = self._copy()
         there.positions, there._among = cached.positions, (self, cached)
         return there
 
@@ -111,6 +118,11 @@ class PassContext:
 
     def mask(self, members: TokenSet) -> Bool[Tensor, "batch pos"]:
         """Return which tokens of this pass are in the set; padding never is."""
+        if members not in self._masks:  # asked again by every layer that is edited
+            self._masks[members] = self._mask(members)
+        return self._masks[members].clone()
+
+    def _mask(self, members: TokenSet) -> Bool[Tensor, "batch pos"]:
         inside = self._members(members)
         begins, end = torch.zeros(max(inside, default=0) + 1, dtype=torch.long), 0
         for sequence, part in inside.items():

@@ -185,7 +185,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         ids. stop_at_layer: return the residual stream that would enter this layer.
 
         With `cache` (or `past_kv_cache`) the tokens continue what it holds, and are added to it. With `packed` the
-        single row holds several sequences end to end, of these lengths, which do not see each other. `n_real` tells
+        single row holds several sequences end to end, of these lengths, which do not see each other. `n_real` gives
         hooks how many tokens of each row are not padding on the right, which changes no result; a cache keeps these.
 
         Raises:

@@ -58,14 +58,14 @@ def of_run(run: Any, hook: str = "", features: Sequence[int] | None = None) -> d
     if wrong := [n for n in numbers.tolist() if not 0 <= n < about.d_sae]:
         raise InputError(f"feature {wrong[0]}: the autoencoder has features 0 to {about.d_sae - 1}")
     visible = run.sequences.index.to_numpy()
-    found: dict[str, np.ndarray] = {}
+    lists: dict[str, np.ndarray] = {}
     for unit in units:
         own = {name: _of_unit(run, f"features/{about.hook}_{name}", unit)[:, numbers] for name in names()}
         for kind in EXAMPLE_KINDS:
-            own |= {f"{kind}_{n}": v for n, v in _first(own, found, kind, about, numbers, visible).items()}
-        found = own | {"count": own["count"].astype(np.int64) + found.get("count", 0)}
+            own |= {f"{kind}_{n}": v for n, v in _first(own, lists, kind, about, numbers, visible).items()}
+        lists = own | {"count": own["count"].astype(np.int64) + lists.get("count", 0)}
     with reading(run.storage, "summaries/tokens"):
-        return found | {"tokens": np.asarray(run.group["summaries/tokens"][:]).sum(0, dtype=np.int64)}
+        return lists | {"tokens": np.asarray(run.group["summaries/tokens"][:]).sum(0, dtype=np.int64)}
 
 
 def names() -> list[str]:

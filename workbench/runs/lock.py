@@ -64,7 +64,7 @@ class Lock:
 
 
 class ObjectLock:
-    """An object that one conditional put creates; its nonce says whose it is."""
+    """An object that one conditional put creates; its nonce identifies the owner."""
 
     def __init__(self, storage: _Objects) -> None:
         self._storage = storage

@@ -194,7 +194,7 @@ def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.D
         "b": b,
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,
-        "summary": f"{hook}: a linear probe tells {a} from {b} with AUC {rows['auc'][best]:.3f} in layer "
+        "summary": f"{hook}: a linear probe distinguishes {a} from {b} with AUC {rows['auc'][best]:.3f} in layer "
         f"{layers[best]} (folds "
         f"{rows['auc_low'][best]:.3f} to {rows['auc_high'][best]:.3f}; halves of {a}: {rows['auc_half'][best]:.3f}; "
         f"selectivity {rows['selectivity'][best]:.3f}); from the token alone {baseline_aucs['auc_token']:.3f}, "

@@ -59,10 +59,10 @@ def statement(results: Mapping[str, Mapping[str, xr.Dataset]]) -> str:
     )
 
 
-def _without_repeats(found: Iterator[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _without_repeats(families: Iterator[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the families, those with the same p in the same order once."""
     distinct: dict[object, tuple[np.ndarray, np.ndarray]] = {}
-    for family in found:
+    for family in families:
         rounded = np.round(family[0], 9)
         key = rounded.tobytes() if np.ptp(rounded) > 0 else len(distinct)  # equal constants may be other tests
         distinct.setdefault(key, family)

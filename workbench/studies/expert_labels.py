@@ -178,7 +178,7 @@ def update(run: Any, labels: pd.DataFrame) -> pd.DataFrame:
 
 
 def _staged(run: Any, file: Path) -> AbstractContextManager[Path]:
-    # every line states which expert it labels, so the content tells whether the file may be replaced, not a marker
+    # every line states which expert it labels, so the content shows whether the file may be replaced, not a marker
     return staged(file, command="label", inputs=[run.path], overwrite=True, owned=lambda path: _holds_labels(run, path))
 
 

@@ -63,19 +63,19 @@ _DEFAULT = 20  # features that are shown by example
 
 def study(run: Any, *, hook: str = "", features: str = "", seed: int = 0) -> dict[str, xr.Dataset]:
     """Return the shares of all features, and some of them by example."""
-    found = table(run, hook=hook, seed=seed)
-    return {"features": found, "examples": load(run, numbers_of(features) or None, hook=hook, seed=seed)}
+    features_table = table(run, hook=hook, seed=seed)
+    return {"features": features_table, "examples": load(run, numbers_of(features) or None, hook=hook, seed=seed)}
 
 
 def numbers_of(text: str) -> list[int]:
     """Return the numbers of features in a text such as "12,77".
 
     Raises:
-        InputError: a part of the text is no number.
+        InputError: a part of the text is not a number.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if wrong := [part for part in parts if not (part.isdecimal() and len(part) < 10)]:
-        raise InputError(f"features {text!r}: {wrong[0]!r} is no number of a feature: write them as 12,77")
+        raise InputError(f"features {text!r}: {wrong[0]!r} is not a number of a feature: write them as 12,77")
     return [int(part) for part in dict.fromkeys(parts)]
 
 

@@ -67,7 +67,7 @@ DEFINITIONS = {
         "matched rate in b", "1", "mean over prompts of side b's rate; missing at the same ids of all"
     ),
     "difference": Definition(
-        "risk difference", "1", "rate in a less rate in b, matched as the control says", ci=_CI, null="0"
+        "risk difference", "1", "rate in a less rate in b, matched as the control specifies", ci=_CI, null="0"
     ),
     "low": Definition("risk difference, lower limit", "1", "lower limit of difference", ci=_CI),
     "high": Definition("risk difference, upper limit", "1", "upper limit of difference", ci=_CI),

@@ -45,7 +45,7 @@ _CI = "95 %, delete-one jackknife over prompts, Student's t corrected for skewne
 DEFINITIONS = {
     "mean_a": Definition("sink attention in a", "1", "mean attention probability on the sink at tokens of side a"),
     "mean_b": Definition("sink attention in b", "1", "mean attention probability on the sink at tokens of side b"),
-    "difference": Definition("difference", "1", "mean in a less mean in b, matched as the control says", ci=_CI),
+    "difference": Definition("difference", "1", "mean in a less mean in b, matched as the control specifies", ci=_CI),
     "low": Definition("difference, lower limit", "1", "lower limit of difference", ci=_CI),
     "high": Definition("difference, upper limit", "1", "upper limit of difference", ci=_CI),
     "p": Definition("p", "1", "two-sided, as the interval; missing: cannot be tested", null="0"),
@@ -84,7 +84,10 @@ def study(
             prompt has both.
     """
     if not isinstance(run, TokenRun):
-        raise InputError("the sink difference needs the tokens of a run, and this one holds sums only")
+        raise InputError(
+            "the sink difference needs the tokens of a run, and this run holds only sums: "
+            "capture again with --record routing --record sinks"
+        )
     sides = (selection_of(a), selection_of(b))
     names = [selection_text(side) for side in sides]
     prompt, merged = index_of(run).prompts

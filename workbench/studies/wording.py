@@ -50,5 +50,5 @@ _OTHER = Wording("{a:.3f} in {side_a}, {b:.3f} in {side_b}", 1.0, "")
 
 
 def wording(what: object) -> Wording:
-    """Return the wording of a quantity by its name, as `contrast` knows it; any other is written as it is."""
+    """Return the wording of a quantity by its name, as `contrast` names it; any other is written as it is."""
     return _WORDINGS.get(str(what), _OTHER)

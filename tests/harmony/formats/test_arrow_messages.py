@@ -26,8 +26,8 @@ def batch(rows: int) -> pa.RecordBatch:
 @pytest.mark.parametrize("codec", ["zstd", "lz4"])
 def test_the_largest_batch_counts(codec: str) -> None:
     sizes = [1000 * n + 4 * (n + 1) + 8 * n + 4 * n for n in (10, 3000, 20)]  # text, its offsets, n, indices
-    found = largest_unpacked(stream(codec, [batch(10), batch(3000), batch(20)]))
-    assert max(sizes) <= found < 1.01 * max(sizes)
+    largest = largest_unpacked(stream(codec, [batch(10), batch(3000), batch(20)]))
+    assert max(sizes) <= largest < 1.01 * max(sizes)
 
 
 def test_what_is_not_packed_takes_nothing_more() -> None:

@@ -125,7 +125,7 @@ def nested(levels: int) -> pa.Array:
 def test_tables_that_nest_too_deep_are_refused(tmp_path: Path) -> None:
     """Arrow's own writer refuses such a table."""
     write_parquet(tmp_path / "x", {"messages": nested(200)})
-    assert "no complete Parquet file" in refusal(tmp_path / "x")
+    assert "is not a complete Parquet file" in refusal(tmp_path / "x")
     for write in (write_parquet, write_arrow):
         write(tmp_path / "x", {"messages": nested(50)})
         assert len(list(objects(tmp_path / "x")[1])) == 1, "the negative control"
@@ -226,7 +226,7 @@ def test_offsets_that_lead_out_of_the_file_are_one_error(tmp_path: Path) -> None
     offsets = bytes.fromhex("00000000 03000000 06000000 09000000")
     assert data.count(offsets) == 1
     (tmp_path / "x").write_bytes(data.replace(offsets, bytes.fromhex("00000000 03000000 ffffff7f 09000000")))
-    assert "no complete Arrow file" in refusal(tmp_path / "x")
+    assert "is not a complete Arrow file" in refusal(tmp_path / "x")
 
 
 def test_a_bomb_in_gzip_or_zstd_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ Reply = tuple[int, Any, dict[str, str]]
 
 
 class FakeHost:
-    """Answers what a test says; remembers what it was asked."""
+    """Answers what a test sets; remembers what it was asked."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []

@@ -40,7 +40,8 @@ REASONED = [("analysis", "think"), ("final", "0")]
         ({"content": "analysisthinkassistantfinal0"}, REASONED, "verbatim"),
         (
             {
-                "content": "<|channel|>analysis<|message|>think<|end|><|start|>assistant<|channel|>final<|message|>0<|return|>"
+                "content": "<|channel|>analysis<|message|>think<|end|>"
+                "<|start|>assistant<|channel|>final<|message|>0<|return|>"
             },
             REASONED,
             "verbatim",
@@ -142,7 +143,7 @@ def test_refused_parameters_are_left_out_and_recorded(
     assert capsys.readouterr().err.count("does not take temperature") == 1
 
 
-def test_a_host_without_effort_is_refused_unless_the_body_says_how(
+def test_a_host_without_effort_is_refused_unless_the_body_states_how(
     host: FakeHost, prompts: Path, tmp_path: Path
 ) -> None:
     def reply(path: str, body: dict[str, Any], n: int) -> Reply:

@@ -1,4 +1,4 @@
-"""Inspect's own log, as its package 0.3.285 wrote it (mock model, three samples, effort high), and plain conversations."""
+"""A log of Inspect 0.3.285 (mock model, three samples, effort high), and plain conversations."""
 
 import json
 import zipfile

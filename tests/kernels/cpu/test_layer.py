@@ -1,4 +1,7 @@
-"""Phases of a layer against float64, each with a broken implementation that the comparison rejects."""
+"""Phases of a layer against float64, each with a broken implementation that the comparison rejects.
+
+The loops are those of `workbench.kernels.cpu.attention_loops` and `workbench.kernels.cpu.expert_loops`.
+"""
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ pytest.importorskip("numba")
 if cpu.unavailable():
     pytest.skip(f"the compiled kernels are not available: {cpu.unavailable()}", allow_module_level=True)
 
-from workbench.kernels.cpu import layer, layer_loops, row_loops
+from workbench.kernels.cpu import layer, layer_records, piece_loops, row_loops
 
 HALF_ULP = 2.0**-8  # of bfloat16, relative
 
@@ -111,8 +114,8 @@ def test_sizes_that_the_loops_cannot_compute_are_refused() -> None:
     assert sizes.covered
     wrong = ({"d_head": 24}, {"d_model": 2896}, {"d_mlp": 80}, {"num_experts": 5}, {"num_experts": 2})
     assert not any(sizes._replace(**change).covered for change in wrong)
-    assert list(layer_loops.Phase) == list(range(len(layer_loops.Phase)))
-    assert layer_loops.BLOCK % row_loops.LANES == 0
+    assert list(layer_records.Phase) == list(range(len(layer_records.Phase)))
+    assert layer_records.BLOCK % row_loops.LANES == piece_loops.DENSE_CHUNK % row_loops.LANES == 0
 
 
 def test_the_sum_over_slots() -> None:

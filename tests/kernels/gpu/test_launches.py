@@ -1,4 +1,4 @@
-"""Every launch of the real launchers compiles for real targets, without a spill, within a budget of launches a layer."""
+"""Every launch of the launchers compiles for real targets, without a spill, within a budget of launches a layer."""
 
 import json
 import os

@@ -54,7 +54,7 @@ def test_moments_of_any_size(moments: Implementation, tokens: int, d: int, n_lab
 
 
 @both
-def test_labels_nobody_has_and_tokens_nobody_wants(moments: Implementation) -> None:
+def test_labels_nobody_has_and_tokens_nobody_selects(moments: Implementation) -> None:
     x = torch.full((5, 4), 2.0, dtype=torch.bfloat16)
     counts, sums, squares = moments(x, torch.tensor([3, -1, 3, -7, 3]), 5)
     assert counts.tolist() == [0, 0, 0, 3, 0]

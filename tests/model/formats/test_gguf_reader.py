@@ -248,7 +248,7 @@ def test_damage_is_refused_in_one_line_that_names_it(tmp_path: Path, damage: str
     assert "\n" not in str(refusal.value)
 
 
-def test_a_file_without_an_unembedding_ties_it_and_says_so(tmp_path: Path) -> None:
+def test_a_file_without_an_unembedding_ties_it_and_reports_it(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     without("output.weight")(path)
     checkpoint = open_checkpoint(path)

@@ -119,7 +119,7 @@ def pointer(folder: Path) -> Path:
     [
         (
             exchanged,
-            r"m-00001-of-00003.gguf is part 2 of 3 .*, and its name states 1 of 3: restore the original names of the parts",
+            r"m-00001-of-00003.gguf is part 2 of 3 .*, and its name states 1 of 3: restore the original names",
         ),
         (last_two_exchanged, r"m-00002-of-00003.gguf is part 3 of 3 of a split model, and its name states 2 of 3"),
         (renamed, r"model.gguf is part 1 of 3 of a split model: rename the parts to NAME-00001-of-0000N.gguf"),

@@ -75,7 +75,7 @@ def test_what_gguf_cannot_express_is_refused(tmp_path: Path, change: dict[str, A
 
 
 def bfloat16_step(value: torch.Tensor) -> float:
-    """Return the distance of neighbouring bfloat16 numbers at a value; llama.cpp rounds activations to this or coarser."""
+    """Return the distance of neighbouring bfloat16 numbers; llama.cpp rounds activations to this or coarser."""
     return float(2.0 ** (math.floor(math.log2(abs(float(value)))) - 7))
 
 

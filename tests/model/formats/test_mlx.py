@@ -1,4 +1,4 @@
-"""Folders of MLX hold the same tensors as the published layout; affine matrices are dequantised as MLX dequantises them.
+"""Folders of MLX hold the same tensors as the published layout; affine matrices are dequantised as MLX does it.
 
 The folders are made here from the published tensors. docs/howto/formats.md has the comparison with folders that
 mlx-lm 0.32 wrote on Linux.
@@ -66,7 +66,7 @@ def test_gate_and_up_exchanged_are_another_model(tmp_path: Path) -> None:
 
 
 def affine(tensors: dict[str, Tensor], name: str, bits: int, group: int) -> Tensor:
-    """Quantise a matrix and return its values, from the definition: code · scale + bias, the first code in the lowest bits."""
+    """Quantise a matrix and return its values by definition: code · scale + bias, the first code in the lowest bits."""
     weight = tensors[f"{name}.weight"].float()
     groups = weight.unflatten(-1, (-1, group))
     low, high = groups.amin(-1), groups.amax(-1)

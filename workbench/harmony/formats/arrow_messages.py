@@ -21,7 +21,7 @@ def largest_unpacked(stream: Any) -> int:
 
     Raises:
         ValueError: a message is malformed.
-        pa.ArrowException: the stream is no stream of messages.
+        pa.ArrowException: the stream is not a stream of messages.
     """
     batch = dictionaries = 0
     for message in pa.ipc.MessageReader.open_stream(stream):

@@ -1,6 +1,6 @@
 """What the pages of a Parquet file unpack to, by the header before each page.
 
-Readers allocate what a page's header claims, not what the metadata at the end of the file says, and both may lie. The
+Readers allocate what a page's header claims, not what the metadata at the end of the file states, and both may lie. The
 headers are read without unpacking a page: they are Thrift structs in the compact protocol.
 
 Reference: https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift

@@ -1,6 +1,6 @@
 """Conversations in other programs' files as transcripts.
 
-What a file is shows in its content, not in its name; `workbench.harmony.formats` knows the shapes. A file of none of
+What a file is shows in its content, not in its name; `workbench.harmony.formats` lists the shapes. A file of none of
 them is refused with the list of those that can be read.
 """
 

@@ -1,7 +1,7 @@
 """Write a model as a GGUF file that llama.cpp, LM Studio and Ollama read, without changing a value.
 
-MXFP4 experts stay MXFP4, bfloat16 matrices stay bfloat16, and vectors and the router are float32, as llama.cpp wants
-them. The vocabulary is written as tokens, and a tokenizer.json that is not o200k_harmony's as a whole.
+MXFP4 experts stay MXFP4, bfloat16 matrices stay bfloat16, and vectors and the router are float32, as llama.cpp
+expects them. The vocabulary is written as tokens, and a tokenizer.json that is not o200k_harmony's as a whole.
 """
 
 import functools
