@@ -6,6 +6,7 @@ import torch
 import workbench as wb
 from tests.conftest import DATA
 from workbench.errors import InputError
+from workbench.experiments import answer_recipes
 from workbench.experiments.answer_recipes import direction_recipes, expert_recipes, read_doses
 from workbench.experiments.from_run import transcripts
 from workbench.harmony.transcripts import Transcript
@@ -32,7 +33,14 @@ def test_doses_are_different_finite_numbers() -> None:
             read_doses(wrong)
 
 
-def test_a_dose_of_zero_masks_experts_and_another_scales_their_gates(nano: GptOss, rows: list[Transcript]) -> None:
+def test_a_dose_of_zero_masks_experts_and_another_scales_their_gates(
+    nano: GptOss, rows: list[Transcript], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = [((1, n % 16), (2, n // 16)) for n in range(20)]
+    with pytest.raises(InputError, match="fewer than 20 random sets"):
+        expert_recipes(nano, rows, "facts", [0.0], 1, 0)
+    monkeypatch.setattr(answer_recipes, "matched_sets", lambda load, own, n, seed: sets[:n])
+    monkeypatch.setattr(answer_recipes, "named_experts", lambda model, rows, group: ((1, 3), (2, 5)))
     recipes, random, about = expert_recipes(nano, rows, "facts", [0.0, 2.0], 20, 0)
     assert list(recipes) == ["masked before top-k", "gates × 2"]
     assert about["group"] == "facts"
@@ -49,7 +57,7 @@ def test_a_dose_of_zero_masks_experts_and_another_scales_their_gates(nano: GptOs
     for group, doses, message in (("none", [1.0], "group='none'"), ("facts", [-1.0], "0 or more")):
         with pytest.raises(InputError, match=message):
             expert_recipes(nano, rows, group, doses, 20, 0)
-    with pytest.raises(InputError, match="of one group only"):
+    with pytest.raises(InputError, match="of one group"):
         expert_recipes(nano, [row for row in rows if row.meta["task"] == "reverse"], "", [1.0], 20, 0)
 
 
