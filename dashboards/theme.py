@@ -121,7 +121,7 @@ border-bottom:1px solid var(--wb-line)}.wb-table th{color:var(--wb-muted);font-w
 # of every component: Panel draws each in a shadow root, which page styles do not reach. The buttons of number fields
 # have no names for screen readers; the arrow keys do the same.
 _COMPONENT_CSS = """
-.bk-spin-btn{display:none}
+.bk-spin-btn{display:none!important}
 :host{font-family:var(--wb-font);font-size:var(--wb-text);color:var(--wb-ink);color-scheme:var(--wb-scheme)}
 .bk-input{background:var(--wb-surface);color:var(--wb-ink);border:1px solid var(--wb-control);border-radius:6px}
 textarea.bk-input{padding:6px 12px}.bk-btn a{color:inherit;text-decoration:none}

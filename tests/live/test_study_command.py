@@ -42,7 +42,7 @@ def test_a_shell_writes_the_recipe_and_calls_the_command(tmp_path: Path) -> None
 def test_what_cannot_be_a_study_is_refused() -> None:
     for recipe, reason in (
         (Recipe(), "no intervention"),
-        (Recipe(interventions=(Intervention("patch", layers=(1,), source="1+1"),)), "of its own prompt"),
+        (Recipe(interventions=(Intervention("patch", layers=(1,), source="1+1"),)), "to its own prompt only"),
     ):
         with pytest.raises(InputError, match=reason):
             study_command(recipe)

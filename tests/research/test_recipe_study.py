@@ -66,7 +66,7 @@ def test_what_has_no_random_kind_is_refused(nano: GptOss) -> None:
     for one, reason in (
         (Intervention("scale_sinks", layers=(1,), strength=0.0), "study sink-ablation"),
         (Intervention("scale_sinks", layers=(1,), heads=(0, 1, 2, 3)), "choose fewer heads"),
-        (Intervention("patch", layers=(1,), source="1+1"), "of its own prompt"),
+        (Intervention("patch", layers=(1,), source="1+1"), "to its own prompt only"),
     ):
         with pytest.raises(InputError, match=reason):
             study(one)

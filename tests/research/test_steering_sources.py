@@ -102,7 +102,7 @@ def test_states_of_another_prompt_take_the_place_of_the_own(nano: GptOss) -> Non
         Recipe(user="12+7", interventions=(replace(patch, source="345+56"),)).edits(nano)
     with pytest.raises(InputError, match="layers 0 to 3"):
         Recipe(user="12+7", interventions=(replace(patch, layers=(4,)),)).edits(nano)
-    with pytest.raises(InputError, match="of its own prompt"):
+    with pytest.raises(InputError, match="to its own prompt only"):
         wb.answers(nano, ["1+1"], own)
 
 

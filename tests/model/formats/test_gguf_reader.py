@@ -205,7 +205,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "text": (lambda path: path.write_text("hello"), "does not begin with GGUF"),
     "pointer of git-lfs": (
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
-        "is a git-lfs pointer",
+        "is a pointer of git-lfs",
     ),
     "version 1": (patched(4, struct.pack("<I", 1)), "GGUF version 1 is not read"),
     "big-endian": (patched(4, struct.pack(">I", 3)), "GGUF version 50331648 is not read"),
