@@ -5,8 +5,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import workbench
+from workbench.cli import app
 from workbench.studies.result import provenance
 from workbench.version import version
 
@@ -22,6 +24,11 @@ def test_a_source_tree_that_is_not_installed_has_no_version(monkeypatch: pytest.
 
     monkeypatch.setattr("workbench.version.installed_version", missing)
     assert version.__wrapped__() == "0+unknown"
+
+
+def test_the_command_shows_the_version() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output.strip()) == (0, version())
 
 
 def test_no_file_repeats_the_version() -> None:

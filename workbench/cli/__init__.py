@@ -7,13 +7,14 @@ import io
 import os
 import sys
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from workbench.bench.command import app as bench
 from workbench.cli import finetuning, graphs, labels, live, models, pipeline, results, sharing
 from workbench.errors import InputError, JobError
+from workbench.version import version
 
 app = typer.Typer(
     help="Generate, capture, study and visualize what gpt-oss computes. Run any command with `--help`.",
@@ -23,6 +24,22 @@ app = typer.Typer(
 for commands in (models, pipeline, results, live, graphs, labels, finetuning, sharing):
     app.registered_commands += commands.app.registered_commands
 app.add_typer(bench, name="bench")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(version())
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
+
 
 # the base class of wrong usage, of click or of the copy of it that newer versions of typer bring
 _USAGE_ERRORS: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
