@@ -71,7 +71,7 @@ def with_one(name: str, tensor: Tensor) -> Callable[[Tensors], Tensors]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("3.up_proj.weight"), "15 of 16 tensors of 'model.layers.1.mlp.experts.gate_up_proj' are there"),
+        (without("3.up_proj.weight"), "15 of 16 tensors of 'model.layers.1.mlp.experts.gate_up_proj' are stored"),
         (without("7.down_proj.bias"), r"down_proj_bias' has shape \[7, 64\], the config requires \[8, 64\]"),
         (
             with_one("2.up_proj.weight", torch.ones(3, 64)),

@@ -99,7 +99,7 @@ def test_a_dataset_of_tokens_has_one_row_for_each_sequence(run: Run, tmp_path: P
         ({"format": "parquet", "what": HOOK}, "no bfloat16"),
         ({"format": "safetensors", "what": "activations/mlp_out"}, "the run holds tokens, activations/resid_post"),
         ({"format": "safetensors", "what": HOOK, "layers": (1,)}, "recorded in 0, 2"),
-        ({"format": "datasets", "what": HOOK, "context": 0}, "at least one token"),
+        ({"format": "datasets", "what": HOOK, "context": 0}, "at least 1 token"),
     ],
 )
 def test_what_cannot_be_exported(run: Run, tmp_path: Path, asked: dict[str, Any], message: str) -> None:

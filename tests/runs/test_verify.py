@@ -104,7 +104,7 @@ LIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a gap that is a token": (set_value("tokens/sequence", (-1,), 5), "gap row"),
     "a message outside its sequence": (set_value("messages/end", (2,), 4000), "message 2 is not inside"),
     "columns of unequal length": (shorter_column, "unequal length"),
-    "an array of another dtype": (other_dtype, "wanted"),
+    "an array of another dtype": (other_dtype, "expected"),
     "complete though it is not": (status, "status is complete|flag was cleared"),
 }
 
