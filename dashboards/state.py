@@ -85,7 +85,7 @@ class Selection:
 
     def query(self, **other: str) -> str:
         """Return the query string for a link, with some values replaced."""
-        return urlencode({n: v for n, v in (self._chosen | other).items() if v})
+        return urlencode({n: v for n, v in (self._chosen | other).items() if v}, errors="replace")
 
 
 class RunRegistry:

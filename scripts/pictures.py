@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +21,8 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from playwright.sync_api import Browser, Page, sync_playwright
+
+from workbench.child_processes import python
 
 ROOT = Path(__file__).parents[1]
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -58,7 +59,7 @@ def free_port() -> int:
 def served(run: Path) -> Iterator[str]:
     """Serve a dashboard of the run with the live page of nano; yield its address."""
     port = free_port()
-    command = [sys.executable, "-m", "workbench.cli", "dashboard", str(run), "--model", "nano", "--port", str(port)]
+    command = python("-m", "workbench.cli", "dashboard", str(run), "--model", "nano", "--port", str(port))
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         for _ in range(2 * _SECONDS):
@@ -118,7 +119,7 @@ def main() -> None:
         shutil.copytree(given.run, run)  # the graph is beside the run
         if "graph" in names:
             graph = ["graph", "nano", "--prompt", "24*29", "--effort", "high", "--out", f"{folder}/why.json"]
-            subprocess.run([sys.executable, "-m", "workbench.cli", *graph], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(python("-m", "workbench.cli", *graph), check=True, stdout=subprocess.DEVNULL)
         chromium = shutil.which("chromium") or shutil.which("chromium-browser")
         with served(run) as base, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=_FLAGS)

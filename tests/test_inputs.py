@@ -100,5 +100,5 @@ def test_an_array_of_an_absurd_shape_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.npy").write_bytes(content.getvalue())
     with pytest.raises(InputError, match="cannot be read as a vector"):
         read_vector(tmp_path / "x.npy")
-    with pytest.raises(RoutingError, match=r"no \.npy array"):
+    with pytest.raises(RoutingError, match=r"not a \.npy array"):
         routing._npy(base64.b64encode(content.getvalue()).decode())

@@ -93,7 +93,7 @@ def test_what_is_no_file_of_ones_own(tmp_path: Path) -> None:
     for out, message in (
         (tmp_path / "link", "link"),
         (Path("/dev/full"), "device"),
-        (tmp_path / "no" / "x", "no folder"),
+        (tmp_path / "no" / "x", "is not a folder"),
     ):
         with pytest.raises(InputError, match=message):
             RowOutput(out, command="generate", overwrite=True)

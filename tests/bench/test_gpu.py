@@ -171,7 +171,7 @@ print(own.blocks["BLOCK"])
 def test_without_a_gpu_it_reports_it() -> None:
     done = CliRunner().invoke(app, ["bench", "gpu"])
     assert isinstance(done.exception, InputError)
-    assert "sees no GPU" in str(done.exception)
+    assert "finds no GPU" in str(done.exception)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -76,7 +76,7 @@ def test_a_model_without_weights_is_captured_by_workers_only(
 
     monkeypatch.setattr(cluster, "run", no_worker)
     model = wb.load("nano", device="meta")
-    with pytest.raises(InputError, match=r"on the device 'meta', without weights: .* workers=2 or more"):
+    with pytest.raises(InputError, match=r"on the device 'meta' and has no weights: .* workers=2 or more"):
         wb.capture(model, transcripts, tmp_path / "alone")
     assert not (tmp_path / "alone").exists()
     for device, expected in ((None, "cuda"), ("cpu", "cpu")):

@@ -127,4 +127,4 @@ def test_the_dashboard_excludes(runs: tuple[Run, Run], tmp_path: Path) -> None:
         assert answered.datasets is not None, answered.reason
         assert answered.datasets["load"].attrs["excluded"] == left.run.exclusion
     finally:
-        registry.desk.close()
+        registry.jobs.close()

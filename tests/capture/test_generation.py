@@ -121,5 +121,5 @@ def test_sampling_is_restricted_and_the_speed_is_printed(
         texts(top_k=3)
     texts(temperature=1.0, top_k=2)
     begun = max(tmp_path.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
-    with pytest.raises(InputError, match="begun with top_k 2"):
+    with pytest.raises(InputError, match="started with top_k 2"):
         generate_transcripts(nano, prompts, begun, efforts=["low"], max_new_tokens=6, temperature=1.0, top_k=3)

@@ -120,7 +120,7 @@ def test_the_studies_see_planted_disagreement(
     }
     assert shown["host", "experts"] == shown["own", "experts"] + 2, "a heading and a result"
     assert shown["own", "compare"] >= 2
-    registry.desk.close()
+    registry.jobs.close()
     both = run_study("routing-agreement-runs", run, free)["agreement"]
     assert (both["agreement"].values[tokens][:, :-1] == 1).all()
     assert float(both["logprob_effect"]) > 0

@@ -83,7 +83,7 @@ MISTAKES = {
         ["capture", "nano", "TRANSCRIPTS", "r.zarr", "--device", "cpu,toaster"],
         "toaster",
     ),
-    "no such run": (["study", "routing", "/no/run.zarr"], "is not there"),
+    "no such run": (["study", "routing", "/no/run.zarr"], "does not exist"),
     "unknown study": (["study", "alchemy", str(DATA / "demo.zarr")], "alchemy"),
     "unknown format": (["figures", str(DATA / "demo.zarr"), "--out", "f", "--format", "bmp"], "bmp"),
     "folder of another program": (["study", "routing", str(DATA)], "not a run"),

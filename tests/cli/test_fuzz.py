@@ -27,7 +27,7 @@ from tests.dashboards.test_stored_results import effects
 from workbench.dashboards.pages import made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
-from workbench.dashboards.study_jobs import Answer
+from workbench.dashboards.study_jobs import Answer, StudyJobs
 from workbench.errors import InputError
 from workbench.harmony.hosts import answers
 from workbench.harmony.hosts.answers import NoAnswerError
@@ -253,7 +253,7 @@ def problems(parts: list[Any]) -> list[str]:
 def test_addresses_of_pages(workplace: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
     """A page shows the valid parts of an address; the others are neither an error nor markup."""
     nothing = Answer(reason="studies are not computed here")
-    monkeypatch.setattr("workbench.dashboards.study_jobs.StudyJobs._state", lambda *_: nothing)
+    monkeypatch.setattr(StudyJobs, "_state", lambda *_: nothing)
     registry = RunRegistry([workplace / "run.zarr"], cache=workplace / "cache")
 
     @cases(QUICK, long=long)
@@ -275,7 +275,7 @@ LABELS = [{"layer": 0, "expert": n, "label": "digits", "automatic": "0 1 2", "sc
 def test_files_beside_a_run(workplace: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
     """Results of experiments, attribution graphs and labels that are not as the workbench writes them."""
     nothing = Answer(reason="studies are not computed here")
-    monkeypatch.setattr("workbench.dashboards.study_jobs.StudyJobs._state", lambda *_: nothing)
+    monkeypatch.setattr(StudyJobs, "_state", lambda *_: nothing)
     registry = RunRegistry([workplace / "run.zarr"], cache=workplace / "cache")
     save({"sinks": effects(registry.run("run").digest)}, workplace / "results")
     files: dict[str, tuple[Path, Any]] = {

@@ -54,6 +54,6 @@ def test_the_dashboard_offers_the_same_file() -> None:
         conversation_file(run, "0-600")
     registry = RunRegistry([DEMO])
     shown = made("transcript", Session(registry, Selection({}), lambda: None))
-    registry.desk.close()
+    registry.jobs.close()
     (button,) = [w for w in shown.sidebar if isinstance(w, pn.widgets.FileDownload)]
     assert button.callback().getvalue() == conversation_file(run, int(shown.sidebar[1].value))

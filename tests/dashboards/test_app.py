@@ -89,7 +89,7 @@ def test_a_deleted_run_is_named_as_missing(demo_run: Path, tmp_path: Path, brows
     try:
         shutil.rmtree(copy)
         session = Session(browser, url)
-        expect(session.page.get_by_text("is not there").first).to_be_visible(timeout=300_000)
+        expect(session.page.get_by_text("does not exist").first).to_be_visible(timeout=300_000)
     finally:
         stop(server)
 
@@ -313,7 +313,7 @@ def test_a_run_that_is_written_shows_moving_progress(tmp_path: Path, browser: Br
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["/no/such.zarr"], "is not there"), ([os.devnull], "a file"), ([str(Path(__file__).parent)], "is not a run")],
+    [(["/no/such.zarr"], "does not exist"), ([os.devnull], "a file"), ([str(Path(__file__).parent)], "is not a run")],
 )
 def test_a_path_that_is_no_run_is_refused_before_serving(arguments: list[str], message: str) -> None:
     command = [sys.executable, "-m", "workbench.cli", "dashboard", *arguments]

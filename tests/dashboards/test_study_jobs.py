@@ -53,7 +53,7 @@ def test_a_study_is_made_beside_kept_and_read_back(tmp_path: Path, run: Run) -> 
 def test_what_a_run_cannot_carry_is_said_and_half_a_study_is_not_kept(tmp_path: Path, run: Run) -> None:
     jobs = StudyJobs(tmp_path)
     answer = wait_for(jobs, "routing", [str(tmp_path / "none.zarr")], "digest")
-    assert "is not there" in answer.reason
+    assert "does not exist" in answer.reason
     assert not list(tmp_path.rglob("routing*"))
     jobs.ask("routing", [run.path], run.digest)
     for _ in range(100):

@@ -83,7 +83,7 @@ def test_unknown_formats_are_refused(one, formats, tmp_path):
 
 def test_a_figure_without_its_data_is_refused(one, tmp_path):
     figures, _ = one
-    with pytest.raises(InputError, match="without a partner: divergence"):
+    with pytest.raises(InputError, match="only one of the two is there: divergence"):
         export.write(figures, {}, tmp_path, ("html",))
 
 

@@ -27,7 +27,7 @@ def figures():
     with shared_studies():
         drawn, left_out = paper.figures_of_run(wb.open_run(DATA / "demo.zarr"))
     # some studies need other captures: with --routing host, and with --record of activations or neurons
-    needed = ("recorded host_routing", "recorded activations", "recorded neurons")
+    needed = ("recorded host_routing", "recorded activations", "recorded neurons", "recorded features")
     assert [why for why in left_out if not any(text in why for text in needed)] == []
     return drawn
 
@@ -129,7 +129,7 @@ def test_a_script_makes_its_figure_and_states_how_it_is_used(script, tmp_path):
     assert all(path.read_bytes().startswith(b"%PDF-") for path in tmp_path.glob("*.pdf"))
     code, lost = in_this_process(script, str(tmp_path / "none.zarr"), str(tmp_path))
     assert code == 1
-    assert "is not there" in lost
+    assert "does not exist" in lost
     assert lost.count("\n") == 1
     code, alone = in_this_process(script)
     assert code == 1

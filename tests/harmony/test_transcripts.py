@@ -69,7 +69,7 @@ def test_what_is_written_comes_back(rows: list[Transcript], tmp_path: Path, smal
 BAD_ROWS: dict[str, tuple[Row | bytes, str]] = {
     "not JSON": (b"{'id': 'a'}", "not JSON"),
     "half a row": (b'{"id": "a", "tok', "not JSON"),
-    "nested too deeply": (b"[" * 100_000, "not JSON"),
+    "nested too deeply": (b"[" * 100_000, "invalid JSON"),
     "a number of many digits": (b'{"id": ' + b"1" * 10_000 + b"}", "not JSON"),
     "not UTF-8": (b'{"id": "\xe4"}', "not UTF-8 at byte 8"),
     "UTF-16": ('{"id": "a"}'.encode("utf-16"), "not UTF-8 at byte 0"),

@@ -293,7 +293,7 @@ def test_no_hook_remains_not_even_after_a_failure(base: GptOss) -> None:
 
 @torch.no_grad()
 def test_an_intervention_that_meets_no_token_is_an_error(base: GptOss) -> None:
-    with pytest.raises(ValueError, match=r"no token matched forbid experts \[2\] in layer 1\. .*token_set"):
+    with pytest.raises(ValueError, match=r"no token matched forbid experts \[2\] in layer 1: .*token_set"):
         run(base, forbid(1, [2], tokens=[99]))
     with pytest.raises(ValueError, match="no token matched knockout"):
         run(base, knockout(0, [29], [2]))  # outside its window

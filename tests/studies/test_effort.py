@@ -95,7 +95,7 @@ def test_gains_of_tasks_are_tested_together_and_have_a_width_where_nothing_chang
     assert float(cell["gain_p"]) == 1
     few = effort.gain(run, certain[certain["prompt_id"].isin([f"t0/{i}" for i in range(4)])], ["low", "high"])
     assert np.isnan(few["gain_low"]).all()
-    assert "too few graded prompts for a test" in few.attrs["summary"]
+    assert "cannot be tested, 4 prompts have both efforts" in few.attrs["summary"]
 
 
 def null_answers(rng: np.random.Generator, n_tasks: int = 9, n_prompts: int = 20) -> pd.DataFrame:

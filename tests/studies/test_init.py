@@ -196,7 +196,7 @@ def of_prompts(monkeypatch):
         index = run_index.RunIndex(run)
         index.__dict__["prompts"] = (run_index.index_of(run).prompts[0] % n, 1)
         monkeypatch.setattr(run_index, "index_of", lambda run: index)
-        for module in ("contrast", "risk_difference", "router_prediction"):
+        for module in ("contrast", "risk_difference", "router_prediction", "sink_difference"):
             monkeypatch.setattr(f"workbench.studies.{module}.index_of", lambda run: index)
         return run
 

@@ -208,7 +208,7 @@ def test_a_run_of_one_prompt_is_described_and_nothing_is_compared():
 
 
 def test_an_unknown_study_is_refused():
-    with pytest.raises(InputError, match=r"study or experiment .* does not exist 'sinkz'; choose from routing"):
+    with pytest.raises(InputError, match=r"study or experiment 'sinkz' does not exist; choose from routing"):
         studies.run_study("sinkz", None)
 
 

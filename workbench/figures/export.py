@@ -85,7 +85,8 @@ def write(
     _check(formats)
     if figures.keys() != data.keys():
         unpaired = sorted(figures.keys() ^ data.keys())
-        raise InputError(f"every figure needs its data file and the reverse; missing the other: {', '.join(unpaired)}")
+        names = ", ".join(unpaired)
+        raise InputError(f"a figure and its data file belong together; only one of the two is there: {names}")
     refuse_paths(figures)
     files: dict[str, str | bytes] = {f"{name}.csv": csv_text(_frame(table)) for name, table in data.items()}
     files |= beside or {}

@@ -1,6 +1,5 @@
 """The report: the answers of all studies of a run first, then their figures, tables and methods, in one HTML page."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
+from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.figures import page
 from workbench.figures.gallery import Gallery
@@ -277,7 +277,7 @@ def _notes(sets: Mapping[str, xr.Dataset]) -> Iterator[tuple[str, str]]:
     for heading, attribute in (("Method", "method"), ("Not controlled", "not_controlled"), ("Command", "command")):
         texts = dict.fromkeys(str(ds.attrs[attribute]) for ds in sets.values() if ds.attrs.get(attribute))
         yield from ((heading, text) for text in texts)
-    if sample := json.loads(next((ds.attrs["sample"] for ds in sets.values() if ds.attrs.get("sample")), "{}")):
+    if sample := parse_json(next((ds.attrs["sample"] for ds in sets.values() if ds.attrs.get("sample")), "{}")):
         groups = ", ".join(f"{name.replace(', ', ' at ')} {n}" for name, n in sample.items())
         yield "Sample", f"{sum(sample.values()):,} sequences: {groups}."
 
