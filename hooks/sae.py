@@ -296,6 +296,8 @@ def _check_options(path: Path, options: Mapping[str, Any]) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.exists() and not path.is_file():  # safetensors would wait for the writer of a pipe
+        raise InputError(f"{path} is not a file: it is a folder, a pipe or a device")
     try:
         return load_file(path)
     except FileNotFoundError as error:

@@ -17,7 +17,7 @@ from workbench.model.transformer import GptOss
 @pytest.fixture(scope="module")
 def rows() -> list[Transcript]:
     every = transcripts(wb.open_run(DATA / "demo.zarr"))
-    return [row for row in every if row.effort == "low" and row.meta["task"] in ("recall", "reverse")][::5]
+    return [row for row in every if row.effort == "medium" and row.meta["task"] in ("recall", "reverse")][::5]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """SAELens' folders compute here what they compute there, and act where they are spliced in."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -272,9 +273,22 @@ def of_another_size(folder: Path) -> None:
     save_file({"sparsity": torch.zeros(5)}, folder / "sparsity.safetensors")
 
 
+def pipe(name: str) -> Callable[[Path], None]:
+    """A pipe without a writer: a reader that opens it waits forever."""
+
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (pipe(WEIGHTS), "sae_weights.safetensors is not a file"),
+        (pipe("sparsity.safetensors"), "sparsity.safetensors is not a file"),
+        (pipe(CONFIG), "is not JSON that can be read"),
         (without(CONFIG), "has no cfg.json"),
         (without(WEIGHTS), "sae_weights.safetensors is missing"),
         (truncated, "is truncated or no safetensors file"),

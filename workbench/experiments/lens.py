@@ -97,6 +97,7 @@ class TunedLens:
 
 def _is_lens(path: Path) -> bool:
     try:
+        open_regular(path).close()
         return set(load_file(path)) == {"A", "b"}
     except (OSError, SafetensorError):
         return False
