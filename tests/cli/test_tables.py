@@ -36,7 +36,7 @@ def test_the_tables_name_the_recorded_quantities():
 
 def test_bars_are_as_high_as_their_numbers():
     assert bars([0, 0.001, 0.5, 1, 7]) == " ▁▄██"
-    with pytest.raises(InputError, match="from 0 to 1"):
+    with pytest.raises(InputError, match="expected 0 to 1"):
         bars([-1])
 
 
