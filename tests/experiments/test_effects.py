@@ -91,7 +91,7 @@ def test_matched_sets_are_others_of_the_same_layers_and_about_the_same_load() ->
     load[0, 3] = 10
     with pytest.raises(InputError, match="only 0 of 5 random sets"):
         effects.load_matched(load, chosen, 5)
-    with pytest.raises(InputError, match="9 of 16 experts of layer 1 are chosen"):
+    with pytest.raises(InputError, match="9 of 16 experts of layer 1 are selected"):
         effects.load_matched(load, [(1, expert) for expert in range(9)], 5)
 
 

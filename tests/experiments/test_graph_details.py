@@ -105,7 +105,7 @@ def test_scores_are_the_sum_of_what_queries_and_keys_read(model: GptOss, complet
         sources = complete.nodes.loc[result.loc[(result["side"] == "key") & (result["source"] >= 0), "source"]]
         assert set(sources["pos"]) == {result.attrs["key"]}
     assert np.ptp(scores) > 0.1, "the negative control: another head's score is another sum"
-    with pytest.raises(InputError, match="is not a head"):
+    with pytest.raises(InputError, match="is not of kind head"):
         graph_details.attention_edges(model, complete, len(complete.nodes) - 1)
     with pytest.raises(InputError, match=r"sees \d+ to \d+"):
         graph_details.attention_edges(model, complete, heads.index[0], key=10**6)
@@ -148,7 +148,7 @@ def test_router_edges_add_up_to_the_lead_over_the_runner_up(
 def test_nodes_that_are_no_experts_are_refused(model: GptOss, complete: AttributionGraph, experts: list[int]) -> None:
     target = len(complete.nodes) - 1
     for call in (graph_details.neurons, graph_details.router_edges):
-        with pytest.raises(InputError, match=f"node {target} is not an expert"):
+        with pytest.raises(InputError, match=f"node {target} is not of kind expert"):
             call(model, complete, target)
     with pytest.raises(InputError, match="top=0"):
         graph_details.neurons(model, complete, experts[0], top=0)
