@@ -50,6 +50,7 @@ ON_THE_GALLERY_PAGE = (
     "generated-answers",
     "instruction-hierarchy",
     "jacobian-lens",
+    "receiver-heads",
     "sentence-importance",
     "super-experts",
 )
