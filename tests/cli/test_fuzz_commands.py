@@ -65,6 +65,7 @@ def checked(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
     return Checked(workplace)
 
 
+@pytest.mark.filterwarnings("ignore:only .* prompts")
 def test_random_command_lines(checked: Checked, long: bool) -> None:
     options = option_names()
     commands = [name for name in BASES if long or name not in SLOW]

@@ -3,13 +3,14 @@
 import re
 import sys
 
+import choreographer.errors
 import kaleido
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from choreographer.browsers.chromium import Chromium
 
-from workbench.errors import InputError
+from workbench.errors import InputError, JobError
 from workbench.figures import export, routing
 from workbench.studies.synthetic import planted_run
 
@@ -66,6 +67,18 @@ def test_images_without_a_browser_are_refused_with_the_remedy_and_nothing_is_wri
     with pytest.raises(InputError, match=r"svg need Chromium or Chrome.*install one.*or ask for html") as error:
         export.write(*one, tmp_path / "out", ("html", "svg"))
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["BrowserFailedError", "BrowserClosedError", "BrowserDepsError"])
+def test_a_browser_that_does_not_start_is_one_line(kind, one, tmp_path, monkeypatch):
+    def fails(*_: object, **__: object) -> None:
+        error = getattr(choreographer.errors, kind)
+        raise error.__new__(error)  # one of them takes no message
+
+    monkeypatch.setattr(kaleido, "write_fig_from_object_sync", fails)
+    with pytest.raises(JobError, match="ended as soon as it was started: check that it runs"):
+        export.write(*one, tmp_path / "out", ("svg",))
     assert not (tmp_path / "out").exists()
 
 

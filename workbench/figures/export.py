@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import xarray as xr
 from plotly.offline import get_plotlyjs
 
-from workbench.errors import InputError
+from workbench.errors import InputError, JobError
 from workbench.figures import paper
 from workbench.figures.gallery import GalleryItem
 from workbench.outputs import check_files, refuse_paths, write_files
@@ -114,7 +114,12 @@ def _images(figures: Mapping[str, go.Figure], formats: Sequence[str]) -> dict[st
     """All images from one browser: starting it takes longer than drawing."""
     try:
         import kaleido
-        from choreographer.errors import ChromeNotFoundError
+        from choreographer.errors import (
+            BrowserClosedError,
+            BrowserDepsError,
+            BrowserFailedError,
+            ChromeNotFoundError,
+        )
     except ImportError as error:
         raise InputError(
             f"{', '.join(formats)} need kaleido; install gpt-oss-workbench[figures], or ask for html"
@@ -135,8 +140,12 @@ def _images(figures: Mapping[str, go.Figure], formats: Sequence[str]) -> dict[st
         except ChromeNotFoundError as error:
             raise InputError(
                 f"{', '.join(formats)} need Chromium or Chrome, and none was found; install one (or set "
-                "BROWSER_PATH to "
-                "it), or ask for html"
+                "BROWSER_PATH to it), or ask for html"
+            ) from error
+        except (BrowserClosedError, BrowserDepsError, BrowserFailedError) as error:
+            raise JobError(
+                f"{', '.join(formats)} need Chromium or Chrome, and it ended as soon as it was started: check that it "
+                "runs on this machine and has enough memory, or ask for html"
             ) from error
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
