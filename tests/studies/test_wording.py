@@ -1,5 +1,7 @@
 """One wording and one unit for each quantity."""
 
+import math
+
 from workbench.studies.wording import wording
 
 
@@ -18,3 +20,8 @@ def test_nats_are_nats_and_other_quantities_are_as_they_are() -> None:
     assert wording("entropy").interval(0.01234, -0.5, 1) == "+0.012 [-0.500, +1.000] nat"
     assert wording("logprob").bound(0.25) == "±0.250 nat"
     assert wording("expert_norm").interval(1, 0.5, 1.5) == "+1.000 [+0.500, +1.500]"
+
+
+def test_a_difference_without_an_interval_has_no_limits() -> None:
+    assert wording("logprob").interval(0.047, math.nan, math.nan) == "+0.047 nat"
+    assert wording("experts").interval(-0.1119, -math.inf, math.inf) == "-11.2 points"

@@ -23,9 +23,9 @@ class Wording(NamedTuple):
         return self.levels.format(a=self.factor * mean_a, b=self.factor * mean_b, side_a=side_a, side_b=side_b)
 
     def interval(self, difference: float, low: float, high: float) -> str:
-        """Return a difference with its interval and unit."""
-        limits = f"[{self._signed(low)}, {self._signed(high)}]"
-        return f"{self._signed(difference)} {limits} {self.unit}".rstrip()
+        """Return a difference with its unit and its interval, if there is one."""
+        limits = f" [{self._signed(low)}, {self._signed(high)}]" if np.isfinite([low, high]).all() else ""
+        return f"{self._signed(difference)}{limits} {self.unit}".rstrip()
 
     def bound(self, size: float) -> str:
         """Return ± a size with its unit, rounded up: one decimal of a number, and two digits of a smaller one."""
