@@ -103,9 +103,9 @@ def _sentences(cell: xr.Dataset) -> Iterator[str]:
         yield f"routers agree on {float(cell['agreement'].mean()):.1%} of choices"
     if "logprob_difference" in cell:
         ends = [float(cell[f"logprob_difference{end}"]) for end in ("", "_low", "_high")]
-        tested = np.isfinite(ends).all()
-        shown = "" if bool(cell["logprob_difference_different"]) else " (not shown to differ)"
-        yield f"log-probability {wording('logprob').interval(*ends)} a token{shown if tested else ' (cannot be tested)'}"
+        verdict = "" if bool(cell["logprob_difference_different"]) else " (not shown to differ)"
+        verdict = verdict if np.isfinite(ends).all() else " (cannot be tested)"
+        yield f"log-probability {wording('logprob').interval(*ends)} a token{verdict}"
     if "sink_difference" in cell:
         different = int(cell["sink_difference_different"].sum())
         yield f"sink attention differs in {different} of {cell.sizes['layer']} layers"
