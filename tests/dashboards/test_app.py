@@ -214,7 +214,7 @@ def test_a_password_file_requires_a_password(demo_run: Path, tmp_path: Path, bro
 def test_an_expert_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/experts?channel=analysis&layer=1&expert=5").drawn(2)
     expect(session.page.get_by_text("Layer 1, expert 5").first).to_be_visible(timeout=300_000)
-    expect(session.page.get_by_text("for example").first).to_be_attached(timeout=300_000)
+    expect(session.page.get_by_text("Over-represented tokens").first).to_be_attached(timeout=300_000)
     session.page.get_by_text("Co-activation and transitions").first.click()
     session.drawn(4)
     expect(session.page.get_by_text("From layer 1 to 2: analysis").first).to_be_attached(timeout=300_000)
