@@ -50,6 +50,8 @@ def test_similarity_is_one_for_equal_circuits(pairs: list[dict[str, circuits.Att
     equal = circuits.similarity([{"analysis": pair["final"], "final": pair["final"]} for pair in pairs])
     assert equal.loc["same prompt", "cosine"] == pytest.approx(1)
     result = circuits.similarity(pairs)
+    assert result["low"].min() >= -2
+    assert result.loc["same prompt", ["low", "high"]].between(-1, 1).all(), "a cosine"
     assert 0 < result.loc["same prompt", "cosine"] < 0.99
     assert (result["low"] <= result["cosine"]).all()
     assert (result["cosine"] <= result["high"]).all()

@@ -217,7 +217,10 @@ def similarity(pairs: Sequence[Pair], *, seed: int = 0) -> pd.DataFrame:
     values["other pairs"] = (cross.sum(0) + cross.sum(1) - 2 * np.diag(cross)) / max(2 * (n - 1), 1)
     values[_LESS_PAIRS] = values["same prompt"] - values["other pairs"]
     effect = mean_effect(np.stack(list(values.values())), [str(i) for i in range(n)], seed=seed)
-    table = pd.DataFrame({"cosine": effect.change, "low": effect.low, "high": effect.high}, index=list(values))
+    # a cosine lies within ±1, and a difference of two within ±2
+    most = np.array([2.0 if name in (_LESS_WITHIN, _LESS_PAIRS) else 1.0 for name in values])
+    limits = {"low": np.clip(effect.low, -most, most), "high": np.clip(effect.high, -most, most)}
+    table = pd.DataFrame({"cosine": effect.change, **limits}, index=list(values))
     return table.assign(p=[_pairing_p(cross, seed) if name == _LESS_PAIRS else np.nan for name in values])
 
 
