@@ -141,6 +141,7 @@ MAY_IMPORT = {
         "dashboards",
         "harmony",
         "errors",
+        "version",
     },
 }
 TORCH_FREE = ("runs", "studies", "figures", "dashboards", "harmony")
