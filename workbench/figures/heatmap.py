@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, WIDTH, Theme
@@ -150,3 +151,25 @@ class LayerHeatmap:
 
     def _key(self, marker: dict[str, Any], name: str) -> None:
         self.figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=name))
+
+
+def difference_of_labels(
+    cell: xr.Dataset, column: str, levels: tuple[str, str], sides: str, bar: str, theme: Theme
+) -> tuple[go.Figure, int]:
+    """Draw the difference between two token selections by layer and column, in percentage points; return its height.
+
+    cell: one control of a study, with difference, low, high, q, different and the two variables of `levels`. Hatched
+    cells are not shown to differ. sides: text for the levels, which are `%{customdata[3]}` and `%{customdata[4]}`. bar:
+    title of the colour bar.
+    """
+    points, different = 100 * cell["difference"].values, cell["different"].values
+    limit = float(np.abs(points[different]).max(initial=0.1))
+    percent = [100 * cell[name].values for name in ("difference", "low", "high", *levels)]
+    hover = (
+        f"layer %{{y}}, {column} %{{x}}<br>%{{customdata[0]:+.2f}} points [%{{customdata[1]:+.2f}}, "
+        f"%{{customdata[2]:+.2f}}], q = %{{customdata[5]:.3g}}<br>{sides}<extra></extra>"
+    )
+    grid = LayerHeatmap(cell["layer"].values, cell[column].values, theme)
+    grid.differences(points, different, np.stack([*percent, cell["q"].values], -1), hover, limit, "not shown to differ")
+    grid.less(different & (points < 0))
+    return grid.finish_differences(column, limit, {"title": {"text": bar}}), grid.height

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
-from workbench.figures.heatmap import LayerHeatmap
+from workbench.figures.heatmap import difference_of_labels
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.risk_difference import strictest
 
@@ -16,21 +16,11 @@ from workbench.studies.risk_difference import strictest
 def heatmap(ds: xr.Dataset, control: str, *, theme: ThemeName = "light") -> go.Figure:
     """Draw the risk difference by layer and expert, in percentage points; hatched cells are not shown to differ."""
     colours, cell = THEMES[theme], ds.sel(control=control)
-    points, different = 100 * cell["difference"].values, cell["different"].values
-    limit = float(np.abs(points[different]).max(initial=0.1))
-    rates = ("mean_a", "mean_b") if "mean_a" in cell and np.isfinite(cell["mean_a"]).any() else ("rate_a", "rate_b")
-    percent = [100 * cell[n].values for n in ("difference", "low", "high", *rates)]
-    detail = np.stack([*percent, cell["q"].values], -1)
-    hover = (
-        "layer %{y}, expert %{x}<br>%{customdata[0]:+.2f} points [%{customdata[1]:+.2f}, %{customdata[2]:+.2f}], "
-        "q = %{customdata[5]:.3g}<br>selected at %{customdata[3]:.1f} % against %{customdata[4]:.1f} % of tokens"
-        "<extra></extra>"
-    )
-    grid = LayerHeatmap(cell["layer"].values, cell["expert"].values, colours)
-    grid.differences(points, different, detail, hover, limit, "not shown to differ")
-    grid.less(different & (points < 0))
-    figure = grid.finish_differences("expert", limit, {"title": {"text": "risk difference (points)"}})
-    return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=_rests(cell, control), height=grid.height)
+    matched_means = "mean_a" in cell and np.isfinite(cell["mean_a"]).any()
+    rates = ("mean_a", "mean_b") if matched_means else ("rate_a", "rate_b")
+    sides = "selected at %{customdata[3]:.1f} % against %{customdata[4]:.1f} % of tokens"
+    figure, height = difference_of_labels(cell, "expert", rates, sides, "risk difference (points)", colours)
+    return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=_rests(cell, control), height=height)
 
 
 def matched(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
