@@ -24,6 +24,7 @@ from workbench.runs.summaries import summarise
 
 _GATE_ROUNDING = 4e-3  # four float16 gates
 _STATUSES = ("writing", "complete")
+_Grains = Mapping[str, tuple[int, ...]]  # shape of the files of each array
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
     if problems:
         return problems
     there = run.storage.files()
+    grains = {name: run.group[name].shards or run.group[name].chunks for name in specs}
     if run.manifest is not None:
-        problems = _in_units(run, layout, workers, lambda unit: list(_listed(run, specs, unit, there)))
+        problems = _in_units(run, layout, workers, lambda unit: list(_listed(run, specs, grains, unit, there)))
         problems += [*_listed_elsewhere(run, there), *_status(run)]
         if problems or not recompute:
             return problems
     try:
         problems += _tables(run, layout)
-        problems += _in_units(run, layout, workers, lambda unit: _checked(run, specs, unit, layout, there))
+        problems += _in_units(run, layout, workers, lambda unit: _checked(run, specs, grains, unit, layout, there))
     except Exception as error:  # a damaged table, where checks of units read it
         return [*problems, Problem(str(path), f"cannot be read: {_first_line(error)}")]
     problems += _status(run)
@@ -104,10 +106,10 @@ def _in_units(run: Run, layout: Layout, workers: int | None, check: Callable[[Un
     return problems
 
 
-def _listed(run: Run, specs: dict[str, ArraySpec], unit: Unit, there: set[str]) -> Iterator[Problem]:
+def _listed(run: Run, specs: dict[str, ArraySpec], grains: _Grains, unit: Unit, there: set[str]) -> Iterator[Problem]:
     """What is wrong with the files of a unit by its manifest."""
     where, key = f"unit {unit.index}", manifest.unit_key(unit.index)
-    expected = set(_files(run, specs, unit))
+    expected = set(_files(specs, grains, unit))
     if not run.committed[unit.index]:
         if key in there and expected <= there:
             yield Problem(where, "is not committed though all its files are there: the flag was cleared")
@@ -167,10 +169,12 @@ def _totals(run: Run) -> Iterator[Problem]:
             yield Problem(f"totals/{name}", "is not the sum of the units")
 
 
-def _checked(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout, there: set[str]) -> list[Problem]:
+def _checked(
+    run: Run, specs: dict[str, ArraySpec], grains: _Grains, unit: Unit, layout: Layout, there: set[str]
+) -> list[Problem]:
     """What is wrong with a unit, the files of the run being `there`."""
     where = f"unit {unit.index}"
-    missing = [key for key in _files(run, specs, unit) if key not in there]
+    missing = [key for key in _files(specs, grains, unit) if key not in there]
     if not run.committed[unit.index]:
         cleared = "is not committed though all its files are there: the flag was cleared"
         return [] if missing else [Problem(where, cleared)]
@@ -232,13 +236,12 @@ def _tables(run: Run, layout: Layout) -> Iterator[Problem]:
         yield Problem("messages", f"message {int(np.argmin(inside))} is not inside its sequence")
 
 
-def _files(run: Run, specs: dict[str, ArraySpec], unit: Unit) -> Iterator[str]:
+def _files(specs: dict[str, ArraySpec], grains: _Grains, unit: Unit) -> Iterator[str]:
     """Keys of all shards that a unit owns."""
     for name, spec in specs.items():
-        array = run.group[name]
-        grain = array.shards or array.chunks
+        grain = grains[name]
         rows = _place(spec, unit)
-        counts = [-(-n // g) for n, g in zip(array.shape, grain, strict=True)]
+        counts = [-(-n // g) for n, g in zip(spec.shape, grain, strict=True)]
         ranges = [range(c) for c in counts]
         ranges[spec.axis] = range(rows.start // grain[spec.axis], -(-rows.stop // grain[spec.axis]))
         for index in np.ndindex(*map(len, ranges)):
