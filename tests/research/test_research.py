@@ -152,6 +152,20 @@ def test_labels_are_named_in_the_view_and_in_the_store(run: Run) -> None:
             run.select(**wrong)
 
 
+def test_prompts_can_be_grouped_and_plots_have_names_and_units(run: Run) -> None:
+    chosen = run.select(channel="final")
+    by_prompt = chosen["logprob"].groupby("prompt_id").mean()
+    owner = run.sequences["prompt_id"].loc[chosen["sequence"].values].to_numpy()
+    plain = chosen["logprob"].to_series().groupby(owner).mean()
+    np.testing.assert_allclose(by_prompt, plain.loc[by_prompt["prompt_id"].values], rtol=1e-5)
+    shifted = plain.to_numpy()[np.r_[1 : len(plain), 0]]
+    assert not np.allclose(by_prompt, shifted), "the negative control: means of other prompts"
+    data = run.dataset
+    assert data["logprob"].attrs["units"] == "nat"
+    unnamed = [str(name) for name in (*data.data_vars, *data.coords) if not data[name].attrs.get("long_name")]
+    assert unnamed == []
+
+
 def test_texts_of_messages_are_complete_also_where_one_was_cut(nano: GptOss, run: Run) -> None:
     number = int(run.sequences.index[0])
     ids = run.sequence(number)["id"].values

@@ -87,7 +87,8 @@ def experiment(
     columns = ["cosine", "low", "high", "p", "prompts"]
     limits = {c: ("comparison", alike[c].to_numpy(), {"long_name": c, "units": "1"}) for c in columns}
     similar = xr.Dataset(limits, coords={"comparison": alike.index.tolist()})
-    about = {"rests_on": f"{len(pairs)} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED}
+    about = {"rests_on": f"{len(pairs)} prompts", "prompts": len(pairs)}
+    about |= {"method": METHOD, "not_controlled": NOT_CONTROLLED}
     titles = {"edges": "Edges that recur, by channel", "similarity": "Similarity of circuits within and across prompts"}
     texts = {"edges": _edges_summary(table, shown, len(pairs)), "similarity": _similarity_summary(alike)}
     return {

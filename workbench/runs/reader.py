@@ -81,7 +81,9 @@ class Run(SummedRun):
     def dataset(self) -> xr.Dataset:
         """Return every token of every visible sequence, lazily: nothing is read before it is computed.
 
-        Dimensions layer, token, slot, expert, head; the token's columns (sequence, position, channel, …) beside.
+        Dimensions layer, token, slot, expert, head; the token's columns (sequence, position, channel, …) beside. To
+        group by one of them, load it first, as in `data.assign_coords(effort=data["effort"].compute())`, or use
+        `select`, whose labels are in memory.
         """
         with reading(self.storage, "the tokens"):
             return self._dataset(self.spans)
@@ -155,7 +157,7 @@ class Run(SummedRun):
             if name in selected:
                 variables[name] = views.recorded(lazy, selected[name], self.model, sparse.get(name))
             else:
-                variables[name] = (dims, lazy, views.flags(name))
+                variables[name] = (dims, lazy, views.labels_of(name) | views.flags(name))
         coords = views.coordinates(variables, self.model)
         labels = {name: variables.pop(name) for name in views.LABELS if name in variables}
         coords |= labels | views.names(labels, self.sequences)
