@@ -84,7 +84,7 @@ def head_tokens(
     rows: int = 20,
     within: TokenSelection = EVERYTHING,
 ) -> pd.DataFrame:
-    """Return tokens that are overrepresented among those with high sink attention (top 10 %) in a head."""
+    """Return tokens that are over-represented among those with high sink attention (top 10 %) in a head."""
 
     def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
         edge = None

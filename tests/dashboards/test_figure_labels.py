@@ -19,6 +19,9 @@ from workbench.dashboards.figure_labels import figure_names, label
         ("recall_recall", "Recall"),
         ("probes_auc", "Probes AUC"),
         ("position", "Position"),
+        ("routing_in_frame_naive", "Routing: frame, within prompts"),
+        ("agreement_agreement_margin", "Agreement by margin"),
+        ("overrepresented_tokens", "Over-represented tokens"),
     ],
 )
 def test_a_label_is_in_words(name: str, text: str) -> None:
