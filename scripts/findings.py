@@ -66,7 +66,7 @@ SECTIONS = {
     "generated-answers": Section(60, {"group": "strings", "doses": "0", "max_new_tokens": 96}),
     "instruction-hierarchy": Section(15, {"words": "b,d,f,h,k,m,p,t,v,x", "max_new_tokens": 12}),
     "sentence-importance": Section(60, {"conversations": 3, "samples": 20, "max_new_tokens": 100}),
-    "circuits": Section(60, {"max_nodes": 100}),
+    "circuits": Section(240, {"max_nodes": 100}),  # so that a task has several prompts
     "jacobian-lens": Section(60, {"by": "channel", "batch": 128, "skip_first": 8, "tuned_steps": 50}),
     "label-probes": Section(0, {"label": "task", "where": "channel=final"}),
     "probe-trajectory": Section(0, {"label": "domain"}),

@@ -29,8 +29,8 @@ def graph(
         typer.Option(help="Number of the generated token to explain, from 0. [default: the first of the final answer]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 512,
-    nodes: Annotated[float, typer.Option(help="Share of the influence that the nodes keep.")] = 0.8,
-    edges: Annotated[float, typer.Option(help="Share of the influence that the edges keep.")] = 0.98,
+    nodes: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the influence that the nodes keep.")] = 0.8,
+    edges: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the influence that the edges keep.")] = 0.98,
     features: Annotated[
         str | None, typer.Option(help="URL of the pages of experts that `workbench export RUN neuronpedia` wrote.")
     ] = None,
@@ -117,6 +117,7 @@ def graph(
         else:
             graph_export.write_json(loaded, made, part, scan=scan, features_url=features, labels=names, choices=chosen)
     print(f"answer: {loaded.tokenizer.decode(answer)}")
+    print(f"explained: token {place} of the answer, {loaded.tokenizer.decode([answer[place]])!r}")
     print(described)
     print(out)
 

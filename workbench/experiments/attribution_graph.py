@@ -106,7 +106,9 @@ def graph(
     frozen = FrozenPass(model, ids[: end + 1], saes)
     wanted = int(frozen.logits.argmax()) if wanted is None else wanted
     if wanted == other:
-        raise InputError(f"token {wanted} is the target, and its own logit would be taken off: name another against")
+        raise InputError(
+            f"target and against are the same token, {model.tokenizer.decode([wanted])!r}: name another one against it"
+        )
     direction = logit_direction(frozen, wanted, other)
     flow = frozen.backward(at_the_end(frozen, direction))
     candidates = _candidates(frozen, flow)
