@@ -79,7 +79,7 @@ PICTURES = {
     "generated-answers": "answers_correct",
     "instruction-hierarchy": "conflicts",
     "jacobian-lens": "lenses_analysis",
-    "label-probes": "probes",
+    "label-probes": "probes_auc",
     "probe-trajectory": "trajectory",
     "receiver-heads": "heads",
     "risk-difference": "experts_prompt_and_token",

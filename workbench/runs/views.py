@@ -79,6 +79,7 @@ def recorded(
         attrs |= {k: v for k, v in (("long_name", about.description), ("units", about.unit)) if v}
     if lazy.dtype.kind == "u":
         lazy = lazy.astype(np.int16)
+    lazy, attrs = in_float32(lazy, attrs)
     fill = lazy.dtype.type(-1 if lazy.dtype.kind == "i" else np.nan)
     if selected is not None:
         lazy = da.where(selected.reshape((1, -1, *(1,) * len(dims))), lazy, fill)
@@ -86,6 +87,16 @@ def recorded(
         lazy = _spread(lazy, 2 + dims.index(index_dim), about.index, int(model[_SIZES[index_dim]]), fill)
     lazy = _all_layers(lazy, about.layers, int(model["n_layers"]), fill)
     return ("layer", "token", *dims), lazy, attrs
+
+
+def in_float32(lazy: da.Array, attrs: dict[str, Any]) -> tuple[da.Array, dict[str, Any]]:
+    """Return float16 values as float32, with the stored dtype among the attributes.
+
+    Sums and means over tokens would otherwise be added up in float16, which holds 11 bits and nothing above 65,504.
+    """
+    if lazy.dtype != np.float16:
+        return lazy, attrs
+    return lazy.astype(np.float32), attrs | {"stored_dtype": "float16"}
 
 
 def labels_of(name: str) -> dict[str, str]:
