@@ -119,8 +119,8 @@ def _expert_products(
     pieces = len(slots.hit) * -(-outputs // _EXPERT_CHUNK)
     threads.run(
         _loops().expert_rows, pieces, _EXPERT_CHUNK, blocks, scales, scale_table().data_ptr(), block, scale, halves,
-        outputs, groups, inputs.data_ptr(), results.data_ptr(), slots.order.data_ptr(), count // len(inputs), len(slots.hit),
-        slots.hit.data_ptr(), slots.ends.data_ptr(),
+        outputs, groups, inputs.data_ptr(), results.data_ptr(), slots.order.data_ptr(), count // len(inputs),
+        len(slots.hit), slots.hit.data_ptr(), slots.ends.data_ptr(),
     )  # fmt: skip
     return results
 
