@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import panel as pn
 import pytest
+import xarray as xr
 
 import workbench as wb
 from tests.cli.running import run_command
@@ -51,6 +52,25 @@ def test_whom_an_expert_works_with(registry: RunRegistry) -> None:
     partners = content.partners(pairs, "final", 2, 3)
     assert 3 not in set(partners["with expert"])
     assert (np.diff(partners["lift"]) <= 0).all()
+
+
+def findings_of(summary: str) -> str:
+    return content.findings({"a": xr.Dataset(attrs={"title": "T", "summary": summary})})
+
+
+def test_a_summary_has_a_lead_and_what_is_indented_is_below_its_own_line() -> None:
+    text = findings_of("Within prompts: 2 of 4 cells differ.\n  layer 0: <b>\nAt equal position: 1 differs.\n  layer 1")
+    assert "<p class='wb-lead'>Within prompts: 2 of 4 cells differ.</p>" in text
+    assert "<li>At equal position: 1 differs.<ul><li>layer 1</li></ul></li>" in text
+    assert "<li>layer 0: &lt;b&gt;</li>" in text
+
+
+def test_lines_that_are_alike_have_no_lead() -> None:
+    text = findings_of("low: 0 tokens.\nmedium: 12 tokens.\n\nSkipped: sinks, as they are not recorded.")
+    assert "wb-lead" not in text
+    assert text.count("<li>") == 2
+    assert "<li class='wb-muted'>Skipped: sinks, as they are not recorded.</li>" in text
+    assert "wb-lead" in findings_of("low: 0 tokens.\nSkipped: sinks, as they are not recorded."), "negative control"
 
 
 @pytest.mark.parametrize("page", page_titles())

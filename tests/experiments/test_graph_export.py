@@ -7,13 +7,16 @@ import gzip
 import json
 import socket
 import urllib.request
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import networkx as nx
 import pytest
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 from typer.testing import CliRunner
 
 import workbench as wb
@@ -21,6 +24,7 @@ from workbench.cli import app
 from workbench.errors import InputError
 from workbench.experiments import graph_details, graph_export
 from workbench.experiments.attribution_graph import AttributionGraph, graph
+from workbench.model.config import PUBLISHED
 from workbench.model.transformer import GptOss
 
 
@@ -34,6 +38,7 @@ class Metadata(BaseModel):
     prompt: str
     node_threshold: float | None
     schema_version: int | None
+    pruning_settings: dict[str, float]
 
 
 class QParams(BaseModel):
@@ -77,6 +82,73 @@ class File(BaseModel):
     links: list[Link]
 
 
+class NeuronpediaNode(BaseModel):
+    """What Neuronpedia's graph-schema.json asks of a node, at commit ebb8426."""
+
+    node_id: StrictStr
+    feature: StrictInt | None
+    layer: StrictStr | StrictInt
+    ctx_idx: StrictInt
+    feature_type: StrictStr
+    jsNodeId: StrictStr  # noqa: N815
+    clerp: StrictStr
+    influence: StrictFloat | None = None
+    activation: StrictFloat | None = None
+    token_prob: StrictFloat = 0.0  # not in the schema; its scores are weighted by that of the logits
+
+
+class Generator(BaseModel):
+    name: StrictStr
+    version: StrictStr
+
+
+class Info(BaseModel):
+    generator: Generator
+    description: StrictStr = ""
+    creator_name: StrictStr = ""
+    source_urls: list[str] = []
+
+
+class PruningSettings(BaseModel):
+    node_threshold: StrictFloat
+    edge_threshold: StrictFloat
+
+
+class NeuronpediaMetadata(BaseModel):
+    slug: str = Field(strict=True, pattern=r"^[a-zA-Z0-9_.-]+$")  # its upload refuses other characters
+    scan: str = Field(strict=True, pattern=r"^[a-zA-Z0-9_.-]+$")
+    prompt_tokens: list[StrictStr]
+    prompt: StrictStr
+    node_threshold: StrictFloat
+    info: Info
+    pruning_settings: PruningSettings
+
+
+class NeuronpediaFile(BaseModel):
+    metadata: NeuronpediaMetadata
+    qParams: QParams  # noqa: N815
+    nodes: list[NeuronpediaNode]
+    links: list[Link]
+
+
+def as_viewers_read(data: Mapping[str, Any], threshold: float | None = None) -> set[str]:
+    """Return the nodes that the viewers of circuit-tracer and Neuronpedia draw, as their scripts do.
+
+    Both show logits, embeddings and the nodes whose influence is at most the threshold, read the probability of a logit
+    from its label, and scale by the probabilities. They end with an error where this fails.
+    """
+    threshold = data["metadata"]["node_threshold"] if threshold is None else threshold
+    assert max(int(node["layer"]) for node in data["nodes"] if node["feature_type"] != "logit" and node["layer"] != "E")
+    for node in data["nodes"]:
+        if node["feature_type"] == "logit":
+            probability = float(node["clerp"].split("(p=")[1].split(")")[0])
+            assert probability == pytest.approx(node["token_prob"], abs=1e-3)
+            assert probability > 0
+    always = ("logit", "embedding")
+    shown = [n for n in data["nodes"] if n["feature_type"] in always or (n["influence"] or 0) <= threshold]
+    return {node["node_id"] for node in shown}
+
+
 @pytest.fixture(scope="module")
 def model() -> GptOss:
     return wb.load("nano", dtype=torch.float32, device="cpu")
@@ -103,8 +175,50 @@ def test_the_file_has_the_published_schema(model: GptOss, attributed: Attributio
     target = next(node for node in file.nodes if node.is_target_logit)
     into = sum(link.weight for link in file.links if link.target == target.node_id)
     assert into == pytest.approx(attributed.metadata["logit"], abs=0.5)
-    with pytest.raises(InputError, match="letters, digits"):
-        graph_export.to_json(model, attributed, "../x")
+    for asked in ({"slug": "../x"}, {"scan": "gpt oss"}):
+        with pytest.raises(InputError, match="letters, digits"):
+            graph_export.to_json(model, attributed, **asked)
+
+
+@pytest.mark.parametrize("damage", [None, ("clerp", 'logit of "6"'), ("feature", "7"), ("influence", "0.5")])
+def test_neuronpedia_takes_the_file(
+    model: GptOss, attributed: AttributionGraph, damage: tuple[str, str] | None, tmp_path: Path
+) -> None:
+    path = graph_export.write_json(model, attributed, tmp_path / "g.json")
+    data = json.loads(path.read_text())
+    if damage is not None:  # the negative controls
+        next(node for node in data["nodes"] if node["is_target_logit"])[damage[0]] = damage[1]
+        with pytest.raises((ValueError, IndexError)):
+            as_viewers_read(NeuronpediaFile.model_validate(data).model_dump())
+        return
+    assert as_viewers_read(NeuronpediaFile.model_validate(data).model_dump()) == {
+        node["node_id"] for node in data["nodes"]
+    }, "every node of the graph is drawn"
+    assert data["metadata"]["scan"] == "gpt-oss"
+    assert graph_export.to_json(model, attributed, scan="./data/pages")["metadata"]["scan"] == "./data/pages"
+
+
+def test_viewers_hide_the_least_influential_nodes_first(model: GptOss, attributed: AttributionGraph) -> None:
+    data = graph_export.to_json(model, attributed)
+    own = dict(zip([n["node_id"] for n in data["nodes"]], attributed.nodes["influence"], strict=False))
+    inner = attributed.nodes.index[~attributed.nodes["kind"].isin(("embedding", "target"))]
+    ids = [data["nodes"][i]["node_id"] for i in inner]
+    strongest = sorted(ids, key=lambda name: -own[name])[:3]
+    third = next(n["influence"] for n in data["nodes"] if n["node_id"] == strongest[-1])
+    assert as_viewers_read(data, third) & set(ids) == set(strongest)
+    shares = [node["influence"] for node in data["nodes"] if node["influence"] is not None]
+    assert max(shares) == pytest.approx(attributed.metadata["kept_influence"])
+    for node in data["nodes"]:  # the negative control: a node's own influence in place of the share reached with it
+        node["influence"] = own.get(node["node_id"])
+    assert not as_viewers_read(data, own[strongest[-1]] * 0.999) & set(strongest)
+
+
+def test_the_scan_is_that_of_neuronpedia_for_the_published_shapes(model: GptOss) -> None:
+    for size in ("20b", "120b"):
+        published = SimpleNamespace(cfg=PUBLISHED[size])
+        assert graph_export.scan_of(cast(GptOss, published)) == f"gpt-oss-{size}"
+    other = SimpleNamespace(cfg=replace(PUBLISHED["20b"], n_layers=2, windows=(None, 128)))
+    assert graph_export.scan_of(cast(GptOss, other)) == graph_export.scan_of(model) == "gpt-oss"
 
 
 def test_neurons_and_choices_are_exported(model: GptOss, attributed: AttributionGraph, tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def test_a_group_whose_jacobian_is_another_is_found(rows: list[Transcript]) -> N
     assert float(logit.sel(group="high").max()) < 1e-6, "a layer that writes nothing has a Jacobian of 1"
     assert float(logit.sel(group="low").min()) > 0.01
     assert lenses["divergence"].sel(lens="tuned lens").notnull().all()
-    assert "in 2 of 2 groups and layers" in comparisons.attrs["summary"]
+    for which in COMPARISONS[1:]:
+        assert f"{which}: nearer to the model's own prediction in 2 and farther in 0 of 2" in comparisons.attrs["summary"]
     assert list(gallery(result)) == ["lenses_high", "lenses_low", *(f"comparisons_{which}" for which in COMPARISONS)]
     assert all(item.draw().data and len(item.table()) for item in gallery(result).values())
 
@@ -112,7 +113,7 @@ def test_a_saved_lens_is_read_in_place_of_a_fit(rows: list[Transcript], tmp_path
     assert read["lenses"]["divergence"].sel(lens="Jacobian lens of the group").isnull().all()
     assert read["comparisons"]["change"].sel(which=COMPARISONS[0]).notnull().all()
     assert "all.pt, fitted to 10 prompts" in read["lenses"].attrs["summary"]
-    assert "own Jacobian" not in read["lenses"].attrs["summary"]
+    assert "group's" not in read["comparisons"].attrs["summary"]
     assert all(item.draw().data and len(item.table()) for item in gallery(read).values())
     for wrong in ({"save": str(folder)}, {"save": "x", "jacobian": str(folder / "all.pt")}):
         with pytest.raises(InputError, match=r"exists: choose a new folder|no Jacobian lens is fitted"):

@@ -2,12 +2,14 @@
 
 `ablate` removes what single nodes write and measures the logit; `ablate_edge` removes what one node gives another one;
 `faithfulness` removes the most influential nodes together, beside random nodes that write as much; `kept_alone`
-replaces everything outside the graph by its mean over other tokens. The graph's values are of a frozen
-pass that gives each factor of an expert's activation half of the product, so a measured effect has another size: it
-states whether the node or edge is needed, and the value states what it contributes.
+replaces everything outside the graph by its mean over other tokens, `kept_curve` everything but its strongest nodes;
+`over_prompts` has the means of their tables over prompts, with intervals. The graph's values are of a frozen pass that
+gives each factor of an expert's activation half of the product, so a measured effect has another size: it states
+whether the node or edge is needed, and the value states what it contributes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from workbench.experiments.dictionary_features import active_features, layer_of
 from workbench.experiments.frozen_pass import FrozenPass
 from workbench.hooks.sae import SAE
 from workbench.model.transformer import GptOss
+from workbench.studies.intervals import MIN_PROMPTS, mean_effect
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 _POINTS = {
@@ -173,6 +176,34 @@ def faithfulness(
     return pd.DataFrame(rows)
 
 
+def over_prompts(tables: Sequence[pd.DataFrame], *, seed: int = 0) -> pd.DataFrame:
+    """Return the means over prompts of tables of `faithfulness` or `kept_curve`, by number of nodes, with intervals.
+
+    tables: one for each prompt, of the same model. Columns: nodes, prompts (whose graph has so many nodes), each column
+    of the tables with _low and _high (95 %, bootstrap-t over prompts), and where the tables have `random`, `difference`
+    (random less kept: by how much more the chosen nodes matter). Numbers of nodes that fewer than five graphs have are
+    left out.
+
+    Raises:
+        InputError: no number of nodes is in at least five tables.
+    """
+    every = pd.concat(tables, ignore_index=True)
+    if "random" in every:
+        every = every.assign(difference=every["random"] - every["kept"])
+    rows = []
+    for nodes, own in every.groupby("nodes"):
+        if len(own) < MIN_PROMPTS:
+            continue
+        row: dict[str, Any] = {"nodes": nodes, "prompts": len(own)}
+        for name in own.columns.drop("nodes"):
+            effect = mean_effect(own[name].to_numpy(dtype=np.float64), [str(i) for i in range(len(own))], seed=seed)
+            row |= {name: float(effect.change), f"{name}_low": float(effect.low), f"{name}_high": float(effect.high)}
+        rows.append(row)
+    if not rows:
+        raise InputError(f"intervals over prompts need the same number of nodes in at least {MIN_PROMPTS} tables")
+    return pd.DataFrame(rows)
+
+
 def _all_nodes(frozen: FrozenPass) -> pd.DataFrame:
     """Return every head and slot of the pass with the norm of what it writes."""
     tables = []
@@ -255,6 +286,22 @@ def kept_alone(model: GptOss, graph: AttributionGraph, means: Mapping[str, Tenso
         best = int(model.run_with_hooks(ids, fwd_hooks=hooks)[0, -1].argmax())
     left = logit(model, graph, hooks)
     return {"logit": left, "kept": left / logit(model, graph), "on_top": best == graph.metadata["target_id"]}
+
+
+def kept_curve(
+    model: GptOss, graph: AttributionGraph, means: Mapping[str, Tensor], sizes: Sequence[int] = (4, 8, 16, 32, 64)
+) -> pd.DataFrame:
+    """Return how much of the target the most influential heads and experts alone keep, for each number of them.
+
+    Columns: nodes, kept (share of the target), on_top (1 where the target token stays the most likely one). Numbers
+    above that of the graph's heads and experts are left out. means: see `kept_alone`.
+    """
+    ranked = graph.nodes[graph.nodes["kind"].isin(("head", "expert"))].sort_values("influence", ascending=False)
+    rows = []
+    for size in [n for n in sizes if n <= len(ranked)]:
+        alone = kept_alone(model, replace(graph, nodes=ranked.iloc[:size]), means)
+        rows.append({"nodes": size, "kept": float(alone["kept"]), "on_top": float(alone["on_top"])})
+    return pd.DataFrame(rows)
 
 
 def _mean_writer(outside: Tensor, mean: Tensor) -> Callable[..., Tensor]:

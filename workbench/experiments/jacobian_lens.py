@@ -124,8 +124,8 @@ def experiment(
     lenses = _Lenses(tuned, by_group)
     groups = _groups(model, read, kinds, sorted(own))
     readings = {group: _readings(model, chosen, lenses, group, list(groups)) for group, chosen in groups.items()}
-    n_prompts = (len({row.prompt_id for row in half}) for half in (fitted, read))
-    rests_on = "{} prompts fit the lenses, {} are read".format(*n_prompts)
+    n_fitted, n_read = (len({row.prompt_id for row in half}) for half in (fitted, read))
+    rests_on = f"{n_fitted} prompts fit the lenses, {n_read} are read"
     if jacobian:
         rests_on += f"; the Jacobian lens is that of {jacobian}, fitted to {by_group['all'].n_prompts} prompts"
     prompts = {group: _prompts(chosen) for group, chosen in groups.items()}
@@ -231,7 +231,8 @@ def _results(
     effects = [mean_effect(values, prompts[group], seed=seed) for group, values in zip(groups, pairs, strict=True)]
     cells = {name: np.stack([getattr(e, name) for e in effects], 1) for name in ("change", "low", "high", "p")}
     coords = {"group": groups, "layer": list(layers)}
-    about = {"method": METHOD, "not_controlled": NOT_CONTROLLED, "rests_on": rests_on}
+    fewest = min(len(set(prompts[group])) for group in groups)
+    about = {"method": METHOD, "not_controlled": NOT_CONTROLLED, "rests_on": rests_on, "prompts": fewest}
     measures = {"divergence": ("KL divergence from the model's own prediction", "nat")}
     measures["agreement"] = ("share of tokens with the model's own most likely token", "1")
     data = {}
@@ -251,14 +252,14 @@ def _results(
     )
     if set(jacobian) == {"all"}:  # a lens of a file: no group has its own
         comparisons = comparisons.sel(which=[COMPARISONS[0]])
-    for ds in (lenses, comparisons):
+    for ds, text in ((lenses, _divergences), (comparisons, _differences)):
         ds.attrs |= about
-        ds.attrs["summary"] = _summary(lenses, comparisons)
+        ds.attrs["summary"] = text(ds)
     return {"lenses": lenses, "comparisons": comparisons}
 
 
-def _summary(lenses: xr.Dataset, comparisons: xr.Dataset) -> str:
-    """Return, for each group, the divergences by layer, and where the group's own Jacobian is another one."""
+def _divergences(lenses: xr.Dataset) -> str:
+    """Return the divergences of the lenses by layer, a line for each group."""
     lines = [f"{lenses.attrs['rests_on']}; KL divergence from the model's own prediction, nats, by layer:"]
     for group in map(str, lenses["group"].values):
         one = lenses["divergence"].sel(group=group)
@@ -268,12 +269,19 @@ def _summary(lenses: xr.Dataset, comparisons: xr.Dataset) -> str:
             if np.isfinite(one.sel(lens=lens)).all()
         ]
         lines.append(f"  {group}: {'; '.join(parts)}.")
-    if COMPARISONS[1] not in comparisons["which"].values:
-        return "\n".join(lines)
-    own = comparisons.sel(which=COMPARISONS[1])
-    better = ((own["q"] <= ALPHA) & (own["change"] < 0)).values
-    lines.append(
-        f"The group's own Jacobian lens is shown to be nearer to the model than that of all tokens in "
-        f"{int(better.sum())} of {better.size} groups and layers."
-    )
+    return "\n".join(lines)
+
+
+def _differences(comparisons: xr.Dataset) -> str:
+    """Return how many differences of divergence are shown in either direction, a line for each comparison."""
+    lines = [f"{comparisons.attrs['rests_on']}; differences of divergence that are shown (q of at most {ALPHA}):"]
+    for which in map(str, comparisons["which"].values):
+        one = comparisons.sel(which=which)
+        shown = one["q"] <= ALPHA
+        nearer, farther = int((shown & (one["high"] < 0)).sum()), int((shown & (one["low"] > 0)).sum())
+        tested = int(np.isfinite(one["q"]).sum())
+        lines.append(
+            f"  {which}: nearer to the model's own prediction in {nearer} and farther in {farther} of {tested} groups "
+            "and layers."
+        )
     return "\n".join(lines)
