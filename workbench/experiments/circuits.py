@@ -67,7 +67,7 @@ def experiment(
     """Return the edges that recur in the circuits of each channel, and how alike the circuits are.
 
     Dataset `edges`, over edge: analysis and final (shares of prompts, with limits), difference, p and q. Dataset
-    `similarity`, over comparison: cosine with limits.
+    `similarity`, over comparison: cosine (with limits), p and the number of prompts.
 
     Raises:
         InputError: fewer than five prompts have the first token of their final answer in their analysis.
@@ -84,8 +84,8 @@ def experiment(
         coords={"edge": names},
         attrs={"edges_in_all": len(table)},
     )
-    columns = ["cosine", "low", "high", "p", "prompts"]
-    limits = {c: ("comparison", alike[c].to_numpy(), {"long_name": c, "units": "1"}) for c in columns}
+    columns = {"cosine": "cosine", "low": "cosine_low", "high": "cosine_high", "p": "p", "prompts": "prompts"}
+    limits = {name: ("comparison", alike[c].to_numpy(), {"long_name": name}) for c, name in columns.items()}
     similar = xr.Dataset(limits, coords={"comparison": alike.index.tolist()})
     about = {"rests_on": f"{len(pairs)} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED}
     titles = {"edges": "Edges that recur, by channel", "similarity": "Similarity of circuits within and across prompts"}
