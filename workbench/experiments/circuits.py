@@ -10,6 +10,7 @@ A node's name is its kind, layer and head or expert, without its position. The s
 sequences of a prompt the first that has both tokens counts.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,7 +29,7 @@ from workbench.experiments.graph_export import label
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
-from workbench.studies.intervals import MIN_PROMPTS, mean_effect
+from workbench.studies.intervals import MIN_PROMPTS, FewPromptsWarning, mean_effect
 from workbench.studies.statistics import false_discovery
 
 EXPERIMENT = Experiment(
@@ -87,7 +88,8 @@ def experiment(
     columns = {"cosine": "cosine", "low": "cosine_low", "high": "cosine_high", "p": "p", "prompts": "prompts"}
     limits = {name: ("comparison", alike[c].to_numpy(), {"long_name": name}) for c, name in columns.items()}
     similar = xr.Dataset(limits, coords={"comparison": alike.index.tolist()})
-    about = {"rests_on": f"{len(pairs)} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED}
+    about = {"rests_on": f"{len(pairs)} prompts", "prompts": len(pairs)}
+    about |= {"method": METHOD, "not_controlled": NOT_CONTROLLED}
     titles = {"edges": "Edges that recur, by channel", "similarity": "Similarity of circuits within and across prompts"}
     texts = {"edges": _edges_summary(table, shown, len(pairs)), "similarity": _similarity_summary(alike)}
     return {
@@ -258,7 +260,10 @@ def _mean_row(
     n = int(used.sum())
     if n < MIN_PROMPTS <= len(values):
         return {"cosine": np.nan, "low": np.nan, "high": np.nan, "prompts": n}
-    effect = mean_effect(values[used][None], [str(i) for i in range(n)], seed=seed)
+    with warnings.catch_warnings():
+        if name != _LESS_PAIRS:  # one warning is enough: that of the comparison, which has the fewest prompts
+            warnings.simplefilter("ignore", FewPromptsWarning)
+        effect = mean_effect(values[used][None], [str(i) for i in range(n)], seed=seed)
     most = 2.0 if name in (_LESS_WITHIN, _LESS_PAIRS) else 1.0
     low, high = (float(np.clip(limit[0], -most, most)) for limit in (effect.low, effect.high))
     return {"cosine": float(effect.change[0]), "low": low, "high": high, "prompts": n}
