@@ -77,6 +77,8 @@ def test_the_graph_alone_keeps_the_answer(
     curve = graph_checks.over_prompts(curves)
     print(f"The logit with the most influential nodes alone:\n{curve.round(2).to_string(index=False)}")
     assert curve["kept"].iloc[-1] > curve["kept"].iloc[0], "more nodes keep more"
+    assert (curve["on_top_low"] >= 0).all()
+    assert curve["on_top_high"].between(curve["on_top"], 1).all()
     least = graphs[0].nodes.nsmallest(len(graphs[0].nodes) - 2, "influence")
     without = AttributionGraph(least, graphs[0].edges, graphs[0].tokens, graphs[0].texts, graphs[0].metadata)
     assert graph_checks.kept_alone(model, without, means)["kept"] < 0.7  # negative control: without the top nodes
