@@ -25,7 +25,7 @@ from workbench.kernels.routing import group
 _TOKENS = 8192  # at a time: bounds the memory of a long prompt, and unpacking every expert again costs 3 % of its work
 _LIGHT = 2**20  # values of an expert's matrix below which handing it to a thread costs more than it saves
 # Up to these the compiled CPU kernels multiply by packed matrices without unpacking them: 32 tokens, or 256 (all slots
-# take about 100 MB) where an expert has 24 rows on average. Measured, one thread (Sapphire Rapids without AMX), a
+# take about 100 MB) where an expert has 24 rows on average. Measured, one thread (Emerald Rapids without AMX), a
 # matrix of 5760 × 2880 and 8, 16, 24, 32 rows: 3.1, 5.8, 8.7 and 11.6 ms; unpacked for torch 5.4, 7.0, 8.8 and 10.3.
 _FEW_TOKENS, _SHORT, _FEW_ROWS = 32, 256, 24
 ActivationHook = Callable[[Tensor], Tensor]

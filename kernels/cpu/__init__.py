@@ -86,7 +86,7 @@ def product_dtype(x: Tensor, *tensors: Tensor | None) -> torch.dtype:
     """Return the dtype in which to multiply many rows x [... d] by matrices: float32 or the dtype of x.
 
     Where the processor multiplies bfloat16 slowly, values of bfloat16 are widened: their products are exact in float32,
-    in which both ways add them up. Measured, one thread (Sapphire Rapids without AMX), 512 rows times 5760 × 2880:
+    in which both ways add them up. Measured, one thread (Emerald Rapids without AMX), 512 rows times 5760 × 2880:
     86 GFLOP/s in bfloat16, 155 in float32.
     """
     wide = x.dtype == torch.bfloat16 and compiled(x, *tensors) is not None and _widens()

@@ -162,6 +162,11 @@ def same_bits_by_columns(blocks):
 
 for same in (same_bits, same_bits_by_columns):
     assert same(blocks) and not same((blocks << 4) | (blocks >> 4)) and not same(blocks.roll(1, -1))
+matrix = torch.arange(-24576, 24576).to(torch.int16).view(96, 512).view(torch.bfloat16)
+widened = torch.empty(512, 96)
+products.widen_columns(matrix, widened)
+assert torch.equal(widened.mT.view(torch.int32), matrix.view(torch.int16).int() << 16)
+assert not torch.equal(widened.mT[8:].view(torch.int32), matrix[:-8].view(torch.int16).int() << 16)
 print(loops.instructions())
 """
 
