@@ -121,7 +121,11 @@ def experiment(
 
 
 def _sentences(
-    model: GptOss, chosen: Sequence[Analysis], vertical: Sequence[np.ndarray], heads: Int[np.ndarray, " head"], shown: int
+    model: GptOss,
+    chosen: Sequence[Analysis],
+    vertical: Sequence[np.ndarray],
+    heads: Int[np.ndarray, " head"],
+    shown: int,
 ) -> xr.Dataset:
     """Return the mean standardised vertical score of each sentence over some heads (numbers of layer × head).
 
