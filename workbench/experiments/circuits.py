@@ -85,8 +85,8 @@ def experiment(
         coords={"edge": names},
         attrs={"edges_in_all": len(table)},
     )
-    columns = {"cosine": "cosine", "low": "cosine_low", "high": "cosine_high", "p": "p", "prompts": "prompts"}
-    limits = {name: ("comparison", alike[c].to_numpy(), {"long_name": name}) for c, name in columns.items()}
+    names_of = {"cosine": "cosine", "low": "cosine_low", "high": "cosine_high", "p": "p", "prompts": "prompts"}
+    limits = {name: ("comparison", alike[c].to_numpy(), {"long_name": name}) for c, name in names_of.items()}
     similar = xr.Dataset(limits, coords={"comparison": alike.index.tolist()})
     about = {"rests_on": f"{len(pairs)} prompts", "prompts": len(pairs)}
     about |= {"method": METHOD, "not_controlled": NOT_CONTROLLED}
