@@ -74,14 +74,20 @@ def method(study: Mapping[str, xr.Dataset]) -> str:
 def findings(study: Mapping[str, xr.Dataset]) -> str:
     """Return HTML with the summaries of a study: the first one in full, the others folded.
 
-    Models of the results, which need more explanation, come after what they explain.
+    Models of the results and of activations, which need more explanation, come after what they explain.
     """
     parts = []
-    for number, result in enumerate(sorted(study.values(), key=lambda ds: "model" in str(ds.attrs["title"]).lower())):
+    for number, result in enumerate(sorted(study.values(), key=_explains)):
         opened = " open" if number == 0 else ""
         body = _summary(str(result.attrs["summary"]))
         parts.append(f"<details{opened}><summary><b>{escape(result.attrs['title'])}</b></summary>{body}</details>")
     return "".join(parts)
+
+
+def _explains(result: xr.Dataset) -> bool:
+    """Return whether a result is a model of others or about activations at a hook point."""
+    title = str(result.attrs["title"])
+    return "model" in title.lower() or title.startswith("hook_")
 
 
 def _summary(text: str) -> str:
@@ -93,7 +99,7 @@ def _summary(text: str) -> str:
     lead, rest = (lines[:1], lines[1:]) if not _alike(lines[:2]) else ([], lines)
     items: list[tuple[str, list[str]]] = []
     for line in rest:
-        if line.startswith(" ") and items:
+        if line.startswith(" ") and items and not items[-1][0].startswith(" "):
             items[-1][1].append(line)
         else:
             items.append((line, []))

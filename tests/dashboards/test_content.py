@@ -62,10 +62,18 @@ def findings_of(summary: str) -> str:
 
 
 def test_a_summary_has_a_lead_and_what_is_indented_is_below_its_own_line() -> None:
-    text = findings_of("Within prompts: 2 of 4 cells differ.\n  layer 0: <b>\nAt equal position: 1 differs.\n  layer 1")
+    text = findings_of(
+        "Within prompts: 2 of 4 cells differ.\n  layer 0: <b>\n  layer 3\nAt equal position: 1 differs.\n  layer 1"
+    )
     assert "<p class='wb-lead'>Within prompts: 2 of 4 cells differ.</p>" in text
     assert "<li>At equal position: 1 differs.<ul><li>layer 1</li></ul></li>" in text
-    assert "<li>layer 0: &lt;b&gt;</li>" in text
+    assert "<li>layer 0: &lt;b&gt;</li><li>layer 3</li><li>At equal position" in text, "below the lead, not each other"
+
+
+def test_models_and_activations_come_after_what_they_explain() -> None:
+    titles = ("A model of accuracy", "hook_resid_post: analysis against final", "Share of routed slots")
+    text = content.findings({t: xr.Dataset(attrs={"title": t, "summary": "s"}) for t in titles})
+    assert min(titles, key=text.index) == titles[2], "negative control: in the order of the names it is last"
 
 
 def test_lines_that_are_alike_have_no_lead() -> None:
