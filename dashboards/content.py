@@ -53,7 +53,9 @@ def accuracy_by_effort(run: Run) -> pd.DataFrame:
 
 def tokens_by_role(run: Run) -> pd.DataFrame:
     """Return content tokens by role and channel (rows) and effort (columns)."""
-    messages = run.messages.assign(tokens=lambda t: (t["stop"] - t["content"]).clip(lower=0))
+    messages = run.messages
+    last = messages["stop"].where(messages["stop"] >= 0, messages["end"])  # a truncated message has no stop token
+    messages = messages.assign(tokens=(last - messages["content"]).where(messages["content"] >= 0, 0))
     messages = messages.assign(effort=messages["sequence"].map(run.sequences["effort"]).replace("", "unstated"))
     table = messages.pivot_table(
         index=["role", "channel"], columns="effort", values="tokens", aggfunc="sum", fill_value=0

@@ -3,8 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
+import pandas as pd
 import panel as pn
 import pytest
 import xarray as xr
@@ -47,6 +50,16 @@ def test_tokens_by_role_are_those_of_the_labels(run: Run) -> None:
     final = inside & (data["channel"].values == CHANNELS.index("final"))
     assert table.query("role == 'assistant' and channel == 'final'")["all"].item() == final.sum()
     assert table["all"].sum() == inside.sum()
+
+
+def test_content_of_truncated_messages_is_counted_to_their_end() -> None:
+    """Such a message has no stop token (−1), and one without content has none to count."""
+    rows = {"role": ["assistant", "assistant", "user"], "channel": ["analysis", "final", ""], "sequence": [0, 0, 0]}
+    messages = pd.DataFrame(rows | {"content": [5, -1, 2], "stop": [-1, -1, 4], "end": [12, 12, 5]})
+    run = cast(Run, SimpleNamespace(messages=messages, sequences=pd.DataFrame({"effort": ["low"]})))
+    table = content.tokens_by_role(run).set_index(["role", "channel"])["all"]
+    assert table.to_dict() == {("assistant", "analysis"): 7, ("assistant", "final"): 0, ("user", ""): 2}
+    assert (messages["stop"] - messages["content"]).clip(lower=0).tolist() == [0, 0, 2], "negative control"
 
 
 def test_whom_an_expert_works_with(registry: RunRegistry) -> None:
