@@ -21,7 +21,7 @@ from workbench.figures.template import ThemeName
 
 _PAGE = Path(__file__).with_name("graph.html")
 HEIGHT = 760
-VIEW = ("threshold", "pins", "groups")  # what can be chosen in the frame
+VIEW = ("threshold", "pins", "groups", "node")  # what can be chosen in the frame
 MOST_NODES, MOST_EDGES = 3_000, 12_000  # that are drawn; of more, those with the largest influence or weight
 OURS = "gpt-oss"  # the scan of files that `workbench graph` wrote before it marked its influences as cumulative
 # of a node in the format, as they are written to the JSON that the page saves
@@ -30,15 +30,29 @@ _FIELDS = (
     *("token_prob", "is_target_logit", "run_idx", "reverse_ctx_idx"),
 )
 _LAYER = re.compile(r"-?[0-9]{1,4}")
+_EXPERT = re.compile(r"layer ([0-9]{1,4}) expert ([0-9]{1,4})")
 
 
-def frame(path: Path, theme: ThemeName = "light", view: Mapping[str, str] | None = None) -> str:
-    """Return HTML of the frame with the graph in it. view: what is chosen in it at first, see `VIEW`.
+def load(path: Path) -> dict[str, Any]:
+    """Return what the page draws of the graph in a file, see `graph_data`.
 
     Raises:
         InputError: the file is not an attribution graph.
     """
-    text = html.escape(document(graph_data(read_json(path)), path.stem, theme, view), quote=True)
+    return graph_data(read_json(path))
+
+
+def experts_by_node(graph: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the (layer, expert) of each node that is an expert, by the id of the node."""
+    matches = {node["id"]: _EXPERT.fullmatch(node["label"]) for node in graph["nodes"] if node["kind"] == "expert"}
+    return {id: (int(match[1]), int(match[2])) for id, match in matches.items() if match}
+
+
+def frame(
+    graph: Mapping[str, Any], name: str, theme: ThemeName = "light", view: Mapping[str, str] | None = None
+) -> str:
+    """Return HTML of the frame with what `load` returned in it. view: what is chosen in it at first, see `VIEW`."""
+    text = html.escape(document(graph, name, theme, view), quote=True)
     return (
         '<iframe title="attribution graph" sandbox="allow-scripts allow-downloads" allow="fullscreen" '
         f'style="width:100%;height:{HEIGHT}px;{BORDER}" srcdoc="{text}"></iframe>'

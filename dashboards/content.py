@@ -1,6 +1,7 @@
 """The content of pages as pure functions of a run and of a study's datasets: tables and text, no widgets."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -77,12 +78,40 @@ def findings(study: Mapping[str, xr.Dataset]) -> str:
     """
     parts = []
     for number, result in enumerate(sorted(study.values(), key=lambda ds: "model" in str(ds.attrs["title"]).lower())):
-        first, *others = result.attrs["summary"].splitlines() or [""]
-        lines = "".join(f"<li>{escape(line.strip())}</li>" for line in others if line.strip())
-        body = f"<p class='wb-lead'>{escape(first)}</p>" + (f"<ul class='wb-answers'>{lines}</ul>" if lines else "")
         opened = " open" if number == 0 else ""
+        body = _summary(str(result.attrs["summary"]))
         parts.append(f"<details{opened}><summary><b>{escape(result.attrs['title'])}</b></summary>{body}</details>")
     return "".join(parts)
+
+
+def _summary(text: str) -> str:
+    """Return HTML of a summary: its first line as a lead, the others as a list, indented lines below their own.
+
+    There is no lead where the first line is one of several alike, as `low: …`, `medium: …`.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    lead, rest = (lines[:1], lines[1:]) if not _alike(lines[:2]) else ([], lines)
+    items: list[tuple[str, list[str]]] = []
+    for line in rest:
+        if line.startswith(" ") and items:
+            items[-1][1].append(line)
+        else:
+            items.append((line, []))
+    shown = "".join(_item(line, f"<ul>{''.join(map(_item, below))}</ul>" if below else "") for line, below in items)
+    first = "".join(f"<p class='wb-lead'>{escape(line.strip())}</p>" for line in lead)
+    return first + (f"<ul class='wb-answers'>{shown}</ul>" if shown else "")
+
+
+def _alike(lines: Sequence[str]) -> bool:
+    """Return whether two lines begin with a label of at most five words and a colon."""
+    label = re.compile(r"(?! |Warning|Skipped|No )(\S+ ){0,4}\S+: ")
+    return len(lines) == 2 and all(label.match(line) for line in lines)
+
+
+def _item(line: str, below: str = "") -> str:
+    """Return an element of a list; warnings and what was skipped are less prominent. below: HTML inside it."""
+    quiet = " class='wb-muted'" if line.strip().startswith(("Skipped: ", "Warning: ")) else ""
+    return f"<li{quiet}>{escape(line.strip())}{below}</li>"
 
 
 def progress(run: Run) -> str:
@@ -123,26 +152,6 @@ def about_sequence(run: Run, number: int) -> str:
         **({"Irregular": str(row["flags"]).replace("_", " ")} if row.get("flags") else {}),
     }
     return _facts(parts)
-
-
-def figure_names(names: Iterable[str]) -> dict[str, str]:
-    """Return labels of figures → names, the most informative first.
-
-    First accuracy, then the map of differences between analysis and final or else between efforts, then sizes.
-    """
-    every = list(names)
-    # sizes of samples, and maps of all tokens
-    last = [name for name in every if name.startswith(("mass_frame", "mass_prompt", "load_"))]
-    last += [name for name in every if name.endswith(("naive", "_tokens", "_prompts", "_sequences"))]
-    kinds = ("accuracy", "analysis_vs_final_matched", "difference_analysis_vs_final", "in_final_matched", "sizes")
-    order = [name for kind in kinds for name in every if name not in last and kind in name]
-    return {_label(name): name for name in dict.fromkeys((*order, *(n for n in every if n not in last), *last))}
-
-
-def _label(name: str) -> str:
-    """Return the name of a figure in sentence case, without words that repeat the one before."""
-    words = name.split("_")
-    return " ".join(word for before, word in zip(["", *words], words, strict=False) if word != before).capitalize()
 
 
 def partners(pairs: xr.Dataset, channel: str, layer: int, expert: int, most: int = 6) -> pd.DataFrame:

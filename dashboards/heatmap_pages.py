@@ -202,7 +202,10 @@ def _head(session: Session, chosen: Selectors) -> pn.Column:
 
     def tokens() -> Any:
         rows = search.head_tokens(run, layer, head, lambda i: search.shown(i, words), within=within)
-        note = f"Overrepresented among the 10 % of tokens with the highest sink attention: {chosen.description}"
-        return _examples(session, "Tokens with high sink attention", note, rows, f"{label}-tokens", "sink")
+        title = "Tokens with high sink attention"
+        note = f"Over-represented among the 10 % of tokens with the highest sink attention: {chosen.description}"
+        if rows.empty:
+            return widgets.card(title, widgets.html("<p class='wb-muted'>No token is over-represented.</p>"), note=note)
+        return _examples(session, title, note, rows, f"{label}-tokens", "sink")
 
     return pn.Column(*cards, widgets.later(position), widgets.later(tokens), sizing_mode="stretch_width")

@@ -18,7 +18,7 @@ from workbench.figures.template import ThemeName
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "": ("overview", "transcript", "live"),
     "Experts and neurons": ("experts", "expert-examples", "neuron-examples", "features", "router-prediction"),
-    "Attention": ("sinks", "attention"),
+    "Attention": ("sinks", "sink-difference", "attention"),
     "Comparisons": ("channels", "effort", "compare"),
     "Causes": ("causal", "graph"),
     "Probes": ("label-probes", "probe-trajectory"),

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import panel as pn
-import plotly.graph_objects as go
 import xarray as xr
 
 from workbench import registry
@@ -17,13 +16,19 @@ from workbench.dashboards.session import Page, Session, box
 from workbench.dashboards.stored_results import StoredResults
 from workbench.errors import InputError
 from workbench.figures.gallery import Gallery, GalleryItem
-from workbench.figures.template import THEMES, ThemeName, apply_theme
+from workbench.figures.null_distribution import drawable, null_figure
 from workbench.studies.result import tables
 
 # names of the effect in a result, and of the limits of its interval
 _EFFECTS = (("change", "low", "high"), ("effect", "low", "high"), ("same", "same_low", "same_high"))
 _NO_EFFECT = {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals excluding zero": "–"}
 _UNITS = {"same": "share of equal answers", "effect": "probability"}  # where a result names none
+_MEASURE_UNITS = {
+    **dict.fromkeys(("correct", "complete", "refused", "same answer"), "share of answers"),
+    **dict.fromkeys(("new tokens", "analysis tokens"), "tokens"),
+    "tokens before divergence": "share of tokens",
+    "routing flips": "share of routed slots",
+}
 
 
 def causal(session: Session) -> Page:
@@ -72,12 +77,27 @@ def _readable(name: str, body: Callable[[], Any]) -> Any:
 
 
 def overview_table(experiments: Mapping[str, Mapping[str, xr.Dataset]]) -> pd.DataFrame:
-    """Return a row for each result: the largest effect that has an interval, and how many intervals exclude zero."""
+    """Return a row for each result: the largest effect that has an interval, and how many intervals exclude zero.
+
+    A result with several measures, which have different units, has a row for each of them.
+    """
     rows = []
     for name, sets in experiments.items():
         for key, ds in sets.items():
-            rows.append({"experiment": registry.find(name).title, "result": key.replace("_", " "), **_largest(ds)})
+            for label, cell in _by_measure(key.replace("_", " "), ds).items():
+                rows.append({"experiment": registry.find(name).title, "result": label, **_largest(cell)})
     return pd.DataFrame(rows)
+
+
+def _by_measure(label: str, ds: xr.Dataset) -> dict[str, xr.Dataset]:
+    """Return the effects of each measure by its label, without those of controls (further labels of `which`)."""
+    own = ds.isel(which=0) if "which" in ds.dims else ds
+    if "measure" not in ds.dims:
+        return {label: own}
+    return {
+        f"{label}: {measure}": own.isel(measure=i).assign_attrs(units=_MEASURE_UNITS.get(measure, ""))
+        for i, measure in enumerate(map(str, ds["measure"].values))
+    }
 
 
 def _largest(ds: xr.Dataset) -> dict[str, Any]:
@@ -107,7 +127,7 @@ def _experiment(session: Session, name: str, stored: StoredResults) -> pn.Column
         widgets.html(f"<h2>{escape(record.title)}</h2><p class='wb-lead'>{escape(record.question)}</p>"),
         widgets.card("Findings", widgets.html(content.findings(sets))),
         *(_drawn(session, item, f"{label}-{key}") for key, item in gallery.items()),
-        *(_null(session, ds, f"{label}-{key}-null") for key, ds in sets.items() if {"random", "change"} <= set(ds)),
+        *(_null(session, ds, f"{label}-{key}-null") for key, ds in sets.items() if drawable(ds)),
         *(part for key, ds in sets.items() for part in _numbers(ds, key.replace("_", " "), f"{label}-{key}")),
         widgets.card("Methods", widgets.html(content.method(sets)), collapsed=True),
         sizing_mode="stretch_width",
@@ -132,59 +152,6 @@ def _numbers(ds: xr.Dataset, title: str, name: str) -> Iterator[Any]:
         yield widgets.table(heading, texts, f"{name}-{axes}", collapsed=True)
 
 
-def null_figure(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
-    """Return the effects of random sets as points beside the effect of the named set, a row for each group."""
-    colours = THEMES[theme]
-    groups = [str(group) for group in ds["random"][ds["random"].dims[0]].values]
-    figure = go.Figure()
-    rng = np.random.default_rng(0)
-    for row, group in enumerate(groups):
-        values = ds["random"].values[row].astype(float)
-        values = values[np.isfinite(values)]
-        figure.add_trace(
-            go.Scatter(
-                x=values,
-                y=row + rng.uniform(-0.22, 0.22, len(values)),
-                mode="markers",
-                name="random sets",
-                legendgroup="random",
-                showlegend=row == 0,
-                marker={"size": 6, "color": colours.muted, "opacity": 0.6},
-                hovertemplate=f"{group}: random set %{{x:+.3f}}<extra></extra>",
-            )
-        )
-    own = _own_effect(ds)
-    figure.add_trace(
-        go.Scatter(
-            x=own["change"].values,
-            y=list(range(len(groups))),
-            mode="markers",
-            name="named set, 95 % interval",
-            marker={"size": 11, "symbol": "diamond", "color": colours.colour("channel", "final")},
-            error_x={
-                "type": "data",
-                "array": own["high"].values - own["change"].values,
-                "arrayminus": own["change"].values - own["low"].values,
-                "thickness": 1.6,
-            },
-            hovertemplate="%{x:+.3f}<extra></extra>",
-        )
-    )
-    figure.add_vline(x=0, line={"dash": "dot", "color": colours.muted})
-    figure.update_yaxes(tickvals=list(range(len(groups))), ticktext=groups, autorange="reversed")
-    figure.update_xaxes(title=f"change ({ds.attrs.get('units', 'nat')})")
-    subtitle = "Grey: random sets of about the same load; diamonds: the named set"
-    title = f"{ds.attrs['title']}: null distribution"
-    return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=230 + 46 * len(groups))
-
-
-def _own_effect(ds: xr.Dataset) -> xr.Dataset:
-    """Return change, low and high of the named set, by group; the first label of further axes is the named set."""
-    group = str(ds["random"].dims[0])
-    further = {str(dim): 0 for dim in ds["change"].dims if dim != group}
-    return ds[["change", "low", "high"]].isel(further)
-
-
 def graph(session: Session) -> Page:
     """Return the page of attribution graphs that are stored beside the run."""
     stored = session.registry.stored(session.name)
@@ -197,25 +164,47 @@ def graph(session: Session) -> Page:
         return Page([], [widgets.empty_state("No attribution graph beside this run", text, command), *_notes(stored)])
     names = list(stored.graphs)
     pick = widgets.select("Graph", names, session.choice.get("graph", names))
-    view = view_input(session, attribution_graph.VIEW)
-    shown = box()
+    shown, linked = box(), box()
+    experts: dict[str, tuple[int, int]] = {}
+
+    def describe(chosen: Mapping[str, str]) -> None:
+        expert = experts.get(chosen.get("node", ""))
+        linked[:] = [widgets.html(_about_graph(session, expert))]
+
+    view = view_input(session, attribution_graph.VIEW, describe)
 
     def show(*_: Any) -> None:
         before = session.choice.text("graph")
         if before != str(pick.value):
-            session.put(graph=str(pick.value), **({"pins": "", "groups": ""} if before else {}))
+            session.put(graph=str(pick.value), **({"pins": "", "groups": "", "node": ""} if before else {}))
         chosen = {name: session.choice.text(name) for name in attribution_graph.VIEW if session.choice.text(name)}
 
         def body() -> Any:
-            text = attribution_graph.frame(stored.graphs[str(pick.value)], session.theme, chosen)
+            path = stored.graphs[str(pick.value)]
+            graph = attribution_graph.load(path)
+            experts.update(attribution_graph.experts_by_node(graph))
+            text = attribution_graph.frame(graph, path.stem, session.theme, chosen)
             return pn.pane.HTML(text, height=attribution_graph.HEIGHT + 10, sizing_mode="stretch_width")
 
+        experts.clear()
         shown[:] = [widgets.guarded(body)]
+        describe(chosen)
 
     show()
     pick.param.watch(show, "value")
-    lead = "<p>Why did the model give this logit? Each node is an embedding, a head or a routed expert at a token.</p>"
-    return Page([pick], [widgets.html(lead), shown, view, *_notes(stored)])
+    return Page([pick], [linked, shown, view, *_notes(stored)])
+
+
+def _about_graph(session: Session, expert: tuple[int, int] | None) -> str:
+    """Return HTML of the page's question and, where a node of an expert is chosen, a link to the expert's page."""
+    text = "Why did the model give this logit? Each node is an embedding, a head or a routed expert at a token."
+    hint = "Choose the node of an expert to open its page."
+    if expert is not None:
+        layer, number = map(str, expert)
+        view = dict.fromkeys(attribution_graph.VIEW, "")
+        address = escape(session.link("experts", layer=layer, expert=number, **view))
+        hint = f"<a href='{address}'>Load, examples and effects of layer {layer}, expert {number}</a>"
+    return f"<p>{text} <span class='wb-muted'>{hint}</span></p>"
 
 
 def _how_to_store(session: Session) -> list[Any]:

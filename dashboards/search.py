@@ -84,7 +84,7 @@ def head_tokens(
     rows: int = 20,
     within: TokenSelection = EVERYTHING,
 ) -> pd.DataFrame:
-    """Return tokens that are overrepresented among those with high sink attention (top 10 %) in a head."""
+    """Return tokens that are over-represented among those with high sink attention (top 10 %) in a head."""
 
     def chosen() -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
         edge = None
@@ -102,7 +102,7 @@ def _overrepresented_tokens(
     text: Callable[[int], str],
     rows: int,
 ) -> pd.DataFrame:
-    """Return tokens by the ratio of their frequency among the selected tokens to that among all tokens."""
+    """Return tokens by the ratio of their frequency among the selected tokens to that among all tokens, if above 1."""
     seen = counted = 0
     every: Counter[int] = Counter()
     times: Counter[int] = Counter()
@@ -121,11 +121,11 @@ def _overrepresented_tokens(
     records = [
         (text(i), n, 100 * n / every[i], n / every[i] / share, *example.get(i, ("", -1, -1)))
         for i, n in times.items()
-        if n >= 5 and share > 0
+        if n >= 5 and n / every[i] > share
     ]
     columns = ["token", "times", "share of its uses (%)", "lift", "for example", "sequence", "position"]
     table = pd.DataFrame(records, columns=columns)
-    return table.sort_values(["lift", "times"], ascending=False).head(rows).round(3)
+    return table.sort_values(["lift", "times"], ascending=False).head(rows).round({columns[2]: 1, "lift": 2})
 
 
 def _example(block: dict[str, np.ndarray], at: int, text: Callable[[int], str]) -> tuple[str, int, int]:

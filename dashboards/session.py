@@ -10,6 +10,7 @@ import xarray as xr
 
 from workbench import registry
 from workbench.dashboards import content, widgets
+from workbench.dashboards.figure_labels import figure_names
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 from workbench.figures.gallery import Gallery
@@ -183,7 +184,7 @@ def study(
         method = widgets.card("Methods", widgets.html(content.method(results)), collapsed=True)
         if not gallery:
             return [answer, method]
-        labels = content.figure_names(gallery)
+        labels = figure_names(gallery)
         first = session.choice.get("figure", list(labels.values()))
         pick = widgets.select("Figure", labels, first, width=420)
         shown = box()

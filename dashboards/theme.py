@@ -214,6 +214,7 @@ _ICONS = {
     "overview": "M2 2h5v5H2zM9 2h5v5H9zM2 9h5v5H2zM9 9h5v5H9z",
     "experts": "M2 4h12M2 8h12M2 12h12M5 2v12M11 2v12",
     "sinks": "M2 3h12l-5 6v4l-2 1V9z",
+    "sink-difference": "M2 3h12l-5 6v4l-2 1V9zM11 12h4",
     "channels": "M5 2v12M11 2v12M2 5h3M11 11h3",
     "effort": "M2 13V9M6 13V6M10 13V4M14 13V2",
     "transcript": "M2 3h12v8H7l-3 3v-3H2z",

@@ -23,6 +23,7 @@ from workbench.runs import Run
 
 WIDTH = 218  # pixels, of widgets in the sidebar
 _PLAIN_ROWS = 15  # longer tables are paged
+_LONG = 32  # characters of a text that need not fit beside another such text
 _SAVE = """
 const figures = [];
 const walk = root => { for (const e of root.querySelectorAll('*')) {
@@ -123,12 +124,14 @@ def _plain_table(rows: pd.DataFrame, markup: set[str]) -> pn.pane.HTML:
 def _long_table(rows: pd.DataFrame, markup: set[str]) -> pn.widgets.Tabulator:
     """Return a table that is sorted, filtered and paged in the browser; columns named in `markup` hold HTML."""
     texts = [c for c in rows.columns if rows[c].dtype.kind not in "biuf"]
+    shares = _shared_width(rows, texts)
     return pn.widgets.Tabulator(
         rows.reset_index(drop=True),
         show_index=False,
         disabled=True,
         selectable=False,
-        layout="fit_data_stretch",
+        layout="fit_columns" if shares else "fit_data_stretch",
+        widths=shares,
         pagination="local",
         page_size=_PLAIN_ROWS,
         sizing_mode="stretch_width",
@@ -139,6 +142,16 @@ def _long_table(rows: pd.DataFrame, markup: set[str]) -> pn.widgets.Tabulator:
         theme="simple",
         stylesheets=[TABULATOR_CSS],
     )
+
+
+def _shared_width(rows: pd.DataFrame, texts: Sequence[str]) -> dict[str, str]:
+    """Return widths of columns in % by name if two or more have long texts, so that no column is out of sight."""
+    plain = {c: rows[c].astype(str).str.replace(r"<[^>]*>", "", regex=True) for c in texts}
+    lengths = {c: max(len(str(c)), int(plain[c].str.len().max()) if c in plain else 0) for c in rows.columns}
+    if sum(length > _LONG for length in lengths.values()) < 2:
+        return {}
+    sizes = {c: min(max(length, 8), 2 * _LONG) for c, length in lengths.items()}
+    return {c: f"{100 * size / sum(sizes.values()):.1f}%" for c, size in sizes.items()}
 
 
 def _decimals(values: Float[pd.Series, " row"]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_texts_of_a_graph_end_no_script(tmp_path: Path) -> None:
     text = attribution_graph.document(attribution_graph.graph_data(graph()), "g")
     assert text.count("</script>") == 2, "those of the page itself"
     assert "<b>" not in text
-    assert 'sandbox="allow-scripts allow-downloads"' in attribution_graph.frame(path)
+    assert 'sandbox="allow-scripts allow-downloads"' in attribution_graph.frame(attribution_graph.load(path), path.stem)
 
 
 def test_pins_and_supernodes_of_a_file_are_shown_first() -> None:
@@ -111,3 +111,11 @@ def test_pins_and_supernodes_of_a_file_are_shown_first() -> None:
     assert drawn["pinned"] == ["E_1_0"]
     assert drawn["supernodes"] == [["adds", "0_9_1", "1_2_1"]]
     assert attribution_graph.graph_data(graph())["supernodes"] == []
+
+
+def test_the_expert_of_a_node_is_that_of_its_label() -> None:
+    content = graph()
+    content["nodes"].append(content["nodes"][1] | {"node_id": "other", "clerp": "my expert of 5 things"})
+    drawn = attribution_graph.graph_data(content)
+    assert attribution_graph.experts_by_node(drawn) == {"0_9_1": (0, 5)}
+    assert {node["id"] for node in drawn["nodes"] if node["kind"] == "expert"} == {"0_9_1", "other"}, "negative control"

@@ -1,18 +1,17 @@
 """What pages say is what the run holds; no widget, no browser."""
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import panel as pn
 import pytest
+import xarray as xr
 
 import workbench as wb
 from tests.cli.running import run_command
 from tests.conftest import DATA
-from tests.runs.conftest import LENGTHS, job, write_unit
-from workbench.capture.plan import plan_units
+from tests.runs.forging import write_hostile_run
 from workbench.dashboards import content
 from workbench.dashboards.app import notebook
 from workbench.dashboards.pages import made, page_titles
@@ -21,7 +20,6 @@ from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS, ROLES
 from workbench.runs import Run
-from workbench.runs.writer import open_writer
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +54,25 @@ def test_whom_an_expert_works_with(registry: RunRegistry) -> None:
     assert (np.diff(partners["lift"]) <= 0).all()
 
 
+def findings_of(summary: str) -> str:
+    return content.findings({"a": xr.Dataset(attrs={"title": "T", "summary": summary})})
+
+
+def test_a_summary_has_a_lead_and_what_is_indented_is_below_its_own_line() -> None:
+    text = findings_of("Within prompts: 2 of 4 cells differ.\n  layer 0: <b>\nAt equal position: 1 differs.\n  layer 1")
+    assert "<p class='wb-lead'>Within prompts: 2 of 4 cells differ.</p>" in text
+    assert "<li>At equal position: 1 differs.<ul><li>layer 1</li></ul></li>" in text
+    assert "<li>layer 0: &lt;b&gt;</li>" in text
+
+
+def test_lines_that_are_alike_have_no_lead() -> None:
+    text = findings_of("low: 0 tokens.\nmedium: 12 tokens.\n\nSkipped: sinks, as they are not recorded.")
+    assert "wb-lead" not in text
+    assert text.count("<li>") == 2
+    assert "<li class='wb-muted'>Skipped: sinks, as they are not recorded.</li>" in text
+    assert "wb-lead" in findings_of("low: 0 tokens.\nSkipped: sinks, as they are not recorded."), "negative control"
+
+
 @pytest.mark.parametrize("page", page_titles())
 def test_what_is_damaged_is_said_on_every_page_and_the_rest_is_shown(page: str, tmp_path: Path) -> None:
     """Tables, sums and tokens are cut or gone; no page fails, and what could not be read is named."""
@@ -86,29 +103,7 @@ EVIL = "</script><img src=x onerror=alert(1)>"
 def evil_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of which every text is hostile: of sequences, messages, checkpoint and provenance, and its name."""
     path = tmp_path_factory.mktemp("evil") / "<img src=x onerror=alert(1)>.zarr"
-    layout = plan_units(LENGTHS, 1024)
-    wanted = job(layout)
-    n = len(LENGTHS)
-    sequences = wanted["sequences"]
-    meta = json.dumps({"task": EVIL, "domain": EVIL, EVIL: EVIL})
-    wanted["sequences"] = sequences.assign(
-        id=[f"{EVIL}{i}" for i in range(n)],
-        prompt_id=[f"{EVIL}{p}" for p in sequences["prompt_id"]],
-        answer=EVIL,
-        meta=[meta] * n,
-        notes=EVIL,
-    )
-    columns = ("role", "author", "channel", "recipient", "content_type", "closed_by", "flags")
-    wanted["messages"] = wanted["messages"].assign(content=0, stop=1, **dict.fromkeys(columns, EVIL))
-    wanted["checkpoint"] = {"digest": EVIL, "name": EVIL}
-    wanted["model"] = wanted["model"] | {"model_type": EVIL, "name": EVIL}
-    software = {"workbench": EVIL, EVIL: EVIL}
-    told = {"command": EVIL, "started": EVIL, "host": EVIL, "software": software, "device": EVIL, "harmony": EVIL}
-    wanted["provenance"] |= told | {"rejects": [{"line": 1, "id": EVIL, "reason": EVIL}]}
-    with open_writer(path, **wanted) as writer:
-        for index in writer.pending():
-            write_unit(writer, index)
-        writer.finish()
+    write_hostile_run(path, EVIL)
     return path
 
 

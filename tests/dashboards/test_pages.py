@@ -90,6 +90,10 @@ def test_a_graph_is_explored_and_its_view_is_in_the_link(stored: str, browser: B
     expect(side.get_by_role("heading", name="layer 0 expert 5")).to_be_visible()
     expect(side.get_by_text("layer 1 head 2 at 1")).to_be_visible()
     expect(side.get_by_text("−2.00")).to_be_visible()
+    session.page.wait_for_url(re.compile("node=0_9_1"))
+    link = session.page.get_by_role("link", name="effects of layer 0, expert 5")
+    assert re.search(r"/experts\?.*expert=5", str(link.get_attribute("href")))
+    assert "node=" not in str(link.get_attribute("href"))
     side.get_by_role("button", name="Pin", exact=True).click()
     session.page.wait_for_url(re.compile("pins=0_9_1"))
     before = frame.evaluate("view.k")
@@ -103,7 +107,7 @@ def test_a_graph_is_explored_and_its_view_is_in_the_link(stored: str, browser: B
     assert "var(--" not in drawn, "colours are written out: the file is on its own"
     again = graph_frame(Session(browser, session.page.url))
     assert again.locator(".node.pin").count() == 1
-    assert again.locator(f".node.pin[data-i='{expert}']").count() == 1
+    assert again.locator(f".node.pin.now[data-i='{expert}']").count() == 1
     again.locator("#threshold").evaluate("e => { e.value = 20; e.oninput(); }")
     assert again.locator(".node").count() == 2, "the strongest one, and the pinned one"
     assert session.errors == session.foreign == []

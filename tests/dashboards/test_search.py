@@ -48,6 +48,20 @@ def test_a_head_s_tokens_and_its_curve_are_those_of_its_sinks(run: Run) -> None:
     assert mass[best].mean() > np.quantile(mass, 0.8)
 
 
+def test_tokens_with_high_sink_attention_are_those_that_are_more_frequent_among_them(run: Run) -> None:
+    data = run.dataset[["id", "sink"]].compute()
+    mass = data["sink"].values[2][:, 3].astype(np.float32)
+    high = mass > np.quantile(mass, 0.9)
+    often, every = (Counter(ids.tolist()) for ids in (data["id"].values[high], data["id"].values))
+    table = search.head_tokens(run, 2, 3, str, rows=1000)
+    assert (table["lift"] > 1).all()
+    assert len(table) > 5
+    # the edge of the top 10 % is that of the first block, so that a token near it may be on either side
+    rarer = {token for token, n in often.items() if n >= 5 and n / every[token] < 0.9 * high.mean()}
+    assert rarer, "negative control: without the condition these would be listed"
+    assert not rarer & set(table["token"].astype(int))
+
+
 def test_conversations_are_found_by_task_effort_and_text(run: Run) -> None:
     matching = search.conversations(run, task="product", effort="high")
     assert len(matching) == 20

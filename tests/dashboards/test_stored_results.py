@@ -82,12 +82,16 @@ def test_an_effect_without_an_interval_is_not_the_largest() -> None:
     assert row["intervals excluding zero"].endswith("of 1")
 
 
-def test_the_null_figure_has_every_random_set_and_the_named_one() -> None:
-    ds = effects("mine").rename({"intervention": "group"})
-    ds = ds.expand_dims({"which": ["named", "random"]}).transpose("group", "which").copy(deep=True)
-    ds["change"][:, 1] = 99.0
-    ds["random"] = (("group", "set"), np.array([[0.1, np.nan, -0.3], [0.0, 0.2, 0.4]]))
-    figure = results_pages.null_figure(ds)
-    random = [sorted(trace.x) for trace in figure.data[:2]]
-    assert random == [[-0.3, 0.1], [0.0, 0.2, 0.4]]
-    assert list(figure.data[2].x) == [-2.0, 0.1], "the named set, not the mean of random ones"
+def test_each_measure_has_a_row_in_its_own_unit_and_effects_of_controls_have_none() -> None:
+    change = np.array([[0.1, 30.0], [-0.2, 10.0]])
+    cells = ("intervention", "measure")
+    variables = {name: (cells, change + shift) for name, shift in (("change", 0.0), ("low", -0.05), ("high", 0.05))}
+    ds = xr.Dataset(variables, {"measure": ["correct", "new tokens"]}, effects("mine").attrs)
+    rows = results_pages.overview_table({"generated-answers": {"answers": ds}}).to_dict("records")
+    assert [(row["result"], row["largest effect"], row["unit"]) for row in rows] == [
+        ("answers: correct", "-0.2", "share of answers"),
+        ("answers: new tokens", "+30", "tokens"),
+    ]
+    with_controls = xr.concat([effects("mine"), effects("mine", shift=-50.0)], "which")
+    row = results_pages.overview_table({"steering": {"direction": with_controls}}).to_dict("records")[0]
+    assert row["largest effect"] == "-2", "negative control: the control's own is -52"

@@ -3,7 +3,7 @@
 import numpy as np
 import plotly.graph_objects as go
 
-from workbench.figures.heatmap import CELL_HEIGHT, LayerHeatmap
+from workbench.figures.heatmap import CELL_HEIGHT, LayerHeatmap, points_between
 from workbench.figures.template import THEMES
 
 LAYERS, EXPERTS = np.arange(3), np.arange(4)
@@ -65,3 +65,10 @@ def test_a_frame_surrounds_one_cell() -> None:
     drawn.frame(2, 1)
     (shape,) = drawn.figure.layout.shapes
     assert (shape.x0, shape.x1, shape.y0, shape.y1) == (0.5, 1.5, 1.5, 2.5)
+
+
+def test_a_long_title_of_a_colour_bar_has_two_lines() -> None:
+    assert points_between("analysis", "final") == "percentage points, analysis − final"
+    long = points_between("final at low effort", "final at high effort")
+    assert long == "points, final at low effort<br>− final at high effort"
+    assert max(map(len, long.split("<br>"))) < 40 < len(long), "negative control: one line is longer than the bar"

@@ -239,8 +239,12 @@ def write_json(model: GptOss, graph: AttributionGraph, path: str | Path, **optio
     path = Path(path)
     slug = re.sub(r"[^A-Za-z0-9_-]", "-", path.stem)[:100] or "graph"
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(to_json(model, graph, slug, **options), allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    text = json.dumps(to_json(model, graph, slug, **options), allow_nan=False) + "\n"
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 

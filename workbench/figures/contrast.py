@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
-from workbench.figures.heatmap import LayerHeatmap
+from workbench.figures.heatmap import LayerHeatmap, points_between
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
@@ -36,7 +36,7 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     grid = LayerHeatmap(cell["layer"].values, cell[kind].values, colours)
     grid.differences(points, different, detail, hover, limit, "not shown to differ")
     grid.less(different & (points < 0))
-    bar = {"title": {"text": f"percentage points, {ds.attrs['a']} − {ds.attrs['b']}"}}
+    bar = {"title": {"text": points_between(ds.attrs["a"], ds.attrs["b"])}}
     figure = grid.finish_differences(kind, limit, bar)
     subtitle = (
         f"{_CONTROL[control]}; {int(cell['prompts'])} prompts, {int(cell['tokens_a']):,} and "
@@ -117,7 +117,7 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
             )
     figure.update_xaxes(title="layer", dtick=max(1, len(next(iter(sets.values()))["layer"]) // 6))
     figure.update_yaxes(title="size of the difference (points)", rangemode="tozero")
-    subtitle = "Root of summed squared differences over a layer's cells, less what noise has"
+    subtitle = "Root of the summed squared differences over a layer's cells, without the part of noise"
     if any("position" in ds["control"].values for ds in sets.values()):
         subtitle += "; dashed: within prompts, solid: at equal position too"
     return apply_theme(figure, colours, next(iter(sets.values())), title=title, subtitle=subtitle, height=460)

@@ -60,7 +60,7 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
     )
     figure.update_xaxes(title="analysis tokens per sequence", range=[-0.03 * most, 1.03 * most])
     figure.update_yaxes(title="accuracy (%)", range=[-3, 105])
-    subtitle = "Means with 95 % intervals, jackknife over prompts" + ("; grey: single tasks" if task == "all" else "")
+    subtitle = "Means, 95 % intervals over prompts" + ("; grey: tasks" if task == "all" else "")
     return apply_theme(
         figure,
         colours,

@@ -17,12 +17,19 @@ PLOT_HEIGHT = 420
 CELL_HEIGHT = (11, 48)
 LEAST_PLOT_HEIGHT = 190
 SIGN_SIZE = 0.5
+_BAR_CHARACTERS = 40  # of the title beside a colour bar of the least height
 
 
 def experts_of_layers(load: Float[np.ndarray, "layer expert"]) -> Int[np.ndarray, " layer"]:
     """Return the number of experts of each layer: those whose load is a number; all of a layer without any."""
     n: np.ndarray = np.isfinite(load).sum(-1)
     return np.where(n > 0, n, load.shape[-1])
+
+
+def points_between(a: str, b: str) -> str:
+    """Return the title of a colour bar of differences a − b in percentage points, in two lines where it is long."""
+    text = f"percentage points, {a} − {b}"
+    return text if len(text) <= _BAR_CHARACTERS else f"points, {a}<br>− {b}"
 
 
 def number_range(numbers: Int[np.ndarray, " n"]) -> str:

@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 
 from workbench.errors import InputError
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
-from workbench.figures.heatmap import LayerHeatmap, experts_of_layers, number_range
+from workbench.figures.heatmap import LayerHeatmap, experts_of_layers, number_range, points_between
 from workbench.figures.template import MARKERS, THEMES, Theme, ThemeName, apply_theme, band, translucent
 
 # the colours of loads relative to uniform end here unless told otherwise
@@ -67,7 +67,7 @@ def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme
     grid.clipped(points, limit)
     ticks = np.linspace(-limit, limit, 5)
     bar = {
-        "title": {"text": f"percentage points, {a} − {b}"},
+        "title": {"text": points_between(a, b)},
         "tickvals": ticks,
         "ticktext": [f"{tick:+.3g}".replace("-", "−") if tick else "0" for tick in ticks],
     }

@@ -64,9 +64,15 @@ def provenance(study: str, title: str, digest: str, seed: int, parameters: Mappi
 
 
 def name_few_prompts(result: xr.Dataset, n: int) -> None:
-    """Add a warning to the summary of a result that rests on fewer than 20 prompts, in all (n) or in some cells."""
+    """Add a warning to the summary of a result that rests on fewer than 20 prompts, in all (n) or in some cells.
+
+    Attributes of the result: `prompts`, where intervals rest on fewer than n; `intervals_over`, where they are over
+    something else than prompts.
+    """
     summary = str(result.attrs.get("summary", ""))
     if "only" in summary and "prompts: intervals of fewer" in summary:
+        return
+    if result.attrs.get("intervals_over", "prompts") != "prompts":
         return
     text = few_prompts(min(int(result.attrs.get("prompts", n)), n))
     if not text and "prompts" in result and "paired" not in result.attrs:
