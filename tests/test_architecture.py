@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "hooks": {"bounded_json", "errors"},
     "harmony": {"inputs", "errors", "progress", "bounded_json", "outputs", "row_output", "signals"},
-    "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
+    "model": {"bounded_json", "kernels", "hooks", "harmony", "outputs", "errors"},
     "runs": {"compression", "harmony", "inputs", "errors", "progress", "file_lock", "outputs", "bounded_json"},
     "studies": {"progress", "outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
     "figures": {"notebook", "bounded_json", "outputs", "registry", "studies", "harmony", "errors"},

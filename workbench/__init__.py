@@ -82,7 +82,8 @@ _HAS = f"it has {', '.join(__all__)}"
 _MODEL = "use wb.load('nano'), wb.load(FOLDER) or wb.load('openai/gpt-oss-20b'), a TransformerLens HookedRootModule"
 # what users of other libraries look for
 _INSTEAD = dict.fromkeys(
-    ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM", "GptOss", "from_pretrained", "load_model"), _MODEL
+    ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM", "GptOss", "from_pretrained", "load_model"),
+    _MODEL,
 ) | {
     "patching": "use transformer_lens.patching with a model of wb.load, or wb.experiments.patching",
     "utils": "use transformer_lens.utilities, or workbench.hooks.names.full_name(('resid_post', 3), n_layers)",

@@ -147,7 +147,7 @@ def staged(
     """
     inputs = list(inputs)
     path = check_output(out, command=command, inputs=inputs, overwrite=overwrite, owned=owned)
-    with made_parents(path), FileLock(path), _staging(path) as folder:
+    with made_parents(path), FileLock(path), staging_folder(path) as folder:
         check_output(path, command=command, inputs=inputs, overwrite=overwrite, owned=owned)  # another may have ended
         part = folder / path.name
         try:
@@ -172,8 +172,11 @@ def made_parents(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _staging(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside a locked path; those that killed processes left are removed."""
+def staging_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside a locked path; those that killed processes left are removed.
+
+    What such a process had set aside, to replace it, is moved back if nothing has its name.
+    """
     for entry in list(path.parent.iterdir()):
         if entry.name.startswith(f".{path.name}.") and entry.name.endswith(_STAGING) and not entry.is_symlink():
             _remove_staging(entry, path)
@@ -203,9 +206,7 @@ def _publish(part: Path, path: Path, staging: Path, command: str, *, mark: bool)
         if mark:
             files = {str(key): (command, digest) for key, digest in _contents(part).items()}
             _write_marker(part / MARKER, files, staging)
-        if os.path.lexists(path):
-            os.rename(path, staging / _REPLACED)
-        os.rename(part, path)
+        replace_folder(part, path, staging)
         return
     with open(part, "rb") as file:
         os.fsync(file.fileno())
@@ -217,6 +218,13 @@ def _publish(part: Path, path: Path, staging: Path, command: str, *, mark: bool)
     os.replace(part, path)
     if mark:
         _write_marker(marker, {path.name: (command, digest)}, staging)
+
+
+def replace_folder(part: Path, path: Path, staging: Path) -> None:
+    """Rename a folder to a path. What was there is set aside in the staging folder, whose removal removes it."""
+    if os.path.lexists(path):
+        os.rename(path, staging / _REPLACED)
+    os.rename(part, path)
 
 
 def write_files(
@@ -240,7 +248,7 @@ def write_files(
     out = check_folder(out_dir, inputs=inputs)
     with made_parents(out / "file"):
         listing = _listing(out, marker)
-        with FileLock(listing), _staging(out / MARKER) as staging:
+        with FileLock(listing), staging_folder(out / MARKER) as staging:
             known = read_marker(listing)
             for name in files:
                 _check_file(out / name, command, known, inputs, overwrite)

@@ -11,6 +11,7 @@ from tests.conftest import DATA
 from workbench.errors import InputError
 from workbench.experiments import circuits
 from workbench.experiments.from_run import transcripts
+from workbench.figures import default
 from workbench.model.transformer import GptOss
 
 
@@ -116,7 +117,9 @@ def test_the_experiment_gives_what_its_parts_give(model: GptOss, monkeypatch: py
     assert result["edges"].attrs["edges_in_all"] == len(table)
     assert float(result["edges"]["q"].min()) == pytest.approx(table["q"].min())
     assert result["similarity"]["cosine"].values.tolist() == pytest.approx(alike["cosine"].tolist())
-    assert "less alike than" in result["similarity"].attrs["summary"]
+    assert result["similarity"].attrs["summary"].count("of the same task") == 1
+    drawn = default.gallery(result)["similarity_cosine"].draw()
+    assert drawn.data[0].error_x.array is not None or drawn.data[0].error_x.arrayminus is not None, "with intervals"
     equal = [{"analysis": pair["final"], "final": pair["final"]} for pair in pairs]
     monkeypatch.setattr(circuits, "paired_graphs", lambda *_, **__: equal)
     control = circuits.experiment(model, [])

@@ -1,6 +1,7 @@
 """Graphs are faithful: their nodes matter more than others that write as much, and alone they keep the answer."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from workbench.hooks.sae import SAE, SAEConfig
 from workbench.kernels.moe import swiglu
 from workbench.model.transformer import GptOss
 
-FEW = pytest.mark.filterwarnings("ignore:only 6 prompts")  # --long has 50
+FEW = pytest.mark.filterwarnings("ignore:only .* prompts")  # --long has 50
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,12 @@ def model() -> GptOss:
 def sequences(model: GptOss, long: bool) -> list[list[int]]:
     """The start of an analysis, up to the first product's result, of several prompts."""
     prompts = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
-    chosen = [p for p in prompts if p["meta"]["task"] == "product" and p["meta"]["turns"] == 1][: 50 if long else 6]
-    rendered = [wb.harmony.render(p["messages"], effort="high", tokenizer=model.tokenizer) for p in chosen]
+    bundled = [p["messages"] for p in prompts if p["meta"]["task"] == "product" and p["meta"]["turns"] == 1]
+    numbers = random.Random(0).sample(range(11, 100), 80)
+    others = [[{"role": "user", "content": f"{a}*{b}"}] for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+    chosen = [*bundled, *others][: 50 if long else 6]
+    assert len(chosen) == (50 if long else 6)
+    rendered = [wb.harmony.render(messages, effort="high", tokenizer=model.tokenizer) for messages in chosen]
     return [
         [*ids, *answer[:7]] for ids, answer in zip(rendered, model.generate(rendered, max_new_tokens=7), strict=True)
     ]
@@ -77,6 +82,8 @@ def test_the_graph_alone_keeps_the_answer(
     curve = graph_checks.over_prompts(curves)
     print(f"The logit with the most influential nodes alone:\n{curve.round(2).to_string(index=False)}")
     assert curve["kept"].iloc[-1] > curve["kept"].iloc[0], "more nodes keep more"
+    assert (curve["on_top_low"] >= 0).all()
+    assert curve["on_top_high"].between(curve["on_top"], 1).all()
     least = graphs[0].nodes.nsmallest(len(graphs[0].nodes) - 2, "influence")
     without = AttributionGraph(least, graphs[0].edges, graphs[0].tokens, graphs[0].texts, graphs[0].metadata)
     assert graph_checks.kept_alone(model, without, means)["kept"] < 0.7  # negative control: without the top nodes

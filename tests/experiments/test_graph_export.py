@@ -281,6 +281,8 @@ def test_networkx_and_graphml(attributed: AttributionGraph, tmp_path: Path) -> N
         return sorted(nodes), sorted(edges)
 
     assert contents(again) == contents(out)
+    assert again.graph["kept_influence"] == pytest.approx(attributed.metadata["kept_influence"])
+    assert again.graph["prompt"] == "12+34="
     source, target, key = next(iter(again.edges(keys=True)))
     again.edges[source, target, key]["value"] += 1
     assert contents(again) != contents(out), "negative control: another weight"

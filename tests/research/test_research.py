@@ -164,7 +164,7 @@ def test_prompts_can_be_grouped_and_plots_have_names_and_units() -> None:
     data = run.dataset
     assert data["logprob"].attrs["units"] == "nat"
     xr.testing.assert_identical(run["logprob"], data["logprob"])
-    with pytest.raises(InputError, match="'colour' is not in .*: it has .*logprob"):
+    with pytest.raises(InputError, match=r"'colour' is not in .*: it has .*logprob"):
         run["colour"]
     unnamed = [str(name) for name in (*data.data_vars, *data.coords) if not data[name].attrs.get("long_name")]
     assert unnamed == []

@@ -10,6 +10,7 @@ A node's name is its kind, layer and head or expert, without its position. The s
 sequences of a prompt the first that has both tokens counts.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,7 +29,7 @@ from workbench.experiments.graph_export import label
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
-from workbench.studies.intervals import MIN_PROMPTS, mean_effect
+from workbench.studies.intervals import MIN_PROMPTS, FewPromptsWarning, mean_effect
 from workbench.studies.statistics import false_discovery
 
 EXPERIMENT = Experiment(
@@ -67,7 +68,7 @@ def experiment(
     """Return the edges that recur in the circuits of each channel, and how alike the circuits are.
 
     Dataset `edges`, over edge: analysis and final (shares of prompts, with limits), difference, p and q. Dataset
-    `similarity`, over comparison: cosine with limits.
+    `similarity`, over comparison: cosine (with limits), p and the number of prompts.
 
     Raises:
         InputError: fewer than five prompts have the first token of their final answer in their analysis.
@@ -84,8 +85,8 @@ def experiment(
         coords={"edge": names},
         attrs={"edges_in_all": len(table)},
     )
-    columns = ["cosine", "low", "high", "p", "prompts"]
-    limits = {c: ("comparison", alike[c].to_numpy(), {"long_name": c, "units": "1"}) for c in columns}
+    names_of = {"cosine": "cosine", "low": "cosine_low", "high": "cosine_high", "p": "p", "prompts": "prompts"}
+    limits = {name: ("comparison", alike[c].to_numpy(), {"long_name": name}) for c, name in names_of.items()}
     similar = xr.Dataset(limits, coords={"comparison": alike.index.tolist()})
     about = {"rests_on": f"{len(pairs)} prompts", "prompts": len(pairs)}
     about |= {"method": METHOD, "not_controlled": NOT_CONTROLLED}
@@ -259,7 +260,10 @@ def _mean_row(
     n = int(used.sum())
     if n < MIN_PROMPTS <= len(values):
         return {"cosine": np.nan, "low": np.nan, "high": np.nan, "prompts": n}
-    effect = mean_effect(values[used][None], [str(i) for i in range(n)], seed=seed)
+    with warnings.catch_warnings():
+        if name != _LESS_PAIRS:  # one warning is enough: that of the comparison, which has the fewest prompts
+            warnings.simplefilter("ignore", FewPromptsWarning)
+        effect = mean_effect(values[used][None], [str(i) for i in range(n)], seed=seed)
     most = 2.0 if name in (_LESS_WITHIN, _LESS_PAIRS) else 1.0
     low, high = (float(np.clip(limit[0], -most, most)) for limit in (effect.low, effect.high))
     return {"cosine": float(effect.change[0]), "low": low, "high": high, "prompts": n}

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor
 
 from workbench.errors import InputError
@@ -180,9 +181,9 @@ def over_prompts(tables: Sequence[pd.DataFrame], *, seed: int = 0) -> pd.DataFra
     """Return the means over prompts of tables of `faithfulness` or `kept_curve`, by number of nodes, with intervals.
 
     tables: one for each prompt, of the same model. Columns: nodes, prompts (whose graph has so many nodes), each column
-    of the tables with _low and _high (95 %, bootstrap-t over prompts), and where the tables have `random`, `difference`
-    (random less kept: by how much more the chosen nodes matter). Numbers of nodes that fewer than five graphs have are
-    left out.
+    of the tables with _low and _high (95 %, bootstrap-t over prompts; Wilson for on_top), and where the tables have
+    `random`, `difference` (random less kept: by how much more the chosen nodes matter). Numbers of nodes that fewer
+    than five graphs have are left out.
 
     Raises:
         InputError: no number of nodes is in at least five tables.
@@ -196,6 +197,10 @@ def over_prompts(tables: Sequence[pd.DataFrame], *, seed: int = 0) -> pd.DataFra
             continue
         row: dict[str, Any] = {"nodes": nodes, "prompts": len(own)}
         for name in own.columns.drop("nodes"):
+            if name == "on_top":  # a share of prompts
+                low, high = proportion_confint(int(own[name].sum()), len(own), method="wilson")
+                row |= {name: float(own[name].mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+                continue
             effect = mean_effect(own[name].to_numpy(dtype=np.float64), [str(i) for i in range(len(own))], seed=seed)
             row |= {name: float(effect.change), f"{name}_low": float(effect.low), f"{name}_high": float(effect.high)}
         rows.append(row)

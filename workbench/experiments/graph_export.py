@@ -239,18 +239,25 @@ def write_json(model: GptOss, graph: AttributionGraph, path: str | Path, **optio
     path = Path(path)
     slug = re.sub(r"[^A-Za-z0-9_-]", "-", path.stem)[:100] or "graph"
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(to_json(model, graph, slug, **options), allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    text = json.dumps(to_json(model, graph, slug, **options), allow_nan=False) + "\n"
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
 def to_networkx(graph: AttributionGraph, choices: pd.DataFrame | None = None) -> "nx.MultiDiGraph[int]":
     """Return a directed graph with the columns of nodes and edges as attributes, for GraphML and network analysis.
 
+    The texts and numbers of the graph's metadata are attributes of the graph.
+
     Edges have a `kind`: "direct", or of `choices` (see `graph_details.choice_edges`) "query", "key" or "router", whose
     values are in other units than logits.
     """
-    out: nx.MultiDiGraph[int] = nx.MultiDiGraph()
+    about = {name: value for name, value in graph.metadata.items() if isinstance(value, str | int | float)}
+    out: nx.MultiDiGraph[int] = nx.MultiDiGraph(**about, prompt="".join(graph.texts))
     for number, row in graph.nodes.iterrows():
         values = {str(k): v.item() if hasattr(v, "item") else v for k, v in row.items()}
         out.add_node(int(str(number)), label=label(row), **values)

@@ -7,8 +7,8 @@ Reference: Gurnee et al. 2026, Verbalizable Representations Form a Global Worksp
 Circuits Thread; Belrose et al. 2023, the tuned lens, arXiv 2303.08112.
 """
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from workbench.experiments.jacobians import SKIP_FIRST, JacobianLens, fit_jacobi
 from workbench.experiments.lens import TunedLens, fit_tuned_lens, logit_lens
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
+from workbench.outputs import check_output, refuse_paths, staged
 from workbench.registry import Experiment
 from workbench.studies.intervals import MIN_PROMPTS, mean_effect
 from workbench.studies.statistics import false_discovery
@@ -45,6 +46,7 @@ EXPERIMENT = Experiment(
     figures="workbench.figures.jacobian_lens",
     order=185,
 )
+_COMMAND = "study jacobian-lens"  # which writes the lenses
 LENSES = ("logit lens", "tuned lens", "Jacobian lens", "Jacobian lens of the group", "Jacobian lens of another group")
 COMPARISONS = ("Jacobian lens less logit lens", "group's less all tokens' Jacobian", "group's less another's Jacobian")
 _COMPARED = ((2, 0), (3, 2), (3, 4))
@@ -99,11 +101,14 @@ def experiment(
         raise InputError(f"tuned_steps={tuned_steps}: expected 0 or more")
     if jacobian and save:
         raise InputError(f"save={save!r}: with jacobian={jacobian!r} no Jacobian lens is fitted, leave one of them out")
-    if save and Path(save).exists():
+    if save and os.path.lexists(save):
         raise InputError(f"save={save!r} exists: choose a new folder")
     kinds = [kind.strip() for kind in by.split(",")]
     fitted, read = _halves(rows, np.random.default_rng(seed))
     own = {group for row in fitted for group in group_masks(model, row, kinds)}
+    if save:  # before the fit, which takes hours
+        check_output(save, command=_COMMAND)
+        refuse_paths(map(_file_name, own))
     if jacobian:
         by_group = {"all": JacobianLens.load(jacobian, model)}
         if by_group["all"].layers[0] == model.cfg.n_layers - 1:
@@ -128,11 +133,17 @@ def experiment(
 
 
 def _save(lenses: Mapping[str, JacobianLens], folder: str) -> None:
-    """Write a file for each lens, as in analysis-high.pt, unless there is no folder."""
+    """Write a folder with a file for each lens, as in analysis-high.pt, complete or not at all; "" for none."""
     if folder:
-        Path(folder).mkdir(parents=True)
-        for name, lens in lenses.items():
-            lens.save(Path(folder) / f"{name.replace(', ', '-').replace(' ', '-')}.pt")
+        with staged(folder, command=_COMMAND, owned=lambda existing: False) as part:
+            part.mkdir()
+            for group, lens in lenses.items():
+                lens.save(part / _file_name(group))
+
+
+def _file_name(group: str) -> str:
+    """Return the name of the file of a group's lens; the effort in it is a text of the run."""
+    return f"{group.replace(', ', '-').replace(' ', '-')}.pt"
 
 
 def _prompts(chosen: Sequence[tuple[Transcript, Bool[np.ndarray, " pos"]]]) -> list[str]:

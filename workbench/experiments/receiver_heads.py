@@ -121,7 +121,11 @@ def experiment(
 
 
 def _sentences(
-    model: GptOss, chosen: Sequence[Analysis], vertical: Sequence[np.ndarray], heads: Int[np.ndarray, " head"], shown: int
+    model: GptOss,
+    chosen: Sequence[Analysis],
+    vertical: Sequence[np.ndarray],
+    heads: Int[np.ndarray, " head"],
+    shown: int,
 ) -> xr.Dataset:
     """Return the mean standardised vertical score of each sentence over some heads (numbers of layer × head).
 
@@ -146,8 +150,8 @@ def _sentences(
     )
     order = np.argsort(-np.array(score))[:5]
     lines = [
-        f"The {len(heads)} heads with the largest change, of which {shown} are shown to have more kurtosis than shuffled "
-        "rows, attend most to:"
+        f"The {len(heads)} heads with the largest change, of which {shown} are shown to have more kurtosis than "
+        "shuffled rows, attend most to:"
     ]
     lines += [f"  {conversation[i]}, sentence {number[i] + 1}, {text[i][:60]!r}: {score[i]:+.2f}" for i in order]
     return result.assign_attrs(summary="\n".join(lines))
