@@ -62,7 +62,9 @@ def test_influential_nodes_matter_more_than_random_ones_that_write_as_much(
     assert (curve["difference_low"] > 0).all()
     others = [graph_checks.faithfulness(model, one, sizes=(8,), draws=2, seed=1)["random"] for one in graphs]
     own = [table[table["nodes"] == 8].reset_index(drop=True) for table in tables]
-    control = graph_checks.over_prompts([table.assign(kept=o) for table, o in zip(own, others, strict=True)])
+    control = graph_checks.over_prompts(
+        [table.assign(**{"kept": shares}) for table, shares in zip(own, others, strict=True)]
+    )
     assert (control["difference_low"] <= 0).all(), "the negative control: random nodes matter no more than random ones"
     with pytest.raises(InputError, match="at least 5 tables"):
         graph_checks.over_prompts(tables[:4])
