@@ -22,7 +22,7 @@ from workbench.studies.result import tables
 # names of the effect in a result, and of the limits of its interval
 _EFFECTS = (("change", "low", "high"), ("effect", "low", "high"), ("same", "same_low", "same_high"))
 _NO_EFFECT = {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals excluding zero": "–"}
-_UNITS = {"same": "share of equal answers", "effect": "probability"}  # where a result names none
+_UNITS = {"same": "share of changed answers", "effect": "probability"}  # where a result names none
 _MEASURE_UNITS = {
     **dict.fromkeys(("correct", "complete", "refused", "same answer"), "share of answers"),
     **dict.fromkeys(("new tokens", "analysis tokens"), "tokens"),
@@ -105,6 +105,8 @@ def _largest(ds: xr.Dataset) -> dict[str, Any]:
     if names is None:
         return _NO_EFFECT
     values, low, high = (ds[name].values.astype(float) for name in names)
+    if names[0] == "same":  # a share of equal answers: the effect is that of answers that change
+        values, low, high = 1 - values, 1 - high, 1 - low
     tested = np.isfinite(values) & np.isfinite(low) & np.isfinite(high)
     if not tested.any():
         return _NO_EFFECT
@@ -113,8 +115,9 @@ def _largest(ds: xr.Dataset) -> dict[str, Any]:
     return {
         "largest effect": f"{values[at]:+.3g}",
         "95 % interval": f"[{low[at]:+.3g}, {high[at]:+.3g}]",
-        "unit": str(ds.attrs.get("units") or _UNITS.get(names[0], "")),
-        "intervals excluding zero": f"{sure} of {int(tested.sum())}",
+        "unit": _UNITS["same"] if names[0] == "same" else str(ds.attrs.get("units") or _UNITS.get(names[0], "")),
+        # the interval of a share never includes zero
+        "intervals excluding zero": "–" if names[0] == "same" else f"{sure} of {int(tested.sum())}",
     }
 
 

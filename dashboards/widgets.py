@@ -197,7 +197,7 @@ def _csv(rows: Callable[[], pd.DataFrame], name: str) -> pn.widgets.FileDownload
         label="Numbers as CSV",
         width=126,
         height=28,
-        margin=(4, 8),
+        margin=(2, 8),
         variant="outline",
         stylesheets=[TOOL_CSS],
     )

@@ -100,7 +100,6 @@ TESTED_BY = {
     "dashboards/heatmap_pages": "dashboards/test_app.py",
     "dashboards/results_pages": "dashboards/test_stored_results.py",
     "dashboards/session": "dashboards/test_content.py",
-    "dashboards/widgets": "capture/test_excluding.py",
     "data/card": "data/test_nano.py",
     "data/command": "data/test_evaluate.py",
     "data/conversations": "data/test_tasks.py",

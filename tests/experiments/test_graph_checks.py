@@ -1,6 +1,7 @@
 """Graphs are faithful: their nodes matter more than others that write as much, and alone they keep the answer."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from workbench.hooks.sae import SAE, SAEConfig
 from workbench.kernels.moe import swiglu
 from workbench.model.transformer import GptOss
 
-FEW = pytest.mark.filterwarnings("ignore:only 6 prompts")  # --long has 50
+FEW = pytest.mark.filterwarnings("ignore:only .* prompts")  # --long has 50
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,12 @@ def model() -> GptOss:
 def sequences(model: GptOss, long: bool) -> list[list[int]]:
     """The start of an analysis, up to the first product's result, of several prompts."""
     prompts = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
-    chosen = [p for p in prompts if p["meta"]["task"] == "product" and p["meta"]["turns"] == 1][: 50 if long else 6]
-    rendered = [wb.harmony.render(p["messages"], effort="high", tokenizer=model.tokenizer) for p in chosen]
+    bundled = [p["messages"] for p in prompts if p["meta"]["task"] == "product" and p["meta"]["turns"] == 1]
+    numbers = random.Random(0).sample(range(11, 100), 80)
+    others = [[{"role": "user", "content": f"{a}*{b}"}] for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+    chosen = [*bundled, *others][: 50 if long else 6]
+    assert len(chosen) == (50 if long else 6)
+    rendered = [wb.harmony.render(messages, effort="high", tokenizer=model.tokenizer) for messages in chosen]
     return [
         [*ids, *answer[:7]] for ids, answer in zip(rendered, model.generate(rendered, max_new_tokens=7), strict=True)
     ]
@@ -57,7 +62,9 @@ def test_influential_nodes_matter_more_than_random_ones_that_write_as_much(
     assert (curve["difference_low"] > 0).all()
     others = [graph_checks.faithfulness(model, one, sizes=(8,), draws=2, seed=1)["random"] for one in graphs]
     own = [table[table["nodes"] == 8].reset_index(drop=True) for table in tables]
-    control = graph_checks.over_prompts([table.assign(kept=o) for table, o in zip(own, others, strict=True)])
+    control = graph_checks.over_prompts(
+        [table.assign(**{"kept": shares}) for table, shares in zip(own, others, strict=True)]
+    )
     assert (control["difference_low"] <= 0).all(), "the negative control: random nodes matter no more than random ones"
     with pytest.raises(InputError, match="at least 5 tables"):
         graph_checks.over_prompts(tables[:4])

@@ -101,7 +101,7 @@ class FrozenPass:
         names += list(saes or {})
         end = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
         names += ["hook_embed", "ln_final.hook_scale", end]
-        options = {"names_filter": names, "return_type": None, "return_cache_object": False}
+        options: dict[str, Any] = {"names_filter": names, "return_type": None, "return_cache_object": False}
         _, cache = model.run_with_cache(tokens[None], **options)
         last = cache[end][:, -1:].to(model.unembed.weight.device)  # the vocabulary is large: only of the last token
         self.logits: Float[Tensor, " d_vocab"] = model.unembed(model.ln_final(last))[0, -1]

@@ -180,7 +180,7 @@ def faithfulness(
 def over_prompts(tables: Sequence[pd.DataFrame], *, seed: int = 0) -> pd.DataFrame:
     """Return the means over prompts of tables of `faithfulness` or `kept_curve`, by number of nodes, with intervals.
 
-    tables: one for each prompt, of the same model. Columns: nodes, prompts (whose graph has so many nodes), each column
+    tables: one for each prompt, of the same model. Columns: nodes, prompts (with this many nodes), each column
     of the tables with _low and _high (95 %, bootstrap-t over prompts; Wilson for on_top), and where the tables have
     `random`, `difference` (random less kept: by how much more the chosen nodes matter). Numbers of nodes that fewer
     than five graphs have are left out.
@@ -299,7 +299,7 @@ def kept_curve(
     """Return how much of the target the most influential heads and experts alone keep, for each number of them.
 
     Columns: nodes, kept (share of the target), on_top (1 where the target token stays the most likely one). Numbers
-    above that of the graph's heads and experts are left out. means: see `kept_alone`.
+    above that of the graph's heads and experts are left out. means: [d_model] by hook point, see `kept_alone`.
     """
     ranked = graph.nodes[graph.nodes["kind"].isin(("head", "expert"))].sort_values("influence", ascending=False)
     rows = []

@@ -149,8 +149,15 @@ class LocalStorage:
         (self.path / key).unlink(missing_ok=True)
 
     def files(self) -> set[str]:
-        skip = len(str(self.path)) + 1
-        keys = {os.path.join(at, name)[skip:] for at, _, names in os.walk(self.path) for name in names}
+        keys, folders = set(), [""]
+        while folders:
+            folder = folders.pop()
+            with suppress(OSError), os.scandir(self.path / folder) as entries:
+                for entry in entries:
+                    if not entry.is_dir():
+                        keys.add(folder + entry.name)
+                    elif not entry.is_symlink():
+                        folders.append(f"{folder}{entry.name}/")
         return {key for key in keys if not key.startswith(LOCK)}
 
     def lock(self) -> FileLock:
@@ -158,6 +165,11 @@ class LocalStorage:
 
     @contextmanager
     def new(self) -> Iterator[Path]:
+        """Yield a folder as the protocol has it.
+
+        Raises:
+            InputError: a killed job was replacing the run, which is now moved back.
+        """
         there = self.exists()
         with staging_folder(self.path) as folder:
             if self.exists() and not there:

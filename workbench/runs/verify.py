@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
@@ -47,11 +48,11 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
     except Exception as error:  # whatever damaged metadata or a damaged table makes zarr raise
         opened = f"cannot be opened as a run: {_first_line(error)}"
         return [Problem(str(path), error.what if isinstance(error, manifest.DamageError) else opened)]
-    problems = list(_structure(run, specs))
+    grains: dict[str, tuple[int, ...]] = {}
+    problems = [*_structure(run, specs, grains), *_columns(run)]
     if problems:
         return problems
     there = run.storage.files()
-    grains = {name: run.group[name].shards or run.group[name].chunks for name in specs}
     if run.manifest is not None:
         problems = _in_units(run, layout, workers, lambda unit: list(_listed(run, specs, grains, unit, there)))
         problems += [*_listed_elsewhere(run, there), *_status(run)]
@@ -195,7 +196,8 @@ def _status(run: Run) -> Iterator[Problem]:
         yield Problem("attributes", f"status is complete, but {total - done} of {total} units are not committed")
 
 
-def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
+def _structure(run: Run, specs: dict[str, ArraySpec], grains: dict[str, tuple[int, ...]]) -> Iterator[Problem]:
+    """Arrays that are missing or not as the layout requires; the shape of the files of each is added to `grains`."""
     older = arrays(run.model, run.spec, run.layout, schema=3)  # dimensions of runs before schema 4
     for name, spec in specs.items():
         try:
@@ -206,11 +208,28 @@ def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
         except Exception as error:  # whatever damaged metadata makes zarr raise
             yield Problem(name, f"its zarr.json cannot be used: {_first_line(error)}")
             continue
+        if not isinstance(array, zarr.Array):
+            yield Problem(name, "is a group, expected an array")
+            continue
+        grains[name] = array.shards or array.chunks
         got = (array.shape, str(array.dtype), tuple(array.metadata.dimension_names or ()))
         if got[:2] != (spec.shape, spec.dtype) or got[2] not in (spec.dims, older[name].dims):
             yield Problem(
                 name, f"has shape, dtype and dimensions {got}, expected {(spec.shape, spec.dtype, spec.dims)}"
             )
+
+
+def _columns(run: Run) -> Iterator[Problem]:
+    """Columns that a table lists and does not have as arrays."""
+    for name in ("sequences", "messages"):
+        try:
+            table = run.group[name]
+            arrays_of_table = set(table.array_keys())
+            missing = [str(column) for column in table.attrs.get("columns", []) if column not in arrays_of_table]
+        except Exception as error:  # whatever damaged metadata makes zarr raise
+            yield Problem(name, f"cannot be read: {_first_line(error)}")
+            continue
+        yield from (Problem(f"{name}/{column}", "is no array, which the table lists as a column") for column in missing)
 
 
 def _tables(run: Run, layout: Layout) -> Iterator[Problem]:

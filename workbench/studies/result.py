@@ -66,8 +66,8 @@ def provenance(study: str, title: str, digest: str, seed: int, parameters: Mappi
 def name_few_prompts(result: xr.Dataset, n: int) -> None:
     """Add a warning to the summary of a result that rests on fewer than 20 prompts, in all (n) or in some cells.
 
-    Attributes of the result: `prompts`, if its intervals are over fewer than n; `intervals_over`, if they are over
-    something else than prompts.
+    Attributes of the result: `prompts`, if intervals are over fewer prompts than n; `intervals_over`, where they are
+    over something else than prompts.
     """
     summary = str(result.attrs.get("summary", ""))
     if "only" in summary and "prompts: intervals of fewer" in summary:
