@@ -64,7 +64,9 @@ def test_a_group_whose_jacobian_is_another_is_found(rows: list[Transcript]) -> N
     assert float(logit.sel(group="low").min()) > 0.01
     assert lenses["divergence"].sel(lens="tuned lens").notnull().all()
     for which in COMPARISONS[1:]:
-        assert f"{which}: nearer to the model's own prediction in 2 and farther in 0 of 2" in comparisons.attrs["summary"]
+        assert (
+            f"{which}: nearer to the model's own prediction in 2 and farther in 0 of 2" in comparisons.attrs["summary"]
+        )
     assert list(gallery(result)) == ["lenses_high", "lenses_low", *(f"comparisons_{which}" for which in COMPARISONS)]
     assert all(item.draw().data and len(item.table()) for item in gallery(result).values())
 
