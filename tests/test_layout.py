@@ -149,7 +149,6 @@ TESTED_BY = {
     "hooks/observation": "hooks/test_interventions.py",
     "hooks/targets": "hooks/test_interventions.py",
     "kernels/cpu/ggml_loops": "kernels/test_ggml.py",
-    "kernels/cpu/loops": "kernels/cpu/test_products.py",
     "kernels/cpu/layer_records": "kernels/cpu/test_layer.py",
     "kernels/cpu/attention_loops": "kernels/cpu/test_layer.py",
     "kernels/cpu/expert_loops": "kernels/cpu/test_layer.py",
