@@ -131,7 +131,6 @@ TESTED_BY = {
     "figures/receiver_heads": "experiments/test_receiver_heads.py",
     "figures/sink_difference": "studies/test_sink_difference.py",
     "figures/risk_difference": "studies/test_risk_difference.py",
-    "figures/probe_trajectory": "studies/test_probe_trajectory.py",
     "figures/sentence_importance": "experiments/test_sentence_importance.py",
     "harmony/chat_messages": "harmony/test_rendering.py",
     "harmony/formats/shapes": "harmony/test_formats.py",
