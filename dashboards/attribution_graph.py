@@ -10,7 +10,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ _PAGE = Path(__file__).with_name("graph.html")
 HEIGHT = 760
 VIEW = ("threshold", "pins", "groups", "node")  # what can be chosen in the frame
 MOST_NODES, MOST_EDGES = 3_000, 12_000  # that are drawn; of more, those with the largest influence or weight
-OURS = "gpt-oss"  # the scan that `workbench graph` names
+OURS = "gpt-oss"  # the scan of files that `workbench graph` wrote before it marked its influences as cumulative
 # of a node in the format, as they are written to the JSON that the page saves
-_FIELDS = ("node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "influence", "activation")
+_FIELDS = (
+    *("node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "influence", "activation"),
+    *("token_prob", "is_target_logit", "run_idx", "reverse_ctx_idx"),
+)
 _LAYER = re.compile(r"-?[0-9]{1,4}")
 _EXPERT = re.compile(r"layer ([0-9]{1,4}) expert ([0-9]{1,4})")
 
@@ -75,12 +78,12 @@ def graph_data(content: Any) -> dict[str, Any]:
         InputError: it has another form.
     """
     try:
-        # circuit-tracer writes the share of influence that is reached with a node: small for the strongest
-        cumulative = content["metadata"].get("scan") != OURS
-        nodes = [_node(node, cumulative=cumulative) for node in content["nodes"]]
+        info = content["metadata"].get("info") or {}
+        nodes = [_node(node) for node in content["nodes"]]
+        if info.get("influence") == "cumulative" or content["metadata"].get("scan") != OURS:
+            _divide(nodes, _number(info.get("total_influence", 1.0)))
         edges = [(str(link["source"]), str(link["target"]), _number(link["weight"])) for link in content["links"]]
         tokens = [str(token) for token in content["metadata"]["prompt_tokens"]]
-        info = content["metadata"].get("info") or {}
         chosen = content.get("qParams") or {}
         pinned = [str(id) for id in chosen.get("pinnedIds") or ()]
         supernodes = [[str(part) for part in group] for group in chosen.get("supernodes") or () if len(group) > 1]
@@ -111,7 +114,17 @@ def graph_data(content: Any) -> dict[str, Any]:
     }
 
 
-def _node(node: Mapping[str, Any], *, cumulative: bool) -> dict[str, Any]:
+def _divide(nodes: Sequence[dict[str, Any]], total: float) -> None:
+    """Replace the share of influence that is reached with each node, as the format has it, by the node's own.
+
+    The format has the smallest number at the strongest node, and none at a logit. total: what a share of 1 is.
+    """
+    reached = 0.0
+    for node in sorted(nodes, key=lambda node: node["influence"]):
+        node["influence"], reached = (node["influence"] - reached) * total, node["influence"]
+
+
+def _node(node: Mapping[str, Any]) -> dict[str, Any]:
     layer, kind = str(node["layer"]), str(node["feature_type"])
     if layer != "E" and not _LAYER.fullmatch(layer):
         raise ValueError(f"layer {layer!r} of node {node['node_id']!r}")
@@ -119,14 +132,13 @@ def _node(node: Mapping[str, Any], *, cumulative: bool) -> dict[str, Any]:
     label = str(node.get("clerp") or node["node_id"])
     inner = next((kind for kind in ("neuron", "expert", "head") if f" {kind}" in label), "feature")
     value = node.get("activation")
-    influence = abs(_number(node.get("influence") or 0.0))
     return {
         "id": str(node["node_id"]),
         "layer": -1 if layer == "E" else int(layer),
         "position": int(node["ctx_idx"]),
         "kind": kinds.get(kind, inner),
         "label": label,
-        "influence": max(0.0, 1 - influence) if cumulative else influence,
+        "influence": abs(_number(node.get("influence") or 0.0)),
         "value": None if value is None else _number(value),
         "raw": {name: node[name] for name in _FIELDS if isinstance(node.get(name), str | int | float)},
     }

@@ -132,11 +132,21 @@ def _layer(layer: Any, n_layers: int) -> int:
     return int(layer) % n_layers
 
 
+def _of_every_layer(name: str) -> str:
+    """Return the hook point of a block that a name without a layer, or with * in its place, means; "" if none."""
+    point = re.sub(r"^(blocks\.)?\*\.?", "", name)
+    point = _SHORT.get(point.removeprefix("hook_"), point)
+    return point if point in BLOCK else ""
+
+
 def closest_names(name: str, known: Collection[str]) -> str:
     """Return in words where to find what a name that is not known may mean: for an error message."""
     inside = re.sub(r"^blocks\.\d+\.", "", name)
     if inside in _ABSENT:
         return f"a mixture of experts has no {inside}; {_ABSENT[inside]}" if "mlp" in inside else _ABSENT[inside]
+    point = _of_every_layer(name)
+    if point and (one := next((other for other in known if other.endswith(f".{point}")), None)):
+        return f"every layer has one, as {one}: name it, or give lambda name: name.endswith({point!r}) as the filter"
     layers = [int(match[1]) for other in known if (match := re.match(r"blocks\.(\d+)\.", other))]
     wanted = re.match(r"blocks\.(\d+)\.", name)
     if wanted and layers and int(wanted[1]) > max(layers):

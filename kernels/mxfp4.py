@@ -12,6 +12,7 @@ whole into new memory.
 
 import functools
 from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from workbench.kernels import cpu, dispatch
 
 GROUP = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_CHUNK = 256 * 2880  # values
+_CHUNK, _WIDE_CHUNK = 256 * 2880, 96 * 2880  # unpacked values at a time, in bfloat16 and in float32
 _EMAX = 2  # the largest e2m1 value is 1.5 · 2^2
 
 
@@ -112,8 +113,9 @@ class _PackedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(blocks, scales)
         out = x.new_empty(x.shape[0], blocks.shape[0])
-        for start, rows in _row_chunks(blocks, scales, x.dtype):
-            out[:, start : start + len(rows)] = x @ rows.mT
+        inputs = x.to(cpu.product_dtype(x))
+        for start, rows in _row_chunks(blocks, scales, inputs.dtype):
+            out[:, start : start + len(rows)] = inputs @ rows.mT
         return out
 
     @staticmethod
@@ -125,20 +127,26 @@ def input_gradient(
     grad: Float[Tensor, "rows out"], blocks: UInt8[Tensor, "out group 16"], scales: UInt8[Tensor, "out group"]
 ) -> Float[Tensor, "rows columns"]:
     """Return the gradient of the inputs of `linear` from that of its outputs."""
-    total = grad.new_zeros(grad.shape[0], blocks.shape[1] * GROUP)
-    for start, rows in _row_chunks(blocks, scales, grad.dtype):
-        total += grad[:, start : start + len(rows)] @ rows
-    return total
+    wide = grad.to(cpu.product_dtype(grad))
+    total = wide.new_zeros(wide.shape[0], blocks.shape[1] * GROUP)
+    for start, rows in _row_chunks(blocks, scales, wide.dtype):
+        total += wide[:, start : start + len(rows)] @ rows
+    return total.to(grad.dtype)
 
 
 def _row_chunks(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """The matrix a few rows at a time, still in cache when the matmul reads them; the next rows overwrite them."""
+    products = cpu.compiled(blocks, scales)
+    if products and not products.covers_unpacking(blocks, scales):
+        products = None
+    if products and dtype == torch.float32 and len(blocks) % 16 == 0:
+        yield from _column_chunks(blocks, scales, products)
+        return
     columns = blocks.shape[1] * GROUP
     step = max(1, _CHUNK // columns)
     # Used again for every chunk: asking the system for new pages costs more than unpacking into them.
     values = torch.empty(step, columns, dtype=torch.bfloat16, device=blocks.device)
-    products = cpu.compiled(blocks, scales)
-    if products and products.covers_unpacking(blocks, scales):
+    if products:
         unpack = products.unpack
     else:
         entry = torch.empty(step, *blocks.shape[1:], dtype=torch.int32, device=blocks.device)
@@ -148,6 +156,18 @@ def _row_chunks(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Iterator[
         rows = values[: len(some)]
         unpack(some, scales[start : start + step], rows)
         yield start, rows.to(dtype)
+
+
+def _column_chunks(blocks: Tensor, scales: Tensor, products: ModuleType) -> Iterator[tuple[int, Tensor]]:
+    """As `_row_chunks` in float32, but the rows are views of columns in memory."""
+    columns = blocks.shape[1] * GROUP
+    step = max(16, _WIDE_CHUNK // columns // 16 * 16)
+    memory = torch.empty(step * columns)
+    for start in range(0, len(blocks), step):
+        some = blocks[start : start + step]
+        values = memory[: len(some) * columns].view(columns, len(some))
+        products.unpack_columns(some, scales[start : start + step], values)
+        yield start, values.mT
 
 
 def linear(x: Float[Tensor, "rows columns"], weight: Mxfp4 | Float[Tensor, "columns out"]) -> Float[Tensor, "rows out"]:

@@ -3,6 +3,7 @@
     python scripts/findings.py                     # all that is missing, then the report: an hour on two cores
     python scripts/findings.py --only steering     # one experiment, without the report
     python scripts/findings.py --report            # the report of the results that are there
+    python scripts/findings.py --pictures          # the figures of docs/gallery.md from the same results
 
 Results are kept in runs/findings, and a result that is there is not made again: remove the folder to start anew.
 """
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,8 +23,10 @@ from typing import Any
 import torch
 
 import workbench as wb
+from workbench import registry
 from workbench.experiments.from_run import transcripts
 from workbench.experiments.registry import run_experiment
+from workbench.figures.export import write_gallery
 from workbench.figures.report import write_report
 from workbench.harmony.transcripts import write_transcripts
 from workbench.studies import run_study, save
@@ -62,11 +66,34 @@ SECTIONS = {
     "generated-answers": Section(60, {"group": "strings", "doses": "0", "max_new_tokens": 96}),
     "instruction-hierarchy": Section(15, {"words": "b,d,f,h,k,m,p,t,v,x", "max_new_tokens": 12}),
     "sentence-importance": Section(60, {"conversations": 3, "samples": 20, "max_new_tokens": 100}),
-    "circuits": Section(60, {"max_nodes": 100}),
+    "circuits": Section(240, {"max_nodes": 100}),  # so that a task has several prompts
     "jacobian-lens": Section(60, {"by": "channel", "batch": 128, "skip_first": 8, "tuned_steps": 50}),
     "label-probes": Section(0, {"label": "task", "where": "channel=final"}),
     "probe-trajectory": Section(0, {"label": "domain"}),
     "neuron-examples": Section(0),
+}
+# Figures of docs/gallery.md: docs/pictures/gallery-STUDY.svg shows this figure of the study's results.
+PICTURES = {
+    "counterfactual-routing": "routes",
+    "expert-tracing": "experts",
+    "generated-answers": "answers_correct",
+    "instruction-hierarchy": "conflicts",
+    "jacobian-lens": "lenses_analysis",
+    "label-probes": "probes_auc",
+    "probe-trajectory": "trajectory",
+    "receiver-heads": "heads",
+    "risk-difference": "experts_prompt_and_token",
+    "router-prediction": "recall",
+    "sentence-importance": "conversation_2",
+    "sink-difference": "heads_prompt_and_token",
+    "super-experts": "experts_output",
+}
+# Those of studies that need no model are made for the picture: of the run, or (True) of the run with activations.
+STUDIES: dict[str, tuple[bool, dict[str, Any]]] = {
+    "label-probes": (True, {"label": "effort", "where": "channel=final"}),
+    "risk-difference": (False, {"a": "channel=final", "b": "channel=analysis"}),
+    "router-prediction": (True, {"hook": "hook_resid_post"}),
+    "sink-difference": (False, {"a": "role=developer", "b": "role=user"}),
 }
 
 
@@ -76,9 +103,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/findings"), help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="make these, and no report")
     parser.add_argument("--report", action="store_true", help="make no result, only the report")
+    parser.add_argument("--pictures", nargs="*", choices=list(PICTURES), help="draw these figures (default: all)")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.pictures is not None:
+        pictures(arguments.out, arguments.pictures or list(PICTURES))
+        return
     if not arguments.report:
         make(arguments.out, arguments.only or list(SECTIONS))
     if not arguments.only:
@@ -126,6 +157,22 @@ def report(out: Path) -> None:
     write_report(wb.open_run(RUN), target, results=ordered, overwrite=True)
     shutil.copyfile(target.with_suffix(".md"), FINDINGS)
     print(FINDINGS)
+
+
+def pictures(out: Path, names: list[str]) -> None:
+    """Write docs/pictures/gallery-STUDY.svg from the results, of studies without a model from new ones."""
+    run, results, items = wb.open_run(RUN), load(out), {}
+    for name in names:
+        if name in STUDIES:
+            recorded, options = STUDIES[name]
+            chosen = with_activations(out, wb.load("nano", dtype=torch.float32), run) if recorded else run
+            results[name] = run_study(name, chosen, **options)
+        print(next(iter(results[name].values())).attrs["summary"], flush=True)
+        items[f"gallery-{name}"] = registry.find(name).load_figures().gallery(results[name])[PICTURES[name]]
+    with tempfile.TemporaryDirectory() as folder:
+        written = write_gallery(items, folder, ["svg"], overwrite=True)
+        for path in (path for path in written if path.suffix == ".svg"):
+            print(shutil.copyfile(path, ROOT / "docs" / "pictures" / path.name).relative_to(ROOT))
 
 
 if __name__ == "__main__":

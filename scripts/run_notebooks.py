@@ -3,13 +3,15 @@
     python scripts/run_notebooks.py            # all
     python scripts/run_notebooks.py routing    # those of these names
 
-Tests refuse a notebook whose outputs are of another source, or have errors or warnings.
+Progress bars are left out, and texts name no folder of this machine. Tests refuse a notebook whose outputs are of
+another source, or have errors, warnings, progress bars or such folders.
 """
 
 import base64
 import hashlib
 import io
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -41,22 +43,38 @@ def run(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(_PICTURES))
     with tempfile.TemporaryDirectory() as scratch:
-        NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": scratch}}).execute()
+        options = {"timeout": 1800, "coalesce_streams": True, "resources": {"metadata": {"path": scratch}}}
+        NotebookClient(notebook, **options).execute()
     del notebook.cells[0]
     for number, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
         cell.execution_count = number
         cell.metadata.pop("execution", None)
+        cell.outputs = [output for output in cell.outputs if not is_progress(output)]
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number
-            if "text/plain" in output.get("data", {}):
-                output.data["text/plain"] = output.data["text/plain"].replace(f"{FOLDER.parent}/workbench/", "")
-            if "image/png" in output.get("data", {}):
-                output.data["image/png"] = _smaller(output.data["image/png"])
+            if "text" in output:
+                output.text = without_folders(output.text)
+            for kind, value in output.get("data", {}).items():
+                if kind.startswith("text/"):
+                    output.data[kind] = without_folders(value)
+                elif kind == "image/png":
+                    output.data[kind] = _smaller(value)
     notebook.metadata[MARK] = digest(notebook)
     notebook.metadata["kernelspec"] = KERNEL  # without it JupyterLab asks for a kernel first
     nbformat.write(notebook, path)
     print(f"{path.name}: {path.stat().st_size / 1e3:,.0f} kB", flush=True)
+
+
+def is_progress(output: Any) -> bool:
+    """Return whether an output is a progress bar, which shows only how fast the machine was."""
+    return "<progress " in output.get("data", {}).get("text/html", "")
+
+
+def without_folders(text: str) -> str:
+    """Return a text in which files of the project and temporary ones have no folder of this machine before them."""
+    temporary = re.escape(tempfile.gettempdir())
+    return re.sub(rf"{temporary}/tmp\w{{8}}/", "", text.replace(f"{FOLDER.parent}/workbench/", ""))
 
 
 def _smaller(picture: str) -> str:

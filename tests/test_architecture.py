@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import workbench
+
 ROOT = Path(__file__).parents[1]
 # Package → packages it may import; torch and the torch-free packages meet in capture, experiments and cli.
 MAY_IMPORT = {
@@ -29,7 +31,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "hooks": {"bounded_json", "errors"},
     "harmony": {"inputs", "errors", "progress", "bounded_json", "outputs", "row_output", "signals"},
-    "model": {"bounded_json", "kernels", "hooks", "harmony", "errors"},
+    "model": {"bounded_json", "kernels", "hooks", "harmony", "outputs", "errors"},
     "runs": {"compression", "harmony", "inputs", "errors", "progress", "file_lock", "outputs", "bounded_json"},
     "studies": {"progress", "outputs", "bounded_json", "version", "registry", "runs", "harmony", "errors"},
     "figures": {"notebook", "bounded_json", "outputs", "registry", "studies", "harmony", "errors"},
@@ -269,6 +271,14 @@ def test_importing_the_package_costs_milliseconds() -> None:
     code = "import time; t = time.process_time(); import workbench; print(time.process_time() - t)"
     own = min(float(run(code)) for _ in range(3))
     assert own < _cpu_seconds("-c", "import typer"), own  # 0.02 s and 0.07 s on a quiet machine
+
+
+@pytest.mark.parametrize("name", ["HookedTransformer", "from_pretrained", "patching", "test_prompt", "render"])
+def test_names_of_other_libraries_get_one_line_that_states_what_to_use(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"^module 'workbench' has no attribute '{name}'; use [^\n]*$"):
+        getattr(workbench, name)
+    with pytest.raises(AttributeError, match="has no attribute 'colour'; it has"):  # a negative control
+        workbench.colour  # noqa: B018
 
 
 def test_the_package_lists_its_public_names_and_has_them() -> None:

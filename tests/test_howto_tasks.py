@@ -1,6 +1,7 @@
 """The how-to pages of everyday research: files, commands and Python of a page, executed in order."""
 
 import ast
+import itertools
 import json
 import re
 import shlex
@@ -8,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from workbench.experiments.from_run import transcripts
 from workbench.harmony.transcripts import write_transcripts
 
 HOWTO = Path(__file__).parents[1] / "docs" / "howto"
+METHODS = Path(__file__).parents[1] / "notebooks" / "methods.ipynb"
 PAGES = ["record.md", "everyday.md", "plan.md", "finetune-example.md", "../formats.md", "../nano.md", "../gallery.md"]
 _BLOCK = re.compile(r'^```(python|bash|sh)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
 
@@ -68,13 +71,44 @@ def check_finetuning(names: dict[str, Any]) -> None:
 CHECKS = {"finetune-example.md": check_finetuning}
 
 
+def study_of_command(words: list[str]) -> tuple[str, dict[str, str]] | None:
+    """Return the name of the study or experiment that a command line runs, and its options; None for other commands."""
+    if words[:1] != ["study"]:
+        return None
+    options = dict(value.split("=", 1) for flag, value in itertools.pairwise(words) if flag == "--option")
+    if "--sequences" in words:
+        options["sequences"] = words[words.index("--sequences") + 1]
+    return words[1], options
+
+
+def studies_of_notebook(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Return the studies and experiments that a notebook runs by name, with their options as on a command line."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    calls = [node for cell in cells for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Call)]
+    return [
+        (
+            ast.literal_eval(call.args[0]),
+            {
+                option.arg or "": str(ast.literal_eval(option.value))
+                for option in call.keywords
+                if option.arg != "store"
+            },
+        )
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id in ("run_study", "run_experiment")
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:only .* prompts")  # pages use few
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs_as_a_reader_would_run_it(
-    page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], long: bool
 ) -> None:
+    """Without --long, a command is left out if the notebook of the same methods runs the same experiment."""
     monkeypatch.chdir(workplace)
     names: dict[str, Any] = {"__name__": "__main__"}
+    elsewhere = [] if long or page != "../gallery.md" else studies_of_notebook(METHODS)
+    left_out = 0
     for language, title, text in _BLOCK.findall((HOWTO / page).read_text()):
         if title:
             Path(title).write_text(text)
@@ -85,11 +119,26 @@ def test_a_page_runs_as_a_reader_would_run_it(
         else:
             for line in text.replace("\\\n", " ").splitlines():
                 _, *words = shlex.split(line, comments=True) or [""]
+                if study_of_command(words) in elsewhere:
+                    left_out += 1
+                    continue
                 code, _, err = command(capsys, *words)
                 assert code == 0, (line, err)
+    assert bool(left_out) == bool(elsewhere)
     if page in CHECKS:
         CHECKS[page](names)
 
 
 def test_a_private_name_is_noticed() -> None:
     assert private_names("run._visible") == ["_visible"]
+
+
+def test_a_command_and_a_notebook_with_other_options_are_not_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "one.ipynb"
+    cell = nbformat.v4.new_code_cell('show(run_experiment("steering", model, run, sequences=5, doses="1"))')
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    same = shlex.split("study steering run.zarr --model nano --sequences 5 --option doses=1")
+    assert study_of_command(same) in studies_of_notebook(path)
+    for other in ("doses=2", "at=all"):
+        assert study_of_command([*same[:-1], other]) not in studies_of_notebook(path)
+    assert study_of_command(["info", "nano"]) not in studies_of_notebook(path)

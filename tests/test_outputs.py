@@ -1,9 +1,11 @@
 """No command writes over what another wrote, over an input, or through a link; nothing is half-written."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,9 +28,9 @@ def put_folder(path: Path, text: str = "new", **options: object) -> None:
 
 def contents(folder: Path) -> dict[str, str]:
     return {
-        str(p.relative_to(folder)): os.readlink(p) if p.is_symlink() else p.read_text()
+        str(p.relative_to(folder)): os.readlink(p) if p.is_symlink() else "" if p.is_dir() else p.read_text()
         for p in sorted(folder.rglob("*"))
-        if p.is_symlink() or p.is_file()
+        if p.is_symlink() or p.is_file() or p.name.endswith(".staging")
     }
 
 
@@ -154,6 +156,61 @@ def test_a_kill_around_the_rename_leaves_a_file_that_can_be_replaced(
     assert out.read_text() == ("old" if moment == "before the rename" else "new")
     put(out, "newest", overwrite=True)
     assert out.read_text() == "newest"
+
+
+class Interrupted:
+    """Send Ctrl-C before or after the n-th renaming, creation or removal; `done` counts them."""
+
+    STEPS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync")
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int, moment: str) -> None:
+        self.done, self._at, self._moment = 0, at, moment
+        for name in self.STEPS:
+            patch.setattr(os, name, partial(self._step, getattr(os, name)))
+
+    def _step(self, function: Callable[..., None], *arguments: object, **options: object) -> None:
+        here = self.done == self._at
+        self.done += 1
+        if here and self._moment == "before":
+            raise KeyboardInterrupt
+        function(*arguments, **options)
+        if here:
+            raise KeyboardInterrupt
+
+
+def interrupt_every_step(folder: Path, write: Callable[..., None], moment: str) -> list[dict[str, str]]:
+    """Return the files that are left after Ctrl-C at every step of replacing an output, the hidden ones included."""
+    left = []
+    for at in itertools.count():
+        out = folder / str(at)
+        write(out / "out", "old")
+        with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
+            interrupted = Interrupted(patch, at, moment)
+            write(out / "out", "new", overwrite=True)
+        left.append(contents(out))
+        if interrupted.done <= at:
+            return left
+    raise AssertionError
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("write", [put, put_folder])
+def test_an_interruption_at_every_step_leaves_one_complete_output(
+    tmp_path: Path, write: Callable[..., None], moment: str
+) -> None:
+    left = interrupt_every_step(tmp_path / "right", write, moment)
+    assert len(left) > 5
+    names = {"out", "out/inner/a"}
+    for files in left:
+        assert not [name for name in files if ".staging" in name], files
+        assert [text for name, text in files.items() if name in names] in (["old"], ["new"]), files
+
+
+def test_a_removal_that_an_interruption_ends_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negative control of the test above."""
+    monkeypatch.setattr(outputs, "_remove_staging", lambda folder, path: shutil.rmtree(folder, ignore_errors=True))
+    left = interrupt_every_step(tmp_path, put_folder, "before")
+    assert any(".staging" in name for files in left for name in files)
 
 
 def test_files_of_several_commands_share_a_folder(tmp_path: Path) -> None:

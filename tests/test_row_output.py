@@ -3,9 +3,11 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.test_outputs import interrupt_every_step
 from workbench.errors import InputError
 from workbench.row_output import RowOutput, stamp, written_by
 
@@ -115,3 +117,30 @@ def test_a_last_line_that_is_no_row_is_not_cut_off(tmp_path: Path) -> None:
 def test_a_file_without_a_complete_line_was_written_by_no_command(tmp_path: Path) -> None:
     (tmp_path / "mine").write_bytes(b"mine")
     assert not written_by("convert")(tmp_path / "mine")
+
+
+def replace_rows(path: Path, text: str, overwrite: bool = False) -> None:
+    path.parent.mkdir(exist_ok=True)
+    fill(path, f"{text} b", f"{text} a", overwrite=overwrite)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interruption_at_every_step_leaves_complete_rows_of_one_job(tmp_path: Path, moment: str) -> None:
+    left = interrupt_every_step(tmp_path, replace_rows, moment)
+    assert len(left) > 5
+    for number, files in enumerate(left):
+        ids = [json.loads(line)["id"] for line in files["out"].splitlines()]
+        assert ids in (["old a", "old b"], ["new b"], ["new b", "new a"], ["new a", "new b"]), files
+        replace_rows(tmp_path / str(number) / "out", "last", overwrite=True)
+        assert [path.name for path in (tmp_path / str(number)).iterdir()] == ["out"]
+
+
+def test_rows_that_an_interruption_loses_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: an output that is removed before the first new row is on the disk."""
+
+    def removed(rows: RowOutput, fresh: bool) -> Any:
+        rows.path.unlink(missing_ok=True)
+        return open(rows._part, "xb")
+
+    monkeypatch.setattr(RowOutput, "_open", removed)
+    assert any("out" not in files for files in interrupt_every_step(tmp_path, replace_rows, "before"))

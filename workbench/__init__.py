@@ -78,6 +78,27 @@ __all__ = [
     "top_experts",
 ]
 
+_HAS = f"it has {', '.join(__all__)}"
+_MODEL = "use wb.load('nano'), wb.load(FOLDER) or wb.load('openai/gpt-oss-20b'), a TransformerLens HookedRootModule"
+# what users of other libraries look for
+_INSTEAD = dict.fromkeys(
+    ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM", "GptOss", "from_pretrained", "load_model"),
+    _MODEL,
+) | {
+    "patching": "use transformer_lens.patching with a model of wb.load, or wb.experiments.patching",
+    "utils": "use transformer_lens.utilities, or workbench.hooks.names.full_name(('resid_post', 3), n_layers)",
+    "test_prompt": "use transformer_lens.utilities.test_prompt(prompt, answer, model)",
+    "get_act_name": "use workbench.hooks.names.full_name(('resid_post', 3), n_layers)",
+    "generate": "use model.generate(prompts)",
+    "render": "use wb.harmony.render(messages, effort=…, tokenizer=model.tokenizer)",
+    "tokenizer": "use wb.harmony.tokenizer() or model.tokenizer",
+    "open_zarr": "use wb.open_run(path)",
+    "open_dataset": "use wb.open_run(path).dataset",
+    "interventions": "use wb.hooks.interventions",
+    "forbid": "use wb.hooks.interventions.forbid",
+    "steer": "use wb.hooks.interventions.steer",
+}
+
 
 class _LinkedPackage(types.ModuleType):
     """A package without an `__init__.py`, whose modules are imported when they are accessed."""
@@ -104,7 +125,7 @@ def __getattr__(name: str) -> Any:
         return package
     if name in (*_PACKAGES, "runs", "model"):
         return importlib.import_module(f"workbench.{name}")
-    raise AttributeError(f"module 'workbench' has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise AttributeError(f"module 'workbench' has no attribute {name!r}; {_INSTEAD.get(name, _HAS)}")
 
 
 def __dir__() -> list[str]:

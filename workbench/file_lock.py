@@ -142,7 +142,9 @@ class FileLock:
         """Remove the file while it is locked, then unlock it."""
         if self._descriptor is None:
             return
-        with suppress(FileNotFoundError):
-            self.path.unlink()
-        os.close(self._descriptor)
-        self._descriptor = None
+        try:
+            with suppress(FileNotFoundError):
+                self.path.unlink()
+        finally:  # Ctrl-C here must not leave the file locked for as long as the process lives
+            os.close(self._descriptor)
+            self._descriptor = None

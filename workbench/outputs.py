@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import stat
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,6 +28,7 @@ from workbench.file_lock import FileLock
 
 MARKER = ".workbench"
 _STAGING = ".staging"
+_REPLACED = ".replaced"
 _MAX_MARKER_BYTES = 64 * 2**20
 
 Owned = Callable[[Path], bool]
@@ -147,12 +147,12 @@ def staged(
     """
     inputs = list(inputs)
     path = check_output(out, command=command, inputs=inputs, overwrite=overwrite, owned=owned)
-    with made_parents(path), FileLock(path), _staging(path) as folder:
+    with made_parents(path), FileLock(path), staging_folder(path) as folder:
         check_output(path, command=command, inputs=inputs, overwrite=overwrite, owned=owned)  # another may have ended
         part = folder / path.name
         try:
             yield part
-            _publish(part, path, folder / ".replaced", command, mark=owned is None)
+            _publish(part, path, folder, command, mark=owned is None)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -172,38 +172,59 @@ def made_parents(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _staging(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside a locked path; those that killed processes left are removed."""
+def staging_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside a locked path; those that killed processes left are removed.
+
+    What such a process had set aside, to replace it, is moved back if nothing has its name.
+    """
     for entry in list(path.parent.iterdir()):
         if entry.name.startswith(f".{path.name}.") and entry.name.endswith(_STAGING) and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_STAGING, dir=path.parent))
+            _remove_staging(entry, path)
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_STAGING}")
     try:
+        folder.mkdir(mode=0o700)
         yield folder
     finally:
+        _remove_staging(folder, path)
+
+
+def _remove_staging(folder: Path, path: Path) -> None:
+    """Remove a staging folder. Ctrl-C in the meantime is raised afterwards. What was to be replaced is moved back."""
+    try:
+        if os.path.lexists(folder / _REPLACED) and not os.path.lexists(path):  # ended between two renames
+            os.rename(folder / _REPLACED, path)
         shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        _remove_staging(folder, path)
+        raise
 
 
-def _publish(part: Path, path: Path, replaced: Path, command: str, *, mark: bool) -> None:
+def _publish(part: Path, path: Path, staging: Path, command: str, *, mark: bool) -> None:
     """Rename what was staged to its destination. The marker first lists the old and the new content."""
     marker = path.with_name(f".{path.name}{MARKER}")
     if part.is_dir():
         if mark:
-            write_marker(part / MARKER, {str(key): (command, digest) for key, digest in _contents(part).items()})
-        if os.path.lexists(path):
-            os.rename(path, replaced)
-        os.rename(part, path)
+            files = {str(key): (command, digest) for key, digest in _contents(part).items()}
+            _write_marker(part / MARKER, files, staging)
+        replace_folder(part, path, staging)
         return
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     if path.is_dir():
-        os.rename(path, replaced)
+        os.rename(path, staging / _REPLACED)
     digest = sha256(part)
     if mark:
-        write_marker(marker, {path.name: (command, digest)}, also=True)
+        _write_marker(marker, {path.name: (command, digest)}, staging, also=True)
     os.replace(part, path)
     if mark:
-        write_marker(marker, {path.name: (command, digest)})
+        _write_marker(marker, {path.name: (command, digest)}, staging)
+
+
+def replace_folder(part: Path, path: Path, staging: Path) -> None:
+    """Rename a folder to a path. What was there is set aside in the staging folder, whose removal removes it."""
+    if os.path.lexists(path):
+        os.rename(path, staging / _REPLACED)
+    os.rename(part, path)
 
 
 def write_files(
@@ -227,7 +248,7 @@ def write_files(
     out = check_folder(out_dir, inputs=inputs)
     with made_parents(out / "file"):
         listing = _listing(out, marker)
-        with FileLock(listing), _staging(out / MARKER) as staging:
+        with FileLock(listing), staging_folder(out / MARKER) as staging:
             known = read_marker(listing)
             for name in files:
                 _check_file(out / name, command, known, inputs, overwrite)
@@ -236,10 +257,10 @@ def write_files(
                 data = content.encode() if isinstance(content, str) else content
                 (staging / name).write_bytes(data)
                 listed[name] = (command, hashlib.sha256(data).hexdigest())
-            write_marker(listing, listed, also=True)
+            _write_marker(listing, listed, staging, also=True)
             for name in files:
                 os.replace(staging / name, out / name)
-            write_marker(listing, listed)
+            _write_marker(listing, listed, staging)
     return [out / name for name in files]
 
 
@@ -354,15 +375,11 @@ def read_marker(path: Path) -> dict[str, list[tuple[str, str]]]:
         return {}
 
 
-def write_marker(path: Path, files: Mapping[str, tuple[str, str]], *, also: bool = False) -> None:
-    """Add files to a marker, instead of what it lists of them; also: beside it."""
+def _write_marker(path: Path, files: Mapping[str, tuple[str, str]], staging: Path, *, also: bool = False) -> None:
+    """Add files to a marker, instead of what it lists of them; also: beside it. It is written in `staging` first."""
     listed = read_marker(path)
     for name, entry in files.items():
         listed[name] = [*listed.get(name, []), entry] if also else [entry]
-    staging = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(staging, "x", encoding="utf-8") as file:
-            json.dump({"files": listed}, file, indent=1)
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
+    part = staging / f"marker.{uuid.uuid4().hex}"
+    part.write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
+    os.replace(part, path)

@@ -93,12 +93,14 @@ class RowOutput:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            with suppress(OSError):  # what could not be written cannot be flushed either
-                self._file.close()
-            self._file = None
+        try:
+            if self._file is not None:
+                with suppress(OSError):  # what could not be written cannot be flushed either
+                    self._file.close()
+                self._file = None
             self._part.unlink(missing_ok=True)
-        self._lock.release()
+        finally:
+            self._lock.release()
 
     def _read_existing(self) -> None:
         rows, end = _read(self.path)

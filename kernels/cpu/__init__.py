@@ -76,6 +76,23 @@ def compiled(*tensors: Tensor | None) -> ModuleType | None:
     return importlib.import_module("workbench.kernels.cpu.products")
 
 
+@functools.cache
+def _widens() -> bool:
+    """Return whether products of bfloat16 are faster in float32 on this processor; asked once a process."""
+    return not importlib.import_module("workbench.kernels.cpu.loops").multiplies_bfloat16()
+
+
+def product_dtype(x: Tensor, *tensors: Tensor | None) -> torch.dtype:
+    """Return the dtype in which to multiply many rows x [... d] by matrices: float32 or the dtype of x.
+
+    Where the processor multiplies bfloat16 slowly, values of bfloat16 are widened: their products are exact in float32,
+    in which both ways add them up. Measured, one thread (Emerald Rapids without AMX), 512 rows times 5760 × 2880:
+    86 GFLOP/s in bfloat16, 155 in float32.
+    """
+    wide = x.dtype == torch.bfloat16 and compiled(x, *tensors) is not None and _widens()
+    return torch.float32 if wide else x.dtype
+
+
 def few_rows(x: Tensor, *tensors: Tensor | None) -> ModuleType | None:
     """Return `workbench.kernels.cpu.layer` if x [... d] is a few rows of bfloat16 and all tensors can be used."""
     few = x.dtype == torch.bfloat16 and 0 < x.numel() <= FEW_ROWS * x.shape[-1]

@@ -15,7 +15,7 @@ Measured, one thread (Zen 4, in cache): 25 · 10^9 values of MXFP4 a second with
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import njit, types
@@ -72,16 +72,26 @@ def _function(b: Builder, name: str, returns: Any, *arguments: Any) -> Any:
 
 def _permuted(b: Builder, packed: Value, scale: Value) -> tuple[Value, Value]:
     """Return the values in the low and in the high halves of 16 bytes, times the scale, by AVX-512's permutation."""
-    table = ir.Constant(_floats, [ir.Constant(_f32, sign * value) for sign in (1, -1) for value in E2M1])
-    scaled = b.fmul(table, _broadcast(b, scale))
+    return _permute(b, packed, b.fmul(_all_values(), _broadcast(b, scale)))
+
+
+def _all_values() -> Value:
+    return ir.Constant(_floats, [ir.Constant(_f32, sign * value) for sign in (1, -1) for value in E2M1])
+
+
+def _permute(b: Builder, packed: Value, table: Value) -> tuple[Value, Value]:
     permute = _function(b, "llvm.x86.avx512.permvar.sf.512", _floats, _floats, _ints)  # reads four bits of an index
     index = b.zext(packed, _ints)
-    return b.call(permute, [scaled, index]), b.call(permute, [scaled, b.lshr(index, _repeat(_ints, 4))])
+    return b.call(permute, [table, index]), b.call(permute, [table, b.lshr(index, _repeat(_ints, 4))])
 
 
 def _converted(b: Builder, packed: Value, scale: Value) -> tuple[Value, Value]:
     """Return the same as `_permuted` by conversion from float16, on any processor that has it."""
-    wide, factor = b.zext(packed, _words), _broadcast(b, scale)
+    return _convert(b, packed, _broadcast(b, scale))
+
+
+def _convert(b: Builder, packed: Value, factor: Value) -> tuple[Value, Value]:
+    wide = b.zext(packed, _words)
 
     def values(sign_shift: int, magnitude_shift: int) -> Value:
         sign = b.and_(b.shl(wide, _repeat(_words, sign_shift)), _repeat(_words, 0x8000))
@@ -111,6 +121,24 @@ def instructions() -> str | None:
     if "+avx512f" in features:
         return "AVX-512"
     return "AVX2" if {"+avx2", "+fma", "+f16c"} <= set(features) else None
+
+
+def _processor() -> tuple[str, str, str]:
+    """Return the triple, the name and the features of the processor that numba compiles for."""
+    return cpu_target.target_context.codegen().magic_tuple()
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether this processor multiplies matrices of bfloat16 faster than matrices of float32.
+
+    It does with AMX, with AVX-512 of AMD and with arm64's own instructions, where torch uses these. The AVX-512
+    instructions of Intel for bfloat16 are slower than those for float32, and other processors have none.
+    """
+    triple, processor, features = _processor()
+    instructions = set(features.split(","))
+    if triple.startswith(("aarch64", "arm64")):
+        return "+bf16" in instructions and "darwin" not in triple and "apple" not in triple
+    return "+amx-bf16" in instructions or ("+avx512bf16" in instructions and processor.startswith("znver"))
 
 
 _Pair = tuple[Value, Value]
@@ -216,6 +244,66 @@ def _unpack_group(typingctx, source, group, result):
         return context.get_dummy_value()
 
     return types.void(types.UniTuple(types.int64, 3), types.int64, types.int64), generate
+
+
+def _transposed(b: Builder, rows: list[Value]) -> list[Value]:
+    """Return the columns of n rows of n values: rows n / 2 apart are interleaved, log2(n) times."""
+    n = len(rows)
+    kind = ir.VectorType(_i32, n)
+    orders = [ir.Constant(kind, [start + m // 2 + n * (m % 2) for m in range(n)]) for start in (0, n // 2)]
+    for _ in range(n.bit_length() - 1):
+        rows = [b.shuffle_vector(rows[m // 2], rows[m // 2 + n // 2], orders[m % 2]) for m in range(n)]
+    return rows
+
+
+@intrinsic
+def _unpack_tile(typingctx, source, groups, group, result, stride):
+    """Write a group of each of 16 outputs as float32: a row of the result for each input, `stride` bytes apart."""
+
+    def generate(context, b, signature, arguments):
+        source, groups, group, result, stride = arguments
+        blocks, scales, table = cgutils.unpack_tuple(b, source, 3)
+        factors, rows = ir.Constant(_floats, ir.Undefined), []
+        for output in range(LANES):
+            at = b.add(b.mul(_int(output), groups), group)
+            rows.append(_load(b, _bytes, blocks, b.mul(at, _int(LANES))))
+            exponent = b.zext(_load(b, _i8, scales, at), _i64)
+            factor = _load(b, _f32, table, b.mul(exponent, _int(4)))
+            factors = b.insert_element(factors, factor, ir.Constant(_i32, output))
+        for position, packed in enumerate(_transposed(b, rows)):
+            if _wide_registers(context):
+                values = [b.fmul(part, factors) for part in _permute(b, packed, _all_values())]
+            else:
+                values = list(_convert(b, packed, factors))
+            for half, part in enumerate(values):
+                at = b.mul(stride, _int(2 * position + half))
+                b.store(part, _pointer(b, _floats, result, at), align=1)
+        return context.get_dummy_value()
+
+    size = types.int64
+    return types.void(types.UniTuple(size, 3), size, size, size, size), generate
+
+
+@intrinsic
+def _widen_tile(typingctx, source, inputs, result, stride):
+    """Write 16 inputs of 16 outputs of a bfloat16 matrix as float32: a row of the result for each input."""
+
+    def generate(context, b, signature, arguments):
+        source, inputs, result, stride = arguments
+        half, together = LANES // 2, ir.Constant(_ints, list(range(LANES)))
+        kind = ir.VectorType(_i16, half)
+
+        def columns(first_output: int, first_input: int) -> list[Value]:
+            at = [b.mul(inputs, _int(2 * (first_output + output))) for output in range(half)]
+            return _transposed(b, [_load(b, kind, source, offset, _int(2 * first_input)) for offset in at])
+
+        for first in (0, half):  # squares of 8: shuffles of half registers are faster
+            for position, pair in enumerate(zip(columns(0, first), columns(half, first), strict=True), first):
+                bits = b.shl(b.zext(b.shuffle_vector(*pair, together), _ints), _repeat(_ints, 16))
+                b.store(bits, _pointer(b, _ints, result, b.mul(stride, _int(position))), align=1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
 
 
 @intrinsic
@@ -376,8 +464,34 @@ def _unpack_groups(blocks, scales, table, groups, results):
         _unpack_group((blocks, scales, table), group, results)
 
 
-def compile_all() -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
-    """Return the compiled `_dense_rows`, `_expert_rows` and `_unpack_groups`: from the cache on disk if it has them."""
+def _unpack_columns(blocks, scales, table, groups, outputs, results):
+    """Write a matrix of MXFP4 [outputs, groups] as float32 [32 · groups, outputs], where LANES divides the outputs."""
+    for output in range(0, outputs, LANES):
+        source = (blocks + output * groups * LANES, scales + output * groups, table)
+        for group in range(groups):
+            _unpack_tile(source, groups, group, results + 4 * (group * GROUP * outputs + output), 4 * outputs)
+
+
+def _widen_columns(matrix, inputs, outputs, results):
+    """Write a bfloat16 matrix [outputs, inputs] as float32 [inputs, outputs], where LANES divides both."""
+    for output in range(0, outputs, LANES):
+        for start in range(0, inputs, LANES):
+            source = matrix + 2 * (output * inputs + start)
+            _widen_tile(source, inputs, results + 4 * (start * outputs + output), 4 * outputs)
+
+
+class Loops(NamedTuple):
+    """The compiled loops of this module."""
+
+    dense_rows: Callable[..., None]
+    expert_rows: Callable[..., None]
+    unpack_groups: Callable[..., None]
+    unpack_columns: Callable[..., None]
+    widen_columns: Callable[..., None]
+
+
+def compile_all() -> Loops:
+    """Return the compiled loops: from the cache on disk if it has them."""
 
     def compiled(loop: Callable[..., None], arguments: int) -> Callable[..., None]:
         signature = types.void(*[types.int64] * arguments)
@@ -386,4 +500,10 @@ def compile_all() -> tuple[Callable[..., None], Callable[..., None], Callable[..
         except (RuntimeError, OSError):  # no folder for the cache can be written
             return njit(signature, nogil=True)(loop)
 
-    return compiled(_dense_rows, 8), compiled(_expert_rows, 17), compiled(_unpack_groups, 5)
+    return Loops(
+        compiled(_dense_rows, 8),
+        compiled(_expert_rows, 17),
+        compiled(_unpack_groups, 5),
+        compiled(_unpack_columns, 6),
+        compiled(_widen_columns, 4),
+    )

@@ -11,12 +11,14 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import panel as pn
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import workbench as wb
 from tests.cli.checks import Checked, limits
 from tests.cli.damaged_files import damaged_bytes
 from tests.cli.fuzzing import cases
@@ -31,6 +33,11 @@ from workbench.dashboards.study_jobs import Answer, StudyJobs
 from workbench.errors import InputError
 from workbench.harmony.hosts import answers
 from workbench.harmony.hosts.answers import NoAnswerError
+from workbench.live.app import address_of_recipe, recipe_of_address
+from workbench.live.model_server import Limits, ModelServer
+from workbench.live.page import LivePage
+from workbench.research.intervention import Intervention, Scope
+from workbench.research.recipe import Recipe
 from workbench.studies import expert_labels
 from workbench.studies.result import save
 
@@ -267,6 +274,76 @@ def test_addresses_of_pages(workplace: Path, monkeypatch: pytest.MonkeyPatch, lo
         check()
     finally:
         registry.jobs.close()
+
+
+SCOPE = Scope(channel=("analysis",), stop=9)
+RECIPE = Recipe(
+    user="2+2=",
+    history=(("1+1=", "2"),),
+    max_new_tokens=2,
+    interventions=(
+        Intervention("forbid", cells=((1, 2), (1, 3)), scope=SCOPE),
+        Intervention("steer", layers=(1,), strength=2.0),
+        Intervention("patch", layers=(0,), source="3+3=", source_effort="high"),
+        Intervention("knockout", layers=(0, 1), heads=(0,), keys=SCOPE),
+    ),
+)
+
+
+def page_of_address(text: str, server: ModelServer) -> bool:
+    """Show the live page of a recipe in an address and check it; returns whether the recipe was accepted."""
+    recipe, problem = recipe_of_address(text, server)
+    assert "\n" not in problem
+    shown = LivePage(server, recipe, "light", lambda recipe: None, problem)
+    try:
+        texts = [
+            pane for part in shown.main() for pane in part.select() if isinstance(pane, pn.pane.markup.HTMLBasePane)
+        ]
+        assert not [pane.object for pane in texts if MARK in str(pane.object)], text
+        address = parse_qs(address_of_recipe(recipe, "dark"), keep_blank_values=True)
+        assert problem or recipe_of_address(address.get("recipe", [""])[0], server) == (recipe, "")
+        with contextlib.suppress(InputError):  # a field that the model lacks, named when it is run
+            shown.recipe()
+    finally:
+        shown.viewer.leave()
+    return not problem
+
+
+def test_recipes_in_an_address(long: bool) -> None:
+    """The live page shows the recipe of its address, or what is wrong with it, and never ends by it."""
+    server = ModelServer(wb.load("nano"), "nano", Limits())
+    document = json.loads(RECIPE.to_json())
+    assert page_of_address(RECIPE.to_json(), server)
+    accepted = 0
+
+    @cases(QUICK, long=long)
+    @given(changes(), changes(), st.sampled_from(range(4)), damaged_bytes())
+    def check(
+        first: Callable[[Any], Any], second: Callable[[Any], Any], kind: int, damage: Callable[[bytes], bytes]
+    ) -> None:
+        nonlocal accepted
+        content = json.dumps(second(first(document)) if kind == 1 else first(document)).encode()
+        text = (damage(content) if kind == 2 else content).decode("utf-8", "replace")
+        with limits():
+            accepted += page_of_address(text, server)
+
+    try:
+        check()
+    finally:
+        server.close()
+    assert accepted, "no recipe was one"
+
+
+def test_a_recipe_that_ends_the_page_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: half a surrogate pair, which a reader accepted and no address can hold."""
+    server = ModelServer(wb.load("nano"), "nano", Limits())
+    try:
+        assert not page_of_address('{"recipe": 1, "user": "\\ud800"}', server)
+        monkeypatch.setattr("workbench.live.app.Recipe.from_json", lambda text: Recipe(user="\ud800"))
+        with pytest.raises(UnicodeEncodeError):
+            page_of_address("{}", server)
+    finally:
+        server.close()
 
 
 LABELS = [{"layer": 0, "expert": n, "label": "digits", "automatic": "0 1 2", "score": 0.5} for n in range(3)]

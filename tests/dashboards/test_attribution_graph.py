@@ -48,11 +48,20 @@ def test_nodes_come_by_influence_and_edges_by_weight() -> None:
     assert drawn["left_out"] == [0, 0]
 
 
-def test_the_influence_of_circuit_tracer_is_cumulative() -> None:
+def test_the_influence_in_the_format_is_cumulative() -> None:
     """There a node's number is the share that is reached with it: the strongest node has the smallest."""
-    drawn = attribution_graph.graph_data(graph(scan="gemma-2-2b"))
-    inner = [node["id"] for node in drawn["nodes"] if node["kind"] in ("expert", "head", "embedding")]
-    assert inner == ["E_1_0", "1_2_1", "0_9_1"]
+    content = graph(scan="gemma-2-2b")
+    for node, reached in zip(content["nodes"], (0.5, 0.9, 0.8, None, None), strict=True):
+        node["influence"] = reached
+    own = {node["id"]: node["influence"] for node in attribution_graph.graph_data(content)["nodes"]}
+    assert own == pytest.approx({"E_1_0": 0.5, "1_2_1": 0.3, "0_9_1": 0.1, "3_7_1": 0, "2_-1_1": 0})
+    marked = content | {"metadata": content["metadata"] | {"scan": "gpt-oss"}}
+    marked["metadata"]["info"] = {"influence": "cumulative", "total_influence": 2.0}
+    doubled = {node["id"]: node["influence"] for node in attribution_graph.graph_data(marked)["nodes"]}
+    assert doubled == pytest.approx({name: 2 * share for name, share in own.items()})
+    del marked["metadata"]["info"]["influence"]  # the negative control: a file of earlier versions has the node's own
+    earlier = {node["id"]: node["influence"] for node in attribution_graph.graph_data(marked)["nodes"]}
+    assert earlier["0_9_1"] == 0.9
 
 
 def test_what_is_left_out_of_a_large_graph_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

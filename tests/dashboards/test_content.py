@@ -1,6 +1,5 @@
 """What pages say is what the run holds; no widget, no browser."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +14,7 @@ import xarray as xr
 import workbench as wb
 from tests.cli.running import run_command
 from tests.conftest import DATA
-from tests.runs.conftest import LENGTHS, job, write_unit
-from workbench.capture.plan import plan_units
+from tests.runs.forging import write_hostile_run
 from workbench.dashboards import content
 from workbench.dashboards.app import notebook
 from workbench.dashboards.pages import made, page_titles
@@ -25,7 +23,6 @@ from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS, ROLES
 from workbench.runs import Run
-from workbench.runs.writer import open_writer
 
 
 @pytest.fixture(scope="module")
@@ -133,29 +130,7 @@ EVIL = "</script><img src=x onerror=alert(1)>"
 def evil_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of which every text is hostile: of sequences, messages, checkpoint and provenance, and its name."""
     path = tmp_path_factory.mktemp("evil") / "<img src=x onerror=alert(1)>.zarr"
-    layout = plan_units(LENGTHS, 1024)
-    wanted = job(layout)
-    n = len(LENGTHS)
-    sequences = wanted["sequences"]
-    meta = json.dumps({"task": EVIL, "domain": EVIL, EVIL: EVIL})
-    wanted["sequences"] = sequences.assign(
-        id=[f"{EVIL}{i}" for i in range(n)],
-        prompt_id=[f"{EVIL}{p}" for p in sequences["prompt_id"]],
-        answer=EVIL,
-        meta=[meta] * n,
-        notes=EVIL,
-    )
-    columns = ("role", "author", "channel", "recipient", "content_type", "closed_by", "flags")
-    wanted["messages"] = wanted["messages"].assign(content=0, stop=1, **dict.fromkeys(columns, EVIL))
-    wanted["checkpoint"] = {"digest": EVIL, "name": EVIL}
-    wanted["model"] = wanted["model"] | {"model_type": EVIL, "name": EVIL}
-    software = {"workbench": EVIL, EVIL: EVIL}
-    told = {"command": EVIL, "started": EVIL, "host": EVIL, "software": software, "device": EVIL, "harmony": EVIL}
-    wanted["provenance"] |= told | {"rejects": [{"line": 1, "id": EVIL, "reason": EVIL}]}
-    with open_writer(path, **wanted) as writer:
-        for index in writer.pending():
-            write_unit(writer, index)
-        writer.finish()
+    write_hostile_run(path, EVIL)
     return path
 
 

@@ -1,5 +1,7 @@
 """Circuits of two channels are compared prompt by prompt, and equal ones are found equal."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tests.conftest import DATA
 from workbench.errors import InputError
 from workbench.experiments import circuits
 from workbench.experiments.from_run import transcripts
+from workbench.figures import default
 from workbench.model.transformer import GptOss
 
 
@@ -78,6 +81,35 @@ def test_pairs_of_different_prompts_are_the_null(pairs: list[dict[str, circuits.
     assert max(p) > 0.2
 
 
+def _of_tasks(pairs: list, tasks: list[str]) -> list:
+    """Return the pairs with other tasks in their metadata."""
+    return [
+        {c: replace(one, metadata=one.metadata | {"task": task}) for c, one in pair.items()}
+        for pair, task in zip(pairs, tasks, strict=True)
+    ]
+
+
+def test_other_prompts_are_those_of_the_same_task(pairs: list[dict[str, circuits.AttributionGraph]]) -> None:
+    """Two tasks of one circuit each: prompts are alike because of the task, which is not evidence of the prompt."""
+    name, half = "same prompt less other pairs", len(pairs) // 2
+    tasks = ["first"] * half + ["second"] * (len(pairs) - half)
+    first, second = (
+        pairs[0],
+        next(p for p in pairs if circuits._edges(p["final"]) != circuits._edges(pairs[0]["final"])),
+    )
+    planted = [{c: one["final"] for c in circuits.CHANNELS} for one in [first] * half + [second] * (len(pairs) - half)]
+    within = circuits.similarity(_of_tasks(planted, tasks)).loc[name]
+    assert within["cosine"] == pytest.approx(0, abs=1e-12)
+    assert within["p"] > 0.9
+    pooled = circuits.similarity(_of_tasks(planted, ["all"] * len(pairs))).loc[name]
+    assert pooled["low"] > 0, "the negative control: without tasks the task counts as the prompt"
+    assert pooled["p"] < 0.001
+    alone = circuits.similarity(_of_tasks(pairs, ["same"] * 4 + [str(i) for i in range(len(pairs) - 4)]))
+    assert alone.loc[name, "prompts"] == 4
+    assert np.isnan(alone.loc[name, "cosine"])
+    assert alone.loc["same prompt", "prompts"] == len(pairs)
+
+
 def test_the_experiment_gives_what_its_parts_give(model: GptOss, monkeypatch: pytest.MonkeyPatch, pairs: list) -> None:
     monkeypatch.setattr(circuits, "paired_graphs", lambda *_, **__: pairs)
     result = circuits.experiment(model, [])
@@ -85,7 +117,9 @@ def test_the_experiment_gives_what_its_parts_give(model: GptOss, monkeypatch: py
     assert result["edges"].attrs["edges_in_all"] == len(table)
     assert float(result["edges"]["q"].min()) == pytest.approx(table["q"].min())
     assert result["similarity"]["cosine"].values.tolist() == pytest.approx(alike["cosine"].tolist())
-    assert "less alike than" in result["similarity"].attrs["summary"]
+    assert result["similarity"].attrs["summary"].count("of the same task") == 1
+    drawn = default.gallery(result)["similarity_cosine"].draw()
+    assert drawn.data[0].error_x.array is not None or drawn.data[0].error_x.arrayminus is not None, "with intervals"
     equal = [{"analysis": pair["final"], "final": pair["final"]} for pair in pairs]
     monkeypatch.setattr(circuits, "paired_graphs", lambda *_, **__: equal)
     control = circuits.experiment(model, [])

@@ -71,6 +71,7 @@ def test_the_expert_that_carries_a_layer_is_found(nano: GptOss, rows: list[Trans
     np.testing.assert_array_equal(np.delete(estimates[:, LAYER], EXPERT, 1), 0)
     np.testing.assert_allclose(values[1:], values[0], atol=1e-4, err_msg="the negative control: silent experts")
     assert "more than controls" in result.attrs["summary"]
+    assert result.attrs["prompts"] == 7, "the prompts that were measured, not those of the screening"
     assert all(item.draw().data for item in figures.gallery({"experts": result}).values())
 
 

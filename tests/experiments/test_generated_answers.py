@@ -87,6 +87,17 @@ def test_gates_times_one_change_nothing_and_every_measure_has_its_zero(nano: Gpt
     assert by_name["routing flips"].mean() > 0
 
 
+def test_analysis_that_does_not_end_is_counted_to_the_last_token(nano: GptOss) -> None:
+    """Negative control: a message that is cut off has no stop token, whose position −1 would make the number wrong."""
+    row = next(r for r in transcripts(wb.open_run(DATA / "demo.zarr")) if r.id == "product-00/high/0")
+    (cut,) = generate_answers(nano, [row], max_new_tokens=7)
+    assert cut.text is None
+    assert cut.analysis_tokens == 7 - 3, "channel mark, channel and message mark are no content"
+    (answer,) = generate_answers(nano, [row], max_new_tokens=100)
+    analysis = nano.tokenizer.decode(answer.ids).split("<|message|>")[1].split("<|end|>")[0]
+    assert answer.analysis_tokens == len(nano.tokenizer.encode(analysis))
+
+
 def test_refusals_and_divergence_are_counted(nano: GptOss) -> None:
     assert answer_measures._common([1, 2, 3], [1, 2, 4]) == 2
     assert answer_measures._common([1, 2], [1, 2, 4]) == 2

@@ -1,6 +1,7 @@
 """Graphs are faithful: their nodes matter more than others that write as much, and alone they keep the answer."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from workbench.hooks.sae import SAE, SAEConfig
 from workbench.kernels.moe import swiglu
 from workbench.model.transformer import GptOss
 
+FEW = pytest.mark.filterwarnings("ignore:only .* prompts")  # --long has 50
+
 
 @pytest.fixture(scope="module")
 def model() -> GptOss:
@@ -25,8 +28,12 @@ def model() -> GptOss:
 def sequences(model: GptOss, long: bool) -> list[list[int]]:
     """The start of an analysis, up to the first product's result, of several prompts."""
     prompts = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
-    chosen = [p for p in prompts if p["meta"]["task"] == "product" and p["meta"]["turns"] == 1][: 50 if long else 4]
-    rendered = [wb.harmony.render(p["messages"], effort="high", tokenizer=model.tokenizer) for p in chosen]
+    bundled = [p["messages"] for p in prompts if p["meta"]["task"] == "product" and p["meta"]["turns"] == 1]
+    numbers = random.Random(0).sample(range(11, 100), 80)
+    others = [[{"role": "user", "content": f"{a}*{b}"}] for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+    chosen = [*bundled, *others][: 50 if long else 6]
+    assert len(chosen) == (50 if long else 6)
+    rendered = [wb.harmony.render(messages, effort="high", tokenizer=model.tokenizer) for messages in chosen]
     return [
         [*ids, *answer[:7]] for ids, answer in zip(rendered, model.generate(rendered, max_new_tokens=7), strict=True)
     ]
@@ -37,24 +44,35 @@ def graphs(model: GptOss, sequences: list[list[int]]) -> list[AttributionGraph]:
     return [graph(model, ids) for ids in sequences]
 
 
+@FEW
 def test_influential_nodes_matter_more_than_random_ones_that_write_as_much(
-    model: GptOss, graphs: list[AttributionGraph]
+    model: GptOss, graphs: list[AttributionGraph], long: bool
 ) -> None:
-    left, random = [], []
-    for one in graphs:
-        table = graph_checks.faithfulness(model, one, sizes=(8,), draws=2)
-        left.append(table["kept"].iloc[0])
-        random.append(table["random"].iloc[0])
+    """For each number of nodes, with intervals over prompts; random nodes in place of the top ones fail."""
+    sizes = (1, 2, 4, 8, 16) if long else (8,)
+    tables = [graph_checks.faithfulness(model, one, sizes=sizes, draws=2) for one in graphs]
+    curve = graph_checks.over_prompts(tables)
     print(
-        f"8 nodes of each of {len(graphs)} graphs: {np.mean(left):.2f} of the logit is left, "
-        f"{np.mean(random):.2f} at random"
+        f"The logit without the most influential nodes, {len(graphs)} prompts:\n{curve.round(2).to_string(index=False)}"
     )
-    assert np.mean(left) < 0.5
-    assert np.mean(random) > 0.8
+    row = curve.set_index("nodes").loc[8]
+    assert row["prompts"] == len(graphs)
+    assert row["kept_high"] < 0.6
+    assert row["random_low"] > 0.6
+    assert (curve["difference_low"] > 0).all()
+    others = [graph_checks.faithfulness(model, one, sizes=(8,), draws=2, seed=1)["random"] for one in graphs]
+    own = [table[table["nodes"] == 8].reset_index(drop=True) for table in tables]
+    control = graph_checks.over_prompts(
+        [table.assign(**{"kept": shares}) for table, shares in zip(own, others, strict=True)]
+    )
+    assert (control["difference_low"] <= 0).all(), "the negative control: random nodes matter no more than random ones"
+    with pytest.raises(InputError, match="at least 5 tables"):
+        graph_checks.over_prompts(tables[:4])
 
 
+@FEW
 def test_the_graph_alone_keeps_the_answer(
-    model: GptOss, graphs: list[AttributionGraph], sequences: list[list[int]]
+    model: GptOss, graphs: list[AttributionGraph], sequences: list[list[int]], long: bool
 ) -> None:
     means = graph_checks.mean_activations(model, sequences)
     alone = [graph_checks.kept_alone(model, one, means) for one in graphs]
@@ -62,6 +80,12 @@ def test_the_graph_alone_keeps_the_answer(
     print(f"{np.mean([a['on_top'] for a in alone]):.0%} keep the answer with {np.mean(sizes):.0%} of the nodes")
     assert np.mean([a["on_top"] for a in alone]) >= 0.8
     assert np.mean(sizes) < 0.1
+    curves = [graph_checks.kept_curve(model, one, means, (2, 4, 8, 16, 32) if long else (2, 16)) for one in graphs]
+    curve = graph_checks.over_prompts(curves)
+    print(f"The logit with the most influential nodes alone:\n{curve.round(2).to_string(index=False)}")
+    assert curve["kept"].iloc[-1] > curve["kept"].iloc[0], "more nodes keep more"
+    assert (curve["on_top_low"] >= 0).all()
+    assert curve["on_top_high"].between(curve["on_top"], 1).all()
     least = graphs[0].nodes.nsmallest(len(graphs[0].nodes) - 2, "influence")
     without = AttributionGraph(least, graphs[0].edges, graphs[0].tokens, graphs[0].texts, graphs[0].metadata)
     assert graph_checks.kept_alone(model, without, means)["kept"] < 0.7  # negative control: without the top nodes
@@ -91,6 +115,8 @@ def test_ablation_measures_what_a_pass_with_the_node_removed_gives(
     assert table["measured"].iloc[0] == pytest.approx(float(wanted), rel=1e-4)
     with pytest.raises(InputError, match="cannot be ablated"):
         graph_checks.ablate(model, one, [len(one.nodes) - 1])
+    with pytest.raises(InputError, match=f"rows 0 to {len(one.nodes) - 1}"):
+        graph_checks.ablate(model, one, [0, 9999])
 
 
 def test_an_edge_is_removed_from_what_its_target_reads(model: GptOss, graphs: list[AttributionGraph]) -> None:

@@ -5,22 +5,28 @@ Also tests `workbench.cli.graphs`.
 
 import gzip
 import json
+import shutil
 import socket
 import urllib.request
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import networkx as nx
 import pytest
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 from typer.testing import CliRunner
 
 import workbench as wb
+from tests.conftest import DATA
 from workbench.cli import app
 from workbench.errors import InputError
 from workbench.experiments import graph_details, graph_export
 from workbench.experiments.attribution_graph import AttributionGraph, graph
+from workbench.model.config import PUBLISHED
 from workbench.model.transformer import GptOss
 
 
@@ -34,6 +40,7 @@ class Metadata(BaseModel):
     prompt: str
     node_threshold: float | None
     schema_version: int | None
+    pruning_settings: dict[str, float]
 
 
 class QParams(BaseModel):
@@ -77,6 +84,73 @@ class File(BaseModel):
     links: list[Link]
 
 
+class NeuronpediaNode(BaseModel):
+    """What Neuronpedia's graph-schema.json asks of a node, at commit ebb8426."""
+
+    node_id: StrictStr
+    feature: StrictInt | None
+    layer: StrictStr | StrictInt
+    ctx_idx: StrictInt
+    feature_type: StrictStr
+    jsNodeId: StrictStr  # noqa: N815
+    clerp: StrictStr
+    influence: StrictFloat | None = None
+    activation: StrictFloat | None = None
+    token_prob: StrictFloat = 0.0  # not in the schema; its scores are weighted by that of the logits
+
+
+class Generator(BaseModel):
+    name: StrictStr
+    version: StrictStr
+
+
+class Info(BaseModel):
+    generator: Generator
+    description: StrictStr = ""
+    creator_name: StrictStr = ""
+    source_urls: list[str] = []
+
+
+class PruningSettings(BaseModel):
+    node_threshold: StrictFloat
+    edge_threshold: StrictFloat
+
+
+class NeuronpediaMetadata(BaseModel):
+    slug: str = Field(strict=True, pattern=r"^[a-zA-Z0-9_.-]+$")  # its upload refuses other characters
+    scan: str = Field(strict=True, pattern=r"^[a-zA-Z0-9_.-]+$")
+    prompt_tokens: list[StrictStr]
+    prompt: StrictStr
+    node_threshold: StrictFloat
+    info: Info
+    pruning_settings: PruningSettings
+
+
+class NeuronpediaFile(BaseModel):
+    metadata: NeuronpediaMetadata
+    qParams: QParams  # noqa: N815
+    nodes: list[NeuronpediaNode]
+    links: list[Link]
+
+
+def as_viewers_read(data: Mapping[str, Any], threshold: float | None = None) -> set[str]:
+    """Return the nodes that the viewers of circuit-tracer and Neuronpedia draw, as their scripts do.
+
+    Both show logits, embeddings and the nodes whose influence is at most the threshold, read the probability of a logit
+    from its label, and scale by the probabilities. They end with an error where this fails.
+    """
+    threshold = data["metadata"]["node_threshold"] if threshold is None else threshold
+    assert max(int(node["layer"]) for node in data["nodes"] if node["feature_type"] != "logit" and node["layer"] != "E")
+    for node in data["nodes"]:
+        if node["feature_type"] == "logit":
+            probability = float(node["clerp"].split("(p=")[1].split(")")[0])
+            assert probability == pytest.approx(node["token_prob"], abs=1e-3)
+            assert probability > 0
+    always = ("logit", "embedding")
+    shown = [n for n in data["nodes"] if n["feature_type"] in always or (n["influence"] or 0) <= threshold]
+    return {node["node_id"] for node in shown}
+
+
 @pytest.fixture(scope="module")
 def model() -> GptOss:
     return wb.load("nano", dtype=torch.float32, device="cpu")
@@ -103,8 +177,50 @@ def test_the_file_has_the_published_schema(model: GptOss, attributed: Attributio
     target = next(node for node in file.nodes if node.is_target_logit)
     into = sum(link.weight for link in file.links if link.target == target.node_id)
     assert into == pytest.approx(attributed.metadata["logit"], abs=0.5)
-    with pytest.raises(InputError, match="letters, digits"):
-        graph_export.to_json(model, attributed, "../x")
+    for asked in ({"slug": "../x"}, {"scan": "gpt oss"}):
+        with pytest.raises(InputError, match="letters, digits"):
+            graph_export.to_json(model, attributed, **asked)
+
+
+@pytest.mark.parametrize("damage", [None, ("clerp", 'logit of "6"'), ("feature", "7"), ("influence", "0.5")])
+def test_neuronpedia_takes_the_file(
+    model: GptOss, attributed: AttributionGraph, damage: tuple[str, str] | None, tmp_path: Path
+) -> None:
+    path = graph_export.write_json(model, attributed, tmp_path / "g.json")
+    data = json.loads(path.read_text())
+    if damage is not None:  # the negative controls
+        next(node for node in data["nodes"] if node["is_target_logit"])[damage[0]] = damage[1]
+        with pytest.raises((ValueError, IndexError)):
+            as_viewers_read(NeuronpediaFile.model_validate(data).model_dump())
+        return
+    assert as_viewers_read(NeuronpediaFile.model_validate(data).model_dump()) == {
+        node["node_id"] for node in data["nodes"]
+    }, "every node of the graph is drawn"
+    assert data["metadata"]["scan"] == "gpt-oss"
+    assert graph_export.to_json(model, attributed, scan="./data/pages")["metadata"]["scan"] == "./data/pages"
+
+
+def test_viewers_hide_the_least_influential_nodes_first(model: GptOss, attributed: AttributionGraph) -> None:
+    data = graph_export.to_json(model, attributed)
+    own = dict(zip([n["node_id"] for n in data["nodes"]], attributed.nodes["influence"], strict=False))
+    inner = attributed.nodes.index[~attributed.nodes["kind"].isin(("embedding", "target"))]
+    ids = [data["nodes"][i]["node_id"] for i in inner]
+    strongest = sorted(ids, key=lambda name: -own[name])[:3]
+    third = next(n["influence"] for n in data["nodes"] if n["node_id"] == strongest[-1])
+    assert as_viewers_read(data, third) & set(ids) == set(strongest)
+    shares = [node["influence"] for node in data["nodes"] if node["influence"] is not None]
+    assert max(shares) == pytest.approx(attributed.metadata["kept_influence"])
+    for node in data["nodes"]:  # the negative control: a node's own influence in place of the share reached with it
+        node["influence"] = own.get(node["node_id"])
+    assert not as_viewers_read(data, own[strongest[-1]] * 0.999) & set(strongest)
+
+
+def test_the_scan_is_that_of_neuronpedia_for_the_published_shapes(model: GptOss) -> None:
+    for size in ("20b", "120b"):
+        published = SimpleNamespace(cfg=PUBLISHED[size])
+        assert graph_export.scan_of(cast(GptOss, published)) == f"gpt-oss-{size}"
+    other = SimpleNamespace(cfg=replace(PUBLISHED["20b"], n_layers=2, windows=(None, 128)))
+    assert graph_export.scan_of(cast(GptOss, other)) == graph_export.scan_of(model) == "gpt-oss"
 
 
 def test_neurons_and_choices_are_exported(model: GptOss, attributed: AttributionGraph, tmp_path: Path) -> None:
@@ -167,6 +283,8 @@ def test_networkx_and_graphml(attributed: AttributionGraph, tmp_path: Path) -> N
         return sorted(nodes), sorted(edges)
 
     assert contents(again) == contents(out)
+    assert again.graph["kept_influence"] == pytest.approx(attributed.metadata["kept_influence"])
+    assert again.graph["prompt"] == "12+34="
     source, target, key = next(iter(again.edges(keys=True)))
     again.edges[source, target, key]["value"] += 1
     assert contents(again) != contents(out), "negative control: another weight"
@@ -191,12 +309,30 @@ def test_the_command(tmp_path: Path) -> None:
     assert "logits" in done.output
     File.model_validate_json(out.read_text())
     assert "by ablation" not in done.output
-    checked = CliRunner().invoke(app, [*arguments, "--overwrite", "--ablate", "2"])
+    assert "explained: token 6 of the answer" in done.output
+    assert "of what flows into them is no error" in done.output
+    checked = CliRunner().invoke(app, [*arguments, "--overwrite", "--ablate", "2", "--ablate-edges", "1"])
     assert checked.exit_code == 0, checked.output
     lines = [line for line in checked.output.splitlines() if "by ablation" in line]
-    assert [line.partition(", measured by")[0] in done.output for line in lines] == [True, True]
+    assert [line.partition(", measured by")[0] in done.output for line in lines] == [True, True, False]
+    assert [" → " in line for line in lines] == [False, False, True]
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, InputError)
     assert "exists" in str(again.exception)
     far = CliRunner().invoke(app, [*arguments[:-1], "999", "--overwrite"])
     assert "the model generated" in str(far.exception)
+
+
+def test_labels_of_a_run_name_its_experts(tmp_path: Path) -> None:
+    run, out = tmp_path / "r.zarr", tmp_path / "g.json"
+    shutil.copytree(DATA / "demo.zarr", run)
+    arguments = ["graph", "nano", "--prompt", "24*29", "--effort", "high", "--at", "6", "--labels", str(run)]
+    arguments += ["--out", str(out)]
+    refused = CliRunner().invoke(app, arguments)
+    assert f"workbench label {run}" in str(refused.exception)
+    (tmp_path / "r.zarr.labels.jsonl").write_text('{"layer": 3, "expert": 0, "label": "writes ="}\n')
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    names = {node["clerp"] for node in json.loads(out.read_text())["nodes"] if "expert" in node["clerp"]}
+    assert "layer 3 expert 0: writes =" in names
+    assert sum(": " in name for name in names) == 1, "the negative control: experts without a label"

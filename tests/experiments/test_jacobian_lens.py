@@ -1,5 +1,6 @@
 """The experiment of the Jacobian lens: a Jacobian planted in one group is found, and none where both have the same."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ def test_a_group_whose_jacobian_is_another_is_found(rows: list[Transcript]) -> N
     assert float(logit.sel(group="high").max()) < 1e-6, "a layer that writes nothing has a Jacobian of 1"
     assert float(logit.sel(group="low").min()) > 0.01
     assert lenses["divergence"].sel(lens="tuned lens").notnull().all()
-    assert "in 2 of 2 groups and layers" in comparisons.attrs["summary"]
+    for which in COMPARISONS[1:]:
+        assert (
+            f"{which}: nearer to the model's own prediction in 2 and farther in 0 of 2" in comparisons.attrs["summary"]
+        )
     assert list(gallery(result)) == ["lenses_high", "lenses_low", *(f"comparisons_{which}" for which in COMPARISONS)]
     assert all(item.draw().data and len(item.table()) for item in gallery(result).values())
 
@@ -111,11 +115,28 @@ def test_a_saved_lens_is_read_in_place_of_a_fit(rows: list[Transcript], tmp_path
     assert read["lenses"]["divergence"].sel(lens="Jacobian lens of the group").isnull().all()
     assert read["comparisons"]["change"].sel(which=COMPARISONS[0]).notnull().all()
     assert "all.pt, fitted to 10 prompts" in read["lenses"].attrs["summary"]
-    assert "own Jacobian" not in read["lenses"].attrs["summary"]
+    assert "group's" not in read["comparisons"].attrs["summary"]
     assert all(item.draw().data and len(item.table()) for item in gallery(read).values())
     for wrong in ({"save": str(folder)}, {"save": "x", "jacobian": str(folder / "all.pt")}):
         with pytest.raises(InputError, match=r"exists: choose a new folder|no Jacobian lens is fitted"):
             experiment(model, rows, tuned_steps=0, **wrong, **OPTIONS)
+
+
+@pytest.mark.parametrize("effort", ["../../outside", "a/b"])
+def test_an_effort_that_leads_out_of_the_folder_is_refused_before_the_fit(
+    effort: str, rows: list[Transcript], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The effort of a sequence, which names a file, is a text of a run that somebody else may have written."""
+    hostile = [replace(row, effort=effort) for row in rows]
+    monkeypatch.setattr(jacobian_lens, "fit_jacobian_lenses", None)
+    with pytest.raises(InputError, match="cannot be the name of a file"):
+        experiment(
+            model_that_writes(low=True, high=True), hostile, tuned_steps=0, save=str(tmp_path / "new"), **OPTIONS
+        )
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="is not a folder"):
+        experiment(model_that_writes(low=True, high=True), rows, save=str(tmp_path / "file" / "new"), **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_lens_of_some_layers_is_read_in_these(rows: list[Transcript], tmp_path: Path) -> None:

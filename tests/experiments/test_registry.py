@@ -5,6 +5,7 @@ Also tests `workbench.experiments.expert_ablation`, `workbench.experiments.exper
 `workbench.experiments.sink_ablation`.
 """
 
+import re
 import shlex
 
 import numpy as np
@@ -19,7 +20,7 @@ from workbench.errors import InputError
 from workbench.experiments import chain_of_thought
 from workbench.experiments.expert_sets import named_experts
 from workbench.experiments.from_run import transcripts
-from workbench.experiments.registry import independent_rows, run_experiment
+from workbench.experiments.registry import OUTPUTS, independent_rows, run_experiment
 from workbench.registry import experiments
 from workbench.studies import save
 from workbench.studies.run_index import index_of
@@ -144,6 +145,17 @@ def test_what_is_refused(run, nano):
         run_experiment("nonsense", nano, run)
     with pytest.raises(InputError, match="at least 5 are needed"):
         chain_of_thought.study(nano, [r for r in transcripts(run) if r.effort == "low"][:5])
+
+
+def test_options_that_name_an_output_never_name_one_in_the_run(run, nano):
+    """Every option with a path is known as an input or an output; a new one fails until it is."""
+    words = re.compile(r"\b(file|folder|jsonl)\b", re.IGNORECASE)
+    paths = {name for record in registry.records() for name, text in record.options.items() if words.search(text)}
+    assert paths - {"jacobian", "paraphrases"} == OUTPUTS
+    inside = str(DATA / "demo.zarr" / "inside")
+    for name, option in (("jacobian-lens", "save"), ("sentence-importance", "store")):
+        with pytest.raises(InputError, match="is inside the input"):
+            run_experiment(name, nano, run, **{option: inside})
 
 
 def test_duplicated_prompts_are_one_sampling_unit(run, monkeypatch):

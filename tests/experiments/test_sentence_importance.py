@@ -208,6 +208,8 @@ def test_p_is_uniform_without_a_difference_and_intervals_cover() -> None:
     assert np.mean(covered) > 0.92
     assert np.mean(kl_covered[150:]) > 0.9, "the interval of equal sides begins at 0"
     assert np.isnan(importance(with_sentence, other[:4], 0, rng).p)
+    equal = importance(np.zeros(20, int), np.ones(20, int), 0, rng)
+    assert equal.kl_low < equal.kl < equal.kl_high, "an interval has a width also where all samples of a side are equal"
     effect, low, high = difference_of_shares(30, 30, 0, 30)
     assert (effect, high) == (1, pytest.approx(1))
     assert low < 0.95

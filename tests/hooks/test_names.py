@@ -40,3 +40,9 @@ def test_keys_that_name_nothing_are_refused(key: object) -> None:
 def test_unknown_names_get_a_suggestion() -> None:
     assert "hook_resid_post" in closest_names("blocks.1.hook_resid_pots", KNOWN)
     assert "mlp.experts.hook_post" in closest_names("blocks.0.mlp.hook_post", KNOWN)
+    for name, point in (("resid_post", "hook_resid_post"), ("blocks.*.hook_resid_post", "hook_resid_post")):
+        assert f"lambda name: name.endswith('{point}')" in closest_names(name, KNOWN)
+    for name in ("hook_pattern", "attn.hook_pattern", "*pattern"):
+        assert "as blocks.0.attn.hook_pattern" in closest_names(name, KNOWN)
+    for name in ("blocks.1.hook_resid_pots", "resid_pots", "*", "hook_embedding"):
+        assert "every layer" not in closest_names(name, KNOWN), "a negative control"

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from workbench.kernels import attention as attend
+from workbench.kernels import cpu
 
 
 def slow(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
@@ -47,6 +48,29 @@ def test_whole_sequences_take_flash_attention_and_bands(n: int, window: int | No
     pos = torch.arange(n).expand(2, n)
     for got, want in zip(attend.attention(q, k, v, pos, window)[:2], slow(q, k, v, pos, window), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("n", "window"), [(5, None), (130, None), (130, 16)])
+def test_whole_sequences_of_bfloat16_in_float32(n: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on processors that multiply bfloat16 slowly: each result is rounded once, and bfloat16 gives more error."""
+    if cpu.unavailable():
+        pytest.skip("bfloat16 is widened beside the compiled kernels only")
+    q, k, v = (t.bfloat16() for t in tensors(n, n))
+    pos = torch.arange(n).expand(2, n)
+    want, want_lse = slow(q, k, v, pos, window)
+
+    def compute(widens: bool) -> tuple[Tensor, Tensor]:
+        monkeypatch.setattr(cpu, "_widens", lambda: widens)
+        z, lse, _ = attend.attention(q, k, v, pos, window)
+        assert z.dtype == torch.bfloat16
+        return (z - want).abs() - want.abs() * 2**-8, lse
+
+    excess, lse = compute(widens=True)
+    assert excess.max() < 1e-6
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    assert compute(widens=False)[0].max() > 1e-4
+    q = q.roll(1, 2)  # negative control: heads that read their neighbour's queries
+    assert compute(widens=True)[0].max() > 0.01
 
 
 @pytest.mark.parametrize(("n", "window"), [(7, None), (7, 4), (70, None), (70, 16)])

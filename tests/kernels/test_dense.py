@@ -42,3 +42,32 @@ def test_few_rows_take_the_compiled_path_and_gradients_torch(monkeypatch: pytest
     dense.linear(leaf, weight).sum().backward()
     assert calls == [2]
     torch.testing.assert_close(leaf.grad, weight.sum(0).expand(2, 32), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("rows", [24, 40])
+@pytest.mark.parametrize("chunk", [96 * 2880, 40 * 96])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_many_rows_in_float32_equal_float64(
+    rows: int, chunk: int, threads: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on processors that multiply bfloat16 slowly; the outputs are taken a few at a time."""
+    if cpu.unavailable():
+        pytest.skip("bfloat16 is widened beside the compiled kernels only")
+    monkeypatch.setattr(cpu, "_widens", lambda: True)
+    monkeypatch.setattr(dense, "_CHUNK", chunk)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    rng = torch.Generator().manual_seed(rows)
+    weight, bias = torch.randn(208, 96, generator=rng).bfloat16(), torch.randn(208, generator=rng).bfloat16()
+    x = torch.randn(2, rows // 2, 96, generator=rng).bfloat16()
+    want = x.double() @ weight.double().mT + (bias.double() if with_bias else 0)
+
+    def rounded_once(got: torch.Tensor) -> bool:
+        return got.dtype == torch.bfloat16 and bool(((got - want).abs() <= want.abs() * 2**-8 + 1e-5).all())
+
+    assert rounded_once(dense.linear(x, weight, bias if with_bias else None))
+    assert not rounded_once(dense.linear(x, weight.roll(1, 0), bias if with_bias else None))
+    assert not rounded_once(dense.linear(x, weight, None if with_bias else bias))
+    gradient = x.clone().requires_grad_()
+    dense.linear(gradient, weight).sum().backward()
+    torch.testing.assert_close(gradient.grad, weight.sum(0).expand_as(x), rtol=0.02, atol=0.05)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from workbench.kernels import cpu
 from workbench.kernels.moe import ActivationHooks, Experts, moe
 from workbench.kernels.mxfp4 import Mxfp4, dequantise, quantise
 from workbench.kernels.routing import gate, group, top_k
@@ -45,6 +46,33 @@ def test_equals_the_slow_sum(tokens: int) -> None:
     logits = torch.randn(tokens, E, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     experts = top_k(logits, 3)
     torch.testing.assert_close(moe(x, experts, gate(logits, experts), w), slow(x, experts, gate(logits, experts), w))
+
+
+def test_short_prompts_multiply_by_packed_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an expert has at most 24 rows on average; a product with another expert's matrix is noticed."""
+    if cpu.unavailable():
+        pytest.skip(f"the compiled kernels are not available: {cpu.unavailable()}")
+    from workbench.kernels.cpu import products
+
+    calls: list[Tensor] = []
+    expert_linear = products.expert_linear
+    monkeypatch.setattr(products, "expert_linear", lambda x, *rest: calls.append(x) or expert_linear(x, *rest))
+
+    def compute(tokens: int, shift: int = 0) -> tuple[Tensor, Tensor]:
+        w = weights(dtype=torch.float32)
+        x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(1))
+        logits = torch.randn(tokens, E, generator=torch.Generator().manual_seed(2))
+        experts = top_k(logits, 3)
+        gates = gate(logits, experts)
+        return moe(x, (experts + shift) % E, gates, w), slow(x, experts, gates, w).float()
+
+    torch.testing.assert_close(*compute(40), atol=1e-4, rtol=1e-4)  # 24 rows an expert
+    assert len(calls) == 2
+    got, want = compute(40, shift=1)
+    assert (got - want).norm() > 0.1 * want.norm()
+    calls.clear()
+    torch.testing.assert_close(*compute(41), atol=1e-4, rtol=1e-4)
+    assert not calls
 
 
 def test_an_expert_nobody_chose_and_one_everybody_chose() -> None:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workbench.kernels import cpu, mxfp4
 from workbench.kernels.mxfp4 import GROUP, Mxfp4, dequantise, linear, quantise
 
 VALUES = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
@@ -87,3 +88,27 @@ def test_the_packed_product_and_its_gradient_equal_the_dense(rows: int) -> None:
     torch.testing.assert_close(linear(x, weight), x @ dense)
     (got,) = torch.autograd.grad((linear(x, weight) * y).sum(), x)
     torch.testing.assert_close(got, y @ dense.mT)
+
+
+@pytest.mark.parametrize("rows", [1, 63])
+@pytest.mark.parametrize("outputs", [1100, 1104])
+def test_the_packed_product_of_bfloat16_in_float32(rows: int, outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on processors that multiply bfloat16 slowly: products and gradients are rounded once."""
+    if cpu.unavailable():
+        pytest.skip("bfloat16 is widened beside the compiled kernels only")
+    rng = torch.Generator().manual_seed(rows)
+    monkeypatch.setattr(cpu, "_widens", lambda: True)
+    monkeypatch.setattr(mxfp4, "_WIDE_CHUNK", 96 * 515)  # 1,104 outputs: the last chunk is a partial one
+    weight = Mxfp4(*quantise(torch.randn(outputs, 96, generator=rng)))
+    dense = dequantise(*weight, torch.float64).mT
+    x = torch.randn(rows, 96, generator=rng).bfloat16().requires_grad_()
+    y = torch.randn(rows, outputs, generator=rng).bfloat16()
+
+    def rounded_once(got: torch.Tensor, want: torch.Tensor) -> bool:
+        return got.dtype == torch.bfloat16 and bool(((got - want).abs() <= want.abs() * 2**-8 + 1e-4).all())
+
+    for used in (weight, Mxfp4(weight.blocks, weight.scales.roll(1, 0))):  # the other one is a negative control
+        out = linear(x, used)
+        (gradient,) = torch.autograd.grad((out * y).sum(), x)
+        assert rounded_once(out, x.double() @ dense) == (used is weight)
+        assert rounded_once(gradient, y.double() @ dense.mT) == (used is weight)

@@ -162,9 +162,15 @@ def test_a_folder_that_exists_is_not_overwritten_and_a_failed_write_leaves_nothi
         assert (folder / "config.json").exists()
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="cannot be written: disk full"):
         save_checkpoint(tmp_path / "b", BASE, RandomTensors(BASE), extra=fail)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    killed = tmp_path / ".b.1234.staging"  # a process that was killed left it
+    killed.mkdir()
+    (killed / "part-0.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path / "b", BASE, RandomTensors(BASE))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted(p.name for p in (tmp_path / "a").iterdir())
 
 
 class Counted(Mapping[str, Tensor]):

@@ -112,6 +112,14 @@ def test_devices_that_make_no_sense_are_refused(name: str, message: str, checkpo
         load(checkpoint, device=name)
 
 
+def test_a_dtype_may_be_given_by_name(checkpoint: Path) -> None:
+    for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16), (torch.float32, torch.float32)):
+        assert load(checkpoint, device="cpu", dtype=name).dtype == dtype
+    for wrong in ("int8", "fp8", torch.int8, "load"):
+        with pytest.raises(InputError, match=f"dtype={wrong!r}: expected one of floating point"):
+            load(checkpoint, dtype=wrong)
+
+
 @pytest.mark.parametrize(("size", "used"), [(10**12, {0}), (10**6, {0, 1, 2})])
 @pytest.mark.usefixtures("machine")
 def test_auto_takes_all_gpus_where_one_is_too_small(

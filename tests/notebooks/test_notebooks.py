@@ -1,6 +1,7 @@
 """Every notebook runs from top to bottom, and is kept without outputs or with those of its present source."""
 
 import importlib.util
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,8 @@ from nbclient import NotebookClient
 
 from tests.model.fake_gpus import run_on_gpus
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Notebook → a text of its cells → what stands there in a test without --long: the same cells with fewer sequences.
 LESS_WORK = {
     "causal": {"sequences=60": "sequences=36"},
@@ -61,7 +63,7 @@ def test_the_first_notebooks_run_on_a_gpu(name: str, tmp_path: Path, monkeypatch
 
 def runner() -> ModuleType:
     """Return the script that stores outputs."""
-    path = Path(__file__).parents[2] / "scripts" / "run_notebooks.py"
+    path = ROOT / "scripts" / "run_notebooks.py"
     spec = importlib.util.spec_from_file_location("run_notebooks", path)
     assert spec is not None
     assert spec.loader is not None
@@ -83,6 +85,12 @@ def faults(notebook: Any) -> list[str]:
     outputs = [output for cell in cells for output in cell.outputs]
     if any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs):
         problems.append("an error or a warning is stored")
+    if any(runner().is_progress(output) for output in outputs):
+        problems.append("a progress bar is stored")
+    texts = [output.get("text", "") for output in outputs]
+    texts += [value for output in outputs for kind, value in output.get("data", {}).items() if kind.startswith("text/")]
+    if any(runner().without_folders(text) != text or str(ROOT) in text for text in texts):
+        problems.append("a folder of this machine is stored")
     figures = [cell for cell in cells if cell.source.strip().splitlines()[-1].startswith("wb.figures.")]
     if not all(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in figures):
         problems.append("a figure is not a picture")
@@ -106,6 +114,12 @@ def test_outputs_that_are_old_or_have_warnings_are_found() -> None:
     assert faults(notebook) == []
     code[0].outputs = [nbformat.v4.new_output("stream", name="stderr", text="a warning")]
     assert faults(notebook) == ["an error or a warning is stored"]
+    code[0].outputs = [
+        nbformat.v4.new_output("display_data", {"text/html": '<div><progress max="2" value="2"></progress></div>'}),
+        nbformat.v4.new_output("stream", name="stdout", text=f"{tempfile.gettempdir()}/tmp_01abcde/run.zarr: valid"),
+    ]
+    assert faults(notebook) == ["a progress bar is stored", "a folder of this machine is stored"]
+    code[0].outputs = [nbformat.v4.new_output("stream", name="stderr", text="a warning")]
     code[0].source = "wb.figures.routing"
     code[0].execution_count = 2
     assert len(faults(notebook)) == 4

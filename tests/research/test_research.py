@@ -152,6 +152,33 @@ def test_labels_are_named_in_the_view_and_in_the_store(run: Run) -> None:
             run.select(**wrong)
 
 
+def test_prompts_can_be_grouped_and_plots_have_names_and_units() -> None:
+    run = wb.open_run(DATA / "demo.zarr")
+    chosen = run.select(channel="final", effort="low")
+    by_prompt = chosen["logprob"].groupby("prompt_id").mean()
+    owner = run.sequences["prompt_id"].loc[chosen["sequence"].values].to_numpy()
+    plain = chosen["logprob"].to_series().groupby(owner).mean()
+    np.testing.assert_allclose(by_prompt, plain.loc[by_prompt["prompt_id"].values], rtol=1e-5)
+    shifted = plain.to_numpy()[np.r_[1 : len(plain), 0]]
+    assert not np.allclose(by_prompt, shifted), "the negative control: means of other prompts"
+    data = run.dataset
+    assert data["logprob"].attrs["units"] == "nat"
+    xr.testing.assert_identical(run["logprob"], data["logprob"])
+    with pytest.raises(InputError, match=r"'colour' is not in .*: it has .*logprob"):
+        run["colour"]
+    unnamed = [str(name) for name in (*data.data_vars, *data.coords) if not data[name].attrs.get("long_name")]
+    assert unnamed == []
+
+
+def test_sums_over_tokens_are_not_added_up_in_float16() -> None:
+    sink = wb.open_run(DATA / "demo.zarr").dataset["sink"].sel(layer=[0])
+    assert sink.attrs["stored_dtype"] == "float16"
+    exact = sink.values.astype(np.float64).mean(1)
+    np.testing.assert_allclose(sink.mean("token"), exact, rtol=1e-5)
+    lossy = sink.astype(np.float16).mean("token").values
+    assert np.abs(lossy / exact - 1).max() > 1e-4, "the negative control: the dtype that is stored"
+
+
 def test_texts_of_messages_are_complete_also_where_one_was_cut(nano: GptOss, run: Run) -> None:
     number = int(run.sequences.index[0])
     ids = run.sequence(number)["id"].values

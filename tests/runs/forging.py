@@ -6,8 +6,11 @@ from typing import Any
 
 import zarr
 
+from tests.runs.conftest import LENGTHS, job, write_unit
+from workbench.capture.plan import plan_units
 from workbench.runs import manifest
 from workbench.runs.storage import ROOT, LocalStorage
+from workbench.runs.writer import open_writer
 
 
 def forge(run: Path) -> None:
@@ -38,3 +41,30 @@ def make_schema_2(run: Path) -> None:
         path.unlink()
     (run / "manifest").rmdir()
     zarr.open_group(str(run)).attrs["schema"] = 2
+
+
+def write_hostile_run(path: Path, text: str) -> None:
+    """Write a run of which every text is this one: of sequences, messages, checkpoint and provenance."""
+    layout = plan_units(LENGTHS, 1024)
+    wanted = job(layout)
+    n = len(LENGTHS)
+    sequences = wanted["sequences"]
+    meta = json.dumps({"task": text, "domain": text, text: text})
+    wanted["sequences"] = sequences.assign(
+        id=[f"{text}{i}" for i in range(n)],
+        prompt_id=[f"{text}{p}" for p in sequences["prompt_id"]],
+        answer=text,
+        meta=[meta] * n,
+        notes=text,
+    )
+    columns = ("role", "author", "channel", "recipient", "content_type", "closed_by", "flags")
+    wanted["messages"] = wanted["messages"].assign(content=0, stop=1, **dict.fromkeys(columns, text))
+    wanted["checkpoint"] = {"digest": text, "name": text}
+    wanted["model"] = wanted["model"] | {"model_type": text, "name": text}
+    software = {"workbench": text, text: text}
+    told = {"command": text, "started": text, "host": text, "software": software, "device": text, "harmony": text}
+    wanted["provenance"] |= told | {"rejects": [{"line": 1, "id": text, "reason": text}]}
+    with open_writer(path, **wanted) as writer:
+        for index in writer.pending():
+            write_unit(writer, index)
+        writer.finish()

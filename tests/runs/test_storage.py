@@ -1,6 +1,7 @@
 """Runs in object stores keep every promise that runs in folders keep: memory://, and an S3 server of a third party."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,11 +17,13 @@ import pytest
 
 from tests.runs.conftest import job, write_run
 from tests.runs.test_lock import compete
+from tests.test_outputs import interrupt_every_step
+from workbench import outputs
 from workbench.capture.plan import plan_units
 from workbench.errors import InputError
 from workbench.runs.lock import LOCK, Lock
 from workbench.runs.reader import open_run
-from workbench.runs.storage import ROOT, ObjectStorage, storage_at
+from workbench.runs.storage import ROOT, LocalStorage, ObjectStorage, storage_at
 from workbench.runs.verify import verify
 from workbench.runs.writer import open_writer
 
@@ -124,6 +127,42 @@ def test_the_root_comes_last_and_a_torn_creation_is_begun_again(url: str, monkey
     assert ".creating" not in storage_at(url).files()
 
 
+def create(path: Path, text: str, overwrite: bool = False) -> None:
+    """Create a run, or replace one, as the writer does."""
+    storage = LocalStorage(path)
+    with storage.lock(), storage.new() as folder:
+        folder.mkdir()
+        (folder / ROOT).write_text(text)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interruption_at_every_step_leaves_the_old_run_or_the_new_one(tmp_path: Path, moment: str) -> None:
+    left = interrupt_every_step(tmp_path, create, moment)
+    assert len(left) > 5
+    for files in left:
+        assert [name for name in files if name.endswith(".staging")] == [], files
+        assert files["out/zarr.json"] in ("old", "new"), files
+
+
+def test_a_run_that_an_interruption_loses_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: what was set aside is removed with the staging folder."""
+    monkeypatch.setattr(outputs, "_remove_staging", lambda folder, path: shutil.rmtree(folder, ignore_errors=True))
+    left = interrupt_every_step(tmp_path, create, "after")
+    assert any("out/zarr.json" not in files for files in left)
+
+
+def test_a_run_that_a_killed_job_set_aside_is_moved_back(tmp_path: Path) -> None:
+    """The job was killed between two renames; the next one was not told to replace a run, as it saw none."""
+    aside = tmp_path / ".out.1234.staging" / ".replaced"
+    create(aside, "old")
+    with pytest.raises(InputError, match="is back, which a killed job was about to replace"):
+        create(tmp_path / "out", "new")
+    assert contents(tmp_path / "out") == {ROOT: b"old"}
+    create(tmp_path / "out", "new", overwrite=True)
+    assert contents(tmp_path / "out") == {ROOT: b"new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_is_not_a_run_is_left_alone(url: str) -> None:
     there = storage_at(url)
     there.put("thesis.txt", [b"mine"])
@@ -169,6 +208,8 @@ def test_one_of_two_takes_the_lock(url: str) -> None:
 CHILD = """
 import sys
 from tests.runs.test_lock import compete
+from tests.test_outputs import interrupt_every_step
+from workbench import outputs
 from tests.runs.conftest import job, write_unit, LENGTHS
 from workbench.capture.plan import plan_units
 from workbench.runs.writer import open_writer

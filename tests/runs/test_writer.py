@@ -219,8 +219,8 @@ def test_a_dead_job_s_lock_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_creating_leaves_something_the_next_start_replaces(tmp_path: Path) -> None:
-    (tmp_path / ".r.1234.creating").mkdir()
-    (tmp_path / ".r.1234.creating" / "zarr.json").write_text("{")
+    (tmp_path / ".r.1234.staging").mkdir()
+    (tmp_path / ".r.1234.staging" / "zarr.json").write_text("{")
     write_run(tmp_path / "r")
     assert not verify(tmp_path / "r")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r"]

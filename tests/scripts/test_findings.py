@@ -1,5 +1,6 @@
 """The script of `make findings`: its sections are of registered studies with options that they have; it resumes."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,15 @@ def test_a_section_is_of_a_registered_study_and_its_options_are_known(name: str)
     assert record.name == (section.study or name)
     assert set(section.options) <= set(record.options)
     assert isinstance(record, registry.Experiment) == (section.sequences > 0)
+
+
+def test_every_figure_of_the_gallery_is_one_of_a_study_of_the_findings() -> None:
+    page = (findings.ROOT / "docs" / "gallery.md").read_text()
+    assert set(re.findall(r"pictures/gallery-([a-z-]+)\.svg", page)) == set(findings.PICTURES)
+    for name in findings.PICTURES:
+        assert name in findings.STUDIES or name in findings.SECTIONS
+    for name, (_, options) in findings.STUDIES.items():
+        assert set(options) <= set(registry.find(name).options)
 
 
 def test_results_that_are_there_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,12 @@ Also tests `workbench.cli.page_export`.
 
 import json
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from typer.testing import CliRunner
 
 import workbench as wb
@@ -20,7 +21,10 @@ from workbench.studies import expert_examples, feature_pages
 
 
 class Example(BaseModel):
-    """AnthropicFeatureExample of Neuronpedia's webapp, at commit b8efe84."""
+    """AnthropicFeatureExample of Neuronpedia's webapp, at commit ebb8426, and what viewers need.
+
+    Neuronpedia's and circuit-tracer's draw one activation for each token, and centre the example at `train_token_ind`.
+    """
 
     model_config = ConfigDict(strict=True)
 
@@ -28,6 +32,12 @@ class Example(BaseModel):
     train_token_ind: int
     tokens: list[str]
     tokens_acts_list: list[float]
+
+    @model_validator(mode="after")
+    def check_tokens(self) -> Self:
+        if not 0 <= self.train_token_ind < len(self.tokens) == len(self.tokens_acts_list):
+            raise ValueError("tokens_acts_list or train_token_ind does not fit the tokens")
+        return self
 
 
 class Quantile(BaseModel):
@@ -38,6 +48,8 @@ class Quantile(BaseModel):
 
 
 class Feature(BaseModel):
+    """Also app/api/graph/feature-details-schema.json, which needs fewer of the fields."""
+
     model_config = ConfigDict(strict=True)
 
     index: int
@@ -92,10 +104,11 @@ def test_pages_are_those_of_the_runs_tokens(tmp_path: Path) -> None:
                 assert example["tokens_acts_list"][at] > 0
         gates = [e.tokens_acts_list[e.train_token_ind] for e in page.examples_quantiles[0].examples]
         assert gates == sorted(gates, reverse=True)
-    broken = json.loads(files[0].read_text())
-    broken["examples_quantiles"][0]["examples"][0]["tokens_acts_list"] = ["0.5"]
-    with pytest.raises(ValueError, match="tokens_acts_list"):
-        Feature.model_validate(broken)  # the negative control
+    for damage in ({"tokens_acts_list": ["0.5"]}, {"tokens_acts_list": [0.5]}, {"train_token_ind": 99}):
+        broken = json.loads(files[0].read_text())
+        broken["examples_quantiles"][0]["examples"][0] |= damage
+        with pytest.raises(ValueError, match="tokens_acts_list"):
+            Feature.model_validate(broken)  # the negative control
 
 
 def test_a_graph_finds_the_pages_of_its_experts(tmp_path: Path) -> None:
@@ -117,6 +130,7 @@ def test_a_graph_finds_the_pages_of_its_experts(tmp_path: Path) -> None:
     attributed = wb.experiments.graph(model, "12+34=")
     data = graph_export.to_json(model, attributed, features_url="https://example.org/pages/", labels={(0, 0): "=x"})
     assert data["metadata"]["feature_details"] == {"feature_json_base_url": "https://example.org/pages"}
+    assert data["metadata"]["schema_version"] is None, "Neuronpedia ignores the address in files of version 1"
     experts = [node for node in data["nodes"] if " expert " in node["clerp"] and "bias" not in node["clerp"]]
     assert experts
     for node in experts:

@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 
 from workbench.errors import InputError
 from workbench.studies import result
@@ -80,3 +83,26 @@ def test_a_table_has_no_text_that_spreadsheets_take_for_a_formula():
     assert again.value.tolist() == table.value.tolist(), "numbers stay numbers"
     assert table.token[0] == "=", "the table itself is unchanged"
     assert "\n=," in table.to_csv(index=False), "the negative control"
+
+
+def test_few_prompts_are_named_by_those_that_a_result_rests_on():
+    """Negative controls: enough prompts, and intervals that are not over prompts."""
+
+    def summary(n: int, **attrs: object) -> str:
+        one = xr.Dataset(attrs={"summary": "A line.", **attrs})
+        result.name_few_prompts(one, n)
+        return str(one.attrs["summary"])
+
+    assert "only 10 prompts" in summary(30, prompts=10), "the half that was measured"
+    assert "only 12 prompts" in summary(12)
+    assert summary(30) == summary(30, prompts=25) == summary(5, intervals_over="samples") == "A line."
+
+
+def test_a_folder_of_results_may_hold_what_is_no_file(tmp_path: Path) -> None:
+    one = xr.Dataset({"value": ("x", [1.0])}, attrs={"study": "routing"})
+    (tmp_path / "routing_load.json").write_text(json.dumps(one.to_dict()))
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.json")
+    assert list(result.load(tmp_path)["routing"]) == ["load"]

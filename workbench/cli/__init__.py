@@ -13,6 +13,7 @@ import typer
 
 from workbench.bench.command import app as bench
 from workbench.cli import finetuning, graphs, labels, live, models, pipeline, results, sharing
+from workbench.cli.control_characters import visible, visible_controls
 from workbench.errors import InputError, JobError
 from workbench.version import version
 
@@ -55,6 +56,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without a character shows its escape
             stream.reconfigure(errors="backslashreplace")
+    with visible_controls():
+        _run_and_exit()
+
+
+def _run_and_exit() -> NoReturn:
     try:
         sys.exit(_run())
     except _USAGE_ERRORS as error:
@@ -120,7 +126,7 @@ def _lacks_memory(error: RuntimeError) -> bool:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"workbench: {' '.join(message.split())}", file=sys.stderr)
+    print(f"workbench: {visible(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -29,10 +29,21 @@ def graph(
         typer.Option(help="Number of the generated token to explain, from 0. [default: the first of the final answer]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 512,
-    nodes: Annotated[float, typer.Option(help="Share of the influence that the nodes keep.")] = 0.8,
-    edges: Annotated[float, typer.Option(help="Share of the influence that the edges keep.")] = 0.98,
+    nodes: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the influence that the nodes keep.")] = 0.8,
+    edges: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the influence that the edges keep.")] = 0.98,
     features: Annotated[
         str | None, typer.Option(help="URL of the pages of experts that `workbench export RUN neuronpedia` wrote.")
+    ] = None,
+    scan: Annotated[
+        str | None,
+        typer.Option(
+            help="Id of the model at Neuronpedia, or ./data/FOLDER of pages for circuit-tracer's viewer. "
+            "[default: gpt-oss-20b or gpt-oss-120b by shape, else gpt-oss]"
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Run of the same model whose labels (`workbench label RUN`) name the experts in the JSON."),
     ] = None,
     neurons: Annotated[
         int,
@@ -55,7 +66,13 @@ def graph(
     ] = False,
     ablate: Annotated[
         int,
-        typer.Option(min=0, help="Also ablate the N most influential heads and experts, each by itself, in the model."),
+        typer.Option(
+            min=0, help="Also ablate the N most influential heads, experts and features, each by itself, in the model."
+        ),
+    ] = 0,
+    ablate_edges: Annotated[
+        int,
+        typer.Option(min=0, help="Also ablate the N strongest edges into heads and experts, each by itself."),
     ] = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -66,7 +83,8 @@ def graph(
     """Explain one token of the model's answer by an attribution graph.
 
     The values that are printed are contributions to the logit while attention, norms and routing are held fixed.
-    --ablate also prints by how much the logit falls when a node writes nothing and nothing is held fixed.
+    --ablate and --ablate-edges also print by how much the logit falls when a node writes nothing, or when one node does
+    not read another one, and nothing is held fixed.
     """
     from workbench import harmony
     from workbench.experiments import graph_checks, graph_details, graph_export
@@ -74,18 +92,20 @@ def graph(
     from workbench.experiments.dictionary_features import load_autoencoders
     from workbench.outputs import check_output, staged
 
-    inputs: list[str | Path] = [model, *(sae or []), *([adapter] if adapter else [])]
+    inputs: list[str | Path] = [model, *(sae or []), *([adapter] if adapter else []), *([labels] if labels else [])]
     check_output(out, command="graph", inputs=inputs, overwrite=overwrite)
     loaded = load_model(model, device, dtype, ignore_field, adapter)
+    names = {} if labels is None else _expert_labels(loaded, labels)
     ids = harmony.render([{"role": "user", "content": prompt}], effort=effort, tokenizer=loaded.tokenizer)
     (answer,) = loaded.generate([ids], max_new_tokens=max_new_tokens)
     place = _place(loaded, ids, answer, at)
     wanted: Any = answer[place] if target is None else target
     options: dict[str, Any] = {"target": wanted, "against": against, "node_share": nodes, "edge_share": edges}
     made = make(loaded, [*ids, *answer[:place]], saes=load_autoencoders(sae or [], loaded.device), **options)
-    inner = made.nodes[made.nodes["kind"].isin(("head", "expert"))].nlargest(max(5, ablate), "influence")
+    inner = made.nodes[made.nodes["kind"].isin(("head", "expert", "feature"))].nlargest(max(5, ablate), "influence")
     measured = graph_checks.ablate(loaded, made, inner.index[:ablate].tolist())["measured"].tolist() if ablate else []
     described = _described(made, inner, measured)  # before experts are divided into neurons
+    described += _described_edges(loaded, made, ablate_edges)
     if neurons:
         made = graph_details.with_neurons(loaded, made, top=neurons)
     chosen = graph_details.choice_edges(loaded, made) if choices else None
@@ -95,10 +115,29 @@ def graph(
 
             networkx.write_graphml(graph_export.to_networkx(made, chosen), part)
         else:
-            graph_export.write_json(loaded, made, part, features_url=features, choices=chosen)
+            graph_export.write_json(loaded, made, part, scan=scan, features_url=features, labels=names, choices=chosen)
     print(f"answer: {loaded.tokenizer.decode(answer)}")
+    print(f"explained: token {place} of the answer, {loaded.tokenizer.decode([answer[place]])!r}")
     print(described)
     print(out)
+
+
+def _expert_labels(model: Any, path: str) -> dict[tuple[int, int], str]:
+    """Return the labels of a run's experts, (layer, expert) → label.
+
+    Raises:
+        InputError: the run is of another checkpoint, or has no labels.
+    """
+    from workbench.runs import open_run
+    from workbench.studies import expert_labels
+
+    run = open_run(path)
+    if run.checkpoint["digest"] != model.checkpoint.digest:
+        raise InputError(f"--labels {path}: the run was captured from another checkpoint than MODEL")
+    table = expert_labels.read(run)
+    if table is None:
+        raise InputError(f"--labels {path}: the run has no labels: make them with `workbench label {path}`")
+    return {(int(row["layer"]), int(row["expert"])): row["label"] for row in table.to_dict("records") if row["label"]}
 
 
 def _place(model: Any, ids: list[int], answer: list[int], at: int | None) -> int:
@@ -124,14 +163,39 @@ def _place(model: Any, ids: list[int], answer: list[int], at: int | None) -> int
 
 
 def _described(attributed: Any, inner: Any, measured: list[float]) -> str:
-    """Return the graph in a line, and each of its most influential nodes; some of them were ablated."""
+    """Return the graph, how complete it is, and each of its most influential nodes; some of them were ablated."""
     from workbench.experiments.graph_export import label
 
-    lines = [repr(attributed).strip("<>")]
+    m = attributed.metadata
+    lines = [
+        repr(attributed).strip("<>"),
+        f"  complete: paths add up to the logit within {m['completeness_of_paths']:.1e} logits. Kept nodes: "
+        f"{m['kept_influence']:.0%} of the influence of the {m['considered_nodes']:,} largest of "
+        f"{m['nodes_in_pass']:,} nodes; edges from them: {m['kept_of_target']:.0%} of the logit; "
+        f"{m['explained_input']:.0%} of what flows into them is no error.",
+    ]
     for i, (_, row) in enumerate(inner.iterrows()):
         text = f"  {label(row)} at token {row['pos']} ({row['token']!r}): {row['value']:+.2f} logits"
         lines.append(text + (f", measured by ablation {measured[i]:+.2f}" if i < len(measured) else ""))
     return "\n".join(lines)
+
+
+def _described_edges(model: Any, attributed: Any, n: int) -> str:
+    """Return a line for each of the n strongest edges into heads and experts, which are ablated."""
+    from workbench.experiments import graph_checks
+    from workbench.experiments.graph_export import label
+
+    nodes, edges = attributed.nodes, attributed.edges
+    sources, targets = (
+        nodes.index[nodes["kind"].isin(k)] for k in (("embedding", "head", "expert", "feature"), ("head", "expert"))
+    )
+    inner = edges[edges["source"].isin(sources) & edges["target"].isin(targets)]
+    text = ""
+    for source, target in inner.loc[inner["value"].abs().nlargest(n).index, ["source", "target"]].to_numpy().tolist():
+        checked = graph_checks.ablate_edge(model, attributed, source, target)
+        ends = " → ".join(f"{label(nodes.loc[i])} at token {nodes.loc[i, 'pos']}" for i in (source, target))
+        text += f"\n  {ends}: {checked['value']:+.2f} logits, measured by ablation {checked['measured']:+.2f}"
+    return text
 
 
 @app.command()

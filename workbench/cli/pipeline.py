@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from workbench.cli.control_characters import visible
 from workbench.cli.damage import names_damage
 from workbench.cli.options import (
     Adapter,
@@ -169,7 +170,7 @@ def convert(
     check_output(out, command="convert", inputs=inputs, overwrite=overwrite, owned=written_by("convert"))
     kind, rows, left_out = read(file, effort=effort, requests=requests)
     for why in left_out[:20]:
-        print(f"left out, {why}", file=sys.stderr)
+        print(f"left out, {visible(why)}", file=sys.stderr)
     if not rows:
         raise InputError(f"{file}: {kind} without a conversation that can be used")
     write_rows(out, rows, overwrite=overwrite, command="convert", inputs=inputs)

@@ -95,7 +95,8 @@ def behaviour(
         | {name: (cells, values) for name, values in _ranked(changes, units, random).items()}
         | {"random": (("control", *cells), random), "unedited": ("measure", _unedited(rows, base, units))},
         coords={"intervention": list(recipes), "measure": list(MEASURES), "control": range(n_controls)},
-        attrs={"rests_on": f"{len(rows)} sequences of {n} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED},
+        attrs={"rests_on": f"{len(rows)} sequences of {n} prompts", "prompts": n}
+        | {"method": METHOD, "not_controlled": NOT_CONTROLLED},
     )
     return result.assign_attrs(title="Generated answers under interventions", summary=describe(result))
 
@@ -126,7 +127,8 @@ def between_models(
         | {name: (cells, values) for name, values in _ranked(changes, units, none).items()}
         | {"random": (("control", *cells), none), "unedited": ("measure", _unedited(rows, base, units))},
         coords={"intervention": ["other model"], "measure": list(MEASURES), "control": range(0)},
-        attrs={"rests_on": f"{len(rows)} sequences of {n} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED},
+        attrs={"rests_on": f"{len(rows)} sequences of {n} prompts", "prompts": n}
+        | {"method": METHOD, "not_controlled": NOT_CONTROLLED},
     )
     return result.assign_attrs(title="Generated answers of two models", summary=describe(result))
 

@@ -56,8 +56,8 @@ def generate_answers(
 def _answer(model: GptOss, prompt: list[int], new: list[int], refusal: re.Pattern[str]) -> Answer:
     ids = np.array([*prompt, *new])
     labels = harmony.label(ids, tokenizer=model.tokenizer, n_prompt=len(prompt))
-    of_analysis = (m for m in labels.messages if m.channel == "analysis" and m.content >= len(prompt))
-    analysis = sum(m.text_span.stop - m.text_span.start for m in of_analysis)
+    written = [m.text_span for m in labels.messages if m.channel == "analysis" and m.content >= len(prompt)]
+    analysis = sum(span.stop - span.start for span in written)
     text = final_text(ids, model.tokenizer)
     lowered = (text or "").replace("’", "'").lower()
     return Answer(new, text, analysis, refusal.match(lowered) is not None)

@@ -53,7 +53,10 @@ class AttributionGraph:
     nodes: kind, layer, index (head, slot or feature), expert and neuron (−1: none), pos, token, value, bias, error
     (logits), influence (share), order (of the pass: a node reads what has a smaller one); the last one is the target.
     edges: source and target (rows of nodes), value (logits), score (share of influence).
-    metadata: what was asked, how much is kept, and how far sums are from what they should be.
+    metadata: what was asked (`target`, `against`), `logit` and `probability` of the target, `kept_influence` (of the
+    `considered_nodes`, the largest of `nodes_in_pass` by value), `kept_of_target` (share of the logit that edges from
+    kept nodes add up to), `explained_input` (share of what flows into kept nodes that is not an error, by influence),
+    and `completeness_of_paths` (how far the sum of everything that begins a path is from the logit, in logits).
     """
 
     nodes: pd.DataFrame
@@ -103,7 +106,9 @@ def graph(
     frozen = FrozenPass(model, ids[: end + 1], saes)
     wanted = int(frozen.logits.argmax()) if wanted is None else wanted
     if wanted == other:
-        raise InputError(f"token {wanted} is the target, and its own logit would be taken off: name another against")
+        raise InputError(
+            f"target and against are the same token, {model.tokenizer.decode([wanted])!r}: name another one against it"
+        )
     direction = logit_direction(frozen, wanted, other)
     flow = frozen.backward(at_the_end(frozen, direction))
     candidates = _candidates(frozen, flow)
@@ -116,8 +121,9 @@ def graph(
     nodes = chosen[keep].assign(influence=influence[keep]).reset_index(drop=True)
     texts = [model.tokenizer.decode([token]) for token in ids[: end + 1].tolist()]
     metadata = _metadata(model, frozen, candidates, (wanted, other))
-    covered = influence[keep][:-1].sum() / max(influence[:-1].sum(), 1e-30)
-    metadata |= {"kept_influence": float(covered)}
+    total = max(float(influence[:-1].sum()), 1e-30)
+    metadata |= {"considered_nodes": len(chosen) - 1, "total_influence": total}
+    metadata |= {"kept_influence": float(influence[keep][:-1].sum()) / total}
     metadata |= {"node_share": node_share, "edge_share": edge_share, "max_nodes": max_nodes, "saes": list(saes or {})}
     return assembled(nodes, weights[np.ix_(keep, keep)], ids[: end + 1].tolist(), texts, metadata, dict(saes or {}))
 
@@ -136,8 +142,21 @@ def assembled(
     edges = _edge_table(weights, nodes, float(metadata["edge_share"]))
     logit = abs(metadata["logit"])
     explained = 1 - abs(float(nodes["error"].iloc[-1])) / max(logit, 1e-30)
+    shares = {"kept_of_target": explained, "explained_input": _explained_input(nodes, weights)}
     table = nodes.assign(token=[texts[pos] for pos in nodes["pos"]])[list(COLUMNS)]
-    return AttributionGraph(table, edges, tokens, texts, {**metadata, "kept_of_target": explained}, saes)
+    return AttributionGraph(table, edges, tokens, texts, {**metadata, **shares}, saes)
+
+
+def _explained_input(nodes: pd.DataFrame, weights: Float[np.ndarray, "target source"]) -> float:
+    """Return the share of what flows into nodes that comes from nodes of the graph or a bias, not from errors.
+
+    The mean over the nodes that read, weighted by their influence: the completeness score of circuit tracing.
+    """
+    readers = nodes["kind"].isin(READERS).to_numpy()
+    error = nodes["error"].abs().to_numpy()[readers]
+    total = np.abs(weights).sum(1)[readers] + nodes["bias"].abs().to_numpy()[readers] + error
+    influence = nodes["influence"].to_numpy()[readers]
+    return float((influence * (1 - error / np.maximum(total, 1e-30))).sum() / influence.sum())
 
 
 def _sequence(model: GptOss, tokens: Any) -> Int[Tensor, " pos"]:
@@ -175,9 +194,11 @@ def _check_options(n: int, at: int, node_share: float, edge_share: float, max_no
 def logit_direction(frozen: FrozenPass, wanted: int, other: int | None) -> Float[Tensor, " d_model"]:
     """Return the direction at the last stream whose product with it is the logit difference."""
     matrix = frozen.model.unembed.W_U.mT  # with the update of an adapter
-    rows = matrix.split(_VOCABULARY_ROWS)  # the whole vocabulary in float32 is 2.3 GB
-    mean = sum((part.to(frozen.wide).sum(0) for part in rows), torch.zeros((), device=matrix.device)) / len(matrix)
-    off = mean if other is None else matrix[other].to(frozen.wide)
+    if other is None:  # summed in float32 without a copy of the vocabulary in float32, which is 2.3 GB
+        sums = [part.sum(0, dtype=frozen.wide) for part in matrix.split(_VOCABULARY_ROWS)]
+        off = torch.stack(sums).sum(0) / len(matrix)
+    else:
+        off = matrix[other].to(frozen.wide)
     return (
         (matrix[wanted].to(frozen.wide) - off)
         * frozen.model.ln_final.weight.to(frozen.wide)
@@ -379,14 +400,16 @@ def _metadata(
     wanted, other = asked
     last = frozen.logits.double()
     logit = float(last[wanted] - (last.mean() if other is None else last[other]))
+    probability = float(last.softmax(-1)[wanted])
     begins = float(candidates["bias"].sum())  # every path begins at a source, whose value is its bias, or at a bias
     return {
-        "model": str(getattr(model.checkpoint, "name", "")),
+        "model": str(getattr(getattr(model.checkpoint, "path", None), "name", "")),
         "target": model.tokenizer.decode([wanted]),
         "target_id": wanted,
         "against": "mean" if other is None else model.tokenizer.decode([other]),
         "against_id": other,
         "logit": logit,
+        "probability": probability,
         "nodes_in_pass": len(candidates),
         "completeness_of_paths": abs(begins - logit),
         "method": METHOD,

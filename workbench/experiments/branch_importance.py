@@ -19,9 +19,10 @@ class Importance(NamedTuple):
     """What keeping a sentence does to the answers, against continuations that have another one in its place.
 
     effect: probability of the conversation's own answer with it less without, with its interval (Agresti and Caffo).
-    kl: divergence of the answers without it from those with it, in nats, with its interval (bootstrap of samples,
-    shifted by the bias that the bootstrap shows); kl_null: its mean if there were no difference; p: permutation test of
-    kl. NaN where a side has fewer than five samples.
+    kl: divergence of the answers without it from those with it, in nats, with its interval (bootstrap of samples from
+    the smoothed shares, shifted by the bias that the bootstrap shows; it has a width also where all samples of a side
+    are equal); kl_null: its mean if there were no difference; p: permutation test of kl. NaN where a side has fewer
+    than five samples.
     """
 
     effect: float
@@ -55,7 +56,7 @@ def importance(
     shuffled = rng.permuted(np.tile(pooled, (permutations, 1)), axis=1)
     null = _divergence(shuffled[:, n_kept:], shuffled[:, :n_kept], n)
     p = (1 + int((null >= observed - 1e-12).sum())) / (permutations + 1)
-    without, with_it = (_resampled(side, permutations, rng) for side in (pooled[n_kept:], pooled[:n_kept]))
+    without, with_it = (_resampled(side, n, permutations, rng) for side in (pooled[n_kept:], pooled[:n_kept]))
     drawn = _divergence(without, with_it, n)
     limits = np.quantile(drawn, (0.025, 0.975)) - (drawn.mean() - observed)
     kl_low, kl_high = np.maximum(limits, 0)
@@ -63,9 +64,11 @@ def importance(
 
 
 def _resampled(
-    codes: Int[np.ndarray, " sample"], draws: int, rng: np.random.Generator
+    codes: Int[np.ndarray, " sample"], n: int, draws: int, rng: np.random.Generator
 ) -> Int[np.ndarray, "draw sample"]:
-    return np.asarray(codes[rng.integers(len(codes), size=(draws, len(codes)))])
+    """Return samples of the same size from the smoothed shares of n answers."""
+    counts = np.bincount(codes, minlength=n) + _SMOOTHING
+    return rng.choice(n, size=(draws, len(codes)), p=counts / counts.sum())
 
 
 def difference_of_shares(x: int, n: int, y: int, m: int) -> tuple[float, float, float]:

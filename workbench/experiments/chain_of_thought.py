@@ -165,6 +165,7 @@ def study(
         "ci": f"95 % over prompts; logprob and area: bootstrap-t, {n_boot} draws; same and accuracy: Wilson with the "
         "sample size that the prompts' variance implies; accuracy_change: Student's t with two pseudo-prompts",
         "rests_on": f"{len(answered)} sequences of {len(prompts)} prompts",
+        "prompts": len(prompts),
         "summary": "",
     }
     return add_readers(result, "change", [t.row for t in answered], _hidden(model, hide), model.tokenizer)

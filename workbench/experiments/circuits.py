@@ -10,13 +10,15 @@ A node's name is its kind, layer and head or expert, without its position. The s
 sequences of a prompt the first that has both tokens counts.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from scipy.stats import binomtest
 from statsmodels.stats.proportion import proportion_confint
 
@@ -27,7 +29,7 @@ from workbench.experiments.graph_export import label
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
-from workbench.studies.intervals import mean_effect
+from workbench.studies.intervals import MIN_PROMPTS, FewPromptsWarning, mean_effect
 from workbench.studies.statistics import false_discovery
 
 EXPERIMENT = Experiment(
@@ -47,12 +49,14 @@ METHOD = (
     "equal token of the analysis before it, each from the text before it. An edge is named by the kind, layer and head "
     "or expert of its ends. Shares are of prompts whose graph has the edge, with 95 % Wilson intervals; p is of the "
     "exact McNemar test over prompts, q its Benjamini-Hochberg value over all edges. Similarity is the cosine of the "
-    "influences of heads and experts, with bootstrap-t intervals over prompts; p is the share of random pairings of "
-    "the prompts' analyses with other prompts' final answers that are at least as alike as the true pairs."
+    "influences of heads and experts, with bootstrap-t intervals over prompts. Other prompts are those of the same "
+    "task (the run's column task); p is the share of random pairings of the analyses and final answers of a task's "
+    "prompts that are at least as alike as the true pairs."
 )
 NOT_CONTROLLED = (
     "The two tokens are at different positions and follow different text. A difference may be of what is read (the "
-    "analysis computes what the final answer copies), not of how it is read. Values are of a frozen pass."
+    "analysis computes what the final answer copies), not of how it is read. Other prompts of a task mostly have "
+    "another token; in a run without tasks they differ in more than that. Values are of a frozen pass."
 )
 Pair = Mapping[str, AttributionGraph]
 CHANNELS = ("analysis", "final")
@@ -64,7 +68,7 @@ def experiment(
     """Return the edges that recur in the circuits of each channel, and how alike the circuits are.
 
     Dataset `edges`, over edge: analysis and final (shares of prompts, with limits), difference, p and q. Dataset
-    `similarity`, over comparison: cosine with limits.
+    `similarity`, over comparison: cosine (with limits), p and the number of prompts.
 
     Raises:
         InputError: fewer than five prompts have the first token of their final answer in their analysis.
@@ -81,10 +85,11 @@ def experiment(
         coords={"edge": names},
         attrs={"edges_in_all": len(table)},
     )
-    columns = ["cosine", "low", "high", "p"]
-    limits = {c: ("comparison", alike[c].to_numpy(), {"long_name": c, "units": "1"}) for c in columns}
+    names_of = {"cosine": "cosine", "low": "cosine_low", "high": "cosine_high", "p": "p", "prompts": "prompts"}
+    limits = {name: ("comparison", alike[c].to_numpy(), {"long_name": name}) for c, name in names_of.items()}
     similar = xr.Dataset(limits, coords={"comparison": alike.index.tolist()})
-    about = {"rests_on": f"{len(pairs)} prompts", "method": METHOD, "not_controlled": NOT_CONTROLLED}
+    about = {"rests_on": f"{len(pairs)} prompts", "prompts": len(pairs)}
+    about |= {"method": METHOD, "not_controlled": NOT_CONTROLLED}
     titles = {"edges": "Edges that recur, by channel", "similarity": "Similarity of circuits within and across prompts"}
     texts = {"edges": _edges_summary(table, shown, len(pairs)), "similarity": _similarity_summary(alike)}
     return {
@@ -107,11 +112,19 @@ def _edges_summary(table: pd.DataFrame, shown: pd.DataFrame, n: int) -> str:
 
 def _similarity_summary(alike: pd.DataFrame) -> str:
     by_comparison = alike.to_dict("index")
+    own = by_comparison["same prompt"]
+    if np.isnan(by_comparison[_LESS_PAIRS]["cosine"]):
+        return (
+            f"same prompt: {own['cosine']:.2f} ({own['low']:.2f} to {own['high']:.2f}). Only "
+            f"{by_comparison[_LESS_PAIRS]['prompts']} prompts have another prompt of their task to compare with: use "
+            "more sequences."
+        )
     rows = [f"  {name}: {r['cosine']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for name, r in by_comparison.items()]
     within, pairs = (_answer(by_comparison[name]) for name in (_LESS_WITHIN, _LESS_PAIRS))
     lines = [
-        f"The two circuits of a prompt are {within} those of one channel in other prompts, and {pairs} an analysis and "
-        f"a final answer of different prompts (p = {float(by_comparison[_LESS_PAIRS]['p']):.2g}):"
+        f"The two circuits of a prompt are {within} those of one channel in other prompts of the same task, and "
+        f"{pairs} an analysis and a final answer of different prompts of a task "
+        f"(p = {float(by_comparison[_LESS_PAIRS]['p']):.2g}; {by_comparison[_LESS_PAIRS]['prompts']} prompts):"
     ]
     return "\n".join([*lines, *rows])
 
@@ -151,12 +164,18 @@ def paired_graphs(model: GptOss, rows: Iterable[Any], **options: Any) -> list[di
         if places is None:
             continue
         ids = [int(token) for token in row.tokens]
+        task = str(row.meta.get("task", ""))
         pairs[row.prompt_id] = {
-            channel: graph(model, ids[:pos], target=ids[pos], **options) for channel, pos in places.items()
+            channel: _of_task(graph(model, ids[:pos], target=ids[pos], **options), task)
+            for channel, pos in places.items()
         }
     if not pairs:
         raise InputError("no sequence has the first token of its final answer in its analysis: use other sequences")
     return list(pairs.values())
+
+
+def _of_task(attributed: AttributionGraph, task: str) -> AttributionGraph:
+    return replace(attributed, metadata=attributed.metadata | {"task": task})
 
 
 def compare(pairs: Sequence[Pair]) -> pd.DataFrame:
@@ -196,38 +215,69 @@ def _names(graph: AttributionGraph) -> list[str]:
 def similarity(pairs: Sequence[Pair], *, seed: int = 0) -> pd.DataFrame:
     """Return how alike circuits are: cosines of the influence of heads and experts, as means over prompts.
 
-    Rows: the two channels of a prompt (`same prompt`), and each channel with that of other prompts (`analysis, other
-    prompts`, `final, other prompts`), which is what a channel has in common with itself; then the difference of the
-    first and the mean of the others. `other pairs` are an analysis and a final answer of different prompts, the null
-    of circuits that have the prompt or digit in common only by chance; p is of a one-sided permutation test.
-    Intervals are bootstrap-t over prompts, which the comparisons with other prompts share: theirs are approximate.
+    Rows: the two channels of a prompt (`same prompt`), and each channel with that of other prompts of the same task
+    (`analysis, other prompts`, `final, other prompts`), which is what a channel has in common with itself; then the
+    difference of the first and the mean of the others. `other pairs` are an analysis and a final answer of different
+    prompts of a task, the null of circuits that have only the task in common; p is of a one-sided permutation test
+    within tasks. Tasks are those of the graphs' metadata (`paired_graphs`); graphs without one are of the same task.
+
+    The column prompts counts the prompts of each row; of the comparisons it is those with another prompt of their task.
+    Fewer than five leave it without a cosine. Intervals are bootstrap-t over prompts, which the comparisons with other
+    prompts share: theirs are approximate.
 
     Raises:
         InputError: there are fewer than five pairs.
     """
     vectors = {channel: _influences([pair[channel] for pair in pairs], pairs) for channel in CHANNELS}
-    n = len(pairs)
+    tasks = np.array([str(pair["final"].metadata.get("task", "")) for pair in pairs])
+    same_task = (tasks[:, None] == tasks[None]) & ~np.eye(len(tasks), dtype=bool)
+    n_same_task = same_task.sum(1)
+
+    def over_same_task(cosines: Float[np.ndarray, "prompt prompt"]) -> Float[np.ndarray, " prompt"]:
+        return np.where(same_task, cosines, 0).sum(1) / np.maximum(n_same_task, 1)
+
     values = {"same prompt": (vectors["analysis"] * vectors["final"]).sum(1)}
     for channel, rows in vectors.items():
-        others = rows @ rows.T
-        values[f"{channel}, other prompts"] = (others.sum(1) - np.diag(others)) / max(n - 1, 1)
+        values[f"{channel}, other prompts"] = over_same_task(rows @ rows.T)
     within = (values["analysis, other prompts"] + values["final, other prompts"]) / 2
     values[_LESS_WITHIN] = values["same prompt"] - within
     cross = vectors["analysis"] @ vectors["final"].T
-    values["other pairs"] = (cross.sum(0) + cross.sum(1) - 2 * np.diag(cross)) / max(2 * (n - 1), 1)
+    values["other pairs"] = (over_same_task(cross) + over_same_task(cross.T)) / 2
     values[_LESS_PAIRS] = values["same prompt"] - values["other pairs"]
-    effect = mean_effect(np.stack(list(values.values())), [str(i) for i in range(n)], seed=seed)
-    # a cosine lies within ±1, and a difference of two within ±2
-    most = np.array([2.0 if name in (_LESS_WITHIN, _LESS_PAIRS) else 1.0 for name in values])
-    limits = {"low": np.clip(effect.low, -most, most), "high": np.clip(effect.high, -most, most)}
-    table = pd.DataFrame({"cosine": effect.change, **limits}, index=list(values))
-    return table.assign(p=[_pairing_p(cross, seed) if name == _LESS_PAIRS else np.nan for name in values])
+    compared = n_same_task > 0
+    p = _pairing_p(cross[np.ix_(compared, compared)], tasks[compared], seed)
+    table = [
+        _mean_row(own, np.ones(len(own), dtype=bool) if name == "same prompt" else compared, name, seed)
+        for name, own in values.items()
+    ]
+    return pd.DataFrame(table, index=list(values)).assign(p=[p if name == _LESS_PAIRS else np.nan for name in values])
 
 
-def _pairing_p(cross: Float[np.ndarray, "prompt prompt"], seed: int) -> float:
-    """Return the share of random pairings of rows and columns with at least the mean of the true ones."""
-    rng, rows = np.random.default_rng(seed), np.arange(len(cross))
-    means = np.array([cross[rows, rng.permutation(len(cross))].mean() for _ in range(_PAIRINGS)])
+def _mean_row(
+    values: Float[np.ndarray, " prompt"], used: Bool[np.ndarray, " prompt"], name: str, seed: int
+) -> dict[str, float]:
+    """Return the mean over the prompts used, with its limits within what a cosine or a difference of two can be."""
+    n = int(used.sum())
+    if n < MIN_PROMPTS <= len(values):
+        return {"cosine": np.nan, "low": np.nan, "high": np.nan, "prompts": n}
+    with warnings.catch_warnings():
+        if name != _LESS_PAIRS:  # one warning is enough: that of the comparison, which has the fewest prompts
+            warnings.simplefilter("ignore", FewPromptsWarning)
+        effect = mean_effect(values[used][None], [str(i) for i in range(n)], seed=seed)
+    most = 2.0 if name in (_LESS_WITHIN, _LESS_PAIRS) else 1.0
+    low, high = (float(np.clip(limit[0], -most, most)) for limit in (effect.low, effect.high))
+    return {"cosine": float(effect.change[0]), "low": low, "high": high, "prompts": n}
+
+
+def _pairing_p(cross: Float[np.ndarray, "prompt prompt"], tasks: Shaped[np.ndarray, " prompt"], seed: int) -> float:
+    """Return the share of random pairings of rows and columns within tasks with at least the mean of the true ones."""
+    if len(cross) < MIN_PROMPTS:
+        return np.nan
+    codes = np.unique(tasks, return_inverse=True)[1].ravel()
+    rows = np.argsort(codes, kind="stable")
+    keys = np.random.default_rng(seed).random((_PAIRINGS, len(codes)))
+    columns = np.argsort(codes + keys, axis=1)  # the tasks in the order of `rows`, each in a random order
+    means = cross[rows, columns].mean(1)
     return float((1 + (means >= np.diag(cross).mean() - 1e-12).sum()) / (1 + _PAIRINGS))
 
 

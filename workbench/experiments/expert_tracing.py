@@ -129,6 +129,7 @@ def experiment(
         "title": "Experts that restore the answer",
         "units": "nat",
         "rests_on": f"{len(second)} sequences of {prompts} prompts; screened on {len(first)} others",
+        "prompts": prompts,
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,
     }

@@ -22,7 +22,10 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.experiments.dictionary_features import ActiveFeatures, FeatureFlow, active_features, places
 from workbench.hooks.sae import SAE
-from workbench.kernels.moe import swiglu
+from workbench.kernels.ggml import GgmlMxfp4
+from workbench.kernels.moe import LoraWeight, swiglu
+from workbench.kernels.mxfp4 import Mxfp4, input_gradient
+from workbench.kernels.parallel import parallel_map
 from workbench.model import memory
 from workbench.model.transformer import GptOss
 from workbench.model.weights import dense
@@ -38,6 +41,8 @@ _INSIDE = (
     "mlp.experts.hook_pre",
     "mlp.experts.hook_out",
 )
+
+_WIDE = 1024  # d_model from which handing an expert to a thread costs less than it saves
 
 
 @dataclass
@@ -94,9 +99,12 @@ class FrozenPass:
         at = places(model.cfg, saes or {})
         names = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in (*_INSIDE, *also)]
         names += list(saes or {})
-        names += ["hook_embed", "ln_final.hook_scale", f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
-        logits, cache = model.run_with_cache(tokens[None], names_filter=names, return_cache_object=False)
-        self.logits: Float[Tensor, " d_vocab"] = logits[0, -1].clone()  # of the last token; the others are let go
+        end = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+        names += ["hook_embed", "ln_final.hook_scale", end]
+        options: dict[str, Any] = {"names_filter": names, "return_type": None, "return_cache_object": False}
+        _, cache = model.run_with_cache(tokens[None], **options)
+        last = cache[end][:, -1:].to(model.unembed.weight.device)  # the vocabulary is large: only of the last token
+        self.logits: Float[Tensor, " d_vocab"] = model.unembed(model.ln_final(last))[0, -1]
         self.wide = torch.promote_types(model.dtype, torch.float32)
         self._cache = cache
         self.features: dict[float, ActiveFeatures] = {
@@ -189,15 +197,24 @@ class FrozenPass:
         reads = g.new_zeros(*chosen.shape, g.shape[-1])
         values, constants = g.new_zeros(chosen.shape), g.new_zeros(chosen.shape)
         gain = block.ln2.weight.to(self.wide) / self.seen("ln2.hook_scale", layer)
-        for expert, pos, slot in self._groups(chosen, g):
+
+        def expert_flow(item: tuple[int, Tensor, Tensor]) -> None:
+            expert, pos, slot = item
             gate, up = (self.seen(f"mlp.experts.hook_{name}", layer, (pos, slot)) for name in ("gate", "pre"))
-            v = gates[pos, slot, None] * (g[pos] @ mlp.experts.W_out(expert).to(self.wide).mT)
+            v = gates[pos, slot, None] * _before(g[pos], mlp.experts.down.matrix, expert)
             by_gate, by_up, post, fixed = halves(gate, up, v, self.model.cfg.swiglu_limit, self.model.cfg.swiglu_alpha)
-            both = dense(mlp.experts.gate_up.matrix, expert).to(self.wide)  # gate and up in alternation, unpacked once
             b_gate, b_up = mlp.experts.b_gate(expert).to(self.wide), mlp.experts.b_in(expert).to(self.wide)
-            reads[pos, slot] = (torch.stack([by_gate, by_up], dim=-1).flatten(1) @ both.mT) * gain[pos]
+            both = torch.stack([by_gate, by_up], dim=-1).flatten(1)  # the matrix has gate and up in alternation
+            reads[pos, slot] = _before(both, mlp.experts.gate_up.matrix, expert) * gain[pos]
             values[pos, slot] = (v * post).sum(-1)
             constants[pos, slot] = by_gate @ b_gate + by_up @ b_up + fixed
+
+        groups = list(self._groups(chosen, g))
+        if g.device.type == "cpu" and torch.get_num_threads() > 1 and g.shape[-1] >= _WIDE:
+            parallel_map(expert_flow, groups)  # each writes other places
+        else:
+            for item in groups:
+                expert_flow(item)
         bias = mlp.experts.down.bias.to(self.wide)
         expert_bias = (gates * (g @ bias.mT).gather(-1, chosen)).sum(-1)
         parts = {"experts": values, "expert_constants": constants, "expert_bias": expert_bias, "expert_reads": reads}
@@ -226,6 +243,15 @@ class FrozenPass:
             "head_outputs": outputs,
         }
         return parts, g + back * gain
+
+
+def _before(
+    g: Float[Tensor, "node outputs"], matrix: Mxfp4 | GgmlMxfp4 | LoraWeight | Tensor, expert: int
+) -> Float[Tensor, "node inputs"]:
+    """Return directions at the outputs of an expert's matrix as those at its inputs."""
+    if isinstance(matrix, Mxfp4) and g.device.type == "cpu":  # some rows at a time, unpacked by the compiled kernel
+        return input_gradient(g, *matrix.at(expert))
+    return g @ dense(matrix, expert).to(g.dtype).mT
 
 
 def _check_memory(model: GptOss, n_tokens: int) -> None:

@@ -70,5 +70,4 @@ def experiment(
     result = behaviour(model, rows, recipes, controls=null, max_new_tokens=max_new_tokens, seed=seed)
     result = result.assign_coords(dose=("intervention", list(wanted)))
     title = f"Generated answers under {about['what']}"
-    summary = f"{about['what']}.\n{result.attrs['summary']}"
-    return {"answers": result.assign_attrs(title=title, summary=summary, null=json.dumps(about))}
+    return {"answers": result.assign_attrs(title=title, null=json.dumps(about))}

@@ -2,18 +2,21 @@
 
 `ablate` removes what single nodes write and measures the logit; `ablate_edge` removes what one node gives another one;
 `faithfulness` removes the most influential nodes together, beside random nodes that write as much; `kept_alone`
-replaces everything outside the graph by its mean over other tokens. The graph's values are of a frozen
-pass that gives each factor of an expert's activation half of the product, so a measured effect has another size: it
-states whether the node or edge is needed, and the value states what it contributes.
+replaces everything outside the graph by its mean over other tokens, `kept_curve` everything but its strongest nodes;
+`over_prompts` has the means of their tables over prompts, with intervals. The graph's values are of a frozen pass that
+gives each factor of an expert's activation half of the product, so a measured effect has another size: it states
+whether the node or edge is needed, and the value states what it contributes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor
 
 from workbench.errors import InputError
@@ -22,6 +25,7 @@ from workbench.experiments.dictionary_features import active_features, layer_of
 from workbench.experiments.frozen_pass import FrozenPass
 from workbench.hooks.sae import SAE
 from workbench.model.transformer import GptOss
+from workbench.studies.intervals import MIN_PROMPTS, mean_effect
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 _POINTS = {
@@ -46,12 +50,19 @@ def ablate(model: GptOss, graph: AttributionGraph, nodes: Sequence[int]) -> pd.D
     """Return these rows of the graph's nodes with `measured`: how much the target falls when the node writes nothing.
 
     Raises:
-        InputError: a node cannot be ablated, as a bias.
+        InputError: a node is not in the graph, or cannot be ablated, as a bias.
     """
+    _check_nodes(graph, nodes)
     plain = logit(model, graph)
     rows = graph.nodes.loc[list(nodes)]
     measured = [plain - logit(model, graph, ablation_hooks(model, rows.loc[[node]], graph.saes)) for node in rows.index]
     return rows.assign(measured=measured)
+
+
+def _check_nodes(graph: AttributionGraph, nodes: Sequence[int]) -> None:
+    """Refuse numbers that are no rows of the graph's nodes."""
+    if unknown := [node for node in nodes if node not in graph.nodes.index]:
+        raise InputError(f"node {unknown[0]} is not in the graph: its nodes are rows 0 to {graph.nodes.index.max()}")
 
 
 def ablation_hooks(model: GptOss, nodes: pd.DataFrame, saes: Mapping[str, SAE] | None = None) -> Hooks:
@@ -115,12 +126,16 @@ def ablate_edge(model: GptOss, graph: AttributionGraph, source: int, target: int
     read it.
 
     Raises:
-        InputError: the source cannot be ablated, or the target node reads nothing.
+        InputError: a node is not in the graph, the source cannot be ablated, or the target node reads nothing.
     """
+    _check_nodes(graph, (source, target))
     nodes = graph.nodes
     to = nodes.loc[target].to_dict()
     if nodes.loc[source, "kind"] not in ABLATED or to["kind"] not in ("head", "expert"):
-        raise InputError(f"an edge goes from one of {', '.join(ABLATED)} to a head or expert")
+        raise InputError(
+            f"node {source} is of kind {nodes.loc[source, 'kind']!r} and node {target} of kind {to['kind']!r}: "
+            f"an edge goes from one of {', '.join(ABLATED)} to a head or expert"
+        )
     frozen = FrozenPass(model, torch.tensor(graph.tokens, device=model.device), graph.saes)
     write = writes_of(frozen, nodes.loc[[source]].reset_index(drop=True))[0]
     layer, pos, index, at = int(to["layer"]), int(to["pos"]), int(to["index"]), int(nodes["pos"].loc[source])
@@ -170,6 +185,38 @@ def faithfulness(
             logit(model, graph, ablation_hooks(model, _matched(pool, top, frozen, rng))) / plain for _ in range(draws)
         ]
         rows.append({"nodes": size, "kept": left, "random": float(np.mean(others))})
+    return pd.DataFrame(rows)
+
+
+def over_prompts(tables: Sequence[pd.DataFrame], *, seed: int = 0) -> pd.DataFrame:
+    """Return the means over prompts of tables of `faithfulness` or `kept_curve`, by number of nodes, with intervals.
+
+    tables: one for each prompt, of the same model. Columns: nodes, prompts (with this many nodes), each column
+    of the tables with _low and _high (95 %, bootstrap-t over prompts; Wilson for on_top), and where the tables have
+    `random`, `difference` (random less kept: by how much more the chosen nodes matter). Numbers of nodes that fewer
+    than five graphs have are left out.
+
+    Raises:
+        InputError: no number of nodes is in at least five tables.
+    """
+    every = pd.concat(tables, ignore_index=True)
+    if "random" in every:
+        every = every.assign(difference=every["random"] - every["kept"])
+    rows = []
+    for nodes, own in every.groupby("nodes"):
+        if len(own) < MIN_PROMPTS:
+            continue
+        row: dict[str, Any] = {"nodes": nodes, "prompts": len(own)}
+        for name in own.columns.drop("nodes"):
+            if name == "on_top":  # a share of prompts
+                low, high = proportion_confint(int(own[name].sum()), len(own), method="wilson")
+                row |= {name: float(own[name].mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+                continue
+            effect = mean_effect(own[name].to_numpy(dtype=np.float64), [str(i) for i in range(len(own))], seed=seed)
+            row |= {name: float(effect.change), f"{name}_low": float(effect.low), f"{name}_high": float(effect.high)}
+        rows.append(row)
+    if not rows:
+        raise InputError(f"intervals over prompts need the same number of nodes in at least {MIN_PROMPTS} tables")
     return pd.DataFrame(rows)
 
 
@@ -255,6 +302,22 @@ def kept_alone(model: GptOss, graph: AttributionGraph, means: Mapping[str, Tenso
         best = int(model.run_with_hooks(ids, fwd_hooks=hooks)[0, -1].argmax())
     left = logit(model, graph, hooks)
     return {"logit": left, "kept": left / logit(model, graph), "on_top": best == graph.metadata["target_id"]}
+
+
+def kept_curve(
+    model: GptOss, graph: AttributionGraph, means: Mapping[str, Tensor], sizes: Sequence[int] = (4, 8, 16, 32, 64)
+) -> pd.DataFrame:
+    """Return how much of the target the most influential heads and experts alone keep, for each number of them.
+
+    Columns: nodes, kept (share of the target), on_top (1 where the target token stays the most likely one). Numbers
+    above that of the graph's heads and experts are left out. means: [d_model] by hook point, see `kept_alone`.
+    """
+    ranked = graph.nodes[graph.nodes["kind"].isin(("head", "expert"))].sort_values("influence", ascending=False)
+    rows = []
+    for size in [n for n in sizes if n <= len(ranked)]:
+        alone = kept_alone(model, replace(graph, nodes=ranked.iloc[:size]), means)
+        rows.append({"nodes": size, "kept": float(alone["kept"]), "on_top": float(alone["on_top"])})
+    return pd.DataFrame(rows)
 
 
 def _mean_writer(outside: Tensor, mean: Tensor) -> Callable[..., Tensor]:

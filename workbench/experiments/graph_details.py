@@ -122,8 +122,11 @@ def with_neurons(
         vectors[torch.tensor(own)] = torch.cat(reads)[torch.tensor(table.loc[own, "read"].tolist())]
     take_shown_neurons(table, vectors)
     weights = edge_values(frozen, table, writes_of(frozen, table), vectors)
-    table = table.assign(influence=influence_of(weights, table))
-    return assembled(table, weights, graph.tokens, graph.texts, graph.metadata | {"neurons": top}, graph.saes)
+    influence = influence_of(weights, table)
+    # nodes outside the graph count as the same share as before
+    total = float(influence[:-1].sum()) / graph.metadata["kept_influence"]
+    metadata = graph.metadata | {"neurons": top, "total_influence": total}
+    return assembled(table.assign(influence=influence), weights, graph.tokens, graph.texts, metadata, graph.saes)
 
 
 def _neuron_rows(row: pd.DataFrame, inside: _Inside, largest: Tensor) -> pd.DataFrame:

@@ -6,7 +6,13 @@ kind that the format has: heads have the features 0 … n_heads − 1 and expert
 node of the graph explains of a node is its layer's "mlp reconstruction error" at the position. The format has no
 edges of other kinds than direct ones: query, key and router edges are in `metadata.info.choices`, and in GraphML.
 
-Reference: the schema in safety-research/circuit-tracer, circuit_tracer/frontend/graph_models.py (schema version 1).
+What the viewers need beyond their schemas: `influence` is the share that is reached with a node when nodes are added
+from the most influential on (they hide nodes above `node_threshold`), the label of a logit has its probability in the
+form (p=0.5), and Neuronpedia loads pages from an address only if the file names no schema version.
+
+Reference: safety-research/circuit-tracer, circuit_tracer/frontend/graph_models.py (schema version 1); hijohnnylin/
+neuronpedia at commit ebb8426, apps/webapp/app/api/graph/graph-schema.json, app/[modelId]/graph/utils.ts and
+components/provider/graph-provider.tsx.
 """
 
 import json
@@ -16,14 +22,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import networkx as nx
+import numpy as np
 import pandas as pd
 
 from workbench.errors import InputError
 from workbench.experiments.attribution_graph import AttributionGraph
+from workbench.model.config import PUBLISHED
 from workbench.model.transformer import GptOss
 from workbench.studies.feature_pages import cantor, numbers_of
 
 _SLUG = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_SCAN = re.compile(r"(?:\./)?[A-Za-z0-9_.-][A-Za-z0-9_./-]{0,200}")
+CUMULATIVE = "cumulative"  # metadata.info.influence: what the influence of a node in the file is
 
 
 def to_json(
@@ -31,23 +41,32 @@ def to_json(
     graph: AttributionGraph,
     slug: str = "graph",
     *,
+    scan: str | None = None,
     features_url: str | None = None,
     labels: Mapping[tuple[int, int], str] | None = None,
     choices: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Return the graph in the form of circuit-tracer's files.
 
+    scan: the model's id at Neuronpedia, or for circuit-tracer's viewer the path of pages, as ./data/pages; by default
+    gpt-oss-20b or gpt-oss-120b for models of their shape, else gpt-oss.
     features_url: where the pages of experts are served that `workbench export RUN neuronpedia` writes. labels: of
     experts (layer, expert), shown after their names. choices: of `graph_details.choice_edges`.
 
     Raises:
-        InputError: the slug has other characters than letters, digits, - and _, or the URL is none.
+        InputError: the slug or scan has other characters than letters, digits, - and _, or the URL is none.
     """
     if features_url is not None and not features_url.startswith(("https://", "http://")):
         raise InputError(f"features_url {features_url!r}: expected an address that begins with https:// or http://")
     if not _SLUG.fullmatch(slug):
         raise InputError(f"slug {slug!r}: use letters, digits, - and _")
-    nodes = [_node(model, graph, row) for _, row in graph.nodes.iterrows()]
+    scan = scan_of(model) if scan is None else scan
+    if not _SCAN.fullmatch(scan):
+        raise InputError(
+            f"scan {scan!r}: use letters, digits, '.', - and _, as in gpt-oss-20b, or a path as ./data/pages"
+        )
+    reached = _reached(graph)
+    nodes = [_node(model, graph, row, share) for (_, row), share in zip(graph.nodes.iterrows(), reached, strict=True)]
     for node, kind, layer, expert in zip(nodes, *(graph.nodes[c] for c in ("kind", "layer", "expert")), strict=True):
         if kind == "expert" and (text := (labels or {}).get((layer, expert))):
             node["clerp"] += f": {text}"
@@ -67,15 +86,21 @@ def to_json(
                     "weight": float(row["error"]),
                 }
             )
-    metadata = {
+    generator = {"name": "gpt-oss workbench", "version": graph.metadata["workbench_version"]}
+    info = graph.metadata | {"influence": CUMULATIVE, "generator": generator}
+    metadata: dict[str, Any] = {
         "slug": slug,
-        "scan": "gpt-oss",
+        "scan": scan,
         "transcoder_list": [],
         "prompt_tokens": graph.texts,
         "prompt": "".join(graph.texts),
-        "node_threshold": graph.metadata["node_share"],
-        "schema_version": 1,
-        "info": graph.metadata | ({} if choices is None else {"choices": _choices(nodes, choices)}),
+        "node_threshold": max((share for share in reached if share is not None), default=1.0),  # every node is shown
+        "schema_version": 1 if features_url is None else None,
+        "info": info | ({} if choices is None else {"choices": _choices(nodes, choices)}),
+        "pruning_settings": {
+            "node_threshold": graph.metadata["node_share"],
+            "edge_threshold": graph.metadata["edge_share"],
+        },
     }
     if features_url is not None:
         metadata["feature_details"] = {"feature_json_base_url": features_url.rstrip("/")}
@@ -89,13 +114,34 @@ def to_json(
     return {"metadata": metadata, "qParams": q_params, "nodes": [*nodes, *errors.values()], "links": links}
 
 
-def _node(model: GptOss, graph: AttributionGraph, row: "pd.Series[Any]") -> dict[str, Any]:
+def scan_of(model: GptOss) -> str:
+    """Return the id that Neuronpedia has for models of this shape, or gpt-oss if it has none."""
+    shapes = ("n_layers", "d_model", "d_mlp", "num_experts", "d_vocab")
+    for size, cfg in PUBLISHED.items():
+        if all(getattr(model.cfg, name) == getattr(cfg, name) for name in shapes):
+            return f"gpt-oss-{size}"
+    return "gpt-oss"
+
+
+def _reached(graph: AttributionGraph) -> list[float | None]:
+    """Return the share of all influence that is reached with each node, the strongest first; the target has none.
+
+    The influence of nodes outside the graph is in the whole.
+    """
+    influence = graph.nodes["influence"].to_numpy()[:-1]
+    order = np.argsort(-influence, kind="stable")
+    shares = np.empty(len(influence))
+    shares[order] = np.minimum(np.cumsum(influence[order]) / graph.metadata["total_influence"], 1.0)
+    return [*shares.tolist(), None]
+
+
+def _node(model: GptOss, graph: AttributionGraph, row: "pd.Series[Any]", reached: float | None) -> dict[str, Any]:
     kind, layer, pos = str(row["kind"]), int(row["layer"]), int(row["pos"])
     shared = {
         "ctx_idx": pos,
-        "influence": float(row["influence"]),
+        "influence": reached,
         "activation": float(row["value"]),
-        "token_prob": 0.0,
+        "token_prob": graph.metadata["probability"] if kind == "target" else 0.0,
         "is_target_logit": kind == "target",
         "run_idx": 0,
         "reverse_ctx_idx": 0,
@@ -104,7 +150,7 @@ def _node(model: GptOss, graph: AttributionGraph, row: "pd.Series[Any]") -> dict
     if kind == "target":
         token = graph.metadata["target_id"]
         name, feature, shown = f"{model.cfg.n_layers + 1}_{token}_{pos}", token, str(model.cfg.n_layers + 1)
-        shared["clerp"] = f'logit of "{graph.metadata["target"]}" less {graph.metadata["against"]}'
+        shared["clerp"] = _logit_label(graph.metadata)
         return {"node_id": name, "feature": feature, "layer": shown, "feature_type": "logit", "jsNodeId": name} | shared
     if kind == "embedding":
         token = graph.tokens[pos]
@@ -114,6 +160,12 @@ def _node(model: GptOss, graph: AttributionGraph, row: "pd.Series[Any]") -> dict
     name = f"{layer}_{number}_{pos}"
     kind_of = {"feature_type": "cross layer transcoder", "jsNodeId": f"{layer}_{number}-{pos}"}
     return {"node_id": name, "feature": cantor(layer, number), "layer": str(layer)} | kind_of | shared
+
+
+def _logit_label(metadata: Mapping[str, Any]) -> str:
+    """Return the label of the logit in the form from which the viewers read token and probability."""
+    against = "the mean of all" if metadata["against_id"] is None else f'that of "{metadata["against"]}"'
+    return f'Output "{metadata["target"]}" (p={metadata["probability"]:.3f}): its logit less {against}'
 
 
 def _feature(model: GptOss, row: "pd.Series[Any]") -> int:
@@ -187,18 +239,25 @@ def write_json(model: GptOss, graph: AttributionGraph, path: str | Path, **optio
     path = Path(path)
     slug = re.sub(r"[^A-Za-z0-9_-]", "-", path.stem)[:100] or "graph"
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(to_json(model, graph, slug, **options), allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    text = json.dumps(to_json(model, graph, slug, **options), allow_nan=False) + "\n"
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
 def to_networkx(graph: AttributionGraph, choices: pd.DataFrame | None = None) -> "nx.MultiDiGraph[int]":
     """Return a directed graph with the columns of nodes and edges as attributes, for GraphML and network analysis.
 
+    The texts and numbers of the graph's metadata are attributes of the graph.
+
     Edges have a `kind`: "direct", or of `choices` (see `graph_details.choice_edges`) "query", "key" or "router", whose
     values are in other units than logits.
     """
-    out: nx.MultiDiGraph[int] = nx.MultiDiGraph()
+    about = {name: value for name, value in graph.metadata.items() if isinstance(value, str | int | float)}
+    out: nx.MultiDiGraph[int] = nx.MultiDiGraph(**about, prompt="".join(graph.texts))
     for number, row in graph.nodes.iterrows():
         values = {str(k): v.item() if hasattr(v, "item") else v for k, v in row.items()}
         out.add_node(int(str(number)), label=label(row), **values)

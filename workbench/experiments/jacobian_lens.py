@@ -7,8 +7,8 @@ Reference: Gurnee et al. 2026, Verbalizable Representations Form a Global Worksp
 Circuits Thread; Belrose et al. 2023, the tuned lens, arXiv 2303.08112.
 """
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from workbench.experiments.jacobians import SKIP_FIRST, JacobianLens, fit_jacobi
 from workbench.experiments.lens import TunedLens, fit_tuned_lens, logit_lens
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
+from workbench.outputs import check_output, refuse_paths, staged
 from workbench.registry import Experiment
 from workbench.studies.intervals import MIN_PROMPTS, mean_effect
 from workbench.studies.statistics import false_discovery
@@ -45,6 +46,7 @@ EXPERIMENT = Experiment(
     figures="workbench.figures.jacobian_lens",
     order=185,
 )
+_COMMAND = "study jacobian-lens"  # which writes the lenses
 LENSES = ("logit lens", "tuned lens", "Jacobian lens", "Jacobian lens of the group", "Jacobian lens of another group")
 COMPARISONS = ("Jacobian lens less logit lens", "group's less all tokens' Jacobian", "group's less another's Jacobian")
 _COMPARED = ((2, 0), (3, 2), (3, 4))
@@ -99,11 +101,14 @@ def experiment(
         raise InputError(f"tuned_steps={tuned_steps}: expected 0 or more")
     if jacobian and save:
         raise InputError(f"save={save!r}: with jacobian={jacobian!r} no Jacobian lens is fitted, leave one of them out")
-    if save and Path(save).exists():
+    if save and os.path.lexists(save):
         raise InputError(f"save={save!r} exists: choose a new folder")
     kinds = [kind.strip() for kind in by.split(",")]
     fitted, read = _halves(rows, np.random.default_rng(seed))
     own = {group for row in fitted for group in group_masks(model, row, kinds)}
+    if save:  # before the fit, which takes hours
+        check_output(save, command=_COMMAND)
+        refuse_paths(map(_file_name, own))
     if jacobian:
         by_group = {"all": JacobianLens.load(jacobian, model)}
         if by_group["all"].layers[0] == model.cfg.n_layers - 1:
@@ -119,8 +124,8 @@ def experiment(
     lenses = _Lenses(tuned, by_group)
     groups = _groups(model, read, kinds, sorted(own))
     readings = {group: _readings(model, chosen, lenses, group, list(groups)) for group, chosen in groups.items()}
-    n_prompts = (len({row.prompt_id for row in half}) for half in (fitted, read))
-    rests_on = "{} prompts fit the lenses, {} are read".format(*n_prompts)
+    n_fitted, n_read = (len({row.prompt_id for row in half}) for half in (fitted, read))
+    rests_on = f"{n_fitted} prompts fit the lenses, {n_read} are read"
     if jacobian:
         rests_on += f"; the Jacobian lens is that of {jacobian}, fitted to {by_group['all'].n_prompts} prompts"
     prompts = {group: _prompts(chosen) for group, chosen in groups.items()}
@@ -128,11 +133,17 @@ def experiment(
 
 
 def _save(lenses: Mapping[str, JacobianLens], folder: str) -> None:
-    """Write a file for each lens, as in analysis-high.pt, unless there is no folder."""
+    """Write a folder with a file for each lens, as in analysis-high.pt, complete or not at all; "" for none."""
     if folder:
-        Path(folder).mkdir(parents=True)
-        for name, lens in lenses.items():
-            lens.save(Path(folder) / f"{name.replace(', ', '-').replace(' ', '-')}.pt")
+        with staged(folder, command=_COMMAND, owned=lambda existing: False) as part:
+            part.mkdir()
+            for group, lens in lenses.items():
+                lens.save(part / _file_name(group))
+
+
+def _file_name(group: str) -> str:
+    """Return the name of the file of a group's lens; the effort in it is a text of the run."""
+    return f"{group.replace(', ', '-').replace(' ', '-')}.pt"
 
 
 def _prompts(chosen: Sequence[tuple[Transcript, Bool[np.ndarray, " pos"]]]) -> list[str]:
@@ -220,7 +231,8 @@ def _results(
     effects = [mean_effect(values, prompts[group], seed=seed) for group, values in zip(groups, pairs, strict=True)]
     cells = {name: np.stack([getattr(e, name) for e in effects], 1) for name in ("change", "low", "high", "p")}
     coords = {"group": groups, "layer": list(layers)}
-    about = {"method": METHOD, "not_controlled": NOT_CONTROLLED, "rests_on": rests_on}
+    fewest = min(len(set(prompts[group])) for group in groups)
+    about = {"method": METHOD, "not_controlled": NOT_CONTROLLED, "rests_on": rests_on, "prompts": fewest}
     measures = {"divergence": ("KL divergence from the model's own prediction", "nat")}
     measures["agreement"] = ("share of tokens with the model's own most likely token", "1")
     data = {}
@@ -240,14 +252,14 @@ def _results(
     )
     if set(jacobian) == {"all"}:  # a lens of a file: no group has its own
         comparisons = comparisons.sel(which=[COMPARISONS[0]])
-    for ds in (lenses, comparisons):
+    for ds, text in ((lenses, _divergences), (comparisons, _differences)):
         ds.attrs |= about
-        ds.attrs["summary"] = _summary(lenses, comparisons)
+        ds.attrs["summary"] = text(ds)
     return {"lenses": lenses, "comparisons": comparisons}
 
 
-def _summary(lenses: xr.Dataset, comparisons: xr.Dataset) -> str:
-    """Return, for each group, the divergences by layer, and where the group's own Jacobian is another one."""
+def _divergences(lenses: xr.Dataset) -> str:
+    """Return the divergences of the lenses by layer, a line for each group."""
     lines = [f"{lenses.attrs['rests_on']}; KL divergence from the model's own prediction, nats, by layer:"]
     for group in map(str, lenses["group"].values):
         one = lenses["divergence"].sel(group=group)
@@ -257,12 +269,19 @@ def _summary(lenses: xr.Dataset, comparisons: xr.Dataset) -> str:
             if np.isfinite(one.sel(lens=lens)).all()
         ]
         lines.append(f"  {group}: {'; '.join(parts)}.")
-    if COMPARISONS[1] not in comparisons["which"].values:
-        return "\n".join(lines)
-    own = comparisons.sel(which=COMPARISONS[1])
-    better = ((own["q"] <= ALPHA) & (own["change"] < 0)).values
-    lines.append(
-        f"The group's own Jacobian lens is shown to be nearer to the model than that of all tokens in "
-        f"{int(better.sum())} of {better.size} groups and layers."
-    )
+    return "\n".join(lines)
+
+
+def _differences(comparisons: xr.Dataset) -> str:
+    """Return how many differences of divergence are shown in either direction, a line for each comparison."""
+    lines = [f"{comparisons.attrs['rests_on']}; differences of divergence that are shown (q of at most {ALPHA}):"]
+    for which in map(str, comparisons["which"].values):
+        one = comparisons.sel(which=which)
+        shown = one["q"] <= ALPHA
+        nearer, farther = int((shown & (one["high"] < 0)).sum()), int((shown & (one["low"] > 0)).sum())
+        tested = int(np.isfinite(one["q"]).sum())
+        lines.append(
+            f"  {which}: nearer to the model's own prediction in {nearer} and farther in {farther} of {tested} groups "
+            "and layers."
+        )
     return "\n".join(lines)

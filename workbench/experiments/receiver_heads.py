@@ -108,20 +108,29 @@ def experiment(
     result = xr.Dataset(variables | {"shuffled": (cells, values[1].mean(-1))})
     about = {
         "rests_on": f"{len(chosen)} analyses of {n} prompts",
+        "prompts": n,
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,
     }
     result.attrs = about | {"title": "Kurtosis of vertical attention scores beyond chance", "units": "1"}
     result.attrs["summary"] = _summary(result)
-    sentences = _sentences(model, chosen, vertical, np.argsort(-effect.change, axis=None)[:heads])
-    sentences.attrs |= about | {"title": "Sentences that receiver heads attend to"}
+    largest = np.argsort(-effect.change, axis=None)[:heads]
+    sentences = _sentences(model, chosen, vertical, largest, int(_shown(result).ravel()[largest].sum()))
+    sentences.attrs |= about | {"title": "Sentences that the heads with the largest kurtosis attend to"}
     return {"heads": result, "sentences": sentences}
 
 
 def _sentences(
-    model: GptOss, chosen: Sequence[Analysis], vertical: Sequence[np.ndarray], heads: Int[np.ndarray, " head"]
+    model: GptOss,
+    chosen: Sequence[Analysis],
+    vertical: Sequence[np.ndarray],
+    heads: Int[np.ndarray, " head"],
+    shown: int,
 ) -> xr.Dataset:
-    """Return the mean standardised vertical score of each sentence over some heads (numbers of layer × head)."""
+    """Return the mean standardised vertical score of each sentence over some heads (numbers of layer × head).
+
+    shown: how many of these heads are shown to have more kurtosis than shuffled rows.
+    """
     conversation, number, text, score = [], [], [], []
     for one, values in zip(chosen, vertical, strict=True):
         own = values.reshape(-1, values.shape[-1])[heads]
@@ -140,7 +149,10 @@ def _sentences(
         {"sentence": labels} | {name: ("sentence", values) for name, values in coords.items()},
     )
     order = np.argsort(-np.array(score))[:5]
-    lines = [f"The {len(heads)} heads with the largest change attend most to:"]
+    lines = [
+        f"The {len(heads)} heads with the largest change, of which {shown} are shown to have more kurtosis than "
+        "shuffled rows, attend most to:"
+    ]
     lines += [f"  {conversation[i]}, sentence {number[i] + 1}, {text[i][:60]!r}: {score[i]:+.2f}" for i in order]
     return result.assign_attrs(summary="\n".join(lines))
 
@@ -214,8 +226,12 @@ def _kurtosis_of(scores: Float[np.ndarray, "head sentence"]) -> Float[np.ndarray
     return out
 
 
+def _shown(result: xr.Dataset) -> Bool[np.ndarray, "layer head"]:
+    return np.asarray((result["q"].values <= ALPHA) & (result["low"].values > 0))
+
+
 def _summary(result: xr.Dataset) -> str:
-    shown = (result["q"].values <= ALPHA) & (result["low"].values > 0)
+    shown = _shown(result)
     lines = [
         f"{result.attrs['rests_on']}. {int(shown.sum())} of {shown.size} heads have more kurtosis than shuffled rows "
         f"(q of at most {ALPHA})."

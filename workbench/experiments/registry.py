@@ -32,6 +32,7 @@ from workbench.studies.result import name_few_prompts
 from workbench.studies.run_index import ambiguous_warning, duplicates_warning, index_of
 from workbench.version import version
 
+OUTPUTS = {"store", "save"}  # options that name a file or folder to write
 SEQUENCES = 200  # about this many, of prompts spread over tasks and efforts
 
 
@@ -57,8 +58,9 @@ def run_experiment(
         raise InputError(f"{run.path} was captured from another checkpoint than {model.checkpoint.path}: load that one")
     experiment = record.load().experiment
     options = record.checked_options(experiment, options)
-    if "store" in record.options and options.get("store"):
-        refuse_inputs(Path(options["store"]), [run.path])
+    for output in OUTPUTS & record.options.keys():
+        if options.get(output):
+            refuse_inputs(Path(options[output]), [run.path])
     rows, merged = independent_rows(run, chosen_sequences(run, model.cfg.n_ctx, sequences))
     results: dict[str, xr.Dataset] = experiment(model, rows, seed=seed, **_store(record, run, options), **options)
     for title, result in results.items():

@@ -61,8 +61,9 @@ METHOD = (
     "answer. kept: those after the sentence, and those from before it that wrote a similar one (edit similarity of "
     "tokens of at least `similar`); other: those from before it that wrote another. effect: probability of the "
     "conversation's own answer, kept less other (Agresti–Caffo interval over samples). kl: divergence of other's "
-    "answers from kept's, nats, counts smoothed by 0.5 (interval: bootstrap of samples, shifted by its bias), tested "
-    "against shuffled samples; q: Benjamini–Hochberg over all sentences. absent: continuations that write the sentence "
+    "answers from kept's, nats, counts smoothed by 0.5 (interval: bootstrap of samples from the smoothed shares, "
+    "shifted by its bias), tested against shuffled samples; q: Benjamini–Hochberg over all sentences. absent: "
+    "continuations that write the sentence "
     "nowhere, set against kept in the same way; returned: share of other that writes it later; resamplings: mean "
     "number until it stays out, at most `rounds`. Edits: kept less edited; a mistake changes one number, letter or "
     "verb. forced: share of the own answer when the analysis is closed after the sentence and the final message "
@@ -125,12 +126,14 @@ def experiment(
     absent = suppressed(model, answered, rounds, options)
     sentences = _sentences(answered, kinds, absent, np.random.default_rng(seed))
     by_conversation = _conversations(answered, seed)
-    about = {
-        "rests_on": f"{len(chosen)} conversations, {sentences.sizes['sentence']} sentences, {samples} samples each",
+    n = len(chosen)
+    about: dict[str, Any] = {
+        "rests_on": f"{n} conversation{'s' * (n > 1)}, {sentences.sizes['sentence']} sentences, {samples} samples each",
+        "prompts": len({one.row.prompt_id for one in chosen}),
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,
     }
-    sentences.attrs |= about | {"title": "Importance of the sentences of the analysis"}
+    sentences.attrs |= about | {"title": "Importance of the sentences of the analysis", "intervals_over": "samples"}
     by_conversation.attrs |= about | {"title": "From where on the answer is settled"}
     sentences.attrs["summary"] = _sentence_summary(sentences)
     by_conversation.attrs["summary"] = _conversation_summary(by_conversation)
@@ -245,8 +248,8 @@ def _sentence_summary(result: xr.Dataset) -> str:
     tested = np.isfinite(q)
     decisive = [int(i) for i in np.argsort(-np.nan_to_num(np.abs(effect))) if tested[i] and q[i] <= ALPHA]
     lines = [
-        f"{result.attrs['rests_on']}. {int(tested.sum())} sentences could be tested: the others were hardly ever "
-        f"written otherwise. Of these, {len(decisive)} change the distribution of answers."
+        f"{result.attrs['rests_on']}. Sentences that could be tested: {int(tested.sum())}; the others were hardly ever "
+        f"written otherwise. Of these, {len(decisive)} change{'s' * (len(decisive) == 1)} the distribution of answers."
     ]
     for i in decisive[:8]:
         one = result.isel(sentence=i)

@@ -51,7 +51,9 @@ METHOD = (
     "log-probability in nats of the final message, summed over its tokens, less that without steering; means over "
     "prompts, bootstrap-t intervals. The null of a dose is the distribution of the effects of random directions of the "
     "same norm in the same dose: rank p (two-sided, about the common median), p_family adjusted for all doses "
-    "(single-step max-T), distance in standard deviations of the random directions."
+    "(single-step max-T), distance in standard deviations of the random directions. The rank holds the prompts fixed, "
+    "and the interval the directions: where the interval includes zero, an effect beyond random directions is shown "
+    "for these prompts only."
 )
 
 
@@ -107,6 +109,7 @@ def experiment(
         "units": "nat",
         "method": METHOD,
         "rests_on": rests_on,
+        "prompts": effect.prompts,
         "family": f"{len(DOSES)} doses",
         "norm": float(direction.norm()),
     }

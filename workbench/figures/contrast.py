@@ -117,7 +117,7 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
             )
     figure.update_xaxes(title="layer", dtick=max(1, len(next(iter(sets.values()))["layer"]) // 6))
     figure.update_yaxes(title="size of the difference (points)", rangemode="tozero")
-    subtitle = "Root of summed squared differences over a layer's cells, less what noise has"
+    subtitle = "Root of the summed squared differences over a layer's cells, without the part of noise"
     if any("position" in ds["control"].values for ds in sets.values()):
         subtitle += "; dashed: within prompts, solid: at equal position too"
     return apply_theme(figure, colours, next(iter(sets.values())), title=title, subtitle=subtitle, height=460)

@@ -28,8 +28,9 @@ _FIRST = ("accuracy_by_tokens", "entropy_by_layer", "divergence_", "sizes", "rou
 _LAST = ("load_frame", "load_prompt", "mass_frame", "mass_prompt", "overrepresented_tokens")
 _BARS = "Bars show the difference relative to the mean of the layer, with its 95 % interval; the line is zero."
 _CHOSEN = (
-    "These are the largest of many tested differences. Being chosen for their size, they are probably larger here than "
-    "in new data. An association is not a cause: what an expert is needed for is measured by the experiments."
+    "These are the largest of many tested differences, relative to the mean of their layer, one of each comparison. "
+    "Being chosen for their size, they are probably larger here than in new data. An association is not a cause: what "
+    "an expert is needed for is measured by the experiments."
 )
 
 

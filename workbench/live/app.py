@@ -41,16 +41,11 @@ def live_page(server: ModelServer, titles: Mapping[str, str] | None = None) -> C
     def show() -> PageTemplate:
         given = {name: values[0].decode("utf-8", "replace") for name, values in (pn.state.session_args or {}).items()}
         theme: ThemeName = "dark" if given.get("theme") == "dark" else "light"
-        recipe, problem = _recipe(given.get("recipe", ""), server)
-
-        def query(recipe: Recipe) -> str:
-            text = recipe.to_json(indent=None)
-            values = {"theme": theme} if theme == "dark" else {}
-            return urlencode(values | ({"recipe": text} if len(text) <= _MAX_ADDRESS else {}))
+        recipe, problem = recipe_of_address(given.get("recipe", ""), server)
 
         def remember(recipe: Recipe) -> None:
             if pn.state.location:
-                pn.state.location.search = "?" + query(recipe)
+                pn.state.location.search = "?" + address_of_recipe(recipe, theme)
 
         page = LivePage(server, recipe, theme, remember, problem)
         document = pn.state.curdoc
@@ -63,7 +58,7 @@ def live_page(server: ModelServer, titles: Mapping[str, str] | None = None) -> C
         pn.state.on_session_destroyed(lambda _: page.viewer.leave())
         pn.state.add_periodic_callback(refresh, period=_REFRESH_MS)
         own = (
-            query(recipe)
+            address_of_recipe(recipe, theme)
             if given.get("recipe") and not problem
             else urlencode({"theme": theme} if theme == "dark" else {})
         )
@@ -85,7 +80,14 @@ def _has_left(document: Any) -> bool:
     return bool(session.milliseconds_since_last_unsubscribe > _AWAY_MS)
 
 
-def _recipe(text: str, server: ModelServer) -> tuple[Recipe, str]:
+def address_of_recipe(recipe: Recipe, theme: ThemeName) -> str:
+    """Return the part of an address after the question mark; a recipe that is too long for it is left out."""
+    text = recipe.to_json(indent=None)
+    values = {"theme": theme} if theme == "dark" else {}
+    return urlencode(values | ({"recipe": text} if len(text) <= _MAX_ADDRESS else {}))
+
+
+def recipe_of_address(text: str, server: ModelServer) -> tuple[Recipe, str]:
     """Return the recipe of an address, or a first one and what is wrong with that of the address."""
     first = Recipe(
         user=_EXAMPLES.get(server.name, ""), model=server.name, max_new_tokens=min(256, server.limits.max_new_tokens)

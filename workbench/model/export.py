@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -18,6 +17,7 @@ from workbench.model.checkpoint import BUNDLED
 from workbench.model.config import GROUP, PUBLISHED, Config, Rope
 from workbench.model.config_file import read_config
 from workbench.model.names import LAYOUTS, name_in, shapes
+from workbench.outputs import staged
 
 
 class RandomTensors(Mapping[str, Tensor]):
@@ -113,17 +113,12 @@ def save_checkpoint(
     wanted = shapes(cfg, experts)
     if wrong := sorted(set(wanted) ^ set(tensors)):
         raise InputError(f"tensor {wrong[0]!r} is {'unexpected' if wrong[0] in tensors else 'missing'} for this config")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.{os.getpid()}.writing")
-    staging.mkdir()
-    try:
+    with staged(target, command="save_checkpoint", owned=lambda existing: False) as staging:
+        staging.mkdir()
         _write_config(staging, cfg, layout, experts, tensors)
         _write_shards(staging, tensors, wanted, layout, shard_bytes)
         if extra is not None:
             extra(staging)
-        os.replace(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return target
 
 

@@ -19,6 +19,7 @@ from workbench.model.transformer import GptOss
 log = logging.getLogger("workbench.model")
 _OLDEST_GPU = (8, 0)  # bfloat16 products and asynchronous copies, which the Triton kernels are compiled with
 _CHECKED_BYTES = 2_000_000_000  # weights of larger checkpoints are checked when logits are not finite
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "fp64": "float64"}
 _PASS_TOKENS = 4096  # "auto" leaves memory on a GPU for a forward pass of this many tokens
 
 
@@ -26,7 +27,7 @@ def load(
     source: str | Path,
     *,
     device: str = "auto",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     revision: str | None = None,
     ignore_fields: Collection[str] = (),
     adapter: str | Path | None = None,
@@ -34,14 +35,17 @@ def load(
     """Return the model in a folder or GGUF file, the bundled one ("nano"), one of Ollama's, or of a hub id.
 
     Weights stay memory-mapped and the experts packed, in GGUF files too: what is read is what is used. A GPU gets
-    tensor by tensor, and none of them before all are known to fit. dtype float32 does all arithmetic in float32. device
+    tensor by tensor, and none of them before all are known to fit. dtype float32 (or "float32") does all arithmetic in
+    float32. device
     "auto" is a GPU where there is one, or all of them where one is too small. Several devices, as in "cuda:0,cuda:1",
     take contiguous layers in turn. `adapter` is a PEFT folder with a LoRA for it. device "meta" has shapes and no
     weights: for a job whose workers load the model themselves.
 
     Raises:
-        InputError: the checkpoint is not valid, or the device is unknown, too small, or a GPU older than Ampere.
+        InputError: the checkpoint is not valid, the dtype is not one of floating point, or the device is unknown, too
+            small, or a GPU older than Ampere.
     """
+    dtype = _floating_point(dtype)
     folder = resolve(source, revision=revision)
     checkpoint = open_checkpoint(folder, ignore_fields=ignore_fields)
     for note in checkpoint.notes:
@@ -76,6 +80,14 @@ def load(
     if adapter is not None:
         load_adapter(model, adapter)
     return model
+
+
+def _floating_point(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a dtype, which may be given by name, as "float32" or "bf16"."""
+    value = getattr(torch, _SHORT_DTYPES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise InputError(f"dtype={dtype!r}: expected one of floating point, such as torch.float32 or 'bfloat16'")
+    return value
 
 
 def _map_experts(model: GptOss, entries: Mapping[str, LazyTensor], places: Mapping[str, torch.device]) -> Iterator[str]:

@@ -147,8 +147,8 @@ class Recipe:
         Raises:
             InputError: the text is not a recipe, or a field is unknown or not valid.
         """
-        if len(text.encode()) > MAX_BYTES:
-            raise InputError(f"a recipe has at most {MAX_BYTES:,} bytes, this one has {len(text.encode()):,}")
+        if (size := len(text.encode("utf-8", "surrogatepass"))) > MAX_BYTES:
+            raise InputError(f"a recipe has at most {MAX_BYTES:,} bytes, this one has {size:,}")
         return cls._read(parse_json(text, max_depth=8))
 
     @classmethod
@@ -169,6 +169,10 @@ class Recipe:
     def _read(cls, document: Any) -> "Recipe":
         if not isinstance(document, dict) or document.get("recipe") != VERSION:
             raise InputError(f'a recipe is a JSON object with "recipe": {VERSION}, as the live page saves it')
+        try:
+            json.dumps(document, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError("a text of the recipe has half a surrogate pair, which is no character") from error
         values = checked_fields(cls, {name: value for name, value in document.items() if name != "recipe"}, "recipe")
         listed = values.get("interventions", [])
         if len(listed) > MAX_INTERVENTIONS:

@@ -81,7 +81,9 @@ class Run(SummedRun):
     def dataset(self) -> xr.Dataset:
         """Return every token of every visible sequence, lazily: nothing is read before it is computed.
 
-        Dimensions layer, token, slot, expert, head; the token's columns (sequence, position, channel, …) beside.
+        Dimensions layer, token, slot, expert, head; the token's columns (sequence, position, channel, …) beside. Values
+        stored as float16 or bfloat16 are float32. Labels are lazy too: to group by one of them, use `run.select()`,
+        whose labels are in memory.
         """
         with reading(self.storage, "the tokens"):
             return self._dataset(self.spans)
@@ -130,6 +132,16 @@ class Run(SummedRun):
         selected = self.dataset.isel(token=np.flatnonzero(views.chosen(self, labels)))
         return selected.assign_coords({name: selected[name].compute() for name in selected.coords})  # to group by
 
+    def __getitem__(self, name: str) -> xr.DataArray:
+        """Return a quantity of the dataset, as in `run["sink"]`.
+
+        Raises:
+            InputError: the run has no quantity of this name.
+        """
+        if name not in self.dataset:
+            raise InputError(f"{name!r} is not in {self.path}: it has {', '.join(map(str, self.dataset))}")
+        return self.dataset[name]
+
     def _number(self, which: int | str) -> int:
         """Return the number of a sequence that is named by number or id."""
         table = self.sequences
@@ -155,7 +167,7 @@ class Run(SummedRun):
             if name in selected:
                 variables[name] = views.recorded(lazy, selected[name], self.model, sparse.get(name))
             else:
-                variables[name] = (dims, lazy, views.flags(name))
+                variables[name] = (dims, *views.in_float32(lazy, views.labels_of(name) | views.flags(name)))
         coords = views.coordinates(variables, self.model)
         labels = {name: variables.pop(name) for name in views.LABELS if name in variables}
         coords |= labels | views.names(labels, self.sequences)
@@ -183,6 +195,16 @@ _INSTEAD = {
     "texts": "run.text(sequence)",
     "decode": "run.text(sequence)",
     "sel": "run.select(channel=…, effort=…, task=…)",
+    "isel": "run.dataset.isel(…)",
+    "dims": "run.dataset.dims",
+    "sizes": "run.dataset.sizes",
+    "coords": "run.dataset.coords",
+    "variables": "run.dataset.variables",
+    "data_vars": "run.dataset.data_vars",
+    "to_dataframe": "run.sequences, run.messages, or run.select(…)[quantity].to_dataframe()",
+    "groupby": "run.select()[quantity].groupby('effort')",
+    "plot": "run.select()[quantity], wb.figures, or `workbench dashboard`",
+    "info": "run.dataset or `workbench summary`",
 }
 
 

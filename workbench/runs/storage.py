@@ -5,12 +5,9 @@ store cannot rename, so there the root's `zarr.json`, without which nothing is a
 """
 
 import errno
-import glob
 import os
-import shutil
 import tempfile
 import threading
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any, Protocol
 
 from workbench.errors import InputError
 from workbench.inputs import open_regular
+from workbench.outputs import replace_folder, staging_folder
 from workbench.runs.lock import LOCK, FileLock, ObjectLock
 
 ROOT = "zarr.json"
@@ -151,30 +149,34 @@ class LocalStorage:
         (self.path / key).unlink(missing_ok=True)
 
     def files(self) -> set[str]:
-        skip = len(str(self.path)) + 1
-        keys = {os.path.join(at, name)[skip:] for at, _, names in os.walk(self.path) for name in names}
+        keys, folders = set(), [""]
+        while folders:
+            folder = folders.pop()
+            with suppress(OSError), os.scandir(self.path / folder) as entries:
+                for entry in entries:
+                    if not entry.is_dir():
+                        keys.add(folder + entry.name)
+                    elif not entry.is_symlink():
+                        folders.append(f"{folder}{entry.name}/")
         return {key for key in keys if not key.startswith(LOCK)}
 
     def lock(self) -> FileLock:
         return FileLock(self.path)
 
-    def _remove_killed(self) -> None:
-        """Remove what jobs that were killed left beside the run, and the run that this one replaces."""
-        for killed in self.path.parent.glob(f".{glob.escape(self.path.name)}.*{_CREATING}"):
-            shutil.rmtree(killed, ignore_errors=True)
-
     @contextmanager
     def new(self) -> Iterator[Path]:
-        self._remove_killed()
-        staging = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}{_CREATING}")
-        try:
-            yield staging
-            if self.exists():  # an earlier run, which the caller was told to replace
-                os.rename(self.path, self.path.with_name(f"{staging.name.removesuffix(_CREATING)}.old{_CREATING}"))
-            os.replace(staging, self.path)
-            self._remove_killed()
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        """Yield a folder as the protocol has it.
+
+        Raises:
+            InputError: a killed job was replacing the run, which is now moved back.
+        """
+        there = self.exists()
+        with staging_folder(self.path) as folder:
+            if self.exists() and not there:
+                raise InputError(f"{self} is back, which a killed job was about to replace: run the command again")
+            part = folder / self.path.name
+            yield part
+            replace_folder(part, self.path, folder)
 
 
 class ObjectStorage:

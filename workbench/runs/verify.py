@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
@@ -24,6 +25,7 @@ from workbench.runs.summaries import summarise
 
 _GATE_ROUNDING = 4e-3  # four float16 gates
 _STATUSES = ("writing", "complete")
+_Grains = Mapping[str, tuple[int, ...]]  # shape of the files of each array
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,19 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
     except Exception as error:  # whatever damaged metadata or a damaged table makes zarr raise
         opened = f"cannot be opened as a run: {_first_line(error)}"
         return [Problem(str(path), error.what if isinstance(error, manifest.DamageError) else opened)]
-    problems = list(_structure(run, specs))
+    grains: dict[str, tuple[int, ...]] = {}
+    problems = [*_structure(run, specs, grains), *_columns(run)]
     if problems:
         return problems
     there = run.storage.files()
     if run.manifest is not None:
-        problems = _in_units(run, layout, workers, lambda unit: list(_listed(run, specs, unit, there)))
+        problems = _in_units(run, layout, workers, lambda unit: list(_listed(run, specs, grains, unit, there)))
         problems += [*_listed_elsewhere(run, there), *_status(run)]
         if problems or not recompute:
             return problems
     try:
         problems += _tables(run, layout)
-        problems += _in_units(run, layout, workers, lambda unit: _checked(run, specs, unit, layout, there))
+        problems += _in_units(run, layout, workers, lambda unit: _checked(run, specs, grains, unit, layout, there))
     except Exception as error:  # a damaged table, where checks of units read it
         return [*problems, Problem(str(path), f"cannot be read: {_first_line(error)}")]
     problems += _status(run)
@@ -104,10 +107,10 @@ def _in_units(run: Run, layout: Layout, workers: int | None, check: Callable[[Un
     return problems
 
 
-def _listed(run: Run, specs: dict[str, ArraySpec], unit: Unit, there: set[str]) -> Iterator[Problem]:
+def _listed(run: Run, specs: dict[str, ArraySpec], grains: _Grains, unit: Unit, there: set[str]) -> Iterator[Problem]:
     """What is wrong with the files of a unit by its manifest."""
     where, key = f"unit {unit.index}", manifest.unit_key(unit.index)
-    expected = set(_files(run, specs, unit))
+    expected = set(_files(specs, grains, unit))
     if not run.committed[unit.index]:
         if key in there and expected <= there:
             yield Problem(where, "is not committed though all its files are there: the flag was cleared")
@@ -167,10 +170,12 @@ def _totals(run: Run) -> Iterator[Problem]:
             yield Problem(f"totals/{name}", "is not the sum of the units")
 
 
-def _checked(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout, there: set[str]) -> list[Problem]:
+def _checked(
+    run: Run, specs: dict[str, ArraySpec], grains: _Grains, unit: Unit, layout: Layout, there: set[str]
+) -> list[Problem]:
     """What is wrong with a unit, the files of the run being `there`."""
     where = f"unit {unit.index}"
-    missing = [key for key in _files(run, specs, unit) if key not in there]
+    missing = [key for key in _files(specs, grains, unit) if key not in there]
     if not run.committed[unit.index]:
         cleared = "is not committed though all its files are there: the flag was cleared"
         return [] if missing else [Problem(where, cleared)]
@@ -191,7 +196,8 @@ def _status(run: Run) -> Iterator[Problem]:
         yield Problem("attributes", f"status is complete, but {total - done} of {total} units are not committed")
 
 
-def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
+def _structure(run: Run, specs: dict[str, ArraySpec], grains: dict[str, tuple[int, ...]]) -> Iterator[Problem]:
+    """Arrays that are missing or not as the layout requires; the shape of the files of each is added to `grains`."""
     older = arrays(run.model, run.spec, run.layout, schema=3)  # dimensions of runs before schema 4
     for name, spec in specs.items():
         try:
@@ -202,11 +208,28 @@ def _structure(run: Run, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
         except Exception as error:  # whatever damaged metadata makes zarr raise
             yield Problem(name, f"its zarr.json cannot be used: {_first_line(error)}")
             continue
+        if not isinstance(array, zarr.Array):
+            yield Problem(name, "is a group, expected an array")
+            continue
+        grains[name] = array.shards or array.chunks
         got = (array.shape, str(array.dtype), tuple(array.metadata.dimension_names or ()))
         if got[:2] != (spec.shape, spec.dtype) or got[2] not in (spec.dims, older[name].dims):
             yield Problem(
                 name, f"has shape, dtype and dimensions {got}, expected {(spec.shape, spec.dtype, spec.dims)}"
             )
+
+
+def _columns(run: Run) -> Iterator[Problem]:
+    """Columns that a table lists and does not have as arrays."""
+    for name in ("sequences", "messages"):
+        try:
+            table = run.group[name]
+            arrays_of_table = set(table.array_keys())
+            missing = [str(column) for column in table.attrs.get("columns", []) if column not in arrays_of_table]
+        except Exception as error:  # whatever damaged metadata makes zarr raise
+            yield Problem(name, f"cannot be read: {_first_line(error)}")
+            continue
+        yield from (Problem(f"{name}/{column}", "is no array, which the table lists as a column") for column in missing)
 
 
 def _tables(run: Run, layout: Layout) -> Iterator[Problem]:
@@ -232,13 +255,12 @@ def _tables(run: Run, layout: Layout) -> Iterator[Problem]:
         yield Problem("messages", f"message {int(np.argmin(inside))} is not inside its sequence")
 
 
-def _files(run: Run, specs: dict[str, ArraySpec], unit: Unit) -> Iterator[str]:
+def _files(specs: dict[str, ArraySpec], grains: _Grains, unit: Unit) -> Iterator[str]:
     """Keys of all shards that a unit owns."""
     for name, spec in specs.items():
-        array = run.group[name]
-        grain = array.shards or array.chunks
+        grain = grains[name]
         rows = _place(spec, unit)
-        counts = [-(-n // g) for n, g in zip(array.shape, grain, strict=True)]
+        counts = [-(-n // g) for n, g in zip(spec.shape, grain, strict=True)]
         ranges = [range(c) for c in counts]
         ranges[spec.axis] = range(rows.start // grain[spec.axis], -(-rows.stop // grain[spec.axis]))
         for index in np.ndindex(*map(len, ranges)):

@@ -28,6 +28,37 @@ LABELS = ("sequence", "position", "message", "part", "role", "channel")  # coord
 # what codes of a label mean, from 0; −1 is not a role
 CODES = {"part": PARTS, "role": ROLES, "channel": CHANNELS}
 _OF_SEQUENCES = ("effort", "task")
+# Long name and, where it has one, unit of what a dataset holds, as plots with xarray show them.
+_ABOUT = {
+    "layer": ("layer", ""),
+    "slot": ("slot, by router logit", ""),
+    "head": ("head", ""),
+    "kv": ("key-value head", ""),
+    "expert": ("expert", ""),
+    "sequence": ("sequence", ""),
+    "position": ("position in the sequence", "tokens"),
+    "message": ("message of the sequence", ""),
+    "part": ("part", ""),
+    "role": ("role", ""),
+    "channel": ("channel", ""),
+    "part_name": ("part", ""),
+    "role_name": ("role", ""),
+    "channel_name": ("channel", ""),
+    "effort": ("reasoning effort", ""),
+    "task": ("task", ""),
+    "prompt_id": ("prompt", ""),
+    "id": ("token id", ""),
+    "is_prompt": ("token of the prompt", ""),
+    "logprob": ("log-probability of the token", "nat"),
+    "entropy": ("entropy of the prediction of the token", "nat"),
+    "experts": ("chosen expert", ""),
+    "gates": ("gate weight", ""),
+    "router_logits": ("router logit", "logit"),
+    "own_experts": ("expert that the model's router chose", ""),
+    "router_margin": ("margin of the model's router", "logit"),
+    "forced": ("token whose experts the host chose", ""),
+    "sink": ("sink attention", ""),
+}
 Variable = tuple[tuple[str, ...], da.Array, dict[str, Any]]
 
 
@@ -35,7 +66,7 @@ def recorded(
     lazy: da.Array, about: Activation | Record, model: Mapping[str, Any], selected: da.Array | None
 ) -> Variable:
     """Return a stored quantity [layer, token, …] as a variable of the dataset. selected: which tokens have values."""
-    attrs: dict[str, Any] = {"hook": about.hook, "reduce": about.reduce}
+    attrs: dict[str, Any] = {"hook": about.hook, "reduce": about.reduce, "long_name": about.name}
     if isinstance(about, Activation):
         lazy, attrs = lazy.map_blocks(float32_of, dtype=np.float32), attrs | {"stored_dtype": "bfloat16"}
         dims = about.dims or ("feature",)
@@ -48,6 +79,7 @@ def recorded(
         attrs |= {k: v for k, v in (("long_name", about.description), ("units", about.unit)) if v}
     if lazy.dtype.kind == "u":
         lazy = lazy.astype(np.int16)
+    lazy, attrs = in_float32(lazy, attrs)
     fill = lazy.dtype.type(-1 if lazy.dtype.kind == "i" else np.nan)
     if selected is not None:
         lazy = da.where(selected.reshape((1, -1, *(1,) * len(dims))), lazy, fill)
@@ -55,6 +87,22 @@ def recorded(
         lazy = _spread(lazy, 2 + dims.index(index_dim), about.index, int(model[_SIZES[index_dim]]), fill)
     lazy = _all_layers(lazy, about.layers, int(model["n_layers"]), fill)
     return ("layer", "token", *dims), lazy, attrs
+
+
+def in_float32(lazy: da.Array, attrs: dict[str, Any]) -> tuple[da.Array, dict[str, Any]]:
+    """Return float16 values as float32, with the stored dtype among the attributes.
+
+    Sums and means over tokens would otherwise be added up in float16, which holds 11 bits and nothing above 65,504.
+    """
+    if lazy.dtype != np.float16:
+        return lazy, attrs
+    return lazy.astype(np.float32), attrs | {"stored_dtype": "float16"}
+
+
+def labels_of(name: str) -> dict[str, str]:
+    """Return CF attributes of a variable or coordinate, which plots show: `long_name` and, if it has one, `units`."""
+    long_name, units = _ABOUT.get(name, ("", ""))
+    return {key: text for key, text in (("long_name", long_name), ("units", units)) if text}
 
 
 def flags(name: str) -> dict[str, Any]:
@@ -65,18 +113,24 @@ def flags(name: str) -> dict[str, Any]:
 
 
 def names(labels: Mapping[str, Variable], sequences: pd.DataFrame) -> dict[str, Variable]:
-    """Return labels of tokens as text: `channel_name`, `role_name`, `part_name`, `effort` and `task`; lazily."""
+    """Return labels of tokens as text: `channel_name`, `role_name`, `part_name`, `effort`, `task`, `prompt_id`; lazily.
+
+    Ids of prompts are Python strings, one for all tokens of a prompt: they may be long, and take 8 bytes a token.
+    """
     variables: dict[str, Variable] = {}
     for name, known in CODES.items():
         if name in labels:
             dims, codes, _ = labels[name]
-            variables[f"{name}_name"] = (dims, _looked_up(codes, np.array([*known, ""])), {})
+            variables[f"{name}_name"] = (dims, _looked_up(codes, np.array([*known, ""])), labels_of(f"{name}_name"))
     dims, owner, _ = labels["sequence"]
     size = int(sequences.index.max()) + 2 if len(sequences) else 1
     for name in _OF_SEQUENCES:
         values = np.full(size, "", dtype=f"<U{max([1, *map(len, sequences[name].astype(str))])}")
         values[sequences.index] = sequences[name].astype(str)
-        variables[name] = (dims, _looked_up(owner, values), {})
+        variables[name] = (dims, _looked_up(owner, values), labels_of(name))
+    prompts = np.full(size, "", dtype=object)
+    prompts[sequences.index] = sequences["prompt_id"].astype(str)
+    variables["prompt_id"] = (dims, _looked_up(owner, prompts), labels_of("prompt_id"))
     return variables
 
 
@@ -122,7 +176,7 @@ def summary_dims(about: Activation | Record, stored: tuple[str, ...]) -> tuple[s
 def coordinates(variables: Mapping[str, Variable], model: Mapping[str, Any]) -> dict[str, Any]:
     """Return numbers for the dimensions that number something of the model."""
     used = {dim for dims, _, _ in variables.values() for dim in dims} | {"layer"}
-    return {dim: np.arange(int(model[size])) for dim, size in _SIZES.items() if dim in used}
+    return {dim: (dim, np.arange(int(model[size])), labels_of(dim)) for dim, size in _SIZES.items() if dim in used}
 
 
 def _spread(lazy: da.Array, axis: int, index: tuple[int, ...], size: int, fill: Any) -> da.Array:

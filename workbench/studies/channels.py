@@ -131,7 +131,7 @@ def _beside_halves(datasets: Mapping[str, xr.Dataset]) -> str:
                 lines.append(
                     f"{label.capitalize()}: analysis and final are farther apart than the halves of analysis in "
                     f"{larger} of "
-                    f"{sizes[0].size} layers (size less what noise has, at equal position)."
+                    f"{sizes[0].size} layers (size of the differences without the part of noise, at equal position)."
                 )
     return "\n".join(lines)
 

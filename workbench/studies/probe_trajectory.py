@@ -245,7 +245,9 @@ def _summary(result: xr.Dataset, channel: str) -> str:
         beyond = [float(one[f"beyond_words{end}"][-1]) for end in ("", "_low", "_high")]
         onset = float(one["onset"])
         verdict = (
-            f"beyond the best baseline from {onset:.0%} on" if np.isfinite(onset) else "not shown beyond baselines"
+            f"beyond the best baseline from {onset:.0%} on"
+            if np.isfinite(onset)
+            else "not shown beyond the best baseline up to the end"
         )
         lines.append(
             f"  layer {layer}: AUC {values}; {verdict}; at the end {beyond[0]:+.3f} [{beyond[1]:+.3f}, "

@@ -184,7 +184,7 @@ def _words(result: xr.Dataset) -> str:
         heads = ", ".join(
             f"{int(layer)}.{int(head)} ({100 * float(pooled[layer, head]):.0f} %)" for layer, head in places
         )
-        lines.append(f"Heads that leave most on their sink (layer.head): {heads}.")
+        lines.append(f"Heads with the largest mean sink attention (layer.head): {heads}.")
     for channel in map(str, result["channel"].values):
         cell = result.sel(channel=channel)
         total = int(cell["tokens"].sum())

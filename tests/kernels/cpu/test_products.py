@@ -150,7 +150,23 @@ def same_bits(blocks):
     return torch.equal(unpacked.view(torch.int16)[numbers], want.view(torch.int16)[numbers])
 
 
-assert same_bits(blocks) and not same_bits((blocks << 4) | (blocks >> 4))
+def same_bits_by_columns(blocks):
+    unpacked = torch.empty(32, 4096)
+    products.unpack_columns(blocks[0], scales[0], unpacked)
+    unpacked = unpacked.mT[None]
+    assert torch.equal(unpacked.isnan(), ~numbers)
+    finite = torch.finfo(torch.bfloat16).max  # float32 holds larger values, of the largest scales
+    got, wide = (t.float().clamp(-finite, finite)[numbers].view(torch.int32) for t in (unpacked, want))
+    return torch.equal(got, wide)
+
+
+for same in (same_bits, same_bits_by_columns):
+    assert same(blocks) and not same((blocks << 4) | (blocks >> 4)) and not same(blocks.roll(1, -1))
+matrix = torch.arange(-24576, 24576).to(torch.int16).view(96, 512).view(torch.bfloat16)
+widened = torch.empty(512, 96)
+products.widen_columns(matrix, widened)
+assert torch.equal(widened.mT.view(torch.int32), matrix.view(torch.int16).int() << 16)
+assert not torch.equal(widened.mT[8:].view(torch.int32), matrix[:-8].view(torch.int16).int() << 16)
 print(loops.instructions())
 """
 
@@ -209,6 +225,32 @@ def test_the_choice_follows_the_instruction_set(
     monkeypatch.setattr(loops, "_target", lambda context: (triple, features))
     wanted = f"compiled by numba for {expected}" if expected else "torch (the processor"
     assert cpu.description().startswith(wanted)
+
+
+@pytest.mark.parametrize(
+    ("triple", "processor", "features", "expected"),
+    [
+        ("x86_64-unknown-linux-gnu", "sapphirerapids", "+avx512f,+avx512bf16,+amx-bf16", True),
+        ("x86_64-unknown-linux-gnu", "sapphirerapids", "+avx512f,+avx512bf16,-amx-bf16", False),
+        ("x86_64-unknown-linux-gnu", "znver4", "+avx512f,+avx512bf16", True),
+        ("x86_64-unknown-linux-gnu", "znver3", "+avx2,-avx512bf16", False),
+        ("x86_64-pc-windows-msvc", "haswell", "+avx2,+fma,+f16c", False),
+        ("aarch64-unknown-linux-gnu", "neoverse-v1", "+neon,+bf16", True),
+        ("aarch64-unknown-linux-gnu", "cortex-a72", "+neon", False),
+        ("arm64-apple-darwin25.0.0", "apple-m2", "+neon,+bf16", False),
+    ],
+)
+def test_bfloat16_is_widened_where_the_processor_multiplies_it_slowly(
+    triple: str, processor: str, features: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loops, "_processor", lambda: (triple, processor, features))
+    assert loops.multiplies_bfloat16() is expected
+    cpu._widens.cache_clear()
+    x = torch.zeros(1, 32)
+    assert cpu.product_dtype(x.bfloat16()) == (torch.bfloat16 if expected else torch.float32)
+    assert cpu.product_dtype(x.double()) == torch.float64
+    assert cpu.product_dtype(x.bfloat16().requires_grad_()) == torch.bfloat16
+    cpu._widens.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_choice")

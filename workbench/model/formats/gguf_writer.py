@@ -6,7 +6,6 @@ expects them. The vocabulary is written as tokens, and a tokenizer.json that is 
 
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +24,7 @@ from workbench.model.formats.gguf_merges import merges, unmerged, vocabulary_tok
 from workbench.model.lazy_tensors import Tensors
 from workbench.model.names import shapes
 from workbench.model.opened_checkpoint import Checkpoint
+from workbench.outputs import staged
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of tokens
 D_VOCAB = PUBLISHED["20b"].d_vocab
@@ -55,30 +55,34 @@ def write_gguf(checkpoint: Checkpoint, target: str | Path) -> Path:
     if path.exists():
         raise InputError(f"{path} exists: choose another file, or move it away")
     _check(checkpoint.cfg)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    writer = gguf.GGUFWriter(staging, "gpt-oss")
-    try:
-        _add_config(writer, checkpoint.cfg, path.stem)
-        _add_vocabulary(writer, checkpoint)
-        for name, shape, kind, _ in _tensors(checkpoint):
-            block, size = block_and_bytes(kind) or (1, 0)
-            writer.add_tensor_info(
-                name, shape, np.dtype(np.float32), math.prod(shape) // block * size, gguf.GGMLQuantizationType(kind)
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for *_, read in _tensors(checkpoint):
-            writer.write_tensor_data(read())
-        writer.close()
-        os.replace(staging, path)
-    finally:
-        for file in writer.fout or ():
-            with suppress(OSError):  # a full disk, which the error names
-                file.close()
-        staging.unlink(missing_ok=True)
+    with staged(path, command="write_gguf", owned=lambda existing: False) as part:
+        writer = gguf.GGUFWriter(part, "gpt-oss")
+        try:
+            _write(writer, checkpoint, path.stem)
+        finally:
+            for file in writer.fout or ():
+                with suppress(OSError):  # a full disk, which the error names
+                    file.close()
     return path
+
+
+def _write(writer: Any, checkpoint: Checkpoint, name: str) -> None:
+    """Write header, vocabulary and tensors."""
+    import gguf
+
+    _add_config(writer, checkpoint.cfg, name)
+    _add_vocabulary(writer, checkpoint)
+    for tensor, shape, kind, _ in _tensors(checkpoint):
+        block, size = block_and_bytes(kind) or (1, 0)
+        writer.add_tensor_info(
+            tensor, shape, np.dtype(np.float32), math.prod(shape) // block * size, gguf.GGMLQuantizationType(kind)
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for *_, read in _tensors(checkpoint):
+        writer.write_tensor_data(read())
+    writer.close()
 
 
 def _check(cfg: Config) -> None:
