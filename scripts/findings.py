@@ -83,7 +83,7 @@ PICTURES = {
     "probe-trajectory": "trajectory",
     "receiver-heads": "heads",
     "risk-difference": "experts_prompt_and_token",
-    "router-prediction": "recall",
+    "router-prediction": "recall_recall",
     "sentence-importance": "conversation_2",
     "sink-difference": "heads_prompt_and_token",
     "super-experts": "experts_output",
