@@ -12,6 +12,8 @@ from workbench.harmony.flags import counted_in
 from workbench.runs import Run
 from workbench.studies.comparison import in_order
 
+_QUIET = ("Skipped: ", "Warning: ")  # how lines of a summary begin that are less prominent
+
 
 def about(run: Run) -> str:
     """Return one paragraph of HTML about the run. All text from the run is escaped."""
@@ -53,7 +55,9 @@ def accuracy_by_effort(run: Run) -> pd.DataFrame:
 
 def tokens_by_role(run: Run) -> pd.DataFrame:
     """Return content tokens by role and channel (rows) and effort (columns)."""
-    messages = run.messages.assign(tokens=lambda t: (t["stop"] - t["content"]).clip(lower=0))
+    messages = run.messages
+    last = messages["stop"].where(messages["stop"] >= 0, messages["end"])  # a truncated message has no stop token
+    messages = messages.assign(tokens=(last - messages["content"]).where(messages["content"] >= 0, 0))
     messages = messages.assign(effort=messages["sequence"].map(run.sequences["effort"]).replace("", "unstated"))
     table = messages.pivot_table(
         index=["role", "channel"], columns="effort", values="tokens", aggfunc="sum", fill_value=0
@@ -74,14 +78,20 @@ def method(study: Mapping[str, xr.Dataset]) -> str:
 def findings(study: Mapping[str, xr.Dataset]) -> str:
     """Return HTML with the summaries of a study: the first one in full, the others folded.
 
-    Models of the results, which need more explanation, come after what they explain.
+    Models of the results and of activations, which need more explanation, come after what they explain.
     """
     parts = []
-    for number, result in enumerate(sorted(study.values(), key=lambda ds: "model" in str(ds.attrs["title"]).lower())):
+    for number, result in enumerate(sorted(study.values(), key=_explains)):
         opened = " open" if number == 0 else ""
         body = _summary(str(result.attrs["summary"]))
         parts.append(f"<details{opened}><summary><b>{escape(result.attrs['title'])}</b></summary>{body}</details>")
     return "".join(parts)
+
+
+def _explains(result: xr.Dataset) -> bool:
+    """Return whether a result is a model of others or about activations at a hook point."""
+    title = str(result.attrs["title"])
+    return "model" in title.lower() or title.startswith("hook_")
 
 
 def _summary(text: str) -> str:
@@ -93,7 +103,7 @@ def _summary(text: str) -> str:
     lead, rest = (lines[:1], lines[1:]) if not _alike(lines[:2]) else ([], lines)
     items: list[tuple[str, list[str]]] = []
     for line in rest:
-        if line.startswith(" ") and items:
+        if line.startswith(" ") and items and not items[-1][0].startswith((" ", *_QUIET)):
             items[-1][1].append(line)
         else:
             items.append((line, []))
@@ -110,7 +120,7 @@ def _alike(lines: Sequence[str]) -> bool:
 
 def _item(line: str, below: str = "") -> str:
     """Return an element of a list; warnings and what was skipped are less prominent. below: HTML inside it."""
-    quiet = " class='wb-muted'" if line.strip().startswith(("Skipped: ", "Warning: ")) else ""
+    quiet = " class='wb-muted'" if line.strip().startswith(_QUIET) else ""
     return f"<li{quiet}>{escape(line.strip())}{below}</li>"
 
 

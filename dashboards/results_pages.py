@@ -11,6 +11,7 @@ import xarray as xr
 
 from workbench import registry
 from workbench.dashboards import attribution_graph, content, theme, widgets
+from workbench.dashboards.figure_labels import figure_names
 from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Session, box
 from workbench.dashboards.stored_results import StoredResults
@@ -22,13 +23,14 @@ from workbench.studies.result import tables
 # names of the effect in a result, and of the limits of its interval
 _EFFECTS = (("change", "low", "high"), ("effect", "low", "high"), ("same", "same_low", "same_high"))
 _NO_EFFECT = {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals excluding zero": "–"}
-_UNITS = {"same": "share of equal answers", "effect": "probability"}  # where a result names none
+_UNITS = {"same": "share of changed answers", "effect": "probability"}  # where a result names none
 _MEASURE_UNITS = {
     **dict.fromkeys(("correct", "complete", "refused", "same answer"), "share of answers"),
     **dict.fromkeys(("new tokens", "analysis tokens"), "tokens"),
     "tokens before divergence": "share of tokens",
     "routing flips": "share of routed slots",
 }
+_STACKED = 3  # figures of an experiment that are shown below each other
 
 
 def causal(session: Session) -> Page:
@@ -105,6 +107,8 @@ def _largest(ds: xr.Dataset) -> dict[str, Any]:
     if names is None:
         return _NO_EFFECT
     values, low, high = (ds[name].values.astype(float) for name in names)
+    if names[0] == "same":  # a share of equal answers: the effect is that of answers that change
+        values, low, high = 1 - values, 1 - high, 1 - low
     tested = np.isfinite(values) & np.isfinite(low) & np.isfinite(high)
     if not tested.any():
         return _NO_EFFECT
@@ -113,8 +117,9 @@ def _largest(ds: xr.Dataset) -> dict[str, Any]:
     return {
         "largest effect": f"{values[at]:+.3g}",
         "95 % interval": f"[{low[at]:+.3g}, {high[at]:+.3g}]",
-        "unit": str(ds.attrs.get("units") or _UNITS.get(names[0], "")),
-        "intervals excluding zero": f"{sure} of {int(tested.sum())}",
+        "unit": _UNITS["same"] if names[0] == "same" else str(ds.attrs.get("units") or _UNITS.get(names[0], "")),
+        # the interval of a share never includes zero
+        "intervals excluding zero": "–" if names[0] == "same" else f"{sure} of {int(tested.sum())}",
     }
 
 
@@ -126,12 +131,33 @@ def _experiment(session: Session, name: str, stored: StoredResults) -> pn.Column
     return pn.Column(
         widgets.html(f"<h2>{escape(record.title)}</h2><p class='wb-lead'>{escape(record.question)}</p>"),
         widgets.card("Findings", widgets.html(content.findings(sets))),
-        *(_drawn(session, item, f"{label}-{key}") for key, item in gallery.items()),
+        *_figures(session, gallery, label),
         *(_null(session, ds, f"{label}-{key}-null") for key, ds in sets.items() if drawable(ds)),
         *(part for key, ds in sets.items() for part in _numbers(ds, key.replace("_", " "), f"{label}-{key}")),
         widgets.card("Methods", widgets.html(content.method(sets)), collapsed=True),
         sizing_mode="stretch_width",
     )
+
+
+def _figures(session: Session, gallery: Gallery, label: str) -> list[Any]:
+    """Return the figures of an experiment or, if there are many, a list that selects one of them."""
+    if len(gallery) <= _STACKED:
+        return [_drawn(session, item, f"{label}-{key}") for key, item in gallery.items()]
+    labels = figure_names(gallery)
+    pick = widgets.select("Figure", labels, session.choice.get("figure", list(labels.values())), width=420)
+    shown = box()
+
+    def show(*_: Any) -> None:
+        key = str(pick.value)
+        shown[:] = [widgets.guarded(lambda: _drawn(session, gallery[key], f"{label}-{key}"))]
+
+    def picked(*_: Any) -> None:
+        session.put(figure=str(pick.value))
+        show()
+
+    show()
+    pick.param.watch(picked, "value")
+    return [pick, shown]
 
 
 def _drawn(session: Session, item: GalleryItem, name: str) -> pn.Column:

@@ -2,8 +2,11 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
+import pandas as pd
 import panel as pn
 import pytest
 import xarray as xr
@@ -46,6 +49,16 @@ def test_tokens_by_role_are_those_of_the_labels(run: Run) -> None:
     assert table["all"].sum() == inside.sum()
 
 
+def test_content_of_truncated_messages_is_counted_to_their_end() -> None:
+    """Such a message has no stop token (−1), and one without content has none to count."""
+    rows = {"role": ["assistant", "assistant", "user"], "channel": ["analysis", "final", ""], "sequence": [0, 0, 0]}
+    messages = pd.DataFrame(rows | {"content": [5, -1, 2], "stop": [-1, -1, 4], "end": [12, 12, 5]})
+    run = cast(Run, SimpleNamespace(messages=messages, sequences=pd.DataFrame({"effort": ["low"]})))
+    table = content.tokens_by_role(run).set_index(["role", "channel"])["all"]
+    assert table.to_dict() == {("assistant", "analysis"): 7, ("assistant", "final"): 0, ("user", ""): 2}
+    assert (messages["stop"] - messages["content"]).clip(lower=0).tolist() == [0, 0, 2], "negative control"
+
+
 def test_whom_an_expert_works_with(registry: RunRegistry) -> None:
     pairs = registry.pairs("demo")
     assert pairs is not None
@@ -59,10 +72,24 @@ def findings_of(summary: str) -> str:
 
 
 def test_a_summary_has_a_lead_and_what_is_indented_is_below_its_own_line() -> None:
-    text = findings_of("Within prompts: 2 of 4 cells differ.\n  layer 0: <b>\nAt equal position: 1 differs.\n  layer 1")
+    text = findings_of(
+        "Within prompts: 2 of 4 cells differ.\n  layer 0: <b>\n  layer 3\nAt equal position: 1 differs.\n  layer 1"
+    )
     assert "<p class='wb-lead'>Within prompts: 2 of 4 cells differ.</p>" in text
     assert "<li>At equal position: 1 differs.<ul><li>layer 1</li></ul></li>" in text
-    assert "<li>layer 0: &lt;b&gt;</li>" in text
+    assert "<li>layer 0: &lt;b&gt;</li><li>layer 3</li><li>At equal position" in text, "below the lead, not each other"
+
+
+def test_lines_below_a_warning_are_as_prominent_as_others() -> None:
+    text = findings_of("13 prompts.\nWarning: few prompts.\n  layer 0\n  layer 1")
+    assert "<li class='wb-muted'>Warning: few prompts.</li><li>layer 0</li><li>layer 1</li>" in text
+    assert "<li>few prompts.<ul><li>layer 0</li>" in findings_of("13 prompts.\nfew prompts.\n  layer 0"), "control"
+
+
+def test_models_and_activations_come_after_what_they_explain() -> None:
+    titles = ("A model of accuracy", "hook_resid_post: analysis against final", "Share of routed slots")
+    text = content.findings({t: xr.Dataset(attrs={"title": t, "summary": "s"}) for t in titles})
+    assert min(titles, key=text.index) == titles[2], "negative control: in the order of the names it is last"
 
 
 def test_lines_that_are_alike_have_no_lead() -> None:

@@ -95,3 +95,12 @@ def test_each_measure_has_a_row_in_its_own_unit_and_effects_of_controls_have_non
     with_controls = xr.concat([effects("mine"), effects("mine", shift=-50.0)], "which")
     row = results_pages.overview_table({"steering": {"direction": with_controls}}).to_dict("records")[0]
     assert row["largest effect"] == "-2", "negative control: the control's own is -52"
+
+
+def test_a_share_of_equal_answers_is_shown_as_the_share_of_changed_ones() -> None:
+    """The largest effect is where fewest answers stay the same; no interval of a share includes zero."""
+    values = {"same": [0.7, 0.1], "same_low": [0.4, 0.05], "same_high": [0.9, 0.3]}
+    ds = xr.Dataset({name: ("change", np.array(v)) for name, v in values.items()}, attrs={"units": "nat"})
+    row = results_pages.overview_table({"chain-of-thought": {"cot": ds}}).to_dict("records")[0]
+    assert (row["largest effect"], row["95 % interval"]) == ("+0.9", "[+0.7, +0.95]")
+    assert (row["unit"], row["intervals excluding zero"]) == ("share of changed answers", "–")

@@ -9,6 +9,7 @@ import torch
 
 import workbench as wb
 from tests.conftest import DATA
+from workbench import harmony
 from workbench.errors import InputError
 from workbench.experiments import answer_measures, generated_answers
 from workbench.experiments.answer_effects import behaviour, between_models
@@ -138,3 +139,14 @@ def test_two_models_are_compared_by_their_answers(nano: GptOss, rows: list[Trans
     assert all(item.draw().data for item in figures.gallery({"answers": same}).values())
     with pytest.raises(InputError, match="4 prompts, and an interval needs 5"):
         between_models(nano, nano, rows[:4])
+
+
+def test_analysis_tokens_of_an_answer_that_was_cut_off_are_counted_to_its_end(nano: GptOss) -> None:
+    row = next(r for r in transcripts(wb.open_run(DATA / "demo.zarr")) if r.effort == "high")
+    (complete,) = generate_answers(nano, [row])
+    (cut,) = generate_answers(nano, [row], max_new_tokens=10)
+    assert cut.ids == complete.ids[:10]
+    assert 0 < cut.analysis_tokens < complete.analysis_tokens
+    ids = np.array([*row.tokens[: row.n_prompt], *cut.ids])
+    message = harmony.label(ids, tokenizer=nano.tokenizer, n_prompt=row.n_prompt).messages[-1]
+    assert message.stop - message.content < 0, "negative control: there is no stop token"

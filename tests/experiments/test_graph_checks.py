@@ -62,7 +62,9 @@ def test_influential_nodes_matter_more_than_random_ones_that_write_as_much(
     assert (curve["difference_low"] > 0).all()
     others = [graph_checks.faithfulness(model, one, sizes=(8,), draws=2, seed=1)["random"] for one in graphs]
     own = [table[table["nodes"] == 8].reset_index(drop=True) for table in tables]
-    control = graph_checks.over_prompts([table.assign(kept=o) for table, o in zip(own, others, strict=True)])
+    control = graph_checks.over_prompts(
+        [table.assign(**{"kept": shares}) for table, shares in zip(own, others, strict=True)]
+    )
     assert (control["difference_low"] <= 0).all(), "the negative control: random nodes matter no more than random ones"
     with pytest.raises(InputError, match="at least 5 tables"):
         graph_checks.over_prompts(tables[:4])
@@ -113,6 +115,8 @@ def test_ablation_measures_what_a_pass_with_the_node_removed_gives(
     assert table["measured"].iloc[0] == pytest.approx(float(wanted), rel=1e-4)
     with pytest.raises(InputError, match="cannot be ablated"):
         graph_checks.ablate(model, one, [len(one.nodes) - 1])
+    with pytest.raises(InputError, match=f"rows 0 to {len(one.nodes) - 1}"):
+        graph_checks.ablate(model, one, [0, 9999])
 
 
 def test_an_edge_is_removed_from_what_its_target_reads(model: GptOss, graphs: list[AttributionGraph]) -> None:

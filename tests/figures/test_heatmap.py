@@ -63,7 +63,7 @@ def test_layer_zero_is_on_top_and_rows_keep_a_readable_height() -> None:
 def test_a_frame_surrounds_one_cell() -> None:
     drawn = heatmap()
     drawn.frame(2, 1)
-    (shape,) = drawn.figure.layout.shapes
+    _, shape = drawn.figure.layout.shapes
     assert (shape.x0, shape.x1, shape.y0, shape.y1) == (0.5, 1.5, 1.5, 2.5)
 
 

@@ -204,7 +204,7 @@ def memory_limit(more: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("array", ["routing/experts", "tokens/id", "sequences/id", "messages/role", "units/committed"])
 def test_a_group_in_place_of_an_array_is_named(intact: Path, tmp_path: Path, array: str) -> None:
-    """Also where every manifest agrees with it, as somebody who wants to deceive its reader would write them."""
+    """Also where every manifest agrees with it, as somebody would write them to deceive its reader."""
     damaged_run = shutil.copytree(intact, tmp_path / "run")
     assert (damaged_run / array / "zarr.json").exists()
     group = {"zarr_format": 3, "node_type": "group", "attributes": {}}

@@ -194,9 +194,11 @@ def _check_options(n: int, at: int, node_share: float, edge_share: float, max_no
 def logit_direction(frozen: FrozenPass, wanted: int, other: int | None) -> Float[Tensor, " d_model"]:
     """Return the direction at the last stream whose product with it is the logit difference."""
     matrix = frozen.model.unembed.W_U.mT  # with the update of an adapter
-    rows = matrix.split(_VOCABULARY_ROWS)  # the whole vocabulary in float32 is 2.3 GB
-    mean = sum((part.to(frozen.wide).sum(0) for part in rows), torch.zeros((), device=matrix.device)) / len(matrix)
-    off = mean if other is None else matrix[other].to(frozen.wide)
+    if other is None:  # summed in float32 without a copy of the vocabulary in float32, which is 2.3 GB
+        sums = [part.sum(0, dtype=frozen.wide) for part in matrix.split(_VOCABULARY_ROWS)]
+        off = torch.stack(sums).sum(0) / len(matrix)
+    else:
+        off = matrix[other].to(frozen.wide)
     return (
         (matrix[wanted].to(frozen.wide) - off)
         * frozen.model.ln_final.weight.to(frozen.wide)

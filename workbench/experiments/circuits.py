@@ -230,21 +230,21 @@ def similarity(pairs: Sequence[Pair], *, seed: int = 0) -> pd.DataFrame:
     """
     vectors = {channel: _influences([pair[channel] for pair in pairs], pairs) for channel in CHANNELS}
     tasks = np.array([str(pair["final"].metadata.get("task", "")) for pair in pairs])
-    peers = (tasks[:, None] == tasks[None]) & ~np.eye(len(tasks), dtype=bool)
-    n_peers = peers.sum(1)
+    same_task = (tasks[:, None] == tasks[None]) & ~np.eye(len(tasks), dtype=bool)
+    n_same_task = same_task.sum(1)
 
-    def with_peers(cosines: Float[np.ndarray, "prompt prompt"]) -> Float[np.ndarray, " prompt"]:
-        return np.where(peers, cosines, 0).sum(1) / np.maximum(n_peers, 1)
+    def over_same_task(cosines: Float[np.ndarray, "prompt prompt"]) -> Float[np.ndarray, " prompt"]:
+        return np.where(same_task, cosines, 0).sum(1) / np.maximum(n_same_task, 1)
 
     values = {"same prompt": (vectors["analysis"] * vectors["final"]).sum(1)}
     for channel, rows in vectors.items():
-        values[f"{channel}, other prompts"] = with_peers(rows @ rows.T)
+        values[f"{channel}, other prompts"] = over_same_task(rows @ rows.T)
     within = (values["analysis, other prompts"] + values["final, other prompts"]) / 2
     values[_LESS_WITHIN] = values["same prompt"] - within
     cross = vectors["analysis"] @ vectors["final"].T
-    values["other pairs"] = (with_peers(cross) + with_peers(cross.T)) / 2
+    values["other pairs"] = (over_same_task(cross) + over_same_task(cross.T)) / 2
     values[_LESS_PAIRS] = values["same prompt"] - values["other pairs"]
-    compared = n_peers > 0
+    compared = n_same_task > 0
     p = _pairing_p(cross[np.ix_(compared, compared)], tasks[compared], seed)
     table = [
         _mean_row(own, np.ones(len(own), dtype=bool) if name == "same prompt" else compared, name, seed)

@@ -248,8 +248,8 @@ def _sentence_summary(result: xr.Dataset) -> str:
     tested = np.isfinite(q)
     decisive = [int(i) for i in np.argsort(-np.nan_to_num(np.abs(effect))) if tested[i] and q[i] <= ALPHA]
     lines = [
-        f"{result.attrs['rests_on']}. {int(tested.sum())} sentences could be tested: the others were hardly ever "
-        f"written otherwise. Of these, {len(decisive)} change the distribution of answers."
+        f"{result.attrs['rests_on']}. Sentences that could be tested: {int(tested.sum())}; the others were hardly ever "
+        f"written otherwise. Of these, {len(decisive)} change{'s' * (len(decisive) == 1)} the distribution of answers."
     ]
     for i in decisive[:8]:
         one = result.isel(sentence=i)

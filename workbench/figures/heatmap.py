@@ -134,10 +134,10 @@ class LayerHeatmap:
             self._key(marker(9, self.theme.muted), name)
 
     def frame(self, layer: int, column: int) -> None:
-        """Draw a frame around one cell."""
-        line = {"color": self.theme.ink, "width": 3}
+        """Draw a frame of two colours around one cell, so that it is seen on pale and on dark cells."""
         corners = {"x0": column - 0.5, "x1": column + 0.5, "y0": layer - 0.5, "y1": layer + 0.5}
-        self.figure.add_shape(type="rect", line=line, **corners)
+        for colour, width in ((self.theme.paper, 6), (self.theme.ink, 3)):
+            self.figure.add_shape(type="rect", line={"color": colour, "width": width}, **corners)
 
     def finish(self, column_name: str, scale: Mapping[str, Any]) -> go.Figure:
         """Draw the figure, with its axes and its colour scale."""

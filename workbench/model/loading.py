@@ -84,10 +84,10 @@ def load(
 
 def _floating_point(dtype: torch.dtype | str) -> torch.dtype:
     """Return a dtype, which may be given by name, as "float32" or "bf16"."""
-    named = getattr(torch, _SHORT_DTYPES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+    value = getattr(torch, _SHORT_DTYPES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise InputError(f"dtype={dtype!r}: expected one of floating point, such as torch.float32 or 'bfloat16'")
-    return named
+    return value
 
 
 def _map_experts(model: GptOss, entries: Mapping[str, LazyTensor], places: Mapping[str, torch.device]) -> Iterator[str]:

@@ -165,6 +165,11 @@ class LocalStorage:
 
     @contextmanager
     def new(self) -> Iterator[Path]:
+        """Yield a folder as the protocol has it.
+
+        Raises:
+            InputError: a killed job was replacing the run, which is now moved back.
+        """
         there = self.exists()
         with staging_folder(self.path) as folder:
             if self.exists() and not there:

@@ -197,7 +197,7 @@ def _status(run: Run) -> Iterator[Problem]:
 
 
 def _structure(run: Run, specs: dict[str, ArraySpec], grains: dict[str, tuple[int, ...]]) -> Iterator[Problem]:
-    """Arrays that are missing or not as the layout says; the shape of the files of each is added to `grains`."""
+    """Arrays that are missing or not as the layout requires; the shape of the files of each is added to `grains`."""
     older = arrays(run.model, run.spec, run.layout, schema=3)  # dimensions of runs before schema 4
     for name, spec in specs.items():
         try:

@@ -199,17 +199,20 @@ def geometry(run: TokenRun, hook: str, a: str, b: str, *, seed: int = 0) -> xr.D
         f"{rows['auc_low'][best]:.3f} to {rows['auc_high'][best]:.3f}; halves of {a}: {rows['auc_half'][best]:.3f}; "
         f"selectivity {rows['selectivity'][best]:.3f}); from the token alone {baseline_aucs['auc_token']:.3f}, "
         f"its position {baseline_aucs['auc_position']:.3f}, its bigram {baseline_aucs['auc_bigram']:.3f}; "
-        f"the means lie {rows['distance'][best]:.2f} spreads apart. CKA of neighbouring layers is "
-        f"{_neighbours(of_layers['cka'])}, with prompts permuted {_neighbours(of_layers['cka_permuted'])}, robust "
-        f"{_neighbours(of_layers['cka_robust'])} on average.",
+        f"the means lie {rows['distance'][best]:.2f} spreads apart." + _of_neighbours(of_layers),
     }
     return dataset(variables, {"layer": list(layers), "layer_2": list(layers)}, DEFINITIONS, attrs)
 
 
-def _neighbours(cka: Float[np.ndarray, "layer layer_2"]) -> str:
-    """Return the mean of a layer and the next in words."""
-    between = np.diagonal(cka, 1)
-    return f"{float(between.mean()):.3f}" if len(between) else "not defined (one layer)"
+def _of_neighbours(cka: Mapping[str, Float[np.ndarray, "layer layer_2"]]) -> str:
+    """Return a sentence with the mean CKA of a layer and the next; nothing if there is one layer."""
+    mean = {name: float(np.diagonal(values, 1).mean()) for name, values in cka.items() if len(values) > 1}
+    if not mean:
+        return ""
+    return (
+        f" CKA of neighbouring layers is {mean['cka']:.3f}, with prompts permuted {mean['cka_permuted']:.3f}, robust "
+        f"{mean['cka_robust']:.3f} on average."
+    )
 
 
 def _sample(run: TokenRun, hook: str, pair: tuple[str, str], seed: int) -> tuple[np.ndarray, ...]:

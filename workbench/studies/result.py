@@ -66,8 +66,8 @@ def provenance(study: str, title: str, digest: str, seed: int, parameters: Mappi
 def name_few_prompts(result: xr.Dataset, n: int) -> None:
     """Add a warning to the summary of a result that rests on fewer than 20 prompts, in all (n) or in some cells.
 
-    Attributes of the result: `prompts`, where intervals rest on fewer than n; `intervals_over`, where they are over
-    something else than prompts.
+    Attributes of the result: `prompts`, if intervals are over fewer prompts than n; `intervals_over`, where they are
+    over something else than prompts.
     """
     summary = str(result.attrs.get("summary", ""))
     if "only" in summary and "prompts: intervals of fewer" in summary:
@@ -160,11 +160,15 @@ def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:
     """
     studies: dict[str, dict[str, xr.Dataset]] = {}
     for path in sorted(Path(folder).glob("*.json")):
+        if not path.is_file():  # a folder, or a link that leads nowhere
+            continue
         try:
             ds = from_json(read_json(path))
             study = str(ds.attrs["study"])
         except (ValueError, KeyError, TypeError):
             continue
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
         studies.setdefault(study, {})[path.stem.removeprefix(f"{study}_")] = ds
     if not studies:
         raise InputError(f"{folder} holds no results: write some with `workbench study NAME RUN --out {folder}`")

@@ -57,7 +57,7 @@ for name, (loop, arguments) in ({"layer": layer} if sys.argv[2] == "layer" else 
 
 
 def translated(instructions: str, loops: str = "products") -> subprocess.CompletedProcess[str]:
-    """Translate in a process of its own, which LLVM ends where it knows no instruction."""
+    """Translate in a process of its own, because LLVM ends it at an instruction that the target does not have."""
     return subprocess.run(
         [sys.executable, "-c", TRANSLATION, instructions, loops],
         capture_output=True,
