@@ -125,9 +125,9 @@ def test_every_page_shows_its_figures_and_methods(
 def test_another_figure_is_in_the_link_and_its_numbers_can_be_had(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/sinks?figure=position_layer_1").drawn(3)
     expect(session.page.get_by_text("Sink attention by position, layer 1").first).to_be_visible()
-    session.page.locator("select").last.select_option(label="Analysis vs final matched")
+    session.page.locator("select").last.select_option(label="Analysis vs. final, at equal position")
     session.page.wait_for_url(re.compile("figure=analysis_vs_final_matched"), timeout=300_000)
-    expect(session.page.get_by_text("at equal position").first).to_be_visible(timeout=300_000)
+    expect(session.page.get_by_text("within prompts, at equal position").first).to_be_visible(timeout=300_000)
     session.page.wait_for_timeout(500)
     with session.page.expect_download(timeout=300_000) as download:
         session.page.get_by_text("numbers as CSV").last.click()
