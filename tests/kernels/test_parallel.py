@@ -1,10 +1,13 @@
 """Items are computed in threads of one, in order, without gradients; an error of one item is the caller's."""
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from workbench.kernels import parallel
 from workbench.kernels.parallel import parallel_map
 
 
@@ -29,6 +32,43 @@ def test_items_run_without_gradients_in_threads_of_their_own() -> None:
     assert set(parallel_map(run, range(8))) == {(False, False, 1)}
     assert torch.get_num_threads() == before
     assert (weight * 2).requires_grad  # the caller's mode is unchanged
+
+
+class NoBarrier:
+    """Let every thread through at once."""
+
+    def __init__(self, parties: int) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("barrier", "default"), [(threading.Barrier, 2), (NoBarrier, 1)], ids=["right", "control"])
+def test_a_thread_that_begins_late_leaves_the_default_to_the_caller(
+    monkeypatch: pytest.MonkeyPatch, barrier: type, default: int
+) -> None:
+    """The negative control does not wait for the second thread, which then sets the default of new threads to 1."""
+    first = threading.Semaphore(1)
+    one_thread = parallel._one_thread
+
+    def begin() -> None:
+        if not first.acquire(blocking=False):
+            time.sleep(0.3)
+        one_thread()
+
+    monkeypatch.setattr(parallel, "_one_thread", begin)
+    monkeypatch.setattr(parallel.threading, "Barrier", barrier)
+    before = torch.get_num_threads()
+    try:
+        pool = parallel._pool.__wrapped__(2)
+        both = pool.submit(time.sleep, 0.6), pool.submit(time.sleep, 0.6)
+        assert [future.result() for future in both] == [None, None]
+        with ThreadPoolExecutor(1) as new:
+            assert new.submit(torch.get_num_threads).result() == default
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(4))) == {1}
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_error_reaches_the_caller() -> None:
