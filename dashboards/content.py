@@ -12,6 +12,8 @@ from workbench.harmony.flags import counted_in
 from workbench.runs import Run
 from workbench.studies.comparison import in_order
 
+_QUIET = ("Skipped: ", "Warning: ")  # how lines of a summary begin that are less prominent
+
 
 def about(run: Run) -> str:
     """Return one paragraph of HTML about the run. All text from the run is escaped."""
@@ -101,7 +103,7 @@ def _summary(text: str) -> str:
     lead, rest = (lines[:1], lines[1:]) if not _alike(lines[:2]) else ([], lines)
     items: list[tuple[str, list[str]]] = []
     for line in rest:
-        if line.startswith(" ") and items and not items[-1][0].startswith(" "):
+        if line.startswith(" ") and items and not items[-1][0].startswith((" ", *_QUIET)):
             items[-1][1].append(line)
         else:
             items.append((line, []))
@@ -118,7 +120,7 @@ def _alike(lines: Sequence[str]) -> bool:
 
 def _item(line: str, below: str = "") -> str:
     """Return an element of a list; warnings and what was skipped are less prominent. below: HTML inside it."""
-    quiet = " class='wb-muted'" if line.strip().startswith(("Skipped: ", "Warning: ")) else ""
+    quiet = " class='wb-muted'" if line.strip().startswith(_QUIET) else ""
     return f"<li{quiet}>{escape(line.strip())}{below}</li>"
 
 

@@ -11,6 +11,7 @@ import xarray as xr
 
 from workbench import registry
 from workbench.dashboards import attribution_graph, content, theme, widgets
+from workbench.dashboards.figure_labels import figure_names
 from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Session, box
 from workbench.dashboards.stored_results import StoredResults
@@ -29,6 +30,7 @@ _MEASURE_UNITS = {
     "tokens before divergence": "share of tokens",
     "routing flips": "share of routed slots",
 }
+_STACKED = 3  # figures of an experiment that are shown below each other
 
 
 def causal(session: Session) -> Page:
@@ -129,12 +131,33 @@ def _experiment(session: Session, name: str, stored: StoredResults) -> pn.Column
     return pn.Column(
         widgets.html(f"<h2>{escape(record.title)}</h2><p class='wb-lead'>{escape(record.question)}</p>"),
         widgets.card("Findings", widgets.html(content.findings(sets))),
-        *(_drawn(session, item, f"{label}-{key}") for key, item in gallery.items()),
+        *_figures(session, gallery, label),
         *(_null(session, ds, f"{label}-{key}-null") for key, ds in sets.items() if drawable(ds)),
         *(part for key, ds in sets.items() for part in _numbers(ds, key.replace("_", " "), f"{label}-{key}")),
         widgets.card("Methods", widgets.html(content.method(sets)), collapsed=True),
         sizing_mode="stretch_width",
     )
+
+
+def _figures(session: Session, gallery: Gallery, label: str) -> list[Any]:
+    """Return the figures of an experiment or, if there are many, a list that selects one of them."""
+    if len(gallery) <= _STACKED:
+        return [_drawn(session, item, f"{label}-{key}") for key, item in gallery.items()]
+    labels = figure_names(gallery)
+    pick = widgets.select("Figure", labels, session.choice.get("figure", list(labels.values())), width=420)
+    shown = box()
+
+    def show(*_: Any) -> None:
+        key = str(pick.value)
+        shown[:] = [widgets.guarded(lambda: _drawn(session, gallery[key], f"{label}-{key}"))]
+
+    def picked(*_: Any) -> None:
+        session.put(figure=str(pick.value))
+        show()
+
+    show()
+    pick.param.watch(picked, "value")
+    return [pick, shown]
 
 
 def _drawn(session: Session, item: GalleryItem, name: str) -> pn.Column:

@@ -55,6 +55,7 @@ class Selection:
         "threshold",
         "pins",
         "groups",
+        "node",
         "token",
         "neuron",
         "feature",

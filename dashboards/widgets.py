@@ -138,6 +138,7 @@ def _long_table(rows: pd.DataFrame, markup: set[str]) -> pn.widgets.Tabulator:
         formatters={column: {"type": "html" if column in markup else "plaintext"} for column in texts}
         | {column: _decimals(rows[column]) for column in rows.columns if rows[column].dtype.kind == "f"},
         configuration={"columnDefaults": {"minWidth": 90, "maxWidth": 400}},
+        text_align={column: "right" for column in rows.columns if column not in texts},
         header_filters={column: {"type": "input", "placeholder": "filter"} for column in texts},
         theme="simple",
         stylesheets=[TABULATOR_CSS],

@@ -80,6 +80,12 @@ def test_a_summary_has_a_lead_and_what_is_indented_is_below_its_own_line() -> No
     assert "<li>layer 0: &lt;b&gt;</li><li>layer 3</li><li>At equal position" in text, "below the lead, not each other"
 
 
+def test_lines_below_a_warning_are_as_prominent_as_others() -> None:
+    text = findings_of("13 prompts.\nWarning: few prompts.\n  layer 0\n  layer 1")
+    assert "<li class='wb-muted'>Warning: few prompts.</li><li>layer 0</li><li>layer 1</li>" in text
+    assert "<li>few prompts.<ul><li>layer 0</li>" in findings_of("13 prompts.\nfew prompts.\n  layer 0"), "control"
+
+
 def test_models_and_activations_come_after_what_they_explain() -> None:
     titles = ("A model of accuracy", "hook_resid_post: analysis against final", "Share of routed slots")
     text = content.findings({t: xr.Dataset(attrs={"title": t, "summary": "s"}) for t in titles})

@@ -115,6 +115,8 @@ def test_ablation_measures_what_a_pass_with_the_node_removed_gives(
     assert table["measured"].iloc[0] == pytest.approx(float(wanted), rel=1e-4)
     with pytest.raises(InputError, match="cannot be ablated"):
         graph_checks.ablate(model, one, [len(one.nodes) - 1])
+    with pytest.raises(InputError, match=f"rows 0 to {len(one.nodes) - 1}"):
+        graph_checks.ablate(model, one, [0, 9999])
 
 
 def test_an_edge_is_removed_from_what_its_target_reads(model: GptOss, graphs: list[AttributionGraph]) -> None:

@@ -5,6 +5,7 @@ Also tests `workbench.cli.graphs`.
 
 import gzip
 import json
+import shutil
 import socket
 import urllib.request
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, Stric
 from typer.testing import CliRunner
 
 import workbench as wb
+from tests.conftest import DATA
 from workbench.cli import app
 from workbench.errors import InputError
 from workbench.experiments import graph_details, graph_export
@@ -307,12 +309,30 @@ def test_the_command(tmp_path: Path) -> None:
     assert "logits" in done.output
     File.model_validate_json(out.read_text())
     assert "by ablation" not in done.output
-    checked = CliRunner().invoke(app, [*arguments, "--overwrite", "--ablate", "2"])
+    assert "explained: token 6 of the answer" in done.output
+    assert "of what flows into them is no error" in done.output
+    checked = CliRunner().invoke(app, [*arguments, "--overwrite", "--ablate", "2", "--ablate-edges", "1"])
     assert checked.exit_code == 0, checked.output
     lines = [line for line in checked.output.splitlines() if "by ablation" in line]
-    assert [line.partition(", measured by")[0] in done.output for line in lines] == [True, True]
+    assert [line.partition(", measured by")[0] in done.output for line in lines] == [True, True, False]
+    assert [" → " in line for line in lines] == [False, False, True]
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, InputError)
     assert "exists" in str(again.exception)
     far = CliRunner().invoke(app, [*arguments[:-1], "999", "--overwrite"])
     assert "the model generated" in str(far.exception)
+
+
+def test_labels_of_a_run_name_its_experts(tmp_path: Path) -> None:
+    run, out = tmp_path / "r.zarr", tmp_path / "g.json"
+    shutil.copytree(DATA / "demo.zarr", run)
+    arguments = ["graph", "nano", "--prompt", "24*29", "--effort", "high", "--at", "6", "--labels", str(run)]
+    arguments += ["--out", str(out)]
+    refused = CliRunner().invoke(app, arguments)
+    assert f"workbench label {run}" in str(refused.exception)
+    (tmp_path / "r.zarr.labels.jsonl").write_text('{"layer": 3, "expert": 0, "label": "writes ="}\n')
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    names = {node["clerp"] for node in json.loads(out.read_text())["nodes"] if "expert" in node["clerp"]}
+    assert "layer 3 expert 0: writes =" in names
+    assert sum(": " in name for name in names) == 1, "the negative control: experts without a label"

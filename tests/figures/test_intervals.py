@@ -1,6 +1,7 @@
 """Points have their own intervals, and an effect is filled by its test, or by its interval where there is no test."""
 
 import numpy as np
+import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures.intervals import lines, rows, shown_effects
@@ -39,3 +40,13 @@ def test_a_line_without_values_is_left_out() -> None:
     ).assign_attrs(title="t", method="m", summary="s")
     figure = lines(ds, "y", "layer", "channel", title="t", subtitle="", y_title="load")
     assert {trace.name for trace in figure.data} == {"analysis"}
+
+
+def test_the_band_of_one_point_does_not_fill_the_figure() -> None:
+    def drawn(layers: list[int]) -> go.Figure:
+        values = {name: ("layer", np.full(len(layers), 0.5)) for name in ("y", "y_low", "y_high")}
+        ds = xr.Dataset(values, {"layer": layers})
+        return lines(ds, "y", "layer", None, title="t", subtitle="", y_title="load")
+
+    assert drawn([2]).layout.xaxis.range == (1, 3)
+    assert drawn([2, 3]).layout.xaxis.range is None, "negative control: several points need no range"

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -94,3 +96,13 @@ def test_few_prompts_are_named_by_those_that_a_result_rests_on():
     assert "only 10 prompts" in summary(30, prompts=10), "the half that was measured"
     assert "only 12 prompts" in summary(12)
     assert summary(30) == summary(30, prompts=25) == summary(5, intervals_over="samples") == "A line."
+
+
+def test_a_folder_of_results_may_hold_what_is_no_file(tmp_path: Path) -> None:
+    one = xr.Dataset({"value": ("x", [1.0])}, attrs={"study": "routing"})
+    (tmp_path / "routing_load.json").write_text(json.dumps(one.to_dict()))
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.json")
+    assert list(result.load(tmp_path)["routing"]) == ["load"]

@@ -51,8 +51,8 @@ class _Filtered:
 def visible_controls() -> Iterator[None]:
     """Filter what the block writes to standard output and standard error."""
     before = sys.stdout, sys.stderr
-    sys.stdout = before[0] and _Filtered(before[0], _BUT_COLOURS)  # type: ignore[assignment]
-    sys.stderr = before[1] and _Filtered(before[1], _BUT_CURSOR)  # type: ignore[assignment]
+    sys.stdout = before[0] and _Filtered(before[0], _BUT_COLOURS)
+    sys.stderr = before[1] and _Filtered(before[1], _BUT_CURSOR)
     try:
         yield
     finally:

@@ -66,13 +66,13 @@ def graph(
     ] = False,
     ablate: Annotated[
         int,
-        typer.Option(min=0, help="Also ablate the N most influential heads and experts, each by itself, in the model."),
+        typer.Option(
+            min=0, help="Also ablate the N most influential heads, experts and features, each by itself, in the model."
+        ),
     ] = 0,
     ablate_edges: Annotated[
         int,
-        typer.Option(
-            min=0, help="Also ablate the N strongest edges between embeddings, heads and experts, each by itself."
-        ),
+        typer.Option(min=0, help="Also ablate the N strongest edges into heads and experts, each by itself."),
     ] = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -102,7 +102,7 @@ def graph(
     wanted: Any = answer[place] if target is None else target
     options: dict[str, Any] = {"target": wanted, "against": against, "node_share": nodes, "edge_share": edges}
     made = make(loaded, [*ids, *answer[:place]], saes=load_autoencoders(sae or [], loaded.device), **options)
-    inner = made.nodes[made.nodes["kind"].isin(("head", "expert"))].nlargest(max(5, ablate), "influence")
+    inner = made.nodes[made.nodes["kind"].isin(("head", "expert", "feature"))].nlargest(max(5, ablate), "influence")
     measured = graph_checks.ablate(loaded, made, inner.index[:ablate].tolist())["measured"].tolist() if ablate else []
     described = _described(made, inner, measured)  # before experts are divided into neurons
     described += _described_edges(loaded, made, ablate_edges)
@@ -181,13 +181,13 @@ def _described(attributed: Any, inner: Any, measured: list[float]) -> str:
 
 
 def _described_edges(model: Any, attributed: Any, n: int) -> str:
-    """Return a line for each of the n strongest edges between embeddings, heads and experts, which are ablated."""
+    """Return a line for each of the n strongest edges into heads and experts, which are ablated."""
     from workbench.experiments import graph_checks
     from workbench.experiments.graph_export import label
 
     nodes, edges = attributed.nodes, attributed.edges
     sources, targets = (
-        nodes.index[nodes["kind"].isin(k)] for k in (("embedding", "head", "expert"), ("head", "expert"))
+        nodes.index[nodes["kind"].isin(k)] for k in (("embedding", "head", "expert", "feature"), ("head", "expert"))
     )
     inner = edges[edges["source"].isin(sources) & edges["target"].isin(targets)]
     text = ""

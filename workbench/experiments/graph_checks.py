@@ -50,12 +50,19 @@ def ablate(model: GptOss, graph: AttributionGraph, nodes: Sequence[int]) -> pd.D
     """Return these rows of the graph's nodes with `measured`: how much the target falls when the node writes nothing.
 
     Raises:
-        InputError: a node cannot be ablated, as a bias.
+        InputError: a node is not in the graph, or cannot be ablated, as a bias.
     """
+    _check_nodes(graph, nodes)
     plain = logit(model, graph)
     rows = graph.nodes.loc[list(nodes)]
     measured = [plain - logit(model, graph, ablation_hooks(model, rows.loc[[node]], graph.saes)) for node in rows.index]
     return rows.assign(measured=measured)
+
+
+def _check_nodes(graph: AttributionGraph, nodes: Sequence[int]) -> None:
+    """Refuse numbers that are no rows of the graph's nodes."""
+    if unknown := [node for node in nodes if node not in graph.nodes.index]:
+        raise InputError(f"node {unknown[0]} is not in the graph: its nodes are rows 0 to {graph.nodes.index.max()}")
 
 
 def ablation_hooks(model: GptOss, nodes: pd.DataFrame, saes: Mapping[str, SAE] | None = None) -> Hooks:
@@ -119,12 +126,16 @@ def ablate_edge(model: GptOss, graph: AttributionGraph, source: int, target: int
     read it.
 
     Raises:
-        InputError: the source cannot be ablated, or the target node reads nothing.
+        InputError: a node is not in the graph, the source cannot be ablated, or the target node reads nothing.
     """
+    _check_nodes(graph, (source, target))
     nodes = graph.nodes
     to = nodes.loc[target].to_dict()
     if nodes.loc[source, "kind"] not in ABLATED or to["kind"] not in ("head", "expert"):
-        raise InputError(f"an edge goes from one of {', '.join(ABLATED)} to a head or expert")
+        raise InputError(
+            f"node {source} is of kind {nodes.loc[source, 'kind']!r} and node {target} of kind {to['kind']!r}: "
+            f"an edge goes from one of {', '.join(ABLATED)} to a head or expert"
+        )
     frozen = FrozenPass(model, torch.tensor(graph.tokens, device=model.device), graph.saes)
     write = writes_of(frozen, nodes.loc[[source]].reset_index(drop=True))[0]
     layer, pos, index, at = int(to["layer"]), int(to["pos"]), int(to["index"]), int(nodes["pos"].loc[source])

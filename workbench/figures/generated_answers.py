@@ -53,7 +53,8 @@ def figure(ds: xr.Dataset, measure: str, *, theme: ThemeName = "light") -> go.Fi
         "(p ≤ 0.05 for all doses)"
     )
     height = 220 + 40 * len(names)
-    return apply_theme(made, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=height)
+    title = f"{measure[:1].upper()}{measure[1:]}: {ds.attrs['title'][:1].lower()}{ds.attrs['title'][1:]}"
+    return apply_theme(made, colours, ds, title=title, subtitle=subtitle, height=height)
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:

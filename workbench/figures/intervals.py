@@ -74,6 +74,8 @@ def lines(
     if at.dtype.kind in "iu" and not log_x and np.ptp(at) <= _MOST_TICKS:
         ticks = {"dtick": 1}  # no half layers
     figure.update_xaxes(title=x_title or x, **ticks)
+    if len(at) == 1 and not log_x:  # the band of one point does not fill the figure
+        figure.update_xaxes(range=[float(place[0]) - 1, float(place[0]) + 1])
     if log_x:
         figure.update_xaxes(type="log", range=[-0.1, float(np.log10(max(at[-1], 2))) + 0.1])
     figure.update_yaxes(title=y_title)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 
+import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
@@ -18,7 +19,7 @@ def trajectory(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     for number, layer in enumerate(layers):
         one = ds.sel(layer=layer)
         auc, low, high = (one[name].values.astype(float) for name in ("auc", "auc_low", "auc_high"))
-        depth = number / max(1, len(layers) - 1)
+        depth = number / (len(layers) - 1) if len(layers) > 1 else 1
         figure.add_trace(
             go.Scatter(
                 x=share,
@@ -34,8 +35,10 @@ def trajectory(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     best = ds["baseline"].max("source").values.astype(float)
     dash = {"color": colours.muted, "dash": "dash"}
     figure.add_trace(go.Scatter(x=share, y=best, name="best baseline", mode="lines", line=dash))
+    limit = float(np.nanmin(ds["auc_low"].values, initial=1.0))
+    lowest = 0.35 if limit > 0.35 else limit - 0.02  # every interval is seen to its end
     figure.update_xaxes(title="share of the channel read", tickformat=".0%")
-    figure.update_yaxes(title="AUC on held-out prompts", range=[0.35, 1.02])
+    figure.update_yaxes(title="AUC on held-out prompts", range=[lowest, 1.02])
     subtitle = f"{ds.attrs['rests_on']}; 95 % intervals over prompts"
     return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=420)
 

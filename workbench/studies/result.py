@@ -160,11 +160,15 @@ def load(folder: str | os.PathLike[str]) -> dict[str, dict[str, xr.Dataset]]:
     """
     studies: dict[str, dict[str, xr.Dataset]] = {}
     for path in sorted(Path(folder).glob("*.json")):
+        if not path.is_file():  # a folder, or a link that leads nowhere
+            continue
         try:
             ds = from_json(read_json(path))
             study = str(ds.attrs["study"])
         except (ValueError, KeyError, TypeError):
             continue
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
         studies.setdefault(study, {})[path.stem.removeprefix(f"{study}_")] = ds
     if not studies:
         raise InputError(f"{folder} holds no results: write some with `workbench study NAME RUN --out {folder}`")

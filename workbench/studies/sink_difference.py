@@ -150,10 +150,10 @@ def _sums(
 
 
 def _summary(result: xr.Dataset) -> str:
-    """Return the counts of each control, and the heads that differ most within prompts."""
-    names = [result.attrs[side] for side in "ab"]
+    """Return the counts of each control, and below the first of them the heads that differ most within prompts."""
+    names = (str(result.attrs["a"]), str(result.attrs["b"]))
     lines = [text] if (text := duplicates_warning(int(result.attrs["duplicate_prompts"]))) else []
-    for control in map(str, result["control"].values):
+    for i, control in enumerate(map(str, result["control"].values)):
         cell = result.sel(control=control)
         n, different = int(cell["prompts"]), cell["different"].values
         counts = f"{n} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
@@ -161,12 +161,19 @@ def _summary(result: xr.Dataset) -> str:
             lines.append(f"{_LABELS[control]} ({counts}): cannot be tested, at least {MIN_PROMPTS} prompts are needed.")
             continue
         lines.append(f"{_LABELS[control]} ({counts}): {int(different.sum())} of {different.size} heads differ.")
+        lines += _most_different(cell, names) if i == 0 else []
         lines += [f"  Warning: {text}." for text in (few_prompts(n),) if text]
     lines.append(
         f"Mean position of the tokens: {float(result['position_a']):.0f} in {names[0]}, "
         f"{float(result['position_b']):.0f} in {names[1]}; tokens that see more keys attend less to sinks."
     )
-    cell, words = result.isel(control=0), wording("sink")
+    return "\n".join(lines)
+
+
+def _most_different(cell: xr.Dataset, names: tuple[str, str]) -> list[str]:
+    """Return a line for each of the heads that differ most in either direction."""
+    words = wording("sink")
+    lines: list[str] = []
     for sign, side in ((1, names[0]), (-1, names[1])):
         size = np.where(cell["different"], sign * cell["difference"], -np.inf)
         for flat in np.argsort(-size, axis=None)[:_NAMED]:
@@ -175,4 +182,4 @@ def _summary(result: xr.Dataset) -> str:
                 one = cell.isel(layer=int(layer), head=int(head))
                 change = words.interval(*(float(one[name]) for name in ("difference", "low", "high")))
                 lines.append(f"  layer {layer} head {head}, more in {side}: {change}")
-    return "\n".join(lines)
+    return lines
