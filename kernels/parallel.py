@@ -19,8 +19,10 @@ Result = TypeVar("Result")
 def parallel_map(run: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Return `run` of every item, in order, computed on as many threads as torch may use, without gradients."""
 
+    inference = torch.is_inference_mode_enabled()
+
     def alone(item: Item) -> Result:
-        with torch.no_grad():  # a thread has its own mode
+        with torch.inference_mode(inference), torch.no_grad():  # a thread has its own modes
             return run(item)
 
     return list(_pool(torch.get_num_threads()).map(alone, items))

@@ -34,6 +34,20 @@ def test_items_run_without_gradients_in_threads_of_their_own() -> None:
     assert (weight * 2).requires_grad  # the caller's mode is unchanged
 
 
+def test_items_write_into_tensors_of_inference_mode() -> None:
+    """Negative control: a thread that is not in that mode may not."""
+
+    def write(n: int) -> None:
+        result[n] = n
+
+    with torch.inference_mode():
+        result = torch.zeros(4)
+        parallel_map(write, range(4))
+        with ThreadPoolExecutor(1) as other, pytest.raises(RuntimeError, match="inference tensor"):
+            other.submit(write, 0).result()
+    assert result.tolist() == [0, 1, 2, 3]
+
+
 class NoBarrier:
     """Let every thread through at once."""
 
