@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -95,6 +96,29 @@ def test_a_host_that_sends_byte_by_byte_is_given_up_in_time(tmp_path: Path, wher
     with server, pytest.raises(JobError, match="1 of 1"):
         collect(url, write(tmp_path, 1), tmp_path / "o", settings(timeout=1.0, retries=0, api="chat"))
     assert time.monotonic() - begun < 300  # what comes byte by byte takes twice as long
+
+
+@pytest.mark.parametrize("header", ["close", "keep-alive"])
+def test_a_connection_made_after_the_client_was_closed_is_closed(monkeypatch: pytest.MonkeyPatch, header: str) -> None:
+    """As when the job ends by an error meanwhile. Negative control: a connection that is kept for the next request."""
+    url, server = raw_host(lambda peer: peer.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"))
+    host = Host(url, key_env="NO_KEY", timeout=60, retries=0, per_minute=None)
+    host._http.headers["connection"] = header
+    sockets = []
+    connect = socket.create_connection
+
+    def closed_meanwhile(*arguments: Any, **options: Any) -> socket.socket:
+        host._http._transport._pool.close()
+        sockets.append(connect(*arguments, **options))
+        return sockets[-1]
+
+    monkeypatch.setattr(socket, "create_connection", closed_meanwhile)
+    with server:
+        assert host.post("/x", {}) == {}
+    assert [one.fileno() == -1 for one in sockets] == [header == "close"]
+    for one in sockets:
+        one.close()
+    host.close()
 
 
 BAD_REPLIES: dict[str, tuple[bytes, dict[str, str]]] = {

@@ -81,7 +81,8 @@ class Host:
         key = {"api-key": self._key} if azure else {"authorization": f"Bearer {self._key}"}
         self._http = httpx.Client(
             timeout=timeout,
-            headers={"accept-encoding": "gzip, deflate"} | (key if self._key else {}),
+            # closed by the thread that reads the reply, also where `close` was called before the connection was made
+            headers={"accept-encoding": "gzip, deflate", "connection": "close"} | (key if self._key else {}),
             trust_env=not local,
             limits=httpx.Limits(max_connections=threads, max_keepalive_connections=0),  # see _exchange
         )
