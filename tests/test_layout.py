@@ -121,7 +121,6 @@ TESTED_BY = {
     "experiments/logit_attribution": "experiments/test_registry.py",
     "experiments/residual_attribution": "experiments/test_attribution.py",
     "experiments/sink_ablation": "experiments/test_registry.py",
-    "figures/default": "studies/test_label_probes.py",
     "figures/experiments": "figures/test_effects.py",
     "figures/expert_examples": "studies/test_expert_examples.py",
     "figures/expert_logits": "experiments/test_expert_logits.py",

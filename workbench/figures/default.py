@@ -66,11 +66,13 @@ def _is_text(ds: xr.Dataset, dim: str) -> bool:
 
 
 def _cells(ds: xr.Dataset) -> Iterator[tuple[list[str], xr.Dataset, str]]:
-    """Each variable that can be drawn, with at most two axes; the labels of further axes are chosen one by one."""
+    """Each variable that has a number, with at most two axes; the labels of further axes are chosen one by one."""
     ds = ds.assign_coords({d: np.arange(n) for d, n in ds.sizes.items() if d not in ds.coords})
     for name in map(str, ds.data_vars):
         interval = name.removesuffix("_low").removesuffix("_high")
         if not ds[name].dims or ds[name].dtype.kind not in "fiu" or (interval != name and interval in ds):
+            continue
+        if np.isnan(ds[name].values).all():  # such as p of prompts that are too few for a test
             continue
         own = ds[[n for n in (name, f"{name}_low", f"{name}_high") if n in ds]]
         further = list(map(str, ds[name].dims[:-2]))
