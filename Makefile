@@ -101,8 +101,8 @@ test check: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	@# types are checked beside the tests, as mypy uses one core only
-	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 --dist worksteal; tests=$$?; wait $$types && exit $$tests
+	@# types are checked beside the tests, as mypy uses one core only; a third process uses cores while others wait
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 3 --dist worksteal; tests=$$?; wait $$types && exit $$tests
 
 check: .venv/.dev
 	$(BIN)/ruff format .

@@ -233,6 +233,7 @@ def test_a_narrow_window_has_a_menu_and_nothing_beyond_its_edge(demo: str, brows
 def test_the_small_map_of_a_conversation_colours_by_the_clicked_expert(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/transcript?sequence=3")
     frame = frame_of(session)
+    frame.locator("#heat").wait_for(state="visible", timeout=300_000)
     box = frame.locator("#heat").bounding_box()
     assert box is not None
     frame.locator("#heat").click(position={"x": box["width"] * 5.5 / 16, "y": box["height"] * 2.5 / 4})
