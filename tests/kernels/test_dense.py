@@ -1,5 +1,7 @@
 """The dense product: few rows on the compiled path, many on torch's, both beside float64."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -44,9 +46,17 @@ def test_few_rows_take_the_compiled_path_and_gradients_torch(monkeypatch: pytest
     torch.testing.assert_close(leaf.grad, weight.sum(0).expand(2, 32), rtol=0.02, atol=0.05)
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """This many threads of torch, as real ones: those of a pool ask torch for their own number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("rows", [24, 40])
 @pytest.mark.parametrize("chunk", [96 * 2880, 40 * 96])
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_many_rows_in_float32_equal_float64(
     rows: int, chunk: int, threads: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
@@ -56,7 +66,6 @@ def test_many_rows_in_float32_equal_float64(
         pytest.skip("bfloat16 is widened beside the compiled kernels only")
     monkeypatch.setattr(cpu, "_widens", lambda: True)
     monkeypatch.setattr(dense, "_CHUNK", chunk)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rng = torch.Generator().manual_seed(rows)
     weight, bias = torch.randn(208, 96, generator=rng).bfloat16(), torch.randn(208, generator=rng).bfloat16()
     x = torch.randn(2, rows // 2, 96, generator=rng).bfloat16()
