@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "notebook": set(),
     "progress": {"notebook"},
     "compression": {"errors"},
-    "file_lock": {"bounded_json", "errors"},
+    "file_lock": {"bounded_json", "errors", "signals"},
     "inputs": {"errors"},
     "outputs": {"bounded_json", "errors", "file_lock"},
     "row_output": {"errors", "file_lock", "outputs", "bounded_json"},

@@ -1,12 +1,20 @@
 """One process at a time holds the lock of a file, under every name of the file, and leaves no file."""
 
+import contextlib
+import fcntl
+import itertools
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from workbench import file_lock
 from workbench.errors import InputError
 from workbench.file_lock import FileLock, process_start
 
@@ -56,3 +64,57 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 def test_a_reused_process_id_is_another_process() -> None:
     assert process_start(os.getpid()) == process_start(os.getpid())
     assert process_start(2**22 + 1) is None
+
+
+class Signalled:
+    """Send Ctrl-C before or after the n-th call of the system; `done` counts them."""
+
+    CALLS = ((os, "open"), (os, "ftruncate"), (os, "pwrite"), (os, "unlink"), (os, "close"), (fcntl, "flock"))
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int, moment: str) -> None:
+        self.done, self._at, self._moment = 0, at, moment
+        for module, name in self.CALLS:
+            patch.setattr(module, name, partial(self._call, getattr(module, name)))
+
+    def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        here = self.done == self._at
+        self.done += 1
+        if here and self._moment == "before":
+            signal.raise_signal(signal.SIGINT)
+        result = function(*arguments, **options)
+        if here and self._moment == "after":
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+
+def left_by_interruptions(folder: Path, moment: str) -> list[list[str]]:
+    """Return the files that are left after Ctrl-C at every call of the system while a lock is taken and released."""
+    before, left = signal.signal(signal.SIGINT, signal.default_int_handler), []
+    try:
+        for at in itertools.count():
+            (folder / str(at)).mkdir()
+            with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                signalled = Signalled(patch, at, moment)
+                with FileLock(folder / str(at) / "rows.jsonl"):
+                    pass
+            left.append(os.listdir(folder / str(at)))
+            if signalled.done <= at:
+                return left
+    finally:
+        signal.signal(signal.SIGINT, before)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interruption_at_any_call_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    (tmp_path / "right").mkdir()
+    left = left_by_interruptions(tmp_path / "right", moment)
+    assert len(left) > 5
+    assert not any(left)
+    with FileLock(tmp_path / "right" / "0" / "rows.jsonl"):
+        pass
+    (tmp_path / "wrong").mkdir()
+    monkeypatch.setattr(file_lock, "interruptions_wait", contextlib.nullcontext)
+    assert any(left_by_interruptions(tmp_path / "wrong", moment)), "the negative control lets them interrupt"

@@ -19,6 +19,7 @@ from typing import Any
 
 from workbench.bounded_json import parse_json
 from workbench.errors import InputError
+from workbench.signals import interruptions_wait
 
 LOCK = ".lock"
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -89,6 +90,14 @@ class FileLock:
         Raises:
             InputError: the file cannot be created or locked.
         """
+        try:
+            with interruptions_wait():  # between a call and the use of what it returns
+                self._acquire()
+        except BaseException:
+            self.release()
+            raise
+
+    def _acquire(self) -> None:
         while self._descriptor is None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +111,6 @@ class FileLock:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, record, 0)
         except OSError as error:  # a full disk
-            self.release()
             raise InputError(f"{self._target} cannot be locked: {self.path}: {error.strerror}") from error
 
     def _locked(self, descriptor: int) -> bool:
@@ -140,11 +148,12 @@ class FileLock:
 
     def release(self) -> None:
         """Remove the file while it is locked, then unlock it."""
-        if self._descriptor is None:
-            return
-        try:
-            with suppress(FileNotFoundError):
-                self.path.unlink()
-        finally:  # Ctrl-C here must not leave the file locked for as long as the process lives
-            os.close(self._descriptor)
-            self._descriptor = None
+        with interruptions_wait():
+            if self._descriptor is None:
+                return
+            try:
+                with suppress(FileNotFoundError):
+                    self.path.unlink()
+            finally:
+                os.close(self._descriptor)
+                self._descriptor = None

@@ -3,10 +3,23 @@
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from workbench.errors import JobError
+
+
+@contextmanager
+def interruptions_wait() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block has ended, which must be a matter of milliseconds."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])  # raises those that came before
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # raises those that came meanwhile
 
 
 class StopSignal:
