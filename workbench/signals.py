@@ -13,7 +13,7 @@ from workbench.errors import JobError
 
 @contextmanager
 def interruptions_wait() -> Iterator[None]:
-    """Delay Ctrl-C and SIGTERM until the block has ended, which must be a matter of milliseconds."""
+    """Make Ctrl-C and SIGTERM wait until the block has ended, which must be a matter of milliseconds."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])  # raises those that came before
