@@ -1,7 +1,5 @@
 """The dense product: few rows on the compiled path, many on torch's, both beside float64."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -46,20 +44,11 @@ def test_few_rows_take_the_compiled_path_and_gradients_torch(monkeypatch: pytest
     torch.testing.assert_close(leaf.grad, weight.sum(0).expand(2, 32), rtol=0.02, atol=0.05)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """This many threads of torch, as real ones: those of a pool ask torch for their own number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("rows", [24, 40])
 @pytest.mark.parametrize("chunk", [96 * 2880, 40 * 96])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_many_rows_in_float32_equal_float64(
-    rows: int, chunk: int, threads: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, chunk: int, number_of_threads: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on processors that multiply bfloat16 slowly; the outputs are taken a few at a time."""
     if cpu.unavailable():

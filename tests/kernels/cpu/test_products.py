@@ -47,14 +47,6 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-@pytest.fixture(params=[1, 3])
-def number_of_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("outputs", [4, 131, 300])
 def test_expert_products_equal_float64(rows: int, outputs: int, number_of_threads: int) -> None:
