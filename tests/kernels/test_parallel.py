@@ -72,7 +72,7 @@ def test_a_thread_that_begins_late_leaves_the_default_to_the_caller(
         one_thread()
 
     monkeypatch.setattr(parallel, "_one_thread", begin)
-    monkeypatch.setattr(parallel.threading, "Barrier", barrier)
+    monkeypatch.setattr(threading, "Barrier", barrier)
     before = torch.get_num_threads()
     try:
         pool = parallel._pool.__wrapped__(2)
