@@ -182,7 +182,7 @@ def serve(
 def _warm(registry: RunRegistry) -> None:
     """What the first visitor would wait for."""
     for name in registry.names:
-        widgets.guarded(partial(registry.costs, name))
+        widgets.guarded(registry.ask_costs(name))
 
 
 def local_origins(address: str, port: int) -> list[str]:

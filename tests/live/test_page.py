@@ -166,6 +166,7 @@ def test_cards_of_vectors_are_offered_where_the_server_has_some(nano: GptOss, se
         assert {"vector", "feature"} & shown._add.keys() == {"vector"}
         shown._add_intervention("vector")
         shown._add_intervention("patch")
+        shown._cards[1]._effort.value = "same"
         shown.run()
         assert "names no other prompt" in shown._status.object
         shown._cards[1]._source.value = "34+5"

@@ -23,6 +23,7 @@ class Finished:
     prompt: list[int]
     model: Any
     recipe: Recipe = field(default_factory=Recipe)
+    n_begin: int = 0
     unmatched: list[str] = field(default_factory=lambda: [HOSTILE])
 
 
