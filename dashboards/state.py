@@ -23,7 +23,6 @@ from workbench.studies import effort, expert_labels
 from workbench.studies.comparison import EFFORTS
 from workbench.studies.specialization import together
 
-
 _LARGE = 1_000_000  # tokens
 
 

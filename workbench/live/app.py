@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 import panel as pn
 
 from workbench.dashboards.access import checked_origins, guard, login_options
-from workbench.dashboards.app import SESSIONS, ExtraPage, check_free, local_origins
+from workbench.dashboards.app import SESSIONS, ExtraPage, check_free, expect_closed_connections, local_origins
 from workbench.dashboards.layout import PageTemplate, page_template
 from workbench.errors import InputError
 from workbench.figures.template import ThemeName
@@ -127,6 +127,7 @@ def serve(
     access = login_options(basic_auth)
     origins = [*local_origins(address, port), *checked_origins(allow_origin)]
     check_free(address, port)
+    expect_closed_connections()
     pn.extension(notifications=False, inline=True)  # nothing from another host
     server = ModelServer(model, name, limits, sources)
     server.warm_up()

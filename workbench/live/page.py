@@ -19,7 +19,14 @@ from workbench.live.experiment import Answer, Experiment, final_answer, summariz
 from workbench.live.expert_map import ExpertMap, shares_by_cell
 from workbench.live.job_queue import Job, State
 from workbench.live.model_server import ModelServer, Viewer
-from workbench.live.rendering import ANSWER_CSS, answer_html, comparison_html, history_html, samples_html
+from workbench.live.rendering import (
+    ANSWER_CSS,
+    answer_html,
+    comparison_html,
+    cut_off_sentence,
+    history_html,
+    samples_html,
+)
 from workbench.live.study_command import study_command
 from workbench.research.intervention import CELL_KINDS, Intervention, Scope
 from workbench.research.recipe import Recipe
@@ -115,6 +122,7 @@ class LivePage:
         self._comparison = pn.pane.HTML(_muted(_NO_COMPARISON), stylesheets=css, **wide)
         self._python = pn.widgets.TextAreaInput(visible=False)  # what the browser copies
         self._code = pn.pane.HTML("", stylesheets=[_CODE_CSS], **wide)
+        self._recipe_status = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
         self._save = pn.widgets.FileDownload(
             callback=self._recipe_file, filename="recipe.json", label="Save the recipe", width=150, variant="outline"
         )
@@ -132,11 +140,12 @@ class LivePage:
         self._undo.on_click(lambda _: self._put_history(self._history[:-1]))
         for kind, button in self._add.items():
             button.on_click(lambda _, kind=kind: self._guarded(lambda: self._add_intervention(kind)))
-        self._copy.on_click(lambda _: self._guarded(lambda: self._show_code(recipe_python)))
-        self._study.on_click(lambda _: self._guarded(lambda: self._show_code(study_command)))
+        below = self._recipe_status  # beside the buttons, which are far below the prompt
+        self._copy.on_click(lambda _: self._guarded(lambda: self._show_code(recipe_python), below))
+        self._study.on_click(lambda _: self._guarded(lambda: self._show_code(study_command), below))
         for button in (self._copy, self._study):
             button.js_on_click(args={"code": self._python}, code=f"setTimeout(() => {_COPY}, 400)")
-        self._load.param.watch(lambda event: self._guarded(self._load_recipe), "value")
+        self._load.param.watch(lambda event: self._guarded(self._load_recipe, below), "value")
         self._user.param.watch(lambda _: self._forget_continued(), "value")
 
     def main(self) -> list[Any]:
@@ -171,6 +180,7 @@ class LivePage:
                 "size.</p>"
             ),
             pn.FlexBox(self._save, self._copy, self._study, self._load, align_items="flex-end"),
+            self._recipe_status,
             self._python,
             self._code,
             sizing_mode="stretch_width",
@@ -299,7 +309,7 @@ class LivePage:
         }
         if job.state is State.FAILED:
             return note(job.reason, "danger")
-        if job.state is State.DONE and (cut := _cut_off_text(experiment)):
+        if job.state is State.DONE and (cut := cut_off_sentence(experiment)):
             return note(f"Done. {cut} Press Continue, or raise New tokens.", "warning")
         return note(texts[job.state], "good" if job.state is State.DONE else "")
 
@@ -383,7 +393,7 @@ class LivePage:
             recipe = Recipe.from_json(bytes(self._load.value).decode("utf-8", "replace"))
             self._fill(recipe)
             self._remember(replace(recipe, model=self._server.name))
-            self._status.object = note("The recipe was loaded. Press Run.", "good")
+            self._recipe_status.object = note("The recipe was loaded. Press Run.", "good")
 
     def _recipe_file(self) -> io.StringIO:
         return io.StringIO(self.recipe().to_json() + "\n")
@@ -392,13 +402,18 @@ class LivePage:
         """Show what the browser copies: a program, or commands."""
         self._python.value = code(self.recipe())
         self._code.object = f"<pre>{escape(self._python.value)}</pre>"
+        self._recipe_status.object = note(
+            "Copied to the clipboard, if the browser allows it. The text is below.", "good"
+        )
 
-    def _guarded(self, action: Callable[[], None]) -> None:
-        """Do what a viewer asked for, or show why it is refused."""
+    def _guarded(self, action: Callable[[], None], pane: Any = None) -> None:
+        """Do what a viewer asked for, or show why it is refused: in this pane, or else below the prompt."""
         try:
             action()
         except InputError as error:
-            self._status.object = note(str(error), "danger")
+            (pane or self._status).object = note(str(error), "danger")
+            if pane is not None:  # what was copied before is not what was asked for now
+                self._python.value = self._code.object = ""
 
 
 def _number(widget: Any) -> float:
@@ -411,23 +426,6 @@ def _number(widget: Any) -> float:
     if value is None or math.isnan(value):
         raise InputError(f"{widget.label} is empty: give a number from {widget.start:,} to {widget.end:,}")
     return float(value)
-
-
-def _cut_off_text(experiment: Experiment) -> str:
-    """Return which answers ended at the limit of new tokens, or nothing."""
-    cut = {
-        name: experiment.n_cut_off(answer)
-        for name, answer in (("original", experiment.original), ("edited", experiment.edited))
-        if answer is not None
-    }
-    names = " and ".join(name for name, count in cut.items() if count)
-    if not names:
-        return ""
-    if experiment.recipe.samples > 1:
-        return f"{sum(cut.values())} of {len(cut) * experiment.recipe.samples} answers were cut off ({names})."
-    length = len((experiment.original if cut["original"] else experiment.edited or experiment.original).tokens)
-    plural = "answers were" if " and " in names else "answer was"
-    return f"The {names} {plural} cut off after {length:,} new tokens."
 
 
 def _muted(text: str) -> str:

@@ -95,6 +95,23 @@ def _token(
     return f'<span title="{escape(title)}"{mark}{style}>{escape(text)}</span>'
 
 
+def cut_off_sentence(experiment: Experiment) -> str:
+    """Return a sentence about answers without a token that ends them; empty if there are none."""
+    cut = {
+        name: experiment.n_cut_off(answer)
+        for name, answer in (("original", experiment.original), ("edited", experiment.edited))
+        if answer is not None
+    }
+    names = " and ".join(name for name, count in cut.items() if count)
+    if not names:
+        return ""
+    if experiment.recipe.samples > 1:
+        return f"{sum(cut.values())} of {len(cut) * experiment.recipe.samples} answers were cut off ({names})."
+    length = len((experiment.original if cut["original"] else experiment.edited or experiment.original).tokens)
+    plural = "answers were" if " and " in names else "answer was"
+    return f"The {names} {plural} cut off after {length:,} new tokens."
+
+
 def history_html(history: Sequence[tuple[str, str]]) -> str:
     """Return the earlier turns of a conversation."""
     turns = [
