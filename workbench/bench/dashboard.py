@@ -36,6 +36,8 @@ PAGES = {
     "effort": "Accuracy vs. reasoning length",
     "transcript": "Expected",
 }
+# what the first visitor sees while a study of the run is made
+FIRST = PAGES | {"effort": "Statistical tests"}
 CHANGES = {
     "experts": [
         ("button", "low", "uniform: analysis, low"),
@@ -88,8 +90,8 @@ async ([kind, value, text]) => {{
 """
 
 
-def run(path: str, rounds: int, sessions: int) -> dict[str, Any]:
-    """Measure the dashboard and print the results.
+def run(path: str, rounds: int, sessions: int, results: Path | None = None) -> dict[str, Any]:
+    """Measure the dashboard and print the results. results: where those of studies are stored for another time.
 
     Raises:
         InputError: Chromium or playwright is not installed.
@@ -105,13 +107,14 @@ def run(path: str, rounds: int, sessions: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
         server, url = _serve(path, cache)
         try:
-            first = asyncio.run(_pages(url, chromium, rounds=1))
+            first = asyncio.run(_pages(url, chromium, FIRST, rounds=1))
         finally:
             _stop(server)
-        _make_studies(path, Path(cache) / "gpt-oss-workbench" / "studies")
-        server, url = _serve(path, cache)
+        later = str(results or cache)
+        _make_studies(path, Path(later) / "gpt-oss-workbench" / "studies")
+        server, url = _serve(path, later)
         try:
-            again = asyncio.run(_pages(url, chromium, rounds))
+            again = asyncio.run(_pages(url, chromium, PAGES, rounds))
             one = _medians(asyncio.run(_changes(url, chromium, rounds, 1)))
             many = asyncio.run(_changes(url, chromium, rounds, sessions))
             at_once, slowest = _medians(many), {name: max(values) for name, values in many.items()}
@@ -175,14 +178,14 @@ def _make_studies(path: str, cache: Path) -> None:
     registry.jobs.close()
 
 
-async def _pages(url: str, chromium: str, rounds: int) -> dict[str, float]:
+async def _pages(url: str, chromium: str, pages: dict[str, str], rounds: int) -> dict[str, float]:
     """Seconds from the address to what the page is for, a fresh visitor each; median."""
     from playwright.async_api import async_playwright
 
     seconds = {}
     async with async_playwright() as p:
         browser = await p.chromium.launch(executable_path=chromium, args=FLAGS)
-        for page, text in PAGES.items():
+        for page, text in pages.items():
             times = []
             for _ in range(rounds):
                 visitor = await browser.new_page(viewport={"width": 1280, "height": 900})
