@@ -197,8 +197,11 @@ def _shows(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], hi
 
 
 def _curve(session: Session) -> Any:
-    costs = session.registry.costs(session.name, session.exclude)
-    if not costs:
+    if len(session.registry.efforts(session.name, session.exclude)) < 2:
         return widgets.html("")
-    drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=session.theme)
-    return widgets.figure(drawn, f"{session.name}-accuracy_by_tokens")
+
+    def show(costs: Mapping[str, xr.Dataset]) -> list[Any]:
+        drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=session.theme)
+        return [widgets.figure(drawn, f"{session.name}-accuracy_by_tokens")]
+
+    return widgets.awaited(session.registry.ask_costs(session.name, session.exclude), show)

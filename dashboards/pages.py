@@ -75,8 +75,7 @@ def effort(session: Session) -> Page:
         InputError: the run has one effort only.
     """
     run, name = session.run, session.name
-    costs = session.registry.costs(name, session.exclude)
-    if not costs:
+    if len(session.registry.efforts(name, session.exclude)) < 2:
         raise InputError(
             f"{name} has only one effort, and this page compares at least two: capture transcripts of several efforts"
         )
@@ -84,21 +83,20 @@ def effort(session: Session) -> Page:
     curve = box()
 
     def show() -> None:
-        def body() -> Any:
+        def body(costs: Mapping[str, xr.Dataset]) -> list[Any]:
             cost, task = costs["cost"], chosen["task"]
             drawn = draw_effort.accuracy_by_tokens(cost, task, theme=session.theme)
             rows = cost.sel(task=task).to_dataframe().reset_index()
-            return pn.Column(
+            return [
                 widgets.figure(drawn, f"{name}-accuracy_by_tokens-{task}", lambda: rows),
                 widgets.card(
                     "Gain by effort step",
                     widgets.html(content.gains(costs["gain"], task)),
                     note="Differences paired by prompt; square brackets: 95 % intervals",
                 ),
-                sizing_mode="stretch_width",
-            )
+            ]
 
-        curve[:] = [widgets.guarded(body)]
+        curve[:] = [widgets.awaited(session.registry.ask_costs(name, session.exclude), body)]
 
     chosen.watch(show, "task")
     return Page(
