@@ -43,13 +43,23 @@ def test_differences_that_are_not_shown_are_pale_and_hatched() -> None:
     shown = np.array([[True, True, False, False]] * 3)
     drawn = heatmap()
     drawn.differences(values, shown, DETAIL, "", 1.0, "q is above 0.05")
-    drawn.clipped(values, 1.0)
     figure = drawn.finish_differences("expert", 1.0, {})
     assert signs(figure, "line-ne") == {(layer, 2) for layer in range(3)}
     assert signs(figure, "x-thin") == {(layer, 3) for layer in range(3)}
     assert signs(figure, "triangle-down") == {(layer, 1) for layer in range(3)}
     assert signs(figure, "triangle-up") == set()
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-1.0, 1.0)
+
+
+def test_clipped_cells_are_marked_whether_or_not_they_are_shown() -> None:
+    values = np.array([[1.0, -3.0, 0.1, -0.4]] * 3)
+    drawn = heatmap()
+    drawn.differences(values, values > 0, DETAIL, "", 0.5, "q is above 0.05")
+    figure = drawn.finish_differences("expert", 0.5, {})
+    assert signs(figure, "triangle-up") == {(layer, 0) for layer in range(3)}
+    assert signs(figure, "triangle-down") == {(layer, 1) for layer in range(3)}, "marked where it is not shown, too"
+    named = [trace.name for trace in figure.data if (trace.name or "").startswith("clipped")]
+    assert named == ["clipped: above +0.5", "clipped: below −0.5"], "each once in the legend"
 
 
 def test_layer_zero_is_on_top_and_rows_keep_a_readable_height() -> None:
