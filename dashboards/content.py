@@ -80,15 +80,17 @@ def method(study: Mapping[str, xr.Dataset]) -> str:
 
 
 def findings(study: Mapping[str, xr.Dataset]) -> str:
-    """Return HTML with the summaries of a study: the first one in full, the others folded.
+    """Return HTML with the summaries of a study: the first one in full, the others folded to their first line.
 
     Models of the results and of activations, which need more explanation, come after what they explain.
     """
     parts = []
     for number, result in enumerate(sorted(study.values(), key=_explains)):
         opened = " open" if number == 0 else ""
-        body = _summary(str(result.attrs["summary"]))
-        parts.append(f"<details{opened}><summary><b>{escape(result.attrs['title'])}</b></summary>{body}</details>")
+        text = str(result.attrs["summary"])
+        first = next((line for line in text.splitlines() if line.strip() and not line.startswith(_QUIET)), "")
+        heading = f"<b>{escape(result.attrs['title'])}</b> <span class='wb-preview'>{_text(first)}</span>"
+        parts.append(f"<details{opened}><summary>{heading}</summary>{_summary(text)}</details>")
     return "".join(parts)
 
 

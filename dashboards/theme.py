@@ -87,6 +87,7 @@ h2{font-size:var(--wb-title);line-height:1.3;margin:.2em 0}h3{font-size:var(--wb
 h3:not(:first-child){margin-top:.9em}
 .wb-lead{font-size:var(--wb-lead);margin:0}.wb-muted{color:var(--wb-muted)}
 .wb-first{margin:4px 0}
+.wb-preview{color:var(--wb-muted);font-size:13px}details[open]>summary .wb-preview{display:none}
 .wb-under{color:var(--wb-muted);font-size:13px;margin:-2px 0 2px 2px}
 .wb-tiles{display:flex;flex-wrap:wrap;gap:var(--wb-space);margin:10px 0}
 .wb-tile{flex:1 1 150px;background:var(--wb-surface);border:1px solid var(--wb-line);border-radius:var(--wb-radius);

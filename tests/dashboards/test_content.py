@@ -110,6 +110,12 @@ def test_the_command_of_a_graph_asks_the_conversations_own_question(demo_run: Pa
     assert not set(several) & set(known)
 
 
+def test_a_folded_summary_shows_its_first_line_that_is_no_warning() -> None:
+    text = findings_of("Warning: few prompts.\nWithin prompts: 2 of <4> cells differ by 5%.\n  layer 0")
+    preview = text.partition("class='wb-preview'>")[2].partition("</span>")[0]
+    assert preview == "Within prompts: 2 of &lt;4&gt; cells differ by 5\u202f%."
+
+
 def test_lines_that_are_alike_have_no_lead() -> None:
     text = findings_of("low: 0 tokens.\nmedium: 12 tokens.\n\nSkipped: sinks, as they are not recorded.")
     assert "wb-first" not in text

@@ -58,8 +58,8 @@ def test_clipped_cells_are_marked_whether_or_not_they_are_shown() -> None:
     figure = drawn.finish_differences("expert", 0.5, {})
     assert signs(figure, "triangle-up") == {(layer, 0) for layer in range(3)}
     assert signs(figure, "triangle-down") == {(layer, 1) for layer in range(3)}, "marked where it is not shown, too"
-    named = [trace.name for trace in figure.data if (trace.name or "").startswith("clipped")]
-    assert named == ["clipped: above +0.5", "clipped: below −0.5"], "each once in the legend"
+    legend = [trace.name for trace in figure.data if (trace.name or "").startswith("clipped")]
+    assert legend == ["clipped: above +0.5", "clipped: below −0.5"], "each once in the legend"
 
 
 def test_layer_zero_is_on_top_and_rows_keep_a_readable_height() -> None:
