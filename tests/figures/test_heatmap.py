@@ -3,7 +3,7 @@
 import numpy as np
 import plotly.graph_objects as go
 
-from workbench.figures.heatmap import CELL_HEIGHT, LayerHeatmap, points_between
+from workbench.figures.heatmap import CELL_HEIGHT, LayerHeatmap, points_between, scale_limit
 from workbench.figures.template import THEMES
 
 LAYERS, EXPERTS = np.arange(3), np.arange(4)
@@ -82,3 +82,15 @@ def test_a_long_title_of_a_colour_bar_has_two_lines() -> None:
     long = points_between("final at low effort", "final at high effort")
     assert long == "points, final at low effort<br>− final at high effort"
     assert max(map(len, long.split("<br>"))) < 40 < len(long), "negative control: one line is longer than the bar"
+
+
+def test_the_scale_reaches_what_is_shown_and_most_of_what_is_not() -> None:
+    points = np.array([[1.0, -8.0, 0.5, np.nan]] * 10)
+    nothing = np.zeros(points.shape, dtype=bool)
+    assert scale_limit(points, nothing) == 8.0, "a third of the cells is that far from zero"
+    assert scale_limit(points, points == 1.0) == 8.0
+    single = np.zeros((10, 10))
+    single[0, 0] = -8.0
+    assert scale_limit(single, single < 0) == 8.0, "negative control: it is shown"
+    assert scale_limit(single, single > 0) == 0.1, "one cell that is not shown has no say"
+    assert scale_limit(points * np.nan, nothing) == 0.1

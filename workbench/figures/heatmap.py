@@ -32,6 +32,12 @@ def points_between(a: str, b: str) -> str:
     return text if len(text) <= _BAR_CHARACTERS else f"points, {a}<br>− {b}"
 
 
+def scale_limit(points: Float[np.ndarray, "layer column"], shown: Bool[np.ndarray, "layer column"]) -> float:
+    """Return the end of a scale of differences: the largest that is shown, and at least nine tenths of all cells."""
+    known = np.abs(points[np.isfinite(points)])
+    return float(max(np.abs(points[shown]).max(initial=0.1), np.quantile(known, 0.9) if known.size else 0.0))
+
+
 def number_range(numbers: Int[np.ndarray, " n"]) -> str:
     """Return the numbers as text: one, or the least and the most."""
     least, most = int(numbers.min()), int(numbers.max())
@@ -172,7 +178,7 @@ def difference_of_labels(
     title of the colour bar.
     """
     points, different = 100 * cell["difference"].values, cell["different"].values
-    limit = float(np.abs(points[different]).max(initial=0.1))
+    limit = scale_limit(points, different)
     percent = [100 * cell[name].values for name in ("difference", "low", "high", *levels)]
     hover = (
         f"layer %{{y}}, {column} %{{x}}<br>%{{customdata[0]:+.2f}} points [%{{customdata[1]:+.2f}}, "
