@@ -286,7 +286,7 @@ def test_two_runs_are_compared_and_one_asks_for_another(
     server, url = serve(str(demo_run), str(other))
     try:
         session = Session(browser, f"{url}/compare").drawn()
-        expect(session.page.get_by_text("routers agree on 100.0%").first).to_be_attached()
+        expect(session.page.get_by_text("routers agree on 100.0 %").first).to_be_attached()
         assert session.errors == []
     finally:
         stop(server)
