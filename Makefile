@@ -13,9 +13,10 @@ SERVE ?= 1
 PORT ?= 5006
 
 # pip compiles one file after the other, for a minute or two. It is told not to, by a 0, and all cores compile what it
-# installed, except the packages' own tests.
+# installed. The packages' own tests and large packages of which few modules are imported are left out: Python compiles
+# these few itself when they are imported.
 INSTALL := PIP_NO_COMPILE=0 $(BIN)/python
-COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/' .venv/lib || true
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests|transformers/models|moto|openai|pip|mypy)/' .venv/lib || true
 
 .PHONY: demo test check dashboard nano run findings paper docs
 
@@ -33,10 +34,11 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/' .venv/lib || true
 	@$(COMPILE)
 	touch $@
 
-.venv/.dev: .venv/.user
+# All that users have, too: one call of pip resolves both, and builds the package once.
+.venv/.dev: pyproject.toml constraints.txt .venv/.torch-$(TORCH)
 	$(INSTALL) -m pip install -q -c constraints.txt -e ".[dev]"
 	@$(COMPILE)
-	touch $@
+	touch .venv/.user $@
 
 # $(call step,WHAT,COMMAND): say what is done, do it, say how long it took
 define step
