@@ -20,7 +20,7 @@ LESS_WORK = {
     "causal": {"sequences=60": "sequences=30"},
     "methods": {
         "sequences=60, conversations=3": "sequences=15, conversations=1",
-        'sequences=30, by="channel"': 'sequences=15, by="channel"',
+        'sequences=30, by="channel"': 'sequences=24, by="channel"',
     },
     "experts": {
         '["task"] == task][:8]': '["task"] == task][:2]',
