@@ -18,6 +18,8 @@ PORT ?= 5006
 INSTALL := PIP_NO_COMPILE=0 $(BIN)/python
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests|transformers/models|moto|openai|pip|mypy)/' .venv/lib || true
 
+COMPILE_LOOPS := from workbench.kernels.cpu import layer_loops, loops; loops.compile_all(); layer_loops.compile_phases()
+
 .PHONY: demo test check dashboard nano run findings paper docs
 
 .venv/.torch-$(TORCH): constraints.txt scripts/install_torch.py
@@ -103,8 +105,10 @@ test check: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	@# types are checked beside the tests, as mypy uses one core only; a third process uses cores while others wait
-	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 3 --dist worksteal; tests=$$?; wait $$types && exit $$tests
+	@# Beside the tests, which also wait, types are checked and the loops of kernels compiled: processes that need the same
+	@# loops at the same time would compile them several times. A third process uses cores while others wait.
+	$(BIN)/mypy & types=$$!; $(BIN)/python -c '$(COMPILE_LOOPS)' & $(BIN)/python -m pytest -n 3 --dist worksteal; \
+	  tests=$$?; wait $$types && exit $$tests
 
 check: .venv/.dev
 	$(BIN)/ruff format .

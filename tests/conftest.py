@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRITON_INTERPRET"] = "1"
 
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ MODEL = [
     for path in (ROOT / "workbench" / "model").rglob("[!_]*.py")
     if not path.stem.endswith("_loops")
 ]
+# jsonschema, which nbformat imports, would take four seconds to compile a grammar of IRIs, which no notebook has
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 CHECK = f"{typechecking.__name__}.check_calls"
 install_import_hook([*KERNELS, "workbench.hooks", *MODEL], CHECK)
 # Files whose tests take up to a minute each come first, so that all workers end at about the same time.
