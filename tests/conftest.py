@@ -1,13 +1,15 @@
 """Shapes in signatures are checked in the tests of the model; one thread a process, as two cores share them.
 
 Triton interprets its kernels, so that their real launchers run on CPU tensors. It has to know before the first kernel
-is defined; tests that compile kernels do so in a process of their own.
+is defined; tests that compile kernels do so in a process of their own. GPUs are hidden, so that the tests do the same on
+a machine that has one: `workbench bench gpu --first` checks a GPU.
 """
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 
 import sys
 from collections.abc import Generator

