@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -30,6 +31,8 @@ MODEL = [
     for path in (ROOT / "workbench" / "model").rglob("[!_]*.py")
     if not path.stem.endswith("_loops")
 ]
+# jsonschema, which nbformat imports, would take four seconds to compile a grammar of IRIs, which no notebook has
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 CHECK = f"{typechecking.__name__}.check_calls"
 install_import_hook([*KERNELS, "workbench.hooks", *MODEL], CHECK)
 # Files whose tests take up to a minute each come first, so that all workers end at about the same time.
