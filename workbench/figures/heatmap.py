@@ -133,7 +133,7 @@ class LayerHeatmap:
                 x=self.columns[column],
                 y=self.layers[layer],
                 mode="markers",
-                marker=marker(SIGN_SIZE * self.shorter_side, colour),
+                marker=marker((0.6 if "triangle" in symbol else 1.0) * SIGN_SIZE * self.shorter_side, colour),
                 hoverinfo="skip",
                 showlegend=False,
             )
