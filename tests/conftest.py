@@ -1,8 +1,8 @@
 """Shapes in signatures are checked in the tests of the model; one thread a process, as two cores share them.
 
 Triton interprets its kernels, so that their real launchers run on CPU tensors. It has to know before the first kernel
-is defined; tests that compile kernels do so in a process of their own. GPUs are hidden, so that the tests do the same on
-a machine that has one: `workbench bench gpu --first` checks a GPU.
+is defined; tests that compile kernels do so in a process of their own. GPUs are hidden, so that the tests do the same
+on a machine that has one: `workbench bench gpu --first` checks a GPU.
 """
 
 import os

@@ -56,7 +56,7 @@ def unavailable() -> str | None:
 def _missing() -> str | None:
     """Return the reason why the compiled kernels are not available here."""
     try:
-        instructions = importlib.import_module("workbench.kernels.cpu.loops").instructions()
+        instructions = importlib.import_module("workbench.kernels.cpu.vectors").instructions()
     except ImportError as error:
         return f"numba cannot be imported ({error})"
     return None if instructions else f"the processor ({platform.machine()}) has neither AVX2 nor NEON"
@@ -66,7 +66,7 @@ def description() -> str:
     """Return which code multiplies a few rows on this CPU, as text for users."""
     if reason := unavailable():
         return f"torch ({reason})"
-    return f"compiled by numba for {importlib.import_module('workbench.kernels.cpu.loops').instructions()}"
+    return f"compiled by numba for {importlib.import_module('workbench.kernels.cpu.vectors').instructions()}"
 
 
 def compiled(*tensors: Tensor | None) -> ModuleType | None:
@@ -79,7 +79,7 @@ def compiled(*tensors: Tensor | None) -> ModuleType | None:
 @functools.cache
 def _widens() -> bool:
     """Return whether products of bfloat16 are faster in float32 on this processor; asked once a process."""
-    return not importlib.import_module("workbench.kernels.cpu.loops").multiplies_bfloat16()
+    return not importlib.import_module("workbench.kernels.cpu.vectors").multiplies_bfloat16()
 
 
 def product_dtype(x: Tensor, *tensors: Tensor | None) -> torch.dtype:
@@ -91,6 +91,14 @@ def product_dtype(x: Tensor, *tensors: Tensor | None) -> torch.dtype:
     """
     wide = x.dtype == torch.bfloat16 and compiled(x, *tensors) is not None and _widens()
     return torch.float32 if wide else x.dtype
+
+
+def many_rows(x: Tensor, *tensors: Tensor | None) -> ModuleType | None:
+    """Return `workbench.kernels.cpu.tiles` where many rows x [... d] are multiplied in float32 by its loops."""
+    if x.numel() == 0 or product_dtype(x, *tensors) == x.dtype:
+        return None
+    tiles = importlib.import_module("workbench.kernels.cpu.tiles")
+    return tiles if tiles.available() else None
 
 
 def few_rows(x: Tensor, *tensors: Tensor | None) -> ModuleType | None:

@@ -4,6 +4,7 @@ Also tests `workbench.dashboards.heatmap_pages`.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 
 from tests.dashboards.browsing import SCREENSHOTS, UNNAMED, Session, frame_of, heat, serve, stop
 from tests.serving import free_port, wait_for
+from workbench.dashboards.app import expect_closed_connections
 
 playwright = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, expect  # noqa: E402
@@ -285,7 +287,7 @@ def test_two_runs_are_compared_and_one_asks_for_another(
     server, url = serve(str(demo_run), str(other))
     try:
         session = Session(browser, f"{url}/compare").drawn()
-        expect(session.page.get_by_text("routers agree on 100.0%").first).to_be_attached()
+        expect(session.page.get_by_text("routers agree on 100.0 %").first).to_be_attached()
         assert session.errors == []
     finally:
         stop(server)
@@ -334,3 +336,19 @@ def test_a_port_in_use_is_refused_in_one_line(demo_run: Path) -> None:
     assert done.returncode == 2
     assert f"port {port}" in done.stderr
     assert "--port" in done.stderr
+
+
+def test_a_browser_that_leaves_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Bokeh warns of every message that a closed tab does not get."""
+    logger = logging.getLogger("bokeh.server.views.ws")
+    before = list(logger.filters)
+    try:
+        logger.filters[:] = []
+        logger.warning("Failed sending message as connection was closed")
+        assert len(caplog.records) == 1, "negative control"
+        expect_closed_connections()
+        logger.warning("Failed sending message as connection was closed")
+        logger.warning("another fault")
+        assert [record.getMessage() for record in caplog.records[1:]] == ["another fault"]
+    finally:
+        logger.filters[:] = before

@@ -23,7 +23,6 @@ def ablation_heatmap(ds: xr.Dataset, group: str, *, clip: float | None = None, t
     )
     grid = LayerHeatmap(cell["layer"].values, cell["expert"].values, colours)
     grid.differences(change, sure, detail, hover, limit, f"not shown, as not: {rule}")
-    grid.clipped(change, limit)
     bar = {"title": {"text": "nats a sequence"}}
     figure = grid.finish_differences("expert", limit, bar)
     subtitle = (

@@ -9,10 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import dask.array as da
 import numpy as np
 import xarray as xr
-import zarr
 
 from workbench.errors import InputError
 from workbench.harmony.flags import read_flags
@@ -20,6 +18,7 @@ from workbench.harmony.labels import CHANNELS
 from workbench.harmony.vocabulary import Tokenizer
 from workbench.runs import conversations, views
 from workbench.runs.group import open_group
+from workbench.runs.lazy_rows import lazy_rows
 from workbench.runs.manifest import reading
 from workbench.runs.storage import Storage, storage_at
 from workbench.runs.summed import SummedRun
@@ -158,12 +157,14 @@ class Run(SummedRun):
 
     def _dataset(self, spans: list[slice]) -> xr.Dataset:
         selected = {a.name: a for a in self.spec.selected}
-        sparse = {a.name: _rows(self._array(f"selected/{a.name}"), 0, spans) for a in self.spec.selected if a.sparse}
+        sparse = {
+            a.name: lazy_rows(self._array(f"selected/{a.name}"), 0, spans) for a in self.spec.selected if a.sparse
+        }
         variables: dict[str, Any] = {}
         for stored, name in self._stored.items():
             array = self._array(stored)
             dims = tuple(array.metadata.dimension_names)
-            lazy = _rows(array, dims.index("token"), spans)
+            lazy = lazy_rows(array, dims.index("token"), spans)
             if name in selected:
                 variables[name] = views.recorded(lazy, selected[name], self.model, sparse.get(name))
             else:
@@ -206,11 +207,3 @@ _INSTEAD = {
     "plot": "run.select()[quantity], wb.figures, or `workbench dashboard`",
     "info": "run.dataset or `workbench summary`",
 }
-
-
-def _rows(array: zarr.Array, axis: int, spans: list[slice]) -> da.Array:
-    """The rows of these spans as one lazy array, a span a block along `axis`."""
-    stored = da.from_zarr(array, chunks=array.shards or array.chunks)
-    place = [slice(None)] * array.ndim
-    parts = [stored[(*place[:axis], span)] for span in spans]
-    return da.concatenate(parts, axis) if parts else stored[(*place[:axis], slice(0))]
