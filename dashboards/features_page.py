@@ -15,6 +15,7 @@ import panel as pn
 import xarray as xr
 from jaxtyping import Float
 
+from workbench.counting import count_of
 from workbench.dashboards import content, search, widgets
 from workbench.dashboards.example_lists import coloured_example, example, list_of
 from workbench.dashboards.session import Page, Session, box
@@ -81,11 +82,20 @@ def _section(session: Session, name: str, index: int) -> pn.Column:
     parts: list[Any] = []
     chosen = session.choice.get("feature", [str(feature) for feature in table["feature"]])
     if chosen:
-        parts += [widgets.html(f"<h2>Feature {escape(chosen)}</h2>"), _examples(session, name, index, int(chosen))]
+        row = table[table["feature"] == int(chosen)].iloc[0]
+        layer = layers_of(session.run, name)[index]
+        about = {"Autoencoder": f"{name}, layer {layer}", "Largest value": f"{row['largest value']:.2f}"}
+        shares = {c.removesuffix(" (%)"): f"{row[c]:.2f} %" for c in table.columns if c.endswith("(%)")}
+        about["Tokens above zero"] = ", ".join(f"{label} {share}" for label, share in shares.items())
+        parts += [
+            widgets.html(f"<h2>Feature {escape(chosen)}</h2>{content.facts(about)}"),
+            _examples(session, name, index, int(chosen)),
+        ]
     rows = table.head(MOST_ROWS)
     links = [session.link("features", feature=str(feature)) for feature in rows["feature"]]
     note = (
-        f"Tokens with a value above zero, in % of the tokens of a channel; {len(rows):,} of {len(table):,} features, "
+        f"Tokens with a value above zero, in % of the tokens of a channel; {len(rows):,} of "
+        f"{count_of(len(table), 'feature')}, "
         "sorted by the difference between analysis and final"
     )
     parts.append(widgets.table("Features by channel", rows, f"{label}-features", {"feature": links}, note=note))

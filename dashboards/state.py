@@ -167,6 +167,11 @@ class RunRegistry:
         more = {"options": options} if options else {}
         return partial(self.jobs.ask, study, paths, digest, exclude=exclude, lasting=lasting, **more)
 
+    @property
+    def served_model(self) -> str:
+        """Return the model that the dashboard was started with, which the page Live runs, or ""."""
+        return self._model
+
     def model(self, name: str) -> str:
         """Return the model that can be loaded for a run, or "" if none is known; its digest is not compared yet."""
         return self._model or ("nano" if self.run(name).checkpoint["name"] == "nano" else "")

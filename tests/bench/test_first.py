@@ -40,7 +40,7 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def step(name: str, *, limit_s: float = 60, timing: bool = False) -> Step:
+def step(name: str, *, limit_s: float = 600, timing: bool = False) -> Step:
     return Step(name, f"checks {name}", f"stub_steps:{name}", limit_s, timing)
 
 

@@ -135,7 +135,7 @@ def strangers(address: str, timeout: float) -> list[str]:
 
 def test_workers_of_this_machine_admit_no_other_process(nano: GptOss, transcripts: Path, tmp_path: Path) -> None:
     task = cluster.Task.of(nano, transcripts, tmp_path / "run", ["routing"], 1024, 1)
-    with cluster._client(task, 1, None) as client:
+    with cluster._client(task, 1, None, lambda: None) as client:
         address = client.scheduler.address
         assert address.startswith("tls://127.0.0.1:")
         assert client.submit(sum, [1, 2]).result() == 3

@@ -204,12 +204,13 @@ def test_a_password_file_requires_a_password(demo_run: Path, tmp_path: Path, bro
     server, url = serve(str(demo_run), "--basic-auth", str(users))
     try:
         page = browser.new_page()
-        page.goto(f"{url}/overview", timeout=60_000)
+        page.set_default_timeout(300_000)
+        page.goto(f"{url}/overview")
         assert "Tokens by channel" not in page.content()
         page.fill("input[name=username]", "ada")
         page.fill("input[name=password]", "lovelace")
         page.locator("button, input[type=submit]").first.click()
-        expect(page.get_by_text("Tokens by channel and effort").first).to_be_visible(timeout=60_000)
+        expect(page.get_by_text("Tokens by channel and effort").first).to_be_visible()
     finally:
         stop(server)
 
@@ -287,7 +288,7 @@ def test_two_runs_are_compared_and_one_asks_for_another(
     server, url = serve(str(demo_run), str(other))
     try:
         session = Session(browser, f"{url}/compare").drawn()
-        expect(session.page.get_by_text("routers agree on 100.0%").first).to_be_attached()
+        expect(session.page.get_by_text("routers agree on 100.0 %").first).to_be_attached()
         assert session.errors == []
     finally:
         stop(server)

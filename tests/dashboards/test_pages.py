@@ -59,7 +59,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, demo_run: Path) -> Iterator
 def test_an_experiment_beside_the_run_is_shown_with_its_interval(stored: str, browser: Browser) -> None:
     session = Session(browser, f"{stored}/causal").drawn()
     expect(session.page.get_by_role("heading", name="Sink ablation", level=2)).to_be_visible()
-    expect(session.page.get_by_text("[-3, -1]").first).to_be_visible()
+    expect(session.page.get_by_text("[-3.0, -1.0]").first).to_be_visible()
     expect(session.page.get_by_text("broken.json could not be read").first).to_be_visible()
     assert session.errors == session.foreign == []
 
@@ -153,7 +153,6 @@ def test_a_label_of_an_expert_is_saved_beside_the_run(stored: str, browser: Brow
     expect(session.page.get_by_text("Saved in demo.zarr.labels.jsonl")).to_be_visible()
     session.page.reload()
     expect(session.page.get_by_label("Label of this expert")).to_have_value("digits <script>", timeout=240_000)
-    expect(session.page.get_by_text("digits <script>", exact=False).first).to_be_visible()
     assert session.errors == session.foreign == []
 
 

@@ -1,4 +1,4 @@
-"""A step of `workbench bench gpu --first`: experiments with nano on a device, compared with the same ones on the CPU."""
+"""A step of `workbench bench gpu --first`: experiments with nano on a device, compared with those on the CPU."""
 
 import math
 import warnings
@@ -26,7 +26,7 @@ def experiments(device: str) -> dict[str, Any]:
     Raises:
         JobError: a difference is larger than allowed, or the results have another shape.
     """
-    run = wb.open_run(Path(str(files("workbench.data"))) / "demo.zarr")
+    run = wb.open_run(Path(str(files("workbench.data") / "demo.zarr")))
     models = [wb.load("nano", device=where, dtype=torch.float32) for where in ("cpu", device)]
     errors: dict[str, dict[str, float]] = {}
     with warnings.catch_warnings():
@@ -41,7 +41,7 @@ def experiments(device: str) -> dict[str, Any]:
 
 def differences(got: dict[str, xr.Dataset], want: dict[str, xr.Dataset]) -> dict[str, float]:
     """Return the largest relative difference of every numeric variable that differs; infinite where shapes do."""
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for title, dataset in want.items():
         for name, variable in dataset.variables.items():
             if variable.dtype.kind not in "fiub":
@@ -49,10 +49,10 @@ def differences(got: dict[str, xr.Dataset], want: dict[str, xr.Dataset]) -> dict
             a = np.asarray(got[title][name], dtype=np.float64)
             b = np.asarray(variable, dtype=np.float64)
             if a.shape != b.shape or not np.array_equal(np.isfinite(a), np.isfinite(b)):
-                found[f"{title}.{name}"] = math.inf
+                errors[f"{title}.{name}"] = math.inf
                 continue
             both = np.isfinite(b)
             scale = float(np.abs(b[both]).max(initial=0.0)) or 1.0
             if error := float(np.abs(a[both] - b[both]).max(initial=0.0)) / scale:
-                found[f"{title}.{name}"] = error
-    return found
+                errors[f"{title}.{name}"] = error
+    return errors

@@ -19,8 +19,8 @@ import torch
 
 from workbench.capture import pipeline
 from workbench.capture.job_plan import JobPlan, job_writer, plan_job
+from workbench.capture.local_workers import local_workers
 from workbench.capture.recorder import Recorder, for_workers
-from workbench.child_processes import isolated_children
 from workbench.errors import InputError, JobError
 from workbench.model import load
 from workbench.model.transformer import GptOss
@@ -108,7 +108,7 @@ def run(
         raise InputError(
             f"{task.run} is in the memory of one process: several workers need a local folder or object storage"
         )
-    with _client(task, workers, address) as client:
+    with _client(task, workers, address, check) as client:
         known = client.scheduler_info()["workers"].values()
         gpus = {"GPU": 1} if any("GPU" in worker["resources"] for worker in known) else None
         futures = client.map(
@@ -151,11 +151,10 @@ def run(
 
 
 @contextmanager
-def _client(task: Task, workers: int, address: str | None) -> Iterator[Any]:
+def _client(task: Task, workers: int, address: str | None, check: Callable[[], None]) -> Iterator[Any]:
     """Connect to the scheduler at `address`, or start one with this many workers on this machine."""
     import dask
-    from distributed import Client, LocalCluster
-    from distributed.security import Security
+    from distributed import Client
 
     settings = {"distributed.scheduler.allowed-failures": _LOST_WORKERS, "distributed.worker.daemon": False}
     with dask.config.set(settings):
@@ -168,27 +167,7 @@ def _client(task: Task, workers: int, address: str | None) -> Iterator[Any]:
                 yield client
             return
         gpu = {"GPU": 1} if task.device == "cuda" else {}
-        try:
-            # TLS with a certificate of this job: other users of the machine reach the port, but are not admitted
-            security = Security.temporary()
-        except ImportError as error:
-            raise InputError("several workers need cryptography: pip install 'gpt-oss-workbench[cluster]'") from error
-        with (
-            isolated_children(),
-            LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                processes=True,
-                resources=gpu,
-                dashboard_address=None,
-                memory_limit=None,
-                silence_logs=40,
-                security=security,
-                protocol="tls",
-                host="127.0.0.1",
-            ) as cluster,
-            Client(cluster) as client,
-        ):
+        with local_workers(workers, resources=gpu, check=check) as client:
             yield client
 
 

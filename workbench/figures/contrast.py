@@ -8,8 +8,9 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
-from workbench.figures.heatmap import LayerHeatmap, points_between
+from workbench.figures.heatmap import LayerHeatmap, points_between, scale_limit
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
@@ -23,7 +24,7 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     cell = ds.sel(control=control)
     kind = str(cell["difference"].dims[1])
     points, different = 100 * cell["difference"].values, cell["different"].values
-    limit = float(np.abs(points[different]).max(initial=0.1))
+    limit = scale_limit(points, different)
     detail = np.stack(
         [100 * cell[n].values for n in ("difference", "low", "high", "mean_a", "mean_b")] + [cell["q"].values], -1
     )
@@ -39,7 +40,7 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     bar = {"title": {"text": points_between(ds.attrs["a"], ds.attrs["b"])}}
     figure = grid.finish_differences(kind, limit, bar)
     subtitle = (
-        f"{_CONTROL[control]}; {int(cell['prompts'])} prompts, {int(cell['tokens_a']):,} and "
+        f"{_CONTROL[control]}; {count_of(int(cell['prompts']), 'prompt')}, {int(cell['tokens_a']):,} and "
         f"{int(cell['tokens_b']):,} tokens; "
         f"{int(different.sum())} of {different.size} differ (q < 0.05, interval excludes 0)"
     )
