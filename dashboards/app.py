@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import panel as pn
+from tornado.websocket import WebSocketClosedError
 
 from workbench.dashboards import content, widgets
 from workbench.dashboards.access import answer_unknown, checked_origins, guard, login_options
@@ -184,17 +185,18 @@ def serve(
 
 
 class _ClosedConnections(logging.Filter):
-    """Drops the warning that a browser left while something was sent to it, which is no fault."""
+    """Drops the messages of Bokeh and Tornado that a browser left while something was sent to it, which is no fault."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "connection was closed" not in record.getMessage()
+        error = record.exc_info[1] if record.exc_info else None
+        return "connection was closed" not in record.getMessage() and not isinstance(error, WebSocketClosedError)
 
 
 def expect_closed_connections() -> None:
     """Log nothing when a browser leaves while something is sent to it."""
-    logger = logging.getLogger("bokeh.server.views.ws")
-    if not any(isinstance(known, _ClosedConnections) for known in logger.filters):
-        logger.addFilter(_ClosedConnections())
+    for logger in map(logging.getLogger, ("bokeh.server.views.ws", "asyncio")):
+        if not any(isinstance(known, _ClosedConnections) for known in logger.filters):
+            logger.addFilter(_ClosedConnections())
 
 
 def _warm(registry: RunRegistry) -> None:

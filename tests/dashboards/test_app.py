@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+from tornado.websocket import WebSocketClosedError
 
 from tests.dashboards.browsing import SCREENSHOTS, UNNAMED, Session, frame_of, heat, serve, stop
 from tests.serving import free_port, wait_for
@@ -338,17 +339,26 @@ def test_a_port_in_use_is_refused_in_one_line(demo_run: Path) -> None:
     assert "--port" in done.stderr
 
 
-def test_a_browser_that_leaves_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """Bokeh warns of every message that a closed tab does not get."""
-    logger = logging.getLogger("bokeh.server.views.ws")
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("bokeh.server.views.ws", "Failed sending message as connection was closed", None),
+        ("asyncio", "Task exception was never retrieved", WebSocketClosedError()),
+    ],
+)
+def test_a_browser_that_leaves_is_no_warning(
+    name: str, text: str, error: Exception | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bokeh and Tornado warn of every message that a closed tab does not get."""
+    logger = logging.getLogger(name)
     before = list(logger.filters)
     try:
         logger.filters[:] = []
-        logger.warning("Failed sending message as connection was closed")
+        logger.warning(text, exc_info=error)
         assert len(caplog.records) == 1, "negative control"
         expect_closed_connections()
-        logger.warning("Failed sending message as connection was closed")
-        logger.warning("another fault")
+        logger.warning(text, exc_info=error)
+        logger.warning("another fault", exc_info=OSError())
         assert [record.getMessage() for record in caplog.records[1:]] == ["another fault"]
     finally:
         logger.filters[:] = before

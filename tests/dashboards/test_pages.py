@@ -273,7 +273,11 @@ def test_axe_finds_no_serious_violation(demo: str, browser: Browser, theme: str,
     rules = [] if theme == "light" else ["color-contrast"]  # the rest does not depend on the theme
     for page in titles if long else FEW:
         for frame in opened(session, f"{demo}/{page}?theme={theme}&sequence=2", titles[page]):
-            assert violations(frame, rules) == [], (page, frame.url)
+            violated = violations(frame, rules)
+            if violated:  # on a busy machine the heading of a card comes after the card
+                session.page.wait_for_timeout(3000)
+                violated = violations(frame, rules)
+            assert violated == [], (page, frame.url)
     assert session.errors == session.foreign == []
     session.page.evaluate(
         """() => { const bad = document.createElement("p"); bad.textContent = "faint"; bad.style.color = "#888";

@@ -45,14 +45,15 @@ CHANGES = {
         ("Channel", "final", "uniform: final, high"),
         ("Layer", "7", "Layer 7,"),
     ],
-    "sinks": [("Channel", "prompt", "attention: prompt"), ("Layer", "11", "Layer 11,")],
+    "sinks": [("Channel", "prompt", "=Sink attention: prompt"), ("Layer", "11", "Layer 11,")],
     "effort": [("Task", "task 3", "length: task 3")],
     "transcript": [("button", "next ›", "Expected")],
 }
 _MOST_MS = 120_000  # for a page
 _SEES = """
 text => { let found = false; const walk = root => { if (found) return; for (const e of root.querySelectorAll('*')) {
-  for (const n of e.childNodes) if (n.nodeType === 3 && n.data.includes(text)) { found = true; return; }
+  for (const n of e.childNodes) if (n.nodeType === 3
+    && (text[0] === '=' ? n.data.trim() === text.slice(1) : n.data.includes(text))) { found = true; return; }
   if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found; }
 """
 # changes a widget as a person does, and waits until the text that this brings is on the page
@@ -64,6 +65,7 @@ async ([kind, value, text]) => {{
     for (const e of root.querySelectorAll('*')) {{ all.push(e); if (e.shadowRoot) walk(e.shadowRoot); }}
   }};
   walk(document);
+  if (value !== 'next ›' && sees(text)) return -1;
   const before = all.filter(e => e.tagName === 'IFRAME').map(e => e.srcdoc.length + e.srcdoc.slice(9000, 12000)).join();
   const start = performance.now();
   if (kind === 'button') all.filter(e => e.tagName === 'BUTTON' && e.textContent.trim() === value)[0].click();
@@ -104,6 +106,7 @@ def run(path: str, rounds: int, sessions: int, results: Path | None = None) -> d
     except ImportError as error:
         raise InputError("playwright is not installed: pip install gpt-oss-workbench[dev]") from error
     del playwright
+    before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as cache:
         server, url = _serve(path, cache)
         try:
@@ -121,8 +124,10 @@ def run(path: str, rounds: int, sessions: int, results: Path | None = None) -> d
             peak = _peak(server.pid)
         finally:
             _stop(server)
+    load = [round(before, 1), round(os.getloadavg()[0], 1)]
     result = {
         "machine": processor(),
+        "load_average": load,
         "first_visit_s": first,
         "page_s": again,
         "change_s": one,
@@ -221,6 +226,8 @@ async def _changes(url: str, chromium: str, rounds: int, sessions: int) -> dict[
                     took = await asyncio.gather(*(visitor.evaluate(_CHANGE, list(change)) for visitor in visitors))
                     if None in took:
                         raise InputError(f"{page}: {change[0]} {change[1]} did not show {change[2]!r} within 30 s")
+                    if min(took) < 0:
+                        raise InputError(f"{page}: {change[2]!r} is shown before {change[0]} {change[1]} is changed")
                     times.setdefault(f"{page}: {change[0]} {change[1]}", []).extend(took)
                     await visitors[0].wait_for_timeout(1200)
                 for visitor in visitors:
